@@ -1,0 +1,113 @@
+"""The records that everything else is written against.
+
+Axis letters, used in every docstring and einsum of this package:
+
+    R  rows of a batch              D  model width
+    L  positions in a row           N  attention heads
+    S  scored positions in a row    K  key/value heads
+    P  preference pairs             H  head size
+    E  examples (pairs or texts)    V  vocabulary
+
+A *row* is what the model reads: `L` tokens. A *completion slot* is what is read out of it: the summed log-probability of one
+completion. A *pair* is two neighbouring slots, chosen first, so log-probabilities of pairs are one array `[P, 2]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+Variables = Mapping[str, Any]
+"""Model parameters: a nested dict of arrays, `{"params": {...}}`."""
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A batch of token rows, and what to read out of them. Build it with `dpo_jax.data.layout`; on the host it holds numpy arrays.
+
+    Attention: the token at `x` sees exactly the keys `k_start[x] <= k < k_end[x]` of its own row. A padding token sees itself.
+    Order inside a row carries no meaning beyond that interval: position embeddings come from `positions`.
+
+    Read-out: for each scored position `s`, the hidden state at index `source[s]` predicts token `target[s]`, which belongs to
+    completion slot `slot[s]` of the row. `slot[s] == slots` marks padding. Slots of all rows, read in order, are the completions
+    of the batch: slot `j` of row `r` is completion `r * slots + j`; completions `2p` and `2p + 1` are pair `p`.
+    """
+
+    tokens: Array  # int32[R, L]
+    positions: Array  # int32[R, L]
+    k_start: Array  # int32[R, L]
+    k_end: Array  # int32[R, L]
+    source: Array  # int32[R, S]  index into L
+    target: Array  # int32[R, S]  token id
+    slot: Array  # int32[R, S]  in [0, slots); `slots` marks padding
+    weight: Array  # float32[E]  1, or 0 for an example that only fills up the batch
+    index: Array  # int32[E]  which of the caller's examples this is; -1 for a filler
+    ref_logps: Array | None = None  # float32[P, 2]  reference log-probabilities (natural log, summed over the completion)
+    slots: int = dataclasses.field(default=1, metadata={"static": True})
+
+    def replace(self, **changes: Any) -> Rows:
+        return dataclasses.replace(self, **changes)
+
+
+class Model(NamedTuple):
+    """What an algorithm may know about a language model: pure functions of its variables. Bring your own by filling the first three.
+
+    `forward(variables, rows) -> hidden[R, L, D]` is the trunk; `unembed(variables, hidden[..., D]) -> float32[..., V]` the head,
+    applied by the caller to the few positions that are scored.
+
+    `init_cache(batch, length, dtype=float32) -> cache` and `decode(variables, rows, cache) -> (hidden[R, L, D], cache)` are the
+    same trunk with memory: the `L` new tokens of each row are written to the next `L` columns of the cache, and `k_start`,
+    `k_end` of `rows` count cache columns. Prefill is a `decode` of the whole prompt, generation one of a single token.
+    """
+
+    init: Callable[[jax.Array], Variables]
+    forward: Callable[[Variables, Rows], jax.Array]
+    unembed: Callable[[Variables, jax.Array], jax.Array]
+    init_cache: Callable[..., Any] | None = None
+    decode: Callable[[Variables, Rows, Any], tuple[jax.Array, Any]] | None = None
+    axes: Callable[[], Any] | None = None  # logical axis names, a tree like the variables
+    config: Any = None  # static description (`models.decoder.DecoderConfig` for ours)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything an optimizer step reads and writes. `frozen` is empty in full fine-tuning; with adapters it holds the base weights."""
+
+    step: Array  # int32[]  optimizer steps taken
+    params: Variables  # trained
+    opt_state: Any
+    frozen: Variables = dataclasses.field(default_factory=dict)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `Model.forward` takes."""
+        return {**self.frozen, **self.params}
+
+    def replace(self, **changes: Any) -> TrainState:
+        return dataclasses.replace(self, **changes)
+
+
+class Partitioner(NamedTuple):
+    """Where arrays live and how a pure function is compiled: the only thing that differs between one device, pmap and a mesh.
+
+    `compile_step(step)` turns `step(state, rows) -> (state, metrics)` into a compiled function that donates `state`;
+    `compile_map(fn)` turns `fn(variables, rows) -> [E, ...]` into a compiled function with the same result on the host.
+    `put_state`, `get_state` move a `TrainState` on and off the devices, `put_variables` does so for bare variables.
+    A batch must hold a multiple of `devices` rows.
+    """
+
+    axis_name: str | None
+    devices: int
+    compile_step: Callable[[Callable[..., Any]], Callable[..., Any]]
+    compile_map: Callable[[Callable[..., Any]], Callable[..., Any]]
+    put_state: Callable[[TrainState], TrainState]
+    get_state: Callable[[TrainState], TrainState]
+    put_variables: Callable[[Variables], Variables]
