@@ -1,0 +1,246 @@
+"""One preference pair as text, and the account of what became of every row that was read.
+
+Nothing is repaired or lost silently. Code that finds a row unusable raises `BadRow`; a `Triage` turns that into a refusal of the
+whole data set (the default) or into a counted drop, and holds the books: rows kept plus rows dropped is rows read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, overload
+
+OnBad = Literal["refuse", "drop"]
+HH_ASSISTANT = "\n\nAssistant:"
+
+
+class Cause(enum.StrEnum):
+    """Why a row, or a whole file, cannot be used. The values are the names in `data_report.json`."""
+
+    # the row as bytes
+    INVALID_UTF8 = "invalid_utf8"  # also lone surrogates, which no tokenizer can encode
+    NUL = "nul"
+    INVALID_JSON = "invalid_json"
+    DUPLICATE_KEY = "duplicate_key"
+    NAN = "nan"
+    # its columns
+    MISSING_COLUMN = "missing_column"
+    WRONG_TYPE = "wrong_type"
+    OUT_OF_RANGE = "out_of_range"
+    # the pair
+    EMPTY = "empty"
+    IDENTICAL = "identical"
+    NO_PROMPT = "no_prompt"
+    DIFFERENT_PROMPTS = "different_prompts"
+    CHAT_TEMPLATE = "chat_template"
+    EOS_IN_TEXT = "eos_in_text"
+    # its tokens
+    NO_ROOM = "no_room"
+    COMPLETION_CUT = "completion_cut"
+    IDENTICAL_AFTER_TRUNCATION = "identical_after_truncation"
+    # a row that is sound but states no preference
+    TIE = "tie"
+    NO_PAIR = "no_pair"
+    SCORE_RATIO = "score_ratio"
+    OVER_LIMIT = "over_limit"
+    # the file: how many rows are lost is not known, so a file is never dropped
+    GIT_LFS_POINTER = "git_lfs_pointer"
+    BAD_GZIP = "bad_gzip"
+    BAD_PARQUET = "bad_parquet"
+    BAD_LAYOUT = "bad_layout"
+    NO_ROWS = "no_rows"
+
+
+FILTERED = frozenset({Cause.IDENTICAL_AFTER_TRUNCATION, Cause.TIE, Cause.NO_PAIR, Cause.SCORE_RATIO, Cause.OVER_LIMIT})
+"""Causes by which a sound row is left out by definition of the task. They are counted, and never refused."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """A prompt and two completions of it. `prompt + chosen` is the text as it was written: nothing is stripped or added."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    uid: str  # unique in its set, and names the place: "harmless-base/train.jsonl.gz:17"
+    sft_target: str | None = None  # what SFT learns for this prompt, where that is not `chosen`
+    chat: bool = False  # rendered by a chat template: special tokens (EOS after each turn) are meant to stand in the prompt
+
+
+class BadRow(ValueError):
+    """One row cannot be used: `cause`, the `field` at fault ("" if the row as a whole) and a `detail` for people."""
+
+    def __init__(self, cause: Cause, detail: str, *, field: str = "") -> None:
+        super().__init__(f"{field}: {cause}: {detail}" if field else f"{cause}: {detail}")
+        self.cause, self.detail, self.field = cause, detail, field
+
+
+class DataError(ValueError):
+    """The data are refused. The message names each place (`file:line`), field and cause, and the remedy."""
+
+    def __init__(self, message: str, *, causes: Iterable[Cause]) -> None:
+        super().__init__(message)
+        self.causes = tuple(causes)
+
+
+@dataclasses.dataclass
+class DataReport:
+    """What was read and what became of it.
+
+    `read` counts candidate pairs. A row is one candidate, except where a format forms several pairs of one row; a row that
+    forms none counts as one, so that it shows up among the dropped. Always: `kept + sum(dropped.values()) == read`.
+    """
+
+    source: str = ""
+    split: str = ""
+    format: str = ""
+    rows: int = 0  # lines or records in the files
+    read: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # cause -> candidates
+    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # cause -> its first five, "where: detail"
+    truncated: dict[str, int] = dataclasses.field(default_factory=dict)  # what was cut -> pairs
+    notes: list[str] = dataclasses.field(default_factory=list)
+    files: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # {"path", "bytes", "sha256"}
+
+    def add(self, where: str, problem: BadRow) -> None:
+        """Counts one candidate as dropped."""
+        self.dropped[problem.cause] = self.dropped.get(problem.cause, 0) + 1
+        examples = self.examples.setdefault(problem.cause, [])
+        if len(examples) < 5:
+            examples.append(f"{where}: {problem}")
+
+    @property
+    def bad_share(self) -> float:
+        """Share of the candidates dropped as bad, in [0, 1]; those filtered out by definition (`FILTERED`) do not count."""
+        bad = sum(count for cause, count in self.dropped.items() if cause not in FILTERED)
+        return bad / self.read if self.read else 0.0
+
+    def check(self) -> None:
+        """Raises `AssertionError` if a row went missing between reading and keeping: a bug of this package, not of the data."""
+        total = self.kept + sum(self.dropped.values())
+        if total != self.read:
+            raise AssertionError(f"{self.source}: read {self.read} candidates, but kept + dropped = {total}: {self.dropped}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {**dataclasses.asdict(self), "dropped": dict(self.dropped)}
+
+    def copy(self) -> DataReport:
+        """An independent copy."""
+        return dataclasses.replace(self, **{field: _plain_copy(getattr(self, field)) for field in _CONTAINERS})
+
+    def summary(self) -> str:
+        """The report as a small table for the screen."""
+        lines = [f"{self.source} [{self.split}] as {self.format}: {self.rows} rows in {len(self.files)} files"]
+        counts = {"read": self.read, "kept": self.kept}
+        counts |= {f"dropped, {cause}": count for cause, count in sorted(self.dropped.items())}
+        counts |= {f"truncated, {what}": count for what, count in sorted(self.truncated.items())}
+        width = max(map(len, counts))
+        lines += [f"  {name:<{width}}  {count:>9,}" for name, count in counts.items()]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+_CONTAINERS = ("dropped", "examples", "truncated", "notes", "files")
+
+
+def _plain_copy(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+class Triage:
+    """Sorts rows into kept and dropped. Report each bad one to `reject`, then call `finish` with the number kept."""
+
+    def __init__(self, report: DataReport, *, on_bad: OnBad) -> None:
+        if on_bad not in ("refuse", "drop"):
+            raise ValueError(f"on_bad must be 'refuse' or 'drop', got {on_bad!r}")
+        self.report, self.on_bad = report, on_bad
+        self._refused: dict[Cause, int] = {}
+        self._first: list[str] = []
+
+    def reject(self, where: str, problem: BadRow) -> None:
+        """Counts one candidate at `where` as dropped and, unless it is merely filtered, remembers it for the refusal."""
+        self.report.add(where, problem)
+        if self.on_bad == "refuse" and problem.cause not in FILTERED:
+            self._refused[problem.cause] = self._refused.get(problem.cause, 0) + 1
+            if len(self._first) < 10:
+                self._first.append(f"{where}: {problem}")
+
+    def finish(self, kept: int) -> None:
+        """Closes the books. Raises `DataError` listing the first ten bad rows and counts by cause if `on_bad` is "refuse"."""
+        self.report.kept = kept
+        self.report.check()
+        if not self._refused:
+            return
+        total = sum(self._refused.values())
+        counts = ", ".join(f"{cause} {count}" for cause, count in sorted(self._refused.items()))
+        listed = "\n".join(f"  {line}" for line in self._first)
+        more = f"\n  ... and {total - len(self._first)} more" if total > len(self._first) else ""
+        raise DataError(
+            f"{total} of {self.report.read} rows cannot be used ({counts}):\n{listed}{more}\n"
+            "Fix these rows, or drop and count such rows with --data.on-bad drop.",
+            causes=self._refused,
+        )
+
+
+class PreferenceSet(Sequence[Preference]):
+    """Preferences in the order of their files, and the `report` of how they came to be. Their uids are unique."""
+
+    def __init__(self, preferences: Iterable[Preference], report: DataReport) -> None:
+        self._preferences = tuple(preferences)
+        self.report = report
+        if len({preference.uid for preference in self._preferences}) != len(self._preferences):
+            raise ValueError("two preferences have the same uid")
+
+    def __len__(self) -> int:
+        return len(self._preferences)
+
+    @overload
+    def __getitem__(self, index: int) -> Preference: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Preference]: ...
+    def __getitem__(self, index: int | slice) -> Preference | Sequence[Preference]:
+        return self._preferences[index]
+
+    def take(self, limit: int | None) -> PreferenceSet:
+        """The first `limit` preferences (`None`: all), with the rest counted as dropped, so that the books stay closed."""
+        report = self.report.copy()
+        if limit is None or limit >= len(self):
+            return PreferenceSet(self, report)
+        for preference in self._preferences[limit:]:
+            report.add(preference.uid, BadRow(Cause.OVER_LIMIT, f"beyond the first {limit}"))
+        report.kept = limit
+        report.check()
+        return PreferenceSet(self._preferences[:limit], report)
+
+
+def check_pair(prompt: str, chosen: str, rejected: str) -> None:
+    """Raises `BadRow` if the three texts do not make a preference: blank prompt, blank completion, or no difference."""
+    if not prompt.strip():
+        raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt")
+    for field, completion in (("chosen", chosen), ("rejected", rejected)):
+        if not completion.strip():
+            raise BadRow(Cause.EMPTY, "the completion is empty or blank", field=field)
+    if chosen == rejected:
+        raise BadRow(Cause.IDENTICAL, "chosen and rejected are the same text")
+
+
+def split_hh(chosen: str, rejected: str) -> str:
+    """The prompt of a pair of Anthropic HH transcripts, up to and including its last "\\n\\nAssistant:".
+
+    As `extract_anthropic_prompt` of the original implementation, which takes the chosen side's prompt for both. Where the two
+    sides have different prompts that cuts the rejected answer at a meaningless place, so such a pair raises `BadRow` here.
+    """
+    prompts = []
+    for field, transcript in (("chosen", chosen), ("rejected", rejected)):
+        start = transcript.rfind(HH_ASSISTANT)
+        if start < 0:
+            raise BadRow(Cause.NO_PROMPT, f"the transcript has no {HH_ASSISTANT!r}", field=field)
+        prompts.append(transcript[: start + len(HH_ASSISTANT)])
+    if prompts[0] != prompts[1]:
+        detail = f"the last {HH_ASSISTANT!r} ends at character {len(prompts[0])} of chosen, {len(prompts[1])} of rejected"
+        raise BadRow(Cause.DIFFERENT_PROMPTS, detail)
+    return prompts[0]
