@@ -1,0 +1,65 @@
+"""The optimizer of the paper, and the schedule of the original implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[Any], Any]
+"""`schedule(step) -> learning rate`, `step` counted from 0: an int, or int32[] inside a compiled step."""
+
+
+def linear_warmup(peak: float, *, warmup_steps: int) -> Schedule:
+    """Learning rate `peak * min(1, (step + 1) / (warmup_steps + 1))`: never zero, and at `peak` from step `warmup_steps` on.
+
+    Source: `LambdaLR` in trainers.py of github.com/eric-mitchell/direct-preference-optimization.
+    """
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+
+    def schedule(step):
+        return peak * jnp.minimum(1.0, (step + 1) / (warmup_steps + 1))
+
+    return schedule
+
+
+def make_optimizer(
+    learning_rate: float | Schedule,
+    *,
+    name: str = "rmsprop",
+    max_grad_norm: float | None = 10.0,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+) -> optax.GradientTransformation:
+    """Clip by global norm (`None`: do not), then `rmsprop`, which is the paper's, or `adamw`, which `b1` and `b2` belong to.
+
+    RMSprop is torch's: decay 0.99, epsilon outside of the square root, where optax has it inside by default. Weight decay is
+    what torch does under each name, for all parameters alike: an L2 term in the gradient (rmsprop), or decoupled (adamw).
+
+    Raises ValueError for an unknown name or a negative setting.
+    """
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be positive, or None for no clipping, got {max_grad_norm}")
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+    clip = [] if max_grad_norm is None else [optax.clip_by_global_norm(max_grad_norm)]
+    if name == "rmsprop":
+        decay = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
+        return optax.chain(*clip, *decay, optax.rmsprop(learning_rate, decay=0.99, eps=1e-8, eps_in_sqrt=False))
+    if name == "adamw":
+        return _promoting(optax.chain(*clip, optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay)))
+    raise ValueError(f"unknown optimizer {name!r}: choose rmsprop or adamw")
+
+
+def _promoting(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    # optax computes Adam's bias correction as float ** int32, an error under jax_numpy_dtype_promotion=strict.
+    def update(updates, state, params=None):
+        with jax.numpy_dtype_promotion("standard"):
+            return tx.update(updates, state, params)
+
+    return optax.GradientTransformation(tx.init, update)

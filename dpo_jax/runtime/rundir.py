@@ -1,0 +1,133 @@
+"""The folder of a run: its lock, the names of what lies in it, and the record of where it ran."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = (
+    "dpo_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+)
+
+
+class RunLocked(RuntimeError):
+    """Another live process writes to this run directory."""
+
+
+class RunDir:
+    """Creates `path` and holds its lock until `close`, the end of the `with` block, or the end of the process, however it dies.
+
+    Raises RunLocked, naming the other process, while another one holds the lock.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _acquire(self.path / "run.lock")
+
+    config = property(lambda self: self.path / "config.yaml")
+    env = property(lambda self: self.path / "env.json")
+    data_report = property(lambda self: self.path / "data_report.json")
+    metrics = property(lambda self: self.path / "metrics.jsonl")
+    plots = property(lambda self: self.path / "plots")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    export = property(lambda self: self.path / "export")
+    card = property(lambda self: self.path / "README.md")
+
+    def write_env(self) -> None:
+        write_json(self.env, environment())
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _acquire(path: Path) -> int:
+    # The lock is the kernel's (flock), not the file: it goes with its process, so a kill leaves nothing stale behind.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 1000).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise RunLocked(
+            f"another run ({holder or 'not known'}) uses {path.parent}: wait for it, or choose another directory"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    os.write(descriptor, f"pid {os.getpid()}, host {socket.gethostname()}, since {started}\n".encode())
+    return descriptor
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers of a run depend on besides its configuration: versions, devices, platform, command line, XLA flags."""
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpus": os.cpu_count(),
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in devices],
+        "processes": jax.process_count(),
+        "flags": {name: value for name, value in os.environ.items() if name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
+        "argv": sys.argv,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Writes all of the file or nothing: a reader never sees half of it, also after a crash of the machine."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    # A rename is only on disk once its folder is.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
