@@ -1,0 +1,61 @@
+"""Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290): the training step. Start reading here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpo_jax.logps import completion_logps
+from dpo_jax.step import apply_gradients, mean_grads
+from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
+
+PreferenceLoss = Callable[[Array, Array], tuple[jax.Array, jax.Array]]
+"""(logps[P, 2], ref_logps[P, 2]) -> (losses[P], rewards[P, 2]): a function of `dpo_jax.losses` with its options bound."""
+
+
+def dpo_step(
+    state: TrainState,
+    rows: Rows,
+    *,
+    model: Model,
+    tx: optax.GradientTransformation,
+    loss: PreferenceLoss,
+    microbatches: int = 1,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step of DPO (eq. 7), for instance with `loss=partial(dpo_loss, beta=0.1)`. Pure: jit, pmap or shard_map it.
+
+    The reference model is not here: its log-probabilities come with the batch, `rows.ref_logps[P, 2]`. Metrics are float32
+    scalars, means over the pairs of the global batch as the policy was *before* the update.
+    """
+
+    def objective(trainable: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
+        logps = completion_logps(model, {**state.frozen, **trainable}, rows)
+        losses, rewards = loss(logps, rows.ref_logps)
+        return losses, preference_metrics(logps, rows.ref_logps, rewards=rewards)
+
+    grads, metrics = mean_grads(objective, state.params, rows, microbatches=microbatches, axis_name=axis_name)
+    return apply_gradients(state, grads, metrics, tx=tx)
+
+
+def preference_metrics(logps: Array, ref_logps: Array, *, rewards: Array) -> Metrics:
+    """What to watch, per pair: {name: float[P]}, under the names TRL made common.
+
+    `displacement/*` is log pi - log pi_ref in nats: DPO trains the difference of the two, and both may fall. `kl` is
+    their mean with the sign turned, an estimate of KL(pi_ref || pi) per completion where the completions came from the reference.
+    """
+    log_ratios = logps - ref_logps
+    return {
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": rewards[:, 1],
+        "rewards/margins": rewards[:, 0] - rewards[:, 1],
+        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).astype(jnp.float32),
+        "logps/chosen": logps[:, 0],
+        "logps/rejected": logps[:, 1],
+        "displacement/chosen": log_ratios[:, 0],
+        "displacement/rejected": log_ratios[:, 1],
+        "kl": -log_ratios.mean(axis=1),
+    }

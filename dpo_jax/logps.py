@@ -1,0 +1,53 @@
+"""Log-probabilities of completions: only scored positions reach the head, and never all of them at once."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.types import Array, Model, Rows, Variables
+
+CHUNK = 1024  # scored tokens per pass through the head; bounds the logits in memory to CHUNK x V
+
+
+def completion_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int = CHUNK) -> jax.Array:
+    """log pi(y|x) of each completion of each pair: float32[P, 2], in nats, summed over the completion's tokens, chosen first."""
+    return sequence_logps(model, variables, rows, chunk=chunk).reshape(-1, 2)
+
+
+def sequence_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int = CHUNK) -> jax.Array:
+    """Summed log-probability of every completion slot: float32[R * slots], in nats. A slot without tokens has 0."""
+    hidden = model.forward(variables, rows)
+    hidden = jnp.take_along_axis(hidden, rows.source[:, :, None], axis=1)  # [R, S, D]
+    logps = token_logps(model, variables, hidden, rows.target, chunk=chunk)
+    in_slot = rows.slot[:, :, None] == jnp.arange(rows.slots)[None, None, :]
+    return jnp.where(in_slot, logps[:, :, None], 0.0).sum(axis=1).reshape(-1)
+
+
+def token_logps(model: Model, variables: Variables, hidden: Array, target: Array, *, chunk: int = CHUNK) -> jax.Array:
+    """log-probability of `target[R, S]` given `hidden[R, S, D]`: float32[R, S].
+
+    The head runs over at most `chunk` positions at a time. With several chunks the backward pass computes the logits again
+    instead of keeping them: no buffer of all positions times the vocabulary exists in either direction.
+    """
+
+    def score(hidden: jax.Array, target: jax.Array) -> jax.Array:
+        # float32 (or wider) whatever the model computes in: a reward is a small difference of large sums.
+        logits = model.unembed(variables, hidden)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        picked = jnp.take_along_axis(logits, target[:, :, None], axis=-1)[:, :, 0]
+        return picked - jax.nn.logsumexp(logits, axis=-1)
+
+    rows, scored = target.shape
+    width = min(scored, max(1, chunk // rows))
+    count = -(-scored // width)
+    if count == 1:
+        return score(jnp.asarray(hidden), jnp.asarray(target))
+
+    def split(x: Array) -> jax.Array:
+        """[R, S, ...] to [count, R, width, ...]."""
+        x = jnp.pad(x, [(0, 0), (0, count * width - scored)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, count, width, *x.shape[2:]), 1, 0)
+
+    logps = jax.lax.map(lambda part: jax.checkpoint(score)(*part), (split(hidden), split(target)))
+    return jnp.moveaxis(logps, 0, 1).reshape(rows, count * width)[:, :scored]

@@ -1,0 +1,41 @@
+"""Supervised fine-tuning: the step that makes the reference (and Preferred-FT, when it trains on chosen completions)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpo_jax.logps import sequence_logps
+from dpo_jax.step import apply_gradients, mean_grads
+from dpo_jax.types import Metrics, Model, Rows, TrainState, Variables
+
+
+def sft_step(
+    state: TrainState,
+    rows: Rows,
+    *,
+    model: Model,
+    tx: optax.GradientTransformation,
+    microbatches: int = 1,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One step of maximum likelihood on completions. Pure, like `dpo_step`; one completion slot is one example.
+
+    The loss is the original's: the negative log-probability *summed* over a completion, averaged over completions.
+    `nll_per_token` is the same per scored token, in nats.
+    """
+
+    def objective(trainable: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
+        logps = sequence_logps(model, {**state.frozen, **trainable}, rows)
+        return -logps, {"logps/chosen": logps, "tokens": scored_tokens(rows)}
+
+    grads, metrics = mean_grads(objective, state.params, rows, microbatches=microbatches, axis_name=axis_name)
+    metrics["nll_per_token"] = metrics["loss"] / metrics["tokens"]
+    return apply_gradients(state, grads, metrics, tx=tx)
+
+
+def scored_tokens(rows: Rows) -> jax.Array:
+    """How many tokens each completion slot scores: float32[R * slots]."""
+    in_slot = rows.slot[:, :, None] == jnp.arange(rows.slots)[None, None, :]
+    return in_slot.sum(axis=1).astype(jnp.float32).reshape(-1)

@@ -1,0 +1,76 @@
+"""One optimizer step, and the only place where devices, microbatches and padding meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpo_jax.types import Array, Metrics, Rows, TrainState, Variables
+
+Objective = Callable[[Variables, Rows], tuple[jax.Array, Metrics]]
+"""(trainable variables, rows) -> losses float32[E], and metrics of the same shape."""
+
+
+def init_state(variables: Variables, tx: optax.GradientTransformation, *, frozen: Variables | None = None) -> TrainState:
+    """The state before the first step: `variables` are trained, `frozen` are only read."""
+    return TrainState(step=jnp.zeros((), jnp.int32), params=variables, opt_state=tx.init(variables), frozen=frozen or {})
+
+
+def mean_grads(
+    objective: Objective, params: Variables, rows: Rows, *, microbatches: int = 1, axis_name: str | None = None
+) -> tuple[Variables, Metrics]:
+    """Gradient, loss and metrics of the weighted mean of `objective` over the *global* batch.
+
+    Every term is divided by the global weight first and summed afterwards, over microbatches (one after the other, in float32)
+    and over the devices of `axis_name`. So the result does not depend on how the batch is split, and a filler of weight 0 counts
+    for nothing wherever it lies. With `axis_name=None` the batch is global already (`jit`, also over a sharded mesh).
+    """
+    total = _psum(rows.weight.sum(), axis_name)
+
+    def weighted(params: Variables, part: Rows) -> tuple[jax.Array, Metrics]:
+        losses, metrics = objective(params, part)
+        return jax.tree.map(lambda x: jnp.sum(x * (part.weight / total)), (losses, {"loss": losses, **metrics}))
+
+    def grads_and_metrics(part: Rows) -> tuple[Variables, Metrics]:
+        grads, metrics = jax.grad(weighted, has_aux=True)(params, part)
+        return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads), metrics
+
+    if microbatches == 1:
+        sums = grads_and_metrics(rows)
+    else:
+        parts = _split(rows, microbatches)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grads_and_metrics, _first(parts)))
+        sums, _ = jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, grads_and_metrics(part)), None), zeros, parts)
+    return _psum(sums, axis_name)
+
+
+def apply_gradients(
+    state: TrainState, grads: Variables, metrics: Metrics, *, tx: optax.GradientTransformation
+) -> tuple[TrainState, Metrics]:
+    """The next state, and the metrics with `grad_norm`: the global L2 norm before clipping (clipping is part of `tx`)."""
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    return state, {**metrics, "grad_norm": optax.tree.norm(grads)}
+
+
+def _psum(tree: Any, axis_name: str | None) -> Any:
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def _split(rows: Rows, microbatches: int) -> Rows:
+    """Every leaf [n, ...] to [microbatches, n / microbatches, ...]; rows and their examples stay together."""
+
+    def split(x: Array) -> Array:
+        if x.shape[0] % microbatches:
+            raise ValueError(f"a batch of {x.shape[0]} rows does not divide into {microbatches} microbatches of equal size")
+        return x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
+
+    return jax.tree.map(split, rows)
+
+
+def _first(parts: Rows) -> Rows:
+    return jax.tree.map(lambda x: x[0], parts)

@@ -1,0 +1,63 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+from dpo_jax.data.encode import EosInText, encode
+
+CASES = json.loads((GOLDEN / "tokenization.json").read_text())
+LIMITS = {"max_length": 64, "max_prompt_length": 32}
+
+
+def test_all_golden_cases_are_identical_to_the_original(tokenizer):
+    assert len(CASES) == 300
+    for case in CASES:
+        encoded = encode(
+            case,
+            tokenizer,
+            max_length=case["max_length"],
+            max_prompt_length=case["max_prompt_length"],
+            truncation=case["truncation_mode"],
+        )
+        assert encoded.prompt.tolist() == case["prompt_input_ids"]
+        for side in ("chosen", "rejected"):
+            completion = getattr(encoded, side).tolist()
+            assert case["prompt_input_ids"] + completion == case[f"{side}_input_ids"]
+            assert [-100] * len(encoded.prompt) + completion == case[f"{side}_labels"]
+            assert getattr(encoded, f"{side}_cut") == (completion[-1] != tokenizer.eos_token_id)
+
+
+def test_records_and_mappings_are_the_same(tokenizer):
+    from dpo_jax.data.pairs import Preference
+
+    record = Preference(prompt="Human: hi\n\nAssistant:", chosen=" Hello.", rejected=" No.", uid="a:1")
+    ours = encode(record, tokenizer, **LIMITS)
+    mapping = encode({"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected}, tokenizer, **LIMITS)
+    assert ours.uid == "a:1"
+    np.testing.assert_array_equal(ours.chosen, mapping.chosen)
+    assert not (ours.prompt_cut or ours.chosen_cut or ours.rejected_cut)
+
+
+@pytest.mark.parametrize("side", ["prompt", "chosen", "rejected"])
+def test_eos_inside_a_text_is_refused(tokenizer, side):
+    texts = {"prompt": "a", "chosen": "b", "rejected": "c", side: "x<|endoftext|>y"}
+    with pytest.raises(EosInText, match=side):
+        encode(texts, tokenizer, **LIMITS)
+
+
+def test_a_chat_template_may_end_turns_with_eos_but_never_twice(tokenizer):
+    chat = {"prompt": "user: hi<|endoftext|>\nassistant: ", "chosen": "Hello.<|endoftext|>\n", "rejected": "No.", "chat": True}
+    encoded = encode(chat, tokenizer, **LIMITS)
+    plain = encode({"prompt": "a", "chosen": "Hello.", "rejected": "No."}, tokenizer, **LIMITS)
+    assert 0 in encoded.prompt
+    np.testing.assert_array_equal(encoded.chosen, plain.chosen)
+    np.testing.assert_array_equal(encoded.rejected, plain.rejected)
+    with pytest.raises(EosInText, match="chosen"):
+        encode({**chat, "chosen": "Hello.<|endoftext|> user: more"}, tokenizer, **LIMITS)
+
+
+@pytest.mark.parametrize("options", [{"max_prompt_length": 64}, {"max_prompt_length": 0}, {"truncation": "middle"}])
+def test_impossible_limits_are_refused(tokenizer, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        encode({"prompt": "a", "chosen": "b", "rejected": "c"}, tokenizer, **{**LIMITS, **options})

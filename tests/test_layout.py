@@ -1,0 +1,115 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.layout import Layout, causal_rows, completion_rows, first_fit_decreasing, packed_rows, plain_rows, shared_rows
+
+RNG = np.random.default_rng(0)
+
+
+def random_pair(number):
+    lengths = RNG.integers(1, 12, size=3)
+    prompt, chosen, rejected = (RNG.integers(1, 1000, size=n).astype(np.int32) for n in lengths)
+    return Encoded(prompt, chosen, rejected, uid=f"pair:{number}")
+
+
+PAIRS = [random_pair(number) for number in range(11)]
+REF = RNG.normal(size=(len(PAIRS), 2)).astype(np.float32)
+
+
+def read_out(rows):
+    """{(example, side): [(tokens the prediction sees, in order of position; target), ...]} by brute force over keys."""
+    found = {}
+    for r in range(rows.tokens.shape[0]):
+        for s in range(rows.source.shape[1]):
+            if rows.slot[r, s] == rows.slots:
+                continue
+            x = rows.source[r, s]
+            keys = np.arange(rows.k_start[r, x], rows.k_end[r, x])
+            assert x in keys
+            order = keys[np.argsort(rows.positions[r, keys])]
+            np.testing.assert_array_equal(rows.positions[r, order], np.arange(len(keys)))
+            found.setdefault(r * rows.slots + rows.slot[r, s], []).append((rows.tokens[r, order].tolist(), rows.target[r, s]))
+    return found
+
+
+def expected(prompt, completion):
+    text = prompt.tolist() + completion.tolist()
+    return [(text[:n], text[n]) for n in range(len(prompt), len(text))]
+
+
+LAYOUTS = {
+    "plain": plain_rows(PAIRS, length=32, ref_logps=REF),
+    "shared": shared_rows(PAIRS, length=40, ref_logps=REF),
+    "packed": packed_rows(PAIRS, length=64, pairs_per_row=3, ref_logps=REF),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_prediction_sees_its_prompt_and_its_own_past_and_nothing_else(name):
+    rows = LAYOUTS[name]
+    found = read_out(rows)
+    assert sorted(i for i in rows.index if i >= 0) == list(range(len(PAIRS)))
+    for place, number in enumerate(rows.index):
+        for side, completion in enumerate(("chosen", "rejected")):
+            got = found.pop(2 * place + side, [])
+            assert got == (expected(PAIRS[number].prompt, getattr(PAIRS[number], completion)) if number >= 0 else [])
+    assert not found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_reference_and_weight_follow_the_pairs(name):
+    rows = LAYOUTS[name]
+    np.testing.assert_array_equal(rows.weight, rows.index >= 0)
+    np.testing.assert_array_equal(rows.ref_logps[rows.index >= 0], REF[rows.index[rows.index >= 0]])
+    np.testing.assert_array_equal(rows.ref_logps[rows.index < 0], 0)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_padding_sees_only_itself(name):
+    rows = LAYOUTS[name]
+    x = np.arange(rows.tokens.shape[1])
+    alone = (rows.k_start == x) & (rows.k_end == x + 1)
+    used = sum(len(p.prompt) * (2 if name == "plain" else 1) + len(p.chosen) + len(p.rejected) for p in PAIRS)
+    assert rows.tokens.size - alone.sum() <= used  # the first token of a text also sees only itself
+    assert (rows.tokens[alone & (rows.positions == 0)] == 0).any()
+
+
+def test_packing_uses_fewer_rows_and_keeps_pairs_whole():
+    assert LAYOUTS["packed"].tokens.shape[0] < LAYOUTS["shared"].tokens.shape[0] < LAYOUTS["plain"].tokens.shape[0]
+    sizes = RNG.integers(1, 30, size=(200, 1))
+    bins = first_fit_decreasing(sizes, capacity=(64,))
+    assert sorted(sum(bins, [])) == list(range(200))
+    assert max(sizes[b].sum() for b in bins) <= 64
+    assert sizes.sum() / (64 * len(bins)) > 0.9
+
+
+def test_completions_without_prompt_score_all_but_their_first_token():
+    text = np.arange(5, 12, dtype=np.int32)
+    rows = completion_rows([(text[:0], text), (text[:3], text[3:])], length=16, per_row=2)
+    found = read_out(rows)
+    assert rows.tokens.shape[0] == 1
+    got = {tuple(t for _, t in scored) for scored in found.values()}
+    assert got == {tuple(text[1:]), tuple(text[3:])}
+
+
+def test_causal_rows_score_everything_but_the_first_token():
+    tokens = RNG.integers(0, 50, size=(2, 6))
+    found = read_out(causal_rows(tokens))
+    for r in range(2):
+        assert found[r] == expected(tokens[r, :1], tokens[r, 1:])
+
+
+def test_empty_rows_fill_up_the_batch():
+    rows = dataclasses.replace(Layout("shared", length=40, scored=24), rows_multiple=4).rows(PAIRS)
+    assert rows.tokens.shape[0] == 12
+    assert rows.index[-1] == -1
+
+
+def test_nothing_is_cut_to_fit():
+    with pytest.raises(ValueError, match="pair:0.*needs a row of .* rows hold 4"):
+        shared_rows(PAIRS[:1], length=4)
+    with pytest.raises(ValueError, match="without a prompt"):
+        shared_rows([dataclasses.replace(PAIRS[0], prompt=np.zeros(0, np.int32))], length=40)
