@@ -1,0 +1,436 @@
+"""Every option of every command, once: its default, its unit and one line of help, which `--help` prints.
+
+One YAML file has these sections and may serve all commands; what it leaves out keeps the default written here. Relative paths
+count from the folder in which the command is started. "none" is `null` in YAML and `None` in a flag. Nothing here imports JAX,
+so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import math
+import sys
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+from dpo_jax.cli import config_file
+from dpo_jax.cli.config_file import ConfigError as ConfigError
+from dpo_jax.cli.config_file import types_of
+
+Optimizer = Literal["rmsprop", "adamw"]
+Family = Literal["gpt2", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
+Problem = tuple[str, str]  # field, what is wrong with it and what to do
+
+
+def _positive(section: object, *fields: str) -> Iterator[Problem]:
+    for field in fields:
+        value = getattr(section, field)
+        if value is not None and value <= 0:
+            yield field, f"must be greater than 0, got {value}"
+
+
+def _not_negative(section: object, *fields: str) -> Iterator[Problem]:
+    for field in fields:
+        value = getattr(section, field)
+        if value is not None and value < 0:
+            yield field, f"must not be negative, got {value}"
+
+
+def _divides(section: SftConfig | DpoConfig) -> Iterator[Problem]:
+    if section.batch > 0 and section.microbatches > 0 and section.batch % section.microbatches:
+        yield "microbatches", f"must divide batch: {section.batch} pairs do not split into {section.microbatches} equal parts"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives, on what it runs, and what it writes."""
+
+    dir: str = "runs/default"
+    """Run directory: resolved config, metrics, plots, checkpoints, export. A second run in it resumes."""
+    seed: int = 0
+    """Seed of everything random: new weights, order of the examples, samples."""
+    devices: Literal["single", "pmap"] = "single"
+    """One device, or every local device with the batch split among them."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations. Parameters, optimizer state, log-softmax and sums are float32 either way."""
+    log_every: int = 1
+    """Write metrics every this many optimizer steps."""
+    save_every_steps: int = 200
+    """Save a checkpoint every this many optimizer steps, and at the end; 0: only at the end."""
+    max_to_keep: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    eval_every_examples: int = 0
+    """Evaluate on the test split after this many training examples, and at the end; 0: only at the end."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (needs the `writers` extra)."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project (needs the `writers` extra)."""
+    resume: bool = True
+    """Continue from the newest good checkpoint of the run directory; otherwise refuse a directory that has one."""
+
+    def check(self) -> Iterator[Problem]:
+        if not self.dir.strip():
+            yield "dir", "must name a folder, for example runs/hh"
+        if not 0 <= self.seed < 2**32:
+            yield "seed", f"must be between 0 and 4294967295, got {self.seed}"
+        yield from _positive(self, "log_every", "max_to_keep")
+        yield from _not_negative(self, "save_every_steps", "eval_every_examples")
+        if self.wandb is not None and not self.wandb.strip():
+            yield "wandb", "must name a project, or be null to leave wandb out"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which preference pairs, and how they become rows of tokens."""
+
+    source: Literal["reviews", "files", "tfds"] = "files"
+    """Generated film reviews, files of preferences, or a TFDS folder written by dpo_jax."""
+    path: str | None = None
+    """File or folder with the preferences, for source files and tfds."""
+    format: Literal["auto", "hh", "trl", "shp", "stack_exchange", "tldr"] = "auto"
+    """Layout of the files. auto tells it from folder and column names, and the audit report says what was found."""
+    train_split: str = "train"
+    """Name of the split to train on."""
+    test_split: str = "test"
+    """Name of the held-out split."""
+    max_train: int | None = None
+    """Use only the first this many training pairs; none: all."""
+    max_test: int | None = None
+    """Use only the first this many held-out pairs; none: all."""
+    reviews_train: int = 8_000
+    """Training pairs to generate (source reviews)."""
+    reviews_test: int = 500
+    """Held-out pairs to generate (source reviews)."""
+    on_bad: Literal["refuse", "drop"] = "refuse"
+    """A bad row stops the command with its file, line and cause, or is dropped and counted by cause."""
+    max_dropped_share: float = 0.05
+    """With on_bad drop, stop all the same if more than this share of a split is dropped (0 to 1)."""
+    max_length: int = 512
+    """Longest prompt plus completion, in tokens; what is longer is cut and counted."""
+    max_prompt_length: int = 256
+    """Length, in tokens, to which the prompt is cut when prompt plus completion exceed max_length."""
+    truncation: Literal["keep_end", "keep_start"] = "keep_end"
+    """Which end of an over-long prompt is kept."""
+    layout: Literal["packed", "shared", "plain"] = "packed"
+    """Several pairs a row, one pair a row with its prompt read once, or one completion a row. Same numbers, less padding."""
+    row_length: int | None = None
+    """Length of a row, in tokens; none: the shortest that fits the data in this layout."""
+
+    def check(self) -> Iterator[Problem]:
+        yield from _positive(self, "max_train", "max_test", "reviews_train", "reviews_test", "max_length", "max_prompt_length")
+        if self.max_prompt_length >= self.max_length:
+            yield "max_prompt_length", f"must be less than max_length ({self.max_length}), got {self.max_prompt_length}"
+        if not 0 <= self.max_dropped_share <= 1:
+            yield "max_dropped_share", f"must be a share between 0 and 1, got {self.max_dropped_share}"
+        if self.row_length is not None and self.row_length < self.max_length:
+            yield "row_length", f"must be at least max_length ({self.max_length}), got {self.row_length}"
+        for field in ("train_split", "test_split"):
+            if not getattr(self, field).strip():
+                yield field, "must name a split"
+        if self.source == "reviews" and self.path is not None:
+            yield "path", "reviews are generated: leave path out, or set source to files or tfds"
+
+    def missing(self) -> Iterator[Problem]:
+        if self.source != "reviews" and self.path is None:
+            yield "path", f"source {self.source} needs a file or folder: pass --data.path"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer. Without a path: that of model.path; for a new model one is trained on the train split."""
+
+    path: str | None = None
+    """Hugging Face folder or Hub id to load it from."""
+    vocab_size: int = 8_000
+    """Entries of a trained byte-level BPE vocabulary."""
+
+    def check(self) -> Iterator[Problem]:
+        if self.vocab_size < 257:
+            yield "vocab_size", f"must be at least 257 (256 bytes and the end token), got {self.vocab_size}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The language model. Without a path the sizes describe a new one; with a path they are what is expected of it."""
+
+    path: str | None = None
+    """Hugging Face folder with .safetensors, or Hub id such as EleutherAI/pythia-2.8b; none: new random weights."""
+    family: Family | None = None
+    """Architecture, as Hugging Face names it."""
+    width: int | None = None
+    """Width of the residual stream."""
+    layers: int | None = None
+    """Transformer layers."""
+    heads: int | None = None
+    """Attention heads."""
+    kv_heads: int | None = None
+    """Key/value heads (grouped-query attention); none: the family's default."""
+    head_size: int | None = None
+    """Width of one head; none: width / heads."""
+    mlp_width: int | None = None
+    """Hidden width of the feed-forward layers; none: the family's default."""
+    max_positions: int | None = None
+    """Longest text the model can read, in tokens."""
+    tie: bool | None = None
+    """Use the input embeddings as output head; none: the family's default."""
+    vocab_size: int | None = None
+    """Rows of the embedding table; none: as many as the tokenizer has entries."""
+    remat: Literal["none", "full"] = "none"
+    """full recomputes each layer in the backward pass: much less memory, about a third more time."""
+
+    def check(self) -> Iterator[Problem]:
+        sizes = ("width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "max_positions", "vocab_size")
+        yield from _positive(self, *sizes)
+        if self.width and self.heads and not self.head_size and self.width % self.heads:
+            yield "heads", f"must divide width ({self.width}) unless head_size is given, got {self.heads}"
+        if self.heads and self.kv_heads and self.heads % self.kv_heads:
+            yield "kv_heads", f"must divide heads ({self.heads}), got {self.kv_heads}"
+
+    def missing(self) -> Iterator[Problem]:
+        for field in ("family", "width", "layers", "heads", "max_positions"):
+            if self.path is None and getattr(self, field) is None:
+                yield field, f"a new model needs it: set model.{field}, or model.path to start from an existing model"
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning: the policy, and the reference of DPO."""
+
+    batch: int = 64
+    """Texts an optimizer step."""
+    epochs: int = 1
+    """Passes over the train split."""
+    lr: float = 1e-6
+    """Learning rate after warm-up."""
+    optimizer: Optimizer = "rmsprop"
+    """RMSprop as in the original (decay 0.99, eps 1e-8), or AdamW."""
+    warmup_steps: int = 150
+    """Optimizer steps of linear warm-up from 0."""
+    max_grad_norm: float = 10.0
+    """Gradients are scaled down to this global L2 norm."""
+    microbatches: int = 1
+    """Parts into which a batch is split to save memory; the result is the same."""
+    scored: Literal["completion", "all"] = "completion"
+    """Tokens the loss counts: those of the completion, or all (plain language modelling)."""
+
+    def check(self) -> Iterator[Problem]:
+        yield from _positive(self, "batch", "epochs", "lr", "max_grad_norm", "microbatches")
+        yield from _not_negative(self, "warmup_steps")
+        yield from _divides(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class RefsConfig:
+    """The reference pass: log-probabilities of the frozen starting policy, computed once and cached."""
+
+    batch: int = 64
+    """Pairs a forward pass."""
+    cache: str | None = None
+    """Folder of the cache; none: refs/ in the run directory."""
+
+    def check(self) -> Iterator[Problem]:
+        yield from _positive(self, "batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class DpoConfig:
+    """Direct Preference Optimization (Rafailov et al. 2023). Defaults are the paper's."""
+
+    policy: str | None = None
+    """Folder or Hub id of the starting policy, which is also the reference; none: sft/export in the run directory."""
+    loss: Literal["dpo", "ipo"] = "dpo"
+    """The paper's loss, or IPO (Azar et al. 2023)."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference; the paper uses 0.1, and 0.5 for TL;DR."""
+    label_smoothing: float = 0.0
+    """Assumed share of swapped labels (conservative DPO), 0 to below 0.5; loss dpo only."""
+    reference_free: bool = False
+    """Take a uniform reference instead of the starting policy; loss dpo only."""
+    batch: int = 64
+    """Pairs an optimizer step."""
+    epochs: int = 1
+    """Passes over the train split."""
+    lr: float = 1e-6
+    """Learning rate after warm-up."""
+    optimizer: Optimizer = "rmsprop"
+    """RMSprop as in the original (decay 0.99, eps 1e-8), or AdamW."""
+    warmup_steps: int = 150
+    """Optimizer steps of linear warm-up from 0."""
+    max_grad_norm: float = 10.0
+    """Gradients are scaled down to this global L2 norm."""
+    microbatches: int = 1
+    """Parts into which a batch is split to save memory; the result is the same."""
+
+    def check(self) -> Iterator[Problem]:
+        yield from _positive(self, "beta", "batch", "epochs", "lr", "max_grad_norm", "microbatches")
+        yield from _not_negative(self, "warmup_steps")
+        yield from _divides(self)
+        if not 0 <= self.label_smoothing < 0.5:
+            yield "label_smoothing", f"must be at least 0 and below 0.5, got {self.label_smoothing}"
+        if self.loss == "ipo" and self.label_smoothing:
+            yield "label_smoothing", "IPO has no label smoothing: leave it at 0, or use loss dpo"
+        if self.loss == "ipo" and self.reference_free:
+            yield "reference_free", "IPO compares with the reference: leave it false, or use loss dpo"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation: loss, preference accuracy with its interval, margin, displacement, and KL from samples."""
+
+    policy: str | None = None
+    """Folder or Hub id of the policy; none: dpo/export in the run directory."""
+    reference: str | None = None
+    """Folder or Hub id of the reference; none: the starting policy of dpo."""
+    batch: int = 64
+    """Pairs a forward pass."""
+    samples: int = 64
+    """Held-out prompts to sample from for the KL to the reference; 0: leave it out."""
+    max_new_tokens: int = 128
+    """Longest sample, in tokens."""
+
+    def check(self) -> Iterator[Problem]:
+        yield from _positive(self, "batch", "max_new_tokens")
+        yield from _not_negative(self, "samples")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Completions of held-out prompts, or of your own."""
+
+    policy: str | None = None
+    """Folder or Hub id of the policy; none: dpo/export in the run directory."""
+    prompts: int = 8
+    """Held-out prompts to complete."""
+    prompts_file: str | None = None
+    """Complete these prompts instead: a text file with one a line, or .jsonl with a "prompt" field."""
+    max_new_tokens: int = 128
+    """Longest completion, in tokens."""
+    temperature: float = 1.0
+    """0 takes the likeliest token each time."""
+    top_k: int = 0
+    """Sample among this many likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability; 1: all."""
+    out: str | None = None
+    """Write JSON Lines here instead of printing."""
+
+    def check(self) -> Iterator[Problem]:
+        yield from _positive(self, "prompts", "max_new_tokens")
+        yield from _not_negative(self, "temperature", "top_k")
+        if not 0 < self.top_p <= 1:
+            yield "top_p", f"must be above 0 and at most 1, got {self.top_p}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """A checkpoint as a Hugging Face folder (config.json, safetensors, tokenizer)."""
+
+    checkpoint: str | None = None
+    """Checkpoint folder; none: the newest good checkpoint of dpo in the run directory."""
+    out: str | None = None
+    """Folder to write; none: dpo/export in the run directory."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the written weights."""
+
+    def check(self) -> Iterator[Problem]:
+        yield from ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All sections. `None` paths have defaults inside the run directory: read them through the methods below."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    sft: SftConfig = SftConfig()
+    refs: RefsConfig = RefsConfig()
+    dpo: DpoConfig = DpoConfig()
+    eval: EvalConfig = EvalConfig()
+    sample: SampleConfig = SampleConfig()
+    export: ExportConfig = ExportConfig()
+
+    def dpo_policy(self) -> str:
+        """The starting policy of DPO, which is the reference too."""
+        return self.dpo.policy or f"{self.run.dir}/sft/export"
+
+    def refs_cache(self) -> str:
+        return self.refs.cache or f"{self.run.dir}/refs"
+
+    def eval_policy(self) -> str:
+        return self.eval.policy or f"{self.run.dir}/dpo/export"
+
+    def eval_reference(self) -> str:
+        return self.eval.reference or self.dpo_policy()
+
+    def sample_policy(self) -> str:
+        return self.sample.policy or f"{self.run.dir}/dpo/export"
+
+    def export_out(self) -> str:
+        return self.export.out or f"{self.run.dir}/dpo/export"
+
+
+def problems(config: Config) -> list[Problem]:
+    """Every value out of range, as (dotted field, what is wrong)."""
+    found = []
+    for section, name in ((getattr(config, field.name), field.name) for field in dataclasses.fields(config)):
+        numbers = [field for field in types_of(type(section)) if isinstance(getattr(section, field), float)]
+        bad = [(field, "must be a finite number") for field in numbers if not math.isfinite(getattr(section, field))]
+        found += [(f"{name}.{field}", message) for field, message in bad or section.check()]
+    positions, longest = config.model.max_positions, config.data.max_length
+    if positions and longest > positions:
+        found.append(("data.max_length", f"{longest} tokens do not fit model.max_positions ({positions}); lower it"))
+    return found
+
+
+def check(
+    config: Config, *, lines: Mapping[str, int] | None = None, path: str | Path = "", sections: tuple[str, ...] = ()
+) -> None:
+    """Raises `ConfigError` with every problem, and with every value that is needed to run a command with these `sections`.
+
+    `lines` (of `load_config_with_lines`) and `path` let a message point into the file.
+    """
+    found = problems(config)
+    for name in sections:
+        missing = getattr(getattr(config, name, None), "missing", None)
+        found += [(f"{name}.{field}", message) for field, message in (missing() if missing else ())]
+    if found:
+        places = {field: f"{path}:{line}: " for field, line in (lines or {}).items()}
+        raise ConfigError("\n".join(f"{places.get(field, '')}{field}: {message}" for field, message in found))
+
+
+def load_config_with_lines(path: str | Path) -> tuple[Config, dict[str, int]]:
+    """The config in a YAML file and the line of each dotted field that it sets. Raises `ConfigError`; ranges are checked."""
+    config, lines = config_file.read(path, Config)
+    check(config, lines=lines, path=path)
+    return config, lines
+
+
+def load_config(path: str | Path) -> Config:
+    """The config in a YAML file. Raises `ConfigError` with file, line, field and remedy."""
+    return load_config_with_lines(path)[0]
+
+
+def dump_config(config: Config) -> str:
+    """YAML text of every option; `load_config` of it gives an equal config."""
+    return config_file.text(config)
+
+
+@functools.cache
+def help_texts() -> dict[tuple[str, str], str]:
+    """(section class, field) -> the text written under the field in this file."""
+    texts = {}
+    for node in ast.parse(inspect.getsource(sys.modules[__name__])).body:
+        body = node.body if isinstance(node, ast.ClassDef) else []
+        for field, text in itertools.pairwise(body):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                    texts[typing.cast(ast.ClassDef, node).name, name] = inspect.cleandoc(words)
+    return texts

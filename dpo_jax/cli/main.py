@@ -1,0 +1,236 @@
+"""The `dpo-jax` program: `dpo-jax COMMAND CONFIG.yaml --dotted.flags`.
+
+Exit codes:
+
+    0    done
+    1    unexpected error (a bug: please report the traceback)
+    2    wrong command, flag or configuration
+    65   bad data, and data.on_bad is refuse
+    73   another run uses the run directory
+    74   a file cannot be read or written (missing, no permission, disk full)
+    76   loss or gradient is NaN or infinite
+    130  interrupted from the keyboard
+    143  asked to stop (SIGTERM): the state is saved, and the same command continues
+
+Expected errors are one message without a traceback; `DPO_JAX_TRACEBACK=1` shows it. Commands import JAX only when they run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import importlib
+import os
+import sys
+import textwrap
+from typing import Annotated, Any, NamedTuple
+
+from dpo_jax.cli import config as options
+from dpo_jax.cli.config import Config, ConfigError, load_config_with_lines
+from dpo_jax.cli.config_file import suggest, types_of
+
+
+class Command(NamedTuple):
+    help: str
+    reads: tuple[str, ...]  # sections, or single options "section.field"
+    target: str  # "module:function", called with the Config; returns an exit code
+
+
+_DATA = ("run", "data", "tokenizer", "model")
+COMMANDS = {
+    "audit": Command("check the data and report on it, before any training", _DATA, "dpo_jax.cli.audit:run"),
+    "sft": Command("fine-tune on the chosen completions: the starting policy", (*_DATA, "sft"), "dpo_jax.cli.sft:run"),
+    "refs": Command("cache the reference log-probabilities", (*_DATA, "dpo.policy", "refs"), "dpo_jax.cli.refs:run"),
+    "dpo": Command("train the policy on preferences", (*_DATA, "refs", "dpo", "eval"), "dpo_jax.cli.dpo:run"),
+    "eval": Command(
+        "measure a policy on held-out pairs",
+        (*_DATA, "dpo.policy", "dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.reference_free", "eval"),
+        "dpo_jax.cli.eval:run",
+    ),
+    "sample": Command("complete prompts with a policy", (*_DATA, "sample"), "dpo_jax.cli.sample:run"),
+    "export": Command("write a checkpoint as a Hugging Face folder", ("run", "model", "export"), "dpo_jax.cli.export:run"),
+}
+
+EXIT_CODES = (
+    ("dpo_jax.cli.config_file", "ConfigError", 2),
+    ("dpo_jax.data.pairs", "DataError", 65),
+    ("dpo_jax.runtime.rundir", "RunLocked", 73),
+    ("dpo_jax.runtime.fit", "NonFinite", 76),
+    ("dpo_jax.runtime.fit", "Preempted", 143),
+)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code. `args` defaults to the command line."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        return _run(args)
+    except SystemExit as stop:  # from tyro: --help (0) or a wrong flag (2)
+        return stop.code if isinstance(stop.code, int) else 2
+    except BrokenPipeError:  # `dpo-jax audit ... | head`: the reader has seen enough
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("dpo-jax: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        code = exit_code(error)
+        if code == 1 or os.environ.get("DPO_JAX_TRACEBACK", "0") not in ("", "0"):
+            raise
+        print(f"dpo-jax: {_message(error)}", file=sys.stderr)
+        return code
+
+
+def exit_code(error: BaseException) -> int:
+    """The documented exit code of an exception; 1 if it is not one that a command is expected to raise."""
+    for module, name, code in EXIT_CODES:
+        # A class whose module was never imported cannot have been raised; importing it now would load JAX for nothing.
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and isinstance(error, kind):
+            return code
+    return 74 if _os_error(error) else 1
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The file error behind an exception: a full disk reaches us wrapped by whoever was writing."""
+    if isinstance(error, OSError):
+        return error
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _message(error: Exception) -> str:
+    cause = _os_error(error)
+    if cause is None or exit_code(error) != 74:
+        return str(error)
+    full = "; free some space, then run the same command again: it continues" if cause.errno == errno.ENOSPC else ""
+    where = f"{cause.filename}: " if cause.filename else ""
+    return f"{where}{cause.strerror or cause}{full}"
+
+
+def _run(args: list[str]) -> int:
+    name, rest = (args[0], args[1:]) if args else ("--help", [])
+    if name in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if name == "--version":
+        print(_version())
+        return 0
+    if name not in COMMANDS:
+        raise ConfigError(f"{name}: unknown command{suggest(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
+    config = parse(name, rest)
+    module, function = COMMANDS[name].target.split(":")
+    return getattr(importlib.import_module(module), function)(config)
+
+
+def parse(name: str, args: list[str]) -> Config:
+    """The config of command `name`: the YAML file that `args` begins with, overridden by the flags after it, checked."""
+    command = COMMANDS[name]
+    if args and not args[0].startswith("-"):
+        path, flags = args[0], args[1:]
+        config, lines = load_config_with_lines(path)
+    elif {"-h", "--help"} & set(args):
+        path, flags, config, lines = "CONFIG.yaml", args, Config(), {}
+    else:
+        raise ConfigError(f"{name} needs a configuration first: dpo-jax {name} configs/quickstart.yaml (options: --help)")
+    changed = _override(name, command, config, path, flags)
+    kept = {field: line for field, line in lines.items() if _get(changed, field) == _get(config, field)}
+    sections = tuple(section for section in command.reads if "." not in section)
+    options.check(changed, lines=kept, path=path, sections=sections)
+    return changed
+
+
+def _get(config: Config, dotted: str) -> Any:
+    value: Any = config
+    for field in dotted.split("."):
+        value = getattr(value, field)
+    return value
+
+
+def _override(name: str, command: Command, config: Config, path: str, flags: list[str]) -> Config:
+    """Applies flags. tyro gets classes with only the options that the command reads, and today's values as defaults."""
+    import tyro
+
+    shown: dict[str, list[str]] = {}
+    for entry in command.reads:
+        section, _, field = entry.partition(".")
+        fields = [field] if field else list(types_of(type(getattr(config, section))))
+        shown.setdefault(section, []).extend(fields)
+    for flag in (flag for flag in flags if flag.startswith("--")):
+        section, _, field = flag[2:].partition("=")[0].replace("-", "_").partition(".")
+        if hasattr(config, section) and field not in shown.get(section, ()) and hasattr(getattr(config, section), field):
+            readers = [other for other, spec in COMMANDS.items() if {section, f"{section}.{field}"} & set(spec.reads)]
+            raise ConfigError(f"{flag}: {name} does not read this option ({', '.join(readers)} would)")
+    texts, views = options.help_texts(), []
+    for section, fields in shown.items():
+        current = getattr(config, section)
+        cls, hints = type(current), types_of(type(current))
+        view = dataclasses.make_dataclass(
+            cls.__name__,
+            [
+                (
+                    field,
+                    Annotated[hints[field], tyro.conf.arg(help=texts[cls.__name__, field])],
+                    dataclasses.field(default=getattr(current, field)),
+                )
+                for field in fields
+            ],
+            namespace={"__doc__": cls.__doc__},
+            frozen=True,
+        )
+        views.append((section, view, dataclasses.field(default=view())))
+    chosen = tyro.cli(
+        dataclasses.make_dataclass("Options", views, frozen=True),
+        prog=f"dpo-jax {name} {path}",
+        description=f"{command.help[0].upper()}{command.help[1:]}. Flags override the values of {path}.",
+        args=flags,
+    )
+    changes = {section: vars(getattr(chosen, section)) for section in shown}
+    return dataclasses.replace(
+        config, **{section: dataclasses.replace(getattr(config, section), **fields) for section, fields in changes.items()}
+    )
+
+
+def _overview() -> str:
+    commands = "\n".join(f"  {name:8} {command.help}" for name, command in COMMANDS.items())
+    assert __doc__ is not None
+    codes = __doc__[__doc__.index("    0 ") : __doc__.index("\n\nExpected")]
+    return f"""usage: dpo-jax COMMAND CONFIG.yaml [--section.option VALUE ...]
+
+Direct Preference Optimization in JAX and Flax.
+
+commands, in the order of a whole run:
+{commands}
+
+examples:
+  dpo-jax audit configs/hh_small.yaml --data.path DIR    is this data fit for training?
+  dpo-jax dpo configs/quickstart.yaml --dpo.beta 0.5     one option changed
+  dpo-jax dpo --help                                     every option of a command, with its default
+  dpo-jax dpo configs/quickstart.yaml --help             the same, with the values of a file
+
+exit codes:
+{textwrap.indent(textwrap.dedent(codes), "  ")}
+
+"None" in a flag is null in a file. Set DPO_JAX_TRACEBACK=1 to see where an error comes from."""
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    def of(package: str) -> str:
+        try:
+            return f"{package} {version(package)}"
+        except PackageNotFoundError:
+            return f"{package} (not installed)"
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"{of('dpo_jax')} ({of('jax')}, {of('flax')}, {of('orbax-checkpoint')}, Python {python})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
