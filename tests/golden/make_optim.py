@@ -10,7 +10,7 @@ import torch
 
 PEAK, WARMUP, MAX_NORM, STEPS = 0.05, 4, 10.0, 14
 
-start = {"a": [[1.0, -2.0, 0.5], [0.25, 3.0, -1.5]], "b": [0.1, -0.7]}
+start = {"a": [[1.0, -2.0, 0.5], [0.25, 3.0, -1.5]], "b": [0.35, -0.7]}
 curvature = {"a": [[1.0, 2.0, 0.1], [5.0, 0.5, 1.0]], "b": [3.0, 0.01]}
 scale = [0.1 if step % 3 == 0 else 4.0 for step in range(STEPS)]
 
