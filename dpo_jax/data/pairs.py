@@ -1,14 +1,13 @@
 """One preference pair as text, and the account of what became of every row that was read.
 
-Nothing is repaired or lost silently. Code that finds a row unusable raises `BadRow`; a `Triage` turns that into a refusal of the
-whole data set (the default) or into a counted drop, and holds the books: rows kept plus rows dropped is rows read.
+Nothing is repaired or lost silently. Code that finds a row unusable raises `BadRow`; a `Triage` turns that into a refusal of
+the whole data set (the default) or into a counted drop, and keeps the books: rows kept plus rows dropped is rows read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
@@ -107,8 +106,9 @@ class DataReport:
 
     def add(self, where: str, problem: BadRow) -> None:
         """Counts one candidate as dropped."""
-        self.dropped[problem.cause] = self.dropped.get(problem.cause, 0) + 1
-        examples = self.examples.setdefault(problem.cause, [])
+        cause = problem.cause.value
+        self.dropped[cause] = self.dropped.get(cause, 0) + 1
+        examples = self.examples.setdefault(cause, [])
         if len(examples) < 5:
             examples.append(f"{where}: {problem}")
 
@@ -126,11 +126,11 @@ class DataReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        return {**dataclasses.asdict(self), "dropped": dict(self.dropped)}
+        return dataclasses.asdict(self)
 
     def copy(self) -> DataReport:
         """An independent copy."""
-        return dataclasses.replace(self, **{field: _plain_copy(getattr(self, field)) for field in _CONTAINERS})
+        return DataReport(**dataclasses.asdict(self))
 
     def summary(self) -> str:
         """The report as a small table for the screen."""
@@ -142,13 +142,6 @@ class DataReport:
         lines += [f"  {name:<{width}}  {count:>9,}" for name, count in counts.items()]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
-
-
-_CONTAINERS = ("dropped", "examples", "truncated", "notes", "files")
-
-
-def _plain_copy(value: Any) -> Any:
-    return json.loads(json.dumps(value))
 
 
 class Triage:
