@@ -1,0 +1,106 @@
+"""Attention over key intervals, and the rotary position embedding. Axis letters: see `dpo_jax.types`; T counts keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.types import Array
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    k_start: Array,
+    k_end: Array,
+    scale: float,
+    q_positions: Array | None = None,
+    k_positions: Array | None = None,
+    window: int | jax.Array | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Softmax attention in which query `x` sees the keys `k_start[x] <= t < k_end[x]`. Returns `[R, L, N, H]`, typed as `v`.
+
+    `q[R, L, N, H]`, `k[R, T, K, H]`, `v[R, T, K, H]`; head `n` reads key/value head `n // (N / K)` (grouped queries, Ainslie et
+    al. 2023). `k_start`, `k_end`: int32[R, L] in `[0, T]`. With a `window`, a visible key must also satisfy
+    `q_position - k_position < window`: a distance between positions in the text (`q_positions` int32[R, L], `k_positions`
+    int32[R, T]), not between row columns, so it means the same in every row layout. `softcap` bounds the scores:
+    `c * tanh(score / c)` (Gemma 2). Scores and softmax are float32 whatever the type of `q`.
+    """
+    rows, length, heads, size = q.shape
+    kv_heads = k.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"{heads} attention heads cannot share {kv_heads} key/value heads evenly")
+    grouped = q.reshape(rows, length, kv_heads, heads // kv_heads, size)
+    scores = jnp.einsum("rlkgh,rtkh->rkglt", grouped, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    column = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None, :]
+    visible = (jnp.asarray(k_start)[:, :, None] <= column) & (column < jnp.asarray(k_end)[:, :, None])
+    if window is not None:
+        if q_positions is None or k_positions is None:
+            raise ValueError("a sliding window needs q_positions and k_positions")
+        visible &= jnp.asarray(q_positions)[:, :, None] - jnp.asarray(k_positions)[:, None, :] < window
+    # The lowest finite number, not -inf: a query that sees no key then averages over all of them instead of becoming NaN,
+    # and NaN in a row that nobody reads would still reach the gradient of the shared weights.
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("rkglt,rtkh->rlkgh", weights, v).reshape(rows, length, heads, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021) of the first `size` entries of every head.
+
+    `interleaved`: entries (0, 1), (2, 3), ... form the rotated pairs (GPT-J); otherwise `i` pairs with `i + size / 2`.
+    `scaling`: "default"; "linear" divides every frequency by `factor`; "llama3" divides only those whose wavelength is long
+    compared with `original_max_positions`, with a smooth transition (Llama 3.1).
+    """
+
+    theta: float
+    size: int
+    interleaved: bool = False
+    scaling: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def frequencies(self) -> np.ndarray:
+        """Radians per position, float32[size / 2]."""
+        frequency = self.theta ** -(np.arange(0, self.size, 2, dtype=np.float64) / self.size)
+        if self.scaling == "linear":
+            frequency = frequency / self.factor
+        elif self.scaling == "llama3":
+            turns = self.original_max_positions * frequency / (2 * math.pi)
+            keep = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
+            frequency = keep * frequency + (1 - keep) * frequency / self.factor
+        elif self.scaling != "default":
+            raise ValueError(f"unknown rotary scaling {self.scaling!r}: expected default, linear or llama3")
+        return frequency.astype(np.float32)
+
+    def angles(self, positions: Array) -> tuple[jax.Array, jax.Array]:
+        """cos and sin of every angle: two float32[R, L, size / 2], always: bfloat16 cannot count positions above 256."""
+        angle = jnp.asarray(positions).astype(jnp.float32)[:, :, None] * self.frequencies()[None, None, :]
+        return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool) -> jax.Array:
+    """Rotate `x[R, L, heads, H]` by the angles of `Rope.angles`; entries beyond the rotated ones are passed through."""
+    size = 2 * cos.shape[-1]
+    turned = x[..., :size].astype(jnp.float32)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+        turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(turned.shape)
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
+        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned = turned.astype(x.dtype)
+    return turned if size == x.shape[-1] else jnp.concatenate([turned, x[..., size:]], axis=-1)

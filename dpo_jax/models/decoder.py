@@ -1,0 +1,343 @@
+"""One decoder for every supported family: GPT-2 to Gemma 3 differ only in the static fields of `DecoderConfig`.
+
+`make_model` is the way in; everything else in this package meets the decoder as a `types.Model` of pure functions. This is the
+only file that imports Flax modules. Layers are stacked on a leading axis and scanned, so the compile time does not depend on
+the depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.models.attention import Rope, attend, rotate
+from dpo_jax.types import Array, Model, Rows, Variables
+
+NO_WINDOW = 1 << 30  # of a layer with full attention in a model that has windows elsewhere
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Everything that fixes a decoder's arithmetic. Static and hashable; made by `families.decoder_config`."""
+
+    family: str
+    vocab_size: int
+    width: int  # D
+    layers: int
+    heads: int  # N
+    kv_heads: int  # K
+    head_size: int  # H
+    mlp_width: int
+    max_positions: int  # rows of the position table; with rotary positions only the length the model was trained for
+    activation: str  # a key of ACTIVATIONS
+    norm: str  # "layer" (mean and variance, bias), "rms", or "rms_plus_one" (the scale is 1 + weight)
+    norm_eps: float
+    attention_scale: float  # of the scores, before softmax
+    tied: bool  # the head is the token embedding
+    ropes: tuple[Rope, ...] = ()  # one per layer; empty: learned positions
+    windows: tuple[int | None, ...] = ()  # one per layer: sliding window in positions; empty: full attention everywhere
+    gated_mlp: bool = False
+    parallel_residual: bool = False  # attention and MLP both read the layer's input
+    shared_norm: bool = False  # with parallel_residual: both read the same normed input (GPT-J)
+    post_norms: bool = False  # norms on what attention and MLP add to the stream (Gemma)
+    qk_norm: bool = False  # RMS norm of every query and key head (Qwen 3, Gemma 3)
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    embedding_scale: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    init_std: float = 0.02
+    hf_json: str = "{}"  # the Hugging Face config.json it came from, canonical; `hf.save_hf` writes it back
+
+    @property
+    def hf(self) -> dict[str, Any]:
+        """The Hugging Face configuration as a fresh dict."""
+        return json.loads(self.hf_json)
+
+
+class LayerInput(NamedTuple):
+    """What differs from layer to layer: int32[layers] each, or None where the layers agree."""
+
+    index: jax.Array
+    window: jax.Array | None
+    rope: jax.Array | None
+
+
+class Shared(NamedTuple):
+    """What every layer reads: the key intervals, and the rotary angles of each distinct `Rope`, stacked."""
+
+    k_start: Array
+    k_end: Array
+    q_positions: Array
+    k_positions: Array
+    angles: tuple[jax.Array, jax.Array] | None  # float32[ropes, R, L, size / 2] each
+    write_at: jax.Array | None  # cache column of the first new token
+
+
+def _last(vector: jax.Array, like: jax.Array) -> jax.Array:
+    return vector.reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+class Norm(nn.Module):
+    kind: str
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        first = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
+        scale = self.param("scale", nn.with_partitioning(first, (None,)), (x.shape[-1],))
+        # Statistics in float32: squares of bfloat16 activations lose the small ones.
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        weight = scale.astype(jnp.float32)
+        y = y * _last(1.0 + weight if self.kind == "rms_plus_one" else weight, y)
+        if self.kind == "layer":
+            bias = self.param("bias", nn.with_partitioning(nn.initializers.zeros, (None,)), (x.shape[-1],))
+            y = y + _last(bias.astype(jnp.float32), y)
+        return y.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    features: int
+    axes: tuple[str | None, str | None]
+    bias: bool
+    std: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param(
+            "kernel", nn.with_partitioning(nn.initializers.normal(self.std), self.axes), (x.shape[-1], self.features)
+        )
+        y = x @ kernel.astype(x.dtype)
+        if self.bias:
+            bias = self.param("bias", nn.with_partitioning(nn.initializers.zeros, self.axes[1:]), (self.features,))
+            y = y + _last(bias.astype(x.dtype), y)
+        return y
+
+
+class Attention(nn.Module):
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: Any, layer: LayerInput, shared: Shared) -> tuple[jax.Array, Any]:
+        c = self.config
+        query = Linear(c.heads * c.head_size, ("embed", "heads"), c.qkv_bias, c.init_std, name="query")(x)
+        key = Linear(c.kv_heads * c.head_size, ("embed", "kv_heads"), c.qkv_bias, c.init_std, name="key")(x)
+        value = Linear(c.kv_heads * c.head_size, ("embed", "kv_heads"), c.qkv_bias, c.init_std, name="value")(x)
+        q, k, v = (y.reshape(*x.shape[:2], -1, c.head_size) for y in (query, key, value))
+        if c.qk_norm:
+            q, k = Norm(c.norm, c.norm_eps, name="query_norm")(q), Norm(c.norm, c.norm_eps, name="key_norm")(k)
+        if shared.angles is not None:
+            cos, sin = (table[0 if layer.rope is None else layer.rope] for table in shared.angles)
+            q, k = (rotate(y, cos, sin, interleaved=c.ropes[0].interleaved) for y in (q, k))
+        if cache is not None:
+            cache, k, v = _update_cache(cache, k, v, layer.index, shared.write_at)
+        mixed = attend(
+            q,
+            k,
+            v,
+            k_start=shared.k_start,
+            k_end=shared.k_end,
+            scale=c.attention_scale,
+            q_positions=shared.q_positions,
+            k_positions=shared.k_positions,
+            window=c.windows[0] if c.windows and layer.window is None else layer.window,
+            softcap=c.attention_softcap,
+        )
+        out = Linear(c.width, ("heads", "embed"), c.out_bias, _residual_std(c), name="out")
+        return out(mixed.reshape(*x.shape[:2], -1)), cache
+
+
+def _update_cache(cache: Any, k: jax.Array, v: jax.Array, layer: jax.Array, write_at: Any) -> tuple[Any, jax.Array, jax.Array]:
+    """Write one layer's new keys and values; return the cache and that layer's full keys and values, typed as `k`."""
+
+    def write(store: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(store, new.astype(store.dtype)[None], (layer, 0, write_at, 0, 0))
+
+    cache = (write(cache[0], k), write(cache[1], v))
+    keys, values = (jax.lax.dynamic_index_in_dim(store, layer, keepdims=False).astype(k.dtype) for store in cache)
+    return cache, keys, values
+
+
+def _residual_std(c: DecoderConfig) -> float:
+    # GPT-2's rule: the variance of the residual stream shall not grow with depth.
+    return c.init_std / math.sqrt(2 * c.layers)
+
+
+class Mlp(nn.Module):
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        act = ACTIVATIONS[c.activation]
+        up = Linear(c.mlp_width, ("embed", "mlp"), c.mlp_bias, c.init_std, name="up")(x)
+        if c.gated_mlp:
+            hidden = act(Linear(c.mlp_width, ("embed", "mlp"), c.mlp_bias, c.init_std, name="gate")(x)) * up
+        else:
+            hidden = act(up)
+        return Linear(c.width, ("mlp", "embed"), c.mlp_bias, _residual_std(c), name="down")(hidden)
+
+
+class Block(nn.Module):
+    """One layer. The carry is the residual stream `x[R, L, D]` and the key/value cache (None without one)."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, carry: tuple[jax.Array, Any], layer: LayerInput, shared: Shared) -> tuple[tuple[jax.Array, Any], None]:
+        c = self.config
+        x, cache = carry
+
+        def norm(name: str) -> Norm:
+            return Norm(c.norm, c.norm_eps, name=name)
+
+        normed = norm("attention_norm")(x)
+        mixed, cache = Attention(c, name="attention")(normed, cache, layer, shared)
+        if c.post_norms:
+            mixed = norm("post_attention_norm")(mixed)
+        if c.parallel_residual:
+            mlp_input = normed if c.shared_norm else norm("mlp_norm")(x)
+            x = x + mixed + Mlp(c, name="mlp")(mlp_input)
+        else:
+            x = x + mixed
+            update = Mlp(c, name="mlp")(norm("mlp_norm")(x))
+            x = x + (norm("post_mlp_norm")(update) if c.post_norms else update)
+        return (x, cache), None
+
+
+class Decoder(nn.Module):
+    config: DecoderConfig
+    dtype: Any
+    remat: bool
+
+    def setup(self) -> None:
+        c = self.config
+        normal = nn.initializers.normal(c.init_std)
+        table = nn.with_partitioning(normal, ("vocab", "embed"))
+        self.token_embedding = self.param("token_embedding", table, (c.vocab_size, c.width))
+        if not c.ropes:
+            positions = nn.with_partitioning(normal, (None, "embed"))
+            self.position_embedding = self.param("position_embedding", positions, (c.max_positions, c.width))
+        self.layers = nn.scan(
+            nn.remat(Block, prevent_cse=False) if self.remat else Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=c.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c)
+        self.final_norm = Norm(c.norm, c.norm_eps)
+        if not c.tied:
+            self.head_kernel = self.param("head_kernel", table, (c.vocab_size, c.width))
+        if c.head_bias:
+            zeros = nn.with_partitioning(nn.initializers.zeros, ("vocab",))
+            self.head_bias = self.param("head_bias", zeros, (c.vocab_size,))
+
+    def __call__(self, rows: Rows, cache: Any = None) -> tuple[jax.Array, Any]:
+        c = self.config
+        # An id or position outside its table reads NaN (jnp.take's rule), so that it is noticed; clamping would hide it.
+        x = jnp.take(self.token_embedding, jnp.asarray(rows.tokens), axis=0).astype(self.dtype)
+        x = x if c.embedding_scale == 1.0 else x * c.embedding_scale
+        if not c.ropes:
+            x = x + jnp.take(self.position_embedding, jnp.asarray(rows.positions), axis=0).astype(self.dtype)
+        layer, angles = _per_layer(c, rows.positions)
+        k_positions, write_at, store = rows.positions, None, None
+        if cache is not None:
+            write_at, store = cache["length"], (cache["key"], cache["value"])
+            k_positions = jax.lax.dynamic_update_slice(cache["positions"], jnp.asarray(rows.positions), (0, write_at))
+        shared = Shared(rows.k_start, rows.k_end, rows.positions, k_positions, angles, write_at)
+        (x, store), _ = self.layers((x, store), layer, shared)
+        if cache is not None and store is not None:
+            new = jnp.int32(rows.tokens.shape[1])
+            cache = {"key": store[0], "value": store[1], "positions": k_positions, "length": write_at + new}
+        return self.final_norm(x), cache
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        c = self.config
+        table = (self.token_embedding if c.tied else self.head_kernel).astype(self.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden.astype(self.dtype), table, preferred_element_type=jnp.float32)
+        if c.head_bias:
+            logits = logits + _last(self.head_bias.astype(jnp.float32), logits)
+        return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+
+    def everything(self, rows: Rows) -> jax.Array:
+        return self.unembed(self(rows)[0])
+
+
+def _per_layer(c: DecoderConfig, positions: Array) -> tuple[LayerInput, tuple[jax.Array, jax.Array] | None]:
+    """Arrays to scan over, and the rotary angles, computed once per distinct `Rope` and not once per layer."""
+    window = rope = angles = None
+    if len(set(c.windows)) > 1:
+        window = jnp.array([NO_WINDOW if w is None else w for w in c.windows], jnp.int32)
+    distinct = list(dict.fromkeys(c.ropes))
+    if distinct:
+        cos, sin = zip(*(r.angles(positions) for r in distinct), strict=True)
+        angles = (jnp.stack(cos), jnp.stack(sin))
+    if len(distinct) > 1:
+        rope = jnp.array([distinct.index(r) for r in c.ropes], jnp.int32)
+    return LayerInput(jnp.arange(c.layers, dtype=jnp.int32), window, rope), angles
+
+
+def make_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: str = "none") -> Model:
+    """The decoder as pure functions (`types.Model`).
+
+    `dtype` is the type of activations and matrix products; `init` makes float32 parameters whatever it is, norms, softmax and
+    logits are always float32. `remat="full"` recomputes each layer in the backward pass instead of keeping its activations.
+
+    `axes()` gives a tree like the variables of `jax.sharding.PartitionSpec`s over the logical axes "layers", "vocab", "embed"
+    (D), "heads" (N x H), "kv_heads" (K x H) and "mlp".
+
+    Cache (`init_cache(batch, length, dtype)`): `length` columns per row. A `decode` beyond the last column cannot be seen under
+    jit: it is the caller's duty to make the cache long enough.
+    """
+    if remat not in ("none", "full"):
+        raise ValueError(f'remat must be "none" or "full", not {remat!r}')
+    module = Decoder(config, dtype, remat == "full")
+
+    def boxed_init(key: jax.Array) -> Variables:
+        one = jnp.zeros((1, 1), jnp.int32)
+        rows = Rows(one, one, one, one + 1, one, one, one, jnp.ones(1), one[0])
+        return module.init(key, rows, method="everything")
+
+    def init_cache(batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+        shape = (config.layers, batch, length, config.kv_heads, config.head_size)
+        return {
+            "key": jnp.zeros(shape, dtype),
+            "value": jnp.zeros(shape, dtype),
+            "positions": jnp.zeros((batch, length), jnp.int32),
+            "length": jnp.int32(0),
+        }
+
+    def decode(variables: Variables, rows: Rows, cache: Any) -> tuple[jax.Array, Any]:
+        if rows.tokens.shape[1] > cache["positions"].shape[1]:
+            raise ValueError(f"{rows.tokens.shape[1]} tokens do not fit a cache of {cache['positions'].shape[1]} columns")
+        return module.apply(variables, rows, cache)  # pyright: ignore[reportReturnType]
+
+    return Model(
+        init=lambda key: nn.meta.unbox(boxed_init(key)),
+        forward=lambda variables, rows: module.apply(variables, rows)[0],  # pyright: ignore[reportArgumentType]
+        unembed=lambda variables, hidden: module.apply(variables, hidden, method="unembed"),  # pyright: ignore[reportArgumentType]
+        init_cache=init_cache,
+        decode=decode,
+        axes=lambda: nn.get_partition_spec(jax.eval_shape(boxed_init, jax.random.key(0))),
+        config=config,
+    )

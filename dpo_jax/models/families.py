@@ -1,0 +1,392 @@
+"""The nine families: how a Hugging Face `config.json` becomes a `DecoderConfig`, and how one for a new model is written.
+
+Dropout settings are read by nobody: a policy and its reference must agree exactly at step 0, so this package never drops out.
+Settings that would change the arithmetic and that the decoder does not have are refused by name. Tensor names: `tensors.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_jax.models.attention import Rope
+from dpo_jax.models.decoder import DecoderConfig
+
+_GPT = {
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.02,
+}
+_LLAMA = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "layer_types": None,
+}
+_QWEN = {**_LLAMA, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_GEMMA = {
+    **_LLAMA,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {**_GPT, "tie_word_embeddings": True, "scale_attn_weights": True},
+    "gptj": {**_GPT, "tie_word_embeddings": False, "rotary_dim": 64},
+    "gpt_neox": {
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "initializer_range": 0.02,
+        "attention_bias": True,
+        "use_parallel_residual": True,
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 10000.0,
+        "tie_word_embeddings": False,
+    },
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+    "gemma2": {**_GEMMA, "vocab_size": 256000, "max_position_embeddings": 8192}
+    | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": {**_GEMMA, "vocab_size": 262208, "max_position_embeddings": 131072}
+    | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6}
+    | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+}
+"""What a key means where a `config.json` leaves it out (the defaults of Hugging Face's configuration classes). A key without an
+entry must be there."""
+
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+_REFUSED: dict[str, tuple[str, ...]] = {  # keys that must be absent, null or false
+    "gpt2": ("scale_attn_by_inverse_layer_idx", "add_cross_attention"),
+    "gemma2": ("use_bidirectional_attention",),
+    "gemma3_text": ("use_bidirectional_attention", "attn_logit_softcapping"),
+}
+
+
+def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
+    """Read a Hugging Face configuration (the content of `config.json`, of transformers 4 or 5).
+
+    A multimodal "gemma3" configuration stands for its text model. Raises ValueError, naming key and value, for a family, an
+    activation, a rotary scaling or another setting that the decoder does not have, and for a missing or impossible size.
+    """
+    hf = dict(hf_config)
+    if hf.get("model_type") == "gemma3":
+        hf = _gemma3_text_part(hf)
+    family = hf.get("model_type")
+    if family not in DEFAULTS:
+        raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(DEFAULTS)}")
+    for key in ("quantization_config", *_REFUSED.get(family, ())):
+        if hf.get(key):
+            raise ValueError(f"{family} config: {key} = {hf[key]!r} is not supported")
+    read = _Reader(family, hf)
+    build = {"gpt2": _gpt2, "gptj": _gptj, "gpt_neox": _gpt_neox}.get(family, _llama_like)
+    fields = build(read)
+    if fields["heads"] % fields["kv_heads"]:
+        raise ValueError(f"{family} config: {fields['heads']} heads are not a multiple of {fields['kv_heads']} key/value heads")
+    init_std = read.number("initializer_range")
+    return DecoderConfig(family=family, init_std=init_std, hf_json=json.dumps(hf, sort_keys=True), **fields)
+
+
+class _Reader:
+    """Typed access to a configuration with its family's defaults; every error names family, key and value."""
+
+    def __init__(self, family: str, hf: Mapping[str, Any]):
+        self.family = family
+        self.given = hf
+        self.all = {**DEFAULTS[family], **hf}
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self.all.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise ValueError(f"{self.family} config: {key} is missing")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{self.family} config: {key} = {value!r} is not a positive integer")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self.all.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{self.family} config: {key} = {value!r} is not a number")
+        return float(value)
+
+    def activation(self, key: str) -> str:
+        name = self.all[key]
+        if name not in _ACTIVATIONS:
+            raise ValueError(f"{self.family} config: {key} = {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[name]
+
+    def head_size(self, width: int, heads: int) -> int:
+        if width % heads:
+            raise ValueError(f"{self.family} config: the width {width} is not a multiple of the {heads} attention heads")
+        return width // heads
+
+    def rope(self, size: int, *, theta: float, settings: Mapping[str, Any], interleaved: bool = False) -> Rope:
+        """`settings`: the rotary dict, under whichever key and age of transformers it was written."""
+        kind = settings.get("rope_type", settings.get("type")) or "default"
+        if size < 2 or size % 2:
+            raise ValueError(f"{self.family} config: rotary size {size} is not a positive even number")
+        theta = float(settings.get("rope_theta") or theta)
+        if kind == "default":
+            return Rope(theta, size, interleaved)
+        needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+        if kind not in needed:
+            raise ValueError(f"{self.family} config: rope_type = {kind!r} is not supported; supported: default, linear, llama3")
+        missing = [key for key in needed[kind] if not isinstance(settings.get(key), int | float)]
+        if missing:
+            raise ValueError(f"{self.family} config: rope_type {kind!r} needs {', '.join(missing)}; got {dict(settings)}")
+        scaling = {key: float(settings[key]) for key in needed[kind]}
+        original = settings.get("original_max_position_embeddings") or self.size("max_position_embeddings")
+        return Rope(theta, size, interleaved, kind, original_max_positions=original, **scaling)
+
+
+def _gpt2(read: _Reader) -> dict[str, Any]:
+    width, heads = read.size("n_embd"), read.size("n_head")
+    head_size = read.head_size(width, heads)
+    return {
+        "vocab_size": read.size("vocab_size"),
+        "width": width,
+        "layers": read.size("n_layer"),
+        "heads": heads,
+        "kv_heads": heads,
+        "head_size": head_size,
+        "mlp_width": read.size("n_inner", 4 * width),
+        "max_positions": read.size("n_positions"),
+        "activation": read.activation("activation_function"),
+        "norm": "layer",
+        "norm_eps": read.number("layer_norm_epsilon"),
+        "attention_scale": head_size**-0.5 if read.all.get("scale_attn_weights") else 1.0,
+        "tied": bool(read.all["tie_word_embeddings"]),
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+    }
+
+
+def _gptj(read: _Reader) -> dict[str, Any]:
+    fields = _gpt2(read)
+    # Hugging Face scales GPT-J's scores always.
+    rope = read.rope(read.size("rotary_dim"), theta=10000.0, settings={}, interleaved=True)
+    return fields | {
+        "attention_scale": fields["head_size"] ** -0.5,
+        "ropes": (rope,) * fields["layers"],
+        "parallel_residual": True,
+        "shared_norm": True,
+        "qkv_bias": False,
+        "out_bias": False,
+        "head_bias": True,
+    }
+
+
+def _gpt_neox(read: _Reader) -> dict[str, Any]:
+    width, heads, layers = read.size("hidden_size"), read.size("num_attention_heads"), read.size("num_hidden_layers")
+    head_size = read.head_size(width, heads)
+    settings = read.all.get("rope_scaling") or read.all.get("rope_parameters") or {}
+    rotary = int(head_size * settings.get("partial_rotary_factor", read.number("rotary_pct")))
+    bias = bool(read.all["attention_bias"])
+    return {
+        "vocab_size": read.size("vocab_size"),
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": heads,
+        "head_size": head_size,
+        "mlp_width": read.size("intermediate_size"),
+        "max_positions": read.size("max_position_embeddings"),
+        "activation": read.activation("hidden_act"),
+        "norm": "layer",
+        "norm_eps": read.number("layer_norm_eps"),
+        "attention_scale": head_size**-0.5,
+        "tied": bool(read.all["tie_word_embeddings"]),
+        "ropes": (read.rope(rotary, theta=read.number("rotary_emb_base"), settings=settings),) * layers,
+        "parallel_residual": bool(read.all["use_parallel_residual"]),
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "mlp_bias": True,
+    }
+
+
+def _llama_like(read: _Reader) -> dict[str, Any]:
+    family, get = read.family, read.all.get
+    gemma = family.startswith("gemma")
+    width, heads, layers = read.size("hidden_size"), read.size("num_attention_heads"), read.size("num_hidden_layers")
+    head_size = read.size("head_dim", width // heads)
+    sliding = _sliding_layers(read, layers)
+    window = read.size("sliding_window") if any(sliding) else None
+    return {
+        "vocab_size": read.size("vocab_size"),
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": read.size("num_key_value_heads", heads),
+        "head_size": head_size,
+        "mlp_width": read.size("intermediate_size"),
+        "max_positions": read.size("max_position_embeddings"),
+        "activation": read.activation("hidden_activation" if gemma else "hidden_act"),
+        "norm": "rms_plus_one" if gemma else "rms",
+        "norm_eps": read.number("rms_norm_eps"),
+        "attention_scale": read.number("query_pre_attn_scalar") ** -0.5 if gemma else head_size**-0.5,
+        "tied": bool(get("tie_word_embeddings")),
+        "ropes": _ropes(read, head_size, sliding),
+        "windows": tuple(window if s else None for s in sliding) if window else (),
+        "gated_mlp": True,
+        "post_norms": gemma,
+        "qk_norm": family in ("qwen3", "gemma3_text"),
+        "qkv_bias": family == "qwen2" or (family != "mistral" and bool(get("attention_bias"))),
+        "out_bias": family not in ("qwen2", "mistral") and bool(get("attention_bias")),
+        "mlp_bias": family == "llama" and bool(get("mlp_bias")),
+        "embedding_scale": width**0.5 if gemma else 1.0,
+        "attention_softcap": get("attn_logit_softcapping") if gemma else None,
+        "logit_softcap": get("final_logit_softcapping") if gemma else None,
+    }
+
+
+def _sliding_layers(read: _Reader, layers: int) -> list[bool]:
+    """Which layers see a sliding window only."""
+    family, get = read.family, read.all.get
+    if family == "llama" or (family.startswith("qwen") and not get("use_sliding_window")) or get("sliding_window") is None:
+        return [False] * layers
+    if family == "mistral":
+        return [True] * layers
+    kinds = get("layer_types")
+    if kinds is not None:
+        unknown = set(kinds) - {"full_attention", "sliding_attention"}
+        if unknown or len(kinds) != layers:
+            raise ValueError(
+                f"{family} config: layer_types = {kinds!r} does not name full or sliding attention for {layers} layers"
+            )
+        return [kind == "sliding_attention" for kind in kinds]
+    if family.startswith("qwen"):
+        return [i >= int(get("max_window_layers", 0)) for i in range(layers)]
+    every = 2 if family == "gemma2" else read.size("sliding_window_pattern")
+    return [(i + 1) % every != 0 for i in range(layers)]
+
+
+def _ropes(read: _Reader, head_size: int, sliding: list[bool]) -> tuple[Rope, ...]:
+    theta = read.number("rope_theta")
+    settings = read.all.get("rope_scaling") or read.all.get("rope_parameters") or {}
+    if read.family != "gemma3_text":
+        return (read.rope(head_size, theta=theta, settings=settings),) * len(sliding)
+    # Gemma 3 scales its full-attention layers only; transformers 5 nests one dict per kind of layer.
+    nested = "full_attention" in settings or "sliding_attention" in settings
+    wide = (settings.get("full_attention") or {}) if nested else settings
+    narrow = (settings.get("sliding_attention") or {}) if nested else {}
+    full = read.rope(head_size, theta=theta, settings=wide)
+    local = read.rope(head_size, theta=read.number("rope_local_base_freq"), settings=narrow)
+    return tuple(local if s else full for s in sliding)
+
+
+def _gemma3_text_part(hf: Mapping[str, Any]) -> dict[str, Any]:
+    text = hf.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ValueError("gemma3 config: text_config is missing; expected the language model's settings there")
+    inherited = {key: hf[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings") if key in hf}
+    return {**inherited, **text, "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+
+
+ARCHITECTURES = {
+    "gpt2": "GPT2LMHeadModel",
+    "gptj": "GPTJForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+
+
+def hf_config(
+    family: str,
+    *,
+    vocab_size: int,
+    width: int,
+    layers: int,
+    heads: int,
+    kv_heads: int | None = None,
+    head_size: int | None = None,
+    mlp_width: int | None = None,
+    max_positions: int,
+    tie: bool | None = None,
+    eos_token_id: int,
+    bos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> dict[str, Any]:
+    """A Hugging Face `config.json` for a new model; everything not asked for is the family's habit.
+
+    `mlp_width` defaults to 4 x width, with a gated MLP to 8/3 x width rounded up to a multiple of 8 (about as many parameters).
+    Raises ValueError for an unknown family and for a size the family has no setting for.
+    """
+    if family not in DEFAULTS:
+        raise ValueError(f"family {family!r} is not supported; supported: {', '.join(DEFAULTS)}")
+    ids = {"eos_token_id": eos_token_id, "bos_token_id": bos_token_id, "pad_token_id": pad_token_id}
+    tied = DEFAULTS[family]["tie_word_embeddings"] if tie is None else tie
+    common = {"model_type": family, "architectures": [ARCHITECTURES[family]], "vocab_size": vocab_size, **ids}
+    common |= {"tie_word_embeddings": tied, "initializer_range": 0.02}
+    if family in ("gpt2", "gptj", "gpt_neox"):
+        if kv_heads not in (None, heads) or head_size not in (None, width // heads):
+            raise ValueError(f"{family} has neither key/value heads of its own nor a head size other than width / heads")
+        sizes = _gpt_sizes(family, width, layers, heads, mlp_width, max_positions)
+    else:
+        head_size = head_size or width // heads
+        sizes = {
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads or heads,
+            "head_dim": head_size,
+            "intermediate_size": mlp_width or -(-8 * width // 24) * 8,
+            "max_position_embeddings": max_positions,
+        }
+        if family.startswith("gemma"):
+            sizes |= {"query_pre_attn_scalar": head_size, "sliding_window": 4096 if family == "gemma2" else 1024}
+    config = common | sizes
+    decoder_config(config)
+    return config
+
+
+def _gpt_sizes(family: str, width: int, layers: int, heads: int, mlp_width: int | None, max_positions: int) -> dict[str, Any]:
+    if family == "gpt_neox":
+        return {
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": mlp_width or 4 * width,
+            "max_position_embeddings": max_positions,
+        }
+    sizes: dict[str, Any] = {
+        "n_embd": width,
+        "n_layer": layers,
+        "n_head": heads,
+        "n_inner": mlp_width,
+        "n_positions": max_positions,
+    }
+    if family == "gptj":
+        sizes["rotary_dim"] = min(64, width // heads)
+    return sizes

@@ -1,0 +1,148 @@
+"""The safetensors files of a model folder: which tensor is where, and writing that is checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dpo_jax.models.decoder import DecoderConfig
+from dpo_jax.models.tensors import canonical_name, head_name, tensors
+
+INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+
+
+class Checkpoint:
+    """The tensors of a folder under the names of our tables, whatever files they are spread over."""
+
+    def __init__(self, folder: Path, config: DecoderConfig):
+        self.config = config
+        self.expected = {t.name.format(i): t for t in tensors(config) for i in (range(config.layers) if t.stacked else [0])}
+        aliases = {t.alias: t.name for t in tensors(config) if t.alias}
+        self.where: dict[str, tuple[Path, str]] = {}
+        self.handles: dict[Path, Any] = {}
+        for file in _weight_files(folder):
+            self.handles[file] = _open(file)
+            for name in self.handles[file].keys():  # noqa: SIM118 (not a dict)
+                known = canonical_name(name, config)
+                if known is None:
+                    continue
+                known = aliases.get(known, known)
+                if known in self.where:
+                    raise ValueError(f"tensor {name} of {file} is also in {self.where[known][0]} (as {self.where[known][1]})")
+                self.where[known] = (file, name)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handles.clear()
+
+    def check_names(self) -> None:
+        spare = {head_name(self.config), "lm_head.weight"} if self.config.tied else set()
+        missing = sorted(self.expected.keys() - self.where.keys())
+        unknown = sorted(self.where.keys() - self.expected.keys() - spare)
+        files = ", ".join(str(file) for file in self.handles)
+        if missing:
+            raise ValueError(f"{_some(missing)} missing in {files}: not a complete {self.config.family} of this config.json")
+        if unknown:
+            named = [f"{self.where[name][1]} in {self.where[name][0]}" for name in unknown]
+            raise ValueError(f"{_some(named)}: no such tensor in a {self.config.family} of this config.json")
+
+    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        file, stored = self.where[name]
+        found = tuple(self.handles[file].get_slice(stored).get_shape())
+        if found != shape:
+            raise ValueError(f"tensor {stored} in {file} has shape {found}; this config.json asks for {shape}")
+        array = self.handles[file].get_tensor(stored)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"tensor {stored} in {file} is {array.dtype}; expected floating point (quantized weights are not read)"
+            )
+        return array
+
+    def check_tied_head(self) -> None:
+        """Some checkpoints repeat the tied head. It must be the embedding: a different one would be lost without a word."""
+        embedding = tensors(self.config)[0].name
+        shape = (self.config.vocab_size, self.config.width)
+        for name in {head_name(self.config), "lm_head.weight"} & self.where.keys():
+            if not np.array_equal(self.get(name, shape), self.get(embedding, shape)):
+                file, stored = self.where[name]
+                raise ValueError(f"tensor {stored} in {file} differs from the embedding although config.json ties them")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
+        absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+        if absent:
+            raise FileNotFoundError(f"{index} names {_some(absent)}, not in {folder}; fetch the folder again")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) > 1 and (folder / "model.safetensors") in files:
+        files = [folder / "model.safetensors"]
+    if len(files) > 1:
+        raise FileNotFoundError(f"{folder} has {len(files)} safetensors files but no {INDEX}; fetch it too")
+    if not files:
+        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
+        found = f"only {_some(pickled)}, which can run code when read; convert it to safetensors" if pickled else "no weights"
+        raise FileNotFoundError(f"{folder} holds {found} (expected model.safetensors or {INDEX})")
+    return files
+
+
+def _open(file: Path) -> Any:
+    with file.open("rb") as stream:
+        if stream.read(42).startswith(b"version https://git-lfs.github.com"):
+            raise ValueError(f"{file} is a git-lfs pointer, not weights; fetch them with: git lfs pull")
+    try:
+        return safe_open(file, framework="np")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a complete safetensors file ({error}); fetch or save it again") from error
+
+
+def _some(names: list[str]) -> str:
+    listed = ", ".join(names[:5])
+    return f"{listed} and {len(names) - 5} more" if len(names) > 5 else listed
+
+
+def write_shards(folder: Path, sizes: Mapping[str, int], get: Callable[[str], np.ndarray], *, max_shard_bytes: int) -> None:
+    """Write tensors (bytes by name; `get` makes one) as model.safetensors, or as numbered shards with an index above the limit.
+
+    Every file is read back and compared bit by bit. Raises OSError naming the tensor that did not survive.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for file, names in zip(files, shards, strict=True):
+        # safetensors 0.8 writes the wrong values for a transposed view, without an error.
+        batch = {name: np.ascontiguousarray(get(name)) for name in names}
+        save_file(batch, folder / file, metadata={"format": "pt"})
+        with safe_open(folder / file, framework="np") as written:
+            for name, array in batch.items():
+                back = written.get_tensor(name)
+                if back.dtype != array.dtype or back.shape != array.shape or back.tobytes() != array.tobytes():
+                    raise OSError(
+                        f"tensor {name} reads back differently from {folder / file}: the disk or safetensors is at fault"
+                    )
