@@ -81,9 +81,10 @@ def test_preferences_have_no_ties_and_are_reproducible():
 
 def test_known_review():
     """Numbers are promised across Python versions and machines: a changed grammar is a new data set, and changes this test."""
-    assert generate_reviews(1, 0) == [
-        "We watched The Hollow Archive in March. The cast is very likeable, and the whole thing is enjoyable. We really enjoyed it."
-    ]
+    assert generate_reviews(2, 0)[1] == (
+        "This is my review of The Golden Violin. The leading pair is bland and the whole thing is muddled."
+        " The dialogue stumbles. We hated it."
+    )
     texts = [(pair.prompt, pair.chosen, pair.rejected, pair.sft_target) for pair in review_preferences(500, 0)]
     assert hashlib.sha256(repr(texts).encode()).hexdigest()[:16] == "ebec2c81f937c65e"
 

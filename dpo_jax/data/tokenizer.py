@@ -1,0 +1,88 @@
+"""Tokenizers: train one on the fly, load one, tell two apart, and check that one fits a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eos: str = "<|endoftext|>") -> PreTrainedTokenizerFast:
+    """Byte-level BPE, as GPT-2's: any text has tokens and is decoded back exactly. The same texts give the same tokenizer.
+
+    `vocab_size` is an upper bound in tokens (few texts have few merges), at least 257: the bytes, and `eos`, which is token 0,
+    also the BOS, and never added by encoding. There is no padding token: masks are made from lengths.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 1:
+        raise ValueError(f"vocab_size must be at least {len(alphabet) + 1} (every byte, and {eos!r}), got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[eos], initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=eos, clean_up_tokenization_spaces=False)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a folder, or of a Hugging Face model such as "org/name". Code that comes with a model is never run.
+
+    Raises ValueError where there is none, and where it has no `tokenizer.json`: a slow tokenizer has nothing to fingerprint.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer could be loaded from {str(path)!r}: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{str(path)!r} has a {type(tokenizer).__name__}, but a tokenizer.json (a fast tokenizer) is needed")
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 (hex) of all that decides which ids a text or a conversation gets. Saving and loading do not change it."""
+    serialized: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Left behind by the last call that asked for them; this package asks for neither.
+    del serialized["truncation"], serialized["padding"]
+    identity = {
+        "tokenizer": serialized,
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "chat_template": tokenizer.chat_template,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerFast,
+    model_vocab_size: int,
+    *,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None = None,
+) -> None:
+    """Refuse a tokenizer that does not fit a model, before anything is compiled. The ids are those of the model's config.json.
+
+    Raises ValueError: a token id outside the model's vocabulary, no EOS, or another EOS or padding token than the model's
+    (where both state one). A model may have more embeddings than the tokenizer has tokens: tables are often rounded up.
+    """
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= model_vocab_size:
+        raise ValueError(
+            f"the tokenizer has token id {largest} ({token!r}), but the model's vocabulary has {model_vocab_size} entries"
+            f" (ids 0 to {model_vocab_size - 1}): is this the model's own tokenizer?"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token (eos_token), which every completion must end with")
+    accepted = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+    for name, own, of_model in (
+        ("eos_token_id", tokenizer.eos_token_id, accepted),
+        ("pad_token_id", tokenizer.pad_token_id, None if pad_token_id is None else [pad_token_id]),
+    ):
+        if own is not None and of_model is not None and own not in of_model:
+            shown = of_model[0] if len(of_model) == 1 else list(of_model)
+            raise ValueError(f"{name} is {own} in the tokenizer, but {shown} in the model's config.json")
