@@ -44,8 +44,8 @@ def dpo_step(
 def preference_metrics(logps: Array, ref_logps: Array, *, rewards: Array) -> Metrics:
     """What to watch, per pair: {name: float[P]}, under the names TRL made common.
 
-    `displacement/*` is log pi - log pi_ref in nats: DPO trains the difference of the two, and both may fall. `kl` is
-    their mean with the sign turned, an estimate of KL(pi_ref || pi) per completion where the completions came from the reference.
+    `displacement/*` is log pi - log pi_ref in nats: DPO trains the difference of the two, and both may fall. `kl` is their
+    mean with the sign turned: an estimate of KL(pi_ref || pi) per completion, if the completions came from the reference.
     """
     log_ratios = logps - ref_logps
     return {

@@ -11,7 +11,7 @@ CHUNK = 1024  # scored tokens per pass through the head; bounds the logits in me
 
 
 def completion_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int = CHUNK) -> jax.Array:
-    """log pi(y|x) of each completion of each pair: float32[P, 2], in nats, summed over the completion's tokens, chosen first."""
+    """log pi(y|x) of each completion of each pair: float32[P, 2], in nats, summed over its tokens, chosen first."""
     return sequence_logps(model, variables, rows, chunk=chunk).reshape(-1, 2)
 
 

@@ -26,8 +26,8 @@ def mean_grads(
     """Gradient, loss and metrics of the weighted mean of `objective` over the *global* batch.
 
     Every term is divided by the global weight first and summed afterwards, over microbatches (one after the other, in float32)
-    and over the devices of `axis_name`. So the result does not depend on how the batch is split, and a filler of weight 0 counts
-    for nothing wherever it lies. With `axis_name=None` the batch is global already (`jit`, also over a sharded mesh).
+    and over the devices of `axis_name`. So the result does not depend on how the batch is split, and a filler of weight 0
+    counts for nothing wherever it lies. With `axis_name=None` the batch is global already (`jit`, also over a sharded mesh).
     """
     total = _psum(rows.weight.sum(), axis_name)
 

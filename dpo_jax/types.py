@@ -30,13 +30,13 @@ Metrics = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A batch of token rows, and what to read out of them. Build it with `dpo_jax.data.layout`; on the host it holds numpy arrays.
+    """A batch of token rows, and what to read out of them. `dpo_jax.data.layout` builds it, from numpy arrays.
 
     Attention: the token at `x` sees exactly the keys `k_start[x] <= k < k_end[x]` of its own row. A padding token sees itself.
     Order inside a row carries no meaning beyond that interval: position embeddings come from `positions`.
 
     Read-out: for each scored position `s`, the hidden state at index `source[s]` predicts token `target[s]`, which belongs to
-    completion slot `slot[s]` of the row. `slot[s] == slots` marks padding. Slots of all rows, read in order, are the completions
+    completion slot `slot[s]` of the row. `slot[s] == slots` marks padding. The slots of all rows, in order, are the completions
     of the batch: slot `j` of row `r` is completion `r * slots + j`; completions `2p` and `2p + 1` are pair `p`.
     """
 
@@ -57,10 +57,10 @@ class Rows:
 
 
 class Model(NamedTuple):
-    """What an algorithm may know about a language model: pure functions of its variables. Bring your own by filling the first three.
+    """What an algorithm may know about a language model: pure functions of its variables. The first three make a model.
 
-    `forward(variables, rows) -> hidden[R, L, D]` is the trunk; `unembed(variables, hidden[..., D]) -> float32[..., V]` the head,
-    applied by the caller to the few positions that are scored.
+    `forward(variables, rows) -> hidden[R, L, D]` is the trunk; `unembed(variables, hidden[..., D]) -> float32[..., V]` is the
+    head, applied by the caller to the few positions that are scored.
 
     `init_cache(batch, length, dtype=float32) -> cache` and `decode(variables, rows, cache) -> (hidden[R, L, D], cache)` are the
     same trunk with memory: the `L` new tokens of each row are written to the next `L` columns of the cache, and `k_start`,
@@ -79,7 +79,7 @@ class Model(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything an optimizer step reads and writes. `frozen` is empty in full fine-tuning; with adapters it holds the base weights."""
+    """Everything an optimizer step reads and writes. `frozen`: base weights that are only read; {} in full fine-tuning."""
 
     step: Array  # int32[]  optimizer steps taken
     params: Variables  # trained

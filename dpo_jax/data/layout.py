@@ -48,7 +48,7 @@ def causal_rows(tokens: Array) -> Rows:
 def plain_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | None = None) -> Rows:
     """Each completion in a row of its own, after its prompt: R = 2P rows, chosen and rejected taking turns.
 
-    `ref_logps[P, 2]`, in the order of `encoded`, travels with the rows. Raises `ValueError` where a row needs more than `length`.
+    `ref_logps[P, 2]`, in the order of `encoded`, travels with the rows. A row that needs more than `length` is a `ValueError`.
     """
     layout = Layout("plain", length=length, scored=length)
     return layout.rows(encoded, ref_logps=ref_logps)

@@ -1,0 +1,83 @@
+"""From preferences as text to encoded pairs a run can use, with every one that falls out counted by cause."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data.encode import Encoded, EosInText, Truncation, encode
+from dpo_jax.data.pairs import BadRow, Cause, DataReport, OnBad, PreferenceSet, Triage
+
+
+class EncodedSet(Sequence[Encoded]):
+    """Encoded pairs in the order of their files, with the completed `report`."""
+
+    def __init__(self, encoded: Sequence[Encoded], report: DataReport) -> None:
+        self._encoded, self.report = list(encoded), report
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    def __getitem__(self, index):
+        return self._encoded[index]
+
+
+def encode_all(
+    preferences: PreferenceSet,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    truncation: Truncation = "keep_end",
+    on_bad: OnBad = "refuse",
+    row_length: int | None = None,
+) -> EncodedSet:
+    """Encodes all pairs as `encode` does. Raises `DataError` for unusable ones, or drops and counts them with `on_bad="drop"`.
+
+    `row_length` is the longest row a pair may need in the shared layout, in tokens. Truncations are counted in the report, and
+    a pair that truncation makes identical carries no preference any more: it is always dropped, and counted.
+    """
+    report = preferences.report.copy()
+    triage = Triage(report, on_bad=on_bad)
+    kept = []
+    for preference in preferences:
+        try:
+            pair = _encode_text(preference, tokenizer, max_length, max_prompt_length, truncation)
+            _check(pair, tokenizer, row_length)
+        except BadRow as problem:
+            triage.reject(preference.uid, problem)
+            continue
+        kept.append(pair)
+        for what in ("prompt", "chosen", "rejected"):
+            if getattr(pair, f"{what}_cut"):
+                report.truncated[what] = report.truncated.get(what, 0) + 1
+    triage.finish(len(kept))
+    return EncodedSet(kept, report)
+
+
+def _encode_text(preference: Any, tokenizer: Any, max_length: int, max_prompt_length: int, truncation: Truncation) -> Encoded:
+    try:
+        return encode(preference, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length, truncation=truncation)
+    except EosInText as error:
+        raise BadRow(Cause.EOS_IN_TEXT, str(error)) from error
+
+
+def _check(pair: Encoded, tokenizer: Any, row_length: int | None) -> None:
+    """Raises `BadRow` if the token ids do not make a usable pair, although the texts did."""
+    cut = pair.chosen_cut or pair.rejected_cut
+    if np.array_equal(pair.chosen, pair.rejected):
+        if cut:
+            raise BadRow(Cause.IDENTICAL_AFTER_TRUNCATION, f"both completions begin with the same {len(pair.chosen)} tokens")
+        raise BadRow(Cause.IDENTICAL, "chosen and rejected are the same tokens")
+    if len(pair.prompt) == 0:
+        raise BadRow(Cause.NO_PROMPT, "the prompt has no tokens", field="prompt")
+    for side in ("chosen", "rejected"):
+        ids = getattr(pair, side)
+        if getattr(pair, f"{side}_cut") and not tokenizer.decode(ids).strip():
+            raise BadRow(Cause.COMPLETION_CUT, f"truncation to {len(ids)} tokens leaves only blanks", field=side)
+    needed = len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+    if row_length is not None and needed > row_length:
+        detail = f"prompt, chosen and rejected need {len(pair.prompt)} + {len(pair.chosen)} + {len(pair.rejected)} tokens"
+        raise BadRow(Cause.NO_ROOM, f"{detail}, rows hold {row_length} (--data.row-length)")

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+from test_layout import PAIRS, REF
+
+from dpo_jax.data.loader import batch_indices, in_order, plan_layout, stream, total_steps
+
+
+def test_an_epoch_holds_every_example_once_whatever_the_batch():
+    for batch in (4, 11, 16):
+        seen = np.concatenate(
+            [
+                batch_indices(11, batch=batch, seed=3, step=step, epochs=2)
+                for step in range(total_steps(11, batch=batch, epochs=2))
+            ]
+        )
+        for epoch in (seen[:11], seen[11:]):
+            assert sorted(epoch) == list(range(11))
+        assert list(seen[:11]) != list(seen[11:])
+
+
+def test_a_step_is_a_pure_function_of_its_number():
+    steps = [batch_indices(100, batch=8, seed=1, step=step).tolist() for step in range(40)]
+    assert batch_indices(100, batch=8, seed=1, step=33).tolist() == steps[33]
+    assert batch_indices(100, batch=8, seed=2, step=33).tolist() != steps[33]
+
+
+def test_hosts_together_read_the_global_batch():
+    whole = batch_indices(100, batch=8, seed=1, step=5)
+    for hosts in (2, 4):
+        parts = [batch_indices(100, batch=8, seed=1, step=5, shard=(host, hosts)) for host in range(hosts)]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("kind", ["plain", "shared", "packed"])
+def test_batches_keep_one_shape_and_lose_nothing(kind):
+    layout = plan_layout(PAIRS, kind=kind, batch=4, multiple=2)
+    batches = stream(PAIRS, layout=layout, batch=4, seed=0, epochs=1, ref_logps=REF)
+    uids = []
+    for step in range(total_steps(len(PAIRS), batch=4, epochs=1)):
+        batch = batches(step)
+        assert batch.rows.tokens.shape[0] % 2 == 0
+        assert batch.rows.weight.sum() == len(batch.uids) == batch.stats["pairs"]
+        assert len(batch.rows.weight) * 2 == batch.rows.tokens.shape[0] * batch.rows.slots
+        for place, index in enumerate(batch.rows.index):
+            if index >= 0:
+                np.testing.assert_array_equal(batch.rows.ref_logps[place], REF[int(batch.uids[index].split(":")[1])])
+        uids += batch.uids
+    assert sorted(uids) == sorted(pair.uid for pair in PAIRS)
+    if kind != "packed":
+        shapes = {batches(step).rows.tokens.shape for step in range(3)}
+        assert len(shapes) == 1
+
+
+def test_in_order_visits_every_example_once():
+    layout = plan_layout(PAIRS, kind="shared", batch=4)
+    visited = [(indices, batch) for indices, batch in in_order(PAIRS, layout=layout, batch=4)]
+    np.testing.assert_array_equal(np.concatenate([indices for indices, _ in visited]), np.arange(len(PAIRS)))
+    assert len({batch.rows.tokens.shape for _, batch in visited}) == 1
+
+
+def test_padding_share_counts_positions_that_hold_no_token():
+    layout = plan_layout(PAIRS[:4], kind="shared", batch=4)
+    batch = stream(PAIRS[:4], layout=layout, batch=4, seed=0)(0)
+    tokens = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in PAIRS[:4])
+    assert batch.stats["tokens"] == tokens
+    assert batch.stats["padding"] == pytest.approx(1 - tokens / (4 * layout.length))
+    assert batch.stats["scored_tokens"] == sum(len(p.chosen) + len(p.rejected) for p in PAIRS[:4])
