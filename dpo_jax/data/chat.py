@@ -1,0 +1,96 @@
+"""Conversational preferences: messages rendered by the tokenizer's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_jax.data.columns import text
+from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, check_pair
+
+Message = dict[str, Any]
+
+
+def chat_preference(prompt: list[Any] | None, chosen: Any, rejected: Any, *, uid: str, tokenizer: Any) -> Preference:
+    """The preference that three lists of messages `{"role", "content"}` make, rendered as text.
+
+    `prompt=None`: the prompt is implicit, the messages that both sides begin with. The prompt is rendered with the template's
+    generation prompt; a completion is the rendered whole minus the rendered prompt, which must be its beginning. An EOS token
+    that ends the completion is taken off, together with what the template puts after it: encoding appends EOS itself.
+    Raises `BadRow`, and `DataError` if the tokenizer has no chat template.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DataError(
+            f"{uid}: {Cause.CHAT_TEMPLATE}: conversational rows need a tokenizer with a chat template",
+            causes=[Cause.CHAT_TEMPLATE],
+        )
+    sides = {"chosen": _messages(chosen, "chosen", tokenizer), "rejected": _messages(rejected, "rejected", tokenizer)}
+    if sides["chosen"] == sides["rejected"]:
+        raise BadRow(Cause.IDENTICAL, "chosen and rejected are the same messages")
+    if prompt is None:
+        shared = 0
+        while all(len(side) > shared for side in sides.values()) and sides["chosen"][shared] == sides["rejected"][shared]:
+            shared += 1
+        turns = sides["chosen"][:shared]
+        sides = {name: side[shared:] for name, side in sides.items()}
+    else:
+        turns = _messages(prompt, "prompt", tokenizer)
+    for name, side in sides.items():
+        _check_completion(side, name)
+    if not turns or turns[-1]["role"] == "assistant":
+        raise BadRow(Cause.NO_PROMPT, "the prompt must end with a message that the assistant answers", field="prompt")
+    text = _render(turns, tokenizer, add_generation_prompt=True)
+    completions = {name: _completion(text, turns + side, name, tokenizer) for name, side in sides.items()}
+    check_pair(text, **completions)
+    return Preference(text, **completions, uid=uid, chat=True)
+
+
+def _messages(value: Any, field: str, tokenizer: Any) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        detail = "a list of messages is needed, " + ("this one is empty" if value == [] else f"this is {type(value).__name__}")
+        raise BadRow(Cause.EMPTY if value == [] else Cause.WRONG_TYPE, detail, field=field)
+    messages = []
+    for index, message in enumerate(value):
+        place = f"{field}.{index}"
+        if not isinstance(message, Mapping):
+            raise BadRow(Cause.WRONG_TYPE, f"a message is needed, this is {type(message).__name__}", field=place)
+        for key in ("role", "content"):
+            _check_content(message, key, place=place, tokenizer=tokenizer)
+        # parquet gives every message every key that any message has
+        messages.append({key: item for key, item in message.items() if item is not None})
+    return messages
+
+
+def _check_content(message: Mapping[str, Any], key: str, *, place: str, tokenizer: Any) -> None:
+    # A special token written out by a user would end or fake a turn.
+    content = text(message, key, inside=f"{place}.")
+    for token in tokenizer.all_special_tokens:
+        if token in content:
+            raise BadRow(Cause.EOS_IN_TEXT, f"the text contains the special token {token!r}", field=f"{place}.{key}")
+
+
+def _check_completion(messages: list[Message], field: str) -> None:
+    if not any(message["content"].strip() for message in messages):
+        raise BadRow(Cause.EMPTY, "the completion is empty or blank", field=field)
+    for message in messages:
+        if message["role"] != "assistant":
+            detail = f"a completion holds assistant messages only, this one has a message of {message['role']!r}"
+            raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field=field)
+
+
+def _render(messages: list[Message], tokenizer: Any, *, add_generation_prompt: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # a template may raise anything: it is a program in the tokenizer's file
+        raise BadRow(Cause.CHAT_TEMPLATE, f"the template refuses these messages: {error}") from error
+
+
+def _completion(prompt: str, messages: list[Message], field: str, tokenizer: Any) -> str:
+    whole = _render(messages, tokenizer)
+    if not whole.startswith(prompt):
+        detail = "the rendered conversation does not begin with the rendered prompt; the template rewrites earlier turns"
+        raise BadRow(Cause.CHAT_TEMPLATE, detail, field=field)
+    completion = whole[len(prompt) :]
+    if tokenizer.eos_token and completion.rstrip().endswith(tokenizer.eos_token):
+        completion = completion.rstrip().removesuffix(tokenizer.eos_token)
+    return completion

@@ -1,0 +1,49 @@
+"""Typed, checked access to the columns of a row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_jax.data.pairs import BadRow, Cause
+
+Row = Mapping[str, Any]
+
+
+def column(row: Row, field: str, *, inside: str = "") -> Any:
+    """The value in a column, whatever it is; `BadRow` if there is no such column. `inside`: path to `row`, for the message."""
+    if field not in row:
+        raise BadRow(Cause.MISSING_COLUMN, f"the row has {', '.join(map(repr, row)) or 'no columns'}", field=inside + field)
+    return row[field]
+
+
+def text(row: Row, field: str, *, inside: str = "") -> str:
+    """The text in a column; `BadRow` if it is missing, no text, or holds what no tokenizer can take."""
+    value = column(row, field, inside=inside)
+    if isinstance(value, float) and math.isnan(value):
+        raise BadRow(Cause.NAN, "NaN where a text is needed", field=inside + field)
+    if not isinstance(value, str):
+        raise BadRow(Cause.WRONG_TYPE, f"a text is needed, this is {type(value).__name__}", field=inside + field)
+    check_text(value, field=inside + field)
+    return value
+
+
+def check_text(value: str, *, field: str) -> None:
+    """Raises `BadRow` for a NUL and for a lone surrogate (JSON's `"\\ud800"`), which UTF-8 cannot encode."""
+    if "\0" in value:
+        raise BadRow(Cause.NUL, f"NUL at character {value.index(chr(0))}", field=field)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(Cause.INVALID_UTF8, f"lone surrogate at character {error.start}", field=field) from None
+
+
+def number(row: Row, field: str, *, inside: str = "") -> float:
+    """The finite number in a column, else `BadRow`."""
+    value = column(row, field, inside=inside)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow(Cause.WRONG_TYPE, f"a number is needed, this is {type(value).__name__}", field=inside + field)
+    if not math.isfinite(value):
+        raise BadRow(Cause.NAN, f"{value} where a finite number is needed", field=inside + field)
+    return value

@@ -1,0 +1,207 @@
+"""What a row of each public preference format means.
+
+A format is a function from rows to candidates. It takes `(where, row)` tuples and yields `(uid, Preference)`, or
+`(uid, BadRow)` with the reason why that candidate states no usable preference. SHP and StackExchange follow the original
+implementation (eric-mitchell/direct-preference-optimization, `preference_datasets.py`), the chat forms follow TRL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import combinations
+from typing import Any
+
+from dpo_jax.data.chat import chat_preference
+from dpo_jax.data.columns import Row, column, number, text
+from dpo_jax.data.html import strip_html
+from dpo_jax.data.pairs import BadRow, Cause, Preference, check_pair, split_hh
+
+Rows = Iterable[tuple[str, Row]]
+Candidates = Iterator[tuple[str, Preference | BadRow]]
+Format = Callable[..., Candidates]  # (rows, *, tokenizer) -> candidates
+
+SHP_MIN_RATIO = 2.0
+
+
+_COLUMNS = {
+    "tldr": {"info", "summaries", "choice"},
+    "shp": {"history", "human_ref_A", "human_ref_B", "labels"},
+    "stack_exchange": {"question", "answers"},
+    "trl": {"chosen", "rejected"},
+}
+
+
+def detect_format(row: Row) -> str | None:
+    """The format that a row's columns fit, a key of `FORMATS`, or `None`."""
+    name = next((name for name, needed in _COLUMNS.items() if needed <= set(row)), None)
+    sides = row.get("chosen"), row.get("rejected")
+    if name == "trl" and "prompt" not in row and all(isinstance(side, str) and side.startswith("\n\nHuman:") for side in sides):
+        return "hh"
+    return name
+
+
+def hh(rows: Rows, *, tokenizer: Any = None) -> Candidates:
+    """Anthropic HH: two transcripts, `chosen` and `rejected`, that part after their last "\\n\\nAssistant:"."""
+
+    def preference(uid: str, row: Row) -> Preference:
+        chosen, rejected = text(row, "chosen"), text(row, "rejected")
+        prompt = split_hh(chosen, rejected)
+        return checked(Preference(prompt, chosen[len(prompt) :], rejected[len(prompt) :], uid))
+
+    return _one_each(rows, preference)
+
+
+def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
+    """TRL's four forms: standard (texts) or conversational (messages), with a `prompt` column or with the prompt implicit.
+
+    As in TRL, a text in `prompt` beside conversational `chosen` and `rejected` is a copy of what they hold, and is not used.
+    """
+
+    def preference(uid: str, row: Row) -> Preference:
+        sides = [column(row, "chosen"), column(row, "rejected")]
+        prompt = row.get("prompt")
+        if any(isinstance(side, list) for side in sides):
+            return chat_preference(prompt if isinstance(prompt, list) else None, *sides, uid=uid, tokenizer=tokenizer)
+        chosen, rejected = text(row, "chosen"), text(row, "rejected")
+        if "prompt" in row:
+            return checked(Preference(text(row, "prompt"), chosen, rejected, uid))
+        cut = common_prompt(chosen, rejected)
+        return checked(Preference(chosen[:cut], chosen[cut:], rejected[cut:], uid))
+
+    return _one_each(rows, preference)
+
+
+def common_prompt(chosen: str, rejected: str) -> int:
+    """Length of the prompt that two texts share, cut back to the start of a word; a space before it goes to the completions.
+
+    Like TRL's `extract_prompt`, which however cuts "the blue" and "the black" inside the word, at "bl", and goes wrong where
+    one text is the beginning of the other.
+    """
+    if chosen == rejected:
+        raise BadRow(Cause.IDENTICAL, "chosen and rejected are the same text")
+    cut = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
+    word_ends_on_both = chosen[cut : cut + 1].isspace() and rejected[cut : cut + 1].isspace()
+    while not word_ends_on_both and cut > 0 and not chosen[cut - 1].isspace():
+        cut -= 1
+    return cut - 1 if chosen[cut - 1 : cut] == " " else cut
+
+
+def tldr(rows: Rows, *, tokenizer: Any = None) -> Candidates:
+    """TL;DR comparisons of openai/summarize_from_feedback: `info` (the Reddit post), two `summaries`, `choice` of one."""
+
+    def preference(uid: str, row: Row) -> Preference:
+        info, summaries, choice = column(row, "info"), column(row, "summaries"), number(row, "choice")
+        if not isinstance(info, Mapping):
+            raise BadRow(Cause.WRONG_TYPE, f"an object is needed, this is {type(info).__name__}", field="info")
+        if not (isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(s, Mapping) for s in summaries)):
+            raise BadRow(Cause.WRONG_TYPE, "a list of two objects is needed", field="summaries")
+        if choice not in (0, 1):
+            raise BadRow(Cause.OUT_OF_RANGE, f"0 or 1 is needed, this is {choice}", field="choice")
+        post = {field: text(info, field, inside="info.") for field in ("subreddit", "title", "post")}
+        prompt = f"SUBREDDIT: r/{post['subreddit']}\nTITLE: {post['title']}\nPOST: {post['post']}\nTL;DR:"
+        texts = [_spaced(text(summary, "text", inside=f"summaries.{i}.")) for i, summary in enumerate(summaries)]
+        return checked(Preference(prompt, texts[int(choice)], texts[1 - int(choice)], uid))
+
+    return _one_each(rows, preference)
+
+
+def shp(rows: Rows, *, tokenizer: Any = None) -> Candidates:
+    """Stanford Human Preferences as the original reads it: pairs whose scores are at least a factor of two apart.
+
+    `sft_target` is the best-scored response among all such pairs of the same prompt, the first of equals.
+    """
+    best: dict[str, tuple[float, str]] = {}
+
+    def preference(uid: str, row: Row) -> Preference:
+        prompt = _as_hh(text(row, "history"))
+        responses = [" " + text(row, "human_ref_A"), " " + text(row, "human_ref_B")]
+        scores = [number(row, "score_A"), number(row, "score_B")]
+        label = number(row, "labels")
+        if label not in (0, 1):
+            raise BadRow(Cause.OUT_OF_RANGE, f"0 or 1 is needed, this is {label}", field="labels")
+        if min(scores) <= 0:
+            raise BadRow(Cause.OUT_OF_RANGE, f"positive scores have a ratio, these are {scores}", field="score_A, score_B")
+        if max(scores) / min(scores) < SHP_MIN_RATIO:
+            raise BadRow(Cause.SCORE_RATIO, f"the scores {scores} are less than a factor of {SHP_MIN_RATIO:g} apart")
+        chosen, rejected = responses if label == 1 else responses[::-1]
+        pair = checked(Preference(prompt, chosen, rejected, uid))
+        for score, response in zip(scores, responses, strict=True):
+            if prompt not in best or score > best[prompt][0]:
+                best[prompt] = score, response
+        return pair
+
+    for uid, candidate in list(_one_each(rows, preference)):
+        if isinstance(candidate, Preference):
+            candidate = _with_target(candidate, best[candidate.prompt][1])
+        yield uid, candidate
+
+
+def stack_exchange(rows: Rows, *, tokenizer: Any = None) -> Candidates:
+    """StackExchange preferences as the original reads them: every two answers of a question form a pair, by `pm_score`.
+
+    `sft_target` is the best-scored answer. HTML is reduced as in the original (`strip_html`). Unlike the original, answers of
+    equal score form no pair (it takes the later one as chosen): such pairs are counted as `tie`.
+    """
+    for where, row in rows:
+        try:
+            question = strip_html(text(row, "question"))
+            if not question.strip():
+                raise BadRow(Cause.NO_PROMPT, "nothing is left of the question without its HTML", field="question")
+            answers = _answers(row)
+        except BadRow as problem:
+            yield where, problem
+            continue
+        best = max(answers, key=lambda answer: answer[0])[1]
+        for (i, first), (j, second) in combinations(enumerate(answers), 2):
+            uid = f"{where}#{i}-{j}"
+            chosen, rejected = (first, second) if first[0] > second[0] else (second, first)
+            try:
+                if first[0] == second[0]:
+                    raise BadRow(Cause.TIE, f"both answers have score {first[0]}")
+                yield uid, _with_target(checked(Preference(_as_hh(question), chosen[1], rejected[1], uid)), best)
+            except BadRow as problem:
+                yield uid, problem
+
+
+def _answers(row: Row) -> list[tuple[float, str]]:
+    answers = column(row, "answers")
+    if not (isinstance(answers, list) and all(isinstance(answer, Mapping) for answer in answers)):
+        raise BadRow(Cause.WRONG_TYPE, "a list of objects is needed", field="answers")
+    if len(answers) < 2:
+        raise BadRow(Cause.NO_PAIR, f"{len(answers)} answers form no pair", field="answers")
+    places = [f"answers.{i}." for i in range(len(answers))]
+    return [
+        (number(answer, "pm_score", inside=place), " " + strip_html(text(answer, "text", inside=place)))
+        for place, answer in zip(places, answers, strict=True)
+    ]
+
+
+FORMATS: dict[str, Format] = {"hh": hh, "trl": trl, "shp": shp, "stack_exchange": stack_exchange, "tldr": tldr}
+
+
+def _one_each(rows: Rows, preference: Callable[[str, Row], Preference]) -> Candidates:
+    for uid, row in rows:
+        try:
+            yield uid, preference(uid, row)
+        except BadRow as problem:
+            yield uid, problem
+
+
+def checked(preference: Preference) -> Preference:
+    """The preference itself, or `BadRow` as `check_pair`."""
+    check_pair(preference.prompt, preference.chosen, preference.rejected)
+    return preference
+
+
+def _with_target(preference: Preference, target: str) -> Preference:
+    return preference if target == preference.chosen else dataclasses.replace(preference, sft_target=target)
+
+
+def _as_hh(question: str) -> str:
+    return f"\n\nHuman: {question}\n\nAssistant:"
+
+
+def _spaced(summary: str) -> str:
+    # The published summaries start with a space, which makes the first word the token it is elsewhere in a text.
+    return summary if summary[:1].isspace() else " " + summary

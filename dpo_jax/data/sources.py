@@ -1,0 +1,90 @@
+"""Preferences from files, in whatever public format they are: the one entry to the data.
+
+    load_preferences("hh-rlhf/", "train").report.summary()
+
+reads every row of the split, turns each into a `Preference` or a counted, named reason why not, and by default refuses the
+whole set if any row is bad. `files` finds and reads, `formats` says what a row means, `pairs` keeps the books.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from dpo_jax.data.columns import Row
+from dpo_jax.data.files import find_files, read_rows, tfds_folders
+from dpo_jax.data.formats import FORMATS, detect_format
+from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport, OnBad, Preference, PreferenceSet, Triage
+
+__all__ = ["PreferenceSet", "load_preferences"]
+
+FormatName = Literal["auto", "hh", "trl", "shp", "stack_exchange", "tldr", "tfds"]
+
+
+def load_preferences(
+    source: str | Path, split: str, *, format: FormatName = "auto", on_bad: OnBad = "refuse", tokenizer: Any = None
+) -> PreferenceSet:
+    """The preferences of `split` under `source`: a sequence of `Preference` with the `report` of how it came to be.
+
+    Args:
+      source: a JSON Lines (`.jsonl`, `.jsonl.gz`, `.json`, `.json.gz`) or parquet file, a folder of them in one of the layouts
+        of `files.find_files`, or a folder written by `tfds.write_tfds`.
+      split: "train", "test", ...: part of the file names.
+      format: what a row means (`formats`); "auto" decides by the columns of the first 100 rows and says so in the report.
+      on_bad: "refuse" raises `DataError` listing the bad rows; "drop" leaves them out and counts them by cause.
+      tokenizer: needed for conversational rows only, for its chat template.
+
+    Raises `DataError` for bad rows, for a file that is damaged, missing or not what its name says, and if nothing is left.
+    """
+    if format not in ("auto", "tfds", *FORMATS):
+        raise ValueError(f"unknown format {format!r}; known: auto, tfds, {', '.join(FORMATS)}")
+    if format == "tfds" or (format == "auto" and tfds_folders(Path(source))):
+        from dpo_jax.data.tfds import read_tfds
+
+        return read_tfds(source, split, on_bad=on_bad)
+    report = DataReport(source=str(source), split=split, format=format)
+    triage = Triage(report, on_bad=on_bad)
+    rows = _readable_rows(find_files(source, split, report=report), report, triage)
+    if format == "auto":
+        rows = _detect(rows, report)
+    preferences: list[Preference] = []
+    if report.format != "auto":
+        for uid, candidate in FORMATS[report.format](rows, tokenizer=tokenizer):
+            report.read += 1
+            if isinstance(candidate, BadRow):
+                triage.reject(uid, candidate)
+            else:
+                preferences.append(candidate)
+    triage.finish(kept=len(preferences))
+    if not preferences:
+        raise DataError(f"{source} [{split}]: no preference is left:\n{report.summary()}", causes=[Cause.NO_ROWS])
+    return PreferenceSet(preferences, report)
+
+
+def _readable_rows(files: list[tuple[str, Path]], report: DataReport, triage: Triage) -> Iterator[tuple[str, Row]]:
+    for name, path in files:
+        for where, row in read_rows(name, path, report=report):
+            if isinstance(row, BadRow):
+                report.read += 1
+                triage.reject(where, row)
+            else:
+                yield where, row
+
+
+def _detect(rows: Iterator[tuple[str, Row]], report: DataReport) -> Iterator[tuple[str, Row]]:
+    sample = list(itertools.islice(rows, 100))
+    votes = collections.Counter(name for _, row in sample if (name := detect_format(row)))
+    if sample and not votes:
+        where, row = sample[0]
+        raise DataError(
+            f"{where}: {Cause.MISSING_COLUMN}: no known format has the columns {', '.join(row) or '(none)'}; "
+            f"if the first rows are bad, name the format with --data.format ({', '.join(FORMATS)})",
+            causes=[Cause.MISSING_COLUMN],
+        )
+    for name, count in votes.most_common(1):
+        report.format = name
+        report.notes.append(f"format {name!r}: {count} of the first {len(sample)} readable rows have its columns")
+    return itertools.chain(sample, rows)

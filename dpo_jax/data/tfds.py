@@ -1,0 +1,163 @@
+"""Validated preferences as a TensorFlow Datasets data set, written and read without TensorFlow.
+
+Always array_record: tfds also offers parquet without TensorFlow, but loses rows there without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from dpo_jax.data.columns import check_text
+from dpo_jax.data.files import fingerprint, tfds_folders
+from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport, OnBad, Preference, PreferenceSet, Triage, check_pair
+
+_TEXTS = ("prompt", "chosen", "rejected", "uid")
+
+
+class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A tfds builder over preferences in memory. `write_tfds` is the short way to use it.
+
+    The rows keep their order, so that the training stream is the same from files and from tfds, and carry a SHA-256 per split.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, preferences: Mapping[str, Sequence[Preference]], name: str, data_dir: str | Path) -> None:
+        self.name = name  # pyright: ignore[reportAttributeAccessIssue] (tfds would take the name of the class)
+        self._preferences = preferences
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        texts = {field: tfds.features.Text() for field in (*_TEXTS, "sft_target")}
+        return self.dataset_info_from_configs(
+            description="Preference pairs: a prompt, a chosen and a rejected completion, and what SFT learns for the prompt.",
+            features=tfds.features.FeaturesDict({**texts, "chat": tfds.features.Scalar(np.bool_)}),
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict({split: _digest(rows) for split, rows in self._preferences.items()}),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        return {split: self._generate_examples(rows) for split, rows in self._preferences.items()}
+
+    def _generate_examples(self, rows: Iterable[Preference]) -> Iterator[tuple[int, dict[str, Any]]]:
+        # The key is the row number: equal rows are kept, and tfds can report an equal key only with TensorFlow installed.
+        for index, row in enumerate(rows):
+            record: dict[str, Any] = {field: getattr(row, field) for field in _TEXTS}
+            yield index, record | {"sft_target": row.chosen if row.sft_target is None else row.sft_target, "chat": row.chat}
+
+
+def write_tfds(
+    preferences_by_split: Mapping[str, Sequence[Preference]], data_dir: str | Path, *, name: str = "preferences"
+) -> Path:
+    """Writes `{split: preferences}` under `data_dir/name/1.0.0` and returns that folder, after reading every record back.
+
+    Raises `DataError` if a preference would be refused on reading, and `FileExistsError` rather than mixing in or reusing data.
+    """
+    for split, preferences in preferences_by_split.items():
+        triage = Triage(DataReport(source=name, split=split, read=len(preferences)), on_bad="refuse")
+        kept = sum(_accept(triage, row.uid, row) for row in preferences)
+        triage.finish(kept)
+        if not preferences:
+            _refuse(Cause.NO_ROWS, split, "the split has no preferences")
+    builder = PreferenceBuilder(preferences=preferences_by_split, name=name, data_dir=data_dir)
+    folder = Path(builder.data_path)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; tfds would silently keep what it holds")
+    tfds.disable_progress_bar()
+    builder.download_and_prepare()
+    for split in preferences_by_split:
+        read_tfds(folder, split)
+    return folder
+
+
+def read_tfds(data_dir: str | Path, split: str, *, on_bad: OnBad = "refuse") -> PreferenceSet:
+    """The preferences of a split that `write_tfds` wrote. `data_dir`: the folder it returned, or one above it.
+
+    Raises `DataError` if records are missing or differ from what was written, and as `load_preferences` for bad rows.
+    """
+    folder = _find(Path(data_dir))
+    builder = tfds.builder_from_directory(folder)
+    if split not in builder.info.splits:
+        _refuse(Cause.BAD_LAYOUT, folder, f"no split {split!r}; it has {', '.join(builder.info.splits)}")
+    report = DataReport(source=str(data_dir), split=split, format="tfds")
+    preferences: list[Preference] = []
+    triage = Triage(report, on_bad=on_bad)
+    for where, record in _records(builder, split, folder):
+        report.rows += 1
+        report.read += 1
+        try:
+            row = _decode(record)
+        except BadRow as problem:
+            triage.reject(where, problem)
+            continue
+        if _accept(triage, where, row):
+            preferences.append(row)
+    triage.finish(len(preferences))
+    if not report.dropped and _digest(preferences) != (builder.info.metadata or {}).get(split):
+        _refuse(Cause.BAD_LAYOUT, folder, f"the records of split {split!r} are not those that were written")
+    report.files = [fingerprint(Path(file).name, Path(file)) for file in builder.info.splits[split].filepaths]
+    return PreferenceSet(preferences, report)
+
+
+def _find(source: Path) -> Path:
+    folders = tfds_folders(source)
+    if len(folders) != 1:
+        found = ", ".join(map(str, folders)) or "none"
+        _refuse(Cause.BAD_LAYOUT, source, f"exactly one tfds data set (dataset_info.json) is needed here, found: {found}")
+    return folders[0]
+
+
+def _records(builder: tfds.core.DatasetBuilder, split: str, folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    declared = builder.info.splits[split].num_examples
+    try:
+        source = builder.as_data_source(split)
+        if len(source) != declared:
+            _refuse(Cause.NO_ROWS, folder, f"split {split!r} declares {declared} records, its files hold {len(source)}")
+        for index in range(declared):
+            yield f"{folder.parent.name}/{split}:{index + 1}", source[index]
+    except (OSError, RuntimeError, ValueError, IndexError) as error:
+        if isinstance(error, DataError):
+            raise
+        _refuse(Cause.BAD_LAYOUT, folder, f"split {split!r} cannot be read: {error}")
+
+
+def _decode(record: Mapping[str, Any]) -> Preference:
+    texts: dict[str, Any] = {}
+    for field in (*_TEXTS, "sft_target"):
+        try:
+            texts[field] = bytes(record[field]).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadRow(Cause.INVALID_UTF8, f"byte {error.start} of the text: {error.reason}", field=field) from None
+    if texts["sft_target"] == texts["chosen"]:
+        texts["sft_target"] = None
+    return Preference(**texts, chat=bool(record["chat"]))
+
+
+def _accept(triage: Triage, where: str, row: Preference) -> bool:
+    try:
+        for field in _TEXTS:
+            check_text(getattr(row, field), field=field)
+        check_pair(row.prompt, row.chosen, row.rejected)
+    except BadRow as problem:
+        triage.reject(where, problem)
+        return False
+    return True
+
+
+def _digest(rows: Iterable[Preference]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        target = row.chosen if row.sft_target is None else row.sft_target
+        digest.update(json.dumps([row.prompt, row.chosen, row.rejected, row.uid, target, row.chat]).encode())
+    return digest.hexdigest()
+
+
+def _refuse(cause: Cause, where: str | Path, detail: str) -> NoReturn:
+    raise DataError(f"{where}: {cause}: {detail}", causes=[cause])
