@@ -1,0 +1,230 @@
+"""The one training loop. It knows nothing of the algorithm: `step` and `stream` are functions, the rest is bookkeeping."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from dpo_jax.runtime.metrics import MetricsLog, Progress
+from dpo_jax.runtime.rundir import write_json
+
+EXIT_PREEMPTED = 143
+"""Exit code of a process that saved and stopped because of SIGTERM or SIGINT: 128 + 15. Run it again to continue."""
+
+
+class NonFinite(ArithmeticError):
+    """A loss or gradient norm is NaN or infinite. `step`, `uids`: the batch. No state that has seen it was saved."""
+
+    def __init__(self, message: str, *, step: int, uids: list[str]):
+        super().__init__(message)
+        self.step, self.uids = step, uids
+
+
+class Preempted(RuntimeError):
+    """Stopped by a signal, after `step` steps. End the process with `EXIT_PREEMPTED`."""
+
+    def __init__(self, message: str, *, step: int):
+        super().__init__(message)
+        self.step = step
+
+
+def fit(
+    step: Callable[[Any, Any], tuple[Any, dict[str, Any]]],
+    state: Any,
+    stream: Callable[[int], Any],
+    *,
+    total_steps: int,
+    lr: Callable[[int], Any] | None = None,
+    checkpoints: Any = None,
+    meta: Mapping[str, Any] | None = None,
+    log: MetricsLog | None = None,
+    progress: Progress | None = None,
+    evaluate: Callable[[Any, int], Mapping[str, Any]] | None = None,
+    eval_every: int = 0,
+    save_every: int = 0,
+    check: Callable[[int, dict[str, float]], None] | None = None,
+    unit: str = "pairs",
+    get_state: Callable[[Any], Any] = lambda tree: tree,
+) -> Any:
+    """Takes steps `state.step` to `total_steps - 1` and returns the state after them. The given state is donated.
+
+    step: compiled `step(state, rows) -> (state, metrics)` with float32[] metrics.
+    stream: `stream(i)` is the batch of step `i`, with `.rows`, `.uids`, `.stats` (`pairs`, `scored_tokens`, `padding`, ...). A
+        thread calls it, one batch ahead. It must be a pure function of `i`: then a resumed run equals the uninterrupted one.
+    lr: the schedule, logged as `lr`.
+    checkpoints: `runtime.checkpoint.Checkpoints`, saved to with `meta` every `save_every` steps, at the end, and on a signal.
+    evaluate: `evaluate(state, steps taken) -> metrics`, every `eval_every` steps and at the end, logged under `eval/`.
+    check: `check(step, metrics)` may raise to stop the run, for instance when the loss of step 0 is not ln 2.
+    unit: which of `stats` counts examples.
+    get_state: takes what `step` works on to what is saved; `Partitioner.get_state` where these differ.
+
+    Metrics of a step are read while the device computes the next one, and before anything is saved.
+
+    Raises NonFinite (and writes `bad_batch.json` beside the log), Preempted, and whatever stream, check and evaluate raise.
+    """
+    start = int(get_state(state.step))
+    books = _Books(start, total_steps, log=log, progress=progress, checkpoints=checkpoints, check=check, unit=unit)
+    with books, _Signals() as signals, _Ahead(stream, start, total_steps) as batches:
+        for index in range(start, total_steps):
+            batch = batches.take(index)
+            rate = {} if lr is None else {"lr": lr(index)}
+            state, metrics = step(state, batch.rows)
+            books.settle()
+            books.pending = _Pending(index, batch.uids, batch.stats, {**metrics, **rate})
+
+            done, stop = index + 1, signals.received
+            end = done == total_steps
+            if evaluate is not None and not stop and (end or _due(done, eval_every)):
+                books.settle()
+                books.evaluated(done, evaluate(state, done))
+            if stop or end or _due(done, save_every):
+                books.settle()
+                books.save(done, get_state(state), meta, wait=bool(stop or end))
+            if stop or (end and signals.received):
+                saved = "the state is saved" if checkpoints is not None else "nothing is saved, as no place was given"
+                raise Preempted(f"stopped by {signal.Signals(signals.received).name} after {done} steps; {saved}", step=done)
+    return state
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A step that has been dispatched; its metrics may not be computed yet."""
+
+    step: int
+    uids: list[str]
+    stats: Mapping[str, float]
+    metrics: dict[str, Any]
+
+
+class _Books:
+    """Everything that is written down about a step, in the order that makes a crash at any point harmless."""
+
+    def __init__(self, start: int, total: int, *, log, progress, checkpoints, check, unit: str):
+        self._log, self._progress, self._checkpoints, self._check, self._unit = log, progress, checkpoints, check, unit
+        self._start, self._total = start, total
+        self.pending: _Pending | None = None
+
+    def __enter__(self) -> _Books:
+        if self._log is not None:
+            self._log.resume(self._start)
+        if self._progress is not None:
+            self._progress.start(self._start, self._total, unit=self._unit)
+        self._clock = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._progress is not None:
+            self._progress.close()
+
+    def settle(self) -> None:
+        """Waits for the metrics of the pending step, judges them and writes them down."""
+        taken, self.pending = self.pending, None
+        if taken is None:
+            return
+        values = {name: float(value) for name, value in jax.device_get(taken.metrics).items()}
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        if any(not math.isfinite(values.get(name, 0.0)) for name in ("loss", "grad_norm")):
+            raise self._non_finite(taken, values)
+        if self._check is not None:
+            self._check(taken.step, values)
+        row = {"step": taken.step, **values, **_throughput(taken.stats, self._unit, seconds)}
+        if self._log is not None:
+            self._log.write(row)
+        if self._progress is not None:
+            self._progress.step(row)
+        if self._checkpoints is not None:
+            self._checkpoints.check_errors()
+
+    def evaluated(self, done: int, metrics: Mapping[str, Any]) -> None:
+        row = {"step": done, **{f"eval/{name}": float(value) for name, value in metrics.items()}}
+        if self._log is not None:
+            self._log.write(row)
+        if self._progress is not None:
+            self._progress.evaluated(row)
+        self._clock = time.perf_counter()
+
+    def save(self, done: int, state: Any, meta: Mapping[str, Any] | None, *, wait: bool) -> None:
+        # Rows first: a checkpoint of step n promises that the rows of all steps before n are on disk.
+        if self._log is not None:
+            self._log.sync()
+        if self._checkpoints is not None:
+            self._checkpoints.save(done, state, dict(meta or {}))
+            if wait:
+                self._checkpoints.wait()
+        self._clock = time.perf_counter()
+
+    def _non_finite(self, taken: _Pending, values: dict[str, float]) -> NonFinite:
+        found = ", ".join(f"{name} = {values[name]}" for name in ("loss", "grad_norm") if name in values)
+        message = f"step {taken.step}: {found}. Batch: {', '.join(taken.uids[:3])}{', ...' if len(taken.uids) > 3 else ''}"
+        if self._log is not None:
+            path = self._log.path.with_name("bad_batch.json")
+            readable = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+            write_json(path, {"step": taken.step, "uids": taken.uids, "metrics": readable})
+            message += f" (all {len(taken.uids)} in {path})"
+        return NonFinite(message, step=taken.step, uids=taken.uids)
+
+
+def _throughput(stats: Mapping[str, float], unit: str, seconds: float) -> dict[str, float]:
+    counted = {name: stats[name] / seconds for name in (unit, "scored_tokens") if name in stats}
+    rates = {f"{name}_per_second": value for name, value in counted.items()}
+    return {**rates, **({"padding": stats["padding"]} if "padding" in stats else {})}
+
+
+class _Ahead:
+    """Prepares the batch of step i + 1 in one background thread while step i is computed; its errors surface in `take`."""
+
+    def __init__(self, stream: Callable[[int], Any], start: int, total: int):
+        self._stream, self._total = stream, total
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="next-batch")
+        self._next = self._pool.submit(stream, start) if start < total else None
+
+    def take(self, index: int) -> Any:
+        assert self._next is not None
+        batch = self._next.result()
+        self._next = self._pool.submit(self._stream, index + 1) if index + 1 < self._total else None
+        return batch
+
+    def __enter__(self) -> _Ahead:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Signals:
+    """The first SIGTERM or SIGINT sets `received`, a second one ends the process at once. Restores the handlers afterwards."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.received:
+            os._exit(EXIT_PREEMPTED)
+        self.received = number
+        # Not print(): the signal may have interrupted a print, and buffered files are not re-entrant.
+        text = f"\n{signal.Signals(number).name}: finishing this step, then saving. A second signal stops at once.\n"
+        os.write(2, text.encode())

@@ -1,0 +1,353 @@
+"""The loop on a toy problem whose every number is known: batch i adds i + 1 to the state w, the loss of step i is w before that."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.runtime import metrics as records
+from dpo_jax.runtime import parallel
+from dpo_jax.runtime.fit import EXIT_PREEMPTED, NonFinite, Preempted, fit
+from dpo_jax.types import TrainState
+
+
+@dataclasses.dataclass
+class Batch:
+    rows: np.ndarray
+    uids: list
+    stats: dict
+
+
+def stream(index):
+    rows = np.full((4,), (index + 1) / 4, np.float32)
+    return Batch(rows, [f"train.jsonl:{index}"], {"pairs": 2, "scored_tokens": 30, "padding": 0.25})
+
+
+def step(state, rows):
+    loss = state.params["w"]
+    return state.replace(step=state.step + 1, params={"w": loss + rows.sum()}), {"loss": loss, "grad_norm": rows.sum()}
+
+
+compiled = jax.jit(step)
+
+
+def start(step_number=0, w=0.0):
+    return TrainState(jnp.int32(step_number), {"w": jnp.float32(w)}, ())
+
+
+class Memory:
+    """Checkpoints that remember, in the order of events shared with the log."""
+
+    def __init__(self, events=None, error_at=None):
+        self.saved, self.events, self.error_at, self.polls = {}, events if events is not None else [], error_at, 0
+
+    def save(self, step, state, meta):
+        self.saved[step] = (float(state.params["w"]), meta)
+        self.events.append(("save", step))
+
+    def wait(self):
+        self.events.append(("wait",))
+
+    def check_errors(self):
+        self.polls += 1
+        if self.polls == self.error_at:
+            raise OSError("no space left")
+
+
+class EventLog(records.MetricsLog):
+    def __init__(self, path, events):
+        super().__init__(path)
+        self.events = events
+
+    def write(self, row):
+        super().write(row)
+        self.events.append(("eval" if records.is_evaluation(row) else "row", row["step"]))
+
+    def sync(self):
+        super().sync()
+        self.events.append(("sync",))
+
+
+def test_every_number_belongs_to_its_step_and_rows_are_written_before_saves(tmp_path):
+    events = []
+    memory = Memory(events)
+    seen = []
+    with EventLog(tmp_path / "metrics.jsonl", events) as log:
+        state = fit(
+            compiled,
+            start(),
+            stream,
+            total_steps=5,
+            lr=lambda i: 10.0 * i,
+            checkpoints=memory,
+            meta={"config": 1},
+            log=log,
+            evaluate=lambda state, done: seen.append(done) or {"accuracy": state.params["w"] * 2},
+            eval_every=3,
+            save_every=2,
+        )
+    assert int(state.step) == 5
+    rows = records.read_metrics(tmp_path / "metrics.jsonl")
+    train = [row for row in rows if not records.is_evaluation(row)]
+    assert [row["step"] for row in train] == [0, 1, 2, 3, 4]
+    assert [row["loss"] for row in train] == [0, 1, 3, 6, 10]
+    assert [row["grad_norm"] for row in train] == [1, 2, 3, 4, 5]
+    assert [row["lr"] for row in train] == [0, 10, 20, 30, 40]
+    assert all(row["padding"] == 0.25 for row in train)
+    assert [row["scored_tokens_per_second"] for row in train] == pytest.approx([15 * row["pairs_per_second"] for row in train])
+    assert [row for row in rows if records.is_evaluation(row)] == [
+        {"step": 3, "eval/accuracy": 12.0},
+        {"step": 5, "eval/accuracy": 30.0},
+    ]
+    assert seen == [3, 5]
+    assert memory.saved == {2: (3.0, {"config": 1}), 4: (10.0, {"config": 1}), 5: (15.0, {"config": 1})}
+    assert memory.polls == 5
+    expected = "row0 row1 sync save2 row2 eval3 row3 sync save4 row4 eval5 sync save5 wait"
+    assert " ".join("".join(map(str, event)) for event in events) == expected
+
+
+def test_metrics_are_read_while_the_next_step_is_under_way(tmp_path):
+    order = []
+
+    def observed(state, rows):
+        order.append(("step", int(state.step)))
+        return compiled(state, rows)
+
+    fit(observed, start(), stream, total_steps=3, check=lambda index, _: order.append(("read", index)))
+    assert order == [("step", 0), ("step", 1), ("read", 0), ("step", 2), ("read", 1), ("read", 2)]
+
+
+def test_resume_forgets_what_came_later_and_continues(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with records.MetricsLog(path) as log:
+        fit(compiled, start(), stream, total_steps=5, log=log, evaluate=lambda state, done: {"a": 1.0}, eval_every=2)
+    with open(path, "ab") as file:
+        file.write(b'{"step": 5, "lo')  # torn by a crash
+    with records.MetricsLog(path) as log:
+        fit(compiled, start(2, 3.0), stream, total_steps=6, log=log)
+    rows = records.read_metrics(path)
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 5]
+    assert [records.is_evaluation(row) for row in rows] == [False, False, True, False, False, False, False]
+    assert [row["loss"] for row in rows if "loss" in row] == [0, 1, 3, 6, 10, 15]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step\n{"step": 2}\n')
+    with records.MetricsLog(path) as log, pytest.raises(ValueError, match=r"metrics.jsonl:2 is not JSON"):
+        log.resume(3)
+
+
+@pytest.mark.parametrize(("name", "value"), [("loss", np.nan), ("grad_norm", np.inf)])
+@pytest.mark.parametrize("save_every", [1, 100])
+def test_non_finite_stops_at_its_step_and_saves_nothing_of_it(tmp_path, name, value, save_every):
+    memory = Memory()
+
+    def poisoned(state, rows):
+        index = int(state.step)
+        state, metrics = compiled(state, rows)
+        return state, {**metrics, name: jnp.float32(value if index == 3 else 1)}
+
+    message = rf"step 3: .*{name} = (nan|inf).*train.jsonl:3"
+    with records.MetricsLog(tmp_path / "metrics.jsonl") as log, pytest.raises(NonFinite, match=message) as caught:
+        fit(poisoned, start(), stream, total_steps=9, log=log, checkpoints=memory, save_every=save_every)
+    assert caught.value.step == 3
+    assert caught.value.uids == ["train.jsonl:3"]
+    record = json.loads((tmp_path / "bad_batch.json").read_text())
+    assert record["step"] == 3
+    assert record["uids"] == ["train.jsonl:3"]
+    assert record["metrics"][name] == str(value)
+    assert sorted(memory.saved) == ([1, 2, 3] if save_every == 1 else [])
+    assert [row["step"] for row in records.read_metrics(log.path)] == [0, 1, 2]
+
+
+def test_errors_of_stream_check_and_checkpoints_surface():
+    def broken(index):
+        if index == 2:
+            raise ValueError("row 2 is broken")
+        assert threading.current_thread() is not threading.main_thread()
+        return stream(index)
+
+    with pytest.raises(ValueError, match="row 2 is broken"):
+        fit(compiled, start(), broken, total_steps=5)
+
+    def guard(index, values):
+        if index == 0 and values["loss"] != 1:
+            raise RuntimeError("loss of step 0 is not what it should be")
+
+    with pytest.raises(RuntimeError, match="step 0"):
+        fit(compiled, start(), stream, total_steps=5, check=guard)
+    memory = Memory(error_at=2)
+    with pytest.raises(OSError, match="no space"):
+        fit(compiled, start(), stream, total_steps=5, checkpoints=memory)
+    assert memory.saved == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_the_step_saves_and_says_so(number):
+    memory = Memory()
+    before = signal.getsignal(number)
+
+    def interrupted(state, rows):
+        if int(state.step) == 2:
+            os.kill(os.getpid(), number)
+        return compiled(state, rows)
+
+    with pytest.raises(Preempted, match=f"{number.name} after 3 steps; the state is saved") as caught:
+        fit(
+            interrupted,
+            start(),
+            stream,
+            total_steps=9,
+            checkpoints=memory,
+            evaluate=lambda *_: pytest.fail("no time"),
+            eval_every=3,
+        )
+    assert caught.value.step == 3
+    assert memory.saved == {3: (6.0, {})}
+    assert memory.events[-1] == ("wait",)
+    assert signal.getsignal(number) is before
+
+
+def test_signal_during_the_last_evaluation_is_not_lost():
+    memory = Memory()
+    with pytest.raises(Preempted, match="after 2 steps"):
+        fit(
+            compiled,
+            start(),
+            stream,
+            total_steps=2,
+            checkpoints=memory,
+            evaluate=lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {},
+        )
+    assert list(memory.saved) == [2]
+
+
+def test_second_signal_ends_the_process_at_once():
+    code = """
+import os, signal, time
+from dpo_jax.runtime.fit import _Signals
+with _Signals():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+    began = time.monotonic()
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == EXIT_PREEMPTED == 143
+    assert "A second signal stops at once" in process.stderr
+    assert time.monotonic() - began < 30
+
+
+def test_a_finished_run_is_left_alone():
+    state = start(4, 1.0)
+    assert fit(pytest.fail, state, pytest.fail, total_steps=4, checkpoints=Memory()) is state
+
+
+@pytest.mark.parametrize("make", [parallel.single_device, parallel.pmap_partitioner])
+def test_state_of_any_partitioner(make):
+    partitioner = make()
+
+    def step(state, rows):
+        total = rows.sum() if partitioner.axis_name is None else jax.lax.psum(rows.sum(), partitioner.axis_name)
+        return state.replace(step=state.step + 1, params={"w": state.params["w"] + total}), {"loss": state.params["w"]}
+
+    memory = Memory()
+    run = partitioner.compile_step(step) if partitioner.devices == 1 else pmapped(partitioner, step)
+    state = fit(
+        run,
+        partitioner.put_state(start(1, 1.0)),
+        stream,
+        total_steps=4,
+        checkpoints=memory,
+        save_every=2,
+        get_state=partitioner.get_state,
+    )
+    assert memory.saved == {2: (3.0, {}), 4: (10.0, {})}
+    assert int(partitioner.get_state(state).step) == 4
+
+
+def pmapped(partitioner, step):
+    inner = jax.pmap(step, axis_name=partitioner.axis_name, donate_argnums=0)
+
+    def run(state, rows):
+        state, metrics = inner(state, rows.reshape(partitioner.devices, -1))
+        return state, jax.tree.map(lambda leaf: leaf[0], metrics)
+
+    return run
+
+
+def test_progress_off_a_terminal_prints_plain_lines():
+    out = io.StringIO()
+    fit(
+        compiled,
+        start(),
+        stream,
+        total_steps=3,
+        progress=records.Progress(file=out, seconds=0),
+        evaluate=lambda *_: {"accuracy": 0.5},
+    )
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("step 1/3  ")
+    assert "pairs/s" in lines[0]
+    assert "scored tokens/s, loss 0.0000" in lines[0]
+    assert lines[2].endswith("ETA 00:00")
+    assert lines[3] == "evaluation after 3 steps: accuracy 0.5"
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    out = io.StringIO()
+    out.isatty = lambda: True
+    fit(compiled, start(1), stream, total_steps=3, progress=records.Progress(file=out))
+    assert "3/3" in out.getvalue()
+    assert "loss 2.0000" in out.getvalue()
+
+
+def test_optional_writers_get_every_row_or_name_the_extra(tmp_path, monkeypatch):
+    for module, make in (
+        ("tensorboardX", records.TensorBoardWriter),
+        ("wandb", lambda path: records.WandbWriter("p", directory=path)),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ModuleNotFoundError, match=rf"{module}: pip install 'dpo_jax\[writers\]'"):
+            make(tmp_path)
+    calls = []
+    recorder = types.SimpleNamespace(
+        add_scalar=lambda *a: calls.append(a),
+        log=lambda row, step: calls.append((step, row)),
+        close=lambda: None,
+        finish=lambda: None,
+    )
+    opened = []
+    open_one = lambda *a, **k: opened.append((a, k)) or recorder  # noqa: E731
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=open_one))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=open_one))
+    for begin in (0, 1):
+        writers = [
+            records.TensorBoardWriter(tmp_path),
+            records.WandbWriter("project", directory=tmp_path, config={"beta": 0.1}),
+        ]
+        with records.MetricsLog(tmp_path / "metrics.jsonl", writers=writers) as log:
+            log.resume(begin)
+            log.write({"step": begin, "loss": 0.5})
+    assert calls == [("loss", 0.5, 0), (0, {"loss": 0.5}), ("loss", 0.5, 1), (1, {"loss": 0.5})]
+    assert [k["purge_step"] for _, k in opened[::2]] == [0, 1]
+    assert opened[1][1]["id"] == opened[3][1]["id"], "a resumed run continues its own page"
+
+
+def test_values_that_json_cannot_hold_are_null(tmp_path):
+    with records.MetricsLog(tmp_path / "m.jsonl") as log:
+        log.write({"step": 0, "kl": float("nan")})
+    assert (tmp_path / "m.jsonl").read_text() == '{"step": 0, "kl": null}\n'
