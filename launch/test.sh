@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Runs the tests on a fresh machine: sets up .venv if needed, then pytest. At most ten minutes on two CPU cores.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
+  cat <<'TEXT'
+Usage: ./launch/test.sh [PYTEST OPTIONS]
+
+  ./launch/test.sh                          all tests but the long ones; needs no network once .venv is there
+  ./launch/test.sh tests/test_losses.py     one file
+  ./launch/test.sh -m soak                  long fault and stress tests
+  DPO_JAX_EXTRAS=cpu,test,parity ./launch/test.sh -m parity      compare with PyTorch afresh
+
+The environment is made by launch/env.sh (see ./launch/env.sh --help for the settings).
+TEXT
+  exit 0
+fi
+
+./launch/env.sh
+exec "${DPO_JAX_VENV:-.venv}/bin/python" -m pytest "$@"
