@@ -7,8 +7,6 @@ the depth.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models.attention import Rope, attend, rotate
+from dpo_jax.models.attention import attend, rotate
+from dpo_jax.models.config import DecoderConfig
 from dpo_jax.types import Array, Model, Rows, Variables
 
 NO_WINDOW = 1 << 30  # of a layer with full attention in a model that has windows elsewhere
@@ -28,47 +27,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Everything that fixes a decoder's arithmetic. Static and hashable; made by `families.decoder_config`."""
-
-    family: str
-    vocab_size: int
-    width: int  # D
-    layers: int
-    heads: int  # N
-    kv_heads: int  # K
-    head_size: int  # H
-    mlp_width: int
-    max_positions: int  # rows of the position table; with rotary positions only the length the model was trained for
-    activation: str  # a key of ACTIVATIONS
-    norm: str  # "layer" (mean and variance, bias), "rms", or "rms_plus_one" (the scale is 1 + weight)
-    norm_eps: float
-    attention_scale: float  # of the scores, before softmax
-    tied: bool  # the head is the token embedding
-    ropes: tuple[Rope, ...] = ()  # one per layer; empty: learned positions
-    windows: tuple[int | None, ...] = ()  # one per layer: sliding window in positions; empty: full attention everywhere
-    gated_mlp: bool = False
-    parallel_residual: bool = False  # attention and MLP both read the layer's input
-    shared_norm: bool = False  # with parallel_residual: both read the same normed input (GPT-J)
-    post_norms: bool = False  # norms on what attention and MLP add to the stream (Gemma)
-    qk_norm: bool = False  # RMS norm of every query and key head (Qwen 3, Gemma 3)
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    head_bias: bool = False
-    embedding_scale: float = 1.0
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
-    init_std: float = 0.02
-    hf_json: str = "{}"  # the Hugging Face config.json it came from, canonical; `hf.save_hf` writes it back
-
-    @property
-    def hf(self) -> dict[str, Any]:
-        """The Hugging Face configuration as a fresh dict."""
-        return json.loads(self.hf_json)
 
 
 class LayerInput(NamedTuple):
@@ -90,6 +48,11 @@ class Shared(NamedTuple):
     write_at: jax.Array | None  # cache column of the first new token
 
 
+def _param(module: nn.Module, name: str, first: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+    """A parameter with its logical axes beside it; `Model.axes` collects them."""
+    return module.param(name, nn.with_partitioning(first, axes), shape)  # pyright: ignore[reportReturnType]
+
+
 def _last(vector: jax.Array, like: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (like.ndim - 1) + (-1,))
 
@@ -101,7 +64,7 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         first = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
-        scale = self.param("scale", nn.with_partitioning(first, (None,)), (x.shape[-1],))
+        scale = _param(self, "scale", first, (x.shape[-1],), (None,))
         # Statistics in float32: squares of bfloat16 activations lose the small ones.
         y = x.astype(jnp.float32)
         if self.kind == "layer":
@@ -110,7 +73,7 @@ class Norm(nn.Module):
         weight = scale.astype(jnp.float32)
         y = y * _last(1.0 + weight if self.kind == "rms_plus_one" else weight, y)
         if self.kind == "layer":
-            bias = self.param("bias", nn.with_partitioning(nn.initializers.zeros, (None,)), (x.shape[-1],))
+            bias = _param(self, "bias", nn.initializers.zeros, (x.shape[-1],), (None,))
             y = y + _last(bias.astype(jnp.float32), y)
         return y.astype(x.dtype)
 
@@ -123,12 +86,10 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param(
-            "kernel", nn.with_partitioning(nn.initializers.normal(self.std), self.axes), (x.shape[-1], self.features)
-        )
+        kernel = _param(self, "kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features), self.axes)
         y = x @ kernel.astype(x.dtype)
         if self.bias:
-            bias = self.param("bias", nn.with_partitioning(nn.initializers.zeros, self.axes[1:]), (self.features,))
+            bias = _param(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
             y = y + _last(bias.astype(x.dtype), y)
         return y
 
@@ -232,25 +193,22 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         normal = nn.initializers.normal(c.init_std)
-        table = nn.with_partitioning(normal, ("vocab", "embed"))
-        self.token_embedding = self.param("token_embedding", table, (c.vocab_size, c.width))
+        self.token_embedding = _param(self, "token_embedding", normal, (c.vocab_size, c.width), ("vocab", "embed"))
         if not c.ropes:
-            positions = nn.with_partitioning(normal, (None, "embed"))
-            self.position_embedding = self.param("position_embedding", positions, (c.max_positions, c.width))
+            self.position_embedding = _param(self, "position_embedding", normal, (c.max_positions, c.width), (None, "embed"))
         self.layers = nn.scan(
             nn.remat(Block, prevent_cse=False) if self.remat else Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
         self.final_norm = Norm(c.norm, c.norm_eps)
         if not c.tied:
-            self.head_kernel = self.param("head_kernel", table, (c.vocab_size, c.width))
+            self.head_kernel = _param(self, "head_kernel", normal, (c.vocab_size, c.width), ("vocab", "embed"))
         if c.head_bias:
-            zeros = nn.with_partitioning(nn.initializers.zeros, ("vocab",))
-            self.head_bias = self.param("head_bias", zeros, (c.vocab_size,))
+            self.head_bias = _param(self, "head_bias", nn.initializers.zeros, (c.vocab_size,), ("vocab",))
 
     def __call__(self, rows: Rows, cache: Any = None) -> tuple[jax.Array, Any]:
         c = self.config

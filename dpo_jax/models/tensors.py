@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_jax.models.decoder import DecoderConfig
+from dpo_jax.models.config import DecoderConfig
 
 Shape = tuple[int, ...]
 

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dpo_jax.models.decoder import DecoderConfig
+from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.tensors import canonical_name, head_name, tensors
 
 INDEX = "model.safetensors.index.json"

@@ -1,0 +1,50 @@
+"""The static description of a decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from dpo_jax.models.attention import Rope
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Everything that fixes a decoder's arithmetic. Static and hashable; made by `families.decoder_config`."""
+
+    family: str
+    vocab_size: int
+    width: int  # D
+    layers: int
+    heads: int  # N
+    kv_heads: int  # K
+    head_size: int  # H
+    mlp_width: int
+    max_positions: int  # rows of the position table; with rotary positions only the length the model was trained for
+    activation: str  # a key of decoder.ACTIVATIONS
+    norm: str  # "layer" (mean and variance, bias), "rms", or "rms_plus_one" (the scale is 1 + weight)
+    norm_eps: float
+    attention_scale: float  # of the scores, before softmax
+    tied: bool  # the head is the token embedding
+    ropes: tuple[Rope, ...] = ()  # one per layer; empty: learned positions
+    windows: tuple[int | None, ...] = ()  # one per layer: sliding window in positions; empty: full attention everywhere
+    gated_mlp: bool = False
+    parallel_residual: bool = False  # attention and MLP both read the layer's input
+    shared_norm: bool = False  # with parallel_residual: both read the same normed input (GPT-J)
+    post_norms: bool = False  # norms on what attention and MLP add to the stream (Gemma)
+    qk_norm: bool = False  # RMS norm of every query and key head (Qwen 3, Gemma 3)
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    embedding_scale: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    init_std: float = 0.02
+    hf_json: str = "{}"  # the Hugging Face config.json it came from, canonical; `hf.save_hf` writes it back
+
+    @property
+    def hf(self) -> dict[str, Any]:
+        """The Hugging Face configuration as a fresh dict."""
+        return json.loads(self.hf_json)
