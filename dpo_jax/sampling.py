@@ -1,0 +1,156 @@
+"""Sampling completions: one pass over the prompts, then one token at a time against a key/value cache, in one compiled loop.
+
+Prompts of unequal length are padded on the left, so that all rows write their next token to the same cache column:
+
+    column     0    1    2    3    4    5
+    row 0      .    .   p_0  p_1  y_0  y_1
+    row 1     p_0  p_1  p_2  p_3  y_0  y_1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.types import Array, Model, Rows, Variables
+
+
+class Samples(NamedTuple):
+    """Completions of a batch of prompts. A row that ended before `T` tokens is filled up with EOS."""
+
+    tokens: jax.Array  # int32[B, T]
+    lengths: jax.Array  # int32[B]  tokens of each completion, its EOS included
+    logps: jax.Array  # float32[B]  log pi(y|x) in nats, summed over `lengths` tokens
+
+
+class _Loop(NamedTuple):
+    """What the decoding loop carries from token to token."""
+
+    drawn: jax.Array  # int32[]  tokens drawn so far
+    samples: Samples
+    ended: jax.Array  # bool[B]
+    cache: Any
+
+
+def left_pad(prompts: Sequence[Sequence[int]], *, multiple_of: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """`generate`'s input: int32[B, Lp] token ids ending in the last column, and int32[B] lengths.
+
+    `Lp` is rounded up to `multiple_of`, so that a program compiles for few shapes. An empty prompt is a ValueError: something
+    must predict the first token (begin with BOS).
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if not lengths.all():
+        raise ValueError(f"prompt {int(np.argmin(lengths))} has no tokens, so nothing predicts its first token; begin with BOS")
+    columns = -(-int(lengths.max(initial=1)) // multiple_of) * multiple_of
+    tokens = np.zeros((len(prompts), columns), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[columns - len(prompt) :] = prompt
+    return tokens, lengths
+
+
+def generate(
+    model: Model,
+    variables: Variables,
+    prompts: Array,
+    lengths: Array,
+    key: jax.Array,
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    cache_dtype: Any = jnp.float32,
+) -> Samples:
+    """Sample a completion of every prompt (`prompts` int32[B, Lp] and `lengths` int32[B] from `left_pad`). Pure: jit it.
+
+    The distribution is `model`'s with logits divided by `temperature`, cut to the `top_k` likeliest tokens (0: all), then to
+    the likeliest ones that together reach probability `top_p` (1: all; nucleus sampling, Holtzman et al. 2019), as in
+    transformers. Temperature 0 takes the likeliest token. A row ends with `eos_id`, the loop when all rows have ended or after
+    T = `max_new_tokens` tokens.
+
+    `Samples.logps` are under the model itself, before temperature and cuts: they equal the log-probabilities that
+    `logps.sequence_logps` finds for the same tokens. They are NaN where a completion ran past the model's position table.
+    """
+    init_cache, decode = model.init_cache, model.decode
+    if init_cache is None or decode is None:
+        raise ValueError("sampling needs a model with init_cache and decode (see types.Model)")
+    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} must be at least 1, temperature={temperature} and top_k={top_k} at least 0, "
+            f"top_p={top_p} in (0, 1]"
+        )
+    batch, columns = prompts.shape
+    lengths = jnp.asarray(lengths, jnp.int32)
+    start = columns - lengths
+
+    def draw(hidden: jax.Array, loop: _Loop) -> _Loop:
+        """Draw token number `loop.drawn` of every row from the hidden state before it."""
+        logits = model.unembed(variables, hidden)
+        token = _choose(logits, jax.random.fold_in(key, loop.drawn), temperature=temperature, top_k=top_k, top_p=top_p)
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+        tokens, counts, logps = loop.samples
+        samples = Samples(
+            jax.lax.dynamic_update_slice(tokens, jnp.where(loop.ended, eos_id, token)[:, None], (0, loop.drawn)),
+            counts + jnp.where(loop.ended, 0, 1),
+            logps + jnp.where(loop.ended, 0.0, logp.astype(jnp.float32)),
+        )
+        return loop._replace(drawn=loop.drawn + 1, samples=samples, ended=loop.ended | (token == eos_id))
+
+    def advance(loop: _Loop) -> _Loop:
+        """Feed the last token drawn and draw the next one."""
+        last = loop.drawn - 1
+        token = jax.lax.dynamic_slice(loop.samples.tokens, (0, last), (batch, 1))
+        column = jnp.broadcast_to(columns + last, (batch, 1))
+        rows = _rows(token, column - start[:, None], start[:, None], column + 1)
+        hidden, cache = decode(variables, rows, loop.cache)
+        return draw(hidden[:, 0], loop._replace(cache=cache))
+
+    # The last token drawn is never fed, and needs no column.
+    cache = init_cache(batch, columns + max_new_tokens - 1, cache_dtype)
+    hidden, cache = decode(variables, _prompt_rows(jnp.asarray(prompts, jnp.int32), start), cache)
+    none = Samples(
+        jnp.full((batch, max_new_tokens), eos_id, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.float32)
+    )
+    loop = draw(hidden[:, -1], _Loop(jnp.int32(0), none, jnp.zeros(batch, bool), cache))
+    loop = jax.lax.while_loop(lambda loop: (loop.drawn < max_new_tokens) & ~loop.ended.all(), advance, loop)
+    return loop.samples
+
+
+def _choose(logits: jax.Array, key: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
+    """One token per row: `logits` float32[B, V] -> int32[B]."""
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        smallest = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+def _prompt_rows(prompts: jax.Array, start: jax.Array) -> Rows:
+    """Left-padded `prompts[B, Lp]` whose first token is in column `start[B]`."""
+    column = jnp.broadcast_to(jnp.arange(prompts.shape[1], dtype=jnp.int32), prompts.shape)
+    start = start[:, None]
+    padding = column < start
+    return _rows(prompts, jnp.where(padding, 0, column - start), jnp.where(padding, column, start), column + 1)
+
+
+def _rows(tokens: jax.Array, positions: jax.Array, k_start: jax.Array, k_end: jax.Array) -> Rows:
+    """Rows that are only read, `[B, L]` each: nothing in them is scored."""
+    batch, length = tokens.shape
+    none = jnp.zeros((batch, 0), jnp.int32)
+    keys = jnp.broadcast_to(k_start, (batch, length))
+    return Rows(
+        tokens, positions, keys, k_end, none, none, none, jnp.ones(batch, jnp.float32), jnp.arange(batch, dtype=jnp.int32)
+    )

@@ -1,0 +1,148 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.data.layout import causal_rows, completion_rows
+from dpo_jax.logps import sequence_logps
+from dpo_jax.models.decoder import make_model
+from dpo_jax.models.families import decoder_config, hf_config
+from dpo_jax.sampling import _choose, generate, left_pad
+from dpo_jax.types import Model
+
+EOS, V = 3, 17
+PROMPTS = [[5, 6, 7], [4], [9, 8, 7, 6, 5, 4, 9, 10, 11], [1, 2]]
+
+
+def tiny(family):
+    config = hf_config(
+        family, vocab_size=V, width=16, layers=2, heads=2, head_size=8, mlp_width=32, max_positions=32, eos_token_id=EOS
+    )
+    if "sliding_window" in config:
+        config["sliding_window"] = 4
+    model = make_model(decoder_config(config))
+    variables = model.init(jax.random.key(1))
+    return model, jax.tree.map(lambda x: x * 4, variables)  # far from uniform, so that choices are clear
+
+
+@pytest.fixture(scope="module", params=["gpt_neox", "gemma3_text"])
+def model_and_variables(request):
+    return tiny(request.param)
+
+
+def sample(model, variables, prompts, *, seed=0, new=12, **options):
+    run = jax.jit(functools.partial(generate, model, max_new_tokens=new, eos_id=EOS, **options))
+    return jax.device_get(run(variables, *left_pad(prompts), jax.random.key(seed)))
+
+
+def test_left_pad():
+    tokens, lengths = left_pad([[1, 2, 3], [4]], multiple_of=4)
+    np.testing.assert_array_equal(tokens, [[0, 1, 2, 3], [0, 0, 0, 4]])
+    np.testing.assert_array_equal(lengths, [3, 1])
+    assert left_pad(PROMPTS)[0].shape == (4, 16)
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        left_pad([[1], []])
+
+
+def test_greedy_is_argmax_of_the_forward_pass(model_and_variables):
+    model, variables = model_and_variables
+    samples = sample(model, variables, PROMPTS, temperature=0)
+
+    @jax.jit
+    def next_token(tokens, last):
+        rows = causal_rows(np.zeros(tokens.shape)).replace(tokens=tokens)
+        return model.unembed(variables, model.forward(variables, rows)[:, last]).argmax()
+
+    for prompt, tokens, length in zip(PROMPTS, samples.tokens, samples.lengths, strict=True):
+        text = np.zeros((1, 24), np.int32)
+        text[0, : len(prompt)] = prompt
+        for at in range(len(prompt), len(prompt) + length):
+            text[0, at] = next_token(text, at - 1)
+        np.testing.assert_array_equal(text[0, len(prompt) : len(prompt) + length], tokens[:length])
+
+
+def test_logps_are_those_of_the_forward_pass(model_and_variables):
+    model, variables = model_and_variables
+    samples = sample(model, variables, PROMPTS * 8, temperature=1.3, top_k=9, top_p=0.95)
+    ended = samples.lengths < 12
+    assert 0 < ended.sum() < 32  # both kinds are here
+    for tokens, length in zip(samples.tokens, samples.lengths, strict=True):
+        assert EOS not in tokens[: length - 1]
+        assert (tokens[length:] == EOS).all()
+        assert length == 12 or tokens[length - 1] == EOS
+    completions = [
+        (np.array(prompt), tokens[:length])
+        for prompt, tokens, length in zip(PROMPTS * 8, samples.tokens, samples.lengths, strict=True)
+    ]
+    rows = completion_rows(completions, length=24)
+    expected = jax.jit(functools.partial(sequence_logps, model))(variables, rows)
+    np.testing.assert_allclose(samples.logps, expected, rtol=1e-5, atol=1e-5)
+
+
+def counting_model(logits, steps):
+    """A model that ignores its input: always the same logits. `steps` collects the number of decode calls."""
+
+    def decode(variables, rows, cache):
+        jax.debug.callback(lambda: steps.append(1))
+        return jnp.zeros((*rows.tokens.shape, 1)), cache
+
+    return Model(
+        init=lambda key: {},
+        forward=lambda variables, rows: jnp.zeros((*rows.tokens.shape, 1)),
+        unembed=lambda variables, hidden: jnp.broadcast_to(jnp.array(logits, jnp.float32), (*hidden.shape[:-1], len(logits))),
+        init_cache=lambda batch, length, dtype: jnp.zeros((batch, length), dtype),
+        decode=decode,
+    )
+
+
+def test_the_loop_ends_when_every_row_has_ended():
+    steps = []
+    samples = sample(counting_model([0.0, 1.0, 0.0, 9.0], steps), {}, [[1], [1, 2]], new=50, temperature=0)
+    jax.effects_barrier()
+    assert len(steps) == 1  # the prompt; no token after EOS is computed
+    np.testing.assert_array_equal(samples.lengths, [1, 1])
+    steps.clear()
+    samples = sample(counting_model([9.0, 1.0, 0.0, 0.0], steps), {}, [[1], [1, 2]], new=5, temperature=0)
+    jax.effects_barrier()
+    assert len(steps) == 5  # the prompt and the first four tokens; the fifth is not fed
+    np.testing.assert_array_equal(samples.tokens, np.zeros((2, 5)))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.5, 0.25, 0.15, 0.1]),
+        ({"top_k": 2}, [2 / 3, 1 / 3, 0, 0]),
+        ({"top_p": 0.7}, [2 / 3, 1 / 3, 0, 0]),
+        ({"top_p": 0.01}, [1, 0, 0, 0]),
+        ({"temperature": 0.5}, [0.25 / 0.345, 0.0625 / 0.345, 0.0225 / 0.345, 0.01 / 0.345]),
+        ({"temperature": 0.0}, [1, 0, 0, 0]),
+        ({"temperature": 0.5, "top_k": 3, "top_p": 0.9}, [0.8, 0.2, 0, 0]),
+    ],
+)
+def test_distribution(options, expected):
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
+    logits = jnp.broadcast_to(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1])), (20_000, 4))
+    tokens = np.asarray(_choose(logits, jax.random.key(0), **options))
+    shares = np.bincount(tokens, minlength=4) / len(tokens)
+    np.testing.assert_allclose(shares, expected, atol=0.012)
+    assert (shares[np.array(expected) == 0] == 0).all()
+
+
+def test_seeds_differ_and_repeat():
+    model = counting_model([0.0] * 8, [])
+    first, again, other = (sample(model, {}, [[1]] * 4, seed=seed).tokens for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert len({tuple(tokens) for tokens in first}) > 1
+
+
+def test_refusals():
+    tokens, lengths = left_pad([[1]])
+    model = counting_model([0.0, 1.0], [])
+    with pytest.raises(ValueError, match="top_p=0"):
+        generate(model, {}, tokens, lengths, jax.random.key(0), max_new_tokens=1, eos_id=0, top_p=0)
+    with pytest.raises(ValueError, match="init_cache and decode"):
+        generate(model._replace(decode=None), {}, tokens, lengths, jax.random.key(0), max_new_tokens=1, eos_id=0)
