@@ -1,0 +1,141 @@
+"""Training curves from `metrics.jsonl`: one image per question a reader of a run asks."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+CHOSEN, REJECTED, NEUTRAL = "#1f6fb4", "#c8501e", "#444444"  # told apart in greyscale and by colour-blind readers
+EVAL = "eval/"
+
+
+class Line(NamedTuple):
+    metric: str
+    label: str
+    color: str = NEUTRAL
+    style: str = "-"
+
+
+class Panel(NamedTuple):
+    """One image. `guide`: a horizontal line (value, label) to read the curves against, drawn for preference training only."""
+
+    file: str
+    title: str
+    unit: str
+    lines: tuple[Line, ...]
+    guide: tuple[float, str] | None = None
+
+
+PANELS = (
+    Panel("loss", "Loss", "loss per example (nats)", (Line("loss", "loss"),), (math.log(2), "ln 2: no preference learnt")),
+    Panel("nll", "Negative log-likelihood", "nats per scored token", (Line("nll_per_token", "NLL"),)),
+    Panel(
+        "rewards",
+        "Implicit rewards",
+        "reward (beta x log-ratio to the reference, nats)",
+        (
+            Line("rewards/chosen", "chosen", CHOSEN),
+            Line("rewards/rejected", "rejected", REJECTED, "--"),
+            Line("rewards/margins", "margin", NEUTRAL, ":"),
+        ),
+        (0.0, "the reference"),
+    ),
+    Panel(
+        "accuracies",
+        "Preference accuracy",
+        "share of pairs with chosen above rejected",
+        (Line("rewards/accuracies", "accuracy"),),
+        (0.5, "chance"),
+    ),
+    Panel(
+        "displacement",
+        "Displacement from the reference",
+        "log policy - log reference (nats per completion)",
+        (Line("displacement/chosen", "chosen", CHOSEN), Line("displacement/rejected", "rejected", REJECTED, "--")),
+        (0.0, "the reference"),
+    ),
+    Panel(
+        "kl", "Distance from the reference", "KL estimate (nats per completion)", (Line("kl", "KL"),), (0.0, "the reference")
+    ),
+    Panel("grad_norm", "Gradient norm", "global L2 norm before clipping", (Line("grad_norm", "gradient norm"),)),
+    Panel("lr", "Learning rate", "learning rate", (Line("lr", "learning rate"),)),
+)
+
+
+def plot_training(rows: Iterable[Mapping[str, Any]], directory: str | os.PathLike[str]) -> list[Path]:
+    """Draw the rows of a `metrics.jsonl` (from `runtime.metrics.read_metrics`); returns the PNG files in reading order.
+
+    Training rows have bare names, evaluation rows names that begin with `eval/`; values are numbers, or None where they were
+    not finite. A panel without any of its metrics is left out: SFT and DPO runs get the images that mean something for them.
+    """
+    rows = list(rows)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    preferences = any(name.endswith("rewards/margins") for row in rows for name in row)
+    written = []
+    for panel in PANELS:
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        if not any([_draw(axes, line, rows) for line in panel.lines]):
+            continue
+        if panel.guide and preferences:
+            axes.axhline(panel.guide[0], color="#999999", linewidth=0.8, linestyle=(0, (6, 4)), label=panel.guide[1], zorder=0)
+        _finish(axes, panel)
+        figure.savefig(directory / f"{panel.file}.png", dpi=120)
+        written.append(directory / f"{panel.file}.png")
+    return written
+
+
+def _series(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the rows that have `metric`; None becomes NaN, which matplotlib leaves out."""
+    found = [(row["step"], math.nan if row[metric] is None else row[metric]) for row in rows if metric in row]
+    steps, values = np.array(found, np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def _draw(axes: Axes, line: Line, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """A metric over training (batches faint, their running mean strong) and on held-out data (points, with their interval)."""
+    steps, values = _series(rows, line.metric)
+    if len(steps):
+        window = len(steps) // 40
+        if window > 1:
+            axes.plot(steps, values, color=line.color, alpha=0.25, linewidth=0.8)
+            steps, values = _running_mean(steps, window), _running_mean(values, window)
+        axes.plot(steps, values, line.style, color=line.color, linewidth=1.8, label=line.label)
+    eval_steps, eval_values = _series(rows, EVAL + line.metric)
+    if len(eval_steps):
+        axes.plot(
+            eval_steps,
+            eval_values,
+            "o",
+            color=line.color,
+            markersize=5,
+            markeredgecolor="white",
+            label=f"{line.label}, held out",
+        )
+        low, high = (_series(rows, f"{EVAL}{line.metric}_{side}")[1] for side in ("low", "high"))
+        if len(low) == len(high) == len(eval_steps):
+            axes.vlines(eval_steps, low, high, color=line.color, linewidth=1.2)
+    return bool(len(steps) or len(eval_steps))
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    return np.convolve(values, np.full(window, 1 / window), mode="valid")
+
+
+def _finish(axes: Axes, panel: Panel) -> None:
+    axes.set_title(panel.title, loc="left", fontweight="bold")
+    axes.set_xlabel("optimizer steps taken")
+    axes.set_ylabel(panel.unit)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(frameon=False, loc="best")
