@@ -21,7 +21,7 @@ class Batch(NamedTuple):
 
     rows: Rows
     uids: list[str]  # of the examples in it, for error messages
-    stats: dict[str, float]  # pairs (examples), tokens in real positions, scored_tokens, padding (share of positions, 0 to 1)
+    stats: dict[str, float]  # pairs or texts; tokens in real positions; scored_tokens; padding (share of positions, 0 to 1)
 
 
 def total_steps(examples: int, *, batch: int, epochs: float) -> int:
@@ -105,7 +105,7 @@ def make_batch(
     names = [e.uid if isinstance(e, Encoded) else (uids[i] if uids else str(i)) for i, e in zip(indices, chosen, strict=True)]
     real = sum(_tokens(example, plain=layout.kind == "plain") for example in chosen)
     stats = {
-        "pairs": float(len(chosen)),
+        "pairs" if isinstance(chosen[0], Encoded) else "texts": float(len(chosen)),
         "tokens": float(real),
         "scored_tokens": float((rows.slot < rows.slots).sum()),
         "padding": 1 - real / rows.tokens.size,

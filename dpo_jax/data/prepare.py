@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dpo_jax.data.encode import Encoded, EosInText, Truncation, encode
-from dpo_jax.data.pairs import BadRow, Cause, DataReport, OnBad, PreferenceSet, Triage
+from dpo_jax.data.layout import Completion
+from dpo_jax.data.pairs import BadRow, Cause, DataReport, OnBad, Preference, PreferenceSet, Triage
 
 
 class EncodedSet(Sequence[Encoded]):
@@ -55,6 +57,43 @@ def encode_all(
                 report.truncated[what] = report.truncated.get(what, 0) + 1
     triage.finish(len(kept))
     return EncodedSet(kept, report)
+
+
+def encode_targets(
+    preferences: Sequence[Preference],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    truncation: Truncation = "keep_end",
+    score_prompt: bool = False,
+) -> tuple[list[Completion], list[str]]:
+    """What SFT learns: (prompt, completion) token ids of each distinct text, and their uids.
+
+    The completion is the `sft_target` of a preference, or else its chosen side, cut like the original cuts it: against its own
+    length only. With `score_prompt` prompt and completion are one text, all of which is scored (but its first token).
+    """
+    seen: dict[tuple[str, str], Preference] = {}
+    for preference in preferences:
+        seen.setdefault((preference.prompt, preference.sft_target or preference.chosen), preference)
+    texts, uids = [], []
+    for (prompt, target), preference in seen.items():
+        record = {"prompt": prompt, "chosen": target, "rejected": target, "chat": preference.chat}
+        pair = _encode_text(record, tokenizer, max_length, max_prompt_length, truncation)
+        text = np.concatenate([pair.prompt, pair.chosen])
+        texts.append((text[:0], text) if score_prompt else (pair.prompt, pair.chosen))
+        uids.append(preference.uid)
+    return texts, uids
+
+
+def data_digest(examples: Sequence[Encoded] | Sequence[Completion]) -> str:
+    """SHA-256 over all token ids, in order: what a resumed run must find unchanged."""
+    digest = hashlib.sha256()
+    for example in examples:
+        parts = (example.prompt, example.chosen, example.rejected) if isinstance(example, Encoded) else example
+        digest.update(np.array([len(ids) for ids in parts], "<i4").tobytes())
+        digest.update(np.concatenate(parts).astype("<i4").tobytes())
+    return digest.hexdigest()
 
 
 def _encode_text(preference: Any, tokenizer: Any, max_length: int, max_prompt_length: int, truncation: Truncation) -> Encoded:

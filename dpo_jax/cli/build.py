@@ -1,0 +1,214 @@
+"""From a configuration to the things a command works with: run directory, data, tokenizer, model, optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from transformers import PreTrainedTokenizerFast
+
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, dump_config
+from dpo_jax.data.pairs import Cause, DataError, DataReport, Preference, PreferenceSet
+from dpo_jax.data.prepare import EncodedSet, encode_all
+from dpo_jax.data.reviews import review_preferences
+from dpo_jax.data.sources import load_preferences
+from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
+from dpo_jax.dpo import PreferenceLoss
+from dpo_jax.losses import dpo_loss, ipo_loss
+from dpo_jax.models.decoder import make_model
+from dpo_jax.models.families import decoder_config, hf_config
+from dpo_jax.models.hf import load_config, load_hf, resolve
+from dpo_jax.runtime.optim import Schedule, linear_warmup, make_optimizer
+from dpo_jax.runtime.parallel import pmap_partitioner, single_device
+from dpo_jax.runtime.rundir import RunDir, write_json
+from dpo_jax.types import Model, Partitioner, Variables
+
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@contextmanager
+def open_run(config: Config, task: str) -> Iterator[RunDir]:
+    """The locked directory of a task, `<run.dir>/<task>`, with the resolved configuration and the environment written down."""
+    with RunDir(Path(config.run.dir) / task) as run:
+        # The next task and a resumed run should not compile the same program again.
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.run.dir).absolute() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        run.config.write_text(dump_config(config), encoding="utf-8")
+        run.write_env()
+        yield run
+
+
+def make_partitioner(config: Config) -> Partitioner:
+    return pmap_partitioner() if config.run.devices == "pmap" else single_device()
+
+
+def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any = None) -> PreferenceSet:
+    """The preferences of the train or the held-out split. Raises `DataError` for bad data."""
+    data = config.data
+    limit = data.max_train if split == "train" else data.max_test
+    if data.source == "reviews":
+        count = data.reviews_train if split == "train" else data.reviews_test
+        preferences = review_preferences(count, config.run.seed, split=split)
+        report = DataReport(source="reviews", split=split, format="reviews", rows=count, read=count, kept=count)
+        return PreferenceSet(preferences, report).take(limit)
+    name = data.train_split if split == "train" else data.test_split
+    assert data.path is not None  # checked with the configuration
+    format = "tfds" if data.source == "tfds" else data.format
+    return load_preferences(data.path, name, format=format, on_bad=data.on_bad, tokenizer=tokenizer).take(limit)
+
+
+def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any) -> EncodedSet:
+    """Token ids of a split. Raises `DataError` for pairs that are unusable, or if too large a share had to be dropped."""
+    data = config.data
+    encoded = encode_all(
+        preferences,
+        tokenizer,
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
+        truncation=data.truncation,
+        on_bad=data.on_bad,
+        row_length=data.row_length,
+    )
+    report = encoded.report
+    if report.bad_share > data.max_dropped_share:
+        raise DataError(
+            f"{report.summary()}\n{report.bad_share:.1%} of the rows were dropped as bad, more than --data.max-dropped-share "
+            f"{data.max_dropped_share:.1%} allows: repair the data, or raise that limit",
+            causes=[Cause(cause) for cause in report.dropped],
+        )
+    if not len(encoded):
+        raise DataError(f"{report.summary()}\nno pair is left", causes=[Cause.NO_ROWS])
+    return encoded
+
+
+def only_kept(preferences: PreferenceSet, encoded: EncodedSet) -> list[Preference]:
+    """The preferences whose pair survived encoding."""
+    kept = {pair.uid for pair in encoded}
+    return [preference for preference in preferences if preference.uid in kept]
+
+
+def fingerprint(config: Config, section: SftConfig | DpoConfig) -> dict[str, Any]:
+    """The options that decide what a training run computes; where it runs and what it logs is left out."""
+    free = {"policy", "microbatches"}
+    options = {name: value for name, value in dataclasses.asdict(section).items() if name not in free}
+    return {**options, "seed": config.run.seed, "precision": config.run.precision}
+
+
+def with_data(config: Config, **changes: Any) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+
+
+def write_data_report(run: RunDir, *reports: DataReport) -> None:
+    write_json(run.data_report, {report.split: report.to_json() for report in reports})
+
+
+def tokenizer_of(config: Config, *, model_path: str | None) -> PreTrainedTokenizerFast:
+    """The tokenizer that is named, else the model's, else one trained on the train split and kept in the run directory."""
+    if config.tokenizer.path is not None:
+        return load_tokenizer(_existing(config.tokenizer.path, "tokenizer.path"))
+    if model_path is not None:
+        return load_tokenizer(_existing(model_path, "model.path"))
+    texts = [text for p in load_split(config, "train") for text in (p.prompt, p.chosen, p.rejected, p.sft_target or "")]
+    made_from = {"vocab_size": config.tokenizer.vocab_size, "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
+    kept = Path(config.run.dir) / "tokenizer"
+    record = kept / "made_from.json"
+    if not record.is_file() or json.loads(record.read_text()) != made_from:
+        train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size).save_pretrained(kept)
+        write_json(record, made_from)  # last: a folder without it is made anew
+    return load_tokenizer(kept)
+
+
+def start_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> tuple[Model, Variables]:
+    """The model that SFT starts from: `model.path`, or new random weights of the sizes in `model`."""
+    if config.model.path is not None:
+        return load_policy(config, config.model.path, tokenizer, name="model.path", expected=True)
+    hf = new_hf_config(config, tokenizer)
+    model = make_model(decoder_config(hf), dtype=PRECISIONS[config.run.precision], remat=config.model.remat)
+    return model, jax.jit(model.init)(jax.random.key(config.run.seed))
+
+
+def new_hf_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The Hugging Face configuration of a new model. The vocabulary is the tokenizer's, unless `model.vocab_size` is larger."""
+    sizes = config.model
+    vocab_size = sizes.vocab_size or len(tokenizer)
+    if vocab_size < len(tokenizer):
+        raise ConfigError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {len(tokenizer)} entries; leave it out")
+    asked = {name: getattr(sizes, name) for name in ("width", "layers", "heads", "max_positions")}
+    options = {name: getattr(sizes, name) for name in ("kv_heads", "head_size", "mlp_width", "tie")}
+    assert sizes.family is not None  # checked with the configuration
+    try:
+        return hf_config(sizes.family, vocab_size=vocab_size, eos_token_id=tokenizer.eos_token_id, **asked, **options)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def load_policy(
+    config: Config, path: str, tokenizer: PreTrainedTokenizerFast, *, name: str, expected: bool = False
+) -> tuple[Model, Variables]:
+    """A model folder, checked against the tokenizer and the length limits (and, if `expected`, the sizes in `model`)."""
+    path = _existing(path, name)
+    hf = load_config(path)
+    try:
+        decoder = decoder_config(hf)
+        check_tokenizer(tokenizer, decoder.vocab_size, eos_token_id=hf.get("eos_token_id"), pad_token_id=hf.get("pad_token_id"))
+    except ValueError as error:
+        raise ConfigError(f"{name}: {path}: {error}") from error
+    if config.data.max_length > decoder.max_positions:
+        raise ConfigError(
+            f"data.max_length: {config.data.max_length} tokens do not fit the {decoder.max_positions} positions of {path}"
+        )
+    if expected:
+        _check_sizes(config, decoder, path)
+    return load_hf(path, dtype=PRECISIONS[config.run.precision], remat=config.model.remat)
+
+
+def _check_sizes(config: Config, decoder: Any, path: str) -> None:
+    for name in ("family", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "vocab_size"):
+        want, have = getattr(config.model, name), getattr(decoder, name)
+        if want is not None and want != have:
+            raise ConfigError(f"model.{name}: {want} is expected, but {path} has {have}; correct one of them")
+
+
+def _existing(path: str, name: str) -> str:
+    """Raises `ConfigError` naming the option, if `path` is neither a folder nor something the Hub knows."""
+    try:
+        return str(resolve(path))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        hint = " Run `dpo-jax sft` first, or name the model." if path.endswith(("sft/export", "dpo/export")) else ""
+        raise ConfigError(f"{name}: {error}.{hint}") from error
+
+
+def make_schedule(section: SftConfig | DpoConfig) -> Schedule:
+    return linear_warmup(section.lr, warmup_steps=section.warmup_steps)
+
+
+def make_tx(section: SftConfig | DpoConfig) -> Any:
+    return make_optimizer(make_schedule(section), name=section.optimizer, max_grad_norm=section.max_grad_norm)
+
+
+def make_loss(section: DpoConfig) -> PreferenceLoss:
+    if section.loss == "ipo":
+        return functools.partial(ipo_loss, beta=section.beta)
+    return functools.partial(
+        dpo_loss, beta=section.beta, label_smoothing=section.label_smoothing, reference_free=section.reference_free
+    )
+
+
+def rows_multiple(section: SftConfig | DpoConfig, partitioner: Partitioner, *, layout: str) -> int:
+    """What the rows of a batch must be divisible by. Raises `ConfigError` where the batch is not."""
+    multiple = partitioner.devices * section.microbatches
+    name = "sft" if isinstance(section, SftConfig) else "dpo"
+    if layout != "packed" and section.batch % multiple:
+        raise ConfigError(
+            f"{name}.batch: {section.batch} does not divide among {partitioner.devices} devices x {section.microbatches} "
+            f"microbatches; use a multiple of {multiple}"
+        )
+    return multiple

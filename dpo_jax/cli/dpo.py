@@ -1,0 +1,118 @@
+"""`dpo-jax dpo`: train the policy on preferences, against the cached log-probabilities of where it started."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.cli import build
+from dpo_jax.cli.card import dpo_card
+from dpo_jax.cli.config import Config, DpoConfig
+from dpo_jax.cli.refs import reference_values
+from dpo_jax.cli.train import leave_results, train
+from dpo_jax.data.loader import in_order, plan_layout, stream, total_steps
+from dpo_jax.data.prepare import data_digest
+from dpo_jax.dpo import dpo_step
+from dpo_jax.evals.preference import held_out_logps, preference_summary
+from dpo_jax.reference import reference_logps, weights_digest
+from dpo_jax.step import init_state
+from dpo_jax.types import TrainState
+
+
+class WrongStart(RuntimeError):
+    """The policy is not its reference at step 0."""
+
+
+def run(config: Config) -> int:
+    section = config.dpo
+    with build.open_run(config, "dpo") as run_dir:
+        partitioner = build.make_partitioner(config)
+        tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy())
+        pairs, held_out = (
+            build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
+        )
+        build.write_data_report(run_dir, pairs.report, held_out.report)
+        multiple = build.rows_multiple(section, partitioner, layout=config.data.layout)
+        layout = plan_layout(
+            [*pairs, *held_out],
+            kind=config.data.layout,
+            batch=section.batch,
+            length=config.data.row_length,
+            multiple=multiple,
+        )
+        model, variables = build.load_policy(config, config.dpo_policy(), tokenizer, name="dpo.policy")
+        ref_logps, held_out_ref = reference_values(
+            config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner
+        )
+        loss, tx = build.make_loss(section), build.make_tx(section)
+        step = functools.partial(
+            dpo_step, model=model, tx=tx, loss=loss, microbatches=section.microbatches, axis_name=partitioner.axis_name
+        )
+        policy_logps = partitioner.compile_map(functools.partial(reference_logps, model))
+
+        def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
+            logps = held_out_logps(
+                lambda rows: policy_logps(state.variables, rows),
+                in_order(held_out, layout=layout, batch=section.batch),
+                pairs=len(held_out),
+            )
+            return preference_summary(logps, held_out_ref, loss=loss)
+
+        print(f"{len(pairs):,} pairs to train on, {len(held_out):,} held out; rows of {layout.length} tokens", flush=True)
+        state = train(
+            config,
+            run_dir,
+            section,
+            step=step,
+            state=init_state(variables, tx),
+            stream=stream(
+                pairs, layout=layout, batch=section.batch, seed=config.run.seed, epochs=section.epochs, ref_logps=ref_logps
+            ),
+            total_steps=total_steps(len(pairs), batch=section.batch, epochs=section.epochs),
+            lr=build.make_schedule(section),
+            fingerprint={
+                **build.fingerprint(config, section),
+                "data": data_digest(pairs),
+                "start": weights_digest(variables),
+            },
+            partitioner=partitioner,
+            evaluate=evaluate,
+            check=functools.partial(
+                starts_at_reference, expected_loss=loss_at_reference(section), tolerance=TOLERANCE[config.run.precision]
+            ),
+        )
+        folder = leave_results(run_dir, model, state, tokenizer, card=dpo_card(config, run_dir))
+        print(f"the policy is in {folder}")
+    return 0
+
+
+def loss_at_reference(section: DpoConfig) -> float | None:
+    """The loss of a policy that is its reference: ln 2 for DPO."""
+    same = np.zeros((1, 2), np.float32)
+    return None if section.reference_free else float(build.make_loss(section)(same, same)[0][0])
+
+
+# How far, in nats, a policy may seem to be from its own cached log-probabilities because rows of another shape are summed in
+# another order. In bfloat16 a completion's log-probability moves by some tenths of a nat.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
+
+
+def starts_at_reference(step: int, metrics: Mapping[str, float], *, expected_loss: float | None, tolerance: float) -> None:
+    """Raises `WrongStart` unless the policy of step 0 is its reference: displacement 0, and the loss (DPO: ln 2) as expected.
+
+    `expected_loss` is that of equal log-probabilities; None where the loss knows no reference.
+    """
+    if step != 0:
+        return
+    displaced = max(abs(metrics["displacement/chosen"]), abs(metrics["displacement/rejected"]))
+    off = 0.0 if expected_loss is None else abs(metrics["loss"] - expected_loss) / max(1.0, expected_loss)
+    if displaced > tolerance or off > tolerance:
+        raise WrongStart(
+            f"step 0 has loss {metrics['loss']:.6f}"
+            + (f" where a policy equal to its reference has {expected_loss:.6f}" if expected_loss is not None else "")
+            + f", and is {displaced:.4f} nats from its reference: the cached log-probabilities belong to other weights or "
+            "other code. Delete the reference cache and run `dpo-jax refs` again."
+        )

@@ -1,0 +1,132 @@
+"""`dpo-jax eval`: what training changed, on pairs and prompts never seen in training."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax.cli import build
+from dpo_jax.cli.card import dpo_card, result_table
+from dpo_jax.cli.config import Config
+from dpo_jax.cli.refs import reference_values
+from dpo_jax.cli.sample import complete
+from dpo_jax.data import reviews
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.layout import completion_rows
+from dpo_jax.data.loader import in_order, plan_layout, round_up
+from dpo_jax.evals.preference import held_out_logps, mean_with_error, preference_summary
+from dpo_jax.logps import sequence_logps
+from dpo_jax.reference import reference_logps, weights_digest
+from dpo_jax.runtime.rundir import RunDir, write_json
+from dpo_jax.types import Model, Variables
+
+
+def run(config: Config) -> int:
+    # The reference of the table is also the reference of the rewards.
+    config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, policy=config.eval_reference()))
+    of_run = Path(config.eval_policy()) == Path(config.run.dir) / "dpo" / "export"
+    with build.open_run(config, "eval") as run_dir:
+        partitioner = build.make_partitioner(config)
+        tokenizer = build.tokenizer_of(config, model_path=config.eval_policy())
+        preferences = build.load_split(config, "test", tokenizer)
+        held_out = build.encode_split(config, preferences, tokenizer)
+        model, reference = build.load_policy(config, config.dpo_policy(), tokenizer, name="eval.reference")
+        _, policy = build.load_policy(config, config.eval_policy(), tokenizer, name="eval.policy")
+        loss = build.make_loss(config.dpo)
+
+        (ref_logps,) = reference_values(config, model, reference, tokenizer, [held_out], partitioner=partitioner)
+        layout = plan_layout(
+            held_out,
+            kind=config.data.layout,
+            batch=config.eval.batch,
+            length=config.data.row_length,
+            multiple=partitioner.devices,
+        )
+        compiled, on_device = (
+            partitioner.compile_map(functools.partial(reference_logps, model)),
+            partitioner.put_variables(policy),
+        )
+        logps = held_out_logps(
+            lambda rows: compiled(on_device, rows),
+            in_order(held_out, layout=layout, batch=config.eval.batch),
+            pairs=len(held_out),
+        )
+        report: dict[str, Any] = {
+            "pairs": len(held_out),
+            "weights": {"policy": weights_digest(policy), "reference": weights_digest(reference)},
+            "reference": preference_summary(ref_logps, ref_logps, loss=loss),
+            "policy": preference_summary(logps, ref_logps, loss=loss),
+        }
+        if config.eval.samples:
+            samples = sampled(config, model, {"reference": reference, "policy": policy}, tokenizer, held_out)
+            for who in ("reference", "policy"):
+                report[who] |= samples["summary"][who]
+            with open(run_dir.path / "samples.jsonl", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in samples["texts"])
+            report["samples"] = samples["texts"][:3]
+        write_json(run_dir.path / "report.json", report)
+        print(result_table(report))
+        print(f"\nfull report: {run_dir.path}/report.json")
+        if of_run:
+            _update_card(config, report)
+    return 0
+
+
+def sampled(config: Config, model: Model, variables: dict[str, Variables], tokenizer: Any, held_out: Any) -> dict[str, Any]:
+    """Completions of held-out prompts by policy and reference, with the sequence KL of each to the reference.
+
+    `kl` is the mean over samples y ~ pi(.|x) of log pi(y|x) - log pi_ref(y|x), in nats per completion: unbiased, also for
+    completions that were stopped at `eval.max_new_tokens`, of which it measures the part that was written.
+    """
+    prompts, texts = _prompts(held_out, config.eval.samples, tokenizer)
+    key = jax.random.key(config.run.seed)
+    summary, written = {}, {}
+    for number, (who, weights) in enumerate(variables.items()):
+        samples = complete(
+            model,
+            weights,
+            prompts,
+            jax.random.fold_in(key, number),
+            max_new_tokens=config.eval.max_new_tokens,
+            tokenizer=tokenizer,
+        )
+        written[who] = samples.texts
+        log_ratio = samples.logps - score(model, variables["reference"], prompts, samples.ids)
+        kl, error = mean_with_error(log_ratio)
+        summary[who] = {"kl": kl, "kl_error": error, "tokens": float(np.mean([len(ids) for ids in samples.ids]))}
+        if config.data.source == "reviews":
+            values = [reviews.reward(text + sample) for text, sample in zip(texts, samples.texts, strict=True)]
+            summary[who]["true_reward"], summary[who]["true_reward_error"] = mean_with_error(np.array(values))
+    lines = [{"prompt": text, **{who: written[who][i] for who in written}} for i, text in enumerate(texts)]
+    return {"summary": summary, "texts": lines}
+
+
+def score(model: Model, variables: Variables, prompts: list[np.ndarray], completions: list[np.ndarray]) -> np.ndarray:
+    """log pi(y|x) of given completions: float32[B], in nats."""
+    length = round_up(max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True)), 32)
+    compiled = jax.jit(functools.partial(sequence_logps, model))
+    parts = []
+    for start in range(0, len(prompts), 64):
+        here = list(zip(prompts[start : start + 64], completions[start : start + 64], strict=True))
+        parts.append(np.asarray(compiled(variables, completion_rows(here, length=length))))
+    return np.concatenate(parts)
+
+
+def _prompts(held_out: list[Encoded], count: int, tokenizer: Any) -> tuple[list[np.ndarray], list[str]]:
+    """The first `count` distinct prompts: ids, and the text they stand for."""
+    distinct = list({pair.prompt.tobytes(): pair.prompt for pair in held_out}.values())[:count]
+    return distinct, [tokenizer.decode(prompt) for prompt in distinct]
+
+
+def _update_card(config: Config, report: dict[str, Any]) -> None:
+    """The model card of the run that was evaluated gets the table. Training may own that directory just now: take its lock."""
+    with RunDir(Path(config.run.dir) / "dpo") as run_dir:
+        card = dpo_card(config, run_dir, report=report)
+        run_dir.card.write_text(card, encoding="utf-8")
+        (run_dir.export / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,88 @@
+"""`dpo-jax refs`: the reference pass. `dpo` and `eval` call the same functions, so they build what is absent."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dpo_jax.cli import build
+from dpo_jax.cli.config import Config
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.loader import Batch, in_order, plan_layout
+from dpo_jax.data.tokenizer import tokenizer_digest
+from dpo_jax.reference import ReferenceCache, fill_cache, reference_logps, weights_digest
+from dpo_jax.types import Model, Partitioner, Variables
+
+
+def run(config: Config) -> int:
+    with build.open_run(config, "refs"):
+        partitioner = build.make_partitioner(config)
+        tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy())
+        splits = [
+            build.encode_split(config, build.load_split(config, name, tokenizer), tokenizer) for name in ("train", "test")
+        ]
+        model, variables = build.load_policy(config, config.dpo_policy(), tokenizer, name="dpo.policy")
+        for name, logps in zip(
+            ("train", "test"),
+            reference_values(config, model, variables, tokenizer, splits, partitioner=partitioner),
+            strict=True,
+        ):
+            print(
+                f"{name}: {len(logps):,} pairs, mean log pi_ref(chosen) {logps[:, 0].mean():.2f}, rejected {logps[:, 1].mean():.2f}"
+            )
+    return 0
+
+
+def reference_values(
+    config: Config,
+    model: Model,
+    variables: Variables,
+    tokenizer: Any,
+    splits: Sequence[Sequence[Encoded]],
+    *,
+    partitioner: Partitioner,
+) -> list[np.ndarray]:
+    """log pi_ref of every pair of `splits`, float32[n, 2] each: read from the cache, after computing what it lacks."""
+    cache = ReferenceCache(config.refs_cache(), identity(config, variables, tokenizer))
+    if cache.damaged:
+        print(f"{cache.directory}: {cache.damaged} damaged records are computed again", flush=True)
+    pairs = [pair for split in splits for pair in split]
+    layout = plan_layout(
+        pairs,
+        kind=config.data.layout,
+        batch=config.refs.batch,
+        length=config.data.row_length,
+        multiple=partitioner.devices,
+    )
+    on_device = partitioner.put_variables(variables)
+    compiled = partitioner.compile_map(functools.partial(reference_logps, model))
+    with tqdm(total=len(cache.missing(pairs)), unit="pair", desc="reference pass", dynamic_ncols=True) as bar:
+
+        def progress(batch: Batch) -> None:
+            bar.update(int(batch.stats["pairs"]))
+
+        fill_cache(
+            cache,
+            pairs,
+            batches=functools.partial(in_order, layout=layout, batch=config.refs.batch),
+            logps=lambda rows: compiled(on_device, rows),
+            progress=progress,
+        )
+    return [cache.lookup(split) for split in splits]
+
+
+def identity(config: Config, variables: Variables, tokenizer: Any) -> dict[str, Any]:
+    """Everything that reference log-probabilities depend on."""
+    return {
+        "weights": weights_digest(variables),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "max_length": config.data.max_length,
+        "max_prompt_length": config.data.max_prompt_length,
+        "truncation": config.data.truncation,
+        "dtype": config.run.precision,
+        "kernel": "dense",
+    }

@@ -1,0 +1,76 @@
+"""`dpo-jax sft`: supervised fine-tuning of the policy that DPO starts from."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.cli import build
+from dpo_jax.cli.card import sft_card
+from dpo_jax.cli.config import Config
+from dpo_jax.cli.train import leave_results, train
+from dpo_jax.data.loader import in_order, plan_layout, stream, total_steps
+from dpo_jax.data.prepare import data_digest, encode_targets
+from dpo_jax.logps import sequence_logps
+from dpo_jax.reference import weights_digest
+from dpo_jax.sft import sft_step
+from dpo_jax.step import init_state
+from dpo_jax.types import TrainState
+
+
+def run(config: Config) -> int:
+    section, data = config.sft, config.data
+    with build.open_run(config, "sft") as run_dir:
+        partitioner = build.make_partitioner(config)
+        tokenizer = build.tokenizer_of(config, model_path=config.model.path)
+        train_set, test_set = (build.load_split(config, split, tokenizer) for split in ("train", "test"))
+        # Encoding the pairs, too, makes SFT refuse the same bad rows as DPO: both see the same data.
+        pairs = [build.encode_split(config, preferences, tokenizer) for preferences in (train_set, test_set)]
+        build.write_data_report(run_dir, *(encoded.report for encoded in pairs))
+        limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length, "truncation": data.truncation}
+        kept = [build.only_kept(split, encoded) for split, encoded in zip((train_set, test_set), pairs, strict=True)]
+        (texts, uids), (held_out, _) = (
+            encode_targets(split, tokenizer, **limits, score_prompt=section.scored == "all") for split in kept
+        )
+        model, variables = build.start_model(config, tokenizer)
+        kind = "plain" if data.layout == "shared" else data.layout  # a single completion shares its prompt with nobody
+        multiple = build.rows_multiple(section, partitioner, layout=kind)
+        layout = plan_layout([*texts, *held_out], kind=kind, batch=section.batch, length=data.row_length, multiple=multiple)
+        tx = build.make_tx(section)
+        step = functools.partial(
+            sft_step, model=model, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name
+        )
+        score = partitioner.compile_map(functools.partial(sequence_logps, model))
+
+        def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
+            total, tokens = 0.0, 0.0
+            for _, batch in in_order(held_out, layout=layout, batch=section.batch):
+                total -= float(np.sum(score(state.variables, batch.rows) * batch.rows.weight))
+                tokens += batch.stats["scored_tokens"]
+            return {"loss": total / len(held_out), "nll_per_token": total / tokens}
+
+        print(f"{len(texts):,} texts to learn, {len(held_out):,} held out; rows of {layout.length} tokens", flush=True)
+        state = train(
+            config,
+            run_dir,
+            section,
+            step=step,
+            state=init_state(variables, tx),
+            stream=stream(texts, layout=layout, batch=section.batch, seed=config.run.seed, epochs=section.epochs, uids=uids),
+            total_steps=total_steps(len(texts), batch=section.batch, epochs=section.epochs),
+            lr=build.make_schedule(section),
+            fingerprint={
+                **build.fingerprint(config, section),
+                "data": data_digest(texts),
+                "start": weights_digest(variables),
+            },
+            partitioner=partitioner,
+            evaluate=evaluate,
+            unit="texts",
+        )
+        folder = leave_results(run_dir, model, state, tokenizer, card=sft_card(config, run_dir))
+        print(f"the policy is in {folder}")
+    return 0

@@ -1,0 +1,106 @@
+"""What training commands share: resume, the loop with its writers, and what a finished run leaves behind."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
+from dpo_jax.data.loader import Batch
+from dpo_jax.evals.plots import plot_training
+from dpo_jax.models.hf import save_hf
+from dpo_jax.runtime.checkpoint import Checkpoints
+from dpo_jax.runtime.fit import fit
+from dpo_jax.runtime.metrics import MetricsLog, Progress, TensorBoardWriter, WandbWriter, read_metrics
+from dpo_jax.runtime.rundir import RunDir
+from dpo_jax.types import Model, Partitioner, TrainState
+
+Evaluate = Callable[[TrainState, int], Mapping[str, Any]]
+
+
+def train(
+    config: Config,
+    run: RunDir,
+    section: SftConfig | DpoConfig,
+    *,
+    step: Callable[..., Any],
+    state: TrainState,
+    stream: Callable[[int], Batch],
+    total_steps: int,
+    lr: Callable[[int], Any],
+    fingerprint: Mapping[str, Any],
+    partitioner: Partitioner,
+    evaluate: Evaluate,
+    check: Callable[[int, dict[str, float]], None] | None = None,
+    unit: str = "pairs",
+) -> TrainState:
+    """Trains from `state` or from the newest good checkpoint, and returns the final state on the host.
+
+    `fingerprint` is what a resumed run must have in common with the one that wrote the checkpoint; a difference is a
+    `ConfigError` that names it. Of `step` and `evaluate`, the states are in the partitioner's form.
+    """
+    meta = {"fingerprint": dict(fingerprint), "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")}}
+    writers = []
+    if config.run.tensorboard:
+        writers.append(TensorBoardWriter(run.path / "tensorboard"))
+    if config.run.wandb is not None:
+        writers.append(WandbWriter(config.run.wandb, directory=run.path, config=fingerprint))
+    with Checkpoints(run.checkpoints, max_to_keep=config.run.max_to_keep) as checkpoints:
+        state = _resume(config, run, state, checkpoints, meta)
+        with MetricsLog(run.metrics, writers=writers) as log:
+            state = fit(
+                partitioner.compile_step(step),
+                partitioner.put_state(state),
+                stream,
+                total_steps=total_steps,
+                lr=lr,
+                checkpoints=checkpoints,
+                meta=meta,
+                log=log,
+                progress=Progress(),
+                evaluate=evaluate,
+                eval_every=math.ceil(config.run.eval_every_examples / section.batch),
+                save_every=config.run.save_every_steps,
+                check=check,
+                unit=unit,
+                get_state=partitioner.get_state,
+            )
+    return partitioner.get_state(state)
+
+
+def _resume(config: Config, run: RunDir, state: TrainState, checkpoints: Checkpoints, meta: Mapping[str, Any]) -> TrainState:
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+    found = checkpoints.restore_latest(abstract)
+    if found is None:
+        return state
+    restored, saved = found
+    if not config.run.resume:
+        raise ConfigError(f"run.dir: {run.path} holds checkpoints, and run.resume is off; choose another directory")
+    differing = {
+        name: (saved["fingerprint"].get(name), value)
+        for name, value in meta["fingerprint"].items()
+        if saved["fingerprint"].get(name) != value
+    }
+    if differing:
+        lines = [f"  {name}: was {old!r}, is {new!r}" for name, (old, new) in differing.items()]
+        raise ConfigError(
+            f"{run.path} holds a run with other settings:\n" + "\n".join(lines) + "\n"
+            "Continue it with its own settings (its config.yaml), or choose another --run.dir."
+        )
+    print(f"continuing {run.path} after {int(restored.step)} steps", flush=True)
+    return restored
+
+
+def leave_results(run: RunDir, model: Model, state: TrainState, tokenizer: Any, *, card: str) -> Path:
+    """Writes the model as a Hugging Face folder, the plots, and the model card. Returns the folder."""
+    folder = save_hf(run.export, model, state.variables)
+    tokenizer.save_pretrained(folder)
+    plot_training(read_metrics(run.metrics), run.plots)
+    run.card.write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return folder

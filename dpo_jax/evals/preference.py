@@ -1,0 +1,67 @@
+"""How well a policy tells chosen from rejected on held-out pairs, and how far it has gone from its reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data.loader import Batch
+from dpo_jax.types import Array
+
+Interval = tuple[float, float]
+
+
+def held_out_logps(
+    logps: Callable[[Any], np.ndarray], batches: Iterable[tuple[np.ndarray, Batch]], *, pairs: int
+) -> np.ndarray:
+    """float32[pairs, 2] in the order of the data: `logps(rows) -> float32[P, 2]` over every batch of `loader.in_order`."""
+    result = np.full((pairs, 2), np.nan, np.float32)
+    for indices, batch in batches:
+        values, place = logps(batch.rows), np.asarray(batch.rows.index)
+        result[indices[place[place >= 0]]] = values[place >= 0]
+    return result
+
+
+def preference_summary(
+    logps: Array, ref_logps: Array, *, loss: Callable[[Array, Array], tuple[Array, Array]]
+) -> dict[str, float]:
+    """Loss, accuracy with its 95 % interval, margin and displacement, over `[P, 2]` log-probabilities of held-out pairs.
+
+    A pair counts as right where the implicit reward of the chosen completion is the higher one, and as half right in a tie: a
+    policy that still is its reference has accuracy 0.5.
+    """
+    losses, rewards = (np.asarray(x, np.float64) for x in loss(np.asarray(logps), np.asarray(ref_logps)))
+    margins = rewards[:, 0] - rewards[:, 1]
+    right = float((margins > 0).sum() + 0.5 * (margins == 0).sum())
+    low, high = wilson_interval(right, len(margins))
+    log_ratios = np.asarray(logps, np.float64) - np.asarray(ref_logps, np.float64)
+    return {
+        "loss": float(losses.mean()),
+        "rewards/accuracies": right / len(margins),
+        "rewards/accuracies_low": low,
+        "rewards/accuracies_high": high,
+        "rewards/margins": float(margins.mean()),
+        "rewards/chosen": float(rewards[:, 0].mean()),
+        "rewards/rejected": float(rewards[:, 1].mean()),
+        "displacement/chosen": float(log_ratios[:, 0].mean()),
+        "displacement/rejected": float(log_ratios[:, 1].mean()),
+    }
+
+
+def wilson_interval(successes: float, trials: int, *, z: float = 1.959964) -> Interval:
+    """Interval of a share at the confidence of `z` (95 %). Wilson 1927: unlike the normal one it stays within [0, 1]."""
+    if trials <= 0:
+        raise ValueError(f"an interval needs at least one trial, got {trials}")
+    share, square = successes / trials, z * z / trials
+    middle = (share + square / 2) / (1 + square)
+    half = z / (1 + square) * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
+    return middle - half, middle + half
+
+
+def mean_with_error(values: Array) -> tuple[float, float]:
+    """Mean and its standard error (0 for a single value)."""
+    values = np.asarray(values, np.float64)
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
