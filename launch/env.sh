@@ -76,7 +76,7 @@ install() {
     uv pip install --quiet --python "$venv/bin/python" --editable ".[$1]" ||
       die "uv could not install; DPO_JAX_INSTALLER=pip $0 tries with pip"
   else
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --editable ".[$1]"
   fi
 }
 

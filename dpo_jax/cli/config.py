@@ -52,15 +52,13 @@ class RunConfig:
     """Where a run lives, on what it runs, and what it writes."""
 
     dir: str = "runs/default"
-    """Run directory: resolved config, metrics, plots, checkpoints, export. A second run in it resumes."""
+    """Run directory. Every command has a folder of its own in it, and continues what it finds there."""
     seed: int = 0
     """Seed of everything random: new weights, order of the examples, samples."""
     devices: Literal["single", "pmap"] = "single"
     """One device, or every local device with the batch split among them."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of activations. Parameters, optimizer state, log-softmax and sums are float32 either way."""
-    log_every: int = 1
-    """Write metrics every this many optimizer steps."""
     save_every_steps: int = 200
     """Save a checkpoint every this many optimizer steps, and at the end; 0: only at the end."""
     max_to_keep: int = 2
@@ -79,7 +77,7 @@ class RunConfig:
             yield "dir", "must name a folder, for example runs/hh"
         if not 0 <= self.seed < 2**32:
             yield "seed", f"must be between 0 and 4294967295, got {self.seed}"
-        yield from _positive(self, "log_every", "max_to_keep")
+        yield from _positive(self, "max_to_keep")
         yield from _not_negative(self, "save_every_steps", "eval_every_examples")
         if self.wandb is not None and not self.wandb.strip():
             yield "wandb", "must name a project, or be null to leave wandb out"
@@ -143,7 +141,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """The tokenizer. Without a path: that of model.path; for a new model one is trained on the train split."""
+    """The tokenizer. Without a path: that of the model; for a new model one is trained on the train split."""
 
     path: str | None = None
     """Hugging Face folder or Hub id to load it from."""
@@ -332,9 +330,9 @@ class ExportConfig:
     """A checkpoint as a Hugging Face folder (config.json, safetensors, tokenizer)."""
 
     checkpoint: str | None = None
-    """Checkpoint folder; none: the newest good checkpoint of dpo in the run directory."""
+    """Checkpoints of a training run, such as runs/hh/sft/checkpoints; the newest good one is taken. none: those of dpo."""
     out: str | None = None
-    """Folder to write; none: dpo/export in the run directory."""
+    """Folder to write; none: export/ beside the checkpoints."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the written weights."""
 
@@ -373,9 +371,6 @@ class Config:
     def sample_policy(self) -> str:
         return self.sample.policy or f"{self.run.dir}/dpo/export"
 
-    def export_out(self) -> str:
-        return self.export.out or f"{self.run.dir}/dpo/export"
-
 
 def problems(config: Config) -> list[Problem]:
     """Every value out of range, as (dotted field, what is wrong)."""
@@ -391,16 +386,15 @@ def problems(config: Config) -> list[Problem]:
 
 
 def check(
-    config: Config, *, lines: Mapping[str, int] | None = None, path: str | Path = "", sections: tuple[str, ...] = ()
+    config: Config, *, lines: Mapping[str, int] | None = None, path: str | Path = "", needs: tuple[str, ...] = ()
 ) -> None:
-    """Raises `ConfigError` with every problem, and with every value that is needed to run a command with these `sections`.
+    """Raises `ConfigError` with every problem, and every value that is missing in the sections that a command `needs`.
 
     `lines` (of `load_config_with_lines`) and `path` let a message point into the file.
     """
     found = problems(config)
-    for name in sections:
-        missing = getattr(getattr(config, name, None), "missing", None)
-        found += [(f"{name}.{field}", message) for field, message in (missing() if missing else ())]
+    for name in needs:
+        found += [(f"{name}.{field}", message) for field, message in getattr(config, name).missing()]
     if found:
         places = {field: f"{path}:{line}: " for field, line in (lines or {}).items()}
         raise ConfigError("\n".join(f"{places.get(field, '')}{field}: {message}" for field, message in found))

@@ -4,10 +4,10 @@ Exit codes:
 
     0    done
     1    unexpected error (a bug: please report the traceback)
-    2    wrong command, flag or configuration
+    2    wrong command, flag or configuration, or one that does not fit what is in the run directory
     65   bad data, and data.on_bad is refuse
     73   another run uses the run directory
-    74   a file cannot be read or written (missing, no permission, disk full)
+    74   a file cannot be read or written (missing, no permission, disk full, damaged)
     76   loss or gradient is NaN or infinite
     130  interrupted from the keyboard
     143  asked to stop (SIGTERM): the state is saved, and the same command continues
@@ -33,29 +33,35 @@ from dpo_jax.cli.config_file import suggest, types_of
 
 class Command(NamedTuple):
     help: str
-    reads: tuple[str, ...]  # sections, or single options "section.field"
     target: str  # "module:function", called with the Config; returns an exit code
+    reads: tuple[str, ...]  # sections, or single options "section.option"
+    needs: tuple[str, ...] = ()  # sections that must be complete
 
 
-_DATA = ("run", "data", "tokenizer", "model")
+# Every step of a run takes the sections that describe it, so that one set of flags serves them all.
+_RUN = ("run", "data", "tokenizer", "model")
+_LOSS = ("dpo.policy", "dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.reference_free")
 COMMANDS = {
-    "audit": Command("check the data and report on it, before any training", _DATA, "dpo_jax.cli.audit:run"),
-    "sft": Command("fine-tune on the chosen completions: the starting policy", (*_DATA, "sft"), "dpo_jax.cli.sft:run"),
-    "refs": Command("cache the reference log-probabilities", (*_DATA, "dpo.policy", "refs"), "dpo_jax.cli.refs:run"),
-    "dpo": Command("train the policy on preferences", (*_DATA, "refs", "dpo", "eval"), "dpo_jax.cli.dpo:run"),
-    "eval": Command(
-        "measure a policy on held-out pairs",
-        (*_DATA, "dpo.policy", "dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.reference_free", "eval"),
-        "dpo_jax.cli.eval:run",
+    "audit": Command("check the data and report on it, before any training", "dpo_jax.cli.audit:run", _RUN, ("data",)),
+    "sft": Command(
+        "fine-tune on the chosen completions: the starting policy", "dpo_jax.cli.sft:run", (*_RUN, "sft"), ("data", "model")
     ),
-    "sample": Command("complete prompts with a policy", (*_DATA, "sample"), "dpo_jax.cli.sample:run"),
-    "export": Command("write a checkpoint as a Hugging Face folder", ("run", "model", "export"), "dpo_jax.cli.export:run"),
+    "refs": Command("cache the reference log-probabilities", "dpo_jax.cli.refs:run", (*_RUN, "dpo.policy", "refs"), ("data",)),
+    "dpo": Command("train the policy on preferences", "dpo_jax.cli.dpo:run", (*_RUN, "refs", "dpo"), ("data",)),
+    "eval": Command("measure a policy on held-out pairs", "dpo_jax.cli.eval:run", (*_RUN, *_LOSS, "refs", "eval"), ("data",)),
+    "sample": Command("complete prompts with a policy", "dpo_jax.cli.sample:run", (*_RUN, "sample"), ("data",)),
+    "export": Command("write a checkpoint as a Hugging Face folder", "dpo_jax.cli.export:run", ("run.dir", "export")),
 }
 
 EXIT_CODES = (
     ("dpo_jax.cli.config_file", "ConfigError", 2),
+    ("dpo_jax.cli.dpo", "WrongStart", 2),
+    ("dpo_jax.reference", "ForeignCache", 2),
+    ("dpo_jax.runtime.checkpoint", "StateMismatch", 2),
+    ("dpo_jax.data.pairs", "BadRow", 65),
     ("dpo_jax.data.pairs", "DataError", 65),
     ("dpo_jax.runtime.rundir", "RunLocked", 73),
+    ("dpo_jax.runtime.checkpoint", "CheckpointDamaged", 74),
     ("dpo_jax.runtime.fit", "NonFinite", 76),
     ("dpo_jax.runtime.fit", "Preempted", 143),
 )
@@ -140,8 +146,9 @@ def parse(name: str, args: list[str]) -> Config:
         raise ConfigError(f"{name} needs a configuration first: dpo-jax {name} configs/quickstart.yaml (options: --help)")
     changed = _override(name, command, config, path, flags)
     kept = {field: line for field, line in lines.items() if _get(changed, field) == _get(config, field)}
-    sections = tuple(section for section in command.reads if "." not in section)
-    options.check(changed, lines=kept, path=path, sections=sections)
+    # Prompts of one's own need no data.
+    needs = () if name == "sample" and changed.sample.prompts_file is not None else command.needs
+    options.check(changed, lines=kept, path=path, needs=needs)
     return changed
 
 
