@@ -1,4 +1,4 @@
-"""The loop on a toy problem whose every number is known: batch i adds i + 1 to the state w, the loss of step i is w before that."""
+"""The loop on a toy problem whose numbers are known: batch i adds i + 1 to the state w; the loss of step i is w before that."""
 
 import dataclasses
 import io

@@ -47,13 +47,24 @@ def make_optimizer(
         raise ValueError(f"max_grad_norm must be positive, or None for no clipping, got {max_grad_norm}")
     if weight_decay < 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
-    clip = [] if max_grad_norm is None else [optax.clip_by_global_norm(max_grad_norm)]
+    clip = [] if max_grad_norm is None else [_clip_by_global_norm(max_grad_norm)]
     if name == "rmsprop":
         decay = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
         return optax.chain(*clip, *decay, optax.rmsprop(learning_rate, decay=0.99, eps=1e-8, eps_in_sqrt=False))
     if name == "adamw":
         return _promoting(optax.chain(*clip, optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay)))
     raise ValueError(f"unknown optimizer {name!r}: choose rmsprop or adamw")
+
+
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """torch's `clip_grad_norm_`. The norm is in float32 whatever the gradients are; optax sums squares in their own type."""
+
+    def update(updates, state, params=None):
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(updates)))
+        factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+        return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _promoting(tx: optax.GradientTransformation) -> optax.GradientTransformation:

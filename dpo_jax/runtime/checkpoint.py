@@ -1,0 +1,253 @@
+"""Checkpoints that are either restored bit for bit or not at all.
+
+Orbax writes asynchronously and atomically, but restores a flipped bit or an array of another dtype without a word, and takes
+an empty folder for the latest step (seen with orbax 0.12.8). So each step also holds a record: shape, dtype and SHA-256 of
+every leaf, and a digest of the record itself. The hashes are of the logical arrays, not of files: they stay the same whatever
+devices a state is saved from or restored to.
+
+    directory/120/state    orbax arrays, one flat dict: {"params.params.wte": ..., "opt_state.1.0.nu...": ..., "step": ...}
+    directory/120/record   JSON: leaves, the caller's `meta`, digest
+    directory/quarantine   steps that did not verify; nothing is deleted from here
+    directory/deleting     steps on their way out: orbax renames them here, which a kill cannot leave half done
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath  # comes with orbax; pathlib that also reads gs://
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+DELETING, QUARANTINE = "deleting", "quarantine"
+Leaves = dict[str, Any]
+
+
+class StateMismatch(ValueError):
+    """The checkpoint is sound, but of another model or optimizer than the state that is to be filled."""
+
+
+class CheckpointDamaged(RuntimeError):
+    """There were checkpoints and none of them verified. They are in `quarantine/`; run again to start from the beginning."""
+
+
+class CheckpointWriteError(OSError):
+    """A save did not reach the disk. Older steps are intact."""
+
+
+class Checkpoints:
+    """The checkpoints of one run in `directory`, of which the newest `max_to_keep` are kept. Use it as a context manager."""
+
+    def __init__(self, directory: str | os.PathLike[str], *, max_to_keep: int = 2):
+        self.directory = epath.Path(directory)
+        if "://" not in str(directory):
+            self.directory = self.directory.resolve()  # orbax refuses relative paths
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._purge()
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, todelete_subdir=DELETING, cleanup_tmp_directories=True)
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        """Starts to save any tree of arrays, and returns once the arrays may be donated. `meta` is JSON: config, versions, ...
+
+        A save counts only when `wait` or a later `check_errors` has not raised. Raises CheckpointWriteError if this save or the
+        one before it failed, and ValueError where the directory already holds `step` or a later one.
+        """
+        leaves = _named(state)
+        record = _record(step, leaves, meta)
+        with _writing(self.directory):
+            self._manager.wait_until_finished()
+            self._purge()
+            arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(leaves), record=ocp.args.JsonSave(record))
+            saved = self._manager.save(step, args=arguments)
+        if not saved:
+            latest = self._manager.latest_step()
+            raise ValueError(
+                f"step {step} was not saved: {self.directory} already holds step {latest}; resume from it or remove it"
+            )
+
+    def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
+        """(state, meta) of the newest step that verifies, or None in a directory without checkpoints.
+
+        abstract_state: the tree to fill, as from `jax.eval_shape`. A leaf with a sharding becomes a `jax.Array` laid out that
+            way, any other a numpy array.
+
+        A damaged step is moved to `quarantine/` with a warning, and the next older one is tried. Raises CheckpointDamaged when
+        none is left, and StateMismatch, before any array is read, naming each leaf that the checkpoint has otherwise.
+        """
+        self.wait()
+        wanted = _named(abstract_state)
+        damaged = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                record = self._read_record(step)
+            except Exception as error:
+                damaged += self._set_aside(step, error)
+                continue
+            _check_target(record["leaves"], wanted, f"{self.directory / str(step)}")
+            try:
+                leaves = self._read_leaves(step, record["leaves"], wanted)
+            except Exception as error:
+                damaged += self._set_aside(step, error)
+                continue
+            logger.info("restored step %d from %s", step, self.directory)
+            return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in wanted]), record["meta"]
+        if damaged:
+            where = self.directory / QUARANTINE
+            raise CheckpointDamaged(
+                f"no checkpoint verifies: steps {damaged} are in {where}; run again to start from the beginning"
+            )
+        return None
+
+    def latest_step(self) -> int | None:
+        """The newest step in the directory, verified or not."""
+        return self._manager.latest_step()
+
+    def wait(self) -> None:
+        """Returns once everything saved is on disk. Raises CheckpointWriteError otherwise."""
+        with _writing(self.directory):
+            self._manager.wait_until_finished()
+
+    def check_errors(self) -> None:
+        """Raises CheckpointWriteError if a save in the background has failed by now. Does not wait."""
+        with _writing(self.directory):
+            # Not manager.check_for_errors(): its own finishing thread takes the error first, and only waiting hands it out.
+            if not self._manager.is_saving_in_progress():
+                self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for what is being saved, then lets go of the directory."""
+        with _writing(self.directory):
+            self._manager.close()
+        self._purge()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close()
+        except CheckpointWriteError as second:
+            if error is None:
+                raise
+            logger.error("%s", second)  # and let the first error be the one that is seen
+
+    def _read_record(self, step: int) -> dict[str, Any]:
+        record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        if record["digest"] != _digest({name: value for name, value in record.items() if name != "digest"}):
+            raise ValueError("the record differs from its digest")
+        if record["step"] != step:
+            raise ValueError(f"the record is of step {record['step']}")
+        return record
+
+    def _read_leaves(self, step: int, recorded: Mapping[str, Any], wanted: Leaves) -> Leaves:
+        # Stored shapes first: damaged metadata could ask for more memory than there is.
+        stored = self._manager.item_metadata(step)["state"]
+        found = {name: (list(stored[name].shape), str(np.dtype(stored[name].dtype))) for name in stored}
+        if found != {name: (leaf["shape"], leaf["dtype"]) for name, leaf in recorded.items()}:
+            raise ValueError("shapes or dtypes of the stored arrays differ from the record")
+        how = {name: _restore_args(leaf) for name, leaf in wanted.items()}
+        arguments = ocp.args.PyTreeRestore(item={name: 0 for name in wanted}, restore_args=how)
+        leaves = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        for name, sha in _hashes(leaves).items():
+            if sha != recorded[name]["sha256"]:
+                raise ValueError(f"{name} differs from its SHA-256")
+        return leaves
+
+    def _set_aside(self, step: int, error: Exception) -> list[int]:
+        """Moves a step that did not verify to quarantine. Returns the steps lost by it: none if the folder was empty."""
+        if isinstance(error, (MemoryError, PermissionError, jax.errors.JaxRuntimeError)):
+            raise error  # a full device, for instance, says nothing about the checkpoint
+        source = self.directory / str(step)
+        lost = [step] if any(source.iterdir()) else []
+        target = _free_name(self.directory / QUARANTINE, str(step))
+        source.rename(target)
+        self._manager.reload()
+        reason = str(error).strip().splitlines() or [""]
+        logger.warning(
+            "checkpoint of step %d does not verify (%s: %.200s); moved to %s", step, type(error).__name__, reason[0], target
+        )
+        return lost
+
+    def _purge(self) -> None:
+        leftovers = self.directory / DELETING
+        if leftovers.exists():
+            leftovers.rmtree()
+
+
+@contextlib.contextmanager
+def _writing(directory: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointWriteError(f"saving to {directory} failed: {error}") from error
+
+
+def _free_name(folder: epath.Path, name: str) -> epath.Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    count = 0
+    while (folder / f"{name}-{count}").exists():
+        count += 1
+    return folder / f"{name}-{count}"
+
+
+def _named(state: Any) -> Leaves:
+    """Leaves by dotted path, in tree order. Containers without leaves (`optax.EmptyState`) come back from the target tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the state have the same dotted path")
+    return named
+
+
+def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=tuple(leaf.shape), dtype=leaf.dtype)
+
+
+def _record(step: int, leaves: Leaves, meta: Mapping[str, Any]) -> dict[str, Any]:
+    described = {
+        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": sha}
+        for (name, leaf), sha in zip(leaves.items(), _hashes(leaves).values(), strict=True)
+    }
+    record = {"format": FORMAT, "step": step, "leaves": described, "meta": json.loads(json.dumps(meta))}
+    return {**record, "digest": _digest(record)}
+
+
+def _hashes(leaves: Leaves) -> dict[str, str]:
+    # hashlib lets go of the interpreter lock: eight threads hash several GB a second.
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(leaves, pool.map(_sha256, leaves.values()), strict=True))
+
+
+def _sha256(leaf: Any) -> str:
+    """Of the logical array in row-major order, little endian, whatever its layout on devices."""
+    return hashlib.sha256(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).data).hexdigest()
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _check_target(recorded: Mapping[str, Any], wanted: Leaves, where: str) -> None:
+    have = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in recorded.items()}
+    want = {name: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for name, leaf in wanted.items()}
+    differing = [name for name in [*have, *(want.keys() - have.keys())] if have.get(name) != want.get(name)]
+    if differing:
+        lines = [f"  {name}: {have.get(name, 'absent')} there, {want.get(name, 'absent')} here" for name in differing[:5]]
+        more = [f"  and {len(differing) - 5} more"] if len(differing) > 5 else []
+        raise StateMismatch("\n".join([f"{where} is of another model or optimizer:", *lines, *more]))

@@ -1,0 +1,454 @@
+"""Checkpoints under injected faults: damaged files, kills, signals, a full disk. All are done to a real save or process."""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dpo_jax.runtime import optim, parallel
+from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, StateMismatch
+from dpo_jax.runtime.fit import EXIT_PREEMPTED, fit
+from dpo_jax.runtime.metrics import MetricsLog, read_metrics
+from dpo_jax.types import TrainState
+
+# When one of several reads fails, the callbacks of the others find orbax's event loop closed, and Python prints that: noise.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+TX = optim.make_optimizer(optim.linear_warmup(0.01, warmup_steps=4), max_grad_norm=1.0)
+
+
+class Batch:
+    def __init__(self, index):
+        self.rows = np.random.default_rng(index).normal(size=(4, 16)).astype(np.float32)
+        self.uids, self.stats = [f"row {index}"], {"pairs": 2}
+
+
+def make_state(seed=0, width=16):
+    weights = np.random.default_rng(seed).normal(size=(3, width, width)).astype(np.float32)
+    params = {
+        "params": {
+            "layers": {"kernel": jnp.asarray(weights), "scale": jnp.ones((1, width), jnp.bfloat16)},
+            "bias": jnp.zeros(()),
+        }
+    }
+    return TrainState(jnp.int32(0), params, TX.init(params))
+
+
+def train_step(state, rows):
+    def objective(params):
+        hidden = rows
+        for layer in range(3):
+            hidden = jnp.tanh(hidden @ params["params"]["layers"]["kernel"][layer])
+        scaled = hidden * params["params"]["layers"]["scale"].astype(jnp.float32) + params["params"]["bias"]
+        return (scaled**2).mean()
+
+    loss, grads = jax.value_and_grad(objective)(state.params)
+    updates, opt_state = TX.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), {
+        "loss": loss,
+        "grad_norm": jnp.abs(grads["params"]["bias"]),
+    }
+
+
+def abstract():
+    return jax.eval_shape(make_state)
+
+
+def digest(state):
+    """SHA-256 over all leaves."""
+    sha = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        sha.update(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).tobytes())
+    return sha.hexdigest()
+
+
+def numbered(step):
+    return make_state(seed=step).replace(step=jnp.int32(step))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with steps 10 and 20. Tests damage a copy of it."""
+    directory = tmp_path_factory.mktemp("saved")
+    with Checkpoints(directory) as checkpoints:
+        for step in (10, 20):
+            checkpoints.save(step, numbered(step), {"config": {"beta": 0.1}, "step": step})
+    return directory
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def restored(directory):
+    with Checkpoints(directory) as checkpoints:
+        return checkpoints.restore_latest(abstract())
+
+
+def quarantined(directory):
+    return sorted(path.name for path in (directory / "quarantine").iterdir()) if (directory / "quarantine").exists() else []
+
+
+def test_what_is_saved_comes_back_bit_for_bit(saved):
+    state, meta = restored(saved)
+    assert digest(state) == digest(numbered(20))
+    assert meta == {"config": {"beta": 0.1}, "step": 20}
+    assert jax.tree.structure(state) == jax.tree.structure(numbered(20))
+    assert state.params["params"]["layers"]["scale"].dtype == jnp.bfloat16
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(state))
+
+
+def test_an_empty_directory_is_none(tmp_path):
+    assert restored(tmp_path / "new") is None
+
+
+def test_only_the_newest_are_kept_and_the_deleted_are_gone(tmp_path):
+    with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
+        for step in range(1, 6):
+            checkpoints.save(step, numbered(step), {})
+        assert checkpoints.latest_step() == 5
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["4", "5"]
+
+
+def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    state = {"w": jnp.zeros((512, 1024)), "n": jnp.int32(0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        for index in range(1, 4):
+            checkpoints.save(index, state, {})
+            for _ in range(20):
+                state = step(state)
+        checkpoints.wait()
+        back, _ = checkpoints.restore_latest(state)
+    assert int(back["n"]) == 40
+    assert (np.asarray(back["w"]) == 40).all()
+
+
+def test_saved_on_one_layout_restored_on_another(tmp_path):
+    one, four = (Mesh(np.array(jax.devices()).reshape(shape), ("data", "tensor")) for shape in ((1, 4), (4, 1)))
+    across = NamedSharding(one, PartitionSpec("data", "tensor"))
+    down = NamedSharding(four, PartitionSpec("data", "tensor"))
+    values = np.arange(32.0, dtype=np.float32).reshape(4, 8)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"w": jax.device_put(values, across)}, {})
+        back, _ = checkpoints.restore_latest({"w": jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=down)})
+    assert back["w"].sharding == down
+    np.testing.assert_array_equal(back["w"], values)
+
+
+FAULTS = ["bit", "zeros", "truncated", "empty", "deleted"]
+
+
+def damage(path, fault, generator=None):
+    generator = generator or random.Random(0)
+    content = bytearray(path.read_bytes())
+    if fault == "deleted":
+        return path.unlink()
+    if fault == "bit":
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    elif fault == "zeros":
+        first = generator.randrange(max(1, len(content) - 64))
+        content[first : first + 64] = bytes(len(content[first : first + 64]))
+    else:
+        content = content[: len(content) // 2 if fault == "truncated" else 0]
+    return path.write_bytes(content)
+
+
+def biggest(directory, step="20", under="state"):
+    return max((path for path in (directory / step / under).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("under", ["state", "record"])
+def test_a_damaged_file_is_found_and_the_older_step_used(copy, fault, under, caplog):
+    damage(biggest(copy, under=under), fault)
+    with caplog.at_level(logging.WARNING, "dpo_jax"):
+        state, meta = restored(copy)
+    assert digest(state) == digest(numbered(10))
+    assert meta["step"] == 10
+    assert quarantined(copy) == ["20-0"]
+    assert not (copy / "20").exists()
+    assert "checkpoint of step 20 does not verify" in caplog.text
+    with Checkpoints(copy) as checkpoints:  # the step is free again
+        checkpoints.restore_latest(abstract())
+        checkpoints.save(20, numbered(20), {})
+    assert digest(restored(copy)[0]) == digest(numbered(20))
+
+
+def test_a_half_deleted_step_is_set_aside(copy):
+    shutil.rmtree(copy / "20" / "state" / "d")
+    assert digest(restored(copy)[0]) == digest(numbered(10))
+    assert quarantined(copy) == ["20-0"]
+
+
+def test_a_stray_empty_folder_is_not_the_latest_step(copy, tmp_path):
+    (copy / "30").mkdir()
+    assert digest(restored(copy)[0]) == digest(numbered(20))
+    assert quarantined(copy) == ["30-0"]
+    (tmp_path / "other" / "8").mkdir(parents=True)
+    assert restored(tmp_path / "other") is None
+
+
+def test_a_step_under_another_number_is_set_aside(copy):
+    (copy / "20").rename(copy / "25")
+    assert digest(restored(copy)[0]) == digest(numbered(10))
+    assert quarantined(copy) == ["25-0"]
+
+
+def test_a_record_with_another_meta_is_set_aside(copy):
+    path = biggest(copy, under="record")
+    path.write_text(path.read_text().replace('"beta": 0.1', '"beta": 0.2'))
+    assert restored(copy)[1]["step"] == 10
+
+
+def test_leftovers_of_a_kill_are_cleaned_up(copy):
+    (copy / "deleting").mkdir(exist_ok=True)
+    (copy / "10").rename(copy / "deleting" / "10")
+    shutil.copytree(copy / "20", copy / "30.orbax-checkpoint-tmp")
+    with Checkpoints(copy) as checkpoints:
+        assert digest(checkpoints.restore_latest(abstract())[0]) == digest(numbered(20))
+        checkpoints.save(30, numbered(30), {})
+    assert sorted(path.name for path in copy.iterdir() if path.is_dir()) == ["20", "30"]
+
+
+def test_no_step_that_verifies_is_an_error_and_not_a_fresh_start(copy):
+    for step in ("10", "20"):
+        damage(biggest(copy, step), "bit")
+    with pytest.raises(CheckpointDamaged, match=r"steps \[20, 10\] are in .*quarantine"):
+        restored(copy)
+    assert quarantined(copy) == ["10-0", "20-0"]
+    assert restored(copy) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.replace(step=jax.ShapeDtypeStruct((), jnp.float32)), r"step: int32\[\] there, float32\[\] here"),
+        (
+            lambda state: jax.eval_shape(lambda: make_state(width=8)),
+            r"params.params.layers.kernel: float32\[3, 16, 16\] there, float32\[3, 8, 8\] here",
+        ),
+        (lambda state: state.replace(opt_state=()), r"opt_state.*: float32\[\] there, absent here"),
+        (lambda state: state.replace(frozen={"new": state.step}), r"frozen.new: absent there, int32\[\] here"),
+    ],
+)
+def test_another_model_or_optimizer_is_refused_and_nothing_is_moved(copy, change, message):
+    with Checkpoints(copy) as checkpoints, pytest.raises(StateMismatch, match=message):
+        checkpoints.restore_latest(change(abstract()))
+    assert quarantined(copy) == []
+    assert digest(restored(copy)[0]) == digest(numbered(20))
+
+
+def test_an_older_step_is_not_saved_over_a_newer_one(copy):
+    with Checkpoints(copy) as checkpoints, pytest.raises(ValueError, match="step 15 was not saved: .* already holds step 20"):
+        checkpoints.save(15, numbered(15), {})
+
+
+@pytest.mark.parametrize("make", [parallel.single_device, parallel.pmap_partitioner])
+def test_twenty_steps_are_ten_and_ten(tmp_path, make):
+    """Bit for bit, over all leaves, from another process's point of view: nothing but the directory is handed over."""
+    partitioner = make()
+    step = partitioner.compile_step(train_step) if partitioner.devices == 1 else replicated(partitioner)
+
+    def run(name, total):
+        with Checkpoints(tmp_path / name / "checkpoints") as checkpoints, MetricsLog(tmp_path / name / "metrics.jsonl") as log:
+            found = checkpoints.restore_latest(abstract())
+            state = partitioner.put_state(make_state() if found is None else found[0])
+            options = {"checkpoints": checkpoints, "log": log, "save_every": 4, "get_state": partitioner.get_state}
+            return partitioner.get_state(fit(step, state, Batch, total_steps=total, **options))
+
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole = run("whole", 20)
+    run("parts", 10)
+    parts = run("parts", 20)
+    assert int(parts.step) == 20
+    assert digest(parts) == digest(whole)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 20
+
+
+def replicated(partitioner):
+    mapped = jax.pmap(train_step, axis_name=partitioner.axis_name)
+
+    def run(state, rows):
+        state, metrics = mapped(state, np.broadcast_to(rows, (partitioner.devices, *rows.shape)))
+        return state, jax.tree.map(lambda leaf: leaf[0], metrics)
+
+    return run
+
+
+def losses(directory):
+    rows = read_metrics(directory / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(len(rows))), "each step once, in order"
+    return [row["loss"] for row in rows]
+
+
+PROGRAM = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+import jax
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+from test_checkpoint import *
+from dpo_jax.runtime.fit import Preempted
+
+directory, total, pause = Path(sys.argv[1]), int(sys.argv[3]), float(sys.argv[4])
+compiled = jax.jit(train_step, donate_argnums=0)
+
+def slow(state, rows):
+    time.sleep(pause)
+    return compiled(state, rows)
+
+with Checkpoints(directory / "checkpoints") as checkpoints, MetricsLog(directory / "metrics.jsonl") as log:
+    found = checkpoints.restore_latest(abstract())
+    state = make_state() if found is None else jax.device_put(found[0])
+    try:
+        state = fit(slow, state, Batch, total_steps=total, checkpoints=checkpoints, log=log, save_every=3)
+    except Preempted as stop:
+        print(stop)
+        sys.exit(EXIT_PREEMPTED)
+print(digest(state))
+"""
+
+
+def start_program(directory, total=20, pause=0.0):
+    directory.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", PROGRAM, str(directory), str(Path(__file__).parent), str(total), str(pause)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_rows(directory, count, process):
+    path = directory / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"no {count} rows: {process.communicate()}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    out, error = start_program(directory).communicate(timeout=120)
+    return directory, out.strip() or pytest.fail(error)
+
+
+def test_sigterm_saves_and_the_next_run_continues_bit_for_bit(tmp_path, uninterrupted):
+    directory = tmp_path / "run"
+    process = start_program(directory, pause=0.1)
+    wait_for_rows(directory, 4, process)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == EXIT_PREEMPTED, error
+    assert "SIGTERM: finishing this step, then saving" in error
+    done = int(out.split(" after ")[1].split()[0])
+    assert len(losses(directory)) == done
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == done
+    out, error = start_program(directory).communicate(timeout=60)
+    assert out.strip() == uninterrupted[1], error
+    assert losses(directory) == losses(uninterrupted[0])
+
+
+def kill_until_done(directory, generator, tries):
+    """Kills at random times until `tries` are used up, then runs to the end. Returns the last run's output."""
+    for _ in range(tries):
+        process = start_program(directory, pause=0.005)
+        wait_for_rows(directory, 1, process)
+        time.sleep(generator.random() * 0.25)
+        process.kill()
+        process.communicate()
+    out, error = start_program(directory).communicate(timeout=60)
+    return out.strip() or pytest.fail(error)
+
+
+def test_kill_9_at_a_random_time(tmp_path, uninterrupted):
+    assert kill_until_done(tmp_path / "run", random.Random(1), tries=2) == uninterrupted[1]
+    assert losses(tmp_path / "run") == losses(uninterrupted[0])
+
+
+@pytest.mark.soak
+def test_kill_9_thirty_times(tmp_path, uninterrupted):
+    for round_number in range(6):
+        directory = tmp_path / f"run{round_number}"
+        assert kill_until_done(directory, random.Random(round_number), tries=5) == uninterrupted[1]
+        assert losses(directory) == losses(uninterrupted[0])
+        assert not (directory / "checkpoints" / "quarantine").exists()
+
+
+@pytest.mark.soak
+def test_damage_to_every_file(saved, tmp_path):
+    """Each file of a step, each fault, several places: never a crash, a hang or a wrong number."""
+    generator = random.Random(0)
+    names = [path.relative_to(saved / "20") for path in (saved / "20").rglob("*") if path.is_file()]
+    harmless, found = {}, 0
+    for name in names:
+        for fault in FAULTS:
+            for _ in range(8 if fault in ("bit", "zeros") else 1):
+                directory = Path(shutil.copytree(saved, tmp_path / "copy"))
+                damage(directory / "20" / name, fault, generator)
+                state, meta = restored(directory)
+                assert digest(state) == digest(numbered(meta["step"]))
+                if meta["step"] == 20:  # the damage is to something that a restore does not read
+                    harmless.setdefault(str(name), set()).add(fault)
+                else:
+                    found += 1
+                shutil.rmtree(directory)
+    print(f"{found} found; harmless: {harmless}")
+
+
+FULL_DISK = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv[2])
+from test_checkpoint import *
+from dpo_jax.runtime.checkpoint import CheckpointWriteError
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+state = {"w": np.random.default_rng(0).normal(size=(64, 1024)).astype(np.float32)}
+checkpoints = Checkpoints(sys.argv[1])
+checkpoints.save(1, state, {})
+checkpoints.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))
+try:
+    checkpoints.save(2, state, {})
+    for _ in range(500):
+        checkpoints.check_errors()
+        time.sleep(0.01)
+    print("no error seen")
+except CheckpointWriteError as error:
+    print("seen by polling:", isinstance(error, OSError), str(error)[:60])
+os._exit(0)
+"""
+
+
+def test_a_save_that_cannot_be_written_is_seen_by_polling_and_older_steps_survive(tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(Path(__file__).parent)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert "seen by polling: True saving to" in result.stdout, result.stdout + result.stderr
+    with Checkpoints(tmp_path) as checkpoints:
+        state, _ = checkpoints.restore_latest({"w": jax.ShapeDtypeStruct((64, 1024), jnp.float32)})
+        assert checkpoints.latest_step() == 1
+    np.testing.assert_array_equal(state["w"], np.random.default_rng(0).normal(size=(64, 1024)).astype(np.float32))
+
+
+def test_meta_must_be_json(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(TypeError):
+        checkpoints.save(1, {"w": np.zeros(1)}, {"path": Path("x")})
+    assert json.loads("[]") == os.listdir(tmp_path)
