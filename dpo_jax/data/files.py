@@ -187,7 +187,7 @@ def _parquet_rows(name: str, path: Path) -> Iterator[tuple[str, Row | BadRow]]:
 
     number = 0
     try:
-        with pq.ParquetFile(path) as table:
+        with pq.ParquetFile(path, page_checksum_verification=True) as table:
             columns = table.schema_arrow.names
             for column in columns:
                 if columns.count(column) > 1:

@@ -10,8 +10,9 @@ _VOID = frozenset(["area", "base", "br", "col", "embed", "hr", "img", "input", "
 def strip_html(markup: str) -> str:
     """Paragraphs and code of a post, joined by blank lines; code stays between `<code>` tags.
 
-    Equal to `strip_html_tags` of eric-mitchell/direct-preference-optimization on well-formed markup, with its gaps: of a
-    paragraph only the text directly inside `<p>` stays (links, emphasis and inline code go), and lists, quotes and headings go.
+    Equal to `strip_html_tags` of eric-mitchell/direct-preference-optimization on well-formed markup (but for white space), with
+    its gaps: of a paragraph only the text directly inside `<p>` stays (links, emphasis and inline code go), and lists, quotes
+    and headings go.
     """
     reader = _Reader()
     reader.feed(markup)
@@ -28,17 +29,16 @@ class _Reader(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in _VOID:
             return
-        outer = self._open[:1]
-        self._open.append(tag)
-        if tag == "p" and not outer:
+        if tag == "p" and not self._open:
             self.blocks.append("")
-        elif tag == "code" and (not outer or outer == ["pre"]):
+        elif tag == "code" and "code" not in self._open and self._open[:1] in ([], ["pre"]):
             self.blocks.append("<code>")
+        self._open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in self._open:
             return
-        if tag == "code" and self._open[0] in ("pre", "code"):
+        if tag == "code" and self._open.count("code") == 1 and self._open[0] in ("pre", "code"):
             self.blocks[-1] += "</code>"
         while self._open.pop() != tag:
             pass

@@ -5,6 +5,7 @@ Always array_record: tfds also offers parquet without TensorFlow, but loses rows
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ from dpo_jax.data.columns import check_text
 from dpo_jax.data.files import fingerprint, tfds_folders
 from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport, OnBad, Preference, PreferenceSet, Triage, check_pair
 
-_TEXTS = ("prompt", "chosen", "rejected", "uid")
+_TEXTS = ("prompt", "chosen", "rejected", "uid", "sft_target")
+_FIELDS = {*_TEXTS, "chat"}
 
 
 class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -35,7 +37,7 @@ class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        texts = {field: tfds.features.Text() for field in (*_TEXTS, "sft_target")}
+        texts = {field: tfds.features.Text() for field in _TEXTS}
         return self.dataset_info_from_configs(
             description="Preference pairs: a prompt, a chosen and a rejected completion, and what SFT learns for the prompt.",
             features=tfds.features.FeaturesDict({**texts, "chat": tfds.features.Scalar(np.bool_)}),
@@ -49,8 +51,7 @@ class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
     def _generate_examples(self, rows: Iterable[Preference]) -> Iterator[tuple[int, dict[str, Any]]]:
         # The key is the row number: equal rows are kept, and tfds can report an equal key only with TensorFlow installed.
         for index, row in enumerate(rows):
-            record: dict[str, Any] = {field: getattr(row, field) for field in _TEXTS}
-            yield index, record | {"sft_target": row.chosen if row.sft_target is None else row.sft_target, "chat": row.chat}
+            yield index, _record(row)
 
 
 def write_tfds(
@@ -86,6 +87,9 @@ def read_tfds(data_dir: str | Path, split: str, *, on_bad: OnBad = "refuse") -> 
     builder = tfds.builder_from_directory(folder)
     if split not in builder.info.splits:
         _refuse(Cause.BAD_LAYOUT, folder, f"no split {split!r}; it has {', '.join(builder.info.splits)}")
+    features = list(builder.info.features)  # pyright: ignore[reportArgumentType] (always a FeaturesDict)
+    if missing := _FIELDS - set(features):
+        _refuse(Cause.MISSING_COLUMN, folder, f"not written by `write_tfds`: no feature {', '.join(sorted(missing))}")
     report = DataReport(source=str(data_dir), split=split, format="tfds")
     preferences: list[Preference] = []
     triage = Triage(report, on_bad=on_bad)
@@ -101,7 +105,7 @@ def read_tfds(data_dir: str | Path, split: str, *, on_bad: OnBad = "refuse") -> 
             preferences.append(row)
     triage.finish(len(preferences))
     if not report.dropped and _digest(preferences) != (builder.info.metadata or {}).get(split):
-        _refuse(Cause.BAD_LAYOUT, folder, f"the records of split {split!r} are not those that were written")
+        _refuse(Cause.BAD_ARRAY_RECORD, folder, f"the records of split {split!r} are not those that were written")
     report.files = [fingerprint(Path(file).name, Path(file)) for file in builder.info.splits[split].filepaths]
     return PreferenceSet(preferences, report)
 
@@ -117,20 +121,25 @@ def _find(source: Path) -> Path:
 def _records(builder: tfds.core.DatasetBuilder, split: str, folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     declared = builder.info.splits[split].num_examples
     try:
-        source = builder.as_data_source(split)
+        source = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue] (its decorator hides the signature)
         if len(source) != declared:
-            _refuse(Cause.NO_ROWS, folder, f"split {split!r} declares {declared} records, its files hold {len(source)}")
+            _refuse(Cause.BAD_ARRAY_RECORD, folder, f"split {split!r} declares {declared} records and holds {len(source)}")
         for index in range(declared):
             yield f"{folder.parent.name}/{split}:{index + 1}", source[index]
     except (OSError, RuntimeError, ValueError, IndexError) as error:
         if isinstance(error, DataError):
             raise
-        _refuse(Cause.BAD_LAYOUT, folder, f"split {split!r} cannot be read: {error}")
+        _refuse(Cause.BAD_ARRAY_RECORD, folder, f"split {split!r} cannot be read: {error}")
+
+
+def _record(row: Preference) -> dict[str, Any]:
+    # tfds has no missing text: "nothing else than `chosen`" is written as `chosen`, and read back as None.
+    return dataclasses.asdict(row) | {"sft_target": row.chosen if row.sft_target is None else row.sft_target}
 
 
 def _decode(record: Mapping[str, Any]) -> Preference:
     texts: dict[str, Any] = {}
-    for field in (*_TEXTS, "sft_target"):
+    for field in _TEXTS:
         try:
             texts[field] = bytes(record[field]).decode("utf-8")
         except UnicodeDecodeError as error:
@@ -142,8 +151,9 @@ def _decode(record: Mapping[str, Any]) -> Preference:
 
 def _accept(triage: Triage, where: str, row: Preference) -> bool:
     try:
-        for field in _TEXTS:
-            check_text(getattr(row, field), field=field)
+        for field, value in _record(row).items():
+            if field in _TEXTS:
+                check_text(value, field=field)
         check_pair(row.prompt, row.chosen, row.rejected)
     except BadRow as problem:
         triage.reject(where, problem)
@@ -154,8 +164,7 @@ def _accept(triage: Triage, where: str, row: Preference) -> bool:
 def _digest(rows: Iterable[Preference]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        target = row.chosen if row.sft_target is None else row.sft_target
-        digest.update(json.dumps([row.prompt, row.chosen, row.rejected, row.uid, target, row.chat]).encode())
+        digest.update(json.dumps(_record(row), sort_keys=True).encode())
     return digest.hexdigest()
 
 

@@ -1,0 +1,473 @@
+"""Formats mean what they should, and each kind of bad input is named, refused by default and counted on request."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import GOLDEN
+from transformers import AutoTokenizer
+
+from dpo_jax.data.chat import chat_preference
+from dpo_jax.data.formats import common_prompt
+from dpo_jax.data.html import strip_html
+from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport, Preference, PreferenceSet, split_hh
+from dpo_jax.data.sources import load_preferences
+
+GOOD = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def write(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(lines(*rows)) if path.suffix == ".gz" else lines(*rows))
+    return path
+
+
+def load(path, split="train", **options):
+    return load_preferences(path, split, **options)
+
+
+def hh_row(question, chosen, rejected):
+    prompt = f"\n\nHuman: {question}\n\nAssistant:"
+    return {"chosen": prompt + chosen, "rejected": prompt + rejected}
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    tokenizer.chat_template = CHATML
+    assert tokenizer.eos_token == "<|endoftext|>"
+    return tokenizer
+
+
+# -- bad rows -----------------------------------------------------------------------------------------------------------------
+
+TWO_PROMPTS = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c\n\nHuman: d\n\nAssistant: e"}
+SHP_ROW = {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 4, "score_B": 2}
+TLDR_ROW = {
+    "info": {"subreddit": "tifu", "title": "T", "post": "P"},
+    "summaries": [{"text": " first"}, {"text": " second"}],
+    "choice": 1,
+}
+BAD_ROWS = {
+    "empty completion": (Cause.EMPTY, "trl", lines({**GOOD, "chosen": ""}), "chosen"),
+    "blank completion": (Cause.EMPTY, "trl", lines({**GOOD, "rejected": " \n\u00a0"}), "rejected"),
+    "empty HH answer": (Cause.EMPTY, "hh", lines(hh_row("q", "", " b")), "chosen"),
+    "blank prompt": (Cause.NO_PROMPT, "trl", lines({**GOOD, "prompt": " "}), "prompt"),
+    "no shared prompt": (Cause.NO_PROMPT, "trl", lines({"chosen": "yes", "rejected": "no"}), "prompt"),
+    "HH without an answer": (
+        Cause.NO_PROMPT,
+        "hh",
+        lines({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}),
+        "Assistant:",
+    ),
+    "HH with two prompts": (Cause.DIFFERENT_PROMPTS, "hh", lines(TWO_PROMPTS), "character 22 of chosen, 46 of rejected"),
+    "identical": (Cause.IDENTICAL, "trl", lines({**GOOD, "rejected": " blue."}), "same text"),
+    "identical, prompt implicit": (Cause.IDENTICAL, "trl", lines({"chosen": "a b", "rejected": "a b"}), "same text"),
+    "missing column": (Cause.MISSING_COLUMN, "trl", lines({"prompt": "a", "chosen": "b"}), "rejected"),
+    "missing inner column": (Cause.MISSING_COLUMN, "tldr", lines({**TLDR_ROW, "info": {"title": "T"}}), "info.subreddit"),
+    "null": (Cause.WRONG_TYPE, "trl", lines({**GOOD, "chosen": None}), "NoneType"),
+    "number for text": (Cause.WRONG_TYPE, "trl", lines({**GOOD, "prompt": 3}), "int"),
+    "text for number": (Cause.WRONG_TYPE, "shp", lines({**SHP_ROW, "score_A": "4"}), "score_A"),
+    "true for number": (Cause.WRONG_TYPE, "tldr", lines({**TLDR_ROW, "choice": True}), "bool"),
+    "three summaries": (Cause.WRONG_TYPE, "tldr", lines({**TLDR_ROW, "summaries": [{"text": "a"}] * 3}), "summaries"),
+    "not an object": (Cause.WRONG_TYPE, "trl", b'["a", "b"]\n', "list"),
+    "choice of neither": (Cause.OUT_OF_RANGE, "tldr", lines({**TLDR_ROW, "choice": 2}), "choice"),
+    "score without ratio": (Cause.OUT_OF_RANGE, "shp", lines({**SHP_ROW, "score_B": 0}), "score"),
+    "duplicate key": (
+        Cause.DUPLICATE_KEY,
+        "trl",
+        b'{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}\n',
+        "chosen",
+    ),
+    "duplicate inner key": (Cause.DUPLICATE_KEY, "tldr", b'{"info": {"post": "a", "post": "b"}}\n', "post"),
+    "NaN": (Cause.NAN, "trl", b'{"prompt": "a", "chosen": NaN, "rejected": "d"}\n', "NaN"),
+    "infinity": (Cause.NAN, "shp", lines(SHP_ROW).replace(b"4", b"1e999"), "score_A"),
+    "invalid UTF-8": (Cause.INVALID_UTF8, "trl", b'{"prompt": "a", "chosen": "caf\xe9", "rejected": "d"}\n', "byte 30"),
+    "cut UTF-8": (Cause.INVALID_UTF8, "trl", b'{"prompt": "a", "chosen": "\xf0\x9f\x98", "rejected": "d"}\n', "0xf0"),
+    "UTF-16": (Cause.INVALID_UTF8, "trl", b"\xff\xfe{\x22}\n", "0xff"),
+    "lone surrogate": (Cause.INVALID_UTF8, "trl", b'{"prompt": "a", "chosen": "b\\ud800", "rejected": "d"}\n', "surrogate"),
+    "escaped NUL": (Cause.NUL, "trl", b'{"prompt": "a", "chosen": "b\\u0000", "rejected": "d"}\n', "character 1"),
+    "raw NUL": (Cause.NUL, "trl", b'{"prompt": "a", "chosen": "b\0", "rejected": "d"}\n', "byte 28"),
+    "zeroed block": (Cause.NUL, "trl", b"\0" * 512 + b"\n", "byte 0"),
+    "broken JSON": (Cause.INVALID_JSON, "trl", b'{"prompt": "a", \n', "property name"),
+    "raw newline in text": (Cause.INVALID_JSON, "trl", b'{"prompt": "a\tb"}\n', "control character"),
+    "deep nesting": (Cause.INVALID_JSON, "trl", b"[" * 200_000 + b"\n", "recursion"),
+    "last line cut off": (Cause.INVALID_JSON, "trl", b'{"prompt": "a", "chos', "cut off"),
+}
+FINE = {"trl": GOOD, "hh": hh_row("q", " a", " b"), "tldr": TLDR_ROW, "shp": SHP_ROW}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_refused_with_place_and_cause_or_dropped_and_counted(name, tmp_path):
+    cause, format, bad, detail = BAD_ROWS[name]
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(lines(FINE[format]) + bad)
+
+    with pytest.raises(DataError) as refusal:
+        load(path, format=format)
+    assert refusal.value.causes == (cause,)
+    for words in ("1 of 2 rows", "data.jsonl:2", cause, detail, "--data.on-bad drop"):
+        assert words in str(refusal.value)
+
+    kept = load(path, format=format, on_bad="drop")
+    assert [p.uid for p in kept] == ["data.jsonl:1"]
+    report = kept.report
+    assert (report.read, report.kept, report.dropped) == (2, 1, {cause.value: 1})
+    assert "data.jsonl:2" in report.examples[cause][0]
+    assert report.bad_share == 0.5
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False)) == report.to_json()
+
+
+def test_a_refusal_lists_the_first_ten_and_counts_all(tmp_path):
+    path = write(tmp_path / "data.jsonl", GOOD, *[{**GOOD, "chosen": ""}] * 12, {"prompt": "a", "chosen": "b"})
+    with pytest.raises(DataError) as refusal:
+        load(path)
+    message = str(refusal.value)
+    assert "13 of 14 rows cannot be used (empty 12, missing_column 1)" in message
+    assert message.count("data.jsonl:") == 10
+    assert "and 3 more" in message
+    assert len(load(path, on_bad="drop").report.examples["empty"]) == 5
+
+
+# -- bad files: never dropped, because nobody knows how many rows are missing -------------------------------------------------
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 515523\n"
+ZIPPED = gzip.compress(lines(*[{**GOOD, "prompt": f"Row {i} is"} for i in range(2000)]))
+FLIPPED = ZIPPED[:-6] + bytes([ZIPPED[-6] ^ 1]) + ZIPPED[-5:]
+BAD_FILES = {
+    "git-lfs pointer": (Cause.GIT_LFS_POINTER, "train.jsonl.gz", LFS, "git lfs pull"),
+    "git-lfs pointer for parquet": (Cause.GIT_LFS_POINTER, "train.parquet", LFS, "git lfs pull"),
+    "truncated gzip": (Cause.BAD_GZIP, "train.jsonl.gz", ZIPPED[: len(ZIPPED) // 2], "cut off here"),
+    "gzip with a wrong checksum": (Cause.BAD_GZIP, "train.jsonl.gz", FLIPPED, "CRC"),
+    "text named gzip": (Cause.BAD_GZIP, "train.jsonl.gz", lines(GOOD), "not gzip"),
+    "gzip named text": (Cause.BAD_GZIP, "train.jsonl", ZIPPED, "not named .gz"),
+    "a web page named gzip": (Cause.BAD_GZIP, "train.jsonl.gz", b"<!DOCTYPE html>", "not gzip"),
+    "empty file": (Cause.NO_ROWS, "train.jsonl", b"", "no rows"),
+    "blank lines only": (Cause.NO_ROWS, "train.jsonl", b"\n \n", "no rows"),
+    "JSON array": (Cause.BAD_LAYOUT, "train.json", b'[{"prompt": "a"}]', "one object per line"),
+    "text named parquet": (Cause.BAD_PARQUET, "train.parquet", lines(GOOD), "named .parquet"),
+    "cut parquet": (Cause.BAD_PARQUET, "train.parquet", b"PAR1" + b"\0" * 100, "damaged"),
+}
+
+
+@pytest.mark.parametrize("on_bad", ["refuse", "drop"])
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_always_refused(name, on_bad, tmp_path):
+    cause, file, content, detail = BAD_FILES[name]
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(DataError, match=detail) as refusal:
+        load(tmp_path, on_bad=on_bad)
+    assert refusal.value.causes == (cause,)
+    assert file in str(refusal.value)
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    path = write(tmp_path / "train.jsonl", {**GOOD, "chosen": ""})
+    with pytest.raises(DataError, match="no preference is left"):
+        load(path, on_bad="drop")
+
+
+# -- files and layouts --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_tolerated_is_noted(tmp_path):
+    path = tmp_path / "train.jsonl"
+    odd = {**GOOD, "chosen": " line\u2028separator\x85 stays"}
+    path.write_bytes(
+        b"\xef\xbb\xbf" + lines(GOOD).replace(b"\n", b"\r\n") + b"\n  \n" + json.dumps(odd, ensure_ascii=False).encode()
+    )
+    loaded = load(path)
+    assert [p.uid for p in loaded] == ["train.jsonl:1", "train.jsonl:4"]
+    assert loaded[1].chosen == odd["chosen"]
+    assert loaded.report.notes == [
+        "train.jsonl: byte order mark skipped",
+        "train.jsonl: 2 blank lines skipped",
+        "format 'trl': 2 of the first 2 readable rows have its columns",
+    ]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train.jsonl"],
+        ["train.json.gz"],
+        ["train/a.jsonl", "train/b.jsonl.gz"],
+        ["harmless-base/train.jsonl.gz", "helpful-base/train.jsonl.gz"],
+        ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"],
+        ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"],
+    ],
+)
+def test_layouts(names, tmp_path):
+    for name in names:
+        write(tmp_path / name, GOOD)
+        write(tmp_path / name.replace("train", "test"), GOOD, GOOD)
+    loaded = load(tmp_path)
+    assert [p.uid for p in loaded] == [f"{name}:1" for name in names]
+    assert [file["path"] for file in loaded.report.files] == names
+    assert all(
+        len(file["sha256"]) == 64 and file["bytes"] == (tmp_path / file["path"]).stat().st_size for file in loaded.report.files
+    )
+    assert len(load(tmp_path, "test")) == 2 * len(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "detail"),
+    [
+        (["test.jsonl"], "no file of split 'train'; the folder holds test.jsonl"),
+        (["train.jsonl", "train.jsonl.gz"], "same file twice"),
+        (["train.jsonl", "train/a.jsonl"], "ambiguous"),
+        (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], r"shards \[1\] of 00003 are missing"),
+    ],
+)
+def test_a_layout_is_never_guessed(names, detail, tmp_path):
+    for name in names:
+        write(tmp_path / name, GOOD)
+    with pytest.raises(DataError, match=detail) as refusal:
+        load(tmp_path)
+    assert refusal.value.causes == (Cause.BAD_LAYOUT,)
+
+
+def test_a_subset_without_the_split_is_noted(tmp_path):
+    write(tmp_path / "helpful-base/train.jsonl.gz", hh_row("q", " a", " b"))
+    write(tmp_path / "helpful-online/test.jsonl.gz", hh_row("q", " a", " b"))
+    assert "helpful-online/ has no file of split 'train'" in load(tmp_path).report.notes
+
+
+def test_one_file_does_not_serve_as_two_splits(tmp_path):
+    path = write(tmp_path / "pairs.jsonl", GOOD)
+    assert len(load(path)) == 1
+    with pytest.raises(DataError, match="does not say 'test'"):
+        load(path, "test")
+    assert len(load(write(tmp_path / "pairs-test.jsonl", GOOD), "test")) == 1
+    with pytest.raises(DataError, match="no such file"):
+        load(tmp_path / "nowhere")
+    path.rename(tmp_path / "pairs.txt")
+    with pytest.raises(DataError, match="not one of .jsonl"):
+        load(tmp_path / "pairs.txt")
+
+
+def test_parquet_equals_json_lines(tmp_path):
+    rows = [{**GOOD, "prompt": f"Row {i} is"} for i in range(3000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    write(tmp_path / "train.jsonl", *rows)
+    pairs = [(p.prompt, p.chosen, p.rejected) for p in load(tmp_path / "train.jsonl")]
+    assert [(p.prompt, p.chosen, p.rejected) for p in load(tmp_path / "train.parquet")] == pairs
+
+
+def test_bad_parquet_rows_and_columns(tmp_path):
+    good = pa.array(["a", "b", "c", "d"])
+    offsets = pa.py_buffer(b"".join(i.to_bytes(4, "little") for i in (0, 5, 10, 14, 14)))
+    chosen = pa.Array.from_buffers(pa.string(), 4, [pa.py_buffer(b"\x07"), offsets, pa.py_buffer(b" blue caf\xe9 red")])
+    pq.write_table(pa.table({"prompt": good, "chosen": chosen, "rejected": good}), tmp_path / "train.parquet")
+    loaded = load(tmp_path, on_bad="drop")
+    assert [p.chosen for p in loaded] == [" blue", " red"]
+    assert loaded.report.dropped == {"invalid_utf8": 1, "wrong_type": 1}
+    assert "train.parquet:2: chosen" in loaded.report.examples["invalid_utf8"][0]
+
+    pq.write_table(pa.Table.from_arrays([good, good], names=["chosen", "chosen"]), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="two columns are named 'chosen'"):
+        load(tmp_path)
+
+
+# -- formats ------------------------------------------------------------------------------------------------------------------
+
+
+def test_hh_split_is_the_originals():
+    cases = json.loads((GOLDEN / "hh_prompt_split.json").read_text())
+    assert len(cases) == 50
+    assert all(split_hh(case["chosen"], case["rejected"]) == case["prompt"] for case in cases)
+
+
+def test_formats_are_recognised_by_their_columns(tmp_path):
+    for format, row in FINE.items():
+        assert load(write(tmp_path / "train.jsonl", row)).report.format == format
+    # the first row alone would look like TRL's implicit prompt
+    rows = [{"chosen": "", "rejected": ""}, FINE["hh"], FINE["hh"]]
+    assert load(write(tmp_path / "train.jsonl", *rows), on_bad="drop").report.format == "hh"
+    with pytest.raises(DataError, match="no known format has the columns instruction, output"):
+        load(write(tmp_path / "train.jsonl", {"instruction": "a", "output": "b"}))
+    with pytest.raises(ValueError, match="unknown format 'csv'"):
+        load(tmp_path, format="csv")
+    with pytest.raises(ValueError, match="on_bad"):
+        load(tmp_path, on_bad="ignore")
+
+
+def test_hh(tmp_path):
+    [pair] = load(write(tmp_path / "train.jsonl", hh_row("q\n\nAssistant: a\n\nHuman: r", " yes", " no")))
+    prompt = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:"
+    assert pair == Preference(prompt, " yes", " no", "train.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("The sky is blue.", "The sky is green.", "The sky is"),
+        ("The sky is blue.", "The sky is black.", "The sky is"),  # TRL cuts at "bl"
+        ("Q: why?\nA: so", "Q: why?\nA: no", "Q: why?\nA:"),
+        ("Q: why?\nso", "Q: why?\nno", "Q: why?\n"),
+        ("The sky is", "The sky is blue", "The sky"),  # TRL leaves the first completion empty
+        ("Yes: a", "Yes:\nb", "Yes:"),
+    ],
+)
+def test_the_implicit_prompt_of_texts_ends_at_a_word(chosen, rejected, prompt):
+    assert chosen[: common_prompt(chosen, rejected)] == prompt
+    assert rejected.startswith(prompt)
+
+
+def test_trl_chat_with_explicit_and_implicit_prompt(tmp_path, tokenizer):
+    question, good, bad = turn("user", "What colour?"), turn("assistant", "Blue."), turn("assistant", "Green.")
+    explicit = {"prompt": [question], "chosen": [good], "rejected": [bad]}
+    implicit = {"chosen": [question, good], "rejected": [question, bad]}
+    beside = {**implicit, "prompt": "What colour?"}  # as in UltraFeedback
+    loaded = load(write(tmp_path / "train.jsonl", explicit, implicit, beside), tokenizer=tokenizer)
+    prompt = "<|im_start|>user\nWhat colour?<|endoftext|>\n<|im_start|>assistant\n"
+    assert {(p.prompt, p.chosen, p.rejected, p.chat) for p in loaded} == {(prompt, "Blue.", "Green.", True)}
+    whole = tokenizer.apply_chat_template([question, good], tokenize=False)
+    assert whole == prompt + "Blue." + tokenizer.eos_token + "\n"  # encoding appends the EOS
+    pq.write_table(pa.Table.from_pylist([explicit]), tmp_path / "train.parquet")
+    assert load(tmp_path / "train.parquet", tokenizer=tokenizer)[0].chosen == "Blue."
+    with pytest.raises(DataError, match="need a tokenizer with a chat template"):
+        load(tmp_path / "train.jsonl")
+
+
+USER, SAID = turn("user", "q"), turn("assistant", "a")
+BAD_CHATS = {
+    "nothing said": (Cause.EMPTY, [USER], [turn("assistant", " ")], [SAID]),
+    "one side ends early": (Cause.EMPTY, None, [USER], [USER, SAID]),
+    "no messages": (Cause.EMPTY, [USER], [], [SAID]),
+    "same": (Cause.IDENTICAL, [USER], [SAID], [SAID]),
+    "no shared message": (Cause.NO_PROMPT, None, [SAID], [turn("assistant", "b")]),
+    "prompt of the assistant": (Cause.NO_PROMPT, [USER, SAID], [SAID], [turn("assistant", "b")]),
+    "two questions": (Cause.DIFFERENT_PROMPTS, None, [USER, SAID], [turn("user", "r"), SAID]),
+    "parted before the last turn": (Cause.DIFFERENT_PROMPTS, None, [USER, SAID, USER, SAID], [USER, turn("assistant", "b")]),
+    "EOS in a message": (Cause.EOS_IN_TEXT, [turn("user", "q<|endoftext|>")], [SAID], [turn("assistant", "b")]),
+    "no role": (Cause.MISSING_COLUMN, [{"content": "q"}], [SAID], [turn("assistant", "b")]),
+    "content of parts": (
+        Cause.WRONG_TYPE,
+        [{"role": "user", "content": [{"type": "image"}]}],
+        [SAID],
+        [turn("assistant", "b")],
+    ),
+    "text for messages": (Cause.WRONG_TYPE, None, "q a", [USER, SAID]),
+    "texts for messages": (Cause.WRONG_TYPE, None, ["q", "a"], [USER, SAID]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CHATS)
+def test_bad_chats(name, tokenizer):
+    cause, prompt, chosen, rejected = BAD_CHATS[name]
+    with pytest.raises(BadRow) as problem:
+        chat_preference(prompt, chosen, rejected, uid="here", tokenizer=tokenizer)
+    assert problem.value.cause == cause
+
+
+@pytest.mark.parametrize(
+    ("template", "detail"),
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{{ messages | length }} messages", "does not begin with the rendered prompt"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_named(template, detail, tokenizer):
+    fitting = tokenizer.chat_template
+    tokenizer.chat_template = template
+    try:
+        with pytest.raises(BadRow, match=detail) as problem:
+            chat_preference([USER], [SAID], [turn("assistant", "b")], uid="here", tokenizer=tokenizer)
+    finally:
+        tokenizer.chat_template = fitting
+    assert problem.value.cause == Cause.CHAT_TEMPLATE
+
+
+def test_shp_keeps_clear_preferences_and_names_the_best_as_sft_target(tmp_path):
+    rows = [
+        {**SHP_ROW, "labels": 0, "score_A": 3, "score_B": 9},
+        {**SHP_ROW, "human_ref_A": "c", "human_ref_B": "d", "score_A": 3, "score_B": 2},  # less than a factor of two
+        {**SHP_ROW, "human_ref_A": "e", "human_ref_B": "f", "score_A": 20, "score_B": 10},
+    ]
+    loaded = load(write(tmp_path / "train.jsonl", *rows))
+    prompt = "\n\nHuman: q\n\nAssistant:"
+    assert list(loaded) == [
+        Preference(prompt, " b", " a", "train.jsonl:1", sft_target=" e"),
+        Preference(prompt, " e", " f", "train.jsonl:3"),
+    ]
+    assert loaded.report.dropped == {"score_ratio": 1}
+    assert loaded.report.bad_share == 0
+
+
+def test_stack_exchange_pairs_by_score(tmp_path):
+    answers = [{"text": f"<p>{name}</p>", "pm_score": score} for name, score in (("a", 2), ("b", 5), ("c", 2), ("", 0))]
+    rows = [
+        {"question": "<p>Q</p>", "answers": answers[:3]},
+        {"question": "<p>Q</p>", "answers": answers[:1]},
+        {"question": "<p>R</p>", "answers": [answers[0], answers[3]]},
+    ]
+    loaded = load(write(tmp_path / "train.jsonl", *rows), on_bad="drop")
+    prompt = "\n\nHuman: Q\n\nAssistant:"
+    assert list(loaded) == [
+        Preference(prompt, " b", " a", "train.jsonl:1#0-1"),
+        Preference(prompt, " b", " c", "train.jsonl:1#1-2"),
+    ]
+    report = loaded.report
+    assert (report.rows, report.read, report.kept) == (3, 5, 2)
+    assert report.dropped == {"tie": 1, "no_pair": 1, "empty": 1}
+    worse = {"question": "<p>Q</p>", "answers": [{"text": f"<p>{s}</p>", "pm_score": s} for s in (1, 3, 2)]}
+    assert [p.sft_target for p in load(write(tmp_path / "train.jsonl", worse))] == [None, " 3", None]
+
+
+@pytest.mark.parametrize(
+    ("markup", "text"),
+    [
+        ("<p>One &amp; two</p>\n<p>three</p>", "One & two\n\nthree"),
+        ("<p>See <a href='x'>this</a>, <br>now</p>", "See , now"),
+        ("<pre class='l'><code>x &lt; 1\n</code></pre>", "<code>x < 1\n</code>"),
+        ("<ul><li>lost</li></ul><p>kept</p>text", "kept"),
+        ("<code>a<b>b</b></code>", "<code>ab</code>"),
+        ("<blockquote><p>lost</p></blockquote>", ""),
+    ],
+)
+def test_html_is_reduced_as_in_the_original(markup, text):
+    assert strip_html(markup) == text
+
+
+def test_tldr(tmp_path):
+    spaceless = {**TLDR_ROW, "summaries": [{"text": "a"}, {"text": " b"}], "choice": 0}
+    pairs = load(write(tmp_path / "train.jsonl", TLDR_ROW, spaceless))
+    assert pairs[0] == Preference("SUBREDDIT: r/tifu\nTITLE: T\nPOST: P\nTL;DR:", " second", " first", "train.jsonl:1")
+    assert (pairs[1].chosen, pairs[1].rejected) == (" a", " b")
+
+
+# -- the set ------------------------------------------------------------------------------------------------------------------
+
+
+def test_taking_the_first_few_keeps_the_books(tmp_path):
+    loaded = load(write(tmp_path / "train.jsonl", *[GOOD] * 5))
+    few = loaded.take(2)
+    assert [p.uid for p in few] == ["train.jsonl:1", "train.jsonl:2"]
+    assert (few.report.read, few.report.kept, few.report.dropped) == (5, 2, {"over_limit": 3})
+    assert (loaded.report.kept, loaded.report.dropped) == (5, {})
+    assert list(loaded.take(None)) == list(loaded)
+    assert "over_limit" in few.report.summary()
+
+
+def test_lost_rows_and_shared_uids_are_bugs():
+    pair = Preference("a", "b", "c", "here")
+    with pytest.raises(ValueError, match="same uid"):
+        PreferenceSet([pair, pair], DataReport())
+    report = DataReport(read=1)
+    with pytest.raises(AssertionError, match="read 1"):
+        report.check()

@@ -1,0 +1,116 @@
+"""Preferences survive tfds unchanged, without TensorFlow, and damage is noticed."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dpo_jax.data.pairs import Cause, DataError, Preference
+from dpo_jax.data.sources import load_preferences
+from dpo_jax.data.tfds import read_tfds, write_tfds
+
+TRAIN = [
+    Preference("The sky is", " blue.", " grün 🙂.", "a:1"),
+    Preference("The sky is", " blue.", " grün 🙂.", "a:2"),  # equal rows are two rows
+    Preference("<s>Q", "A\u2028", "B\r\n", "b:1", sft_target="C", chat=True),
+    *[Preference(f"Row {i}", " yes", " no", f"c:{i}") for i in range(500)],
+]
+TEST = [Preference("p", " c", " r", "t:1")]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_tfds({"train": TRAIN, "test": TEST}, tmp_path, name="small")
+
+
+def test_round_trip_in_order(folder, tmp_path):
+    assert folder == tmp_path / "small" / "1.0.0"
+    for source in (folder, tmp_path):
+        loaded = load_preferences(source, "train")
+        assert list(loaded) == TRAIN
+        assert (loaded.report.format, loaded.report.rows, loaded.report.kept) == ("tfds", len(TRAIN), len(TRAIN))
+        assert loaded.report.files[0]["path"].startswith("small-train.array_record")
+    assert list(load_preferences(folder, "test", format="tfds")) == TEST
+    assert all("array_record" in path.name or path.suffix == ".json" for path in folder.iterdir())
+
+
+def test_any_reader_of_tfds_finds_it_and_tensorflow_is_never_imported(folder, tmp_path):
+    program = f"""
+import sys
+from dpo_jax.data.pairs import Preference
+from dpo_jax.data.tfds import write_tfds, read_tfds
+import tensorflow_datasets as tfds
+pairs = [Preference("p", "c", "r", str(i)) for i in range(3)]
+assert list(read_tfds(write_tfds({{"train": pairs}}, {str(tmp_path / "other")!r}), "train")) == pairs
+source = tfds.data_source("small", split="train", data_dir={str(tmp_path)!r})
+assert len(source) == {len(TRAIN)} and source[2]["sft_target"] == b"C", source[2]
+assert "tensorflow" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_existing_data_are_neither_reused_nor_mixed(folder, tmp_path):
+    with pytest.raises(FileExistsError):
+        write_tfds({"train": TEST}, tmp_path, name="small")
+    write_tfds({"train": TEST}, tmp_path, name="second")
+    with pytest.raises(DataError, match="exactly one tfds data set"):
+        read_tfds(tmp_path, "train")
+    with pytest.raises(DataError, match="no split 'valid'; it has train, test"):
+        read_tfds(folder, "valid")
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [({"chosen": " "}, Cause.EMPTY), ({"prompt": "a\0"}, Cause.NUL), ({"rejected": "\ud800"}, Cause.INVALID_UTF8)],
+)
+def test_only_valid_preferences_are_written(change, cause, tmp_path):
+    bad = dataclasses.replace(TEST[0], **change)
+    with pytest.raises(DataError) as refusal:
+        write_tfds({"train": [*TRAIN, bad]}, tmp_path)
+    assert refusal.value.causes == (cause,)
+    assert "t:1" in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_split_is_not_written(tmp_path):
+    with pytest.raises(DataError, match="no preferences"):
+        write_tfds({"train": TRAIN, "test": []}, tmp_path)
+
+
+def damage(folder, how):
+    shard = next(folder.glob("*train.array_record*"))
+    content = bytearray(shard.read_bytes())
+    match how:
+        case "flipped bit":
+            content[100] ^= 1
+        case "cut off":
+            del content[len(content) // 2 :]
+        case "zeroed block":
+            content[4096:8192] = bytes(4096)
+        case "another file's records":
+            content = next(folder.glob("*test.array_record*")).read_bytes()
+    if how == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["flipped bit", "cut off", "zeroed block", "another file's records", "missing"])
+@pytest.mark.parametrize("on_bad", ["refuse", "drop"])
+def test_damage_is_noticed(how, on_bad, folder):
+    damage(folder, how)
+    with pytest.raises(DataError) as refusal:
+        read_tfds(folder, "train", on_bad=on_bad)
+    assert refusal.value.causes == (Cause.BAD_ARRAY_RECORD,)
+
+
+def test_records_that_are_not_those_written_are_noticed(folder):
+    """The same number of sound records, from somewhere else: only the digest can tell."""
+    metadata = folder / "metadata.json"
+    digests = json.loads(metadata.read_text())
+    metadata.write_text(json.dumps({**digests, "test": digests["train"]}))
+    assert len(read_tfds(folder, "train")) == len(TRAIN)
+    with pytest.raises(DataError, match="not those that were written"):
+        read_tfds(folder, "test")
