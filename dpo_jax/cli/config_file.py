@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 import types
 import typing
 from pathlib import Path
@@ -24,6 +25,13 @@ _WORDS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "o
 
 class ConfigError(ValueError):
     """A configuration that cannot be run. The message names the field, and the file and line where there is one."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text None, which `read` takes for a slip of the pen."""
+
+
+_Dumper.add_implicit_resolver(_SCALAR + "null", re.compile("^None$"), ["N"])
 
 
 def read(path: str | Path, cls: type[T]) -> tuple[T, dict[str, int]]:
@@ -52,7 +60,7 @@ def read(path: str | Path, cls: type[T]) -> tuple[T, dict[str, int]]:
 
 def text(instance: Any) -> str:
     """YAML of every field of a dataclass of dataclasses. `read` gives an equal instance back."""
-    return yaml.safe_dump(dataclasses.asdict(instance), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(dataclasses.asdict(instance), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 @functools.cache

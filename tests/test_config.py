@@ -1,0 +1,336 @@
+"""The configuration file, the flags, the program's help, errors and exit codes, and every file in configs/."""
+
+import dataclasses
+import errno
+import importlib
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+
+from dpo_jax.cli import main as program
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig, dump_config, help_texts, load_config, problems
+from dpo_jax.cli.config_file import types_of
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+OPTIONS = [
+    (section.name, option.name) for section in dataclasses.fields(Config) for option in dataclasses.fields(section.default)
+]
+SMALL = """\
+run: {dir: runs/test}
+data: {source: reviews}
+model:
+  family: gpt_neox
+  width: 64
+  layers: 2
+  heads: 4
+  max_positions: 512
+dpo:
+  lr: 1e-6
+  beta: 0.5
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Replaces what commands do by recording their config."""
+    seen = []
+
+    class Stub:
+        @staticmethod
+        def run(config):
+            seen.append(config)
+            return 0
+
+    monkeypatch.setattr(program.importlib, "import_module", lambda name: Stub)
+    return seen
+
+
+def error_of(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    return str(caught.value).replace(f"{path}", "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("dpo:\n  beat: 1", r'bad.yaml:2: dpo.beat: unknown key; did you mean "beta"\? \(section dpo has: policy, loss,'),
+        ("dop: {}", r'bad.yaml:1: dop: unknown section; did you mean "dpo"\?'),
+        ("dpo: {1: 2}", "bad.yaml:1: dpo.1: unknown key"),
+        ("dpo: {[1]: 2}", "bad.yaml:1: dpo.a list: unknown key"),
+        ("dpo:\n  beta: 1\n  beta: 2", "bad.yaml:3: dpo.beta: set twice, first on line 2; keep one of them"),
+        ("dpo: {}\ndpo: {}", "bad.yaml:2: dpo: set twice, first on line 1"),
+        ("dpo: {beta: hi}", "dpo.beta: expected a number, got the text 'hi'"),
+        ("dpo: {beta: '1'}", "dpo.beta: expected a number, got the text '1'"),
+        ("dpo: {beta: true}", "dpo.beta: expected a number, got the truth value 'true'"),
+        ("dpo: {beta: [1]}", "dpo.beta: expected a number, got a list"),
+        ("dpo: {beta: null}", "dpo.beta: expected a number, got nothing"),
+        ("dpo: {batch: 1.5}", "dpo.batch: expected a whole number, got the number '1.5'"),
+        ("dpo: {batch: 1:30}", "dpo.batch: expected a whole number"),
+        ("dpo: {loss: dpoo}", r"dpo.loss: expected one of dpo, ipo, got the text 'dpoo'; did you mean \"dpo\"\?"),
+        ("model: {family: gptneo}", r"model.family: expected one of gpt2, .* or null, .* did you mean \"gpt_neox\"\?"),
+        ("run: {dir: 12}", "run.dir: expected text, got the number '12'; put it in quotes: \"12\""),
+        ("run: {dir: no}", "run.dir: expected text, got the truth value 'no'; put it in quotes"),
+        ("run: {resume: 1}", "run.resume: expected true or false, got the number '1'"),
+        ("run: {dir: !!python/object/apply:os.system [x]}", "run.dir: expected text, got a list"),
+        ("run: {dir: !!python/name:os.system x}", "run.dir: expected text, got a value tagged"),
+        ("model: {path: None}", "model.path: YAML writes none as null"),
+        ("dpo: [1]", "bad.yaml:1: section dpo must be `key: value` lines, not a list"),
+        ("- a", "bad.yaml:1: the configuration must be"),
+        ("dpo:\n\tbeta: 1", "bad.yaml:2: not valid YAML"),
+        ("dpo: {}\n---\nrun: {}", "bad.yaml:2: not valid YAML: but found another document"),
+        (b"run: {dir: \xff}", "bad.yaml: not UTF-8 text"),
+        ("run: {dir: a\0b}", "bad.yaml: not valid YAML"),
+        ("dpo:\n\n  beta: -3", "bad.yaml:3: dpo.beta: must be greater than 0, got -3"),
+        ("dpo: {lr: nan}", "bad.yaml:1: dpo.lr: must be a finite number"),
+        ("dpo: {batch: 10, microbatches: 4}", "dpo.microbatches: must divide batch: 10 pairs do not split into 4 equal parts"),
+        ("dpo: {label_smoothing: 0.5}", "dpo.label_smoothing: must be at least 0 and below 0.5"),
+        ("dpo: {loss: ipo, label_smoothing: 0.1}", "dpo.label_smoothing: IPO has no label smoothing"),
+        ("dpo: {loss: ipo, reference_free: true}", "dpo.reference_free: IPO compares with the reference"),
+        ("data: {max_length: 256}", "data.max_prompt_length: must be less than max_length .256., got 256"),
+        ("data: {row_length: 64}", "data.row_length: must be at least max_length .512., got 64"),
+        ("data: {max_dropped_share: 5}", "data.max_dropped_share: must be a share between 0 and 1"),
+        ("data: {source: reviews, path: x}", "data.path: reviews are generated"),
+        ("data: {test_split: ' '}", "data.test_split: must name a split"),
+        ("model: {max_positions: 64}", "data.max_length: 512 tokens do not fit model.max_positions .64."),
+        ("model: {width: 10, heads: 3}", "model.heads: must divide width .10."),
+        ("model: {heads: 4, kv_heads: 3}", "model.kv_heads: must divide heads .4."),
+        ("tokenizer: {vocab_size: 256}", "tokenizer.vocab_size: must be at least 257"),
+        ("run: {seed: -1}", "run.seed: must be between 0 and"),
+        ("run: {wandb: ''}", "run.wandb: must name a project"),
+        ("sample: {top_p: 0}", "sample.top_p: must be above 0 and at most 1"),
+    ],
+)
+def test_mistakes_name_file_line_field_and_remedy(tmp_path, text, expected):
+    assert re.search(expected, error_of(tmp_path, text))
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    message = error_of(tmp_path, "dpo:\n  batch: 0\n  warmup_steps: -1\nsft:\n  lr: 0\n")
+    assert [line.split(":")[1] for line in message.splitlines()] == ["5", "2", "3"]
+
+
+def test_missing_file_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="nothing.yaml: cannot read the configuration: No such file"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("dpo: {lr: 1e-6, beta: 1, batch: 1_024, max_grad_norm: +1e1}\nsft:\nrun: {resume: off, dir: 'no'}\n")
+    config = load_config(path)
+    assert (config.dpo.lr, config.dpo.beta, config.dpo.batch, config.dpo.max_grad_norm) == (1e-6, 1.0, 1024, 10.0)
+    assert isinstance(config.dpo.beta, float)
+    assert (config.run.resume, config.run.dir) == (False, "no")
+    path.write_text("")
+    assert load_config(path) == Config()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_dump_loads_equal(path, tmp_path):
+    config = load_config(path)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+    assert yaml.safe_load(again.read_text()) == dataclasses.asdict(config)
+
+
+def test_dump_keeps_awkward_texts(tmp_path):
+    for text in ("null", "None", "no", "1e-6", "12", "a: b #c", "naïve ✓", "line\nbreak", "'\"", "~"):
+        config = dataclasses.replace(Config(), dpo=DpoConfig(policy=text, lr=1e-7))
+        path = tmp_path / "again.yaml"
+        path.write_text(dump_config(config), encoding="utf-8")
+        assert load_config(path) == config
+
+
+@pytest.mark.parametrize(("section", "option"), OPTIONS)
+def test_every_option_is_explained_and_read(section, option):
+    config_class = type(getattr(Config(), section))
+    assert len(help_texts()[config_class.__name__, option]) > 10
+    readers = [file for file in (ROOT / "dpo_jax").rglob("*.py") if file.name not in ("config.py", "config_file.py", "main.py")]
+    used = re.compile(rf"\.{option}\b|\"{option}\"")
+    assert any(used.search(file.read_text()) for file in readers), f"nothing reads {section}.{option}"
+
+
+def test_defaults_are_the_papers():
+    assert problems(Config()) == []
+    dpo, data = Config().dpo, Config().data
+    assert (dpo.beta, dpo.batch, dpo.lr, dpo.optimizer, dpo.warmup_steps, dpo.max_grad_norm) == (
+        0.1,
+        64,
+        1e-6,
+        "rmsprop",
+        150,
+        10.0,
+    )
+    assert (data.max_length, data.max_prompt_length, data.truncation) == (512, 256, "keep_end")
+
+
+# The program
+
+
+def test_flags_override_the_file(small, ran):
+    assert (
+        program.main(["dpo", small, "--dpo.beta", "0.2", "--run.no-resume", "--data.max-train", "7", "--dpo.policy", "x"]) == 0
+    )
+    (config,) = ran
+    assert (config.dpo.beta, config.run.resume, config.data.max_train, config.dpo.policy) == (0.2, False, 7, "x")
+    assert (config.dpo.lr, config.run.dir) == (1e-6, "runs/test")
+    assert program.main(["refs", small, "--data.max-train", "None"]) == 0
+    assert ran[1] == load_config(small)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["dop", "SMALL"], 'dop: unknown command; did you mean "dpo"?'),
+        (["dpo"], "dpo needs a configuration first: dpo-jax dpo configs/quickstart.yaml"),
+        (["dpo", "--dpo.beta", "1"], "dpo needs a configuration first"),
+        (["dpo", "SMALL", "--dpo.beat", "0.3"], "--dpo.beta"),
+        (["dpo", "SMALL", "--dpo.beta", "x"], "could not convert string to float"),
+        (["dpo", "SMALL", "--dpo.beta", "-1"], "dpo.beta: must be greater than 0, got -1.0"),
+        (["dpo", "SMALL", "--dpo.lr", "nan"], "dpo.lr: must be a finite number"),
+        (["dpo", "SMALL", "--data.max-length", "1024"], "data.max_length: 1024 tokens do not fit model.max_positions (512)"),
+        (["dpo", "SMALL", "--data.source", "files"], "data.path: source files needs a file or folder: pass --data.path"),
+        (["sft", "SMALL", "--model.family", "None"], "model.family: a new model needs it"),
+        (["audit", "SMALL", "--dpo.beta", "1"], "--dpo.beta: audit does not read this option (dpo, eval would)"),
+        (["refs", "SMALL", "--dpo.microbatches=2"], "--dpo.microbatches=2: refs does not read this option (dpo would)"),
+        (["sample", "SMALL", "--data.source", "tfds"], "data.path: source tfds needs"),
+    ],
+)
+def test_wrong_use_is_told_and_exits_2(small, ran, capsys, args, expected):
+    assert program.main([small if arg == "SMALL" else arg for arg in args]) == 2
+    assert expected in capsys.readouterr().err
+    assert not ran
+
+
+def test_a_problem_in_the_file_is_placed_there_even_if_found_later(small, ran, capsys):
+    assert program.main(["dpo", small, "--dpo.batch", "10", "--dpo.microbatches", "4"]) == 2
+    assert capsys.readouterr().err.startswith("dpo-jax: dpo.microbatches: must divide batch")
+    assert program.main(["dpo", small, "--data.max-length", "600"]) == 2
+    assert program.main(["sample", small, "--data.source", "files", "--sample.prompts-file", "p.txt"]) == 0
+
+
+def test_help_needs_no_jax_and_answers_at_once(small):
+    code = """
+import sys, time
+start = time.perf_counter()
+from dpo_jax.cli.main import main
+for args in (["--help"], ["--version"], ["dpo", "--help"], ["dpo", sys.argv[1], "--help"]):
+    assert main(args) == 0
+assert main(["dop"]) == 2
+heavy = {"jax", "flax", "transformers", "tensorflow", "torch", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+print("seconds", time.perf_counter() - start)
+"""
+    done = subprocess.run([sys.executable, "-c", code, small], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "--dpo.label-smoothing FLOAT" in done.stdout
+    assert "(default: 0.5)" in done.stdout  # beta of the file, in the last of the four
+    # Half a second is the promise for each; four together, with room for a busy machine.
+    assert float(done.stdout.split()[-1]) < 2.0
+
+
+@pytest.mark.parametrize("name", program.COMMANDS)
+def test_help_of_every_command(name, capsys):
+    assert program.main([name, "--help"]) == 0
+    shown = set(re.findall(r"--([a-z_]+\.[a-z_-]+)", capsys.readouterr().out))
+    for entry in program.COMMANDS[name].reads:
+        section, _, option = entry.partition(".")
+        for field in [option] if option else types_of(type(getattr(Config(), section))):
+            assert f"{section}.{field}".replace("_", "-") in shown
+    module, function = program.COMMANDS[name].target.split(":")
+    hints = typing.get_type_hints(getattr(importlib.import_module(module), function))
+    assert hints == {"config": Config, "return": int}
+
+
+def test_overview_lists_commands_and_exit_codes(capsys):
+    assert program.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in program.COMMANDS)
+    assert all(f"\n  {code} " in shown for _, _, code in program.EXIT_CODES)
+
+
+@pytest.mark.parametrize(("module", "name", "code"), program.EXIT_CODES)
+def test_exit_codes_of_exceptions(module, name, code):
+    kind = getattr(importlib.import_module(module), name)
+    assert program.exit_code(kind.__new__(kind)) == code
+
+
+def test_errors_are_one_message_and_bugs_a_traceback(small, ran, monkeypatch, capsys):
+    def raising(error):
+        def run(config):
+            raise error
+
+        stub = type("Stub", (), {"run": staticmethod(run)})
+        monkeypatch.setattr(program.importlib, "import_module", lambda name: stub)
+
+    raising(FileNotFoundError(errno.ENOENT, "No such file or directory", "pairs.jsonl"))
+    assert program.main(["dpo", small]) == 74
+    assert capsys.readouterr().err == "dpo-jax: pairs.jsonl: No such file or directory\n"
+    wrapped = ValueError("while saving")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    raising(wrapped)
+    assert program.main(["dpo", small]) == 74
+    assert "No space left on device; free some space" in capsys.readouterr().err
+    raising(KeyboardInterrupt())
+    assert program.main(["dpo", small]) == 130
+    raising(ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError):
+        program.main(["dpo", small])
+    raising(ConfigError("x"))
+    monkeypatch.setenv("DPO_JAX_TRACEBACK", "1")
+    with pytest.raises(ConfigError):
+        program.main(["dpo", small])
+
+
+# The files in configs/
+
+
+def test_the_papers_experiments_are_there():
+    names = {path.stem for path in CONFIGS}
+    assert {"quickstart", "hh_small"} <= names
+    for task in ("hh_pythia28", "tldr_gptj", "imdb_gpt2_large"):
+        sft, dpo = (load_config(ROOT / "configs" / f"{task}_{step}.yaml") for step in ("sft", "dpo"))
+        assert (sft.run, sft.data, sft.tokenizer, sft.model) == (dpo.run, dpo.data, dpo.tokenizer, dpo.model)
+        default = DpoConfig(beta=0.5 if task == "tldr_gptj" else 0.1)
+        assert dataclasses.replace(dpo.dpo, microbatches=1) == default
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_states_its_command_hardware_cost_and_result(path):
+    header = path.read_text().split("\n\n")[0]
+    assert all(f"# {word} " in header for word in ("Command", "Hardware", "Cost", "Expected"))
+    assert f"configs/{path.name}" in header or path.stem == "quickstart"
+
+
+PARAMETERS = {"hh_pythia28": 2_775_208_960, "tldr_gptj": 6_050_882_784, "imdb_gpt2_large": 774_030_080}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_describes_a_model(path):
+    from dpo_jax.models.decoder import make_model
+    from dpo_jax.models.families import decoder_config, hf_config
+
+    model = load_config(path).model
+    sizes = {name: getattr(model, name) for name in ("width", "layers", "heads", "max_positions")}
+    options = {name: getattr(model, name) for name in ("kv_heads", "head_size", "mlp_width", "tie")}
+    settings = hf_config(model.family, vocab_size=model.vocab_size or 1000, eos_token_id=0, **sizes, **options)
+    shapes = jax.eval_shape(make_model(decoder_config(settings)).init, jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert count == PARAMETERS.get(path.stem.rpartition("_")[0], count)

@@ -1,0 +1,119 @@
+"""A module imports only from lower floors, and the heavy or restricted packages have one door each."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "dpo_jax"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# First match wins. Modules of one floor may import each other, as far as Python itself allows.
+FLOORS = [
+    (1, ["types.py"]),
+    (2, ["losses.py", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
+    (3, ["dpo.py", "sft.py", "reward.py", "ppo.py", "reference.py"]),
+    (4, ["runtime/"]),
+    (5, ["evals/"]),
+    (6, ["cli/"]),
+]
+ONLY_IN = {
+    "flax": ["models/decoder.py"],
+    "orbax": ["runtime/checkpoint.py"],
+    "yaml": ["cli/config_file.py"],
+    "tyro": ["cli/main.py"],
+    "tensorflow_datasets": ["data/tfds.py"],
+    "huggingface_hub": ["models/hf.py"],
+    "matplotlib": ["evals/plots.py"],
+    "tensorboardX": ["runtime/metrics.py"],
+    "wandb": ["runtime/metrics.py"],
+}
+NOWHERE = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch", "tensorflow"}
+LIGHT = ["cli/config.py", "cli/config_file.py", "cli/main.py"]  # --help answers at once
+
+
+def name_of(path):
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def floor_of(name):
+    return next((floor for floor, places in FLOORS for place in places if name == place or name.startswith(place)), None)
+
+
+def imported(path, *, at_import_only=False):
+    """(line, dotted module) of each import; `from package import module` counts as both."""
+    found, todo = [], list(ast.parse(path.read_text(), str(path)).body)
+    while todo:
+        node = todo.pop()
+        if at_import_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write absolute imports"
+            found += [(node.lineno, node.module)] + [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+        todo.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def own_module(dotted):
+    """`dpo_jax.data.pairs.DataError` -> `data/pairs.py`; None for what is not a module of this package."""
+    first, *parts = dotted.split(".")
+    path = PACKAGE.joinpath(*parts)
+    if first != "dpo_jax" or not parts:
+        return None
+    if path.with_suffix(".py").is_file():
+        return name_of(path.with_suffix(".py"))
+    return f"{'/'.join(parts)}/" if path.is_dir() else None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_only_from_lower_floors(path):
+    name = name_of(path)
+    if name == "__init__.py":  # the front door names everything, lazily
+        assert not [dotted for _, dotted in imported(path, at_import_only=True) if own_module(dotted)]
+        return
+    floor = floor_of(name)
+    assert floor, f"{name} has no floor: add it to FLOORS"
+    for line, dotted in imported(path):
+        other = own_module(dotted)
+        assert other is None or floor_of(other) <= floor, f"{name}:{line} imports {dotted} from a higher floor"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_packages_with_one_door(path):
+    name = name_of(path)
+    for line, dotted in imported(path):
+        package = dotted.split(".")[0]
+        assert package not in NOWHERE, f"{name}:{line} imports {package}"
+        assert name in ONLY_IN.get(package, [name]), f"{name}:{line} imports {package}; only {ONLY_IN[package]} may"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_nothing_runs_what_it_reads(path):
+    name = name_of(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load", "torch.load"), (
+                f"{name}:{node.lineno} calls {called}"
+            )
+            for keyword in node.keywords:
+                trusting = keyword.arg == "trust_remote_code" and not (
+                    isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                )
+                assert not trusting, f"{name}:{node.lineno} trusts remote code"
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_help_imports_nothing_heavy(name):
+    allowed = {"cli/config.py", "cli/config_file.py", "cli/"}
+    heavy = {"jax", "numpy", "flax", "transformers", "orbax", "optax", "tyro"}
+    for line, dotted in imported(PACKAGE / name, at_import_only=True):
+        assert dotted.split(".")[0] not in heavy, f"{name}:{line} imports {dotted}"
+        other = own_module(dotted)
+        assert other is None or other in allowed, f"{name}:{line} imports {dotted}"
+
+
+def test_no_layer_is_a_drawer():
+    assert not [name_of(path) for path in MODULES if path.stem in ("utils", "util", "helpers", "common", "misc")]
