@@ -20,7 +20,7 @@ def sequence_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int
     hidden = model.forward(variables, rows)
     hidden = jnp.take_along_axis(hidden, rows.source[:, :, None], axis=1)  # [R, S, D]
     logps = token_logps(model, variables, hidden, rows.target, chunk=chunk)
-    in_slot = rows.slot[:, :, None] == jnp.arange(rows.slots)[None, None, :]
+    in_slot = rows.slot[:, :, None] == jnp.arange(rows.slots, dtype=jnp.int32)[None, None, :]
     return jnp.where(in_slot, logps[:, :, None], 0.0).sum(axis=1).reshape(-1)
 
 

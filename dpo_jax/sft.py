@@ -37,5 +37,5 @@ def sft_step(
 
 def scored_tokens(rows: Rows) -> jax.Array:
     """How many tokens each completion slot scores: float32[R * slots]."""
-    in_slot = rows.slot[:, :, None] == jnp.arange(rows.slots)[None, None, :]
+    in_slot = rows.slot[:, :, None] == jnp.arange(rows.slots, dtype=jnp.int32)[None, None, :]
     return in_slot.sum(axis=1).astype(jnp.float32).reshape(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,14 +27,10 @@ def run(config: Config) -> int:
             build.encode_split(config, build.load_split(config, name, tokenizer), tokenizer) for name in ("train", "test")
         ]
         model, variables = build.load_policy(config, config.dpo_policy(), tokenizer, name="dpo.policy")
-        for name, logps in zip(
-            ("train", "test"),
-            reference_values(config, model, variables, tokenizer, splits, partitioner=partitioner),
-            strict=True,
-        ):
-            print(
-                f"{name}: {len(logps):,} pairs, mean log pi_ref(chosen) {logps[:, 0].mean():.2f}, rejected {logps[:, 1].mean():.2f}"
-            )
+        values = reference_values(config, model, variables, tokenizer, splits, partitioner=partitioner)
+        for name, logps in zip(("train", "test"), values, strict=True):
+            chosen, rejected = logps.mean(axis=0)
+            print(f"{name}: {len(logps):,} pairs, mean log pi_ref(chosen) {chosen:.2f}, of rejected {rejected:.2f} nats")
     return 0
 
 
@@ -60,7 +57,11 @@ def reference_values(
     )
     on_device = partitioner.put_variables(variables)
     compiled = partitioner.compile_map(functools.partial(reference_logps, model))
-    with tqdm(total=len(cache.missing(pairs)), unit="pair", desc="reference pass", dynamic_ncols=True) as bar:
+    missing = len(cache.missing(pairs))
+    if missing < len(pairs):
+        print(f"{cache.directory}: {len(pairs) - missing:,} of {len(pairs):,} pairs are there already", flush=True)
+    quiet = not missing or not sys.stderr.isatty()
+    with tqdm(total=missing, unit="pair", desc="reference pass", dynamic_ncols=True, disable=quiet) as bar:
 
         def progress(batch: Batch) -> None:
             bar.update(int(batch.stats["pairs"]))

@@ -1,0 +1,221 @@
+"""One step, however it is run: the same loss, gradient norm and parameters."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.layout import Layout
+from dpo_jax.dpo import dpo_step
+from dpo_jax.logps import completion_logps, sequence_logps
+from dpo_jax.losses import dpo_loss, ipo_loss
+from dpo_jax.models.decoder import make_model
+from dpo_jax.models.families import decoder_config, hf_config
+from dpo_jax.reference import reference_logps
+from dpo_jax.runtime.optim import make_optimizer
+from dpo_jax.runtime.parallel import pmap_partitioner, single_device, split_rows
+from dpo_jax.sft import sft_step
+from dpo_jax.step import init_state, mean_grads
+from dpo_jax.types import Model
+
+SIZES = {"vocab_size": 64, "width": 32, "layers": 1, "heads": 4, "max_positions": 64, "eos_token_id": 0}
+MODEL = make_model(decoder_config(hf_config("llama", **SIZES)))
+LOSS = functools.partial(dpo_loss, beta=0.1)
+
+
+def random_pairs(count, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 10, size=(count, 3))
+    return [Encoded(*(rng.integers(1, 64, n).astype(np.int32) for n in sizes), uid=f"{i}") for i, sizes in enumerate(lengths)]
+
+
+PAIRS = random_pairs(7)  # one less than a batch of 8: every way of running meets a filler
+REF = np.random.default_rng(1).normal(-30, 2, size=(7, 2)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return jax.jit(MODEL.init)(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def tx():
+    return make_optimizer(1e-3, max_grad_norm=1.0)
+
+
+def layout(kind):
+    return {
+        "plain": Layout("plain", length=32, scored=16, rows_multiple=8),
+        "shared": Layout("shared", length=32, scored=32, rows_multiple=8),
+        "packed": Layout("packed", length=64, scored=48, per_row=3, rows_multiple=4),
+    }[kind]
+
+
+def rows_of(kind):
+    return layout(kind).rows(PAIRS, ref_logps=REF)
+
+
+@pytest.fixture(scope="module")
+def one_device(variables, tx):
+    """The result every other way must repeat: plain rows, one device, one batch."""
+    step = jax.jit(functools.partial(dpo_step, model=MODEL, tx=tx, loss=LOSS))
+    return step(init_state(variables, tx), rows_of("plain"))
+
+
+def assert_same(result, expected):
+    (state, metrics), (expected_state, expected_metrics) = result, expected
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=3e-5), state.params, expected_state.params)
+    assert int(state.step) == int(expected_state.step) == 1
+
+
+@pytest.mark.parametrize(("kind", "microbatches"), [("plain", 4), ("shared", 1), ("packed", 4)])
+def test_layouts_and_microbatches_agree(kind, microbatches, variables, tx, one_device):
+    step = jax.jit(functools.partial(dpo_step, model=MODEL, tx=tx, loss=LOSS, microbatches=microbatches))
+    assert_same(step(init_state(variables, tx), rows_of(kind)), one_device)
+
+
+@pytest.mark.parametrize("make", [single_device, pmap_partitioner])
+def test_partitioners_agree(make, variables, tx, one_device):
+    partitioner = make()
+    step = functools.partial(dpo_step, model=MODEL, tx=tx, loss=LOSS, axis_name=partitioner.axis_name)
+    state, metrics = partitioner.compile_step(step)(partitioner.put_state(init_state(variables, tx)), rows_of("packed"))
+    assert_same((partitioner.get_state(state), metrics), one_device)
+
+
+def test_pmap_of_the_reference_pass_keeps_the_order(variables):
+    results = []
+    for partitioner in (single_device(), pmap_partitioner()):
+        compiled = partitioner.compile_map(functools.partial(reference_logps, MODEL))
+        results.append(compiled(partitioner.put_variables(variables), rows_of("shared")))
+    assert results[0].shape == (8, 2)
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-6, atol=1e-5)
+
+
+def test_shard_map_agrees(variables, tx, one_device):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    step = functools.partial(dpo_step, model=MODEL, tx=tx, loss=LOSS, axis_name="data", microbatches=2)
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
+    assert_same(jax.jit(mapped)(init_state(variables, tx), rows_of("shared")), one_device)
+
+
+def test_a_sharded_batch_under_jit_agrees(variables, tx, one_device):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.device_put(rows_of("plain"), jax.sharding.NamedSharding(mesh, P("data")))
+    step = jax.jit(functools.partial(dpo_step, model=MODEL, tx=tx, loss=LOSS))
+    assert_same(step(init_state(variables, tx), rows), one_device)
+
+
+def toy_model(width=8):
+    """A model of one's own: each position sees the mean of the embeddings in its key interval."""
+
+    def init(key):
+        return {"params": {"embed": jax.random.normal(key, (64, width)), "head": jax.random.normal(key, (width, 64))}}
+
+    def forward(variables, rows):
+        keys = jnp.arange(rows.tokens.shape[1], dtype=jnp.int32)[None, None, :]
+        seen = (keys >= rows.k_start[:, :, None]) & (keys < rows.k_end[:, :, None])
+        embedded = variables["params"]["embed"][rows.tokens]
+        return jnp.tanh(seen.astype(embedded.dtype) @ embedded / seen.sum(axis=-1, keepdims=True).astype(embedded.dtype))
+
+    return Model(init=init, forward=forward, unembed=lambda variables, hidden: hidden @ variables["params"]["head"])
+
+
+def test_gradient_is_the_one_of_the_paper():
+    """Section 4: `-beta sigmoid(-margin) (grad log pi(y_w) - grad log pi(y_l))`, through a model, in float64."""
+    with jax.enable_x64(True):
+        model = toy_model()
+        variables = jax.tree.map(lambda x: x.astype(jnp.float64), model.init(jax.random.key(0)))
+        rows = Layout("shared", length=32, scored=32).rows(PAIRS[:1], ref_logps=REF[:1])
+        rows = rows.replace(ref_logps=rows.ref_logps.astype(np.float64), weight=rows.weight.astype(np.float64))
+        grads, _ = mean_grads(lambda v, r: (LOSS(completion_logps(model, v, r), r.ref_logps)[0], {}), variables, rows)
+        sides = [jax.grad(lambda v, side=side: completion_logps(model, v, rows)[0, side])(variables) for side in (0, 1)]
+        log_ratios = np.asarray(completion_logps(model, variables, rows)) - rows.ref_logps
+        push = -0.1 / (1 + np.exp(0.1 * (log_ratios[0, 0] - log_ratios[0, 1])))
+        expected = jax.tree.map(lambda chosen, rejected: push * (chosen - rejected), *sides)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-14), grads, expected)
+
+
+@pytest.mark.parametrize("chunk", [8, 100])
+def test_chunked_head_equals_dense(chunk, variables):
+    rows = rows_of("packed")
+
+    def total(variables, chunk):
+        logps = sequence_logps(MODEL, variables, rows, chunk=chunk)
+        return jnp.sum(logps * np.arange(logps.shape[0], dtype=np.float32)), logps
+
+    grad = jax.jit(jax.grad(total, has_aux=True), static_argnums=1)
+    dense_grads, dense = grad(variables, 10**6)
+    grads, chunked = grad(variables, chunk)
+    np.testing.assert_allclose(chunked, dense, rtol=1e-6, atol=1e-5)
+    scale = float(optax.tree.norm(dense_grads))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * scale), grads, dense_grads)
+
+
+def test_the_step_holds_no_reference_model(variables, tx):
+    """Its inputs are one state, whose parameters occur once, and rows; nothing else of the model's size is closed over."""
+    step = functools.partial(dpo_step, model=MODEL, tx=tx, loss=LOSS)
+    jaxpr = jax.make_jaxpr(step)(init_state(variables, tx), rows_of("packed"))
+    size = sum(leaf.size for leaf in jax.tree.leaves(variables))
+    state_size = sum(leaf.size for leaf in jax.tree.leaves(init_state(variables, tx)))
+    rows_size = sum(leaf.size for leaf in jax.tree.leaves(rows_of("packed")))
+    inputs = sum(int(np.prod(v.aval.shape)) for v in jaxpr.jaxpr.invars)
+    constants = sum(int(np.size(c)) for c in jaxpr.consts)
+    assert inputs == state_size + rows_size
+    assert state_size < 2.1 * size  # parameters and RMSprop's second moment
+    assert constants < 0.01 * size
+
+
+def test_fillers_and_order_do_not_matter(variables):
+    step = jax.jit(functools.partial(sft_step, model=MODEL, tx=optax.sgd(1e-3)))
+    texts = [(p.prompt, p.chosen) for p in PAIRS]
+    exact, filled = (Layout("plain", length=32, scored=16, rows_multiple=m).rows(texts) for m in (1, 8))
+    results = [step(init_state(variables, optax.sgd(1e-3)), rows)[1] for rows in (exact, filled)]
+    for name in results[0]:
+        np.testing.assert_allclose(results[1][name], results[0][name], rtol=1e-5)
+
+
+def test_sft_step_learns_a_text(variables):
+    tx = make_optimizer(3e-3, name="adamw", max_grad_norm=1.0)
+    step = jax.jit(functools.partial(sft_step, model=MODEL, tx=tx))
+    rows = Layout("plain", length=32, scored=16).rows([(PAIRS[0].prompt, PAIRS[0].chosen)])
+    state = init_state(variables, tx)
+    losses = []
+    for _ in range(60):
+        state, metrics = step(state, rows)
+        losses.append(float(metrics["loss"]))
+    assert float(metrics["tokens"]) == len(PAIRS[0].chosen)
+    assert float(metrics["nll_per_token"]) < 0.1 < losses[0] / len(PAIRS[0].chosen)
+
+
+def test_losses_lead_to_different_updates(variables, tx, one_device):
+    for loss in (functools.partial(ipo_loss, beta=0.1), functools.partial(dpo_loss, beta=0.1, label_smoothing=0.2)):
+        step = jax.jit(functools.partial(dpo_step, model=MODEL, tx=tx, loss=loss))
+        _, metrics = step(init_state(variables, tx), rows_of("shared"))
+        assert abs(float(metrics["loss"]) - float(one_device[1]["loss"])) > 1e-3
+        np.testing.assert_allclose(metrics["logps/chosen"], one_device[1]["logps/chosen"], rtol=1e-5)
+
+
+def test_frozen_weights_are_read_and_not_changed(variables, tx):
+    frozen, trained = {"params": {}}, dict(variables["params"])
+    frozen["params"] = {name: trained.pop(name) for name in list(trained)[:1]}
+    # The collections are merged one level deep, so a frozen tree of its own collection is passed whole.
+    state = init_state({"other": trained}, tx, frozen=frozen)
+    assert set(state.variables) == {"params", "other"}
+    assert dataclasses.replace(state, frozen={}).variables == {"other": trained}
+
+
+def test_a_batch_that_does_not_divide_is_refused(variables, tx):
+    step = functools.partial(dpo_step, model=MODEL, tx=tx, loss=LOSS, microbatches=3)
+    with pytest.raises(ValueError, match="8 rows does not divide into 3"):
+        step(init_state(variables, tx), rows_of("shared"))
+    with pytest.raises(ValueError, match="3 devices cannot share"):
+        split_rows(rows_of("shared"), 3)
