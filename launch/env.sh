@@ -44,9 +44,10 @@ find_python() {
       or install uv, or name one: DPO_JAX_PYTHON=/path/to/python3 $0"
 }
 
+# DPO_JAX_SYS is for the tests, which imitate other machines.
 accelerator() {
   local vendor device cuda
-  for vendor in /sys/bus/pci/devices/*/vendor; do
+  for vendor in "${DPO_JAX_SYS:-/sys}"/bus/pci/devices/*/vendor; do
     [ -r "$vendor" ] && [ "$(<"$vendor")" = 0x1ae0 ] || continue # Google: TPUs, but network cards too
     device=$(<"${vendor%vendor}device")
     case $device in 0x0027 | 0x0056 | 0x005e | 0x0062 | 0x0063 | 0x006f | 0x0076) echo tpu && return ;; esac

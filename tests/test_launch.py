@@ -1,0 +1,215 @@
+"""The launch scripts, run for real on an imitation of a fresh machine: stub Pythons that write down what they are asked."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(ROOT.glob("launch/*.sh"))
+TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "env", "mkdir", "rm", "sed", "chmod")
+PYTHON = """#!/usr/bin/env bash
+# $0 is $VERSION; as `-m venv DIR` it copies itself to DIR/bin, beside a dpo-jax and a stub of pip.
+echo "$(basename "$(dirname "$(dirname "$0")")")/${0##*/} $*" >> "$CALLS"
+case "$*" in
+  *version_info*) [ VERSION_MINOR -ge 11 ] ;;
+  -V) echo "Python 3.VERSION_MINOR.0" ;;
+  "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/dpo-jax"; echo home > "$3/pyvenv.cfg" ;;
+  "-m pip install "*) [ ! -e "$CALLS.offline" ] || { echo "no network" >&2; exit 1; } ;;
+esac
+"""
+
+
+class Machine:
+    """A clone of the repository's scripts, a PATH with nothing but `TOOLS` and the stubs, and a home without pyenv."""
+
+    def __init__(self, path):
+        self.repository, self.bin, self.calls = path / "clone", path / "tools" / "bin", path / "calls"
+        shutil.copytree(ROOT / "launch", self.repository / "launch")
+        shutil.copy(ROOT / "pyproject.toml", self.repository)
+        (path / "home").mkdir()
+        self.bin.mkdir(parents=True)
+        for tool in (*TOOLS, "basename"):
+            (self.bin / tool).symlink_to(shutil.which(tool))
+        self.environment = {"PATH": str(self.bin), "HOME": str(path / "home"), "CALLS": str(self.calls)}
+        self.environment["DPO_JAX_SYS"] = str(path / "sys")
+
+    def add_python(self, name, minor, *, folder=None):
+        file = (folder or self.bin) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(PYTHON.replace("VERSION_MINOR", str(minor)))
+        file.chmod(0o755)
+
+    def run(self, script, *args, **environment):
+        self.calls.write_text("")
+        command = [self.repository / script, *args]
+        return subprocess.run(command, env=self.environment | environment, capture_output=True, text=True, cwd="/")
+
+    def called(self, text):
+        return [line for line in self.calls.read_text().splitlines() if text in line]
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_explains_and_touches_nothing(script, machine):
+    done = machine.run(f"launch/{script.name}", "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"Usage: ./launch/{script.name}")
+    assert done.stderr == ""
+    assert not (machine.repository / ".venv").exists()
+
+
+def test_env_installs_once(machine):
+    machine.add_python("python3", 12)
+    done = machine.run("launch/env.sh")
+    assert done.returncode == 0, done.stderr
+    assert "creating .venv with Python 3.12.0" in done.stderr
+    assert "installing dpo_jax[cpu,test] with pip" in done.stderr
+    assert len(machine.called("-m pip install")) == 1
+    again = machine.run("launch/env.sh")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert not machine.called("-m")
+
+
+def test_env_follows_pyproject_and_adds_extras(machine):
+    machine.add_python("python3", 12)
+    machine.run("launch/env.sh")
+    machine.run("launch/env.sh", DPO_JAX_EXTRAS="test,lint")
+    assert machine.called("--editable .[cpu,test,lint]")
+    machine.run("launch/env.sh", DPO_JAX_EXTRAS="lint")
+    assert not machine.called("-m pip")
+    with open(machine.repository / "pyproject.toml", "a") as file:
+        file.write("\n# changed\n")
+    machine.run("launch/env.sh")
+    assert machine.called("--editable .[cpu,test,lint]")
+    assert not machine.called("-m venv")
+
+
+def test_env_starts_over_after_a_failed_install(machine):
+    machine.add_python("python3", 12)
+    offline = Path(f"{machine.calls}.offline")
+    offline.touch()
+    assert machine.run("launch/env.sh").returncode != 0
+    offline.unlink()
+    assert machine.run("launch/env.sh").returncode == 0
+    assert machine.called("-m pip install")
+
+
+@pytest.mark.parametrize(
+    ("pythons", "expected"),
+    [
+        ({"python3": 9, "python3.12": 12, "python3.13": 13}, "3.13.0"),
+        ({"python3": 11, "python3.13": 13}, "3.11.0"),
+        ({"python3": 10, "~/.pyenv/versions/3.10.1/bin/python3": 10, "~/.pyenv/versions/3.12.1/bin/python3": 12}, "3.12.0"),
+    ],
+)
+def test_env_finds_a_python_that_runs(machine, pythons, expected):
+    for name, minor in pythons.items():
+        path = Path(name.replace("~", machine.environment["HOME"]))
+        machine.add_python(path.name, minor, folder=path.parent if path.is_absolute() else None)
+    broken = machine.bin / "python3.14"  # as a pyenv shim of a version that is not chosen
+    broken.write_text("#!/usr/bin/env bash\nexit 127\n")
+    broken.chmod(0o755)
+    done = machine.run("launch/env.sh")
+    assert f"with Python {expected}" in done.stderr, done.stderr
+
+
+def test_env_says_what_is_missing(machine):
+    machine.add_python("python3", 10)
+    done = machine.run("launch/env.sh")
+    assert done.returncode == 1
+    assert "no Python 3.11 or newer with the venv module found" in done.stderr
+    assert "apt-get install python3 python3-venv" in done.stderr
+    done = machine.run("launch/env.sh", DPO_JAX_PYTHON="python3")
+    assert "DPO_JAX_PYTHON=python3 does not run, is older than 3.11" in done.stderr
+    assert machine.run("launch/env.sh", DPO_JAX_INSTALLER="conda").returncode == 1
+    assert machine.run("launch/env.sh", "extra").returncode == 2
+
+
+def test_env_makes_the_environment_anew_for_another_python(machine):
+    machine.add_python("python3", 11)
+    machine.add_python("python3.13", 13)
+    machine.run("launch/env.sh")
+    done = machine.run("launch/env.sh", DPO_JAX_PYTHON="python3.13")
+    assert "making it anew" in done.stderr
+    assert machine.called("-m pip install")
+    assert machine.run("launch/env.sh", DPO_JAX_PYTHON="python3.13").stderr == ""
+
+
+@pytest.mark.parametrize(("version", "extra"), [("13.1", "cuda13"), ("12.8", "cuda12")])
+def test_env_sees_a_gpu(machine, version, extra):
+    machine.add_python("python3", 12)
+    smi = machine.bin / "nvidia-smi"
+    smi.write_text(f"#!/usr/bin/env bash\necho '| NVIDIA-SMI 580.1    Driver Version: 580.1    CUDA Version: {version}   |'\n")
+    smi.chmod(0o755)
+    assert f"dpo_jax[{extra},test]" in machine.run("launch/env.sh").stderr
+
+
+@pytest.mark.parametrize(("device", "extra"), [("0x0063", "tpu"), ("0x0042", "cpu")], ids=["v5e", "network card"])
+def test_env_sees_a_tpu(machine, tmp_path, device, extra):
+    machine.add_python("python3", 12)
+    card = tmp_path / "sys" / "bus" / "pci" / "devices" / "0000:00:04.0"
+    card.mkdir(parents=True)
+    (card / "vendor").write_text("0x1ae0\n")
+    (card / "device").write_text(f"{device}\n")
+    assert f"dpo_jax[{extra},test]" in machine.run("launch/env.sh").stderr
+
+
+def test_env_uses_uv_where_it_is(machine):
+    uv = machine.bin / "uv"
+    uv.write_text(
+        '#!/usr/bin/env bash\necho "uv $*" >> "$CALLS"\n'
+        'if [ "$1" = venv ]; then mkdir -p .venv/bin; echo "exit 0" > .venv/bin/python; chmod +x .venv/bin/python; fi\n'
+    )
+    uv.chmod(0o755)
+    assert machine.run("launch/env.sh").returncode == 0
+    assert machine.called("uv venv --quiet --python >=3.11 .venv")
+    assert machine.called("uv pip install --quiet --python .venv/bin/python --editable .[cpu,test]")
+
+
+def test_quickstart_takes_the_steps_in_order(machine):
+    machine.add_python("python3", 12)
+    done = machine.run("launch/quickstart.sh")
+    assert done.returncode == 0, done.stderr
+    steps = [line.split(" ", 1)[1] for line in machine.called("dpo-jax")]
+    assert steps == [f"{step} configs/quickstart.yaml" for step in ("audit", "sft", "refs", "dpo", "eval")]
+    machine.run("launch/quickstart.sh", "configs/hh_small.yaml", "--data.path", "a b")
+    assert [line.split(" ", 1)[1] for line in machine.called("dpo-jax")][4] == "eval configs/hh_small.yaml --data.path a b"
+
+
+def test_quickstart_stops_at_the_first_failure(machine):
+    machine.add_python("python3", 12)
+    machine.run("launch/env.sh")
+    command = machine.repository / ".venv" / "bin" / "dpo-jax"
+    command.write_text('#!/usr/bin/env bash\necho "$*" >> "$CALLS"\n[ "$1" != sft ] || exit 65\n')
+    assert machine.run("launch/quickstart.sh").returncode == 65
+    assert machine.calls.read_text().split()[-2:] == ["sft", "configs/quickstart.yaml"]
+
+
+def test_test_script_runs_pytest(machine):
+    machine.add_python("python3", 12)
+    assert machine.run("launch/test.sh", "-m", "soak").returncode == 0
+    assert machine.calls.read_text().splitlines()[-1].endswith("python -m pytest -m soak")
+
+
+def test_scripts_can_be_run_and_name_no_index():
+    for script in (*SCRIPTS, ROOT / ".ci" / "run"):
+        assert os.access(script, os.X_OK), script
+        subprocess.run(["bash", "-n", script], check=True)
+        assert script.read_text().startswith("#!/usr/bin/env bash\n")
+    assert not list(ROOT.glob("*.lock")) + list(ROOT.glob("requirements*.txt"))
+
+
+def test_this_python_is_supported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == ">=3.11"
+    assert sys.version_info >= (3, 11)
+    assert {"cpu", "cuda12", "cuda13", "tpu", "test", "parity", "lint", "writers"} <= set(project["optional-dependencies"])
