@@ -24,6 +24,10 @@ def sequence_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int
     return jnp.where(in_slot, logps[:, :, None], 0.0).sum(axis=1).reshape(-1)
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
 def token_logps(model: Model, variables: Variables, hidden: Array, target: Array, *, chunk: int = CHUNK) -> jax.Array:
     """log-probability of `target[R, S]` given `hidden[R, S, D]`: float32[R, S].
 
@@ -32,9 +36,8 @@ def token_logps(model: Model, variables: Variables, hidden: Array, target: Array
     """
 
     def score(hidden: jax.Array, target: jax.Array) -> jax.Array:
-        # float32 (or wider) whatever the model computes in: a reward is a small difference of large sums.
-        logits = model.unembed(variables, hidden)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        # Whatever the model computes in: a reward is a small difference of large sums.
+        logits = at_least_float32(model.unembed(variables, hidden))
         picked = jnp.take_along_axis(logits, target[:, :, None], axis=-1)[:, :, 0]
         return picked - jax.nn.logsumexp(logits, axis=-1)
 

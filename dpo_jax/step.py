@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpo_jax.logps import at_least_float32
 from dpo_jax.types import Array, Metrics, Rows, TrainState, Variables
 
 Objective = Callable[[Variables, Rows], tuple[jax.Array, Metrics]]
@@ -37,7 +38,7 @@ def mean_grads(
 
     def grads_and_metrics(part: Rows) -> tuple[Variables, Metrics]:
         grads, metrics = jax.grad(weighted, has_aux=True)(params, part)
-        return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads), metrics
+        return jax.tree.map(at_least_float32, grads), metrics
 
     if microbatches == 1:
         sums = grads_and_metrics(rows)

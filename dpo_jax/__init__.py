@@ -1,0 +1,65 @@
+"""Direct Preference Optimization (Rafailov et al. 2023) in JAX and Flax. The names below are the functional API.
+
+Nothing is imported until it is asked for (PEP 562): `import dpo_jax` is instant, and loads no JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpo_jax.data.encode import Encoded as Encoded
+    from dpo_jax.data.encode import encode as encode
+    from dpo_jax.data.layout import causal_rows as causal_rows
+    from dpo_jax.data.layout import completion_rows as completion_rows
+    from dpo_jax.data.layout import packed_rows as packed_rows
+    from dpo_jax.data.layout import plain_rows as plain_rows
+    from dpo_jax.data.layout import shared_rows as shared_rows
+    from dpo_jax.data.sources import load_preferences as load_preferences
+    from dpo_jax.dpo import dpo_step as dpo_step
+    from dpo_jax.logps import completion_logps as completion_logps
+    from dpo_jax.logps import sequence_logps as sequence_logps
+    from dpo_jax.losses import dpo_loss as dpo_loss
+    from dpo_jax.losses import ipo_loss as ipo_loss
+    from dpo_jax.models.hf import load_hf as load_hf
+    from dpo_jax.models.hf import save_hf as save_hf
+    from dpo_jax.reference import reference_logps as reference_logps
+    from dpo_jax.runtime.optim import linear_warmup as linear_warmup
+    from dpo_jax.runtime.optim import make_optimizer as make_optimizer
+    from dpo_jax.sampling import generate as generate
+    from dpo_jax.sft import sft_step as sft_step
+    from dpo_jax.step import init_state as init_state
+    from dpo_jax.step import mean_grads as mean_grads
+    from dpo_jax.types import Model as Model
+    from dpo_jax.types import Rows as Rows
+    from dpo_jax.types import TrainState as TrainState
+
+_HOMES = {
+    "data.encode": ("Encoded", "encode"),
+    "data.layout": ("causal_rows", "completion_rows", "packed_rows", "plain_rows", "shared_rows"),
+    "data.sources": ("load_preferences",),
+    "dpo": ("dpo_step",),
+    "logps": ("completion_logps", "sequence_logps"),
+    "losses": ("dpo_loss", "ipo_loss"),
+    "models.hf": ("load_hf", "save_hf"),
+    "reference": ("reference_logps",),
+    "runtime.optim": ("linear_warmup", "make_optimizer"),
+    "sampling": ("generate",),
+    "sft": ("sft_step",),
+    "step": ("init_state", "mean_grads"),
+    "types": ("Model", "Rows", "TrainState"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dpo_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dpo_jax.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
