@@ -39,7 +39,7 @@ class StateMismatch(ValueError):
 
 
 class CheckpointDamaged(RuntimeError):
-    """There were checkpoints and none of them verified. They are in `quarantine/`; run again to start from the beginning."""
+    """There were checkpoints and none of them verified. They are in `quarantine/`; run again to train from the beginning."""
 
 
 class CheckpointWriteError(OSError):
@@ -47,15 +47,25 @@ class CheckpointWriteError(OSError):
 
 
 class Checkpoints:
-    """The checkpoints of one run in `directory`, of which the newest `max_to_keep` are kept. Use it as a context manager."""
+    """The checkpoints of one run in `directory`, of which the newest `max_to_keep` are kept. Use it as a context manager.
 
-    def __init__(self, directory: str | os.PathLike[str], *, max_to_keep: int = 2):
+    Without `read_only` it is the only one to use the directory (`RunDir` holds the lock): what a killed process has left half
+    written or half deleted is removed at the start. With it nothing is changed, and a run may be writing meanwhile.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, max_to_keep: int = 2, read_only: bool = False):
+        self._read_only = read_only
         self.directory = epath.Path(directory)
         if "://" not in str(directory):
             self.directory = self.directory.resolve()  # orbax refuses relative paths
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._purge()
-        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, todelete_subdir=DELETING, cleanup_tmp_directories=True)
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+        else:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._purge()
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=max_to_keep, todelete_subdir=DELETING, cleanup_tmp_directories=True
+            )
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
@@ -74,9 +84,7 @@ class Checkpoints:
             saved = self._manager.save(step, args=arguments)
         if not saved:
             latest = self._manager.latest_step()
-            raise ValueError(
-                f"step {step} was not saved: {self.directory} already holds step {latest}; resume from it or remove it"
-            )
+            raise ValueError(f"step {step} was not saved: {self.directory} is read only, or already holds step {latest}")
 
     def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
         """(state, meta) of the newest step that verifies, or None in a directory without checkpoints.
@@ -89,7 +97,7 @@ class Checkpoints:
         """
         self.wait()
         wanted = _named(abstract_state)
-        damaged = []
+        damaged: list[int] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 record = self._read_record(step)
@@ -105,10 +113,8 @@ class Checkpoints:
             logger.info("restored step %d from %s", step, self.directory)
             return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in wanted]), record["meta"]
         if damaged:
-            where = self.directory / QUARANTINE
-            raise CheckpointDamaged(
-                f"no checkpoint verifies: steps {damaged} are in {where}; run again to start from the beginning"
-            )
+            where = self.directory if self._read_only else self.directory / QUARANTINE
+            raise CheckpointDamaged(f"no checkpoint verifies (steps {damaged}, now in {where}); another run would start over")
         return None
 
     def latest_step(self) -> int | None:
@@ -131,7 +137,8 @@ class Checkpoints:
         """Waits for what is being saved, then lets go of the directory."""
         with _writing(self.directory):
             self._manager.close()
-        self._purge()
+        if not self._read_only:
+            self._purge()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -171,14 +178,15 @@ class Checkpoints:
         if isinstance(error, (MemoryError, PermissionError, jax.errors.JaxRuntimeError)):
             raise error  # a full device, for instance, says nothing about the checkpoint
         source = self.directory / str(step)
-        lost = [step] if any(source.iterdir()) else []
-        target = _free_name(self.directory / QUARANTINE, str(step))
-        source.rename(target)
-        self._manager.reload()
-        reason = str(error).strip().splitlines() or [""]
-        logger.warning(
-            "checkpoint of step %d does not verify (%s: %.200s); moved to %s", step, type(error).__name__, reason[0], target
-        )
+        lost = [step] if source.exists() and any(source.iterdir()) else []
+        done = "left where it is"
+        if not self._read_only:
+            target = _free_name(self.directory / QUARANTINE, str(step))
+            source.rename(target)
+            self._manager.reload()
+            done = f"moved to {target}"
+        reason = [*str(error).strip().splitlines(), ""][0]
+        logger.warning("checkpoint of step %d does not verify (%s: %.200s); %s", step, type(error).__name__, reason, done)
         return lost
 
     def _purge(self) -> None:
