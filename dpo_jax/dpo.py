@@ -33,6 +33,8 @@ def dpo_step(
     """
 
     def objective(trainable: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
+        if rows.ref_logps is None:
+            raise ValueError("the batch carries no reference log-probabilities: give the layout `ref_logps`")
         logps = completion_logps(model, {**state.frozen, **trainable}, rows)
         losses, rewards = loss(logps, rows.ref_logps)
         return losses, preference_metrics(logps, rows.ref_logps, rewards=rewards)
@@ -41,7 +43,7 @@ def dpo_step(
     return apply_gradients(state, grads, metrics, tx=tx)
 
 
-def preference_metrics(logps: Array, ref_logps: Array, *, rewards: Array) -> Metrics:
+def preference_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array) -> Metrics:
     """What to watch, per pair: {name: float[P]}, under the names TRL made common.
 
     `displacement/*` is log pi - log pi_ref in nats: DPO trains the difference of the two, and both may fall. `kl` is their

@@ -36,7 +36,7 @@ class _Loop(NamedTuple):
     cache: Any
 
 
-def left_pad(prompts: Sequence[Sequence[int]], *, multiple_of: int = 8) -> tuple[np.ndarray, np.ndarray]:
+def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], *, multiple_of: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """`generate`'s input: int32[B, Lp] token ids ending in the last column, and int32[B] lengths.
 
     `Lp` is rounded up to `multiple_of`, so that a program compiles for few shapes. An empty prompt is a ValueError: something

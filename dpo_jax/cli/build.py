@@ -143,9 +143,10 @@ def new_hf_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[st
         raise ConfigError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {len(tokenizer)} entries; leave it out")
     asked = {name: getattr(sizes, name) for name in ("width", "layers", "heads", "max_positions")}
     options = {name: getattr(sizes, name) for name in ("kv_heads", "head_size", "mlp_width", "tie")}
-    assert sizes.family is not None  # checked with the configuration
+    eos = tokenizer.eos_token_id
+    assert sizes.family is not None and isinstance(eos, int)  # the family is checked with the configuration
     try:
-        return hf_config(sizes.family, vocab_size=vocab_size, eos_token_id=tokenizer.eos_token_id, **asked, **options)
+        return hf_config(sizes.family, vocab_size=vocab_size, eos_token_id=eos, **asked, **options)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
 

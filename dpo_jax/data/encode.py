@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -47,7 +48,10 @@ def encode(
         raise ValueError(f"truncation={truncation!r}: use 'keep_end' or 'keep_start'")
     if not 0 < max_prompt_length < max_length:
         raise ValueError(f"max_prompt_length={max_prompt_length} must lie between 0 and max_length={max_length}")
-    get = preference.get if isinstance(preference, dict) else lambda name, default=None: getattr(preference, name, default)
+
+    def get(name: str, default: Any = None) -> Any:
+        return preference.get(name, default) if isinstance(preference, Mapping) else getattr(preference, name, default)
+
     chat = bool(get("chat", False))
     prompt = _ids(tokenizer, get("prompt"))
     if not chat:

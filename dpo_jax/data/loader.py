@@ -102,7 +102,10 @@ def make_batch(
     rows = layout.rows(chosen, ref_logps=None if ref_logps is None else np.asarray(ref_logps)[indices])
     if layout.kind != "packed":
         rows = _fill(rows, batch * (2 if layout.kind == "plain" and isinstance(chosen[0], Encoded) else 1), layout)
-    names = [e.uid if isinstance(e, Encoded) else (uids[i] if uids else str(i)) for i, e in zip(indices, chosen, strict=True)]
+    names = [
+        e.uid if isinstance(e, Encoded) else (str(i) if uids is None else uids[int(i)])
+        for i, e in zip(indices, chosen, strict=True)
+    ]
     real = sum(_tokens(example, plain=layout.kind == "plain") for example in chosen)
     stats = {
         "pairs" if isinstance(chosen[0], Encoded) else "texts": float(len(chosen)),
