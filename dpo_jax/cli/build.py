@@ -144,7 +144,8 @@ def new_hf_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[st
     asked = {name: getattr(sizes, name) for name in ("width", "layers", "heads", "max_positions")}
     options = {name: getattr(sizes, name) for name in ("kv_heads", "head_size", "mlp_width", "tie")}
     eos = tokenizer.eos_token_id
-    assert sizes.family is not None and isinstance(eos, int)  # the family is checked with the configuration
+    assert sizes.family is not None  # checked with the configuration
+    assert isinstance(eos, int)  # load_tokenizer's tokenizers have one
     try:
         return hf_config(sizes.family, vocab_size=vocab_size, eos_token_id=eos, **asked, **options)
     except ValueError as error:
