@@ -47,6 +47,8 @@ def imported(path, *, at_import_only=False):
         node = todo.pop()
         if at_import_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
+        if at_import_only and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -113,6 +115,16 @@ def test_help_imports_nothing_heavy(name):
         assert dotted.split(".")[0] not in heavy, f"{name}:{line} imports {dotted}"
         other = own_module(dotted)
         assert other is None or other in allowed, f"{name}:{line} imports {dotted}"
+
+
+def test_the_front_door_shows_type_checkers_what_it_opens():
+    import dpo_jax
+
+    shown = {
+        dotted for _, dotted in imported(PACKAGE / "__init__.py") if dotted.startswith("dpo_jax.") and not own_module(dotted)
+    }
+    assert shown == {f"dpo_jax.{module}.{name}" for name, module in dpo_jax._HOME.items()}
+    assert all(getattr(dpo_jax, name) for name in dpo_jax.__all__)
 
 
 def test_no_layer_is_a_drawer():
