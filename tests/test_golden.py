@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from safetensors.numpy import load_file
 
 from dpo_jax.data.encode import encode
 from dpo_jax.data.layout import Layout, completion_rows
@@ -48,7 +47,9 @@ def per_pair(step, name):
 
 
 def relative_difference(update, expected):
-    norm = lambda tree: np.sqrt(sum(float(np.square(np.asarray(x, np.float64)).sum()) for x in jax.tree.leaves(tree)))
+    def norm(tree):
+        return np.sqrt(sum(float(np.square(np.asarray(x, np.float64)).sum()) for x in jax.tree.leaves(tree)))
+
     return norm(jax.tree.map(np.subtract, update, expected)) / norm(expected)
 
 
