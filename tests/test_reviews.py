@@ -86,7 +86,7 @@ def test_known_review():
         " The dialogue stumbles. We hated it."
     )
     texts = [(pair.prompt, pair.chosen, pair.rejected, pair.sft_target) for pair in review_preferences(500, 0)]
-    assert hashlib.sha256(repr(texts).encode()).hexdigest()[:16] == "ebec2c81f937c65e"
+    assert hashlib.sha256(repr(texts).encode()).hexdigest()[:16] == "ed2973a983e3da41"
 
 
 def test_reviews_are_graded_and_balanced():

@@ -315,11 +315,12 @@ def generate_reviews(n: int, seed: int, *, split: Split = "train") -> list[str]:
     return [prefix.text + _Writer(rng, prefix.used).completion(prefix) for _, prefix in _prefixes(n, seed, split)]
 
 
-def review_preferences(n: int, seed: int, *, split: Split = "train", min_gap: float = 0.25) -> list[Preference]:
+def review_preferences(n: int, seed: int, *, split: Split = "train", min_gap: float = 1.0) -> list[Preference]:
     """`n` pairs on the prompts of `review_prompts(n, seed)`: two completions drawn alike, the one of higher reward chosen.
 
-    The rewards of a pair differ by at least `min_gap` points, in (0, 4]: closer pairs are drawn anew, and the default excludes
-    ties only. `sft_target` is a third, independent draw: SFT learns the language with its mixed sentiment, not the preferences.
+    The rewards of a pair differ by at least `min_gap` points, in (0, 4]; closer pairs are drawn anew (one in ten with the
+    default, and 0.25 would exclude ties only). `sft_target` is a third, independent draw: SFT learns the language with its
+    mixed sentiment, not the preferences.
     """
     if not 0 < min_gap <= 4:
         raise ValueError(f"min_gap must be in (0, 4] points, got {min_gap}: a tie states no preference, and wide gaps are rare")
