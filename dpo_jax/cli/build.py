@@ -169,7 +169,10 @@ def load_policy(
         )
     if expected:
         _check_sizes(config, decoder, path)
-    return load_hf(path, dtype=PRECISIONS[config.run.precision], remat=config.model.remat)
+    try:
+        return load_hf(path, dtype=PRECISIONS[config.run.precision], remat=config.model.remat)
+    except (ValueError, FileNotFoundError) as error:  # a tensor, a shape, a git-lfs pointer: the message names it
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def _check_sizes(config: Config, decoder: Any, path: str) -> None:

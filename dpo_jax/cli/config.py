@@ -326,6 +326,17 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """Checked preferences as a TFDS folder, which `data.source: tfds` reads."""
+
+    out: str | None = None
+    """Folder to write; none: tfds/ in the run directory. It must not hold the data set yet."""
+
+    def check(self) -> Iterator[Problem]:
+        yield from ()
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportConfig:
     """A checkpoint as a Hugging Face folder (config.json, safetensors, tokenizer)."""
 
@@ -354,6 +365,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     sample: SampleConfig = SampleConfig()
     export: ExportConfig = ExportConfig()
+    prepare: PrepareConfig = PrepareConfig()
 
     def dpo_policy(self) -> str:
         """The starting policy of DPO, which is the reference too."""

@@ -43,6 +43,12 @@ _RUN = ("run", "data", "tokenizer", "model")
 _LOSS = ("dpo.policy", "dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.reference_free")
 COMMANDS = {
     "audit": Command("check the data and report on it, before any training", "dpo_jax.cli.audit:run", _RUN, ("data",)),
+    "prepare": Command(
+        "write the checked preferences as a TFDS folder (array_record)",
+        "dpo_jax.cli.prepare:run",
+        (*_RUN, "prepare"),
+        ("data",),
+    ),
     "sft": Command(
         "fine-tune on the chosen completions: the starting policy", "dpo_jax.cli.sft:run", (*_RUN, "sft"), ("data", "model")
     ),

@@ -1,0 +1,26 @@
+"""`dpo-jax prepare`: the preferences of a configuration, checked, as a TFDS data set in array_record files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpo_jax.cli import build
+from dpo_jax.cli.config import Config
+from dpo_jax.data.tfds import write_tfds
+
+
+def run(config: Config) -> int:
+    """Texts are checked, not yet cut or tokenized, so the folder serves any model. Chats are rendered by the chat template."""
+    with build.open_run(config, "prepare") as run_dir:
+        named = config.tokenizer.path or config.model.path
+        tokenizer = build.tokenizer_of(config, model_path=config.model.path) if named else None
+        splits = {
+            name: build.load_split(config, split, tokenizer)
+            for split, name in (("train", config.data.train_split), ("test", config.data.test_split))
+        }
+        build.write_data_report(run_dir, *(preferences.report for preferences in splits.values()))
+        for preferences in splits.values():
+            print(preferences.report.summary())
+        folder = write_tfds(splits, Path(config.prepare.out or f"{config.run.dir}/tfds"))
+        print(f"read it back with --data.source tfds --data.path {folder}")
+    return 0
