@@ -8,11 +8,13 @@ bit, a half-written tail or a file from another cache is detected, and just thos
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,10 @@ RECORD = np.dtype([("key", "V16"), ("logps", "<f4", 2), ("crc", "<u4")])
 
 class ForeignCache(ValueError):
     """The folder holds reference log-probabilities of another model, tokenizer or setting."""
+
+
+class BrokenReference(FloatingPointError):
+    """The reference gives NaN or infinity for a pair: its weights are broken, or a text is."""
 
 
 def reference_logps(model: Model, variables: Variables, rows: Rows) -> jax.Array:
@@ -58,7 +64,8 @@ class ReferenceCache:
     """Opens the cache in `directory`, or begins one. `identity` names all that the numbers depend on, as JSON values.
 
     Raises `ForeignCache`, naming each field that differs, if the folder belongs to something else. `damaged` counts records
-    that failed their checksum. One process appends to one file, `logps-{shard}.bin`; reading takes all files together.
+    that failed their checksum. A host appends to one file, `logps-{shard}.bin`; reading takes all files together. Several
+    processes of a host may use the folder at the same time: whoever writes or repairs holds its lock.
     """
 
     def __init__(self, directory: str | os.PathLike[str], identity: Mapping[str, Any], *, shard: int = 0) -> None:
@@ -66,10 +73,11 @@ class ReferenceCache:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.identity = json.loads(json.dumps({"version": VERSION, **identity}, sort_keys=True))
         self._seed = zlib.crc32(json.dumps(self.identity, sort_keys=True).encode())
-        self._claim()
         self._file = self.directory / f"logps-{shard:05d}.bin"
         self._entries: dict[bytes, np.ndarray] = {}
-        self.damaged = sum(self._read(path) for path in sorted(self.directory.glob("logps-*.bin")))
+        with self._locked():
+            self._claim()
+            self.damaged = sum(self._read(path) for path in sorted(self.directory.glob("logps-*.bin")))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -92,12 +100,14 @@ class ReferenceCache:
         return logps
 
     def add(self, pairs: Sequence[Encoded], logps: np.ndarray) -> None:
-        """Appends and syncs to disk: what is added survives a kill. Raises FloatingPointError for NaN or infinity."""
+        """Appends and syncs to disk: what is added survives a kill. Raises `BrokenReference` for NaN or infinity."""
         logps = np.asarray(logps, np.float32)
         bad = np.flatnonzero(~np.isfinite(logps).all(axis=1))
         if len(bad):
-            raise FloatingPointError(
-                f"the reference gives {logps[bad[0]]} for {pairs[bad[0]].uid or bad[0]}: its weights or text are broken"
+            name, values = pairs[bad[0]].uid or f"pair {bad[0]}", ", ".join(f"{value:g}" for value in logps[bad[0]])
+            raise BrokenReference(
+                f"{name}: the reference model gives the log-probabilities {values} (chosen, rejected). Its weights are broken, "
+                "or the number format is too small for them; nothing of this batch was cached."
             )
         records = np.zeros(len(pairs), RECORD)
         records["logps"] = logps
@@ -105,10 +115,16 @@ class ReferenceCache:
             records["key"][number] = key = pair_key(pair)
             records["crc"][number] = self._crc(records[number])
             self._entries[key] = logps[number]
-        with open(self._file, "ab") as file:
+        with self._locked(), open(self._file, "ab") as file:
             file.write(records.tobytes())
             file.flush()
             os.fsync(file.fileno())
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self.directory / "cache.lock", "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, or with the process
+            yield
 
     def _crc(self, record: np.void) -> int:
         return zlib.crc32(record.tobytes()[: -RECORD["crc"].itemsize], self._seed)
@@ -125,29 +141,35 @@ class ReferenceCache:
             else:
                 damaged += 1
         if damaged and path == self._file:  # a record must not follow half of one
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(b"".join(good))
-            os.replace(temporary, path)
+            _replace(path, b"".join(good))
         return damaged
 
     def _claim(self) -> None:
         path = self.directory / "identity.json"
         if not path.exists():
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(self.identity, indent=2, sort_keys=True) + "\n")
-            os.replace(temporary, path)
+            _replace(path, (json.dumps(self.identity, indent=2, sort_keys=True) + "\n").encode())
             return
+        remedy = "Choose another folder with --refs.cache, or delete this one to compute them again."
         try:
-            found = json.loads(path.read_text())
-        except ValueError:
-            found = {}
+            found = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise ForeignCache(f"{path} is damaged, so nobody knows what the cache belongs to ({error}). {remedy}") from error
         if found != self.identity:
             names = sorted(name for name in {*found, *self.identity} if found.get(name) != self.identity.get(name))
             lines = [f"  {name}: cached with {found.get(name)!r}, now {self.identity.get(name)!r}" for name in names]
             raise ForeignCache(
-                f"{self.directory} holds reference log-probabilities of something else:\n" + "\n".join(lines) + "\n"
-                "Choose another folder with --refs.cache, or delete this one to compute them again."
+                f"{self.directory} holds reference log-probabilities of something else:\n" + "\n".join(lines) + f"\n{remedy}"
             )
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """All of the new content or all of the old, also after a crash of the machine."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def fill_cache(

@@ -38,6 +38,8 @@ def encode_all(
 ) -> EncodedSet:
     """Encodes all pairs as `encode` does. Raises `DataError` for unusable ones, or drops and counts them with `on_bad="drop"`.
 
+    A pair whose `sft_target` cannot be learnt is unusable too, so that every task of a run has the same data.
+
     `row_length` is the longest row a pair may need in the shared layout, in tokens. Truncations are counted in the report, and
     a pair that truncation makes identical carries no preference any more: it is always dropped, and counted.
     """
@@ -48,6 +50,7 @@ def encode_all(
         try:
             pair = _encode_text(preference, tokenizer, max_length, max_prompt_length, truncation)
             _check(pair, tokenizer, row_length)
+            _check_target(preference, tokenizer)
         except BadRow as problem:
             triage.reject(preference.uid, problem)
             continue
@@ -68,7 +71,7 @@ def encode_targets(
     truncation: Truncation = "keep_end",
     score_prompt: bool = False,
 ) -> tuple[list[Completion], list[str]]:
-    """What SFT learns: (prompt, completion) token ids of each distinct text, and their uids.
+    """What SFT learns: (prompt, completion) token ids of each distinct text, and their uids. `preferences` passed `encode_all`.
 
     The completion is the `sft_target` of a preference, or else its chosen side, cut like the original cuts it: against its own
     length only. With `score_prompt` prompt and completion are one text, all of which is scored (but its first token).
@@ -101,6 +104,20 @@ def _encode_text(preference: Any, tokenizer: Any, max_length: int, max_prompt_le
         return encode(preference, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length, truncation=truncation)
     except EosInText as error:
         raise BadRow(Cause.EOS_IN_TEXT, str(error)) from error
+
+
+def _check_target(preference: Preference, tokenizer: Any) -> None:
+    """Raises `BadRow` if SFT has a text of its own to learn here, and it is blank or holds EOS."""
+    target = preference.sft_target
+    if target is None:
+        return
+    if not target.strip():
+        raise BadRow(Cause.EMPTY, "the completion to learn is empty or blank", field="sft_target")
+    record = {"prompt": preference.prompt, "chosen": target, "rejected": target, "chat": preference.chat}
+    try:
+        encode(record, tokenizer, max_length=2, max_prompt_length=1)
+    except EosInText as error:
+        raise BadRow(Cause.EOS_IN_TEXT, str(error).removeprefix("chosen "), field="sft_target") from error
 
 
 def _check(pair: Encoded, tokenizer: Any, row_length: int | None) -> None:

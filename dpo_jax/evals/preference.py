@@ -14,14 +14,25 @@ from dpo_jax.types import Array
 Interval = tuple[float, float]
 
 
+class NonFiniteLogps(FloatingPointError):
+    """The policy gives NaN or infinity for a held-out pair: an accuracy of such numbers would look like one."""
+
+
 def held_out_logps(
     logps: Callable[[Any], np.ndarray], batches: Iterable[tuple[np.ndarray, Batch]], *, pairs: int
 ) -> np.ndarray:
-    """float32[pairs, 2] in the order of the data: `logps(rows) -> float32[P, 2]` over every batch of `loader.in_order`."""
+    """float32[pairs, 2] in the order of the data: `logps(rows) -> float32[P, 2]` over every batch of `loader.in_order`.
+
+    Raises `NonFiniteLogps`, naming the first pair for which a value is NaN or infinite.
+    """
     result = np.full((pairs, 2), np.nan, np.float32)
     for indices, batch in batches:
         values, place = logps(batch.rows), np.asarray(batch.rows.index)
         result[indices[place[place >= 0]]] = values[place >= 0]
+        bad = place[(place >= 0) & ~np.isfinite(values).all(axis=1)]
+        if len(bad):
+            shown = ", ".join(f"{value:g}" for value in values[place == bad[0]][0])
+            raise NonFiniteLogps(f"{batch.uids[bad[0]]}: the policy gives the log-probabilities {shown} (chosen, rejected)")
     return result
 
 
@@ -58,7 +69,8 @@ def wilson_interval(successes: float, trials: int, *, z: float = 1.959964) -> In
     share, square = successes / trials, z * z / trials
     middle = (share + square / 2) / (1 + square)
     half = z / (1 + square) * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
-    return middle - half, middle + half
+    # At the ends the bounds are 0 and 1 exactly; rounding would put them a little beside.
+    return middle - half if share > 0 else 0.0, middle + half if share < 1 else 1.0
 
 
 def mean_with_error(values: Array) -> tuple[float, float]:

@@ -1,0 +1,170 @@
+"""Every pair that falls out between text and tokens is counted under its cause, or refused by its name."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from dpo_jax.data.encode import encode
+from dpo_jax.data.layout import plain_rows, shared_rows
+from dpo_jax.data.pairs import Cause, DataError, DataReport, Preference, PreferenceSet
+from dpo_jax.data.prepare import data_digest, encode_all, encode_targets
+
+LIMITS = {"max_length": 32, "max_prompt_length": 16}
+GOOD = {"prompt": "Human: hi\n\nAssistant:", "chosen": " Hello.", "rejected": " No."}
+LONG = " abcdefgh" * 20  # 180 characters, many more than 32 tokens
+
+
+def preference_set(*records, **common):
+    preferences = [Preference(**{**GOOD, **common, **record}, uid=f"t.jsonl:{i}") for i, record in enumerate(records, 1)]
+    report = DataReport(source="t.jsonl", split="train", format="trl", rows=len(records), read=len(records), kept=len(records))
+    return PreferenceSet(preferences, report)
+
+
+class LowerCase:
+    """A tokenizer for which texts that differ in case are the same."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.eos_token_id, self.eos_token = tokenizer, tokenizer.eos_token_id, tokenizer.eos_token
+
+    def __call__(self, text, **options):
+        return self.tokenizer(text.lower(), **options)
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids)
+
+
+CAUSES = {
+    Cause.IDENTICAL: ({"chosen": " SAME", "rejected": " same"}, {}, "chosen and rejected are the same tokens"),
+    Cause.IDENTICAL_AFTER_TRUNCATION: (
+        {"chosen": LONG + " one", "rejected": LONG + " two"},
+        {},
+        "both completions begin with the same 16 tokens",
+    ),
+    Cause.EOS_IN_TEXT: ({"rejected": " No.<|endoftext|> Yes."}, {}, "rejected contains the end-of-sequence token"),
+    Cause.COMPLETION_CUT: ({"chosen": "\n \t" * 60 + "Hello"}, {}, "truncation to 16 tokens leaves only blanks"),
+    Cause.NO_ROOM: ({"chosen": " abcdefgh" * 3}, {"row_length": 24}, "rows hold 24 \\(--data.row-length\\)"),
+    Cause.NO_PROMPT: ({"prompt": ""}, {}, "the prompt has no tokens"),
+    Cause.EMPTY: ({"sft_target": " \n"}, {}, "the completion to learn is empty"),
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_each_cause_is_counted_and_its_place_is_kept(tokenizer, cause):
+    record, options, detail = CAUSES[cause]
+    encoded = encode_all(preference_set({}, record, {}), LowerCase(tokenizer), **LIMITS, on_bad="drop", **options)
+    assert encoded.report.dropped == {cause.value: 1}
+    assert [pair.uid for pair in encoded] == ["t.jsonl:1", "t.jsonl:3"]
+    (example,) = encoded.report.examples[cause.value]
+    assert example.startswith("t.jsonl:2: ")
+    assert re.search(detail, example)
+    assert encoded.report.kept + sum(encoded.report.dropped.values()) == encoded.report.read == 3
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_by_default_each_cause_is_refused_by_name_with_a_remedy(tokenizer, cause):
+    record, options, detail = CAUSES[cause]
+    preferences = preference_set({}, record)
+    if cause is Cause.IDENTICAL_AFTER_TRUNCATION:  # no fault of the data: always dropped, always counted
+        assert encode_all(preferences, LowerCase(tokenizer), **LIMITS).report.dropped == {cause.value: 1}
+        return
+    with pytest.raises(DataError, match=rf"t\.jsonl:2: .*{cause}.*{detail}") as caught:
+        encode_all(preferences, LowerCase(tokenizer), **LIMITS, **options)
+    assert caught.value.causes == (cause,)
+    assert "Fix these rows, or drop and count such rows with --data.on-bad drop." in str(caught.value)
+    assert "t.jsonl:1" not in str(caught.value)
+
+
+def test_ten_bad_rows_are_listed_and_the_rest_counted(tokenizer):
+    with pytest.raises(DataError) as caught:
+        encode_all(preference_set(*[{"prompt": ""}] * 12, {"chosen": "<|endoftext|>"}), tokenizer, **LIMITS)
+    assert "13 of 13 rows cannot be used (eos_in_text 1, no_prompt 12)" in str(caught.value)
+    assert str(caught.value).count("t.jsonl:") == 10
+    assert "... and 3 more" in str(caught.value)
+
+
+def test_drops_come_on_top_of_those_of_the_source(tokenizer):
+    preferences = preference_set({}, {"prompt": ""})
+    preferences.report.read, preferences.report.dropped = 5, {"tie": 3}
+    encoded = encode_all(preferences, tokenizer, **LIMITS, on_bad="drop")
+    assert encoded.report.dropped == {"tie": 3, "no_prompt": 1}
+    assert (encoded.report.kept, encoded.report.read) == (1, 5)
+    assert encoded.report.bad_share == 1 / 5
+    assert preferences.report.dropped == {"tie": 3}  # the source's own report is left alone
+
+
+def test_truncations_are_counted_by_what_was_cut(tokenizer):
+    records = [{}, {"prompt": LONG}, {"chosen": LONG}, {"prompt": LONG, "chosen": LONG, "rejected": " no" + LONG}]
+    encoded = encode_all(preference_set(*records), tokenizer, **LIMITS)
+    alone = [encode({**GOOD, **record}, tokenizer, **LIMITS) for record in records]
+    prompts = sum(pair.prompt_cut for pair in alone)
+    assert encoded.report.truncated == {"prompt": prompts, "chosen": 2, "rejected": 1}
+    assert prompts in (2, 3)  # the short prompt may be longer than its limit, too
+    assert "truncated, chosen" in encoded.report.summary()
+    for pair, expected in zip(encoded, alone, strict=True):
+        for what in ("prompt", "chosen", "rejected"):
+            np.testing.assert_array_equal(getattr(pair, what), getattr(expected, what))
+        assert len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= LIMITS["max_length"]
+
+
+def test_row_length_is_what_the_shared_layout_needs(tokenizer):
+    (pair,) = encode_all(preference_set({}), tokenizer, **LIMITS)
+    needed = len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+    assert len(encode_all(preference_set({}), tokenizer, **LIMITS, row_length=needed)) == 1
+    assert shared_rows([pair], length=needed).tokens.shape == (1, needed)
+    with pytest.raises(DataError, match="no_room"):
+        encode_all(preference_set({}), tokenizer, **LIMITS, row_length=needed - 1)
+
+
+def test_sft_learns_the_target_or_else_the_chosen_side(tokenizer):
+    preferences = preference_set(
+        {"sft_target": " Best."}, {}, {"prompt": "Other:"}, {"sft_target": " Best."}, {"rejected": " x"}
+    )
+    texts, uids = encode_targets(preferences, tokenizer, **LIMITS)
+    assert uids == ["t.jsonl:1", "t.jsonl:2", "t.jsonl:3"]  # 4 and 5 say the same as 1 and 2
+    written = [(tokenizer.decode(prompt), tokenizer.decode(completion)) for prompt, completion in texts]
+    eos = tokenizer.eos_token
+    assert written == [(GOOD["prompt"], f" Best.{eos}"), (GOOD["prompt"], f" Hello.{eos}"), ("Other:", f" Hello.{eos}")]
+
+
+def test_an_sft_text_is_cut_against_its_own_length(tokenizer):
+    ((prompt, completion),), _ = encode_targets(preference_set({"rejected": LONG}), tokenizer, **LIMITS)
+    alone = encode({**GOOD, "rejected": "x"}, tokenizer, **LIMITS)
+    np.testing.assert_array_equal(prompt, alone.prompt)
+    np.testing.assert_array_equal(completion, alone.chosen)
+    ((prompt, completion),), _ = encode_targets(preference_set({"chosen": LONG, "prompt": LONG}), tokenizer, **LIMITS)
+    assert (len(prompt), len(completion)) == (16, 16)
+
+
+def test_scoring_the_prompt_makes_one_text_of_both(tokenizer):
+    ((nothing, text),), _ = encode_targets(preference_set({}), tokenizer, **LIMITS, score_prompt=True)
+    ((prompt, completion),), _ = encode_targets(preference_set({}), tokenizer, **LIMITS)
+    assert len(nothing) == 0
+    np.testing.assert_array_equal(text, np.concatenate([prompt, completion]))
+
+
+@pytest.mark.parametrize("side", ["prompt", "chosen", "rejected"])
+def test_the_data_digest_changes_with_any_token_and_with_the_order(tokenizer, side):
+    pairs = list(encode_all(preference_set({}, {"chosen": " Good."}), tokenizer, **LIMITS))
+    changed = [pairs[0], dataclasses.replace(pairs[1], **{side: getattr(pairs[1], side) + 1})]
+    digests = {data_digest(p) for p in (pairs, changed, pairs[::-1], pairs[:1])}
+    assert len(digests) == 4
+    assert data_digest(pairs) == data_digest(tuple(pairs))
+
+
+def test_kept_pairs_always_make_rows(tokenizer):
+    """Texts of every awkward length, as a fuzz: what `encode_all` keeps, both layouts can lay out and something is scored."""
+    rng = np.random.default_rng(0)
+    alphabet = list("ab \n\té☃")
+    records = [
+        {name: "".join(rng.choice(alphabet, rng.integers(0, 60))) for name in ("prompt", "chosen", "rejected")}
+        for _ in range(200)
+    ]
+    encoded = encode_all(preference_set(*records), tokenizer, **LIMITS, on_bad="drop")
+    assert 100 < len(encoded) < 200
+    assert encoded.report.kept + sum(encoded.report.dropped.values()) == 200
+    for kind in (plain_rows, shared_rows):
+        rows = kind(list(encoded), length=64)
+        counts = [(rows.slot[r] == s).sum() for r in range(len(rows.slot)) for s in range(rows.slots)]
+        assert min(counts) >= 1

@@ -1,0 +1,214 @@
+"""The reference cache gives back what was computed, or says why it cannot, whatever happened to its files."""
+
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from test_step import MODEL, random_pairs
+
+from dpo_jax.data.loader import in_order, plan_layout, stream
+from dpo_jax.reference import (
+    RECORD,
+    BrokenReference,
+    ForeignCache,
+    ReferenceCache,
+    fill_cache,
+    pair_key,
+    reference_logps,
+    weights_digest,
+)
+
+IDENTITY = {
+    "weights": "0a" * 32,
+    "tokenizer": "1b" * 32,
+    "max_length": 64,
+    "max_prompt_length": 32,
+    "truncation": "keep_end",
+    "dtype": "float32",
+    "kernel": "dense",
+}
+PAIRS = random_pairs(13)
+VALUES = np.random.default_rng(2).normal(-20, 4, size=(13, 2)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """rows -> log-probabilities of a fixed model."""
+    variables = jax.jit(MODEL.init)(jax.random.key(3))
+    run = jax.jit(functools.partial(reference_logps, MODEL))
+    return lambda rows: np.asarray(run(variables, rows))
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """The folder of a cache that holds VALUES for PAIRS."""
+    ReferenceCache(tmp_path / "refs", IDENTITY).add(PAIRS, VALUES)
+    return tmp_path / "refs"
+
+
+def opened(folder, **changes):
+    return ReferenceCache(folder, {**IDENTITY, **changes})
+
+
+def batches_of(kind, batch):
+    return functools.partial(in_order, layout=plan_layout(PAIRS, kind=kind, batch=batch), batch=batch)
+
+
+@pytest.fixture(scope="module")
+def live(compiled):
+    """Log-probabilities computed without any cache, a pair at a time."""
+    return np.concatenate([compiled(batch.rows) for _, batch in batches_of("plain", 1)(PAIRS)])
+
+
+def test_cached_equals_live_after_shuffling_and_in_other_rows(tmp_path, compiled, live):
+    first = np.random.default_rng(0).permutation(13)
+    cache = opened(tmp_path)
+    assert fill_cache(cache, [PAIRS[i] for i in first[:8]], batches=batches_of("packed", 8), logps=compiled) == 8
+    # Another process, another order, layout and batch: only what is lacking is computed.
+    cache = opened(tmp_path)
+    assert fill_cache(cache, PAIRS, batches=batches_of("shared", 4), logps=compiled) == 5
+    for order in (first, np.arange(13)):
+        np.testing.assert_allclose(opened(tmp_path).lookup([PAIRS[i] for i in order]), live[order], atol=1e-5)
+    assert fill_cache(cache, PAIRS, batches=batches_of("plain", 4), logps=lambda rows: pytest.fail("nothing is lacking")) == 0
+
+
+@pytest.mark.parametrize("field", IDENTITY)
+def test_a_foreign_cache_is_refused_by_the_field_that_differs(filled, field):
+    other = 63 if isinstance(IDENTITY[field], int) else "other"
+    with pytest.raises(ForeignCache) as caught:
+        opened(filled, **{field: other})
+    named = [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:-1]]
+    assert named == [field]
+    assert f"{IDENTITY[field]!r}, now {other!r}" in str(caught.value)
+    assert "--refs.cache" in str(caught.value)
+
+
+def test_a_new_field_of_the_identity_makes_old_caches_foreign(filled):
+    with pytest.raises(ForeignCache, match="rope: cached with None, now 2"):
+        opened(filled, rope=2)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b'{"weights": ', b"\xff\xfe"])
+def test_a_damaged_identity_is_said_to_be_damaged(filled, content):
+    (filled / "identity.json").write_bytes(content)
+    with pytest.raises(ForeignCache, match=r"identity\.json is damaged.*--refs\.cache"):
+        opened(filled)
+
+
+def test_what_was_added_survives_a_kill_in_the_middle_of_a_record(filled):
+    path = filled / "logps-00000.bin"
+    path.write_bytes(path.read_bytes()[: 9 * RECORD.itemsize + 11])
+    cache = opened(filled)
+    assert (len(cache), cache.damaged) == (9, 1)
+    assert cache.missing(PAIRS) == [9, 10, 11, 12]
+    cache.add(PAIRS[9:], VALUES[9:])
+    again = opened(filled)
+    assert (len(again), again.damaged) == (13, 0)
+    np.testing.assert_array_equal(again.lookup(PAIRS), VALUES)
+
+
+def test_every_flipped_bit_is_found(filled):
+    path = filled / "logps-00000.bin"
+    sound = path.read_bytes()
+    for bit in range(8 * RECORD.itemsize):
+        broken = bytearray(sound)
+        broken[5 * RECORD.itemsize + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(broken)
+        cache = opened(filled)
+        assert cache.damaged == 1
+        assert cache.missing(PAIRS) == [5]
+        assert opened(filled).damaged == 0  # the bad record is gone, the others are kept
+        assert len(opened(filled)) == 12
+
+
+@pytest.mark.parametrize("shard", ["logps-00000.bin", "logps-00001.bin"])
+def test_records_copied_from_another_cache_are_not_believed(filled, tmp_path, shard):
+    other = opened(tmp_path / "other", weights="ff" * 32)
+    other.add(PAIRS[:3], VALUES[:3] + 1)
+    shutil.copy(tmp_path / "other" / "logps-00000.bin", filled / shard)
+    cache = opened(filled)
+    assert cache.damaged == 3
+    assert cache.missing(PAIRS) == ([] if shard.endswith("1.bin") else list(range(13)))
+    if not cache.missing(PAIRS):
+        np.testing.assert_array_equal(cache.lookup(PAIRS), VALUES)
+
+
+def test_hosts_write_files_of_their_own_and_read_all(tmp_path):
+    for shard in range(2):
+        ReferenceCache(tmp_path, IDENTITY, shard=shard).add(PAIRS[shard::2], VALUES[shard::2])
+    np.testing.assert_array_equal(opened(tmp_path).lookup(PAIRS), VALUES)
+
+
+def test_two_processes_that_append_and_one_that_opens_lose_nothing(tmp_path):
+    one, two = opened(tmp_path), opened(tmp_path)
+    for number, pair in enumerate(PAIRS):
+        (one, two)[number % 2].add([pair], VALUES[number : number + 1])
+        assert len(opened(tmp_path)) == number + 1
+    np.testing.assert_array_equal(opened(tmp_path).lookup(PAIRS), VALUES)
+
+
+def test_equal_pairs_are_computed_once(tmp_path):
+    cache = opened(tmp_path)
+    assert cache.missing([*PAIRS, *PAIRS[:4]]) == list(range(13))
+    cache.add(PAIRS[:2], VALUES[:2])
+    assert cache.missing([PAIRS[0], PAIRS[5], PAIRS[5], PAIRS[1]]) == [1]
+    np.testing.assert_array_equal(cache.lookup([PAIRS[1], PAIRS[0], PAIRS[1]]), VALUES[[1, 0, 1]])
+
+
+def test_keys_tell_where_one_text_ends_and_the_next_begins():
+    pair = PAIRS[0]
+    text = np.concatenate([pair.prompt, pair.chosen])
+    moved = type(pair)(text[:-1], text[-1:], pair.rejected)
+    swapped = type(pair)(pair.prompt, pair.rejected, pair.chosen)
+    assert len({pair_key(p) for p in (pair, moved, swapped)}) == 3
+    assert pair_key(type(pair)(pair.prompt, pair.chosen, pair.rejected, uid="another name")) == pair_key(pair)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_numbers_never_reach_the_cache(tmp_path, value):
+    cache = opened(tmp_path)
+    values = VALUES.copy()
+    values[4, 1] = value
+    with pytest.raises(BrokenReference, match=f"4: the reference model gives .*{value}"):
+        cache.add(PAIRS, values)
+    assert len(cache) == len(opened(tmp_path)) == 0
+
+
+def test_a_pair_without_an_entry_is_named(filled):
+    stranger = random_pairs(1, seed=99)[0]
+    with pytest.raises(KeyError, match="no reference log-probabilities of"):
+        opened(filled).lookup([*PAIRS, stranger])
+
+
+@pytest.mark.parametrize("kind", ["shared", "packed"])
+def test_the_cache_does_not_touch_the_order_of_training(filled, kind):
+    layout = plan_layout(PAIRS, kind=kind, batch=4)
+    cached = stream(PAIRS, layout=layout, batch=4, seed=5, epochs=2, ref_logps=opened(filled).lookup(PAIRS))
+    bare = stream(PAIRS, layout=layout, batch=4, seed=5, epochs=2)
+    for step in range(7):
+        assert cached(step).uids == bare(step).uids
+        np.testing.assert_array_equal(cached(step).rows.tokens, bare(step).rows.tokens)
+        for place, index in enumerate(cached(step).rows.index):
+            if index >= 0:
+                uid = cached(step).uids[index]
+                np.testing.assert_array_equal(cached(step).rows.ref_logps[place], VALUES[int(uid)])
+
+
+def test_the_weights_digest_is_of_names_shapes_types_and_bytes():
+    weights = {"params": {"a": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float32)}}
+    base = weights_digest(weights)
+    assert base == weights_digest(json.loads(json.dumps({"params": {}})) | {"params": dict(weights["params"])})
+    flipped = weights["params"]["b"].copy()
+    flipped.view(np.uint32)[3] ^= 1
+    for changed in (
+        {"a": weights["params"]["a"], "b": flipped},
+        {"a": weights["params"]["a"], "c": weights["params"]["b"]},
+        {"a": weights["params"]["a"].reshape(3, 2), "b": weights["params"]["b"]},
+        {"a": weights["params"]["a"].astype(np.int32), "b": weights["params"]["b"]},
+    ):
+        assert weights_digest({"params": changed}) != base
+    assert weights_digest(jax.device_put(weights)) == base
+    assert weights_digest({"scalar": np.float32(1)}) != weights_digest({"scalar": np.float32(2)})
