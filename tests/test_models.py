@@ -10,6 +10,10 @@ import pytest
 from conftest import GOLDEN
 from safetensors.numpy import load_file
 
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.layout import plain_rows, shared_rows
+from dpo_jax.logps import completion_logps
+from dpo_jax.losses import dpo_loss
 from dpo_jax.models.attention import Rope, attend, rotate
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import DEFAULTS, decoder_config, hf_config
@@ -95,6 +99,27 @@ def test_prefill_and_single_tokens_equal_forward(case):
     logits = model.unembed(variables, jnp.concatenate(states, axis=1))
     for row, n in enumerate(lengths):
         np.testing.assert_allclose(logits[row], expected[row, n - 1 : n + steps], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shared_rows_equal_plain_rows(case):
+    """Log-probabilities and gradients of a DPO loss; prompt plus completion reach beyond the sliding windows of 7."""
+    model, variables, tokens, _ = golden(case)
+    (first, second), pairs = tokens, []
+    for prompt, chosen, rejected in ((first[:9], first[9:17], second[:5]), (second[5:8], second[8:10], first[:11])):
+        pairs.append(Encoded(prompt=prompt, chosen=chosen, rejected=rejected))
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled 22 times, run once each
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(variables, rows):
+        logps = completion_logps(model, variables, rows)
+        losses, _ = dpo_loss(logps, jnp.zeros_like(logps), beta=0.1)
+        return losses.mean(), logps
+
+    (_, plain), plain_gradient = loss(variables, plain_rows(pairs, length=20))
+    (_, shared), shared_gradient = loss(variables, shared_rows(pairs, length=24))
+    np.testing.assert_allclose(shared, plain, rtol=1e-6, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), shared_gradient, plain_gradient)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +345,11 @@ def test_rotary_settings_of_transformers_4_and_5_mean_the_same():
         (PYTHIA_28 | {"layer_norm_eps": "small"}, "layer_norm_eps = 'small' is not a number"),
         (PYTHIA_28 | {"model_type": "llama", "num_key_value_heads": 5}, "32 heads are not a multiple of 5 key/value heads"),
         (PYTHIA_28 | {"model_type": "gemma2", "layer_types": ["full_attention"]}, "layer_types"),
+        (PYTHIA_28 | {"model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        (
+            PYTHIA_28 | {"model_type": "mistral", "num_attention_heads": 24},
+            "width 2560 is not a multiple of the 24 attention heads",
+        ),
         ({"model_type": "gemma3"}, "text_config is missing"),
     ],
 )

@@ -115,7 +115,7 @@ def _llama_like(read: Reader) -> dict[str, Any]:
     family, get = read.family, read.all.get
     gemma = family.startswith("gemma")
     width, heads, layers = read.size("hidden_size"), read.size("num_attention_heads"), read.size("num_hidden_layers")
-    head_size = read.size("head_dim", width // heads)
+    head_size = read.size("head_dim") if get("head_dim") else read.head_size(width, heads)
     sliding = _sliding_layers(read, layers)
     window = read.size("sliding_window") if any(sliding) else None
     return {
@@ -170,6 +170,9 @@ def _sliding_layers(read: Reader, layers: int) -> list[bool]:
 def _ropes(read: Reader, head_size: int, sliding: list[bool]) -> tuple[Rope, ...]:
     theta = read.number("rope_theta")
     settings = read.all.get("rope_scaling") or read.all.get("rope_parameters") or {}
+    for partial in (read.all.get("partial_rotary_factor"), settings.get("partial_rotary_factor")):
+        if partial not in (None, 1.0):
+            raise ValueError(f"{read.family} config: partial_rotary_factor = {partial} is not supported")
     if read.family != "gemma3_text":
         return (read.rope(head_size, theta=theta, settings=settings),) * len(sliding)
     # Gemma 3 scales its full-attention layers only; transformers 5 nests one dict per kind of layer.
