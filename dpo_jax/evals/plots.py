@@ -138,4 +138,4 @@ def _finish(axes: Axes, panel: Panel) -> None:
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(frameon=False, loc="best")
+        axes.legend(frameon=True, framealpha=0.85, edgecolor="none", loc="best")
