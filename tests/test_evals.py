@@ -16,7 +16,7 @@ RNG = np.random.default_rng(0)
 REF = RNG.normal(-30, 5, size=(400, 2)).astype(np.float32)
 
 
-# statsmodels.stats.proportion.proportion_confint(k, n, method="wilson"); 81 of 263 is Newcombe 1998, table I, method 3.
+# The first four: Newcombe 1998 (Statistics in Medicine 17), table I, method 3. The last two: the formula, done by hand.
 @pytest.mark.parametrize(
     ("successes", "trials", "expected"),
     [

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,9 @@ import jax.numpy as jnp
 from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, dump_config
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.layout import Layout
+from dpo_jax.data.loader import plan_layout
 from dpo_jax.data.pairs import Cause, DataError, DataReport, Preference, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet, encode_all
 from dpo_jax.data.reviews import review_preferences
@@ -35,15 +39,36 @@ PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @contextmanager
-def open_run(config: Config, task: str) -> Iterator[RunDir]:
-    """The locked directory of a task, `<run.dir>/<task>`, with the resolved configuration and the environment written down."""
+def open_run(config: Config, task: str, *, continues: bool = False) -> Iterator[RunDir]:
+    """The locked directory of a task, `<run.dir>/<task>`, with the resolved configuration and the environment written down.
+
+    A task that `continues` what it finds may yet be refused for other settings: the records of an earlier run stay as they are
+    until `train` calls `describe`.
+    """
+    _check_writers(config)
     with RunDir(Path(config.run.dir) / task) as run:
         # The next task and a resumed run should not compile the same program again.
         jax.config.update("jax_compilation_cache_dir", str(Path(config.run.dir).absolute() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-        run.config.write_text(dump_config(config), encoding="utf-8")
-        run.write_env()
+        if not (continues and run.config.is_file()):
+            describe(run, config)
         yield run
+
+
+def describe(run: RunDir, config: Config, *reports: DataReport) -> None:
+    """Writes down what a run is made of: the resolved configuration, the environment, and what became of the data."""
+    run.config.write_text(dump_config(config), encoding="utf-8")
+    run.write_env()
+    if reports:
+        write_json(run.data_report, {report.split: report.to_json() for report in reports})
+
+
+def _check_writers(config: Config) -> None:
+    """Raises `ConfigError` for a metrics writer whose package is missing: now, and not after the reference pass."""
+    wanted = {"tensorboard": "tensorboardX" if config.run.tensorboard else "", "wandb": "wandb" if config.run.wandb else ""}
+    for option, package in wanted.items():
+        if package and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"run.{option}: needs the package {package}: pip install 'dpo_jax[writers]', or leave it off")
 
 
 def make_partitioner(config: Config) -> Partitioner:
@@ -106,16 +131,15 @@ def with_data(config: Config, **changes: Any) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
 
 
-def write_data_report(run: RunDir, *reports: DataReport) -> None:
-    write_json(run.data_report, {report.split: report.to_json() for report in reports})
+def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.path") -> PreTrainedTokenizerFast:
+    """The tokenizer that is named, else the model's, else one trained on the train split and kept in the run directory.
 
-
-def tokenizer_of(config: Config, *, model_path: str | None) -> PreTrainedTokenizerFast:
-    """The tokenizer that is named, else the model's, else one trained on the train split and kept in the run directory."""
-    if config.tokenizer.path is not None:
-        return load_tokenizer(_existing(config.tokenizer.path, "tokenizer.path"))
-    if model_path is not None:
-        return load_tokenizer(_existing(model_path, "model.path"))
+    `name` is the option that `model_path` comes from.
+    """
+    for path, option in ((config.tokenizer.path, "tokenizer.path"), (model_path, name)):
+        if path is not None:
+            with _naming(option, path):
+                return load_tokenizer(_existing(path, option))
     texts = [text for p in load_split(config, "train") for text in (p.prompt, p.chosen, p.rejected, p.sft_target or "")]
     made_from = {"vocab_size": config.tokenizer.vocab_size, "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
     kept = Path(config.run.dir) / "tokenizer"
@@ -157,22 +181,29 @@ def load_policy(
 ) -> tuple[Model, Variables]:
     """A model folder, checked against the tokenizer and the length limits (and, if `expected`, the sizes in `model`)."""
     path = _existing(path, name)
-    hf = load_config(path)
-    try:
+    with _naming(name, path):
+        hf = load_config(path)
         decoder = decoder_config(hf)
         check_tokenizer(tokenizer, decoder.vocab_size, eos_token_id=hf.get("eos_token_id"), pad_token_id=hf.get("pad_token_id"))
-    except ValueError as error:
-        raise ConfigError(f"{name}: {path}: {error}") from error
     if config.data.max_length > decoder.max_positions:
         raise ConfigError(
             f"data.max_length: {config.data.max_length} tokens do not fit the {decoder.max_positions} positions of {path}"
         )
     if expected:
         _check_sizes(config, decoder, path)
-    try:
+    with _naming(name, path):
         return load_hf(path, dtype=PRECISIONS[config.run.precision], remat=config.model.remat)
-    except (ValueError, FileNotFoundError) as error:  # a tensor, a shape, a git-lfs pointer: the message names it
-        raise ConfigError(f"{name}: {error}") from error
+
+
+@contextmanager
+def _naming(option: str, path: str) -> Iterator[None]:
+    """Turns what is wrong with a model folder (a tensor, a git-lfs pointer, ...) into a `ConfigError` that names its option."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"{option}: {path}: {error}") from error
 
 
 def _check_sizes(config: Config, decoder: Any, path: str) -> None:
@@ -207,13 +238,20 @@ def make_loss(section: DpoConfig) -> PreferenceLoss:
     )
 
 
-def rows_multiple(section: SftConfig | DpoConfig, partitioner: Partitioner, *, layout: str) -> int:
-    """What the rows of a batch must be divisible by. Raises `ConfigError` where the batch is not."""
-    multiple = partitioner.devices * section.microbatches
+def pair_layout(config: Config, pairs: Sequence[Encoded], *, batch: int, parts: int) -> Layout:
+    """Rows for batches of pairs that divide into `parts` (devices times microbatches) without tearing a pair apart."""
+    kind = config.data.layout
+    multiple = parts * (2 if kind == "plain" else 1)
+    return plan_layout(pairs, kind=kind, batch=batch, length=config.data.row_length, multiple=multiple)
+
+
+def batch_parts(section: SftConfig | DpoConfig, partitioner: Partitioner, *, layout: str) -> int:
+    """Into how many parts the rows of a batch are divided. Raises `ConfigError` where the batch does not divide."""
+    parts = partitioner.devices * section.microbatches
     name = "sft" if isinstance(section, SftConfig) else "dpo"
-    if layout != "packed" and section.batch % multiple:
+    if layout != "packed" and section.batch % parts:
         raise ConfigError(
             f"{name}.batch: {section.batch} does not divide among {partitioner.devices} devices x {section.microbatches} "
-            f"microbatches; use a multiple of {multiple}"
+            f"microbatches; use a multiple of {parts}"
         )
-    return multiple
+    return parts

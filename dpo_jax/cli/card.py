@@ -26,7 +26,7 @@ def _rows(reference: Mapping[str, float], policy: Mapping[str, float]) -> list[t
 
     def row(label: str, name: str, form: str = ".4f", note: str = "") -> None:
         if name in policy:
-            rows.append((label, format(reference[name], form), format(policy[name], form), note))
+            rows.append((label, format(reference[name], f"z{form}"), format(policy[name], f"z{form}"), note))
 
     low, high = policy["rewards/accuracies_low"], policy["rewards/accuracies_high"]
     row("loss", "loss")

@@ -13,7 +13,7 @@ from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.config import Config, DpoConfig
 from dpo_jax.cli.refs import reference_values
 from dpo_jax.cli.train import leave_results, train
-from dpo_jax.data.loader import in_order, plan_layout, stream, total_steps
+from dpo_jax.data.loader import in_order, stream, total_steps
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.preference import held_out_logps, preference_summary
@@ -28,21 +28,14 @@ class WrongStart(RuntimeError):
 
 def run(config: Config) -> int:
     section = config.dpo
-    with build.open_run(config, "dpo") as run_dir:
+    with build.open_run(config, "dpo", continues=True) as run_dir:
         partitioner = build.make_partitioner(config)
-        tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy())
+        tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
         pairs, held_out = (
             build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
         )
-        build.write_data_report(run_dir, pairs.report, held_out.report)
-        multiple = build.rows_multiple(section, partitioner, layout=config.data.layout)
-        layout = plan_layout(
-            [*pairs, *held_out],
-            kind=config.data.layout,
-            batch=section.batch,
-            length=config.data.row_length,
-            multiple=multiple,
-        )
+        parts = build.batch_parts(section, partitioner, layout=config.data.layout)
+        layout = build.pair_layout(config, [*pairs, *held_out], batch=section.batch, parts=parts)
         model, variables = build.load_policy(config, config.dpo_policy(), tokenizer, name="dpo.policy")
         ref_logps, held_out_ref = reference_values(
             config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner
@@ -78,6 +71,7 @@ def run(config: Config) -> int:
                 "data": data_digest(pairs),
                 "start": weights_digest(variables),
             },
+            reports=[pairs.report, held_out.report],
             partitioner=partitioner,
             evaluate=evaluate,
             check=functools.partial(

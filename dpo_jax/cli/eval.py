@@ -13,17 +13,17 @@ import numpy as np
 
 from dpo_jax.cli import build
 from dpo_jax.cli.card import dpo_card, result_table
-from dpo_jax.cli.config import Config
+from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.cli.refs import reference_values
 from dpo_jax.cli.sample import complete
 from dpo_jax.data import reviews
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import completion_rows
-from dpo_jax.data.loader import in_order, plan_layout, round_up
+from dpo_jax.data.loader import in_order, round_up
 from dpo_jax.evals.preference import held_out_logps, mean_with_error, preference_summary
 from dpo_jax.logps import sequence_logps
 from dpo_jax.reference import reference_logps, weights_digest
-from dpo_jax.runtime.rundir import RunDir, write_json
+from dpo_jax.runtime.rundir import RunDir, RunLocked, write_json
 from dpo_jax.types import Model, Variables
 
 
@@ -33,21 +33,18 @@ def run(config: Config) -> int:
     of_run = Path(config.eval_policy()) == Path(config.run.dir) / "dpo" / "export"
     with build.open_run(config, "eval") as run_dir:
         partitioner = build.make_partitioner(config)
-        tokenizer = build.tokenizer_of(config, model_path=config.eval_policy())
+        tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
         preferences = build.load_split(config, "test", tokenizer)
         held_out = build.encode_split(config, preferences, tokenizer)
+        build.describe(run_dir, config, held_out.report)
         model, reference = build.load_policy(config, config.dpo_policy(), tokenizer, name="eval.reference")
         _, policy = build.load_policy(config, config.eval_policy(), tokenizer, name="eval.policy")
+        if jax.tree.map(np.shape, policy) != jax.tree.map(np.shape, reference):
+            raise ConfigError(f"eval.reference: {config.dpo_policy()} has other weights than the policy, not only other values")
         loss = build.make_loss(config.dpo)
 
         (ref_logps,) = reference_values(config, model, reference, tokenizer, [held_out], partitioner=partitioner)
-        layout = plan_layout(
-            held_out,
-            kind=config.data.layout,
-            batch=config.eval.batch,
-            length=config.data.row_length,
-            multiple=partitioner.devices,
-        )
+        layout = build.pair_layout(config, held_out, batch=config.eval.batch, parts=partitioner.devices)
         compiled, on_device = (
             partitioner.compile_map(functools.partial(reference_logps, model)),
             partitioner.put_variables(policy),
@@ -59,6 +56,7 @@ def run(config: Config) -> int:
         )
         report: dict[str, Any] = {
             "pairs": len(held_out),
+            "settings": _settings(config),
             "weights": {"policy": weights_digest(policy), "reference": weights_digest(reference)},
             "reference": preference_summary(ref_logps, ref_logps, loss=loss),
             "policy": preference_summary(logps, ref_logps, loss=loss),
@@ -125,8 +123,21 @@ def _prompts(held_out: list[Encoded], count: int, tokenizer: Any) -> tuple[list[
 
 
 def _update_card(config: Config, report: dict[str, Any]) -> None:
-    """The model card of the run that was evaluated gets the table. Training may own that directory just now: take its lock."""
-    with RunDir(Path(config.run.dir) / "dpo") as run_dir:
-        card = dpo_card(config, run_dir, report=report)
-        run_dir.card.write_text(card, encoding="utf-8")
-        (run_dir.export / "README.md").write_text(card, encoding="utf-8")
+    """The model card of the run that was evaluated gets the table, if that was measured with the run's own settings."""
+    try:
+        with RunDir(Path(config.run.dir) / "dpo") as run_dir:
+            trained = load_config(run_dir.config)
+            if _settings(trained) != _settings(config):
+                print(f"{run_dir.card} is left as it is: the run was trained with {_settings(trained)}")
+                return
+            card = dpo_card(trained, run_dir, report=report)
+            run_dir.card.write_text(card, encoding="utf-8")
+            (run_dir.export / "README.md").write_text(card, encoding="utf-8")
+    except (RunLocked, ConfigError) as error:  # training again just now, or a folder that was copied here
+        print(f"the model card is left as it is: {error}")
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What the figures of the table depend on besides weights and data."""
+    names = ("loss", "beta", "label_smoothing", "reference_free")
+    return {**{name: getattr(config.dpo, name) for name in names}, "reference": config.dpo_policy()}

@@ -20,18 +20,18 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 def run(config: Config) -> int:
-    directory = Path(config.export.checkpoint or f"{config.run.dir}/dpo/checkpoints")
+    directory = Path(config.export.checkpoint or f"{config.run.dir}/dpo/checkpoints").resolve()
     written_by = directory.parent / "config.yaml"
-    if not written_by.is_file():
-        raise ConfigError(f"export.checkpoint: {directory}: no run wrote checkpoints here (there is no {written_by})")
+    if not (written_by.is_file() and directory.is_dir()):
+        raise ConfigError(f"export.checkpoint: {directory}: no run wrote checkpoints here (there must be a {written_by})")
     task, original = directory.parent.name, load_config(written_by)
     start = original.model.path if task == "sft" else original.dpo_policy()
-    tokenizer = build.tokenizer_of(original, model_path=start)
+    tokenizer = build.tokenizer_of(original, model_path=start, name="model.path" if task == "sft" else "dpo.policy")
     hf = load_hf_config(start) if start is not None else build.new_hf_config(original, tokenizer)
     model = make_model(decoder_config(hf))
     tx = build.make_tx(original.sft if task == "sft" else original.dpo)
     abstract = jax.eval_shape(lambda: init_state(model.init(jax.random.key(0)), tx))
-    with Checkpoints(directory, max_to_keep=original.run.max_to_keep) as checkpoints:
+    with Checkpoints(directory, read_only=True) as checkpoints:
         found = checkpoints.restore_latest(abstract)
     if found is None:
         raise ConfigError(f"export.checkpoint: {directory} holds no checkpoint; train first")

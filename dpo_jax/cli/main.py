@@ -8,7 +8,7 @@ Exit codes:
     65   bad data, and data.on_bad is refuse
     73   another run uses the run directory
     74   a file cannot be read or written (missing, no permission, disk full, damaged)
-    76   loss or gradient is NaN or infinite
+    76   a loss, gradient or log-probability is NaN or infinite
     130  interrupted from the keyboard
     143  asked to stop (SIGTERM): the state is saved, and the same command continues
 
@@ -69,6 +69,8 @@ EXIT_CODES = (
     ("dpo_jax.runtime.rundir", "RunLocked", 73),
     ("dpo_jax.runtime.checkpoint", "CheckpointDamaged", 74),
     ("dpo_jax.runtime.fit", "NonFinite", 76),
+    ("dpo_jax.reference", "BrokenReference", 76),
+    ("dpo_jax.evals.preference", "NonFiniteLogps", 76),
     ("dpo_jax.runtime.fit", "Preempted", 143),
 )
 
@@ -136,6 +138,8 @@ def _run(args: list[str]) -> int:
     if name not in COMMANDS:
         raise ConfigError(f"{name}: unknown command{suggest(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
     config = parse(name, rest)
+    # transformers advises to install PyTorch, which this program has no use for.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     module, function = COMMANDS[name].target.split(":")
     return getattr(importlib.import_module(module), function)(config)
 

@@ -15,10 +15,10 @@ def run(config: Config) -> int:
         named = config.tokenizer.path or config.model.path
         tokenizer = build.tokenizer_of(config, model_path=config.model.path) if named else None
         splits = {
-            name: build.load_split(config, split, tokenizer)
-            for split, name in (("train", config.data.train_split), ("test", config.data.test_split))
+            config.data.train_split: build.load_split(config, "train", tokenizer),
+            config.data.test_split: build.load_split(config, "test", tokenizer),
         }
-        build.write_data_report(run_dir, *(preferences.report for preferences in splits.values()))
+        build.describe(run_dir, config, *(preferences.report for preferences in splits.values()))
         for preferences in splits.values():
             print(preferences.report.summary())
         folder = write_tfds(splits, Path(config.prepare.out or f"{config.run.dir}/tfds"))

@@ -13,19 +13,20 @@ from tqdm import tqdm
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.loader import Batch, in_order, plan_layout
+from dpo_jax.data.loader import Batch, in_order
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.reference import ReferenceCache, fill_cache, reference_logps, weights_digest
 from dpo_jax.types import Model, Partitioner, Variables
 
 
 def run(config: Config) -> int:
-    with build.open_run(config, "refs"):
+    with build.open_run(config, "refs") as run_dir:
         partitioner = build.make_partitioner(config)
-        tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy())
+        tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
         splits = [
             build.encode_split(config, build.load_split(config, name, tokenizer), tokenizer) for name in ("train", "test")
         ]
+        build.describe(run_dir, config, *(split.report for split in splits))
         model, variables = build.load_policy(config, config.dpo_policy(), tokenizer, name="dpo.policy")
         values = reference_values(config, model, variables, tokenizer, splits, partitioner=partitioner)
         for name, logps in zip(("train", "test"), values, strict=True):
@@ -48,13 +49,7 @@ def reference_values(
     if cache.damaged:
         print(f"{cache.directory}: {cache.damaged} damaged records are computed again", flush=True)
     pairs = [pair for split in splits for pair in split]
-    layout = plan_layout(
-        pairs,
-        kind=config.data.layout,
-        batch=config.refs.batch,
-        length=config.data.row_length,
-        multiple=partitioner.devices,
-    )
+    layout = build.pair_layout(config, pairs, batch=config.refs.batch, parts=partitioner.devices)
     on_device = partitioner.put_variables(variables)
     compiled = partitioner.compile_map(functools.partial(reference_logps, model))
     missing = len(cache.missing(pairs))

@@ -26,7 +26,7 @@ class Completions(NamedTuple):
 def run(config: Config) -> int:
     section = config.sample
     path = config.sample_policy()
-    tokenizer = build.tokenizer_of(config, model_path=path)
+    tokenizer = build.tokenizer_of(config, model_path=path, name="sample.policy")
     texts = prompts_of_file(section.prompts_file) if section.prompts_file else held_out_prompts(config, tokenizer)
     model, variables = build.load_policy(config, path, tokenizer, name="sample.policy")
     prompts = [np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
@@ -102,7 +102,7 @@ def prompts_of_file(name: str) -> list[str]:
     """One prompt a line, or the "prompt" field of each line of a .jsonl file. Raises `ConfigError` naming file and line."""
     prompts = []
     try:
-        lines = Path(name).read_text(encoding="utf-8").splitlines()
+        lines = Path(name).read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON may hold U+2028 as it is
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"sample.prompts_file: {name}: {error}") from error
     for number, line in enumerate(lines, start=1):

@@ -23,13 +23,12 @@ from dpo_jax.types import TrainState
 
 def run(config: Config) -> int:
     section, data = config.sft, config.data
-    with build.open_run(config, "sft") as run_dir:
+    with build.open_run(config, "sft", continues=True) as run_dir:
         partitioner = build.make_partitioner(config)
         tokenizer = build.tokenizer_of(config, model_path=config.model.path)
         train_set, test_set = (build.load_split(config, split, tokenizer) for split in ("train", "test"))
         # Encoding the pairs, too, makes SFT refuse the same bad rows as DPO: both see the same data.
         pairs = [build.encode_split(config, preferences, tokenizer) for preferences in (train_set, test_set)]
-        build.write_data_report(run_dir, *(encoded.report for encoded in pairs))
         limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length, "truncation": data.truncation}
         kept = [build.only_kept(split, encoded) for split, encoded in zip((train_set, test_set), pairs, strict=True)]
         (texts, uids), (held_out, _) = (
@@ -37,8 +36,8 @@ def run(config: Config) -> int:
         )
         model, variables = build.start_model(config, tokenizer)
         kind = "plain" if data.layout == "shared" else data.layout  # a single completion shares its prompt with nobody
-        multiple = build.rows_multiple(section, partitioner, layout=kind)
-        layout = plan_layout([*texts, *held_out], kind=kind, batch=section.batch, length=data.row_length, multiple=multiple)
+        parts = build.batch_parts(section, partitioner, layout=kind)
+        layout = plan_layout([*texts, *held_out], kind=kind, batch=section.batch, length=data.row_length, multiple=parts)
         tx = build.make_tx(section)
         step = functools.partial(
             sft_step, model=model, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name
@@ -67,6 +66,7 @@ def run(config: Config) -> int:
                 "data": data_digest(texts),
                 "start": weights_digest(variables),
             },
+            reports=[encoded.report for encoded in pairs],
             partitioner=partitioner,
             evaluate=evaluate,
             unit="texts",

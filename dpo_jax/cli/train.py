@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
 from dpo_jax.data.loader import Batch
+from dpo_jax.data.pairs import DataReport
 from dpo_jax.evals.plots import plot_training
 from dpo_jax.models.hf import save_hf
 from dpo_jax.runtime.checkpoint import Checkpoints
-from dpo_jax.runtime.fit import fit
-from dpo_jax.runtime.metrics import MetricsLog, Progress, TensorBoardWriter, WandbWriter, read_metrics
+from dpo_jax.runtime.fit import NonFinite, fit
+from dpo_jax.runtime.metrics import MetricsLog, Progress, TensorBoardWriter, WandbWriter, is_evaluation, read_metrics
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.types import Model, Partitioner, TrainState
 
@@ -34,6 +37,7 @@ def train(
     total_steps: int,
     lr: Callable[[int], Any],
     fingerprint: Mapping[str, Any],
+    reports: Sequence[DataReport],
     partitioner: Partitioner,
     evaluate: Evaluate,
     check: Callable[[int, dict[str, float]], None] | None = None,
@@ -41,6 +45,7 @@ def train(
 ) -> TrainState:
     """Trains from `state` or from the newest good checkpoint, and returns the final state on the host.
 
+    `reports` say what became of the data, and are written beside the configuration once the run is known to be the same.
     `fingerprint` is what a resumed run must have in common with the one that wrote the checkpoint; a difference is a
     `ConfigError` that names it. Of `step` and `evaluate`, the states are in the partitioner's form.
     """
@@ -52,6 +57,8 @@ def train(
         writers.append(WandbWriter(config.run.wandb, directory=run.path, config=fingerprint))
     with Checkpoints(run.checkpoints, max_to_keep=config.run.max_to_keep) as checkpoints:
         state = _resume(config, run, state, checkpoints, meta)
+        build.describe(run, config, *reports)
+        evaluate = functools.partial(_finite, evaluate)
         with MetricsLog(run.metrics, writers=writers) as log:
             state = fit(
                 partitioner.compile_step(step),
@@ -70,7 +77,21 @@ def train(
                 unit=unit,
                 get_state=partitioner.get_state,
             )
+            # A signal during the last step saves the state without judging it.
+            if not any(is_evaluation(row) and row["step"] == total_steps for row in read_metrics(run.metrics)):
+                log.write({"step": total_steps} | {f"eval/{k}": v for k, v in evaluate(state, total_steps).items()})
     return partitioner.get_state(state)
+
+
+def _finite(evaluate: Evaluate, state: TrainState, done: int) -> Mapping[str, Any]:
+    """Raises `NonFinite`. The loss of a step judges the weights before its update; only this judges those after the last."""
+    metrics = evaluate(state, done)
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise NonFinite(
+                f"held-out {name} is {value} after {done} steps; the last good checkpoint is kept", step=done, uids=[]
+            )
+    return metrics
 
 
 def _resume(config: Config, run: RunDir, state: TrainState, checkpoints: Checkpoints, meta: Mapping[str, Any]) -> TrainState:
