@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from dpo_jax.cli import main as program
-from dpo_jax.cli.config import Config, ConfigError, DpoConfig, dump_config, help_texts, load_config, problems
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig, dump_config, help_text, load_config, problems
 from dpo_jax.cli.config_file import types_of
 
 ROOT = Path(__file__).parent.parent
@@ -70,7 +70,7 @@ def error_of(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("dpo:\n  beat: 1", r'bad.yaml:2: dpo.beat: unknown key; did you mean "beta"\? \(section dpo has: policy, loss,'),
+        ("dpo:\n  beat: 1", r'bad.yaml:2: dpo.beat: unknown key; did you mean "beta"\? \(section dpo has: batch, epochs,'),
         ("dop: {}", r'bad.yaml:1: dop: unknown section; did you mean "dpo"\?'),
         ("dpo: {1: 2}", "bad.yaml:1: dpo.1: unknown key"),
         ("dpo: {[1]: 2}", "bad.yaml:1: dpo.a list: unknown key"),
@@ -99,7 +99,7 @@ def error_of(tmp_path, text):
         ("run: {dir: a\0b}", "bad.yaml: not valid YAML"),
         ("dpo:\n\n  beta: -3", "bad.yaml:3: dpo.beta: must be greater than 0, got -3"),
         ("dpo: {lr: nan}", "bad.yaml:1: dpo.lr: must be a finite number"),
-        ("dpo: {batch: 10, microbatches: 4}", "dpo.microbatches: must divide batch: 10 pairs do not split into 4 equal parts"),
+        ("dpo: {batch: 10, microbatches: 4}", "dpo.microbatches: must divide batch: 10 do not split into 4 equal parts"),
         ("dpo: {label_smoothing: 0.5}", "dpo.label_smoothing: must be at least 0 and below 0.5"),
         ("dpo: {loss: ipo, label_smoothing: 0.1}", "dpo.label_smoothing: IPO has no label smoothing"),
         ("dpo: {loss: ipo, reference_free: true}", "dpo.reference_free: IPO compares with the reference"),
@@ -162,7 +162,7 @@ def test_dump_keeps_awkward_texts(tmp_path):
 @pytest.mark.parametrize(("section", "option"), OPTIONS)
 def test_every_option_is_explained_and_read(section, option):
     config_class = type(getattr(Config(), section))
-    assert len(help_texts()[config_class.__name__, option]) > 10
+    assert len(help_text(config_class, option)) > 10
     readers = [file for file in (ROOT / "dpo_jax").rglob("*.py") if file.name not in ("config.py", "config_file.py", "main.py")]
     used = re.compile(rf"\.{option}\b|\"{option}\"")
     assert any(used.search(file.read_text()) for file in readers), f"nothing reads {section}.{option}"

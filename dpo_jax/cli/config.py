@@ -42,11 +42,6 @@ def _not_negative(section: object, *fields: str) -> Iterator[Problem]:
             yield field, f"must not be negative, got {value}"
 
 
-def _divides(section: SftConfig | DpoConfig) -> Iterator[Problem]:
-    if section.batch > 0 and section.microbatches > 0 and section.batch % section.microbatches:
-        yield "microbatches", f"must divide batch: {section.batch} pairs do not split into {section.microbatches} equal parts"
-
-
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Where a run lives, on what it runs, and what it writes."""
@@ -197,11 +192,11 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SftConfig:
-    """Supervised fine-tuning: the policy, and the reference of DPO."""
+class TrainingConfig:
+    """What every training command has. Defaults are the paper's."""
 
     batch: int = 64
-    """Texts an optimizer step."""
+    """Texts (sft) or pairs (dpo) an optimizer step."""
     epochs: int = 1
     """Passes over the train split."""
     lr: float = 1e-6
@@ -214,13 +209,20 @@ class SftConfig:
     """Gradients are scaled down to this global L2 norm."""
     microbatches: int = 1
     """Parts into which a batch is split to save memory; the result is the same."""
-    scored: Literal["completion", "all"] = "completion"
-    """Tokens the loss counts: those of the completion, or all (plain language modelling)."""
 
     def check(self) -> Iterator[Problem]:
         yield from _positive(self, "batch", "epochs", "lr", "max_grad_norm", "microbatches")
         yield from _not_negative(self, "warmup_steps")
-        yield from _divides(self)
+        if self.batch > 0 and self.microbatches > 0 and self.batch % self.microbatches:
+            yield "microbatches", f"must divide batch: {self.batch} do not split into {self.microbatches} equal parts"
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig(TrainingConfig):
+    """Supervised fine-tuning: the policy, and the reference of DPO."""
+
+    scored: Literal["completion", "all"] = "completion"
+    """Tokens the loss counts: those of the completion, or all (plain language modelling)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +239,7 @@ class RefsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DpoConfig:
+class DpoConfig(TrainingConfig):
     """Direct Preference Optimization (Rafailov et al. 2023). Defaults are the paper's."""
 
     policy: str | None = None
@@ -250,25 +252,10 @@ class DpoConfig:
     """Assumed share of swapped labels (conservative DPO), 0 to below 0.5; loss dpo only."""
     reference_free: bool = False
     """Take a uniform reference instead of the starting policy; loss dpo only."""
-    batch: int = 64
-    """Pairs an optimizer step."""
-    epochs: int = 1
-    """Passes over the train split."""
-    lr: float = 1e-6
-    """Learning rate after warm-up."""
-    optimizer: Optimizer = "rmsprop"
-    """RMSprop as in the original (decay 0.99, eps 1e-8), or AdamW."""
-    warmup_steps: int = 150
-    """Optimizer steps of linear warm-up from 0."""
-    max_grad_norm: float = 10.0
-    """Gradients are scaled down to this global L2 norm."""
-    microbatches: int = 1
-    """Parts into which a batch is split to save memory; the result is the same."""
 
     def check(self) -> Iterator[Problem]:
-        yield from _positive(self, "beta", "batch", "epochs", "lr", "max_grad_norm", "microbatches")
-        yield from _not_negative(self, "warmup_steps")
-        yield from _divides(self)
+        yield from super().check()
+        yield from _positive(self, "beta")
         if not 0 <= self.label_smoothing < 0.5:
             yield "label_smoothing", f"must be at least 0 and below 0.5, got {self.label_smoothing}"
         if self.loss == "ipo" and self.label_smoothing:
@@ -429,9 +416,14 @@ def dump_config(config: Config) -> str:
     return config_file.text(config)
 
 
+def help_text(section: type, option: str) -> str:
+    """The text written under an option in this file, also where a section inherits it."""
+    texts = _texts()
+    return next(texts[cls.__name__, option] for cls in section.__mro__ if (cls.__name__, option) in texts)
+
+
 @functools.cache
-def help_texts() -> dict[tuple[str, str], str]:
-    """(section class, field) -> the text written under the field in this file."""
+def _texts() -> dict[tuple[str, str], str]:
     texts = {}
     for node in ast.parse(inspect.getsource(sys.modules[__name__])).body:
         body = node.body if isinstance(node, ast.ClassDef) else []

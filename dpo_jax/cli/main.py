@@ -183,7 +183,7 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
         if hasattr(config, section) and field not in shown.get(section, ()) and hasattr(getattr(config, section), field):
             readers = [other for other, spec in COMMANDS.items() if {section, f"{section}.{field}"} & set(spec.reads)]
             raise ConfigError(f"{flag}: {name} does not read this option ({', '.join(readers)} would)")
-    texts, views = options.help_texts(), []
+    views = []
     for section, fields in shown.items():
         current = getattr(config, section)
         cls, hints = type(current), types_of(type(current))
@@ -192,7 +192,7 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
             [
                 (
                     field,
-                    Annotated[hints[field], tyro.conf.arg(help=texts[cls.__name__, field])],
+                    Annotated[hints[field], tyro.conf.arg(help=options.help_text(cls, field))],
                     dataclasses.field(default=getattr(current, field)),
                 )
                 for field in fields
