@@ -100,17 +100,17 @@ def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any) -> 
         max_prompt_length=data.max_prompt_length,
         truncation=data.truncation,
         on_bad=data.on_bad,
-        row_length=data.row_length,
+        row_length=None if data.layout == "plain" else data.row_length,  # a plain row holds one side, within max_length
     )
     report = encoded.report
     if report.bad_share > data.max_dropped_share:
         raise DataError(
-            f"{report.summary()}\n{report.bad_share:.1%} of the rows were dropped as bad, more than --data.max-dropped-share "
-            f"{data.max_dropped_share:.1%} allows: repair the data, or raise that limit",
+            f"{report.summary()}\n{report.reasons()}{report.bad_share:.1%} of the rows were dropped as bad, more than "
+            f"--data.max-dropped-share {data.max_dropped_share:.1%} allows: repair the data, or raise that limit",
             causes=[Cause(cause) for cause in report.dropped],
         )
     if not len(encoded):
-        raise DataError(f"{report.summary()}\nno pair is left", causes=[Cause.NO_ROWS])
+        raise DataError(f"{report.summary()}\n{report.reasons()}no pair is left", causes=[Cause.NO_ROWS])
     return encoded
 
 
