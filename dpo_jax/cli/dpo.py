@@ -37,8 +37,9 @@ def run(config: Config) -> int:
         parts = build.batch_parts(section, partitioner, layout=config.data.layout)
         layout = build.pair_layout(config, [*pairs, *held_out], batch=section.batch, parts=parts)
         model, variables = build.load_policy(config, config.dpo_policy(), tokenizer, name="dpo.policy")
+        start = weights_digest(variables)
         ref_logps, held_out_ref = reference_values(
-            config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner
+            config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner, weights=start
         )
         loss, tx = build.make_loss(section), build.make_tx(section)
         step = functools.partial(
@@ -69,7 +70,7 @@ def run(config: Config) -> int:
             fingerprint={
                 **build.fingerprint(config, section),
                 "data": data_digest(pairs),
-                "start": weights_digest(variables),
+                "start": start,
             },
             reports=[pairs.report, held_out.report],
             partitioner=partitioner,

@@ -28,7 +28,8 @@ def run(config: Config) -> int:
         ]
         build.describe(run_dir, config, *(split.report for split in splits))
         model, variables = build.load_policy(config, config.dpo_policy(), tokenizer, name="dpo.policy")
-        values = reference_values(config, model, variables, tokenizer, splits, partitioner=partitioner)
+        digest = weights_digest(variables)
+        values = reference_values(config, model, variables, tokenizer, splits, partitioner=partitioner, weights=digest)
         for name, logps in zip(("train", "test"), values, strict=True):
             chosen, rejected = logps.mean(axis=0)
             print(f"{name}: {len(logps):,} pairs, mean log pi_ref(chosen) {chosen:.2f}, of rejected {rejected:.2f} nats")
@@ -43,9 +44,13 @@ def reference_values(
     splits: Sequence[Sequence[Encoded]],
     *,
     partitioner: Partitioner,
+    weights: str,
 ) -> list[np.ndarray]:
-    """log pi_ref of every pair of `splits`, float32[n, 2] each: read from the cache, after computing what it lacks."""
-    cache = ReferenceCache(config.refs_cache(), identity(config, variables, tokenizer))
+    """log pi_ref of every pair of `splits`, float32[n, 2] each: read from the cache, after computing what it lacks.
+
+    `weights` is the `weights_digest` of `variables`, which takes seconds per billion parameters: callers need it, too.
+    """
+    cache = ReferenceCache(config.refs_cache(), identity(config, weights, tokenizer))
     if cache.damaged:
         print(f"{cache.directory}: {cache.damaged} damaged records are computed again", flush=True)
     pairs = [pair for split in splits for pair in split]
@@ -71,10 +76,10 @@ def reference_values(
     return [cache.lookup(split) for split in splits]
 
 
-def identity(config: Config, variables: Variables, tokenizer: Any) -> dict[str, Any]:
+def identity(config: Config, weights: str, tokenizer: Any) -> dict[str, Any]:
     """Everything that reference log-probabilities depend on."""
     return {
-        "weights": weights_digest(variables),
+        "weights": weights,
         "tokenizer": tokenizer_digest(tokenizer),
         "max_length": config.data.max_length,
         "max_prompt_length": config.data.max_prompt_length,
