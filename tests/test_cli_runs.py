@@ -213,6 +213,12 @@ def test_audit_reports_lengths_and_padding_before_any_training(done):
     assert 0 < report["train"]["rows"]["padding"] < 1
 
 
+def test_only_rows_that_hold_a_whole_pair_need_room_for_both_sides(done, tmp_path):
+    limits = ("--run.dir", tmp_path, "--data.row-length", 96)
+    assert call("audit", done.config, *limits, "--data.layout", "plain").code == 0
+    assert "no_room" in refused(65, "audit", done.config, *limits, "--data.layout", "shared")
+
+
 def test_sample_prints_or_writes_completions_of_ones_own_prompts(done, tmp_path):
     lines = [json.loads(line) for line in done.printed["sample"].splitlines()]
     assert [set(line) for line in lines] == [{"prompt", "completion", "logp", "tokens"}] * 2
