@@ -1,6 +1,7 @@
 """The program from end to end on a tiny model: what a run leaves, how it continues, and what it refuses, by exit code."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -125,6 +126,23 @@ def with_weights(source, target, change):
 
 
 # What a run leaves behind.
+
+
+def test_training_holds_weights_and_optimizer_state_once(done, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def look(step, state, stream, **options):
+        gc.collect()
+        held = sum(array.nbytes for array in jax.live_arrays()) - before
+        assert held <= 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        raise Seen
+
+    monkeypatch.setattr("dpo_jax.cli.train.fit", look)
+    gc.collect()
+    before = sum(array.nbytes for array in jax.live_arrays())
+    with pytest.raises(Seen):
+        call("dpo", done.config, "--run.dir", tmp_path, "--dpo.policy", done / "sft" / "export")
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])

@@ -43,7 +43,7 @@ def train(
     check: Callable[[int, dict[str, float]], None] | None = None,
     unit: str = "pairs",
 ) -> TrainState:
-    """Trains from `state` or from the newest good checkpoint, and returns the final state on the host.
+    """Trains from `state`, which is consumed, or from the newest good checkpoint. Returns the final state on the host.
 
     `reports` say what became of the data, and are written beside the configuration once the run is known to be the same.
     `fingerprint` is what a resumed run must have in common with the one that wrote the checkpoint; a difference is a
@@ -56,13 +56,14 @@ def train(
     if config.run.wandb is not None:
         writers.append(WandbWriter(config.run.wandb, directory=run.path, config=fingerprint))
     with Checkpoints(run.checkpoints, max_to_keep=config.run.max_to_keep) as checkpoints:
-        state = _resume(config, run, state, checkpoints, meta)
+        placed = partitioner.put_state(_resume(config, run, state, checkpoints, meta))
+        _free(state)
         build.describe(run, config, *reports)
         evaluate = functools.partial(_finite, evaluate)
         with MetricsLog(run.metrics, writers=writers) as log:
             state = fit(
                 partitioner.compile_step(step),
-                partitioner.put_state(state),
+                placed,
                 stream,
                 total_steps=total_steps,
                 lr=lr,
@@ -81,6 +82,13 @@ def train(
             if not any(is_evaluation(row) and row["step"] == total_steps for row in read_metrics(run.metrics)):
                 log.write({"step": total_steps} | {f"eval/{k}": v for k, v in evaluate(state, total_steps).items()})
     return partitioner.get_state(state)
+
+
+def _free(state: TrainState) -> None:
+    """Gives back the device memory of a state that was copied to its place: a large model does not fit beside itself."""
+    for leaf in jax.tree.leaves(state):
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
 
 
 def _finite(evaluate: Evaluate, state: TrainState, done: int) -> Mapping[str, Any]:
