@@ -186,7 +186,7 @@ def fill_cache(
     """
     todo = [pairs[number] for number in cache.missing(pairs)]
     for indices, batch in batches(todo):
-        values, place = logps(batch.rows), np.asarray(batch.rows.index)
+        values, place = logps(batch.rows), batch.index
         cache.add([todo[indices[i]] for i in place[place >= 0]], values[place >= 0])
         progress(batch)
     return len(todo)

@@ -30,8 +30,9 @@ from dpo_jax.losses import dpo_loss, ipo_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.hf import load_config, load_hf, resolve
+from dpo_jax.runtime.mesh import MeshError, make_mesh
 from dpo_jax.runtime.optim import Schedule, linear_warmup, make_optimizer
-from dpo_jax.runtime.parallel import pmap_partitioner, single_device
+from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.types import Model, Partitioner, Variables
 
@@ -71,8 +72,18 @@ def _check_writers(config: Config) -> None:
             raise ConfigError(f"run.{option}: needs the package {package}: pip install 'dpo_jax[writers]', or leave it off")
 
 
-def make_partitioner(config: Config) -> Partitioner:
-    return pmap_partitioner() if config.run.devices == "pmap" else single_device()
+def make_partitioner(config: Config, model: Model) -> Partitioner:
+    """Raises `ConfigError` where mesh, devices and model do not fit each other."""
+    if config.run.devices == "pmap":
+        return pmap_partitioner()
+    if config.run.devices == "single":
+        return single_device()
+    whole_heads = {axis: model.config.head_size for axis in ("heads", "kv_heads")}
+    try:
+        mesh = make_mesh(**dataclasses.asdict(config.mesh))
+        return mesh_partitioner(mesh, model, units=whole_heads)
+    except MeshError as error:
+        raise ConfigError(f"mesh: {error}") from error
 
 
 def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any = None) -> PreferenceSet:
@@ -150,13 +161,22 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     return load_tokenizer(kept)
 
 
-def start_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> tuple[Model, Variables]:
-    """The model that SFT starts from: `model.path`, or new random weights of the sizes in `model`."""
+def start_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> Model:
+    """The model that SFT starts from, without weights: that of `model.path`, or a new one of the sizes in `model`."""
     if config.model.path is not None:
-        return load_policy(config, config.model.path, tokenizer, name="model.path", expected=True)
-    hf = new_hf_config(config, tokenizer)
-    model = make_model(decoder_config(hf), dtype=PRECISIONS[config.run.precision], remat=config.model.remat)
-    return model, jax.jit(model.init)(jax.random.key(config.run.seed))
+        return policy_model(config, config.model.path, tokenizer, name="model.path", expected=True)
+    return _model(config, new_hf_config(config, tokenizer))
+
+
+def start_weights(config: Config, model: Model) -> Variables:
+    """Those of `model.path`, or new random ones."""
+    if config.model.path is not None:
+        return load_weights(config, config.model.path, name="model.path")
+    return jax.jit(model.init)(jax.random.key(config.run.seed))
+
+
+def _model(config: Config, hf: dict[str, Any]) -> Model:
+    return make_model(decoder_config(hf), dtype=PRECISIONS[config.run.precision], remat=config.model.remat)
 
 
 def new_hf_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -176,10 +196,11 @@ def new_hf_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[st
         raise ConfigError(f"model: {error}") from error
 
 
-def load_policy(
-    config: Config, path: str, tokenizer: PreTrainedTokenizerFast, *, name: str, expected: bool = False
-) -> tuple[Model, Variables]:
-    """A model folder, checked against the tokenizer and the length limits (and, if `expected`, the sizes in `model`)."""
+def policy_model(config: Config, path: str, tokenizer: PreTrainedTokenizerFast, *, name: str, expected: bool = False) -> Model:
+    """The model of a folder, checked against tokenizer and length limits (and, if `expected`, the sizes in `model`).
+
+    `name` is the option that `path` comes from. Weights are not read yet: what does not fit is refused at once.
+    """
     path = _existing(path, name)
     with _naming(name, path):
         hf = load_config(path)
@@ -191,8 +212,14 @@ def load_policy(
         )
     if expected:
         _check_sizes(config, decoder, path)
+    return _model(config, hf)
+
+
+def load_weights(config: Config, path: str, *, name: str) -> Variables:
+    """The weights in a folder whose model `policy_model` has checked."""
+    path = _existing(path, name)
     with _naming(name, path):
-        return load_hf(path, dtype=PRECISIONS[config.run.precision], remat=config.model.remat)
+        return load_hf(path)[1]
 
 
 @contextmanager
@@ -247,11 +274,11 @@ def pair_layout(config: Config, pairs: Sequence[Encoded], *, batch: int, parts: 
 
 def batch_parts(section: SftConfig | DpoConfig, partitioner: Partitioner, *, layout: str) -> int:
     """Into how many parts the rows of a batch are divided. Raises `ConfigError` where the batch does not divide."""
-    parts = partitioner.devices * section.microbatches
+    parts = partitioner.row_shards * section.microbatches
     name = "sft" if isinstance(section, SftConfig) else "dpo"
     if layout != "packed" and section.batch % parts:
         raise ConfigError(
-            f"{name}.batch: {section.batch} does not divide among {partitioner.devices} devices x {section.microbatches} "
+            f"{name}.batch: {section.batch} does not divide among {partitioner.row_shards} devices x {section.microbatches} "
             f"microbatches; use a multiple of {parts}"
         )
     return parts

@@ -50,8 +50,8 @@ class RunConfig:
     """Run directory. Every command has a folder of its own in it, and continues what it finds there."""
     seed: int = 0
     """Seed of everything random: new weights, order of the examples, samples."""
-    devices: Literal["single", "pmap"] = "single"
-    """One device, or every local device with the batch split among them."""
+    devices: Literal["single", "pmap", "mesh"] = "single"
+    """One device; all devices with the batch split among them (pmap); or all devices as the section mesh lays them out."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of activations. Parameters, optimizer state, log-softmax and sums are float32 either way."""
     save_every_steps: int = 200
@@ -76,6 +76,27 @@ class RunConfig:
         yield from _not_negative(self, "save_every_steps", "eval_every_examples")
         if self.wandb is not None and not self.wandb.strip():
             yield "wandb", "must name a project, or be null to leave wandb out"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How run.devices mesh lays out all devices of all hosts. The product is their number; -1 takes what is left."""
+
+    data: int = 1
+    """Copies of the parameters, each for its part of the batch."""
+    fsdp: int = -1
+    """Parts into which every matrix and its optimizer state are cut, each also for its part of the batch."""
+    tensor: int = 1
+    """Parts into which heads, MLP and vocabulary are divided; devices along it work on the same rows."""
+
+    def check(self) -> Iterator[Problem]:
+        sizes = dataclasses.asdict(self)
+        for field, size in sizes.items():
+            if size < 1 and size != -1:
+                yield field, f"must be at least 1, or -1 for what is left, got {size}"
+        free = [field for field, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            yield free[1], f"only one size can be -1, and {free[0]} is; set one of them"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +195,8 @@ class ModelConfig:
     """Use the input embeddings as output head; none: the family's default."""
     vocab_size: int | None = None
     """Rows of the embedding table; none: as many as the tokenizer has entries."""
-    remat: Literal["none", "full"] = "none"
-    """full recomputes each layer in the backward pass: much less memory, about a third more time."""
+    remat: Literal["none", "save_attention", "full"] = "none"
+    """What the backward pass computes again: no matrix product, all but attention, or whole layers (a third more time)."""
 
     def check(self) -> Iterator[Problem]:
         sizes = ("width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "max_positions", "vocab_size")
@@ -343,6 +364,7 @@ class Config:
     """All sections. `None` paths have defaults inside the run directory: read them through the methods below."""
 
     run: RunConfig = RunConfig()
+    mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()

@@ -29,14 +29,15 @@ class WrongStart(RuntimeError):
 def run(config: Config) -> int:
     section = config.dpo
     with build.open_run(config, "dpo", continues=True) as run_dir:
-        partitioner = build.make_partitioner(config)
         tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
+        model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy")
+        partitioner = build.make_partitioner(config, model)
         pairs, held_out = (
             build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
         )
         parts = build.batch_parts(section, partitioner, layout=config.data.layout)
         layout = build.pair_layout(config, [*pairs, *held_out], batch=section.batch, parts=parts)
-        model, variables = build.load_policy(config, config.dpo_policy(), tokenizer, name="dpo.policy")
+        variables = build.load_weights(config, config.dpo_policy(), name="dpo.policy")
         ref_logps, held_out_ref = reference_values(
             config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner
         )
@@ -49,7 +50,7 @@ def run(config: Config) -> int:
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             logps = held_out_logps(
                 lambda rows: policy_logps(state.variables, rows),
-                in_order(held_out, layout=layout, batch=section.batch),
+                in_order(held_out, layout=layout, batch=section.batch, part=partitioner.host_part),
                 pairs=len(held_out),
             )
             return preference_summary(logps, held_out_ref, loss=loss)
@@ -60,9 +61,15 @@ def run(config: Config) -> int:
             run_dir,
             section,
             step=step,
-            state=init_state(variables, tx),
+            state=partitioner.init_state(functools.partial(init_state, tx=tx), variables),
             stream=stream(
-                pairs, layout=layout, batch=section.batch, seed=config.run.seed, epochs=section.epochs, ref_logps=ref_logps
+                pairs,
+                layout=layout,
+                batch=section.batch,
+                seed=config.run.seed,
+                epochs=section.epochs,
+                ref_logps=ref_logps,
+                part=partitioner.host_part,
             ),
             total_steps=total_steps(len(pairs), batch=section.batch, epochs=section.epochs),
             lr=build.make_schedule(section),

@@ -32,26 +32,28 @@ def run(config: Config) -> int:
     config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, policy=config.eval_reference()))
     of_run = Path(config.eval_policy()) == Path(config.run.dir) / "dpo" / "export"
     with build.open_run(config, "eval") as run_dir:
-        partitioner = build.make_partitioner(config)
         tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
+        model = build.policy_model(config, config.dpo_policy(), tokenizer, name="eval.reference")
+        build.policy_model(config, config.eval_policy(), tokenizer, name="eval.policy")
+        partitioner = build.make_partitioner(config, model)
         preferences = build.load_split(config, "test", tokenizer)
         held_out = build.encode_split(config, preferences, tokenizer)
         build.describe(run_dir, config, held_out.report)
-        model, reference = build.load_policy(config, config.dpo_policy(), tokenizer, name="eval.reference")
-        _, policy = build.load_policy(config, config.eval_policy(), tokenizer, name="eval.policy")
+        reference = build.load_weights(config, config.dpo_policy(), name="eval.reference")
+        policy = build.load_weights(config, config.eval_policy(), name="eval.policy")
         if jax.tree.map(np.shape, policy) != jax.tree.map(np.shape, reference):
             raise ConfigError(f"eval.reference: {config.dpo_policy()} has other weights than the policy, not only other values")
         loss = build.make_loss(config.dpo)
 
         (ref_logps,) = reference_values(config, model, reference, tokenizer, [held_out], partitioner=partitioner)
-        layout = build.pair_layout(config, held_out, batch=config.eval.batch, parts=partitioner.devices)
+        layout = build.pair_layout(config, held_out, batch=config.eval.batch, parts=partitioner.row_shards)
         compiled, on_device = (
             partitioner.compile_map(functools.partial(reference_logps, model)),
             partitioner.put_variables(policy),
         )
         logps = held_out_logps(
             lambda rows: compiled(on_device, rows),
-            in_order(held_out, layout=layout, batch=config.eval.batch),
+            in_order(held_out, layout=layout, batch=config.eval.batch, part=partitioner.host_part),
             pairs=len(held_out),
         )
         report: dict[str, Any] = {

@@ -39,7 +39,7 @@ class Command(NamedTuple):
 
 
 # Every step of a run takes the sections that describe it, so that one set of flags serves them all.
-_RUN = ("run", "data", "tokenizer", "model")
+_RUN = ("run", "mesh", "data", "tokenizer", "model")
 _LOSS = ("dpo.policy", "dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.reference_free")
 COMMANDS = {
     "audit": Command("check the data and report on it, before any training", "dpo_jax.cli.audit:run", _RUN, ("data",)),

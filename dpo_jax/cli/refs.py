@@ -21,13 +21,14 @@ from dpo_jax.types import Model, Partitioner, Variables
 
 def run(config: Config) -> int:
     with build.open_run(config, "refs") as run_dir:
-        partitioner = build.make_partitioner(config)
         tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
+        model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy")
+        partitioner = build.make_partitioner(config, model)
         splits = [
             build.encode_split(config, build.load_split(config, name, tokenizer), tokenizer) for name in ("train", "test")
         ]
         build.describe(run_dir, config, *(split.report for split in splits))
-        model, variables = build.load_policy(config, config.dpo_policy(), tokenizer, name="dpo.policy")
+        variables = build.load_weights(config, config.dpo_policy(), name="dpo.policy")
         values = reference_values(config, model, variables, tokenizer, splits, partitioner=partitioner)
         for name, logps in zip(("train", "test"), values, strict=True):
             chosen, rejected = logps.mean(axis=0)
@@ -49,7 +50,7 @@ def reference_values(
     if cache.damaged:
         print(f"{cache.directory}: {cache.damaged} damaged records are computed again", flush=True)
     pairs = [pair for split in splits for pair in split]
-    layout = build.pair_layout(config, pairs, batch=config.refs.batch, parts=partitioner.devices)
+    layout = build.pair_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards)
     on_device = partitioner.put_variables(variables)
     compiled = partitioner.compile_map(functools.partial(reference_logps, model))
     missing = len(cache.missing(pairs))
@@ -64,7 +65,7 @@ def reference_values(
         fill_cache(
             cache,
             pairs,
-            batches=functools.partial(in_order, layout=layout, batch=config.refs.batch),
+            batches=functools.partial(in_order, layout=layout, batch=config.refs.batch, part=partitioner.host_part),
             logps=lambda rows: compiled(on_device, rows),
             progress=progress,
         )

@@ -43,11 +43,11 @@ def train(
     check: Callable[[int, dict[str, float]], None] | None = None,
     unit: str = "pairs",
 ) -> TrainState:
-    """Trains from `state` or from the newest good checkpoint, and returns the final state on the host.
+    """Trains from `state` or from the newest good checkpoint, and returns the final state as whole arrays on the host.
 
     `reports` say what became of the data, and are written beside the configuration once the run is known to be the same.
     `fingerprint` is what a resumed run must have in common with the one that wrote the checkpoint; a difference is a
-    `ConfigError` that names it. Of `step` and `evaluate`, the states are in the partitioner's form.
+    `ConfigError` that names it. All states but the one returned are in the partitioner's form.
     """
     meta = {"fingerprint": dict(fingerprint), "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")}}
     writers = []
@@ -56,13 +56,13 @@ def train(
     if config.run.wandb is not None:
         writers.append(WandbWriter(config.run.wandb, directory=run.path, config=fingerprint))
     with Checkpoints(run.checkpoints, max_to_keep=config.run.max_to_keep) as checkpoints:
-        state = _resume(config, run, state, checkpoints, meta)
+        state = _resume(config, run, state, checkpoints, meta, partitioner)
         build.describe(run, config, *reports)
         evaluate = functools.partial(_finite, evaluate)
         with MetricsLog(run.metrics, writers=writers) as log:
             state = fit(
                 partitioner.compile_step(step),
-                partitioner.put_state(state),
+                state,
                 stream,
                 total_steps=total_steps,
                 lr=lr,
@@ -80,7 +80,7 @@ def train(
             # A signal during the last step saves the state without judging it.
             if not any(is_evaluation(row) and row["step"] == total_steps for row in read_metrics(run.metrics)):
                 log.write({"step": total_steps} | {f"eval/{k}": v for k, v in evaluate(state, total_steps).items()})
-    return partitioner.get_state(state)
+    return partitioner.to_host(state)
 
 
 def _finite(evaluate: Evaluate, state: TrainState, done: int) -> Mapping[str, Any]:
@@ -94,9 +94,17 @@ def _finite(evaluate: Evaluate, state: TrainState, done: int) -> Mapping[str, An
     return metrics
 
 
-def _resume(config: Config, run: RunDir, state: TrainState, checkpoints: Checkpoints, meta: Mapping[str, Any]) -> TrainState:
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-    found = checkpoints.restore_latest(abstract)
+def _resume(
+    config: Config,
+    run: RunDir,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    meta: Mapping[str, Any],
+    partitioner: Partitioner,
+) -> TrainState:
+    if checkpoints.latest_step() is None:
+        return state
+    found = checkpoints.restore_latest(jax.tree.map(_as_saved, partitioner.get_state(state)))
     if found is None:
         return state
     restored, saved = found
@@ -114,7 +122,12 @@ def _resume(config: Config, run: RunDir, state: TrainState, checkpoints: Checkpo
             "Continue it with its own settings (its config.yaml), or choose another --run.dir."
         )
     print(f"continuing {run.path} after {int(restored.step)} steps", flush=True)
-    return restored
+    return partitioner.put_state(restored)
+
+
+def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
+    """A leaf in pieces is read in pieces: a host never holds all of it."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
 def leave_results(run: RunDir, model: Model, state: TrainState, tokenizer: Any, *, card: str) -> Path:
