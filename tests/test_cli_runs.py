@@ -16,15 +16,18 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_step import random_pairs
 
 from dpo_jax.cli import build
-from dpo_jax.cli.config import DpoConfig, load_config
+from dpo_jax.cli.config import Config, DataConfig, DpoConfig, load_config
 from dpo_jax.cli.dpo import TOLERANCE, WrongStart, loss_at_reference, starts_at_reference
 from dpo_jax.cli.main import main
+from dpo_jax.data.loader import stream
 from dpo_jax.evals.preference import preference_summary
 from dpo_jax.models.hf import load_hf
 from dpo_jax.reference import RECORD, ReferenceCache
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
+from dpo_jax.runtime.parallel import split_rows
 from dpo_jax.runtime.rundir import RunDir
 
 ROOT = Path(__file__).parent.parent
@@ -320,6 +323,18 @@ def test_the_reference_pass_fits_any_batch_to_any_number_of_devices(done, tmp_pa
     assert len(ours) == 7
     for key, values in ours.items():
         np.testing.assert_allclose(values, live[key], atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["plain", "shared", "packed"])
+@pytest.mark.parametrize(("batch", "parts"), [(3, 3), (6, 3), (4, 4), (5, 5)])
+def test_every_batch_divides_into_the_parts_without_tearing_a_pair(layout, batch, parts):
+    pairs = random_pairs(7)  # the last batch is a part of one
+    config = Config(data=DataConfig(layout=layout))
+    at = stream(pairs, layout=build.pair_layout(config, pairs, batch=batch, parts=parts), batch=batch, seed=0, epochs=1)
+    for step in range(-(-7 // batch)):
+        rows = split_rows(at(step).rows, parts)  # raises where it does not divide
+        assert rows.tokens.shape[1] * rows.slots == 2 * rows.index.shape[1] == 2 * rows.weight.shape[1]
+        assert rows.weight.sum() == len(at(step).uids)
 
 
 def entries(folder):

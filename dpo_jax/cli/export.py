@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import jax
@@ -31,6 +32,7 @@ def run(config: Config) -> int:
     model = make_model(decoder_config(hf))
     tx = build.make_tx(original.sft if task == "sft" else original.dpo)
     abstract = jax.eval_shape(lambda: init_state(model.init(jax.random.key(0)), tx))
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is asked for: that it will write nothing
     with Checkpoints(directory, read_only=True) as checkpoints:
         found = checkpoints.restore_latest(abstract)
     if found is None:
