@@ -237,7 +237,7 @@ def toy(axes, shape=(8, 6)):
         (
             toy(("embed", "mlp")),
             {},
-            r"params.kernel \(8, 6\): axis 'mlp' of 6 does not divide among tensor 4; the nearest .* is 3",
+            r"params.kernel \(8, 6\): axis 'mlp' of 6 does not divide among tensor 4; the nearest .* is 2",
         ),
         (toy(("embed", "heads"), (8, 16)), {"heads": 8}, r"axis 'heads' of 2 x 8 does not divide among tensor 4; .* is 2"),
         (toy(("mlp", "vocab")), {}, r"params.kernel \(8, 6\): its axes 'mlp' and 'vocab' would both lie along tensor"),

@@ -130,13 +130,13 @@ def _spec(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh:
             what = f"axis {axis!r} of {length // unit}" + (f" x {unit}" if unit > 1 else "")
             raise MeshError(
                 f"{name} {shape}: {what} does not divide among {over} {mesh.shape[over]}; "
-                f"the nearest size that does is {_nearest(length // unit, mesh.shape[over])}"
+                f"the nearest size that does is {_nearest(length // unit, mesh.shape[over], mesh.size)}"
             )
     return PartitionSpec(*spec)
 
 
-def _nearest(length: int, size: int) -> int:
-    return next(smaller for smaller in range(size, 0, -1) if length % smaller == 0)
+def _nearest(length: int, size: int, devices: int) -> int:
+    return next(smaller for smaller in range(size, 0, -1) if length % smaller == 0 and devices % smaller == 0)
 
 
 def tree_shardings(tree: Any, variables: Mapping[tuple[str, ...], Any], mesh: Mesh) -> Any:
