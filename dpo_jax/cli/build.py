@@ -30,6 +30,7 @@ from dpo_jax.losses import dpo_loss, ipo_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.hf import load_config, load_hf, resolve
+from dpo_jax.runtime.hosts import HostsError, first_goes_first, is_first, start
 from dpo_jax.runtime.mesh import MeshError, make_mesh
 from dpo_jax.runtime.optim import Schedule, linear_warmup, make_optimizer
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
@@ -37,6 +38,16 @@ from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.types import Model, Partitioner, Variables
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def join_hosts(config: Config) -> bool:
+    """Joins the processes of `run.distributed`, before anything else uses JAX. Returns whether this is the first of them."""
+    run = config.run
+    try:
+        start(run.coordinator, run.num_processes, run.process_id, heartbeat_seconds=run.heartbeat_seconds)
+    except HostsError as error:
+        raise ConfigError(f"run.distributed: {error}") from error
+    return is_first()
 
 
 @contextmanager
@@ -47,7 +58,7 @@ def open_run(config: Config, task: str, *, continues: bool = False) -> Iterator[
     until `train` calls `describe`.
     """
     _check_writers(config)
-    with RunDir(Path(config.run.dir) / task) as run:
+    with RunDir(Path(config.run.dir) / task, lock=is_first()) as run:
         # The next task and a resumed run should not compile the same program again.
         jax.config.update("jax_compilation_cache_dir", str(Path(config.run.dir).absolute() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
@@ -58,7 +69,11 @@ def open_run(config: Config, task: str, *, continues: bool = False) -> Iterator[
 
 def describe(run: RunDir, config: Config, *reports: DataReport) -> None:
     """Writes down what a run is made of: the resolved configuration, the environment, and what became of the data."""
-    run.config.write_text(dump_config(config), encoding="utf-8")
+    if not is_first():
+        return
+    # Which process this was is no part of what can be run again.
+    anywhere = dataclasses.replace(config.run, coordinator=None, num_processes=None, process_id=None)
+    run.config.write_text(dump_config(dataclasses.replace(config, run=anywhere)), encoding="utf-8")
     run.write_env()
     if reports:
         write_json(run.data_report, {report.split: report.to_json() for report in reports})
@@ -74,6 +89,11 @@ def _check_writers(config: Config) -> None:
 
 def make_partitioner(config: Config, model: Model) -> Partitioner:
     """Raises `ConfigError` where mesh, devices and model do not fit each other."""
+    if config.run.devices != "mesh" and jax.process_count() > 1:
+        raise ConfigError(
+            f"run.devices: {config.run.devices} uses the devices of one host, and there are {jax.process_count()}; "
+            "use mesh (data parallel as in pmap: --mesh.data -1 --mesh.fsdp 1)"
+        )
     if config.run.devices == "pmap":
         return pmap_partitioner()
     if config.run.devices == "single":
@@ -155,10 +175,11 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     made_from = {"vocab_size": config.tokenizer.vocab_size, "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
     kept = Path(config.run.dir) / "tokenizer"
     record = kept / "made_from.json"
-    if not record.is_file() or json.loads(record.read_text()) != made_from:
-        train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size).save_pretrained(kept)
-        write_json(record, made_from)  # last: a folder without it is made anew
-    return load_tokenizer(kept)
+    with first_goes_first("tokenizer"):
+        if not record.is_file() or json.loads(record.read_text()) != made_from:
+            train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size).save_pretrained(kept)
+            write_json(record, made_from)  # last: a folder without it is made anew
+        return load_tokenizer(kept)
 
 
 def start_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> Model:

@@ -52,6 +52,16 @@ class RunConfig:
     """Seed of everything random: new weights, order of the examples, samples."""
     devices: Literal["single", "pmap", "mesh"] = "single"
     """One device; all devices with the batch split among them (pmap); or all devices as the section mesh lays them out."""
+    distributed: Literal["off", "auto"] = "off"
+    """auto joins the processes of a TPU pod, SLURM or Kubernetes job, or those of the next three (short: --distributed)."""
+    coordinator: str | None = None
+    """HOST:PORT of the first process (short: --coordinator); none: JAX_COORDINATOR_ADDRESS, or found by JAX."""
+    num_processes: int | None = None
+    """How many processes there are (short: --num-processes); none: JAX_NUM_PROCESSES, or found by JAX."""
+    process_id: int | None = None
+    """Which of them this one is, from 0 (short: --process-id); none: JAX_PROCESS_ID, or found by JAX."""
+    heartbeat_seconds: int = 100
+    """A process that is silent for this long is taken for dead, and the others end."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of activations. Parameters, optimizer state, log-softmax and sums are float32 either way."""
     save_every_steps: int = 200
@@ -72,7 +82,11 @@ class RunConfig:
             yield "dir", "must name a folder, for example runs/hh"
         if not 0 <= self.seed < 2**32:
             yield "seed", f"must be between 0 and 4294967295, got {self.seed}"
-        yield from _positive(self, "max_to_keep")
+        yield from _positive(self, "max_to_keep", "num_processes", "heartbeat_seconds")
+        yield from _not_negative(self, "process_id")
+        for field in ("coordinator", "num_processes", "process_id"):
+            if self.distributed == "off" and getattr(self, field) is not None:
+                yield field, "needs run.distributed auto, which is off"
         yield from _not_negative(self, "save_every_steps", "eval_every_examples")
         if self.wandb is not None and not self.wandb.strip():
             yield "wandb", "must name a project, or be null to leave wandb out"

@@ -23,6 +23,7 @@ from dpo_jax.data.loader import in_order, round_up
 from dpo_jax.evals.preference import held_out_logps, mean_with_error, preference_summary
 from dpo_jax.logps import sequence_logps
 from dpo_jax.reference import reference_logps, weights_digest
+from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.rundir import RunDir, RunLocked, write_json
 from dpo_jax.types import Model, Variables
 
@@ -67,9 +68,12 @@ def run(config: Config) -> int:
             samples = sampled(config, model, {"reference": reference, "policy": policy}, tokenizer, held_out)
             for who in ("reference", "policy"):
                 report[who] |= samples["summary"][who]
+            report["samples"] = samples["texts"][:3]
+        if not is_first():
+            return 0
+        if config.eval.samples:
             with open(run_dir.path / "samples.jsonl", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in samples["texts"])
-            report["samples"] = samples["texts"][:3]
         write_json(run_dir.path / "report.json", report)
         print(result_table(report))
         print(f"\nfull report: {run_dir.path}/report.json")

@@ -163,14 +163,7 @@ def names(path: Any) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def describe_mesh(mesh: Mesh, state: Any, shardings: Any) -> str:
-    """What lies where: hosts, devices, mesh, and the bytes of `state` (arrays or shapes) that one device holds of how many."""
-
-    def size(shape: tuple[int, ...], leaf: Any) -> int:
-        return math.prod(shape) * np.dtype(leaf.dtype).itemsize
-
-    total = sum(size(leaf.shape, leaf) for leaf in jax.tree.leaves(state))
-    held = jax.tree.map(lambda leaf, sharding: size(sharding.shard_shape(leaf.shape), leaf), state, shardings)
-    share = sum(jax.tree.leaves(held))
-    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    return f"mesh {sizes}; parameters and optimizer {total / 1e9:.3f} GB, of which each device holds {share / 1e9:.3f} GB"
+def mesh_sizes(tree: Any) -> dict[str, int]:
+    """{axis: size} of the mesh on which `tree` lies; {} where there is none."""
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
+    return next((dict(s.mesh.shape) for s in shardings if isinstance(s, NamedSharding)), {})

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dpo_jax.runtime.hosts import whole
 from dpo_jax.runtime.mesh import MeshError, Units, host_part, row_sharding, row_shards, tree_shardings, variable_shardings
 from dpo_jax.types import Model, Partitioner, Rows
 
@@ -100,7 +100,12 @@ def mesh_partitioner(mesh: Mesh, model: Model, *, units: Units | None = None) ->
     if model.axes is None:
         raise MeshError("the model names no logical axes (Model.axes), so nothing says how its parameters lie on a mesh")
     of_variables = variable_shardings(jax.eval_shape(model.init, jax.random.key(0)), model.axes(), mesh, units=units)
-    whole, by_row, shards, part = NamedSharding(mesh, PartitionSpec()), row_sharding(mesh), row_shards(mesh), host_part(mesh)
+    everywhere, by_row, shards, part = (
+        NamedSharding(mesh, PartitionSpec()),
+        row_sharding(mesh),
+        row_shards(mesh),
+        host_part(mesh),
+    )
 
     def put(tree):
         return jax.tree.map(_place, tree, tree_shardings(tree, of_variables, mesh))
@@ -119,7 +124,7 @@ def mesh_partitioner(mesh: Mesh, model: Model, *, units: Units | None = None) ->
         )
 
     def compile_map(fn):
-        compiled = jax.jit(fn, out_shardings=whole)
+        compiled = jax.jit(fn, out_shardings=everywhere)
 
         def run(variables, rows):
             with jax.set_mesh(mesh):
@@ -136,7 +141,7 @@ def mesh_partitioner(mesh: Mesh, model: Model, *, units: Units | None = None) ->
         put_state=put,
         get_state=lambda state: state,
         put_variables=put,
-        to_host=lambda tree: jax.tree.map(_whole, tree),
+        to_host=lambda tree: jax.tree.map(whole, tree),
         host_part=part,
     )
 
@@ -172,12 +177,6 @@ def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         # device_put shares the buffer of a device that has the piece already, whatever may_alias says (jax 0.10.2).
         return jax.device_put(leaf, sharding).copy()
     return jax.device_put(leaf, sharding, may_alias=False)
-
-
-def _whole(leaf: Any) -> np.ndarray:
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
-        return np.asarray(leaf)
-    return multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def split_rows(rows: Rows, parts: int) -> Rows:
