@@ -173,7 +173,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def fill_cache(
-    cache: ReferenceCache,
+    cache: ReferenceCache | None,
     pairs: Sequence[Encoded],
     *,
     batches: Callable[[Sequence[Encoded]], Iterable[tuple[np.ndarray, Batch]]],
@@ -183,10 +183,12 @@ def fill_cache(
     """Computes what the cache lacks of `pairs`, batch after batch, and returns how many pairs that were.
 
     `batches(pairs)` lays pairs out (`loader.in_order`); `logps(rows) -> float32[P, 2]` is the compiled `reference_logps`.
+    Without a cache it computes all of `pairs` and keeps nothing: on a host that helps another one.
     """
-    todo = [pairs[number] for number in cache.missing(pairs)]
+    todo = list(pairs) if cache is None else [pairs[number] for number in cache.missing(pairs)]
     for indices, batch in batches(todo):
-        values, place = logps(batch.rows), np.asarray(batch.rows.index)
-        cache.add([todo[indices[i]] for i in place[place >= 0]], values[place >= 0])
+        values, place = logps(batch.rows), batch.index
+        if cache is not None:
+            cache.add([todo[int(indices[i])] for i in place[place >= 0]], values[place >= 0])
         progress(batch)
     return len(todo)

@@ -63,12 +63,18 @@ def _psum(tree: Any, axis_name: str | None) -> Any:
 
 
 def _split(rows: Rows, microbatches: int) -> Rows:
-    """Every leaf [n, ...] to [microbatches, n / microbatches, ...]; rows and their examples stay together."""
+    """Every leaf [n, ...] to [microbatches, n / microbatches, ...]; rows and their examples stay together.
+
+    Microbatch `i` takes every `microbatches`-th row (of plain pairs: both rows), from row `i` on. So where the rows are cut
+    over devices, each device takes part in every microbatch with rows that it already holds.
+    """
+    groups = min(x.shape[0] for x in jax.tree.leaves(rows))
+    if groups % microbatches:
+        raise ValueError(f"a batch of {groups} rows does not divide into {microbatches} microbatches of equal size")
 
     def split(x: Array) -> Array:
-        if x.shape[0] % microbatches:
-            raise ValueError(f"a batch of {x.shape[0]} rows does not divide into {microbatches} microbatches of equal size")
-        return x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
+        strided = x.reshape(groups // microbatches, microbatches, x.shape[0] // groups, *x.shape[1:])
+        return strided.swapaxes(0, 1).reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
 
     return jax.tree.map(split, rows)
 

@@ -25,6 +25,8 @@ Array = jax.Array | np.ndarray
 Variables = Mapping[str, Any]
 """Model parameters: a nested dict of arrays, `{"params": {...}}`."""
 Metrics = dict[str, jax.Array]
+ROW_AXES = ("data", "fsdp")
+"""Axes of a device mesh over which the rows of a batch are cut."""
 
 
 @jax.tree_util.register_dataclass
@@ -100,14 +102,21 @@ class Partitioner(NamedTuple):
 
     `compile_step(step)` turns `step(state, rows) -> (state, metrics)` into a compiled function that donates `state`;
     `compile_map(fn)` turns `fn(variables, rows) -> [E, ...]` into a compiled function with the same result on the host.
-    `put_state`, `get_state` move a `TrainState` on and off the devices, `put_variables` does so for bare variables.
-    A batch must hold a multiple of `devices` rows.
+    `put_state` and `put_variables` lay a copy out on the devices, `init_state(make, variables)` the state `make(variables)`.
+    `get_state` gives the form that is saved and restored, with the shapes of one device (a mesh leaves it in pieces), and
+    `to_host` whole numpy arrays, on every host.
+
+    A batch must hold a multiple of `row_shards` rows. `host_part` is (index, count): where there are several hosts, each
+    gives its part of the rows, the `index`-th of `count`; results of `compile_map` are those of all rows.
     """
 
     axis_name: str | None
-    devices: int
+    row_shards: int
     compile_step: Callable[[Callable[..., Any]], Callable[..., Any]]
     compile_map: Callable[[Callable[..., Any]], Callable[..., Any]]
+    init_state: Callable[[Callable[[Variables], TrainState], Variables], TrainState]
     put_state: Callable[[TrainState], TrainState]
     get_state: Callable[[TrainState], TrainState]
     put_variables: Callable[[Variables], Variables]
+    to_host: Callable[[Any], Any]
+    host_part: tuple[int, int] = (0, 1)

@@ -281,7 +281,7 @@ def test_an_older_step_is_not_saved_over_a_newer_one(copy):
 def test_twenty_steps_are_ten_and_ten(tmp_path, make):
     """Bit for bit, over all leaves, from another process's point of view: nothing but the directory is handed over."""
     partitioner = make()
-    step = partitioner.compile_step(train_step) if partitioner.devices == 1 else replicated(partitioner)
+    step = partitioner.compile_step(train_step) if partitioner.row_shards == 1 else replicated(partitioner)
 
     def run(name, total):
         with Checkpoints(tmp_path / name / "checkpoints") as checkpoints, MetricsLog(tmp_path / name / "metrics.jsonl") as log:
@@ -305,7 +305,7 @@ def replicated(partitioner):
     mapped = jax.pmap(train_step, axis_name=partitioner.axis_name)
 
     def run(state, rows):
-        state, metrics = mapped(state, np.broadcast_to(rows, (partitioner.devices, *rows.shape)))
+        state, metrics = mapped(state, np.broadcast_to(rows, (partitioner.row_shards, *rows.shape)))
         return state, jax.tree.map(lambda leaf: leaf[0], metrics)
 
     return run

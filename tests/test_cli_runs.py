@@ -324,8 +324,9 @@ def test_a_run_stopped_during_its_last_step_is_judged_when_it_is_started_again(d
     assert read_metrics(metrics) == read_metrics(done / "dpo" / "metrics.jsonl")
 
 
-def test_pmap_over_four_devices_gives_the_same_metrics(done, tmp_path):
-    flags = ("--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs", "--run.devices", "pmap")
+@pytest.mark.parametrize("devices", [("pmap",), ("mesh", "--mesh.fsdp", 2, "--mesh.tensor", 2)], ids=["pmap", "mesh"])
+def test_four_devices_give_the_same_metrics(devices, done, tmp_path):
+    flags = ("--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs", "--run.devices", *devices)
     result = call("dpo", done.config, *flags, "--run.dir", tmp_path, "--data.layout", "plain", "--dpo.microbatches", 2)
     assert result.code == 0, result.err
     assert f"{done / 'refs'}: 88 of 88 pairs are there already" in result.out
@@ -336,6 +337,30 @@ def test_pmap_over_four_devices_gives_the_same_metrics(done, tmp_path):
         )
     for name in ("loss", "grad_norm"):
         assert [r[name] for r in ours if name in r] == pytest.approx([r[name] for r in theirs if name in r], rel=1e-3)
+
+
+def test_a_run_continues_on_another_mesh(done, copy):
+    """Saved on one device, continued on four: the state is the same, the rest of the steps nearly so."""
+    shutil.rmtree(copy / "dpo" / "checkpoints" / "8")
+    mesh = ("--run.devices", "mesh", "--mesh.data", 2, "--mesh.fsdp", -1)
+    result = call("dpo", copy.config, *mesh)
+    assert result.code == 0, result.err
+    assert "after 6 steps" in result.out
+    ours, theirs = (read_metrics(run / "dpo" / "metrics.jsonl") for run in (copy, done))
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    assert [r["loss"] for r in ours if "loss" in r] == pytest.approx([r["loss"] for r in theirs if "loss" in r], rel=1e-3)
+
+
+def test_a_mesh_that_does_not_fit_is_refused_before_any_weights_are_read(done, tmp_path):
+    here = ("--dpo.policy", done / "sft" / "export", "--run.dir", tmp_path, "--run.devices", "mesh")
+    assert "mesh data 1 x fsdp -1 x tensor 3: 3 does not divide the 4" in refused(
+        2, "dpo", done.config, *here, "--mesh.tensor", 3
+    )
+    assert (
+        "head_kernel (450, 32): axis 'vocab' of 450 does not divide among tensor 4; the nearest size that does is 2"
+        in refused(2, "dpo", done.config, *here, "--mesh.tensor", 4)
+    )
+    assert "mesh.fsdp: only one size can be -1" in refused(2, "dpo", done.config, *here, "--mesh.data", -1)
 
 
 @pytest.mark.parametrize("layout", ["plain", "shared", "packed"])

@@ -264,7 +264,7 @@ def test_state_of_any_partitioner(make):
         return state.replace(step=state.step + 1, params={"w": state.params["w"] + total}), {"loss": state.params["w"]}
 
     memory = Memory()
-    run = partitioner.compile_step(step) if partitioner.devices == 1 else pmapped(partitioner, step)
+    run = partitioner.compile_step(step) if partitioner.row_shards == 1 else pmapped(partitioner, step)
     state = fit(
         run,
         partitioner.put_state(start(1, 1.0)),
@@ -282,7 +282,7 @@ def pmapped(partitioner, step):
     inner = jax.pmap(step, axis_name=partitioner.axis_name, donate_argnums=0)
 
     def run(state, rows):
-        state, metrics = inner(state, rows.reshape(partitioner.devices, -1))
+        state, metrics = inner(state, rows.reshape(partitioner.row_shards, -1))
         return state, jax.tree.map(lambda leaf: leaf[0], metrics)
 
     return run

@@ -15,7 +15,9 @@ from dpo_jax.dpo import dpo_step
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.hf import load_hf
 from dpo_jax.reference import reference_logps
+from dpo_jax.runtime.mesh import make_mesh
 from dpo_jax.runtime.optim import linear_warmup, make_optimizer
+from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
 from dpo_jax.sft import sft_step
 from dpo_jax.step import init_state
 
@@ -56,15 +58,36 @@ def relative_difference(update, expected):
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dpo_trajectory(family, kind, pairs):
+    follow_original(family, kind, pairs, lambda model: single_device())
+
+
+def four_parts(model):
+    units = dict.fromkeys(("heads", "kv_heads"), model.config.head_size)
+    return mesh_partitioner(make_mesh(fsdp=2, tensor=2), model, units=units)
+
+
+@pytest.mark.parametrize("make", [lambda model: pmap_partitioner(), four_parts], ids=["pmap4", "fsdp2 x tensor2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dpo_trajectory_on_four_devices(family, make, pairs):
+    follow_original(family, "packed", pairs, make, microbatches=1)
+
+
+def follow_original(family, kind, pairs, make, microbatches=None):
     model, start = load_hf(GOLDEN / family / "init")
+    partitioner = make(model)
     config, steps, schedule, tx = golden(family, "dpo")
-    loss = functools.partial(dpo_loss, beta=config["beta"])
-    step = jax.jit(functools.partial(dpo_step, model=model, tx=tx, loss=loss, microbatches=config["microbatches"]))
-    reference = jax.jit(functools.partial(reference_logps, model))
-    state = init_state(start, tx)
+    options = {
+        "loss": functools.partial(dpo_loss, beta=config["beta"]),
+        "microbatches": microbatches or config["microbatches"],
+        "axis_name": partitioner.axis_name,
+    }
+    step = partitioner.compile_step(functools.partial(dpo_step, model=model, tx=tx, **options))
+    reference = partitioner.compile_map(functools.partial(reference_logps, model))
+    frozen = partitioner.put_variables(start)
+    state = partitioner.init_state(functools.partial(init_state, tx=tx), start)
     for number, expected in enumerate(steps):
         rows = LAYOUTS[kind].rows([pairs[i] for i in expected["examples"]])
-        rows = rows.replace(ref_logps=reference(start, rows))
+        rows = rows.replace(ref_logps=reference(frozen, rows))
         state, metrics = step(state, rows)
         assert float(schedule(number)) == pytest.approx(expected["lr"], rel=1e-6)
         assert abs(metrics["loss"] - per_pair(expected, "loss/train").mean()) <= 1e-5
@@ -74,7 +97,7 @@ def test_dpo_trajectory(family, kind, pairs):
             assert abs(metrics[f"rewards/{side}"] - per_pair(expected, f"rewards_train/{side}").mean()) <= 1e-4
         assert abs(metrics["rewards/accuracies"] - per_pair(expected, "rewards_train/accuracies").mean()) <= 1e-6
     _, end = load_hf(GOLDEN / family / "dpo_final")
-    update, expected = (jax.tree.map(np.subtract, after, start) for after in (state.params, end))
+    update, expected = (jax.tree.map(np.subtract, after, start) for after in (partitioner.to_host(state).params, end))
     assert relative_difference(update, expected) <= 1e-3
 
 

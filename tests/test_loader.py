@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 from test_layout import PAIRS, REF
@@ -24,11 +25,19 @@ def test_a_step_is_a_pure_function_of_its_number():
     assert batch_indices(100, batch=8, seed=2, step=33).tolist() != steps[33]
 
 
-def test_hosts_together_read_the_global_batch():
-    whole = batch_indices(100, batch=8, seed=1, step=5)
-    for hosts in (2, 4):
-        parts = [batch_indices(100, batch=8, seed=1, step=5, shard=(host, hosts)) for host in range(hosts)]
-        np.testing.assert_array_equal(np.concatenate(parts), whole)
+@pytest.mark.parametrize("kind", ["plain", "shared", "packed"])
+def test_hosts_together_build_the_global_batch(kind):
+    layout = plan_layout(PAIRS, kind=kind, batch=6, multiple=8)
+    whole = stream(PAIRS, layout=layout, batch=6, seed=1, ref_logps=REF)
+    for hosts in (1, 2, 4):
+        built = [stream(PAIRS, layout=layout, batch=6, seed=1, ref_logps=REF, part=(i, hosts)) for i in range(hosts)]
+        for step in (0, 5):
+            batches, expected = [at(step) for at in built], whole(step)
+            rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(batch.rows for batch in batches))
+            jax.tree.map(np.testing.assert_array_equal, rows, expected.rows)
+            for batch in batches:
+                np.testing.assert_array_equal(batch.index, expected.rows.index)
+                assert (batch.uids, batch.stats) == (expected.uids, expected.stats)
 
 
 @pytest.mark.parametrize("kind", ["plain", "shared", "packed"])

@@ -116,7 +116,7 @@ def test_partitioners_agree(name):
     assert int(result.step) == 2
     assert int(result.opt_state[1]) == 7
     assert not params["w"].is_deleted(), "what was put must survive the donation of its copy"
-    assert partitioner.devices == {"single": 1, "pmap": 4, "pmap2": 2}[name]
+    assert partitioner.row_shards == {"single": 1, "pmap": 4, "pmap2": 2}[name]
 
 
 @pytest.mark.parametrize("name", ["single", "pmap", "pmap2"])

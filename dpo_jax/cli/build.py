@@ -30,12 +30,24 @@ from dpo_jax.losses import dpo_loss, ipo_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.hf import load_config, load_hf, resolve
+from dpo_jax.runtime.hosts import HostsError, first_goes_first, is_first, start
+from dpo_jax.runtime.mesh import MeshError, make_mesh
 from dpo_jax.runtime.optim import Schedule, linear_warmup, make_optimizer
-from dpo_jax.runtime.parallel import pmap_partitioner, single_device
+from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.types import Model, Partitioner, Variables
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def join_hosts(config: Config) -> bool:
+    """Joins the processes of `run.distributed`, before anything else uses JAX. Returns whether this is the first of them."""
+    run = config.run
+    try:
+        start(run.coordinator, run.num_processes, run.process_id, heartbeat_seconds=run.heartbeat_seconds)
+    except HostsError as error:
+        raise ConfigError(f"run.distributed: {error}") from error
+    return is_first()
 
 
 @contextmanager
@@ -46,7 +58,7 @@ def open_run(config: Config, task: str, *, continues: bool = False) -> Iterator[
     until `train` calls `describe`.
     """
     _check_writers(config)
-    with RunDir(Path(config.run.dir) / task) as run:
+    with RunDir(Path(config.run.dir) / task, lock=is_first()) as run:
         # The next task and a resumed run should not compile the same program again.
         jax.config.update("jax_compilation_cache_dir", str(Path(config.run.dir).absolute() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
@@ -57,7 +69,11 @@ def open_run(config: Config, task: str, *, continues: bool = False) -> Iterator[
 
 def describe(run: RunDir, config: Config, *reports: DataReport) -> None:
     """Writes down what a run is made of: the resolved configuration, the environment, and what became of the data."""
-    run.config.write_text(dump_config(config), encoding="utf-8")
+    if not is_first():
+        return
+    # Which process this was is no part of what can be run again.
+    anywhere = dataclasses.replace(config.run, coordinator=None, num_processes=None, process_id=None)
+    run.config.write_text(dump_config(dataclasses.replace(config, run=anywhere)), encoding="utf-8")
     run.write_env()
     if reports:
         write_json(run.data_report, {report.split: report.to_json() for report in reports})
@@ -71,8 +87,23 @@ def _check_writers(config: Config) -> None:
             raise ConfigError(f"run.{option}: needs the package {package}: pip install 'dpo_jax[writers]', or leave it off")
 
 
-def make_partitioner(config: Config) -> Partitioner:
-    return pmap_partitioner() if config.run.devices == "pmap" else single_device()
+def make_partitioner(config: Config, model: Model) -> Partitioner:
+    """Raises `ConfigError` where mesh, devices and model do not fit each other."""
+    if config.run.devices != "mesh" and jax.process_count() > 1:
+        raise ConfigError(
+            f"run.devices: {config.run.devices} uses the devices of one host, and there are {jax.process_count()}; "
+            "use mesh (data parallel as in pmap: --mesh.data -1 --mesh.fsdp 1)"
+        )
+    if config.run.devices == "pmap":
+        return pmap_partitioner()
+    if config.run.devices == "single":
+        return single_device()
+    whole_heads = {axis: model.config.head_size for axis in ("heads", "kv_heads")}
+    try:
+        mesh = make_mesh(**dataclasses.asdict(config.mesh))
+        return mesh_partitioner(mesh, model, units=whole_heads)
+    except MeshError as error:
+        raise ConfigError(f"mesh: {error}") from error
 
 
 def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any = None) -> PreferenceSet:
@@ -144,19 +175,29 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     made_from = {"vocab_size": config.tokenizer.vocab_size, "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
     kept = Path(config.run.dir) / "tokenizer"
     record = kept / "made_from.json"
-    if not record.is_file() or json.loads(record.read_text()) != made_from:
-        train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size).save_pretrained(kept)
-        write_json(record, made_from)  # last: a folder without it is made anew
-    return load_tokenizer(kept)
+    with first_goes_first("tokenizer"):
+        if not record.is_file() or json.loads(record.read_text()) != made_from:
+            train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size).save_pretrained(kept)
+            write_json(record, made_from)  # last: a folder without it is made anew
+        return load_tokenizer(kept)
 
 
-def start_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> tuple[Model, Variables]:
-    """The model that SFT starts from: `model.path`, or new random weights of the sizes in `model`."""
+def start_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> Model:
+    """The model that SFT starts from, without weights: that of `model.path`, or a new one of the sizes in `model`."""
     if config.model.path is not None:
-        return load_policy(config, config.model.path, tokenizer, name="model.path", expected=True)
-    hf = new_hf_config(config, tokenizer)
-    model = make_model(decoder_config(hf), dtype=PRECISIONS[config.run.precision], remat=config.model.remat)
-    return model, jax.jit(model.init)(jax.random.key(config.run.seed))
+        return policy_model(config, config.model.path, tokenizer, name="model.path", expected=True)
+    return _model(config, new_hf_config(config, tokenizer))
+
+
+def start_weights(config: Config, model: Model) -> Variables:
+    """Those of `model.path`, or new random ones."""
+    if config.model.path is not None:
+        return load_weights(config, config.model.path, name="model.path")
+    return jax.jit(model.init)(jax.random.key(config.run.seed))
+
+
+def _model(config: Config, hf: dict[str, Any]) -> Model:
+    return make_model(decoder_config(hf), dtype=PRECISIONS[config.run.precision], remat=config.model.remat)
 
 
 def new_hf_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -176,10 +217,11 @@ def new_hf_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[st
         raise ConfigError(f"model: {error}") from error
 
 
-def load_policy(
-    config: Config, path: str, tokenizer: PreTrainedTokenizerFast, *, name: str, expected: bool = False
-) -> tuple[Model, Variables]:
-    """A model folder, checked against the tokenizer and the length limits (and, if `expected`, the sizes in `model`)."""
+def policy_model(config: Config, path: str, tokenizer: PreTrainedTokenizerFast, *, name: str, expected: bool = False) -> Model:
+    """The model of a folder, checked against tokenizer and length limits (and, if `expected`, the sizes in `model`).
+
+    `name` is the option that `path` comes from. Weights are not read yet: what does not fit is refused at once.
+    """
     path = _existing(path, name)
     with _naming(name, path):
         hf = load_config(path)
@@ -191,8 +233,14 @@ def load_policy(
         )
     if expected:
         _check_sizes(config, decoder, path)
+    return _model(config, hf)
+
+
+def load_weights(config: Config, path: str, *, name: str) -> Variables:
+    """The weights in a folder whose model `policy_model` has checked."""
+    path = _existing(path, name)
     with _naming(name, path):
-        return load_hf(path, dtype=PRECISIONS[config.run.precision], remat=config.model.remat)
+        return load_hf(path)[1]
 
 
 @contextmanager
@@ -247,11 +295,11 @@ def pair_layout(config: Config, pairs: Sequence[Encoded], *, batch: int, parts: 
 
 def batch_parts(section: SftConfig | DpoConfig, partitioner: Partitioner, *, layout: str) -> int:
     """Into how many parts the rows of a batch are divided. Raises `ConfigError` where the batch does not divide."""
-    parts = partitioner.devices * section.microbatches
+    parts = partitioner.row_shards * section.microbatches
     name = "sft" if isinstance(section, SftConfig) else "dpo"
     if layout != "packed" and section.batch % parts:
         raise ConfigError(
-            f"{name}.batch: {section.batch} does not divide among {partitioner.devices} devices x {section.microbatches} "
+            f"{name}.batch: {section.batch} does not divide among {partitioner.row_shards} devices x {section.microbatches} "
             f"microbatches; use a multiple of {parts}"
         )
     return parts

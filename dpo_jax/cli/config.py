@@ -50,8 +50,18 @@ class RunConfig:
     """Run directory. Every command has a folder of its own in it, and continues what it finds there."""
     seed: int = 0
     """Seed of everything random: new weights, order of the examples, samples."""
-    devices: Literal["single", "pmap"] = "single"
-    """One device, or every local device with the batch split among them."""
+    devices: Literal["single", "pmap", "mesh"] = "single"
+    """One device; all devices with the batch split among them (pmap); or all devices as the section mesh lays them out."""
+    distributed: Literal["off", "auto"] = "off"
+    """auto joins the processes of a TPU pod, SLURM or Kubernetes job, or those of the next three (short: --distributed)."""
+    coordinator: str | None = None
+    """HOST:PORT of the first process (short: --coordinator); none: JAX_COORDINATOR_ADDRESS, or found by JAX."""
+    num_processes: int | None = None
+    """How many processes there are (short: --num-processes); none: JAX_NUM_PROCESSES, or found by JAX."""
+    process_id: int | None = None
+    """Which of them this one is, from 0 (short: --process-id); none: JAX_PROCESS_ID, or found by JAX."""
+    heartbeat_seconds: int = 100
+    """A process that is silent for this long is taken for dead, and the others end."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of activations. Parameters, optimizer state, log-softmax and sums are float32 either way."""
     save_every_steps: int = 200
@@ -72,10 +82,35 @@ class RunConfig:
             yield "dir", "must name a folder, for example runs/hh"
         if not 0 <= self.seed < 2**32:
             yield "seed", f"must be between 0 and 4294967295, got {self.seed}"
-        yield from _positive(self, "max_to_keep")
+        yield from _positive(self, "max_to_keep", "num_processes", "heartbeat_seconds")
+        yield from _not_negative(self, "process_id")
+        for field in ("coordinator", "num_processes", "process_id"):
+            if self.distributed == "off" and getattr(self, field) is not None:
+                yield field, "needs run.distributed auto, which is off"
         yield from _not_negative(self, "save_every_steps", "eval_every_examples")
         if self.wandb is not None and not self.wandb.strip():
             yield "wandb", "must name a project, or be null to leave wandb out"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How run.devices mesh lays out all devices of all hosts. The product is their number; -1 takes what is left."""
+
+    data: int = 1
+    """Copies of the parameters, each for its part of the batch."""
+    fsdp: int = -1
+    """Parts into which every matrix and its optimizer state are cut, each also for its part of the batch."""
+    tensor: int = 1
+    """Parts into which heads, MLP and vocabulary are divided; devices along it work on the same rows."""
+
+    def check(self) -> Iterator[Problem]:
+        sizes = dataclasses.asdict(self)
+        for field, size in sizes.items():
+            if size < 1 and size != -1:
+                yield field, f"must be at least 1, or -1 for what is left, got {size}"
+        free = [field for field, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            yield free[1], f"only one size can be -1, and {free[0]} is; set one of them"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +211,8 @@ class ModelConfig:
     """Use the input embeddings as output head; none: the family's default."""
     vocab_size: int | None = None
     """Rows of the embedding table; none: as many as the tokenizer has entries."""
-    remat: Literal["none", "full"] = "none"
-    """full recomputes each layer in the backward pass: much less memory, about a third more time."""
+    remat: Literal["none", "save_attention", "full"] = "none"
+    """What the backward pass computes again: no matrix product, all but attention, or whole layers (a third more time)."""
 
     def check(self) -> Iterator[Problem]:
         sizes = ("width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "max_positions", "vocab_size")
@@ -345,6 +380,7 @@ class Config:
     """All sections. `None` paths have defaults inside the run directory: read them through the methods below."""
 
     run: RunConfig = RunConfig()
+    mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()

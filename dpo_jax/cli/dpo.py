@@ -12,13 +12,12 @@ from dpo_jax.cli import build
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.config import Config, DpoConfig
 from dpo_jax.cli.refs import reference_values
-from dpo_jax.cli.train import leave_results, train
+from dpo_jax.cli.train import leave_results, start_state, train
 from dpo_jax.data.loader import in_order, stream, total_steps
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.preference import held_out_logps, preference_summary
 from dpo_jax.reference import reference_logps, weights_digest
-from dpo_jax.step import init_state
 from dpo_jax.types import TrainState
 
 
@@ -29,14 +28,15 @@ class WrongStart(RuntimeError):
 def run(config: Config) -> int:
     section = config.dpo
     with build.open_run(config, "dpo", continues=True) as run_dir:
-        partitioner = build.make_partitioner(config)
         tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
+        model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy")
+        partitioner = build.make_partitioner(config, model)
         pairs, held_out = (
             build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
         )
         parts = build.batch_parts(section, partitioner, layout=config.data.layout)
         layout = build.pair_layout(config, [*pairs, *held_out], batch=section.batch, parts=parts)
-        model, variables = build.load_policy(config, config.dpo_policy(), tokenizer, name="dpo.policy")
+        variables = build.load_weights(config, config.dpo_policy(), name="dpo.policy")
         start = weights_digest(variables)
         ref_logps, held_out_ref = reference_values(
             config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner, weights=start
@@ -50,7 +50,7 @@ def run(config: Config) -> int:
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             logps = held_out_logps(
                 lambda rows: policy_logps(state.variables, rows),
-                in_order(held_out, layout=layout, batch=section.batch),
+                in_order(held_out, layout=layout, batch=section.batch, part=partitioner.host_part),
                 pairs=len(held_out),
             )
             return preference_summary(logps, held_out_ref, loss=loss)
@@ -61,9 +61,15 @@ def run(config: Config) -> int:
             run_dir,
             section,
             step=step,
-            state=init_state(variables, tx),
+            state=start_state(partitioner, tx, variables),
             stream=stream(
-                pairs, layout=layout, batch=section.batch, seed=config.run.seed, epochs=section.epochs, ref_logps=ref_logps
+                pairs,
+                layout=layout,
+                batch=section.batch,
+                seed=config.run.seed,
+                epochs=section.epochs,
+                ref_logps=ref_logps,
+                part=partitioner.host_part,
             ),
             total_steps=total_steps(len(pairs), batch=section.batch, epochs=section.epochs),
             lr=build.make_schedule(section),

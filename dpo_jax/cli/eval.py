@@ -23,6 +23,7 @@ from dpo_jax.data.loader import in_order, round_up
 from dpo_jax.evals.preference import held_out_logps, mean_with_error, preference_summary
 from dpo_jax.logps import sequence_logps
 from dpo_jax.reference import reference_logps, weights_digest
+from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.rundir import RunDir, RunLocked, write_json
 from dpo_jax.types import Model, Variables
 
@@ -32,13 +33,15 @@ def run(config: Config) -> int:
     config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, policy=config.eval_reference()))
     of_run = Path(config.eval_policy()).resolve() == Path(config.run.dir, "dpo", "export").resolve()
     with build.open_run(config, "eval") as run_dir:
-        partitioner = build.make_partitioner(config)
         tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
+        model = build.policy_model(config, config.dpo_policy(), tokenizer, name="eval.reference")
+        build.policy_model(config, config.eval_policy(), tokenizer, name="eval.policy")
+        partitioner = build.make_partitioner(config, model)
         preferences = build.load_split(config, "test", tokenizer)
         held_out = build.encode_split(config, preferences, tokenizer)
         build.describe(run_dir, config, held_out.report)
-        model, reference = build.load_policy(config, config.dpo_policy(), tokenizer, name="eval.reference")
-        _, policy = build.load_policy(config, config.eval_policy(), tokenizer, name="eval.policy")
+        reference = build.load_weights(config, config.dpo_policy(), name="eval.reference")
+        policy = build.load_weights(config, config.eval_policy(), name="eval.policy")
         if jax.tree.map(np.shape, policy) != jax.tree.map(np.shape, reference):
             raise ConfigError(f"eval.reference: {config.dpo_policy()} has other weights than the policy, not only other values")
         loss = build.make_loss(config.dpo)
@@ -47,14 +50,14 @@ def run(config: Config) -> int:
         (ref_logps,) = reference_values(
             config, model, reference, tokenizer, [held_out], partitioner=partitioner, weights=weights["reference"]
         )
-        layout = build.pair_layout(config, held_out, batch=config.eval.batch, parts=partitioner.devices)
+        layout = build.pair_layout(config, held_out, batch=config.eval.batch, parts=partitioner.row_shards)
         compiled, on_device = (
             partitioner.compile_map(functools.partial(reference_logps, model)),
             partitioner.put_variables(policy),
         )
         logps = held_out_logps(
             lambda rows: compiled(on_device, rows),
-            in_order(held_out, layout=layout, batch=config.eval.batch),
+            in_order(held_out, layout=layout, batch=config.eval.batch, part=partitioner.host_part),
             pairs=len(held_out),
         )
         report: dict[str, Any] = {
@@ -68,9 +71,12 @@ def run(config: Config) -> int:
             samples = sampled(config, model, {"reference": reference, "policy": policy}, tokenizer, held_out)
             for who in ("reference", "policy"):
                 report[who] |= samples["summary"][who]
+            report["samples"] = samples["texts"][:3]
+        if not is_first():
+            return 0
+        if config.eval.samples:
             with open(run_dir.path / "samples.jsonl", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in samples["texts"])
-            report["samples"] = samples["texts"][:3]
         write_json(run_dir.path / "report.json", report)
         print(result_table(report))
         print(f"\nfull report: {run_dir.path}/report.json")

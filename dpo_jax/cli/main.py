@@ -24,6 +24,7 @@ import importlib
 import os
 import sys
 import textwrap
+import traceback
 from typing import Annotated, Any, NamedTuple
 
 from dpo_jax.cli import config as options
@@ -39,7 +40,7 @@ class Command(NamedTuple):
 
 
 # Every step of a run takes the sections that describe it, so that one set of flags serves them all.
-_RUN = ("run", "data", "tokenizer", "model")
+_RUN = ("run", "mesh", "data", "tokenizer", "model")
 _LOSS = ("dpo.policy", "dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.reference_free")
 COMMANDS = {
     "audit": Command("check the data and report on it, before any training", "dpo_jax.cli.audit:run", _RUN, ("data",)),
@@ -58,6 +59,9 @@ COMMANDS = {
     "sample": Command("complete prompts with a policy", "dpo_jax.cli.sample:run", (*_RUN, "sample"), ("data",)),
     "export": Command("write a checkpoint as a Hugging Face folder", "dpo_jax.cli.export:run", ("run.dir", "export")),
 }
+
+ON_MANY_HOSTS = ("sft", "refs", "dpo", "eval")
+SHORT = ("--distributed", "--coordinator", "--num-processes", "--process-id")  # for --run.distributed, ...
 
 EXIT_CODES = (
     ("dpo_jax.cli.config_file", "ConfigError", 2),
@@ -91,10 +95,14 @@ def main(args: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         code = exit_code(error)
-        if code == 1 or os.environ.get("DPO_JAX_TRACEBACK", "0") not in ("", "0"):
+        if code == 1 or _traceback_wanted():
             raise
         print(f"dpo-jax: {_message(error)}", file=sys.stderr)
         return code
+
+
+def _traceback_wanted() -> bool:
+    return os.environ.get("DPO_JAX_TRACEBACK", "0") not in ("", "0")
 
 
 def exit_code(error: BaseException) -> int:
@@ -140,13 +148,42 @@ def _run(args: list[str]) -> int:
     config = parse(name, rest)
     # transformers advises to install PyTorch, which this program has no use for.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if config.run.distributed == "auto":
+        return _on_many_hosts(name, config)
+    return _execute(name, config)
+
+
+def _execute(name: str, config: Config) -> int:
     module, function = COMMANDS[name].target.split(":")
     return getattr(importlib.import_module(module), function)(config)
+
+
+def _on_many_hosts(name: str, config: Config) -> int:
+    if name not in ON_MANY_HOSTS:
+        raise ConfigError(f"run.distributed: {name} runs on one host; only {', '.join(ON_MANY_HOSTS)} use several")
+    from dpo_jax.cli.build import join_hosts
+
+    is_first = join_hosts(config)
+    with contextlib.ExitStack() as quiet:
+        if not is_first:  # who speaks for all
+            quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
+        try:
+            return _execute(name, config)
+        except Exception as error:
+            code = exit_code(error)
+            if code == 143:  # agreed between all hosts
+                raise
+            # Others may wait for this one in a collective, and an orderly exit would wait for them. Gone, it is missed.
+            if code == 1 or _traceback_wanted():
+                traceback.print_exception(error)
+            print(f"dpo-jax: {_message(error)}", file=sys.stderr, flush=True)
+            os._exit(code)
 
 
 def parse(name: str, args: list[str]) -> Config:
     """The config of command `name`: the YAML file that `args` begins with, overridden by the flags after it, checked."""
     command = COMMANDS[name]
+    args = [f"--run.{arg[2:]}" if arg.partition("=")[0] in SHORT else arg for arg in args]
     if args and not args[0].startswith("-"):
         path, flags = args[0], args[1:]
         config, lines = load_config_with_lines(path)

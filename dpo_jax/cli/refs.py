@@ -16,18 +16,20 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import Batch, in_order
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.reference import ReferenceCache, fill_cache, reference_logps, weights_digest
+from dpo_jax.runtime.hosts import from_first, is_first
 from dpo_jax.types import Model, Partitioner, Variables
 
 
 def run(config: Config) -> int:
     with build.open_run(config, "refs") as run_dir:
-        partitioner = build.make_partitioner(config)
         tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
+        model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy")
+        partitioner = build.make_partitioner(config, model)
         splits = [
             build.encode_split(config, build.load_split(config, name, tokenizer), tokenizer) for name in ("train", "test")
         ]
         build.describe(run_dir, config, *(split.report for split in splits))
-        model, variables = build.load_policy(config, config.dpo_policy(), tokenizer, name="dpo.policy")
+        variables = build.load_weights(config, config.dpo_policy(), name="dpo.policy")
         digest = weights_digest(variables)
         values = reference_values(config, model, variables, tokenizer, splits, partitioner=partitioner, weights=digest)
         for name, logps in zip(("train", "test"), values, strict=True):
@@ -50,30 +52,35 @@ def reference_values(
 
     `weights` is the `weights_digest` of `variables`, which takes seconds per billion parameters: callers need it, too.
     """
-    cache = ReferenceCache(config.refs_cache(), identity(config, weights, tokenizer))
-    if cache.damaged:
+    # The first host has the cache; what it lacks, and in the end all values, the others hear from it.
+    cache = ReferenceCache(config.refs_cache(), identity(config, weights, tokenizer)) if is_first() else None
+    if cache is not None and cache.damaged:
         print(f"{cache.directory}: {cache.damaged} damaged records are computed again", flush=True)
     pairs = [pair for split in splits for pair in split]
-    layout = build.pair_layout(config, pairs, batch=config.refs.batch, parts=partitioner.devices)
+    absent = np.zeros(len(pairs), np.uint8)
+    if cache is not None:
+        absent[cache.missing(pairs)] = 1
+    todo = [pairs[number] for number in np.flatnonzero(from_first(absent))]
+    layout = build.pair_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards)
     on_device = partitioner.put_variables(variables)
     compiled = partitioner.compile_map(functools.partial(reference_logps, model))
-    missing = len(cache.missing(pairs))
-    if missing < len(pairs):
-        print(f"{cache.directory}: {len(pairs) - missing:,} of {len(pairs):,} pairs are there already", flush=True)
-    quiet = not missing or not sys.stderr.isatty()
-    with tqdm(total=missing, unit="pair", desc="reference pass", dynamic_ncols=True, disable=quiet) as bar:
+    if len(todo) < len(pairs):
+        print(f"{config.refs_cache()}: {len(pairs) - len(todo):,} of {len(pairs):,} pairs are there already", flush=True)
+    quiet = cache is None or not todo or not sys.stderr.isatty()
+    with tqdm(total=len(todo), unit="pair", desc="reference pass", dynamic_ncols=True, disable=quiet) as bar:
 
         def progress(batch: Batch) -> None:
             bar.update(int(batch.stats["pairs"]))
 
         fill_cache(
             cache,
-            pairs,
-            batches=functools.partial(in_order, layout=layout, batch=config.refs.batch),
+            todo,
+            batches=functools.partial(in_order, layout=layout, batch=config.refs.batch, part=partitioner.host_part),
             logps=lambda rows: compiled(on_device, rows),
             progress=progress,
         )
-    return [cache.lookup(split) for split in splits]
+    values = from_first(np.zeros((len(pairs), 2), np.float32) if cache is None else cache.lookup(pairs))
+    return np.split(values, np.cumsum([len(split) for split in splits])[:-1])
 
 
 def identity(config: Config, weights: str, tokenizer: Any) -> dict[str, Any]:

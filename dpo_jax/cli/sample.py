@@ -28,7 +28,8 @@ def run(config: Config) -> int:
     path = config.sample_policy()
     tokenizer = build.tokenizer_of(config, model_path=path, name="sample.policy")
     texts = prompts_of_file(section.prompts_file) if section.prompts_file else held_out_prompts(config, tokenizer)
-    model, variables = build.load_policy(config, path, tokenizer, name="sample.policy")
+    model = build.policy_model(config, path, tokenizer, name="sample.policy")
+    variables = build.load_weights(config, path, name="sample.policy")
     prompts = [np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
     prompts = [ids[-config.data.max_prompt_length :] for ids in prompts]
     samples = complete(

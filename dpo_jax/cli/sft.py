@@ -11,21 +11,21 @@ import numpy as np
 from dpo_jax.cli import build
 from dpo_jax.cli.card import sft_card
 from dpo_jax.cli.config import Config
-from dpo_jax.cli.train import leave_results, train
+from dpo_jax.cli.train import leave_results, start_state, train
 from dpo_jax.data.loader import in_order, plan_layout, stream, total_steps
 from dpo_jax.data.prepare import data_digest, encode_targets
 from dpo_jax.logps import sequence_logps
 from dpo_jax.reference import weights_digest
 from dpo_jax.sft import sft_step
-from dpo_jax.step import init_state
 from dpo_jax.types import TrainState
 
 
 def run(config: Config) -> int:
     section, data = config.sft, config.data
     with build.open_run(config, "sft", continues=True) as run_dir:
-        partitioner = build.make_partitioner(config)
         tokenizer = build.tokenizer_of(config, model_path=config.model.path)
+        model = build.start_model(config, tokenizer)
+        partitioner = build.make_partitioner(config, model)
         train_set, test_set = (build.load_split(config, split, tokenizer) for split in ("train", "test"))
         # Encoding the pairs, too, makes SFT refuse the same bad rows as DPO: both see the same data.
         pairs = [build.encode_split(config, preferences, tokenizer) for preferences in (train_set, test_set)]
@@ -34,7 +34,7 @@ def run(config: Config) -> int:
         (texts, uids), (held_out, _) = (
             encode_targets(split, tokenizer, **limits, score_prompt=section.scored == "all") for split in kept
         )
-        model, variables = build.start_model(config, tokenizer)
+        variables = build.start_weights(config, model)
         kind = "plain" if data.layout == "shared" else data.layout  # a single completion shares its prompt with nobody
         parts = build.batch_parts(section, partitioner, layout=kind)
         layout = plan_layout([*texts, *held_out], kind=kind, batch=section.batch, length=data.row_length, multiple=parts)
@@ -46,8 +46,8 @@ def run(config: Config) -> int:
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             total, tokens = 0.0, 0.0
-            for _, batch in in_order(held_out, layout=layout, batch=section.batch):
-                total -= float(np.sum(score(state.variables, batch.rows) * batch.rows.weight))
+            for _, batch in in_order(held_out, layout=layout, batch=section.batch, part=partitioner.host_part):
+                total -= float(np.sum(score(state.variables, batch.rows)[batch.index >= 0]))
                 tokens += batch.stats["scored_tokens"]
             return {"loss": total / len(held_out), "nll_per_token": total / tokens}
 
@@ -57,8 +57,16 @@ def run(config: Config) -> int:
             run_dir,
             section,
             step=step,
-            state=init_state(variables, tx),
-            stream=stream(texts, layout=layout, batch=section.batch, seed=config.run.seed, epochs=section.epochs, uids=uids),
+            state=start_state(partitioner, tx, variables),
+            stream=stream(
+                texts,
+                layout=layout,
+                batch=section.batch,
+                seed=config.run.seed,
+                epochs=section.epochs,
+                uids=uids,
+                part=partitioner.host_part,
+            ),
             total_steps=total_steps(len(texts), batch=section.batch, epochs=section.epochs),
             lr=build.make_schedule(section),
             fingerprint={

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from dpo_jax.data.loader import Batch
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.evals.plots import plot_training
 from dpo_jax.models.hf import save_hf
+from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import Checkpoints
 from dpo_jax.runtime.fit import NonFinite, fit
+from dpo_jax.runtime.mesh import mesh_sizes
 from dpo_jax.runtime.metrics import MetricsLog, Progress, TensorBoardWriter, WandbWriter, is_evaluation, read_metrics
 from dpo_jax.runtime.rundir import RunDir
-from dpo_jax.types import Model, Partitioner, TrainState
+from dpo_jax.step import init_state
+from dpo_jax.types import Model, Partitioner, TrainState, Variables
 
 Evaluate = Callable[[TrainState, int], Mapping[str, Any]]
 
@@ -43,52 +47,94 @@ def train(
     check: Callable[[int, dict[str, float]], None] | None = None,
     unit: str = "pairs",
 ) -> TrainState:
-    """Trains from `state`, which is consumed, or from the newest good checkpoint. Returns the final state on the host.
+    """Trains from `state`, which is consumed, or from the newest good checkpoint. Returns the final state on the host, whole.
 
     `reports` say what became of the data, and are written beside the configuration once the run is known to be the same.
     `fingerprint` is what a resumed run must have in common with the one that wrote the checkpoint; a difference is a
-    `ConfigError` that names it. Of `step` and `evaluate`, the states are in the partitioner's form.
+    `ConfigError` that names it. All states but the one returned are in the partitioner's form.
     """
     meta = {"fingerprint": dict(fingerprint), "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")}}
-    writers = []
-    if config.run.tensorboard:
-        writers.append(TensorBoardWriter(run.path / "tensorboard"))
-    if config.run.wandb is not None:
-        writers.append(WandbWriter(config.run.wandb, directory=run.path, config=fingerprint))
+    print(_what_runs_where(config, section, state, partitioner), flush=True)
     with Checkpoints(run.checkpoints, max_to_keep=config.run.max_to_keep) as checkpoints:
-        placed = partitioner.put_state(_resume(config, run, state, checkpoints, meta))
-        _free(state)
+        state = _resume(config, run, state, checkpoints, meta, partitioner)
         build.describe(run, config, *reports)
         evaluate = functools.partial(_finite, evaluate)
-        with MetricsLog(run.metrics, writers=writers) as log:
+        with _metrics_log(config, run, fingerprint) as log:
             state = fit(
                 partitioner.compile_step(step),
-                placed,
+                state,
                 stream,
                 total_steps=total_steps,
                 lr=lr,
                 checkpoints=checkpoints,
                 meta=meta,
                 log=log,
-                progress=Progress(),
+                progress=Progress() if hosts.is_first() else None,
                 evaluate=evaluate,
                 eval_every=math.ceil(config.run.eval_every_examples / section.batch),
                 save_every=config.run.save_every_steps,
                 check=check,
                 unit=unit,
                 get_state=partitioner.get_state,
+                agree=hosts.agreement(),
             )
             # A signal during the last step saves the state without judging it.
-            if not any(is_evaluation(row) and row["step"] == total_steps for row in read_metrics(run.metrics)):
-                log.write({"step": total_steps} | {f"eval/{k}": v for k, v in evaluate(state, total_steps).items()})
-    return partitioner.get_state(state)
+            judged = log is not None and any(is_evaluation(r) and r["step"] == total_steps for r in read_metrics(run.metrics))
+            if not hosts.anywhere(judged):
+                metrics = evaluate(state, total_steps)
+                if log is not None:
+                    log.write({"step": total_steps} | {f"eval/{k}": v for k, v in metrics.items()})
+    return partitioner.to_host(state)
 
 
-def _free(state: TrainState) -> None:
-    """Gives back the device memory of a state that was copied to its place: a large model does not fit beside itself."""
-    for leaf in jax.tree.leaves(state):
+def start_state(partitioner: Partitioner, tx: Any, variables: Variables) -> TrainState:
+    """The state before the first step, laid out on the devices. It takes the place of `variables`, whose memory is given back:
+    a large model does not fit beside itself."""
+    state = partitioner.init_state(functools.partial(init_state, tx=tx), variables)
+    _free(variables)
+    return state
+
+
+def _free(tree: Any) -> None:
+    for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array):
             leaf.delete()
+
+
+@contextlib.contextmanager
+def _metrics_log(config: Config, run: RunDir, fingerprint: Mapping[str, Any]) -> Iterator[MetricsLog | None]:
+    """The log and its writers; None on all hosts but the first."""
+    if not hosts.is_first():
+        yield None
+        return
+    writers = []
+    if config.run.tensorboard:
+        writers.append(TensorBoardWriter(run.path / "tensorboard"))
+    if config.run.wandb is not None:
+        writers.append(WandbWriter(config.run.wandb, directory=run.path, config=fingerprint))
+    with MetricsLog(run.metrics, writers=writers) as log:
+        yield log
+
+
+def _what_runs_where(config: Config, section: SftConfig | DpoConfig, state: TrainState, partitioner: Partitioner) -> str:
+    """A table of hosts, devices, how they are used, and what one of them holds."""
+    devices, kind = jax.devices(), jax.devices()[0].device_kind
+    of_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    mesh = " x ".join(f"{axis} {size}" for axis, size in mesh_sizes(state).items())
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    if config.run.devices == "pmap":
+        parameters //= partitioner.row_shards  # that many copies
+    used = {"single": "one device", "pmap": f"pmap over {partitioner.row_shards}", "mesh": mesh}[config.run.devices]
+    share = section.batch / partitioner.row_shards
+    table = {
+        "hosts": f"{jax.process_count()}",
+        "devices": f"{len(devices)} x {kind}, {jax.local_device_count()} on this host",
+        "layout": used,
+        "parameters": f"{parameters:,}",
+        "per device": f"{of_device / 2**20:,.1f} MiB of parameters and optimizer, {share:g} of {section.batch} examples a step",
+        "microbatches": f"{section.microbatches}, remat {config.model.remat}, {config.run.precision}",
+    }
+    return "\n".join(f"{name:>14}  {value}" for name, value in table.items())
 
 
 def _finite(evaluate: Evaluate, state: TrainState, done: int) -> Mapping[str, Any]:
@@ -102,9 +148,17 @@ def _finite(evaluate: Evaluate, state: TrainState, done: int) -> Mapping[str, An
     return metrics
 
 
-def _resume(config: Config, run: RunDir, state: TrainState, checkpoints: Checkpoints, meta: Mapping[str, Any]) -> TrainState:
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-    found = checkpoints.restore_latest(abstract)
+def _resume(
+    config: Config,
+    run: RunDir,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    meta: Mapping[str, Any],
+    partitioner: Partitioner,
+) -> TrainState:
+    if checkpoints.latest_step() is None:
+        return state
+    found = checkpoints.restore_latest(jax.tree.map(_as_saved, partitioner.get_state(state)))
     if found is None:
         return state
     restored, saved = found
@@ -122,11 +176,19 @@ def _resume(config: Config, run: RunDir, state: TrainState, checkpoints: Checkpo
             "Continue it with its own settings (its config.yaml), or choose another --run.dir."
         )
     print(f"continuing {run.path} after {int(restored.step)} steps", flush=True)
-    return restored
+    _free(state)
+    return partitioner.put_state(restored)
+
+
+def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
+    """A leaf in pieces is read in pieces: a host never holds all of it."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
 def leave_results(run: RunDir, model: Model, state: TrainState, tokenizer: Any, *, card: str) -> Path:
-    """Writes the model as a Hugging Face folder, the plots, and the model card. Returns the folder."""
+    """The first host writes the model as a Hugging Face folder, the plots, and the model card. Returns the folder."""
+    if not hosts.is_first():
+        return run.export
     folder = save_hf(run.export, model, state.variables)
     tokenizer.save_pretrained(folder)
     plot_training(read_metrics(run.metrics), run.plots)

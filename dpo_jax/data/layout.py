@@ -15,8 +15,8 @@ The prompt passes through the model once, and both completions see it. `c_0` and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -84,47 +84,92 @@ class Layout:
     per_row: int = 1  # pairs (or completions) per row at most; above 1 only when packed
     rows_multiple: int = 1  # R is rounded up to a multiple of this with empty rows
 
-    def rows(self, examples: Sequence[Encoded] | Sequence[Completion], *, ref_logps: Array | None = None) -> Rows:
-        """Lay out `examples` (all pairs, or all completions). Nothing is cut: what does not fit raises `ValueError`."""
+    def rows(
+        self,
+        examples: Sequence[Encoded] | Sequence[Completion],
+        *,
+        ref_logps: Array | None = None,
+        at_least: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ) -> Rows:
+        """Lay out `examples` (all pairs, or all completions). Nothing is cut: what does not fit raises `ValueError`.
+
+        Empty rows fill up to `at_least`. `part=(index, count)` builds the `index`-th of `count` equal parts of the rows only:
+        what one host of several needs. The parts in order are the rows, whatever their number.
+        """
+        return self.place(examples, ref_logps=ref_logps, at_least=at_least, part=part)[0]
+
+    def place(
+        self,
+        examples: Sequence[Encoded] | Sequence[Completion],
+        *,
+        ref_logps: Array | None = None,
+        at_least: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ) -> tuple[Rows, np.ndarray]:
+        """What `rows` gives, and `index` int32[E] of all parts: which example each place of the batch holds, -1 for none."""
         pairs = bool(examples) and isinstance(examples[0], Encoded)
-        units, names = self._units(examples)
-        for unit, name in zip(units, names, strict=True):
-            if len(unit.tokens) > self.length or len(unit.target) > self.scored:
-                raise ValueError(
-                    f"{name}: needs a row of {len(unit.tokens)} tokens, {len(unit.target)} of them scored, and rows hold "
-                    f"{self.length} and {self.scored}; raise the row length or lower max_length"
-                )
-        bins = self._bins(units)
-        bins += [[]] * (-len(bins) % self.rows_multiple)
-        rows = _place(units, bins, length=self.length, scored=self.scored, per_row=self.per_row)
-        if self.kind == "plain" and pairs:  # two rows make one example
-            rows = rows.replace(index=np.where(rows.index[::2] < 0, -1, rows.index[::2] // 2), weight=rows.weight[::2])
+        two_rows = pairs and self.kind == "plain"  # make one example
+        sizes = np.array([size for example in examples for size in self._sizes(example)]).reshape(-1, 2)
+        self._check(examples, sizes)
+        bins = self._bins(sizes, at_least=at_least)
+        index = np.full((len(bins), self.per_row), -1, np.int32)
+        for row, members in enumerate(bins):
+            index[row, : len(members)] = members
+        if len(bins) % part[1]:
+            raise ValueError(f"{len(bins)} rows do not divide into {part[1]} equal parts: raise rows_multiple")
+        here = slice(part[0] * len(bins) // part[1], (part[0] + 1) * len(bins) // part[1])
+        units = {member: self._unit(examples, member) for members in bins[here] for member in members}
+        slots = 2 if pairs and not two_rows else 1
+        rows = _place(units, index[here], length=self.length, scored=self.scored, unit_slots=slots)
+        if two_rows:
+            index = np.where(index[::2] < 0, -1, index[::2] // 2)
+        mine = index[here.start // 2 : here.stop // 2] if two_rows else index[here]
+        rows = rows.replace(index=mine.reshape(-1), weight=(mine.reshape(-1) >= 0).astype(np.float32))
         if ref_logps is not None:
             placed = np.where(rows.index[:, None] >= 0, np.asarray(ref_logps, np.float32)[rows.index], np.float32(0))
             rows = rows.replace(ref_logps=placed)
-        return rows
+        return rows, index.reshape(-1)
 
-    def _units(self, examples: Sequence[Encoded] | Sequence[Completion]) -> tuple[list[_Unit], list[str]]:
-        units, names = [], []
-        for number, example in enumerate(examples):
-            if not isinstance(example, Encoded):
-                units.append(_completion_unit(*example))
-                names.append(f"text {number}")
-            elif self.kind == "plain":
-                units += [_completion_unit(example.prompt, example.chosen), _completion_unit(example.prompt, example.rejected)]
-                names += [f"{example.uid or number} (chosen)", f"{example.uid or number} (rejected)"]
-            else:
-                units.append(_shared_unit(example))
-                names.append(example.uid or f"pair {number}")
-        return units, names
+    def _sizes(self, example: Encoded | Completion) -> list[tuple[int, int]]:
+        """(tokens, scored positions) of each unit of `example`."""
+        if not isinstance(example, Encoded):
+            prompt, completion = (len(part) for part in example)
+            return [(prompt + completion, prompt + completion - max(1, prompt))]
+        completions = len(example.chosen), len(example.rejected)
+        if self.kind == "plain":
+            return [size for ids in (example.chosen, example.rejected) for size in self._sizes((example.prompt, ids))]
+        return [(len(example.prompt) + sum(completions), sum(completions))]
 
-    def _bins(self, units: Sequence[_Unit]) -> list[list[int]]:
-        if self.kind != "packed":
-            return [[i] for i in range(len(units))]
-        return first_fit_decreasing(
-            np.array([(len(u.tokens), len(u.target), 1) for u in units]).reshape(-1, 3),
-            capacity=(self.length, self.scored, self.per_row),
+    def _check(self, examples: Sequence[Encoded] | Sequence[Completion], sizes: np.ndarray) -> None:
+        bad = np.flatnonzero((sizes > (self.length, self.scored)).any(axis=1))
+        if not len(bad):
+            return
+        number = int(bad[0])
+        example = examples[number * len(examples) // len(sizes)]
+        name = (example.uid or f"pair {number}") if isinstance(example, Encoded) else f"text {number}"
+        side = f" ({('chosen', 'rejected')[number % 2]})" if len(sizes) > len(examples) else ""
+        raise ValueError(
+            f"{name}{side}: needs a row of {sizes[number][0]} tokens, {sizes[number][1]} of them scored, and rows hold "
+            f"{self.length} and {self.scored}; raise the row length or lower max_length"
         )
+
+    def _unit(self, examples: Sequence[Encoded] | Sequence[Completion], number: int) -> _Unit:
+        if self.kind == "plain" and isinstance(examples[0], Encoded):
+            pair = cast(Encoded, examples[number // 2])
+            return _completion_unit(pair.prompt, pair.rejected if number % 2 else pair.chosen)
+        example = examples[number]
+        return _shared_unit(example) if isinstance(example, Encoded) else _completion_unit(*example)
+
+    def _bins(self, sizes: np.ndarray, *, at_least: int) -> list[list[int]]:
+        """The units of each row, in rows enough for all hosts and devices."""
+        if self.kind == "packed":
+            sizes = np.column_stack([sizes, np.ones(len(sizes), np.int64)])
+            bins = first_fit_decreasing(sizes, capacity=(self.length, self.scored, self.per_row))
+        else:
+            bins = [[i] for i in range(len(sizes))]
+        bins += [[]] * (at_least - len(bins))
+        return bins + [[]] * (-len(bins) % self.rows_multiple)
 
 
 def first_fit_decreasing(sizes: np.ndarray, *, capacity: tuple[int, ...]) -> list[list[int]]:
@@ -154,10 +199,6 @@ class _Unit(NamedTuple):
     source: np.ndarray
     target: np.ndarray
     slot: np.ndarray
-
-    @property
-    def slots(self) -> int:
-        return int(self.slot[-1]) + 1
 
 
 def _completion_unit(prompt: np.ndarray, completion: np.ndarray) -> _Unit:
@@ -189,28 +230,25 @@ def _shared_unit(pair: Encoded) -> _Unit:
     )
 
 
-def _place(units: Sequence[_Unit], bins: Sequence[Sequence[int]], *, length: int, scored: int, per_row: int) -> Rows:
-    """Write the units of each bin one behind the other into a row; what is left over becomes padding."""
-    count = len(bins)
-    unit_slots = max((unit.slots for unit in units), default=1)
+def _place(units: Mapping[int, _Unit], members: np.ndarray, *, length: int, scored: int, unit_slots: int) -> Rows:
+    """Write the units `members[R, per_row]` of each row (-1: none) one behind the other; what is left over becomes padding."""
+    count, per_row = members.shape
     slots = unit_slots * per_row
     x = np.broadcast_to(np.arange(length, dtype=np.int32), (count, length))
     tokens, positions = np.zeros((count, length), np.int32), np.zeros((count, length), np.int32)
     k_start, k_end = x.copy(), x + 1
     source, target = np.zeros((count, scored), np.int32), np.zeros((count, scored), np.int32)
     slot = np.full((count, scored), slots, np.int32)
-    index = np.full((count, per_row), -1, np.int32)
-    for row, members in enumerate(bins):
+    for row in range(count):
         at, read = 0, 0
-        for place, member in enumerate(members):
-            unit = units[member]
+        for place, member in enumerate(members[row][members[row] >= 0]):
+            unit = units[int(member)]
             here, there = slice(at, at + len(unit.tokens)), slice(read, read + len(unit.target))
             tokens[row, here], positions[row, here] = unit.tokens, unit.positions
             k_start[row, here], k_end[row, here] = at + unit.k_start, at + unit.k_end
             source[row, there], target[row, there] = at + unit.source, unit.target
             slot[row, there] = place * unit_slots + unit.slot
-            index[row, place] = member
             at, read = here.stop, there.stop
-    index = index.reshape(-1)
+    index = members.reshape(-1)
     weight = (index >= 0).astype(np.float32)
     return Rows(tokens, positions, k_start, k_end, source, target, slot, weight, index, slots=slots)

@@ -17,10 +17,11 @@ Example = Encoded | Completion
 
 
 class Batch(NamedTuple):
-    """What one step reads, on the host."""
+    """What one step reads, on the host. All but `rows` is of the whole batch, also where `rows` is the part of one host."""
 
     rows: Rows
-    uids: list[str]  # of the examples in it, for error messages
+    index: np.ndarray  # int32[E]  which of `uids` each place of the batch holds; -1 for a filler
+    uids: list[str]  # of the examples in it
     stats: dict[str, float]  # pairs or texts; tokens in real positions; scored_tokens; padding (share of positions, 0 to 1)
 
 
@@ -29,14 +30,11 @@ def total_steps(examples: int, *, batch: int, epochs: float) -> int:
     return math.ceil(round(examples * epochs) / batch)
 
 
-def batch_indices(
-    examples: int, *, batch: int, seed: int, step: int, epochs: float | None = None, shard: tuple[int, int] = (0, 1)
-) -> np.ndarray:
+def batch_indices(examples: int, *, batch: int, seed: int, step: int, epochs: float | None = None) -> np.ndarray:
     """The examples of step `step`: int64[<= batch], a pure function of the arguments.
 
     Epochs follow each other without a gap, so a batch may end one and begin the next; within an epoch each example comes once.
-    `epochs` ends the stream: the last batch is cut there. `shard=(index, count)` is the part of one host of `count`; the parts
-    of all hosts, in order, are the global batch.
+    `epochs` ends the stream: the last batch is cut there.
     """
     last = math.inf if epochs is None else round(examples * epochs)
     places = np.arange(step * batch, min((step + 1) * batch, last), dtype=np.int64)
@@ -45,8 +43,7 @@ def batch_indices(
     for number in np.unique(epoch):
         here = epoch == number
         indices[here] = _permutation(examples, seed, int(number))[place[here]]
-    part = -(-batch // shard[1])
-    return indices[shard[0] * part : (shard[0] + 1) * part]
+    return indices
 
 
 @functools.lru_cache(maxsize=4)
@@ -63,8 +60,12 @@ def stream(
     epochs: float | None = None,
     ref_logps: Array | None = None,
     uids: Sequence[str] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Callable[[int], Batch]:
-    """`stream(step) -> Batch`: shuffled training batches. `ref_logps[E, 2]` is in the order of `examples`."""
+    """`stream(step) -> Batch`: shuffled training batches. `ref_logps[E, 2]` is in the order of `examples`.
+
+    `part` (`Partitioner.host_part`) builds only the rows of one host; the batch does not depend on how many there are.
+    """
 
     def at(step: int) -> Batch:
         return make_batch(
@@ -74,18 +75,19 @@ def stream(
             batch=batch,
             ref_logps=ref_logps,
             uids=uids,
+            part=part,
         )
 
     return at
 
 
 def in_order(
-    examples: Sequence[Example], *, layout: Layout, batch: int, ref_logps: Array | None = None
+    examples: Sequence[Example], *, layout: Layout, batch: int, part: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Every example once, in order, for evaluation and the reference pass: (which examples, their batch)."""
     for start in range(0, len(examples), batch):
         indices = np.arange(start, min(start + batch, len(examples)))
-        yield indices, make_batch(examples, indices, layout=layout, batch=batch, ref_logps=ref_logps)
+        yield indices, make_batch(examples, indices, layout=layout, batch=batch, part=part)
 
 
 def make_batch(
@@ -96,24 +98,27 @@ def make_batch(
     batch: int,
     ref_logps: Array | None = None,
     uids: Sequence[str] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Batch:
-    """The rows of `examples[indices]`. `rows.index` counts within the batch. A short batch is filled with empty rows."""
+    """The rows of `examples[indices]`. `index` counts within the batch. A short batch is filled with empty rows."""
     chosen = [examples[i] for i in indices]
-    rows = layout.rows(chosen, ref_logps=None if ref_logps is None else np.asarray(ref_logps)[indices])
-    if layout.kind != "packed":
-        rows = _fill(rows, batch * (2 if layout.kind == "plain" and isinstance(chosen[0], Encoded) else 1), layout)
+    pairs = isinstance(chosen[0], Encoded)
+    at_least = 0 if layout.kind == "packed" else batch * (2 if layout.kind == "plain" and pairs else 1)
+    ref = None if ref_logps is None else np.asarray(ref_logps)[indices]
+    rows, index = layout.place(chosen, ref_logps=ref, at_least=at_least, part=part)
     names = [
         e.uid if isinstance(e, Encoded) else (str(i) if uids is None else uids[int(i)])
         for i, e in zip(indices, chosen, strict=True)
     ]
-    real = sum(_tokens(example, plain=layout.kind == "plain") for example in chosen)
+    plain = layout.kind == "plain"
+    real = sum(_tokens(example, plain=plain) for example in chosen)
     stats = {
-        "pairs" if isinstance(chosen[0], Encoded) else "texts": float(len(chosen)),
+        "pairs" if pairs else "texts": float(len(chosen)),
         "tokens": float(real),
-        "scored_tokens": float((rows.slot < rows.slots).sum()),
-        "padding": 1 - real / rows.tokens.size,
+        "scored_tokens": float(sum(_scored(example) for example in chosen)),
+        "padding": 1 - real / (rows.tokens.size * part[1]),
     }
-    return Batch(rows, names, stats)
+    return Batch(rows, index, names, stats)
 
 
 def plan_layout(
@@ -155,6 +160,13 @@ def _tokens(example: Example, *, plain: bool) -> int:
     return len(example.prompt) * (2 if plain else 1) + len(example.chosen) + len(example.rejected)
 
 
+def _scored(example: Example) -> int:
+    """Positions of `example` that are scored."""
+    if not isinstance(example, Encoded):
+        return sum(map(len, example)) - max(1, len(example[0]))
+    return len(example.chosen) + len(example.rejected)
+
+
 def _size(example: Example, *, plain: bool) -> tuple[int, int]:
     """(tokens, scored positions) of the longest row that `example` needs."""
     if not isinstance(example, Encoded):
@@ -163,23 +175,3 @@ def _size(example: Example, *, plain: bool) -> tuple[int, int]:
     completions = len(example.chosen), len(example.rejected)
     scored = max(completions) if plain else sum(completions)
     return len(example.prompt) + scored, scored
-
-
-def _fill(rows: Rows, count: int, layout: Layout) -> Rows:
-    """Empty rows up to `count`, so that the last batch of an epoch has the shape of the others."""
-    missing = round_up(count, layout.rows_multiple) - len(rows.tokens)
-    if missing <= 0:
-        return rows
-    x = np.broadcast_to(np.arange(layout.length, dtype=np.int32), (missing, layout.length))
-    empty_row = {"k_start": x, "k_end": x + 1}
-    examples = missing * len(rows.index) // len(rows.tokens)
-    filler = {"slot": rows.slots, "index": -1}
-
-    def extend(name: str) -> np.ndarray:
-        value = getattr(rows, name)
-        more = examples if name in ("weight", "index", "ref_logps") else missing
-        tail = empty_row.get(name, np.full((more, *value.shape[1:]), filler.get(name, 0), value.dtype))
-        return np.concatenate([value, tail])
-
-    names = [name for name in rows.__dataclass_fields__ if name != "slots" and getattr(rows, name) is not None]
-    return rows.replace(**{name: extend(name) for name in names})

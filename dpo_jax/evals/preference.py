@@ -27,7 +27,7 @@ def held_out_logps(
     """
     result = np.full((pairs, 2), np.nan, np.float32)
     for indices, batch in batches:
-        values, place = logps(batch.rows), np.asarray(batch.rows.index)
+        values, place = logps(batch.rows), batch.index
         result[indices[place[place >= 0]]] = values[place >= 0]
         bad = place[(place >= 0) & ~np.isfinite(values).all(axis=1)]
         if len(bad):

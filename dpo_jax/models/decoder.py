@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models.attention import attend, rotate
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.types import Array, Model, Rows, Variables
+from dpo_jax.types import ROW_AXES, Array, Model, Rows, Variables
 
 NO_WINDOW = 1 << 30  # of a layer with full attention in a model that has windows elsewhere
 
@@ -26,6 +27,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+}
+
+
+# What the backward pass keeps of a layer; the rest it computes again. Keeping all matrix products takes less than half of the
+# memory of keeping everything, and no more time, on CPU too.
+REMAT: dict[str, Any] = {
+    "none": jax.checkpoint_policies.dots_saveable,
+    "save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "full": None,
 }
 
 
@@ -51,6 +61,13 @@ class Shared(NamedTuple):
 def _param(module: nn.Module, name: str, first: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
     """A parameter with its logical axes beside it; `Model.axes` collects them."""
     return module.param(name, nn.with_partitioning(first, axes), shape)  # pyright: ignore[reportReturnType]
+
+
+def _by_row(x: jax.Array) -> jax.Array:
+    """Cut over the mesh by row, if there is a mesh. XLA would choose too, and may cut D as the weights are, not the batch."""
+    auto = jax.sharding.get_abstract_mesh().auto_axes
+    axes = tuple(axis for axis in ROW_AXES if axis in auto)
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(axes)) if axes else x
 
 
 def _last(vector: jax.Array, like: jax.Array) -> jax.Array:
@@ -111,6 +128,7 @@ class Attention(nn.Module):
             q, k = (rotate(y, cos, sin, interleaved=c.ropes[0].interleaved) for y in (q, k))
         if cache is not None:
             cache, k, v = _update_cache(cache, k, v, layer.index, shared.write_at)
+        q, k, v = (checkpoint_name(y, "attention") for y in (q, k, v))
         mixed = attend(
             q,
             k,
@@ -124,7 +142,7 @@ class Attention(nn.Module):
             softcap=c.attention_softcap,
         )
         out = Linear(c.width, ("heads", "embed"), c.out_bias, _residual_std(c), name="out")
-        return out(mixed.reshape(*x.shape[:2], -1)), cache
+        return out(checkpoint_name(mixed, "attention").reshape(*x.shape[:2], -1)), cache
 
 
 def _update_cache(cache: Any, k: jax.Array, v: jax.Array, layer: jax.Array, write_at: Any) -> tuple[Any, jax.Array, jax.Array]:
@@ -182,13 +200,13 @@ class Block(nn.Module):
             x = x + mixed
             update = Mlp(c, name="mlp")(norm("mlp_norm")(x))
             x = x + (norm("post_mlp_norm")(update) if c.post_norms else update)
-        return (x, cache), None
+        return (_by_row(x), cache), None
 
 
 class Decoder(nn.Module):
     config: DecoderConfig
     dtype: Any
-    remat: bool
+    remat: str
 
     def setup(self) -> None:
         c = self.config
@@ -196,11 +214,8 @@ class Decoder(nn.Module):
         self.token_embedding = _param(self, "token_embedding", normal, (c.vocab_size, c.width), ("vocab", "embed"))
         if not c.ropes:
             self.position_embedding = _param(self, "position_embedding", normal, (c.max_positions, c.width), (None, "embed"))
-        # Matrix products are kept for the backward pass, what is cheap between them is computed again: less than half of
-        # the memory of keeping all, and no slower, on CPU too.
-        policy = None if self.remat else jax.checkpoint_policies.dots_saveable
         self.layers = nn.scan(
-            nn.remat(Block, prevent_cse=False, policy=policy),
+            nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat]),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
@@ -220,6 +235,7 @@ class Decoder(nn.Module):
         x = x if c.embedding_scale == 1.0 else x * c.embedding_scale
         if not c.ropes:
             x = x + jnp.take(self.position_embedding, jnp.asarray(rows.positions), axis=0).astype(self.dtype)
+        x = _by_row(x)
         layer, angles = _per_layer(c, rows.positions)
         k_positions, write_at, store = rows.positions, None, None
         if cache is not None:
@@ -262,7 +278,8 @@ def make_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: str = 
     """The decoder as pure functions (`types.Model`).
 
     `dtype` is the type of activations and matrix products; `init` makes float32 parameters whatever it is, norms, softmax and
-    logits are always float32. `remat="none"`: the backward pass repeats no matrix product; `"full"`: it repeats each layer's
+    logits are always float32. `remat="none"`: the backward pass repeats no matrix product; `"save_attention"`: it
+    repeats all but the projections to queries, keys and values and the mixing of values; `"full"`: it repeats each layer's
     forward pass and keeps only the layers' inputs.
 
     `axes()` gives a tree like the variables of `jax.sharding.PartitionSpec`s over the logical axes "layers", "vocab", "embed"
@@ -271,9 +288,9 @@ def make_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: str = 
     Cache (`init_cache(batch, length, dtype)`): `length` columns per row. A `decode` beyond the last column cannot be seen under
     jit: it is the caller's duty to make the cache long enough.
     """
-    if remat not in ("none", "full"):
-        raise ValueError(f'remat must be "none" or "full", not {remat!r}')
-    module = Decoder(config, dtype, remat == "full")
+    if remat not in REMAT:
+        raise ValueError(f"remat must be one of {', '.join(REMAT)}, not {remat!r}")
+    module = Decoder(config, dtype, remat)
 
     def boxed_init(key: jax.Array) -> Variables:
         one = jnp.zeros((1, 1), jnp.int32)

@@ -27,6 +27,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath  # comes with orbax; pathlib that also reads gs://
 
+from dpo_jax.runtime import hosts
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
@@ -48,6 +50,8 @@ class CheckpointWriteError(OSError):
 
 class Checkpoints:
     """The checkpoints of one run in `directory`, of which the newest `max_to_keep` are kept. Use it as a context manager.
+
+    Where there are several hosts they share the directory, and all of them make every call.
 
     Without `read_only` it is the only one to use the directory (`RunDir` holds the lock): what a killed process has left half
     written or half deleted is removed at the start. With it nothing is changed, and a run may be writing meanwhile.
@@ -99,15 +103,13 @@ class Checkpoints:
         wanted = _named(abstract_state)
         damaged: list[int] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                record = self._read_record(step)
-            except Exception as error:
+            record, error = _attempt(lambda step=step: self._read_record(step))
+            if error is not None:
                 damaged += self._set_aside(step, error)
                 continue
             _check_target(record["leaves"], wanted, f"{self.directory / str(step)}")
-            try:
-                leaves = self._read_leaves(step, record["leaves"], wanted)
-            except Exception as error:
+            leaves, error = _attempt(lambda step=step, record=record: self._read_leaves(step, record["leaves"], wanted))
+            if error is not None:
                 damaged += self._set_aside(step, error)
                 continue
             logger.info("restored step %d from %s", step, self.directory)
@@ -181,18 +183,20 @@ class Checkpoints:
         lost = [step] if source.exists() and any(source.iterdir()) else []
         done = "left where it is"
         if not self._read_only:
-            target = _free_name(self.directory / QUARANTINE, str(step))
-            source.rename(target)
+            if hosts.is_first():
+                source.rename(_free_name(self.directory / QUARANTINE, str(step)))
+            hosts.barrier("quarantine")
             self._manager.reload()
-            done = f"moved to {target}"
+            done = f"moved to {self.directory / QUARANTINE}"
         reason = [*str(error).strip().splitlines(), ""][0]
         logger.warning("checkpoint of step %d does not verify (%s: %.200s); %s", step, type(error).__name__, reason, done)
         return lost
 
     def _purge(self) -> None:
         leftovers = self.directory / DELETING
-        if leftovers.exists():
+        if hosts.is_first() and leftovers.exists():
             leftovers.rmtree()
+        hosts.barrier("purge")
 
 
 @contextlib.contextmanager
@@ -201,6 +205,18 @@ def _writing(directory: epath.Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise CheckpointWriteError(f"saving to {directory} failed: {error}") from error
+
+
+def _attempt(read: Any) -> tuple[Any, Exception | None]:
+    """(result, None), or (None, error) on all hosts where it failed on any: each host reads other pieces of the files."""
+    result, error = None, None
+    try:
+        result = read()
+    except Exception as caught:
+        error = caught
+    if hosts.anywhere(error is not None):
+        return None, error or ValueError("another host could not read its part")
+    return result, None
 
 
 def _free_name(folder: epath.Path, name: str) -> epath.Path:
@@ -237,6 +253,8 @@ def _record(step: int, leaves: Leaves, meta: Mapping[str, Any]) -> dict[str, Any
 
 
 def _hashes(leaves: Leaves) -> dict[str, str]:
+    if jax.process_count() > 1:  # to collect the pieces is a collective: leaf by leaf, in the same order everywhere
+        return {name: _sha256(hosts.whole(leaf)) for name, leaf in leaves.items()}
     # hashlib lets go of the interpreter lock: eight threads hash several GB a second.
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(leaves, pool.map(_sha256, leaves.values()), strict=True))

@@ -54,6 +54,7 @@ def fit(
     check: Callable[[int, dict[str, float]], None] | None = None,
     unit: str = "pairs",
     get_state: Callable[[Any], Any] = lambda tree: tree,
+    agree: Callable[[int], int] = lambda signal: signal,
 ) -> Any:
     """Takes steps `state.step` to `total_steps - 1` and returns the state after them. The given state is donated.
 
@@ -66,6 +67,7 @@ def fit(
     check: `check(step, metrics)` may raise to stop the run, for instance when the loss of step 0 is not ln 2.
     unit: which of `stats` counts examples.
     get_state: takes what `step` works on to what is saved; `Partitioner.get_state` where these differ.
+    agree: `hosts.agreement()` where several hosts must stop after the same step.
 
     Metrics of a step are read while the device computes the next one, and before anything is saved.
 
@@ -81,7 +83,7 @@ def fit(
             books.settle()
             books.pending = _Pending(index, batch.uids, batch.stats, {**metrics, **rate})
 
-            done, stop = index + 1, signals.received
+            done, stop = index + 1, agree(signals.received)
             end = done == total_steps
             if evaluate is not None and not stop and (end or _due(done, eval_every)):
                 books.settle()
@@ -89,9 +91,10 @@ def fit(
             if stop or end or _due(done, save_every):
                 books.settle()
                 books.save(done, get_state(state), meta, wait=bool(stop or end))
-            if stop or (end and signals.received):
+            stop = stop or (end and agree(signals.received))
+            if stop:
                 saved = "the state is saved" if checkpoints is not None else "nothing is saved, as no place was given"
-                raise Preempted(f"stopped by {signal.Signals(signals.received).name} after {done} steps; {saved}", step=done)
+                raise Preempted(f"stopped by {signal.Signals(stop).name} after {done} steps; {saved}", step=done)
     return state
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpo_jax.types import Partitioner, Rows
+from dpo_jax.runtime.hosts import whole
+from dpo_jax.runtime.mesh import MeshError, Units, host_part, row_sharding, row_shards, tree_shardings, variable_shardings
+from dpo_jax.types import Model, Partitioner, Rows
 
 
 def single_device(device: Any = None) -> Partitioner:
@@ -30,12 +31,14 @@ def single_device(device: Any = None) -> Partitioner:
 
     return Partitioner(
         axis_name=None,
-        devices=1,
+        row_shards=1,
         compile_step=compile_step,
         compile_map=compile_map,
+        init_state=lambda make, variables: put(make(variables)),
         put_state=put,
         get_state=jax.device_get,
         put_variables=put,
+        to_host=jax.device_get,
     )
 
 
@@ -57,6 +60,9 @@ def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
     def put(tree):
         return jax.tree.map(replicate, tree)
 
+    def get(tree):
+        return jax.tree.map(lambda leaf: np.asarray(_first_shard(leaf)), tree)
+
     def compile_step(step):
         compiled = jax.pmap(step, axis_name="data", devices=devices, donate_argnums=0)
 
@@ -72,13 +78,105 @@ def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
 
     return Partitioner(
         axis_name="data",
-        devices=count,
+        row_shards=count,
         compile_step=compile_step,
         compile_map=compile_map,
+        init_state=lambda make, variables: put(make(variables)),
         put_state=put,
-        get_state=lambda tree: jax.tree.map(lambda leaf: np.asarray(_first_shard(leaf)), tree),
+        get_state=get,
         put_variables=put,
+        to_host=get,
     )
+
+
+def mesh_partitioner(mesh: Mesh, model: Model, *, units: Units | None = None) -> Partitioner:
+    """`jit` over a mesh of `runtime.mesh.make_mesh`: data, FSDP and tensor parallel, by the model's logical axes.
+
+    Rows are cut over data and fsdp; parameters by `runtime.mesh.RULES`, the optimizer state like its parameters. Nothing of the
+    step changes: arrays are global, XLA inserts the collectives. Compiled steps have `lower(state, rows)`, as `jax.jit` has.
+
+    Raises `MeshError`, before anything is computed, where a parameter does not fit the mesh. `units`: see there.
+    """
+    if model.axes is None:
+        raise MeshError("the model names no logical axes (Model.axes), so nothing says how its parameters lie on a mesh")
+    of_variables = variable_shardings(jax.eval_shape(model.init, jax.random.key(0)), model.axes(), mesh, units=units)
+    everywhere, by_row, shards, part = (
+        NamedSharding(mesh, PartitionSpec()),
+        row_sharding(mesh),
+        row_shards(mesh),
+        host_part(mesh),
+    )
+
+    def put(tree):
+        return jax.tree.map(_place, tree, tree_shardings(tree, of_variables, mesh))
+
+    def init_state(make, variables):
+        # Under jit, so that no device ever holds a whole moment, and the parameters are taken over and not copied.
+        shardings = tree_shardings(jax.eval_shape(make, variables), of_variables, mesh)
+        return jax.jit(make, out_shardings=shardings, donate_argnums=0)(put(variables))
+
+    def put_rows(rows):
+        _check_rows(rows, shards // part[1])
+        if jax.process_count() == 1:
+            return jax.device_put(rows, by_row)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(by_row, x, (x.shape[0] * part[1], *x.shape[1:])), rows
+        )
+
+    def compile_map(fn):
+        compiled = jax.jit(fn, out_shardings=everywhere)
+
+        def run(variables, rows):
+            with jax.set_mesh(mesh):
+                return jax.device_get(compiled(variables, put_rows(rows)))
+
+        return run
+
+    return Partitioner(
+        axis_name=None,
+        row_shards=shards,
+        compile_step=lambda step: _MeshStep(step, mesh, put_rows),
+        compile_map=compile_map,
+        init_state=init_state,
+        put_state=put,
+        get_state=lambda state: state,
+        put_variables=put,
+        to_host=lambda tree: jax.tree.map(whole, tree),
+        host_part=part,
+    )
+
+
+class _MeshStep:
+    """A step compiled for a mesh: the new state lies, and is stored, where the old one was."""
+
+    def __init__(self, step: Callable[..., Any], mesh: Mesh, put_rows: Callable[[Any], Any]):
+        self._step, self._mesh, self._put_rows, self._jit = step, mesh, put_rows, None
+
+    def __call__(self, state: Any, rows: Any) -> Any:
+        with jax.set_mesh(self._mesh):
+            return self._compiled(state)(state, self._put_rows(rows))
+
+    def lower(self, state: Any, rows: Any) -> Any:
+        with jax.set_mesh(self._mesh):
+            return self._compiled(state).lower(state, self._put_rows(rows))
+
+    def _compiled(self, state: Any) -> Any:
+        if self._jit is None:
+            out = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(self._mesh, PartitionSpec())
+            self._jit = jax.jit(self._step, donate_argnums=0, out_shardings=out)
+        return self._jit
+
+
+def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    on_devices = isinstance(leaf, jax.Array)
+    if jax.process_count() > 1 and not (on_devices and not leaf.is_fully_addressable):
+        # Every host has the whole array and takes its pieces; device_put would first compare all hosts' copies.
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index]).copy()
+    if on_devices and not leaf.sharding.device_set.isdisjoint(sharding.device_set):
+        # device_put shares the buffer of a device that has the piece already, whatever may_alias says (jax 0.10.2).
+        return jax.device_put(leaf, sharding).copy()
+    return jax.device_put(leaf, sharding, may_alias=False)
 
 
 def split_rows(rows: Rows, parts: int) -> Rows:
@@ -86,11 +184,15 @@ def split_rows(rows: Rows, parts: int) -> Rows:
 
     Raises ValueError, naming the field and both numbers, where `n` is no multiple of `parts`.
     """
-    for field in dataclasses.fields(rows):
-        value = getattr(rows, field.name)
-        if isinstance(value, (np.ndarray, jax.Array)) and value.shape[0] % parts:
-            raise ValueError(f"rows.{field.name} has length {value.shape[0]}, which {parts} devices cannot share equally")
+    _check_rows(rows, parts)
     return jax.tree.map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), rows)
+
+
+def _check_rows(rows: Any, parts: int) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(rows):
+        if leaf.shape[0] % parts:
+            field = jax.tree_util.keystr(path, simple=True)
+            raise ValueError(f"rows.{field} has length {leaf.shape[0]}, which {parts} devices cannot share equally")
 
 
 def _first_shard(leaf: jax.Array) -> Any:

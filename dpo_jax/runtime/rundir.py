@@ -37,13 +37,14 @@ class RunLocked(RuntimeError):
 class RunDir:
     """Creates `path` and holds its lock until `close`, the end of the `with` block, or the end of the process, however it dies.
 
-    Raises RunLocked, naming the other process, while another one holds the lock.
+    Raises RunLocked, naming the other process, while another one holds the lock. With `lock=False` it only names things: for
+    the hosts that share the run of another.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], *, lock: bool = True):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _acquire(self.path / "run.lock")
+        self._lock = _acquire(self.path / "run.lock") if lock else None
 
     config = property(lambda self: self.path / "config.yaml")
     env = property(lambda self: self.path / "env.json")

@@ -1,0 +1,137 @@
+"""Several processes, one program: every host runs the same commands in the same order, and the first writes what is single.
+
+A host here is a process of `jax.distributed`. With a single one everything below is free and does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# The first host may still be writing the exported model when the others are done.
+SHUTDOWN_SECONDS = 3600
+
+
+class HostsError(ValueError):
+    """The hosts cannot find each other with these settings."""
+
+
+def start(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    heartbeat_seconds: int = 100,
+) -> None:
+    """Joins `jax.distributed`. Comes before anything else that asks JAX for its devices.
+
+    What is None is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and what is not there either is
+    left to JAX, which knows TPU pods, SLURM, Kubernetes and Open MPI. On a machine of which it knows nothing: one process.
+    When a host is not heard of for `heartbeat_seconds`, the others end.
+
+    Raises `HostsError` for half of the three settings.
+    """
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    num_processes = _from_environment("JAX_NUM_PROCESSES") if num_processes is None else num_processes
+    process_id = _from_environment("JAX_PROCESS_ID") if process_id is None else process_id
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < 3:
+        raise HostsError(f"{', '.join(missing)} not given, but {', '.join(given.keys() - missing)}: give all three or none")
+    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
+        raise HostsError(f"process_id {process_id} is not one of the {num_processes} processes 0 to {num_processes - 1}")
+    # `agreement` tells all hosts of a signal. JAX's own service would take the signal for itself.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except ValueError as error:
+        if missing and "coordinator_address should be defined" in str(error):
+            return  # one process on a machine of its own
+        raise HostsError(f"jax.distributed does not start: {error}") from error
+
+
+def _from_environment(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise HostsError(f"{name} must be a number, got {text!r}")
+    return int(text)
+
+
+def is_first() -> bool:
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns once every host has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@contextmanager
+def first_goes_first(name: str) -> Iterator[None]:
+    """The others begin when the first host is done, and find what it has written (where they share a disk)."""
+    if not is_first():
+        barrier(name)
+    try:
+        yield
+    finally:
+        if is_first():
+            barrier(name)
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether `flag` is true on any host."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def from_first(array: np.ndarray) -> np.ndarray:
+    """The first host's array, bit for bit. The others give one of the same shape and type."""
+    if jax.process_count() == 1:
+        return array
+    as_bytes = np.ascontiguousarray(array).view(np.uint8)  # sums of numbers would lose the sign of zero
+    return np.asarray(multihost_utils.broadcast_one_to_all(as_bytes)).view(array.dtype)
+
+
+def whole(leaf: Any) -> np.ndarray:
+    """An array in pieces as one numpy array, on every host."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def agreement() -> Callable[[int], int]:
+    """`agree(number)`: the largest number given by any host, so that all hosts act on a signal in the same step.
+
+    With several hosts it answers with the numbers of the call before: those have travelled while the device was computing.
+    """
+    if jax.process_count() == 1:
+        return lambda number: number
+    mesh = Mesh(np.array(jax.devices()), ("hosts",))
+    largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    pending = None
+
+    def agree(number: int) -> int:
+        nonlocal pending
+        mine = np.full(jax.local_device_count(), number, np.int32)
+        everyones = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("hosts")), mine)
+        before, pending = pending, largest(everyones)
+        return 0 if before is None else int(before)
+
+    return agree

@@ -1,0 +1,169 @@
+"""The named device mesh `data x fsdp x tensor`, and which part of every array lies on which device.
+
+A model names the axes of its parameters (`Model.axes`); `RULES` says over which axis of the mesh each name is cut. Rows of a
+batch are cut over data and fsdp together. So along `data` parameters are replicated, along `fsdp` each device keeps a slice of
+each matrix and gathers it layer by layer (ZeRO-3), and along `tensor` heads and MLP columns are divided (Megatron).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dpo_jax.types import ROW_AXES
+
+MESH_AXES = ("data", "fsdp", "tensor")
+RULES: Mapping[str, str | None] = {
+    "layers": None,  # scanned one after the other
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+Units = Mapping[str, int]
+"""Logical axes that may be cut at multiples of a size only: `{"heads": 64}` keeps heads of 64 entries whole."""
+
+
+class MeshError(ValueError):
+    """The mesh does not fit the devices, or the parameters do not fit the mesh."""
+
+
+def mesh_shape(devices: int, *, data: int = 1, fsdp: int = -1, tensor: int = 1) -> tuple[int, int, int]:
+    """Sizes of the axes, with one -1 filled in. Raises `MeshError` unless their product is `devices`."""
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise MeshError(f"mesh {asked}: sizes are at least 1, and one of them may be -1 (what is left)")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free and devices % fixed == 0:
+        sizes[free[0]] = devices // fixed
+    elif fixed != devices:
+        nearest = max(size for size in range(1, devices + 1) if devices % size == 0 and size <= fixed)
+        raise MeshError(
+            f"mesh {asked}: {fixed} does not {'divide' if free else 'equal'} the {devices} devices; "
+            + (f"the nearest product that does is {nearest}" if free else "set one size to -1 to take what is left")
+        )
+    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+
+
+def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all of all hosts), fast links innermost. Slices of a pod lie along `data`.
+
+    Raises `MeshError` where the sizes do not fit the number of devices or of slices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = mesh_shape(len(devices), data=data, fsdp=fsdp, tensor=tensor)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices) if devices[0].platform == "tpu" else np.array(devices)
+    elif shape[0] % slices:
+        raise MeshError(f"mesh data {shape[0]}: must be a multiple of the {slices} slices, which only data goes across")
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices)
+    return Mesh(grid.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def host_part(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this host holds the `index`-th of `count` equal parts of the rows of a batch.
+
+    Hosts along the tensor axis hold the same part. Raises `MeshError` where a host's devices hold no such part.
+    """
+    process = jax.process_index()
+    grid = mesh.devices.reshape(row_shards(mesh), -1)
+    mine = [part for part, row in enumerate(grid) if any(device.process_index == process for device in row)]
+    size = len(mine)
+    if not mine or mine != list(range(mine[0], mine[0] + size)) or mine[0] % size or len(grid) % size:
+        raise MeshError(f"the devices of host {process} hold the parts {mine} of {len(grid)}: give hosts neighbouring devices")
+    return mine[0] // size, len(grid) // size
+
+
+def variable_shardings(variables: Any, axes: Any, mesh: Mesh, *, units: Units | None = None) -> dict[tuple[str, ...], Any]:
+    """{path: NamedSharding} of all variables (arrays or `ShapeDtypeStruct`s), by their logical `axes`.
+
+    Raises `MeshError` naming parameter, axis and sizes: for a name without a rule, for two axes of one parameter on the same
+    mesh axis, and for a length that does not divide.
+    """
+    specs = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    if len(specs) != len(leaves):
+        raise MeshError(f"the model names the axes of {len(specs)} parameters and has {len(leaves)}")
+    return {
+        names(path): NamedSharding(mesh, _spec(".".join(names(path)), leaf.shape, tuple(spec), mesh, units or {}))
+        for (path, leaf), spec in zip(leaves, specs, strict=True)
+    }
+
+
+def _spec(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh, units: Units) -> PartitionSpec:
+    if len(axes) != len(shape):
+        raise MeshError(f"{name}: {len(axes)} axes {axes} are named, its shape is {shape}")
+    taken: dict[str, str] = {}
+    spec: list[str | None] = []
+    for axis, length in zip(axes, shape, strict=True):
+        if axis is not None and axis not in RULES:
+            raise MeshError(f"{name}: no rule says where its axis {axis!r} (length {length}) lies; RULES has {list(RULES)}")
+        over = RULES[axis] if axis is not None else None
+        spec.append(over)
+        if axis is None or over is None:
+            continue
+        if over in taken:
+            raise MeshError(f"{name} {shape}: its axes {taken[over]!r} and {axis!r} would both lie along {over}")
+        taken[over] = axis
+        unit = units.get(axis, 1)
+        if length // unit % mesh.shape[over]:
+            what = f"axis {axis!r} of {length // unit}" + (f" x {unit}" if unit > 1 else "")
+            raise MeshError(
+                f"{name} {shape}: {what} does not divide among {over} {mesh.shape[over]}; "
+                f"the nearest size that does is {_nearest(length // unit, mesh.shape[over], mesh.size)}"
+            )
+    return PartitionSpec(*spec)
+
+
+def _nearest(length: int, size: int, devices: int) -> int:
+    return next(smaller for smaller in range(size, 0, -1) if length % smaller == 0 and devices % smaller == 0)
+
+
+def tree_shardings(tree: Any, variables: Mapping[tuple[str, ...], Any], mesh: Mesh) -> Any:
+    """Shardings of a state (or of variables) by those of its parameters: a tree like `tree`.
+
+    A leaf whose path ends in the path of a parameter lies like that one: gradients, moments, averages. Single numbers are
+    replicated. Raises `MeshError` for any other leaf.
+    """
+    shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+
+    def of(path: Any, leaf: Any) -> NamedSharding:
+        path = names(path)
+        suffix = next((path[start:] for start in range(len(path)) if path[start:] in variables), None)
+        if suffix is not None and shapes.setdefault(suffix, leaf.shape) == leaf.shape:
+            return variables[suffix]
+        if math.prod(leaf.shape) == 1:
+            return NamedSharding(mesh, PartitionSpec())
+        raise MeshError(f"{'.'.join(path)} {leaf.shape}: belongs to no parameter, so nothing says how it lies on the mesh")
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def names(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def mesh_sizes(tree: Any) -> dict[str, int]:
+    """{axis: size} of the mesh on which `tree` lies; {} where there is none."""
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
+    return next((dict(s.mesh.shape) for s in shardings if isinstance(s, NamedSharding)), {})

@@ -1,0 +1,264 @@
+"""Twenty steps on one device, four, and a mesh of them: the same losses, gradient norms and parameters."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.layout import Layout
+from dpo_jax.dpo import dpo_step
+from dpo_jax.losses import dpo_loss
+from dpo_jax.models.decoder import make_model
+from dpo_jax.models.families import decoder_config, hf_config
+from dpo_jax.reference import reference_logps
+from dpo_jax.runtime.checkpoint import Checkpoints
+from dpo_jax.runtime.mesh import MeshError, make_mesh, mesh_shape
+from dpo_jax.runtime.optim import linear_warmup, make_optimizer
+from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
+from dpo_jax.step import init_state
+from dpo_jax.types import Model
+
+SIZES = {"vocab_size": 64, "width": 64, "layers": 2, "heads": 4, "max_positions": 64, "eos_token_id": 0}
+MODEL = make_model(decoder_config(hf_config("llama", kv_heads=2, **SIZES)))
+UNITS = {"heads": 16, "kv_heads": 16}
+LOSS = functools.partial(dpo_loss, beta=0.1)
+TX = make_optimizer(linear_warmup(1e-4, warmup_steps=3), max_grad_norm=1.0)
+STEPS = 20
+
+
+def random_pairs(count, seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 10, size=(count, 3))
+    return [Encoded(*(rng.integers(1, 64, n).astype(np.int32) for n in sizes), uid=f"{i}") for i, sizes in enumerate(lengths)]
+
+
+def on_mesh(data=1, fsdp=1, tensor=1, *, reverse=False, model=MODEL, units=UNITS):
+    devices = jax.devices()[: data * fsdp * tensor]
+    mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices[::-1] if reverse else devices)
+    return mesh_partitioner(mesh, model, units=units)
+
+
+WAYS = {
+    "pmap 4": pmap_partitioner,
+    "data 4": lambda: on_mesh(data=4),
+    "fsdp 4": lambda: on_mesh(fsdp=4),
+    "fsdp 2 x tensor 2": lambda: on_mesh(fsdp=2, tensor=2),
+    "data 2 x fsdp 2 reversed": lambda: on_mesh(data=2, fsdp=2, reverse=True),
+}
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return jax.jit(MODEL.init)(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def batches(variables):
+    """Seven pairs in eight rows, so that one is a filler; the reference is the policy at step 0."""
+    layout = Layout("shared", length=32, scored=32, rows_multiple=8)
+    reference = jax.jit(functools.partial(reference_logps, MODEL))
+    every = [layout.rows(random_pairs(7, seed)) for seed in range(5)]
+    return [rows.replace(ref_logps=np.asarray(reference(variables, rows))) for rows in every]
+
+
+def dpo(partitioner_axis, microbatches=1):
+    return functools.partial(dpo_step, model=MODEL, tx=TX, loss=LOSS, microbatches=microbatches, axis_name=partitioner_axis)
+
+
+def run(step, state, batches, steps=STEPS):
+    """(losses and gradient norms of every step, final state)."""
+    seen = []
+    for number in range(steps):
+        state, metrics = step(state, batches[number % len(batches)])
+        seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return np.array(seen), state
+
+
+def start(partitioner, variables):
+    return partitioner.init_state(functools.partial(init_state, tx=TX), variables)
+
+
+@pytest.fixture(scope="module")
+def expected(variables, batches):
+    partitioner = single_device()
+    seen, state = run(partitioner.compile_step(dpo(None)), start(partitioner, variables), batches)
+    return seen, partitioner.to_host(state)
+
+
+def assert_same_run(seen, state, expected):
+    np.testing.assert_allclose(seen, expected[0], atol=1e-5, rtol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-5, rtol=0), state.params, expected[1].params)
+    assert int(state.step) == STEPS
+
+
+def test_the_run_that_is_repeated_learns_something(variables, expected):
+    seen, state = expected
+    assert seen[0, 0] == pytest.approx(np.log(2), abs=1e-6)
+    assert seen[-1, 0] < 0.6
+    moved = jax.tree.map(lambda after, before: float(np.abs(after - np.asarray(before)).max()), state.params, variables)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_microbatches(variables, batches, expected):
+    partitioner = single_device()
+    seen, state = run(partitioner.compile_step(dpo(None, microbatches=4)), start(partitioner, variables), batches)
+    assert_same_run(seen, partitioner.to_host(state), expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_run(way, variables, batches, expected):
+    partitioner = WAYS[way]()
+    step = partitioner.compile_step(dpo(partitioner.axis_name))
+    seen, state = run(step, start(partitioner, variables), batches)
+    assert_same_run(seen, partitioner.to_host(state), expected)
+
+
+def test_microbatches_on_a_mesh(variables, batches, expected):
+    partitioner = on_mesh(data=2, fsdp=2)
+    step = partitioner.compile_step(dpo(None, microbatches=2))
+    seen, state = run(step, start(partitioner, variables), batches)
+    assert_same_run(seen, partitioner.to_host(state), expected)
+
+
+def test_shard_map(variables, batches, expected):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(dpo("data"), mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
+    seen, state = run(jax.jit(mapped), init_state(variables, TX), batches)
+    assert_same_run(seen, jax.device_get(state), expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_reference_pass_keeps_the_order(way, variables, batches):
+    partitioner = WAYS[way]()
+    compiled = partitioner.compile_map(functools.partial(reference_logps, MODEL))
+    logps = compiled(partitioner.put_variables(variables), batches[0])
+    assert isinstance(logps, np.ndarray)
+    np.testing.assert_allclose(logps, batches[0].ref_logps, rtol=1e-6, atol=1e-5)
+
+
+def nbytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def test_fsdp_holds_a_quarter_and_donates_all_of_it(variables, batches):
+    rows = batches[0]
+    analyses = {}
+    for name, partitioner in (("one", on_mesh()), ("four", on_mesh(fsdp=4))):
+        state = start(partitioner, variables)
+        analyses[name] = partitioner.compile_step(dpo(None)).lower(state, rows).compile().memory_analysis()
+    state_bytes = nbytes(init_state(variables, TX))
+    read = nbytes(rows) - nbytes(rows.index)  # which no step reads
+    held = {
+        "one": analyses["one"].argument_size_in_bytes - read,
+        "four": analyses["four"].argument_size_in_bytes - read / 4,
+    }
+    assert held["one"] == state_bytes
+    assert held["four"] <= 0.26 * held["one"]
+    for name, analysis in analyses.items():  # the new state is written over the old one
+        assert analysis.alias_size_in_bytes == held[name], name
+
+
+@pytest.fixture(scope="module")
+def saved(variables, tmp_path_factory):
+    """A checkpoint written from a mesh of 2 x 2, and the state in it."""
+    partitioner = on_mesh(fsdp=2, tensor=2)
+    rng = np.random.default_rng(0)
+    filled = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype) if leaf.ndim else leaf, init_state(variables, TX)
+    )
+    directory = tmp_path_factory.mktemp("checkpoints")
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(7, partitioner.get_state(partitioner.put_state(filled)), {})
+    return directory, filled
+
+
+@pytest.mark.parametrize(
+    "make",
+    [single_device, lambda: on_mesh(fsdp=4), lambda: on_mesh(tensor=2, fsdp=1), lambda: on_mesh(data=4), pmap_partitioner],
+    ids=["1", "fsdp 4", "tensor 2", "data 4", "pmap 4"],
+)
+def test_a_state_saved_on_2_x_2_is_restored_anywhere(make, saved, variables):
+    directory, expected = saved
+    partitioner = make()
+    form = partitioner.get_state(start(partitioner, variables))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), form)
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        found = checkpoints.restore_latest(abstract)
+    placed = partitioner.put_state(found[0])
+    jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(str(b.sharding)), placed, start(partitioner, variables))
+    jax.tree.map(np.testing.assert_array_equal, partitioner.to_host(placed), expected)
+
+
+def test_what_was_placed_survives_when_a_step_donates_it(variables, batches):
+    for partitioner in (on_mesh(), on_mesh(data=4), single_device()):
+        step = partitioner.compile_step(lambda state, rows: (jax.tree.map(lambda x: x + x.dtype.type(1), state), {}))
+        state = partitioner.put_state(init_state(variables, TX))
+        step(state, batches[0])
+        step(start(partitioner, variables), batches[0])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"), [({}, (1, 4, 1)), ({"data": -1, "fsdp": 2}, (2, 2, 1)), ({"fsdp": 2, "tensor": 2}, (1, 2, 2))]
+)
+def test_a_size_of_minus_one_takes_what_is_left(sizes, shape):
+    assert mesh_shape(4, **sizes) == make_mesh(**sizes).devices.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tensor": 3}, "data 1 x fsdp -1 x tensor 3: 3 does not divide the 4 devices; the nearest product that does is 2"),
+        ({"fsdp": 2}, "fsdp 2 x tensor 1: 2 does not equal the 4 devices; set one size to -1"),
+        ({"data": -1}, "one of them may be -1"),
+        ({"fsdp": 0}, "sizes are at least 1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, message):
+    with pytest.raises(MeshError, match=message):
+        make_mesh(**sizes)
+
+
+def toy(axes, shape=(8, 6)):
+    return Model(
+        init=lambda key: {"params": {"kernel": jax.numpy.zeros(shape)}},
+        forward=None,
+        unembed=None,
+        axes=None if axes is None else lambda: {"params": {"kernel": P(*axes)}},
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "units", "message"),
+    [
+        (
+            toy(("embed", "mlp")),
+            {},
+            r"params.kernel \(8, 6\): axis 'mlp' of 6 does not divide among tensor 4; the nearest .* is 2",
+        ),
+        (toy(("embed", "heads"), (8, 16)), {"heads": 8}, r"axis 'heads' of 2 x 8 does not divide among tensor 4; .* is 2"),
+        (toy(("mlp", "vocab")), {}, r"params.kernel \(8, 6\): its axes 'mlp' and 'vocab' would both lie along tensor"),
+        (toy(("embed", "time")), {}, r"params.kernel: no rule says where its axis 'time' \(length 6\) lies"),
+        (toy(("embed",)), {}, r"params.kernel: 1 axes \('embed',\) are named, its shape is \(8, 6\)"),
+        (toy(None), {}, "names no logical axes"),
+    ],
+)
+def test_a_parameter_that_does_not_fit_the_mesh_is_refused_by_name(model, units, message):
+    with pytest.raises(MeshError, match=message):
+        on_mesh(tensor=4, model=model, units=units)
+
+
+def test_a_batch_that_does_not_fit_the_mesh_is_refused(variables, batches):
+    partitioner = on_mesh(fsdp=4)
+    rows = jax.tree.map(lambda x: x[:6], batches[0])
+    with pytest.raises(ValueError, match=r"rows.tokens has length 6, which 4 devices cannot share"):
+        partitioner.compile_map(functools.partial(reference_logps, MODEL))(variables, rows)
+
+
+def test_a_state_with_something_unknown_in_it_is_refused(variables):
+    state = init_state(variables, TX).replace(opt_state={"history": np.zeros((3, 2))})
+    with pytest.raises(MeshError, match=r"opt_state.history \(3, 2\): belongs to no parameter"):
+        on_mesh(fsdp=4).put_state(state)
