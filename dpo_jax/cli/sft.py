@@ -38,7 +38,7 @@ def run(config: Config) -> int:
         kind = "plain" if data.layout == "shared" else data.layout  # a single completion shares its prompt with nobody
         parts = build.batch_parts(section, partitioner, layout=kind)
         layout = plan_layout([*texts, *held_out], kind=kind, batch=section.batch, length=data.row_length, multiple=parts)
-        tx = build.make_tx(section)
+        start, tx = weights_digest(variables), build.make_tx(section)
         step = functools.partial(
             sft_step, model=model, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name
         )
@@ -72,7 +72,7 @@ def run(config: Config) -> int:
             fingerprint={
                 **build.fingerprint(config, section),
                 "data": data_digest(texts),
-                "start": weights_digest(variables),
+                "start": start,
             },
             reports=[encoded.report for encoded in pairs],
             partitioner=partitioner,
