@@ -136,7 +136,8 @@ def _convert(node: yaml.ScalarNode, hint: Any) -> tuple[bool, Any]:
     if hint is type(None):
         return tag == "null", None
     if typing.get_origin(hint) is typing.Literal:
-        return tag == "str" and node.value in typing.get_args(hint), node.value
+        # YAML takes the word off for a truth value; where it is a choice it is one.
+        return tag in ("str", "bool") and node.value in typing.get_args(hint), node.value
     if hint is str:
         return tag == "str", node.value
     if hint is bool:

@@ -1,0 +1,195 @@
+"""Two processes of two CPU devices each, on loopback: the same numbers as one device, and one will when they are stopped."""
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import test_multidevice as table
+from conftest import GOLDEN
+
+from dpo_jax.cli.main import main
+from dpo_jax.data.layout import Layout
+from dpo_jax.reference import reference_logps
+from dpo_jax.runtime import hosts
+from dpo_jax.runtime.checkpoint import Checkpoints
+from dpo_jax.runtime.mesh import make_mesh
+from dpo_jax.runtime.metrics import is_evaluation, read_metrics
+from dpo_jax.runtime.parallel import mesh_partitioner
+from dpo_jax.step import init_state
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 240  # seconds; a test takes a tenth of it
+CONFIG = """\
+run: {{dir: {dir}, save_every_steps: 100, devices: mesh, distributed: auto, heartbeat_seconds: 20}}
+mesh: {{fsdp: 2, tensor: 2}}
+data: {{source: reviews, reviews_train: 16, reviews_test: 4, max_length: 128, max_prompt_length: 96, layout: shared}}
+tokenizer: {{path: {golden}/tokenizer}}
+dpo: {{policy: {golden}/gpt_neox/init, batch: 8, epochs: 30, lr: 1.0e-5}}
+"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def begin(command, *, process, port, by_environment=False):
+    """One of two processes, which flags or JAX's variables tell apart."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment |= {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "HF_HUB_OFFLINE": "1",
+    }
+    address = f"127.0.0.1:{port}"
+    if by_environment:
+        environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(process)}
+    else:
+        command = [*command, "--coordinator", address, "--num-processes", "2", "--process-id", str(process)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, command)], env=environment, cwd=ROOT, **pipes)
+
+
+def end(processes):
+    """[(exit code, output)] of processes; none of them outlives the test."""
+    try:
+        return [(process.wait(), output) for process in processes for output in [process.communicate(timeout=LIMIT)[0]]]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def batch_of(number, part=(0, 1)):
+    layout = Layout("shared", length=32, scored=32, rows_multiple=8)
+    pairs = table.random_pairs(7, number % 5)
+    return layout.place(pairs, part=part)
+
+
+def twenty_steps(directory):
+    """What each process runs: the twenty steps of `test_multidevice` under FSDP over both hosts, then a checkpoint."""
+    partitioner = mesh_partitioner(make_mesh(), table.MODEL, units=table.UNITS)
+    assert partitioner.host_part == (jax.process_index(), 2)
+    variables = jax.jit(table.MODEL.init)(jax.random.key(0))
+    reference = partitioner.compile_map(functools.partial(reference_logps, table.MODEL))
+    frozen = partitioner.put_variables(variables)
+    batches = []
+    for number in range(5):
+        rows, index = batch_of(number, part=partitioner.host_part)
+        logps = reference(frozen, rows)
+        assert logps.shape == (len(index), 2)
+        mine = logps[jax.process_index() * 4 : jax.process_index() * 4 + 4]
+        batches.append(rows.replace(ref_logps=np.where(rows.weight[:, None] > 0, mine, np.float32(0))))
+    seen, state = table.run(partitioner.compile_step(table.dpo(None)), table.start(partitioner, variables), batches)
+    with Checkpoints(Path(directory) / "checkpoints") as checkpoints:
+        checkpoints.save(table.STEPS, partitioner.get_state(state), {})
+    answers = {"any": hosts.anywhere(not hosts.is_first()), "none": hosts.anywhere(False)}
+    told = hosts.from_first(np.array([-0.0, np.nan, 1 / 3], np.float32) if hosts.is_first() else np.zeros(3, np.float32))
+    assert told.tobytes() == np.array([-0.0, np.nan, 1 / 3], np.float32).tobytes()
+    agree = hosts.agreement()
+    answers["agreed"] = [agree(signal.SIGTERM if step == 1 and not hosts.is_first() else 0) for step in range(4)]
+    if hosts.is_first():
+        (Path(directory) / "seen.json").write_text(json.dumps({"seen": seen.tolist(), **answers}))
+
+
+def test_two_processes_take_the_steps_of_one_device_and_save_for_it(tmp_path):
+    command = [__file__, tmp_path]
+    port = free_port()
+    for code, output in end([begin(command, process=i, port=port) for i in range(2)]):
+        assert code == 0, output
+    result = json.loads((tmp_path / "seen.json").read_text())
+    assert (result["any"], result["none"], result["agreed"]) == (True, False, [0, 0, signal.SIGTERM, 0])
+
+    variables = jax.jit(table.MODEL.init)(jax.random.key(0))
+    reference = jax.jit(functools.partial(reference_logps, table.MODEL))
+    batches = [batch_of(number)[0] for number in range(5)]
+    batches = [rows.replace(ref_logps=np.asarray(reference(variables, rows))) for rows in batches]
+    one = table.single_device()
+    seen, state = table.run(one.compile_step(table.dpo(None)), table.start(one, variables), batches)
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        saved, _ = checkpoints.restore_latest(jax.eval_shape(functools.partial(init_state, tx=table.TX), variables))
+    table.assert_same_run(np.array(result["seen"]), saved, (seen, one.to_host(state)))
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, capsys):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG.format(dir=tmp_path / "run", golden=GOLDEN))
+    command, port = ["-m", "dpo_jax.cli.main", "dpo", config], free_port()
+    both = [begin(command, process=i, port=port, by_environment=bool(i)) for i in range(2)]
+    metrics, deadline = tmp_path / "run" / "dpo" / "metrics.jsonl", time.monotonic() + LIMIT
+    while time.monotonic() < deadline and all(process.poll() is None for process in both):
+        if metrics.is_file() and metrics.read_text().count("\n") >= 3:
+            both[1].send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.1)
+    (first, said), (second, heard) = end(both)
+    assert (first, second) == (143, 143), f"{said}\n{heard}"
+    steps = int(said.rpartition("stopped by SIGTERM after ")[2].split()[0])
+    assert f"stopped by SIGTERM after {steps} steps; the state is saved" in heard
+    assert "data 1 x fsdp 2 x tensor 2" in said
+    assert "16 pairs to train on" in said
+    assert "16 pairs to train on" not in heard  # the first speaks for all
+    assert str(steps) in {path.name for path in (tmp_path / "run" / "dpo" / "checkpoints").iterdir()}
+    assert [row["step"] for row in read_metrics(metrics)] == list(range(steps))
+
+    assert main(["dpo", str(config), "--distributed", "off", "--run.devices", "single"]) == 0
+    assert f"continuing {tmp_path / 'run' / 'dpo'} after {steps} steps" in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(metrics) if not is_evaluation(row)] == list(range(60))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("127.0.0.1:1", 2, None), "process_id not given, but"),
+        ((None, None, 0), "coordinator, num_processes not given, but process_id"),
+        (("127.0.0.1:1", 2, 2), "process_id 2 is not one of the 2 processes 0 to 1"),
+    ],
+)
+def test_half_of_an_address_is_refused(arguments, message):
+    with pytest.raises(hosts.HostsError, match=message):
+        hosts.start(*arguments)
+
+
+def test_a_variable_that_is_no_number_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_PROCESS_ID", "one")
+    with pytest.raises(hosts.HostsError, match="JAX_PROCESS_ID must be a number, got 'one'"):
+        hosts.start("127.0.0.1:1", 2)
+
+
+def test_one_process_needs_no_one():
+    assert (hosts.is_first(), hosts.anywhere(True), hosts.anywhere(False)) == (True, True, False)
+    assert [hosts.agreement()(number) for number in (0, 15)] == [0, 15]
+    hosts.barrier("nobody")
+    with hosts.first_goes_first("nobody"):
+        np.testing.assert_array_equal(hosts.from_first(np.arange(3)), np.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("dpo", "--coordinator", "127.0.0.1:1"), "run.coordinator: needs run.distributed auto, which is off"),
+        (("audit", "--distributed", "auto"), "run.distributed: audit runs on one host; only sft, refs, dpo, eval use several"),
+        (("refs", "--distributed", "auto", "--process-id", "0"), "run.distributed: coordinator, num_processes not given"),
+    ],
+)
+def test_flags_that_do_not_belong_together_are_refused(flags, message, tmp_path, capsys):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG.format(dir=tmp_path / "run", golden=GOLDEN).replace("distributed: auto", "distributed: off"))
+    assert main([flags[0], str(config), *flags[1:]]) == 2
+    assert message in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    directory, _, address, _, count, _, number = sys.argv[1:]
+    hosts.start(address, int(count), int(number), heartbeat_seconds=20)
+    twenty_steps(directory)
