@@ -75,6 +75,7 @@ BAD_ROWS = {
         "Assistant:",
     ),
     "HH with two prompts": (Cause.DIFFERENT_PROMPTS, "hh", lines(TWO_PROMPTS), "character 22 of chosen, 46 of rejected"),
+    "endless": (Cause.TOO_LONG, "trl", lines({**GOOD, "chosen": "a" * 1_000_001}), "chosen: too_long: 1,000,001 characters"),
     "identical": (Cause.IDENTICAL, "trl", lines({**GOOD, "rejected": " blue."}), "same text"),
     "identical, prompt implicit": (Cause.IDENTICAL, "trl", lines({"chosen": "a b", "rejected": "a b"}), "same text"),
     "missing column": (Cause.MISSING_COLUMN, "trl", lines({"prompt": "a", "chosen": "b"}), "rejected"),

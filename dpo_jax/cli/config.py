@@ -161,6 +161,8 @@ class DataConfig:
         for field in ("train_split", "test_split"):
             if not getattr(self, field).strip():
                 yield field, "must name a split"
+        if max(self.reviews_train, self.reviews_test) > 10_000_000:
+            yield "reviews_train", "at most 10 million reviews are generated, for either split"
         if self.train_split == self.test_split:
             yield "test_split", f"must be another than train_split, got {self.test_split!r} for both"
         if self.source == "reviews" and self.path is not None:

@@ -31,6 +31,7 @@ class Cause(enum.StrEnum):
     # the pair
     EMPTY = "empty"
     IDENTICAL = "identical"
+    TOO_LONG = "too_long"
     NO_PROMPT = "no_prompt"
     DIFFERENT_PROMPTS = "different_prompts"
     CHAT_TEMPLATE = "chat_template"
@@ -215,8 +216,15 @@ class PreferenceSet(Sequence[Preference]):
         return PreferenceSet(self._preferences[:limit], report)
 
 
+MAX_CHARACTERS = 1_000_000
+"""Longest text of a pair: hundreds of times what a model reads, and what a tokenizer still gets through in reasonable time."""
+
+
 def check_pair(prompt: str, chosen: str, rejected: str) -> None:
-    """Raises `BadRow` if the three texts do not make a preference: blank prompt, blank completion, or no difference."""
+    """Raises `BadRow` if the texts do not make a preference: blank prompt, blank or endless completion, or no difference."""
+    for field, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        if len(text) > MAX_CHARACTERS:
+            raise BadRow(Cause.TOO_LONG, f"{len(text):,} characters, where {MAX_CHARACTERS:,} are the limit", field=field)
     if not prompt.strip():
         raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt")
     for field, completion in (("chosen", chosen), ("rejected", rejected)):
