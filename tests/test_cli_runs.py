@@ -1,6 +1,7 @@
 """The program from end to end on a tiny model: what a run leaves, how it continues, and what it refuses, by exit code."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -127,6 +128,23 @@ def with_weights(source, target, change):
 # What a run leaves behind.
 
 
+def test_training_holds_weights_and_optimizer_state_once(done, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def look(step, state, stream, **options):
+        gc.collect()
+        held = sum(array.nbytes for array in jax.live_arrays()) - before
+        assert held <= 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        raise Seen
+
+    monkeypatch.setattr("dpo_jax.cli.train.fit", look)
+    gc.collect()
+    before = sum(array.nbytes for array in jax.live_arrays())
+    with pytest.raises(Seen):
+        call("dpo", done.config, "--run.dir", tmp_path, "--dpo.policy", done / "sft" / "export")
+
+
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 def test_a_training_run_leaves_everything_needed_to_judge_and_repeat_it(done, task):
     folder = done / task
@@ -211,6 +229,12 @@ def test_audit_reports_lengths_and_padding_before_any_training(done):
     report = json.loads((done / "audit" / "data_report.json").read_text())
     assert report["train"]["lengths"]["prompt"]["max"] <= 48
     assert 0 < report["train"]["rows"]["padding"] < 1
+
+
+def test_only_rows_that_hold_a_whole_pair_need_room_for_both_sides(done, tmp_path):
+    limits = ("--run.dir", tmp_path, "--data.row-length", 96)
+    assert call("audit", done.config, *limits, "--data.layout", "plain").code == 0
+    assert "no_room" in refused(65, "audit", done.config, *limits, "--data.layout", "shared")
 
 
 def test_sample_prints_or_writes_completions_of_ones_own_prompts(done, tmp_path):

@@ -177,8 +177,9 @@ def test_a_bad_file_is_always_refused(name, on_bad, tmp_path):
 
 def test_nothing_left_is_an_error(tmp_path):
     path = write(tmp_path / "train.jsonl", {**GOOD, "chosen": ""})
-    with pytest.raises(DataError, match="no preference is left"):
+    with pytest.raises(DataError, match="no preference is left") as refusal:
         load(path, on_bad="drop")
+    assert "train.jsonl:1: chosen: empty" in str(refusal.value)
 
 
 # -- files and layouts --------------------------------------------------------------------------------------------------------

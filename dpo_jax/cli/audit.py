@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,21 +19,23 @@ def run(config: Config) -> int:
         tolerant = build.with_data(config, on_bad="drop", max_dropped_share=1.0)
         tokenizer = build.tokenizer_of(tolerant, model_path=config.model.path)
         reports: dict[str, Any] = {}
+        bad: list[Literal["train", "test"]] = []
         for split in ("train", "test"):
             encoded = build.encode_split(tolerant, build.load_split(tolerant, split, tokenizer), tokenizer)
             report = encoded.report
+            if report.bad_share:
+                bad.append(split)
             print(report.summary())
             lengths = length_table(encoded)
             print(_format_lengths(lengths))
             rows = row_statistics(config, encoded)
             print("  rows of {length} tokens ({layout}): {padding:.0%} padding at {batch} pairs a step\n".format(**rows))
-            for examples in report.examples.values():
-                print("".join(f"    {line}\n" for line in examples[:3]), end="")
+            print(report.reasons(), end="")
             reports[report.split] = {**report.to_json(), "lengths": lengths, "rows": rows}
         write_json(run_dir.data_report, reports)
         print(f"full report: {run_dir.data_report}")
         # The same checks as a training command makes, with the configured strictness.
-        for split in ("train", "test"):
+        for split in bad:
             build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer)
     return 0
 

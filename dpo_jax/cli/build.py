@@ -35,7 +35,8 @@ from dpo_jax.runtime.mesh import MeshError, make_mesh
 from dpo_jax.runtime.optim import Schedule, linear_warmup, make_optimizer
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
 from dpo_jax.runtime.rundir import RunDir, write_json
-from dpo_jax.types import Model, Partitioner, Variables
+from dpo_jax.step import init_state
+from dpo_jax.types import Model, Partitioner, TrainState, Variables
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -131,17 +132,17 @@ def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any) -> 
         max_prompt_length=data.max_prompt_length,
         truncation=data.truncation,
         on_bad=data.on_bad,
-        row_length=data.row_length,
+        row_length=None if data.layout == "plain" else data.row_length,  # a plain row holds one side, within max_length
     )
     report = encoded.report
     if report.bad_share > data.max_dropped_share:
         raise DataError(
-            f"{report.summary()}\n{report.bad_share:.1%} of the rows were dropped as bad, more than --data.max-dropped-share "
-            f"{data.max_dropped_share:.1%} allows: repair the data, or raise that limit",
+            f"{report.summary()}\n{report.reasons()}{report.bad_share:.1%} of the rows were dropped as bad, more than "
+            f"--data.max-dropped-share {data.max_dropped_share:.1%} allows: repair the data, or raise that limit",
             causes=[Cause(cause) for cause in report.dropped],
         )
     if not len(encoded):
-        raise DataError(f"{report.summary()}\nno pair is left", causes=[Cause.NO_ROWS])
+        raise DataError(f"{report.summary()}\n{report.reasons()}no pair is left", causes=[Cause.NO_ROWS])
     return encoded
 
 
@@ -276,6 +277,20 @@ def make_schedule(section: SftConfig | DpoConfig) -> Schedule:
 
 def make_tx(section: SftConfig | DpoConfig) -> Any:
     return make_optimizer(make_schedule(section), name=section.optimizer, max_grad_norm=section.max_grad_norm)
+
+
+def first_state(partitioner: Partitioner, variables: Variables, tx: Any) -> TrainState:
+    """The state before the first step, on the devices. `variables` are consumed: a large model does not fit beside itself."""
+    state = partitioner.init_state(functools.partial(init_state, tx=tx), variables)
+    free(variables)
+    return state
+
+
+def free(tree: Any) -> None:
+    """Gives back the device memory of arrays that nobody will read again."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
 
 
 def make_loss(section: DpoConfig) -> PreferenceLoss:

@@ -161,6 +161,8 @@ class DataConfig:
         for field in ("train_split", "test_split"):
             if not getattr(self, field).strip():
                 yield field, "must name a split"
+        if self.train_split == self.test_split:
+            yield "test_split", f"must be another than train_split, got {self.test_split!r} for both"
         if self.source == "reviews" and self.path is not None:
             yield "path", "reviews are generated: leave path out, or set source to files or tfds"
 

@@ -54,6 +54,8 @@ def read(path: str | Path, cls: type[T]) -> tuple[T, dict[str, int]]:
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply; a configuration has sections and options, and nothing below") from None
     reader = _Reader(str(path))
     return (reader.record(node, cls, "") if node else cls()), reader.lines
 
@@ -110,6 +112,8 @@ class _Reader:
     def value(self, node: yaml.Node, hint: Any, name: str) -> Any:
         choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
         if isinstance(node, yaml.ScalarNode):
+            if "\0" in node.value:
+                self.fail(node, f"{name}: the text holds a NUL, which no path or name can")
             if node.value == "None" and node.style is None:
                 self.fail(node, f'{name}: YAML writes none as null, and None is text; write null (or quote a real "None")')
             for choice in choices:

@@ -18,7 +18,7 @@ from dpo_jax.data.prepare import data_digest
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.preference import held_out_logps, preference_summary
 from dpo_jax.reference import reference_logps, weights_digest
-from dpo_jax.step import init_state
+from dpo_jax.runtime.hosts import is_first
 from dpo_jax.types import TrainState
 
 
@@ -38,8 +38,9 @@ def run(config: Config) -> int:
         parts = build.batch_parts(section, partitioner, layout=config.data.layout)
         layout = build.pair_layout(config, [*pairs, *held_out], batch=section.batch, parts=parts)
         variables = build.load_weights(config, config.dpo_policy(), name="dpo.policy")
+        start = weights_digest(variables)
         ref_logps, held_out_ref = reference_values(
-            config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner
+            config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner, weights=start
         )
         loss, tx = build.make_loss(section), build.make_tx(section)
         step = functools.partial(
@@ -61,7 +62,7 @@ def run(config: Config) -> int:
             run_dir,
             section,
             step=step,
-            state=partitioner.init_state(functools.partial(init_state, tx=tx), variables),
+            state=build.first_state(partitioner, variables, tx),
             stream=stream(
                 pairs,
                 layout=layout,
@@ -76,7 +77,7 @@ def run(config: Config) -> int:
             fingerprint={
                 **build.fingerprint(config, section),
                 "data": data_digest(pairs),
-                "start": weights_digest(variables),
+                "start": start,
             },
             reports=[pairs.report, held_out.report],
             partitioner=partitioner,
@@ -85,6 +86,8 @@ def run(config: Config) -> int:
                 starts_at_reference, expected_loss=loss_at_reference(section), tolerance=TOLERANCE[config.run.precision]
             ),
         )
+        if not is_first():
+            return 0
         folder = leave_results(run_dir, model, state, tokenizer, card=dpo_card(config, run_dir))
         print(f"the policy is in {folder}")
     return 0

@@ -46,7 +46,10 @@ def run(config: Config) -> int:
             raise ConfigError(f"eval.reference: {config.dpo_policy()} has other weights than the policy, not only other values")
         loss = build.make_loss(config.dpo)
 
-        (ref_logps,) = reference_values(config, model, reference, tokenizer, [held_out], partitioner=partitioner)
+        weights = {"policy": weights_digest(policy), "reference": weights_digest(reference)}
+        (ref_logps,) = reference_values(
+            config, model, reference, tokenizer, [held_out], partitioner=partitioner, weights=weights["reference"]
+        )
         layout = build.pair_layout(config, held_out, batch=config.eval.batch, parts=partitioner.row_shards)
         compiled, on_device = (
             partitioner.compile_map(functools.partial(reference_logps, model)),
@@ -60,7 +63,7 @@ def run(config: Config) -> int:
         report: dict[str, Any] = {
             "pairs": len(held_out),
             "settings": _settings(config),
-            "weights": {"policy": weights_digest(policy), "reference": weights_digest(reference)},
+            "weights": weights,
             "reference": preference_summary(ref_logps, ref_logps, loss=loss),
             "policy": preference_summary(logps, ref_logps, loss=loss),
         }

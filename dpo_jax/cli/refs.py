@@ -30,7 +30,8 @@ def run(config: Config) -> int:
         ]
         build.describe(run_dir, config, *(split.report for split in splits))
         variables = build.load_weights(config, config.dpo_policy(), name="dpo.policy")
-        values = reference_values(config, model, variables, tokenizer, splits, partitioner=partitioner)
+        digest = weights_digest(variables)
+        values = reference_values(config, model, variables, tokenizer, splits, partitioner=partitioner, weights=digest)
         for name, logps in zip(("train", "test"), values, strict=True):
             chosen, rejected = logps.mean(axis=0)
             print(f"{name}: {len(logps):,} pairs, mean log pi_ref(chosen) {chosen:.2f}, of rejected {rejected:.2f} nats")
@@ -45,10 +46,14 @@ def reference_values(
     splits: Sequence[Sequence[Encoded]],
     *,
     partitioner: Partitioner,
+    weights: str,
 ) -> list[np.ndarray]:
-    """log pi_ref of every pair of `splits`, float32[n, 2] each: read from the cache, after computing what it lacks."""
+    """log pi_ref of every pair of `splits`, float32[n, 2] each: read from the cache, after computing what it lacks.
+
+    `weights` is the `weights_digest` of `variables`, which takes seconds per billion parameters: callers need it, too.
+    """
     # The first host has the cache; what it lacks, and in the end all values, the others hear from it.
-    cache = ReferenceCache(config.refs_cache(), identity(config, variables, tokenizer)) if is_first() else None
+    cache = ReferenceCache(config.refs_cache(), identity(config, weights, tokenizer)) if is_first() else None
     if cache is not None and cache.damaged:
         print(f"{cache.directory}: {cache.damaged} damaged records are computed again", flush=True)
     pairs = [pair for split in splits for pair in split]
@@ -78,10 +83,10 @@ def reference_values(
     return np.split(values, np.cumsum([len(split) for split in splits])[:-1])
 
 
-def identity(config: Config, variables: Variables, tokenizer: Any) -> dict[str, Any]:
+def identity(config: Config, weights: str, tokenizer: Any) -> dict[str, Any]:
     """Everything that reference log-probabilities depend on."""
     return {
-        "weights": weights_digest(variables),
+        "weights": weights,
         "tokenizer": tokenizer_digest(tokenizer),
         "max_length": config.data.max_length,
         "max_prompt_length": config.data.max_prompt_length,

@@ -46,7 +46,7 @@ def train(
     check: Callable[[int, dict[str, float]], None] | None = None,
     unit: str = "pairs",
 ) -> TrainState:
-    """Trains from `state` or from the newest good checkpoint, and returns the final state as whole arrays on the host.
+    """Trains from `state` (consumed) or from the newest good checkpoint. Returns the final state as whole arrays on the host.
 
     `reports` say what became of the data, and are written beside the configuration once the run is known to be the same.
     `fingerprint` is what a resumed run must have in common with the one that wrote the checkpoint; a difference is a
@@ -161,6 +161,7 @@ def _resume(
             "Continue it with its own settings (its config.yaml), or choose another --run.dir."
         )
     print(f"continuing {run.path} after {int(restored.step)} steps", flush=True)
+    build.free(state)
     return partitioner.put_state(restored)
 
 
@@ -170,9 +171,7 @@ def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def leave_results(run: RunDir, model: Model, state: TrainState, tokenizer: Any, *, card: str) -> Path:
-    """The first host writes the model as a Hugging Face folder, the plots, and the model card. Returns the folder."""
-    if not hosts.is_first():
-        return run.export
+    """Writes the model as a Hugging Face folder, the plots, and the model card. Returns the folder."""
     folder = save_hf(run.export, model, state.variables)
     tokenizer.save_pretrained(folder)
     plot_training(read_metrics(run.metrics), run.plots)

@@ -47,7 +47,7 @@ def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tu
         found = "; ".join(
             f"{layout}: {', '.join(str(p.relative_to(source)) for p in paths)}" for layout, paths in layouts.items()
         )
-        present = ", ".join(sorted(path.name for path in source.iterdir())[:12]) or "nothing"
+        present = ", ".join(sorted(path.name + "/" * path.is_dir() for path in source.iterdir())[:12]) or "nothing"
         detail = f"ambiguous, {found}" if layouts else f"no file of split {split!r}; the folder holds {present}"
         _refuse(Cause.BAD_LAYOUT, source, detail)
     [(layout, paths)] = layouts.items()

@@ -133,6 +133,10 @@ class DataReport:
         """An independent copy."""
         return DataReport(**dataclasses.asdict(self))
 
+    def reasons(self, each: int = 3) -> str:
+        """Lines with the first `each` dropped candidates of every cause: where, and why."""
+        return "".join(f"    {line}\n" for lines in self.examples.values() for line in lines[:each])
+
     def summary(self) -> str:
         """The report as a small table for the screen."""
         lines = [f"{self.source} [{self.split}] as {self.format}: {self.rows} rows in {len(self.files)} files"]

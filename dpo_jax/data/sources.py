@@ -60,7 +60,9 @@ def load_preferences(
                 preferences.append(candidate)
     triage.finish(kept=len(preferences))
     if not preferences:
-        raise DataError(f"{source} [{split}]: no preference is left:\n{report.summary()}", causes=[Cause.NO_ROWS])
+        raise DataError(
+            f"{source} [{split}]: no preference is left:\n{report.summary()}\n{report.reasons()}", causes=[Cause.NO_ROWS]
+        )
     return PreferenceSet(preferences, report)
 
 
