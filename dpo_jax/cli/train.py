@@ -104,7 +104,8 @@ def _metrics_log(config: Config, run: RunDir, fingerprint: Mapping[str, Any]) ->
 def _what_runs_where(config: Config, section: SftConfig | DpoConfig, state: TrainState, partitioner: Partitioner) -> str:
     """A table of hosts, devices, how they are used, and what one of them holds."""
     devices, kind = jax.devices(), jax.devices()[0].device_kind
-    of_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    pieces = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(state)]
+    of_device = sum(math.prod(shape) * dtype.itemsize for shape, dtype in pieces)
     mesh = " x ".join(f"{axis} {size}" for axis, size in mesh_sizes(state).items())
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     if config.run.devices == "pmap":
