@@ -145,10 +145,11 @@ def nbytes(tree):
 
 def test_fsdp_holds_a_quarter_and_donates_all_of_it(variables, batches):
     rows = batches[0]
-    analyses = {}
+    analyses, programs = {}, {}
     for name, partitioner in (("one", on_mesh()), ("four", on_mesh(fsdp=4))):
         state = start(partitioner, variables)
-        analyses[name] = partitioner.compile_step(dpo(None)).lower(state, rows).compile().memory_analysis()
+        compiled = partitioner.compile_step(dpo(None)).lower(state, rows).compile()
+        analyses[name], programs[name] = compiled.memory_analysis(), compiled.as_text()
     state_bytes = nbytes(init_state(variables, TX))
     read = nbytes(rows) - nbytes(rows.index)  # which no step reads
     held = {
@@ -159,6 +160,8 @@ def test_fsdp_holds_a_quarter_and_donates_all_of_it(variables, batches):
     assert held["four"] <= 0.26 * held["one"]
     for name, analysis in analyses.items():  # the new state is written over the old one
         assert analysis.alias_size_in_bytes == held[name], name
+    assert "f32[8,32,64]" in programs["one"]  # the activations of all rows,
+    assert "f32[8,32,64]" not in programs["four"]  # which no device of four ever gathers: it gathers weights
 
 
 @pytest.fixture(scope="module")

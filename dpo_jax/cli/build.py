@@ -35,7 +35,8 @@ from dpo_jax.runtime.mesh import MeshError, make_mesh
 from dpo_jax.runtime.optim import Schedule, linear_warmup, make_optimizer
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
 from dpo_jax.runtime.rundir import RunDir, write_json
-from dpo_jax.types import Model, Partitioner, Variables
+from dpo_jax.step import init_state
+from dpo_jax.types import Model, Partitioner, TrainState, Variables
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -276,6 +277,20 @@ def make_schedule(section: SftConfig | DpoConfig) -> Schedule:
 
 def make_tx(section: SftConfig | DpoConfig) -> Any:
     return make_optimizer(make_schedule(section), name=section.optimizer, max_grad_norm=section.max_grad_norm)
+
+
+def first_state(partitioner: Partitioner, variables: Variables, tx: Any) -> TrainState:
+    """The state before the first step, on the devices. `variables` are consumed: a large model does not fit beside itself."""
+    state = partitioner.init_state(functools.partial(init_state, tx=tx), variables)
+    free(variables)
+    return state
+
+
+def free(tree: Any) -> None:
+    """Gives back the device memory of arrays that nobody will read again."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
 
 
 def make_loss(section: DpoConfig) -> PreferenceLoss:

@@ -12,12 +12,13 @@ from dpo_jax.cli import build
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.config import Config, DpoConfig
 from dpo_jax.cli.refs import reference_values
-from dpo_jax.cli.train import leave_results, start_state, train
+from dpo_jax.cli.train import leave_results, train
 from dpo_jax.data.loader import in_order, stream, total_steps
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.preference import held_out_logps, preference_summary
 from dpo_jax.reference import reference_logps, weights_digest
+from dpo_jax.runtime.hosts import is_first
 from dpo_jax.types import TrainState
 
 
@@ -61,7 +62,7 @@ def run(config: Config) -> int:
             run_dir,
             section,
             step=step,
-            state=start_state(partitioner, tx, variables),
+            state=build.first_state(partitioner, variables, tx),
             stream=stream(
                 pairs,
                 layout=layout,
@@ -85,6 +86,8 @@ def run(config: Config) -> int:
                 starts_at_reference, expected_loss=loss_at_reference(section), tolerance=TOLERANCE[config.run.precision]
             ),
         )
+        if not is_first():
+            return 0
         folder = leave_results(run_dir, model, state, tokenizer, card=dpo_card(config, run_dir))
         print(f"the policy is in {folder}")
     return 0

@@ -11,11 +11,12 @@ import numpy as np
 from dpo_jax.cli import build
 from dpo_jax.cli.card import sft_card
 from dpo_jax.cli.config import Config
-from dpo_jax.cli.train import leave_results, start_state, train
+from dpo_jax.cli.train import leave_results, train
 from dpo_jax.data.loader import in_order, plan_layout, stream, total_steps
 from dpo_jax.data.prepare import data_digest, encode_targets
 from dpo_jax.logps import sequence_logps
 from dpo_jax.reference import weights_digest
+from dpo_jax.runtime.hosts import is_first
 from dpo_jax.sft import sft_step
 from dpo_jax.types import TrainState
 
@@ -35,6 +36,7 @@ def run(config: Config) -> int:
             encode_targets(split, tokenizer, **limits, score_prompt=section.scored == "all") for split in kept
         )
         variables = build.start_weights(config, model)
+        start = weights_digest(variables)
         kind = "plain" if data.layout == "shared" else data.layout  # a single completion shares its prompt with nobody
         parts = build.batch_parts(section, partitioner, layout=kind)
         layout = plan_layout([*texts, *held_out], kind=kind, batch=section.batch, length=data.row_length, multiple=parts)
@@ -57,7 +59,7 @@ def run(config: Config) -> int:
             run_dir,
             section,
             step=step,
-            state=start_state(partitioner, tx, variables),
+            state=build.first_state(partitioner, variables, tx),
             stream=stream(
                 texts,
                 layout=layout,
@@ -79,6 +81,8 @@ def run(config: Config) -> int:
             evaluate=evaluate,
             unit="texts",
         )
+        if not is_first():
+            return 0
         folder = leave_results(run_dir, model, state, tokenizer, card=sft_card(config, run_dir))
         print(f"the policy is in {folder}")
     return 0

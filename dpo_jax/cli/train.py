@@ -24,8 +24,7 @@ from dpo_jax.runtime.fit import NonFinite, fit
 from dpo_jax.runtime.mesh import mesh_sizes
 from dpo_jax.runtime.metrics import MetricsLog, Progress, TensorBoardWriter, WandbWriter, is_evaluation, read_metrics
 from dpo_jax.runtime.rundir import RunDir
-from dpo_jax.step import init_state
-from dpo_jax.types import Model, Partitioner, TrainState, Variables
+from dpo_jax.types import Model, Partitioner, TrainState
 
 Evaluate = Callable[[TrainState, int], Mapping[str, Any]]
 
@@ -47,7 +46,7 @@ def train(
     check: Callable[[int, dict[str, float]], None] | None = None,
     unit: str = "pairs",
 ) -> TrainState:
-    """Trains from `state`, which is consumed, or from the newest good checkpoint. Returns the final state on the host, whole.
+    """Trains from `state` (consumed) or from the newest good checkpoint. Returns the final state as whole arrays on the host.
 
     `reports` say what became of the data, and are written beside the configuration once the run is known to be the same.
     `fingerprint` is what a resumed run must have in common with the one that wrote the checkpoint; a difference is a
@@ -87,20 +86,6 @@ def train(
     return partitioner.to_host(state)
 
 
-def start_state(partitioner: Partitioner, tx: Any, variables: Variables) -> TrainState:
-    """The state before the first step, laid out on the devices. It takes the place of `variables`, whose memory is given back:
-    a large model does not fit beside itself."""
-    state = partitioner.init_state(functools.partial(init_state, tx=tx), variables)
-    _free(variables)
-    return state
-
-
-def _free(tree: Any) -> None:
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array):
-            leaf.delete()
-
-
 @contextlib.contextmanager
 def _metrics_log(config: Config, run: RunDir, fingerprint: Mapping[str, Any]) -> Iterator[MetricsLog | None]:
     """The log and its writers; None on all hosts but the first."""
@@ -119,9 +104,8 @@ def _metrics_log(config: Config, run: RunDir, fingerprint: Mapping[str, Any]) ->
 def _what_runs_where(config: Config, section: SftConfig | DpoConfig, state: TrainState, partitioner: Partitioner) -> str:
     """A table of hosts, devices, how they are used, and what one of them holds."""
     devices, kind = jax.devices(), jax.devices()[0].device_kind
-    # Not by the shards themselves: these, once looked at, stay as arrays of their own.
-    pieces = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(state)]
-    of_device = sum(math.prod(shape) * itemsize for shape, itemsize in pieces)
+    pieces = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(state)]
+    of_device = sum(math.prod(shape) * dtype.itemsize for shape, dtype in pieces)
     mesh = " x ".join(f"{axis} {size}" for axis, size in mesh_sizes(state).items())
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     if config.run.devices == "pmap":
@@ -178,7 +162,7 @@ def _resume(
             "Continue it with its own settings (its config.yaml), or choose another --run.dir."
         )
     print(f"continuing {run.path} after {int(restored.step)} steps", flush=True)
-    _free(state)
+    build.free(state)
     return partitioner.put_state(restored)
 
 
@@ -188,9 +172,7 @@ def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def leave_results(run: RunDir, model: Model, state: TrainState, tokenizer: Any, *, card: str) -> Path:
-    """The first host writes the model as a Hugging Face folder, the plots, and the model card. Returns the folder."""
-    if not hosts.is_first():
-        return run.export
+    """Writes the model as a Hugging Face folder, the plots, and the model card. Returns the folder."""
     folder = save_hf(run.export, model, state.variables)
     tokenizer.save_pretrained(folder)
     plot_training(read_metrics(run.metrics), run.plots)
