@@ -23,7 +23,7 @@ from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import Checkpoints
 from dpo_jax.runtime.mesh import make_mesh
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
-from dpo_jax.runtime.parallel import mesh_partitioner
+from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner
 from dpo_jax.step import init_state
 
 ROOT = Path(__file__).parent.parent
@@ -77,8 +77,21 @@ def batch_of(number, part=(0, 1)):
 
 
 def twenty_steps(directory):
-    """What each process runs: the twenty steps of `test_multidevice` under FSDP over both hosts, then a checkpoint."""
-    partitioner = mesh_partitioner(make_mesh(), table.MODEL, units=table.UNITS)
+    """What each process runs: the twenty steps of `test_multidevice`, under FSDP and pmap over both hosts, each saved."""
+    seen = {
+        "fsdp": steps_and_save(mesh_partitioner(make_mesh(), table.MODEL, units=table.UNITS), directory / "fsdp"),
+        "pmap": steps_and_save(pmap_partitioner(), directory / "pmap"),
+    }
+    answers = {"any": hosts.anywhere(not hosts.is_first()), "none": hosts.anywhere(False)}
+    told = hosts.from_first(np.array([-0.0, np.nan, 1 / 3], np.float32) if hosts.is_first() else np.zeros(3, np.float32))
+    assert told.tobytes() == np.array([-0.0, np.nan, 1 / 3], np.float32).tobytes()
+    agree = hosts.agreement()
+    answers["agreed"] = [agree(signal.SIGTERM if step == 1 and not hosts.is_first() else 0) for step in range(4)]
+    if hosts.is_first():
+        (directory / "seen.json").write_text(json.dumps(seen | answers))
+
+
+def steps_and_save(partitioner, directory):
     assert partitioner.host_part == (jax.process_index(), 2)
     variables = jax.jit(table.MODEL.init)(jax.random.key(0))
     reference = partitioner.compile_map(functools.partial(reference_logps, table.MODEL))
@@ -90,16 +103,11 @@ def twenty_steps(directory):
         assert logps.shape == (len(index), 2)
         mine = logps[jax.process_index() * 4 : jax.process_index() * 4 + 4]
         batches.append(rows.replace(ref_logps=np.where(rows.weight[:, None] > 0, mine, np.float32(0))))
-    seen, state = table.run(partitioner.compile_step(table.dpo(None)), table.start(partitioner, variables), batches)
-    with Checkpoints(Path(directory) / "checkpoints") as checkpoints:
+    step = partitioner.compile_step(table.dpo(partitioner.axis_name))
+    seen, state = table.run(step, table.start(partitioner, variables), batches)
+    with Checkpoints(directory) as checkpoints:
         checkpoints.save(table.STEPS, partitioner.get_state(state), {})
-    answers = {"any": hosts.anywhere(not hosts.is_first()), "none": hosts.anywhere(False)}
-    told = hosts.from_first(np.array([-0.0, np.nan, 1 / 3], np.float32) if hosts.is_first() else np.zeros(3, np.float32))
-    assert told.tobytes() == np.array([-0.0, np.nan, 1 / 3], np.float32).tobytes()
-    agree = hosts.agreement()
-    answers["agreed"] = [agree(signal.SIGTERM if step == 1 and not hosts.is_first() else 0) for step in range(4)]
-    if hosts.is_first():
-        (Path(directory) / "seen.json").write_text(json.dumps({"seen": seen.tolist(), **answers}))
+    return seen.tolist()
 
 
 def test_two_processes_take_the_steps_of_one_device_and_save_for_it(tmp_path):
@@ -116,9 +124,10 @@ def test_two_processes_take_the_steps_of_one_device_and_save_for_it(tmp_path):
     batches = [rows.replace(ref_logps=np.asarray(reference(variables, rows))) for rows in batches]
     one = table.single_device()
     seen, state = table.run(one.compile_step(table.dpo(None)), table.start(one, variables), batches)
-    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
-        saved, _ = checkpoints.restore_latest(jax.eval_shape(functools.partial(init_state, tx=table.TX), variables))
-    table.assert_same_run(np.array(result["seen"]), saved, (seen, one.to_host(state)))
+    for way in ("fsdp", "pmap"):
+        with Checkpoints(tmp_path / way, read_only=True) as checkpoints:
+            saved, _ = checkpoints.restore_latest(jax.eval_shape(functools.partial(init_state, tx=table.TX), variables))
+        table.assert_same_run(np.array(result[way]), saved, (seen, one.to_host(state)))
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, capsys):
@@ -192,4 +201,4 @@ def test_flags_that_do_not_belong_together_are_refused(flags, message, tmp_path,
 if __name__ == "__main__":
     directory, _, address, _, count, _, number = sys.argv[1:]
     hosts.start(address, int(count), int(number), heartbeat_seconds=20)
-    twenty_steps(directory)
+    twenty_steps(Path(directory))

@@ -90,11 +90,8 @@ def _check_writers(config: Config) -> None:
 
 def make_partitioner(config: Config, model: Model) -> Partitioner:
     """Raises `ConfigError` where mesh, devices and model do not fit each other."""
-    if config.run.devices != "mesh" and jax.process_count() > 1:
-        raise ConfigError(
-            f"run.devices: {config.run.devices} uses the devices of one host, and there are {jax.process_count()}; "
-            "use mesh (data parallel as in pmap: --mesh.data -1 --mesh.fsdp 1)"
-        )
+    if config.run.devices == "single" and jax.process_count() > 1:
+        raise ConfigError(f"run.devices: single is one device, and there are {jax.process_count()} hosts; use mesh or pmap")
     if config.run.devices == "pmap":
         return pmap_partitioner()
     if config.run.devices == "single":

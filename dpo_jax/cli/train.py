@@ -109,7 +109,7 @@ def _what_runs_where(config: Config, section: SftConfig | DpoConfig, state: Trai
     mesh = " x ".join(f"{axis} {size}" for axis, size in mesh_sizes(state).items())
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     if config.run.devices == "pmap":
-        parameters //= partitioner.row_shards  # that many copies
+        parameters //= jax.local_device_count()  # that many copies
     used = {"single": "one device", "pmap": f"pmap over {partitioner.row_shards}", "mesh": mesh}[config.run.devices]
     share = section.batch / partitioner.row_shards
     table = {

@@ -116,6 +116,11 @@ def whole(leaf: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
+def joined(mine: np.ndarray) -> np.ndarray:
+    """The arrays of all hosts, which have the same shape, one behind the other."""
+    return np.asarray(multihost_utils.process_allgather(mine, tiled=True))
+
+
 def agreement() -> Callable[[int], int]:
     """`agree(number)`: the largest number given by any host, so that all hosts act on a signal in the same step.
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpo_jax.runtime.hosts import whole
+from dpo_jax.runtime.hosts import joined, whole
 from dpo_jax.runtime.mesh import MeshError, Units, host_part, row_sharding, row_shards, tree_shardings, variable_shardings
 from dpo_jax.types import Model, Partitioner, Rows
 
@@ -43,15 +43,16 @@ def single_device(device: Any = None) -> Partitioner:
 
 
 def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
-    """Data parallel through `jax.pmap` over the devices of this host: whole rows are split, state and variables replicated.
+    """Data parallel through `jax.pmap` over `devices` (default: all of all hosts): rows are split, the rest is replicated.
 
     Each device holds all parameters and all optimizer state, so the model must fit into one. A step must be written with
     `axis_name="data"` (`dpo_step(..., axis_name=partitioner.axis_name)`): it sums gradients and metrics over that axis itself.
     State and variables on the devices have a leading axis of length `devices`; `get_state` takes it off again.
     """
-    devices = jax.local_devices() if devices is None else list(devices)
-    count = len(devices)
-    replicated = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
+    part = (jax.process_index(), jax.process_count()) if devices is None else (0, 1)
+    mine = jax.local_devices() if devices is None else list(devices)
+    count = len(mine)
+    replicated = NamedSharding(Mesh(np.array(mine), ("data",)), PartitionSpec("data"))
 
     def replicate(leaf):
         host = np.asarray(leaf)
@@ -74,11 +75,16 @@ def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
 
     def compile_map(fn):
         compiled = jax.pmap(fn, axis_name="data", devices=devices)
-        return lambda variables, rows: jax.tree.map(_join, jax.device_get(compiled(variables, split_rows(rows, count))))
+
+        def run(variables, rows):
+            mine = jax.tree.map(_join, jax.device_get(compiled(variables, split_rows(rows, count))))
+            return mine if part[1] == 1 else jax.tree.map(joined, mine)
+
+        return run
 
     return Partitioner(
         axis_name="data",
-        row_shards=count,
+        row_shards=count * part[1],
         compile_step=compile_step,
         compile_map=compile_map,
         init_state=lambda make, variables: put(make(variables)),
@@ -86,6 +92,7 @@ def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
         get_state=get,
         put_variables=put,
         to_host=get,
+        host_part=part,
     )
 
 
