@@ -113,7 +113,7 @@ def test_sft_trajectory(family, per_row, pairs):
         rows = completion_rows(chosen, length=128 * per_row, per_row=per_row)
         state, metrics = step(state, rows)
         mean = per_pair(expected, "loss/train").mean()
-        assert abs(metrics["loss"] - mean) <= 1e-3
+        assert float(metrics["loss"]) == pytest.approx(mean, rel=1e-6)  # some 330 nats, where float32 has steps of 3e-5
         assert float(metrics["grad_norm"]) == pytest.approx(expected["grad_norm"], rel=1e-4)
         assert abs(metrics["logps/chosen"] - per_pair(expected, "logps_train/chosen").mean()) <= 1e-3
 
