@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# The paper's experiment on Anthropic HH from raw pairs to an exported model, as one chain that can be stopped anywhere:
+# run it again and it continues. What is done is not done again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() {
+  cat <<'TEXT'
+Usage: ./launch/hh_pipeline.sh [--dry-run] [--steps STEP,STEP,...] --data.path DIR [--section.option VALUE ...]
+
+The steps: audit, sft, refs, dpo, eval, export. The first two read configs/hh_pythia28_sft.yaml, the others
+configs/hh_pythia28_dpo.yaml; DPO_JAX_SFT_CONFIG and DPO_JAX_DPO_CONFIG name others. The exported model, in
+bfloat16, is RUN.DIR/export.
+
+Options are given to every step, so they must be ones that every step reads: --run.*, --data.*, --tokenizer.* and
+--model.*; export gets --run.dir only. A finished step leaves RUN.DIR/pipeline/STEP.done. It is taken again when its
+command or its configuration file has changed, and so are the steps that use what it makes.
+
+With --distributed auto (and --coordinator, --num-processes, --process-id) start the same chain on every host, with a
+run.dir that all hosts share. It then has the steps that run on many hosts: sft, refs, dpo, eval. On one host:
+--steps audit before, --steps export after.
+
+Exit codes: that of the step that failed; 143 when it was asked to stop (SIGTERM or Ctrl-C) and has saved.
+TEXT
+}
+
+# Splits the command line into what the chain is told and what every step is told.
+read_arguments() {
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --dry-run) dry_run=yes ;;
+      -h | --help) usage && exit 0 ;;
+      --steps=*) steps=${1#*=} ;;
+      --run.dir=*) run_dir=${1#*=} ;;
+      --steps | --run.dir)
+        [ $# -gt 1 ] || die "$1 needs a value"
+        [ "$1" = --steps ] && steps=$2 || run_dir=$2
+        shift
+        ;;
+      --distributed | --distributed=* | --run.distributed | --run.distributed=*) many_hosts=yes && options+=("$1") ;;
+      *) options+=("$1") ;;
+    esac
+    shift
+  done
+  [ -n "$run_dir" ] || run_dir=$(sed -n '/^run:/,/^[a-z]/s/^  dir: *\([^ #]*\).*/\1/p' "$dpo_config")
+  [ -n "$run_dir" ] || die "$dpo_config has no run.dir: give --run.dir DIR"
+  if [ -z "$steps" ]; then
+    [ "$many_hosts" = yes ] && steps=sft,refs,dpo,eval || steps=audit,sft,refs,dpo,eval,export
+  fi
+  steps=${steps//,/ }
+}
+
+# Fills `program` with the command of a step.
+command_of() {
+  local config=$dpo_config
+  case $1 in
+    audit | sft) config=$sft_config ;;
+    refs | dpo | eval) ;;
+    export)
+      program=("$dpo_jax" export "$config" --run.dir "$run_dir" --export.out "$run_dir/export" --export.dtype bfloat16)
+      return
+      ;;
+    *) die "$1: no such step (audit, sft, refs, dpo, eval, export)" ;;
+  esac
+  program=("$dpo_jax" "$1" "$config" --run.dir "$run_dir" ${options[@]+"${options[@]}"})
+}
+
+# What a step was asked to do: its command, less what tells hosts apart, and the content of its configuration.
+asked() {
+  { quoted "${program[@]}" | sed -E 's/ --(coordinator|num-processes|process-id)[ =][^ ]*//g' && cat "${program[2]}"; } | cksum
+}
+
+# The steps that use what a step makes.
+users_of() {
+  case $1 in
+    sft) echo refs dpo eval export ;;
+    refs) echo dpo eval export ;;
+    dpo) echo eval export ;;
+  esac
+}
+
+take() {
+  local step=$1 mark=$run_dir/pipeline/$1.done later code=0
+  command_of "$step"
+  if [ "$dry_run" = yes ]; then
+    run "${program[@]}"
+    return
+  fi
+  if [ -f "$mark" ] && [ "$(<"$mark")" = "$(asked)" ]; then
+    say "$step: done before"
+    return
+  fi
+  for later in $(users_of "$step"); do rm -f "$run_dir/pipeline/$later.done"; done
+  say "$step: $(quoted "${program[@]}")"
+  supervised "${program[@]}" || code=$?
+  case $code in
+    0) ;;
+    143) say "$step has saved and stopped; the same command continues" && exit 143 ;;
+    *) die "$step ended with exit code $code" "$code" ;;
+  esac
+  # Every host writes the same mark: a step ends on all of them together.
+  mkdir -p "$run_dir/pipeline"
+  asked >"$mark.$$"
+  mv "$mark.$$" "$mark"
+}
+
+. launch/common.bash
+sft_config=${DPO_JAX_SFT_CONFIG:-configs/hh_pythia28_sft.yaml} dpo_config=${DPO_JAX_DPO_CONFIG:-configs/hh_pythia28_dpo.yaml}
+dpo_jax=${DPO_JAX_VENV:-.venv}/bin/dpo-jax
+steps='' run_dir='' many_hosts=no options=() program=()
+read_arguments "$@"
+[ "$dry_run" = yes ] || [ -x "$dpo_jax" ] || die "$dpo_jax is not there: run ./launch/env.sh first" 1
+for step in $steps; do command_of "$step"; done # a wrong name is refused before any work
+for step in $steps; do take "$step"; done

@@ -1,0 +1,122 @@
+"""launch/hh_pipeline.sh with a program in place of dpo-jax that writes down how it was called."""
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STEPS = ["audit", "sft", "refs", "dpo", "eval", "export"]
+FAKE = """#!/usr/bin/env bash
+printf '%q ' "$@" >>"$CALLS"
+echo >>"$CALLS"
+if [ "${HANG:-}" = "$1" ]; then
+  trap 'exit 143' TERM
+  touch "$CALLS.hangs"
+  while :; do sleep 0.05; done
+fi
+[ "${FAIL:-}" = "$1" ] && exit "$CODE"
+exit 0
+"""
+
+
+class Chain:
+    def __init__(self, folder):
+        self.calls_file, self.run_dir = folder / "calls", folder / "run"
+        program = folder / "venv" / "bin" / "dpo-jax"
+        program.parent.mkdir(parents=True)
+        program.write_text(FAKE)
+        program.chmod(0o755)
+        self.env = {"PATH": os.environ["PATH"], "DPO_JAX_VENV": str(folder / "venv"), "CALLS": str(self.calls_file)}
+
+    def command(self, *arguments):
+        return ["bash", str(ROOT / "launch" / "hh_pipeline.sh"), "--run.dir", str(self.run_dir), *arguments]
+
+    def __call__(self, *arguments, **env):
+        return subprocess.run(self.command(*arguments), env=self.env | env, capture_output=True, text=True, timeout=60)
+
+    def calls(self):
+        """The calls since the last time, as lists of words."""
+        text = self.calls_file.read_text() if self.calls_file.exists() else ""
+        self.calls_file.write_text("")
+        return [shlex.split(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def chain(tmp_path):
+    return Chain(tmp_path)
+
+
+def test_a_dry_run_prints_the_commands_and_runs_nothing(chain):
+    result = chain("--dry-run", "--data.path", "a b")
+    assert result.returncode == 0
+    printed = [shlex.split(line) for line in result.stdout.splitlines()]
+    assert [words[1] for words in printed] == STEPS
+    assert printed[0][2:] == ["configs/hh_pythia28_sft.yaml", "--run.dir", str(chain.run_dir), "--data.path", "a b"]
+    assert printed[3][2] == "configs/hh_pythia28_dpo.yaml"
+    assert chain.calls() == []
+    assert not chain.run_dir.exists()
+
+
+def test_every_step_once_with_its_options_as_they_were_given(chain):
+    odd = "a b; $HOME 'x'"
+    assert chain("--data.path", odd).returncode == 0
+    calls = chain.calls()
+    assert [words[0] for words in calls] == STEPS
+    assert all(words[-1] == odd for words in calls[:-1])
+    assert "--data.path" not in calls[-1]
+    again = chain("--data.path", odd)
+    assert again.returncode == 0
+    assert chain.calls() == []
+    assert again.stderr.count("done before") == len(STEPS)
+
+
+def test_what_was_asked_differently_is_done_again(chain):
+    chain("--data.path", "one")
+    chain.calls()
+    chain("--data.path", "two")
+    assert [words[0] for words in chain.calls()] == STEPS
+
+
+@pytest.mark.parametrize("code", [65, 143])
+def test_a_step_that_ends_early_ends_the_chain_with_its_code_and_is_where_it_continues(chain, code):
+    assert chain(FAIL="dpo", CODE=str(code)).returncode == code
+    assert [words[0] for words in chain.calls()] == STEPS[:4]
+    assert chain().returncode == 0
+    assert [words[0] for words in chain.calls()] == STEPS[3:]
+
+
+def test_a_signal_reaches_the_step_which_saves(chain):
+    process = subprocess.Popen(chain.command(), env=chain.env | {"HANG": "sft"}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not chain.calls_file.with_name("calls.hangs").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    assert "has saved and stopped" in process.stderr.read()
+    process.stderr.close()
+    chain.calls()
+    assert chain().returncode == 0
+    assert [words[0] for words in chain.calls()] == STEPS[1:]
+
+
+def test_selected_steps_and_many_hosts(chain):
+    assert chain("--steps", "audit,sft").returncode == 0
+    assert [words[0] for words in chain.calls()] == ["audit", "sft"]
+    printed = chain("--dry-run", "--distributed", "auto").stdout.splitlines()
+    assert [shlex.split(line)[1] for line in printed] == ["sft", "refs", "dpo", "eval"]
+    refused = chain("--steps", "audit,train")
+    assert refused.returncode == 2
+    assert "train: no such step" in refused.stderr
+    assert chain.calls() == []
+
+
+def test_help_names_the_steps():
+    result = subprocess.run(["bash", str(ROOT / "launch" / "hh_pipeline.sh"), "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "The steps: audit, sft, refs, dpo, eval, export." in result.stdout
