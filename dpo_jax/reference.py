@@ -24,6 +24,7 @@ import numpy as np
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import Batch
 from dpo_jax.logps import completion_logps
+from dpo_jax.models.pieces import Piece, pieces_of
 from dpo_jax.types import Model, Rows, Variables
 
 VERSION = "dpo_jax reference log-probabilities 1"
@@ -43,13 +44,36 @@ def reference_logps(model: Model, variables: Variables, rows: Rows) -> jax.Array
     return jax.lax.stop_gradient(completion_logps(model, variables, rows))
 
 
+class WeightsDigest:
+    """SHA-256 over names, shapes, types and bytes of all parameters: equal exactly when the weights are.
+
+    `watch(pieces)` passes pieces on, so that a model is digested while it is loaded, however its pieces then lie on devices.
+    """
+
+    def __init__(self) -> None:
+        self._leaves: dict[str, tuple[str, Any]] = {}  # {name: (name, shape and type so far, SHA-256 of the bytes so far)}
+
+    def watch(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            array = np.ascontiguousarray(piece.array)
+            name = ".".join(piece.path)
+            shape = array.shape if piece.layer is None else (piece.layer + 1, *array.shape)
+            _, sha = self._leaves.get(name, ("", None))
+            sha = sha or hashlib.sha256()
+            sha.update(array.view(np.uint8).reshape(-1).data if array.size else b"")
+            self._leaves[name] = f"{name} {shape} {array.dtype}", sha
+            yield piece
+
+    def hexdigest(self) -> str:
+        lines = sorted(f"{described} {sha.hexdigest()}\n" for described, sha in self._leaves.values())
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def weights_digest(variables: Variables) -> str:
-    """SHA-256 over names, shapes, types and bytes of all leaves: equal exactly when the weights are."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        array = np.ascontiguousarray(jax.device_get(leaf))
-        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}\n".encode())
-        digest.update(array.view(np.uint8).reshape(-1).data if array.size else b"")
+    """The `WeightsDigest` of whole arrays."""
+    digest = WeightsDigest()
+    for _ in digest.watch(pieces_of(variables)):
+        pass
     return digest.hexdigest()
 
 

@@ -73,6 +73,8 @@ def generate(
     transformers. Temperature 0 takes the likeliest token. A row ends with `eos_id`, the loop when all rows have ended or after
     T = `max_new_tokens` tokens.
 
+    `key` is one key, or one for each row: then a completion does not depend on which rows it shares a batch or a device with.
+
     `Samples.logps` are under the model itself, before temperature and cuts: they equal the log-probabilities that
     `logps.sequence_logps` finds for the same tokens. They are NaN where a completion ran past the model's position table.
     """
@@ -87,11 +89,14 @@ def generate(
     batch, columns = prompts.shape
     lengths = jnp.asarray(lengths, jnp.int32)
     start = columns - lengths
+    keys = key if key.shape else jax.random.split(key, batch)
 
     def draw(hidden: jax.Array, loop: _Loop) -> _Loop:
         """Draw token number `loop.drawn` of every row from the hidden state before it."""
         logits = model.unembed(variables, hidden)
-        token = _choose(logits, jax.random.fold_in(key, loop.drawn), temperature=temperature, top_k=top_k, top_p=top_p)
+        token = _choose(
+            logits, jax.vmap(jax.random.fold_in, (0, None))(keys, loop.drawn), temperature=temperature, top_k=top_k, top_p=top_p
+        )
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
         tokens, counts, logps = loop.samples
         samples = Samples(
@@ -121,8 +126,8 @@ def generate(
     return loop.samples
 
 
-def _choose(logits: jax.Array, key: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    """One token per row: `logits` float32[B, V] -> int32[B]."""
+def _choose(logits: jax.Array, keys: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
+    """One token per row: `logits` float32[B, V], keys [B] -> int32[B]."""
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / temperature
@@ -135,7 +140,7 @@ def _choose(logits: jax.Array, key: jax.Array, *, temperature: float, top_k: int
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         smallest = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 def _prompt_rows(prompts: jax.Array, start: jax.Array) -> Rows:

@@ -15,7 +15,7 @@ completion. A *pair* is two neighbouring slots, chosen first, so log-probabiliti
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -102,9 +102,13 @@ class Partitioner(NamedTuple):
 
     `compile_step(step)` turns `step(state, rows) -> (state, metrics)` into a compiled function that donates `state`;
     `compile_map(fn)` turns `fn(variables, rows) -> [E, ...]` into a compiled function with the same result on the host.
-    `put_state` and `put_variables` lay a copy out on the devices, `init_state(make, variables)` the state `make(variables)`.
-    `get_state` gives the form that is saved and restored, with the shapes of one device (a mesh leaves it in pieces), and
-    `to_host` whole numpy arrays, on every host.
+
+    Parameters come to the devices in three ways: `load_variables(shapes, pieces)` puts `models.pieces` of files where they
+    belong, a tensor at a time; `make_variables(make)` runs a function without arguments; `put_variables(tree)` copies whole
+    arrays. `init_state(make, variables)` turns such parameters, which it consumes, into the state `make(variables)`.
+
+    `get_state` gives the form that is saved and restored, with the shapes of one device (a mesh leaves it in pieces);
+    `put_state` lays a copy of that out on the devices; `to_host` gives whole numpy arrays, on every host.
 
     A batch must hold a multiple of `row_shards` rows. `host_part` is (index, count): where there are several hosts, each
     gives its part of the rows, the `index`-th of `count`; results of `compile_map` are those of all rows.
@@ -117,6 +121,8 @@ class Partitioner(NamedTuple):
     init_state: Callable[[Callable[[Variables], TrainState], Variables], TrainState]
     put_state: Callable[[TrainState], TrainState]
     get_state: Callable[[TrainState], TrainState]
+    load_variables: Callable[[Variables, Iterable[Any]], Variables]
+    make_variables: Callable[[Callable[[], Variables]], Variables]
     put_variables: Callable[[Variables], Variables]
     to_host: Callable[[Any], Any]
     host_part: tuple[int, int] = (0, 1)

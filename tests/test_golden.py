@@ -84,7 +84,7 @@ def follow_original(family, kind, pairs, make, microbatches=None):
     step = partitioner.compile_step(functools.partial(dpo_step, model=model, tx=tx, **options))
     reference = partitioner.compile_map(functools.partial(reference_logps, model))
     frozen = partitioner.put_variables(start)
-    state = partitioner.init_state(functools.partial(init_state, tx=tx), start)
+    state = partitioner.init_state(functools.partial(init_state, tx=tx), partitioner.put_variables(start))
     for number, expected in enumerate(steps):
         rows = LAYOUTS[kind].rows([pairs[i] for i in expected["examples"]])
         rows = rows.replace(ref_logps=reference(frozen, rows))

@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from dpo_jax.cli.eval import score
+from dpo_jax.cli.sample import complete
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
 from dpo_jax.dpo import dpo_step
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
-from dpo_jax.reference import reference_logps
+from dpo_jax.models.hf import read_weights, save_hf, variable_shapes
+from dpo_jax.models.pieces import Piece, assemble
+from dpo_jax.reference import WeightsDigest, reference_logps, weights_digest
+from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import Checkpoints
 from dpo_jax.runtime.mesh import MeshError, make_mesh, mesh_shape
 from dpo_jax.runtime.optim import linear_warmup, make_optimizer
@@ -22,7 +27,7 @@ from dpo_jax.step import init_state
 from dpo_jax.types import Model
 
 SIZES = {"vocab_size": 64, "width": 64, "layers": 2, "heads": 4, "max_positions": 64, "eos_token_id": 0}
-MODEL = make_model(decoder_config(hf_config("llama", kv_heads=2, **SIZES)))
+MODEL = make_model(decoder_config(hf_config("llama", kv_heads=4, **SIZES)))
 UNITS = {"heads": 16, "kv_heads": 16}
 LOSS = functools.partial(dpo_loss, beta=0.1)
 TX = make_optimizer(linear_warmup(1e-4, warmup_steps=3), max_grad_norm=1.0)
@@ -78,7 +83,7 @@ def run(step, state, batches, steps=STEPS):
 
 
 def start(partitioner, variables):
-    return partitioner.init_state(functools.partial(init_state, tx=TX), variables)
+    return partitioner.init_state(functools.partial(init_state, tx=TX), partitioner.put_variables(variables))
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +144,69 @@ def test_the_reference_pass_keeps_the_order(way, variables, batches):
     np.testing.assert_allclose(logps, batches[0].ref_logps, rtol=1e-6, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def folder(variables, tmp_path_factory):
+    return save_hf(tmp_path_factory.mktemp("model") / "export", MODEL, variables)
+
+
+@pytest.mark.parametrize("way", ["one", *WAYS])
+def test_weights_go_from_their_file_to_their_place(way, folder, variables):
+    partitioner = single_device() if way == "one" else WAYS[way]()
+    digest = WeightsDigest()
+    loaded = partitioner.load_variables(variable_shapes(MODEL), digest.watch(read_weights(folder, MODEL)))
+    assert digest.hexdigest() == weights_digest(variables)
+    made = partitioner.make_variables(lambda: MODEL.init(jax.random.key(0)))
+    for there in (loaded, made):
+        jax.tree.map(np.testing.assert_array_equal, partitioner.to_host(there), jax.device_get(variables))
+        placed = partitioner.put_variables(variables)
+        jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(f"{a.sharding} {b.sharding}"), there, placed)
+
+
+@pytest.mark.parametrize("way", ["pmap 4", "fsdp 2 x tensor 2"])
+def test_a_model_is_exported_from_where_it_lies(way, folder, variables, tmp_path):
+    partitioner = WAYS[way]()
+    state = partitioner.get_state(start(partitioner, variables))
+    again = save_hf(tmp_path / "export", MODEL, state.variables, fetch=hosts.whole)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    elsewhere = save_hf(tmp_path / "other", MODEL, state.variables, fetch=hosts.whole, write=False)
+    assert not elsewhere.exists()
+
+
+def test_pieces_that_do_not_make_a_model_are_refused(variables):
+    shapes = {"params": {"kernel": jax.ShapeDtypeStruct((2, 3), np.float32)}}
+    of_layers = [Piece(("params", "kernel"), layer, np.full(3, layer)) for layer in range(2)]
+    np.testing.assert_array_equal(assemble(shapes, of_layers, put=np.asarray)["params"]["kernel"], [[0] * 3, [1] * 3])
+    with pytest.raises(ValueError, match="params.kernel: 1 parameters are incomplete"):
+        assemble(shapes, of_layers[:1], put=np.asarray)
+    with pytest.raises(ValueError, match=r"params.kernel: a piece of shape \(2,\) does not belong to \(2, 3\)"):
+        assemble(shapes, [Piece(("params", "kernel"), 0, np.zeros(2))], put=np.asarray)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_completions_do_not_depend_on_devices_and_batches(way, variables):
+    prompts = [np.arange(1, 2 + number % 3, dtype=np.int32) for number in range(6)]
+
+    class Words:
+        eos_token_id = 0
+
+        def decode(self, ids, **_):
+            return str(ids)
+
+    def completions(partitioner, batch):
+        placed = partitioner.put_variables(variables)
+        options = {"max_new_tokens": 8, "tokenizer": Words(), "batch": batch}
+        return complete(partitioner, MODEL, placed, prompts, jax.random.key(3), **options), placed
+
+    expected, _ = completions(single_device(), 64)
+    partitioner = WAYS[way]()
+    found, placed = completions(partitioner, 4)
+    assert found.texts == expected.texts
+    assert len(set(found.texts)) == 6
+    np.testing.assert_allclose(found.logps, expected.logps, rtol=1e-5, atol=1e-5)
+    again = score(partitioner, MODEL, placed, prompts, found.ids, batch=4)
+    np.testing.assert_allclose(again, found.logps, rtol=1e-5, atol=1e-5)
+
+
 def nbytes(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -180,8 +248,8 @@ def saved(variables, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "make",
-    [single_device, lambda: on_mesh(fsdp=4), lambda: on_mesh(tensor=2, fsdp=1), lambda: on_mesh(data=4), pmap_partitioner],
-    ids=["1", "fsdp 4", "tensor 2", "data 4", "pmap 4"],
+    [single_device, lambda: on_mesh(fsdp=4), lambda: on_mesh(tensor=4), lambda: on_mesh(data=4), pmap_partitioner],
+    ids=["1", "fsdp 4", "1 x 4", "data 4", "pmap 4"],
 )
 def test_a_state_saved_on_2_x_2_is_restored_anywhere(make, saved, variables):
     directory, expected = saved

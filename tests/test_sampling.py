@@ -125,7 +125,7 @@ def test_the_loop_ends_when_every_row_has_ended():
 def test_distribution(options, expected):
     options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
     logits = jnp.broadcast_to(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1])), (20_000, 4))
-    tokens = np.asarray(_choose(logits, jax.random.key(0), **options))
+    tokens = np.asarray(_choose(logits, jax.random.split(jax.random.key(0), 20_000), **options))
     shares = np.bincount(tokens, minlength=4) / len(tokens)
     np.testing.assert_allclose(shares, expected, atol=0.012)
     assert (shares[np.array(expected) == 0] == 0).all()

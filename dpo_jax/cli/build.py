@@ -29,7 +29,8 @@ from dpo_jax.dpo import PreferenceLoss
 from dpo_jax.losses import dpo_loss, ipo_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
-from dpo_jax.models.hf import load_config, load_hf, resolve
+from dpo_jax.models.hf import load_config, read_weights, resolve, variable_shapes
+from dpo_jax.reference import WeightsDigest
 from dpo_jax.runtime.hosts import HostsError, first_goes_first, is_first, start
 from dpo_jax.runtime.mesh import MeshError, make_mesh
 from dpo_jax.runtime.optim import Schedule, linear_warmup, make_optimizer
@@ -187,11 +188,12 @@ def start_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> Model:
     return _model(config, new_hf_config(config, tokenizer))
 
 
-def start_weights(config: Config, model: Model) -> Variables:
-    """Those of `model.path`, or new random ones."""
+def start_weights(config: Config, model: Model, partitioner: Partitioner) -> tuple[Variables, str]:
+    """Those of `model.path`, or new random ones; and a name for them: a digest, or where the random ones come from."""
     if config.model.path is not None:
-        return load_weights(config, config.model.path, name="model.path")
-    return jax.jit(model.init)(jax.random.key(config.run.seed))
+        return load_weights(config.model.path, model, partitioner, name="model.path")
+    new = partitioner.make_variables(lambda: model.init(jax.random.key(config.run.seed)))
+    return new, f"random, seed {config.run.seed}"
 
 
 def _model(config: Config, hf: dict[str, Any]) -> Model:
@@ -234,11 +236,18 @@ def policy_model(config: Config, path: str, tokenizer: PreTrainedTokenizerFast, 
     return _model(config, hf)
 
 
-def load_weights(config: Config, path: str, *, name: str) -> Variables:
-    """The weights in a folder whose model `policy_model` has checked."""
-    path = _existing(path, name)
+def load_weights(path: str, model: Model, partitioner: Partitioner, *, name: str) -> tuple[Variables, str]:
+    """The weights in a folder whose model `policy_model` has checked, on the devices, and their digest."""
+    path, digest = _existing(path, name), WeightsDigest()
     with _naming(name, path):
-        return load_hf(path)[1]
+        variables = partitioner.load_variables(variable_shapes(model), digest.watch(read_weights(path, model)))
+    return variables, digest.hexdigest()
+
+
+def architecture(model: Model) -> str:
+    """A digest of everything but the weights that decides what a decoder computes: rotary base, window, epsilon, ..."""
+    fields = dataclasses.asdict(model.config) | {"hf_json": ""}  # which also says who saved it, and in which version
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -277,10 +286,8 @@ def make_tx(section: SftConfig | DpoConfig) -> Any:
 
 
 def first_state(partitioner: Partitioner, variables: Variables, tx: Any) -> TrainState:
-    """The state before the first step, on the devices. `variables` are consumed: a large model does not fit beside itself."""
-    state = partitioner.init_state(functools.partial(init_state, tx=tx), variables)
-    free(variables)
-    return state
+    """The state before the first step. `variables` are consumed: a large model does not fit beside itself."""
+    return partitioner.init_state(functools.partial(init_state, tx=tx), variables)
 
 
 def free(tree: Any) -> None:

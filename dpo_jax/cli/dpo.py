@@ -17,8 +17,7 @@ from dpo_jax.data.loader import in_order, stream, total_steps
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.preference import held_out_logps, preference_summary
-from dpo_jax.reference import reference_logps, weights_digest
-from dpo_jax.runtime.hosts import is_first
+from dpo_jax.reference import reference_logps
 from dpo_jax.types import TrainState
 
 
@@ -37,8 +36,7 @@ def run(config: Config) -> int:
         )
         parts = build.batch_parts(section, partitioner, layout=config.data.layout)
         layout = build.pair_layout(config, [*pairs, *held_out], batch=section.batch, parts=parts)
-        variables = build.load_weights(config, config.dpo_policy(), name="dpo.policy")
-        start = weights_digest(variables)
+        variables, start = build.load_weights(config.dpo_policy(), model, partitioner, name="dpo.policy")
         ref_logps, held_out_ref = reference_values(
             config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner, weights=start
         )
@@ -78,6 +76,7 @@ def run(config: Config) -> int:
                 **build.fingerprint(config, section),
                 "data": data_digest(pairs),
                 "start": start,
+                "architecture": build.architecture(model),
             },
             reports=[pairs.report, held_out.report],
             partitioner=partitioner,
@@ -86,10 +85,7 @@ def run(config: Config) -> int:
                 starts_at_reference, expected_loss=loss_at_reference(section), tolerance=TOLERANCE[config.run.precision]
             ),
         )
-        if not is_first():
-            return 0
-        folder = leave_results(run_dir, model, state, tokenizer, card=dpo_card(config, run_dir))
-        print(f"the policy is in {folder}")
+        leave_results(run_dir, model, state, tokenizer, card=lambda: dpo_card(config, run_dir))
     return 0
 
 

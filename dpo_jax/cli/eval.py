@@ -22,10 +22,10 @@ from dpo_jax.data.layout import completion_rows
 from dpo_jax.data.loader import in_order, round_up
 from dpo_jax.evals.preference import held_out_logps, mean_with_error, preference_summary
 from dpo_jax.logps import sequence_logps
-from dpo_jax.reference import reference_logps, weights_digest
+from dpo_jax.reference import reference_logps
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.rundir import RunDir, RunLocked, write_json
-from dpo_jax.types import Model, Variables
+from dpo_jax.types import Model, Partitioner, Variables
 
 
 def run(config: Config) -> int:
@@ -35,28 +35,24 @@ def run(config: Config) -> int:
     with build.open_run(config, "eval") as run_dir:
         tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
         model = build.policy_model(config, config.dpo_policy(), tokenizer, name="eval.reference")
-        build.policy_model(config, config.eval_policy(), tokenizer, name="eval.policy")
+        judged = build.policy_model(config, config.eval_policy(), tokenizer, name="eval.policy")
+        if build.architecture(judged) != build.architecture(model):
+            raise ConfigError(f"eval.reference: {config.dpo_policy()} is another model than the policy, not only other weights")
         partitioner = build.make_partitioner(config, model)
         preferences = build.load_split(config, "test", tokenizer)
         held_out = build.encode_split(config, preferences, tokenizer)
         build.describe(run_dir, config, held_out.report)
-        reference = build.load_weights(config, config.dpo_policy(), name="eval.reference")
-        policy = build.load_weights(config, config.eval_policy(), name="eval.policy")
-        if jax.tree.map(np.shape, policy) != jax.tree.map(np.shape, reference):
-            raise ConfigError(f"eval.reference: {config.dpo_policy()} has other weights than the policy, not only other values")
+        weights: dict[str, str] = {}
+        reference, weights["reference"] = build.load_weights(config.dpo_policy(), model, partitioner, name="eval.reference")
+        policy, weights["policy"] = build.load_weights(config.eval_policy(), model, partitioner, name="eval.policy")
         loss = build.make_loss(config.dpo)
-
-        weights = {"policy": weights_digest(policy), "reference": weights_digest(reference)}
         (ref_logps,) = reference_values(
             config, model, reference, tokenizer, [held_out], partitioner=partitioner, weights=weights["reference"]
         )
         layout = build.pair_layout(config, held_out, batch=config.eval.batch, parts=partitioner.row_shards)
-        compiled, on_device = (
-            partitioner.compile_map(functools.partial(reference_logps, model)),
-            partitioner.put_variables(policy),
-        )
+        compiled = partitioner.compile_map(functools.partial(reference_logps, model))
         logps = held_out_logps(
-            lambda rows: compiled(on_device, rows),
+            lambda rows: compiled(policy, rows),
             in_order(held_out, layout=layout, batch=config.eval.batch, part=partitioner.host_part),
             pairs=len(held_out),
         )
@@ -68,7 +64,7 @@ def run(config: Config) -> int:
             "policy": preference_summary(logps, ref_logps, loss=loss),
         }
         if config.eval.samples:
-            samples = sampled(config, model, {"reference": reference, "policy": policy}, tokenizer, held_out)
+            samples = sampled(config, partitioner, model, {"reference": reference, "policy": policy}, tokenizer, held_out)
             for who in ("reference", "policy"):
                 report[who] |= samples["summary"][who]
             report["samples"] = samples["texts"][:3]
@@ -85,7 +81,14 @@ def run(config: Config) -> int:
     return 0
 
 
-def sampled(config: Config, model: Model, variables: dict[str, Variables], tokenizer: Any, held_out: Any) -> dict[str, Any]:
+def sampled(
+    config: Config,
+    partitioner: Partitioner,
+    model: Model,
+    variables: dict[str, Variables],
+    tokenizer: Any,
+    held_out: Any,
+) -> dict[str, Any]:
     """Completions of held-out prompts by policy and reference, with the sequence KL of each to the reference.
 
     `kl` is the mean over samples y ~ pi(.|x) of log pi(y|x) - log pi_ref(y|x), in nats per completion: unbiased, also for
@@ -96,6 +99,7 @@ def sampled(config: Config, model: Model, variables: dict[str, Variables], token
     summary, written = {}, {}
     for number, (who, weights) in enumerate(variables.items()):
         samples = complete(
+            partitioner,
             model,
             weights,
             prompts,
@@ -104,7 +108,7 @@ def sampled(config: Config, model: Model, variables: dict[str, Variables], token
             tokenizer=tokenizer,
         )
         written[who] = samples.texts
-        log_ratio = samples.logps - score(model, variables["reference"], prompts, samples.ids)
+        log_ratio = samples.logps - score(partitioner, model, variables["reference"], prompts, samples.ids)
         kl, error = mean_with_error(log_ratio)
         summary[who] = {"kl": kl, "kl_error": error, "tokens": float(np.mean([len(ids) for ids in samples.ids]))}
         if config.data.source == "reviews":
@@ -114,15 +118,28 @@ def sampled(config: Config, model: Model, variables: dict[str, Variables], token
     return {"summary": summary, "texts": lines}
 
 
-def score(model: Model, variables: Variables, prompts: list[np.ndarray], completions: list[np.ndarray]) -> np.ndarray:
-    """log pi(y|x) of given completions: float32[B], in nats."""
-    length = round_up(max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True)), 32)
-    compiled = jax.jit(functools.partial(sequence_logps, model))
-    parts = []
-    for start in range(0, len(prompts), 64):
-        here = list(zip(prompts[start : start + 64], completions[start : start + 64], strict=True))
-        parts.append(np.asarray(compiled(variables, completion_rows(here, length=length))))
-    return np.concatenate(parts)
+def score(
+    partitioner: Partitioner,
+    model: Model,
+    variables: Variables,
+    prompts: list[np.ndarray],
+    completions: list[np.ndarray],
+    *,
+    batch: int = 64,
+) -> np.ndarray:
+    """log pi(y|x) of given completions: float32[B], in nats. About `batch` at a time, with the partitioner's `variables`."""
+    every = list(zip(prompts, completions, strict=True))
+    length = round_up(max(len(p) + len(c) for p, c in every), 32)
+    compiled = partitioner.compile_map(functools.partial(sequence_logps, model))
+    batch = round_up(min(batch, len(every)), partitioner.row_shards)
+    part, parts = partitioner.host_part
+    logps = []
+    for start in range(0, len(every), batch):
+        here = every[start : start + batch]
+        filled = here + here[:1] * (batch - len(here))
+        rows = completion_rows(filled[part * batch // parts : (part + 1) * batch // parts], length=length)
+        logps.append(compiled(variables, rows)[: len(here)])
+    return np.concatenate(logps)
 
 
 def _prompts(held_out: list[Encoded], count: int, tokenizer: Any) -> tuple[list[np.ndarray], list[str]]:

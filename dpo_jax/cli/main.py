@@ -60,7 +60,7 @@ COMMANDS = {
     "export": Command("write a checkpoint as a Hugging Face folder", "dpo_jax.cli.export:run", ("run.dir", "export")),
 }
 
-ON_MANY_HOSTS = ("sft", "refs", "dpo", "eval")
+ON_MANY_HOSTS = ("sft", "refs", "dpo", "eval", "sample")
 SHORT = ("--distributed", "--coordinator", "--num-processes", "--process-id")  # for --run.distributed, ...
 
 EXIT_CODES = (

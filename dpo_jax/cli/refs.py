@@ -15,7 +15,7 @@ from dpo_jax.cli.config import Config
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import Batch, in_order
 from dpo_jax.data.tokenizer import tokenizer_digest
-from dpo_jax.reference import ReferenceCache, fill_cache, reference_logps, weights_digest
+from dpo_jax.reference import ReferenceCache, fill_cache, reference_logps
 from dpo_jax.runtime.hosts import from_first, is_first
 from dpo_jax.types import Model, Partitioner, Variables
 
@@ -29,8 +29,7 @@ def run(config: Config) -> int:
             build.encode_split(config, build.load_split(config, name, tokenizer), tokenizer) for name in ("train", "test")
         ]
         build.describe(run_dir, config, *(split.report for split in splits))
-        variables = build.load_weights(config, config.dpo_policy(), name="dpo.policy")
-        digest = weights_digest(variables)
+        variables, digest = build.load_weights(config.dpo_policy(), model, partitioner, name="dpo.policy")
         values = reference_values(config, model, variables, tokenizer, splits, partitioner=partitioner, weights=digest)
         for name, logps in zip(("train", "test"), values, strict=True):
             chosen, rejected = logps.mean(axis=0)
@@ -50,10 +49,10 @@ def reference_values(
 ) -> list[np.ndarray]:
     """log pi_ref of every pair of `splits`, float32[n, 2] each: read from the cache, after computing what it lacks.
 
-    `weights` is the `weights_digest` of `variables`, which takes seconds per billion parameters: callers need it, too.
+    `variables` are the partitioner's, `weights` is their digest.
     """
     # The first host has the cache; what it lacks, and in the end all values, the others hear from it.
-    cache = ReferenceCache(config.refs_cache(), identity(config, weights, tokenizer)) if is_first() else None
+    cache = ReferenceCache(config.refs_cache(), identity(config, model, weights, tokenizer)) if is_first() else None
     if cache is not None and cache.damaged:
         print(f"{cache.directory}: {cache.damaged} damaged records are computed again", flush=True)
     pairs = [pair for split in splits for pair in split]
@@ -62,7 +61,6 @@ def reference_values(
         absent[cache.missing(pairs)] = 1
     todo = [pairs[number] for number in np.flatnonzero(from_first(absent))]
     layout = build.pair_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards)
-    on_device = partitioner.put_variables(variables)
     compiled = partitioner.compile_map(functools.partial(reference_logps, model))
     if len(todo) < len(pairs):
         print(f"{config.refs_cache()}: {len(pairs) - len(todo):,} of {len(pairs):,} pairs are there already", flush=True)
@@ -76,17 +74,18 @@ def reference_values(
             cache,
             todo,
             batches=functools.partial(in_order, layout=layout, batch=config.refs.batch, part=partitioner.host_part),
-            logps=lambda rows: compiled(on_device, rows),
+            logps=lambda rows: compiled(variables, rows),
             progress=progress,
         )
     values = from_first(np.zeros((len(pairs), 2), np.float32) if cache is None else cache.lookup(pairs))
     return np.split(values, np.cumsum([len(split) for split in splits])[:-1])
 
 
-def identity(config: Config, weights: str, tokenizer: Any) -> dict[str, Any]:
+def identity(config: Config, model: Model, weights: str, tokenizer: Any) -> dict[str, Any]:
     """Everything that reference log-probabilities depend on."""
     return {
         "weights": weights,
+        "architecture": build.architecture(model),
         "tokenizer": tokenizer_digest(tokenizer),
         "max_length": config.data.max_length,
         "max_prompt_length": config.data.max_prompt_length,

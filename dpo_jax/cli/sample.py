@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from pathlib import Path
@@ -13,8 +12,10 @@ import numpy as np
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.sampling import generate, left_pad
-from dpo_jax.types import Model, Variables
+from dpo_jax.data.loader import round_up
+from dpo_jax.runtime.hosts import is_first
+from dpo_jax.sampling import Samples, generate, left_pad
+from dpo_jax.types import Model, Partitioner, Variables
 
 
 class Completions(NamedTuple):
@@ -29,10 +30,12 @@ def run(config: Config) -> int:
     tokenizer = build.tokenizer_of(config, model_path=path, name="sample.policy")
     texts = prompts_of_file(section.prompts_file) if section.prompts_file else held_out_prompts(config, tokenizer)
     model = build.policy_model(config, path, tokenizer, name="sample.policy")
-    variables = build.load_weights(config, path, name="sample.policy")
+    partitioner = build.make_partitioner(config, model)
+    variables, _ = build.load_weights(path, model, partitioner, name="sample.policy")
     prompts = [np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
     prompts = [ids[-config.data.max_prompt_length :] for ids in prompts]
     samples = complete(
+        partitioner,
         model,
         variables,
         prompts,
@@ -43,6 +46,8 @@ def run(config: Config) -> int:
         top_k=section.top_k,
         top_p=section.top_p,
     )
+    if not is_first():
+        return 0
     lines = [
         {"prompt": text, "completion": completion, "logp": float(logp), "tokens": len(ids)}
         for text, completion, logp, ids in zip(texts, samples.texts, samples.logps, samples.ids, strict=True)
@@ -62,6 +67,7 @@ def run(config: Config) -> int:
 
 
 def complete(
+    partitioner: Partitioner,
     model: Model,
     variables: Variables,
     prompts: list[np.ndarray],
@@ -72,24 +78,34 @@ def complete(
     batch: int = 64,
     **sampling: Any,
 ) -> Completions:
-    """Samples a completion of every prompt, `batch` at a time. Room in the position table limits `max_new_tokens`."""
-    longest = max(len(prompt) for prompt in prompts)
-    room = model.config.max_positions - longest
+    """Samples a completion of every prompt, about `batch` at a time. Room in the position table limits `max_new_tokens`.
+
+    `variables` are the partitioner's. A prompt's completion depends on `key` and the prompt's number alone, not on batches.
+    """
+    longest = max(prompts, key=len)
+    room = model.config.max_positions - len(longest)
     if room < 1:
-        raise ConfigError(f"the longest prompt has {longest} tokens, and the model reads {model.config.max_positions}")
-    draw = jax.jit(
-        functools.partial(generate, model, max_new_tokens=min(max_new_tokens, room), eos_id=tokenizer.eos_token_id, **sampling)
-    )
+        raise ConfigError(f"the longest prompt has {len(longest)} tokens, and the model reads {model.config.max_positions}")
+    options = {"max_new_tokens": min(max_new_tokens, room), "eos_id": tokenizer.eos_token_id, **sampling}
+
+    def draw(variables: Variables, rows: dict[str, Any]) -> Samples:
+        keys = jax.random.wrap_key_data(rows["keys"])
+        return generate(model, variables, rows["tokens"], rows["lengths"], keys, **options)
+
+    compiled = partitioner.compile_map(draw)
+    # Whole batches and one width, so that the loop compiles once; the fillers are thrown away.
+    batch = round_up(min(batch, len(prompts)), partitioner.row_shards)
+    part, parts = partitioner.host_part
+    mine = slice(part * batch // parts, (part + 1) * batch // parts)
+    keys = np.asarray(jax.random.key_data(jax.random.split(key, round_up(len(prompts), batch))))
     ids, logps = [], []
     for start in range(0, len(prompts), batch):
         here = prompts[start : start + batch]
-        # Whole batches and one width, so that the loop compiles once; the fillers are thrown away.
-        filled = here + [here[0]] * (min(batch, len(prompts)) - len(here))
-        tokens, lengths = left_pad([*filled, prompts[int(np.argmax([len(p) for p in prompts]))]])
-        samples = draw(variables, tokens[:-1], lengths[:-1], jax.random.fold_in(key, start))
-        for row in range(len(here)):
-            ids.append(np.asarray(samples.tokens[row, : int(samples.lengths[row])]))
-        logps.append(np.asarray(samples.logps)[: len(here)])
+        tokens, lengths = left_pad([*here, *[longest] * (batch + 1 - len(here))])
+        rows = {"tokens": tokens[:-1][mine], "lengths": lengths[:-1][mine], "keys": keys[start : start + batch][mine]}
+        samples = compiled(variables, rows)
+        ids += [samples.tokens[row, : int(samples.lengths[row])] for row in range(len(here))]
+        logps.append(samples.logps[: len(here)])
     return Completions(ids, [tokenizer.decode(row, skip_special_tokens=True) for row in ids], np.concatenate(logps))
 
 

@@ -15,8 +15,6 @@ from dpo_jax.cli.train import leave_results, train
 from dpo_jax.data.loader import in_order, plan_layout, stream, total_steps
 from dpo_jax.data.prepare import data_digest, encode_targets
 from dpo_jax.logps import sequence_logps
-from dpo_jax.reference import weights_digest
-from dpo_jax.runtime.hosts import is_first
 from dpo_jax.sft import sft_step
 from dpo_jax.types import TrainState
 
@@ -35,12 +33,11 @@ def run(config: Config) -> int:
         (texts, uids), (held_out, _) = (
             encode_targets(split, tokenizer, **limits, score_prompt=section.scored == "all") for split in kept
         )
-        variables = build.start_weights(config, model)
-        start = weights_digest(variables)
+        variables, start = build.start_weights(config, model, partitioner)
         kind = "plain" if data.layout == "shared" else data.layout  # a single completion shares its prompt with nobody
         parts = build.batch_parts(section, partitioner, layout=kind)
         layout = plan_layout([*texts, *held_out], kind=kind, batch=section.batch, length=data.row_length, multiple=parts)
-        start, tx = weights_digest(variables), build.make_tx(section)
+        tx = build.make_tx(section)
         step = functools.partial(
             sft_step, model=model, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name
         )
@@ -75,14 +72,12 @@ def run(config: Config) -> int:
                 **build.fingerprint(config, section),
                 "data": data_digest(texts),
                 "start": start,
+                "architecture": build.architecture(model),
             },
             reports=[encoded.report for encoded in pairs],
             partitioner=partitioner,
             evaluate=evaluate,
             unit="texts",
         )
-        if not is_first():
-            return 0
-        folder = leave_results(run_dir, model, state, tokenizer, card=sft_card(config, run_dir))
-        print(f"the policy is in {folder}")
+        leave_results(run_dir, model, state, tokenizer, card=lambda: sft_card(config, run_dir))
     return 0

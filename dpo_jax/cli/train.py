@@ -7,7 +7,6 @@ import functools
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -46,11 +45,11 @@ def train(
     check: Callable[[int, dict[str, float]], None] | None = None,
     unit: str = "pairs",
 ) -> TrainState:
-    """Trains from `state` (consumed) or from the newest good checkpoint. Returns the final state as whole arrays on the host.
+    """Trains from `state` (consumed) or from the newest good checkpoint. Returns the final state in the form that is saved.
 
     `reports` say what became of the data, and are written beside the configuration once the run is known to be the same.
     `fingerprint` is what a resumed run must have in common with the one that wrote the checkpoint; a difference is a
-    `ConfigError` that names it. All states but the one returned are in the partitioner's form.
+    `ConfigError` that names it. All other states are as they lie on the devices.
     """
     meta = {"fingerprint": dict(fingerprint), "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")}}
     print(_what_runs_where(config, section, state, partitioner), flush=True)
@@ -83,7 +82,7 @@ def train(
                 metrics = evaluate(state, total_steps)
                 if log is not None:
                     log.write({"step": total_steps} | {f"eval/{k}": v for k, v in metrics.items()})
-    return partitioner.to_host(state)
+    return partitioner.get_state(state)
 
 
 @contextlib.contextmanager
@@ -171,11 +170,14 @@ def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
-def leave_results(run: RunDir, model: Model, state: TrainState, tokenizer: Any, *, card: str) -> Path:
-    """Writes the model as a Hugging Face folder, the plots, and the model card. Returns the folder."""
-    folder = save_hf(run.export, model, state.variables)
+def leave_results(run: RunDir, model: Model, state: TrainState, tokenizer: Any, *, card: Callable[[], str]) -> None:
+    """Writes the model as a Hugging Face folder, the plots, and the model card. All hosts call it, with the saved form."""
+    folder = save_hf(run.export, model, state.variables, fetch=hosts.whole, write=hosts.is_first())
+    if not hosts.is_first():
+        return
     tokenizer.save_pretrained(folder)
     plot_training(read_metrics(run.metrics), run.plots)
-    run.card.write_text(card, encoding="utf-8")
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    return folder
+    text = card()
+    run.card.write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    print(f"the policy is in {folder}")

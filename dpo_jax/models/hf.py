@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import ARCHITECTURES, decoder_config
+from dpo_jax.models.pieces import Piece, assemble, path_of
 from dpo_jax.models.tensors import Tensor, tensors
 from dpo_jax.models.weights import INDEX, Checkpoint, write_shards
 from dpo_jax.types import Model, Variables
@@ -65,57 +66,76 @@ def load_hf(
 ) -> tuple[Model, Variables]:
     """Load a Hugging Face model folder or Hub id. Returns `(model, variables)`; `dtype` and `remat` as in `make_model`.
 
-    Weights are converted to `param_dtype`, layer by layer. Raises ValueError or FileNotFoundError naming file and tensor for
-    an unsupported configuration, missing, unknown or mis-shaped tensors, pickled weights, and git-lfs pointers.
+    Weights are converted to `param_dtype`. Raises ValueError or FileNotFoundError naming file and tensor for an unsupported
+    configuration, missing, unknown or mis-shaped tensors, pickled weights, and git-lfs pointers.
     """
     folder = resolve(path)
-    config = decoder_config(load_config(folder))
-    model = make_model(config, dtype=dtype, remat=remat)
-    expected = _flatten(jax.eval_shape(model.init, jax.random.key(0))["params"])
-    with Checkpoint(folder, config) as checkpoint:
+    model = make_model(decoder_config(load_config(folder)), dtype=dtype, remat=remat)
+    variables = assemble(variable_shapes(model, param_dtype), read_weights(folder, model), put=jnp.asarray)
+    return model, variables
+
+
+def variable_shapes(model: Model, dtype: Any = jnp.float32) -> Variables:
+    """The tree of `model.init` as `ShapeDtypeStruct`s of `dtype`. Nothing is computed."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+
+def read_weights(path: str | Path, model: Model) -> Iterator[Piece]:
+    """The weights of a model folder, checkpoint tensor by checkpoint tensor, under our names and in our orientation.
+
+    No more than one tensor is in memory at a time. Names are checked before the first, and errors are those of `load_hf`.
+    """
+    config = model.config
+    shapes = {path_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(variable_shapes(model))}
+    with Checkpoint(resolve(path), config) as checkpoint:
         checkpoint.check_names()
-        flat = {}
         for tensor in tensors(config):
-            for path_, array in _read(checkpoint, tensor, [expected[p].shape for p in tensor.paths], np.dtype(param_dtype)):
-                flat[path_] = jnp.asarray(array)
+            paths = [("params", *name.split("/")) for name in tensor.paths]
+            stack = [shapes[path] for path in paths]
+            one = [shape[1:] for shape in stack] if tensor.stacked else stack
+            for layer in range(stack[0][0]) if tensor.stacked else [None]:
+                loaded = checkpoint.get(tensor.name.format(layer), tensor.layout.hf_shape(one))
+                for path_, array in zip(paths, tensor.layout.to_ours(loaded), strict=True):
+                    yield Piece(path_, layer, array)
         if config.tied:
             checkpoint.check_tied_head()
-    return model, {"params": _unflatten(flat)}
-
-
-def _read(checkpoint: Checkpoint, tensor: Tensor, shapes: list[tuple[int, ...]], dtype: np.dtype) -> Iterator[tuple[str, Any]]:
-    """Our arrays of one line of the table; a layer's tensor goes straight into its place in the stack."""
-    arrays = [np.empty(shape, dtype) for shape in shapes]
-    layers = range(shapes[0][0]) if tensor.stacked else [None]
-    one = [shape[1:] for shape in shapes] if tensor.stacked else shapes
-    for layer in layers:
-        loaded = checkpoint.get(tensor.name.format(layer), tensor.layout.hf_shape(one))
-        for array, part in zip(arrays, tensor.layout.to_ours(loaded), strict=True):
-            array[... if layer is None else layer] = part.astype(dtype)
-    yield from zip(tensor.paths, arrays, strict=True)
 
 
 def save_hf(
-    path: str | Path, model: Model, variables: Variables, *, dtype: Any = None, max_shard_bytes: int = 5_000_000_000
+    path: str | Path,
+    model: Model,
+    variables: Variables,
+    *,
+    dtype: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+    fetch: Callable[[Any], np.ndarray] = np.asarray,
+    write: bool = True,
 ) -> Path:
     """Write `config.json` and safetensors that Hugging Face's `AutoModelForCausalLM` loads. Returns the folder.
 
     `dtype` converts the weights (None: as they are). Files are written next to the folder, read back, compared and only then
     moved in, so that a kill leaves no half-written model. In a folder that holds an earlier model its files are replaced and
-    others, such as a tokenizer, stay. Raises FileExistsError for a folder that holds something else; ValueError if the
-    variables do not fit the model.
+    others, such as a tokenizer, stay. Weights that lie in pieces on several hosts are collected tensor by tensor with `fetch`:
+    all hosts call this, and one with `write`. Raises FileExistsError for a folder that holds something else; ValueError if
+    the variables do not fit the model.
     """
     folder = Path(path).expanduser()
     if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not a model folder; choose another place to save the model")
     config = model.config
-    expected = _flatten(jax.eval_shape(model.init, jax.random.key(0))["params"])
+    expected = _flatten(variable_shapes(model)["params"])
     flat = _flatten(variables["params"])
     for name in sorted(expected.keys() | flat.keys()):
         found, asked = (_shape(tree, name) for tree in (flat, expected))
         if found != asked:
             raise ValueError(f"parameter {name} does not fit this {config.family}: {found} where {asked} is expected")
     dtype = np.dtype(dtype or flat["token_embedding"].dtype)
+    sizes, get = _in_hf_form(tensors(config), flat, dtype, fetch)
+    if not write:
+        for name in sizes:
+            get(name)
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         new = Path(temporary) / "model"
@@ -123,12 +143,15 @@ def save_hf(
         content = config.hf | {"architectures": [ARCHITECTURES[config.family]], "dtype": dtype.name}
         content.pop("torch_dtype", None)
         (new / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _write_weights(new, tensors(config), flat, dtype, max_shard_bytes)
+        write_shards(new, sizes, get, max_shard_bytes=max_shard_bytes)
         _move_in(new, folder)
     return folder
 
 
-def _write_weights(folder: Path, table: list[Tensor], flat: Mapping[str, Any], dtype: np.dtype, max_shard_bytes: int) -> None:
+def _in_hf_form(
+    table: list[Tensor], flat: Mapping[str, Any], dtype: np.dtype, fetch: Callable[[Any], np.ndarray]
+) -> tuple[dict[str, int], Callable[[str], np.ndarray]]:
+    """({name: bytes}, `get(name)`) of the checkpoint's tensors, in the order in which all hosts take them."""
     lines: dict[str, tuple[Tensor, int | None]] = {}
     sizes: dict[str, int] = {}
     for tensor in table:
@@ -140,10 +163,10 @@ def _write_weights(folder: Path, table: list[Tensor], flat: Mapping[str, Any], d
 
     def get(name: str) -> np.ndarray:
         tensor, layer = lines[name]
-        ours = [np.asarray(flat[p] if layer is None else flat[p][layer]).astype(dtype) for p in tensor.paths]
+        ours = [fetch(flat[p] if layer is None else flat[p][layer]).astype(dtype) for p in tensor.paths]
         return tensor.layout.to_hf(ours)
 
-    write_shards(folder, sizes, get, max_shard_bytes=max_shard_bytes)
+    return sizes, get
 
 
 def _move_in(new: Path, folder: Path) -> None:
@@ -165,14 +188,3 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, Mapping):
         return {prefix: tree}
     return {k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}/{name}" if prefix else name).items()}
-
-
-def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *folders, leaf = path.split("/")
-        node = tree
-        for name in folders:
-            node = node.setdefault(name, {})
-        node[leaf] = value
-    return tree

@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dpo_jax.models.pieces import path_of
 from dpo_jax.types import ROW_AXES
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -105,7 +106,7 @@ def variable_shardings(variables: Any, axes: Any, mesh: Mesh, *, units: Units | 
     if len(specs) != len(leaves):
         raise MeshError(f"the model names the axes of {len(specs)} parameters and has {len(leaves)}")
     return {
-        names(path): NamedSharding(mesh, _spec(".".join(names(path)), leaf.shape, tuple(spec), mesh, units or {}))
+        path_of(path): NamedSharding(mesh, _spec(".".join(path_of(path)), leaf.shape, tuple(spec), mesh, units or {}))
         for (path, leaf), spec in zip(leaves, specs, strict=True)
     }
 
@@ -148,7 +149,7 @@ def tree_shardings(tree: Any, variables: Mapping[tuple[str, ...], Any], mesh: Me
     shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
 
     def of(path: Any, leaf: Any) -> NamedSharding:
-        path = names(path)
+        path = path_of(path)
         suffix = next((path[start:] for start in range(len(path)) if path[start:] in variables), None)
         if suffix is not None and shapes.setdefault(suffix, leaf.shape) == leaf.shape:
             return variables[suffix]
@@ -157,10 +158,6 @@ def tree_shardings(tree: Any, variables: Mapping[tuple[str, ...], Any], mesh: Me
         raise MeshError(f"{'.'.join(path)} {leaf.shape}: belongs to no parameter, so nothing says how it lies on the mesh")
 
     return jax.tree_util.tree_map_with_path(of, tree)
-
-
-def names(path: Any) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def mesh_sizes(tree: Any) -> dict[str, int]:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dpo_jax.models.pieces import Part, assemble, assemble_parts, path_of
 from dpo_jax.runtime.hosts import joined, whole
-from dpo_jax.runtime.mesh import MeshError, Units, host_part, row_sharding, row_shards, tree_shardings, variable_shardings
+from dpo_jax.runtime.mesh import (
+    MeshError,
+    Units,
+    host_part,
+    row_sharding,
+    row_shards,
+    tree_shardings,
+    variable_shardings,
+)
 from dpo_jax.types import Model, Partitioner, Rows
 
 
@@ -34,9 +44,11 @@ def single_device(device: Any = None) -> Partitioner:
         row_shards=1,
         compile_step=compile_step,
         compile_map=compile_map,
-        init_state=lambda make, variables: put(make(variables)),
+        init_state=lambda make, variables: jax.jit(make, donate_argnums=0)(variables),
         put_state=put,
         get_state=jax.device_get,
+        load_variables=functools.partial(assemble, put=put),
+        make_variables=lambda make: jax.device_put(jax.jit(make)(), target),
         put_variables=put,
         to_host=jax.device_get,
     )
@@ -87,9 +99,11 @@ def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
         row_shards=count * part[1],
         compile_step=compile_step,
         compile_map=compile_map,
-        init_state=lambda make, variables: put(make(variables)),
+        init_state=lambda make, variables: jax.pmap(make, axis_name="data", devices=devices, donate_argnums=0)(variables),
         put_state=put,
         get_state=get,
+        load_variables=functools.partial(assemble, put=replicate),
+        make_variables=lambda make: put(jax.jit(make)()),
         put_variables=put,
         to_host=get,
         host_part=part,
@@ -106,7 +120,9 @@ def mesh_partitioner(mesh: Mesh, model: Model, *, units: Units | None = None) ->
     """
     if model.axes is None:
         raise MeshError("the model names no logical axes (Model.axes), so nothing says how its parameters lie on a mesh")
-    of_variables = variable_shardings(jax.eval_shape(model.init, jax.random.key(0)), model.axes(), mesh, units=units)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    of_variables = variable_shardings(shapes, model.axes(), mesh, units=units)
+    shape_of = {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     everywhere, by_row, shards, part = (
         NamedSharding(mesh, PartitionSpec()),
         row_sharding(mesh),
@@ -120,7 +136,18 @@ def mesh_partitioner(mesh: Mesh, model: Model, *, units: Units | None = None) ->
     def init_state(make, variables):
         # Under jit, so that no device ever holds a whole moment, and the parameters are taken over and not copied.
         shardings = tree_shardings(jax.eval_shape(make, variables), of_variables, mesh)
-        return jax.jit(make, out_shardings=shardings, donate_argnums=0)(put(variables))
+        return jax.jit(make, out_shardings=shardings, donate_argnums=0)(variables)
+
+    def make_variables(make):
+        return jax.jit(make, out_shardings=tree_shardings(jax.eval_shape(make), of_variables, mesh))()
+
+    def load_variables(shapes, pieces):
+        return assemble_parts(
+            shapes,
+            pieces,
+            parts=lambda path, shape: set(_local_parts(of_variables[path], shape).values()),
+            place=lambda path, parts: _from_parts(of_variables[path], shape_of[path], parts),
+        )
 
     def put_rows(rows):
         _check_rows(rows, shards // part[1])
@@ -147,6 +174,8 @@ def mesh_partitioner(mesh: Mesh, model: Model, *, units: Units | None = None) ->
         init_state=init_state,
         put_state=put,
         get_state=lambda state: state,
+        load_variables=load_variables,
+        make_variables=make_variables,
         put_variables=put,
         to_host=lambda tree: jax.tree.map(whole, tree),
         host_part=part,
@@ -184,6 +213,21 @@ def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         # device_put shares the buffer of a device that has the piece already, whatever may_alias says (jax 0.10.2).
         return jax.device_put(leaf, sharding).copy()
     return jax.device_put(leaf, sharding, may_alias=False)
+
+
+def _local_parts(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[Any, Part]:
+    """{device of this host: the box of the array that lies there}."""
+    indices = sharding.addressable_devices_indices_map(shape)
+    return {
+        device: tuple(range_.indices(length)[:2] for range_, length in zip(index or (), shape, strict=True))
+        for device, index in indices.items()
+    }
+
+
+def _from_parts(sharding: NamedSharding, shape: tuple[int, ...], parts: Mapping[Part, np.ndarray]) -> jax.Array:
+    local = _local_parts(sharding, shape)
+    on_devices = [jax.device_put(parts[part], device, may_alias=False) for device, part in local.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, on_devices)
 
 
 def split_rows(rows: Rows, parts: int) -> Rows:
