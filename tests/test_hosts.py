@@ -1,4 +1,4 @@
-"""Two processes of two CPU devices each, on loopback: the same numbers as one device, and one will when they are stopped."""
+"""Several processes of two CPU devices each, on loopback: the numbers of one device, and one will when they are stopped."""
 
 import functools
 import json
@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -18,6 +19,9 @@ from conftest import GOLDEN
 
 from dpo_jax.cli.main import main
 from dpo_jax.data.layout import Layout
+from dpo_jax.models.decoder import make_model
+from dpo_jax.models.families import decoder_config, hf_config
+from dpo_jax.models.hf import load_hf, read_weights, save_hf, variable_shapes
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import Checkpoints
@@ -43,8 +47,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def begin(command, *, process, port, by_environment=False):
-    """One of two processes, which flags or JAX's variables tell apart."""
+def begin(command, *, process, port, by_environment=False, count=2):
+    """One of `count` processes, which flags or JAX's variables tell apart."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment |= {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
@@ -52,11 +56,13 @@ def begin(command, *, process, port, by_environment=False):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "HF_HUB_OFFLINE": "1",
     }
-    address = f"127.0.0.1:{port}"
+    names = ("coordinator", "num-processes", "process-id")
+    values = dict(zip(names, (f"127.0.0.1:{port}", str(count), str(process)), strict=True))
     if by_environment:
-        environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(process)}
+        variables = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        environment |= dict(zip(variables, values.values(), strict=True))
     else:
-        command = [*command, "--coordinator", address, "--num-processes", "2", "--process-id", str(process)]
+        command = [*command, *(word for name, value in values.items() for word in (f"--{name}", value))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, *map(str, command)], env=environment, cwd=ROOT, **pipes)
 
@@ -77,57 +83,106 @@ def batch_of(number, part=(0, 1)):
 
 
 def twenty_steps(directory):
-    """What each process runs: the twenty steps of `test_multidevice`, under FSDP and pmap over both hosts, each saved."""
+    """What each process runs: the twenty steps of `test_multidevice`, on a mesh and with pmap over all hosts, each saved."""
+    tensor = 2 if jax.process_count() == 4 else 1
     seen = {
-        "fsdp": steps_and_save(mesh_partitioner(make_mesh(), table.MODEL, units=table.UNITS), directory / "fsdp"),
-        "pmap": steps_and_save(pmap_partitioner(), directory / "pmap"),
+        "mesh": steps_and_save(mesh_partitioner(make_mesh(tensor=tensor), table.MODEL, units=table.UNITS), directory, "mesh"),
+        "pmap": steps_and_save(pmap_partitioner(), directory, "pmap"),
     }
     answers = {"any": hosts.anywhere(not hosts.is_first()), "none": hosts.anywhere(False)}
     told = hosts.from_first(np.array([-0.0, np.nan, 1 / 3], np.float32) if hosts.is_first() else np.zeros(3, np.float32))
     assert told.tobytes() == np.array([-0.0, np.nan, 1 / 3], np.float32).tobytes()
     agree = hosts.agreement()
     answers["agreed"] = [agree(signal.SIGTERM if step == 1 and not hosts.is_first() else 0) for step in range(4)]
+    restore_what_a_mesh_of_2_x_2_saved(directory)
     if hosts.is_first():
         (directory / "seen.json").write_text(json.dumps(seen | answers))
+    load_within_bounds(directory)
 
 
-def steps_and_save(partitioner, directory):
-    assert partitioner.host_part == (jax.process_index(), 2)
-    variables = jax.jit(table.MODEL.init)(jax.random.key(0))
+def steps_and_save(partitioner, directory, way):
+    assert jax.local_device_count() == 2
+    part, parts = partitioner.host_part
+    assert (part, parts) == (jax.process_index(), jax.process_count())
+    folder = directory / "model"
+    variables = partitioner.load_variables(variable_shapes(table.MODEL), read_weights(folder, table.MODEL))
     reference = partitioner.compile_map(functools.partial(reference_logps, table.MODEL))
-    frozen = partitioner.put_variables(variables)
     batches = []
     for number in range(5):
         rows, index = batch_of(number, part=partitioner.host_part)
-        logps = reference(frozen, rows)
-        assert logps.shape == (len(index), 2)
-        mine = logps[jax.process_index() * 4 : jax.process_index() * 4 + 4]
+        logps = reference(variables, rows)
+        mine = logps[part * len(logps) // parts : (part + 1) * len(logps) // parts]
+        assert mine.shape == rows.index.shape + (2,)
         batches.append(rows.replace(ref_logps=np.where(rows.weight[:, None] > 0, mine, np.float32(0))))
     step = partitioner.compile_step(table.dpo(partitioner.axis_name))
-    seen, state = table.run(step, table.start(partitioner, variables), batches)
-    with Checkpoints(directory) as checkpoints:
-        checkpoints.save(table.STEPS, partitioner.get_state(state), {})
+    seen, state = table.run(step, partitioner.init_state(functools.partial(init_state, tx=table.TX), variables), batches)
+    saved = partitioner.get_state(state)
+    with Checkpoints(directory / way) as checkpoints:
+        checkpoints.save(table.STEPS, saved, {})
+    save_hf(directory / f"{way}-export", table.MODEL, saved.variables, fetch=hosts.whole, write=hosts.is_first())
     return seen.tolist()
 
 
-def test_two_processes_take_the_steps_of_one_device_and_save_for_it(tmp_path):
-    command = [__file__, tmp_path]
+def restore_what_a_mesh_of_2_x_2_saved(directory):
+    for partitioner in (mesh_partitioner(make_mesh(), table.MODEL, units=table.UNITS), pmap_partitioner()):
+        form = partitioner.get_state(table.start(partitioner, jax.jit(table.MODEL.init)(jax.random.key(1))))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), form)
+        with Checkpoints(directory / "2x2", read_only=True) as checkpoints:
+            found, _ = checkpoints.restore_latest(abstract)
+        whole = partitioner.to_host(partitioner.put_state(found))
+        expected = np.load(directory / "2x2.npz")
+        for number, leaf in enumerate(jax.tree.leaves(whole)):
+            np.testing.assert_array_equal(leaf, expected[str(number)])
+
+
+def load_within_bounds(directory):
+    """A host holds its part of one parameter and one tensor of the file, and never a whole parameter of all layers."""
+    wide = make_model(decoder_config(hf_config("llama", **WIDE)))
+    local = mesh_partitioner(make_mesh(), wide, units={"heads": 64, "kv_heads": 64})
+    tracemalloc.start()
+    loaded = local.load_variables(variable_shapes(wide), read_weights(directory / "wide", wide))
+    kept, peak = tracemalloc.get_traced_memory()  # on CPU some of what is on the devices is counted
+    tracemalloc.stop()
+    shapes = jax.tree.leaves(loaded["params"])
+    part = max(sum(shard.data.nbytes for shard in leaf.addressable_shards) for leaf in shapes)
+    tensor = WIDE["mlp_width"] * WIDE["width"] * 4
+    assert part * jax.process_count() == max(leaf.nbytes for leaf in shapes)
+    # On its way to a device a part is there twice, and so is a tensor on its way out of its file. Of both there is only one.
+    assert peak - kept < 2 * part + 2 * tensor < sum(leaf.nbytes for leaf in shapes) / 3, (peak, kept, part, tensor)
+
+
+WIDE = {"vocab_size": 512, "width": 256, "layers": 8, "heads": 4, "mlp_width": 1024, "max_positions": 64, "eos_token_id": 0}
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.soak)])
+def test_several_processes_take_the_steps_of_one_device_and_save_for_it(tmp_path, count):
+    variables = jax.jit(table.MODEL.init)(jax.random.key(0))
+    save_hf(tmp_path / "model", table.MODEL, variables)
+    wide = make_model(decoder_config(hf_config("llama", **WIDE)))
+    save_hf(tmp_path / "wide", wide, wide.init(jax.random.key(0)))
+    four = table.on_mesh(fsdp=2, tensor=2)
+    state = table.start(four, jax.tree.map(lambda x: x + 1, variables))
+    with Checkpoints(tmp_path / "2x2") as checkpoints:
+        checkpoints.save(7, four.get_state(state), {})
+    np.savez(tmp_path / "2x2.npz", **{str(n): leaf for n, leaf in enumerate(jax.tree.leaves(four.to_host(state)))})
+
     port = free_port()
-    for code, output in end([begin(command, process=i, port=port) for i in range(2)]):
+    for code, output in end([begin([__file__, tmp_path], process=i, port=port, count=count) for i in range(count)]):
         assert code == 0, output
     result = json.loads((tmp_path / "seen.json").read_text())
     assert (result["any"], result["none"], result["agreed"]) == (True, False, [0, 0, signal.SIGTERM, 0])
 
-    variables = jax.jit(table.MODEL.init)(jax.random.key(0))
     reference = jax.jit(functools.partial(reference_logps, table.MODEL))
     batches = [batch_of(number)[0] for number in range(5)]
     batches = [rows.replace(ref_logps=np.asarray(reference(variables, rows))) for rows in batches]
     one = table.single_device()
     seen, state = table.run(one.compile_step(table.dpo(None)), table.start(one, variables), batches)
-    for way in ("fsdp", "pmap"):
+    for way in ("mesh", "pmap"):
         with Checkpoints(tmp_path / way, read_only=True) as checkpoints:
             saved, _ = checkpoints.restore_latest(jax.eval_shape(functools.partial(init_state, tx=table.TX), variables))
         table.assert_same_run(np.array(result[way]), saved, (seen, one.to_host(state)))
+        _, exported = load_hf(tmp_path / f"{way}-export")
+        jax.tree.map(np.testing.assert_array_equal, exported, saved.variables)
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, capsys):
@@ -187,7 +242,10 @@ def test_one_process_needs_no_one():
     ("flags", "message"),
     [
         (("dpo", "--coordinator", "127.0.0.1:1"), "run.coordinator: needs run.distributed auto, which is off"),
-        (("audit", "--distributed", "auto"), "run.distributed: audit runs on one host; only sft, refs, dpo, eval use several"),
+        (
+            ("audit", "--distributed", "auto"),
+            "audit runs on one host; only sft, refs, dpo, eval, sample use several",
+        ),
         (("refs", "--distributed", "auto", "--process-id", "0"), "run.distributed: coordinator, num_processes not given"),
     ],
 )

@@ -26,9 +26,9 @@ from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_
 from dpo_jax.step import init_state
 from dpo_jax.types import Model
 
-SIZES = {"vocab_size": 64, "width": 64, "layers": 2, "heads": 4, "max_positions": 64, "eos_token_id": 0}
+SIZES = {"vocab_size": 64, "width": 64, "layers": 2, "heads": 8, "max_positions": 64, "eos_token_id": 0}
 MODEL = make_model(decoder_config(hf_config("llama", kv_heads=4, **SIZES)))
-UNITS = {"heads": 16, "kv_heads": 16}
+UNITS = {"heads": 8, "kv_heads": 8}
 LOSS = functools.partial(dpo_loss, beta=0.1)
 TX = make_optimizer(linear_warmup(1e-4, warmup_steps=3), max_grad_norm=1.0)
 STEPS = 20

@@ -68,11 +68,12 @@ def assemble_parts(
             boxes = {part: np.empty([end - first for first, end in part], dtype) for part in parts(path, shape)}
             begun[path] = boxes, 1 if layer is None else shape[0]
         boxes, missing = begun[path]
-        for part, box in boxes.items():
-            _copy(array, layer, part, box)
+        for part in boxes:
+            _copy(array, layer, part, boxes[part])
         begun[path] = boxes, missing - 1
         if missing == 1:
             done[path] = place(path, begun.pop(path)[0])
+        del boxes  # or the next parameter would begin beside this one
     absent = [".".join(path) for path in wanted if path not in done]
     if absent:
         raise ValueError(f"{', '.join(absent[:5])}: {len(absent)} parameters are incomplete")

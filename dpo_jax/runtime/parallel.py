@@ -225,8 +225,10 @@ def _local_parts(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[Any, P
 
 
 def _from_parts(sharding: NamedSharding, shape: tuple[int, ...], parts: Mapping[Part, np.ndarray]) -> jax.Array:
-    local = _local_parts(sharding, shape)
-    on_devices = [jax.device_put(parts[part], device, may_alias=False) for device, part in local.items()]
+    on_devices = []
+    for device, part in _local_parts(sharding, shape).items():
+        # Until it has arrived, the host holds it, too.
+        on_devices.append(jax.block_until_ready(jax.device_put(parts[part], device, may_alias=False)))
     return jax.make_array_from_single_device_arrays(shape, sharding, on_devices)
 
 
