@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from test_layout import PAIRS, REF
 
+from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import batch_indices, in_order, plan_layout, stream, total_steps
 
 
@@ -74,3 +75,18 @@ def test_padding_share_counts_positions_that_hold_no_token():
     assert batch.stats["tokens"] == tokens
     assert batch.stats["padding"] == pytest.approx(1 - tokens / (4 * layout.length))
     assert batch.stats["scored_tokens"] == sum(len(p.chosen) + len(p.rejected) for p in PAIRS[:4])
+
+
+def test_packed_batches_come_in_few_shapes_with_little_padding():
+    generator = np.random.default_rng(1)
+    lengths = np.minimum(generator.lognormal(4.2, 0.6, (600, 3)).astype(int) + 1, 250)  # as uneven as real dialogues
+    pairs = [Encoded(*(np.ones(n, np.int32) for n in sizes), uid=str(i)) for i, sizes in enumerate(lengths)]
+    layout = plan_layout(pairs, kind="packed", batch=64)
+    assert layout.length == 1024
+    batches = [stream(pairs, layout=layout, batch=64, seed=0)(step) for step in range(100)]
+    shapes = {batch.rows.tokens.shape for batch in batches}
+    assert shapes <= {(count, 1024) for count in layout.row_counts}
+    assert 2 <= len(shapes) <= 5
+    assert np.mean([batch.stats["padding"] for batch in batches]) < 0.08
+    of_devices = plan_layout(pairs, kind="packed", batch=64, multiple=4)
+    assert {count % 4 for count in of_devices.row_counts} == {0}

@@ -82,7 +82,8 @@ class Layout:
     length: int  # L, tokens per row
     scored: int  # S, scored positions per row
     per_row: int = 1  # pairs (or completions) per row at most; above 1 only when packed
-    rows_multiple: int = 1  # R is rounded up to a multiple of this with empty rows
+    rows_multiple: int = 1  # R is rounded up to a multiple of this with empty rows,
+    row_counts: tuple[int, ...] = ()  # and to one of these, ascending, if one is large enough: each count compiles once
 
     def rows(
         self,
@@ -168,8 +169,9 @@ class Layout:
             bins = first_fit_decreasing(sizes, capacity=(self.length, self.scored, self.per_row))
         else:
             bins = [[i] for i in range(len(sizes))]
-        bins += [[]] * (at_least - len(bins))
-        return bins + [[]] * (-len(bins) % self.rows_multiple)
+        count = max(len(bins), at_least)
+        count = next((allowed for allowed in self.row_counts if allowed >= count), count)
+        return bins + [[]] * (count + -count % self.rows_multiple - len(bins))
 
 
 def first_fit_decreasing(sizes: np.ndarray, *, capacity: tuple[int, ...]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.layout import Completion, Layout
+from dpo_jax.data.layout import Completion, Layout, first_fit_decreasing
 from dpo_jax.types import Array, Rows
 
 Example = Encoded | Completion
@@ -129,24 +130,35 @@ def plan_layout(
     length: int | None = None,
     multiple: int = 1,
 ) -> Layout:
-    """The tightest fixed shape into which all `examples` fit: row length, scored positions, pairs per row, row counts.
+    """The tightest shapes into which all `examples` fit: row length, scored positions, pairs per row, row counts.
 
-    `length` is the row length, by default the longest example (packed: at least twice the mean, so that rows fill up).
+    `length` is the row length, by default the longest example; packed, 1,024 or what leaves a batch at least 12 rows.
     `multiple` is what the number of rows must be divisible by: devices times microbatches.
     """
     sizes = np.array([_size(example, plain=kind == "plain") for example in examples])  # [E, (tokens, scored)]
     longest, most_scored = sizes.max(axis=0)
     if kind != "packed":
         return Layout(kind, length=length or round_up(longest, 32), scored=round_up(most_scored, 32), rows_multiple=multiple)
-    length = length or round_up(max(longest, 2 * sizes[:, 0].mean()), 64)
     mean_tokens, mean_scored = sizes.mean(axis=0)
-    # Scored positions are a second capacity of a row: with a little more than its mean share of them, rows still fill up.
-    scored = min(length, round_up(max(most_scored, 1.15 * length * mean_scored / mean_tokens), 32))
-    per_row = min(batch, max(2, math.ceil(1.5 * length / mean_tokens)))
-    expected_rows = batch * mean_tokens / length
-    # Row counts differ from batch to batch; rounding them up to a few values keeps the number of compilations small.
-    step = multiple * max(1, math.ceil(expected_rows / 12 / multiple))
-    return Layout(kind, length=length, scored=scored, per_row=per_row, rows_multiple=step)
+    # Many rows, so that the last one, which is half empty on average, counts little.
+    length = length or round_up(max(longest, 2 * mean_tokens, min(1024, batch * mean_tokens / 12)), 64)
+    # Scored positions and pairs are further capacities of a row: with some more than their mean share, rows still fill up.
+    scored = min(length, round_up(max(most_scored, 1.3 * length * mean_scored / mean_tokens), 32))
+    per_row = min(batch, max(2, math.ceil(3 * length / mean_tokens)))
+    layout = Layout(kind, length=length, scored=scored, per_row=per_row, rows_multiple=multiple)
+    return dataclasses.replace(layout, row_counts=_row_counts(sizes, layout, batch))
+
+
+def _row_counts(sizes: np.ndarray, layout: Layout, batch: int, *, tries: int = 64) -> tuple[int, ...]:
+    """At most five row counts for batches of `batch` packed examples: few programs to compile, few empty rows."""
+    generator = np.random.default_rng(0)  # the same on all hosts, whatever the seed of the run
+    sizes = np.column_stack([sizes, np.ones(len(sizes), np.int64)])
+    capacity = (layout.length, layout.scored, layout.per_row)
+    drawn = [len(first_fit_decreasing(generator.permutation(sizes)[:batch], capacity=capacity)) for _ in range(tries)]
+    needed = [round_up(count, layout.rows_multiple) for count in drawn]
+    # The last is for a batch that is larger than any of these.
+    beyond = max(needed) + round_up(max(needed) / 16, layout.rows_multiple)
+    return tuple(sorted({*(int(count) for count in np.quantile(needed, (0.25, 0.5, 0.75, 1.0), method="higher")), beyond}))
 
 
 def round_up(x: float, multiple: int) -> int:
