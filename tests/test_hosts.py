@@ -92,6 +92,12 @@ def twenty_steps(directory):
     answers = {"any": hosts.anywhere(not hosts.is_first()), "none": hosts.anywhere(False)}
     told = hosts.from_first(np.array([-0.0, np.nan, 1 / 3], np.float32) if hosts.is_first() else np.zeros(3, np.float32))
     assert told.tobytes() == np.array([-0.0, np.nan, 1 / 3], np.float32).tobytes()
+    everywhere = jax.sharding.NamedSharding(make_mesh(fsdp=-1), jax.sharding.PartitionSpec(None, "fsdp"))
+    whole = np.arange(7 * 16, dtype=np.float32).reshape(7, 16)
+    cut = jax.make_array_from_callback(whole.shape, everywhere, lambda index: whole[index])
+    runs = list(hosts.pieces(cut, max_bytes=3 * 16 * 4))
+    assert [len(run) for run in runs] == [3, 3, 1]
+    np.testing.assert_array_equal(np.concatenate(runs), whole)
     agree = hosts.agreement()
     answers["agreed"] = [agree(signal.SIGTERM if step == 1 and not hosts.is_first() else 0) for step in range(4)]
     restore_what_a_mesh_of_2_x_2_saved(directory)

@@ -116,6 +116,19 @@ def whole(leaf: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
+def pieces(leaf: Any, *, max_bytes: int = 256 << 20) -> Iterator[np.ndarray]:
+    """An array in pieces as runs along its first axis of at most about `max_bytes`, one after the other on every host.
+
+    All layers of a large parameter are more than one host should have to hold.
+    """
+    if not leaf.ndim or leaf.nbytes <= max_bytes:
+        yield whole(leaf)
+        return
+    run = max(1, leaf.shape[0] * max_bytes // leaf.nbytes)
+    for first in range(0, leaf.shape[0], run):
+        yield whole(leaf[first : first + run])
+
+
 def joined(mine: np.ndarray) -> np.ndarray:
     """The arrays of all hosts, which have the same shape, one behind the other."""
     return np.asarray(multihost_utils.process_allgather(mine, tiled=True))
