@@ -92,5 +92,5 @@ def identity(config: Config, weights: str, tokenizer: Any) -> dict[str, Any]:
         "max_prompt_length": config.data.max_prompt_length,
         "truncation": config.data.truncation,
         "dtype": config.run.precision,
-        "kernel": "dense",
+        "kernel": build.attention_name(config),
     }

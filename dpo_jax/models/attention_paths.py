@@ -8,8 +8,8 @@
 | cudnn | GPU | cuDNN's fused kernel with the mask as a bias; not yet run on a GPU |
 | tokamax | GPU | tokamax's Pallas kernel with key ranges; not yet run on a GPU |
 
-What cannot be done as asked is refused with its reason; nothing falls back to another path because rows are long. The kernels are
-for rows that attend to themselves: a pass against a key/value cache (sampling) is chunked where the name says a kernel.
+What cannot be done as asked is refused with its reason; nothing falls back to another path because rows are long. The kernels
+are for rows that attend to themselves: a pass against a key/value cache (sampling) is chunked where the name says a kernel.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def attention_path(asked: str, *, platform: str, config: DecoderConfig, dtype: A
         raise ValueError(f"attention {asked!r} is unknown: choose auto, {', '.join(PATHS)}")
     path = PATHS[name]
     if path.platform not in (None, platform):
-        raise ValueError(f"attention {name} runs on a {path.platform.upper()}, and this is a {platform.upper()}; auto fits here")
+        raise ValueError(
+            f"attention {name} runs on a {path.platform.upper()}, and this is a {platform.upper()}; auto fits here"
+        )
     reasons = "; ".join(path.refusals(config, jnp.dtype(dtype)))
     if reasons:
         raise ValueError(f"attention {name}: {reasons}; use {AUTOMATIC.get(platform, CHUNKED.name)}")

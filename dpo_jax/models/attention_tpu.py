@@ -105,8 +105,8 @@ def _span_bits(keys: int, total: int) -> int:
     bits = keys.bit_length()
     if total > 1 << (32 - bits):
         raise ValueError(
-            f"splash attention counts at most {1 << (32 - bits):,} columns a device with rows of {keys:,} keys, and a batch has "
-            f"{total:,} there: use more microbatches"
+            f"splash attention counts at most {1 << (32 - bits):,} columns a device with rows of {keys:,} keys, "
+            f"and a batch has {total:,} there: use more microbatches"
         )
     return bits
 
