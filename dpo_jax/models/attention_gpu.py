@@ -119,10 +119,11 @@ def _tokamax(
     softcap: float | None,
     operation: Any,
 ) -> jax.Array:
-    from tokamax._src.ops.attention.base import Mask  # no public name carries key ranges (0.0.17)
+    # No public name carries key ranges (0.0.17).
+    from tokamax._src.ops.attention.base import Mask  # pyright: ignore[reportMissingImports]
 
     if operation is None:
-        from tokamax.ops import gpu
+        from tokamax.ops import gpu  # pyright: ignore[reportMissingImports]
 
         operation = gpu.PallasMosaicFlashAttention()
 

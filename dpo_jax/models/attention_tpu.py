@@ -165,5 +165,5 @@ def _kernel(
         mask_function=_InSpan(bits),
         interpret=interpret,
     )
-    mixed = kernel(one_sequence(q), one_sequence(k), one_sequence(v))
+    mixed: Any = kernel(one_sequence(q), one_sequence(k), one_sequence(v))
     return mixed.reshape(heads, rows, padded, size)[:, :, :length].transpose(1, 2, 0, 3)
