@@ -27,6 +27,8 @@ Variables = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
 ROW_AXES = ("data", "fsdp")
 """Axes of a device mesh over which the rows of a batch are cut."""
+HEAD_AXIS = "tensor"
+"""The axis over which attention heads are cut."""
 
 
 @jax.tree_util.register_dataclass

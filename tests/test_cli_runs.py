@@ -484,9 +484,15 @@ def test_a_cache_of_another_reference_is_refused_by_what_differs(done, tmp_path)
     assert "  weights: cached with" in message
     assert message.count("cached with") == 1
     same = ("--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs", "--run.dir", tmp_path)
-    message = refused(2, "refs", done.config, *same, "--data.max-length", 100, "--run.precision", "bfloat16")
+    other = ("--data.max-length", 100, "--run.precision", "bfloat16", "--model.attention", "chunked")
+    message = refused(2, "refs", done.config, *same, *other)
     named = [line.split(":")[0].strip() for line in message.splitlines() if "cached with" in line]
-    assert named == ["dtype", "max_length"]
+    assert named == ["dtype", "kernel", "max_length"]
+
+
+def test_attention_that_this_machine_does_not_have(done):
+    message = refused(2, "refs", done.config, "--model.attention", "splash")
+    assert "model.attention: attention splash runs on a TPU, and this is a CPU" in message
 
 
 def test_a_cache_that_lies_is_found_at_step_0(done, copy):

@@ -27,6 +27,7 @@ from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from dpo_jax.dpo import PreferenceLoss
 from dpo_jax.losses import dpo_loss, ipo_loss
+from dpo_jax.models.attention_paths import attention_path, path_name
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.hf import load_config, read_weights, resolve, variable_shapes
@@ -197,7 +198,17 @@ def start_weights(config: Config, model: Model, partitioner: Partitioner) -> tup
 
 
 def _model(config: Config, hf: dict[str, Any]) -> Model:
-    return make_model(decoder_config(hf), dtype=PRECISIONS[config.run.precision], remat=config.model.remat)
+    decoder, dtype = decoder_config(hf), PRECISIONS[config.run.precision]
+    try:
+        path = attention_path(config.model.attention, platform=jax.default_backend(), config=decoder, dtype=dtype)
+    except ValueError as error:
+        raise ConfigError(f"model.attention: {error}") from error
+    return make_model(decoder, dtype=dtype, remat=config.model.remat, attention=path)
+
+
+def attention_name(config: Config) -> str:
+    """The attention path that runs here."""
+    return path_name(config.model.attention, jax.default_backend())
 
 
 def new_hf_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

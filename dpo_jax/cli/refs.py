@@ -91,5 +91,5 @@ def identity(config: Config, model: Model, weights: str, tokenizer: Any) -> dict
         "max_prompt_length": config.data.max_prompt_length,
         "truncation": config.data.truncation,
         "dtype": config.run.precision,
-        "kernel": "dense",
+        "kernel": build.attention_name(config),
     }

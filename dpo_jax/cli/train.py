@@ -115,6 +115,7 @@ def _what_runs_where(config: Config, section: SftConfig | DpoConfig, state: Trai
         "hosts": f"{jax.process_count()}",
         "devices": f"{len(devices)} x {kind}, {jax.local_device_count()} on this host",
         "layout": used,
+        "attention": build.attention_name(config),
         "parameters": f"{parameters:,}",
         "per device": f"{of_device / 2**20:,.1f} MiB of parameters and optimizer, {share:g} of {section.batch} examples a step",
         "microbatches": f"{section.microbatches}, remat {config.model.remat}, {config.run.precision}",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import numpy as np
 from dpo_jax.types import Array
 
 
-def attend(
+def dense(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -25,14 +27,7 @@ def attend(
     window: int | jax.Array | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Softmax attention in which query `x` sees the keys `k_start[x] <= t < k_end[x]`. Returns `[R, L, N, H]`, typed as `v`.
-
-    `q[R, L, N, H]`, `k[R, T, K, H]`, `v[R, T, K, H]`; head `n` reads key/value head `n // (N / K)` (grouped queries, Ainslie et
-    al. 2023). `k_start`, `k_end`: int32[R, L] in `[0, T]`. With a `window`, a visible key must also satisfy
-    `q_position - k_position < window`: a distance between positions in the text (`q_positions` int32[R, L], `k_positions`
-    int32[R, T]), not between row columns, so it means the same in every row layout. `softcap` bounds the scores:
-    `c * tanh(score / c)` (Gemma 2). Scores and softmax are float32 whatever the type of `q`.
-    """
+    """`attend` with all scores of all heads in memory: the definition that the other paths are tested against."""
     rows, length, heads, size = q.shape
     kv_heads = k.shape[2]
     if heads % kv_heads:
@@ -52,6 +47,65 @@ def attend(
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("rkglt,rtkh->rlkgh", weights, v).reshape(rows, length, heads, size)
+
+
+class AttentionPath(NamedTuple):
+    """One way to compute attention; `models.attention_paths` lists them.
+
+    Without `prepare`, `attend` takes what `dense` takes. A kernel that needs more of a batch than its intervals has
+    `prepare(k_start, k_end, windows)`, called once for all layers with the distinct windows of the model (None: full
+    attention), and `attend(q, k, v, prepared, number=..., scale=..., softcap=...)`, where `number` says which of the windows
+    is the layer's. A kernel is for rows that attend to themselves, not for a cache.
+    """
+
+    name: str
+    attend: Callable[..., jax.Array]
+    prepare: Callable[..., Any] | None = None
+
+
+DENSE = AttentionPath("dense", dense)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    k_start: Array,
+    k_end: Array,
+    scale: float,
+    q_positions: Array | None = None,
+    k_positions: Array | None = None,
+    window: int | jax.Array | None = None,
+    softcap: float | None = None,
+    path: AttentionPath = DENSE,
+    prepared: Any = None,
+    number: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention in which query `x` sees the keys `k_start[x] <= t < k_end[x]`. Returns `[R, L, N, H]`, typed as `v`.
+
+    `q[R, L, N, H]`, `k[R, T, K, H]`, `v[R, T, K, H]`; head `n` reads key/value head `n // (N / K)` (grouped queries, Ainslie et
+    al. 2023). `k_start`, `k_end`: int32[R, L] in `[0, T]`. With a `window`, a visible key must also satisfy
+    `q_position - k_position < window`: a distance between positions in the text (`q_positions` int32[R, L], `k_positions`
+    int32[R, T]), not between row columns, so it means the same in every row layout. `softcap` bounds the scores:
+    `c * tanh(score / c)` (Gemma 2). Scores and softmax are float32 whatever the type of `q`. `path` says how it is computed;
+    a caller with many layers passes what its `prepare` returned, and in `number` which of the windows named there is meant.
+    """
+    if path.prepare is not None:
+        prepared = path.prepare(k_start, k_end, (window,)) if prepared is None else prepared
+        return path.attend(q, k, v, prepared, number=number, scale=scale, softcap=softcap)
+    return path.attend(
+        q,
+        k,
+        v,
+        k_start=k_start,
+        k_end=k_end,
+        scale=scale,
+        q_positions=q_positions,
+        k_positions=k_positions,
+        window=window,
+        softcap=softcap,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax.models.attention import attend, rotate
+from dpo_jax.models.attention import DENSE, AttentionPath, attend, rotate
+from dpo_jax.models.attention_paths import CHUNKED
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.types import ROW_AXES, Array, Model, Rows, Variables
 
@@ -32,9 +33,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 # What the backward pass keeps of a layer; the rest it computes again. Keeping all matrix products takes less than half of the
 # memory of keeping everything, and no more time, on CPU too.
+# "kernel" is what a fused attention kernel names for its own backward pass: to compute it again would be to run it again.
 REMAT: dict[str, Any] = {
-    "none": jax.checkpoint_policies.dots_saveable,
-    "save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "none": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names("kernel")
+    ),
+    "save_attention": jax.checkpoint_policies.save_only_these_names("attention", "kernel"),
     "full": None,
 }
 
@@ -44,11 +48,15 @@ class LayerInput(NamedTuple):
 
     index: jax.Array
     window: jax.Array | None
+    window_number: jax.Array | None  # which of the distinct windows that is
     rope: jax.Array | None
 
 
 class Shared(NamedTuple):
-    """What every layer reads: the key intervals, and the rotary angles of each distinct `Rope`, stacked."""
+    """What every layer reads: the key intervals, and the rotary angles of each distinct `Rope`, stacked.
+
+    `prepared` is what the attention path has made of the intervals: the list of blocks of the kernel is the same in all layers.
+    """
 
     k_start: Array
     k_end: Array
@@ -56,6 +64,7 @@ class Shared(NamedTuple):
     k_positions: Array
     angles: tuple[jax.Array, jax.Array] | None  # float32[ropes, R, L, size / 2] each
     write_at: jax.Array | None  # cache column of the first new token
+    prepared: Any = None
 
 
 def _param(module: nn.Module, name: str, first: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
@@ -113,6 +122,7 @@ class Linear(nn.Module):
 
 class Attention(nn.Module):
     config: DecoderConfig
+    attention_path: AttentionPath
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: Any, layer: LayerInput, shared: Shared) -> tuple[jax.Array, Any]:
@@ -129,6 +139,8 @@ class Attention(nn.Module):
         if cache is not None:
             cache, k, v = _update_cache(cache, k, v, layer.index, shared.write_at)
         q, k, v = (checkpoint_name(y, "attention") for y in (q, k, v))
+        # A kernel is for rows that attend to themselves. With a cache queries are few, and their scores small.
+        path = CHUNKED if self.attention_path.prepare is not None and shared.prepared is None else self.attention_path
         mixed = attend(
             q,
             k,
@@ -140,9 +152,14 @@ class Attention(nn.Module):
             k_positions=shared.k_positions,
             window=c.windows[0] if c.windows and layer.window is None else layer.window,
             softcap=c.attention_softcap,
+            path=path,
+            prepared=shared.prepared,
+            number=layer.window_number,
         )
+        if path.prepare is None:
+            mixed = checkpoint_name(mixed, "attention")  # a kernel names its own output, and both would be kept
         out = Linear(c.width, ("heads", "embed"), c.out_bias, _residual_std(c), name="out")
-        return out(checkpoint_name(mixed, "attention").reshape(*x.shape[:2], -1)), cache
+        return out(mixed.reshape(*x.shape[:2], -1)), cache
 
 
 def _update_cache(cache: Any, k: jax.Array, v: jax.Array, layer: jax.Array, write_at: Any) -> tuple[Any, jax.Array, jax.Array]:
@@ -180,6 +197,7 @@ class Block(nn.Module):
     """One layer. The carry is the residual stream `x[R, L, D]` and the key/value cache (None without one)."""
 
     config: DecoderConfig
+    attention_path: AttentionPath
 
     @nn.compact
     def __call__(self, carry: tuple[jax.Array, Any], layer: LayerInput, shared: Shared) -> tuple[tuple[jax.Array, Any], None]:
@@ -190,7 +208,7 @@ class Block(nn.Module):
             return Norm(c.norm, c.norm_eps, name=name)
 
         normed = norm("attention_norm")(x)
-        mixed, cache = Attention(c, name="attention")(normed, cache, layer, shared)
+        mixed, cache = Attention(c, self.attention_path, name="attention")(normed, cache, layer, shared)
         if c.post_norms:
             mixed = norm("post_attention_norm")(mixed)
         if c.parallel_residual:
@@ -207,6 +225,7 @@ class Decoder(nn.Module):
     config: DecoderConfig
     dtype: Any
     remat: str
+    attention_path: AttentionPath
 
     def setup(self) -> None:
         c = self.config
@@ -221,7 +240,7 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c)
+        )(c, self.attention_path)
         self.final_norm = Norm(c.norm, c.norm_eps)
         if not c.tied:
             self.head_kernel = _param(self, "head_kernel", normal, (c.vocab_size, c.width), ("vocab", "embed"))
@@ -237,11 +256,13 @@ class Decoder(nn.Module):
             x = x + jnp.take(self.position_embedding, jnp.asarray(rows.positions), axis=0).astype(self.dtype)
         x = _by_row(x)
         layer, angles = _per_layer(c, rows.positions)
-        k_positions, write_at, store = rows.positions, None, None
+        k_positions, write_at, store, prepared = rows.positions, None, None, None
         if cache is not None:
             write_at, store = cache["length"], (cache["key"], cache["value"])
             k_positions = jax.lax.dynamic_update_slice(cache["positions"], jnp.asarray(rows.positions), (0, write_at))
-        shared = Shared(rows.k_start, rows.k_end, rows.positions, k_positions, angles, write_at)
+        elif self.attention_path.prepare is not None and not self.is_initializing():
+            prepared = self.attention_path.prepare(rows.k_start, rows.k_end, _windows(c))
+        shared = Shared(rows.k_start, rows.k_end, rows.positions, k_positions, angles, write_at, prepared)
         (x, store), _ = self.layers((x, store), layer, shared)
         if cache is not None and store is not None:
             new = jnp.int32(rows.tokens.shape[1])
@@ -262,25 +283,33 @@ class Decoder(nn.Module):
 
 def _per_layer(c: DecoderConfig, positions: Array) -> tuple[LayerInput, tuple[jax.Array, jax.Array] | None]:
     """Arrays to scan over, and the rotary angles, computed once per distinct `Rope` and not once per layer."""
-    window = rope = angles = None
-    if len(set(c.windows)) > 1:
+    window = number = rope = angles = None
+    if len(_windows(c)) > 1:
         window = jnp.array([NO_WINDOW if w is None else w for w in c.windows], jnp.int32)
+        number = jnp.array([_windows(c).index(w) for w in c.windows], jnp.int32)
     distinct = list(dict.fromkeys(c.ropes))
     if distinct:
         cos, sin = zip(*(r.angles(positions) for r in distinct), strict=True)
         angles = (jnp.stack(cos), jnp.stack(sin))
     if len(distinct) > 1:
         rope = jnp.array([distinct.index(r) for r in c.ropes], jnp.int32)
-    return LayerInput(jnp.arange(c.layers, dtype=jnp.int32), window, rope), angles
+    return LayerInput(jnp.arange(c.layers, dtype=jnp.int32), window, number, rope), angles
 
 
-def make_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: str = "none") -> Model:
+def _windows(c: DecoderConfig) -> list[int | None]:
+    """The distinct windows of the layers."""
+    return list(dict.fromkeys(c.windows)) or [None]
+
+
+def make_model(
+    config: DecoderConfig, *, dtype: Any = jnp.float32, remat: str = "none", attention: AttentionPath = DENSE
+) -> Model:
     """The decoder as pure functions (`types.Model`).
 
     `dtype` is the type of activations and matrix products; `init` makes float32 parameters whatever it is, norms, softmax and
     logits are always float32. `remat="none"`: the backward pass repeats no matrix product; `"save_attention"`: it
     repeats all but the projections to queries, keys and values and the mixing of values; `"full"`: it repeats each layer's
-    forward pass and keeps only the layers' inputs.
+    forward pass and keeps only the layers' inputs. `attention`: see `attention_paths.attention_path`.
 
     `axes()` gives a tree like the variables of `jax.sharding.PartitionSpec`s over the logical axes "layers", "vocab", "embed"
     (D), "heads" (N x H), "kv_heads" (K x H) and "mlp".
@@ -290,7 +319,7 @@ def make_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: str = 
     """
     if remat not in REMAT:
         raise ValueError(f"remat must be one of {', '.join(REMAT)}, not {remat!r}")
-    module = Decoder(config, dtype, remat)
+    module = Decoder(config, dtype, remat, attention)
 
     def boxed_init(key: jax.Array) -> Variables:
         one = jnp.zeros((1, 1), jnp.int32)

@@ -17,15 +17,15 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.models.pieces import path_of
-from dpo_jax.types import ROW_AXES
+from dpo_jax.types import HEAD_AXIS, ROW_AXES
 
 MESH_AXES = ("data", "fsdp", "tensor")
 RULES: Mapping[str, str | None] = {
     "layers": None,  # scanned one after the other
     "embed": "fsdp",
     "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
+    "heads": HEAD_AXIS,
+    "kv_heads": HEAD_AXIS,
     "mlp": "tensor",
 }
 Units = Mapping[str, int]

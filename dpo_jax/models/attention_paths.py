@@ -1,0 +1,89 @@
+"""Which way attention is computed on which chip.
+
+| name | runs on | what it is |
+|---|---|---|
+| dense | any | all scores at once, (N x L x L) float32 a row: for CPUs and short rows |
+| chunked | any | plain XLA for some queries at a time: what a GPU gets by itself |
+| splash | TPU | JAX's Pallas kernel, which skips masked blocks: what a TPU gets by itself |
+| cudnn | GPU | cuDNN's fused kernel with the mask as a bias; not yet run on a GPU |
+| tokamax | GPU | tokamax's Pallas kernel with key ranges; not yet run on a GPU |
+
+What cannot be done as asked is refused with its reason; nothing falls back to another path because rows are long. The kernels
+are for rows that attend to themselves: a pass against a key/value cache (sampling) is chunked where the name says a kernel.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from dpo_jax.models.attention import DENSE, AttentionPath
+from dpo_jax.models.attention_gpu import chunked, cudnn_path, tokamax_path
+from dpo_jax.models.attention_tpu import splash_path
+from dpo_jax.models.config import DecoderConfig
+
+CHUNKED = AttentionPath("chunked", chunked)
+AUTOMATIC = {"tpu": "splash", "gpu": "chunked", "cpu": "dense"}
+Refusals = Callable[[DecoderConfig, Any], Iterator[str]]
+
+
+def path_name(asked: str, platform: str) -> str:
+    """The path that "auto" stands for on `platform` ("cpu", "gpu", "tpu"); any other name is itself."""
+    return AUTOMATIC.get(platform, CHUNKED.name) if asked == "auto" else asked
+
+
+def attention_path(asked: str, *, platform: str, config: DecoderConfig, dtype: Any) -> AttentionPath:
+    """The path named `asked`, or the automatic one of `platform`. Raises ValueError saying why a model cannot have it there."""
+    name = path_name(asked, platform)
+    if name not in PATHS:
+        raise ValueError(f"attention {asked!r} is unknown: choose auto, {', '.join(PATHS)}")
+    path = PATHS[name]
+    if path.platform not in (None, platform):
+        raise ValueError(
+            f"attention {name} runs on a {path.platform.upper()}, and this is a {platform.upper()}; auto fits here"
+        )
+    reasons = "; ".join(path.refusals(config, jnp.dtype(dtype)))
+    if reasons:
+        raise ValueError(f"attention {name}: {reasons}; use {AUTOMATIC.get(platform, CHUNKED.name)}")
+    return path.make()
+
+
+def _none(config: DecoderConfig, dtype: Any) -> Iterator[str]:
+    yield from ()
+
+
+def _cudnn_refusals(config: DecoderConfig, dtype: Any) -> Iterator[str]:
+    if config.attention_softcap is not None:
+        yield f"it has no soft cap on scores, which {config.family} needs"
+    if config.head_size % 8 or config.head_size > 256:
+        yield f"it takes heads of at most 256 entries, in multiples of 8, and these have {config.head_size}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        yield f"it computes in bfloat16, not {dtype}: set run.precision"
+
+
+def _tokamax_refusals(config: DecoderConfig, dtype: Any) -> Iterator[str]:
+    if sys.version_info < (3, 12):
+        yield f"tokamax needs Python 3.12, and this is {sys.version_info.major}.{sys.version_info.minor}"
+    elif importlib.util.find_spec("tokamax") is None:
+        yield "the package tokamax is missing: pip install tokamax"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        yield f"it computes in bfloat16, not {dtype}: set run.precision"
+
+
+class _Path(NamedTuple):
+    make: Callable[[], AttentionPath]
+    platform: str | None = None  # None: any
+    refusals: Refusals = _none
+
+
+PATHS: dict[str, _Path] = {
+    "dense": _Path(lambda: DENSE),
+    "chunked": _Path(lambda: CHUNKED),
+    "splash": _Path(splash_path, "tpu"),
+    "cudnn": _Path(cudnn_path, "gpu", _cudnn_refusals),
+    "tokamax": _Path(tokamax_path, "gpu", _tokamax_refusals),
+}

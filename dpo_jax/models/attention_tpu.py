@@ -1,0 +1,169 @@
+"""Attention on TPUs: JAX's splash kernel, which computes only the blocks of the score matrix in which somebody sees something.
+
+The rows of a device are laid end to end as one long sequence, so that one call of the kernel does them all; the list of blocks
+of a query block only names blocks of its own row. That list is made from the batch's intervals, inside the compiled step and
+before the layers, which share it. Scores, softmax and sums are float32; the matrix products are of the type of `q`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
+
+from dpo_jax.models.attention import AttentionPath
+from dpo_jax.models.kernels import key_spans, keys_twice, of_window, on_each_device, parts_of
+from dpo_jax.types import ROW_AXES, Array
+
+LANES = 128  # the kernel's blocks are multiples of it
+BLOCK = 512  # queries and keys of a block at most; chosen without a chip at hand
+
+
+class Blocks(NamedTuple):
+    """The intervals of a batch as the kernel reads them. Q and T: query and key blocks of a row."""
+
+    span: jax.Array  # int32[R, L padded]  first key in the device's long sequence, and how many: `_InSpan`
+    keys: jax.Array  # int32[R, Q, T]  the key blocks that a query block needs, first; then the last of them again
+    needed: jax.Array  # int32[R, Q, T]  1 for those
+    queries: jax.Array  # int32[R, Q, T]  the query blocks that need a key block, along Q
+    needing: jax.Array  # int32[R, Q, T]  1 for those
+
+
+class Prepared(NamedTuple):
+    blocks: Blocks  # stacked by window
+    second: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _InSpan:
+    """The kernel's mask: which of the columns `k` are in the span packed into one int32 per query, length in the low bits."""
+
+    bits: int
+
+    def __call__(self, span: jax.Array, k: jax.Array) -> jax.Array:
+        start = jax.lax.shift_right_logical(span, jnp.full_like(span, self.bits))
+        return (k >= start) & (k < start + (span & ((1 << self.bits) - 1)))
+
+
+def splash_path(*, interpret: bool = False) -> AttentionPath:
+    """`interpret`: run the kernel step by step in ordinary operations, on any device. Far too slow for anything but a test."""
+    return AttentionPath("splash", functools.partial(_attend, interpret=interpret), _prepare)
+
+
+def _prepare(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> Prepared:
+    spans = key_spans(k_start, k_end, windows)
+    length = spans.k_start.shape[2]
+    keys = length if spans.second is None else 2 * length
+    blocks = [_blocks(start, end, keys=keys) for start, end in zip(spans.k_start, spans.k_end, strict=True)]
+    return Prepared(jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks), spans.second)
+
+
+def _blocks(k_start: jax.Array, k_end: jax.Array, *, keys: int) -> Blocks:
+    rows, length = k_start.shape
+    rows_here = rows // parts_of(ROW_AXES)
+    (padded, block), (padded_keys, key_block) = _padded(length), _padded(keys)
+    bits = _span_bits(keys, rows_here * padded_keys)
+    # A query that only fills up the last block does as its neighbour, which needs no block more.
+    start, end = (jnp.pad(x, ((0, 0), (0, padded - length)), mode="edge") for x in (k_start, k_end))
+    offset = (jnp.arange(rows, dtype=jnp.int32) % rows_here)[:, None]
+    span = jnp.left_shift(start + offset * padded_keys, bits) | (end - start)
+
+    begin = jnp.arange(padded_keys // key_block, dtype=jnp.int32)[None, None, None] * key_block
+    by_block = (rows, padded // block, block, 1)
+    active = ((start.reshape(by_block) < begin + key_block) & (end.reshape(by_block) > begin)).any(axis=2)
+    (keys_first, needed), (queries_first, needing) = _first(active, axis=2), _first(active, axis=1)
+    of_row = offset[:, :, None]
+    return Blocks(span, keys_first + of_row * active.shape[2], needed, queries_first + of_row * active.shape[1], needing)
+
+
+def _first(active: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Along `axis`: the numbers of the active entries, in order, then the last one again; and 1 for those, 0 for its copies.
+
+    A copy is skipped, and because its number does not change the kernel fetches nothing for it either.
+    """
+    order = jnp.argsort(~active, axis=axis, stable=True).astype(jnp.int32)
+    count = active.sum(axis=axis, keepdims=True, dtype=jnp.int32)
+    place = jax.lax.broadcasted_iota(jnp.int32, active.shape, axis)
+    kept = jnp.minimum(place, jnp.maximum(count - 1, 0))
+    return jnp.take_along_axis(order, kept, axis=axis), (place < count).astype(jnp.int32)
+
+
+def _padded(length: int) -> tuple[int, int]:
+    """(length rounded up to whole blocks, size of a block)."""
+    padded = -(-length // LANES) * LANES
+    return padded, next(size for size in range(BLOCK, 0, -LANES) if padded % size == 0)
+
+
+def _span_bits(keys: int, total: int) -> int:
+    """Bits for the length of a span. Raises ValueError where a span of `keys` within `total` columns does not fit 32 bits."""
+    bits = keys.bit_length()
+    if total > 1 << (32 - bits):
+        raise ValueError(
+            f"splash attention counts at most {1 << (32 - bits):,} columns a device with rows of {keys:,} keys, "
+            f"and a batch has {total:,} there: use more microbatches"
+        )
+    return bits
+
+
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    prepared: Prepared,
+    *,
+    number: jax.Array | None,
+    scale: float,
+    softcap: float | None,
+    interpret: bool,
+) -> jax.Array:
+    k, v = keys_twice(k, prepared.second), keys_twice(v, prepared.second)
+    blocks: Blocks = of_window(prepared.blocks, number)
+    call = functools.partial(_kernel, bits=k.shape[1].bit_length(), softcap=softcap, interpret=interpret)
+    return on_each_device(call)(q * jnp.asarray(scale, q.dtype), k, v, blocks)
+
+
+def _kernel(
+    q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks, *, bits: int, softcap: float | None, interpret: bool
+) -> jax.Array:
+    """The rows and heads of one device."""
+    rows, length, heads, size = q.shape
+    (padded, block), (_, key_block) = _padded(length), _padded(k.shape[1])
+    span = blocks.span.reshape(-1)
+
+    def one_sequence(x: jax.Array) -> jax.Array:
+        """[R, L, N, H] to [N, R x L padded, H]."""
+        to = _padded(x.shape[1])[0]
+        x = jnp.pad(x, ((0, 0), (0, to - x.shape[1]), (0, 0), (0, 0)))
+        return x.transpose(2, 0, 1, 3).reshape(x.shape[2], rows * to, x.shape[3])
+
+    def by_query(x: jax.Array) -> jax.Array:
+        return x.reshape(1, -1, x.shape[2])
+
+    def by_key(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(1, x.shape[1], -1)
+
+    forward = mask_info.MaskInfo(by_query(blocks.keys), None, by_query(blocks.needed), None, span)  # pyright: ignore
+    backward = mask_info.MaskInfo(by_key(blocks.queries), None, by_key(blocks.needing), None, span)  # pyright: ignore
+    sizes: dict[str, Any] = {f"block_q{of}": block for of in ("", "_dq", "_dkv")}
+    sizes |= {f"block_kv{of}": key_block for of in ("", "_dq", "_dkv")}
+    kernel = splash.SplashAttentionKernel(
+        forward,
+        forward,
+        backward,
+        block_sizes=splash.BlockSizes(**sizes),
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name="kernel",
+        mask_function=_InSpan(bits),
+        interpret=interpret,
+    )
+    mixed: Any = kernel(one_sequence(q), one_sequence(k), one_sequence(v))
+    return mixed.reshape(heads, rows, padded, size)[:, :, :length].transpose(1, 2, 0, 3)
