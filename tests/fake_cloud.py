@@ -15,8 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TOOLS = shlex.split(
-    "basename bash cat chmod cksum cp date dirname env flock git grep gzip head ln mkdir mktemp mv rm sed setsid sleep sort tail"
-    " tar"
+    "basename bash cat chmod cksum cp date dirname env flock git grep gzip head ln mkdir mktemp mv rm sed setsid sleep sort"
+    " tail tar"
 )
 WORKERS = 2
 RECORD = 'printf "%s\\n" "${0##*/} $*" >>"$CLOUD/calls"\n'

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
@@ -21,7 +22,7 @@ from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.attention import DENSE, AttentionPath, attend
 from dpo_jax.models.attention_gpu import chunked, cudnn_path, tokamax_path
-from dpo_jax.models.attention_paths import CHUNKED, PATHS, attention_path, path_name
+from dpo_jax.models.attention_paths import BLOCKS, CHUNKED, PATHS, attention_path, path_name
 from dpo_jax.models.attention_tpu import splash_path
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
@@ -43,6 +44,7 @@ def tokamax_plain():
 
 OTHERS = {
     "splash": lambda: SPLASH,
+    "blocks": lambda: BLOCKS,
     "chunked": lambda: AttentionPath("chunked", functools.partial(chunked, limit=1 << 17)),
     "cudnn": lambda: cudnn_path(implementation="xla"),
     "tokamax": tokamax_plain,
@@ -146,7 +148,7 @@ def test_splash_computes_exactly_the_blocks_in_which_somebody_sees_something(win
         np.testing.assert_array_equal(listed, np.flatnonzero(needed[r, :, j]))
 
 
-@pytest.mark.parametrize("path", [SPLASH, CHUNKED], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [SPLASH, BLOCKS, CHUNKED], ids=lambda path: path.name)
 def test_a_query_without_keys_is_finite_also_in_the_gradient(path):
     q = jnp.ones((1, 4, 1, 8))
     none = np.zeros((1, 4), np.int32)
@@ -251,6 +253,27 @@ def test_rows_and_heads_over_devices(where, path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), gradient, expected)
 
 
+def test_blocks_are_cut_where_the_rows_lie():
+    rows, q, k, v, _, window, softcap = inputs("packed, window")
+    ranges = {"k_start": rows.k_start, "k_end": rows.k_end, "q_positions": rows.positions, "k_positions": rows.positions}
+    mesh = make_mesh(fsdp=2, tensor=2)
+    heads_cut = NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor"))
+    mix = jax.jit(functools.partial(attend, **ranges, scale=0.4, window=window, softcap=softcap, path=BLOCKS))
+    with jax.set_mesh(mesh):
+        program = mix.lower(*(jax.device_put(x, heads_cut) for x in (q, k, v))).compile()
+        mixed = program(*(jax.device_put(x, heads_cut) for x in (q, k, v)))
+    np.testing.assert_allclose(mixed, dense_attended("packed, window")[0], rtol=0, atol=1e-6)
+    assert "all-gather" not in program.as_text()
+
+
+def test_blocks_hold_no_scores_of_whole_rows():
+    rows = rows_of("packed", [(20, 90, 100), (70, 60, 5), (9, 80, 40), (30, 1, 33)] * 4, 2048)
+    x = jax.ShapeDtypeStruct((*rows.tokens.shape, 2, 8), jnp.float32)
+    loss = lambda q: attend(q, q, q, k_start=rows.k_start, k_end=rows.k_end, scale=1.0, path=BLOCKS).sum()  # noqa: E731
+    held = jax.jit(jax.grad(loss)).lower(x).compile().memory_analysis().temp_size_in_bytes
+    assert held < 2048 * 2048 * 4 / 2  # half of what one head's scores take
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="before, the kernel's scratch space held on to its recomputation")
 @pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("save_attention", 1), ("full", 2)])
 def test_the_backward_pass_runs_the_forward_kernel_again_only_if_all_is_computed_again(remat, forward):
@@ -261,7 +284,9 @@ def test_the_backward_pass_runs_the_forward_kernel_again_only_if_all_is_computed
     assert [program.count(f"name=splash_mha_{part}") for part in ("fwd", "dq", "dkv")] == [forward, 1, 1]
 
 
-@pytest.mark.parametrize(("platform", "name"), [("cpu", "dense"), ("gpu", "chunked"), ("tpu", "splash"), ("abacus", "chunked")])
+@pytest.mark.parametrize(
+    ("platform", "name"), [("cpu", "blocks"), ("gpu", "chunked"), ("tpu", "splash"), ("abacus", "chunked")]
+)
 def test_automatic_choice(platform, name):
     assert path_name("auto", platform) == name
     assert attention_path("auto", platform=platform, config=LLAMA, dtype=jnp.bfloat16).name == name
@@ -280,7 +305,7 @@ def test_automatic_choice(platform, name):
             "no soft cap on scores, which gemma2 needs; .* multiples of 8, and these have 12; use chunked",
         ),
         ("cudnn", "gpu", "llama", "float32", "computes in bfloat16, not float32: set run.precision"),
-        ("flash", "gpu", "llama", "float32", "'flash' is unknown: choose auto, dense, chunked, splash, cudnn, tokamax"),
+        ("flash", "gpu", "llama", "float32", "'flash' is unknown: choose auto, dense, blocks, chunked, splash, cudnn, tokamax"),
     ],
 )
 def test_what_cannot_be_had_is_refused_with_its_reason(asked, platform, family, dtype, message):

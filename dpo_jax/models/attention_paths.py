@@ -2,7 +2,8 @@
 
 | name | runs on | what it is |
 |---|---|---|
-| dense | any | all scores at once, (N x L x L) float32 a row: for CPUs and short rows |
+| dense | any | all scores at once, (N x L x L) float32 a row: the definition, and for short rows |
+| blocks | any | plain XLA for the blocks in which somebody sees something: what a CPU gets by itself |
 | chunked | any | plain XLA for some queries at a time: what a GPU gets by itself |
 | splash | TPU | JAX's Pallas kernel, which skips masked blocks: what a TPU gets by itself |
 | cudnn | GPU | cuDNN's fused kernel with the mask as a bias; not yet run on a GPU |
@@ -22,12 +23,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from dpo_jax.models.attention import DENSE, AttentionPath
+from dpo_jax.models.attention_blocks import blocked
 from dpo_jax.models.attention_gpu import chunked, cudnn_path, tokamax_path
 from dpo_jax.models.attention_tpu import splash_path
 from dpo_jax.models.config import DecoderConfig
 
 CHUNKED = AttentionPath("chunked", chunked)
-AUTOMATIC = {"tpu": "splash", "gpu": "chunked", "cpu": "dense"}
+BLOCKS = AttentionPath("blocks", blocked)
+AUTOMATIC = {"tpu": "splash", "gpu": "chunked", "cpu": "blocks"}
 Refusals = Callable[[DecoderConfig, Any], Iterator[str]]
 
 
@@ -82,6 +85,7 @@ class _Path(NamedTuple):
 
 PATHS: dict[str, _Path] = {
     "dense": _Path(lambda: DENSE),
+    "blocks": _Path(lambda: BLOCKS),
     "chunked": _Path(lambda: CHUNKED),
     "splash": _Path(splash_path, "tpu"),
     "cudnn": _Path(cudnn_path, "gpu", _cudnn_refusals),
