@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,25 +43,50 @@ def chunked(
     rows, length, heads, _ = q.shape
     here = rows * heads / parts_of((*ROW_AXES, HEAD_AXIS))
     count = math.ceil(length / max(1, min(length, limit // max(1, int(4 * here * k.shape[1])))))
-    size = math.ceil(length / count)
-    by_query = {"q": q, "k_start": k_start, "k_end": k_end, "q_positions": q_positions}
-    of_all = functools.partial(dense, scale=scale, k_positions=k_positions, window=window, softcap=softcap)
+    of_chunk = functools.partial(dense, scale=scale, softcap=softcap)
+    ranges = {"k_start": k_start, "k_end": k_end, "q_positions": q_positions}, {"k_positions": k_positions, "window": window}
     if count == 1:
-        return of_all(**by_query, k=k, v=v)  # pyright: ignore[reportArgumentType]
+        return of_chunk(q, k, v, **ranges[0], **ranges[1])  # pyright: ignore[reportArgumentType]
+    return _recomputed(functools.partial(_in_chunks, of_chunk, count), (q, k, v), ranges)
 
-    def chunks(x: Array | None) -> jax.Array | None:
+
+def _in_chunks(of_chunk: Callable[..., jax.Array], count: int, floats: Any, ranges: Any) -> jax.Array:
+    (q, k, v), (of_query, of_key) = floats, ranges
+    rows, length = q.shape[:2]
+    size = -(-length // count)
+
+    def chunks(x: jax.Array) -> jax.Array:
         """[R, L, ...] to [count, R, size, ...]; what is added at the end repeats the last query, so that it sees something."""
-        if x is None:
-            return None
         x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2), mode="edge")
         return x.reshape(rows, count, size, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def one(part: dict[str, Any]) -> jax.Array:
-        return of_all(**part, k=k, v=v)
+    def one(part: Any) -> jax.Array:
+        return of_chunk(part[0], k, v, **part[1], **of_key)
 
-    mixed = jax.lax.map(one, {name: chunks(x) for name, x in by_query.items()})
+    mixed = jax.lax.map(one, jax.tree.map(chunks, (q, of_query)))
     return mixed.swapaxes(0, 1).reshape(rows, count * size, *mixed.shape[3:])[:, :length]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recomputed(work: Callable[..., jax.Array], floats: Any, ranges: Any) -> jax.Array:
+    """`work(floats, ranges)`, of which the backward pass keeps its arguments only.
+
+    `jax.checkpoint` says that too, but a policy around it that keeps matrix products would keep those inside it.
+    """
+    return work(floats, ranges)
+
+
+def _recomputed_forward(work: Callable[..., jax.Array], floats: Any, ranges: Any) -> tuple[jax.Array, Any]:
+    return work(floats, ranges), (floats, ranges)
+
+
+def _recomputed_backward(work: Callable[..., jax.Array], kept: Any, cotangent: jax.Array) -> tuple[Any, None]:
+    floats, ranges = kept
+    return jax.vjp(lambda floats: work(floats, ranges), floats)[1](cotangent)[0], None
+
+
+_recomputed.defvjp(_recomputed_forward, _recomputed_backward)
 
 
 def _prepare(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> KeySpans:
