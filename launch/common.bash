@@ -2,6 +2,7 @@
 # shellcheck shell=bash
 
 dry_run=no
+dpo_jax=${DPO_JAX_VENV:-.venv}/bin/dpo-jax
 
 say() { printf '[%s] %s\n' "${0##*/}" "$1" >&2; }
 
@@ -33,11 +34,13 @@ run() {
   fi
 }
 
-# Runs a command to its end and returns its exit code. SIGTERM and Ctrl-C reach it as SIGTERM: it saves and ends with 143.
+# Runs a command to its end and returns its exit code. SIGTERM and Ctrl-C reach it as one SIGTERM: it saves and ends with 143.
 supervised() {
   local code signals=0 seen child
+  set -m # in a process group of its own: Ctrl-C goes to a whole group, and a second signal would stop it before it has saved
   "$@" &
   child=$!
+  set +m
   trap 'signals=$((signals + 1)); kill -TERM "$child" 2>/dev/null || true' TERM INT
   while :; do
     seen=$signals code=0
@@ -46,4 +49,48 @@ supervised() {
   done
   trap - TERM INT
   return "$code"
+}
+
+# option NAME WORD...: the value of an option among the words, as `--name value` or `--name=value`; nothing where it is not.
+option() {
+  local name=$1
+  shift
+  while [ $# -gt 0 ]; do
+    case $1 in
+      "$name") printf '%s' "${2:-}" && return ;;
+      "$name"=*) printf '%s' "${1#*=}" && return ;;
+    esac
+    shift
+  done
+}
+
+# Fills `program` with what a command line asks for: a command of dpo-jax, or the whole chain of hh_pipeline.sh.
+program_of() {
+  case ${1:-} in
+    '' | -*) die "a COMMAND is missing, such as: dpo configs/hh_pythia28_dpo.yaml (--help explains)" ;;
+    hh_pipeline.sh) program=(./launch/hh_pipeline.sh "${@:2}") ;;
+    *) program=("$dpo_jax" "$@") ;;
+  esac
+}
+
+# The same for several hosts, which join each other.
+program_on_many_hosts() {
+  case ${1:-} in
+    '' | -* | sft | refs | dpo | eval | hh_pipeline.sh) ;;
+    *) die "$1: not a command that runs on many hosts (sft, refs, dpo, eval, hh_pipeline.sh)" ;;
+  esac
+  program_of "$@"
+  case " ${*%%=*} " in *' --distributed '* | *' --run.distributed '*) ;; *) program+=(--distributed auto) ;; esac
+}
+
+# check_run_dir FOLDER WORD...: a run that is to continue on another machine must lie on the disk that all of them share.
+check_run_dir() {
+  local run_dir
+  run_dir=$(option --run.dir "${@:2}")
+  case $run_dir in
+    "$1"/?*) ;;
+    '') die "no --run.dir: give one in $1, the disk that the hosts share and that is still there after a preemption" ;;
+    gs://*) die "--run.dir $run_dir: dpo-jax writes to folders, not to buckets; give one in $1, which the hosts share" ;;
+    *) die "--run.dir $run_dir is not in $1, the disk that the hosts share and that is still there after a preemption" ;;
+  esac
 }

@@ -106,7 +106,6 @@ take() {
 
 . launch/common.bash
 sft_config=${DPO_JAX_SFT_CONFIG:-configs/hh_pythia28_sft.yaml} dpo_config=${DPO_JAX_DPO_CONFIG:-configs/hh_pythia28_dpo.yaml}
-dpo_jax=${DPO_JAX_VENV:-.venv}/bin/dpo-jax
 steps='' run_dir='' many_hosts=no options=() program=()
 read_arguments "$@"
 [ "$dry_run" = yes ] || [ -x "$dpo_jax" ] || die "$dpo_jax is not there: run ./launch/env.sh first" 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(ROOT.glob("launch/*.sh"))
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")])
 TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "env", "mkdir", "rm", "sed", "chmod")
 PYTHON = """#!/usr/bin/env bash
 # $0 is $VERSION; as `-m venv DIR` it copies itself to DIR/bin, beside a dpo-jax and a stub of pip.

@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,21 @@ if [ "${HANG:-}" = "$1" ]; then
 fi
 [ "${FAIL:-}" = "$1" ] && exit "$CODE"
 exit 0
+"""
+# Like dpo-jax it takes SIGINT and SIGTERM, which a shell cannot in the background.
+COUNTS = f"""#!{sys.executable} -S
+import os, signal, sys, time
+def heard(number, frame):
+    with open(os.environ["CALLS"], "a") as calls:
+        print(signal.Signals(number).name.removeprefix("SIG"), file=calls)
+signal.signal(signal.SIGINT, heard)
+signal.signal(signal.SIGTERM, heard)
+with open(os.environ["CALLS"], "a") as calls:
+    print("started", file=calls)
+while open(os.environ["CALLS"]).read().count("\\n") < 2:
+    time.sleep(0.02)
+time.sleep(0.3)
+sys.exit(143)
 """
 
 
@@ -103,6 +119,20 @@ def test_a_signal_reaches_the_step_which_saves(chain):
     chain.calls()
     assert chain().returncode == 0
     assert [words[0] for words in chain.calls()] == STEPS[1:]
+
+
+def test_ctrl_c_reaches_the_step_once(chain):
+    """A terminal signals the whole process group. A second signal would stop dpo-jax before it has saved."""
+    program = Path(chain.env["DPO_JAX_VENV"]) / "bin" / "dpo-jax"
+    program.write_text(COUNTS)
+    process = subprocess.Popen(chain.command(), env=chain.env, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 30
+    while not chain.calls_file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 143
+    assert chain.calls_file.read_text().split() == ["started", "TERM"]
 
 
 def test_selected_steps_and_many_hosts(chain):

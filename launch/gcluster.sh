@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# A run on the TPU slices of a GKE cluster, through Cluster Toolkit's `gcluster job` (which has replaced XPK).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() {
+  cat <<'TEXT'
+Usage: ./launch/gcluster.sh [--dry-run] submit NAME OPTION ... -- COMMAND CONFIG.yaml [--section.option VALUE ...]
+       ./launch/gcluster.sh [--dry-run] follow | status | delete NAME [OPTION ...]
+
+  submit   starts `dpo-jax COMMAND ... --distributed auto` on every host of the slices
+  follow   prints the logs;  status  says how it stands;  delete  stops it: it saves first, as after a preemption
+
+  ./launch/gcluster.sh submit hh --cluster C --location L --project P --compute-type v6e-16 --image IMAGE \
+    --mount filestore://INSTANCE/SHARE:/mnt/dpo_jax:rw -- dpo configs/hh_pythia28_dpo.yaml --run.dir /mnt/dpo_jax/hh --run.devices mesh
+
+OPTIONs go to `gcluster job` as they are (gcluster job submit --help). IMAGE is that of launch/kubernetes/Dockerfile. --run.dir
+must lie in /mnt/dpo_jax, a disk that all hosts share; dpo-jax writes to folders, so gs:// is refused.
+
+A run that was preempted or lost a host (exit codes 143, 137, 134 and 1) is started again and continues, up to 20 times; any
+other exit code ends the job. A host has 5 minutes to save: --grace-period 10m gives it more.
+
+gcluster hands no secrets to a job. If --env-file FILE is given (before the --), the hosts read WANDB_API_KEY and HF_TOKEN from
+it, as lines NAME=VALUE: a file on the shared disk, such as /mnt/dpo_jax/keys.env, that only you can read.
+
+Tested against the command line of Cluster Toolkit 1.95, where `gcluster job` is called experimental.
+TEXT
+}
+
+read_arguments() {
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --dry-run) dry_run=yes ;;
+      -h | --help) usage && exit 0 ;;
+      --) command=("${@:2}") && return ;;
+      --env-file=*) env_file=${1#*=} ;;
+      --env-file)
+        [ $# -gt 1 ] || die "--env-file needs a value"
+        env_file=$2
+        shift
+        ;;
+      *)
+        if [ -z "$verb" ]; then
+          verb=$1
+        elif [ -z "$name" ]; then
+          name=$1
+        else
+          options+=("$1")
+        fi
+        ;;
+    esac
+    shift
+  done
+}
+
+gcluster_job() { run gcluster job "$@" ${options[@]+"${options[@]}"}; }
+
+submit() {
+  local line=''
+  dpo_jax=dpo-jax
+  program_on_many_hosts ${command[@]+"${command[@]}"}
+  check_run_dir /mnt/dpo_jax "${program[@]}"
+  [ -z "$env_file" ] || line="set -a && . $(quoted "$env_file") && set +a && "
+  # exec: the signal that ends a container goes to its first process.
+  line+="exec $(quoted "${program[@]}")"
+  [ -n "$(option --grace-period ${options[@]+"${options[@]}"})" ] || options+=(--grace-period 5m)
+  gcluster_job submit --name "$name" --command "$line" --restarts 20 --restart-on-exit-codes 1,134,137,143
+}
+
+. launch/common.bash
+verb='' name='' env_file='' options=() command=() program=()
+read_arguments "$@"
+case $verb in
+  submit | follow | status | delete) ;;
+  *) usage >&2 && exit 2 ;;
+esac
+case $name in '' | -*) die "$verb: a NAME for the job comes next" ;; esac
+case $verb in
+  submit) submit ;;
+  follow) gcluster_job logs "$name" --follow ;;
+  status) gcluster_job list --name-contains "$name" ;;
+  delete) gcluster_job cancel "$name" ;;
+esac

@@ -1,0 +1,280 @@
+#!/usr/bin/env bash
+# One Cloud TPU slice and one run on all its workers: asks for the slice, sets it up, starts the run, and when the slice is
+# preempted asks for another and continues.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() {
+  cat <<'TEXT'
+Usage: ./launch/tpu_pod.sh [--dry-run] VERB NAME --zone ZONE [OPTION ...] [-- COMMAND CONFIG.yaml [--section.option VALUE ...]]
+
+  run      the whole story: create, wait, install, start, follow; after a preemption again, until the run has ended.
+           The same line continues it from any point, also when it is running
+  create   asks for the slice (a queued resource). --accelerator-type and --runtime-version say which, --spot or --reserved
+           how (neither: on demand). These and other options go to `gcloud compute tpus queued-resources create`
+  wait     until the slice is there
+  install  sends the committed files of this repository, mounts --nfs HOST:/EXPORT, sets up .venv; on all workers
+  start    starts `dpo-jax COMMAND ... --distributed auto` on all workers; it outlives the connection
+  follow   prints the log of the first worker; Ctrl-C ends only the printing
+  status   one line a worker: running, or how it ended
+  stop     asks the run to save and end (exit code 143)
+  delete   deletes the slice and its queued resource. Nothing else does: a slice costs until then
+
+  ./launch/tpu_pod.sh run hh --zone us-west4-a --accelerator-type v5litepod-16 --runtime-version v2-alpha-tpuv5-lite --spot \
+    --nfs 10.0.0.2:/vol1 -- dpo configs/hh_pythia28_dpo.yaml --run.dir /mnt/dpo_jax/hh --run.devices mesh --data.path /mnt/dpo_jax/data
+
+COMMAND is sft, refs, dpo or eval, or hh_pipeline.sh with its options. --run.dir must lie in /mnt/dpo_jax, where every worker
+mounts the NFS export (Filestore, for example): what is on a worker's own disk is gone with the worker, and a checkpoint is
+written by all of them. dpo-jax writes to folders, so gs:// is refused. The export must be writable for you.
+
+WANDB_API_KEY and HF_TOKEN are taken from the environment and go to each worker through the connection, into a file that the
+start deletes; that takes some seconds a worker. ssh to several workers needs your key in the agent: ssh-add ~/.ssh/google_compute_engine
+
+Environment:
+  DPO_JAX_EXTRAS        extras to install on the workers         (default: tpu; for Weights & Biases: tpu,writers)
+  DPO_JAX_MOUNT         where workers mount the export           (default: /mnt/dpo_jax)
+  DPO_JAX_POLL_SECONDS  between two looks at the queued resource (default: 30)
+
+Exit codes of run: that of the run (see dpo-jax --help); 1 when the slice could not be had or reached.
+TEXT
+}
+
+read_arguments() {
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --dry-run) dry_run=yes ;;
+      -h | --help) usage && exit 0 ;;
+      --) command=("${@:2}") && return ;;
+      --zone | --nfs)
+        [ $# -gt 1 ] || die "$1 needs a value"
+        [ "$1" = --zone ] && zone=$2 || nfs=$2
+        shift
+        ;;
+      --zone=*) zone=${1#*=} ;;
+      --nfs=*) nfs=${1#*=} ;;
+      *)
+        if [ -z "$verb" ]; then
+          verb=$1
+        elif [ -z "$name" ]; then
+          name=$1
+        else
+          create_options+=("$1")
+        fi
+        ;;
+    esac
+    shift
+  done
+}
+
+check_arguments() {
+  [ -n "$verb" ] || { usage >&2 && exit 2; }
+  case $verb in
+    run | create | wait | install | start | follow | status | stop | delete) ;;
+    *) die "$verb: no such verb (run, create, wait, install, start, follow, status, stop, delete)" ;;
+  esac
+  case $name in '' | -*) die "$verb: a NAME for the slice comes next" ;; esac
+  [ -n "$zone" ] || die "--zone is missing"
+  case $verb in
+    run | create)
+      [ -n "$(option --accelerator-type ${create_options[@]+"${create_options[@]}"})" ] || die "--accelerator-type is missing, such as v5litepod-16"
+      [ -n "$(option --runtime-version ${create_options[@]+"${create_options[@]}"})" ] || die "--runtime-version is missing, such as v2-alpha-tpuv5-lite"
+      ;;
+    *) [ ${#create_options[@]} = 0 ] || die "$verb does not know ${create_options[0]}" ;;
+  esac
+  case $verb in run | install) [ -n "$nfs" ] || die "--nfs HOST:/EXPORT is missing: the disk that the workers share" ;; esac
+  case $verb in
+    run | start)
+      program_on_many_hosts ${command[@]+"${command[@]}"}
+      check_run_dir "$mount" "${program[@]}"
+      ;;
+  esac
+  [ "$dry_run" = yes ] || command -v gcloud >/dev/null || die "gcloud is not there: install the Google Cloud CLI" 1
+}
+
+queued_resources() { run gcloud compute tpus queued-resources "$1" "$name" --zone="$zone" "${@:2}"; }
+
+create() { queued_resources create --node-id="$name" "${create_options[@]}"; }
+
+delete() { queued_resources delete --force --quiet; }
+
+# Sets `state` to that of the queued resource: ABSENT, WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, SUSPENDED, FAILED, ...
+look() {
+  local tries
+  for tries in 1 2 3 4 5 6 7 8 9 10; do
+    if state=$(queued_resources describe --format='value(state.state)' 2>"$errors"); then
+      return
+    fi
+    state=ABSENT
+    ! grep -q NOT_FOUND "$errors" || return 0
+    say "could not ask for the state of $name (try $tries): $(<"$errors")"
+    sleep "$poll"
+  done
+  die "gcloud does not answer; the run, if there is one, goes on. The same command comes back to it" 1
+}
+
+wait_for_slice() {
+  local seen=''
+  if [ "$dry_run" = yes ]; then
+    queued_resources describe --format='value(state.state)'
+    return
+  fi
+  while look && [ "$state" != ACTIVE ]; do
+    case $state in
+      ABSENT | FAILED | SUSPENDED | SUSPENDING) return 1 ;;
+    esac
+    [ "$state" = "$seen" ] || say "$name is $state"
+    seen=$state
+    sleep "$poll"
+  done
+}
+
+# What has failed or was preempted is deleted and asked for again; but what fails after it was asked for, or is deleted by
+# someone, stays as it is.
+have_slice() {
+  local asked=no
+  [ "$dry_run" = yes ] || look
+  until [ "$state" = ACTIVE ]; do
+    case $state:$asked in
+      SUSPENDED:* | FAILED:no)
+        say "$name is $state: asking for another"
+        delete || die "could not delete it" 1
+        ask
+        ;;
+      ABSENT:no) ask ;;
+      ABSENT:yes) die "$name was deleted" 1 ;;
+      FAILED:yes) die "$name has FAILED: gcloud compute tpus queued-resources describe says why" 1 ;;
+      SUSPENDING:*) sleep "$poll" ;;
+    esac
+    wait_for_slice || true
+    [ "$dry_run" = no ] || state=ACTIVE
+  done
+}
+
+ask() {
+  create || die "could not ask for $name" 1
+  asked=yes
+}
+
+# on WORKERS COMMAND: runs a shell command on the workers (all, or a number). Its exit code is that of the command.
+on() { run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$1" --command="$2"; }
+
+in_repository() { printf 'cd dpo_jax && %s' "$(quoted "$@")"; }
+
+install() {
+  local archive=$scratch/dpo_jax.tar.gz
+  [ -z "$(git status --porcelain --untracked-files=no)" ] || say "uncommitted changes are not sent"
+  run git archive --format=tar.gz --output="$archive" HEAD &&
+    run gcloud compute tpus tpu-vm scp "$archive" "$name:" --zone="$zone" --worker=all &&
+    on all "$(setup)"
+}
+
+# What a worker does to become ready. The system's Python may be older than 3.11: uv brings another.
+setup() {
+  cat <<TEXT
+set -e
+mkdir -p dpo_jax && tar -xzf dpo_jax.tar.gz -C dpo_jax
+[ -x /sbin/mount.nfs ] || { sudo apt-get -qq update && sudo apt-get -qq install -y nfs-common; }
+sudo mkdir -p $(quoted "$mount")
+mountpoint -q $(quoted "$mount") || sudo mount -t nfs $(quoted "$nfs" "$mount")
+[ -w $(quoted "$mount") ] || { echo $(quoted "$nfs is not writable for you") >&2; exit 1; }
+export PATH="\$HOME/.local/bin:\$PATH"
+command -v uv >/dev/null || python3 -m pip install --quiet --user uv
+cd dpo_jax && DPO_JAX_EXTRAS=$(quoted "${DPO_JAX_EXTRAS:-tpu}") ./launch/env.sh
+TEXT
+}
+
+start() { send_keys && on all "$(in_repository ./launch/detached.sh start "${program[@]}")"; }
+
+# Through the connection, one worker after the other: gcloud gives its standard input to one of several.
+send_keys() {
+  local key lines='' worker workers=1
+  for key in HF_TOKEN WANDB_API_KEY; do
+    [ -z "${!key:-}" ] || lines+="$key=${!key}"$'\n'
+  done
+  [ -n "$lines" ] || return 0
+  if [ "$dry_run" = no ]; then
+    workers=$(gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format='value(networkEndpoints.len())') || return
+  fi
+  for ((worker = 0; worker < workers; worker++)); do
+    on "$worker" "$(in_repository ./launch/detached.sh keys)" <<<"${lines}end" || return
+  done
+}
+
+follow() { on 0 "$(in_repository ./launch/detached.sh follow)"; }
+
+status() { on "${1:-all}" "$(in_repository ./launch/detached.sh status)"; }
+
+# Follows the run to its end and sets `code` to its exit code. Fails when the slice is gone.
+see_it_end() {
+  local lines one first=' running '
+  while :; do
+    [[ $first != *' running '* ]] || follow || true # it fails also when only the connection breaks: the workers know better
+    [ "$dry_run" = no ] || { status all && return; }
+    lines=$(status all || true)
+    case $lines in
+      *' running '*) first=$(status 0 || true) ;; # the others notice after run.heartbeat_seconds that one has ended
+      *' ended '* | *' lost'*)
+        # The first cause has the smallest code above 1: those whose partner is gone end with 1, 134 (SIGABRT) or 137.
+        code=0
+        while read -r one; do
+          [ "$code" -gt 1 ] || code=$one
+        done < <(sed -n 's/^[^ ]* ended //p; s/^[^ ]* lost$/137/p' <<<"$lines" | sort -n)
+        [ "$code" != 0 ] || return 0
+        say "the workers say: ${lines//$'\n'/, }"
+        ! preempted || return 1
+        return 0
+        ;;
+      *) ! preempted || return 1 ;;
+    esac
+    sleep "$poll"
+  done
+}
+
+# The state of a queued resource changes a little after its workers are gone.
+preempted() {
+  local tries
+  for tries in 1 2 3 4; do
+    look
+    case $state in
+      ACTIVE) ;;
+      ABSENT | DELETING) die "$name was deleted" 1 ;;
+      *) return 0 ;;
+    esac
+    [ "$tries" = 4 ] || sleep "$poll"
+  done
+  return 1
+}
+
+story() {
+  while :; do
+    have_slice
+    if [ "$dry_run" = yes ] || ! [[ "$(status all 2>/dev/null || true)" == *' running '* ]]; then
+      if ! { install && start; }; then
+        preempted || die "could not set up or start; the messages above say why" 1
+        continue
+      fi
+    fi
+    ! see_it_end || break
+    say "$name was preempted: another slice will continue the run from its last checkpoint"
+  done
+  [ "$dry_run" = yes ] || say "the run has ended with exit code $code; ./launch/tpu_pod.sh delete $name --zone $zone ends the costs"
+  return "$code"
+}
+
+. launch/common.bash
+verb='' name='' zone='' nfs='' create_options=() command=() program=()
+mount=${DPO_JAX_MOUNT:-/mnt/dpo_jax} poll=${DPO_JAX_POLL_SECONDS:-30} state=ABSENT code=0
+read_arguments "$@"
+check_arguments
+scratch=/tmp/dpo_jax
+if [ "$dry_run" = no ]; then
+  scratch=$(mktemp -d)
+  trap 'rm -rf "$scratch"' EXIT
+fi
+errors=$scratch/errors
+case $verb in
+  run) story ;;
+  wait) wait_for_slice || die "$name is $state" 1 ;;
+  stop) on all "$(in_repository ./launch/detached.sh stop)" ;;
+  *) "$verb" ;;
+esac
