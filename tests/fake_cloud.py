@@ -113,6 +113,9 @@ def main(words):
     if (group, verb) == ("queued-resources", "create"):
         assert not states.exists(), "ALREADY_EXISTS"
         following = cloud / "next_states"
+        if following.exists() and not following.read_text():
+            print("ERROR: PERMISSION_DENIED", file=sys.stderr)
+            return 1
         states.write_text(following.read_text() if following.exists() else "WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
         for number in range(WORKERS):
             (workers / str(number)).mkdir(parents=True)
@@ -123,6 +126,8 @@ def main(words):
     if (group, verb) == ("queued-resources", "delete"):
         assert "--quiet" in words
         states.unlink()
+        for worker in workers.glob("*"):
+            shoot(worker)
         shutil.rmtree(workers, ignore_errors=True)
         return 0
     if (group, verb) == ("queued-resources", "describe"):

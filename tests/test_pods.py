@@ -147,12 +147,29 @@ def test_what_is_left_of_an_earlier_slice_is_deleted(pod, state):
     assert pod.verbs()[:2] == ["delete", "create"]
 
 
-def test_a_slice_that_cannot_be_had_is_not_asked_for_forever(pod):
-    (pod.path / "next_states").write_text("WAITING_FOR_RESOURCES FAILED")
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [
+        ("WAITING_FOR_RESOURCES FAILED", "hh has FAILED: gcloud compute tpus queued-resources describe says why"),
+        ("", "could not ask for hh"),
+    ],
+)
+def test_a_slice_that_cannot_be_had_is_not_asked_for_forever(pod, states, message):
+    (pod.path / "next_states").write_text(states)
     done = pod.run(*pod.command)
     assert done.returncode == 1
-    assert "hh has FAILED: gcloud compute tpus queued-resources describe says why" in done.stderr
+    assert message in done.stderr
     assert pod.verbs() == ["create"]
+
+
+def test_a_slice_that_was_deleted_is_not_asked_for_again(pod):
+    pod.program(UNTIL_ASKED)
+    process = pod.popen(*pod.command)
+    wait_for(lambda: "ssh follow" in pod.verbs(), process)
+    assert pod.run("launch/tpu_pod.sh", "delete", "hh", "--zone", "z1").returncode == 0
+    assert process.wait(timeout=30) == 1
+    assert "hh was deleted" in process.communicate()[1]
+    assert pod.verbs().count("create") == 1
 
 
 def test_keys_and_odd_words_arrive_and_no_key_is_in_a_command(pod):
