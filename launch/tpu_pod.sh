@@ -128,28 +128,12 @@ wait_for_slice() {
   done
 }
 
-<<<<<<< HEAD
-# What has failed or was preempted is deleted and asked for again. What fails after that is no preemption.
-=======
 # What has failed or was preempted is deleted and asked for again; but what fails after it was asked for, or is deleted by
 # someone, stays as it is.
->>>>>>> launch
 have_slice() {
   local asked=no
   [ "$dry_run" = yes ] || look
   until [ "$state" = ACTIVE ]; do
-<<<<<<< HEAD
-    case $state in
-      SUSPENDED | FAILED)
-        [ "$state:$asked" != FAILED:yes ] || die "$name has FAILED: gcloud compute tpus queued-resources describe says why" 1
-        say "$name is $state: asking for another"
-        delete
-        state=ABSENT
-        continue
-        ;;
-      ABSENT) create && asked=yes ;;
-      SUSPENDING) sleep "$poll" ;;
-=======
     case $state:$asked in
       SUSPENDED:* | FAILED:no)
         say "$name is $state: asking for another"
@@ -160,21 +144,17 @@ have_slice() {
       ABSENT:yes) die "$name was deleted" 1 ;;
       FAILED:yes) die "$name has FAILED: gcloud compute tpus queued-resources describe says why" 1 ;;
       SUSPENDING:*) sleep "$poll" ;;
->>>>>>> launch
     esac
     wait_for_slice || true
     [ "$dry_run" = no ] || state=ACTIVE
   done
 }
 
-<<<<<<< HEAD
-=======
 ask() {
   create || die "could not ask for $name" 1
   asked=yes
 }
 
->>>>>>> launch
 # on WORKERS COMMAND: runs a shell command on the workers (all, or a number). Its exit code is that of the command.
 on() { run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$1" --command="$2"; }
 
@@ -255,15 +235,11 @@ preempted() {
   local tries
   for tries in 1 2 3 4; do
     look
-<<<<<<< HEAD
-    [ "$state" = ACTIVE ] || return 0
-=======
     case $state in
       ACTIVE) ;;
       ABSENT | DELETING) die "$name was deleted" 1 ;;
       *) return 0 ;;
     esac
->>>>>>> launch
     [ "$tries" = 4 ] || sleep "$poll"
   done
   return 1

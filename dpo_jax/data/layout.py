@@ -214,8 +214,8 @@ def _completion_unit(prompt: np.ndarray, completion: np.ndarray) -> _Unit:
 def _shared_unit(pair: Encoded) -> _Unit:
     """`[reversed(chosen) | prompt | rejected]`, the layout at the head of this file."""
     c, p, r = len(pair.chosen), len(pair.prompt), len(pair.rejected)
-    if c == 0 or r == 0:
-        raise ValueError(f"{pair.uid or 'pair'}: its {'rejected' if c else 'chosen'} completion has no tokens, not even EOS")
+    if c == 0:
+        raise ValueError(f"{pair.uid or 'pair'}: its chosen completion has no tokens, not even EOS")
     if p == 0:
         raise ValueError(f"{pair.uid or 'pair'}: without a prompt there is nothing to share; use the plain layout")
     x = np.arange(c + p + r)
