@@ -26,7 +26,7 @@ TEXT
 start() {
   program_of "$@"
   # Without this a broken driver would end in a quiet installation for the CPU.
-  [ "$dry_run" = yes ] || nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU ' || die "nvidia-smi finds no GPU on this machine" 1
+  [ "$dry_run" = yes ] || [[ $(nvidia-smi --list-gpus 2>/dev/null) == 'GPU '* ]] || die "nvidia-smi finds no GPU on this machine" 1
   run ./launch/env.sh
   run ./launch/detached.sh start "${program[@]}"
 }

@@ -78,7 +78,7 @@ def test_a_program_outlives_the_terminal_and_tells_how_it_ended(node):
 def test_what_went_down_with_its_machine_is_not_taken_for_done(node):
     node.run(DETACHED, "start", *UNTIL_ASKED)
     os.killpg(os.getpgid(int((node.folder / "pid").read_text())), signal.SIGKILL)
-    assert status(node) == ["lost"]
+    wait_for(lambda: status(node) == ["lost"])
     followed = node.run(DETACHED, "follow")
     assert followed.returncode == 1
     assert "the machine went down while the program ran" in followed.stderr
