@@ -490,12 +490,14 @@ def test_a_cache_of_another_reference_is_refused_by_what_differs(done, tmp_path)
 
 
 def test_a_cache_that_lies_is_found_at_step_0(done, copy):
-    identity = json.loads((copy / "refs" / "identity.json").read_text())
+    identity = json.loads((copy / "refs" / "identity.json").read_text())["identity"]
     config = load_config(copy.config)
     tokenizer = build.load_tokenizer(copy / "tokenizer")
     pairs = build.encode_split(config, build.load_split(config, "train"), tokenizer)
-    cache = ReferenceCache(copy / "refs", {name: value for name, value in identity.items() if name != "version"})
-    cache.add(pairs, cache.lookup(pairs) + np.float32([[0.5, -0.5]]))
+    identity = {name: value for name, value in identity.items() if name != "version"}
+    values = ReferenceCache(copy / "refs", identity).lookup(pairs)
+    shutil.rmtree(copy / "refs")
+    ReferenceCache(copy / "refs", identity).add(pairs, values + np.float32([[0.5, -0.5]]))
     shutil.rmtree(copy / "dpo")
     message = refused(2, "dpo", copy.config)
     assert "step 0 has loss 0.74" in message
