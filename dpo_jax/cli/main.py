@@ -57,7 +57,7 @@ COMMANDS = {
     "dpo": Command("train the policy on preferences", "dpo_jax.cli.dpo:run", (*_RUN, "refs", "dpo"), ("data",)),
     "eval": Command("measure a policy on held-out pairs", "dpo_jax.cli.eval:run", (*_RUN, *_LOSS, "refs", "eval"), ("data",)),
     "sample": Command("complete prompts with a policy", "dpo_jax.cli.sample:run", (*_RUN, "sample"), ("data",)),
-    "export": Command("write a checkpoint as a Hugging Face folder", "dpo_jax.cli.export:run", ("run.dir", "export")),
+    "export": Command("write a checkpoint as a Hugging Face folder", "dpo_jax.cli.export:run", ("run.dir", "run.checkpoints", "export")),
 }
 
 ON_MANY_HOSTS = ("sft", "refs", "dpo", "eval")

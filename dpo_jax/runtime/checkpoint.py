@@ -55,6 +55,12 @@ class CheckpointWriteError(OSError):
     """A save did not reach the disk. Older steps are intact."""
 
 
+def has_steps(directory: str | os.PathLike[str]) -> bool:
+    """Whether anything was saved to `directory`, of whatever kind and state."""
+    folder = epath.Path(directory)
+    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 class Checkpoints:
     """The checkpoints of one run in `directory`, of which the newest `max_to_keep` are kept. Use it as a context manager.
 
