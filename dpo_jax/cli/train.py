@@ -92,7 +92,7 @@ def train(
 def check_checkpoints(config: Config, task: str) -> None:
     """Raises `ConfigError` before anything is computed: for a bucket that cannot be reached, and an old run not to resume."""
     directory = config.checkpoints_of(task)
-    if directory.startswith("gs://") and not any(importlib.util.find_spec(name) for name in ("gcsfs", "tensorflow")):
+    if directory.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
         raise ConfigError("run.checkpoints: gs:// needs the package gcsfs: pip install 'dpo_jax[gcs]'")
     if not config.run.resume and has_steps(directory):
         raise ConfigError(f"run.resume: is off, and {directory} holds checkpoints; turn it on, or choose another --run.dir")

@@ -257,6 +257,8 @@ def _attempt(read: Any) -> tuple[Any, Exception | None]:
 
 def _free_name(folder: epath.Path, name: str) -> epath.Path:
     folder.mkdir(parents=True, exist_ok=True)
+    if is_remote(folder):  # in a bucket a folder is there when something is in it
+        (folder / "README").write_text("Steps that did not verify. Nothing reads them.\n")
     count = 0
     while (folder / f"{name}-{count}").exists():
         count += 1
