@@ -133,8 +133,8 @@ class ReferenceCache:
                 record["key"], record["logps"] = key, values
                 record["crc"] = self._crc(record)
             self._read_to[self._file.name] = _append(self._file, records.tobytes())
+            self._entries.update(new)
             self._count({**counts, self._file.name: counts.get(self._file.name, 0) + len(new)})
-        self._entries.update(new)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -162,7 +162,7 @@ class ReferenceCache:
         return len(good)
 
     def _believe(self, content: bytes) -> list[bytes]:
-        """Takes over the good records: those whose checksum fits, and that do not contradict an earlier one of the same pair."""
+        """Takes over the good records: those whose checksum fits and that contradict no earlier one of the same pair."""
         good = []
         for record in np.frombuffer(content[: len(content) // RECORD.itemsize * RECORD.itemsize], RECORD):
             if self._crc(record) == record["crc"]:
@@ -240,7 +240,8 @@ def _append(path: Path, content: bytes) -> int:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except OSError as error:
+        error.filename = str(path)  # which Python does not know here
         with contextlib.suppress(FileNotFoundError):
             os.truncate(path, size)
         raise

@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket: `gs://...` goes to orbax as it was given, and what the house does with folders works there as well."""
+"""Checkpoints in a bucket: `gs://...` goes to orbax as it was given, and what is done with folders is done there as well."""
 
 import logging
 import sys

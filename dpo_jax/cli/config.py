@@ -35,6 +35,10 @@ def _positive(section: object, *fields: str) -> Iterator[Problem]:
             yield field, f"must be greater than 0, got {value}"
 
 
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
 def _not_negative(section: object, *fields: str) -> Iterator[Problem]:
     for field in fields:
         value = getattr(section, field)
@@ -259,7 +263,11 @@ class TrainingConfig:
         yield from _positive(self, "batch", "epochs", "lr", "max_grad_norm", "microbatches")
         yield from _not_negative(self, "warmup_steps")
         if self.batch > 0 and self.microbatches > 0 and self.batch % self.microbatches:
-            yield "microbatches", f"must divide batch: {self.batch} do not split into {self.microbatches} equal parts"
+            nearest = min(_divisors(self.batch), key=lambda size: abs(size - self.microbatches))
+            yield (
+                "microbatches",
+                f"must divide batch: {self.batch} do not split into {self.microbatches} equal parts; the nearest is {nearest}",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,14 @@ class CheckpointDamaged(RuntimeError):
 
 
 class CheckpointWriteError(OSError):
-    """A save did not reach the disk. Older steps are intact."""
+    """A save did not reach the disk. Older steps are intact. `filename` is the directory."""
+
+    def __init__(self, message: str, *, filename: str):
+        super().__init__(message)
+        self.filename = filename
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 def has_steps(directory: str | os.PathLike[str]) -> bool:
@@ -240,7 +247,7 @@ def _writing(directory: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise CheckpointWriteError(f"saving to {directory} failed: {error}") from error
+        raise CheckpointWriteError(f"saving to {directory} failed: {error}", filename=str(directory)) from error
 
 
 def _attempt(read: Any) -> tuple[Any, Exception | None]:
@@ -315,4 +322,5 @@ def _check_target(record: Mapping[str, Any], wanted: Leaves, where: str) -> None
     if differing:
         lines = [f"  {name}: {have.get(name, 'absent')} there, {want.get(name, 'absent')} here" for name in differing[:5]]
         more = [f"  and {len(differing) - 5} more"] if len(differing) > 5 else []
-        raise StateMismatch("\n".join([f"{where} is of another model or optimizer:", *lines, *more]))
+        remedy = "Continue it with the settings it was saved with, or choose another directory."
+        raise StateMismatch("\n".join([f"{where} is of another model or optimizer:", *lines, *more, remedy]))

@@ -68,8 +68,8 @@ def fit(
         thread calls it, one batch ahead. It must be a pure function of `i`: then a resumed run equals the uninterrupted one.
     lr: the schedule, logged as `lr`.
     checkpoints: `runtime.checkpoint.Checkpoints`, saved to with `meta` every `save_every` steps, at the end, and on a signal.
-    save_every_minutes: saves as well when the last save (or the start) is this long ago by `clock`, in seconds. Of several hosts
-        one counts the minutes, and the others get 0: they hear of it by `agree`.
+    save_every_minutes: saves as well when the last save (or the start) is this long ago by `clock`, which gives seconds. Of
+        several hosts one counts the minutes, and the others get 0: they hear of it by `agree`.
     evaluate: `evaluate(state, steps taken) -> metrics`, every `eval_every` steps and at the end, logged under `eval/`.
     check: `check(step, metrics)` may raise to stop the run, for instance when the loss of step 0 is not ln 2.
     unit: which of `stats` counts examples.

@@ -1,7 +1,7 @@
 """A seal lists the files of a folder, so that one that is changed, gone or too many is found, also one that nobody reads.
 
-It is the file `files.json` in that folder: {"files": {path: {"bytes": size, "sha256": of the content}}, "digest": of that}. Of a
-file above `HASHED_BYTES` it has the size only: array data are not read again to be sealed, since every array has a SHA-256 of
+It is the file `files.json` in that folder: {"files": {path: {"bytes": size, "sha256": of the content}}, "digest": of that}. Of
+files above `HASHED_BYTES` it has the size only: array data are not read again to be sealed, since every array has a SHA-256 of
 its own. A flipped bit in such a file is therefore found where it lies in an array; between arrays nobody reads it.
 """
 
