@@ -10,6 +10,8 @@ Exit codes:
     74   a file cannot be read or written (missing, no permission, disk full, damaged)
     76   a loss, gradient or log-probability is NaN or infinite
     130  interrupted from the keyboard
+    134  JAX aborted: another host was silent for run.heartbeat_seconds (or 1, where the connection broke at once);
+         start all hosts again, and the run continues
     143  asked to stop (SIGTERM): the state is saved, and the same command continues
 
 Expected errors are one message without a traceback; `DPO_JAX_TRACEBACK=1` shows it. Commands import JAX only when they run.
