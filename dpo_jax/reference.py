@@ -2,19 +2,21 @@
 
 A cache is a folder: `identity.json` says what the numbers belong to (weights, tokenizer, truncation, number format, kernel),
 and `logps-*.bin` hold one record per pair, keyed by a hash of its token ids. Keys do not mention order, so the cache survives
-reshuffling, repacking and another number of devices. Every record carries a checksum that also covers the identity: a flipped
-bit, a half-written tail or a file from another cache is detected, and just those pairs are computed again.
+reshuffling, repacking and another number of devices. Every record carries a checksum that also covers the identity, and
+`identity.json` counts the records of each file: a flipped bit, a lost tail or file, or one from another cache is detected. What
+is damaged is moved to `quarantine/`, and just those pairs are computed again. (`cache.lock` has no content to be damaged.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +90,9 @@ class ReferenceCache:
     """Opens the cache in `directory`, or begins one. `identity` names all that the numbers depend on, as JSON values.
 
     Raises `ForeignCache`, naming each field that differs, if the folder belongs to something else. `damaged` counts records
-    that failed their checksum. A host appends to one file, `logps-{shard}.bin`; reading takes all files together. Several
-    processes of a host may use the folder at the same time: whoever writes or repairs holds its lock.
+    that are lost or failed their checksum, and `damage` says it file by file. A host appends to one file, `logps-{shard}.bin`;
+    reading takes all files together. Several processes of a host may use the folder at the same time: whoever writes or repairs
+    holds its lock, and of two that compute the same pair the first gives both their number.
     """
 
     def __init__(self, directory: str | os.PathLike[str], identity: Mapping[str, Any], *, shard: int = 0) -> None:
@@ -99,9 +102,16 @@ class ReferenceCache:
         self._seed = zlib.crc32(json.dumps(self.identity, sort_keys=True).encode())
         self._file = self.directory / f"logps-{shard:05d}.bin"
         self._entries: dict[bytes, np.ndarray] = {}
+        self._read_to: dict[str, int] = {}  # bytes of each file
+        self.damaged, self.damage = 0, []
         with self._locked():
-            self._claim()
-            self.damaged = sum(self._read(path) for path in sorted(self.directory.glob("logps-*.bin")))
+            for leftover in self.directory.glob("*.tmp"):
+                leftover.unlink()
+            promised = self._claim()
+            files = {path.name: self._read(path, promised.get(path.name, 0)) for path in self._files()}
+            for name in promised.keys() - files.keys():
+                self._report(promised[name], f"{name} with {promised[name]} records is gone")
+            self._count(files)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -124,7 +134,10 @@ class ReferenceCache:
         return logps
 
     def add(self, pairs: Sequence[Encoded], logps: np.ndarray) -> None:
-        """Appends and syncs to disk: what is added survives a kill. Raises `BrokenReference` for NaN or infinity."""
+        """Appends and syncs to disk: what is added survives a kill. What has an entry by now keeps it.
+
+        Raises `BrokenReference` for NaN or infinity.
+        """
         logps = np.asarray(logps, np.float32)
         bad = np.flatnonzero(~np.isfinite(logps).all(axis=1))
         if len(bad):
@@ -133,18 +146,21 @@ class ReferenceCache:
                 f"{name}: the reference model gives the log-probabilities {values} (chosen, rejected). Its weights are broken, "
                 "or the number format is too small for them; nothing of this batch was cached."
             )
-        records = np.zeros(len(pairs), RECORD)
-        records["logps"] = logps
-        for number, pair in enumerate(pairs):
-            records["key"][number] = key = pair_key(pair)
-            records["crc"][number] = self._crc(records[number])
-            self._entries[key] = logps[number]
-        with self._locked(), open(self._file, "ab") as file:
-            file.write(records.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+        with self._locked():
+            counts = self._catch_up()
+            new: dict[bytes, np.ndarray] = {}
+            for pair, values in zip(pairs, logps, strict=True):
+                if (key := pair_key(pair)) not in self._entries:
+                    new.setdefault(key, values)
+            records = np.zeros(len(new), RECORD)
+            for record, (key, values) in zip(records, new.items(), strict=True):
+                record["key"], record["logps"] = key, values
+                record["crc"] = self._crc(record)
+            self._read_to[self._file.name] = _append(self._file, records.tobytes())
+            self._entries.update(new)
+            self._count({**counts, self._file.name: counts.get(self._file.name, 0) + len(new)})
 
-    @contextmanager
+    @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         with open(self.directory / "cache.lock", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, or with the process
@@ -153,37 +169,107 @@ class ReferenceCache:
     def _crc(self, record: np.void) -> int:
         return zlib.crc32(record.tobytes()[: -RECORD["crc"].itemsize], self._seed)
 
-    def _read(self, path: Path) -> int:
-        data = path.read_bytes()
-        whole = len(data) // RECORD.itemsize * RECORD.itemsize
-        damaged = int(whole < len(data))
-        good = []
-        for record in np.frombuffer(data[:whole], RECORD):
-            if self._crc(record) == record["crc"]:
-                self._entries[record["key"].tobytes()] = record["logps"].copy()
-                good.append(record.tobytes())
-            else:
-                damaged += 1
-        if damaged and path == self._file:  # a record must not follow half of one
-            _replace(path, b"".join(good))
-        return damaged
+    def _files(self) -> list[Path]:
+        return sorted(self.directory.glob("logps-*.bin"))
 
-    def _claim(self) -> None:
+    def _read(self, path: Path, promised: int) -> int:
+        """Takes over the good records of a file, and leaves only those in it. Returns how many they are."""
+        content = path.read_bytes()
+        good = self._believe(content)
+        whole, torn = divmod(len(content), RECORD.itemsize)
+        bad = whole - len(good) + max(promised - whole, int(torn > 0))
+        if bad:
+            moved = self._set_aside(path)
+            _replace(path, b"".join(good))
+            self._report(bad, f"{bad} records of {path.name} are damaged or lost, {len(good)} are good; it is now {moved}")
+        self._read_to[path.name] = len(good) * RECORD.itemsize
+        return len(good)
+
+    def _believe(self, content: bytes) -> list[bytes]:
+        """Takes over the good records: those whose checksum fits and that contradict no earlier one of the same pair."""
+        good = []
+        for record in np.frombuffer(content[: len(content) // RECORD.itemsize * RECORD.itemsize], RECORD):
+            if self._crc(record) == record["crc"]:
+                entry = self._entries.setdefault(record["key"].tobytes(), record["logps"].copy())
+                if entry.tobytes() == record["logps"].tobytes():
+                    good.append(record.tobytes())
+        return good
+
+    def _catch_up(self) -> dict[str, int]:
+        """Takes over what other processes have added meanwhile. Returns the records of each file."""
+        stored = self._stored_identity()
+        for path in self._files():
+            size, start = path.stat().st_size, self._read_to.get(path.name, 0)
+            if size == start:
+                continue
+            with open(path, "rb") as file:
+                file.seek(start if start < size else 0)  # shorter: another process has repaired it
+                self._believe(file.read())
+            self._read_to[path.name] = size
+        return stored["records"] if stored else {}
+
+    def _report(self, records: int, what: str) -> None:
+        self.damaged += records
+        self.damage.append(what)
+
+    def _set_aside(self, path: Path) -> Path:
+        folder = self.directory / "quarantine"
+        folder.mkdir(exist_ok=True)
+        target = next(free for n in itertools.count() if not (free := folder / f"{path.name}-{n}").exists())
+        return path.rename(target)
+
+    def _claim(self) -> dict[str, int]:
+        """Makes the folder ours, or finds that it is. Returns how many records each file is to have."""
         path = self.directory / "identity.json"
-        if not path.exists():
-            _replace(path, (json.dumps(self.identity, indent=2, sort_keys=True) + "\n").encode())
-            return
-        remedy = "Choose another folder with --refs.cache, or delete this one to compute them again."
-        try:
-            found = dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise ForeignCache(f"{path} is damaged, so nobody knows what the cache belongs to ({error}). {remedy}") from error
-        if found != self.identity:
-            names = sorted(name for name in {*found, *self.identity} if found.get(name) != self.identity.get(name))
-            lines = [f"  {name}: cached with {found.get(name)!r}, now {self.identity.get(name)!r}" for name in names]
+        found = self._stored_identity()
+        if found is None and (path.exists() or self._files()):
+            where = f"is damaged; it is now {self._set_aside(path)}" if path.exists() else "is gone"
+            self._report(0, f"{path.name} {where}; each record tells by its checksum whether it belongs here")
+        if found is None:
+            return {}
+        if found["identity"] != self.identity:
+            before, now = found["identity"], self.identity
+            names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+            lines = [f"  {name}: cached with {before.get(name)!r}, now {now.get(name)!r}" for name in names]
             raise ForeignCache(
-                f"{self.directory} holds reference log-probabilities of something else:\n" + "\n".join(lines) + f"\n{remedy}"
+                f"{self.directory} holds reference log-probabilities of something else:\n" + "\n".join(lines) + "\n"
+                "Choose another folder with --refs.cache, or delete this one to compute them again."
             )
+        return found["records"]
+
+    def _stored_identity(self) -> dict[str, Any] | None:
+        """The content of identity.json; None if there is none or it is damaged."""
+        try:
+            content = json.loads((self.directory / "identity.json").read_bytes())
+            return content if content["digest"] == _digest(content["identity"], content["records"]) else None
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None
+
+    def _count(self, records: Mapping[str, int]) -> None:
+        content = {"identity": self.identity, "records": dict(records), "digest": _digest(self.identity, records)}
+        if content != self._stored_identity():
+            text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+            _replace(self.directory / "identity.json", text.encode())
+
+
+def _digest(identity: Mapping[str, Any], records: Mapping[str, int]) -> str:
+    return hashlib.sha256(json.dumps([identity, records], sort_keys=True).encode()).hexdigest()
+
+
+def _append(path: Path, content: bytes) -> int:
+    """Appends all of `content` or, on a full disk, nothing: half a record would be in the way of the next. Returns the size."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "ab") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)  # which Python does not know here
+        with contextlib.suppress(FileNotFoundError):
+            os.truncate(path, size)
+        raise
+    return size + len(content)
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -307,8 +307,37 @@ def test_another_setting_in_the_same_directory_is_refused_by_name(done, flag, va
     assert {name: (done / "dpo" / name).read_bytes() for name in before} == before
 
 
-def test_another_optimizer_is_refused_before_anything_is_read(done):
-    assert "of another model or optimizer" in refused(2, "dpo", done.config, "--dpo.optimizer", "adamw")
+def test_another_optimizer_or_model_is_refused_before_anything_is_read(done, tmp_path):
+    message = refused(2, "dpo", done.config, "--dpo.optimizer", "adamw")
+    assert "8 is of another model or optimizer" in message
+    assert "absent there, float32[" in message
+    assert "Continue it with the settings it was saved with, or choose another directory." in message
+    wider = ("--run.dir", tmp_path, "--tokenizer.path", done / "tokenizer", "--model.width", 64, "--run.seed", 0)
+    shutil.copytree(done / "sft", tmp_path / "sft")
+    message = refused(2, "sft", done.config, *wider)
+    assert "float32[450, 32] there, float32[450, 64] here" in message
+    assert sorted(path.name for path in (tmp_path / "sft" / "checkpoints").iterdir()) == ["3", "4"]
+
+
+def test_a_run_not_to_resume_is_refused_before_anything_is_computed(done, tmp_path):
+    message = refused(2, "dpo", done.config, "--run.no-resume", "--dpo.policy", tmp_path / "nothing")
+    assert "run.resume: is off, and " in message
+    assert "dpo/checkpoints holds checkpoints; turn it on, or choose another --run.dir" in message
+
+
+def test_checkpoints_may_lie_elsewhere(done, tmp_path):
+    flags = ("--run.dir", tmp_path / "run", "--run.checkpoints", tmp_path / "elsewhere")
+    start = ("--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs")
+    assert call("dpo", done.config, *flags, *start).code == 0
+    assert {"6", "8"} <= {path.name for path in (tmp_path / "elsewhere" / "dpo").iterdir()}
+    assert not (tmp_path / "run" / "dpo" / "checkpoints").exists()
+    assert bytes_of(tmp_path / "run" / "dpo" / "export") == bytes_of(done / "dpo" / "export")
+    assert f"after {STEPS} steps" in call("dpo", done.config, *flags, *start).out
+    other = ("--run.dir", tmp_path / "other", *flags[2:], *start)
+    with RunDir(tmp_path / "elsewhere" / "dpo"):
+        assert "another run" in refused(73, "dpo", done.config, *other)
+    assert call("export", tmp_path / "run" / "dpo" / "config.yaml", "--export.out", tmp_path / "again").code == 0
+    assert bytes_of(tmp_path / "again") == bytes_of(done / "dpo" / "export")
 
 
 def test_checkpoints_of_which_none_verifies_are_not_trained_over(copy):
@@ -363,6 +392,14 @@ def test_a_mesh_that_does_not_fit_is_refused_before_any_weights_are_read(done, t
         in refused(2, "dpo", done.config, *here, "--mesh.tensor", 4)
     )
     assert "mesh.fsdp: only one size can be -1" in refused(2, "dpo", done.config, *here, "--mesh.data", -1)
+    assert "data 3 x fsdp 1 x tensor 1: 3 does not equal the 4 devices; the nearest mesh is data 4 x fsdp 1" in refused(
+        2, "dpo", done.config, *here, "--mesh.data", 3, "--mesh.fsdp", 1
+    )
+    new = ("--run.dir", tmp_path, "--run.devices", "mesh", "--tokenizer.path", done / "tokenizer", "--model.vocab-size", 512)
+    assert "axis 'kv_heads' of 2 x 16 does not divide among tensor 4; the nearest size that does is 2" in refused(
+        2, "sft", done.config, *new, "--mesh.tensor", 4
+    )
+    assert not list(tmp_path.glob("*/checkpoints"))
 
 
 @pytest.mark.parametrize("layout", ["plain", "shared", "packed"])
@@ -496,12 +533,14 @@ def test_attention_that_this_machine_does_not_have(done):
 
 
 def test_a_cache_that_lies_is_found_at_step_0(done, copy):
-    identity = json.loads((copy / "refs" / "identity.json").read_text())
+    identity = json.loads((copy / "refs" / "identity.json").read_text())["identity"]
     config = load_config(copy.config)
     tokenizer = build.load_tokenizer(copy / "tokenizer")
     pairs = build.encode_split(config, build.load_split(config, "train"), tokenizer)
-    cache = ReferenceCache(copy / "refs", {name: value for name, value in identity.items() if name != "version"})
-    cache.add(pairs, cache.lookup(pairs) + np.float32([[0.5, -0.5]]))
+    identity = {name: value for name, value in identity.items() if name != "version"}
+    values = ReferenceCache(copy / "refs", identity).lookup(pairs)
+    shutil.rmtree(copy / "refs")
+    ReferenceCache(copy / "refs", identity).add(pairs, values + np.float32([[0.5, -0.5]]))
     shutil.rmtree(copy / "dpo")
     message = refused(2, "dpo", copy.config)
     assert "step 0 has loss 0.74" in message
@@ -566,8 +605,12 @@ def test_a_model_folder_that_is_no_model_is_refused_by_its_option(done, tmp_path
 def test_impossible_sizes_are_refused_before_compiling(done, tmp_path):
     here = ("--run.dir", tmp_path, "--dpo.policy", done / "sft" / "export")
     pmap = ("--run.devices", "pmap", "--dpo.batch", 6)
-    assert "dpo.batch: 6 does not divide among 4 devices x 1 microbatches" in refused(2, "dpo", done.config, *here, *pmap)
-    assert "dpo.microbatches: must divide batch" in refused(2, "dpo", done.config, *here, "--dpo.microbatches", 3)
+    assert "dpo.batch: 6 does not divide among 4 devices x 1 microbatches; the nearest batch that does is 8" in refused(
+        2, "dpo", done.config, *here, *pmap
+    )
+    assert "dpo.microbatches: must divide batch: 16 do not split into 3 equal parts; the nearest is 2" in refused(
+        2, "dpo", done.config, *here, "--dpo.microbatches", 3
+    )
     # The model of the config file is described as it is; only the folder that is loaded knows that 129 is too much for it.
     config = tmp_path / "other.yaml"
     config.write_text(CONFIG.format(dir=tmp_path).replace("max_positions: 128", "max_positions: 256"))

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,59 @@ def test_every_number_belongs_to_its_step_and_rows_are_written_before_saves(tmp_
     assert memory.polls == 5
     expected = "row0 row1 sync save2 row2 eval3 row3 sync save4 row4 eval5 sync save5 wait"
     assert " ".join("".join(map(str, event)) for event in events) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "saved"),
+    [
+        ({"save_every_minutes": 2.5}, [3, 6, 9, 10]),  # a step takes a minute
+        ({"save_every_minutes": 2.5, "save_every": 4}, [3, 4, 7, 8, 10]),  # every save starts the minutes anew
+        ({"save_every_minutes": 0.5}, list(range(1, 11))),
+        ({"save_every_minutes": 60}, [10]),
+        ({}, [10]),
+    ],
+)
+def test_saves_by_minutes(options, saved):
+    now, memory = 0.0, Memory()
+
+    def minute(state, rows):
+        nonlocal now
+        now += 60
+        return compiled(state, rows)
+
+    fit(minute, start(), stream, total_steps=10, checkpoints=memory, clock=lambda: now, **options)
+    assert list(memory.saved) == saved
+
+
+@pytest.mark.parametrize("ends_at", [9, 10, 11, 12])
+def test_hosts_save_by_the_minutes_of_one_of_them_at_the_same_step(ends_at):
+    """Two hosts in turn, each in a thread; the agreement arrives a step late. Only the first counts minutes."""
+    barrier, said = threading.Barrier(2), [0, 0]
+
+    def run(host):
+        pending, steps, memory = 0, 0, Memory()
+
+        def agree(number):
+            nonlocal pending
+            said[host] = number
+            barrier.wait()
+            before, pending = pending, max(said)
+            barrier.wait()
+            return before
+
+        def counted(state, rows):
+            nonlocal steps
+            steps += 1
+            return compiled(state, rows)
+
+        minutes = {"save_every_minutes": 3} if host == 0 else {}
+        options = {"agree": agree, "clock": lambda: 60.0 * steps, "checkpoints": memory}
+        fit(counted, start(), stream, total_steps=ends_at, **options, **minutes)
+        return list(memory.saved)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, range(2))
+    assert first == second == sorted({4, 8, *([12] if ends_at == 12 else []), ends_at})
 
 
 def test_metrics_are_read_while_the_next_step_is_under_way(tmp_path):

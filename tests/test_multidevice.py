@@ -282,8 +282,11 @@ def test_a_size_of_minus_one_takes_what_is_left(sizes, shape):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"tensor": 3}, "data 1 x fsdp -1 x tensor 3: 3 does not divide the 4 devices; the nearest product that does is 2"),
-        ({"fsdp": 2}, "fsdp 2 x tensor 1: 2 does not equal the 4 devices; set one size to -1"),
+        (
+            {"tensor": 3},
+            "fsdp -1 x tensor 3: 3 does not divide the 4 devices; the nearest mesh is data 1 x fsdp 1 x tensor 4",
+        ),
+        ({"fsdp": 2}, "fsdp 2 x tensor 1: 2 does not equal the 4 devices; the nearest mesh is data 2 x fsdp 2 x tensor 1"),
         ({"data": -1}, "one of them may be -1"),
         ({"fsdp": 0}, "sizes are at least 1"),
     ],

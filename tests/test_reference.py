@@ -2,11 +2,13 @@
 
 import functools
 import json
+import random
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from damage import FAULTS, damage
 from test_step import MODEL, random_pairs
 
 from dpo_jax.data.loader import in_order, plan_layout, stream
@@ -91,23 +93,86 @@ def test_a_new_field_of_the_identity_makes_old_caches_foreign(filled):
         opened(filled, rope=2)
 
 
-@pytest.mark.parametrize("content", [b"", b"[1, 2]", b'{"weights": ', b"\xff\xfe"])
-def test_a_damaged_identity_is_said_to_be_damaged(filled, content):
-    (filled / "identity.json").write_bytes(content)
-    with pytest.raises(ForeignCache, match=r"identity\.json is damaged.*--refs\.cache"):
-        opened(filled)
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b'{"identity": ', b"\xff\xfe", None])
+def test_without_its_identity_the_records_say_themselves_where_they_belong(filled, content):
+    path = filled / "identity.json"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    cache = opened(filled)
+    assert "is damaged; it is now" in cache.damage[0] if content is not None else "is gone" in cache.damage[0]
+    assert set_aside(filled) == ([] if content is None else ["identity.json-0"])
+    np.testing.assert_array_equal(cache.lookup(PAIRS), VALUES)
+    path.unlink()
+    other = opened(filled, weights="ff" * 32)  # what they belong to, nobody can be asked: nothing is believed
+    assert (len(other), other.damaged) == (0, 13)
 
 
-def test_what_was_added_survives_a_kill_in_the_middle_of_a_record(filled):
+def set_aside(folder):
+    return sorted(path.name for path in (folder / "quarantine").glob("*"))
+
+
+def test_what_was_added_survives_a_tear_in_the_middle_of_a_record(filled):
     path = filled / "logps-00000.bin"
     path.write_bytes(path.read_bytes()[: 9 * RECORD.itemsize + 11])
     cache = opened(filled)
-    assert (len(cache), cache.damaged) == (9, 1)
+    assert (len(cache), cache.damaged) == (9, 4)
     assert cache.missing(PAIRS) == [9, 10, 11, 12]
     cache.add(PAIRS[9:], VALUES[9:])
     again = opened(filled)
     assert (len(again), again.damaged) == (13, 0)
     np.testing.assert_array_equal(again.lookup(PAIRS), VALUES)
+
+
+@pytest.mark.parametrize("kept", [0, 9, None])
+def test_records_that_are_gone_without_a_trace_are_missed(filled, kept):
+    """Cut between two records, or deleted: every record that is left is sound, but they are not all."""
+    path = filled / "logps-00000.bin"
+    content = path.read_bytes()
+    path.unlink()
+    if kept is not None:
+        path.write_bytes(content[: kept * RECORD.itemsize])
+    cache = opened(filled)
+    assert (len(cache), cache.damaged) == (kept or 0, 13 - (kept or 0))
+    assert set_aside(filled) == ([] if kept is None else ["logps-00000.bin-0"])
+    assert [what.split(";")[0] for what in cache.damage] == [
+        "logps-00000.bin with 13 records is gone"
+        if kept is None
+        else f"{13 - kept} records of logps-00000.bin are damaged or lost, {kept} are good"
+    ]
+    again = opened(filled)
+    assert (again.damaged, again.damage) == (0, [])
+
+
+def test_a_kill_between_records_and_their_count_loses_nothing(filled):
+    counted = (filled / "identity.json").read_bytes()
+    more = random_pairs(3, seed=98)
+    opened(filled).add(more, VALUES[:3])
+    (filled / "identity.json").write_bytes(counted)
+    (filled / "identity.tmp").write_bytes(b"{")
+    cache = opened(filled)
+    assert (len(cache), cache.damaged) == (16, 0)
+    assert json.loads((filled / "identity.json").read_bytes())["records"] == {"logps-00000.bin": 16}
+    assert sorted(path.name for path in filled.iterdir()) == ["cache.lock", "identity.json", "logps-00000.bin"]
+
+
+def test_two_numbers_for_one_pair_the_first_is_believed_and_the_second_reported(filled, tmp_path):
+    ReferenceCache(tmp_path / "other", IDENTITY).add(PAIRS[:4], VALUES[:4] + np.float32([[1], [0], [0], [0]]))
+    shutil.copy(tmp_path / "other" / "logps-00000.bin", filled / "logps-00001.bin")
+    cache = opened(filled)
+    assert cache.damaged == 1
+    assert set_aside(filled) == ["logps-00001.bin-0"]
+    np.testing.assert_array_equal(cache.lookup(PAIRS), VALUES)
+    assert opened(filled).damaged == 0
+
+
+def test_two_processes_that_compute_the_same_pairs_use_the_same_numbers(tmp_path):
+    one, two = opened(tmp_path), opened(tmp_path)
+    one.add(PAIRS, VALUES)
+    two.add(PAIRS, VALUES + np.float32(1e-5))  # other rows, another order of sums
+    for cache in (one, two, opened(tmp_path)):
+        np.testing.assert_array_equal(cache.lookup(PAIRS), VALUES)
+    assert (tmp_path / "logps-00000.bin").stat().st_size == 13 * RECORD.itemsize
 
 
 def test_every_flipped_bit_is_found(filled):
@@ -122,6 +187,7 @@ def test_every_flipped_bit_is_found(filled):
         assert cache.missing(PAIRS) == [5]
         assert opened(filled).damaged == 0  # the bad record is gone, the others are kept
         assert len(opened(filled)) == 12
+    assert (filled / "quarantine" / f"logps-00000.bin-{8 * RECORD.itemsize - 1}").read_bytes() == bytes(broken)
 
 
 @pytest.mark.parametrize("shard", ["logps-00000.bin", "logps-00001.bin"])
@@ -130,10 +196,31 @@ def test_records_copied_from_another_cache_are_not_believed(filled, tmp_path, sh
     other.add(PAIRS[:3], VALUES[:3] + 1)
     shutil.copy(tmp_path / "other" / "logps-00000.bin", filled / shard)
     cache = opened(filled)
-    assert cache.damaged == 3
+    assert cache.damaged == (3 if shard.endswith("1.bin") else 13)  # three that came and, in place of ours, ten that went
     assert cache.missing(PAIRS) == ([] if shard.endswith("1.bin") else list(range(13)))
     if not cache.missing(PAIRS):
         np.testing.assert_array_equal(cache.lookup(PAIRS), VALUES)
+
+
+@pytest.mark.parametrize("name", ["identity.json", "logps-00000.bin"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_damage_to_any_file_of_the_cache_is_found(filled, tmp_path, name, fault):
+    """Several places of each: reported, set aside unless gone, and after computing what is lacking all is as it was."""
+    generator = random.Random(0)
+    tries = 40 if fault in ("bit", "zeros") else 1
+    for number in range(tries):
+        folder = shutil.copytree(filled, tmp_path / f"{number}")
+        damage(folder / name, fault, generator)
+        cache = opened(folder)
+        assert cache.damage
+        assert set_aside(folder) == ([] if fault == "deleted" else [f"{name}-0"])
+        lacking = cache.missing(PAIRS)
+        assert cache.damaged == len(lacking)
+        cache.add([PAIRS[i] for i in lacking], VALUES[lacking])
+        again = opened(folder)
+        assert again.damage == []
+        np.testing.assert_array_equal(again.lookup(PAIRS), VALUES)
+    print(f"{name}, {fault}: {tries} tries, {tries} found")
 
 
 def test_hosts_write_files_of_their_own_and_read_all(tmp_path):

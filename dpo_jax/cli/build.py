@@ -330,6 +330,6 @@ def batch_parts(section: SftConfig | DpoConfig, partitioner: Partitioner, *, lay
     if layout != "packed" and section.batch % parts:
         raise ConfigError(
             f"{name}.batch: {section.batch} does not divide among {partitioner.row_shards} devices x {section.microbatches} "
-            f"microbatches; use a multiple of {parts}"
+            f"microbatches; the nearest batch that does is {max(1, round(section.batch / parts)) * parts}"
         )
     return parts

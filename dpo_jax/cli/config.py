@@ -35,6 +35,10 @@ def _positive(section: object, *fields: str) -> Iterator[Problem]:
             yield field, f"must be greater than 0, got {value}"
 
 
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
 def _not_negative(section: object, *fields: str) -> Iterator[Problem]:
     for field in fields:
         value = getattr(section, field)
@@ -66,8 +70,12 @@ class RunConfig:
     """Type of activations. Parameters, optimizer state, log-softmax and sums are float32 either way."""
     save_every_steps: int = 200
     """Save a checkpoint every this many optimizer steps, and at the end; 0: only at the end."""
+    save_every_minutes: float = 0.0
+    """Save also when the last checkpoint is this many minutes old; 0: never for that."""
     max_to_keep: int = 2
     """Checkpoints kept; older ones are deleted."""
+    checkpoints: str | None = None
+    """Folder for checkpoints, of this run alone, also in a bucket: gs://bucket/hh (needs the `gcs` extra); none: in run.dir."""
     eval_every_examples: int = 0
     """Evaluate on the test split after this many training examples, and at the end; 0: only at the end."""
     tensorboard: bool = False
@@ -87,7 +95,9 @@ class RunConfig:
         for field in ("coordinator", "num_processes", "process_id"):
             if self.distributed == "off" and getattr(self, field) is not None:
                 yield field, "needs run.distributed auto, which is off"
-        yield from _not_negative(self, "save_every_steps", "eval_every_examples")
+        yield from _not_negative(self, "save_every_steps", "save_every_minutes", "eval_every_examples")
+        if self.checkpoints is not None and not self.checkpoints.strip():
+            yield "checkpoints", "must name a folder, or be null for the one in run.dir"
         if self.wandb is not None and not self.wandb.strip():
             yield "wandb", "must name a project, or be null to leave wandb out"
 
@@ -255,7 +265,11 @@ class TrainingConfig:
         yield from _positive(self, "batch", "epochs", "lr", "max_grad_norm", "microbatches")
         yield from _not_negative(self, "warmup_steps")
         if self.batch > 0 and self.microbatches > 0 and self.batch % self.microbatches:
-            yield "microbatches", f"must divide batch: {self.batch} do not split into {self.microbatches} equal parts"
+            nearest = min(_divisors(self.batch), key=lambda size: abs(size - self.microbatches))
+            yield (
+                "microbatches",
+                f"must divide batch: {self.batch} do not split into {self.microbatches} equal parts; the nearest is {nearest}",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,6 +409,10 @@ class Config:
     sample: SampleConfig = SampleConfig()
     export: ExportConfig = ExportConfig()
     prepare: PrepareConfig = PrepareConfig()
+
+    def checkpoints_of(self, task: str) -> str:
+        """Where the training of `sft` or `dpo` saves to: a folder, or `gs://...`, exactly as it was given."""
+        return f"{self.run.checkpoints}/{task}" if self.run.checkpoints else f"{self.run.dir}/{task}/checkpoints"
 
     def dpo_policy(self) -> str:
         """The starting policy of DPO, which is the reference too."""

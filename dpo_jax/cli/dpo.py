@@ -12,7 +12,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.config import Config, DpoConfig
 from dpo_jax.cli.refs import reference_values
-from dpo_jax.cli.train import leave_results, train
+from dpo_jax.cli.train import check_checkpoints, leave_results, train
 from dpo_jax.data.loader import in_order, stream, total_steps
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.dpo import dpo_step
@@ -28,6 +28,7 @@ class WrongStart(RuntimeError):
 def run(config: Config) -> int:
     section = config.dpo
     with build.open_run(config, "dpo", continues=True) as run_dir:
+        check_checkpoints(config, "dpo")
         tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
         model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy")
         partitioner = build.make_partitioner(config, model)

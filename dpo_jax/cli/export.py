@@ -14,18 +14,19 @@ from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.hf import load_config as load_hf_config
 from dpo_jax.models.hf import save_hf
-from dpo_jax.runtime.checkpoint import Checkpoints
+from dpo_jax.runtime.checkpoint import Checkpoints, has_steps
 from dpo_jax.step import init_state
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 def run(config: Config) -> int:
-    directory = Path(config.export.checkpoint or f"{config.run.dir}/dpo/checkpoints").resolve()
-    written_by = directory.parent / "config.yaml"
-    if not (written_by.is_file() and directory.is_dir()):
+    directory = config.export.checkpoint or config.checkpoints_of("dpo")
+    folder = _run_of(config, directory)
+    written_by = folder / "config.yaml"
+    if not (written_by.is_file() and has_steps(directory)):
         raise ConfigError(f"export.checkpoint: {directory}: no run wrote checkpoints here (there must be a {written_by})")
-    task, original = directory.parent.name, load_config(written_by)
+    task, original = folder.name, load_config(written_by)
     start = original.model.path if task == "sft" else original.dpo_policy()
     tokenizer = build.tokenizer_of(original, model_path=start, name="model.path" if task == "sft" else "dpo.policy")
     hf = load_hf_config(start) if start is not None else build.new_hf_config(original, tokenizer)
@@ -38,8 +39,15 @@ def run(config: Config) -> int:
     if found is None:
         raise ConfigError(f"export.checkpoint: {directory} holds no checkpoint; train first")
     state, _ = found
-    out = config.export.out or f"{directory.parent}/export"
-    folder = save_hf(out, model, state.variables, dtype=DTYPES[config.export.dtype])
-    tokenizer.save_pretrained(folder)
-    print(f"step {int(state.step)} of {directory.parent} as {config.export.dtype} in {folder}")
+    out = save_hf(config.export.out or folder / "export", model, state.variables, dtype=DTYPES[config.export.dtype])
+    tokenizer.save_pretrained(out)
+    print(f"step {int(state.step)} of {folder} as {config.export.dtype} in {out}")
     return 0
+
+
+def _run_of(config: Config, directory: str) -> Path:
+    """The folder of the run that wrote these checkpoints: they lie in it, unless `run.checkpoints` put them elsewhere."""
+    for task in ("sft", "dpo"):
+        if config.run.checkpoints is not None and directory == config.checkpoints_of(task):
+            return Path(config.run.dir) / task
+    return Path(directory).resolve().parent

@@ -10,6 +10,8 @@ Exit codes:
     74   a file cannot be read or written (missing, no permission, disk full, damaged)
     76   a loss, gradient or log-probability is NaN or infinite
     130  interrupted from the keyboard
+    134  JAX aborted: another host was silent for run.heartbeat_seconds (or 1, where the connection broke at once);
+         start all hosts again, and the run continues
     143  asked to stop (SIGTERM): the state is saved, and the same command continues
 
 Expected errors are one message without a traceback; `DPO_JAX_TRACEBACK=1` shows it. Commands import JAX only when they run.
@@ -57,7 +59,9 @@ COMMANDS = {
     "dpo": Command("train the policy on preferences", "dpo_jax.cli.dpo:run", (*_RUN, "refs", "dpo"), ("data",)),
     "eval": Command("measure a policy on held-out pairs", "dpo_jax.cli.eval:run", (*_RUN, *_LOSS, "refs", "eval"), ("data",)),
     "sample": Command("complete prompts with a policy", "dpo_jax.cli.sample:run", (*_RUN, "sample"), ("data",)),
-    "export": Command("write a checkpoint as a Hugging Face folder", "dpo_jax.cli.export:run", ("run.dir", "export")),
+    "export": Command(
+        "write a checkpoint as a Hugging Face folder", "dpo_jax.cli.export:run", ("run.dir", "run.checkpoints", "export")
+    ),
 }
 
 ON_MANY_HOSTS = ("sft", "refs", "dpo", "eval", "sample")
@@ -115,24 +119,31 @@ def exit_code(error: BaseException) -> int:
     return 74 if _os_error(error) else 1
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
+FULL = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded", errno.EROFS: "Read-only file system"}
+
+
+def _os_error(error: BaseException) -> OSError | None:
     """The file error behind an exception: a full disk reaches us wrapped by whoever was writing."""
-    if isinstance(error, OSError):
-        return error
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    name = next((link.filename for link in chain if isinstance(link, OSError) and link.filename), None)
+    for link in chain:
+        for number, text in FULL.items():
+            if getattr(link, "errno", None) == number or text in str(link):  # TensorStore has no number
+                return OSError(number, text, name)
+    return error if isinstance(error, OSError) else None
 
 
 def _message(error: Exception) -> str:
     cause = _os_error(error)
     if cause is None or exit_code(error) != 74:
         return str(error)
+    if not cause.strerror:
+        return str(cause)
     full = "; free some space, then run the same command again: it continues" if cause.errno == errno.ENOSPC else ""
     where = f"{cause.filename}: " if cause.filename else ""
-    return f"{where}{cause.strerror or cause}{full}"
+    return f"{where}{cause.strerror}{full}"
 
 
 def _run(args: list[str]) -> int:

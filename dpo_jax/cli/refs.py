@@ -53,8 +53,8 @@ def reference_values(
     """
     # The first host has the cache; what it lacks, and in the end all values, the others hear from it.
     cache = ReferenceCache(config.refs_cache(), identity(config, model, weights, tokenizer)) if is_first() else None
-    if cache is not None and cache.damaged:
-        print(f"{cache.directory}: {cache.damaged} damaged records are computed again", flush=True)
+    for what in cache.damage if cache is not None else ():
+        print(f"{config.refs_cache()}: {what}; what is lacking is computed again", flush=True)
     pairs = [pair for split in splits for pair in split]
     absent = np.zeros(len(pairs), np.uint8)
     if cache is not None:

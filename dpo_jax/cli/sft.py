@@ -11,7 +11,7 @@ import numpy as np
 from dpo_jax.cli import build
 from dpo_jax.cli.card import sft_card
 from dpo_jax.cli.config import Config
-from dpo_jax.cli.train import leave_results, train
+from dpo_jax.cli.train import check_checkpoints, leave_results, train
 from dpo_jax.data.loader import in_order, plan_layout, stream, total_steps
 from dpo_jax.data.prepare import data_digest, encode_targets
 from dpo_jax.logps import sequence_logps
@@ -22,6 +22,7 @@ from dpo_jax.types import TrainState
 def run(config: Config) -> int:
     section, data = config.sft, config.data
     with build.open_run(config, "sft", continues=True) as run_dir:
+        check_checkpoints(config, "sft")
         tokenizer = build.tokenizer_of(config, model_path=config.model.path)
         model = build.start_model(config, tokenizer)
         partitioner = build.make_partitioner(config, model)

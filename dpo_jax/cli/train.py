@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,11 +19,12 @@ from dpo_jax.data.pairs import DataReport
 from dpo_jax.evals.plots import plot_training
 from dpo_jax.models.hf import save_hf
 from dpo_jax.runtime import hosts
-from dpo_jax.runtime.checkpoint import Checkpoints
+from dpo_jax.runtime.checkpoint import Checkpoints, has_steps
 from dpo_jax.runtime.fit import NonFinite, fit
 from dpo_jax.runtime.mesh import mesh_sizes
 from dpo_jax.runtime.metrics import MetricsLog, Progress, TensorBoardWriter, WandbWriter, is_evaluation, read_metrics
 from dpo_jax.runtime.rundir import RunDir
+from dpo_jax.runtime.seal import is_remote
 from dpo_jax.types import Model, Partitioner, TrainState
 
 Evaluate = Callable[[TrainState, int], Mapping[str, Any]]
@@ -53,7 +55,7 @@ def train(
     """
     meta = {"fingerprint": dict(fingerprint), "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")}}
     print(_what_runs_where(config, section, state, partitioner), flush=True)
-    with Checkpoints(run.checkpoints, max_to_keep=config.run.max_to_keep) as checkpoints:
+    with _checkpoints(config, run) as checkpoints:
         state = _resume(config, run, state, checkpoints, meta, partitioner)
         build.describe(run, config, *reports)
         evaluate = functools.partial(_finite, evaluate)
@@ -71,6 +73,7 @@ def train(
                 evaluate=evaluate,
                 eval_every=math.ceil(config.run.eval_every_examples / section.batch),
                 save_every=config.run.save_every_steps,
+                save_every_minutes=config.run.save_every_minutes if hosts.is_first() else 0.0,
                 check=check,
                 unit=unit,
                 get_state=partitioner.get_state,
@@ -83,6 +86,24 @@ def train(
                 if log is not None:
                     log.write({"step": total_steps} | {f"eval/{k}": v for k, v in metrics.items()})
     return partitioner.get_state(state)
+
+
+def check_checkpoints(config: Config, task: str) -> None:
+    """Raises `ConfigError` before anything is computed: for a bucket that cannot be reached, and an old run not to resume."""
+    directory = config.checkpoints_of(task)
+    if directory.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
+        raise ConfigError("run.checkpoints: gs:// needs the package gcsfs: pip install 'dpo_jax[gcs]'")
+    if not config.run.resume and has_steps(directory):
+        raise ConfigError(f"run.resume: is off, and {directory} holds checkpoints; turn it on, or choose another --run.dir")
+
+
+@contextlib.contextmanager
+def _checkpoints(config: Config, run: RunDir) -> Iterator[Checkpoints]:
+    directory = config.checkpoints_of(run.path.name)
+    with contextlib.ExitStack() as held:
+        if config.run.checkpoints is not None and not is_remote(directory):
+            held.enter_context(RunDir(directory, lock=hosts.is_first()))  # for its lock: runs elsewhere may name it, too
+        yield held.enter_context(Checkpoints(directory, max_to_keep=config.run.max_to_keep))
 
 
 @contextlib.contextmanager
@@ -148,8 +169,6 @@ def _resume(
     if found is None:
         return state
     restored, saved = found
-    if not config.run.resume:
-        raise ConfigError(f"run.dir: {run.path} holds checkpoints, and run.resume is off; choose another directory")
     differing = {
         name: (saved["fingerprint"].get(name), value)
         for name, value in meta["fingerprint"].items()

@@ -3,12 +3,18 @@
 Orbax writes asynchronously and atomically, but restores a flipped bit or an array of another dtype without a word, and takes
 an empty folder for the latest step (seen with orbax 0.12.8). So each step also holds a record: shape, dtype and SHA-256 of
 every leaf, and a digest of the record itself. The hashes are of the logical arrays, not of files: they stay the same whatever
-devices a state is saved from or restored to.
+devices a state is saved from or restored to. And once orbax has committed a step, it is sealed: the seal finds damage in those
+of orbax's files, too, that a restore does not read.
 
-    directory/120/state    orbax arrays, one flat dict: {"params.params.wte": ..., "opt_state.1.0.nu...": ..., "step": ...}
-    directory/120/record   JSON: leaves, the caller's `meta`, digest
-    directory/quarantine   steps that did not verify; nothing is deleted from here
-    directory/deleting     steps on their way out: orbax renames them here, which a kill cannot leave half done
+    directory/120/state       orbax arrays, one flat dict: {"params.params.wte": ..., "opt_state.1.0.nu...": ..., "step": ...}
+    directory/120/record      JSON: leaves, the caller's `meta`, digest
+    directory/120/files.json  the seal (`runtime.seal`)
+    directory/unsealed        the number of the step that is being saved: after a kill between its commit and its seal it needs
+                              no seal, its leaves alone verify it. Any other step without a seal is damaged.
+    directory/quarantine      steps that did not verify; nothing is deleted from here
+    directory/deleting        steps on their way out: orbax renames them here, which a kill cannot leave half done
+
+`directory` may be in a bucket (`gs://...`, with the package gcsfs); orbax then deletes old steps there and then.
 """
 
 from __future__ import annotations
@@ -28,11 +34,12 @@ import orbax.checkpoint as ocp
 from etils import epath  # comes with orbax; pathlib that also reads gs://
 
 from dpo_jax.runtime import hosts
+from dpo_jax.runtime.seal import check_seal, digest, is_remote, is_sealed, write_seal, write_whole
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-DELETING, QUARANTINE = "deleting", "quarantine"
+FORMAT = 2  # 1 had no seals
+DELETING, QUARANTINE, UNSEALED = "deleting", "quarantine", "unsealed"
 Leaves = dict[str, Any]
 
 
@@ -45,7 +52,20 @@ class CheckpointDamaged(RuntimeError):
 
 
 class CheckpointWriteError(OSError):
-    """A save did not reach the disk. Older steps are intact."""
+    """A save did not reach the disk. Older steps are intact. `filename` is the directory."""
+
+    def __init__(self, message: str, *, filename: str):
+        super().__init__(message)
+        self.filename = filename
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+def has_steps(directory: str | os.PathLike[str]) -> bool:
+    """Whether anything was saved to `directory`, of whatever kind and state."""
+    folder = epath.Path(directory)
+    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 class Checkpoints:
@@ -60,7 +80,8 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike[str], *, max_to_keep: int = 2, read_only: bool = False):
         self._read_only = read_only
         self.directory = epath.Path(directory)
-        if "://" not in str(directory):
+        self._unsealed: int | None = None
+        if not is_remote(directory):
             self.directory = self.directory.resolve()  # orbax refuses relative paths
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
@@ -81,14 +102,17 @@ class Checkpoints:
         """
         leaves = _named(state)
         record = _record(step, leaves, meta)
-        with _writing(self.directory):
-            self._manager.wait_until_finished()
-            self._purge()
-            arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(leaves), record=ocp.args.JsonSave(record))
-            saved = self._manager.save(step, args=arguments)
-        if not saved:
+        self.wait()
+        if not self._manager.should_save(step):
             latest = self._manager.latest_step()
             raise ValueError(f"step {step} was not saved: {self.directory} is read only, or already holds step {latest}")
+        with _writing(self.directory):
+            self._purge()
+            if hosts.is_first():
+                write_whole(self.directory / UNSEALED, str(step))
+            arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(leaves), record=ocp.args.JsonSave(record))
+            self._manager.save(step, args=arguments)
+            self._unsealed = step
 
     def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
         """(state, meta) of the newest step that verifies, or None in a directory without checkpoints.
@@ -102,17 +126,20 @@ class Checkpoints:
         self.wait()
         wanted = _named(abstract_state)
         damaged: list[int] = []
+        committed = self._last_begun()  # read before any seal: a run that is being watched seals, and then forgets this
         for step in sorted(self._manager.all_steps(), reverse=True):
-            record, error = _attempt(lambda step=step: self._read_record(step))
+            record, error = _attempt(lambda step=step: self._read_record(step, needs_seal=step != committed))
             if error is not None:
                 damaged += self._set_aside(step, error)
                 continue
-            _check_target(record["leaves"], wanted, f"{self.directory / str(step)}")
+            _check_target(record, wanted, f"{self.directory / str(step)}")
             leaves, error = _attempt(lambda step=step, record=record: self._read_leaves(step, record["leaves"], wanted))
             if error is not None:
                 damaged += self._set_aside(step, error)
                 continue
             logger.info("restored step %d from %s", step, self.directory)
+            self._unsealed = step if step == committed and not self._read_only else None
+            self.wait()
             return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in wanted]), record["meta"]
         if damaged:
             where = self.directory if self._read_only else self.directory / QUARANTINE
@@ -124,19 +151,25 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def wait(self) -> None:
-        """Returns once everything saved is on disk. Raises CheckpointWriteError otherwise."""
+        """Returns once everything saved is on disk, and sealed. Raises CheckpointWriteError otherwise."""
         with _writing(self.directory):
+            step, self._unsealed = self._unsealed, None
             self._manager.wait_until_finished()
+            if step is None or not hosts.is_first():
+                return
+            if not is_sealed(self.directory / str(step)):
+                write_seal(self.directory / str(step))
+            (self.directory / UNSEALED).unlink(missing_ok=True)
 
     def check_errors(self) -> None:
-        """Raises CheckpointWriteError if a save in the background has failed by now. Does not wait."""
-        with _writing(self.directory):
-            # Not manager.check_for_errors(): its own finishing thread takes the error first, and only waiting hands it out.
-            if not self._manager.is_saving_in_progress():
-                self._manager.wait_until_finished()
+        """Raises CheckpointWriteError if a save in the background has failed by now. Does not wait for it."""
+        # Not manager.check_for_errors(): its own finishing thread takes the error first, and only waiting hands it out.
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def close(self) -> None:
         """Waits for what is being saved, then lets go of the directory."""
+        self.wait()
         with _writing(self.directory):
             self._manager.close()
         if not self._read_only:
@@ -153,12 +186,22 @@ class Checkpoints:
                 raise
             logger.error("%s", second)  # and let the first error be the one that is seen
 
-    def _read_record(self, step: int) -> dict[str, Any]:
+    def _last_begun(self) -> int | None:
+        """The step that was being saved when the directory was last written to, if that was not to the end."""
+        try:
+            return int((self.directory / UNSEALED).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _read_record(self, step: int, *, needs_seal: bool) -> dict[str, Any]:
         record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-        if record["digest"] != _digest({name: value for name, value in record.items() if name != "digest"}):
+        if record["digest"] != digest({name: value for name, value in record.items() if name != "digest"}):
             raise ValueError("the record differs from its digest")
         if record["step"] != step:
             raise ValueError(f"the record is of step {record['step']}")
+        folder = self.directory / str(step)
+        if record["format"] == FORMAT and hosts.is_first() and (needs_seal or is_sealed(folder)):
+            check_seal(folder)
         return record
 
     def _read_leaves(self, step: int, recorded: Mapping[str, Any], wanted: Leaves) -> Leaves:
@@ -177,8 +220,8 @@ class Checkpoints:
 
     def _set_aside(self, step: int, error: Exception) -> list[int]:
         """Moves a step that did not verify to quarantine. Returns the steps lost by it: none if the folder was empty."""
-        if isinstance(error, (MemoryError, PermissionError, jax.errors.JaxRuntimeError)):
-            raise error  # a full device, for instance, says nothing about the checkpoint
+        if isinstance(error, (MemoryError, PermissionError, ConnectionError, TimeoutError, jax.errors.JaxRuntimeError)):
+            raise error  # a full device, for instance, or a network that is down says nothing about the checkpoint
         source = self.directory / str(step)
         lost = [step] if source.exists() and any(source.iterdir()) else []
         done = "left where it is"
@@ -204,7 +247,7 @@ def _writing(directory: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise CheckpointWriteError(f"saving to {directory} failed: {error}") from error
+        raise CheckpointWriteError(f"saving to {directory} failed: {error}", filename=str(directory)) from error
 
 
 def _attempt(read: Any) -> tuple[Any, Exception | None]:
@@ -221,6 +264,8 @@ def _attempt(read: Any) -> tuple[Any, Exception | None]:
 
 def _free_name(folder: epath.Path, name: str) -> epath.Path:
     folder.mkdir(parents=True, exist_ok=True)
+    if is_remote(folder):  # in a bucket a folder is there when something is in it
+        (folder / "README").write_text("Steps that did not verify. Nothing reads them.\n")
     count = 0
     while (folder / f"{name}-{count}").exists():
         count += 1
@@ -249,7 +294,7 @@ def _record(step: int, leaves: Leaves, meta: Mapping[str, Any]) -> dict[str, Any
         for (name, leaf), sha in zip(leaves.items(), _hashes(leaves).values(), strict=True)
     }
     record = {"format": FORMAT, "step": step, "leaves": described, "meta": json.loads(json.dumps(meta))}
-    return {**record, "digest": _digest(record)}
+    return {**record, "digest": digest(record)}
 
 
 def _hashes(leaves: Leaves) -> dict[str, str]:
@@ -265,15 +310,17 @@ def _sha256(leaf: Any) -> str:
     return hashlib.sha256(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).data).hexdigest()
 
 
-def _digest(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _check_target(recorded: Mapping[str, Any], wanted: Leaves, where: str) -> None:
-    have = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in recorded.items()}
+def _check_target(record: Mapping[str, Any], wanted: Leaves, where: str) -> None:
+    if record["format"] != FORMAT:
+        raise StateMismatch(
+            f"{where} is in format {record['format']}, and this version reads {FORMAT}: continue it with the version that "
+            "wrote it, or choose another directory"
+        )
+    have = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in record["leaves"].items()}
     want = {name: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for name, leaf in wanted.items()}
     differing = [name for name in [*have, *(want.keys() - have.keys())] if have.get(name) != want.get(name)]
     if differing:
         lines = [f"  {name}: {have.get(name, 'absent')} there, {want.get(name, 'absent')} here" for name in differing[:5]]
         more = [f"  and {len(differing) - 5} more"] if len(differing) > 5 else []
-        raise StateMismatch("\n".join([f"{where} is of another model or optimizer:", *lines, *more]))
+        remedy = "Continue it with the settings it was saved with, or choose another directory."
+        raise StateMismatch("\n".join([f"{where} is of another model or optimizer:", *lines, *more, remedy]))

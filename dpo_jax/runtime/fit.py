@@ -20,6 +20,9 @@ from dpo_jax.runtime.rundir import write_json
 EXIT_PREEMPTED = 143
 """Exit code of a process that saved and stopped because of SIGTERM or SIGINT: 128 + 15. Run it again to continue."""
 
+SAVE = 1
+"""What `agree` is asked for when it is time to save: less than the numbers of the signals, so that a stop prevails."""
+
 
 class NonFinite(ArithmeticError):
     """A loss or gradient norm is NaN or infinite. `step`, `uids`: the batch. No state that has seen it was saved."""
@@ -51,10 +54,12 @@ def fit(
     evaluate: Callable[[Any, int], Mapping[str, Any]] | None = None,
     eval_every: int = 0,
     save_every: int = 0,
+    save_every_minutes: float = 0.0,
     check: Callable[[int, dict[str, float]], None] | None = None,
     unit: str = "pairs",
     get_state: Callable[[Any], Any] = lambda tree: tree,
-    agree: Callable[[int], int] = lambda signal: signal,
+    agree: Callable[[int], int] = lambda number: number,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Any:
     """Takes steps `state.step` to `total_steps - 1` and returns the state after them. The given state is donated.
 
@@ -63,11 +68,13 @@ def fit(
         thread calls it, one batch ahead. It must be a pure function of `i`: then a resumed run equals the uninterrupted one.
     lr: the schedule, logged as `lr`.
     checkpoints: `runtime.checkpoint.Checkpoints`, saved to with `meta` every `save_every` steps, at the end, and on a signal.
+    save_every_minutes: saves as well when the last save (or the start) is this long ago by `clock`, which gives seconds. Of
+        several hosts one counts the minutes, and the others get 0: they hear of it by `agree`.
     evaluate: `evaluate(state, steps taken) -> metrics`, every `eval_every` steps and at the end, logged under `eval/`.
     check: `check(step, metrics)` may raise to stop the run, for instance when the loss of step 0 is not ln 2.
     unit: which of `stats` counts examples.
     get_state: takes what `step` works on to what is saved; `Partitioner.get_state` where these differ.
-    agree: `hosts.agreement()` where several hosts must stop after the same step.
+    agree: `hosts.agreement()` where several hosts must save or stop after the same step.
 
     Metrics of a step are read while the device computes the next one, and before anything is saved.
 
@@ -75,6 +82,7 @@ def fit(
     """
     start = int(get_state(state.step))
     books = _Books(start, total_steps, log=log, progress=progress, checkpoints=checkpoints, check=check, unit=unit)
+    timer = _Timer(save_every_minutes, clock)
     with books, _Signals() as signals, _Ahead(stream, start, total_steps) as batches:
         for index in range(start, total_steps):
             batch = batches.take(index)
@@ -83,23 +91,45 @@ def fit(
             books.settle()
             books.pending = _Pending(index, batch.uids, batch.stats, {**metrics, **rate})
 
-            done, stop = index + 1, agree(signals.received)
-            end = done == total_steps
+            done, wish = index + 1, agree(signals.received or timer.ask())
+            stop, end = _signal(wish), done == total_steps
             if evaluate is not None and not stop and (end or _due(done, eval_every)):
                 books.settle()
                 books.evaluated(done, evaluate(state, done))
-            if stop or end or _due(done, save_every):
+            if wish or end or _due(done, save_every):
                 books.settle()
                 books.save(done, get_state(state), meta, wait=bool(stop or end))
-            stop = stop or (end and agree(signals.received))
+                timer.restart()
+            stop = stop or (end and _signal(agree(signals.received)))
             if stop:
                 saved = "the state is saved" if checkpoints is not None else "nothing is saved, as no place was given"
                 raise Preempted(f"stopped by {signal.Signals(stop).name} after {done} steps; {saved}", step=done)
     return state
 
 
+def _signal(wish: int) -> int:
+    return 0 if wish == SAVE else wish
+
+
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
+
+
+class _Timer:
+    """Tells when it is time to save. It asks once and then waits for the save: an agreement takes a step to arrive."""
+
+    def __init__(self, minutes: float, clock: Callable[[], float]):
+        self._seconds, self._clock = 60 * minutes, clock
+        self.restart()
+
+    def ask(self) -> int:
+        if self._asked or self._seconds <= 0 or self._clock() - self._start < self._seconds:
+            return 0
+        self._asked = True
+        return SAVE
+
+    def restart(self) -> None:
+        self._start, self._asked = self._clock(), False
 
 
 @dataclasses.dataclass

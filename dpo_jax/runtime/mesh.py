@@ -7,6 +7,7 @@ each matrix and gathers it layer by layer (ZeRO-3), and along `tensor` heads and
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,12 +48,24 @@ def mesh_shape(devices: int, *, data: int = 1, fsdp: int = -1, tensor: int = 1) 
     if free and devices % fixed == 0:
         sizes[free[0]] = devices // fixed
     elif fixed != devices:
-        nearest = max(size for size in range(1, devices + 1) if devices % size == 0 and size <= fixed)
+        nearest = " x ".join(f"{name} {size}" for name, size in zip(sizes, _nearest_shape(devices, sizes), strict=True))
         raise MeshError(
             f"mesh {asked}: {fixed} does not {'divide' if free else 'equal'} the {devices} devices; "
-            + (f"the nearest product that does is {nearest}" if free else "set one size to -1 to take what is left")
+            f"the nearest mesh is {nearest}"
         )
     return sizes["data"], sizes["fsdp"], sizes["tensor"]
+
+
+def _nearest_shape(devices: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of as many devices that is the fewest doublings and halvings away from `sizes`, of which -1 is any size."""
+    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
+    shapes = [shape for shape in itertools.product(divisors, repeat=len(sizes)) if math.prod(shape) == devices]
+    wanted = [(axis, size) for axis, size in enumerate(sizes.values()) if size != -1]
+
+    def distance(shape: tuple[int, ...]) -> tuple[float, ...]:
+        return (round(sum(abs(math.log2(shape[axis] / size)) for axis, size in wanted), 6), *reversed(shape))
+
+    return min(shapes, key=distance)
 
 
 def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:

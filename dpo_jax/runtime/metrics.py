@@ -49,8 +49,12 @@ class MetricsLog:
     def write(self, row: Row) -> None:
         """`row` holds `step` and the metrics. Raises OSError, for instance when the disk is full."""
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self._file.write(json.dumps(finite).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(finite).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self.path)  # which Python does not know here
+            raise
         for writer in self._writers:
             writer.write(row)
 

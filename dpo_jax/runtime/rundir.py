@@ -51,7 +51,6 @@ class RunDir:
     data_report = property(lambda self: self.path / "data_report.json")
     metrics = property(lambda self: self.path / "metrics.jsonl")
     plots = property(lambda self: self.path / "plots")
-    checkpoints = property(lambda self: self.path / "checkpoints")
     export = property(lambda self: self.path / "export")
     card = property(lambda self: self.path / "README.md")
 
