@@ -116,6 +116,7 @@ def error_of(tmp_path, text):
         ("model: {width: 10, heads: 3}", "model.heads: must divide width .10."),
         ("model: {heads: 4, kv_heads: 3}", "model.kv_heads: must divide heads .4."),
         ("tokenizer: {vocab_size: 256}", "tokenizer.vocab_size: must be at least 257"),
+        ("run: {dir: 'gs://bucket/run'}", "run.dir: must be on a disk, which all hosts share; only run.checkpoints can be"),
         ("run: {seed: -1}", "run.seed: must be between 0 and"),
         ("run: {wandb: ''}", "run.wandb: must name a project"),
         ("sample: {top_p: 0}", "sample.top_p: must be above 0 and at most 1"),

@@ -111,6 +111,9 @@ def test_a_second_sigterm_ends_the_process_in_the_middle_of_its_step(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.stderr.readline() == "\n"
     assert "A second signal stops at once" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)  # an echo of the first
+    time.sleep(0.6)
+    assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == EXIT_PREEMPTED == 143

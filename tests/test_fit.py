@@ -294,6 +294,9 @@ import os, signal, time
 from dpo_jax.runtime.fit import _Signals
 with _Signals():
     os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)  # at the same moment: the same wish
+    time.sleep(0.5)
+    print("still here", flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 """
@@ -301,6 +304,7 @@ with _Signals():
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert process.returncode == EXIT_PREEMPTED == 143
     assert "A second signal stops at once" in process.stderr
+    assert process.stdout == "still here\n"
     assert time.monotonic() - began < 30
 
 

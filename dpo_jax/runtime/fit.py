@@ -241,8 +241,11 @@ class _Ahead:
 class _Signals:
     """The first SIGTERM or SIGINT sets `received`, a second one ends the process at once. Restores the handlers afterwards."""
 
+    # A machine that shuts down, or a terminal with a script in between, may deliver one wish twice.
+    ECHO_SECONDS = 0.3
+
     def __init__(self) -> None:
-        self.received = 0
+        self.received, self._since = 0, 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -256,8 +259,10 @@ class _Signals:
 
     def _handle(self, number: int, frame: object) -> None:
         if self.received:
-            os._exit(EXIT_PREEMPTED)
-        self.received = number
+            if time.monotonic() - self._since > self.ECHO_SECONDS:
+                os._exit(EXIT_PREEMPTED)
+            return
+        self.received, self._since = number, time.monotonic()
         # Not print(): the signal may have interrupted a print, and buffered files are not re-entrant.
         text = f"\n{signal.Signals(number).name}: finishing this step, then saving. A second signal stops at once.\n"
         os.write(2, text.encode())
