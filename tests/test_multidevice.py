@@ -1,5 +1,6 @@
 """Twenty steps on one device, four, and a mesh of them: the same losses, gradient norms and parameters."""
 
+import dataclasses
 import functools
 
 import jax
@@ -294,6 +295,28 @@ def test_a_size_of_minus_one_takes_what_is_left(sizes, shape):
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, message):
     with pytest.raises(MeshError, match=message):
         make_mesh(**sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceOfASlice:
+    """What `make_mesh` asks of a device of a pod of several slices, of which there are none here."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+@pytest.mark.parametrize("sizes", [{"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_only_data_goes_across_slices(sizes):
+    devices = [DeviceOfASlice(number, slice_index=number % 2, process_index=number % 2) for number in range(8)]
+    grid = make_mesh(**sizes, devices=devices).devices
+    assert sorted(device.id for device in grid.ravel()) == list(range(8))
+    for part in range(sizes["data"]):
+        assert {device.slice_index for device in grid[part].ravel()} == {part * 2 // sizes["data"]}
+    with pytest.raises(MeshError, match="mesh data 1: must be a multiple of the 2 slices, which only data goes across"):
+        make_mesh(fsdp=8, devices=devices)
 
 
 def toy(axes, shape=(8, 6)):
