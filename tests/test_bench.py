@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax.bench import gates, ladder, race, report
+from dpo_jax.bench import gates, ladder, race, report, scaling
 from dpo_jax.bench.flops import device_peak, step_flops
 from dpo_jax.bench.profile import own_times, slowest_operations
 from dpo_jax.bench.work import CONTENDERS, Work, by_length, random_pairs, read_pairs, read_work, write_work
@@ -263,6 +263,17 @@ model: {{family: gpt_neox, width: 32, layers: 1, heads: 2, max_positions: 128}}
 dpo: {{batch: 4, lr: 1e-4, warmup_steps: 2}}
 bench: {{rounds: 1, steps: 1, gate_steps: 2, groups: 2, contenders: "jax-head"}}
 """
+
+
+def test_exponents_of_the_step_time(work):
+    points = [{"tokens": t, "seconds": 3 * t**1.5, "flops": 7.0 * t} for t in (10, 20, 40)]
+    assert scaling.exponents(points) == pytest.approx({"seconds": 1.5, "flops": 1.0})
+    found = scaling.run(work[0], "scaling", factors=(2,))
+    assert [found[kind][0]["tokens"] for kind in ("batch", "length")] == [4 * 32, 2 * 16]
+    (point,) = found["batch"]
+    config = decoder_config(hf_config("gpt_neox", **SIZES))
+    assert point["flops"] == step_flops(config, *(np.full(4, n) for n in (16, 8, 8))).sum()
+    assert point["seconds"] > 0
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import numpy as np
 
 from dpo_jax.bench.flops import device_peak, step_flops
 from dpo_jax.bench.race import Results, pairs_per_second
+from dpo_jax.bench.scaling import exponents
 from dpo_jax.bench.work import CONTENDERS, LIBRARIES, OURS, SIDES, Work, library, pairs_of_step
 from dpo_jax.data.encode import Encoded
 from dpo_jax.models.config import DecoderConfig
@@ -155,6 +156,11 @@ def lost(contenders: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def scaling(points: Mapping[str, Any]) -> dict[str, Any]:
+    """The points of `scaling.run` with their fitted exponents."""
+    return {kind: {"points": points[kind], "exponents": exponents(points[kind])} for kind in ("batch", "length")}
+
+
 def table(summary: Mapping[str, Any]) -> str:
     """The figures as Markdown, and below it the ratios, the gates and what we lose."""
     head = (
@@ -212,6 +218,12 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
     if share is not None:
         verdict = "" if share < LOADER_BAR else f": MORE THAN {LOADER_BAR:.0%}, the input slows training down"
         notes.append(f"loader       {share:.2%} of a step{verdict}")
+    for kind, found in summary.get("scaling", {}).items():
+        fitted = found["exponents"]
+        notes.append(
+            f"step time    grows with tokens^{fitted['seconds']:.2f} in {kind} (FLOPs: tokens^{fitted['flops']:.2f}), "
+            f"from {found['points'][0]['tokens']:,.0f} to {found['points'][-1]['tokens']:,.0f} tokens"
+        )
     return [*notes, "where a contender in PyTorch is better:", *(f"  {line}" for line in summary["lost"] or ["nowhere"])]
 
 

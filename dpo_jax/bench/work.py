@@ -39,6 +39,8 @@ CONTENDERS = {
 OURS = "jax-head"
 """The last rung of the ladder is the product; the others exist to show what each idea is worth."""
 LIBRARIES = {"torch": "matmul-torch", "jax": "matmul-jax"}
+MEASUREMENTS = {"matmul-torch": "matmul", "matmul-jax": "matmul", "scaling": "scaling"}
+"""What else runs in a process of its own, and its module: `run(work, name)`."""
 
 
 def library(name: str) -> str:

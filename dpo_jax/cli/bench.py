@@ -57,6 +57,8 @@ def run(config: Config) -> int:
         )
         decoder = decoder_config(load_config(work.model))
         summary = report.summarize(work, decoder, read_pairs(work), results, differences)
+        if config.bench.scaling:
+            summary["scaling"] = report.scaling(race.run_one(work, "scaling", steps=0))
         write_json(run_dir.path / "results.json", {"machine": machine(), **summary})
         plot_race(summary, run_dir.path / "race.png")
         print(f"\n{report.table(summary)}\n\nall figures: {run_dir.path / 'results.json'}")

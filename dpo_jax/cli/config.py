@@ -397,6 +397,8 @@ class BenchConfig:
     """Equal parts into which the other contenders in PyTorch divide a batch, if it does not fit into memory."""
     torch_python: str | None = None
     """Python that has torch and trl, if they cannot live in one environment with JAX; none: the one that runs this."""
+    scaling: bool = False
+    """Afterwards time our step at 1, 2, 4 and 8 times the tokens, by batch and by length, and fit the exponents."""
     profile: bool = False
     """Afterwards record one more run of ours, print its slowest operations, and keep the trace (short: --profile)."""
 
