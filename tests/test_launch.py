@@ -16,6 +16,7 @@ PYTHON = """#!/usr/bin/env bash
 # $0 is $VERSION; as `-m venv DIR` it copies itself to DIR/bin, beside a dpo-jax and a stub of pip.
 echo "$(basename "$(dirname "$(dirname "$0")")")/${0##*/} $*" >> "$CALLS"
 case "$*" in
+  *"import torch"*) exit 1 ;;
   *version_info*) [ VERSION_MINOR -ge 11 ] ;;
   -V) echo "Python 3.VERSION_MINOR.0" ;;
   "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/dpo-jax"; echo home > "$3/pyvenv.cfg" ;;
@@ -200,6 +201,20 @@ def test_test_script_runs_pytest(machine):
     assert machine.calls.read_text().splitlines()[-1].endswith("python -m pytest -m soak")
 
 
+def test_bench_has_an_environment_of_its_own_with_the_torch_it_is_told(machine):
+    machine.add_python("python3", 12)
+    done = machine.run("launch/bench.sh", "--data.path", "a b", DPO_JAX_TORCH="torch==2.13.0")
+    assert done.returncode == 0, done.stderr
+    installed = [line.rsplit(" ", 1)[1] for line in machine.called("-m pip install")]
+    assert installed == [".[cpu,test]", "torch==2.13.0", ".[cpu,test,bench]"]
+    assert (machine.repository / ".venv-bench" / ".dpo_jax").is_file()
+    (line,) = machine.called("dpo-jax bench")
+    assert line.endswith("bench configs/bench_hh_cpu.yaml --data.path a b")
+    machine.run("launch/bench.sh", "configs/other.yaml")
+    assert machine.called("dpo-jax bench")[0].endswith("bench configs/other.yaml")
+    assert not machine.called("torch==2.13.0")
+
+
 def test_scripts_can_be_run_and_name_no_index():
     for script in (*SCRIPTS, ROOT / ".ci" / "run"):
         assert os.access(script, os.X_OK), script
@@ -212,4 +227,6 @@ def test_this_python_is_supported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == ">=3.11"
     assert sys.version_info >= (3, 11)
-    assert {"cpu", "cuda12", "cuda13", "tpu", "test", "parity", "lint", "writers"} <= set(project["optional-dependencies"])
+    assert {"cpu", "cuda12", "cuda13", "tpu", "test", "parity", "bench", "lint", "writers"} <= set(
+        project["optional-dependencies"]
+    )

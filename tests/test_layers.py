@@ -14,7 +14,7 @@ FLOORS = [
     (2, ["losses.py", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
     (3, ["dpo.py", "sft.py", "reward.py", "ppo.py", "reference.py"]),
     (4, ["runtime/"]),
-    (5, ["evals/"]),
+    (5, ["evals/", "bench/"]),
     (6, ["cli/"]),
 ]
 ONLY_IN = {
@@ -24,12 +24,17 @@ ONLY_IN = {
     "tyro": ["cli/main.py"],
     "tensorflow_datasets": ["data/tfds.py"],
     "huggingface_hub": ["models/hf.py"],
-    "matplotlib": ["evals/plots.py"],
+    "matplotlib": ["evals/plots.py", "bench/plots.py"],
     "tensorboardX": ["runtime/metrics.py"],
     "wandb": ["runtime/metrics.py"],
+    "torch": ["bench/torch_loop.py", "bench/trl_loop.py", "bench/matmul.py"],
+    "trl": ["bench/trl_loop.py"],
+    "datasets": ["bench/trl_loop.py"],
 }
-NOWHERE = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch", "tensorflow"}
+NOWHERE = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tensorflow"}
 LIGHT = ["cli/config.py", "cli/config_file.py", "cli/main.py"]  # --help answers at once
+# What runs in the processes of the PyTorch contenders, where JAX would count as their memory.
+WITHOUT_JAX = ["bench/contender.py", "bench/matmul.py", "bench/torch_loop.py", "bench/trl_loop.py", "bench/work.py"]
 
 
 def name_of(path):
@@ -113,6 +118,15 @@ def test_help_imports_nothing_heavy(name):
     heavy = {"jax", "numpy", "flax", "transformers", "orbax", "optax", "tyro"}
     for line, dotted in imported(PACKAGE / name, at_import_only=True):
         assert dotted.split(".")[0] not in heavy, f"{name}:{line} imports {dotted}"
+        other = own_module(dotted)
+        assert other is None or other in allowed, f"{name}:{line} imports {dotted}"
+
+
+@pytest.mark.parametrize("name", WITHOUT_JAX)
+def test_pytorch_contenders_import_no_jax(name):
+    allowed = {*WITHOUT_JAX, "bench/", "data/", "data/encode.py"}
+    for line, dotted in imported(PACKAGE / name, at_import_only=True):
+        assert dotted.split(".")[0] not in {"jax", "flax", "optax"}, f"{name}:{line} imports {dotted}"
         other = own_module(dotted)
         assert other is None or other in allowed, f"{name}:{line} imports {dotted}"
 

@@ -213,15 +213,20 @@ def attention_name(config: Config) -> str:
 
 def new_hf_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """The Hugging Face configuration of a new model. The vocabulary is the tokenizer's, unless `model.vocab_size` is larger."""
-    sizes = config.model
-    vocab_size = sizes.vocab_size or len(tokenizer)
+    vocab_size = config.model.vocab_size or len(tokenizer)
     if vocab_size < len(tokenizer):
         raise ConfigError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {len(tokenizer)} entries; leave it out")
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int)  # load_tokenizer's tokenizers have one
+    return sized_hf_config(config, vocab_size=vocab_size, eos=eos)
+
+
+def sized_hf_config(config: Config, *, vocab_size: int, eos: int) -> dict[str, Any]:
+    """The Hugging Face configuration of a new model of the sizes in `model`, for a vocabulary that is known."""
+    sizes = config.model
     asked = {name: getattr(sizes, name) for name in ("width", "layers", "heads", "max_positions")}
     options = {name: getattr(sizes, name) for name in ("kv_heads", "head_size", "mlp_width", "tie")}
-    eos = tokenizer.eos_token_id
     assert sizes.family is not None  # checked with the configuration
-    assert isinstance(eos, int)  # load_tokenizer's tokenizers have one
     try:
         return hf_config(sizes.family, vocab_size=vocab_size, eos_token_id=eos, **asked, **options)
     except ValueError as error:

@@ -6,6 +6,7 @@ Exit codes:
     1    unexpected error (a bug: please report the traceback)
     2    wrong command, flag or configuration, or one that does not fit what is in the run directory
     65   bad data, and data.on_bad is refuse
+    70   the contenders of bench disagree, or one of them failed
     73   another run uses the run directory
     74   a file cannot be read or written (missing, no permission, disk full, damaged)
     76   a loss, gradient or log-probability is NaN or infinite
@@ -44,6 +45,12 @@ class Command(NamedTuple):
 # Every step of a run takes the sections that describe it, so that one set of flags serves them all.
 _RUN = ("run", "mesh", "data", "tokenizer", "model")
 _LOSS = ("dpo.policy", "dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.reference_free")
+# The contenders decide on device and layout.
+_BENCH = (
+    *("run.dir", "run.seed", "run.precision", "tokenizer", "model", "bench"),
+    *(f"data.{field}" for field in types_of(options.DataConfig) if field != "layout"),
+    *(f"dpo.{field}" for field in ("beta", "batch", "lr", "warmup_steps", "max_grad_norm", "microbatches")),
+)
 COMMANDS = {
     "audit": Command("check the data and report on it, before any training", "dpo_jax.cli.audit:run", _RUN, ("data",)),
     "prepare": Command(
@@ -62,10 +69,12 @@ COMMANDS = {
     "export": Command(
         "write a checkpoint as a Hugging Face folder", "dpo_jax.cli.export:run", ("run.dir", "run.checkpoints", "export")
     ),
+    "bench": Command("race our training against PyTorch", "dpo_jax.cli.bench:run", _BENCH, ("data", "model")),
 }
 
 ON_MANY_HOSTS = ("sft", "refs", "dpo", "eval", "sample")
-SHORT = ("--distributed", "--coordinator", "--num-processes", "--process-id")  # for --run.distributed, ...
+SHORT = {f"--{name}": f"--run.{name}" for name in ("distributed", "coordinator", "num-processes", "process-id")}
+SHORT["--profile"] = "--bench.profile"
 
 EXIT_CODES = (
     ("dpo_jax.cli.config_file", "ConfigError", 2),
@@ -74,6 +83,8 @@ EXIT_CODES = (
     ("dpo_jax.runtime.checkpoint", "StateMismatch", 2),
     ("dpo_jax.data.pairs", "BadRow", 65),
     ("dpo_jax.data.pairs", "DataError", 65),
+    ("dpo_jax.bench.gates", "GateFailed", 70),
+    ("dpo_jax.bench.race", "ContenderFailed", 70),
     ("dpo_jax.runtime.rundir", "RunLocked", 73),
     ("dpo_jax.runtime.checkpoint", "CheckpointDamaged", 74),
     ("dpo_jax.runtime.fit", "NonFinite", 76),
@@ -194,7 +205,7 @@ def _on_many_hosts(name: str, config: Config) -> int:
 def parse(name: str, args: list[str]) -> Config:
     """The config of command `name`: the YAML file that `args` begins with, overridden by the flags after it, checked."""
     command = COMMANDS[name]
-    args = [f"--run.{arg[2:]}" if arg.partition("=")[0] in SHORT else arg for arg in args]
+    args = ["".join((SHORT.get(name, name), equals, value)) for name, equals, value in (arg.partition("=") for arg in args)]
     if args and not args[0].startswith("-"):
         path, flags = args[0], args[1:]
         config, lines = load_config_with_lines(path)
@@ -204,10 +215,14 @@ def parse(name: str, args: list[str]) -> Config:
         raise ConfigError(f"{name} needs a configuration first: dpo-jax {name} configs/quickstart.yaml (options: --help)")
     changed = _override(name, command, config, path, flags)
     kept = {field: line for field, line in lines.items() if _get(changed, field) == _get(config, field)}
-    # Prompts of one's own need no data.
-    needs = () if name == "sample" and changed.sample.prompts_file is not None else command.needs
+    needs = tuple(section for section in command.needs if section != "data" or not _brings_its_data(name, changed))
     options.check(changed, lines=kept, path=path, needs=needs)
     return changed
+
+
+def _brings_its_data(name: str, config: Config) -> bool:
+    """Whether a command that works on the data is asked to work on prompts or tokens of its own."""
+    return {"sample": config.sample.prompts_file, "bench": config.bench.lengths}.get(name) is not None
 
 
 def _get(config: Config, dotted: str) -> Any:

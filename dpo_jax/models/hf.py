@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.models.attention_paths import attention_path
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import ARCHITECTURES, decoder_config
 from dpo_jax.models.pieces import Piece, assemble, path_of
@@ -62,15 +63,19 @@ def load_config(path: str | Path) -> dict[str, Any]:
 
 
 def load_hf(
-    path: str | Path, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, remat: str = "none"
+    path: str | Path, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, remat: str = "none", attention: str = "auto"
 ) -> tuple[Model, Variables]:
     """Load a Hugging Face model folder or Hub id. Returns `(model, variables)`; `dtype` and `remat` as in `make_model`.
 
-    Weights are converted to `param_dtype`. Raises ValueError or FileNotFoundError naming file and tensor for an unsupported
-    configuration, missing, unknown or mis-shaped tensors, pickled weights, and git-lfs pointers.
+    Weights are converted to `param_dtype`. `attention` names a path of `attention_paths`, by default this platform's.
+
+    Raises ValueError or FileNotFoundError naming file and tensor for an unsupported configuration, missing, unknown or
+    mis-shaped tensors, pickled weights, and git-lfs pointers.
     """
     folder = resolve(path)
-    model = make_model(decoder_config(load_config(folder)), dtype=dtype, remat=remat)
+    config = decoder_config(load_config(folder))
+    path_ = attention_path(attention, platform=jax.default_backend(), config=config, dtype=dtype)
+    model = make_model(config, dtype=dtype, remat=remat, attention=path_)
     variables = assemble(variable_shapes(model, param_dtype), read_weights(folder, model), put=jnp.asarray)
     return model, variables
 

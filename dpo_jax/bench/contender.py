@@ -1,0 +1,35 @@
+"""One contender in a process of its own: `python -m dpo_jax.bench.contender FOLDER NAME STEPS STARTED OUT [TRACE]`.
+
+STARTED is the time at which the process was asked for (seconds since 1970), OUT the JSON file with what it measured, TRACE a
+folder for a profile.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from dpo_jax.bench.work import CONTENDERS, MEASUREMENTS, peak_memory, read_work
+
+
+def main(args: list[str]) -> None:
+    folder, name, steps, started, out, *trace = args
+    work = read_work(folder)
+    if name in CONTENDERS:
+        run = importlib.import_module(f"dpo_jax.bench.{CONTENDERS[name].module}").run
+        result = run(work, name, steps=int(steps), trace=trace[0] if trace else None)
+        # Without the reference pass: rounds differ in length, and it has a figure of its own.
+        waited = result.pop("first_step_at") - float(started)
+        result["seconds_to_first_step"] = waited - sum(result["reference_seconds"] or ())
+    else:
+        result = importlib.import_module(f"dpo_jax.bench.{MEASUREMENTS[name]}").run(work, name)
+    result.setdefault("peak_bytes", peak_memory())
+    result["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    Path(out).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,159 @@
+"""DPO in PyTorch as the paper's appendix B has it, over Hugging Face transformers: the literal loop that we measure against.
+
+As the original code does, chosen and rejected of a batch become one tensor, padded to the longest row of the whole batch, whose
+logits are all computed in float32; the reference model runs in every step, unless its log-probabilities are cached.
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from dpo_jax.bench.work import Work, pairs_of_step, peak_memory, read_pairs
+from dpo_jax.data.encode import Encoded
+
+IGNORED = -100
+
+
+class Batch(NamedTuple):
+    """All chosen rows, then all rejected rows: [2 x pairs, length] each. `labels` are IGNORED where nothing is scored."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor
+
+    def part(self, number: int, parts: int) -> Batch:
+        """Microbatch `number`: the same share of the chosen and of the rejected rows, as wide as the whole batch."""
+        pairs = len(self.ids) // 2
+        size = pairs // parts
+        rows = torch.arange(number * size, (number + 1) * size)
+        return Batch(*(x[torch.cat([rows, pairs + rows])] for x in self))
+
+
+def run(work: Work, name: str, *, steps: int, trace: str | None) -> dict[str, Any]:
+    """Takes `steps` optimizer steps. Returns losses, times, log-probabilities of the first batch, and what they cost."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pairs = read_pairs(work)
+    batches = [collate(pairs_of_step(work, pairs, step), device) for step in range(steps)]
+    policy = load(work, device)
+    reference = load(work, device) if name == "torch-live" else None
+    optimizer, schedule = make_optimizer(work, policy)
+    scorer = policy if reference is None else reference
+    cached, reference_seconds = [], []
+    for batch in batches if reference is None else batches[:1]:
+        start = time.perf_counter()
+        cached.append(reference_logps(work, scorer, batch))
+        reference_seconds.append(_clock(device) - start)
+
+    losses, seconds, first_step_at = [], [], 0.0
+    for step, batch in enumerate(batches):
+        start = time.perf_counter()
+        ref_logps = reference_logps(work, reference, batch) if reference is not None else cached[step]
+        total = torch.zeros((), device=device)
+        for number in range(work.torch_microbatches):
+            part = batch.part(number, work.torch_microbatches)
+            refs = ref_logps.view(2, work.torch_microbatches, -1)[:, number].reshape(-1)
+            with autocast(work, device):
+                loss = dpo_loss(sequence_logps(policy, part), refs, beta=work.beta) / work.torch_microbatches
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), work.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        seconds.append(_clock(device) - start)
+        losses.append(total.item())
+        first_step_at = first_step_at or time.time()
+    timed = batches[1 : work.steps + 1]
+    return {
+        "losses": losses,
+        "step_seconds": seconds,
+        "first_step_at": first_step_at,
+        "first_logps": cached[0].view(2, -1).T.tolist(),
+        "reference_seconds": reference_seconds if reference is None else None,
+        "positions": sum(batch.ids.numel() for batch in timed),
+        "real_positions": sum(int(batch.mask.sum()) for batch in timed),
+        **describe(device),
+    }
+
+
+def load(work: Work, device: str) -> Any:
+    """The model in evaluation mode, which only means that nothing is dropped out: gradients flow all the same."""
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
+    return model.to(device).eval()
+
+
+def make_optimizer(work: Work, model: Any) -> tuple[torch.optim.Optimizer, Any]:
+    """The original's: RMSprop with torch's defaults, and its linear warm-up."""
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=work.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (work.warmup_steps + 1)))
+    return optimizer, schedule
+
+
+def autocast(work: Work, device: str) -> Any:
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=work.precision == "bfloat16")
+
+
+def collate(pairs: Sequence[Encoded], device: str) -> Batch:
+    """`concatenated_inputs` of the original: every row as long as the longest of the batch, padded on the right."""
+    rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
+    length = max(len(prompt) + len(completion) for prompt, completion in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORED)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(rows):
+        end = len(prompt) + len(completion)
+        ids[row, : len(prompt)] = torch.from_numpy(prompt)
+        ids[row, len(prompt) : end] = torch.from_numpy(completion)
+        labels[row, len(prompt) : end] = ids[row, len(prompt) : end]
+        mask[row, :end] = 1
+    return Batch(*(x.to(device) for x in (ids, mask, labels)))
+
+
+def sequence_logps(model: Any, batch: Batch) -> torch.Tensor:
+    """Summed log-probability of each row's completion: float32[rows]. `_get_batch_logps` of the original."""
+    logits = model(batch.ids, attention_mask=batch.mask, use_cache=False).logits[:, :-1].float()
+    labels = batch.labels[:, 1:]
+    scored = labels != IGNORED
+    picked = logits.log_softmax(-1).gather(2, labels.masked_fill(~scored, 0).unsqueeze(2)).squeeze(2)
+    return (picked * scored).sum(-1)
+
+
+def reference_logps(work: Work, model: Any, batch: Batch) -> torch.Tensor:
+    """`sequence_logps` without gradient, microbatch by microbatch."""
+    parts = []
+    with torch.no_grad(), autocast(work, batch.ids.device.type):
+        for number in range(work.torch_microbatches):
+            part = sequence_logps(model, batch.part(number, work.torch_microbatches))
+            parts.append(part.view(2, -1))
+    return torch.cat(parts, dim=1).reshape(-1)
+
+
+def dpo_loss(logps: torch.Tensor, ref_logps: torch.Tensor, *, beta: float) -> torch.Tensor:
+    """Appendix B of Rafailov et al. 2023, mean over pairs."""
+    chosen, rejected = logps.chunk(2)
+    ref_chosen, ref_rejected = ref_logps.chunk(2)
+    return -F.logsigmoid(beta * ((chosen - rejected) - (ref_chosen - ref_rejected))).mean()
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Peak memory and what ran: the process on a CPU, the device on a GPU."""
+    gpu = device == "cuda"
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated() if gpu else peak_memory(),
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _clock(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

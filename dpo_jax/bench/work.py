@@ -1,0 +1,143 @@
+"""What all contenders of a race work on: the same model folder, the same pairs in every optimizer step, the same settings.
+
+The PyTorch contenders read this file too, in processes of their own: nothing here may import JAX, which would count as their
+memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from dpo_jax.data.encode import Encoded
+
+SIDES = ("prompt", "chosen", "rejected")
+
+
+class Contender(NamedTuple):
+    module: str  # of dpo_jax.bench; its `run(work, name, *, steps, trace)` does the work
+    what: str
+
+
+CONTENDERS = {
+    "torch-live": Contender("torch_loop", "literal PyTorch loop, live reference, batch padded to its longest row"),
+    "torch-cached": Contender("torch_loop", "the same with cached reference log-probabilities"),
+    "trl": Contender("trl_loop", "TRL DPOTrainer as it comes"),
+    "trl-best": Contender("trl_loop", "TRL at its best: cached reference, length-grouped, no recomputation"),
+    "jax-live": Contender("ladder", "literal JAX step, live reference, rows as long as the longest of the data"),
+    "jax-cached": Contender("ladder", "+ cached reference log-probabilities"),
+    "jax-buckets": Contender("ladder", "+ microbatches of similar length"),
+    "jax-shared": Contender("ladder", "+ the prompt read once for both completions"),
+    "jax-packed": Contender("ladder", "+ whole pairs packed into rows"),
+    "jax-head": Contender("ladder", "+ output head for completions only: what `dpo-jax dpo` runs"),
+}
+OURS = "jax-head"
+"""The last rung of the ladder is the product; the others exist to show what each idea is worth."""
+LIBRARIES = {"torch": "matmul-torch", "jax": "matmul-jax"}
+MEASUREMENTS = {"matmul-torch": "matmul", "matmul-jax": "matmul", "scaling": "scaling"}
+"""What else runs in a process of its own, and its module: `run(work, name)`."""
+
+
+def library(name: str) -> str:
+    return "jax" if name.startswith("jax") else "torch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Everything a contender is told. It is written to `<folder>/work.json`, beside `model/` and `pairs.npz`."""
+
+    folder: str
+    batch: int  # pairs per optimizer step
+    steps: int  # timed optimizer steps per round, after one that is not
+    gate_steps: int  # length of the loss curves that are compared
+    groups: int  # microbatches of similar length, for contenders that group by length
+    torch_microbatches: int  # equal parts into which the other PyTorch contenders divide a batch
+    microbatches: int  # the same for ours (except those that group)
+    beta: float
+    lr: float
+    warmup_steps: int
+    max_grad_norm: float
+    precision: Literal["float32", "bfloat16"]
+    remat: str
+    layouts: dict[str, dict[str, Any]]  # fields of `data.layout.Layout` per kind
+    matmuls: list[tuple[int, int, int]]  # (m, k, n): products that are typical for the model at this batch
+
+    @property
+    def model(self) -> Path:
+        return Path(self.folder) / "model"
+
+    def compiled(self, name: str) -> Path:
+        """The compilation cache of a contender."""
+        return Path(self.folder) / "compiled" / name
+
+    @property
+    def longest_run(self) -> int:
+        """Optimizer steps of the first round: it also gives the loss curves."""
+        return max(self.gate_steps, self.steps + 1)
+
+
+def write_work(work: Work, pairs: Sequence[Encoded]) -> None:
+    """`pairs` in the order in which they are trained on: pairs `[s * batch, (s + 1) * batch)` are optimizer step `s`."""
+    arrays = {}
+    for side in SIDES:
+        ids = [getattr(pair, side) for pair in pairs]
+        arrays[side] = np.concatenate(ids)
+        arrays[f"{side}_length"] = np.array([len(i) for i in ids], np.int64)
+    np.savez(Path(work.folder) / "pairs.npz", **arrays)
+    (Path(work.folder) / "work.json").write_text(json.dumps(dataclasses.asdict(work), indent=2))
+
+
+def read_work(folder: str | Path) -> Work:
+    fields = json.loads((Path(folder) / "work.json").read_text())
+    return Work(**fields | {"matmuls": [tuple(shape) for shape in fields["matmuls"]]})
+
+
+def read_pairs(work: Work) -> list[Encoded]:
+    with np.load(Path(work.folder) / "pairs.npz") as file:
+        sides = [np.split(file[side], np.cumsum(file[f"{side}_length"])[:-1]) for side in SIDES]
+    return [Encoded(*ids, uid=f"pair {number}") for number, ids in enumerate(zip(*sides, strict=True))]
+
+
+def pairs_of_step(work: Work, pairs: Sequence[Encoded], step: int) -> Sequence[Encoded]:
+    return pairs[step * work.batch : (step + 1) * work.batch]
+
+
+def longer_side(pair: Encoded) -> int:
+    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+
+
+def by_length(work: Work, pairs: Sequence[Encoded]) -> list[list[int]]:
+    """The pairs of one step, by number, in `work.groups` equal parts of similar length, longest first."""
+    order = sorted(range(len(pairs)), key=lambda number: -longer_side(pairs[number]))
+    size = len(pairs) // work.groups
+    return [order[start : start + size] for start in range(0, len(pairs), size)]
+
+
+def random_pairs(count: int, *, lengths: tuple[int, int, int], vocab_size: int, seed: int) -> list[Encoded]:
+    """Pairs of random tokens, all of the given (prompt, chosen, rejected) lengths. Completions end in EOS, which is token 0."""
+    rng = np.random.default_rng(seed)
+
+    def tokens(length: int) -> np.ndarray:
+        return rng.integers(1, vocab_size, length).astype(np.int32)
+
+    def completion(length: int) -> np.ndarray:
+        return np.append(tokens(length - 1), np.int32(0))
+
+    prompt, chosen, rejected = lengths
+    return [Encoded(tokens(prompt), completion(chosen), completion(rejected), uid=f"random {i}") for i in range(count)]
+
+
+def peak_memory() -> int:
+    """Bytes: the largest resident set that this process ever had, interpreter and libraries included."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,187 @@
+"""`dpo-jax bench`: our training against PyTorch, on the same weights and the same pairs in every optimizer step.
+
+Beside the table it leaves in `<run.dir>/bench`: `results.json` (all figures), `race.png`, `work/` (the model and the frozen
+pairs, what each contender measured in each round, and its output), and with `--profile` `trace/`.
+
+How to read a profile: see HOW_TO_READ, which is printed with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax.bench import race, report
+from dpo_jax.bench.flops import typical_matmuls
+from dpo_jax.bench.plots import plot_race
+from dpo_jax.bench.profile import slowest_operations
+from dpo_jax.bench.work import CONTENDERS, OURS, Work, library, longer_side, random_pairs, read_pairs, write_work
+from dpo_jax.cli import build
+from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.loader import batch_indices, plan_layout
+from dpo_jax.models.decoder import make_model
+from dpo_jax.models.families import decoder_config
+from dpo_jax.models.hf import load_config, save_hf
+from dpo_jax.runtime.parallel import single_device
+from dpo_jax.runtime.rundir import RunDir, environment, write_json
+from dpo_jax.types import Model
+
+HOW_TO_READ = """\
+How to read it. The first table adds up what the operations of the compiled step took, by part of the model: `forward`,
+`backward`, `recomputed` (what remat does again), `update` (optimizer). The second one has single operations and where they
+come from; a fusion is named after its last one. The whole picture: open perfetto_trace.json.gz (below plugins/profile/) at
+https://ui.perfetto.dev, or the folder in XProf or TensorBoard. There a gap on the device's line is time spent waiting for the
+host, and the first step in the trace may still fill caches."""
+MATMUL_TOKENS = 16_384  # rows of the matrix products that are timed, at most
+
+
+def run(config: Config) -> int:
+    names = _contenders(config)
+    jax.config.update("jax_platforms", "cpu")  # an accelerator belongs to one process at a time: that of the contender
+    with build.open_run(config, "bench") as run_dir:
+        work = freeze(config, run_dir)
+        print(f"{len(names)} contenders in {config.bench.rounds} rounds; logs and loss curves are in {work.folder}", flush=True)
+        results, differences = race.race(
+            work,
+            names,
+            rounds=config.bench.rounds,
+            python=_torch_python(config),
+            say=functools.partial(print, flush=True),
+        )
+        decoder = decoder_config(load_config(work.model))
+        summary = report.summarize(work, decoder, read_pairs(work), results, differences)
+        if config.bench.scaling:
+            summary["scaling"] = report.scaling(race.run_one(work, "scaling", steps=0))
+        write_json(run_dir.path / "results.json", {"machine": machine(), **summary})
+        plot_race(summary, run_dir.path / "race.png")
+        print(f"\n{report.table(summary)}\n\nall figures: {run_dir.path / 'results.json'}")
+        if config.bench.profile:
+            _profile(work, run_dir)
+    return 0
+
+
+def _contenders(config: Config) -> list[str]:
+    try:
+        names = race.check_names(config.bench.contenders)
+    except ValueError as error:
+        raise ConfigError(f"bench.contenders: {error}") from error
+    needed = {"torch" for name in names if library(name) == "torch"} | {"trl" for name in names if "trl" in name}
+    python = _torch_python(config)
+    if needed and not race.installed(sorted(needed), python=python):
+        others = ",".join(name for name in CONTENDERS if library(name) == "jax")
+        raise ConfigError(
+            f"bench.contenders: {python} has no {' or no '.join(sorted(needed))}: pip install 'dpo_jax[bench]', name another "
+            f"Python (bench.torch_python), or only contenders that need none: {others}"
+        )
+    for option, parts in (
+        ("bench.groups", config.bench.groups),
+        ("bench.torch_microbatches", config.bench.torch_microbatches),
+    ):
+        if config.dpo.batch % parts:
+            raise ConfigError(f"{option}: {parts} equal parts do not make up a batch of {config.dpo.batch} pairs (dpo.batch)")
+    return names
+
+
+def _torch_python(config: Config) -> str:
+    python = config.bench.torch_python
+    if python is not None and shutil.which(python) is None:
+        raise ConfigError(f"bench.torch_python: {python} is no program that can be run")
+    return python or sys.executable
+
+
+def freeze(config: Config, run_dir: RunDir) -> Work:
+    """Writes down what the contenders share: new weights, the pairs of every optimizer step, the settings."""
+    bench, section = config.bench, config.dpo
+    folder = run_dir.path / "work"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    longest_run = max(bench.gate_steps, bench.steps + 1)
+    if bench.lengths is None:
+        data, model = _from_data(config)
+        steps = (batch_indices(len(data), batch=section.batch, seed=config.run.seed, step=s) for s in range(longest_run))
+        pairs = [data[int(i)] for i in np.concatenate(list(steps))]
+    else:
+        pairs, model = _random(config, longest_run * section.batch)
+        data = pairs
+    variables, _ = build.start_weights(config, model, single_device())
+    save_hf(folder / "model", model, variables)
+    build.free(variables)
+    shared = sum(len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs) / longest_run
+    work = Work(
+        folder=str(folder),
+        batch=section.batch,
+        steps=bench.steps,
+        gate_steps=bench.gate_steps,
+        groups=bench.groups,
+        torch_microbatches=bench.torch_microbatches,
+        microbatches=section.microbatches,
+        beta=section.beta,
+        lr=section.lr,
+        warmup_steps=section.warmup_steps,
+        max_grad_norm=section.max_grad_norm,
+        precision=config.run.precision,
+        remat=config.model.remat,
+        layouts=_layouts(config, data),
+        matmuls=typical_matmuls(model.config, tokens=min(MATMUL_TOKENS, round(shared))),
+    )
+    write_work(work, pairs)
+    return work
+
+
+def _from_data(config: Config) -> tuple[list[Encoded], Model]:
+    """The train split, and the model that it would be trained on."""
+    tokenizer = build.tokenizer_of(config, model_path=config.model.path)
+    encoded = build.encode_split(config, build.load_split(config, "train", tokenizer), tokenizer)
+    return list(encoded), build.start_model(config, tokenizer)
+
+
+def _random(config: Config, count: int) -> tuple[list[Encoded], Model]:
+    """Random pairs of `bench.lengths`, and a model for them."""
+    assert config.bench.lengths is not None
+    prompt, chosen, rejected = (int(part) for part in config.bench.lengths.split("/"))
+    if config.model.path is not None:
+        decoder = decoder_config(load_config(config.model.path))
+    else:
+        vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
+        decoder = decoder_config(build.sized_hf_config(config, vocab_size=vocab_size, eos=0))
+    pairs = random_pairs(count, lengths=(prompt, chosen, rejected), vocab_size=decoder.vocab_size, seed=config.run.seed)
+    if longer_side(pairs[0]) > decoder.max_positions:
+        raise ConfigError(
+            f"bench.lengths: {config.bench.lengths} makes rows of {longer_side(pairs[0])} tokens, and the model reads "
+            f"{decoder.max_positions}; raise model.max_positions"
+        )
+    return pairs, make_model(decoder, dtype=build.PRECISIONS[config.run.precision], remat=config.model.remat)
+
+
+def _layouts(config: Config, pairs: list[Encoded]) -> dict[str, dict[str, Any]]:
+    """Rows of each kind as a run of `dpo` plans them for all its data."""
+    section, layouts = config.dpo, {}
+    for kind in ("plain", "packed"):
+        multiple = section.microbatches * (2 if kind == "plain" else 1)
+        length = None if kind == "plain" else config.data.row_length
+        layout = plan_layout(pairs, kind=kind, batch=section.batch, length=length, multiple=multiple)
+        layouts[kind] = dataclasses.asdict(layout)
+    return layouts
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on besides the work."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {"processor": processor, **environment()}
+
+
+def _profile(work: Work, run_dir: RunDir) -> None:
+    trace = run_dir.path / "trace"
+    shutil.rmtree(trace, ignore_errors=True)
+    race.run_one(work, OURS, steps=work.steps + 1, round_number=-1, trace=str(trace))
+    print(f"\n{slowest_operations(trace)}\n\n{HOW_TO_READ}\ntrace: {trace}")
