@@ -94,7 +94,8 @@ def write_work(work: Work, pairs: Sequence[Encoded]) -> None:
 
 def read_work(folder: str | Path) -> Work:
     fields = json.loads((Path(folder) / "work.json").read_text())
-    return Work(**fields | {"matmuls": [tuple(shape) for shape in fields["matmuls"]]})
+    layouts = {kind: layout | {"row_counts": tuple(layout["row_counts"])} for kind, layout in fields["layouts"].items()}
+    return Work(**fields | {"matmuls": [tuple(shape) for shape in fields["matmuls"]], "layouts": layouts})
 
 
 def read_pairs(work: Work) -> list[Encoded]:
