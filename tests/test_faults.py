@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from damage import FAULTS, damage
 from test_checkpoint import abstract, losses, quarantined
 from test_hosts import CONFIG, LIMIT, begin, end, free_port
 
@@ -244,6 +245,19 @@ def test_a_lost_host_ends_the_other_and_a_relaunch_gives_the_same_weights(tmp_pa
     rows = read_metrics(tmp_path / "run" / "dpo" / "metrics.jsonl")
     assert [row["step"] for row in rows if not is_evaluation(row)] == list(range(30))
     print(f"{how.name} of host {victim}, heartbeat {heartbeat} s: the other ended with {code} after {seconds:.1f} s; same SHA")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("fault", FAULTS)
+def test_damage_to_the_part_of_the_second_host_is_found_by_both(tmp_path, whole, fault):
+    assert [code for code, _ in end(launch(tmp_path))] == [0, 0]
+    newest = tmp_path / "run" / "dpo" / "checkpoints" / "30"
+    damage(max((newest / "state" / "ocdbt.process_1").rglob("*"), key=lambda path: path.stat().st_size * path.is_file()), fault)
+    for code, output in end(launch(tmp_path)):
+        assert code == 0, output
+    assert quarantined(newest.parent) == ["30-0"]
+    assert leaf_hashes(tmp_path) == whole
+    print(f"two hosts, a file of the second, {fault}: found, step 25 used; same SHA")
 
 
 # The disk is full.
