@@ -72,7 +72,7 @@ def rungs(work):
     before = {option: getattr(jax.config, option) for option in options}
     trace = os.path.join(work[0].folder, "trace")
     try:
-        yield {n: ladder.run(work[0], n, steps=4, trace=trace if n == "jax-head" else None) for n in ladder.RUNGS}, trace
+        yield {n: ladder.run(work[0], n, steps=4, trace=trace if n == "jax-attention" else None) for n in ladder.RUNGS}, trace
     finally:
         for option, value in before.items():
             jax.config.update(option, value)
@@ -101,7 +101,7 @@ def test_all_rungs_take_the_same_steps(rungs):
     assert found["steps"] == 4
     assert found["first_logps"] < 1e-6
     assert found["loss_curve"] < 1e-5
-    curve = results["jax-head"]["losses"]
+    curve = results["jax-attention"]["losses"]
     assert abs(curve[3] - math.log(2)) > 0.01, "the comparison means nothing if nothing is learnt"
     assert set(results) == {name for name in CONTENDERS if name.startswith("jax")}
 
@@ -109,10 +109,10 @@ def test_all_rungs_take_the_same_steps(rungs):
 def test_rungs_remove_positions_one_kind_after_the_other(work, rungs):
     positions = {name: result["positions"] for name, result in rungs[0].items()}
     assert positions["jax-live"] == positions["jax-cached"] == 2 * 16 * work[0].layouts["plain"]["length"]
-    assert positions["jax-packed"] == positions["jax-head"] < positions["jax-live"]
+    assert positions["jax-packed"] == positions["jax-head"] == positions["jax-attention"] < positions["jax-live"]
     timed = [pair for pair in work[1][8:24]]
     shared = sum(len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in timed)
-    assert rungs[0]["jax-head"]["real_positions"] == rungs[0]["jax-shared"]["real_positions"] == shared
+    assert rungs[0]["jax-attention"]["real_positions"] == rungs[0]["jax-shared"]["real_positions"] == shared
     assert rungs[0]["jax-live"]["real_positions"] == shared + sum(len(pair.prompt) for pair in timed)
 
 
@@ -128,9 +128,9 @@ def test_a_head_over_all_positions_changes_no_log_probability(work, kind):
 
 
 def test_gates_catch_another_beta_other_pairs_and_nan(tmp_path, work, rungs):
-    honest = rungs[0]["jax-head"]
+    honest = rungs[0]["jax-attention"]
     other, _ = make_work(tmp_path / "other", beta=0.2)
-    result = ladder.run(other, "jax-head", steps=4, trace=None)
+    result = ladder.run(other, "jax-attention", steps=4, trace=None)
     with pytest.raises(gates.GateFailed, match=r"honest and cheat|cheat and honest.* loss differ .* step [123]"):
         gates.check({"honest": honest, "cheat": result}, precision="float32")
     swapped = honest | {"first_logps": honest["first_logps"][::-1]}
@@ -199,11 +199,11 @@ def test_report_arithmetic(work):
         "torch-live": [measured(2.0, peak=400), measured(2.5, peak=300)],
         "trl": [measured(4.0, peak=200)] * 2,
         "trl-best": [measured(1.0, peak=90, reference_seconds=[0.08])] * 2,
-        "jax-head": [ours, ours | {"compile_seconds": 1.0, "seconds_to_first_step": 2.0}],
+        "jax-attention": [ours, ours | {"compile_seconds": 1.0, "seconds_to_first_step": 2.0}],
     }
     gate = {"first_logps": 0.0, "first_loss": 0.0, "loss_curve": 0.0, "steps": 3.0}
     summary = report.summarize(work[0], config, work[1], rounds, gate)
-    literal, mine = (summary["contenders"][name] for name in ("torch-live", "jax-head"))
+    literal, mine = (summary["contenders"][name] for name in ("torch-live", "jax-attention"))
     assert literal["pairs_per_second"] == pytest.approx({"median": 3.6, "min": 3.2, "max": 4.0})
     assert mine["pairs_per_second"]["median"] == pytest.approx(16)
     assert mine["pairs_per_second_with_reference_pass"] == pytest.approx(
@@ -235,7 +235,7 @@ def test_a_busy_machine_or_a_slow_loader_is_told(work):
     config = decoder_config(hf_config("gpt_neox", **SIZES))
     rounds = {
         "matmul-jax": [{"flops_per_second": 2e6, "neighbours": 0.3}],
-        "jax-head": [measured(0.5, peak=1, reference_seconds=[0.1], loader_seconds=0.1)],
+        "jax-attention": [measured(0.5, peak=1, reference_seconds=[0.1], loader_seconds=0.1)],
     }
     gate = {"first_logps": 0.0, "first_loss": 0.0, "loss_curve": 0.0, "steps": 3.0}
     shown = report.table(report.summarize(work[0], config, work[1], rounds, gate))
@@ -261,7 +261,7 @@ data: {{source: reviews, reviews_train: 40, reviews_test: 4, max_length: 96, max
 tokenizer: {{vocab_size: 300}}
 model: {{family: gpt_neox, width: 32, layers: 1, heads: 2, max_positions: 128}}
 dpo: {{batch: 4, lr: 1e-4, warmup_steps: 2}}
-bench: {{rounds: 1, steps: 1, gate_steps: 2, groups: 2, contenders: "jax-head"}}
+bench: {{rounds: 1, steps: 1, gate_steps: 2, groups: 2, contenders: "jax-attention"}}
 """
 
 
@@ -286,11 +286,11 @@ def config(tmp_path):
 def test_the_command_leaves_table_figures_and_plot(config, tmp_path, capsys):
     assert main(["bench", config, "--bench.lengths", "20/8/12"]) == 0
     shown = capsys.readouterr().out
-    assert "| `jax-head` |" in shown
+    assert "| `jax-attention` |" in shown
     results = json.loads((tmp_path / "run" / "bench" / "results.json").read_text())
-    assert list(results["contenders"]) == ["jax-head"]
+    assert list(results["contenders"]) == ["jax-attention"]
     assert results["work"]["mean_tokens"] == {"prompt": 20, "chosen": 8, "rejected": 12}
-    assert len(results["contenders"]["jax-head"]["losses"]) == 2
+    assert len(results["contenders"]["jax-attention"]["losses"]) == 2
     assert (tmp_path / "run" / "bench" / "race.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -324,7 +324,7 @@ def test_pytorch_contenders_take_our_steps(work, rungs):
         pytest.skip("no torch here and DPO_JAX_TORCH_PYTHON is not set")
     names = ["torch-live", "torch-cached"] + (["trl", "trl-best"] if race.installed(["trl"], python=python) else [])
     results = {name: race.run_one(work[0], name, steps=4, python=python) for name in names}
-    found = gates.check({"jax-head": rungs[0]["jax-head"], **results}, precision="float32")
+    found = gates.check({"jax-attention": rungs[0]["jax-attention"], **results}, precision="float32")
     assert found["first_logps"] < 1e-5
     assert found["loss_curve"] < 1e-4
     real = {result["real_positions"] for result in (*results.values(), rungs[0]["jax-live"])}

@@ -40,6 +40,7 @@ class Rung(NamedTuple):
     live: bool = False
     grouped: bool = False
     whole_head: bool = True
+    attention: str = "dense"
 
 
 RUNGS = {
@@ -49,6 +50,7 @@ RUNGS = {
     "jax-shared": Rung("shared", grouped=True),
     "jax-packed": Rung("packed"),
     "jax-head": Rung("packed", whole_head=False),
+    "jax-attention": Rung("packed", whole_head=False, attention="auto"),
 }
 
 
@@ -82,7 +84,7 @@ def run(work: Work, name: str, *, steps: int, trace: str | None) -> dict[str, An
     jax.config.update("jax_compilation_cache_dir", str(work.compiled(name).absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     rung, pairs = RUNGS[name], read_pairs(work)
-    model, variables = load_hf(work.model, dtype=jnp.dtype(work.precision), remat=work.remat)
+    model, variables = load_hf(work.model, dtype=jnp.dtype(work.precision), remat=work.remat, attention=rung.attention)
     layouts = {kind: Layout(**fields) for kind, fields in work.layouts.items()}
     make = functools.partial(step_batch, work, pairs, rung=rung, layouts=layouts)
     tx = make_optimizer(linear_warmup(work.lr, warmup_steps=work.warmup_steps), max_grad_norm=work.max_grad_norm)

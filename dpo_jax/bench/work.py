@@ -34,9 +34,10 @@ CONTENDERS = {
     "jax-buckets": Contender("ladder", "+ microbatches of similar length"),
     "jax-shared": Contender("ladder", "+ the prompt read once for both completions"),
     "jax-packed": Contender("ladder", "+ whole pairs packed into rows"),
-    "jax-head": Contender("ladder", "+ output head for completions only: what `dpo-jax dpo` runs"),
+    "jax-head": Contender("ladder", "+ output head for completions only"),
+    "jax-attention": Contender("ladder", "+ the attention of this platform: what `dpo-jax dpo` runs"),
 }
-OURS = "jax-head"
+OURS = "jax-attention"
 """The last rung of the ladder is the product; the others exist to show what each idea is worth."""
 LIBRARIES = {"torch": "matmul-torch", "jax": "matmul-jax"}
 MEASUREMENTS = {"matmul-torch": "matmul", "matmul-jax": "matmul", "scaling": "scaling"}

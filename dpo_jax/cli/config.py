@@ -400,7 +400,7 @@ class BenchConfig:
     """The race against PyTorch: same weights, same pairs in every step, contenders in turns (needs the `bench` extra)."""
 
     contenders: str | None = None
-    """Only these, separated by commas: torch-live, torch-cached, trl, trl-best, jax-live ... jax-head; none: all."""
+    """Only these, separated by commas: torch-live, torch-cached, trl, trl-best, jax-live ... jax-attention; none: all."""
     lengths: str | None = None
     """Random tokens of exactly PROMPT/CHOSEN/REJECTED length, such as 400/500/500, instead of data; none: the train split."""
     rounds: int = 3
