@@ -130,18 +130,18 @@ def ratios(contenders: Mapping[str, Any], rates: Mapping[str, Mapping[str, float
 
 
 def lost(contenders: Mapping[str, Any]) -> list[str]:
-    """Every figure in which a contender in PyTorch beats ours, in words."""
+    """Every figure in which a contender in PyTorch beats ours, in words: the best of them."""
     if OURS not in contenders:
         return []
     ours, found = contenders[OURS], []
 
     def compare(what: str, get: Any, *, unit: str, more_is_better: bool) -> None:
-        mine = get(ours)
-        for name, figures in contenders.items():
-            theirs = get(figures)
-            better = theirs is not None and mine is not None and (theirs > mine) == more_is_better and theirs != mine
-            if library(name) == "torch" and better:
-                found.append(f"{what}: {name} {theirs:.3g} {unit}, {OURS} {mine:.3g}")
+        mine, sign = get(ours), 1 if more_is_better else -1
+        theirs = {name: get(figures) for name, figures in contenders.items() if library(name) == "torch"}
+        known = {name: value for name, value in theirs.items() if value is not None}
+        best = max(known, key=lambda name: sign * known[name], default=None)
+        if best is not None and mine is not None and sign * known[best] > sign * mine:
+            found.append(f"{what}: {best} {known[best]:.3g} {unit}, {OURS} {mine:.3g}")
 
     compare("pairs/s", lambda f: f["pairs_per_second"]["median"], unit="pairs/s", more_is_better=True)
     for epochs in ("1 epochs", "3 epochs"):
@@ -224,6 +224,8 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
             f"step time    grows with tokens^{fitted['seconds']:.2f} in {kind} (FLOPs: tokens^{fitted['flops']:.2f}), "
             f"from {found['points'][0]['tokens']:,.0f} to {found['points'][-1]['tokens']:,.0f} tokens"
         )
+    if not summary["ratios"]:
+        return notes
     return [*notes, "where a contender in PyTorch is better:", *(f"  {line}" for line in summary["lost"] or ["nowhere"])]
 
 
