@@ -224,6 +224,8 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
             f"step time    grows with tokens^{fitted['seconds']:.2f} in {kind} (FLOPs: tokens^{fitted['flops']:.2f}), "
             f"from {found['points'][0]['tokens']:,.0f} to {found['points'][-1]['tokens']:,.0f} tokens"
         )
+    if not summary["ratios"]:
+        return notes
     return [*notes, "where a contender in PyTorch is better:", *(f"  {line}" for line in summary["lost"] or ["nowhere"])]
 
 
