@@ -414,7 +414,9 @@ def train(name, *flags):
         time.sleep(0.01)
     fill(small)
     out = process.communicate()[0]
-    print(name, process.returncode, metrics.read_bytes().count(b"\\n"), out.splitlines()[-1], sep="|")
+    # orbax's event loop may have a last word after ours
+    message = next(line for line in reversed(out.splitlines()) if line.startswith("dpo-jax:"))
+    print(name, process.returncode, metrics.read_bytes().count(b"\\n"), message, sep="|")
     (small / "ballast").unlink()
     process = begin("dpo", *flags)
     out = process.communicate()[0]
