@@ -98,12 +98,16 @@ def make_partitioner(config: Config, model: Model) -> Partitioner:
         return pmap_partitioner()
     if config.run.devices == "single":
         return single_device()
-    whole_heads = {axis: model.config.head_size for axis in ("heads", "kv_heads")}
     try:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
-        return mesh_partitioner(mesh, model, units=whole_heads)
+        return mesh_partitioner(mesh, model, units=whole_heads(model))
     except MeshError as error:
         raise ConfigError(f"mesh: {error}") from error
+
+
+def whole_heads(model: Model) -> dict[str, int]:
+    """What of a model's axes is not cut in two."""
+    return {axis: model.config.head_size for axis in ("heads", "kv_heads")}
 
 
 def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any = None) -> PreferenceSet:
@@ -197,10 +201,11 @@ def start_weights(config: Config, model: Model, partitioner: Partitioner) -> tup
     return new, f"random, seed {config.run.seed}"
 
 
-def _model(config: Config, hf: dict[str, Any]) -> Model:
+def _model(config: Config, hf: dict[str, Any], *, platform: str | None = None) -> Model:
     decoder, dtype = decoder_config(hf), PRECISIONS[config.run.precision]
+    platform = platform or jax.default_backend()
     try:
-        path = attention_path(config.model.attention, platform=jax.default_backend(), config=decoder, dtype=dtype)
+        path = attention_path(config.model.attention, platform=platform, config=decoder, dtype=dtype)
     except ValueError as error:
         raise ConfigError(f"model.attention: {error}") from error
     return make_model(decoder, dtype=dtype, remat=config.model.remat, attention=path)
@@ -213,19 +218,42 @@ def attention_name(config: Config) -> str:
 
 def new_hf_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """The Hugging Face configuration of a new model. The vocabulary is the tokenizer's, unless `model.vocab_size` is larger."""
-    sizes = config.model
-    vocab_size = sizes.vocab_size or len(tokenizer)
+    vocab_size = config.model.vocab_size or len(tokenizer)
     if vocab_size < len(tokenizer):
         raise ConfigError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {len(tokenizer)} entries; leave it out")
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int)  # load_tokenizer's tokenizers have one
+    return _sized(config, vocab_size=vocab_size, eos_token_id=eos)
+
+
+def _sized(config: Config, *, vocab_size: int, eos_token_id: int) -> dict[str, Any]:
+    sizes = config.model
     asked = {name: getattr(sizes, name) for name in ("width", "layers", "heads", "max_positions")}
     options = {name: getattr(sizes, name) for name in ("kv_heads", "head_size", "mlp_width", "tie")}
-    eos = tokenizer.eos_token_id
     assert sizes.family is not None  # checked with the configuration
-    assert isinstance(eos, int)  # load_tokenizer's tokenizers have one
     try:
-        return hf_config(sizes.family, vocab_size=vocab_size, eos_token_id=eos, **asked, **options)
+        return hf_config(sizes.family, vocab_size=vocab_size, eos_token_id=eos_token_id, **asked, **options)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
+
+
+def model_without_weights(config: Config, *, platform: str) -> tuple[Model, str]:
+    """The policy as it would be on `platform`, and where its sizes come from. Neither weights, tokenizer nor network are used.
+
+    A folder of the starting policy or of `model.path` has the word, if it is here; else the sizes in `model`.
+    """
+    for option, path in (("dpo.policy", config.dpo_policy()), ("model.path", config.model.path)):
+        if path is not None and (Path(path).expanduser() / "config.json").is_file():
+            with _naming(option, path):
+                return _model(config, load_config(path), platform=platform), f"{path}/config.json"
+    sizes = dataclasses.replace(config.model, path=None)
+    absent = [field for field, _ in sizes.missing()] + (["vocab_size"] if sizes.vocab_size is None else [])
+    if absent:
+        raise ConfigError(
+            "\n".join(f"model.{field}: no model folder is here, so its sizes must be in the configuration" for field in absent)
+        )
+    hf = _sized(config, vocab_size=sizes.vocab_size or 0, eos_token_id=0)
+    return _model(config, hf, platform=platform), "the sizes in section model"
 
 
 def policy_model(config: Config, path: str, tokenizer: PreTrainedTokenizerFast, *, name: str, expected: bool = False) -> Model:
@@ -323,13 +351,13 @@ def pair_layout(config: Config, pairs: Sequence[Encoded], *, batch: int, parts: 
     return plan_layout(pairs, kind=kind, batch=batch, length=config.data.row_length, multiple=multiple)
 
 
-def batch_parts(section: SftConfig | DpoConfig, partitioner: Partitioner, *, layout: str) -> int:
+def batch_parts(section: SftConfig | DpoConfig, row_shards: int, *, layout: str) -> int:
     """Into how many parts the rows of a batch are divided. Raises `ConfigError` where the batch does not divide."""
-    parts = partitioner.row_shards * section.microbatches
+    parts = row_shards * section.microbatches
     name = "sft" if isinstance(section, SftConfig) else "dpo"
     if layout != "packed" and section.batch % parts:
         raise ConfigError(
-            f"{name}.batch: {section.batch} does not divide among {partitioner.row_shards} devices x {section.microbatches} "
+            f"{name}.batch: {section.batch} does not divide among {row_shards} devices x {section.microbatches} "
             f"microbatches; use a multiple of {parts}"
         )
     return parts

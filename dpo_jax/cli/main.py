@@ -57,15 +57,25 @@ COMMANDS = {
     "dpo": Command("train the policy on preferences", "dpo_jax.cli.dpo:run", (*_RUN, "refs", "dpo"), ("data",)),
     "eval": Command("measure a policy on held-out pairs", "dpo_jax.cli.eval:run", (*_RUN, *_LOSS, "refs", "eval"), ("data",)),
     "sample": Command("complete prompts with a policy", "dpo_jax.cli.sample:run", (*_RUN, "sample"), ("data",)),
+    "plan": Command(
+        "what training takes on a slice of TPUs: memory, collectives, time (no TPU needed)",
+        "dpo_jax.cli.plan:run",
+        ("run.dir", "run.precision", "mesh", "data", "model", "dpo", "refs.batch", "plan"),
+        ("plan",),
+    ),
     "export": Command("write a checkpoint as a Hugging Face folder", "dpo_jax.cli.export:run", ("run.dir", "export")),
 }
 
 ON_MANY_HOSTS = ("sft", "refs", "dpo", "eval", "sample")
-SHORT = ("--distributed", "--coordinator", "--num-processes", "--process-id")  # for --run.distributed, ...
+SHORT = {  # --distributed for --run.distributed, ...
+    **dict.fromkeys(("--distributed", "--coordinator", "--num-processes", "--process-id"), "run"),
+    **dict.fromkeys(("--topology", "--sweep", "--scale"), "plan"),
+}
 
 EXIT_CODES = (
     ("dpo_jax.cli.config_file", "ConfigError", 2),
     ("dpo_jax.cli.dpo", "WrongStart", 2),
+    ("dpo_jax.runtime.chips", "TopologyError", 2),
     ("dpo_jax.reference", "ForeignCache", 2),
     ("dpo_jax.runtime.checkpoint", "StateMismatch", 2),
     ("dpo_jax.data.pairs", "BadRow", 65),
@@ -183,7 +193,7 @@ def _on_many_hosts(name: str, config: Config) -> int:
 def parse(name: str, args: list[str]) -> Config:
     """The config of command `name`: the YAML file that `args` begins with, overridden by the flags after it, checked."""
     command = COMMANDS[name]
-    args = [f"--run.{arg[2:]}" if arg.partition("=")[0] in SHORT else arg for arg in args]
+    args = [f"--{SHORT[arg.partition('=')[0]]}.{arg[2:]}" if arg.partition("=")[0] in SHORT else arg for arg in args]
     if args and not args[0].startswith("-"):
         path, flags = args[0], args[1:]
         config, lines = load_config_with_lines(path)
