@@ -60,7 +60,7 @@ COMMANDS = {
     "plan": Command(
         "what training takes on a slice of TPUs: memory, collectives, time (no TPU needed)",
         "dpo_jax.cli.plan:run",
-        ("run.dir", "run.precision", "mesh", "data", "model", "dpo", "refs.batch", "plan"),
+        ("run.dir", "run.devices", "run.precision", "mesh", "data", "model", "dpo", "refs.batch", "plan"),
         ("plan",),
     ),
     "export": Command("write a checkpoint as a Hugging Face folder", "dpo_jax.cli.export:run", ("run.dir", "export")),

@@ -66,6 +66,8 @@ def run(config: Config) -> int:
     model, source = build.model_without_weights(config, platform="tpu")
     slice_devices(topology)
     print(f"{topology}: {chips} chips of {chip.hbm_bytes / 1e9:.0f} GB; model: {source}", flush=True)
+    if config.run.devices != "mesh":
+        print(f"run.devices is {config.run.devices}; planned is mesh, which a pod needs")
     plans = _sweep(config, topology) if config.plan.sweep else [plan(config, topology, refs=True)]
     if config.plan.sweep:
         _print_ranking(plans)
