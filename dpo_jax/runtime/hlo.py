@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-_HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*)[a-z0-9]*\[([\d,]*)\]")
 _CALLS = re.compile(r"(?:calls|to_apply|branch_computations|called_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?")
@@ -102,7 +102,7 @@ def parse(text: str) -> tuple[Computations, str]:
         found = _INSTRUCTION.match(line) if current is not None else None
         if found and current is not None:
             inside, rest = _until_closed(line, found.end())
-            operands = tuple(re.findall(r"%([\w.\-]+)", inside)) or (inside,)
+            operands = tuple(re.findall(r"%([\w.\-]+)", inside)) or tuple(name.strip() for name in inside.split(","))
             current[found[2]] = Instruction(found[2], found[3], found[4], operands, rest, bool(found[1]))
     return computations, entry
 

@@ -25,6 +25,11 @@ from dpo_jax.runtime.parallel import abstract_state, jit_map, jit_step
 from dpo_jax.types import Model, Rows, TrainState, Variables
 
 HEADROOM = 0.9  # of the memory; the rest is for the next batch, and for what another version of the compiler does otherwise
+# What libtpu says, in its two ways. The second leaves out the arguments: parameters and optimizer state come on top.
+_OUT_OF_MEMORY = (
+    r"Ran out of memory in memory space hbm. Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
+    r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +146,12 @@ def _plan(
 
 def out_of_memory(message: str) -> tuple[float, str] | None:
     """(bytes needed on one device, one sentence), of the compiler's error; None for any other error."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) (\w+)", message)
-    if found is None or "Ran out of memory" not in message:
-        return None
-    used, has = _size(found[1], found[2]), _size(found[3], found[4])
-    return used, f"needs {used / 1e9:.1f} GB of {found[5]} and the device has {has / 1e9:.1f} GB"
+    for pattern in _OUT_OF_MEMORY:
+        found = re.search(pattern, message)
+        if found is not None:
+            used, has = _size(found[1], found[2]), _size(found[3], found[4])
+            return used, f"needs {used / 1e9:.1f} GB and the device has {has / 1e9:.1f} GB"
+    return None
 
 
 def _size(number: str, unit: str) -> float:
@@ -162,7 +168,8 @@ def logits_tokens(text: str, config: DecoderConfig, mesh: Mesh) -> int:
         here = next((n for n in others if n in vocab), None)
         if here is not None:
             others.remove(here)
-            most = max(most, 0 if len(others) == 1 and others[0] in widths else math.prod(others))
+            tokens = math.prod(others)
+            most = max(most, 0 if tokens in widths else tokens)
     return most
 
 
