@@ -213,7 +213,7 @@ def test_report_arithmetic(work):
     timed = work[1][8:24]
     useful = np.mean([2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in timed])
     assert mine["useful_tokens_per_second"] == pytest.approx(16 * useful)
-    flops = np.mean([step_flops(config, *(np.array(len(x)) for x in (q.prompt, q.chosen, q.rejected))) for q in timed])
+    flops = np.mean([step_flops(config, *(np.array([len(x)]) for x in (q.prompt, q.chosen, q.rejected))) for q in timed])
     assert mine["mfu"] == pytest.approx(16 * flops / 2e6), "against the faster of the two libraries' products"
     assert (mine["padding"], mine["loader_share"]) == pytest.approx((0.75, 0.04))
     assert (literal["peak_bytes"], mine["compile_seconds"]) == (400, {"cold": 7.0, "warm": 1.0})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.flops import pair_flops
 
 PEAK_BFLOAT16 = (
     # Dense bfloat16 FLOP/s by substring of the device's name; data sheets of NVIDIA and Google. The first match counts.
@@ -25,22 +26,12 @@ PEAK_BFLOAT16 = (
 
 
 def step_flops(config: DecoderConfig, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
-    """FLOPs of forward and backward pass per pair, float64[pairs], from the lengths of its parts in tokens.
+    """FLOPs of forward and backward pass per pair, float64[pairs], from the lengths of its parts in tokens: `pair_flops`.
 
-    Counted is what cannot be left out: the trunk for P + C + R tokens, the head for the C + R that are scored, attention for
-    the keys that a token really sees; 2 FLOPs per multiply-add, the backward pass twice the forward pass. Not counted: prompts
-    read twice, padding, a reference model, recomputation, and everything that is no matrix product. Sliding windows are taken
-    as full attention.
+    Not counted: prompts read twice, padding, a reference model, recomputation, and everything that is no matrix product.
     """
-    c = config
-    attention = c.width * c.head_size * 2 * (c.heads + c.kv_heads)  # queries and output, keys and values
-    mlp = c.width * c.mlp_width * (3 if c.gated_mlp else 2)
-    p, w, l = (np.asarray(x, np.float64) for x in (prompt, chosen, rejected))
-    seen = p * (p + 1) / 2 + sum(x * p + x * (x + 1) / 2 for x in (w, l))
-    trunk = 2 * c.layers * (attention + mlp) * (p + w + l)
-    head = 2 * c.width * c.vocab_size * (w + l)
-    scores = 4 * c.layers * c.heads * c.head_size * seen  # q k^T, and the mixing of values
-    return 3 * (trunk + head + scores)
+    lengths = zip(prompt, chosen, rejected, strict=True)
+    return np.array([pair_flops(config, prompt=int(p), chosen=int(w), rejected=int(l)).training for p, w, l in lengths])
 
 
 def device_peak(name: str) -> float | None:

@@ -98,12 +98,16 @@ def make_partitioner(config: Config, model: Model) -> Partitioner:
         return pmap_partitioner()
     if config.run.devices == "single":
         return single_device()
-    whole_heads = {axis: model.config.head_size for axis in ("heads", "kv_heads")}
     try:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
-        return mesh_partitioner(mesh, model, units=whole_heads)
+        return mesh_partitioner(mesh, model, units=whole_heads(model))
     except MeshError as error:
         raise ConfigError(f"mesh: {error}") from error
+
+
+def whole_heads(model: Model) -> dict[str, int]:
+    """What of a model's axes is not cut in two."""
+    return {axis: model.config.head_size for axis in ("heads", "kv_heads")}
 
 
 def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any = None) -> PreferenceSet:
@@ -197,10 +201,11 @@ def start_weights(config: Config, model: Model, partitioner: Partitioner) -> tup
     return new, f"random, seed {config.run.seed}"
 
 
-def _model(config: Config, hf: dict[str, Any]) -> Model:
+def _model(config: Config, hf: dict[str, Any], *, platform: str | None = None) -> Model:
     decoder, dtype = decoder_config(hf), PRECISIONS[config.run.precision]
+    platform = platform or jax.default_backend()
     try:
-        path = attention_path(config.model.attention, platform=jax.default_backend(), config=decoder, dtype=dtype)
+        path = attention_path(config.model.attention, platform=platform, config=decoder, dtype=dtype)
     except ValueError as error:
         raise ConfigError(f"model.attention: {error}") from error
     return make_model(decoder, dtype=dtype, remat=config.model.remat, attention=path)
@@ -231,6 +236,25 @@ def sized_hf_config(config: Config, *, vocab_size: int, eos: int) -> dict[str, A
         return hf_config(sizes.family, vocab_size=vocab_size, eos_token_id=eos, **asked, **options)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
+
+
+def model_without_weights(config: Config, *, platform: str) -> tuple[Model, str]:
+    """The policy as it would be on `platform`, and where its sizes come from. Neither weights, tokenizer nor network are used.
+
+    A folder of the starting policy or of `model.path` has the word, if it is here; else the sizes in `model`.
+    """
+    for option, path in (("dpo.policy", config.dpo_policy()), ("model.path", config.model.path)):
+        if path is not None and (Path(path).expanduser() / "config.json").is_file():
+            with _naming(option, path):
+                return _model(config, load_config(path), platform=platform), f"{path}/config.json"
+    sizes = dataclasses.replace(config.model, path=None)
+    absent = [field for field, _ in sizes.missing()] + (["vocab_size"] if sizes.vocab_size is None else [])
+    if absent:
+        raise ConfigError(
+            "\n".join(f"model.{field}: no model folder is here, so its sizes must be in the configuration" for field in absent)
+        )
+    hf = sized_hf_config(config, vocab_size=sizes.vocab_size or 0, eos=0)
+    return _model(config, hf, platform=platform), "the sizes in section model"
 
 
 def policy_model(config: Config, path: str, tokenizer: PreTrainedTokenizerFast, *, name: str, expected: bool = False) -> Model:
@@ -328,13 +352,13 @@ def pair_layout(config: Config, pairs: Sequence[Encoded], *, batch: int, parts: 
     return plan_layout(pairs, kind=kind, batch=batch, length=config.data.row_length, multiple=multiple)
 
 
-def batch_parts(section: SftConfig | DpoConfig, partitioner: Partitioner, *, layout: str) -> int:
+def batch_parts(section: SftConfig | DpoConfig, row_shards: int, *, layout: str) -> int:
     """Into how many parts the rows of a batch are divided. Raises `ConfigError` where the batch does not divide."""
-    parts = partitioner.row_shards * section.microbatches
+    parts = row_shards * section.microbatches
     name = "sft" if isinstance(section, SftConfig) else "dpo"
     if layout != "packed" and section.batch % parts:
         raise ConfigError(
-            f"{name}.batch: {section.batch} does not divide among {partitioner.row_shards} devices x {section.microbatches} "
+            f"{name}.batch: {section.batch} does not divide among {row_shards} devices x {section.microbatches} "
             f"microbatches; the nearest batch that does is {max(1, round(section.batch / parts)) * parts}"
         )
     return parts

@@ -432,6 +432,31 @@ class BenchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """What training would take on a slice of TPUs, without a TPU, weights or data: the real step is compiled and read."""
+
+    topology: str | None = None
+    """The slice, as GENERATION:SHAPE in chips, for example v5e:4x4 or v5p:4x4x8 (short: --topology)."""
+    prompt: int | None = None
+    """Tokens in the prompt of every pair; none: data.max_prompt_length."""
+    completion: int | None = None
+    """Tokens in each of its completions; none: data.max_length less the prompt."""
+    sweep: bool = False
+    """Try meshes and remat policies and rank them (short: --sweep)."""
+    scale: bool = False
+    """Also plan 4, 16, 64 and 256 chips with as many pairs per chip (short: --scale)."""
+    json: str | None = None
+    """File to write the figures to; none: plan/plan.json in the run directory."""
+
+    def check(self) -> Iterator[Problem]:
+        yield from _positive(self, "prompt", "completion")
+
+    def missing(self) -> Iterator[Problem]:
+        if self.topology is None:
+            yield "topology", "name a slice of TPUs, for example --topology v5e:4x4"
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All sections. `None` paths have defaults inside the run directory: read them through the methods below."""
 
@@ -448,6 +473,7 @@ class Config:
     export: ExportConfig = ExportConfig()
     prepare: PrepareConfig = PrepareConfig()
     bench: BenchConfig = BenchConfig()
+    plan: PlanConfig = PlanConfig()
 
     def checkpoints_of(self, task: str) -> str:
         """Where the training of `sft` or `dpo` saves to: a folder, or `gs://...`, exactly as it was given."""

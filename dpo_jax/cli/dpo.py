@@ -35,7 +35,7 @@ def run(config: Config) -> int:
         pairs, held_out = (
             build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
         )
-        parts = build.batch_parts(section, partitioner, layout=config.data.layout)
+        parts = build.batch_parts(section, partitioner.row_shards, layout=config.data.layout)
         layout = build.pair_layout(config, [*pairs, *held_out], batch=section.batch, parts=parts)
         variables, start = build.load_weights(config.dpo_policy(), model, partitioner, name="dpo.policy")
         ref_logps, held_out_ref = reference_values(

@@ -66,6 +66,12 @@ COMMANDS = {
     "dpo": Command("train the policy on preferences", "dpo_jax.cli.dpo:run", (*_RUN, "refs", "dpo"), ("data",)),
     "eval": Command("measure a policy on held-out pairs", "dpo_jax.cli.eval:run", (*_RUN, *_LOSS, "refs", "eval"), ("data",)),
     "sample": Command("complete prompts with a policy", "dpo_jax.cli.sample:run", (*_RUN, "sample"), ("data",)),
+    "plan": Command(
+        "what training takes on a slice of TPUs: memory, collectives, time (no TPU needed)",
+        "dpo_jax.cli.plan:run",
+        ("run.dir", "run.devices", "run.precision", "mesh", "data", "model", "dpo", "refs.batch", "plan"),
+        ("plan",),
+    ),
     "export": Command(
         "write a checkpoint as a Hugging Face folder", "dpo_jax.cli.export:run", ("run.dir", "run.checkpoints", "export")
     ),
@@ -74,11 +80,12 @@ COMMANDS = {
 
 ON_MANY_HOSTS = ("sft", "refs", "dpo", "eval", "sample")
 SHORT = {f"--{name}": f"--run.{name}" for name in ("distributed", "coordinator", "num-processes", "process-id")}
-SHORT["--profile"] = "--bench.profile"
+SHORT |= {"--profile": "--bench.profile"} | {f"--{name}": f"--plan.{name}" for name in ("topology", "sweep", "scale")}
 
 EXIT_CODES = (
     ("dpo_jax.cli.config_file", "ConfigError", 2),
     ("dpo_jax.cli.dpo", "WrongStart", 2),
+    ("dpo_jax.runtime.chips", "TopologyError", 2),
     ("dpo_jax.reference", "ForeignCache", 2),
     ("dpo_jax.runtime.checkpoint", "StateMismatch", 2),
     ("dpo_jax.data.pairs", "BadRow", 65),

@@ -36,7 +36,7 @@ def run(config: Config) -> int:
         )
         variables, start = build.start_weights(config, model, partitioner)
         kind = "plain" if data.layout == "shared" else data.layout  # a single completion shares its prompt with nobody
-        parts = build.batch_parts(section, partitioner, layout=kind)
+        parts = build.batch_parts(section, partitioner.row_shards, layout=kind)
         layout = plan_layout([*texts, *held_out], kind=kind, batch=section.batch, length=data.row_length, multiple=parts)
         tx = build.make_tx(section)
         step = functools.partial(

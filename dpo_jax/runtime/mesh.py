@@ -77,7 +77,12 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequen
     shape = mesh_shape(len(devices), data=data, fsdp=fsdp, tensor=tensor)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        grid = mesh_utils.create_device_mesh(shape, devices) if devices[0].platform == "tpu" else np.array(devices)
+        # Where no whole axis of the torus is as long as one of the mesh (8 of a 4 x 4 slice), two share it.
+        grid = (
+            mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            if devices[0].platform == "tpu"
+            else np.array(devices)
+        )
     elif shape[0] % slices:
         raise MeshError(f"mesh data {shape[0]}: must be a multiple of the {slices} slices, which only data goes across")
     else:

@@ -21,7 +21,7 @@ from dpo_jax.runtime.mesh import (
     tree_shardings,
     variable_shardings,
 )
-from dpo_jax.types import Model, Partitioner, Rows
+from dpo_jax.types import Model, Partitioner, Rows, TrainState, Variables
 
 
 def single_device(device: Any = None) -> Partitioner:
@@ -118,17 +118,9 @@ def mesh_partitioner(mesh: Mesh, model: Model, *, units: Units | None = None) ->
 
     Raises `MeshError`, before anything is computed, where a parameter does not fit the mesh. `units`: see there.
     """
-    if model.axes is None:
-        raise MeshError("the model names no logical axes (Model.axes), so nothing says how its parameters lie on a mesh")
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    of_variables = variable_shardings(shapes, model.axes(), mesh, units=units)
+    shapes, of_variables = _variables_on(mesh, model, units)
     shape_of = {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-    everywhere, by_row, shards, part = (
-        NamedSharding(mesh, PartitionSpec()),
-        row_sharding(mesh),
-        row_shards(mesh),
-        host_part(mesh),
-    )
+    by_row, shards, part = row_sharding(mesh), row_shards(mesh), host_part(mesh)
 
     def put(tree):
         return jax.tree.map(_place, tree, tree_shardings(tree, of_variables, mesh))
@@ -158,7 +150,7 @@ def mesh_partitioner(mesh: Mesh, model: Model, *, units: Units | None = None) ->
         )
 
     def compile_map(fn):
-        compiled = jax.jit(fn, out_shardings=everywhere)
+        compiled = jit_map(fn, mesh)
 
         def run(variables, rows):
             with jax.set_mesh(mesh):
@@ -182,6 +174,40 @@ def mesh_partitioner(mesh: Mesh, model: Model, *, units: Units | None = None) ->
     )
 
 
+def jit_step(step: Callable[..., Any], state: Any, mesh: Mesh) -> Any:
+    """`jax.jit` of a step that donates its state and leaves the new one where `state` (arrays, or their shapes) lies."""
+    out = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def jit_map(fn: Callable[..., Any], mesh: Mesh) -> Any:
+    """`jax.jit` of `fn(variables, rows)` with the whole result on every device."""
+    return jax.jit(fn, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def abstract_state(
+    mesh: Mesh, model: Model, make: Callable[[Variables], TrainState], rows: Rows, *, units: Units | None = None
+) -> tuple[TrainState, Rows]:
+    """State `make(variables)` and rows as `ShapeDtypeStruct`s that lie as `mesh_partitioner` lays them: nothing is computed.
+
+    The devices of `mesh` need not be here. Raises `MeshError` where a parameter does not fit the mesh, `ValueError` where the
+    rows do not divide.
+    """
+    shapes, of_variables = _variables_on(mesh, model, units)
+    state = jax.eval_shape(make, shapes)
+    _check_rows(rows, row_shards(mesh))
+    lie = tree_shardings(state, of_variables, mesh), jax.tree.map(lambda _: row_sharding(mesh), rows)
+    return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), (state, rows), lie)
+
+
+def _variables_on(mesh: Mesh, model: Model, units: Units | None) -> tuple[Variables, dict[tuple[str, ...], Any]]:
+    """Shapes of the variables, and {path: where it lies}."""
+    if model.axes is None:
+        raise MeshError("the model names no logical axes (Model.axes), so nothing says how its parameters lie on a mesh")
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return shapes, variable_shardings(shapes, model.axes(), mesh, units=units)
+
+
 class _MeshStep:
     """A step compiled for a mesh: the new state lies, and is stored, where the old one was."""
 
@@ -198,8 +224,7 @@ class _MeshStep:
 
     def _compiled(self, state: Any) -> Any:
         if self._jit is None:
-            out = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(self._mesh, PartitionSpec())
-            self._jit = jax.jit(self._step, donate_argnums=0, out_shardings=out)
+            self._jit = jit_step(self._step, state, self._mesh)
         return self._jit
 
 

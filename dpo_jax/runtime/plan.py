@@ -1,0 +1,202 @@
+"""Compile a training step for a slice of TPUs that is not here, and say what it takes: memory, collectives, time.
+
+The programs are the real ones, with the shardings of `runtime.parallel.mesh_partitioner`; arguments are only shapes, so no
+weight ever exists. Memory is the compiler's own account. Times are bounds computed from the tables of `runtime.chips`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.flops import PairFlops, layer_weights, layer_widths
+from dpo_jax.runtime.chips import Chip
+from dpo_jax.runtime.hlo import Summary, shapes, summarize
+from dpo_jax.runtime.mesh import Units, row_shards
+from dpo_jax.runtime.parallel import abstract_state, jit_map, jit_step
+from dpo_jax.types import Model, Rows, TrainState, Variables
+
+HEADROOM = 0.9  # of the memory; the rest is for the next batch, and for what another version of the compiler does otherwise
+# What libtpu says, in its two ways. The second leaves out the arguments: parameters and optimizer state come on top.
+_OUT_OF_MEMORY = (
+    r"Ran out of memory in memory space hbm. Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
+    r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program. Bytes, operations and seconds are of one device and one call.
+
+    `seconds` are lower bounds, each as if it were alone: "compute" (matrix products found in the program, and attention by
+    formula, at peak rate), "memory" (weights, activations and optimizer state through HBM, by formula), "links" (bytes that the
+    collectives send, at the rate of all links together).
+    """
+
+    fits: bool
+    peak_bytes: float
+    parameter_bytes: float = 0.0
+    optimizer_bytes: float = 0.0
+    temporary_bytes: float = 0.0
+    matmul_flops: float = 0.0
+    collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    logits_tokens: int = 0  # most tokens for which a buffer holds a number per vocabulary entry
+    scored_tokens: int = 0  # on this device at a time: as many, and all logits are in memory at once
+    kernels: float = 0.0
+    unknown_loops: int = 0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    compile_seconds: float = 0.0
+    problem: str = ""
+
+    @property
+    def fastest(self) -> float:
+        """Seconds, if all three overlap completely."""
+        return max(self.seconds.values(), default=math.inf)
+
+    @property
+    def slowest(self) -> float:
+        """Seconds, if nothing overlaps."""
+        return sum(self.seconds.values()) if self.seconds else math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the devices of a mesh share: one optimizer step, or one batch of the reference pass."""
+
+    rows: Rows  # shapes are enough
+    pairs: int
+    flops: PairFlops
+    microbatches: int = 1
+    item_bytes: int = 2  # of an activation
+
+
+def plan_step(
+    step: Callable[..., Any],
+    make: Callable[[Variables], TrainState],
+    *,
+    model: Model,
+    mesh: Mesh,
+    chip: Chip,
+    work: Work,
+    units: Units | None = None,
+) -> Program:
+    """The training step `step(state, rows)`, whose state is `make(variables)`. Raises `MeshError` where a parameter does not
+    divide among the mesh."""
+    state, rows = abstract_state(mesh, model, make, work.rows, units=units)
+    return _plan(jit_step(step, state, mesh), state, rows, model=model, mesh=mesh, chip=chip, work=work, backward=True)
+
+
+def plan_map(
+    fn: Callable[..., Any], *, model: Model, mesh: Mesh, chip: Chip, work: Work, units: Units | None = None
+) -> Program:
+    """A forward pass `fn(variables, rows)`."""
+    state, rows = abstract_state(mesh, model, _only_variables, work.rows, units=units)
+    return _plan(jit_map(fn, mesh), state.variables, rows, model=model, mesh=mesh, chip=chip, work=work, backward=False)
+
+
+def _only_variables(variables: Variables) -> TrainState:
+    return TrainState(step=jax.numpy.zeros((), jax.numpy.int32), params=variables, opt_state=())
+
+
+def _plan(
+    compiled: Any, first: Any, rows: Rows, *, model: Model, mesh: Mesh, chip: Chip, work: Work, backward: bool
+) -> Program:
+    begin = time.perf_counter()
+    shards = row_shards(mesh) * work.microbatches
+    scored = rows.source.shape[0] * rows.source.shape[1] // shards
+    state = first if isinstance(first, TrainState) else TrainState(0, first, ())  # pyright: ignore[reportArgumentType]
+    held = tree_bytes(state.params), tree_bytes(state.opt_state)
+    with jax.set_mesh(mesh):
+        lowered = compiled.lower(first, rows)
+        try:
+            program = lowered.compile()
+        except Exception as error:
+            needed = out_of_memory(str(error))
+            if needed is None:
+                raise
+            seconds = time.perf_counter() - begin
+            return Program(False, needed[0], *held, scored_tokens=scored, compile_seconds=seconds, problem=needed[1])
+    seconds, memory, text = time.perf_counter() - begin, program.memory_analysis(), program.as_text()
+    found, peak = summarize(text), float(memory.peak_memory_in_bytes)
+    problem = "" if peak <= HEADROOM * chip.hbm_bytes / chip.cores else f"less than {1 - HEADROOM:.0%} of the memory is free"
+    return Program(
+        not problem,
+        peak,
+        *held,
+        temporary_bytes=float(memory.temp_size_in_bytes),
+        matmul_flops=found.matmul_flops,
+        collectives={kind: dataclasses.asdict(one) for kind, one in sorted(found.collectives.items())},
+        logits_tokens=logits_tokens(text, model.config, mesh),
+        scored_tokens=scored,
+        kernels=found.kernels,
+        unknown_loops=found.unknown_loops,
+        seconds=_seconds(found, first, rows, config=model.config, mesh=mesh, chip=chip, work=work, backward=backward),
+        compile_seconds=seconds,
+        problem=problem,
+    )
+
+
+def out_of_memory(message: str) -> tuple[float, str] | None:
+    """(bytes needed on one device, one sentence), of the compiler's error; None for any other error."""
+    for pattern in _OUT_OF_MEMORY:
+        found = re.search(pattern, message)
+        if found is not None:
+            used, has = _size(found[1], found[2]), _size(found[3], found[4])
+            return used, f"needs {used / 1e9:.1f} GB and the device has {has / 1e9:.1f} GB"
+    return None
+
+
+def _size(number: str, unit: str) -> float:
+    return float(number) * 1024.0 ** " KMGT".index(unit or " ")
+
+
+def logits_tokens(text: str, config: DecoderConfig, mesh: Mesh) -> int:
+    """Tokens of the largest buffer that holds a number per token and vocabulary entry; parameters are not meant."""
+    vocab = {config.vocab_size, -(-config.vocab_size // mesh.shape["tensor"])}
+    widths = {config.width, -(-config.width // mesh.shape["fsdp"])}
+    most = 0
+    for _, lengths in set(shapes(text)):
+        others = [n for n in lengths if n != 1]
+        here = next((n for n in others if n in vocab), None)
+        if here is not None:
+            others.remove(here)
+            tokens = math.prod(others)
+            most = max(most, 0 if tokens in widths else tokens)
+    return most
+
+
+def _seconds(
+    found: Summary, first: Any, rows: Rows, *, config: DecoderConfig, mesh: Mesh, chip: Chip, work: Work, backward: bool
+) -> dict[str, float]:
+    """Lower bounds in seconds; see `Program`.
+
+    Memory: the layers' weights, as they are after gathering, once forward and twice backward for each microbatch; what goes in
+    and out of matrix products, likewise; parameters, gradients and optimizer state, each read and written once.
+    """
+    calls = found.kernels / (config.layers * work.microbatches)
+    # The forward kernel has two matrix products, the backward ones have seven: each computes the scores again.
+    again = 0.0 if not calls else calls - 2 + 3.5 if backward else calls
+    flops = found.matmul_flops + again * work.pairs * work.flops.attention / mesh.size
+    passes, tensor = 3 if backward else 1, mesh.shape["tensor"]
+    weights = config.layers * layer_weights(config) / tensor * work.microbatches
+    tokens = rows.tokens.shape[0] * rows.tokens.shape[1] / row_shards(mesh)
+    activations = tokens * config.layers * layer_widths(config) / tensor
+    kept = tree_bytes(first) * (3 if backward else 1)
+    return {
+        "compute": flops / (chip.flops / chip.cores),
+        "memory": (passes * work.item_bytes * (weights + activations) + kept) / (chip.hbm_bandwidth / chip.cores),
+        "links": sum(one.moved_bytes for one in found.collectives.values()) / (chip.ici_bandwidth / chip.cores),
+    }
+
+
+def tree_bytes(tree: Any) -> float:
+    """Bytes of one device's part of a tree of sharded arrays, or of their shapes."""
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
