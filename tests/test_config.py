@@ -214,8 +214,11 @@ def test_flags_override_the_file(small, ran):
         (["dpo", "SMALL", "--data.max-length", "1024"], "data.max_length: 1024 tokens do not fit model.max_positions (512)"),
         (["dpo", "SMALL", "--data.source", "files"], "data.path: source files needs a file or folder: pass --data.path"),
         (["sft", "SMALL", "--model.family", "None"], "model.family: a new model needs it"),
-        (["audit", "SMALL", "--dpo.beta", "1"], "--dpo.beta: audit does not read this option (dpo, eval, bench would)"),
-        (["refs", "SMALL", "--dpo.microbatches=2"], "--dpo.microbatches=2: refs does not read this option (dpo, bench would)"),
+        (["audit", "SMALL", "--dpo.beta", "1"], "--dpo.beta: audit does not read this option (dpo, eval, plan, bench would)"),
+        (
+            ["refs", "SMALL", "--dpo.microbatches=2"],
+            "--dpo.microbatches=2: refs does not read this option (dpo, plan, bench would)",
+        ),
         (["sample", "SMALL", "--data.source", "tfds"], "data.path: source tfds needs"),
     ],
 )

@@ -184,6 +184,7 @@ def test_groups_in_every_notation(groups):
 # Programs
 
 
+@functools.cache
 def planned(chip="v5e", *, prompt=20, chosen=14, rejected=30, rows=8, microbatches=1, **sizes):
     config = config_of()
     model, tx = make_model(config), make_optimizer(1e-3)
@@ -267,7 +268,7 @@ def test_without_libtpu_the_extra_is_named(capsys):
 
 
 OUT_OF_MEMORY = {
-    "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.8G.": 20.5,
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity.": 20.5,
     "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries "
     "(24.85G) exceeds available HBM (15.75G). HLO module: jit_dpo_step.": 24.85,
 }
