@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.types import Array, Model, Rows, Variables
+from dpo_jax.models.axes import parts_of
+from dpo_jax.types import ROW_AXES, Array, Model, Rows, Variables
 
-CHUNK = 1024  # scored tokens per pass through the head; bounds the logits in memory to CHUNK x V
+CHUNK = 1024  # scored tokens of a device per pass through the head; bounds its logits in memory to CHUNK x V
 
 
 def completion_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int = CHUNK) -> jax.Array:
@@ -31,8 +32,8 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 def token_logps(model: Model, variables: Variables, hidden: Array, target: Array, *, chunk: int = CHUNK) -> jax.Array:
     """log-probability of `target[R, S]` given `hidden[R, S, D]`: float32[R, S].
 
-    The head runs over at most `chunk` positions at a time. With several chunks the backward pass computes the logits again
-    instead of keeping them: no buffer of all positions times the vocabulary exists in either direction.
+    The head runs over at most `chunk` positions of each device at a time. With several chunks the backward pass computes the
+    logits again instead of keeping them: no buffer of all positions times the vocabulary exists in either direction.
     """
 
     def score(hidden: jax.Array, target: jax.Array) -> jax.Array:
@@ -42,7 +43,7 @@ def token_logps(model: Model, variables: Variables, hidden: Array, target: Array
         return picked - jax.nn.logsumexp(logits, axis=-1)
 
     rows, scored = target.shape
-    width = min(scored, max(1, chunk // rows))
+    width = min(scored, max(1, chunk * parts_of(ROW_AXES) // rows))
     count = -(-scored // width)
     if count == 1:
         return score(jnp.asarray(hidden), jnp.asarray(target))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -132,33 +131,47 @@ def plan_layout(
 ) -> Layout:
     """The tightest shapes into which all `examples` fit: row length, scored positions, pairs per row, row counts.
 
-    `length` is the row length, by default the longest example; packed, 1,024 or what leaves a batch at least 12 rows.
+    `length` is the row length: by default that of the longest example; packed, the one that leaves least padding.
     `multiple` is what the number of rows must be divisible by: devices times microbatches.
     """
     sizes = np.array([_size(example, plain=kind == "plain") for example in examples])  # [E, (tokens, scored)]
     longest, most_scored = sizes.max(axis=0)
     if kind != "packed":
         return Layout(kind, length=length or round_up(longest, 32), scored=round_up(most_scored, 32), rows_multiple=multiple)
+    lengths = [length] if length else sorted({round_up(max(longest, x), 64) for x in (0, *(longest * LENGTHS), 1024)})
+    layouts = [_packed(sizes, length, batch=batch, multiple=multiple) for length in lengths]
+    least = min(positions for positions, _ in layouts)
+    # The shortest of those that are about as good: attention is cheaper, and there is more to divide among devices.
+    return next(layout for positions, layout in layouts if positions <= 1.01 * least)
+
+
+LENGTHS = np.array([1.08, 1.17, 1.25, 1.33, 1.5, 2.0])
+"""Lengths of packed rows that are tried, in units of the longest example."""
+
+
+def _packed(sizes: np.ndarray, length: int, *, batch: int, multiple: int, tries: int = 64) -> tuple[float, Layout]:
+    """Packed rows of `length`, and how many positions a batch of `batch` examples takes in them, padding included.
+
+    The layout has at most five row counts: few programs to compile, few empty rows.
+    """
+    most_scored = sizes.max(axis=0)[1]
     mean_tokens, mean_scored = sizes.mean(axis=0)
-    # Many rows, so that the last one, which is half empty on average, counts little.
-    length = length or round_up(max(longest, 2 * mean_tokens, min(1024, batch * mean_tokens / 12)), 64)
     # Scored positions and pairs are further capacities of a row: with some more than their mean share, rows still fill up.
     scored = min(length, round_up(max(most_scored, 1.3 * length * mean_scored / mean_tokens), 32))
     per_row = min(batch, max(2, math.ceil(3 * length / mean_tokens)))
-    layout = Layout(kind, length=length, scored=scored, per_row=per_row, rows_multiple=multiple)
-    return dataclasses.replace(layout, row_counts=_row_counts(sizes, layout, batch))
-
-
-def _row_counts(sizes: np.ndarray, layout: Layout, batch: int, *, tries: int = 64) -> tuple[int, ...]:
-    """At most five row counts for batches of `batch` packed examples: few programs to compile, few empty rows."""
     generator = np.random.default_rng(0)  # the same on all hosts, whatever the seed of the run
     sizes = np.column_stack([sizes, np.ones(len(sizes), np.int64)])
-    capacity = (layout.length, layout.scored, layout.per_row)
-    drawn = [len(first_fit_decreasing(generator.permutation(sizes)[:batch], capacity=capacity)) for _ in range(tries)]
-    needed = [round_up(count, layout.rows_multiple) for count in drawn]
+    drawn = [
+        len(first_fit_decreasing(generator.permutation(sizes)[:batch], capacity=(length, scored, per_row)))
+        for _ in range(tries)
+    ]
+    needed = [round_up(count, multiple) for count in drawn]
     # The last is for a batch that is larger than any of these.
-    beyond = max(needed) + round_up(max(needed) / 16, layout.rows_multiple)
-    return tuple(sorted({*(int(count) for count in np.quantile(needed, (0.25, 0.5, 0.75, 1.0), method="higher")), beyond}))
+    beyond = max(needed) + round_up(max(needed) / 16, multiple)
+    counts = sorted({int(count) for count in np.quantile(needed, (0.25, 0.5, 0.75, 1.0), method="higher")})
+    positions = float(np.mean([counts[np.searchsorted(counts, count)] for count in needed])) * length
+    counts = tuple(sorted({*counts, beyond}))
+    return positions, Layout("packed", length=length, scored=scored, per_row=per_row, rows_multiple=multiple, row_counts=counts)
 
 
 def round_up(x: float, multiple: int) -> int:

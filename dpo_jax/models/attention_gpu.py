@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.attention import AttentionPath, dense
-from dpo_jax.models.kernels import KeySpans, key_spans, keys_twice, of_window, on_each_device, parts_of
+from dpo_jax.models.axes import parts_of
+from dpo_jax.models.kernels import KeySpans, key_spans, keys_twice, of_window, on_each_device
 from dpo_jax.types import HEAD_AXIS, ROW_AXES, Array
 
 SCORES = 1 << 28  # bytes of scores at a time, per device

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models.attention import DENSE, AttentionPath, attend, rotate
 from dpo_jax.models.attention_paths import CHUNKED
+from dpo_jax.models.axes import as_stored, by_row
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.types import ROW_AXES, Array, Model, Rows, Variables
 
@@ -69,14 +70,8 @@ class Shared(NamedTuple):
 
 def _param(module: nn.Module, name: str, first: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
     """A parameter with its logical axes beside it; `Model.axes` collects them."""
-    return module.param(name, nn.with_partitioning(first, axes), shape)  # pyright: ignore[reportReturnType]
-
-
-def _by_row(x: jax.Array) -> jax.Array:
-    """Cut over the mesh by row, if there is a mesh. XLA would choose too, and may cut D as the weights are, not the batch."""
-    auto = jax.sharding.get_abstract_mesh().auto_axes
-    axes = tuple(axis for axis in ROW_AXES if axis in auto)
-    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(axes)) if axes else x
+    value: jax.Array = module.param(name, nn.with_partitioning(first, axes), shape)  # pyright: ignore[reportAssignmentType]
+    return value if module.is_initializing() else as_stored(value, axes)
 
 
 def _last(vector: jax.Array, like: jax.Array) -> jax.Array:
@@ -218,7 +213,7 @@ class Block(nn.Module):
             x = x + mixed
             update = Mlp(c, name="mlp")(norm("mlp_norm")(x))
             x = x + (norm("post_mlp_norm")(update) if c.post_norms else update)
-        return (_by_row(x), cache), None
+        return (by_row(x), cache), None
 
 
 class Decoder(nn.Module):
@@ -250,11 +245,13 @@ class Decoder(nn.Module):
     def __call__(self, rows: Rows, cache: Any = None) -> tuple[jax.Array, Any]:
         c = self.config
         # An id or position outside its table reads NaN (jnp.take's rule), so that it is noticed; clamping would hide it.
-        x = jnp.take(self.token_embedding, jnp.asarray(rows.tokens), axis=0).astype(self.dtype)
+        # Looked up in a table that is whole along D, its gradient is a sum of parts, as that of a matrix is.
+        table = as_stored(self.token_embedding, ("vocab", "embed"), gathered=ROW_AXES)
+        x = jnp.take(table, jnp.asarray(rows.tokens), axis=0).astype(self.dtype)
         x = x if c.embedding_scale == 1.0 else x * c.embedding_scale
         if not c.ropes:
             x = x + jnp.take(self.position_embedding, jnp.asarray(rows.positions), axis=0).astype(self.dtype)
-        x = _by_row(x)
+        x = by_row(x)
         layer, angles = _per_layer(c, rows.positions)
         k_positions, write_at, store, prepared = rows.positions, None, None, None
         if cache is not None:

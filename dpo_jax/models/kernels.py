@@ -13,7 +13,6 @@ score is computed twice, linear layers still run once, and a model without windo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -74,12 +73,6 @@ def of_window(stacked: Any, number: jax.Array | None) -> Any:
     """Entry `number` of arrays stacked by window; the only one, where there is one."""
     one = all(leaf.shape[0] == 1 for leaf in jax.tree.leaves(stacked))
     return jax.tree.map(lambda leaf: leaf[0 if one or number is None else number], stacked)
-
-
-def parts_of(axes: Sequence[str]) -> int:
-    """Into how many parts the mesh of the program being traced cuts something along `axes`; 1 without a mesh and under pmap."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.auto_axes)
 
 
 def on_each_device(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

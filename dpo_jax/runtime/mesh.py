@@ -1,8 +1,8 @@
 """The named device mesh `data x fsdp x tensor`, and which part of every array lies on which device.
 
-A model names the axes of its parameters (`Model.axes`); `RULES` says over which axis of the mesh each name is cut. Rows of a
-batch are cut over data and fsdp together. So along `data` parameters are replicated, along `fsdp` each device keeps a slice of
-each matrix and gathers it layer by layer (ZeRO-3), and along `tensor` heads and MLP columns are divided (Megatron).
+A model names the axes of its parameters (`Model.axes`); `models.axes.RULES` says over which axis of the mesh each is cut. Rows
+of a batch are cut over data and fsdp together. So along `data` parameters are replicated, along `fsdp` each device keeps a
+slice of each matrix and gathers it layer by layer (ZeRO-3), along `tensor` heads and MLP columns are divided (Megatron).
 """
 
 from __future__ import annotations
@@ -17,18 +17,11 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dpo_jax.models.axes import RULES
 from dpo_jax.models.pieces import path_of
-from dpo_jax.types import HEAD_AXIS, ROW_AXES
+from dpo_jax.types import ROW_AXES
 
 MESH_AXES = ("data", "fsdp", "tensor")
-RULES: Mapping[str, str | None] = {
-    "layers": None,  # scanned one after the other
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": HEAD_AXIS,
-    "kv_heads": HEAD_AXIS,
-    "mlp": "tensor",
-}
 Units = Mapping[str, int]
 """Logical axes that may be cut at multiples of a size only: `{"heads": 64}` keeps heads of 64 entries whole."""
 

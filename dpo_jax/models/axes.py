@@ -1,0 +1,55 @@
+"""Which axis of a device mesh each axis of an array is cut along, said inside the model.
+
+XLA spreads the operations of a step over a mesh by itself, from how its arguments lie. Two things it cannot know, and decides
+expensively: that activations stay cut by row, and that the gradient of a parameter is wanted in the parts in which the
+parameter itself lies. Without the second it sums whole gradients on every device (all-reduce) and throws most of them away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import PartitionSpec
+
+from dpo_jax.types import HEAD_AXIS, ROW_AXES
+
+RULES: Mapping[str, str | None] = {
+    "layers": None,  # scanned one after the other
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": HEAD_AXIS,
+    "kv_heads": HEAD_AXIS,
+    "mlp": "tensor",
+}
+"""The mesh axis of each logical axis that a parameter may name."""
+
+
+def parts_of(axes: Sequence[str]) -> int:
+    """Into how many parts the mesh of the program being traced cuts something along `axes`; 1 without a mesh and under pmap."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.auto_axes)
+
+
+def by_row(x: jax.Array) -> jax.Array:
+    """`x[R, ...]`, cut over the mesh by row, if there is a mesh. XLA may cut D as the weights are, not the batch."""
+    return _cut(x, ROW_AXES)
+
+
+def as_stored(parameter: jax.Array, axes: Sequence[str | None], *, gathered: Sequence[str] = ()) -> jax.Array:
+    """A parameter that lies as `RULES` cut its logical `axes`, and whose gradient is summed straight into those parts.
+
+    `gathered`: mesh axes along which it is wanted whole.
+    """
+    over = (None if axis is None else RULES[axis] for axis in axes)
+    return _cut(parameter, *(None if axis in gathered else axis for axis in over))
+
+
+def _cut(x: jax.Array, *axes: str | Sequence[str] | None) -> jax.Array:
+    """`x` cut along those of `axes` (one entry per axis of `x`) that the mesh of the program has."""
+    auto = jax.sharding.get_abstract_mesh().auto_axes
+    if not auto:
+        return x
+    kept = (tuple(name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name in auto) for axis in axes)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
