@@ -20,7 +20,7 @@ from dpo_jax.cli.config import load_config
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import shared_rows
 from dpo_jax.dpo import dpo_step
-from dpo_jax.logps import completion_logps
+from dpo_jax.logps import CHUNK, completion_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
@@ -164,6 +164,22 @@ def test_a_loop_without_an_end_counts_once_and_is_reported():
     assert found.collectives["all-reduce"].count == 1
 
 
+def test_a_reduce_scatter_as_tpus_write_it():
+    text = """%all-reduce-scatter.1 (input: bf16[512,64]) -> bf16[64,64] {
+  %input = bf16[512,64]{1,0} parameter(0)
+  %all-reduce.9 = bf16[512,64]{1,0} all-reduce(%input), channel_id=3, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %slice = bf16[64,64]{1,0} dynamic-slice(%all-reduce.9, %at, %zero), dynamic_slice_sizes={64,64}
+}
+
+ENTRY %main (a: bf16[512,64]) -> bf16[64,64] {
+  %a = bf16[512,64]{1,0} parameter(0)
+  ROOT %fusion = bf16[64,64]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+}"""
+    found = summarize(text).collectives
+    assert set(found) == {"reduce-scatter"}
+    assert found["reduce-scatter"].moved_bytes == 7 * 64 * 64 * 2
+
+
 GROUPS = {
     "replica_groups={{0,1,2,3},{4,5,6,7}}": 4,
     "replica_groups=[2,4]<=[8]": 4,
@@ -232,11 +248,11 @@ def test_logits_of_all_tokens_are_noticed():
 
 
 def test_microbatches_take_less_memory_and_as_many_operations():
-    one, _ = planned(prompt=64, chosen=64, rejected=64, rows=16)
-    four, _ = planned(prompt=64, chosen=64, rejected=64, rows=16, microbatches=4)
-    assert four.peak_bytes < one.peak_bytes
-    # 16 rows x 192 tokens need three chunks of the head, whose logits are computed again; 4 rows are one chunk.
-    assert one.matmul_flops - four.matmul_flops == 2 * 64 * 384 * 192 * 16 / 4
+    one, _ = planned(prompt=64, chosen=64, rejected=64, rows=64)
+    four, _ = planned(prompt=64, chosen=64, rejected=64, rows=64, microbatches=4)
+    assert four.temporary_bytes < one.temporary_bytes / 2
+    # A device's 16 rows x 192 tokens are three chunks of the head, whose logits are computed again; 4 rows are one chunk.
+    assert one.matmul_flops - four.matmul_flops == 2 * 64 * 384 * 192 * 64 / 4
 
 
 # Errors
@@ -351,7 +367,7 @@ def test_what_does_not_fit_is_a_finding_and_something_near_is_found(tmp_path, ca
     wide = {"width": 4096, "heads": 32, "kv_heads": 8, "head_size": 128, "mlp_width": 14336, "vocab_size": 32000, "layers": 4}
     data = {"max_length": 4096, "max_prompt_length": 2048, "layout": "shared"}
     path = plan_file(tmp_path, model=wide | {"max_positions": 4096}, data=data, dpo={"batch": 16})
-    assert program.main(["plan", path]) == 1
+    assert program.main(["plan", path]) == 2
     printed = capsys.readouterr().out
     assert "fits        NO: needs " in printed
     assert "trying what is near" in printed
@@ -368,13 +384,18 @@ def test_pod(path):
     assert one.step.fits
     assert one.refs.fits
     assert one.step.unknown_loops == 0
-    assert one.step.logits_tokens < one.step.scored_tokens
+    assert one.step.logits_tokens <= CHUNK
     forward_kernels = 2 if config.model.remat == "full" else 1
     assert one.step.kernels == (forward_kernels + 2) * config.model.layers * one.microbatches
     # Weights gathered and gradients summed in the notations that XLA has for it; nothing that only another mesh would need.
     kinds = set(one.step.collectives)
-    assert "all-reduce" in kinds
+    assert "all-reduce" in kinds  # metrics, and along data what was summed along fsdp
     assert kinds & {"all-gather", "collective-permute"}
+    sizes, parameters = one.mesh, 4 * one.parameters / (one.mesh["tensor"])
+    if sizes["tensor"] == 1:
+        # Whole gradients are summed into the parts in which parameters lie; only those parts go along data.
+        summed = one.step.collectives["all-reduce"]["operand_bytes"]
+        assert summed < 1.5 * one.microbatches * parameters / sizes["fsdp"]
     assert kinds <= {"all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all"}
     # The program multiplies what the formula says, each layer's forward pass twice but for what nobody reads again.
     needed = one.pairs * one.flops_per_pair.training / (one.chips * slice_of(one.topology)[0].cores)

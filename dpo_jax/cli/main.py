@@ -4,7 +4,7 @@ Exit codes:
 
     0    done
     1    unexpected error (a bug: please report the traceback)
-    2    wrong command, flag or configuration, or one that does not fit what is in the run directory
+    2    wrong command, flag or configuration, or one that does not fit what is in the run directory (plan: the slice)
     65   bad data, and data.on_bad is refuse
     70   the contenders of bench disagree, or one of them failed
     73   another run uses the run directory

@@ -16,6 +16,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.data.encode import Encoded
 from dpo_jax.dpo import dpo_step
+from dpo_jax.logps import CHUNK
 from dpo_jax.models.flops import PairFlops, pair_flops
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime.chips import Chip, slice_devices, slice_of
@@ -81,7 +82,7 @@ def run(config: Config) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {"plans": [one.to_json() for one in plans]})
     print(f"figures: {out}")
-    return 0 if plans[0].step.fits or config.plan.sweep else 1
+    return 0 if plans[0].step.fits or config.plan.sweep else 2
 
 
 def _topology(config: Config) -> str:
@@ -307,7 +308,7 @@ def _program_lines(one: Plan) -> dict[str, str]:
         lines[kind] = f"{count:,.0f} a step of {held:.2f} GB in all, {sent:.2f} GB sent by a device"
     if step.unknown_loops:
         lines["loops"] = f"{step.unknown_loops} say nowhere how often they run; what is in them counts once"
-    whole = ": ALL AT ONCE" if step.logits_tokens >= step.scored_tokens else ""
+    whole = f": MORE THAN {CHUNK:,} AT ONCE" if step.logits_tokens > CHUNK else ""
     lines["logits"] = (
         f"largest buffer {step.logits_tokens:,} tokens x vocabulary; a device scores {step.scored_tokens:,} at a time{whole}"
     )

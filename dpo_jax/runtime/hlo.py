@@ -62,7 +62,7 @@ def summarize(text: str) -> Summary:
         nonlocal flops, kernels, unknown
         body = computations.get(name, {})
         for one in body.values():
-            kind = one.op.removesuffix("-start")
+            kind = _kind(one, name)
             if kind in COLLECTIVES:
                 # Pieces of one transfer, spread over several fusions so that it overlaps them, share a channel.
                 channel = re.search(r"channel_id=(\d+)", one.attributes)
@@ -136,6 +136,12 @@ def _bytes(type_: str) -> float:
 def _item_bytes(name: str) -> float:
     bits = re.search(r"\d+", name)
     return 1.0 if bits is None else int(bits[0]) / 8  # pred, else f32, bf16, s32, f8
+
+
+def _kind(one: Instruction, computation: str) -> str:
+    """The operation without its asynchronous form. TPUs run a reduce-scatter as a fusion of an all-reduce and a slice of it."""
+    kind = one.op.removesuffix("-start")
+    return "reduce-scatter" if kind == "all-reduce" and computation.startswith("all-reduce-scatter") else kind
 
 
 def _add(total: Collective, one: Instruction, body: dict[str, Instruction], times: int) -> None:
