@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax.cli.eval import score
-from dpo_jax.cli.sample import complete
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
 from dpo_jax.dpo import dpo_step
+from dpo_jax.evals.completions import Completer
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
@@ -195,8 +195,8 @@ def test_completions_do_not_depend_on_devices_and_batches(way, variables):
 
     def completions(partitioner, batch):
         placed = partitioner.put_variables(variables)
-        options = {"max_new_tokens": 8, "tokenizer": Words(), "batch": batch}
-        return complete(partitioner, MODEL, placed, prompts, jax.random.key(3), **options), placed
+        complete = Completer(partitioner, MODEL, Words(), max_new_tokens=8, batch=batch)
+        return complete(placed, prompts, jax.random.key(3)), placed
 
     expected, _ = completions(single_device(), 64)
     partitioner = WAYS[way]()

@@ -15,11 +15,10 @@ from dpo_jax.cli import build
 from dpo_jax.cli.card import dpo_card, result_table
 from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.cli.refs import reference_values
-from dpo_jax.cli.sample import complete
 from dpo_jax.data import reviews
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.layout import completion_rows
-from dpo_jax.data.loader import in_order, round_up
+from dpo_jax.data.loader import in_order
+from dpo_jax.evals.completions import Completer, map_completions
 from dpo_jax.evals.preference import held_out_logps, mean_with_error, preference_summary
 from dpo_jax.logps import sequence_logps
 from dpo_jax.reference import reference_logps
@@ -96,19 +95,16 @@ def sampled(
     """
     prompts, texts = _prompts(held_out, config.eval.samples, tokenizer)
     key = jax.random.key(config.run.seed)
+    complete = Completer(partitioner, model, tokenizer, max_new_tokens=config.eval.max_new_tokens)
+    score = partitioner.compile_map(functools.partial(sequence_logps, model))
     summary, written = {}, {}
     for number, (who, weights) in enumerate(variables.items()):
-        samples = complete(
-            partitioner,
-            model,
-            weights,
-            prompts,
-            jax.random.fold_in(key, number),
-            max_new_tokens=config.eval.max_new_tokens,
-            tokenizer=tokenizer,
-        )
+        try:
+            samples = complete(weights, prompts, jax.random.fold_in(key, number))
+        except ValueError as error:
+            raise ConfigError(f"eval.samples: {error}; lower --data.max-prompt-length, or set it to 0") from error
         written[who] = samples.texts
-        log_ratio = samples.logps - score(partitioner, model, variables["reference"], prompts, samples.ids)
+        log_ratio = samples.logps - map_completions(partitioner, score, variables["reference"], prompts, samples.ids)
         kl, error = mean_with_error(log_ratio)
         summary[who] = {"kl": kl, "kl_error": error, "tokens": float(np.mean([len(ids) for ids in samples.ids]))}
         if config.data.source == "reviews":
@@ -116,30 +112,6 @@ def sampled(
             summary[who]["true_reward"], summary[who]["true_reward_error"] = mean_with_error(np.array(values))
     lines = [{"prompt": text, **{who: written[who][i] for who in written}} for i, text in enumerate(texts)]
     return {"summary": summary, "texts": lines}
-
-
-def score(
-    partitioner: Partitioner,
-    model: Model,
-    variables: Variables,
-    prompts: list[np.ndarray],
-    completions: list[np.ndarray],
-    *,
-    batch: int = 64,
-) -> np.ndarray:
-    """log pi(y|x) of given completions: float32[B], in nats. About `batch` at a time, with the partitioner's `variables`."""
-    every = list(zip(prompts, completions, strict=True))
-    length = round_up(max(len(p) + len(c) for p, c in every), 32)
-    compiled = partitioner.compile_map(functools.partial(sequence_logps, model))
-    batch = round_up(min(batch, len(every)), partitioner.row_shards)
-    part, parts = partitioner.host_part
-    logps = []
-    for start in range(0, len(every), batch):
-        here = every[start : start + batch]
-        filled = here + here[:1] * (batch - len(here))
-        rows = completion_rows(filled[part * batch // parts : (part + 1) * batch // parts], length=length)
-        logps.append(compiled(variables, rows)[: len(here)])
-    return np.concatenate(logps)
 
 
 def _prompts(held_out: list[Encoded], count: int, tokenizer: Any) -> tuple[list[np.ndarray], list[str]]:

@@ -75,12 +75,25 @@ COMMANDS = {
     "export": Command(
         "write a checkpoint as a Hugging Face folder", "dpo_jax.cli.export:run", ("run.dir", "run.checkpoints", "export")
     ),
+    "frontier": Command(
+        "every method of the paper, by reward and KL, against the optimum",
+        "dpo_jax.cli.frontier:run",
+        (
+            *_RUN,
+            "sft",
+            *(f"dpo.{field}" for field in ("batch", "epochs", "lr", "optimizer", "warmup_steps", "max_grad_norm")),
+            "frontier",
+        ),
+        ("data", "model"),
+    ),
     "bench": Command("race our training against PyTorch", "dpo_jax.cli.bench:run", _BENCH, ("data", "model")),
 }
 
 ON_MANY_HOSTS = ("sft", "refs", "dpo", "eval", "sample")
 SHORT = {f"--{name}": f"--run.{name}" for name in ("distributed", "coordinator", "num-processes", "process-id")}
-SHORT |= {"--profile": "--bench.profile"} | {f"--{name}": f"--plan.{name}" for name in ("topology", "sweep", "scale")}
+SHORT |= {"--profile": "--bench.profile", "--fast": "--frontier.fast"} | {
+    f"--{name}": f"--plan.{name}" for name in ("topology", "sweep", "scale")
+}
 
 EXIT_CODES = (
     ("dpo_jax.cli.config_file", "ConfigError", 2),

@@ -5,23 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.data.loader import round_up
+from dpo_jax.evals.completions import Completer
 from dpo_jax.runtime.hosts import is_first
-from dpo_jax.sampling import Samples, generate, left_pad
-from dpo_jax.types import Model, Partitioner, Variables
-
-
-class Completions(NamedTuple):
-    ids: list[np.ndarray]  # without what comes after EOS; EOS itself included where it was drawn
-    texts: list[str]
-    logps: np.ndarray  # float32[B], in nats
 
 
 def run(config: Config) -> int:
@@ -34,18 +26,12 @@ def run(config: Config) -> int:
     variables, _ = build.load_weights(path, model, partitioner, name="sample.policy")
     prompts = [np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
     prompts = [ids[-config.data.max_prompt_length :] for ids in prompts]
-    samples = complete(
-        partitioner,
-        model,
-        variables,
-        prompts,
-        jax.random.key(config.run.seed),
-        max_new_tokens=section.max_new_tokens,
-        tokenizer=tokenizer,
-        temperature=section.temperature,
-        top_k=section.top_k,
-        top_p=section.top_p,
-    )
+    sampling = {name: getattr(section, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    complete = Completer(partitioner, model, tokenizer, **sampling)
+    try:
+        samples = complete(variables, prompts, jax.random.key(config.run.seed))
+    except ValueError as error:
+        raise ConfigError(f"sample: {error}") from error
     if not is_first():
         return 0
     lines = [
@@ -64,49 +50,6 @@ def run(config: Config) -> int:
             else json.dumps(line, ensure_ascii=False)
         )
     return 0
-
-
-def complete(
-    partitioner: Partitioner,
-    model: Model,
-    variables: Variables,
-    prompts: list[np.ndarray],
-    key: jax.Array,
-    *,
-    max_new_tokens: int,
-    tokenizer: Any,
-    batch: int = 64,
-    **sampling: Any,
-) -> Completions:
-    """Samples a completion of every prompt, about `batch` at a time. Room in the position table limits `max_new_tokens`.
-
-    `variables` are the partitioner's. A prompt's completion depends on `key` and the prompt's number alone, not on batches.
-    """
-    longest = max(prompts, key=len)
-    room = model.config.max_positions - len(longest)
-    if room < 1:
-        raise ConfigError(f"the longest prompt has {len(longest)} tokens, and the model reads {model.config.max_positions}")
-    options = {"max_new_tokens": min(max_new_tokens, room), "eos_id": tokenizer.eos_token_id, **sampling}
-
-    def draw(variables: Variables, rows: dict[str, Any]) -> Samples:
-        keys = jax.random.wrap_key_data(rows["keys"])
-        return generate(model, variables, rows["tokens"], rows["lengths"], keys, **options)
-
-    compiled = partitioner.compile_map(draw)
-    # Whole batches and one width, so that the loop compiles once; the fillers are thrown away.
-    batch = round_up(min(batch, len(prompts)), partitioner.row_shards)
-    part, parts = partitioner.host_part
-    mine = slice(part * batch // parts, (part + 1) * batch // parts)
-    keys = np.asarray(jax.random.key_data(jax.random.split(key, round_up(len(prompts), batch))))
-    ids, logps = [], []
-    for start in range(0, len(prompts), batch):
-        here = prompts[start : start + batch]
-        tokens, lengths = left_pad([*here, *[longest] * (batch + 1 - len(here))])
-        rows = {"tokens": tokens[:-1][mine], "lengths": lengths[:-1][mine], "keys": keys[start : start + batch][mine]}
-        samples = compiled(variables, rows)
-        ids += [samples.tokens[row, : int(samples.lengths[row])] for row in range(len(here))]
-        logps.append(samples.logps[: len(here)])
-    return Completions(ids, [tokenizer.decode(row, skip_special_tokens=True) for row in ids], np.concatenate(logps))
 
 
 def held_out_prompts(config: Config, tokenizer: Any) -> list[str]:

@@ -1,0 +1,102 @@
+"""Options of the experiments of the paper's section 6.1; a section of `config.Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+METHODS = ("preferred-ft", "unlikelihood", "dpo", "ipo", "cdpo", "ppo", "ppo-gt", "best-of-n")
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontierConfig:
+    """Every method of the paper against the best that is possible: true reward by KL to the reference (section 6.1)."""
+
+    methods: str = ",".join(METHODS)
+    """Which methods, separated by commas."""
+    reward: Literal["exact", "linear", "hf"] = "exact"
+    """The true reward: the rule of the generated reviews, a bag-of-words classifier (extra `lab`), or one from the Hub."""
+    classifier: str | None = None
+    """Folder or Hub id of a text-classification model, for reward hf (needs torch)."""
+    prompts: int = 2000
+    """Prompts whose completions by the reference are labelled; PPO trains on the same ones."""
+    completions: int = 4
+    """Completions of each, all pairs of which are labelled."""
+    labels: Literal["argmax", "bradley_terry"] = "bradley_terry"
+    """The better completion is chosen always, or with the probability that Bradley and Terry give it (eq. 1)."""
+    test_prompts: int = 256
+    """Prompts on which policies are measured."""
+    optimum_prompts: int = 64
+    """Prompts on which the best possible frontier is estimated."""
+    optimum_samples: int = 1024
+    """Completions by the reference of each of them: the more, the further out the optimum can be trusted."""
+    max_new_tokens: int = 32
+    """Longest completion, in tokens."""
+    sample_batch: int = 256
+    """Completions drawn at a time."""
+    evaluations: int = 6
+    """How often each run is measured."""
+    dpo_betas: str = "0.05,0.1,1,5"
+    """beta of the runs of dpo, ipo and cdpo."""
+    unlikelihood_alphas: str = "0.05,0.1,0.5,1"
+    """alpha of the unlikelihood runs."""
+    ppo_kls: str = "3,6,9,12"
+    """Target KL of the ppo and ppo-gt runs, in nats a completion."""
+    best_of: str = "1,4,16,64,128"
+    """N of best-of-n."""
+    seeds: int = 1
+    """Runs of every setting; Preferred-FT has three in any case."""
+    label_smoothing: float = 0.1
+    """Assumed share of swapped labels, of cdpo."""
+    ppo_iterations: int = 40
+    """Rollouts of a PPO run."""
+    ppo_batch: int = 256
+    """Completions of a rollout."""
+    ppo_epochs: int = 4
+    """Passes over a rollout."""
+    ppo_minibatches: int = 4
+    """Optimizer steps of such a pass."""
+    ppo_lr: float = 5e-4
+    """Learning rate of PPO."""
+    reward_model_epochs: int = 1
+    """Passes over the labelled pairs to learn the reward that PPO is given."""
+    fast: bool = False
+    """A quarter of the work, for a first look (short: --fast)."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if (
+                isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and field.name != "label_smoothing"
+                and value <= 0
+            ):
+                yield field.name, f"must be greater than 0, got {value}"
+        unknown = [name for name in self.chosen() if name not in METHODS]
+        if unknown or not self.chosen():
+            yield "methods", f"must be some of {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}"
+        for field in ("dpo_betas", "unlikelihood_alphas", "ppo_kls", "best_of"):
+            try:
+                values = numbers(getattr(self, field))
+            except ValueError:
+                values = []
+            if not values or min(values) <= 0:
+                yield field, f"must be numbers above 0, separated by commas, got {getattr(self, field)!r}"
+            elif field == "unlikelihood_alphas" and max(values) > 1:
+                yield field, f"alpha is at most 1, got {max(values)}"
+        if self.completions == 1:
+            yield "completions", "must be at least 2: a pair needs two"
+        if not 0 <= self.label_smoothing < 0.5:
+            yield "label_smoothing", f"must be at least 0 and below 0.5, got {self.label_smoothing}"
+        if (self.reward == "hf") != (self.classifier is not None):
+            yield "classifier", "names the model of frontier.reward hf, and goes with no other"
+
+    def chosen(self) -> list[str]:
+        return [name.strip() for name in self.methods.split(",") if name.strip()]
+
+
+def numbers(text: str) -> list[float]:
+    """Raises ValueError where one of them is none."""
+    return [float(part) for part in text.split(",")]

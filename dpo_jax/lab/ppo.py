@@ -1,0 +1,113 @@
+"""A policy trained by PPO in a world: rollouts, their rewards on the host, and a KL coefficient that seeks its target."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from dpo_jax.evals.rewards import Reward
+from dpo_jax.lab.world import Points, World
+from dpo_jax.ppo import (
+    ScoreStats,
+    advantages,
+    collect,
+    completion_ids,
+    minibatches,
+    next_kl_coef,
+    normalised,
+    observe,
+    ppo_step,
+    prompt_batch,
+)
+from dpo_jax.reward import HEAD, scalar_head, with_scalar_head
+from dpo_jax.runtime.metrics import MetricsLog
+from dpo_jax.step import init_state
+
+
+class PpoOptions(NamedTuple):
+    """Sizes of a run, and the constants of the algorithm (the names of `dpo_jax.ppo`)."""
+
+    iterations: int  # rollouts
+    batch: int  # completions of a rollout
+    epochs: int
+    minibatches: int
+    target_kl: float  # nats a completion
+    kl_coef: float  # at the start; rewards are normalised, so its unit is their standard deviation a nat
+    horizon: int  # completions within which the coefficient can change by a fifth
+    clip: float
+    value_clip: float
+    value_weight: float
+    gamma: float
+    lam: float
+
+
+def train_by_ppo(
+    world: World,
+    folder: Path,
+    *,
+    reward: Reward,
+    tx: optax.GradientTransformation,
+    options: PpoOptions,
+    evaluations: int,
+    seed: int,
+) -> Points:
+    """`evaluations` points of a run from the reference, equally far apart. Also leaves `metrics.jsonl` in `folder`."""
+    o, partitioner, model = options, world.partitioner, with_scalar_head(world.model)
+    start = {**partitioner.to_host(world.reference), HEAD: jax.device_get(scalar_head(model.config.width))}
+    state = partitioner.init_state(functools.partial(init_state, tx=tx), partitioner.put_variables(start))
+    step = partitioner.compile_step(
+        functools.partial(
+            ppo_step,
+            model=model,
+            tx=tx,
+            clip=o.clip,
+            value_clip=o.value_clip,
+            value_weight=o.value_weight,
+            axis_name=partitioner.axis_name,
+        )
+    )
+    sampling = {"max_new_tokens": world.max_new_tokens, "eos_id": world.tokenizer.eos_token_id}
+    draw = partitioner.compile_map(functools.partial(collect, model, **sampling))
+    judge = jax.jit(functools.partial(advantages, gamma=o.gamma, lam=o.lam))
+    rng, key = np.random.default_rng(seed), jax.random.key(seed)
+    kl_coef, stats, taken, points = o.kl_coef, ScoreStats(), 0, Points()
+    every = max(1, math.ceil(o.iterations / evaluations))
+    with MetricsLog(folder / "metrics.jsonl") as log:
+        for iteration in range(o.iterations):
+            chosen = rng.choice(len(world.train.ids), o.batch, replace=len(world.train.ids) < o.batch)
+            prompts = prompt_batch(
+                [world.train.ids[i] for i in chosen],
+                jax.random.fold_in(key, iteration),
+                length=world.width - world.max_new_tokens,
+            )
+            collected = draw((state.variables, world.reference), prompts)
+            texts = [world.tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids(collected.rows)]
+            scores = reward([world.train.texts[i] for i in chosen], texts)
+            stats = observe(stats, scores)
+            rollout, health = judge(collected, normalised(stats, scores).astype(np.float32), kl_coef=np.float32(kl_coef))
+            metrics: dict[str, Any] = {}
+            for _ in range(o.epochs):
+                for part in minibatches(rollout, size=o.batch // o.minibatches, rng=rng, part=partitioner.host_part):
+                    state, metrics = step(state, part)
+                    taken += 1
+            kl = float(health["kl"])
+            log.write(
+                {
+                    "step": taken,
+                    **{f"rollout/{name}": float(value) for name, value in health.items()},
+                    **{name: float(value) for name, value in metrics.items()},
+                    "rollout/reward": float(np.mean(scores)),
+                    "kl_coef": kl_coef,
+                }
+            )
+            kl_coef = next_kl_coef(kl_coef, kl=kl, target=o.target_kl, horizon=o.horizon, samples=o.batch)
+            if (iteration + 1) % every == 0 or iteration + 1 == o.iterations:
+                points.append({"step": float(taken), **world.measure({k: v for k, v in state.variables.items() if k != HEAD})})
+                log.write({"step": taken, **{f"eval/{name}": value for name, value in points[-1].items() if name != "step"}})
+    return points

@@ -1,0 +1,105 @@
+"""What a sweep found: every point of every run in one table, and how far each method is from the optimum at equal KL."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.evals.frontier import Optimum, Point, best_of_n, bootstrap_interval, envelope, regret
+from dpo_jax.lab.sweep import Result
+
+EQUAL_KL = (1.0, 3.0, 6.0)  # nats, at which methods are compared
+COLUMNS = (
+    *("method", "label", "seed", "step", "kl", "kl_low", "kl_high", "kl_sampled", "reward", "reward_low", "reward_high"),
+    *("regret", "tokens", "seconds"),
+)
+
+
+def rows(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
+    """One row a point: `COLUMNS`, where known. `regret` is the share of the possible gain that is missed at this KL."""
+    found = []
+    for result in results:
+        run = {"method": result.run.method, "label": result.run.label, "seed": result.run.seed, "seconds": result.seconds}
+        for point in result.points:
+            missed = float(regret(point["reward"], point["kl"], optimum, optimum.reference))
+            found.append({**run, **point, "regret": None if math.isnan(missed) else missed})
+    return found
+
+
+def write(folder: Path, table: Sequence[Mapping[str, Any]]) -> None:
+    """`results.jsonl` and `results.csv`."""
+    with open(folder / "results.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in table)
+    with open(folder / "results.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def points(results: Sequence[Result]) -> list[Point]:
+    """What the figure shows: every measured point."""
+    return [
+        Point(
+            result.run.method,
+            result.run.label,
+            point["kl"],
+            point["reward"],
+            (point["kl_low"], point["kl_high"]),
+            (point["reward_low"], point["reward_high"]),
+            point.get("kl_bound"),
+        )
+        for result in results
+        for point in result.points
+    ]
+
+
+def best_of(rewards: np.ndarray, n: int, *, seed: int) -> dict[str, float]:
+    """Best-of-`n` as a point. Its KL is the estimate, with the bound beside it."""
+    found = best_of_n(rewards, n)
+    values = {"reward": found.reward, "kl": found.kl}
+    point = {"step": float(n), "kl_bound": found.kl_bound}
+    for name, value in values.items():
+        low, high = bootstrap_interval(value, seed)
+        point |= {name: float(value.mean()), f"{name}_low": low, f"{name}_high": high}
+    return point
+
+
+def at_equal_kl(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
+    """For each method and KL of `EQUAL_KL`: the reward of the best policy, or mixture of two, within that KL, as a share of
+    what the optimum gains there. None where a method has no policy that near, or the optimum cannot be trusted that far."""
+    found = []
+    for method in dict.fromkeys(result.run.method for result in results):
+        mine = [point for result in results if result.run.method == method for point in result.points]
+        kls, rewards = ([0.0, *(p["kl"] for p in mine)], [optimum.reference, *(p["reward"] for p in mine)])
+        for at in EQUAL_KL:
+            reached = at <= max(kls)
+            reward = envelope(np.array(kls), np.array(rewards), at)
+            missed = float(regret(reward, at, optimum, optimum.reference)) if at <= optimum.reach else math.nan
+            share = None if math.isnan(missed) or not reached else 1 - missed
+            found.append({"method": method, "kl": at, "reward": reward if reached else None, "share_of_gain": share})
+    return found
+
+
+def summary(results: Sequence[Result], optimum: Optimum) -> str:
+    """Methods by KL, as text: reward, and the share of the possible gain."""
+    table = at_equal_kl(results, optimum)
+    lines = [f"{'at equal KL (nats):':22}" + "".join(f"{at:>20g}" for at in EQUAL_KL)]
+    best = [float(np.interp(at, optimum.kl, optimum.reward)) for at in EQUAL_KL]
+    trusted = [at <= optimum.reach for at in EQUAL_KL]
+    cells = [f"{value:.2f}" + ("" if sure else " (few samples)") for value, sure in zip(best, trusted, strict=True)]
+    lines.append(f"{'the optimum':22}" + "".join(f"{cell:>20}" for cell in cells))
+    for method in dict.fromkeys(row["method"] for row in table):
+        cells = []
+        for row in (row for row in table if row["method"] == method):
+            share = "" if row["share_of_gain"] is None else f" ({row['share_of_gain']:.0%})"
+            cells.append("-" if row["reward"] is None else f"{row['reward']:.2f}{share}")
+        lines.append(f"{method:22}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(
+        [*lines, f"in brackets: share of the optimum's gain over the reference, whose reward is {optimum.reference:.2f}"]
+    )

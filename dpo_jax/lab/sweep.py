@@ -1,0 +1,100 @@
+"""Many short runs, one after the other, none of them twice: what is finished is read, what was cut off starts again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.runtime.rundir import write_json
+
+RESULT = "result.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One point or curve of the figure. `settings` is everything that its result depends on and other runs do not share."""
+
+    method: str
+    label: str  # "beta 0.1"
+    settings: Mapping[str, Any]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.method, *self.label.split(), f"seed{self.seed}"]).replace("/", "_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """`points`: what was measured on the way, in order; each holds `step`, `reward`, `kl` and their intervals."""
+
+    run: Run
+    points: list[dict[str, float]]
+    seconds: float
+
+
+def sweep(
+    runs: Iterable[Run],
+    folder: Path,
+    *,
+    shared: Mapping[str, Any],
+    perform: Callable[[Run, Path], list[dict[str, float]]],
+    say: Callable[[str], None] = print,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Result]:
+    """`perform(run, its folder)` for every run whose result is not in `folder` yet. Results in the order of `runs`.
+
+    `shared` is what all runs depend on. A result made under other settings or another `shared` is made anew. A result is
+    written after everything else of its run, in one piece: a sweep that was killed continues with the run it was in.
+    """
+    runs, results, spent = list(runs), [], []
+    names = [run.name for run in runs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two runs of a sweep have one name: {sorted(name for name in names if names.count(name) > 1)}")
+    left = [run for run in runs if _finished(folder / run.name, run, shared) is None]
+    if len(left) < len(runs):
+        say(f"{len(runs) - len(left)} of {len(runs)} runs are finished already")
+    for number, run in enumerate(runs, 1):
+        here = folder / run.name
+        done = _finished(here, run, shared)
+        if done is None:
+            shutil.rmtree(here, ignore_errors=True)
+            here.mkdir(parents=True)
+            begin = clock()
+            points = perform(run, here)
+            done = Result(run, points, clock() - begin)
+            write_json(here / RESULT, {**_identity(run, shared), "points": points, "seconds": done.seconds})
+            spent.append(done.seconds)
+            left.remove(run)
+            say(_line(number, len(runs), done, sum(spent) / len(spent) * len(left)))
+        results.append(done)
+    return results
+
+
+def _identity(run: Run, shared: Mapping[str, Any]) -> dict[str, Any]:
+    # As it reads after a round trip through the file.
+    return json.loads(json.dumps({"run": dataclasses.asdict(run), "shared": dict(shared)}))
+
+
+def _finished(folder: Path, run: Run, shared: Mapping[str, Any]) -> Result | None:
+    try:
+        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    if {name: found.get(name) for name in ("run", "shared")} != _identity(run, shared):
+        return None
+    return Result(run, found["points"], found["seconds"])
+
+
+def _line(number: int, count: int, done: Result, seconds_left: float) -> str:
+    last = done.points[-1]
+    left = f"; about {max(1, round(seconds_left / 60))} min left" if seconds_left else ""
+    return (
+        f"{number:3}/{count}  {done.run.method:14} {done.run.label:14} seed {done.run.seed}  reward {last['reward']:6.2f} "
+        f"at KL {last['kl']:6.2f} nats  ({done.seconds:.0f} s{left})"
+    )

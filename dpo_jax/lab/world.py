@@ -1,0 +1,104 @@
+"""What all methods of an experiment share: the reference, the prompts, the true reward, and how a policy is measured."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dpo_jax.data.loader import round_up
+from dpo_jax.evals.completions import Completer, Completions, map_completions
+from dpo_jax.evals.frontier import bootstrap_interval, sequence_kl
+from dpo_jax.evals.rewards import Reward
+from dpo_jax.logps import sequence_logps
+from dpo_jax.types import Model, Partitioner, Variables
+
+Points = list[dict[str, float]]
+"""What `World.measure` found on the way of a run, in order, each with the `step` after which."""
+
+
+class Prompts(NamedTuple):
+    texts: list[str]
+    ids: list[np.ndarray]  # int32[n] each
+
+
+class Scored(NamedTuple):
+    """Completions of prompts with their true rewards."""
+
+    completions: Completions
+    rewards: np.ndarray  # float64[B]
+
+
+class World:
+    """An experiment's fixed part. All `variables` are the partitioner's.
+
+    `width` is the row length into which every prompt with its longest completion fits. Programs are compiled once and shared by
+    all methods, so that a sweep of many short runs is not a sweep of compilations.
+    """
+
+    def __init__(
+        self,
+        partitioner: Partitioner,
+        model: Model,
+        tokenizer: Any,
+        *,
+        reference: Variables,
+        reward: Reward,
+        train: Prompts,
+        test: Prompts,
+        max_new_tokens: int,
+        batch: int,
+        seed: int,
+    ) -> None:
+        self.partitioner, self.model, self.tokenizer, self.reference = partitioner, model, tokenizer, reference
+        self.reward, self.train, self.test = reward, train, test
+        self.max_new_tokens, self.batch, self.seed = max_new_tokens, batch, seed
+        self.width = round_up(max(map(len, [*train.ids, *test.ids])) + max_new_tokens, 8)
+        self.complete = Completer(partitioner, model, tokenizer, max_new_tokens=max_new_tokens, batch=batch)
+        self._kl = partitioner.compile_map(functools.partial(_kl, model))
+        self._logps = partitioner.compile_map(functools.partial(sequence_logps, model))
+
+    def sample(self, variables: Variables, prompts: Prompts, key: jax.Array) -> Scored:
+        drawn = self.complete(variables, prompts.ids, key)
+        return Scored(drawn, self.reward(prompts.texts, drawn.texts))
+
+    def kl(
+        self, variables: Variables, prompts: Sequence[np.ndarray], ids: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(exact per step, from the samples alone) of completions drawn from `variables`: float32[B] each, in nats."""
+        both = {"policy": variables, "reference": self.reference}
+        return self.over(self._kl, both, prompts, ids)
+
+    def logps(self, variables: Variables, prompts: Sequence[np.ndarray], ids: Sequence[np.ndarray]) -> np.ndarray:
+        """log pi(y|x) of completions: float64[B], in nats."""
+        return self.over(self._logps, variables, prompts, ids).astype(np.float64)
+
+    def over(self, compiled: Any, variables: Any, prompts: Sequence[np.ndarray], ids: Sequence[np.ndarray]) -> Any:
+        """`compiled(variables, rows)` over completions, one a row."""
+        return map_completions(self.partitioner, compiled, variables, prompts, ids, batch=self.batch, length=self.width)
+
+    def measure(self, variables: Variables, *, draw: int = 0) -> dict[str, float]:
+        """True reward and KL to the reference of a policy on the test prompts, with 95 % intervals over prompts.
+
+        The same prompts and the same random numbers for all policies: differences between them are less noisy than each.
+        """
+        scored = self.sample(variables, self.test, jax.random.fold_in(jax.random.key(self.seed), draw))
+        exact, sampled = self.kl(variables, self.test.ids, scored.completions.ids)
+        return {
+            **_with_interval("reward", scored.rewards, self.seed),
+            **_with_interval("kl", exact, self.seed),
+            "kl_sampled": float(sampled.mean()),
+            "tokens": float(np.mean([len(ids) for ids in scored.completions.ids])),
+        }
+
+
+def _kl(model: Model, both: Mapping[str, Variables], rows: Any) -> tuple[jax.Array, jax.Array]:
+    return sequence_kl(model, both["policy"], both["reference"], rows)
+
+
+def _with_interval(name: str, values: np.ndarray, seed: int) -> dict[str, float]:
+    low, high = bootstrap_interval(values, seed=seed)
+    return {name: float(np.mean(values, dtype=np.float64)), f"{name}_low": low, f"{name}_high": high}
