@@ -1,0 +1,115 @@
+"""The laboratory: a sweep that never runs anything twice, and its tables."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from dpo_jax.evals.frontier import optimum
+
+from dpo_jax.lab import report
+from dpo_jax.lab.sweep import Result, Run, sweep
+
+RUNS = [Run("dpo", f"beta {beta:g}", {"beta": beta}, 0) for beta in (0.1, 1.0, 5.0)]
+
+
+def point(step, kl, reward):
+    around = {
+        f"{name}_{end}": value + d
+        for name, value in (("kl", kl), ("reward", reward))
+        for end, d in (("low", -0.1), ("high", 0.1))
+    }
+    return {"step": float(step), "kl": kl, "reward": reward, **around}
+
+
+def performing(done, *, killed_at=None):
+    """A `perform` that notes what it was asked for, and dies in the middle of run number `killed_at`."""
+
+    def perform(run, folder):
+        (folder / "half").write_text("written before the end")
+        if len(done) == killed_at:
+            raise KeyboardInterrupt
+        done.append(run.name)
+        return [point(1, run.settings["beta"], 1 / run.settings["beta"])]
+
+    return perform
+
+
+def table_of(results):
+    return [(r.run, r.points) for r in results]
+
+
+def test_a_sweep_that_was_killed_repeats_nothing_and_ends_in_the_same_table(tmp_path):
+    said, whole, first, second = [], [], [], []
+    expected = sweep(RUNS, tmp_path / "whole", shared={"seed": 0}, perform=performing(whole), say=said.append)
+    assert whole == [run.name for run in RUNS]
+    assert len(said) == 3
+    with pytest.raises(KeyboardInterrupt):
+        sweep(RUNS, tmp_path / "cut", shared={"seed": 0}, perform=performing(first, killed_at=1), say=said.append)
+    found = sweep(RUNS, tmp_path / "cut", shared={"seed": 0}, perform=performing(second), say=said.append)
+    assert first + second == whole
+    assert table_of(found) == table_of(expected)
+    again = sweep(RUNS, tmp_path / "cut", shared={"seed": 0}, perform=performing([], killed_at=0), say=said.append)
+    assert table_of(again) == table_of(expected)
+
+
+def test_other_settings_are_run_anew(tmp_path):
+    sweep(RUNS, tmp_path, shared={"seed": 0}, perform=performing([]), say=str)
+    done = []
+    sweep(RUNS, tmp_path, shared={"seed": 1}, perform=performing(done), say=str)
+    assert len(done) == 3
+    done.clear()
+    changed = [*RUNS[:2], Run("dpo", "beta 5", {"beta": 5.0, "epochs": 2}, 0)]
+    sweep(changed, tmp_path, shared={"seed": 1}, perform=performing(done), say=str)
+    assert done == [changed[2].name]
+
+
+def test_a_torn_result_is_run_anew(tmp_path):
+    sweep(RUNS, tmp_path, shared={}, perform=performing([]), say=str)
+    (tmp_path / RUNS[0].name / "result.json").write_text('{"run": {"met')
+    done = []
+    sweep(RUNS, tmp_path, shared={}, perform=performing(done), say=str)
+    assert done == [RUNS[0].name]
+
+
+def test_two_runs_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="two runs of a sweep have one name"):
+        sweep([RUNS[0], RUNS[0]], tmp_path, shared={}, perform=performing([]), say=str)
+
+
+@pytest.fixture(scope="module")
+def best():
+    rewards = np.random.default_rng(0).normal(size=(20, 2000))
+    return optimum(rewards, list(np.geomspace(50, 0.4, 30)), seed=0)
+
+
+def test_methods_are_compared_at_equal_kl(best, tmp_path):
+    on_the_curve = float(np.interp(1.0, best.kl, best.reward))
+    half = (on_the_curve + best.reference) / 2
+    results = [
+        Result(Run("good", "a", {}, 0), [point(1, 1.0, on_the_curve)], 1.0),
+        Result(Run("poor", "a", {}, 0), [point(1, 1.0, half), point(2, 4.0, half)], 1.0),
+    ]
+    shares = {(row["method"], row["kl"]): row["share_of_gain"] for row in report.at_equal_kl(results, best)}
+    assert shares["good", 1.0] == pytest.approx(1.0, abs=0.01)
+    assert shares["poor", 1.0] == pytest.approx(0.5, abs=0.01)
+    assert shares["good", 3.0] is None  # it was never that far
+    text = report.summary(results, best)
+    assert "(100%)" in text
+    assert "(50%)" in text
+    table = report.rows(results, best)
+    assert [row["regret"] for row in table[:2]] == [pytest.approx(0, abs=0.02), pytest.approx(0.5, abs=0.02)]
+    report.write(tmp_path, table)
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert lines == table
+    header, *rest = (tmp_path / "results.csv").read_text().splitlines()
+    assert header.split(",") == list(report.COLUMNS)
+    assert len(rest) == 3
+
+
+def test_best_of_n_is_a_point_with_its_bound():
+    rewards = np.random.default_rng(1).normal(size=(50, 64))
+    found = report.best_of(rewards, 4, seed=0)
+    assert found["kl_bound"] == pytest.approx(math.log(4) - 3 / 4)
+    assert found["reward_low"] < found["reward"] < found["reward_high"]
+    assert found["reward"] == pytest.approx(1.03, abs=0.15)  # the expected maximum of four normal numbers
