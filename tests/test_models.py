@@ -11,7 +11,7 @@ from conftest import GOLDEN
 from safetensors.numpy import load_file
 
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.layout import plain_rows, shared_rows
+from dpo_jax.data.layout import packed_rows, plain_rows, shared_rows
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.attention import Rope, attend, rotate
@@ -102,14 +102,14 @@ def test_prefill_and_single_tokens_equal_forward(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_shared_rows_equal_plain_rows(case):
+def test_shared_and_packed_rows_equal_plain_rows(case):
     """Log-probabilities and gradients of a DPO loss; prompt plus completion reach beyond the sliding windows of 7."""
     model, variables, tokens, _ = golden(case)
     (first, second), pairs = tokens, []
     for prompt, chosen, rejected in ((first[:9], first[9:17], second[:5]), (second[5:8], second[8:10], first[:11])):
         pairs.append(Encoded(prompt=prompt, chosen=chosen, rejected=rejected))
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled 22 times, run once each
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled 33 times, run once each
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(variables, rows):
         logps = completion_logps(model, variables, rows)
@@ -117,9 +117,11 @@ def test_shared_rows_equal_plain_rows(case):
         return losses.mean(), logps
 
     (_, plain), plain_gradient = loss(variables, plain_rows(pairs, length=20))
-    (_, shared), shared_gradient = loss(variables, shared_rows(pairs, length=24))
-    np.testing.assert_allclose(shared, plain, rtol=1e-6, atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), shared_gradient, plain_gradient)
+    for rows in (shared_rows(pairs, length=24), packed_rows(pairs, length=48, pairs_per_row=2)):
+        assert len(rows.tokens) == len(pairs) * 24 // rows.tokens.shape[1]  # packed: both in one row, the longer one first
+        (_, logps), gradient = loss(variables, rows)
+        np.testing.assert_allclose(logps, plain[rows.index], rtol=1e-6, atol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), gradient, plain_gradient)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,12 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
 from dpo_jax.dpo import dpo_step
-from dpo_jax.logps import completion_logps, sequence_logps
+from dpo_jax.logps import CHUNK, completion_logps, sequence_logps, token_logps
 from dpo_jax.losses import dpo_loss, ipo_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.reference import reference_logps
+from dpo_jax.runtime.hlo import shapes
 from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.parallel import pmap_partitioner, single_device, split_rows
 from dpo_jax.sft import sft_step
@@ -158,6 +160,22 @@ def test_chunked_head_equals_dense(chunk, variables):
     np.testing.assert_allclose(chunked, dense, rtol=1e-6, atol=1e-5)
     scale = float(optax.tree.norm(dense_grads))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * scale), grads, dense_grads)
+
+
+def test_no_buffer_holds_the_logits_of_all_tokens():
+    """8,192 scored tokens x 128,256 entries would be 4.2 GB. Both directions, as compiled: nothing has more than a chunk's."""
+    vocabulary, width, scored = 128_256, 8, 4096
+    head = Model(init=None, forward=None, unembed=lambda table, hidden: hidden @ table.T)
+
+    def total(table, hidden, target):
+        return token_logps(head, table, hidden, target).sum()
+
+    arguments = [((vocabulary, width), jnp.float32), ((2, scored, width), jnp.float32), ((2, scored), jnp.int32)]
+    step = jax.jit(jax.value_and_grad(total, argnums=(0, 1)), compiler_options={"xla_backend_optimization_level": 0})
+    compiled = step.lower(*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arguments)).compile()
+    sizes = [math.prod(lengths) for _, lengths in shapes(compiled.as_text()) if vocabulary in lengths]
+    assert max(sizes) == CHUNK * vocabulary
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4 * CHUNK * vocabulary
 
 
 def test_the_step_holds_no_reference_model(variables, tx):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -145,6 +146,7 @@ def plan_layout(
     return next(layout for positions, layout in layouts if positions <= 1.01 * least)
 
 
+SHAPES = 5  # programs to compile at most
 LENGTHS = np.array([1.08, 1.17, 1.25, 1.33, 1.5, 2.0])
 """Lengths of packed rows that are tried, in units of the longest example."""
 
@@ -152,7 +154,7 @@ LENGTHS = np.array([1.08, 1.17, 1.25, 1.33, 1.5, 2.0])
 def _packed(sizes: np.ndarray, length: int, *, batch: int, multiple: int, tries: int = 64) -> tuple[float, Layout]:
     """Packed rows of `length`, and how many positions a batch of `batch` examples takes in them, padding included.
 
-    The layout has at most five row counts: few programs to compile, few empty rows.
+    The layout has at most `SHAPES` row counts: few programs to compile, few empty rows.
     """
     most_scored = sizes.max(axis=0)[1]
     mean_tokens, mean_scored = sizes.mean(axis=0)
@@ -166,12 +168,25 @@ def _packed(sizes: np.ndarray, length: int, *, batch: int, multiple: int, tries:
         for _ in range(tries)
     ]
     needed = [round_up(count, multiple) for count in drawn]
+    counts = _few(needed, SHAPES - 1)
+    positions = float(np.mean([_at_least(count, counts) for count in needed])) * length
     # The last is for a batch that is larger than any of these.
     beyond = max(needed) + round_up(max(needed) / 16, multiple)
-    counts = sorted({int(count) for count in np.quantile(needed, (0.25, 0.5, 0.75, 1.0), method="higher")})
-    positions = float(np.mean([counts[np.searchsorted(counts, count)] for count in needed])) * length
-    counts = tuple(sorted({*counts, beyond}))
+    counts = (*counts, beyond)
     return positions, Layout("packed", length=length, scored=scored, per_row=per_row, rows_multiple=multiple, row_counts=counts)
+
+
+def _few(needed: Sequence[int], most: int) -> tuple[int, ...]:
+    """At most `most` counts such that rounding each of `needed` up to one of them adds least."""
+    distinct = sorted(set(needed))
+    choices = itertools.combinations(distinct[:-1], min(most, len(distinct)) - 1)
+    return min(
+        ((*choice, distinct[-1]) for choice in choices), key=lambda counts: sum(_at_least(count, counts) for count in needed)
+    )
+
+
+def _at_least(count: int, counts: Sequence[int]) -> int:
+    return next(allowed for allowed in counts if allowed >= count)
 
 
 def round_up(x: float, multiple: int) -> int:
