@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dpo_jax.data.layout import completion_rows as completion_rows
     from dpo_jax.data.layout import packed_rows as packed_rows
     from dpo_jax.data.layout import plain_rows as plain_rows
+    from dpo_jax.data.layout import ranking_rows as ranking_rows
     from dpo_jax.data.layout import shared_rows as shared_rows
     from dpo_jax.data.sources import load_preferences as load_preferences
     from dpo_jax.dpo import dpo_step as dpo_step
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from dpo_jax.logps import sequence_logps as sequence_logps
     from dpo_jax.losses import dpo_loss as dpo_loss
     from dpo_jax.losses import ipo_loss as ipo_loss
+    from dpo_jax.losses import plackett_luce_loss as plackett_luce_loss
+    from dpo_jax.losses import unlikelihood_loss as unlikelihood_loss
     from dpo_jax.models.hf import load_hf as load_hf
     from dpo_jax.models.hf import save_hf as save_hf
     from dpo_jax.reference import reference_logps as reference_logps
@@ -37,11 +40,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "data.encode": ("Encoded", "encode"),
-    "data.layout": ("causal_rows", "completion_rows", "packed_rows", "plain_rows", "shared_rows"),
+    "data.layout": ("causal_rows", "completion_rows", "packed_rows", "plain_rows", "ranking_rows", "shared_rows"),
     "data.sources": ("load_preferences",),
     "dpo": ("dpo_step",),
     "logps": ("completion_logps", "sequence_logps"),
-    "losses": ("dpo_loss", "ipo_loss"),
+    "losses": ("dpo_loss", "ipo_loss", "plackett_luce_loss", "unlikelihood_loss"),
     "models.hf": ("load_hf", "save_hf"),
     "reference": ("reference_logps",),
     "runtime.optim": ("linear_warmup", "make_optimizer"),

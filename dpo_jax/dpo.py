@@ -13,7 +13,8 @@ from dpo_jax.step import apply_gradients, mean_grads
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
 
 PreferenceLoss = Callable[[Array, Array], tuple[jax.Array, jax.Array]]
-"""(logps[P, 2], ref_logps[P, 2]) -> (losses[P], rewards[P, 2]): a function of `dpo_jax.losses` with its options bound."""
+"""(logps[P, K], ref_logps[P, K]) -> (losses[P], rewards[P, K]): a function of `dpo_jax.losses` with its options bound. K is 2,
+or the length of a ranking."""
 
 
 def dpo_step(
@@ -29,7 +30,8 @@ def dpo_step(
     """One optimizer step of DPO (eq. 7), for instance with `loss=partial(dpo_loss, beta=0.1)`. Pure: jit, pmap or shard_map it.
 
     The reference model is not here: its log-probabilities come with the batch, `rows.ref_logps[P, 2]`. Metrics are float32
-    scalars, means over the pairs of the global batch as the policy was *before* the update.
+    scalars, means over the pairs of the global batch as the policy was *before* the update. Rankings (`ranking_rows`) go the
+    same way, as [P, K] with `loss=partial(plackett_luce_loss, beta=0.1)`.
     """
 
     def objective(trainable: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
@@ -44,20 +46,20 @@ def dpo_step(
 
 
 def preference_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array) -> Metrics:
-    """What to watch, per pair: {name: float[P]}, under the names TRL made common.
+    """What to watch, per pair: {name: float[P]}, under the names TRL made common. Of a ranking: its best and its worst.
 
-    `displacement/*` is log pi - log pi_ref in nats: DPO trains the difference of the two, and both may fall. `kl` is their
-    mean with the sign turned: an estimate of KL(pi_ref || pi) per completion, if the completions came from the reference.
+    `displacement/*` is log pi - log pi_ref in nats: DPO trains the difference of the two, and both may fall. `kl` is the mean
+    over all completions with the sign turned: an estimate of KL(pi_ref || pi), if the completions came from the reference.
     """
     log_ratios = logps - ref_logps
     return {
         "rewards/chosen": rewards[:, 0],
-        "rewards/rejected": rewards[:, 1],
-        "rewards/margins": rewards[:, 0] - rewards[:, 1],
-        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).astype(jnp.float32),
+        "rewards/rejected": rewards[:, -1],
+        "rewards/margins": rewards[:, 0] - rewards[:, -1],
+        "rewards/accuracies": (rewards[:, 0] > rewards[:, -1]).astype(jnp.float32),
         "logps/chosen": logps[:, 0],
-        "logps/rejected": logps[:, 1],
+        "logps/rejected": logps[:, -1],
         "displacement/chosen": log_ratios[:, 0],
-        "displacement/rejected": log_ratios[:, 1],
+        "displacement/rejected": log_ratios[:, -1],
         "kl": -log_ratios.mean(axis=1),
     }

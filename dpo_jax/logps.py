@@ -12,8 +12,11 @@ CHUNK = 1024  # scored tokens of a device per pass through the head; bounds its 
 
 
 def completion_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int = CHUNK) -> jax.Array:
-    """log pi(y|x) of each completion of each pair: float32[P, 2], in nats, summed over its tokens, chosen first."""
-    return sequence_logps(model, variables, rows, chunk=chunk).reshape(-1, 2)
+    """log pi(y|x) of each completion of each pair: float32[P, 2], in nats, summed over its tokens, chosen first.
+
+    Of rankings: float32[P, K], best first.
+    """
+    return sequence_logps(model, variables, rows, chunk=chunk).reshape(rows.weight.shape[0], -1)
 
 
 def sequence_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int = CHUNK) -> jax.Array:

@@ -1,8 +1,9 @@
-"""Preference losses: from log-probabilities of pairs to one loss per pair.
+"""Preference losses: from log-probabilities of pairs, or of rankings, to one loss each.
 
 All take `logps` and `ref_logps`, float[P, 2]: log pi(y|x) and log pi_ref(y|x), natural logarithm, summed over the completion's
-tokens, chosen first. All return `(losses[P], rewards[P, 2])`; the rewards are the implicit rewards of Rafailov et al. 2023
-(arXiv 2305.18290), eq. 5, up to the prompt's partition function, and carry no gradient.
+tokens, chosen first; `plackett_luce_loss` takes rankings, float[P, K], best first. All return `(losses[P], rewards[P, K])`; the
+rewards are the implicit rewards of Rafailov et al. 2023 (arXiv 2305.18290), eq. 5, up to the prompt's partition function, and
+carry no gradient.
 """
 
 from __future__ import annotations
@@ -38,12 +39,48 @@ def ipo_loss(logps: Array, ref_logps: Array, *, beta: float) -> tuple[jax.Array,
     return losses, implicit_rewards(logps, ref_logps, beta=beta)
 
 
+def unlikelihood_loss(logps: Array, ref_logps: Array, *, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """Unlikelihood training: `-log pi(y_w) + alpha * log pi(y_l)` (section 6 and appendix D.3; Welleck et al. 2019).
+
+    `alpha` in [0, 1] weighs the second term; with 0 the loss is the paper's Preferred-FT. Nothing holds the policy to its
+    reference: the loss has no lower bound once a completion is rejected more than 1 / alpha times as often as it is chosen.
+    There is no beta either, and the rewards are `log(pi / pi_ref)` in nats.
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha={alpha}: the weight of the rejected completion lies in [0, 1]")
+    logps = _of_pairs(logps)
+    return -logps[:, 0] + alpha * logps[:, 1], implicit_rewards(logps, ref_logps, beta=1.0)
+
+
+def plackett_luce_loss(logps: Array, ref_logps: Array, *, beta: float) -> tuple[jax.Array, jax.Array]:
+    """DPO on rankings: the negative log-likelihood of float[P, K], best first, under Plackett-Luce (appendix A.3, eq. 20).
+
+    In turn each completion is the first choice among those not placed yet. K = 2 is `dpo_loss`, bit for bit.
+    """
+    log_ratios = jnp.asarray(logps) - ref_logps
+    completions = log_ratios.shape[1]
+    if completions < 2:
+        raise ValueError(f"a ranking has at least two completions, got {completions}")
+    losses = []
+    for k in range(completions - 1):
+        rest = jax.nn.logsumexp(beta * (log_ratios[:, k + 1 :] - log_ratios[:, k, None]), axis=1)
+        # log(1 + exp(rest)) is -log(exp(r_k) / sum_{j >= k} exp(r_j)), and keeps its digits where the choice is near certain.
+        losses.append(jax.nn.softplus(rest))
+    return jnp.stack(losses).sum(axis=0), implicit_rewards(logps, ref_logps, beta=beta)
+
+
 def implicit_rewards(logps: Array, ref_logps: Array, *, beta: float) -> jax.Array:
-    """`beta * log(pi / pi_ref)` for each completion: float[P, 2], without gradient (eq. 5)."""
+    """`beta * log(pi / pi_ref)` for each completion: float[P, K], without gradient (eq. 5)."""
     return jax.lax.stop_gradient(beta * (jnp.asarray(logps) - ref_logps))
 
 
 def _margins(logps: Array, ref_logps: Array) -> jax.Array:
     """How much more than the reference the policy prefers the chosen completion: float[P], in nats."""
-    log_ratios = jnp.asarray(logps) - ref_logps
+    log_ratios = _of_pairs(logps) - ref_logps
     return log_ratios[:, 0] - log_ratios[:, 1]
+
+
+def _of_pairs(logps: Array) -> jax.Array:
+    if logps.shape[1] != 2:
+        raise ValueError(f"this loss is for pairs, and each example has {logps.shape[1]} completions: use plackett_luce_loss")
+    return jnp.asarray(logps)

@@ -5,8 +5,10 @@ Axis letters, used in every docstring and einsum of this package:
     R  rows of a batch              D  model width
     L  positions in a row           N  attention heads
     S  scored positions in a row    K  key/value heads
-    P  preference pairs             H  head size
+    P  preference pairs, rankings   H  head size
     E  examples (pairs or texts)    V  vocabulary
+
+In `[P, K]` the second letter is the number of completions of an example: 2 in a pair, more in a ranking.
 
 A *row* is what the model reads: `L` tokens. A *completion slot* is what is read out of it: the summed log-probability of one
 completion. A *pair* is two neighbouring slots, chosen first, so log-probabilities of pairs are one array `[P, 2]`.
@@ -41,7 +43,8 @@ class Rows:
 
     Read-out: for each scored position `s`, the hidden state at index `source[s]` predicts token `target[s]`, which belongs to
     completion slot `slot[s]` of the row. `slot[s] == slots` marks padding. The slots of all rows, in order, are the completions
-    of the batch: slot `j` of row `r` is completion `r * slots + j`; completions `2p` and `2p + 1` are pair `p`.
+    of the batch: slot `j` of row `r` is completion `r * slots + j`; completions `2p` and `2p + 1` are pair `p`, and those from
+    `K * p` to `K * p + K - 1` ranking `p`.
     """
 
     tokens: Array  # int32[R, L]
@@ -53,7 +56,7 @@ class Rows:
     slot: Array  # int32[R, S]  in [0, slots); `slots` marks padding
     weight: Array  # float32[E]  1, or 0 for an example that only fills up the batch
     index: Array  # int32[E]  which of the caller's examples this is; -1 for a filler
-    ref_logps: Array | None = None  # float32[P, 2]  reference log-probabilities (natural log, summed over the completion)
+    ref_logps: Array | None = None  # float32[P, 2]  reference log-probabilities (natural log, summed; [P, K] of rankings)
     slots: int = dataclasses.field(default=1, metadata={"static": True})
 
     def replace(self, **changes: Any) -> Rows:

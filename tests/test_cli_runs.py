@@ -548,11 +548,19 @@ def test_a_cache_that_lies_is_found_at_step_0(done, copy):
     assert not any((copy / "dpo" / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo"])
-def test_the_guard_of_step_0(loss):
-    section = DpoConfig(loss=loss)
+@pytest.mark.parametrize(
+    ("section", "at_reference"),
+    [
+        (DpoConfig(), np.log(2)),
+        (DpoConfig(loss="ipo"), 25.0),
+        (DpoConfig(loss="unlikelihood", alpha=0.5), None),  # but the displacement is 0 there, too
+        (DpoConfig(loss="preferred_ft"), None),
+    ],
+    ids=lambda value: getattr(value, "loss", ""),
+)
+def test_the_guard_of_step_0(section, at_reference):
     expected = loss_at_reference(section)
-    assert expected == pytest.approx({"dpo": np.log(2), "ipo": 25.0}[loss])
+    assert expected == (None if at_reference is None else pytest.approx(at_reference))
     assert loss_at_reference(DpoConfig(label_smoothing=0.2)) == pytest.approx(np.log(2))
     assert loss_at_reference(DpoConfig(reference_free=True)) is None
     ref = np.random.default_rng(0).normal(-30, 5, size=(16, 2)).astype(np.float32)

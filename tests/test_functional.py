@@ -17,9 +17,12 @@ BLOCK = re.compile(r"<!-- functional example -->\s*```python\n(.*?)```", re.DOTA
 FUNCTIONS = [
     "dpo_loss",
     "ipo_loss",
+    "unlikelihood_loss",
+    "plackett_luce_loss",
     "completion_logps",
     "plain_rows",
     "shared_rows",
+    "ranking_rows",
     "encode",
     "dpo_step",
     "sft_step",

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.layout import Layout, causal_rows, completion_rows, first_fit_decreasing, packed_rows, plain_rows, shared_rows
+from dpo_jax.data.layout import (
+    Layout,
+    causal_rows,
+    completion_rows,
+    first_fit_decreasing,
+    packed_rows,
+    plain_rows,
+    ranking_rows,
+    shared_rows,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -113,3 +122,53 @@ def test_nothing_is_cut_to_fit():
         shared_rows(PAIRS[:1], length=4)
     with pytest.raises(ValueError, match="without a prompt"):
         shared_rows([dataclasses.replace(PAIRS[0], prompt=np.zeros(0, np.int32))], length=40)
+
+
+# Rankings
+
+
+def random_rankings(count, completions):
+    """(prompt, completions) with ids below 1000, of 1 to 7 tokens each."""
+    rng = np.random.default_rng(count)
+    texts = [
+        [rng.integers(1, 1000, size=n).astype(np.int32) for n in rng.integers(1, 8, size=completions + 1)] for _ in range(count)
+    ]
+    return [(prompt, ranked) for prompt, *ranked in texts]
+
+
+@pytest.mark.parametrize("at_least", [0, 8])
+def test_the_completions_of_a_ranking_follow_each_other_best_first(at_least):
+    rankings = random_rankings(5, 3)
+    ref = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)
+    rows = ranking_rows(rankings, length=14, ref_logps=ref, at_least=at_least)
+    count = max(5, at_least)
+    assert rows.tokens.shape == (3 * count, 14)
+    found = read_out(rows)
+    assert found == {3 * i + k: expected(prompt, ranked[k]) for i, (prompt, ranked) in enumerate(rankings) for k in range(3)}
+    np.testing.assert_array_equal(rows.index, [*range(5), *[-1] * (count - 5)])
+    np.testing.assert_array_equal(rows.weight, [*[1] * 5, *[0] * (count - 5)])
+    np.testing.assert_array_equal(rows.ref_logps, np.concatenate([ref, np.zeros((count - 5, 3))]))
+    assert (rows.weight.dtype, rows.ref_logps.dtype, rows.index.dtype) == (np.float32, np.float32, np.int32)
+
+
+def test_a_ranking_of_two_lies_like_a_pair():
+    pairs = plain_rows(PAIRS, length=32, ref_logps=REF)
+    rankings = ranking_rows([(p.prompt, [p.chosen, p.rejected]) for p in PAIRS], length=32, ref_logps=REF)
+    for field in dataclasses.fields(pairs):
+        np.testing.assert_array_equal(getattr(rankings, field.name), getattr(pairs, field.name), err_msg=field.name)
+
+
+def test_rankings_that_make_no_batch_are_refused():
+    rankings = random_rankings(3, 4)
+    longest = max(len(prompt) + len(completion) for prompt, ranked in rankings for completion in ranked)
+    assert ranking_rows(rankings, length=longest).ref_logps is None
+    with pytest.raises(ValueError, match=rf"ranking [0-2]: needs rows of {longest} tokens, and they hold {longest - 1}"):
+        ranking_rows(rankings, length=longest - 1)
+    with pytest.raises(ValueError, match=r"the same number of completions, two or more; these have \[2, 4\]"):
+        ranking_rows([*rankings, *random_rankings(1, 2)], length=20)
+    with pytest.raises(ValueError, match=r"these have \[1\]"):
+        ranking_rows(random_rankings(3, 1), length=20)
+    with pytest.raises(ValueError, match="these have none"):
+        ranking_rows([], length=20)
+    with pytest.raises(ValueError, match=r"ref_logps is \(3, 2\), and there are 3 rankings of 4 completions"):
+        ranking_rows(rankings, length=20, ref_logps=np.zeros((3, 2)))

@@ -1,3 +1,5 @@
+import functools
+import itertools
 import json
 
 import jax
@@ -6,11 +8,13 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
-from dpo_jax.losses import dpo_loss, ipo_loss
+from dpo_jax.losses import dpo_loss, ipo_loss, plackett_luce_loss, unlikelihood_loss
 
 CASES = json.loads((GOLDEN / "preference_loss.json").read_text())
 LOGPS = np.array([[-12.0, -15.0], [-80.5, -3.25], [-40.0, -40.0]])
 REF = np.array([[-14.0, -13.0], [-75.0, -4.0], [-40.0, -40.0]])
+RANKED = np.array([[-12.0, -15.0, -11.5, -20.0], [-80.5, -3.25, -30.0, -30.0], [-40.0, -40.0, -40.0, -40.0]])
+RANKED_REF = np.array([[-14.0, -13.0, -9.0, -20.5], [-75.0, -4.0, -33.0, -31.0], [-40.0, -40.0, -40.0, -40.0]])
 
 
 def run_case(case, rounded_to, computed_in):
@@ -89,3 +93,132 @@ def test_rewards_carry_no_gradient():
 def test_label_smoothing_outside_its_range_is_refused():
     with pytest.raises(ValueError, match="label_smoothing=0.5"):
         dpo_loss(LOGPS, REF, beta=0.1, label_smoothing=0.5)
+
+
+# Unlikelihood
+
+
+def test_unlikelihood_with_alpha_0_is_preferred_ft():
+    """Loss and gradient are those of maximum likelihood on the chosen completion; the rejected one gets none at all."""
+    with jax.enable_x64(True):
+        loss = functools.partial(unlikelihood_loss, ref_logps=REF, alpha=0.0)
+        np.testing.assert_array_equal(loss(LOGPS)[0], -LOGPS[:, 0])
+        grads = jax.grad(lambda logps: loss(logps)[0].sum())(jnp.asarray(LOGPS))
+        np.testing.assert_array_equal(grads, np.broadcast_to([-1.0, 0.0], LOGPS.shape))
+
+
+def test_the_gradient_of_unlikelihood_knows_neither_margin_nor_reference():
+    """Where DPO's sigmoid lets go of a pair that is told apart, this pushes on with the same force: why it degenerates."""
+    with jax.enable_x64(True):
+        for logps, ref in ((LOGPS, REF), (LOGPS - np.array([[0.0, 1e4]]), REF), (LOGPS, REF[::-1])):
+            grads = jax.grad(lambda x, ref=ref: unlikelihood_loss(x, ref, alpha=0.3)[0].sum())(jnp.asarray(logps))
+            np.testing.assert_allclose(grads, np.broadcast_to([-1.0, 0.3], LOGPS.shape), rtol=1e-15)
+            np.testing.assert_allclose(unlikelihood_loss(logps, ref, alpha=0.3)[0], -logps[:, 0] + 0.3 * logps[:, 1])
+            np.testing.assert_array_equal(unlikelihood_loss(logps, ref, alpha=0.3)[1], logps - ref)
+
+
+@pytest.mark.parametrize("alpha", [-0.01, 1.01, float("nan")])
+def test_alpha_outside_its_range_is_refused(alpha):
+    with pytest.raises(ValueError, match=f"alpha={alpha}"):
+        unlikelihood_loss(LOGPS, REF, alpha=alpha)
+
+
+# Plackett-Luce
+
+
+def rankings_of(logps):
+    """The same completions in every order: float[P * K!, K], the orders of a prompt together."""
+    orders = np.array(list(itertools.permutations(range(logps.shape[1]))))
+    return logps[:, orders].reshape(-1, logps.shape[1])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_plackett_luce_of_two_is_dpo_bit_for_bit(dtype):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        # Margins of up to 300 nats, on both sides: where one form of the loss would lose its digits, both must keep them.
+        logps, ref = (rng.normal(-100, 30, size=(500, 2)).astype(dtype) for _ in range(2))
+        for beta in (0.1, 0.5, 5.0):
+            both = [loss(logps, ref, beta=beta) for loss in (plackett_luce_loss, dpo_loss)]
+            assert both[0][0].dtype == dtype
+            jax.tree.map(np.testing.assert_array_equal, *both)
+            gradients = [
+                jax.grad(lambda x, loss=loss, beta=beta: loss(x, ref, beta=beta)[0].sum())(jnp.asarray(logps))
+                for loss in (plackett_luce_loss, dpo_loss)
+            ]
+            np.testing.assert_allclose(*gradients, rtol=4 * np.finfo(dtype).eps)
+
+
+def test_plackett_luce_is_a_distribution_over_rankings():
+    """Eq. 18: the probabilities of all K! orders of the same completions sum to 1, and equal completions make them equal."""
+    with jax.enable_x64(True):
+        losses = plackett_luce_loss(rankings_of(RANKED), rankings_of(RANKED_REF), beta=0.3)[0]
+    chances = np.exp(-np.asarray(losses)).reshape(3, 24)
+    np.testing.assert_allclose(chances.sum(axis=1), 1.0, rtol=1e-12)
+    np.testing.assert_allclose(chances[2], 1 / 24, rtol=1e-12)
+    assert np.ptp(chances[0]) > 0.1
+
+
+def test_plackett_luce_is_the_product_of_the_paper():
+    """Eq. 20 as it is written: each completion against itself and all that are ranked behind it."""
+    with jax.enable_x64(True):
+        losses, rewards = plackett_luce_loss(RANKED, RANKED_REF, beta=0.3)
+    exp = np.exp(0.3 * (RANKED - RANKED_REF))
+    product = np.prod([exp[:, k] / exp[:, k:].sum(axis=1) for k in range(4)], axis=0)
+    np.testing.assert_allclose(losses, -np.log(product), rtol=1e-12)
+    np.testing.assert_allclose(rewards, 0.3 * (RANKED - RANKED_REF), rtol=1e-15)
+
+
+def test_the_first_choice_of_many_rankings_is_a_softmax():
+    """What Plackett-Luce means, and what sums over who comes first: P(y is best) is proportional to exp(reward)."""
+    with jax.enable_x64(True):
+        losses = plackett_luce_loss(rankings_of(RANKED), rankings_of(RANKED_REF), beta=0.3)[0]
+    first = np.exp(-np.asarray(losses)).reshape(3, 4, 6).sum(axis=2)  # permutations come sorted by who is first
+    exp = np.exp(0.3 * (RANKED - RANKED_REF))
+    np.testing.assert_allclose(first, exp / exp.sum(axis=1, keepdims=True), rtol=1e-12)
+
+
+def test_permuting_completions_permutes_the_gradient_of_the_expected_loss():
+    """The loss itself depends on the order; averaged over all orders it does not, and what moves takes its gradient along."""
+
+    def expected(logps, ref):
+        return plackett_luce_loss(rankings_of(logps), rankings_of(ref), beta=0.3)[0].mean()
+
+    with jax.enable_x64(True):
+        moved = [2, 0, 3, 1]
+        value, grads = jax.value_and_grad(expected)(jnp.asarray(RANKED), RANKED_REF)
+        again, moved_grads = jax.value_and_grad(expected)(jnp.asarray(RANKED[:, moved]), RANKED_REF[:, moved])
+        one, other = (plackett_luce_loss(RANKED[:, order], RANKED_REF[:, order], beta=0.3)[0] for order in (range(4), moved))
+    np.testing.assert_allclose(again, value, rtol=1e-12)
+    np.testing.assert_allclose(moved_grads, np.asarray(grads)[:, moved], rtol=1e-11, atol=1e-15)
+    assert abs(one[0] - other[0]) > 0.1
+
+
+def test_gradient_of_plackett_luce():
+    """By hand: each choice pushes its completion up by 1 - p, and those still unplaced down by their share p of it."""
+    with jax.enable_x64(True):
+        grads = jax.grad(lambda logps: plackett_luce_loss(logps, RANKED_REF, beta=0.3)[0].sum())(jnp.asarray(RANKED))
+    rewards, expected = 0.3 * (RANKED - RANKED_REF), np.zeros_like(RANKED)
+    for k in range(3):
+        shares = np.exp(rewards[:, k:])
+        expected[:, k:] += 0.3 * shares / shares.sum(axis=1, keepdims=True)
+        expected[:, k] -= 0.3
+    np.testing.assert_allclose(grads, expected, rtol=1e-11, atol=1e-15)
+    np.testing.assert_allclose(grads.sum(axis=1), 0.0, atol=1e-15)  # and a constant added to all changes nothing
+
+
+def test_a_ranking_that_is_all_but_certain_keeps_its_digits():
+    """In float32, where log(1 + exp(-30)) is 0: the loss is exp(-30) for each of the two choices."""
+    logps = np.float32([[0.0, -30.0, -60.0]])
+    losses = plackett_luce_loss(logps, np.zeros_like(logps), beta=1.0)[0]
+    np.testing.assert_allclose(losses, 2 * np.exp(-30.0), rtol=1e-6)
+
+
+def test_a_loss_takes_the_completions_it_is_for():
+    for loss in (dpo_loss, ipo_loss):
+        with pytest.raises(ValueError, match="each example has 4 completions: use plackett_luce_loss"):
+            loss(RANKED, RANKED_REF, beta=0.1)
+    with pytest.raises(ValueError, match="each example has 4 completions"):
+        unlikelihood_loss(RANKED, RANKED_REF, alpha=0.1)
+    with pytest.raises(ValueError, match="at least two completions, got 1"):
+        plackett_luce_loss(RANKED[:, :1], RANKED_REF[:, :1], beta=0.1)

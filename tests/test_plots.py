@@ -1,7 +1,7 @@
 import math
 import sys
 
-from dpo_jax.evals.plots import PANELS, plot_training
+from dpo_jax.evals.plots import PANELS, guide_of, plot_training
 
 
 def training_row(step):
@@ -25,3 +25,16 @@ def test_a_run_without_rows_or_with_one(tmp_path):
         "loss.png",
         "nll.png",
     ]
+
+
+def test_ln_2_guides_the_eye_only_where_the_loss_begins_there():
+    loss, kl = (next(panel for panel in PANELS if panel.file == file) for file in ("loss", "kl"))
+
+    def rows(first):
+        return [{"step": 0, "loss": first, "rewards/margins": 0.0}, {"step": 1, "loss": 0.7, "rewards/margins": 0.1}]
+
+    assert guide_of(loss, rows(0.6931)) == loss.guide
+    for first in (25.0, 41.2, -3.0):  # IPO, Preferred-FT, unlikelihood
+        assert guide_of(loss, rows(first)) is None
+        assert guide_of(kl, rows(first)) == kl.guide
+    assert guide_of(loss, [{"step": 0, "loss": 0.6931, "nll_per_token": 0.1}]) is None

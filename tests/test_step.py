@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.layout import Layout
-from dpo_jax.dpo import dpo_step
+from dpo_jax.data.layout import Layout, plain_rows, ranking_rows
+from dpo_jax.dpo import dpo_step, preference_metrics
 from dpo_jax.logps import CHUNK, completion_logps, sequence_logps, token_logps
-from dpo_jax.losses import dpo_loss, ipo_loss
+from dpo_jax.losses import dpo_loss, ipo_loss, plackett_luce_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.reference import reference_logps
@@ -237,3 +237,69 @@ def test_a_batch_that_does_not_divide_is_refused(variables, tx):
         step(init_state(variables, tx), rows_of("shared"))
     with pytest.raises(ValueError, match="3 devices cannot share"):
         split_rows(rows_of("shared"), 3)
+
+
+# Rankings
+
+RANKING_LOSS = functools.partial(plackett_luce_loss, beta=0.1)
+
+
+def random_rankings(count, completions):
+    rng = np.random.default_rng(2)
+    texts = [[rng.integers(1, 64, n).astype(np.int32) for n in rng.integers(2, 10, size=completions + 1)] for _ in range(count)]
+    rankings = [(prompt, ranked) for prompt, *ranked in texts]
+    return rankings, rng.normal(-30, 2, size=(count, completions)).astype(np.float32)
+
+
+def test_a_step_on_rankings_of_two_is_a_step_on_pairs(variables, tx):
+    pairs = plain_rows(PAIRS, length=32, ref_logps=REF)
+    rankings = ranking_rows([(p.prompt, [p.chosen, p.rejected]) for p in PAIRS], length=32, ref_logps=REF)
+    (state, metrics), (paired, expected) = (
+        jax.jit(functools.partial(dpo_step, model=MODEL, tx=tx, loss=loss))(init_state(variables, tx), rows)
+        for rows, loss in ((rankings, RANKING_LOSS), (pairs, LOSS))
+    )
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), state.params, paired.params)
+
+
+@pytest.mark.parametrize("partitioner", [single_device, pmap_partitioner])
+def test_microbatches_devices_and_fillers_of_rankings_agree(partitioner, tx):
+    """7 rankings of 3 at once, and the same 7 with a filler in parts: 2 microbatches on each device."""
+    model, partitioner = toy_model(), partitioner()
+    rankings, ref = random_rankings(7, 3)
+    step = functools.partial(dpo_step, model=model, tx=tx, loss=RANKING_LOSS)
+    whole, expected = jax.jit(step)(
+        init_state(model.init(jax.random.key(0)), tx), ranking_rows(rankings, length=20, ref_logps=ref)
+    )
+    filled = ranking_rows(rankings, length=20, ref_logps=ref, at_least=8)
+    compiled = partitioner.compile_step(functools.partial(step, microbatches=2, axis_name=partitioner.axis_name))
+    state, metrics = compiled(partitioner.put_state(init_state(model.init(jax.random.key(0)), tx)), filled)
+    assert_same((partitioner.get_state(state), metrics), (whole, expected))
+
+
+def test_metrics_of_a_ranking_are_of_its_best_and_its_worst():
+    logps, ref = np.float32([[-3, -9, -5], [-8, -1, -2]]), np.float32([[-4, -4, -7], [-4, -4, -4]])
+    metrics = preference_metrics(jnp.asarray(logps), ref, rewards=jnp.asarray(0.5 * (logps - ref)))
+    for name, expected in {
+        "rewards/chosen": [0.5, -2],
+        "rewards/rejected": [1, 1],
+        "rewards/margins": [-0.5, -3],
+        "rewards/accuracies": [0, 0],
+        "logps/chosen": [-3, -8],
+        "logps/rejected": [-5, -2],
+        "displacement/chosen": [1, -4],
+        "displacement/rejected": [2, 2],
+        "kl": [2 / 3, -1 / 3],
+    }.items():
+        np.testing.assert_allclose(metrics.pop(name), expected, rtol=1e-6, err_msg=name)
+    assert not metrics
+
+
+def test_a_pair_loss_on_rankings_is_refused():
+    model = toy_model()
+    rankings, ref = random_rankings(2, 3)
+    step = functools.partial(dpo_step, model=model, tx=optax.sgd(0.1), loss=LOSS)
+    with pytest.raises(ValueError, match="each example has 3 completions: use plackett_luce_loss"):
+        step(init_state(model.init(jax.random.key(0)), optax.sgd(0.1)), ranking_rows(rankings, length=20, ref_logps=ref))

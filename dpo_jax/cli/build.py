@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerFast
 
-from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, dump_config
+from dpo_jax.cli.config import BASELINES, Config, ConfigError, DpoConfig, SftConfig, dump_config
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import plan_layout
@@ -26,7 +26,7 @@ from dpo_jax.data.reviews import review_preferences
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from dpo_jax.dpo import PreferenceLoss
-from dpo_jax.losses import dpo_loss, ipo_loss
+from dpo_jax.losses import dpo_loss, ipo_loss, unlikelihood_loss
 from dpo_jax.models.attention_paths import attention_path, path_name
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
@@ -338,6 +338,8 @@ def free(tree: Any) -> None:
 
 
 def make_loss(section: DpoConfig) -> PreferenceLoss:
+    if section.loss in BASELINES:
+        return functools.partial(unlikelihood_loss, alpha=section.alpha or 0.0)
     if section.loss == "ipo":
         return functools.partial(ipo_loss, beta=section.beta)
     return functools.partial(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.cli.config import Config
+from dpo_jax.cli.config import BASELINES, Config, DpoConfig
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.rundir import RunDir
 
@@ -63,14 +63,22 @@ def dpo_card(config: Config, run: RunDir, *, report: Mapping[str, Any] | None = 
     section = config.dpo
     return _card(
         config,
-        title="A language model trained on preferences with DPO",
-        how=f"Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290) with dpo_jax: loss {section.loss}, "
-        f"beta {section.beta:g}, {section.epochs} epochs, batch {section.batch}, {section.optimizer}, learning rate "
+        title=f"A language model trained on preferences{'' if section.loss in BASELINES else ' with DPO'}",
+        how=f"{_objective(section)}, {section.epochs} epochs, batch {section.batch}, {section.optimizer}, learning rate "
         f"{section.lr:g}, warm-up over {section.warmup_steps} steps.",
         start=config.dpo_policy(),
         results=f"```\n{result_table(report)}\n```" if report else _final_metrics(run),
-        method="dpo",
+        method=section.loss if section.loss in BASELINES else "dpo",
     )
+
+
+def _objective(section: DpoConfig) -> str:
+    paper = "Rafailov et al. 2023, arXiv 2305.18290"
+    if section.loss == "unlikelihood":
+        return f"Unlikelihood training (a baseline of {paper}) with dpo_jax: alpha {section.alpha:g}"
+    if section.loss == "preferred_ft":
+        return f"Fine-tuning on preferred completions (a baseline of {paper}) with dpo_jax"
+    return f"Direct Preference Optimization ({paper}) with dpo_jax: loss {section.loss}, beta {section.beta:g}"
 
 
 def _final_metrics(run: RunDir) -> str:

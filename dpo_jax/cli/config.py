@@ -26,6 +26,7 @@ from dpo_jax.cli.config_lab import FrontierConfig
 
 Optimizer = Literal["rmsprop", "adamw"]
 Family = Literal["gpt2", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
+BASELINES = ("unlikelihood", "preferred_ft")  # losses of the paper's baselines, which compare with no reference
 Problem = tuple[str, str]  # field, what is wrong with it and what to do
 
 
@@ -302,10 +303,12 @@ class DpoConfig(TrainingConfig):
 
     policy: str | None = None
     """Folder or Hub id of the starting policy, which is also the reference; none: sft/export in the run directory."""
-    loss: Literal["dpo", "ipo"] = "dpo"
-    """The paper's loss, or IPO (Azar et al. 2023)."""
+    loss: Literal["dpo", "ipo", "unlikelihood", "preferred_ft"] = "dpo"
+    """The paper's loss, IPO (Azar et al. 2023), or one of the paper's baselines, which know no reference."""
     beta: float = 0.1
-    """Strength of the pull towards the reference; the paper uses 0.1, and 0.5 for TL;DR."""
+    """Strength of the pull towards the reference; the paper uses 0.1, and 0.5 for TL;DR. Losses dpo and ipo only."""
+    alpha: float | None = None
+    """Weight of the rejected completion, 0 to 1; loss unlikelihood only, which needs it."""
     label_smoothing: float = 0.0
     """Assumed share of swapped labels (conservative DPO), 0 to below 0.5; loss dpo only."""
     reference_free: bool = False
@@ -320,6 +323,17 @@ class DpoConfig(TrainingConfig):
             yield "label_smoothing", "IPO has no label smoothing: leave it at 0, or use loss dpo"
         if self.loss == "ipo" and self.reference_free:
             yield "reference_free", "IPO compares with the reference: leave it false, or use loss dpo"
+        if self.loss in BASELINES:
+            for field in ("beta", "label_smoothing", "reference_free"):
+                default = getattr(DpoConfig, field)
+                if getattr(self, field) != default:
+                    yield field, f"loss {self.loss} has no such term: leave it at {str(default).lower()}, or use loss dpo"
+        if self.loss == "unlikelihood" and self.alpha is None:
+            yield "alpha", "loss unlikelihood needs it: a weight of the rejected completion between 0 and 1"
+        if self.loss != "unlikelihood" and self.alpha is not None:
+            yield "alpha", f"loss {self.loss} has no such weight: leave it out, or use loss unlikelihood"
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            yield "alpha", f"must be between 0 and 1, got {self.alpha}"
 
 
 @dataclasses.dataclass(frozen=True)

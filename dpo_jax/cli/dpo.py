@@ -10,7 +10,7 @@ import numpy as np
 
 from dpo_jax.cli import build
 from dpo_jax.cli.card import dpo_card
-from dpo_jax.cli.config import Config, DpoConfig
+from dpo_jax.cli.config import BASELINES, Config, DpoConfig
 from dpo_jax.cli.refs import reference_values
 from dpo_jax.cli.train import check_checkpoints, leave_results, train
 from dpo_jax.data.loader import in_order, stream, total_steps
@@ -91,9 +91,11 @@ def run(config: Config) -> int:
 
 
 def loss_at_reference(section: DpoConfig) -> float | None:
-    """The loss of a policy that is its reference: ln 2 for DPO."""
+    """The loss of a policy that is its reference: ln 2 for DPO. None where the loss compares with no reference."""
+    if section.reference_free or section.loss in BASELINES:
+        return None
     same = np.zeros((1, 2), np.float32)
-    return None if section.reference_free else float(build.make_loss(section)(same, same)[0][0])
+    return float(build.make_loss(section)(same, same)[0][0])
 
 
 # How far, in nats, a policy may seem to be from its own cached log-probabilities because rows of another shape are summed in

@@ -137,5 +137,5 @@ def _update_card(config: Config, report: dict[str, Any]) -> None:
 
 def _settings(config: Config) -> dict[str, Any]:
     """What the figures of the table depend on besides weights and data."""
-    names = ("loss", "beta", "label_smoothing", "reference_free")
+    names = ("loss", "beta", "alpha", "label_smoothing", "reference_free")
     return {**{name: getattr(config.dpo, name) for name in names}, "reference": config.dpo_policy()}

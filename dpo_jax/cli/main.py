@@ -44,7 +44,7 @@ class Command(NamedTuple):
 
 # Every step of a run takes the sections that describe it, so that one set of flags serves them all.
 _RUN = ("run", "mesh", "data", "tokenizer", "model")
-_LOSS = ("dpo.policy", "dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.reference_free")
+_LOSS = ("dpo.policy", "dpo.loss", "dpo.beta", "dpo.alpha", "dpo.label_smoothing", "dpo.reference_free")
 # The contenders decide on device and layout.
 _BENCH = (
     *("run.dir", "run.seed", "run.precision", "tokenizer", "model", "bench"),

@@ -25,6 +25,8 @@ from dpo_jax.types import Array, Rows
 
 Completion = tuple[np.ndarray, np.ndarray]
 """(prompt ids, completion ids), int32 each."""
+Ranking = tuple[np.ndarray, Sequence[np.ndarray]]
+"""(prompt ids, [completion ids, ...] best first), int32 each."""
 
 
 def causal_rows(tokens: Array) -> Rows:
@@ -72,6 +74,32 @@ def packed_rows(encoded: Sequence[Encoded], *, length: int, pairs_per_row: int =
 def completion_rows(completions: Sequence[Completion], *, length: int, per_row: int = 1) -> Rows:
     """Single completions after their prompts, `per_row` to a row at most: what supervised fine-tuning reads."""
     return Layout("packed" if per_row > 1 else "plain", length=length, scored=length, per_row=per_row).rows(completions)
+
+
+def ranking_rows(rankings: Sequence[Ranking], *, length: int, ref_logps: Array | None = None, at_least: int = 0) -> Rows:
+    """Rankings of K completions each, in rows of their own after the prompt: R = K * P rows, those of a ranking together.
+
+    `ref_logps[P, K]`, in the order of `rankings`, travels with the rows; `weight` and `index` count rankings, and empty ones of
+    weight 0 fill up to `at_least`. A ValueError: rankings of unequal or no length, and one that needs more than `length`.
+    """
+    sizes = sorted({len(completions) for _, completions in rankings})
+    if len(sizes) != 1 or sizes[0] < 2:
+        raise ValueError(f"rankings need the same number of completions, two or more; these have {sizes or 'none'}")
+    places = sizes[0]
+    for number, (prompt, completions) in enumerate(rankings):
+        longest = len(prompt) + max(len(completion) for completion in completions)
+        if longest > length:
+            raise ValueError(f"ranking {number}: needs rows of {longest} tokens, and they hold {length}; raise the row length")
+    texts = [(prompt, completion) for prompt, completions in rankings for completion in completions]
+    rows = Layout("plain", length=length, scored=length).rows(texts, at_least=places * at_least)
+    index = rows.index[::places] // places  # -1 stays -1
+    rows = rows.replace(index=index, weight=(index >= 0).astype(np.float32))
+    if ref_logps is None:
+        return rows
+    if np.shape(ref_logps) != (len(rankings), places):
+        raise ValueError(f"ref_logps is {np.shape(ref_logps)}, and there are {len(rankings)} rankings of {places} completions")
+    fillers = np.zeros((len(index) - len(rankings), places), np.float32)
+    return rows.replace(ref_logps=np.concatenate([np.asarray(ref_logps, np.float32), fillers]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,19 +78,27 @@ def plot_training(rows: Iterable[Mapping[str, Any]], directory: str | os.PathLik
     rows = list(rows)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    preferences = any(name.endswith("rewards/margins") for row in rows for name in row)
     written = []
     for panel in PANELS:
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         axes = figure.add_subplot()
         if not any([_draw(axes, line, rows) for line in panel.lines]):
             continue
-        if panel.guide and preferences:
-            axes.axhline(panel.guide[0], color="#999999", linewidth=0.8, linestyle=(0, (6, 4)), label=panel.guide[1], zorder=0)
+        if guide := guide_of(panel, rows):
+            axes.axhline(guide[0], color="#999999", linewidth=0.8, linestyle=(0, (6, 4)), label=guide[1], zorder=0)
         _finish(axes, panel)
         figure.savefig(directory / f"{panel.file}.png", dpi=120)
         written.append(directory / f"{panel.file}.png")
     return written
+
+
+def guide_of(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> tuple[float, str] | None:
+    """The guide of a panel, if these rows are of preference training; ln 2 is none for a loss that begins elsewhere."""
+    preferences = any(name.endswith("rewards/margins") for row in rows for name in row)
+    first = next((row["loss"] for row in rows if row.get("loss") is not None), math.nan)
+    if panel.guide is None or not preferences or (panel.file == "loss" and not abs(first - panel.guide[0]) < 0.2):
+        return None
+    return panel.guide
 
 
 def _series(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray]:
