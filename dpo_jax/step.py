@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from dpo_jax.logps import at_least_float32
-from dpo_jax.types import Array, Metrics, Rows, TrainState, Variables
+from dpo_jax.types import Array, Metrics, TrainState, Variables
 
-Objective = Callable[[Variables, Rows], tuple[jax.Array, Metrics]]
-"""(trainable variables, rows) -> losses float32[E], and metrics of the same shape."""
+
+class Weighted(Protocol):
+    """What a batch is here (`Rows`, `ppo.Rollout`): a pytree of arrays cut by rows, and the weight of each term of the mean."""
+
+    @property
+    def weight(self) -> Array: ...
+
+
+Batch = TypeVar("Batch", bound=Weighted)
+Objective = Callable[[Variables, Batch], tuple[jax.Array, Metrics]]
+"""(trainable variables, batch) -> losses of the shape of `batch.weight` (of `Rows`: float32[E]), and metrics of that shape."""
 
 
 def init_state(variables: Variables, tx: optax.GradientTransformation, *, frozen: Variables | None = None) -> TrainState:
@@ -22,7 +31,7 @@ def init_state(variables: Variables, tx: optax.GradientTransformation, *, frozen
 
 
 def mean_grads(
-    objective: Objective, params: Variables, rows: Rows, *, microbatches: int = 1, axis_name: str | None = None
+    objective: Objective[Batch], params: Variables, rows: Batch, *, microbatches: int = 1, axis_name: str | None = None
 ) -> tuple[Variables, Metrics]:
     """Gradient, loss and metrics of the weighted mean of `objective` over the *global* batch.
 
@@ -32,11 +41,11 @@ def mean_grads(
     """
     total = _psum(rows.weight.sum(), axis_name)
 
-    def weighted(params: Variables, part: Rows) -> tuple[jax.Array, Metrics]:
+    def weighted(params: Variables, part: Batch) -> tuple[jax.Array, Metrics]:
         losses, metrics = objective(params, part)
         return jax.tree.map(lambda x: jnp.sum(x * (part.weight / total)), (losses, {"loss": losses, **metrics}))
 
-    def grads_and_metrics(part: Rows) -> tuple[Variables, Metrics]:
+    def grads_and_metrics(part: Batch) -> tuple[Variables, Metrics]:
         grads, metrics = jax.grad(weighted, has_aux=True)(params, part)
         return jax.tree.map(at_least_float32, grads), metrics
 
@@ -62,7 +71,7 @@ def _psum(tree: Any, axis_name: str | None) -> Any:
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
-def _split(rows: Rows, microbatches: int) -> Rows:
+def _split(rows: Batch, microbatches: int) -> Batch:
     """Every leaf [n, ...] to [microbatches, n / microbatches, ...]; rows and their examples stay together.
 
     Microbatch `i` takes every `microbatches`-th row (of plain pairs: both rows), from row `i` on. So where the rows are cut
@@ -79,5 +88,5 @@ def _split(rows: Rows, microbatches: int) -> Rows:
     return jax.tree.map(split, rows)
 
 
-def _first(parts: Rows) -> Rows:
+def _first(parts: Batch) -> Batch:
     return jax.tree.map(lambda x: x[0], parts)

@@ -1,0 +1,329 @@
+"""Proximal Policy Optimization (Schulman et al. 2017) against a reward, held near a reference: what DPO is compared with.
+
+The setting is that of Ziegler et al. 2019 (arXiv 1909.08593): a token is an action, each token costs `kl_coef` times its
+log pi/pi_ref, and the reward of the text comes with its last token. So the optimum is the paper's eq. 4 with beta = `kl_coef`.
+
+    collected = collect(model, (policy, reference), prompts, ...)   samples, and what is to be known of each token
+    scores = the reward of the texts, float[R]                      any function, on the host
+    rollout, health = advantages(collected, scores, ...)            of the whole rollout at once: whitening is global
+    state, metrics = ppo_step(state, part, ...)                     for `part` in `minibatches(rollout, ...)`, some epochs
+    kl_coef = next_kl_coef(kl_coef, kl=health["kl"], ...)           where the KL is given, and not its price
+
+Policy and value function share the trunk; `model` is one of `reward.with_scalar_head`. In the arrays [R, S] below `mask` is 1
+where position `s` scores a token and 0 in what follows the completion's last token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dpo_jax.logps import CHUNK, at_least_float32, token_logps
+from dpo_jax.reward import scalar
+from dpo_jax.sampling import Samples, generate, left_pad
+from dpo_jax.step import apply_gradients, mean_grads
+from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
+
+KL_ERROR = 0.2
+"""A KL that misses its target by more than this share moves the adaptive coefficient as if it missed by this share."""
+
+
+class Prompts(NamedTuple):
+    """What `collect` continues; `prompt_batch` builds it."""
+
+    tokens: Array  # int32[R, Lp], padded on the left
+    lengths: Array  # int32[R]
+    keys: Array  # uint32[R, 2]  random key data, one for each row
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """Samples of a policy and, for each token of them, what the policy and its reference said of it before any update."""
+
+    rows: Rows  # plain: one completion each, S = max_new_tokens
+    logps: Array  # float32[R, S]  log pi(token | those before it), in nats
+    ref_logps: Array  # float32[R, S]  the same of the reference
+    values: Array  # float32[R, S]  the value function before the token
+    entropy: Array  # float32[R, S]  of the policy's distribution of the token, in nats
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """What `ppo_step` learns from. A batch of tokens, not of rows: `weight` is [R, S], so means are over the batch's tokens."""
+
+    rows: Rows
+    logps: Array  # float32[R, S]  of the policy that sampled
+    values: Array  # float32[R, S]  of the value function at that time
+    advantages: Array  # float32[R, S]
+    returns: Array  # float32[R, S]  what the value function is fitted to
+
+    @property
+    def weight(self) -> Array:
+        return token_mask(self.rows)
+
+
+def token_mask(rows: Rows) -> Array:
+    """float32[R, S]: the row's weight where a token is scored, else 0."""
+    return (rows.slot == 0).astype(rows.weight.dtype) * rows.weight[:, None]
+
+
+def prompt_batch(prompts: Sequence[Sequence[int] | np.ndarray], key: jax.Array, *, length: int) -> Prompts:
+    """Token ids as `Prompts`, in columns for `length` tokens each; a longer prompt is a ValueError.
+
+    A completion depends on its row's own key, so on `key` and its number, not on the devices.
+    """
+    tokens, lengths = left_pad(prompts, multiple_of=length)
+    if tokens.shape[1] > length:
+        raise ValueError(f"prompt {int(np.argmax(lengths))} has {lengths.max()} tokens, and there is room for {length}")
+    return Prompts(tokens, lengths, np.asarray(jax.random.key_data(jax.random.split(key, len(prompts)))))
+
+
+def collect(
+    model: Model, variables: tuple[Variables, Variables], prompts: Prompts, *, max_new_tokens: int, eos_id: int
+) -> Collected:
+    """Sample a completion of each prompt and score its tokens. Pure: jit it, or `Partitioner.compile_map` it.
+
+    `variables` are those of the policy and of its reference. Samples are drawn from the policy as it is (temperature 1, nothing
+    cut off): for another distribution neither the ratio of `ppo_step` nor the KL estimate would be right.
+    """
+    policy, reference = variables
+    keys = jax.random.wrap_key_data(jnp.asarray(prompts.keys))
+    samples = generate(model, policy, prompts.tokens, prompts.lengths, keys, max_new_tokens=max_new_tokens, eos_id=eos_id)
+    rows = sampled_rows(prompts.tokens, prompts.lengths, samples=samples)
+    logps, values, entropy = policy_and_values(model, policy, rows)
+    ref_logps = token_logps(model, reference, _scored(model, reference, rows), rows.target)
+    return Collected(rows, logps, ref_logps, values, entropy)
+
+
+def sampled_rows(prompts: Array, lengths: Array, *, samples: Samples) -> Rows:
+    """`generate`'s input and output as plain rows, each completion scored (its EOS too): L = Lp + T, S = T. Works under jit.
+
+    The prompts stay padded on the left: then column Lp - 1 + s predicts completion token s in every row.
+    """
+    (rows, columns), new = prompts.shape, samples.tokens.shape[1]
+    column = jnp.broadcast_to(jnp.arange(columns + new, dtype=jnp.int32), (rows, columns + new))
+    step = jnp.broadcast_to(jnp.arange(new, dtype=jnp.int32), (rows, new))
+    start, end = columns - lengths[:, None], columns + samples.lengths[:, None]
+    inside = (column >= start) & (column < end)
+    return Rows(
+        tokens=jnp.concatenate([jnp.asarray(prompts, jnp.int32), samples.tokens], axis=1),
+        positions=jnp.where(inside, column - start, 0),
+        k_start=jnp.where(inside, start, column),
+        k_end=column + 1,
+        source=columns - 1 + step,
+        target=samples.tokens,
+        slot=jnp.where(step < samples.lengths[:, None], 0, 1),
+        weight=jnp.ones(rows, jnp.float32),
+        index=jnp.arange(rows, dtype=jnp.int32),
+    )
+
+
+def completion_ids(rows: Rows) -> list[np.ndarray]:
+    """The token ids of the completion in each plain row, its EOS included; for a tokenizer to decode."""
+    return [target[slot == 0] for target, slot in zip(np.asarray(rows.target), np.asarray(rows.slot), strict=True)]
+
+
+def policy_and_values(
+    model: Model, variables: Variables, rows: Rows, *, chunk: int = CHUNK
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(logps, values, entropy) at every scored position of plain rows: float32[R, S] each.
+
+    The log-probability of the token (nats), the value function before it, and the entropy of the distribution it was drawn from
+    (nats, without gradient). Like `token_logps` it never has the logits of more than about `chunk` positions.
+    """
+    hidden = _scored(model, variables, rows)
+
+    def score(column: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden, target = column
+        logps = jax.nn.log_softmax(at_least_float32(model.unembed(variables, hidden)))
+        picked = jnp.take_along_axis(logps, target[:, None], axis=-1)[:, 0]
+        return picked, -(jnp.exp(logps) * logps).sum(axis=-1)
+
+    rows_here, scored = rows.target.shape
+    width = max(1, chunk // rows_here)
+    columns = jnp.moveaxis(hidden, 1, 0), jnp.asarray(rows.target).T
+    if width >= scored:
+        logps, entropy = jax.vmap(score)(columns)
+    else:
+        logps, entropy = jax.lax.map(jax.checkpoint(score), columns, batch_size=width)
+    return logps.T, scalar(variables, hidden), jax.lax.stop_gradient(entropy).T
+
+
+def _scored(model: Model, variables: Variables, rows: Rows) -> jax.Array:
+    """The hidden states from which the scored tokens are predicted: [R, S, D]."""
+    if rows.slots != 1:
+        raise ValueError(f"tokens are scored in rows of one completion each, and these hold {rows.slots}: lay them out plain")
+    return jnp.take_along_axis(model.forward(variables, rows), rows.source[:, :, None], axis=1)
+
+
+def advantages(
+    collected: Collected, scores: Array, *, kl_coef: float | Array, gamma: float, lam: float
+) -> tuple[Rollout, Metrics]:
+    """From the rewards of the completions, `scores[R]`, to what the policy learns from them, and how the rollout went. Pure.
+
+    Advantages are whitened over all tokens of `collected`, so give it the whole rollout: then they are the same on any number
+    of devices. Metrics are means over completions: `score`; `kl`, log pi/pi_ref summed over the completion, in nats: it
+    estimates the sequence KL; `penalised_score`, which PPO maximises: score - kl_coef * kl; `tokens`; `sequence_entropy`.
+    """
+    c, mask = collected, jnp.asarray(token_mask(collected.rows))
+    scores = jnp.asarray(scores, c.logps.dtype)
+    rewards = penalised_rewards(scores, c.logps, c.ref_logps, mask, kl_coef=kl_coef)
+    gains, returns = gae(rewards, c.values, mask, gamma=gamma, lam=lam)
+    per_row = {
+        "score": scores,
+        "kl": ((c.logps - c.ref_logps) * mask).sum(axis=1),
+        "penalised_score": rewards.sum(axis=1),
+        "tokens": mask.sum(axis=1),
+        "sequence_entropy": (c.entropy * mask).sum(axis=1),
+    }
+    share = c.rows.weight / c.rows.weight.sum()
+    health = {name: (x * share).sum() for name, x in per_row.items()}
+    return Rollout(c.rows, c.logps, c.values, whiten(gains, mask), returns), health
+
+
+def penalised_rewards(scores: Array, logps: Array, ref_logps: Array, mask: Array, *, kl_coef: float | Array) -> jax.Array:
+    """The reward of each token: float32[R, S], `-kl_coef * log pi/pi_ref`, and at the last token `scores[R]` besides.
+
+    Its sum over a completion is R(x, y) of Ziegler et al. 2019, section 2.2.
+    """
+    mask = jnp.asarray(mask)
+    last = mask * (1 - jnp.pad(mask[:, 1:], ((0, 0), (0, 1))))
+    return last * scores[:, None] - kl_coef * (logps - ref_logps) * mask
+
+
+def gae(rewards: Array, values: Array, mask: Array, *, gamma: float, lam: float) -> tuple[jax.Array, jax.Array]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): (advantages, returns), float32[R, S] each.
+
+    `returns = advantages + values`, what the value function is fitted to. After a completion's last token nothing follows: the
+    value there is 0, also where the completion was cut at its greatest length.
+    """
+    rewards, values = jnp.where(mask > 0, rewards, 0), jnp.where(mask > 0, values, 0)
+    deltas = rewards + gamma * jnp.pad(values[:, 1:], ((0, 0), (0, 1))) - values
+
+    def back(later: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+        advantage = delta + gamma * lam * later
+        return advantage, advantage
+
+    _, columns = jax.lax.scan(back, jnp.zeros_like(deltas[:, 0]), deltas.T, reverse=True)
+    return columns.T, columns.T + values
+
+
+def whiten(x: Array, mask: Array) -> jax.Array:
+    """`x` shifted and scaled to mean 0 and variance 1 where `mask` is 1; 0 elsewhere."""
+    share = mask / mask.sum()
+    deviation = x - (x * share).sum()
+    return deviation * jax.lax.rsqrt((deviation**2 * share).sum() + 1e-8) * mask
+
+
+def minibatches(rollout: Rollout, *, size: int, rng: np.random.Generator, part: tuple[int, int] = (0, 1)) -> Iterator[Rollout]:
+    """One epoch: all rows in a random order, `size` at a time. A rest is a ValueError.
+
+    `part=(index, count)` (`Partitioner.host_part`) takes the `index`-th of `count` equal parts of each: what one host gives,
+    where all have the whole rollout and an equal `rng`.
+    """
+    whole = jax.device_get(rollout)
+    rows = len(whole.logps)
+    if rows % size or size % part[1]:
+        raise ValueError(f"a rollout of {rows} rows does not divide into minibatches of {size} rows for {part[1]} hosts")
+    order = rng.permutation(rows).reshape(-1, part[1], size // part[1])[:, part[0]]
+    for members in order:
+        yield jax.tree.map(lambda x, members=members: x[members], whole)
+
+
+def ppo_step(
+    state: TrainState,
+    rollout: Rollout,
+    *,
+    model: Model,
+    tx: optax.GradientTransformation,
+    clip: float,
+    value_clip: float,
+    value_weight: float,
+    microbatches: int = 1,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step of PPO (Schulman et al. 2017, eq. 7 and 9, without entropy bonus). Pure: jit, pmap or shard_map it.
+
+    `clip`: the ratio pi/pi_old earns nothing beyond 1 +- clip. `value_clip`: nor does a value further than that from its old
+    one (`math.inf`: anywhere). `value_weight` weighs half the squared error of the values.
+
+    Metrics are means over the tokens of the global batch before the update: `ratio`; `clip_share` and `value_clip_share`, of
+    tokens where clipping took effect; `approx_kl`, (ratio - 1) - log ratio, an estimate of KL(pi_old || pi) per token that is
+    never negative (Schulman 2020's k3); `entropy`; `explained_variance`, 1 - Var(returns - values) / Var(returns).
+    """
+
+    def objective(trainable: Variables, rollout: Rollout) -> tuple[jax.Array, Metrics]:
+        logps, values, entropy = policy_and_values(model, {**state.frozen, **trainable}, rollout.rows)
+        # What padding scores is arbitrary, and infinity times weight 0 is NaN.
+        log_ratio = jnp.where(rollout.weight > 0, logps - rollout.logps, 0)
+        ratio = jnp.exp(log_ratio)
+        gain, clipped_gain = (r * rollout.advantages for r in (ratio, jnp.clip(ratio, 1 - clip, 1 + clip)))
+        policy_loss = -jnp.minimum(gain, clipped_gain)
+        error = rollout.returns - values
+        clipped_error = rollout.returns - jnp.clip(values, rollout.values - value_clip, rollout.values + value_clip)
+        value_loss = 0.5 * jnp.maximum(error**2, clipped_error**2)
+        return policy_loss + value_weight * value_loss, {
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "ratio": ratio,
+            "clip_share": (clipped_gain < gain).astype(ratio.dtype),
+            "value_clip_share": (clipped_error**2 > error**2).astype(ratio.dtype),
+            "approx_kl": ratio - 1 - log_ratio,
+            "entropy": entropy,
+            "returns": jnp.asarray(rollout.returns),
+            "squared_returns": jnp.asarray(rollout.returns) ** 2,
+            "errors": error,
+            "squared_errors": error**2,
+        }
+
+    grads, metrics = mean_grads(objective, state.params, rollout, microbatches=microbatches, axis_name=axis_name)
+    unexplained = metrics.pop("squared_errors") - metrics.pop("errors") ** 2
+    variance = metrics.pop("squared_returns") - metrics["returns"] ** 2
+    metrics["explained_variance"] = 1 - unexplained / jnp.maximum(variance, 1e-8)
+    return apply_gradients(state, grads, metrics, tx=tx)
+
+
+def next_kl_coef(coef: float, *, kl: float, target: float, horizon: int, samples: int) -> float:
+    """The KL coefficient after a rollout of `samples` completions of mean sequence KL `kl` (Ziegler et al. 2019, section 2.2).
+
+    It rises where the KL is above `target` (nats) and falls where it is below, by a fifth within `horizon` completions at most.
+    """
+    if not (target > 0 and 0 < samples * KL_ERROR < horizon):
+        raise ValueError(
+            f"target={target} must be positive and horizon={horizon} more than {KL_ERROR} x samples={samples}: "
+            "a rollout that moves the coefficient further would make it negative"
+        )
+    error = min(max(float(kl) / target - 1, -KL_ERROR), KL_ERROR)
+    return float(coef) * (1 + error * samples / horizon)
+
+
+class ScoreStats(NamedTuple):
+    """Running mean and deviation of all scores so far: a reward model's scale is arbitrary, and the value head starts at 0."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0  # sum of squared deviations from the mean
+
+
+def observe(stats: ScoreStats, scores: Array) -> ScoreStats:
+    """`stats` with `scores[n]` counted in. In whatever parts scores come, the sum is the same (Chan, Golub, LeVeque 1979)."""
+    scores = np.asarray(scores, np.float64)
+    count, mean = len(scores), float(scores.mean())
+    total, gap = stats.count + count, mean - stats.mean
+    squares = stats.squares + float(((scores - mean) ** 2).sum()) + gap**2 * stats.count * count / total
+    return ScoreStats(total, stats.mean + gap * count / total, squares)
+
+
+def normalised(stats: ScoreStats, scores: Array) -> np.ndarray:
+    """`scores` minus the running mean, by the running standard deviation: float64[n]. `kl_coef` is then in its units, too."""
+    deviation = math.sqrt(stats.squares / stats.count) if stats.count else 0.0
+    return (np.asarray(scores, np.float64) - stats.mean) / max(deviation, 1e-8)

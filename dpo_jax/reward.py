@@ -1,0 +1,109 @@
+"""The reward model: a scalar head on the decoder, trained on preferences. PPO's value function is the same head, elsewhere.
+
+    p(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l))      Bradley and Terry 1952; Rafailov et al. 2023, eq. 1
+
+Preferences say nothing of what is added to both rewards of a prompt, so `centred` fixes it afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpo_jax.logps import at_least_float32
+from dpo_jax.step import apply_gradients, mean_grads
+from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
+
+HEAD = "head"
+
+
+def with_scalar_head(model: Model) -> Model:
+    """`model` with a second head that maps a hidden state to one number; its variables gain the collection "head".
+
+    All functions but `init` and `axes` are those of `model`, which do not read the collection: `scalar` does.
+    """
+
+    def init(key: jax.Array) -> Variables:
+        variables = model.init(key)
+        return {**variables, HEAD: scalar_head(getattr(model.config, "width", None) or _width(model, variables))}
+
+    names, spec = model.axes, jax.sharding.PartitionSpec
+    if names is None:
+        return model._replace(init=init)
+    return model._replace(init=init, axes=lambda: {**names(), HEAD: {"kernel": spec("embed"), "bias": spec()}})
+
+
+def scalar_head(width: int) -> dict[str, jax.Array]:
+    """A head of zeros for hidden states of `width`: {"kernel": float32[D], "bias": float32[]}. It says 0 of everything."""
+    return {"kernel": jnp.zeros(width, jnp.float32), "bias": jnp.zeros((), jnp.float32)}
+
+
+def scalar(variables: Variables, hidden: Array) -> jax.Array:
+    """The head's number for each hidden state: `hidden[..., D]` -> float32[...]."""
+    head = variables[HEAD]
+    # An accelerator would multiply in bfloat16: rewards are compared, and values subtracted.
+    return jnp.einsum("...d,d->...", at_least_float32(jnp.asarray(hidden)), head["kernel"], precision="highest") + head["bias"]
+
+
+def completion_rewards(model: Model, variables: Variables, rows: Rows) -> jax.Array:
+    """r(x, y) of every row: float32[R], the head at the last token of its completion. Pure: compile and map it.
+
+    `rows` hold one completion each (`plain_rows`, `completion_rows`); others are a ValueError. The number of an empty row means
+    nothing.
+    """
+    if rows.slots != 1:
+        raise ValueError(f"rewards are read from rows of one completion each, and these hold {rows.slots}: lay them out plain")
+    hidden = model.forward(variables, rows)
+    last = jnp.where(rows.slot == 0, rows.source + 1, 0).max(axis=1)
+    return scalar(variables, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+
+
+def reward_step(
+    state: TrainState,
+    rows: Rows,
+    *,
+    model: Model,
+    tx: optax.GradientTransformation,
+    microbatches: int = 1,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step of the reward model on pairs (Rafailov et al. 2023, eq. 2). Pure, like `dpo_step`.
+
+    `model` is one of `with_scalar_head`, `rows` are `plain_rows`. Metrics are means over the pairs of the global batch, before
+    the update; `accuracy` counts a tie as wrong.
+    """
+    if rows.tokens.shape[0] != 2 * rows.weight.shape[0]:
+        raise ValueError(
+            f"{rows.tokens.shape[0]} rows with {rows.weight.shape[0]} examples are not plain rows of pairs: use plain_rows"
+        )
+
+    def objective(trainable: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
+        rewards = completion_rewards(model, {**state.frozen, **trainable}, rows).reshape(-1, 2)
+        margins = rewards[:, 0] - rewards[:, 1]
+        return -jax.nn.log_sigmoid(margins), {
+            "accuracy": (margins > 0).astype(margins.dtype),
+            "rewards/chosen": rewards[:, 0],
+            "rewards/rejected": rewards[:, 1],
+            "margin": margins,
+        }
+
+    grads, metrics = mean_grads(objective, state.params, rows, microbatches=microbatches, axis_name=axis_name)
+    return apply_gradients(state, grads, metrics, tx=tx)
+
+
+def centred(variables: Variables, rewards: Array) -> dict[str, Any]:
+    """`variables` with the head's bias moved such that the mean of `rewards`, which they gave, is 0.
+
+    Section 3 of the paper does so, over completions of the data or of the reference. No preference changes.
+    """
+    head = variables[HEAD]
+    return {**variables, HEAD: {**head, "bias": head["bias"] - jnp.mean(jnp.asarray(rewards, head["bias"].dtype))}}
+
+
+def _width(model: Model, variables: Variables) -> int:
+    one = jnp.zeros((1, 1), jnp.int32)
+    rows = Rows(one, one, one, one + 1, one, one, one, jnp.ones(1, jnp.float32), one[0])
+    return jax.eval_shape(model.forward, variables, rows).shape[-1]
