@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 import pytest
-from dpo_jax.evals.frontier import optimum
 
+from dpo_jax.evals.frontier import optimum
 from dpo_jax.lab import report
 from dpo_jax.lab.sweep import Result, Run, sweep
 

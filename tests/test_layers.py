@@ -24,10 +24,11 @@ ONLY_IN = {
     "tyro": ["cli/main.py"],
     "tensorflow_datasets": ["data/tfds.py"],
     "huggingface_hub": ["models/hf.py"],
-    "matplotlib": ["evals/plots.py", "bench/plots.py"],
+    "matplotlib": ["evals/plots.py", "evals/frontier_plot.py", "bench/plots.py"],  # curves of a run, the frontier, the race
     "tensorboardX": ["runtime/metrics.py"],
     "wandb": ["runtime/metrics.py"],
-    "torch": ["bench/torch_loop.py", "bench/trl_loop.py", "bench/matmul.py"],
+    "torch": ["bench/torch_loop.py", "bench/trl_loop.py", "bench/matmul.py", "evals/rewards.py"],  # other people's classifiers
+    "sklearn": ["evals/rewards.py"],
     "trl": ["bench/trl_loop.py"],
     "datasets": ["bench/trl_loop.py"],
 }
@@ -120,6 +121,13 @@ def test_help_imports_nothing_heavy(name):
         assert dotted.split(".")[0] not in heavy, f"{name}:{line} imports {dotted}"
         other = own_module(dotted)
         assert other is None or other in allowed, f"{name}:{line} imports {dotted}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_optional_packages_wait_until_they_are_needed(path):
+    optional = {"sklearn"} if name_of(path).startswith("bench/") else {"sklearn", "torch"}
+    for line, dotted in imported(path, at_import_only=True):
+        assert dotted.split(".")[0] not in optional, f"{name_of(path)}:{line} imports {dotted} for everyone"
 
 
 @pytest.mark.parametrize("name", WITHOUT_JAX)

@@ -1,7 +1,15 @@
 import math
 import sys
 
-from dpo_jax.evals.plots import PANELS, guide_of, plot_training
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from dpo_jax.evals.frontier import Point, measured, optimum
+from dpo_jax.evals.frontier_plot import LABEL_GAP, STYLES, _spread, plot_frontier
+from dpo_jax.evals.plots import PANELS, guide_of, plot_displacement, plot_training
+
+save = Figure.savefig
 
 
 def training_row(step):
@@ -38,3 +46,56 @@ def test_ln_2_guides_the_eye_only_where_the_loss_begins_there():
         assert guide_of(loss, rows(first)) is None
         assert guide_of(kl, rows(first)) == kl.guide
     assert guide_of(loss, [{"step": 0, "loss": 0.6931, "nll_per_token": 0.1}]) is None
+
+
+CURVE = optimum(np.random.default_rng(0).normal(size=(8, 300)), [math.inf, 4.0, 1.0, 0.5, 0.2], seed=0)
+POINTS = [
+    Point("SFT", "", 0.0, 0.0),
+    *(Point("DPO", setting, kl, reward) for setting in ("0.1", "1") for kl, reward in ((0.2, 0.3), (0.9, 1.0))),
+    measured("Best-of-N", "4", rewards=np.arange(3.0), kls=np.array([0.5, 0.6, 0.7]), seed=0, kl_bound=0.64),
+    Point("Unlikelihood", "1", 250.0, -3.0, (200.0, 300.0), (-4.0, -2.0)),
+]
+
+
+@pytest.mark.parametrize("max_kl", [None, 5.0])
+def test_the_frontier_names_every_method_once(tmp_path, monkeypatch, max_kl):
+    drawn = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, path, **options: drawn.append(figure) or save(figure, path, **options)
+    )
+    path = plot_frontier(POINTS, CURVE, tmp_path / "frontier.png", max_kl=max_kl)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    axes = drawn[0].axes[0]
+    texts = [text.get_text() for text in axes.texts]
+    for name in ("SFT", "DPO", "Best-of-N", "Unlikelihood", "optimum (eq. 4)", "too few effective samples from here"):
+        assert texts.count(name) == 1
+    assert not axes.get_legend()
+    assert any("KL 250" in text for text in texts) == (max_kl is not None)
+    markers = {line.get_marker() for line in axes.lines} - {"None", "|"}
+    assert len(markers) == 4  # one for each method
+
+
+def test_the_frontier_can_tell_so_many_methods_apart_and_no_more(tmp_path):
+    many = [Point(f"method {number}", "", 1.0, float(number)) for number in range(len(STYLES) + 1)]
+    assert len({style.marker for style in STYLES}) == len({style.line for style in STYLES}) == len(STYLES)
+    with pytest.raises(ValueError, match="styles that can be told apart"):
+        plot_frontier(many, CURVE, tmp_path / "frontier.png")
+
+
+def test_labels_keep_their_distance_and_their_order():
+    for heights in ([0.5] * 4, [0.0, 0.01, 0.5, 0.52, 0.53, 1.0], [0.1, 0.9], np.sort(np.random.default_rng(0).random(12))):
+        placed = _spread(list(heights))
+        assert (np.diff(placed) >= LABEL_GAP - 1e-9).all()
+        assert np.mean(placed) == pytest.approx(np.mean(heights))
+    assert _spread([0.1, 0.9]) == [0.1, 0.9]
+
+
+def test_displacements_of_several_runs_in_one_image(tmp_path):
+    runs = {f"run {number}": [training_row(step) for step in range(20)] for number in range(5)}
+    runs["DPO, only evaluated"] = [{"step": 3, "eval/displacement/chosen": -1.0, "eval/displacement/rejected": -5.0}]
+    runs["SFT"] = [{"step": 0, "loss": 3.0}]
+    path = plot_displacement(runs, tmp_path / "displacement.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="none of the 1 runs has displacement/chosen"):
+        plot_displacement({"SFT": runs["SFT"]}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

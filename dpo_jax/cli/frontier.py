@@ -26,7 +26,8 @@ from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.data.reviews import review_prompts
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.evals.frontier import Optimum
-from dpo_jax.evals.plots import plot_frontier, plot_training
+from dpo_jax.evals.frontier_plot import plot_frontier
+from dpo_jax.evals.plots import plot_displacement, plot_training
 from dpo_jax.evals.rewards import Reward, exact_reviews, hf_classifier
 from dpo_jax.lab import report
 from dpo_jax.lab.methods import PairData, pair_data, train_on_pairs
@@ -43,6 +44,7 @@ from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.types import Variables
 
 MIXTURE = 10.0  # nats: DPO policies within this KL help to estimate the optimum
+MAX_KL = 20.0  # nats, at which the figure ends
 FAST = ("prompts", "test_prompts", "optimum_prompts", "optimum_samples", "ppo_iterations")
 TRAINING = ("batch", "epochs", "lr", "optimizer", "warmup_steps", "max_grad_norm")  # of section dpo, for all methods on pairs
 
@@ -289,9 +291,16 @@ def _best_of_n(section: FrontierConfig, rewards: np.ndarray, *, seed: int) -> li
     return [Result(Run("best-of-n", f"N {n}", {"n": n}, seed), [point], 0.0) for n, point in zip(several, points, strict=True)]
 
 
+def _on_pairs(result: Result) -> bool:
+    return not result.run.method.startswith(("ppo", "best-of-n"))
+
+
 def _write(run_dir: RunDir, results: Sequence[Result], best: Optimum) -> None:
     report.write(run_dir.path, report.rows(results, best))
     write_json(run_dir.path / "optimum.json", to_json(best))
     write_json(run_dir.path / "summary.json", {"at_equal_kl": report.at_equal_kl(results, best)})
-    plot_frontier(report.points(results), best, run_dir.path / "frontier.png")
+    plot_frontier(report.points(results), best, run_dir.path / "frontier.png", max_kl=MAX_KL)
+    on_pairs = {r.run.name: read_metrics(run_dir.path / "runs" / r.run.name / "metrics.jsonl") for r in results if _on_pairs(r)}
+    if on_pairs:
+        plot_displacement(on_pairs, run_dir.path / "displacement.png")
     print(f"\n{report.summary(results, best)}\n\nfigure: {run_dir.path / 'frontier.png'}")

@@ -1,4 +1,4 @@
-"""Training curves from `metrics.jsonl`: one image per question a reader of a run asks."""
+"""Training curves from `metrics.jsonl`: one image per question a reader of a run, or of several, asks."""
 
 from __future__ import annotations
 
@@ -99,6 +99,38 @@ def guide_of(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> tuple[float, st
     if panel.guide is None or not preferences or (panel.file == "loss" and not abs(first - panel.guide[0]) < 0.2):
         return None
     return panel.guide
+
+
+def plot_displacement(runs: Mapping[str, Iterable[Mapping[str, Any]]], path: str | os.PathLike[str]) -> Path:
+    """How far chosen and rejected completions moved from the reference, a small panel for each run with such rows: one PNG.
+
+    `runs` are rows of `metrics.jsonl` by the name to show. Each panel has its own axes: some methods move far more.
+    Raises `ValueError` if no run has displacements (methods without pairs have none).
+    """
+    panel = next(panel for panel in PANELS if panel.file == "displacement")
+    shown = {name: list(rows) for name, rows in runs.items()}
+    shown = {
+        name: rows for name, rows in shown.items() if any(len(_series(rows, p + panel.lines[0].metric)[0]) for p in ("", EVAL))
+    }
+    if not shown:
+        raise ValueError(f"none of the {len(runs)} runs has {panel.lines[0].metric}: only training on pairs records it")
+    columns = min(4, len(shown))
+    count = -(-len(shown) // columns)
+    figure = Figure(figsize=(3.3 * columns, 0.5 + 2.5 * count), layout="constrained")
+    places = figure.subplots(count, columns, squeeze=False).ravel()
+    for axes, (name, rows) in zip(places, shown.items(), strict=False):
+        for line in panel.lines:
+            _draw(axes, line, rows)
+        axes.axhline(0.0, color="#999999", linewidth=0.8, linestyle=(0, (6, 4)), zorder=0)
+        _finish(axes, panel._replace(title=name))
+        axes.set_ylabel("")
+        if axes is not places[0] and (legend := axes.get_legend()):
+            legend.remove()
+    for axes in places[len(shown) :]:
+        axes.remove()
+    figure.supylabel(panel.unit, fontsize="medium")
+    figure.savefig(path, dpi=120)
+    return Path(path)
 
 
 def _series(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray]:

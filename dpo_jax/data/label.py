@@ -1,0 +1,84 @@
+"""Preferences from samples (appendix C.1 of the paper): completions of one prompt, compared pair by pair by a reward."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from dpo_jax.data.pairs import Preference
+
+How = Literal["argmax", "bradley_terry"]
+
+
+class LabelCounts(NamedTuple):
+    """What became of the pairs. Always: `labelled + ties + identical + empty == pairs`."""
+
+    pairs: int  # all K (K - 1) / 2 of every prompt
+    labelled: int
+    ties: int  # equal rewards: no preference
+    identical: int  # equal texts: nothing to learn
+    empty: int  # a side without any text, which no data set may hold
+    against: int  # of those labelled: the lower reward was chosen
+
+
+def label(
+    prompts: Sequence[str],
+    completions: Sequence[Sequence[str]],
+    rewards: np.ndarray,
+    *,
+    how: How,
+    seed: int,
+    name: str = "samples",
+) -> tuple[list[Preference], LabelCounts]:
+    """All pairs of the K completions of each of P prompts, labelled by `rewards[P, K]`: 6 pairs of 4 completions.
+
+    "argmax" chooses the higher reward. "bradley_terry" draws the label, with P(first chosen) = sigmoid(r_first - r_second)
+    (eq. 1): the unit of the rewards is then one logit, so scale them first. Pairs come in the order of prompts, with the uids
+    "name:prompt:first-second"; the same `seed` draws the same labels.
+
+    Raises `ValueError` for shapes that do not agree, and for a reward that is not finite.
+    """
+    if how not in ("argmax", "bradley_terry"):
+        raise ValueError(f"how={how!r}: use 'argmax' or 'bradley_terry'")
+    rewards = np.asarray(rewards, np.float64)
+    shape = len(prompts), len(completions[0]) if len(completions) else 0
+    if len(completions) != len(prompts) or {len(texts) for texts in completions} - {shape[1]} or rewards.shape != shape:
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(completions)} lists of {sorted({len(texts) for texts in completions})} completions "
+            f"and rewards of shape {rewards.shape} do not agree"
+        )
+    if not np.isfinite(rewards).all():
+        prompt, completion = np.argwhere(~np.isfinite(rewards))[0]
+        raise ValueError(f"prompt {prompt}, completion {completion}: the reward is {rewards[prompt, completion]}")
+    rng = np.random.default_rng(seed)
+    preferences: list[Preference] = []
+    dropped = dict.fromkeys(("ties", "identical", "empty"), 0)
+    against = pairs = 0
+    for number, (prompt, texts) in enumerate(zip(prompts, completions, strict=True)):
+        for first, second in itertools.combinations(range(len(texts)), 2):
+            pairs += 1
+            # Drawn for every pair: what one pair is dropped for does not change the labels of the others.
+            chance = rng.random()
+            gap = rewards[number, first] - rewards[number, second]
+            cause = _cause(texts[first], texts[second], gap)
+            if cause:
+                dropped[cause] += 1
+                continue
+            # sigmoid(gap), without overflow.
+            wins = gap > 0 if how == "argmax" else chance < (1 + np.tanh(gap / 2)) / 2
+            against += bool(wins) != (gap > 0)
+            chosen, rejected = (texts[first], texts[second]) if wins else (texts[second], texts[first])
+            preferences.append(Preference(prompt, chosen, rejected, f"{name}:{number}:{first}-{second}"))
+    return preferences, LabelCounts(pairs, len(preferences), **dropped, against=against)
+
+
+def _cause(first: str, second: str, gap: float) -> Literal["identical", "empty", "ties", ""]:
+    """Why a pair states no preference; of several causes the first in this order."""
+    if first == second:
+        return "identical"
+    if not (first.strip() and second.strip()):
+        return "empty"
+    return "ties" if gap == 0 else ""

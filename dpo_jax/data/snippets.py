@@ -1,0 +1,108 @@
+"""One-line film reviews with a sentiment label: the two files of rt-polarity (Pang and Lee 2005), one snippet a line.
+
+    rt-polarity.pos    emerges as something rare , an issue movie that's so honest and keenly observed ...
+    rt-polarity.neg    simplistic , silly and tedious .
+
+A snippet belongs to one of three parts by its text alone, so that no text is in two of them: a policy and its reference learn
+from "policy", the classifier that rewards them from "reward", and both are judged on "test".
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from dpo_jax.data.pairs import Cause, DataError
+
+Part = Literal["policy", "reward", "test"]
+FILES = {"rt-polarity.pos": 1, "rt-polarity.neg": 0}
+TENTHS: tuple[tuple[Part, int], ...] = (("policy", 5), ("reward", 4), ("test", 1))
+PREFIX_TOKENS = (2, 8)  # the paper's (section 6.1), both included
+
+
+class Snippet(NamedTuple):
+    text: str  # without white space at its ends
+    label: int  # 1 positive, 0 negative
+    uid: str  # "rt-polarity.pos:17": file and line
+
+
+def load_snippets(folder: str | Path) -> list[Snippet]:
+    """The snippets of both files in `folder`, UTF-8, in the order of the files.
+
+    Raises `DataError`, naming file and line, for a file that is missing, empty or not UTF-8, and for a blank line.
+    """
+    snippets = []
+    for name, label in FILES.items():
+        path = Path(folder) / name
+        try:
+            lines = path.read_bytes().split(b"\n")  # not splitlines(), which also cuts at other characters
+        except OSError as error:
+            detail = f"{path}: cannot be read ({error.strerror}): the folder must hold {' and '.join(FILES)}"
+            raise DataError(detail, causes=[Cause.BAD_LAYOUT]) from error
+        if not lines[-1]:
+            lines.pop()
+        if not lines:
+            raise DataError(f"{path}: is empty: it must hold one snippet a line", causes=[Cause.NO_ROWS])
+        for number, line in enumerate(lines, start=1):
+            snippets.append(Snippet(_text(line, f"{path}:{number}"), label, f"{name}:{number}"))
+    return snippets
+
+
+def _text(line: bytes, where: str) -> str:
+    try:
+        text = line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        detail = f"{where}: not UTF-8 at byte {error.start} of the line: convert the file (the original is in Latin-1)"
+        raise DataError(detail, causes=[Cause.INVALID_UTF8]) from error
+    if not text:
+        raise DataError(f"{where}: a blank line: remove it", causes=[Cause.EMPTY])
+    if "\0" in text:
+        raise DataError(f"{where}: holds a NUL character: the file is damaged", causes=[Cause.NUL])
+    return text
+
+
+def part_of(text: str) -> Part:
+    """Which part a text is in. It depends on nothing else: not on the other texts, and not on a seed."""
+    tenth = _number("part", text) % 10
+    for part, tenths in TENTHS:
+        if tenth < tenths:
+            return part
+        tenth -= tenths
+    raise AssertionError("the parts do not add up to ten tenths")
+
+
+def snippets_of(snippets: Sequence[Snippet], part: Part) -> list[Snippet]:
+    """Those of `part`, in their order: about 50 % for "policy", 40 % for "reward", 10 % for "test"."""
+    if part not in dict(TENTHS):
+        raise ValueError(f"the snippets have the parts {', '.join(dict(TENTHS))}, not {part!r}")
+    return [snippet for snippet in snippets if part_of(snippet.text) == part]
+
+
+def prefixes(snippets: Sequence[Snippet], tokenizer: Any, n: int, seed: int) -> list[str]:
+    """The beginnings of `n` snippets, 2 to 8 tokens long: distinct prompts for continuations.
+
+    Which snippets, and how long their beginnings, follows from `seed` and the texts alone: the first prompts do not depend on
+    `n`. A beginning is the whole snippet never, and left out if its text has other tokens than those it was cut from.
+    Raises `ValueError` if there are fewer than `n`.
+    """
+    order = sorted(snippets, key=lambda snippet: (_number(f"order {seed}", snippet.text), snippet.uid))
+    shortest, longest = PREFIX_TOKENS
+    found: dict[str, None] = {}
+    for snippet in order:
+        if len(found) == n:
+            break
+        length = shortest + _number(f"length {seed}", snippet.text) % (longest - shortest + 1)
+        ids = list(tokenizer(snippet.text, add_special_tokens=False)["input_ids"])
+        text = tokenizer.decode(ids[:length])
+        if length < len(ids) and tokenizer(text, add_special_tokens=False)["input_ids"] == ids[:length]:
+            found[text] = None
+    if len(found) < n:
+        raise ValueError(f"{len(snippets)} snippets have {len(found)} distinct beginnings, and {n} are asked for")
+    return list(found)
+
+
+def _number(what: str, text: str) -> int:
+    """A number that looks random and never changes: Python's own generators do not promise that for everything they draw."""
+    return int.from_bytes(hashlib.blake2b(f"{what}\0{text}".encode(), digest_size=8).digest(), "big")

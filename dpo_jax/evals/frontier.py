@@ -1,0 +1,296 @@
+"""Reward against KL: where a policy lies, and the best that any policy could reach.
+
+Eq. 4 of the paper says what the best policy is: pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x). So samples of the reference,
+weighted by exp(r / beta), show what pi* earns and how far it has gone, for every beta and without training anything:
+
+    reward(beta) = E_w[r]        KL(beta) = E_w[r] / beta - log Z        w = exp(r / beta), normalised over a prompt's samples
+
+No policy of the same KL earns more (eq. 3). Rewards are in their own unit, KL in nats per completion; means are over prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.evals.preference import Interval
+from dpo_jax.logps import CHUNK, at_least_float32
+from dpo_jax.types import Array, Model, Rows, Variables
+
+TRUSTED_SAMPLES = 30
+"""The self-normalised mean is biased by about one part in the effective sample size: below this, by more than 3 %."""
+RESAMPLES = 1000
+TINY = float(np.finfo(np.float64).tiny)
+
+
+def sequence_kl(
+    model: Model, policy_variables: Variables, ref_variables: Variables, rows: Rows, *, chunk: int = CHUNK
+) -> tuple[jax.Array, jax.Array]:
+    """KL(policy || reference) on completions that the policy drew: (exact, sampled), float32[R * slots] each, in nats.
+
+    `exact` sums, over the tokens of a completion, the KL of the two next-token distributions over the whole vocabulary;
+    `sampled` is log pi(y|x) - log pi_ref(y|x). Over completions drawn from the policy at temperature 1, both have the sequence
+    KL as their mean, and `exact` scatters less: it takes the mean over each next token, and leaves only the prefixes to chance.
+    A completion cut at some length counts as far as it goes. As in `logps`, at most `chunk` positions meet the head at a time.
+    """
+
+    def scored(variables: Variables) -> jax.Array:
+        hidden = jnp.take_along_axis(model.forward(variables, rows), rows.source[:, :, None], axis=1)
+        return jnp.moveaxis(hidden, 1, 0)  # [S, R, D]
+
+    def compare(at: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        policy, ref, target = at
+        logps, ref_logps = (
+            jax.nn.log_softmax(at_least_float32(model.unembed(variables, hidden)), axis=-1)
+            for variables, hidden in ((policy_variables, policy), (ref_variables, ref))
+        )
+        log_ratios = logps - ref_logps  # [R, V]
+        exact = (jnp.exp(logps) * log_ratios).sum(axis=-1)
+        return exact, jnp.take_along_axis(log_ratios, target[:, None], axis=-1)[:, 0]
+
+    target = jnp.moveaxis(jnp.asarray(rows.target), 1, 0)
+    positions = scored(policy_variables), scored(ref_variables), target
+    in_slot = rows.slot[:, :, None] == jnp.arange(rows.slots, dtype=jnp.int32)[None, None, :]
+
+    def summed(values: jax.Array) -> jax.Array:
+        return jnp.where(in_slot, jnp.moveaxis(values, 0, 1)[:, :, None], 0.0).sum(axis=1).reshape(-1)
+
+    exact, sampled = jax.lax.map(compare, positions, batch_size=max(1, chunk // len(target[0])))
+    return summed(exact), summed(sampled)
+
+
+class Point(NamedTuple):
+    """One policy on the plane. Intervals are 95 %, over prompts."""
+
+    method: str  # "DPO"
+    setting: str  # what tells the runs of a method apart: "0.1"
+    kl: float  # nats per completion
+    reward: float
+    kl_interval: Interval | None = None
+    reward_interval: Interval | None = None
+    kl_bound: float | None = None  # best-of-N: its analytic bound beside the estimate
+
+
+def measured(method: str, setting: str, *, rewards: Array, kls: Array, seed: int, kl_bound: float | None = None) -> Point:
+    """The point of a policy from its mean reward and KL on each prompt, `[P]` each, with bootstrap intervals."""
+    intervals = bootstrap_interval(kls, seed), bootstrap_interval(rewards, seed)
+    return Point(method, setting, float(np.mean(kls)), float(np.mean(rewards)), *intervals, kl_bound)
+
+
+def bootstrap_interval(values: Array, seed: int, *, resamples: int = RESAMPLES, confidence: float = 0.95) -> Interval:
+    """Percentile interval of the mean of `values[P]` over resampled prompts (Efron 1979). A single prompt has no width.
+
+    Several completions of one prompt are not independent: give their mean, one value a prompt.
+    """
+    values = _finite(values, "values", axes=1)
+    means = _resampling(len(values), seed, resamples) @ values
+    low, high = _quantiles(means, confidence)
+    return float(low), float(high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimum:
+    """The best frontier there is, beta descending, so KL ascending: float64[B] each; 95 % intervals [2, B] over prompts."""
+
+    beta: np.ndarray
+    kl: np.ndarray
+    reward: np.ndarray
+    ess: np.ndarray  # effective share of the samples, in (0, 1]: harmonic mean over prompts, as the bias goes with its inverse
+    kl_interval: np.ndarray  # at this beta
+    reward_interval: np.ndarray  # at this beta
+    band: np.ndarray  # of the reward at this KL: what to draw around the curve
+    samples: int  # M, of each prompt
+    reference: float  # mean reward of the reference itself
+    prompt_kl: np.ndarray  # [P, B]
+    prompt_reward: np.ndarray  # [P, B]
+    prompt_reference: np.ndarray  # [P]
+
+    @property
+    def trusted(self) -> np.ndarray:
+        """bool[B]: where at least `TRUSTED_SAMPLES` samples of a prompt carry the weight. Elsewhere the curve is too low."""
+        return np.logical_and.accumulate(self.ess * self.samples >= TRUSTED_SAMPLES)
+
+    @property
+    def reach(self) -> float:
+        """The largest KL up to which the curve can be trusted, in nats."""
+        return float(self.kl[self.trusted].max(initial=0.0))
+
+
+def optimum(
+    rewards: Array, betas: Sequence[float], *, seed: int, log_ratios: Array | None = None, resamples: int = RESAMPLES
+) -> Optimum:
+    """The curve of pi* (eq. 4) from `rewards[P, M]` of M completions of each of P prompts, by self-normalised weights.
+
+    The completions are the reference's own, which reach about log M nats. To go further, draw them from any distribution q
+    that covers the reference, such as a mixture of it with trained policies, and give `log_ratios[P, M]` = log pi_ref - log q
+    (`mixture_log_ratios`). `betas` are positive, and may include `math.inf` (the reference itself).
+    """
+    rewards = _finite(rewards, "rewards", axes=2)
+    log_ratios = np.zeros_like(rewards) if log_ratios is None else _finite(log_ratios, "log_ratios", axes=2)
+    if log_ratios.shape != rewards.shape:
+        raise ValueError(f"log_ratios has shape {log_ratios.shape}, and rewards {rewards.shape}")
+    if not len(betas) or not all(beta > 0 for beta in betas):
+        raise ValueError(f"betas must be positive, and at least one, got {list(betas)}")
+    beta = np.array(sorted(betas, reverse=True), np.float64)
+    reward, kl, inverse_ess = (np.stack(x, axis=1) for x in zip(*(_tilted(rewards, log_ratios, b) for b in beta), strict=True))
+    reference = _tilted(rewards, log_ratios, math.inf)[0]
+
+    drawn = _resampling(len(rewards), seed, resamples)
+    means = drawn @ kl, drawn @ reward, drawn @ reference
+    curve = kl.mean(axis=0), reward.mean(axis=0), reference.mean()
+    at_equal_kl = np.array([_reward_at(curve[0], *resampled) for resampled in zip(*means, strict=True)])
+    return Optimum(
+        beta=beta,
+        kl=curve[0],
+        reward=curve[1],
+        ess=1 / (inverse_ess.mean(axis=0) * rewards.shape[1]),
+        kl_interval=_quantiles(means[0]),
+        reward_interval=_quantiles(means[1]),
+        band=_quantiles(at_equal_kl),
+        samples=rewards.shape[1],
+        reference=float(curve[2]),
+        prompt_kl=kl,
+        prompt_reward=reward,
+        prompt_reference=reference,
+    )
+
+
+def _tilted(rewards: np.ndarray, log_ratios: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Reward, KL and inverse effective sample size of pi* on each prompt: float64[P] each."""
+    scores = rewards / beta + log_ratios
+    log_z = _logsumexp(scores) - _logsumexp(log_ratios)
+    weights = np.exp(scores - _logsumexp(scores)[:, None])
+    reward = (weights * rewards).sum(axis=1)
+    return reward, np.maximum(reward / beta - log_z, 0.0), (weights**2).sum(axis=1)
+
+
+def mixture_log_ratios(logps: Array, shares: Sequence[float]) -> np.ndarray:
+    """log pi_ref - log q of samples from a mixture q: `logps[..., C]` under each of its C policies -> float64[...].
+
+    The reference is policy 0, policy c gave `shares[c]` of each prompt's samples, and every sample is scored by all of them:
+    the balance heuristic (Veach and Guibas 1995). Weights are then never above 1 / shares[0].
+    """
+    logps, shares = np.asarray(logps, np.float64), list(shares)
+    if logps.shape[-1] != len(shares) or not all(share > 0 for share in shares) or not math.isclose(sum(shares), 1):
+        raise ValueError(f"shares must be positive, sum to 1, and be as many as policies ({logps.shape[-1]}), got {shares}")
+    return logps[..., 0] - _logsumexp(logps + np.log(shares))
+
+
+def regret(point_reward: Array | float, point_kl: Array | float, optimum: Optimum, ref_reward: float) -> np.ndarray:
+    """What a policy misses, as a share of what was to be gained at its KL: 0 on the optimum, 1 at the reference's reward.
+
+    Above 1 the policy is worse than its reference; below 0 the curve is too low (see `Optimum.reach`) or the numbers scatter.
+    NaN where nothing is to be gained (KL 0), and where the policy lies beyond the end of the curve. Arrays go through.
+    """
+    best = _reward_at(point_kl, optimum.kl, optimum.reward, ref_reward)
+    return _share_missed(np.asarray(point_reward), best, ref_reward, outside=np.asarray(point_kl) > optimum.kl[-1])
+
+
+def regret_interval(rewards: Array, kls: Array, optimum: Optimum, *, seed: int, resamples: int = RESAMPLES) -> Interval:
+    """95 % interval of the regret of a policy with `rewards[P]` and `kls[P]` on the very prompts of `optimum`, in its order.
+
+    Policy, optimum and reference are resampled together, as they share the prompts: what is hard for one is hard for all.
+    """
+    rewards, kls = _finite(rewards, "rewards", axes=1), _finite(kls, "kls", axes=1)
+    if len(rewards) != len(optimum.prompt_kl) or len(kls) != len(rewards):
+        raise ValueError(f"{len(rewards)} rewards and {len(kls)} KLs, but the optimum has {len(optimum.prompt_kl)} prompts")
+    if not 0 < kls.mean() <= optimum.kl[-1]:
+        return math.nan, math.nan
+    drawn = _resampling(len(rewards), seed, resamples)
+    per_prompt = rewards, kls, optimum.prompt_kl, optimum.prompt_reward, optimum.prompt_reference
+    values = [
+        _share_missed(reward, _reward_at(kl, curve_kl, curve_reward, ref), ref, outside=np.False_)
+        for reward, kl, curve_kl, curve_reward, ref in zip(*(drawn @ x for x in per_prompt), strict=True)
+    ]
+    low, high = _quantiles(np.array(values))
+    return float(low), float(high)
+
+
+def _reward_at(kl: Array | float, curve_kl: np.ndarray, curve_reward: np.ndarray, ref_reward: float) -> np.ndarray:
+    """The curve's reward at `kl`. Between its points it goes with the root of KL, as it does near the reference."""
+    x, y = np.sqrt(curve_kl), curve_reward
+    if curve_kl[0] > 0:
+        x, y = np.append(0.0, x), np.append(ref_reward, y)
+    return np.interp(np.sqrt(np.maximum(kl, 0.0)), x, y)
+
+
+def _share_missed(reward: np.ndarray, best: np.ndarray, ref_reward: float, *, outside: np.ndarray) -> np.ndarray:
+    gain = best - ref_reward
+    return np.where((gain > 0) & ~outside, (best - reward) / np.where(gain > 0, gain, 1.0), np.nan)
+
+
+def envelope(kls: Array, rewards: Array, at: float) -> float:
+    """The most reward that mixing policies of `kls[n]`, `rewards[n]` gives at a KL of at most `at`; NaN where all lie beyond.
+
+    To draw each completion from one of two policies, by a coin, has the mean of their rewards and at most the mean of their KLs
+    (KL is convex): what lies under a line between two points is within reach. Include the reference, with KL 0.
+    """
+    kls, rewards = _finite(kls, "kls", axes=1), _finite(rewards, "rewards", axes=1)
+    near, far = kls <= at, kls > at
+    if not near.any():
+        return math.nan
+    share = (at - kls[near][:, None]) / (kls[far] - kls[near][:, None])
+    mixed = rewards[near][:, None] + share * (rewards[far] - rewards[near][:, None])
+    return float(max(rewards[near].max(), mixed.max(initial=-math.inf)))
+
+
+class BestOfN(NamedTuple):
+    """The best of `n` samples by the true reward, from M samples of each of P prompts."""
+
+    n: int
+    reward: np.ndarray  # float64[P]  expected reward, unbiased
+    kl: np.ndarray  # float64[P]  estimated, in nats: ties make it less than the bound
+    kl_bound: float  # log n - (n - 1) / n
+
+
+def best_of_n(rewards: Array, n: int) -> BestOfN:
+    """Best-of-n over `rewards[P, M]` of the reference's samples, n at most M.
+
+    The reward is the mean over all subsets of n samples, by order statistics: of M values in order, the i-th (from 1) is the
+    best of C(i-1, n-1) of the C(M, n) subsets. The KL is that of best-of-n on the M samples taken as the whole distribution:
+    equal rewards count as one outcome, of which any is taken. It never exceeds the bound (Beirami et al. 2024), which is
+    exact without ties, and it is too low where n is not small against M.
+    """
+    ordered = np.sort(_finite(rewards, "rewards", axes=2), axis=1)
+    prompts, samples = ordered.shape
+    if not 1 <= n <= samples:
+        raise ValueError(f"best of n={n} needs 1 <= n <= {samples}, the samples of each prompt")
+    # From the largest value down: C(i-2, n-1) / C(i-1, n-1) = (i - n) / (i - 1).
+    i = np.arange(samples, n, -1, dtype=np.float64)
+    chances = n / samples * np.append(1.0, np.cumprod((i - n) / (i - 1)))
+    kl = np.empty(prompts)
+    for prompt, row in enumerate(ordered):
+        _, counts = np.unique(row, return_counts=True)
+        below = np.append(0, np.cumsum(counts)) / samples
+        wins = np.diff(below**n)
+        kl[prompt] = (wins * np.log(np.maximum(wins, TINY) * samples / counts)).sum()
+    return BestOfN(n, ordered[:, ::-1][:, : len(chances)] @ chances, kl, math.log(n) - (n - 1) / n)
+
+
+def _finite(values: Array, name: str, *, axes: int) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if values.ndim != axes or not values.size:
+        raise ValueError(f"{name} must have {axes} axes and at least one value, got the shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name}{np.argwhere(~np.isfinite(values))[0].tolist()} is not finite")
+    return values
+
+
+def _resampling(prompts: int, seed: int, resamples: int) -> np.ndarray:
+    """Weights of the prompts in each resample: float64[resamples, P], rows sum to 1."""
+    return np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
+
+
+def _quantiles(values: np.ndarray, confidence: float = 0.95) -> np.ndarray:
+    return np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+
+
+def _logsumexp(values: np.ndarray) -> np.ndarray:
+    top = values.max(axis=-1, keepdims=True)
+    return np.log(np.exp(values - top).sum(axis=-1)) + top[..., 0]

@@ -1,0 +1,195 @@
+"""The one image of the laboratory: reward against KL for every method, under the best curve there is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dpo_jax.evals.frontier import Optimum, Point
+
+
+class Style(NamedTuple):
+    """Shape and dashes tell methods apart without colour; the greys of the colours differ too."""
+
+    marker: str
+    line: str | tuple[int, tuple[int, ...]]
+    color: str
+
+
+STYLES = (
+    Style("o", "-", "#1f4e9c"),
+    Style("s", (0, (5, 2)), "#c8501e"),
+    Style("^", (0, (1, 1)), "#2e7d4f"),
+    Style("D", (0, (6, 2, 1, 2)), "#7b3294"),
+    Style("v", (0, (3, 1)), "#b8860b"),
+    Style("P", (0, (8, 2)), "#4d9ab5"),
+    Style("X", (0, (4, 1, 1, 1, 1, 1)), "#8c2d04"),
+    Style("h", (0, (2, 2)), "#5a5a5a"),
+    Style("<", (0, (7, 1, 1, 1)), "#d0709a"),
+    Style(">", (0, (1, 3)), "#6b8e23"),
+    Style("*", (0, (9, 3, 2, 3)), "#3b3b7a"),
+)
+LABEL_GAP = 0.045  # between labels, as a share of the height
+
+
+def plot_frontier(
+    points: Sequence[Point], optimum: Optimum, path: str | os.PathLike[str], *, max_kl: float | None = None
+) -> Path:
+    """Draws the points of all methods and the curve of pi* as a PNG file.
+
+    Several points of one method and setting are one run over time, in order: small and faint, and the last one in full. The
+    last points of the settings of a method, in the order of their KL, are joined by its line. Points beyond `max_kl` nats
+    (default: none is) stand at the edge, with their KL beside. The axis goes with the root of KL, which makes the optimum a
+    straight line near the reference.
+    """
+    max_kl = max_kl or 1.04 * max([float(optimum.kl[-1]), *(p.kl for p in points), *(p.kl_bound or 0.0 for p in points)])
+    figure = Figure(figsize=(10.5, 6.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0.0)), np.square))
+    axes.set_xlim(0.0, max_kl)
+    methods = list(dict.fromkeys(point.method for point in points))
+    if len(methods) > len(STYLES):
+        raise ValueError(f"{len(methods)} methods, and only {len(STYLES)} styles that can be told apart")
+    ends = [(*_draw_optimum(axes, optimum, max_kl), "optimum (eq. 4)", None)]
+    for method, style in zip(methods, STYLES, strict=False):
+        ends.append((*_draw_method(axes, [p for p in points if p.method == method], style, max_kl), method, style))
+    axes.set_xlabel("KL(policy || reference), nats per completion (root scale)")
+    axes.set_ylabel("mean true reward")
+    axes.set_title("Reward against KL", loc="left", fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e4e4e4", linewidth=0.6)
+    axes.set_axisbelow(True)
+    _label(axes, ends)
+    figure.savefig(path, dpi=150)
+    return Path(path)
+
+
+def _draw_optimum(axes: Axes, optimum: Optimum, max_kl: float) -> tuple[float, float]:
+    """The curve from the reference on, dashed grey where too few samples carry it; returns where its label belongs."""
+    start = optimum.kl[0] > 0
+    kl, reward, trusted = optimum.kl, optimum.reward, optimum.trusted
+    low, high = optimum.band
+    if start:
+        kl, reward, trusted = np.append(0.0, kl), np.append(optimum.reference, reward), np.append(True, trusted)
+        low, high = np.append(optimum.reference, low), np.append(optimum.reference, high)
+    last = np.flatnonzero(trusted)[-1] if trusted.any() else 0
+    axes.fill_between(kl[: last + 1], low[: last + 1], high[: last + 1], color="#bbbbbb", alpha=0.55, linewidth=0, zorder=1)
+    axes.fill_between(kl[last:], low[last:], high[last:], color="#dddddd", alpha=0.5, linewidth=0, zorder=1)
+    axes.plot(kl[: last + 1], reward[: last + 1], color="black", linewidth=2.2, zorder=2)
+    if last + 1 < len(kl):
+        axes.plot(kl[last:], reward[last:], color="#8a8a8a", linewidth=1.6, linestyle=(0, (4, 3)), zorder=2)
+        axes.annotate(
+            "too few effective samples from here",
+            (min(kl[last], max_kl), reward[last]),
+            xytext=(-4, 10),
+            textcoords="offset points",
+            ha="right",
+            fontsize=7.5,
+            color="#666666",
+        )
+    inside = np.flatnonzero(kl <= max_kl)[-1]
+    return float(kl[inside]), float(reward[inside])
+
+
+def _draw_method(axes: Axes, points: Sequence[Point], style: Style, max_kl: float) -> tuple[float, float]:
+    """All runs of one method; returns where its label belongs: its last point, in the order of KL."""
+    finals = []
+    for setting in dict.fromkeys(point.setting for point in points):
+        run = [point for point in points if point.setting == setting]
+        finals.append(run[-1])
+        if len(run) > 1:
+            over_time = [min(point.kl, max_kl) for point in run], [point.reward for point in run]
+            axes.plot(*over_time, style.marker, color=style.color, markersize=3, alpha=0.35, markeredgewidth=0, zorder=3)
+            axes.plot(*over_time, color=style.color, linewidth=0.5, alpha=0.3, zorder=3)
+    finals.sort(key=lambda point: point.kl)
+    x, y = [min(point.kl, max_kl) for point in finals], [point.reward for point in finals]
+    axes.plot(
+        x,
+        y,
+        linestyle=style.line,
+        marker=style.marker,
+        color=style.color,
+        markersize=6.5,
+        markeredgecolor="white",
+        markeredgewidth=0.7,
+        linewidth=1.4,
+        zorder=5,
+        clip_on=False,
+    )
+    for point in finals:
+        _draw_details(axes, point, style, max_kl)
+    return x[-1], y[-1]
+
+
+def _draw_details(axes: Axes, point: Point, style: Style, max_kl: float) -> None:
+    """Intervals as thin bars, the setting beside the marker, and for best-of-N the bound to the right of the estimate."""
+    x = min(point.kl, max_kl)
+    if point.reward_interval:
+        axes.vlines(x, *point.reward_interval, color=style.color, linewidth=0.9, zorder=4)
+    if point.kl_interval:
+        left, right = (min(side, max_kl) for side in point.kl_interval)
+        axes.hlines(point.reward, left, right, color=style.color, linewidth=0.9, zorder=4)
+    if point.kl_bound is not None:
+        bound = min(point.kl_bound, max_kl)
+        axes.hlines(point.reward, x, bound, color=style.color, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=4)
+        axes.plot([bound], [point.reward], "|", color=style.color, markersize=8, zorder=4)
+    beyond = f" (KL {point.kl:.0f} \N{RIGHTWARDS ARROW})" if point.kl > max_kl else ""
+    if point.setting or beyond:
+        axes.annotate(
+            (point.setting + beyond).strip(),
+            (x, point.reward),
+            xytext=(-5 if beyond else 4, -9),
+            textcoords="offset points",
+            ha="right" if beyond else "left",
+            fontsize=6.5,
+            color=style.color,
+        )
+
+
+def _label(axes: Axes, ends: Sequence[tuple[float, float, str, Style | None]]) -> None:
+    """The names in a column at the right, in the order of their ends, each with its marker and a thin line to where it ends."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    ends = sorted(ends, key=lambda end: end[1])
+    heights = _spread([(y - low) / (high - low) for _, y, _, _ in ends])
+    for (x, y, name, style), height in zip(ends, heights, strict=True):
+        color = style.color if style else "black"
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(1.055, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=9,
+            color=color,
+            fontweight="normal" if style else "bold",
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.4, "alpha": 0.6, "shrinkB": 4},
+        )
+        drawn = {"marker": style.marker, "linestyle": style.line} if style else {"linestyle": "-", "linewidth": 2.2}
+        axes.plot(
+            [1.02, 1.035, 1.05],
+            [height] * 3,
+            transform=axes.transAxes,
+            clip_on=False,
+            color=color,
+            markevery=[1],
+            **drawn,
+        )
+
+
+def _spread(heights: Sequence[float]) -> list[float]:
+    """Ascending `heights`, moved as little as keeps them `LABEL_GAP` apart (each clump around its own mean)."""
+    clumps: list[tuple[float, int]] = []  # (sum of the heights, less each one's place in the clump; members)
+    for height in heights:
+        total, count = height, 1
+        while clumps and total / count - clumps[-1][0] / clumps[-1][1] < clumps[-1][1] * LABEL_GAP:
+            before, members = clumps.pop()
+            total, count = before + total - count * members * LABEL_GAP, count + members
+        clumps.append((total, count))
+    return [total / count + place * LABEL_GAP for total, count in clumps for place in range(count)]
