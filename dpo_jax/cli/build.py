@@ -14,15 +14,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.cli.config import BASELINES, Config, ConfigError, DpoConfig, SftConfig, dump_config
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.layout import Layout
+from dpo_jax.data.layout import Completion, Layout
 from dpo_jax.data.loader import plan_layout
 from dpo_jax.data.pairs import Cause, DataError, DataReport, Preference, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet, encode_all
 from dpo_jax.data.reviews import review_preferences
+from dpo_jax.data.snippets import Snippet, load_snippets, snippets_of
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from dpo_jax.dpo import PreferenceLoss
@@ -119,10 +121,26 @@ def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any =
         preferences = review_preferences(count, config.run.seed, split=split)
         report = DataReport(source="reviews", split=split, format="reviews", rows=count, read=count, kept=count)
         return PreferenceSet(preferences, report).take(limit)
+    if data.source == "snippets":
+        raise ConfigError("data.source: snippets are texts and no preferences; only sft and frontier can use them")
     name = data.train_split if split == "train" else data.test_split
     assert data.path is not None  # checked with the configuration
     format = "tfds" if data.source == "tfds" else data.format
     return load_preferences(data.path, name, format=format, on_bad=data.on_bad, tokenizer=tokenizer).take(limit)
+
+
+def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]:
+    """The snippets that a policy learns from, or those on which it is judged. The rest belongs to the reward."""
+    assert config.data.path is not None  # checked with the configuration
+    snippets = snippets_of(load_snippets(config.data.path), "policy" if split == "train" else "test")
+    return snippets[: config.data.max_train if split == "train" else config.data.max_test]
+
+
+def encode_texts(config: Config, snippets: Sequence[Snippet], tokenizer: Any) -> list[Completion]:
+    """Whole texts to learn, every token but the first one scored; what is longer than `data.max_length` is cut, EOS and all."""
+    ids = (np.asarray(tokenizer(snippet.text, add_special_tokens=False)["input_ids"], np.int32) for snippet in snippets)
+    ended = (np.append(x, np.int32(tokenizer.eos_token_id))[: config.data.max_length] for x in ids)
+    return [(x[:0], x) for x in ended]
 
 
 def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any) -> EncodedSet:
@@ -175,7 +193,10 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
         if path is not None:
             with _naming(option, path):
                 return load_tokenizer(_existing(path, option))
-    texts = [text for p in load_split(config, "train") for text in (p.prompt, p.chosen, p.rejected, p.sft_target or "")]
+    if config.data.source == "snippets":
+        texts = [snippet.text for snippet in load_texts(config, "train")]
+    else:
+        texts = [text for p in load_split(config, "train") for text in (p.prompt, p.chosen, p.rejected, p.sft_target or "")]
     made_from = {"vocab_size": config.tokenizer.vocab_size, "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
     kept = Path(config.run.dir) / "tokenizer"
     record = kept / "made_from.json"

@@ -131,10 +131,10 @@ class MeshConfig:
 class DataConfig:
     """Which preference pairs, and how they become rows of tokens."""
 
-    source: Literal["reviews", "files", "tfds"] = "files"
-    """Generated film reviews, files of preferences, or a TFDS folder written by dpo_jax."""
+    source: Literal["reviews", "files", "tfds", "snippets"] = "files"
+    """Generated film reviews, files of preferences, a TFDS folder written by dpo_jax, or rt-polarity (sft and frontier)."""
     path: str | None = None
-    """File or folder with the preferences, for source files and tfds."""
+    """File or folder with the data, for all sources but reviews."""
     format: Literal["auto", "hh", "trl", "shp", "stack_exchange", "tldr"] = "auto"
     """Layout of the files. auto tells it from folder and column names, and the audit report says what was found."""
     train_split: str = "train"

@@ -24,11 +24,12 @@ from dpo_jax.data.label import label
 from dpo_jax.data.pairs import DataReport, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.data.reviews import review_prompts
+from dpo_jax.data.snippets import load_snippets, prefixes, snippets_of
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.evals.frontier import Optimum
 from dpo_jax.evals.frontier_plot import plot_frontier
 from dpo_jax.evals.plots import plot_displacement, plot_training
-from dpo_jax.evals.rewards import Reward, exact_reviews, hf_classifier
+from dpo_jax.evals.rewards import Reward, exact_reviews, fit_linear, hf_classifier, sign_accuracy
 from dpo_jax.lab import report
 from dpo_jax.lab.methods import PairData, pair_data, train_on_pairs
 from dpo_jax.lab.optimum import estimate, to_json
@@ -107,6 +108,11 @@ def _world(config: Config) -> tuple[World, str]:
 def _prompts(config: Config, split: Any, count: int, tokenizer: Any) -> Prompts:
     if config.data.source == "reviews":
         texts = list(dict.fromkeys(review_prompts(count, config.run.seed, split=split)))
+    elif config.data.source == "snippets":
+        try:
+            texts = prefixes(build.load_texts(config, split), tokenizer, count, config.run.seed)
+        except ValueError as error:
+            raise ConfigError(f"frontier.{'prompts' if split == 'train' else 'test_prompts'}: {error}") from error
     else:
         texts = list(dict.fromkeys(p.prompt for p in build.load_split(config, split, tokenizer)))[:count]
     ids = [np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
@@ -122,7 +128,20 @@ def _reward(config: Config) -> Reward:
     if section.reward == "hf":
         assert section.classifier is not None  # checked with the configuration
         return hf_classifier(section.classifier, "POSITIVE")
-    raise ConfigError("frontier.reward: linear needs data.source snippets")
+    if config.data.source != "snippets":
+        raise ConfigError("frontier.reward: linear is fitted on labelled texts: it needs data.source snippets")
+    assert config.data.path is not None  # checked with the configuration
+    every = load_snippets(config.data.path)
+    learnt, judged = snippets_of(every, "reward"), snippets_of(every, "test")
+    try:
+        reward = fit_linear([s.text for s in learnt], [s.label for s in learnt], inverse_penalty=1.0)
+    except ImportError as error:
+        raise ConfigError(f"frontier.reward: {error}") from error
+    accuracy, (low, high) = sign_accuracy(reward, [s.text for s in judged], [s.label for s in judged])
+    print(
+        f"linear reward: {accuracy:.3f} ({low:.3f} to {high:.3f}) of {len(judged):,} held-out snippets by its sign", flush=True
+    )
+    return reward
 
 
 def _runs(section: FrontierConfig, *, seed: int) -> list[Run]:

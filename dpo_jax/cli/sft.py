@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpo_jax.cli import build
 from dpo_jax.cli.card import sft_card
-from dpo_jax.cli.config import Config
+from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.train import check_checkpoints, leave_results, train
+from dpo_jax.data.layout import Completion
 from dpo_jax.data.loader import in_order, plan_layout, stream, total_steps
+from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.prepare import data_digest, encode_targets
 from dpo_jax.logps import sequence_logps
 from dpo_jax.sft import sft_step
@@ -26,14 +28,7 @@ def run(config: Config) -> int:
         tokenizer = build.tokenizer_of(config, model_path=config.model.path)
         model = build.start_model(config, tokenizer)
         partitioner = build.make_partitioner(config, model)
-        train_set, test_set = (build.load_split(config, split, tokenizer) for split in ("train", "test"))
-        # Encoding the pairs, too, makes SFT refuse the same bad rows as DPO: both see the same data.
-        pairs = [build.encode_split(config, preferences, tokenizer) for preferences in (train_set, test_set)]
-        limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length, "truncation": data.truncation}
-        kept = [build.only_kept(split, encoded) for split, encoded in zip((train_set, test_set), pairs, strict=True)]
-        (texts, uids), (held_out, _) = (
-            encode_targets(split, tokenizer, **limits, score_prompt=section.scored == "all") for split in kept
-        )
+        (texts, uids), held_out, reports = (_snippets if data.source == "snippets" else _targets)(config, tokenizer)
         variables, start = build.start_weights(config, model, partitioner)
         kind = "plain" if data.layout == "shared" else data.layout  # a single completion shares its prompt with nobody
         parts = build.batch_parts(section, partitioner.row_shards, layout=kind)
@@ -75,10 +70,46 @@ def run(config: Config) -> int:
                 "start": start,
                 "architecture": build.architecture(model),
             },
-            reports=[encoded.report for encoded in pairs],
+            reports=reports,
             partitioner=partitioner,
             evaluate=evaluate,
             unit="texts",
         )
         leave_results(run_dir, model, state, tokenizer, card=lambda: sft_card(config, run_dir))
     return 0
+
+
+class Texts(NamedTuple):
+    """What is learnt, what is held out, and what became of the data."""
+
+    train: tuple[list[Completion], list[str]]  # and their uids
+    held_out: list[Completion]
+    reports: list[DataReport]
+
+
+def _targets(config: Config, tokenizer: Any) -> Texts:
+    """The texts of preference data: their SFT targets, or else the chosen completions."""
+    data = config.data
+    train_set, test_set = (build.load_split(config, split, tokenizer) for split in ("train", "test"))
+    # Encoding the pairs, too, makes SFT refuse the same bad rows as DPO: both see the same data.
+    pairs = [build.encode_split(config, preferences, tokenizer) for preferences in (train_set, test_set)]
+    limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length, "truncation": data.truncation}
+    kept = [build.only_kept(split, encoded) for split, encoded in zip((train_set, test_set), pairs, strict=True)]
+    train, (held_out, _) = (
+        encode_targets(split, tokenizer, **limits, score_prompt=config.sft.scored == "all") for split in kept
+    )
+    return Texts(train, held_out, [encoded.report for encoded in pairs])
+
+
+def _snippets(config: Config, tokenizer: Any) -> Texts:
+    """Plain texts, which are scored as a whole: they have no prompts."""
+    if config.sft.scored != "all":
+        raise ConfigError("sft.scored: snippets have no prompts, so all of their tokens are scored; set it to all")
+    found, reports = [], []
+    for split in ("train", "test"):
+        snippets = build.load_texts(config, split)
+        count = len(snippets)
+        found.append((build.encode_texts(config, snippets, tokenizer), [snippet.uid for snippet in snippets]))
+        source = str(config.data.path)
+        reports.append(DataReport(source=source, split=split, format="snippets", rows=count, read=count, kept=count))
+    return Texts(found[0], found[1][0], reports)
