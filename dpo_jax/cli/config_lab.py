@@ -27,9 +27,9 @@ class FrontierConfig:
     """The better completion is chosen always, or with the probability that Bradley and Terry give it (eq. 1)."""
     test_prompts: int = 256
     """Prompts on which policies are measured."""
-    optimum_prompts: int = 64
+    optimum_prompts: int = 48
     """Prompts on which the best possible frontier is estimated."""
-    optimum_samples: int = 1024
+    optimum_samples: int = 512
     """Completions by the reference of each of them: the more, the further out the optimum can be trusted."""
     max_new_tokens: int = 32
     """Longest completion, in tokens."""
