@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import tensorflow_datasets as tfds
 
 from dpo_jax.data.pairs import Cause, DataError, Preference
+from dpo_jax.data.snippets import Snippet
 from dpo_jax.data.sources import load_preferences
-from dpo_jax.data.tfds import read_tfds, write_tfds
+from dpo_jax.data.tfds import read_texts, read_tfds, write_tfds
 
 TRAIN = [
     Preference("The sky is", " blue.", " grün 🙂.", "a:1"),
@@ -114,3 +116,35 @@ def test_records_that_are_not_those_written_are_noticed(folder):
     assert len(read_tfds(folder, "train")) == len(TRAIN)
     with pytest.raises(DataError, match="not those that were written"):
         read_tfds(folder, "test")
+
+
+class LabelledTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A data set with the features of TFDS's imdb_reviews."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    TEXTS = {"train": [("A fine film, très bien.", 1), ("Dull.", 0)], "test": [("So so.", 0)], "blank": [(" ", 1)]}
+
+    def _info(self):
+        features = {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["neg", "pos"])}
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(texts) for split, texts in self.TEXTS.items()}
+
+    def _generate_examples(self, texts):
+        yield from enumerate({"text": text, "label": label} for text, label in texts)
+
+
+def test_labelled_texts_as_in_imdb_reviews(tmp_path, folder):
+    LabelledTexts(data_dir=tmp_path / "imdb", file_format="array_record").download_and_prepare()
+    name = next((tmp_path / "imdb").iterdir()).name
+    assert read_texts(tmp_path / "imdb", "train") == [
+        Snippet("A fine film, très bien.", 1, f"{name}/train:1"),
+        Snippet("Dull.", 0, f"{name}/train:2"),
+    ]
+    with pytest.raises(DataError, match="blank:1: empty: the text is empty or blank"):
+        read_texts(tmp_path / "imdb", "blank")
+    with pytest.raises(DataError, match="no split 'dev'; it has"):
+        read_texts(tmp_path / "imdb", "dev")
+    with pytest.raises(DataError, match="no feature label, text"):
+        read_texts(folder, "train")

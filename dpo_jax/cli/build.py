@@ -26,6 +26,7 @@ from dpo_jax.data.prepare import EncodedSet, encode_all
 from dpo_jax.data.reviews import review_preferences
 from dpo_jax.data.snippets import Snippet, load_snippets, snippets_of
 from dpo_jax.data.sources import load_preferences
+from dpo_jax.data.tfds import read_texts
 from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from dpo_jax.dpo import PreferenceLoss
 from dpo_jax.losses import dpo_loss, ipo_loss, unlikelihood_loss
@@ -42,6 +43,7 @@ from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, TrainState, Variables
 
+TEXT_SOURCES = ("snippets", "imdb")
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -121,8 +123,8 @@ def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any =
         preferences = review_preferences(count, config.run.seed, split=split)
         report = DataReport(source="reviews", split=split, format="reviews", rows=count, read=count, kept=count)
         return PreferenceSet(preferences, report).take(limit)
-    if data.source == "snippets":
-        raise ConfigError("data.source: snippets are texts and no preferences; only sft and frontier can use them")
+    if data.source in TEXT_SOURCES:
+        raise ConfigError(f"data.source: {data.source} are texts and no preferences; only sft and frontier can use them")
     name = data.train_split if split == "train" else data.test_split
     assert data.path is not None  # checked with the configuration
     format = "tfds" if data.source == "tfds" else data.format
@@ -130,10 +132,14 @@ def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any =
 
 
 def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]:
-    """The snippets that a policy learns from, or those on which it is judged. The rest belongs to the reward."""
-    assert config.data.path is not None  # checked with the configuration
-    snippets = snippets_of(load_snippets(config.data.path), "policy" if split == "train" else "test")
-    return snippets[: config.data.max_train if split == "train" else config.data.max_test]
+    """The texts that a policy learns from, or those on which it is judged. Of snippets, the rest belongs to the reward."""
+    data = config.data
+    assert data.path is not None  # checked with the configuration
+    if data.source == "imdb":
+        texts = read_texts(data.path, data.train_split if split == "train" else data.test_split)
+    else:
+        texts = snippets_of(load_snippets(data.path), "policy" if split == "train" else "test")
+    return texts[: data.max_train if split == "train" else data.max_test]
 
 
 def encode_texts(config: Config, snippets: Sequence[Snippet], tokenizer: Any) -> list[Completion]:
@@ -193,7 +199,7 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
         if path is not None:
             with _naming(option, path):
                 return load_tokenizer(_existing(path, option))
-    if config.data.source == "snippets":
+    if config.data.source in TEXT_SOURCES:
         texts = [snippet.text for snippet in load_texts(config, "train")]
     else:
         texts = [text for p in load_split(config, "train") for text in (p.prompt, p.chosen, p.rejected, p.sft_target or "")]

@@ -131,8 +131,8 @@ class MeshConfig:
 class DataConfig:
     """Which preference pairs, and how they become rows of tokens."""
 
-    source: Literal["reviews", "files", "tfds", "snippets"] = "files"
-    """Generated film reviews, files of preferences, a TFDS folder written by dpo_jax, or rt-polarity (sft and frontier)."""
+    source: Literal["reviews", "files", "tfds", "snippets", "imdb"] = "files"
+    """Generated reviews, files of preferences, a TFDS folder of ours; for sft and frontier also rt-polarity or TFDS's IMDb."""
     path: str | None = None
     """File or folder with the data, for all sources but reviews."""
     format: Literal["auto", "hh", "trl", "shp", "stack_exchange", "tldr"] = "auto"

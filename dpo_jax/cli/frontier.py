@@ -108,7 +108,7 @@ def _world(config: Config) -> tuple[World, str]:
 def _prompts(config: Config, split: Any, count: int, tokenizer: Any) -> Prompts:
     if config.data.source == "reviews":
         texts = list(dict.fromkeys(review_prompts(count, config.run.seed, split=split)))
-    elif config.data.source == "snippets":
+    elif config.data.source in build.TEXT_SOURCES:
         try:
             texts = prefixes(build.load_texts(config, split), tokenizer, count, config.run.seed)
         except ValueError as error:

@@ -28,7 +28,7 @@ def run(config: Config) -> int:
         tokenizer = build.tokenizer_of(config, model_path=config.model.path)
         model = build.start_model(config, tokenizer)
         partitioner = build.make_partitioner(config, model)
-        (texts, uids), held_out, reports = (_snippets if data.source == "snippets" else _targets)(config, tokenizer)
+        (texts, uids), held_out, reports = (_plain_texts if data.source in build.TEXT_SOURCES else _targets)(config, tokenizer)
         variables, start = build.start_weights(config, model, partitioner)
         kind = "plain" if data.layout == "shared" else data.layout  # a single completion shares its prompt with nobody
         parts = build.batch_parts(section, partitioner.row_shards, layout=kind)
@@ -101,15 +101,18 @@ def _targets(config: Config, tokenizer: Any) -> Texts:
     return Texts(train, held_out, [encoded.report for encoded in pairs])
 
 
-def _snippets(config: Config, tokenizer: Any) -> Texts:
+def _plain_texts(config: Config, tokenizer: Any) -> Texts:
     """Plain texts, which are scored as a whole: they have no prompts."""
     if config.sft.scored != "all":
-        raise ConfigError("sft.scored: snippets have no prompts, so all of their tokens are scored; set it to all")
+        raise ConfigError(f"sft.scored: {config.data.source} have no prompts, so all of their tokens are scored; set it to all")
     found, reports = [], []
     for split in ("train", "test"):
-        snippets = build.load_texts(config, split)
-        count = len(snippets)
-        found.append((build.encode_texts(config, snippets, tokenizer), [snippet.uid for snippet in snippets]))
-        source = str(config.data.path)
-        reports.append(DataReport(source=source, split=split, format="snippets", rows=count, read=count, kept=count))
+        texts = build.load_texts(config, split)
+        encoded = build.encode_texts(config, texts, tokenizer)
+        found.append((encoded, [text.uid for text in texts]))
+        count, cut = len(texts), sum(ids[-1] != tokenizer.eos_token_id for _, ids in encoded)
+        report = DataReport(source=str(config.data.path), split=split, format=config.data.source)
+        report.rows = report.read = report.kept = count
+        report.truncated = {"text": cut} if cut else {}
+        reports.append(report)
     return Texts(found[0], found[1][0], reports)

@@ -1,4 +1,4 @@
-"""Validated preferences as a TensorFlow Datasets data set, written and read without TensorFlow.
+"""Validated preferences as a TensorFlow Datasets data set, written and read without TensorFlow; labelled texts, read.
 
 Always array_record: tfds also offers parquet without TensorFlow, but loses rows there without a word.
 """
@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from dpo_jax.data.columns import check_text
 from dpo_jax.data.files import fingerprint, tfds_folders
 from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport, OnBad, Preference, PreferenceSet, Triage, check_pair
+from dpo_jax.data.snippets import Snippet
 
 _TEXTS = ("prompt", "chosen", "rejected", "uid", "sft_target")
 _FIELDS = {*_TEXTS, "chat"}
@@ -108,6 +109,29 @@ def read_tfds(data_dir: str | Path, split: str, *, on_bad: OnBad = "refuse") -> 
         _refuse(Cause.BAD_ARRAY_RECORD, folder, f"the records of split {split!r} are not those that were written")
     report.files = [fingerprint(Path(file).name, Path(file)) for file in builder.info.splits[split].filepaths]
     return PreferenceSet(preferences, report)
+
+
+def read_texts(data_dir: str | Path, split: str) -> list[Snippet]:
+    """Texts with a label, such as those of TFDS's imdb_reviews: any data set with the features "text" and "label" (0 or 1).
+
+    `data_dir`: the folder of the data set, or one above it; it must be in array_record. Raises `DataError` as `read_tfds` does.
+    """
+    folder = _find(Path(data_dir))
+    builder = tfds.builder_from_directory(folder)
+    if split not in builder.info.splits:
+        _refuse(Cause.BAD_LAYOUT, folder, f"no split {split!r}; it has {', '.join(builder.info.splits)}")
+    if missing := {"text", "label"} - set(builder.info.features):  # pyright: ignore[reportArgumentType]
+        _refuse(Cause.MISSING_COLUMN, folder, f"no feature {', '.join(sorted(missing))}")
+    texts = []
+    for where, record in _records(builder, split, folder):
+        try:
+            text = bytes(record["text"]).decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            _refuse(Cause.INVALID_UTF8, where, f"byte {error.start} of the text: {error.reason}")
+        if not text:
+            _refuse(Cause.EMPTY, where, "the text is empty or blank")
+        texts.append(Snippet(text, int(record["label"]), where))
+    return texts
 
 
 def _find(source: Path) -> Path:
