@@ -18,4 +18,5 @@ TEXT
 fi
 
 ./launch/env.sh
-exec "${DPO_JAX_VENV:-.venv}/bin/python" -m pytest "$@"
+# Two processes, and each file in one of them: what a file compiles is shared by its tests.
+exec "${DPO_JAX_VENV:-.venv}/bin/python" -m pytest -n 2 --dist loadfile "$@"
