@@ -220,7 +220,7 @@ class _Study:
         """The labelled pairs (appendix C.1), also written to `pairs.jsonl`."""
         config, world = self.config, self.world
         k = config.frontier.completions
-        repeated = Prompts(*([x for x in of for _ in range(k)] for of in world.train))
+        repeated = world.train.repeated(k)
         drawn = world.sample(world.reference, repeated, jax.random.key(config.run.seed + 1))
         texts = [drawn.completions.texts[i : i + k] for i in range(0, len(drawn.rewards), k)]
         preferences, counts = label(

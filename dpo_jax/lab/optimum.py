@@ -26,9 +26,7 @@ def estimate(
     counts = [samples, *[max(1, samples // len(policies))] * len(policies)] if policies else [samples]
     rewards, logps = [], []
     for number, (variables, count) in enumerate(zip(drawn_from, counts, strict=True)):
-        repeated = Prompts(
-            [text for text in prompts.texts for _ in range(count)], [ids for ids in prompts.ids for _ in range(count)]
-        )
+        repeated = prompts.repeated(count)
         scored = world.sample(variables, repeated, jax.random.fold_in(jax.random.key(seed), number))
         rewards.append(scored.rewards.reshape(len(prompts.ids), count))
         under = [world.logps(policy, repeated.ids, scored.completions.ids) for policy in drawn_from]

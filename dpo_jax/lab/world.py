@@ -24,6 +24,10 @@ class Prompts(NamedTuple):
     texts: list[str]
     ids: list[np.ndarray]  # int32[n] each
 
+    def repeated(self, times: int) -> Prompts:
+        """Each prompt `times` times, one behind the other."""
+        return Prompts([text for text in self.texts for _ in range(times)], [x for x in self.ids for _ in range(times)])
+
 
 class Scored(NamedTuple):
     """Completions of prompts with their true rewards."""
