@@ -220,7 +220,7 @@ def gae(rewards: Array, values: Array, mask: Array, *, gamma: float, lam: float)
 def whiten(x: Array, mask: Array) -> jax.Array:
     """`x` shifted and scaled to mean 0 and variance 1 where `mask` is 1; 0 elsewhere."""
     share = mask / mask.sum()
-    deviation = x - (x * share).sum()
+    deviation = jnp.asarray(x) - (x * share).sum()
     return deviation * jax.lax.rsqrt((deviation**2 * share).sum() + 1e-8) * mask
 
 
@@ -263,24 +263,24 @@ def ppo_step(
 
     def objective(trainable: Variables, rollout: Rollout) -> tuple[jax.Array, Metrics]:
         logps, values, entropy = policy_and_values(model, {**state.frozen, **trainable}, rollout.rows)
+        gains, old_values, returns = (jnp.asarray(x) for x in (rollout.advantages, rollout.values, rollout.returns))
         # What padding scores is arbitrary, and infinity times weight 0 is NaN.
         log_ratio = jnp.where(rollout.weight > 0, logps - rollout.logps, 0)
         ratio = jnp.exp(log_ratio)
-        gain, clipped_gain = (r * rollout.advantages for r in (ratio, jnp.clip(ratio, 1 - clip, 1 + clip)))
-        policy_loss = -jnp.minimum(gain, clipped_gain)
-        error = rollout.returns - values
-        clipped_error = rollout.returns - jnp.clip(values, rollout.values - value_clip, rollout.values + value_clip)
-        value_loss = 0.5 * jnp.maximum(error**2, clipped_error**2)
+        surrogate, clipped = ratio * gains, jnp.clip(ratio, 1 - clip, 1 + clip) * gains
+        policy_loss = -jnp.minimum(surrogate, clipped)
+        error, near = returns - values, jnp.clip(values, old_values - value_clip, old_values + value_clip)
+        value_loss = 0.5 * jnp.maximum(error**2, (returns - near) ** 2)
         return policy_loss + value_weight * value_loss, {
             "policy_loss": policy_loss,
             "value_loss": value_loss,
             "ratio": ratio,
-            "clip_share": (clipped_gain < gain).astype(ratio.dtype),
-            "value_clip_share": (clipped_error**2 > error**2).astype(ratio.dtype),
+            "clip_share": (clipped < surrogate).astype(ratio.dtype),
+            "value_clip_share": ((returns - near) ** 2 > error**2).astype(ratio.dtype),
             "approx_kl": ratio - 1 - log_ratio,
             "entropy": entropy,
-            "returns": jnp.asarray(rollout.returns),
-            "squared_returns": jnp.asarray(rollout.returns) ** 2,
+            "returns": returns,
+            "squared_returns": returns**2,
             "errors": error,
             "squared_errors": error**2,
         }

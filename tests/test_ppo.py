@@ -1,5 +1,6 @@
 """PPO: its pieces against plain loops and known limits, and the whole against a world small enough to count."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -43,7 +44,55 @@ from dpo_jax.types import Model
 SIZES = {"vocab_size": 32, "width": 32, "layers": 1, "heads": 4, "max_positions": 64, "eos_token_id": 0}
 MODEL = with_scalar_head(make_model(decoder_config(hf_config("llama", **SIZES))))
 EOS = 0
+STOP = 9  # ends what the decoder samples here: a token that it likes
 CLIPS = {"clip": 0.2, "value_clip": 0.3, "value_weight": 0.5}
+
+
+# ---- a world that can be counted: two prompts, three words and EOS, at most two tokens
+
+WORDS, NEW = 4, 2
+COMPLETIONS = [[EOS], *([a, b] for a, b in itertools.product(range(1, WORDS), range(WORDS)))]
+REWARDS = np.random.default_rng(5).normal(0, 1, size=(2, len(COMPLETIONS)))
+REWARD_OF = {(p + 1, tuple(y)): r for p, row in enumerate(REWARDS) for y, r in zip(COMPLETIONS, row, strict=True)}
+CONTEXTS = (WORDS + 1) ** NEW  # of at most NEW tokens
+ALL = completion_rows([(np.array([p]), np.array(y)) for p in (1, 2) for y in COMPLETIONS], length=1 + NEW)
+
+
+def tabular_model():
+    """The hidden state is one-hot in the tokens seen, so that head and value function are free tables over contexts."""
+
+    def states(codes, k_start, k_end):
+        keys = jnp.arange(codes.shape[1], dtype=jnp.int32)[None, None, :]
+        seen = (keys >= k_start[:, :, None]) & (keys < k_end[:, :, None])
+        return jax.nn.one_hot(jnp.where(seen, codes[:, None, :], 0).sum(axis=-1), CONTEXTS)
+
+    def codes_of(rows):
+        return (jnp.asarray(rows.tokens) + 1) * (WORDS + 1) ** jnp.asarray(rows.positions)
+
+    def decode(variables, rows, cache):
+        codes = jax.lax.dynamic_update_slice(cache["codes"], codes_of(rows), (0, cache["length"]))
+        hidden = states(codes, rows.k_start, rows.k_end)
+        return hidden, {"codes": codes, "length": cache["length"] + jnp.int32(rows.tokens.shape[1])}
+
+    return with_scalar_head(
+        Model(
+            init=lambda key: {"params": {"table": jax.random.normal(key, (CONTEXTS, WORDS))}},
+            forward=lambda variables, rows: states(codes_of(rows), rows.k_start, rows.k_end),
+            unembed=lambda variables, hidden: hidden @ variables["params"]["table"],
+            init_cache=lambda batch, length, dtype: {"codes": jnp.zeros((batch, length), jnp.int32), "length": jnp.int32(0)},
+            decode=decode,
+            axes=lambda: {"params": {"table": jax.sharding.PartitionSpec(None, "vocab")}},
+        )
+    )
+
+
+TABULAR = tabular_model()
+LOGPS = jax.jit(functools.partial(sequence_logps, TABULAR))
+
+
+def distribution(variables):
+    """log pi(y|x) of every completion of both prompts: float64[2, 13]."""
+    return np.asarray(LOGPS(variables, ALL), np.float64).reshape(2, -1)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +102,8 @@ def variables():
 
 def spread(variables):
     """Predictions and values far from uniform: initial weights are small."""
-    head = {"kernel": jax.random.normal(jax.random.key(1), variables["head"]["kernel"].shape), "bias": jnp.float32(0.3)}
+    kernel = jax.random.normal(jax.random.key(1), variables["head"]["kernel"].shape)
+    head = {"kernel": 0.05 * kernel, "bias": jnp.float32(0.3)}
     return {"params": jax.tree.map(lambda x: 4 * x, variables["params"]), "head": head}
 
 
@@ -111,8 +161,8 @@ def test_whitening():
     (x,) = random_arrays(1)
     with jax.enable_x64(True):
         white = np.asarray(whiten(7 + 3 * x, MASK))
-        np.testing.assert_allclose(whiten(np.where(MASK == 0, 1e6, 7 + 3 * x), MASK), white, rtol=1e-12)
-        np.testing.assert_array_equal(whiten(np.ones_like(x), MASK), 0)
+        np.testing.assert_allclose(whiten(np.where(MASK == 0, 1e6, 7 + 3 * x), MASK), white, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(whiten(np.ones_like(x), MASK), 0, atol=1e-9)
     inside = white[MASK > 0]
     assert inside.mean() == pytest.approx(0, abs=1e-12)
     assert inside.std() == pytest.approx(1, rel=1e-6)
@@ -147,10 +197,10 @@ def test_score_statistics_are_those_of_all_scores():
 PROMPTS = [[5], [7, 8, 9], [1, 2], [30, 3, 11, 4], [6, 6], [9], [12, 2, 2], [17]]
 
 
-def collected_by(partitioner, variables, *, new=6):
+def collected_by(partitioner, variables):
     reference = jax.tree.map(lambda x: 0.9 * x, variables)
     prompts = prompt_batch(PROMPTS, jax.random.key(2), length=4)
-    compiled = partitioner.compile_map(functools.partial(collect, MODEL, max_new_tokens=new, eos_id=EOS))
+    compiled = partitioner.compile_map(functools.partial(collect, MODEL, max_new_tokens=6, eos_id=STOP))
     return compiled((partitioner.put_variables(variables), partitioner.put_variables(reference)), prompts)
 
 
@@ -162,7 +212,7 @@ def collected(variables):
 def test_what_is_collected_is_what_the_sampler_drew(variables, collected):
     """The same completions, laid out on the host, have the log-probabilities of the sampler and of both models."""
     prompts = prompt_batch(PROMPTS, jax.random.key(2), length=4)
-    draw = functools.partial(generate, MODEL, max_new_tokens=6, eos_id=EOS)
+    draw = functools.partial(generate, MODEL, max_new_tokens=6, eos_id=STOP)
     samples = jax.jit(draw)(variables, prompts.tokens, prompts.lengths, jax.random.split(jax.random.key(2), 8))
     completions = completion_ids(collected.rows)
     for row, ids in enumerate(completions):
@@ -178,7 +228,7 @@ def test_what_is_collected_is_what_the_sampler_drew(variables, collected):
     np.testing.assert_allclose((collected.ref_logps * mask).sum(axis=1), logps(reference, on_host), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [16, 1000])
+@pytest.mark.parametrize("chunk", [32, 1000])
 def test_values_and_entropy_are_those_of_the_dense_head(chunk, variables, collected):
     score = jax.jit(functools.partial(policy_and_values, MODEL, chunk=chunk))
     logps, values, entropy = score(variables, collected.rows)
@@ -191,15 +241,13 @@ def test_values_and_entropy_are_those_of_the_dense_head(chunk, variables, collec
     assert np.ptp(entropy) > 0.1
 
 
-def test_the_chunked_head_has_the_gradient_of_the_dense_one(variables, collected):
+def test_the_chunked_head_has_the_gradient_of_the_dense_one(table):
     def total(variables, chunk):
-        logps, values, _ = policy_and_values(MODEL, variables, collected.rows, chunk=chunk)
+        logps, values, _ = policy_and_values(TABULAR, variables, ALL, chunk=chunk)
         return (logps * jnp.cos(logps) + values).sum()
 
     grad = jax.jit(jax.grad(total), static_argnums=1)
-    chunked, dense = grad(variables, 16), grad(variables, 1000)
-    scale = float(optax.tree.norm(dense))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6 * scale), chunked, dense)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), grad(table, 60), grad(table, 1000))
 
 
 @pytest.mark.parametrize("make", [pmap_partitioner, lambda: on_mesh()], ids=["pmap", "mesh"])
@@ -225,33 +273,37 @@ def on_mesh():
 
 
 @pytest.fixture(scope="module")
-def rollout(variables):
-    """Seven completions and a filler, from a policy that was another one: ratios on both sides of the clip."""
-    rng = np.random.default_rng(0)
-    texts = [tuple(rng.integers(1, 32, size).astype(np.int32) for size in (3, rng.integers(1, 7))) for _ in range(7)]
-    rows = Layout("plain", length=12, scored=8, rows_multiple=8).rows(texts)
-    logps, values, _ = jax.jit(functools.partial(policy_and_values, MODEL))(variables, rows)
-    noise = rng.normal(0, 0.4, size=(4, *logps.shape)).astype(np.float32)
+def table():
+    variables = TABULAR.init(jax.random.key(3))
+    return {**variables, "head": {**variables["head"], "kernel": jax.random.normal(jax.random.key(4), (CONTEXTS,))}}
+
+
+@pytest.fixture(scope="module")
+def rollout(table):
+    """Every completion and two fillers, from a policy that was another one: ratios on both sides of the clip."""
+    texts = [(np.array([p]), np.array(y)) for p in (1, 2) for y in COMPLETIONS]
+    rows = Layout("plain", length=1 + NEW, scored=1 + NEW, rows_multiple=4).rows(texts)
+    assert rows.weight.tolist() == [1] * 26 + [0] * 2
+    logps, values, _ = policy_and_values(TABULAR, table, rows)
+    noise = np.random.default_rng(0).normal(0, 0.4, size=(4, *logps.shape)).astype(np.float32)
     return jax.device_get(Rollout(rows, logps + noise[0], values + noise[1], noise[2], values + noise[3]))
 
 
-@pytest.fixture(scope="module")
-def tx():
-    return make_optimizer(1e-3, max_grad_norm=1.0)
+TX = make_optimizer(1e-3, max_grad_norm=1.0)
+STEP = functools.partial(ppo_step, model=TABULAR, tx=TX)
 
 
 @pytest.fixture(scope="module")
-def expected(variables, rollout, tx):
-    return jax.jit(functools.partial(ppo_step, model=MODEL, tx=tx, **CLIPS))(init_state(variables, tx), rollout)
+def expected(table, rollout):
+    return jax.jit(functools.partial(STEP, **CLIPS))(init_state(table, TX), rollout)
 
 
-def test_metrics_are_means_over_the_tokens_of_the_batch(variables, rollout, expected):
+def test_metrics_are_means_over_the_tokens_of_the_batch(table, rollout, expected):
     """Against numpy, token by token."""
     state, metrics = expected
     inside = np.asarray(rollout.weight) > 0
-    assert inside.sum() < inside[:7].size
-    score = jax.jit(functools.partial(policy_and_values, MODEL))
-    now = [np.asarray(x, np.float64)[inside] for x in score(variables, rollout.rows)]
+    assert 0 < inside.sum() < inside[:26].size
+    now = [np.asarray(x, np.float64)[inside] for x in policy_and_values(TABULAR, table, rollout.rows)]
     then = [np.asarray(x, np.float64)[inside] for x in (rollout.logps, rollout.values, rollout.advantages, rollout.returns)]
     (logps, values, entropy), (old_logps, old_values, gains, returns) = now, then
     ratio = np.exp(logps - old_logps)
@@ -280,88 +332,49 @@ def test_metrics_are_means_over_the_tokens_of_the_batch(variables, rollout, expe
 
 
 @pytest.mark.parametrize("way", ["microbatches", "pmap", "mesh"])
-def test_however_it_is_run_it_is_one_step(way, variables, rollout, expected, tx):
-    step = functools.partial(ppo_step, model=MODEL, tx=tx, **CLIPS)
-    if way == "microbatches":
-        state, metrics = jax.jit(functools.partial(step, microbatches=4))(init_state(variables, tx), rollout)
-    else:
-        partitioner = pmap_partitioner() if way == "pmap" else on_mesh()
-        state = partitioner.init_state(functools.partial(init_state, tx=tx), partitioner.put_variables(variables))
-        compiled = partitioner.compile_step(functools.partial(step, axis_name=partitioner.axis_name, microbatches=2))
-        state, metrics = compiled(state, rollout)
-        state = jax.device_get(partitioner.get_state(state))
+def test_however_it_is_run_it_is_one_step(way, table, rollout, expected):
+    make = {
+        "microbatches": single_device,
+        "pmap": pmap_partitioner,
+        "mesh": lambda: mesh_partitioner(make_mesh(data=4), TABULAR),
+    }
+    partitioner = make[way]()
+    state = partitioner.init_state(functools.partial(init_state, tx=TX), partitioner.put_variables(table))
+    split = 4 if way == "microbatches" else 1
+    step = functools.partial(STEP, **CLIPS, axis_name=partitioner.axis_name, microbatches=split)
+    state, metrics = partitioner.compile_step(step)(state, rollout)
     assert metrics.keys() == expected[1].keys()
     for name, value in expected[1].items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=3e-5), state.params, expected[0].params)
+    params = jax.device_get(partitioner.get_state(state)).params
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=3e-5), params, expected[0].params)
 
 
-def test_every_option_of_the_step_changes_it(variables, rollout, expected, tx):
-    for option, value in {"clip": 0.05, "value_clip": math.inf, "value_weight": 0.1}.items():
-        step = jax.jit(functools.partial(ppo_step, model=MODEL, tx=tx, **CLIPS | {option: value}))
-        metrics = step(init_state(variables, tx), rollout)[1]
-        assert abs(float(metrics["loss"]) - float(expected[1]["loss"])) > 1e-3, option
+@pytest.mark.parametrize("option", [{"clip": 0.05}, {"value_clip": math.inf}, {"value_weight": 0.1}], ids=str)
+def test_every_option_of_the_step_changes_it(option, table, rollout, expected):
+    metrics = jax.jit(functools.partial(STEP, **CLIPS | option))(init_state(table, TX), rollout)[1]
+    assert abs(float(metrics["loss"]) - float(expected[1]["loss"])) > 1e-3
+
+
+def test_padding_of_any_size_changes_nothing(table, rollout, expected):
+    """A ratio at a position that is not scored may be infinite; times weight 0 that would be NaN."""
+    inside = np.asarray(rollout.weight) > 0
+    odd = dataclasses.replace(rollout, logps=np.where(inside, rollout.logps, np.float32(-1e4)))
+    state, metrics = jax.jit(functools.partial(STEP, **CLIPS))(init_state(table, TX), odd)
+    jax.tree.map(np.testing.assert_array_equal, (state.params, metrics), (expected[0].params, expected[1]))
 
 
 def test_an_epoch_visits_every_row_once(rollout):
     def visited(**options):
-        parts = minibatches(rollout, size=4, rng=np.random.default_rng(3), **options)
+        parts = minibatches(rollout, size=14, rng=np.random.default_rng(3), **options)
         return np.concatenate([part.rows.index for part in parts]).tolist()
 
     assert sorted(visited()) == sorted(rollout.rows.index.tolist())
     assert visited() != rollout.rows.index.tolist()
-    halves = [visited(part=(index, 2)) for index in (0, 1)]
-    assert [
-        row for pair in zip(*(np.reshape(h, (2, 2)).tolist() for h in halves), strict=True) for h in pair for row in h
-    ] == visited()
-    with pytest.raises(ValueError, match="8 rows does not divide into minibatches of 3 rows for 1 hosts"):
+    halves = [np.reshape(visited(part=(index, 2)), (2, 7)) for index in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate(halves, axis=1).reshape(-1), visited())
+    with pytest.raises(ValueError, match="28 rows does not divide into minibatches of 3 rows for 1 hosts"):
         next(minibatches(rollout, size=3, rng=np.random.default_rng(0)))
-
-
-# ---- a world that can be counted: two prompts, three words and EOS, at most two tokens
-
-WORDS, NEW = 4, 2
-COMPLETIONS = [[EOS], *([a, b] for a, b in itertools.product(range(1, WORDS), range(WORDS)))]
-REWARDS = np.random.default_rng(5).normal(0, 1, size=(2, len(COMPLETIONS)))
-REWARD_OF = {(p + 1, tuple(y)): r for p, row in enumerate(REWARDS) for y, r in zip(COMPLETIONS, row, strict=True)}
-ALL = completion_rows([(np.array([p]), np.array(y)) for p in (1, 2) for y in COMPLETIONS], length=1 + NEW)
-
-
-def tabular_model():
-    """The hidden state is one-hot in the tokens seen, so that head and value function are free tables over contexts."""
-    contexts = (WORDS + 1) ** NEW
-
-    def states(codes, k_start, k_end):
-        keys = jnp.arange(codes.shape[1], dtype=jnp.int32)[None, None, :]
-        seen = (keys >= k_start[:, :, None]) & (keys < k_end[:, :, None])
-        return jax.nn.one_hot(jnp.where(seen, codes[:, None, :], 0).sum(axis=-1), contexts)
-
-    def codes_of(rows):
-        return (jnp.asarray(rows.tokens) + 1) * (WORDS + 1) ** jnp.asarray(rows.positions)
-
-    def decode(variables, rows, cache):
-        codes = jax.lax.dynamic_update_slice(cache["codes"], codes_of(rows), (0, cache["length"]))
-        hidden = states(codes, rows.k_start, rows.k_end)
-        return hidden, {"codes": codes, "length": cache["length"] + jnp.int32(rows.tokens.shape[1])}
-
-    return with_scalar_head(
-        Model(
-            init=lambda key: {"params": {"table": jax.random.normal(key, (contexts, WORDS))}},
-            forward=lambda variables, rows: states(codes_of(rows), rows.k_start, rows.k_end),
-            unembed=lambda variables, hidden: hidden @ variables["params"]["table"],
-            init_cache=lambda batch, length, dtype: {"codes": jnp.zeros((batch, length), jnp.int32), "length": jnp.int32(0)},
-            decode=decode,
-        )
-    )
-
-
-TABULAR = tabular_model()
-LOGPS = jax.jit(functools.partial(sequence_logps, TABULAR))
-
-
-def distribution(variables):
-    """log pi(y|x) of every completion of both prompts: float64[2, 13]."""
-    return np.asarray(LOGPS(variables, ALL), np.float64).reshape(2, -1)
 
 
 def train(*, iterations, kl_coef, target=None, seed=0):
@@ -384,7 +397,7 @@ def train(*, iterations, kl_coef, target=None, seed=0):
             state, metrics = step(state, part)
         log.append({name: float(value) for name, value in {**health, **metrics}.items()})
         if target is not None:
-            kl_coef = next_kl_coef(kl_coef, kl=log[-1]["kl"], target=target, horizon=2000, samples=len(prompts))
+            kl_coef = next_kl_coef(kl_coef, kl=log[-1]["kl"], target=target, horizon=1000, samples=len(prompts))
     return state.variables, reference, kl_coef, log
 
 
@@ -395,7 +408,7 @@ def test_the_world_is_complete():
 def test_ppo_finds_the_optimum_of_eq_4():
     """pi* = pi_ref exp(r / beta) / Z, and `E[r] - beta KL` is at most `beta log Z`."""
     beta = 0.5
-    variables, reference, _, log = train(iterations=80, kl_coef=beta)
+    variables, reference, _, log = train(iterations=60, kl_coef=beta)
     logp, ref_logp = distribution(variables), distribution(reference)
     unnormalised = ref_logp + REWARDS / beta
     log_z = np.log(np.exp(unnormalised).sum(axis=1))
@@ -403,10 +416,10 @@ def test_ppo_finds_the_optimum_of_eq_4():
     objective = (np.exp(logp) * (REWARDS - beta * (logp - ref_logp))).sum(axis=1)
     assert ((beta * log_z - start) > 0.3).all()  # there is something to gain
     share = (objective - start) / (beta * log_z - start)
-    assert (share > 0.97).all(), share
+    assert (share > 0.999).all(), share
     assert (share <= 1 + 1e-6).all()
     total_variation = 0.5 * np.abs(np.exp(logp) - np.exp(unnormalised - log_z[:, None])).sum(axis=1)
-    assert (total_variation < 0.1).all(), total_variation
+    assert (total_variation < 0.01).all(), total_variation
     # The estimates of the last rollout are those of the final policy, up to 512 samples.
     assert log[-1]["penalised_score"] == pytest.approx(objective.mean(), abs=0.1)
     assert log[-1]["kl"] == pytest.approx((np.exp(logp) * (logp - ref_logp)).sum(axis=1).mean(), abs=0.1)
@@ -415,7 +428,7 @@ def test_ppo_finds_the_optimum_of_eq_4():
 
 
 def test_the_adaptive_coefficient_holds_the_kl_at_its_target():
-    variables, reference, kl_coef, _ = train(iterations=100, kl_coef=0.5, target=0.25)
+    variables, reference, kl_coef, _ = train(iterations=60, kl_coef=0.5, target=0.25)
     logp, ref_logp = distribution(variables), distribution(reference)
     kl = (np.exp(logp) * (logp - ref_logp)).sum(axis=1).mean()
     assert kl == pytest.approx(0.25, abs=0.06)
@@ -431,7 +444,7 @@ def test_the_first_step_is_reinforce():
         gains, returns = np.random.default_rng(0).normal(size=(2, *logps.shape))
         rollout = Rollout(rows, logps, values, gains, returns)
         step = functools.partial(ppo_step, model=TABULAR, tx=optax.sgd(1.0), clip=0.2, value_clip=0.2, value_weight=0.0)
-        after, metrics = step(init_state(variables, optax.sgd(1.0)), rollout)
+        after, metrics = jax.jit(step)(init_state(variables, optax.sgd(1.0)), rollout)
         share = rollout.weight / rollout.weight.sum()
 
         def reinforce(variables):
