@@ -72,10 +72,9 @@ def plot_frontier(
 
 def _draw_optimum(axes: Axes, optimum: Optimum, max_kl: float) -> tuple[float, float]:
     """The curve from the reference on, dashed grey where too few samples carry it; returns where its label belongs."""
-    start = optimum.kl[0] > 0
     kl, reward, trusted = optimum.kl, optimum.reward, optimum.trusted
     low, high = optimum.band
-    if start:
+    if kl[0] > 0:
         kl, reward, trusted = np.append(0.0, kl), np.append(optimum.reference, reward), np.append(True, trusted)
         low, high = np.append(optimum.reference, low), np.append(optimum.reference, high)
     last = np.flatnonzero(trusted)[-1] if trusted.any() else 0
@@ -84,15 +83,10 @@ def _draw_optimum(axes: Axes, optimum: Optimum, max_kl: float) -> tuple[float, f
     axes.plot(kl[: last + 1], reward[: last + 1], color="black", linewidth=2.2, zorder=2)
     if last + 1 < len(kl):
         axes.plot(kl[last:], reward[last:], color="#8a8a8a", linewidth=1.6, linestyle=(0, (4, 3)), zorder=2)
-        axes.annotate(
-            "too few effective samples from here",
-            (min(kl[last], max_kl), reward[last]),
-            xytext=(-4, 10),
-            textcoords="offset points",
-            ha="right",
-            fontsize=7.5,
-            color="#666666",
-        )
+        if kl[last] < max_kl:
+            text = "too few effective samples from here"
+            at = (kl[last], reward[last])
+            axes.annotate(text, at, (-4, 10), textcoords="offset points", ha="right", fontsize=7.5, color="#666666")
     inside = np.flatnonzero(kl <= max_kl)[-1]
     return float(kl[inside]), float(reward[inside])
 
