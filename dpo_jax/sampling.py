@@ -24,7 +24,12 @@ class Samples(NamedTuple):
 
     tokens: jax.Array  # int32[B, T]
     lengths: jax.Array  # int32[B]  tokens of each completion, its EOS included
-    logps: jax.Array  # float32[B]  log pi(y|x) in nats, summed over `lengths` tokens
+    token_logps: jax.Array  # float32[B, T]  log-probability of each token in nats; 0 after the end
+
+    @property
+    def logps(self) -> jax.Array:
+        """log pi(y|x) of each completion: float32[B], in nats."""
+        return self.token_logps.sum(-1)
 
 
 class _Loop(NamedTuple):
@@ -70,12 +75,12 @@ def generate(
 
     The distribution is `model`'s with logits divided by `temperature`, cut to the `top_k` likeliest tokens (0: all), then to
     the likeliest ones that together reach probability `top_p` (1: all; nucleus sampling, Holtzman et al. 2019), as in
-    transformers. Temperature 0 takes the likeliest token. A row ends with `eos_id`, the loop when all rows have ended or after
-    T = `max_new_tokens` tokens.
+    transformers. Temperature 0 takes the likeliest token. A row ends with `eos_id` (-1: no token ends it), the loop when all
+    rows have ended or after T = `max_new_tokens` tokens.
 
     `key` is one key, or one for each row: then a completion does not depend on which rows it shares a batch or a device with.
 
-    `Samples.logps` are under the model itself, before temperature and cuts: they equal the log-probabilities that
+    `Samples.token_logps` are under the model itself, before temperature and cuts: `Samples.logps`, their sums, equal what
     `logps.sequence_logps` finds for the same tokens. They are NaN where a completion ran past the model's position table.
     """
     init_cache, decode = model.init_cache, model.decode
@@ -97,12 +102,13 @@ def generate(
         token = _choose(
             logits, jax.vmap(jax.random.fold_in, (0, None))(keys, loop.drawn), temperature=temperature, top_k=top_k, top_p=top_p
         )
-        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+        picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+        logp = (picked - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
         tokens, counts, logps = loop.samples
         samples = Samples(
             jax.lax.dynamic_update_slice(tokens, jnp.where(loop.ended, eos_id, token)[:, None], (0, loop.drawn)),
             counts + jnp.where(loop.ended, 0, 1),
-            logps + jnp.where(loop.ended, 0.0, logp.astype(jnp.float32)),
+            jax.lax.dynamic_update_slice(logps, jnp.where(loop.ended, 0.0, logp)[:, None], (0, loop.drawn)),
         )
         return loop._replace(drawn=loop.drawn + 1, samples=samples, ended=loop.ended | (token == eos_id))
 
@@ -118,9 +124,8 @@ def generate(
     # The last token drawn is never fed, and needs no column.
     cache = init_cache(batch, columns + max_new_tokens - 1, cache_dtype)
     hidden, cache = decode(variables, _prompt_rows(jnp.asarray(prompts, jnp.int32), start), cache)
-    none = Samples(
-        jnp.full((batch, max_new_tokens), eos_id, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.float32)
-    )
+    shape = (batch, max_new_tokens)
+    none = Samples(jnp.full(shape, eos_id, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros(shape, jnp.float32))
     loop = draw(hidden[:, -1], _Loop(jnp.int32(0), none, jnp.zeros(batch, bool), cache))
     loop = jax.lax.while_loop(lambda loop: (loop.drawn < max_new_tokens) & ~loop.ended.all(), advance, loop)
     return loop.samples

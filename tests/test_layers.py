@@ -27,14 +27,14 @@ ONLY_IN = {
     "matplotlib": ["evals/plots.py", "bench/plots.py"],
     "tensorboardX": ["runtime/metrics.py"],
     "wandb": ["runtime/metrics.py"],
-    "torch": ["bench/torch_loop.py", "bench/trl_loop.py", "bench/matmul.py"],
+    "torch": ["bench/torch_loop.py", "bench/torch_sampler.py", "bench/trl_loop.py", "bench/matmul.py"],
     "trl": ["bench/trl_loop.py"],
     "datasets": ["bench/trl_loop.py"],
 }
 NOWHERE = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tensorflow"}
 LIGHT = ["cli/config.py", "cli/config_file.py", "cli/main.py"]  # --help answers at once
 # What runs in the processes of the PyTorch contenders, where JAX would count as their memory.
-WITHOUT_JAX = ["bench/contender.py", "bench/matmul.py", "bench/torch_loop.py", "bench/trl_loop.py", "bench/work.py"]
+WITHOUT_JAX = [f"bench/{name}.py" for name in ("contender", "matmul", "torch_loop", "torch_sampler", "trl_loop", "work")]
 
 
 def name_of(path):
