@@ -9,6 +9,7 @@ Prompts of unequal length are padded on the left, so that all rows write their n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -118,12 +119,14 @@ def generate(
         token = jax.lax.dynamic_slice(loop.samples.tokens, (0, last), (batch, 1))
         column = jnp.broadcast_to(columns + last, (batch, 1))
         rows = _rows(token, column - start[:, None], start[:, None], column + 1)
-        hidden, cache = decode(variables, rows, loop.cache)
+        hidden, cache = decode(weights, rows, loop.cache)
         return draw(hidden[:, 0], loop._replace(cache=cache))
 
     # The last token drawn is never fed, and needs no column.
-    cache = init_cache(batch, columns + max_new_tokens - 1, cache_dtype)
-    hidden, cache = decode(variables, _prompt_rows(jnp.asarray(prompts, jnp.int32), start), cache)
+    weights, cache = variables, init_cache(batch, columns + max_new_tokens - 1, cache_dtype)
+    if model.by_layer is not None and jax.default_backend() == "cpu":
+        weights, cache = model.by_layer(weights, cache)
+    hidden, cache = decode(weights, _prompt_rows(jnp.asarray(prompts, jnp.int32), start), cache)
     shape = (batch, max_new_tokens)
     none = Samples(jnp.full(shape, eos_id, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros(shape, jnp.float32))
     loop = draw(hidden[:, -1], _Loop(jnp.int32(0), none, jnp.zeros(batch, bool), cache))
@@ -145,7 +148,29 @@ def _choose(logits: jax.Array, keys: jax.Array, *, temperature: float, top_k: in
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         smallest = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    return _draw(jnp.exp(logits - logits.max(axis=-1, keepdims=True)), keys)
+
+
+def _draw(weights: jax.Array, keys: jax.Array) -> jax.Array:
+    """An index per row with a probability proportional to `weights[B, V]`: first a block of them, then one in the block.
+
+    Two random numbers a row instead of one for each token of the vocabulary, which would take longer than a small model.
+    Sums over few numbers, too: a single running sum over a large vocabulary is too coarse in float32.
+    """
+    vocab = weights.shape[1]
+    size = 1 << round(math.log2(vocab) / 2)
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % size))).reshape(len(weights), -1, size)
+    first, second = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys).T
+    block = _invert(blocks.sum(axis=-1), first)
+    inside = _invert(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], second)
+    return (block * size + inside).astype(jnp.int32)
+
+
+def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The index at which the running sum of `weights[B, n]` passes the share `uniform[B]` of it, in [0, 1)."""
+    reached, possible = jnp.cumsum(weights, axis=-1), weights > 0  # a sum may grow by rounding where nothing is added
+    target = uniform * jnp.where(possible, reached, 0).max(axis=-1)
+    return jnp.argmax(possible & (reached > target[:, None]), axis=-1)
 
 
 def _prompt_rows(prompts: jax.Array, start: jax.Array) -> Rows:

@@ -134,7 +134,8 @@ def test_report_arithmetic(work):
 
 CONFIG = """\
 run: {{dir: {folder}}}
-tokenizer: {{vocab_size: 61}}
+data: {{max_length: 32, max_prompt_length: 16}}
+tokenizer: {{vocab_size: 300}}
 model: {{family: llama, width: 32, layers: 2, heads: 4, kv_heads: 2, max_positions: 32}}
 bench: {{rounds: 2, steps: 1}}
 """

@@ -97,11 +97,11 @@ def summarize(work: SamplingWork, results: Results, differences: Mapping[str, fl
     figures = {}
     for name, rounds in results.items():
         rates = [statistics.median(tokens_per_second(work, result)) for result in rounds]
-        cold, *warm = (result.get("compile_seconds") for result in rounds)
+        cold, *warm = [result["compile_seconds"] for result in rounds if "compile_seconds" in result] or [None]
         figures[name] = {
             "tokens_per_second": {"median": statistics.median(rates), "min": min(rates), "max": max(rates)},
             "first_seconds": statistics.median(result["first_seconds"] for result in rounds),
-            "compile_seconds": {"cold": cold, "warm": statistics.median(warm) if warm and cold is not None else None},
+            "compile_seconds": {"cold": cold, "warm": statistics.median(warm) if warm else None},
             "peak_bytes": max(result["peak_bytes"] for result in rounds),
         }
     prompts, lengths = read_prompts(work)
