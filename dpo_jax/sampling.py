@@ -9,6 +9,7 @@ Prompts of unequal length are padded on the left, so that all rows write their n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,12 @@ class Samples(NamedTuple):
 
     tokens: jax.Array  # int32[B, T]
     lengths: jax.Array  # int32[B]  tokens of each completion, its EOS included
-    logps: jax.Array  # float32[B]  log pi(y|x) in nats, summed over `lengths` tokens
+    token_logps: jax.Array  # float32[B, T]  log-probability of each token in nats; 0 after the end
+
+    @property
+    def logps(self) -> jax.Array:
+        """log pi(y|x) of each completion: float32[B], in nats."""
+        return self.token_logps.sum(-1)
 
 
 class _Loop(NamedTuple):
@@ -70,12 +76,12 @@ def generate(
 
     The distribution is `model`'s with logits divided by `temperature`, cut to the `top_k` likeliest tokens (0: all), then to
     the likeliest ones that together reach probability `top_p` (1: all; nucleus sampling, Holtzman et al. 2019), as in
-    transformers. Temperature 0 takes the likeliest token. A row ends with `eos_id`, the loop when all rows have ended or after
-    T = `max_new_tokens` tokens.
+    transformers. Temperature 0 takes the likeliest token. A row ends with `eos_id` (-1: no token ends it), the loop when all
+    rows have ended or after T = `max_new_tokens` tokens.
 
     `key` is one key, or one for each row: then a completion does not depend on which rows it shares a batch or a device with.
 
-    `Samples.logps` are under the model itself, before temperature and cuts: they equal the log-probabilities that
+    `Samples.token_logps` are under the model itself, before temperature and cuts: `Samples.logps`, their sums, equal what
     `logps.sequence_logps` finds for the same tokens. They are NaN where a completion ran past the model's position table.
     """
     init_cache, decode = model.init_cache, model.decode
@@ -97,12 +103,13 @@ def generate(
         token = _choose(
             logits, jax.vmap(jax.random.fold_in, (0, None))(keys, loop.drawn), temperature=temperature, top_k=top_k, top_p=top_p
         )
-        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+        picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+        logp = (picked - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
         tokens, counts, logps = loop.samples
         samples = Samples(
             jax.lax.dynamic_update_slice(tokens, jnp.where(loop.ended, eos_id, token)[:, None], (0, loop.drawn)),
             counts + jnp.where(loop.ended, 0, 1),
-            logps + jnp.where(loop.ended, 0.0, logp.astype(jnp.float32)),
+            jax.lax.dynamic_update_slice(logps, jnp.where(loop.ended, 0.0, logp)[:, None], (0, loop.drawn)),
         )
         return loop._replace(drawn=loop.drawn + 1, samples=samples, ended=loop.ended | (token == eos_id))
 
@@ -112,15 +119,16 @@ def generate(
         token = jax.lax.dynamic_slice(loop.samples.tokens, (0, last), (batch, 1))
         column = jnp.broadcast_to(columns + last, (batch, 1))
         rows = _rows(token, column - start[:, None], start[:, None], column + 1)
-        hidden, cache = decode(variables, rows, loop.cache)
+        hidden, cache = decode(weights, rows, loop.cache)
         return draw(hidden[:, 0], loop._replace(cache=cache))
 
     # The last token drawn is never fed, and needs no column.
-    cache = init_cache(batch, columns + max_new_tokens - 1, cache_dtype)
-    hidden, cache = decode(variables, _prompt_rows(jnp.asarray(prompts, jnp.int32), start), cache)
-    none = Samples(
-        jnp.full((batch, max_new_tokens), eos_id, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.float32)
-    )
+    weights, cache = variables, init_cache(batch, columns + max_new_tokens - 1, cache_dtype)
+    if model.by_layer is not None and jax.default_backend() == "cpu":
+        weights, cache = model.by_layer(weights, cache)
+    hidden, cache = decode(weights, _prompt_rows(jnp.asarray(prompts, jnp.int32), start), cache)
+    shape = (batch, max_new_tokens)
+    none = Samples(jnp.full(shape, eos_id, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros(shape, jnp.float32))
     loop = draw(hidden[:, -1], _Loop(jnp.int32(0), none, jnp.zeros(batch, bool), cache))
     loop = jax.lax.while_loop(lambda loop: (loop.drawn < max_new_tokens) & ~loop.ended.all(), advance, loop)
     return loop.samples
@@ -140,7 +148,29 @@ def _choose(logits: jax.Array, keys: jax.Array, *, temperature: float, top_k: in
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         smallest = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    return _draw(jnp.exp(logits - logits.max(axis=-1, keepdims=True)), keys)
+
+
+def _draw(weights: jax.Array, keys: jax.Array) -> jax.Array:
+    """An index per row with a probability proportional to `weights[B, V]`: first a block of them, then one in the block.
+
+    Two random numbers a row instead of one for each token of the vocabulary, which would take longer than a small model.
+    Sums over few numbers, too: a single running sum over a large vocabulary is too coarse in float32.
+    """
+    vocab = weights.shape[1]
+    size = 1 << round(math.log2(vocab) / 2)
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % size))).reshape(len(weights), -1, size)
+    first, second = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys).T
+    block = _invert(blocks.sum(axis=-1), first)
+    inside = _invert(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], second)
+    return (block * size + inside).astype(jnp.int32)
+
+
+def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The index at which the running sum of `weights[B, n]` passes the share `uniform[B]` of it, in [0, 1)."""
+    reached, possible = jnp.cumsum(weights, axis=-1), weights > 0  # a sum may grow by rounding where nothing is added
+    target = uniform * jnp.where(possible, reached, 0).max(axis=-1)
+    return jnp.argmax(possible & (reached > target[:, None]), axis=-1)
 
 
 def _prompt_rows(prompts: jax.Array, start: jax.Array) -> Rows:

@@ -72,6 +72,9 @@ class Model(NamedTuple):
     `init_cache(batch, length, dtype=float32) -> cache` and `decode(variables, rows, cache) -> (hidden[R, L, D], cache)` are the
     same trunk with memory: the `L` new tokens of each row are written to the next `L` columns of the cache, and `k_start`,
     `k_end` of `rows` count cache columns. Prefill is a `decode` of the whole prompt, generation one of a single token.
+
+    `by_layer(variables, cache) -> (variables, cache)` takes layers that are stacked apart, for `decode` only: on a CPU, what is
+    cut out of a stack is copied, and in a loop over tokens for each of them.
     """
 
     init: Callable[[jax.Array], Variables]
@@ -79,6 +82,7 @@ class Model(NamedTuple):
     unembed: Callable[[Variables, jax.Array], jax.Array]
     init_cache: Callable[..., Any] | None = None
     decode: Callable[[Variables, Rows, Any], tuple[jax.Array, Any]] | None = None
+    by_layer: Callable[[Variables, Any], tuple[Variables, Any]] | None = None
     axes: Callable[[], Any] | None = None  # logical axis names, a tree like the variables
     config: Any = None  # static description (`models.decoder.DecoderConfig` for ours)
 

@@ -27,7 +27,10 @@ ONLY_IN = {
     "matplotlib": ["evals/plots.py", "evals/frontier_plot.py", "bench/plots.py"],  # curves of a run, the frontier, the race
     "tensorboardX": ["runtime/metrics.py"],
     "wandb": ["runtime/metrics.py"],
-    "torch": ["bench/torch_loop.py", "bench/trl_loop.py", "bench/matmul.py", "evals/rewards.py"],  # other people's classifiers
+    "torch": [
+        *("bench/torch_loop.py", "bench/torch_sampler.py", "bench/trl_loop.py", "bench/matmul.py"),
+        "evals/rewards.py",  # other people's classifiers
+    ],
     "sklearn": ["evals/rewards.py"],
     "trl": ["bench/trl_loop.py"],
     "datasets": ["bench/trl_loop.py"],
@@ -35,7 +38,7 @@ ONLY_IN = {
 NOWHERE = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tensorflow"}
 LIGHT = ["cli/config.py", "cli/config_file.py", "cli/main.py"]  # --help answers at once
 # What runs in the processes of the PyTorch contenders, where JAX would count as their memory.
-WITHOUT_JAX = ["bench/contender.py", "bench/matmul.py", "bench/torch_loop.py", "bench/trl_loop.py", "bench/work.py"]
+WITHOUT_JAX = [f"bench/{name}.py" for name in ("contender", "matmul", "torch_loop", "torch_sampler", "trl_loop", "work")]
 
 
 def name_of(path):

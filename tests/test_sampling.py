@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.layout import causal_rows, completion_rows
-from dpo_jax.logps import sequence_logps
+from dpo_jax.logps import sequence_logps, token_logps
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.sampling import _choose, generate, left_pad
@@ -79,6 +79,27 @@ def test_logps_are_those_of_the_forward_pass(model_and_variables):
     rows = completion_rows(completions, length=24)
     expected = jax.jit(functools.partial(sequence_logps, model))(variables, rows)
     np.testing.assert_allclose(samples.logps, expected, rtol=1e-5, atol=1e-5)
+
+    @jax.jit
+    def by_token(variables, rows):
+        hidden = jnp.take_along_axis(model.forward(variables, rows), rows.source[:, :, None], axis=1)
+        return token_logps(model, variables, hidden, rows.target)
+
+    drawn = np.arange(12) < samples.lengths[:, None]
+    assert (samples.token_logps[~drawn] == 0).all()
+    scored = np.asarray(by_token(variables, rows))[rows.slot < rows.slots]
+    np.testing.assert_allclose(samples.token_logps[drawn], scored, rtol=1e-5, atol=1e-5)
+
+
+def test_beyond_the_position_table_nothing_has_a_probability():
+    config = hf_config("gpt2", vocab_size=V, width=16, layers=1, heads=2, max_positions=6, eos_token_id=EOS)
+    model = make_model(decoder_config(config))
+    run = jax.jit(functools.partial(generate, model, max_new_tokens=6, eos_id=-1))
+    samples = run(jax.jit(model.init)(jax.random.key(0)), *left_pad([[1, 2, 3], [1]]), jax.random.key(0))
+    # Token n is predicted from position (prompt + n - 1): the prompt of three leaves four tokens that can be predicted.
+    np.testing.assert_array_equal(np.isfinite(samples.token_logps), [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    np.testing.assert_array_equal(np.isfinite(samples.logps), [0, 1])
+    np.testing.assert_array_equal(samples.lengths, [6, 6])
 
 
 def counting_model(logits, steps):

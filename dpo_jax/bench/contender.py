@@ -12,20 +12,21 @@ import os
 import sys
 from pathlib import Path
 
-from dpo_jax.bench.work import CONTENDERS, MEASUREMENTS, peak_memory, read_work
+from dpo_jax.bench.work import CONTENDERS, MEASUREMENTS, SAMPLERS, peak_memory, read_sampling, read_work
 
 
 def main(args: list[str]) -> None:
     folder, name, steps, started, out, *trace = args
-    work = read_work(folder)
-    if name in CONTENDERS:
+    if name in SAMPLERS:
+        result = importlib.import_module(f"dpo_jax.bench.{SAMPLERS[name].module}").run(read_sampling(folder))
+    elif name in CONTENDERS:
         run = importlib.import_module(f"dpo_jax.bench.{CONTENDERS[name].module}").run
-        result = run(work, name, steps=int(steps), trace=trace[0] if trace else None)
+        result = run(read_work(folder), name, steps=int(steps), trace=trace[0] if trace else None)
         # Without the reference pass: rounds differ in length, and it has a figure of its own.
         waited = result.pop("first_step_at") - float(started)
         result["seconds_to_first_step"] = waited - sum(result["reference_seconds"] or ())
     else:
-        result = importlib.import_module(f"dpo_jax.bench.{MEASUREMENTS[name]}").run(work, name)
+        result = importlib.import_module(f"dpo_jax.bench.{MEASUREMENTS[name]}").run(read_work(folder), name)
     result.setdefault("peak_bytes", peak_memory())
     result["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     Path(out).write_text(json.dumps(result))

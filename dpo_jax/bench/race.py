@@ -17,10 +17,13 @@ from typing import Any
 
 import dpo_jax
 from dpo_jax.bench import gates
-from dpo_jax.bench.work import CONTENDERS, LIBRARIES, Work, library
+from dpo_jax.bench.work import CONTENDERS, LIBRARIES, SAMPLERS, SamplingWork, Work, library
 
 Results = dict[str, list[dict[str, Any]]]
 """What each contender (and each library's matrix product) measured, one entry per round."""
+
+
+_REMEDY = "Leave it out with --bench.contenders, or divide its batches (--bench.torch-microbatches, --dpo.microbatches)."
 
 
 class ContenderFailed(RuntimeError):
@@ -62,7 +65,13 @@ def race(
 
 
 def run_one(
-    work: Work, name: str, *, steps: int, round_number: int = 0, python: str = sys.executable, trace: str | None = None
+    work: Work | SamplingWork,
+    name: str,
+    *,
+    steps: int,
+    round_number: int = 0,
+    python: str = sys.executable,
+    trace: str | None = None,
 ) -> dict[str, Any]:
     """One contender, once, in a new process. Its output is kept in `<folder>/logs`."""
     folder = Path(work.folder)
@@ -86,7 +95,7 @@ def run_one(
         raise ContenderFailed(
             f"{name} ended with exit code {done.returncode}{killed}; all of its output is in {log}, the end of it:\n"
             + "\n".join(f"    {line}" for line in tail)
-            + "\nLeave it out with --bench.contenders, or divide its batches (--bench.torch-microbatches, --dpo.microbatches)."
+            + f"\n{_REMEDY if name not in SAMPLERS else 'If memory is short, name fewer prompts in --bench.sampling.'}"
         )
     return json.loads(out.read_text()) | {"neighbours": neighbours.share}
 

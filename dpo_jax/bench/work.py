@@ -37,6 +37,11 @@ CONTENDERS = {
     "jax-head": Contender("ladder", "+ output head for completions only"),
     "jax-attention": Contender("ladder", "+ the attention of this platform: what `dpo-jax dpo` runs"),
 }
+SAMPLERS = {
+    "torch-generate": Contender("torch_sampler", "transformers.generate as it comes"),
+    "jax-generate": Contender("our_sampler", "dpo_jax.sampling.generate: what `dpo-jax sample` runs"),
+}
+"""The other race (`sampling_race`), which is about completing prompts. `run(work)` of each takes a `SamplingWork`."""
 OURS = "jax-attention"
 """The last rung of the ladder is the product; the others exist to show what each idea is worth."""
 LIBRARIES = {"torch": "matmul-torch", "jax": "matmul-jax"}
@@ -97,6 +102,39 @@ def read_work(folder: str | Path) -> Work:
     fields = json.loads((Path(folder) / "work.json").read_text())
     layouts = {kind: layout | {"row_counts": tuple(layout["row_counts"])} for kind, layout in fields["layouts"].items()}
     return Work(**fields | {"matmuls": [tuple(shape) for shape in fields["matmuls"]], "layouts": layouts})
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingWork:
+    """What both samplers are told: `<folder>/sampling.json`, beside `model/` and `prompts.npz`. No token ends a completion."""
+
+    folder: str
+    new_tokens: int  # of every completion
+    batches: int  # timed in a round, all of the same prompts, after one that is not
+    precision: Literal["float32", "bfloat16"]
+    seed: int
+
+    @property
+    def model(self) -> Path:
+        return Path(self.folder) / "model"
+
+    def compiled(self, name: str) -> Path:
+        return Path(self.folder) / "compiled" / name
+
+
+def write_sampling(work: SamplingWork, prompts: np.ndarray, lengths: np.ndarray) -> None:
+    """`prompts` int32[B, Lp] end in the last column, `lengths` int32[B]: what `sampling.left_pad` gives."""
+    np.savez(Path(work.folder) / "prompts.npz", prompts=prompts, lengths=lengths)
+    (Path(work.folder) / "sampling.json").write_text(json.dumps(dataclasses.asdict(work), indent=2))
+
+
+def read_sampling(folder: str | Path) -> SamplingWork:
+    return SamplingWork(**json.loads((Path(folder) / "sampling.json").read_text()))
+
+
+def read_prompts(work: SamplingWork) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(Path(work.folder) / "prompts.npz") as file:
+        return file["prompts"], file["lengths"]
 
 
 def read_pairs(work: Work) -> list[Encoded]:

@@ -1,7 +1,8 @@
 """`dpo-jax bench`: our training against PyTorch, on the same weights and the same pairs in every optimizer step.
 
 Beside the table it leaves in `<run.dir>/bench`: `results.json` (all figures), `race.png`, `work/` (the model and the frozen
-pairs, what each contender measured in each round, and its output), and with `--profile` `trace/`.
+pairs, what each contender measured in each round, and its output), and with `--profile` `trace/`. With `--bench.sampling`
+another race is run, of our sampler against `transformers.generate`; its figures are in `sampling.json`.
 
 How to read a profile: see HOW_TO_READ, which is printed with it.
 """
@@ -18,11 +19,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.bench import race, report
+from dpo_jax.bench import race, report, sampling_race
 from dpo_jax.bench.flops import typical_matmuls
 from dpo_jax.bench.plots import plot_race
 from dpo_jax.bench.profile import slowest_operations
-from dpo_jax.bench.work import CONTENDERS, OURS, Work, library, longer_side, random_pairs, read_pairs, write_work
+from dpo_jax.bench.work import (
+    CONTENDERS,
+    OURS,
+    SamplingWork,
+    Work,
+    library,
+    random_pairs,
+    read_pairs,
+    write_sampling,
+    write_work,
+)
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.data.encode import Encoded
@@ -32,6 +43,7 @@ from dpo_jax.models.families import decoder_config
 from dpo_jax.models.hf import load_config, save_hf
 from dpo_jax.runtime.parallel import single_device
 from dpo_jax.runtime.rundir import RunDir, environment, write_json
+from dpo_jax.sampling import left_pad
 from dpo_jax.types import Model
 
 HOW_TO_READ = """\
@@ -44,6 +56,8 @@ MATMUL_TOKENS = 16_384  # rows of the matrix products that are timed, at most
 
 
 def run(config: Config) -> int:
+    if config.bench.sampling is not None:
+        return _sampling(config)
     names = _contenders(config)
     jax.config.update("jax_platforms", "cpu")  # an accelerator belongs to one process at a time: that of the contender
     with build.open_run(config, "bench") as run_dir:
@@ -74,13 +88,9 @@ def _contenders(config: Config) -> list[str]:
     except ValueError as error:
         raise ConfigError(f"bench.contenders: {error}") from error
     needed = {"torch" for name in names if library(name) == "torch"} | {"trl" for name in names if "trl" in name}
-    python = _torch_python(config)
-    if needed and not race.installed(sorted(needed), python=python):
+    if needed:
         others = ",".join(name for name in CONTENDERS if library(name) == "jax")
-        raise ConfigError(
-            f"bench.contenders: {python} has no {' or no '.join(sorted(needed))}: pip install 'dpo_jax[bench]', name another "
-            f"Python (bench.torch_python), or only contenders that need none: {others}"
-        )
+        _need(config, sorted(needed), option="bench.contenders", otherwise=f", or only contenders that need none: {others}")
     for option, parts in (
         ("bench.groups", config.bench.groups),
         ("bench.torch_microbatches", config.bench.torch_microbatches),
@@ -88,6 +98,15 @@ def _contenders(config: Config) -> list[str]:
         if config.dpo.batch % parts:
             raise ConfigError(f"{option}: {parts} equal parts do not make up a batch of {config.dpo.batch} pairs (dpo.batch)")
     return names
+
+
+def _need(config: Config, packages: list[str], *, option: str, otherwise: str = "") -> None:
+    python = _torch_python(config)
+    if not race.installed(packages, python=python):
+        raise ConfigError(
+            f"{option}: {python} has no {' or no '.join(packages)}: pip install 'dpo_jax[bench]', name another Python "
+            f"(bench.torch_python){otherwise}"
+        )
 
 
 def _torch_python(config: Config) -> str:
@@ -100,9 +119,7 @@ def _torch_python(config: Config) -> str:
 def freeze(config: Config, run_dir: RunDir) -> Work:
     """Writes down what the contenders share: new weights, the pairs of every optimizer step, the settings."""
     bench, section = config.bench, config.dpo
-    folder = run_dir.path / "work"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder = _empty(run_dir.path / "work")
     longest_run = max(bench.gate_steps, bench.steps + 1)
     if bench.lengths is None:
         data, model = _from_data(config)
@@ -136,6 +153,12 @@ def freeze(config: Config, run_dir: RunDir) -> Work:
     return work
 
 
+def _empty(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
 def _from_data(config: Config) -> tuple[list[Encoded], Model]:
     """The train split, and the model that it would be trained on."""
     tokenizer = build.tokenizer_of(config, model_path=config.model.path)
@@ -147,18 +170,25 @@ def _random(config: Config, count: int) -> tuple[list[Encoded], Model]:
     """Random pairs of `bench.lengths`, and a model for them."""
     assert config.bench.lengths is not None
     prompt, chosen, rejected = (int(part) for part in config.bench.lengths.split("/"))
+    model = _model_for_random(config, option="bench.lengths", longest=prompt + max(chosen, rejected))
+    lengths, vocab_size = (prompt, chosen, rejected), model.config.vocab_size
+    return random_pairs(count, lengths=lengths, vocab_size=vocab_size, seed=config.run.seed), model
+
+
+def _model_for_random(config: Config, *, option: str, longest: int) -> Model:
+    """The model that is asked for, without a tokenizer. It must read rows of `longest` tokens, as `option` says."""
     if config.model.path is not None:
         decoder = decoder_config(load_config(config.model.path))
     else:
         vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
         decoder = decoder_config(build.sized_hf_config(config, vocab_size=vocab_size, eos=0))
-    pairs = random_pairs(count, lengths=(prompt, chosen, rejected), vocab_size=decoder.vocab_size, seed=config.run.seed)
-    if longer_side(pairs[0]) > decoder.max_positions:
+    if longest > decoder.max_positions:
+        asked = getattr(config.bench, option.removeprefix("bench."))
         raise ConfigError(
-            f"bench.lengths: {config.bench.lengths} makes rows of {longer_side(pairs[0])} tokens, and the model reads "
-            f"{decoder.max_positions}; raise model.max_positions"
+            f"{option}: {asked} makes rows of {longest} tokens, and the model reads {decoder.max_positions}; raise "
+            "model.max_positions"
         )
-    return pairs, make_model(decoder, dtype=build.PRECISIONS[config.run.precision], remat=config.model.remat)
+    return make_model(decoder, dtype=build.PRECISIONS[config.run.precision], remat=config.model.remat)
 
 
 def _layouts(config: Config, pairs: list[Encoded]) -> dict[str, dict[str, Any]]:
@@ -170,6 +200,31 @@ def _layouts(config: Config, pairs: list[Encoded]) -> dict[str, dict[str, Any]]:
         layout = plan_layout(pairs, kind=kind, batch=section.batch, length=length, multiple=multiple)
         layouts[kind] = dataclasses.asdict(layout)
     return layouts
+
+
+def _sampling(config: Config) -> int:
+    """The race of samplers."""
+    assert config.bench.sampling is not None
+    count, longest, new_tokens = (int(part) for part in config.bench.sampling.split("/"))
+    _need(config, ["torch"], option="bench.sampling")
+    jax.config.update("jax_platforms", "cpu")
+    with build.open_run(config, "bench") as run_dir:
+        model = _model_for_random(config, option="bench.sampling", longest=longest + new_tokens)
+        folder, seed = _empty(run_dir.path / "work"), config.run.seed
+        variables, _ = build.start_weights(config, model, single_device())
+        save_hf(folder / "model", model, variables)
+        build.free(variables)
+        bench = config.bench
+        work = SamplingWork(str(folder), new_tokens, bench.steps, config.run.precision, seed)
+        prompts = sampling_race.random_prompts(count, longest, vocab_size=model.config.vocab_size, seed=seed)
+        write_sampling(work, *left_pad(prompts))
+        results, differences = sampling_race.race(
+            work, rounds=bench.rounds, python=_torch_python(config), say=functools.partial(print, flush=True)
+        )
+        summary = sampling_race.summarize(work, results, differences)
+        write_json(run_dir.path / "sampling.json", {"machine": machine(), **summary})
+        print(f"\n{sampling_race.table(summary)}\n\nall figures: {run_dir.path / 'sampling.json'}")
+    return 0
 
 
 def machine() -> dict[str, Any]:

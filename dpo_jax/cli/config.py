@@ -421,7 +421,7 @@ class BenchConfig:
     rounds: int = 3
     """How often all contenders run. The first round also gives the loss curves and fills the compilation caches."""
     steps: int = 4
-    """Timed optimizer steps of a contender in a round, after one that is not timed."""
+    """Timed optimizer steps (or batches of completions) of a contender in a round, after one that is not timed."""
     gate_steps: int = 20
     """Steps over which all loss curves must agree before anything is compared."""
     groups: int = 4
@@ -430,6 +430,8 @@ class BenchConfig:
     """Equal parts into which the other contenders in PyTorch divide a batch, if it does not fit into memory."""
     torch_python: str | None = None
     """Python that has torch and trl, if they cannot live in one environment with JAX; none: the one that runs this."""
+    sampling: str | None = None
+    """Race samplers instead: 32/64/128 completes 32 prompts of up to 64 tokens by 128, ours against transformers.generate."""
     scaling: bool = False
     """Afterwards time our step at 1, 2, 4 and 8 times the tokens, by batch and by length, and fit the exponents."""
     profile: bool = False
@@ -444,6 +446,17 @@ class BenchConfig:
                     "lengths",
                     f"must be three lengths in tokens, prompt/chosen/rejected such as 400/500/500, got {self.lengths!r}",
                 )
+        if self.sampling is not None:
+            parts = self.sampling.split("/")
+            if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+                yield (
+                    "sampling",
+                    "must be a number of prompts, the longest prompt and the new tokens of each, such as 32/64/128, got "
+                    f"{self.sampling!r}",
+                )
+            for field in ("contenders", "lengths", "scaling", "profile"):
+                if getattr(self, field):
+                    yield field, "belongs to the race of trainers; leave it out, or bench.sampling"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -242,7 +242,8 @@ def parse(name: str, args: list[str]) -> Config:
 
 def _brings_its_data(name: str, config: Config) -> bool:
     """Whether a command that works on the data is asked to work on prompts or tokens of its own."""
-    return {"sample": config.sample.prompts_file, "bench": config.bench.lengths}.get(name) is not None
+    bench = config.bench.lengths or config.bench.sampling
+    return {"sample": config.sample.prompts_file, "bench": bench}.get(name) is not None
 
 
 def _get(config: Config, dotted: str) -> Any:

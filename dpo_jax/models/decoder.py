@@ -158,13 +158,21 @@ class Attention(nn.Module):
 
 
 def _update_cache(cache: Any, k: jax.Array, v: jax.Array, layer: jax.Array, write_at: Any) -> tuple[Any, jax.Array, jax.Array]:
-    """Write one layer's new keys and values; return the cache and that layer's full keys and values, typed as `k`."""
+    """Write one layer's new keys and values; return the cache and that layer's full keys and values, typed as `k`.
+
+    `cache` is that of all layers, or of this one alone. Heads come before columns, as the products with queries and weights
+    have them: otherwise each token would turn round the whole cache.
+    """
+    alone = cache[0].ndim == 4
+    at = (0, 0, write_at, 0) if alone else (layer, 0, 0, write_at, 0)
 
     def write(store: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(store, new.astype(store.dtype)[None], (layer, 0, write_at, 0, 0))
+        new = new.swapaxes(1, 2).astype(store.dtype)
+        return jax.lax.dynamic_update_slice(store, new if alone else new[None], at)
 
     cache = (write(cache[0], k), write(cache[1], v))
-    keys, values = (jax.lax.dynamic_index_in_dim(store, layer, keepdims=False).astype(k.dtype) for store in cache)
+    of_layer = cache if alone else (jax.lax.dynamic_index_in_dim(store, layer, keepdims=False) for store in cache)
+    keys, values = (store.swapaxes(1, 2).astype(k.dtype) for store in of_layer)
     return cache, keys, values
 
 
@@ -242,7 +250,8 @@ class Decoder(nn.Module):
         if c.head_bias:
             self.head_bias = _param(self, "head_bias", nn.initializers.zeros, (c.vocab_size,), ("vocab",))
 
-    def __call__(self, rows: Rows, cache: Any = None) -> tuple[jax.Array, Any]:
+    def __call__(self, rows: Rows, cache: Any = None, layers: tuple[Variables, ...] | None = None) -> tuple[jax.Array, Any]:
+        """`layers`: the parameters of each layer, if they are apart (`make_model`); then so is the cache."""
         c = self.config
         # An id or position outside its table reads NaN (jnp.take's rule), so that it is noticed; clamping would hide it.
         # Looked up in a table that is whole along D, its gradient is a sum of parts, as that of a matrix is.
@@ -260,11 +269,25 @@ class Decoder(nn.Module):
         elif self.attention_path.prepare is not None and not self.is_initializing():
             prepared = self.attention_path.prepare(rows.k_start, rows.k_end, _windows(c))
         shared = Shared(rows.k_start, rows.k_end, rows.positions, k_positions, angles, write_at, prepared)
-        (x, store), _ = self.layers((x, store), layer, shared)
+        if layers is None:
+            (x, store), _ = self.layers((x, store), layer, shared)
+        else:
+            x, store = self._one_by_one(layers, x, store, layer, shared)
         if cache is not None and store is not None:
             new = jnp.int32(rows.tokens.shape[1])
             cache = {"key": store[0], "value": store[1], "positions": k_positions, "length": write_at + new}
         return self.final_norm(x), cache
+
+    def _one_by_one(
+        self, layers: tuple[Variables, ...], x: jax.Array, store: Any, inputs: LayerInput, shared: Shared
+    ) -> tuple[jax.Array, Any]:
+        """What the scan does, each layer by itself."""
+        block, stores = Block(self.config, self.attention_path, parent=None), []
+        for number, (params, *of_layer) in enumerate(zip(layers, *store, strict=True)):
+            layer = jax.tree.map(lambda array, number=number: array[number], inputs)
+            (x, of_layer), _ = block.apply({"params": params}, (x, tuple(of_layer)), layer, shared)
+            stores.append(of_layer)
+        return x, tuple(zip(*stores, strict=True))
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         c = self.config
@@ -324,7 +347,7 @@ def make_model(
         return module.init(key, rows, method="everything")
 
     def init_cache(batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
-        shape = (config.layers, batch, length, config.kv_heads, config.head_size)
+        shape = (config.layers, batch, config.kv_heads, length, config.head_size)
         return {
             "key": jnp.zeros(shape, dtype),
             "value": jnp.zeros(shape, dtype),
@@ -335,7 +358,15 @@ def make_model(
     def decode(variables: Variables, rows: Rows, cache: Any) -> tuple[jax.Array, Any]:
         if rows.tokens.shape[1] > cache["positions"].shape[1]:
             raise ValueError(f"{rows.tokens.shape[1]} tokens do not fit a cache of {cache['positions'].shape[1]} columns")
-        return module.apply(variables, rows, cache)  # pyright: ignore[reportReturnType]
+        layers = variables["params"]["layers"] if isinstance(cache["key"], tuple) else None
+        return module.apply(variables, rows, cache, layers)  # pyright: ignore[reportReturnType]
+
+    def by_layer(variables: Variables, cache: Any) -> tuple[Variables, Any]:
+        def cut(tree: Any) -> tuple[Any, ...]:
+            return tuple(jax.tree.map(lambda leaf, n=number: leaf[n], tree) for number in range(config.layers))
+
+        params = {**variables["params"], "layers": cut(variables["params"]["layers"])}
+        return {**variables, "params": params}, {**cache, "key": cut(cache["key"]), "value": cut(cache["value"])}
 
     return Model(
         init=lambda key: nn.meta.unbox(boxed_init(key)),
@@ -343,6 +374,7 @@ def make_model(
         unembed=lambda variables, hidden: module.apply(variables, hidden, method="unembed"),  # pyright: ignore[reportArgumentType]
         init_cache=init_cache,
         decode=decode,
+        by_layer=by_layer,
         axes=lambda: nn.get_partition_spec(jax.eval_shape(boxed_init, jax.random.key(0))),
         config=config,
     )

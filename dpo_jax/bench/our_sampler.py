@@ -1,0 +1,50 @@
+"""Our sampler in the race of samplers."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.bench.ladder import Compiled, describe
+from dpo_jax.bench.work import SamplingWork, read_prompts
+from dpo_jax.models.hf import load_hf
+from dpo_jax.sampling import generate
+
+NEVER = -1  # no token has this id, so none ends a completion
+
+
+def run(work: SamplingWork) -> dict[str, Any]:
+    """Completes the prompts greedily (for the gate), and `1 + work.batches` times by sampling. Returns
+
+    `greedy` [B][T] token ids, `nats` [B] mean log-probability of the tokens sampled in each row, `batch_seconds` of the timed
+    batches, `first_seconds` of the one before them, `compile_seconds` of sampling, and what `ladder.describe` gives.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(work.compiled("jax-generate").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    dtype = jnp.dtype(work.precision)
+    model, variables = load_hf(work.model, dtype=dtype, param_dtype=dtype)
+    prompts, lengths = (jnp.asarray(array) for array in read_prompts(work))
+    options = {"max_new_tokens": work.new_tokens, "eos_id": NEVER, "cache_dtype": dtype}
+    key = jax.random.key(work.seed)
+    greedy = Compiled(functools.partial(generate, model, **options, temperature=0.0))(variables, prompts, lengths, key)
+    sampler = Compiled(functools.partial(generate, model, **options))
+    sampler.prepare(variables, prompts, lengths, key)
+    seconds = []
+    for number in range(1 + work.batches):
+        batch_key = jax.random.fold_in(key, number)
+        start = time.perf_counter()
+        samples = jax.block_until_ready(sampler(variables, prompts, lengths, batch_key))
+        seconds.append(time.perf_counter() - start)
+    return {
+        "greedy": np.asarray(greedy.tokens).tolist(),
+        "nats": (np.asarray(samples.logps) / work.new_tokens).tolist(),
+        "batch_seconds": seconds[1:],
+        "first_seconds": seconds[0],
+        "compile_seconds": sampler.seconds,
+        **describe(),
+    }
