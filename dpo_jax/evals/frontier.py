@@ -189,7 +189,8 @@ def regret(point_reward: Array | float, point_kl: Array | float, optimum: Optimu
     NaN where nothing is to be gained (KL 0), and where the policy lies beyond the end of the curve. Arrays go through.
     """
     best = _reward_at(point_kl, optimum.kl, optimum.reward, ref_reward)
-    return _share_missed(np.asarray(point_reward), best, ref_reward, outside=np.asarray(point_kl) > optimum.kl[-1])
+    missed = _share_missed(np.asarray(point_reward), best, ref_reward)
+    return np.where(np.asarray(point_kl) > optimum.kl[-1], np.nan, missed)
 
 
 def regret_interval(rewards: Array, kls: Array, optimum: Optimum, *, seed: int, resamples: int = RESAMPLES) -> Interval:
@@ -205,7 +206,7 @@ def regret_interval(rewards: Array, kls: Array, optimum: Optimum, *, seed: int, 
     drawn = _resampling(len(rewards), seed, resamples)
     per_prompt = rewards, kls, optimum.prompt_kl, optimum.prompt_reward, optimum.prompt_reference
     values = [
-        _share_missed(reward, _reward_at(kl, curve_kl, curve_reward, ref), ref, outside=np.False_)
+        _share_missed(reward, _reward_at(kl, curve_kl, curve_reward, ref), ref)
         for reward, kl, curve_kl, curve_reward, ref in zip(*(drawn @ x for x in per_prompt), strict=True)
     ]
     low, high = _quantiles(np.array(values))
@@ -220,9 +221,9 @@ def _reward_at(kl: Array | float, curve_kl: np.ndarray, curve_reward: np.ndarray
     return np.interp(np.sqrt(np.maximum(kl, 0.0)), x, y)
 
 
-def _share_missed(reward: np.ndarray, best: np.ndarray, ref_reward: float, *, outside: np.ndarray) -> np.ndarray:
+def _share_missed(reward: np.ndarray, best: np.ndarray, ref_reward: float) -> np.ndarray:
     gain = best - ref_reward
-    return np.where((gain > 0) & ~outside, (best - reward) / np.where(gain > 0, gain, 1.0), np.nan)
+    return np.where(gain > 0, (best - reward) / np.where(gain > 0, gain, 1.0), np.nan)
 
 
 def envelope(kls: Array, rewards: Array, at: float) -> float:

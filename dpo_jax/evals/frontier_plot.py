@@ -35,6 +35,7 @@ STYLES = (
     Style(">", (0, (1, 3)), "#6b8e23"),
     Style("*", (0, (9, 3, 2, 3)), "#3b3b7a"),
 )
+KL_TICKS = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 30.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
 LABEL_GAP = 0.045  # between labels, as a share of the height
 
 
@@ -53,10 +54,12 @@ def plot_frontier(
     axes = figure.add_subplot()
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0.0)), np.square))
     axes.set_xlim(0.0, max_kl)
+    axes.set_xticks([kl for kl in KL_TICKS if kl <= max_kl])
+    axes.xaxis.set_major_formatter("{x:g}")
     methods = list(dict.fromkeys(point.method for point in points))
     if len(methods) > len(STYLES):
         raise ValueError(f"{len(methods)} methods, and only {len(STYLES)} styles that can be told apart")
-    ends = [(*_draw_optimum(axes, optimum, max_kl), "optimum (eq. 4)", None)]
+    ends: list[tuple[float, float, str, Style | None]] = [(*_draw_optimum(axes, optimum, max_kl), "optimum (eq. 4)", None)]
     for method, style in zip(methods, STYLES, strict=False):
         ends.append((*_draw_method(axes, [p for p in points if p.method == method], style, max_kl), method, style))
     axes.set_xlabel("KL(policy || reference), nats per completion (root scale)")
@@ -154,17 +157,10 @@ def _label(axes: Axes, ends: Sequence[tuple[float, float, str, Style | None]]) -
     heights = _spread([(y - low) / (high - low) for _, y, _, _ in ends])
     for (x, y, name, style), height in zip(ends, heights, strict=True):
         color = style.color if style else "black"
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(1.055, height),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=9,
-            color=color,
-            fontweight="normal" if style else "bold",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.4, "alpha": 0.6, "shrinkB": 4},
-        )
+        weight = "normal" if style else "bold"
+        axes.text(1.06, height, name, transform=axes.transAxes, va="center", fontsize=9, color=color, fontweight=weight)
+        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.4, "alpha": 0.6, "shrinkA": 0, "shrinkB": 4}
+        axes.annotate("", (x, y), (1.012, height), textcoords="axes fraction", arrowprops=leader)
         drawn = {"marker": style.marker, "linestyle": style.line} if style else {"linestyle": "-", "linewidth": 2.2}
         axes.plot(
             [1.02, 1.035, 1.05],

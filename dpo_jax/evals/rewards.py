@@ -56,8 +56,9 @@ def fit_linear(texts: Sequence[str], labels: Sequence[int], *, inverse_penalty: 
         raise ImportError("the linear reward is fitted with scikit-learn: pip install 'dpo_jax[lab]'") from error
     if len(texts) != len(labels) or set(labels) != {0, 1}:
         raise ValueError(f"{len(texts)} texts and {len(labels)} labels {sorted(set(labels))}: need as many, both 0 and 1")
-    bags = CountVectorizer(analyzer=words, binary=True, min_df=min_texts)
-    model = LogisticRegression(C=inverse_penalty, solver="lbfgs", max_iter=1000)
+    analyzer: Any = words  # scikit-learn takes a function too, its annotations do not say so
+    bags: Any = CountVectorizer(analyzer=analyzer, binary=True, min_df=min_texts)
+    model: Any = LogisticRegression(C=inverse_penalty, solver="lbfgs", max_iter=1000)
     model.fit(bags.fit_transform(texts), np.asarray(labels))
     weights = zip(bags.get_feature_names_out().tolist(), model.coef_[0].tolist(), strict=True)
     return LinearReward(float(model.intercept_[0]), dict(weights))
