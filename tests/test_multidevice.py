@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax.cli.eval import score
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
 from dpo_jax.dpo import dpo_step
-from dpo_jax.evals.completions import Completer
+from dpo_jax.evals.completions import Completer, map_completions
+from dpo_jax.logps import sequence_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
@@ -204,7 +204,8 @@ def test_completions_do_not_depend_on_devices_and_batches(way, variables):
     assert found.texts == expected.texts
     assert len(set(found.texts)) == 6
     np.testing.assert_allclose(found.logps, expected.logps, rtol=1e-5, atol=1e-5)
-    again = score(partitioner, MODEL, placed, prompts, found.ids, batch=4)
+    score = partitioner.compile_map(functools.partial(sequence_logps, MODEL))
+    again = map_completions(partitioner, score, placed, prompts, found.ids, batch=4)
     np.testing.assert_allclose(again, found.logps, rtol=1e-5, atol=1e-5)
 
 

@@ -86,7 +86,7 @@ def hf_classifier(path: str, label: str | None = None, *, batch: int = 64, devic
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    model: Any = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False, use_safetensors=True)
     labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
     if len(labels) == 1 and label is not None:
         raise ValueError(f"{path} has a single output, which is the reward: it takes no label (given: {label!r})")

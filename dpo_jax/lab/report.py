@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.evals.frontier import Optimum, Point, best_of_n, bootstrap_interval, envelope, regret
-from dpo_jax.lab.sweep import Result
+from dpo_jax.lab.sweep import Result, Run
 
 EQUAL_KL = (1.0, 3.0, 6.0)  # nats, at which methods are compared
 COLUMNS = (
@@ -43,11 +43,17 @@ def write(folder: Path, table: Sequence[Mapping[str, Any]]) -> None:
 
 
 def points(results: Sequence[Result]) -> list[Point]:
-    """What the figure shows: every measured point."""
+    """What the figure shows: every measured point. Several seeds of one setting are runs of their own, and are named."""
+    names = [(result.run.method, result.run.label) for result in results]
+
+    def setting(run: Run) -> str:
+        several = names.count((run.method, run.label)) > 1
+        return f"{run.label} seed {run.seed}".strip() if several else run.label
+
     return [
         Point(
             result.run.method,
-            result.run.label,
+            setting(result.run),
             point["kl"],
             point["reward"],
             (point["kl_low"], point["kl_high"]),
