@@ -100,9 +100,10 @@ def test_the_log_probability_of_a_completion_is_that_of_its_steps():
 def test_every_layout_reads_the_table_alike():
     pairs = [Encoded(WORLD.prompts[i % 2], WORLD.completions[i], WORLD.completions[-i]) for i in range(1, 9)]
     plain, *others = (rows(pairs, length=length) for rows, length in ((plain_rows, 5), (shared_rows, 9), (packed_rows, 27)))
-    expected = completion_logps(WORLD.model, WORLD.reference, plain)
+    logps = jax.jit(functools.partial(completion_logps, WORLD.model))
+    expected = logps(WORLD.reference, plain)
     for rows in others:
-        found = completion_logps(WORLD.model, WORLD.reference, rows)
+        found = logps(WORLD.reference, rows)
         np.testing.assert_allclose(found[rows.index >= 0], expected[rows.index[rows.index >= 0]], rtol=1e-6)
 
 
@@ -304,7 +305,7 @@ def test_unlikelihood_degenerates():
     assert log_ratios[unwanted].max() < -10  # each and every one of them
     for of_prompt, unwanted_here, ref, best in zip(logps, unwanted, WORLD.ref_logps, WORLD.optimal_logps, strict=True):
         assert np.exp(of_prompt[unwanted_here]).sum() < 1e-4
-        assert np.exp(ref[unwanted_here]).sum() > 0.2
+        assert np.exp(ref[unwanted_here]).sum() > 0.05
         assert np.exp(best[unwanted_here]).sum() > 0.01
     bound = np.ptp(WORLD.rewards, axis=1, keepdims=True) / BETA
     assert (np.abs(dpo_log_ratios) < bound + 0.1).all()
