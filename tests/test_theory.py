@@ -37,7 +37,7 @@ SMALL = make_world(vocab=3, length=2, beta=BETA, seed=1)  # 7: few enough to ran
 DPO = functools.partial(dpo_loss, beta=BETA)
 PLACKETT_LUCE = functools.partial(plackett_luce_loss, beta=BETA)
 UNLIKELIHOOD = {alpha: functools.partial(unlikelihood_loss, alpha=alpha) for alpha in (0.0, 0.05, 1.0)}
-STEPS = 1_500
+STEPS = 700
 
 
 def adam(schedule):
@@ -45,7 +45,7 @@ def adam(schedule):
 
 
 SETTLING = adam(lambda step: 0.1 * (1 - step / STEPS))
-STEADY = adam(0.05)
+STEADY = adam(0.1)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "loss", "tx"))
