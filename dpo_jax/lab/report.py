@@ -17,18 +17,20 @@ from dpo_jax.lab.sweep import Result, Run
 EQUAL_KL = (1.0, 3.0, 6.0)  # nats, at which methods are compared
 COLUMNS = (
     *("method", "label", "seed", "step", "kl", "kl_low", "kl_high", "kl_sampled", "reward", "reward_low", "reward_high"),
-    *("regret", "tokens", "seconds"),
+    *("regret", "trusted", "tokens", "seconds"),
 )
 
 
 def rows(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
-    """One row a point: `COLUMNS`, where known. `regret` is the share of the possible gain that is missed at this KL."""
+    """One row a point: `COLUMNS`, where known. `regret` is the share of the possible gain that is missed at this KL; it is too
+    low where `trusted` is false, as few samples carry the optimum there."""
     found = []
     for result in results:
         run = {"method": result.run.method, "label": result.run.label, "seed": result.run.seed, "seconds": result.seconds}
         for point in result.points:
             missed = float(regret(point["reward"], point["kl"], optimum, optimum.reference))
-            found.append({**run, **point, "regret": None if math.isnan(missed) else missed})
+            trusted = point["kl"] <= optimum.reach
+            found.append({**run, **point, "regret": None if math.isnan(missed) else missed, "trusted": trusted})
     return found
 
 
