@@ -76,8 +76,9 @@ def test_all_nine_families_have_a_golden_checkpoint():
     assert len(DEFAULTS) == 9
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
 @pytest.mark.parametrize("case", CASES)
-def test_prefill_and_single_tokens_equal_forward(case):
+def test_prefill_and_single_tokens_equal_forward(case, apart):
     """Left-padded prompts of 9 and 4 tokens, then ten tokens each: past the sliding windows of 7."""
     model, variables, tokens, expected = golden(case)
     lengths, width, steps = [9, 4], 9, 10
@@ -86,14 +87,15 @@ def test_prefill_and_single_tokens_equal_forward(case):
         [np.concatenate([np.zeros(s, np.int32), row[:n]]) for row, n, s in zip(tokens, lengths, start, strict=True)]
     )
     cache = model.init_cache(2, width + steps + 2)
+    weights, cache = model.by_layer(variables, cache) if apart else (variables, cache)
     decode = jax.jit(model.decode)
-    hidden, cache = decode(variables, text_rows(prompts, start=start), cache)
+    hidden, cache = decode(weights, text_rows(prompts, start=start), cache)
     states = [hidden[:, -1:]]
     for i in range(steps):
         new = text_rows(np.array([[row[n + i]] for row, n in zip(tokens, lengths, strict=True)]))
         positions = np.array(lengths, np.int32)[:, None] + i
         end = np.full((2, 1), width + i + 1, np.int32)
-        hidden, cache = decode(variables, new.replace(positions=positions, k_start=start[:, None], k_end=end), cache)
+        hidden, cache = decode(weights, new.replace(positions=positions, k_start=start[:, None], k_end=end), cache)
         states.append(hidden)
     assert int(cache["length"]) == width + steps
     logits = model.unembed(variables, jnp.concatenate(states, axis=1))
