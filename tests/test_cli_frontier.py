@@ -20,7 +20,8 @@ model: {{family: gpt_neox, width: 32, layers: 1, heads: 2, max_positions: 128}}
 sft: {{batch: 16, scored: all, lr: 1.0e-2, optimizer: adamw, warmup_steps: 2, epochs: 8}}
 dpo: {{batch: 16, lr: 1.0e-3, warmup_steps: 2}}
 frontier:
-  methods: "preferred-ft,dpo,ppo,ppo-gt,best-of-n"
+  methods: "unlikelihood,dpo,ppo,ppo-gt,best-of-n"
+  unlikelihood_alphas: "0.5"
   prompts: 12
   test_prompts: 8
   optimum_prompts: 4
@@ -73,11 +74,8 @@ def test_every_run_is_measured_and_in_the_table(study):
         points[row["method"], row["label"], row["seed"]] += 1
         assert float(row["kl_low"]) <= float(row["kl"]) <= float(row["kl_high"])
         assert -20 <= float(row["reward"]) <= 20
-    trained = {("preferred-ft", "", seed) for seed in "012"} | {
-        ("dpo", "beta 0.5", "0"),
-        ("ppo", "KL 3", "0"),
-        ("ppo-gt", "KL 3", "0"),
-    }
+    runs = ("unlikelihood", "alpha 0.5"), ("dpo", "beta 0.5"), ("ppo", "KL 3"), ("ppo-gt", "KL 3")
+    trained = {(method, label, "0") for method, label in runs}
     assert {key: points[key] for key in trained} == dict.fromkeys(trained, 2)
     assert {key for key in points if key not in trained} == {
         ("best-of-n", f"N {n}", "0") for n in (1, 4)
@@ -100,7 +98,7 @@ def test_what_is_finished_is_not_done_again(study):
     table = (root / "run" / "frontier" / "results.jsonl").read_bytes()
     code, out, _ = call("frontier", root / "toy.yaml")
     assert code == 0
-    assert "6 of 6 runs are finished already" in out
+    assert "4 of 4 runs are finished already" in out
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (root / "run" / "frontier" / "results.jsonl").read_bytes() == table
 
