@@ -1,14 +1,11 @@
 """`dpo-jax frontier` from end to end in a toy world: every kind of run, the tables, and that nothing is done twice."""
 
 import csv
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
 
-import jax
 import pytest
+from test_cli_runs import _compilation_cache, call  # noqa: F401  the first is a fixture
 
-from dpo_jax.cli.main import main
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.lab.report import COLUMNS
 
@@ -37,21 +34,6 @@ frontier:
   ppo_epochs: 1
   ppo_minibatches: 2
 """
-
-
-def call(*args):
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main([str(arg) for arg in args])
-    return code, out.getvalue(), err.getvalue()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compilation_cache():
-    """Commands set it for their process; the tests after this file shall not write there."""
-    before = jax.config.jax_compilation_cache_dir
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +93,9 @@ def test_what_is_finished_is_not_done_again(study):
         (("--frontier.unlikelihood-alphas", "2"), "frontier.unlikelihood_alphas: alpha is at most 1"),
         (("--frontier.completions", "1"), "frontier.completions: must be at least 2"),
         (("--frontier.reward", "hf"), "frontier.classifier: names the model of frontier.reward hf"),
+        (("--frontier.best-of", "1.5"), "frontier.best_of: must be whole numbers"),
+        (("--frontier.ppo-minibatches", "3"), "frontier.ppo_minibatches: must divide ppo_batch (8), got 3"),
+        (("--frontier.max-new-tokens", "120"), "frontier.max_new_tokens: 120 more than the longest prompt"),
         (("--run.devices", "mesh"), "run.devices: frontier trains small models on one device or by pmap"),
     ],
 )

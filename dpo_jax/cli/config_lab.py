@@ -86,6 +86,10 @@ class FrontierConfig:
                 yield field, f"must be numbers above 0, separated by commas, got {getattr(self, field)!r}"
             elif field == "unlikelihood_alphas" and max(values) > 1:
                 yield field, f"alpha is at most 1, got {max(values)}"
+        if self.best_of and any(not part.strip().isdecimal() for part in self.best_of.split(",")):
+            yield "best_of", f"must be whole numbers, got {self.best_of!r}"
+        if self.ppo_minibatches > 0 and self.ppo_batch % self.ppo_minibatches:
+            yield "ppo_minibatches", f"must divide ppo_batch ({self.ppo_batch}), got {self.ppo_minibatches}"
         if self.completions == 1:
             yield "completions", "must be at least 2: a pair needs two"
         if not 0 <= self.label_smoothing < 0.5:

@@ -88,8 +88,14 @@ def _world(config: Config) -> tuple[World, str]:
     reference, digest = build.load_weights(path, model, partitioner, name="dpo.policy")
     train, test = (
         _prompts(config, split, count, tokenizer)
-        for split, count in (("train", section.prompts), ("test", max(section.test_prompts, section.optimum_prompts)))
+        for split, count in (("train", section.prompts), ("test", section.test_prompts))
     )
+    longest = max(map(len, [*train.ids, *test.ids]))
+    if longest + section.max_new_tokens > model.config.max_positions:
+        raise ConfigError(
+            f"frontier.max_new_tokens: {section.max_new_tokens} more than the longest prompt ({longest} tokens) do not fit the "
+            f"{model.config.max_positions} positions of {path}; lower it to {model.config.max_positions - longest}"
+        )
     world = World(
         partitioner,
         model,
@@ -97,7 +103,7 @@ def _world(config: Config) -> tuple[World, str]:
         reference=reference,
         reward=_reward(config),
         train=train,
-        test=Prompts(test.texts[: section.test_prompts], test.ids[: section.test_prompts]),
+        test=test,
         max_new_tokens=section.max_new_tokens,
         batch=section.sample_batch,
         seed=config.run.seed,
@@ -127,7 +133,10 @@ def _reward(config: Config) -> Reward:
         return exact_reviews
     if section.reward == "hf":
         assert section.classifier is not None  # checked with the configuration
-        return hf_classifier(section.classifier, "POSITIVE")
+        try:
+            return hf_classifier(section.classifier, "POSITIVE")
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"frontier.classifier: {error}") from error
     if config.data.source != "snippets":
         raise ConfigError("frontier.reward: linear is fitted on labelled texts: it needs data.source snippets")
     assert config.data.path is not None  # checked with the configuration
