@@ -94,7 +94,7 @@ class Norm(nn.Module):
         first = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
         scale = _param(self, "scale", first, (x.shape[-1],), (None,))
         # Statistics in float32: squares of bfloat16 activations lose the small ones.
-        y = x.astype(jnp.float32)
+        y = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         if self.kind == "layer":
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
@@ -103,33 +103,27 @@ class Norm(nn.Module):
         if self.kind == "layer":
             bias = _param(self, "bias", nn.initializers.zeros, (x.shape[-1],), (None,))
             y = y + _last(bias.astype(jnp.float32), y)
-        return y.astype(x.dtype)
-
-
-@jax.custom_vjp
-def _tall(kernel: jax.Array) -> jax.Array:
-    """The same kernel. A CPU computes the gradient of a tall one a third faster lying, and XLA would have it stand."""
-    return kernel
-
-
-_tall.defvjp(
-    lambda kernel: (kernel, None),
-    lambda _, grad: (jax.lax.platform_dependent(grad, cpu=lambda x: jax.lax.optimization_barrier(x.T).T, default=lambda x: x),),
-)
+        return y.reshape(x.shape).astype(x.dtype)
 
 
 class Linear(nn.Module):
+    """A kernel with D first, whether it reads from the residual stream or, with `axes` that end in "embed", writes to it.
+
+    So no kernel of ours is taller than wide. A CPU computes the gradient of one that is a third slower, or has to turn it over.
+    """
+
     features: int
-    axes: tuple[str | None, str | None]
+    axes: tuple[str | None, str | None]  # of input and output
     bias: bool
     std: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = _param(self, "kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features), self.axes)
-        kernel = kernel if x.shape[-1] <= self.features else _tall(kernel)
+        width, writes = x.shape[-1], self.axes[1] == "embed"
+        shape, axes = ((self.features, width), self.axes[::-1]) if writes else ((width, self.features), self.axes)
+        kernel = _param(self, "kernel", nn.initializers.normal(self.std), shape, axes).astype(x.dtype)
         # Flat, because the gradient of the kernel is then one plain product: XLA turns round what has more axes first.
-        y = (x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], self.features)
+        y = (x.reshape(-1, width) @ (kernel.T if writes else kernel)).reshape(*x.shape[:-1], self.features)
         if self.bias:
             bias = _param(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
             y = y + _last(bias.astype(x.dtype), y)

@@ -22,7 +22,8 @@ class Layout(NamedTuple):
 
 
 SAME = Layout(lambda a: [a], lambda ours: ours[0], lambda shapes: shapes[0])
-# torch.nn.Linear keeps [out, in]; our kernels are [in, out].
+# torch.nn.Linear keeps [out, in], and GPT-2 [in, out]. Our kernels have D first: [in, out] those that read from the residual
+# stream, [out, in] those that write to it.
 TRANSPOSED = Layout(lambda a: [a.T], lambda ours: ours[0].T, lambda shapes: shapes[0][::-1])
 # GPT-2 keeps query, key and value side by side on the last axis.
 SIDE_BY_SIDE = Layout(
@@ -85,10 +86,10 @@ def _gpt2(c: DecoderConfig) -> list[Tensor]:
         Tensor("transformer.wpe.weight", ("position_embedding",)),
         *_norm(f"{h}.ln_1", "layers/attention_norm", True),
         *_fused(f"{h}.attn.c_attn", True, SIDE_BY_SIDE),
-        *_linear(f"{h}.attn.c_proj", "layers/attention/out", True, SAME),
+        *_linear(f"{h}.attn.c_proj", "layers/attention/out", True),
         *_norm(f"{h}.ln_2", "layers/mlp_norm", True),
         *_linear(f"{h}.mlp.c_fc", "layers/mlp/up", True, SAME),
-        *_linear(f"{h}.mlp.c_proj", "layers/mlp/down", True, SAME),
+        *_linear(f"{h}.mlp.c_proj", "layers/mlp/down", True),
         *_norm("transformer.ln_f", "final_norm", True),
     ]
 
@@ -101,9 +102,9 @@ def _gptj(c: DecoderConfig) -> list[Tensor]:
         *_linear(f"{h}.attn.q_proj", "layers/attention/query", False),
         *_linear(f"{h}.attn.k_proj", "layers/attention/key", False),
         *_linear(f"{h}.attn.v_proj", "layers/attention/value", False),
-        *_linear(f"{h}.attn.out_proj", "layers/attention/out", False),
+        *_linear(f"{h}.attn.out_proj", "layers/attention/out", False, SAME),
         *_linear(f"{h}.mlp.fc_in", "layers/mlp/up", True),
-        *_linear(f"{h}.mlp.fc_out", "layers/mlp/down", True),
+        *_linear(f"{h}.mlp.fc_out", "layers/mlp/down", True, SAME),
         *_norm("transformer.ln_f", "final_norm", True),
         Tensor("lm_head.bias", ("head_bias",)),
     ]
@@ -115,10 +116,10 @@ def _gpt_neox(c: DecoderConfig) -> list[Tensor]:
         Tensor("gpt_neox.embed_in.weight", ("token_embedding",)),
         *_norm(f"{h}.input_layernorm", "layers/attention_norm", True),
         *_fused(f"{h}.attention.query_key_value", c.qkv_bias, per_head(c.heads)),
-        *_linear(f"{h}.attention.dense", "layers/attention/out", c.out_bias),
+        *_linear(f"{h}.attention.dense", "layers/attention/out", c.out_bias, SAME),
         *_norm(f"{h}.post_attention_layernorm", "layers/mlp_norm", True),
         *_linear(f"{h}.mlp.dense_h_to_4h", "layers/mlp/up", True),
-        *_linear(f"{h}.mlp.dense_4h_to_h", "layers/mlp/down", True),
+        *_linear(f"{h}.mlp.dense_4h_to_h", "layers/mlp/down", True, SAME),
         *_norm("gpt_neox.final_layer_norm", "final_norm", True),
     ]
 
@@ -131,10 +132,10 @@ def _llama_like(c: DecoderConfig) -> list[Tensor]:
         *_linear(f"{h}.self_attn.q_proj", "layers/attention/query", c.qkv_bias),
         *_linear(f"{h}.self_attn.k_proj", "layers/attention/key", c.qkv_bias),
         *_linear(f"{h}.self_attn.v_proj", "layers/attention/value", c.qkv_bias),
-        *_linear(f"{h}.self_attn.o_proj", "layers/attention/out", c.out_bias),
+        *_linear(f"{h}.self_attn.o_proj", "layers/attention/out", c.out_bias, SAME),
         *_linear(f"{h}.mlp.gate_proj", "layers/mlp/gate", c.mlp_bias),
         *_linear(f"{h}.mlp.up_proj", "layers/mlp/up", c.mlp_bias),
-        *_linear(f"{h}.mlp.down_proj", "layers/mlp/down", c.mlp_bias),
+        *_linear(f"{h}.mlp.down_proj", "layers/mlp/down", c.mlp_bias, SAME),
         *_norm("model.norm", "final_norm", False),
     ]
     if c.qk_norm:
