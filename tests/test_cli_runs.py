@@ -25,7 +25,7 @@ from dpo_jax.cli.dpo import TOLERANCE, WrongStart, loss_at_reference, starts_at_
 from dpo_jax.cli.main import main
 from dpo_jax.data.loader import stream
 from dpo_jax.data.reviews import reward
-from dpo_jax.evals.pairing import read_completions
+from dpo_jax.evals.completion_files import read_completions
 from dpo_jax.evals.preference import preference_summary
 from dpo_jax.models.hf import load_hf
 from dpo_jax.reference import RECORD, ReferenceCache

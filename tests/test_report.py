@@ -12,11 +12,13 @@ import pytest
 from conftest import GOLDEN
 from test_cli_runs import call, refused
 
+from dpo_jax.cli.agree import plain
 from dpo_jax.cli.config import Config, DpoConfig, RunConfig, dump_config
 from dpo_jax.cli.report import weights_digest_of
+from dpo_jax.evals.agreement import table_2
 from dpo_jax.evals.overoptimisation import declines
 from dpo_jax.evals.plots import plot_runs
-from dpo_jax.evals.report_judged import number, tables_of
+from dpo_jax.evals.ratings import Judgment
 from dpo_jax.evals.report_page import Page, Sample, Section, Table, Text, markdown_text, render_html, render_markdown
 from dpo_jax.evals.report_sections import frontier
 from dpo_jax.evals.report_weights import scored_weights
@@ -350,20 +352,75 @@ def test_declines_tell_a_fall_from_scatter(tmp_path):
     assert figures.images[0][0].read_bytes().startswith(b"\x89PNG")
 
 
-def test_any_result_becomes_tables():
-    content = {
-        "a_b": 0.123456,
-        "c": {"d": 1},
-        "rate": {"value": 0.5, "low": 0.4, "high": 0.6},
-        "rows": [{"x": 1}, {"x": 2, "y": None}],
-    }
-    plain, rows = tables_of(content, "judge")
-    assert plain.rows == [["a b", "0.1235"], ["c: d", "1"], ["rate", "0.5 (0.4 to 0.6)"]]
-    assert (rows.columns, rows.rows) == (["x", "y"], [["1", "-"], ["2", "-"]])
-    assert tables_of({"rows": content["rows"]}, "judge", but=[["x", "y"]]) == []
-    assert [number(x) for x in ("0.123456", "v1.2.3", "", [1, 2], {"a": 1.0})] == ["0.1235", "v1.2.3", "-", "1, 2", "a 1"]
-    (long,) = tables_of({"rows": [{"x": i} for i in range(70)]}, "judge")
-    assert (len(long.rows), long.note) == (60, "10 more rows are in the file.")
+POINT = {"series": "dpo", "pairs": 9, "won": 4, "lost": 2, "flipped": 2, "failed": 1, "unanswered": 0}
+POINT |= {"policy_length": 81.4, "baseline_length": 60.0, "pairs_at_equal_length": 0, "win_rate_at_equal_length": None}
+for name, values in (
+    ("win_rate", (0.625, 0.4, 0.8)),
+    ("win_rate_length_controlled", (0.5, 0.25, 0.75)),
+    ("win_rate_at_equal_length", (None,) * 3),
+):
+    POINT |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+JUDGED = {
+    "settings": {"model": "gpt-4", "prompt": "summary-simple", "one_order": False, "fence": True},
+    "baseline": "runs/sft.jsonl",
+    "by": "temperature",
+    "questions": 36,
+    "answers": 30,
+    "models": {"gpt-4-0314": 30},
+    "failures": {"format": 1},
+    "faults": {"429": 3},
+    "first_preferred": {"value": 0.6, "low": 0.4, "high": 0.8, "pairs": 29},
+    "requests": 33,
+    "tokens": {"read": 3000, "written": 600},
+    "cost": 0.0,
+    "outcomes": {"unanswered": 0},
+    "books": {"runs/sft.jsonl": {"dropped": {}}, "dpo": {"dropped": {"the baseline lacks this prompt": ["a:1", "a:2"]}}},
+    "injections": [{"injection": "a letter", "lost": 1, "flipped": 2, "won": 0, "failed": 0, "unanswered": 0}],
+    "points": [POINT | {"at": 0.0}, POINT | {"at": 0.25}],
+}
+
+
+def test_every_folder_of_a_judge_is_shown_and_an_unfinished_one_told(copy, tmp_path):
+    for name, changes in (
+        ("judge", {}),
+        ("judge-steps", {"by": "step", "outcomes": {"unanswered": 7}, "points": [POINT | {"at": 200.0}]}),
+        ("judge-once", {"settings": JUDGED["settings"] | {"one_order": True}, "points": [POINT | {"at": None}]}),
+    ):
+        json_to(copy / name / "report.json", JUDGED | changes)
+        shutil.copy(copy / "dpo" / "config.yaml", copy / name)
+        (copy / name / "win_rates.png").write_bytes(PIXEL)
+    out, page, markdown = report(copy, out=tmp_path / "out")
+    shown = markdown.replace("\\", "")
+    assert "note: judge-steps: not finished: 7 pairs have no verdict yet; the same command again continues it" in out
+    assert "no win rates by a judge" not in shown
+    for words in (
+        "**judge: against sft.jsonl, by gpt-4 (summary-simple)**",
+        "| policy | temperature | pairs | win rate | won in both orders | lost | flipped | failed | length |",
+        "| dpo | 0.25 | 9 | 0.625 (0.400 to 0.800) | 4 | 2 | 2 | 1 | 81 / 60 | -, 0 pairs | 0.500 (0.250 to 0.750) |",
+        "36 questions, in both orders, texts fenced as data; 30 answered by gpt-4-0314. Failed answers: 1 format. Faults of "
+        "the endpoint, asked again: 3 429. The text shown first was preferred in 60.0% (40.0% to 80.0%). Left out, dpo: 2 "
+        "completions. 33 requests, 3,600 tokens.",
+        "| policy | step | pairs |",
+        "| dpo | 200 |",
+        "| a letter | 1 | 2 | 0 | 0 | 0 |",
+        "| policy | pairs | win rate | won | lost | failed | length |",
+    ):
+        assert words in shown
+    assert Seen(page).text.count("win rates") >= 3
+    assert page.count("<img") == markdown.count("](images/")
+
+
+def test_table_2_of_people_is_shown(copy, tmp_path):
+    judgments = [Judgment(str(item), rater, "ab"[item % 3 == 0]) for item in range(30) for rater in ("ann", "bob")]
+    table = table_2(judgments, {"GPT-4": {str(item): "a" for item in range(30)}}, seed=0)
+    json_to(copy / "agree" / "agreement.json", {"study": "1", "names": {"a": "dpo", "b": "ppo"}, **plain(table)})
+    shutil.copy(copy / "dpo" / "config.yaml", copy / "agree")
+    _, _, markdown = report(copy, out=tmp_path / "out")
+    shown = markdown.replace("\\", "")
+    assert "|  | dpo / ppo |" in shown
+    assert "| raters | 2 |" in shown
+    assert "| H-H agree % | 100.0 (88.6 to 100.0) |" in shown
+    assert re.search(r"\| GPT-4-H agree % \| 66.7 \(", shown)
 
 
 def test_runs_share_axes(tmp_path):

@@ -79,7 +79,13 @@ class RunRecord:
     @property
     def missing(self) -> list[str]:
         """What is not there, in words, with the command that would make it."""
-        return [f"{what} ({command})" for stage, (what, command) in EXPECTED.items() if stage not in self.stages]
+        kinds = {kind_of(stage) for stage in self.stages}
+        return [f"{what} ({command})" for stage, (what, command) in EXPECTED.items() if stage not in kinds]
+
+
+def kind_of(stage: str) -> str:
+    """A run may be judged in several ways, each in a folder of its own: judge, judge-steps, judge-news."""
+    return "judge" if stage.startswith("judge-") else stage
 
 
 def one_or_more(runs: Sequence[RunRecord], stage: str) -> list[tuple[RunRecord, Stage]]:
@@ -102,7 +108,7 @@ def read_run(path: Path, *, name: str) -> RunRecord:
     if not found:
         raise ValueError(f"{path}: no run directory: no folder in it has a config.yaml, as each command leaves one")
     known = (*ORDER, *LATER)
-    found.sort(key=lambda folder: known.index(folder.name) if folder.name in known else len(ORDER))
+    found.sort(key=lambda folder: known.index(kind) if (kind := kind_of(folder.name)) in known else len(ORDER))
     return RunRecord(name, path, {folder.name: _read_stage(folder) for folder in found})
 
 
@@ -112,7 +118,8 @@ def _read_stage(path: Path) -> Stage:
     stage.data = stage.read("data_report.json", read_object, {})
     stage.report = stage.read("report.json", read_object, {})
     stage.metrics = stage.read("metrics.jsonl", read_metrics, [])
-    stage.done = (path / RESULT[path.name]).exists() if path.name in RESULT else True
+    result = RESULT.get(kind_of(path.name))
+    stage.done = (result is None or (path / result).exists()) and not _undecided(stage)
     stage.state = _state(stage)
     stage.problems += _failures(stage)
     return stage
@@ -148,10 +155,20 @@ def _state(stage: Stage) -> str:
     return f"not finished, {steps} so far" if steps else "not finished"
 
 
+def _undecided(stage: Stage) -> int:
+    """Pairs that a judge was not asked about before it stopped."""
+    return stage.report.get("outcomes", {}).get("unanswered", 0) if kind_of(stage.name) == "judge" else 0
+
+
 def _failures(stage: Stage) -> list[str]:
     found = []
     if not stage.done:
-        found.append(f"{stage.state}: {RESULT[stage.name]} is not there; the same command again continues it")
+        lacking = (
+            f"{left:,} pairs have no verdict yet"
+            if (left := _undecided(stage))
+            else f"{RESULT[kind_of(stage.name)]} is not there"
+        )
+        found.append(f"{stage.state}: {lacking}; the same command again continues it")
     bad = stage.read("bad_batch.json", read_object, {})
     if bad:
         values = ", ".join(f"{name} {bad['metrics'][name]}" for name in ("loss", "grad_norm") if name in bad.get("metrics", {}))

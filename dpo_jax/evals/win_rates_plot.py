@@ -47,7 +47,10 @@ def plot_win_rates(points: Sequence[WinRate], path: str | os.PathLike[str], *, x
     above.set_title(f"Win rate against {baseline}", loc="left", fontweight="bold")
     below.set_ylabel("mean length\n(characters)")
     below.set_ylim(0, 1.2 * max(max(p.policy_length, p.baseline_length) for p in points))
-    below.set_xlabel(x or ("" if single else "step"))
+    below.set_xlabel((x or "step").replace("_", " ") if not single else "")
+    if x == "best_of":  # 1, 4, 16, 64, 128
+        below.set_xscale("log", base=2)
+        below.minorticks_off()
     if single:
         below.set_xticks(range(len(names)), names)
     elif len(lengths) <= 10:
