@@ -353,7 +353,13 @@ def test_declines_tell_a_fall_from_scatter(tmp_path):
 
 
 POINT = {"series": "dpo", "pairs": 9, "won": 4, "lost": 2, "flipped": 2, "failed": 1, "unanswered": 0}
-POINT |= {"policy_length": 81.4, "baseline_length": 60.0, "pairs_at_equal_length": 0, "win_rate_at_equal_length": None}
+POINT |= {
+    "policy_length": 81.4,
+    "baseline_length": 60.0,
+    "pairs_at_equal_length": 0,
+    "extrapolated": True,
+    "win_rate_at_equal_length": None,
+}
 for name, values in (
     ("win_rate", (0.625, 0.4, 0.8)),
     ("win_rate_length_controlled", (0.5, 0.25, 0.75)),
@@ -396,7 +402,7 @@ def test_every_folder_of_a_judge_is_shown_and_an_unfinished_one_told(copy, tmp_p
     for words in (
         "**judge: against sft.jsonl, by gpt-4 (summary-simple)**",
         "| policy | temperature | pairs | win rate | won in both orders | lost | flipped | failed | length |",
-        "| dpo | 0.25 | 9 | 0.625 (0.400 to 0.800) | 4 | 2 | 2 | 1 | 81 / 60 | -, 0 pairs | 0.500 (0.250 to 0.750) |",
+        "| dpo | 0.25 | 9 | 0.625 (0.400 to 0.800) | 4 | 2 | 2 | 1 | 81 / 60 | -, 0 pairs | 0.500 (0.250 to 0.750), extrapolated",
         "36 questions, in both orders, texts fenced as data; 30 answered by gpt-4-0314. Failed answers: 1 format. Faults of "
         "the endpoint, asked again: 3 429. The text shown first was preferred in 60.0% (40.0% to 80.0%). Left out, dpo: 2 "
         "completions. 33 requests, 3,600 tokens.",

@@ -15,6 +15,7 @@ import jax
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.evals.agreement import Estimate, table_2
 from dpo_jax.evals.agreement_table import INTERVALS, table_rows
 from dpo_jax.evals.ratings import Judgment, Key, RaterFile, Verdicts, read_key, read_raters, read_records, read_verdicts
@@ -34,7 +35,7 @@ def run(config: Config) -> int:
     judgments += [judgment for path in records for judgment in read_records(path, key=key)]
     if not judgments:
         raise ConfigError("agree.ratings: the files hold no rating yet")
-    judges = {name: read_verdicts(path, key=key) for name, path in _judges(config).items()}
+    judges, left_out = _verdicts(config, key)
     table = table_2(judgments, {name: verdicts.winners for name, verdicts in judges.items()}, seed=config.run.seed)
     names = key.names if key else {"a": "a", "b": "b"}
     column = {"study": key.study if key else None, "names": names, **plain(table)}
@@ -42,7 +43,7 @@ def run(config: Config) -> int:
     with build.open_run(config, "agree") as run_dir:
         write_json(run_dir.path / "agreement.json", column)
         print(text_of([column, *beside]))
-        print("\n".join(_notes(raters, judgments, judges, key)))
+        print("\n".join(f"note: {note}" for note in [*_notes(raters, judgments, judges, key), *left_out]))
         print(f"figures: {run_dir.path / 'agreement.json'}")
     return 0
 
@@ -82,6 +83,16 @@ def _judges(config: Config) -> dict[str, Path]:
             raise ConfigError(f"agree.judge: two judges are called {name!r}; write NAME={path}")
         judges[name] = Path(path)
     return judges
+
+
+def _verdicts(config: Config, key: Key | None) -> tuple[dict[str, Verdicts], list[str]]:
+    """By the judge's name, and notes. The judge of the run may have compared other texts; one that is named may not."""
+    try:
+        return {name: read_verdicts(path, key=key) for name, path in _judges(config).items()}, []
+    except DataError as error:
+        if config.agree.judge is None and error.causes == (Cause.NO_PAIR,):
+            return {}, [str(error)]
+        raise
 
 
 def _column(run: str) -> dict[str, Any]:
@@ -125,4 +136,4 @@ def _notes(raters: list[RaterFile], judgments: list[Judgment], judges: Mapping[s
         others = verdicts.foreign + verdicts.repeated + len(set(verdicts.winners) - items)
         left = f"{others} of its verdicts are on other pairs, or the same again" if others else "all of its verdicts are used"
         notes.append(f"{name}: {undecided} of {len(items)} items undecided, {unjudged} not judged; {left}")
-    return [f"note: {note}" for note in notes]
+    return notes

@@ -59,7 +59,7 @@ class JudgeConfig:
     price_out: float = 0.0
     """Price of a million tokens that it writes."""
     out: str | None = None
-    """Folder to write; none: judge/ in the run directory. `report` shows each folder of a run whose name begins with judge-."""
+    """Folder to write; none: judge/ in the run directory. `report` shows each whose name begins with judge-."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         positive = ("limit", "max_tokens", "concurrency", "tries", "timeout", "max_requests", "max_spent_tokens", "max_cost")

@@ -32,7 +32,7 @@ def run(config: Config) -> int:
     # The reference of the table is also the reference of the rewards.
     config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, policy=config.eval_reference()))
     of_run = Path(config.eval_policy()).resolve() == Path(config.run.dir, "dpo", "export").resolve()
-    with build.open_run(config, "rewards" if config.eval.rewards else "eval") as run_dir:
+    with build.open_run(config, "rewards" if config.eval.rewards else "eval", out=config.eval.rewards_out) as run_dir:
         tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
         model = build.policy_model(config, config.dpo_policy(), tokenizer, name="eval.reference")
         judged = build.policy_model(config, config.eval_policy(), tokenizer, name="eval.policy")

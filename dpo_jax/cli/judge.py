@@ -32,12 +32,13 @@ from dpo_jax.evals.judge import Outcome, Pair, Question, orders, outcome_of, que
 from dpo_jax.evals.judging import Budget, Endpoint, Unfinished, ask_all
 from dpo_jax.evals.pairing import Paired, pair_up
 from dpo_jax.evals.verdicts import VerdictLog
-from dpo_jax.evals.win_rates import OUTCOMES, WinRate, columns, rate, win_rates
+from dpo_jax.evals.win_rates import EDGE, OUTCOMES, Rate, WinRate, columns, rate, win_rates
 from dpo_jax.evals.win_rates_plot import plot_win_rates
 from dpo_jax.runtime.rundir import RunDir, write_json
 
 SETTINGS = ("model", "prompt", "fence", "temperature", "max_tokens", "one_order")
 """What a verdict depends on besides its texts. Not the address: the same model may move."""
+BASELINES = {"chosen": "the chosen completions of the data", "sft_target": "what SFT learned"}
 PER = 1e-6  # prices are of a million tokens
 
 
@@ -223,7 +224,7 @@ def _write(
     files = [file for _, file in section.series()] + ([section.b] if section.baseline_file() else [])
     report = {
         "settings": {name: getattr(section, name) for name in (*SETTINGS, "base_url")},
-        "baseline": section.b,
+        "baseline": BASELINES.get(section.b, section.b),
         "by": section.by or "step",
         "files": [fingerprint(file, Path(file)) for file in files],
         "books": {name: dataclasses.asdict(books) for name, books in ((section.b, paired.baseline), *paired.policies.items())},
@@ -242,7 +243,7 @@ def _write(
     }
     write_json(folder / "report.json", report)
     if any(point.win_rate.pairs for point in points):
-        plot_win_rates(points, folder / "win_rates.png", x=section.by, baseline=Path(section.b).name)
+        plot_win_rates(points, folder / "win_rates.png", x=section.by, baseline=BASELINES.get(section.b, Path(section.b).name))
     _tell(points, report, _spent(budget, log), folder)
 
 
@@ -253,6 +254,8 @@ def _tell(points: list[WinRate], report: dict[str, Any], spent: str, folder: Pat
     _print_table([heads, *map(_row, points)])
     halves = "" if one_order else "win rate: a flipped pair is half a win, as one question in random order gives on average; "
     print(f"{halves}lengths in characters; at equal length: by logistic regression")
+    if any(point.extrapolated for point in points):
+        print(f"* extrapolated: in fewer than {EDGE:.0%} of the pairs the longer text is the policy's, or the baseline's")
     if undecided := report["outcomes"]["unanswered"]:
         print(f"{undecided:,} pairs have no verdict yet, and count in no rate")
     if report["first_preferred"]:
@@ -277,10 +280,14 @@ def _row(point: WinRate) -> tuple[str, ...]:
         f"{sum(point.counts.values()):,}",
         f"{point.counts['won']} ({_share(point.won.value)})",
         *(f"{point.counts[outcome]}" for outcome in ("lost", "flipped", "failed")),
-        f"{_share(point.win_rate.value)} ({_share(point.win_rate.low)}-{_share(point.win_rate.high)})",
+        _interval(point.win_rate),
         f"{point.policy_length:.0f} / {point.baseline_length:.0f}",
-        _share(point.win_rate_length_controlled.value),
+        _interval(point.win_rate_length_controlled) + "*" * point.extrapolated,
     )
+
+
+def _interval(rate: Rate) -> str:
+    return f"{_share(rate.value)} ({_share(rate.low)}-{_share(rate.high)})"
 
 
 def _share(value: float) -> str:

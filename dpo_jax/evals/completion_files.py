@@ -33,13 +33,13 @@ def read_completions(path: str | Path, *, by: str | None = None, report: DataRep
         try:
             if isinstance(row, BadRow):
                 raise row
-            texts = {field: text(row, field) for field in ("prompt", "completion")}
-            for field, value in texts.items():
+            prompt, completion = text(row, "prompt"), text(row, "completion")
+            for field, value in (("prompt", prompt), ("completion", completion)):
                 if len(value) > MAX_CHARACTERS:
                     raise BadRow(Cause.TOO_LONG, f"{len(value):,} characters are more than anybody reads", field=field)
-            if not without_cue(texts["prompt"]):
+            if not without_cue(prompt):
                 raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt")
-            found.append(Completion(*texts.values(), number(row, by) if by else None, where))
+            found.append(Completion(prompt, completion, number(row, by) if by else None, where))
         except BadRow as problem:
             remedy = "write the file with dpo-jax sample"
             raise DataError(f"{path.parent / where}: {problem}; {remedy}", causes=[problem.cause]) from problem

@@ -8,22 +8,22 @@ from typing import Any
 
 from dpo_jax.evals.agreement_table import INTERVALS, table_rows
 from dpo_jax.evals.report_page import Block, Figures, Section, Table, Text
-from dpo_jax.evals.run_record import RunRecord, Stage, kind_of, of, one_or_more, read_object
+from dpo_jax.evals.run_record import RunRecord, Stage, of, one_or_more, read_object
 
 READING = (
     "Win rate: a flipped pair, where the judge named the same letter in both orders, is half a win. Failed: no answer in the "
     "format. Lengths are mean characters, policy / baseline. At equal length: pairs whose lengths differ by a tenth at most; "
-    "length-controlled: by logistic regression. Brackets: 95 % intervals."
+    "length-controlled: by logistic regression, extrapolated where nearly all texts of one side are longer. Brackets: 95 % "
+    "intervals."
 )
 
 
 def judged(runs: Sequence[RunRecord]) -> Section | None:
     """Of each folder of a judge its figure, table and books; of people the table of `dpo-jax agree`."""
     blocks: list[Block] = []
-    for run in runs:
-        for stage in run.stages.values():
-            if kind_of(stage.name) == "judge" and stage.report:
-                blocks += _judge(of(run, runs, stage.name), stage)
+    for run, stage in one_or_more(runs, "judge"):
+        if stage.report:
+            blocks += _judge(of(run, runs, stage.name), stage)
     for run, stage in one_or_more(runs, "agree"):
         column = stage.read("agreement.json", read_object, {})
         if column:
@@ -72,9 +72,10 @@ def _cell(column: str, point: Mapping[str, Any], at: str | None) -> str:
         return f"{point['policy_length']:.0f} / {point['baseline_length']:.0f}"
     if column == "at equal length":
         return f"{_rate(point, 'win_rate_at_equal_length')}, {point['pairs_at_equal_length']} pairs"
-    names = {"win rate": "win_rate", "length-controlled": "win_rate_length_controlled"}
-    if column in names:
-        return _rate(point, names[column])
+    if column == "length-controlled":
+        return _rate(point, "win_rate_length_controlled") + (", extrapolated" if point["extrapolated"] else "")
+    if column == "win rate":
+        return _rate(point, "win_rate")
     return str(point[{"policy": "series", "won in both orders": "won"}.get(column, column)])
 
 

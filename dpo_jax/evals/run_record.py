@@ -84,13 +84,14 @@ class RunRecord:
 
 
 def kind_of(stage: str) -> str:
-    """A run may be judged in several ways, each in a folder of its own: judge, judge-steps, judge-news."""
-    return "judge" if stage.startswith("judge-") else stage
+    """A run may be judged in several ways, each in a folder of its own: judge, judge-steps, judge-news, rewards-bench."""
+    kind, dash, _ = stage.partition("-")
+    return kind if dash and kind in ("judge", "rewards") else stage
 
 
-def one_or_more(runs: Sequence[RunRecord], stage: str) -> list[tuple[RunRecord, Stage]]:
-    """The runs that have a stage, with it."""
-    return [(run, run.stages[stage]) for run in runs if stage in run.stages]
+def one_or_more(runs: Sequence[RunRecord], kind: str) -> list[tuple[RunRecord, Stage]]:
+    """Each stage of a kind, with its run."""
+    return [(run, stage) for run in runs for stage in run.stages.values() if kind_of(stage.name) == kind]
 
 
 def of(run: RunRecord, runs: Sequence[RunRecord], what: str) -> str:
