@@ -402,7 +402,7 @@ def test_every_folder_of_a_judge_is_shown_and_an_unfinished_one_told(copy, tmp_p
     for words in (
         "**judge: against sft.jsonl, by gpt-4 (summary-simple)**",
         "| policy | temperature | pairs | win rate | won in both orders | lost | flipped | failed | length |",
-        "| dpo | 0.25 | 9 | 0.625 (0.400 to 0.800) | 4 | 2 | 2 | 1 | 81 / 60 | -, 0 pairs | 0.500 (0.250 to 0.750), extrapolated",
+        "| dpo | 0.25 | 9 | 0.625 (0.400 to 0.800) | 4 | 2 | 2 | 1 | 81 / 60 | -, 0 pairs | 0.500 (0.250 to 0.750), extra",
         "36 questions, in both orders, texts fenced as data; 30 answered by gpt-4-0314. Failed answers: 1 format. Faults of "
         "the endpoint, asked again: 3 429. The text shown first was preferred in 60.0% (40.0% to 80.0%). Left out, dpo: 2 "
         "completions. 33 requests, 3,600 tokens.",

@@ -30,7 +30,7 @@ def plot_win_rates(points: Sequence[WinRate], path: str | os.PathLike[str], *, x
     for number, (name, style) in enumerate(zip(names, STYLES, strict=False)):
         mine = [point for point in points if point.series == name]
         places = np.array([float(number) if point.at is None else point.at for point in mine])
-        _draw(above, mine, places, name, style)
+        _draw(figure, above, mine, places, name, style)
         below.plot(places, [p.policy_length for p in mine], linestyle=style.line, marker=style.marker, color=style.color)
     lengths = sorted({(float(names.index(p.series)) if p.at is None else p.at, p.baseline_length) for p in points})
     below.plot(
@@ -66,7 +66,7 @@ def plot_win_rates(points: Sequence[WinRate], path: str | os.PathLike[str], *, x
     return Path(path)
 
 
-def _draw(axes: Axes, points: Sequence[WinRate], places: np.ndarray, name: str, style: Style) -> None:
+def _draw(figure: Figure, axes: Axes, points: Sequence[WinRate], places: np.ndarray, name: str, style: Style) -> None:
     rates = np.array([(p.win_rate.value, p.win_rate.low, p.win_rate.high) for p in points]).T
     axes.plot(places, rates[0], linestyle=style.line, marker=style.marker, color=style.color, label=name)
     axes.vlines(places, rates[1], rates[2], color=style.color, linewidth=1.2)
@@ -74,7 +74,7 @@ def _draw(axes: Axes, points: Sequence[WinRate], places: np.ndarray, name: str, 
     if not any(told):
         return
     controlled = [point.win_rate_length_controlled for point in points if not point.extrapolated]
-    beside = axes.transData + ScaledTranslation(5 / 72, 0, axes.get_figure(root=True).dpi_scale_trans)
+    beside = axes.transData + ScaledTranslation(5 / 72, 0, figure.dpi_scale_trans)
     look = {"color": style.color, "alpha": 0.6, "transform": beside}
     axes.vlines(places[told], [rate.low for rate in controlled], [rate.high for rate in controlled], linewidth=0.8, **look)
     axes.plot(
