@@ -11,53 +11,53 @@ from dpo_jax.evals.report_page import Block, Figures, Section, Table, Text
 from dpo_jax.evals.run_record import RunRecord, Stage, of, one_or_more, read_object
 
 READING = (
-    "Win rate: a flipped pair, where the judge named the same letter in both orders, is half a win. Failed: no answer in the "
-    "format. Lengths are mean characters, policy / baseline. At equal length: pairs whose lengths differ by a tenth at most; "
-    "length-controlled: by logistic regression, extrapolated where nearly all texts of one side are longer. Brackets: 95 % "
-    "intervals."
+    "A pair is won by the policy in both orders, lost in both, or flipped: the judge named one letter twice. One without an "
+    "answer in the format has failed. The win rate counts a flipped pair as half a win and leaves failed ones out. Lengths are "
+    "mean characters. Of equal length are texts that differ by a tenth at most; length-controlled is a logistic regression, "
+    "extrapolated where nearly all texts of one side are longer. Brackets: 95 % intervals."
 )
+COUNTS = ("won", "lost", "flipped", "failed")
 
 
 def judged(runs: Sequence[RunRecord]) -> Section | None:
-    """Of each folder of a judge its figure, table and books; of people the table of `dpo-jax agree`."""
+    """Of each folder of a judge its figure, tables and books; of people the table of `dpo-jax agree`."""
     blocks: list[Block] = []
     for run, stage in one_or_more(runs, "judge"):
         if stage.report:
             blocks += _judge(of(run, runs, stage.name), stage)
+    if blocks:
+        blocks.insert(0, Text(READING))
     for run, stage in one_or_more(runs, "agree"):
         column = stage.read("agreement.json", read_object, {})
         if column:
             (_, names), *rows = table_rows([column])
+            rows = [[label.strip(), cell] for label, cell in rows]
             caption = of(run, runs, "People (Table 2 of the paper)")
-            blocks.append(
-                Table(["", names], [[label.strip(), cell] for label, cell in rows], caption=caption, note=f"{INTERVALS}.")
-            )
+            blocks.append(Table(["", names], rows, caption=caption, note=f"{INTERVALS}."))
     return Section("Win rates and ratings", blocks) if blocks else None
 
 
 def _judge(name: str, stage: Stage) -> list[Block]:
     report = stage.report
     settings, points = report["settings"], report["points"]
+    title = f"{name}: against {Path(report['baseline']).name}, by {settings['model']} ({settings['prompt']})"
     figure = stage.path / "win_rates.png"
-    blocks: list[Block] = [Figures([(figure, f"{name}: win rates")], wide=True)] if figure.is_file() else []
-    at = report["by"] if any(point["at"] is not None for point in points) else None
-    columns = [
-        "policy",
-        *([at] if at else []),
-        "pairs",
-        "win rate",
-        "won in both orders",
-        "lost",
-        "flipped",
-        "failed",
-        "length",
+    drawn = figure.is_file() and len(points) > 1
+    blocks: list[Block] = [Figures([(figure, f"{name}: win rates and lengths")], size="half")] if drawn else []
+    counts = [column for column in COUNTS if not (settings["one_order"] and column == "flipped")]
+    rows = [[f"{point['pairs']}", _rate(point, "win_rate"), *(f"{point[column]}" for column in counts)] for point in points]
+    blocks.append(_table(report, ["pairs", "win rate", *counts], rows, caption=title))
+    rows = [
+        [
+            f"{point['policy_length']:.0f} / {point['baseline_length']:.0f}",
+            f"{point['pairs_at_equal_length']}",
+            _rate(point, "win_rate_at_equal_length"),
+            _rate(point, "win_rate_length_controlled") + ", extrapolated" * point["extrapolated"],
+        ]
+        for point in points
     ]
-    columns += ["at equal length", "length-controlled"]
-    if settings["one_order"]:
-        columns = [column.replace("won in both orders", "won") for column in columns if column != "flipped"]
-    rows = [[_cell(column, point, at) for column in columns] for point in points]
-    caption = f"{name}: against {Path(report['baseline']).name}, by {settings['model']} ({settings['prompt']})"
-    blocks += [Table(columns, rows, caption=caption, note=READING), Text(_books(report))]
+    columns = ["length / baseline's", "of equal length", "win rate of these", "length-controlled"]
+    blocks += [_table(report, columns, rows, caption=f"{name}: length"), Text(_books(report))]
     if report["injections"]:
         rows = [[str(cell) for cell in row.values()] for row in report["injections"]]
         caption = f"{name}: words to the judge, put behind texts that had lost"
@@ -65,18 +65,13 @@ def _judge(name: str, stage: Stage) -> list[Block]:
     return blocks
 
 
-def _cell(column: str, point: Mapping[str, Any], at: str | None) -> str:
-    if column == at:
-        return f"{point['at']:g}"
-    if column == "length":
-        return f"{point['policy_length']:.0f} / {point['baseline_length']:.0f}"
-    if column == "at equal length":
-        return f"{_rate(point, 'win_rate_at_equal_length')}, {point['pairs_at_equal_length']} pairs"
-    if column == "length-controlled":
-        return _rate(point, "win_rate_length_controlled") + (", extrapolated" if point["extrapolated"] else "")
-    if column == "win rate":
-        return _rate(point, "win_rate")
-    return str(point[{"policy": "series", "won in both orders": "won"}.get(column, column)])
+def _table(report: Mapping[str, Any], columns: list[str], rows: list[list[str]], *, caption: str) -> Table:
+    """Rows of the points, each with its policy and its place on the x-axis, where there is one."""
+    points = report["points"]
+    places = any(point["at"] is not None for point in points)
+    heads = ["policy", report["by"].replace("_", " ")] if places else ["policy"]
+    names = [[point["series"], *([f"{point['at']:g}"] if places else [])] for point in points]
+    return Table([*heads, *columns], [name + row for name, row in zip(names, rows, strict=True)], caption=caption)
 
 
 def _rate(point: Mapping[str, Any], name: str) -> str:
@@ -100,8 +95,9 @@ def _books(report: Mapping[str, Any]) -> str:
         words.append(f"faults of the endpoint, asked again: {_counts(report['faults'])}")
     if first:
         words.append(f"the text shown first was preferred in {first['value']:.1%} ({first['low']:.1%} to {first['high']:.1%})")
-    left = {name: sum(map(len, books["dropped"].values())) for name, books in report["books"].items()}
-    words += [f"left out, {Path(name).name}: {count:,} completions" for name, count in left.items() if count]
+    _, *policies = report["books"].items()  # that the baseline has more prompts is no loss
+    left = {name: sum(map(len, books["dropped"].values())) for name, books in policies}
+    words += [f"{count:,} completions of {name} were left out" for name, count in left.items() if count]
     cost = f", cost {report['cost']:,.2f}" if report["cost"] else ""
     words.append(f"{report['requests']:,} requests, {sum(report['tokens'].values()):,} tokens{cost}")
     return ". ".join(word[0].upper() + word[1:] for word in words) + "."

@@ -34,11 +34,11 @@ ORDER = ("audit", "prepare", "sft", "refs", "dpo", "label", "reward-model", "ppo
 LATER = ("rewards", "judge", "study", "agree")
 # What a reader may look for: the stage, what it would tell, and the command that makes it.
 EXPECTED = {
-    "eval": ("no held-out evaluation", "dpo-jax eval"),
-    "rewards": ("no implicit-reward tables", "dpo-jax eval --rewards"),
-    "frontier": ("no frontier of reward and KL", "dpo-jax frontier"),
-    "judge": ("no win rates by a judge", "dpo-jax judge"),
-    "agree": ("no ratings by people", "dpo-jax study, then dpo-jax agree"),
+    "eval": ("held-out evaluation", "dpo-jax eval"),
+    "rewards": ("implicit-reward tables", "dpo-jax eval --rewards"),
+    "frontier": ("frontier of reward and KL", "dpo-jax frontier"),
+    "judge": ("win rates by a judge", "dpo-jax judge"),
+    "agree": ("ratings by people", "dpo-jax study, then dpo-jax agree"),
 }
 
 
