@@ -15,7 +15,7 @@ class JudgeConfig:
     """Win rates by a judge behind an OpenAI-compatible endpoint (sections 6.2 to 6.4). Its key comes from the environment."""
 
     a: str | None = None
-    """Completions of the policy, as `sample` writes them: FILE or NAME=FILE, several separated by commas, a line each."""
+    """Completions of the policy, as `sample` writes them: FILE or NAME=FILE, several separated by commas, a curve each."""
     b: str = "chosen"
     """What they are compared with: chosen or sft_target of the held-out data, or a file of completions of another policy."""
     by: str | None = None

@@ -36,11 +36,12 @@ def run(config: Config) -> int:
     temperatures = [float(part) for part in section.temperatures.split(",")] if section.temperatures else [section.temperature]
     best_of = sorted(int(part) for part in section.best_of.split(",")) if section.best_of else []
     most, reward = max(best_of, default=1), reward_of(config) if best_of else None
-    lines = []
+    lines, unfinished = [], 0
     for temperature in temperatures:
         complete = Completer(partitioner, model, tokenizer, temperature=temperature, **sampling)
         # The same key: more temperatures, or none but this one, change no sample.
         drawn = _draw(complete, variables, prompts, jax.random.key(config.run.seed), repeats=most)
+        unfinished += sum(not row.pop("finished") for row in drawn)
         rows = [{"prompt": texts[i // most], **row, "temperature": temperature} for i, row in enumerate(drawn)]
         lines += best_rows(rows, best_of, reward) if reward else rows
     if not is_first():
@@ -49,6 +50,10 @@ def run(config: Config) -> int:
         kept = "first" if cue else "last"
         limit = f"their {kept} {config.data.max_prompt_length - len(cue_ids)} tokens (data.max_prompt_length)"
         print(f"{cut:,} of {len(texts):,} prompts are longer than the policy was shown: {limit}", file=sys.stderr)
+    if unfinished:
+        total = len(texts) * most * len(temperatures)
+        limits = "by sample.max_new_tokens, or where the model has no more positions"
+        print(f"{unfinished:,} of {total:,} completions were stopped before their end, {limits}", file=sys.stderr)
     if section.out:
         Path(section.out).parent.mkdir(parents=True, exist_ok=True)
         Path(section.out).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
@@ -85,8 +90,11 @@ def _draw(
         samples = complete(variables, [ids for ids in prompts for _ in range(repeats)], key)
     except ValueError as error:
         raise ConfigError(f"sample: {error}") from error
-    drawn = zip(samples.texts, samples.logps, samples.ids, strict=True)
-    return [{"completion": text, "logp": float(logp), "tokens": len(ids)} for text, logp, ids in drawn]
+    eos = complete.tokenizer.eos_token_id
+    return [
+        {"completion": text, "logp": float(logp), "tokens": len(ids), "finished": bool(len(ids)) and int(ids[-1]) == eos}
+        for text, logp, ids in zip(samples.texts, samples.logps, samples.ids, strict=True)
+    ]
 
 
 def reward_of(config: Config) -> Reward:

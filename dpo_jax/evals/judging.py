@@ -250,7 +250,10 @@ class _Asker:
         self.unanswered += 1
         self.in_a_row += 1
         if self.in_a_row >= GIVE_UP:
-            self.stop(f"{GIVE_UP} questions in a row have no answer (faults: {self.log.faults}): is the endpoint well?")
+            faults = ", ".join(f"{count:,} {cause}" for cause, count in self.log.faults.items())
+            self.stop(
+                f"{GIVE_UP} questions in a row have no answer (faults: {faults}): is the address right, the endpoint well?"
+            )
 
     def stop(self, why: str) -> None:
         self.stopped = self.stopped or why

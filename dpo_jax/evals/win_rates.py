@@ -118,7 +118,7 @@ def win_rate(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> WinRate:
         middle, low, high = length_controlled(values, np.log(lengths[:, 0] / lengths[:, 1]))
         controlled = Rate(float(middle), float(low), float(high), len(decided))
     undecided = len(pairs) - len(decided)
-    sides = [np.mean(lengths[:, 0] <= lengths[:, 1]), np.mean(lengths[:, 0] >= lengths[:, 1])] if len(decided) else [0.0]
+    sides = [np.mean(lengths[:, 0] <= lengths[:, 1]), np.mean(lengths[:, 0] >= lengths[:, 1])] if len(decided) else [1.0]
     return WinRate(
         series=pairs[0].series,
         at=pairs[0].at,
