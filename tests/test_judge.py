@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -638,6 +639,19 @@ def test_from_files_to_win_rates(tmp_path, monkeypatch):
     assert pairs[0] | {"outcome": "won", "policy": " dpo 0 0", "baseline": " base 0 0", "uid": "dpo:0:1"} == pairs[0]
     assert (folder / "win_rates.csv").read_text().count("\n") == 5
     assert (folder / "win_rates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_that_are_no_verdicts_are_told_by_their_cause(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    acts = itertools.cycle([Say(A, finish="length"), Say("Both."), Say(None, refusal="No."), Say("")])
+    with fake_judge(lambda asked, number: next(acts)) as judge:
+        code, out = call(*run_files(tmp_path, prompts=2), "--base-url", judge.url, "--judge.concurrency", 1)
+    assert code == 0, out
+    told = "4 empty, 4 not in the format that was asked for, 4 cut off at judge.max_tokens, 4 refused"
+    assert f"answers without a verdict: {told}\n" in out
+    assert re.search(r"^dpo 0 +2 +0 +0 +0 +2 +- +\d+ / \d+ +-$", out, re.MULTILINE)
+    report = json.loads((tmp_path / "run/judge/report.json").read_text())
+    assert (report["outcomes"]["failed"], report["first_preferred"]) == (8, None)
 
 
 def test_files_named_by_numbers_are_one_series(tmp_path, monkeypatch):

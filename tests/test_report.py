@@ -405,9 +405,9 @@ def test_every_folder_of_a_judge_is_shown_and_an_unfinished_one_told(copy, tmp_p
         "| policy | temperature | pairs | win rate | won | lost | flipped | failed |",
         "| dpo | 0.25 | 9 | 0.625 (0.400 to 0.800) | 4 | 2 | 2 | 1 |",
         "| dpo | 0.25 | 81 / 60 | 0 | - | 0.500 (0.250 to 0.750), extrapolated |",
-        "36 questions, in both orders, texts fenced as data; 30 answered by gpt-4-0314. Failed answers: 1 format. Faults of "
-        "the endpoint, asked again: 3 429. The text shown first was preferred in 60.0% (40.0% to 80.0%). 2 completions of "
-        "dpo were left out. 33 requests, 3,600 tokens.",
+        "36 questions, in both orders, texts fenced as data; 30 answered by gpt-4-0314. Answers without a verdict: 1 not in "
+        "the format that was asked for. Faults of the endpoint, asked again: 3 429. The text shown first was preferred in "
+        "60.0% (40.0% to 80.0%). 2 completions of dpo were left out. 33 requests, 3,600 tokens.",
         "| policy | step | pairs |",
         "| dpo | 200 |",
         "| a letter | 1 | 2 | 0 | 0 | 0 |",

@@ -29,7 +29,7 @@ from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.evals.completion_files import Completion, read_completions
 from dpo_jax.evals.injections import Probe, achieved, probes
 from dpo_jax.evals.judge import Outcome, Pair, Question, orders, outcome_of, question_of, winner_of
-from dpo_jax.evals.judging import Budget, Endpoint, Unfinished, ask_all
+from dpo_jax.evals.judging import Budget, Endpoint, Unfinished, ask_all, failures_of
 from dpo_jax.evals.pairing import Paired, pair_up
 from dpo_jax.evals.verdicts import VerdictLog
 from dpo_jax.evals.win_rates import EDGE, OUTCOMES, Rate, WinRate, columns, rate, win_rates
@@ -256,6 +256,8 @@ def _tell(points: list[WinRate], report: dict[str, Any], spent: str, folder: Pat
     print(f"{halves}lengths in characters; at equal length: by logistic regression")
     if any(point.extrapolated for point in points):
         print(f"* extrapolated: in fewer than {EDGE:.0%} of the pairs the longer text is the policy's, or the baseline's")
+    if report["failures"]:
+        print(f"answers without a verdict: {failures_of(report['failures'])}")
     if undecided := report["outcomes"]["unanswered"]:
         print(f"{undecided:,} pairs have no verdict yet, and count in no rate")
     if report["first_preferred"]:
@@ -278,7 +280,7 @@ def _row(point: WinRate) -> tuple[str, ...]:
     return (
         point.series if point.at is None else f"{point.series} {point.at:g}",
         f"{sum(point.counts.values()):,}",
-        f"{point.counts['won']} ({_share(point.won.value)})",
+        f"{point.counts['won']}" + ("" if math.isnan(point.won.value) else f" ({point.won.value:.3f})"),
         *(f"{point.counts[outcome]}" for outcome in ("lost", "flipped", "failed")),
         _interval(point.win_rate),
         f"{point.policy_length:.0f} / {point.baseline_length:.0f}",
@@ -287,8 +289,4 @@ def _row(point: WinRate) -> tuple[str, ...]:
 
 
 def _interval(rate: Rate) -> str:
-    return f"{_share(rate.value)} ({_share(rate.low)}-{_share(rate.high)})"
-
-
-def _share(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
+    return "-" if math.isnan(rate.value) else f"{rate.value:.3f} ({rate.low:.3f}-{rate.high:.3f})"

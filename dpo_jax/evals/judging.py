@@ -23,6 +23,13 @@ from dpo_jax.evals.verdicts import Tokens, VerdictLog
 LONGEST_WAIT = 600.0  # seconds; whoever asks us to wait for longer is left alone, and the command can be started again later
 GIVE_UP = 10  # questions in a row without an answer, after all their tries
 ENVELOPE = 64  # tokens that a chat adds to the texts, at most
+FAILURES = {  # why an answer is no verdict
+    "content_filter": "held back by the endpoint's filter",
+    "empty": "empty",
+    "format": "not in the format that was asked for",
+    "length": "cut off at judge.max_tokens",
+    "refusal": "refused",
+}
 
 
 class Unfinished(RuntimeError):
@@ -149,6 +156,11 @@ class Endpoint:
 
     async def close(self) -> None:
         await self._client.close()
+
+
+def failures_of(counts: Mapping[str, int]) -> str:
+    """`counts` by the keys of `FAILURES`, in words."""
+    return ", ".join(f"{count:,} {FAILURES[cause]}" for cause, count in sorted(counts.items()))
 
 
 def wait_of(headers: Mapping[str, str]) -> float | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.evals.agreement_table import INTERVALS, table_rows
+from dpo_jax.evals.judging import failures_of
 from dpo_jax.evals.report_page import Block, Figures, Section, Table, Text
 from dpo_jax.evals.run_record import RunRecord, Stage, of, one_or_more, read_object
 
@@ -90,7 +91,7 @@ def _books(report: Mapping[str, Any]) -> str:
     if undecided := report["outcomes"]["unanswered"]:
         words.append(f"{undecided:,} pairs have no verdict yet, and count in no rate")
     if report["failures"]:
-        words.append(f"failed answers: {_counts(report['failures'])}")
+        words.append(f"answers without a verdict: {failures_of(report['failures'])}")
     if report["faults"]:
         words.append(f"faults of the endpoint, asked again: {_counts(report['faults'])}")
     if first:
