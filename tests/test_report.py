@@ -389,7 +389,7 @@ JUDGED = {
 
 def test_every_folder_of_a_judge_is_shown_and_an_unfinished_one_told(copy, tmp_path):
     for name, changes in (
-        ("judge", {}),
+        ("judge", {"outcomes": {"won": 18, "failed": 2, "unanswered": 0}}),
         ("judge-steps", {"by": "step", "outcomes": {"unanswered": 7}, "points": [POINT | {"at": 200.0}]}),
         ("judge-once", {"settings": JUDGED["settings"] | {"one_order": True}, "points": [POINT | {"at": None}]}),
     ):
@@ -399,6 +399,7 @@ def test_every_folder_of_a_judge_is_shown_and_an_unfinished_one_told(copy, tmp_p
     out, page, markdown = report(copy, out=tmp_path / "out")
     shown = markdown.replace("\\", "")
     assert "note: judge-steps: not finished: 7 pairs have no verdict yet; the same command again continues it" in out
+    assert "note: judge: the judge gave no answer in the format on 2 of 20 pairs: its win rates are of the others" in out
     assert "win rates by a judge (dpo-jax judge)" not in shown
     for words in (
         "**judge: against sft.jsonl, by gpt-4 (summary-simple)**",

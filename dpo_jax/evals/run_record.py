@@ -32,6 +32,7 @@ RESULT = {
 }
 ORDER = ("audit", "prepare", "sft", "refs", "dpo", "label", "reward-model", "ppo", "optimum", "frontier", "bench", "eval")
 LATER = ("rewards", "judge", "study", "agree")
+MANY_FAILED = 0.05  # of a judge's pairs: enough to move a win rate by as much as is at stake
 # What a reader may look for: the stage, what it would tell, and the command that makes it.
 EXPECTED = {
     "eval": ("held-out evaluation", "dpo-jax eval"),
@@ -156,9 +157,14 @@ def _state(stage: Stage) -> str:
     return f"not finished, {steps} so far" if steps else "not finished"
 
 
+def _outcomes(stage: Stage) -> dict[str, int]:
+    """What became of a judge's pairs; nothing for another stage."""
+    return stage.report.get("outcomes", {}) if kind_of(stage.name) == "judge" else {}
+
+
 def _undecided(stage: Stage) -> int:
     """Pairs that a judge was not asked about before it stopped."""
-    return stage.report.get("outcomes", {}).get("unanswered", 0) if kind_of(stage.name) == "judge" else 0
+    return _outcomes(stage).get("unanswered", 0)
 
 
 def _failures(stage: Stage) -> list[str]:
@@ -170,6 +176,11 @@ def _failures(stage: Stage) -> list[str]:
             else f"{RESULT[kind_of(stage.name)]} is not there"
         )
         found.append(f"{stage.state}: {lacking}; the same command again continues it")
+    failed, pairs = _outcomes(stage).get("failed", 0), sum(_outcomes(stage).values())
+    if failed > MANY_FAILED * pairs:
+        found.append(
+            f"the judge gave no answer in the format on {failed:,} of {pairs:,} pairs: its win rates are of the others"
+        )
     bad = stage.read("bad_batch.json", read_object, {})
     if bad:
         values = ", ".join(f"{name} {bad['metrics'][name]}" for name in ("loss", "grad_norm") if name in bad.get("metrics", {}))
