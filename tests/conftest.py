@@ -1,6 +1,7 @@
 """Four CPU devices, strict numerics, and compiled things shared by the whole session."""
 
 import os
+import shutil
 from pathlib import Path
 
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):  # a process of a test says how many itself
@@ -15,6 +16,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 GOLDEN = Path(__file__).parent / "golden"
+QUIET = ("--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +25,16 @@ def tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(GOLDEN / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser without a window, for the tests that `-m browser` chooses."""
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    assert path, "these tests drive a Chromium that is installed: apt-get install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=list(QUIET))
+        yield browser
+        browser.close()

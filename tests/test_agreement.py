@@ -409,6 +409,17 @@ def test_the_command_prints_the_table_and_what_it_left_out(study, run_dir, capsy
     assert people["read"] == people["kept"] + people["ties"] == 3 + sum(map(len, study.page["raters"][:2]))
     assert judge["win"]["value"] == 1
     assert judge["with_people"]["agree"]["value"] == pytest.approx(people["win"]["value"])
+    # A judge of the run who compared other texts is left out; one who was asked for is missed.
+    other = write(run_dir / "judge", "pairs.jsonl", json.dumps(pair("another prompt", "x", "y", "won")))
+    assert agree(run_dir) == 0
+    shown = capsys.readouterr().out
+    assert "note: " in shown
+    assert "none of its 1 verdicts is on a pair of this study" in shown
+    assert json.loads((run_dir / "agree" / "agreement.json").read_text()) == column | {"judges": {}}
+    assert agree(run_dir, "--agree.judge", str(other)) == 65
+    write(run_dir / "judge", "pairs.jsonl", "\n".join(map(json.dumps, verdicts)))
+    assert agree(run_dir) == 0
+    capsys.readouterr()
     # A second column, and a judge that the first has not.
     renamed = dataclasses.asdict(study)["key"] | {"names": {"a": "sft", "b": "ppo"}}
     second = run_dir.parent / "second"

@@ -25,7 +25,7 @@ from dpo_jax.cli.dpo import TOLERANCE, WrongStart, loss_at_reference, starts_at_
 from dpo_jax.cli.main import main
 from dpo_jax.data.loader import stream
 from dpo_jax.data.reviews import reward
-from dpo_jax.evals.pairing import read_completions
+from dpo_jax.evals.completion_files import read_completions
 from dpo_jax.evals.preference import preference_summary
 from dpo_jax.models.hf import load_hf
 from dpo_jax.reference import RECORD, ReferenceCache
@@ -271,6 +271,7 @@ def test_several_temperatures_and_the_best_of_several_in_one_file(done, tmp_path
     assert [row["temperature"] for row in both] == [0, 0, 0.8, 0.8]
     assert both[:2] == [json.loads(line) for line in done.printed["sample"].splitlines()]
     assert both[2]["completion"] != both[0]["completion"]
+    assert "2 of 2 completions were stopped before their end" in sampled("--sample.max-new-tokens", 1)[1]
     own = tmp_path / "p.txt"
     own.write_text("A film " * 60 + "\nA film\n")
     best, told = sampled("--sample.prompts-file", own, "--sample.best-of", "1,4", "--sample.temperature", 0.8)

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 import typing
@@ -324,6 +325,38 @@ def test_errors_are_one_message_and_bugs_a_traceback(small, ran, monkeypatch, ca
 
 
 # The files in configs/
+
+
+def commands_of_the_readme():
+    """Each `dpo-jax COMMAND CONFIG --flags` of the README as its words, with the dots that stand for what was said before."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"dpo-jax +([a-z-]+) +((?:CONFIG|configs/|RUN\b)[^`#\n]*)", text)
+    return list(dict.fromkeys((name, *shlex.split(words)) for name, words in found))
+
+
+@pytest.mark.parametrize("words", commands_of_the_readme(), ids=" ".join)
+def test_the_commands_of_the_readme_are_understood(words, tmp_path):
+    """Every flag is there, takes the value that is written, and nothing that the command needs is missing."""
+    name, config, *flags = words
+    values = {"STEP": "200", "DIR": str(tmp_path), "RUN": str(tmp_path), "NAME": "m"}
+    flags = [re.sub(r"\b(STEP|DIR|RUN|NAME)\b", lambda mark: values[mark[1]], flag) for flag in flags]
+    if "..." in flags:
+        flags = [*(flag for flag in flags if flag != "..."), "--judge.model", "m"]
+        flags += [] if "--judge.prompt" in flags else ["--judge.prompt", "dialogue"]
+    if name == "report":
+        assert program.parse(name, [str(tmp_path), *flags]).report.folders() == [str(tmp_path)]
+        return
+    path = [] if {"--data.path", "--data.source"} & set(flags) else ["--data.path", str(tmp_path)]
+    any_of = {"CONFIG": ("hh_small", "quickstart", "tldr_gptj_dpo"), "configs/pod_NAME.yaml": ("pod_llama3_8b_v5p",)}
+    files = [f"configs/{name}.yaml" for name in any_of[config]] if config in any_of else [config]
+    problems = []
+    for args in ([file, *flags, *more] for file in files for more in ((), path)):
+        try:
+            program.parse(name, args)
+            return
+        except (ConfigError, SystemExit) as problem:
+            problems.append(str(problem))
+    raise AssertionError(problems)
 
 
 def test_the_papers_experiments_are_there():

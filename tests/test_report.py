@@ -12,11 +12,13 @@ import pytest
 from conftest import GOLDEN
 from test_cli_runs import call, refused
 
+from dpo_jax.cli.agree import plain
 from dpo_jax.cli.config import Config, DpoConfig, RunConfig, dump_config
 from dpo_jax.cli.report import weights_digest_of
+from dpo_jax.evals.agreement import table_2
 from dpo_jax.evals.overoptimisation import declines
 from dpo_jax.evals.plots import plot_runs
-from dpo_jax.evals.report_judged import number, tables_of
+from dpo_jax.evals.ratings import Judgment
 from dpo_jax.evals.report_page import Page, Sample, Section, Table, Text, markdown_text, render_html, render_markdown
 from dpo_jax.evals.report_sections import frontier
 from dpo_jax.evals.report_weights import scored_weights
@@ -117,8 +119,8 @@ def test_a_finished_run_is_shown_without_a_warning_but_that_pairs_were_dropped(f
         "done, 6 steps",
         "0.750 (0.600 to 0.860)",
         "2.00 ± 0.25",
-        "no implicit-reward tables (dpo-jax eval --rewards)",
-        "no win rates by a judge (dpo-jax judge)",
+        "implicit-reward tables (dpo-jax eval --rewards)",
+        "win rates by a judge (dpo-jax judge)",
         "1 empty, 1 tie",
         "Prompt 0?",
         weights_digest_of(finished / "dpo" / "export")[:12],
@@ -189,15 +191,16 @@ def test_markdown_shows_a_text_as_it_is(text, expected):
 
 
 def test_a_page_by_hand():
-    table = Table(["what", "a", "b"], [["x", "1.5", "yes"], ["<y>", "-", "2"]], caption="A & B", note="n|m")
+    table = Table(["what", "a", "b"], [["x", "1.5 (1 to 2)", "yes"], ["<y>", "-", "2"]], caption="A & B", note="n|m")
     page = Page("T", "s", [Section("Two words", [Text("p"), table, Sample("q", [("who", "w")])])])
     assert page.sections[0].anchor == "two-words"
     assert table.right == [False, True, False]
     html_, markdown = render_html(page), render_markdown(page, link=str)
-    assert "<caption>A &amp; B</caption>" in html_
+    assert "<caption><span>A &amp; B</span></caption>" in html_
     assert '<tr><th scope="row">&lt;y&gt;</th><td class="number">-</td><td>2</td></tr>' in html_
     assert "**A & B**".replace("&", r"\&") in markdown
-    assert "| what | a | b |\n| --- | ---: | --- |\n| x | 1.5 | yes |\n| \\<y\\> | \\- | 2 |\n" in markdown
+    assert '<td class="number">1.5 <span class="whole">(1 to 2)</span></td><td>yes</td>' in html_
+    assert "| what | a | b |\n| --- | ---: | --- |\n| x | 1.5 (1 to 2) | yes |\n| \\<y\\> | \\- | 2 |\n" in markdown
     assert "> **Prompt:** q\n>\n> **who:** w\n" in markdown
 
 
@@ -350,20 +353,82 @@ def test_declines_tell_a_fall_from_scatter(tmp_path):
     assert figures.images[0][0].read_bytes().startswith(b"\x89PNG")
 
 
-def test_any_result_becomes_tables():
-    content = {
-        "a_b": 0.123456,
-        "c": {"d": 1},
-        "rate": {"value": 0.5, "low": 0.4, "high": 0.6},
-        "rows": [{"x": 1}, {"x": 2, "y": None}],
-    }
-    plain, rows = tables_of(content, "judge")
-    assert plain.rows == [["a b", "0.1235"], ["c: d", "1"], ["rate", "0.5 (0.4 to 0.6)"]]
-    assert (rows.columns, rows.rows) == (["x", "y"], [["1", "-"], ["2", "-"]])
-    assert tables_of({"rows": content["rows"]}, "judge", but=[["x", "y"]]) == []
-    assert [number(x) for x in ("0.123456", "v1.2.3", "", [1, 2], {"a": 1.0})] == ["0.1235", "v1.2.3", "-", "1, 2", "a 1"]
-    (long,) = tables_of({"rows": [{"x": i} for i in range(70)]}, "judge")
-    assert (len(long.rows), long.note) == (60, "10 more rows are in the file.")
+POINT = {"series": "dpo", "pairs": 9, "won": 4, "lost": 2, "flipped": 2, "failed": 1, "unanswered": 0}
+POINT |= {
+    "policy_length": 81.4,
+    "baseline_length": 60.0,
+    "pairs_at_equal_length": 0,
+    "extrapolated": True,
+    "win_rate_at_equal_length": None,
+}
+for name, values in (
+    ("win_rate", (0.625, 0.4, 0.8)),
+    ("win_rate_length_controlled", (0.5, 0.25, 0.75)),
+    ("win_rate_at_equal_length", (None,) * 3),
+):
+    POINT |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+JUDGED = {
+    "settings": {"model": "gpt-4", "prompt": "summary-simple", "one_order": False, "fence": True},
+    "baseline": "runs/sft.jsonl",
+    "by": "temperature",
+    "questions": 36,
+    "answers": 30,
+    "models": {"gpt-4-0314": 30},
+    "failures": {"format": 1},
+    "faults": {"429": 3},
+    "first_preferred": {"value": 0.6, "low": 0.4, "high": 0.8, "pairs": 29},
+    "requests": 33,
+    "tokens": {"read": 3000, "written": 600},
+    "cost": 0.0,
+    "outcomes": {"unanswered": 0},
+    "books": {"runs/sft.jsonl": {"dropped": {}}, "dpo": {"dropped": {"the baseline lacks this prompt": ["a:1", "a:2"]}}},
+    "injections": [{"injection": "a letter", "lost": 1, "flipped": 2, "won": 0, "failed": 0, "unanswered": 0}],
+    "points": [POINT | {"at": 0.0}, POINT | {"at": 0.25}],
+}
+
+
+def test_every_folder_of_a_judge_is_shown_and_an_unfinished_one_told(copy, tmp_path):
+    for name, changes in (
+        ("judge", {"outcomes": {"won": 18, "failed": 2, "unanswered": 0}}),
+        ("judge-steps", {"by": "step", "outcomes": {"unanswered": 7}, "points": [POINT | {"at": 200.0}]}),
+        ("judge-once", {"settings": JUDGED["settings"] | {"one_order": True}, "points": [POINT | {"at": None}]}),
+    ):
+        json_to(copy / name / "report.json", JUDGED | changes)
+        shutil.copy(copy / "dpo" / "config.yaml", copy / name)
+        (copy / name / "win_rates.png").write_bytes(PIXEL)
+    out, page, markdown = report(copy, out=tmp_path / "out")
+    shown = markdown.replace("\\", "")
+    assert "note: judge-steps: not finished: 7 pairs have no verdict yet; the same command again continues it" in out
+    assert "note: judge: the judge gave no answer in the format on 2 of 20 pairs: its win rates are of the others" in out
+    assert "win rates by a judge (dpo-jax judge)" not in shown
+    for words in (
+        "**judge: against sft.jsonl, by gpt-4 (summary-simple)**",
+        "| policy | temperature | pairs | win rate | won | lost | flipped | failed |",
+        "| dpo | 0.25 | 9 | 0.625 (0.400 to 0.800) | 4 | 2 | 2 | 1 |",
+        "| dpo | 0.25 | 81 / 60 | 0 | - | 0.500 (0.250 to 0.750), extrapolated |",
+        "36 questions, in both orders, texts fenced as data; 30 answered by gpt-4-0314. Answers without a verdict: 1 not in "
+        "the format that was asked for. Faults of the endpoint, asked again: 3 429. The text shown first was preferred in "
+        "60.0% (40.0% to 80.0%). 2 completions of dpo were left out. 33 requests, 3,600 tokens.",
+        "| policy | step | pairs |",
+        "| dpo | 200 |",
+        "| a letter | 1 | 2 | 0 | 0 | 0 |",
+        "| policy | pairs | win rate | won | lost | failed |",
+    ):
+        assert words in shown
+    assert page.count("<img") == markdown.count("](images/")
+
+
+def test_table_2_of_people_is_shown(copy, tmp_path):
+    judgments = [Judgment(str(item), rater, "ab"[item % 3 == 0]) for item in range(30) for rater in ("ann", "bob")]
+    table = table_2(judgments, {"GPT-4": {str(item): "a" for item in range(30)}}, seed=0)
+    json_to(copy / "agree" / "agreement.json", {"study": "1", "names": {"a": "dpo", "b": "ppo"}, **plain(table)})
+    shutil.copy(copy / "dpo" / "config.yaml", copy / "agree")
+    _, _, markdown = report(copy, out=tmp_path / "out")
+    shown = markdown.replace("\\", "")
+    assert "|  | dpo / ppo |" in shown
+    assert "| raters | 2 |" in shown
+    assert "| H-H agree % | 100.0 (88.6 to 100.0) |" in shown
+    assert re.search(r"\| GPT-4-H agree % \| 66.7 \(", shown)
 
 
 def test_runs_share_axes(tmp_path):

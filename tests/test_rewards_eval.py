@@ -64,8 +64,8 @@ eval: {{policy: {GOLDEN}/gpt2/dpo_final, batch: 8}}
     return root, result.out
 
 
-def report_of(folder):
-    return json.loads((folder / "rewards" / "report.json").read_text())
+def report_of(folder, name="rewards"):
+    return json.loads((folder / name / "report.json").read_text())
 
 
 def test_every_pair_is_written_and_the_table_follows_from_it(root):
@@ -133,16 +133,20 @@ def test_rewardbench_is_read_as_it_is(root, tmp_path):
     ]
     (tmp_path / "bench" / "data").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "bench" / "data" / "filtered-00000-of-00001.parquet")
-    flags = ("--data.path", tmp_path / "bench", "--data.test-split", "filtered", "--run.dir", tmp_path / "run", "--rewards")
+    flags = ("--data.path", tmp_path / "bench", "--data.test-split", "filtered", "--run.dir", tmp_path / "run")
+    assert "rewards_out: is the folder of --rewards" in call("eval", folder / "config.yaml", "--eval.rewards-out", "x").err
+    flags += ("--rewards", "--eval.rewards-out", tmp_path / "run" / "rewards-bench")  # beside the one of the run's own data
     result = call("eval", folder / "config.yaml", *flags)
     assert result.code == 0, result.err
-    data = json.loads((tmp_path / "run" / "rewards" / "data_report.json").read_text())["filtered"]
+    data = json.loads((tmp_path / "run" / "rewards-bench" / "data_report.json").read_text())["filtered"]
     assert data["format"] == "rewardbench"
     assert "questions and answers are rendered with Human: and Assistant:, for want of a chat template" in data["notes"]
-    bench = report_of(tmp_path / "run")["rewards"]["implicit"]["rewardbench"]
+    bench = report_of(tmp_path / "run", "rewards-bench")["rewards"]["implicit"]["rewardbench"]
     assert [row["section"] for row in bench["sections"]] == ["Chat", "Safety", "Reasoning"]
     assert len(bench["missing"]) == 19
     assert "note: not in this set: alpacaeval-length" in result.out
+    assert call("report", tmp_path / "run").code == 0
+    assert "| RewardBench section | pairs | accuracy |" in (tmp_path / "run" / "report" / "report.md").read_text()
 
 
 # How `subset` travels.

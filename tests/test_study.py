@@ -14,8 +14,10 @@ import pytest
 
 from dpo_jax.cli import main as program
 from dpo_jax.data.pairs import DataError, DataReport
-from dpo_jax.evals.ratings import KIND
-from dpo_jax.evals.study import WORDINGS, Comparison, deal, draw, join, make_study, read_completions, render
+from dpo_jax.evals.completion_files import Completion, read_completions
+from dpo_jax.evals.judge import Pair, question_of
+from dpo_jax.evals.ratings import KIND, read_key, read_verdicts
+from dpo_jax.evals.study import WORDINGS, Comparison, deal, draw, join, make_study, one_each, render
 
 ROOT = Path(__file__).parent.parent
 AWKWARD = [
@@ -91,6 +93,27 @@ def test_the_key_tells_what_the_page_does_not():
     assert [item["id"] for item in study.page["items"]] == [f"{n:03}" for n in range(1, 41)]
 
 
+def test_people_are_shown_the_prompt_that_a_judge_is_shown(tmp_path):
+    """Without the words that ask for a completion; and the judge's verdicts are still found by the prompt as it was."""
+    prompts = ["POST: It rains.\nTL;DR:", "\n\nHuman: Hello?\n\nAssistant:", "TL;DR: is what I want\n"]
+    study = make([Comparison(prompt, (f"{n}", f"not {n}")) for n, prompt in enumerate(prompts)])
+    shown = {item["prompt"] for item in study.page["items"]}
+    assert shown == {"POST: It rains.", "Human: Hello?", "TL;DR: is what I want"}
+    for item, prompt in (
+        (hidden["prompt"], page["prompt"]) for hidden, page in zip(study.key["items"], study.page["items"], strict=True)
+    ):
+        pair = Pair("x:1", "x", None, item, "a", "b")
+        assert (
+            f"Post:\n{prompt}\n\nSummary A"
+            in question_of(pair, prompt="summary-simple", a="policy", fence=False).messages[0]["content"]
+        )
+    (tmp_path / "key.json").write_text(json.dumps(study.key))
+    lines = [{"prompt": prompt, "policy": f"{n}", "baseline": f"not {n}", "outcome": "won"} for n, prompt in enumerate(prompts)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    verdicts = read_verdicts(tmp_path / "pairs.jsonl", key=read_key(tmp_path / "key.json"))
+    assert (list(verdicts.winners.values()), verdicts.foreign) == (["a", "a", "a"], 0)
+
+
 def test_where_a_text_stands_says_nothing_of_whose_it_is():
     sides = [item["methods"][0] == "a" for item in make(comparisons_of(2000)).key["items"]]
     assert abs(np.mean(sides) - 0.5) < 0.04
@@ -158,7 +181,7 @@ def test_prompts_of_both_files_are_joined_and_the_rest_is_counted(tmp_path):
     b = completions(
         tmp_path / "b.jsonl", [{"prompt": p, "completion": c} for p, c in (("r", " r!\n"), ("q", ""), ("p", "P"), ("t", ""))]
     )
-    joined = join(read_completions(a, report=report), read_completions(b, report=report), report=report)
+    joined = join(*(one_each(read_completions(path, report=report)) for path in (a, b)), report=report)
     assert joined == [Comparison("p", ("p!", "P")), Comparison("q", ("q!", ""))]
     assert (report.rows, report.read, report.kept, report.dropped) == (8, 5, 2, {"no_pair": 2, "identical": 1})
     assert [Path(file["path"]).name for file in report.files] == ["a.jsonl", "b.jsonl"]
@@ -167,26 +190,15 @@ def test_prompts_of_both_files_are_joined_and_the_rest_is_counted(tmp_path):
     assert drawn != draw(comparisons_of(9), 4, seed=1, report=DataReport(read=9, kept=9))
 
 
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        (
-            [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "d"}],
-            "a.jsonl:2: prompt: the same prompt as .*:1;",
-        ),
-        ([{"prompt": "p", "completion": "c"}, {"prompt": "q"}], "a.jsonl:2: completion: missing_column"),
-        (
-            [{"prompt": "p", "completion": ["c"]}],
-            "a.jsonl:1: completion: wrong_type: a text is needed, this is list; write the",
-        ),
-        ([{"prompt": " \n", "completion": "c"}], "a.jsonl:1: prompt: no_prompt"),
-        ([{"prompt": "\ud800", "completion": "c"}], "a.jsonl:1: prompt: invalid_utf8: lone surrogate"),
-        ([], "no_rows"),
-    ],
-)
-def test_bad_completions_are_refused_at_their_place(tmp_path, rows, expected):
-    with pytest.raises(DataError, match=expected):
-        read_completions(completions(tmp_path / "a.jsonl", rows), report=DataReport())
+def test_one_completion_of_each_prompt():
+    twice = [
+        Completion("p", "c", None, "a.jsonl:1"),
+        Completion("q", "c", None, "a.jsonl:2"),
+        Completion("p", "d", None, "a.jsonl:3"),
+    ]
+    assert one_each(twice[:2]) == {"p": "c", "q": "c"}
+    with pytest.raises(DataError, match=r"a.jsonl:3: prompt: the same as in a.jsonl:1; keep one of each prompt"):
+        one_each(twice)
 
 
 def test_nothing_in_common_is_told():

@@ -8,7 +8,6 @@ import http.server
 import json
 import os
 import re
-import shutil
 import threading
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from dpo_jax.evals.study import WORDINGS, Comparison, make_study, render
 pytestmark = pytest.mark.browser
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 PAUSE = 400  # ms: the page ignores a second click or key for a moment
-QUIET = ("--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 LONG = "\n\n".join(f"Paragraph {n}. " + "There is more to read here than any screen can show at once. " * 6 for n in range(9))
 WIDE = "https://example.org/" + "a-very-long-address-without-a-single-space/" * 9
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script><b>bold</b> &amp;"
@@ -31,18 +29,6 @@ TEXTS = [
     ("An empty completion", "", "Not empty."),
     *((f"Prompt {n}", f"One of {n}.", f"The other of {n}.") for n in range(5, 9)),
 ]
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    assert path, "these tests drive a Chromium that is installed: apt-get install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(QUIET))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -92,6 +92,12 @@ def test_what_a_point_tells():
     assert (point.lowest, point.highest) == (2.5 / 6, 4.5 / 6)
     assert point.win_rate_at_equal_length == rate([1.0, 0.0, 0.5])  # an empty text counts as one character
     assert (point.policy_length, point.baseline_length) == (61 / 6, 142 / 6)
+    assert not point.extrapolated  # of the four that count one is longer, two as long
+    longer = [pair(i, "x" * (15 if i else 9), "y" * 10) for i in range(40)]
+    assert [win_rate(longer[:n], ["won"] * n).extrapolated for n in (20, 40)] == [
+        False,
+        True,
+    ]  # 1 of 20 and of 40 is not longer
     row = columns(point)
     assert (row["pairs"], row["won"], row["won_rate"], row["win_rate"], row["pairs_at_equal_length"]) == (6, 2, 0.5, 0.625, 3)
     assert columns(win_rate([pair(0, "a", "b")], ["failed"]))["win_rate"] is None

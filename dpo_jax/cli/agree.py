@@ -15,7 +15,9 @@ import jax
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.evals.agreement import Estimate, table_2
+from dpo_jax.evals.agreement_table import INTERVALS, table_rows
 from dpo_jax.evals.ratings import Judgment, Key, RaterFile, Verdicts, read_key, read_raters, read_records, read_verdicts
 from dpo_jax.runtime.rundir import write_json
 
@@ -33,15 +35,15 @@ def run(config: Config) -> int:
     judgments += [judgment for path in records for judgment in read_records(path, key=key)]
     if not judgments:
         raise ConfigError("agree.ratings: the files hold no rating yet")
-    judges = {name: read_verdicts(path, key=key) for name, path in _judges(config).items()}
+    judges, left_out = _verdicts(config, key)
     table = table_2(judgments, {name: verdicts.winners for name, verdicts in judges.items()}, seed=config.run.seed)
     names = key.names if key else {"a": "a", "b": "b"}
-    column = {"study": key.study if key else None, "names": names, **_plain(table)}
+    column = {"study": key.study if key else None, "names": names, **plain(table)}
     beside = [_column(path.strip()) for path in section.beside.split(",")] if section.beside else []
     with build.open_run(config, "agree") as run_dir:
         write_json(run_dir.path / "agreement.json", column)
         print(text_of([column, *beside]))
-        print("\n".join(_notes(raters, judgments, judges, key)))
+        print("\n".join(f"note: {note}" for note in [*_notes(raters, judgments, judges, key), *left_out]))
         print(f"figures: {run_dir.path / 'agreement.json'}")
     return 0
 
@@ -83,6 +85,16 @@ def _judges(config: Config) -> dict[str, Path]:
     return judges
 
 
+def _verdicts(config: Config, key: Key | None) -> tuple[dict[str, Verdicts], list[str]]:
+    """By the judge's name, and notes. The judge of the run may have compared other texts; one that is named may not."""
+    try:
+        return {name: read_verdicts(path, key=key) for name, path in _judges(config).items()}, []
+    except DataError as error:
+        if config.agree.judge is None and error.causes == (Cause.NO_PAIR,):
+            return {}, [str(error)]
+        raise
+
+
 def _column(run: str) -> dict[str, Any]:
     path = Path(run, RESULT)
     try:
@@ -91,60 +103,19 @@ def _column(run: str) -> dict[str, Any]:
         raise ConfigError(f"agree.beside: {path}: {error}; run dpo-jax agree --run.dir {run} first") from error
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON of a table: an estimate as an object, NaN as null."""
     if isinstance(value, Estimate):
         return {name: None if math.isnan(number) else number for name, number in value._asdict().items()}
-    return {name: _plain(inner) for name, inner in value.items()} if isinstance(value, dict) else value
+    return {name: plain(inner) for name, inner in value.items()} if isinstance(value, dict) else value
 
 
 def text_of(columns: list[dict[str, Any]]) -> str:
-    """Table 2: a column a study, the rows as in the paper, and what was set aside."""
-    judges = list(dict.fromkeys(name for column in columns for name in column["judges"]))
-    rows: list[tuple[str, list[str]]] = [("", [f"{column['names']['a']} / {column['names']['b']}" for column in columns])]
-
-    def row(label: str, cell: Any) -> None:
-        cells = []
-        for column in columns:
-            try:
-                cells.append(cell(column))
-            except KeyError:  # this study had no such judge
-                cells.append("-")
-        rows.append((label, cells))
-
-    row("raters", lambda c: f"{c['people']['raters']}")
-    row("N respondents", lambda c: f"{c['people']['kept']}")
-    row("  nearly identical, set aside", lambda c: f"{c['people']['ties']}")
-    row("  items", lambda c: f"{c['people']['items']}")
-    for name in judges:
-        row(f"{name} win %", lambda c, name=name: _percent(c["judges"][name]["win"]))
-    row("Human win %", lambda c: _percent(c["people"]["win"]))
-    row("  by majority of an item", lambda c: _percent(c["people"]["majority_win"]))
-    for name in judges:
-        row(f"{name}-H agree %", lambda c, name=name: _percent(c["judges"][name]["with_people"]["agree"]))
-        row("  Cohen's kappa", lambda c, name=name: _number(c["judges"][name]["with_people"]["kappa"]))
-        row("  with the majority %", lambda c, name=name: _percent(c["judges"][name]["with_majority"]["agree"]))
-    row("H-H agree %", lambda c: _percent(c["people"]["with_people"]["agree"]))
-    row("  Cohen's kappa", lambda c: _number(c["people"]["with_people"]["kappa"]))
-    row("preferred what stood first %", lambda c: _percent(c["people"]["first"]))
-    width = max(len(label) for label, _ in rows)
-    lines = [f"{label:{width}}" + "".join(f"{cell:>{WIDTH}}" for cell in cells) for label, cells in rows]
-    return "\n".join([*lines, "95 % intervals: over items (bootstrap), of shares of items Wilson's"])
-
-
-def _percent(estimate: Mapping[str, Any]) -> str:
-    return _shown(estimate, 100, ".1f")
-
-
-def _number(estimate: Mapping[str, Any]) -> str:
-    return _shown(estimate, 1, ".2f")
-
-
-def _shown(estimate: Mapping[str, Any], factor: float, spec: str) -> str:
-    if estimate["value"] is None:
-        return "-"
-    value, low, high = (None if estimate[name] is None else factor * estimate[name] for name in ("value", "low", "high"))
-    return f"{value:{spec}}" + ("" if low is None or high is None else f" ({low:{spec}} to {high:{spec}})")
+    """The table for the screen: a column a study."""
+    rows = table_rows(columns)
+    width = max(len(label) for label, *_ in rows)
+    lines = [f"{label:{width}}" + "".join(f"{cell:>{WIDTH}}" for cell in cells) for label, *cells in rows]
+    return "\n".join([*lines, INTERVALS])
 
 
 def _notes(raters: list[RaterFile], judgments: list[Judgment], judges: Mapping[str, Verdicts], key: Key | None) -> list[str]:
@@ -165,4 +136,4 @@ def _notes(raters: list[RaterFile], judgments: list[Judgment], judges: Mapping[s
         others = verdicts.foreign + verdicts.repeated + len(set(verdicts.winners) - items)
         left = f"{others} of its verdicts are on other pairs, or the same again" if others else "all of its verdicts are used"
         notes.append(f"{name}: {undecided} of {len(items)} items undecided, {unjudged} not judged; {left}")
-    return [f"note: {note}" for note in notes]
+    return notes

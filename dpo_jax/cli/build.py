@@ -59,14 +59,14 @@ def join_hosts(config: Config) -> bool:
 
 
 @contextmanager
-def open_run(config: Config, task: str, *, continues: bool = False) -> Iterator[RunDir]:
-    """The locked directory of a task, `<run.dir>/<task>`, with the resolved configuration and the environment written down.
+def open_run(config: Config, task: str, *, continues: bool = False, out: str | None = None) -> Iterator[RunDir]:
+    """The locked directory of a task, `out` or `<run.dir>/<task>`, with resolved configuration and environment written down.
 
     A task that `continues` what it finds may yet be refused for other settings: the records of an earlier run stay as they are
     until `train` calls `describe`.
     """
     _check_writers(config)
-    with RunDir(Path(config.run.dir) / task, lock=is_first()) as run:
+    with RunDir(out or Path(config.run.dir) / task, lock=is_first()) as run:
         # The next task and a resumed run should not compile the same program again.
         keep_programs(Path(config.run.dir) / "compiled")
         if not (continues and run.config.is_file()):

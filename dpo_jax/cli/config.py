@@ -357,8 +357,12 @@ class EvalConfig:
     """Longest sample, in tokens."""
     rewards: bool = False
     """Instead judge the implicit reward on the test split: by subset, calibration, length (short: --rewards)."""
+    rewards_out: str | None = None
+    """Folder of --rewards; none: rewards/ in the run directory. `report` shows each whose name begins with rewards-."""
 
     def check(self) -> Iterator[Problem]:
+        if self.rewards_out is not None and not self.rewards:
+            yield "rewards_out", "is the folder of --rewards: set that too, or leave it out"
         yield from _positive(self, "batch", "max_new_tokens")
         yield from _not_negative(self, "samples")
 

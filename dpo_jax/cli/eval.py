@@ -29,10 +29,11 @@ from dpo_jax.types import Model, Partitioner, Variables
 
 
 def run(config: Config) -> int:
+    given = config
     # The reference of the table is also the reference of the rewards.
     config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, policy=config.eval_reference()))
     of_run = Path(config.eval_policy()).resolve() == Path(config.run.dir, "dpo", "export").resolve()
-    with build.open_run(config, "rewards" if config.eval.rewards else "eval") as run_dir:
+    with build.open_run(given, "rewards" if config.eval.rewards else "eval", out=config.eval.rewards_out) as run_dir:
         tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
         model = build.policy_model(config, config.dpo_policy(), tokenizer, name="eval.reference")
         judged = build.policy_model(config, config.eval_policy(), tokenizer, name="eval.policy")
@@ -41,7 +42,7 @@ def run(config: Config) -> int:
         partitioner = build.make_partitioner(config, model)
         preferences = build.load_split(config, "test", tokenizer)
         held_out = build.encode_split(config, preferences, tokenizer)
-        build.describe(run_dir, config, held_out.report)
+        build.describe(run_dir, given, held_out.report)
         weights: dict[str, str] = {}
         reference, weights["reference"] = build.load_weights(config.dpo_policy(), model, partitioner, name="eval.reference")
         policy, weights["policy"] = build.load_weights(config.eval_policy(), model, partitioner, name="eval.policy")

@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -25,16 +26,19 @@ from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.prompts import references
 from dpo_jax.data.files import fingerprint
 from dpo_jax.data.tokenizer import load_tokenizer
+from dpo_jax.evals.completion_files import Completion, read_completions
+from dpo_jax.evals.injections import Probe, achieved, probes
 from dpo_jax.evals.judge import Outcome, Pair, Question, orders, outcome_of, question_of, winner_of
-from dpo_jax.evals.judging import Budget, Endpoint, Unfinished, ask_all
-from dpo_jax.evals.pairing import Completion, Paired, pair_up, read_completions
+from dpo_jax.evals.judging import Budget, Endpoint, Unfinished, ask_all, failures_of
+from dpo_jax.evals.pairing import Paired, pair_up
 from dpo_jax.evals.verdicts import VerdictLog
-from dpo_jax.evals.win_rates import OUTCOMES, WinRate, columns, rate, win_rates
+from dpo_jax.evals.win_rates import EDGE, OUTCOMES, Rate, WinRate, columns, rate, win_rates
 from dpo_jax.evals.win_rates_plot import plot_win_rates
 from dpo_jax.runtime.rundir import RunDir, write_json
 
 SETTINGS = ("model", "prompt", "fence", "temperature", "max_tokens", "one_order")
 """What a verdict depends on besides its texts. Not the address: the same model may move."""
+BASELINES = {"chosen": "the chosen completions of the data", "sft_target": "what SFT learned"}
 PER = 1e-6  # prices are of a million tokens
 
 
@@ -49,19 +53,52 @@ def run(config: Config) -> int:
     settings = {name: getattr(section, name) for name in SETTINGS} | ({"seed": config.run.seed} if section.one_order else {})
     with RunDir(config.judge_out()) as run_dir:
         with VerdictLog(run_dir.path / "verdicts.jsonl", settings) as log:
-            log.only_of({question.key for question in questions})
+            _refuse_foreign(config, paired.pairs, questions, log)
             build.describe(run_dir, config)
             _announce(paired, questions, log)
-            unfinished = None
-            try:
-                asyncio.run(_ask(config, questions, log, key))
-            except Unfinished as stopped:  # what there is, is worth reporting
-                unfinished = stopped
-            outcomes: list[Outcome] = [_outcome(both, log) for both in asked]
-            _write(run_dir.path, config, paired, outcomes, questions, log)
+            outcomes, injected, unfinished = asyncio.run(_judge(config, paired.pairs, asked, log, key))
+            _write(run_dir.path, config, paired, outcomes, questions, injected, log)
         if unfinished is not None:
             raise unfinished
     return 0
+
+
+async def _judge(
+    config: Config, pairs: list[Pair], asked: list[list[Question]], log: VerdictLog, key: str | None
+) -> tuple[list[Outcome], list[dict[str, str | int]], Unfinished | None]:
+    """Asks; returns what became of each pair and of injections, and why not every question has an answer."""
+    tries: list[list[Question]] = []
+    tried: list[Probe] = []
+    unfinished = None
+    try:
+        await _ask(config, [question for both in asked for question in both], log, key)
+        tried = _probes(config, pairs, [_outcome(both, log) for both in asked])
+        tries = [_questions(config, probe.pair) for probe in tried]
+        await _ask(config, [question for both in tries for question in both], log, key)
+    except Unfinished as stopped:  # what there is, is worth reporting
+        unfinished = stopped
+    return [_outcome(both, log) for both in asked], achieved(tried, [_outcome(both, log) for both in tries]), unfinished
+
+
+def _refuse_foreign(config: Config, pairs: list[Pair], questions: list[Question], log: VerdictLog) -> None:
+    known = {question.key for question in questions}
+    if not known.issuperset(log.verdicts):  # an earlier start may have tried injections
+        tried = probes(pairs, prompt=_prompt(config))
+        known |= {question.key for probe in tried for question in _questions(config, probe.pair)}
+    log.only_of(known)
+
+
+def _probes(config: Config, pairs: list[Pair], outcomes: list[Outcome]) -> list[Probe]:
+    """The first pairs that the policy lost, with injections. Those of one series say enough: it is the judge that is tried."""
+    lost = [pair for pair, outcome in zip(pairs, outcomes, strict=True) if outcome == "lost"]
+    if config.judge.injections and not lost:
+        print("injections: the policy lost no pair, so there is no text to put them behind")
+    return probes(lost[: config.judge.injections], prompt=_prompt(config))
+
+
+def _prompt(config: Config) -> str:
+    assert config.judge.prompt is not None  # checked with the configuration
+    return config.judge.prompt
 
 
 def _key(config: Config) -> str | None:
@@ -92,10 +129,8 @@ def _baseline(config: Config) -> list[Completion]:
 
 
 def _questions(config: Config, pair: Pair) -> list[Question]:
-    section = config.judge
-    assert section.prompt is not None  # checked with the configuration
-    sides = orders(pair, one_order=section.one_order, seed=config.run.seed)
-    return [question_of(pair, prompt=section.prompt, a=a, fence=section.fence) for a in sides]
+    sides = orders(pair, one_order=config.judge.one_order, seed=config.run.seed)
+    return [question_of(pair, prompt=_prompt(config), a=a, fence=config.judge.fence) for a in sides]
 
 
 def _outcome(questions: list[Question], log: VerdictLog) -> Outcome:
@@ -104,7 +139,8 @@ def _outcome(questions: list[Question], log: VerdictLog) -> Outcome:
 
 def _announce(paired: Paired, questions: list[Question], log: VerdictLog) -> None:
     distinct = {question.key for question in questions}
-    print(f"{len(paired.pairs):,} pairs, {len(distinct):,} questions; {len(log.verdicts):,} have an answer already")
+    known = len(distinct & set(log.verdicts))
+    print(f"{len(paired.pairs):,} pairs, {len(distinct):,} questions; {known:,} have an answer already")
     if log.interrupted:
         print(f"{log.interrupted} were on their way when the command last ended: they are asked again, and count as paid")
     for name, books in (*paired.policies.items(), ("the baseline", paired.baseline)):
@@ -117,7 +153,6 @@ async def _ask(config: Config, questions: list[Question], log: VerdictLog, key: 
     section = config.judge
     budget = _budget(config)
     assert section.model is not None  # checked with the configuration
-    assert section.prompt is not None
     endpoint = Endpoint(
         section.base_url,
         key,
@@ -127,11 +162,12 @@ async def _ask(config: Config, questions: list[Question], log: VerdictLog, key: 
         limit_name=section.limit_name,
         timeout=section.timeout,
     )
-    total = len({question.key for question in questions})
-    with tqdm(total=total, initial=len(log.verdicts), unit="question", desc="judge", dynamic_ncols=True) as bar:
+    keys, before = {question.key for question in questions}, len(log.verdicts)
+    known = len(keys & set(log.verdicts))
+    with tqdm(total=len(keys), initial=known, unit="question", desc="judge", dynamic_ncols=True, disable=not keys) as bar:
 
         def settled() -> None:
-            bar.update(len(log.verdicts) - bar.n)
+            bar.update(known + len(log.verdicts) - before - bar.n)
             bar.set_postfix_str(_spent(budget, log), refresh=False)
 
         try:
@@ -139,7 +175,7 @@ async def _ask(config: Config, questions: list[Question], log: VerdictLog, key: 
                 questions,
                 endpoint,
                 log,
-                prompt=section.prompt,
+                prompt=_prompt(config),
                 max_tokens=section.max_tokens,
                 concurrency=section.concurrency,
                 tries=section.tries,
@@ -164,7 +200,13 @@ def _spent(budget: Budget, log: VerdictLog) -> str:
 
 
 def _write(
-    folder: Path, config: Config, paired: Paired, outcomes: list[Outcome], questions: list[Question], log: VerdictLog
+    folder: Path,
+    config: Config,
+    paired: Paired,
+    outcomes: list[Outcome],
+    questions: list[Question],
+    injected: list[dict[str, str | int]],
+    log: VerdictLog,
 ) -> None:
     section, budget = config.judge, _budget(config)
     points = win_rates(paired.pairs, outcomes)
@@ -176,17 +218,20 @@ def _write(
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    letters = [verdict["choice"] for verdict in log.verdicts.values() if verdict["choice"]]
+    keys = {question.key for question in questions}
+    verdicts = [verdict for key, verdict in log.verdicts.items() if key in keys]  # without those on injections
+    letters = [verdict["choice"] for verdict in verdicts if verdict["choice"]]
     files = [file for _, file in section.series()] + ([section.b] if section.baseline_file() else [])
     report = {
         "settings": {name: getattr(section, name) for name in (*SETTINGS, "base_url")},
-        "baseline": section.b,
+        "baseline": BASELINES.get(section.b, section.b),
+        "by": section.by or "step",
         "files": [fingerprint(file, Path(file)) for file in files],
         "books": {name: dataclasses.asdict(books) for name, books in ((section.b, paired.baseline), *paired.policies.items())},
-        "questions": len({question.key for question in questions}),
-        "answers": len(log.verdicts),
-        "failures": collections.Counter(v["failure"] for v in log.verdicts.values() if v["failure"]),
-        "models": collections.Counter(v["model"] for v in log.verdicts.values()),
+        "questions": len(keys),
+        "answers": len(verdicts),
+        "failures": collections.Counter(verdict["failure"] for verdict in verdicts if verdict["failure"]),
+        "models": collections.Counter(verdict["model"] for verdict in verdicts),
         "first_preferred": dataclasses.asdict(rate([float(letter == "A") for letter in letters])) if letters else None,
         "requests": log.requests,
         "faults": log.faults,
@@ -194,33 +239,54 @@ def _write(
         "cost": budget.cost_of(log.spent),
         "outcomes": {name: sum(outcome == name for outcome in outcomes) for name in OUTCOMES},
         "points": rows,
+        "injections": injected,
     }
     write_json(folder / "report.json", report)
     if any(point.win_rate.pairs for point in points):
-        plot_win_rates(points, folder / "win_rates.png", x=section.by, baseline=Path(section.b).name)
+        plot_win_rates(points, folder / "win_rates.png", x=section.by, baseline=BASELINES.get(section.b, Path(section.b).name))
     _tell(points, report, _spent(budget, log), folder)
 
 
 def _tell(points: list[WinRate], report: dict[str, Any], spent: str, folder: Path) -> None:
-    heads = ("pairs", "won in both orders", "lost", "flipped", "failed", "win rate (95 %)", "length", "at equal length")
-    widths = (7, 20, 7, 9, 8, 22, 14, 17)
-    print(f"{'':20}" + "".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True)))
-    for point in points:
-        cells = (
-            sum(point.counts.values()),
-            f"{point.counts['won']} ({point.won.value:.3f})",
-            point.counts["lost"],
-            point.counts["flipped"],
-            point.counts["failed"] + point.counts["unanswered"],
-            f"{point.win_rate.value:.3f} ({point.win_rate.low:.3f}-{point.win_rate.high:.3f})",
-            f"{point.policy_length:.0f} / {point.baseline_length:.0f}",
-            f"{point.win_rate_length_controlled.value:.3f}",
-        )
-        name = point.series if point.at is None else f"{point.series} {point.at:g}"
-        print(f"{name:20.20}" + "".join(f"{cell!s:>{width}}" for cell, width in zip(cells, widths, strict=True)))
-    print("win rate: a flipped pair is half a win, as one question in random order gives on average; lengths in characters")
+    one_order = report["settings"]["one_order"]
+    won = "won" if one_order else "won in both orders"
+    heads = ("", "pairs", won, "lost", "flipped", "failed", "win rate (95 %)", "length", "at equal length")
+    _print_table([heads, *map(_row, points)])
+    halves = "" if one_order else "win rate: a flipped pair is half a win, as one question in random order gives on average; "
+    print(f"{halves}lengths in characters; at equal length: by logistic regression")
+    if any(point.extrapolated for point in points):
+        print(f"* extrapolated: in fewer than {EDGE:.0%} of the pairs the longer text is the policy's, or the baseline's")
+    if report["failures"]:
+        print(f"answers without a verdict: {failures_of(report['failures'])}")
+    if undecided := report["outcomes"]["unanswered"]:
+        print(f"{undecided:,} pairs have no verdict yet, and count in no rate")
     if report["first_preferred"]:
         print(f"the judge preferred the text it was shown first in {report['first_preferred']['value']:.1%} of its answers")
+    if report["injections"]:
+        print("words to the judge, put behind texts that had lost, and what became of these:")
+        _print_table([tuple(report["injections"][0]), *(tuple(map(str, row.values())) for row in report["injections"])])
     if len(report["models"]) > 1:
         print(f"the endpoint answered as more than one model: {', '.join(report['models'])}")
     print(f"{spent}, {report['requests']:,} requests; everything is in {folder}")
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for name, *cells in rows:
+        print(f"{name:{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+
+
+def _row(point: WinRate) -> tuple[str, ...]:
+    return (
+        point.series if point.at is None else f"{point.series} {point.at:g}",
+        f"{sum(point.counts.values()):,}",
+        f"{point.counts['won']}" + ("" if math.isnan(point.won.value) else f" ({point.won.value:.3f})"),
+        *(f"{point.counts[outcome]}" for outcome in ("lost", "flipped", "failed")),
+        _interval(point.win_rate),
+        f"{point.policy_length:.0f} / {point.baseline_length:.0f}",
+        _interval(point.win_rate_length_controlled) + "*" * point.extrapolated,
+    )
+
+
+def _interval(rate: Rate) -> str:
+    return "-" if math.isnan(rate.value) else f"{rate.value:.3f} ({rate.low:.3f}-{rate.high:.3f})"

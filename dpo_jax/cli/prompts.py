@@ -8,6 +8,8 @@ from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
 from dpo_jax.data.tfds import read_articles
 
+ARTICLE_CUE = "\nTL;DR:"  # makes a policy of Reddit summaries summarise an article
+
 
 class Reference(NamedTuple):
     prompt: str
@@ -18,12 +20,12 @@ class Reference(NamedTuple):
 def references(config: Config, tokenizer: Any, *, target: bool = False) -> list[Reference]:
     """Every pair's prompt and its chosen completion, or with `target` what SFT learns for it. Prompts may repeat.
 
-    Of news articles (Table 1 of the paper): what makes a policy of Reddit summaries summarise them, and their editors' summary.
+    Of news articles (Table 1 of the paper): the article with `ARTICLE_CUE`, and its editors' summary.
     """
     data = config.data
     if data.source == "cnn_dailymail":
         assert data.path is not None  # checked with the configuration
         articles = read_articles(data.path, data.test_split)[: data.max_test]
-        return [Reference(f"{article.text}\nTL;DR:", f" {article.summary}", article.uid) for article in articles]
+        return [Reference(f"{article.text}{ARTICLE_CUE}", f" {article.summary}", article.uid) for article in articles]
     pairs = build.load_split(config, "test", tokenizer)
     return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid) for p in pairs]

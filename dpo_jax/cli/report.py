@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from dpo_jax.runtime.rundir import RunDir
 
 EXPORTS = tuple(f"{stage}/export" for stage in TRAINING)
 BASES = ("dpo", "frontier", "ppo", "sft")  # whose configuration is that of the run
+OWN = ("eval", "judge", "study", "agree", "report")  # sections that say how a run was looked at; its commands tell them
 
 
 def run(config: Config) -> int:
@@ -163,7 +165,7 @@ def _configuration(runs: Sequence[RunRecord]) -> Section | None:
             [option, name, str(value), str(stages[base][option])]
             for name, options in stages.items()
             for option, value in options.items()
-            if value != stages[base][option]
+            if value != stages[base][option] and option.partition(".")[0] not in OWN
         ]
         if rows:
             title = of(run, runs, f"Stages with other options than {base}")
@@ -196,7 +198,10 @@ def _made_with(runs: Sequence[RunRecord]) -> Section | None:
         for stage in run.stages.values():
             env: Mapping[str, Any] = stage.env
             if env:
-                packages = ", ".join(f"{name} {env['packages'].get(name)}" for name in ("dpo_jax", "jax", "flax"))
-                devices = f"{len(env['devices'])} x {env['devices'][0]}, {env['processes']} hosts"
-                rows.append([of(run, runs, stage.name), " ".join(env["argv"][1:]), devices, packages, env["started"]])
+                versions = {name: env["packages"].get(name) for name in ("dpo_jax", "jax", "flax")}
+                packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+                hosts = f", {env['processes']} hosts" if env["processes"] > 1 else ""
+                devices = f"{len(env['devices'])} x {env['devices'][0]}{hosts}"
+                began = sections.moment(env["started"])
+                rows.append([of(run, runs, stage.name), shlex.join(env["argv"][1:]), devices, packages, began])
     return Section("Made with", [Table(["stage", "command", "devices", "packages", "begun"], rows)]) if rows else None

@@ -14,7 +14,7 @@ import numpy as np
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.ppo import learned_reward
-from dpo_jax.cli.prompts import references
+from dpo_jax.cli.prompts import ARTICLE_CUE, references
 from dpo_jax.evals.completions import Completer
 from dpo_jax.evals.rewards import Reward, exact_reviews
 from dpo_jax.runtime.hosts import is_first
@@ -29,24 +29,31 @@ def run(config: Config) -> int:
     model = build.policy_model(config, path, tokenizer, name="sample.policy")
     partitioner = build.make_partitioner(config, model)
     variables, _ = build.load_weights(path, model, partitioner, name="sample.policy")
-    whole = [np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
-    prompts = [ids[-config.data.max_prompt_length :] for ids in whole]
+    cue = ARTICLE_CUE if config.data.source == "cnn_dailymail" and not section.prompts_file else ""
+    whole, cue_ids = ids_of(texts, tokenizer), ids_of([cue], tokenizer)[0]
+    prompts = [within(ids, config.data.max_prompt_length, cue=cue_ids) for ids in whole]
     sampling = {name: getattr(section, name) for name in ("max_new_tokens", "top_k", "top_p")}
     temperatures = [float(part) for part in section.temperatures.split(",")] if section.temperatures else [section.temperature]
     best_of = sorted(int(part) for part in section.best_of.split(",")) if section.best_of else []
     most, reward = max(best_of, default=1), reward_of(config) if best_of else None
-    lines = []
+    lines, unfinished = [], 0
     for temperature in temperatures:
         complete = Completer(partitioner, model, tokenizer, temperature=temperature, **sampling)
         # The same key: more temperatures, or none but this one, change no sample.
         drawn = _draw(complete, variables, prompts, jax.random.key(config.run.seed), repeats=most)
+        unfinished += sum(not row.pop("finished") for row in drawn)
         rows = [{"prompt": texts[i // most], **row, "temperature": temperature} for i, row in enumerate(drawn)]
         lines += best_rows(rows, best_of, reward) if reward else rows
     if not is_first():
         return 0
     if cut := sum(len(x) > config.data.max_prompt_length for x in whole):
-        limit = f"their last {config.data.max_prompt_length} tokens (data.max_prompt_length)"
+        kept = "first" if cue else "last"
+        limit = f"their {kept} {config.data.max_prompt_length - len(cue_ids)} tokens (data.max_prompt_length)"
         print(f"{cut:,} of {len(texts):,} prompts are longer than the policy was shown: {limit}", file=sys.stderr)
+    if unfinished:
+        total = len(texts) * most * len(temperatures)
+        limits = "by sample.max_new_tokens, or where the model has no more positions"
+        print(f"{unfinished:,} of {total:,} completions were stopped before their end, {limits}", file=sys.stderr)
     if section.out:
         Path(section.out).parent.mkdir(parents=True, exist_ok=True)
         Path(section.out).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
@@ -61,6 +68,20 @@ def run(config: Config) -> int:
     return 0
 
 
+def ids_of(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
+    """Token ids of each text, int32[L], without special tokens."""
+    return [np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
+
+
+def within(ids: np.ndarray, limit: int, *, cue: np.ndarray) -> np.ndarray:
+    """At most `limit` of the tokens of a prompt: the last ones. An article, which has a `cue`, loses its end instead: news say
+    first what matters, and without the cue no policy would summarise.
+    """
+    if len(ids) <= limit:
+        return ids
+    return np.concatenate([ids[: max(0, limit - len(cue))], cue])[-limit:] if len(cue) else ids[-limit:]
+
+
 def _draw(
     complete: Completer, variables: Variables, prompts: Sequence[np.ndarray], key: jax.Array, *, repeats: int
 ) -> list[dict[str, Any]]:
@@ -69,8 +90,11 @@ def _draw(
         samples = complete(variables, [ids for ids in prompts for _ in range(repeats)], key)
     except ValueError as error:
         raise ConfigError(f"sample: {error}") from error
-    drawn = zip(samples.texts, samples.logps, samples.ids, strict=True)
-    return [{"completion": text, "logp": float(logp), "tokens": len(ids)} for text, logp, ids in drawn]
+    eos = complete.tokenizer.eos_token_id
+    return [
+        {"completion": text, "logp": float(logp), "tokens": len(ids), "finished": bool(len(ids)) and int(ids[-1]) == eos}
+        for text, logp, ids in zip(samples.texts, samples.logps, samples.ids, strict=True)
+    ]
 
 
 def reward_of(config: Config) -> Reward:

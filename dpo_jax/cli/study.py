@@ -14,7 +14,8 @@ import jax
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.data.pairs import DataReport
-from dpo_jax.evals.study import WORDINGS, Comparison, draw, join, make_study, read_completions, render
+from dpo_jax.evals.completion_files import read_completions
+from dpo_jax.evals.study import WORDINGS, Comparison, draw, join, make_study, one_each, render
 from dpo_jax.runtime.rundir import write_json
 
 
@@ -53,7 +54,7 @@ def run(config: Config) -> int:
 def _comparisons(config: Config) -> tuple[list[Comparison], DataReport]:
     section = config.study
     report = DataReport(source=f"{section.a} and {section.b}", split="study", format="completions")
-    a, b = (read_completions(str(path), report=report) for path in (section.a, section.b))
+    a, b = (one_each(read_completions(str(path), report=report)) for path in (section.a, section.b))
     comparisons = join(a, b, report=report)
     if section.items is not None:
         if section.items > len(comparisons):

@@ -23,6 +23,13 @@ from dpo_jax.evals.verdicts import Tokens, VerdictLog
 LONGEST_WAIT = 600.0  # seconds; whoever asks us to wait for longer is left alone, and the command can be started again later
 GIVE_UP = 10  # questions in a row without an answer, after all their tries
 ENVELOPE = 64  # tokens that a chat adds to the texts, at most
+FAILURES = {  # why an answer is no verdict
+    "content_filter": "held back by the endpoint's filter",
+    "empty": "empty",
+    "format": "not in the format that was asked for",
+    "length": "cut off at judge.max_tokens",
+    "refusal": "refused",
+}
 
 
 class Unfinished(RuntimeError):
@@ -151,6 +158,11 @@ class Endpoint:
         await self._client.close()
 
 
+def failures_of(counts: Mapping[str, int]) -> str:
+    """`counts` by the keys of `FAILURES`, in words."""
+    return ", ".join(f"{count:,} {FAILURES[cause]}" for cause, count in sorted(counts.items()))
+
+
 def wait_of(headers: Mapping[str, str]) -> float | None:
     """Seconds that a reply asks to wait for: `retry-after-ms`, or `Retry-After` in seconds or as a date."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
@@ -250,7 +262,10 @@ class _Asker:
         self.unanswered += 1
         self.in_a_row += 1
         if self.in_a_row >= GIVE_UP:
-            self.stop(f"{GIVE_UP} questions in a row have no answer (faults: {self.log.faults}): is the endpoint well?")
+            faults = ", ".join(f"{count:,} {cause}" for cause, count in self.log.faults.items())
+            self.stop(
+                f"{GIVE_UP} questions in a row have no answer (faults: {faults}): is the address right, the endpoint well?"
+            )
 
     def stop(self, why: str) -> None:
         self.stopped = self.stopped or why

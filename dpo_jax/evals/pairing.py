@@ -1,4 +1,4 @@
-"""Files of completions, and who is compared with whom: completions of a policy and of a baseline, joined by their prompt.
+"""Who is compared with whom: completions of a policy and of a baseline, joined by their prompt.
 
 The books are closed: completions kept plus completions dropped is completions read, and every one dropped is named.
 """
@@ -7,22 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from dpo_jax.data.columns import number, text
-from dpo_jax.data.files import read_rows
-from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport
+from dpo_jax.data.pairs import Cause, DataError
+from dpo_jax.evals.completion_files import Completion
 from dpo_jax.evals.judge import Pair
 
 OVER_LIMIT = "over judge.limit"
-
-
-class Completion(NamedTuple):
-    prompt: str
-    text: str
-    at: float | None
-    where: str  # "t0.jsonl:17"
 
 
 @dataclasses.dataclass
@@ -43,25 +34,6 @@ class Paired(NamedTuple):
     pairs: list[Pair]
     policies: dict[str, Books]  # by series
     baseline: Books
-
-
-def read_completions(path: str | Path, *, by: str | None = None) -> list[Completion]:
-    """The rows of a JSON Lines file (also .gz) with a `prompt` and a `completion`, and a number in the column `by`, if given.
-
-    Raises `DataError`, naming file, line and field, for a row that is none: a verdict on half of a file is none on a policy.
-    """
-    path, found = Path(path), []
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; `dpo-jax sample --sample.out {path}` writes one", causes=[Cause.BAD_LAYOUT])
-    for where, row in read_rows(path.name, path, report=DataReport(source=str(path), split="completions")):
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            texts = text(row, "prompt"), text(row, "completion")
-            found.append(Completion(*texts, number(row, by) if by else None, where))
-        except BadRow as problem:
-            raise DataError(f"{path.parent / where}: {problem}", causes=[problem.cause]) from problem
-    return found
 
 
 def pair_up(

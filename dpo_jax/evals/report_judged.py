@@ -1,82 +1,108 @@
-"""What other stages wrote as figures and tables, shown as it is: win rates by a judge, ratings by people."""
+"""Win rates by a judge and Table 2 by people, as a report shows them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from dpo_jax.evals.report_page import Block, Figures, Section, Table
-from dpo_jax.evals.run_record import RunRecord, of, one_or_more, read_object, read_table
+from dpo_jax.evals.agreement_table import INTERVALS, table_rows
+from dpo_jax.evals.judging import failures_of
+from dpo_jax.evals.report_page import Block, Figures, Section, Table, Text
+from dpo_jax.evals.run_record import RunRecord, Stage, of, one_or_more, read_object
 
-OWN = {"env.json", "data_report.json", "key.json"}  # which have a section of their own, or are to be kept from raters
-MOST_ROWS = 60
+READING = (
+    "A pair is won by the policy in both orders, lost in both, or flipped: the judge named one letter twice. One without an "
+    "answer in the format has failed. The win rate counts a flipped pair as half a win and leaves failed ones out. Lengths are "
+    "mean characters. Of equal length are texts that differ by a tenth at most; length-controlled is a logistic regression, "
+    "extrapolated where nearly all texts of one side are longer. Brackets: 95 % intervals."
+)
+COUNTS = ("won", "lost", "flipped", "failed")
 
 
 def judged(runs: Sequence[RunRecord]) -> Section | None:
-    """Win rates and ratings: whatever figures and tables the folders of judge, study and agree hold."""
+    """Of each folder of a judge its figure, tables and books; of people the table of `dpo-jax agree`."""
     blocks: list[Block] = []
-    for name in ("judge", "agree"):
-        for run, stage in one_or_more(runs, name):
-            images = sorted(path for path in stage.path.glob("*.png"))
-            if images:
-                blocks.append(Figures([(path, of(run, runs, path.stem.replace("_", " "))) for path in images]))
-            shown = []
-            for path in sorted(stage.path.glob("*.csv")):
-                table = stage.read(path.name, read_table, [])
-                if table:
-                    shown.append(list(table[0]))
-                    rows = [[number(cell) for cell in row.values()] for row in table]
-                    blocks.append(_cut(list(table[0]), rows, of(run, runs, f"{name}: {path.stem.replace('_', ' ')}")))
-            for path in sorted(stage.path.glob("*.json")):
-                if path.name not in OWN:
-                    content = stage.read(path.name, read_object, {})
-                    blocks += tables_of(content, of(run, runs, f"{name}: {path.stem}"), but=shown)
+    for run, stage in one_or_more(runs, "judge"):
+        if stage.report:
+            blocks += _judge(of(run, runs, stage.name), stage)
+    if blocks:
+        blocks.insert(0, Text(READING))
+    for run, stage in one_or_more(runs, "agree"):
+        column = stage.read("agreement.json", read_object, {})
+        if column:
+            (_, names), *rows = table_rows([column])
+            rows = [[label.strip(), cell] for label, cell in rows]
+            caption = of(run, runs, "People (Table 2 of the paper)")
+            blocks.append(Table(["", names], rows, caption=caption, note=f"{INTERVALS}."))
     return Section("Win rates and ratings", blocks) if blocks else None
 
 
-def tables_of(content: Mapping[str, Any], caption: str, *, but: Sequence[list[str]] = ()) -> list[Block]:
-    """Any JSON object as tables: its values one below the other, and each list of objects as a table of its own.
-
-    `but`: the columns of tables that were shown already.
-    """
-    plain: list[list[str]] = []
-    others: list[Block] = []
-    for name, value in content.items():
-        if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
-            columns = list(dict.fromkeys(column for row in value for column in row))
-            rows = [[number(row.get(column)) for column in columns] for row in value]
-            if columns not in but:
-                others.append(_cut(columns, rows, f"{caption}, {name.replace('_', ' ')}"))
-        elif isinstance(value, Mapping) and not is_estimate(value):
-            plain += [[f"{name}: {part}", number(inner)] for part, inner in value.items()]
-        else:
-            plain.append([name.replace("_", " "), number(value)])
-    return ([_cut(["", "value"], plain, caption)] if plain else []) + others
-
-
-def is_estimate(value: object) -> bool:
-    """A value with its interval, {"value", "low", "high"}."""
-    return isinstance(value, Mapping) and {"value", "low", "high"} <= set(value)
-
-
-def number(value: object) -> str:
-    """A cell: four digits are enough of a float, also of one that came as text."""
-    if isinstance(value, Mapping):
-        if is_estimate(value):
-            return f"{number(value['value'])} ({number(value['low'])} to {number(value['high'])})"
-        return ", ".join(f"{name} {number(inner)}" for name, inner in value.items()) or "-"
-    if isinstance(value, list):
-        return ", ".join(map(number, value)) or "-"
-    if isinstance(value, str) and "." in value:
-        try:
-            value = float(value)
-        except ValueError:
-            return value
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "-" if value is None or value == "" else str(value)
+def _judge(name: str, stage: Stage) -> list[Block]:
+    report = stage.report
+    settings, points = report["settings"], report["points"]
+    title = f"{name}: against {Path(report['baseline']).name}, by {settings['model']} ({settings['prompt']})"
+    figure = stage.path / "win_rates.png"
+    drawn = figure.is_file() and len(points) > 1
+    blocks: list[Block] = [Figures([(figure, f"{name}: win rates and lengths")], size="half")] if drawn else []
+    counts = [column for column in COUNTS if not (settings["one_order"] and column == "flipped")]
+    rows = [[f"{point['pairs']}", _rate(point, "win_rate"), *(f"{point[column]}" for column in counts)] for point in points]
+    blocks.append(_table(report, ["pairs", "win rate", *counts], rows, caption=title))
+    rows = [
+        [
+            f"{point['policy_length']:.0f} / {point['baseline_length']:.0f}",
+            f"{point['pairs_at_equal_length']}",
+            _rate(point, "win_rate_at_equal_length"),
+            _rate(point, "win_rate_length_controlled") + ", extrapolated" * point["extrapolated"],
+        ]
+        for point in points
+    ]
+    columns = ["length / baseline's", "of equal length", "win rate of these", "length-controlled"]
+    blocks += [_table(report, columns, rows, caption=f"{name}: length"), Text(_books(report))]
+    if report["injections"]:
+        rows = [[str(cell) for cell in row.values()] for row in report["injections"]]
+        caption = f"{name}: words to the judge, put behind texts that had lost"
+        blocks.append(Table(list(report["injections"][0]), rows, caption=caption))
+    return blocks
 
 
-def _cut(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> Table:
-    note = f"{len(rows) - MOST_ROWS:,} more rows are in the file." if len(rows) > MOST_ROWS else ""
-    return Table([column.replace("_", " ") for column in columns], rows[:MOST_ROWS], caption=caption, note=note)
+def _table(report: Mapping[str, Any], columns: list[str], rows: list[list[str]], *, caption: str) -> Table:
+    """Rows of the points, each with its policy and its place on the x-axis, where there is one."""
+    points = report["points"]
+    places = any(point["at"] is not None for point in points)
+    heads = ["policy", report["by"].replace("_", " ")] if places else ["policy"]
+    names = [[point["series"], *([f"{point['at']:g}"] if places else [])] for point in points]
+    return Table([*heads, *columns], [name + row for name, row in zip(names, rows, strict=True)], caption=caption)
+
+
+def _rate(point: Mapping[str, Any], name: str) -> str:
+    value, low, high = (point[f"{name}{end}"] for end in ("", "_low", "_high"))
+    return "-" if value is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _books(report: Mapping[str, Any]) -> str:
+    """What was asked and what became of it, in words."""
+    settings, first = report["settings"], report["first_preferred"]
+    order = "in one order each, drawn by lot" if settings["one_order"] else "in both orders"
+    fence = "texts fenced as data" if settings["fence"] else "texts not fenced"
+    words = [
+        f"{report['questions']:,} questions, {order}, {fence}; {report['answers']:,} answered by {', '.join(report['models'])}"
+    ]
+    if undecided := report["outcomes"]["unanswered"]:
+        words.append(f"{undecided:,} pairs have no verdict yet, and count in no rate")
+    if report["failures"]:
+        words.append(f"answers without a verdict: {failures_of(report['failures'])}")
+    if report["faults"]:
+        words.append(f"faults of the endpoint, asked again: {_counts(report['faults'])}")
+    if first:
+        words.append(f"the text shown first was preferred in {first['value']:.1%} ({first['low']:.1%} to {first['high']:.1%})")
+    _, *policies = report["books"].items()  # that the baseline has more prompts is no loss
+    left = {name: sum(map(len, books["dropped"].values())) for name, books in policies}
+    words += [f"{count:,} completions of {name} were left out" for name, count in left.items() if count]
+    cost = f", cost {report['cost']:,.2f}" if report["cost"] else ""
+    words.append(f"{report['requests']:,} requests, {sum(report['tokens'].values()):,} tokens{cost}")
+    return ". ".join(word[0].upper() + word[1:] for word in words) + "."
+
+
+def _counts(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(found.items()))

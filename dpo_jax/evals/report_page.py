@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -52,7 +52,7 @@ class Figures:
 
     images: Sequence[tuple[Path, str]]
     caption: str = ""
-    wide: bool = False
+    size: Literal["small", "half", "wide"] = "small"
     kind: str = "figures"
 
 
@@ -94,6 +94,7 @@ class Page:
 def render_html(page: Page) -> str:
     """A page that needs nothing else: its images are data URIs, and it has no script."""
     environment = _environment(autoescape=True)
+    environment.filters["whole"] = _whole_interval
     css = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
     return environment.get_template("report.html.j2").render(page=page, css=css, data_uri=_data_uri)
 
@@ -111,6 +112,12 @@ def _environment(**options: Any) -> jinja2.Environment:
 
 def _data_uri(image: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
+
+
+def _whole_interval(cell: str) -> Markup:
+    """A number with its interval may be broken before the bracket, and nowhere else."""
+    number, bracket, rest = cell.partition(" (")
+    return escape(number) + (Markup(' <span class="whole">({}</span>').format(rest) if bracket else "")
 
 
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]\d+)?%?( [±(/].*)?")  # also with its interval

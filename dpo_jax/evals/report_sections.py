@@ -44,10 +44,15 @@ def first_things(runs: Sequence[RunRecord], alarms: Sequence[str], *, weights_ch
     stages = list(dict.fromkeys(name for run in runs for name in run.stages))
     states = [[name, *(run.stages[name].state if name in run.stages else "-" for run in runs)] for name in stages]
     began = [[stage.env.get("started", "") for stage in run.stages.values() if stage.env.get("started")] for run in runs]
-    states.append(["last command begun", *(max(times, default="not known").replace("T", " ") for times in began)])
+    states.append(["last command begun", *(moment(max(times, default="not known")) for times in began)])
     states.append(["not in this run", *("; ".join(run.missing) or "-" for run in runs)])
     blocks.append(Table(["stage", *(run.name for run in runs)], states, caption="What was done"))
     return Section("Read this first", blocks)
+
+
+def moment(written: str) -> str:
+    """A time in UTC as `env.json` has it, for people."""
+    return written.replace("T", " ").replace("+00:00", " UTC")
 
 
 def evaluation(runs: Sequence[RunRecord]) -> Section | None:
@@ -147,7 +152,7 @@ def frontier(runs: Sequence[RunRecord], drawn: Path) -> Section | None:
     for run, stage in one_or_more(runs, "frontier"):
         for file, caption in (("frontier.png", "reward against KL"), ("displacement.png", "displacement in training")):
             if (stage.path / file).is_file():
-                blocks.append(Figures([(stage.path / file, of(run, runs, caption))], wide=True))
+                blocks.append(Figures([(stage.path / file, of(run, runs, caption))], size="wide"))
         table = stage.read("summary.json", read_object, {}).get("at_equal_kl", [])
         if table:
             kls = list(dict.fromkeys(row["kl"] for row in table))
@@ -162,7 +167,7 @@ def frontier(runs: Sequence[RunRecord], drawn: Path) -> Section | None:
             points = trajectories(read_table(stage.path / "results.csv"))
             figure = plot_trajectories(points, drawn / f"overoptimisation-{len(blocks)}.png")
             caption = "true reward over training; full: best, hollow: last"
-            blocks += [*over, Figures([(figure, of(run, runs, caption))], wide=True)]
+            blocks += [*over, Figures([(figure, of(run, runs, caption))], size="wide")]
     return Section("Frontier", blocks) if blocks else None
 
 
@@ -201,7 +206,7 @@ def training(
     titles = {panel.file: panel.title for panel in PANELS}
     blocks: list[Block] = []
     if together:
-        blocks.append(Figures([(path, f"{path.stem}: all runs") for path in together], caption="Runs compared", wide=True))
+        blocks.append(Figures([(path, f"{path.stem}: all runs") for path in together], caption="Runs compared", size="wide"))
     for run in runs:
         for name in TRAINING:
             paths = images.get((run.name, name), ())

@@ -32,13 +32,14 @@ RESULT = {
 }
 ORDER = ("audit", "prepare", "sft", "refs", "dpo", "label", "reward-model", "ppo", "optimum", "frontier", "bench", "eval")
 LATER = ("rewards", "judge", "study", "agree")
+MANY_FAILED = 0.05  # of a judge's pairs: enough to move a win rate by as much as is at stake
 # What a reader may look for: the stage, what it would tell, and the command that makes it.
 EXPECTED = {
-    "eval": ("no held-out evaluation", "dpo-jax eval"),
-    "rewards": ("no implicit-reward tables", "dpo-jax eval --rewards"),
-    "frontier": ("no frontier of reward and KL", "dpo-jax frontier"),
-    "judge": ("no win rates by a judge", "dpo-jax judge"),
-    "agree": ("no ratings by people", "dpo-jax study, then dpo-jax agree"),
+    "eval": ("held-out evaluation", "dpo-jax eval"),
+    "rewards": ("implicit-reward tables", "dpo-jax eval --rewards"),
+    "frontier": ("frontier of reward and KL", "dpo-jax frontier"),
+    "judge": ("win rates by a judge", "dpo-jax judge"),
+    "agree": ("ratings by people", "dpo-jax study, then dpo-jax agree"),
 }
 
 
@@ -79,12 +80,19 @@ class RunRecord:
     @property
     def missing(self) -> list[str]:
         """What is not there, in words, with the command that would make it."""
-        return [f"{what} ({command})" for stage, (what, command) in EXPECTED.items() if stage not in self.stages]
+        kinds = {kind_of(stage) for stage in self.stages}
+        return [f"{what} ({command})" for stage, (what, command) in EXPECTED.items() if stage not in kinds]
 
 
-def one_or_more(runs: Sequence[RunRecord], stage: str) -> list[tuple[RunRecord, Stage]]:
-    """The runs that have a stage, with it."""
-    return [(run, run.stages[stage]) for run in runs if stage in run.stages]
+def kind_of(stage: str) -> str:
+    """A run may be judged in several ways, each in a folder of its own: judge, judge-steps, judge-news, rewards-bench."""
+    kind, dash, _ = stage.partition("-")
+    return kind if dash and kind in ("judge", "rewards") else stage
+
+
+def one_or_more(runs: Sequence[RunRecord], kind: str) -> list[tuple[RunRecord, Stage]]:
+    """Each stage of a kind, with its run."""
+    return [(run, stage) for run in runs for stage in run.stages.values() if kind_of(stage.name) == kind]
 
 
 def of(run: RunRecord, runs: Sequence[RunRecord], what: str) -> str:
@@ -102,7 +110,7 @@ def read_run(path: Path, *, name: str) -> RunRecord:
     if not found:
         raise ValueError(f"{path}: no run directory: no folder in it has a config.yaml, as each command leaves one")
     known = (*ORDER, *LATER)
-    found.sort(key=lambda folder: known.index(folder.name) if folder.name in known else len(ORDER))
+    found.sort(key=lambda folder: known.index(kind) if (kind := kind_of(folder.name)) in known else len(ORDER))
     return RunRecord(name, path, {folder.name: _read_stage(folder) for folder in found})
 
 
@@ -112,7 +120,8 @@ def _read_stage(path: Path) -> Stage:
     stage.data = stage.read("data_report.json", read_object, {})
     stage.report = stage.read("report.json", read_object, {})
     stage.metrics = stage.read("metrics.jsonl", read_metrics, [])
-    stage.done = (path / RESULT[path.name]).exists() if path.name in RESULT else True
+    result = RESULT.get(kind_of(path.name))
+    stage.done = (result is None or (path / result).exists()) and not _undecided(stage)
     stage.state = _state(stage)
     stage.problems += _failures(stage)
     return stage
@@ -148,10 +157,30 @@ def _state(stage: Stage) -> str:
     return f"not finished, {steps} so far" if steps else "not finished"
 
 
+def _outcomes(stage: Stage) -> dict[str, int]:
+    """What became of a judge's pairs; nothing for another stage."""
+    return stage.report.get("outcomes", {}) if kind_of(stage.name) == "judge" else {}
+
+
+def _undecided(stage: Stage) -> int:
+    """Pairs that a judge was not asked about before it stopped."""
+    return _outcomes(stage).get("unanswered", 0)
+
+
 def _failures(stage: Stage) -> list[str]:
     found = []
     if not stage.done:
-        found.append(f"{stage.state}: {RESULT[stage.name]} is not there; the same command again continues it")
+        lacking = (
+            f"{left:,} pairs have no verdict yet"
+            if (left := _undecided(stage))
+            else f"{RESULT[kind_of(stage.name)]} is not there"
+        )
+        found.append(f"{stage.state}: {lacking}; the same command again continues it")
+    failed, pairs = _outcomes(stage).get("failed", 0), sum(_outcomes(stage).values())
+    if failed > MANY_FAILED * pairs:
+        found.append(
+            f"the judge gave no answer in the format on {failed:,} of {pairs:,} pairs: its win rates are of the others"
+        )
     bad = stage.read("bad_batch.json", read_object, {})
     if bad:
         values = ", ".join(f"{name} {bad['metrics'][name]}" for name in ("loss", "grad_norm") if name in bad.get("metrics", {}))

@@ -14,14 +14,12 @@ import importlib.resources
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.columns import text
-from dpo_jax.data.files import read_rows
-from dpo_jax.data.pairs import MAX_CHARACTERS, BadRow, Cause, DataError, DataReport
+from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport
+from dpo_jax.evals.completion_files import Completion, without_cue
 
 METHODS = ("a", "b")
 
@@ -57,33 +55,19 @@ class Study:
     key: dict[str, Any]
 
 
-def read_completions(path: str | Path, *, report: DataReport) -> dict[str, str]:
-    """Prompt -> completion of a JSON Lines file with these two columns, as `dpo-jax sample --sample.out` writes it.
-
-    Raises `DataError`, naming file, line and field, for a bad row and for a prompt that comes twice: nobody could say which of
-    its completions belongs beside which of the other file.
+def one_each(completions: Sequence[Completion]) -> dict[str, str]:
+    """Prompt -> completion. Raises `DataError` for a prompt that comes twice: nobody could say which of its completions
+    belongs beside which of the other file.
     """
-    found: dict[str, str] = {}
-    lines: dict[str, str] = {}
-    for where, row in read_rows(str(path), Path(path), report=report):
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            prompt, completion = text(row, "prompt"), text(row, "completion")
-            for field, value in (("prompt", prompt), ("completion", completion)):
-                if len(value) > MAX_CHARACTERS:
-                    raise BadRow(Cause.TOO_LONG, f"{len(value):,} characters are more than anybody reads", field=field)
-            if not prompt.strip():
-                raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt")
-        except BadRow as problem:
-            raise DataError(f"{where}: {problem}; write the file with dpo-jax sample", causes=[problem.cause]) from None
-        if prompt in found:
+    found: dict[str, Completion] = {}
+    for one in completions:
+        first = found.setdefault(one.prompt, one)
+        if first is not one:
             raise DataError(
-                f"{where}: prompt: the same prompt as {lines[prompt]}; keep one completion of each prompt",
+                f"{one.where}: prompt: the same as in {first.where}; keep one of each prompt (one temperature, one N)",
                 causes=[Cause.DUPLICATE_KEY],
             )
-        found[prompt], lines[prompt] = completion, where
-    return found
+    return {prompt: one.text for prompt, one in found.items()}
 
 
 def join(a: Mapping[str, str], b: Mapping[str, str], *, report: DataReport) -> list[Comparison]:
@@ -138,7 +122,8 @@ def make_study(
 
     `names`: the two methods, for the key alone. `raters`: how many lists of comparisons there are, one a person (or any number
     of persons, if there is one list). `twice`: share of the comparisons that are on two lists, so that people can be compared
-    with each other. Comparisons are shuffled for each list, and method a stands first in half of it.
+    with each other. Comparisons are shuffled for each list, and method a stands first in half of it. The page shows prompts as
+    a judge is shown them; the key keeps them whole, to find the verdicts on them.
     """
     # The seed alone would let whoever has this program repeat the draw. The order of the files is not on the page.
     order = json.dumps([list(names), [list(comparison) for comparison in comparisons]])
@@ -146,19 +131,18 @@ def make_study(
     width = max(3, len(str(len(comparisons))))
     stored = rng.permuted(np.tile([0, 1], (len(comparisons), 1)), axis=1)  # the methods of an item's two texts
     shuffled = [comparisons[number] for number in rng.permutation(len(comparisons))]
-    items, methods = [], []
+    items, hidden = [], []
     for number, (comparison, sides) in enumerate(zip(shuffled, stored, strict=True), start=1):
         texts = [comparison.completions[method] for method in sides]
-        items.append({"id": f"{number:0{width}}", "prompt": comparison.prompt, "texts": texts})
-        methods.append([METHODS[method] for method in sides])
+        items.append({"id": f"{number:0{width}}", "prompt": without_cue(comparison.prompt), "texts": texts})
+        hidden.append({**items[-1], "prompt": comparison.prompt, "methods": [METHODS[method] for method in sides]})
     lists = []
     for assigned in deal(len(items), raters, twice=twice, rng=rng):
         leading = rng.permutation(np.arange(len(assigned)) + rng.integers(2)) % 2  # the method shown first, half and half
         lists.append([[items[i]["id"], int(stored[i][0] != method)] for i, method in zip(assigned, leading, strict=True)])
     page = {"title": title, **wording._asdict(), "items": items, "raters": lists}
     digest = hashlib.sha256(json.dumps(page, sort_keys=True).encode()).hexdigest()[:16]
-    answers = [{**item, "methods": sides} for item, sides in zip(items, methods, strict=True)]
-    key = {"study": digest, "names": dict(zip(METHODS, names, strict=True)), "seed": seed, "items": answers, "raters": lists}
+    key = {"study": digest, "names": dict(zip(METHODS, names, strict=True)), "seed": seed, "items": hidden, "raters": lists}
     return Study({"study": digest, **page}, key)
 
 

@@ -16,6 +16,7 @@ from dpo_jax.evals.preference import wilson_interval
 
 Z = 1.959964  # of a 95 % interval
 EQUAL_LENGTH = 0.1  # lengths that differ by at most this share of the longer one are equal
+EDGE = 0.05  # where fewer pairs than this share have the longer, or the shorter text, equal length lies outside of the data
 RIDGE = 0.5  # of a standardised slope: keeps it finite where length separates wins from losses
 OUTCOMES: tuple[Outcome, ...] = ("won", "lost", "flipped", "failed", "unanswered")
 
@@ -101,6 +102,7 @@ class WinRate:
     baseline_length: float
     win_rate_at_equal_length: Rate  # of the pairs whose lengths differ by at most EQUAL_LENGTH
     win_rate_length_controlled: Rate
+    extrapolated: bool  # nearly all texts of one side are longer: what would be at equal length hangs on the assumed curve
 
 
 def win_rate(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> WinRate:
@@ -116,6 +118,7 @@ def win_rate(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> WinRate:
         middle, low, high = length_controlled(values, np.log(lengths[:, 0] / lengths[:, 1]))
         controlled = Rate(float(middle), float(low), float(high), len(decided))
     undecided = len(pairs) - len(decided)
+    sides = [np.mean(lengths[:, 0] <= lengths[:, 1]), np.mean(lengths[:, 0] >= lengths[:, 1])] if len(decided) else [1.0]
     return WinRate(
         series=pairs[0].series,
         at=pairs[0].at,
@@ -130,6 +133,7 @@ def win_rate(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> WinRate:
         baseline_length=float(np.mean([len(p.baseline.strip()) for p in pairs])),
         win_rate_at_equal_length=rate(values[equal]),
         win_rate_length_controlled=controlled,
+        extrapolated=bool(min(sides) < EDGE),
     )
 
 
@@ -152,6 +156,6 @@ def columns(point: WinRate) -> dict[str, object]:
             name = field.name if field.name.startswith("win_rate") else f"{field.name}_rate"
             row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
             row |= {"pairs_at_equal_length": value.pairs} if field.name == "win_rate_at_equal_length" else {}
-        elif isinstance(value, float) and field.name != "at":
+        elif isinstance(value, float | bool) and field.name != "at":
             row[field.name] = value
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 
 from dpo_jax.evals.frontier_plot import STYLES, Style
 from dpo_jax.evals.win_rates import WinRate
@@ -17,7 +18,8 @@ from dpo_jax.evals.win_rates import WinRate
 def plot_win_rates(points: Sequence[WinRate], path: str | os.PathLike[str], *, x: str | None, baseline: str) -> Path:
     """Win rates with their 95 % intervals above, length-controlled ones hollow; mean lengths below. `x` names the x-axis.
 
-    Series without points stand beside each other. Raises ValueError for more series than styles.
+    Series without points stand beside each other. Estimates at equal length that are extrapolated are left out. Raises
+    ValueError for more series than styles.
     """
     names = list(dict.fromkeys(point.series for point in points))
     if len(names) > len(STYLES):
@@ -28,7 +30,7 @@ def plot_win_rates(points: Sequence[WinRate], path: str | os.PathLike[str], *, x
     for number, (name, style) in enumerate(zip(names, STYLES, strict=False)):
         mine = [point for point in points if point.series == name]
         places = np.array([float(number) if point.at is None else point.at for point in mine])
-        _draw(above, mine, places, name, style)
+        _draw(figure, above, mine, places, name, style)
         below.plot(places, [p.policy_length for p in mine], linestyle=style.line, marker=style.marker, color=style.color)
     lengths = sorted({(float(names.index(p.series)) if p.at is None else p.at, p.baseline_length) for p in points})
     below.plot(
@@ -47,7 +49,10 @@ def plot_win_rates(points: Sequence[WinRate], path: str | os.PathLike[str], *, x
     above.set_title(f"Win rate against {baseline}", loc="left", fontweight="bold")
     below.set_ylabel("mean length\n(characters)")
     below.set_ylim(0, 1.2 * max(max(p.policy_length, p.baseline_length) for p in points))
-    below.set_xlabel(x or ("" if single else "step"))
+    below.set_xlabel((x or "step").replace("_", " ") if not single else "")
+    if x == "best_of":  # 1, 4, 16, 64, 128
+        below.set_xscale("log", base=2)
+        below.minorticks_off()
     if single:
         below.set_xticks(range(len(names)), names)
     elif len(lengths) <= 10:
@@ -56,24 +61,29 @@ def plot_win_rates(points: Sequence[WinRate], path: str | os.PathLike[str], *, x
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
         axes.set_axisbelow(True)
-    above.legend(frameon=True, framealpha=0.85, edgecolor="none", loc="best")
+    figure.legend(*above.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
     return Path(path)
 
 
-def _draw(axes: Axes, points: Sequence[WinRate], places: np.ndarray, name: str, style: Style) -> None:
+def _draw(figure: Figure, axes: Axes, points: Sequence[WinRate], places: np.ndarray, name: str, style: Style) -> None:
     rates = np.array([(p.win_rate.value, p.win_rate.low, p.win_rate.high) for p in points]).T
     axes.plot(places, rates[0], linestyle=style.line, marker=style.marker, color=style.color, label=name)
     axes.vlines(places, rates[1], rates[2], color=style.color, linewidth=1.2)
-    controlled = [p.win_rate_length_controlled.value for p in points]
+    told = [not point.extrapolated for point in points]
+    if not any(told):
+        return
+    controlled = [point.win_rate_length_controlled for point in points if not point.extrapolated]
+    beside = axes.transData + ScaledTranslation(5 / 72, 0, figure.dpi_scale_trans)
+    look = {"color": style.color, "alpha": 0.6, "transform": beside}
+    axes.vlines(places[told], [rate.low for rate in controlled], [rate.high for rate in controlled], linewidth=0.8, **look)
     axes.plot(
-        places,
-        controlled,
+        places[told],
+        [rate.value for rate in controlled],
         linestyle="none",
         marker=style.marker,
         markersize=8,
         markerfacecolor="none",
-        color=style.color,
-        alpha=0.6,
         label=f"{name}, at equal length",
+        **look,
     )

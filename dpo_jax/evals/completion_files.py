@@ -1,0 +1,54 @@
+"""Files of completions, as `dpo-jax sample --sample.out` writes them: what judges and people are asked to compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from dpo_jax.data.columns import number, text
+from dpo_jax.data.files import read_rows
+from dpo_jax.data.pairs import HH_ASSISTANT, MAX_CHARACTERS, BadRow, Cause, DataError, DataReport
+
+CUES = ("TL;DR:", HH_ASSISTANT)  # what prompts end with to make a policy answer; no part of what was asked
+
+
+class Completion(NamedTuple):
+    prompt: str
+    text: str
+    at: float | None
+    where: str  # "t0.jsonl:17"
+
+
+def read_completions(path: str | Path, *, by: str | None = None, report: DataReport | None = None) -> list[Completion]:
+    """The rows of a JSON Lines file (also .gz) with a `prompt` and a `completion`, and a number in the column `by`, if given.
+
+    `report` takes note of the file. Raises `DataError`, naming file, line and field, for a row that nobody can judge: what is
+    said about half of a file is not about a policy.
+    """
+    path, found = Path(path), []
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; `dpo-jax sample --sample.out {path}` writes one", causes=[Cause.BAD_LAYOUT])
+    report = report or DataReport(source=str(path), split="completions")
+    for where, row in read_rows(path.name, path, report=report):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            prompt, completion = text(row, "prompt"), text(row, "completion")
+            for field, value in (("prompt", prompt), ("completion", completion)):
+                if len(value) > MAX_CHARACTERS:
+                    raise BadRow(Cause.TOO_LONG, f"{len(value):,} characters are more than anybody reads", field=field)
+            if not without_cue(prompt):
+                raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt")
+            found.append(Completion(prompt, completion, number(row, by) if by else None, where))
+        except BadRow as problem:
+            remedy = "write the file with dpo-jax sample"
+            raise DataError(f"{path.parent / where}: {problem}; {remedy}", causes=[problem.cause]) from problem
+    return found
+
+
+def without_cue(prompt: str) -> str:
+    """The prompt as a reader knows it: without white space at its ends, and without the words that ask for a completion."""
+    prompt = prompt.rstrip()
+    for cue in CUES:
+        prompt = prompt.removesuffix(cue)
+    return prompt.strip()
