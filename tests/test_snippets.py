@@ -100,12 +100,25 @@ def test_prefixes_are_a_function_of_texts_and_seed(snippets, tokenizer):
     assert found[:20] == prefixes(snippets, tokenizer, 20, 0)
     assert found == prefixes(snippets[::-1], tokenizer, 50, 0)
     assert set(found) != set(prefixes(snippets, tokenizer, 50, 1))
-    with pytest.raises(ValueError, match="3 snippets have . distinct beginnings, and 10 are asked for"):
-        prefixes(snippets[:3], tokenizer, 10, 0)
+    with pytest.raises(ValueError, match=r"3 snippets have \d+ distinct beginnings, and 22 are asked for"):
+        prefixes(snippets[:3], tokenizer, 22, 0)
     # A snippet that is no longer than its beginning would leave nothing to continue.
     assert prefixes([Snippet("a", 0, "1"), Snippet("", 0, "2")], tokenizer, 0, 0) == []
     with pytest.raises(ValueError, match="0 distinct"):
         prefixes([Snippet("a", 0, "1")], tokenizer, 1, 0)
+
+
+def test_a_second_prefix_of_a_snippet_is_of_another_length(snippets, tokenizer):
+    longest = max(snippets, key=lambda snippet: len(snippet.text))
+    alone = prefixes([longest], tokenizer, 7, 0)
+    assert sorted(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in alone) == [2, 3, 4, 5, 6, 7, 8]
+    others = [snippet for snippet in snippets if snippet.text[:2] != longest.text[:2]][:10]
+    both = prefixes([longest, *others], tokenizer, 40, 0)
+    turns = [number for number, text in enumerate(both) if longest.text.startswith(text)]
+    assert len(set(both)) == 40
+    assert [both[number] for number in turns] == alone[: len(turns)]
+    assert len(turns) > 1
+    assert turns[1] - turns[0] > len(others) / 2  # the others had theirs in between
 
 
 def test_texts_that_are_cut_are_counted_in_the_report(tmp_path):

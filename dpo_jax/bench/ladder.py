@@ -29,7 +29,6 @@ from dpo_jax.models.hf import load_hf
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime.compiling import keep_programs
 from dpo_jax.runtime.fit import fit
-from dpo_jax.runtime.host_memory import reuse_buffers
 from dpo_jax.runtime.optim import linear_warmup, make_optimizer
 from dpo_jax.step import apply_gradients, init_state, mean_grads
 from dpo_jax.types import Metrics, Model, Rows, TrainState, Variables
@@ -83,7 +82,6 @@ def run(work: Work, name: str, *, steps: int, trace: str | None) -> dict[str, An
     """Takes `steps` optimizer steps with `runtime.fit.fit`, the product's loop. Returns the same as `torch_loop.run`, and
     seconds of compiling, compiled shapes, and seconds the loader needs per batch when nothing else runs.
     """
-    reuse_buffers()  # as `dpo-jax` does
     keep_programs(work.compiled(name))
     rung, pairs = RUNGS[name], read_pairs(work)
     model, variables = load_hf(work.model, dtype=jnp.dtype(work.precision), remat=work.remat, attention=rung.attention)

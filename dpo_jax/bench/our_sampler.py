@@ -13,7 +13,6 @@ import numpy as np
 from dpo_jax.bench.ladder import Compiled, describe
 from dpo_jax.bench.work import SamplingWork, read_prompts
 from dpo_jax.models.hf import load_hf
-from dpo_jax.runtime.host_memory import reuse_buffers
 from dpo_jax.sampling import generate
 
 NEVER = -1  # no token has this id, so none ends a completion
@@ -25,7 +24,6 @@ def run(work: SamplingWork) -> dict[str, Any]:
     `greedy` [B][T] token ids, `nats` [B] mean log-probability of the tokens sampled in each row, `batch_seconds` of the timed
     batches, `first_seconds` of the one before them, `compile_seconds` of sampling, and what `ladder.describe` gives.
     """
-    reuse_buffers()  # as `dpo-jax` does
     jax.config.update("jax_compilation_cache_dir", str(work.compiled("jax-generate").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     dtype = jnp.dtype(work.precision)

@@ -19,7 +19,6 @@ from dpo_jax.data.loader import make_batch, plan_layout
 from dpo_jax.dpo import dpo_step
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.hf import load_hf
-from dpo_jax.runtime.host_memory import reuse_buffers
 from dpo_jax.runtime.optim import linear_warmup, make_optimizer
 from dpo_jax.step import init_state
 
@@ -31,7 +30,6 @@ def run(work: Work, name: str, *, factors: Sequence[int] = FACTORS) -> dict[str,
     """Points of two sweeps over random pairs: a quarter of the batch and multiples of it, an eighth of the longest text
     and multiples of it. Half of a text's tokens are its prompt, a quarter each its completions.
     """
-    reuse_buffers()  # as `dpo-jax` does
     model, variables = load_hf(work.model, dtype=jnp.dtype(work.precision), remat=work.remat)
     tx = make_optimizer(linear_warmup(work.lr, warmup_steps=work.warmup_steps), max_grad_norm=work.max_grad_norm)
     loss = functools.partial(dpo_loss, beta=work.beta)

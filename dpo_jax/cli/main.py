@@ -258,7 +258,6 @@ def _run(args: list[str]) -> int:
     if name not in COMMANDS:
         raise ConfigError(f"{name}: unknown command{suggest(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
     config = parse(name, rest)
-    importlib.import_module("dpo_jax.runtime.host_memory").reuse_buffers()
     # transformers advises to install PyTorch, which this program has no use for.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if config.run.distributed == "auto":

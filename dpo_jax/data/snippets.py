@@ -10,6 +10,7 @@ from "policy", the classifier that rewards them from "reward", and both are judg
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -81,20 +82,21 @@ def snippets_of(snippets: Sequence[Snippet], part: Part) -> list[Snippet]:
 
 
 def prefixes(snippets: Sequence[Snippet], tokenizer: Any, n: int, seed: int) -> list[str]:
-    """The beginnings of `n` snippets, 2 to 8 tokens long: distinct prompts for continuations.
+    """`n` beginnings of snippets, 2 to 8 tokens long: distinct prompts for continuations.
 
-    Which snippets, and how long their beginnings, follows from `seed` and the texts alone: the first prompts do not depend on
-    `n`. A beginning is the whole snippet never, and left out if its text has other tokens than those it was cut from.
-    Raises `ValueError` if there are fewer than `n`.
+    One of each snippet, then a second one of each, of another length, and so on. Which, and how long, follows from `seed` and
+    the texts alone: the first prompts do not depend on `n`. A beginning is the whole snippet never, and left out if its text
+    has other tokens than those it was cut from. Raises `ValueError` if there are fewer than `n`.
     """
     order = sorted(snippets, key=lambda snippet: (_number(f"order {seed}", snippet.text), snippet.uid))
+    encoded = [list(tokenizer(snippet.text, add_special_tokens=False)["input_ids"]) for snippet in order]
     shortest, longest = PREFIX_TOKENS
+    lengths = longest - shortest + 1
     found: dict[str, None] = {}
-    for snippet in order:
+    for turn, (snippet, ids) in itertools.product(range(lengths), zip(order, encoded, strict=True)):
         if len(found) == n:
             break
-        length = shortest + _number(f"length {seed}", snippet.text) % (longest - shortest + 1)
-        ids = list(tokenizer(snippet.text, add_special_tokens=False)["input_ids"])
+        length = shortest + (_number(f"length {seed}", snippet.text) + turn) % lengths
         text = tokenizer.decode(ids[:length])
         if length < len(ids) and tokenizer(text, add_special_tokens=False)["input_ids"] == ids[:length]:
             found[text] = None

@@ -6,8 +6,8 @@ The keys that a block of queries sees lie in neighbouring blocks (`types.Rows`: 
 after the other with a running softmax (Milakov and Gimelshein 2018), as FlashAttention does (Dao et al. 2022). The backward
 pass makes the same visits, computes the scores again, and adds to the gradients of the queries and of the keys and values met.
 
-Blocks are visited in groups, because XLA multiplies several small matrices at once faster than one. Blocks that see equally much
-are in one group, so that few of its visits are in vain.
+Blocks are visited in groups, because XLA multiplies several small matrices at once faster than one. Blocks that see equally
+much are in one group, so that few of its visits are in vain.
 """
 
 from __future__ import annotations
