@@ -44,7 +44,7 @@ from dpo_jax.types import Model
 SIZES = {"vocab_size": 32, "width": 32, "layers": 1, "heads": 4, "max_positions": 64, "eos_token_id": 0}
 MODEL = with_scalar_head(make_model(decoder_config(hf_config("llama", **SIZES))))
 EOS = 0
-STOP = 9  # ends what the decoder samples here: a token that it likes
+STOP = 12  # ends what the decoder samples here: a token that it likes
 CLIPS = {"clip": 0.2, "value_clip": 0.3, "value_weight": 0.5}
 
 

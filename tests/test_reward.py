@@ -150,17 +150,19 @@ def test_however_it_is_run_it_is_one_step(way, variables):
     variables = with_random_head(variables)
     rows = LAYOUT.rows(random_pairs(7, 0))
     assert rows.weight.tolist() == [1] * 7 + [0]
-    expected_state, expected = STEP(init_state(variables, TX), rows)
+    # Not RMSprop, whose first step is the sign of a gradient, also of one that is hardly more than rounding.
+    tx = optax.sgd(1.0)
+    expected_state, expected = jax.jit(functools.partial(reward_step, model=MODEL, tx=tx))(init_state(variables, tx), rows)
     mesh = functools.partial(mesh_partitioner, model=MODEL, units={"heads": 8, "kv_heads": 8})
     partitioner = pmap_partitioner() if way == "pmap" else mesh(make_mesh(fsdp=2, tensor=2))
-    state = partitioner.init_state(functools.partial(init_state, tx=TX), partitioner.put_variables(variables))
-    step = functools.partial(reward_step, model=MODEL, tx=TX, microbatches=2, axis_name=partitioner.axis_name)
+    state = partitioner.init_state(functools.partial(init_state, tx=tx), partitioner.put_variables(variables))
+    step = functools.partial(reward_step, model=MODEL, tx=tx, microbatches=2, axis_name=partitioner.axis_name)
     state, metrics = partitioner.compile_step(step)(state, rows)
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
     params = jax.device_get(partitioner.get_state(state)).params
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=3e-5), params, expected_state.params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=5e-6), params, expected_state.params)
 
 
 def test_rows_from_which_no_reward_can_be_read_are_refused(variables):
