@@ -38,7 +38,7 @@ from dpo_jax.runtime.seal import check_seal, digest, is_remote, is_sealed, write
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # 1 had no seals
+FORMAT = 3  # 1 had no seals, 2 had kernels that write to the residual stream with D last
 DELETING, QUARANTINE, UNSEALED = "deleting", "quarantine", "unsealed"
 Leaves = dict[str, Any]
 
