@@ -36,15 +36,18 @@ run() {
 
 # Runs a command to its end and returns its exit code. SIGTERM and Ctrl-C reach it as one SIGTERM: it saves and ends with 143.
 supervised() {
-  local code=0 child='' asked=''
+  local code=0 child='' asked='' never
   trap 'asked=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM INT
   set -m # in a process group of its own: Ctrl-C goes to a whole group, and a second signal would stop it before it has saved
   "$@" &
   child=$!
   set +m
   [ -z "$asked" ] || kill -TERM "$child" 2>/dev/null || true
-  # Not `wait` alone: a signal that comes just before it blocks would be heard only when the command has ended.
-  while kill -0 "$child" 2>/dev/null; do sleep 0.2 || true; done
+  # Not `wait` alone: a signal that comes just before it blocks would be heard only when the command has ended. Nor `sleep`:
+  # bash can lose a Ctrl-C that comes just when a program in the foreground ends. What is read here never comes.
+  exec {never}<> <(:)
+  while kill -0 "$child" 2>/dev/null; do read -rt 0.2 -u "$never" || true; done
+  exec {never}>&-
   wait "$child" || code=$?
   trap - TERM INT
   return "$code"
