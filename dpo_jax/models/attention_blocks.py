@@ -141,7 +141,7 @@ def _backward(scale: float, softcap: float | None, kept: Any, d_out: jax.Array) 
     queries, keys, values, tokens, window, out, log_mass = kept
     rows, heads, kv_heads = out.shape[0], out.shape[2], keys.shape[1]
     d_mixed = _cut(d_out, kv_heads)
-    pull = _dot("rlnh,rlnh->rln", out, d_out)[..., None]
+    pull = _dot("rlnh,rlnh->rln", out, d_out)[..., None]  # as a product: XLA is slow to multiply and sum over four axes
     pull = _cut(pull, kv_heads)[..., 0]
     visits = _visits(tokens, rows)
 

@@ -94,7 +94,9 @@ class Norm(nn.Module):
         first = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
         scale = _param(self, "scale", first, (x.shape[-1],), (None,))
         # Statistics in float32: squares of bfloat16 activations lose the small ones.
-        y = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        # Rows behind each other: over three axes XLA sums the gradient of the scale many times slower on a CPU. Heads stay
+        # apart, as they may be on different devices.
+        y = x.reshape(-1, *x.shape[2:]).astype(jnp.float32)
         if self.kind == "layer":
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
@@ -109,7 +111,7 @@ class Norm(nn.Module):
 class Linear(nn.Module):
     """A kernel with D first, whether it reads from the residual stream or, with `axes` that end in "embed", writes to it.
 
-    So no kernel of ours is taller than wide. A CPU computes the gradient of one that is a third slower, or has to turn it over.
+    So those of an MLP are never taller than wide: a CPU computes the gradient of a tall one a third slower, or turns it over.
     """
 
     features: int
