@@ -46,7 +46,7 @@ def unlikelihood_loss(logps: Array, ref_logps: Array, *, alpha: float) -> tuple[
     reference: the loss has no lower bound once a completion is rejected more than 1 / alpha times as often as it is chosen.
     There is no beta either, and the rewards are `log(pi / pi_ref)` in nats.
     """
-    if not 0.0 <= alpha <= 1.0:
+    if not isinstance(alpha, jax.Array) and not 0.0 <= alpha <= 1.0:  # one that is data of a program cannot be asked
         raise ValueError(f"alpha={alpha}: the weight of the rejected completion lies in [0, 1]")
     logps = _of_pairs(logps)
     return -logps[:, 0] + alpha * logps[:, 1], implicit_rewards(logps, ref_logps, beta=1.0)

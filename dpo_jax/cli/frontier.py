@@ -29,18 +29,17 @@ from dpo_jax.evals.frontier_plot import plot_frontier
 from dpo_jax.evals.plots import plot_displacement, plot_training
 from dpo_jax.evals.rewards import Reward
 from dpo_jax.lab import report
-from dpo_jax.lab.methods import PairData, pair_data, train_on_pairs
+from dpo_jax.lab.methods import PairData, PairMethod, pair_data
 from dpo_jax.lab.optimum import estimate, to_json
-from dpo_jax.lab.ppo import PpoOptions, train_by_ppo
+from dpo_jax.lab.ppo import PpoMethod, PpoOptions
 from dpo_jax.lab.reward_model import learn_reward
 from dpo_jax.lab.sweep import Result, Run, sweep
-from dpo_jax.lab.world import Points, World
+from dpo_jax.lab.world import World
 from dpo_jax.losses import dpo_loss, ipo_loss, unlikelihood_loss
 from dpo_jax.models.hf import save_hf
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.rundir import RunDir, write_json
-from dpo_jax.types import Variables
 
 TO_MIX = ("dpo", "ppo-gt")  # methods whose policies help to estimate the optimum:
 MIX_AT = (1.5, 3.0, 6.0, 9.0)  # nats, those nearest to which
@@ -116,29 +115,30 @@ class _Study:
     def __init__(self, config: Config, world: World, run_dir: RunDir) -> None:
         self.config, self.world, self.run_dir = config, world, run_dir
         self._making = threading.Lock()
+        self._methods: dict[str, PairMethod] = {}
 
     def perform(self, run: Run, folder: Path) -> list[dict[str, float]]:
-        section, training = self.config.frontier, self.config.dpo
+        section = self.config.frontier
         if run.method.startswith("ppo"):
             reward = self.world.reward
+            with self._making:
+                method = self.ppo
             if run.method == "ppo":
                 with self._making:
                     reward = self.learned_reward
             target_kl = run.settings["KL"]
-            points, variables = by_ppo(self.config, self.world, folder, reward=reward, target_kl=target_kl, seed=run.seed)
-        else:
-            with self._making:
-                pairs = self.pairs
-            points, variables = train_on_pairs(
-                self.world,
-                pairs,
+            points, variables = method.train(
                 folder,
-                loss=_loss(run, section),
-                tx=build.make_tx(training, steps=pairs.steps(training.epochs)),
-                epochs=training.epochs,
+                reward=reward,
+                target_kl=target_kl,
+                kl_coef=first_kl_coef(target_kl),
                 evaluations=section.evaluations,
                 seed=run.seed,
             )
+        else:
+            with self._making:
+                method = self.method(run.method)
+            points, variables = method.train(folder, settings=run.settings, evaluations=section.evaluations, seed=run.seed)
             plot_training(read_metrics(folder / "metrics.jsonl"), folder / "plots")
         if run.method in TO_MIX:
             save_hf(folder / "policy", self.world.model, variables)
@@ -157,7 +157,21 @@ class _Study:
 
     @functools.cached_property
     def pairs(self) -> PairData:
-        return pair_data(self.world, self.encoded, batch=self.config.dpo.batch)
+        training = self.config.dpo
+        return pair_data(self.world, self.encoded, batch=training.batch, microbatches=training.microbatches)
+
+    def method(self, name: str) -> PairMethod:
+        """The one of this name, made once. Preferred-FT is unlikelihood training whose alpha is 0."""
+        name, training = "unlikelihood" if name == "preferred-ft" else name, self.config.dpo
+        if name not in self._methods:
+            tx = build.make_tx(training, steps=self.pairs.steps(training.epochs))
+            loss = _loss(name, self.config.frontier)
+            self._methods[name] = PairMethod(self.world, self.pairs, loss=loss, tx=tx, epochs=training.epochs)
+        return self._methods[name]
+
+    @functools.cached_property
+    def ppo(self) -> PpoMethod:
+        return ppo_method(self.config, self.world)
 
     @functools.cached_property
     def learned_reward(self) -> Reward:
@@ -172,6 +186,7 @@ class _Study:
             epochs=section.reward_model_epochs,
             evaluations=section.evaluations,
             seed=self.config.run.seed,
+            microbatches=self.config.dpo.microbatches,
         )
         write_json(folder / "result.json", figures)
         print(f"reward model: held-out accuracy {figures['accuracy']:.3f}, loss {figures['loss']:.3f}", flush=True)
@@ -193,47 +208,15 @@ def to_mix(results: Sequence[Result]) -> list[Run]:
     return [result.run for result in ended if result.run.name in nearest]
 
 
-def by_ppo(
-    config: Config,
-    world: World,
-    folder: Path,
-    *,
-    reward: Reward,
-    target_kl: float,
-    seed: int,
-    say: Callable[[str], None] = lambda line: None,
-) -> tuple[Points, Variables]:
-    """`train_by_ppo` with the options of section frontier. Also what `dpo-jax ppo` runs."""
-    section = config.frontier
-    options = _ppo_options(section, target_kl)
-    if (options.batch // options.minibatches) % world.partitioner.row_shards:
-        raise ConfigError(
-            f"frontier.ppo_batch: {options.batch} completions in {options.minibatches} minibatches do not divide among "
-            f"{world.partitioner.row_shards} devices; take a multiple of {options.minibatches * world.partitioner.row_shards}"
-        )
-    steps = options.iterations * options.epochs * options.minibatches
-    schedule = build.make_schedule(dataclasses.replace(config.dpo, lr=section.ppo_lr), steps=steps)
-    return train_by_ppo(
-        world,
-        folder,
-        reward=reward,
-        tx=make_optimizer(schedule, name="adamw", max_grad_norm=1.0),
-        options=options,
-        evaluations=section.evaluations,
-        seed=seed,
-        say=say,
-    )
-
-
-def _ppo_options(section: FrontierConfig, target_kl: float) -> PpoOptions:
-    return PpoOptions(
+def ppo_method(config: Config, world: World) -> PpoMethod:
+    """PPO with the options of section frontier. Also what `dpo-jax ppo` runs."""
+    section, parts = config.frontier, config.dpo.microbatches * world.partitioner.row_shards
+    options = PpoOptions(
         iterations=section.ppo_iterations,
         batch=section.ppo_batch,
         epochs=section.ppo_epochs,
         minibatches=section.ppo_minibatches,
-        target_kl=target_kl,
-        # If rewards were normal, the optimum of this KL would have this price of a nat, in standard deviations of the reward.
-        kl_coef=1 / math.sqrt(2 * target_kl),
+        microbatches=config.dpo.microbatches,
         horizon=2 * section.ppo_batch,
         clip=0.2,
         value_clip=0.2,
@@ -241,18 +224,32 @@ def _ppo_options(section: FrontierConfig, target_kl: float) -> PpoOptions:
         gamma=1.0,
         lam=0.95,
     )
+    if (options.batch // options.minibatches) % parts:
+        raise ConfigError(
+            f"frontier.ppo_batch: {options.batch} completions in {options.minibatches} minibatches do not divide among "
+            f"{world.partitioner.row_shards} devices x {options.microbatches} microbatches; take a multiple of "
+            f"{options.minibatches * parts}"
+        )
+    steps = options.iterations * options.epochs * options.minibatches
+    schedule = build.make_schedule(dataclasses.replace(config.dpo, lr=section.ppo_lr), steps=steps)
+    return PpoMethod(world, tx=make_optimizer(schedule, name="adamw", max_grad_norm=1.0), options=options)
 
 
-def _loss(run: Run, section: FrontierConfig) -> Any:
-    match run.method:
+def first_kl_coef(target_kl: float) -> float:
+    """If rewards were normal, the optimum of this KL would have this price of a nat, in standard deviations of the reward."""
+    return 1 / math.sqrt(2 * target_kl)
+
+
+def _loss(name: str, section: FrontierConfig) -> Callable[..., Any]:
+    match name:
         case "dpo":
-            return functools.partial(dpo_loss, beta=run.settings["beta"])
+            return dpo_loss
         case "cdpo":
-            return functools.partial(dpo_loss, beta=run.settings["beta"], label_smoothing=section.label_smoothing)
+            return functools.partial(dpo_loss, label_smoothing=section.label_smoothing)
         case "ipo":
-            return functools.partial(ipo_loss, beta=run.settings["beta"])
+            return ipo_loss
         case _:
-            return functools.partial(unlikelihood_loss, alpha=run.settings["alpha"])
+            return unlikelihood_loss
 
 
 def _on_pairs(result: Result) -> bool:

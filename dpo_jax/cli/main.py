@@ -56,7 +56,8 @@ _BENCH = (
 )
 _PPO = tuple(f"frontier.{field}" for field in types_of(options.FrontierConfig) if field.startswith("ppo_"))
 _TRAINING = tuple(
-    f"dpo.{field}" for field in ("batch", "epochs", "lr", "optimizer", "warmup_steps", "schedule", "max_grad_norm")
+    f"dpo.{field}"
+    for field in ("batch", "epochs", "lr", "optimizer", "warmup_steps", "schedule", "max_grad_norm", "microbatches")
 )
 _REWARD_MODEL = (
     *(option for option in _TRAINING if option != "dpo.epochs"),
@@ -117,7 +118,7 @@ COMMANDS = {
         (
             *_RUN,
             "dpo.policy",
-            *("dpo.warmup_steps", "dpo.schedule"),
+            *("dpo.warmup_steps", "dpo.schedule", "dpo.microbatches"),
             *_world("prompts", "test_prompts", "evaluations"),
             *(option for option in _PPO if option != "frontier.ppo_kls"),  # of the sweep
             "ppo",

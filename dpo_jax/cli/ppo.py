@@ -10,7 +10,7 @@ import functools
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.frontier import by_ppo
+from dpo_jax.cli.frontier import first_kl_coef, ppo_method
 from dpo_jax.cli.world import has_true_reward, make_world, refuse_mesh, sized
 from dpo_jax.evals.plots import plot_training
 from dpo_jax.evals.rewards import Reward
@@ -34,12 +34,12 @@ def run(config: Config) -> int:
         before = world.measure(world.reference)
         print(f"the reference: reward {before['reward']:.2f}", flush=True)
         run_dir.metrics.unlink(missing_ok=True)
-        points, variables = by_ppo(
-            config,
-            world,
+        points, variables = ppo_method(config, world).train(
             run_dir.path,
             reward=reward or world.reward,
             target_kl=config.ppo.target_kl,
+            kl_coef=first_kl_coef(config.ppo.target_kl),
+            evaluations=config.frontier.evaluations,
             seed=config.run.seed,
             say=functools.partial(print, flush=True),
         )

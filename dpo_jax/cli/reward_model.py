@@ -40,6 +40,7 @@ def run(config: Config) -> int:
             epochs=config.frontier.reward_model_epochs,
             evaluations=config.frontier.evaluations,
             seed=config.run.seed,
+            microbatches=training.microbatches,
         )
         figures = judged(judge.of_pairs(partitioner.put_variables(variables), test, batch=training.batch))
         low, high = wilson_interval(round(figures["accuracy"] * len(test)), len(test))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +15,16 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.data.groups import PairGroup, group_pairs
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import in_order, plan_layout, stream, total_steps
-from dpo_jax.dpo import PreferenceLoss, dpo_step
+from dpo_jax.dpo import dpo_step
 from dpo_jax.lab.world import Points, World
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime.fit import fit
 from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.step import init_state
-from dpo_jax.types import TrainState, Variables
+from dpo_jax.types import Metrics, Partitioner, Rows, TrainState, Variables
+
+SETTINGS = "settings"
+"""The collection of a state, read but not trained, that holds a method's settings."""
 
 
 class PairData(NamedTuple):
@@ -31,70 +34,90 @@ class PairData(NamedTuple):
     ref_logps: np.ndarray  # float32[groups, pairs, 2]
     layout: Layout
     batch: int  # groups a step
+    microbatches: int
 
     def steps(self, epochs: float) -> int:
         return total_steps(len(self.groups), batch=self.batch, epochs=epochs)
 
 
-def pair_data(world: World, pairs: Sequence[Encoded], *, batch: int) -> PairData:
+def pair_data(world: World, pairs: Sequence[Encoded], *, batch: int, microbatches: int = 1) -> PairData:
     """`pairs` by prompt, about `batch` of them to a step: whole prompts."""
     groups = group_pairs(pairs)
     several = max(1, round(batch * len(groups) / len(pairs)))
-    # Each setting of a method is a program of its own: with as many shapes as a long run has, most of a sweep would compile.
-    layout = plan_layout(groups, kind="packed", batch=several, multiple=world.partitioner.row_shards, shapes=2)
+    # With as many shapes as a long run has, much of a short one would compile.
+    layout = plan_layout(groups, kind="packed", batch=several, shapes=2, **row_parts(world.partitioner, microbatches))
     score = world.partitioner.compile_map(functools.partial(reference_logps, world.model))
     ref_logps = np.zeros((len(groups), layout.pairs, 2), np.float32)
     for indices, batched in in_order(groups, layout=layout, batch=several, part=world.partitioner.host_part):
         found, place = score(world.reference, batched.rows), batched.index
         ref_logps[indices[0] :].reshape(-1, 2)[place[place >= 0]] = found[place >= 0]
-    return PairData(groups, ref_logps, layout, several)
+    return PairData(groups, ref_logps, layout, several, microbatches)
 
 
-def copy_of(world: World, variables: Variables) -> Variables:
-    """A policy to train: training consumes what it starts from."""
-    return world.partitioner.put_variables(world.partitioner.to_host(variables))
+def row_parts(partitioner: Partitioner, microbatches: int) -> dict[str, int]:
+    """What `plan_layout` is told of the parts into which a batch is cut. Those that hold no row are left out on one device."""
+    skipped = microbatches if partitioner.row_shards == 1 else 1
+    return {"multiple": partitioner.row_shards * microbatches, "microbatches": skipped}
 
 
-def train_on_pairs(
-    world: World,
-    data: PairData,
-    folder: Path,
-    *,
-    loss: PreferenceLoss,
-    tx: optax.GradientTransformation,
-    epochs: float,
-    evaluations: int,
-    seed: int,
-) -> tuple[Points, Variables]:
-    """DPO, IPO, unlikelihood or Preferred-FT: `dpo_step` with their loss. `evaluations` points, equally far apart,
-    and the final variables on the host. Also leaves `metrics.jsonl` in `folder`.
+class PairMethod:
+    """DPO, IPO, unlikelihood or Preferred-FT on the pairs of a world: `dpo_step` with their loss.
+
+    `loss(logps, ref_logps, **settings)`. The settings (beta, alpha) are data of the program and not part of it: with all of
+    them it is compiled once, where each would take as long as a quarter of a short run.
     """
-    partitioner, steps = world.partitioner, data.steps(epochs)
-    step = functools.partial(dpo_step, model=world.model, tx=tx, loss=loss, axis_name=partitioner.axis_name)
-    points: Points = []
 
-    def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
-        points.append({"step": float(done), **world.measure(state.variables)})
-        return points[-1]
-
-    state = partitioner.init_state(functools.partial(init_state, tx=tx), copy_of(world, world.reference))
-    with MetricsLog(folder / "metrics.jsonl") as log:
-        state = fit(
-            partitioner.compile_step(step),
-            state,
-            stream(
-                data.groups,
-                layout=data.layout,
-                batch=data.batch,
-                seed=seed,
-                epochs=epochs,
-                ref_logps=data.ref_logps,
-                part=partitioner.host_part,
-            ),
-            total_steps=steps,
-            log=log,
-            evaluate=evaluate,
-            eval_every=max(1, math.ceil(steps / evaluations)),
-            get_state=partitioner.get_state,
+    def __init__(
+        self, world: World, data: PairData, *, loss: Callable[..., Any], tx: optax.GradientTransformation, epochs: float
+    ) -> None:
+        self.world, self.data, self.tx, self.epochs = world, data, tx, epochs
+        step = functools.partial(
+            _step,
+            model=world.model,
+            tx=tx,
+            loss=loss,
+            microbatches=data.microbatches,
+            axis_name=world.partitioner.axis_name,
         )
-    return points, partitioner.to_host(state.variables)
+        self.step = world.partitioner.compile_step(step)
+
+    def train(self, folder: Path, *, settings: Mapping[str, float], evaluations: int, seed: int) -> tuple[Points, Variables]:
+        """`evaluations` points of a run from the reference, equally far apart, and the final variables on the host.
+
+        Also leaves `metrics.jsonl` in `folder`.
+        """
+        world, data, partitioner = self.world, self.data, self.world.partitioner
+        steps = data.steps(self.epochs)
+        points: Points = []
+
+        def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
+            points.append({"step": float(done), **world.measure(state.params)})
+            return points[-1]
+
+        begin = functools.partial(init_state, tx=self.tx, frozen={SETTINGS: {k: np.float32(v) for k, v in settings.items()}})
+        # Training consumes what it starts from, so it is given a copy.
+        start = partitioner.put_variables(partitioner.to_host(world.reference))
+        with MetricsLog(folder / "metrics.jsonl") as log:
+            state = fit(
+                self.step,
+                partitioner.init_state(begin, start),
+                stream(
+                    data.groups,
+                    layout=data.layout,
+                    batch=data.batch,
+                    seed=seed,
+                    epochs=self.epochs,
+                    ref_logps=data.ref_logps,
+                    part=partitioner.host_part,
+                ),
+                total_steps=steps,
+                log=log,
+                evaluate=evaluate,
+                eval_every=max(1, math.ceil(steps / evaluations)),
+                get_state=partitioner.get_state,
+            )
+        return points, partitioner.to_host(state.params)
+
+
+def _step(state: TrainState, rows: Rows, *, loss: Callable[..., Any], **options: Any) -> tuple[TrainState, Metrics]:
+    return dpo_step(state, rows, loss=functools.partial(loss, **state.frozen[SETTINGS]), **options)

@@ -19,6 +19,7 @@ from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import in_order, plan_layout, stream, total_steps
 from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.evals.rewards import Reward, learned
+from dpo_jax.lab.methods import row_parts
 from dpo_jax.lab.world import World
 from dpo_jax.logps import of_pairs
 from dpo_jax.models.hf import save_hf
@@ -68,10 +69,12 @@ def _of_pairs(model: Model, variables: Variables, rows: Rows) -> jax.Array:
     return of_pairs(completion_rewards(model, variables, rows), rows)
 
 
-def plain_layout(groups: Sequence[PairGroup], pairs: int, *, batch: int, partitioner: Partitioner) -> tuple[int, Layout]:
+def plain_layout(
+    groups: Sequence[PairGroup], pairs: int, *, batch: int, partitioner: Partitioner, microbatches: int = 1
+) -> tuple[int, Layout]:
     """How many groups hold about `batch` of their `pairs`, and where each completion of them follows its own prompt."""
     several = max(1, round(batch * len(groups) / pairs))
-    return several, plan_layout(groups, kind="plain", batch=several, multiple=partitioner.row_shards, shapes=2)
+    return several, plan_layout(groups, kind="plain", batch=several, shapes=2, **row_parts(partitioner, microbatches))
 
 
 def fit_reward_model(
@@ -85,6 +88,7 @@ def fit_reward_model(
     epochs: float,
     evaluations: int,
     seed: int,
+    microbatches: int = 1,
 ) -> tuple[Variables, dict[str, float]]:
     """The variables with the lowest validation loss, on the host, and their figures. Training starts from a policy's `start`.
 
@@ -98,7 +102,7 @@ def fit_reward_model(
     held_out = [pairs[member] for group in groups[::HELD_OUT] for member in group.members]
     if not learnt:
         raise DataError("a reward model needs pairs of two prompts at least: one of them is held out", causes=[Cause.NO_ROWS])
-    several, layout = plain_layout(groups, len(pairs), batch=batch, partitioner=partitioner)
+    several, layout = plain_layout(groups, len(pairs), batch=batch, partitioner=partitioner, microbatches=microbatches)
     best: dict[str, Any] = {"loss": math.inf}
 
     def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
@@ -111,9 +115,10 @@ def fit_reward_model(
     placed = partitioner.put_variables({**partitioner.to_host(start), HEAD: jax.device_get(head)})
     steps = total_steps(len(learnt), batch=several, epochs=epochs)
     tx = make_tx(steps=steps)
+    step = functools.partial(reward_step, model=judge.model, tx=tx, microbatches=microbatches, axis_name=partitioner.axis_name)
     with MetricsLog(folder / "metrics.jsonl") as log:
         fit(
-            partitioner.compile_step(functools.partial(reward_step, model=judge.model, tx=tx, axis_name=partitioner.axis_name)),
+            partitioner.compile_step(step),
             partitioner.init_state(functools.partial(init_state, tx=tx), placed),
             stream(learnt, layout=layout, batch=several, seed=seed, epochs=epochs, part=partitioner.host_part),
             total_steps=steps,
