@@ -2,10 +2,12 @@
 pieces as commands of their own: one after the other they do what the sweep did."""
 
 import csv
+import functools
 import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 from test_cli_runs import _compilation_cache, call  # noqa: F401  the first is a fixture
 
@@ -18,9 +20,11 @@ from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.evals.frontier import optimum
 from dpo_jax.lab import report
+from dpo_jax.lab.methods import PairMethod, pair_data
 from dpo_jax.lab.optimum import BETAS, to_json
 from dpo_jax.lab.report import COLUMNS
 from dpo_jax.lab.sweep import Result, Run
+from dpo_jax.losses import dpo_loss, unlikelihood_loss
 from dpo_jax.models.hf import load_hf
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 
@@ -112,6 +116,10 @@ def test_what_is_finished_is_not_done_again(study):
         (("--frontier.best-of", "1.5"), "frontier.best_of: must be whole numbers"),
         (("--frontier.ppo-minibatches", "3"), "frontier.ppo_minibatches: must divide ppo_batch (8), got 3"),
         (("--frontier.max-new-tokens", "120"), "frontier.max_new_tokens: 120 more than the longest prompt"),
+        (
+            ("--dpo.microbatches", "8"),
+            "frontier.ppo_batch: 8 completions in 2 minibatches do not divide among",
+        ),
         (("--run.devices", "mesh"), "run.devices: frontier trains small models on one device or by pmap"),
     ],
 )
@@ -119,6 +127,48 @@ def test_what_cannot_be_is_refused(study, flags, message):
     code, _, err = call("frontier", study[0] / "toy.yaml", *flags)
     assert code == 2
     assert message in err
+
+
+@pytest.fixture(scope="module")
+def world_and_pairs(study):
+    config = load_config(study[0] / "toy.yaml")
+    world, _ = make_world(config, train=None, test="test_prompts")
+    preferences = load_preferences(study[0] / "run" / "frontier" / "pairs.jsonl", "train")
+    return world, build.encode_split(config, preferences, world.tokenizer)
+
+
+def trained(world_and_pairs, folder, *, loss=dpo_loss, microbatches=1, **settings):
+    world, pairs = world_and_pairs
+    folder.mkdir()
+    data = pair_data(world, pairs, batch=16, microbatches=microbatches)
+    method = PairMethod(world, data, loss=loss, tx=optax.sgd(1e-2), epochs=1)
+    return method, method.train(folder, settings=settings, evaluations=1, seed=0)
+
+
+def test_all_settings_of_a_method_are_one_program(world_and_pairs, tmp_path):
+    traced = []
+
+    def loss(logps, ref_logps, *, beta):
+        traced.append(beta)
+        return dpo_loss(logps, ref_logps, beta=beta)
+
+    method, (points, variables) = trained(world_and_pairs, tmp_path / "0.5", loss=loss, beta=0.5)
+    programs = len(traced)
+    (tmp_path / "2").mkdir()
+    _, of_two = method.train(tmp_path / "2", settings={"beta": 2.0}, evaluations=1, seed=0)
+    assert len(traced) == programs > 0
+    # A setting that is bound, and so a constant of the program, gives the same.
+    _, (_, bound) = trained(world_and_pairs, tmp_path / "bound", loss=functools.partial(dpo_loss, beta=2.0))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), of_two, bound)
+    assert max(jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(x - y).max(), of_two, variables))) > 1e-3
+    assert len(points) == 1
+
+
+def test_microbatches_change_nothing_but_memory(world_and_pairs, tmp_path):
+    (_, (_, whole)), (_, (_, parts)) = (
+        trained(world_and_pairs, tmp_path / str(n), microbatches=n, loss=unlikelihood_loss, alpha=0.5) for n in (1, 4)
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), whole, parts)
 
 
 # The pieces.

@@ -238,7 +238,7 @@ def test_flags_override_the_file(small, ran):
         (["audit", "SMALL", "--dpo.beta", "1"], "--dpo.beta: audit does not read this option (dpo, eval, plan, bench would)"),
         (
             ["refs", "SMALL", "--dpo.microbatches=2"],
-            "--dpo.microbatches=2: refs does not read this option (dpo, plan, bench would)",
+            "--dpo.microbatches=2: refs does not read this option (dpo, plan, reward-model, ppo, frontier, bench would)",
         ),
         (["sample", "SMALL", "--data.source", "tfds"], "data.path: source tfds needs"),
     ],

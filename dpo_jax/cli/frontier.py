@@ -34,12 +34,13 @@ from dpo_jax.lab.optimum import estimate, to_json
 from dpo_jax.lab.ppo import PpoMethod, PpoOptions
 from dpo_jax.lab.reward_model import learn_reward
 from dpo_jax.lab.sweep import Result, Run, sweep
-from dpo_jax.lab.world import World
+from dpo_jax.lab.world import Points, World
 from dpo_jax.losses import dpo_loss, ipo_loss, unlikelihood_loss
 from dpo_jax.models.hf import save_hf
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.rundir import RunDir, write_json
+from dpo_jax.types import Variables
 
 TO_MIX = ("dpo", "ppo-gt")  # methods whose policies help to estimate the optimum:
 MIX_AT = (1.5, 3.0, 6.0, 9.0)  # nats, those nearest to which
@@ -116,33 +117,37 @@ class _Study:
         self.config, self.world, self.run_dir = config, world, run_dir
         self._making = threading.Lock()
         self._methods: dict[str, PairMethod] = {}
+        # Made at once: what cannot be is refused here, and not when the sweep has come to it.
+        self.ppo = ppo_method(config, world) if {"ppo", "ppo-gt"} & {*config.frontier.chosen()} else None
 
     def perform(self, run: Run, folder: Path) -> list[dict[str, float]]:
-        section = self.config.frontier
-        if run.method.startswith("ppo"):
-            reward = self.world.reward
-            with self._making:
-                method = self.ppo
-            if run.method == "ppo":
-                with self._making:
-                    reward = self.learned_reward
-            target_kl = run.settings["KL"]
-            points, variables = method.train(
-                folder,
-                reward=reward,
-                target_kl=target_kl,
-                kl_coef=first_kl_coef(target_kl),
-                evaluations=section.evaluations,
-                seed=run.seed,
-            )
-        else:
-            with self._making:
-                method = self.method(run.method)
-            points, variables = method.train(folder, settings=run.settings, evaluations=section.evaluations, seed=run.seed)
-            plot_training(read_metrics(folder / "metrics.jsonl"), folder / "plots")
+        points, variables = (self._by_ppo if run.method.startswith("ppo") else self._on_pairs)(run, folder)
         if run.method in TO_MIX:
             save_hf(folder / "policy", self.world.model, variables)
         return points
+
+    def _by_ppo(self, run: Run, folder: Path) -> tuple[Points, Variables]:
+        assert self.ppo is not None
+        reward, target_kl = self.world.reward, run.settings["KL"]
+        if run.method == "ppo":
+            with self._making:
+                reward = self.learned_reward
+        return self.ppo.train(
+            folder,
+            reward=reward,
+            target_kl=target_kl,
+            kl_coef=first_kl_coef(target_kl),
+            evaluations=self.config.frontier.evaluations,
+            seed=run.seed,
+        )
+
+    def _on_pairs(self, run: Run, folder: Path) -> tuple[Points, Variables]:
+        with self._making:
+            method = self.method(run.method)
+        evaluations = self.config.frontier.evaluations
+        found = method.train(folder, settings=run.settings, evaluations=evaluations, seed=run.seed)
+        plot_training(read_metrics(folder / "metrics.jsonl"), folder / "plots")
+        return found
 
     @functools.cached_property
     def encoded(self) -> EncodedSet:
@@ -168,10 +173,6 @@ class _Study:
             loss = _loss(name, self.config.frontier)
             self._methods[name] = PairMethod(self.world, self.pairs, loss=loss, tx=tx, epochs=training.epochs)
         return self._methods[name]
-
-    @functools.cached_property
-    def ppo(self) -> PpoMethod:
-        return ppo_method(self.config, self.world)
 
     @functools.cached_property
     def learned_reward(self) -> Reward:

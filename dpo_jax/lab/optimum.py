@@ -29,7 +29,11 @@ def estimate(
         repeated = prompts.repeated(count)
         scored = world.sample(variables, repeated, jax.random.fold_in(jax.random.key(seed), number))
         rewards.append(scored.rewards.reshape(len(prompts.ids), count))
-        under = [world.logps(policy, repeated.ids, scored.completions.ids) for policy in drawn_from]
+        drawn = scored.completions  # what drew them knows their log-probabilities already
+        under = [
+            drawn.logps.astype(np.float64) if policy is variables else world.logps(policy, repeated.ids, drawn.ids)
+            for policy in drawn_from
+        ]
         logps.append(np.stack(under, axis=-1).reshape(len(prompts.ids), count, len(drawn_from)))
     shares = np.array(counts) / sum(counts)
     log_ratios = mixture_log_ratios(np.concatenate(logps, axis=1), list(shares))
