@@ -4,6 +4,7 @@ pieces as commands of their own: one after the other they do what the sweep did.
 import csv
 import functools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -103,6 +104,13 @@ def test_what_is_finished_is_not_done_again(study):
     assert "4 of 4 runs are finished already" in out
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (root / "run" / "frontier" / "results.jsonl").read_bytes() == table
+
+
+def test_other_options_of_ppo_are_no_reason_to_repeat_the_rest(study, tmp_path):
+    shutil.copytree(study[0] / "run", tmp_path / "run")
+    code, out, err = call("frontier", study[0] / "toy.yaml", "--run.dir", tmp_path / "run", "--frontier.ppo-lr", "1e-3")
+    assert code == 0, err
+    assert "2 of 4 runs are finished already" in out
 
 
 @pytest.mark.parametrize(

@@ -77,23 +77,25 @@ def _runs(section: FrontierConfig, *, seed: int) -> list[Run]:
     """Every setting of every method but Best-of-N, which nobody trains."""
     seeds = range(seed, seed + section.seeds)
 
-    def of(method: str, name: str, text: str) -> list[Run]:
-        return [Run(method, f"{name} {value:g}", {name: value}, s) for value in numbers(text) for s in seeds]
+    def of(method: str, name: str, text: str, **others: Any) -> list[Run]:
+        return [Run(method, f"{name} {value:g}", {name: value, **others}, s) for value in numbers(text) for s in seeds]
+
+    of_ppo = {k: v for k, v in dataclasses.asdict(section).items() if k.startswith("ppo_") and k != "ppo_kls"}
 
     settings = {
         "preferred-ft": [Run("preferred-ft", "", {"alpha": 0.0}, s) for s in range(seed, seed + max(3, section.seeds))],
         "unlikelihood": of("unlikelihood", "alpha", section.unlikelihood_alphas),
         **{method: of(method, "beta", section.dpo_betas) for method in ("dpo", "ipo", "cdpo")},
-        **{method: of(method, "KL", section.ppo_kls) for method in ("ppo", "ppo-gt")},
+        **{method: of(method, "KL", section.ppo_kls, **of_ppo) for method in ("ppo", "ppo-gt")},
     }
     return [run for method in section.chosen() for run in settings.get(method, [])]
 
 
 def _shared(config: Config, digest: str, world: World) -> dict[str, Any]:
-    """What every result depends on; a change makes all runs anew."""
-    sweeps = {"methods", "dpo_betas", "unlikelihood_alphas", "ppo_kls", "best_of", "seeds", "fast", "jobs"}
-    later = {"optimum_prompts", "optimum_samples"}
-    options = {k: v for k, v in dataclasses.asdict(config.frontier).items() if k not in sweeps | later}
+    """What every result depends on; a change makes all runs anew. What PPO alone depends on stands with its runs."""
+    sweeps = {"methods", "dpo_betas", "unlikelihood_alphas", "best_of", "seeds", "fast", "jobs"}
+    others = {"optimum_prompts", "optimum_samples", *(k for k in dataclasses.asdict(config.frontier) if k.startswith("ppo_"))}
+    options = {k: v for k, v in dataclasses.asdict(config.frontier).items() if k not in sweeps | others}
     training = {
         name: getattr(config.dpo, name)
         for name in ("batch", "epochs", "lr", "optimizer", "warmup_steps", "schedule", "max_grad_norm")
