@@ -5,6 +5,9 @@ import csv
 import functools
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -104,6 +107,27 @@ def test_what_is_finished_is_not_done_again(study):
     assert "4 of 4 runs are finished already" in out
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (root / "run" / "frontier" / "results.jsonl").read_bytes() == table
+
+
+@pytest.mark.soak
+def test_a_sweep_that_is_killed_ends_in_the_table_of_an_uninterrupted_one(study, tmp_path):
+    root, _ = study
+    run = tmp_path / "run"
+    shutil.copytree(root / "run", run, ignore=shutil.ignore_patterns("frontier", "compiled"))
+    line = [sys.executable, "-m", "dpo_jax.cli.main", "frontier", str(root / "toy.yaml"), "--run.dir", str(run)]
+    for _ in range(3):
+        before = set(run.rglob("result.json"))
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while set(run.rglob("result.json")) == before and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()  # as soon as one result more is there
+        process.wait()
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "of 4 runs are finished already" in done.stdout
+    results = [(folder / "frontier" / "results.jsonl").read_text().splitlines() for folder in (root / "run", run)]
+    whole, pieced = ([json.loads(row) | {"seconds": 0} for row in rows] for rows in results)
+    assert pieced == whole
 
 
 def test_other_options_of_ppo_are_no_reason_to_repeat_the_rest(study, tmp_path):

@@ -1,3 +1,4 @@
+import itertools
 import math
 import sys
 
@@ -6,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from dpo_jax.evals.frontier import Point, measured, optimum
-from dpo_jax.evals.frontier_plot import LABEL_GAP, STYLES, _spread, plot_frontier
+from dpo_jax.evals.frontier_plot import LABEL_GAP, STYLES, _set_apart, _spread, plot_frontier
 from dpo_jax.evals.plots import PANELS, guide_of, plot_displacement, plot_training
 
 save = Figure.savefig
@@ -99,3 +100,17 @@ def test_displacements_of_several_runs_in_one_image(tmp_path):
     with pytest.raises(ValueError, match="none of the 1 runs has displacement/chosen"):
         plot_displacement({"SFT": runs["SFT"]}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_labels_of_a_frontier_stand_apart_and_one_without_a_place_goes():
+    axes = Figure().add_subplot(xlim=(0, 10), ylim=(0, 10))
+    places = [(5, 5)] * 6 + [(5.1, 5), (10, 2)]  # the last at the edge, beside which the names of the methods are
+    for number, at in enumerate(places):
+        axes.annotate(f"setting {number}", at, (4, -9), textcoords="offset points")
+    _set_apart(axes, list(axes.texts))
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    kept = [text.get_text() for text in axes.texts]
+    assert "setting 0" in kept
+    assert "setting 5" not in kept
+    assert boxes[kept.index("setting 7")].x1 < axes.transData.transform((10, 2))[0]

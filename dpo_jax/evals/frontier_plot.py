@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
+from matplotlib.transforms import Bbox
 
 from dpo_jax.evals.frontier import Optimum, Point
 from dpo_jax.evals.overoptimisation import Measured, RunName
@@ -38,6 +40,7 @@ STYLES = (
     Style("*", (0, (9, 3, 2, 3)), "#3b3b7a"),
 )
 KL_TICKS = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 30.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
+SIDES = ((4, -9, "left"), (4, 4, "left"), (-4, 4, "right"), (-4, -9, "right"))  # of a marker, for its label: points
 LABEL_GAP = 0.045  # between labels, as a share of the height
 
 
@@ -62,6 +65,7 @@ def plot_frontier(
     if len(methods) > len(STYLES):
         raise ValueError(f"{len(methods)} methods, and only {len(STYLES)} styles that can be told apart")
     ends: list[tuple[float, float, str, Style | None]] = [(*_draw_optimum(axes, optimum, max_kl), "optimum (eq. 4)", None)]
+    notes = len(axes.texts)
     for method, style in zip(methods, STYLES, strict=False):
         ends.append((*_draw_method(axes, [p for p in points if p.method == method], style, max_kl), method, style))
     axes.set_xlabel("KL(policy || reference), nats per completion (root scale)")
@@ -70,7 +74,10 @@ def plot_frontier(
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
+    settings = axes.texts[notes:]
     _label(axes, ends)
+    figure.draw_without_rendering()
+    _set_apart(axes, settings)
     figure.savefig(path, dpi=150)
     return Path(path)
 
@@ -188,6 +195,26 @@ def _draw_details(axes: Axes, point: Point, style: Style, max_kl: float) -> None
             fontsize=6.5,
             color=style.color,
         )
+
+
+def _set_apart(axes: Axes, labels: Sequence[Text]) -> None:
+    """Moves labels to a side of their markers that is free of others. One that finds none goes: the table of results has it."""
+    half = 3.5 * axes.get_figure(root=True).dpi / 72  # a marker's, in pixels
+    notes = [label for label in labels if isinstance(label, Annotation)]
+    markers = [axes.transData.transform(note.xy) for note in notes]
+    taken = [Bbox([marker - half, marker + half]) for marker in markers]
+    for note in notes:
+        for x, y, side in SIDES:
+            if side == "left" and note.xy[0] >= axes.get_xlim()[1]:  # beside are the names
+                continue
+            note.set_horizontalalignment(side)
+            note.xyann = x, y
+            box = note.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+        else:
+            note.remove()
 
 
 def _label(axes: Axes, ends: Sequence[tuple[float, float, str, Style | None]]) -> None:
