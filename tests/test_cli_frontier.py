@@ -2,6 +2,7 @@
 pieces as commands of their own: one after the other they do what the sweep did."""
 
 import csv
+import dataclasses
 import functools
 import json
 import shutil
@@ -17,7 +18,7 @@ from test_cli_runs import _compilation_cache, call  # noqa: F401  the first is a
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import load_config
-from dpo_jax.cli.frontier import to_mix
+from dpo_jax.cli.frontier import _runs, _shared, to_mix
 from dpo_jax.cli.ppo import learned_reward
 from dpo_jax.cli.world import make_world, prompts_of
 from dpo_jax.data.sources import load_preferences
@@ -28,7 +29,7 @@ from dpo_jax.lab.methods import PairMethod, pair_data
 from dpo_jax.lab.optimum import BETAS, to_json
 from dpo_jax.lab.report import COLUMNS
 from dpo_jax.lab.sweep import Result, Run
-from dpo_jax.losses import dpo_loss, unlikelihood_loss
+from dpo_jax.losses import dpo_loss
 from dpo_jax.models.hf import load_hf
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 
@@ -130,13 +131,6 @@ def test_a_sweep_that_is_killed_ends_in_the_table_of_an_uninterrupted_one(study,
     assert pieced == whole
 
 
-def test_other_options_of_ppo_are_no_reason_to_repeat_the_rest(study, tmp_path):
-    shutil.copytree(study[0] / "run", tmp_path / "run")
-    code, out, err = call("frontier", study[0] / "toy.yaml", "--run.dir", tmp_path / "run", "--frontier.ppo-lr", "1e-3")
-    assert code == 0, err
-    assert "2 of 4 runs are finished already" in out
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -169,38 +163,40 @@ def world_and_pairs(study):
     return world, build.encode_split(config, preferences, world.tokenizer)
 
 
-def trained(world_and_pairs, folder, *, loss=dpo_loss, microbatches=1, **settings):
-    world, pairs = world_and_pairs
-    folder.mkdir()
-    data = pair_data(world, pairs, batch=16, microbatches=microbatches)
-    method = PairMethod(world, data, loss=loss, tx=optax.sgd(1e-2), epochs=1)
-    return method, method.train(folder, settings=settings, evaluations=1, seed=0)
+def test_other_options_of_ppo_are_no_reason_to_repeat_the_rest(study, world_and_pairs):
+    config = load_config(study[0] / "toy.yaml")
+    other = dataclasses.replace(config, frontier=dataclasses.replace(config.frontier, ppo_lr=1e-3, ppo_epochs=2))
+    pairs = zip(*(_runs(one.frontier, seed=0) for one in (config, other)), strict=True)
+    assert [run.method for run, its in pairs if run != its] == ["ppo", "ppo-gt"]
+    assert _shared(config, "digest", world_and_pairs[0]) == _shared(other, "digest", world_and_pairs[0])
 
 
 def test_all_settings_of_a_method_are_one_program(world_and_pairs, tmp_path):
+    world, pairs = world_and_pairs
     traced = []
 
     def loss(logps, ref_logps, *, beta):
         traced.append(beta)
         return dpo_loss(logps, ref_logps, beta=beta)
 
-    method, (points, variables) = trained(world_and_pairs, tmp_path / "0.5", loss=loss, beta=0.5)
+    def trained(method, name, **settings):
+        (tmp_path / name).mkdir()
+        return method.train(tmp_path / name, settings=settings, evaluations=1, seed=0)
+
+    def method(loss, microbatches):
+        data = pair_data(world, pairs, batch=16, microbatches=microbatches)
+        return PairMethod(world, data, loss=loss, tx=optax.sgd(1e-2), epochs=1)
+
+    of_all = method(loss, 1)
+    points, of_half = trained(of_all, "half", beta=0.5)
     programs = len(traced)
-    (tmp_path / "2").mkdir()
-    _, of_two = method.train(tmp_path / "2", settings={"beta": 2.0}, evaluations=1, seed=0)
+    _, of_two = trained(of_all, "two", beta=2.0)
     assert len(traced) == programs > 0
-    # A setting that is bound, and so a constant of the program, gives the same.
-    _, (_, bound) = trained(world_and_pairs, tmp_path / "bound", loss=functools.partial(dpo_loss, beta=2.0))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), of_two, bound)
-    assert max(jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(x - y).max(), of_two, variables))) > 1e-3
     assert len(points) == 1
-
-
-def test_microbatches_change_nothing_but_memory(world_and_pairs, tmp_path):
-    (_, (_, whole)), (_, (_, parts)) = (
-        trained(world_and_pairs, tmp_path / str(n), microbatches=n, loss=unlikelihood_loss, alpha=0.5) for n in (1, 4)
-    )
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), whole, parts)
+    assert max(jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(x - y).max(), of_two, of_half))) > 1e-3
+    # A constant of the program in place of the setting gives the same, and so do microbatches.
+    _, bound = trained(method(functools.partial(dpo_loss, beta=2.0), 4), "bound")
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), of_two, bound)
 
 
 # The pieces.
