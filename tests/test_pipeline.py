@@ -127,7 +127,7 @@ def test_ctrl_c_reaches_the_step_once(chain):
     program.write_text(COUNTS)
     process = subprocess.Popen(chain.command(), env=chain.env, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 30
-    while not chain.calls_file.exists():
+    while not (chain.calls_file.exists() and chain.calls_file.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
