@@ -64,7 +64,7 @@ class FrontierConfig:
     jobs: int = 1
     """Runs at a time. A small model keeps about one CPU core busy: as many as there are cores; on an accelerator one."""
     fast: bool = False
-    """A quarter of the work, for a first look (short: --fast)."""
+    """An eighth of the prompts and a quarter of the rest, for a first look (short: --fast)."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         for field in dataclasses.fields(self):

@@ -20,7 +20,8 @@ from dpo_jax.data.snippets import load_snippets, prefixes, snippets_of
 from dpo_jax.evals.rewards import Reward, exact_reviews, fit_linear, hf_classifier, sign_accuracy
 from dpo_jax.lab.world import Prompts, World
 
-FAST = ("prompts", "test_prompts", "optimum_prompts", "optimum_samples", "ppo_iterations")
+FAST = {"prompts": 8, "test_prompts": 4, "optimum_prompts": 4, "optimum_samples": 4, "ppo_iterations": 4}
+"""By what `frontier.fast` divides."""
 Count = Literal["prompts", "test_prompts", "optimum_prompts"]
 """The options that say how many prompts there are: those of the train split, and of the held-out one for two purposes."""
 
@@ -29,7 +30,7 @@ def sized(config: Config) -> Config:
     """`config` with the smaller sizes of `frontier.fast`, if that is on."""
     if not config.frontier.fast:
         return config
-    smaller = {name: max(1, getattr(config.frontier, name) // 4) for name in FAST}
+    smaller = {name: max(1, getattr(config.frontier, name) // part) for name, part in FAST.items()}
     return dataclasses.replace(config, frontier=dataclasses.replace(config.frontier, **smaller, evaluations=3))
 
 
