@@ -199,7 +199,7 @@ def _draw_details(axes: Axes, point: Point, style: Style, max_kl: float) -> None
 
 def _set_apart(axes: Axes, labels: Sequence[Text]) -> None:
     """Moves labels to a side of their markers that is free of others. One that finds none goes: the table of results has it."""
-    half = 3.5 * axes.get_figure(root=True).dpi / 72  # a marker's, in pixels
+    half = 3.5 * axes.figure.dpi / 72  # a marker's, in pixels
     notes = [label for label in labels if isinstance(label, Annotation)]
     markers = [axes.transData.transform(note.xy) for note in notes]
     taken = [Bbox([marker - half, marker + half]) for marker in markers]
@@ -207,7 +207,7 @@ def _set_apart(axes: Axes, labels: Sequence[Text]) -> None:
         for x, y, side in SIDES:
             if side == "left" and note.xy[0] >= axes.get_xlim()[1]:  # beside are the names
                 continue
-            note.set_horizontalalignment(side)
+            note.set(horizontalalignment=side)
             note.xyann = x, y
             box = note.get_window_extent()
             if not any(box.overlaps(other) for other in taken):
