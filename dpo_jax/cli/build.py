@@ -404,8 +404,3 @@ def batch_parts(section: SftConfig | DpoConfig, row_shards: int, *, layout: str)
             f"microbatches; the nearest batch that does is {max(1, round(section.batch / parts)) * parts}"
         )
     return parts
-
-
-def skippable(section: SftConfig | DpoConfig, row_shards: int) -> int:
-    """Microbatches that are left out where they hold empty rows only (`step.mean_grads`): those of one device."""
-    return section.microbatches if row_shards == 1 else 1

@@ -13,7 +13,7 @@ from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.config import BASELINES, Config, DpoConfig
 from dpo_jax.cli.refs import reference_values
 from dpo_jax.cli.train import check_checkpoints, leave_results, train
-from dpo_jax.data.loader import in_order, stream, total_steps
+from dpo_jax.data.loader import in_order, skippable, stream, total_steps
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.preference import held_out_logps, preference_summary
@@ -37,7 +37,7 @@ def run(config: Config) -> int:
         )
         parts = build.batch_parts(section, partitioner.row_shards, layout=config.data.layout)
         plan = functools.partial(build.pair_layout, config, [*pairs, *held_out], batch=section.batch)
-        layout = plan(parts=parts, microbatches=build.skippable(section, partitioner.row_shards))
+        layout = plan(parts=parts, microbatches=skippable(section.microbatches, partitioner.row_shards))
         forward_layout = plan(parts=partitioner.row_shards)
         variables, start = build.load_weights(config.dpo_policy(), model, partitioner, name="dpo.policy")
         ref_logps, held_out_ref = reference_values(

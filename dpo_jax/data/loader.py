@@ -176,6 +176,11 @@ def plan_layout(
     return dataclasses.replace(layout, kind=kind, completions=completions, pairs=pairs)
 
 
+def skippable(microbatches: int, row_shards: int) -> int:
+    """Microbatches that are left out where they hold empty rows only (`step.mean_grads`): those of one device."""
+    return microbatches if row_shards == 1 else 1
+
+
 def _packed(
     sizes: np.ndarray, length: int, *, batch: int, multiple: int, microbatches: int, shapes: int, tries: int = 64
 ) -> tuple[float, Layout]:

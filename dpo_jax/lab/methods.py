@@ -14,7 +14,7 @@ import optax
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.groups import PairGroup, group_pairs
 from dpo_jax.data.layout import Layout
-from dpo_jax.data.loader import in_order, plan_layout, stream, total_steps
+from dpo_jax.data.loader import in_order, plan_layout, skippable, stream, total_steps
 from dpo_jax.dpo import dpo_step
 from dpo_jax.lab.world import Points, World
 from dpo_jax.reference import reference_logps
@@ -55,9 +55,9 @@ def pair_data(world: World, pairs: Sequence[Encoded], *, batch: int, microbatche
 
 
 def row_parts(partitioner: Partitioner, microbatches: int) -> dict[str, int]:
-    """What `plan_layout` is told of the parts into which a batch is cut. Those that hold no row are left out on one device."""
-    skipped = microbatches if partitioner.row_shards == 1 else 1
-    return {"multiple": partitioner.row_shards * microbatches, "microbatches": skipped}
+    """What `plan_layout` is told of the parts into which a batch is cut."""
+    shards = partitioner.row_shards
+    return {"multiple": shards * microbatches, "microbatches": skippable(microbatches, shards)}
 
 
 class PairMethod:
