@@ -92,7 +92,9 @@ def token_logps(
 def _where_used(score: Callable[..., jax.Array], *example: jax.Array) -> Callable[..., jax.Array]:
     """`score(hidden, target)` as a function of `(hidden, target, used)` that computes nothing where nothing is used.
 
-    Both directions in our own words: what `jax.grad` makes of a condition keeps a copy of the head for each chunk.
+    The backward pass is written out, because what `jax.grad` makes of a condition keeps a copy of the head for each chunk. The
+    gradient of a matrix leaves the condition in the type of `hidden`, which is the type of a product with `hidden`: a float32
+    copy of it would be the largest buffer of a step.
     """
     score, weights = jax.closure_convert(score, *example)
     scores = jax.eval_shape(score, *example, *weights)
@@ -105,10 +107,12 @@ def _where_used(score: Callable[..., jax.Array], *example: jax.Array) -> Callabl
         weights, hidden, target, used = inputs
 
         def gradients() -> Any:
-            return jax.vjp(lambda weights, hidden: score(hidden, target, *weights), weights, hidden)[1](d_logps)
+            found = jax.vjp(lambda weights, hidden: score(hidden, target, *weights), weights, hidden)[1](d_logps)
+            return jax.tree.map(lambda d: d.astype(hidden.dtype) if d.ndim > 1 else d, found)
 
-        nothing = jax.tree.map(jnp.zeros_like, (weights, hidden))
-        return *jax.lax.cond(used.any(), gradients, lambda: nothing), None, None
+        shapes = jax.eval_shape(gradients)
+        found = jax.lax.cond(used.any(), gradients, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+        return *jax.tree.map(lambda d, like: d.astype(like.dtype), found, (weights, hidden)), None, None
 
     score_chunk.defvjp(lambda *inputs: (score_chunk(*inputs), inputs), backward)
     return functools.partial(score_chunk, weights)

@@ -47,26 +47,31 @@ def mean_grads(
         losses, metrics = objective(params, part)
         return jax.tree.map(lambda x: jnp.sum(x * (part.weight / total)), (losses, {"loss": losses, **metrics}))
 
-    def grads_and_metrics(part: Batch) -> tuple[Variables, Metrics]:
-        grads, metrics = jax.grad(weighted, has_aux=True)(params, part)
-        return jax.tree.map(at_least_float32, grads), metrics
-
     if microbatches == 1:
-        sums = grads_and_metrics(rows)
-    else:
-        parts = _split(rows, microbatches)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grads_and_metrics, _first(parts)))
+        grads, metrics = jax.grad(weighted, has_aux=True)(params, rows)
+        return _psum((jax.tree.map(at_least_float32, grads), metrics), axis_name)
 
-        def add(sums: Any, part: Batch) -> Any:
-            return jax.tree.map(jnp.add, sums, grads_and_metrics(part))
+    wide = jax.tree.map(at_least_float32, params)
+    parts = _split(rows, microbatches)
+    # The backward pass adds to these in place, layer by layer: no second copy of all gradients is ever there.
+    sums = jax.tree.map(lambda x: jax.new_ref(jnp.zeros(x.shape, x.dtype)), wide)
 
-        def add_if_used(sums: Any, part: Batch) -> Any:
-            return jax.lax.cond(part.weight.any(), add, lambda sums, _: sums, sums, part)
+    def add(metrics: Metrics, part: Batch) -> Metrics:
+        def of_wide(wide: Variables) -> tuple[jax.Array, Metrics]:
+            return weighted(jax.tree.map(lambda x, like: x.astype(like.dtype), wide, params), part)
 
-        # Over several devices hardly a microbatch is without an example, and a condition would stand between collectives.
-        visit = add_if_used if parts_of(ROW_AXES) == 1 else add
-        sums, _ = jax.lax.scan(lambda sums, part: (visit(sums, part), None), zeros, parts)
-    return _psum(sums, axis_name)
+        loss, add_gradients, here = jax.vjp(of_wide, wide, has_aux=True)
+        add_gradients.with_refs(sums)(jnp.ones_like(loss))
+        return jax.tree.map(jnp.add, metrics, here)
+
+    def add_if_used(metrics: Metrics, part: Batch) -> Metrics:
+        return jax.lax.cond(part.weight.any(), add, lambda metrics, _: metrics, metrics, part)
+
+    # Over several devices hardly a microbatch is without an example, and a condition would stand between collectives.
+    visit = add_if_used if parts_of(ROW_AXES) == 1 else add
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(weighted, params, _first(parts))[1])
+    metrics, _ = jax.lax.scan(lambda metrics, part: (visit(metrics, part), None), none, parts)
+    return _psum((jax.tree.map(jax.freeze, sums), metrics), axis_name)
 
 
 def apply_gradients(

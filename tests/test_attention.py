@@ -21,7 +21,8 @@ from dpo_jax.data.layout import Layout
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.attention import DENSE, AttentionPath, attend
-from dpo_jax.models.attention_gpu import chunked, cudnn_path, tokamax_path
+from dpo_jax.models.attention_chunked import chunked
+from dpo_jax.models.attention_gpu import cudnn_path, flash_path
 from dpo_jax.models.attention_paths import BLOCKS, CHUNKED, PATHS, attention_path, path_name
 from dpo_jax.models.attention_tpu import splash_path
 from dpo_jax.models.decoder import make_model
@@ -31,15 +32,10 @@ from dpo_jax.runtime.mesh import make_mesh, row_sharding, tree_shardings, variab
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner
 
 SPLASH = splash_path(interpret=True)
+FLASH = flash_path(interpret=True)
 FAST = {"xla_backend_optimization_level": 0}  # compiled for one call
 SLICES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
 GOLDEN = Path(__file__).parent / "golden"
-
-
-def tokamax_plain():
-    """tokamax's operation in plain XLA, which takes the same key ranges as its kernel."""
-    base = pytest.importorskip("tokamax._src.ops.attention.base")
-    return tokamax_path(operation=base.DotProductAttention())
 
 
 OTHERS = {
@@ -47,7 +43,7 @@ OTHERS = {
     "blocks": lambda: BLOCKS,
     "chunked": lambda: AttentionPath("chunked", functools.partial(chunked, limit=1 << 17)),
     "cudnn": lambda: cudnn_path(implementation="xla"),
-    "tokamax": tokamax_plain,
+    "flash": lambda: FLASH,
 }
 
 
@@ -113,8 +109,7 @@ dense_attended = functools.cache(functools.partial(attended, DENSE))
 def test_path_equals_dense(name, case):
     if name == "cudnn" and CASES[case][-1] is not None:
         pytest.skip("has no soft cap, and is refused to models that need one")
-    with jax.numpy_rank_promotion("allow"):  # which tokamax counts on
-        mixed, gradients = attended(OTHERS[name](), case)
+    mixed, gradients = attended(OTHERS[name](), case)
     expected, expected_gradients = dense_attended(case)
     np.testing.assert_allclose(mixed, expected, rtol=0, atol=1e-6)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
@@ -148,7 +143,7 @@ def test_splash_computes_exactly_the_blocks_in_which_somebody_sees_something(win
         np.testing.assert_array_equal(listed, np.flatnonzero(needed[r, :, j]))
 
 
-@pytest.mark.parametrize("path", [SPLASH, BLOCKS, CHUNKED], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [SPLASH, FLASH, BLOCKS, CHUNKED], ids=lambda path: path.name)
 def test_a_query_without_keys_is_finite_also_in_the_gradient(path):
     q = jnp.ones((1, 4, 1, 8))
     none = np.zeros((1, 4), np.int32)
@@ -239,7 +234,7 @@ def dense_step():
     return variables, jax.jit(logps_and_gradient(make_model(LLAMA)), compiler_options=FAST)(variables, STEP_ROWS)
 
 
-@pytest.mark.parametrize("path", [SPLASH, CHUNKED], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [SPLASH, FLASH, CHUNKED], ids=lambda path: path.name)
 def test_rows_and_heads_over_a_mesh(path):
     variables, (expected_logps, expected) = dense_step()
     mesh, work = make_mesh(fsdp=2, tensor=2), logps_and_gradient(make_model(LLAMA, attention=path))
@@ -271,9 +266,10 @@ def test_blocks_hold_no_scores_of_whole_rows():
     assert held < 2048 * 2048 * 4 / 2  # half of what one head's scores take
 
 
-def test_rows_over_pmap():
+@pytest.mark.parametrize("path", [SPLASH, FLASH], ids=lambda path: path.name)
+def test_rows_over_pmap(path):
     variables, (expected, _) = dense_step()
-    model = make_model(LLAMA, attention=SPLASH)
+    model = make_model(LLAMA, attention=path)
     logps = pmap_partitioner(jax.devices()[:2]).compile_map(functools.partial(completion_logps, model))
     replicated = jax.tree.map(lambda x: jnp.stack([x, x]), variables)
     np.testing.assert_allclose(logps(replicated, STEP_ROWS), expected, rtol=1e-6, atol=1e-5)
@@ -289,9 +285,7 @@ def test_the_backward_pass_runs_the_forward_kernel_again_only_if_all_is_computed
     assert [program.count(f"name=splash_mha_{part}") for part in ("fwd", "dq", "dkv")] == [forward, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("platform", "name"), [("cpu", "blocks"), ("gpu", "chunked"), ("tpu", "splash"), ("abacus", "chunked")]
-)
+@pytest.mark.parametrize(("platform", "name"), [("cpu", "blocks"), ("gpu", "flash"), ("tpu", "splash"), ("abacus", "chunked")])
 def test_automatic_choice(platform, name):
     assert path_name("auto", platform) == name
     assert attention_path("auto", platform=platform, config=LLAMA, dtype=jnp.bfloat16).name == name
@@ -307,10 +301,12 @@ def test_automatic_choice(platform, name):
             "gpu",
             "gemma2",
             "bfloat16",
-            "no soft cap on scores, which gemma2 needs; .* multiples of 8, and these have 12; use chunked",
+            "no soft cap on scores, which gemma2 needs; .* multiples of 8, and these have 12; use flash",
         ),
         ("cudnn", "gpu", "llama", "float32", "computes in bfloat16, not float32: set run.precision"),
-        ("flash", "gpu", "llama", "float32", "'flash' is unknown: choose auto, dense, blocks, chunked, splash, cudnn, tokamax"),
+        ("flash", "cpu", "llama", "float32", "flash runs on a GPU, and this is a CPU; auto fits here"),
+        ("flash", "gpu", "llama", "float64", "computes in float32 or less, not float64; use chunked"),
+        ("flush", "gpu", "llama", "float32", "'flush' is unknown: choose auto, dense, blocks, chunked, splash, flash, cudnn"),
     ],
 )
 def test_what_cannot_be_had_is_refused_with_its_reason(asked, platform, family, dtype, message):

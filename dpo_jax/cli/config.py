@@ -232,8 +232,8 @@ class ModelConfig:
     """Rows of the embedding table; none: as many as the tokenizer has entries."""
     remat: Literal["none", "save_attention", "full"] = "none"
     """What the backward pass computes again: no matrix product, all but attention, or whole layers (a third more time)."""
-    attention: Literal["auto", "dense", "blocks", "chunked", "splash", "cudnn", "tokamax"] = "auto"
-    """auto: splash on TPUs, chunked on GPUs, blocks on CPUs. cudnn and tokamax (GPU) have not been run on a GPU yet."""
+    attention: Literal["auto", "dense", "blocks", "chunked", "splash", "flash", "cudnn"] = "auto"
+    """auto: splash on TPUs, flash on GPUs, blocks on CPUs. No GPU path has been run on a GPU yet."""
 
     def check(self) -> Iterator[Problem]:
         sizes = ("width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "max_positions", "vocab_size")

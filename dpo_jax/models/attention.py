@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.models.products import float32_product, precision_of
 from dpo_jax.types import Array
 
 
@@ -33,7 +34,7 @@ def dense(
     if heads % kv_heads:
         raise ValueError(f"{heads} attention heads cannot share {kv_heads} key/value heads evenly")
     grouped = q.reshape(rows, length, kv_heads, heads // kv_heads, size)
-    scores = jnp.einsum("rlkgh,rtkh->rkglt", grouped, k, preferred_element_type=jnp.float32) * scale
+    scores = float32_product("rlkgh,rtkh->rkglt", grouped, k) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     column = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None, :]
@@ -46,7 +47,7 @@ def dense(
     # and NaN in a row that nobody reads would still reach the gradient of the shared weights.
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("rkglt,rtkh->rlkgh", weights, v).reshape(rows, length, heads, size)
+    return jnp.einsum("rkglt,rtkh->rlkgh", weights, v, precision=precision_of(v.dtype)).reshape(rows, length, heads, size)
 
 
 class AttentionPath(NamedTuple):

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models.attention import dense
 from dpo_jax.models.kernels import on_each_device
+from dpo_jax.models.products import precision_of
 from dpo_jax.types import Array
 
 BLOCK = 64
@@ -212,7 +213,7 @@ def _scores(products: jax.Array, scale: float, softcap: float | None) -> jax.Arr
 
 
 def _dot(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(subscripts, a, b, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
 
 
 def _cut(x: jax.Array, kv_heads: int) -> jax.Array:

@@ -1,102 +1,106 @@
-"""Attention on GPUs: query chunks in plain XLA, which is what runs by default, and two fused kernels that must be asked for.
+"""Attention on GPUs: our flash kernels, which `auto` takes, and cuDNN's, which skip no block.
 
-The kernels are written against their libraries' documentation and checked on CPU with the same libraries' plain versions, for
-masks, padding and shapes. They have not been run on a GPU yet: compare their step-0 loss with ln 2 and with `chunked` first.
+Both have been compiled for an H100 and checked on a CPU (flash in Pallas' interpreter). They have not been run on a GPU yet:
+`python -m dpo_jax.check` compares them with the dense path there.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax.models.attention import AttentionPath, dense
-from dpo_jax.models.axes import parts_of
+from dpo_jax.models import flash_kernels
+from dpo_jax.models.attention import AttentionPath
+from dpo_jax.models.flash_kernels import BLOCK, LANES, Settings, Spans
 from dpo_jax.models.kernels import KeySpans, key_spans, keys_twice, of_window, on_each_device
-from dpo_jax.types import HEAD_AXIS, ROW_AXES, Array
-
-SCORES = 1 << 28  # bytes of scores at a time, per device
+from dpo_jax.types import Array
 
 
-def chunked(
+class Prepared(NamedTuple):
+    spans: Spans  # stacked by window
+    second: jax.Array | None
+
+
+def flash_path(*, interpret: bool = False) -> AttentionPath:
+    """`interpret`: run the kernels step by step in ordinary operations, on any device. Far too slow for anything but a test."""
+    return AttentionPath("flash", functools.partial(_attend, interpret=interpret), _prepare)
+
+
+def _prepare(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> Prepared:
+    found = key_spans(k_start, k_end, windows)
+    keys = found.k_start.shape[2] * (1 if found.second is None else 2)
+    spans = [_spans(start, end, keys=keys) for start, end in zip(found.k_start, found.k_end, strict=True)]
+    return Prepared(jax.tree.map(lambda *leaves: jnp.stack(leaves), *spans), found.second)
+
+
+def _spans(start: jax.Array, end: jax.Array, *, keys: int) -> Spans:
+    rows, length = start.shape
+    # A query that only fills up the last block does as its neighbour, which needs no block more.
+    start, end = (jnp.pad(x, ((0, 0), (0, -length % BLOCK)), mode="edge") for x in (start, end))
+    key_first = start.reshape(rows, -1, BLOCK).min(axis=2) // BLOCK
+    key_last = -(-end.reshape(rows, -1, BLOCK).max(axis=2) // BLOCK)
+    block = jnp.arange(-(-keys // BLOCK), dtype=jnp.int32)[None, None]
+    met = (key_first[:, :, None] <= block) & (block < key_last[:, :, None])  # [R, blocks of queries, blocks of keys]
+    number = jnp.arange(met.shape[1], dtype=jnp.int32)[None, :, None]
+    query_first = jnp.where(met, number, met.shape[1]).min(axis=1)
+    query_last = jnp.where(met, number + 1, 0).max(axis=1)
+    return Spans(start, end, key_first, key_last, query_first, query_last)
+
+
+def _attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    prepared: Prepared,
     *,
-    k_start: Array,
-    k_end: Array,
+    number: jax.Array | None,
     scale: float,
-    q_positions: Array | None = None,
-    k_positions: Array | None = None,
-    window: int | jax.Array | None = None,
-    softcap: float | None = None,
-    limit: int = SCORES,
+    softcap: float | None,
+    interpret: bool,
 ) -> jax.Array:
-    """`dense` for as many queries at a time as keep the float32 scores below `limit` bytes a device; for all, if they fit.
-
-    The backward pass computes the scores of a chunk again, so no buffer of L x T scores exists in it either. Masked blocks are
-    computed like any other.
-    """
-    rows, length, heads, _ = q.shape
-    here = rows * heads / parts_of((*ROW_AXES, HEAD_AXIS))
-    count = math.ceil(length / max(1, min(length, limit // max(1, int(4 * here * k.shape[1])))))
-    of_chunk = functools.partial(dense, scale=scale, softcap=softcap)
-    ranges = {"k_start": k_start, "k_end": k_end, "q_positions": q_positions}, {"k_positions": k_positions, "window": window}
-    if count == 1:
-        return of_chunk(q, k, v, **ranges[0], **ranges[1])  # pyright: ignore[reportArgumentType]
-    return _recomputed(functools.partial(_in_chunks, of_chunk, count), (q, k, v), ranges)
+    k, v = keys_twice(k, prepared.second), keys_twice(v, prepared.second)
+    kernel = functools.partial(_rows, settings=Settings(scale, softcap, interpret))
+    return on_each_device(kernel)(q, k, v, of_window(prepared.spans, number))
 
 
-def _in_chunks(of_chunk: Callable[..., jax.Array], count: int, floats: Any, ranges: Any) -> jax.Array:
-    (q, k, v), (of_query, of_key) = floats, ranges
-    rows, length = q.shape[:2]
-    size = -(-length // count)
+def _rows(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, *, settings: Settings) -> jax.Array:
+    """The rows and heads of one device."""
+    length, size = q.shape[1], q.shape[3]
 
-    def chunks(x: jax.Array) -> jax.Array:
-        """[R, L, ...] to [count, R, size, ...]; what is added at the end repeats the last query, so that it sees something."""
-        x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2), mode="edge")
-        return x.reshape(rows, count, size, *x.shape[2:]).swapaxes(0, 1)
+    def whole_blocks(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, -size % LANES)))
 
-    @jax.checkpoint
-    def one(part: Any) -> jax.Array:
-        return of_chunk(part[0], k, v, **part[1], **of_key)
-
-    mixed = jax.lax.map(one, jax.tree.map(chunks, (q, of_query)))
-    return mixed.swapaxes(0, 1).reshape(rows, count * size, *mixed.shape[3:])[:, :length]
+    mixed: jax.Array = _flash(*map(whole_blocks, (q, k, v)), spans, settings)  # pyright: ignore[reportAssignmentType]
+    return mixed[:, :length, :, :size]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recomputed(work: Callable[..., jax.Array], floats: Any, ranges: Any) -> jax.Array:
-    """`work(floats, ranges)`, of which the backward pass keeps its arguments only.
-
-    `jax.checkpoint` says that too, but a policy around it that keeps matrix products would keep those inside it.
-    """
-    return work(floats, ranges)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, settings: Settings) -> jax.Array:
+    return flash_kernels.forward(q, k, v, spans, settings)[0]
 
 
-def _recomputed_forward(work: Callable[..., jax.Array], floats: Any, ranges: Any) -> tuple[jax.Array, Any]:
-    return work(floats, ranges), (floats, ranges)
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, settings: Settings) -> tuple[jax.Array, Any]:
+    # What the backward pass needs of the kernel is named; see `decoder.REMAT`.
+    out, log_mass = (checkpoint_name(x, "kernel") for x in flash_kernels.forward(q, k, v, spans, settings))
+    return out, (q, k, v, spans, out, log_mass)
 
 
-def _recomputed_backward(work: Callable[..., jax.Array], kept: Any, cotangent: jax.Array) -> tuple[Any, None]:
-    floats, ranges = kept
-    return jax.vjp(lambda floats: work(floats, ranges), floats)[1](cotangent)[0], None
+def _backward(settings: Settings, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
+    q, k, v, spans, out, log_mass = kept
+    return *flash_kernels.backward(q, k, v, spans, settings, out=out, log_mass=log_mass, d_out=d_out), None
 
 
-_recomputed.defvjp(_recomputed_forward, _recomputed_backward)
-
-
-def _prepare(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> KeySpans:
-    return key_spans(k_start, k_end, windows)
+_flash.defvjp(_forward, _backward)
 
 
 def cudnn_path(*, implementation: Any = "cudnn") -> AttentionPath:
     """cuDNN's flash attention through `jax.nn.dot_product_attention`. A mask reaches it as a bias, so it skips no block."""
-    return AttentionPath("cudnn", functools.partial(_cudnn, implementation=implementation), _prepare)
+    return AttentionPath("cudnn", functools.partial(_cudnn, implementation=implementation), key_spans)
 
 
 def _cudnn(
@@ -111,51 +115,16 @@ def _cudnn(
     implementation: Any,
 ) -> jax.Array:
     assert softcap is None, "attention_path refuses this"
-    start, end = of_window((prepared.k_start, prepared.k_end), number)
-    k, v = keys_twice(k, prepared.second), keys_twice(v, prepared.second)
-    odd = q.shape[1] % 2, k.shape[1] % 2  # the kernel's training pass wants even lengths
-
-    def even(x: jax.Array, by: int, **how: Any) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, by)] + [(0, 0)] * (x.ndim - 2), **how)
-
-    column = jnp.arange(k.shape[1] + odd[1], dtype=jnp.int32)[None, None, None, :]
-    start, end = (even(x, odd[0], mode="edge")[:, None, :, None] for x in (start, end))
-    q, k, v = even(q, odd[0]), even(k, odd[1]), even(v, odd[1])
-    mask = (start <= column) & (column < end)
-    mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
-    return mixed[:, : q.shape[1] - odd[0]]
-
-
-def tokamax_path(*, operation: Any = None) -> AttentionPath:
-    """tokamax's Pallas kernel (Hopper, Blackwell), which takes key ranges, and skips blocks outside them in the forward pass.
-
-    `operation`: another of tokamax's attention operations.
-    """
-    return AttentionPath("tokamax", functools.partial(_tokamax, operation=operation), _prepare)
-
-
-def _tokamax(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    prepared: KeySpans,
-    *,
-    number: jax.Array | None,
-    scale: float,
-    softcap: float | None,
-    operation: Any,
-) -> jax.Array:
-    # No public name carries key ranges (0.0.17).
-    from tokamax._src.ops.attention.base import Mask  # pyright: ignore[reportMissingImports]
-
-    if operation is None:
-        from tokamax.ops import gpu  # pyright: ignore[reportMissingImports]
-
-        operation = gpu.PallasMosaicFlashAttention()
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, span: tuple[jax.Array, jax.Array]) -> jax.Array:
-        start, end = (x[:, None] for x in span)  # the same for all heads
-        return operation(q, k, v, mask=Mask(k_start=start, k_end=end), logits_scale=scale, logits_soft_cap=softcap)
+        length = q.shape[1]
+        # With a mask its backward pass returns NaN for lengths of 64 beyond a multiple of 128 (seen with 9.20 on Hopper).
+        q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 128), (0, 0), (0, 0))) for x in (q, k, v))
+        start, end = (jnp.pad(x, ((0, 0), (0, -length % 128)), mode="edge")[:, None, :, None] for x in span)
+        column = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None, None, :]
+        mask = (start <= column) & (column < end)
+        mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
+        return mixed[:, :length]
 
     k, v = keys_twice(k, prepared.second), keys_twice(v, prepared.second)
     return on_each_device(kernel)(q, k, v, of_window((prepared.k_start, prepared.k_end), number))

@@ -4,10 +4,10 @@
 |---|---|---|
 | dense | any | all scores at once, (N x L x L) float32 a row: the definition, and for short rows |
 | blocks | any | plain XLA for the blocks in which somebody sees something: what a CPU gets by itself |
-| chunked | any | plain XLA for some queries at a time: what a GPU gets by itself |
+| chunked | any | plain XLA for some queries at a time; also what reads a key/value cache |
 | splash | TPU | JAX's Pallas kernel, which skips masked blocks: what a TPU gets by itself |
-| cudnn | GPU | cuDNN's fused kernel with the mask as a bias; not yet run on a GPU |
-| tokamax | GPU | tokamax's Pallas kernel with key ranges; not yet run on a GPU |
+| flash | GPU | our Pallas kernels, which skip masked blocks in both directions: what a GPU gets by itself |
+| cudnn | GPU | cuDNN's fused kernel with the mask as a bias: it skips no block |
 
 What cannot be done as asked is refused with its reason; nothing falls back to another path because rows are long. The kernels
 are for rows that attend to themselves: a pass against a key/value cache (sampling) is chunked where the name says a kernel.
@@ -15,8 +15,6 @@ are for rows that attend to themselves: a pass against a key/value cache (sampli
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,13 +22,14 @@ import jax.numpy as jnp
 
 from dpo_jax.models.attention import DENSE, AttentionPath
 from dpo_jax.models.attention_blocks import blocked
-from dpo_jax.models.attention_gpu import chunked, cudnn_path, tokamax_path
+from dpo_jax.models.attention_chunked import chunked
+from dpo_jax.models.attention_gpu import cudnn_path, flash_path
 from dpo_jax.models.attention_tpu import splash_path
 from dpo_jax.models.config import DecoderConfig
 
 CHUNKED = AttentionPath("chunked", chunked)
 BLOCKS = AttentionPath("blocks", blocked)
-AUTOMATIC = {"tpu": "splash", "gpu": "chunked", "cpu": "blocks"}
+AUTOMATIC = {"tpu": "splash", "gpu": "flash", "cpu": "blocks"}
 Refusals = Callable[[DecoderConfig, Any], Iterator[str]]
 
 
@@ -51,7 +50,8 @@ def attention_path(asked: str, *, platform: str, config: DecoderConfig, dtype: A
         )
     reasons = "; ".join(path.refusals(config, jnp.dtype(dtype)))
     if reasons:
-        raise ValueError(f"attention {name}: {reasons}; use {AUTOMATIC.get(platform, CHUNKED.name)}")
+        automatic = AUTOMATIC.get(platform, CHUNKED.name)
+        raise ValueError(f"attention {name}: {reasons}; use {CHUNKED.name if name == automatic else automatic}")
     return path.make()
 
 
@@ -68,13 +68,11 @@ def _cudnn_refusals(config: DecoderConfig, dtype: Any) -> Iterator[str]:
         yield f"it computes in bfloat16, not {dtype}: set run.precision"
 
 
-def _tokamax_refusals(config: DecoderConfig, dtype: Any) -> Iterator[str]:
-    if sys.version_info < (3, 12):
-        yield f"tokamax needs Python 3.12, and this is {sys.version_info.major}.{sys.version_info.minor}"
-    elif importlib.util.find_spec("tokamax") is None:
-        yield "the package tokamax is missing: pip install tokamax"
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        yield f"it computes in bfloat16, not {dtype}: set run.precision"
+def _flash_refusals(config: DecoderConfig, dtype: Any) -> Iterator[str]:
+    if config.head_size > 256:
+        yield f"it takes heads of at most 256 entries, and these have {config.head_size}"
+    if dtype == jnp.float64:
+        yield "it computes in float32 or less, not float64"
 
 
 class _Path(NamedTuple):
@@ -88,6 +86,6 @@ PATHS: dict[str, _Path] = {
     "blocks": _Path(lambda: BLOCKS),
     "chunked": _Path(lambda: CHUNKED),
     "splash": _Path(splash_path, "tpu"),
+    "flash": _Path(flash_path, "gpu", _flash_refusals),
     "cudnn": _Path(cudnn_path, "gpu", _cudnn_refusals),
-    "tokamax": _Path(tokamax_path, "gpu", _tokamax_refusals),
 }

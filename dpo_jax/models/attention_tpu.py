@@ -2,7 +2,8 @@
 
 The rows of a device are laid end to end as one long sequence, so that one call of the kernel does them all; the list of blocks
 of a query block only names blocks of its own row. That list is made from the batch's intervals, inside the compiled step and
-before the layers, which share it. Scores, softmax and sums are float32; the matrix products are of the type of `q`.
+before the layers, which share it. Scores, softmax and sums are float32; the matrix products are of the type of `q`. Of float32
+the kernel makes bfloat16 products, unless `jax_default_matmul_precision` is "highest".
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from dpo_jax.models.attention import DENSE, AttentionPath, attend, rotate
 from dpo_jax.models.attention_paths import CHUNKED
 from dpo_jax.models.axes import as_stored, by_row
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.products import float32_product, precision_of
 from dpo_jax.types import ROW_AXES, Array, Model, Rows, Variables
 
 NO_WINDOW = 1 << 30  # of a layer with full attention in a model that has windows elsewhere
@@ -75,9 +76,18 @@ class Shared(NamedTuple):
     prepared: Any = None
 
 
-def _param(module: nn.Module, name: str, first: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
-    """A parameter with its logical axes beside it; `Model.axes` collects them."""
-    value: jax.Array = module.param(name, nn.with_partitioning(first, axes), shape)  # pyright: ignore[reportAssignmentType]
+Axes = tuple[str | None, ...]
+VOCABULARY: Axes = ("vocab", "embed")  # of the token embedding and of the head
+
+
+def _declare(module: nn.Module, name: str, first: Any, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    """A parameter with its logical axes beside it; `Model.axes` collects them. Its user calls `as_stored`."""
+    return module.param(name, nn.with_partitioning(first, axes), shape)  # pyright: ignore[reportReturnType]
+
+
+def _param(module: nn.Module, name: str, first: Any, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    """A parameter that is declared where it is used."""
+    value = _declare(module, name, first, shape, axes)
     return value if module.is_initializing() else as_stored(value, axes)
 
 
@@ -125,7 +135,8 @@ class Linear(nn.Module):
         shape, axes = ((self.features, width), self.axes[::-1]) if writes else ((width, self.features), self.axes)
         kernel = _param(self, "kernel", nn.initializers.normal(self.std), shape, axes).astype(x.dtype)
         # Flat, because the gradient of the kernel is then one plain product: XLA turns round what has more axes first.
-        y = (x.reshape(-1, width) @ (kernel.T if writes else kernel)).reshape(*x.shape[:-1], self.features)
+        y = jnp.dot(x.reshape(-1, width), kernel.T if writes else kernel, precision=precision_of(x.dtype))
+        y = y.reshape(*x.shape[:-1], self.features)
         if self.bias:
             bias = _param(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
             y = y + _last(bias.astype(x.dtype), y)
@@ -250,9 +261,10 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         normal = nn.initializers.normal(c.init_std)
-        self.token_embedding = _param(self, "token_embedding", normal, (c.vocab_size, c.width), ("vocab", "embed"))
+        # Only declared: trunk and head each touch what they use, or the head's gradient would carry zeros for the embedding.
+        self.token_embedding = _declare(self, "token_embedding", normal, (c.vocab_size, c.width), VOCABULARY)
         if not c.ropes:
-            self.position_embedding = _param(self, "position_embedding", normal, (c.max_positions, c.width), (None, "embed"))
+            self.position_embedding = _declare(self, "position_embedding", normal, (c.max_positions, c.width), (None, "embed"))
         self.layers = nn.scan(
             nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat]),
             variable_axes={"params": 0},
@@ -263,20 +275,21 @@ class Decoder(nn.Module):
         )(c, self.attention_path)
         self.final_norm = Norm(c.norm, c.norm_eps)
         if not c.tied:
-            self.head_kernel = _param(self, "head_kernel", normal, (c.vocab_size, c.width), ("vocab", "embed"))
+            self.head_kernel = _declare(self, "head_kernel", normal, (c.vocab_size, c.width), VOCABULARY)
         if c.head_bias:
-            self.head_bias = _param(self, "head_bias", nn.initializers.zeros, (c.vocab_size,), ("vocab",))
+            self.head_bias = _declare(self, "head_bias", nn.initializers.zeros, (c.vocab_size,), ("vocab",))
 
     def __call__(self, rows: Rows, cache: Any = None, layers: tuple[Variables, ...] | None = None) -> tuple[jax.Array, Any]:
         """`layers`: the parameters of each layer, if they are apart (`make_model`); then so is the cache."""
         c = self.config
         # An id or position outside its table reads NaN (jnp.take's rule), so that it is noticed; clamping would hide it.
         # Looked up in a table that is whole along D, its gradient is a sum of parts, as that of a matrix is.
-        table = as_stored(self.token_embedding, ("vocab", "embed"), gathered=ROW_AXES)
+        table = as_stored(as_stored(self.token_embedding, VOCABULARY), VOCABULARY, gathered=ROW_AXES)
         x = jnp.take(table, jnp.asarray(rows.tokens), axis=0).astype(self.dtype)
         x = x if c.embedding_scale == 1.0 else x * c.embedding_scale
         if not c.ropes:
-            x = x + jnp.take(self.position_embedding, jnp.asarray(rows.positions), axis=0).astype(self.dtype)
+            table = as_stored(self.position_embedding, (None, "embed"))
+            x = x + jnp.take(table, jnp.asarray(rows.positions), axis=0).astype(self.dtype)
         x = by_row(x)
         layer, angles = _per_layer(c, rows.positions)
         k_positions, write_at, store, prepared = rows.positions, None, None, None
@@ -308,10 +321,10 @@ class Decoder(nn.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         c = self.config
-        table = (self.token_embedding if c.tied else self.head_kernel).astype(self.dtype)
-        logits = jnp.einsum("...d,vd->...v", hidden.astype(self.dtype), table, preferred_element_type=jnp.float32)
+        table = as_stored(self.token_embedding if c.tied else self.head_kernel, VOCABULARY).astype(self.dtype)
+        logits = float32_product("...d,vd->...v", hidden.astype(self.dtype), table)
         if c.head_bias:
-            logits = logits + _last(self.head_bias.astype(jnp.float32), logits)
+            logits = logits + _last(as_stored(self.head_bias, ("vocab",)).astype(jnp.float32), logits)
         return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
 
     def everything(self, rows: Rows) -> jax.Array:

@@ -1,0 +1,85 @@
+"""Attention for some queries at a time, in plain XLA: runs on any device, and is what a key/value cache is read with."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.models.attention import dense
+from dpo_jax.models.axes import parts_of
+from dpo_jax.types import HEAD_AXIS, ROW_AXES, Array
+
+SCORES = 1 << 28  # bytes of scores at a time, per device
+
+
+def chunked(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    k_start: Array,
+    k_end: Array,
+    scale: float,
+    q_positions: Array | None = None,
+    k_positions: Array | None = None,
+    window: int | jax.Array | None = None,
+    softcap: float | None = None,
+    limit: int = SCORES,
+) -> jax.Array:
+    """`dense` for as many queries at a time as keep the float32 scores below `limit` bytes a device; for all, if they fit.
+
+    The backward pass computes the scores of a chunk again, so no buffer of L x T scores exists in it either. Masked blocks are
+    computed like any other.
+    """
+    rows, length, heads, _ = q.shape
+    here = rows * heads / parts_of((*ROW_AXES, HEAD_AXIS))
+    count = math.ceil(length / max(1, min(length, limit // max(1, int(4 * here * k.shape[1])))))
+    of_chunk = functools.partial(dense, scale=scale, softcap=softcap)
+    ranges = {"k_start": k_start, "k_end": k_end, "q_positions": q_positions}, {"k_positions": k_positions, "window": window}
+    if count == 1:
+        return of_chunk(q, k, v, **ranges[0], **ranges[1])  # pyright: ignore[reportArgumentType]
+    return _recomputed(functools.partial(_in_chunks, of_chunk, count), (q, k, v), ranges)
+
+
+def _in_chunks(of_chunk: Callable[..., jax.Array], count: int, floats: Any, ranges: Any) -> jax.Array:
+    (q, k, v), (of_query, of_key) = floats, ranges
+    rows, length = q.shape[:2]
+    size = -(-length // count)
+
+    def chunks(x: jax.Array) -> jax.Array:
+        """[R, L, ...] to [count, R, size, ...]; what is added at the end repeats the last query, so that it sees something."""
+        x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2), mode="edge")
+        return x.reshape(rows, count, size, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def one(part: Any) -> jax.Array:
+        return of_chunk(part[0], k, v, **part[1], **of_key)
+
+    mixed = jax.lax.map(one, jax.tree.map(chunks, (q, of_query)))
+    return mixed.swapaxes(0, 1).reshape(rows, count * size, *mixed.shape[3:])[:, :length]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recomputed(work: Callable[..., jax.Array], floats: Any, ranges: Any) -> jax.Array:
+    """`work(floats, ranges)`, of which the backward pass keeps its arguments only.
+
+    `jax.checkpoint` says that too, but a policy around it that keeps matrix products would keep those inside it.
+    """
+    return work(floats, ranges)
+
+
+def _recomputed_forward(work: Callable[..., jax.Array], floats: Any, ranges: Any) -> tuple[jax.Array, Any]:
+    return work(floats, ranges), (floats, ranges)
+
+
+def _recomputed_backward(work: Callable[..., jax.Array], kept: Any, cotangent: jax.Array) -> tuple[Any, None]:
+    floats, ranges = kept
+    return jax.vjp(lambda floats: work(floats, ranges), floats)[1](cotangent)[0], None
+
+
+_recomputed.defvjp(_recomputed_forward, _recomputed_backward)
