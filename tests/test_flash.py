@@ -1,4 +1,4 @@
-"""The flash kernels for GPUs, in Pallas' interpreter: every head size, type and mask against dense, and the blocks they visit."""
+"""The flash kernels for GPUs in Pallas' interpreter: every head size, type and mask against dense, and the blocks they visit."""
 
 import functools
 
@@ -31,7 +31,7 @@ def pair(*lengths, seed=0, highest=60):
 
 @functools.cache
 def packed():
-    """Two rows of 200 tokens, no multiple of a block: pairs that do not see each other, an empty completion, a lot of padding."""
+    """Two rows of 200 tokens, no multiple of a block: pairs that do not see each other, an empty completion, much padding."""
     pairs = [pair(20, 30, 40), pair(33, 21, 5), pair(9, 28, 0), pair(2, 50, 60)]
     return Layout("packed", length=200, scored=200, per_row=4, rows_multiple=2).rows(pairs)
 
