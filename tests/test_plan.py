@@ -261,8 +261,8 @@ def test_microbatches_take_less_memory_and_as_many_operations():
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
-        ("v9:2x2", "'v9:2x2' is no slice of TPUs; there are v4: 2x2x1, .*v5e: 1x1, 2x2, .*tpu7x: "),
-        ("v5e", "'v5e' is no slice of TPUs"),
+        ("v9:2x2", "'v9:2x2' is no slice of TPUs and no set of GPUs; there are v4: 2x2x1, .*v5e: 1x1, 2x2, .*tpu7x: "),
+        ("v5e", "'v5e' is no slice of TPUs and no set of GPUs"),
         ("v5e:2x2x2", "'v5e:2x2x2': slices of v5e are 1x1, 2x2, "),
         ("v5p:4x4", "'v5p:4x4': slices of v5p are 2x2x1, "),
     ],
@@ -321,7 +321,10 @@ def plan_file(tmp_path, **sections):
 
 def test_plan_needs_a_slice(tmp_path, capsys):
     assert program.main(["plan", plan_file(tmp_path, plan={"topology": "null"})]) == 2
-    assert "plan.topology: name a slice of TPUs, for example --topology v5e:4x4" in capsys.readouterr().err
+    assert (
+        "plan.topology: name a slice of TPUs or a set of GPUs, for example --topology v5e:4x4 or --topology h100:8"
+        in capsys.readouterr().err
+    )
 
 
 def test_plan_needs_sizes_where_no_model_is(tmp_path, capsys):

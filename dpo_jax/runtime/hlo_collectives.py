@@ -17,9 +17,9 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 class Collective:
     """`count` executions a step; `operand_bytes` that a device puts in, `moved_bytes` that leave it on a ring.
 
-    `crossing_bytes` are those of `moved_bytes` in groups with devices of several hosts. A ring enters and leaves each host once,
-    and libraries make as many rings as the host has devices in the group, each through another network card: so
-    `network_bytes`, those through the card of one device, are `crossing_bytes` over the devices that a group has on a host.
+    `crossing_bytes` are those of `moved_bytes` in groups with devices of several hosts. A ring leaves each host once, and NCCL
+    makes as many rings as a group has devices on a host, each through another network card. So `network_bytes`, those through
+    the card of one device, are `crossing_bytes` over the devices that a group has on a host.
     """
 
     kind: str
@@ -68,7 +68,7 @@ def _rings(attributes: str, host_devices: int) -> int | None:
 
 
 def device_groups(attributes: str) -> np.ndarray | None:
-    """Device numbers [groups, devices of a group] of `replica_groups`, in each of XLA's notations; None where there are none."""
+    """Device numbers [groups, devices of a group] of `replica_groups`, in each of XLA's notations; None if there are none."""
     mesh = _mesh(attributes)
     if mesh is not None:
         sizes, chosen = mesh
@@ -80,7 +80,9 @@ def device_groups(attributes: str) -> np.ndarray | None:
         order = [int(n) for n in iota[4].split(",")] if iota[4] else range(len(dims))
         return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(int(iota[1]), int(iota[2]))
     listed = re.search(r"replica_groups=\{(\{[\d,{}]+\})\}", attributes)
-    return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]) if listed else None
+    return (
+        np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]) if listed else None
+    )
 
 
 def _mesh(attributes: str) -> tuple[list[int], list[int]] | None:
