@@ -1,6 +1,7 @@
 """`dpo-jax plan`: operations by formula and from programs, collectives, memory, errors; and every pod of configs/.
 
-`pytest -m plan tests/test_plan.py` compiles the pods (needs the `tpu` extra, no TPU, and several minutes each).
+`pytest -m plan tests/test_plan.py` compiles the pods (needs the `tpu` extra, no TPU, and several minutes each). GPUs: see
+test_plan_gpu.py.
 """
 
 import functools
@@ -33,7 +34,7 @@ from dpo_jax.runtime.plan import Work, out_of_memory, plan_map, plan_step
 from dpo_jax.step import init_state
 
 ROOT = Path(__file__).parent.parent
-PODS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if load_config(path).plan.topology)
+PODS = sorted((ROOT / "configs").glob("pod_*.yaml"))
 SIZES = {"width": 64, "heads": 4, "kv_heads": 2, "head_size": 16, "mlp_width": 160, "max_positions": 128}
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `tpu`)")
 

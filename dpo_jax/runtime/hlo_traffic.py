@@ -29,14 +29,13 @@ def traffic(one: Instruction, body: Body, computations: Computations) -> float:
     if one.op in ("dynamic-update-slice", "scatter"):
         return 2 * _written(one, body)
     read = sum(array_bytes(body[name].type) for name in dict.fromkeys(one.operands) if name in body)
-    written = array_bytes(one.type) - _workspace(one)
+    written = array_bytes(one.type) - (_scratch(one.type) if one.kind == "custom-call" else 0.0)
     return read + (max(0.0, written - read) if one.op.endswith("-start") else written)  # whose type names the operands again
 
 
-def _workspace(one: Instruction) -> float:
-    """Scratch memory of a library call, which it need not touch: s8 behind the results."""
-    extra = shapes(one.type)[1:] if one.kind == "custom-call" else []
-    return float(sum(dims[0] for name, dims in extra if name == "s8" and len(dims) == 1))
+def _scratch(type_: str) -> float:
+    """Bytes of the scratch memory among the results of a library call, which it need not touch."""
+    return float(sum(dims[0] for name, dims in shapes(type_) if name == "s8" and len(dims) == 1))
 
 
 def _roots(inside: Body) -> list[Instruction]:
@@ -52,12 +51,13 @@ def _written(root: Instruction, inside: Body) -> float:
         if inner.op not in (*_SAME, "dynamic-update-slice", "scatter"):
             break
         root = inner
-    if root.op == "parameter":
+    source = inside.get(root.operands[0]) if root.op == "get-tuple-element" else None
+    if root.op == "parameter" or (source and source.kind == "custom-call" and _scratch(root.type)):
         return 0.0
     if root.op in ("dynamic-update-slice", "scatter"):
         update = inside.get(root.operands[1 if root.op == "dynamic-update-slice" else -1])
         return array_bytes(update.type) if update else 0.0
-    return array_bytes(root.type)
+    return array_bytes(root.type) - (_scratch(root.type) if root.kind == "custom-call" else 0.0)
 
 
 def _read_by_fusion(inside: Body) -> float:
