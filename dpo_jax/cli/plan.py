@@ -24,7 +24,9 @@ def run(config: Config) -> int:
     chip, chips = slice_of(topology)
     _, source = build.model_without_weights(config, platform=chip.platform)
     slice_devices(topology)
-    print(f"{topology}: {chips} {'chip' if chips == 1 else 'chips'} of {chip.hbm_bytes / 1e9:.0f} GB; model: {source}", flush=True)
+    print(
+        f"{topology}: {chips} {'chip' if chips == 1 else 'chips'} of {chip.hbm_bytes / 1e9:.0f} GB; model: {source}", flush=True
+    )
     if config.run.devices != "mesh" and chips * chip.cores > 1:
         print(f"run.devices is {config.run.devices}; planned is mesh, which cuts parameters among devices")
     plans = sweep(config, topology) if config.plan.sweep else [plan(config, topology, refs=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from typing import Any
 
 # Nothing can be timed here, so XLA chooses kernels by rules. Products in Triton are off, because choosing their tiles asks
@@ -68,5 +69,8 @@ def gpu_devices(target: GpuTarget, *, hosts: int, per_host: int) -> list[Any]:
     else the plugin looks for a driver, and JAX forgets it where there is none."""
     from jax.experimental import topologies
 
+    # XLA warns of every program that takes more than 80 % of the memory. JAX asks for warnings unless somebody asked otherwise.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     shape = f"1x{hosts}x{per_host}"  # slices (groups of hosts with NVLink between them), hosts, GPUs
     return list(topologies.get_topology_desc(platform="cuda", target_config=target.textproto(), topology=shape).devices)
