@@ -1,6 +1,7 @@
 """`dpo-jax plan`: operations by formula and from programs, collectives, memory, errors; and every pod of configs/.
 
-`pytest -m plan tests/test_plan.py` compiles the pods (needs the `tpu` extra, no TPU, and several minutes each).
+`pytest -m plan tests/test_plan.py` compiles the pods (needs the `tpu` extra, no TPU, and several minutes each). GPUs: see
+test_plan_gpu.py.
 """
 
 import functools
@@ -33,7 +34,7 @@ from dpo_jax.runtime.plan import Work, out_of_memory, plan_map, plan_step
 from dpo_jax.step import init_state
 
 ROOT = Path(__file__).parent.parent
-PODS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if load_config(path).plan.topology)
+PODS = sorted((ROOT / "configs").glob("pod_*.yaml"))
 SIZES = {"width": 64, "heads": 4, "kv_heads": 2, "head_size": 16, "mlp_width": 160, "max_positions": 128}
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `tpu`)")
 
@@ -261,8 +262,8 @@ def test_microbatches_take_less_memory_and_as_many_operations():
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
-        ("v9:2x2", "'v9:2x2' is no slice of TPUs; there are v4: 2x2x1, .*v5e: 1x1, 2x2, .*tpu7x: "),
-        ("v5e", "'v5e' is no slice of TPUs"),
+        ("v9:2x2", "'v9:2x2' is no slice of TPUs and no set of GPUs; there are v4: 2x2x1, .*v5e: 1x1, 2x2, .*tpu7x: "),
+        ("v5e", "'v5e' is no slice of TPUs and no set of GPUs"),
         ("v5e:2x2x2", "'v5e:2x2x2': slices of v5e are 1x1, 2x2, "),
         ("v5p:4x4", "'v5p:4x4': slices of v5p are 2x2x1, "),
     ],
@@ -321,7 +322,10 @@ def plan_file(tmp_path, **sections):
 
 def test_plan_needs_a_slice(tmp_path, capsys):
     assert program.main(["plan", plan_file(tmp_path, plan={"topology": "null"})]) == 2
-    assert "plan.topology: name a slice of TPUs, for example --topology v5e:4x4" in capsys.readouterr().err
+    assert (
+        "plan.topology: name a slice of TPUs or a set of GPUs, for example --topology v5e:4x4 or --topology h100:8"
+        in capsys.readouterr().err
+    )
 
 
 def test_plan_needs_sizes_where_no_model_is(tmp_path, capsys):

@@ -92,7 +92,7 @@ COMMANDS = {
         ("judge", "data"),
     ),
     "plan": Command(
-        "what training takes on a slice of TPUs: memory, collectives, time (no TPU needed)",
+        "what training takes on TPUs or GPUs: memory, collectives, time (compiled without one)",
         "dpo_jax.cli.plan:run",
         ("run.dir", "run.devices", "run.precision", "mesh", "data", "model", "dpo", "refs.batch", "plan"),
         ("plan",),

@@ -1,7 +1,11 @@
-"""What a chip of each TPU generation has, and the slices that can be named.
+"""What a TPU chip or a GPU has, and the slices and hosts that can be named: v5e:4x4, h100:8, h100:4x8.
 
-Source: the tables "System architecture" of docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. The rate of the
-links there is the sum of both directions; here it is what a chip can send, over all its links together.
+Sources. TPUs: the tables "System architecture" of docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. The rate of
+the links there is the sum of both directions; here it is what a chip can send, over all its links together.
+GPUs: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200: dense bfloat16 without sparsity, NVLink in one
+direction (half of what they print). Memory is what CUDA shows (H200: what is printed on it), and the rest of the description
+for the compiler is that of openxla/xla, xla/backends/gpu/target_config/specs. The network is that of NVIDIA's DGX systems: a
+card for each GPU, 400 Gb/s (DGX A100: 200 Gb/s).
 """
 
 from __future__ import annotations
@@ -13,28 +17,58 @@ import os
 import re
 from typing import Any
 
+from dpo_jax.runtime.gpu_target import COMPILER_OPTIONS, GpuTarget, gpu_devices, plugin_is_here
+
 GIB = 1 << 30
 
 
 class TopologyError(ValueError):
-    """A slice that does not exist, or that cannot be described here."""
+    """A slice or a set of hosts that does not exist, or that cannot be described here."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak rates of a whole chip. `cores`: how many devices JAX sees in it, each with its share."""
+    """Peak rates of a whole chip. `cores`: how many devices JAX sees in it, each with its share.
+
+    Bytes leave the chip at `link_bandwidth`: to the other chips of a TPU slice, or over NVLink to the GPUs of the same host.
+    `network` is what a GPU has to those of other hosts.
+    """
 
     name: str
     hbm_bytes: float
     flops: float  # bfloat16, a second
     hbm_bandwidth: float  # bytes a second
-    ici_bandwidth: float  # bytes a second that leave the chip
+    link_bandwidth: float
     slices: tuple[str, ...]
     cores: int = 1
+    network: float = math.inf
+    gpu: GpuTarget | None = None
+
+    @property
+    def platform(self) -> str:
+        return "gpu" if self.gpu else "tpu"
+
+    @property
+    def compiler_options(self) -> dict[str, bool | int]:
+        return COMPILER_OPTIONS if self.gpu else {}
+
+
+def _gpu(name: str, target: GpuTarget, *, flops: float, nvlink: float, network: float) -> Chip:
+    memory, bandwidth = float(target.memory), float(target.memory_bandwidth)
+    return Chip(name, memory, flops, bandwidth, nvlink, _HOSTS, network=network, gpu=target)
+
+
+def _hopper(name: str, memory: int, bandwidth: int) -> GpuTarget:
+    return GpuTarget(name, (9, 0), 132, 128, 1.98, memory, bandwidth, 50 << 20, 233472, 232448)
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+_HOSTS = ("1", "2", "4", "8", "2x8", "4x8", "HOSTSx8")
+_A100 = GpuTarget("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 1.41, 85_100_068_864, 2_039_040_000_000, 40 << 20, 167936, 166912)
+_H100 = _hopper("NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000)
+_H200 = _hopper("NVIDIA H200", 141_000_000_000, 4_800_000_000_000)
+_B200 = GpuTarget("NVIDIA B200", (10, 0), 148, 128, 1.965, 191_514_411_008, 7_672_320_000_000, 132644864, 233472, 232448)
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -43,33 +77,63 @@ CHIPS = {
         Chip("v5p", 95 * GIB, 459e12, 2765e9, 600e9, _CUBES),
         Chip("v6e", 32 * GIB, 918e12, 1638e9, 400e9, _FLAT),
         Chip("tpu7x", 192 * GIB, 2307e12, 7380e9, 600e9, _CUBES, cores=2),
+        _gpu("a100", _A100, flops=312e12, nvlink=300e9, network=25e9),
+        _gpu("h100", _H100, flops=989e12, nvlink=450e9, network=50e9),
+        _gpu("h200", _H200, flops=989e12, nvlink=450e9, network=50e9),
+        _gpu("b200", _B200, flops=2250e12, nvlink=900e9, network=50e9),
     )
 }
 
 
 def slice_of(topology: str) -> tuple[Chip, int]:
-    """The chip, and how many of them, of a slice such as "v5e:4x4". Raises `TopologyError` with the slices there are."""
+    """The chip, and how many of them, of "v5e:4x4" or "h100:8". Raises `TopologyError` with what there is."""
     name, _, shape = topology.partition(":")
     chip = CHIPS.get(name)
     if chip is None or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise TopologyError(f"{topology!r} is no slice of TPUs; there are {known_slices()}")
-    if shape.count("x") != chip.slices[0].count("x"):
+        raise TopologyError(f"{topology!r} is no slice of TPUs and no set of GPUs; there are {known_slices()}")
+    sizes = [int(size) for size in shape.split("x")]
+    if chip.gpu and (len(sizes) > 2 or not 1 <= sizes[-1] <= 8 or not all(sizes)):
+        raise TopologyError(f"{topology!r}: {name} is 1 to 8 GPUs of a host, or HOSTSxGPUS: {', '.join(chip.slices)}")
+    if not chip.gpu and len(sizes) - 1 != chip.slices[0].count("x"):
         raise TopologyError(f"{topology!r}: slices of {name} are {', '.join(chip.slices)}")
-    return chip, math.prod(int(size) for size in shape.split("x"))
+    return chip, math.prod(sizes)
 
 
 def known_slices() -> str:
     return "; ".join(f"{chip.name}: {', '.join(chip.slices)}" for chip in CHIPS.values())
 
 
-def slice_devices(topology: str) -> list[Any]:
-    """Devices of a slice that need not be here, for which programs can be compiled. Needs libtpu, and no TPU.
-
-    Raises `TopologyError` where libtpu is missing or knows no such slice.
-    """
+def host_devices(topology: str) -> int | None:
+    """GPUs of one host. None for TPUs, whose links do not end at a host."""
     chip, _ = slice_of(topology)
-    if importlib.util.find_spec("libtpu") is None:
-        raise TopologyError("compiling for TPUs needs libtpu: pip install 'dpo_jax[tpu]' (Linux, x86-64; no TPU is needed)")
+    return int(topology.rpartition(":")[2].split("x")[-1]) if chip.gpu else None
+
+
+def slice_devices(topology: str) -> list[Any]:
+    """Devices that need not be here, for which programs can be compiled. Needs libtpu or JAX's CUDA plugin, and no chip.
+
+    Raises `TopologyError` where that is missing or knows no such slice. For GPUs `jax_platforms` must be "cpu".
+    """
+    chip, count = slice_of(topology)
+    needed, found = ("JAX's CUDA plugin", plugin_is_here()) if chip.gpu else ("libtpu", importlib.util.find_spec("libtpu"))
+    if not found:
+        extra = "cuda13" if chip.gpu else "tpu"
+        raise TopologyError(
+            f"compiling for {chip.name} needs {needed}: pip install 'dpo_jax[{extra}]' "
+            f"(Linux, x86-64; no {chip.platform.upper()} is needed)"
+        )
+    try:
+        if chip.gpu:
+            per_host = host_devices(topology) or 1
+            return gpu_devices(chip.gpu, hosts=count // per_host, per_host=per_host)
+        return _tpu_devices(chip, topology)
+    except Exception as error:  # of XLA, as whatever class it has today
+        raise TopologyError(
+            f"{topology!r}: {needed} does not know this slice ({str(error).splitlines()[0]}); there are {known_slices()}"
+        ) from error
+
+
+def _tpu_devices(chip: Chip, topology: str) -> list[Any]:
     # libtpu asks the cloud's metadata server which TPU it is on, and wants to be the only one on the machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -77,10 +141,4 @@ def slice_devices(topology: str) -> list[Any]:
 
     # The two cores of a v4 chip work as one device, as they do where JAX finds them.
     options = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
-    except Exception as error:  # of XLA, as whatever class it has today
-        raise TopologyError(
-            f"{topology!r}: libtpu does not know this slice ({str(error).splitlines()[0]}); slices of {chip.name} are "
-            + ", ".join(chip.slices)
-        ) from error
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)

@@ -1,7 +1,7 @@
-"""Compile a training step for a slice of TPUs that is not here, and say what it takes: memory, collectives, time.
+"""Compile a training step for TPUs or GPUs that are not here, and say what it takes: memory, collectives, time.
 
 The programs are the real ones, with the shardings of `runtime.parallel.mesh_partitioner`; arguments are only shapes, so no
-weight ever exists. Memory is the compiler's own account. Times are bounds computed from the tables of `runtime.chips`.
+weight ever exists. Memory is the compiler's own account. Times are bounds computed from the table of `runtime.chips`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from dpo_jax.runtime.mesh import Units, row_shards
 from dpo_jax.runtime.parallel import abstract_state, jit_map, jit_step
 from dpo_jax.types import Model, Rows, TrainState, Variables
 
-HEADROOM = 0.9  # of the memory; the rest is for the next batch, and for what another version of the compiler does otherwise
+# Of the memory. The rest is for the next batch, for what another version of the compiler does otherwise, and on GPUs for CUDA
+# itself and the buffers of NCCL (1 to 2 GB) and for holes between buffers.
+HEADROOM = 0.9
+JAX_SHARE = 0.75  # of a GPU's memory, which JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 # What libtpu says, in its two ways. The second leaves out the arguments: parameters and optimizer state come on top.
 _OUT_OF_MEMORY = (
     r"Ran out of memory in memory space hbm. Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
@@ -36,9 +39,10 @@ _OUT_OF_MEMORY = (
 class Program:
     """One compiled program. Bytes, operations and seconds are of one device and one call.
 
-    `seconds` are lower bounds, each as if it were alone: "compute" (matrix products found in the program, and attention by
-    formula, at peak rate), "memory" (weights, activations and optimizer state through HBM, by formula), "links" (bytes that the
-    collectives send, at the rate of all links together).
+    `seconds` are lower bounds, each as if it were alone, at peak rates: "compute" (matrix products found in the program, and
+    those inside attention kernels by formula), "memory" (TPUs: weights, activations and optimizer state, by formula; GPUs:
+    what every operation of the program reads and writes), "links" (bytes that the collectives send: over all links of the chip,
+    between hosts of GPUs over the network).
     """
 
     fits: bool
@@ -52,6 +56,7 @@ class Program:
     scored_tokens: int = 0  # on this device at a time: as many, and all logits are in memory at once
     kernels: float = 0.0
     unknown_loops: int = 0
+    traffic_bytes: float = 0.0  # see `hlo.Summary`; on TPUs only an upper bound, as fusions there keep more on the chip
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     compile_seconds: float = 0.0
     problem: str = ""
@@ -87,37 +92,56 @@ def plan_step(
     chip: Chip,
     work: Work,
     units: Units | None = None,
+    host_devices: int | None = None,
 ) -> Program:
     """The training step `step(state, rows)`, whose state is `make(variables)`. Raises `MeshError` where a parameter does not
     divide among the mesh."""
     state, rows = abstract_state(mesh, model, make, work.rows, units=units)
-    return _plan(jit_step(step, state, mesh), state, rows, model=model, mesh=mesh, chip=chip, work=work, backward=True)
+    where = _Where(model.config, mesh, chip, work, host_devices, backward=True)
+    return _plan(jit_step(step, state, mesh), state, rows, where)
 
 
 def plan_map(
-    fn: Callable[..., Any], *, model: Model, mesh: Mesh, chip: Chip, work: Work, units: Units | None = None
+    fn: Callable[..., Any],
+    *,
+    model: Model,
+    mesh: Mesh,
+    chip: Chip,
+    work: Work,
+    units: Units | None = None,
+    host_devices: int | None = None,
 ) -> Program:
     """A forward pass `fn(variables, rows)`."""
     state, rows = abstract_state(mesh, model, _only_variables, work.rows, units=units)
-    return _plan(jit_map(fn, mesh), state.variables, rows, model=model, mesh=mesh, chip=chip, work=work, backward=False)
+    where = _Where(model.config, mesh, chip, work, host_devices, backward=False)
+    return _plan(jit_map(fn, mesh), state.variables, rows, where)
 
 
 def _only_variables(variables: Variables) -> TrainState:
     return TrainState(step=jax.numpy.zeros((), jax.numpy.int32), params=variables, opt_state=())
 
 
-def _plan(
-    compiled: Any, first: Any, rows: Rows, *, model: Model, mesh: Mesh, chip: Chip, work: Work, backward: bool
-) -> Program:
-    begin = time.perf_counter()
-    shards = row_shards(mesh) * work.microbatches
-    scored = rows.source.shape[0] * rows.source.shape[1] // shards
+@dataclasses.dataclass(frozen=True)
+class _Where:
+    """What a program computes, and on what. `host_devices`: GPUs of a host; None: links do not end at hosts."""
+
+    config: DecoderConfig
+    mesh: Mesh
+    chip: Chip
+    work: Work
+    host_devices: int | None
+    backward: bool
+
+
+def _plan(compiled: Any, first: Any, rows: Rows, where: _Where) -> Program:
+    begin, chip, mesh = time.perf_counter(), where.chip, where.mesh
+    scored = rows.source.shape[0] * rows.source.shape[1] // (row_shards(mesh) * where.work.microbatches)
     state = first if isinstance(first, TrainState) else TrainState(0, first, ())  # pyright: ignore[reportArgumentType]
     held = tree_bytes(state.params), tree_bytes(state.opt_state)
     with jax.set_mesh(mesh):
         lowered = compiled.lower(first, rows)
         try:
-            program = lowered.compile()
+            program = lowered.compile(compiler_options=chip.compiler_options)
         except Exception as error:
             needed = out_of_memory(str(error))
             if needed is None:
@@ -125,8 +149,8 @@ def _plan(
             seconds = time.perf_counter() - begin
             return Program(False, needed[0], *held, scored_tokens=scored, compile_seconds=seconds, problem=needed[1])
     seconds, memory, text = time.perf_counter() - begin, program.memory_analysis(), program.as_text()
-    found, peak = summarize(text), float(memory.peak_memory_in_bytes)
-    problem = "" if peak <= HEADROOM * chip.hbm_bytes / chip.cores else f"less than {1 - HEADROOM:.0%} of the memory is free"
+    found, peak = summarize(text, host_devices=where.host_devices), float(memory.peak_memory_in_bytes)
+    problem = _problem(peak, chip.hbm_bytes / chip.cores)
     return Program(
         not problem,
         peak,
@@ -134,14 +158,22 @@ def _plan(
         temporary_bytes=float(memory.temp_size_in_bytes),
         matmul_flops=found.matmul_flops,
         collectives={kind: dataclasses.asdict(one) for kind, one in sorted(found.collectives.items())},
-        logits_tokens=logits_tokens(text, model.config, mesh),
+        logits_tokens=logits_tokens(text, where.config, mesh),
         scored_tokens=scored,
         kernels=found.kernels,
         unknown_loops=found.unknown_loops,
-        seconds=_seconds(found, first, rows, config=model.config, mesh=mesh, chip=chip, work=work, backward=backward),
+        traffic_bytes=found.traffic_bytes,
+        seconds=_seconds(found, first, rows, where),
         compile_seconds=seconds,
         problem=problem,
     )
+
+
+def _problem(peak: float, memory: float) -> str:
+    """Why a program does not fit; "" if it does. The compiler for GPUs never runs out of memory itself."""
+    if peak > memory:
+        return f"needs {peak / 1e9:.1f} GB and the device has {memory / 1e9:.1f} GB"
+    return "" if peak <= HEADROOM * memory else f"less than {1 - HEADROOM:.0%} of the memory is free"
 
 
 def out_of_memory(message: str) -> tuple[float, str] | None:
@@ -173,28 +205,32 @@ def logits_tokens(text: str, config: DecoderConfig, mesh: Mesh) -> int:
     return most
 
 
-def _seconds(
-    found: Summary, first: Any, rows: Rows, *, config: DecoderConfig, mesh: Mesh, chip: Chip, work: Work, backward: bool
-) -> dict[str, float]:
-    """Lower bounds in seconds; see `Program`.
-
-    Memory: the layers' weights, as they are after gathering, once forward and twice backward for each microbatch; what goes in
-    and out of matrix products, likewise; parameters, gradients and optimizer state, each read and written once.
-    """
+def _seconds(found: Summary, first: Any, rows: Rows, where: _Where) -> dict[str, float]:
+    """Lower bounds in seconds; see `Program`."""
+    chip, config, work = where.chip, where.config, where.work
     calls = found.kernels / (config.layers * work.microbatches)
     # The forward kernel has two matrix products, the backward ones have seven: each computes the scores again.
-    again = 0.0 if not calls else calls - 2 + 3.5 if backward else calls
-    flops = found.matmul_flops + again * work.pairs * work.flops.attention / mesh.size
-    passes, tensor = 3 if backward else 1, mesh.shape["tensor"]
-    weights = config.layers * layer_weights(config) / tensor * work.microbatches
-    tokens = rows.tokens.shape[0] * rows.tokens.shape[1] / row_shards(mesh)
-    activations = tokens * config.layers * layer_widths(config) / tensor
-    kept = tree_bytes(first) * (3 if backward else 1)
+    again = 0.0 if not calls else calls - 2 + 3.5 if where.backward else calls
+    flops = found.matmul_flops + again * work.pairs * work.flops.attention / where.mesh.size
+    moved = found.traffic_bytes if chip.gpu else _moved(first, rows, where)
+    collectives = found.collectives.values()
+    near = sum(one.moved_bytes - one.crossing_bytes for one in collectives)
     return {
         "compute": flops / (chip.flops / chip.cores),
-        "memory": (passes * work.item_bytes * (weights + activations) + kept) / (chip.hbm_bandwidth / chip.cores),
-        "links": sum(one.moved_bytes for one in found.collectives.values()) / (chip.ici_bandwidth / chip.cores),
+        "memory": moved / (chip.hbm_bandwidth / chip.cores),
+        "links": near / (chip.link_bandwidth / chip.cores) + sum(one.network_bytes for one in collectives) / chip.network,
     }
+
+
+def _moved(first: Any, rows: Rows, where: _Where) -> float:
+    """Bytes through the memory by formula: the layers' weights, as they are after gathering, once forward and twice backward
+    for each microbatch; what goes in and out of matrix products, likewise; parameters, gradients and optimizer state, each read
+    and written once."""
+    config, work, passes, tensor = where.config, where.work, 3 if where.backward else 1, where.mesh.shape["tensor"]
+    weights = config.layers * layer_weights(config) / tensor * work.microbatches
+    tokens = rows.tokens.shape[0] * rows.tokens.shape[1] / row_shards(where.mesh)
+    activations = tokens * config.layers * layer_widths(config) / tensor
+    return passes * (work.item_bytes * (weights + activations) + tree_bytes(first))
 
 
 def tree_bytes(tree: Any) -> float:
