@@ -1,4 +1,4 @@
-"""The flash kernels for GPUs in Pallas' interpreter: every head size, type and mask against dense, and the blocks they visit."""
+"""The flash kernels for GPUs in Pallas' interpreter: all head sizes, types and masks against dense, and the blocks they visit."""
 
 import functools
 

@@ -1,9 +1,9 @@
 """Flash attention over key intervals in Pallas (Triton): a forward kernel, and one each for dq and for dk and dv.
 
-The algorithm is FlashAttention-2 (Dao 2023): a program holds one tile of queries (or of keys), meets the tiles of the other side
-one after the other, and keeps scores on the chip. Two things are ours. The mask is an interval per query, `start <= key < end`.
-And a program meets only the blocks between two numbers, `first` and `last`, which `attention_gpu` computes once per step, in
-all three kernels. Statistics and sums are float32; no sum is atomic, so two runs give the same bits.
+The algorithm is FlashAttention-2 (Dao 2023): a program holds one tile of queries (or of keys), meets the tiles of the other
+side one after the other, and keeps scores on the chip. The mask is an interval of keys for each query. In all three kernels a
+program meets only the blocks from `first` to `last`, which `attention_gpu` computes once per step. Statistics and sums are
+float32; no sum is atomic, so two runs give the same bits.
 
 Arrays here are padded: lengths are multiples of `BLOCK`, head sizes multiples of `LANES`. Tiles have lengths that are powers of
 two, because Triton has no others; a head of 80 entries is read as 64 and 16.

@@ -1,0 +1,138 @@
+"""Steps of real widths with the GPU attention paths, compiled for H100s that are not here: kernels, types, buffers, meshes.
+
+`pytest -m plan tests/test_gpu_programs.py` (needs the `cuda13` extra, no GPU). What cannot be seen here is time.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.loader import plan_layout
+from dpo_jax.dpo import dpo_step
+from dpo_jax.losses import dpo_loss
+from dpo_jax.models.attention_paths import PATHS
+from dpo_jax.models.decoder import make_model
+from dpo_jax.models.families import decoder_config, hf_config
+from dpo_jax.runtime.chips import slice_devices
+from dpo_jax.runtime.gpu_target import COMPILER_OPTIONS, plugin_is_here
+from dpo_jax.runtime.hlo import products, shapes, summarize
+from dpo_jax.runtime.mesh import make_mesh
+from dpo_jax.runtime.optim import make_optimizer
+from dpo_jax.runtime.parallel import abstract_state, jit_step, split_rows
+from dpo_jax.step import init_state
+
+pytestmark = [
+    pytest.mark.plan,
+    pytest.mark.skipif(not plugin_is_here(), reason="needs JAX's CUDA plugin (extra `cuda13`)"),
+]
+LAYERS = 3
+MODELS = {
+    "pythia": {"family": "gpt_neox", "vocab_size": 50304, "width": 2560, "heads": 32, "mlp_width": 10240, "tie": False},
+    "llama": {"family": "llama", "vocab_size": 128256, "width": 4096, "heads": 32, "kv_heads": 8, "mlp_width": 14336, "tie": False},
+    "gemma2": {"family": "gemma2", "vocab_size": 256000, "width": 2304, "heads": 8, "kv_heads": 4, "head_size": 256, "mlp_width": 9216},
+}
+LENGTH = {"pythia": 1024, "llama": 2048, "gemma2": 8192}  # beyond Gemma's windows of 4,096
+
+
+def parts(name, *, path="flash", remat="none", microbatches=1, rows=8):
+    """(step, make a state, model, packed rows): HH-like lengths, as many times as needed to fill the rows."""
+    options = {"layers": LAYERS, "max_positions": LENGTH[name], "eos_token_id": 0}
+    config = decoder_config(hf_config(**MODELS[name], **options))
+    model = make_model(config, dtype=jnp.bfloat16, remat=remat, attention=PATHS[path].make())
+    pairs = [Encoded(*(np.ones(n, np.int32) for n in (105, 45, 50)), uid=str(i)) for i in range(rows * LENGTH[name] // 210)]
+    layout = plan_layout(
+        pairs, kind="packed", batch=len(pairs), length=LENGTH[name], multiple=max(8, microbatches), microbatches=microbatches
+    )
+    tx = make_optimizer(5e-7, max_grad_norm=10.0)
+    step = functools.partial(
+        dpo_step, model=model, tx=tx, loss=functools.partial(dpo_loss, beta=0.1), microbatches=microbatches
+    )
+    ref_logps = np.zeros((len(pairs), 2), np.float32)
+    return step, functools.partial(init_state, tx=tx), model, layout.rows(pairs, ref_logps=ref_logps)
+
+
+@functools.cache
+def compiled(name, topology="h100:1", *, mesh=(1, -1, 1), **options):
+    step, make, model, rows = parts(name, **options)
+    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)), devices=slice_devices(topology))
+    state, rows = abstract_state(mesh, model, make, rows)
+    with jax.set_mesh(mesh):
+        return jit_step(step, state, mesh).lower(state, rows).compile(compiler_options=COMPILER_OPTIONS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_scores_in_memory(name):
+    length = LENGTH[name]
+    for _, lengths in set(shapes(compiled(name).as_text())):
+        assert sum(n in (length, 2 * length) for n in lengths) < 2 or lengths.count(length) == 2 == len(lengths), lengths
+
+
+@pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("save_attention", 1), ("full", 2)])
+def test_the_backward_pass_runs_the_forward_kernel_again_only_if_all_is_computed_again(remat, forward):
+    assert summarize(compiled("pythia", remat=remat).as_text()).kernels == (forward + 2) * LAYERS
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_product_of_a_bfloat16_step_has_bfloat16_operands(name, microbatches):
+    found = products(compiled(name, remat="full", microbatches=microbatches).as_text())
+    # Forward, again, and two backward: of queries, keys, values, output, MLP; and those of the head.
+    assert len(found) > 20
+    assert [one for one in found if one.operands != ("bf16", "bf16")] == []
+
+
+def test_gradients_of_microbatches_are_there_once():
+    one, four = (compiled("pythia", remat="full", microbatches=n).memory_analysis() for n in (1, 4))
+    gradients = one.argument_size_in_bytes / 2  # parameters and one moment of RMSprop, float32 each
+    assert four.temp_size_in_bytes < 1.35 * gradients  # before, two copies
+
+
+@pytest.mark.parametrize("path", ["flash", "cudnn"])
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("name", ["pythia", "llama"])
+def test_meshes_of_eight(name, mesh, path):
+    program = compiled(name, "h100:8", mesh=mesh, path=path)
+    found = summarize(program.as_text())
+    assert found.kernels >= 3 * LAYERS
+    assert {"all-gather", "reduce-scatter", "all-reduce"} <= set(found.collectives)
+    # Gradients are summed into the parts in which parameters lie: whole ones, 4 bytes a parameter, never go round.
+    if mesh == (1, 8, 1):
+        parameters = 8 * program.memory_analysis().argument_size_in_bytes / 8
+        assert found.collectives["all-reduce"].operand_bytes < parameters / 4
+
+
+@pytest.mark.parametrize("path", ["flash", "cudnn"])
+def test_pmap_over_eight(path):
+    step, make, model, rows = parts("pythia", path=path, remat="full")
+    devices = slice_devices("h100:8")
+    state = jax.eval_shape(make, jax.eval_shape(model.init, jax.random.key(0)))
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((8, *x.shape), x.dtype), state)
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), split_rows(rows, 8))
+    mapped = jax.pmap(functools.partial(step, axis_name="data"), axis_name="data", devices=devices, donate_argnums=0)
+    described = make_mesh(devices=devices).abstract_mesh
+    with jax.sharding.use_abstract_mesh(described.update(axis_types=(jax.sharding.AxisType.Auto,) * 3)):
+        program = mapped.lower(state, rows).compile(compiler_options=COMPILER_OPTIONS)
+    found = summarize(program.as_text())
+    assert set(found.collectives) == {"all-reduce"}
+    assert found.kernels >= 3 * LAYERS
+
+
+def test_tiles_of_every_head_size_compile():
+    from dpo_jax.models.attention import attend
+
+    mesh = make_mesh(devices=slice_devices("h100:1"))
+    for size, dtype, softcap in ((64, jnp.bfloat16, 30.0), (96, jnp.bfloat16, None), (128, jnp.float32, None), (80, jnp.float32, None)):
+        q, k = (jax.ShapeDtypeStruct((2, 512, n, size), dtype) for n in (4, 2))
+        column = jax.ShapeDtypeStruct((2, 512), jnp.int32)
+
+        def loss(q, k, v, start, end, *, softcap=softcap):
+            return attend(q, k, v, k_start=start, k_end=end, scale=0.1, softcap=softcap, path=PATHS["flash"].make()).sum()
+
+        with jax.set_mesh(mesh):
+            program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k, column, column).compile(compiler_options=COMPILER_OPTIONS)
+        assert len(re.findall(r'custom_call_target="__gpu\$xla.gpu.triton"', program.as_text())) == 3
