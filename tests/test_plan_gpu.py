@@ -256,8 +256,10 @@ def test_every_gpu_multiplies_what_the_formula_says(name, dtype):
 def test_a_step_on_a_gpu_multiplies_three_times_as_much():
     # Forward, and two products backward for each one. Nobody wants the gradient of the tokens' embeddings by a product.
     one, eight = planned("h100:1"), planned("h100:8")
-    assert one.matmul_flops == 3 * 8 * PRODUCTS
-    assert eight.matmul_flops == one.matmul_flops / 8
+    for found, devices in ((one, 1), (eight, 8)):
+        repeated = found.matmul_flops / (3 * 8 * PRODUCTS / devices)
+        # Before 0.12 XLA repeats some of them.
+        assert repeated == 1 or (jax.__version_info__ < (0, 12) and 1 < repeated < 1.07)
     assert one.collectives == {}
     assert {"all-gather", "reduce-scatter", "all-reduce"} <= set(eight.collectives)
     assert one.unknown_loops == eight.unknown_loops == 0
