@@ -21,8 +21,8 @@ exit codes: 0 all rows passed; 1 a row failed; 2 wrong flag; 74 the JSON file ca
 def parser(prog: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog=prog,
-        description="Test this machine's accelerator: arithmetic, every attention path, DPO steps, several devices, checkpoints."
-        " Each row that fails says what to do.",
+        description="Test this machine's accelerator: arithmetic, every attention path, DPO steps, several devices, "
+        "checkpoints. Each row that fails says what to do.",
         epilog=EXIT_CODES,
     )
     made.add_argument(
@@ -37,7 +37,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 def main(args: list[str] | None = None, *, prog: str = "python -m dpo_jax.check") -> int:
     """Runs the rows and returns the exit code. `args` defaults to the command line."""
-    asked = parser(prog).parse_args(args)
+    flags = parser(prog)
+    asked = flags.parse_args(args)
+    if asked.profile is not None and asked.profile.is_dir() and any(asked.profile.iterdir()):
+        flags.error(f"--profile {asked.profile}: the folder is not empty")
     from dpo_jax.checks.report import Report
 
     try:
