@@ -20,6 +20,7 @@ import numpy as np
 
 from dpo_jax.bench.flops import device_peak, step_flops
 from dpo_jax.bench.profile import slowest_operations
+from dpo_jax.checks.attention import random_pair
 from dpo_jax.checks.machine import matmul_rate
 from dpo_jax.checks.report import Result, Row, first_line, skipped
 from dpo_jax.data.encode import Encoded
@@ -113,7 +114,7 @@ def model_shape() -> tuple[str, DecoderConfig]:
 
 
 def _pythia(width: int, layers: int, heads: int, vocab_size: int) -> DecoderConfig:
-    sizes = {"width": width, "layers": layers, "heads": heads, "vocab_size": vocab_size, "max_positions": 4096}
+    sizes: dict[str, Any] = {"width": width, "layers": layers, "heads": heads, "vocab_size": vocab_size, "max_positions": 4096}
     return decoder_config(hf_config("gpt_neox", eos_token_id=0, **sizes))
 
 
@@ -129,7 +130,7 @@ def hh_like_pairs(count: int, *, vocab_size: int, longest: int) -> list[Encoded]
     lengths = [
         [int(np.clip(rng.gamma(2.0, mean / 2), 2, top)) for mean, top in zip(MEANS, most, strict=True)] for _ in range(count)
     ]
-    return [Encoded(*(rng.randint(1, vocab_size, n).astype(np.int32) for n in sizes)) for sizes in lengths]
+    return [random_pair(rng, sizes, vocab_size=vocab_size) for sizes in lengths]
 
 
 class _Bench:
@@ -209,16 +210,18 @@ class _Bench:
             step = functools.partial(dpo_step, model=model, tx=TX, loss=functools.partial(dpo_loss, beta=0.1))
         else:
             step = functools.partial(sft_step, model=model, tx=TX)
+        state = self.state  # made outside the mesh
         with self._on_mesh():
-            jitted = jit_step(step, self.state, self.mesh) if self.mesh else jax.jit(step, donate_argnums=0)
-            return jitted.lower(self.state, rows).compile()
+            jitted = jit_step(step, state, self.mesh) if self.mesh else jax.jit(step, donate_argnums=0)
+            return jitted.lower(state, rows).compile()
 
     def _on_mesh(self) -> Any:
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
     def _step(self, compiled: Any, rows: Rows) -> None:
+        state = self.state
         with self._on_mesh():
-            self._state, metrics = compiled(self.state, rows)
+            self._state, metrics = compiled(state, rows)
         loss = float(jax.block_until_ready(metrics)["loss"])
         if not np.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}")
@@ -234,6 +237,8 @@ class _Bench:
 
     def _forget(self) -> None:
         """Gives back what a step that ran out of memory may have left half donated."""
+        if self._state is None:
+            return
         for leaf in jax.tree.leaves(self._state):
             if not leaf.is_deleted():
                 leaf.delete()

@@ -7,16 +7,27 @@ import importlib.util
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
 
 from dpo_jax.checks.report import Result, Row, skipped
-from dpo_jax.checks.training import LOSS, SIZES, STEPS, TX, apart, batch_of, relative, small_model, small_variables, watch
+from dpo_jax.checks.training import (
+    LOSS,
+    SIZES,
+    STEPS,
+    TX,
+    apart,
+    batch_of,
+    on_one_device,
+    relative,
+    small_model,
+    small_variables,
+    take_steps,
+)
 from dpo_jax.dpo import dpo_step
 from dpo_jax.runtime.mesh import make_mesh
-from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
+from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner
 
@@ -59,29 +70,10 @@ def _on_mesh(model: Model, *, sizes: dict[str, int]) -> Partitioner:
     return mesh_partitioner(make_mesh(**{"fsdp": 1, **sizes}, devices=jax.local_devices()), model, units=UNITS)
 
 
-def run(partitioner: Partitioner, model: Model) -> tuple[np.ndarray, Any]:
-    """`WATCHED` of every step and the parameters after them."""
-    rows = batch_of("shared", rows_multiple=math.lcm(16, jax.local_device_count()))
-    step = functools.partial(dpo_step, model=model, tx=TX, loss=LOSS, axis_name=partitioner.axis_name)
-    compiled, seen = partitioner.compile_step(step), []
-    make = functools.partial(init_state, tx=TX)
-    with jax.default_matmul_precision("highest"):
-        state = partitioner.init_state(make, partitioner.put_variables(small_variables()))
-        for _ in range(STEPS):
-            state, metrics = compiled(state, rows)
-            seen.append(watch(metrics))
-    return np.array(seen), partitioner.to_host(state.params)
-
-
-@functools.cache
-def _on_one() -> tuple[np.ndarray, Any]:
-    return run(single_device(jax.local_devices()[0]), small_model("float32")[0])
-
-
 def _same_run(make: Callable[[Model], Partitioner], told: str) -> Result:
     model = small_model("float32")[0]
-    seen, params = run(make(model), model)
-    expected, expected_params = _on_one()
+    seen, params = take_steps(make(model), "float32")
+    expected, expected_params = on_one_device("float32")
     difference = apart(seen, expected)
     gone = relative(expected_params, small_variables())
     way = relative(params, expected_params) / gone
