@@ -221,7 +221,6 @@ def test_a_bench_that_runs_out_of_memory_or_time_says_so(tmp_path, monkeypatch):
 
 PLAIN_FILES = """
 from dpo_jax.cli.main import main
-import dpo_jax.cli.dpo, dpo_jax.cli.sample, dpo_jax.cli.judge, dpo_jax.cli.sft, dpo_jax.cli.frontier
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -229,7 +228,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("command", "source", "message"),
     [
-        ("audit", "files", ""),
+        ("audit", "files", ""),  # all other commands on plain files start with the same imports
         ("audit", "tfds", "data.source: tfds: needs the package tensorflow-datasets, which is not installed: pip install"),
         ("prepare", "files", "prepare: needs the package tensorflow-datasets, which is not installed: pip install"),
     ],

@@ -252,18 +252,18 @@ class _Bench:
         measured = matmul_rate("bfloat16")
         shares = {"mfu": flops / seconds / count / peak if peak else None, "of_matmul": flops / seconds / count / measured}
         memory = _memory_of(compiled)
-        stats = self.devices[0].memory_stats() or {}
+        held = (self.devices[0].memory_stats() or {}).get("peak_bytes_in_use")
         told = [
             f"{seconds * 1e3:,.0f} ms a step",
             f"{examples / seconds:,.1f} {'pairs' if setting.kind == 'dpo' else 'texts'}/s",
             f"MFU {shares['mfu']:.1%}" if shares["mfu"] is not None else "MFU unknown (no data sheet)",
             f"{shares['of_matmul']:.0%} of the matmul rate here",
-            f"{memory / 2**30:.1f} GiB",
+            f"{memory / 2**30:.1f} GiB" + (f" (process so far {held / 2**30:.1f})" if held else ""),
             f"{rows.tokens.shape[0]} rows of {rows.tokens.shape[1]}, remat {setting.remat}, {self.shape[0]}, {count} device(s)",
             f"compiled in {compiling:.0f} s",
         ]
         values = {"step_seconds": seconds, "examples_per_second": examples / seconds, "flops": flops, **shares}
-        values |= {"program_bytes": memory, "peak_bytes_of_process": stats.get("peak_bytes_in_use"), **setting._asdict()}
+        values |= {"program_bytes": memory, "peak_bytes_of_process": held, **setting._asdict()}
         return Result(", ".join(told), None, values=values | {"compile_seconds": compiling, "shape": self.shape[0]})
 
     def trace(self, folder: Path) -> Result:

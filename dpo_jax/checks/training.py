@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.checks.attention import random_pair
+from dpo_jax.checks.attention import float32_is_float32, random_pair
 from dpo_jax.checks.report import Result, Row
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
@@ -134,7 +134,7 @@ def references(dtype: str, kind: str) -> np.ndarray:
     """Reference log-probabilities [PAIRS, 2] by a pass of their own."""
     model, variables = small_model(dtype)[0], small_variables()
     rows = layout_of(kind).rows(small_pairs())
-    with jax.default_matmul_precision("highest"):
+    with float32_is_float32(dtype):
         return in_order(jax.jit(functools.partial(reference_logps, model))(variables, rows), rows.index)
 
 
@@ -168,7 +168,7 @@ def _start(dtype: str) -> Result:
 
         return jax.value_and_grad(mean, has_aux=True)(variables)  # as in a step: the forward pass of a gradient
 
-    with jax.default_matmul_precision("highest"):
+    with float32_is_float32(dtype):
         (loss, metrics), _ = jax.device_get(start(small_variables(), rows))
     logps = np.stack([metrics["logps/chosen"], metrics["logps/rejected"]], axis=1)
     reference = references(dtype, "plain" if dtype == "float32" else "packed")
@@ -187,7 +187,7 @@ def take_steps(partitioner: Partitioner, dtype: str) -> tuple[np.ndarray, Variab
     model = small_model(dtype)[0]
     step = functools.partial(dpo_step, model=model, tx=TX, loss=LOSS, axis_name=partitioner.axis_name)
     compiled, seen = partitioner.compile_step(step), []
-    with jax.default_matmul_precision("highest"):
+    with float32_is_float32(dtype):
         state = partitioner.init_state(functools.partial(init_state, tx=TX), partitioner.put_variables(small_variables()))
         for _ in range(STEPS):
             state, metrics = compiled(state, rows)
@@ -243,7 +243,7 @@ def _microbatches() -> Result:
     def grads(variables: Variables, rows: Rows, count: int) -> Any:
         return mean_grads(objective(model), variables, rows, microbatches=count)
 
-    with jax.default_matmul_precision("highest"):
+    with float32_is_float32("float32"):
         whole, parts = (jax.device_get(grads(small_variables(), rows, count)) for count in (1, 4))
     error, loss = relative(parts[0], whole[0]), abs(float(parts[1]["loss"]) - float(whole[1]["loss"]))
     figure = f"4 parts against one: gradient apart {error:.1e}, loss {loss:.1e}"
