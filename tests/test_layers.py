@@ -14,7 +14,7 @@ FLOORS = [
     (2, ["losses.py", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
     (3, ["dpo.py", "sft.py", "reward.py", "ppo.py", "reference.py"]),
     (4, ["runtime/"]),
-    (5, ["evals/", "bench/", "lab/"]),
+    (5, ["evals/", "bench/", "lab/", "checks/", "check.py"]),
     (6, ["cli/"]),
 ]
 ONLY_IN = {

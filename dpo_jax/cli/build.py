@@ -26,7 +26,6 @@ from dpo_jax.data.prepare import EncodedSet, encode_all
 from dpo_jax.data.reviews import review_preferences
 from dpo_jax.data.snippets import Snippet, load_snippets, snippets_of
 from dpo_jax.data.sources import load_preferences
-from dpo_jax.data.tfds import read_texts
 from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from dpo_jax.dpo import PreferenceLoss
 from dpo_jax.losses import dpo_loss, ipo_loss, unlikelihood_loss
@@ -114,6 +113,18 @@ def whole_heads(model: Model) -> dict[str, int]:
     return {axis: model.config.head_size for axis in ("heads", "kv_heads")}
 
 
+@contextmanager
+def needs_tfds(option: str) -> Iterator[None]:
+    """Turns a missing tensorflow-datasets, which plain files do without, into a `ConfigError` that begins with `option`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = {"tensorflow_datasets": "tensorflow-datasets"}.get(error.name or "", error.name)
+        if package not in ("tensorflow-datasets", "array_record", "importlib_resources"):
+            raise
+        raise ConfigError(f"{option}: needs the package {package}, which is not installed: pip install {package}") from error
+
+
 def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any = None) -> PreferenceSet:
     """The preferences of the train or the held-out split. Raises `DataError` for bad data."""
     data = config.data
@@ -135,7 +146,8 @@ def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any =
     name = data.train_split if split == "train" else data.test_split
     assert data.path is not None  # checked with the configuration
     format = "tfds" if data.source == "tfds" else data.format
-    return load_preferences(data.path, name, format=format, on_bad=data.on_bad, tokenizer=tokenizer).take(limit)
+    with needs_tfds(f"data.source: {data.source}"):  # files may be a TFDS folder, too
+        return load_preferences(data.path, name, format=format, on_bad=data.on_bad, tokenizer=tokenizer).take(limit)
 
 
 def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]:
@@ -143,6 +155,8 @@ def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]
     data = config.data
     assert data.path is not None  # checked with the configuration
     if data.source == "imdb":
+        with needs_tfds("data.source: imdb"):
+            from dpo_jax.data.tfds import read_texts
         texts = read_texts(data.path, data.train_split if split == "train" else data.test_split)
     else:
         texts = snippets_of(load_snippets(data.path), "policy" if split == "train" else "test")

@@ -3,7 +3,7 @@
 Exit codes:
 
     0    done
-    1    unexpected error (a bug: please report the traceback)
+    1    unexpected error (a bug: please report the traceback); check: a row failed
     2    wrong command, flag or configuration, or one that does not fit what is in the run directory (plan: the slice)
     65   bad data, and data.on_bad is refuse
     70   the contenders of bench disagree, or one of them failed
@@ -157,6 +157,11 @@ COMMANDS = {
     "bench": Command("race our training against PyTorch", "dpo_jax.cli.bench:run", _BENCH, ("data", "model")),
 }
 
+# Their flags are their own: "module:function", called with the arguments and the name of the program.
+WITHOUT_CONFIG = {
+    "check": ("test this machine's accelerator: dpo-jax check (no configuration needed)", "dpo_jax.check:main"),
+}
+
 ON_MANY_HOSTS = ("sft", "refs", "dpo", "eval", "sample")
 SHORT = {f"--{name}": f"--run.{name}" for name in ("distributed", "coordinator", "num-processes", "process-id")}
 SHORT |= {"--profile": "--bench.profile", "--fast": "--frontier.fast", "--rewards": "--eval.rewards"} | {
@@ -256,8 +261,12 @@ def _run(args: list[str]) -> int:
     if name == "--version":
         print(_version())
         return 0
+    if name in WITHOUT_CONFIG:
+        module, function = WITHOUT_CONFIG[name][1].split(":")
+        return getattr(importlib.import_module(module), function)(rest, prog=f"dpo-jax {name}")
     if name not in COMMANDS:
-        raise ConfigError(f"{name}: unknown command{suggest(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
+        known = [*WITHOUT_CONFIG, *COMMANDS]
+        raise ConfigError(f"{name}: unknown command{suggest(name, known)} (commands: {', '.join(known)})")
     config = parse(name, rest)
     # transformers advises to install PyTorch, which this program has no use for.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -382,7 +391,8 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:12} {command.help}" for name, command in COMMANDS.items())
+    helps = {name: help for name, (help, _) in WITHOUT_CONFIG.items()} | {name: entry.help for name, entry in COMMANDS.items()}
+    commands = "\n".join(f"  {name:12} {help}" for name, help in helps.items())
     assert __doc__ is not None
     codes = __doc__[__doc__.index("    0 ") : __doc__.index("\n\nExpected")]
     return f"""usage: dpo-jax COMMAND CONFIG.yaml [--section.option VALUE ...]

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
-from dpo_jax.data.tfds import write_tfds
 
 
 def run(config: Config) -> int:
     """Texts are checked, not yet cut or tokenized, so the folder serves any model. Chats are rendered by the chat template."""
+    with build.needs_tfds("prepare"):
+        from dpo_jax.data.tfds import write_tfds
     with build.open_run(config, "prepare") as run_dir:
         named = config.tokenizer.path or config.model.path
         tokenizer = build.tokenizer_of(config, model_path=config.model.path) if named else None

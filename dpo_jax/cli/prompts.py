@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
-from dpo_jax.data.tfds import read_articles
 
 ARTICLE_CUE = "\nTL;DR:"  # makes a policy of Reddit summaries summarise an article
 
@@ -25,6 +24,8 @@ def references(config: Config, tokenizer: Any, *, target: bool = False) -> list[
     data = config.data
     if data.source == "cnn_dailymail":
         assert data.path is not None  # checked with the configuration
+        with build.needs_tfds("data.source: cnn_dailymail"):
+            from dpo_jax.data.tfds import read_articles
         articles = read_articles(data.path, data.test_split)[: data.max_test]
         return [Reference(f"{article.text}{ARTICLE_CUE}", f" {article.summary}", article.uid) for article in articles]
     pairs = build.load_split(config, "test", tokenizer)
