@@ -7,6 +7,7 @@ host: each tests the devices that it sees.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dpo_jax.checks.report import Report, Row
 
+GPU_MEMORY = "0.92"  # the share that JAX takes; its default of 0.75 leaves a fourth of a large card unused
 EXIT_CODES = """\
 exit codes: 0 all rows passed; 1 a row failed; 2 wrong flag; 74 the JSON file cannot be written; 130 interrupted"""
 
@@ -41,6 +43,7 @@ def main(args: list[str] | None = None, *, prog: str = "python -m dpo_jax.check"
     asked = flags.parse_args(args)
     if asked.profile is not None and asked.profile.is_dir() and any(asked.profile.iterdir()):
         flags.error(f"--profile {asked.profile}: the folder is not empty")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)
     from dpo_jax.checks.report import Report
 
     try:

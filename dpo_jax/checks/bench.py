@@ -165,8 +165,7 @@ class _Bench:
             self._forget()
             if setting == settings()[0]:
                 self.first_fit = 1
-        hint = "; XLA_PYTHON_CLIENT_MEM_FRACTION=.95 gives JAX more of a GPU" if self.devices[0].platform == "gpu" else ""
-        return Result(f"out of memory: {full[:100]}{hint}", None, values={"out_of_memory": full})
+        return Result(f"out of memory: {full[:100]}", None, values={"out_of_memory": full})
 
     def _timed(self, setting: Setting) -> Result:
         rows, flops, examples = self._batch(setting)

@@ -270,6 +270,9 @@ def _run(args: list[str]) -> int:
     config = parse(name, rest)
     # transformers advises to install PyTorch, which this program has no use for.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from dpo_jax.check import GPU_MEMORY
+
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)
     if config.run.distributed == "auto":
         return _on_many_hosts(name, config)
     return _execute(name, config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dpo_jax.cli.plan_one import Plan
 from dpo_jax.logps import CHUNK
 from dpo_jax.runtime.chips import Chip
-from dpo_jax.runtime.plan import HEADROOM, JAX_SHARE
+from dpo_jax.runtime.plan import HEADROOM
 
 
 def mesh_name(sizes: dict[str, int]) -> str:
@@ -30,11 +30,6 @@ def report(one: Plan, chip: Chip) -> str:
         "operations": f"{flops.training:.3e} a pair: trunk {3 * flops.trunk:.2e}, attention {3 * flops.attention:.2e}, "
         f"head {3 * flops.head:.2e}",
     }
-    if chip.gpu and step.peak_bytes > JAX_SHARE * memory:
-        lines["JAX's share"] = (
-            f"set XLA_PYTHON_CLIENT_MEM_FRACTION={min(0.95, step.peak_bytes / memory + 0.05):.2f}: "
-            f"by itself JAX takes {JAX_SHARE:.0%} of a GPU"
-        )
     if step.seconds:
         lines |= _program_lines(one, chip)
     if one.refs is not None:

@@ -25,9 +25,8 @@ from dpo_jax.runtime.parallel import abstract_state, jit_map, jit_step
 from dpo_jax.types import Model, Rows, TrainState, Variables
 
 # Of the memory. The rest is for the next batch, for what another version of the compiler does otherwise, and on GPUs for CUDA
-# itself and the buffers of NCCL (1 to 2 GB) and for holes between buffers.
+# itself and the buffers of NCCL (1 to 2 GB) and for holes between buffers: JAX takes `check.GPU_MEMORY` of a GPU.
 HEADROOM = 0.9
-JAX_SHARE = 0.75  # of a GPU's memory, which JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 # What libtpu says, in its two ways. The second leaves out the arguments: parameters and optimizer state come on top.
 _OUT_OF_MEMORY = (
     r"Ran out of memory in memory space hbm. Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
