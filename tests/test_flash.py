@@ -1,4 +1,4 @@
-"""The flash kernels for GPUs in Pallas' interpreter: all head sizes, types and masks against dense, and the blocks they visit."""
+"""The flash kernels for GPUs in Pallas' interpreter: head sizes, types and masks against dense, and the blocks they visit."""
 
 import functools
 
@@ -21,6 +21,11 @@ from dpo_jax.models.flash_kernels import BLOCK
 from dpo_jax.models.hf import load_hf
 
 FLASH = flash_path(interpret=True)
+OFTEN = ("gpt_neox", "llama", "gemma2", "gemma3_text")  # windows, soft caps, grouped queries; all others are alike to a kernel
+FAMILIES = [
+    pytest.param(folder.name, marks=() if folder.name in OFTEN else pytest.mark.soak)
+    for folder in sorted((GOLDEN / "models").iterdir())
+]
 FAST = {"xla_backend_optimization_level": 0}  # compiled for one call
 
 
@@ -79,7 +84,7 @@ def test_bfloat16_is_as_close_to_float32_as_dense_bfloat16(case):
     )
     for truth, theirs, mine in zip(exact, dense, ours, strict=True):
         error, allowed = (np.sqrt(np.square(x - truth).mean()) for x in (mine, theirs))
-        assert 0 < error <= 1.05 * allowed
+        assert 0 < error <= 1.1 * allowed
 
 
 def seen(rows, window):
@@ -150,7 +155,7 @@ def test_log_sum_exp_is_that_of_the_visible_scores():
     ],
     ids=["packed", "plain", "shared"],
 )
-@pytest.mark.parametrize("family", sorted(folder.name for folder in (GOLDEN / "models").iterdir()))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_families_equal_dense_on_plain_rows(family, layout):
     """Log-probabilities and gradients of a DPO loss; prompt plus completion reach beyond the sliding windows of 7."""
     dense, variables = load_hf(GOLDEN / "models" / family)

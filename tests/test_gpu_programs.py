@@ -4,7 +4,6 @@
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import plan_layout
 from dpo_jax.dpo import dpo_step
 from dpo_jax.losses import dpo_loss
+from dpo_jax.models.attention import attend
 from dpo_jax.models.attention_paths import PATHS
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
@@ -31,27 +31,18 @@ pytestmark = [
     pytest.mark.skipif(not plugin_is_here(), reason="needs JAX's CUDA plugin (extra `cuda13`)"),
 ]
 LAYERS = 3
-MODELS = {
-    "pythia": {"family": "gpt_neox", "vocab_size": 50304, "width": 2560, "heads": 32, "mlp_width": 10240, "tie": False},
-    "llama": {
-        "family": "llama",
-        "vocab_size": 128256,
-        "width": 4096,
-        "heads": 32,
-        "kv_heads": 8,
-        "mlp_width": 14336,
-        "tie": False,
-    },
-    "gemma2": {
-        "family": "gemma2",
-        "vocab_size": 256000,
-        "width": 2304,
-        "heads": 8,
-        "kv_heads": 4,
-        "head_size": 256,
-        "mlp_width": 9216,
-    },
+PYTHIA = {"family": "gpt_neox", "vocab_size": 50304, "width": 2560, "heads": 32, "mlp_width": 10240, "tie": False}
+LLAMA = {"family": "llama", "vocab_size": 128256, "width": 4096, "heads": 32, "kv_heads": 8, "mlp_width": 14336, "tie": False}
+GEMMA = {
+    "family": "gemma2",
+    "vocab_size": 256000,
+    "width": 2304,
+    "heads": 8,
+    "kv_heads": 4,
+    "head_size": 256,
+    "mlp_width": 9216,
 }
+MODELS = {"pythia": PYTHIA, "llama": LLAMA, "gemma2": GEMMA}
 LENGTH = {"pythia": 1024, "llama": 2048, "gemma2": 8192}  # beyond Gemma's windows of 4,096
 
 
@@ -85,7 +76,7 @@ def compiled(name, topology="h100:1", *, mesh=(1, -1, 1), **options):
 def test_no_scores_in_memory(name):
     length = LENGTH[name]
     keys = 2 * length if name == "gemma2" else length  # whose windows take a second copy of the keys
-    for _, lengths in set(shapes(compiled(name).as_text())):
+    for _, lengths in {shape for shape in shapes(compiled(name).as_text()) if shape[0] == "f32"}:
         rest = [n for n in lengths if n != 1]
         assert not (length in rest and keys in rest[rest.index(length) + 1 :]), lengths
 
@@ -141,26 +132,18 @@ def test_pmap_over_eight(path):
     assert found.kernels >= 3 * LAYERS
 
 
-def test_tiles_of_every_head_size_compile():
-    from dpo_jax.models.attention import attend
+@pytest.mark.parametrize(
+    ("size", "dtype", "softcap"),
+    [(64, "bfloat16", 30.0), (96, "bfloat16", None), (128, "float32", None), (80, "float32", 9.0)],
+)
+def test_tiles_of_other_head_sizes_and_types(size, dtype, softcap):
+    q, k = (jax.ShapeDtypeStruct((2, 512, n, size), jnp.dtype(dtype)) for n in (4, 2))
+    column = jax.ShapeDtypeStruct((2, 512), jnp.int32)
 
-    mesh = make_mesh(devices=slice_devices("h100:1"))
-    for size, dtype, softcap in (
-        (64, jnp.bfloat16, 30.0),
-        (96, jnp.bfloat16, None),
-        (128, jnp.float32, None),
-        (80, jnp.float32, None),
-    ):
-        q, k = (jax.ShapeDtypeStruct((2, 512, n, size), dtype) for n in (4, 2))
-        column = jax.ShapeDtypeStruct((2, 512), jnp.int32)
+    def loss(q, k, v, start, end):
+        return attend(q, k, v, k_start=start, k_end=end, scale=0.1, softcap=softcap, path=PATHS["flash"].make()).sum()
 
-        def loss(q, k, v, start, end, *, softcap=softcap):
-            return attend(q, k, v, k_start=start, k_end=end, scale=0.1, softcap=softcap, path=PATHS["flash"].make()).sum()
-
-        with jax.set_mesh(mesh):
-            program = (
-                jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-                .lower(q, k, k, column, column)
-                .compile(compiler_options=COMPILER_OPTIONS)
-            )
-        assert len(re.findall(r'custom_call_target="__gpu\$xla.gpu.triton"', program.as_text())) == 3
+    with jax.set_mesh(make_mesh(devices=slice_devices("h100:1"))):
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k, column, column)
+        program = lowered.compile(compiler_options=COMPILER_OPTIONS)
+    assert summarize(program.as_text()).kernels == 3
