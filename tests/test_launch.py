@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")])
-TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "env", "mkdir", "rm", "sed", "chmod")
+TOOLS = ("bash", "cat", "cksum", "cp", "date", "dirname", "env", "mkdir", "rm", "sed", "chmod", "tee")
 PYTHON = """#!/usr/bin/env bash
 # $0 is $VERSION; as `-m venv DIR` it copies itself to DIR/bin, beside a dpo-jax and a stub of pip.
 echo "$(basename "$(dirname "$(dirname "$0")")")/${0##*/} $*" >> "$CALLS"
@@ -213,6 +213,25 @@ def test_bench_has_an_environment_of_its_own_with_the_torch_it_is_told(machine):
     machine.run("launch/bench.sh", "configs/other.yaml")
     assert machine.called("dpo-jax bench")[0].endswith("bench configs/other.yaml")
     assert not machine.called("torch==2.13.0")
+
+
+def test_first_gpu_takes_every_step_also_after_a_failure(machine):
+    machine.add_python("python3", 12)
+    done = machine.run("launch/first_gpu.sh", "out")
+    assert done.returncode == 0, done.stderr
+    check, bench, _, _, race = machine.called("python3 ")
+    assert check.endswith("-m dpo_jax.check --json out/check.json")
+    assert "-m dpo_jax.check --only bench --bench --seconds 240 --json out/bench.json --profile out/trace-" in bench
+    assert race.endswith(
+        "bench configs/bench_first_gpu.yaml --bench.contenders torch-live,torch-cached,trl-best,jax-attention"
+    )
+    failing = machine.bin / "failing"
+    failing.write_text('#!/usr/bin/env bash\necho "failing $*" >> "$CALLS"\nexit 1\n')
+    failing.chmod(0o755)
+    done = machine.run("launch/first_gpu.sh", DPO_JAX_PYTHON="failing")
+    assert done.returncode == 1
+    assert len(machine.called("dpo_jax.check")) == 2
+    assert "race: left out, failing has no torch or no transformers" in done.stderr
 
 
 def test_scripts_can_be_run_and_name_no_index():

@@ -351,7 +351,12 @@ def _get(config: Config, dotted: str) -> Any:
 
 def _override(name: str, command: Command, config: Config, path: str, flags: list[str]) -> Config:
     """Applies flags. tyro gets classes with only the options that the command reads, and today's values as defaults."""
-    import tyro
+    if not flags:
+        return config
+    try:
+        import tyro
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{flags[0]}: flags need the package tyro: pip install tyro, or set the option in {path}") from error
 
     shown: dict[str, list[str]] = {}
     for entry in command.reads:
