@@ -157,6 +157,14 @@ def test_splash_refuses_more_columns_than_it_can_count():
         jax.eval_shape(lambda start, end: SPLASH.prepare(start, end, (None,)), many, many)
 
 
+def test_flash_refuses_more_numbers_than_it_can_count():
+    q = jax.ShapeDtypeStruct((130, 4096, 32, 128), jnp.bfloat16)
+    ends = jax.ShapeDtypeStruct((130, 4096), jnp.int32)
+    mix = lambda q, start, end: attend(q, q, q, k_start=start, k_end=end, scale=1.0, path=FLASH)  # noqa: E731
+    with pytest.raises(ValueError, match=r"at most 2,147,483,647 numbers .* have 2,181,038,080 there: use more microbatches"):
+        jax.eval_shape(mix, q, ends, ends)
+
+
 def test_chunks_bound_the_memory_of_both_directions():
     """Also where a policy keeps all matrix products."""
     at_once, limit = 4 * 2 * 1024 * 1024, 1 << 19  # 2 heads; bytes of all scores, and of a chunk's

@@ -17,7 +17,18 @@ import pytest
 from dpo_jax.bench import gates, ladder, race, report, scaling
 from dpo_jax.bench.flops import device_peak, step_flops
 from dpo_jax.bench.profile import own_times, slowest_operations
-from dpo_jax.bench.work import CONTENDERS, Work, by_length, random_pairs, read_pairs, read_work, write_work
+from dpo_jax.bench.work import (
+    CONTENDERS,
+    MEASUREMENTS,
+    SAMPLERS,
+    Work,
+    by_length,
+    library,
+    random_pairs,
+    read_pairs,
+    read_work,
+    write_work,
+)
 from dpo_jax.cli.main import main
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import plan_layout
@@ -339,3 +350,9 @@ def test_pytorch_contenders_take_our_steps(work, rungs):
     assert found["loss_curve"] < 1e-4
     real = {result["real_positions"] for result in (*results.values(), rungs[0]["jax-live"])}
     assert len(real) == 1, "all see the same pairs"
+
+
+def test_each_name_runs_in_the_python_of_its_library():
+    assert {name for name in (*CONTENDERS, *MEASUREMENTS, *SAMPLERS) if library(name) == "torch"} == {
+        *("torch-live", "torch-cached", "trl", "trl-best", "matmul-torch", "torch-generate")
+    }

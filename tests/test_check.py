@@ -45,8 +45,9 @@ def checked(folder, only, *flags):
     return code, json.loads(path.read_text())
 
 
-def test_everything_passes_here(tmp_path, capsys):
-    code, told = checked(tmp_path, "")
+def test_rows_pass_here(tmp_path, capsys):
+    """All but those of several devices and of bfloat16, which take long to compile: CI runs the whole program."""
+    code, told = checked(tmp_path, "versions,memory,matmul,attention,start.float32,log_softmax,checkpoint,parallel.fsdp")
     assert (code, told["ok"], told["failed"]) == (0, True, []), told
     shown = capsys.readouterr().out
     assert all(f"\n{row['name']} " in shown for row in told["rows"])
@@ -55,7 +56,7 @@ def test_everything_passes_here(tmp_path, capsys):
     assert names[:3] == ["devices", "versions", "memory"]
     here = [name for name, path in attention_paths.PATHS.items() if path.platform is None]
     assert {f"attention.{name}.{dtype}" for name in here for dtype in ("float32", "bfloat16")} <= set(names)
-    assert {"parallel.pmap", "parallel.data", "parallel.fsdp", "parallel.tensor", "checkpoint"} <= set(names)
+    assert names[-2:] == ["parallel.fsdp", "checkpoint"]
     assert all(row["failure"] and row["figure"] and row["seconds"] >= 0 for row in told["rows"])
 
 

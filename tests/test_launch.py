@@ -222,9 +222,7 @@ def test_first_gpu_takes_every_step_also_after_a_failure(machine):
     check, bench, _, _, race = machine.called("python3 ")
     assert check.endswith("-m dpo_jax.check --json out/check.json")
     assert "-m dpo_jax.check --only bench --bench --seconds 240 --json out/bench.json --profile out/trace-" in bench
-    assert race.endswith(
-        "bench configs/bench_first_gpu.yaml --bench.contenders torch-live,torch-cached,trl-best,jax-attention"
-    )
+    assert race.endswith("bench configs/bench_first_gpu.yaml --bench.contenders torch-live,torch-cached,trl-best,jax-attention")
     failing = machine.bin / "failing"
     failing.write_text('#!/usr/bin/env bash\necho "failing $*" >> "$CALLS"\nexit 1\n')
     failing.chmod(0o755)

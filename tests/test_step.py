@@ -85,6 +85,44 @@ def test_layouts_and_microbatches_agree(kind, microbatches, variables, tx, one_d
     assert_same(step(init_state(variables, tx), rows_of(kind)), one_device)
 
 
+def mean_loss(variables, rows):
+    logps = completion_logps(MODEL, variables, rows)
+    return LOSS(logps, rows.ref_logps)[0], {}
+
+
+def test_gradients_of_bfloat16_parameters_are_summed_in_float32(variables):
+    """Four microbatches of bfloat16 parameters: closer to the sum of their gradients in float32 than one bfloat16 rounding."""
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)
+    grads = jax.jit(functools.partial(mean_grads, mean_loss, microbatches=4))
+    (ours, _), rows = grads(half, rows_of("shared")), rows_of("shared")
+    total = rows.weight.sum()
+    parts = [
+        jax.jit(jax.grad(lambda v, part: (mean_loss(v, part)[0] * part.weight).sum() / total))(half, part)
+        for part in (jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], rows) for i in range(4))
+    ]
+    expected = jax.tree.map(lambda *xs: np.sum([np.asarray(x, np.float32) for x in xs], axis=0), *parts)
+    for mine, sum_ in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert mine.dtype == jnp.float32
+        np.testing.assert_allclose(mine, sum_, rtol=0, atol=2e-5 * np.abs(sum_).max())
+
+
+def test_microbatches_add_to_one_sum_of_gradients():
+    """Not a second copy beside the first, as large as all parameters, is in memory at any time."""
+    sizes = SIZES | {"width": 128, "layers": 16, "mlp_width": 512}
+    model = make_model(decoder_config(hf_config("llama", **sizes)), remat="full")
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+
+    def objective(variables, rows):
+        logps = completion_logps(model, variables, rows)
+        return LOSS(logps, rows.ref_logps)[0], {}
+
+    rows = rows_of("shared")
+    grads = jax.jit(functools.partial(mean_grads, objective, microbatches=4)).lower(variables, rows)
+    memory = grads.compile().memory_analysis()
+    assert memory.output_size_in_bytes > 12e6  # the sums themselves
+    assert memory.temp_size_in_bytes < memory.output_size_in_bytes / 4
+
+
 @pytest.mark.parametrize("make", [single_device, pmap_partitioner])
 def test_partitioners_agree(make, variables, tx, one_device):
     partitioner = make()

@@ -53,7 +53,7 @@ def race(
         for name in order:
             steps = work.longest_run if number == 0 else work.steps + 1
             start = time.perf_counter()
-            interpreter = python if library(name) == "torch" or name == LIBRARIES["torch"] else sys.executable
+            interpreter = python if library(name) == "torch" else sys.executable
             result = run_one(work, name, steps=steps, round_number=number, python=interpreter)
             results[name].append(result)
             say(f"round {number + 1}/{rounds}  {name:13} {_headline(work, result)}  ({time.perf_counter() - start:.0f} s)")

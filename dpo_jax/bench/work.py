@@ -50,7 +50,8 @@ MEASUREMENTS = {"matmul-torch": "matmul", "matmul-jax": "matmul", "scaling": "sc
 
 
 def library(name: str) -> str:
-    return "jax" if name.startswith("jax") else "torch"
+    """Which library a contender, a sampler or a measurement runs in, and so which Python."""
+    return "torch" if "torch" in name or name.startswith("trl") else "jax"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,9 @@ from dpo_jax.models.kernels import KeySpans, key_spans, keys_twice, of_window, o
 from dpo_jax.types import Array
 
 
+MOST = (1 << 31) - 1  # Triton counts the numbers of an array in int32
+
+
 class Prepared(NamedTuple):
     spans: Spans  # stacked by window
     second: jax.Array | None
@@ -71,6 +74,11 @@ def _attend(
 def _rows(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, *, settings: Settings) -> jax.Array:
     """The rows and heads of one device."""
     length, size = q.shape[1], q.shape[3]
+    if max(q.size, k.size) >= MOST:  # else they would be read from elsewhere, without a word
+        raise ValueError(
+            f"flash attention counts at most {MOST:,} numbers a device, and the queries or keys of a batch have "
+            f"{max(q.size, k.size):,} there: use more microbatches"
+        )
 
     def whole_blocks(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, -size % LANES)))
