@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +22,6 @@ import numpy as np
 
 from dpo_jax.bench import race, report, sampling_race
 from dpo_jax.bench.flops import typical_matmuls
-from dpo_jax.bench.plots import plot_race
 from dpo_jax.bench.profile import slowest_operations
 from dpo_jax.bench.work import (
     CONTENDERS,
@@ -75,11 +75,21 @@ def run(config: Config) -> int:
         if config.bench.scaling:
             summary["scaling"] = report.scaling(race.run_one(work, "scaling", steps=0))
         write_json(run_dir.path / "results.json", {"machine": machine(), **summary})
-        plot_race(summary, run_dir.path / "race.png")
+        _plot(summary, run_dir.path / "race.png")
         print(f"\n{report.table(summary)}\n\nall figures: {run_dir.path / 'results.json'}")
         if config.bench.profile:
             _profile(work, run_dir)
     return 0
+
+
+def _plot(summary: dict[str, Any], path: Path) -> None:
+    """The race as a picture, unless this is an image of a GPU machine without the package for it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"{path}: left out, the package matplotlib is missing")
+        return
+    from dpo_jax.bench.plots import plot_race
+
+    plot_race(summary, path)
 
 
 def _contenders(config: Config) -> list[str]:
