@@ -71,17 +71,14 @@ def _tiles(kernel: str, head_size: int, dtype: Any) -> Tiles:
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, settings: Settings) -> tuple[jax.Array, jax.Array]:
     """Mixed values [R, L, N, H], typed as `v`, and the log-sum-exp of each query in base 2, float32[R, N, L]."""
     rows, length, heads, size = q.shape
-    keys, group = k.shape[1], heads // k.shape[2]
     tiles = _tiles("forward", size, q.dtype)
-    of_query = pl.BlockSpec((None, tiles.own, None, size), lambda i, n, r: (r, i, n, 0))
-    of_key = pl.BlockSpec((None, keys, None, size), lambda i, n, r: (r, 0, n // group, 0))
-    ranges = pl.BlockSpec((None, tiles.own), lambda i, n, r: (r, i))
+    of_query, of_key, ranges, statistic = _specs_by_query(q, k, tiles)
     return _call(
         functools.partial(_forward, settings=settings, tiles=tiles),
         name="flash_forward",
         grid=(length // tiles.own, heads, rows),
         in_specs=[of_query, of_key, of_key, ranges, ranges, *_bounds_specs(length)],
-        out_specs=[of_query, pl.BlockSpec((None, None, tiles.own), lambda i, n, r: (r, n, i))],
+        out_specs=[of_query, statistic],
         out_shape=[jax.ShapeDtypeStruct(q.shape, v.dtype), jax.ShapeDtypeStruct((rows, heads, length), jnp.float32)],
         tiles=tiles,
         settings=settings,
@@ -109,12 +106,8 @@ def backward(
 
 def _d_queries(q, k, v, spans: Spans, settings: Settings, *, log_mass, pull, d_out) -> jax.Array:
     rows, length, heads, size = q.shape
-    keys, group = k.shape[1], heads // k.shape[2]
     tiles = _tiles("d_queries", size, q.dtype)
-    of_query = pl.BlockSpec((None, tiles.own, None, size), lambda i, n, r: (r, i, n, 0))
-    of_key = pl.BlockSpec((None, keys, None, size), lambda i, n, r: (r, 0, n // group, 0))
-    ranges = pl.BlockSpec((None, tiles.own), lambda i, n, r: (r, i))
-    statistic = pl.BlockSpec((None, None, tiles.own), lambda i, n, r: (r, n, i))
+    of_query, of_key, ranges, statistic = _specs_by_query(q, k, tiles)
     return _call(
         functools.partial(_backward_queries, settings=settings, tiles=tiles),
         name="flash_dq",
@@ -147,6 +140,17 @@ def _d_keys(q, k, v, spans: Spans, settings: Settings, *, log_mass, pull, d_out)
         tiles=tiles,
         settings=settings,
     )(q, k, v, d_out, log_mass, pull, spans.start, spans.end, spans.query_first, spans.query_last)
+
+
+def _specs_by_query(q: jax.Array, k: jax.Array, tiles: Tiles) -> tuple[pl.BlockSpec, ...]:
+    """What a program with a tile of queries reads: of arrays by query, by key, of intervals, and of statistics [R, N, L]."""
+    size, keys, group = q.shape[3], k.shape[1], q.shape[2] // k.shape[2]
+    return (
+        pl.BlockSpec((None, tiles.own, None, size), lambda i, n, r: (r, i, n, 0)),
+        pl.BlockSpec((None, keys, None, size), lambda i, n, r: (r, 0, n // group, 0)),
+        pl.BlockSpec((None, tiles.own), lambda i, n, r: (r, i)),
+        pl.BlockSpec((None, None, tiles.own), lambda i, n, r: (r, n, i)),
+    )
 
 
 def _bounds_specs(length: int) -> list[pl.BlockSpec]:
