@@ -57,12 +57,14 @@ class Tiles(NamedTuple):
 
 
 def _tiles(kernel: str, head_size: int, dtype: Any) -> Tiles:
-    """The largest tiles whose sums stay in registers: compiled for an H100, the kernels do not spill up to 128 entries a head.
+    """The largest tiles whose sums stay in registers: compiled for an H100, no kernel spills.
 
     Chosen without a chip at hand. The gradients of keys and values hold two sums, and so meet shorter tiles.
     """
     if dtype == jnp.float32:  # no tensor cores: more registers per product
-        return Tiles(32, 32) if head_size <= 96 else Tiles(16, 32) if kernel == "forward" else Tiles(32, 16)
+        if head_size <= 96:
+            return Tiles(32, 32)
+        return Tiles(16, 32) if kernel == "forward" else Tiles(32 if head_size <= 128 else 16, 16)
     if head_size > 128:
         return Tiles(BLOCK, 16 if kernel == "d_keys" else 32, warps=8)
     return Tiles(BLOCK, 32 if kernel == "d_keys" and head_size > 64 else BLOCK)
