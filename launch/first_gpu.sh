@@ -49,7 +49,7 @@ step bench "$python" -m dpo_jax.check --only bench --bench --seconds "${DPO_JAX_
   --profile "$out/trace-$(date +%s)"
 if has torch transformers; then
   contenders=()
-  has trl datasets tyro && contenders=(--bench.contenders torch-live,torch-cached,trl-best,jax-attention)
+  has trl datasets tyro && contenders=(--bench.contenders "torch-live,torch-cached,trl-best,jax-attention")
   step race "$python" -c 'import sys; from dpo_jax.cli.main import main; sys.exit(main(sys.argv[1:]))' bench "$race" ${contenders[@]+"${contenders[@]}"}
 else
   say "race: left out, $python has no torch or no transformers"
