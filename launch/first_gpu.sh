@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything to learn about a GPU that is new to us, in ten minutes: does it compute right, how fast, where does the time go.
+# Everything to learn first about a GPU that is new to us: does it compute right, how fast, where does the time go.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

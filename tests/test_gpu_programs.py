@@ -99,7 +99,7 @@ def test_gradients_of_microbatches_are_there_once():
     one, four = (compiled("pythia", remat="full", microbatches=n).memory_analysis() for n in (1, 4))
     gradients = one.argument_size_in_bytes / 2  # parameters and one moment of RMSprop, float32 each
     assert one.temp_size_in_bytes > gradients
-    assert four.temp_size_in_bytes < 1.5 * gradients  # two copies would be 2
+    assert four.temp_size_in_bytes < 1.4 * gradients  # two copies would be 2
 
 
 @pytest.mark.parametrize("path", ["flash", "cudnn"])

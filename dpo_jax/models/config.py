@@ -22,7 +22,7 @@ class DecoderConfig:
     head_size: int  # H
     mlp_width: int
     max_positions: int  # rows of the position table; with rotary positions only the length the model was trained for
-    activation: str  # a key of decoder.ACTIVATIONS
+    activation: str  # a key of activations.ACTIVATIONS
     norm: str  # "layer" (mean and variance, bias), "rms", or "rms_plus_one" (the scale is 1 + weight)
     norm_eps: float
     attention_scale: float  # of the scores, before softmax

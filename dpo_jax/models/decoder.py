@@ -8,7 +8,6 @@ the depth.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from dpo_jax.models.activations import ACTIVATIONS
 from dpo_jax.models.attention import DENSE, AttentionPath, attend, rotate
 from dpo_jax.models.attention_paths import CHUNKED
 from dpo_jax.models.axes import as_stored, by_row
@@ -24,20 +24,6 @@ from dpo_jax.models.products import float32_product, precision_of
 from dpo_jax.types import ROW_AXES, Array, Model, Rows, Variables
 
 NO_WINDOW = 1 << 30  # of a layer with full attention in a model that has windows elsewhere
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution function. `jax.nn.gelu` computes it with erfc, on a CPU in more passes over memory."""
-    y = x.astype(jnp.float32)  # 1 + erf cancels on the left
-    return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": _gelu,
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
 
 
 # What the backward pass keeps of a layer; the rest it computes again. Keeping all matrix products takes less than half of the
