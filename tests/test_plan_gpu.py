@@ -229,7 +229,8 @@ def pairs_of(count):
 
 FLOPS = pair_flops(config_of(), prompt=20, chosen=14, rejected=30)
 # A row of 64 scores all places, and the dense path computes what nobody sees.
-PRODUCTS = FLOPS.trunk + FLOPS.head * 64 / 44 + 4 * 2 * SIZES["heads"] * SIZES["head_size"] * 64**2
+SCORES = 2 * 2 * SIZES["heads"] * SIZES["head_size"] * 64**2  # of both layers
+PRODUCTS = FLOPS.trunk + FLOPS.head * 64 / 44 + 2 * SCORES
 
 
 @functools.cache
@@ -257,9 +258,9 @@ def test_a_step_on_a_gpu_multiplies_three_times_as_much():
     # Forward, and two products backward for each one. Nobody wants the gradient of the tokens' embeddings by a product.
     one, eight = planned("h100:1"), planned("h100:8")
     for found, devices in ((one, 1), (eight, 8)):
-        repeated = found.matmul_flops / (3 * 8 * PRODUCTS / devices)
-        # Before 0.12 XLA repeats some of them.
-        assert repeated == 1 or (jax.__version_info__ < (0, 12) and 1 < repeated < 1.07)
+        repeated = found.matmul_flops - 3 * 8 * PRODUCTS / devices
+        # Some versions of XLA compute the scores of the dense path again in the backward pass: whole products, at most thrice.
+        assert repeated in [times * 8 * SCORES / devices for times in range(4)]
     assert one.collectives == {}
     assert {"all-gather", "reduce-scatter", "all-reduce"} <= set(eight.collectives)
     assert one.unknown_loops == eight.unknown_loops == 0
