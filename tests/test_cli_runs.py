@@ -341,11 +341,11 @@ def test_a_run_resumed_from_the_middle_equals_the_uninterrupted_one(done, copy, 
     [
         ("--dpo.beta", 0.2, "beta: was 0.1, is 0.2"),
         ("--dpo.lr", 0.01, "lr: was 0.001, is 0.01"),
-        ("--dpo.epochs", 3, "epochs: was 2, is 3"),
-        ("--data.max-train", 60, "data: was '"),
+        ("--dpo.schedule", "linear", "schedule: was 'constant', is 'linear'"),
     ],
 )
-def test_another_setting_in_the_same_directory_is_refused_by_name(done, flag, value, named):
+def test_another_setting_in_the_same_directory_is_refused_by_name_at_once(done, flag, value, named, monkeypatch):
+    monkeypatch.setattr(build, "tokenizer_of", None)  # neither data nor a model is read
     before = {name: (done / "dpo" / name).read_bytes() for name in ("config.yaml", "env.json", "data_report.json")}
     message = refused(2, "dpo", done.config, flag, value)
     assert named in message
@@ -354,11 +354,50 @@ def test_another_setting_in_the_same_directory_is_refused_by_name(done, flag, va
     assert {name: (done / "dpo" / name).read_bytes() for name in before} == before
 
 
-def test_another_optimizer_or_model_is_refused_before_anything_is_read(done, tmp_path):
-    message = refused(2, "dpo", done.config, "--dpo.optimizer", "adamw")
-    assert "8 is of another model or optimizer" in message
-    assert "absent there, float32[" in message
-    assert "Continue it with the settings it was saved with, or choose another directory." in message
+def test_other_data_in_the_same_directory_are_refused_for_what_changed(done):
+    before = {name: (done / "dpo" / name).read_bytes() for name in ("config.yaml", "env.json", "data_report.json")}
+    message = refused(2, "dpo", done.config, "--data.max-train", 60)
+    assert "holds a run with other data:\n" in message
+    assert "  data.max_train: was None, is 60\n" in message
+    assert "  train split, kept: was 64, is 60\n" in message
+    assert sum("was" in line for line in message.splitlines()) <= 4  # and rows and candidates read
+    assert {name: (done / "dpo" / name).read_bytes() for name in before} == before
+
+
+def test_a_longer_run_continues_and_is_as_if_it_had_always_been_longer(done, copy, tmp_path):
+    result = call("dpo", copy.config, "--dpo.epochs", 3)
+    assert (result.code, f"continuing {copy / 'dpo'} after {STEPS} steps" in result.out) == (0, True), result
+    assert "the run is of 3 epochs now; it was of 2" in result.out
+    at_once = ("--run.dir", tmp_path / "at-once", "--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs")
+    assert call("dpo", done.config, *at_once, "--dpo.epochs", 3).code == 0
+    assert bytes_of(copy / "dpo" / "export") == bytes_of(tmp_path / "at-once" / "dpo" / "export")
+    assert load_config(copy / "dpo" / "config.yaml").dpo.epochs == 3
+
+
+def test_held_out_pairs_may_change_and_it_is_said(copy):
+    shutil.rmtree(copy / "dpo" / "checkpoints" / "8")
+    result = call("dpo", copy.config, "--data.max-test", 20)
+    assert result.code == 0, result
+    assert "note: the held-out pairs changed; evaluations before and after cannot be compared\n" in result.out
+    assert "  test split, kept: was 24, is 20" in result.out
+
+
+def test_a_second_round_may_keep_the_first_reference(done, tmp_path):
+    second = ("--run.dir", tmp_path, "--dpo.policy", done / "dpo" / "export", "--dpo.reference", done / "sft" / "export")
+    result = call("dpo", done.config, *second, "--refs.cache", done / "refs")
+    assert result.code == 0, result
+    assert "88 of 88 pairs are there already" in result.out  # those of the first round
+    first_step = next(row for row in read_metrics(tmp_path / "dpo" / "metrics.jsonl") if row["step"] == 0)
+    assert abs(first_step["displacement/chosen"]) > 0.01  # it starts elsewhere, and that is no error
+    evaluated = call("eval", done.config, *second, "--refs.cache", done / "refs", "--eval.samples", 0)
+    assert evaluated.code == 0, evaluated
+    settings = json.loads((tmp_path / "eval" / "report.json").read_text())["settings"]
+    assert settings["reference"] == str(done / "sft" / "export")
+    message = refused(2, "dpo", done.config, *second[:4], "--dpo.reference", done / "dpo" / "export")
+    assert "reference: was '" in message
+
+
+def test_another_model_is_refused_before_anything_is_read(done, tmp_path):
     wider = ("--run.dir", tmp_path, "--tokenizer.path", done / "tokenizer", "--model.width", 64, "--run.seed", 0)
     shutil.copytree(done / "sft", tmp_path / "sft")
     message = refused(2, "sft", done.config, *wider)

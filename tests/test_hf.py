@@ -17,7 +17,8 @@ from test_models import CASES, GEMMA3_4B, golden, logits_of, text_rows
 
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import DEFAULTS, decoder_config, hf_config
-from dpo_jax.models.hf import load_config, load_hf, resolve, save_hf
+from dpo_jax.models.hf import load_config, load_hf, save_hf
+from dpo_jax.models.hub import resolve
 
 MODELS = GOLDEN / "models"
 

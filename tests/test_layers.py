@@ -23,7 +23,7 @@ ONLY_IN = {
     "yaml": ["cli/config_file.py"],
     "tyro": ["cli/main.py"],
     "tensorflow_datasets": ["data/tfds.py"],
-    "huggingface_hub": ["models/hf.py"],
+    "huggingface_hub": ["models/hub.py"],
     # Curves of a run, the frontier, reliability, win rates, the race.
     "matplotlib": [
         *[f"evals/{name}.py" for name in ("plots", "frontier_plot", "calibration_plot", "win_rates_plot")],
@@ -44,7 +44,7 @@ NOWHERE = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tens
 # --help answers at once
 LIGHT = [
     f"cli/{name}.py"
-    for name in ("config", "config_file", "config_judge", "config_lab", "config_report", "config_study", "main")
+    for name in ("config", "config_file", "config_judge", "config_lab", "config_report", "config_study", "fixed", "main")
 ]
 # What runs in the processes of the PyTorch contenders, where JAX would count as their memory.
 WITHOUT_JAX = [f"bench/{name}.py" for name in ("contender", "matmul", "torch_loop", "torch_sampler", "trl_loop", "work")]

@@ -18,6 +18,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.cli.config import BASELINES, Config, ConfigError, DpoConfig, SftConfig, dump_config
+from dpo_jax.cli.fixed import date_of, pin_models
+from dpo_jax.data.chat_date import at_date
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Completion, Layout
 from dpo_jax.data.loader import plan_layout
@@ -32,7 +34,8 @@ from dpo_jax.losses import dpo_loss, ipo_loss, unlikelihood_loss
 from dpo_jax.models.attention_paths import attention_path, path_name
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
-from dpo_jax.models.hf import load_config, read_weights, resolve, variable_shapes
+from dpo_jax.models.hf import load_config, read_weights, variable_shapes
+from dpo_jax.models.hub import resolve
 from dpo_jax.reference import WeightsDigest
 from dpo_jax.runtime.compiling import keep_programs
 from dpo_jax.runtime.hosts import HostsError, first_goes_first, is_first, start
@@ -79,6 +82,8 @@ def describe(run: RunDir, config: Config, *reports: DataReport) -> None:
         return
     # Which process this was is no part of what can be run again.
     anywhere = dataclasses.replace(config.run, coordinator=None, num_processes=None, process_id=None)
+    if reports:
+        config = pin_models(config)
     run.config.write_text(dump_config(dataclasses.replace(config, run=anywhere)), encoding="utf-8")
     run.write_env()
     if reports:
@@ -200,13 +205,6 @@ def only_kept(preferences: PreferenceSet, encoded: EncodedSet) -> list[Preferenc
     return [preference for preference in preferences if preference.uid in kept]
 
 
-def fingerprint(config: Config, section: SftConfig | DpoConfig) -> dict[str, Any]:
-    """The options that decide what a training run computes; where it runs and what it logs is left out."""
-    free = {"policy", "microbatches"}
-    options = {name: value for name, value in dataclasses.asdict(section).items() if name not in free}
-    return {**options, "seed": config.run.seed, "precision": config.run.precision}
-
-
 def with_data(config: Config, **changes: Any) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
 
@@ -219,7 +217,7 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     for path, option in ((config.tokenizer.path, "tokenizer.path"), (model_path, name)):
         if path is not None:
             with _naming(option, path):
-                return load_tokenizer(_existing(path, option))
+                return at_date(load_tokenizer(_existing(path, option)), date_of(config))
     if config.data.source in TEXT_SOURCES:
         texts = [snippet.text for snippet in load_texts(config, "train")]
     else:
@@ -330,12 +328,6 @@ def load_weights(path: str, model: Model, partitioner: Partitioner, *, name: str
     with _naming(name, path):
         variables = partitioner.load_variables(variable_shapes(model), digest.watch(read_weights(path, model)))
     return variables, digest.hexdigest()
-
-
-def architecture(model: Model) -> str:
-    """A digest of everything but the weights that decides what a decoder computes: rotary base, window, epsilon, ..."""
-    fields = dataclasses.asdict(model.config) | {"hf_json": ""}  # which also says who saved it, and in which version
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import datetime
 import functools
 import inspect
 import itertools
@@ -162,6 +163,8 @@ class DataConfig:
     """Length, in tokens, to which the prompt is cut when prompt plus completion exceed max_length."""
     truncation: Literal["keep_end", "keep_start"] = "keep_end"
     """Which end of an over-long prompt is kept."""
+    date: str | None = None
+    """Day that a chat template takes for today, such as 2026-11-27; none: the day on which the run directory was begun."""
     layout: Literal["packed", "shared", "plain"] = "packed"
     """Several pairs a row, one pair a row with its prompt read once, or one completion a row. Same numbers, less padding."""
     row_length: int | None = None
@@ -175,6 +178,11 @@ class DataConfig:
             yield "max_dropped_share", f"must be a share between 0 and 1, got {self.max_dropped_share}"
         if self.row_length is not None and self.row_length < self.max_length:
             yield "row_length", f"must be at least max_length ({self.max_length}), got {self.row_length}"
+        if self.date is not None:
+            try:
+                datetime.datetime.fromisoformat(self.date)
+            except ValueError:
+                yield "date", f"must be a day, such as 2026-11-27, with or without a time (2026-11-27T09:30), got {self.date!r}"
         for field in ("train_split", "test_split"):
             if not getattr(self, field).strip():
                 yield field, "must name a split"
@@ -307,7 +315,9 @@ class DpoConfig(TrainingConfig):
     """Direct Preference Optimization (Rafailov et al. 2023). Defaults are the paper's."""
 
     policy: str | None = None
-    """Folder or Hub id of the starting policy, which is also the reference; none: sft/export in the run directory."""
+    """Folder or Hub id of the starting policy; none: sft/export in the run directory."""
+    reference: str | None = None
+    """Folder or Hub id of the reference; none: the starting policy. A second round may keep the reference of the first."""
     loss: Literal["dpo", "ipo", "unlikelihood", "preferred_ft"] = "dpo"
     """The paper's loss, IPO (Azar et al. 2023), or one of the paper's baselines, which know no reference."""
     beta: float = 0.1
@@ -348,7 +358,7 @@ class EvalConfig:
     policy: str | None = None
     """Folder or Hub id of the policy; none: dpo/export in the run directory."""
     reference: str | None = None
-    """Folder or Hub id of the reference; none: the starting policy of dpo."""
+    """Folder or Hub id of the reference; none: that of dpo."""
     batch: int = 64
     """Pairs a forward pass."""
     samples: int = 64
@@ -553,8 +563,11 @@ class Config:
         return f"{self.run.checkpoints}/{task}" if self.run.checkpoints else f"{self.run.dir}/{task}/checkpoints"
 
     def dpo_policy(self) -> str:
-        """The starting policy of DPO, which is the reference too."""
+        """The starting policy of DPO, which is the reference too, unless another one is named."""
         return self.dpo.policy or f"{self.run.dir}/sft/export"
+
+    def dpo_reference(self) -> str:
+        return self.dpo.reference or self.dpo_policy()
 
     def refs_cache(self) -> str:
         return self.refs.cache or f"{self.run.dir}/refs"
@@ -563,7 +576,7 @@ class Config:
         return self.eval.policy or f"{self.run.dir}/dpo/export"
 
     def eval_reference(self) -> str:
-        return self.eval.reference or self.dpo_policy()
+        return self.eval.reference or self.dpo_reference()
 
     def judge_out(self) -> str:
         return self.judge.out or f"{self.run.dir}/judge"

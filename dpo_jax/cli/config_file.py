@@ -139,7 +139,7 @@ def _convert(node: yaml.ScalarNode, hint: Any) -> tuple[bool, Any]:
         # YAML takes the word off for a truth value; where it is a choice it is one.
         return tag in ("str", "bool") and node.value in typing.get_args(hint), node.value
     if hint is str:
-        return tag == "str", node.value
+        return tag in ("str", "timestamp"), node.value  # a day is written without quotes
     if hint is bool:
         return tag == "bool", _WORDS.get(node.value.lower())
     if plain and hint in (int, float) and tag in ("int", "float", "str"):

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.cli import build
+from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.config import BASELINES, Config, DpoConfig
-from dpo_jax.cli.refs import reference_values
-from dpo_jax.cli.train import check_checkpoints, leave_results, train
+from dpo_jax.cli.refs import check_reference, load_reference, reference_values
+from dpo_jax.cli.train import earlier_run, leave_results, train
 from dpo_jax.data.loader import in_order, skippable, stream, total_steps
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.dpo import dpo_step
@@ -28,9 +28,10 @@ class WrongStart(RuntimeError):
 def run(config: Config) -> int:
     section = config.dpo
     with build.open_run(config, "dpo", continues=True) as run_dir:
-        check_checkpoints(config, "dpo")
+        earlier = earlier_run(config, "dpo", section)
         tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
         model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy")
+        check_reference(config, model, tokenizer)
         partitioner = build.make_partitioner(config, model)
         pairs, held_out = (
             build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
@@ -39,11 +40,16 @@ def run(config: Config) -> int:
         plan = functools.partial(build.pair_layout, config, [*pairs, *held_out], batch=section.batch)
         layout = plan(parts=parts, microbatches=skippable(section.microbatches, partitioner.row_shards))
         forward_layout = plan(parts=partitioner.row_shards)
-        variables, start = build.load_weights(config.dpo_policy(), model, partitioner, name="dpo.policy")
+        variables, reference = load_reference(config, model, partitioner)
         ref_logps, held_out_ref = reference_values(
-            config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner, weights=start
+            config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner, weights=reference
         )
-        steps = total_steps(len(pairs), batch=section.batch, epochs=section.epochs)
+        start = reference
+        if section.reference:
+            build.free(variables)
+            variables, start = build.load_weights(config.dpo_policy(), model, partitioner, name="dpo.policy")
+        behind = identity.behind(earlier, examples=len(pairs), batch=section.batch)
+        steps = total_steps(len(pairs), batch=section.batch, epochs=section.epochs, behind=behind)
         loss, tx = build.make_loss(section), build.make_tx(section, steps=steps)
         step = functools.partial(
             dpo_step, model=model, tx=tx, loss=loss, microbatches=section.microbatches, axis_name=partitioner.axis_name
@@ -58,6 +64,9 @@ def run(config: Config) -> int:
             )
             return preference_summary(logps, held_out_ref, loss=loss)
 
+        at_reference = functools.partial(
+            starts_at_reference, expected_loss=loss_at_reference(section), tolerance=TOLERANCE[config.run.precision]
+        )
         print(f"{len(pairs):,} pairs to train on, {len(held_out):,} held out; rows of {layout.length} tokens", flush=True)
         state = train(
             config,
@@ -71,23 +80,26 @@ def run(config: Config) -> int:
                 batch=section.batch,
                 seed=config.run.seed,
                 epochs=section.epochs,
+                behind=behind,
                 ref_logps=ref_logps,
                 part=partitioner.host_part,
             ),
             total_steps=steps,
             lr=build.make_schedule(section, steps=steps),
             fingerprint={
-                **build.fingerprint(config, section),
+                **identity.settings(config, section),
                 "data": data_digest(pairs),
                 "start": start,
-                "architecture": build.architecture(model),
+                "reference": reference,
+                "architecture": identity.architecture(model),
+                "behind": behind,
             },
+            earlier=earlier,
+            data=identity.data_record(config, tokenizer, [pairs.report, held_out.report], held_out=data_digest(held_out)),
             reports=[pairs.report, held_out.report],
             partitioner=partitioner,
             evaluate=evaluate,
-            check=functools.partial(
-                starts_at_reference, expected_loss=loss_at_reference(section), tolerance=TOLERANCE[config.run.precision]
-            ),
+            check=at_reference if start == reference else None,
         )
         leave_results(run_dir, model, state, tokenizer, card=lambda: dpo_card(config, run_dir))
     return 0

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.cli import build
+from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import dpo_card, result_table
 from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.cli.refs import reference_values
@@ -31,20 +31,22 @@ from dpo_jax.types import Model, Partitioner, Variables
 def run(config: Config) -> int:
     given = config
     # The reference of the table is also the reference of the rewards.
-    config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, policy=config.eval_reference()))
+    config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, reference=config.eval_reference()))
     of_run = Path(config.eval_policy()).resolve() == Path(config.run.dir, "dpo", "export").resolve()
     with build.open_run(given, "rewards" if config.eval.rewards else "eval", out=config.eval.rewards_out) as run_dir:
         tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
-        model = build.policy_model(config, config.dpo_policy(), tokenizer, name="eval.reference")
+        model = build.policy_model(config, config.dpo_reference(), tokenizer, name="eval.reference")
         judged = build.policy_model(config, config.eval_policy(), tokenizer, name="eval.policy")
-        if build.architecture(judged) != build.architecture(model):
-            raise ConfigError(f"eval.reference: {config.dpo_policy()} is another model than the policy, not only other weights")
+        if identity.architecture(judged) != identity.architecture(model):
+            raise ConfigError(
+                f"eval.reference: {config.dpo_reference()} is another model than the policy, not only other weights"
+            )
         partitioner = build.make_partitioner(config, model)
         preferences = build.load_split(config, "test", tokenizer)
         held_out = build.encode_split(config, preferences, tokenizer)
         build.describe(run_dir, given, held_out.report)
         weights: dict[str, str] = {}
-        reference, weights["reference"] = build.load_weights(config.dpo_policy(), model, partitioner, name="eval.reference")
+        reference, weights["reference"] = build.load_weights(config.dpo_reference(), model, partitioner, name="eval.reference")
         policy, weights["policy"] = build.load_weights(config.eval_policy(), model, partitioner, name="eval.policy")
         loss = build.make_loss(config.dpo)
         (ref_logps,) = reference_values(
@@ -145,4 +147,4 @@ def _update_card(config: Config, report: dict[str, Any]) -> None:
 def _settings(config: Config) -> dict[str, Any]:
     """What the figures of the table depend on besides weights and data."""
     names = ("loss", "beta", "alpha", "label_smoothing", "reference_free")
-    return {**{name: getattr(config.dpo, name) for name in names}, "reference": config.dpo_policy()}
+    return {**{name: getattr(config.dpo, name) for name in names}, "reference": config.dpo_reference()}

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.cli import build
+from dpo_jax.cli import build, identity
 from dpo_jax.cli import sft as sft_command
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.config_lab import FrontierConfig, numbers
@@ -102,7 +102,7 @@ def _shared(config: Config, digest: str, world: World) -> dict[str, Any]:
     }
     return {
         "reference": digest,
-        "architecture": build.architecture(world.model),
+        "architecture": identity.architecture(world.model),
         "tokenizer": tokenizer_digest(world.tokenizer),
         "data": {"source": config.data.source, "max_prompt_length": config.data.max_prompt_length},
         "frontier": options,

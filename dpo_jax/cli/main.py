@@ -36,6 +36,7 @@ from dpo_jax.cli import config as options
 from dpo_jax.cli.config import Config, ConfigError, load_config_with_lines
 from dpo_jax.cli.config_file import suggest, types_of
 from dpo_jax.cli.config_report import ReportConfig
+from dpo_jax.cli.fixed import fix
 
 
 class Command(NamedTuple):
@@ -47,7 +48,7 @@ class Command(NamedTuple):
 
 # Every step of a run takes the sections that describe it, so that one set of flags serves them all.
 _RUN = ("run", "mesh", "data", "tokenizer", "model")
-_LOSS = ("dpo.policy", "dpo.loss", "dpo.beta", "dpo.alpha", "dpo.label_smoothing", "dpo.reference_free")
+_LOSS = ("dpo.policy", "dpo.reference", "dpo.loss", "dpo.beta", "dpo.alpha", "dpo.label_smoothing", "dpo.reference_free")
 # The contenders decide on device and layout.
 _BENCH = (
     *("run.dir", "run.seed", "run.precision", "tokenizer", "model", "bench"),
@@ -81,7 +82,12 @@ COMMANDS = {
     "sft": Command(
         "fine-tune on the chosen completions: the starting policy", "dpo_jax.cli.sft:run", (*_RUN, "sft"), ("data", "model")
     ),
-    "refs": Command("cache the reference log-probabilities", "dpo_jax.cli.refs:run", (*_RUN, "dpo.policy", "refs"), ("data",)),
+    "refs": Command(
+        "cache the reference log-probabilities",
+        "dpo_jax.cli.refs:run",
+        (*_RUN, "dpo.policy", "dpo.reference", "refs"),
+        ("data",),
+    ),
     "dpo": Command("train the policy on preferences", "dpo_jax.cli.dpo:run", (*_RUN, "refs", "dpo"), ("data",)),
     "eval": Command("measure a policy on held-out pairs", "dpo_jax.cli.eval:run", (*_RUN, *_LOSS, "refs", "eval"), ("data",)),
     "sample": Command("complete prompts with a policy", "dpo_jax.cli.sample:run", (*_RUN, "sample"), ("data",)),
@@ -280,6 +286,8 @@ def _run(args: list[str]) -> int:
 
 def _execute(name: str, config: Config) -> int:
     module, function = COMMANDS[name].target.split(":")
+    if any(option.startswith("tokenizer") for option in COMMANDS[name].reads):  # it makes token ids of the data
+        config = fix(config)
     return getattr(importlib.import_module(module), function)(config)
 
 

@@ -15,7 +15,8 @@ from dpo_jax.cli.world import has_true_reward, make_world, refuse_mesh, sized
 from dpo_jax.evals.plots import plot_training
 from dpo_jax.evals.rewards import Reward
 from dpo_jax.lab.reward_model import RewardModel, load_head
-from dpo_jax.models.hf import resolve, save_hf
+from dpo_jax.models.hf import save_hf
+from dpo_jax.models.hub import resolve
 from dpo_jax.reward import HEAD
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.rundir import write_json

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dpo_jax.cli import build
-from dpo_jax.cli.config import Config
+from dpo_jax.cli import build, identity
+from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import Batch, in_order
 from dpo_jax.data.tokenizer import tokenizer_digest
@@ -24,17 +24,33 @@ def run(config: Config) -> int:
     with build.open_run(config, "refs") as run_dir:
         tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
         model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy")
+        check_reference(config, model, tokenizer)
         partitioner = build.make_partitioner(config, model)
         splits = [
             build.encode_split(config, build.load_split(config, name, tokenizer), tokenizer) for name in ("train", "test")
         ]
         build.describe(run_dir, config, *(split.report for split in splits))
-        variables, digest = build.load_weights(config.dpo_policy(), model, partitioner, name="dpo.policy")
+        variables, digest = load_reference(config, model, partitioner)
         values = reference_values(config, model, variables, tokenizer, splits, partitioner=partitioner, weights=digest)
         for name, logps in zip(("train", "test"), values, strict=True):
             chosen, rejected = logps.mean(axis=0)
             print(f"{name}: {len(logps):,} pairs, mean log pi_ref(chosen) {chosen:.2f}, of rejected {rejected:.2f} nats")
     return 0
+
+
+def check_reference(config: Config, model: Model, tokenizer: Any) -> None:
+    """Raises `ConfigError` where `dpo.reference` is not the policy's model with other weights. Reads no weights."""
+    if config.dpo.reference is None:
+        return
+    reference = build.policy_model(config, config.dpo.reference, tokenizer, name="dpo.reference")
+    if identity.architecture(reference) != identity.architecture(model):
+        raise ConfigError(f"dpo.reference: {config.dpo.reference} is another model than the policy, not only other weights")
+
+
+def load_reference(config: Config, model: Model, partitioner: Partitioner) -> tuple[Variables, str]:
+    """The reference's weights on the devices, and their digest."""
+    name = "dpo.policy" if config.dpo.reference is None else "dpo.reference"
+    return build.load_weights(config.dpo_reference(), model, partitioner, name=name)
 
 
 def reference_values(
@@ -52,7 +68,7 @@ def reference_values(
     `variables` are the partitioner's, `weights` is their digest.
     """
     # The first host has the cache; what it lacks, and in the end all values, the others hear from it.
-    cache = ReferenceCache(config.refs_cache(), identity(config, model, weights, tokenizer)) if is_first() else None
+    cache = ReferenceCache(config.refs_cache(), cache_identity(config, model, weights, tokenizer)) if is_first() else None
     for what in cache.damage if cache is not None else ():
         print(f"{config.refs_cache()}: {what}; what is lacking is computed again", flush=True)
     pairs = [pair for split in splits for pair in split]
@@ -81,11 +97,11 @@ def reference_values(
     return np.split(values, np.cumsum([len(split) for split in splits])[:-1])
 
 
-def identity(config: Config, model: Model, weights: str, tokenizer: Any) -> dict[str, Any]:
+def cache_identity(config: Config, model: Model, weights: str, tokenizer: Any) -> dict[str, Any]:
     """Everything that reference log-probabilities depend on."""
     return {
         "weights": weights,
-        "architecture": build.architecture(model),
+        "architecture": identity.architecture(model),
         "tokenizer": tokenizer_digest(tokenizer),
         "max_length": config.data.max_length,
         "max_prompt_length": config.data.max_prompt_length,

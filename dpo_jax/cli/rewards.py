@@ -48,7 +48,7 @@ def write_rewards(
         "pairs": len(held_out),
         "settings": {
             "policy": config.eval_policy(),
-            "reference": config.dpo_policy(),
+            "reference": config.dpo_reference(),
             "beta": beta,
             "loss": config.dpo.loss,
             "data": config.data.path or config.data.source,

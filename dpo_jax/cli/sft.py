@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.cli import build
+from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import sft_card
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.train import check_checkpoints, leave_results, train
+from dpo_jax.cli.train import earlier_run, leave_results, train
 from dpo_jax.data.layout import Completion
 from dpo_jax.data.loader import in_order, plan_layout, skippable, stream, total_steps
 from dpo_jax.data.pairs import DataReport
@@ -24,7 +24,7 @@ from dpo_jax.types import TrainState
 def run(config: Config) -> int:
     section, data = config.sft, config.data
     with build.open_run(config, "sft", continues=True) as run_dir:
-        check_checkpoints(config, "sft")
+        earlier = earlier_run(config, "sft", section)
         tokenizer = build.tokenizer_of(config, model_path=config.model.path)
         model = build.start_model(config, tokenizer)
         partitioner = build.make_partitioner(config, model)
@@ -35,7 +35,8 @@ def run(config: Config) -> int:
         plan = functools.partial(plan_layout, [*texts, *held_out], kind=kind, batch=section.batch, length=data.row_length)
         layout = plan(multiple=parts, microbatches=skippable(section.microbatches, partitioner.row_shards))
         forward_layout = plan(multiple=partitioner.row_shards)
-        steps = total_steps(len(texts), batch=section.batch, epochs=section.epochs)
+        behind = identity.behind(earlier, examples=len(texts), batch=section.batch)
+        steps = total_steps(len(texts), batch=section.batch, epochs=section.epochs, behind=behind)
         tx = build.make_tx(section, steps=steps)
         step = functools.partial(
             sft_step, model=model, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name
@@ -62,17 +63,21 @@ def run(config: Config) -> int:
                 batch=section.batch,
                 seed=config.run.seed,
                 epochs=section.epochs,
+                behind=behind,
                 uids=uids,
                 part=partitioner.host_part,
             ),
             total_steps=steps,
             lr=build.make_schedule(section, steps=steps),
             fingerprint={
-                **build.fingerprint(config, section),
+                **identity.settings(config, section),
                 "data": data_digest(texts),
                 "start": start,
-                "architecture": build.architecture(model),
+                "architecture": identity.architecture(model),
+                "behind": behind,
             },
+            earlier=earlier,
+            data=identity.data_record(config, tokenizer, reports, held_out=data_digest(held_out)),
             reports=reports,
             partitioner=partitioner,
             evaluate=evaluate,

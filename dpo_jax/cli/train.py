@@ -14,14 +14,14 @@ from typing import Any
 
 import jax
 
-from dpo_jax.cli import build
+from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
 from dpo_jax.data.loader import Batch
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.evals.plots import plot_training
 from dpo_jax.models.hf import save_hf
 from dpo_jax.runtime import hosts
-from dpo_jax.runtime.checkpoint import Checkpoints, has_steps
+from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, has_steps, newest_meta
 from dpo_jax.runtime.fit import NonFinite, fit
 from dpo_jax.runtime.mesh import mesh_sizes
 from dpo_jax.runtime.metrics import MetricsLog, Progress, TensorBoardWriter, WandbWriter, is_evaluation, read_metrics
@@ -43,6 +43,8 @@ def train(
     total_steps: int,
     lr: Callable[[int], Any],
     fingerprint: Mapping[str, Any],
+    data: Mapping[str, Any],
+    earlier: tuple[int, Any] | None,
     reports: Sequence[DataReport],
     partitioner: Partitioner,
     evaluate: Evaluate,
@@ -53,12 +55,14 @@ def train(
 
     `reports` say what became of the data, and are written beside the configuration once the run is known to be the same.
     `fingerprint` is what a resumed run must have in common with the one that wrote the checkpoint; a difference is a
-    `ConfigError` that names it. All other states are as they lie on the devices.
+    `ConfigError` that names it, with the help of `data` (`identity.data_record`). All other states are as they lie on the
+    devices. `earlier`: what `earlier_run` has found.
     """
-    meta = {"fingerprint": dict(fingerprint), "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")}}
+    versions = {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax")}
+    meta = {"fingerprint": dict(fingerprint), "data": dict(data), "versions": versions}
     print(_what_runs_where(config, section, state, partitioner), flush=True)
     with _checkpoints(config, run) as checkpoints:
-        state = _resume(config, run, state, checkpoints, meta, partitioner, total_steps=total_steps)
+        state = _resume(run, state, checkpoints, meta, partitioner, earlier=earlier, total_steps=total_steps)
         build.describe(run, config, *reports)
         evaluate = functools.partial(_finite, evaluate)
         with _metrics_log(config, run, fingerprint) as log:
@@ -90,13 +94,24 @@ def train(
     return partitioner.get_state(state)
 
 
-def check_checkpoints(config: Config, task: str) -> None:
-    """Raises `ConfigError` before anything is computed: for a bucket that cannot be reached, and an old run not to resume."""
+def earlier_run(config: Config, task: str, section: SftConfig | DpoConfig) -> tuple[int, dict[str, Any]] | None:
+    """Step and fingerprint of the newest checkpoint of the run that this one continues; None for a new run.
+
+    Raises `ConfigError` before any data are read: for a bucket that cannot be reached, an old run not to resume, and one with
+    other settings.
+    """
     directory = config.checkpoints_of(task)
     if directory.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
         raise ConfigError("run.checkpoints: gs:// needs the package gcsfs: pip install 'dpo_jax[gcs]'")
     if not config.run.resume and has_steps(directory):
         raise ConfigError(f"run.resume: is off, and {directory} holds checkpoints; turn it on, or choose another --run.dir")
+    found = newest_meta(directory)
+    if found is None:
+        return None
+    step, meta = found
+    place = f"{config.run.dir}/{task}"
+    identity.refuse_other_settings(place, meta["fingerprint"], identity.settings(config, section))
+    return step, meta["fingerprint"]
 
 
 @contextlib.contextmanager
@@ -158,13 +173,13 @@ def _finite(evaluate: Evaluate, state: TrainState, done: int) -> Mapping[str, An
 
 
 def _resume(
-    config: Config,
     run: RunDir,
     state: TrainState,
     checkpoints: Checkpoints,
     meta: Mapping[str, Any],
     partitioner: Partitioner,
     *,
+    earlier: tuple[int, Any] | None,
     total_steps: int,
 ) -> TrainState:
     if checkpoints.latest_step() is None:
@@ -173,21 +188,24 @@ def _resume(
     if found is None:
         return state
     restored, saved = found
-    differing = {
-        name: (saved["fingerprint"].get(name), value)
-        for name, value in meta["fingerprint"].items()
-        if saved["fingerprint"].get(name) != value
-    }
-    if differing:
-        lines = [f"  {name}: was {old!r}, is {new!r}" for name, (old, new) in differing.items()]
-        raise ConfigError(
-            f"{run.path} holds a run with other settings:\n" + "\n".join(lines) + "\n"
-            "Continue it with its own settings (its config.yaml), or choose another --run.dir."
-        )
+    identity.refuse_other_run(str(run.path), saved, meta)
+    behind = meta["fingerprint"]["behind"]
+    if behind != saved["fingerprint"].get("behind", 0) and (earlier is None or earlier[0] != int(restored.step)):
+        raise CheckpointDamaged(f"the newest checkpoint of {run.path} was damaged and set aside; run the same command again")
+    _say_what_changed(saved, meta)
     print(f"continuing {run.path} after {int(restored.step)} steps", flush=True)
     _note_resumption(run, int(restored.step), total_steps)
     build.free(state)
     return partitioner.put_state(restored)
+
+
+def _say_what_changed(saved: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    before, now = saved["fingerprint"], meta["fingerprint"]
+    if before["epochs"] != now["epochs"]:
+        print(f"the run is of {now['epochs']} epochs now; it was of {before['epochs']}", flush=True)
+    if "data" in saved and saved["data"].get(identity.HELD_OUT) != meta["data"][identity.HELD_OUT]:
+        lines = "\n".join(identity.other_data(saved["data"], meta["data"]))
+        print(f"note: the held-out pairs changed; evaluations before and after cannot be compared\n{lines}", flush=True)
 
 
 def _note_resumption(run: RunDir, step: int, total_steps: int) -> None:

@@ -27,19 +27,22 @@ class Batch(NamedTuple):
     stats: dict[str, float]  # pairs or texts; positions that are computed, and tokens in them; scored_tokens; padding (0 to 1)
 
 
-def total_steps(examples: int, *, batch: int, epochs: float) -> int:
+def total_steps(examples: int, *, batch: int, epochs: float, behind: int = 0) -> int:
     """Optimizer steps until every example was seen `epochs` times; the last step may be a partial batch."""
-    return math.ceil(round(examples * epochs) / batch)
+    return math.ceil((round(examples * epochs) + behind) / batch)
 
 
-def batch_indices(examples: int, *, batch: int, seed: int, step: int, epochs: float | None = None) -> np.ndarray:
+def batch_indices(
+    examples: int, *, batch: int, seed: int, step: int, epochs: float | None = None, behind: int = 0
+) -> np.ndarray:
     """The examples of step `step`: int64[<= batch], a pure function of the arguments.
 
     Epochs follow each other without a gap, so a batch may end one and begin the next; within an epoch each example comes once.
-    `epochs` ends the stream: the last batch is cut there.
+    `epochs` ends the stream: the last batch is cut there. `behind`: how many examples fewer than `step * batch` came before,
+    in a stream that once ended earlier, with such a smaller batch.
     """
     last = math.inf if epochs is None else round(examples * epochs)
-    places = np.arange(step * batch, min((step + 1) * batch, last), dtype=np.int64)
+    places = np.arange(step * batch - behind, min((step + 1) * batch - behind, last), dtype=np.int64)
     epoch, place = np.divmod(places, examples)
     indices = np.empty(len(places), np.int64)
     for number in np.unique(epoch):
@@ -60,12 +63,13 @@ def stream(
     batch: int,
     seed: int,
     epochs: float | None = None,
+    behind: int = 0,
     ref_logps: Array | None = None,
     uids: Sequence[str] | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> Callable[[int], Batch]:
     """`stream(step) -> Batch`: shuffled training batches. `ref_logps[E, 2]` is in the order of `examples` (of groups,
-    [E, pairs, 2]).
+    [E, pairs, 2]). `epochs`, `behind`: as in `batch_indices`.
 
     `part` (`Partitioner.host_part`) builds only the rows of one host; the batch does not depend on how many there are.
     """
@@ -73,7 +77,7 @@ def stream(
     def at(step: int) -> Batch:
         return make_batch(
             examples,
-            batch_indices(len(examples), batch=batch, seed=seed, step=step, epochs=epochs),
+            batch_indices(len(examples), batch=batch, seed=seed, step=step, epochs=epochs, behind=behind),
             layout=layout,
             batch=batch,
             ref_logps=ref_logps,

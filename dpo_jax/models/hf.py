@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,31 +20,11 @@ import numpy as np
 from dpo_jax.models.attention_paths import attention_path
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import ARCHITECTURES, decoder_config
+from dpo_jax.models.hub import resolve
 from dpo_jax.models.pieces import Piece, assemble, path_of
 from dpo_jax.models.tensors import Tensor, tensors
 from dpo_jax.models.weights import INDEX, Checkpoint, write_shards
 from dpo_jax.types import Model, Variables
-
-
-def resolve(path: str | Path) -> Path:
-    """The folder of a model: `path` itself, or a download of the Hub id "organization/name" (safetensors and JSON only).
-
-    Raises FileNotFoundError if it is neither a folder nor an id that can be fetched.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise NotADirectoryError(f"{path} is a file; give the model's folder, which holds config.json and *.safetensors")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith("."):
-        raise FileNotFoundError(f"no model folder {path}, and it does not look like a Hub id (organization/name)")
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja", "*.model"]
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=wanted))
-    except Exception as error:  # the hub client raises its own, requests' and OSError's kinds
-        raise FileNotFoundError(f"{path} is no folder here and could not be fetched from the Hub: {error}") from error
 
 
 def load_config(path: str | Path) -> dict[str, Any]:

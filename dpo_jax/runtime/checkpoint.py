@@ -68,6 +68,22 @@ def has_steps(directory: str | os.PathLike[str]) -> bool:
     return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
 
 
+def newest_meta(directory: str | os.PathLike[str]) -> tuple[int, dict[str, Any]] | None:
+    """(step, meta) of the newest checkpoint, read without its arrays: for a quick look. None if there is none that is whole."""
+    folder = epath.Path(directory)
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    for step in sorted(steps, reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            record = json.loads((folder / str(step) / "record" / "metadata").read_text())
+            if record["format"] == FORMAT and record["digest"] == _digest_of(record):
+                return step, record["meta"]
+    return None
+
+
+def _digest_of(record: Mapping[str, Any]) -> str:
+    return digest({name: value for name, value in record.items() if name != "digest"})
+
+
 class Checkpoints:
     """The checkpoints of one run in `directory`, of which the newest `max_to_keep` are kept. Use it as a context manager.
 
@@ -199,7 +215,7 @@ class Checkpoints:
 
     def _read_record(self, step: int, *, needs_seal: bool) -> dict[str, Any]:
         record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-        if record["digest"] != digest({name: value for name, value in record.items() if name != "digest"}):
+        if record["digest"] != _digest_of(record):
             raise ValueError("the record differs from its digest")
         if record["step"] != step:
             raise ValueError(f"the record is of step {record['step']}")

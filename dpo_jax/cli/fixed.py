@@ -1,0 +1,118 @@
+"""What the outside world could change about a run, fixed in its run directory: the date, and revisions of Hub models.
+
+The first command that reads data writes `fixed.json`; all later ones take over what it says, so that a run which goes on
+tomorrow has the prompts and the models of today:
+
+    {"date": "2026-11-27", "revisions": {"org/name": "0f1e2d3c..."}}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.cli.config import Config, ConfigError
+
+MODELS = (
+    *("model.path", "tokenizer.path", "dpo.policy", "dpo.reference"),
+    *("eval.policy", "eval.reference", "sample.policy"),
+)
+"""Options that may hold a Hub id."""
+
+
+def fix(config: Config) -> Config:
+    """`config` with the date and the model revisions of its run directory, which is begun where there is none."""
+    record = _begin(Path(config.run.dir))
+    if config.data.date is None:
+        config = _with(
+            config, "data.date", _of_first_host(record["date"]) if config.run.distributed == "auto" else record["date"]
+        )
+    for option, path in _hub_ids(config):
+        if path in record["revisions"]:
+            config = _with(config, option, f"{path}@{record['revisions'][path]}")
+    return config
+
+
+def pin_models(config: Config) -> Config:
+    """`config` with the revision of every Hub model that was loaded, also written to the run directory."""
+    from dpo_jax.models.hub import cached_revision
+
+    found = {path: cached_revision(path) for _, path in _hub_ids(config)}
+    revisions = {path: revision for path, revision in found.items() if revision is not None}
+    if not revisions:
+        return config
+    folder = Path(config.run.dir)
+    record = _begin(folder)
+    if not revisions.keys() <= record["revisions"].keys():
+        with _whole(folder / "fixed.json") as file:
+            file.write(_text({**record, "revisions": {**revisions, **record["revisions"]}}))
+    return fix(config)
+
+
+def date_of(config: Config) -> datetime.datetime:
+    """The date that chat templates write. Today's where the configuration fixes none."""
+    return datetime.datetime.fromisoformat(config.data.date) if config.data.date else datetime.datetime.now()
+
+
+def _of_first_host(date: str) -> str:
+    """Hosts without a shared disk may have begun on two sides of midnight."""
+    import numpy as np
+
+    from dpo_jax.runtime.hosts import from_first
+
+    return from_first(np.frombuffer(date.encode(), np.uint8)).tobytes().decode()
+
+
+def _begin(folder: Path) -> dict[str, Any]:
+    """The content of `fixed.json`, which is written now if it is absent: by one, if several hosts or commands begin at once."""
+    file = folder / "fixed.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".fixed.json.{os.uname().nodename}.{os.getpid()}"
+        temporary.write_text(_text({"date": datetime.date.today().isoformat(), "revisions": {}}), encoding="utf-8")
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, file)  # unlike a rename, it leaves what another one has written
+        temporary.unlink()
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        datetime.datetime.fromisoformat(record["date"])
+        return {"date": record["date"], "revisions": dict(record["revisions"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{file}: damaged ({error}); it holds the date that chat templates write. Delete it, and pass the date of the run "
+            "(in the config.yaml of its folders) with --data.date"
+        ) from error
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Any]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        yield file
+    os.replace(temporary, path)
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=1) + "\n"
+
+
+def _hub_ids(config: Config) -> Iterator[tuple[str, str]]:
+    """(option, id) of every Hub model that is named without a revision."""
+    from dpo_jax.models.hub import is_hub_id
+
+    for option in MODELS:
+        section, field = option.split(".")
+        path = getattr(getattr(config, section), field)
+        if path is not None and is_hub_id(path) and "@" not in path and not Path(path).expanduser().exists():
+            yield option, path
+
+
+def _with(config: Config, option: str, value: str) -> Config:
+    name, field = option.split(".")
+    return dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **{field: value})})
