@@ -22,6 +22,7 @@ from test_step import random_pairs
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, DataConfig, DpoConfig, load_config
 from dpo_jax.cli.dpo import TOLERANCE, WrongStart, loss_at_reference, starts_at_reference
+from dpo_jax.cli.fixed import fix
 from dpo_jax.cli.main import main
 from dpo_jax.data.loader import stream
 from dpo_jax.data.reviews import reward
@@ -167,7 +168,8 @@ def test_a_training_run_leaves_everything_needed_to_judge_and_repeat_it(done, ta
 
 def test_the_resolved_config_can_be_run_again_as_it_is(done):
     resolved = load_config(done / "dpo" / "config.yaml")
-    assert resolved == load_config(done.config)
+    assert resolved == fix(load_config(done.config))
+    assert fix(resolved) == resolved
     assert "reviews_train: 64" in (done / "dpo" / "config.yaml").read_text()
     result = call("dpo", done / "dpo" / "config.yaml")
     assert (result.code, f"continuing {done / 'dpo'} after {STEPS} steps" in result.out) == (0, True)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.data.chat_date import writes_date
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import Batch, in_order
 from dpo_jax.data.tokenizer import tokenizer_digest
@@ -80,6 +81,10 @@ def reference_values(
     compiled = partitioner.compile_map(functools.partial(reference_logps, model))
     if len(todo) < len(pairs):
         print(f"{config.refs_cache()}: {len(pairs) - len(todo):,} of {len(pairs):,} pairs are there already", flush=True)
+    elif cache is not None and len(cache):
+        # Of the same weights and limits: it is the texts that differ, or the date that a chat template writes into them.
+        dated = f", or the date in the chat template (data.date is {config.data.date} here)" if writes_date(tokenizer) else ""
+        print(f"{config.refs_cache()}: has {len(cache):,} pairs and none of these: other data{dated}", flush=True)
     quiet = cache is None or not todo or not sys.stderr.isatty()
     with tqdm(total=len(todo), unit="pair", desc="reference pass", dynamic_ncols=True, disable=quiet) as bar:
 
