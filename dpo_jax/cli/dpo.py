@@ -11,6 +11,7 @@ import numpy as np
 from dpo_jax.cli import build
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.config import BASELINES, Config, DpoConfig
+from dpo_jax.cli.export import write_model
 from dpo_jax.cli.refs import reference_values
 from dpo_jax.cli.train import check_checkpoints, leave_results, train
 from dpo_jax.data.loader import in_order, skippable, stream, total_steps
@@ -89,7 +90,8 @@ def run(config: Config) -> int:
                 starts_at_reference, expected_loss=loss_at_reference(section), tolerance=TOLERANCE[config.run.precision]
             ),
         )
-        leave_results(run_dir, model, state, tokenizer, card=lambda: dpo_card(config, run_dir))
+        write = functools.partial(write_model, source=config.dpo_policy(), dtype=config.export.dtype)
+        leave_results(run_dir, model, state, tokenizer, card=lambda: dpo_card(config, run_dir), write=write)
     return 0
 
 

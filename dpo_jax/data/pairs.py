@@ -101,6 +101,7 @@ class DataReport:
     rows: int = 0  # lines or records in the files
     read: int = 0
     kept: int = 0
+    chat: int = 0  # of those kept: rendered by a chat template
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # cause -> candidates
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # cause -> its first five, "where: detail"
     truncated: dict[str, int] = dataclasses.field(default_factory=dict)  # what was cut -> pairs
