@@ -253,9 +253,8 @@ def test_sample_prints_or_writes_completions_of_ones_own_prompts(done, tmp_path)
         x["completion"] for x in lines
     ]
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    assert "bad.jsonl:2: needs a JSON object" in refused(
-        2, "sample", done.config, "--sample.prompts-file", tmp_path / "bad.jsonl"
-    )
+    told = refused(2, "sample", done.config, "--sample.prompts-file", tmp_path / "bad.jsonl")
+    assert 'bad.jsonl:2: missing_column: needs an object with a "prompt" or "messages", this has neither' in told
 
 
 def test_several_temperatures_and_the_best_of_several_in_one_file(done, tmp_path):

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.cli.config import BASELINES, Config, DpoConfig
-from dpo_jax.data.display import printable, shown_prompt
+from dpo_jax.data.display import shown_prompt
+from dpo_jax.data.terminal import printable
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.rundir import RunDir
 

@@ -246,7 +246,7 @@ def _os_error(error: BaseException) -> OSError | None:
 def _message(error: Exception) -> str:
     cause = _os_error(error)
     if cause is None or exit_code(error) != 74:
-        from dpo_jax.data.display import printable
+        from dpo_jax.data.terminal import printable
 
         return printable(str(error))  # it may quote a text of the data, which may hold what moves a terminal's cursor
     if not cause.strerror:

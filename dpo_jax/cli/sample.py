@@ -15,7 +15,8 @@ from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.ppo import learned_reward
 from dpo_jax.cli.prompts import ARTICLE_CUE, Prompt, held_out_prompts, is_chat, prompts_of_file
-from dpo_jax.data.display import json_line, printable, shown_prompt
+from dpo_jax.data.display import shown_prompt
+from dpo_jax.data.terminal import json_line, printable
 from dpo_jax.evals.completions import Completer
 from dpo_jax.evals.rewards import Reward, exact_reviews
 from dpo_jax.runtime.hosts import is_first

@@ -1,29 +1,17 @@
-"""Texts for people: rendered conversations as turns, and control characters written out."""
+"""Prompts for people: rendered conversations as turns."""
 
 from __future__ import annotations
 
 import functools
-import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dpo_jax.data.terminal import printable
 from dpo_jax.data.tokenizer import special_tokens
 
 Turn = dict[str, str]
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Words that no template changes: not trimmed, not escaped, not split into thought and answer.
 _SYSTEM, _FIRST, _ANSWER, _SECOND = (f"XQ{name}QX" for name in ("SYSTEM", "FIRST", "ANSWER", "SECOND"))
-
-
-def printable(text: str) -> str:
-    """`text` with control characters written out, such as `\\x1b`: a terminal obeys none of them. Newline and tab stay."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
-
-
-def json_line(content: Mapping[str, Any]) -> str:
-    """One line of JSON in which every control character is escaped (`json.dumps` leaves DEL and C1 as they are)."""
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(content, ensure_ascii=False))
 
 
 def as_text(turns: Sequence[Mapping[str, str]]) -> str:

@@ -11,6 +11,8 @@ import enum
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
+from dpo_jax.data.terminal import printable
+
 OnBad = Literal["refuse", "drop"]
 HH_ASSISTANT = "\n\nAssistant:"
 
@@ -138,7 +140,7 @@ class DataReport:
 
     def reasons(self, each: int = 3) -> str:
         """Lines with the first `each` dropped candidates of every cause: where, and why."""
-        return "".join(f"    {line}\n" for lines in self.examples.values() for line in lines[:each])
+        return printable("".join(f"    {line}\n" for lines in self.examples.values() for line in lines[:each]))
 
     def summary(self) -> str:
         """The report as a small table for the screen."""
@@ -149,7 +151,7 @@ class DataReport:
         width = max(map(len, counts))
         lines += [f"  {name:<{width}}  {count:>9,}" for name, count in counts.items()]
         lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 class Triage:
