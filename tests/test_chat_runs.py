@@ -55,7 +55,7 @@ def model(tmp_path_factory):
     model = make_model(decoder_config(hf_config("gpt_neox", vocab_size=turn + 1, eos_token_id=0, **sizes)))
     params = jax.tree.map(np.asarray, model.init(jax.random.key(0))["params"])
     params["final_norm"] = {"scale": np.zeros(16, np.float32), "bias": np.ones(16, np.float32)}
-    params["lm_head"] = jax.tree.map(lambda x: np.where(np.arange(turn + 1) == turn, 4, 0 * x), params["lm_head"])
+    params["head_kernel"] = np.where(np.arange(turn + 1)[:, None] == turn, np.float32(4), np.zeros((1, 16), np.float32))
     save_hf(folder, model, {"params": params}, dtype=jnp.bfloat16)
     (folder / "generation_config.json").write_text(SAMPLING)
     save_tokenizer(tokenizer, folder)
@@ -105,7 +105,7 @@ def test_exports_keep_what_servers_read(done, model):
 
 
 def test_weights_too_large_for_the_type_of_the_source(model, tmp_path, capsys):
-    """A type that was asked for is refused. One that is only the source's gives way: training is over, and must leave a model."""
+    """A type that was asked for is refused. That of the source gives way: training is over, and must leave a model."""
     from dpo_jax.cli.config import ConfigError
     from dpo_jax.cli.export import write_model
     from dpo_jax.models.hf import load_hf
