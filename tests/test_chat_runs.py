@@ -1,5 +1,6 @@
 """A chat model through the whole program: another end token than the tokenizer's, bfloat16 weights, a chat template."""
 
+import dataclasses
 import json
 import math
 
@@ -13,10 +14,16 @@ from test_cli_runs import call, refused
 from tokenizers import AddedToken
 
 from dpo_jax.cli import build
+from dpo_jax.cli.config import ConfigError, load_config
+from dpo_jax.cli.export import write_model
+from dpo_jax.cli.frontier import ppo_method
+from dpo_jax.cli.world import make_world
 from dpo_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
-from dpo_jax.models.hf import load_config, save_hf
+from dpo_jax.models.hf import load_config as load_hf_config
+from dpo_jax.models.hf import load_hf, save_hf
+from dpo_jax.ppo import completion_ids, prompt_batch
 from dpo_jax.runtime.metrics import read_metrics
 
 TEMPLATE = (
@@ -92,12 +99,12 @@ def test_exports_keep_what_servers_read(done, model):
     types = {"run/sft/export": "float32", "run/dpo/export": "bfloat16", "out": "bfloat16", "wide": "float32"}
     for name, dtype in types.items():
         export = folder / name
-        assert load_config(export)["dtype"] == dtype, name
+        assert load_hf_config(export)["dtype"] == dtype, name
         assert {x.dtype.name for x in load_file(export / "model.safetensors").values()} == {dtype}, name
         assert (export / "generation_config.json").read_text() == SAMPLING, name
         assert load_tokenizer(export).chat_template == TEMPLATE
         assert "library_name: transformers" in (export / "README.md").read_text(), name
-        assert load_config(export).get("source_dtype") == ("bfloat16" if name == "run/sft/export" else None)
+        assert load_hf_config(export).get("source_dtype") == ("bfloat16" if name == "run/sft/export" else None)
     # DPO starts from the trained weights themselves, and so from its reference.
     first = read_metrics(folder / "run" / "dpo" / "metrics.jsonl")[0]
     assert math.isclose(first["loss"], math.log(2), rel_tol=1e-6)
@@ -106,10 +113,6 @@ def test_exports_keep_what_servers_read(done, model):
 
 def test_weights_too_large_for_the_type_of_the_source(model, tmp_path, capsys):
     """A type that was asked for is refused. That of the source gives way: training is over, and must leave a model."""
-    from dpo_jax.cli.config import ConfigError
-    from dpo_jax.cli.export import write_model
-    from dpo_jax.models.hf import load_hf
-
     net, variables = load_hf(model)
     config = json.loads((model / "config.json").read_text()) | {"dtype": "float16"}
     source = tmp_path / "source"
@@ -121,7 +124,7 @@ def test_weights_too_large_for_the_type_of_the_source(model, tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"export.dtype: tensor gpt_neox.embed_in.weight: .* too large for float16"):
         write_model(tmp_path / "out", net, variables, tokenizer, dtype="float16", **options)
     folder, dtype = write_model(tmp_path / "out", net, variables, tokenizer, dtype=None, **options)
-    assert dtype == load_config(folder)["dtype"] == "float32"
+    assert dtype == load_hf_config(folder)["dtype"] == "float32"
     assert "written as float32, and not as float16" in capsys.readouterr().out
 
 
@@ -133,6 +136,17 @@ def test_every_end_token_of_the_model_stops_it(done, model):
     lines = [json.loads(line) for line in printed["sample"].out.splitlines()]
     assert [(line["completion"], line["tokens"]) for line in lines] == [("", 1)] * 2
     assert "stopped before their end" not in printed["sample"].err
+
+
+def test_ppo_stops_there_too(done, model):
+    config = load_config(done[1])
+    frontier = dataclasses.replace(config.frontier, max_new_tokens=4, prompts=4, test_prompts=4)
+    config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, policy=str(model)), frontier=frontier)
+    world, _ = make_world(config, train="prompts", test="test_prompts", reward=lambda prompts, texts: np.zeros(len(texts)))
+    method = ppo_method(config, world)
+    prompts = prompt_batch(world.train.ids, jax.random.key(0), length=world.width - 4)
+    collected = method.collect((method._begin().variables, world.reference), prompts)
+    assert [list(ids) for ids in completion_ids(collected.rows)] == [[512]] * 4
 
 
 def test_people_see_turns(done):
@@ -154,3 +168,4 @@ def test_ones_own_prompts_are_rendered_as_in_training(done, tmp_path):
     assert "a text is rendered as a user's turn (--sample.chat off: as it stands)" in result.err
     (tmp_path / "m.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "a"}]}))
     assert "m.jsonl:1: messages: no_prompt" in refused(2, "sample", config, "--sample.prompts-file", tmp_path / "m.jsonl")
+    assert "no\\x1b[2Jfile" in refused(2, "sample", config, "--sample.prompts-file", "no\x1b[2Jfile")

@@ -296,6 +296,9 @@ def test_an_earlier_step_is_exported_beside_the_last(done):
     early, late, last = (bytes_of(done / "dpo" / name) for name in ("export-6", "export-8", "export"))
     assert late == last != early
     assert set(early) == set(last)
+    cards = [(done / "dpo" / name / "README.md").read_text() for name in ("export-6", "export-8")]
+    assert "Held-out, after 6 steps: not measured." in cards[0]
+    assert cards[1] == (done / "dpo" / "README.md").read_text()
     assert "export.step: " in (told := refused(2, "export", done.config, "--export.step", 7))
     assert "has no step 7, but 6, 8" in told
 

@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 
 from dpo_jax.cli.config import Config, ConfigError, SampleConfig
 from dpo_jax.cli.prompts import Prompt, is_chat, prompts_of_file
+from dpo_jax.cli.sample import for_terminal
 from dpo_jax.data.tokenizer import load_tokenizer
 
 TEMPLATE = (
@@ -95,3 +96,9 @@ def test_what_makes_a_chat_model(chatty, tokenizer, tmp_path):
         assert not found(tokenizer)
     record.write_text('{"train": {}}')  # of an older version
     assert found(chatty)
+
+
+def test_a_terminal_is_shown_turns_and_no_controls():
+    said = {"prompt": RENDERED.text, "turns": [HI], "completion": "a\x1b[2Jb"}
+    assert for_terminal(said) == "\nuser: hi\nassistant: \x1b[1ma\\x1b[2Jb\x1b[0m"
+    assert for_terminal({"prompt": "A\x9b film", "completion": " is"}) == "\nA\\x9b film\x1b[1m is\x1b[0m"
