@@ -88,12 +88,13 @@ def prompt_batch(prompts: Sequence[Sequence[int] | np.ndarray], key: jax.Array, 
 
 
 def collect(
-    model: Model, variables: tuple[Variables, Variables], prompts: Prompts, *, max_new_tokens: int, eos_id: int
+    model: Model, variables: tuple[Variables, Variables], prompts: Prompts, *, max_new_tokens: int, eos_id: int | Sequence[int]
 ) -> Collected:
     """Sample a completion of each prompt and score its tokens. Pure: jit it, or `Partitioner.compile_map` it.
 
-    `variables` are those of the policy and of its reference. Samples are drawn from the policy as it is (temperature 1, nothing
-    cut off): for another distribution neither the ratio of `ppo_step` nor the KL estimate would be right.
+    `variables` are those of the policy and of its reference. `eos_id`: as in `generate`. Samples are drawn from
+    the policy as it is (temperature 1, nothing cut off): for another distribution neither the ratio of `ppo_step` nor the KL
+    estimate would be right.
     """
     policy, reference = variables
     keys = jax.random.wrap_key_data(jnp.asarray(prompts.keys))

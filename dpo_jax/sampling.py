@@ -21,10 +21,10 @@ from dpo_jax.types import Array, Model, Rows, Variables
 
 
 class Samples(NamedTuple):
-    """Completions of a batch of prompts. A row that ended before `T` tokens is filled up with EOS."""
+    """Completions of a batch of prompts. A row that ended before `T` tokens is filled up with the first of the end tokens."""
 
     tokens: jax.Array  # int32[B, T]
-    lengths: jax.Array  # int32[B]  tokens of each completion, its EOS included
+    lengths: jax.Array  # int32[B]  tokens of each completion, the one that ended it included
     token_logps: jax.Array  # float32[B, T]  log-probability of each token in nats; 0 after the end
 
     @property
@@ -66,7 +66,7 @@ def generate(
     key: jax.Array,
     *,
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: int | Sequence[int],
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -76,8 +76,8 @@ def generate(
 
     The distribution is `model`'s with logits divided by `temperature`, cut to the `top_k` likeliest tokens (0: all), then to
     the likeliest ones that together reach probability `top_p` (1: all; nucleus sampling, Holtzman et al. 2019), as in
-    transformers. Temperature 0 takes the likeliest token. A row ends with `eos_id` (-1: no token ends it), the loop when all
-    rows have ended or after T = `max_new_tokens` tokens.
+    transformers. Temperature 0 takes the likeliest token. A row ends with `eos_id`, or with any of several (-1: no token ends
+    it), the loop when all rows have ended or after T = `max_new_tokens` tokens.
 
     `key` is one key, or one for each row: then a completion does not depend on which rows it shares a batch or a device with.
 
@@ -92,6 +92,9 @@ def generate(
             f"max_new_tokens={max_new_tokens} must be at least 1, temperature={temperature} and top_k={top_k} at least 0, "
             f"top_p={top_p} in (0, 1]"
         )
+    ends = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+    if not ends:
+        raise ValueError("eos_id names no token; -1 lets no token end a row")
     batch, columns = prompts.shape
     lengths = jnp.asarray(lengths, jnp.int32)
     start = columns - lengths
@@ -107,11 +110,12 @@ def generate(
         logp = (picked - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
         tokens, counts, logps = loop.samples
         samples = Samples(
-            jax.lax.dynamic_update_slice(tokens, jnp.where(loop.ended, eos_id, token)[:, None], (0, loop.drawn)),
+            jax.lax.dynamic_update_slice(tokens, jnp.where(loop.ended, ends[0], token)[:, None], (0, loop.drawn)),
             counts + jnp.where(loop.ended, 0, 1),
             jax.lax.dynamic_update_slice(logps, jnp.where(loop.ended, 0.0, logp)[:, None], (0, loop.drawn)),
         )
-        return loop._replace(drawn=loop.drawn + 1, samples=samples, ended=loop.ended | (token == eos_id))
+        stops = (token[:, None] == jnp.asarray(ends, jnp.int32)[None]).any(axis=-1)
+        return loop._replace(drawn=loop.drawn + 1, samples=samples, ended=loop.ended | stops)
 
     def advance(loop: _Loop) -> _Loop:
         """Feed the last token drawn and draw the next one."""
@@ -128,7 +132,7 @@ def generate(
         weights, cache = model.by_layer(weights, cache)
     hidden, cache = decode(weights, _prompt_rows(jnp.asarray(prompts, jnp.int32), start), cache)
     shape = (batch, max_new_tokens)
-    none = Samples(jnp.full(shape, eos_id, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros(shape, jnp.float32))
+    none = Samples(jnp.full(shape, ends[0], jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros(shape, jnp.float32))
     loop = draw(hidden[:, -1], _Loop(jnp.int32(0), none, jnp.zeros(batch, bool), cache))
     loop = jax.lax.while_loop(lambda loop: (loop.drawn < max_new_tokens) & ~loop.ended.all(), advance, loop)
     return loop.samples

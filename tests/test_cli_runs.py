@@ -255,9 +255,8 @@ def test_sample_prints_or_writes_completions_of_ones_own_prompts(done, tmp_path)
         x["completion"] for x in lines
     ]
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    assert "bad.jsonl:2: needs a JSON object" in refused(
-        2, "sample", done.config, "--sample.prompts-file", tmp_path / "bad.jsonl"
-    )
+    told = refused(2, "sample", done.config, "--sample.prompts-file", tmp_path / "bad.jsonl")
+    assert 'bad.jsonl:2: missing_column: needs an object with a "prompt" or "messages", this has neither' in told
 
 
 def test_several_temperatures_and_the_best_of_several_in_one_file(done, tmp_path):
@@ -299,6 +298,9 @@ def test_an_earlier_step_is_exported_beside_the_last(done):
     early, late, last = (bytes_of(done / "dpo" / name) for name in ("export-6", "export-8", "export"))
     assert late == last != early
     assert set(early) == set(last)
+    cards = [(done / "dpo" / name / "README.md").read_text() for name in ("export-6", "export-8")]
+    assert "Held-out, after 6 steps: not measured." in cards[0]
+    assert cards[1] == (done / "dpo" / "README.md").read_text()
     assert "export.step: " in (told := refused(2, "export", done.config, "--export.step", 7))
     assert "has no step 7, but 6, 8" in told
 

@@ -17,7 +17,8 @@ from test_models import CASES, GEMMA3_4B, golden, logits_of, text_rows
 
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import DEFAULTS, decoder_config, hf_config
-from dpo_jax.models.hf import load_config, load_hf, save_hf
+from dpo_jax.models.generation import float_type
+from dpo_jax.models.hf import end_tokens, load_config, load_hf, save_hf
 from dpo_jax.models.hub import resolve
 
 MODELS = GOLDEN / "models"
@@ -105,6 +106,75 @@ def test_bfloat16_weights(tmp_path):
     _, wide = load_hf(tmp_path / "out")
     assert_same(wide, jax.tree.map(lambda x: x.astype(jnp.float32), rounded))
     assert_same(load_hf(tmp_path / "out", param_dtype=jnp.bfloat16)[1], rounded)
+
+
+def test_values_that_the_type_cannot_hold_are_refused_by_tensor(tmp_path):
+    model, variables, _, _ = golden("llama")
+    params = variables["params"]
+    large = np.array(params["token_embedding"])
+    large[3] = 1e5
+    for dtype, value in ((jnp.float16, 1e5), (jnp.bfloat16, 3.4e38)):
+        large[3] = value
+        with pytest.raises(OverflowError, match=r"model.embed_tokens.weight: 32 values .* use bfloat16 or float32"):
+            save_hf(tmp_path / "out", model, {"params": params | {"token_embedding": large}}, dtype=dtype)
+    assert not (tmp_path / "out").exists()
+    large[3] = np.inf  # lost before
+    save_hf(tmp_path / "out", model, {"params": params | {"token_embedding": large}}, dtype=jnp.float16)
+
+
+def test_the_sampling_settings_of_the_source_are_kept(tmp_path):
+    model, variables, _, _ = golden("llama")
+    source = copy_of("llama", tmp_path / "source", eos_token_id=1)
+    text = '{"eos_token_id": [2, 4],\n  "temperature": 0.7}'
+    (source / "generation_config.json").write_text(text)
+    out = save_hf(tmp_path / "out", model, variables, source=source)
+    assert (out / "generation_config.json").read_text() == text
+    assert end_tokens(source) == [1, 2, 4]
+    save_hf(out, model, variables)  # a source is not named: what lies there stays
+    assert (out / "generation_config.json").read_text() == text
+    (source / "generation_config.json").unlink()
+    save_hf(out, model, variables, source=source)
+    assert not (out / "generation_config.json").exists()
+    assert end_tokens(source) == [1]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds a list"),
+        ('{"eos_token_id": ["</s>"]}', "eos_token_id is '</s>', expected a token id"),
+    ],
+)
+def test_broken_sampling_settings_are_refused(content, told, tmp_path):
+    source = copy_of("llama", tmp_path / "source")
+    (source / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"generation_config.json:? {told}"):
+        end_tokens(source)
+
+
+def test_end_tokens_of_a_multimodal_model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": [1, 106], "text_config": {"eos_token_id": 1}}))
+    assert end_tokens(folder) == [1, 106]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"torch_dtype": "torch.bfloat16"}, "bfloat16"),
+        ({"text_config": {"torch_dtype": "bfloat16"}}, "bfloat16"),
+        ({"dtype": "float32", "source_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "float64"}, "float32"),
+        ({"dtype": None}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_the_type_of_a_model(config, expected):
+    assert float_type(config) == expected
 
 
 def test_trunk_without_prefix_and_with_buffers(tmp_path):

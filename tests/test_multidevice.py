@@ -188,14 +188,12 @@ def test_completions_do_not_depend_on_devices_and_batches(way, variables):
     prompts = [np.arange(1, 2 + number % 3, dtype=np.int32) for number in range(6)]
 
     class Words:
-        eos_token_id = 0
-
         def decode(self, ids, **_):
             return str(ids)
 
     def completions(partitioner, batch):
         placed = partitioner.put_variables(variables)
-        complete = Completer(partitioner, MODEL, Words(), max_new_tokens=8, batch=batch)
+        complete = Completer(partitioner, MODEL, Words(), stop_ids=[0], max_new_tokens=8, batch=batch)
         return complete(placed, prompts, jax.random.key(3)), placed
 
     expected, _ = completions(single_device(), 64)

@@ -167,3 +167,21 @@ def test_refusals():
         generate(model, {}, tokens, lengths, jax.random.key(0), max_new_tokens=1, eos_id=0, top_p=0)
     with pytest.raises(ValueError, match="init_cache and decode"):
         generate(model._replace(decode=None), {}, tokens, lengths, jax.random.key(0), max_new_tokens=1, eos_id=0)
+
+
+def test_any_of_several_tokens_ends_a_row():
+    """Chat models have one for the end of a turn and one for the end of the text; what a model draws first ends the row."""
+    model = counting_model([0.0, 1.0, 0.0, 9.0], [])
+
+    def drawn(eos_id):
+        tokens, lengths = left_pad([[1], [1, 2]])
+        return generate(model, {}, tokens, lengths, jax.random.key(0), max_new_tokens=4, eos_id=eos_id, temperature=0)
+
+    np.testing.assert_array_equal(drawn(0).lengths, [4, 4])
+    samples = drawn((0, 3))
+    np.testing.assert_array_equal(samples.lengths, [1, 1])
+    np.testing.assert_array_equal(samples.tokens, [[3, 0, 0, 0]] * 2)
+    scored = jax.nn.log_softmax(jnp.array([0.0, 1.0, 0.0, 9.0]))[3]
+    np.testing.assert_allclose(samples.logps, [scored] * 2, atol=1e-6)  # the token that ends a row, and nothing behind it
+    with pytest.raises(ValueError, match="eos_id names no token"):
+        drawn(())

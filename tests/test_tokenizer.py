@@ -1,8 +1,20 @@
+import json
+
 import pytest
 from conftest import GOLDEN
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.data.reviews import generate_reviews
-from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, tokenizer_digest, train_tokenizer
+from dpo_jax.data.tokenizer import (
+    check_tokenizer,
+    decode_completion,
+    load_tokenizer,
+    save_tokenizer,
+    special_tokens,
+    tokenizer_digest,
+    train_tokenizer,
+)
 
 TEXTS = generate_reviews(300, 0)
 
@@ -67,3 +79,67 @@ def test_check_names_both_numbers(tokenizer):
     padded.eos_token = None
     with pytest.raises(ValueError, match="no end-of-text token"):
         check_tokenizer(padded, 300, eos_token_id=0)
+
+
+def test_saved_files_are_read_by_transformers_4_and_5(tokenizer, tmp_path):
+    """Version 5 calls the class TokenizersBackend, which 4 does not know, and lists extra tokens where 4 reads an object."""
+    tokenizer = load_tokenizer(GOLDEN / "tokenizer")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    save_tokenizer(tokenizer, tmp_path)
+    content = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert content["tokenizer_class"] in ("PreTrainedTokenizerFast", "GPT2Tokenizer")
+    assert not isinstance(content.get("extra_special_tokens"), list)
+    loaded = load_tokenizer(tmp_path)
+    assert tokenizer_digest(loaded) == tokenizer_digest(tokenizer)
+    assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>"} <= set(loaded.all_special_tokens)
+    assert loaded.chat_template == tokenizer.chat_template
+    save_tokenizer(train_tokenizer(TEXTS[:1], vocab_size=300), tmp_path / "new")
+    content = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    assert content["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_special_tokens_have_a_role_or_none():
+    tokenizer = train_tokenizer(TEXTS[:1], vocab_size=300)
+    assert special_tokens(tokenizer) == ("<|endoftext|>",)
+    tokenizer.add_tokens([AddedToken("<|header|>", special=True), AddedToken("<think>", special=False)])
+    assert special_tokens(tokenizer) == ("<|endoftext|>", "<|header|>")
+
+
+def sentencepiece():
+    """Like Llama's and Mistral's: a word begins with the space before it, and decoding takes off a text's first space."""
+    words = ["<unk>", "</s>", "<turn>", "▁Say", "▁yes", "▁.", "▁Yes", ","]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+    tokenizer.add_tokens([AddedToken("<turn>", special=True)])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "text"),
+    [
+        ([3, 4], [6, 7, 4], " Yes, yes"),
+        ([3, 4], [6, 1], " Yes"),
+        ([3, 4], [6, 2], " Yes"),
+        ([3, 4], [1], ""),
+        ([3, 4], [4, 5], " yes ."),  # nothing is tidied up: these are the tokens
+        ([2], [6], "Yes"),  # the first word of the text
+    ],
+)
+def test_a_completion_is_what_it_adds_to_its_prompt(prompt, completion, text):
+    tokenizer = sentencepiece()
+    tokenizer.clean_up_tokenization_spaces = True
+    assert decode_completion(tokenizer, prompt, completion, stop_ids=(1, 2)) == text
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    assert tokenizer.decode(prompt, **options) + text == tokenizer.decode(prompt + completion, **options)
+
+
+def test_a_stop_token_is_no_text_even_if_it_is_no_special_one():
+    assert decode_completion(sentencepiece(), [3], [6, 4], stop_ids=(4,)) == " Yes"
+
+
+def test_a_completion_may_begin_inside_a_character(tokenizer):
+    halves = [tokenizer.convert_tokens_to_ids(token) for token in ("Ã", "©")]
+    assert tokenizer.decode(halves) == "é"
+    assert decode_completion(tokenizer, halves[:1], halves[1:] + tokenizer("a")["input_ids"]) == "\ufffda"

@@ -28,13 +28,13 @@ from dpo_jax.data.prepare import EncodedSet, encode_all
 from dpo_jax.data.reviews import review_preferences
 from dpo_jax.data.snippets import Snippet, load_snippets, snippets_of
 from dpo_jax.data.sources import load_preferences
-from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
+from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from dpo_jax.dpo import PreferenceLoss
 from dpo_jax.losses import dpo_loss, ipo_loss, unlikelihood_loss
 from dpo_jax.models.attention_paths import attention_path, path_name
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
-from dpo_jax.models.hf import load_config, read_weights, variable_shapes
+from dpo_jax.models.hf import end_tokens, load_config, read_weights, variable_shapes
 from dpo_jax.models.hub import resolve
 from dpo_jax.reference import WeightsDigest
 from dpo_jax.runtime.compiling import keep_programs
@@ -188,6 +188,7 @@ def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any) -> 
         row_length=None if data.layout == "plain" else data.row_length,  # a plain row holds one side, within max_length
     )
     report = encoded.report
+    report.chat = sum(preference.chat for preference in only_kept(preferences, encoded))
     if report.bad_share > data.max_dropped_share:
         raise DataError(
             f"{report.summary()}\n{report.reasons()}{report.bad_share:.1%} of the rows were dropped as bad, more than "
@@ -227,7 +228,7 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     record = kept / "made_from.json"
     with first_goes_first("tokenizer"):
         if not record.is_file() or json.loads(record.read_text()) != made_from:
-            train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size).save_pretrained(kept)
+            save_tokenizer(train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size), kept)
             write_json(record, made_from)  # last: a folder without it is made anew
         return load_tokenizer(kept)
 
@@ -312,7 +313,8 @@ def policy_model(config: Config, path: str, tokenizer: PreTrainedTokenizerFast, 
     with _naming(name, path):
         hf = load_config(path)
         decoder = decoder_config(hf)
-        check_tokenizer(tokenizer, decoder.vocab_size, eos_token_id=hf.get("eos_token_id"), pad_token_id=hf.get("pad_token_id"))
+        ends = end_tokens(path) or None
+        check_tokenizer(tokenizer, decoder.vocab_size, eos_token_id=ends, pad_token_id=hf.get("pad_token_id"))
     if config.data.max_length > decoder.max_positions:
         raise ConfigError(
             f"data.max_length: {config.data.max_length} tokens do not fit the {decoder.max_positions} positions of {path}"
@@ -320,6 +322,13 @@ def policy_model(config: Config, path: str, tokenizer: PreTrainedTokenizerFast, 
     if expected:
         _check_sizes(config, decoder, path)
     return _model(config, hf)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerFast, *paths: str) -> tuple[int, ...]:
+    """Every token at which a completion ends: the tokenizer's EOS, with which training ends them, and those of the models."""
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int)  # `policy_model` has checked tokenizer and models
+    return tuple(dict.fromkeys([eos, *(one for path in paths for one in end_tokens(path))]))
 
 
 def load_weights(path: str, model: Model, partitioner: Partitioner, *, name: str) -> tuple[Variables, str]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.cli.config import BASELINES, Config, DpoConfig
+from dpo_jax.data.display import shown_prompt
+from dpo_jax.data.terminal import printable
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.rundir import RunDir
 
@@ -16,7 +18,7 @@ def result_table(report: Mapping[str, Any]) -> str:
     lines = [f"{report['pairs']:,} held-out pairs{'':<27}{'reference':>12}{'policy':>12}"]
     lines += [f"{name:<45}{before:>12}{after:>12}  {note}".rstrip() for name, before, after, note in _rows(reference, policy)]
     for sample in report.get("samples", []):
-        lines += ["", f"prompt      {_one_line(sample['prompt'])}", f"  before    {_one_line(sample['reference'])}"]
+        lines += ["", f"prompt      {_one_line(shown_prompt(sample))}", f"  before    {_one_line(sample['reference'])}"]
         lines += [f"  after     {_one_line(sample['policy'])}"]
     return "\n".join(lines)
 
@@ -41,11 +43,12 @@ def _rows(reference: Mapping[str, float], policy: Mapping[str, float]) -> list[t
 
 
 def _one_line(text: str, limit: int = 160) -> str:
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def sft_card(config: Config, run: RunDir) -> str:
+def sft_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
+    """The card of an SFT run, after its last step or after `step`."""
     section = config.sft
     return _card(
         config,
@@ -53,13 +56,13 @@ def sft_card(config: Config, run: RunDir) -> str:
         how=f"Supervised fine-tuning with dpo_jax: {section.epochs} epochs, batch {section.batch}, {section.optimizer}, "
         f"learning rate {section.lr:g}, warm-up over {section.warmup_steps} steps, then {section.schedule}.",
         start=config.model.path or f"new weights ({config.model.family})",
-        results=_final_metrics(run),
+        results=_held_out(run, step),
         method="sft",
     )
 
 
-def dpo_card(config: Config, run: RunDir, *, report: Mapping[str, Any] | None = None) -> str:
-    """The card of a DPO run, with the table of `dpo-jax eval` once there is one."""
+def dpo_card(config: Config, run: RunDir, *, report: Mapping[str, Any] | None = None, step: int | None = None) -> str:
+    """The card of a DPO run after its last step or after `step`, with the table of `dpo-jax eval` once there is one."""
     section = config.dpo
     return _card(
         config,
@@ -67,7 +70,7 @@ def dpo_card(config: Config, run: RunDir, *, report: Mapping[str, Any] | None = 
         how=f"{_objective(section)}, {section.epochs} epochs, batch {section.batch}, {section.optimizer}, learning rate "
         f"{section.lr:g}, warm-up over {section.warmup_steps} steps, then {section.schedule}.",
         start=config.dpo_policy(),
-        results=f"```\n{result_table(report)}\n```" if report else _final_metrics(run),
+        results=f"```\n{result_table(report)}\n```" if report else _held_out(run, step),
         method=section.loss if section.loss in BASELINES else "dpo",
     )
 
@@ -81,8 +84,12 @@ def _objective(section: DpoConfig) -> str:
     return f"Direct Preference Optimization ({paper}) with dpo_jax: loss {section.loss}, beta {section.beta:g}"
 
 
-def _final_metrics(run: RunDir) -> str:
-    final = [row for row in read_metrics(run.metrics) if is_evaluation(row)][-1]
+def _held_out(run: RunDir, step: int | None) -> str:
+    rows = read_metrics(run.metrics) if run.metrics.is_file() else []
+    judged = [row for row in rows if is_evaluation(row) and step in (None, row["step"])]
+    if not judged:
+        return f"Held-out, after {step} steps: not measured."
+    final = judged[-1]
     rows = "\n".join(f"| {name.removeprefix('eval/')} | {value:.4f} |" for name, value in final.items() if name != "step")
     return f"Held-out, after {final['step']} steps:\n\n| measure | value |\n|---|---|\n{rows}"
 

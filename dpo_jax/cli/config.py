@@ -397,7 +397,11 @@ class SampleConfig:
     prompts: int = 8
     """Held-out prompts to complete."""
     prompts_file: str | None = None
-    """Complete these prompts instead: a text file with one a line, or .jsonl with a "prompt" field."""
+    """Complete these prompts instead: a text file with one a line, or .jsonl with a field "prompt" (a text, or messages) or
+    "messages"."""
+    chat: Literal["auto", "on", "off"] = "auto"
+    """Whether the chat template renders a text of prompts_file as a user's turn; auto: if there is a template, and the policy
+    does not lie in a run that was trained on plain texts. Messages are always rendered."""
     max_new_tokens: int = 128
     """Longest completion, in tokens."""
     temperature: float = 1.0
@@ -451,8 +455,9 @@ class ExportConfig:
     """The step to take (run.max_to_keep says how many are kept); none: the newest good one."""
     out: str | None = None
     """Folder to write; none: export/ beside the checkpoints, or export-STEP/ for a step."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the written weights."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights that export, dpo and ppo write; none: that of the model that training began with, float32 for a new
+    one. sft writes float32: dpo starts from exactly these weights."""
 
     def check(self) -> Iterator[Problem]:
         yield from _not_negative(self, "step")

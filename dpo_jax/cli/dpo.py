@@ -11,6 +11,7 @@ import numpy as np
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.config import BASELINES, Config, DpoConfig
+from dpo_jax.cli.export import write_model
 from dpo_jax.cli.refs import check_reference, load_reference, reference_values
 from dpo_jax.cli.train import earlier_run, leave_results, train
 from dpo_jax.data.loader import in_order, skippable, stream, total_steps
@@ -101,7 +102,8 @@ def run(config: Config) -> int:
             evaluate=evaluate,
             check=at_reference if start == reference else None,
         )
-        leave_results(run_dir, model, state, tokenizer, card=lambda: dpo_card(config, run_dir))
+        write = functools.partial(write_model, source=config.dpo_policy(), dtype=config.export.dtype)
+        leave_results(run_dir, model, state, tokenizer, card=lambda: dpo_card(config, run_dir), write=write)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.cli.refs import reference_values
 from dpo_jax.cli.rewards import write_rewards
 from dpo_jax.data import reviews
+from dpo_jax.data.display import chat_turns
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import in_order
 from dpo_jax.evals.completions import Completer, map_completions
@@ -72,7 +74,9 @@ def run(config: Config) -> int:
             "policy": preference_summary(logps, ref_logps, loss=loss),
         }
         if config.eval.samples:
-            samples = sampled(config, partitioner, model, {"reference": reference, "policy": policy}, tokenizer, held_out)
+            both = {"reference": reference, "policy": policy}
+            stop_ids = build.stop_ids(tokenizer, config.eval_policy(), config.eval_reference())
+            samples = sampled(config, partitioner, model, both, tokenizer, held_out, stop_ids=stop_ids)
             for who in ("reference", "policy"):
                 report[who] |= samples["summary"][who]
             report["samples"] = samples["texts"][:3]
@@ -96,15 +100,18 @@ def sampled(
     variables: dict[str, Variables],
     tokenizer: Any,
     held_out: Any,
+    *,
+    stop_ids: Sequence[int],
 ) -> dict[str, Any]:
     """Completions of held-out prompts by policy and reference, with the sequence KL of each to the reference.
 
     `kl` is the mean over samples y ~ pi(.|x) of log pi(y|x) - log pi_ref(y|x), in nats per completion: unbiased, also for
-    completions that were stopped at `eval.max_new_tokens`, of which it measures the part that was written.
+    completions that were stopped at `eval.max_new_tokens`, of which it measures the part that was written. Both stop at any of
+    `stop_ids`. A chat prompt's line has its `turns` beside the `prompt` as the model read it.
     """
     prompts, texts = _prompts(held_out, config.eval.samples, tokenizer)
     key = jax.random.key(config.run.seed)
-    complete = Completer(partitioner, model, tokenizer, max_new_tokens=config.eval.max_new_tokens)
+    complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, max_new_tokens=config.eval.max_new_tokens)
     score = partitioner.compile_map(functools.partial(sequence_logps, model))
     summary, written = {}, {}
     for number, (who, weights) in enumerate(variables.items()):
@@ -120,6 +127,7 @@ def sampled(
             values = [reviews.reward(text + sample) for text, sample in zip(texts, samples.texts, strict=True)]
             summary[who]["true_reward"], summary[who]["true_reward_error"] = mean_with_error(np.array(values))
     lines = [{"prompt": text, **{who: written[who][i] for who in written}} for i, text in enumerate(texts)]
+    lines = [line | ({"turns": turns} if (turns := chat_turns(line["prompt"], tokenizer)) else {}) for line in lines]
     return {"summary": summary, "texts": lines}
 
 

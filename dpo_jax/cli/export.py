@@ -1,4 +1,4 @@
-"""`dpo-jax export`: a checkpoint of a run as a Hugging Face folder."""
+"""`dpo-jax export`: a checkpoint of a run as a Hugging Face folder; and how every command writes such a folder."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.cli import build
+from dpo_jax.cli.card import dpo_card, sft_card
 from dpo_jax.cli.config import Config, ConfigError, load_config
+from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config
+from dpo_jax.models.generation import eos_ids, float_type, generation_config
 from dpo_jax.models.hf import load_config as load_hf_config
 from dpo_jax.models.hf import save_hf
+from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import Checkpoints, has_steps
+from dpo_jax.runtime.metrics import is_evaluation, read_metrics
+from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.step import init_state
-from dpo_jax.types import TrainState
+from dpo_jax.types import Model, TrainState, Variables
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -40,12 +46,96 @@ def run(config: Config) -> int:
         found = _restored(checkpoints, abstract, config.export.step)
     if found is None:
         raise ConfigError(f"export.checkpoint: {directory} holds no checkpoint; train first")
-    state, _ = found
+    state, step = found[0], int(found[0].step)
     name = "export" if config.export.step is None else f"export-{config.export.step}"
-    out = save_hf(config.export.out or folder / name, model, state.variables, dtype=DTYPES[config.export.dtype])
-    tokenizer.save_pretrained(out)
-    print(f"step {int(state.step)} of {folder} as {config.export.dtype} in {out}")
+    out, written = write_model(
+        config.export.out or folder / name,
+        model,
+        state.variables,
+        tokenizer,
+        source=start,
+        dtype=config.export.dtype,
+        card=_card_of(original, RunDir(folder, lock=False), task, step),
+    )
+    print(f"step {step} of {folder} as {written} in {out}")
     return 0
+
+
+def write_model(
+    path: str | Path,
+    model: Model,
+    variables: Variables,
+    tokenizer: Any,
+    *,
+    source: str | None,
+    dtype: str | None,
+    card: str | None = None,
+) -> tuple[Path, str]:
+    """Write model, tokenizer and model card as a Hugging Face folder. Returns the folder, and the type of the weights.
+
+    `source` is the model that training began with, None for a new one: its `generation_config.json` is kept, and `dtype=None`
+    is its type, or float32 where that is float16 and too small for these weights. All hosts call this; the first one writes.
+    Raises `ConfigError` where the weights do not fit the `dtype` that was asked for.
+    """
+    wanted = dtype or source_type(source)
+    try:
+        folder = _save(path, model, variables, source=source, dtype=wanted)
+    except OverflowError as error:
+        if dtype is not None:
+            raise ConfigError(f"export.dtype: {error}") from error
+        if hosts.is_first():
+            print(f"written as float32, and not as {wanted} like {source}: {error}", flush=True)
+        wanted = "float32"
+        folder = _save(path, model, variables, source=source, dtype=wanted)
+    _write_beside(folder, tokenizer, card)
+    return folder, wanted
+
+
+def write_exact(
+    path: str | Path, model: Model, variables: Variables, tokenizer: Any, *, source: str | None, card: str | None = None
+) -> tuple[Path, str]:
+    """As `write_model`, but the float32 weights of training as they are, for a next stage that starts from them.
+
+    `config.json` also says the source's type, which the next stage's own export will have.
+    """
+    known = source_type(source)
+    settings = {"source_dtype": known} if known != "float32" else {}
+    folder = _save(path, model, variables, source=source, dtype="float32", settings=settings)
+    _write_beside(folder, tokenizer, card)
+    return folder, "float32"
+
+
+def source_type(source: str | None) -> str:
+    """The type of the weights of the model that training began with; float32 for a new one."""
+    return "float32" if source is None else float_type(load_hf_config(source))
+
+
+def _save(path: str | Path, model: Model, variables: Variables, *, dtype: str, **options: Any) -> Path:
+    return save_hf(path, model, variables, dtype=DTYPES[dtype], fetch=hosts.whole, write=hosts.is_first(), **options)
+
+
+def _write_beside(folder: Path, tokenizer: Any, card: str | None) -> None:
+    if not hosts.is_first():
+        return
+    save_tokenizer(tokenizer, folder)
+    served = generation_config(folder) or {}
+    ends = eos_ids(served, folder)
+    if ends and tokenizer.eos_token_id not in ends:
+        print(
+            f"note: generation_config.json stops at {ends}, and not at {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), "
+            "with which training ends every completion: whoever serves the model must add it",
+            flush=True,
+        )
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _card_of(original: Config, run: RunDir, task: str, step: int) -> str:
+    """The card of the run, which may hold the table of `eval`, if these are its final weights; else one for this step."""
+    judged = [row["step"] for row in read_metrics(run.metrics) if is_evaluation(row)] if run.metrics.is_file() else []
+    if run.card.is_file() and judged and judged[-1] == step:
+        return run.card.read_text(encoding="utf-8")
+    return (sft_card if task == "sft" else dpo_card)(original, run, step=step)
 
 
 def _restored(checkpoints: Checkpoints, abstract: TrainState, step: int | None) -> tuple[TrainState, Any] | None:

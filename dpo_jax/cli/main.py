@@ -88,7 +88,7 @@ COMMANDS = {
         (*_RUN, "dpo.policy", "dpo.reference", "refs"),
         ("data",),
     ),
-    "dpo": Command("train the policy on preferences", "dpo_jax.cli.dpo:run", (*_RUN, "refs", "dpo"), ("data",)),
+    "dpo": Command("train the policy on preferences", "dpo_jax.cli.dpo:run", (*_RUN, "refs", "dpo", "export.dtype"), ("data",)),
     "eval": Command("measure a policy on held-out pairs", "dpo_jax.cli.eval:run", (*_RUN, *_LOSS, "refs", "eval"), ("data",)),
     "sample": Command("complete prompts with a policy", "dpo_jax.cli.sample:run", (*_RUN, "sample"), ("data",)),
     "judge": Command(
@@ -128,6 +128,7 @@ COMMANDS = {
             *_world("prompts", "test_prompts", "evaluations"),
             *(option for option in _PPO if option != "frontier.ppo_kls"),  # of the sweep
             "ppo",
+            "export.dtype",
         ),
         ("data",),
     ),
@@ -251,7 +252,9 @@ def _os_error(error: BaseException) -> OSError | None:
 def _message(error: Exception) -> str:
     cause = _os_error(error)
     if cause is None or exit_code(error) != 74:
-        return str(error)
+        from dpo_jax.data.terminal import printable
+
+        return printable(str(error))  # it may quote a text of the data, which may hold what moves a terminal's cursor
     if not cause.strerror:
         return str(cause)
     full = "; free some space, then run the same command again: it continues" if cause.errno == errno.ENOSPC else ""

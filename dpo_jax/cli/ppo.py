@@ -10,12 +10,12 @@ import functools
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.export import write_model
 from dpo_jax.cli.frontier import first_kl_coef, ppo_method
 from dpo_jax.cli.world import has_true_reward, make_world, refuse_mesh, sized
 from dpo_jax.evals.plots import plot_training
 from dpo_jax.evals.rewards import Reward
 from dpo_jax.lab.reward_model import RewardModel, load_head
-from dpo_jax.models.hf import save_hf
 from dpo_jax.models.hub import resolve
 from dpo_jax.reward import HEAD
 from dpo_jax.runtime.metrics import read_metrics
@@ -44,8 +44,9 @@ def run(config: Config) -> int:
             seed=config.run.seed,
             say=functools.partial(print, flush=True),
         )
-        folder = save_hf(run_dir.export, world.model, variables)
-        world.tokenizer.save_pretrained(folder)
+        folder, _ = write_model(
+            run_dir.export, world.model, variables, world.tokenizer, source=config.dpo_policy(), dtype=config.export.dtype
+        )
         plot_training(read_metrics(run_dir.metrics), run_dir.plots)
         write_json(run_dir.path / "result.json", {"points": [{"step": 0.0, **before}, *points]})
         last = points[-1]

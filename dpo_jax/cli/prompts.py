@@ -1,11 +1,18 @@
-"""The prompts of the held-out data with their reference completions: what is sampled for, and judged against."""
+"""Prompts: those of the held-out data with their reference completions, and those of a file."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_jax.cli import build
-from dpo_jax.cli.config import Config
+from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.data.chat import chat_prompt
+from dpo_jax.data.columns import check_text
+from dpo_jax.data.display import Turn, chat_turns
+from dpo_jax.data.pairs import BadRow, Cause
+from dpo_jax.data.tokenizer import special_tokens
 
 ARTICLE_CUE = "\nTL;DR:"  # makes a policy of Reddit summaries summarise an article
 
@@ -30,3 +37,95 @@ def references(config: Config, tokenizer: Any, *, target: bool = False) -> list[
         return [Reference(f"{article.text}{ARTICLE_CUE}", f" {article.summary}", article.uid) for article in articles]
     pairs = build.load_split(config, "test", tokenizer)
     return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid) for p in pairs]
+
+
+class Prompt(NamedTuple):
+    """What is completed: the text as the model reads it, and for people the turns that a chat template made it of."""
+
+    text: str
+    turns: list[Turn] | None = None
+
+
+def held_out_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
+    """The first distinct prompts of the held-out split, as in training: conversations are rendered already."""
+    texts = list(dict.fromkeys(one.prompt for one in references(config, tokenizer)))[: config.sample.prompts]
+    return [Prompt(text, chat_turns(text, tokenizer)) for text in texts]
+
+
+def prompts_of_file(name: str, tokenizer: Any, *, chat: bool) -> list[Prompt]:
+    """One prompt a line, or of each line of a .jsonl file its "prompt" (a text, or messages) or its "messages".
+
+    Messages are rendered by the tokenizer's chat template with its generation prompt, and with `chat` a text is rendered as
+    what a user says. Raises `ConfigError` naming file, line and field.
+    """
+    prompts = []
+    try:
+        lines = Path(name).read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON may hold U+2028 as it is
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"sample.prompts_file: {name}: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(_prompt(*(_field(line) if name.endswith(".jsonl") else ("", line)), tokenizer, chat=chat))
+        except BadRow as problem:
+            raise ConfigError(f"{name}:{number}: {problem}") from problem
+    if not prompts:
+        raise ConfigError(f"sample.prompts_file: {name} holds no prompts")
+    return prompts
+
+
+def _field(line: str) -> tuple[str, Any]:
+    """The field of a JSON line that holds the prompt, and its value."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise BadRow(Cause.INVALID_JSON, str(error)) from error
+    found = [name for name in ("prompt", "messages") if isinstance(row, dict) and name in row]
+    if len(found) != 1:
+        what = "both" if found else "neither"
+        raise BadRow(Cause.MISSING_COLUMN, f'needs an object with a "prompt" or "messages", this has {what}')
+    unread = [name for name in ("system", "tools", "chat_template_kwargs", "instruction", "input") if row.get(name)]
+    if unread:
+        detail = "would be part of the prompt, and is not read here; give the whole prompt as messages, or as the rendered text"
+        raise BadRow(Cause.WRONG_TYPE, detail, field=unread[0])
+    return found[0], row[found[0]]
+
+
+def _prompt(field: str, value: Any, tokenizer: Any, *, chat: bool) -> Prompt:
+    if isinstance(value, str) and value.strip() and field != "messages":
+        check_text(value, field=field)
+        if not chat:
+            return Prompt(value)
+        if rendered := [token for token in special_tokens(tokenizer) if token in value]:
+            detail = f"the text contains the special token {rendered[0]!r}; a prompt that is rendered needs --sample.chat off"
+            raise BadRow(Cause.EOS_IN_TEXT, detail, field=field)
+        value = [{"role": "user", "content": value}]
+    elif not isinstance(value, list) or not value:
+        raise BadRow(Cause.WRONG_TYPE, "a text that is not empty or a list of messages is needed", field=field)
+    if tokenizer.chat_template is None:
+        raise BadRow(
+            Cause.CHAT_TEMPLATE, "messages need a tokenizer with a chat template, and the policy's has none", field=field
+        )
+    text = chat_prompt(value, tokenizer=tokenizer, field=field)
+    return Prompt(text, [{"role": str(turn["role"]), "content": str(turn.get("content", ""))} for turn in value])
+
+
+def is_chat(config: Config, policy: str, tokenizer: Any) -> bool:
+    """Whether a text of `sample.prompts_file` is a user's turn: as `sample.chat` says, or by how the policy was trained.
+
+    A policy in a run directory was trained on conversations where the run's data report counts some. Another one is a chat
+    model if its tokenizer has a chat template. Raises `ConfigError` for `sample.chat: on` without a template.
+    """
+    asked, template = config.sample.chat, tokenizer.chat_template is not None
+    if asked == "on" and not template:
+        raise ConfigError(f"sample.chat: is on, and the tokenizer of {policy} has no chat template")
+    if asked != "auto" or not template:
+        return asked == "on"
+    record = Path(policy).expanduser().resolve().parent / "data_report.json"
+    try:
+        reports = json.loads(record.read_text(encoding="utf-8")).values()
+        known = [report["chat"] for report in reports]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # no run, or one of an older version
+        return True
+    return any(known)

@@ -10,6 +10,7 @@ import functools
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.world import refuse_mesh
+from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.evals.preference import wilson_interval
 from dpo_jax.lab.reward_model import RewardModel, fit_reward_model, judged, save_reward_model
 from dpo_jax.runtime.rundir import write_json
@@ -45,7 +46,7 @@ def run(config: Config) -> int:
         figures = judged(judge.of_pairs(partitioner.put_variables(variables), test, batch=training.batch))
         low, high = wilson_interval(round(figures["accuracy"] * len(test)), len(test))
         folder = save_reward_model(run_dir.export, model, variables)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         found = {**figures, "accuracy_low": low, "accuracy_high": high, "pairs": len(test)}
         write_json(run_dir.path / "result.json", {"validation": validation, "test": found})
         print(f"the checkpoint of step {validation['step']:g} has the lowest validation loss: {validation['loss']:.4f}")

@@ -11,6 +11,7 @@ import numpy as np
 from dpo_jax.cli.config import BASELINES, Config, DpoConfig
 from dpo_jax.data.pairs import Preference
 from dpo_jax.data.prepare import EncodedSet
+from dpo_jax.data.terminal import printable
 from dpo_jax.evals.calibration import accuracy, accuracy_by, correlations, length_bias, mean_share, reliability, reward_variants
 from dpo_jax.evals.calibration_plot import plot_reliability
 from dpo_jax.evals.rewardbench import is_rewardbench, section_scores
@@ -78,7 +79,7 @@ def write_rewards(
     write_json(run_dir.path / "report.json", report)
     title = f"Reliability of the implicit reward, beta {beta:g}"
     plot_reliability(found, margins["implicit"], run_dir.path / "reliability.png", title=title)
-    print(rewards_table(report))
+    print(printable(rewards_table(report)))  # subsets have the names that the data give them
     print(f"\nfull report: {run_dir.path}/report.json, every pair: rewards.jsonl, figure: reliability.png")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import numpy as np
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.ppo import learned_reward
-from dpo_jax.cli.prompts import ARTICLE_CUE, references
+from dpo_jax.cli.prompts import ARTICLE_CUE, Prompt, held_out_prompts, is_chat, prompts_of_file
+from dpo_jax.data.display import shown_prompt
+from dpo_jax.data.terminal import json_line, printable
 from dpo_jax.evals.completions import Completer
 from dpo_jax.evals.rewards import Reward, exact_reviews
 from dpo_jax.runtime.hosts import is_first
@@ -25,7 +27,8 @@ def run(config: Config) -> int:
     section = config.sample
     path = config.sample_policy()
     tokenizer = build.tokenizer_of(config, model_path=path, name="sample.policy")
-    texts = prompts_of_file(section.prompts_file) if section.prompts_file else held_out_prompts(config, tokenizer)
+    given = _prompts(config, path, tokenizer)
+    texts = [prompt.text for prompt in given]
     model = build.policy_model(config, path, tokenizer, name="sample.policy")
     partitioner = build.make_partitioner(config, model)
     variables, _ = build.load_weights(path, model, partitioner, name="sample.policy")
@@ -36,13 +39,14 @@ def run(config: Config) -> int:
     temperatures = [float(part) for part in section.temperatures.split(",")] if section.temperatures else [section.temperature]
     best_of = sorted(int(part) for part in section.best_of.split(",")) if section.best_of else []
     most, reward = max(best_of, default=1), reward_of(config) if best_of else None
+    stop_ids = build.stop_ids(tokenizer, path)
     lines, unfinished = [], 0
     for temperature in temperatures:
-        complete = Completer(partitioner, model, tokenizer, temperature=temperature, **sampling)
+        complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, temperature=temperature, **sampling)
         # The same key: more temperatures, or none but this one, change no sample.
         drawn = _draw(complete, variables, prompts, jax.random.key(config.run.seed), repeats=most)
         unfinished += sum(not row.pop("finished") for row in drawn)
-        rows = [{"prompt": texts[i // most], **row, "temperature": temperature} for i, row in enumerate(drawn)]
+        rows = [{**_of_prompt(given[i // most]), **row, "temperature": temperature} for i, row in enumerate(drawn)]
         lines += best_rows(rows, best_of, reward) if reward else rows
     if not is_first():
         return 0
@@ -60,12 +64,28 @@ def run(config: Config) -> int:
         print(f"{len(lines)} completions in {section.out}")
         return 0
     for line in lines:
-        print(
-            f"\n{line['prompt']}\033[1m{line['completion']}\033[0m"
-            if sys.stdout.isatty()
-            else json.dumps(line, ensure_ascii=False)
-        )
+        print(for_terminal(line) if sys.stdout.isatty() else json_line(line))
     return 0
+
+
+def _prompts(config: Config, policy: str, tokenizer: Any) -> list[Prompt]:
+    file = config.sample.prompts_file
+    if file is None:
+        return held_out_prompts(config, tokenizer)
+    chat = is_chat(config, policy, tokenizer)
+    if chat and config.sample.chat == "auto" and is_first():
+        print(f"{file}: a text is rendered as a user's turn (--sample.chat off: as it stands)", file=sys.stderr)
+    return prompts_of_file(file, tokenizer, chat=chat)
+
+
+def _of_prompt(prompt: Prompt) -> dict[str, Any]:
+    return {"prompt": prompt.text} | ({"turns": prompt.turns} if prompt.turns else {})
+
+
+def for_terminal(line: Mapping[str, Any]) -> str:
+    """A prompt and its completion, in bold: of a conversation as turns. Control characters of the texts are written out."""
+    answer = "\nassistant: " if line.get("turns") else ""
+    return f"\n{shown_prompt(line)}{answer}\033[1m{printable(line['completion'])}\033[0m"
 
 
 def ids_of(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
@@ -90,10 +110,9 @@ def _draw(
         samples = complete(variables, [ids for ids in prompts for _ in range(repeats)], key)
     except ValueError as error:
         raise ConfigError(f"sample: {error}") from error
-    eos = complete.tokenizer.eos_token_id
     return [
-        {"completion": text, "logp": float(logp), "tokens": len(ids), "finished": bool(len(ids)) and int(ids[-1]) == eos}
-        for text, logp, ids in zip(samples.texts, samples.logps, samples.ids, strict=True)
+        {"completion": text, "logp": float(logp), "tokens": len(ids), "finished": bool(finished)}
+        for ids, text, finished, logp in zip(*samples, strict=True)
     ]
 
 
@@ -121,32 +140,3 @@ def best_rows(rows: Sequence[dict[str, Any]], best_of: Sequence[int], reward: Re
             row = rows[number * best_of[-1] + int(best)]
             found.append({**row, "best_of": n, "reward": float(values[number, best])})
     return found
-
-
-def held_out_prompts(config: Config, tokenizer: Any) -> list[str]:
-    """The first distinct prompts of the held-out split."""
-    return list(dict.fromkeys(one.prompt for one in references(config, tokenizer)))[: config.sample.prompts]
-
-
-def prompts_of_file(name: str) -> list[str]:
-    """One prompt a line, or the "prompt" field of each line of a .jsonl file. Raises `ConfigError` naming file and line."""
-    prompts = []
-    try:
-        lines = Path(name).read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON may hold U+2028 as it is
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"sample.prompts_file: {name}: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        prompt: Any = line
-        if name.endswith(".jsonl"):
-            try:
-                prompt = json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f'{name}:{number}: needs a JSON object with a "prompt" ({error})') from error
-        if not isinstance(prompt, str) or not prompt:
-            raise ConfigError(f"{name}:{number}: a prompt is a text that is not empty")
-        prompts.append(prompt)
-    if not prompts:
-        raise ConfigError(f"sample.prompts_file: {name} holds no prompts")
-    return prompts

@@ -11,6 +11,7 @@ import numpy as np
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import sft_card
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.export import write_exact
 from dpo_jax.cli.train import earlier_run, leave_results, train
 from dpo_jax.data.layout import Completion
 from dpo_jax.data.loader import in_order, plan_layout, skippable, stream, total_steps
@@ -83,7 +84,8 @@ def run(config: Config) -> int:
             evaluate=evaluate,
             unit="texts",
         )
-        leave_results(run_dir, model, state, tokenizer, card=lambda: sft_card(config, run_dir))
+        write = functools.partial(write_exact, source=config.model.path)  # DPO starts from exactly these weights
+        leave_results(run_dir, model, state, tokenizer, card=lambda: sft_card(config, run_dir), write=write)
     return 0
 
 

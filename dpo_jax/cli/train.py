@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +20,6 @@ from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
 from dpo_jax.data.loader import Batch
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.evals.plots import plot_training
-from dpo_jax.models.hf import save_hf
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, has_steps, newest_meta
 from dpo_jax.runtime.fit import NonFinite, fit
@@ -221,14 +221,23 @@ def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
-def leave_results(run: RunDir, model: Model, state: TrainState, tokenizer: Any, *, card: Callable[[], str]) -> None:
-    """Writes the model as a Hugging Face folder, the plots, and the model card. All hosts call it, with the saved form."""
-    folder = save_hf(run.export, model, state.variables, fetch=hosts.whole, write=hosts.is_first())
-    if not hosts.is_first():
+def leave_results(
+    run: RunDir,
+    model: Model,
+    state: TrainState,
+    tokenizer: Any,
+    *,
+    card: Callable[[], str],
+    write: Callable[..., tuple[Path, str]],
+) -> None:
+    """Writes the plots, the model card, and by `write` (`write_model` or `write_exact`) the model as a Hugging Face folder.
+
+    All hosts call it, with the saved form.
+    """
+    text = card() if hosts.is_first() else None
+    folder, dtype = write(run.export, model, state.variables, tokenizer, card=text)
+    if text is None:
         return
-    tokenizer.save_pretrained(folder)
     plot_training(read_metrics(run.metrics), run.plots)
-    text = card()
     run.card.write_text(text, encoding="utf-8")
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    print(f"the policy is in {folder}")
+    print(f"the policy is in {folder}, in {dtype}")

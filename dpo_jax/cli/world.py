@@ -62,6 +62,7 @@ def make_world(config: Config, *, train: Count | None, test: Count, reward: Rewa
         partitioner,
         model,
         tokenizer,
+        stop_ids=build.stop_ids(tokenizer, path),
         reference=reference,
         reward=reward,
         train=learnt,

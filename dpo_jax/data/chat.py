@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo_jax.data.columns import text
 from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, check_pair
+from dpo_jax.data.tokenizer import special_tokens
 
 Message = dict[str, Any]
 
@@ -37,12 +38,26 @@ def chat_preference(prompt: list[Any] | None, chosen: Any, rejected: Any, *, uid
         turns = _messages(prompt, "prompt", tokenizer)
     for name, side in sides.items():
         _check_completion(side, name)
-    if not turns or turns[-1]["role"] == "assistant":
-        raise BadRow(Cause.NO_PROMPT, "the prompt must end with a message that the assistant answers", field="prompt")
+    _check_prompt(turns, "prompt")
     text = _render(turns, tokenizer, add_generation_prompt=True)
     completions = {name: _completion(text, turns + side, name, tokenizer) for name, side in sides.items()}
     check_pair(text, **completions)
     return Preference(text, **completions, uid=uid, chat=True)
+
+
+def chat_prompt(messages: Any, *, tokenizer: Any, field: str = "messages") -> str:
+    """Messages `{"role", "content"}` rendered as a prompt, with the generation prompt, as `chat_preference` does it.
+
+    Raises `BadRow`, also where the assistant has the last word.
+    """
+    turns = _messages(messages, field, tokenizer)
+    _check_prompt(turns, field)
+    return _render(turns, tokenizer, add_generation_prompt=True)
+
+
+def _check_prompt(turns: list[Message], field: str) -> None:
+    if not turns or turns[-1]["role"] == "assistant":
+        raise BadRow(Cause.NO_PROMPT, "the prompt must end with a message that the assistant answers", field=field)
 
 
 def _messages(value: Any, field: str, tokenizer: Any) -> list[Message]:
@@ -64,7 +79,7 @@ def _messages(value: Any, field: str, tokenizer: Any) -> list[Message]:
 def _check_content(message: Mapping[str, Any], key: str, *, place: str, tokenizer: Any) -> None:
     # A special token written out by a user would end or fake a turn.
     content = text(message, key, inside=f"{place}.")
-    for token in tokenizer.all_special_tokens:
+    for token in special_tokens(tokenizer):
         if token in content:
             raise BadRow(Cause.EOS_IN_TEXT, f"the text contains the special token {token!r}", field=f"{place}.{key}")
 

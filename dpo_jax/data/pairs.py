@@ -11,6 +11,8 @@ import enum
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
+from dpo_jax.data.terminal import printable
+
 OnBad = Literal["refuse", "drop"]
 HH_ASSISTANT = "\n\nAssistant:"
 
@@ -101,6 +103,7 @@ class DataReport:
     rows: int = 0  # lines or records in the files
     read: int = 0
     kept: int = 0
+    chat: int = 0  # of those kept: rendered by a chat template
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # cause -> candidates
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # cause -> its first five, "where: detail"
     truncated: dict[str, int] = dataclasses.field(default_factory=dict)  # what was cut -> pairs
@@ -137,7 +140,7 @@ class DataReport:
 
     def reasons(self, each: int = 3) -> str:
         """Lines with the first `each` dropped candidates of every cause: where, and why."""
-        return "".join(f"    {line}\n" for lines in self.examples.values() for line in lines[:each])
+        return printable("".join(f"    {line}\n" for lines in self.examples.values() for line in lines[:each]))
 
     def summary(self) -> str:
         """The report as a small table for the screen."""
@@ -148,7 +151,7 @@ class DataReport:
         width = max(map(len, counts))
         lines += [f"  {name:<{width}}  {count:>9,}" for name, count in counts.items()]
         lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 class Triage:

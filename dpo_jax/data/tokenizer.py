@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -43,6 +45,51 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{str(path)!r} has a {type(tokenizer).__name__}, but a tokenizer.json (a fast tokenizer) is needed")
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
+    """Write the tokenizer's files, so that transformers 4 and 5 load them alike: special tokens and chat template included.
+
+    transformers 5 names a class that version 4 does not have, and writes a list where version 4 expects an object.
+    """
+    tokenizer.save_pretrained(folder)
+    file = Path(folder) / "tokenizer_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(content.get("extra_special_tokens"), list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    for where_it_was in ("is_local", "local_files_only"):
+        content.pop(where_it_was, None)
+    file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def decode_completion(
+    tokenizer: Any, prompt: Sequence[int] | np.ndarray, completion: Sequence[int] | np.ndarray, *, stop_ids: Sequence[int] = ()
+) -> str:
+    """The text that a completion adds to its prompt: special tokens, and the one of `stop_ids` that ends it, left out.
+
+    Both are decoded together, because a tokenizer of the SentencePiece kind takes off the first space of what it decodes.
+    """
+    if len(completion) and int(completion[-1]) in stop_ids:
+        completion = completion[:-1]
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before = tokenizer.decode(prompt, **options)
+    whole = tokenizer.decode(np.concatenate([prompt, completion]).astype(np.int32), **options)
+    # A prompt may end, or a completion begin, inside a character.
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(completion, **options)
+
+
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Every special token, also those without a role, such as Llama 3's `<|start_header_id|>`, which templates write."""
+    return _special_tokens(tokenizer, len(tokenizer), tuple(tokenizer.all_special_tokens))
+
+
+@functools.lru_cache(maxsize=8)
+def _special_tokens(tokenizer: Any, size: int, with_role: tuple[str, ...]) -> tuple[str, ...]:
+    # Cached: a list of some hundred tokens is asked for with every message. `size` and `with_role` notice an added token.
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(dict.fromkeys([*with_role, *added]))
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from dpo_jax.data.layout import completion_rows
 from dpo_jax.data.loader import round_up
+from dpo_jax.data.tokenizer import decode_completion
 from dpo_jax.sampling import Samples, generate, left_pad
 from dpo_jax.types import Model, Partitioner, Variables
 
@@ -17,8 +18,9 @@ WIDTHS = 16  # tokens by which the rows of given completions differ
 
 
 class Completions(NamedTuple):
-    ids: list[np.ndarray]  # without what comes after EOS; EOS itself included where it was drawn
-    texts: list[str]
+    ids: list[np.ndarray]  # without what comes after a stop token; that itself included where it was drawn
+    texts: list[str]  # what each adds to its prompt's text; without the stop token
+    finished: np.ndarray  # bool[B]  a stop token was drawn
     logps: np.ndarray  # float32[B], in nats
 
 
@@ -26,13 +28,22 @@ class Completer:
     """`complete(variables, prompts, key) -> Completions`, about `batch` prompts at a time. One program per width of prompts.
 
     `variables` are the partitioner's. A prompt's completion depends on `key` and the prompt's number alone, not on batches.
-    `sampling`: `temperature`, `top_k` and `top_p` of `sampling.generate`.
+    `stop_ids` are the tokens that end a completion: `models.hf.end_tokens` and the tokenizer's EOS. `sampling`: `temperature`,
+    `top_k` and `top_p` of `sampling.generate`.
     """
 
     def __init__(
-        self, partitioner: Partitioner, model: Model, tokenizer: Any, *, max_new_tokens: int, batch: int = 64, **sampling: Any
+        self,
+        partitioner: Partitioner,
+        model: Model,
+        tokenizer: Any,
+        *,
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        batch: int = 64,
+        **sampling: Any,
     ) -> None:
-        self.partitioner, self.model, self.tokenizer = partitioner, model, tokenizer
+        self.partitioner, self.model, self.tokenizer, self.stop_ids = partitioner, model, tokenizer, tuple(stop_ids)
         self.max_new_tokens, self.batch, self.sampling = max_new_tokens, batch, sampling
         self._compiled: dict[int, Any] = {}
 
@@ -58,13 +69,17 @@ class Completer:
             samples = draw(variables, rows)
             ids += [samples.tokens[row, : int(samples.lengths[row])] for row in range(len(here))]
             logps.append(samples.logps[: len(here)])
-        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-        return Completions(ids, texts, np.concatenate(logps))
+        texts = [
+            decode_completion(self.tokenizer, prompt, row, stop_ids=self.stop_ids)
+            for prompt, row in zip(prompts, ids, strict=True)
+        ]
+        finished = np.array([int(row[-1]) in self.stop_ids for row in ids])
+        return Completions(ids, texts, finished, np.concatenate(logps))
 
     def _draw(self, new_tokens: int) -> Any:
         def draw(variables: Variables, rows: dict[str, Any]) -> Samples:
             keys = jax.random.wrap_key_data(rows["keys"])
-            options = {"max_new_tokens": new_tokens, "eos_id": self.tokenizer.eos_token_id, **self.sampling}
+            options = {"max_new_tokens": new_tokens, "eos_id": self.stop_ids, **self.sampling}
             return generate(self.model, variables, rows["tokens"], rows["lengths"], keys, **options)
 
         if new_tokens not in self._compiled:

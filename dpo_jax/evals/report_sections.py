@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.data.display import shown_prompt
 from dpo_jax.data.pairs import FILTERED
 from dpo_jax.evals.frontier_plot import plot_trajectories
 from dpo_jax.evals.overoptimisation import declines, trajectories
@@ -221,7 +222,7 @@ def samples(runs: Sequence[RunRecord], count: int) -> Section | None:
     by_prompt: dict[str, dict[tuple[str, str], list[str]]] = {}  # the runs that gave each text
     for run, stage in one_or_more(runs, "eval"):
         for line in stage.read("samples.jsonl", read_lines, []):
-            sides = by_prompt.setdefault(str(line.get("prompt")), {})
+            sides = by_prompt.setdefault(shown_prompt(line), {})
             for who in ("reference", "policy"):
                 if who in line:
                     sides.setdefault((who, str(line[who])), []).append(run.name)

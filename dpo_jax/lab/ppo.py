@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 
+from dpo_jax.data.tokenizer import decode_completion
 from dpo_jax.evals.rewards import Reward
 from dpo_jax.lab.world import Points, World
 from dpo_jax.ppo import (
@@ -66,7 +67,7 @@ class PpoMethod:
                 axis_name=world.partitioner.axis_name,
             )
         )
-        sampling = {"max_new_tokens": world.max_new_tokens, "eos_id": world.tokenizer.eos_token_id}
+        sampling = {"max_new_tokens": world.max_new_tokens, "eos_id": world.stop_ids}
         self.collect = world.partitioner.compile_map(functools.partial(collect, self.model, **sampling))
         self.advantages = jax.jit(functools.partial(advantages, gamma=options.gamma, lam=options.lam))
 
@@ -99,7 +100,10 @@ class PpoMethod:
                     length=world.width - world.max_new_tokens,
                 )
                 collected = self.collect((state.variables, world.reference), prompts)
-                texts = [world.tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids(collected.rows)]
+                texts = [
+                    decode_completion(world.tokenizer, world.train.ids[i], ids, stop_ids=world.stop_ids)
+                    for i, ids in zip(chosen, completion_ids(collected.rows), strict=True)
+                ]
                 scores = reward([world.train.texts[i] for i in chosen], texts)
                 stats = observe(stats, scores)
                 normal = normalised(stats, scores).astype(np.float32)

@@ -49,6 +49,7 @@ class World:
         model: Model,
         tokenizer: Any,
         *,
+        stop_ids: Sequence[int],
         reference: Variables,
         reward: Reward,
         train: Prompts,
@@ -59,9 +60,9 @@ class World:
     ) -> None:
         self.partitioner, self.model, self.tokenizer, self.reference = partitioner, model, tokenizer, reference
         self.reward, self.train, self.test = reward, train, test
-        self.max_new_tokens, self.batch, self.seed = max_new_tokens, batch, seed
+        self.stop_ids, self.max_new_tokens, self.batch, self.seed = tuple(stop_ids), max_new_tokens, batch, seed
         self.width = round_up(max(map(len, [*train.ids, *test.ids])) + max_new_tokens, 8)
-        self.complete = Completer(partitioner, model, tokenizer, max_new_tokens=max_new_tokens, batch=batch)
+        self.complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, max_new_tokens=max_new_tokens, batch=batch)
         self._kl = partitioner.compile_map(functools.partial(_kl, model))
         self._logps = partitioner.compile_map(functools.partial(sequence_logps, model))
 

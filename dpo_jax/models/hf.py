@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from dpo_jax.models.attention_paths import attention_path
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import ARCHITECTURES, decoder_config
+from dpo_jax.models.generation import GENERATION, eos_ids, generation_config
 from dpo_jax.models.hub import resolve
 from dpo_jax.models.pieces import Piece, assemble, path_of
 from dpo_jax.models.tensors import Tensor, tensors
@@ -39,6 +40,19 @@ def load_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__} where a JSON object is expected")
     return content
+
+
+def end_tokens(path: str | Path) -> list[int]:
+    """Every token that ends a text of the model by its `config.json` or its `generation_config.json`, in ascending order.
+
+    Chat models have several: of the end of a turn (`<end_of_turn>`, `<|eot_id|>`), and of the whole text. Raises ValueError
+    naming the file.
+    """
+    folder, config = resolve(path), load_config(path)
+    settings: list[tuple[Mapping[str, Any], str]] = [(config, "config.json"), (generation_config(folder) or {}, GENERATION)]
+    if isinstance(text := config.get("text_config"), Mapping):
+        settings.append((text, "config.json"))
+    return sorted({one for content, name in settings for one in eos_ids(content, folder / name)})
 
 
 def load_hf(
@@ -92,17 +106,21 @@ def save_hf(
     variables: Variables,
     *,
     dtype: Any = None,
+    source: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     fetch: Callable[[Any], np.ndarray] = np.asarray,
     write: bool = True,
 ) -> Path:
     """Write `config.json` and safetensors that Hugging Face's `AutoModelForCausalLM` loads. Returns the folder.
 
-    `dtype` converts the weights (None: as they are). Files are written next to the folder, read back, compared and only then
-    moved in, so that a kill leaves no half-written model. In a folder that holds an earlier model its files are replaced and
-    others, such as a tokenizer, stay. Weights that lie in pieces on several hosts are collected tensor by tensor with `fetch`:
-    all hosts call this, and one with `write`. Raises FileExistsError for a folder that holds something else; ValueError if
-    the variables do not fit the model.
+    `dtype` converts the weights (None: as they are). `source` is the folder or Hub id of the model that they were trained from:
+    its `generation_config.json`, if it has one, is copied. `settings` go into `config.json` as well. Files are written next to
+    the folder, read back, compared and only then moved in, so that a kill leaves no half-written model. In a folder that holds
+    an earlier model its files are replaced and others, such as a tokenizer, stay. Weights that lie in pieces on several hosts
+    are collected tensor by tensor with `fetch`: all hosts call this, and one with `write`. Raises FileExistsError for a folder
+    that holds something else; ValueError if the variables do not fit the model; OverflowError, naming the tensor, for values
+    that `dtype` cannot hold.
     """
     folder = Path(path).expanduser()
     if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -125,10 +143,14 @@ def save_hf(
         new = Path(temporary) / "model"
         new.mkdir()
         content = config.hf | {"architectures": [ARCHITECTURES[config.family]], "dtype": dtype.name}
-        content.pop("torch_dtype", None)
+        content = {name: value for name, value in content.items() if name not in ("torch_dtype", "source_dtype")}
+        content |= settings or {}
         (new / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        generation = None if source is None or generation_config(resolve(source)) is None else resolve(source) / GENERATION
+        if generation is not None:
+            (new / GENERATION).write_bytes(generation.read_bytes())
         write_shards(new, sizes, get, max_shard_bytes=max_shard_bytes)
-        _move_in(new, folder)
+        _move_in(new, folder, stale=() if source is None else (GENERATION,))
     return folder
 
 
@@ -147,19 +169,34 @@ def _in_hf_form(
 
     def get(name: str) -> np.ndarray:
         tensor, layer = lines[name]
-        ours = [fetch(flat[p] if layer is None else flat[p][layer]).astype(dtype) for p in tensor.paths]
+        ours = [_cast(fetch(flat[p] if layer is None else flat[p][layer]), dtype, name) for p in tensor.paths]
         return tensor.layout.to_hf(ours)
 
     return sizes, get
 
 
-def _move_in(new: Path, folder: Path) -> None:
+def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):  # looked for below
+        cast = array.astype(dtype)
+    lost = np.isfinite(array) & ~np.isfinite(cast)
+    if lost.any():
+        largest = float(np.abs(array[lost].astype(np.float64)).max())
+        raise OverflowError(
+            f"tensor {name}: {int(lost.sum()):,} values are too large for {dtype.name}, the largest {largest:g} "
+            f"(its limit is {float(jnp.finfo(dtype).max):g}); use bfloat16 or float32"
+        )
+    return cast
+
+
+def _move_in(new: Path, folder: Path, *, stale: Sequence[str] = ()) -> None:
     if not folder.exists():
         os.replace(new, folder)
         return
-    for stale in [*folder.glob("model*.safetensors"), folder / INDEX]:
-        if not (new / stale.name).exists():
-            stale.unlink(missing_ok=True)
+    for file in [*folder.glob("model*.safetensors"), folder / INDEX, *(folder / name for name in stale)]:
+        if not (new / file.name).exists():
+            file.unlink(missing_ok=True)
     for file in sorted(new.iterdir()):
         os.replace(file, folder / file.name)
 
