@@ -14,6 +14,7 @@ class Reference(NamedTuple):
     prompt: str
     completion: str
     where: str
+    chat: bool = False  # the prompt was written by a chat template
 
 
 def references(config: Config, tokenizer: Any, *, target: bool = False) -> list[Reference]:
@@ -29,4 +30,4 @@ def references(config: Config, tokenizer: Any, *, target: bool = False) -> list[
         articles = read_articles(data.path, data.test_split)[: data.max_test]
         return [Reference(f"{article.text}{ARTICLE_CUE}", f" {article.summary}", article.uid) for article in articles]
     pairs = build.load_split(config, "test", tokenizer)
-    return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid) for p in pairs]
+    return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid, p.chat) for p in pairs]

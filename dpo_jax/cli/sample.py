@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.ppo import learned_reward
 from dpo_jax.cli.prompts import ARTICLE_CUE, references
+from dpo_jax.data.encode import cut_prompt, token_ids, with_bos
 from dpo_jax.evals.completions import Completer
 from dpo_jax.evals.rewards import Reward, exact_reviews
 from dpo_jax.runtime.hosts import is_first
@@ -25,13 +27,16 @@ def run(config: Config) -> int:
     section = config.sample
     path = config.sample_policy()
     tokenizer = build.tokenizer_of(config, model_path=path, name="sample.policy")
-    texts = prompts_of_file(section.prompts_file) if section.prompts_file else held_out_prompts(config, tokenizer)
+    own = prompts_of_file(section.prompts_file) if section.prompts_file else []
+    from_template = dict.fromkeys(own, False) or held_out_prompts(config, tokenizer)
+    texts = own or list(from_template)
     model = build.policy_model(config, path, tokenizer, name="sample.policy")
     partitioner = build.make_partitioner(config, model)
     variables, _ = build.load_weights(path, model, partitioner, name="sample.policy")
     cue = ARTICLE_CUE if config.data.source == "cnn_dailymail" and not section.prompts_file else ""
-    whole, cue_ids = ids_of(texts, tokenizer), ids_of([cue], tokenizer)[0]
-    prompts = [within(ids, config.data.max_prompt_length, cue=cue_ids) for ids in whole]
+    bos, cue_ids = config.data.bos, token_ids(cue, tokenizer)
+    whole = [with_bos(token_ids(text, tokenizer), tokenizer, bos=bos, chat=from_template[text]) for text in texts]
+    prompts = [within(ids, config.data.max_prompt_length, tokenizer, cue=cue_ids) for ids in whole]
     sampling = {name: getattr(section, name) for name in ("max_new_tokens", "top_k", "top_p")}
     temperatures = [float(part) for part in section.temperatures.split(",")] if section.temperatures else [section.temperature]
     best_of = sorted(int(part) for part in section.best_of.split(",")) if section.best_of else []
@@ -68,18 +73,13 @@ def run(config: Config) -> int:
     return 0
 
 
-def ids_of(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
-    """Token ids of each text, int32[L], without special tokens."""
-    return [np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
-
-
-def within(ids: np.ndarray, limit: int, *, cue: np.ndarray) -> np.ndarray:
-    """At most `limit` of the tokens of a prompt: the last ones. An article, which has a `cue`, loses its end instead: news say
-    first what matters, and without the cue no policy would summarise.
+def within(ids: np.ndarray, limit: int, tokenizer: Any, *, cue: np.ndarray) -> np.ndarray:
+    """At most `limit` of the tokens of a prompt: BOS, if it has one, and the last ones. An article, which has a `cue`, loses
+    its end instead: news say first what matters, and without the cue no policy would summarise.
     """
-    if len(ids) <= limit:
-        return ids
-    return np.concatenate([ids[: max(0, limit - len(cue))], cue])[-limit:] if len(cue) else ids[-limit:]
+    if len(ids) <= limit or not len(cue):
+        return cut_prompt(ids, limit, tokenizer)
+    return np.concatenate([ids[: max(0, limit - len(cue))], cue])[-limit:]
 
 
 def _draw(
@@ -123,9 +123,10 @@ def best_rows(rows: Sequence[dict[str, Any]], best_of: Sequence[int], reward: Re
     return found
 
 
-def held_out_prompts(config: Config, tokenizer: Any) -> list[str]:
-    """The first distinct prompts of the held-out split."""
-    return list(dict.fromkeys(one.prompt for one in references(config, tokenizer)))[: config.sample.prompts]
+def held_out_prompts(config: Config, tokenizer: Any) -> dict[str, bool]:
+    """The first distinct prompts of the held-out split, and whether a chat template wrote each."""
+    every = {one.prompt: one.chat for one in references(config, tokenizer)}
+    return dict(itertools.islice(every.items(), config.sample.prompts))
 
 
 def prompts_of_file(name: str) -> list[str]:

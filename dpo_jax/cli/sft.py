@@ -96,7 +96,7 @@ def _targets(config: Config, tokenizer: Any) -> Texts:
     train_set, test_set = (build.load_split(config, split, tokenizer) for split in ("train", "test"))
     # Encoding the pairs, too, makes SFT refuse the same bad rows as DPO: both see the same data.
     pairs = [build.encode_split(config, preferences, tokenizer) for preferences in (train_set, test_set)]
-    limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length, "truncation": data.truncation}
+    limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "truncation", "bos")}
     kept = [build.only_kept(split, encoded) for split, encoded in zip((train_set, test_set), pairs, strict=True)]
     train, (held_out, _) = (
         encode_targets(split, tokenizer, **limits, score_prompt=config.sft.scored == "all") for split in kept
