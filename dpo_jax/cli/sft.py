@@ -11,6 +11,7 @@ import numpy as np
 from dpo_jax.cli import build
 from dpo_jax.cli.card import sft_card
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import check_checkpoints, leave_results, train
 from dpo_jax.data.layout import Completion
 from dpo_jax.data.loader import in_order, plan_layout, skippable, stream, total_steps
@@ -96,6 +97,7 @@ def _targets(config: Config, tokenizer: Any) -> Texts:
     train_set, test_set = (build.load_split(config, split, tokenizer) for split in ("train", "test"))
     # Encoding the pairs, too, makes SFT refuse the same bad rows as DPO: both see the same data.
     pairs = [build.encode_split(config, preferences, tokenizer) for preferences in (train_set, test_set)]
+    check_repeats(config, *pairs)
     limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "truncation", "bos")}
     kept = [build.only_kept(split, encoded) for split, encoded in zip((train_set, test_set), pairs, strict=True)]
     train, (held_out, _) = (
