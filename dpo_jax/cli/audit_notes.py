@@ -10,7 +10,6 @@ from dpo_jax.data.pairs import FILTERED
 from dpo_jax.data.token_text import printable
 
 Note = dict[str, str]  # {"about", "found", "remedy"}, printable
-SERIOUS = ("overlap", "contradictions", "bad rows", "duplicates", "bos", "template", "date", "reasoning", "cut", "length")
 MANY_DUPLICATES = 0.01  # of a split
 MANY_CUT = 0.05  # pairs whose completion lost its end
 LENGTH_DECIDES = 0.6  # lower bound of the accuracy of "the longer one wins", or of the shorter one
@@ -18,39 +17,26 @@ FEW_HELD_OUT = 100  # pairs: below, the interval of an accuracy is wider than 0.
 
 
 def verdict(config: Config, reports: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Note]]:
-    """The notes on each split, most serious first. `reports` are those of `dpo-jax audit`."""
+    """The notes on each split. `reports` are those of `dpo-jax audit`."""
     train, test = config.data.train_split, config.data.test_split
     found = {
-        split: [*_rows(report, split), *_repeats(report, split), *_lengths(report, split)] for split, report in reports.items()
+        split: [*_rows(config, report, split), *_repeats(report, split), *_lengths(report, split)]
+        for split, report in reports.items()
     }
     found[train] += [*_bos(reports[train]), *_template(config, reports[train])]
     found[test] += [*_overlap(reports[test], train, test), *_size(reports[test], test)]
-    return {split: sorted(notes, key=seriousness) for split, notes in found.items()}
-
-
-def sentences(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The notes on all splits, most serious first. Those about one thing that have one remedy are one sentence."""
-    notes = sorted((note for report in reports.values() for note in report["verdict"]), key=seriousness)
-    found: dict[tuple[str, str], list[str]] = {}
-    for note in notes:
-        found.setdefault((note["about"], note["remedy"]), []).append(note["found"])
-    return [f"{'; '.join(what)}: {remedy}" for (_, remedy), what in found.items()]
-
-
-def seriousness(note: Note) -> int:
-    """By what notes are sorted: what makes a result wrong comes first."""
-    return SERIOUS.index(note["about"]) if note["about"] in SERIOUS else len(SERIOUS)
+    return found
 
 
 def _note(about: str, found: str, remedy: str) -> Note:
     return {"about": about, "found": printable(found), "remedy": printable(remedy)}
 
 
-def _rows(report: Mapping[str, Any], split: str) -> Iterator[Note]:
+def _rows(config: Config, report: Mapping[str, Any], split: str) -> Iterator[Note]:
     bad = sum(count for cause, count in report["dropped"].items() if cause not in FILTERED)
     if bad:
-        found = f"{bad:,} of {report['read']:,} {split} rows cannot be used"
-        yield _note("bad rows", found, "repair them, or train with --data.on-bad drop")
+        remedy = "repair them, or train without them" if config.data.on_bad == "drop" else "repair them, or --data.on-bad drop"
+        yield _note("bad rows", f"{bad:,} of {report['read']:,} {split} rows cannot be used", remedy)
 
 
 def _overlap(report: Mapping[str, Any], train: str, test: str) -> Iterator[Note]:

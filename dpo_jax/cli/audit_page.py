@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from dpo_jax.cli.audit_notes import sentences
 from dpo_jax.cli.config import Config
 from dpo_jax.data.lengths import PARTS
 from dpo_jax.data.token_text import SEPARATOR, printable, rows_of, shortened
+from dpo_jax.evals.report_audit import verdict_sentences
 
 WIDTH = 80
 REASONS = 6  # dropped rows that are shown
@@ -19,7 +19,7 @@ EXAMPLE = {"prompt": 180, "chosen": 120, "rejected": 120}  # characters of the e
 def page(config: Config, reports: Mapping[str, Mapping[str, Any]]) -> str:
     """What `dpo-jax audit` prints of its report. Safe to print: escape sequences of the data stand as text."""
     train = reports[config.data.train_split]
-    notes = sentences(reports)
+    notes = verdict_sentences(reports)
     lines = [
         *_wrapped(f"{train['source']} as {train['format']}"),
         *_counts(reports),

@@ -32,25 +32,19 @@ def check_repeats(config: Config, train: EncodedSet, test: EncodedSet) -> None:
     words = []
     for split, repeats in ((train, found.train), (test, found.test)):
         if repeats.contradictions.pairs:
-            said = f"{counted(repeats.contradictions, split)} contradict an earlier pair"
-            split.report.notes.append(said)
-            words.append(f"{said} ({first(repeats.contradictions)})")
+            words.append(f"{_counted(repeats.contradictions, split)} contradict an earlier one")
+            split.report.notes.append(words[-1])
     if found.overlap.prompts.pairs:
-        said = f"{counted(found.overlap.prompts, test)} have a prompt of {train.report.split}"
-        same = found.overlap.pairs.pairs + found.overlap.swapped.pairs
-        said += f", {same:,} are in it with the same answers" if same else ""
-        test.report.notes.append(said)
-        words.append(f"{said} ({first(found.overlap.prompts)})")
+        same = found.overlap.pairs.pairs
+        words.append(f"{_counted(found.overlap.prompts, test)} have a prompt of {train.report.split}")
+        words[-1] += f" ({same:,} the same pair)" if same else ""
+        test.report.notes.append(words[-1])
     if words:
-        print(f"note: {'; '.join(words)}: held-out numbers mean less than they seem to (dpo-jax audit)", flush=True)
+        print(f"note: held-out numbers mean less: {', '.join(words)}; see dpo-jax audit", flush=True)
 
 
-def counted(finding: Finding, split: EncodedSet) -> str:
+def _counted(finding: Finding, split: EncodedSet) -> str:
     return f"{finding.pairs:,} of {len(split):,} {split.report.split} pairs"
-
-
-def first(finding: Finding) -> str:
-    return printable(finding.examples[0])
 
 
 def refuse_repeats(config: Config, found: Found) -> None:
