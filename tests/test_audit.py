@@ -46,7 +46,7 @@ def counts(found):
 
 def test_duplicates_and_contradictions_are_counted_once_for_each_pair_too_many():
     found = find_repeats(pairs_of("p a b", "p a b", "q a b", "p b a", "p a b", "p ab b"))
-    assert counts(found) == (2, 2, 5)
+    assert counts(found) == (2, 2, 4)
     assert found.duplicates == (2, 2 / 6, ["t:2 with t:1", "t:5 with t:1"])
     assert found.contradictions.examples == ["t:4 with t:1", "t:5 with t:4"]
     assert counts(find_repeats(pairs_of("p a b", "q a b", "p a c", "pa b c"))) == (0, 0, 0)
@@ -241,7 +241,7 @@ def test_the_report_page_shows_the_audit(config, tmp_path):
         "test.jsonl:2 with train.jsonl:6",
         "3 test pairs are too few",
         "train.jsonl:1 as the model reads it",
-        "No·.·<|endoftext|>",
+        "N·o·.·<|endoftext|>",
     ):
         assert words in section
 
@@ -273,8 +273,8 @@ def test_training_says_in_one_line_that_held_out_numbers_mean_less(config, capsy
     ]
     check_repeats(load_config(config), *splits)
     assert capsys.readouterr().out == (
-        "note: 1 of 3 train pairs contradict an earlier pair (t:2 with t:1); 1 of 2 test pairs have a prompt of train, 1 are in "
-        "it with the same answers (t:1 with t:3): held-out numbers mean less than they seem to (dpo-jax audit)\n"
+        "note: held-out numbers mean less: 1 of 3 train pairs contradict an earlier one, 1 of 2 test pairs have a prompt of train "
+        "(1 the same pair); see dpo-jax audit\n"
     )
     assert [len(split.report.notes) for split in splits] == [1, 1]
     clean = [
