@@ -273,8 +273,8 @@ def test_training_says_in_one_line_that_held_out_numbers_mean_less(config, capsy
     ]
     check_repeats(load_config(config), *splits)
     assert capsys.readouterr().out == (
-        "note: held-out numbers mean less: 1 of 3 train pairs contradict an earlier one, 1 of 2 test pairs have a prompt of train "
-        "(1 the same pair); see dpo-jax audit\n"
+        "note: held-out numbers mean less: 1 of 3 train pairs contradict an earlier one, 1 of 2 test pairs have a prompt of "
+        "train (1 the same pair); see dpo-jax audit\n"
     )
     assert [len(split.report.notes) for split in splits] == [1, 1]
     clean = [
