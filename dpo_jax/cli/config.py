@@ -167,7 +167,7 @@ class DataConfig:
     max_duplicates: float | None = None
     """Refuse a split of which a larger share repeats an earlier pair (0 to 1); none: only say so."""
     max_contradictions: float | None = None
-    """Refuse a split of which a larger share also occurs with chosen and rejected swapped (0 to 1); none: only say so."""
+    """Refuse a split of which a larger share is an earlier pair with its sides swapped (0 to 1); none: only say so."""
     max_overlap: float | None = None
     """Refuse held-out data of which a larger share has a prompt of the train split (0 to 1); none: only say so."""
     layout: Literal["packed", "shared", "plain"] = "packed"

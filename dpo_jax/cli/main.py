@@ -72,7 +72,7 @@ def _world(*fields: str) -> tuple[str, ...]:
 
 COMMANDS = {
     "audit": Command(
-        "should one train on these data? one page: what is in them, and what to look into",
+        "should one train on these data? one page of counts and notes",
         "dpo_jax.cli.audit:run",
         _RUN,
         ("data",),
