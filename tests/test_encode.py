@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
-from dpo_jax.data.encode import EosInText, encode
+from dpo_jax.data.encode import EosInText, adds_bos, cut_prompt, encode, token_ids, with_bos
+from dpo_jax.data.prepare import data_digest
+from dpo_jax.reference import pair_key
 
 CASES = json.loads((GOLDEN / "tokenization.json").read_text())
 LIMITS = {"max_length": 64, "max_prompt_length": 32}
@@ -25,7 +27,7 @@ def test_all_golden_cases_are_identical_to_the_original(tokenizer):
             completion = getattr(encoded, side).tolist()
             assert case["prompt_input_ids"] + completion == case[f"{side}_input_ids"]
             assert [-100] * len(encoded.prompt) + completion == case[f"{side}_labels"]
-            assert getattr(encoded, f"{side}_cut") == (completion[-1] != tokenizer.eos_token_id)
+            assert bool(getattr(encoded, f"{side}_cut")) == (completion[-1] != tokenizer.eos_token_id)
 
 
 def test_records_and_mappings_are_the_same(tokenizer):
@@ -61,3 +63,81 @@ def test_a_chat_template_may_end_turns_with_eos_but_never_twice(tokenizer):
 def test_impossible_limits_are_refused(tokenizer, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         encode({"prompt": "a", "chosen": "b", "rejected": "c"}, tokenizer, **{**LIMITS, **options})
+
+
+# BOS
+
+
+@pytest.fixture(scope="module")
+def with_post_processor():
+    """A tokenizer that begins plain texts with BOS, `<|b|>`, and ends them with another EOS, as those of Llama may."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    made = PreTrainedTokenizerFast.from_pretrained(GOLDEN / "tokenizer")
+    made.add_special_tokens({"bos_token": "<|b|>"})
+    ids = [("<|b|>", made.bos_token_id), ("<|endoftext|>", made.eos_token_id)]
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<|b|> $A <|endoftext|>", special_tokens=ids)
+    assert made("a")["input_ids"][0] == made.bos_token_id != made.eos_token_id
+    return made
+
+
+TEXTS = {"prompt": "Human: hi\n\nAssistant:", "chosen": " Hello.", "rejected": " No."}
+
+
+def test_a_text_begins_with_bos_where_the_tokenizer_begins_it_so(tokenizer, with_post_processor):
+    plain, begun = (encode(TEXTS, one, **LIMITS) for one in (tokenizer, with_post_processor))
+    bos, own = with_post_processor.bos_token_id, token_ids(TEXTS["prompt"], with_post_processor).tolist()
+    assert (adds_bos(tokenizer), adds_bos(with_post_processor)) == (False, True)
+    assert plain.prompt.tolist() == own
+    assert begun.prompt.tolist() == with_post_processor(TEXTS["prompt"])["input_ids"][:-1] == [bos, *own]
+    assert (plain.bos_added, begun.bos_added) == (False, True)
+    for side in ("chosen", "rejected"):  # BOS begins the prompt, and nothing else
+        assert getattr(begun, side).tolist() == getattr(plain, side).tolist()
+
+
+@pytest.mark.parametrize(
+    ("bos", "chat", "times"),
+    [("never", False, 0), ("always", False, 1), ("always", True, 1), ("auto", True, 0)],
+)
+def test_bos_is_an_option_and_a_template_decides_for_conversations(with_post_processor, tokenizer, bos, chat, times):
+    for one in (with_post_processor, tokenizer):
+        ids = encode({**TEXTS, "chat": chat}, one, **LIMITS, bos=bos).prompt
+        assert ids.tolist() == [one.bos_token_id] * times + token_ids(TEXTS["prompt"], one).tolist()
+
+
+@pytest.mark.parametrize("bos", ["auto", "always", "never"])
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_text_that_writes_bos_itself_gets_no_second_one(with_post_processor, bos, chat):
+    encoded = encode({**TEXTS, "prompt": "<|b|>hi", "chat": chat}, with_post_processor, **LIMITS, bos=bos)
+    assert encoded.prompt.tolist() == token_ids("<|b|>hi", with_post_processor).tolist()
+    assert encoded.prompt.tolist().count(with_post_processor.bos_token_id) == 1
+    assert not encoded.bos_added
+
+
+@pytest.mark.parametrize("limit", [1, 2, 32])
+@pytest.mark.parametrize("prompt", ["abc " * 99, "<|b|>" + "abc " * 99])
+@pytest.mark.parametrize("truncation", ["keep_end", "keep_start"])
+def test_a_prompt_that_is_cut_keeps_its_bos(with_post_processor, limit, prompt, truncation):
+    record, limits = {**TEXTS, "prompt": prompt}, {"max_length": 64, "max_prompt_length": limit}
+    encoded = encode(record, with_post_processor, **limits, truncation=truncation)
+    bos, *own = with_bos(token_ids(prompt, with_post_processor), with_post_processor).tolist()
+    assert encoded.prompt.tolist() == [bos, *(own[len(own) + 1 - limit :] if truncation == "keep_end" else own[: limit - 1])]
+    assert encoded.prompt_cut == 1 + len(own) - limit
+    whole = np.array([bos, *own], np.int32)
+    assert cut_prompt(whole, len(whole), with_post_processor) is whole
+
+
+def test_bos_is_part_of_what_caches_and_resumed_runs_are_told_by(with_post_processor):
+    one, other = (encode(TEXTS, with_post_processor, **LIMITS, bos=bos) for bos in ("auto", "never"))
+    assert pair_key(one) != pair_key(other)
+    assert data_digest([one]) != data_digest([other])
+
+
+def test_an_impossible_bos_is_refused(tokenizer, with_post_processor):
+    with pytest.raises(ValueError, match="bos='first': use 'auto'"):
+        encode(TEXTS, tokenizer, **LIMITS, bos="first")
+    without = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
+    assert encode(TEXTS, without, **LIMITS).prompt.tolist() == token_ids(TEXTS["prompt"], without).tolist()
+    with pytest.raises(ValueError, match="has no beginning-of-text token"):
+        encode(TEXTS, without, **LIMITS, bos="always")

@@ -562,11 +562,12 @@ def test_the_best_of_the_first_n():
     ]
 
 
-def test_an_article_loses_its_end_and_a_conversation_its_beginning():
-    ids, none, cue = np.arange(9), np.arange(0), np.array([7, 8])
-    assert within(ids, 4, cue=none).tolist() == [5, 6, 7, 8]
-    assert within(ids, 4, cue=cue).tolist() == [0, 1, 7, 8]
-    assert within(ids, 9, cue=cue) is within(ids, 9, cue=none) is ids
+def test_an_article_loses_its_end_and_a_conversation_its_beginning_but_neither_its_bos(tokenizer):
+    ids, none, cue = np.arange(1, 10), np.arange(0), np.array([8, 9])
+    assert within(ids, 4, tokenizer, cue=none).tolist() == [6, 7, 8, 9]
+    assert within(ids, 4, tokenizer, cue=cue).tolist() == [1, 2, 8, 9]
+    assert within(ids, 9, tokenizer, cue=cue) is within(ids, 9, tokenizer, cue=none) is ids
+    assert within(np.arange(10), 4, tokenizer, cue=none).tolist() == [0, 7, 8, 9]
 
 
 # The program

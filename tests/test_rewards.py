@@ -1,3 +1,4 @@
+import copy
 import math
 import sys
 
@@ -99,6 +100,11 @@ def test_a_learned_reward_reads_each_completion_with_its_eos(tokenizer):
         assert learned(score, tokenizer, length=32, batch=batch)(prompts, completions).tolist() == expected
         assert set(shapes) == {(batch, 16)}
         shapes.clear()
+    other = copy.deepcopy(tokenizer)  # whose BOS is not id 0, which would not count
+    other.add_special_tokens({"bos_token": "<|b|>"})
+    with_bos = learned(score, other, length=32, batch=8, bos="always")(prompts, completions)
+    assert with_bos.tolist() == [value + other.bos_token_id for value in expected]
+    shapes.clear()
     learned(score, tokenizer, length=64, batch=3)(prompts, [*completions[:2], completions[2] * 4])
     assert shapes == [(3, 48)]
     assert learned(score, tokenizer, length=32, batch=2)([], []).shape == (0,)

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_jax.cli.config import BASELINES, Config, ConfigError, DpoConfig, SftConfig, dump_config
 from dpo_jax.cli.fixed import date_of, pin_models
 from dpo_jax.data.chat_date import at_date
-from dpo_jax.data.encode import Encoded
+from dpo_jax.data.encode import Encoded, token_ids, with_bos
 from dpo_jax.data.layout import Completion, Layout
 from dpo_jax.data.loader import plan_layout
 from dpo_jax.data.pairs import Cause, DataError, DataReport, Preference, PreferenceSet
@@ -169,8 +169,8 @@ def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]
 
 
 def encode_texts(config: Config, snippets: Sequence[Snippet], tokenizer: Any) -> list[Completion]:
-    """Whole texts to learn, every token but the first one scored; what is longer than `data.max_length` is cut, EOS and all."""
-    ids = (np.asarray(tokenizer(snippet.text, add_special_tokens=False)["input_ids"], np.int32) for snippet in snippets)
+    """Whole texts to learn, every token but the first one (BOS, if there is one) scored; cut to `data.max_length`, EOS too."""
+    ids = (with_bos(token_ids(snippet.text, tokenizer), tokenizer, bos=config.data.bos) for snippet in snippets)
     ended = (np.append(x, np.int32(tokenizer.eos_token_id))[: config.data.max_length] for x in ids)
     return [(x[:0], x) for x in ended]
 
@@ -184,6 +184,7 @@ def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any) -> 
         max_length=data.max_length,
         max_prompt_length=data.max_prompt_length,
         truncation=data.truncation,
+        bos=data.bos,
         on_bad=data.on_bad,
         row_length=None if data.layout == "plain" else data.row_length,  # a plain row holds one side, within max_length
     )
@@ -218,7 +219,7 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     for path, option in ((config.tokenizer.path, "tokenizer.path"), (model_path, name)):
         if path is not None:
             with _naming(option, path):
-                return at_date(load_tokenizer(_existing(path, option)), date_of(config))
+                return _with_bos_token(config, at_date(load_tokenizer(_existing(path, option)), date_of(config)))
     if config.data.source in TEXT_SOURCES:
         texts = [snippet.text for snippet in load_texts(config, "train")]
     else:
@@ -230,7 +231,13 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
         if not record.is_file() or json.loads(record.read_text()) != made_from:
             save_tokenizer(train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size), kept)
             write_json(record, made_from)  # last: a folder without it is made anew
-        return load_tokenizer(kept)
+        return _with_bos_token(config, load_tokenizer(kept))
+
+
+def _with_bos_token(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    if config.data.bos == "always" and tokenizer.bos_token_id is None:
+        raise ConfigError("data.bos: always, but the tokenizer has no beginning-of-text token (bos_token): set it to auto")
+    return tokenizer
 
 
 def start_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> Model:

@@ -165,6 +165,14 @@ class DataConfig:
     """Which end of an over-long prompt is kept."""
     date: str | None = None
     """Day that a chat template takes for today, such as 2026-11-27; none: the day on which the run directory was begun."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Begin prompts with BOS, once. auto: a text if the tokenizer does so itself, a conversation if its template does."""
+    max_duplicates: float | None = None
+    """Refuse a split of which a larger share repeats an earlier pair (0 to 1); none: only say so."""
+    max_contradictions: float | None = None
+    """Refuse a split of which a larger share is an earlier pair with its sides swapped (0 to 1); none: only say so."""
+    max_overlap: float | None = None
+    """Refuse held-out data of which a larger share has a prompt of the train split (0 to 1); none: only say so."""
     layout: Literal["packed", "shared", "plain"] = "packed"
     """Several pairs a row, one pair a row with its prompt read once, or one completion a row. Same numbers, less padding."""
     row_length: int | None = None
@@ -176,6 +184,9 @@ class DataConfig:
             yield "max_prompt_length", f"must be less than max_length ({self.max_length}), got {self.max_prompt_length}"
         if not 0 <= self.max_dropped_share <= 1:
             yield "max_dropped_share", f"must be a share between 0 and 1, got {self.max_dropped_share}"
+        for field in ("max_duplicates", "max_contradictions", "max_overlap"):
+            if (share := getattr(self, field)) is not None and not 0 <= share <= 1:
+                yield field, f"must be a share between 0 and 1, or null for no limit, got {share}"
         if self.row_length is not None and self.row_length < self.max_length:
             yield "row_length", f"must be at least max_length ({self.max_length}), got {self.row_length}"
         if self.date is not None:

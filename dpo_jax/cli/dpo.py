@@ -13,6 +13,7 @@ from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.config import BASELINES, Config, DpoConfig
 from dpo_jax.cli.export import write_model
 from dpo_jax.cli.refs import check_reference, load_reference, reference_values
+from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import earlier_run, leave_results, train
 from dpo_jax.data.loader import in_order, skippable, stream, total_steps
 from dpo_jax.data.prepare import data_digest
@@ -37,6 +38,7 @@ def run(config: Config) -> int:
         pairs, held_out = (
             build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
         )
+        check_repeats(config, pairs, held_out)
         parts = build.batch_parts(section, partitioner.row_shards, layout=config.data.layout)
         plan = functools.partial(build.pair_layout, config, [*pairs, *held_out], batch=section.batch)
         layout = plan(parts=parts, microbatches=skippable(section.microbatches, partitioner.row_shards))

@@ -132,9 +132,9 @@ def sampled(
 
 
 def _prompts(held_out: list[Encoded], count: int, tokenizer: Any) -> tuple[list[np.ndarray], list[str]]:
-    """The first `count` distinct prompts: ids, and the text they stand for."""
-    distinct = list({pair.prompt.tobytes(): pair.prompt for pair in held_out}.values())[:count]
-    return distinct, [tokenizer.decode(prompt) for prompt in distinct]
+    """The first `count` distinct prompts: ids, and the text they stand for, without a BOS that the text does not hold."""
+    distinct = list({pair.prompt.tobytes(): pair for pair in held_out}.values())[:count]
+    return [pair.prompt for pair in distinct], [tokenizer.decode(pair.prompt[int(pair.bos_added) :]) for pair in distinct]
 
 
 def _update_card(config: Config, report: dict[str, Any]) -> None:

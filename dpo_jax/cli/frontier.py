@@ -21,6 +21,7 @@ from dpo_jax.cli import sft as sft_command
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.config_lab import FrontierConfig, numbers
 from dpo_jax.cli.world import labelled_samples, make_world, of_training, prompts_of, refuse_mesh, sized
+from dpo_jax.data.encode import with_bos
 from dpo_jax.data.pairs import DataReport, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.data.tokenizer import tokenizer_digest
@@ -100,11 +101,13 @@ def _shared(config: Config, digest: str, world: World) -> dict[str, Any]:
         name: getattr(config.dpo, name)
         for name in ("batch", "epochs", "lr", "optimizer", "warmup_steps", "schedule", "max_grad_norm")
     }
+    # Named only where prompts begin with BOS: what was computed without stays valid.
+    bos = {"bos": True} if len(with_bos(np.zeros(0, np.int32), world.tokenizer, bos=config.data.bos)) else {}
     return {
         "reference": digest,
         "architecture": identity.architecture(world.model),
         "tokenizer": tokenizer_digest(world.tokenizer),
-        "data": {"source": config.data.source, "max_prompt_length": config.data.max_prompt_length},
+        "data": {"source": config.data.source, "max_prompt_length": config.data.max_prompt_length, **bos},
         "frontier": options,
         "training": training,
         "seed": config.run.seed,
@@ -190,6 +193,7 @@ class _Study:
             evaluations=section.evaluations,
             seed=self.config.run.seed,
             microbatches=self.config.dpo.microbatches,
+            bos=self.config.data.bos,
         )
         write_json(folder / "result.json", figures)
         print(f"reward model: held-out accuracy {figures['accuracy']:.3f}, loss {figures['loss']:.3f}", flush=True)

@@ -18,7 +18,7 @@ from dpo_jax.types import Model
 HELD_OUT = "token ids held out"
 NEITHER = {"policy", "reference", "microbatches"}
 """Options of a section that are no setting: paths, whose weights have digests, and what does not change a result."""
-_LIMITS = ("max_length", "max_prompt_length", "truncation", "format", "on_bad", "max_train")
+_LIMITS = ("max_length", "max_prompt_length", "truncation", "bos", "format", "on_bad", "max_train")
 
 
 def settings(config: Config, section: SftConfig | DpoConfig) -> dict[str, Any]:

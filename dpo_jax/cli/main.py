@@ -72,7 +72,12 @@ def _world(*fields: str) -> tuple[str, ...]:
 
 
 COMMANDS = {
-    "audit": Command("check the data and report on it, before any training", "dpo_jax.cli.audit:run", _RUN, ("data",)),
+    "audit": Command(
+        "should one train on these data? one page of counts and notes",
+        "dpo_jax.cli.audit:run",
+        _RUN,
+        ("data",),
+    ),
     "prepare": Command(
         "write the checked preferences as a TFDS folder (array_record)",
         "dpo_jax.cli.prepare:run",

@@ -69,4 +69,4 @@ def learned_reward(config: Config, path: str, *, name: str, batch: int) -> Rewar
     partitioner = build.make_partitioner(config, model)
     variables, _ = build.load_weights(path, model, partitioner, name=name)
     variables = {**variables, **partitioner.put_variables({HEAD: head})}
-    return RewardModel(partitioner, model).of_texts(variables, tokenizer, batch=batch)
+    return RewardModel(partitioner, model).of_texts(variables, tokenizer, batch=batch, bos=config.data.bos)

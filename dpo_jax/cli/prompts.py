@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ class Reference(NamedTuple):
     prompt: str
     completion: str
     where: str
+    chat: bool = False  # the prompt was written by a chat template
 
 
 def references(config: Config, tokenizer: Any, *, target: bool = False) -> list[Reference]:
@@ -36,7 +38,7 @@ def references(config: Config, tokenizer: Any, *, target: bool = False) -> list[
         articles = read_articles(data.path, data.test_split)[: data.max_test]
         return [Reference(f"{article.text}{ARTICLE_CUE}", f" {article.summary}", article.uid) for article in articles]
     pairs = build.load_split(config, "test", tokenizer)
-    return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid) for p in pairs]
+    return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid, p.chat) for p in pairs]
 
 
 class Prompt(NamedTuple):
@@ -44,12 +46,14 @@ class Prompt(NamedTuple):
 
     text: str
     turns: list[Turn] | None = None
+    rendered: bool = False  # a chat template wrote it, with BOS if that belongs there
 
 
 def held_out_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
     """The first distinct prompts of the held-out split, as in training: conversations are rendered already."""
-    texts = list(dict.fromkeys(one.prompt for one in references(config, tokenizer)))[: config.sample.prompts]
-    return [Prompt(text, chat_turns(text, tokenizer)) for text in texts]
+    rendered = {one.prompt: one.chat for one in references(config, tokenizer)}
+    texts = itertools.islice(rendered, config.sample.prompts)
+    return [Prompt(text, chat_turns(text, tokenizer), rendered[text]) for text in texts]
 
 
 def prompts_of_file(name: str, tokenizer: Any, *, chat: bool) -> list[Prompt]:
@@ -108,7 +112,8 @@ def _prompt(field: str, value: Any, tokenizer: Any, *, chat: bool) -> Prompt:
             Cause.CHAT_TEMPLATE, "messages need a tokenizer with a chat template, and the policy's has none", field=field
         )
     text = chat_prompt(value, tokenizer=tokenizer, field=field)
-    return Prompt(text, [{"role": str(turn["role"]), "content": str(turn.get("content", ""))} for turn in value])
+    turns = [{"role": str(turn["role"]), "content": str(turn.get("content", ""))} for turn in value]
+    return Prompt(text, turns, rendered=True)
 
 
 def is_chat(config: Config, policy: str, tokenizer: Any) -> bool:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.data.chat_date import writes_date
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import Batch, in_order
@@ -30,6 +31,7 @@ def run(config: Config) -> int:
         splits = [
             build.encode_split(config, build.load_split(config, name, tokenizer), tokenizer) for name in ("train", "test")
         ]
+        check_repeats(config, *splits)
         build.describe(run_dir, config, *(split.report for split in splits))
         variables, digest = load_reference(config, model, partitioner)
         values = reference_values(config, model, variables, tokenizer, splits, partitioner=partitioner, weights=digest)

@@ -13,6 +13,7 @@ from typing import Any
 import dpo_jax.evals.report_sections as sections
 from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.evals.plots import PANELS, plot_runs, plot_training
+from dpo_jax.evals.report_audit import audited
 from dpo_jax.evals.report_judged import judged
 from dpo_jax.evals.report_page import Block, Notice, Page, Section, Table, render_html, render_markdown
 from dpo_jax.evals.report_weights import SHOWN, scored_weights
@@ -69,6 +70,7 @@ def _page(runs: Sequence[RunRecord], drawn: Path, *, samples: int, digests: bool
         _section("Training", lambda: sections.training(runs, images, together)),
         weights,
         _section("Data", lambda: sections.data(runs)),
+        _section("Data audit", lambda: audited(runs)),
         _configuration(runs),
         _section("Made with", lambda: _made_with(runs)),
     ]

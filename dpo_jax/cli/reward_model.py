@@ -9,6 +9,7 @@ import functools
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
+from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.world import refuse_mesh
 from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.evals.preference import wilson_interval
@@ -26,6 +27,7 @@ def run(config: Config) -> int:
         pairs, test = (
             build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
         )
+        check_repeats(config, pairs, test)
         build.describe(run_dir, config, pairs.report, test.report)
         start, _ = build.load_weights(path, model, partitioner, name="dpo.policy")
         print(f"{len(pairs):,} pairs to learn and choose from, {len(test):,} to judge the choice", flush=True)

@@ -16,6 +16,7 @@ from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.ppo import learned_reward
 from dpo_jax.cli.prompts import ARTICLE_CUE, Prompt, held_out_prompts, is_chat, prompts_of_file
 from dpo_jax.data.display import shown_prompt
+from dpo_jax.data.encode import cut_prompt, token_ids, with_bos
 from dpo_jax.data.terminal import json_line, printable
 from dpo_jax.evals.completions import Completer
 from dpo_jax.evals.rewards import Reward, exact_reviews
@@ -33,8 +34,9 @@ def run(config: Config) -> int:
     partitioner = build.make_partitioner(config, model)
     variables, _ = build.load_weights(path, model, partitioner, name="sample.policy")
     cue = ARTICLE_CUE if config.data.source == "cnn_dailymail" and not section.prompts_file else ""
-    whole, cue_ids = ids_of(texts, tokenizer), ids_of([cue], tokenizer)[0]
-    prompts = [within(ids, config.data.max_prompt_length, cue=cue_ids) for ids in whole]
+    bos, cue_ids = config.data.bos, token_ids(cue, tokenizer)
+    whole = [with_bos(token_ids(one.text, tokenizer), tokenizer, bos=bos, chat=one.rendered) for one in given]
+    prompts = [within(ids, config.data.max_prompt_length, tokenizer, cue=cue_ids) for ids in whole]
     sampling = {name: getattr(section, name) for name in ("max_new_tokens", "top_k", "top_p")}
     temperatures = [float(part) for part in section.temperatures.split(",")] if section.temperatures else [section.temperature]
     best_of = sorted(int(part) for part in section.best_of.split(",")) if section.best_of else []
@@ -88,18 +90,13 @@ def for_terminal(line: Mapping[str, Any]) -> str:
     return f"\n{shown_prompt(line)}{answer}\033[1m{printable(line['completion'])}\033[0m"
 
 
-def ids_of(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
-    """Token ids of each text, int32[L], without special tokens."""
-    return [np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
-
-
-def within(ids: np.ndarray, limit: int, *, cue: np.ndarray) -> np.ndarray:
-    """At most `limit` of the tokens of a prompt: the last ones. An article, which has a `cue`, loses its end instead: news say
-    first what matters, and without the cue no policy would summarise.
+def within(ids: np.ndarray, limit: int, tokenizer: Any, *, cue: np.ndarray) -> np.ndarray:
+    """At most `limit` of the tokens of a prompt: BOS, if it has one, and the last ones. An article, which has a `cue`, loses
+    its end instead: news say first what matters, and without the cue no policy would summarise.
     """
-    if len(ids) <= limit:
-        return ids
-    return np.concatenate([ids[: max(0, limit - len(cue))], cue])[-limit:] if len(cue) else ids[-limit:]
+    if len(ids) <= limit or not len(cue):
+        return cut_prompt(ids, limit, tokenizer)
+    return np.concatenate([ids[: max(0, limit - len(cue))], cue])[-limit:]
 
 
 def _draw(

@@ -12,6 +12,7 @@ from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import sft_card
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.export import write_exact
+from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import earlier_run, leave_results, train
 from dpo_jax.data.layout import Completion
 from dpo_jax.data.loader import in_order, plan_layout, skippable, stream, total_steps
@@ -103,7 +104,8 @@ def _targets(config: Config, tokenizer: Any) -> Texts:
     train_set, test_set = (build.load_split(config, split, tokenizer) for split in ("train", "test"))
     # Encoding the pairs, too, makes SFT refuse the same bad rows as DPO: both see the same data.
     pairs = [build.encode_split(config, preferences, tokenizer) for preferences in (train_set, test_set)]
-    limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length, "truncation": data.truncation}
+    check_repeats(config, *pairs)
+    limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "truncation", "bos")}
     kept = [build.only_kept(split, encoded) for split, encoded in zip((train_set, test_set), pairs, strict=True)]
     train, (held_out, _) = (
         encode_targets(split, tokenizer, **limits, score_prompt=config.sft.scored == "all") for split in kept

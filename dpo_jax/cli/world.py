@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.data.encode import Bos, cut_prompt, token_ids, with_bos
 from dpo_jax.data.label import LabelCounts, label
 from dpo_jax.data.pairs import Preference
 from dpo_jax.data.reviews import review_prompts
@@ -78,27 +79,35 @@ def prompts_of(config: Config, how_many: Count, tokenizer: Any) -> Prompts:
     """The first distinct prompts of the split, at most as many as the option `how_many` says; of texts, beginnings."""
     split, count = "train" if how_many == "prompts" else "test", getattr(config.frontier, how_many)
     if config.data.source == "reviews":
-        texts = list(dict.fromkeys(review_prompts(count, config.run.seed, split=split)))
+        prompts = dict.fromkeys(review_prompts(count, config.run.seed, split=split), False)
     elif config.data.source in build.TEXT_SOURCES:
         try:
-            texts = prefixes(build.load_texts(config, split), tokenizer, count, config.run.seed)
+            prompts = dict.fromkeys(prefixes(build.load_texts(config, split), tokenizer, count, config.run.seed), False)
         except ValueError as error:
             raise ConfigError(f"frontier.{how_many}: {error}") from error
     else:
-        texts = list(dict.fromkeys(p.prompt for p in build.load_split(config, split, tokenizer)))[:count]
-    return _within(config.data.max_prompt_length, texts, tokenizer)
+        every = {p.prompt: p.chat for p in build.load_split(config, split, tokenizer)}
+        prompts = dict(itertools.islice(every.items(), count))
+    return _within(config.data.max_prompt_length, prompts, tokenizer, bos=config.data.bos)
 
 
-def _within(limit: int, texts: list[str], tokenizer: Any) -> Prompts:
-    """Prompts of which the last `limit` tokens are kept. The text of one that was cut is what is left of it."""
-    whole = [np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
-    ids = [x[-limit:] for x in whole]
-    cut = [len(x) > limit for x in whole]
-    if any(cut):
-        print(
-            f"{sum(cut):,} of {len(texts):,} prompts are cut to their last {limit} tokens (data.max_prompt_length)", flush=True
-        )
-    return Prompts([tokenizer.decode(x) if short else text for x, text, short in zip(ids, texts, cut, strict=True)], ids)
+def _within(limit: int, prompts: Mapping[str, bool], tokenizer: Any, *, bos: Bos) -> Prompts:
+    """Texts (and whether a chat template wrote each) as prompts, of which BOS and the last tokens are kept, `limit` in all.
+
+    The text of one that was cut is what is left of it.
+    """
+    texts, ids, cut = [], [], 0
+    for text, chat in prompts.items():
+        own = token_ids(text, tokenizer)
+        whole = with_bos(own, tokenizer, bos=bos, chat=chat)
+        kept = cut_prompt(whole, limit, tokenizer)
+        short = len(kept) < len(whole)
+        cut += short
+        ids.append(kept)
+        texts.append(tokenizer.decode(kept[len(whole) - len(own) :]) if short else text)
+    if cut:
+        print(f"{cut:,} of {len(texts):,} prompts are cut to their last {limit} tokens (data.max_prompt_length)", flush=True)
+    return Prompts(texts, ids)
 
 
 def has_true_reward(config: Config) -> bool:

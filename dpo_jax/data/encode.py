@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 Truncation = Literal["keep_end", "keep_start"]
+Bos = Literal["auto", "always", "never"]
 
 
 class EosInText(ValueError):
@@ -23,9 +24,10 @@ class Encoded:
     chosen: np.ndarray  # int32[n]
     rejected: np.ndarray  # int32[n]
     uid: str = ""
-    prompt_cut: bool = False  # truncation removed tokens
-    chosen_cut: bool = False
-    rejected_cut: bool = False
+    prompt_cut: int = 0  # tokens that truncation removed
+    chosen_cut: int = 0
+    rejected_cut: int = 0
+    bos_added: bool = False  # the prompt's first token is a BOS that its text does not hold
 
 
 def encode(
@@ -35,14 +37,16 @@ def encode(
     max_length: int,
     max_prompt_length: int,
     truncation: Truncation = "keep_end",
+    bos: Bos = "auto",
 ) -> Encoded:
     """Token ids of one preference: a mapping or record with `prompt`, `chosen`, `rejected` (and `uid`, if it has one).
 
     As `tokenize_batch_element` of the original: prompt and completions are tokenized apart, without special tokens, and EOS is
-    appended to the completions. Where the prompt and the longer completion exceed `max_length` tokens, the prompt is
-    cut to `max_prompt_length` (keeping its end or its start), and if that is not enough both completions to `max_length -
-    max_prompt_length`. Raises `EosInText` when a text contains EOS itself; only in a record marked `chat` may EOS end the turns
-    of the prompt, and a completion that its template already ended gets no second one.
+    appended to the completions. The prompt begins with BOS where `bos` says so (`with_bos`).
+    Where the prompt and the longer completion exceed `max_length` tokens, the prompt is cut to `max_prompt_length` (keeping BOS
+    and its end, or its start), and if that is not enough both completions to `max_length - max_prompt_length`.
+    Raises `EosInText` when a text contains EOS itself; only in a record marked `chat` may EOS end the turns of the prompt,
+    and a completion that its template already ended gets no second one.
     """
     if truncation not in ("keep_end", "keep_start"):
         raise ValueError(f"truncation={truncation!r}: use 'keep_end' or 'keep_start'")
@@ -53,15 +57,16 @@ def encode(
         return preference.get(name, default) if isinstance(preference, Mapping) else getattr(preference, name, default)
 
     chat = bool(get("chat", False))
-    prompt = _ids(tokenizer, get("prompt"))
+    own = token_ids(get("prompt"), tokenizer)
     if not chat:
-        _refuse_eos(prompt, tokenizer, "prompt")
+        _refuse_eos(own, tokenizer, "prompt")
+    prompt = with_bos(own, tokenizer, bos=bos, chat=chat)
     chosen, rejected = (_completion_ids(tokenizer, get(side), side, chat=chat) for side in ("chosen", "rejected"))
     full = {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected)}
 
     longer = max(len(chosen), len(rejected))
     if len(prompt) + longer > max_length:
-        prompt = prompt[:max_prompt_length] if truncation == "keep_start" else prompt[-max_prompt_length:]
+        prompt = cut_prompt(prompt, max_prompt_length, tokenizer, truncation=truncation)
     if len(prompt) + longer > max_length:
         chosen, rejected = (ids[: max_length - max_prompt_length] for ids in (chosen, rejected))
     return Encoded(
@@ -69,19 +74,53 @@ def encode(
         chosen=chosen,
         rejected=rejected,
         uid=get("uid", "") or "",
-        prompt_cut=len(prompt) < full["prompt"],
-        chosen_cut=len(chosen) < full["chosen"],
-        rejected_cut=len(rejected) < full["rejected"],
+        prompt_cut=full["prompt"] - len(prompt),
+        chosen_cut=full["chosen"] - len(chosen),
+        rejected_cut=full["rejected"] - len(rejected),
+        bos_added=full["prompt"] > len(own),
     )
 
 
-def _ids(tokenizer: Any, text: str) -> np.ndarray:
+def token_ids(text: str, tokenizer: Any) -> np.ndarray:
+    """Token ids of a text without special tokens: int32[n]."""
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself begins a plain text with BOS, as those of Llama, Mistral and Gemma do."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos is not None and tokenizer("hello")["input_ids"][:1] == [bos]
+
+
+def with_bos(ids: np.ndarray, tokenizer: Any, *, bos: Bos = "auto", chat: bool = False) -> np.ndarray:
+    """The ids of a text (int32[n]) with BOS in front. Whatever encodes a prompt, or a whole text to learn, calls this.
+
+    "auto" adds BOS to a text where the tokenizer itself does (`adds_bos`), and leaves a conversation (`chat`) as its template
+    wrote it. "always" adds it to both, "never" to neither. Ids that already begin with BOS get no second one.
+    Raises ValueError for "always" if the tokenizer has no BOS.
+    """
+    if bos not in ("auto", "always", "never"):
+        raise ValueError(f"bos={bos!r}: use 'auto', 'always' or 'never'")
+    token: Any = getattr(tokenizer, "bos_token_id", None)
+    if bos == "always" and token is None:
+        raise ValueError("bos='always': the tokenizer has no beginning-of-text token (bos_token); use 'auto' or 'never'")
+    wanted = bos == "always" or (bos == "auto" and not chat and adds_bos(tokenizer))
+    return ids if not wanted or ids[:1].tolist() == [token] else np.append(np.int32(token), ids)
+
+
+def cut_prompt(ids: np.ndarray, limit: int, tokenizer: Any, *, truncation: Truncation = "keep_end") -> np.ndarray:
+    """At most `limit` of a prompt's tokens: its first ones, or its last ones after the BOS that it begins with, if it does."""
+    if len(ids) <= limit:
+        return ids
+    if truncation == "keep_start":
+        return ids[:limit]
+    kept = int(ids[:1].tolist() == [getattr(tokenizer, "bos_token_id", None)])
+    return np.concatenate([ids[:kept], ids[len(ids) - limit + kept :]])
 
 
 def _completion_ids(tokenizer: Any, text: str, name: str, *, chat: bool) -> np.ndarray:
     """The completion's ids with exactly one EOS, at the end."""
-    ids = _ids(tokenizer, text)
+    ids = token_ids(text, tokenizer)
     if chat and tokenizer.eos_token_id in ids:
         end = int(np.argmax(ids == tokenizer.eos_token_id))
         if not tokenizer.decode(ids[end + 1 :]).strip():  # templates like to end a turn with EOS and a newline

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.data.encode import Encoded, EosInText, Truncation, encode
+from dpo_jax.data.encode import Bos, Encoded, EosInText, Truncation, encode
 from dpo_jax.data.layout import Completion
 from dpo_jax.data.pairs import BadRow, Cause, DataReport, OnBad, Preference, PreferenceSet, Triage
 
@@ -33,6 +33,7 @@ def encode_all(
     max_length: int,
     max_prompt_length: int,
     truncation: Truncation = "keep_end",
+    bos: Bos = "auto",
     on_bad: OnBad = "refuse",
     row_length: int | None = None,
 ) -> EncodedSet:
@@ -45,10 +46,11 @@ def encode_all(
     """
     report = preferences.report.copy()
     triage = Triage(report, on_bad=on_bad)
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "truncation": truncation, "bos": bos}
     kept = []
     for preference in preferences:
         try:
-            pair = _encode_text(preference, tokenizer, max_length, max_prompt_length, truncation)
+            pair = _encode_text(preference, tokenizer, **limits)
             _check(pair, tokenizer, row_length)
             _check_target(preference, tokenizer)
         except BadRow as problem:
@@ -69,6 +71,7 @@ def encode_targets(
     max_length: int,
     max_prompt_length: int,
     truncation: Truncation = "keep_end",
+    bos: Bos = "auto",
     score_prompt: bool = False,
 ) -> tuple[list[Completion], list[str]]:
     """What SFT learns: (prompt, completion) token ids of each distinct text, and their uids. `preferences` passed `encode_all`.
@@ -76,13 +79,14 @@ def encode_targets(
     The completion is the `sft_target` of a preference, or else its chosen side, cut like the original cuts it: against its own
     length only. With `score_prompt` prompt and completion are one text, all of which is scored (but its first token).
     """
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "truncation": truncation, "bos": bos}
     seen: dict[tuple[str, str], Preference] = {}
     for preference in preferences:
         seen.setdefault((preference.prompt, preference.sft_target or preference.chosen), preference)
     texts, uids = [], []
     for (prompt, target), preference in seen.items():
         record = {"prompt": prompt, "chosen": target, "rejected": target, "chat": preference.chat}
-        pair = _encode_text(record, tokenizer, max_length, max_prompt_length, truncation)
+        pair = _encode_text(record, tokenizer, **limits)
         text = np.concatenate([pair.prompt, pair.chosen])
         texts.append((text[:0], text) if score_prompt else (pair.prompt, pair.chosen))
         uids.append(preference.uid)
@@ -99,9 +103,9 @@ def data_digest(examples: Sequence[Encoded] | Sequence[Completion]) -> str:
     return digest.hexdigest()
 
 
-def _encode_text(preference: Any, tokenizer: Any, max_length: int, max_prompt_length: int, truncation: Truncation) -> Encoded:
+def _encode_text(preference: Any, tokenizer: Any, **limits: Any) -> Encoded:
     try:
-        return encode(preference, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length, truncation=truncation)
+        return encode(preference, tokenizer, **limits)
     except EosInText as error:
         raise BadRow(Cause.EOS_IN_TEXT, str(error)) from error
 
@@ -115,7 +119,7 @@ def _check_target(preference: Preference, tokenizer: Any) -> None:
         raise BadRow(Cause.EMPTY, "the completion to learn is empty or blank", field="sft_target")
     record = {"prompt": preference.prompt, "chosen": target, "rejected": target, "chat": preference.chat}
     try:
-        encode(record, tokenizer, max_length=2, max_prompt_length=1)
+        encode(record, tokenizer, max_length=2, max_prompt_length=1, bos="never")
     except EosInText as error:
         raise BadRow(Cause.EOS_IN_TEXT, str(error).removeprefix("chosen "), field="sft_target") from error
 

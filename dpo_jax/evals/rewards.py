@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.data import reviews
+from dpo_jax.data.encode import Bos, token_ids, with_bos
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import round_up
 from dpo_jax.evals.preference import Interval, wilson_interval
@@ -121,19 +122,21 @@ def _positions(config: Any) -> int:
     return limit - (config.pad_token_id or 0) - 1 if "roberta" in config.model_type else limit
 
 
-def learned(score: Callable[[Rows], Array], tokenizer: Any, *, length: int, batch: int) -> Reward:
+def learned(score: Callable[[Rows], Array], tokenizer: Any, *, length: int, batch: int, bos: Bos = "auto") -> Reward:
     """A reward model as a reward: `score(rows) -> [R]` reads plain rows of one completion each, ended by EOS.
+
+    `bos` (`data.encode.with_bos`) is what the model was trained with.
 
     `score` is `reward.completion_rewards` with model and variables bound, compiled: `batch` rows each time, as long as the
     longest text needs, in steps of 16 tokens. Raises `ValueError` for a text of more than `length` tokens.
     """
 
-    def ids(text: str) -> np.ndarray:
-        return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
-
     def reward(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         texts = [
-            (ids(prompt), np.append(ids(completion), np.int32(tokenizer.eos_token_id)))
+            (
+                with_bos(token_ids(prompt, tokenizer), tokenizer, bos=bos),
+                np.append(token_ids(completion, tokenizer), np.int32(tokenizer.eos_token_id)),
+            )
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         values = np.empty(len(texts), np.float64)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from safetensors.numpy import load_file, save_file
 
-from dpo_jax.data.encode import Encoded
+from dpo_jax.data.encode import Bos, Encoded
 from dpo_jax.data.groups import PairGroup, group_pairs
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import in_order, plan_layout, stream, total_steps
@@ -53,10 +53,10 @@ class RewardModel:
             found[group.members] = of_group[: len(group.members)]
         return found
 
-    def of_texts(self, variables: Variables, tokenizer: Any, *, batch: int) -> Reward:
-        """The reward of prompts and completions as texts, `batch` at a time."""
+    def of_texts(self, variables: Variables, tokenizer: Any, *, batch: int, bos: Bos = "auto") -> Reward:
+        """The reward of prompts and completions as texts, `batch` at a time, encoded with `bos` as the pairs were."""
         score = functools.partial(self.score_texts, variables)
-        return learned(score, tokenizer, length=self.model.config.max_positions, batch=batch)
+        return learned(score, tokenizer, length=self.model.config.max_positions, batch=batch, bos=bos)
 
 
 def judged(rewards: np.ndarray) -> dict[str, float]:
@@ -134,11 +134,17 @@ def fit_reward_model(
     return centred(variables, rewards), {**best, "pairs": float(len(pairs) - len(held_out)), "held_out": float(len(held_out))}
 
 
-def learn_reward(world: World, pairs: Sequence[Encoded], folder: Path, **options: Any) -> tuple[Reward, dict[str, float]]:
-    """A reward learned from pairs of a world by `fit_reward_model`, which takes the `options`; and its figures."""
+def learn_reward(
+    world: World, pairs: Sequence[Encoded], folder: Path, *, bos: Bos = "auto", **options: Any
+) -> tuple[Reward, dict[str, float]]:
+    """A reward learned from pairs of a world by `fit_reward_model`, which takes the `options`; and its figures.
+
+    `bos` is what the pairs were encoded with.
+    """
     judge = RewardModel(world.partitioner, world.model)
     variables, figures = fit_reward_model(judge, world.reference, pairs, folder, **options)
-    return judge.of_texts(world.partitioner.put_variables(variables), world.tokenizer, batch=world.batch), figures
+    variables = world.partitioner.put_variables(variables)
+    return judge.of_texts(variables, world.tokenizer, batch=world.batch, bos=bos), figures
 
 
 def save_reward_model(path: Path, model: Model, variables: Variables) -> Path:

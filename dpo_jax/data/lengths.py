@@ -1,0 +1,48 @@
+"""Token lengths of a split: percentiles, what truncation removed, and how far the longer answer is the better one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dpo_jax.data.encode import Encoded
+
+PARTS = ("prompt", "chosen", "rejected")
+
+
+def length_table(pairs: Sequence[Encoded]) -> dict[str, dict[str, float]]:
+    """Mean, percentiles and maximum of the token counts of prompt, chosen and rejected, EOS and BOS included."""
+    table = {}
+    for name in PARTS:
+        sizes = np.array([len(getattr(pair, name)) for pair in pairs])
+        percentiles = np.percentile(sizes, [50, 90, 99])
+        table[name] = {
+            "mean": float(sizes.mean()),
+            **{f"p{p}": float(v) for p, v in zip((50, 90, 99), percentiles, strict=True)},
+            "max": float(sizes.max()),
+        }
+    return table
+
+
+def cut_table(pairs: Sequence[Encoded]) -> dict[str, dict[str, float]]:
+    """What truncation removed: pairs that lost tokens, these tokens, and their share of all tokens, by part.
+
+    "completions" are chosen and rejected together: a pair that lost the end of either counts once.
+    """
+    table = {}
+    for name in (*PARTS, "completions"):
+        parts = PARTS[1:] if name == "completions" else (name,)
+        cut = np.array([sum(getattr(pair, f"{part}_cut") for part in parts) for pair in pairs])
+        kept = sum(len(getattr(pair, part)) for pair in pairs for part in parts)
+        table[name] = {
+            "pairs": int((cut > 0).sum()),
+            "tokens": int(cut.sum()),
+            "share": float(cut.sum() / max(1, cut.sum() + kept)),
+        }
+    return table
+
+
+def length_differences(pairs: Sequence[Encoded]) -> np.ndarray:
+    """Tokens of chosen less those of rejected: int64[P]. Their signs are the votes of the rule "the longer one wins"."""
+    return np.array([len(pair.chosen) - len(pair.rejected) for pair in pairs], np.int64)

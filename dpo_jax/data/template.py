@@ -1,0 +1,99 @@
+"""Moving parts of a chat template, found by rendering small conversations with it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from typing import Any, Literal, NamedTuple
+
+from dpo_jax.data.chat_date import at_date
+
+Handling = Literal["kept", "dropped", "refused"]
+
+
+class TemplateParts(NamedTuple):
+    """What a template does. Texts are as it writes them; `None` where it refused the conversation that would tell."""
+
+    date: str | None  # the current date as the template writes it; None: the prompt does not depend on the date
+    generation_prompt: str | None  # what makes the assistant answer; "" if the template has none
+    turn_end: str | None  # what follows the text of an assistant's last turn
+    system: Handling  # a system message
+    earlier_turns: Handling  # texts of the turns before the last
+    reasoning: Literal["kept", "dropped", "dropped in earlier turns", "refused"]  # <think>...</think> of the assistant
+    trims: bool | None  # white space at the ends of a message is removed
+
+
+def template_parts(tokenizer: Any) -> TemplateParts | None:
+    """The moving parts of the tokenizer's chat template; None if it has none."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    render = _Renderer(tokenizer)
+    one = render([_user("ASKED")])
+    asking = render([_user("ASKED")], generate=True)
+    answered = render([_user("ASKED"), _assistant("ANSWERED")])
+    spaced = render([_user("  ASKED  ")])
+    return TemplateParts(
+        date=_date(tokenizer),
+        generation_prompt=None if one is None or asking is None else asking.removeprefix(one) if asking != one else "",
+        turn_end=None if answered is None or "ANSWERED" not in answered else answered.rpartition("ANSWERED")[2],
+        system=_handling(render([{"role": "system", "content": "RULED"}, _user("ASKED")]), "RULED"),
+        earlier_turns=_handling(render(_turns("ANSWERED", "ENDED")), "FIRST", "ANSWERED"),
+        reasoning=_reasoning(render),
+        trims=None if spaced is None else "  ASKED  " not in spaced,
+    )
+
+
+class _Renderer:
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, messages: list[dict[str, str]], *, generate: bool = False, **options: Any) -> str | None:
+        """The rendered text; None if the template refuses these messages."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate, **options)
+        except Exception:  # a template may raise anything: it is a program in the tokenizer's file
+            return None
+
+
+def _date(tokenizer: Any) -> str | None:
+    """What the tokenizer's `strftime_now` gives, if the same conversation is another text on another day."""
+    # All of year, month, day, weekday and hour differ.
+    days = datetime.datetime(2001, 2, 3, 4, 5, 6), datetime.datetime(2010, 11, 12, 13, 14, 15)
+    turns = _turns("ANSWERED", None)
+    first, second = (_Renderer(at_date(tokenizer, day))(turns, generate=True) for day in days)
+    if first is None or first == second:
+        return None
+    render = _Renderer(tokenizer)
+    here = render(turns, generate=True) or ""
+    forms = dict.fromkeys(form for _, form in re.findall(r"""strftime_now\(\s*(['"])(.*?)\1""", tokenizer.get_chat_template()))
+    written = (render(turns, chat_template=f"{{{{ strftime_now({json.dumps(form)}) }}}}") or "" for form in forms)
+    return ", ".join(text for text in written if text and text in here)
+
+
+def _reasoning(render: _Renderer) -> Literal["kept", "dropped", "dropped in earlier turns", "refused"]:
+    text = render(_turns("<think>MUSED</think>ANSWERED", "<think>PONDERED</think>ENDED"))
+    if text is None:
+        return "refused"
+    if "PONDERED" not in text:
+        return "dropped"
+    return "kept" if "MUSED" in text else "dropped in earlier turns"
+
+
+def _handling(text: str | None, *marks: str) -> Handling:
+    if text is None:
+        return "refused"
+    return "kept" if all(mark in text for mark in marks) else "dropped"
+
+
+def _turns(answer: str, last: str | None) -> list[dict[str, str]]:
+    turns = [_user("FIRST"), _assistant(answer), _user("SECOND")]
+    return turns if last is None else [*turns, _assistant(last)]
+
+
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}

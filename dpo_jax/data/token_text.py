@@ -1,0 +1,68 @@
+"""Tokens as strings that are safe to print: no escape sequence of a text reaches the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data.encode import token_ids
+
+SEPARATOR = "·"
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    r"""`text` with control, format and other invisible characters as escapes (`\x1b`, `\n`, `\u202e`); not those in `keep`."""
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text
+    )
+
+
+def token_strings(ids: Sequence[int] | np.ndarray, tokenizer: Any) -> list[str]:
+    """Each token as its part of the text, printable, its space included.
+
+    A token that is only part of a character is shown as the tokenizer's file writes it.
+    """
+    anchor = token_ids("a", tokenizer).tolist()  # behind another token, one keeps the space that it begins with
+    before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
+    strings = []
+    for token in map(int, ids):
+        text = tokenizer.decode([*anchor, token], clean_up_tokenization_spaces=False)
+        part = text.removeprefix(before) if text.startswith(before) else ""
+        if not part or "\N{REPLACEMENT CHARACTER}" in part:
+            part = str(tokenizer.convert_ids_to_tokens(token))
+        strings.append(printable(part).replace(SEPARATOR, "\\xb7"))
+    return strings
+
+
+def shortened(strings: Sequence[str], most: int) -> list[str]:
+    """`strings`, or if they have more than `most` characters those of both ends, with the number of the others in between."""
+    if sum(map(len, strings)) + len(strings) <= most:
+        return list(strings)
+    front, back = _leading(strings, most // 2), _leading(strings[::-1], most // 2)
+    left_out = len(strings) - len(front) - len(back)
+    return [*front, f"... {left_out:,} more ...", *back[::-1]]
+
+
+def _leading(strings: Sequence[str], most: int) -> list[str]:
+    taken, size = [], 0
+    for string in strings:
+        size += len(string) + 1
+        if size > most:
+            break
+        taken.append(string)
+    return taken
+
+
+def rows_of(strings: Sequence[str], width: int) -> list[str]:
+    """`strings`, parted by `SEPARATOR`, in lines of at most `width` characters; only a longer one is broken."""
+    lines = [""]
+    for number, string in enumerate(strings):
+        part = string + SEPARATOR * (number < len(strings) - 1)
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+        while len(lines[-1]) > width:
+            lines[-1:] = [lines[-1][:width], lines[-1][width:]]
+    return lines
