@@ -38,17 +38,17 @@ HEAD_AXIS = "tensor"
 class Rows:
     """A batch of token rows, and what to read out of them. `dpo_jax.data.layout` builds it, from numpy arrays.
 
-        tokens, positions   int32[R, L]    token ids; positions for the model's position embeddings
-        k_start, k_end      int32[R, L]    the token at `x` sees the keys `k_start[x] <= k < k_end[x]` of its row
-        source              int32[R, S]    where in the row the hidden state lies that predicts `target`
-        target              int32[R, S]    the token id that is scored
-        slot                int32[R, S]    which completion of the row it belongs to; `slots` marks padding
-        weight              float32[E]     1, or 0 for an example that only fills up the batch
-        index               int32[E]       which of the caller's examples this is; -1 for a filler
-        ref_logps           float32[P, K]  reference log-probabilities in nats, summed; K is 2 in pairs; or None
-        pairs               int32[R, Q, 2] slots of chosen and rejected in their row, where pairs share completions; or None
-        extras              {name: [E, ...]} what else the loss takes, by keyword (`dpo_step`); or None
-        slots               int            completion slots of a row
+        tokens, positions  int32[R, L]       token ids; positions for the model's position embeddings
+        k_start, k_end     int32[R, L]       the token at `x` sees the keys `k_start[x] <= k < k_end[x]` of its row
+        source             int32[R, S]       where in the row the hidden state lies that predicts `target`
+        target             int32[R, S]       the token id that is scored
+        slot               int32[R, S]       which completion of the row it belongs to; `slots` marks padding
+        weight             float32[E]        1, or 0 for an example that only fills up the batch
+        index              int32[E]          which of the caller's examples this is; -1 for a filler
+        ref_logps          float32[P, K]     reference log-probabilities in nats, summed; [P, 2] of pairs; or None
+        pairs              int32[R, Q, 2]    slots of chosen and rejected in their row, where pairs share completions; or None
+        extras             {name: [E, ...]}  what else the loss takes, by keyword (`dpo_step`); or None
+        slots              int               completion slots of a row
 
     Attention: a token sees exactly its interval, and a padding token itself. Order inside a row carries no meaning beyond that:
     position embeddings come from `positions`.
