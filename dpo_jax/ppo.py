@@ -103,8 +103,8 @@ def collect(
     >>> actor = with_scalar_head(decoder)
     >>> policy = {**jax.jit(actor.init)(jax.random.key(0)), **weights}
     >>> prompts = prompt_batch([pair.prompt for pair in encoded], jax.random.key(0), length=32)
-    >>> collected = jax.jit(partial(collect, actor, max_new_tokens=4, eos_id=0))((policy, weights), prompts)
-    >>> collected.logps.shape
+    >>> run = jax.jit(partial(collect, actor, max_new_tokens=4, eos_id=0))
+    >>> run.eval_shape((policy, weights), prompts).logps.shape  # and `run(...)` samples
     (2, 4)
     """
     policy, reference = variables

@@ -52,12 +52,12 @@ def check_model(
 
     Raises `WrongModel`, a ValueError, naming each layout that is wrong, by how much, and the likely cause.
 
-    >>> check_model(model, variables, encoded)["shared"].nats < 1e-3
+    >>> check_model(model, variables, encoded, gradients=False)["packed"].nats < 1e-3
     True
     >>> def causal(variables, rows):  # a model that knows nothing of intervals
     ...     index = jnp.broadcast_to(jnp.arange(rows.tokens.shape[1]), rows.tokens.shape)
     ...     return forward(variables, rows.replace(k_start=0 * index, k_end=index + 1))
-    >>> check_model(model._replace(forward=causal), variables, encoded, gradients=False)
+    >>> check_model(model._replace(forward=causal), variables, encoded, layouts=["shared"], gradients=False)
     Traceback (most recent call last):
     ...
     dpo_jax.checks.model.WrongModel: ...
