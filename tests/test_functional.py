@@ -57,9 +57,21 @@ FUNCTIONS = [
     "optimum",
     "best_of_n",
     "regret",
+    "left_pad",
+    "apply_gradients",
+    "preference_metrics",
+    "implicit_rewards",
+    "completion_lengths",
+    "slots_to_pairs",
+    "examples_to_rows",
+    "reference_logps_of",
+    "check_model",
 ]
 # What they are functions of, where that is more than two things; the rest are options.
-OF_THREE = ("completion_logps", "reference_logps", "mean_grads", "save_hf", "label", "collect", "completion_rewards")
+OF_THREE = (
+    *("completion_logps", "reference_logps", "reference_logps_of", "mean_grads", "apply_gradients", "check_model"),
+    *("save_hf", "label", "collect", "completion_rewards"),
+)
 OF_FOUR = ("sequence_kl", "regret")
 WITHOUT_EXAMPLE: dict[str, str] = {}  # {name: why none can be given}
 # Whose help must say what shapes it takes and gives.
