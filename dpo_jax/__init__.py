@@ -1,6 +1,9 @@
 """Direct Preference Optimization (Rafailov et al. 2023) in JAX and Flax. The names below are the functional API.
 
 Nothing is imported until it is asked for (PEP 562): `import dpo_jax` is instant, and loads no JAX.
+
+Each name has an example in its docstring. There, `tokenizer`, `encoded`, `init`, `forward`, `unembed`, `model`, `variables`,
+`rows`, `tx` and `state` are those of the README's example ("As a library"); `folder` holds a small Hugging Face model.
 """
 
 from __future__ import annotations
@@ -9,24 +12,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dpo_jax.checks.model import check_model as check_model
     from dpo_jax.data.encode import Encoded as Encoded
     from dpo_jax.data.encode import encode as encode
     from dpo_jax.data.label import label as label
     from dpo_jax.data.layout import causal_rows as causal_rows
     from dpo_jax.data.layout import completion_rows as completion_rows
+    from dpo_jax.data.layout import examples_to_rows as examples_to_rows
     from dpo_jax.data.layout import packed_rows as packed_rows
     from dpo_jax.data.layout import plain_rows as plain_rows
     from dpo_jax.data.layout import ranking_rows as ranking_rows
     from dpo_jax.data.layout import shared_rows as shared_rows
     from dpo_jax.data.sources import load_preferences as load_preferences
+    from dpo_jax.dataset_logps import reference_logps_of as reference_logps_of
     from dpo_jax.dpo import dpo_step as dpo_step
+    from dpo_jax.dpo import preference_metrics as preference_metrics
     from dpo_jax.evals.frontier import best_of_n as best_of_n
     from dpo_jax.evals.frontier import optimum as optimum
     from dpo_jax.evals.frontier import regret as regret
     from dpo_jax.evals.frontier import sequence_kl as sequence_kl
+    from dpo_jax.logps import completion_lengths as completion_lengths
     from dpo_jax.logps import completion_logps as completion_logps
     from dpo_jax.logps import sequence_logps as sequence_logps
+    from dpo_jax.logps import slots_to_pairs as slots_to_pairs
     from dpo_jax.losses import dpo_loss as dpo_loss
+    from dpo_jax.losses import implicit_rewards as implicit_rewards
     from dpo_jax.losses import ipo_loss as ipo_loss
     from dpo_jax.losses import plackett_luce_loss as plackett_luce_loss
     from dpo_jax.losses import unlikelihood_loss as unlikelihood_loss
@@ -45,7 +55,9 @@ if TYPE_CHECKING:
     from dpo_jax.runtime.optim import linear_warmup as linear_warmup
     from dpo_jax.runtime.optim import make_optimizer as make_optimizer
     from dpo_jax.sampling import generate as generate
+    from dpo_jax.sampling import left_pad as left_pad
     from dpo_jax.sft import sft_step as sft_step
+    from dpo_jax.step import apply_gradients as apply_gradients
     from dpo_jax.step import init_state as init_state
     from dpo_jax.step import mean_grads as mean_grads
     from dpo_jax.types import Model as Model
@@ -53,22 +65,32 @@ if TYPE_CHECKING:
     from dpo_jax.types import TrainState as TrainState
 
 _HOMES = {
+    "checks.model": ("check_model",),
     "data.encode": ("Encoded", "encode"),
     "data.label": ("label",),
-    "data.layout": ("causal_rows", "completion_rows", "packed_rows", "plain_rows", "ranking_rows", "shared_rows"),
+    "data.layout": (
+        "causal_rows",
+        "completion_rows",
+        "examples_to_rows",
+        "packed_rows",
+        "plain_rows",
+        "ranking_rows",
+        "shared_rows",
+    ),
     "data.sources": ("load_preferences",),
-    "dpo": ("dpo_step",),
+    "dataset_logps": ("reference_logps_of",),
+    "dpo": ("dpo_step", "preference_metrics"),
     "evals.frontier": ("best_of_n", "optimum", "regret", "sequence_kl"),
-    "logps": ("completion_logps", "sequence_logps"),
-    "losses": ("dpo_loss", "ipo_loss", "plackett_luce_loss", "unlikelihood_loss"),
+    "logps": ("completion_lengths", "completion_logps", "sequence_logps", "slots_to_pairs"),
+    "losses": ("dpo_loss", "implicit_rewards", "ipo_loss", "plackett_luce_loss", "unlikelihood_loss"),
     "models.hf": ("load_hf", "save_hf"),
     "ppo": ("advantages", "collect", "minibatches", "next_kl_coef", "ppo_step", "prompt_batch"),
     "reference": ("reference_logps",),
     "reward": ("completion_rewards", "reward_step", "with_scalar_head"),
     "runtime.optim": ("linear_warmup", "make_optimizer"),
-    "sampling": ("generate",),
+    "sampling": ("generate", "left_pad"),
     "sft": ("sft_step",),
-    "step": ("init_state", "mean_grads"),
+    "step": ("apply_gradients", "init_state", "mean_grads"),
     "types": ("Model", "Rows", "TrainState"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -12,9 +12,9 @@ from dpo_jax.logps import completion_logps
 from dpo_jax.step import apply_gradients, mean_grads
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
 
-PreferenceLoss = Callable[[Array, Array], tuple[jax.Array, jax.Array]]
-"""(logps[P, K], ref_logps[P, K]) -> (losses[P], rewards[P, K]): a function of `dpo_jax.losses` with its options bound. K is 2,
-or the length of a ranking."""
+PreferenceLoss = Callable[..., tuple[jax.Array, jax.Array]]
+"""(logps[P, K], ref_logps[P, K], **extras) -> (losses[P], rewards[P, K]): a function of `dpo_jax.losses`, its options bound. K
+is 2, or the length of a ranking; `extras` is what the batch carries besides (`Rows.extras`), often nothing."""
 
 
 def dpo_step(
@@ -32,13 +32,30 @@ def dpo_step(
     The reference model is not here: its log-probabilities come with the batch, `rows.ref_logps[P, 2]`. Metrics are float32
     scalars, means over the pairs of the global batch as the policy was *before* the update. Rankings (`ranking_rows`) go the
     same way, as [P, K] with `loss=partial(plackett_luce_loss, beta=0.1)`.
+
+    >>> step = jax.jit(partial(dpo_step, model=model, tx=tx, loss=partial(dpo_loss, beta=0.1)))
+    >>> after, metrics = step(state, rows)
+    >>> print(f"{metrics['loss']:.4f} {metrics['rewards/margins']:.1f}")  # the policy still is its reference
+    0.6931 0.0
+
+    A loss of one's own is a function of arrays. What it needs besides log-probabilities, `rows.extras` brings, by name: columns
+    of the data through `examples_to_rows`, or what the rows themselves say. Here the quality gap and lengths:
+
+    >>> def loss(logps, ref_logps, gap, lengths):
+    ...     ratios = (logps - ref_logps) / lengths
+    ...     return (ratios[:, 0] - ratios[:, 1] - gap) ** 2, ratios
+    >>> gap = examples_to_rows(np.float32([0.5, 2.0]), rows)
+    >>> mine = rows.replace(extras={"gap": gap, "lengths": completion_lengths(rows)})
+    >>> _, metrics = jax.jit(partial(dpo_step, model=model, tx=tx, loss=loss))(state, mine)
+    >>> print(f"{metrics['loss']:.3f}")  # (0.25 + 4) / 2
+    2.125
     """
 
     def objective(trainable: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
         if rows.ref_logps is None:
             raise ValueError("the batch carries no reference log-probabilities: give the layout `ref_logps`")
         logps = completion_logps(model, {**state.frozen, **trainable}, rows)
-        losses, rewards = loss(logps, rows.ref_logps)
+        losses, rewards = loss(logps, rows.ref_logps, **(rows.extras or {}))
         return losses, preference_metrics(logps, rows.ref_logps, rewards=rewards)
 
     grads, metrics = mean_grads(objective, state.params, rows, microbatches=microbatches, axis_name=axis_name)
@@ -50,6 +67,13 @@ def preference_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array
 
     `displacement/*` is log pi - log pi_ref in nats: DPO trains the difference of the two, and both may fall. `kl` is the mean
     over all completions with the sign turned: an estimate of KL(pi_ref || pi), if the completions came from the reference.
+
+    `logps`, `ref_logps` and `rewards` are float[P, K], as a loss takes and returns them.
+
+    >>> logps, ref_logps = jnp.array([[-12.0, -15.0]]), jnp.array([[-14.0, -13.0]])
+    >>> metrics = preference_metrics(logps, ref_logps, rewards=dpo_loss(logps, ref_logps, beta=0.5)[1])
+    >>> print(metrics["rewards/margins"], metrics["displacement/rejected"])
+    [2.] [-2.]
     """
     log_ratios = logps - ref_logps
     return {

@@ -19,13 +19,24 @@ CHUNK = 1024  # scored tokens of a device per pass through the head; bounds its 
 def completion_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int = CHUNK) -> jax.Array:
     """log pi(y|x) of each completion of each pair: float32[P, 2], in nats, summed over its tokens, chosen first.
 
-    Of rankings: float32[P, K], best first.
+    Of rankings: float32[P, K], best first. Differentiable in `variables`; pure, so jit it.
+
+    >>> jax.jit(partial(completion_logps, model))(variables, rows).shape
+    (2, 2)
     """
-    return of_pairs(sequence_logps(model, variables, rows, chunk=chunk), rows)
+    return slots_to_pairs(sequence_logps(model, variables, rows, chunk=chunk), rows)
 
 
-def of_pairs(values: jax.Array, rows: Rows) -> jax.Array:
-    """From a value of each completion slot, [R * slots], to those of each pair, [P, 2] (of each ranking, [P, K])."""
+def slots_to_pairs(values: Array, rows: Rows) -> jax.Array:
+    """From a value of each completion slot, [R * slots], to those of each pair, [P, 2], chosen first (of rankings, [P, K]).
+
+    What `completion_logps` does with `sequence_logps`: for other numbers of completions, such as rewards, and for pairs that
+    share completions.
+
+    >>> slots_to_pairs(np.array([-9.0, -8.0, -7.0, -6.0]), rows).tolist()  # of two pairs, a row each
+    [[-9.0, -8.0], [-7.0, -6.0]]
+    """
+    values = jnp.asarray(values)
     if rows.pairs is None:
         return values.reshape(rows.weight.shape[0], -1)
     in_row = values.reshape(rows.tokens.shape[0], rows.slots)
@@ -33,12 +44,38 @@ def of_pairs(values: jax.Array, rows: Rows) -> jax.Array:
 
 
 def sequence_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int = CHUNK) -> jax.Array:
-    """Summed log-probability of every completion slot: float32[R * slots], in nats. A slot without tokens has 0."""
+    """Summed log-probability of every completion slot: float32[R * slots], in nats. A slot without tokens has 0.
+
+    >>> texts = completion_rows([(pair.prompt, pair.chosen) for pair in encoded], length=64)
+    >>> jax.jit(partial(sequence_logps, model))(variables, texts).shape
+    (2,)
+    """
     hidden = model.forward(variables, rows)
     hidden = jnp.take_along_axis(hidden, rows.source[:, :, None], axis=1)  # [R, S, D]
     logps = token_logps(model, variables, hidden, rows.target, used=rows.slot < rows.slots, chunk=chunk)
-    in_slot = rows.slot[:, :, None] == jnp.arange(rows.slots, dtype=jnp.int32)[None, None, :]
-    return jnp.where(in_slot, logps[:, :, None], 0.0).sum(axis=1).reshape(-1)
+    return jnp.where(_in_slot(rows), logps[:, :, None], 0.0).sum(axis=1).reshape(-1)
+
+
+def completion_lengths(rows: Rows) -> jax.Array:
+    """Scored tokens of each completion of each pair, its EOS included: float32[P, 2], chosen first (of rankings, [P, K]).
+
+    A pair that only fills up the batch has 0. Works on numpy rows and inside a compiled step.
+
+    >>> print(completion_lengths(rows))
+    [[5. 5.]
+     [4. 7.]]
+    """
+    return slots_to_pairs(scored_tokens(rows), rows)
+
+
+def scored_tokens(rows: Rows) -> jax.Array:
+    """How many tokens each completion slot scores: float32[R * slots]."""
+    return _in_slot(rows).sum(axis=1).astype(jnp.float32).reshape(-1)
+
+
+def _in_slot(rows: Rows) -> jax.Array:
+    """Which slot each scored position belongs to: bool[R, S, slots]."""
+    return jnp.asarray(rows.slot)[:, :, None] == jnp.arange(rows.slots, dtype=jnp.int32)[None, None, :]
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

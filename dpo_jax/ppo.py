@@ -80,6 +80,10 @@ def prompt_batch(prompts: Sequence[Sequence[int] | np.ndarray], key: jax.Array, 
     """Token ids as `Prompts`, in columns for `length` tokens each; a longer prompt is a ValueError.
 
     A completion depends on its row's own key, so on `key` and its number, not on the devices.
+
+    >>> prompts = prompt_batch([[5, 6, 7], [8]], jax.random.key(0), length=4)
+    >>> prompts.tokens.tolist(), prompts.keys.shape
+    ([[0, 5, 6, 7], [0, 0, 0, 8]], (2, 2))
     """
     tokens, lengths = left_pad(prompts, multiple_of=length)
     if tokens.shape[1] > length:
@@ -95,6 +99,14 @@ def collect(
     `variables` are those of the policy and of its reference. `eos_id`: as in `generate`. Samples are drawn from
     the policy as it is (temperature 1, nothing cut off): for another distribution neither the ratio of `ppo_step` nor the KL
     estimate would be right.
+
+    >>> decoder, weights = load_hf(folder)
+    >>> actor = with_scalar_head(decoder)
+    >>> policy = {**jax.jit(actor.init)(jax.random.key(0)), **weights}
+    >>> prompts = prompt_batch([pair.prompt for pair in encoded], jax.random.key(0), length=32)
+    >>> run = jax.jit(partial(collect, actor, max_new_tokens=4, eos_id=0))
+    >>> run.eval_shape((policy, weights), prompts).logps.shape  # and `run(...)` samples
+    (2, 4)
     """
     policy, reference = variables
     keys = jax.random.wrap_key_data(jnp.asarray(prompts.keys))
@@ -174,6 +186,10 @@ def advantages(
     Advantages are whitened over all tokens of `collected`, so give it the whole rollout: then they are the same on any number
     of devices. Metrics are means over completions: `score`; `kl`, log pi/pi_ref summed over the completion, in nats: it
     estimates the sequence KL; `penalised_score`, which PPO maximises: score - kl_coef * kl; `tokens`; `sequence_entropy`.
+
+    >>> rollout, health = advantages(collected, np.float32([1.0, -1.0]), kl_coef=0.1, gamma=1.0, lam=0.95)
+    >>> rollout.advantages.shape, float(health["score"]), float(health["kl"])  # the policy is its reference
+    ((2, 4), 0.0, 0.0)
     """
     c, mask = collected, jnp.asarray(token_mask(collected.rows))
     scores = jnp.asarray(scores, c.logps.dtype)
@@ -230,6 +246,10 @@ def minibatches(rollout: Rollout, *, size: int, rng: np.random.Generator, part: 
 
     `part=(index, count)` (`Partitioner.host_part`) takes the `index`-th of `count` equal parts of each: what one host gives,
     where all have the whole rollout and an equal `rng`.
+
+    >>> parts = list(minibatches(rollout, size=1, rng=np.random.default_rng(0)))
+    >>> len(parts), parts[0].advantages.shape
+    (2, (1, 4))
     """
     whole = jax.device_get(rollout)
     rows = len(whole.logps)
@@ -260,6 +280,13 @@ def ppo_step(
     Metrics are means over the tokens of the global batch before the update: `ratio`; `clip_share` and `value_clip_share`, of
     tokens where clipping took effect; `approx_kl`, (ratio - 1) - log ratio, an estimate of KL(pi_old || pi) per token that is
     never negative (Schulman 2020's k3); `entropy`; `explained_variance`, 1 - Var(returns - values) / Var(returns).
+
+    >>> actor = with_scalar_head(model)
+    >>> state = init_state(actor.init(jax.random.key(0)), tx)
+    >>> step = partial(ppo_step, model=actor, tx=tx, clip=0.2, value_clip=math.inf, value_weight=0.5)
+    >>> state, metrics = jax.jit(step)(state, rollout)
+    >>> int(state.step), metrics["clip_share"].shape
+    (1, ())
     """
 
     def objective(trainable: Variables, rollout: Rollout) -> tuple[jax.Array, Metrics]:
@@ -297,6 +324,9 @@ def next_kl_coef(coef: float, *, kl: float, target: float, horizon: int, samples
     """The KL coefficient after a rollout of `samples` completions of mean sequence KL `kl` (Ziegler et al. 2019, section 2.2).
 
     It rises where the KL is above `target` (nats) and falls where it is below, by a fifth within `horizon` completions at most.
+
+    >>> next_kl_coef(0.1, kl=6.0, target=3.0, horizon=1000, samples=100)  # 0.1 * (1 + 0.2 * 100 / 1000)
+    0.10200000000000001
     """
     if not (target > 0 and 0 < samples * KL_ERROR < horizon):
         raise ValueError(

@@ -42,8 +42,24 @@ class BrokenReference(FloatingPointError):
 
 
 def reference_logps(model: Model, variables: Variables, rows: Rows) -> jax.Array:
-    """log pi_ref(y|x) of each completion of each pair: float32[P, 2], in nats. Forward only; pure, so compile and map it."""
+    """log pi_ref(y|x) of each completion of each pair: float32[P, 2], in nats. Forward only; pure, so compile and map it.
+
+    Of one batch of rows, in its order. `reference_logps_of` does it for all pairs of a data set.
+
+    >>> rows = rows.replace(ref_logps=jax.jit(partial(reference_logps, model))(variables, rows))
+    """
     return jax.lax.stop_gradient(completion_logps(model, variables, rows))
+
+
+def check_finite(pairs: Sequence[Encoded], logps: np.ndarray) -> None:
+    """Raises `BrokenReference` for the first of `logps[n, 2]` that is NaN or infinite, naming its pair."""
+    bad = np.flatnonzero(~np.isfinite(logps).all(axis=1))
+    if len(bad):
+        name, values = pairs[bad[0]].uid or f"pair {bad[0]}", ", ".join(f"{value:g}" for value in logps[bad[0]])
+        raise BrokenReference(
+            f"{name}: the reference model gives the log-probabilities {values} (chosen, rejected). Its weights are broken, "
+            "or the number format is too small for them; nothing of this batch was cached."
+        )
 
 
 class WeightsDigest:
@@ -139,13 +155,7 @@ class ReferenceCache:
         Raises `BrokenReference` for NaN or infinity.
         """
         logps = np.asarray(logps, np.float32)
-        bad = np.flatnonzero(~np.isfinite(logps).all(axis=1))
-        if len(bad):
-            name, values = pairs[bad[0]].uid or f"pair {bad[0]}", ", ".join(f"{value:g}" for value in logps[bad[0]])
-            raise BrokenReference(
-                f"{name}: the reference model gives the log-probabilities {values} (chosen, rejected). Its weights are broken, "
-                "or the number format is too small for them; nothing of this batch was cached."
-            )
+        check_finite(pairs, logps)
         with self._locked():
             counts = self._catch_up()
             new: dict[bytes, np.ndarray] = {}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.logps import at_least_float32, of_pairs
+from dpo_jax.logps import at_least_float32, slots_to_pairs
 from dpo_jax.step import apply_gradients, mean_grads
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
 
@@ -24,6 +24,9 @@ def with_scalar_head(model: Model) -> Model:
     """`model` with a second head that maps a hidden state to one number; its variables gain the collection "head".
 
     All functions but `init` and `axes` are those of `model`, which do not read the collection: `scalar` does.
+
+    >>> sorted(with_scalar_head(model).init(jax.random.key(0)))
+    ['head', 'params']
     """
 
     def init(key: jax.Array) -> Variables:
@@ -53,6 +56,11 @@ def completion_rewards(model: Model, variables: Variables, rows: Rows) -> jax.Ar
 
     `rows` hold each completion after a prompt of its own: `plain_rows`, `completion_rows`, a plain layout of groups. Pairs
     around a shared prompt are a ValueError, or NaN where only the numbers tell. The number of an empty slot means nothing.
+
+    >>> judge = with_scalar_head(model)
+    >>> rewards = jax.jit(partial(completion_rewards, judge))
+    >>> print(rewards(judge.init(jax.random.key(0)), plain_rows(encoded, length=64)))  # untrained
+    [0. 0. 0. 0.]
     """
     if rows.slots == 2 and rows.pairs is None:
         raise ValueError("rewards are read from completions after their prompts, not from pairs around one: lay them out plain")
@@ -77,6 +85,12 @@ def reward_step(
 
     `model` is one of `with_scalar_head`, `rows` are `plain_rows`, or a plain layout of groups. Metrics are means over the pairs
     of the global batch, before the update; `accuracy` counts a tie as wrong.
+
+    >>> judge = with_scalar_head(model)
+    >>> state = init_state(judge.init(jax.random.key(0)), tx)
+    >>> state, metrics = jax.jit(partial(reward_step, model=judge, tx=tx))(state, plain_rows(encoded, length=64))
+    >>> print(f"{metrics['loss']:.4f}")
+    0.6931
     """
     if rows.pairs is None and rows.tokens.shape[0] != 2 * rows.weight.shape[0]:
         raise ValueError(
@@ -84,7 +98,7 @@ def reward_step(
         )
 
     def objective(trainable: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
-        rewards = of_pairs(completion_rewards(model, {**state.frozen, **trainable}, rows), rows)
+        rewards = slots_to_pairs(completion_rewards(model, {**state.frozen, **trainable}, rows), rows)
         margins = rewards[:, 0] - rewards[:, 1]
         return -jax.nn.log_sigmoid(margins), {
             "accuracy": (margins > 0).astype(margins.dtype),

@@ -47,6 +47,10 @@ def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], *, multiple_of: int 
 
     `Lp` is rounded up to `multiple_of`, so that a program compiles for few shapes. An empty prompt is a ValueError: something
     must predict the first token (begin with BOS).
+
+    >>> tokens, lengths = left_pad([[5, 6, 7], [8]], multiple_of=4)
+    >>> tokens.tolist(), lengths.tolist()
+    ([[0, 5, 6, 7], [0, 0, 0, 8]], [3, 1])
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not lengths.all():
@@ -83,6 +87,14 @@ def generate(
 
     `Samples.token_logps` are under the model itself, before temperature and cuts: `Samples.logps`, their sums, equal what
     `logps.sequence_logps` finds for the same tokens. They are NaN where a completion ran past the model's position table.
+
+    >>> decoder, weights = load_hf(folder)
+    >>> prompts, lengths = left_pad([pair.prompt for pair in encoded])
+    >>> run = jax.jit(partial(generate, decoder, max_new_tokens=4, eos_id=tokenizer.eos_token_id))
+    >>> samples = run(weights, prompts, lengths, jax.random.key(0))
+    >>> samples.tokens.shape, samples.logps.shape
+    ((2, 4), (2,))
+    >>> texts = [tokenizer.decode(ids[:n]) for ids, n in zip(samples.tokens.tolist(), samples.lengths, strict=True)]
     """
     init_cache, decode = model.init_cache, model.decode
     if init_cache is None or decode is None:

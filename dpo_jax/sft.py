@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from dpo_jax.logps import sequence_logps
+from dpo_jax.logps import scored_tokens, sequence_logps
 from dpo_jax.step import apply_gradients, mean_grads
 from dpo_jax.types import Metrics, Model, Rows, TrainState, Variables
 
@@ -24,6 +23,11 @@ def sft_step(
 
     The loss is the original's: the negative log-probability *summed* over a completion, averaged over completions.
     `nll_per_token` is the same per scored token, in nats.
+
+    >>> texts = completion_rows([(pair.prompt, pair.chosen) for pair in encoded], length=64)
+    >>> after, metrics = jax.jit(partial(sft_step, model=model, tx=tx))(state, texts)
+    >>> int(after.step), sorted(metrics)
+    (1, ['grad_norm', 'logps/chosen', 'loss', 'nll_per_token', 'tokens'])
     """
 
     def objective(trainable: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
@@ -33,9 +37,3 @@ def sft_step(
     grads, metrics = mean_grads(objective, state.params, rows, microbatches=microbatches, axis_name=axis_name)
     metrics["nll_per_token"] = metrics["loss"] / metrics["tokens"]
     return apply_gradients(state, grads, metrics, tx=tx)
-
-
-def scored_tokens(rows: Rows) -> jax.Array:
-    """How many tokens each completion slot scores: float32[R * slots]."""
-    in_slot = rows.slot[:, :, None] == jnp.arange(rows.slots, dtype=jnp.int32)[None, None, :]
-    return in_slot.sum(axis=1).astype(jnp.float32).reshape(-1)

@@ -27,7 +27,18 @@ Objective = Callable[[Variables, Batch], tuple[jax.Array, Metrics]]
 
 
 def init_state(variables: Variables, tx: optax.GradientTransformation, *, frozen: Variables | None = None) -> TrainState:
-    """The state before the first step: `variables` are trained, `frozen` are only read."""
+    """The state before the first step: `variables` are trained, `frozen` are only read.
+
+    Both are nested dicts {collection: {name: array[...]}}, as `Model.init` and `load_hf` give them, and must not share a
+    collection; `tx` is any optax transformation. Returns a `TrainState` with step int32[] 0. `model.forward` gets
+    `{**frozen, **variables}`: for LoRA, freeze {"params": base} and train {"lora": ...}.
+
+    >>> state = init_state(variables, tx)
+    >>> int(state.step), state.variables.keys()
+    (0, dict_keys(['params']))
+    """
+    if frozen and (shared := sorted({*variables} & {*frozen})):
+        raise ValueError(f"{', '.join(shared)}: a collection is trained or frozen, not both; name the trained ones differently")
     return TrainState(step=jnp.zeros((), jnp.int32), params=variables, opt_state=tx.init(variables), frozen=frozen or {})
 
 
@@ -40,6 +51,16 @@ def mean_grads(
     and over the devices of `axis_name`. So the result does not depend on how the batch is split, and a filler of weight 0
     counts for nothing wherever it lies. On one device a microbatch of fillers takes no time either. With `axis_name=None` the
     batch is global already (`jit`, also over a sharded mesh).
+
+    A step of one's own is an objective, this, and `apply_gradients`:
+
+    >>> def objective(params, rows):  # losses [P], and metrics of that shape
+    ...     logps = completion_logps(model, params, rows)
+    ...     return -logps[:, 0], {"length": completion_lengths(rows)[:, 0]}
+    >>> grads, metrics = jax.jit(partial(mean_grads, objective))(state.params, rows)
+    >>> sorted(metrics), float(metrics["length"])
+    (['length', 'loss'], 4.5)
+    >>> state, metrics = apply_gradients(state, grads, metrics, tx=optax.sgd(0.1))
     """
     total = _psum(rows.weight.sum(), axis_name)
 
@@ -77,7 +98,14 @@ def mean_grads(
 def apply_gradients(
     state: TrainState, grads: Variables, metrics: Metrics, *, tx: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
-    """The next state, and the metrics with `grad_norm`: the global L2 norm before clipping (clipping is part of `tx`)."""
+    """The next state, and the metrics with `grad_norm`: the global L2 norm before clipping (clipping is part of `tx`).
+
+    >>> tx = optax.sgd(0.5)
+    >>> state = init_state({"w": jnp.ones(4)}, tx)
+    >>> state, metrics = apply_gradients(state, {"w": jnp.ones(4)}, {}, tx=tx)
+    >>> int(state.step), state.params["w"].tolist(), float(metrics["grad_norm"])
+    (1, [0.5, 0.5, 0.5, 0.5], 2.0)
+    """
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
     return state, {**metrics, "grad_norm": optax.tree.norm(grads)}

@@ -38,27 +38,43 @@ HEAD_AXIS = "tensor"
 class Rows:
     """A batch of token rows, and what to read out of them. `dpo_jax.data.layout` builds it, from numpy arrays.
 
-    Attention: the token at `x` sees exactly the keys `k_start[x] <= k < k_end[x]` of its own row. A padding token sees itself.
-    Order inside a row carries no meaning beyond that interval: position embeddings come from `positions`.
+        tokens, positions  int32[R, L]       token ids; positions for the model's position embeddings
+        k_start, k_end     int32[R, L]       the token at `x` sees the keys `k_start[x] <= k < k_end[x]` of its row
+        source             int32[R, S]       where in the row the hidden state lies that predicts `target`
+        target             int32[R, S]       the token id that is scored
+        slot               int32[R, S]       which completion of the row it belongs to; `slots` marks padding
+        weight             float32[E]        1, or 0 for an example that only fills up the batch
+        index              int32[E]          which of the caller's examples this is; -1 for a filler
+        ref_logps          float32[P, K]     reference log-probabilities in nats, summed; [P, 2] of pairs; or None
+        pairs              int32[R, Q, 2]    slots of chosen and rejected in their row, where pairs share completions; or None
+        extras             {name: [E, ...]}  what else the loss takes, by keyword (`dpo_step`); or None
+        slots              int               completion slots of a row
 
-    Read-out: for each scored position `s`, the hidden state at index `source[s]` predicts token `target[s]`, which belongs to
-    completion slot `slot[s]` of the row. `slot[s] == slots` marks padding. The slots of all rows, in order, are the completions
-    of the batch: slot `j` of row `r` is completion `r * slots + j`; completions `2p` and `2p + 1` are pair `p`, and those from
-    `K * p` to `K * p + K - 1` ranking `p`. Where pairs share completions, `pairs` tells the slots of each; pair `q` of row `r`
-    is pair `r * Q + q` of the batch.
+    Attention: a token sees exactly its interval, and a padding token itself. Order inside a row carries no meaning beyond that:
+    position embeddings come from `positions`.
+
+    Read-out: the slots of all rows, in order, are the completions of the batch: slot `j` of row `r` is completion
+    `r * slots + j`; completions `2p` and `2p + 1` are pair `p`, and those from `K * p` to `K * p + K - 1` ranking `p`. With
+    `pairs`, pair `q` of row `r` is pair `r * Q + q` of the batch. `slots_to_pairs` goes from completions to pairs,
+    `examples_to_rows` from the caller's order to that of the batch.
+
+    >>> rows = shared_rows(encoded, length=96)  # two pairs, a row each
+    >>> rows.tokens.shape, rows.slots, rows.index.tolist()
+    ((2, 96), 2, [0, 1])
     """
 
-    tokens: Array  # int32[R, L]
-    positions: Array  # int32[R, L]
-    k_start: Array  # int32[R, L]
-    k_end: Array  # int32[R, L]
-    source: Array  # int32[R, S]  index into L
-    target: Array  # int32[R, S]  token id
-    slot: Array  # int32[R, S]  in [0, slots); `slots` marks padding
-    weight: Array  # float32[E]  1, or 0 for an example that only fills up the batch
-    index: Array  # int32[E]  which of the caller's examples this is; -1 for a filler
-    ref_logps: Array | None = None  # float32[P, 2]  reference log-probabilities (natural log, summed; [P, K] of rankings)
-    pairs: Array | None = None  # int32[R, Q, 2]  slots of chosen and rejected in their row; None: neighbours
+    tokens: Array
+    positions: Array
+    k_start: Array
+    k_end: Array
+    source: Array
+    target: Array
+    slot: Array
+    weight: Array
+    index: Array
+    ref_logps: Array | None = None
+    pairs: Array | None = None
+    extras: Mapping[str, Array] | None = None
     slots: int = dataclasses.field(default=1, metadata={"static": True})
 
     def replace(self, **changes: Any) -> Rows:
@@ -77,6 +93,10 @@ class Model(NamedTuple):
 
     `by_layer(variables, cache) -> (variables, cache)` takes layers that are stacked apart, for `decode` only: on a CPU, what is
     cut out of a stack is copied, and in a loop over tokens for each of them.
+
+    >>> model = Model(init, forward, unembed)  # of your own; `load_hf` gives one with all functions
+    >>> model.forward(variables, rows).shape
+    (2, 96, 32)
     """
 
     init: Callable[[jax.Array], Variables]
@@ -92,10 +112,20 @@ class Model(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything an optimizer step reads and writes. `frozen`: base weights that are only read; {} in full fine-tuning."""
+    """Everything an optimizer step reads and writes; `init_state` makes one.
 
-    step: Array  # int32[]  optimizer steps taken
-    params: Variables  # trained
+        step       int32[]       optimizer steps taken
+        params     nested dict   what is trained
+        opt_state                the optimizer's
+        frozen     nested dict   base weights that are only read; {} in full fine-tuning
+
+    >>> state = init_state(variables, tx)
+    >>> int(state.step), sorted(state.variables)
+    (0, ['params'])
+    """
+
+    step: Array
+    params: Variables
     opt_state: Any
     frozen: Variables = dataclasses.field(default_factory=dict)
 

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -57,6 +58,43 @@ def test_a_chat_template_may_end_turns_with_eos_but_never_twice(tokenizer):
     np.testing.assert_array_equal(encoded.rejected, plain.rejected)
     with pytest.raises(EosInText, match="chosen"):
         encode({**chat, "chosen": "Hello.<|endoftext|> user: more"}, tokenizer, **LIMITS)
+
+
+CONVERSATION = {
+    "prompt": [{"role": "user", "content": "Hi."}],
+    "chosen": [{"role": "assistant", "content": "Hello."}],
+    "rejected": [{"role": "assistant", "content": "No."}],
+}
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_messages_are_rendered_by_the_chat_template(tokenizer):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = TEMPLATE
+    encoded = encode(CONVERSATION, chat, **LIMITS)
+    assert tokenizer.decode(encoded.prompt) == "user: Hi.<|endoftext|>assistant: "
+    assert tokenizer.decode(encoded.chosen) == "Hello.<|endoftext|>"
+    assert encoded.uid == ""
+    # Without a prompt of its own it is what both sides begin with.
+    sides = {name: [*CONVERSATION["prompt"], *CONVERSATION[name]] for name in ("chosen", "rejected")}
+    np.testing.assert_array_equal(encode({**sides, "uid": "a:1"}, chat, **LIMITS).rejected, encoded.rejected)
+
+
+def test_messages_without_a_template_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="conversational rows need a tokenizer with a chat template"):
+        encode(CONVERSATION, tokenizer, **LIMITS)
+
+
+def test_messages_beside_texts_are_refused(tokenizer):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = TEMPLATE
+    with pytest.raises(ValueError, match="prompt: .*a list of messages is needed, this is str"):
+        encode({**CONVERSATION, "prompt": "Hi."}, chat, **LIMITS)
+    with pytest.raises(ValueError, match="chosen: .*a list of messages is needed, this is str"):
+        encode({**CONVERSATION, "chosen": "Hello."}, chat, **LIMITS)
 
 
 @pytest.mark.parametrize("options", [{"max_prompt_length": 64}, {"max_prompt_length": 0}, {"truncation": "middle"}])

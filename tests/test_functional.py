@@ -1,16 +1,25 @@
-"""The functional API: the README's example runs as it stands, and the names are where they are promised."""
+"""The functional API: the examples of the README and of all docstrings run as they stand, the names are where promised."""
 
+import doctest
 import inspect
+import math
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import dpo_jax
+from dpo_jax.models.decoder import make_model
+from dpo_jax.models.families import decoder_config, hf_config
+from dpo_jax.ppo import Collected, sampled_rows
+from dpo_jax.sampling import Samples
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"<!-- functional example -->\s*```python\n(.*?)```", re.DOTALL)
@@ -48,10 +57,31 @@ FUNCTIONS = [
     "optimum",
     "best_of_n",
     "regret",
+    "left_pad",
+    "apply_gradients",
+    "preference_metrics",
+    "implicit_rewards",
+    "completion_lengths",
+    "slots_to_pairs",
+    "examples_to_rows",
+    "reference_logps_of",
+    "check_model",
 ]
 # What they are functions of, where that is more than two things; the rest are options.
-OF_THREE = ("completion_logps", "reference_logps", "mean_grads", "save_hf", "label", "collect", "completion_rewards")
+OF_THREE = (
+    *("completion_logps", "reference_logps", "reference_logps_of", "mean_grads", "apply_gradients", "check_model"),
+    *("save_hf", "label", "collect", "completion_rewards"),
+)
 OF_FOUR = ("sequence_kl", "regret")
+WITHOUT_EXAMPLE: dict[str, str] = {}  # {name: why none can be given}
+# Whose help must say what shapes it takes and gives.
+SHAPED = (
+    *("dpo_loss", "ipo_loss", "unlikelihood_loss", "plackett_luce_loss", "implicit_rewards", "preference_metrics"),
+    *("Rows", "Encoded", "TrainState", "init_state", "plain_rows", "shared_rows", "packed_rows", "completion_rows"),
+    *("ranking_rows", "causal_rows", "completion_logps", "sequence_logps", "reference_logps", "reference_logps_of"),
+    *("slots_to_pairs", "examples_to_rows", "completion_lengths", "left_pad", "generate"),
+)
+SHAPE = re.compile(r"(?:float|int)\d*\[|\[[EP], [KS0-9.]")
 RECORDS = ["Encoded", "Model", "Rows", "TrainState"]
 
 
@@ -74,14 +104,6 @@ def test_the_example_learns_the_preference(example):
     assert losses[-1] < 0.6
     assert margins[-1] > 0.2
     assert int(example["state"].step) == len(losses)
-
-
-def test_a_model_of_ones_own_reads_every_layout_alike(example):
-    model, variables, encoded = example["model"], example["state"].variables, example["encoded"]
-    plain, shared = (rows(encoded, length=96) for rows in (dpo_jax.plain_rows, dpo_jax.shared_rows))
-    of_plain, of_shared = (np.asarray(dpo_jax.completion_logps(model, variables, rows)) for rows in (plain, shared))
-    assert of_plain.shape == (len(encoded), 2)
-    np.testing.assert_allclose(of_plain, of_shared, atol=1e-4)
 
 
 def test_the_state_is_a_tree_that_any_transformation_takes(example):
@@ -112,3 +134,42 @@ def test_every_name_of_the_front_door_opens():
 def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, dpo_jax; dir(dpo_jax); sys.exit(len({'jax', 'numpy', 'transformers', 'flax'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def names(example, tmp_path_factory):
+    """What the examples find: the README's variables, numpy and jax, a model folder, and a rollout of two completions."""
+    tx, variables, tokenizer = example["tx"], example["variables"], example["tokenizer"]
+    sizes = {"vocab_size": len(tokenizer), "width": 16, "layers": 1, "heads": 2, "max_positions": 64, "eos_token_id": 0}
+    decoder, folder = make_model(decoder_config(hf_config("llama", **sizes))), tmp_path_factory.mktemp("model") / "llama"
+    dpo_jax.save_hf(folder, decoder, jax.jit(decoder.init)(jax.random.key(0)))
+
+    tokens, lengths = dpo_jax.left_pad([pair.prompt for pair in example["encoded"]])
+    logps = jnp.full((2, 4), -1.0)
+    rows = sampled_rows(tokens, lengths, samples=Samples(jnp.full((2, 4), 7), jnp.array([4, 3]), logps))
+    collected = Collected(rows, logps, logps, values=jnp.zeros((2, 4)), entropy=jnp.ones((2, 4)))
+    rollout, _ = dpo_jax.advantages(collected, jnp.array([1.0, -1.0]), kl_coef=0.1, gamma=1.0, lam=0.95)
+    return {
+        **{name: example[name] for name in ("tokenizer", "encoded", "init", "forward", "unembed", "model", "variables", "tx")},
+        **{name: getattr(dpo_jax, name) for name in dpo_jax.__all__},
+        **{"np": np, "jnp": jnp, "jax": jax, "math": math, "optax": optax, "partial": partial, "Path": Path},
+        **{"rows": example["rows"], "state": dpo_jax.init_state(variables, tx), "folder": folder},
+        **{"collected": collected, "rollout": rollout},
+    }
+
+
+@pytest.mark.parametrize("name", dpo_jax.__all__)
+def test_the_example_of_a_public_name_does_what_it_shows(name, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    value = getattr(dpo_jax, name)
+    found = doctest.DocTestParser().get_doctest(inspect.getdoc(value) or "", dict(names), name, inspect.getfile(value), 0)
+    assert bool(found.examples) != (name in WITHOUT_EXAMPLE), f"{name} has no example, or is listed as having none"
+    failed, report = [], doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    report.run(found, out=failed.append)
+    assert not report.failures, "".join(failed)
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_help_says_which_shapes(name):
+    text, _, _ = (inspect.getdoc(getattr(dpo_jax, name)) or "").partition(">>>")
+    assert SHAPE.search(text), f"help(dpo_jax.{name}) shows no shape"

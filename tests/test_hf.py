@@ -20,6 +20,7 @@ from dpo_jax.models.families import DEFAULTS, decoder_config, hf_config
 from dpo_jax.models.generation import float_type
 from dpo_jax.models.hf import end_tokens, load_config, load_hf, save_hf
 from dpo_jax.models.hub import resolve
+from dpo_jax.types import Model
 
 MODELS = GOLDEN / "models"
 
@@ -324,6 +325,13 @@ def test_folders_that_are_not_there(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="holds a list"):
         load_config(tmp_path)
+
+
+def test_a_model_of_ones_own_has_no_hugging_face_form(tmp_path):
+    own = Model(lambda key: {"params": {"w": jnp.ones(2)}}, lambda variables, rows: rows, lambda variables, hidden: hidden)
+    with pytest.raises(ValueError, match="save_hf writes the model families that load_hf reads"):
+        save_hf(tmp_path / "out", own, own.init(jax.random.key(0)))
+    assert not (tmp_path / "out").exists()
 
 
 LOAD_IN_TORCH = """

@@ -12,7 +12,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     (1, ["types.py"]),
     (2, ["losses.py", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
-    (3, ["dpo.py", "sft.py", "reward.py", "ppo.py", "reference.py"]),
+    (3, ["dpo.py", "sft.py", "reward.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),
     (5, ["evals/", "bench/", "lab/", "checks/", "check.py"]),
     (6, ["cli/"]),

@@ -8,12 +8,14 @@ from dpo_jax.data.layout import (
     Layout,
     causal_rows,
     completion_rows,
+    examples_to_rows,
     first_fit_decreasing,
     packed_rows,
     plain_rows,
     ranking_rows,
     shared_rows,
 )
+from dpo_jax.logps import completion_lengths
 
 RNG = np.random.default_rng(0)
 
@@ -84,6 +86,29 @@ def test_padding_sees_only_itself(name):
     used = sum(len(p.prompt) * (2 if name == "plain" else 1) + len(p.chosen) + len(p.rejected) for p in PAIRS)
     assert rows.tokens.size - alone.sum() <= used  # the first token of a text also sees only itself
     assert (rows.tokens[alone & (rows.positions == 0)] == 0).any()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_values_of_the_caller_follow_the_pairs(name):
+    rows = LAYOUTS[name]
+    np.testing.assert_array_equal(examples_to_rows(REF, rows), rows.ref_logps)
+    weight = np.arange(1, len(PAIRS) + 1, dtype=np.float32)
+    weighted = examples_to_rows(weight, rows)
+    np.testing.assert_array_equal(weighted[rows.index >= 0], weight[rows.index[rows.index >= 0]])
+    assert weighted.dtype == np.float32
+    assert weighted.sum() == weight.sum()  # fillers have none
+    assert examples_to_rows(weight > 3, rows).dtype == bool
+    with pytest.raises(ValueError, match="10 values, and the rows hold example number 10"):
+        examples_to_rows(REF[:-1], rows)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_lengths_of_completions_are_those_of_the_pairs(name):
+    rows = LAYOUTS[name]
+    lengths = np.float32([[len(pair.chosen), len(pair.rejected)] for pair in PAIRS])
+    found = completion_lengths(rows)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, examples_to_rows(lengths, rows))
 
 
 def test_packing_uses_fewer_rows_and_keeps_pairs_whole():

@@ -91,8 +91,48 @@ def test_rewards_carry_no_gradient():
 
 
 def test_label_smoothing_outside_its_range_is_refused():
-    with pytest.raises(ValueError, match="label_smoothing=0.5"):
+    with pytest.raises(ValueError, match="label_smoothing=0.5: a share in"):
         dpo_loss(LOGPS, REF, beta=0.1, label_smoothing=0.5)
+    with pytest.raises(ValueError, match="label_smoothing="):
+        dpo_loss(LOGPS, REF, beta=0.1, label_smoothing=np.array([0.1, 0.2, 0.5]))
+    with pytest.raises(ValueError, match="beta=nan: a finite number"):
+        ipo_loss(LOGPS, REF, beta=float("nan"))
+
+
+# Options that are data of a program: swept by vmap, or one for each example
+
+OPTIONS = [
+    (dpo_loss, "label_smoothing", {"beta": 0.1}),
+    (dpo_loss, "beta", {"label_smoothing": 0.1}),
+    (ipo_loss, "beta", {}),
+    (unlikelihood_loss, "alpha", {}),
+    (plackett_luce_loss, "beta", {}),
+]
+VALUES = np.array([0.1, 0.3, 0.45])
+
+
+@pytest.mark.parametrize(("loss", "option", "others"), OPTIONS)
+def test_an_option_is_a_number_or_one_for_each_example_and_can_be_swept(loss, option, others):
+    with jax.enable_x64(True):
+        one_by_one = [loss(LOGPS, REF, **{option: float(value)}, **others) for value in VALUES]
+        swept = jax.vmap(lambda value: loss(LOGPS, REF, **{option: value}, **others))(VALUES)
+        each = loss(LOGPS, REF, **{option: VALUES}, **others)
+    for part, found in enumerate(swept):
+        np.testing.assert_allclose(found, np.stack([result[part] for result in one_by_one]), rtol=1e-12)
+        diagonal = np.stack([one_by_one[i][part][i] for i in range(3)])
+        np.testing.assert_allclose(each[part], diagonal, rtol=1e-12)
+    with pytest.raises(ValueError, match=rf"{option} has shape \(2,\); give one number, or one for each of the 3 examples"):
+        loss(LOGPS, REF, **{option: VALUES[:2]}, **others)
+
+
+@pytest.mark.parametrize(("loss", "option", "others"), OPTIONS)
+def test_log_probabilities_of_another_shape_are_refused(loss, option, others):
+    run = functools.partial(loss, **{option: 0.1}, **others)
+    with pytest.raises(ValueError, match=r"logps has shape \(3,\).*\[P, 2\].*jnp.stack\(\[chosen, rejected\], axis=1\)"):
+        run(LOGPS[:, 0], REF[:, 0])
+    for ref in (REF[:, :1], REF[0], REF[:2], 0.0):  # all of which would broadcast, or fail in the depths
+        with pytest.raises(ValueError, match="ref_logps has shape .* and logps .* must be equal"):
+            run(LOGPS, ref)
 
 
 # Unlikelihood

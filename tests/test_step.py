@@ -12,9 +12,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.layout import Layout, plain_rows, ranking_rows
+from dpo_jax.data.layout import Layout, examples_to_rows, plain_rows, ranking_rows
 from dpo_jax.dpo import dpo_step, preference_metrics
-from dpo_jax.logps import CHUNK, completion_logps, sequence_logps, token_logps
+from dpo_jax.logps import CHUNK, completion_lengths, completion_logps, sequence_logps, token_logps
 from dpo_jax.losses import dpo_loss, ipo_loss, plackett_luce_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
@@ -292,6 +292,40 @@ def test_losses_lead_to_different_updates(variables, tx, one_device):
         _, metrics = step(init_state(variables, tx), rows_of("shared"))
         assert abs(float(metrics["loss"]) - float(one_device[1]["loss"])) > 1e-3
         np.testing.assert_allclose(metrics["logps/chosen"], one_device[1]["logps/chosen"], rtol=1e-5)
+
+
+def test_extras_reach_the_loss_with_their_pairs(variables, tx):
+    """A loss with a margin and lengths of each pair: the same number from every layout, in microbatches and under pmap."""
+    gap = np.arange(len(PAIRS), dtype=np.float32)
+
+    def loss(logps, ref_logps, gap, lengths):
+        ratios = (logps - ref_logps) / jnp.maximum(lengths, 1)
+        return (ratios[:, 0] - ratios[:, 1] - gap) ** 2, ratios
+
+    def with_extras(kind):
+        rows = rows_of(kind)
+        return rows.replace(extras={"gap": examples_to_rows(gap, rows), "lengths": np.asarray(completion_lengths(rows))})
+
+    lengths = np.float32([[len(pair.chosen), len(pair.rejected)] for pair in PAIRS])
+    logps = completion_logps(MODEL, variables, plain_rows(PAIRS, length=32))
+    expected = loss(logps, REF, gap, lengths)[0].mean()
+    step = functools.partial(dpo_step, model=MODEL, tx=tx, loss=loss)
+    for kind, microbatches in (("plain", 1), ("packed", 4)):
+        run = jax.jit(functools.partial(step, microbatches=microbatches))
+        _, metrics = run(init_state(variables, tx), with_extras(kind))
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    pmap = pmap_partitioner()
+    run = pmap.compile_step(functools.partial(step, axis_name=pmap.axis_name))
+    _, metrics = run(pmap.put_state(init_state(variables, tx)), with_extras("shared"))
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'gap'"):
+        dpo_step(init_state(variables, tx), with_extras("plain"), model=MODEL, tx=tx, loss=LOSS)
+
+
+def test_a_collection_is_trained_or_frozen(variables, tx):
+    """Merged, one would hide the other: the step would train nothing, or parameters that the model does not read."""
+    with pytest.raises(ValueError, match="params: a collection is trained or frozen, not both"):
+        init_state(variables, tx, frozen=variables)
 
 
 def test_frozen_weights_are_read_and_not_changed(variables, tx):

@@ -18,11 +18,22 @@ class EosInText(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """One preference as token ids. Completions end in EOS unless truncation cut it away."""
+    """One preference as token ids. Completions end in EOS unless truncation cut it away.
 
-    prompt: np.ndarray  # int32[n]
-    chosen: np.ndarray  # int32[n]
-    rejected: np.ndarray  # int32[n]
+        prompt, chosen, rejected               int32[n] each
+        uid                                    names the pair in messages
+        prompt_cut, chosen_cut, rejected_cut   how many tokens truncation removed
+        bos_added                              the first token of the prompt is a BOS that its text does not hold
+
+    `encode` makes one of texts; token ids of your own do as well:
+
+    >>> Encoded(prompt=np.int32([5, 6]), chosen=np.int32([7, 0]), rejected=np.int32([8, 9, 0])).rejected
+    array([8, 9, 0], dtype=int32)
+    """
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
     uid: str = ""
     prompt_cut: int = 0  # tokens that truncation removed
     chosen_cut: int = 0
@@ -47,6 +58,14 @@ def encode(
     and its end, or its start), and if that is not enough both completions to `max_length - max_prompt_length`.
     Raises `EosInText` when a text contains EOS itself; only in a record marked `chat` may EOS end the turns of the prompt,
     and a completion that its template already ended gets no second one.
+
+    Lists of messages `{"role", "content"}` are rendered by the chat template of `tokenizer`, as in `load_preferences`. Without
+    `prompt`, it is the messages that both sides begin with. A tokenizer without a template is a ValueError that says so.
+
+    >>> pair = {"prompt": "The film was", "chosen": " a delight.", "rejected": " a bore."}
+    >>> ids = encode(pair, tokenizer, max_length=64, max_prompt_length=32)
+    >>> tokenizer.decode(ids.prompt), tokenizer.decode(ids.chosen)
+    ('The film was', ' a delight.<|endoftext|>')
     """
     if truncation not in ("keep_end", "keep_start"):
         raise ValueError(f"truncation={truncation!r}: use 'keep_end' or 'keep_start'")
@@ -56,6 +75,12 @@ def encode(
     def get(name: str, default: Any = None) -> Any:
         return preference.get(name, default) if isinstance(preference, Mapping) else getattr(preference, name, default)
 
+    uid = get("uid", "") or ""
+    if any(isinstance(get(field), list) for field in ("prompt", "chosen", "rejected")):
+        from dpo_jax.data.chat import chat_preference  # here: plain texts need none of it
+
+        sides = get("chosen"), get("rejected")
+        preference = chat_preference(get("prompt"), *sides, uid=uid or "encode", tokenizer=tokenizer)
     chat = bool(get("chat", False))
     own = token_ids(get("prompt"), tokenizer)
     if not chat:
@@ -73,7 +98,7 @@ def encode(
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
-        uid=get("uid", "") or "",
+        uid=uid,
         prompt_cut=full["prompt"] - len(prompt),
         chosen_cut=full["chosen"] - len(chosen),
         rejected_cut=full["rejected"] - len(rejected),

@@ -40,6 +40,11 @@ def label(
     "name:prompt:first-second"; the same `seed` draws the same labels.
 
     Raises `ValueError` for shapes that do not agree, and for a reward that is not finite.
+
+    >>> texts = [[" a delight.", " a bore.", " fine."]]
+    >>> pairs, counts = label(["The film was"], texts, np.array([[2.0, -1.0, 2.0]]), how="argmax", seed=0)
+    >>> [(pair.chosen, pair.rejected) for pair in pairs], counts.ties
+    ([(' a delight.', ' a bore.'), (' fine.', ' a bore.')], 1)
     """
     if how not in ("argmax", "bradley_terry"):
         raise ValueError(f"how={how!r}: use 'argmax' or 'bradley_terry'")

@@ -32,8 +32,13 @@ Ranking = tuple[np.ndarray, Sequence[np.ndarray]]
 Example = Encoded | PairGroup | Completion
 
 
-def causal_rows(tokens: Array) -> Rows:
-    """Plain language-model rows: every token of `tokens[R, L]` sees those before it; all but the first are scored."""
+def causal_rows(tokens: Array | Sequence[Sequence[int]]) -> Rows:
+    """Plain language-model rows: every token of `tokens` int32[R, L] sees those before it; all but the first are scored.
+
+    >>> rows = causal_rows([[5, 6, 7], [8, 9, 4]])
+    >>> rows.target.tolist(), rows.slots
+    ([[6, 7], [9, 4]], 1)
+    """
     tokens = np.asarray(tokens, np.int32)
     rows, length = tokens.shape
     index = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
@@ -51,16 +56,30 @@ def causal_rows(tokens: Array) -> Rows:
 
 
 def plain_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | None = None) -> Rows:
-    """Each completion in a row of its own, after its prompt: R = 2P rows, chosen and rejected taking turns.
+    """Each completion in a row of its own, after its prompt: R = 2P rows of L = `length` tokens, chosen and rejected by turns.
 
-    `ref_logps[P, 2]`, in the order of `encoded`, travels with the rows. A row that needs more than `length` is a `ValueError`.
+    For any causal model: padding is on the right, and a model may ignore `k_start` and `k_end`. `ref_logps` float[P, 2], in the
+    order of `encoded`, travels with the rows. A row that needs more than `length` is a `ValueError`.
+
+    >>> rows = plain_rows(encoded, length=64)
+    >>> rows.tokens.shape, rows.weight.shape
+    ((4, 64), (2,))
     """
     layout = Layout("plain", length=length, scored=length)
     return layout.rows(encoded, ref_logps=ref_logps)
 
 
 def shared_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | None = None) -> Rows:
-    """Each pair in one row, `[reversed(chosen) | prompt | rejected]`: R = P rows, and the prompt is computed once."""
+    """Each pair in one row, `[reversed(chosen) | prompt | rejected]`: the prompt is computed once.
+
+    R = P rows of L = `length` tokens, for models that honour `k_start`, `k_end` and `positions` (see `check_model`); for other
+    models use `plain_rows`. `ref_logps` float[P, 2], in the order of `encoded`, travels with the rows. A pair that needs more
+    than `length` tokens, or has no prompt, is a `ValueError`.
+
+    >>> rows = shared_rows(encoded, length=96, ref_logps=np.zeros((2, 2)))
+    >>> rows.tokens.shape, rows.ref_logps.shape
+    ((2, 96), (2, 2))
+    """
     layout = Layout("shared", length=length, scored=length)
     return layout.rows(encoded, ref_logps=ref_logps)
 
@@ -68,14 +87,27 @@ def shared_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | N
 def packed_rows(encoded: Sequence[Encoded], *, length: int, pairs_per_row: int = 16, ref_logps: Array | None = None) -> Rows:
     """Whole pairs, each as in `shared_rows`, packed into as few rows as first-fit decreasing finds.
 
-    Pairs come out in another order than they went in: `rows.index[P]` tells which is which, and -1 where a slot is empty.
+    R rows of L = `length` tokens and at most `pairs_per_row` pairs. Pairs come out in another order than they went in:
+    `rows.index` int32[P] tells which is which, and -1 where a place is empty. Otherwise as `shared_rows`.
+
+    >>> rows = packed_rows(encoded, length=128, pairs_per_row=2)
+    >>> rows.tokens.shape, rows.index.tolist()
+    ((1, 128), [1, 0])
     """
     layout = Layout("packed", length=length, scored=length, per_row=pairs_per_row)
     return layout.rows(encoded, ref_logps=ref_logps)
 
 
 def completion_rows(completions: Sequence[Completion], *, length: int, per_row: int = 1) -> Rows:
-    """Single completions after their prompts, `per_row` to a row at most: what supervised fine-tuning reads."""
+    """Single completions after their prompts, `per_row` to a row at most: what supervised fine-tuning reads.
+
+    `completions` are (prompt, completion), int32[n] token ids each. R rows of L = `length` tokens, one slot a completion. With
+    `per_row` above 1, R is as few as fit, and `rows.index` int32[E] tells the order. A ValueError: one that does not fit.
+
+    >>> rows = completion_rows([(np.int32([5, 6]), np.int32([7, 0]))], length=8)
+    >>> rows.tokens.tolist(), completion_lengths(rows).tolist()
+    ([[5, 6, 7, 0, 0, 0, 0, 0]], [[2.0]])
+    """
     return Layout("packed" if per_row > 1 else "plain", length=length, scored=length, per_row=per_row).rows(completions)
 
 
@@ -84,6 +116,11 @@ def ranking_rows(rankings: Sequence[Ranking], *, length: int, ref_logps: Array |
 
     `ref_logps[P, K]`, in the order of `rankings`, travels with the rows; `weight` and `index` count rankings, and empty ones of
     weight 0 fill up to `at_least`. A ValueError: rankings of unequal or no length, and one that needs more than `length`.
+
+    >>> prompt, completions = np.int32([5, 6]), [np.int32([7, 0]), np.int32([8, 0]), np.int32([9, 0])]
+    >>> rows = ranking_rows([(prompt, completions)], length=8)
+    >>> rows.tokens.shape, rows.index.tolist()
+    ((3, 8), [0])
     """
     sizes = sorted({len(completions) for _, completions in rankings})
     if len(sizes) != 1 or sizes[0] < 2:
@@ -103,6 +140,28 @@ def ranking_rows(rankings: Sequence[Ranking], *, length: int, ref_logps: Array |
         raise ValueError(f"ref_logps is {np.shape(ref_logps)}, and there are {len(rankings)} rankings of {places} completions")
     fillers = np.zeros((len(index) - len(rankings), places), np.float32)
     return rows.replace(ref_logps=np.concatenate([np.asarray(ref_logps, np.float32), fillers]))
+
+
+def examples_to_rows(values: Array, rows: Rows) -> np.ndarray:
+    """From a value of each of the caller's examples, `values` [n, ...], to those of the batch: [E, ...], and 0 for a filler.
+
+    Rows may hold examples in another order (`packed_rows`); this follows `rows.index`. On the host, before the step:
+
+        rows.replace(extras={"gap": examples_to_rows(gap, rows)})    a column that the loss takes by keyword
+        rows.replace(weight=examples_to_rows(weight, rows))          a weighted mean
+        rows.replace(ref_logps=examples_to_rows(ref_logps, rows))    references that were computed later
+
+    Raises ValueError where `rows` hold more examples than `values`.
+
+    >>> packed = packed_rows(encoded, length=128, pairs_per_row=3)
+    >>> packed.index.tolist(), examples_to_rows(np.float32([0.5, 2.0]), packed).tolist()
+    ([1, 0, -1], [2.0, 0.5, 0.0])
+    """
+    values, index = np.asarray(values), np.asarray(rows.index)
+    if index.max(initial=-1) >= len(values):
+        raise ValueError(f"{len(values)} values, and the rows hold example number {index.max()}: give one for each example")
+    used = (index >= 0).reshape(-1, *(1 for _ in values.shape[1:]))
+    return np.where(used, values[index], values.dtype.type(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +231,7 @@ class Layout:
         mine = index[here.start // 2 : here.stop // 2] if two_rows else index[here]
         rows = rows.replace(index=mine.reshape(-1), weight=(mine.reshape(-1) >= 0).astype(np.float32))
         if ref_logps is not None:
-            values = np.asarray(ref_logps, np.float32).reshape(-1, 2)
-            rows = rows.replace(ref_logps=np.where(rows.index[:, None] >= 0, values[rows.index], np.float32(0)))
+            rows = rows.replace(ref_logps=examples_to_rows(np.asarray(ref_logps, np.float32).reshape(-1, 2), rows))
         return rows, index.reshape(-1)
 
     def _pairs(self, groups: Sequence[PairGroup], members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

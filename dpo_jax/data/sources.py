@@ -38,6 +38,12 @@ def load_preferences(
       tokenizer: needed for conversational rows only, for its chat template.
 
     Raises `DataError` for bad rows, for a file that is damaged, missing or not what its name says, and if nothing is left.
+
+    >>> file = Path("pairs.jsonl")
+    >>> _ = file.write_text('{"prompt": "The film was", "chosen": " a delight.", "rejected": " a bore."}')
+    >>> preferences = load_preferences(file, "train")
+    >>> len(preferences), preferences[0].chosen, preferences.report.kept
+    (1, ' a delight.', 1)
     """
     if format not in ("auto", "tfds", *FORMATS):
         raise ValueError(f"unknown format {format!r}; known: auto, tfds, {', '.join(FORMATS)}")

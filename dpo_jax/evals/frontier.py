@@ -38,6 +38,10 @@ def sequence_kl(
     `sampled` is log pi(y|x) - log pi_ref(y|x). Over completions drawn from the policy at temperature 1, both have the sequence
     KL as their mean, and `exact` scatters less: it takes the mean over each next token, and leaves only the prefixes to chance.
     A completion cut at some length counts as far as it goes. As in `logps`, at most `chunk` positions meet the head at a time.
+
+    >>> exact, sampled = jax.jit(partial(sequence_kl, model))(variables, variables, rows)  # of a policy to itself
+    >>> exact.shape, float(exact.sum()), float(sampled.sum())
+    ((4,), 0.0, 0.0)
     """
 
     def scored(variables: Variables) -> jax.Array:
@@ -130,6 +134,11 @@ def optimum(
     The completions are the reference's own, which reach about log M nats. To go further, draw them from any distribution q
     that covers the reference, such as a mixture of it with trained policies, and give `log_ratios[P, M]` = log pi_ref - log q
     (`mixture_log_ratios`). `betas` are positive, and may include `math.inf` (the reference itself).
+
+    >>> rewards = np.random.default_rng(0).normal(size=(100, 256))  # of the reference's samples, standard normal
+    >>> best = optimum(rewards, [math.inf, 1.0], seed=0)
+    >>> best.kl.round(2), best.reward.round(2)  # at beta 1 they are 1/2 and 1
+    (array([0.  , 0.48]), array([0.  , 0.98]))
     """
     rewards = _finite(rewards, "rewards", axes=2)
     log_ratios = np.zeros_like(rewards) if log_ratios is None else _finite(log_ratios, "log_ratios", axes=2)
@@ -187,6 +196,10 @@ def regret(point_reward: Array | float, point_kl: Array | float, optimum: Optimu
 
     Above 1 the policy is worse than its reference; below 0 the curve is too low (see `Optimum.reach`) or the numbers scatter.
     NaN where nothing is to be gained (KL 0), and where the policy lies beyond the end of the curve. Arrays go through.
+
+    >>> best = optimum(np.random.default_rng(0).normal(size=(100, 256)), [math.inf, 2.0, 1.0], seed=0)
+    >>> print(regret(best.reward[1], best.kl[1], best, best.reference))
+    0.0
     """
     best = _reward_at(point_kl, optimum.kl, optimum.reward, ref_reward)
     missed = _share_missed(np.asarray(point_reward), best, ref_reward)
@@ -257,6 +270,10 @@ def best_of_n(rewards: Array, n: int) -> BestOfN:
     best of C(i-1, n-1) of the C(M, n) subsets. The KL is that of best-of-n on the M samples taken as the whole distribution:
     equal rewards count as one outcome, of which any is taken. It never exceeds the bound (Beirami et al. 2024), which is
     exact without ties, and it is too low where n is not small against M.
+
+    >>> best = best_of_n(np.array([[1.0, 2.0, 3.0]]), 2)  # the best of two is 3, 3 or 2
+    >>> best.reward.round(3), round(best.kl_bound, 3)
+    (array([2.667]), 0.193)
     """
     ordered = np.sort(_finite(rewards, "rewards", axes=2), axis=1)
     prompts, samples = ordered.shape

@@ -21,7 +21,7 @@ from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.evals.rewards import Reward, learned
 from dpo_jax.lab.methods import row_parts
 from dpo_jax.lab.world import World
-from dpo_jax.logps import of_pairs
+from dpo_jax.logps import slots_to_pairs
 from dpo_jax.models.hf import save_hf
 from dpo_jax.reward import HEAD, centred, completion_rewards, reward_step, scalar_head, with_scalar_head
 from dpo_jax.runtime.fit import NonFinite, fit
@@ -66,7 +66,7 @@ def judged(rewards: np.ndarray) -> dict[str, float]:
 
 
 def _of_pairs(model: Model, variables: Variables, rows: Rows) -> jax.Array:
-    return of_pairs(completion_rewards(model, variables, rows), rows)
+    return slots_to_pairs(completion_rewards(model, variables, rows), rows)
 
 
 def plain_layout(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.models.attention_paths import attention_path
+from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import ARCHITECTURES, decoder_config
 from dpo_jax.models.generation import GENERATION, eos_ids, generation_config
@@ -64,6 +65,10 @@ def load_hf(
 
     Raises ValueError or FileNotFoundError naming file and tensor for an unsupported configuration, missing, unknown or
     mis-shaped tensors, pickled weights, and git-lfs pointers.
+
+    >>> decoder, weights = load_hf(folder)  # or load_hf("EleutherAI/pythia-70m")
+    >>> decoder.config.family, sorted(weights)
+    ('llama', ['params'])
     """
     folder = resolve(path)
     config = decoder_config(load_config(folder))
@@ -119,9 +124,18 @@ def save_hf(
     the folder, read back, compared and only then moved in, so that a kill leaves no half-written model. In a folder that holds
     an earlier model its files are replaced and others, such as a tokenizer, stay. Weights that lie in pieces on several hosts
     are collected tensor by tensor with `fetch`: all hosts call this, and one with `write`. Raises FileExistsError for a folder
-    that holds something else; ValueError if the variables do not fit the model; OverflowError, naming the tensor, for values
-    that `dtype` cannot hold.
+    that holds something else; ValueError if the variables do not fit the model, and for a model of your own, which has no
+    Hugging Face form; OverflowError, naming the tensor, for values that `dtype` cannot hold.
+
+    >>> decoder, weights = load_hf(folder)
+    >>> sorted(file.name for file in save_hf("copy", decoder, weights).iterdir())
+    ['config.json', 'model.safetensors']
     """
+    if not isinstance(model.config, DecoderConfig):
+        raise ValueError(
+            "save_hf writes the model families that load_hf reads, and this model has no such config: it is not theirs. Save "
+            "its variables as they are, for instance with orbax.checkpoint or numpy.savez"
+        )
     folder = Path(path).expanduser()
     if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not a model folder; choose another place to save the model")

@@ -19,6 +19,10 @@ def linear_warmup(peak: float, *, warmup_steps: int, decay_steps: int | None = N
     Source: `LambdaLR` in trainers.py of github.com/eric-mitchell/direct-preference-optimization. With `decay_steps`, which the
     original has not, the rate is also at most `peak * (1 - step / decay_steps)`: it falls on a line from the first step on, and
     the last of `decay_steps` steps still has a part of it.
+
+    >>> rate = linear_warmup(1e-6, warmup_steps=3)
+    >>> [f"{rate(step):.2e}" for step in range(5)]
+    ['2.50e-07', '5.00e-07', '7.50e-07', '1.00e-06', '1.00e-06']
     """
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
@@ -47,6 +51,12 @@ def make_optimizer(
     what torch does under each name, for all parameters alike: an L2 term in the gradient (rmsprop), or decoupled (adamw).
 
     Raises ValueError for an unknown name or a negative setting.
+
+    >>> tx = make_optimizer(linear_warmup(1e-6, warmup_steps=150), max_grad_norm=10.0)
+    >>> params = {"w": jnp.ones(2)}
+    >>> updates, _ = tx.update({"w": jnp.ones(2)}, tx.init(params), params)
+    >>> print(f"{updates['w'][0]:.3e}")  # the rate of step 0, divided by sqrt(0.01)
+    -6.623e-08
     """
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be positive, or None for no clipping, got {max_grad_norm}")

@@ -1,0 +1,71 @@
+"""Log-probabilities of a whole data set in one call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.loader import in_order, plan_layout
+from dpo_jax.reference import check_finite, reference_logps
+from dpo_jax.types import Model, Partitioner, Rows, Variables
+
+
+def reference_logps_of(
+    model: Model,
+    variables: Variables,
+    pairs: Sequence[Encoded],
+    *,
+    layout: Literal["plain", "shared", "packed"] = "plain",
+    batch: int = 16,
+    partitioner: Partitioner | None = None,
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+) -> np.ndarray:
+    """log pi(y|x) of all `pairs`: float32[n, 2] in nats, chosen first, in the order given. Lays out, compiles, runs, collects.
+
+    Give the result to `shared_rows` and its like as `ref_logps`. With the variables of a policy it is what evaluation needs.
+
+    Args:
+      pairs: what `encode` gives.
+      layout: how pairs lie in rows. "plain" is right for every causal model. "packed" is the fastest, and both it and "shared"
+        need a model that honours `k_start`, `k_end` and `positions`: those of `load_hf`, and your own if `check_model` says so.
+      batch: pairs at a time; bounds memory.
+      partitioner: where it runs; None: `jax.jit`, where `variables` lie. With one of `runtime.parallel`, they are its own.
+      progress: called with (pairs done, pairs in all) after every batch.
+
+    A second call with the same model and shapes compiles nothing. NaN or infinity is a `BrokenReference` naming the pair.
+
+    >>> ref_logps = reference_logps_of(model, variables, encoded)
+    >>> ref_logps.shape
+    (2, 2)
+    >>> rows = shared_rows(encoded, length=96, ref_logps=ref_logps)
+    """
+    if not len(pairs):
+        return np.zeros((0, 2), np.float32)
+    if not isinstance(pairs[0], Encoded):
+        raise TypeError(f"pairs must be Encoded (token ids): use dpo_jax.encode; got {type(pairs[0]).__name__}")
+    if partitioner is None:
+        shards, part, run = 1, (0, 1), functools.partial(_logps, model.forward, model.unembed)
+    else:
+        shards, part = partitioner.row_shards, partitioner.host_part
+        run = partitioner.compile_map(functools.partial(reference_logps, model))
+    shape = plan_layout(pairs, kind=layout, batch=batch, multiple=shards)
+    logps = np.empty((len(pairs), 2), np.float32)
+    done = 0
+    for indices, laid_out in in_order(pairs, layout=shape, batch=batch, part=part):
+        place = laid_out.index
+        values = np.asarray(run(variables, laid_out.rows))[place >= 0]
+        check_finite([pairs[i] for i in indices[place[place >= 0]]], values)
+        logps[indices[place[place >= 0]]] = values
+        done += len(indices)
+        progress(done, len(pairs))
+    return logps
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logps(forward: Callable[..., Any], unembed: Callable[..., Any], variables: Variables, rows: Rows) -> jax.Array:
+    return reference_logps(Model(lambda key: {}, forward, unembed), variables, rows)
