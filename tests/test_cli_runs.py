@@ -179,7 +179,7 @@ def test_metrics_hold_each_step_once_under_the_usual_names(done):
     assert [row["step"] for row in training] == list(range(STEPS))
     assert [row["step"] for row in rows if is_evaluation(row)] == [4, 8]
     sides = [f"{name}/{side}" for name in ("rewards", "logps", "displacement") for side in ("chosen", "rejected")]
-    names = {"loss", "rewards/accuracies", "rewards/margins", "kl", "grad_norm", "lr", "padding", *sides}
+    names = {"loss", "rewards/accuracies", "rewards/margins", "kl_reference_policy", "grad_norm", "lr", "padding", *sides}
     rates = {"pairs_per_second", "scored_tokens_per_second"}
     assert all(set(row) == {"step", *names, *rates} for row in training)
     first = training[0]

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from dpo_jax.evals.curves import PANELS, guide_of
+from dpo_jax.evals.drawing import spread
 from dpo_jax.evals.frontier import Point, measured, optimum
-from dpo_jax.evals.frontier_plot import LABEL_GAP, STYLES, _set_apart, _spread, plot_frontier
-from dpo_jax.evals.plots import PANELS, guide_of, plot_displacement, plot_training
+from dpo_jax.evals.frontier_plot import _set_apart, plot_frontier
+from dpo_jax.evals.palette import STYLES
+from dpo_jax.evals.plots import plot_displacement, plot_training
 
 save = Figure.savefig
 
@@ -83,12 +86,15 @@ def test_the_frontier_can_tell_so_many_methods_apart_and_no_more(tmp_path):
         plot_frontier(many, CURVE, tmp_path / "frontier.png")
 
 
+GAP = 0.045
+
+
 def test_labels_keep_their_distance_and_their_order():
     for heights in ([0.5] * 4, [0.0, 0.01, 0.5, 0.52, 0.53, 1.0], [0.1, 0.9], np.sort(np.random.default_rng(0).random(12))):
-        placed = _spread(list(heights))
-        assert (np.diff(placed) >= LABEL_GAP - 1e-9).all()
+        placed = spread(list(heights), GAP)
+        assert (np.diff(placed) >= GAP - 1e-9).all()
         assert np.mean(placed) == pytest.approx(np.mean(heights))
-    assert _spread([0.1, 0.9]) == [0.1, 0.9]
+    assert spread([0.1, 0.9], GAP) == [0.1, 0.9]
 
 
 def test_displacements_of_several_runs_in_one_image(tmp_path):

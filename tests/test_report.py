@@ -19,7 +19,7 @@ from dpo_jax.evals.agreement import table_2
 from dpo_jax.evals.overoptimisation import declines
 from dpo_jax.evals.plots import plot_runs
 from dpo_jax.evals.ratings import Judgment
-from dpo_jax.evals.report_page import Page, Sample, Section, Table, Text, markdown_text, render_html, render_markdown
+from dpo_jax.evals.report_page import Page, Sample, Section, Side, Table, Text, markdown_text, render_html, render_markdown
 from dpo_jax.evals.report_sections import frontier
 from dpo_jax.evals.report_weights import scored_weights
 from dpo_jax.evals.run_record import RunRecord, read_run
@@ -192,7 +192,7 @@ def test_markdown_shows_a_text_as_it_is(text, expected):
 
 def test_a_page_by_hand():
     table = Table(["what", "a", "b"], [["x", "1.5 (1 to 2)", "yes"], ["<y>", "-", "2"]], caption="A & B", note="n|m")
-    page = Page("T", "s", [Section("Two words", [Text("p"), table, Sample("q", [("who", "w")])])])
+    page = Page("T", "s", [Section("Two words", [Text("p"), table, Sample("q", [Side("who", "w")])])])
     assert page.sections[0].anchor == "two-words"
     assert table.right == [False, True, False]
     html_, markdown = render_html(page), render_markdown(page, link=str)

@@ -41,7 +41,7 @@ def resolve(path: str | Path) -> Path:
         raise FileNotFoundError(f"no model folder {path}, and it does not look like a Hub id (organization/name)")
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja", "*.model"]
+    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja", "*.model", "README.md"]
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted))
     except Exception as error:  # the hub client raises its own, requests' and OSError's kinds
