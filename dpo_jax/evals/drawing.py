@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -33,37 +33,39 @@ class End(NamedTuple):
     bold: bool = False
 
 
-def label_ends(axes: Axes, ends: Sequence[End], *, size: float = LABEL_SIZE, room: float = 0.0) -> None:
-    """Writes each label right of the axes at the height of its curve's end, with a piece of its line; none covers another.
+def label_ends(figure: Figure, ends: Mapping[Axes, Sequence[End]], *, size: float = LABEL_SIZE) -> None:
+    """Writes each label right of its axes at the height of its curve's end, with a piece of its line; none covers another.
 
-    Comes after everything else is drawn: it fixes the limits. `room`: points by which the labels keep away from the axes.
+    Comes after everything else is drawn: it fixes the limits.
     """
-    if not ends:
-        return
-    figure = axes.figure
-    axes.set_xlim(axes.get_xlim())
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high)
-    to_share = axes.transAxes.inverted().transform
-    figure.draw_without_rendering()  # for the height that the layout leaves
+    if any(ends.values()) and (layout := figure.get_layout_engine()):
+        layout.execute(figure)  # for the heights that it leaves
+    for axes, mine in ends.items():
+        axes.set_xlim(axes.get_xlim())
+        axes.set_ylim(axes.get_ylim())
+        _label_axes(axes, mine, size=size)
+
+
+def _label_axes(axes: Axes, ends: Sequence[End], *, size: float) -> None:
+    figure, to_share = axes.figure, axes.transAxes.inverted().transform
     places = sorted(((float(to_share(axes.transData.transform((end.x, end.y)))[1]), end) for end in ends), key=lambda at: at[0])
     gap = LINE_HEIGHT * size * figure.dpi / 72 / axes.bbox.height
     heights = spread([min(max(place, 0.0), 1.0) for place, _ in places], gap)
     for (_, end), height in zip(places, heights, strict=True):
-        _label(axes, end, height, size=size, room=room)
+        _label(axes, end, height, size=size)
 
 
-def _label(axes: Axes, end: End, height: float, *, size: float, room: float) -> None:
-    first, last = (offset_copy(axes.transAxes, axes.figure, x=x + room, units="points") for x in SAMPLE)
+def _label(axes: Axes, end: End, height: float, *, size: float) -> None:
+    first, last = (offset_copy(axes.transAxes, axes.figure, x=x, units="points") for x in SAMPLE)
     color, dashes, marker = end.style.color, end.style.line, end.style.marker
     leader = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 2}
     axes.annotate("", (end.x, end.y), (1, height), textcoords=first, arrowprops=leader, annotation_clip=False)
     piece = {"arrowstyle": "-", "color": color, "linewidth": 1.6, "linestyle": dashes, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", (1, height), (1, height), xycoords=last, textcoords=first, arrowprops=piece, annotation_clip=False)
     if marker:
-        middle = offset_copy(axes.transAxes, axes.figure, x=sum(SAMPLE) / 2 + room, units="points")
+        middle = offset_copy(axes.transAxes, axes.figure, x=sum(SAMPLE) / 2, units="points")
         axes.plot([1], [height], marker, transform=middle, color=color, markersize=4.5, clip_on=False, gid="label")
-    beside = offset_copy(axes.transAxes, axes.figure, x=SAMPLE[1] + 4 + room, units="points")
+    beside = offset_copy(axes.transAxes, axes.figure, x=SAMPLE[1] + 4, units="points")
     weight = "bold" if end.bold else "normal"
     text = axes.text(1, height, end.label, transform=beside, va="center", fontsize=size, color=color, fontweight=weight)
     text.set_gid("label")

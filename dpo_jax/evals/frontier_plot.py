@@ -54,7 +54,7 @@ def plot_frontier(
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
     settings = axes.texts[notes:]
-    label_ends(axes, ends)
+    label_ends(figure, {axes: ends})
     figure.draw_without_rendering()
     _set_apart(axes, settings)
     return save(figure, path, dpi=150)
@@ -70,7 +70,7 @@ def plot_trajectories(runs: Mapping[RunName, Sequence[Measured]], path: str | os
     columns = min(3, len(methods))
     count = -(-len(methods) // columns)
     figure = Figure(figsize=(4.4 * columns, 0.5 + 3.0 * count), layout="constrained")
-    places = figure.subplots(count, columns, squeeze=False).ravel()
+    places, labels = figure.subplots(count, columns, squeeze=False).ravel(), {}
     for axes, method in zip(places, methods, strict=False):
         mine = [(setting, seed, points) for (name, setting, seed), points in runs.items() if name == method]
         several = len({seed for _, seed, _ in mine}) > 1
@@ -92,9 +92,10 @@ def plot_trajectories(runs: Mapping[RunName, Sequence[Measured]], path: str | os
         axes.set_title(method, loc="left", fontweight="bold")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e4e4e4", linewidth=0.6)
-        label_ends(axes, ends, size=7.5)
+        labels[axes] = ends
     for axes in places[len(methods) :]:
         axes.remove()
+    label_ends(figure, labels, size=7.5)
     figure.supxlabel("KL(policy || reference), nats per completion (root scale)", fontsize="medium")
     figure.supylabel("mean true reward", fontsize="medium")
     return save(figure, path, dpi=120)

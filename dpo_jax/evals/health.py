@@ -61,7 +61,8 @@ class Health(NamedTuple):
     def summary(self) -> str:
         """What was looked at without a note, in one sentence."""
         words = f"Nothing unusual in: {', '.join(self.fine)}." if self.fine else ""
-        return words + (f" Not measured: {', '.join(self.not_measured)}." if self.not_measured else "")
+        left = f"Not measured: {', '.join(self.not_measured)}." if self.not_measured else ""
+        return f"{words} {left}".strip()
 
 
 Finding = Note | None | Literal["not measured"]

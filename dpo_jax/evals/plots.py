@@ -37,11 +37,11 @@ def plot_training(
 
 def draw_panel(panel: Panel, rows: ROWS) -> Figure | None:
     """One panel of a run; None if the rows have none of its metrics."""
+    if not any(_has(line, rows) for line in panel.lines):
+        return None
     figure = Figure(figsize=PANEL, layout="constrained")
     axes = figure.add_subplot()
     ends = [end for line in panel.lines if (end := _draw(axes, line, rows)) is not None]
-    if not ends:
-        return None
     if guide := guide_of(panel, rows):
         axes.axhline(guide[0], color=GUIDE.color, linewidth=0.8, linestyle=GUIDE.line, zorder=0)
         ends.append(End(axes.get_xlim()[1], guide[0], guide[1], GUIDE))
@@ -49,8 +49,12 @@ def draw_panel(panel: Panel, rows: ROWS) -> Figure | None:
     if not any(line.smooth for line in panel.lines):
         axes.yaxis.set_major_formatter("{x:g}")  # of any size, from 5e-07 to 3
     # A single curve is named by the title, and a name would say the same again.
-    label_ends(axes, [end for end in ends if len(ends) > 1])
+    label_ends(figure, {axes: ends} if len(ends) > 1 else {})
     return figure
+
+
+def _has(line: Line, rows: ROWS) -> bool:
+    return any((line.batches and line.metric in row) or EVAL + line.metric in row for row in rows)
 
 
 def _draw(axes: Axes, line: Line, rows: ROWS) -> End | None:
@@ -58,7 +62,9 @@ def _draw(axes: Axes, line: Line, rows: ROWS) -> End | None:
 
     Returns where it ends, or None if the rows do not have it.
     """
-    steps, values = series(rows, line.metric) if line.batches else (np.array([]), np.array([]))
+    if not _has(line, rows):
+        return None
+    steps, values = series(rows if line.batches else [], line.metric)
     color, last = line.style.color, None
     if len(steps):
         window = window_of(len(steps)) if line.smooth else 1
@@ -75,8 +81,6 @@ def _draw(axes: Axes, line: Line, rows: ROWS) -> End | None:
         if len(low) == len(high) == len(eval_steps):
             axes.vlines(eval_steps, low, high, color=color, linewidth=1.2)
         last = last or _last(eval_steps, eval_values)
-    if not len(steps) and not len(eval_steps):
-        return None
     return End(*(last or (0.0, 0.0)), line.label, line.style)
 
 
@@ -127,16 +131,17 @@ def plot_displacement(runs: Mapping[str, Iterable[Mapping[str, Any]]], path: str
     columns = min(4, len(shown))
     count = -(-len(shown) // columns)
     figure = Figure(figsize=(3.6 * columns, 0.4 + 2.4 * count), layout="constrained")
-    places = figure.subplots(count, columns, squeeze=False).ravel()
+    places, labels = figure.subplots(count, columns, squeeze=False).ravel(), {}
     for axes, (name, rows) in zip(places, shown.items(), strict=False):
         ends = [end for line in panel.lines if (end := _draw(axes, line, rows)) is not None]
         axes.axhline(0.0, color=GUIDE.color, linewidth=0.8, linestyle=GUIDE.line, zorder=0)
         axes.set_title(name, loc="left", fontweight="bold", fontsize=10)
         axes.tick_params(labelsize=8)
         bare(axes)
-        label_ends(axes, ends, size=8)
+        labels[axes] = ends
     for axes in places[len(shown) :]:
         axes.remove()
+    label_ends(figure, labels, size=8)
     figure.suptitle(panel.unit, x=0.01, ha="left", fontsize="medium")
     figure.supxlabel("optimizer steps taken", fontsize="medium")
     return save(figure, path, dpi=120)
@@ -174,7 +179,7 @@ def plot_runs(
                 ends.append(End(*last, _shortened(name), style))
         marks = f"thin: each step, thick: mean of {max(windows)} steps" if max(windows) > 1 else ""
         _finish(axes, title, unit, marks)
-        label_ends(axes, ends, size=LABEL_SIZE if len(ends) < 8 else 7)
+        label_ends(figure, {axes: ends}, size=LABEL_SIZE if len(ends) < 8 else 7)
         written.append(save(figure, directory / f"{metric.replace('/', '-')}.{format}"))
     return written
 
