@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -43,29 +43,29 @@ def label_ends(figure: Figure, ends: Mapping[Axes, Sequence[End]], *, size: floa
     for axes, mine in ends.items():
         axes.set_xlim(axes.get_xlim())
         axes.set_ylim(axes.get_ylim())
-        _label_axes(axes, mine, size=size)
+        _label_axes(figure, axes, mine, size=size)
 
 
-def _label_axes(axes: Axes, ends: Sequence[End], *, size: float) -> None:
-    figure, to_share = axes.figure, axes.transAxes.inverted().transform
+def _label_axes(figure: Figure, axes: Axes, ends: Sequence[End], *, size: float) -> None:
+    to_share = axes.transAxes.inverted().transform
     places = sorted(((float(to_share(axes.transData.transform((end.x, end.y)))[1]), end) for end in ends), key=lambda at: at[0])
     gap = LINE_HEIGHT * size * figure.dpi / 72 / axes.bbox.height
     heights = spread([min(max(place, 0.0), 1.0) for place, _ in places], gap)
     for (_, end), height in zip(places, heights, strict=True):
-        _label(axes, end, height, size=size)
+        _label(figure, axes, end, height, size=size)
 
 
-def _label(axes: Axes, end: End, height: float, *, size: float) -> None:
-    first, last = (offset_copy(axes.transAxes, axes.figure, x=x, units="points") for x in SAMPLE)
+def _label(figure: Figure, axes: Axes, end: End, height: float, *, size: float) -> None:
+    first, last = (offset_copy(axes.transAxes, figure, x=x, units="points") for x in SAMPLE)
     color, dashes, marker = end.style.color, end.style.line, end.style.marker
     leader = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 2}
     axes.annotate("", (end.x, end.y), (1, height), textcoords=first, arrowprops=leader, annotation_clip=False)
     piece = {"arrowstyle": "-", "color": color, "linewidth": 1.6, "linestyle": dashes, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", (1, height), (1, height), xycoords=last, textcoords=first, arrowprops=piece, annotation_clip=False)
     if marker:
-        middle = offset_copy(axes.transAxes, axes.figure, x=sum(SAMPLE) / 2, units="points")
+        middle = offset_copy(axes.transAxes, figure, x=sum(SAMPLE) / 2, units="points")
         axes.plot([1], [height], marker, transform=middle, color=color, markersize=4.5, clip_on=False, gid="label")
-    beside = offset_copy(axes.transAxes, axes.figure, x=SAMPLE[1] + 4, units="points")
+    beside = offset_copy(axes.transAxes, figure, x=SAMPLE[1] + 4, units="points")
     weight = "bold" if end.bold else "normal"
     text = axes.text(1, height, end.label, transform=beside, va="center", fontsize=size, color=color, fontweight=weight)
     text.set_gid("label")
@@ -93,7 +93,7 @@ def bare(axes: Axes) -> None:
 def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 200) -> Path:
     """Writes a PNG or SVG file, by its suffix. The same figure gives the same SVG: no date, no random ids."""
     path = Path(path)
-    options = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+    metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {}
     with matplotlib.rc_context({"svg.hashsalt": "dpo_jax", "svg.fonttype": "path"}):
-        figure.savefig(path, dpi=dpi, **options)
+        figure.savefig(path, dpi=dpi, metadata=metadata)
     return path

@@ -219,7 +219,9 @@ def frontier(runs: Sequence[RunRecord], drawn: Path) -> Section | None:
             cells = {(row["method"], row["kl"]): row for row in table}
             methods = dict.fromkeys(row["method"] for row in table)
             rows = [[method, *(_at_kl(cells.get((method, kl))) for kl in kls)] for method in methods]
-            note = "True reward of the best mixture of policies within that KL; in brackets the share of what was to be gained."
+            note = (
+                f"True reward of the best mixture within that {KL_OF_SAMPLES}; in brackets its share of what was to be gained."
+            )
             columns = ["method", *(f"KL {kl:g} nats" for kl in kls)]
             blocks.append(Table(columns, rows, caption=of(run, runs, "Methods at equal KL"), note=note))
         over = _overoptimised(of(run, runs, "Over-optimisation"), stage)
