@@ -177,7 +177,8 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
     elsewhere = tmp_path / "env" / "dpo_jax"  # as installed into an environment inside of a checkout
     for folder in (package, elsewhere):
         folder.mkdir(parents=True)
-        (folder / "a.py").write_text("1\n")
+        (folder / "__init__.py").write_text("1\n")
+    assert checkout(package) is None  # no repository
     git("init")
     assert checkout(package) is None  # no commit yet
     git("add", "dpo_jax")
@@ -185,7 +186,7 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
     head = git("rev-parse", "HEAD")
     assert checkout(package) == {"commit": head, "dirty": False}
     assert checkout(elsewhere) is None
-    (package / "a.py").write_text("2\n")
+    (package / "__init__.py").write_text("2\n")
     assert checkout(package) == {"commit": head, "dirty": True}
     monkeypatch.setenv("PATH", str(elsewhere))
     assert checkout(package) is None  # no git

@@ -112,7 +112,7 @@ def environment() -> dict[str, Any]:
 
 
 def checkout(package: Path) -> dict[str, Any] | None:
-    """The commit of the git checkout whose top folder holds `package`, and whether tracked files differ from it (`dirty`).
+    """The commit of the git checkout that tracks `package`, and whether files of the package differ from it (`dirty`).
 
     None without git, and for a package installed into another project's checkout: that commit would say nothing about it.
     """
@@ -123,9 +123,10 @@ def checkout(package: Path) -> dict[str, Any] | None:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20, env=quiet).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent.resolve() or not git("ls-files", package.name):
+        if not git("ls-files", f"{package.name}/__init__.py"):
             return None
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", package.name)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
 
