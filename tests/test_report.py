@@ -228,6 +228,8 @@ def test_several_runs_stand_side_by_side(finished, tmp_path):
     assert "| dpo.beta | 0.1 | 0.5 | 0.1 |" in shown
     assert "| measure | first: reference | first: policy |" in shown
     assert "dpo: all runs" in Seen(page).text
+    assert "Nothing unusual in: weights (those that were scored lie here); first: accuracy, KL." in Seen(page).text
+    assert "second: accuracy, displacement of the chosen" in Seen(page).text  # not measured there
     twins = tmp_path / "elsewhere" / "first"
     shutil.copytree(finished, twins)
     for stage in ("sft", "dpo"):

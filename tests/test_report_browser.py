@@ -69,6 +69,7 @@ def test_a_figure_is_enlarged_by_a_tap_and_a_cut_sample_unfolded(chromium, page_
     for summary in sample.locator("summary").all():
         summary.click()
     assert sample.bounding_box()["height"] > folded
+    assert sample.evaluate("element => element.scrollWidth <= element.clientWidth")
     assert "w" * 3000 in sample.inner_text().replace("\n", "").replace("… 2,400 more characters", "")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     context.close()

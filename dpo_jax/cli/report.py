@@ -14,6 +14,7 @@ import dpo_jax.evals.report_sections as sections
 from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.evals.curves import PANELS
 from dpo_jax.evals.plots import plot_runs, plot_training
+from dpo_jax.evals.report_first import first_things, moment
 from dpo_jax.evals.report_judged import judged
 from dpo_jax.evals.report_page import Block, Notice, Page, Section, Table, render_html, render_markdown
 from dpo_jax.evals.report_weights import SHOWN, scored_weights
@@ -76,7 +77,7 @@ def _page(runs: Sequence[RunRecord], drawn: Path, *, samples: int, digests: bool
     ]
     # Last, as what the others could not read has become a problem of its stage.
     scored = [stage for run in runs for stage in run.stages.values() if "weights" in stage.report]
-    first = sections.first_things(runs, alarms, weights_checked=digests and bool(scored))
+    first = first_things(runs, alarms, weights_checked=digests and bool(scored))
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
     subtitle = " · ".join(str(run.path.resolve()) for run in runs)
     return Page(title, subtitle, [first, *(section for section in built if section is not None)])
@@ -209,6 +210,6 @@ def _made_with(runs: Sequence[RunRecord]) -> Section | None:
                     packages += f", commit {git['commit'][:12]}{' (changed)' if git['dirty'] else ''}"
                 hosts = f", {env['processes']} hosts" if env["processes"] > 1 else ""
                 devices = f"{len(env['devices'])} x {env['devices'][0]}{hosts}"
-                began = sections.moment(env["started"])
+                began = moment(env["started"])
                 rows.append([of(run, runs, stage.name), shlex.join(env["argv"][1:]), devices, packages, began])
     return Section("Made with", [Table(["stage", "command", "devices", "packages", "begun"], rows)]) if rows else None

@@ -1,4 +1,4 @@
-"""The sections of a report, from what lies in one or several run directories."""
+"""The sections of a report but the first one, from what lies in one or several run directories."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import numpy as np
 from dpo_jax.data.pairs import FILTERED
 from dpo_jax.evals.curves import KL_OF_SAMPLES, PANELS, series
 from dpo_jax.evals.frontier_plot import plot_trajectories
-from dpo_jax.evals.health import Health, examine_run
 from dpo_jax.evals.overoptimisation import declines, trajectories
-from dpo_jax.evals.report_page import Block, Figures, Notice, Sample, Section, Side, Table, Text, Tiles
-from dpo_jax.evals.result_table import MEASURES
+from dpo_jax.evals.report_page import Block, Figures, Sample, Section, Side, Table, Text
+from dpo_jax.evals.result_table import MEASURES, with_interval
 from dpo_jax.evals.run_record import TRAINING, RunRecord, Stage, of, one_or_more, read_lines, read_object, read_table
 
 REWARDS = {
@@ -23,77 +22,6 @@ REWARDS = {
     "reference_free": "reference-free",
     "reference_free_per_token": "reference-free, per token",
 }
-
-
-def first_things(runs: Sequence[RunRecord], alarms: Sequence[str], *, weights_checked: bool) -> Section:
-    """What a reader must know before any number: alarms, failures, health, what is not there, and how far each stage came."""
-    blocks: list[Block] = [Notice(words, "alarm") for words in alarms]
-    for run in runs:
-        for stage in run.stages.values():
-            blocks += [Notice(of(run, runs, f"{stage.name}: {problem}")) for problem in stage.problems]
-    fine = [] if blocks else ["stages (none failed, stopped or dropped bad pairs)"]
-    fine += ["weights (those that were scored lie here)"] if weights_checked and not alarms else []
-    if len(runs) == 1 and (tiles := _tiles(runs[0])):
-        blocks.append(tiles)
-    for run in runs:
-        health = health_of(run)
-        for note in health.notes:
-            blocks.append(Notice(f"{note.found} {note.meaning}", "health", of(run, runs, note.name), note.remedy))
-        looked_at = [*(fine if run is runs[0] else []), *health.fine]
-        not_measured = f" Not measured: {', '.join(health.not_measured)}." if health.not_measured else ""
-        if looked_at or not_measured:
-            words = f"{', '.join(looked_at)}.{not_measured}" if looked_at else not_measured.strip()
-            title = "Nothing unusual in" if looked_at else "Health"
-            blocks.append(Notice(words, "fine" if looked_at else "warning", of(run, runs, title)))
-    stages = list(dict.fromkeys(name for run in runs for name in run.stages))
-    states = [[name, *(run.stages[name].state if name in run.stages else "-" for run in runs)] for name in stages]
-    began = [[stage.env.get("started", "") for stage in run.stages.values() if stage.env.get("started")] for run in runs]
-    states.append(["last command begun", *(moment(max(times, default="not known")) for times in began)])
-    states.append(["not in this run", *("; ".join(run.missing) or "-" for run in runs)])
-    blocks.append(Table(["stage", *(run.name for run in runs)], states, caption="What was done"))
-    return Section("Read this first", blocks)
-
-
-def health_of(run: RunRecord) -> Health:
-    """The health notes of a run with preference training or an evaluation; no notes and nothing looked at for another."""
-    dpo, evaluated = run.stages.get("dpo"), run.stages.get("eval")
-    if not dpo and not (evaluated and evaluated.report):
-        return Health([], [], [])
-    try:
-        return examine_run(evaluated.report if evaluated else {}, dpo.metrics if dpo else ())
-    except (TypeError, ValueError) as error:  # a report of another version
-        (evaluated or dpo).problems.append(f"its health cannot be told: {error}")  # pyright: ignore[reportOptionalMemberAccess]
-        return Health([], [], [])
-
-
-HEADLINES = (
-    ("held-out accuracy", "rewards/accuracies"),
-    ("reward margin (nats)", "rewards/margins"),
-    (f"{KL_OF_SAMPLES} (nats)", "kl"),
-    ("true reward", "true_reward"),
-    ("tokens per sample", "tokens"),
-)
-
-
-def _tiles(run: RunRecord) -> Tiles | None:
-    """What a reader looks for first, with the value of the reference where that is not 0 by definition."""
-    report = run.stages["eval"].report if "eval" in run.stages else {}
-    policy, reference = report.get("policy", {}), report.get("reference", {})
-    forms = {measure.key: measure.form for measure in MEASURES}
-    items = []
-    for label, key in HEADLINES:
-        if not isinstance(policy.get(key), int | float):
-            continue
-        number, _, sure = _measure(policy, key, forms[key]).partition(" ")
-        if key in ("true_reward", "tokens") and reference.get(key) is not None:
-            sure = f"{sure}, reference {reference[key]:{forms[key]}}".removeprefix(", ")
-        items.append((label, number, sure))
-    return Tiles(items) if items else None
-
-
-def moment(written: str) -> str:
-    """A time in UTC as `env.json` has it, for people."""
-    return written.replace("T", " ").replace("+00:00", " UTC")
 
 
 def evaluation(runs: Sequence[RunRecord]) -> Section | None:
@@ -107,7 +35,7 @@ def evaluation(runs: Sequence[RunRecord]) -> Section | None:
                 columns.append(of(run, runs, who))
                 for label, name, form in MEASURES:
                     if label in cells:
-                        cells[label].append(_measure(report[who], name, form))
+                        cells[label].append(with_interval(report[who], name, form))
         pairs = ", ".join(of(run, runs, f"{report['pairs']:,} held-out pairs") for run, report in found)
         note = (
             f"{pairs}. Brackets: 95 % interval (Wilson). ±: one standard error. A policy that is its reference has accuracy "
@@ -128,15 +56,6 @@ def _sft_row(name: str, stage: Stage) -> list[str]:
     if not len(losses) or not len(per_token):
         return []
     return [name, f"{losses[-1]:.2f}", f"{per_token[-1]:.4f}", f"{np.exp(per_token[-1]):.2f}", f"{steps[-1]:,.0f}"]
-
-
-def _measure(values: Mapping[str, Any], name: str, form: str) -> str:
-    if values.get(name) is None:
-        return "-"
-    text = format(values[name], f"z{form}")
-    if f"{name}_low" in values:
-        return f"{text} ({values[f'{name}_low']:{form}} to {values[f'{name}_high']:{form}})"
-    return f"{text} ± {values[f'{name}_error']:{form}}" if f"{name}_error" in values else text
 
 
 def implicit_rewards(runs: Sequence[RunRecord]) -> Section | None:

@@ -62,6 +62,16 @@ def _uncertainty(values: Mapping[str, Any], key: str, form: str) -> str:
     return f"± {values[f'{key}_error']:{form}}" if f"{key}_error" in values else ""
 
 
+def with_interval(values: Mapping[str, Any], name: str, form: str) -> str:
+    """A value as a cell of the report: with its 95 % interval in brackets, or its standard error."""
+    if values.get(name) is None:
+        return "-"
+    text = format(values[name], f"z{form}")
+    if f"{name}_low" in values:
+        return f"{text} ({values[f'{name}_low']:{form}} to {values[f'{name}_high']:{form}})"
+    return f"{text} ± {values[f'{name}_error']:{form}}" if f"{name}_error" in values else text
+
+
 def _text(name: str, text: str, *, cut: bool = False) -> list[str]:
     text = " ".join(text.split())
     if len(text) > SHOWN:
