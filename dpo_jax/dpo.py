@@ -65,8 +65,9 @@ def dpo_step(
 def preference_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array) -> Metrics:
     """What to watch, per pair: {name: float[P]}, under the names TRL made common. Of a ranking: its best and its worst.
 
-    `displacement/*` is log pi - log pi_ref in nats: DPO trains the difference of the two, and both may fall. `kl` is the mean
-    over all completions with the sign turned: an estimate of KL(pi_ref || pi), if the completions came from the reference.
+    `displacement/*` is log pi - log pi_ref in nats: DPO trains the difference of the two, and both may fall.
+    `kl_reference_policy` is their mean over all completions with the sign turned: an estimate of KL(pi_ref || pi), if the
+    completions came from the reference. KL(pi || pi_ref), which needs samples of the policy, is `kl` in evaluations.
 
     `logps`, `ref_logps` and `rewards` are float[P, K], as a loss takes and returns them.
 
@@ -85,5 +86,5 @@ def preference_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array
         "logps/rejected": logps[:, -1],
         "displacement/chosen": log_ratios[:, 0],
         "displacement/rejected": log_ratios[:, -1],
-        "kl": -log_ratios.mean(axis=1),
+        "kl_reference_policy": -log_ratios.mean(axis=1),
     }

@@ -159,7 +159,9 @@ def test_a_training_run_leaves_everything_needed_to_judge_and_repeat_it(done, ta
     card = (folder / "README.md").read_text()
     assert card == (folder / "export" / "README.md").read_text()
     assert f"tags: [dpo_jax, {task}]" in card
-    assert "preference accuracy" in card if task == "dpo" else "nll_per_token" in card
+    assert "preference accuracy" in card if task == "dpo" else "loss per token" in card
+    assert "| train | 64 | 64 | none |" in card
+    assert str(done.dir) not in card  # a path of this machine says nothing to others
     for split, pairs in (("train", 64), ("test", 24)):
         report = json.loads((folder / "data_report.json").read_text())[split]
         assert report["kept"] == pairs
@@ -181,7 +183,7 @@ def test_metrics_hold_each_step_once_under_the_usual_names(done):
     assert [row["step"] for row in training] == list(range(STEPS))
     assert [row["step"] for row in rows if is_evaluation(row)] == [4, 8]
     sides = [f"{name}/{side}" for name in ("rewards", "logps", "displacement") for side in ("chosen", "rejected")]
-    names = {"loss", "rewards/accuracies", "rewards/margins", "kl", "grad_norm", "lr", "padding", *sides}
+    names = {"loss", "rewards/accuracies", "rewards/margins", "kl_reference_policy", "grad_norm", "lr", "padding", *sides}
     rates = {"pairs_per_second", "scored_tokens_per_second"}
     assert all(set(row) == {"step", *names, *rates} for row in training)
     first = training[0]
@@ -201,10 +203,19 @@ def test_the_policy_learns_and_eval_measures_it(done):
         assert report["policy"][name] == pytest.approx(last[f"eval/{name}"], abs=1e-4)
     assert report["weights"]["policy"] != report["weights"]["reference"]
     table = done.printed["eval"]
-    for expected in ("24 held-out pairs", "preference accuracy", "95 % interval", "KL to the reference", "true reward"):
+    for expected in ("24 held-out pairs", "preference accuracy", "(95 %)", "KL(policy || reference)", "true reward"):
         assert expected in table
-    assert table.count("before ") == table.count("after ") == 3
-    assert len((done / "eval" / "samples.jsonl").read_text().splitlines()) == 4
+    assert table.count("\n  before ") == table.count("\n  after ") == 3
+    assert max(len(line) for line in table.splitlines() if not line.startswith(("full report", str(done.dir)))) <= 80
+    samples = [json.loads(line) for line in (done / "eval" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4
+    for who in ("reference", "policy"):
+        assert report[who]["cut"] == 1 - np.mean([line[f"{who}_finished"] for line in samples])
+        assert 0 <= report[who]["repetition"] <= 1
+    # Six new tokens are too few for a review, and the table says so.
+    assert report["policy"]["cut"] > 0.1
+    assert "samples cut" in [note["name"] for note in report["notes"]]
+    assert "! samples cut: " in table
 
 
 def test_the_export_is_a_model_folder_equal_to_the_checkpoint(done, tmp_path):

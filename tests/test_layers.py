@@ -23,10 +23,10 @@ ONLY_IN = {
     "yaml": ["cli/config_file.py"],
     "tyro": ["cli/main.py"],
     "tensorflow_datasets": ["data/tfds.py"],
-    "huggingface_hub": ["models/hub.py"],
+    "huggingface_hub": ["models/hub.py", "models/origin.py"],
     # Curves of a run, the frontier, reliability, win rates, the race.
     "matplotlib": [
-        *[f"evals/{name}.py" for name in ("plots", "frontier_plot", "calibration_plot", "win_rates_plot")],
+        *[f"evals/{name}.py" for name in ("drawing", "plots", "frontier_plot", "calibration_plot", "win_rates_plot")],
         "bench/plots.py",
     ],
     "tensorboardX": ["runtime/metrics.py"],

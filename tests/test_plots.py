@@ -1,16 +1,34 @@
 import itertools
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from dpo_jax.evals.calibration import Reliability
+from dpo_jax.evals.calibration_plot import plot_reliability
+from dpo_jax.evals.curves import PANELS, guide_of, running_mean, window_of
+from dpo_jax.evals.drawing import spread
 from dpo_jax.evals.frontier import Point, measured, optimum
-from dpo_jax.evals.frontier_plot import LABEL_GAP, STYLES, _set_apart, _spread, plot_frontier
-from dpo_jax.evals.plots import PANELS, guide_of, plot_displacement, plot_training
+from dpo_jax.evals.frontier_plot import _set_apart, plot_frontier, plot_trajectories
+from dpo_jax.evals.palette import CHOSEN, REJECTED, STYLES
+from dpo_jax.evals.plots import plot_displacement, plot_runs, plot_training
 
 save = Figure.savefig
+
+
+def captured(monkeypatch):
+    """The figures by file name, as they are saved from now on."""
+    drawn = {}
+
+    def keep(figure, path, **options):
+        drawn[Path(path).name] = figure
+        save(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return drawn
 
 
 def training_row(step):
@@ -60,13 +78,10 @@ POINTS = [
 
 @pytest.mark.parametrize("max_kl", [None, 5.0])
 def test_the_frontier_names_every_method_once(tmp_path, monkeypatch, max_kl):
-    drawn = []
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, path, **options: drawn.append(figure) or save(figure, path, **options)
-    )
+    drawn = captured(monkeypatch)
     path = plot_frontier(POINTS, CURVE, tmp_path / "frontier.png", max_kl=max_kl)
     assert path.read_bytes().startswith(b"\x89PNG")
-    axes = drawn[0].axes[0]
+    axes = drawn["frontier.png"].axes[0]
     texts = [text.get_text() for text in axes.texts]
     for name in ("SFT", "DPO", "Best-of-N", "Unlikelihood", "optimum (eq. 4)", "too few effective samples from here"):
         assert texts.count(name) == 1
@@ -83,12 +98,15 @@ def test_the_frontier_can_tell_so_many_methods_apart_and_no_more(tmp_path):
         plot_frontier(many, CURVE, tmp_path / "frontier.png")
 
 
+GAP = 0.045
+
+
 def test_labels_keep_their_distance_and_their_order():
     for heights in ([0.5] * 4, [0.0, 0.01, 0.5, 0.52, 0.53, 1.0], [0.1, 0.9], np.sort(np.random.default_rng(0).random(12))):
-        placed = _spread(list(heights))
-        assert (np.diff(placed) >= LABEL_GAP - 1e-9).all()
+        placed = spread(list(heights), GAP)
+        assert (np.diff(placed) >= GAP - 1e-9).all()
         assert np.mean(placed) == pytest.approx(np.mean(heights))
-    assert _spread([0.1, 0.9]) == [0.1, 0.9]
+    assert spread([0.1, 0.9], GAP) == [0.1, 0.9]
 
 
 def test_displacements_of_several_runs_in_one_image(tmp_path):
@@ -114,3 +132,111 @@ def test_labels_of_a_frontier_stand_apart_and_one_without_a_place_goes():
     assert "setting 0" in kept
     assert "setting 5" not in kept
     assert boxes[kept.index("setting 7")].x1 < axes.transData.transform((10, 2))[0]
+
+
+def dpo_rows(steps=200):
+    """A run as the quickstart has: three rewards that move apart, noise, and a rate that warms up over ten steps."""
+    noise = np.random.default_rng(0).normal(size=(steps, 4))
+    rows = []
+    for step in range(steps):
+        chosen, rejected = -2 * step / steps + 0.2 * noise[step, 0], -5 * step / steps + 0.3 * noise[step, 1]
+        rewards = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
+        moved = {"displacement/chosen": 2 * chosen, "displacement/rejected": 2 * rejected}
+        others = {"loss": 0.69 - 0.5 * step / steps, "rewards/accuracies": 0.8, "kl_reference_policy": -chosen - rejected}
+        rows.append({"step": step, **rewards, **moved, **others, "lr": 1e-3 * min(1.0, (step + 1) / 11)})
+    interval = {"eval/rewards/accuracies": 0.8, "eval/rewards/accuracies_low": 0.7, "eval/rewards/accuracies_high": 0.9}
+    return [*rows, *({"step": step, "eval/rewards/chosen": -1.0, "eval/loss": 0.4, **interval} for step in (100, steps))]
+
+
+@pytest.fixture(scope="module")
+def of_a_run(tmp_path_factory):
+    """Its rows, and the figures of `plot_training` by file name."""
+    rows = dpo_rows()
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = captured(patch)
+        plot_training(rows, tmp_path_factory.mktemp("plots"))
+    return rows, drawn
+
+
+def test_the_schedule_is_drawn_as_it_is(of_a_run):
+    rows, drawn = of_a_run
+    (line,) = drawn["lr.png"].axes[0].lines
+    rates = [row["lr"] for row in rows if "lr" in row]
+    np.testing.assert_array_equal(line.get_xdata(), np.arange(200))
+    np.testing.assert_array_equal(line.get_ydata(), rates)
+
+
+def test_smoothing_keeps_the_raw_values_in_sight_and_says_its_window(of_a_run):
+    rows, drawn = of_a_run
+    figure = drawn["rewards.png"]
+    values = np.array([row["rewards/chosen"] for row in rows if "rewards/chosen" in row])
+    mine = [line for line in figure.axes[0].lines if len(line.get_ydata()) == 200 and line.get_color() == CHOSEN.color]
+    raw, smooth = sorted(mine, key=lambda line: line.get_linewidth())
+    np.testing.assert_array_equal(raw.get_ydata(), values)
+    assert raw.get_alpha() < 0.5
+    assert f"mean of {window_of(200)} steps" in figure.get_supxlabel()
+    assert "points: held out" in figure.get_supxlabel()
+    shown = np.asarray(smooth.get_ydata())
+    assert shown[0] == values[0]
+    assert shown[100] == pytest.approx(values[95:106].mean())
+
+
+@pytest.mark.parametrize("window", [1, 3, 11])
+def test_a_running_mean_leaves_a_straight_line_and_the_first_value_as_they_are(window):
+    line = np.linspace(1.0, 5.0, 40)
+    there = slice(0, 40 - window // 2)
+    np.testing.assert_allclose(running_mean(line, window)[there], line[there], rtol=1e-12)
+    assert np.isnan(running_mean(line, window)[there.stop :]).all()
+    line[7] = np.nan
+    np.testing.assert_allclose(running_mean(np.where(np.isnan(line), np.nan, 2.0), max(window, 3))[:30], 2.0)
+
+
+def test_no_name_of_a_curve_lies_over_the_curves_or_over_another(tmp_path, monkeypatch, of_a_run):
+    rows, training = of_a_run
+    drawn = captured(monkeypatch)
+    plot_displacement({"one": rows, "two": rows}, tmp_path / "displacements.png")
+    few = [{"step": row["step"], "rewards/margins": row["rewards/margins"]} for row in rows if "rewards/margins" in row]
+    plot_runs({f"a run with the name {number}": few for number in range(6)}, tmp_path / "runs")
+    runs = {("dpo", f"beta {beta:g}", "0"): [{"kl": 0.1, "reward": 1.0}, {"kl": 4.0, "reward": 2.0}] for beta in (0.1, 0.2, 1)}
+    plot_trajectories(runs, tmp_path / "trajectories.png")
+    bins = [{"belief": 0.6, "accuracy": 0.6, "low": 0.5, "high": 0.7}]
+    numbers = dict.fromkeys(set(Reliability._fields) - {"bins"}, 0.0)
+    plot_reliability(Reliability(bins=bins, **numbers), np.ones(5), tmp_path / "reliability.png", title="t")
+    assert len(drawn) == 4
+    for name, figure in (drawn | training).items():
+        figure.draw_without_rendering()
+        areas = [axes.get_window_extent() for axes in figure.axes]
+        boxes = [(text.get_text(), text.get_window_extent()) for axes in figure.axes for text in axes.texts if text.get_text()]
+        boxes += [("legend", legend.get_window_extent()) for legend in figure.legends]
+        assert not [axes for axes in figure.axes if axes.get_legend()], name
+        for words, box in boxes:
+            assert not any(box.overlaps(area) for area in areas), (name, words)
+            assert figure.bbox.x0 <= box.x0, (name, words)
+            assert box.x1 <= figure.bbox.x1, (name, words)
+        assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0][1].overlaps(pair[1][1])], name
+
+
+def test_every_line_of_a_panel_is_named_where_there_are_several(of_a_run):
+    names = {text.get_text() for text in of_a_run[1]["rewards.png"].axes[0].texts}
+    assert names >= {"chosen", "rejected", "margin", "reference", "beta x log(policy / reference), nats"}
+
+
+def test_chosen_and_rejected_differ_in_grey_and_without_colour():
+    def grey(style):
+        return sum(w * int(style.color[i : i + 2], 16) for w, i in zip((0.299, 0.587, 0.114), (1, 3, 5), strict=True)) / 255
+
+    assert abs(grey(CHOSEN) - grey(REJECTED)) > 0.25
+    assert (CHOSEN.line, CHOSEN.marker) != (REJECTED.line, REJECTED.marker)
+
+
+def test_the_two_kls_have_two_names():
+    titles = {panel.file: panel.title for panel in PANELS}
+    assert titles["kl"] == "KL(policy || reference)"
+    assert titles["kl_reference_policy"] == "KL(reference || policy)"
+
+
+def test_an_svg_is_the_same_every_time(tmp_path):
+    rows = [{"step": row["step"], "loss": row["loss"]} for row in dpo_rows(50) if "loss" in row]
+    first, second = (plot_training(rows, tmp_path / name, format="svg") for name in "ab")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert all(path.suffix == ".svg" for path in first)

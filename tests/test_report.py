@@ -19,7 +19,19 @@ from dpo_jax.evals.agreement import table_2
 from dpo_jax.evals.overoptimisation import declines
 from dpo_jax.evals.plots import plot_runs
 from dpo_jax.evals.ratings import Judgment
-from dpo_jax.evals.report_page import Page, Sample, Section, Table, Text, markdown_text, render_html, render_markdown
+from dpo_jax.evals.report_page import (
+    Page,
+    Sample,
+    Section,
+    Side,
+    Table,
+    Text,
+    beginning,
+    ending,
+    markdown_text,
+    render_html,
+    render_markdown,
+)
 from dpo_jax.evals.report_sections import frontier
 from dpo_jax.evals.report_weights import scored_weights
 from dpo_jax.evals.run_record import RunRecord, read_run
@@ -70,8 +82,9 @@ def make_run(root, *, beta=0.1, steps=6):
     json_to(root / "dpo" / "data_report.json", {"train": {"source": "x.jsonl", "format": "trl", **counts}})
     for stage, weights in (("sft", "init"), ("dpo", "dpo_final")):
         shutil.copytree(GOLDEN / "gpt2" / weights, root / stage / "export")
-        rows = [{"step": step, "loss": 1.0 / (step + 1), "rewards/margins": 0.1 * step} for step in range(steps)]
-        rows.append({"step": steps, "eval/loss": 0.2, "eval/rewards/accuracies": 0.7})
+        margins = [{"rewards/margins": 0.1 * step} if stage == "dpo" else {} for step in range(steps)]
+        rows = [{"step": step, "loss": 1.0 / (step + 1), **margins[step]} for step in range(steps)]
+        rows += [{"step": steps, "eval/loss": 0.2, "eval/rewards/accuracies": 0.7}] if stage == "dpo" else []
         (root / stage / "plots").mkdir()
         (root / stage / "plots" / "loss.png").write_bytes(PIXEL)
         (root / stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -148,14 +161,14 @@ def test_the_page_is_self_contained_and_has_no_script(finished, tmp_path):
     assert not [name for name, _ in seen.attributes if name.startswith("on")]
     for name, value in seen.attributes:
         if name in ("src", "href"):
-            assert value.startswith(("data:image/png;base64,", "#"))
+            assert value.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,", "#"))
     anchors = [value for name, value in seen.attributes if name == "href"]
     ids = [f"#{value}" for name, value in seen.attributes if name == "id"]
-    assert anchors == ids
+    assert sorted(anchors) == sorted(ids)  # each section has a link, each figure one to enlarge it and one back
     assert "default-src 'none'" in page
     linked = re.findall(r"^!\[.*\]\((.*?)\)$", markdown, re.M)
     assert len(linked) == seen.tags.count("img") == len(list((tmp_path / "images").iterdir()))
-    assert all((tmp_path / link).read_bytes().startswith(b"\x89PNG") for link in linked)
+    assert all((tmp_path / link).read_bytes().startswith((b"\x89PNG", b"<?xml")) for link in linked)
 
 
 def test_text_of_a_model_is_data(finished, tmp_path):
@@ -192,7 +205,7 @@ def test_markdown_shows_a_text_as_it_is(text, expected):
 
 def test_a_page_by_hand():
     table = Table(["what", "a", "b"], [["x", "1.5 (1 to 2)", "yes"], ["<y>", "-", "2"]], caption="A & B", note="n|m")
-    page = Page("T", "s", [Section("Two words", [Text("p"), table, Sample("q", [("who", "w")])])])
+    page = Page("T", "s", [Section("Two words", [Text("p"), table, Sample("q", [Side("who", "w")])])])
     assert page.sections[0].anchor == "two-words"
     assert table.right == [False, True, False]
     html_, markdown = render_html(page), render_markdown(page, link=str)
@@ -215,6 +228,8 @@ def test_several_runs_stand_side_by_side(finished, tmp_path):
     assert "| dpo.beta | 0.1 | 0.5 | 0.1 |" in shown
     assert "| measure | first: reference | first: policy |" in shown
     assert "dpo: all runs" in Seen(page).text
+    assert "Nothing unusual in: weights (those that were scored lie here); first: accuracy, KL." in Seen(page).text
+    assert "second: accuracy, displacement of the chosen" in Seen(page).text  # not measured there
     twins = tmp_path / "elsewhere" / "first"
     shutil.copytree(finished, twins)
     for stage in ("sft", "dpo"):
@@ -290,7 +305,7 @@ def test_what_failed_is_told(copy, tmp_path):
         assert f"note: {words}" in out
         assert words in Seen(page).text
     assert "got past" not in out
-    assert {path.name[3:] for path in (tmp_path / "out" / "images").iterdir()} >= {"rewards.png", "accuracies.png"}
+    assert {path.name[3:] for path in (tmp_path / "out" / "images").iterdir()} >= {"rewards.svg", "accuracies.svg"}
     assert "Held-out evaluation" not in page
 
 
@@ -433,5 +448,55 @@ def test_table_2_of_people_is_shown(copy, tmp_path):
 
 def test_runs_share_axes(tmp_path):
     rows = [{"step": step, "loss": 1.0, "kl": None} for step in range(90)]
-    path = plot_runs({f"run {i}": rows for i in range(7)}, tmp_path / "runs.png")
+    (path,) = plot_runs({f"run {i}": rows for i in range(7)}, tmp_path / "runs")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_long_sample_is_cut_with_a_mark_and_nothing_of_it_is_lost(copy, tmp_path):
+    long = " ".join(f"word{i}" for i in range(400))
+    line = {"prompt": long, "reference": "short", "policy": long, "reference_finished": True, "policy_finished": False}
+    (copy / "eval" / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    change(copy / "eval" / "report.json", sampling={"max_new_tokens": 64})
+    _, page, markdown = report(copy, out=tmp_path / "out")
+    seen = Seen(page)
+    hidden, earlier = (re.search(rf"([\d,]+) {which} characters", seen.text) for which in ("more", "earlier"))
+    assert f"… {hidden[0]}" in seen.text
+    for shown, limit in ((hidden, 600), (earlier, 400)):
+        assert 0 <= len(long) - int(shown[1].replace(",", "")) - limit + 60 <= 60
+    assert seen.tags.count("details") == 2
+    assert re.sub(r"(… [\d,]+ more|[\d,]+ earlier) characters( …)?", "", seen.text).count(long) == 2
+    assert seen.text.count("cut by the limit of 64 tokens") == 1
+    assert markdown.count(long) == 2
+    assert "cut by the limit of 64 tokens" in markdown
+
+
+@pytest.mark.parametrize("text", ["", "short", "x" * 659, "x" * 5000, "ab " * 900])
+def test_a_cut_text_is_whole_when_unfolded(text):
+    assert "".join(beginning(text, 600)) == "".join(ending(text, 400)) == text
+    assert len(beginning(text, 600)[0]) <= 660
+    assert len(ending(text, 400)[1]) <= 460
+
+
+def test_fine_is_said_of_what_was_looked_at_and_not_above_a_sick_policy(copy, tmp_path):
+    out, page, _ = report(copy, out=tmp_path / "out")
+    assert "Nothing unusual in: weights (those that were scored lie here), accuracy, KL." in Seen(page).text
+    assert "Not measured: displacement of the chosen, samples cut, length" in Seen(page).text
+    assert not re.search(r"\bFine\b", page)
+    values = json.loads((copy / "eval" / "report.json").read_text())["policy"] | {"kl": 16.7, "displacement/chosen": -8.2}
+    change(copy / "eval" / "report.json", policy=values)
+    out, page, markdown = report(copy, out=tmp_path / "out")
+    assert "note: KL: KL(policy || reference) is 16.7 nats" in out
+    assert 'class="notice health"' in page
+    assert "The chosen completions became less likely, by 8.2 nats each" in Seen(page).text
+    assert "Nothing unusual in: weights (those that were scored lie here), accuracy." in Seen(page).text
+    assert "Try a larger beta" in markdown
+
+
+def test_the_report_shows_sft_per_token_and_the_commit(copy, tmp_path):
+    with open(copy / "sft" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "eval/loss": 34.9, "eval/nll_per_token": 1.25}\n')
+    change(copy / "dpo" / "env.json", git={"commit": "c0ffee" * 6, "dirty": True})
+    _, _, markdown = report(copy, out=tmp_path / "out")
+    shown = markdown.replace("\\", "")
+    assert "| sft | 34.90 | 1.2500 | 3.49 | 6 |" in shown
+    assert "commit c0ffeec0ffee (changed)" in shown

@@ -3,6 +3,7 @@
 `pytest -m browser tests/test_report_browser.py` needs the `browser` extra and a Chromium (Debian: apt-get install chromium).
 """
 
+import json
 import shutil
 
 import pytest
@@ -18,6 +19,9 @@ def page_of_a_run(tmp_path_factory):
     json_to(root / "judge" / "report.json", JUDGED | {"points": [POINT | {"at": 0.25, "series": "a-long-name-" * 4}] * 3})
     shutil.copy(root / "dpo" / "config.yaml", root / "judge")
     (root / "judge" / "win_rates.png").write_bytes(PIXEL)
+    with open(root / "eval" / "samples.jsonl", "w") as file:
+        long = {"prompt": "q" * 2000, "reference": "r", "policy": "w" * 3000, "policy_finished": False}
+        file.write(json.dumps(long) + "\n")
     assert call("report", root).code == 0
     return root / "report" / "report.html"
 
@@ -42,4 +46,30 @@ def test_the_report_fits_its_screen_and_stays_by_itself(chromium, page_of_a_run,
     assert page.get_by_role("heading", name="Win rates and ratings").bounding_box()["y"] < 100
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
     assert complaints == []
+    context.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_figure_is_enlarged_by_a_tap_and_a_cut_sample_unfolded(chromium, page_of_a_run, width):
+    context = chromium.new_context(viewport={"width": width, "height": 844}, is_mobile=width < 500, has_touch=width < 500)
+    page = context.new_page()
+    page.goto(page_of_a_run.as_uri())
+    figure = page.get_by_role("link", name="Enlarge: Implicit rewards")
+    before = figure.bounding_box()
+    (figure.tap if width < 500 else figure.click)()
+    assert figure.bounding_box()["width"] > 1.9 * before["width"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # the figure is moved, not the page
+    close = page.get_by_role("link", name="Close")
+    assert close.bounding_box()["y"] >= 0
+    close.click()
+    assert figure.bounding_box()["width"] == before["width"]
+    assert 0 <= figure.bounding_box()["y"] < 844  # back where the reader was
+    sample = page.locator(".sample").first
+    folded = sample.bounding_box()["height"]
+    for summary in sample.locator("summary").all():
+        summary.click()
+    assert sample.bounding_box()["height"] > folded
+    assert sample.evaluate("element => element.scrollWidth <= element.clientWidth")
+    assert "w" * 3000 in sample.inner_text().replace("\n", "").replace("… 2,400 more characters", "")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     context.close()

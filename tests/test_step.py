@@ -397,7 +397,7 @@ def test_metrics_of_a_ranking_are_of_its_best_and_its_worst():
         "logps/rejected": [-5, -2],
         "displacement/chosen": [1, -4],
         "displacement/rejected": [2, 2],
-        "kl": [2 / 3, -1 / 3],
+        "kl_reference_policy": [2 / 3, -1 / 3],
     }.items():
         np.testing.assert_allclose(metrics.pop(name), expected, rtol=1e-6, err_msg=name)
     assert not metrics

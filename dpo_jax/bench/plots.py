@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dpo_jax.bench.work import library
-from dpo_jax.evals.plots import CHOSEN, REJECTED
+from dpo_jax.evals.palette import CHOSEN, REJECTED
 
-COLORS = {"jax": CHOSEN, "torch": REJECTED}
+COLORS = {"jax": CHOSEN.color, "torch": REJECTED.color}
 
 
 def plot_race(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -41,7 +41,7 @@ def plot_race(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     curves.axhline(math.log(2), color="#999999", linewidth=0.8, linestyle=(0, (6, 4)))
     for kind, color in COLORS.items():
         curves.plot([], [], color=color, label=kind)
-    curves.legend(frameon=False)
+    figure.legend(*curves.get_legend_handles_labels(), frameon=False, loc="outside right upper")
     _finish(curves, "Loss: all curves lie on each other", "optimizer steps taken")
     curves.set_ylabel("loss per pair (nats)")
     path = Path(path)

@@ -1,63 +1,39 @@
-"""What a person reads of a run: the result table, and the model card beside the weights."""
+"""The model card of a training run: a header that the Hub reads, and for people how the model was made and how good it is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from dpo_jax.cli.config import BASELINES, Config, DpoConfig
-from dpo_jax.data.display import shown_prompt
-from dpo_jax.data.terminal import printable
+from dpo_jax.cli.config import BASELINES, Config, DpoConfig, SftConfig
+from dpo_jax.evals.health import examine_run
+from dpo_jax.evals.report_page import markdown_text
+from dpo_jax.evals.result_table import MEASURES, result_table
+from dpo_jax.models.origin import Origin, hub_id_of_folder, model_origin
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.rundir import RunDir
 
-
-def result_table(report: Mapping[str, Any]) -> str:
-    """Policy against reference, one line a measure, and three samples of each."""
-    reference, policy = report["reference"], report["policy"]
-    lines = [f"{report['pairs']:,} held-out pairs{'':<27}{'reference':>12}{'policy':>12}"]
-    lines += [f"{name:<45}{before:>12}{after:>12}  {note}".rstrip() for name, before, after, note in _rows(reference, policy)]
-    for sample in report.get("samples", []):
-        lines += ["", f"prompt      {_one_line(shown_prompt(sample))}", f"  before    {_one_line(sample['reference'])}"]
-        lines += [f"  after     {_one_line(sample['policy'])}"]
-    return "\n".join(lines)
-
-
-def _rows(reference: Mapping[str, float], policy: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
-    rows = []
-
-    def row(label: str, name: str, form: str = ".4f", note: str = "") -> None:
-        if name in policy:
-            rows.append((label, format(reference[name], f"z{form}"), format(policy[name], f"z{form}"), note))
-
-    low, high = policy["rewards/accuracies_low"], policy["rewards/accuracies_high"]
-    row("loss", "loss")
-    row("preference accuracy", "rewards/accuracies", ".3f", f"95 % interval {low:.3f} to {high:.3f}")
-    row("reward margin", "rewards/margins", ".3f")
-    row("chosen displacement, log pi/pi_ref (nats)", "displacement/chosen", ".2f")
-    row("rejected displacement (nats)", "displacement/rejected", ".2f")
-    row("KL to the reference (nats per completion)", "kl", ".2f", f"+- {policy.get('kl_error', 0):.2f}, from samples")
-    row("true reward of samples", "true_reward", ".2f", f"+- {policy.get('true_reward_error', 0):.2f}")
-    row("tokens per sample", "tokens", ".1f")
-    return rows
-
-
-def _one_line(text: str, limit: int = 160) -> str:
-    text = printable(" ".join(text.split()))
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+PAPER = "[Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)"
+TRAINING = ("epochs", "batch", "microbatches", "optimizer", "lr", "warmup_steps", "schedule", "max_grad_norm")
+OBJECTIVE = ("loss", "beta", "alpha", "label_smoothing", "reference_free")
 
 
 def sft_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
     """The card of an SFT run, after its last step or after `step`."""
-    section = config.sft
+    scored = "prompts and completions" if config.sft.scored == "all" else "completions"
     return _card(
         config,
-        title="A language model fine-tuned on preferred completions",
-        how=f"Supervised fine-tuning with dpo_jax: {section.epochs} epochs, batch {section.batch}, {section.optimizer}, "
-        f"learning rate {section.lr:g}, warm-up over {section.warmup_steps} steps, then {section.schedule}.",
-        start=config.model.path or f"new weights ({config.model.family})",
+        run,
+        title="fine-tuned on preferred completions",
+        how=f"Supervised fine-tuning on preferred texts ({scored} are scored).",
+        start=config.model.path,
+        section=config.sft,
         results=_held_out(run, step),
-        method="sft",
+        tag="sft",
     )
 
 
@@ -66,51 +42,171 @@ def dpo_card(config: Config, run: RunDir, *, report: Mapping[str, Any] | None = 
     section = config.dpo
     return _card(
         config,
-        title=f"A language model trained on preferences{'' if section.loss in BASELINES else ' with DPO'}",
-        how=f"{_objective(section)}, {section.epochs} epochs, batch {section.batch}, {section.optimizer}, learning rate "
-        f"{section.lr:g}, warm-up over {section.warmup_steps} steps, then {section.schedule}.",
+        run,
+        title=f"trained on preferences{'' if section.loss in BASELINES else ' with DPO'}",
+        how=_objective(section),
         start=config.dpo_policy(),
-        results=f"```\n{result_table(report)}\n```" if report else _held_out(run, step),
-        method=section.loss if section.loss in BASELINES else "dpo",
+        section=section,
+        results=_fenced(result_table(report)) if report else _held_out(run, step),
+        notes=_notes(report or {}, run),
+        tag=section.loss if section.loss in BASELINES else "dpo",
     )
 
 
 def _objective(section: DpoConfig) -> str:
-    paper = "Rafailov et al. 2023, arXiv 2305.18290"
     if section.loss == "unlikelihood":
-        return f"Unlikelihood training (a baseline of {paper}) with dpo_jax: alpha {section.alpha:g}"
+        return f"Unlikelihood training, a baseline of {PAPER}."
     if section.loss == "preferred_ft":
-        return f"Fine-tuning on preferred completions (a baseline of {paper}) with dpo_jax"
-    return f"Direct Preference Optimization ({paper}) with dpo_jax: loss {section.loss}, beta {section.beta:g}"
+        return f"Fine-tuning on preferred completions, a baseline of {PAPER}."
+    return f"Direct Preference Optimization ({PAPER}), loss `{section.loss}`."
+
+
+def _card(
+    config: Config,
+    run: RunDir,
+    *,
+    title: str,
+    how: str,
+    start: str | None,
+    section: SftConfig | DpoConfig,
+    results: str,
+    tag: str,
+    notes: str = "",
+) -> str:
+    origin = model_origin(start)
+    name = origin.hub_id.rpartition("/")[2] if origin.hub_id else "A language model"
+    parts = [
+        _header(origin, dataset=_dataset(config), tag=tag),
+        f"# {name} {title}",
+        how,
+        f"- start: {_start(config, start, origin)}\n- data: {_data_name(config)}\n- made with: {_made_with(run)}",
+        f"## Use\n\n{USE}",
+        f"## Results\n\n{results}",
+        f"## Health notes\n\n{notes}" if notes else "",
+        f"## Training\n\n{_options(config, section)}",
+        f"## Data\n\n{table}" if (table := _data_table(run)) else "",
+        "Everything needed to repeat the run is in its directory: `config.yaml`, `env.json`, `data_report.json`.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this folder, or its id on the Hub
+model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+```"""
+
+
+def _header(origin: Origin, *, dataset: str | None, tag: str) -> str:
+    """The YAML header. What is not known is left out: a wrong licence is worse than none."""
+    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if origin.hub_id:
+        fields["base_model"] = origin.hub_id
+    if dataset:
+        fields["datasets"] = [dataset]
+    if origin.license:
+        named = {"license_name": origin.license.name, "license_link": origin.license.link}
+        fields |= {"license": origin.license.id, **{field: value for field, value in named.items() if value}}
+    lines = [f"{field}: {json.dumps(value, ensure_ascii=False)}" for field, value in fields.items()]  # JSON is YAML
+    return "\n".join(["---", *lines, f"tags: [dpo_jax, {tag}]", "---"])
+
+
+def _start(config: Config, path: str | None, origin: Origin) -> str:
+    """What training started from: a Hub id, or a local folder by its last names, which say nothing about this machine."""
+    if path is None:
+        return f"new weights ({config.model.family}), seed {config.run.seed}"
+    if path == origin.hub_id:
+        return f"[{path}](https://huggingface.co/{path})"
+    own = Path(path).resolve() == Path(config.run.dir, "sft", "export").resolve()
+    what = "the SFT model of this run, `sft/export`" if own else f"`{'/'.join(Path(path).parts[-2:])}`"
+    return f"{what}, from [{origin.hub_id}](https://huggingface.co/{origin.hub_id})" if origin.hub_id else what
+
+
+def _dataset(config: Config) -> str | None:
+    return hub_id_of_folder(config.data.path, "datasets") if config.data.path else None
+
+
+def _data_name(config: Config) -> str:
+    data = config.data
+    if found := _dataset(config):
+        return f"[{found}](https://huggingface.co/datasets/{found})"
+    if data.path:
+        return f"`{Path(data.path).name}` ({data.source})"
+    return f"generated film reviews ({data.reviews_train:,} training pairs)"
+
+
+def _made_with(run: RunDir) -> str:
+    env = _read(run.env)
+    packages = ", ".join(f"{name} {version}" for name in ("dpo_jax", "jax") if (version := env.get("packages", {}).get(name)))
+    git = env.get("git") or {}
+    commit = f" (commit {git['commit'][:12]}{', changed' if git.get('dirty') else ''})" if git.get("commit") else ""
+    devices = env.get("devices") or []
+    return f"{packages}{commit}" + (f", on {len(devices)} x {devices[0]}" if devices else "")
+
+
+def _options(config: Config, section: SftConfig | DpoConfig) -> str:
+    data = config.data
+    names = [*(OBJECTIVE if isinstance(section, DpoConfig) else ()), *TRAINING]
+    values = {name: getattr(section, name) for name in names}
+    values |= {
+        "max_length": data.max_length,
+        "max_prompt_length": data.max_prompt_length,
+        "truncation": data.truncation,
+        "precision": config.run.precision,
+        "seed": config.run.seed,
+    }
+    shown = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    return _table(["option", "value"], [[name, value] for name, value in shown.items() if value != "None"])
+
+
+def _data_table(run: RunDir) -> str:
+    """What became of every row that was read."""
+    rows = []
+    for split, report in _read(run.data_report).items():
+        dropped = ", ".join(f"{count:,} {cause}" for cause, count in report.get("dropped", {}).items()) or "none"
+        cut = ", ".join(f"{count:,} {what}" for what, count in report.get("truncated", {}).items()) or "none"
+        rows.append([split, f"{report['read']:,}", f"{report['kept']:,}", dropped, cut])
+    return _table(["split", "read", "kept", "left out, by cause", "cut to length"], rows) if rows else ""
+
+
+def _fenced(text: str) -> str:
+    """A code block that no text in it can end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"
 
 
 def _held_out(run: RunDir, step: int | None) -> str:
+    """The last evaluation during training, or that after `step`."""
     rows = read_metrics(run.metrics) if run.metrics.is_file() else []
     judged = [row for row in rows if is_evaluation(row) and step in (None, row["step"])]
     if not judged:
-        return f"Held-out, after {step} steps: not measured."
+        return f"Held out, after {step} steps: not measured."
     final = judged[-1]
-    rows = "\n".join(f"| {name.removeprefix('eval/')} | {value:.4f} |" for name, value in final.items() if name != "step")
-    return f"Held-out, after {final['step']} steps:\n\n| measure | value |\n|---|---|\n{rows}"
+    values = {name.removeprefix("eval/"): value for name, value in final.items() if name != "step"}
+    if "nll_per_token" in values:
+        loss, per_token = (math.nan if values[name] is None else values[name] for name in ("loss", "nll_per_token"))
+        rows = [["loss (nats per text)", f"{loss:.2f}"], ["loss per token (nats)", f"{per_token:.4f}"]]
+        rows.append(["perplexity per token", f"{math.exp(min(per_token, 700.0)):.2f}"])
+    else:
+        rows = [[label, format(values[key], f"z{form}")] for label, key, form in MEASURES if values.get(key) is not None]
+    return f"Held out, after {final['step']:,} steps:\n\n{_table(['measure', 'value'], rows)}"
 
 
-def _card(config: Config, *, title: str, how: str, start: str, results: str, method: str) -> str:
-    data = config.data.path or f"generated film reviews ({config.data.reviews_train:,} training pairs)"
-    return f"""---
-library_name: transformers
-tags: [dpo_jax, {method}]
----
-# {title}
+def _notes(report: Mapping[str, Any], run: RunDir) -> str:
+    """What is unusual in the evaluation. Before `dpo-jax eval`, what training itself measured."""
+    health = examine_run(report, read_metrics(run.metrics))
+    lines = [f"- **{note.name}**: {markdown_text(note.words)}" for note in health.notes]
+    return "\n".join(lines) + ("\n\n" if lines else "") + markdown_text(health.summary)
 
-{how}
 
-- start: `{start}`
-- data: {data}; limits {config.data.max_length} tokens, prompt {config.data.max_prompt_length}, {config.data.truncation}
-- seed: {config.run.seed}; activations in {config.run.precision}
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *([markdown_text(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-## Results
 
-{results}
-
-Everything needed to repeat the run is in its directory: `config.yaml`, `env.json`, `data_report.json`.
-"""
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dpo_jax.cli import build, identity
-from dpo_jax.cli.card import dpo_card, result_table
+from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.cli.refs import reference_values
 from dpo_jax.cli.rewards import write_rewards
@@ -22,10 +22,13 @@ from dpo_jax.data.display import chat_turns
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import in_order
 from dpo_jax.evals.completions import Completer, map_completions
+from dpo_jax.evals.health import examine_run, repetition
 from dpo_jax.evals.preference import held_out_logps, mean_with_error, preference_summary
+from dpo_jax.evals.result_table import result_table, wrapped
 from dpo_jax.logps import sequence_logps
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime.hosts import is_first
+from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.rundir import RunDir, RunLocked, write_json
 from dpo_jax.types import Model, Partitioner, Variables
 
@@ -80,13 +83,20 @@ def run(config: Config) -> int:
             for who in ("reference", "policy"):
                 report[who] |= samples["summary"][who]
             report["samples"] = samples["texts"][:3]
+            report["sampling"] = {"prompts": len(samples["texts"]), "max_new_tokens": config.eval.max_new_tokens}
         if not is_first():
             return 0
         if config.eval.samples:
             with open(run_dir.path / "samples.jsonl", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in samples["texts"])
+        metrics = Path(config.run.dir, "dpo", "metrics.jsonl")
+        health = examine_run(report, read_metrics(metrics) if of_run and metrics.is_file() else ())
+        report["notes"] = [note._asdict() for note in health.notes]
         write_json(run_dir.path / "report.json", report)
-        print(result_table(report))
+        print(result_table(report), end="\n\n")
+        for note in health.notes:
+            print(wrapped(f"{note.name}: {note.words}", mark="! "))
+        print(wrapped(health.summary, mark=""))
         print(f"\nfull report: {run_dir.path}/report.json")
         if of_run:
             _update_card(config, report)
@@ -106,28 +116,39 @@ def sampled(
     """Completions of held-out prompts by policy and reference, with the sequence KL of each to the reference.
 
     `kl` is the mean over samples y ~ pi(.|x) of log pi(y|x) - log pi_ref(y|x), in nats per completion: unbiased, also for
-    completions that were stopped at `eval.max_new_tokens`, of which it measures the part that was written. Both stop at any of
-    `stop_ids`. A chat prompt's line has its `turns` beside the `prompt` as the model read it.
+    completions that were cut at `eval.max_new_tokens`, of which it measures the part that was written. `cut` is the share of
+    those, and `repetition` the mean share of 4-grams that occurred before in their sample. Both stop at any of `stop_ids`. A
+    chat prompt's line has its `turns` beside the `prompt` as the model read it.
     """
     prompts, texts = _prompts(held_out, config.eval.samples, tokenizer)
+    lines: list[dict[str, Any]] = [{"prompt": text} for text in texts]
+    for line in lines:
+        if turns := chat_turns(line["prompt"], tokenizer):
+            line["turns"] = turns
     key = jax.random.key(config.run.seed)
     complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, max_new_tokens=config.eval.max_new_tokens)
     score = partitioner.compile_map(functools.partial(sequence_logps, model))
-    summary, written = {}, {}
+    summary = {}
     for number, (who, weights) in enumerate(variables.items()):
         try:
             samples = complete(weights, prompts, jax.random.fold_in(key, number))
         except ValueError as error:
             raise ConfigError(f"eval.samples: {error}; lower --data.max-prompt-length, or set it to 0") from error
-        written[who] = samples.texts
+        finished = [bool(len(ids)) and int(ids[-1]) in stop_ids for ids in samples.ids]
+        for line, sample, ended in zip(lines, samples.texts, finished, strict=True):
+            line |= {who: sample, f"{who}_finished": ended}
         log_ratio = samples.logps - map_completions(partitioner, score, variables["reference"], prompts, samples.ids)
         kl, error = mean_with_error(log_ratio)
-        summary[who] = {"kl": kl, "kl_error": error, "tokens": float(np.mean([len(ids) for ids in samples.ids]))}
+        summary[who] = {
+            "kl": kl,
+            "kl_error": error,
+            "tokens": float(np.mean([len(ids) for ids in samples.ids])),
+            "cut": 1 - float(np.mean(finished)),
+            "repetition": float(np.mean([repetition(ids) for ids in samples.ids])),
+        }
         if config.data.source == "reviews":
             values = [reviews.reward(text + sample) for text, sample in zip(texts, samples.texts, strict=True)]
             summary[who]["true_reward"], summary[who]["true_reward_error"] = mean_with_error(np.array(values))
-    lines = [{"prompt": text, **{who: written[who][i] for who in written}} for i, text in enumerate(texts)]
-    lines = [line | ({"turns": turns} if (turns := chat_turns(line["prompt"], tokenizer)) else {}) for line in lines]
     return {"summary": summary, "texts": lines}
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import dpo_jax.evals.report_sections as sections
 from dpo_jax.cli.config import Config, ConfigError, load_config
-from dpo_jax.evals.plots import PANELS, plot_runs, plot_training
+from dpo_jax.evals.curves import PANELS
+from dpo_jax.evals.plots import plot_runs, plot_training
 from dpo_jax.evals.report_audit import audited
+from dpo_jax.evals.report_first import first_things, moment
 from dpo_jax.evals.report_judged import judged
 from dpo_jax.evals.report_page import Block, Notice, Page, Section, Table, render_html, render_markdown
 from dpo_jax.evals.report_weights import SHOWN, scored_weights
@@ -39,9 +41,10 @@ def run(config: Config) -> int:
         links = _copy_images(page.images, out / "images", runs)
         (out / "report.html").write_text(render_html(page), encoding="utf-8")
         (out / "report.md").write_text(render_markdown(page, link=links.__getitem__), encoding="utf-8")
-    alarms = [block for block in page.sections[0].blocks if isinstance(block, Notice) and block.level != "note"]
-    for notice in alarms:
-        print(f"{'careful' if notice.level == 'alarm' else 'note'}: {notice.words}")
+    told = [block for block in page.sections[0].blocks if isinstance(block, Notice) and block.level != "fine"]
+    for notice in told:
+        name = f"{notice.title}: " if notice.title else ""
+        print(f"{'careful' if notice.level == 'alarm' else 'note'}: {name}{notice.words}")
     print(f"{out / 'report.html'}\n{out / 'report.md'}")
     return 0
 
@@ -76,7 +79,7 @@ def _page(runs: Sequence[RunRecord], drawn: Path, *, samples: int, digests: bool
     ]
     # Last, as what the others could not read has become a problem of its stage.
     scored = [stage for run in runs for stage in run.stages.values() if "weights" in stage.report]
-    first = sections.first_things(runs, alarms, weights_checked=digests and bool(scored))
+    first = first_things(runs, alarms, weights_checked=digests and bool(scored))
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
     subtitle = " · ".join(str(run.path.resolve()) for run in runs)
     return Page(title, subtitle, [first, *(section for section in built if section is not None)])
@@ -119,19 +122,22 @@ def weights_digest_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _curves(runs: Sequence[RunRecord], drawn: Path) -> tuple[dict[tuple[str, str], list[Path]], list[Path]]:
-    """Images of each stage that trained, drawn now if the run has not come to that, and those that show all runs."""
+def _curves(runs: Sequence[RunRecord], drawn: Path) -> tuple[dict[tuple[str, str], list[Path]], dict[str, list[Path]]]:
+    """Images of each stage that trained, and by the name of the stage those that show all runs.
+
+    They are drawn anew, as SVG: sharp at any size. A run that has lost its metrics shows the PNG files that it has.
+    """
     images: dict[tuple[str, str], list[Path]] = {}
-    together = []
+    together: dict[str, list[Path]] = {}
     for name in TRAINING:
         found = one_or_more(runs, name)
         rows = {run.name: stage.metrics for run, stage in found if stage.metrics}
         for number, (run, stage) in enumerate(found):
             present = [stage.path / "plots" / f"{panel.file}.png" for panel in PANELS]
-            present = [path for path in present if path.is_file()]
-            images[run.name, name] = present or plot_training(stage.metrics, drawn / f"{name}-{number}")
+            new = plot_training(stage.metrics, drawn / f"{name}-{number}", format="svg")
+            images[run.name, name] = new or [path for path in present if path.is_file()]
         if len(rows) > 1:
-            together.append(plot_runs(rows, drawn / f"{name}.png"))
+            together[name] = plot_runs(rows, drawn / f"{name}-all", format="svg")
     return images, together
 
 
@@ -202,8 +208,10 @@ def _made_with(runs: Sequence[RunRecord]) -> Section | None:
             if env:
                 versions = {name: env["packages"].get(name) for name in ("dpo_jax", "jax", "flax")}
                 packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+                if git := env.get("git"):
+                    packages += f", commit {git['commit'][:12]}{' (changed)' if git['dirty'] else ''}"
                 hosts = f", {env['processes']} hosts" if env["processes"] > 1 else ""
                 devices = f"{len(env['devices'])} x {env['devices'][0]}{hosts}"
-                began = sections.moment(env["started"])
+                began = moment(env["started"])
                 rows.append([of(run, runs, stage.name), shlex.join(env["argv"][1:]), devices, packages, began])
     return Section("Made with", [Table(["stage", "command", "devices", "packages", "begun"], rows)]) if rows else None

@@ -9,9 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dpo_jax.evals.calibration import Reliability
+from dpo_jax.evals.drawing import save
+from dpo_jax.evals.palette import CHOSEN
 from dpo_jax.types import Array
 
-COLOR, GUIDE = "#1f6fb4", "#777777"
+COLOR, GUIDE = CHOSEN.color, "#777777"
 
 
 def plot_reliability(found: Reliability, margins: Array, path: str | os.PathLike[str], *, title: str) -> Path:
@@ -25,7 +27,7 @@ def plot_reliability(found: Reliability, margins: Array, path: str | os.PathLike
     top.set_ylim(min(0.5, float(low.min())) - 0.03, 1.02)
     top.set_ylabel("share of pairs that it ranks right")
     top.set_title(title, loc="left", fontweight="bold")
-    top.legend(frameon=False, loc="lower right")
+    figure.legend(*top.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
     beliefs = 1 / (1 + np.exp(-np.abs(np.asarray(margins, np.float64))))
     below.hist(beliefs, bins=np.linspace(0.5, 1, 26).tolist(), color=COLOR)
     below.set_ylabel("pairs")
@@ -34,5 +36,4 @@ def plot_reliability(found: Reliability, margins: Array, path: str | os.PathLike
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    return save(figure, path, dpi=150)

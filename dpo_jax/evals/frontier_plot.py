@@ -6,7 +6,6 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,34 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
+from dpo_jax.evals.drawing import End, label_ends, save
 from dpo_jax.evals.frontier import Optimum, Point
 from dpo_jax.evals.overoptimisation import Measured, RunName
+from dpo_jax.evals.palette import STYLES, Style
 
-
-class Style(NamedTuple):
-    """Shape and dashes tell methods apart without colour; the greys of the colours differ too."""
-
-    marker: str
-    line: str | tuple[int, tuple[int, ...]]
-    color: str
-
-
-STYLES = (
-    Style("o", "-", "#1f4e9c"),
-    Style("s", (0, (5, 2)), "#c8501e"),
-    Style("^", (0, (1, 1)), "#2e7d4f"),
-    Style("D", (0, (6, 2, 1, 2)), "#7b3294"),
-    Style("v", (0, (3, 1)), "#b8860b"),
-    Style("P", (0, (8, 2)), "#4d9ab5"),
-    Style("X", (0, (4, 1, 1, 1, 1, 1)), "#8c2d04"),
-    Style("h", (0, (2, 2)), "#5a5a5a"),
-    Style("<", (0, (7, 1, 1, 1)), "#d0709a"),
-    Style(">", (0, (1, 3)), "#6b8e23"),
-    Style("*", (0, (9, 3, 2, 3)), "#3b3b7a"),
-)
+OPTIMUM = Style("", "-", "#000000")
 KL_TICKS = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 30.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
 SIDES = ((4, -9, "left"), (4, 4, "left"), (-4, 4, "right"), (-4, -9, "right"))  # of a marker, for its label: points
-LABEL_GAP = 0.045  # between labels, as a share of the height
 
 
 def plot_frontier(
@@ -64,10 +43,10 @@ def plot_frontier(
     methods = list(dict.fromkeys(point.method for point in points))
     if len(methods) > len(STYLES):
         raise ValueError(f"{len(methods)} methods, and only {len(STYLES)} styles that can be told apart")
-    ends: list[tuple[float, float, str, Style | None]] = [(*_draw_optimum(axes, optimum, max_kl), "optimum (eq. 4)", None)]
+    ends = [End(*_draw_optimum(axes, optimum, max_kl), "optimum (eq. 4)", OPTIMUM, bold=True)]
     notes = len(axes.texts)
     for method, style in zip(methods, STYLES, strict=False):
-        ends.append((*_draw_method(axes, [p for p in points if p.method == method], style, max_kl), method, style))
+        ends.append(End(*_draw_method(axes, [p for p in points if p.method == method], style, max_kl), method, style))
     axes.set_xlabel("KL(policy || reference), nats per completion (root scale)")
     axes.set_ylabel("mean true reward")
     axes.set_title("Reward against KL", loc="left", fontweight="bold")
@@ -75,11 +54,10 @@ def plot_frontier(
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
     settings = axes.texts[notes:]
-    _label(axes, ends)
+    label_ends(figure, {axes: ends})
     figure.draw_without_rendering()
     _set_apart(axes, settings)
-    figure.savefig(path, dpi=150)
-    return Path(path)
+    return save(figure, path, dpi=150)
 
 
 def plot_trajectories(runs: Mapping[RunName, Sequence[Measured]], path: str | os.PathLike[str]) -> Path:
@@ -91,16 +69,18 @@ def plot_trajectories(runs: Mapping[RunName, Sequence[Measured]], path: str | os
     methods = list(dict.fromkeys(method for method, _, _ in runs))
     columns = min(3, len(methods))
     count = -(-len(methods) // columns)
-    figure = Figure(figsize=(4.0 * columns, 0.5 + 3.2 * count), layout="constrained")
-    places = figure.subplots(count, columns, squeeze=False).ravel()
+    figure = Figure(figsize=(4.4 * columns, 0.5 + 3.0 * count), layout="constrained")
+    places, labels = figure.subplots(count, columns, squeeze=False).ravel(), {}
     for axes, method in zip(places, methods, strict=False):
         mine = [(setting, seed, points) for (name, setting, seed), points in runs.items() if name == method]
         several = len({seed for _, seed, _ in mine}) > 1
+        ends = []
         for (setting, seed, points), style in zip(mine, itertools.cycle(STYLES)):
             kl, reward = ([point[name] for point in points] for name in ("kl", "reward"))
             best = int(np.argmax(reward))
             label = " ".join(filter(None, (setting, f"seed {seed}" if several else "")))
-            axes.plot(kl, reward, linestyle=style.line, color=style.color, linewidth=1.3, label=label)
+            axes.plot(kl, reward, linestyle=style.line, color=style.color, linewidth=1.3)
+            ends.append(End(kl[-1], reward[-1], label, style))
             axes.plot(kl[-1], reward[-1], style.marker, color=style.color, markersize=6, markerfacecolor="white")
             axes.plot(kl[best], reward[best], style.marker, color=style.color, markersize=6)
         axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0.0)), np.square))
@@ -112,13 +92,13 @@ def plot_trajectories(runs: Mapping[RunName, Sequence[Measured]], path: str | os
         axes.set_title(method, loc="left", fontweight="bold")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e4e4e4", linewidth=0.6)
-        axes.legend(fontsize=7, frameon=True, framealpha=0.85, edgecolor="none")
+        labels[axes] = ends
     for axes in places[len(methods) :]:
         axes.remove()
+    label_ends(figure, labels, size=7.5)
     figure.supxlabel("KL(policy || reference), nats per completion (root scale)", fontsize="medium")
     figure.supylabel("mean true reward", fontsize="medium")
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    return save(figure, path, dpi=120)
 
 
 def _draw_optimum(axes: Axes, optimum: Optimum, max_kl: float) -> tuple[float, float]:
@@ -215,39 +195,3 @@ def _set_apart(axes: Axes, labels: Sequence[Text]) -> None:
                 break
         else:
             note.remove()
-
-
-def _label(axes: Axes, ends: Sequence[tuple[float, float, str, Style | None]]) -> None:
-    """The names in a column at the right, in the order of their ends, each with its marker and a thin line to where it ends."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high)
-    ends = sorted(ends, key=lambda end: end[1])
-    heights = _spread([(y - low) / (high - low) for _, y, _, _ in ends])
-    for (x, y, name, style), height in zip(ends, heights, strict=True):
-        color = style.color if style else "black"
-        weight = "normal" if style else "bold"
-        axes.text(1.06, height, name, transform=axes.transAxes, va="center", fontsize=9, color=color, fontweight=weight)
-        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.4, "alpha": 0.6, "shrinkA": 0, "shrinkB": 4}
-        axes.annotate("", (x, y), (1.012, height), textcoords="axes fraction", arrowprops=leader)
-        drawn = {"marker": style.marker, "linestyle": style.line} if style else {"linestyle": "-", "linewidth": 2.2}
-        axes.plot(
-            [1.02, 1.035, 1.05],
-            [height] * 3,
-            transform=axes.transAxes,
-            clip_on=False,
-            color=color,
-            markevery=[1],
-            **drawn,
-        )
-
-
-def _spread(heights: Sequence[float]) -> list[float]:
-    """Ascending `heights`, moved as little as keeps them `LABEL_GAP` apart (each clump around its own mean)."""
-    clumps: list[tuple[float, int]] = []  # (sum of the heights, less each one's place in the clump; members)
-    for height in heights:
-        total, count = height, 1
-        while clumps and total / count - clumps[-1][0] / clumps[-1][1] < clumps[-1][1] * LABEL_GAP:
-            before, members = clumps.pop()
-            total, count = before + total - count * members * LABEL_GAP, count + members
-        clumps.append((total, count))
-    return [total / count + place * LABEL_GAP for total, count in clumps for place in range(count)]

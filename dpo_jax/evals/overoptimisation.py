@@ -18,7 +18,7 @@ Measured = dict[str, float]
 
 
 class Decline(NamedTuple):
-    """From the best point of a run to its last. Rewards in their own unit, KL in nats per completion."""
+    """From the best point of a run to its last. Rewards in their own unit; KL(policy || reference) in nats per completion."""
 
     method: str
     setting: str

@@ -7,11 +7,13 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 from markupsafe import Markup, escape
 
+LEVELS = {"alarm": "Careful", "warning": "Note", "health": "Unusual", "fine": "Nothing unusual in"}
+LITTLE = 60  # characters that nobody needs to unfold
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -23,11 +25,30 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Notice:
-    """One thing to know before reading on. An alarm: the numbers below may not mean what they seem to."""
+    """One thing to know before reading on. An alarm: the numbers below may not mean what they seem to.
+
+    `title` stands before the words, by default what the level is called; `advice`, what to try, behind them.
+    """
 
     words: str
-    level: Literal["alarm", "warning", "note"] = "warning"
+    level: Literal["alarm", "warning", "health", "fine"] = "warning"
+    title: str = ""
+    advice: str = ""
     kind: str = "notice"
+
+    @property
+    def name(self) -> str:
+        return (
+            self.title or {"alarm": "Careful", "warning": "Note", "health": "Unusual", "fine": "Nothing unusual in"}[self.level]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The few numbers that a reader looks for first: (what, value, how sure)."""
+
+    items: Sequence[tuple[str, str, str]]
+    kind: str = "tiles"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +69,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """PNG files with their captions, side by side where there is room."""
+    """PNG or SVG files with their captions, side by side where there is room. Small ones have their title in the image."""
 
     images: Sequence[tuple[Path, str]]
     caption: str = ""
@@ -56,16 +77,24 @@ class Figures:
     kind: str = "figures"
 
 
+class Side(NamedTuple):
+    """What one policy made of a prompt. `mark`: what to know of the text, such as that it was cut."""
+
+    who: str
+    text: str
+    mark: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A prompt and what several policies made of it: (who, text)."""
+    """A prompt and what several policies made of it."""
 
     prompt: str
-    sides: Sequence[tuple[str, str]]
+    sides: Sequence[Side]
     kind: str = "sample"
 
 
-Block = Text | Notice | Table | Figures | Sample
+Block = Text | Notice | Tiles | Table | Figures | Sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +121,10 @@ class Page:
 
 
 def render_html(page: Page) -> str:
-    """A page that needs nothing else: its images are data URIs, and it has no script."""
+    """A page that needs nothing else: its images are data URIs, and it has no script. A figure that is clicked fills it."""
     environment = _environment(autoescape=True)
     environment.filters["whole"] = _whole_interval
+    environment.filters |= {"beginning": beginning, "ending": ending, "options": _whole_options}
     css = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
     return environment.get_template("report.html.j2").render(page=page, css=css, data_uri=_data_uri)
 
@@ -111,13 +141,37 @@ def _environment(**options: Any) -> jinja2.Environment:
 
 
 def _data_uri(image: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
+    kind = "svg+xml" if image.suffix == ".svg" else "png"
+    return f"data:image/{kind};base64," + base64.b64encode(image.read_bytes()).decode()
+
+
+def beginning(text: str, limit: int) -> tuple[str, str]:
+    """The text up to about `limit` characters, and the rest; all of it where little would be left."""
+    if len(text) <= limit + LITTLE:
+        return text, ""
+    at = max(text.rfind(" ", limit - LITTLE, limit), text.rfind("\n", limit - LITTLE, limit))
+    at = at if at > 0 else limit
+    return text[:at], text[at:]
+
+
+def ending(text: str, limit: int) -> tuple[str, str]:
+    """What comes before about the last `limit` characters, and those: of a dialogue, the last turn is the question."""
+    rest, last = beginning(text[::-1], limit)
+    return last[::-1], rest[::-1]
 
 
 def _whole_interval(cell: str) -> Markup:
     """A number with its interval may be broken before the bracket, and nowhere else."""
     number, bracket, rest = cell.partition(" (")
     return escape(number) + (Markup(' <span class="whole">({}</span>').format(rest) if bracket else "")
+
+
+def _whole_options(words: str) -> Markup:
+    """Words in which no --option is broken over two lines."""
+    parts = re.split(r"(--[\w.-]*\w)", words)
+    return Markup("").join(
+        Markup('<span class="whole">{}</span>').format(part) if place % 2 else part for place, part in enumerate(parts)
+    )
 
 
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]\d+)?%?( [±(/].*)?")  # also with its interval

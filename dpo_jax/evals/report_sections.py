@@ -1,4 +1,4 @@
-"""The sections of a report, from what lies in one or several run directories."""
+"""The sections of a report but the first one, from what lies in one or several run directories."""
 
 from __future__ import annotations
 
@@ -6,24 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpo_jax.data.display import shown_prompt
 from dpo_jax.data.pairs import FILTERED
+from dpo_jax.evals.curves import KL_OF_SAMPLES, PANELS, series
 from dpo_jax.evals.frontier_plot import plot_trajectories
 from dpo_jax.evals.overoptimisation import declines, trajectories
-from dpo_jax.evals.plots import PANELS
-from dpo_jax.evals.report_page import Block, Figures, Notice, Sample, Section, Table, Text
+from dpo_jax.evals.report_page import Block, Figures, Sample, Section, Side, Table, Text
+from dpo_jax.evals.result_table import MEASURES, with_interval
 from dpo_jax.evals.run_record import TRAINING, RunRecord, Stage, of, one_or_more, read_lines, read_object, read_table
 
-MEASURES = (
-    ("loss", "loss", ".4f"),
-    ("preference accuracy", "rewards/accuracies", ".3f"),
-    ("reward margin", "rewards/margins", ".3f"),
-    ("chosen, log pi/pi_ref (nats)", "displacement/chosen", ".2f"),
-    ("rejected, log pi/pi_ref (nats)", "displacement/rejected", ".2f"),
-    ("KL to the reference (nats per completion)", "kl", ".2f"),
-    ("true reward of samples", "true_reward", ".2f"),
-    ("tokens per sample", "tokens", ".1f"),
-)
 REWARDS = {
     "implicit": "implicit reward",
     "per_token": "per token",
@@ -32,54 +25,38 @@ REWARDS = {
 }
 
 
-def first_things(runs: Sequence[RunRecord], alarms: Sequence[str], *, weights_checked: bool) -> Section:
-    """What a reader must know before any number: alarms, failures, what is not there, and how far each stage came."""
-    blocks: list[Block] = [Notice(words, "alarm") for words in alarms]
-    for run in runs:
-        for stage in run.stages.values():
-            blocks += [Notice(of(run, runs, f"{stage.name}: {problem}")) for problem in stage.problems]
-    if not blocks:
-        words = "no stage failed, stopped or dropped bad pairs"
-        words += ", and the weights that were scored are those that lie here" if weights_checked else ""
-        blocks.append(Notice(f"{words}.", "note"))
-    stages = list(dict.fromkeys(name for run in runs for name in run.stages))
-    states = [[name, *(run.stages[name].state if name in run.stages else "-" for run in runs)] for name in stages]
-    began = [[stage.env.get("started", "") for stage in run.stages.values() if stage.env.get("started")] for run in runs]
-    states.append(["last command begun", *(moment(max(times, default="not known")) for times in began)])
-    states.append(["not in this run", *("; ".join(run.missing) or "-" for run in runs)])
-    blocks.append(Table(["stage", *(run.name for run in runs)], states, caption="What was done"))
-    return Section("Read this first", blocks)
-
-
-def moment(written: str) -> str:
-    """A time in UTC as `env.json` has it, for people."""
-    return written.replace("T", " ").replace("+00:00", " UTC")
-
-
 def evaluation(runs: Sequence[RunRecord]) -> Section | None:
-    """The table of `dpo-jax eval`: policy beside reference, a pair of columns for each run."""
+    """The table of `dpo-jax eval`: policy beside reference, a pair of columns for each run. And what SFT came to."""
     found = [(run, stage.report) for run, stage in one_or_more(runs, "eval") if {"policy", "reference"} <= set(stage.report)]
-    if not found:
-        return None
-    columns, cells = ["measure"], {label: [] for label, name, _ in MEASURES if any(name in r["policy"] for _, r in found)}
-    for run, report in found:
-        for who in ("reference", "policy"):
-            columns.append(of(run, runs, who))
-            for label, name, form in MEASURES:
-                if label in cells:
-                    cells[label].append(_measure(report[who], name, form))
-    pairs = ", ".join(of(run, runs, f"{report['pairs']:,} held-out pairs") for run, report in found)
-    note = f"{pairs}. Brackets: 95 % interval (Wilson). ±: one standard error. A policy that is its reference has accuracy 0.5."
-    return Section("Held-out evaluation", [Table(columns, [[label, *row] for label, row in cells.items()], note=note)])
+    blocks: list[Block] = []
+    if found:
+        columns, cells = ["measure"], {label: [] for label, name, _ in MEASURES if any(name in r["policy"] for _, r in found)}
+        for run, report in found:
+            for who in ("reference", "policy"):
+                columns.append(of(run, runs, who))
+                for label, name, form in MEASURES:
+                    if label in cells:
+                        cells[label].append(with_interval(report[who], name, form))
+        pairs = ", ".join(of(run, runs, f"{report['pairs']:,} held-out pairs") for run, report in found)
+        note = (
+            f"{pairs}. Brackets: 95 % interval (Wilson). ±: one standard error. A policy that is its reference has accuracy "
+            f"0.5. {KL_OF_SAMPLES} is per completion, from samples of the policy."
+        )
+        blocks.append(Table(columns, [[label, *row] for label, row in cells.items()], note=note))
+    rows = [row for run, stage in one_or_more(runs, "sft") if (row := _sft_row(of(run, runs, "sft"), stage))]
+    if rows:
+        columns = ["stage", "loss (nats per text)", "loss per token (nats)", "perplexity per token", "after steps"]
+        blocks.append(Table(columns, rows, caption="Supervised fine-tuning, held out"))
+    return Section("Held-out evaluation", blocks) if blocks else None
 
 
-def _measure(values: Mapping[str, Any], name: str, form: str) -> str:
-    if values.get(name) is None:
-        return "-"
-    text = format(values[name], f"z{form}")
-    if f"{name}_low" in values:
-        return f"{text} ({values[f'{name}_low']:{form}} to {values[f'{name}_high']:{form}})"
-    return f"{text} ± {values[f'{name}_error']:{form}}" if f"{name}_error" in values else text
+def _sft_row(name: str, stage: Stage) -> list[str]:
+    """The last evaluation of SFT; nothing if it has none per token."""
+    last = {metric: series(stage.metrics, f"eval/{metric}") for metric in ("loss", "nll_per_token")}
+    (steps, losses), (_, per_token) = last.values()
+    if not len(losses) or not len(per_token):
+        return []
+    return [name, f"{losses[-1]:.2f}", f"{per_token[-1]:.4f}", f"{np.exp(per_token[-1]):.2f}", f"{steps[-1]:,.0f}"]
 
 
 def implicit_rewards(runs: Sequence[RunRecord]) -> Section | None:
@@ -104,7 +81,9 @@ def implicit_rewards(runs: Sequence[RunRecord]) -> Section | None:
         blocks += _by_subset(report["rewards"]["implicit"])
         blocks.append(_calibration(report))
         if (stage.path / "reliability.png").is_file():
-            blocks.append(Figures([(stage.path / "reliability.png", of(run, runs, "reliability of the implicit reward"))]))
+            blocks.append(
+                Figures([(stage.path / "reliability.png", of(run, runs, "reliability of the implicit reward"))], size="half")
+            )
     return Section("Implicit reward", blocks)
 
 
@@ -160,7 +139,9 @@ def frontier(runs: Sequence[RunRecord], drawn: Path) -> Section | None:
             cells = {(row["method"], row["kl"]): row for row in table}
             methods = dict.fromkeys(row["method"] for row in table)
             rows = [[method, *(_at_kl(cells.get((method, kl))) for kl in kls)] for method in methods]
-            note = "True reward of the best mixture of policies within that KL; in brackets the share of what was to be gained."
+            note = (
+                f"True reward of the best mixture within that {KL_OF_SAMPLES}; in brackets its share of what was to be gained."
+            )
             columns = ["method", *(f"KL {kl:g} nats" for kl in kls)]
             blocks.append(Table(columns, rows, caption=of(run, runs, "Methods at equal KL"), note=note))
         over = _overoptimised(of(run, runs, "Over-optimisation"), stage)
@@ -201,13 +182,14 @@ def _overoptimised(caption: str, stage: Stage) -> list[Block]:
 
 
 def training(
-    runs: Sequence[RunRecord], images: Mapping[tuple[str, str], Sequence[Path]], together: Sequence[Path]
+    runs: Sequence[RunRecord], images: Mapping[tuple[str, str], Sequence[Path]], together: Mapping[str, Sequence[Path]]
 ) -> Section | None:
-    """The curves: all runs in one figure where there are several, then each stage's own."""
+    """The curves: all runs in the same axes where there are several, then each stage's own."""
     titles = {panel.file: panel.title for panel in PANELS}
     blocks: list[Block] = []
-    if together:
-        blocks.append(Figures([(path, f"{path.stem}: all runs") for path in together], caption="Runs compared", size="wide"))
+    for name, paths in together.items():
+        shown = [(path, f"{path.stem}: all runs") for path in paths]
+        blocks.append(Figures(shown, caption=f"{name}: all runs"))
     for run in runs:
         for name in TRAINING:
             paths = images.get((run.name, name), ())
@@ -219,13 +201,16 @@ def training(
 
 def samples(runs: Sequence[RunRecord], count: int) -> Section | None:
     """What reference and policy make of the same prompts; of several runs, prompts that they share stand together."""
-    by_prompt: dict[str, dict[tuple[str, str], list[str]]] = {}  # the runs that gave each text
+    by_prompt: dict[str, dict[tuple[str, str, str], list[str]]] = {}  # the runs that gave each text
     for run, stage in one_or_more(runs, "eval"):
+        limit = stage.report.get("sampling", {}).get("max_new_tokens")
+        mark = f"cut by the limit of {limit} tokens" if limit else "cut by the token limit"
         for line in stage.read("samples.jsonl", read_lines, []):
             sides = by_prompt.setdefault(shown_prompt(line), {})
             for who in ("reference", "policy"):
                 if who in line:
-                    sides.setdefault((who, str(line[who])), []).append(run.name)
+                    cut = "" if line.get(f"{who}_finished", True) else mark
+                    sides.setdefault((who, str(line[who]), cut), []).append(run.name)
     # Prompts that most runs have come first; otherwise the order of the files.
     chosen = sorted(by_prompt.items(), key=lambda item: -sum(map(len, item[1].values())))[:count]
     if not chosen:
@@ -234,10 +219,10 @@ def samples(runs: Sequence[RunRecord], count: int) -> Section | None:
     return Section("Samples", [Text(note), *(Sample(prompt, _sides(sides, runs)) for prompt, sides in chosen)])
 
 
-def _sides(sides: Mapping[tuple[str, str], Sequence[str]], runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
+def _sides(sides: Mapping[tuple[str, str, str], Sequence[str]], runs: Sequence[RunRecord]) -> list[Side]:
     """What several runs gave word for word, as runs with one reference do, is shown once."""
     ordered = sorted(sides.items(), key=lambda side: side[0][0] != "reference")
-    return [(f"{who} of {', '.join(names)}" if len(runs) > 1 else who, text) for (who, text), names in ordered]
+    return [Side(f"{who} of {', '.join(names)}" if len(runs) > 1 else who, text, mark) for (who, text, mark), names in ordered]
 
 
 def data(runs: Sequence[RunRecord]) -> Section | None:

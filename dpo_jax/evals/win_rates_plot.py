@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
-from dpo_jax.evals.frontier_plot import STYLES, Style
+from dpo_jax.evals.drawing import save
+from dpo_jax.evals.palette import STYLES, Style
 from dpo_jax.evals.win_rates import WinRate
 
 
@@ -39,10 +40,9 @@ def plot_win_rates(points: Sequence[WinRate], path: str | os.PathLike[str], *, x
         color="#999999",
         linestyle=(0, (6, 4)),
         marker="_",
-        label="baseline",
+        label="baseline (lengths)",
         zorder=0,
     )
-    below.legend(frameon=False)
     above.axhline(0.5, color="#999999", linewidth=0.8, linestyle=(0, (6, 4)), zorder=0)
     above.set_ylim(0, 1)
     above.set_ylabel("win rate (a flipped pair is half a win)")
@@ -61,9 +61,10 @@ def plot_win_rates(points: Sequence[WinRate], path: str | os.PathLike[str], *, x
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
         axes.set_axisbelow(True)
-    figure.legend(*above.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    named = [found for axes in (above, below) for found in zip(*axes.get_legend_handles_labels(), strict=True)]
+    handles, labels = zip(*named, strict=True)
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=2)
+    return save(figure, path, dpi=150)
 
 
 def _draw(figure: Figure, axes: Axes, points: Sequence[WinRate], places: np.ndarray, name: str, style: Style) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja", "*.model"]
+_WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja", "*.model", "README.md"]
 
 
 def is_hub_id(path: str | Path) -> bool:
@@ -14,7 +14,7 @@ def is_hub_id(path: str | Path) -> bool:
 
 
 def resolve(path: str | Path) -> Path:
-    """The folder of a model: `path` itself, or a download of a Hub id (safetensors, JSON and tokenizer files only).
+    """The folder of a model: `path` itself, or a download of a Hub id (safetensors, JSON, tokenizer files and the card).
 
     Raises FileNotFoundError if it is neither a folder nor an id that can be fetched, NotADirectoryError for a file.
     """

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
 )
+PACKAGE = Path(__file__).parent.parent
 
 
 class RunLocked(RuntimeError):
@@ -88,11 +90,15 @@ def _acquire(path: Path) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers of a run depend on besides its configuration: versions, devices, platform, command line, XLA flags."""
+    """What the numbers of a run depend on besides its configuration: versions, devices, platform, command line, XLA flags.
+
+    `git` is `checkout` of this package: null where it runs from an installed package.
+    """
     devices = jax.devices()
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "git": checkout(PACKAGE),
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "cpus": os.cpu_count(),
@@ -103,6 +109,26 @@ def environment() -> dict[str, Any]:
         "argv": sys.argv,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def checkout(package: Path) -> dict[str, Any] | None:
+    """The commit of the git checkout that tracks `package`, and whether files of the package differ from it (`dirty`).
+
+    None without git, and for a package installed into another project's checkout: that commit would say nothing about it.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package.parent), *arguments]
+        quiet = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # hosts of one run look at the same checkout at once
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20, env=quiet).stdout.strip()
+
+    try:
+        if not git("ls-files", f"{package.name}/__init__.py"):
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", package.name)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
 
 
 def _version(name: str) -> str | None:

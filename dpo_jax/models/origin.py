@@ -1,0 +1,92 @@
+"""Where a model or a data set comes from, as far as the files here say: its id on the Hub, and the licence of a model.
+
+Nothing is guessed and no network is used: what the files do not say is None.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+PARENTS = 3  # folders above a named one in which its clone or snapshot may begin
+
+
+class License(NamedTuple):
+    """The fields of a model card: an identifier of the Hub's list, or "other" with a name and a link."""
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+
+
+class Origin(NamedTuple):
+    hub_id: str | None = None
+    license: License | None = None
+
+
+def model_origin(path: str | None) -> Origin:
+    """Of a Hub id or a model folder. A folder without an id of its own has the base model that its card names, if any."""
+    if path is None:
+        return Origin()
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if not HUB_ID.fullmatch(path):
+            return Origin()
+        return Origin(path, license_of(_header(_cached_card(path))))
+    header, config = _header(_read(folder / "README.md")), _json(folder / "config.json")
+    named = config.get("_name_or_path")
+    named = named if isinstance(named, str) and HUB_ID.fullmatch(named) and not Path(named).exists() else None
+    return Origin(hub_id_of_folder(folder, "models") or header.get("base_model") or named, license_of(header))
+
+
+def hub_id_of_folder(path: str | Path, kind: Literal["models", "datasets"]) -> str | None:
+    """The id of a snapshot in the Hub's cache, or of a clone of a Hub repository, that `path` is or lies in."""
+    folder = Path(path).expanduser().absolute()
+    for place in (folder, *list(folder.parents)[:PARENTS]):
+        cached = re.fullmatch(rf"{kind}--([\w.-]+?)--([\w.-]+)", place.name)
+        if cached:
+            return "/".join(cached.groups())
+        prefix = "datasets/" if kind == "datasets" else ""
+        remote = re.search(rf"huggingface\.co/{prefix}([\w.-]+/[\w.-]+)", _read(place / ".git" / "config") or "")
+        if remote and (kind == "datasets" or not remote[1].startswith("datasets/")):
+            return remote[1].removesuffix(".git")
+    return None
+
+
+def license_of(header: dict[str, str]) -> License | None:
+    """The licence that the header of a model card states."""
+    stated = header.get("license")
+    return License(stated, header.get("license_name"), header.get("license_link")) if stated else None
+
+
+def _header(card: str | None) -> dict[str, str]:
+    """The one-line values of a card's YAML header; lists and nested values are left out."""
+    block = re.match(r"---\r?\n(.*?)\r?\n---", card or "", re.S)
+    found = re.findall(r"^(\w+):[ \t]*([^\s#\[{|>-][^\n]*)$", block[1], re.M) if block else []
+    return {name: value.strip().strip("\"'") for name, value in found}
+
+
+def _cached_card(hub_id: str) -> str | None:
+    """The model card of a Hub id that was downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(hub_id, "README.md")
+    return _read(Path(path)) if isinstance(path, str) else None
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _json(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(_read(path) or "")
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}

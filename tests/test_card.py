@@ -1,0 +1,192 @@
+"""The model card: a header that the Hub's own client reads, nothing guessed in it, and the commit of the code that made it."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+
+import pytest
+from huggingface_hub import ModelCard
+
+from dpo_jax.cli.card import dpo_card, sft_card
+from dpo_jax.cli.config import Config, DataConfig, DpoConfig, ModelConfig, RunConfig
+from dpo_jax.evals.result_table import result_table
+from dpo_jax.models import origin
+from dpo_jax.models.origin import License, Origin, hub_id_of_folder, model_origin
+from dpo_jax.runtime.rundir import RunDir, checkout, write_json
+
+BASE_CARD = "---\nlanguage:\n- en\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\ntags: [a]\n---\n# Base\n"
+EVALUATED = {"eval/loss": 34.9, "eval/nll_per_token": 1.25}
+REPORT = {
+    "pairs": 1_234_567,
+    "reference": {"loss": 0.6931, "rewards/accuracies": 0.5, "kl": 0.0, "cut": 0.0},
+    "policy": {
+        "loss": 12345.1254,
+        "rewards/accuracies": 0.956,
+        "rewards/accuracies_low": 0.934,
+        "rewards/accuracies_high": 0.971,
+        "rewards/margins": -1234.5678,
+        "kl": 16.66,
+        "kl_error": 0.93,
+        "cut": 0.34,
+    },
+    "samples": [
+        {"prompt": "What? " * 90, "reference": "x" * 300, "policy": "```\nbye", "policy_finished": False},
+        {"prompt": "a", "reference": "", "policy": "c"},
+    ],
+}
+REPORT["reference"] |= {"rewards/margins": 0.0}
+
+
+@pytest.fixture
+def run(tmp_path):
+    with RunDir(tmp_path / "run" / "dpo") as run:
+        run.metrics.write_text(json.dumps({"step": 7, **EVALUATED}) + "\n")
+        counts = {"read": 12, "kept": 10, "dropped": {"empty": 2}, "truncated": {"prompt": 3}}
+        write_json(run.data_report, {"train": counts})
+        env = {"packages": {"dpo_jax": "0.1.0", "jax": "0.10.2"}, "git": {"commit": "c0ffee" * 6, "dirty": True}}
+        write_json(run.env, env | {"devices": ["H100", "H100"]})
+        yield run
+
+
+def configured(run, *, model=None, policy=None, data=None):
+    return dataclasses.replace(
+        Config(),
+        run=RunConfig(dir=str(run.path.parent)),
+        model=ModelConfig(path=model, family=None if model else "gpt2"),
+        dpo=DpoConfig(policy=policy),
+        data=DataConfig(path=data) if data else DataConfig(source="reviews"),
+    )
+
+
+def folder_with(path, **files):
+    path.mkdir(parents=True)
+    for name, text in files.items():
+        (path / name.replace("_", ".", 1)).write_text(text)
+    return path
+
+
+def test_the_hub_reads_the_header_of_a_card(run, tmp_path):
+    base = folder_with(tmp_path / "hub" / "models--meta-llama--Llama-3-8B" / "snapshots" / "abc", README_md=BASE_CARD)
+    data = folder_with(tmp_path / "hub" / "datasets--Anthropic--hh-rlhf" / "snapshots" / "def")
+    card = sft_card(configured(run, model=str(base), data=str(data)), run)
+    header = ModelCard(card).data.to_dict()
+    assert header == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "meta-llama/Llama-3-8B",
+        "datasets": ["Anthropic/hh-rlhf"],
+        "license": "other",
+        "license_name": "llama3",
+        "license_link": "LICENSE",
+        "tags": ["dpo_jax", "sft"],
+    }
+    assert "# Llama-3-8B fine-tuned on preferred completions" in card
+    assert "[Anthropic/hh-rlhf](https://huggingface.co/datasets/Anthropic/hh-rlhf)" in card
+    # The policy of DPO starts from that folder: where it comes from is in its card.
+    start = folder_with(run.path.parent / "sft" / "export", README_md=card)
+    card = dpo_card(configured(run), run, report=REPORT)
+    header = ModelCard(card).data.to_dict()
+    assert (header["base_model"], header["license"], header["tags"]) == ("meta-llama/Llama-3-8B", "other", ["dpo_jax", "dpo"])
+    assert "the SFT model of this run, `sft/export`, from [meta-llama/Llama-3-8B]" in card
+    assert str(start) not in card
+    assert str(tmp_path) not in card
+
+
+def test_what_is_not_known_is_left_out_of_the_header(run):
+    for card in (sft_card(configured(run), run), dpo_card(configured(run), run)):
+        assert set(ModelCard(card).data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
+
+
+def test_a_card_says_how_the_model_was_made_and_how_to_load_it(run):
+    card = dpo_card(configured(run), run, report=REPORT)
+    for words in (
+        "made with: dpo_jax 0.1.0, jax 0.10.2 (commit c0ffeec0ffee, changed), on 2 x H100",
+        "AutoModelForCausalLM.from_pretrained(path)",
+        "| beta | 0.1 |",
+        "| max\\_grad\\_norm | 10 |",
+        "| train | 12 | 10 | 2 empty | 3 prompt |",
+        "- **KL**: KL(policy \\|\\| reference) is 16.7 nats",
+        "Nothing unusual in: accuracy",
+    ):
+        assert words in card
+    assert card.count("\n````\n") == 2  # a sample that holds ``` does not end the block
+    sft = sft_card(configured(run), run)
+    assert "| loss (nats per text) | 34.90 |\n| loss per token (nats) | 1.2500 |\n| perplexity per token | 3.49 |" in sft
+
+
+def test_the_result_table_fits_80_columns_and_marks_what_is_cut():
+    table = result_table(REPORT)
+    assert max(map(len, table.splitlines())) <= 80
+    assert "KL(policy || reference) (nats)" in table
+    assert "± 0.93" in table
+    assert "0.934 to 0.971 (95 %)" in table
+    flat = " ".join(table.split())
+    assert f"… {len(('What? ' * 90).strip()) - 220} more characters" in flat
+    assert "… 80 more characters" in flat
+    assert "bye [cut by the token limit]" in flat
+    assert "(empty)" in flat
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, Origin()),
+        ({"config_json": '{"_name_or_path": "EleutherAI/pythia-2.8b"}'}, Origin("EleutherAI/pythia-2.8b")),
+        ({"config_json": '{"_name_or_path": "/home/me/models/pythia"}'}, Origin()),
+        ({"config_json": "torn"}, Origin()),
+        ({"README_md": "no header\nlicense: mit\n"}, Origin()),
+        (
+            {"README_md": "---\nlicense: apache-2.0\nbase_model: Qwen/Qwen3-8B\n---\n"},
+            Origin("Qwen/Qwen3-8B", License("apache-2.0")),
+        ),
+        ({"README_md": "---\nlicense:\n- mit\nbase_model:\n- a/b\n- c/d\n---\n"}, Origin()),
+    ],
+)
+def test_the_origin_of_a_folder_is_what_its_files_say(tmp_path, files, expected):
+    assert model_origin(str(folder_with(tmp_path / "model", **files))) == expected
+
+
+def test_the_origin_of_a_hub_id_is_itself_with_the_licence_of_its_cached_card(monkeypatch):
+    monkeypatch.setattr(origin, "_cached_card", lambda hub_id: "---\nlicense: mit\n---\n" if hub_id == "a/b" else None)
+    assert model_origin("a/b") == Origin("a/b", License("mit"))
+    assert model_origin("c/d") == Origin("c/d")
+    assert model_origin("runs/x/sft/export") == model_origin("../x/y") == model_origin(None) == Origin()
+
+
+def test_a_clone_of_a_hub_repository_knows_its_id(tmp_path):
+    remote = '[remote "origin"]\n\turl = https://huggingface.co/{}\n'
+    data = folder_with(tmp_path / "d" / ".git", config=remote.format("datasets/Anthropic/hh-rlhf")).parent
+    model = folder_with(tmp_path / "m" / ".git", config=remote.format("EleutherAI/pythia-2.8b.git")).parent
+    (data / "harmless-base").mkdir()
+    assert hub_id_of_folder(data / "harmless-base", "datasets") == "Anthropic/hh-rlhf"
+    assert hub_id_of_folder(model, "models") == "EleutherAI/pythia-2.8b"
+    assert hub_id_of_folder(data, "models") is None
+    assert hub_id_of_folder(model, "datasets") is None
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    package = tmp_path / "dpo_jax"
+    elsewhere = tmp_path / "env" / "dpo_jax"  # as installed into an environment inside of a checkout
+    for folder in (package, elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("1\n")
+    assert checkout(package) is None  # no repository
+    git("init")
+    assert checkout(package) is None  # no commit yet
+    git("add", "dpo_jax")
+    git("commit", "-m", "one")
+    head = git("rev-parse", "HEAD")
+    assert checkout(package) == {"commit": head, "dirty": False}
+    assert checkout(elsewhere) is None
+    (package / "__init__.py").write_text("2\n")
+    assert checkout(package) == {"commit": head, "dirty": True}
+    monkeypatch.setenv("PATH", str(elsewhere))
+    assert checkout(package) is None  # no git
