@@ -21,6 +21,7 @@ class Reference(NamedTuple):
     prompt: str
     completion: str
     where: str
+    chat: bool = False  # the prompt was written by a chat template
 
 
 def references(config: Config, tokenizer: Any, *, target: bool = False) -> list[Reference]:
@@ -36,20 +37,22 @@ def references(config: Config, tokenizer: Any, *, target: bool = False) -> list[
         articles = read_articles(data.path, data.test_split)[: data.max_test]
         return [Reference(f"{article.text}{ARTICLE_CUE}", f" {article.summary}", article.uid) for article in articles]
     pairs = build.load_split(config, "test", tokenizer)
-    return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid) for p in pairs]
+    return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid, p.chat) for p in pairs]
 
 
 class Prompt(NamedTuple):
-    """What is completed: the text as the model reads it, and for people the turns that a chat template made it of."""
+    """What is completed: the text as the model reads it, and of a conversation its turns, for people."""
 
     text: str
-    turns: list[Turn] | None = None
+    chat: bool = False  # written by a chat template
+    turns: list[Turn] | None = None  # also None where the template does not tell them
 
 
 def held_out_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
     """The first distinct prompts of the held-out split, as in training: conversations are rendered already."""
-    texts = list(dict.fromkeys(one.prompt for one in references(config, tokenizer)))[: config.sample.prompts]
-    return [Prompt(text, chat_turns(text, tokenizer)) for text in texts]
+    every = {one.prompt: one.chat for one in references(config, tokenizer)}
+    first = list(every.items())[: config.sample.prompts]
+    return [Prompt(text, chat, chat_turns(text, tokenizer) if chat else None) for text, chat in first]
 
 
 def prompts_of_file(name: str, tokenizer: Any, *, chat: bool) -> list[Prompt]:
@@ -108,7 +111,7 @@ def _prompt(field: str, value: Any, tokenizer: Any, *, chat: bool) -> Prompt:
             Cause.CHAT_TEMPLATE, "messages need a tokenizer with a chat template, and the policy's has none", field=field
         )
     text = chat_prompt(value, tokenizer=tokenizer, field=field)
-    return Prompt(text, [{"role": str(turn["role"]), "content": str(turn.get("content", ""))} for turn in value])
+    return Prompt(text, True, [{"role": str(turn["role"]), "content": str(turn.get("content", ""))} for turn in value])
 
 
 def is_chat(config: Config, policy: str, tokenizer: Any) -> bool:
