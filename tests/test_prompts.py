@@ -17,7 +17,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|header|>assistant\n{% endif %}"
 )
 HI = {"role": "user", "content": "hi"}
-RENDERED = Prompt("<|header|>user\nhi<|endoftext|><|header|>assistant\n", [HI])
+RENDERED = Prompt("<|header|>user\nhi<|endoftext|><|header|>assistant\n", True, [HI])
 SYSTEM = {"role": "system", "content": "Be terse."}
 
 

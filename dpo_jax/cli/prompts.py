@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,18 +41,18 @@ def references(config: Config, tokenizer: Any, *, target: bool = False) -> list[
 
 
 class Prompt(NamedTuple):
-    """What is completed: the text as the model reads it, and for people the turns that a chat template made it of."""
+    """What is completed: the text as the model reads it, and of a conversation its turns, for people."""
 
     text: str
-    turns: list[Turn] | None = None
-    rendered: bool = False  # a chat template wrote it, with BOS if that belongs there
+    chat: bool = False  # written by a chat template
+    turns: list[Turn] | None = None  # also None where the template does not tell them
 
 
 def held_out_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
     """The first distinct prompts of the held-out split, as in training: conversations are rendered already."""
-    rendered = {one.prompt: one.chat for one in references(config, tokenizer)}
-    texts = itertools.islice(rendered, config.sample.prompts)
-    return [Prompt(text, chat_turns(text, tokenizer), rendered[text]) for text in texts]
+    every = {one.prompt: one.chat for one in references(config, tokenizer)}
+    first = list(every.items())[: config.sample.prompts]
+    return [Prompt(text, chat, chat_turns(text, tokenizer) if chat else None) for text, chat in first]
 
 
 def prompts_of_file(name: str, tokenizer: Any, *, chat: bool) -> list[Prompt]:
@@ -112,8 +111,7 @@ def _prompt(field: str, value: Any, tokenizer: Any, *, chat: bool) -> Prompt:
             Cause.CHAT_TEMPLATE, "messages need a tokenizer with a chat template, and the policy's has none", field=field
         )
     text = chat_prompt(value, tokenizer=tokenizer, field=field)
-    turns = [{"role": str(turn["role"]), "content": str(turn.get("content", ""))} for turn in value]
-    return Prompt(text, turns, rendered=True)
+    return Prompt(text, True, [{"role": str(turn["role"]), "content": str(turn.get("content", ""))} for turn in value])
 
 
 def is_chat(config: Config, policy: str, tokenizer: Any) -> bool:

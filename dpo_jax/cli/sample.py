@@ -35,7 +35,7 @@ def run(config: Config) -> int:
     variables, _ = build.load_weights(path, model, partitioner, name="sample.policy")
     cue = ARTICLE_CUE if config.data.source == "cnn_dailymail" and not section.prompts_file else ""
     bos, cue_ids = config.data.bos, token_ids(cue, tokenizer)
-    whole = [with_bos(token_ids(one.text, tokenizer), tokenizer, bos=bos, chat=one.rendered) for one in given]
+    whole = [with_bos(token_ids(one.text, tokenizer), tokenizer, bos=bos, chat=one.chat) for one in given]
     prompts = [within(ids, config.data.max_prompt_length, tokenizer, cue=cue_ids) for ids in whole]
     sampling = {name: getattr(section, name) for name in ("max_new_tokens", "top_k", "top_p")}
     temperatures = [float(part) for part in section.temperatures.split(",")] if section.temperatures else [section.temperature]
