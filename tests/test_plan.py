@@ -21,6 +21,7 @@ from dpo_jax.cli.config import load_config
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import shared_rows
 from dpo_jax.dpo import dpo_step
+from dpo_jax.extras import install_command
 from dpo_jax.logps import CHUNK, completion_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.decoder import make_model
@@ -281,7 +282,7 @@ def test_a_slice_and_its_chips():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
 def test_without_libtpu_the_extra_is_named(capsys):
     assert program.main(["plan", str(PODS[0])]) == 2
-    assert "pip install 'dpo_jax[tpu]'" in capsys.readouterr().err
+    assert install_command("tpu") in capsys.readouterr().err
 
 
 OUT_OF_MEMORY = {

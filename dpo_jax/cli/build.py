@@ -28,6 +28,7 @@ from dpo_jax.data.snippets import Snippet, load_snippets, snippets_of
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from dpo_jax.dpo import PreferenceLoss
+from dpo_jax.extras import install_command
 from dpo_jax.losses import dpo_loss, ipo_loss, unlikelihood_loss
 from dpo_jax.models.attention_paths import attention_path, path_name
 from dpo_jax.models.decoder import make_model
@@ -90,7 +91,7 @@ def _check_writers(config: Config) -> None:
     wanted = {"tensorboard": "tensorboardX" if config.run.tensorboard else "", "wandb": "wandb" if config.run.wandb else ""}
     for option, package in wanted.items():
         if package and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"run.{option}: needs the package {package}: pip install 'dpo_jax[writers]', or leave it off")
+            raise ConfigError(f"run.{option}: needs the package {package}: {install_command('writers')}, or leave it off")
 
 
 def make_partitioner(config: Config, model: Model) -> Partitioner:

@@ -17,6 +17,7 @@ import os
 import re
 from typing import Any
 
+from dpo_jax.extras import install_command
 from dpo_jax.runtime.gpu_target import COMPILER_OPTIONS, GpuTarget, gpu_devices, plugin_is_here
 
 GIB = 1 << 30
@@ -119,7 +120,7 @@ def slice_devices(topology: str) -> list[Any]:
     if not found:
         extra = "cuda13" if chip.gpu else "tpu"
         raise TopologyError(
-            f"compiling for {chip.name} needs {needed}: pip install 'dpo_jax[{extra}]' "
+            f"compiling for {chip.name} needs {needed}: {install_command(extra)} "
             f"(Linux, x86-64; no {chip.platform.upper()} is needed)"
         )
     try:
