@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import functools
 import importlib.metadata
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +15,10 @@ import jax
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
+from dpo_jax.cli.preflight import check_bucket
 from dpo_jax.data.loader import Batch
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.evals.plots import plot_training
-from dpo_jax.extras import install_command
 from dpo_jax.models.hf import save_hf
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import Checkpoints, has_steps
@@ -94,8 +93,7 @@ def train(
 def check_checkpoints(config: Config, task: str) -> None:
     """Raises `ConfigError` before anything is computed: for a bucket that cannot be reached, and an old run not to resume."""
     directory = config.checkpoints_of(task)
-    if directory.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
-        raise ConfigError(f"run.checkpoints: gs:// needs the package gcsfs: {install_command('gcs')}")
+    check_bucket(config, directory)
     if not config.run.resume and has_steps(directory):
         raise ConfigError(f"run.resume: is off, and {directory} holds checkpoints; turn it on, or choose another --run.dir")
 

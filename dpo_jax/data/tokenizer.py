@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eos: str = "<|endoftext|>") -> PreTrainedTokenizerFast:
@@ -18,6 +20,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eos: str = "<|endo
     `vocab_size` is an upper bound in tokens (few texts have few merges), at least 257: the bytes, and `eos`, which is token 0,
     also the BOS, and never added by encoding. There is no padding token: masks are made from lengths.
     """
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 1:
         raise ValueError(f"vocab_size must be at least {len(alphabet) + 1} (every byte, and {eos!r}), got {vocab_size}")
@@ -36,6 +40,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
     Raises ValueError where there is none, and where it has no `tokenizer.json`: a slow tokenizer has nothing to fingerprint.
     """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -59,13 +65,14 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def check_tokenizer(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Any,
     model_vocab_size: int,
     *,
     eos_token_id: int | Sequence[int] | None,
     pad_token_id: int | None = None,
 ) -> None:
-    """Refuse a tokenizer that does not fit a model, before anything is compiled. The ids are those of the model's config.json.
+    """Refuse a tokenizer that does not fit a model, before anything is compiled. The ids are those of the model's config.json;
+    of the tokenizer only `get_vocab()`, `eos_token_id` and `pad_token_id` are read.
 
     Raises ValueError: a token id outside the model's vocabulary, no EOS, or another EOS or padding token than the model's
     (where both state one). A model may have more embeddings than the tokenizer has tokens: tables are often rounded up.

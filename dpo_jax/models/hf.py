@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from dpo_jax.models.attention_paths import attention_path
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import ARCHITECTURES, decoder_config
+from dpo_jax.models.folder import local_folder, read_config
 from dpo_jax.models.pieces import Piece, assemble, path_of
 from dpo_jax.models.tensors import Tensor, tensors
 from dpo_jax.models.weights import INDEX, Checkpoint, write_shards
@@ -32,13 +32,8 @@ def resolve(path: str | Path) -> Path:
 
     Raises FileNotFoundError if it is neither a folder nor an id that can be fetched.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    if (folder := local_folder(path)) is not None:
         return folder
-    if folder.exists():
-        raise NotADirectoryError(f"{path} is a file; give the model's folder, which holds config.json and *.safetensors")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith("."):
-        raise FileNotFoundError(f"no model folder {path}, and it does not look like a Hub id (organization/name)")
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja", "*.model"]
@@ -50,16 +45,7 @@ def resolve(path: str | Path) -> Path:
 
 def load_config(path: str | Path) -> dict[str, Any]:
     """The content of a model's `config.json`. Raises FileNotFoundError or ValueError naming the file."""
-    file = resolve(path) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; a model folder holds config.json and *.safetensors")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__} where a JSON object is expected")
-    return content
+    return read_config(resolve(path))
 
 
 def load_hf(
