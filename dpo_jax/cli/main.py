@@ -32,8 +32,8 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+from dpo_jax.cli import check_scope, words
 from dpo_jax.cli import config as options
-from dpo_jax.cli import words
 from dpo_jax.cli.config import Config, ConfigError, load_config_with_lines
 from dpo_jax.cli.config_file import suggest, types_of
 from dpo_jax.cli.config_report import ReportConfig
@@ -271,11 +271,7 @@ def _run(args: list[str]) -> int:
     if name not in COMMANDS:
         known = [*WITHOUT_CONFIG, *COMMANDS]
         raise ConfigError(f"{name}: unknown command{suggest(name, known)} (commands: {', '.join(known)})")
-    scope = None
-    if any(arg.startswith("--check") for arg in rest):
-        from dpo_jax.cli.preflight import scope_of
-
-        rest, scope = scope_of(rest)
+    rest, scope = check_scope.scope_of(rest)
     config = parse(name, rest)
     if config.run.distributed == "auto" and name not in ON_MANY_HOSTS:
         raise ConfigError(f"run.distributed: {name} runs on one host; only {', '.join(ON_MANY_HOSTS)} use several")
@@ -427,8 +423,6 @@ def _refuse_foreign_words(flags: list[str], shown: dict[str, list[str]]) -> None
 def _overview() -> str:
     helps = {name: help for name, (help, _) in WITHOUT_CONFIG.items()} | {name: entry.help for name, entry in COMMANDS.items()}
     commands = "\n".join(f"  {name:12} {help}" for name, help in helps.items())
-    from dpo_jax.cli import preflight
-
     assert __doc__ is not None
     codes = __doc__[__doc__.index("    0 ") : __doc__.index("\n\nExpected")]
     return f"""usage: dpo-jax COMMAND CONFIG.yaml [--section.option VALUE ...]
@@ -447,7 +441,7 @@ examples:
   dpo-jax init my.yaml                                   a configuration for data of your own
 
 before money is spent:
-{preflight.OPTIONS}
+{check_scope.OPTIONS}
 
 exit codes:
 {textwrap.indent(textwrap.dedent(codes), "  ")}

@@ -15,29 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.cli import model_folders
+from dpo_jax.cli.check_scope import Scope
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, TrainingConfig, load_config
-from dpo_jax.cli.preflight_inputs import Check, Scope, data, files, judged_files, model, prompts, tokenizer
+from dpo_jax.cli.preflight_inputs import Check, data, files, judged_files, model, prompts, tokenizer
 from dpo_jax.extras import install_command
-
-OPTIONS = """\
-  --check                   check data, models, devices and the run directory, say what would run, and end
-  --check-after=CMD,CMD     the same, taking for granted what these commands of the same run directory will make
-  --check-devices=N         the same, for N devices: whether the batch and the mesh divide
-  --check-elsewhere=FOLDER  the same, for hosts that have a disk at FOLDER: what lies there is not looked for here"""
-
-
-def scope_of(args: list[str]) -> tuple[list[str], Scope | None]:
-    """The arguments without those of `OPTIONS`, and what these say: None if there are none."""
-    rest = [arg for arg in args if arg != "--check" and not arg.startswith("--check-")]
-    found: dict[str, Any] = {}
-    for arg in (arg for arg in args if arg.startswith("--check-")):
-        name, equals, value = arg.removeprefix("--check-").partition("=")
-        if name not in Scope._fields or not value:
-            raise ConfigError(f"{arg}: not understood; there are:\n{OPTIONS}")
-        if name == "devices" and not (value.isdecimal() and int(value)):
-            raise ConfigError(f"{arg}: must be a number of devices")
-        found[name] = {"after": lambda v: tuple(v.split(",")), "devices": int, "elsewhere": str}[name](value)
-    return rest, Scope(**found) if len(rest) < len(args) else None
 
 
 def run(name: str, config: Config, scope: Scope, *, path: str) -> int:

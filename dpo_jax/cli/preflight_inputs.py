@@ -9,21 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_jax.cli import model_folders
+from dpo_jax.cli.check_scope import Scope
 from dpo_jax.cli.config import Config, ConfigError
 
 LINES_BYTES = 64 * 2**20  # files of more than this are not read only to count their rows
-
-
-class Scope(NamedTuple):
-    """What a check may take for granted."""
-
-    after: tuple[str, ...] = ()  # commands that will have run before in the same run directory
-    devices: int | None = None  # of all hosts; None: not known
-    elsewhere: str | None = None  # a folder of other machines
-
-    def hides(self, path: str) -> bool:
-        """Whether a path lies where it cannot be seen from here."""
-        return self.elsewhere is not None and Path(path).is_relative_to(self.elsewhere)
 
 
 class Check:
@@ -56,7 +45,7 @@ class Check:
         if self.scope.hides(path):
             self.tell(what, f"{path}: on the hosts, not seen from here")
             return True
-        if made_by in self.scope.after and not Path(path).exists():
+        if made_by in self.scope.after:  # also where something lies there: an interrupted run, say
             self.tell(what, f"{path}: will be made by: dpo-jax {made_by}")
             return True
         return False
