@@ -57,7 +57,7 @@ class Cloud:
         file.chmod(0o755)
 
     def program(self, text):
-        """What the worker's `dpo-jax` does, after it has written down its arguments and keys. A --check ends as $CLOUD/check says."""
+        """What the worker's `dpo-jax` does, after writing down arguments and keys. $CLOUD/check: the code of --check."""
         check = 'case " $* " in *" --check "*) exit "$(cat "$CLOUD/check" 2>/dev/null || echo 0)" ;; esac\n'
         note = 'printf "%s\\0" "$@" >"$HOME/argv"\nprintf "%s " "${HF_TOKEN:-}" "${WANDB_API_KEY:-}" >"$HOME/keys"\n'
         self.add("dpo-jax", check + note + text, folder=self.path)

@@ -69,7 +69,7 @@ def main(args: list[str], *, prog: str) -> int:
         raise ConfigError(f"{path} is there already, and is left as it is; give another name: {prog} FILE.yaml") from None
     print(f"{path} is written. Change what is marked with <--, then:\n")
     for command, what in (
-        (f"dpo-jax dpo {path} --check --check-after=sft", "could it run?"),
+        (f"dpo-jax dpo {path} --check-after=sft", "could it run, once sft has?"),
         (f"dpo-jax audit {path}", "is the data fit for training?"),
         (f"dpo-jax sft {path}", "the starting policy"),
         (f"dpo-jax dpo {path}", ""),

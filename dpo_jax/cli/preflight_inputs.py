@@ -147,7 +147,11 @@ def _rows(path: str, split: str) -> int | None:
         return sum(pq.read_metadata(file).num_rows for file in files)
     if any(file.suffix in (".gz", ".parquet") for file in files) or sum(f.stat().st_size for f in files) > LINES_BYTES:
         return None
-    return sum(sum(1 for line in file.open("rb") if line.strip()) for file in files)
+    rows = 0
+    for file in files:
+        with file.open("rb") as lines:
+            rows += sum(1 for line in lines if line.strip())
+    return rows
 
 
 def files(*options: tuple[str, Callable[[Config], str | None]]) -> Callable[[Check], None]:
@@ -227,14 +231,13 @@ class _TokenizerFiles(NamedTuple):
 def _check_tokenizer(folder: Path, hf: Mapping[str, Any], vocab_size: int) -> None:
     if not folder.is_dir():
         return  # of the Hub
-    if not (folder / "tokenizer.json").is_file():
-        if not any((folder / name).is_file() for name in ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")):
-            raise ValueError(f"no tokenizer.json in {folder}")
-        return
     from tokenizers import Tokenizer
 
-    from dpo_jax.data.tokenizer import check_tokenizer
+    from dpo_jax.data.tokenizer import check_files, check_tokenizer
 
+    check_files(folder)
+    if not (folder / "tokenizer.json").is_file():
+        return  # an older form, which transformers converts
     vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
     settings = folder / "tokenizer_config.json"
     stated = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}

@@ -119,7 +119,7 @@ def instead(word: str, options: Collection[str]) -> str | None:
     for key in (name.replace(".", "_"), name.partition(".")[0] if "." in name else name, last, last.removeprefix("no_")):
         if key in WORDS:
             return _told(WORDS[key], options)
-    own = [option for option in options if option.partition(".")[2] == name]
+    own = [option for option in options if option.partition(".")[2] == last]
     return " or ".join(own) if own else None
 
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eos: str = "<|endoftext|>") -> PreTrainedTokenizerFast:
     """Byte-level BPE, as GPT-2's: any text has tokens and is decoded back exactly. The same texts give the same tokenizer.
 
@@ -42,6 +45,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if Path(path).is_dir():
+        check_files(Path(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -49,6 +54,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{str(path)!r} has a {type(tokenizer).__name__}, but a tokenizer.json (a fast tokenizer) is needed")
     return tokenizer
+
+
+def check_files(folder: Path) -> None:
+    """Raises ValueError for a folder without a tokenizer: transformers would make one up that knows no text."""
+    if not any((folder / name).is_file() for name in _FILES):
+        raise ValueError(f"no tokenizer could be loaded from '{folder}': it holds no tokenizer.json")
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
