@@ -237,7 +237,7 @@ def test_layouts(names, tmp_path):
         (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], r"shards \[1\] of 00003 are missing"),
         (
             ["en/train-00000-of-00001.jsonl", "de/train-00000-of-00001.jsonl"],
-            "ambiguous, .*en/train.*de/train|ambiguous, .*de/train",
+            "ambiguous, .*(en/train.*de|de/train.*en)/train",
         ),
         (
             ["README.jsonl.md", "data/train_prefs-00000-of-00001.jsonl", "data/test_prefs-00000-of-00001.jsonl"],
@@ -263,11 +263,8 @@ def test_a_repository_of_the_hub_is_read_and_one_that_is_not_here_is_told_how_to
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError) as refusal:
         load("HuggingFaceH4/ultrafeedback_binarized")
-    command, local = (
-        "hf download HuggingFaceH4/ultrafeedback_binarized --repo-type dataset --local-dir ",
-        "data/ultrafeedback_binarized",
-    )
-    assert f"{command}{local}, then --data.path {local}" in str(refusal.value)
+    command = "hf download HuggingFaceH4/ultrafeedback_binarized --repo-type dataset --local-dir data/ultrafeedback_binarized"
+    assert f"{command}, then --data.path data/ultrafeedback_binarized" in str(refusal.value)
     for name in ("data/nowhere", "nowhere", "a/b/c", "/no/where", "../no"):
         with pytest.raises(DataError, match="no such file or folder$"):
             load(name)
