@@ -202,6 +202,29 @@ def test_a_check_that_is_not_understood_is_refused(place, capsys, flag):
     assert told.startswith(f"dpo-jax: {flag}: ")
 
 
+def test_one_device_of_many_is_told_or_refused(place, capsys):
+    assert "one of 4: run.devices mesh or pmap takes all" in check("dpo", "--check-devices=4", capsys=capsys)[1]
+    code, told = check("dpo", "--check-devices=16", "--distributed", "auto", capsys=capsys)
+    assert (code, "single is one device, and 16 are on several hosts" in told) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("bench", ["--bench.lengths", "30/4/4"]),
+        ("sample", ["--sample.prompts-file", "pairs/train.jsonl", "--sample.policy", "runs/one/sft/export"]),
+        ("plan", ["--topology", "h100:8"]),
+        ("study", ["--study.a", "pairs/train.jsonl", "--study.b", "pairs/test.jsonl"]),
+        ("frontier", []),
+    ],
+)
+def test_what_brings_its_own_data_needs_none(place, capsys, name, flags):
+    sizes = {"family": "gpt_neox", "width": 64, "layers": 2, "heads": 4, "max_positions": 64}
+    write_config(place, data={"path": None, "source": "reviews" if name == "frontier" else "files"}, model=sizes)
+    code, told = check(name, *flags, "--check", capsys=capsys)
+    assert code == 0, told
+
+
 @pytest.mark.parametrize("name", program.COMMANDS)
 def test_every_command_that_reads_a_configuration_can_be_checked(name):
     assert preflight.LOOKS[name]

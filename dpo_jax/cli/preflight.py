@@ -20,6 +20,8 @@ from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, Traini
 from dpo_jax.cli.preflight_inputs import Check, data, files, judged_files, model, prompts, tokenizer
 from dpo_jax.extras import install_command
 
+MOST_OF_A_HOST = 8  # devices, of any TPU or GPU machine that is sold
+
 
 def run(name: str, config: Config, scope: Scope, *, path: str) -> int:
     """Checks the command `name`; prints what would run. Raises the first problem, with the words of all."""
@@ -84,6 +86,8 @@ def batch_parts(section: TrainingConfig, row_shards: int, *, layout: str) -> int
 def _devices(check: Check) -> None:
     config, count = check.config, check.scope.devices
     if config.run.devices == "single":
+        if config.run.distributed == "auto" and count is not None and count > MOST_OF_A_HOST:
+            raise ConfigError(f"run.devices: single is one device, and {count} are on several hosts; use mesh or pmap")
         unused = f" of {count}: run.devices mesh or pmap takes all" if count is not None and count > 1 else ""
         check.tell("devices", f"one{unused}")
     elif config.run.devices == "pmap":
@@ -215,6 +219,14 @@ def _run_folders(check: Check) -> None:
         check.tell("reads", folder)
 
 
+def _raced(check: Check) -> None:
+    """What `bench` computes with."""
+    if check.config.bench.lengths or check.config.bench.sampling:
+        check.tell("data", "random tokens")
+    else:
+        data("train")(check)
+
+
 _POLICY = model("dpo.policy", Config.dpo_policy)
 _START = model("model.path", lambda c: c.model.path, expected=True)
 _RUNS = (_writers, _run_dir)
@@ -258,5 +270,5 @@ LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
     "study": (files(("study.a", lambda c: c.study.a), ("study.b", lambda c: c.study.b)), _run_dir),
     "agree": (files(("agree.key", lambda c: c.agree.key)), _run_dir),
     "report": (_run_folders,),
-    "bench": (data("train"), tokenizer, _START, _run_dir),
+    "bench": (_raced, tokenizer, _START, _run_dir),
 }
