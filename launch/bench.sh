@@ -28,6 +28,7 @@ case ${1:---} in -*) ;; *) config=$1 && shift ;; esac
 export DPO_JAX_VENV=${DPO_JAX_VENV:-.venv-bench}
 python=$DPO_JAX_VENV/bin/python
 
+check_first -- "$DPO_JAX_VENV/bin/dpo-jax" bench "$config" "$@"
 ./launch/env.sh
 if [ -n "${DPO_JAX_TORCH:-}" ] && ! "$python" -c 'import torch' 2>/dev/null; then
   say "installing $DPO_JAX_TORCH"

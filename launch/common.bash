@@ -2,6 +2,9 @@
 # shellcheck shell=bash
 
 dry_run=no
+quiet=no # of checks that find nothing
+# shellcheck disable=SC2034 # read by the scripts
+checked=no
 dpo_jax=${DPO_JAX_VENV:-.venv}/bin/dpo-jax
 
 say() { printf '[%s] %s\n' "${0##*/}" "$1" >&2; }
@@ -83,6 +86,32 @@ program_on_many_hosts() {
   esac
   program_of "$@"
   case " ${*%%=*} " in *' --distributed '* | *' --run.distributed '*) ;; *) program+=(--distributed auto) ;; esac
+}
+
+# check_first [--check-OPTION ...] -- PROGRAM...: whether a command of dpo-jax, or hh_pipeline.sh, could run, before anything is
+# rented or installed. Ends with the message and the exit code of `dpo-jax COMMAND CONFIG.yaml --check`. Where there is no dpo-jax
+# only the file is looked for: then `checked` stays "no".
+check_first() {
+  local options=(--check) with=${DPO_JAX_VENV:-.venv}/bin/dpo-jax
+  while [ "$1" != -- ]; do options+=("$1") && shift; done
+  shift
+  if [[ $1 == */hh_pipeline.sh ]]; then
+    "$@" "${options[@]}" >&2 || exit $?
+    return
+  fi
+  [ -x "$with" ] || with=$(command -v dpo-jax) || with=''
+  if [ -n "$with" ]; then
+    if [ "$quiet" = yes ]; then
+      "$with" "${@:2}" "${options[@]}" >/dev/null || exit $?
+    else
+      "$with" "${@:2}" "${options[@]}" >&2 || exit $?
+    fi
+    # shellcheck disable=SC2034 # read by the scripts
+    checked=yes
+  else
+    [ -f "${3:-}" ] || die "${3:-no configuration given}: no such file"
+    say "$2 $3: the file is there; its options, data and models are not checked, for want of dpo-jax (./launch/env.sh brings it)"
+  fi
 }
 
 # check_run_dir FOLDER WORD...: a run that is to continue on another machine must lie on the disk that all of them share.

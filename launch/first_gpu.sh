@@ -31,6 +31,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 python=${DPO_JAX_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+[ -f "$race" ] || die "$race: no such file"
 mkdir -p "$out"
 failed=0
 

@@ -14,6 +14,7 @@ Usage: ./launch/gcluster.sh [--dry-run] submit NAME OPTION ... -- COMMAND CONFIG
   ./launch/gcluster.sh submit hh --cluster C --location L --project P --compute-type v6e-16 --image IMAGE \
     --mount filestore://INSTANCE/SHARE:/mnt/dpo_jax:rw -- dpo configs/hh_pythia28_dpo.yaml --run.dir /mnt/dpo_jax/hh --run.devices mesh
 
+Before anything is submitted, the command is checked with the dpo-jax of this machine, if there is one (dpo-jax COMMAND ... --check).
 OPTIONs go to `gcluster job` as they are (gcluster job submit --help). IMAGE is that of launch/kubernetes/Dockerfile. --run.dir
 must lie in /mnt/dpo_jax, a disk that all hosts share; dpo-jax writes to folders, so gs:// is refused.
 
@@ -60,6 +61,10 @@ submit() {
   dpo_jax=dpo-jax
   program_on_many_hosts ${command[@]+"${command[@]}"}
   check_run_dir /mnt/dpo_jax "${program[@]}"
+  case ${program[2]:-} in
+    /mnt/dpo_jax/*) say "${program[2]} is on the disk of the hosts: it is checked there" ;;
+    *) check_first --check-elsewhere=/mnt/dpo_jax -- "${program[@]}" ;;
+  esac
   [ -z "$env_file" ] || line="set -a && . $(quoted "$env_file") && set +a && "
   # exec: the signal that ends a container goes to its first process.
   line+="exec $(quoted "${program[@]}")"

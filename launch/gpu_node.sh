@@ -8,7 +8,8 @@ usage() {
 Usage: ./launch/gpu_node.sh [--dry-run] start COMMAND CONFIG.yaml [--section.option VALUE ...]
        ./launch/gpu_node.sh follow | status | stop
 
-  start   installs what is missing (launch/env.sh, which finds the CUDA version), then starts `dpo-jax COMMAND ...`
+  start   checks the command (dpo-jax COMMAND ... --check), installs what is missing (launch/env.sh, which finds the CUDA
+          version), then starts `dpo-jax COMMAND ...`
   follow  prints its log until it ends, and ends with its exit code; Ctrl-C ends only the printing
   status  running, or how it ended
   stop    asks it to save and end (exit code 143); the same start continues it
@@ -27,7 +28,9 @@ start() {
   program_of "$@"
   # Without this a broken driver would end in a quiet installation for the CPU.
   [ "$dry_run" = yes ] || [[ $(nvidia-smi --list-gpus 2>/dev/null) == 'GPU '* ]] || die "nvidia-smi finds no GPU on this machine" 1
+  check_first -- "${program[@]}"
   run ./launch/env.sh
+  [ "$dry_run" = yes ] || [ "$checked" = yes ] || check_first -- "${program[@]}"
   run ./launch/detached.sh start "${program[@]}"
 }
 

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 usage() {
   cat <<'TEXT'
-Usage: ./launch/hh_pipeline.sh [--dry-run] [--steps STEP,STEP,...] --data.path DIR [--section.option VALUE ...]
+Usage: ./launch/hh_pipeline.sh [--dry-run | --check] [--steps STEP,STEP,...] --data.path DIR [--section.option VALUE ...]
 
 The steps: audit, sft, refs, dpo, eval, export. The first two read configs/hh_pythia28_sft.yaml, the others
 configs/hh_pythia28_dpo.yaml; DPO_JAX_SFT_CONFIG and DPO_JAX_DPO_CONFIG name others. The exported model, in
@@ -20,6 +20,9 @@ With --distributed auto (and --coordinator, --num-processes, --process-id) start
 run.dir that all hosts share. It then has the steps that run on many hosts: sft, refs, dpo, eval. On one host:
 --steps audit before, --steps export after.
 
+Before the first step all of them are checked (dpo-jax COMMAND CONFIG --check): data, models, run directory. --check does
+only this, --dry-run this and printing the commands. What an earlier step makes is taken for granted.
+
 Exit codes: that of the step that failed; 143 when it was asked to stop (SIGTERM or Ctrl-C) and has saved.
 TEXT
 }
@@ -29,6 +32,8 @@ read_arguments() {
   while [ $# -gt 0 ]; do
     case $1 in
       --dry-run) dry_run=yes ;;
+      --check) check_only=yes ;;
+      --check-*) check_options+=("$1") ;;
       -h | --help) usage && exit 0 ;;
       --steps=*) steps=${1#*=} ;;
       --run.dir=*) run_dir=${1#*=} ;;
@@ -65,6 +70,19 @@ command_of() {
   program=("$dpo_jax" "$1" "$config" --run.dir "$run_dir" ${options[@]+"${options[@]}"})
 }
 
+done_before() { [ -f "$run_dir/pipeline/$1.done" ] && [ "$(<"$run_dir/pipeline/$1.done")" = "$(asked)" ]; }
+
+# All steps before the first is taken: an error in the last one would else be found after days.
+check_steps() {
+  local step after=''
+  for step in $steps; do
+    command_of "$step"
+    if [ -f "${program[2]}" ] && done_before "$step"; then continue; fi
+    check_first ${check_options[@]+"${check_options[@]}"} ${after:+--check-after="$after"} -- "${program[@]}"
+    after=${after:+$after,}$step
+  done
+}
+
 # What a step was asked to do: its command, less what tells hosts apart, and the content of its configuration.
 asked() {
   { quoted "${program[@]}" | sed -E 's/ --(coordinator|num-processes|process-id)[ =][^ ]*//g' && cat "${program[2]}"; } | cksum
@@ -80,13 +98,13 @@ users_of() {
 }
 
 take() {
-  local step=$1 mark=$run_dir/pipeline/$1.done later code=0
+  local step=$1 later code=0
   command_of "$step"
   if [ "$dry_run" = yes ]; then
     run "${program[@]}"
     return
   fi
-  if [ -f "$mark" ] && [ "$(<"$mark")" = "$(asked)" ]; then
+  if done_before "$step"; then
     say "$step: done before"
     return
   fi
@@ -100,14 +118,17 @@ take() {
   esac
   # Every host writes the same mark: a step ends on all of them together.
   mkdir -p "$run_dir/pipeline"
-  asked >"$mark.$$"
-  mv "$mark.$$" "$mark"
+  asked >"$run_dir/pipeline/$step.$$"
+  mv "$run_dir/pipeline/$step.$$" "$run_dir/pipeline/$step.done"
 }
 
 . launch/common.bash
 sft_config=${DPO_JAX_SFT_CONFIG:-configs/hh_pythia28_sft.yaml} dpo_config=${DPO_JAX_DPO_CONFIG:-configs/hh_pythia28_dpo.yaml}
-steps='' run_dir='' many_hosts=no options=() program=()
+steps='' run_dir='' many_hosts=no check_only=no check_options=() options=() program=()
 read_arguments "$@"
-[ "$dry_run" = yes ] || [ -x "$dpo_jax" ] || die "$dpo_jax is not there: run ./launch/env.sh first" 1
+[ "$dry_run" = yes ] || [ "$check_only" = yes ] || [ -x "$dpo_jax" ] || die "$dpo_jax is not there: run ./launch/env.sh first" 1
 for step in $steps; do command_of "$step"; done # a wrong name is refused before any work
+[ "$dry_run" = yes ] || [ "$check_only" = yes ] || quiet=yes
+check_steps
+[ "$check_only" = no ] || exit 0
 for step in $steps; do take "$step"; done

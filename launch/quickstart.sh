@@ -4,33 +4,53 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
+usage() {
   cat <<'TEXT'
-Usage: ./launch/quickstart.sh [CONFIG.yaml [--section.option VALUE ...]]
+Usage: ./launch/quickstart.sh [--dry-run] [CONFIG.yaml [--section.option VALUE ...]]
 
 Without arguments: configs/quickstart.yaml, at most five minutes on two CPU cores after the packages are
 installed, no network. Results go to runs/quickstart; run it again to continue or to see them again.
+--dry-run prints the commands, and installs and runs nothing.
 
   ./launch/quickstart.sh configs/quickstart.yaml --run.dir runs/second --run.seed 1
   ./launch/quickstart.sh configs/hh_small.yaml --data.path DIR
 
 Options are given to every step, so they must be ones that every step reads: --run.*, --data.*,
 --tokenizer.* and --model.*. Options of one step are set in the file, or by calling dpo-jax yourself.
+All steps are checked before the first (dpo-jax COMMAND CONFIG --check).
 TEXT
-  exit 0
-fi
-
-config=${1:-configs/quickstart.yaml}
-[ $# -gt 0 ] && shift
-step() {
-  printf '\n== %s ==\n' "$1"
-  "${DPO_JAX_VENV:-.venv}/bin/dpo-jax" "$2" "$config" "${@:3}"
 }
 
-./launch/env.sh
+. launch/common.bash
+steps=(audit sft refs dpo eval)
+titles=(
+  "1/5  Is the data fit for training?"
+  "2/5  A policy to start from: supervised fine-tuning"
+  "3/5  The reference: log-probabilities of that policy, once"
+  "4/5  Direct Preference Optimization"
+  "5/5  What changed, on pairs never seen in training"
+)
 
-step "1/5  Is the data fit for training?" audit "$@"
-step "2/5  A policy to start from: supervised fine-tuning" sft "$@"
-step "3/5  The reference: log-probabilities of that policy, once" refs "$@"
-step "4/5  Direct Preference Optimization" dpo "$@"
-step "5/5  What changed, on pairs never seen in training" eval "$@"
+check_steps() {
+  local step after=''
+  for step in "${steps[@]}"; do
+    check_first ${after:+--check-after="$after"} -- "$dpo_jax" "$step" "$@"
+    after=${after:+$after,}$step
+  done
+}
+
+case ${1:-} in -h | --help) usage && exit 0 ;; esac
+[ "${1:-}" != --dry-run ] || { dry_run=yes && shift; }
+case ${1:-} in
+  '') set -- configs/quickstart.yaml ;;
+  -*) die "a CONFIG.yaml comes first, such as configs/quickstart.yaml; then options (--help explains)" ;;
+esac
+[ "$dry_run" = yes ] || quiet=yes
+
+check_steps "$@"
+run ./launch/env.sh
+[ "$dry_run" = yes ] || [ "$checked" = yes ] || check_steps "$@"
+for number in "${!steps[@]}"; do
+  [ "$dry_run" = yes ] || printf '\n== %s ==\n' "${titles[$number]}"
+  run "$dpo_jax" "${steps[$number]}" "$@"
+done

@@ -8,13 +8,14 @@ usage() {
   cat <<'TEXT'
 Usage: ./launch/tpu_pod.sh [--dry-run] VERB NAME --zone ZONE [OPTION ...] [-- COMMAND CONFIG.yaml [--section.option VALUE ...]]
 
-  run      the whole story: create, wait, install, start, follow; after a preemption again, until the run has ended.
+  run      the whole story: check, create, wait, install, start, follow; after a preemption again, until the run has ended.
            The same line continues it from any point, also when it is running
   create   asks for the slice (a queued resource). --accelerator-type and --runtime-version say which, --spot or --reserved
            how (neither: on demand). These and other options go to `gcloud compute tpus queued-resources create`
   wait     until the slice is there
   install  sends the committed files of this repository, mounts --nfs HOST:/EXPORT, sets up .venv; on all workers
-  start    starts `dpo-jax COMMAND ... --distributed auto` on all workers; it outlives the connection
+  start    checks the command on the first worker, then starts `dpo-jax COMMAND ... --distributed auto` on all workers; it
+           outlives the connection
   follow   prints the log of the first worker; Ctrl-C ends only the printing
   status   one line a worker: running, or how it ended
   stop     asks the run to save and end (exit code 143)
@@ -26,6 +27,10 @@ Usage: ./launch/tpu_pod.sh [--dry-run] VERB NAME --zone ZONE [OPTION ...] [-- CO
 COMMAND is sft, refs, dpo or eval, or hh_pipeline.sh with its options. --run.dir must lie in /mnt/dpo_jax, where every worker
 mounts the NFS export (Filestore, for example): what is on a worker's own disk is gone with the worker, and a checkpoint is
 written by all of them. dpo-jax writes to folders, so gs:// is refused. The export must be writable for you.
+
+run checks the command (dpo-jax COMMAND ... --check) on this machine before the slice is asked for, --dry-run too: options, batch and
+mesh for the chips of the slice, and whether the configuration is committed. Without dpo-jax here only the file is looked for. The
+first worker checks again, now with the data and models on the shared disk.
 
 WANDB_API_KEY and HF_TOKEN are taken from the environment and go to each worker through the connection, into a file that the
 start deletes; that takes some seconds a worker. ssh to several workers needs your key in the agent: ssh-add ~/.ssh/google_compute_engine
@@ -86,9 +91,48 @@ check_arguments() {
     run | start)
       program_on_many_hosts ${command[@]+"${command[@]}"}
       check_run_dir "$mount" "${program[@]}"
+      check_here
       ;;
   esac
   [ "$dry_run" = yes ] || command -v gcloud >/dev/null || die "gcloud is not there: install the Google Cloud CLI" 1
+}
+
+# Before anything costs. What lies on the shared disk only the workers can see.
+check_here() {
+  local chips config=''
+  [[ ${program[0]} == */hh_pipeline.sh ]] || config=${program[2]:-}
+  case $config in
+    "$mount"/*)
+      say "$config is on the disk of the workers: the first of them checks it"
+      return
+      ;;
+    /*) die "$config is not on a worker: only committed files of this repository are sent, and $mount is mounted" ;;
+  esac
+  chips=$(chips_of "$(option --accelerator-type ${create_options[@]+"${create_options[@]}"})")
+  check_first --check-elsewhere="$mount" ${chips:+--check-devices="$chips"} -- "${program[@]}"
+  if [ -n "$config" ] && git rev-parse --quiet --verify HEAD >/dev/null 2>&1 && ! git cat-file -e "HEAD:./$config" 2>/dev/null; then
+    die "$config is not committed, and only committed files are sent: git add $config, then git commit"
+  fi
+}
+
+# The devices of a slice by its type, as JAX counts them; nothing for a type that is not known. v2 to v4 and v5p are named after
+# their cores: of v2 and v3 each is a device, of the others two are.
+chips_of() {
+  local number=${1##*-}
+  case $1 in
+    v5litepod-*[0-9] | v6e-*[0-9] | v2-*[0-9] | v3-*[0-9]) echo "$number" ;;
+    v4-*[0-9] | v5p-*[0-9]) echo $((number / 2)) ;;
+  esac
+}
+
+# Now with the data and models that the workers see. A second start on the same disk would find the same.
+check_there() {
+  local found=0
+  on 0 "$(in_repository "${program[@]}" --check)" || found=$?
+  case $found in
+    2 | 65 | 73 | 74) die "the run could not start, as the first worker says; the slice costs until: $0 delete $name --zone $zone" "$found" ;;
+  esac
+  return "$found"
 }
 
 queued_resources() { run gcloud compute tpus queued-resources "$1" "$name" --zone="$zone" "${@:2}"; }
@@ -183,7 +227,7 @@ cd dpo_jax && DPO_JAX_EXTRAS=$(quoted "${DPO_JAX_EXTRAS:-tpu}") ./launch/env.sh
 TEXT
 }
 
-start() { send_keys && on all "$(in_repository ./launch/detached.sh start "${program[@]}")"; }
+start() { check_there && send_keys && on all "$(in_repository ./launch/detached.sh start "${program[@]}")"; }
 
 # Through the connection, one worker after the other: gcloud gives its standard input to one of several.
 send_keys() {

@@ -38,6 +38,11 @@ class Cloud:
             (self.bin / tool).symlink_to(shutil.which(tool) or f"/{tool}-is-missing")
         shutil.copytree(ROOT / "launch", self.clone / "launch")
         shutil.copy(ROOT / "pyproject.toml", self.clone)
+        (self.clone / "configs").mkdir()
+        for config in ROOT.glob("configs/hh_pythia28_*.yaml"):
+            shutil.copy(config, self.clone / "configs")
+        for name in ("configs/hh.yaml", "c.yaml"):
+            (self.clone / name).touch()
         self.processes = []
         self.environment = {"PATH": str(self.bin), "HOME": str(path / "home"), "CLOUD": str(path)}
         self.environment |= {"DPO_JAX_MOUNT": str(self.share), "DPO_JAX_POLL_SECONDS": "0.02", "DPO_JAX_SYS": "/nowhere"}
@@ -52,9 +57,10 @@ class Cloud:
         file.chmod(0o755)
 
     def program(self, text):
-        """What the worker's `dpo-jax` does, after it has written down its arguments and keys."""
+        """What the worker's `dpo-jax` does, after writing down arguments and keys. $CLOUD/check: the code of --check."""
+        check = 'case " $* " in *" --check "*) exit "$(cat "$CLOUD/check" 2>/dev/null || echo 0)" ;; esac\n'
         note = 'printf "%s\\0" "$@" >"$HOME/argv"\nprintf "%s " "${HF_TOKEN:-}" "${WANDB_API_KEY:-}" >"$HOME/keys"\n'
-        self.add("dpo-jax", note + text, folder=self.path)
+        self.add("dpo-jax", check + note + text, folder=self.path)
 
     def commit(self):
         me = ("-c", "user.name=me", "-c", "user.email=me@example.org")
@@ -85,6 +91,7 @@ class Cloud:
         """What was asked of gcloud, one word or two a call, without the questions for the state."""
         short = [(words[2:4], words[-1]) for words in self.calls()]
         named = [f"ssh {last.split()[4]}" if "detached.sh" in last else verb[1] for verb, last in short]
+        named = ["ssh check" if last.endswith(" --check") else name for name, (_, last) in zip(named, short, strict=True)]
         return [name for name in named if name != "describe"]
 
     def worker(self, number):

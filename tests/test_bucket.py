@@ -1,5 +1,6 @@
 """Checkpoints in a bucket: `gs://...` goes to orbax as it was given, and what is done with folders is done there as well."""
 
+import importlib.util
 import logging
 import sys
 import types
@@ -65,8 +66,8 @@ def test_the_name_of_a_bucket_stays_as_it_is(bucket):
 
 
 def test_a_bucket_without_its_package_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"run.checkpoints: gs:// needs the package gcsfs: pip install 'dpo_jax\[gcs\]'"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"run.checkpoints: gs:// needs the package gcsfs: (uv )?pip install -e .*\[gcs\]"):
         train.earlier_run(Config(run=RunConfig(checkpoints="gs://bucket/hh")), "dpo", DpoConfig())
 
 

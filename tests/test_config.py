@@ -14,9 +14,9 @@ import jax
 import pytest
 import yaml
 
-from dpo_jax.cli import build
+from dpo_jax.cli import build, words
 from dpo_jax.cli import main as program
-from dpo_jax.cli.config import Config, ConfigError, DpoConfig, dump_config, help_text, load_config, problems
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig, dump_config, every_option, help_text, load_config, problems
 from dpo_jax.cli.config_file import types_of
 from dpo_jax.cli.fixed import fix
 
@@ -76,6 +76,10 @@ def error_of(tmp_path, text):
     [
         ("dpo:\n  beat: 1", r'bad.yaml:2: dpo.beat: unknown key; did you mean "beta"\? \(section dpo has: batch, epochs,'),
         ("dop: {}", r'bad.yaml:1: dop: unknown section; did you mean "dpo"\?'),
+        ("dpo:\n  learning_rate: 1", "bad.yaml:2: dpo.learning_rate: unknown key; instead: sft.lr or dpo.lr or"),
+        ("beta: 0.1", "bad.yaml:1: beta: unknown section; instead: dpo.beta "),
+        ("lora: {rank: 8}", "bad.yaml:1: lora: unknown section; instead: LoRA is not offered"),
+        ("run: {bf16: true}", "run.bf16: unknown key; instead: run.precision bfloat16"),
         ("dpo: {1: 2}", "bad.yaml:1: dpo.1: unknown key"),
         ("dpo: {[1]: 2}", "bad.yaml:1: dpo.a list: unknown key"),
         ("dpo:\n  beta: 1\n  beta: 2", "bad.yaml:3: dpo.beta: set twice, first on line 2; keep one of them"),
@@ -243,6 +247,14 @@ def test_flags_override_the_file(small, ran):
             "--dpo.microbatches=2: refs does not read this option (dpo, plan, reward-model, ppo, frontier, bench would)",
         ),
         (["sample", "SMALL", "--data.source", "tfds"], "data.path: source tfds needs"),
+        (["dpo", "SMALL", "--learning-rate", "1e-6"], "--learning-rate: unknown option; instead: --dpo.lr\n"),
+        (["sft", "SMALL", "--learning_rate=1e-6"], "--learning_rate: unknown option; instead: --sft.lr\n"),
+        (["dpo", "SMALL", "--training.learning-rate", "1"], "instead: --dpo.lr\n"),
+        (["dpo", "SMALL", "--beta", "1"], "--beta: unknown option; instead: --dpo.beta\n"),
+        (["dpo", "SMALL", "--max-grad-norm", "1"], "--max-grad-norm: unknown option; instead: --dpo.max-grad-norm\n"),
+        (["dpo", "SMALL", "--lora.rank", "8"], "--lora.rank: unknown option; instead: LoRA is not offered"),
+        (["dpo", "SMALL", "--bf16", "--use-peft"], "--bf16: unknown option; instead: --run.precision bfloat16\n--use-peft: "),
+        (["refs", "SMALL", "--output-dir", "x"], "--output-dir: unknown option; instead: --run.dir\n"),
     ],
 )
 def test_wrong_use_is_told_and_exits_2(small, ran, capsys, args, expected):
@@ -284,6 +296,52 @@ def test_help_of_every_command(name, capsys):
     module, function = program.COMMANDS[name].target.split(":")
     hints = typing.get_type_hints(getattr(importlib.import_module(module), function))
     assert hints == {"config": Config, "return": int}
+
+
+TYPED = re.findall(
+    r"\S+",
+    """
+    learning_rate gradient_accumulation_steps per_device_train_batch_size bf16 fp16 loss_type lr_scheduler_type
+    num_train_epochs push_to_hub lora_r lora.rank use_peft max_length max_prompt_length beta output_dir model_name_or_path
+    dataset_name logging_steps save_steps save_total_limit eval_steps eval_strategy report_to gradient_checkpointing
+    warmup_ratio warmup_steps optim weight_decay max_grad_norm max_steps seed precompute_ref_log_probs attn_implementation
+    torch_dtype label_smoothing dataset_train_split truncation_mode deepspeed fsdp load_in_4bit resume_from_checkpoint
+    ref_model trust_remote_code hub_model_id model.name_or_path loss.beta n_epochs exp_name eval_every
+    """,
+)
+
+
+@pytest.mark.parametrize("word", TYPED)
+def test_what_users_of_trl_type_has_an_answer(word):
+    """The same in any spelling."""
+    spellings = {word, f"--{word}", f"--{word.replace('_', '-')}", word.upper()}
+    (answer,) = {words.instead(spelling, every_option()) for spelling in spellings}
+    assert answer
+
+
+def test_answers_name_options_that_there_are():
+    for word, answer in words.WORDS.items():
+        assert word == word.lower()
+        named = re.findall(r"\b[a-z]+\.[a-z_]+\b", answer.replace("metrics.jsonl", ""))
+        assert not set(named) - set(every_option()), answer
+        flags = words.as_flags(answer, every_option())
+        assert all(f"--{option.replace('_', '-')}" in flags for option in named)
+
+
+def test_what_is_near_to_an_option_is_still_suggested(small, capsys):
+    assert program.main(["dpo", small, "--dpo.betta", "3"]) == 2
+    assert "--dpo.beta FLOAT" in capsys.readouterr().err
+    assert words.instead("--nothing-of-the-kind", every_option()) is None
+
+
+def test_help_with_a_command_is_that_commands_help(capsys):
+    assert program.main(["help", "dpo"]) == 0
+    first = capsys.readouterr().out
+    assert program.main(["dpo", "--help"]) == 0
+    assert first == capsys.readouterr().out
+    assert program.main(["help", "dop"]) == 2
+    assert program.main(["help"]) == 0
+    assert "--check-after=CMD,CMD" in capsys.readouterr().out
 
 
 def test_overview_lists_commands_and_exit_codes(capsys):

@@ -379,7 +379,7 @@ def test_optional_writers_get_every_row_or_name_the_extra(tmp_path, monkeypatch)
         ("wandb", lambda path: records.WandbWriter("p", directory=path)),
     ):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(ModuleNotFoundError, match=rf"{module}: pip install 'dpo_jax\[writers\]'"):
+        with pytest.raises(ModuleNotFoundError, match=rf"{module}: (uv )?pip install -e .*\[writers\]"):
             make(tmp_path)
     calls = []
     recorder = types.SimpleNamespace(

@@ -15,6 +15,7 @@ from dpo_jax.data.loader import batch_indices, total_steps
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.tokenizer import load_tokenizer, tokenizer_digest, train_tokenizer
 from dpo_jax.models import hub
+from dpo_jax.models.folder import is_hub_id
 
 DATED = (
     "{% set form = '%A %-d %b, 100 %%' %}Today is {{ strftime_now('%d %B %Y') }}, {{ strftime_now(form) }}.\n"
@@ -164,12 +165,12 @@ def test_a_hub_model_stays_at_its_revision(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["org/name", "org/na.me-2", "org/name@main", "org/name@0f1e"])
 def test_hub_ids(name):
-    assert hub.is_hub_id(name)
+    assert is_hub_id(name)
 
 
 @pytest.mark.parametrize("name", ["./org/name", "/org/name", "name", "a/b/c", "org/name@", "runs/x/sft/export"])
 def test_no_hub_ids(name):
-    assert not hub.is_hub_id(name)
+    assert not is_hub_id(name)
 
 
 # What is compared.

@@ -31,6 +31,7 @@ class Machine:
     def __init__(self, path):
         self.repository, self.bin, self.calls = path / "clone", path / "tools" / "bin", path / "calls"
         shutil.copytree(ROOT / "launch", self.repository / "launch")
+        shutil.copytree(ROOT / "configs", self.repository / "configs", ignore=shutil.ignore_patterns("*.png"))
         shutil.copy(ROOT / "pyproject.toml", self.repository)
         (path / "home").mkdir()
         self.bin.mkdir(parents=True)
@@ -51,7 +52,7 @@ class Machine:
         return subprocess.run(command, env=self.environment | environment, capture_output=True, text=True, cwd="/")
 
     def called(self, text):
-        return [line for line in self.calls.read_text().splitlines() if text in line]
+        return [line for line in self.calls.read_text().splitlines() if text in line and "--check" not in line]
 
 
 @pytest.fixture
@@ -186,13 +187,32 @@ def test_quickstart_takes_the_steps_in_order(machine):
     assert [line.split(" ", 1)[1] for line in machine.called("dpo-jax")][4] == "eval configs/hh_small.yaml --data.path a b"
 
 
+def test_a_dry_run_of_the_quickstart_installs_nothing(machine):
+    machine.add_python("python3", 12)
+    done = machine.run("launch/quickstart.sh", "--dry-run", "configs/hh_small.yaml", "--data.path", "a b")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "./launch/env.sh"
+    assert lines[5] == ".venv/bin/dpo-jax eval configs/hh_small.yaml --data.path 'a b'"
+    assert machine.calls.read_text() == ""
+    assert not (machine.repository / ".venv").exists()
+    assert "data and models are not checked, for want of dpo-jax" in done.stderr
+    for words, message in ((["configs/nope.yaml"], "configs/nope.yaml: no such file"), (["--run.seed", "1"], "comes first")):
+        refused = machine.run("launch/quickstart.sh", "--dry-run", *words)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert message in refused.stderr
+
+
 def test_quickstart_stops_at_the_first_failure(machine):
     machine.add_python("python3", 12)
     machine.run("launch/env.sh")
     command = machine.repository / ".venv" / "bin" / "dpo-jax"
-    command.write_text('#!/usr/bin/env bash\necho "$*" >> "$CALLS"\n[ "$1" != sft ] || exit 65\n')
+    command.write_text('#!/usr/bin/env bash\necho "$*" >> "$CALLS"\n[ "$1" != sft ] || [[ "$*" == *--check* ]] || exit 65\n')
     assert machine.run("launch/quickstart.sh").returncode == 65
     assert machine.calls.read_text().split()[-2:] == ["sft", "configs/quickstart.yaml"]
+    command.write_text('#!/usr/bin/env bash\necho "$*" >> "$CALLS"\n[[ "$*" != eval*--check* ]] || exit 2\n')
+    assert machine.run("launch/quickstart.sh").returncode == 2  # found before the audit
+    assert not machine.called("configs")
 
 
 def test_test_script_runs_pytest(machine):
@@ -210,6 +230,7 @@ def test_bench_has_an_environment_of_its_own_with_the_torch_it_is_told(machine):
     assert (machine.repository / ".venv-bench" / ".dpo_jax").is_file()
     (line,) = machine.called("dpo-jax bench")
     assert line.endswith("bench configs/bench_hh_cpu.yaml --data.path a b")
+    (machine.repository / "configs" / "other.yaml").touch()
     machine.run("launch/bench.sh", "configs/other.yaml")
     assert machine.called("dpo-jax bench")[0].endswith("bench configs/other.yaml")
     assert not machine.called("torch==2.13.0")

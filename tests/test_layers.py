@@ -10,7 +10,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # First match wins. Modules of one floor may import each other, as far as Python itself allows.
 FLOORS = [
-    (1, ["types.py"]),
+    (1, ["types.py", "extras.py"]),
     (2, ["losses.py", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
     (3, ["dpo.py", "sft.py", "reward.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),
@@ -44,7 +44,10 @@ NOWHERE = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tens
 # --help answers at once
 LIGHT = [
     f"cli/{name}.py"
-    for name in ("config", "config_file", "config_judge", "config_lab", "config_report", "config_study", "fixed", "main")
+    for name in (
+        *("check_scope", "config", "config_file", "config_judge", "config_lab", "config_report", "config_study"),
+        *("fixed", "main", "words"),
+    )
 ]
 # What runs in the processes of the PyTorch contenders, where JAX would count as their memory.
 WITHOUT_JAX = [f"bench/{name}.py" for name in ("contender", "matmul", "torch_loop", "torch_sampler", "trl_loop", "work")]

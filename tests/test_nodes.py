@@ -155,7 +155,8 @@ def job(node):
 
 
 def program(node, text):
-    node.add("dpo-jax", text, folder=node.clone / ".venv" / "bin")
+    check = 'case " $* " in *" --check "*) echo "$*" >"$CLOUD/checked"; exit "${REFUSED:-0}" ;; esac\n'
+    node.add("dpo-jax", check + text, folder=node.clone / ".venv" / "bin")
 
 
 def free_job():
@@ -197,6 +198,22 @@ def test_what_saved_before_the_time_limit_is_queued_again(job, code, state, queu
     done = job.submit(SLURM_JOB_ID="77")
     assert done.returncode == code
     assert ("scontrol requeue 77" in (job.path / "calls").read_text()) == queued
+
+
+def test_a_job_is_checked_before_it_takes_all_nodes(job):
+    program(job, "exit 0\n")
+    done = job.submit(REFUSED="65")
+    assert done.returncode == 65
+    assert not (job.path / "calls").exists()  # no srun
+    assert (job.path / "checked").read_text() == "dpo c.yaml --distributed auto --check --check-devices=8\n"
+
+
+def test_a_gpu_node_is_checked_before_it_installs(job):
+    job.add("nvidia-smi", SMI)
+    program(job, "exit 0\n")
+    done = job.run(GPU, "start", "dpo", "c.yaml", REFUSED="2")
+    assert (done.returncode, status(job)) == (2, ["nothing"])
+    assert "installing" not in done.stderr
 
 
 def test_slurm_refuses_what_does_not_fit(job):

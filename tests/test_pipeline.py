@@ -13,6 +13,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STEPS = ["audit", "sft", "refs", "dpo", "eval", "export"]
 FAKE = """#!/usr/bin/env bash
+case "$*" in *--check*)
+  printf '%q ' "$@" >>"$CALLS.checks"
+  echo >>"$CALLS.checks"
+  [ "${REFUSED:-}" = "$1" ] && { echo "$1 is refused" >&2; exit 2; }
+  exit 0 ;;
+esac
 printf '%q ' "$@" >>"$CALLS"
 echo >>"$CALLS"
 if [ "${HANG:-}" = "$1" ]; then
@@ -26,6 +32,8 @@ exit 0
 # Like dpo-jax it takes SIGINT and SIGTERM, which a shell cannot in the background.
 COUNTS = f"""#!{sys.executable} -S
 import os, signal, sys, time
+if "--check" in sys.argv:
+    sys.exit(0)
 def heard(number, frame):
     with open(os.environ["CALLS"], "a") as calls:
         print(signal.Signals(number).name.removeprefix("SIG"), file=calls)
@@ -89,6 +97,24 @@ def test_every_step_once_with_its_options_as_they_were_given(chain):
     assert again.returncode == 0
     assert chain.calls() == []
     assert again.stderr.count("done before") == len(STEPS)
+
+
+def test_all_steps_are_checked_before_the_first(chain):
+    for how in ([], ["--dry-run"], ["--check"]):
+        refused = chain("--data.path", "one", *how, REFUSED="eval")
+        assert (refused.returncode, refused.stdout, chain.calls()) == (2, "", [])
+        assert "eval is refused" in refused.stderr
+    assert chain("--check", "--check-elsewhere=/mnt").returncode == 0
+    last = chain.calls_file.with_name("calls.checks").read_text().splitlines()[-len(STEPS) :]
+    assert [line.split()[0] for line in last] == STEPS
+    assert "--check-after=audit\\,sft\\,refs" in last[3]
+    assert all("--check-elsewhere=/mnt" in line for line in last)
+    assert chain("--steps", "audit,sft").returncode == 0
+    chain.calls_file.with_name("calls.checks").unlink()
+    assert chain("--check").returncode == 0  # what is done is there to be looked at
+    first = chain.calls_file.with_name("calls.checks").read_text().splitlines()[0].split()
+    assert first[0] == "refs"
+    assert not [word for word in first if word.startswith("--check-after")]
 
 
 def test_what_was_asked_differently_is_done_again(chain):

@@ -18,6 +18,7 @@ from dpo_jax.cli.config import load_config
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import shared_rows
 from dpo_jax.dpo import dpo_step
+from dpo_jax.extras import install_command
 from dpo_jax.logps import CHUNK, completion_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.attention import DENSE, AttentionPath, dense
@@ -76,7 +77,7 @@ def test_a_wrong_topology_is_all_that_is_printed(capfd):
 @pytest.mark.skipif(plugin_is_here(), reason="JAX's CUDA plugin is here")
 def test_without_the_plugin_the_extra_is_named(capsys):
     assert program.main(["plan", str(CONFIGS[0])]) == 2
-    assert "compiling for h100 needs JAX's CUDA plugin: pip install 'dpo_jax[cuda13]' (Linux, x86-64" in capsys.readouterr().err
+    assert f"compiling for h100 needs JAX's CUDA plugin: {install_command('cuda13')} (Linux, x86-64" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", GPUS)

@@ -108,7 +108,7 @@ def test_a_preempted_slice_is_asked_for_again_and_the_run_continues(pod, how):
     done = pod.run(*pod.command)
     assert done.returncode == 0, done.stderr
     assert (pod.path / "steps").read_text().split() == ["0", "1", "2", "3", "4"]
-    once = ["create", "scp", "ssh", "ssh start", "ssh follow"]
+    once = ["create", "scp", "ssh", "ssh check", "ssh start", "ssh follow"]
     first = once if "follow" in how else once[:3]
     assert [verb for verb in pod.verbs() if verb != "ssh status"] == [*first, "delete", *once]
     assert "step 4" in done.stdout
@@ -206,6 +206,56 @@ def test_what_cannot_work_is_refused_before_anything_costs(cloud, words, message
     assert message in done.stderr
 
 
+@pytest.mark.parametrize("how", [[], ["--dry-run"]])
+def test_a_run_that_cannot_start_is_refused_before_anything_costs(cloud, how):
+    share = f"--run.dir={cloud.share}/hh"
+    nope = cloud.run("launch/tpu_pod.sh", *how, "run", "hh", *SLICE, "--", "dpo", "configs/nope.yaml", share)
+    assert (nope.returncode, nope.stdout, cloud.calls()) == (2, "", [])
+    assert "configs/nope.yaml: no such file" in nope.stderr
+    cloud.add("dpo-jax", 'printf "%s\\n" "$@" >"$CLOUD/checked"; echo "no such option" >&2; exit 2\n')  # on this machine
+    for script, words in (("tpu_pod", ["run", "hh", *SLICE]), ("gcluster", ["submit", "hh"])):
+        share = "--run.dir=/mnt/dpo_jax/hh" if script == "gcluster" else share
+        wrong = cloud.run(f"launch/{script}.sh", *how, *words, "--", "dpo", "configs/hh.yaml", share, "--dpo.betta", "3")
+        assert (wrong.returncode, wrong.stdout, cloud.calls()) == (2, "", [])
+        assert "no such option" in wrong.stderr
+        given = (cloud.path / "checked").read_text().split()
+        assert given[:5] == ["dpo", "configs/hh.yaml", share, "--dpo.betta", "3"]
+        elsewhere = "/mnt/dpo_jax" if script == "gcluster" else cloud.share
+        devices = ["--check-devices=8"] if script == "tpu_pod" else []
+        assert given[-len(devices) - 2 :] == ["--check", f"--check-elsewhere={elsewhere}", *devices]
+
+
+@pytest.mark.parametrize(("kind", "chips"), [("v5litepod-16", 16), ("v6e-8", 8), ("v5p-8", 4), ("v4-32", 16), ("new-4", None)])
+def test_a_slice_is_checked_with_its_devices(cloud, kind, chips):
+    cloud.add("dpo-jax", 'printf "%s\\n" "$@" >"$CLOUD/checked"\n')
+    words = ["--zone=z1", "--accelerator-type", kind, "--runtime-version=v", "--nfs=nas:/v", "--"]
+    run = ["dpo", "configs/hh.yaml", f"--run.dir={cloud.share}/hh"]
+    assert cloud.run("launch/tpu_pod.sh", "--dry-run", "run", "hh", *words, *run).returncode == 0
+    last = (cloud.path / "checked").read_text().split()[-1]
+    assert last == (f"--check-devices={chips}" if chips else f"--check-elsewhere={cloud.share}")
+
+
+def test_only_a_configuration_that_workers_have_is_taken(pod):
+    (pod.clone / "configs" / "mine.yaml").touch()
+    for config, message in (
+        ("configs/mine.yaml", "configs/mine.yaml is not committed, and only committed files are sent"),
+        ("/tmp/mine.yaml", "/tmp/mine.yaml is not on a worker"),
+    ):
+        words = [config if word == "configs/hh.yaml" else word for word in pod.command]
+        done = pod.run(*words)
+        assert (done.returncode, pod.calls()) == (2, [])
+        assert message in done.stderr
+
+
+@pytest.mark.parametrize("code", [65, 73])
+def test_the_first_worker_checks_before_all_start(pod, code):
+    (pod.path / "check").write_text(str(code))
+    done = pod.run(*pod.command)
+    assert done.returncode == code
+    assert [verb for verb in pod.verbs() if verb != "ssh status"] == ["create", "scp", "ssh", "ssh check"]
+    assert "delete hh --zone z1" in done.stderr
+
+
 def test_half_a_request_is_refused(cloud):
     run = ["--", "dpo", "c.yaml", f"--run.dir={cloud.share}/hh"]
     for words, message in (
@@ -291,6 +341,7 @@ def test_skypilot_tells_each_machine_who_it_is(cloud):
     assert task["resources"]["use_spot"] is True
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [134, 143]
     (mount,) = task["file_mounts"]
+    assert task["file_mounts"][mount]["mode"] == "MOUNT"
     venv = cloud.clone / ".venv" / "bin"
     venv.mkdir(parents=True)
     cloud.add("dpo-jax", 'printf "%s\\0" "$@" "$JAX_COORDINATOR_ADDRESS" "$JAX_NUM_PROCESSES" "$JAX_PROCESS_ID"', folder=venv)
@@ -299,8 +350,21 @@ def test_skypilot_tells_each_machine_who_it_is(cloud):
         ["bash", "-euc", task["run"]], env=cloud.environment | sky, cwd=cloud.clone, capture_output=True, text=True, check=True
     )
     words = done.stdout.split("\0")[:-1]
-    assert words[:4] == ["dpo", "configs/hh_pythia28_dpo.yaml", "--run.dir", f"{mount}/hh"]
+    assert words[:4] == ["dpo", "configs/hh_pythia28_dpo.yaml", "--run.dir", "runs/hh"]  # a bucket has no append and no locks
+    given = dict(zip(words[2::2], words[3::2], strict=False))
+    assert given["--run.checkpoints"] == f"gs://{task['file_mounts'][mount]['name']}/hh"
+    assert given["--dpo.policy"].startswith(mount)  # only read
+    assert "gcs" in re.search(r"DPO_JAX_EXTRAS=(\S+)", task["setup"])[1].split(",")
     assert words[-5:] == ["--distributed", "auto", "10.0.0.1:8476", "2", "1"]
+    results = cloud.clone / "runs" / "hh" / "dpo"
+    results.mkdir(parents=True)
+    (results / "metrics.jsonl").write_text("{}")
+    first = task["run"].replace(mount, str(cloud.share))
+    sky["SKYPILOT_NODE_RANK"] = "0"
+    cloud.add("dpo-jax", "exit 143", folder=venv)
+    ended = subprocess.run(["bash", "-c", first], env=cloud.environment | sky, cwd=cloud.clone, capture_output=True)
+    assert ended.returncode == 143  # so that it is started again
+    assert (cloud.share / "hh" / "dpo" / "metrics.jsonl").is_file()  # what the first host has written is kept
     assert shlex.split(task["setup"])[-1] == "./launch/env.sh"
 
 

@@ -78,7 +78,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, package, extra, 
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"pip install 'dpo_jax\[{extra}\]'"):
+    with pytest.raises(ImportError, match=rf"pip install -e .*\[{extra}\]"):
         use()
 
 

@@ -10,6 +10,7 @@ from conftest import GOLDEN
 from transformers import AutoTokenizer
 
 from dpo_jax.data.chat import chat_preference
+from dpo_jax.data.files import split_names
 from dpo_jax.data.formats import common_prompt
 from dpo_jax.data.html import strip_html
 from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport, Preference, PreferenceSet, split_hh
@@ -211,6 +212,7 @@ def test_what_is_tolerated_is_noted(tmp_path):
         ["harmless-base/train.jsonl.gz", "helpful-base/train.jsonl.gz"],
         ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"],
         ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"],
+        ["comparisons/train-00000-of-00001.jsonl"],
     ],
 )
 def test_layouts(names, tmp_path):
@@ -233,6 +235,14 @@ def test_layouts(names, tmp_path):
         (["train.jsonl", "train.jsonl.gz"], "same file twice"),
         (["train.jsonl", "train/a.jsonl"], "ambiguous"),
         (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], r"shards \[1\] of 00003 are missing"),
+        (
+            ["en/train-00000-of-00001.jsonl", "de/train-00000-of-00001.jsonl"],
+            "ambiguous, .*(en/train.*de|de/train.*en)/train",
+        ),
+        (
+            ["README.jsonl.md", "data/train_prefs-00000-of-00001.jsonl", "data/test_prefs-00000-of-00001.jsonl"],
+            "choose among the splits test_prefs, train_prefs with --data.train-split and --data.test-split",
+        ),
     ],
 )
 def test_a_layout_is_never_guessed(names, detail, tmp_path):
@@ -241,6 +251,23 @@ def test_a_layout_is_never_guessed(names, detail, tmp_path):
     with pytest.raises(DataError, match=detail) as refusal:
         load(tmp_path)
     assert refusal.value.causes == (Cause.BAD_LAYOUT,)
+
+
+def test_a_repository_of_the_hub_is_read_and_one_that_is_not_here_is_told_how_to_get(tmp_path, monkeypatch):
+    for split in ("train_prefs", "test_prefs"):
+        write(tmp_path / "data" / f"{split}-00000-of-00001.jsonl", GOOD)
+    (tmp_path / ".cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / ".cache" / "huggingface" / "x.jsonl").touch()
+    assert [p.uid for p in load(tmp_path, "test_prefs")] == ["data/test_prefs-00000-of-00001.jsonl:1"]
+    assert split_names(tmp_path) == ["test_prefs", "train_prefs"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as refusal:
+        load("HuggingFaceH4/ultrafeedback_binarized")
+    command = "hf download HuggingFaceH4/ultrafeedback_binarized --repo-type dataset --local-dir data/ultrafeedback_binarized"
+    assert f"{command}, then --data.path data/ultrafeedback_binarized" in str(refusal.value)
+    for name in ("data/nowhere", "nowhere", "a/b/c", "/no/where", "../no"):
+        with pytest.raises(DataError, match="no such file or folder$"):
+            load(name)
 
 
 def test_a_subset_without_the_split_is_noted(tmp_path):

@@ -38,6 +38,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import batch_indices, plan_layout
+from dpo_jax.extras import install_command
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.hf import load_config, save_hf
@@ -114,7 +115,7 @@ def _need(config: Config, packages: list[str], *, option: str, otherwise: str = 
     python = _torch_python(config)
     if not race.installed(packages, python=python):
         raise ConfigError(
-            f"{option}: {python} has no {' or no '.join(packages)}: pip install 'dpo_jax[bench]', name another Python "
+            f"{option}: {python} has no {' or no '.join(packages)}: {install_command('bench')}, name another Python "
             f"(bench.torch_python){otherwise}"
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,11 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.cli.config import BASELINES, Config, ConfigError, DpoConfig, SftConfig, dump_config
 from dpo_jax.cli.fixed import date_of, pin_models
+from dpo_jax.cli.model_folders import check_fit, remedy
+from dpo_jax.cli.preflight import batch_parts as batch_parts
+from dpo_jax.cli.preflight import check_writers
+from dpo_jax.cli.preflight_inputs import TEXT_SOURCES as TEXT_SOURCES
+from dpo_jax.cli.preflight_inputs import refuse_texts
 from dpo_jax.data.chat_date import at_date
 from dpo_jax.data.encode import Encoded, token_ids, with_bos
 from dpo_jax.data.layout import Completion, Layout
@@ -46,7 +50,6 @@ from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, TrainState, Variables
 
-TEXT_SOURCES = ("snippets", "imdb")
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -67,7 +70,7 @@ def open_run(config: Config, task: str, *, continues: bool = False, out: str | N
     A task that `continues` what it finds may yet be refused for other settings: the records of an earlier run stay as they are
     until `train` calls `describe`.
     """
-    _check_writers(config)
+    check_writers(config)
     with RunDir(out or Path(config.run.dir) / task, lock=is_first()) as run:
         # The next task and a resumed run should not compile the same program again.
         keep_programs(Path(config.run.dir) / "compiled")
@@ -88,14 +91,6 @@ def describe(run: RunDir, config: Config, *reports: DataReport) -> None:
     run.write_env()
     if reports:
         write_json(run.data_report, {report.split: report.to_json() for report in reports})
-
-
-def _check_writers(config: Config) -> None:
-    """Raises `ConfigError` for a metrics writer whose package is missing: now, and not after the reference pass."""
-    wanted = {"tensorboard": "tensorboardX" if config.run.tensorboard else "", "wandb": "wandb" if config.run.wandb else ""}
-    for option, package in wanted.items():
-        if package and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"run.{option}: needs the package {package}: pip install 'dpo_jax[writers]', or leave it off")
 
 
 def make_partitioner(config: Config, model: Model) -> Partitioner:
@@ -139,15 +134,7 @@ def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any =
         preferences = review_preferences(count, config.run.seed, split=split)
         report = DataReport(source="reviews", split=split, format="reviews", rows=count, read=count, kept=count)
         return PreferenceSet(preferences, report).take(limit)
-    if data.source == "cnn_dailymail":
-        raise ConfigError(
-            "data.source: cnn_dailymail are articles with a summary and no preferences; sample and judge use them"
-        )
-    if data.source in TEXT_SOURCES:
-        raise ConfigError(
-            f"data.source: {data.source} are texts and no preferences; sft, ppo, optimum and frontier can use them, and label "
-            "makes preferences of them"
-        )
+    refuse_texts(config)
     name = data.train_split if split == "train" else data.test_split
     assert data.path is not None  # checked with the configuration
     format = "tfds" if data.source == "tfds" else data.format
@@ -219,7 +206,7 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     for path, option in ((config.tokenizer.path, "tokenizer.path"), (model_path, name)):
         if path is not None:
             with _naming(option, path):
-                return _with_bos_token(config, at_date(load_tokenizer(_existing(path, option)), date_of(config)))
+                return _with_bos_token(config, at_date(load_tokenizer(_existing(config, path, option)), date_of(config)))
     if config.data.source in TEXT_SOURCES:
         texts = [snippet.text for snippet in load_texts(config, "train")]
     else:
@@ -316,18 +303,13 @@ def policy_model(config: Config, path: str, tokenizer: PreTrainedTokenizerFast, 
 
     `name` is the option that `path` comes from. Weights are not read yet: what does not fit is refused at once.
     """
-    path = _existing(path, name)
+    path = _existing(config, path, name)
     with _naming(name, path):
         hf = load_config(path)
         decoder = decoder_config(hf)
         ends = end_tokens(path) or None
         check_tokenizer(tokenizer, decoder.vocab_size, eos_token_id=ends, pad_token_id=hf.get("pad_token_id"))
-    if config.data.max_length > decoder.max_positions:
-        raise ConfigError(
-            f"data.max_length: {config.data.max_length} tokens do not fit the {decoder.max_positions} positions of {path}"
-        )
-    if expected:
-        _check_sizes(config, decoder, path)
+    check_fit(config, decoder, path, expected=expected)
     return _model(config, hf)
 
 
@@ -340,7 +322,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast, *paths: str) -> tuple[int, ...]
 
 def load_weights(path: str, model: Model, partitioner: Partitioner, *, name: str) -> tuple[Variables, str]:
     """The weights in a folder whose model `policy_model` has checked, on the devices, and their digest."""
-    path, digest = _existing(path, name), WeightsDigest()
+    digest = WeightsDigest()
     with _naming(name, path):
         variables = partitioner.load_variables(variable_shapes(model), digest.watch(read_weights(path, model)))
     return variables, digest.hexdigest()
@@ -357,20 +339,12 @@ def _naming(option: str, path: str) -> Iterator[None]:
         raise ConfigError(f"{option}: {path}: {error}") from error
 
 
-def _check_sizes(config: Config, decoder: Any, path: str) -> None:
-    for name in ("family", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "vocab_size"):
-        want, have = getattr(config.model, name), getattr(decoder, name)
-        if want is not None and want != have:
-            raise ConfigError(f"model.{name}: {want} is expected, but {path} has {have}; correct one of them")
-
-
-def _existing(path: str, name: str) -> str:
-    """Raises `ConfigError` naming the option, if `path` is neither a folder nor something the Hub knows."""
+def _existing(config: Config, path: str, name: str) -> str:
+    """Raises `ConfigError` naming option and remedy, if `path` is neither a folder nor something the Hub knows."""
     try:
         return str(resolve(path))
     except (FileNotFoundError, NotADirectoryError) as error:
-        hint = " Run `dpo-jax sft` first, or name the model." if path.endswith(("sft/export", "dpo/export")) else ""
-        raise ConfigError(f"{name}: {error}.{hint}") from error
+        raise ConfigError(f"{name}: {error}. {remedy(config, path)}".rstrip()) from error
 
 
 def make_schedule(section: SftConfig | DpoConfig, *, steps: int) -> Schedule:
@@ -414,15 +388,3 @@ def pair_layout(config: Config, pairs: Sequence[Encoded], *, batch: int, parts: 
     kind, length = config.data.layout, config.data.row_length
     multiple = parts * (2 if kind == "plain" else 1)
     return plan_layout(pairs, kind=kind, batch=batch, length=length, multiple=multiple, microbatches=microbatches)
-
-
-def batch_parts(section: SftConfig | DpoConfig, row_shards: int, *, layout: str) -> int:
-    """Into how many parts the rows of a batch are divided. Raises `ConfigError` where the batch does not divide."""
-    parts = row_shards * section.microbatches
-    name = "sft" if isinstance(section, SftConfig) else "dpo"
-    if layout != "packed" and section.batch % parts:
-        raise ConfigError(
-            f"{name}.batch: {section.batch} does not divide among {row_shards} devices x {section.microbatches} "
-            f"microbatches; the nearest batch that does is {max(1, round(section.batch / parts)) * parts}"
-        )
-    return parts

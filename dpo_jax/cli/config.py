@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-from dpo_jax.cli import config_file, config_judge, config_lab, config_report, config_study
+from dpo_jax.cli import config_file, config_judge, config_lab, config_report, config_study, words
 from dpo_jax.cli.config_file import ConfigError as ConfigError
 from dpo_jax.cli.config_file import types_of
 from dpo_jax.cli.config_judge import JudgeConfig
@@ -631,7 +631,7 @@ def check(
 
 def load_config_with_lines(path: str | Path) -> tuple[Config, dict[str, int]]:
     """The config in a YAML file and the line of each dotted field that it sets. Raises `ConfigError`; ranges are checked."""
-    config, lines = config_file.read(path, Config)
+    config, lines = config_file.read(path, Config, instead=lambda key: words.instead(key, every_option()))
     check(config, lines=lines, path=path)
     return config, lines
 
@@ -639,6 +639,12 @@ def load_config_with_lines(path: str | Path) -> tuple[Config, dict[str, int]]:
 def load_config(path: str | Path) -> Config:
     """The config in a YAML file. Raises `ConfigError` with file, line, field and remedy."""
     return load_config_with_lines(path)[0]
+
+
+@functools.cache
+def every_option() -> tuple[str, ...]:
+    """The dotted name of each option, such as "dpo.beta"."""
+    return tuple(f"{section}.{field}" for section, cls in types_of(Config).items() for field in types_of(cls))
 
 
 def dump_config(config: Config) -> str:

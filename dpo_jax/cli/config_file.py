@@ -13,6 +13,7 @@ import functools
 import re
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,11 +35,13 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver(_SCALAR + "null", re.compile("^None$"), ["N"])
 
 
-def read(path: str | Path, cls: type[T]) -> tuple[T, dict[str, int]]:
+def read(
+    path: str | Path, cls: type[T], *, instead: Callable[[str], str | None] = lambda key: None
+) -> tuple[T, dict[str, int]]:
     """Returns an instance of `cls` (a dataclass, possibly of dataclasses) and the line of every dotted field the file sets.
 
-    Fields that the file leaves out keep their defaults. Raises `ConfigError` for an unreadable file, an unknown or repeated
-    key, and a value of the wrong type.
+    Fields that the file leaves out keep their defaults. `instead` may say what replaces an unknown dotted key. Raises
+    `ConfigError` for an unreadable file, an unknown or repeated key, and a value of the wrong type.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8")
@@ -56,7 +59,7 @@ def read(path: str | Path, cls: type[T]) -> tuple[T, dict[str, int]]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply; a configuration has sections and options, and nothing below") from None
-    reader = _Reader(str(path))
+    reader = _Reader(str(path), instead)
     return (reader.record(node, cls, "") if node else cls()), reader.lines
 
 
@@ -79,8 +82,9 @@ def suggest(name: str, known: typing.Iterable[str]) -> str:
 
 
 class _Reader:
-    def __init__(self, path: str):
+    def __init__(self, path: str, instead: Callable[[str], str | None]):
         self.path = path
+        self.instead = instead
         self.lines: dict[str, int] = {}
 
     def fail(self, node: yaml.Node, message: str) -> typing.NoReturn:
@@ -96,7 +100,8 @@ class _Reader:
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else _describe(key_node)
             if key not in known:
-                hint = suggest(key, known)
+                answer = self.instead(prefix + key)
+                hint = f"; instead: {answer}" if answer else suggest(key, known)
                 kind = "key" if prefix else "section"
                 self.fail(key_node, f"{prefix}{key}: unknown {kind}{hint} ({what} has: {', '.join(known)})")
             if key in values:

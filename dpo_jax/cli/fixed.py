@@ -104,7 +104,7 @@ def _text(record: Mapping[str, Any]) -> str:
 
 def _hub_ids(config: Config) -> Iterator[tuple[str, str]]:
     """(option, id) of every Hub model that is named without a revision."""
-    from dpo_jax.models.hub import is_hub_id
+    from dpo_jax.models.folder import is_hub_id
 
     for option in MODELS:
         section, field = option.split(".")

@@ -7,13 +7,15 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
+from dpo_jax.cli.config import Config, ConfigError, TrainingConfig
 from dpo_jax.data.chat_date import writes_date
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.tokenizer import tokenizer_digest
-from dpo_jax.types import Model
+
+if TYPE_CHECKING:
+    from dpo_jax.types import Model
 
 HELD_OUT = "token ids held out"
 NEITHER = {"policy", "reference", "microbatches"}
@@ -21,7 +23,7 @@ NEITHER = {"policy", "reference", "microbatches"}
 _LIMITS = ("max_length", "max_prompt_length", "truncation", "bos", "format", "on_bad", "max_train")
 
 
-def settings(config: Config, section: SftConfig | DpoConfig) -> dict[str, Any]:
+def settings(config: Config, section: TrainingConfig) -> dict[str, Any]:
     """The options that decide what a training run computes; where it runs and what it logs is left out."""
     options = {name: value for name, value in dataclasses.asdict(section).items() if name not in NEITHER}
     return {**options, "seed": config.run.seed, "precision": config.run.precision}

@@ -34,6 +34,7 @@ from dpo_jax.evals.pairing import Paired, pair_up
 from dpo_jax.evals.verdicts import VerdictLog
 from dpo_jax.evals.win_rates import EDGE, OUTCOMES, Rate, WinRate, columns, rate, win_rates
 from dpo_jax.evals.win_rates_plot import plot_win_rates
+from dpo_jax.extras import install_command
 from dpo_jax.runtime.rundir import RunDir, write_json
 
 SETTINGS = ("model", "prompt", "fence", "temperature", "max_tokens", "one_order")
@@ -44,7 +45,7 @@ PER = 1e-6  # prices are of a million tokens
 
 def run(config: Config) -> int:
     if importlib.util.find_spec("openai") is None:
-        raise ConfigError("judge: needs the package openai: pip install 'dpo_jax[judge]'")
+        raise ConfigError(f"judge: needs the package openai: {install_command('judge')}")
     section, key = config.judge, _key(config)
     jax.config.update("jax_platforms", "cpu")  # judging computes nothing, and may run beside a training that holds the chips
     paired = pair_up(_policies(config), _baseline(config), limit=section.limit)

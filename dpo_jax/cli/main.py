@@ -32,6 +32,7 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+from dpo_jax.cli import check_scope, words
 from dpo_jax.cli import config as options
 from dpo_jax.cli.config import Config, ConfigError, load_config_with_lines
 from dpo_jax.cli.config_file import suggest, types_of
@@ -171,6 +172,7 @@ COMMANDS = {
 
 # Their flags are their own: "module:function", called with the arguments and the name of the program.
 WITHOUT_CONFIG = {
+    "init": ("write a configuration to fill in, for data of your own: dpo-jax init my.yaml", "dpo_jax.cli.init:main"),
     "check": ("test this machine's accelerator: dpo-jax check (no configuration needed)", "dpo_jax.check:main"),
 }
 
@@ -269,6 +271,8 @@ def _message(error: Exception) -> str:
 
 def _run(args: list[str]) -> int:
     name, rest = (args[0], args[1:]) if args else ("--help", [])
+    if name == "help" and rest:  # `help dpo` is `dpo --help`
+        name, rest = rest[0], ["--help"]
     if name in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -281,7 +285,14 @@ def _run(args: list[str]) -> int:
     if name not in COMMANDS:
         known = [*WITHOUT_CONFIG, *COMMANDS]
         raise ConfigError(f"{name}: unknown command{suggest(name, known)} (commands: {', '.join(known)})")
+    rest, scope = check_scope.scope_of(rest)
     config = parse(name, rest)
+    if config.run.distributed == "auto" and name not in ON_MANY_HOSTS:
+        raise ConfigError(f"run.distributed: {name} runs on one host; only {', '.join(ON_MANY_HOSTS)} use several")
+    if scope is not None:
+        from dpo_jax.cli import preflight
+
+        return preflight.run(name, config, scope, path=rest[0])
     # transformers advises to install PyTorch, which this program has no use for.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from dpo_jax.check import GPU_MEMORY
@@ -300,8 +311,6 @@ def _execute(name: str, config: Config) -> int:
 
 
 def _on_many_hosts(name: str, config: Config) -> int:
-    if name not in ON_MANY_HOSTS:
-        raise ConfigError(f"run.distributed: {name} runs on one host; only {', '.join(ON_MANY_HOSTS)} use several")
     from dpo_jax.cli.build import join_hosts
 
     is_first = join_hosts(config)
@@ -384,6 +393,7 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
         if hasattr(config, section) and field not in shown.get(section, ()) and hasattr(getattr(config, section), field):
             readers = [other for other, spec in COMMANDS.items() if {section, f"{section}.{field}"} & set(spec.reads)]
             raise ConfigError(f"{flag}: {name} does not read this option ({', '.join(readers)} would)")
+    _refuse_foreign_words(flags, shown)
     views = []
     for section, fields in shown.items():
         current = getattr(config, section)
@@ -405,13 +415,25 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
     chosen = tyro.cli(
         dataclasses.make_dataclass("Options", views, frozen=True),
         prog=f"dpo-jax {name} {path}",
-        description=f"{command.help[0].upper()}{command.help[1:]}. Flags override the values of {path}.",
+        description=f"{command.help[0].upper()}{command.help[1:]}. Flags override the values of {path}. With --check it only "
+        "tells whether it could run, and what (dpo-jax help).",
         args=flags,
     )
     changes = {section: vars(getattr(chosen, section)) for section in shown}
     return dataclasses.replace(
         config, **{section: dataclasses.replace(getattr(config, section), **fields) for section, fields in changes.items()}
     )
+
+
+def _refuse_foreign_words(flags: list[str], shown: dict[str, list[str]]) -> None:
+    """Raises `ConfigError` for flags that other trainers have, with those of ours. Other unknown flags are left to tyro."""
+    known = [f"{section}.{field}" for section, fields in shown.items() for field in fields]
+    answers = []
+    for flag in (flag.partition("=")[0] for flag in flags if flag.startswith("--")):
+        if flag[2:].replace("-", "_") not in known and (answer := words.instead(flag, known)):
+            answers.append(f"{flag}: unknown option; instead: {words.as_flags(answer, options.every_option())}")
+    if answers:
+        raise ConfigError("\n".join(answers))
 
 
 def _overview() -> str:
@@ -429,8 +451,13 @@ commands, in the order of a whole run:
 examples:
   dpo-jax audit configs/hh_small.yaml --data.path DIR    is this data fit for training?
   dpo-jax dpo configs/quickstart.yaml --dpo.beta 0.5     one option changed
-  dpo-jax dpo --help                                     every option of a command, with its default
+  dpo-jax dpo --help                                     every option of a command, with its default (or: dpo-jax help dpo)
   dpo-jax dpo configs/quickstart.yaml --help             the same, with the values of a file
+  dpo-jax dpo configs/quickstart.yaml --check            could this run? In seconds, without an accelerator
+  dpo-jax init my.yaml                                   a configuration for data of your own
+
+before money is spent:
+{check_scope.OPTIONS}
 
 exit codes:
 {textwrap.indent(textwrap.dedent(codes), "  ")}

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import functools
 import importlib.metadata
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import jax
 
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
+from dpo_jax.cli.preflight import check_bucket
 from dpo_jax.data.loader import Batch
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.evals.plots import plot_training
@@ -101,8 +101,7 @@ def earlier_run(config: Config, task: str, section: SftConfig | DpoConfig) -> tu
     other settings.
     """
     directory = config.checkpoints_of(task)
-    if directory.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
-        raise ConfigError("run.checkpoints: gs:// needs the package gcsfs: pip install 'dpo_jax[gcs]'")
+    check_bucket(config, directory)
     if not config.run.resume and has_steps(directory):
         raise ConfigError(f"run.resume: is off, and {directory} holds checkpoints; turn it on, or choose another --run.dir")
     found = newest_meta(directory)

@@ -31,8 +31,9 @@ def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tu
 
     A file is taken as it is for the split "train", and for a split that stands in its name; asking one file for another split
     would train and test on the same rows. In a folder exactly one of these layouts may hold the split:
-    `{split}.jsonl`, `{split}/*.jsonl`, `{split}-00000-of-00002.parquet` (also under `data/`), `*/{split}.jsonl` (one folder per
-    subset, as in Anthropic HH and SHP), each with any of `SUFFIXES`. Raises `DataError` saying what was found otherwise.
+    `{split}.jsonl`, `{split}/*.jsonl`, `{split}-00000-of-00002.parquet` (also in one folder below, such as the `data/` of a
+    repository of the Hugging Face Hub), `*/{split}.jsonl` (one folder per subset, as in Anthropic HH and SHP), each with any of
+    `SUFFIXES`. Raises `DataError` saying what was found otherwise.
     """
     source = Path(source)
     if source.is_file():
@@ -41,14 +42,13 @@ def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tu
         _stem(source)
         return [(source.name, source)]
     if not source.is_dir():
-        _refuse(Cause.BAD_LAYOUT, source, "no such file or folder")
+        _refuse(Cause.BAD_LAYOUT, source, f"no such file or folder{_of_the_hub(source)}")
     layouts = _layouts(source, split)
     if len(layouts) != 1:
         found = "; ".join(
             f"{layout}: {', '.join(str(p.relative_to(source)) for p in paths)}" for layout, paths in layouts.items()
         )
-        present = ", ".join(sorted(path.name + "/" * path.is_dir() for path in source.iterdir())[:12]) or "nothing"
-        detail = f"ambiguous, {found}" if layouts else f"no file of split {split!r}; the folder holds {present}"
+        detail = f"ambiguous, {found}" if layouts else f"no file of split {split!r}; {_what_is_there(source)}"
         _refuse(Cause.BAD_LAYOUT, source, detail)
     [(layout, paths)] = layouts.items()
     _check_shards(source, paths)
@@ -59,6 +59,33 @@ def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tu
     return [(path.relative_to(source).as_posix(), path) for path in paths]
 
 
+def split_names(source: str | Path) -> list[str]:
+    """The splits that the names of files in the folder `source` tell of, for messages."""
+    found: set[str] = set()
+    for path in (*Path(source).glob("*"), *Path(source).glob("*/*")):
+        if path.is_file() and path.name.endswith(SUFFIXES) and not path.name.startswith("."):
+            found.add(re.sub(r"-\d+-of-\d+$", "", _stem(path)))
+    return sorted(found)
+
+
+def _what_is_there(source: Path) -> str:
+    present = ", ".join(sorted(path.name + "/" * path.is_dir() for path in source.iterdir())[:12]) or "nothing"
+    splits = split_names(source)[:12]
+    choose = f"; choose among the splits {', '.join(splits)} with --data.train-split and --data.test-split" if splits else ""
+    return f"the folder holds {present}{choose}"
+
+
+def _of_the_hub(source: Path) -> str:
+    looks_local = source.parent.is_dir() or source.parent.name in ("data", "runs")
+    if looks_local or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        return ""
+    folder = f"data/{source.name}"
+    return (
+        f"; a data set of the Hugging Face Hub is downloaded first: hf download {source} --repo-type dataset --local-dir "
+        f"{folder}, then --data.path {folder}"
+    )
+
+
 def _layouts(source: Path, split: str) -> dict[str, list[Path]]:
     shard = re.compile(rf"{re.escape(split)}-\d+-of-\d+")
     files = [path for path in source.glob("*") if path.is_file()], [path for path in source.glob("*/*") if path.is_file()]
@@ -67,9 +94,12 @@ def _layouts(source: Path, split: str) -> dict[str, list[Path]]:
         split: [path for path in top if _stem(path) == split],
         f"{split}/*": [path for path in below if path.parent.name == split],
         f"{split}-*-of-*": [path for path in top if shard.fullmatch(_stem(path))],
-        f"data/{split}-*-of-*": [path for path in below if path.parent.name == "data" and shard.fullmatch(_stem(path))],
         f"*/{split}": [path for path in below if _stem(path) == split and path.parent.name != split],
     }
+    # Each folder on its own: those of two configurations of a data set must not be mixed.
+    for path in below:
+        if path.parent.name != split and shard.fullmatch(_stem(path)):
+            layouts.setdefault(f"{path.parent.name}/{split}-*-of-*", []).append(path)
     return {layout: sorted(paths) for layout, paths in layouts.items() if paths}
 
 
@@ -106,9 +136,7 @@ def read_rows(name: str, path: Path, *, report: DataReport) -> Iterator[tuple[st
 
     Raises `DataError` for a git-lfs pointer, a damaged or mislabelled file, and a file without a single row.
     """
-    with path.open("rb") as file:
-        head = file.read(len(_LFS))
-    _check_head(name, head)
+    check_head(name, path)
     rows = 0
     reader = _parquet_rows(name, path) if name.endswith(".parquet") else _json_rows(name, path, report=report)
     for rows, row in enumerate(reader, 1):  # noqa: B007 (read after the loop)
@@ -125,7 +153,10 @@ def fingerprint(name: str, path: Path) -> dict[str, Any]:
         return {"path": name, "bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _check_head(name: str, head: bytes) -> None:
+def check_head(name: str, path: Path) -> None:
+    """Raises `DataError` for a file that its first bytes show to be a git-lfs pointer or not what its name says."""
+    with path.open("rb") as file:
+        head = file.read(len(_LFS))
     if head.startswith(_LFS):
         _refuse(Cause.GIT_LFS_POINTER, name, "a git-lfs pointer, not the data; fetch it with `git lfs pull`")
     if name.endswith(".gz") != head.startswith(_GZIP):

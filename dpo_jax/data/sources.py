@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpo_jax.data.columns import Row
-from dpo_jax.data.files import find_files, read_rows, tfds_folders
+from dpo_jax.data.files import check_head, find_files, read_rows, tfds_folders
 from dpo_jax.data.formats import FORMATS, detect_format
 from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport, OnBad, Preference, PreferenceSet, Triage
 
-__all__ = ["PreferenceSet", "load_preferences"]
+__all__ = ["PreferenceSet", "load_preferences", "peek"]
 
 FormatName = Literal["auto", "hh", "trl", "shp", "stack_exchange", "tldr", "rewardbench", "tfds"]
 
@@ -73,6 +73,17 @@ def load_preferences(
             f"{source} [{split}]: no preference is left:\n{report.summary()}\n{report.reasons()}", causes=[Cause.NO_ROWS]
         )
     return PreferenceSet(preferences, report)
+
+
+def peek(source: str | Path, split: str, *, format: FormatName = "auto") -> tuple[str, int]:
+    """Format and number of files of `split`, without reading more than the first 100 rows. Raises `DataError` as above."""
+    report = DataReport(source=str(source), split=split, format=format)
+    files = find_files(source, split, report=report)
+    for name, path in files:
+        check_head(name, path)
+    if format == "auto":
+        _detect(_readable_rows(files, report, Triage(report, on_bad="drop")), report)
+    return report.format, len(files)
 
 
 def _readable_rows(files: list[tuple[str, Path]], report: DataReport, triage: Triage) -> Iterator[tuple[str, Row]]:

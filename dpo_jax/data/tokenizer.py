@@ -7,11 +7,16 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eos: str = "<|endoftext|>") -> PreTrainedTokenizerFast:
@@ -20,6 +25,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eos: str = "<|endo
     `vocab_size` is an upper bound in tokens (few texts have few merges), at least 257: the bytes, and `eos`, which is token 0,
     also the BOS, and never added by encoding. There is no padding token: masks are made from lengths.
     """
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 1:
         raise ValueError(f"vocab_size must be at least {len(alphabet) + 1} (every byte, and {eos!r}), got {vocab_size}")
@@ -38,6 +45,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
     Raises ValueError where there is none, and where it has no `tokenizer.json`: a slow tokenizer has nothing to fingerprint.
     """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if Path(path).is_dir():
+        check_files(Path(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -92,6 +103,12 @@ def _special_tokens(tokenizer: Any, size: int, with_role: tuple[str, ...]) -> tu
     return tuple(dict.fromkeys([*with_role, *added]))
 
 
+def check_files(folder: Path) -> None:
+    """Raises ValueError for a folder without a tokenizer: transformers would make one up that knows no text."""
+    if not any((folder / name).is_file() for name in _FILES):
+        raise ValueError(f"no tokenizer could be loaded from '{folder}': it holds no tokenizer.json")
+
+
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 (hex) of all that decides which ids a text or a conversation gets. Saving and loading do not change it."""
     serialized: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -106,13 +123,14 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def check_tokenizer(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Any,
     model_vocab_size: int,
     *,
     eos_token_id: int | Sequence[int] | None,
     pad_token_id: int | None = None,
 ) -> None:
-    """Refuse a tokenizer that does not fit a model, before anything is compiled. The ids are those of the model's config.json.
+    """Refuse a tokenizer that does not fit a model, before anything is compiled. The ids are those of the model's config.json;
+    of the tokenizer only `get_vocab()`, `eos_token_id` and `pad_token_id` are read.
 
     Raises ValueError: a token id outside the model's vocabulary, no EOS, or another EOS or padding token than the model's
     (where both state one). A model may have more embeddings than the tokenizer has tokens: tables are often rounded up.

@@ -14,6 +14,7 @@ from dpo_jax.data.encode import Bos, token_ids, with_bos
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import round_up
 from dpo_jax.evals.preference import Interval, wilson_interval
+from dpo_jax.extras import install_command
 from dpo_jax.types import Array, Rows
 
 Reward = Callable[[Sequence[str], Sequence[str]], np.ndarray]
@@ -55,7 +56,7 @@ def fit_linear(texts: Sequence[str], labels: Sequence[int], *, inverse_penalty: 
         from sklearn.feature_extraction.text import CountVectorizer
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise ImportError("the linear reward is fitted with scikit-learn: pip install 'dpo_jax[lab]'") from error
+        raise ImportError(f"the linear reward is fitted with scikit-learn: {install_command('lab')}") from error
     if len(texts) != len(labels) or set(labels) != {0, 1}:
         raise ValueError(f"{len(texts)} texts and {len(labels)} labels {sorted(set(labels))}: need as many, both 0 and 1")
     analyzer: Any = words  # scikit-learn takes a function too, its annotations do not say so
@@ -84,7 +85,7 @@ def hf_classifier(path: str, label: str | None = None, *, batch: int = 64, devic
     try:
         import torch
     except ImportError as error:
-        raise ImportError("a Hugging Face classifier runs on torch: pip install 'dpo_jax[classifier]'") from error
+        raise ImportError(f"a Hugging Face classifier runs on torch: {install_command('classifier')}") from error
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from dpo_jax.models.attention import Rope
+from dpo_jax.models.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True)

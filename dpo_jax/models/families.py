@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.models.attention import Rope
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.hf_settings import DEFAULTS, Reader
+from dpo_jax.models.rope import Rope
 
 _REFUSED: dict[str, tuple[str, ...]] = {  # keys that must be absent, null or false
     "gpt2": ("scale_attn_by_inverse_layer_idx", "add_cross_attention"),

@@ -21,6 +21,7 @@ from dpo_jax.models.attention_paths import attention_path
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import ARCHITECTURES, decoder_config
+from dpo_jax.models.folder import read_config
 from dpo_jax.models.generation import GENERATION, eos_ids, generation_config
 from dpo_jax.models.hub import resolve
 from dpo_jax.models.pieces import Piece, assemble, path_of
@@ -31,16 +32,7 @@ from dpo_jax.types import Model, Variables
 
 def load_config(path: str | Path) -> dict[str, Any]:
     """The content of a model's `config.json`. Raises FileNotFoundError or ValueError naming the file."""
-    file = resolve(path) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; a model folder holds config.json and *.safetensors")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__} where a JSON object is expected")
-    return content
+    return read_config(resolve(path))
 
 
 def end_tokens(path: str | Path) -> list[int]:

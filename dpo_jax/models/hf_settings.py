@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.models.attention import Rope
+from dpo_jax.models.rope import Rope
 
 _GPT = {
     "n_inner": None,

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from dpo_jax.models.folder import local_folder
+
 _WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja", "*.model", "README.md"]
-
-
-def is_hub_id(path: str | Path) -> bool:
-    """Whether `path` looks like "organization/name" or "organization/name@revision"."""
-    return re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", str(path)) is not None
 
 
 def resolve(path: str | Path) -> Path:
@@ -18,13 +14,8 @@ def resolve(path: str | Path) -> Path:
 
     Raises FileNotFoundError if it is neither a folder nor an id that can be fetched, NotADirectoryError for a file.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    if (folder := local_folder(path)) is not None:
         return folder
-    if folder.exists():
-        raise NotADirectoryError(f"{path} is a file; give the model's folder, which holds config.json and *.safetensors")
-    if not is_hub_id(path):
-        raise FileNotFoundError(f"no model folder {path}, and it does not look like a Hub id (organization/name)")
     try:
         return _snapshot(str(path))
     except Exception as error:  # the hub client raises its own, requests' and OSError's kinds

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -56,11 +55,17 @@ class Checkpoint:
             named = [f"{self.where[name][1]} in {self.where[name][0]}" for name in unknown]
             raise ValueError(f"{_some(named)}: no such tensor in a {self.config.family} of this config.json")
 
-    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         file, stored = self.where[name]
         found = tuple(self.handles[file].get_slice(stored).get_shape())
         if found != shape:
             raise ValueError(f"tensor {stored} in {file} has shape {found}; this config.json asks for {shape}")
+
+    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        import jax.numpy as jnp  # names and shapes are checked without it
+
+        file, stored = self.where[name]
+        self.check_shape(name, shape)
         array = self.handles[file].get_tensor(stored)
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(

@@ -17,6 +17,7 @@ import os
 import re
 from typing import Any
 
+from dpo_jax.extras import install_command
 from dpo_jax.runtime.gpu_target import COMPILER_OPTIONS, GpuTarget, gpu_devices, plugin_is_here
 
 GIB = 1 << 30
@@ -94,9 +95,16 @@ def slice_of(topology: str) -> tuple[Chip, int]:
     sizes = [int(size) for size in shape.split("x")]
     if chip.gpu and (len(sizes) > 2 or not 1 <= sizes[-1] <= 8 or not all(sizes)):
         raise TopologyError(f"{topology!r}: {name} is 1 to 8 GPUs of a host, or HOSTSxGPUS: {', '.join(chip.slices)}")
-    if not chip.gpu and len(sizes) - 1 != chip.slices[0].count("x"):
+    if not chip.gpu and not _is_slice(chip, sizes):
         raise TopologyError(f"{topology!r}: slices of {name} are {', '.join(chip.slices)}")
     return chip, math.prod(sizes)
+
+
+def _is_slice(chip: Chip, sizes: list[int]) -> bool:
+    """Whether these TPUs come in this shape. In three dimensions there are more than are listed, of hosts of 2 x 2 chips."""
+    if chip.slices == _FLAT:
+        return "x".join(map(str, sizes)) in _FLAT
+    return len(sizes) == 3 and all(sizes) and not (sizes[0] % 2 or sizes[1] % 2)
 
 
 def known_slices() -> str:
@@ -119,7 +127,7 @@ def slice_devices(topology: str) -> list[Any]:
     if not found:
         extra = "cuda13" if chip.gpu else "tpu"
         raise TopologyError(
-            f"compiling for {chip.name} needs {needed}: pip install 'dpo_jax[{extra}]' "
+            f"compiling for {chip.name} needs {needed}: {install_command(extra)} "
             f"(Linux, x86-64; no {chip.platform.upper()} is needed)"
         )
     try:
@@ -137,6 +145,9 @@ def _tpu_devices(chip: Chip, topology: str) -> list[Any]:
     # libtpu asks the cloud's metadata server which TPU it is on, and wants to be the only one on the machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Else it prints six lines about the machine that it has not found. What is planned for does not depend on them.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
     # The two cores of a v4 chip work as one device, as they do where JAX finds them.

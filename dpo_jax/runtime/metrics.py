@@ -18,6 +18,8 @@ from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
+from dpo_jax.extras import install_command
+
 Row = Mapping[str, float]
 
 
@@ -115,7 +117,7 @@ class TensorBoardWriter:
         try:
             import tensorboardX  # pyright: ignore[reportMissingImports]
         except ModuleNotFoundError:
-            raise ModuleNotFoundError(_MISSING.format("TensorBoard output", "tensorboardX")) from None
+            raise ModuleNotFoundError(_missing("TensorBoard output", "tensorboardX")) from None
         self._make, self._directory, self._writer = tensorboardX.SummaryWriter, str(directory), None
 
     def resume(self, step: int) -> None:
@@ -142,7 +144,7 @@ class WandbWriter:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ModuleNotFoundError:
-            raise ModuleNotFoundError(_MISSING.format("Weights & Biases output", "wandb")) from None
+            raise ModuleNotFoundError(_missing("Weights & Biases output", "wandb")) from None
         self._init, self._project, self._directory, self._config, self._run = wandb.init, project, Path(directory), config, None
 
     def resume(self, step: int) -> None:
@@ -163,7 +165,8 @@ class WandbWriter:
             self._run.finish()
 
 
-_MISSING = "{} needs the package {}: pip install 'dpo_jax[writers]'"
+def _missing(writer: str, package: str) -> str:
+    return f"{writer} needs the package {package}: {install_command('writers')}"
 
 
 class Progress:

@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 PACKAGES = (
     "dpo_jax",
     "jax",
@@ -72,17 +70,31 @@ class RunDir:
         self.close()
 
 
+def check_unlocked(path: str | os.PathLike[str]) -> None:
+    """Raises RunLocked if another process uses the run directory `path`. Nothing is written, and no lock is kept."""
+    lock = Path(path) / "run.lock"
+    if lock.is_file():
+        with open(lock, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _locked(lock, file.read(1000)) from None
+
+
+def _locked(lock: Path, holder: bytes) -> RunLocked:
+    who = holder.decode(errors="replace").strip() or "not known"
+    return RunLocked(f"another run ({who}) uses {lock.parent}: wait for it, or choose another directory")
+
+
 def _acquire(path: Path) -> int:
     # The lock is the kernel's (flock), not the file: it goes with its process, so a kill leaves nothing stale behind.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.read(descriptor, 1000).decode(errors="replace").strip()
+        holder = os.read(descriptor, 1000)
         os.close(descriptor)
-        raise RunLocked(
-            f"another run ({holder or 'not known'}) uses {path.parent}: wait for it, or choose another directory"
-        ) from None
+        raise _locked(path, holder) from None
     os.ftruncate(descriptor, 0)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     os.write(descriptor, f"pid {os.getpid()}, host {socket.gethostname()}, since {started}\n".encode())
@@ -94,6 +106,8 @@ def environment() -> dict[str, Any]:
 
     `git` is `checkout` of this package: null where it runs from an installed package.
     """
+    import jax  # only to look at devices: a lock needs none
+
     devices = jax.devices()
     return {
         "python": platform.python_version(),

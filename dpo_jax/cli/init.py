@@ -1,0 +1,79 @@
+"""`dpo-jax init [FILE]`: a configuration for data of one's own, to be filled in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpo_jax.cli.config import ConfigError
+
+USAGE = """\
+usage: dpo-jax init [FILE.yaml]
+
+Writes a configuration for preference data and a model of your own, with comments, to FILE.yaml (default: dpo.yaml), and says
+what comes next. A file that is there is not overwritten."""
+
+TEMPLATE = """\
+# DPO on your own preference pairs. Change what is marked with <--. Every option is explained by: dpo-jax dpo --help
+
+run:
+  dir: runs/mine # <-- a folder for each experiment; everything is written there, and continued from there
+  devices: single # one device. All of them: pmap (each holds the whole model) or mesh (parameters are cut; see section mesh)
+  precision: float32 # bfloat16 on an accelerator
+  save_every_minutes: 15
+
+data:
+  source: files
+  # A folder with train.jsonl and test.jsonl (also .parquet, .jsonl.gz, or a downloaded repository of the Hugging Face Hub). A
+  # row has "prompt", "chosen" and "rejected": texts, or lists of chat messages.
+  path: data/mine # <--
+  train_split: train
+  test_split: test
+  max_length: 1024 # of prompt and completion together, in tokens
+  max_prompt_length: 512
+
+model:
+  path: Qwen/Qwen3-0.6B # <-- a Hugging Face folder, or a Hub id
+  remat: full # less memory, a third more time; none where it fits
+
+sft: # first: learn to answer like the chosen completions
+  batch: 64
+  epochs: 1
+  lr: 1.0e-5
+  optimizer: adamw
+  microbatches: 16 # the batch in so many parts, to save memory; the result is the same
+
+dpo: # then: prefer them. To start from a model that is tuned already, leave out sft and set policy to that model
+  # policy: Qwen/Qwen3-0.6B
+  beta: 0.1 # KL penalty: smaller goes further from the start
+  batch: 64
+  epochs: 1
+  lr: 1.0e-6
+  warmup_steps: 50
+  microbatches: 16
+"""
+
+
+def main(args: list[str], *, prog: str) -> int:
+    """Writes the file that `args` names. Raises `ConfigError` for one that is there, and for anything but one name."""
+    if {"-h", "--help"} & set(args):
+        print(USAGE)
+        return 0
+    if len(args) > 1 or args[:1] and args[0].startswith("-"):
+        raise ConfigError(f"{' '.join(args)}: {prog} takes the name of one file\n{USAGE}")
+    path = Path(args[0] if args else "dpo.yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(TEMPLATE)
+    except FileExistsError:
+        raise ConfigError(f"{path} is there already, and is left as it is; give another name: {prog} FILE.yaml") from None
+    print(f"{path} is written. Change what is marked with <--, then:\n")
+    for command, what in (
+        (f"dpo-jax dpo {path} --check-after=sft", "could it run, once sft has?"),
+        (f"dpo-jax audit {path}", "is the data fit for training?"),
+        (f"dpo-jax sft {path}", "the starting policy"),
+        (f"dpo-jax dpo {path}", ""),
+        (f"dpo-jax eval {path}", "what has changed, on held-out pairs"),
+    ):
+        print(f"  {command:<60}{what}".rstrip())
+    return 0

@@ -1,0 +1,63 @@
+"""Model folders that a configuration names: which command makes them, what is left to do, and whether they fit. Without JAX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.models.config import DecoderConfig
+
+MAKERS = ("sft", "dpo", "ppo", "reward-model")
+"""Commands that leave a model in a folder of their own in the run directory: RUN/sft/export."""
+
+
+def maker(path: str) -> str | None:
+    """The command that writes the model folder `path`, judged by its name: "RUN/sft/export" is of sft."""
+    parts = Path(path).parts
+    return parts[-2] if len(parts) > 1 and parts[-1] == "export" and parts[-2] in MAKERS else None
+
+
+def saved_steps(checkpoints: str) -> list[int]:
+    """The steps in a folder of checkpoints on this machine, ascending. Empty for a bucket, which is not looked into."""
+    folder = Path(checkpoints)
+    if "://" in checkpoints or not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def remedy(config: Config, path: str) -> str:
+    """What to do about a model folder that is not there, as a sentence, by what its run directory holds; "" for any other."""
+    task = maker(path)
+    if task is None:
+        return ""
+    run = Path(path).parent.parent
+    if not run.is_dir():
+        return f"There is no run directory {run}: check --run.dir, or run `dpo-jax {task}` first."
+    if task in ("sft", "dpo"):
+        own = run.resolve() == Path(config.run.dir).resolve()
+        checkpoints = config.checkpoints_of(task) if own else f"{run}/{task}/checkpoints"
+        if steps := saved_steps(checkpoints):
+            named = "" if own and task == "dpo" and not config.run.checkpoints else f" --export.checkpoint {checkpoints}"
+            return (
+                f"The run was interrupted: {checkpoints} has step {steps[-1]}. Continue it with `dpo-jax {task}`, which writes "
+                f"the model when it ends, or write that step with `dpo-jax export{named}`."
+            )
+        if "://" in checkpoints and (run / task).is_dir():
+            return f"If {checkpoints} holds steps, continue with `dpo-jax {task}`, or write the last one with `dpo-jax export`."
+        if task == "dpo" and own and config.dpo.policy is None and not (run / "sft" / "export").is_dir():
+            return "Run `dpo-jax sft`, then `dpo-jax dpo` first, or name the model."
+    return f"Run `dpo-jax {task}` first, or name the model."
+
+
+def check_fit(config: Config, decoder: DecoderConfig, path: str, *, expected: bool = False) -> None:
+    """Raises `ConfigError` where the lengths of the data, or with `expected` the sizes in `model`, are not those of a model."""
+    if config.data.max_length > decoder.max_positions:
+        raise ConfigError(
+            f"data.max_length: {config.data.max_length} tokens do not fit the {decoder.max_positions} positions of {path}"
+        )
+    if not expected:
+        return
+    for name in ("family", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "vocab_size"):
+        want, have = getattr(config.model, name), getattr(decoder, name)
+        if want is not None and want != have:
+            raise ConfigError(f"model.{name}: {want} is expected, but {path} has {have}; correct one of them")

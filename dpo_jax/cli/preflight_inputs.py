@@ -1,0 +1,280 @@
+"""What `--check` looks at of a command's inputs: data, single files, models, tokenizers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo_jax.cli import model_folders
+from dpo_jax.cli.check_scope import Scope
+from dpo_jax.cli.config import Config, ConfigError
+
+LINES_BYTES = 64 * 2**20  # files of more than this are not read only to count their rows
+
+
+class Check:
+    """One command's check: what was found, and what is wrong."""
+
+    def __init__(self, name: str, config: Config, scope: Scope):
+        self.name, self.config, self.scope = name, config, scope
+        self.told: list[tuple[str, str]] = []
+        self.problems: list[Exception] = []
+        self.rows: int | None = None  # of the train split
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        from dpo_jax.data.pairs import DataError
+        from dpo_jax.runtime.chips import TopologyError
+        from dpo_jax.runtime.rundir import RunLocked
+
+        try:
+            yield
+        except (ConfigError, DataError, TopologyError, RunLocked) as problem:
+            self.problems.append(problem)
+        except OSError as problem:
+            self.problems.append(OSError(f"{problem.filename}: {problem.strerror}" if problem.strerror else str(problem)))
+
+    def tell(self, what: str, words: str) -> None:
+        self.told.append((what, words))
+
+    def unseen(self, what: str, path: str, made_by: str | None = None) -> bool:
+        """Whether a path need not be there now; then it is told why."""
+        if self.scope.hides(path):
+            self.tell(what, f"{path}: on the hosts, not seen from here")
+            return True
+        if made_by in self.scope.after:  # also where something lies there: an interrupted run, say
+            self.tell(what, f"{path}: will be made by: dpo-jax {made_by}")
+            return True
+        return False
+
+
+# Data
+
+
+TEXT_SOURCES = ("snippets", "imdb")
+
+
+def refuse_texts(config: Config) -> None:
+    """Raises `ConfigError` for data that are no preferences."""
+    if config.data.source == "cnn_dailymail":
+        raise ConfigError(
+            "data.source: cnn_dailymail are articles with a summary and no preferences; sample and judge use them"
+        )
+    if config.data.source in TEXT_SOURCES:
+        raise ConfigError(
+            f"data.source: {config.data.source} are texts and no preferences; sft, ppo, optimum and frontier can use them, and "
+            "label makes preferences of them"
+        )
+
+
+def data(*splits: str, preferences: bool = False) -> Callable[[Check], None]:
+    """The splits of the data; with `preferences` they must be pairs."""
+
+    def look(check: Check) -> None:
+        data = check.config.data
+        if preferences:
+            refuse_texts(check.config)
+        if data.source == "reviews":
+            counts = {"train": data.reviews_train, "test": data.reviews_test}
+            told = [f"{split} {_most(counts[split], getattr(data, f'max_{split}')):,} pairs" for split in splits]
+            check.rows = _most(counts["train"], data.max_train)
+            check.tell("data", f"generated reviews: {', '.join(told)}")
+            return
+        assert data.path is not None  # checked with the configuration
+        made_by = {"label": "label", "tfds": "prepare"}.get(Path(data.path).name)
+        if check.unseen("data", data.path, made_by):
+            return
+        told = [_split(check, data.path, split) for split in splits]
+        check.tell("data", f"{data.path}: {', '.join(told)}")
+
+    return look
+
+
+def _split(check: Check, path: str, split: str) -> str:
+    """Words on one split of the data. Raises `DataError`."""
+    from dpo_jax.data.files import tfds_folders
+    from dpo_jax.data.snippets import load_snippets
+    from dpo_jax.data.sources import peek
+
+    data, name = check.config.data, getattr(check.config.data, f"{split}_split")
+    if data.source == "snippets":
+        return f"{split} of {len(load_snippets(path)):,} snippets"
+    if data.source != "files" or (data.format == "auto" and tfds_folders(Path(path))):
+        kind, rows = "TFDS", _tfds_rows(path, name)
+    else:
+        kind, files = peek(path, name, format=data.format)
+        kind, rows = f"{kind}, {files} {'file' if files == 1 else 'files'}", _rows(path, name)
+    limit = getattr(data, f"max_{split}")
+    if split == "train" and rows is not None and kind != "stack_exchange":
+        check.rows = _most(rows, limit)
+    number = f", {rows:,} rows" if rows is not None else ""
+    return f"{name} ({kind}{number}{f', the first {limit:,} used' if limit is not None else ''})"
+
+
+def _most(rows: int, limit: int | None) -> int:
+    return rows if limit is None else min(rows, limit)
+
+
+def _tfds_rows(path: str, split: str) -> int:
+    """Rows of a split of a TFDS folder, by its `dataset_info.json`."""
+    from dpo_jax.data.files import tfds_folders
+    from dpo_jax.data.pairs import Cause, DataError
+
+    folders = tfds_folders(Path(path)) if Path(path).is_dir() else []
+    if len(folders) != 1:
+        what = "several TFDS data sets" if folders else "no TFDS data set (dataset_info.json and features.json)"
+        raise DataError(f"{path}: {Cause.BAD_LAYOUT}: {what} here", causes=[Cause.BAD_LAYOUT])
+    info = json.loads((folders[0] / "dataset_info.json").read_text(encoding="utf-8"))
+    sizes = {entry["name"]: sum(map(int, entry.get("shardLengths", ()))) for entry in info.get("splits", ())}
+    if split not in sizes:
+        there = ", ".join(sizes) or "none"
+        raise DataError(f"{folders[0]}: {Cause.BAD_LAYOUT}: no split {split!r}; there are {there}", causes=[Cause.BAD_LAYOUT])
+    return sizes[split]
+
+
+def _rows(path: str, split: str) -> int | None:
+    """Rows of a split of plain files; None where counting would take long."""
+    from dpo_jax.data.files import find_files
+    from dpo_jax.data.pairs import DataReport
+
+    files = [file for _, file in find_files(path, split, report=DataReport(source=path, split=split, format="auto"))]
+    if all(file.suffix == ".parquet" for file in files):
+        import pyarrow.parquet as pq
+
+        return sum(pq.read_metadata(file).num_rows for file in files)
+    if any(file.suffix in (".gz", ".parquet") for file in files) or sum(f.stat().st_size for f in files) > LINES_BYTES:
+        return None
+    rows = 0
+    for file in files:
+        with file.open("rb") as lines:
+            rows += sum(1 for line in lines if line.strip())
+    return rows
+
+
+def files(*options: tuple[str, Callable[[Config], str | None]]) -> Callable[[Check], None]:
+    """Single files that options name."""
+
+    def look(check: Check) -> None:
+        for option, value in options:
+            path = value(check.config)
+            if path is None or check.unseen("file", path):
+                continue
+            if not Path(path).is_file():
+                raise ConfigError(f"{option}: {path}: no such file")
+            with open(path, "rb"):
+                check.tell("file", path)
+
+    return look
+
+
+# Models
+
+
+def model(option: str, value: Callable[[Config], str | None], *, expected: bool = False) -> Callable[[Check], None]:
+    def look(check: Check) -> None:
+        path = value(check.config)
+        if path is None:
+            if expected:  # the start of sft
+                check.tell("model", f"new: {_sizes(check.config.model)}")
+            return
+        made_by = model_folders.maker(path)
+        own = made_by is not None and Path(path) == Path(check.config.run.dir, made_by, "export")
+        if not check.unseen("model", path, made_by if own else None):
+            check.tell("model", f"{path}: {_fits(check.config, path, option, expected=expected)}")
+
+    return look
+
+
+def _sizes(model: Any) -> str:
+    return f"{model.family}, {model.layers} layers x {model.width}"
+
+
+def _fits(config: Config, path: str, option: str, *, expected: bool) -> str:
+    """Words on a model folder, once its config, tokenizer and the names of its tensors are known to go together."""
+    from dpo_jax.models.families import decoder_config
+    from dpo_jax.models.folder import local_folder, read_config
+    from dpo_jax.models.tensors import tensors
+    from dpo_jax.models.weights import Checkpoint
+
+    try:
+        folder = local_folder(path)
+        if folder is None:
+            return "from the Hub or its local cache; not looked at"
+        hf = read_config(folder)
+        decoder = decoder_config(hf)
+        with Checkpoint(folder, decoder) as checkpoint:
+            checkpoint.check_names()
+            checkpoint.check_shape(tensors(decoder)[0].name, (decoder.vocab_size, decoder.width))
+        _check_tokenizer(Path(config.tokenizer.path or folder).expanduser(), hf, decoder.vocab_size)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"{option}: {error}. {model_folders.remedy(config, path)}".rstrip()) from error
+    except ValueError as error:
+        raise ConfigError(f"{option}: {path}: {error}") from error
+    model_folders.check_fit(config, decoder, path, expected=expected)
+    return _sizes(decoder)
+
+
+class _TokenizerFiles(NamedTuple):
+    """What the files of a tokenizer say, for `check_tokenizer`."""
+
+    vocabulary: Mapping[str, int]
+    eos_token_id: int | None
+    pad_token_id: int | None
+
+    def get_vocab(self) -> Mapping[str, int]:
+        return self.vocabulary
+
+
+def _check_tokenizer(folder: Path, hf: Mapping[str, Any], vocab_size: int) -> None:
+    if not folder.is_dir():
+        return  # of the Hub
+    from tokenizers import Tokenizer
+
+    from dpo_jax.data.tokenizer import check_files, check_tokenizer
+
+    check_files(folder)
+    if not (folder / "tokenizer.json").is_file():
+        return  # an older form, which transformers converts
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    settings = folder / "tokenizer_config.json"
+    stated = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    ids: dict[str, int | None] = {}
+    for name in ("eos_token", "pad_token"):
+        token = stated.get(name)
+        ids[name] = vocabulary.get(str(token["content"] if isinstance(token, dict) else token))
+    if ids["eos_token"] is None:  # a class of transformers may have one of its own
+        ids["eos_token"] = eos[0] if isinstance(eos := hf.get("eos_token_id", 0), list) else eos
+    files = _TokenizerFiles(vocabulary, ids["eos_token"], ids["pad_token"])
+    check_tokenizer(files, vocab_size, eos_token_id=hf.get("eos_token_id"), pad_token_id=hf.get("pad_token_id"))
+
+
+def tokenizer(check: Check) -> None:
+    path = check.config.tokenizer.path
+    if path is not None and not check.unseen("tokenizer", path):
+        from dpo_jax.models.folder import local_folder
+
+        try:
+            if (folder := local_folder(path)) is not None:
+                _check_tokenizer(folder, {}, vocab_size=10**9)
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+            raise ConfigError(f"tokenizer.path: {error}") from error
+
+
+def judged_files(check: Check) -> None:
+    """What `judge` reads."""
+    section = check.config.judge
+    named = [("judge.a", path) for _, path in section.series()] + [("judge.b", section.baseline_file())]
+    files(*((option, lambda _, path=path: path) for option, path in named))(check)
+    if section.baseline_file() is None:
+        data("test")(check)
+
+
+def prompts(check: Check) -> None:
+    """What `sample` completes."""
+    if check.config.sample.prompts_file is None:
+        data("test")(check)
+    else:
+        files(("sample.prompts_file", lambda c: c.sample.prompts_file))(check)

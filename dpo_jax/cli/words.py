@@ -1,0 +1,144 @@
+"""Options of TRL, transformers, PEFT and the original DPO code, and what this program has instead.
+
+A flag or a key of a file that is no option here is looked up in `WORDS`, in any spelling: `--learning-rate`, `learning_rate:`,
+`--training.learning_rate`. A name of ours without its section (`--beta`) is found as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+_LORA = "LoRA is not offered, all weights are trained; run.devices mesh and model.remat save memory"
+_QUANTIZED = "weights are not quantized; run.precision bfloat16, run.devices mesh and model.remat save memory"
+_SHARDED = "parameters are cut among devices with run.devices mesh and mesh.fsdp"
+_SAVES = "checkpoints come by run.save_every_steps or run.save_every_minutes, and at the end"
+_EVALS = "evaluation comes by run.eval_every_examples, and at the end"
+_HUB = "nothing is uploaded; afterwards: hf upload NAME RUN/dpo/export"
+_DATA = "data.path, a local file or folder; a data set of the Hub is downloaded first: hf download NAME --repo-type dataset"
+_HALF = "float16 is not offered; run.precision bfloat16"
+_LENGTH = "data.max_length (prompt and completion) and data.max_prompt_length"
+_KERNEL = "model.attention; auto takes the fastest for the device"
+_STEPS = "sft.epochs, dpo.epochs, data.max_train"
+_NOTHING = "nothing has to be set for that here"
+
+# Words of others -> options of ours, separated by commas, or a sentence. A command is told only of the options that it reads.
+WORDS: Mapping[str, str] = {
+    "learning_rate": "sft.lr, dpo.lr, frontier.ppo_lr",
+    "lr_scheduler_type": "sft.schedule, dpo.schedule",
+    "lr_scheduler": "sft.schedule, dpo.schedule",
+    "warmup_ratio": "sft.warmup_steps, dpo.warmup_steps",
+    "optim": "sft.optimizer, dpo.optimizer",
+    "weight_decay": "weight decay is not offered; sft.optimizer and dpo.optimizer are rmsprop or adamw without it",
+    "gradient_clipping": "sft.max_grad_norm, dpo.max_grad_norm",
+    "per_device_train_batch_size": "the batch of a step over all devices is sft.batch or dpo.batch; microbatches divides it",
+    "train_batch_size": "sft.batch, dpo.batch",
+    "batch_size": "sft.batch, dpo.batch",
+    "per_device_eval_batch_size": "eval.batch",
+    "eval_batch_size": "eval.batch",
+    "gradient_accumulation_steps": "sft.microbatches, dpo.microbatches: parts of the batch, which is that of a whole step",
+    "num_train_epochs": "sft.epochs, dpo.epochs",
+    "n_epochs": "sft.epochs, dpo.epochs",
+    "max_steps": _STEPS,
+    "n_examples": _STEPS,
+    "bf16": "run.precision bfloat16",
+    "fp16": _HALF,
+    "tf32": "run.precision float32 is float32 on every chip, never TF32; run.precision bfloat16 is faster",
+    "dtype": "run.precision",
+    "torch_dtype": "run.precision",
+    "mixed_precision": "run.precision bfloat16; parameters and optimizer state stay float32",
+    "gradient_checkpointing": "model.remat full, or save_attention",
+    "attn_implementation": _KERNEL,
+    "use_flash_attention_2": _KERNEL,
+    "use_liger_kernel": "the head is computed in chunks in any case; " + _KERNEL,
+    "loss_type": "dpo.loss",
+    "label_smoothing_factor": "dpo.label_smoothing",
+    "ref_model": "the reference is the starting policy, dpo.policy",
+    "ref_model_name_or_path": "the reference is the starting policy, dpo.policy",
+    "precompute_ref_log_probs": "always so: the reference pass is cached (dpo-jax refs)",
+    "sync_ref_model": "the reference stays as it is",
+    "model_name_or_path": "model.path (the start of sft), dpo.policy (the start of dpo), eval.policy, sample.policy",
+    "name_or_path": "model.path (the start of sft), dpo.policy (the start of dpo)",
+    "archive": "dpo.policy, a Hugging Face folder",
+    "tokenizer_name_or_path": "tokenizer.path",
+    "trust_remote_code": "code of a model is never run",
+    "dataset_name": _DATA,
+    "datasets": _DATA,
+    "dataset_config": "data.path, the folder of that configuration",
+    "dataset_train_split": "data.train_split",
+    "dataset_test_split": "data.test_split",
+    "max_completion_length": _LENGTH,
+    "max_seq_length": _LENGTH,
+    "truncation_mode": "data.truncation",
+    "packing": "data.layout packed, which is the default",
+    "padding_free": "data.layout packed, which is the default",
+    "group_by_length": "data.layout packed, which is the default",
+    "output_dir": "run.dir",
+    "logging_dir": "run.dir",
+    "local_run_dir": "run.dir",
+    "run_name": "run.dir, one for each run",
+    "exp_name": "run.dir, one for each run",
+    "overwrite_output_dir": "another run.dir",
+    "data_seed": "run.seed",
+    "logging_steps": "every step is in metrics.jsonl of the run directory",
+    "save_steps": "run.save_every_steps",
+    "save_strategy": _SAVES,
+    "save_total_limit": "run.max_to_keep",
+    "eval_steps": "run.eval_every_examples, in training examples",
+    "eval_every": "run.eval_every_examples",
+    "eval_strategy": _EVALS,
+    "evaluation_strategy": _EVALS,
+    "do_eval": _EVALS,
+    "do_train": "the commands sft and dpo train",
+    "report_to": "run.tensorboard, run.wandb",
+    "project": "run.wandb",
+    "resume_from_checkpoint": "run.resume, which is on: the same command continues",
+    "fsdp": _SHARDED,
+    "deepspeed": _SHARDED,
+    "tensor_parallel_size": "mesh.tensor, with run.devices mesh",
+    "fsdp_policy_mp": "run.precision bfloat16",
+    "push_to_hub": _HUB,
+    "hub_model_id": _HUB,
+    "hub_token": _HUB,
+    **dict.fromkeys(("lora", "use_peft", "peft", "peft_config", "lora_r", "lora_rank", "lora_alpha", "lora_dropout"), _LORA),
+    **dict.fromkeys(("lora_target_modules", "lora_task_type", "use_dora", "use_rslora"), _LORA),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"), _QUANTIZED),
+    **dict.fromkeys(("dataset_num_proc", "dataloader_num_workers", "remove_unused_columns", "disable_dropout"), _NOTHING),
+    **dict.fromkeys(("ddp_find_unused_parameters", "dataloader_pin_memory", "padding_value"), _NOTHING),
+    **dict.fromkeys(("num_generations", "num_samples"), "sample.prompts, eval.samples"),
+}
+
+
+def instead(word: str, options: Collection[str]) -> str | None:
+    """What there is instead of a flag or key `word`, or None for a word that is not known.
+
+    `options` are the dotted options to choose among, such as "dpo.lr": those that a command reads, or all.
+    """
+    name = word.lstrip("-").replace("-", "_").lower()
+    last = name.rpartition(".")[2]
+    for key in (name.replace(".", "_"), name.partition(".")[0] if "." in name else name, last, last.removeprefix("no_")):
+        if key in WORDS:
+            return _told(WORDS[key], options)
+    own = [option for option in options if option.partition(".")[2] == last]
+    return " or ".join(own) if own else None
+
+
+def as_flags(answer: str, options: Collection[str]) -> str:
+    """An answer with its options as flags, ready to be typed: "dpo.max_grad_norm" becomes "--dpo.max-grad-norm"."""
+    known = set(options)
+
+    def flag(match: re.Match[str]) -> str:
+        return f"--{match[0].replace('_', '-')}" if match[0] in known else match[0]
+
+    return re.sub(r"\b[a-z_]+\.[a-z_]+\b", flag, answer)
+
+
+def _told(answer: str, options: Iterable[str]) -> str:
+    """An answer that is a list of options, without those that are not among `options` (unless none is)."""
+    listed, _, rest = answer.partition(":")
+    named = listed.split(", ")
+    if not all(part.replace(".", "").replace("_", "").isalnum() and part.count(".") == 1 for part in named):
+        return answer
+    known = set(options)
+    chosen = [part for part in named if part in known] or named
+    return " or ".join(chosen) + (f":{rest}" if rest else "")

@@ -1,0 +1,303 @@
+"""`--check`, before money is spent: what it finds, what it takes for granted, and that the command itself finds the same."""
+
+import dataclasses
+import fcntl
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import GOLDEN
+
+from dpo_jax.cli import main as program
+from dpo_jax.cli import model_folders, preflight
+from dpo_jax.cli.config import Config, RunConfig, dump_config, load_config
+
+ROOT = Path(__file__).parent.parent
+ROWS = [{"prompt": f"{number} and", "chosen": " one more.", "rejected": " no."} for number in range(10)]
+
+
+def write_rows(file, rows=ROWS):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_model(folder):
+    shutil.copytree(GOLDEN / "gpt_neox" / "init", folder, dirs_exist_ok=True)
+    for file in (GOLDEN / "tokenizer").iterdir():
+        shutil.copy(file, folder)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with data, a starting policy in a run directory, and a configuration of both."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        write_rows(tmp_path / "pairs" / f"{split}.jsonl")
+    write_model(tmp_path / "runs" / "one" / "sft" / "export")
+    write_config(tmp_path)
+    return tmp_path
+
+
+def write_config(place, **sections):
+    data = {"path": "pairs", "max_length": 32, "max_prompt_length": 16, "layout": "shared"}
+    whole = {"run": {"dir": "runs/one"}, "data": data, "dpo": {"batch": 4}}
+    for section, options in sections.items():
+        whole[section] = whole.get(section, {}) | options
+    (place / "c.yaml").write_text(yaml.safe_dump(whole))
+
+
+def check(name, *flags, capsys, config="c.yaml"):
+    code = program.main([name, config, *flags])
+    told = capsys.readouterr()
+    return code, told.out + told.err
+
+
+def test_it_says_what_would_run_and_leaves_nothing_behind(place, capsys):
+    before = sorted(place.rglob("*"))
+    code, told = check("dpo", "--check", capsys=capsys)
+    assert code == 0
+    assert told.splitlines() == [
+        "dpo c.yaml: nothing is wrong with it",
+        "  data     pairs: train (trl, 1 file, 10 rows), test (trl, 1 file, 10 rows)",
+        "  model    runs/one/sft/export: gpt_neox, 2 layers x 64",
+        "  devices  one",
+        "  training batches of 4, 1 epochs, at most 3 steps",
+        "  run      runs/one/dpo",
+    ]
+    assert sorted(place.rglob("*")) == before
+
+
+def test_it_needs_no_jax(place):
+    code = """
+import sys
+from dpo_jax.cli.main import main
+assert main(["dpo", "c.yaml", "--check"]) == 0
+assert main(["eval", "c.yaml", "--check-after=dpo"]) == 0
+heavy = {"jax", "flax", "transformers", "orbax", "tensorflow_datasets", "huggingface_hub"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT)}, cwd=place, capture_output=True)
+
+
+def a_pointer(place):
+    (place / "pairs" / "train.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def no_tokenizer(place):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (place / "runs/one/sft/export" / name).unlink()
+
+
+def another_config(place):
+    file = place / "runs/one/sft/export/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 3}))
+
+
+def half_a_vocabulary(place):
+    file = place / "runs/one/sft/export/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 100}))
+
+
+FAULTS = {
+    "no such folder": (lambda p: shutil.rmtree(p / "pairs"), [], 65, "pairs: bad_layout: no such file or folder"),
+    "another split": (
+        lambda p: None,
+        ["--data.test-split", "validation"],
+        65,
+        "no file of split 'validation'; .*; choose among the splits test, train",
+    ),
+    "git-lfs": (a_pointer, [], 65, "train.jsonl: git_lfs_pointer"),
+    "other columns": (lambda p: write_rows(p / "pairs/train.jsonl", [{"a": "b"}]), [], 65, "no known format has the columns a"),
+    "texts": (lambda p: None, ["--data.source", "snippets"], 2, "snippets are texts and no preferences"),
+    "no model": (lambda p: shutil.rmtree(p / "runs/one/sft"), [], 2, "Run `dpo-jax sft` first"),
+    "no weights": (lambda p: (p / "runs/one/sft/export/model.safetensors").unlink(), [], 2, "holds no weights"),
+    "no tokenizer": (no_tokenizer, [], 2, "tokenizer"),
+    "other weights": (another_config, [], 2, "missing in .*model.safetensors: not a complete gpt_neox"),
+    "other vocabulary": (half_a_vocabulary, [], 2, "vocab|shape"),
+    "too long": (lambda p: None, ["--data.max-length", "4096"], 2, "4096 tokens do not fit the"),
+    "batch": (lambda p: None, ["--run.devices", "pmap", "--dpo.batch", "6"], 2, "dpo.batch: 6 does not divide among 4 devices"),
+    "mesh": (lambda p: None, ["--run.devices", "mesh", "--mesh.fsdp", "3"], 2, "3 does not equal the 4 devices"),
+    "a file in the way": (lambda p: (p / "runs/one/dpo").touch(), [], 74, "runs/one/dpo"),
+    "an old run": (
+        lambda p: (p / "runs/one/dpo/checkpoints/3").mkdir(parents=True),
+        ["--run.no-resume"],
+        2,
+        "holds checkpoints",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_check_finds_what_the_command_refuses(name, place, capsys):
+    damage, flags, code, words = FAULTS[name]
+    damage(place)
+    found = check("dpo", *flags, "--check-devices=4", capsys=capsys)
+    assert found[0] == code, found
+    done = check("dpo", *flags, capsys=capsys)
+    assert done[0] == code, done
+    for told in (found[1], done[1]):
+        assert re.search(words, told), told
+
+
+def test_all_problems_are_told_and_the_first_is_the_code(place, capsys):
+    shutil.rmtree(place / "pairs")
+    code, told = check("dpo", "--check-devices=3", "--run.devices", "pmap", "--dpo.policy", "nowhere/at/all", capsys=capsys)
+    assert code == 65
+    first, *others = told.splitlines()
+    assert first.startswith("dpo-jax: pairs: bad_layout")
+    assert [line.partition(":")[0] for line in others] == ["dpo.policy", "dpo.batch"]
+
+
+def test_results_of_earlier_commands_are_taken_for_granted(place, capsys):
+    shutil.rmtree(place / "runs")
+    for name, after in (("dpo", "sft"), ("eval", "sft,refs,dpo"), ("export", "sft,dpo"), ("sample", "dpo")):
+        assert check(name, "--check", capsys=capsys)[0] == 2
+        code, told = check(name, f"--check-after={after}", capsys=capsys)
+        assert code == 0, told
+        assert f": will be made by: dpo-jax {after.rpartition(',')[2]}\n" in told
+    reward = ["--ppo.reward-model", "runs/one/reward-model/export", "--data.source", "reviews", "--data.path", "None"]
+    assert check("ppo", *reward, "--check-after=sft,reward-model", capsys=capsys)[0] == 0
+    assert check("ppo", *reward, "--check-after=sft", capsys=capsys)[0] == 2
+    assert check("dpo", "--data.path", "runs/one/label", "--check-after=sft,label", capsys=capsys)[0] == 0
+    assert check("dpo", "--dpo.policy", "runs/two/sft/export", "--check-after=sft", capsys=capsys)[0] == 2  # another run's
+
+
+def test_a_disk_of_other_machines_is_not_looked_for(place, capsys):
+    far = ["--run.dir", "/mnt/far/hh", "--data.path", "/mnt/far/data"]
+    code, told = check("dpo", *far, "--check-elsewhere=/mnt/far", capsys=capsys)
+    assert code == 0, told
+    assert told.count("on the hosts, not seen from here") == 3
+    wrong = check("dpo", *far, "--check-elsewhere=/mnt/far", "--check-devices=6", "--run.devices", "mesh", capsys=capsys)
+    assert wrong[0] == 2
+    assert "dpo.batch: 4 does not divide among 6 devices" in wrong[1]
+
+
+def test_a_run_that_is_there_is_continued_or_refused(place, capsys):
+    saved = place / "runs/one/dpo"
+    (saved / "checkpoints" / "2").mkdir(parents=True)
+    (saved / "config.yaml").write_text(dump_config(load_config("c.yaml")))
+    assert "runs/one/dpo, continues after step 2" in check("dpo", "--check", capsys=capsys)[1]
+    assert check("dpo", "--dpo.microbatches", "2", "--check", capsys=capsys)[0] == 0  # free to change
+    code, told = check("dpo", "--dpo.beta", "0.5", "--run.seed", "1", "--check", capsys=capsys)
+    assert code == 2
+    assert "runs/one/dpo holds a run with other settings:\n  beta: was 0.1, is 0.5\n  seed: was 0, is 1\n" in told
+    with open(saved / "run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("pid 7")
+        lock.flush()
+        code, told = check("dpo", "--check", capsys=capsys)
+    assert (code, "another run (pid 7) uses runs/one/dpo" in told) == (73, True)
+    assert check("dpo", "--check", capsys=capsys)[0] == 0
+
+
+@pytest.mark.parametrize("flag", ["--check-devices=0", "--check-devices=", "--check-after", "--check-nothing=1"])
+def test_a_check_that_is_not_understood_is_refused(place, capsys, flag):
+    code, told = check("dpo", flag, capsys=capsys)
+    assert code == 2
+    assert told.startswith(f"dpo-jax: {flag}: ")
+
+
+def test_one_device_of_many_is_told_or_refused(place, capsys):
+    assert "one of 4: run.devices mesh or pmap takes all" in check("dpo", "--check-devices=4", capsys=capsys)[1]
+    code, told = check("dpo", "--check-devices=16", "--distributed", "auto", capsys=capsys)
+    assert (code, "single is one device, and 16 are on several hosts" in told) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("bench", ["--bench.lengths", "30/4/4"]),
+        ("sample", ["--sample.prompts-file", "pairs/train.jsonl", "--sample.policy", "runs/one/sft/export"]),
+        ("plan", ["--topology", "h100:8"]),
+        ("study", ["--study.a", "pairs/train.jsonl", "--study.b", "pairs/test.jsonl"]),
+        ("frontier", []),
+    ],
+)
+def test_what_brings_its_own_data_needs_none(place, capsys, name, flags):
+    sizes = {"family": "gpt_neox", "width": 64, "layers": 2, "heads": 4, "max_positions": 64}
+    write_config(place, data={"path": None, "source": "reviews" if name == "frontier" else "files"}, model=sizes)
+    code, told = check(name, *flags, "--check", capsys=capsys)
+    assert code == 0, told
+
+
+@pytest.mark.parametrize("name", program.COMMANDS)
+def test_every_command_that_reads_a_configuration_can_be_checked(name):
+    assert preflight.LOOKS[name]
+
+
+def test_tfds_folders_are_known_by_their_description(place, capsys):
+    folder = place / "tfds" / "preferences" / "1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "features.json").write_text("{}")
+    splits = [{"name": "train", "shardLengths": ["7", "5"]}, {"name": "held_out", "shardLengths": ["3"]}]
+    (folder / "dataset_info.json").write_text(json.dumps({"splits": splits}))
+    flags = ["--data.source", "tfds", "--data.path", "tfds", "--check"]
+    code, told = check("dpo", *flags, capsys=capsys)
+    assert code == 65
+    assert "no split 'test'; there are train, held_out" in told
+    code, told = check("dpo", *flags, "--data.test-split", "held_out", capsys=capsys)
+    assert code == 0
+    assert "train (TFDS, 12 rows), held_out (TFDS, 3 rows)" in told
+
+
+# Model folders that are not there
+
+
+def remedy_of(place, path, **run):
+    return model_folders.remedy(Config(run=RunConfig(dir=str(place / "one"), **run)), f"{place / path}")
+
+
+def test_a_missing_model_is_named_with_what_is_left_to_do(tmp_path):
+    assert remedy_of(tmp_path, "one/dpo/export").startswith(f"There is no run directory {tmp_path / 'one'}: check --run.dir")
+    (tmp_path / "one").mkdir()
+    assert remedy_of(tmp_path, "one/sft/export") == "Run `dpo-jax sft` first, or name the model."
+    assert remedy_of(tmp_path, "one/dpo/export") == "Run `dpo-jax sft`, then `dpo-jax dpo` first, or name the model."
+    (tmp_path / "one/sft/export").mkdir(parents=True)
+    assert remedy_of(tmp_path, "one/dpo/export") == "Run `dpo-jax dpo` first, or name the model."
+    assert remedy_of(tmp_path, "one/reward-model/export") == "Run `dpo-jax reward-model` first, or name the model."
+    for step in ("4", "12", "quarantine"):
+        (tmp_path / "one/dpo/checkpoints" / step).mkdir(parents=True)
+    interrupted = remedy_of(tmp_path, "one/dpo/export")
+    assert "has step 12. Continue it with `dpo-jax dpo`, which writes the model when it ends" in interrupted
+    assert interrupted.endswith("with `dpo-jax export`.")
+    (tmp_path / "one/sft/checkpoints/3").mkdir(parents=True)
+    assert remedy_of(tmp_path, "one/sft/export").endswith(
+        f"`dpo-jax export --export.checkpoint {tmp_path}/one/sft/checkpoints`."
+    )
+    assert "If gs://b/x/dpo holds steps, continue" in remedy_of(tmp_path, "one/dpo/export", checkpoints="gs://b/x")
+    assert remedy_of(tmp_path, "one/other") == ""
+
+
+def test_an_interrupted_run_is_not_sent_back_to_sft(place, capsys):
+    (place / "runs/one/dpo/checkpoints/20").mkdir(parents=True)
+    code, told = check("eval", capsys=capsys)
+    assert code == 2
+    assert "no model folder runs/one/dpo/export" in told
+    assert "runs/one/dpo/checkpoints has step 20. Continue it with `dpo-jax dpo`" in told
+    assert "dpo-jax sft" not in told
+
+
+# A configuration to begin with
+
+
+def test_the_file_to_fill_in_passes_its_check_once_the_data_are_there(place, capsys):
+    assert program.main(["init", "new/mine.yaml"]) == 0
+    told = capsys.readouterr().out
+    commands = re.findall(r"^  (dpo-jax .*?)(?:  |$)", told, flags=re.MULTILINE)
+    assert [words.split()[1] for words in commands] == ["dpo", "audit", "sft", "dpo", "eval"]
+    assert program.main(["init", "new/mine.yaml"]) == 2
+    assert "new/mine.yaml is there already, and is left as it is" in capsys.readouterr().err
+    assert check("sft", "--check", config="new/mine.yaml", capsys=capsys)[0] == 65
+    shutil.move(place / "pairs", place / "data" / "mine")
+    for name, after in (("sft", ""), ("dpo", "-after=sft"), ("eval", "-after=sft,dpo")):
+        code, told = check(name, f"--check{after}", config="new/mine.yaml", capsys=capsys)
+        assert code == 0, told
+    section = load_config("new/mine.yaml").dpo
+    assert dataclasses.replace(section, lr=1e-6, microbatches=1, warmup_steps=150) == Config().dpo
+    assert program.main(["init", "--help"]) == 0
+    assert program.main(["init", "a.yaml", "b.yaml"]) == 2
