@@ -11,10 +11,10 @@ Exit codes:
     74   a file cannot be read or written (missing, no permission, disk full, damaged)
     75   judge stopped before every pair was decided (spending cap, endpoint); the same command continues
     76   a loss, gradient or log-probability is NaN or infinite
-    130  interrupted from the keyboard
+    130  interrupted from the keyboard (Ctrl-C); a training run has saved its state, and the same command continues
     134  JAX aborted: another host was silent for run.heartbeat_seconds (or 1, where the connection broke at once);
          start all hosts again, and the run continues
-    143  asked to stop (SIGTERM): the state is saved, and the same command continues
+    143  asked to stop (SIGTERM); a training run has saved its state, and the same command continues
 
 Expected errors are one message without a traceback; `DPO_JAX_TRACEBACK=1` shows it. Commands import JAX only when they run.
 """
@@ -30,12 +30,13 @@ import sys
 import textwrap
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 from dpo_jax.cli import config as options
 from dpo_jax.cli.config import Config, ConfigError, load_config_with_lines
 from dpo_jax.cli.config_file import suggest, types_of
 from dpo_jax.cli.config_report import ReportConfig
+from dpo_jax.runtime.signals import Terminated, leave, run_program
 
 
 class Command(NamedTuple):
@@ -186,6 +187,7 @@ EXIT_CODES = (
     ("dpo_jax.runtime.fit", "NonFinite", 76),
     ("dpo_jax.reference", "BrokenReference", 76),
     ("dpo_jax.evals.preference", "NonFiniteLogps", 76),
+    ("dpo_jax.runtime.fit", "Interrupted", 130),
     ("dpo_jax.runtime.fit", "Preempted", 143),
 )
 
@@ -201,8 +203,11 @@ def main(args: list[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Terminated:
+        print("\ndpo-jax: stopped by SIGTERM", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
-        print("dpo-jax: interrupted", file=sys.stderr)
+        print("\ndpo-jax: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         code = exit_code(error)
@@ -296,13 +301,13 @@ def _on_many_hosts(name: str, config: Config) -> int:
             return _execute(name, config)
         except Exception as error:
             code = exit_code(error)
-            if code == 143:  # agreed between all hosts
+            if code in (130, 143):  # agreed between all hosts
                 raise
             # Others may wait for this one in a collective, and an orderly exit would wait for them. Gone, it is missed.
             if code == 1 or _traceback_wanted():
                 traceback.print_exception(error)
-            print(f"dpo-jax: {_message(error)}", file=sys.stderr, flush=True)
-            os._exit(code)
+            print(f"dpo-jax: {_message(error)}", file=sys.stderr)
+            leave(code)
 
 
 def parse(name: str, args: list[str]) -> Config:
@@ -435,5 +440,10 @@ def _version() -> str:
     return f"{of('dpo_jax')} ({of('jax')}, {of('flax')}, {of('orbax-checkpoint')}, Python {python})"
 
 
+def program() -> NoReturn:
+    """The process `dpo-jax`: `main` with the command line, and the end of the process with its exit code."""
+    run_program(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

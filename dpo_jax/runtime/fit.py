@@ -16,9 +16,10 @@ import jax
 
 from dpo_jax.runtime.metrics import MetricsLog, Progress
 from dpo_jax.runtime.rundir import write_json
+from dpo_jax.runtime.signals import ECHO_SECONDS, NUMBERS, Listener, exit_code
 
 EXIT_PREEMPTED = 143
-"""Exit code of a process that saved and stopped because of SIGTERM or SIGINT: 128 + 15. Run it again to continue."""
+"""Exit code of a process that saved and stopped because of SIGTERM. Run it again to continue. After SIGINT it is 130."""
 
 SAVE = 1
 """What `agree` is asked for when it is time to save: less than the numbers of the signals, so that a stop prevails."""
@@ -33,11 +34,15 @@ class NonFinite(ArithmeticError):
 
 
 class Preempted(RuntimeError):
-    """Stopped by a signal, after `step` steps. End the process with `EXIT_PREEMPTED`."""
+    """Stopped by a signal, after `step` steps. End the process with `EXIT_PREEMPTED`, for launchers that start it again."""
 
     def __init__(self, message: str, *, step: int):
         super().__init__(message)
         self.step = step
+
+
+class Interrupted(Preempted):
+    """Stopped by SIGINT: by a person at the keyboard, whom no launcher should contradict. End the process with 130."""
 
 
 def fit(
@@ -103,7 +108,8 @@ def fit(
             stop = stop or (end and _signal(agree(signals.received)))
             if stop:
                 saved = "the state is saved" if checkpoints is not None else "nothing is saved, as no place was given"
-                raise Preempted(f"stopped by {signal.Signals(stop).name} after {done} steps; {saved}", step=done)
+                kind = Interrupted if stop == signal.SIGINT else Preempted
+                raise kind(f"stopped by {signal.Signals(stop).name} after {done} steps; {saved}", step=done)
     return state
 
 
@@ -241,28 +247,33 @@ class _Ahead:
 class _Signals:
     """The first SIGTERM or SIGINT sets `received`, a second one ends the process at once. Restores the handlers afterwards."""
 
-    # A machine that shuts down, or a terminal with a script in between, may deliver one wish twice.
-    ECHO_SECONDS = 0.3
-
     def __init__(self) -> None:
-        self.received, self._since = 0, 0.0
+        self.received, self._heard, self._since = 0, 0, 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._previous = {number: signal.signal(number, self._handle) for number in NUMBERS}
+            self._listener = Listener(self._hear)
+            self._listener.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._previous:
+            self._listener.stop()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.received:
-            if time.monotonic() - self._since > self.ECHO_SECONDS:
-                os._exit(EXIT_PREEMPTED)
+        self.received = self.received or number
+
+    def _hear(self, number: int) -> None:
+        """In a thread: a step that is being compiled hears of no signal."""
+        if self._heard:
+            if time.monotonic() - self._since > ECHO_SECONDS:
+                os._exit(exit_code(number))
             return
-        self.received, self._since = number, time.monotonic()
+        self._heard, self._since = number, time.monotonic()
         # Not print(): the signal may have interrupted a print, and buffered files are not re-entrant.
         text = f"\n{signal.Signals(number).name}: finishing this step, then saving. A second signal stops at once.\n"
         os.write(2, text.encode())

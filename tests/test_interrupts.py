@@ -1,0 +1,118 @@
+"""Signals to real processes, in each phase of a command: the documented exit code, no traceback, and files that are whole."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 240  # seconds; a process takes a twentieth of it
+CONFIG = """\
+run: {{dir: {dir}}}
+data: {{source: reviews, reviews_train: 48, reviews_test: 8, max_length: 128, max_prompt_length: 96, layout: shared}}
+tokenizer: {{path: {golden}/tokenizer}}
+refs: {{batch: 16}}
+dpo: {{policy: {golden}/gpt_neox/init, batch: 8, epochs: 30, lr: 1.0e-5}}
+eval: {{policy: {golden}/gpt_neox/init, reference: {golden}/gpt_neox/init, batch: 8, samples: 4, max_new_tokens: 6}}
+sample: {{policy: {golden}/gpt_neox/init, prompts: 4, max_new_tokens: 6}}
+"""
+# Runs a command, and sends this process a signal when a function is called for the `count`-th time.
+DRIVER = """
+import functools, importlib, os, signal, sys
+from dpo_jax.cli import main as cli
+
+where, count, name, *sys.argv[1:] = sys.argv[1:]
+module, _, function = where.partition(":")
+calls = 0
+
+def strike():
+    os.kill(os.getpid(), signal.Signals[name])
+
+def striking(inner):
+    @functools.wraps(inner)
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == int(count):
+            strike()
+        return inner(*args, **kwargs)
+    return call
+
+if module == "compiling":  # from now on the main thread is in XLA
+    import jax
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, fun_name="", **_: strike() if event.endswith("mlir_module_duration") and function in fun_name else None
+    )
+else:
+    owner = importlib.import_module(module)
+    *classes, function = function.split(".")
+    for part in classes:
+        owner = getattr(owner, part)
+    setattr(owner, function, striking(getattr(owner, function)))
+cli.program()
+"""
+
+
+def environment():
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return kept | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
+
+
+def start(folder, command, *, where, count=1, name="SIGINT"):
+    folder.mkdir()
+    config = folder / "tiny.yaml"
+    config.write_text(CONFIG.format(dir=folder / "run", golden=GOLDEN))
+    words = [sys.executable, "-c", DRIVER, where, count, name, command, config]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([str(word) for word in words], env=environment(), **pipes)
+
+
+def end(process):
+    try:
+        _, error = process.communicate(timeout=LIMIT)
+        return process.returncode, error
+    finally:
+        process.kill()
+
+
+IMPORTING = ("audit", "dpo_jax.cli.main:_execute", 1)
+ENCODING = ("dpo", "dpo_jax.cli.build:encode_split", 2)
+COMPILING = ("refs", "compiling:reference_logps", 1)
+REFERENCE = ("refs", "dpo_jax.reference:ReferenceCache.add", 2)
+SAMPLING = ("sample", "compiling:draw", 1)
+EVALUATING = ("eval", "dpo_jax.cli.eval:preference_summary", 1)
+SAVING = ("dpo", "dpo_jax.cli.train:save_hf", 1)
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        [(COMPILING, "SIGINT"), (REFERENCE, "SIGTERM"), (SAMPLING, "SIGINT")],
+        pytest.param(
+            [
+                (phase, name)
+                for phase in (IMPORTING, ENCODING, COMPILING, REFERENCE, SAMPLING, EVALUATING, SAVING)
+                for name in ("SIGINT", "SIGTERM")
+            ]
+            * 2,
+            marks=pytest.mark.soak,
+        ),
+    ],
+)
+def test_a_signal_outside_of_training_ends_with_its_code(tmp_path, phases):
+    """Python's own way out, with threads of XLA still at work, ended with 139 in most tries."""
+    for begin in range(0, len(phases), 3):  # some at a time
+        here = phases[begin : begin + 3]
+        processes = [
+            start(tmp_path / str(begin + n), command, where=where, count=count, name=name)
+            for n, ((command, where, count), name) in enumerate(here)
+        ]
+        for ((command, where, _), name), process in zip(here, processes, strict=True):
+            code, error = end(process)
+            assert code == {"SIGINT": 130, "SIGTERM": 143}[name], (command, where, name, error)
+            assert "Traceback" not in error
+            said = {"SIGINT": "dpo-jax: interrupted", "SIGTERM": "dpo-jax: stopped by SIGTERM"}[name]
+            assert error.endswith(f"{said}\n"), error
