@@ -43,9 +43,10 @@ def striking(inner):
 
 if module == "compiling":  # from now on the main thread is in XLA
     import jax
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, fun_name="", **_: strike() if event.endswith("mlir_module_duration") and function in fun_name else None
-    )
+    def traced(event, seconds, fun_name="", **_):
+        if event.endswith("mlir_module_duration") and function in fun_name:
+            strike()
+    jax.monitoring.register_event_duration_secs_listener(traced)
 else:
     owner = importlib.import_module(module)
     *classes, function = function.split(".")

@@ -85,6 +85,7 @@ def run(config: Config) -> int:
             reports=[pairs.report, held_out.report],
             partitioner=partitioner,
             evaluate=evaluate,
+            shapes=max(1, len(layout.row_counts)),
             check=functools.partial(
                 starts_at_reference, expected_loss=loss_at_reference(section), tolerance=TOLERANCE[config.run.precision]
             ),

@@ -16,6 +16,7 @@ from dpo_jax.models.families import decoder_config
 from dpo_jax.models.hf import load_config as load_hf_config
 from dpo_jax.models.hf import save_hf
 from dpo_jax.runtime.checkpoint import Checkpoints, has_steps
+from dpo_jax.runtime.progress import reported
 from dpo_jax.step import init_state
 from dpo_jax.types import TrainState
 
@@ -36,13 +37,14 @@ def run(config: Config) -> int:
     tx = build.make_tx(original.sft if task == "sft" else original.dpo)
     abstract = jax.eval_shape(lambda: init_state(model.init(jax.random.key(0)), tx))
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is asked for: that it will write nothing
-    with Checkpoints(directory, read_only=True) as checkpoints:
+    with Checkpoints(directory, read_only=True) as checkpoints, reported("reading the checkpoint"):
         found = _restored(checkpoints, abstract, config.export.step)
     if found is None:
         raise ConfigError(f"export.checkpoint: {directory} holds no checkpoint; train first")
     state, _ = found
     name = "export" if config.export.step is None else f"export-{config.export.step}"
-    out = save_hf(config.export.out or folder / name, model, state.variables, dtype=DTYPES[config.export.dtype])
+    with reported("exporting"):
+        out = save_hf(config.export.out or folder / name, model, state.variables, dtype=DTYPES[config.export.dtype])
     tokenizer.save_pretrained(out)
     print(f"step {int(state.step)} of {folder} as {config.export.dtype} in {out}")
     return 0

@@ -36,6 +36,7 @@ from dpo_jax.cli import config as options
 from dpo_jax.cli.config import Config, ConfigError, load_config_with_lines
 from dpo_jax.cli.config_file import suggest, types_of
 from dpo_jax.cli.config_report import ReportConfig
+from dpo_jax.runtime.progress import BOARD, reported
 from dpo_jax.runtime.signals import Terminated, leave, run_program
 
 
@@ -285,7 +286,9 @@ def _run(args: list[str]) -> int:
 
 def _execute(name: str, config: Config) -> int:
     module, function = COMMANDS[name].target.split(":")
-    return getattr(importlib.import_module(module), function)(config)
+    with reported("loading libraries"):
+        command = getattr(importlib.import_module(module), function)
+    return command(config)
 
 
 def _on_many_hosts(name: str, config: Config) -> int:
@@ -293,10 +296,12 @@ def _on_many_hosts(name: str, config: Config) -> int:
         raise ConfigError(f"run.distributed: {name} runs on one host; only {', '.join(ON_MANY_HOSTS)} use several")
     from dpo_jax.cli.build import join_hosts
 
-    is_first = join_hosts(config)
+    with reported("waiting for the other hosts"):
+        is_first = join_hosts(config)
     with contextlib.ExitStack() as quiet:
         if not is_first:  # who speaks for all
             quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
+            BOARD.quiet = True
         try:
             return _execute(name, config)
         except Exception as error:

@@ -18,6 +18,7 @@ from dpo_jax.lab.reward_model import RewardModel, load_head
 from dpo_jax.models.hf import resolve, save_hf
 from dpo_jax.reward import HEAD
 from dpo_jax.runtime.metrics import read_metrics
+from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import write_json
 
 
@@ -43,7 +44,8 @@ def run(config: Config) -> int:
             seed=config.run.seed,
             say=functools.partial(print, flush=True),
         )
-        folder = save_hf(run_dir.export, world.model, variables)
+        with reported("exporting the policy"):
+            folder = save_hf(run_dir.export, world.model, variables)
         world.tokenizer.save_pretrained(folder)
         plot_training(read_metrics(run_dir.metrics), run_dir.plots)
         write_json(run_dir.path / "result.json", {"points": [{"step": 0.0, **before}, *points]})

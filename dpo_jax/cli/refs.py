@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
@@ -17,6 +15,7 @@ from dpo_jax.data.loader import Batch, in_order
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.reference import ReferenceCache, fill_cache, reference_logps
 from dpo_jax.runtime.hosts import from_first, is_first
+from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Model, Partitioner, Variables
 
 
@@ -64,11 +63,10 @@ def reference_values(
     compiled = partitioner.compile_map(functools.partial(reference_logps, model))
     if len(todo) < len(pairs):
         print(f"{config.refs_cache()}: {len(pairs) - len(todo):,} of {len(pairs):,} pairs are there already", flush=True)
-    quiet = cache is None or not todo or not sys.stderr.isatty()
-    with tqdm(total=len(todo), unit="pair", desc="reference pass", dynamic_ncols=True, disable=quiet) as bar:
+    with reported("reference pass", total=len(todo), unit="pairs") as task:
 
         def progress(batch: Batch) -> None:
-            bar.update(int(batch.stats["pairs"]))
+            task.advance(int(batch.stats["pairs"]))
 
         fill_cache(
             cache,

@@ -24,9 +24,11 @@ from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import Checkpoints, has_steps
 from dpo_jax.runtime.fit import NonFinite, fit
 from dpo_jax.runtime.mesh import mesh_sizes
-from dpo_jax.runtime.metrics import MetricsLog, Progress, TensorBoardWriter, WandbWriter, is_evaluation, read_metrics
+from dpo_jax.runtime.metrics import MetricsLog, TensorBoardWriter, WandbWriter, is_evaluation, read_metrics
+from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.seal import is_remote
+from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.types import Model, Partitioner, TrainState
 
 Evaluate = Callable[[TrainState, int], Mapping[str, Any]]
@@ -48,6 +50,7 @@ def train(
     evaluate: Evaluate,
     check: Callable[[int, dict[str, float]], None] | None = None,
     unit: str = "pairs",
+    shapes: int = 0,
 ) -> TrainState:
     """Trains from `state` (consumed) or from the newest good checkpoint. Returns the final state in the form that is saved.
 
@@ -71,20 +74,22 @@ def train(
                 checkpoints=checkpoints,
                 meta=meta,
                 log=log,
-                progress=Progress() if hosts.is_first() else None,
+                progress=Progress(epochs=section.epochs) if hosts.is_first() else None,
                 evaluate=evaluate,
                 eval_every=math.ceil(config.run.eval_every_examples / section.batch),
                 save_every=config.run.save_every_steps,
                 save_every_minutes=config.run.save_every_minutes if hosts.is_first() else 0.0,
                 check=check,
                 unit=unit,
+                shapes=shapes,
                 get_state=partitioner.get_state,
                 agree=hosts.agreement(),
             )
             # A signal during the last step saves the state without judging it.
             judged = log is not None and any(is_evaluation(r) and r["step"] == total_steps for r in read_metrics(run.metrics))
             if not hosts.anywhere(judged):
-                metrics = evaluate(state, total_steps)
+                with reported("evaluating", brief=True):
+                    metrics = evaluate(state, total_steps)
                 if log is not None:
                     log.write({"step": total_steps} | {f"eval/{k}": v for k, v in metrics.items()})
     return partitioner.get_state(state)
@@ -169,7 +174,8 @@ def _resume(
 ) -> TrainState:
     if checkpoints.latest_step() is None:
         return state
-    found = checkpoints.restore_latest(jax.tree.map(_as_saved, partitioner.get_state(state)))
+    with reported("reading the checkpoint"):
+        found = checkpoints.restore_latest(jax.tree.map(_as_saved, partitioner.get_state(state)))
     if found is None:
         return state
     restored, saved = found
@@ -205,11 +211,13 @@ def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def leave_results(run: RunDir, model: Model, state: TrainState, tokenizer: Any, *, card: Callable[[], str]) -> None:
     """Writes the model as a Hugging Face folder, the plots, and the model card. All hosts call it, with the saved form."""
-    folder = save_hf(run.export, model, state.variables, fetch=hosts.whole, write=hosts.is_first())
+    with reported("exporting the policy"):
+        folder = save_hf(run.export, model, state.variables, fetch=hosts.whole, write=hosts.is_first())
     if not hosts.is_first():
         return
     tokenizer.save_pretrained(folder)
-    plot_training(read_metrics(run.metrics), run.plots)
+    with reported("drawing plots"):
+        plot_training(read_metrics(run.metrics), run.plots)
     text = card()
     run.card.write_text(text, encoding="utf-8")
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -13,10 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 
-from dpo_jax.runtime.metrics import MetricsLog, Progress
+from dpo_jax.runtime.metrics import MetricsLog
+from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import write_json
 from dpo_jax.runtime.signals import ECHO_SECONDS, NUMBERS, Listener, exit_code
+from dpo_jax.runtime.training_progress import Progress
 
 EXIT_PREEMPTED = 143
 """Exit code of a process that saved and stopped because of SIGTERM. Run it again to continue. After SIGINT it is 130."""
@@ -62,6 +66,7 @@ def fit(
     save_every_minutes: float = 0.0,
     check: Callable[[int, dict[str, float]], None] | None = None,
     unit: str = "pairs",
+    shapes: int = 0,
     get_state: Callable[[Any], Any] = lambda tree: tree,
     agree: Callable[[int], int] = lambda number: number,
     clock: Callable[[], float] = time.monotonic,
@@ -78,6 +83,7 @@ def fit(
     evaluate: `evaluate(state, steps taken) -> metrics`, every `eval_every` steps and at the end, logged under `eval/`.
     check: `check(step, metrics)` may raise to stop the run, for instance when the loss of step 0 is not ln 2.
     unit: which of `stats` counts examples.
+    shapes: how many shapes the rows of a batch can have, 0 if nobody knows: each is a program to compile.
     get_state: takes what `step` works on to what is saved; `Partitioner.get_state` where these differ.
     agree: `hosts.agreement()` where several hosts must save or stop after the same step.
 
@@ -87,12 +93,14 @@ def fit(
     """
     start = int(get_state(state.step))
     books = _Books(start, total_steps, log=log, progress=progress, checkpoints=checkpoints, check=check, unit=unit)
+    compilations = _Compilations(shapes)
     timer = _Timer(save_every_minutes, clock)
     with books, _Signals() as signals, _Ahead(stream, start, total_steps) as batches:
         for index in range(start, total_steps):
             batch = batches.take(index)
             rate = {} if lr is None else {"lr": lr(index)}
-            state, metrics = step(state, batch.rows)
+            with compilations.of(batch.rows):
+                state, metrics = step(state, batch.rows)
             books.settle()
             books.pending = _Pending(index, batch.uids, batch.stats, {**metrics, **rate})
 
@@ -100,10 +108,13 @@ def fit(
             stop, end = _signal(wish), done == total_steps
             if evaluate is not None and not stop and (end or _due(done, eval_every)):
                 books.settle()
-                books.evaluated(done, evaluate(state, done))
+                with reported("evaluating", brief=True):
+                    found = evaluate(state, done)
+                books.evaluated(done, found)
             if wish or end or _due(done, save_every):
                 books.settle()
-                books.save(done, get_state(state), meta, wait=bool(stop or end))
+                with reported(f"saving step {done}"):
+                    books.save(done, get_state(state), meta, wait=bool(stop or end))
                 timer.restart()
             stop = stop or (end and _signal(agree(signals.received)))
             if stop:
@@ -221,6 +232,23 @@ def _throughput(stats: Mapping[str, float], unit: str, seconds: float) -> dict[s
     counted = {name: stats[name] / seconds for name in (unit, "scored_tokens") if name in stats}
     rates = {f"{name}_per_second": value for name, value in counted.items()}
     return {**rates, **({"padding": stats["padding"]} if "padding" in stats else {})}
+
+
+class _Compilations:
+    """Names the compilation of each shape of rows when it is met for the first time."""
+
+    def __init__(self, shapes: int):
+        self._shapes, self._met = shapes, set()
+
+    def of(self, rows: Any) -> contextlib.AbstractContextManager[Any]:
+        shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(rows))
+        if shapes in self._met:
+            return contextlib.nullcontext()
+        self._met.add(shapes)
+        number, tokens = len(self._met), getattr(rows, "tokens", None)
+        many = f" {number} of {self._shapes}" if self._shapes >= number else f" {number}"
+        size = "" if tokens is None else " ({} rows of {} tokens)".format(*tokens.shape)
+        return reported(f"compiling shape{many}{size}")
 
 
 class _Ahead:
