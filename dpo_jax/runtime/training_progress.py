@@ -10,7 +10,7 @@ from dpo_jax.runtime.progress import BOARD, SILENCE_SECONDS, Board, Pace, cut, d
 Row = Mapping[str, float]
 
 FIRST_STEPS = 5  # a log file gets each of them
-BAR = (10, 40)  # columns at least and at most
+WIDE, BAR = 100, (10, 40)  # columns of a terminal that has room for a bar; of the bar, at least and at most
 
 
 class Progress:
@@ -42,7 +42,7 @@ class Progress:
         self._step_began = self._board.clock()
         if self._board.terminal:
             self._board.draw()
-        elif self._is_first() or self._done == self._total or self._board.silent_for() >= SILENCE_SECONDS:
+        elif self._is_first() or self._done == self._total or self._next_is_late():
             self._board.say(self.line())
 
     def evaluated(self, row: Row) -> None:
@@ -74,6 +74,9 @@ class Progress:
         shown = _fitting([field for field in fields if field[0]], width)
         return shown if width is None else _with_bar(shown, self._done / max(1, self._total), width)
 
+    def _next_is_late(self) -> bool:
+        return self._board.silent_for() + (self._pace.each or 0.0) >= SILENCE_SECONDS
+
     def _is_first(self) -> bool:
         return self._done - self._first <= FIRST_STEPS
 
@@ -83,9 +86,9 @@ def _measured(row: Row) -> list[tuple[str, int]]:
     forms = {
         "loss": ("loss {}", digits, 1),
         "nll_per_token": ("{} per token", digits, 2),
-        "rewards/accuracies": ("acc {}", "{:.2f}".format, 1),
-        "accuracy": ("acc {}", "{:.2f}".format, 1),
-        "rewards/margins": ("margin {}", "{:.2f}".format, 1),
+        "rewards/accuracies": ("acc {}", _hundredths, 1),
+        "accuracy": ("acc {}", _hundredths, 1),
+        "rewards/margins": ("margin {}", _hundredths, 1),
     }
     return [(text.format(form(row[name])), rank) for name, (text, form, rank) in forms.items() if name in row]
 
@@ -115,7 +118,7 @@ def _evaluation(row: Row, *, gap: int, places: int) -> str:
         interval = "" if low is None or high is None else f" [{low:.2f},{' ' * (gap - 1)}{high:.2f}]"
         parts.append(f"acc {accuracy:.2f}{interval}")
     if (margin := values.pop("rewards/margins", None)) is not None:
-        parts.append(f"margin {margin:.2f}")
+        parts.append(f"margin {_hundredths(margin)}")
     for side in ("chosen", "rejected"):
         if (moved := values.pop(f"displacement/{side}", None)) is not None:
             parts.append(f"{side} {moved:+.{places}f}")
@@ -131,6 +134,10 @@ def digits(value: float) -> str:
     return f"{value:,.1f}" if size >= 100 else f"{value:.2f}" if size >= 10 else f"{value:.3f}"
 
 
+def _hundredths(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}"  # without the sign of a zero
+
+
 def _fitting(fields: list[tuple[str, int]], width: int | None) -> str:
     """As many fields as fit, those of the lowest rank first, in their order."""
     kept = sorted(range(len(fields)), key=lambda number: (fields[number][1], number))
@@ -142,7 +149,7 @@ def _fitting(fields: list[tuple[str, int]], width: int | None) -> str:
 def _with_bar(text: str, share: float, width: int) -> str:
     """A bar before the text, where there is room for one."""
     room = min(width - len(text) - 4, BAR[1])
-    if room < BAR[0]:
+    if width < WIDE - 1 or room < BAR[0]:
         return text
     filled = round(room * share)
     return f"[{'#' * filled}{'.' * (room - filled)}]  {text}"
