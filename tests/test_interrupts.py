@@ -58,7 +58,7 @@ cli.program()
 
 
 def environment():
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONUNBUFFERED")}
     return kept | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
 
 
@@ -117,3 +117,62 @@ def test_a_signal_outside_of_training_ends_with_its_code(tmp_path, phases):
             assert "Traceback" not in error
             said = {"SIGINT": "dpo-jax: interrupted", "SIGTERM": "dpo-jax: stopped by SIGTERM"}[name]
             assert error.endswith(f"{said}\n"), error
+
+
+PLAIN = """
+import os, signal, sys, threading, time
+from dpo_jax.runtime.signals import run_program
+
+class Crash:
+    def __del__(self):  # when modules are torn down
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+crash = Crash()
+
+def later(seconds, name):
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.Signals[name])).start()
+
+def busy(seconds):  # about; as compiled code is: Python's handlers have to wait
+    import hashlib
+    hashlib.pbkdf2_hmac("sha256", b"", b"", int(seconds * 1e6))
+"""
+
+
+def plain(code, **options):
+    """Exit code, output and errors of a program that Python's own way out would crash."""
+    options = {"stdout": subprocess.PIPE} | options
+    command = [sys.executable, "-c", f"{PLAIN}\n{code}\nrun_program(main)"]
+    done = subprocess.run(command, env=environment(), stderr=subprocess.PIPE, text=True, timeout=LIMIT, check=False, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "out", "error"),
+    [
+        ("print('done'); return 0", 0, "done\n", ""),
+        ("import atexit; atexit.register(print, 'left'); return 65", 65, "left\n", ""),
+        ("raise ZeroDivisionError('a bug')", 1, "", "ZeroDivisionError: a bug\n"),
+        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", 130, "", ""),
+        ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", 143, "", ""),
+        # An interrupt that somebody has swallowed.
+        ("try: os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n    except KeyboardInterrupt: return 0", 130, "", ""),
+        ("later(0.1, 'SIGINT'); later(0.6, 'SIGINT'); busy(60)", 130, "", ""),
+        ("later(0.1, 'SIGTERM'); later(0.2, 'SIGTERM'); busy(1.5); return 0", 143, "", ""),
+    ],
+)
+def test_the_end_of_a_process_is_its_exit_code(body, code, out, error):
+    done = plain(f"def main():\n    {body}")
+    assert done[:2] == (code, out), done
+    assert done[2].endswith(error), done
+
+
+def test_an_interrupted_program_that_does_not_return_is_ended():
+    code, _, error = plain("def main():\n    later(0.1, 'SIGINT')\n    busy(120)")
+    assert (code, error) == (130, "\ndpo-jax: interrupted\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_output_that_could_not_be_written_is_no_success():
+    with open("/dev/full", "w") as full:
+        code, _, error = plain("def main():\n    print('done')\n    return 0", stdout=full)
+    assert (code, error) == (74, "dpo-jax: standard output: No space left on device\n")

@@ -447,7 +447,14 @@ def _version() -> str:
 
 def program() -> NoReturn:
     """The process `dpo-jax`: `main` with the command line, and the end of the process with its exit code."""
+    sys.excepthook = _uncaught
     run_program(main)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Of threads in C++: after a failed write, which is raised, TensorStore still calls an event loop that orbax has closed."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
 
 
 if __name__ == "__main__":
