@@ -84,7 +84,10 @@ class _Interruption:
             self.received, self._since = number, time.monotonic()
             timer = threading.Timer(PATIENCE_SECONDS, self._give_up)
             timer.daemon = True
-            timer.start()
+            try:
+                timer.start()
+            except RuntimeError:  # the process is ending anyhow
+                leave(exit_code(number))
         elif time.monotonic() - self._since > ECHO_SECONDS:
             leave(exit_code(number))
 
@@ -131,8 +134,11 @@ def leave(code: int) -> NoReturn:
     failed: list[OSError] = []
     # In a thread: an interrupted print may hold the lock of its file.
     flush = threading.Thread(target=_flush, args=(failed,), daemon=True)
-    flush.start()
-    flush.join(timeout=1.0)
+    try:
+        flush.start()
+        flush.join(timeout=1.0)
+    except RuntimeError:  # Python 3.12 starts no thread once it is on its way out
+        _flush(failed)
     if code == 0 and failed:
         os.write(2, f"dpo-jax: standard output: {failed[0].strerror}\n".encode())
         code = 74
