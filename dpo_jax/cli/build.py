@@ -160,7 +160,8 @@ def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]
     if data.source == "imdb":
         with needs_tfds("data.source: imdb"):
             from dpo_jax.data.tfds import read_texts
-        texts = read_texts(data.path, data.train_split if split == "train" else data.test_split)
+        with reported(f"reading the {split} split"):
+            texts = read_texts(data.path, data.train_split if split == "train" else data.test_split)
     else:
         texts = snippets_of(load_snippets(data.path), "policy" if split == "train" else "test")
     return texts[: data.max_train if split == "train" else data.max_test]
@@ -170,7 +171,8 @@ def encode_texts(config: Config, snippets: Sequence[Snippet], tokenizer: Any) ->
     """Whole texts to learn, every token but the first one scored; what is longer than `data.max_length` is cut, EOS and all."""
     ids = (np.asarray(tokenizer(snippet.text, add_special_tokens=False)["input_ids"], np.int32) for snippet in snippets)
     ended = (np.append(x, np.int32(tokenizer.eos_token_id))[: config.data.max_length] for x in ids)
-    return [(x[:0], x) for x in ended]
+    with reported(f"encoding {len(snippets):,} texts"):
+        return [(x[:0], x) for x in ended]
 
 
 def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any) -> EncodedSet:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
+from dpo_jax.runtime.progress import reported
 
 ARTICLE_CUE = "\nTL;DR:"  # makes a policy of Reddit summaries summarise an article
 
@@ -26,7 +27,8 @@ def references(config: Config, tokenizer: Any, *, target: bool = False) -> list[
         assert data.path is not None  # checked with the configuration
         with build.needs_tfds("data.source: cnn_dailymail"):
             from dpo_jax.data.tfds import read_articles
-        articles = read_articles(data.path, data.test_split)[: data.max_test]
+        with reported("reading the articles"):
+            articles = read_articles(data.path, data.test_split)[: data.max_test]
         return [Reference(f"{article.text}{ARTICLE_CUE}", f" {article.summary}", article.uid) for article in articles]
     pairs = build.load_split(config, "test", tokenizer)
     return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid) for p in pairs]

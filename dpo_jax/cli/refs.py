@@ -51,7 +51,8 @@ def reference_values(
     `variables` are the partitioner's, `weights` is their digest.
     """
     # The first host has the cache; what it lacks, and in the end all values, the others hear from it.
-    cache = ReferenceCache(config.refs_cache(), identity(config, model, weights, tokenizer)) if is_first() else None
+    with reported("reading the reference cache"):
+        cache = ReferenceCache(config.refs_cache(), identity(config, model, weights, tokenizer)) if is_first() else None
     for what in cache.damage if cache is not None else ():
         print(f"{config.refs_cache()}: {what}; what is lacking is computed again", flush=True)
     pairs = [pair for split in splits for pair in split]

@@ -102,9 +102,10 @@ def _targets(config: Config, tokenizer: Any) -> Texts:
     pairs = [build.encode_split(config, preferences, tokenizer) for preferences in (train_set, test_set)]
     limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length, "truncation": data.truncation}
     kept = [build.only_kept(split, encoded) for split, encoded in zip((train_set, test_set), pairs, strict=True)]
-    train, (held_out, _) = (
-        encode_targets(split, tokenizer, **limits, score_prompt=config.sft.scored == "all") for split in kept
-    )
+    with reported("encoding the texts to learn"):
+        train, (held_out, _) = (
+            encode_targets(split, tokenizer, **limits, score_prompt=config.sft.scored == "all") for split in kept
+        )
     return Texts(train, held_out, [encoded.report for encoded in pairs])
 
 
