@@ -97,8 +97,7 @@ SAVING = ("dpo", "dpo_jax.cli.train:save_hf", 1)
                 (phase, name)
                 for phase in (IMPORTING, ENCODING, COMPILING, REFERENCE, SAMPLING, EVALUATING, SAVING)
                 for name in ("SIGINT", "SIGTERM")
-            ]
-            * 2,
+            ],
             marks=pytest.mark.soak,
         ),
     ],
