@@ -103,7 +103,7 @@ SAVING = ("dpo", "dpo_jax.cli.train:save_hf", 1)
     ],
 )
 def test_a_signal_outside_of_training_ends_with_its_code(tmp_path, phases):
-    """Python's own way out, with threads of XLA still at work, ended with 139 in most tries."""
+    """Where threads of XLA are still at work, Python's own way out now and then ends with 139."""
     for begin in range(0, len(phases), 3):  # some at a time
         here = phases[begin : begin + 3]
         processes = [
