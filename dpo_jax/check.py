@@ -101,4 +101,6 @@ def _chosen(rows: list[Row], names: list[str], *, besides: str) -> list[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from dpo_jax.runtime.signals import run_program
+
+    run_program(main)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from dpo_jax.logps import completion_logps
+from dpo_jax.losses import right
 from dpo_jax.step import apply_gradients, mean_grads
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
 
@@ -81,7 +81,7 @@ def preference_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array
         "rewards/chosen": rewards[:, 0],
         "rewards/rejected": rewards[:, -1],
         "rewards/margins": rewards[:, 0] - rewards[:, -1],
-        "rewards/accuracies": (rewards[:, 0] > rewards[:, -1]).astype(jnp.float32),
+        "rewards/accuracies": right(rewards, logps, ref_logps),
         "logps/chosen": logps[:, 0],
         "logps/rejected": logps[:, -1],
         "displacement/chosen": log_ratios[:, 0],

@@ -121,6 +121,19 @@ def implicit_rewards(logps: Array, ref_logps: Array, *, beta: float | Array) -> 
     return jax.lax.stop_gradient(_column(beta) * (jnp.asarray(logps) - jnp.asarray(ref_logps)))
 
 
+def right(rewards: Array, logps: Array, ref_logps: Array) -> Any:
+    """1 where the chosen completion has the higher reward, 0 where it has the lower one, 1/2 in a tie: float[P].
+
+    Of `[P, K]` the first and the last column are compared. A tie is also where the four log-probabilities differ by no more
+    than their rounding. So a policy that still is its reference has accuracy 1/2, also where the cached log-probabilities come
+    from rows of another shape; computed in bfloat16 they may differ by more, and then the side is chance. numpy or JAX.
+    """
+    margins, ratios = rewards[:, 0] - rewards[:, -1], logps - ref_logps
+    rounding = 2 * float(np.finfo(ratios.dtype).eps) * sum(abs(x[:, 0]) + abs(x[:, -1]) for x in (logps, ref_logps))
+    tie = ((abs(ratios[:, 0] - ratios[:, -1]) <= rounding) | (margins == 0)).astype(margins.dtype)
+    return (1 - tie) * (margins > 0).astype(margins.dtype) + tie / 2
+
+
 def _margins(logps: jax.Array, ref_logps: jax.Array) -> jax.Array:
     """How much more than the reference the policy prefers the chosen completion: float[P], in nats."""
     log_ratios = logps - ref_logps

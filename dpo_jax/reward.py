@@ -84,7 +84,7 @@ def reward_step(
     """One optimizer step of the reward model on pairs (Rafailov et al. 2023, eq. 2). Pure, like `dpo_step`.
 
     `model` is one of `with_scalar_head`, `rows` are `plain_rows`, or a plain layout of groups. Metrics are means over the pairs
-    of the global batch, before the update; `accuracy` counts a tie as wrong.
+    of the global batch, before the update; `accuracy` counts a tie as half: a new head has 0.5.
 
     >>> judge = with_scalar_head(model)
     >>> state = init_state(judge.init(jax.random.key(0)), tx)
@@ -101,7 +101,7 @@ def reward_step(
         rewards = slots_to_pairs(completion_rewards(model, {**state.frozen, **trainable}, rows), rows)
         margins = rewards[:, 0] - rewards[:, 1]
         return -jax.nn.log_sigmoid(margins), {
-            "accuracy": (margins > 0).astype(margins.dtype),
+            "accuracy": (1 + jnp.sign(margins)) / 2,
             "rewards/chosen": rewards[:, 0],
             "rewards/rejected": rewards[:, 1],
             "margin": margins,

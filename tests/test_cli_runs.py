@@ -189,6 +189,7 @@ def test_metrics_hold_each_step_once_under_the_usual_names(done):
     first = training[0]
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert max(abs(first[name]) for name in sides if not name.startswith("logps")) < 1e-3
+    assert first["rewards/accuracies"] == 0.5
     assert [row["lr"] for row in training[:4]] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3])
     assert training[-1]["loss"] < first["loss"]
 

@@ -1,5 +1,7 @@
 """The loop on a toy problem whose numbers are known: batch i adds i + 1 to the state w; the loss of step i is w before that."""
 
+import collections
+import contextlib
 import dataclasses
 import io
 import json
@@ -19,7 +21,9 @@ import pytest
 
 from dpo_jax.runtime import metrics as records
 from dpo_jax.runtime import parallel
-from dpo_jax.runtime.fit import EXIT_PREEMPTED, NonFinite, Preempted, fit
+from dpo_jax.runtime.fit import EXIT_PREEMPTED, Interrupted, NonFinite, Preempted, _Compilations, fit
+from dpo_jax.runtime.progress import Board
+from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.types import TrainState
 
 
@@ -269,6 +273,7 @@ def test_signal_finishes_the_step_saves_and_says_so(number):
             eval_every=3,
         )
     assert caught.value.step == 3
+    assert isinstance(caught.value, Interrupted) == (number == signal.SIGINT)  # whom no launcher starts again
     assert memory.saved == {3: (6.0, {})}
     assert memory.events[-1] == ("wait",)
     assert signal.getsignal(number) is before
@@ -353,24 +358,34 @@ def test_progress_off_a_terminal_prints_plain_lines():
         start(),
         stream,
         total_steps=3,
-        progress=records.Progress(file=out, seconds=0),
+        progress=Progress(board=Board(out)),
         evaluate=lambda *_: {"accuracy": 0.5},
     )
     lines = out.getvalue().splitlines()
     assert len(lines) == 4
-    assert lines[0].startswith("step 1/3  ")
+    assert lines[0].startswith("step 1/3  loss 0.000  ")
     assert "pairs/s" in lines[0]
-    assert "scored tokens/s, loss 0.0000" in lines[0]
-    assert lines[2].endswith("ETA 00:00")
-    assert lines[3] == "evaluation after 3 steps: accuracy 0.5"
+    assert "scored tokens/s" in lines[0]
+    assert lines[3] == "eval @3: accuracy 0.500"
 
 
-def test_progress_on_a_terminal_is_a_bar():
+def test_progress_on_a_terminal_is_one_line():
     out = io.StringIO()
     out.isatty = lambda: True
-    fit(compiled, start(1), stream, total_steps=3, progress=records.Progress(file=out))
-    assert "3/3" in out.getvalue()
-    assert "loss 2.0000" in out.getvalue()
+    fit(compiled, start(1), stream, total_steps=3, progress=Progress(board=Board(out)))
+    assert out.getvalue().count("\n") == 1
+    assert "step 3/3  loss 2.000" in out.getvalue().splitlines()[-1]
+
+
+def test_each_shape_is_named_before_it_is_compiled(monkeypatch):
+    named = []
+    monkeypatch.setattr("dpo_jax.runtime.fit.reported", lambda what, **_: named.append(what) or contextlib.nullcontext())
+    rows = collections.namedtuple("Rows", "tokens")
+    compilations = _Compilations(5)
+    for count in (3, 3, 4, 3):
+        with compilations.of(rows(np.zeros((count, 8)))):
+            pass
+    assert named == ["compiling shape 1 of 5 (3 rows of 8 tokens)", "compiling shape 2 of 5 (4 rows of 8 tokens)"]
 
 
 def test_optional_writers_get_every_row_or_name_the_extra(tmp_path, monkeypatch):

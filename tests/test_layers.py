@@ -48,7 +48,7 @@ LIGHT = [
         *("check_scope", "config", "config_file", "config_judge", "config_lab", "config_report", "config_study"),
         *("fixed", "main", "words"),
     )
-]
+] + ["runtime/signals.py", "runtime/progress.py"]
 # What runs in the processes of the PyTorch contenders, where JAX would count as their memory.
 WITHOUT_JAX = [f"bench/{name}.py" for name in ("contender", "matmul", "torch_loop", "torch_sampler", "trl_loop", "work")]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
-from dpo_jax.losses import dpo_loss, ipo_loss, plackett_luce_loss, unlikelihood_loss
+from dpo_jax.losses import dpo_loss, ipo_loss, plackett_luce_loss, right, unlikelihood_loss
 
 CASES = json.loads((GOLDEN / "preference_loss.json").read_text())
 LOGPS = np.array([[-12.0, -15.0], [-80.5, -3.25], [-40.0, -40.0]])
@@ -262,3 +262,21 @@ def test_a_loss_takes_the_completions_it_is_for():
         unlikelihood_loss(RANKED, RANKED_REF, alpha=0.1)
     with pytest.raises(ValueError, match="at least two completions, got 1"):
         plackett_luce_loss(RANKED[:, :1], RANKED_REF[:, :1], beta=0.1)
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_ties_count_half_and_rounding_is_a_tie(array):
+    """Log-probabilities of some 300 nats have steps of 3e-5 in float32: a step up or down is nobody's preference."""
+    ref = np.full((6, 2), -300.0, np.float32)
+    moved = np.array([[0, 0], [3e-5, 0], [0, 6e-5], [0.01, 0], [0, 0.01], [-5, -7]], np.float32)
+    logps, ref = array(ref + moved), array(ref)
+    _, rewards = dpo_loss(logps, ref, beta=0.1)
+    found = right(array(np.asarray(rewards)), logps, ref)
+    assert found.dtype == np.float32
+    assert found.tolist() == [0.5, 0.5, 0.5, 1, 0, 1]
+    assert (found + right(rewards[:, ::-1], logps[:, ::-1], ref[:, ::-1]) == 1).all(), "who swaps the sides has the other share"
+
+
+def test_a_ranking_is_right_where_its_best_is_above_its_worst():
+    _, rewards = plackett_luce_loss(RANKED, RANKED_REF, beta=0.1)
+    assert right(rewards, RANKED, RANKED_REF).tolist() == [1, 0, 0.5]

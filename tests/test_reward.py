@@ -70,7 +70,7 @@ def test_the_head_begins_as_zero_and_nothing_else_changes(variables):
 def test_the_loss_of_a_zero_head_is_ln_2(variables):
     _, metrics = STEP(init_state(variables, TX), LAYOUT.rows(random_pairs(3, 0)))
     assert float(metrics["loss"]) == pytest.approx(np.log(2), rel=1e-6)
-    assert [float(metrics[name]) for name in ("accuracy", "margin", "rewards/chosen", "rewards/rejected")] == [0, 0, 0, 0]
+    assert [float(metrics[name]) for name in ("accuracy", "margin", "rewards/chosen", "rewards/rejected")] == [0.5, 0, 0, 0]
     assert float(metrics["grad_norm"]) > 0
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import dpo_jax
 from dpo_jax.bench import gates
 from dpo_jax.bench.work import CONTENDERS, LIBRARIES, SAMPLERS, SamplingWork, Work, library
+from dpo_jax.runtime.progress import reported
 
 Results = dict[str, list[dict[str, Any]]]
 """What each contender (and each library's matrix product) measured, one entry per round."""
@@ -87,7 +88,8 @@ def run_one(
         "TOKENIZERS_PARALLELISM": "false",
     }
     command = [python, "-m", "dpo_jax.bench.contender", work.folder, name, str(steps), repr(time.time()), str(out)]
-    with open(log, "wb") as output, _stopped_by_signals(), _Neighbours() as neighbours:
+    said = reported(f"{name}, round {round_number + 1}", brief=True)
+    with open(log, "wb") as output, _stopped_by_signals(), said, _Neighbours() as neighbours:
         done = subprocess.run(command + ([trace] if trace else []), stdout=output, stderr=subprocess.STDOUT, env=environment)
     if done.returncode or not out.is_file():
         tail = log.read_text(errors="replace").strip().splitlines()[-8:]

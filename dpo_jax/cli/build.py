@@ -41,11 +41,12 @@ from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.hf import end_tokens, load_config, read_weights, variable_shapes
 from dpo_jax.models.hub import resolve
 from dpo_jax.reference import WeightsDigest
-from dpo_jax.runtime.compiling import keep_programs
+from dpo_jax.runtime.compiling import keep_programs, report_compiling
 from dpo_jax.runtime.hosts import HostsError, first_goes_first, is_first, start
 from dpo_jax.runtime.mesh import MeshError, make_mesh
 from dpo_jax.runtime.optim import Schedule, linear_warmup, make_optimizer
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
+from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, TrainState, Variables
@@ -95,6 +96,7 @@ def describe(run: RunDir, config: Config, *reports: DataReport) -> None:
 
 def make_partitioner(config: Config, model: Model) -> Partitioner:
     """Raises `ConfigError` where mesh, devices and model do not fit each other."""
+    report_compiling()
     if config.run.devices == "single" and jax.process_count() > 1:
         raise ConfigError(f"run.devices: single is one device, and there are {jax.process_count()} hosts; use mesh or pmap")
     if config.run.devices == "pmap":
@@ -138,7 +140,8 @@ def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any =
     name = data.train_split if split == "train" else data.test_split
     assert data.path is not None  # checked with the configuration
     format = "tfds" if data.source == "tfds" else data.format
-    with needs_tfds(f"data.source: {data.source}"):  # files may be a TFDS folder, too
+    # Files may be a TFDS folder, too.
+    with needs_tfds(f"data.source: {data.source}"), reported(f"reading the {name} split"):
         return load_preferences(data.path, name, format=format, on_bad=data.on_bad, tokenizer=tokenizer).take(limit)
 
 
@@ -149,7 +152,8 @@ def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]
     if data.source == "imdb":
         with needs_tfds("data.source: imdb"):
             from dpo_jax.data.tfds import read_texts
-        texts = read_texts(data.path, data.train_split if split == "train" else data.test_split)
+        with reported(f"reading the {split} split"):
+            texts = read_texts(data.path, data.train_split if split == "train" else data.test_split)
     else:
         texts = snippets_of(load_snippets(data.path), "policy" if split == "train" else "test")
     return texts[: data.max_train if split == "train" else data.max_test]
@@ -159,22 +163,24 @@ def encode_texts(config: Config, snippets: Sequence[Snippet], tokenizer: Any) ->
     """Whole texts to learn, every token but the first one (BOS, if there is one) scored; cut to `data.max_length`, EOS too."""
     ids = (with_bos(token_ids(snippet.text, tokenizer), tokenizer, bos=config.data.bos) for snippet in snippets)
     ended = (np.append(x, np.int32(tokenizer.eos_token_id))[: config.data.max_length] for x in ids)
-    return [(x[:0], x) for x in ended]
+    with reported(f"encoding {len(snippets):,} texts"):
+        return [(x[:0], x) for x in ended]
 
 
 def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any) -> EncodedSet:
     """Token ids of a split. Raises `DataError` for pairs that are unusable, or if too large a share had to be dropped."""
     data = config.data
-    encoded = encode_all(
-        preferences,
-        tokenizer,
-        max_length=data.max_length,
-        max_prompt_length=data.max_prompt_length,
-        truncation=data.truncation,
-        bos=data.bos,
-        on_bad=data.on_bad,
-        row_length=None if data.layout == "plain" else data.row_length,  # a plain row holds one side, within max_length
-    )
+    with reported(f"encoding {len(preferences):,} pairs"):
+        encoded = encode_all(
+            preferences,
+            tokenizer,
+            max_length=data.max_length,
+            max_prompt_length=data.max_prompt_length,
+            truncation=data.truncation,
+            bos=data.bos,
+            on_bad=data.on_bad,
+            row_length=None if data.layout == "plain" else data.row_length,  # a plain row holds one side, within max_length
+        )
     report = encoded.report
     report.chat = sum(preference.chat for preference in only_kept(preferences, encoded))
     if report.bad_share > data.max_dropped_share:
@@ -214,7 +220,7 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     made_from = {"vocab_size": config.tokenizer.vocab_size, "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
     kept = Path(config.run.dir) / "tokenizer"
     record = kept / "made_from.json"
-    with first_goes_first("tokenizer"):
+    with first_goes_first("tokenizer"), reported("training the tokenizer"):
         if not record.is_file() or json.loads(record.read_text()) != made_from:
             save_tokenizer(train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size), kept)
             write_json(record, made_from)  # last: a folder without it is made anew
@@ -238,7 +244,8 @@ def start_weights(config: Config, model: Model, partitioner: Partitioner) -> tup
     """Those of `model.path`, or new random ones; and a name for them: a digest, or where the random ones come from."""
     if config.model.path is not None:
         return load_weights(config.model.path, model, partitioner, name="model.path")
-    new = partitioner.make_variables(lambda: model.init(jax.random.key(config.run.seed)))
+    with reported("drawing random weights"):
+        new = partitioner.make_variables(lambda: model.init(jax.random.key(config.run.seed)))
     return new, f"random, seed {config.run.seed}"
 
 
@@ -323,7 +330,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast, *paths: str) -> tuple[int, ...]
 def load_weights(path: str, model: Model, partitioner: Partitioner, *, name: str) -> tuple[Variables, str]:
     """The weights in a folder whose model `policy_model` has checked, on the devices, and their digest."""
     digest = WeightsDigest()
-    with _naming(name, path):
+    with _naming(name, path), reported(f"loading the weights of {path}"):
         variables = partitioner.load_variables(variable_shapes(model), digest.watch(read_weights(path, model)))
     return variables, digest.hexdigest()
 
@@ -360,7 +367,8 @@ def make_tx(section: SftConfig | DpoConfig, *, steps: int = 1) -> Any:
 
 def first_state(partitioner: Partitioner, variables: Variables, tx: Any) -> TrainState:
     """The state before the first step. `variables` are consumed: a large model does not fit beside itself."""
-    return partitioner.init_state(functools.partial(init_state, tx=tx), variables)
+    with reported("placing weights and optimizer"):
+        return partitioner.init_state(functools.partial(init_state, tx=tx), variables)
 
 
 def free(tree: Any) -> None:
@@ -387,4 +395,5 @@ def pair_layout(config: Config, pairs: Sequence[Encoded], *, batch: int, parts: 
     """
     kind, length = config.data.layout, config.data.row_length
     multiple = parts * (2 if kind == "plain" else 1)
-    return plan_layout(pairs, kind=kind, batch=batch, length=length, multiple=multiple, microbatches=microbatches)
+    with reported("planning the rows"):
+        return plan_layout(pairs, kind=kind, batch=batch, length=length, multiple=multiple, microbatches=microbatches)

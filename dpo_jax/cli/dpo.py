@@ -102,6 +102,7 @@ def run(config: Config) -> int:
             reports=[pairs.report, held_out.report],
             partitioner=partitioner,
             evaluate=evaluate,
+            shapes=max(1, len(layout.row_counts)),
             check=at_reference if start == reference else None,
         )
         write = functools.partial(write_model, source=config.dpo_policy(), dtype=config.export.dtype)

@@ -21,6 +21,7 @@ from dpo_jax.models.hf import save_hf
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import Checkpoints, has_steps
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
+from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, TrainState, Variables
@@ -42,21 +43,22 @@ def run(config: Config) -> int:
     tx = build.make_tx(original.sft if task == "sft" else original.dpo)
     abstract = jax.eval_shape(lambda: init_state(model.init(jax.random.key(0)), tx))
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is asked for: that it will write nothing
-    with Checkpoints(directory, read_only=True) as checkpoints:
+    with Checkpoints(directory, read_only=True) as checkpoints, reported("reading the checkpoint"):
         found = _restored(checkpoints, abstract, config.export.step)
     if found is None:
         raise ConfigError(f"export.checkpoint: {directory} holds no checkpoint; train first")
     state, step = found[0], int(found[0].step)
     name = "export" if config.export.step is None else f"export-{config.export.step}"
-    out, written = write_model(
-        config.export.out or folder / name,
-        model,
-        state.variables,
-        tokenizer,
-        source=start,
-        dtype=config.export.dtype,
-        card=_card_of(original, RunDir(folder, lock=False), task, step),
-    )
+    with reported("exporting"):
+        out, written = write_model(
+            config.export.out or folder / name,
+            model,
+            state.variables,
+            tokenizer,
+            source=start,
+            dtype=config.export.dtype,
+            card=_card_of(original, RunDir(folder, lock=False), task, step),
+        )
     print(f"step {step} of {folder} as {written} in {out}")
     return 0
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
@@ -35,6 +34,7 @@ from dpo_jax.evals.verdicts import VerdictLog
 from dpo_jax.evals.win_rates import EDGE, OUTCOMES, Rate, WinRate, columns, rate, win_rates
 from dpo_jax.evals.win_rates_plot import plot_win_rates
 from dpo_jax.extras import install_command
+from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
 
 SETTINGS = ("model", "prompt", "fence", "temperature", "max_tokens", "one_order")
@@ -165,11 +165,11 @@ async def _ask(config: Config, questions: list[Question], log: VerdictLog, key: 
     )
     keys, before = {question.key for question in questions}, len(log.verdicts)
     known = len(keys & set(log.verdicts))
-    with tqdm(total=len(keys), initial=known, unit="question", desc="judge", dynamic_ncols=True, disable=not keys) as bar:
+    with reported("judge", total=len(keys), unit="questions") as task:
+        task.advance(known)
 
         def settled() -> None:
-            bar.update(known + len(log.verdicts) - before - bar.n)
-            bar.set_postfix_str(_spent(budget, log), refresh=False)
+            task.advance(known + len(log.verdicts) - before - task.done, note=_spent(budget, log))
 
         try:
             await ask_all(

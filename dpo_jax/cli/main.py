@@ -11,10 +11,10 @@ Exit codes:
     74   a file cannot be read or written (missing, no permission, disk full, damaged)
     75   judge stopped before every pair was decided (spending cap, endpoint); the same command continues
     76   a loss, gradient or log-probability is NaN or infinite
-    130  interrupted from the keyboard
+    130  interrupted from the keyboard (Ctrl-C); a training run has saved its state, and the same command continues
     134  JAX aborted: another host was silent for run.heartbeat_seconds (or 1, where the connection broke at once);
          start all hosts again, and the run continues
-    143  asked to stop (SIGTERM): the state is saved, and the same command continues
+    143  asked to stop (SIGTERM); a training run has saved its state, and the same command continues
 
 Expected errors are one message without a traceback; `DPO_JAX_TRACEBACK=1` shows it. Commands import JAX only when they run.
 """
@@ -30,7 +30,7 @@ import sys
 import textwrap
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 from dpo_jax.cli import check_scope, words
 from dpo_jax.cli import config as options
@@ -38,6 +38,8 @@ from dpo_jax.cli.config import Config, ConfigError, load_config_with_lines
 from dpo_jax.cli.config_file import suggest, types_of
 from dpo_jax.cli.config_report import ReportConfig
 from dpo_jax.cli.fixed import fix
+from dpo_jax.runtime.progress import BOARD, reported
+from dpo_jax.runtime.signals import Terminated, leave, run_program
 
 
 class Command(NamedTuple):
@@ -200,6 +202,7 @@ EXIT_CODES = (
     ("dpo_jax.runtime.fit", "NonFinite", 76),
     ("dpo_jax.reference", "BrokenReference", 76),
     ("dpo_jax.evals.preference", "NonFiniteLogps", 76),
+    ("dpo_jax.runtime.fit", "Interrupted", 130),
     ("dpo_jax.runtime.fit", "Preempted", 143),
 )
 
@@ -215,8 +218,11 @@ def main(args: list[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Terminated:
+        print("\ndpo-jax: stopped by SIGTERM", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
-        print("dpo-jax: interrupted", file=sys.stderr)
+        print("\ndpo-jax: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         code = exit_code(error)
@@ -307,27 +313,31 @@ def _execute(name: str, config: Config) -> int:
     module, function = COMMANDS[name].target.split(":")
     if any(option.startswith("tokenizer") for option in COMMANDS[name].reads):  # it makes token ids of the data
         config = fix(config)
-    return getattr(importlib.import_module(module), function)(config)
+    with reported("loading libraries"):
+        command = getattr(importlib.import_module(module), function)
+    return command(config)
 
 
 def _on_many_hosts(name: str, config: Config) -> int:
     from dpo_jax.cli.build import join_hosts
 
-    is_first = join_hosts(config)
+    with reported("waiting for the other hosts"):
+        is_first = join_hosts(config)
     with contextlib.ExitStack() as quiet:
         if not is_first:  # who speaks for all
             quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
+            BOARD.quiet = True
         try:
             return _execute(name, config)
         except Exception as error:
             code = exit_code(error)
-            if code == 143:  # agreed between all hosts
+            if code in (130, 143):  # agreed between all hosts
                 raise
             # Others may wait for this one in a collective, and an orderly exit would wait for them. Gone, it is missed.
             if code == 1 or _traceback_wanted():
                 traceback.print_exception(error)
-            print(f"dpo-jax: {_message(error)}", file=sys.stderr, flush=True)
-            os._exit(code)
+            print(f"dpo-jax: {_message(error)}", file=sys.stderr)
+            leave(code)
 
 
 def parse(name: str, args: list[str]) -> Config:
@@ -478,5 +488,17 @@ def _version() -> str:
     return f"{of('dpo_jax')} ({of('jax')}, {of('flax')}, {of('orbax-checkpoint')}, Python {python})"
 
 
+def program() -> NoReturn:
+    """The process `dpo-jax`: `main` with the command line, and the end of the process with its exit code."""
+    sys.excepthook = _uncaught
+    run_program(main)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Of threads in C++: after a failed write, which is raised, TensorStore still calls an event loop that orbax has closed."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

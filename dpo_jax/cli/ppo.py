@@ -19,6 +19,7 @@ from dpo_jax.lab.reward_model import RewardModel, load_head
 from dpo_jax.models.hub import resolve
 from dpo_jax.reward import HEAD
 from dpo_jax.runtime.metrics import read_metrics
+from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import write_json
 
 
@@ -44,9 +45,10 @@ def run(config: Config) -> int:
             seed=config.run.seed,
             say=functools.partial(print, flush=True),
         )
-        folder, _ = write_model(
-            run_dir.export, world.model, variables, world.tokenizer, source=config.dpo_policy(), dtype=config.export.dtype
-        )
+        with reported("exporting the policy"):
+            folder, _ = write_model(
+                run_dir.export, world.model, variables, world.tokenizer, source=config.dpo_policy(), dtype=config.export.dtype
+            )
         plot_training(read_metrics(run_dir.metrics), run_dir.plots)
         write_json(run_dir.path / "result.json", {"points": [{"step": 0.0, **before}, *points]})
         last = points[-1]

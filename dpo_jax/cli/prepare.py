@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
+from dpo_jax.runtime.progress import reported
 
 
 def run(config: Config) -> int:
@@ -22,6 +23,7 @@ def run(config: Config) -> int:
         build.describe(run_dir, config, *(preferences.report for preferences in splits.values()))
         for preferences in splits.values():
             print(preferences.report.summary())
-        folder = write_tfds(splits, Path(config.prepare.out or f"{config.run.dir}/tfds"))
+        with reported("writing"):
+            folder = write_tfds(splits, Path(config.prepare.out or f"{config.run.dir}/tfds"))
         print(f"read it back with --data.source tfds --data.path {folder}")
     return 0

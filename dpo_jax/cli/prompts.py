@@ -13,6 +13,7 @@ from dpo_jax.data.columns import check_text
 from dpo_jax.data.display import Turn, chat_turns
 from dpo_jax.data.pairs import BadRow, Cause
 from dpo_jax.data.tokenizer import special_tokens
+from dpo_jax.runtime.progress import reported
 
 ARTICLE_CUE = "\nTL;DR:"  # makes a policy of Reddit summaries summarise an article
 
@@ -34,7 +35,8 @@ def references(config: Config, tokenizer: Any, *, target: bool = False) -> list[
         assert data.path is not None  # checked with the configuration
         with build.needs_tfds("data.source: cnn_dailymail"):
             from dpo_jax.data.tfds import read_articles
-        articles = read_articles(data.path, data.test_split)[: data.max_test]
+        with reported("reading the articles"):
+            articles = read_articles(data.path, data.test_split)[: data.max_test]
         return [Reference(f"{article.text}{ARTICLE_CUE}", f" {article.summary}", article.uid) for article in articles]
     pairs = build.load_split(config, "test", tokenizer)
     return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid, p.chat) for p in pairs]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError
@@ -19,6 +17,7 @@ from dpo_jax.data.loader import Batch, in_order
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.reference import ReferenceCache, fill_cache, reference_logps
 from dpo_jax.runtime.hosts import from_first, is_first
+from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Model, Partitioner, Variables
 
 
@@ -71,7 +70,8 @@ def reference_values(
     `variables` are the partitioner's, `weights` is their digest.
     """
     # The first host has the cache; what it lacks, and in the end all values, the others hear from it.
-    cache = ReferenceCache(config.refs_cache(), cache_identity(config, model, weights, tokenizer)) if is_first() else None
+    with reported("reading the reference cache"):
+        cache = ReferenceCache(config.refs_cache(), cache_identity(config, model, weights, tokenizer)) if is_first() else None
     for what in cache.damage if cache is not None else ():
         print(f"{config.refs_cache()}: {what}; what is lacking is computed again", flush=True)
     pairs = [pair for split in splits for pair in split]
@@ -87,11 +87,10 @@ def reference_values(
         # Of the same weights and limits: it is the texts that differ, or the date that a chat template writes into them.
         dated = f", or the date in the chat template (data.date is {config.data.date} here)" if writes_date(tokenizer) else ""
         print(f"{config.refs_cache()}: has {len(cache):,} pairs and none of these: other data{dated}", flush=True)
-    quiet = cache is None or not todo or not sys.stderr.isatty()
-    with tqdm(total=len(todo), unit="pair", desc="reference pass", dynamic_ncols=True, disable=quiet) as bar:
+    with reported("reference pass", total=len(todo), unit="pairs") as task:
 
         def progress(batch: Batch) -> None:
-            bar.update(int(batch.stats["pairs"]))
+            task.advance(int(batch.stats["pairs"]))
 
         fill_cache(
             cache,

@@ -25,6 +25,7 @@ from dpo_jax.models.families import decoder_config
 from dpo_jax.models.hf import load_config as load_model_config
 from dpo_jax.models.hf import read_weights
 from dpo_jax.reference import WeightsDigest
+from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
 
 EXPORTS = tuple(f"{stage}/export" for stage in TRAINING)
@@ -36,7 +37,7 @@ def run(config: Config) -> int:
     section = config.report
     runs = _read(section.folders())
     out = Path(section.out) if section.out else runs[0].path / "report"
-    with RunDir(out), tempfile.TemporaryDirectory() as drawn:
+    with RunDir(out), tempfile.TemporaryDirectory() as drawn, reported("drawing the page"):
         page = _page(runs, Path(drawn), samples=section.samples, digests=section.digests)
         links = _copy_images(page.images, out / "images", runs)
         (out / "report.html").write_text(render_html(page), encoding="utf-8")

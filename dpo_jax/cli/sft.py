@@ -19,6 +19,7 @@ from dpo_jax.data.loader import in_order, plan_layout, skippable, stream, total_
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.prepare import data_digest, encode_targets
 from dpo_jax.logps import sequence_logps
+from dpo_jax.runtime.progress import reported
 from dpo_jax.sft import sft_step
 from dpo_jax.types import TrainState
 
@@ -47,9 +48,11 @@ def run(config: Config) -> int:
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             total, tokens = 0.0, 0.0
-            for _, batch in in_order(held_out, layout=forward_layout, batch=section.batch, part=partitioner.host_part):
-                total -= float(np.sum(score(state.variables, batch.rows)[batch.index >= 0]))
-                tokens += batch.stats["scored_tokens"]
+            with reported("evaluating", total=len(held_out), unit="texts", brief=True) as task:
+                for _, batch in in_order(held_out, layout=forward_layout, batch=section.batch, part=partitioner.host_part):
+                    total -= float(np.sum(score(state.variables, batch.rows)[batch.index >= 0]))
+                    tokens += batch.stats["scored_tokens"]
+                    task.advance(int(batch.stats["texts"]))
             return {"loss": total / len(held_out), "nll_per_token": total / tokens}
 
         print(f"{len(texts):,} texts to learn, {len(held_out):,} held out; rows of {layout.length} tokens", flush=True)
@@ -83,6 +86,7 @@ def run(config: Config) -> int:
             reports=reports,
             partitioner=partitioner,
             evaluate=evaluate,
+            shapes=max(1, len(layout.row_counts)),
             unit="texts",
         )
         write = functools.partial(write_exact, source=config.model.path)  # DPO starts from exactly these weights
@@ -107,9 +111,10 @@ def _targets(config: Config, tokenizer: Any) -> Texts:
     check_repeats(config, *pairs)
     limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "truncation", "bos")}
     kept = [build.only_kept(split, encoded) for split, encoded in zip((train_set, test_set), pairs, strict=True)]
-    train, (held_out, _) = (
-        encode_targets(split, tokenizer, **limits, score_prompt=config.sft.scored == "all") for split in kept
-    )
+    with reported("encoding the texts to learn"):
+        train, (held_out, _) = (
+            encode_targets(split, tokenizer, **limits, score_prompt=config.sft.scored == "all") for split in kept
+        )
     return Texts(train, held_out, [encoded.report for encoded in pairs])
 
 

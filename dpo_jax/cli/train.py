@@ -24,9 +24,11 @@ from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, has_steps, newest_meta
 from dpo_jax.runtime.fit import NonFinite, fit
 from dpo_jax.runtime.mesh import mesh_sizes
-from dpo_jax.runtime.metrics import MetricsLog, Progress, TensorBoardWriter, WandbWriter, is_evaluation, read_metrics
+from dpo_jax.runtime.metrics import MetricsLog, TensorBoardWriter, WandbWriter, is_evaluation, read_metrics
+from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.seal import is_remote
+from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.types import Model, Partitioner, TrainState
 
 Evaluate = Callable[[TrainState, int], Mapping[str, Any]]
@@ -50,6 +52,7 @@ def train(
     evaluate: Evaluate,
     check: Callable[[int, dict[str, float]], None] | None = None,
     unit: str = "pairs",
+    shapes: int = 0,
 ) -> TrainState:
     """Trains from `state` (consumed) or from the newest good checkpoint. Returns the final state in the form that is saved.
 
@@ -75,20 +78,22 @@ def train(
                 checkpoints=checkpoints,
                 meta=meta,
                 log=log,
-                progress=Progress() if hosts.is_first() else None,
+                progress=Progress(epochs=section.epochs) if hosts.is_first() else None,
                 evaluate=evaluate,
                 eval_every=math.ceil(config.run.eval_every_examples / section.batch),
                 save_every=config.run.save_every_steps,
                 save_every_minutes=config.run.save_every_minutes if hosts.is_first() else 0.0,
                 check=check,
                 unit=unit,
+                shapes=shapes,
                 get_state=partitioner.get_state,
                 agree=hosts.agreement(),
             )
             # A signal during the last step saves the state without judging it.
             judged = log is not None and any(is_evaluation(r) and r["step"] == total_steps for r in read_metrics(run.metrics))
             if not hosts.anywhere(judged):
-                metrics = evaluate(state, total_steps)
+                with reported("evaluating", brief=True):
+                    metrics = evaluate(state, total_steps)
                 if log is not None:
                     log.write({"step": total_steps} | {f"eval/{k}": v for k, v in metrics.items()})
     return partitioner.get_state(state)
@@ -183,7 +188,8 @@ def _resume(
 ) -> TrainState:
     if checkpoints.latest_step() is None:
         return state
-    found = checkpoints.restore_latest(jax.tree.map(_as_saved, partitioner.get_state(state)))
+    with reported("reading the checkpoint"):
+        found = checkpoints.restore_latest(jax.tree.map(_as_saved, partitioner.get_state(state)))
     if found is None:
         return state
     restored, saved = found
@@ -234,9 +240,11 @@ def leave_results(
     All hosts call it, with the saved form.
     """
     text = card() if hosts.is_first() else None
-    folder, dtype = write(run.export, model, state.variables, tokenizer, card=text)
+    with reported("exporting the policy"):
+        folder, dtype = write(run.export, model, state.variables, tokenizer, card=text)
     if text is None:
         return
-    plot_training(read_metrics(run.metrics), run.plots)
+    with reported("drawing plots"):
+        plot_training(read_metrics(run.metrics), run.plots)
     run.card.write_text(text, encoding="utf-8")
     print(f"the policy is in {folder}, in {dtype}")

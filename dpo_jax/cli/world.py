@@ -20,6 +20,7 @@ from dpo_jax.data.reviews import review_prompts
 from dpo_jax.data.snippets import load_snippets, prefixes, snippets_of
 from dpo_jax.evals.rewards import Reward, exact_reviews, fit_linear, hf_classifier, sign_accuracy
 from dpo_jax.lab.world import Prompts, World
+from dpo_jax.runtime.progress import reported
 
 FAST = {"prompts": 8, "test_prompts": 4, "optimum_prompts": 4, "optimum_samples": 4, "ppo_iterations": 4}
 """By what `frontier.fast` divides."""
@@ -125,7 +126,8 @@ def true_reward(config: Config) -> Reward:
     if section.reward == "hf":
         assert section.classifier is not None  # checked with the configuration
         try:
-            return hf_classifier(section.classifier, "POSITIVE")
+            with reported("loading the classifier"):
+                return hf_classifier(section.classifier, "POSITIVE")
         except (ImportError, ValueError) as error:
             raise ConfigError(f"frontier.classifier: {error}") from error
     if not has_true_reward(config):
@@ -134,7 +136,8 @@ def true_reward(config: Config) -> Reward:
     every = load_snippets(config.data.path)
     learnt, judged = snippets_of(every, "reward"), snippets_of(every, "test")
     try:
-        reward = fit_linear([s.text for s in learnt], [s.label for s in learnt], inverse_penalty=1.0)
+        with reported("fitting the linear reward"):
+            reward = fit_linear([s.text for s in learnt], [s.label for s in learnt], inverse_penalty=1.0)
     except ImportError as error:
         raise ConfigError(f"frontier.reward: {error}") from error
     accuracy, (low, high) = sign_accuracy(reward, [s.text for s in judged], [s.label for s in judged])

@@ -11,6 +11,7 @@ import numpy as np
 from dpo_jax.data.layout import completion_rows
 from dpo_jax.data.loader import round_up
 from dpo_jax.data.tokenizer import decode_completion
+from dpo_jax.runtime.progress import reported
 from dpo_jax.sampling import Samples, generate, left_pad
 from dpo_jax.types import Model, Partitioner, Variables
 
@@ -62,13 +63,15 @@ class Completer:
         mine = slice(part * batch // parts, (part + 1) * batch // parts)
         keys = np.asarray(jax.random.key_data(jax.random.split(key, round_up(len(prompts), batch))))
         ids, logps = [], []
-        for start in range(0, len(prompts), batch):
-            here = prompts[start : start + batch]
-            tokens, lengths = left_pad([*here, *[longest] * (batch + 1 - len(here))])
-            rows = {"tokens": tokens[:-1][mine], "lengths": lengths[:-1][mine], "keys": keys[start : start + batch][mine]}
-            samples = draw(variables, rows)
-            ids += [samples.tokens[row, : int(samples.lengths[row])] for row in range(len(here))]
-            logps.append(samples.logps[: len(here)])
+        with reported("sampling", total=len(prompts), unit="completions", brief=True) as task:
+            for start in range(0, len(prompts), batch):
+                here = prompts[start : start + batch]
+                tokens, lengths = left_pad([*here, *[longest] * (batch + 1 - len(here))])
+                rows = {"tokens": tokens[:-1][mine], "lengths": lengths[:-1][mine], "keys": keys[start : start + batch][mine]}
+                samples = draw(variables, rows)
+                ids += [samples.tokens[row, : int(samples.lengths[row])] for row in range(len(here))]
+                logps.append(samples.logps[: len(here)])
+                task.advance(len(here))
         texts = [
             decode_completion(self.tokenizer, prompt, row, stop_ids=self.stop_ids)
             for prompt, row in zip(prompts, ids, strict=True)
@@ -108,13 +111,14 @@ def map_completions(
     batch = round_up(min(batch, len(every)), partitioner.row_shards)
     part, parts = partitioner.host_part
     found = []
-    for start in range(0, len(every), batch):
-        here = order[start : start + batch]
-        filled = [every[i] for i in (*here, *[here[0]] * (batch - len(here)))]
-        width = round_up(sizes[here].max(), WIDTHS)
-        rows = completion_rows(
-            filled[part * batch // parts : (part + 1) * batch // parts], length=width if length is None else min(width, length)
-        )
-        found.append(compiled(variables, rows))
+    with reported("scoring", total=len(every), unit="completions", brief=True) as task:
+        for start in range(0, len(every), batch):
+            here = order[start : start + batch]
+            filled = [every[i] for i in (*here, *[here[0]] * (batch - len(here)))]
+            mine = filled[part * batch // parts : (part + 1) * batch // parts]
+            width = round_up(sizes[here].max(), WIDTHS)
+            rows = completion_rows(mine, length=width if length is None else min(width, length))
+            found.append(compiled(variables, rows))
+            task.advance(len(here))
     back = np.argsort(order)
     return jax.tree.map(lambda *batches: np.concatenate(batches)[: len(every)][back], *found)

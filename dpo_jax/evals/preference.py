@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.data.loader import Batch
+from dpo_jax.losses import right
+from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Array
 
 Interval = tuple[float, float]
@@ -26,13 +28,15 @@ def held_out_logps(
     Raises `NonFiniteLogps`, naming the first pair for which a value is NaN or infinite.
     """
     result = np.full((pairs, 2), np.nan, np.float32)
-    for indices, batch in batches:
-        values, place = logps(batch.rows), batch.index
-        result[indices[place[place >= 0]]] = values[place >= 0]
-        bad = place[(place >= 0) & ~np.isfinite(values).all(axis=1)]
-        if len(bad):
-            shown = ", ".join(f"{value:g}" for value in values[place == bad[0]][0])
-            raise NonFiniteLogps(f"{batch.uids[bad[0]]}: the policy gives the log-probabilities {shown} (chosen, rejected)")
+    with reported("evaluating", total=pairs, unit="pairs", brief=True) as task:
+        for indices, batch in batches:
+            values, place = logps(batch.rows), batch.index
+            result[indices[place[place >= 0]]] = values[place >= 0]
+            bad = place[(place >= 0) & ~np.isfinite(values).all(axis=1)]
+            if len(bad):
+                shown = ", ".join(f"{value:g}" for value in values[place == bad[0]][0])
+                raise NonFiniteLogps(f"{batch.uids[bad[0]]}: the policy gives the log-probabilities {shown} (chosen, rejected)")
+            task.advance(len(indices))
     return result
 
 
@@ -41,17 +45,17 @@ def preference_summary(
 ) -> dict[str, float]:
     """Loss, accuracy with its 95 % interval, margin and displacement, over `[P, 2]` log-probabilities of held-out pairs.
 
-    A pair counts as right where the implicit reward of the chosen completion is the higher one, and as half right in a tie: a
-    policy that still is its reference has accuracy 0.5.
+    A pair counts as right where the implicit reward of the chosen completion is the higher one, and as half right in a tie
+    (`losses.right`): a policy that still is its reference has accuracy 0.5.
     """
     losses, rewards = (np.asarray(x, np.float64) for x in loss(np.asarray(logps), np.asarray(ref_logps)))
     margins = rewards[:, 0] - rewards[:, 1]
-    right = float((margins > 0).sum() + 0.5 * (margins == 0).sum())
-    low, high = wilson_interval(right, len(margins))
+    won = float(right(rewards, np.asarray(logps), np.asarray(ref_logps)).sum())
+    low, high = wilson_interval(won, len(margins))
     log_ratios = np.asarray(logps, np.float64) - np.asarray(ref_logps, np.float64)
     return {
         "loss": float(losses.mean()),
-        "rewards/accuracies": right / len(margins),
+        "rewards/accuracies": won / len(margins),
         "rewards/accuracies_low": low,
         "rewards/accuracies_high": high,
         "rewards/margins": float(margins.mean()),

@@ -20,6 +20,7 @@ from dpo_jax.lab.world import Points, World
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime.fit import fit
 from dpo_jax.runtime.metrics import MetricsLog
+from dpo_jax.runtime.progress import reported
 from dpo_jax.step import init_state
 from dpo_jax.types import Metrics, Partitioner, Rows, TrainState, Variables
 
@@ -97,7 +98,8 @@ class PairMethod:
         begin = functools.partial(init_state, tx=self.tx, frozen={SETTINGS: {k: np.float32(v) for k, v in settings.items()}})
         # Training consumes what it starts from, so it is given a copy.
         start = partitioner.put_variables(partitioner.to_host(world.reference))
-        with MetricsLog(folder / "metrics.jsonl") as log:
+        steps_of_run = reported("training", total=steps, unit="steps", brief=True)
+        with MetricsLog(folder / "metrics.jsonl") as log, steps_of_run as task:
             state = fit(
                 self.step,
                 partitioner.init_state(begin, start),
@@ -114,6 +116,7 @@ class PairMethod:
                 log=log,
                 evaluate=evaluate,
                 eval_every=max(1, math.ceil(steps / evaluations)),
+                check=lambda step, metrics: task.advance(note="loss {loss:.4f}".format(**metrics)),
                 get_state=partitioner.get_state,
             )
         return points, partitioner.to_host(state.params)

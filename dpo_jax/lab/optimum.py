@@ -9,6 +9,7 @@ import numpy as np
 
 from dpo_jax.evals.frontier import Optimum, mixture_log_ratios, optimum
 from dpo_jax.lab.world import Prompts, World
+from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Variables
 
 BETAS = tuple(float(beta) for beta in np.geomspace(100.0, 0.05, 118))
@@ -37,7 +38,8 @@ def estimate(
         logps.append(np.stack(under, axis=-1).reshape(len(prompts.ids), count, len(drawn_from)))
     shares = np.array(counts) / sum(counts)
     log_ratios = mixture_log_ratios(np.concatenate(logps, axis=1), list(shares))
-    return optimum(np.concatenate(rewards, axis=1), BETAS, seed=seed, log_ratios=log_ratios), rewards[0]
+    with reported("estimating the optimum", brief=True):
+        return optimum(np.concatenate(rewards, axis=1), BETAS, seed=seed, log_ratios=log_ratios), rewards[0]
 
 
 def to_json(found: Optimum) -> Mapping[str, object]:

@@ -29,6 +29,7 @@ from dpo_jax.ppo import (
 )
 from dpo_jax.reward import HEAD, scalar_head, with_scalar_head
 from dpo_jax.runtime.metrics import MetricsLog
+from dpo_jax.runtime.progress import reported
 from dpo_jax.step import init_state
 from dpo_jax.types import TrainState, Variables
 
@@ -91,7 +92,8 @@ class PpoMethod:
         state, rng, key = self._begin(), np.random.default_rng(seed), jax.random.key(seed)
         stats, taken, points = ScoreStats(), 0, Points()
         every = max(1, math.ceil(o.iterations / evaluations))
-        with MetricsLog(folder / "metrics.jsonl") as log:
+        rollouts = reported("PPO", total=o.iterations, unit="rollouts", brief=True)
+        with MetricsLog(folder / "metrics.jsonl") as log, rollouts as task:
             for iteration in range(o.iterations):
                 chosen = rng.choice(len(world.train.ids), o.batch, replace=len(world.train.ids) < o.batch)
                 prompts = prompt_batch(
@@ -123,6 +125,7 @@ class PpoMethod:
                     }
                 )
                 kl = float(health["kl"])
+                task.advance(note=f"reward {np.mean(scores):.2f}, KL {kl:.2f} nats")
                 kl_coef = next_kl_coef(kl_coef, kl=kl, target=target_kl, horizon=o.horizon, samples=o.batch)
                 if (iteration + 1) % every == 0 or iteration + 1 == o.iterations:
                     points.append({"step": float(taken), **world.measure(_policy(state))})

@@ -26,6 +26,7 @@ from dpo_jax.models.hf import save_hf
 from dpo_jax.reward import HEAD, centred, completion_rewards, reward_step, scalar_head, with_scalar_head
 from dpo_jax.runtime.fit import NonFinite, fit
 from dpo_jax.runtime.metrics import MetricsLog
+from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, Rows, TrainState, Variables
 
@@ -60,9 +61,9 @@ class RewardModel:
 
 
 def judged(rewards: np.ndarray) -> dict[str, float]:
-    """Loss in nats (eq. 2) and accuracy of `rewards[P, 2]`; a tie counts as wrong."""
+    """Loss in nats (eq. 2) and accuracy of `rewards[P, 2]`; a tie counts as half."""
     margins = rewards[:, 0] - rewards[:, 1]
-    return {"loss": float(np.logaddexp(0, -margins).mean()), "accuracy": float((margins > 0).mean())}
+    return {"loss": float(np.logaddexp(0, -margins).mean()), "accuracy": float((1 + np.sign(margins)).mean() / 2)}
 
 
 def _of_pairs(model: Model, variables: Variables, rows: Rows) -> jax.Array:
@@ -123,6 +124,7 @@ def fit_reward_model(
             stream(learnt, layout=layout, batch=several, seed=seed, epochs=epochs, part=partitioner.host_part),
             total_steps=steps,
             log=log,
+            progress=Progress(epochs=epochs),
             evaluate=evaluate,
             eval_every=max(1, math.ceil(steps / evaluations)),
             get_state=partitioner.get_state,

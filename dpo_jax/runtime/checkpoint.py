@@ -38,6 +38,14 @@ from dpo_jax.runtime.seal import check_seal, digest, is_remote, is_sealed, write
 
 logger = logging.getLogger(__name__)
 
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the tracebacks that orbax logs, one for each of its threads: it raises the same, and here it is caught."""
+    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_is_news)  # that of orbax
+
 FORMAT = 3  # 1 had no seals, 2 had kernels that write to the residual stream with D last
 DELETING, QUARANTINE, UNSEALED = "deleting", "quarantine", "unsealed"
 Leaves = dict[str, Any]
@@ -204,7 +212,8 @@ class Checkpoints:
         except CheckpointWriteError as second:
             if error is None:
                 raise
-            logger.error("%s", second)  # and let the first error be the one that is seen
+            if not isinstance(error, OSError):  # on a full disk nothing can be written, and one message says so
+                logger.error("%s", second)  # and let the first error be the one that is seen
 
     def _last_begun(self) -> int | None:
         """The step that was being saved when the directory was last written to, if that was not to the end."""

@@ -1,4 +1,4 @@
-"""What compiling leaves behind: programs on disk, and memory."""
+"""What compiling leaves behind: programs on disk, and memory. And how people are told of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import os
 
 import jax
 
+from dpo_jax.runtime.progress import BOARD
+
+LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+"""What JAX tells its listeners last before it compiles a program."""
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """What JAX tells its listeners when a program is compiled, or read from the cache: before it runs."""
 
@@ -19,10 +23,24 @@ def keep_programs(folder: str | os.PathLike[str]) -> None:
     """
     jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    report_compiling()
     _return_memory()
 
 
 @functools.cache  # a listener stays, and one is enough
+def report_compiling() -> None:
+    """From now on `progress.BOARD` knows what is compiled: it can say so, and no speed is reckoned with that time."""
+
+    def heard(event: str, duration_secs: float, **_: object) -> None:
+        if event == LOWERED:
+            BOARD.compile_began()
+        elif event == COMPILED:
+            BOARD.compile_ended(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+
+
+@functools.cache
 def _return_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:  # not glibc

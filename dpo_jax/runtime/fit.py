@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -13,12 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 
-from dpo_jax.runtime.metrics import MetricsLog, Progress
+from dpo_jax.runtime.metrics import MetricsLog
+from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import write_json
+from dpo_jax.runtime.signals import ECHO_SECONDS, NUMBERS, Listener, exit_code
+from dpo_jax.runtime.training_progress import Progress
 
 EXIT_PREEMPTED = 143
-"""Exit code of a process that saved and stopped because of SIGTERM or SIGINT: 128 + 15. Run it again to continue."""
+"""Exit code of a process that saved and stopped because of SIGTERM. Run it again to continue. After SIGINT it is 130."""
 
 SAVE = 1
 """What `agree` is asked for when it is time to save: less than the numbers of the signals, so that a stop prevails."""
@@ -33,11 +38,15 @@ class NonFinite(ArithmeticError):
 
 
 class Preempted(RuntimeError):
-    """Stopped by a signal, after `step` steps. End the process with `EXIT_PREEMPTED`."""
+    """Stopped by a signal, after `step` steps. End the process with `EXIT_PREEMPTED`, for launchers that start it again."""
 
     def __init__(self, message: str, *, step: int):
         super().__init__(message)
         self.step = step
+
+
+class Interrupted(Preempted):
+    """Stopped by SIGINT: by a person at the keyboard, whom no launcher should contradict. End the process with 130."""
 
 
 def fit(
@@ -57,6 +66,7 @@ def fit(
     save_every_minutes: float = 0.0,
     check: Callable[[int, dict[str, float]], None] | None = None,
     unit: str = "pairs",
+    shapes: int = 0,
     get_state: Callable[[Any], Any] = lambda tree: tree,
     agree: Callable[[int], int] = lambda number: number,
     clock: Callable[[], float] = time.monotonic,
@@ -73,6 +83,7 @@ def fit(
     evaluate: `evaluate(state, steps taken) -> metrics`, every `eval_every` steps and at the end, logged under `eval/`.
     check: `check(step, metrics)` may raise to stop the run, for instance when the loss of step 0 is not ln 2.
     unit: which of `stats` counts examples.
+    shapes: how many shapes the rows of a batch can have, 0 if nobody knows: each is a program to compile.
     get_state: takes what `step` works on to what is saved; `Partitioner.get_state` where these differ.
     agree: `hosts.agreement()` where several hosts must save or stop after the same step.
 
@@ -82,12 +93,14 @@ def fit(
     """
     start = int(get_state(state.step))
     books = _Books(start, total_steps, log=log, progress=progress, checkpoints=checkpoints, check=check, unit=unit)
+    compilations = _Compilations(shapes)
     timer = _Timer(save_every_minutes, clock)
     with books, _Signals() as signals, _Ahead(stream, start, total_steps) as batches:
         for index in range(start, total_steps):
             batch = batches.take(index)
             rate = {} if lr is None else {"lr": lr(index)}
-            state, metrics = step(state, batch.rows)
+            with compilations.of(batch.rows):
+                state, metrics = step(state, batch.rows)
             books.settle()
             books.pending = _Pending(index, batch.uids, batch.stats, {**metrics, **rate})
 
@@ -95,15 +108,19 @@ def fit(
             stop, end = _signal(wish), done == total_steps
             if evaluate is not None and not stop and (end or _due(done, eval_every)):
                 books.settle()
-                books.evaluated(done, evaluate(state, done))
+                with reported("evaluating", brief=True):
+                    found = evaluate(state, done)
+                books.evaluated(done, found)
             if wish or end or _due(done, save_every):
                 books.settle()
-                books.save(done, get_state(state), meta, wait=bool(stop or end))
+                with reported(f"saving step {done}"):
+                    books.save(done, get_state(state), meta, wait=bool(stop or end))
                 timer.restart()
             stop = stop or (end and _signal(agree(signals.received)))
             if stop:
                 saved = "the state is saved" if checkpoints is not None else "nothing is saved, as no place was given"
-                raise Preempted(f"stopped by {signal.Signals(stop).name} after {done} steps; {saved}", step=done)
+                kind = Interrupted if stop == signal.SIGINT else Preempted
+                raise kind(f"stopped by {signal.Signals(stop).name} after {done} steps; {saved}", step=done)
     return state
 
 
@@ -217,6 +234,23 @@ def _throughput(stats: Mapping[str, float], unit: str, seconds: float) -> dict[s
     return {**rates, **({"padding": stats["padding"]} if "padding" in stats else {})}
 
 
+class _Compilations:
+    """Names the compilation of each shape of rows when it is met for the first time."""
+
+    def __init__(self, shapes: int):
+        self._shapes, self._met = shapes, set()
+
+    def of(self, rows: Any) -> contextlib.AbstractContextManager[Any]:
+        shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(rows))
+        if shapes in self._met:
+            return contextlib.nullcontext()
+        self._met.add(shapes)
+        number, tokens = len(self._met), getattr(rows, "tokens", None)
+        many = f" {number} of {self._shapes}" if self._shapes >= number else f" {number}"
+        size = "" if tokens is None else " ({} rows of {} tokens)".format(*tokens.shape)
+        return reported(f"compiling shape{many}{size}")
+
+
 class _Ahead:
     """Prepares the batch of step i + 1 in one background thread while step i is computed; its errors surface in `take`."""
 
@@ -241,28 +275,33 @@ class _Ahead:
 class _Signals:
     """The first SIGTERM or SIGINT sets `received`, a second one ends the process at once. Restores the handlers afterwards."""
 
-    # A machine that shuts down, or a terminal with a script in between, may deliver one wish twice.
-    ECHO_SECONDS = 0.3
-
     def __init__(self) -> None:
-        self.received, self._since = 0, 0.0
+        self.received, self._heard, self._since = 0, 0, 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._previous = {number: signal.signal(number, self._handle) for number in NUMBERS}
+            self._listener = Listener(self._hear)
+            self._listener.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._previous:
+            self._listener.stop()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.received:
-            if time.monotonic() - self._since > self.ECHO_SECONDS:
-                os._exit(EXIT_PREEMPTED)
+        self.received = self.received or number
+
+    def _hear(self, number: int) -> None:
+        """In a thread: a step that is being compiled hears of no signal."""
+        if self._heard:
+            if time.monotonic() - self._since > ECHO_SECONDS:
+                os._exit(exit_code(number))
             return
-        self.received, self._since = number, time.monotonic()
+        self._heard, self._since = number, time.monotonic()
         # Not print(): the signal may have interrupted a print, and buffered files are not re-entrant.
         text = f"\n{signal.Signals(number).name}: finishing this step, then saving. A second signal stops at once.\n"
         os.write(2, text.encode())

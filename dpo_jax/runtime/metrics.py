@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl`, which is the record, and besides it TensorBoard, Weights & Biases and the terminal.
+"""Where metrics go: `metrics.jsonl`, which is the record, and besides it TensorBoard and Weights & Biases.
 
 A row's `step` is the number of optimizer steps taken before it was measured. A training row `step: 7` is therefore the loss of
 the eighth batch before its update, and an evaluation row `step: 7` judges those same parameters.
@@ -10,13 +10,9 @@ import json
 import math
 import os
 import secrets
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
-
-from tqdm import tqdm
+from typing import Any, Protocol
 
 from dpo_jax.extras import install_command
 
@@ -167,46 +163,3 @@ class WandbWriter:
 
 def _missing(writer: str, package: str) -> str:
     return f"{writer} needs the package {package}: {install_command('writers')}"
-
-
-class Progress:
-    """A progress bar on a terminal; elsewhere (a log file of a pod) a plain line at most every `seconds`."""
-
-    def __init__(self, *, file: TextIO | None = None, seconds: float = 30.0):
-        self._file = file or sys.stderr
-        self._seconds = seconds
-
-    def start(self, step: int, total: int, *, unit: str) -> None:
-        self._first, self._total, self._unit = step, total, unit
-        self._began, self._printed = time.monotonic(), -math.inf
-        self._bar = tqdm(
-            total=total, initial=step, unit="step", file=self._file, disable=not self._file.isatty(), dynamic_ncols=True
-        )
-
-    def step(self, row: Row) -> None:
-        """Takes the row of one training step, with its throughput."""
-        text, done, now = describe(row, unit=self._unit), int(row["step"]) + 1, time.monotonic()
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(1)
-        if self._bar.disable and (now - self._printed >= self._seconds or done == self._total):
-            left = (now - self._began) / (done - self._first) * (self._total - done)
-            print(f"step {done}/{self._total}  {text}  ETA {tqdm.format_interval(left)}", file=self._file, flush=True)
-            self._printed = now
-
-    def evaluated(self, row: Row) -> None:
-        values = "  ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in row.items() if name != "step")
-        tqdm.write(f"evaluation after {int(row['step'])} steps: {values}", file=self._file)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-def describe(row: Row, *, unit: str) -> str:
-    """One line for people, such as `31.2 pairs/s, 4,096 scored tokens/s, loss 0.6931, accuracy 0.50`."""
-    forms = {
-        f"{unit}_per_second": f"{{:,.1f}} {unit}/s",
-        "scored_tokens_per_second": "{:,.0f} scored tokens/s",
-        "loss": "loss {:.4f}",
-        "rewards/accuracies": "accuracy {:.2f}",
-    }
-    return ", ".join(form.format(row[name]) for name, form in forms.items() if name in row)

@@ -1,0 +1,258 @@
+"""What a command is doing, for people: one changing line on a terminal, lines that stand alone in a log file.
+
+`reported` names anything that may take long; `training_progress` does the same for training. Both write to standard error. A
+thread reports when nothing was said for `SILENCE_SECONDS`, so no phase is silent for longer, whatever it waits for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol, TextIO
+
+SILENCE_SECONDS = 10.0
+FIRST_WORD_SECONDS = 4.0  # of silence, after which a log file hears what is going on
+NOTABLE_SECONDS = 2.0  # what took less is not mentioned afterwards
+REDRAW_SECONDS = 0.5
+NARROW = 80  # columns, where nobody knows them
+
+
+class Shown(Protocol):
+    """What a board shows: a line of at most `width` characters (None: no limit), and when a log file is to hear of it."""
+
+    began: float
+
+    def line(self, width: int | None = None) -> str: ...
+    def due(self, silent: float) -> bool: ...
+
+
+class Task:
+    """One thing that takes time, and how far it is. With `total` 0 only its seconds are known."""
+
+    def __init__(self, board: Board, what: str, *, total: int = 0, unit: str = "") -> None:
+        self._board, self.what, self.total, self.unit = board, what, total, unit
+        self.done, self.note, self.began, self.mentioned = 0, "", board.clock(), False
+        self._pace = Pace(board)
+
+    def advance(self, count: int = 1, *, note: str = "") -> None:
+        """`count` more of `total` are done. `note` is shown behind the numbers."""
+        self.done, self.note = self.done + count, note
+        self._pace.tick(count)
+
+    def due(self, silent: float) -> bool:
+        first = not self.mentioned and self.seconds() >= FIRST_WORD_SECONDS <= silent
+        self.mentioned = self.mentioned or first or silent >= SILENCE_SECONDS
+        return first or silent >= SILENCE_SECONDS
+
+    def line(self, width: int | None = None) -> str:
+        left = self._pace.seconds(self.total - self.done)
+        parts = [
+            f"{self.done:,} of {self.total:,} {self.unit}".rstrip() if self.total else "",
+            self.note,
+            f"{rate(1 / self._pace.each)}/s" if self.total and self._pace.each else "",
+            f"ETA {duration(left)}" if left is not None and self.total > self.done else f"{self.seconds():.0f} s",
+            self._board.compilation() if "compil" not in self.what else "",
+        ]
+        return cut(f"{self.what}: {', '.join(part for part in parts if part)}", width)
+
+    def seconds(self) -> float:
+        return self._board.clock() - self.began
+
+    def result(self) -> str:
+        count = f"{self.done:,} {self.unit} in " if self.total else ""
+        return f"{self.what}: {count}{duration(self.seconds())}"
+
+
+class Board:
+    """The tasks that are under way, the innermost last. One line of a terminal, or a log file, shows the innermost.
+
+    `file` defaults to standard error as it is at the time. Times are seconds of `clock`. With `alone` no thread is started, and
+    `tick` is left to the caller.
+    """
+
+    def __init__(
+        self,
+        file: TextIO | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        columns: int | None = None,
+        alone: bool = False,
+    ) -> None:
+        self._file, self._columns, self._alone, self.clock = file, columns, alone, clock
+        self.quiet = False  # on the hosts for which the first one speaks
+        self.compiled = 0.0  # seconds, by this process so far
+        self._compiling: float | None = None  # since when
+        self._tasks: list[Shown] = []
+        self._lock = threading.RLock()
+        self._drawn, self._last = False, clock()
+        self._thread: threading.Thread | None = None
+
+    def push(self, task: Shown) -> None:
+        with self._lock:
+            if not self._tasks:
+                self._last = self.clock()
+            self._tasks.append(task)
+            if self._thread is None and not self._alone:
+                self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+                self._thread.start()
+
+    def pop(self, task: Shown) -> None:
+        with self._lock:
+            self._tasks.remove(task)
+            self._compiling = None
+            self._erase()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        with self._lock:
+            self._erase()
+            self._write(f"{line}\n")
+            self._last = self.clock()
+
+    def draw(self) -> None:
+        """Shows the innermost task on a terminal, as it is now."""
+        with self._lock:
+            if self._tasks and self.terminal:
+                self._write(f"\r{self._tasks[-1].line(self.columns - 1)}\x1b[K")
+                self._drawn = True
+
+    def tick(self) -> None:
+        """What is due now: on a terminal the line as it is, in a log file a line where it was silent for too long."""
+        with self._lock:
+            if not self._tasks:
+                return
+            task = self._tasks[-1]
+            if self.terminal:
+                if self.clock() - task.began >= REDRAW_SECONDS or self._drawn:
+                    self.draw()
+            elif task.due(self.silent_for()):
+                self.say(task.line())
+
+    def silent_for(self) -> float:
+        return self.clock() - self._last
+
+    @property
+    def terminal(self) -> bool:
+        try:
+            return self._to.isatty()
+        except (AttributeError, ValueError):
+            return False
+
+    @property
+    def columns(self) -> int:
+        return self._columns or shutil.get_terminal_size((NARROW, 24)).columns
+
+    def compile_began(self) -> None:
+        self._compiling = self.clock()
+
+    def compile_ended(self, seconds: float) -> None:
+        self._compiling = None
+        if seconds > 0.1:  # single operations outside of programs are compiled in less
+            self.compiled += seconds
+
+    def compilation(self) -> str:
+        """What to say of a compilation that is under way; nothing of a short one."""
+        since = self._compiling
+        if since is None or self.clock() - since < NOTABLE_SECONDS:
+            return ""
+        return f"compiling for {duration(self.clock() - since)}"
+
+    @property
+    def _to(self) -> TextIO:
+        return self._file or sys.stderr
+
+    def _erase(self) -> None:
+        if self._drawn:
+            self._write("\r\x1b[K")
+            self._drawn = False
+
+    def _write(self, text: str) -> None:
+        # Progress is not worth a run: whoever reads it may be gone.
+        if not self.quiet:
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                self._to.write(text)
+                self._to.flush()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(REDRAW_SECONDS)
+            with self._lock:
+                if not self._tasks:
+                    self._thread = None
+                    return
+            self.tick()
+
+
+BOARD = Board()
+"""That of this process."""
+
+
+@contextlib.contextmanager
+def reported(what: str, *, total: int = 0, unit: str = "", brief: bool = False, board: Board | None = None) -> Iterator[Task]:
+    """Names what happens inside, such as "loading weights": shown while it lasts, and with its seconds if it took some.
+
+    With a `total`, `advance` counts, and speed and remaining time are shown once there are steady parts to judge by. `brief`
+    leaves out the line at the end: where something else is printed then, or where the same comes again and again.
+    """
+    board = board or BOARD
+    task = Task(board, what, total=total, unit=unit)
+    board.push(task)
+    try:
+        yield task
+    except BaseException:
+        board.pop(task)
+        raise
+    board.pop(task)
+    if not brief and (task.mentioned or task.seconds() >= NOTABLE_SECONDS):
+        board.say(task.result())
+
+
+class Pace:
+    """Seconds that one of many equal parts takes. The first part, and parts in which something was compiled, do not count."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._now, self._compiled = board.clock(), board.compiled
+        self._parts, self._spent, self._count, self._steady = 0, 0.0, 0, 0
+
+    def tick(self, count: int = 1) -> None:
+        now = self._board.clock()
+        self._parts += 1
+        if self._parts > 1 and not self.compiled():
+            self._spent, self._count, self._steady = self._spent + now - self._now, self._count + count, self._steady + 1
+        self._now, self._compiled = now, self._board.compiled
+
+    def compiled(self) -> bool:
+        """Whether something was compiled since the last part."""
+        return self._board.compiled != self._compiled
+
+    @property
+    def each(self) -> float | None:
+        """None until two steady parts are done."""
+        return self._spent / self._count if self._steady >= 2 else None
+
+    def seconds(self, count: int) -> float | None:
+        """For `count` more."""
+        return None if self.each is None else self.each * count
+
+
+def rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3:05` or `1:02:03`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def cut(text: str, width: int | None) -> str:
+    return text if width is None else text[: max(0, width)]

@@ -1,0 +1,155 @@
+"""Training as people follow it: the line of a step and the line of an evaluation, each readable in 80 columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from dpo_jax.runtime.progress import BOARD, SILENCE_SECONDS, Board, Pace, cut, duration, rate
+
+Row = Mapping[str, float]
+
+FIRST_STEPS = 5  # a log file gets each of them
+WIDE, BAR = 100, (10, 40)  # columns of a terminal that has room for a bar; of the bar, at least and at most
+
+
+class Progress:
+    """Loss, accuracy and margin of the last step first, then speed and the time that is left.
+
+    A terminal has one line that changes. A log file gets the first steps, and then a line every `SILENCE_SECONDS`; a step that
+    takes long is mentioned while it lasts. `epochs` is how many there are in all.
+    """
+
+    def __init__(self, *, epochs: float = 0.0, board: Board | None = None) -> None:
+        self._board, self._epochs = board or BOARD, epochs
+        self._row: Row = {}
+        self._rates: dict[str, float] = {}
+
+    def start(self, step: int, total: int, *, unit: str) -> None:
+        self._first, self._done, self._total, self._unit = step, step, total, unit
+        self.began = self._step_began = self._board.clock()
+        self._pace = Pace(self._board)
+        self._board.push(self)
+
+    def step(self, row: Row) -> None:
+        """Takes the row of one training step, with its throughput."""
+        self._done, self._row = int(row["step"]) + 1, row
+        if not self._pace.compiled():
+            for name, value in row.items():
+                if name.endswith("_per_second"):  # single steps differ much
+                    self._rates[name] = 0.8 * self._rates.get(name, value) + 0.2 * value
+        self._pace.tick()
+        self._step_began = self._board.clock()
+        if self._board.terminal:
+            self._board.draw()
+        elif self._is_first() or self._done == self._total or self._next_is_late():
+            self._board.say(self.line())
+
+    def evaluated(self, row: Row) -> None:
+        self._board.say(evaluation_line(row, width=self._board.columns if self._board.terminal else None))
+        self._step_began = self._board.clock()
+
+    def close(self) -> None:
+        self._board.pop(self)
+        if self._board.terminal and self._row:
+            self._board.say(self.line(self._board.columns - 1))
+
+    def due(self, silent: float) -> bool:
+        # Of steps that are all long, each has its own line; only one that is longer than the others is news.
+        return silent >= max(SILENCE_SECONDS, 2 * (self._pace.each or 0.0))
+
+    def line(self, width: int | None = None) -> str:
+        waited, left = self._board.clock() - self._step_began, self._pace.seconds(self._total - self._done)
+        examples, tokens = (self._rates.get(f"{name}_per_second") for name in (self._unit, "scored_tokens"))
+        fields = [  # text, and a rank: the highest is left out first where there is little room
+            (f"step {self._done}/{self._total}", 0),
+            (f"epoch {self._epochs * self._done / max(1, self._total):.2f}" if self._epochs else "", 6),
+            *_measured(self._row),
+            (f"{rate(examples)} {self._unit}/s" if examples else "", 4),
+            (f"{rate(tokens)} scored tokens/s" if tokens else "", 7),
+            (f"ETA {duration(left)}" if left is not None and self._done < self._total else "", 3),
+            (f"step {self._done + 1} takes {duration(waited)}" if waited >= SILENCE_SECONDS else "", 2),
+            (self._board.compilation(), 5),
+        ]
+        shown = _fitting([field for field in fields if field[0]], width)
+        return shown if width is None else _with_bar(shown, self._done / max(1, self._total), width)
+
+    def _next_is_late(self) -> bool:
+        return self._board.silent_for() + (self._pace.each or 0.0) >= SILENCE_SECONDS
+
+    def _is_first(self) -> bool:
+        return self._done - self._first <= FIRST_STEPS
+
+
+def _measured(row: Row) -> list[tuple[str, int]]:
+    """What a step found, with the ranks of `Progress.line`."""
+    forms = {
+        "loss": ("loss {}", digits, 1),
+        "nll_per_token": ("{} per token", digits, 2),
+        "rewards/accuracies": ("acc {}", _hundredths, 1),
+        "accuracy": ("acc {}", _hundredths, 1),
+        "rewards/margins": ("margin {}", _hundredths, 1),
+    }
+    return [(text.format(form(row[name])), rank) for name, (text, form, rank) in forms.items() if name in row]
+
+
+def evaluation_line(row: Row, *, width: int | None = None) -> str:
+    """An evaluation as one line: `eval @16: loss 0.021  acc 1.00 [0.93, 1.00]  margin 3.90  chosen +10.9  rejected -28.0`.
+
+    `row` has `step` and names that begin with `eval/`. `chosen` and `rejected` are the mean log pi - log pi_ref, in nats. What
+    has no form of its own follows by name. Where `width` columns are too few, it has less space and fewer digits.
+    """
+    lines = [_evaluation(row, gap=gap, places=places) for gap, places in ((2, 1), (1, 1), (1, 0))]
+    return next((line for line in lines if width is None or len(line) <= width), lines[-1])
+
+
+def _evaluation(row: Row, *, gap: int, places: int) -> str:
+    values = {name.removeprefix("eval/"): value for name, value in row.items() if name != "step"}
+    for side in ("chosen", "rejected"):  # the displacement times beta; metrics.jsonl has it
+        values.pop(f"rewards/{side}", None)
+    parts = []
+    if (loss := values.pop("loss", None)) is not None:
+        parts.append(f"loss {digits(loss)}")
+    if (nats := values.pop("nll_per_token", None)) is not None:
+        parts.append(f"{digits(nats)} per token")
+        parts.append(f"perplexity {digits(math.exp(min(nats, 700.0)))}")
+    if (accuracy := values.pop("rewards/accuracies", None)) is not None:
+        low, high = (values.pop(f"rewards/accuracies_{end}", None) for end in ("low", "high"))
+        interval = "" if low is None or high is None else f" [{low:.2f},{' ' * (gap - 1)}{high:.2f}]"
+        parts.append(f"acc {accuracy:.2f}{interval}")
+    if (margin := values.pop("rewards/margins", None)) is not None:
+        parts.append(f"margin {_hundredths(margin)}")
+    for side in ("chosen", "rejected"):
+        if (moved := values.pop(f"displacement/{side}", None)) is not None:
+            parts.append(f"{side} {moved:+.{places}f}")
+    parts += [f"{name} {digits(value)}" for name, value in values.items()]
+    return f"eval @{row['step']:.0f}: {(' ' * gap).join(parts)}"
+
+
+def digits(value: float) -> str:
+    """About four significant ones."""
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 5e-4:
+        return f"{value:.1e}"
+    return f"{value:,.1f}" if size >= 100 else f"{value:.2f}" if size >= 10 else f"{value:.3f}"
+
+
+def _hundredths(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}"  # without the sign of a zero
+
+
+def _fitting(fields: list[tuple[str, int]], width: int | None) -> str:
+    """As many fields as fit, those of the lowest rank first, in their order."""
+    kept = sorted(range(len(fields)), key=lambda number: (fields[number][1], number))
+    while width is not None and len(kept) > 1 and sum(len(fields[number][0]) + 2 for number in kept) - 2 > width:
+        kept.pop()
+    return cut("  ".join(fields[number][0] for number in sorted(kept)), width)
+
+
+def _with_bar(text: str, share: float, width: int) -> str:
+    """A bar before the text, where there is room for one."""
+    room = min(width - len(text) - 4, BAR[1])
+    if width < WIDE - 1 or room < BAR[0]:
+        return text
+    filled = round(room * share)
+    return f"[{'#' * filled}{'.' * (room - filled)}]  {text}"
