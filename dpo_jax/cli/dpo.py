@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from dpo_jax.cli import build
@@ -98,7 +99,7 @@ def loss_at_reference(section: DpoConfig) -> float | None:
     if section.reference_free or section.loss in BASELINES:
         return None
     same = np.zeros((1, 2), np.float32)
-    return float(build.make_loss(section)(same, same)[0][0])
+    return float(jax.jit(build.make_loss(section))(same, same)[0][0])  # one program, and not one for each operation
 
 
 # How far, in nats, a policy may seem to be from its own cached log-probabilities because rows of another shape are summed in

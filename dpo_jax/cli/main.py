@@ -24,15 +24,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import gc
 import importlib
 import os
 import sys
 import textwrap
 import traceback
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, NamedTuple
 
 from dpo_jax.cli import config as options
+from dpo_jax.cli import finished
 from dpo_jax.cli.config import Config, ConfigError, load_config_with_lines
 from dpo_jax.cli.config_file import suggest, types_of
 from dpo_jax.cli.config_report import ReportConfig
@@ -280,7 +283,29 @@ def _run(args: list[str]) -> int:
 
 def _execute(name: str, config: Config) -> int:
     module, function = COMMANDS[name].target.split(":")
-    return getattr(importlib.import_module(module), function)(config)
+    if name not in finished.TASKS:
+        return getattr(_imported(module), function)(config)
+    task = finished.FinishedRun(name, config, COMMANDS[name].reads)
+    if (steps := task.steps()) is not None:
+        print(f"{config.run.dir}/{name} is finished after {steps} steps, and nothing has changed since")
+        print(f"the policy is in {config.run.dir}/{name}/export")
+        return 0
+    code = getattr(_imported(module), function)(config)
+    if code == 0:
+        task.record()
+    return code
+
+
+def _imported(module: str) -> ModuleType:
+    """A module, imported without Python searching its many new objects for garbage again and again: a sixth of the time."""
+    if module in sys.modules or not gc.isenabled():
+        return importlib.import_module(module)
+    gc.disable()
+    try:
+        return importlib.import_module(module)
+    finally:
+        gc.freeze()  # what was imported stays
+        gc.enable()
 
 
 def _on_many_hosts(name: str, config: Config) -> int:

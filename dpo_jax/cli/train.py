@@ -18,7 +18,6 @@ from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
 from dpo_jax.data.loader import Batch
 from dpo_jax.data.pairs import DataReport
-from dpo_jax.evals.plots import plot_training
 from dpo_jax.models.hf import save_hf
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import Checkpoints, has_steps
@@ -205,6 +204,8 @@ def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def leave_results(run: RunDir, model: Model, state: TrainState, tokenizer: Any, *, card: Callable[[], str]) -> None:
     """Writes the model as a Hugging Face folder, the plots, and the model card. All hosts call it, with the saved form."""
+    from dpo_jax.evals.plots import plot_training  # matplotlib: 0.4 s that the first step need not wait for
+
     folder = save_hf(run.export, model, state.variables, fetch=hosts.whole, write=hosts.is_first())
     if not hosts.is_first():
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eos: str = "<|endoftext|>") -> PreTrainedTokenizerFast:
@@ -37,12 +37,29 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     Raises ValueError where there is none, and where it has no `tokenizer.json`: a slow tokenizer has nothing to fingerprint.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        tokenizer = _class_of(Path(path)).from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer could be loaded from {str(path)!r}: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{str(path)!r} has a {type(tokenizer).__name__}, but a tokenizer.json (a fast tokenizer) is needed")
     return tokenizer
+
+
+def _class_of(folder: Path) -> Any:
+    """What loads the tokenizer in `folder`: transformers' plain fast tokenizer where `save_pretrained` of one wrote it.
+
+    Otherwise `AutoTokenizer`. It takes half a second to import, and beside the config.json of a Qwen2 it would load our own
+    tokenizer as Qwen2's class, which normalizes text and so gives other ids than those that were saved.
+    """
+    try:
+        said = json.loads((folder / "tokenizer_config.json").read_bytes())
+        if said["tokenizer_class"] == "TokenizersBackend" and "auto_map" not in said:
+            return PreTrainedTokenizerFast
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # no such folder, or not one that transformers 5 wrote
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:

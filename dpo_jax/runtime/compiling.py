@@ -18,7 +18,7 @@ def keep_programs(folder: str | os.PathLike[str]) -> None:
     glibc holds on to what the compiler has freed, some 300 MB, while the program takes its own memory beside it.
     """
     jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     _return_memory()
 
 

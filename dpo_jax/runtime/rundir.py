@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 PACKAGES = (
     "dpo_jax",
     "jax",
@@ -89,10 +87,12 @@ def _acquire(path: Path) -> int:
 
 def environment() -> dict[str, Any]:
     """What the numbers of a run depend on besides its configuration: versions, devices, platform, command line, XLA flags."""
+    import jax  # here, so that a finished run can be looked at without it
+
     devices = jax.devices()
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": packages(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "cpus": os.cpu_count(),
@@ -103,6 +103,11 @@ def environment() -> dict[str, Any]:
         "argv": sys.argv,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def packages() -> dict[str, str | None]:
+    """{package: installed version} of those that decide what a run computes."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(name: str) -> str | None:
