@@ -14,7 +14,7 @@ from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.config import BASELINES, Config, DpoConfig
 from dpo_jax.cli.refs import reference_values
 from dpo_jax.cli.train import check_checkpoints, leave_results, train
-from dpo_jax.data.loader import in_order, skippable, stream, total_steps
+from dpo_jax.data.loader import few_shapes, in_order, skippable, stream, total_steps
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.preference import held_out_logps, preference_summary
@@ -39,7 +39,7 @@ def run(config: Config) -> int:
         parts = build.batch_parts(section, partitioner.row_shards, layout=config.data.layout)
         plan = functools.partial(build.pair_layout, config, [*pairs, *held_out], batch=section.batch)
         layout = plan(parts=parts, microbatches=skippable(section.microbatches, partitioner.row_shards))
-        forward_layout = plan(parts=partitioner.row_shards)
+        forward_layout = few_shapes(plan(parts=partitioner.row_shards), examples=len(held_out), batch=section.batch)
         variables, start = build.load_weights(config.dpo_policy(), model, partitioner, name="dpo.policy")
         ref_logps, held_out_ref = reference_values(
             config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner, weights=start
@@ -99,7 +99,8 @@ def loss_at_reference(section: DpoConfig) -> float | None:
     if section.reference_free or section.loss in BASELINES:
         return None
     same = np.zeros((1, 2), np.float32)
-    return float(jax.jit(build.make_loss(section))(same, same)[0][0])  # one program, and not one for each operation
+    losses, _ = jax.jit(build.make_loss(section))(same, same)  # one program, and not one for each operation
+    return float(np.asarray(losses)[0])
 
 
 # How far, in nats, a policy may seem to be from its own cached log-probabilities because rows of another shape are summed in

@@ -28,7 +28,8 @@ def linear_warmup(peak: float, *, warmup_steps: int, decay_steps: int | None = N
 
     def schedule(step):
         if isinstance(step, int):  # what the log shows: the same float32, without a program to compile for it
-            exact = min(1.0, (step + 1) / (warmup_steps + 1), *([] if decay_steps is None else [max(0.0, 1 - step / decay_steps)]))
+            falling = 1.0 if decay_steps is None else max(0.0, 1 - step / decay_steps)
+            exact = min(1.0, (step + 1) / (warmup_steps + 1), falling)
             return np.float32(peak) * np.float32(exact)
         rate = jnp.minimum(1.0, (step + 1) / (warmup_steps + 1))
         return peak * (rate if decay_steps is None else jnp.minimum(rate, jnp.maximum(0.0, 1 - step / decay_steps)))
