@@ -113,9 +113,7 @@ class _Remembering:
         self._tokenizer = tokenizer
         self.eos_token_id = tokenizer.eos_token_id  # transformers takes its time to look it up
         if type(tokenizer) is PreTrainedTokenizerFast:
-            tokenizer(
-                "", add_special_tokens=False
-            )  # takes off truncation and padding that a file or another call has left there
+            tokenizer("", add_special_tokens=False)  # takes off truncation and padding that another call has left there
             below = tokenizer.backend_tokenizer
 
             def plain(text: str) -> Any:
