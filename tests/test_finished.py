@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -135,3 +136,18 @@ def test_large_files_are_told_by_size_and_time(folder, monkeypatch):
     weights = folder / "start/model.safetensors"
     weights.write_bytes(weights.read_bytes()[::-1])
     assert finished(folder).steps() is None
+
+
+@pytest.mark.parametrize("what", ["a link to nothing", "too many files", "no plots"])
+def test_a_run_without_a_record_is_no_error(folder, monkeypatch, what):
+    (folder / "run/dpo" / RECORD).unlink()
+    if what == "a link to nothing":
+        (folder / "data/link.jsonl").symlink_to(folder / "nothing")
+    elif what == "too many files":
+        monkeypatch.setattr("dpo_jax.cli.finished.MOST_FILES", 3)
+    else:
+        shutil.rmtree(folder / "run/dpo/plots")
+    run = finished(folder)
+    assert run.steps() is None
+    run.record()
+    assert not (folder / "run/dpo" / RECORD).exists()

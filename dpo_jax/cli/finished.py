@@ -9,8 +9,10 @@ Files are told apart by their SHA-256, and above `HASHED_BYTES` by size and time
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +21,12 @@ from typing import Any
 
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.config_file import types_of
-from dpo_jax.runtime.rundir import RunDir, packages, write_json
+from dpo_jax.runtime.rundir import RunDir, RunLocked, packages, write_json
 
-TASKS = ("sft", "dpo")
 RECORD = "finished.json"
 VERSION = 1
 HASHED_BYTES = 256 * 2**20
+MOST_FILES = 10_000
 # Model cards say what was measured since (`dpo-jax eval`); locks and these two are no result of training.
 NOT_COMPARED = {"README.md", "run.lock", RECORD}
 ELSEWHERE = {"run.coordinator", "run.num_processes", "run.process_id"}  # which process this was
@@ -43,7 +45,10 @@ class FinishedRun:
         # Several hosts would have to agree, and what lies in a bucket or on the Hub cannot be looked at in a moment.
         local = config.run.distributed == "off" and "://" not in config.checkpoints_of(task)
         self._usable = local and config.run.resume and self._inputs is not None
-        self._before = _stamps(self._inputs or ())
+        try:
+            self._before = _stamps(self._inputs or ())
+        except OSError:  # a link to nothing, or too many files: what is wrong with it, if anything, is for training to say
+            self._usable = False
 
     def steps(self) -> int | None:
         """How many steps it took, if it is finished and nothing has changed since. Raises `RunLocked` while it is training."""
@@ -57,10 +62,13 @@ class FinishedRun:
                 return None
 
     def record(self) -> None:
-        """Writes the record of a run that has just ended well, unless a file was changed while it was running."""
+        """Writes the record of a run that has just ended well, unless a file was changed while it was running.
+
+        The run is done with or without a record: where it cannot be written, there is none.
+        """
         if not self._usable:
             return
-        with RunDir(self._folder) as run:
+        with contextlib.suppress(OSError, RunLocked), RunDir(self._folder) as run:
             if _stamps(self._inputs or ()) == self._before:
                 write_json(self._folder / RECORD, self._present(run))
 
@@ -115,7 +123,9 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def _stamps(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
-    stats = {str(file): file.stat() for file in _files(paths)}
+    stats = {str(file): file.stat() for file in itertools.islice(_files(paths), MOST_FILES + 1)}
+    if len(stats) > MOST_FILES:
+        raise OSError(f"more than {MOST_FILES} files")
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 

@@ -35,7 +35,6 @@ from types import ModuleType
 from typing import Annotated, Any, NamedTuple
 
 from dpo_jax.cli import config as options
-from dpo_jax.cli import finished
 from dpo_jax.cli.config import Config, ConfigError, load_config_with_lines
 from dpo_jax.cli.config_file import suggest, types_of
 from dpo_jax.cli.config_report import ReportConfig
@@ -165,6 +164,7 @@ WITHOUT_CONFIG = {
     "check": ("test this machine's accelerator: dpo-jax check (no configuration needed)", "dpo_jax.check:main"),
 }
 
+TRAINING = ("sft", "dpo")  # a finished run of these has nothing to do
 ON_MANY_HOSTS = ("sft", "refs", "dpo", "eval", "sample")
 SHORT = {f"--{name}": f"--run.{name}" for name in ("distributed", "coordinator", "num-processes", "process-id")}
 SHORT |= {"--profile": "--bench.profile", "--fast": "--frontier.fast", "--rewards": "--eval.rewards"} | {
@@ -283,8 +283,10 @@ def _run(args: list[str]) -> int:
 
 def _execute(name: str, config: Config) -> int:
     module, function = COMMANDS[name].target.split(":")
-    if name not in finished.TASKS:
+    if name not in TRAINING:
         return getattr(_imported(module), function)(config)
+    from dpo_jax.cli import finished
+
     task = finished.FinishedRun(name, config, COMMANDS[name].reads)
     if (steps := task.steps()) is not None:
         print(f"{config.run.dir}/{name} is finished after {steps} steps, and nothing has changed since")
