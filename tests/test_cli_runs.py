@@ -30,6 +30,7 @@ from dpo_jax.evals.completion_files import read_completions
 from dpo_jax.evals.preference import preference_summary
 from dpo_jax.models.hf import load_hf
 from dpo_jax.reference import RECORD, ReferenceCache
+from dpo_jax.runtime.compiling import COMPILED
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.parallel import split_rows
 from dpo_jax.runtime.rundir import RunDir
@@ -146,6 +147,34 @@ def test_training_holds_weights_and_optimizer_state_once(done, tmp_path, monkeyp
     before = sum(array.nbytes for array in jax.live_arrays())
     with pytest.raises(Seen):
         call("dpo", done.config, "--run.dir", tmp_path, "--dpo.policy", done / "sft" / "export")
+
+
+@pytest.mark.parametrize(
+    ("task", "programs"),
+    [("sft", ["jit(<lambda>)", "jit(init_state)"]), ("dpo", ["jit(dpo_loss)", "jit(init_state)", "jit(reference_logps)"])],
+)
+def test_before_training_hardly_anything_is_compiled(done, tmp_path, monkeypatch, task, programs):
+    """New weights, or the reference pass and the loss at the reference; the optimizer state. No `jnp` function by itself."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(*args, **options):
+        raise Stop
+
+    compiled, listening = [], True
+
+    def heard(event, seconds, **about):
+        if listening and event == COMPILED:
+            compiled.append(about["fun_name"])
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    monkeypatch.setattr("dpo_jax.cli.train.fit", stop)
+    with pytest.raises(Stop):
+        call(task, done.config, "--run.dir", tmp_path, *(["--dpo.policy", done / "sft" / "export"] if task == "dpo" else []))
+    listening = False
+    assert sorted(compiled) == programs
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])
@@ -328,6 +357,11 @@ def test_a_finished_run_takes_no_further_step(copy):
     assert {name: (copy / "dpo" / name).read_bytes() for name in before} == before
     assert bytes_of(copy / "dpo" / "export") == export
     assert not (copy / "dpo" / "resumes.jsonl").exists()  # it was not interrupted
+    assert f"is finished after {STEPS} steps" in call("dpo", copy.config).out
+    model = copy / "dpo" / "export" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1] + b"!")
+    assert f"continuing {copy / 'dpo'} after {STEPS} steps" in call("dpo", copy.config).out
+    assert bytes_of(copy / "dpo" / "export") == export
 
 
 # When one of several reads fails, the callbacks of the others find orbax's event loop closed, and Python prints that: noise.

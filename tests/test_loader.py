@@ -4,7 +4,15 @@ import pytest
 from test_layout import PAIRS, REF
 
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.loader import batch_indices, in_order, plan_layout, stream, total_steps
+from dpo_jax.data.loader import (
+    WORTH_COMPILING,
+    batch_indices,
+    few_shapes,
+    in_order,
+    plan_layout,
+    stream,
+    total_steps,
+)
 
 
 def test_an_epoch_holds_every_example_once_whatever_the_batch():
@@ -114,3 +122,16 @@ def test_rows_are_no_longer_than_what_the_devices_share():
     alone, shared = (plan_layout(pairs, kind="packed", batch=64, multiple=devices) for devices in (1, 64))
     assert alone.length % 768 == 0
     assert (shared.length, shared.row_counts[0]) == (768, 64)  # a pair for each device, and no empty half rows
+
+
+def test_a_short_pass_has_fewer_programs_and_the_same_row_length():
+    generator = np.random.default_rng(0)
+    pairs = [Encoded(*(np.ones(n, np.int32) for n in generator.integers(4, 40, 3)), uid=str(i)) for i in range(400)]
+    layout = plan_layout(pairs, kind="packed", batch=16)
+    short = few_shapes(layout, examples=len(pairs), batch=16)
+    assert (short.length, short.scored, short.per_row) == (layout.length, layout.scored, layout.per_row)
+    used, before = ({batch.rows.tokens.shape for _, batch in in_order(pairs, layout=one, batch=16)} for one in (short, layout))
+    assert len(used) == 1 < len(before)
+    assert few_shapes(layout, examples=WORTH_COMPILING * 16 + 1, batch=16) == layout
+    shared = plan_layout(pairs, kind="shared", batch=16)
+    assert few_shapes(shared, examples=16, batch=16) == shared

@@ -35,6 +35,17 @@ def test_rmsprop_with_warmup_and_clipping_is_torchs():
             np.testing.assert_allclose(params[name], value, rtol=2e-6, atol=2e-7)
 
 
+@pytest.mark.parametrize("decay_steps", [None, 1, 41])
+@pytest.mark.parametrize(("peak", "warmup_steps"), [(1e-6, 0), (5e-4, 7), (3.3e-5, 150)])
+def test_the_logged_rate_is_that_of_the_step_and_compiles_nothing(peak, warmup_steps, decay_steps):
+    schedule = optim.linear_warmup(peak, warmup_steps=warmup_steps, decay_steps=decay_steps)
+    compiled = jax.jit(schedule)
+    for step in (0, 1, 6, 7, 8, 40, 41, 149, 150, 1000):
+        logged = schedule(step)
+        assert not isinstance(logged, jax.Array)
+        np.testing.assert_allclose(logged, compiled(jnp.int32(step)), rtol=5e-6, atol=2e-7 * peak)
+
+
 def test_warmup_values():
     schedule = optim.linear_warmup(1.0, warmup_steps=3)
     np.testing.assert_allclose([schedule(step) for step in range(6)], [0.25, 0.5, 0.75, 1.0, 1.0, 1.0])

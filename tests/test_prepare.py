@@ -1,5 +1,6 @@
 """Every pair that falls out between text and tokens is counted under its cause, or refused by its name."""
 
+import copy
 import dataclasses
 import re
 
@@ -168,3 +169,29 @@ def test_kept_pairs_always_make_rows(tokenizer):
         rows = kind(list(encoded), length=64)
         counts = [(rows.slot[r] == s).sum() for r in range(len(rows.slot)) for s in range(rows.slots)]
         assert min(counts) >= 1
+
+
+def test_no_text_of_a_preference_is_tokenized_twice(tokenizer):
+    asked = []
+
+    class Counting(LowerCase):
+        def __call__(self, text, **options):
+            asked.append(text)
+            return super().__call__(text, **options)
+
+    preferences = preference_set({"sft_target": " Best."})
+    encode_all(preferences, Counting(tokenizer), **LIMITS)
+    assert sorted(asked) == sorted([GOOD["prompt"], GOOD["chosen"], GOOD["rejected"], " Best."])
+    asked.clear()
+    encode_targets(preferences, Counting(tokenizer), **LIMITS)
+    assert sorted(asked) == sorted([GOOD["prompt"], " Best."])
+
+
+def test_the_ids_are_those_of_the_tokenizer_whatever_it_was_last_asked(tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain("left behind", truncation=True, max_length=2)
+    texts = {"prompt": "Human: caf\u00e9\n\nAssistant:", "chosen": " It's  12 \U0001f642 e\u0301.", "rejected": " no\t <|end"}
+    (pair,) = encode_all(preference_set(texts), plain, **LIMITS | {"max_length": 400, "max_prompt_length": 200})
+    for name, text in texts.items():
+        expected = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * (name != "prompt")
+        assert getattr(pair, name).tolist() == expected

@@ -58,6 +58,15 @@ def test_digest_survives_saving_and_sees_every_change(tokenizer, tmp_path):
     assert len(changed) == 4
 
 
+def test_a_tokenizer_is_loaded_as_it_was_saved_whatever_model_lies_beside_it(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    for family in ("qwen2", "llama", "gemma3_text"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+        loaded = load_tokenizer(tmp_path)
+        assert tokenizer_digest(loaded) == tokenizer_digest(tokenizer)
+        assert loaded.decode(loaded("e\u0301 \u00e9")["input_ids"]) == "e\u0301 \u00e9"  # Qwen2's own class would make them one
+
+
 def test_load_refuses_what_is_no_tokenizer(tmp_path):
     assert load_tokenizer(GOLDEN / "tokenizer").eos_token == "<|endoftext|>"
     with pytest.raises(ValueError, match="no tokenizer could be loaded"):

@@ -127,13 +127,18 @@ def needs_tfds(option: str) -> Iterator[None]:
         raise ConfigError(f"{option}: needs the package {package}, which is not installed: pip install {package}") from error
 
 
+@functools.lru_cache(maxsize=1)  # a tokenizer is trained on what is then trained on
+def _reviews(count: int, seed: int, split: Literal["train", "test"]) -> tuple[Preference, ...]:
+    return tuple(review_preferences(count, seed, split=split))
+
+
 def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any = None) -> PreferenceSet:
     """The preferences of the train or the held-out split. Raises `DataError` for bad data."""
     data = config.data
     limit = data.max_train if split == "train" else data.max_test
     if data.source == "reviews":
         count = data.reviews_train if split == "train" else data.reviews_test
-        preferences = review_preferences(count, config.run.seed, split=split)
+        preferences = _reviews(count, config.run.seed, split)
         report = DataReport(source="reviews", split=split, format="reviews", rows=count, read=count, kept=count)
         return PreferenceSet(preferences, report).take(limit)
     refuse_texts(config)

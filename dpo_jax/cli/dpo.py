@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from dpo_jax.cli import build, identity
@@ -15,7 +16,7 @@ from dpo_jax.cli.export import write_model
 from dpo_jax.cli.refs import check_reference, load_reference, reference_values
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import earlier_run, leave_results, train
-from dpo_jax.data.loader import in_order, skippable, stream, total_steps
+from dpo_jax.data.loader import few_shapes, in_order, skippable, stream, total_steps
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.preference import held_out_logps, preference_summary
@@ -42,7 +43,7 @@ def run(config: Config) -> int:
         parts = build.batch_parts(section, partitioner.row_shards, layout=config.data.layout)
         plan = functools.partial(build.pair_layout, config, [*pairs, *held_out], batch=section.batch)
         layout = plan(parts=parts, microbatches=skippable(section.microbatches, partitioner.row_shards))
-        forward_layout = plan(parts=partitioner.row_shards)
+        forward_layout = few_shapes(plan(parts=partitioner.row_shards), examples=len(held_out), batch=section.batch)
         variables, reference = load_reference(config, model, partitioner)
         ref_logps, held_out_ref = reference_values(
             config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner, weights=reference
@@ -115,7 +116,8 @@ def loss_at_reference(section: DpoConfig) -> float | None:
     if section.reference_free or section.loss in BASELINES:
         return None
     same = np.zeros((1, 2), np.float32)
-    return float(build.make_loss(section)(same, same)[0][0])
+    losses, _ = jax.jit(build.make_loss(section))(same, same)  # one program, and not one for each operation
+    return float(np.asarray(losses)[0])
 
 
 # How far, in nats, a policy may seem to be from its own cached log-probabilities because rows of another shape are summed in

@@ -13,7 +13,7 @@ from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.data.chat_date import writes_date
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.loader import Batch, in_order
+from dpo_jax.data.loader import Batch, few_shapes, in_order
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.reference import ReferenceCache, fill_cache, reference_logps
 from dpo_jax.runtime.hosts import from_first, is_first
@@ -80,6 +80,7 @@ def reference_values(
         absent[cache.missing(pairs)] = 1
     todo = [pairs[number] for number in np.flatnonzero(from_first(absent))]
     layout = build.pair_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards)
+    layout = few_shapes(layout, examples=len(todo), batch=config.refs.batch)
     compiled = partitioner.compile_map(functools.partial(reference_logps, model))
     if len(todo) < len(pairs):
         print(f"{config.refs_cache()}: {len(pairs) - len(todo):,} of {len(pairs):,} pairs are there already", flush=True)

@@ -15,7 +15,7 @@ from dpo_jax.cli.export import write_exact
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import earlier_run, leave_results, train
 from dpo_jax.data.layout import Completion
-from dpo_jax.data.loader import in_order, plan_layout, skippable, stream, total_steps
+from dpo_jax.data.loader import few_shapes, in_order, plan_layout, skippable, stream, total_steps
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.prepare import data_digest, encode_targets
 from dpo_jax.logps import sequence_logps
@@ -37,7 +37,7 @@ def run(config: Config) -> int:
         parts = build.batch_parts(section, partitioner.row_shards, layout=kind)
         plan = functools.partial(plan_layout, [*texts, *held_out], kind=kind, batch=section.batch, length=data.row_length)
         layout = plan(multiple=parts, microbatches=skippable(section.microbatches, partitioner.row_shards))
-        forward_layout = plan(multiple=partitioner.row_shards)
+        forward_layout = few_shapes(plan(multiple=partitioner.row_shards), examples=len(held_out), batch=section.batch)
         behind = identity.behind(earlier, examples=len(texts), batch=section.batch)
         steps = total_steps(len(texts), batch=section.batch, epochs=section.epochs, behind=behind)
         tx = build.make_tx(section, steps=steps)

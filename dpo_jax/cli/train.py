@@ -19,7 +19,6 @@ from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
 from dpo_jax.cli.preflight import check_bucket
 from dpo_jax.data.loader import Batch
 from dpo_jax.data.pairs import DataReport
-from dpo_jax.evals.plots import plot_training
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, has_steps, newest_meta
 from dpo_jax.runtime.fit import NonFinite, fit
@@ -244,6 +243,8 @@ def leave_results(
         folder, dtype = write(run.export, model, state.variables, tokenizer, card=text)
     if text is None:
         return
+    from dpo_jax.evals.plots import plot_training  # matplotlib: 0.4 s that the first step need not wait for
+
     with reported("drawing plots"):
         plot_training(read_metrics(run.metrics), run.plots)
     run.card.write_text(text, encoding="utf-8")

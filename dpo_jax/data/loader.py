@@ -180,6 +180,19 @@ def plan_layout(
     return dataclasses.replace(layout, kind=kind, completions=completions, pairs=pairs)
 
 
+WORTH_COMPILING = 500
+"""Batches of a pass from which on a few percent less padding saves more than several programs take to compile."""
+
+
+def few_shapes(layout: Layout, *, examples: int, batch: int) -> Layout:
+    """`layout` for one pass over so many `examples`: a short one has two row counts, of which it compiles one as a rule.
+
+    The row length stays, so each row is computed as before. Not for training, where a sum over rows of a batch may round
+    otherwise.
+    """
+    return layout if examples > WORTH_COMPILING * batch else dataclasses.replace(layout, row_counts=layout.row_counts[-2:])
+
+
 def skippable(microbatches: int, row_shards: int) -> int:
     """Microbatches that are left out where they hold empty rows only (`step.mean_grads`): those of one device."""
     return microbatches if row_shards == 1 else 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.data.encode import Bos, Encoded, EosInText, Truncation, encode
 from dpo_jax.data.layout import Completion
@@ -47,6 +49,7 @@ def encode_all(
     report = preferences.report.copy()
     triage = Triage(report, on_bad=on_bad)
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "truncation": truncation, "bos": bos}
+    tokenizer = _Remembering(tokenizer)
     kept = []
     for preference in preferences:
         try:
@@ -80,6 +83,7 @@ def encode_targets(
     length only. With `score_prompt` prompt and completion are one text, all of which is scored (but its first token).
     """
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "truncation": truncation, "bos": bos}
+    tokenizer = _Remembering(tokenizer)
     seen: dict[tuple[str, str], Preference] = {}
     for preference in preferences:
         seen.setdefault((preference.prompt, preference.sft_target or preference.chosen), preference)
@@ -101,6 +105,32 @@ def data_digest(examples: Sequence[Encoded] | Sequence[Completion]) -> str:
         digest.update(np.array([len(ids) for ids in parts], "<i4").tobytes())
         digest.update(np.concatenate(parts).astype("<i4").tobytes())
     return digest.hexdigest()
+
+
+class _Remembering:
+    """A tokenizer that remembers the ids of the last few texts: several checks ask for those of one preference.
+
+    Of a plain fast tokenizer it asks the library below transformers, whose own way takes twice the time for the same ids.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = tokenizer.eos_token_id  # transformers takes its time to look it up
+        if type(tokenizer) is PreTrainedTokenizerFast:
+            tokenizer("", add_special_tokens=False)  # takes off truncation and padding that another call has left there
+            below = tokenizer.backend_tokenizer
+
+            def plain(text: str) -> Any:
+                return {"input_ids": below.encode(text, add_special_tokens=False).ids}
+        else:
+            plain = functools.partial(tokenizer, add_special_tokens=False)
+        self._plain = functools.lru_cache(maxsize=8)(plain)
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return self._plain(text) if options == {"add_special_tokens": False} else self._tokenizer(text, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 def _encode_text(preference: Any, tokenizer: Any, **limits: Any) -> Encoded:

@@ -45,12 +45,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
     Raises ValueError where there is none, and where it has no `tokenizer.json`: a slow tokenizer has nothing to fingerprint.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     if Path(path).is_dir():
         check_files(Path(path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        tokenizer = _class_of(Path(path)).from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer could be loaded from {str(path)!r}: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -107,6 +107,25 @@ def check_files(folder: Path) -> None:
     """Raises ValueError for a folder without a tokenizer: transformers would make one up that knows no text."""
     if not any((folder / name).is_file() for name in _FILES):
         raise ValueError(f"no tokenizer could be loaded from '{folder}': it holds no tokenizer.json")
+
+
+def _class_of(folder: Path) -> Any:
+    """What loads the tokenizer in `folder`: transformers' plain fast tokenizer where one was saved.
+
+    Otherwise `AutoTokenizer`. It takes half a second to import, and beside the config.json of a Qwen2 it would load our own
+    tokenizer as Qwen2's class, which normalizes text and so gives other ids than those that were saved.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        said = json.loads((folder / "tokenizer_config.json").read_bytes())
+        if said["tokenizer_class"] in ("TokenizersBackend", "PreTrainedTokenizerFast") and "auto_map" not in said:
+            return PreTrainedTokenizerFast
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # no such folder, or not one of a plain fast tokenizer
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:

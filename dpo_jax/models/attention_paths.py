@@ -23,8 +23,6 @@ import jax.numpy as jnp
 from dpo_jax.models.attention import DENSE, AttentionPath
 from dpo_jax.models.attention_blocks import blocked
 from dpo_jax.models.attention_chunked import chunked
-from dpo_jax.models.attention_gpu import cudnn_path, flash_path
-from dpo_jax.models.attention_tpu import splash_path
 from dpo_jax.models.config import DecoderConfig
 
 CHUNKED = AttentionPath("chunked", chunked)
@@ -75,6 +73,25 @@ def _flash_refusals(config: DecoderConfig, dtype: Any) -> Iterator[str]:
         yield "it computes in float32 or less, not float64"
 
 
+# The kernels, and Pallas with them, are imported where they run: a CPU would wait for them at every start.
+def _splash() -> AttentionPath:
+    from dpo_jax.models.attention_tpu import splash_path
+
+    return splash_path()
+
+
+def _flash() -> AttentionPath:
+    from dpo_jax.models.attention_gpu import flash_path
+
+    return flash_path()
+
+
+def _cudnn() -> AttentionPath:
+    from dpo_jax.models.attention_gpu import cudnn_path
+
+    return cudnn_path()
+
+
 class _Path(NamedTuple):
     make: Callable[[], AttentionPath]
     platform: str | None = None  # None: any
@@ -85,7 +102,7 @@ PATHS: dict[str, _Path] = {
     "dense": _Path(lambda: DENSE),
     "blocks": _Path(lambda: BLOCKS),
     "chunked": _Path(lambda: CHUNKED),
-    "splash": _Path(splash_path, "tpu"),
-    "flash": _Path(flash_path, "gpu", _flash_refusals),
-    "cudnn": _Path(cudnn_path, "gpu", _cudnn_refusals),
+    "splash": _Path(_splash, "tpu"),
+    "flash": _Path(_flash, "gpu", _flash_refusals),
+    "cudnn": _Path(_cudnn, "gpu", _cudnn_refusals),
 }

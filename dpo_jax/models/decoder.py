@@ -391,6 +391,6 @@ def make_model(
         init_cache=init_cache,
         decode=decode,
         by_layer=by_layer,
-        axes=lambda: nn.get_partition_spec(jax.eval_shape(boxed_init, jax.random.key(0))),
+        axes=lambda: nn.get_partition_spec(jax.eval_shape(lambda: boxed_init(jax.random.key(0)))),
         config=config,
     )

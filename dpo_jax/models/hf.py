@@ -72,7 +72,7 @@ def load_hf(
 
 def variable_shapes(model: Model, dtype: Any = jnp.float32) -> Variables:
     """The tree of `model.init` as `ShapeDtypeStruct`s of `dtype`. Nothing is computed."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))  # a key outside would be compiled and computed
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
 

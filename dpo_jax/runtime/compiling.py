@@ -19,10 +19,13 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 def keep_programs(folder: str | os.PathLike[str]) -> None:
     """Compiled programs are kept in `folder`, so that no other process compiles them again; and the compiler's memory is not.
 
+    Where JAX_COMPILATION_CACHE_DIR names a folder, they are kept there. Small programs are kept, too: a run has a dozen.
+
     glibc holds on to what the compiler has freed, some 300 MB, while the program takes its own memory beside it.
     """
-    jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.abspath(folder)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     report_compiling()
     _return_memory()
 

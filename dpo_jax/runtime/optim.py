@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Schedule = Callable[[Any], Any]
@@ -30,6 +31,10 @@ def linear_warmup(peak: float, *, warmup_steps: int, decay_steps: int | None = N
         raise ValueError(f"decay_steps must be at least 1, or None for no decay, got {decay_steps}")
 
     def schedule(step):
+        if isinstance(step, int):  # what the log shows: the same float32, without a program to compile for it
+            falling = 1.0 if decay_steps is None else max(0.0, 1 - step / decay_steps)
+            exact = min(1.0, (step + 1) / (warmup_steps + 1), falling)
+            return np.float32(peak) * np.float32(exact)
         rate = jnp.minimum(1.0, (step + 1) / (warmup_steps + 1))
         return peak * (rate if decay_steps is None else jnp.minimum(rate, jnp.maximum(0.0, 1 - step / decay_steps)))
 

@@ -204,7 +204,7 @@ def _variables_on(mesh: Mesh, model: Model, units: Units | None) -> tuple[Variab
     """Shapes of the variables, and {path: where it lies}."""
     if model.axes is None:
         raise MeshError("the model names no logical axes (Model.axes), so nothing says how its parameters lie on a mesh")
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     return shapes, variable_shardings(shapes, model.axes(), mesh, units=units)
 
 

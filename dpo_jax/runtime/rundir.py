@@ -106,12 +106,12 @@ def environment() -> dict[str, Any]:
 
     `git` is `checkout` of this package: null where it runs from an installed package.
     """
-    import jax  # only to look at devices: a lock needs none
+    import jax  # here, so that a lock or a look at a finished run needs none
 
     devices = jax.devices()
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": packages(),
         "git": checkout(PACKAGE),
         "platform": platform.platform(),
         "host": socket.gethostname(),
@@ -143,6 +143,11 @@ def checkout(package: Path) -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
+
+
+def packages() -> dict[str, str | None]:
+    """{package: installed version} of those that decide what a run computes."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(name: str) -> str | None:

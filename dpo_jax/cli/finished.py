@@ -1,0 +1,150 @@
+"""A finished training run recognises itself by its files, in a moment: no JAX, no data encoded, no checkpoint restored.
+
+`finished.json` in the directory of the task says what a run was made of (settings, code and packages, data, starting model)
+and what it left (checkpoints, export, metrics, plots). Where all of that is as it was, the same command has nothing to do.
+Where anything differs, the training command runs as ever: it refuses, continues, or writes again what is lost.
+
+Files are told apart by their SHA-256, and above `HASHED_BYTES` by size and time of the last change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.cli.config import Config
+from dpo_jax.cli.config_file import types_of
+from dpo_jax.runtime.rundir import RunDir, RunLocked, packages, write_json
+
+RECORD = "finished.json"
+VERSION = 1
+HASHED_BYTES = 256 * 2**20
+MOST_FILES = 10_000
+# Model cards say what was measured since (`dpo-jax eval`); locks and these two are no result of training.
+NOT_COMPARED = {"README.md", "run.lock", RECORD}
+ELSEWHERE = {"run.coordinator", "run.num_processes", "run.process_id"}  # which process this was
+
+
+class FinishedRun:
+    """The record of one task's run. Make it before the run reads anything: what changes meanwhile must not be taken as read.
+
+    `sections` are those of the configuration that the task reads, or single options "section.option".
+    """
+
+    def __init__(self, task: str, config: Config, sections: Sequence[str]):
+        self._task, self._config, self._sections = task, config, sections
+        self._folder = Path(config.run.dir) / task
+        self._inputs = _inputs(task, config, sections)
+        # Several hosts would have to agree, and what lies in a bucket or on the Hub cannot be looked at in a moment.
+        local = config.run.distributed == "off" and "://" not in config.checkpoints_of(task)
+        self._usable = local and config.run.resume and self._inputs is not None
+        try:
+            self._before = _stamps(self._inputs or ())
+        except OSError:  # a link to nothing, or too many files: what is wrong with it, if anything, is for training to say
+            self._usable = False
+
+    def steps(self) -> int | None:
+        """How many steps it took, if it is finished and nothing has changed since. Raises `RunLocked` while it is training."""
+        if not (self._usable and (self._folder / RECORD).is_file()):
+            return None
+        with RunDir(self._folder) as run:
+            try:
+                recorded = json.loads((self._folder / RECORD).read_bytes())
+                return _steps(run) if recorded == self._present(run) else None
+            except (OSError, ValueError, KeyError, IndexError):
+                return None
+
+    def record(self) -> None:
+        """Writes the record of a run that has just ended well, unless a file was changed while it was running.
+
+        The run is done with or without a record: where it cannot be written, there is none.
+        """
+        if not self._usable:
+            return
+        with contextlib.suppress(OSError, RunLocked), RunDir(self._folder) as run:
+            if _stamps(self._inputs or ()) == self._before:
+                write_json(self._folder / RECORD, self._present(run))
+
+    def _present(self, run: RunDir) -> dict[str, Any]:
+        """Everything as it is now, as JSON values. Raises `OSError` for what is not there."""
+        kept = [run.config, run.env, run.data_report, run.metrics, run.plots, run.export]
+        own_tokenizer = Path(self._config.run.dir) / "tokenizer"
+        outputs = [*kept, Path(self._config.checkpoints_of(self._task)), *([own_tokenizer] if own_tokenizer.exists() else [])]
+        return {
+            "version": VERSION,
+            "settings": _settings(self._config, self._sections),
+            "made_by": packages() | {"code": _code()},
+            "inputs": _identities(self._inputs or ()),
+            "outputs": _identities(outputs),
+            "cards": [path.is_file() for path in (run.card, run.export / run.card.name)],
+        }
+
+
+def _settings(config: Config, sections: Sequence[str]) -> dict[str, Any]:
+    options = {f"{section}.{name}": value for section, name, value in _options(config, sections)}
+    return json.loads(json.dumps({option: value for option, value in options.items() if option not in ELSEWHERE}))
+
+
+def _options(config: Config, sections: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
+    """(section, option, value) of all options of `sections`, which are names, or single options "section.option"."""
+    for section, _, single in (name.partition(".") for name in sections):
+        values = dataclasses.asdict(getattr(config, section))
+        yield from ((section, name, value) for name, value in values.items() if single in ("", name))
+
+
+def _inputs(task: str, config: Config, sections: Sequence[str]) -> list[Path] | None:
+    """The files and folders that the settings name. None if one of them is not here: it may be on the Hub."""
+    named = [config.dpo_policy()] if task == "dpo" else []
+    for section, name, value in _options(config, sections):
+        if section in ("run", "refs"):  # where results go
+            continue
+        kind = types_of(type(getattr(config, section)))[name]
+        if value is not None and kind in (str, str | None) and ("/" in value or Path(value).expanduser().exists()):
+            named.append(value)
+    paths = [Path(value).expanduser() for value in dict.fromkeys(named)]
+    return paths if all(path.exists() for path in paths) else None
+
+
+def _steps(run: RunDir) -> int:
+    return int(json.loads(run.metrics.read_text(encoding="utf-8").splitlines()[-1])["step"])
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    for path in paths:
+        within = [path] if not path.is_dir() else sorted(file for file in path.rglob("*") if not file.is_dir())
+        yield from (file for file in within if file.name not in NOT_COMPARED)
+
+
+def _stamps(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
+    stats = {str(file): file.stat() for file in itertools.islice(_files(paths), MOST_FILES + 1)}
+    if len(stats) > MOST_FILES:
+        raise OSError(f"more than {MOST_FILES} files")
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def _identities(paths: Iterable[Path]) -> dict[str, str]:
+    files = list(_files(paths))
+    with ThreadPoolExecutor(8) as pool:  # hashlib lets go of the interpreter lock
+        return dict(zip(map(str, files), pool.map(_identity, files), strict=True))
+
+
+def _identity(file: Path) -> str:
+    stat = file.stat()
+    if stat.st_size > HASHED_BYTES:
+        return f"{stat.st_size} bytes of {stat.st_mtime_ns}"
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _code() -> str:
+    """SHA-256 of this package's modules: another version may read the same data otherwise."""
+    root = Path(__file__).parent.parent
+    lines: Mapping[str, str] = {str(file.relative_to(root)): _identity(file) for file in sorted(root.rglob("*.py"))}
+    return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
