@@ -115,6 +115,13 @@ def test_a_card_says_how_the_model_was_made_and_how_to_load_it(run):
     assert "| loss (nats per text) | 34.90 |\n| loss per token (nats) | 1.2500 |\n| perplexity per token | 3.49 |" in sft
 
 
+def test_a_reference_that_is_not_the_start_is_named(run):
+    assert "- reference:" not in dpo_card(Config(), run)
+    second = Config(dpo=DpoConfig(policy="first/dpo/export", reference="org/sft@0f1e"))
+    card = dpo_card(second, run)
+    assert "- start: `dpo/export`\n- reference: [org/sft](https://huggingface.co/org/sft), revision `0f1e`\n" in card
+
+
 def test_the_result_table_fits_80_columns_and_marks_what_is_cut():
     table = result_table(REPORT)
     assert max(map(len, table.splitlines())) <= 80
@@ -148,8 +155,10 @@ def test_the_origin_of_a_folder_is_what_its_files_say(tmp_path, files, expected)
 
 
 def test_the_origin_of_a_hub_id_is_itself_with_the_licence_of_its_cached_card(monkeypatch):
-    monkeypatch.setattr(origin, "_cached_card", lambda hub_id: "---\nlicense: mit\n---\n" if hub_id == "a/b" else None)
+    cards = {("a/b", None): "---\nlicense: mit\n---\n", ("a/b", "v1"): "---\nlicense: llama3\n---\n"}
+    monkeypatch.setattr(origin, "_cached_card", lambda hub_id, revision: cards.get((hub_id, revision)))
     assert model_origin("a/b") == Origin("a/b", License("mit"))
+    assert model_origin("a/b@v1") == Origin("a/b", License("llama3"))
     assert model_origin("c/d") == Origin("c/d")
     assert model_origin("runs/x/sft/export") == model_origin("../x/y") == model_origin(None) == Origin()
 

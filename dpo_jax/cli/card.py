@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def _card(
         _header(origin, dataset=_dataset(config), tag=tag),
         f"# {name} {title}",
         how,
-        f"- start: {_start(config, start, origin)}\n- data: {_data_name(config)}\n- made with: {_made_with(run)}",
+        "\n".join(f"- {name}: {words}" for name, words in _made_of(config, run, start, origin, section)),
         f"## Use\n\n{USE}",
         f"## Results\n\n{results}",
         f"## Health notes\n\n{notes}" if notes else "",
@@ -112,12 +112,23 @@ def _header(origin: Origin, *, dataset: str | None, tag: str) -> str:
     return "\n".join(["---", *lines, f"tags: [dpo_jax, {tag}]", "---"])
 
 
+def _made_of(
+    config: Config, run: RunDir, start: str | None, origin: Origin, section: SftConfig | DpoConfig
+) -> Iterator[tuple[str, str]]:
+    yield "start", _start(config, start, origin)
+    if isinstance(section, DpoConfig) and section.reference is not None:
+        yield "reference", _start(config, section.reference, model_origin(section.reference))
+    yield "data", _data_name(config)
+    yield "made with", _made_with(run)
+
+
 def _start(config: Config, path: str | None, origin: Origin) -> str:
     """What training started from: a Hub id, or a local folder by its last names, which say nothing about this machine."""
     if path is None:
         return f"new weights ({config.model.family}), seed {config.run.seed}"
-    if path == origin.hub_id:
-        return f"[{path}](https://huggingface.co/{path})"
+    name, _, revision = path.partition("@")
+    if name == origin.hub_id:
+        return f"[{name}](https://huggingface.co/{name})" + (f", revision `{revision}`" if revision else "")
     own = Path(path).resolve() == Path(config.run.dir, "sft", "export").resolve()
     what = "the SFT model of this run, `sft/export`" if own else f"`{'/'.join(Path(path).parts[-2:])}`"
     return f"{what}, from [{origin.hub_id}](https://huggingface.co/{origin.hub_id})" if origin.hub_id else what

@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+from dpo_jax.models.folder import is_hub_id
+
 PARENTS = 3  # folders above a named one in which its clone or snapshot may begin
 
 
@@ -33,12 +34,13 @@ def model_origin(path: str | None) -> Origin:
         return Origin()
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        if not HUB_ID.fullmatch(path):
+        name, _, revision = path.partition("@")
+        if not is_hub_id(path):
             return Origin()
-        return Origin(path, license_of(_header(_cached_card(path))))
+        return Origin(name, license_of(_header(_cached_card(name, revision or None))))
     header, config = _header(_read(folder / "README.md")), _json(folder / "config.json")
     named = config.get("_name_or_path")
-    named = named if isinstance(named, str) and HUB_ID.fullmatch(named) and not Path(named).exists() else None
+    named = named if isinstance(named, str) and is_hub_id(named) and not Path(named).exists() else None
     return Origin(hub_id_of_folder(folder, "models") or header.get("base_model") or named, license_of(header))
 
 
@@ -69,11 +71,11 @@ def _header(card: str | None) -> dict[str, str]:
     return {name: value.strip().strip("\"'") for name, value in found}
 
 
-def _cached_card(hub_id: str) -> str | None:
+def _cached_card(hub_id: str, revision: str | None) -> str | None:
     """The model card of a Hub id that was downloaded before."""
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(hub_id, "README.md")
+    path = try_to_load_from_cache(hub_id, "README.md", revision=revision)
     return _read(Path(path)) if isinstance(path, str) else None
 
 
