@@ -16,9 +16,12 @@ import yaml
 
 from dpo_jax.cli import build, words
 from dpo_jax.cli import main as program
+from dpo_jax.cli.commands import COMMANDS
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, dump_config, every_option, help_text, load_config, problems
 from dpo_jax.cli.config_file import types_of
+from dpo_jax.cli.exit_codes import EXIT_CODES, exit_code
 from dpo_jax.cli.fixed import fix
+from dpo_jax.cli.flags import parse
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -285,15 +288,15 @@ assert not heavy, heavy
     assert "(default: 0.5)" in done.stdout  # beta of the file, in the last of the four
 
 
-@pytest.mark.parametrize("name", program.COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_every_command(name, capsys):
     assert program.main([name, "--help"]) == 0
     shown = set(re.findall(r"--([a-z_]+\.[a-z_-]+)", capsys.readouterr().out))
-    for entry in program.COMMANDS[name].reads:
+    for entry in COMMANDS[name].reads:
         section, _, option = entry.partition(".")
         for field in [option] if option else types_of(type(getattr(Config(), section))):
             assert f"{section}.{field}".replace("_", "-") in shown
-    module, function = program.COMMANDS[name].target.split(":")
+    module, function = COMMANDS[name].target.split(":")
     hints = typing.get_type_hints(getattr(importlib.import_module(module), function))
     assert hints == {"config": Config, "return": int}
 
@@ -347,14 +350,14 @@ def test_help_with_a_command_is_that_commands_help(capsys):
 def test_overview_lists_commands_and_exit_codes(capsys):
     assert program.main([]) == 0
     shown = capsys.readouterr().out
-    assert all(f"\n  {name} " in shown for name in program.COMMANDS)
-    assert all(f"\n  {code} " in shown for _, _, code in program.EXIT_CODES)
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
+    assert all(f"\n  {code} " in shown for _, _, code in EXIT_CODES)
 
 
-@pytest.mark.parametrize(("module", "name", "code"), program.EXIT_CODES)
+@pytest.mark.parametrize(("module", "name", "code"), EXIT_CODES)
 def test_exit_codes_of_exceptions(module, name, code):
     kind = getattr(importlib.import_module(module), name)
-    assert program.exit_code(kind.__new__(kind)) == code
+    assert exit_code(kind.__new__(kind)) == code
 
 
 def test_errors_are_one_message_and_bugs_a_traceback(small, ran, monkeypatch, capsys):
@@ -404,7 +407,7 @@ def test_the_commands_of_the_readme_are_understood(words, tmp_path):
         flags = [*(flag for flag in flags if flag != "..."), "--judge.model", "m"]
         flags += [] if "--judge.prompt" in flags else ["--judge.prompt", "dialogue"]
     if name == "report":
-        assert program.parse(name, [str(tmp_path), *flags]).report.folders() == [str(tmp_path)]
+        assert parse(name, [str(tmp_path), *flags]).report.folders() == [str(tmp_path)]
         return
     path = [] if {"--data.path", "--data.source"} & set(flags) else ["--data.path", str(tmp_path)]
     any_of = {"CONFIG": ("hh_small", "quickstart", "tldr_gptj_dpo"), "configs/pod_NAME.yaml": ("pod_llama3_8b_v5p",)}
@@ -412,7 +415,7 @@ def test_the_commands_of_the_readme_are_understood(words, tmp_path):
     problems = []
     for args in ([file, *flags, *more] for file in files for more in ((), path)):
         try:
-            program.parse(name, args)
+            parse(name, args)
             return
         except (ConfigError, SystemExit) as problem:
             problems.append(str(problem))

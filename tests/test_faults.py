@@ -343,7 +343,7 @@ def on_tmpfs(program, *arguments, timeout=LIMIT):
 TOY_ON_FULL_DISK = """
 from test_checkpoint import *
 from test_reference import IDENTITY, PAIRS, VALUES, ReferenceCache, random_pairs
-from dpo_jax.cli.main import exit_code
+from dpo_jax.cli.exit_codes import exit_code
 
 folder, small = Path(sys.argv[1]), mount(Path(sys.argv[1]) / "small", "1m")
 compiled = jax.jit(train_step, donate_argnums=0)

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
+from dpo_jax.cli.commands import COMMANDS
 from dpo_jax.cli.config import load_config
 from dpo_jax.cli.finished import RECORD, FinishedRun
-from dpo_jax.cli.main import COMMANDS
+from dpo_jax.cli.fixed import fix
 from dpo_jax.runtime.rundir import RunDir, RunLocked
 
 CONFIG = """
@@ -40,7 +41,7 @@ def folder(tmp_path):
 
 
 def finished(folder, **changes):
-    config = load_config(folder / "tiny.yaml")
+    config = fix(load_config(folder / "tiny.yaml"))
     for section, values in changes.items():
         config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
     return FinishedRun("dpo", config, COMMANDS["dpo"].reads)

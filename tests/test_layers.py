@@ -21,7 +21,7 @@ ONLY_IN = {
     "flax": ["models/decoder.py"],
     "orbax": ["runtime/checkpoint.py"],
     "yaml": ["cli/config_file.py"],
-    "tyro": ["cli/main.py"],
+    "tyro": ["cli/flags.py"],
     "tensorflow_datasets": ["data/tfds.py"],
     "huggingface_hub": ["models/hub.py", "models/origin.py"],
     # Curves of a run, the frontier, reliability, win rates, the race.
@@ -46,7 +46,7 @@ LIGHT = [
     f"cli/{name}.py"
     for name in (
         *("check_scope", "config", "config_file", "config_judge", "config_lab", "config_report", "config_study"),
-        *("fixed", "main", "words"),
+        *("commands", "exit_codes", "fixed", "flags", "main", "words"),
     )
 ] + ["runtime/signals.py", "runtime/progress.py"]
 # What runs in the processes of the PyTorch contenders, where JAX would count as their memory.

@@ -15,6 +15,7 @@ from conftest import GOLDEN
 
 from dpo_jax.cli import main as program
 from dpo_jax.cli import model_folders, preflight
+from dpo_jax.cli.commands import COMMANDS
 from dpo_jax.cli.config import Config, RunConfig, dump_config, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -225,7 +226,7 @@ def test_what_brings_its_own_data_needs_none(place, capsys, name, flags):
     assert code == 0, told
 
 
-@pytest.mark.parametrize("name", program.COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_that_reads_a_configuration_can_be_checked(name):
     assert preflight.LOOKS[name]
 

@@ -1,0 +1,66 @@
+"""Errors that a command is expected to raise: the exit code and the one message of each."""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+EXIT_CODES = (
+    ("dpo_jax.cli.config_file", "ConfigError", 2),
+    ("dpo_jax.cli.dpo", "WrongStart", 2),
+    ("dpo_jax.runtime.chips", "TopologyError", 2),
+    ("dpo_jax.reference", "ForeignCache", 2),
+    ("dpo_jax.runtime.checkpoint", "StateMismatch", 2),
+    ("dpo_jax.evals.verdicts", "ForeignVerdicts", 2),
+    ("dpo_jax.data.pairs", "BadRow", 65),
+    ("dpo_jax.data.pairs", "DataError", 65),
+    ("dpo_jax.bench.gates", "GateFailed", 70),
+    ("dpo_jax.bench.race", "ContenderFailed", 70),
+    ("dpo_jax.runtime.rundir", "RunLocked", 73),
+    ("dpo_jax.runtime.checkpoint", "CheckpointDamaged", 74),
+    ("dpo_jax.evals.judging", "Unfinished", 75),
+    ("dpo_jax.runtime.fit", "NonFinite", 76),
+    ("dpo_jax.reference", "BrokenReference", 76),
+    ("dpo_jax.evals.preference", "NonFiniteLogps", 76),
+    ("dpo_jax.runtime.fit", "Interrupted", 130),
+    ("dpo_jax.runtime.fit", "Preempted", 143),
+)
+
+
+def exit_code(error: BaseException) -> int:
+    """The documented exit code of an exception; 1 if it is not one that a command is expected to raise."""
+    for module, name, code in EXIT_CODES:
+        # A class whose module was never imported cannot have been raised; importing it now would load JAX for nothing.
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and isinstance(error, kind):
+            return code
+    return 74 if _os_error(error) else 1
+
+
+FULL = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded", errno.EROFS: "Read-only file system"}
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The file error behind an exception: a full disk reaches us wrapped by whoever was writing."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    name = next((link.filename for link in chain if isinstance(link, OSError) and link.filename), None)
+    for link in chain:
+        for number, text in FULL.items():
+            if getattr(link, "errno", None) == number or text in str(link):  # TensorStore has no number
+                return OSError(number, text, name)
+    return error if isinstance(error, OSError) else None
+
+
+def message(error: Exception) -> str:
+    cause = _os_error(error)
+    if cause is None or exit_code(error) != 74:
+        from dpo_jax.data.terminal import printable
+
+        return printable(str(error))  # it may quote a text of the data, which may hold what moves a terminal's cursor
+    if not cause.strerror:
+        return str(cause)
+    full = "; free some space, then run the same command again: it continues" if cause.errno == errno.ENOSPC else ""
+    where = f"{cause.filename}: " if cause.filename else ""
+    return f"{where}{cause.strerror}{full}"

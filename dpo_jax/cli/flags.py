@@ -1,0 +1,120 @@
+"""From the command line to a checked configuration: a YAML file, or run directories, and flags that override it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+from dpo_jax.cli import config as options
+from dpo_jax.cli import words
+from dpo_jax.cli.commands import COMMANDS, SHORT, Command
+from dpo_jax.cli.config import Config, ConfigError, load_config_with_lines
+from dpo_jax.cli.config_file import types_of
+from dpo_jax.cli.config_report import ReportConfig
+
+
+def parse(name: str, args: list[str]) -> Config:
+    """The config of command `name`: the YAML file that `args` begins with, overridden by the flags after it, checked."""
+    command = COMMANDS[name]
+    args = ["".join((SHORT.get(name, name), equals, value)) for name, equals, value in (arg.partition("=") for arg in args)]
+    if name == "report" and args and not args[0].startswith("-") and not Path(args[0]).is_file():
+        path, flags, config, lines = "RUN...", *_of_runs(args), {}
+    elif args and not args[0].startswith("-"):
+        path, flags = args[0], args[1:]
+        config, lines = load_config_with_lines(path)
+    elif {"-h", "--help"} & set(args):
+        path, flags, config, lines = "CONFIG.yaml", args, Config(), {}
+    else:
+        if name == "report":
+            raise ConfigError("report needs run directories first: dpo-jax report runs/quickstart (options: --help)")
+        raise ConfigError(f"{name} needs a configuration first: dpo-jax {name} configs/quickstart.yaml (options: --help)")
+    changed = _override(name, command, config, path, flags)
+    kept = {field: line for field, line in lines.items() if _get(changed, field) == _get(config, field)}
+    needs = tuple(section for section in command.needs if section != "data" or not _brings_its_data(name, changed))
+    options.check(changed, lines=kept, path=path, needs=needs)
+    return changed
+
+
+def _of_runs(args: list[str]) -> tuple[list[str], Config]:
+    """The flags after the run directories that `args` begins with, and a config that names those."""
+    count = next((number for number, arg in enumerate(args) if arg.startswith("-")), len(args))
+    if bad := [folder for folder in args[:count] if "," in folder]:
+        raise ConfigError(f"report.runs: {bad[0]}: a run directory whose name has a comma cannot be named")
+    return args[count:], Config(report=ReportConfig(runs=",".join(args[:count])))
+
+
+def _brings_its_data(name: str, config: Config) -> bool:
+    """Whether a command that works on the data is asked to work on prompts or tokens of its own."""
+    bench = config.bench.lengths or config.bench.sampling
+    own = {"sample": config.sample.prompts_file, "bench": bench, "judge": config.judge.baseline_file()}
+    return own.get(name) is not None
+
+
+def _get(config: Config, dotted: str) -> Any:
+    value: Any = config
+    for field in dotted.split("."):
+        value = getattr(value, field)
+    return value
+
+
+def _override(name: str, command: Command, config: Config, path: str, flags: list[str]) -> Config:
+    """Applies flags. tyro gets classes with only the options that the command reads, and today's values as defaults."""
+    if not flags:
+        return config
+    try:
+        import tyro
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{flags[0]}: flags need the package tyro: pip install tyro, or set the option in {path}") from error
+
+    shown: dict[str, list[str]] = {}
+    for entry in command.reads:
+        section, _, field = entry.partition(".")
+        fields = [field] if field else list(types_of(type(getattr(config, section))))
+        shown.setdefault(section, []).extend(fields)
+    for flag in (flag for flag in flags if flag.startswith("--")):
+        section, _, field = flag[2:].partition("=")[0].replace("-", "_").partition(".")
+        if hasattr(config, section) and field not in shown.get(section, ()) and hasattr(getattr(config, section), field):
+            readers = [other for other, spec in COMMANDS.items() if {section, f"{section}.{field}"} & set(spec.reads)]
+            raise ConfigError(f"{flag}: {name} does not read this option ({', '.join(readers)} would)")
+    _refuse_foreign_words(flags, shown)
+    views = []
+    for section, fields in shown.items():
+        current = getattr(config, section)
+        cls, hints = type(current), types_of(type(current))
+        view = dataclasses.make_dataclass(
+            cls.__name__,
+            [
+                (
+                    field,
+                    Annotated[hints[field], tyro.conf.arg(help=options.help_text(cls, field))],
+                    dataclasses.field(default=getattr(current, field)),
+                )
+                for field in fields
+            ],
+            namespace={"__doc__": cls.__doc__},
+            frozen=True,
+        )
+        views.append((section, view, dataclasses.field(default=view())))
+    chosen = tyro.cli(
+        dataclasses.make_dataclass("Options", views, frozen=True),
+        prog=f"dpo-jax {name} {path}",
+        description=f"{command.help[0].upper()}{command.help[1:]}. Flags override the values of {path}. With --check it only "
+        "tells whether it could run, and what (dpo-jax help).",
+        args=flags,
+    )
+    changes = {section: vars(getattr(chosen, section)) for section in shown}
+    return dataclasses.replace(
+        config, **{section: dataclasses.replace(getattr(config, section), **fields) for section, fields in changes.items()}
+    )
+
+
+def _refuse_foreign_words(flags: list[str], shown: dict[str, list[str]]) -> None:
+    """Raises `ConfigError` for flags that other trainers have, with those of ours. Other unknown flags are left to tyro."""
+    known = [f"{section}.{field}" for section, fields in shown.items() for field in fields]
+    answers = []
+    for flag in (flag.partition("=")[0] for flag in flags if flag.startswith("--")):
+        if flag[2:].replace("-", "_") not in known and (answer := words.instead(flag, known)):
+            answers.append(f"{flag}: unknown option; instead: {words.as_flags(answer, options.every_option())}")
+    if answers:
+        raise ConfigError("\n".join(answers))
