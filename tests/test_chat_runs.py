@@ -103,7 +103,7 @@ def test_exports_keep_what_servers_read(done, model):
         assert {x.dtype.name for x in load_file(export / "model.safetensors").values()} == {dtype}, name
         assert (export / "generation_config.json").read_text() == SAMPLING, name
         assert load_tokenizer(export).chat_template == TEMPLATE
-        assert "library_name: transformers" in (export / "README.md").read_text(), name
+        assert 'library_name: "transformers"' in (export / "README.md").read_text(), name
         assert load_hf_config(export).get("source_dtype") == ("bfloat16" if name == "run/sft/export" else None)
     # DPO starts from the trained weights themselves, and so from its reference.
     first = read_metrics(folder / "run" / "dpo" / "metrics.jsonl")[0]

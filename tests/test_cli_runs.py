@@ -203,7 +203,7 @@ def test_the_resolved_config_can_be_run_again_as_it_is(done):
     assert fix(resolved) == resolved
     assert "reviews_train: 64" in (done / "dpo" / "config.yaml").read_text()
     result = call("dpo", done / "dpo" / "config.yaml")
-    assert (result.code, f"continuing {done / 'dpo'} after {STEPS} steps" in result.out) == (0, True)
+    assert (result.code, f"{done / 'dpo'} is finished after {STEPS} steps" in result.out) == (0, True)
 
 
 def test_metrics_hold_each_step_once_under_the_usual_names(done):
@@ -341,7 +341,7 @@ def test_an_earlier_step_is_exported_beside_the_last(done):
     assert late == last != early
     assert set(early) == set(last)
     cards = [(done / "dpo" / name / "README.md").read_text() for name in ("export-6", "export-8")]
-    assert "Held-out, after 6 steps: not measured." in cards[0]
+    assert "Held out, after 6 steps: not measured." in cards[0]
     assert cards[1] == (done / "dpo" / "README.md").read_text()
     assert "export.step: " in (told := refused(2, "export", done.config, "--export.step", 7))
     assert "has no step 7, but 6, 8" in told

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,6 +103,8 @@ def chat_run(tokenizer, tmp_path):
 
 def prompts(config):
     config = fixed.fix(config)
+    with build.open_run(config, "refs"):
+        pass
     return [p.prompt for p in build.load_split(config, "train", build.tokenizer_of(config, model_path=None))]
 
 
@@ -119,7 +122,7 @@ def test_the_date_can_be_set_and_is_written_down(chat_run, tmp_path):
     chosen = fixed._with(chat_run, "data.date", "2024-07-06")
     assert "06 July 2024" in prompts(chosen)[0]
     with build.open_run(fixed.fix(chat_run), "refs") as run:
-        assert load_config(run.config).data.date == datetime.date.today().isoformat()
+        assert load_config(run.config).data.date == "2024-07-06"
     (tmp_path / "dated.yaml").write_text("data: {date: 2024-07-06}")
     assert load_config(tmp_path / "dated.yaml").data.date == "2024-07-06"
     (tmp_path / "wrong.yaml").write_text("data:\n  date: July")
@@ -127,8 +130,19 @@ def test_the_date_can_be_set_and_is_written_down(chat_run, tmp_path):
         load_config(tmp_path / "wrong.yaml")
 
 
+def test_the_date_of_the_first_command_holds_for_all(chat_run):
+    first = fixed._with(chat_run, "data.date", "2024-07-06")
+    assert prompts(first) == prompts(chat_run)
+    assert fixed.fix(chat_run).data.date == "2024-07-06"
+
+
+def test_nothing_is_kept_before_a_command_begins(chat_run):
+    assert fixed.fix(chat_run).data.date == datetime.date.today().isoformat()
+    assert not Path(chat_run.run.dir).exists()
+
+
 def test_a_damaged_record_of_the_date_is_named(chat_run):
-    fixed.fix(chat_run)
+    Path(chat_run.run.dir).mkdir()
     file = f"{chat_run.run.dir}/fixed.json"
     for content in ("{", '{"date": "soon", "revisions": {}}', "[]"):
         with open(file, "w") as out:
@@ -154,6 +168,8 @@ def test_a_hub_model_stays_at_its_revision(tmp_path, monkeypatch):
     config = Config(
         run=RunConfig(dir=str(tmp_path / "run")), model=ModelConfig(path="org/name"), dpo=DpoConfig(policy="org/b@v1")
     )
+    (tmp_path / "run").mkdir()
+    fixed.keep(fixed.fix(config))
     assert fixed.fix(config).model.path == "org/name"  # nothing was loaded yet
     assert fixed.pin_models(config).model.path == "org/name@aaa"
     newest[0] = "bbb"

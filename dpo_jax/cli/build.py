@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.cli.config import BASELINES, Config, ConfigError, DpoConfig, SftConfig, dump_config
-from dpo_jax.cli.fixed import date_of, pin_models
+from dpo_jax.cli.fixed import date_of, keep, pin_models
 from dpo_jax.cli.model_folders import check_fit, remedy
 from dpo_jax.cli.preflight import batch_parts as batch_parts
 from dpo_jax.cli.preflight import check_writers
@@ -73,6 +73,8 @@ def open_run(config: Config, task: str, *, continues: bool = False, out: str | N
     """
     check_writers(config)
     with RunDir(out or Path(config.run.dir) / task, lock=is_first()) as run:
+        if is_first():
+            keep(config)
         # The next task and a resumed run should not compile the same program again.
         keep_programs(Path(config.run.dir) / "compiled")
         if not (continues and run.config.is_file()):

@@ -1,14 +1,13 @@
 """What the outside world could change about a run, fixed in its run directory: the date, and revisions of Hub models.
 
-The first command that reads data writes `fixed.json`; all later ones take over what it says, so that a run which goes on
-tomorrow has the prompts and the models of today:
+The first command that opens the run directory writes `fixed.json`; all later ones take over what it says, so that a run which
+goes on tomorrow has the prompts and the models of today:
 
     {"date": "2026-11-27", "revisions": {"org/name": "0f1e2d3c..."}}
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -19,6 +18,7 @@ from typing import Any
 
 from dpo_jax.cli.config import Config, ConfigError
 
+NAME = "fixed.json"
 MODELS = (
     *("model.path", "tokenizer.path", "dpo.policy", "dpo.reference"),
     *("eval.policy", "eval.reference", "sample.policy"),
@@ -27,16 +27,21 @@ MODELS = (
 
 
 def fix(config: Config) -> Config:
-    """`config` with the date and the model revisions of its run directory, which is begun where there is none."""
-    record = _begin(Path(config.run.dir))
+    """`config` with the date and the model revisions that its run directory keeps; in a new one, with the date of today."""
+    record = _read(Path(config.run.dir) / NAME) or {"date": datetime.date.today().isoformat(), "revisions": {}}
     if config.data.date is None:
-        config = _with(
-            config, "data.date", _of_first_host(record["date"]) if config.run.distributed == "auto" else record["date"]
-        )
+        several = config.run.distributed == "auto"
+        config = _with(config, "data.date", _of_first_host(record["date"]) if several else record["date"])
     for option, path in _hub_ids(config):
         if path in record["revisions"]:
             config = _with(config, option, f"{path}@{record['revisions'][path]}")
     return config
+
+
+def keep(config: Config) -> None:
+    """Writes what `fix` has fixed to the run directory, if it keeps nothing yet."""
+    if config.data.date is not None and not (Path(config.run.dir) / NAME).exists():
+        _write(config, {"date": config.data.date, "revisions": {}})
 
 
 def pin_models(config: Config) -> Config:
@@ -45,13 +50,9 @@ def pin_models(config: Config) -> Config:
 
     found = {path: cached_revision(path) for _, path in _hub_ids(config)}
     revisions = {path: revision for path, revision in found.items() if revision is not None}
-    if not revisions:
-        return config
-    folder = Path(config.run.dir)
-    record = _begin(folder)
-    if not revisions.keys() <= record["revisions"].keys():
-        with _whole(folder / "fixed.json") as file:
-            file.write(_text({**record, "revisions": {**revisions, **record["revisions"]}}))
+    record = _read(Path(config.run.dir) / NAME)
+    if record is not None and not revisions.keys() <= record["revisions"].keys():
+        _write(config, {**record, "revisions": {**revisions, **record["revisions"]}})
     return fix(config)
 
 
@@ -69,20 +70,14 @@ def _of_first_host(date: str) -> str:
     return from_first(np.frombuffer(date.encode(), np.uint8)).tobytes().decode()
 
 
-def _begin(folder: Path) -> dict[str, Any]:
-    """The content of `fixed.json`, which is written now if it is absent: by one, if several hosts or commands begin at once."""
-    file = folder / "fixed.json"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".fixed.json.{os.uname().nodename}.{os.getpid()}"
-        temporary.write_text(_text({"date": datetime.date.today().isoformat(), "revisions": {}}), encoding="utf-8")
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, file)  # unlike a rename, it leaves what another one has written
-        temporary.unlink()
+def _read(file: Path) -> dict[str, Any] | None:
+    """The content of `fixed.json`; None if there is none."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         datetime.datetime.fromisoformat(record["date"])
         return {"date": record["date"], "revisions": dict(record["revisions"])}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{file}: damaged ({error}); it holds the date that chat templates write. Delete it, and pass the date of the run "
@@ -90,16 +85,12 @@ def _begin(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Any]:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        yield file
-    os.replace(temporary, path)
-
-
-def _text(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, indent=1) + "\n"
+def _write(config: Config, record: Mapping[str, Any]) -> None:
+    """All of the file or nothing."""
+    file = Path(config.run.dir) / NAME
+    temporary = file.with_name(f".{NAME}.{os.getpid()}")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def _hub_ids(config: Config) -> Iterator[tuple[str, str]]:
