@@ -42,7 +42,11 @@ def run(config: Config) -> int:
         check_repeats(config, pairs, held_out)
         parts = build.batch_parts(section, partitioner.row_shards, layout=config.data.layout)
         plan = functools.partial(build.pair_layout, config, [*pairs, *held_out], batch=section.batch)
-        layout = plan(parts=parts, microbatches=skippable(section.microbatches, partitioner.row_shards))
+        layout = few_shapes(
+            plan(parts=parts, microbatches=skippable(section.microbatches, partitioner.row_shards)),
+            examples=len(pairs),
+            batch=section.batch,
+        )
         forward_layout = few_shapes(plan(parts=partitioner.row_shards), examples=len(held_out), batch=section.batch)
         variables, reference = load_reference(config, model, partitioner)
         ref_logps, held_out_ref = reference_values(

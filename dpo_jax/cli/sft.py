@@ -36,7 +36,11 @@ def run(config: Config) -> int:
         kind = "plain" if data.layout == "shared" else data.layout  # a single completion shares its prompt with nobody
         parts = build.batch_parts(section, partitioner.row_shards, layout=kind)
         plan = functools.partial(plan_layout, [*texts, *held_out], kind=kind, batch=section.batch, length=data.row_length)
-        layout = plan(multiple=parts, microbatches=skippable(section.microbatches, partitioner.row_shards))
+        layout = few_shapes(
+            plan(multiple=parts, microbatches=skippable(section.microbatches, partitioner.row_shards)),
+            examples=len(texts),
+            batch=section.batch,
+        )
         forward_layout = few_shapes(plan(multiple=partitioner.row_shards), examples=len(held_out), batch=section.batch)
         behind = identity.behind(earlier, examples=len(texts), batch=section.batch)
         steps = total_steps(len(texts), batch=section.batch, epochs=section.epochs, behind=behind)

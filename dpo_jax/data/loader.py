@@ -185,10 +185,10 @@ WORTH_COMPILING = 500
 
 
 def few_shapes(layout: Layout, *, examples: int, batch: int) -> Layout:
-    """`layout` for one pass over so many `examples`: a short one has two row counts, of which it compiles one as a rule.
+    """`layout` for passes over so many `examples`: short ones have two row counts, of which they compile one as a rule.
 
-    The row length stays, so each row is computed as before. Not for training, where a sum over rows of a batch may round
-    otherwise.
+    The row length stays, so each row is computed as before; a sum over the rows of a batch may round otherwise. It does not
+    depend on the number of epochs: a run that becomes longer keeps its shapes.
     """
     return layout if examples > WORTH_COMPILING * batch else dataclasses.replace(layout, row_counts=layout.row_counts[-2:])
 
