@@ -55,7 +55,10 @@ def dpo_step(
         if rows.ref_logps is None:
             raise ValueError("the batch carries no reference log-probabilities: give the layout `ref_logps`")
         logps = completion_logps(model, {**state.frozen, **trainable}, rows)
-        losses, rewards = loss(logps, rows.ref_logps, **(rows.extras or {}))
+        found = loss(logps, rows.ref_logps, **(rows.extras or {}))
+        if not (isinstance(found, tuple) and len(found) == 2):
+            raise TypeError(f"a loss returns (losses [P], rewards [P, K]), this one {type(found).__name__}")
+        losses, rewards = found
         return losses, preference_metrics(logps, rows.ref_logps, rewards=rewards)
 
     grads, metrics = mean_grads(objective, state.params, rows, microbatches=microbatches, axis_name=axis_name)

@@ -243,7 +243,8 @@ class ReferenceCache:
             lines = [f"  {name}: cached with {before.get(name)!r}, now {now.get(name)!r}" for name in names]
             raise ForeignCache(
                 f"{self.directory} holds reference log-probabilities of something else:\n" + "\n".join(lines) + "\n"
-                "Choose another folder with --refs.cache, or delete this one to compute them again."
+                "Choose another folder with --refs.cache. Delete this one only if no policy that was trained against that "
+                "reference is to be continued or evaluated."
             )
         return found["records"]
 

@@ -63,9 +63,11 @@ def mean_grads(
     >>> state, metrics = apply_gradients(state, grads, metrics, tx=optax.sgd(0.1))
     """
     total = _psum(rows.weight.sum(), axis_name)
+    params = _of_each_device(params, axis_name)
 
     def weighted(params: Variables, part: Batch) -> tuple[jax.Array, Metrics]:
         losses, metrics = objective(params, part)
+        _check_shapes({"loss": losses, **metrics}, part.weight)
         return jax.tree.map(lambda x: jnp.sum(x * (part.weight / total)), (losses, {"loss": losses, **metrics}))
 
     if microbatches == 1:
@@ -75,7 +77,7 @@ def mean_grads(
     wide = jax.tree.map(at_least_float32, params)
     parts = _split(rows, microbatches)
     # The backward pass adds to these in place, layer by layer: no second copy of all gradients is ever there.
-    sums = jax.tree.map(lambda x: jax.new_ref(jnp.zeros(x.shape, x.dtype)), wide)
+    sums = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), wide)
 
     def add(metrics: Metrics, part: Batch) -> Metrics:
         def of_wide(wide: Variables) -> tuple[jax.Array, Metrics]:
@@ -90,7 +92,8 @@ def mean_grads(
 
     # Over several devices hardly a microbatch is without an example, and a condition would stand between collectives.
     visit = add_if_used if parts_of(ROW_AXES) == 1 else add
-    none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(weighted, params, _first(parts))[1])
+    shapes = jax.eval_shape(weighted, params, _first(parts))[1]
+    none = _of_each_device(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), axis_name)
     metrics, _ = jax.lax.scan(lambda metrics, part: (visit(metrics, part), None), none, parts)
     return _psum((jax.tree.map(jax.freeze, sums), metrics), axis_name)
 
@@ -113,6 +116,19 @@ def apply_gradients(
 
 def _psum(tree: Any, axis_name: str | None) -> Any:
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def _of_each_device(tree: Any, axis_name: str | None) -> Any:
+    """The same values, in `shard_map` as a copy of each device: the gradient of one that all share would be summed already."""
+    return tree if axis_name is None else jax.tree.map(lambda x: jax.lax.pcast(x, axis_name, to="varying"), tree)
+
+
+def _check_shapes(terms: Metrics, weight: Array) -> None:
+    """Raises ValueError for a term of another shape: broadcast with the weights, it would be a sum of other things."""
+    for name, value in terms.items():
+        if jnp.shape(value) != jnp.shape(weight):
+            each = f"and one value for each of the {jnp.size(weight)} examples is expected"
+            raise ValueError(f"{name} has the shape {jnp.shape(value)}, {each}")
 
 
 def _split(rows: Batch, microbatches: int) -> Batch:

@@ -433,6 +433,31 @@ def test_held_out_pairs_may_change_and_it_is_said(copy):
     assert "  test split, kept: was 24, is 20" in result.out
 
 
+def test_other_held_out_pairs_judge_a_finished_run_anew(copy):
+    result = call("dpo", copy.config, "--data.max-test", 20)
+    assert (result.code, "note: the held-out pairs changed" in result.out) == (0, True)
+    steps = [row["step"] for row in read_metrics(copy / "dpo" / "metrics.jsonl") if is_evaluation(row)]
+    assert steps == [4, STEPS, STEPS]
+
+
+def test_a_run_does_not_become_shorter_than_it_is(done):
+    before = bytes_of(done / "dpo" / "export")
+    message = refused(2, "dpo", done.config, "--dpo.epochs", 1)
+    assert f"has taken {STEPS} steps, and is to have 4: a run can become longer, not shorter" in message
+    assert bytes_of(done / "dpo" / "export") == before
+
+
+def test_a_policy_is_not_silently_measured_against_another_reference(copy):
+    weights = copy / "sft" / "export" / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] * 1.5}, weights, metadata={"format": "pt"})
+    told = call("eval", copy.config, "--eval.samples", 0, "--refs.cache", copy / "other-refs").out
+    assert "note: the policy was trained against another reference" in told
+    message = refused(2, "dpo", copy.config, "--refs.cache", copy / "other-refs")
+    assert "reference: was '" in message  # before the reference pass
+
+
 def test_a_second_round_may_keep_the_first_reference(done, tmp_path):
     second = ("--run.dir", tmp_path, "--dpo.policy", done / "dpo" / "export", "--dpo.reference", done / "sft" / "export")
     result = call("dpo", done.config, *second, "--refs.cache", done / "refs")
@@ -654,7 +679,8 @@ def test_a_loss_that_explodes_stops_the_run_before_it_is_saved(done, tmp_path):
 
 
 def test_a_cache_of_another_reference_is_refused_by_what_differs(done, tmp_path):
-    message = refused(2, "dpo", done.config, "--dpo.policy", done / "dpo" / "export", "--refs.cache", done / "refs")
+    start = ("--dpo.policy", done / "dpo" / "export", "--refs.cache", done / "refs", "--run.dir", tmp_path / "other")
+    message = refused(2, "dpo", done.config, *start)
     assert "  weights: cached with" in message
     assert message.count("cached with") == 1
     same = ("--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs", "--run.dir", tmp_path)

@@ -10,7 +10,18 @@ import pytest
 import transformers.utils.chat_template_utils as templates
 
 from dpo_jax.cli import build, fixed, identity
-from dpo_jax.cli.config import Config, ConfigError, DataConfig, DpoConfig, EvalConfig, ModelConfig, RunConfig, load_config
+from dpo_jax.cli.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    DpoConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    dump_config,
+    load_config,
+)
+from dpo_jax.cli.model_folders import eval_reference
 from dpo_jax.data.chat_date import at_date, writes_date
 from dpo_jax.data.loader import batch_indices, total_steps
 from dpo_jax.data.pairs import DataReport
@@ -240,14 +251,40 @@ def test_what_changed_about_the_data_is_named(tokenizer):
     assert any(line.startswith("  package transformers: was '4.0'") for line in identity.other_data(before, data(tokenizer)))
 
 
+def earlier(step=4, *, data=None, **fingerprint):
+    meta = {"fingerprint": {**settings(), "data": "x", "start": "s", "reference": "r", **fingerprint}}
+    return identity.Earlier("runs/x/dpo", step, meta if data is None else {**meta, "data": data})
+
+
 def test_another_data_set_is_refused_for_what_changed(tokenizer):
-    saved = {"fingerprint": {**settings(), "data": "x", "start": "s"}, "data": data(tokenizer)}
-    now = {"fingerprint": {**settings(), "data": "y", "start": "s"}, "data": data(tokenizer, kept=2)}
-    identity.refuse_other_run("runs/x/dpo", saved, saved)
+    before, now = earlier(data=data(tokenizer)), data(tokenizer, kept=2)
+    identity.check_data(before, "x", now)
+    identity.check_data(None, "y", now)
     with pytest.raises(ConfigError, match=r"holds a run with other data:\n  train split, kept: was 3, is 2\n"):
-        identity.refuse_other_run("runs/x/dpo", saved, now)
-    with pytest.raises(ConfigError, match="start: was 's', is 't'"):
-        identity.refuse_other_run("", saved, {**saved, "fingerprint": {**saved["fingerprint"], "start": "t"}})
+        identity.check_data(before, "y", now)
+    with pytest.raises(ConfigError, match="the token ids differ, and nothing else that is recorded"):
+        identity.check_data(earlier(), "y", now)  # a checkpoint of an older version
+
+
+def test_other_weights_are_refused_by_name():
+    identity.check_weights(earlier(), reference="r")
+    identity.check_weights(None, reference="q")
+    with pytest.raises(ConfigError, match="reference: was 'r', is 'q'"):
+        identity.check_weights(earlier(), reference="q")
+
+
+def test_a_run_cannot_become_shorter_than_it_is():
+    identity.check_length(earlier(4), steps=4)
+    with pytest.raises(ConfigError, match="runs/x/dpo has taken 4 steps, and is to have 3: .* longer, not shorter"):
+        identity.check_length(earlier(4), steps=3)
+
+
+def test_other_held_out_pairs_are_noticed(tokenizer):
+    now = data(tokenizer)
+    assert not identity.other_held_out(earlier(data=now), now)
+    assert identity.other_held_out(earlier(data={**now, identity.HELD_OUT: "other"}), now)
+    assert not identity.other_held_out(earlier(), now)
+    assert not identity.other_held_out(None, now)
 
 
 # A longer run sees every example as often as it should, whatever was left of its batches.
@@ -263,16 +300,16 @@ def test_no_example_is_lost_or_doubled_when_a_run_becomes_longer(examples, batch
         steps = total_steps(examples, batch=batch, epochs=epochs, behind=behind)
         for step in range(taken, steps):
             seen += [*batch_indices(examples, batch=batch, seed=0, step=step, epochs=epochs, behind=behind)]
-        saved, taken = (steps, {"epochs": epochs, "behind": behind}), steps
+        saved, taken = earlier(steps, epochs=epochs, behind=behind), steps
     assert seen == [
         *np.concatenate([batch_indices(examples, batch=examples, seed=0, step=epoch) for epoch in range(parts[-1])])
     ]
 
 
 def test_a_run_extended_before_its_end_is_as_if_it_had_always_been_longer():
-    assert identity.behind((2, {"epochs": 1}), examples=10, batch=4) == 0
-    assert identity.behind((3, {"epochs": 1}), examples=10, batch=4) == 2
-    assert identity.behind((5, {"epochs": 2, "behind": 2}), examples=10, batch=4) == 2
+    assert identity.behind(earlier(2, epochs=1), examples=10, batch=4) == 0
+    assert identity.behind(earlier(3, epochs=1), examples=10, batch=4) == 2
+    assert identity.behind(earlier(5, epochs=2, behind=2), examples=10, batch=4) == 2
     assert identity.behind(None, examples=10, batch=4) == 0
 
 
@@ -282,3 +319,14 @@ def test_the_reference_is_the_start_unless_another_is_named():
     second = dataclasses.replace(config, dpo=DpoConfig(policy="first/dpo/export", reference="sft"))
     assert (second.dpo_policy(), second.dpo_reference(), second.eval_reference()) == ("first/dpo/export", "sft", "sft")
     assert dataclasses.replace(second, eval=EvalConfig(reference="x")).eval_reference() == "x"
+
+
+def test_an_evaluation_takes_the_reference_that_the_run_was_trained_against(tmp_path):
+    config = Config(run=RunConfig(dir=str(tmp_path)))
+    assert eval_reference(config) == f"{tmp_path}/sft/export"
+    (tmp_path / "dpo").mkdir()
+    trained = dataclasses.replace(config, dpo=DpoConfig(policy="first/dpo/export", reference="first/sft/export"))
+    (tmp_path / "dpo" / "config.yaml").write_text(dump_config(trained))
+    assert eval_reference(config) == "first/sft/export"
+    assert eval_reference(dataclasses.replace(config, eval=EvalConfig(reference="x"))) == "x"
+    assert eval_reference(dataclasses.replace(config, eval=EvalConfig(policy="y"))) == f"{tmp_path}/sft/export"

@@ -140,10 +140,12 @@ def test_pmap_of_the_reference_pass_keeps_the_order(variables):
     np.testing.assert_allclose(results[1], results[0], rtol=1e-6, atol=1e-5)
 
 
-def test_shard_map_agrees(variables, tx, one_device):
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("checked", [True, False], ids=["checked", "unchecked"])
+def test_shard_map_agrees(variables, tx, one_device, checked, microbatches):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    step = functools.partial(dpo_step, model=MODEL, tx=tx, loss=LOSS, axis_name="data", microbatches=2)
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
+    step = functools.partial(dpo_step, model=MODEL, tx=tx, loss=LOSS, axis_name="data", microbatches=microbatches)
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=checked)
     assert_same(jax.jit(mapped)(init_state(variables, tx), rows_of("shared")), one_device)
 
 
@@ -409,3 +411,22 @@ def test_a_pair_loss_on_rankings_is_refused():
     step = functools.partial(dpo_step, model=model, tx=optax.sgd(0.1), loss=LOSS)
     with pytest.raises(ValueError, match="each example has 3 completions: use plackett_luce_loss"):
         step(init_state(model.init(jax.random.key(0)), optax.sgd(0.1)), ranking_rows(rankings, length=20, ref_logps=ref))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda losses, rewards: (losses[:, None], rewards), r"loss has the shape \(8, 1\)"),
+        (
+            lambda losses, rewards: (losses.mean(), rewards),
+            r"loss has the shape \(\), and one value for each of the 8 examples",
+        ),
+        (lambda losses, rewards: losses, r"a loss returns \(losses \[P\], rewards \[P, K\]\)"),
+    ],
+)
+def test_a_loss_of_another_shape_is_refused(variables, tx, wrong, told):
+    def loss(logps, ref_logps):
+        return wrong(*LOSS(logps, ref_logps))
+
+    with pytest.raises((ValueError, TypeError), match=told):
+        jax.eval_shape(functools.partial(dpo_step, model=MODEL, tx=tx, loss=loss), init_state(variables, tx), rows_of("plain"))

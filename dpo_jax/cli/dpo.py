@@ -48,7 +48,13 @@ def run(config: Config) -> int:
             batch=section.batch,
         )
         forward_layout = few_shapes(plan(parts=partitioner.row_shards), examples=len(held_out), batch=section.batch)
+        data = identity.data_record(config, tokenizer, [pairs.report, held_out.report], held_out=data_digest(held_out))
+        behind = identity.behind(earlier, examples=len(pairs), batch=section.batch)
+        steps = total_steps(len(pairs), batch=section.batch, epochs=section.epochs, behind=behind)
+        identity.check_data(earlier, data_digest(pairs), data)  # before the reference pass, which may take hours
+        identity.check_length(earlier, steps=steps)
         variables, reference = load_reference(config, model, partitioner)
+        identity.check_weights(earlier, reference=reference)
         ref_logps, held_out_ref = reference_values(
             config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner, weights=reference
         )
@@ -56,8 +62,6 @@ def run(config: Config) -> int:
         if section.reference:
             build.free(variables)
             variables, start = build.load_weights(config.dpo_policy(), model, partitioner, name="dpo.policy")
-        behind = identity.behind(earlier, examples=len(pairs), batch=section.batch)
-        steps = total_steps(len(pairs), batch=section.batch, epochs=section.epochs, behind=behind)
         loss, tx = build.make_loss(section), build.make_tx(section, steps=steps)
         step = functools.partial(
             dpo_step, model=model, tx=tx, loss=loss, microbatches=section.microbatches, axis_name=partitioner.axis_name
@@ -103,7 +107,7 @@ def run(config: Config) -> int:
                 "behind": behind,
             },
             earlier=earlier,
-            data=identity.data_record(config, tokenizer, [pairs.report, held_out.report], held_out=data_digest(held_out)),
+            data=data,
             reports=[pairs.report, held_out.report],
             partitioner=partitioner,
             evaluate=evaluate,

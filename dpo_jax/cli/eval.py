@@ -15,6 +15,7 @@ import numpy as np
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.config import Config, ConfigError, load_config
+from dpo_jax.cli.model_folders import eval_reference
 from dpo_jax.cli.refs import reference_values
 from dpo_jax.cli.rewards import write_rewards
 from dpo_jax.data import reviews
@@ -27,6 +28,7 @@ from dpo_jax.evals.preference import held_out_logps, mean_with_error, preference
 from dpo_jax.evals.result_table import result_table, wrapped
 from dpo_jax.logps import sequence_logps
 from dpo_jax.reference import reference_logps
+from dpo_jax.runtime.checkpoint import newest_meta
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.rundir import RunDir, RunLocked, write_json
@@ -36,7 +38,7 @@ from dpo_jax.types import Model, Partitioner, Variables
 def run(config: Config) -> int:
     given = config
     # The reference of the table is also the reference of the rewards.
-    config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, reference=config.eval_reference()))
+    config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, reference=eval_reference(config)))
     of_run = Path(config.eval_policy()).resolve() == Path(config.run.dir, "dpo", "export").resolve()
     with build.open_run(given, "rewards" if config.eval.rewards else "eval", out=config.eval.rewards_out) as run_dir:
         tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
@@ -53,6 +55,8 @@ def run(config: Config) -> int:
         weights: dict[str, str] = {}
         reference, weights["reference"] = build.load_weights(config.dpo_reference(), model, partitioner, name="eval.reference")
         policy, weights["policy"] = build.load_weights(config.eval_policy(), model, partitioner, name="eval.policy")
+        if of_run and is_first():
+            _note_other_reference(given, weights["reference"])
         loss = build.make_loss(config.dpo)
         (ref_logps,) = reference_values(
             config, model, reference, tokenizer, [held_out], partitioner=partitioner, weights=weights["reference"]
@@ -156,6 +160,18 @@ def _prompts(held_out: list[Encoded], count: int, tokenizer: Any) -> tuple[list[
     """The first `count` distinct prompts: ids, and the text they stand for, without a BOS that the text does not hold."""
     distinct = list({pair.prompt.tobytes(): pair for pair in held_out}.values())[:count]
     return [pair.prompt for pair in distinct], [tokenizer.decode(pair.prompt[int(pair.bos_added) :]) for pair in distinct]
+
+
+def _note_other_reference(config: Config, digest: str) -> None:
+    """Says when the run's policy was trained against other weights than those it is compared with."""
+    found = newest_meta(config.checkpoints_of("dpo"))
+    trained = found[1]["fingerprint"].get("reference", digest) if found else digest
+    if trained != digest:
+        print(
+            f"note: the policy was trained against another reference ({trained[:12]}…) than this one ({digest[:12]}…): "
+            "accuracy, margin and KL are not those of its training",
+            flush=True,
+        )
 
 
 def _update_card(config: Config, report: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_jax.cli.config import Config, ConfigError, TrainingConfig
 from dpo_jax.data.chat_date import writes_date
@@ -35,17 +35,60 @@ def architecture(model: Model) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def behind(saved: tuple[int, Mapping[str, Any]] | None, *, examples: int, batch: int) -> int:
+class Earlier(NamedTuple):
+    """The run that a directory holds: where that is, the step of its newest checkpoint, and what was kept with it."""
+
+    place: str
+    step: int
+    meta: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        return self.meta["fingerprint"]
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        return self.meta.get("data", {})
+
+
+def behind(earlier: Earlier | None, *, examples: int, batch: int) -> int:
     """By how many examples the steps of a run lag behind `step * batch`: what the last, smaller batches of its parts lacked.
 
-    A run that has become longer after its end continues with the next example, and none is left out. `saved`: step and
-    fingerprint of its newest checkpoint.
+    A run that has become longer after its end continues with the next example, and none is left out.
     """
-    if saved is None:
+    if earlier is None:
         return 0
-    step, fingerprint = saved
-    seen = min(step * batch - fingerprint.get("behind", 0), round(examples * fingerprint["epochs"]))
-    return step * batch - seen
+    saved = earlier.fingerprint
+    seen = min(earlier.step * batch - saved.get("behind", 0), round(examples * saved["epochs"]))
+    return earlier.step * batch - seen
+
+
+def check_length(earlier: Earlier | None, *, steps: int) -> None:
+    """Raises `ConfigError` for a run that is to become shorter than it is already."""
+    if earlier is not None and steps < earlier.step:
+        raise ConfigError(
+            f"{earlier.place} has taken {earlier.step} steps, and is to have {steps}: a run can become longer, not shorter. "
+            "Choose another --run.dir, or export an earlier step (--export.step)."
+        )
+
+
+def check_weights(earlier: Earlier | None, **digests: str) -> None:
+    """Raises `ConfigError` where weights differ from those of the earlier run. `start`, `reference`: their digests."""
+    if earlier is not None:
+        refuse_other_settings(earlier.place, earlier.fingerprint, digests)
+
+
+def check_data(earlier: Earlier | None, digest: str, data: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` saying what about the data to train on changed. `data`: of `data_record`."""
+    if earlier is not None and earlier.fingerprint["data"] != digest:
+        lines = other_data(earlier.data, data) if earlier.data else []
+        words = lines or ["  the token ids differ, and nothing else that is recorded"]
+        raise ConfigError(_message(earlier.place, "data", words))
+
+
+def other_held_out(earlier: Earlier | None, data: Mapping[str, Any]) -> bool:
+    """Whether the held-out pairs differ from those that an earlier run was judged on."""
+    return earlier is not None and bool(earlier.data) and earlier.data.get(HELD_OUT) != data[HELD_OUT]
 
 
 def data_record(config: Config, tokenizer: Any, reports: Sequence[DataReport], *, held_out: str) -> dict[str, Any]:
@@ -64,17 +107,6 @@ def data_record(config: Config, tokenizer: Any, reports: Sequence[DataReport], *
     return record | {f"package {name}": importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")}
 
 
-def refuse_other_run(place: str, saved: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` naming what differs: settings, start or data. `saved`, `meta`: what is kept with a checkpoint."""
-    before, now = ({k: v for k, v in one["fingerprint"].items() if k != "data"} for one in (saved, meta))
-    refuse_other_settings(place, before, now)
-    if saved["fingerprint"]["data"] != meta["fingerprint"]["data"]:
-        lines = other_data(saved.get("data", {}), meta["data"]) if "data" in saved else []
-        raise ConfigError(
-            _message(place, "data", lines or ["  the tokens to train on differ, and nothing that is recorded of them"])
-        )
-
-
 def refuse_other_settings(place: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises `ConfigError` naming each setting that differs from that of the run in `place`. `saved`, `now`: fingerprints.
 
@@ -83,6 +115,7 @@ def refuse_other_settings(place: str, saved: Mapping[str, Any], now: Mapping[str
     """
     differing = {name: (saved[name], now[name]) for name in now if name in saved and saved[name] != now[name]}
     differing.pop("behind", None)
+    differing.pop("data", None)  # `check_data` says more
     if "epochs" in differing and now["schedule"] == saved["schedule"] == "constant":
         del differing["epochs"]
     if not differing:

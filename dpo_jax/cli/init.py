@@ -40,6 +40,7 @@ sft: # first: learn to answer like the chosen completions
   epochs: 1
   lr: 1.0e-5
   optimizer: adamw
+  warmup_steps: 10
   microbatches: 16 # the batch in so many parts, to save memory; the result is the same
 
 dpo: # then: prefer them. To start from a model that is tuned already, leave out sft and set policy to that model
@@ -48,7 +49,7 @@ dpo: # then: prefer them. To start from a model that is tuned already, leave out
   batch: 64
   epochs: 1
   lr: 1.0e-6
-  warmup_steps: 50
+  warmup_steps: 10 # more for a long run: the paper has 150
   microbatches: 16
 """
 

@@ -39,7 +39,7 @@ from dpo_jax.cli.exit_codes import exit_code, message
 from dpo_jax.cli.fixed import fix
 from dpo_jax.cli.flags import parse
 from dpo_jax.runtime.progress import BOARD, reported
-from dpo_jax.runtime.signals import Terminated, leave, run_program
+from dpo_jax.runtime.signals import Terminated, ending_at_once, leave, run_program
 
 
 def main(args: list[str] | None = None) -> int:
@@ -130,7 +130,7 @@ def _imported(module: str) -> ModuleType:
         return importlib.import_module(module)
     gc.disable()
     try:
-        with reported("loading libraries"):
+        with reported("loading libraries"), ending_at_once():
             return importlib.import_module(module)
     finally:
         gc.freeze()  # what was imported stays

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.models.config import DecoderConfig
 
 MAKERS = ("sft", "dpo", "ppo", "reward-model")
@@ -47,6 +47,19 @@ def remedy(config: Config, path: str) -> str:
         if task == "dpo" and own and config.dpo.policy is None and not (run / "sft" / "export").is_dir():
             return "Run `dpo-jax sft`, then `dpo-jax dpo` first, or name the model."
     return f"Run `dpo-jax {task}` first, or name the model."
+
+
+def eval_reference(config: Config) -> str:
+    """The reference of an evaluation: the one that is named, else the one that the run's own policy was trained against."""
+    named = (config.eval.policy, config.eval.reference, config.dpo.policy, config.dpo.reference)
+    written = Path(config.run.dir, "dpo", "config.yaml")
+    if any(name is not None for name in named) or not written.is_file():
+        return config.eval_reference()
+    try:
+        trained = load_config(written).dpo
+    except ConfigError:  # of another version
+        return config.eval_reference()
+    return trained.reference or trained.policy or config.eval_reference()  # the run may have been moved since
 
 
 def check_fit(config: Config, decoder: DecoderConfig, path: str, *, expected: bool = False) -> None:

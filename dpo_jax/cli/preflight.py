@@ -228,7 +228,7 @@ LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
         data("test", preferences=True),
         tokenizer,
         model("eval.policy", Config.eval_policy),
-        model("eval.reference", Config.eval_reference),
+        model("eval.reference", model_folders.eval_reference),
         _devices,
         *_RUNS,
     ),

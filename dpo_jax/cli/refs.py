@@ -15,7 +15,7 @@ from dpo_jax.data.chat_date import writes_date
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import Batch, few_shapes, in_order
 from dpo_jax.data.tokenizer import tokenizer_digest
-from dpo_jax.reference import ReferenceCache, fill_cache, reference_logps
+from dpo_jax.reference import ReferenceCache, fill_cache, pair_key, reference_logps
 from dpo_jax.runtime.hosts import from_first, is_first
 from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Model, Partitioner, Variables
@@ -82,8 +82,9 @@ def reference_values(
     layout = build.pair_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards)
     layout = few_shapes(layout, examples=len(todo), batch=config.refs.batch)
     compiled = partitioner.compile_map(functools.partial(reference_logps, model))
-    if len(todo) < len(pairs):
-        print(f"{config.refs_cache()}: {len(pairs) - len(todo):,} of {len(pairs):,} pairs are there already", flush=True)
+    distinct = len({pair_key(pair) for pair in pairs})
+    if len(todo) < distinct:
+        print(f"{config.refs_cache()}: {distinct - len(todo):,} of {distinct:,} pairs are there already", flush=True)
     elif cache is not None and len(cache):
         # Of the same weights and limits: it is the texts that differ, or the date that a chat template writes into them.
         dated = f", or the date in the chat template (data.date is {config.data.date} here)" if writes_date(tokenizer) else ""

@@ -44,6 +44,9 @@ def run(config: Config) -> int:
         forward_layout = few_shapes(plan(multiple=partitioner.row_shards), examples=len(held_out), batch=section.batch)
         behind = identity.behind(earlier, examples=len(texts), batch=section.batch)
         steps = total_steps(len(texts), batch=section.batch, epochs=section.epochs, behind=behind)
+        data_of_run = identity.data_record(config, tokenizer, reports, held_out=data_digest(held_out))
+        identity.check_data(earlier, data_digest(texts), data_of_run)
+        identity.check_length(earlier, steps=steps)
         tx = build.make_tx(section, steps=steps)
         step = functools.partial(
             sft_step, model=model, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name
@@ -86,7 +89,7 @@ def run(config: Config) -> int:
                 "behind": behind,
             },
             earlier=earlier,
-            data=identity.data_record(config, tokenizer, reports, held_out=data_digest(held_out)),
+            data=data_of_run,
             reports=reports,
             partitioner=partitioner,
             evaluate=evaluate,

@@ -45,7 +45,7 @@ def train(
     lr: Callable[[int], Any],
     fingerprint: Mapping[str, Any],
     data: Mapping[str, Any],
-    earlier: tuple[int, Any] | None,
+    earlier: identity.Earlier | None,
     reports: Sequence[DataReport],
     partitioner: Partitioner,
     evaluate: Evaluate,
@@ -63,6 +63,13 @@ def train(
     versions = {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax")}
     meta = {"fingerprint": dict(fingerprint), "data": dict(data), "versions": versions}
     print(_what_runs_where(config, section, state, partitioner), flush=True)
+    if 0 < total_steps <= section.warmup_steps:
+        reached = lr(total_steps - 1) / section.lr
+        print(
+            f"note: warm-up takes {section.warmup_steps} steps, and the run has {total_steps}: the learning rate reaches only "
+            f"{reached:.0%} of {section.lr:g} (warmup_steps)",
+            flush=True,
+        )
     with _checkpoints(config, run) as checkpoints:
         state = _resume(run, state, checkpoints, meta, partitioner, earlier=earlier, total_steps=total_steps)
         build.describe(run, config, *reports)
@@ -88,8 +95,11 @@ def train(
                 get_state=partitioner.get_state,
                 agree=hosts.agreement(),
             )
-            # A signal during the last step saves the state without judging it.
+            # A signal during the last step saves the state without judging it, and other pairs judge it anew.
             judged = log is not None and any(is_evaluation(r) and r["step"] == total_steps for r in read_metrics(run.metrics))
+            judged = judged and not (
+                identity.other_held_out(earlier, data) and earlier is not None and earlier.step == total_steps
+            )
             if not hosts.anywhere(judged):
                 with reported("evaluating", brief=True):
                     metrics = evaluate(state, total_steps)
@@ -98,8 +108,8 @@ def train(
     return partitioner.get_state(state)
 
 
-def earlier_run(config: Config, task: str, section: SftConfig | DpoConfig) -> tuple[int, dict[str, Any]] | None:
-    """Step and fingerprint of the newest checkpoint of the run that this one continues; None for a new run.
+def earlier_run(config: Config, task: str, section: SftConfig | DpoConfig) -> identity.Earlier | None:
+    """The run that this one continues; None for a new run.
 
     Raises `ConfigError` before any data are read: for a bucket that cannot be reached, an old run not to resume, and one with
     other settings.
@@ -111,10 +121,9 @@ def earlier_run(config: Config, task: str, section: SftConfig | DpoConfig) -> tu
     found = newest_meta(directory)
     if found is None:
         return None
-    step, meta = found
-    place = f"{config.run.dir}/{task}"
-    identity.refuse_other_settings(place, meta["fingerprint"], identity.settings(config, section))
-    return step, meta["fingerprint"]
+    earlier = identity.Earlier(f"{config.run.dir}/{task}", *found)
+    identity.refuse_other_settings(earlier.place, earlier.fingerprint, identity.settings(config, section))
+    return earlier
 
 
 @contextlib.contextmanager
@@ -182,7 +191,7 @@ def _resume(
     meta: Mapping[str, Any],
     partitioner: Partitioner,
     *,
-    earlier: tuple[int, Any] | None,
+    earlier: identity.Earlier | None,
     total_steps: int,
 ) -> TrainState:
     if checkpoints.latest_step() is None:
@@ -192,23 +201,25 @@ def _resume(
     if found is None:
         return state
     restored, saved = found
-    identity.refuse_other_run(str(run.path), saved, meta)
-    behind = meta["fingerprint"]["behind"]
-    if behind != saved["fingerprint"].get("behind", 0) and (earlier is None or earlier[0] != int(restored.step)):
+    is_now, here = meta["fingerprint"], identity.Earlier(str(run.path), int(restored.step), saved)
+    identity.refuse_other_settings(here.place, here.fingerprint, is_now)
+    identity.check_data(here, is_now["data"], meta["data"])
+    if is_now["behind"] != here.fingerprint.get("behind", 0) and (earlier is None or earlier.step != here.step):
         raise CheckpointDamaged(f"the newest checkpoint of {run.path} was damaged and set aside; run the same command again")
-    _say_what_changed(saved, meta)
-    print(f"continuing {run.path} after {int(restored.step)} steps", flush=True)
-    _note_resumption(run, int(restored.step), total_steps)
+    _say_what_changed(here, meta)
+    print(f"continuing {run.path} after {here.step} steps", flush=True)
+    if here.fingerprint["epochs"] == is_now["epochs"]:  # otherwise it was lengthened, which is no interruption
+        _note_resumption(run, here.step, total_steps)
     build.free(state)
     return partitioner.put_state(restored)
 
 
-def _say_what_changed(saved: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    before, now = saved["fingerprint"], meta["fingerprint"]
-    if before["epochs"] != now["epochs"]:
-        print(f"the run is of {now['epochs']} epochs now; it was of {before['epochs']}", flush=True)
-    if "data" in saved and saved["data"].get(identity.HELD_OUT) != meta["data"][identity.HELD_OUT]:
-        lines = "\n".join(identity.other_data(saved["data"], meta["data"]))
+def _say_what_changed(earlier: identity.Earlier, meta: Mapping[str, Any]) -> None:
+    before, now = earlier.fingerprint["epochs"], meta["fingerprint"]["epochs"]
+    if before != now:
+        print(f"the run is of {now} epochs now; it was of {before}", flush=True)
+    if identity.other_held_out(earlier, meta["data"]):
+        lines = "\n".join(identity.other_data(earlier.data, meta["data"]))
         print(f"note: the held-out pairs changed; evaluations before and after cannot be compared\n{lines}", flush=True)
 
 

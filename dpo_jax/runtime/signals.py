@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
@@ -80,6 +80,9 @@ class _Interruption:
         self.received, self._since = 0, 0.0
 
     def heard(self, number: int) -> None:
+        if _at_once:
+            os.write(2, b"\ndpo-jax: interrupted\n" if number == signal.SIGINT else b"\ndpo-jax: stopped by SIGTERM\n")
+            leave(exit_code(number))
         if not self.received:
             self.received, self._since = number, time.monotonic()
             timer = threading.Timer(PATIENCE_SECONDS, self._give_up)
@@ -94,6 +97,29 @@ class _Interruption:
     def _give_up(self) -> None:
         os.write(2, b"\ndpo-jax: interrupted\n")
         leave(exit_code(self.received))
+
+
+_at_once = False
+
+
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Where nothing has begun that must be cleaned up: a signal ends the process, without an exception in the main thread.
+
+    For importing: an exception that is raised inside the initialization of an extension module can crash it.
+    """
+    global _at_once
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not _terminate:
+        yield  # not in `run_program`
+        return
+    before = {number: signal.signal(number, lambda number, frame: None) for number in NUMBERS}
+    _at_once = True
+    try:
+        yield
+    finally:
+        _at_once = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
