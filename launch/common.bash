@@ -7,7 +7,7 @@ told=no # that nothing can be checked
 # shellcheck disable=SC2034 # read by the scripts
 checked=no
 dpo_jax=${DPO_JAX_VENV:-.venv}/bin/dpo-jax
-# Of hh_pipeline.sh.
+# The configurations that hh_pipeline.sh reads.
 sft_config=${DPO_JAX_SFT_CONFIG:-configs/hh_pythia28_sft.yaml} dpo_config=${DPO_JAX_DPO_CONFIG:-configs/hh_pythia28_dpo.yaml}
 
 say() { printf '[%s] %s\n' "${0##*/}" "$1" >&2; }
@@ -74,7 +74,7 @@ option() {
   printf '%s' "$value"
 }
 
-# Refuses, among the words for the program, those that ask to run nothing: the program would read them only once a machine is rented
+# refuse_late WORD...: refuses words for the program that ask to run nothing: it would read them only once a machine is rented
 # or set up.
 refuse_late() {
   local word
