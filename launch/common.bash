@@ -3,9 +3,12 @@
 
 dry_run=no
 quiet=no # of checks that find nothing
+told=no # that nothing can be checked
 # shellcheck disable=SC2034 # read by the scripts
 checked=no
 dpo_jax=${DPO_JAX_VENV:-.venv}/bin/dpo-jax
+# The configurations that hh_pipeline.sh reads.
+sft_config=${DPO_JAX_SFT_CONFIG:-configs/hh_pythia28_sft.yaml} dpo_config=${DPO_JAX_DPO_CONFIG:-configs/hh_pythia28_dpo.yaml}
 
 say() { printf '[%s] %s\n' "${0##*/}" "$1" >&2; }
 
@@ -56,24 +59,48 @@ supervised() {
   return "$code"
 }
 
-# option NAME WORD...: the value of an option among the words, as `--name value` or `--name=value`; nothing where it is not.
+# option NAME WORD...: the value of an option among the words, as `--name value` or `--name=value`; nothing where it is not. The
+# last one counts, as it does for the programs that read them.
 option() {
-  local name=$1
+  local name=$1 value=''
   shift
   while [ $# -gt 0 ]; do
     case $1 in
-      "$name") printf '%s' "${2:-}" && return ;;
-      "$name"=*) printf '%s' "${1#*=}" && return ;;
+      "$name") value=${2:-} ;;
+      "$name"=*) value=${1#*=} ;;
     esac
     shift
   done
+  printf '%s' "$value"
 }
 
-# Fills `program` with what a command line asks for: a command of dpo-jax, or the whole chain of hh_pipeline.sh.
+# refuse_late WORD...: refuses words for the program that ask to run nothing: it would read them only once a machine is rented
+# or set up.
+refuse_late() {
+  local word
+  for word in "$@"; do
+    case $word in
+      --dry-run | -h | --help) die "$word must come first: $0 $word ... (here it would go to the program)" ;;
+      --check | --check-*) die "$word: the command is checked anyway; $0 --dry-run ... does only this, and prints what would run" ;;
+    esac
+  done
+}
+
+# Fills `program` with what a command line asks for: a command of dpo-jax, or the whole chain of hh_pipeline.sh. `settings` is what
+# the chain needs in front of it on another machine.
 program_of() {
+  local name
+  refuse_late "$@"
+  settings=()
   case ${1:-} in
     '' | -*) die "a COMMAND is missing, such as: dpo configs/hh_pythia28_dpo.yaml (--help explains)" ;;
-    hh_pipeline.sh) program=(./launch/hh_pipeline.sh "${@:2}") ;;
+    hh_pipeline.sh)
+      program=(./launch/hh_pipeline.sh "${@:2}")
+      for name in DPO_JAX_SFT_CONFIG DPO_JAX_DPO_CONFIG; do
+        [ -z "${!name:-}" ] || settings+=("$name=${!name}")
+      done
+      [ ${#settings[@]} = 0 ] || settings=(env "${settings[@]}")
+      ;;
     *) program=("$dpo_jax" "$@") ;;
   esac
 }
@@ -88,40 +115,79 @@ program_on_many_hosts() {
   case " ${*%%=*} " in *' --distributed '* | *' --run.distributed '*) ;; *) program+=(--distributed auto) ;; esac
 }
 
+# Fills `configs` with the configuration files that `program` reads.
+configs_of_program() {
+  configs=("${program[2]:-}")
+  # shellcheck disable=SC2034 # read by the scripts
+  [[ ${program[0]} != */hh_pipeline.sh ]] || configs=("$sft_config" "$dpo_config")
+}
+
+# The dpo-jax of this machine; nothing where there is none.
+dpo_jax_here() {
+  local here=${DPO_JAX_VENV:-.venv}/bin/dpo-jax
+  if [ -x "$here" ]; then echo "$here"; else command -v dpo-jax || true; fi
+}
+
 # check_first [--check-OPTION ...] -- PROGRAM...: whether a command of dpo-jax, or hh_pipeline.sh, could run, before anything is
 # rented or installed. Ends with the message and the exit code of `dpo-jax COMMAND CONFIG.yaml --check`. Where there is no dpo-jax
-# only the file is looked for: then `checked` stays "no".
+# only the files are looked for: then `checked` stays "no".
 check_first() {
-  local options=(--check) with=${DPO_JAX_VENV:-.venv}/bin/dpo-jax
+  local options=(--check) with
   while [ "$1" != -- ]; do options+=("$1") && shift; done
   shift
-  if [[ $1 == */hh_pipeline.sh ]]; then
-    "$@" "${options[@]}" >&2 || exit $?
+  with=$(dpo_jax_here)
+  if [ -z "$with" ]; then
+    look_for_files "$@"
     return
   fi
-  [ -x "$with" ] || with=$(command -v dpo-jax) || with=''
-  if [ -n "$with" ]; then
-    if [ "$quiet" = yes ]; then
-      "$with" "${@:2}" "${options[@]}" >/dev/null || exit $?
-    else
-      "$with" "${@:2}" "${options[@]}" >&2 || exit $?
-    fi
-    # shellcheck disable=SC2034 # read by the scripts
-    checked=yes
+  # shellcheck disable=SC2034 # read by the scripts
+  checked=yes
+  [[ $1 != */hh_pipeline.sh ]] || with=$1 # which finds the same dpo-jax
+  if [ "$quiet" = yes ]; then
+    "$with" "${@:2}" "${options[@]}" >/dev/null || exit $?
   else
-    [ -f "${3:-}" ] || die "${3:-no configuration given}: no such file"
-    say "$2 $3: the file is there; its options, data and models are not checked, for want of dpo-jax (./launch/env.sh brings it)"
+    "$with" "${@:2}" "${options[@]}" >&2 || exit $?
   fi
+}
+
+look_for_files() {
+  if [[ $1 == */hh_pipeline.sh ]]; then
+    "$@" --dry-run >/dev/null || exit $? # which looks for them, and says that this is all
+    return
+  fi
+  [ -f "${3:-}" ] || die "${3:-no configuration given}: no such file"
+  [ "$told" = yes ] || say "only the configuration is looked for; options, data and models are not checked, for want of dpo-jax (./launch/env.sh brings it)"
+  told=yes
+}
+
+# devices_of TYPE: the devices of a TPU slice, as JAX counts them; nothing for a type that is not known. v2 to v4 and v5p are named
+# after their cores: of v2 and v3 each is a device, of the others two are.
+devices_of() {
+  local number=${1##*-}
+  case $1 in
+    v5litepod-*[0-9] | v6e-*[0-9] | v2-*[0-9] | v3-*[0-9]) echo "$number" ;;
+    v4-*[0-9] | v5p-*[0-9]) echo $((number / 2)) ;;
+  esac
+}
+
+# lies_in FOLDER PATH: as the names say. What ".." means only the machine knows that has the folder: no path with it does.
+lies_in() {
+  case $2 in
+    */../* | */..) return 1 ;;
+    "$1"/?*) return 0 ;;
+    *) return 1 ;;
+  esac
 }
 
 # check_run_dir FOLDER WORD...: a run that is to continue on another machine must lie on the disk that all of them share.
 check_run_dir() {
   local run_dir
   run_dir=$(option --run.dir "${@:2}")
+  ! lies_in "$1" "$run_dir" || return 0
   case $run_dir in
-    "$1"/?*) ;;
     '') die "no --run.dir: give one in $1, the disk that the hosts share and that is still there after a preemption" ;;
     gs://*) die "--run.dir $run_dir: dpo-jax writes to folders, not to buckets; give one in $1, which the hosts share" ;;
+    "$1"/*) die "--run.dir $run_dir: write it without \"..\", as a folder in $1, the disk that the hosts share" ;;
     *) die "--run.dir $run_dir is not in $1, the disk that the hosts share and that is still there after a preemption" ;;
   esac
 }

@@ -122,6 +122,10 @@ folder=${DPO_JAX_DETACHED:-runs/detached}
 case ${1:-} in
   -h | --help) usage ;;
   start | record) "$@" ;;
-  follow | status | stop | keys) "$1" ;;
+  follow | status | stop | keys)
+    [ "$dry_run" = no ] || die "--dry-run is for start only"
+    [ $# = 1 ] || die "$1 knows no $2 (--help explains)"
+    "$1"
+    ;;
   *) usage >&2 && exit 2 ;;
 esac

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 
 usage() {
   cat <<'TEXT'
-Usage: ./launch/first_gpu.sh [FOLDER] [--race CONFIG.yaml]
+Usage: ./launch/first_gpu.sh [--dry-run] [FOLDER] [--race CONFIG.yaml]
 
   1  python -m dpo_jax.check                        every attention path, DPO steps, several devices, checkpoints
   2  python -m dpo_jax.check --bench --profile      Pythia-2.8B: pairs/s, MFU and memory of each path; a trace of the fastest
@@ -13,6 +13,7 @@ Usage: ./launch/first_gpu.sh [FOLDER] [--race CONFIG.yaml]
 
 All figures go to FOLDER (default: runs/first_gpu). Each step runs even if the one before it failed; the exit code is 1 if one
 did. Nothing is installed: steps 1 and 2 need jax, flax, optax, orbax-checkpoint and numpy, step 3 torch and transformers, too.
+--dry-run prints the commands and writes nothing.
 
 Environment:
   DPO_JAX_PYTHON   the Python to use   (default: .venv/bin/python if it is there, else python3)
@@ -25,6 +26,7 @@ out=runs/first_gpu race=configs/bench_first_gpu.yaml
 while [ $# -gt 0 ]; do
   case $1 in
     -h | --help) usage && exit 0 ;;
+    --dry-run) dry_run=yes && shift ;;
     --race) race=${2:?--race needs a configuration} && shift 2 ;;
     -*) usage >&2 && exit 2 ;;
     *) out=$1 && shift ;;
@@ -32,13 +34,17 @@ while [ $# -gt 0 ]; do
 done
 python=${DPO_JAX_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 [ -f "$race" ] || die "$race: no such file"
-mkdir -p "$out"
+[ "$dry_run" = yes ] || mkdir -p "$out"
 failed=0
 
 # Runs a step, shows and keeps what it prints.
 step() {
   local name=$1
   shift
+  if [ "$dry_run" = yes ]; then
+    run "$@"
+    return
+  fi
   say "$name: $*"
   "$@" 2>&1 | tee "$out/$name.log" || failed=1
 }
@@ -55,5 +61,5 @@ if has torch transformers; then
 else
   say "race: left out, $python has no torch or no transformers"
 fi
-say "figures: $out"
+[ "$dry_run" = yes ] || say "figures: $out"
 exit $failed

@@ -14,7 +14,8 @@ Usage: ./launch/gcluster.sh [--dry-run] submit NAME OPTION ... -- COMMAND CONFIG
   ./launch/gcluster.sh submit hh --cluster C --location L --project P --compute-type v6e-16 --image IMAGE \
     --mount filestore://INSTANCE/SHARE:/mnt/dpo_jax:rw -- dpo configs/hh_pythia28_dpo.yaml --run.dir /mnt/dpo_jax/hh --run.devices mesh
 
-Before anything is submitted, the command is checked with the dpo-jax of this machine, if there is one (dpo-jax COMMAND ... --check).
+Before anything is submitted, the command is checked with the dpo-jax of this machine, if there is one (dpo-jax COMMAND ... --check),
+for the chips that --compute-type, --topology and --num-slices tell.
 OPTIONs go to `gcluster job` as they are (gcluster job submit --help). IMAGE is that of launch/kubernetes/Dockerfile. --run.dir
 must lie in /mnt/dpo_jax, a disk that all hosts share; dpo-jax writes to folders, so gs:// is refused.
 
@@ -56,24 +57,48 @@ read_arguments() {
 
 gcluster_job() { run gcluster job "$@" ${options[@]+"${options[@]}"}; }
 
+check_here() {
+  local config configs=() devices
+  configs_of_program
+  for config in "${configs[@]}"; do
+    if lies_in /mnt/dpo_jax "$config"; then
+      say "$config is on the disk of the hosts: it is checked there"
+      return
+    fi
+  done
+  devices=$(devices_of_slices)
+  check_first --check-elsewhere=/mnt/dpo_jax ${devices:+--check-devices="$devices"} -- "${program[@]}"
+}
+
+# The devices of all slices, where the options tell: --topology, if it is given, else the name of the slice.
+devices_of_slices() {
+  local slices topology devices
+  slices=$(option --num-slices ${options[@]+"${options[@]}"})
+  [[ ${slices:=1} =~ ^[1-9][0-9]*$ ]] || return 0 # gcluster says so
+  topology=$(option --topology ${options[@]+"${options[@]}"})
+  if [[ $topology =~ ^[0-9]+(x[0-9]+)+$ ]]; then
+    devices=$((${topology//x/*}))
+  else
+    devices=$(devices_of "$(option --compute-type ${options[@]+"${options[@]}"})")
+  fi
+  [ -z "$devices" ] || echo $((devices * slices))
+}
+
 submit() {
   local line=''
   dpo_jax=dpo-jax
   program_on_many_hosts ${command[@]+"${command[@]}"}
   check_run_dir /mnt/dpo_jax "${program[@]}"
-  case ${program[2]:-} in
-    /mnt/dpo_jax/*) say "${program[2]} is on the disk of the hosts: it is checked there" ;;
-    *) check_first --check-elsewhere=/mnt/dpo_jax -- "${program[@]}" ;;
-  esac
+  check_here
   [ -z "$env_file" ] || line="set -a && . $(quoted "$env_file") && set +a && "
   # exec: the signal that ends a container goes to its first process.
-  line+="exec $(quoted "${program[@]}")"
+  line+="exec $(quoted ${settings[@]+"${settings[@]}"} "${program[@]}")"
   [ -n "$(option --grace-period ${options[@]+"${options[@]}"})" ] || options+=(--grace-period 5m)
   gcluster_job submit --name "$name" --command "$line" --restarts 20 --restart-on-exit-codes 1,134,137,143
 }
 
 . launch/common.bash
-verb='' name='' env_file='' options=() command=() program=()
+verb='' name='' env_file='' options=() command=() program=() settings=()
 read_arguments "$@"
 case $verb in
   submit | follow | status | delete) ;;

@@ -40,6 +40,9 @@ program=()
 case ${1:-} in
   -h | --help) usage ;;
   start) start "${@:2}" ;;
-  follow | status | stop) run ./launch/detached.sh "$1" ;;
+  follow | status | stop)
+    [ $# = 1 ] || die "$1 knows no $2 (--help explains)"
+    run ./launch/detached.sh "$1"
+    ;;
   *) usage >&2 && exit 2 ;;
 esac

@@ -45,6 +45,7 @@ case ${1:-} in
   '') set -- configs/quickstart.yaml ;;
   -*) die "a CONFIG.yaml comes first, such as configs/quickstart.yaml; then options (--help explains)" ;;
 esac
+refuse_late "$@"
 [ "$dry_run" = yes ] || quiet=yes
 
 check_steps "$@"

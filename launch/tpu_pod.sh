@@ -29,7 +29,7 @@ mounts the NFS export (Filestore, for example): what is on a worker's own disk i
 written by all of them. dpo-jax writes to folders, so gs:// is refused. The export must be writable for you.
 
 run checks the command (dpo-jax COMMAND ... --check) on this machine before the slice is asked for, --dry-run too: options, batch and
-mesh for the chips of the slice, and whether the configuration is committed. Without dpo-jax here only the file is looked for. The
+mesh for the chips of the slice, and whether the configuration is committed as it is. Without dpo-jax here only the file is looked for. The
 first worker checks again, now with the data and models on the shared disk.
 
 WANDB_API_KEY and HF_TOKEN are taken from the environment and go to each worker through the connection, into a file that the
@@ -86,51 +86,63 @@ check_arguments() {
       ;;
     *) [ ${#create_options[@]} = 0 ] || die "$verb does not know ${create_options[0]}" ;;
   esac
-  case $verb in run | install) [ -n "$nfs" ] || die "--nfs HOST:/EXPORT is missing: the disk that the workers share" ;; esac
+  case $verb in
+    run | install)
+      case $nfs in
+        '') die "--nfs HOST:/EXPORT is missing: the disk that the workers share" ;;
+        /* | :*) die "--nfs $nfs: the host is missing; give HOST:/EXPORT, such as 10.0.0.2:/vol1" ;;
+        *:/*) ;;
+        *) die "--nfs $nfs: must be HOST:/EXPORT, such as 10.0.0.2:/vol1" ;;
+      esac
+      ;;
+  esac
   case $verb in
     run | start)
       program_on_many_hosts ${command[@]+"${command[@]}"}
       check_run_dir "$mount" "${program[@]}"
       check_here
       ;;
+    install) check_sent ;;
   esac
   [ "$dry_run" = yes ] || command -v gcloud >/dev/null || die "gcloud is not there: install the Google Cloud CLI" 1
 }
 
 # Before anything costs. What lies on the shared disk only the workers can see.
 check_here() {
-  local chips config=''
-  [[ ${program[0]} == */hh_pipeline.sh ]] || config=${program[2]:-}
-  case $config in
-    "$mount"/*)
+  local devices config configs=()
+  configs_of_program
+  for config in "${configs[@]}"; do
+    if lies_in "$mount" "$config"; then
       say "$config is on the disk of the workers: the first of them checks it"
       return
-      ;;
-    /*) die "$config is not on a worker: only committed files of this repository are sent, and $mount is mounted" ;;
-  esac
-  chips=$(chips_of "$(option --accelerator-type ${create_options[@]+"${create_options[@]}"})")
-  check_first --check-elsewhere="$mount" ${chips:+--check-devices="$chips"} -- "${program[@]}"
-  if [ -n "$config" ] && git rev-parse --quiet --verify HEAD >/dev/null 2>&1 && ! git cat-file -e "HEAD:./$config" 2>/dev/null; then
-    die "$config is not committed, and only committed files are sent: git add $config, then git commit"
-  fi
+    fi
+    [[ $config != /* ]] || die "$config is not on a worker: only committed files of this repository are sent, and $mount is mounted"
+  done
+  devices=$(devices_of "$(option --accelerator-type ${create_options[@]+"${create_options[@]}"})")
+  check_first --check-elsewhere="$mount" ${devices:+--check-devices="$devices"} -- "${program[@]}"
+  check_sent
+  for config in "${configs[@]}"; do check_committed "$config"; done
 }
 
-# The devices of a slice by its type, as JAX counts them; nothing for a type that is not known. v2 to v4 and v5p are named after
-# their cores: of v2 and v3 each is a device, of the others two are.
-chips_of() {
-  local number=${1##*-}
-  case $1 in
-    v5litepod-*[0-9] | v6e-*[0-9] | v2-*[0-9] | v3-*[0-9]) echo "$number" ;;
-    v4-*[0-9] | v5p-*[0-9]) echo $((number / 2)) ;;
-  esac
+# Workers get HEAD: what was checked here must be what they read.
+check_committed() {
+  git cat-file -e "HEAD:./$1" 2>/dev/null || die "$1 is not committed, and only committed files are sent: git add $1, then git commit"
+  git diff --quiet HEAD -- "$1" || die "$1 has changes that are not committed, and only committed files are sent: git commit $1"
+}
+
+check_sent() {
+  local changed
+  git rev-parse --quiet --verify HEAD >/dev/null 2>&1 || die "only what is committed is sent to the workers, and this is no git repository with a commit"
+  changed=$(git diff --name-only HEAD)
+  [ -z "$changed" ] || say "uncommitted changes are not sent: ${changed//$'\n'/, }"
 }
 
 # Now with the data and models that the workers see. A second start on the same disk would find the same.
 check_there() {
   local found=0
-  on 0 "$(in_repository "${program[@]}" --check)" || found=$?
+  on 0 "$(in_repository ${settings[@]+"${settings[@]}"} "${program[@]}" --check)" || found=$?
   case $found in
-    2 | 65 | 73 | 74) die "the run could not start, as the first worker says; the slice costs until: $0 delete $name --zone $zone" "$found" ;;
+    2 | 65 | 73 | 74) die "the run could not start, as the first worker says; $costs" "$found" ;;
   esac
   return "$found"
 }
@@ -206,7 +218,6 @@ in_repository() { printf 'cd dpo_jax && %s' "$(quoted "$@")"; }
 
 install() {
   local archive=$scratch/dpo_jax.tar.gz
-  [ -z "$(git status --porcelain --untracked-files=no)" ] || say "uncommitted changes are not sent"
   run git archive --format=tar.gz --output="$archive" HEAD &&
     run gcloud compute tpus tpu-vm scp "$archive" "$name:" --zone="$zone" --worker=all &&
     on all "$(setup)"
@@ -227,7 +238,7 @@ cd dpo_jax && DPO_JAX_EXTRAS=$(quoted "${DPO_JAX_EXTRAS:-tpu}") ./launch/env.sh
 TEXT
 }
 
-start() { check_there && send_keys && on all "$(in_repository ./launch/detached.sh start "${program[@]}")"; }
+start() { check_there && send_keys && on all "$(in_repository ./launch/detached.sh start ${settings[@]+"${settings[@]}"} "${program[@]}")"; }
 
 # Through the connection, one worker after the other: gcloud gives its standard input to one of several.
 send_keys() {
@@ -294,7 +305,7 @@ story() {
     have_slice
     if [ "$dry_run" = yes ] || ! [[ "$(status all 2>/dev/null || true)" == *' running '* ]]; then
       if ! { install && start; }; then
-        preempted || die "could not set up or start; the messages above say why" 1
+        preempted || die "could not set up or start; the messages above say why; $costs" 1
         continue
       fi
     fi
@@ -306,10 +317,12 @@ story() {
 }
 
 . launch/common.bash
-verb='' name='' zone='' nfs='' create_options=() command=() program=()
+verb='' name='' zone='' nfs='' create_options=() command=() program=() settings=()
+dpo_jax=.venv/bin/dpo-jax # of a worker, whatever DPO_JAX_VENV is here
 mount=${DPO_JAX_MOUNT:-/mnt/dpo_jax} poll=${DPO_JAX_POLL_SECONDS:-30} state=ABSENT code=0
 read_arguments "$@"
 check_arguments
+costs="the slice costs until: $0 delete $name --zone $zone"
 scratch=/tmp/dpo_jax
 if [ "$dry_run" = no ]; then
   scratch=$(mktemp -d)
@@ -319,6 +332,7 @@ errors=$scratch/errors
 case $verb in
   run) story ;;
   wait) wait_for_slice || die "$name is $state" 1 ;;
+  install | start) "$verb" || die "$verb failed; the messages above say why; $costs" ;;
   stop) on all "$(in_repository ./launch/detached.sh stop)" ;;
   *) "$verb" ;;
 esac

@@ -203,6 +203,40 @@ def test_a_dry_run_of_the_quickstart_installs_nothing(machine):
         assert message in refused.stderr
 
 
+@pytest.mark.parametrize("late", ["--dry-run", "--help", "--check"])
+@pytest.mark.parametrize("script", ["quickstart.sh", "bench.sh", "gpu_node.sh start dpo", "slurm.sbatch dpo"])
+def test_what_asks_to_run_nothing_is_not_handed_on(machine, script, late):
+    machine.add_python("python3", 12)
+    name, *before = script.split()
+    smi = machine.bin / "nvidia-smi"
+    smi.write_text("#!/usr/bin/env bash\necho 'GPU 0: some'\n")
+    smi.chmod(0o755)
+    done = machine.run(f"launch/{name}", *before, "configs/hh_small.yaml", "--run.seed", "1", late)
+    assert (done.returncode, done.stdout, machine.calls.read_text()) == (2, "", "")
+    assert f"{late} must come first" in done.stderr or f"{late}: the command is checked anyway" in done.stderr
+
+
+def test_a_dry_run_of_the_benchmarks_writes_and_installs_nothing(machine):
+    machine.add_python("python3", 12)
+    race = machine.run("launch/bench.sh", "--dry-run", "--data.path", "a b", DPO_JAX_TORCH="torch==2.13.0")
+    assert race.returncode == 0, race.stderr
+    assert machine.calls.read_text() == ""
+    assert race.stdout.splitlines() == [
+        "env DPO_JAX_VENV=.venv-bench ./launch/env.sh",
+        ".venv-bench/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0",
+        "env DPO_JAX_VENV=.venv-bench DPO_JAX_EXTRAS=bench ./launch/env.sh",
+        ".venv-bench/bin/dpo-jax bench configs/bench_hh_cpu.yaml --data.path 'a b'",
+    ]
+    first = machine.run("launch/first_gpu.sh", "--dry-run", "out")
+    assert first.returncode == 0, first.stderr
+    assert not machine.called("dpo_jax")
+    check, bench, race = first.stdout.splitlines()
+    assert check == "python3 -m dpo_jax.check --json out/check.json"
+    assert "--bench --seconds 240 --json out/bench.json" in bench
+    assert "bench configs/bench_first_gpu.yaml" in race
+    assert not (machine.repository / "out").exists()
+
+
 def test_quickstart_stops_at_the_first_failure(machine):
     machine.add_python("python3", 12)
     machine.run("launch/env.sh")

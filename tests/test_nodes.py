@@ -134,6 +134,13 @@ def test_a_gpu_node_is_set_up_and_starts(node):
     assert node.run(GPU, "start").returncode == 2
 
 
+def test_a_run_is_not_stopped_by_a_question(node):
+    node.run(DETACHED, "start", *UNTIL_ASKED)
+    for words in ([GPU, "stop", "--dry-run"], [DETACHED, "--dry-run", "stop"], [DETACHED, "stop", "--help"]):
+        assert node.run(*words).returncode == 2
+        assert status(node)[0] == "running"
+
+
 @pytest.fixture
 def job(node):
     (node.clone / ".venv" / "bin").mkdir(parents=True)

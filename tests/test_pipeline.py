@@ -117,6 +117,16 @@ def test_all_steps_are_checked_before_the_first(chain):
     assert not [word for word in first if word.startswith("--check-after")]
 
 
+def test_a_check_that_cannot_check_says_so(chain):
+    nothing = {"DPO_JAX_VENV": "/nowhere", "PATH": "/usr/bin:/bin"}
+    alone = chain("--check", **nothing)
+    assert alone.returncode == 1
+    assert "there is no dpo-jax here, which checks: run ./launch/env.sh first" in alone.stderr
+    printed = chain("--dry-run", **nothing)
+    assert (printed.returncode, len(printed.stdout.splitlines())) == (0, len(STEPS))
+    assert printed.stderr.count("are not checked, for want of dpo-jax") == 1
+
+
 def test_what_was_asked_differently_is_done_again(chain):
     chain("--data.path", "one")
     chain.calls()

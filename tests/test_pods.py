@@ -75,6 +75,7 @@ def pod(cloud):
 
 def dry_run(cloud, name):
     words, environment = DRY_RUNS[name]
+    cloud.commit()
     without_mount = {key: value for key, value in cloud.environment.items() if key != "DPO_JAX_MOUNT"}
     command = [f"launch/{words[0]}", "--dry-run", *words[1:]]
     environment = without_mount | environment
@@ -193,16 +194,25 @@ def test_keys_and_odd_words_arrive_and_no_key_is_in_a_command(pod):
         (["--", "dpo", "c.yaml"], "no --run.dir: give one in"),
         (["--", "dpo", "c.yaml", "--run.dir", "gs://bucket/hh"], "dpo-jax writes to folders, not to buckets"),
         (["--", "dpo", "c.yaml", "--run.dir", "runs/hh"], "--run.dir runs/hh is not in"),
+        (["--", "dpo", "c.yaml", "--run.dir", "/mnt/dpo_jax/hh", "--run.dir=runs/hh"], "--run.dir runs/hh is not in"),
+        (
+            ["--", "dpo", "c.yaml", "--run.dir", "/mnt/dpo_jax/../../tmp/hh"],
+            '--run.dir /mnt/dpo_jax/../../tmp/hh: write it without ".."',
+        ),
+        (["--", "dpo", "c.yaml", "--run.dir", "/mnt/dpo_jax/hh", "--dry-run"], "--dry-run must come first: "),
+        (["--", "hh_pipeline.sh", "--run.dir", "/mnt/dpo_jax/hh", "--help"], "--help must come first: "),
+        (["--", "dpo", "c.yaml", "--run.dir", "/mnt/dpo_jax/hh", "--check"], "--check: the command is checked anyway; "),
         (["--", "audit", "c.yaml"], "audit: not a command that runs on many hosts"),
         (["--"], "a COMMAND is missing"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_costs(cloud, words, message):
-    done = cloud.run("launch/tpu_pod.sh", "run", "hh", *SLICE, *words)
+    done = cloud.run("launch/tpu_pod.sh", "run", "hh", *SLICE, *words, DPO_JAX_MOUNT="/mnt/dpo_jax")
     assert (done.returncode, cloud.calls()) == (2, [])
     assert message in done.stderr
+    cloud.add("gcluster", RECORD)
     done = cloud.run("launch/gcluster.sh", "submit", "hh", *words)
-    assert done.returncode == 2
+    assert (done.returncode, (cloud.path / "calls").exists()) == (2, False)
     assert message in done.stderr
 
 
@@ -227,6 +237,7 @@ def test_a_run_that_cannot_start_is_refused_before_anything_costs(cloud, how):
 
 @pytest.mark.parametrize(("kind", "chips"), [("v5litepod-16", 16), ("v6e-8", 8), ("v5p-8", 4), ("v4-32", 16), ("new-4", None)])
 def test_a_slice_is_checked_with_its_devices(cloud, kind, chips):
+    cloud.commit()
     cloud.add("dpo-jax", 'printf "%s\\n" "$@" >"$CLOUD/checked"\n')
     words = ["--zone=z1", "--accelerator-type", kind, "--runtime-version=v", "--nfs=nas:/v", "--"]
     run = ["dpo", "configs/hh.yaml", f"--run.dir={cloud.share}/hh"]
@@ -247,6 +258,48 @@ def test_only_a_configuration_that_workers_have_is_taken(pod):
         assert message in done.stderr
 
 
+@pytest.mark.parametrize("how", [[], ["--dry-run"]])
+def test_a_configuration_is_taken_only_as_it_is_committed(pod, how):
+    """The check reads the file of this machine, the workers that of the commit."""
+    words = [pod.command[0], *how, *pod.command[1:]]
+    chain = [*words[: words.index("--")], "--", "hh_pipeline.sh", f"--run.dir={pod.share}/hh"]
+    for config, command in (("configs/hh.yaml", words), ("configs/hh_pythia28_sft.yaml", chain)):
+        text = (pod.clone / config).read_text()
+        (pod.clone / config).write_text(text + "# edited\n")
+        done = pod.run(*command)
+        assert (done.returncode, done.stdout, pod.calls()) == (2, "", [])
+        assert f"{config} has changes that are not committed, and only committed files are sent" in done.stderr
+        (pod.clone / config).write_text(text)
+    (pod.clone / "pyproject.toml").write_text("# edited\n")
+    done = pod.run(words[0], "--dry-run", *pod.command[1:])
+    assert (done.returncode, pod.calls()) == (0, [])
+    assert "uncommitted changes are not sent: pyproject.toml\n" in done.stderr
+
+
+def test_without_a_commit_there_is_nothing_to_send(cloud):
+    done = cloud.run(*POD, f"--run.dir={cloud.share}/hh")
+    assert (done.returncode, cloud.calls()) == (2, [])
+    assert "this is no git repository with a commit" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["tpu_pod", "gcluster"])
+def test_what_is_set_here_reaches_the_hosts_or_does_not_concern_them(pod, script):
+    """The chain's configurations are the same there as were checked here; where .venv lies here says nothing about there."""
+    (pod.clone / "configs" / "mine it.yaml").touch()
+    pod.commit()
+    chosen = {"DPO_JAX_VENV": "/home/me/venv", "DPO_JAX_SFT_CONFIG": "configs/mine it.yaml", "DPO_JAX_MOUNT": "/mnt/dpo_jax"}
+    words = {"tpu_pod": ["run", "hh", *SLICE], "gcluster": ["submit", "hh"]}[script]
+    chain = ["--", "hh_pipeline.sh", "--run.dir=/mnt/dpo_jax/hh"]
+    done = pod.run(f"launch/{script}.sh", "--dry-run", *words, *chain, **chosen)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.replace("'\\''", "'")
+    assert "env 'DPO_JAX_SFT_CONFIG=configs/mine it.yaml' ./launch/hh_pipeline.sh --run.dir=/mnt/dpo_jax/hh" in text
+    step = ["--", "dpo", "configs/hh.yaml", "--run.dir=/mnt/dpo_jax/hh"]
+    done = pod.run(f"launch/{script}.sh", "--dry-run", *words, *step, **chosen)
+    assert {"tpu_pod": " .venv/bin/dpo-jax dpo ", "gcluster": "exec dpo-jax dpo "}[script] in done.stdout
+    assert "/home/me" not in done.stdout
+
+
 @pytest.mark.parametrize("code", [65, 73])
 def test_the_first_worker_checks_before_all_start(pod, code):
     (pod.path / "check").write_text(str(code))
@@ -256,12 +309,27 @@ def test_the_first_worker_checks_before_all_start(pod, code):
     assert "delete hh --zone z1" in done.stderr
 
 
+def test_a_slice_that_could_not_be_set_up_is_not_forgotten(pod):
+    """It costs also without a run."""
+    pod.add("uv", "echo no network >&2; exit 1\n")
+    done = pod.run(*pod.command)
+    assert done.returncode == 1
+    assert re.search(
+        r"could not set up or start; .* the slice costs until: \S*launch/tpu_pod.sh delete hh --zone z1\n", done.stderr
+    )
+    done = pod.run("launch/tpu_pod.sh", "install", "hh", *SLICE[:2], *SLICE[-2:])
+    assert "launch/tpu_pod.sh delete hh --zone z1\n" in done.stderr
+
+
 def test_half_a_request_is_refused(cloud):
     run = ["--", "dpo", "c.yaml", f"--run.dir={cloud.share}/hh"]
     for words, message in (
         (["run", "--zone", "z1", *run], "a NAME for the slice comes next"),
         (["run", "hh", *SLICE[2:], *run], "--zone is missing"),
         (["run", "hh", *SLICE[:-2], *run], "--nfs HOST:/EXPORT is missing"),
+        (["run", "hh", *SLICE[:-1], "/vol1", *run], "--nfs /vol1: the host is missing; give HOST:/EXPORT"),
+        (["install", "hh", "--zone=z1", "--nfs=nas"], "--nfs nas: must be HOST:/EXPORT"),
+        (["install", "hh", "--zone=z1", "--nfs=nas:vol1"], "--nfs nas:vol1: must be HOST:/EXPORT"),
         (["run", "hh", "--zone", "z1", *run], "--accelerator-type is missing"),
         (["delete", "hh", "--zone", "z1", "--spot"], "delete does not know --spot"),
         (["remove", "hh", "--zone", "z1"], "remove: no such verb"),
@@ -269,6 +337,32 @@ def test_half_a_request_is_refused(cloud):
         done = cloud.run("launch/tpu_pod.sh", *words)
         assert (done.returncode, cloud.calls()) == (2, []), words
         assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "devices"),
+    [
+        ("--compute-type v6e-16", 16),
+        ("--compute-type=v5p-8", 4),
+        ("--compute-type v6e-16 --num-slices 2", 32),
+        ("--compute-type ct5p-hightpu-4t --topology 2x2x4", 16),
+        ("--compute-type nvidia-l4", None),
+        ("", None),
+    ],
+)
+def test_a_job_is_checked_with_the_devices_of_its_slices(cloud, options, devices):
+    cloud.add("dpo-jax", 'printf "%s\\n" "$@" >"$CLOUD/checked"\n')
+    run = ["--", "dpo", "c.yaml", "--run.dir=/mnt/dpo_jax/hh"]
+    assert cloud.run("launch/gcluster.sh", "--dry-run", "submit", "hh", *options.split(), *run).returncode == 0
+    last = (cloud.path / "checked").read_text().split()[-1]
+    assert last == (f"--check-devices={devices}" if devices else "--check-elsewhere=/mnt/dpo_jax")
+
+
+def test_the_chain_is_checked_also_if_its_data_lie_on_the_shared_disk(cloud):
+    cloud.add("dpo-jax", "exit 2\n")
+    chain = ["--", "hh_pipeline.sh", "--data.path", "/mnt/dpo_jax/data", "--run.dir=/mnt/dpo_jax/hh"]
+    done = cloud.run("launch/gcluster.sh", "--dry-run", "submit", "hh", *chain)
+    assert (done.returncode, done.stdout) == (2, "")
 
 
 def test_gcluster_starts_the_program_with_the_keys_of_a_file(cloud):
