@@ -79,7 +79,7 @@ def error_of(tmp_path, text):
     [
         ("dpo:\n  beat: 1", r'bad.yaml:2: dpo.beat: unknown key; did you mean "beta"\? \(section dpo has: batch, epochs,'),
         ("dop: {}", r'bad.yaml:1: dop: unknown section; did you mean "dpo"\?'),
-        ("dpo:\n  learning_rate: 1", "bad.yaml:2: dpo.learning_rate: unknown key; instead: sft.lr or dpo.lr or"),
+        ("dpo:\n  learning_rate: 1", "bad.yaml:2: dpo.learning_rate: unknown key; instead: dpo.lr"),
         ("beta: 0.1", "bad.yaml:1: beta: unknown section; instead: dpo.beta "),
         ("lora: {rank: 8}", "bad.yaml:1: lora: unknown section; instead: LoRA is not offered"),
         ("run: {bf16: true}", "run.bf16: unknown key; instead: run.precision bfloat16"),
@@ -304,6 +304,8 @@ def test_help_of_every_command(name, capsys):
 TYPED = re.findall(
     r"\S+",
     """
+    model_revision f_divergence_type ld_alpha chat_template_path eos_token adam_beta1 max_new_tokens reference_model
+    load_best_model_at_end metric_for_best_model shuffle_dataset num_epochs config rpo_alpha
     learning_rate gradient_accumulation_steps per_device_train_batch_size bf16 fp16 loss_type lr_scheduler_type
     num_train_epochs push_to_hub lora_r lora.rank use_peft max_length max_prompt_length beta output_dir model_name_or_path
     dataset_name logging_steps save_steps save_total_limit eval_steps eval_strategy report_to gradient_checkpointing

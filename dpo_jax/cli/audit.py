@@ -104,8 +104,9 @@ def example(encoded: Sequence[Any], tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def row_statistics(config: Config, encoded: EncodedSet, *, batch: int = 64, batches: int = 8) -> dict[str, Any]:
-    """How the configured layout fills its rows, over the first batches."""
+def row_statistics(config: Config, encoded: EncodedSet, *, batches: int = 8) -> dict[str, Any]:
+    """How the configured layout fills its rows, over the first batches of `dpo`."""
+    batch = config.dpo.batch
     layout = plan_layout(encoded, kind=config.data.layout, batch=batch, length=config.data.row_length)
     at = stream(encoded, layout=layout, batch=min(batch, len(encoded)), seed=config.run.seed)
     filled = [at(step).stats["padding"] for step in range(min(batches, max(1, len(encoded) // batch)))]

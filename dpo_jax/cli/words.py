@@ -106,6 +106,21 @@ WORDS: Mapping[str, str] = {
     **dict.fromkeys(("dataset_num_proc", "dataloader_num_workers", "remove_unused_columns", "disable_dropout"), _NOTHING),
     **dict.fromkeys(("ddp_find_unused_parameters", "dataloader_pin_memory", "padding_value"), _NOTHING),
     **dict.fromkeys(("num_generations", "num_samples"), "sample.prompts, eval.samples"),
+    "max_new_tokens": "sample.max_new_tokens, eval.max_new_tokens",
+    "num_epochs": "sft.epochs, dpo.epochs",
+    "reference_model": "dpo.reference; without it the reference is the starting policy, dpo.policy",
+    "model_revision": "org/name@revision in model.path or dpo.policy",
+    "config": "the YAML file is the first word after the command",
+    "shuffle_dataset": "every epoch is shuffled, by run.seed",
+    "rpo_alpha": "no SFT term is added to the loss; dpo.loss preferred_ft trains on chosen completions alone",
+    "f_divergence_type": "the penalty is the reverse KL of the paper",
+    **dict.fromkeys(("ld_alpha", "use_weighting"), "dpo.loss has no such variant"),
+    **dict.fromkeys(("chat_template", "chat_template_path", "eos_token"), "the tokenizer's own; change it in its folder"),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), "fixed; dpo.optimizer chooses between two"),
+    **dict.fromkeys(
+        ("load_best_model_at_end", "metric_for_best_model"),
+        "dpo-jax export --export.step N writes an earlier step that was kept",
+    ),
 }
 
 
@@ -118,7 +133,7 @@ def instead(word: str, options: Collection[str]) -> str | None:
     last = name.rpartition(".")[2]
     for key in (name.replace(".", "_"), name.partition(".")[0] if "." in name else name, last, last.removeprefix("no_")):
         if key in WORDS:
-            return _told(WORDS[key], options)
+            return _told(WORDS[key], options, section=name.partition(".")[0])
     own = [option for option in options if option.partition(".")[2] == last]
     return " or ".join(own) if own else None
 
@@ -133,12 +148,13 @@ def as_flags(answer: str, options: Collection[str]) -> str:
     return re.sub(r"\b[a-z_]+\.[a-z_]+\b", flag, answer)
 
 
-def _told(answer: str, options: Iterable[str]) -> str:
-    """An answer that is a list of options, without those that are not among `options` (unless none is)."""
+def _told(answer: str, options: Iterable[str], *, section: str) -> str:
+    """An answer that is a list of options: those among `options`, and of these those of `section`, unless none is."""
     listed, _, rest = answer.partition(":")
     named = listed.split(", ")
     if not all(part.replace(".", "").replace("_", "").isalnum() and part.count(".") == 1 for part in named):
         return answer
     known = set(options)
     chosen = [part for part in named if part in known] or named
+    chosen = [part for part in chosen if part.startswith(f"{section}.")] or chosen
     return " or ".join(chosen) + (f":{rest}" if rest else "")
