@@ -239,10 +239,7 @@ def test_layouts(names, tmp_path):
         (["data/train-00000-of-00002-b21d99e2a8d3e3b0.jsonl"], r"shards \[1\] of 00002 are missing"),
         (["train-00000-of-00001.jsonl", "train-00000-of-00001-b21d99e2a8d3e3b0.jsonl"], "same file twice"),
         (
-            [
-                "data/train_prefs-00000-of-00002-b21d99e2a8d3e3b0.jsonl",
-                "data/train_prefs-00001-of-00002-0f3a5c7e9d1b2a48.jsonl",
-            ],
+            [f"data/train_prefs-{n:05}-of-00002-b21d99e2a8d3e3b{n}.jsonl" for n in range(2)],
             "choose among the splits train_prefs with",
         ),
         (

@@ -50,6 +50,7 @@ from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, TrainState, Variables
+from dpo_jax.writing import write_text
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -90,7 +91,7 @@ def describe(run: RunDir, config: Config, *reports: DataReport) -> None:
     anywhere = dataclasses.replace(config.run, coordinator=None, num_processes=None, process_id=None)
     if reports:
         config = pin_models(config)
-    run.config.write_text(dump_config(dataclasses.replace(config, run=anywhere)), encoding="utf-8")
+    write_text(run.config, dump_config(dataclasses.replace(config, run=anywhere)))
     run.write_env()
     if reports:
         write_json(run.data_report, {report.split: report.to_json() for report in reports})

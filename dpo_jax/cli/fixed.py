@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.writing import write_whole
 
 NAME = "fixed.json"
 MODELS = (
@@ -86,11 +86,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _write(config: Config, record: Mapping[str, Any]) -> None:
-    """All of the file or nothing."""
-    file = Path(config.run.dir) / NAME
-    temporary = file.with_name(f".{NAME}.{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    write_whole(Path(config.run.dir) / NAME, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def _hub_ids(config: Config) -> Iterator[tuple[str, str]]:

@@ -29,6 +29,7 @@ from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.seal import is_remote
 from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.types import Model, Partitioner, TrainState
+from dpo_jax.writing import write_text, writing
 
 Evaluate = Callable[[TrainState, int], Mapping[str, Any]]
 
@@ -216,7 +217,7 @@ def _note_resumption(run: RunDir, step: int, total_steps: int) -> None:
     """Adds to `resumes.jsonl` that an interrupted run goes on after `step` steps, for whoever reads the run later."""
     if hosts.is_first() and 0 < step < total_steps:
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        with open(run.resumes, "a", encoding="utf-8") as file:
+        with writing(run.resumes, "a") as file:
             file.write(json.dumps({"step": step, "time": time}) + "\n")
 
 
@@ -247,5 +248,5 @@ def leave_results(
 
     with reported("drawing plots"):
         plot_training(read_metrics(run.metrics), run.plots)
-    run.card.write_text(text, encoding="utf-8")
+    write_text(run.card, text)
     print(f"the policy is in {folder}, in {dtype}")
