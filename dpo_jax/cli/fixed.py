@@ -61,6 +61,11 @@ def date_of(config: Config) -> datetime.datetime:
     return datetime.datetime.fromisoformat(config.data.date) if config.data.date else datetime.datetime.now()
 
 
+def check(config: Config) -> None:
+    """Raises `ConfigError` for a `fixed.json` that is damaged."""
+    _read(Path(config.run.dir) / NAME)
+
+
 def _of_first_host(date: str) -> str:
     """Hosts without a shared disk may have begun on two sides of midnight."""
     import numpy as np
