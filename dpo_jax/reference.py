@@ -28,6 +28,7 @@ from dpo_jax.data.loader import Batch
 from dpo_jax.logps import completion_logps
 from dpo_jax.models.pieces import Piece, pieces_of
 from dpo_jax.types import Model, Rows, Variables
+from dpo_jax.writing import writing
 
 VERSION = "dpo_jax reference log-probabilities 1"
 RECORD = np.dtype([("key", "V16"), ("logps", "<f4", 2), ("crc", "<u4")])
@@ -271,12 +272,11 @@ def _append(path: Path, content: bytes) -> int:
     """Appends all of `content` or, on a full disk, nothing: half a record would be in the way of the next. Returns the size."""
     size = path.stat().st_size if path.exists() else 0
     try:
-        with open(path, "ab") as file:
+        with writing(path, "ab") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = str(path)  # which Python does not know here
+    except OSError:
         with contextlib.suppress(FileNotFoundError):
             os.truncate(path, size)
         raise
@@ -286,7 +286,7 @@ def _append(path: Path, content: bytes) -> int:
 def _replace(path: Path, content: bytes) -> None:
     """All of the new content or all of the old, also after a crash of the machine."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    with writing(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """A module imports only from lower floors, and the heavy or restricted packages have one door each."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # First match wins. Modules of one floor may import each other, as far as Python itself allows.
 FLOORS = [
-    (1, ["types.py", "extras.py"]),
+    (1, ["types.py", "extras.py", "writing.py"]),
     (2, ["losses.py", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
     (3, ["dpo.py", "sft.py", "reward.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),
@@ -48,7 +49,7 @@ LIGHT = [
         *("check_scope", "config", "config_file", "config_judge", "config_lab", "config_report", "config_study"),
         *("commands", "exit_codes", "fixed", "flags", "main", "words"),
     )
-] + ["runtime/signals.py", "runtime/progress.py"]
+] + ["runtime/signals.py", "runtime/progress.py", "writing.py"]
 # What runs in the processes of the PyTorch contenders, where JAX would count as their memory.
 WITHOUT_JAX = [f"bench/{name}.py" for name in ("contender", "matmul", "torch_loop", "torch_sampler", "trl_loop", "work")]
 
@@ -128,6 +129,32 @@ def test_nothing_runs_what_it_reads(path):
                 assert not trusting, f"{name}:{node.lineno} trusts remote code"
 
 
+# A lock that is only opened, a log that names itself line by line, an object in a bucket, the output of contenders' processes.
+UNNAMED = {"open(self.directory / 'cache.lock', 'ab')", "open(self.path, 'ab')", "path.write_text(text)", "open(log, 'wb')"}
+UNNAMED |= {"open(os.devnull, 'w')"}
+WRITERS = ("open", "write_text", "write_bytes", "savefig", "save_file", "save_pretrained")
+
+
+def unnamed_writes(node):
+    """Calls that write a file and do not stand in `with naming(...)`."""
+    if isinstance(node, ast.With) and any(ast.unparse(item.context_expr).startswith("naming(") for item in node.items):
+        return
+    if isinstance(node, ast.Call):
+        *owner, called = ast.unparse(node.func).split(".")
+        modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        opened = called != "open" or any(re.fullmatch(r"[wax]b?", mode) for mode in modes)
+        if called in WRITERS and (owner or called in ("open", "save_file")) and opened:
+            yield node.lineno, ast.unparse(node)
+    for child in ast.iter_child_nodes(node):
+        yield from unnamed_writes(child)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_what_fails_to_be_written_is_named(path):
+    for line, call in unnamed_writes(ast.parse(path.read_text())):
+        assert call in UNNAMED, f"{name_of(path)}:{line}: {call[:60]}: write with dpo_jax.writing, or in `with naming`"
+
+
 @pytest.mark.parametrize("name", LIGHT)
 def test_help_imports_nothing_heavy(name):
     allowed = {name for name in LIGHT if name != "cli/main.py"} | {"cli/"}
@@ -147,7 +174,7 @@ def test_optional_packages_wait_until_they_are_needed(path):
 
 @pytest.mark.parametrize("name", WITHOUT_JAX)
 def test_pytorch_contenders_import_no_jax(name):
-    allowed = {*WITHOUT_JAX, "bench/", "data/", "data/encode.py"}
+    allowed = {*WITHOUT_JAX, "bench/", "data/", "data/encode.py", "writing.py"}
     for line, dotted in imported(PACKAGE / name, at_import_only=True):
         assert dotted.split(".")[0] not in {"jax", "flax", "optax"}, f"{name}:{line} imports {dotted}"
         other = own_module(dotted)

@@ -17,6 +17,8 @@ from dpo_jax.losses import dpo_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.hf import read_weights, save_hf, variable_shapes
+from dpo_jax.models.hf_settings import DEFAULTS
+from dpo_jax.models.logical_axes import RULES, axis_lengths
 from dpo_jax.models.pieces import Piece, assemble
 from dpo_jax.reference import WeightsDigest, reference_logps, weights_digest
 from dpo_jax.runtime import hosts
@@ -25,7 +27,7 @@ from dpo_jax.runtime.mesh import MeshError, make_mesh, mesh_shape
 from dpo_jax.runtime.optim import linear_warmup, make_optimizer
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
 from dpo_jax.step import init_state
-from dpo_jax.types import Model
+from dpo_jax.types import HEAD_AXIS, Model
 
 SIZES = {"vocab_size": 64, "width": 64, "layers": 2, "heads": 8, "max_positions": 64, "eos_token_id": 0}
 MODEL = make_model(decoder_config(hf_config("llama", kv_heads=4, **SIZES)))
@@ -345,6 +347,20 @@ def toy(axes, shape=(8, 6)):
 def test_a_parameter_that_does_not_fit_the_mesh_is_refused_by_name(model, units, message):
     with pytest.raises(MeshError, match=message):
         on_mesh(tensor=4, model=model, units=units)
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_the_lengths_of_axes_are_known_without_the_model(family):
+    """What `--check` divides among devices is what the parameters have."""
+    sizes = {"width": 48, "layers": 2, "heads": 6, "max_positions": 32}
+    kv_heads = {} if family in ("gpt2", "gptj", "gpt_neox") else {"kv_heads": 3}
+    config = decoder_config(hf_config(family, vocab_size=77, eos_token_id=0, **sizes, **kv_heads))
+    model = make_model(config)
+    specs = jax.tree.leaves(model.axes(), is_leaf=lambda x: isinstance(x, P))
+    leaves = jax.tree.leaves(variable_shapes(model))
+    named = {(axis, n) for s, leaf in zip(specs, leaves, strict=True) for axis, n in zip(s, leaf.shape, strict=True) if axis}
+    assert named == set(axis_lengths(config).items())
+    assert RULES["heads"] == RULES["kv_heads"] == HEAD_AXIS
 
 
 def test_a_batch_that_does_not_fit_the_mesh_is_refused(variables, batches):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import importlib.util
 import json
 import re
 import shutil
@@ -13,10 +14,11 @@ import pytest
 import yaml
 from conftest import GOLDEN
 
+from dpo_jax.cli import finished, model_folders, preflight
 from dpo_jax.cli import main as program
-from dpo_jax.cli import model_folders, preflight
 from dpo_jax.cli.commands import COMMANDS
 from dpo_jax.cli.config import Config, RunConfig, dump_config, load_config
+from dpo_jax.cli.flags import parse
 
 ROOT = Path(__file__).parent.parent
 ROWS = [{"prompt": f"{number} and", "chosen": " one more.", "rejected": " no."} for number in range(10)]
@@ -79,6 +81,9 @@ import sys
 from dpo_jax.cli.main import main
 assert main(["dpo", "c.yaml", "--check"]) == 0
 assert main(["eval", "c.yaml", "--check-after=dpo"]) == 0
+assert main(["dpo", "c.yaml", "--run.devices", "mesh", "--check-devices=2"]) == 0
+assert main(["agree", "c.yaml", "--agree.ratings", "pairs/train.jsonl", "--check"]) == 0
+assert main(["bench", "c.yaml", "--bench.contenders", "jax-live", "--bench.lengths", "30/4/4", "--check"]) == 2  # no sizes
 heavy = {"jax", "flax", "transformers", "orbax", "tensorflow_datasets", "huggingface_hub"} & set(sys.modules)
 assert not heavy, heavy
 """
@@ -196,7 +201,9 @@ def test_a_run_that_is_there_is_continued_or_refused(place, capsys):
     assert check("dpo", "--check", capsys=capsys)[0] == 0
 
 
-@pytest.mark.parametrize("flag", ["--check-devices=0", "--check-devices=", "--check-after", "--check-nothing=1"])
+@pytest.mark.parametrize(
+    "flag", ["--check-devices=0", "--check-devices=", "--check-after", "--check-nothing=1", "--check-after=sft,dop"]
+)
 def test_a_check_that_is_not_understood_is_refused(place, capsys, flag):
     code, told = check("dpo", flag, capsys=capsys)
     assert code == 2
@@ -212,18 +219,174 @@ def test_one_device_of_many_is_told_or_refused(place, capsys):
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("bench", ["--bench.lengths", "30/4/4"]),
+        ("bench", ["--bench.lengths", "30/4/4", "--bench.contenders", "jax-live,jax-cached"]),
         ("sample", ["--sample.prompts-file", "pairs/train.jsonl", "--sample.policy", "runs/one/sft/export"]),
-        ("plan", ["--topology", "h100:8"]),
+        ("plan", ["--topology", "h100:4", "--model.vocab-size", "512"]),
         ("study", ["--study.a", "pairs/train.jsonl", "--study.b", "pairs/test.jsonl"]),
         ("frontier", []),
     ],
 )
-def test_what_brings_its_own_data_needs_none(place, capsys, name, flags):
+def test_what_brings_its_own_data_needs_none(place, capsys, monkeypatch, name, flags):
+    monkeypatch.setattr("dpo_jax.runtime.chips.plugin_is_here", lambda: True)
     sizes = {"family": "gpt_neox", "width": 64, "layers": 2, "heads": 4, "max_positions": 64}
     write_config(place, data={"path": None, "source": "reviews" if name == "frontier" else "files"}, model=sizes)
     code, told = check(name, *flags, "--check", capsys=capsys)
     assert code == 0, told
+
+
+# A model and its devices
+
+NEW = {"family": "gpt_neox", "width": 32, "layers": 1, "heads": 2, "max_positions": 64}
+UNEVEN = {
+    "embed": (6, ["--mesh.fsdp", "6"], "axis 'embed' of 32 does not divide among fsdp 6; the nearest size that does is 2"),
+    "heads": (4, ["--mesh.fsdp", "1", "--mesh.tensor", "4"], "axis 'kv_heads' of 2 x 16 does not divide among tensor 4; "),
+    "vocabulary": (4, ["--mesh.fsdp", "1", "--mesh.tensor", "4", "--model.vocab-size", "515"], "axis 'vocab' of 515 does not"),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+@pytest.mark.parametrize(
+    ("command", "scope"), [("sft", []), ("dpo", ["--check-after=sft"]), ("eval", ["--check-after=dpo"]), ("hub", [])]
+)
+def test_a_model_that_does_not_divide_among_the_devices_is_refused(place, capsys, name, command, scope):
+    devices, flags, words = UNEVEN[name]
+    shutil.rmtree(place / "runs")
+    write_config(place, model=NEW | ({"path": "org/name"} if command == "hub" else {}), run={"devices": "mesh"})
+    flags = [*flags, "--data.layout", "packed", *scope, f"--check-devices={devices}"]
+    code, told = check("sft" if command == "hub" else command, *flags, capsys=capsys)
+    assert (code, words in told) == (2, True), told
+    assert check("sft", "--data.layout", "packed", f"--check-devices={2 if devices == 6 else devices}", capsys=capsys)[0] == 0
+
+
+def test_training_refuses_the_same_mesh_in_the_same_words(place, capsys):
+    write_config(place, model=NEW, run={"devices": "mesh"})
+    devices, flags, words = UNEVEN["heads"]
+    flags = [*flags, "--data.layout", "packed", "--model.vocab-size", "512"]
+    done = check("sft", *flags, capsys=capsys)  # on the 4 devices of the tests
+    assert (done[0], devices, words in done[1]) == (2, 4, True), done
+
+
+def test_a_plan_is_checked_with_its_mesh_and_its_compiler(place, capsys, monkeypatch):
+    write_config(place, model=NEW | {"vocab_size": 512}, dpo={"batch": 48})
+    plan = ["--dpo.policy", "org/name", "--check"]
+    monkeypatch.setattr("dpo_jax.runtime.chips.plugin_is_here", lambda: True)
+    code, told = check("plan", *plan, "--topology", "h100:6", capsys=capsys)
+    assert (code, "axis 'embed' of 32 does not divide among fsdp 6" in told) == (2, True), told
+    assert check("plan", *plan, "--topology", "h100:4", capsys=capsys)[0] == 0
+    code, told = check("plan", *plan, "--topology", "h100:4", "--mesh.fsdp", "3", capsys=capsys)
+    assert (code, "3 does not equal the 4 devices" in told) == (2, True), told
+    monkeypatch.setattr("dpo_jax.runtime.chips.plugin_is_here", lambda: False)
+    code, told = check("plan", *plan, "--topology", "h100:4", capsys=capsys)
+    assert (code, "compiling for h100 needs JAX's CUDA plugin" in told) == (2, True), told
+
+
+def test_devices_that_get_nothing_are_told(place, capsys):
+    packed = ["--run.devices", "pmap", "--data.layout", "packed"]
+    code, told = check("dpo", *packed, "--check-devices=8", capsys=capsys)
+    assert code == 0
+    assert told.startswith("dpo c.yaml: no error, 1 warning\n")
+    assert "  warning  dpo.batch: of 4 examples a step at least 4 of the 8 devices compute nothing\n" in told
+    assert "warning" not in check("dpo", *packed, "--check-devices=4", capsys=capsys)[1]
+
+
+# What is easily overlooked
+
+
+def test_a_misspelt_folder_is_not_silently_a_model_of_the_hub(place, capsys):
+    code, told = check("dpo", "--dpo.policy", "runs/nomodel", "--check", capsys=capsys)
+    assert code == 0  # the Hub may have it
+    assert "no error, 1 warning" in told
+    assert "dpo.policy: there is no folder runs/nomodel, though there is runs/: is it misspelt?" in told
+    assert "tokenizer.path: there is no" in check("dpo", "--tokenizer.path", "pairs/t", "--check", capsys=capsys)[1]
+    assert "nothing is wrong with it" in check("dpo", "--dpo.policy", "org/name", "--check", capsys=capsys)[1]
+
+
+def a_run(place, *flags, rows=10, name="dpo"):
+    """The records of a run that took two steps, as the training of the configuration in `place` leaves them."""
+    config = parse(name, ["c.yaml", *flags])
+    folder = place / "runs/one" / name
+    (folder / "checkpoints" / "2").mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(config))
+    files = (
+        []
+        if config.data.source == "reviews"
+        else [{"path": "train.jsonl", "bytes": (place / "pairs/train.jsonl").stat().st_size}]
+    )
+    (folder / "data_report.json").write_text(json.dumps({"train": {"rows": rows, "files": files}}))
+    return config
+
+
+def test_a_run_on_other_data_is_refused_or_told(place, capsys):
+    reviews = ["--data.source", "reviews", "--data.path", "None", "--data.reviews-train"]
+    a_run(place, *reviews, "256", rows=256)
+    assert check("dpo", *reviews, "256", "--check", capsys=capsys)[0] == 0
+    code, told = check("dpo", *reviews, "128", "--check", capsys=capsys)
+    assert code == 2
+    assert "runs/one/dpo holds a run with other data:\n  train split, rows: was 256, is 128\n" in told
+    assert check("dpo", *reviews, "512", "--data.max-train", "256", "--check", capsys=capsys)[0] == 0
+    shutil.rmtree(place / "runs/one/dpo")
+    a_run(place)
+    assert "warning" not in check("dpo", "--check", capsys=capsys)[1]
+    assert (
+        "data.max_length: was 32, is 30: the run goes on"
+        in check("dpo", "--data.max-length", "30", "--check", capsys=capsys)[1]
+    )
+    write_rows(place / "pairs/train.jsonl", ROWS * 2)
+    told = check("dpo", "--check", capsys=capsys)[1]
+    assert "train.jsonl, bytes: has other contents; train split, rows: was 10, is 20: the run goes on only if" in told
+
+
+def test_a_finished_run_is_told(place, capsys):
+    config = a_run(place)
+    settings = finished._settings(config, COMMANDS["dpo"].reads)
+    record = {"version": finished.VERSION, "settings": settings}
+    (place / "runs/one/dpo/finished.json").write_text(json.dumps(record))
+    assert "runs/one/dpo, finished after step 2: nothing is left to do" in check("dpo", "--check", capsys=capsys)[1]
+    assert "continues after step 2" in check("dpo", "--dpo.microbatches", "2", "--check", capsys=capsys)[1]
+
+
+def test_what_a_run_directory_fixes_must_be_readable(place, capsys):
+    (place / "runs/one/fixed.json").write_text('{"date": "20')
+    for flags in (["--check"], []):
+        code, told = check("dpo", *flags, capsys=capsys)
+        assert (code, "runs/one/fixed.json: damaged" in told) == (2, True), told
+
+
+def without(monkeypatch, *packages):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in packages else find(name, *rest))
+
+
+def test_packages_of_each_command_are_looked_for(place, capsys, monkeypatch):
+    write_config(place, model=NEW)
+    without(monkeypatch, "sklearn", "array_record")
+    monkeypatch.setattr("dpo_jax.bench.race.installed", lambda packages, python: False)
+    snippets = ["--frontier.reward", "linear", "--data.source", "snippets"]
+    (place / "tfds/1.0.0").mkdir(parents=True)
+    for name in ("features.json", "dataset_info.json"):
+        (place / "tfds/1.0.0" / name).write_text("{}")
+    for name, flags, words in (
+        ("bench", ["--bench.lengths", "30/4/4"], "has no torch or no trl: "),
+        ("bench", ["--bench.sampling", "2/8/8"], "bench.sampling: .* has no torch: "),
+        ("optimum", snippets, "frontier.reward: needs the package scikit-learn: "),
+        ("prepare", [], "prepare: needs the package array_record"),
+        ("dpo", ["--data.path", "tfds"], "data.source: files: needs the package array_record"),
+    ):
+        code, told = check(name, *flags, "--check", capsys=capsys)
+        assert code in (2, 65), told
+        assert re.search(words, told), told
+    assert "scikit-learn" not in check("optimum", *snippets, "--check-elsewhere=/mnt", capsys=capsys)[1]
+
+
+def test_ratings_that_are_missing_are_told(place, capsys):
+    for flags, words in (
+        ([], "agree.ratings: runs/one/study/ratings is empty"),
+        (["--agree.ratings", "pairs/no.jsonl"], "pairs/no.jsonl: no such file"),
+        (["--agree.ratings", "pairs/train.jsonl", "--agree.key", "no.json"], "agree.key: no.json does not exist"),
+        (["--agree.ratings", "pairs/train.jsonl", "--agree.judge", "no.jsonl"], "agree.judge: no.jsonl: no such file"),
+    ):
+        code, told = check("agree", *flags, "--check", capsys=capsys)
+        assert (code, words in told) == (2, True), told
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -213,6 +213,7 @@ def test_what_is_tolerated_is_noted(tmp_path):
         ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"],
         ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"],
         ["comparisons/train-00000-of-00001.jsonl"],
+        ["data/train-00000-of-00002-b21d99e2a8d3e3b0.jsonl", "data/train-00001-of-00002-0f3a5c7e9d1b2a48.jsonl"],
     ],
 )
 def test_layouts(names, tmp_path):
@@ -235,6 +236,12 @@ def test_layouts(names, tmp_path):
         (["train.jsonl", "train.jsonl.gz"], "same file twice"),
         (["train.jsonl", "train/a.jsonl"], "ambiguous"),
         (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], r"shards \[1\] of 00003 are missing"),
+        (["data/train-00000-of-00002-b21d99e2a8d3e3b0.jsonl"], r"shards \[1\] of 00002 are missing"),
+        (["train-00000-of-00001.jsonl", "train-00000-of-00001-b21d99e2a8d3e3b0.jsonl"], "same file twice"),
+        (
+            [f"data/train_prefs-{n:05}-of-00002-b21d99e2a8d3e3b{n}.jsonl" for n in range(2)],
+            "choose among the splits train_prefs with",
+        ),
         (
             ["en/train-00000-of-00001.jsonl", "de/train-00000-of-00001.jsonl"],
             "ambiguous, .*(en/train.*de|de/train.*en)/train",
@@ -251,6 +258,14 @@ def test_a_layout_is_never_guessed(names, detail, tmp_path):
     with pytest.raises(DataError, match=detail) as refusal:
         load(tmp_path)
     assert refusal.value.causes == (Cause.BAD_LAYOUT,)
+
+
+def test_a_shard_is_no_split(tmp_path):
+    shards = ["train-00000-of-00002-b21d99e2a8d3e3b0", "train-00001-of-00002-0f3a5c7e9d1b2a48"]
+    for name in shards:
+        write(tmp_path / f"{name}.jsonl", GOOD)
+    with pytest.raises(DataError, match=r"shards \[1\] of 00002 are missing"):
+        load_preferences(tmp_path, shards[0])
 
 
 def test_a_repository_of_the_hub_is_read_and_one_that_is_not_here_is_told_how_to_get(tmp_path, monkeypatch):

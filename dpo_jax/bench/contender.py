@@ -10,9 +10,9 @@ import importlib
 import json
 import os
 import sys
-from pathlib import Path
 
 from dpo_jax.bench.work import CONTENDERS, MEASUREMENTS, SAMPLERS, peak_memory, read_sampling, read_work
+from dpo_jax.writing import write_text
 
 
 def main(args: list[str]) -> None:
@@ -29,7 +29,7 @@ def main(args: list[str]) -> None:
         result = importlib.import_module(f"dpo_jax.bench.{MEASUREMENTS[name]}").run(read_work(folder), name)
     result.setdefault("peak_bytes", peak_memory())
     result["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    Path(out).write_text(json.dumps(result))
+    write_text(out, json.dumps(result))
 
 
 if __name__ == "__main__":

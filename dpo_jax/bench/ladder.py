@@ -32,6 +32,7 @@ from dpo_jax.runtime.fit import fit
 from dpo_jax.runtime.optim import linear_warmup, make_optimizer
 from dpo_jax.step import apply_gradients, init_state, mean_grads
 from dpo_jax.types import Metrics, Model, Rows, TrainState, Variables
+from dpo_jax.writing import write_text
 
 BUCKET = 64  # row lengths of length-grouped microbatches are rounded up to this
 
@@ -270,7 +271,7 @@ def _traced(step: Any, folder: str) -> Iterator[None]:
     """A trace in `folder`, and the compiled programs, without which its operations are only numbers."""
     Path(folder).mkdir(parents=True)
     for number, program in enumerate(step.programs.values()):
-        (Path(folder) / f"hlo-{number}.txt").write_text(program.as_text())
+        write_text(Path(folder) / f"hlo-{number}.txt", program.as_text())
     with jax.profiler.trace(folder, create_perfetto_trace=True):
         yield
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dpo_jax.data.encode import Encoded
+from dpo_jax.writing import write_text
 
 SIDES = ("prompt", "chosen", "rejected")
 
@@ -96,7 +97,7 @@ def write_work(work: Work, pairs: Sequence[Encoded]) -> None:
         arrays[side] = np.concatenate(ids)
         arrays[f"{side}_length"] = np.array([len(i) for i in ids], np.int64)
     np.savez(Path(work.folder) / "pairs.npz", **arrays)
-    (Path(work.folder) / "work.json").write_text(json.dumps(dataclasses.asdict(work), indent=2))
+    write_text(Path(work.folder) / "work.json", json.dumps(dataclasses.asdict(work), indent=2))
 
 
 def read_work(folder: str | Path) -> Work:
@@ -126,7 +127,7 @@ class SamplingWork:
 def write_sampling(work: SamplingWork, prompts: np.ndarray, lengths: np.ndarray) -> None:
     """`prompts` int32[B, Lp] end in the last column, `lengths` int32[B]: what `sampling.left_pad` gives."""
     np.savez(Path(work.folder) / "prompts.npz", prompts=prompts, lengths=lengths)
-    (Path(work.folder) / "sampling.json").write_text(json.dumps(dataclasses.asdict(work), indent=2))
+    write_text(Path(work.folder) / "sampling.json", json.dumps(dataclasses.asdict(work), indent=2))
 
 
 def read_sampling(folder: str | Path) -> SamplingWork:

@@ -39,6 +39,7 @@ from dpo_jax.runtime.parallel import jit_step, mesh_partitioner, single_device
 from dpo_jax.sft import sft_step
 from dpo_jax.step import init_state
 from dpo_jax.types import Rows, TrainState
+from dpo_jax.writing import write_text
 
 SHAPES = {  # width, layers, heads, vocabulary: the largest that fits is taken
     "Pythia-2.8B": (2560, 32, 32, 50304),
@@ -270,7 +271,7 @@ class _Bench:
         if self.fastest is None:
             return skipped("no DPO step was timed")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "hlo-0.txt").write_text(self.fastest.compiled.as_text())
+        write_text(folder / "hlo-0.txt", self.fastest.compiled.as_text())
         with jax.profiler.trace(str(folder)):
             for _ in range(2):
                 self._step(self.fastest.compiled, self.fastest.rows)

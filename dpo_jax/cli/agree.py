@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from dpo_jax.cli import build
+from dpo_jax.cli.agree_files import judge_files, key_file, rating_files
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.evals.agreement import Estimate, table_2
@@ -28,8 +29,9 @@ WIDTH = 26  # of a column
 def run(config: Config) -> int:
     section = config.agree
     jax.config.update("jax_platforms", "cpu")  # a training may hold the chips
-    saved, records = _rating_files(config)
-    key = _key(config, needed=bool(saved))
+    saved, records = rating_files(config)
+    file = key_file(config, needed=bool(saved))
+    key = read_key(file) if file else None
     raters = read_raters(saved, key=key) if key else []
     judgments = [judgment for file in raters for judgment in file.judgments]
     judgments += [judgment for path in records for judgment in read_records(path, key=key)]
@@ -48,47 +50,10 @@ def run(config: Config) -> int:
     return 0
 
 
-def _rating_files(config: Config) -> tuple[list[Path], list[Path]]:
-    """The files of the page and those of records. A folder stands for all of both in it."""
-    folder = Path(config.run.dir, "study", "ratings")
-    given = [Path(part.strip()) for part in config.agree.ratings.split(",")] if config.agree.ratings else [folder]
-    files = [file for path in given for file in (sorted(path.glob("[!.]*")) if path.is_dir() else [path])]
-    kinds = [[file for file in files if file.name.endswith(ends)] for ends in ((".json",), (".jsonl", ".jsonl.gz"))]
-    other = [str(file) for file in files if file not in kinds[0] and file not in kinds[1]]
-    if other:
-        raise ConfigError(f"agree.ratings: {', '.join(other)}: neither .json, as the page saves it, nor .jsonl")
-    if not files:
-        raise ConfigError(f"agree.ratings: {given[0]} is empty; put there what raters saved, or name it with --agree.ratings")
-    return kinds[0], kinds[1]
-
-
-def _key(config: Config, *, needed: bool) -> Key | None:
-    path = Path(config.agree.key or Path(config.run.dir, "study", "key.json"))
-    if path.exists():
-        return read_key(path)
-    if needed or config.agree.key:
-        raise ConfigError(f"agree.key: {path} does not exist; it is the file that dpo-jax study wrote beside the page")
-    return None
-
-
-def _judges(config: Config) -> dict[str, Path]:
-    found = Path(config.run.dir, "judge", "pairs.jsonl")
-    if config.agree.judge is None:
-        return {"judge": found} if found.exists() else {}
-    judges: dict[str, Path] = {}
-    for part in config.agree.judge.split(","):
-        name, equals, path = part.strip().rpartition("=")
-        name = name if equals else Path(path).stem
-        if name in judges:
-            raise ConfigError(f"agree.judge: two judges are called {name!r}; write NAME={path}")
-        judges[name] = Path(path)
-    return judges
-
-
 def _verdicts(config: Config, key: Key | None) -> tuple[dict[str, Verdicts], list[str]]:
     """By the judge's name, and notes. The judge of the run may have compared other texts; one that is named may not."""
     try:
-        return {name: read_verdicts(path, key=key) for name, path in _judges(config).items()}, []
+        return {name: read_verdicts(path, key=key) for name, path in judge_files(config).items()}, []
     except DataError as error:
         if config.agree.judge is None and error.causes == (Cause.NO_PAIR,):
             return {}, [str(error)]

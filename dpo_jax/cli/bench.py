@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import importlib.util
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +23,20 @@ from dpo_jax.bench import race, report, sampling_race
 from dpo_jax.bench.flops import typical_matmuls
 from dpo_jax.bench.profile import slowest_operations
 from dpo_jax.bench.work import (
-    CONTENDERS,
     OURS,
     SamplingWork,
     Work,
-    library,
     random_pairs,
     read_pairs,
     write_sampling,
     write_work,
 )
 from dpo_jax.cli import build
+from dpo_jax.cli.bench_contenders import contenders, need, torch_python
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.model_folders import sized_hf_config
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import batch_indices, plan_layout
-from dpo_jax.extras import install_command
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.hf import load_config, save_hf
@@ -59,7 +57,7 @@ MATMUL_TOKENS = 16_384  # rows of the matrix products that are timed, at most
 def run(config: Config) -> int:
     if config.bench.sampling is not None:
         return _sampling(config)
-    names = _contenders(config)
+    names = contenders(config)
     jax.config.update("jax_platforms", "cpu")  # an accelerator belongs to one process at a time: that of the contender
     with build.open_run(config, "bench") as run_dir:
         work = freeze(config, run_dir)
@@ -68,7 +66,7 @@ def run(config: Config) -> int:
             work,
             names,
             rounds=config.bench.rounds,
-            python=_torch_python(config),
+            python=torch_python(config),
             say=functools.partial(print, flush=True),
         )
         decoder = decoder_config(load_config(work.model))
@@ -91,40 +89,6 @@ def _plot(summary: dict[str, Any], path: Path) -> None:
     from dpo_jax.bench.plots import plot_race
 
     plot_race(summary, path)
-
-
-def _contenders(config: Config) -> list[str]:
-    try:
-        names = race.check_names(config.bench.contenders)
-    except ValueError as error:
-        raise ConfigError(f"bench.contenders: {error}") from error
-    needed = {"torch" for name in names if library(name) == "torch"} | {"trl" for name in names if "trl" in name}
-    if needed:
-        others = ",".join(name for name in CONTENDERS if library(name) == "jax")
-        _need(config, sorted(needed), option="bench.contenders", otherwise=f", or only contenders that need none: {others}")
-    for option, parts in (
-        ("bench.groups", config.bench.groups),
-        ("bench.torch_microbatches", config.bench.torch_microbatches),
-    ):
-        if config.dpo.batch % parts:
-            raise ConfigError(f"{option}: {parts} equal parts do not make up a batch of {config.dpo.batch} pairs (dpo.batch)")
-    return names
-
-
-def _need(config: Config, packages: list[str], *, option: str, otherwise: str = "") -> None:
-    python = _torch_python(config)
-    if not race.installed(packages, python=python):
-        raise ConfigError(
-            f"{option}: {python} has no {' or no '.join(packages)}: {install_command('bench')}, name another Python "
-            f"(bench.torch_python){otherwise}"
-        )
-
-
-def _torch_python(config: Config) -> str:
-    python = config.bench.torch_python
-    if python is not None and shutil.which(python) is None:
-        raise ConfigError(f"bench.torch_python: {python} is no program that can be run")
-    return python or sys.executable
 
 
 def freeze(config: Config, run_dir: RunDir) -> Work:
@@ -192,7 +156,7 @@ def _model_for_random(config: Config, *, option: str, longest: int) -> Model:
         decoder = decoder_config(load_config(config.model.path))
     else:
         vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
-        decoder = decoder_config(build.sized_hf_config(config, vocab_size=vocab_size, eos=0))
+        decoder = decoder_config(sized_hf_config(config, vocab_size=vocab_size, eos=0))
     if longest > decoder.max_positions:
         asked = getattr(config.bench, option.removeprefix("bench."))
         raise ConfigError(
@@ -219,7 +183,7 @@ def _sampling(config: Config) -> int:
     """The race of samplers."""
     assert config.bench.sampling is not None
     count, longest, new_tokens = (int(part) for part in config.bench.sampling.split("/"))
-    _need(config, ["torch"], option="bench.sampling")
+    need(config, ["torch"], option="bench.sampling")
     jax.config.update("jax_platforms", "cpu")
     with build.open_run(config, "bench") as run_dir:
         model = _model_for_random(config, option="bench.sampling", longest=longest + new_tokens)
@@ -232,7 +196,7 @@ def _sampling(config: Config) -> int:
         prompts = sampling_race.random_prompts(count, longest, vocab_size=model.config.vocab_size, seed=seed)
         write_sampling(work, *left_pad(prompts))
         results, differences = sampling_race.race(
-            work, rounds=bench.rounds, python=_torch_python(config), say=functools.partial(print, flush=True)
+            work, rounds=bench.rounds, python=torch_python(config), say=functools.partial(print, flush=True)
         )
         summary = sampling_race.summarize(work, results, differences)
         write_json(run_dir.path / "sampling.json", {"machine": machine(), **summary})

@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.cli.config import BASELINES, Config, ConfigError, DpoConfig, SftConfig, dump_config
 from dpo_jax.cli.fixed import date_of, keep, pin_models
-from dpo_jax.cli.model_folders import check_fit, remedy
-from dpo_jax.cli.preflight import batch_parts as batch_parts
-from dpo_jax.cli.preflight import check_writers
+from dpo_jax.cli.model_folders import check_fit, planned_hf_config, remedy, sized_hf_config
+from dpo_jax.cli.preflight_devices import batch_parts as batch_parts
 from dpo_jax.cli.preflight_inputs import TEXT_SOURCES as TEXT_SOURCES
 from dpo_jax.cli.preflight_inputs import refuse_texts
+from dpo_jax.cli.preflight_packages import check_writers
 from dpo_jax.data.chat_date import at_date
 from dpo_jax.data.encode import Encoded, token_ids, with_bos
 from dpo_jax.data.layout import Completion, Layout
@@ -37,9 +37,10 @@ from dpo_jax.dpo import PreferenceLoss
 from dpo_jax.losses import dpo_loss, ipo_loss, unlikelihood_loss
 from dpo_jax.models.attention_paths import attention_path, path_name
 from dpo_jax.models.decoder import make_model
-from dpo_jax.models.families import decoder_config, hf_config
+from dpo_jax.models.families import decoder_config
 from dpo_jax.models.hf import end_tokens, load_config, read_weights, variable_shapes
 from dpo_jax.models.hub import resolve
+from dpo_jax.models.logical_axes import whole_heads
 from dpo_jax.reference import WeightsDigest
 from dpo_jax.runtime.compiling import keep_programs, report_compiling
 from dpo_jax.runtime.hosts import HostsError, first_goes_first, is_first, start
@@ -50,6 +51,7 @@ from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, TrainState, Variables
+from dpo_jax.writing import write_text
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -90,7 +92,7 @@ def describe(run: RunDir, config: Config, *reports: DataReport) -> None:
     anywhere = dataclasses.replace(config.run, coordinator=None, num_processes=None, process_id=None)
     if reports:
         config = pin_models(config)
-    run.config.write_text(dump_config(dataclasses.replace(config, run=anywhere)), encoding="utf-8")
+    write_text(run.config, dump_config(dataclasses.replace(config, run=anywhere)))
     run.write_env()
     if reports:
         write_json(run.data_report, {report.split: report.to_json() for report in reports})
@@ -107,14 +109,9 @@ def make_partitioner(config: Config, model: Model) -> Partitioner:
         return single_device()
     try:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
-        return mesh_partitioner(mesh, model, units=whole_heads(model))
+        return mesh_partitioner(mesh, model, units=whole_heads(model.config))
     except MeshError as error:
         raise ConfigError(f"mesh: {error}") from error
-
-
-def whole_heads(model: Model) -> dict[str, int]:
-    """What of a model's axes is not cut in two."""
-    return {axis: model.config.head_size for axis in ("heads", "kv_heads")}
 
 
 @contextmanager
@@ -281,35 +278,13 @@ def new_hf_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[st
     return sized_hf_config(config, vocab_size=vocab_size, eos=eos)
 
 
-def sized_hf_config(config: Config, *, vocab_size: int, eos: int) -> dict[str, Any]:
-    """The Hugging Face configuration of a new model of the sizes in `model`, for a vocabulary that is known."""
-    sizes = config.model
-    asked = {name: getattr(sizes, name) for name in ("width", "layers", "heads", "max_positions")}
-    options = {name: getattr(sizes, name) for name in ("kv_heads", "head_size", "mlp_width", "tie")}
-    assert sizes.family is not None  # checked with the configuration
-    try:
-        return hf_config(sizes.family, vocab_size=vocab_size, eos_token_id=eos, **asked, **options)
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from error
-
-
 def model_without_weights(config: Config, *, platform: str) -> tuple[Model, str]:
     """The policy as it would be on `platform`, and where its sizes come from. Neither weights, tokenizer nor network are used.
 
     A folder of the starting policy or of `model.path` has the word, if it is here; else the sizes in `model`.
     """
-    for option, path in (("dpo.policy", config.dpo_policy()), ("model.path", config.model.path)):
-        if path is not None and (Path(path).expanduser() / "config.json").is_file():
-            with _naming(option, path):
-                return _model(config, load_config(path), platform=platform), f"{path}/config.json"
-    sizes = dataclasses.replace(config.model, path=None)
-    absent = [field for field, _ in sizes.missing()] + (["vocab_size"] if sizes.vocab_size is None else [])
-    if absent:
-        raise ConfigError(
-            "\n".join(f"model.{field}: no model folder is here, so its sizes must be in the configuration" for field in absent)
-        )
-    hf = sized_hf_config(config, vocab_size=sizes.vocab_size or 0, eos=0)
-    return _model(config, hf, platform=platform), "the sizes in section model"
+    hf, source = planned_hf_config(config)
+    return _model(config, hf, platform=platform), source
 
 
 def policy_model(config: Config, path: str, tokenizer: PreTrainedTokenizerFast, *, name: str, expected: bool = False) -> Model:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_jax.cli.config_file import ConfigError
+from dpo_jax.cli.commands import COMMANDS
+from dpo_jax.cli.config_file import ConfigError, suggest
 
 OPTIONS = """\
   --check                   check data, models, devices and the run directory, say what would run, and end
@@ -36,5 +37,8 @@ def scope_of(args: list[str]) -> tuple[list[str], Scope | None]:
             raise ConfigError(f"{arg}: not understood; there are:\n{OPTIONS}")
         if name == "devices" and not (value.isdecimal() and int(value)):
             raise ConfigError(f"{arg}: must be a number of devices")
+        for command in value.split(",") if name == "after" else ():
+            if command not in COMMANDS:
+                raise ConfigError(f"{arg}: {command}: unknown command{suggest(command, list(COMMANDS))}")
         found[name] = {"after": lambda v: tuple(v.split(",")), "devices": int, "elsewhere": str}[name](value)
     return rest, Scope(**found) if len(rest) < len(args) else None

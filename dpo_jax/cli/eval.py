@@ -33,6 +33,7 @@ from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.rundir import RunDir, RunLocked, write_json
 from dpo_jax.types import Model, Partitioner, Variables
+from dpo_jax.writing import write_text, writing
 
 
 def run(config: Config) -> int:
@@ -91,7 +92,7 @@ def run(config: Config) -> int:
         if not is_first():
             return 0
         if config.eval.samples:
-            with open(run_dir.path / "samples.jsonl", "w", encoding="utf-8") as file:
+            with writing(run_dir.path / "samples.jsonl") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in samples["texts"])
         metrics = Path(config.run.dir, "dpo", "metrics.jsonl")
         health = examine_run(report, read_metrics(metrics) if of_run and metrics.is_file() else ())
@@ -183,8 +184,8 @@ def _update_card(config: Config, report: dict[str, Any]) -> None:
                 print(f"{run_dir.card} is left as it is: the run was trained with {_settings(trained)}")
                 return
             card = dpo_card(trained, run_dir, report=report)
-            run_dir.card.write_text(card, encoding="utf-8")
-            (run_dir.export / "README.md").write_text(card, encoding="utf-8")
+            write_text(run_dir.card, card)
+            write_text(run_dir.export / "README.md", card)
     except (RunLocked, ConfigError) as error:  # training again just now, or a folder that was copied here
         print(f"the model card is left as it is: {error}")
 

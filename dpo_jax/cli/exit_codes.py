@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import sys
 
+from dpo_jax.writing import FULL, error_number
+
 EXIT_CODES = (
     ("dpo_jax.cli.config_file", "ConfigError", 2),
     ("dpo_jax.cli.dpo", "WrongStart", 2),
@@ -37,9 +39,6 @@ def exit_code(error: BaseException) -> int:
     return 74 if _os_error(error) else 1
 
 
-FULL = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded", errno.EROFS: "Read-only file system"}
-
-
 def _os_error(error: BaseException) -> OSError | None:
     """The file error behind an exception: a full disk reaches us wrapped by whoever was writing."""
     chain = [error]
@@ -47,9 +46,9 @@ def _os_error(error: BaseException) -> OSError | None:
         chain.append(cause)
     name = next((link.filename for link in chain if isinstance(link, OSError) and link.filename), None)
     for link in chain:
-        for number, text in FULL.items():
-            if getattr(link, "errno", None) == number or text in str(link):  # TensorStore has no number
-                return OSError(number, text, name)
+        number = getattr(link, "errno", None) or error_number(str(link))
+        if number in FULL:
+            return OSError(number, FULL[number], name)
     return error if isinstance(error, OSError) else None
 
 

@@ -25,6 +25,7 @@ from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, TrainState, Variables
+from dpo_jax.writing import write_text
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -129,7 +130,7 @@ def _write_beside(folder: Path, tokenizer: Any, card: str | None) -> None:
             flush=True,
         )
     if card is not None:
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_text(folder / "README.md", card)
 
 
 def _card_of(original: Config, run: RunDir, task: str, step: int) -> str:

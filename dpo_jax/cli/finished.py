@@ -87,6 +87,15 @@ class FinishedRun:
         }
 
 
+def recorded(task: str, config: Config, sections: Sequence[str]) -> bool:
+    """Whether the run directory holds the record of a run of these settings that has ended. No other file is looked at."""
+    try:
+        record = json.loads((Path(config.run.dir) / task / RECORD).read_bytes())
+        return record["version"] == VERSION and record["settings"] == _settings(config, sections)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _settings(config: Config, sections: Sequence[str]) -> dict[str, Any]:
     options = {f"{section}.{name}": value for section, name, value in _options(config, sections)}
     return json.loads(json.dumps({option: value for option, value in options.items() if option not in ELSEWHERE}))

@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.writing import write_whole
 
 NAME = "fixed.json"
 MODELS = (
@@ -61,6 +61,11 @@ def date_of(config: Config) -> datetime.datetime:
     return datetime.datetime.fromisoformat(config.data.date) if config.data.date else datetime.datetime.now()
 
 
+def check(config: Config) -> None:
+    """Raises `ConfigError` for a `fixed.json` that is damaged."""
+    _read(Path(config.run.dir) / NAME)
+
+
 def _of_first_host(date: str) -> str:
     """Hosts without a shared disk may have begun on two sides of midnight."""
     import numpy as np
@@ -86,11 +91,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _write(config: Config, record: Mapping[str, Any]) -> None:
-    """All of the file or nothing."""
-    file = Path(config.run.dir) / NAME
-    temporary = file.with_name(f".{NAME}.{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    write_whole(Path(config.run.dir) / NAME, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def _hub_ids(config: Config) -> Iterator[tuple[str, str]]:

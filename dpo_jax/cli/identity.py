@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HELD_OUT = "token ids held out"
 NEITHER = {"policy", "reference", "microbatches"}
 """Options of a section that are no setting: paths, whose weights have digests, and what does not change a result."""
-_LIMITS = ("max_length", "max_prompt_length", "truncation", "bos", "format", "on_bad", "max_train")
+LIMITS = ("max_length", "max_prompt_length", "truncation", "bos", "format", "on_bad", "max_train")
 
 
 def settings(config: Config, section: TrainingConfig) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def data_record(config: Config, tokenizer: Any, reports: Sequence[DataReport], *
     for report in reports:
         record |= {f"{report.split} split, {name}": getattr(report, name) for name in ("rows", "read", "kept")}
         record |= {f"file {file['path']}": file["sha256"] for file in report.files}
-    record |= {f"data.{name}": getattr(config.data, name) for name in _LIMITS}
+    record |= {f"data.{name}": getattr(config.data, name) for name in LIMITS}
     record["chat template"] = (
         hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest() if tokenizer.chat_template else None
     )
@@ -124,6 +124,12 @@ def refuse_other_settings(place: str, saved: Mapping[str, Any], now: Mapping[str
     if "epochs" in differing:
         lines.append("  (with schedule linear the learning rate falls to 0 at the end of the run, so its length is fixed)")
     raise ConfigError(_message(place, "settings", lines))
+
+
+def refuse_other_data(place: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` naming what differs from the data of the run in `place`. `saved`, `now`: parts of `data_record`."""
+    if lines := other_data(saved, now):
+        raise ConfigError(_message(place, "data", lines))
 
 
 def other_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

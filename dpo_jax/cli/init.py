@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpo_jax.cli.config import ConfigError
+from dpo_jax.writing import writing
 
 USAGE = """\
 usage: dpo-jax init [FILE.yaml]
@@ -64,7 +65,7 @@ def main(args: list[str], *, prog: str) -> int:
     path = Path(args[0] if args else "dpo.yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(path, "x", encoding="utf-8") as file:
+        with writing(path, "x") as file:
             file.write(TEMPLATE)
     except FileExistsError:
         raise ConfigError(f"{path} is there already, and is left as it is; give another name: {prog} FILE.yaml") from None

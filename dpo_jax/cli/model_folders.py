@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.families import decoder_config, hf_config
+from dpo_jax.models.folder import read_config
 
 MAKERS = ("sft", "dpo", "ppo", "reward-model")
 """Commands that leave a model in a folder of their own in the run directory: RUN/sft/export."""
@@ -74,3 +78,59 @@ def check_fit(config: Config, decoder: DecoderConfig, path: str, *, expected: bo
         want, have = getattr(config.model, name), getattr(decoder, name)
         if want is not None and want != have:
             raise ConfigError(f"model.{name}: {want} is expected, but {path} has {have}; correct one of them")
+
+
+def sized_hf_config(config: Config, *, vocab_size: int, eos: int) -> dict[str, Any]:
+    """The Hugging Face configuration of a new model of the sizes in `model`, for a vocabulary that is known."""
+    sizes = config.model
+    asked = {name: getattr(sizes, name) for name in ("width", "layers", "heads", "max_positions")}
+    options = {name: getattr(sizes, name) for name in ("kv_heads", "head_size", "mlp_width", "tie")}
+    assert sizes.family is not None  # checked with the configuration
+    try:
+        return hf_config(sizes.family, vocab_size=vocab_size, eos_token_id=eos, **asked, **options)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def planned_hf_config(config: Config) -> tuple[dict[str, Any], str]:
+    """The Hugging Face configuration of the policy, and where it comes from, before any model is made or fetched.
+
+    A folder of the starting policy or of `model.path` has the word, if it is here; else the sizes in `model`. Raises
+    `ConfigError` where neither says everything.
+    """
+    for option, path in (("dpo.policy", config.dpo_policy()), ("model.path", config.model.path)):
+        if path is not None and (Path(path).expanduser() / "config.json").is_file():
+            try:
+                hf = read_config(Path(path).expanduser())
+                decoder_config(hf)
+                return hf, f"{path}/config.json"
+            except ValueError as error:
+                raise ConfigError(f"{option}: {path}: {error}") from error
+    sizes = dataclasses.replace(config.model, path=None)
+    absent = [field for field, _ in sizes.missing()] + (["vocab_size"] if sizes.vocab_size is None else [])
+    if absent:
+        raise ConfigError(
+            "\n".join(f"model.{field}: no model folder is here, so its sizes must be in the configuration" for field in absent)
+        )
+    return sized_hf_config(config, vocab_size=sizes.vocab_size or 0, eos=0), "the sizes in section model"
+
+
+def known_decoder(config: Config, path: str | None) -> DecoderConfig | None:
+    """The decoder of a model folder, which need not be there yet, or of a new model (None); None where it is not known.
+
+    What `sft` and `dpo` will make has the sizes of what they start from, at last those in `model`. Where these leave out the
+    vocabulary, it is 1.
+    """
+    if path is not None and (Path(path).expanduser() / "config.json").is_file():
+        try:
+            return decoder_config(read_config(Path(path).expanduser()))
+        except ValueError:  # told where the folder itself is looked at
+            return None
+    task = None if path is None else maker(path)
+    if task is not None and path is not None and Path(path) == Path(config.run.dir, task, "export"):
+        start = config.model.path if task == "sft" else config.dpo_policy()
+        return None if start == path else known_decoder(config, start)
+    sizes = dataclasses.replace(config.model, path=None)
+    if path != config.model.path or any(sizes.missing()):
+        return None
+    return decoder_config(sized_hf_config(config, vocab_size=sizes.vocab_size or 1, eos=0))

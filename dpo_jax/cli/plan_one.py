@@ -15,6 +15,7 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.dpo import dpo_step
 from dpo_jax.models.attention_paths import path_name
 from dpo_jax.models.flops import PairFlops, pair_flops
+from dpo_jax.models.logical_axes import whole_heads
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime.chips import host_devices, slice_devices, slice_of
 from dpo_jax.runtime.mesh import MeshError, make_mesh, row_shards
@@ -70,7 +71,7 @@ def plan(config: Config, topology: str, *, refs: bool = False) -> Plan:
         work = _work(config, flops, batch=section.batch, parts=parts, microbatches=section.microbatches)
         tx = build.make_tx(section)
         step = functools.partial(dpo_step, model=model, tx=tx, loss=build.make_loss(section), microbatches=section.microbatches)
-        where: dict[str, Any] = {"model": model, "mesh": mesh, "chip": chip, "units": build.whole_heads(model)}
+        where: dict[str, Any] = {"model": model, "mesh": mesh, "chip": chip, "units": whole_heads(model.config)}
         where["host_devices"] = host_devices(topology)
         with reported(f"compiling the step for {topology}", brief=True):
             program = plan_step(step, functools.partial(init_state, tx=tx), work=work, **where)

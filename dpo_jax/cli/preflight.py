@@ -6,130 +6,39 @@ No network, accelerator or JAX is needed. What a command refuses before it compu
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
-import math
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from dpo_jax.cli import identity, model_folders
+from dpo_jax.cli import finished, fixed, identity, model_folders
+from dpo_jax.cli.agree_files import judge_files, key_file, rating_files
 from dpo_jax.cli.check_scope import Scope
-from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, TrainingConfig, load_config
-from dpo_jax.cli.preflight_inputs import Check, data, files, judged_files, model, prompts, tokenizer
-from dpo_jax.extras import install_command
+from dpo_jax.cli.commands import COMMANDS
+from dpo_jax.cli.config import Config, ConfigError, load_config
+from dpo_jax.cli.preflight_devices import devices, plan, training
+from dpo_jax.cli.preflight_inputs import Check, data, files, judged_files, model, most, prompts, tokenizer
+from dpo_jax.cli.preflight_packages import bench_packages, check_bucket, judge_packages, reward_packages, writers
 
-MOST_OF_A_HOST = 8  # devices, of any TPU or GPU machine that is sold
+ROWS = "train split, rows"
 
 
 def run(name: str, config: Config, scope: Scope, *, path: str) -> int:
     """Checks the command `name`; prints what would run. Raises the first problem, with the words of all."""
     check = Check(name, config, scope)
-    for look in LOOKS.get(name, ()):
+    for look in (*LOOKS.get(name, ()), _fixed):
         with check.collecting():
             look(check)
     if check.problems:
         first = check.problems[0]
         first.args = ("\n".join(str(problem) for problem in check.problems), *first.args[1:])
         raise first
-    print(f"{name} {path}: nothing is wrong with it")
-    print("\n".join(f"  {what:<9}{words}" for what, words in check.told))
+    count = len(check.warnings)
+    verdict = f"no error, {count} warning{'s' if count > 1 else ''}" if count else "nothing is wrong with it"
+    print(f"{name} {path}: {verdict}")
+    told = [*check.told, *(("warning", words) for words in check.warnings)]
+    print("\n".join(f"  {what:<9}{words}" for what, words in told))
     return 0
-
-
-# Packages
-
-
-def check_writers(config: Config) -> None:
-    """Raises `ConfigError` for a metrics writer whose package is missing: now, and not after the reference pass."""
-    wanted = {"tensorboard": "tensorboardX" if config.run.tensorboard else "", "wandb": "wandb" if config.run.wandb else ""}
-    for option, package in wanted.items():
-        if package and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"run.{option}: needs the package {package}: {install_command('writers')}, or leave it off")
-
-
-def check_bucket(config: Config, directory: str) -> None:
-    """Raises `ConfigError` for checkpoints in a bucket that no package here can reach."""
-    if directory.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
-        raise ConfigError(f"run.checkpoints: gs:// needs the package gcsfs: {install_command('gcs')}")
-
-
-def _writers(check: Check) -> None:
-    if check.scope.elsewhere is None:
-        check_writers(check.config)
-
-
-def _judge_packages(check: Check) -> None:
-    section = check.config.judge
-    if importlib.util.find_spec("openai") is None:
-        raise ConfigError(f"judge: needs the package openai: {install_command('judge')}")
-    if section.base_url == type(section).base_url and not os.environ.get(section.key_env, "").strip():
-        raise ConfigError(f"judge.key_env: {section.base_url} wants a key, and the variable {section.key_env} is empty")
-
-
-# Devices
-
-
-def batch_parts(section: TrainingConfig, row_shards: int, *, layout: str) -> int:
-    """Into how many parts the rows of a batch are divided. Raises `ConfigError` where the batch does not divide."""
-    parts = row_shards * section.microbatches
-    name = "sft" if isinstance(section, SftConfig) else "dpo"
-    if layout != "packed" and section.batch % parts:
-        raise ConfigError(
-            f"{name}.batch: {section.batch} does not divide among {row_shards} devices x {section.microbatches} "
-            f"microbatches; the nearest batch that does is {max(1, round(section.batch / parts)) * parts}"
-        )
-    return parts
-
-
-def _devices(check: Check) -> None:
-    config, count = check.config, check.scope.devices
-    if config.run.devices == "single":
-        if config.run.distributed == "auto" and count is not None and count > MOST_OF_A_HOST:
-            raise ConfigError(f"run.devices: single is one device, and {count} are on several hosts; use mesh or pmap")
-        unused = f" of {count}: run.devices mesh or pmap takes all" if count is not None and count > 1 else ""
-        check.tell("devices", f"one{unused}")
-    elif config.run.devices == "pmap":
-        check.tell("devices", f"pmap over {count or 'all'}")
-    else:
-        sizes = dataclasses.asdict(config.mesh)
-        if count is not None:
-            from dpo_jax.runtime.mesh import MeshError, mesh_shape
-
-            try:
-                sizes = dict(zip(sizes, mesh_shape(count, **sizes), strict=True))
-            except MeshError as error:
-                raise ConfigError(f"mesh: {error}") from error
-        check.tell("devices", " x ".join(f"{axis} {size if size > 0 else 'what is left'}" for axis, size in sizes.items()))
-
-
-def _row_shards(check: Check) -> int | None:
-    """Into how many parts the rows of a batch are cut; None where that depends on how many devices there are."""
-    config, count = check.config, check.scope.devices
-    if config.run.devices == "single":
-        return 1
-    if config.run.devices == "pmap":
-        return count
-    mesh = config.mesh
-    if -1 not in (mesh.data, mesh.fsdp):
-        return mesh.data * mesh.fsdp
-    fixed = mesh.data * mesh.fsdp * mesh.tensor
-    return None if count is None or count % fixed else count // mesh.tensor
-
-
-def _training(task: str) -> Callable[[Check], None]:
-    def look(check: Check) -> None:
-        config = check.config
-        section: SftConfig | DpoConfig = getattr(config, task)
-        if (shards := _row_shards(check)) is not None:
-            layout = "plain" if task == "sft" and config.data.layout == "shared" else config.data.layout
-            batch_parts(section, shards, layout=layout)
-        steps = ""
-        if check.rows is not None:
-            steps = f", at most {math.ceil(check.rows * section.epochs / section.batch):,} steps"
-        check.tell("training", f"batches of {section.batch}, {section.epochs} epochs{steps}")
-
-    return look
 
 
 # The run directory
@@ -150,11 +59,12 @@ def _run_dir(check: Check) -> None:
     from dpo_jax.runtime.rundir import check_unlocked
 
     check_unlocked(folder)
-    check.tell("run", f"{folder}{_progress(config, name, folder) if name in ('sft', 'dpo') else ''}")
+    check.tell("run", f"{folder}{_progress(check, name, folder) if name in ('sft', 'dpo') else ''}")
 
 
-def _progress(config: Config, task: str, folder: Path) -> str:
+def _progress(check: Check, task: str, folder: Path) -> str:
     """Words on what a training would continue. Raises `ConfigError` where it would be refused."""
+    config = check.config
     directory = config.checkpoints_of(task)
     check_bucket(config, directory)
     steps = model_folders.saved_steps(directory)
@@ -162,17 +72,43 @@ def _progress(config: Config, task: str, folder: Path) -> str:
         return f", checkpoints in {directory}" if config.run.checkpoints else ""
     if not config.run.resume:
         raise ConfigError(f"run.resume: is off, and {directory} holds checkpoints; turn it on, or choose another --run.dir")
-    _refuse_other_settings(config, task, folder)
+    _refuse_another_run(check, task, folder)
+    if finished.recorded(task, config, COMMANDS[task].reads):
+        return f", finished after step {steps[-1]:,}: nothing is left to do, unless a file has changed since"
     return f", continues after step {steps[-1]:,}"
 
 
-def _refuse_other_settings(config: Config, task: str, folder: Path) -> None:
+def _refuse_another_run(check: Check, task: str, folder: Path) -> None:
+    """Raises `ConfigError` for a run of other settings or, where that is seen without reading them, of other data."""
     try:
         before = load_config(folder / "config.yaml")
     except ConfigError:  # none, or of another version
         return
-    was, now = (identity.settings(one, getattr(one, task)) for one in (before, config))
+    was, now = (identity.settings(one, getattr(one, task)) for one in (before, check.config))
     identity.refuse_other_settings(str(folder), was, now)
+    try:
+        report = json.loads((folder / "data_report.json").read_bytes())["train"]
+        was, now = {ROWS: most(report["rows"], before.data.max_train)}, {ROWS: check.rows}
+        files = {f"file {file['path']}, bytes": file["bytes"] for file in report["files"]}
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: nothing is computed from it
+        return
+    if check.config.data.source == before.data.source == "reviews":
+        identity.refuse_other_data(str(folder), was, now)
+    for record, config in ((was, before), (now, check.config)):
+        record |= {f"data.{name}": getattr(config.data, name) for name in identity.LIMITS}
+    if check.train_files is not None:
+        was, now = was | files, now | check.train_files
+    if check.rows is None:
+        del was[ROWS], now[ROWS]
+    if lines := identity.other_data(was, now):
+        check.warn("; ".join(line.strip() for line in lines) + ": the run goes on only if no token of its data has changed")
+
+
+def _fixed(check: Check) -> None:
+    """What the run directory keeps for all commands that make token ids."""
+    reads = COMMANDS[check.name].reads
+    if any(option.startswith("tokenizer") for option in reads) and not check.scope.hides(check.config.run.dir):
+        fixed.check(check.config)
 
 
 def _checkpoints(check: Check) -> None:
@@ -190,19 +126,25 @@ def _checkpoints(check: Check) -> None:
     check.tell("reads", f"{directory}, step {config.export.step or steps[-1]:,}")
 
 
-def _plan(check: Check) -> None:
-    from dpo_jax.runtime.chips import slice_of
-
-    chip, chips = slice_of(check.config.plan.topology or "")
-    check.tell("devices", f"{chips} of {chip.name}")
-
-
 def _run_folders(check: Check) -> None:
     """What `report` reads."""
     for folder in check.config.report.folders():
         if not Path(folder).is_dir():
             raise ConfigError(f"report.runs: {folder}: no such run directory")
         check.tell("reads", folder)
+
+
+def _agreed(check: Check) -> None:
+    """What `agree` reads."""
+    people, records = rating_files(check.config)
+    for file in filter(None, (*people, *records, key_file(check.config, needed=bool(people)))):
+        if not file.is_file():
+            raise ConfigError(f"agree.ratings: {file}: no such file")
+        check.tell("file", str(file))
+    for name, file in judge_files(check.config).items():
+        if not file.is_file():
+            raise ConfigError(f"agree.judge: {file}: no such file")
+        check.tell("judge", f"{name}, {file}")
 
 
 def _raced(check: Check) -> None:
@@ -216,20 +158,20 @@ def _raced(check: Check) -> None:
 _POLICY = model("dpo.policy", Config.dpo_policy)
 _REFERENCE = model("dpo.reference", lambda c: c.dpo.reference)
 _START = model("model.path", lambda c: c.model.path, expected=True)
-_RUNS = (_writers, _run_dir)
+_RUNS = (writers, _run_dir)
 # What is looked at for each command, in the order in which it is told.
 LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
     "audit": (data("train", "test", preferences=True), tokenizer, *_RUNS),
     "prepare": (data("train", "test", preferences=True), tokenizer, *_RUNS),
-    "sft": (data("train", "test"), tokenizer, _START, _devices, _training("sft"), *_RUNS),
-    "refs": (data("train", "test", preferences=True), tokenizer, _POLICY, _REFERENCE, _devices, *_RUNS),
-    "dpo": (data("train", "test", preferences=True), tokenizer, _POLICY, _REFERENCE, _devices, _training("dpo"), *_RUNS),
+    "sft": (data("train", "test"), tokenizer, _START, devices, training("sft"), *_RUNS),
+    "refs": (data("train", "test", preferences=True), tokenizer, _POLICY, _REFERENCE, devices, *_RUNS),
+    "dpo": (data("train", "test", preferences=True), tokenizer, _POLICY, _REFERENCE, devices, training("dpo"), *_RUNS),
     "eval": (
         data("test", preferences=True),
         tokenizer,
         model("eval.policy", Config.eval_policy),
         model("eval.reference", model_folders.eval_reference),
-        _devices,
+        devices,
         *_RUNS,
     ),
     "sample": (
@@ -237,25 +179,34 @@ LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
         tokenizer,
         model("sample.policy", Config.sample_policy),
         model("sample.reward_model", lambda c: c.sample.reward_model),
-        _devices,
+        devices,
     ),
-    "judge": (_judge_packages, judged_files, _run_dir),
-    "plan": (_plan,),
+    "judge": (judge_packages, judged_files, _run_dir),
+    "plan": (plan,),
     "export": (_checkpoints,),
-    "label": (data("train", "test"), tokenizer, _POLICY, _devices, *_RUNS),
-    "reward-model": (data("train", "test", preferences=True), tokenizer, _POLICY, _devices, *_RUNS),
+    "label": (reward_packages, data("train", "test"), tokenizer, _POLICY, devices, *_RUNS),
+    "reward-model": (data("train", "test", preferences=True), tokenizer, _POLICY, devices, *_RUNS),
     "ppo": (
+        reward_packages,
         data("train", "test"),
         tokenizer,
         _POLICY,
         model("ppo.reward_model", lambda c: c.ppo.reward_model),
-        _devices,
+        devices,
         *_RUNS,
     ),
-    "optimum": (data("test"), tokenizer, _POLICY, _devices, *_RUNS),
-    "frontier": (data("train", "test"), tokenizer, _START, model("dpo.policy", lambda c: c.dpo.policy), _devices, *_RUNS),
+    "optimum": (reward_packages, data("test"), tokenizer, _POLICY, devices, *_RUNS),
+    "frontier": (
+        reward_packages,
+        data("train", "test"),
+        tokenizer,
+        _START,
+        model("dpo.policy", lambda c: c.dpo.policy),
+        devices,
+        *_RUNS,
+    ),
     "study": (files(("study.a", lambda c: c.study.a), ("study.b", lambda c: c.study.b)), _run_dir),
-    "agree": (files(("agree.key", lambda c: c.agree.key)), _run_dir),
+    "agree": (_agreed, _run_dir),
     "report": (_run_folders,),
-    "bench": (_raced, tokenizer, _START, _run_dir),
+    "bench": (_raced, bench_packages, tokenizer, _START, _run_dir),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from dpo_jax.cli import model_folders
 from dpo_jax.cli.check_scope import Scope
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.models.config import DecoderConfig
 
 LINES_BYTES = 64 * 2**20  # files of more than this are not read only to count their rows
 
@@ -22,7 +24,10 @@ class Check:
         self.name, self.config, self.scope = name, config, scope
         self.told: list[tuple[str, str]] = []
         self.problems: list[Exception] = []
+        self.warnings: list[str] = []
         self.rows: int | None = None  # of the train split
+        self.train_files: dict[str, int] | None = None  # "file NAME, bytes", as `data_report.json` names them
+        self.decoders: dict[str, DecoderConfig] = {}  # of the models that are known, by where they come from
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -39,6 +44,9 @@ class Check:
 
     def tell(self, what: str, words: str) -> None:
         self.told.append((what, words))
+
+    def warn(self, words: str) -> None:
+        self.warnings.append(words)
 
     def unseen(self, what: str, path: str, made_by: str | None = None) -> bool:
         """Whether a path need not be there now; then it is told why."""
@@ -77,10 +85,12 @@ def data(*splits: str, preferences: bool = False) -> Callable[[Check], None]:
         data = check.config.data
         if preferences:
             refuse_texts(check.config)
+        if check.name == "prepare":
+            _need_tfds(check, "prepare")
         if data.source == "reviews":
             counts = {"train": data.reviews_train, "test": data.reviews_test}
-            told = [f"{split} {_most(counts[split], getattr(data, f'max_{split}')):,} pairs" for split in splits]
-            check.rows = _most(counts["train"], data.max_train)
+            told = [f"{split} {most(counts[split], getattr(data, f'max_{split}')):,} pairs" for split in splits]
+            check.rows = most(counts["train"], data.max_train)
             check.tell("data", f"generated reviews: {', '.join(told)}")
             return
         assert data.path is not None  # checked with the configuration
@@ -103,18 +113,28 @@ def _split(check: Check, path: str, split: str) -> str:
     if data.source == "snippets":
         return f"{split} of {len(load_snippets(path)):,} snippets"
     if data.source != "files" or (data.format == "auto" and tfds_folders(Path(path))):
+        _need_tfds(check, f"data.source: {data.source}")
         kind, rows = "TFDS", _tfds_rows(path, name)
     else:
         kind, files = peek(path, name, format=data.format)
         kind, rows = f"{kind}, {files} {'file' if files == 1 else 'files'}", _rows(path, name)
+        if split == "train":
+            check.train_files = {f"file {file}, bytes": where.stat().st_size for file, where in _files(path, name)}
     limit = getattr(data, f"max_{split}")
     if split == "train" and rows is not None and kind != "stack_exchange":
-        check.rows = _most(rows, limit)
+        check.rows = most(rows, limit)
     number = f", {rows:,} rows" if rows is not None else ""
     return f"{name} ({kind}{number}{f', the first {limit:,} used' if limit is not None else ''})"
 
 
-def _most(rows: int, limit: int | None) -> int:
+def _need_tfds(check: Check, option: str) -> None:
+    packages = {"tensorflow_datasets": "tensorflow-datasets", "array_record": "array_record"}
+    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
+    if missing and check.scope.elsewhere is None:
+        raise ConfigError(f"{option}: needs the package {missing[0]}, which is not installed: pip install {missing[0]}")
+
+
+def most(rows: int, limit: int | None) -> int:
     return rows if limit is None else min(rows, limit)
 
 
@@ -135,12 +155,16 @@ def _tfds_rows(path: str, split: str) -> int:
     return sizes[split]
 
 
-def _rows(path: str, split: str) -> int | None:
-    """Rows of a split of plain files; None where counting would take long."""
+def _files(path: str, split: str) -> list[tuple[str, Path]]:
     from dpo_jax.data.files import find_files
     from dpo_jax.data.pairs import DataReport
 
-    files = [file for _, file in find_files(path, split, report=DataReport(source=path, split=split, format="auto"))]
+    return find_files(path, split, report=DataReport(source=path, split=split, format="auto"))
+
+
+def _rows(path: str, split: str) -> int | None:
+    """Rows of a split of plain files; None where counting would take long."""
+    files = [file for _, file in _files(path, split)]
     if all(file.suffix == ".parquet" for file in files):
         import pyarrow.parquet as pq
 
@@ -179,30 +203,47 @@ def model(option: str, value: Callable[[Config], str | None], *, expected: bool 
         if path is None:
             if expected:  # the start of sft
                 check.tell("model", f"new: {_sizes(check.config.model)}")
+                _remember(check, None)
             return
         made_by = model_folders.maker(path)
         own = made_by is not None and Path(path) == Path(check.config.run.dir, made_by, "export")
+        _remember(check, path)
         if not check.unseen("model", path, made_by if own else None):
-            check.tell("model", f"{path}: {_fits(check.config, path, option, expected=expected)}")
+            check.tell("model", f"{path}: {_fits(check, path, option, expected=expected)}")
 
     return look
+
+
+def _remember(check: Check, path: str | None) -> None:
+    """A model for `devices`, which may have to divide it."""
+    if decoder := model_folders.known_decoder(check.config, path):
+        check.decoders[path or "section model"] = decoder
+
+
+def _of_the_hub(check: Check, path: str, option: str) -> str:
+    """Words on what is no folder here and looks like the id of a Hub model."""
+    first = path.partition("/")[0]
+    if Path(first).is_dir():
+        check.warn(f"{option}: there is no folder {path}, though there is {first}/: is it misspelt? It is taken for a Hub id")
+    return "from the Hub or its local cache; not looked at"
 
 
 def _sizes(model: Any) -> str:
     return f"{model.family}, {model.layers} layers x {model.width}"
 
 
-def _fits(config: Config, path: str, option: str, *, expected: bool) -> str:
+def _fits(check: Check, path: str, option: str, *, expected: bool) -> str:
     """Words on a model folder, once its config, tokenizer and the names of its tensors are known to go together."""
     from dpo_jax.models.families import decoder_config
     from dpo_jax.models.folder import local_folder, read_config
     from dpo_jax.models.tensors import tensors
     from dpo_jax.models.weights import Checkpoint
 
+    config = check.config
     try:
         folder = local_folder(path)
         if folder is None:
-            return "from the Hub or its local cache; not looked at"
+            return _of_the_hub(check, path, option)
         hf = read_config(folder)
         decoder = decoder_config(hf)
         with Checkpoint(folder, decoder) as checkpoint:
@@ -259,6 +300,8 @@ def tokenizer(check: Check) -> None:
         try:
             if (folder := local_folder(path)) is not None:
                 _check_tokenizer(folder, {}, vocab_size=10**9)
+            else:
+                _of_the_hub(check, path, "tokenizer.path")
         except (FileNotFoundError, NotADirectoryError, ValueError) as error:
             raise ConfigError(f"tokenizer.path: {error}") from error
 

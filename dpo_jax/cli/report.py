@@ -27,6 +27,7 @@ from dpo_jax.models.hf import read_weights
 from dpo_jax.reference import WeightsDigest
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
+from dpo_jax.writing import write_text
 
 EXPORTS = tuple(f"{stage}/export" for stage in TRAINING)
 BASES = ("dpo", "frontier", "ppo", "sft")  # whose configuration is that of the run
@@ -40,8 +41,8 @@ def run(config: Config) -> int:
     with RunDir(out), tempfile.TemporaryDirectory() as drawn, reported("drawing the page"):
         page = _page(runs, Path(drawn), samples=section.samples, digests=section.digests)
         links = _copy_images(page.images, out / "images", runs)
-        (out / "report.html").write_text(render_html(page), encoding="utf-8")
-        (out / "report.md").write_text(render_markdown(page, link=links.__getitem__), encoding="utf-8")
+        write_text(out / "report.html", render_html(page))
+        write_text(out / "report.md", render_markdown(page, link=links.__getitem__))
     told = [block for block in page.sections[0].blocks if isinstance(block, Notice) and block.level != "fine"]
     for notice in told:
         name = f"{notice.title}: " if notice.title else ""

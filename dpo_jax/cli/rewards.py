@@ -16,6 +16,7 @@ from dpo_jax.evals.calibration import accuracy, accuracy_by, correlations, lengt
 from dpo_jax.evals.calibration_plot import plot_reliability
 from dpo_jax.evals.rewardbench import is_rewardbench, section_scores
 from dpo_jax.runtime.rundir import RunDir, write_json
+from dpo_jax.writing import writing
 
 NAMES = {
     "implicit": "implicit reward",
@@ -62,7 +63,7 @@ def write_rewards(
         "calibration": found._asdict(),
         "length": length_bias(margins["implicit"], tokens, seed=config.run.seed),
     }
-    with open(run_dir.path / "rewards.jsonl", "w", encoding="utf-8") as file:
+    with writing(run_dir.path / "rewards.jsonl") as file:
         for number, preference in enumerate(preferences):
             chosen, rejected = rewards["implicit"][number].tolist()
             line = {

@@ -22,6 +22,7 @@ from dpo_jax.evals.completions import Completer
 from dpo_jax.evals.rewards import Reward, exact_reviews
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.types import Variables
+from dpo_jax.writing import write_text
 
 
 def run(config: Config) -> int:
@@ -62,7 +63,7 @@ def run(config: Config) -> int:
         print(f"{unfinished:,} of {total:,} completions were stopped before their end, {limits}", file=sys.stderr)
     if section.out:
         Path(section.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(section.out).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        write_text(section.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         print(f"{len(lines)} completions in {section.out}")
         return 0
     for line in lines:

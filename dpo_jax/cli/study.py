@@ -17,6 +17,7 @@ from dpo_jax.data.pairs import DataReport
 from dpo_jax.evals.completion_files import read_completions
 from dpo_jax.evals.study import WORDINGS, Comparison, draw, join, make_study, one_each, render
 from dpo_jax.runtime.rundir import write_json
+from dpo_jax.writing import write_text
 
 
 def run(config: Config) -> int:
@@ -38,7 +39,7 @@ def run(config: Config) -> int:
         _refuse_other(key, study.key["study"])
         (run_dir.path / "ratings").mkdir(exist_ok=True)
         write_json(key, study.key | {"files": report.files})
-        page.write_text(render(study.page), encoding="utf-8")
+        write_text(page, render(study.page))
         build.describe(run_dir, config, report)
         print(report.summary())
         lists = [len(assigned) for assigned in study.key["raters"]]

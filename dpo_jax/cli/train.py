@@ -16,7 +16,7 @@ import jax
 
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
-from dpo_jax.cli.preflight import check_bucket
+from dpo_jax.cli.preflight_packages import check_bucket
 from dpo_jax.data.loader import Batch
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.runtime import hosts
@@ -29,6 +29,7 @@ from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.seal import is_remote
 from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.types import Model, Partitioner, TrainState
+from dpo_jax.writing import write_text, writing
 
 Evaluate = Callable[[TrainState, int], Mapping[str, Any]]
 
@@ -227,7 +228,7 @@ def _note_resumption(run: RunDir, step: int, total_steps: int) -> None:
     """Adds to `resumes.jsonl` that an interrupted run goes on after `step` steps, for whoever reads the run later."""
     if hosts.is_first() and 0 < step < total_steps:
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        with open(run.resumes, "a", encoding="utf-8") as file:
+        with writing(run.resumes, "a") as file:
             file.write(json.dumps({"step": step, "time": time}) + "\n")
 
 
@@ -258,5 +259,5 @@ def leave_results(
 
     with reported("drawing plots"):
         plot_training(read_metrics(run.metrics), run.plots)
-    run.card.write_text(text, encoding="utf-8")
+    write_text(run.card, text)
     print(f"the policy is in {folder}, in {dtype}")

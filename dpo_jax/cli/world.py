@@ -21,6 +21,7 @@ from dpo_jax.data.snippets import load_snippets, prefixes, snippets_of
 from dpo_jax.evals.rewards import Reward, exact_reviews, fit_linear, hf_classifier, sign_accuracy
 from dpo_jax.lab.world import Prompts, World
 from dpo_jax.runtime.progress import reported
+from dpo_jax.writing import writing
 
 FAST = {"prompts": 8, "test_prompts": 4, "optimum_prompts": 4, "optimum_samples": 4, "ppo_iterations": 4}
 """By what `frontier.fast` divides."""
@@ -171,7 +172,7 @@ def of_training(config: Config) -> jax.Array:
 
 
 def _write(preferences: Sequence[Preference], file: Path) -> None:
-    with open(file, "w", encoding="utf-8") as out:
+    with writing(file) as out:
         for p in preferences:
             record = {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
             out.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -24,6 +24,8 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 _GZIP = b"\x1f\x8b"
 _PARQUET = b"PAR1"
 _BOM = b"\xef\xbb\xbf"
+# "train-00000-of-00002", and as older versions of `datasets` pushed it to the Hub, "train-00000-of-00002-b21d99e2a8d3e3b0".
+_SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]{16})?")
 
 
 def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tuple[str, Path]]:
@@ -31,9 +33,9 @@ def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tu
 
     A file is taken as it is for the split "train", and for a split that stands in its name; asking one file for another split
     would train and test on the same rows. In a folder exactly one of these layouts may hold the split:
-    `{split}.jsonl`, `{split}/*.jsonl`, `{split}-00000-of-00002.parquet` (also in one folder below, such as the `data/` of a
-    repository of the Hugging Face Hub), `*/{split}.jsonl` (one folder per subset, as in Anthropic HH and SHP), each with any of
-    `SUFFIXES`. Raises `DataError` saying what was found otherwise.
+    `{split}.jsonl`, `{split}/*.jsonl`, `{split}-00000-of-00002.parquet` (a content hash may follow, and the files may lie one
+    folder below, such as the `data/` of a repository of the Hugging Face Hub), `*/{split}.jsonl` (one folder per subset, as in
+    Anthropic HH and SHP), each with any of `SUFFIXES`. Raises `DataError` saying what was found otherwise.
     """
     source = Path(source)
     if source.is_file():
@@ -64,7 +66,7 @@ def split_names(source: str | Path) -> list[str]:
     found: set[str] = set()
     for path in (*Path(source).glob("*"), *Path(source).glob("*/*")):
         if path.is_file() and path.name.endswith(SUFFIXES) and not path.name.startswith("."):
-            found.add(re.sub(r"-\d+-of-\d+$", "", _stem(path)))
+            found.add(_split_of(_stem(path)))
     return sorted(found)
 
 
@@ -87,18 +89,20 @@ def _of_the_hub(source: Path) -> str:
 
 
 def _layouts(source: Path, split: str) -> dict[str, list[Path]]:
-    shard = re.compile(rf"{re.escape(split)}-\d+-of-\d+")
+    def is_shard(path: Path) -> bool:
+        return _stem(path) != split == _split_of(_stem(path))
+
     files = [path for path in source.glob("*") if path.is_file()], [path for path in source.glob("*/*") if path.is_file()]
     top, below = ([path for path in paths if path.name.endswith(SUFFIXES)] for paths in files)
     layouts = {
         split: [path for path in top if _stem(path) == split],
         f"{split}/*": [path for path in below if path.parent.name == split],
-        f"{split}-*-of-*": [path for path in top if shard.fullmatch(_stem(path))],
+        f"{split}-*-of-*": [path for path in top if is_shard(path)],
         f"*/{split}": [path for path in below if _stem(path) == split and path.parent.name != split],
     }
     # Each folder on its own: those of two configurations of a data set must not be mixed.
     for path in below:
-        if path.parent.name != split and shard.fullmatch(_stem(path)):
+        if path.parent.name != split and is_shard(path):
             layouts.setdefault(f"{path.parent.name}/{split}-*-of-*", []).append(path)
     return {layout: sorted(paths) for layout, paths in layouts.items() if paths}
 
@@ -110,18 +114,27 @@ def _stem(path: Path) -> str:
     _refuse(Cause.BAD_LAYOUT, path, f"not one of {', '.join(SUFFIXES)}")
 
 
+def _split_of(stem: str) -> str:
+    """The split that a file tells of: a shard is a part of its split, never a split of its own."""
+    shard = _SHARD.fullmatch(stem)
+    return shard["split"] if shard else stem
+
+
 def _check_shards(source: Path, paths: list[Path]) -> None:
-    stems: dict[Path, Path] = {}
+    seen: dict[tuple[Path, str], Path] = {}
     for path in paths:
-        twin = stems.setdefault(path.parent / _stem(path), path)
+        shard = _SHARD.fullmatch(_stem(path))
+        twin = seen.setdefault((path.parent, _stem(path).removesuffix(shard[4] or "") if shard else _stem(path)), path)
         if twin is not path:
             _refuse(Cause.BAD_LAYOUT, source, f"{twin.name} and {path.name} are the same file twice; remove one")
-    numbered = [match for path in paths if (match := re.fullmatch(r".*-(\d+)-of-(\d+)", _stem(path)))]
+    numbered = [shard for path in paths if (shard := _SHARD.fullmatch(_stem(path)))]
     if numbered:
-        missing = sorted(set(range(int(numbered[0][2]))) - {int(match[1]) for match in numbered})
-        if missing or len({match[2] for match in numbered}) != 1:
+        missing = sorted(set(range(int(numbered[0]["count"]))) - {int(shard["number"]) for shard in numbered})
+        if missing or len({shard["count"] for shard in numbered}) != 1:
             _refuse(
-                Cause.BAD_LAYOUT, source, f"shards {missing} of {numbered[0][2]} are missing, or two sets of shards are mixed"
+                Cause.BAD_LAYOUT,
+                source,
+                f"shards {missing} of {numbered[0]['count']} are missing, or two sets of shards are mixed",
             )
 
 

@@ -19,6 +19,7 @@ from dpo_jax.data.columns import check_text
 from dpo_jax.data.files import fingerprint, tfds_folders
 from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport, OnBad, Preference, PreferenceSet, Triage, check_pair
 from dpo_jax.data.snippets import Snippet
+from dpo_jax.writing import naming
 
 _TEXTS = ("prompt", "chosen", "rejected", "uid", "sft_target")
 _FIELDS = {*_TEXTS, "chat"}
@@ -76,7 +77,8 @@ def write_tfds(
     if folder.exists():
         raise FileExistsError(f"{folder} exists; tfds would silently keep what it holds")
     tfds.disable_progress_bar()
-    builder.download_and_prepare()
+    with naming(folder):
+        builder.download_and_prepare()
     for split in preferences_by_split:
         read_tfds(folder, split)
     return folder

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dpo_jax.writing import naming, write_text
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -63,7 +65,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> No
 
     transformers 5 names a class that version 4 does not have, and writes a list where version 4 expects an object.
     """
-    tokenizer.save_pretrained(folder)
+    with naming(folder):
+        tokenizer.save_pretrained(folder)
     file = Path(folder) / "tokenizer_config.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     if content.get("tokenizer_class") == "TokenizersBackend":
@@ -72,7 +75,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> No
         content["additional_special_tokens"] = content.pop("extra_special_tokens")
     for where_it_was in ("is_local", "local_files_only"):
         content.pop(where_it_was, None)
-    file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def decode_completion(

@@ -20,6 +20,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_jax.writing import naming
+
 
 class ForeignVerdicts(ValueError):
     """The log was made under other settings, or holds verdicts on other texts."""
@@ -127,7 +129,8 @@ class VerdictLog:
         async with self._lock:
             if self._synced < mine:
                 reached = self._appended
-                await asyncio.to_thread(os.fsync, self._file)
+                with naming(self.path):
+                    await asyncio.to_thread(os.fsync, self._file)
                 self._synced = reached
 
     def _add(self, record: dict[str, Any]) -> None:
@@ -137,8 +140,9 @@ class VerdictLog:
     def _append(self, record: Mapping[str, Any]) -> None:
         # One write for a line: no other process can see, and no kill can leave, half of it.
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-        if os.write(self._file, line) != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        with naming(self.path):
+            if os.write(self._file, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._appended += 1
 
     def close(self) -> None:

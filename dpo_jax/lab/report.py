@@ -13,6 +13,7 @@ import numpy as np
 
 from dpo_jax.evals.frontier import Optimum, Point, best_of_n, bootstrap_interval, envelope, regret
 from dpo_jax.lab.sweep import Result, Run
+from dpo_jax.writing import writing
 
 EQUAL_KL = (1.0, 3.0, 6.0)  # nats, at which methods are compared
 COLUMNS = (
@@ -36,9 +37,9 @@ def rows(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
 
 def write(folder: Path, table: Sequence[Mapping[str, Any]]) -> None:
     """`results.jsonl` and `results.csv`."""
-    with open(folder / "results.jsonl", "w", encoding="utf-8") as file:
+    with writing(folder / "results.jsonl") as file:
         file.writelines(json.dumps(row) + "\n" for row in table)
-    with open(folder / "results.csv", "w", encoding="utf-8", newline="") as file:
+    with writing(folder / "results.csv", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(table)

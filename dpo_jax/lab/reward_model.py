@@ -29,6 +29,7 @@ from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, Rows, TrainState, Variables
+from dpo_jax.writing import naming
 
 HELD_OUT = 10  # prompts: the pairs of one in this many choose the checkpoint
 HEAD_FILE = "reward_head.safetensors"
@@ -153,7 +154,8 @@ def save_reward_model(path: Path, model: Model, variables: Variables) -> Path:
     """Writes the decoder as a Hugging Face folder, and the head beside it. `variables` are on the host."""
     (path / HEAD_FILE).unlink(missing_ok=True)  # a kill must not leave it beside other weights
     folder = save_hf(path, model, variables)
-    save_file({name: np.asarray(array, np.float32) for name, array in variables[HEAD].items()}, folder / HEAD_FILE)
+    with naming(folder / HEAD_FILE):
+        save_file({name: np.asarray(array, np.float32) for name, array in variables[HEAD].items()}, folder / HEAD_FILE)
     return folder
 
 

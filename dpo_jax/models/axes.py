@@ -8,22 +8,13 @@ parameter itself lies. Without the second it sums whole gradients on every devic
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import PartitionSpec
 
-from dpo_jax.types import HEAD_AXIS, ROW_AXES
-
-RULES: Mapping[str, str | None] = {
-    "layers": None,  # scanned one after the other
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": HEAD_AXIS,
-    "kv_heads": HEAD_AXIS,
-    "mlp": "tensor",
-}
-"""The mesh axis of each logical axis that a parameter may name."""
+from dpo_jax.models.logical_axes import RULES
+from dpo_jax.types import ROW_AXES
 
 
 def parts_of(axes: Sequence[str]) -> int:

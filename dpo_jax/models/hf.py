@@ -28,6 +28,7 @@ from dpo_jax.models.pieces import Piece, assemble, path_of
 from dpo_jax.models.tensors import Tensor, tensors
 from dpo_jax.models.weights import INDEX, Checkpoint, write_shards
 from dpo_jax.types import Model, Variables
+from dpo_jax.writing import write_text
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
@@ -151,10 +152,10 @@ def save_hf(
         content = config.hf | {"architectures": [ARCHITECTURES[config.family]], "dtype": dtype.name}
         content = {name: value for name, value in content.items() if name not in ("torch_dtype", "source_dtype")}
         content |= settings or {}
-        (new / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_text(new / "config.json", json.dumps(content, indent=2, sort_keys=True) + "\n")
         generation = None if source is None or generation_config(resolve(source)) is None else resolve(source) / GENERATION
         if generation is not None:
-            (new / GENERATION).write_bytes(generation.read_bytes())
+            write_text(new / GENERATION, generation.read_text(encoding="utf-8"))
         write_shards(new, sizes, get, max_shard_bytes=max_shard_bytes)
         _move_in(new, folder, stale=() if source is None else (GENERATION,))
     return folder

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.tensors import canonical_name, head_name, tensors
+from dpo_jax.writing import naming, write_text
 
 INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
@@ -139,11 +140,12 @@ def write_shards(folder: Path, sizes: Mapping[str, int], get: Callable[[str], np
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
     for file, names in zip(files, shards, strict=True):
         # safetensors 0.8 writes the wrong values for a transposed view, without an error.
         batch = {name: np.ascontiguousarray(get(name)) for name in names}
-        save_file(batch, folder / file, metadata={"format": "pt"})
+        with naming(folder / file):
+            save_file(batch, folder / file, metadata={"format": "pt"})
         with safe_open(folder / file, framework="np") as written:
             for name, array in batch.items():
                 back = written.get_tensor(name)

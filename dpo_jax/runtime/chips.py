@@ -117,12 +117,8 @@ def host_devices(topology: str) -> int | None:
     return int(topology.rpartition(":")[2].split("x")[-1]) if chip.gpu else None
 
 
-def slice_devices(topology: str) -> list[Any]:
-    """Devices that need not be here, for which programs can be compiled. Needs libtpu or JAX's CUDA plugin, and no chip.
-
-    Raises `TopologyError` where that is missing or knows no such slice. For GPUs `jax_platforms` must be "cpu".
-    """
-    chip, count = slice_of(topology)
+def check_compiler(chip: Chip) -> str:
+    """What compiles for `chip`: libtpu, or JAX's CUDA plugin. Raises `TopologyError` where it is not installed."""
     needed, found = ("JAX's CUDA plugin", plugin_is_here()) if chip.gpu else ("libtpu", importlib.util.find_spec("libtpu"))
     if not found:
         extra = "cuda13" if chip.gpu else "tpu"
@@ -130,6 +126,16 @@ def slice_devices(topology: str) -> list[Any]:
             f"compiling for {chip.name} needs {needed}: {install_command(extra)} "
             f"(Linux, x86-64; no {chip.platform.upper()} is needed)"
         )
+    return needed
+
+
+def slice_devices(topology: str) -> list[Any]:
+    """Devices that need not be here, for which programs can be compiled. Needs libtpu or JAX's CUDA plugin, and no chip.
+
+    Raises `TopologyError` where that is missing or knows no such slice. For GPUs `jax_platforms` must be "cpu".
+    """
+    chip, count = slice_of(topology)
+    needed = check_compiler(chip)
     try:
         if chip.gpu:
             per_host = host_devices(topology) or 1

@@ -1,13 +1,12 @@
 """The named device mesh `data x fsdp x tensor`, and which part of every array lies on which device.
 
-A model names the axes of its parameters (`Model.axes`); `models.axes.RULES` says over which axis of the mesh each is cut. Rows
-of a batch are cut over data and fsdp together. So along `data` parameters are replicated, along `fsdp` each device keeps a
-slice of each matrix and gathers it layer by layer (ZeRO-3), along `tensor` heads and MLP columns are divided (Megatron).
+A model names the axes of its parameters (`Model.axes`); `models.logical_axes.RULES` says over which axis of the mesh each is
+cut. Rows of a batch are cut over data and fsdp together. So along `data` parameters are replicated, along `fsdp` each device
+keeps a slice of each matrix and gathers it layer by layer (ZeRO-3), along `tensor` heads and MLP columns are cut (Megatron).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,48 +16,12 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dpo_jax.models.axes import RULES
+from dpo_jax.models.logical_axes import RULES
 from dpo_jax.models.pieces import path_of
+from dpo_jax.runtime.mesh_shape import MeshError, Units, mesh_shape, uneven
 from dpo_jax.types import ROW_AXES
 
 MESH_AXES = ("data", "fsdp", "tensor")
-Units = Mapping[str, int]
-"""Logical axes that may be cut at multiples of a size only: `{"heads": 64}` keeps heads of 64 entries whole."""
-
-
-class MeshError(ValueError):
-    """The mesh does not fit the devices, or the parameters do not fit the mesh."""
-
-
-def mesh_shape(devices: int, *, data: int = 1, fsdp: int = -1, tensor: int = 1) -> tuple[int, int, int]:
-    """Sizes of the axes, with one -1 filled in. Raises `MeshError` unless their product is `devices`."""
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
-    free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise MeshError(f"mesh {asked}: sizes are at least 1, and one of them may be -1 (what is left)")
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if free and devices % fixed == 0:
-        sizes[free[0]] = devices // fixed
-    elif fixed != devices:
-        nearest = " x ".join(f"{name} {size}" for name, size in zip(sizes, _nearest_shape(devices, sizes), strict=True))
-        raise MeshError(
-            f"mesh {asked}: {fixed} does not {'divide' if free else 'equal'} the {devices} devices; "
-            f"the nearest mesh is {nearest}"
-        )
-    return sizes["data"], sizes["fsdp"], sizes["tensor"]
-
-
-def _nearest_shape(devices: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of as many devices that is the fewest doublings and halvings away from `sizes`, of which -1 is any size."""
-    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
-    shapes = [shape for shape in itertools.product(divisors, repeat=len(sizes)) if math.prod(shape) == devices]
-    wanted = [(axis, size) for axis, size in enumerate(sizes.values()) if size != -1]
-
-    def distance(shape: tuple[int, ...]) -> tuple[float, ...]:
-        return (round(sum(abs(math.log2(shape[axis] / size)) for axis, size in wanted), 6), *reversed(shape))
-
-    return min(shapes, key=distance)
 
 
 def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -138,17 +101,9 @@ def _spec(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh:
             raise MeshError(f"{name} {shape}: its axes {taken[over]!r} and {axis!r} would both lie along {over}")
         taken[over] = axis
         unit = units.get(axis, 1)
-        if length // unit % mesh.shape[over]:
-            what = f"axis {axis!r} of {length // unit}" + (f" x {unit}" if unit > 1 else "")
-            raise MeshError(
-                f"{name} {shape}: {what} does not divide among {over} {mesh.shape[over]}; "
-                f"the nearest size that does is {_nearest(length // unit, mesh.shape[over], mesh.size)}"
-            )
+        if problem := uneven(axis, length, over=over, size=mesh.shape[over], unit=unit, devices=mesh.size):
+            raise MeshError(f"{name} {shape}: {problem}")
     return PartitionSpec(*spec)
-
-
-def _nearest(length: int, size: int, devices: int) -> int:
-    return next(smaller for smaller in range(size, 0, -1) if length % smaller == 0 and devices % smaller == 0)
 
 
 def tree_shardings(tree: Any, variables: Mapping[tuple[str, ...], Any], mesh: Mesh) -> Any:

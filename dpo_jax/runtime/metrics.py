@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_jax.extras import install_command
+from dpo_jax.writing import naming, write_text
 
 Row = Mapping[str, float]
 
@@ -47,22 +48,21 @@ class MetricsLog:
     def write(self, row: Row) -> None:
         """`row` holds `step` and the metrics. Raises OSError, for instance when the disk is full."""
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        try:
+        with naming(self.path):
             self._file.write(json.dumps(finite).encode() + b"\n")
             self._file.flush()
-        except OSError as error:
-            error.filename = str(self.path)  # which Python does not know here
-            raise
         for writer in self._writers:
             writer.write(row)
 
     def sync(self) -> None:
         """Returns once the rows written so far survive a crash of the machine."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
         for writer in self._writers:
             writer.close()
 
@@ -146,7 +146,7 @@ class WandbWriter:
     def resume(self, step: int) -> None:
         name = self._directory / "wandb_run_id"
         if step == 0 or not name.exists():
-            name.write_text(secrets.token_hex(8))
+            write_text(name, secrets.token_hex(8))
         config = dict(self._config or {})
         self._run = self._init(
             project=self._project, dir=str(self._directory), config=config, id=name.read_text(), resume="allow"

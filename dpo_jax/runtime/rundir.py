@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.writing import write_whole
+
 PACKAGES = (
     "dpo_jax",
     "jax",
@@ -159,21 +161,4 @@ def _version(name: str) -> str | None:
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Writes all of the file or nothing: a reader never sees half of it, also after a crash of the machine."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    # A rename is only on disk once its folder is.
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

@@ -16,6 +16,8 @@ from typing import Any
 
 from etils import epath
 
+from dpo_jax.writing import naming
+
 SEAL = "files.json"
 HASHED_BYTES = 16 * 2**20
 
@@ -59,7 +61,7 @@ def write_whole(path: epath.Path, text: str) -> None:
         path.write_text(text)  # an object appears when it is complete
         return
     temporary = path.with_name(f".{path.name}")
-    with temporary.open("w") as file:
+    with naming(path), temporary.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -1,0 +1,51 @@
+"""The files that `dpo-jax agree` reads: ratings of people, the key of the study, verdicts of judges. Without JAX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpo_jax.cli.config import Config, ConfigError
+
+
+def rating_files(config: Config) -> tuple[list[Path], list[Path]]:
+    """The files of the page and those of records. A folder stands for all of both in it."""
+    folder = Path(config.run.dir, "study", "ratings")
+    given = [Path(part.strip()) for part in config.agree.ratings.split(",")] if config.agree.ratings else [folder]
+    files = [
+        file
+        for path in given
+        if path != folder or path.is_dir()
+        for file in (sorted(path.glob("[!.]*")) if path.is_dir() else [path])
+    ]
+    kinds = [[file for file in files if file.name.endswith(ends)] for ends in ((".json",), (".jsonl", ".jsonl.gz"))]
+    other = [str(file) for file in files if file not in kinds[0] and file not in kinds[1]]
+    if other:
+        raise ConfigError(f"agree.ratings: {', '.join(other)}: neither .json, as the page saves it, nor .jsonl")
+    if not files:
+        raise ConfigError(f"agree.ratings: {given[0]} is empty; put there what raters saved, or name it with --agree.ratings")
+    return kinds[0], kinds[1]
+
+
+def key_file(config: Config, *, needed: bool) -> Path | None:
+    """The key of the study; None where there is none and none is `needed`."""
+    path = Path(config.agree.key or Path(config.run.dir, "study", "key.json"))
+    if path.exists():
+        return path
+    if needed or config.agree.key:
+        raise ConfigError(f"agree.key: {path} does not exist; it is the file that dpo-jax study wrote beside the page")
+    return None
+
+
+def judge_files(config: Config) -> dict[str, Path]:
+    """{name of a judge: its verdicts}: those that are named, else those of the run, if it has any."""
+    found = Path(config.run.dir, "judge", "pairs.jsonl")
+    if config.agree.judge is None:
+        return {"judge": found} if found.exists() else {}
+    judges: dict[str, Path] = {}
+    for part in config.agree.judge.split(","):
+        name, equals, path = part.strip().rpartition("=")
+        name = name if equals else Path(path).stem
+        if name in judges:
+            raise ConfigError(f"agree.judge: two judges are called {name!r}; write NAME={path}")
+        judges[name] = Path(path)
+    return judges

@@ -1,0 +1,48 @@
+"""The contenders of `dpo-jax bench`, and the Python and packages that they need. Without JAX."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+from dpo_jax.bench import race
+from dpo_jax.bench.work import CONTENDERS, library
+from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.extras import install_command
+
+
+def contenders(config: Config) -> list[str]:
+    """The names in `bench.contenders`. Raises `ConfigError` for one that is not known, lacks a package, or does not divide."""
+    try:
+        names = race.check_names(config.bench.contenders)
+    except ValueError as error:
+        raise ConfigError(f"bench.contenders: {error}") from error
+    needed = {"torch" for name in names if library(name) == "torch"} | {"trl" for name in names if "trl" in name}
+    if needed:
+        others = ",".join(name for name in CONTENDERS if library(name) == "jax")
+        need(config, sorted(needed), option="bench.contenders", otherwise=f", or only contenders that need none: {others}")
+    for option, parts in (
+        ("bench.groups", config.bench.groups),
+        ("bench.torch_microbatches", config.bench.torch_microbatches),
+    ):
+        if config.dpo.batch % parts:
+            raise ConfigError(f"{option}: {parts} equal parts do not make up a batch of {config.dpo.batch} pairs (dpo.batch)")
+    return names
+
+
+def need(config: Config, packages: list[str], *, option: str, otherwise: str = "") -> None:
+    """Raises `ConfigError` naming `option`, where the Python of the PyTorch contenders lacks one of `packages`."""
+    python = torch_python(config)
+    if not race.installed(packages, python=python):
+        raise ConfigError(
+            f"{option}: {python} has no {' or no '.join(packages)}: {install_command('bench')}, name another Python "
+            f"(bench.torch_python){otherwise}"
+        )
+
+
+def torch_python(config: Config) -> str:
+    """The interpreter of the PyTorch contenders."""
+    python = config.bench.torch_python
+    if python is not None and shutil.which(python) is None:
+        raise ConfigError(f"bench.torch_python: {python} is no program that can be run")
+    return python or sys.executable

@@ -1,0 +1,34 @@
+"""The logical axes of a decoder's parameters: how long each is, and over which axis of a mesh it is cut. Needs no JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dpo_jax.models.config import DecoderConfig
+
+RULES: Mapping[str, str | None] = {
+    "layers": None,  # scanned one after the other
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",  # types.HEAD_AXIS
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+"""The mesh axis of each logical axis that a parameter may name."""
+
+
+def axis_lengths(config: DecoderConfig) -> dict[str, int]:
+    """{logical axis: length in the parameters}; heads are counted in entries, `heads * head_size`."""
+    return {
+        "layers": config.layers,
+        "embed": config.width,
+        "vocab": config.vocab_size,
+        "heads": config.heads * config.head_size,
+        "kv_heads": config.kv_heads * config.head_size,
+        "mlp": config.mlp_width,
+    }
+
+
+def whole_heads(config: DecoderConfig) -> dict[str, int]:
+    """{logical axis: unit}: a head is not cut in two."""
+    return dict.fromkeys(("heads", "kv_heads"), config.head_size)

@@ -1,0 +1,66 @@
+"""Sizes of a mesh, and whether they divide the devices and the axes of a model. Needs no JAX and no device."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+
+from dpo_jax.models.logical_axes import RULES
+
+Units = Mapping[str, int]
+"""Logical axes that may be cut at multiples of a size only: `{"heads": 64}` keeps heads of 64 entries whole."""
+
+
+class MeshError(ValueError):
+    """The mesh does not fit the devices, or the parameters do not fit the mesh."""
+
+
+def mesh_shape(devices: int, *, data: int = 1, fsdp: int = -1, tensor: int = 1) -> tuple[int, int, int]:
+    """Sizes of the axes, with one -1 filled in. Raises `MeshError` unless their product is `devices`."""
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise MeshError(f"mesh {asked}: sizes are at least 1, and one of them may be -1 (what is left)")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free and devices % fixed == 0:
+        sizes[free[0]] = devices // fixed
+    elif fixed != devices:
+        nearest = " x ".join(f"{name} {size}" for name, size in zip(sizes, _nearest_shape(devices, sizes), strict=True))
+        raise MeshError(
+            f"mesh {asked}: {fixed} does not {'divide' if free else 'equal'} the {devices} devices; "
+            f"the nearest mesh is {nearest}"
+        )
+    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+
+
+def _nearest_shape(devices: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of as many devices that is the fewest doublings and halvings away from `sizes`, of which -1 is any size."""
+    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
+    shapes = [shape for shape in itertools.product(divisors, repeat=len(sizes)) if math.prod(shape) == devices]
+    wanted = [(axis, size) for axis, size in enumerate(sizes.values()) if size != -1]
+
+    def distance(shape: tuple[int, ...]) -> tuple[float, ...]:
+        return (round(sum(abs(math.log2(shape[axis] / size)) for axis, size in wanted), 6), *reversed(shape))
+
+    return min(shapes, key=distance)
+
+
+def uneven(axis: str, length: int, *, over: str, size: int, unit: int, devices: int) -> str | None:
+    """Words on a logical axis that does not divide among `size` devices along `over`; None where it does."""
+    count = length // unit
+    if count % size == 0:
+        return None
+    nearest = next(smaller for smaller in range(size, 0, -1) if count % smaller == 0 and devices % smaller == 0)
+    what = f"axis {axis!r} of {count}" + (f" x {unit}" if unit > 1 else "")
+    return f"{what} does not divide among {over} {size}; the nearest size that does is {nearest}"
+
+
+def check_lengths(lengths: Mapping[str, int], sizes: Mapping[str, int], *, units: Units) -> None:
+    """Raises `MeshError` for logical axes of these `lengths` that do not divide along their axis of a mesh of these `sizes`."""
+    devices = math.prod(sizes.values())
+    cut = [(axis, length, over) for axis, length in lengths.items() if (over := RULES[axis]) is not None]
+    found = (uneven(a, n, over=over, size=sizes[over], unit=units.get(a, 1), devices=devices) for a, n, over in cut)
+    if problems := [problem for problem in found if problem]:
+        raise MeshError("; ".join(problems))
