@@ -39,10 +39,11 @@ def dpo_step(
     0.6931 0.0
 
     A loss of one's own is a function of arrays. What it needs besides log-probabilities, `rows.extras` brings, by name: columns
-    of the data through `examples_to_rows`, or what the rows themselves say. Here the quality gap and lengths:
+    of the data through `examples_to_rows`, or what the rows themselves say. Fillers of a batch have length 0, so divide by
+    at least 1: their weight of 0 does not undo a NaN. Here the quality gap and lengths:
 
     >>> def loss(logps, ref_logps, gap, lengths):
-    ...     ratios = (logps - ref_logps) / lengths
+    ...     ratios = (logps - ref_logps) / jnp.maximum(lengths, 1)
     ...     return (ratios[:, 0] - ratios[:, 1] - gap) ** 2, ratios
     >>> gap = examples_to_rows(np.float32([0.5, 2.0]), rows)
     >>> mine = rows.replace(extras={"gap": gap, "lengths": completion_lengths(rows)})

@@ -59,7 +59,8 @@ def sequence_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int
 def completion_lengths(rows: Rows) -> jax.Array:
     """Scored tokens of each completion of each pair, its EOS included: float32[P, 2], chosen first (of rankings, [P, K]).
 
-    A pair that only fills up the batch has 0. Works on numpy rows and inside a compiled step.
+    A pair that only fills up the batch has 0: divide by `jnp.maximum(lengths, 1)`. Works on numpy rows and
+    inside a compiled step.
 
     >>> print(completion_lengths(rows))
     [[5. 5.]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.data.arguments import check_pairs
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import packed_rows, plain_rows, shared_rows
 from dpo_jax.logps import completion_logps
@@ -34,7 +35,7 @@ def check_model(
     variables: Variables,
     encoded: Sequence[Encoded],
     *,
-    layouts: Sequence[str] = LAYOUTS,
+    layouts: str | Sequence[str] = LAYOUTS,
     tolerance: float | None = None,
     gradients: bool = True,
 ) -> dict[str, Agreement]:
@@ -62,6 +63,8 @@ def check_model(
     ...
     dpo_jax.checks.model.WrongModel: ...
     """
+    check_pairs(encoded)
+    layouts = (layouts,) if isinstance(layouts, str) else layouts
     if len(encoded) < 2 or not {*layouts} <= {*LAYOUTS}:
         raise ValueError(f"give two pairs or more, and layouts of {', '.join(LAYOUTS)}; got {len(encoded)} and {list(layouts)}")
     rows = {name: _rows(encoded, name) for name in dict.fromkeys(("plain", *layouts))}

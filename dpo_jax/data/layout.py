@@ -62,8 +62,8 @@ def plain_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | No
     For any causal model: padding is on the right, and a model may ignore `k_start` and `k_end`. `ref_logps` float[P, 2], in the
     order of `encoded`, travels with the rows. Without a prompt nothing predicts the first token, and it is not scored.
 
-    Raises ValueError for a row that needs more than `length`, a completion without tokens, ids that are negative or no integers,
-    and `ref_logps` of another shape; TypeError for pairs that are not `Encoded`.
+    Raises ValueError for a row that needs more than `length`, a completion without tokens, negative or fractional ids, and
+    `ref_logps` of another shape; TypeError for pairs that are not `Encoded`.
 
     >>> rows = plain_rows(encoded, length=64)
     >>> rows.tokens.shape, rows.weight.shape
@@ -94,9 +94,8 @@ def packed_rows(encoded: Sequence[Encoded], *, length: int, pairs_per_row: int =
     """Whole pairs, each as in `shared_rows`, packed into as few rows as first-fit decreasing finds.
 
     R rows of L = `length` tokens and at most `pairs_per_row` pairs. Pairs come out in another order than they went in:
-    `rows.index` int32[P] tells which is which, and -1 where a place is empty. `ref_logps`, in the order of `encoded`, is brought
-    into that order here. Put columns of your own into it with `examples_to_rows`: `extras` and `weight`. Otherwise as
-    `shared_rows`.
+    `rows.index` int32[P] tells which is which, and -1 where a place is empty. `ref_logps`, in the order of `encoded`, follows
+    them. For columns of your own (`extras`, `weight`) do the same with `examples_to_rows`. Otherwise as `shared_rows`.
 
     >>> rows = packed_rows(encoded, length=128, pairs_per_row=2)
     >>> rows.tokens.shape, rows.index.tolist()
@@ -111,8 +110,8 @@ def completion_rows(completions: Sequence[Completion], *, length: int, per_row: 
     """Single completions after their prompts, `per_row` to a row at most: what supervised fine-tuning reads.
 
     `completions` are (prompt, completion), int32[n] token ids each. R rows of L = `length` tokens, one slot a completion. With
-    `per_row` above 1, R is as few as fit, and `rows.index` int32[E] tells the order. Raises ValueError for one that does not fit,
-    has no tokens, or holds what is no token id; TypeError for `Encoded` pairs. Without a prompt the first token is not scored.
+    `per_row` above 1, R is as few as fit, and `rows.index` int32[E] tells the order. Without a prompt the first token is
+    not scored. Raises ValueError for one that does not fit, has no tokens, or holds what is no token id; TypeError for pairs.
 
     >>> rows = completion_rows([(np.int32([5, 6]), np.int32([7, 0]))], length=8)
     >>> rows.tokens.tolist(), completion_lengths(rows).tolist()
