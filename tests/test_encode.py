@@ -81,6 +81,14 @@ def test_what_is_no_text_is_named(tokenizer, field):
             encode({**TEXT, field: value}, tokenizer, **LIMITS)
 
 
+def test_encoded_pairs_are_compared_by_identity(tokenizer):
+    one, other = (encode(TEXT, tokenizer, **LIMITS) for _ in range(2))
+    same = one
+    assert one == same
+    assert one != other
+    assert {one: 1, other: 2}[one] == 1
+
+
 def test_what_is_no_preference_is_named(tokenizer):
     for value in ("a text", None, ("a", "b", "c")):
         with pytest.raises(

@@ -139,6 +139,13 @@ def test_shapes_are_looked_at_first():
     flat = Model(init, lambda v, rows: forward(v, rows).reshape(-1, WIDTH), unembed)
     with pytest.raises(WrongModel, match=r"forward returns \(\d+, 16\).*hidden\[R, L, D\] is expected"):
         CHECK(flat, VARIABLES, PAIRS)
+    several = Model(init, lambda v, rows: (forward(v, rows), None), unembed)
+    with pytest.raises(WrongModel, match=r"forward returns tuple for .*hidden\[R, L, D\] is expected"):
+        CHECK(several, VARIABLES, PAIRS)
+    rows = dpo_jax.plain_rows(PAIRS, length=32)
+    for wrong, found in ((flat, r"an array \[320, 16\]"), (several, "tuple")):
+        with pytest.raises(ValueError, match=rf"model.forward returns {found} for rows of \[10, 32\] tokens: .*check_model"):
+            dpo_jax.completion_logps(wrong, VARIABLES, rows)
     small = Model(init, forward, lambda v, hidden: hidden @ v["params"]["embed"][:8].T)
     with pytest.raises(WrongModel, match="largest token id is"):
         CHECK(small, VARIABLES, PAIRS)

@@ -102,8 +102,10 @@ def _rows(encoded: Sequence[Encoded], layout: str) -> Rows:
 def _check_shapes(model: Model, variables: Variables, rows: Rows) -> Any:
     """The type of the hidden states, after a check of what the two functions return."""
     hidden = jax.eval_shape(model.forward, variables, rows)
-    if hidden.ndim != 3 or hidden.shape[:2] != rows.tokens.shape:
-        raise WrongModel(f"forward returns {hidden.shape} for rows of {rows.tokens.shape} tokens: hidden[R, L, D] is expected")
+    shape = tuple(getattr(hidden, "shape", ()))  # a tuple of outputs has none
+    if len(shape) != 3 or shape[:2] != rows.tokens.shape:
+        found = shape if hasattr(hidden, "shape") else type(hidden).__name__
+        raise WrongModel(f"forward returns {found} for rows of {rows.tokens.shape} tokens: hidden[R, L, D] is expected")
     logits = jax.eval_shape(model.unembed, variables, hidden)
     largest = int(rows.tokens.max())
     if logits.shape[:2] != rows.tokens.shape or logits.ndim != 3 or logits.shape[-1] <= largest:

@@ -18,7 +18,7 @@ class EosInText(ValueError):
     """A text contains the end-of-sequence token, which would end the completion before its end."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: arrays have no single truth value, and no hash
 class Encoded:
     """One preference as token ids. Completions end in EOS unless truncation cut it away.
 

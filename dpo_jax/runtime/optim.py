@@ -65,7 +65,8 @@ def make_optimizer(
     >>> print(f"{updates['w'][0]:.3e}")  # the rate of step 0, divided by sqrt(0.01)
     -6.623e-08
     """
-    if isinstance(learning_rate, int | float | np.number) and not 0 <= learning_rate < np.inf:
+    rate: Any = learning_rate
+    if isinstance(rate, int | float | np.number) and not 0 <= rate < np.inf:  # one that is traced cannot be asked
         raise ValueError(f"learning_rate must be a finite number, at least 0, got {learning_rate}")
     if not (0 <= b1 < 1 and 0 <= b2 < 1):
         raise ValueError(f"b1 and b2 must lie in [0, 1), got {b1} and {b2}")
