@@ -3,7 +3,9 @@
 Nothing is imported until it is asked for (PEP 562): `import dpo_jax` is instant, and loads no JAX.
 
 Each name has an example in its docstring. There, `tokenizer`, `encoded`, `init`, `forward`, `unembed`, `model`, `variables`,
-`rows`, `tx` and `state` are those of the README's example ("As a library"); `folder` holds a small Hugging Face model.
+`rows` and `tx` are those of the README's example ("As a library"), and `state` is that before its loop. `folder` holds a small
+Hugging Face model, such as `save_hf` writes of one of `make_model`. `collected` and `rollout` come from `collect` and
+`advantages`.
 """
 
 from __future__ import annotations
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
     from dpo_jax.losses import ipo_loss as ipo_loss
     from dpo_jax.losses import plackett_luce_loss as plackett_luce_loss
     from dpo_jax.losses import unlikelihood_loss as unlikelihood_loss
+    from dpo_jax.models.decoder import make_model as make_model
+    from dpo_jax.models.families import decoder_config as decoder_config
+    from dpo_jax.models.families import hf_config as hf_config
     from dpo_jax.models.hf import load_hf as load_hf
     from dpo_jax.models.hf import save_hf as save_hf
     from dpo_jax.ppo import advantages as advantages
@@ -83,6 +88,8 @@ _HOMES = {
     "evals.frontier": ("best_of_n", "optimum", "regret", "sequence_kl"),
     "logps": ("completion_lengths", "completion_logps", "sequence_logps", "slots_to_pairs"),
     "losses": ("dpo_loss", "implicit_rewards", "ipo_loss", "plackett_luce_loss", "unlikelihood_loss"),
+    "models.decoder": ("make_model",),
+    "models.families": ("decoder_config", "hf_config"),
     "models.hf": ("load_hf", "save_hf"),
     "ppo": ("advantages", "collect", "minibatches", "next_kl_coef", "ppo_step", "prompt_batch"),
     "reference": ("reference_logps",),
@@ -99,6 +106,8 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("dpo_jax")
     if name not in _HOME:
         raise AttributeError(f"module 'dpo_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"dpo_jax.{_HOME[name]}"), name)

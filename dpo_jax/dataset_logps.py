@@ -9,8 +9,10 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from dpo_jax.data.arguments import check_pairs
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import in_order, plan_layout
+from dpo_jax.models.config import DecoderConfig
 from dpo_jax.reference import check_finite, reference_logps
 from dpo_jax.types import Model, Partitioner, Rows, Variables
 
@@ -23,7 +25,7 @@ def reference_logps_of(
     layout: Literal["plain", "shared", "packed"] = "plain",
     batch: int = 16,
     partitioner: Partitioner | None = None,
-    progress: Callable[[int, int], Any] = lambda done, total: None,
+    progress: Callable[[int, int], Any] | None = None,
 ) -> np.ndarray:
     """log pi(y|x) of all `pairs`: float32[n, 2] in nats, chosen first, in the order given. Lays out, compiles, runs, collects.
 
@@ -37,17 +39,26 @@ def reference_logps_of(
       partitioner: where it runs; None: `jax.jit`, where `variables` lie. With one of `runtime.parallel`, they are its own.
       progress: called with (pairs done, pairs in all) after every batch.
 
-    A second call with the same model and shapes compiles nothing. NaN or infinity is a `BrokenReference` naming the pair.
+    A second call with the same model and shapes compiles nothing. NaN or infinity is a `BrokenReference` naming the pair, as a
+    token id beyond the vocabulary gives it. TypeError for pairs that are not `Encoded`; ValueError for unusable token ids, an
+    unknown layout, a `batch` below 1, and variables of `load_hf` without their "params".
 
     >>> ref_logps = reference_logps_of(model, variables, encoded)
     >>> ref_logps.shape
     (2, 2)
     >>> rows = shared_rows(encoded, length=96, ref_logps=ref_logps)
     """
+    check_pairs(pairs)
+    if layout not in ("plain", "shared", "packed"):
+        raise ValueError(f"layout={layout!r}: use 'plain', 'shared' or 'packed'")
+    if batch < 1:
+        raise ValueError(f"batch={batch} must be at least 1")
+    if isinstance(model.config, DecoderConfig) and "params" not in variables:
+        raise ValueError(
+            f"variables must be {{'params': ...}}, as load_hf gives them; these have {', '.join(sorted(variables))}"
+        )
     if not len(pairs):
         return np.zeros((0, 2), np.float32)
-    if not isinstance(pairs[0], Encoded):
-        raise TypeError(f"pairs must be Encoded (token ids): use dpo_jax.encode; got {type(pairs[0]).__name__}")
     if partitioner is None:
         shards, part, run = 1, (0, 1), functools.partial(_logps, model.forward, model.unembed)
     else:
@@ -59,10 +70,12 @@ def reference_logps_of(
     for indices, laid_out in in_order(pairs, layout=shape, batch=batch, part=part):
         place = laid_out.index
         values = np.asarray(run(variables, laid_out.rows))[place >= 0]
-        check_finite([pairs[i] for i in indices[place[place >= 0]]], values)
-        logps[indices[place[place >= 0]]] = values
+        numbers = indices[place[place >= 0]]
+        check_finite([pairs[i] for i in numbers], values, numbers=numbers)
+        logps[numbers] = values
         done += len(indices)
-        progress(done, len(pairs))
+        if progress is not None:
+            progress(done, len(pairs))
     return logps
 
 

@@ -31,7 +31,8 @@ def dpo_step(
 
     The reference model is not here: its log-probabilities come with the batch, `rows.ref_logps[P, 2]`. Metrics are float32
     scalars, means over the pairs of the global batch as the policy was *before* the update. Rankings (`ranking_rows`) go the
-    same way, as [P, K] with `loss=partial(plackett_luce_loss, beta=0.1)`.
+    same way, as [P, K] with `loss=partial(plackett_luce_loss, beta=0.1)`. Under pmap or shard_map name the mapped axis,
+    `axis_name`: without it each device takes a step of its own, and parameters drift apart without an error.
 
     >>> step = jax.jit(partial(dpo_step, model=model, tx=tx, loss=partial(dpo_loss, beta=0.1)))
     >>> after, metrics = step(state, rows)
@@ -39,10 +40,11 @@ def dpo_step(
     0.6931 0.0
 
     A loss of one's own is a function of arrays. What it needs besides log-probabilities, `rows.extras` brings, by name: columns
-    of the data through `examples_to_rows`, or what the rows themselves say. Here the quality gap and lengths:
+    of the data through `examples_to_rows`, or what the rows themselves say. Fillers of a batch have length 0, so divide by
+    at least 1: their weight of 0 does not undo a NaN. Here the quality gap and lengths:
 
     >>> def loss(logps, ref_logps, gap, lengths):
-    ...     ratios = (logps - ref_logps) / lengths
+    ...     ratios = (logps - ref_logps) / jnp.maximum(lengths, 1)
     ...     return (ratios[:, 0] - ratios[:, 1] - gap) ** 2, ratios
     >>> gap = examples_to_rows(np.float32([0.5, 2.0]), rows)
     >>> mine = rows.replace(extras={"gap": gap, "lengths": completion_lengths(rows)})

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax.models.axes import parts_of
 from dpo_jax.types import ROW_AXES, Array, Model, Rows, Variables
@@ -51,6 +52,13 @@ def sequence_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int
     (2,)
     """
     hidden = model.forward(variables, rows)
+    shape = tuple(getattr(hidden, "shape", ()))  # a tuple of outputs has none
+    if len(shape) != 3 or shape[:2] != np.shape(rows.tokens):
+        found = f"an array {list(shape)}" if hasattr(hidden, "shape") else type(hidden).__name__
+        raise ValueError(
+            f"model.forward returns {found} for rows of {list(np.shape(rows.tokens))} tokens: hidden states [R, L, D] are "
+            "expected; dpo_jax.check_model tells whether a model of your own is right"
+        )
     hidden = jnp.take_along_axis(hidden, rows.source[:, :, None], axis=1)  # [R, S, D]
     logps = token_logps(model, variables, hidden, rows.target, used=rows.slot < rows.slots, chunk=chunk)
     return jnp.where(_in_slot(rows), logps[:, :, None], 0.0).sum(axis=1).reshape(-1)
@@ -59,7 +67,8 @@ def sequence_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int
 def completion_lengths(rows: Rows) -> jax.Array:
     """Scored tokens of each completion of each pair, its EOS included: float32[P, 2], chosen first (of rankings, [P, K]).
 
-    A pair that only fills up the batch has 0. Works on numpy rows and inside a compiled step.
+    A pair that only fills up the batch has 0: divide by `jnp.maximum(lengths, 1)`. Works on numpy rows and
+    inside a compiled step.
 
     >>> print(completion_lengths(rows))
     [[5. 5.]

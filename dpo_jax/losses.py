@@ -36,7 +36,8 @@ def dpo_loss(
       label_smoothing: assumed share of flipped labels in [0, 0.5), float or float[P] (conservative DPO, Mitchell 2023).
       reference_free: the loss takes a uniform reference. Rewards are still measured against `ref_logps`, as in the original.
 
-    Returns `(losses float[P], rewards float[P, 2])`. ValueError: a wrong shape, or `label_smoothing` outside of its range.
+    Returns `(losses float[P], rewards float[P, 2])`. ValueError: a wrong shape, `beta` not above 0, or `label_smoothing` out of
+    its range.
 
     >>> logps = np.array([[-12.0, -15.0], [-40.0, -40.0]])
     >>> ref_logps = np.array([[-14.0, -13.0], [-40.0, -40.0]])
@@ -45,8 +46,8 @@ def dpo_loss(
     [0.126928  0.6931472] [ 1. -1.]
     """
     logps, ref_logps = _of_pairs(logps, ref_logps)
+    beta = _beta(beta, logps)
     share = _option("label_smoothing", label_smoothing, logps, lambda x: (x >= 0) & (x < 0.5), "a share in [0, 0.5)")
-    beta = _option("beta", beta, logps)
     margins = beta * _margins(logps, jnp.zeros_like(ref_logps) if reference_free else ref_logps)
     losses = -(1 - share) * jax.nn.log_sigmoid(margins) - share * jax.nn.log_sigmoid(-margins)
     return losses, implicit_rewards(logps, ref_logps, beta=beta)
@@ -63,7 +64,7 @@ def ipo_loss(logps: Array, ref_logps: Array, *, beta: float | Array) -> tuple[ja
     [1.]
     """
     logps, ref_logps = _of_pairs(logps, ref_logps)
-    beta = _option("beta", beta, logps)
+    beta = _beta(beta, logps)
     losses = (_margins(logps, ref_logps) - 1 / (2 * beta)) ** 2
     return losses, implicit_rewards(logps, ref_logps, beta=beta)
 
@@ -97,7 +98,7 @@ def plackett_luce_loss(logps: Array, ref_logps: Array, *, beta: float | Array) -
     1.7918 1.7918
     """
     logps, ref_logps = _checked(logps, ref_logps)
-    beta = _option("beta", beta, logps)
+    beta = _beta(beta, logps)
     log_ratios = logps - ref_logps
     completions = log_ratios.shape[1]
     if completions < 2:
@@ -159,13 +160,11 @@ def _checked(logps: Array, ref_logps: Array) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(logps), jnp.asarray(ref_logps)
 
 
-def _option(
-    name: str,
-    value: float | Array,
-    logps: jax.Array,
-    inside: Callable[[Any], Any] = np.isfinite,
-    expected: str = "a finite number",
-) -> Any:
+def _beta(value: float | Array, logps: jax.Array) -> Any:
+    return _option("beta", value, logps, lambda x: (x > 0) & np.isfinite(x), "a positive finite number")
+
+
+def _option(name: str, value: float | Array, logps: jax.Array, inside: Callable[[Any], Any], expected: str) -> Any:
     """`value` after a check: a scalar, or float[P], and in its range."""
     if np.shape(value) not in ((), logps.shape[:1]):
         raise ValueError(f"{name} has shape {np.shape(value)}; give one number, or one for each of the {len(logps)} examples")

@@ -39,7 +39,7 @@ class ForeignCache(ValueError):
 
 
 class BrokenReference(FloatingPointError):
-    """The reference gives NaN or infinity for a pair: its weights are broken, or a text is."""
+    """The reference gives NaN or infinity for a pair: broken weights, or a text that it cannot read (vocabulary, positions)."""
 
 
 def reference_logps(model: Model, variables: Variables, rows: Rows) -> jax.Array:
@@ -52,14 +52,21 @@ def reference_logps(model: Model, variables: Variables, rows: Rows) -> jax.Array
     return jax.lax.stop_gradient(completion_logps(model, variables, rows))
 
 
-def check_finite(pairs: Sequence[Encoded], logps: np.ndarray) -> None:
-    """Raises `BrokenReference` for the first of `logps[n, 2]` that is NaN or infinite, naming its pair."""
+def check_finite(pairs: Sequence[Encoded], logps: np.ndarray, *, numbers: Sequence[int] | np.ndarray | None = None) -> None:
+    """Raises `BrokenReference` for the first of `logps[n, 2]` that is NaN or infinite, naming its pair.
+
+    `numbers` are those of `pairs` in the caller's data, for pairs without `uid`; by default they are counted from 0.
+    """
     bad = np.flatnonzero(~np.isfinite(logps).all(axis=1))
     if len(bad):
-        name, values = pairs[bad[0]].uid or f"pair {bad[0]}", ", ".join(f"{value:g}" for value in logps[bad[0]])
+        pair, values = pairs[bad[0]], ", ".join(f"{value:g}" for value in logps[bad[0]])
+        name = pair.uid or f"pair {bad[0] if numbers is None else numbers[bad[0]]}"
+        largest = max(int(np.max(ids, initial=0)) for ids in (pair.prompt, pair.chosen, pair.rejected))
+        longest = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
         raise BrokenReference(
-            f"{name}: the reference model gives the log-probabilities {values} (chosen, rejected). Its weights are broken, "
-            "or the number format is too small for them; nothing of this batch was cached."
+            f"{name}: the reference model gives the log-probabilities {values} (chosen, rejected). Possible causes: a token id "
+            f"beyond its vocabulary (the largest here is {largest}), a text longer than its positions (the longest here has "
+            f"{longest} tokens), broken weights, or a number format too small for them. Nothing of this batch was kept."
         )
 
 

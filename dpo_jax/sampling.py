@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from dpo_jax.types import Array, Model, Rows, Variables
 
@@ -83,10 +84,14 @@ def generate(
     transformers. Temperature 0 takes the likeliest token. A row ends with `eos_id`, or with any of several (-1: no token ends
     it), the loop when all rows have ended or after T = `max_new_tokens` tokens.
 
-    `key` is one key, or one for each row: then a completion does not depend on which rows it shares a batch or a device with.
+    `key` is one key (`jax.random.key`, or the older `PRNGKey`), or keys [B], one for each row: then a completion does not
+    depend on which rows it shares a batch or a device with.
 
     `Samples.token_logps` are under the model itself, before temperature and cuts: `Samples.logps`, their sums, equal what
     `logps.sequence_logps` finds for the same tokens. They are NaN where a completion ran past the model's position table.
+
+    Raises ValueError for options out of range, `lengths` of another shape than [B] or (outside of jit, where values are known)
+    not from 1 to Lp, and keys of another shape; TypeError for what is no key.
 
     >>> decoder, weights = load_hf(folder)
     >>> prompts, lengths = left_pad([pair.prompt for pair in encoded])
@@ -107,10 +112,10 @@ def generate(
     ends = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
     if not ends:
         raise ValueError("eos_id names no token; -1 lets no token end a row")
+    _check_prompts(prompts, lengths)
     batch, columns = prompts.shape
-    lengths = jnp.asarray(lengths, jnp.int32)
-    start = columns - lengths
-    keys = key if key.shape else jax.random.split(key, batch)
+    start = columns - jnp.asarray(lengths, jnp.int32)
+    keys = _keys_of_rows(key, batch)
 
     def draw(hidden: jax.Array, loop: _Loop) -> _Loop:
         """Draw token number `loop.drawn` of every row from the hidden state before it."""
@@ -148,6 +153,36 @@ def generate(
     loop = draw(hidden[:, -1], _Loop(jnp.int32(0), none, jnp.zeros(batch, bool), cache))
     loop = jax.lax.while_loop(lambda loop: (loop.drawn < max_new_tokens) & ~loop.ended.all(), advance, loop)
     return loop.samples
+
+
+def _check_prompts(prompts: Array, lengths: Array) -> None:
+    if np.ndim(prompts) != 2 or np.shape(lengths) != np.shape(prompts)[:1]:
+        raise ValueError(
+            f"prompts have shape {np.shape(prompts)} and lengths {np.shape(lengths)}: [B, Lp] and [B] are expected, as "
+            "left_pad gives them"
+        )
+    if isinstance(lengths, Tracer):  # data of a compiled program, which cannot be asked
+        return
+    wrong = np.flatnonzero((np.asarray(lengths) < 1) | (np.asarray(lengths) > prompts.shape[1]))
+    if len(wrong):
+        raise ValueError(
+            f"prompt {wrong[0]} has length {np.asarray(lengths)[wrong[0]]}, and prompts have {prompts.shape[1]} columns: "
+            "lengths count the tokens at the end of each row, 1 or more, as left_pad gives them"
+        )
+
+
+def _keys_of_rows(key: jax.Array, batch: int) -> jax.Array:
+    """A key for each row, [B], of one key or as many."""
+    dtype = getattr(key, "dtype", None)
+    if dtype == np.uint32 and np.ndim(key):
+        key = jax.random.wrap_key_data(jnp.asarray(key))  # of jax.random.PRNGKey
+    elif dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError(f"key: one of jax.random.key(seed), or one for each prompt, is expected; got {type(key).__name__}")
+    if key.shape not in ((), (batch,)):
+        raise ValueError(
+            f"key: one of jax.random.key(seed), or one for each of the {batch} prompts, not keys of shape {key.shape}"
+        )
+    return key if key.shape else jax.random.split(key, batch)
 
 
 def _choose(logits: jax.Array, keys: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:

@@ -31,7 +31,8 @@ def init_state(variables: Variables, tx: optax.GradientTransformation, *, frozen
 
     Both are nested dicts {collection: {name: array[...]}}, as `Model.init` and `load_hf` give them, and must not share a
     collection; `tx` is any optax transformation. Returns a `TrainState` with step int32[] 0. `model.forward` gets
-    `{**frozen, **variables}`: for LoRA, freeze {"params": base} and train {"lora": ...}.
+    `{**frozen, **variables}`: for LoRA, freeze {"params": base} and train {"lora": ...}. The arrays are not copied: a step that
+    donates its state deletes `variables` as well, so give a copy (`jax.tree.map(jnp.copy, variables)`) to use them later.
 
     >>> state = init_state(variables, tx)
     >>> int(state.step), state.variables.keys()

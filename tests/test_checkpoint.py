@@ -84,7 +84,8 @@ def saved(tmp_path_factory):
     directory = tmp_path_factory.mktemp("saved")
     with Checkpoints(directory) as checkpoints:
         for step in (10, 20):
-            checkpoints.save(step, numbered(step), {"config": {"beta": 0.1}, "step": step})
+            state = numbered(step)
+            checkpoints.save(state.step, state, {"config": {"beta": 0.1}, "step": step})
     return directory
 
 

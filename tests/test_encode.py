@@ -1,11 +1,13 @@
 import copy
 import json
+import types
 
 import numpy as np
 import pytest
 from conftest import GOLDEN
 
 from dpo_jax.data.encode import EosInText, adds_bos, cut_prompt, encode, token_ids, with_bos
+from dpo_jax.data.pairs import BadRow
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.reference import pair_key
 
@@ -58,6 +60,41 @@ def test_a_chat_template_may_end_turns_with_eos_but_never_twice(tokenizer):
     np.testing.assert_array_equal(encoded.rejected, plain.rejected)
     with pytest.raises(EosInText, match="chosen"):
         encode({**chat, "chosen": "Hello.<|endoftext|> user: more"}, tokenizer, **LIMITS)
+
+
+TEXT = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
+def test_what_is_no_text_is_named(tokenizer, field):
+    rest = {name: value for name, value in TEXT.items() if name != field}
+    with pytest.raises(BadRow, match=f"{field}: missing_column: the row has "):
+        encode(rest, tokenizer, **LIMITS)
+    with pytest.raises(BadRow, match=f"{field}: missing_column: the row has "):
+        encode(types.SimpleNamespace(**rest), tokenizer, **LIMITS)
+    for value, message in (
+        (None, "wrong_type: a text is needed, this is NoneType"),
+        (5, "this is int"),
+        (float("nan"), "nan: NaN"),
+    ):
+        with pytest.raises(BadRow, match=f"{field}: .*{message}"):
+            encode({**TEXT, field: value}, tokenizer, **LIMITS)
+
+
+def test_encoded_pairs_are_compared_by_identity(tokenizer):
+    one, other = (encode(TEXT, tokenizer, **LIMITS) for _ in range(2))
+    same = one
+    assert one == same
+    assert one != other
+    assert {one: 1, other: 2}[one] == 1
+
+
+def test_what_is_no_preference_is_named(tokenizer):
+    for value in ("a text", None, ("a", "b", "c")):
+        with pytest.raises(
+            TypeError, match=f"one preference with prompt, chosen and rejected, and this is {type(value).__name__}"
+        ):
+            encode(value, tokenizer, **LIMITS)
 
 
 CONVERSATION = {

@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import math
+import os
 import re
 import subprocess
 import sys
@@ -129,6 +130,27 @@ def test_every_name_of_the_front_door_opens():
         assert getattr(dpo_jax, name) is not None
     with pytest.raises(AttributeError, match="module 'dpo_jax' has no attribute 'dpo_stop'"):
         _ = dpo_jax.dpo_stop
+
+
+def test_the_version_is_that_of_the_installed_package():
+    from importlib.metadata import version
+
+    assert dpo_jax.__version__ == version("dpo_jax")
+
+
+def test_the_library_keeps_transformers_from_advising_pytorch():
+    code = """
+import os, sys, dpo_jax
+from dpo_jax.data.tokenizer import train_tokenizer
+tokenizer = train_tokenizer(["a"], vocab_size=300)
+dpo_jax.encode({"prompt": "a", "chosen": "b", "rejected": "c"}, tokenizer, max_length=64, max_prompt_length=32)
+assert "transformers" in sys.modules
+"""
+    env = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    # As if PyTorch were not installed, which is when transformers says so.
+    code = "import sys; sys.modules['torch'] = None" + code
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True, env=env)
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_importing_the_package_loads_nothing_heavy():

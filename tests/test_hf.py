@@ -99,6 +99,21 @@ def test_saving_variables_of_another_model_is_refused(tmp_path):
         save_hf(tmp_path / "out", model, {"params": fewer})
 
 
+def test_collections_that_would_be_lost_are_named(tmp_path):
+    model, variables, _, _ = golden("llama")
+    with pytest.raises(ValueError, match=r"save_hf writes the collection params, and lora, scalar_head would be lost"):
+        save_hf(tmp_path / "out", model, {**variables, "scalar_head": {}, "lora": {"a": np.zeros(2)}})
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_may_be_read_by_whom_the_umask_lets(tmp_path):
+    model, variables, _, _ = golden("gpt2")
+    save_hf(tmp_path / "out", model, variables)
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    (tmp_path / "other").touch()
+    assert modes == {(tmp_path / "other").stat().st_mode}
+
+
 def test_bfloat16_weights(tmp_path):
     model, variables, _, _ = golden("qwen2")
     save_hf(tmp_path / "out", model, variables, dtype=jnp.bfloat16)

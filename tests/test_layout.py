@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -149,6 +150,61 @@ def test_nothing_is_cut_to_fit():
         shared_rows([dataclasses.replace(PAIRS[0], prompt=np.zeros(0, np.int32))], length=40)
 
 
+PROMPT, COMPLETION = np.int32([5, 6]), np.int32([7, 0])
+ALL_ROWS = [functools.partial(rows, length=64) for rows in (plain_rows, shared_rows, packed_rows)]
+
+
+@pytest.mark.parametrize("rows", ALL_ROWS)
+@pytest.mark.parametrize("shape", [(2,), (4,), (3, 2), (2, 3), (2, 2, 1), (4, 2), (2, 1), (1, 4)])
+def test_references_of_another_shape_would_be_those_of_other_pairs(rows, shape):
+    with pytest.raises(ValueError, match=rf"ref_logps has shape \({', '.join(map(str, shape))},?\), and \[2, 2\] is expected"):
+        rows(PAIRS[:2], ref_logps=np.zeros(shape))
+    with pytest.raises(ValueError, match=r"shape \(2, 3\), and \[3, 2\] is expected: one row for each pair, chosen first"):
+        rows(PAIRS[:3], ref_logps=np.stack(REF[:3], axis=1))
+
+
+@pytest.mark.parametrize("rows", ALL_ROWS)
+def test_what_are_no_pairs_of_token_ids_is_refused(rows):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(TypeError, match=r"pairs must be Encoded \(token ids\): use dpo_jax.encode; got dict"):
+        rows([row, row])
+    with pytest.raises(TypeError, match="use dpo_jax.encode; got tuple"):
+        rows([PAIRS[0], (PROMPT, COMPLETION)])
+    with pytest.raises(TypeError, match="a sequence of Encoded .* got a single Encoded"):
+        rows(PAIRS[0])
+    with pytest.raises(TypeError, match="a sequence of Encoded .* got generator"):
+        rows(pair for pair in PAIRS)
+    for ids, message in (
+        (np.array([5, 6.7]), "has values of type float64; token ids are integers"),
+        (np.int32([5, -100]), "holds -100, which is no token id"),
+        (np.array([2**32 + 5]), "holds 4294967301, which is no token id"),
+        (np.int32([[5]]), r"has shape \(1, 1\); token ids \[n\] are expected"),
+    ):
+        for side in ("prompt", "chosen", "rejected"):
+            with pytest.raises(ValueError, match=f"pair:1: {side} {message}"):
+                rows([PAIRS[0], dataclasses.replace(PAIRS[1], **{side: ids})])
+    for side in ("chosen", "rejected"):
+        with pytest.raises(ValueError, match=f"pair 1: {side} has no tokens, not even EOS"):
+            rows([PAIRS[0], dataclasses.replace(PAIRS[1], uid="", **{side: []})])
+
+
+def test_what_are_no_completions_is_refused():
+    lists = completion_rows([([5, 6], [7, 0])], length=8)
+    np.testing.assert_array_equal(lists.tokens, completion_rows(((PROMPT, COMPLETION),), length=8).tokens)
+    with pytest.raises(TypeError, match=r"got Encoded: give \[\(pair.prompt, pair.chosen\) for pair in encoded\]"):
+        completion_rows(PAIRS, length=64)
+    with pytest.raises(TypeError, match=r"\(prompt ids, completion ids\), got dict as number 1"):
+        completion_rows([(PROMPT, COMPLETION), {"prompt": 1, "chosen": 2}], length=64)
+    with pytest.raises(ValueError, match=r"text 0: prompt has shape \(\)"):
+        completion_rows((PROMPT, COMPLETION), length=64)
+    with pytest.raises(TypeError, match="a sequence of .* got zip"):
+        completion_rows(zip([PROMPT], [COMPLETION], strict=True), length=64)
+    with pytest.raises(ValueError, match="text 0: completion has no tokens"):
+        completion_rows([(PROMPT, COMPLETION[:0])], length=64)
+    with pytest.raises(ValueError, match="ranking 0: completion 1 has values of type float64"):
+        ranking_rows([(PROMPT, [COMPLETION, COMPLETION * 1.0])], length=64)
+
+
 # Rankings
 
 
@@ -195,5 +251,5 @@ def test_rankings_that_make_no_batch_are_refused():
         ranking_rows(random_rankings(3, 1), length=20)
     with pytest.raises(ValueError, match="these have none"):
         ranking_rows([], length=20)
-    with pytest.raises(ValueError, match=r"ref_logps is \(3, 2\), and there are 3 rankings of 4 completions"):
+    with pytest.raises(ValueError, match=r"\(3, 2\), and \[3, 4\] is expected: there are 3 rankings of 4 completions"):
         ranking_rows(rankings, length=20, ref_logps=np.zeros((3, 2)))

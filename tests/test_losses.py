@@ -95,8 +95,13 @@ def test_label_smoothing_outside_its_range_is_refused():
         dpo_loss(LOGPS, REF, beta=0.1, label_smoothing=0.5)
     with pytest.raises(ValueError, match="label_smoothing="):
         dpo_loss(LOGPS, REF, beta=0.1, label_smoothing=np.array([0.1, 0.2, 0.5]))
-    with pytest.raises(ValueError, match="beta=nan: a finite number"):
-        ipo_loss(LOGPS, REF, beta=float("nan"))
+
+
+@pytest.mark.parametrize("loss", [dpo_loss, ipo_loss, plackett_luce_loss])
+@pytest.mark.parametrize("beta", [0, -1.0, float("nan"), float("inf"), np.array([0.1, -0.1, 0.1])])
+def test_a_beta_that_is_not_positive_is_refused(loss, beta):
+    with pytest.raises(ValueError, match="beta=.*: a positive finite number is expected"):
+        loss(LOGPS, REF, beta=beta)
 
 
 # Options that are data of a program: swept by vmap, or one for each example

@@ -139,6 +139,13 @@ def test_shapes_are_looked_at_first():
     flat = Model(init, lambda v, rows: forward(v, rows).reshape(-1, WIDTH), unembed)
     with pytest.raises(WrongModel, match=r"forward returns \(\d+, 16\).*hidden\[R, L, D\] is expected"):
         CHECK(flat, VARIABLES, PAIRS)
+    several = Model(init, lambda v, rows: (forward(v, rows), None), unembed)
+    with pytest.raises(WrongModel, match=r"forward returns tuple for .*hidden\[R, L, D\] is expected"):
+        CHECK(several, VARIABLES, PAIRS)
+    rows = dpo_jax.plain_rows(PAIRS, length=32)
+    for wrong, found in ((flat, r"an array \[320, 16\]"), (several, "tuple")):
+        with pytest.raises(ValueError, match=rf"model.forward returns {found} for rows of \[10, 32\] tokens: .*check_model"):
+            dpo_jax.completion_logps(wrong, VARIABLES, rows)
     small = Model(init, forward, lambda v, hidden: hidden @ v["params"]["embed"][:8].T)
     with pytest.raises(WrongModel, match="largest token id is"):
         CHECK(small, VARIABLES, PAIRS)
@@ -146,6 +153,7 @@ def test_shapes_are_looked_at_first():
         CHECK(model_of(), VARIABLES, PAIRS[:1])
     with pytest.raises(ValueError, match="layouts of plain, shared, packed"):
         CHECK(model_of(), VARIABLES, PAIRS, layouts=["causal"])
+    assert [*CHECK(model_of(), VARIABLES, PAIRS, layouts="plain", gradients=False)] == ["plain"]
 
 
 def test_an_error_of_the_model_says_which_rows_it_was_given():
@@ -219,5 +227,35 @@ def test_a_broken_reference_names_the_pair():
     with pytest.raises(BrokenReference, match=r"0: .* gives the log-probabilities nan"):
         dpo_jax.reference_logps_of(model_of(), poisoned, PAIRS)
     assert dpo_jax.reference_logps_of(model_of(), VARIABLES, []).shape == (0, 2)
-    with pytest.raises(TypeError, match=r"use dpo_jax\.encode; got dict"):
-        dpo_jax.reference_logps_of(model_of(), VARIABLES, [{"prompt": "a"}])
+    for function in (dpo_jax.reference_logps_of, check_model):
+        with pytest.raises(TypeError, match=r"use dpo_jax\.encode; got dict"):
+            function(model_of(), VARIABLES, [{"prompt": "a"}] * 2)
+
+
+def test_a_broken_reference_says_what_was_longest_and_largest():
+    from dpo_jax.reference import BrokenReference
+
+    long = dpo_jax.Encoded(np.int32([5]), np.int32([6] * 40), np.int32([7]))
+    short = dpo_jax.Encoded(np.int32([5]), np.int32([16, 6]), np.int32([7]))
+    late = Model(init, lambda v, rows: jnp.where(rows.positions[..., None] < 39, forward(v, rows), jnp.nan), unembed)
+    with pytest.raises(BrokenReference, match=r"pair 2: .*\(the largest here is 7\).*\(the longest here has 41 tokens\)"):
+        dpo_jax.reference_logps_of(late, VARIABLES, [short, short, long], batch=1)
+
+
+def test_arguments_of_a_pass_are_looked_at_first():
+    config = dpo_jax.decoder_config(
+        dpo_jax.hf_config("gpt2", vocab_size=20, width=8, layers=1, heads=1, max_positions=8, eos_token_id=0)
+    )
+    for message, options in (
+        ("layout='groups': use 'plain', 'shared' or 'packed'", {"layout": "groups"}),
+        ("batch=0 must be at least 1", {"batch": 0}),
+        (
+            "variables must be {'params': ...}.*these have embed",
+            {"variables": {"embed": 1}, "model": Model(init, forward, unembed)._replace(config=config)},
+        ),
+    ):
+        given = {"model": model_of(), "variables": VARIABLES, "pairs": PAIRS, **options}
+        with pytest.raises(ValueError, match=message):
+            dpo_jax.reference_logps_of(**given)
+    with pytest.raises(TypeError, match="a sequence of Encoded .* got generator"):
+        dpo_jax.reference_logps_of(model_of(), VARIABLES, (pair for pair in PAIRS))  # pyright: ignore[reportArgumentType]

@@ -170,3 +170,17 @@ def test_lock_goes_with_a_killed_process(tmp_path):
     code = f"import os; from dpo_jax.runtime.rundir import RunDir; run = RunDir({str(tmp_path)!r}); os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     rundir.RunDir(tmp_path).close()
+
+
+@pytest.mark.parametrize("rate", [-1e-3, float("nan"), float("inf"), np.float32(-1)])
+def test_learning_rates_that_climb_are_refused(rate):
+    with pytest.raises(ValueError, match="learning_rate must be a finite number, at least 0"):
+        optim.make_optimizer(rate)
+    with pytest.raises(ValueError, match="peak must be a finite learning rate, at least 0"):
+        optim.linear_warmup(rate, warmup_steps=3)
+
+
+@pytest.mark.parametrize("options", [{"b1": 1.0}, {"b2": -0.1}, {"weight_decay": float("nan")}])
+def test_impossible_moments_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        optim.make_optimizer(1e-3, name="adamw", **options)

@@ -169,6 +169,37 @@ def test_refusals():
         generate(model._replace(decode=None), {}, tokens, lengths, jax.random.key(0), max_new_tokens=1, eos_id=0)
 
 
+def test_lengths_and_keys_are_those_of_the_prompts():
+    model, (tokens, lengths) = counting_model([0.0, 1.0], []), left_pad([[1], [1, 1]])
+
+    def run(lengths=lengths, key=jax.random.key(0), tokens=tokens):  # noqa: B008
+        return generate(model, {}, tokens, lengths, key, max_new_tokens=3, eos_id=0).tokens
+
+    expected = run()
+    np.testing.assert_array_equal(run(key=jax.random.PRNGKey(0)), expected)
+    np.testing.assert_array_equal(
+        run(key=jax.random.split(jax.random.PRNGKey(0))), run(key=jax.random.split(jax.random.key(0)))
+    )
+    for wrong in (lengths[:1], np.int32(2), lengths[:, None]):
+        for called in (run, jax.jit(run)):
+            with pytest.raises(
+                ValueError, match=r"prompts have shape \(2, 8\) and lengths .*: \[B, Lp\] and \[B\] are expected"
+            ):
+                called(wrong)
+    with pytest.raises(ValueError, match=r"prompts have shape \(8,\)"):
+        run(tokens=tokens[0])
+    with pytest.raises(ValueError, match="prompt 1 has length 100, and prompts have 8 columns"):
+        run(np.array([8, 100]))
+    with pytest.raises(ValueError, match="prompt 0 has length 0"):
+        run(jnp.array([0, 2]))
+    for key in (jax.random.split(jax.random.key(0), 3), jax.random.split(jax.random.PRNGKey(0), 3)):
+        with pytest.raises(ValueError, match=r"one for each of the 2 prompts, not keys of shape \(3,\)"):
+            run(key=key)
+    for key in (0, np.zeros(2), None):
+        with pytest.raises(TypeError, match=r"key: one of jax.random.key\(seed\), or one for each prompt, is expected"):
+            run(key=key)
+
+
 def test_any_of_several_tokens_ends_a_row():
     """Chat models have one for the end of a turn and one for the end of the text; what a model draws first ends the row."""
     model = counting_model([0.0, 1.0, 0.0, 9.0], [])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.data.arguments import check_pairs
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import packed_rows, plain_rows, shared_rows
 from dpo_jax.logps import completion_logps
@@ -34,7 +35,7 @@ def check_model(
     variables: Variables,
     encoded: Sequence[Encoded],
     *,
-    layouts: Sequence[str] = LAYOUTS,
+    layouts: str | Sequence[str] = LAYOUTS,
     tolerance: float | None = None,
     gradients: bool = True,
 ) -> dict[str, Agreement]:
@@ -62,6 +63,8 @@ def check_model(
     ...
     dpo_jax.checks.model.WrongModel: ...
     """
+    check_pairs(encoded)
+    layouts = (layouts,) if isinstance(layouts, str) else layouts
     if len(encoded) < 2 or not {*layouts} <= {*LAYOUTS}:
         raise ValueError(f"give two pairs or more, and layouts of {', '.join(LAYOUTS)}; got {len(encoded)} and {list(layouts)}")
     rows = {name: _rows(encoded, name) for name in dict.fromkeys(("plain", *layouts))}
@@ -99,8 +102,10 @@ def _rows(encoded: Sequence[Encoded], layout: str) -> Rows:
 def _check_shapes(model: Model, variables: Variables, rows: Rows) -> Any:
     """The type of the hidden states, after a check of what the two functions return."""
     hidden = jax.eval_shape(model.forward, variables, rows)
-    if hidden.ndim != 3 or hidden.shape[:2] != rows.tokens.shape:
-        raise WrongModel(f"forward returns {hidden.shape} for rows of {rows.tokens.shape} tokens: hidden[R, L, D] is expected")
+    shape = tuple(getattr(hidden, "shape", ()))  # a tuple of outputs has none
+    if len(shape) != 3 or shape[:2] != rows.tokens.shape:
+        found = shape if hasattr(hidden, "shape") else type(hidden).__name__
+        raise WrongModel(f"forward returns {found} for rows of {rows.tokens.shape} tokens: hidden[R, L, D] is expected")
     logits = jax.eval_shape(model.unembed, variables, hidden)
     largest = int(rows.tokens.max())
     if logits.shape[:2] != rows.tokens.shape or logits.ndim != 3 or logits.shape[-1] <= largest:

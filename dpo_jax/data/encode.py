@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dpo_jax.data.columns import text as text_in
+
 Truncation = Literal["keep_end", "keep_start"]
 Bos = Literal["auto", "always", "never"]
 
@@ -16,7 +18,7 @@ class EosInText(ValueError):
     """A text contains the end-of-sequence token, which would end the completion before its end."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: arrays have no single truth value, and no hash
 class Encoded:
     """One preference as token ids. Completions end in EOS unless truncation cut it away.
 
@@ -62,6 +64,9 @@ def encode(
     Lists of messages `{"role", "content"}` are rendered by the chat template of `tokenizer`, as in `load_preferences`. Without
     `prompt`, it is the messages that both sides begin with. A tokenizer without a template is a ValueError that says so.
 
+    Raises `BadRow`, a ValueError, naming a field that is missing or holds no text. Empty completions and equal ones are encoded
+    like any others: `load_preferences` and the program refuse them.
+
     >>> pair = {"prompt": "The film was", "chosen": " a delight.", "rejected": " a bore."}
     >>> ids = encode(pair, tokenizer, max_length=64, max_prompt_length=32)
     >>> tokenizer.decode(ids.prompt), tokenizer.decode(ids.chosen)
@@ -82,6 +87,7 @@ def encode(
         sides = get("chosen"), get("rejected")
         preference = chat_preference(get("prompt"), *sides, uid=uid or "encode", tokenizer=tokenizer)
     chat = bool(get("chat", False))
+    _check_texts(preference)
     own = token_ids(get("prompt"), tokenizer)
     if not chat:
         _refuse_eos(own, tokenizer, "prompt")
@@ -104,6 +110,21 @@ def encode(
         rejected_cut=full["rejected"] - len(rejected),
         bos_added=full["prompt"] > len(own),
     )
+
+
+def _check_texts(preference: Any) -> None:
+    fields = ("prompt", "chosen", "rejected")
+    texts = (
+        preference if isinstance(preference, Mapping) else {f: getattr(preference, f) for f in fields if hasattr(preference, f)}
+    )
+    if all(isinstance(texts.get(field), str) for field in fields):
+        return
+    if not texts and not isinstance(preference, Mapping):
+        raise TypeError(
+            f"encode takes one preference with prompt, chosen and rejected, and this is {type(preference).__name__}"
+        )
+    for field in fields:
+        text_in(texts, field)
 
 
 def token_ids(text: str, tokenizer: Any) -> np.ndarray:

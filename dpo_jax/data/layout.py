@@ -20,6 +20,7 @@ from typing import Literal, cast
 
 import numpy as np
 
+from dpo_jax.data.arguments import check_completions, check_ids, check_pairs, check_ref_logps
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.groups import PairGroup
 from dpo_jax.data.units import Unit, completion_unit, group_size, group_unit, place_units, shared_unit
@@ -59,12 +60,16 @@ def plain_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | No
     """Each completion in a row of its own, after its prompt: R = 2P rows of L = `length` tokens, chosen and rejected by turns.
 
     For any causal model: padding is on the right, and a model may ignore `k_start` and `k_end`. `ref_logps` float[P, 2], in the
-    order of `encoded`, travels with the rows. A row that needs more than `length` is a `ValueError`.
+    order of `encoded`, travels with the rows. Without a prompt nothing predicts the first token, and it is not scored.
+
+    Raises ValueError for a row that needs more than `length`, a completion without tokens, negative or fractional ids, and
+    `ref_logps` of another shape; TypeError for pairs that are not `Encoded`.
 
     >>> rows = plain_rows(encoded, length=64)
     >>> rows.tokens.shape, rows.weight.shape
     ((4, 64), (2,))
     """
+    check_pairs(encoded)
     layout = Layout("plain", length=length, scored=length)
     return layout.rows(encoded, ref_logps=ref_logps)
 
@@ -74,12 +79,13 @@ def shared_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | N
 
     R = P rows of L = `length` tokens, for models that honour `k_start`, `k_end` and `positions` (see `check_model`); for other
     models use `plain_rows`. `ref_logps` float[P, 2], in the order of `encoded`, travels with the rows. A pair that needs more
-    than `length` tokens, or has no prompt, is a `ValueError`.
+    than `length` tokens, or has no prompt, is a `ValueError`; other errors are those of `plain_rows`.
 
     >>> rows = shared_rows(encoded, length=96, ref_logps=np.zeros((2, 2)))
     >>> rows.tokens.shape, rows.ref_logps.shape
     ((2, 96), (2, 2))
     """
+    check_pairs(encoded)
     layout = Layout("shared", length=length, scored=length)
     return layout.rows(encoded, ref_logps=ref_logps)
 
@@ -88,12 +94,14 @@ def packed_rows(encoded: Sequence[Encoded], *, length: int, pairs_per_row: int =
     """Whole pairs, each as in `shared_rows`, packed into as few rows as first-fit decreasing finds.
 
     R rows of L = `length` tokens and at most `pairs_per_row` pairs. Pairs come out in another order than they went in:
-    `rows.index` int32[P] tells which is which, and -1 where a place is empty. Otherwise as `shared_rows`.
+    `rows.index` int32[P] tells which is which, and -1 where a place is empty. `ref_logps`, in the order of `encoded`, follows
+    them. For columns of your own (`extras`, `weight`) do the same with `examples_to_rows`. Otherwise as `shared_rows`.
 
     >>> rows = packed_rows(encoded, length=128, pairs_per_row=2)
     >>> rows.tokens.shape, rows.index.tolist()
     ((1, 128), [1, 0])
     """
+    check_pairs(encoded)
     layout = Layout("packed", length=length, scored=length, per_row=pairs_per_row)
     return layout.rows(encoded, ref_logps=ref_logps)
 
@@ -102,12 +110,14 @@ def completion_rows(completions: Sequence[Completion], *, length: int, per_row: 
     """Single completions after their prompts, `per_row` to a row at most: what supervised fine-tuning reads.
 
     `completions` are (prompt, completion), int32[n] token ids each. R rows of L = `length` tokens, one slot a completion. With
-    `per_row` above 1, R is as few as fit, and `rows.index` int32[E] tells the order. A ValueError: one that does not fit.
+    `per_row` above 1, R is as few as fit, and `rows.index` int32[E] tells the order. Without a prompt the first token is
+    not scored. Raises ValueError for one that does not fit, has no tokens, or holds what is no token id; TypeError for pairs.
 
     >>> rows = completion_rows([(np.int32([5, 6]), np.int32([7, 0]))], length=8)
     >>> rows.tokens.tolist(), completion_lengths(rows).tolist()
     ([[5, 6, 7, 0, 0, 0, 0, 0]], [[2.0]])
     """
+    check_completions(completions)
     return Layout("packed" if per_row > 1 else "plain", length=length, scored=length, per_row=per_row).rows(completions)
 
 
@@ -127,6 +137,9 @@ def ranking_rows(rankings: Sequence[Ranking], *, length: int, ref_logps: Array |
         raise ValueError(f"rankings need the same number of completions, two or more; these have {sizes or 'none'}")
     places = sizes[0]
     for number, (prompt, completions) in enumerate(rankings):
+        check_ids(prompt, f"ranking {number}: prompt", empty=True)
+        for place, completion in enumerate(completions):
+            check_ids(completion, f"ranking {number}: completion {place}")
         longest = len(prompt) + max(len(completion) for completion in completions)
         if longest > length:
             raise ValueError(f"ranking {number}: needs rows of {longest} tokens, and they hold {length}; raise the row length")
@@ -136,8 +149,7 @@ def ranking_rows(rankings: Sequence[Ranking], *, length: int, ref_logps: Array |
     rows = rows.replace(index=index, weight=(index >= 0).astype(np.float32))
     if ref_logps is None:
         return rows
-    if np.shape(ref_logps) != (len(rankings), places):
-        raise ValueError(f"ref_logps is {np.shape(ref_logps)}, and there are {len(rankings)} rankings of {places} completions")
+    check_ref_logps(ref_logps, (len(rankings), places), of=f"there are {len(rankings)} rankings of {places} completions")
     fillers = np.zeros((len(index) - len(rankings), places), np.float32)
     return rows.replace(ref_logps=np.concatenate([np.asarray(ref_logps, np.float32), fillers]))
 
@@ -231,6 +243,10 @@ class Layout:
         mine = index[here.start // 2 : here.stop // 2] if two_rows else index[here]
         rows = rows.replace(index=mine.reshape(-1), weight=(mine.reshape(-1) >= 0).astype(np.float32))
         if ref_logps is not None:
+            if groups:
+                check_ref_logps(ref_logps, (len(groups), self.pairs, 2), of="the pairs of each group, chosen first")
+            elif pairs:
+                check_ref_logps(ref_logps, (len(examples), 2), of="one row for each pair, chosen first")
             rows = rows.replace(ref_logps=examples_to_rows(np.asarray(ref_logps, np.float32).reshape(-1, 2), rows))
         return rows, index.reshape(-1)
 

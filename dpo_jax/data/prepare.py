@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.data.encode import Bos, Encoded, EosInText, Truncation, encode
 from dpo_jax.data.layout import Completion
@@ -116,6 +115,8 @@ class _Remembering:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.eos_token_id = tokenizer.eos_token_id  # transformers takes its time to look it up
+        from transformers import PreTrainedTokenizerFast  # here: after what `data.tokenizer` tells it
+
         if type(tokenizer) is PreTrainedTokenizerFast:
             tokenizer("", add_special_tokens=False)  # takes off truncation and padding that another call has left there
             below = tokenizer.backend_tokenizer

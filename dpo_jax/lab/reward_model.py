@@ -153,7 +153,7 @@ def learn_reward(
 def save_reward_model(path: Path, model: Model, variables: Variables) -> Path:
     """Writes the decoder as a Hugging Face folder, and the head beside it. `variables` are on the host."""
     (path / HEAD_FILE).unlink(missing_ok=True)  # a kill must not leave it beside other weights
-    folder = save_hf(path, model, variables)
+    folder = save_hf(path, model, {"params": variables["params"]})
     with naming(folder / HEAD_FILE):
         save_file({name: np.asarray(array, np.float32) for name, array in variables[HEAD].items()}, folder / HEAD_FILE)
     return folder

@@ -352,6 +352,14 @@ def make_model(
 
     Cache (`init_cache(batch, length, dtype)`): `length` columns per row. A `decode` beyond the last column cannot be seen under
     jit: it is the caller's duty to make the cache long enough.
+
+    A small model for a trial, without a download:
+
+    >>> sizes = {"vocab_size": len(tokenizer), "width": 32, "layers": 2, "heads": 4, "max_positions": 128}
+    >>> decoder = make_model(decoder_config(hf_config("llama", **sizes, eos_token_id=tokenizer.eos_token_id)))
+    >>> weights = jax.jit(decoder.init)(jax.random.key(0))
+    >>> reference_logps_of(decoder, weights, encoded, layout="packed").shape
+    (2, 2)
     """
     if remat not in REMAT:
         raise ValueError(f"remat must be one of {', '.join(REMAT)}, not {remat!r}")

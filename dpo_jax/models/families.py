@@ -26,6 +26,11 @@ def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
 
     A multimodal "gemma3" configuration stands for its text model. Raises ValueError, naming key and value, for a family, an
     activation, a rotary scaling or another setting that the decoder does not have, and for a missing or impossible size.
+
+    >>> sizes = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    >>> found = decoder_config({"model_type": "gpt2", **sizes})
+    >>> found.family, found.width, found.layers
+    ('gpt2', 32, 2)
     """
     hf = dict(hf_config)
     if hf.get("model_type") == "gemma3":
@@ -225,6 +230,11 @@ def hf_config(
 
     `mlp_width` defaults to 4 x width, with a gated MLP to 8/3 x width rounded up to a multiple of 8 (about as many parameters).
     Raises ValueError for an unknown family and for a size the family has no setting for.
+
+    >>> sizes = {"vocab_size": 300, "width": 32, "layers": 2, "heads": 4, "max_positions": 64}
+    >>> content = hf_config("llama", **sizes, eos_token_id=0)
+    >>> content["model_type"], content["hidden_size"]
+    ('llama', 32)
     """
     if family not in DEFAULTS:
         raise ValueError(f"family {family!r} is not supported; supported: {', '.join(DEFAULTS)}")

@@ -117,8 +117,9 @@ def save_hf(
     the folder, read back, compared and only then moved in, so that a kill leaves no half-written model. In a folder that holds
     an earlier model its files are replaced and others, such as a tokenizer, stay. Weights that lie in pieces on several hosts
     are collected tensor by tensor with `fetch`: all hosts call this, and one with `write`. Raises FileExistsError for a folder
-    that holds something else; ValueError if the variables do not fit the model, and for a model of your own, which has no
-    Hugging Face form; OverflowError, naming the tensor, for values that `dtype` cannot hold.
+    that holds something else; ValueError if the variables do not fit the model or hold more than "params", which would be lost,
+    and for a model of your own, which has no Hugging Face form; OverflowError, naming the tensor, for values too large for
+    `dtype`.
 
     >>> decoder, weights = load_hf(folder)
     >>> sorted(file.name for file in save_hf("copy", decoder, weights).iterdir())
@@ -132,6 +133,11 @@ def save_hf(
     folder = Path(path).expanduser()
     if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not a model folder; choose another place to save the model")
+    if lost := sorted({*variables} - {"params"}):
+        raise ValueError(
+            f"save_hf writes the collection params, and {', '.join(lost)} would be lost: merge LoRA weights into params first, "
+            "and save a scalar head or another collection by itself (numpy.savez); then give {'params': variables['params']}"
+        )
     config = model.config
     expected = _flatten(variable_shapes(model)["params"])
     flat = _flatten(variables["params"])

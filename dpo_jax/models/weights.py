@@ -145,7 +145,10 @@ def write_shards(folder: Path, sizes: Mapping[str, int], get: Callable[[str], np
         # safetensors 0.8 writes the wrong values for a transposed view, without an error.
         batch = {name: np.ascontiguousarray(get(name)) for name in names}
         with naming(folder / file):
+            (folder / file).touch()
+            mode = (folder / file).stat().st_mode  # what the umask makes of a new file; safetensors lets only the owner read
             save_file(batch, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(mode)
         with safe_open(folder / file, framework="np") as written:
             for name, array in batch.items():
                 back = written.get_tensor(name)

@@ -35,6 +35,7 @@ from etils import epath  # comes with orbax; pathlib that also reads gs://
 
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.seal import check_seal, digest, is_remote, is_sealed, write_seal, write_whole
+from dpo_jax.types import Array
 from dpo_jax.writing import write_text
 
 logger = logging.getLogger(__name__)
@@ -119,12 +120,13 @@ class Checkpoints:
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
-    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+    def save(self, step: int | Array, state: Any, meta: Mapping[str, Any]) -> None:
         """Starts to save any tree of arrays, and returns once the arrays may be donated. `meta` is JSON: config, versions, ...
 
         A save counts only when `wait` or a later `check_errors` has not raised. Raises CheckpointWriteError if this save or the
         one before it failed, and ValueError where the directory already holds `step` or a later one.
         """
+        step = int(step)  # `state.step` is an array, which orbax and JSON do not take
         leaves = _named(state)
         record = _record(step, leaves, meta)
         self.wait()

@@ -25,6 +25,8 @@ def linear_warmup(peak: float, *, warmup_steps: int, decay_steps: int | None = N
     >>> [f"{rate(step):.2e}" for step in range(5)]
     ['2.50e-07', '5.00e-07', '7.50e-07', '1.00e-06', '1.00e-06']
     """
+    if not 0 <= peak < np.inf:
+        raise ValueError(f"peak must be a finite learning rate, at least 0, got {peak}")
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
     if decay_steps is not None and decay_steps < 1:
@@ -63,9 +65,14 @@ def make_optimizer(
     >>> print(f"{updates['w'][0]:.3e}")  # the rate of step 0, divided by sqrt(0.01)
     -6.623e-08
     """
+    rate: Any = learning_rate
+    if isinstance(rate, int | float | np.number) and not 0 <= rate < np.inf:  # one that is traced cannot be asked
+        raise ValueError(f"learning_rate must be a finite number, at least 0, got {learning_rate}")
+    if not (0 <= b1 < 1 and 0 <= b2 < 1):
+        raise ValueError(f"b1 and b2 must lie in [0, 1), got {b1} and {b2}")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be positive, or None for no clipping, got {max_grad_norm}")
-    if weight_decay < 0:
+    if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
     clip = [] if max_grad_norm is None else [_clip_by_global_norm(max_grad_norm)]
     if name == "rmsprop":

@@ -1,0 +1,70 @@
+"""Checks of the pairs, completions and token ids that callers hand to the public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data.encode import Encoded
+
+LARGEST_ID = np.iinfo(np.int32).max
+
+
+def check_pairs(pairs: Any, *, name: str = "pairs") -> None:
+    """Raises TypeError unless `pairs` is a sequence of `Encoded`, and ValueError naming the pair whose token ids are unusable.
+
+    A completion needs at least one token, EOS as a rule. An empty prompt is fine here: the layouts know whether they need one.
+    """
+    _check_sequence(pairs, "Encoded (token ids)", name=name)
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, Encoded):
+            raise TypeError(f"{name} must be Encoded (token ids): use dpo_jax.encode; got {type(pair).__name__}")
+        label = pair.uid or f"pair {number}"
+        check_ids(pair.prompt, f"{label}: prompt", empty=True)
+        check_ids(pair.chosen, f"{label}: chosen")
+        check_ids(pair.rejected, f"{label}: rejected")
+
+
+def check_completions(completions: Any) -> None:
+    """Raises TypeError unless `completions` is a sequence of (prompt ids, completion ids), and ValueError for unusable ids."""
+    _check_sequence(completions, "(prompt ids, completion ids)", name="completions")
+    for number, pair in enumerate(completions):
+        if isinstance(pair, Encoded):
+            raise TypeError(
+                "completions must be (prompt ids, completion ids), got Encoded: give "
+                "[(pair.prompt, pair.chosen) for pair in encoded], or use plain_rows for pairs"
+            )
+        if isinstance(pair, str | Mapping) or not hasattr(pair, "__len__") or len(pair) != 2:
+            raise TypeError(f"completions must be (prompt ids, completion ids), got {type(pair).__name__} as number {number}")
+        prompt, completion = pair
+        check_ids(prompt, f"text {number}: prompt", empty=True)
+        check_ids(completion, f"text {number}: completion")
+
+
+def check_ids(ids: Any, label: str, *, empty: bool = False) -> None:
+    """Raises ValueError, beginning with `label`, unless `ids` are integers [n] that int32 holds, none negative, and n > 0."""
+    ids = np.asarray(ids)
+    if ids.ndim != 1:
+        raise ValueError(f"{label} has shape {ids.shape}; token ids [n] are expected")
+    if not ids.size:  # of any type: a list without items has none
+        if empty:
+            return
+        raise ValueError(f"{label} has no tokens, not even EOS")
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"{label} has values of type {ids.dtype}; token ids are integers")
+    if ids.min() < 0 or ids.max() > LARGEST_ID:
+        raise ValueError(f"{label} holds {ids.min() if ids.min() < 0 else ids.max()}, which is no token id")
+
+
+def check_ref_logps(ref_logps: Any, expected: tuple[int, ...], *, of: str) -> None:
+    """Raises ValueError unless `ref_logps` has the shape `expected`: reshaping it would give pairs the numbers of others."""
+    if np.shape(ref_logps) != expected:
+        raise ValueError(f"ref_logps has shape {np.shape(ref_logps)}, and {list(expected)} is expected: {of}")
+
+
+def _check_sequence(value: Any, items: str, *, name: str) -> None:
+    if isinstance(value, str | Mapping) or not isinstance(value, Sequence | np.ndarray):
+        what = "a single Encoded" if isinstance(value, Encoded) else type(value).__name__
+        raise TypeError(f"{name} must be a sequence of {items}, such as a list; got {what}")
