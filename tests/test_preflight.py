@@ -276,7 +276,8 @@ def test_a_plan_is_checked_with_its_mesh_and_its_compiler(place, capsys, monkeyp
     code, told = check("plan", *plan, "--topology", "h100:4", "--mesh.fsdp", "3", capsys=capsys)
     assert (code, "3 does not equal the 4 devices" in told) == (2, True), told
     monkeypatch.setattr("dpo_jax.runtime.chips.plugin_is_here", lambda: False)
-    code, told = check("plan", *plan, "--topology", "h100:4", capsys=capsys)
+    code, told = check("plan", *plan, "--topology", "h100:4", "--mesh.fsdp", "3", capsys=capsys)
+    assert told.startswith("dpo-jax: mesh: ")
     assert (code, "compiling for h100 needs JAX's CUDA plugin" in told) == (2, True), told
 
 

@@ -16,7 +16,7 @@ from dpo_jax.cli.agree_files import judge_files, key_file, rating_files
 from dpo_jax.cli.check_scope import Scope
 from dpo_jax.cli.commands import COMMANDS
 from dpo_jax.cli.config import Config, ConfigError, load_config
-from dpo_jax.cli.preflight_devices import devices, plan, training
+from dpo_jax.cli.preflight_devices import compiler, devices, plan, training
 from dpo_jax.cli.preflight_inputs import Check, data, files, judged_files, model, most, prompts, tokenizer
 from dpo_jax.cli.preflight_packages import bench_packages, check_bucket, judge_packages, reward_packages, writers
 
@@ -182,7 +182,7 @@ LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
         devices,
     ),
     "judge": (judge_packages, judged_files, _run_dir),
-    "plan": (plan,),
+    "plan": (plan, compiler),
     "export": (_checkpoints,),
     "label": (reward_packages, data("train", "test"), tokenizer, _POLICY, devices, *_RUNS),
     "reward-model": (data("train", "test", preferences=True), tokenizer, _POLICY, devices, *_RUNS),
