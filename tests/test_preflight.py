@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import GOLDEN
 
-from dpo_jax.cli import finished, model_folders, preflight
+from dpo_jax.cli import finished, fixed, model_folders, preflight
 from dpo_jax.cli import main as program
 from dpo_jax.cli.commands import COMMANDS
 from dpo_jax.cli.config import Config, RunConfig, dump_config, load_config
@@ -276,7 +276,8 @@ def test_a_plan_is_checked_with_its_mesh_and_its_compiler(place, capsys, monkeyp
     code, told = check("plan", *plan, "--topology", "h100:4", "--mesh.fsdp", "3", capsys=capsys)
     assert (code, "3 does not equal the 4 devices" in told) == (2, True), told
     monkeypatch.setattr("dpo_jax.runtime.chips.plugin_is_here", lambda: False)
-    code, told = check("plan", *plan, "--topology", "h100:4", capsys=capsys)
+    code, told = check("plan", *plan, "--topology", "h100:4", "--mesh.fsdp", "3", capsys=capsys)
+    assert told.startswith("dpo-jax: mesh: ")
     assert (code, "compiling for h100 needs JAX's CUDA plugin" in told) == (2, True), told
 
 
@@ -338,7 +339,8 @@ def test_a_run_on_other_data_is_refused_or_told(place, capsys):
 
 def test_a_finished_run_is_told(place, capsys):
     config = a_run(place)
-    settings = finished._settings(config, COMMANDS["dpo"].reads)
+    (place / "runs/one/fixed.json").write_text('{"date": "2026-11-01", "revisions": {}}')
+    settings = finished._settings(fixed.fix(config), COMMANDS["dpo"].reads)  # as the command keeps them
     record = {"version": finished.VERSION, "settings": settings}
     (place / "runs/one/dpo/finished.json").write_text(json.dumps(record))
     assert "runs/one/dpo, finished after step 2: nothing is left to do" in check("dpo", "--check", capsys=capsys)[1]

@@ -11,12 +11,8 @@ def rating_files(config: Config) -> tuple[list[Path], list[Path]]:
     """The files of the page and those of records. A folder stands for all of both in it."""
     folder = Path(config.run.dir, "study", "ratings")
     given = [Path(part.strip()) for part in config.agree.ratings.split(",")] if config.agree.ratings else [folder]
-    files = [
-        file
-        for path in given
-        if path != folder or path.is_dir()
-        for file in (sorted(path.glob("[!.]*")) if path.is_dir() else [path])
-    ]
+    found = [sorted(path.glob("[!.]*")) if path.is_dir() or path == folder else [path] for path in given]
+    files = [file for some in found for file in some]
     kinds = [[file for file in files if file.name.endswith(ends)] for ends in ((".json",), (".jsonl", ".jsonl.gz"))]
     other = [str(file) for file in files if file not in kinds[0] and file not in kinds[1]]
     if other:

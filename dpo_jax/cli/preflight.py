@@ -16,7 +16,7 @@ from dpo_jax.cli.agree_files import judge_files, key_file, rating_files
 from dpo_jax.cli.check_scope import Scope
 from dpo_jax.cli.commands import COMMANDS
 from dpo_jax.cli.config import Config, ConfigError, load_config
-from dpo_jax.cli.preflight_devices import devices, plan, training
+from dpo_jax.cli.preflight_devices import compiler, devices, plan, training
 from dpo_jax.cli.preflight_inputs import Check, data, files, judged_files, model, most, prompts, tokenizer
 from dpo_jax.cli.preflight_packages import bench_packages, check_bucket, judge_packages, reward_packages, writers
 
@@ -31,7 +31,7 @@ def run(name: str, config: Config, scope: Scope, *, path: str) -> int:
             look(check)
     if check.problems:
         first = check.problems[0]
-        first.args = ("\n".join(str(problem) for problem in check.problems), *first.args[1:])
+        first.args = ("\n".join(dict.fromkeys(map(str, check.problems))), *first.args[1:])
         raise first
     count = len(check.warnings)
     verdict = f"no error, {count} warning{'s' if count > 1 else ''}" if count else "nothing is wrong with it"
@@ -73,7 +73,8 @@ def _progress(check: Check, task: str, folder: Path) -> str:
     if not config.run.resume:
         raise ConfigError(f"run.resume: is off, and {directory} holds checkpoints; turn it on, or choose another --run.dir")
     _refuse_another_run(check, task, folder)
-    if finished.recorded(task, config, COMMANDS[task].reads):
+    # Several hosts keep no such record. The date of the run is among its settings.
+    if config.run.distributed == "off" and finished.recorded(task, fixed.fix(config), COMMANDS[task].reads):
         return f", finished after step {steps[-1]:,}: nothing is left to do, unless a file has changed since"
     return f", continues after step {steps[-1]:,}"
 
@@ -182,7 +183,7 @@ LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
         devices,
     ),
     "judge": (judge_packages, judged_files, _run_dir),
-    "plan": (plan,),
+    "plan": (plan, compiler),
     "export": (_checkpoints,),
     "label": (reward_packages, data("train", "test"), tokenizer, _POLICY, devices, *_RUNS),
     "reward-model": (data("train", "test", preferences=True), tokenizer, _POLICY, devices, *_RUNS),

@@ -100,15 +100,21 @@ def training(task: str) -> Callable[[Check], None]:
 
 def plan(check: Check) -> None:
     """What `plan` compiles for: the chips, and one mesh over them, unless it tries many."""
-    from dpo_jax.runtime.chips import check_compiler, slice_of
+    from dpo_jax.runtime.chips import slice_of
 
     config = check.config
     chip, chips = slice_of(config.plan.topology or "")
     check.tell("devices", f"{chips} of {chip.name}")
-    check_compiler(chip)
     hf, source = planned_hf_config(config)
+    check.decoders[source] = decoder_config(hf)
     if not config.plan.sweep:
         sizes = _mesh(config, chips * chip.cores)
         batch_parts(config.dpo, sizes["data"] * sizes["fsdp"], layout=config.data.layout)
-        check.decoders[source] = decoder_config(hf)
         _refuse_uneven(check, sizes)
+
+
+def compiler(check: Check) -> None:
+    """What `plan` compiles with."""
+    from dpo_jax.runtime.chips import check_compiler, slice_of
+
+    check_compiler(slice_of(check.config.plan.topology or "")[0])
