@@ -36,7 +36,6 @@ from etils import epath  # comes with orbax; pathlib that also reads gs://
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.seal import check_seal, digest, is_remote, is_sealed, write_seal, write_whole
 from dpo_jax.types import Array
-from dpo_jax.writing import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -297,7 +296,7 @@ def _attempt(read: Any) -> tuple[Any, Exception | None]:
 def _free_name(folder: epath.Path, name: str) -> epath.Path:
     folder.mkdir(parents=True, exist_ok=True)
     if is_remote(folder):  # in a bucket a folder is there when something is in it
-        write_text(folder / "README", "Steps that did not verify. Nothing reads them.\n")
+        write_whole(folder / "README", "Steps that did not verify. Nothing reads them.\n")
     count = 0
     while (folder / f"{name}-{count}").exists():
         count += 1
