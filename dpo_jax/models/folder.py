@@ -30,6 +30,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; a model folder holds config.json and *.safetensors")
+    return read_object(file)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError naming the file for anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from dpo_jax.models.folder import read_object
 
 GENERATION = "generation_config.json"
 FLOATS = ("float32", "bfloat16", "float16")
@@ -16,12 +17,7 @@ def generation_config(folder: Path) -> dict[str, Any] | None:
     file = folder / GENERATION
     if not file.is_file():
         return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__} where a JSON object is expected")
+    content = read_object(file)
     eos_ids(content, file)
     return content
 
