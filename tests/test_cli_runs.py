@@ -425,6 +425,13 @@ def test_a_longer_run_continues_and_is_as_if_it_had_always_been_longer(done, cop
     assert load_config(copy / "dpo" / "config.yaml").dpo.epochs == 3
 
 
+def test_a_warm_up_longer_than_the_run_is_said(done, tmp_path):
+    start = ("--run.dir", tmp_path, "--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs")
+    told = call("dpo", done.config, *start, "--dpo.warmup-steps", 31, "--run.no-tensorboard").out
+    assert f"note: warm-up takes 31 steps, and the run has {STEPS}: the learning rate reaches only 25% of 0.001" in told
+    assert "note: warm-up" not in done.printed["dpo"]
+
+
 def test_held_out_pairs_may_change_and_it_is_said(copy):
     shutil.rmtree(copy / "dpo" / "checkpoints" / "8")
     result = call("dpo", copy.config, "--data.max-test", 20)

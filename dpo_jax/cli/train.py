@@ -65,7 +65,7 @@ def train(
     meta = {"fingerprint": dict(fingerprint), "data": dict(data), "versions": versions}
     print(_what_runs_where(config, section, state, partitioner), flush=True)
     if 0 < total_steps <= section.warmup_steps:
-        reached = lr(total_steps - 1) / section.lr
+        reached = float(lr(total_steps - 1)) / section.lr
         print(
             f"note: warm-up takes {section.warmup_steps} steps, and the run has {total_steps}: the learning rate reaches only "
             f"{reached:.0%} of {section.lr:g} (warmup_steps)",
