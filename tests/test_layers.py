@@ -11,7 +11,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # First match wins. Modules of one floor may import each other, as far as Python itself allows.
 FLOORS = [
-    (1, ["types.py", "extras.py", "writing.py"]),
+    (1, ["types.py", "extras.py", "untrusted.py", "writing.py"]),
     (2, ["losses.py", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
     (3, ["dpo.py", "sft.py", "reward.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),
@@ -46,10 +46,19 @@ NOWHERE = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tens
 LIGHT = [
     f"cli/{name}.py"
     for name in (
-        *("check_scope", "config", "config_file", "config_judge", "config_lab", "config_report", "config_study"),
+        *(
+            "check_scope",
+            "config",
+            "config_file",
+            "config_judge",
+            "config_lab",
+            "config_limits",
+            "config_report",
+            "config_study",
+        ),
         *("commands", "exit_codes", "fixed", "flags", "main", "words"),
     )
-] + ["runtime/signals.py", "runtime/progress.py", "writing.py"]
+] + ["runtime/signals.py", "runtime/progress.py", "untrusted.py", "writing.py"]
 # What runs in the processes of the PyTorch contenders, where JAX would count as their memory.
 WITHOUT_JAX = [f"bench/{name}.py" for name in ("contender", "matmul", "torch_loop", "torch_sampler", "trl_loop", "work")]
 

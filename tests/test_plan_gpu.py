@@ -335,8 +335,9 @@ def plan_file(tmp_path, topology, **sizes):
 @needs_plugin
 def test_a_plan_for_gpus_from_the_command_line(tmp_path, capfd):
     assert program.main(["plan", plan_file(tmp_path, "h100:2x4")]) == 0
-    printed, noise = capfd.readouterr()
-    assert not noise
+    printed, errors = capfd.readouterr()
+    noise = [line for line in errors.splitlines() if not line.startswith("compiling the step for h100:2x4: ")]
+    assert not noise  # of XLA; the progress of a slow compilation is ours
     assert printed.startswith("h100:2x4: 8 chips of 85 GB; model: the sizes in section model\n")
     assert "fits        yes" in printed
     assert "of it in groups across hosts" in printed

@@ -138,6 +138,9 @@ COMMANDS = {
     "bench": Command("race our training against PyTorch", "dpo_jax.cli.bench:run", _BENCH, ("data", "model")),
 }
 
+# Every command reads what somebody else may have written.
+COMMANDS = {name: command._replace(reads=(*command.reads, "limits")) for name, command in COMMANDS.items()}
+
 # Their flags are their own: "module:function", called with the arguments and the name of the program.
 WITHOUT_CONFIG = {
     "init": ("write a configuration to fill in, for data of your own: dpo-jax init my.yaml", "dpo_jax.cli.init:main"),

@@ -20,11 +20,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-from dpo_jax.cli import config_file, config_judge, config_lab, config_report, config_study, words
+from dpo_jax.cli import config_file, config_judge, config_lab, config_limits, config_report, config_study, words
 from dpo_jax.cli.config_file import ConfigError as ConfigError
 from dpo_jax.cli.config_file import types_of
 from dpo_jax.cli.config_judge import JudgeConfig
 from dpo_jax.cli.config_lab import FrontierConfig, PpoConfig
+from dpo_jax.cli.config_limits import LimitsConfig
 from dpo_jax.cli.config_report import ReportConfig
 from dpo_jax.cli.config_study import AgreeConfig, StudyConfig
 
@@ -573,6 +574,7 @@ class Config:
     study: StudyConfig = StudyConfig()
     agree: AgreeConfig = AgreeConfig()
     report: ReportConfig = ReportConfig()
+    limits: LimitsConfig = LimitsConfig()
 
     def checkpoints_of(self, task: str) -> str:
         """Where the training of `sft` or `dpo` saves to: a folder, or `gs://...`, exactly as it was given."""
@@ -661,7 +663,7 @@ def help_text(section: type, option: str) -> str:
 @functools.cache
 def _texts() -> dict[tuple[str, str], str]:
     texts = {}
-    modules = (sys.modules[__name__], config_judge, config_lab, config_report, config_study)
+    modules = (sys.modules[__name__], config_judge, config_lab, config_limits, config_report, config_study)
     sources = (inspect.getsource(module) for module in modules)
     for node in (node for source in sources for node in ast.parse(source).body):
         body = node.body if isinstance(node, ast.ClassDef) else []

@@ -20,6 +20,7 @@ EXIT_CODES = (
     ("dpo_jax.bench.race", "ContenderFailed", 70),
     ("dpo_jax.runtime.rundir", "RunLocked", 73),
     ("dpo_jax.runtime.checkpoint", "CheckpointDamaged", 74),
+    ("dpo_jax.untrusted", "Unreadable", 74),
     ("dpo_jax.evals.judging", "Unfinished", 75),
     ("dpo_jax.runtime.fit", "NonFinite", 76),
     ("dpo_jax.reference", "BrokenReference", 76),

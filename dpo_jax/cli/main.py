@@ -22,6 +22,7 @@ Expected errors are one message without a traceback; `DPO_JAX_TRACEBACK=1` shows
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import importlib
 import os
@@ -40,6 +41,7 @@ from dpo_jax.cli.fixed import fix
 from dpo_jax.cli.flags import parse
 from dpo_jax.runtime.progress import BOARD, reported
 from dpo_jax.runtime.signals import Terminated, ending_at_once, leave, run_program
+from dpo_jax.untrusted import LIMITS
 
 
 def main(args: list[str] | None = None) -> int:
@@ -89,6 +91,7 @@ def _run(args: list[str]) -> int:
         raise ConfigError(f"{name}: unknown command{suggest(name, known)} (commands: {', '.join(known)})")
     rest, scope = check_scope.scope_of(rest)
     config = parse(name, rest)
+    vars(LIMITS).update(dataclasses.asdict(config.limits))
     if config.run.distributed == "auto" and name not in ON_MANY_HOSTS:
         raise ConfigError(f"run.distributed: {name} runs on one host; only {', '.join(ON_MANY_HOSTS)} use several")
     if scope is not None:

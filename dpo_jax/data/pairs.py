@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
 from dpo_jax.data.terminal import printable
+from dpo_jax.untrusted import Unreadable
 
 OnBad = Literal["refuse", "drop"]
 HH_ASSISTANT = "\n\nAssistant:"
@@ -73,7 +74,7 @@ class Preference:
     subset: str | None = None  # what its set calls the part it belongs to; only results are told apart by it
 
 
-class BadRow(ValueError):
+class BadRow(Unreadable):
     """One row cannot be used: `cause`, the `field` at fault ("" if the row as a whole) and a `detail` for people."""
 
     def __init__(self, cause: Cause, detail: str, *, field: str = "") -> None:
@@ -81,7 +82,7 @@ class BadRow(ValueError):
         self.cause, self.detail, self.field = cause, detail, field
 
 
-class DataError(ValueError):
+class DataError(Unreadable):
     """The data are refused. The message names each place (`file:line`), field and cause, and the remedy."""
 
     def __init__(self, message: str, *, causes: Iterable[Cause]) -> None:

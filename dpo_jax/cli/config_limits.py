@@ -1,0 +1,25 @@
+"""Limits on untrusted input, as options. `dpo_jax.untrusted` enforces them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+
+@dataclasses.dataclass(frozen=True)
+class LimitsConfig:
+    """The most that is read of files and replies from elsewhere, so that a damaged or hostile one ends in a message."""
+
+    line_mb: int = 64
+    """MB of one line of a text file (data, completions, logs), unpacked."""
+    file_mb: int = 1024
+    """MB of a file that is read whole (JSON, completions, logs, tokenizers)."""
+    reply_kb: int = 1024
+    """kB of one reply of a judge's endpoint."""
+    depth: int = 100
+    """How deep JSON and HTML may be nested."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        for name, value in dataclasses.asdict(self).items():
+            if value <= 0:
+                yield name, f"must be greater than 0, got {value}"

@@ -1,0 +1,216 @@
+"""Untrusted input: files and replies that this program did not write, or that may be damaged.
+
+Each kind has one reader (JSON here; data rows in `data`, model folders in `models`, replies of a judge in `evals`). A reader
+checks size and depth before the work, stands in `reading` where it calls a library, and raises `Unreadable` for whatever is
+wrong. Code behind a reader checks nothing again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+_CAUSE = 300  # characters of a library's message that are repeated
+_CHUNK = 2**20
+
+
+class Unreadable(ValueError):
+    """Untrusted input that cannot be used. The message says where, what is wrong, and what to do about it."""
+
+
+@dataclasses.dataclass
+class Limits:
+    """The most that is read of untrusted input. Each limit is an option `--limits.NAME` of the program."""
+
+    line_mb: int = 64  # one line of a text file, unpacked
+    file_mb: int = 1024  # a file that is read whole
+    reply_kb: int = 1024  # what an endpoint sends
+    depth: int = 100  # objects in objects, elements in elements
+
+    def check(self, name: str, found: float, where: str | Path, *, what: str) -> None:
+        """Raises `Unreadable` where `found` is more than the limit `name`. `what` was measured: "bytes in one line"."""
+        units = {"mb": 2**20, "kb": 2**10}.get(name.rpartition("_")[2], 1)
+        if found > getattr(self, name) * units:
+            raise Unreadable(f"{where}: {found:,} {what}; {self.remedy(name)}")
+
+    def remedy(self, name: str) -> str:
+        """What a message about the limit `name` ends with."""
+        unit = {"mb": " MB", "kb": " kB"}.get(name.rpartition("_")[2], "")
+        return f"the limit is {getattr(self, name):,}{unit} (raise it with --limits.{name.replace('_', '-')})"
+
+
+LIMITS = Limits()
+"""The limits of this process, as `csv.field_size_limit` or `PIL.Image.MAX_IMAGE_PIXELS` are. The program sets them once."""
+
+
+@contextlib.contextmanager
+def reading(where: str | Path, *, remedy: str = "", error: Callable[[str], Exception] = Unreadable) -> Iterator[None]:
+    """Turns whatever a library raises about its input into one `error`: "where: cause; remedy".
+
+    `Unreadable` and its kinds pass, and so do errors of the system that name a file (missing, no permission, disk full).
+    """
+    try:
+        yield
+    except Unreadable:
+        raise
+    except OSError as problem:
+        if problem.errno is not None and problem.filename is not None:
+            raise
+        raise error(_message(where, problem, remedy)) from problem
+    except Exception as problem:
+        raise error(_message(where, problem, remedy)) from problem
+    except BaseException as problem:
+        if type(problem).__name__ != "PanicException":  # how a library in Rust says that it has a bug
+            raise
+        raise error(_message(where, problem, remedy)) from problem
+
+
+def _message(where: str | Path, problem: BaseException, remedy: str) -> str:
+    return f"{where}: {cause_of(problem)}" + (f"; {remedy}" if remedy else "")
+
+
+def cause_of(problem: BaseException) -> str:
+    """What an exception of a library says, in one short line."""
+    match problem:
+        case MemoryError():
+            return "needs more memory than this machine has"
+        case RecursionError():
+            return "nested too deep"
+        case UnicodeDecodeError():
+            return f"not UTF-8: byte {problem.object[problem.start]:#04x} at byte {problem.start}"
+        case KeyError():
+            return f"has no {problem.args[0]!r}" if problem.args else "lacks an entry"
+        case _:
+            text = " ".join(str(problem).split())
+            text = text if len(text) <= _CAUSE else text[:_CAUSE] + "..."
+            return (
+                text
+                if isinstance(problem, Unreadable)
+                else f"{type(problem).__name__}: {text}"
+                if text
+                else type(problem).__name__
+            )
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """All of a file that is not too large to be read whole. Raises `Unreadable`, or OSError naming the file."""
+    path = Path(path)
+    with path.open("rb") as file:
+        LIMITS.check("file_mb", os.fstat(file.fileno()).st_size, path, what="bytes")
+        content = file.read(LIMITS.file_mb * 2**20 + 1)  # a pipe, or a file of /proc, has no size
+    LIMITS.check("file_mb", len(content), path, what="bytes or more")
+    return content
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """All of a UTF-8 text file. Raises `Unreadable`, or OSError naming the file."""
+    with reading(Path(path), remedy="save it as UTF-8"):
+        return read_bytes(path).decode("utf-8")
+
+
+def read_object(path: str | os.PathLike[str], *, remedy: str = "") -> dict[str, Any]:
+    """The JSON object in a file. Raises `Unreadable`, or OSError naming the file."""
+    return parse_object(read_bytes(path), path, remedy=remedy)
+
+
+def parse_object(content: bytes | str, where: str | os.PathLike[str], *, remedy: str = "") -> dict[str, Any]:
+    """The JSON object in `content`, which came from `where`. Raises `Unreadable`."""
+    with reading(str(where), remedy=remedy):
+        found = parse_json(content)
+        if not isinstance(found, dict):
+            raise ValueError(f"a JSON object is needed, this is {kind_of(found)}")
+        return found
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value of a JSON text (RFC 8259): no NaN, no infinity, no key twice, no number too large for a float, not too deep.
+
+    Raises ValueError (of which UnicodeDecodeError is one) or RecursionError; stand in `reading`.
+    """
+    text = content.decode("utf-8") if isinstance(content, bytes) else content
+    # Counting is fast, and hardly any text has so many brackets; only then is the depth worth knowing.
+    if text.count("[") + text.count("{") > LIMITS.depth and (deep := depth_of(text)) > LIMITS.depth:
+        raise ValueError(f"{deep} levels deep; {LIMITS.remedy('depth')}")
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_constant, parse_int=_integer, parse_float=_float)
+
+
+def depth_of(text: str) -> int:
+    """How many brackets of a JSON text are open at most, those in strings not counted."""
+    deepest = depth = 0
+    for token in re.finditer(r'"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]', text, re.DOTALL):
+        if (mark := token[0]) in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif mark in "]}":
+            depth -= 1
+    return deepest
+
+
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) != len(items):
+        keys = [key for key, _ in items]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+    return found
+
+
+def _constant(literal: str) -> NoReturn:
+    raise ValueError(f"{literal} is not a number of JSON")
+
+
+def _integer(literal: str) -> int:
+    if len(literal) > 300:  # float() of it may overflow, and int() takes quadratic time
+        raise ValueError(f"a number of {len(literal)} digits")
+    return int(literal)
+
+
+def _float(literal: str) -> float:
+    value = float(literal)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{literal[:40]} is too large a number")
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What a value of JSON is called: "an array", "a number", "null"."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a text"
+        case list():
+            return "an array"
+        case dict():
+            return "an object"
+        case _:
+            return type(value).__name__
+
+
+class LongLine(Unreadable):
+    """A line longer than `limits.line_mb`."""
+
+
+def lines_of(file: IO[bytes]) -> Iterator[bytes | LongLine]:
+    """The lines of an open file, each with its newline. Of a line that is too long nothing is kept, and the next one follows.
+
+    Lines end at newlines only: U+2028 and friends may stand inside a JSON string.
+    """
+    most = LIMITS.line_mb * 2**20
+    while line := file.readline(most + 1):
+        if len(line) <= most:
+            yield line
+            continue
+        length = len(line)
+        while not line.endswith(b"\n") and (line := file.readline(_CHUNK)):
+            length += len(line)
+        yield LongLine(f"a line of {length:,} bytes; {LIMITS.remedy('line_mb')}")
