@@ -26,9 +26,10 @@ from dpo_jax.cli.prompts import references
 from dpo_jax.data.files import fingerprint
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.evals.completion_files import Completion, read_completions
+from dpo_jax.evals.endpoint import Endpoint
 from dpo_jax.evals.injections import Probe, achieved, probes
 from dpo_jax.evals.judge import Outcome, Pair, Question, orders, outcome_of, question_of, winner_of
-from dpo_jax.evals.judging import Budget, Endpoint, Unfinished, ask_all, failures_of
+from dpo_jax.evals.judging import Budget, Unfinished, ask_all, failures_of
 from dpo_jax.evals.pairing import Paired, pair_up
 from dpo_jax.evals.verdicts import VerdictLog
 from dpo_jax.evals.win_rates import EDGE, OUTCOMES, Rate, WinRate, columns, rate, win_rates
@@ -36,7 +37,7 @@ from dpo_jax.evals.win_rates_plot import plot_win_rates
 from dpo_jax.extras import install_command
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
-from dpo_jax.writing import writing
+from dpo_jax.writing import write_whole, writing
 
 SETTINGS = ("model", "prompt", "fence", "temperature", "max_tokens", "one_order")
 """What a verdict depends on besides its texts. Not the address: the same model may move."""
@@ -45,8 +46,8 @@ PER = 1e-6  # prices are of a million tokens
 
 
 def run(config: Config) -> int:
-    if importlib.util.find_spec("openai") is None:
-        raise ConfigError(f"judge: needs the package openai: {install_command('judge')}")
+    if importlib.util.find_spec("httpx2") is None:
+        raise ConfigError(f"judge: needs the package httpx2: {install_command('judge')}")
     section, key = config.judge, _key(config)
     jax.config.update("jax_platforms", "cpu")  # judging computes nothing, and may run beside a training that holds the chips
     paired = pair_up(_policies(config), _baseline(config), limit=section.limit)
@@ -107,6 +108,8 @@ def _key(config: Config) -> str | None:
     """The key, from the environment. An endpoint of one's own may want none."""
     section = config.judge
     if key := os.environ.get(section.key_env, "").strip():
+        if not re.fullmatch(r"[!-~]+", key):
+            raise ConfigError(f"judge.key_env: the variable {section.key_env} holds characters that no key can have")
         return key
     if section.base_url == type(section).base_url:
         raise ConfigError(f"judge.key_env: {section.base_url} wants a key, and the variable {section.key_env} is empty")
@@ -145,6 +148,11 @@ def _announce(paired: Paired, questions: list[Question], log: VerdictLog) -> Non
     print(f"{len(paired.pairs):,} pairs, {len(distinct):,} questions; {known:,} have an answer already")
     if log.interrupted:
         print(f"{log.interrupted} were on their way when the command last ended: they are asked again, and count as paid")
+    if log.damaged:
+        first = ", ".join(str(line.place) for line in log.damaged[:10]) + ", ..." * (len(log.damaged) > 10)
+        print(f"{log.path}: not used, and copied to {log.set_aside.name}: line {first}; what they answered is asked again")
+    if log.lost:
+        print(f"{log.path}: {log.lost:,} lines are damaged or missing; each counts as a request of the largest size")
     for name, books in (*paired.policies.items(), ("the baseline", paired.baseline)):
         for cause, wheres in books.dropped.items():
             first = ", ".join(wheres[:3]) + ", ..." * (len(wheres) > 3)
@@ -213,9 +221,8 @@ def _write(
     section, budget = config.judge, _budget(config)
     points = win_rates(paired.pairs, outcomes)
     rows = [columns(point) for point in points]
-    with writing(folder / "pairs.jsonl") as file:
-        for pair, outcome in zip(paired.pairs, outcomes, strict=True):
-            file.write(json.dumps({**pair._asdict(), "outcome": outcome}, ensure_ascii=False) + "\n")
+    lines = [{**pair._asdict(), "outcome": outcome} for pair, outcome in zip(paired.pairs, outcomes, strict=True)]
+    write_whole(folder / "pairs.jsonl", b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
     with writing(folder / "win_rates.csv", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -236,6 +243,7 @@ def _write(
         "models": collections.Counter(verdict["model"] for verdict in verdicts),
         "first_preferred": dataclasses.asdict(rate([float(letter == "A") for letter in letters])) if letters else None,
         "requests": log.requests,
+        "lost_lines": log.lost,
         "faults": log.faults,
         "tokens": log.spent._asdict(),
         "cost": budget.cost_of(log.spent),
