@@ -37,7 +37,7 @@ from dpo_jax.evals.win_rates_plot import plot_win_rates
 from dpo_jax.extras import install_command
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
-from dpo_jax.writing import write_whole, writing
+from dpo_jax.writing import writing
 
 SETTINGS = ("model", "prompt", "fence", "temperature", "max_tokens", "one_order")
 """What a verdict depends on besides its texts. Not the address: the same model may move."""
@@ -221,8 +221,9 @@ def _write(
     section, budget = config.judge, _budget(config)
     points = win_rates(paired.pairs, outcomes)
     rows = [columns(point) for point in points]
-    lines = [{**pair._asdict(), "outcome": outcome} for pair, outcome in zip(paired.pairs, outcomes, strict=True)]
-    write_whole(folder / "pairs.jsonl", b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
+    with writing(folder / "pairs.jsonl") as file:
+        for pair, outcome in zip(paired.pairs, outcomes, strict=True):
+            file.write(json.dumps({**pair._asdict(), "outcome": outcome}, ensure_ascii=False) + "\n")
     with writing(folder / "win_rates.csv", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

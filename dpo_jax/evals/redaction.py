@@ -64,6 +64,7 @@ def _forms(secret: str) -> Iterator[str]:
     yield secret
     yield quote(secret, safe="")
     yield content.hex()
+    yield f"%{content.hex('%')}"
     for before in range(3):
         whole = (before + len(content)) // 3 * 4  # the last letters depend on what follows
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
