@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -478,6 +479,16 @@ def test_what_is_missing_is_told(study, run_dir, capsys):
         records = write(run_dir, "records.jsonl", '{"item": "001", "winner": "b", "rater": "ann"}')
         assert agree(run_dir, *(str(records) if flag == "RECORDS" else flag for flag in flags)) == 2
         assert expected in capsys.readouterr().err
+    for column in ("[1]", '{"judges": {"j": 7}}', '{"names": '):
+        write(run_dir / "agree", "agreement.json", column)
+        assert agree(run_dir, "--agree.ratings", str(records), "--agree.beside", str(run_dir)) == 2
+        shown = capsys.readouterr().err
+        assert f"agree.beside: {run_dir}/agree/agreement.json: " in shown
+        assert f"run dpo-jax agree --run.dir {run_dir} first" in shown
+    os.mkfifo(run_dir / "study" / "ratings" / "pipe.json")
+    assert agree(run_dir) == 2
+    assert "ratings/pipe.json: not a file" in capsys.readouterr().err
+    (run_dir / "study" / "ratings" / "pipe.json").unlink()
     write(run_dir / "study" / "ratings", "1.json", rater_file(study, 1, lambda item: "a") | {"study": "0" * 16})
     assert agree(run_dir) == 65
     assert "give its own key with --agree.key" in capsys.readouterr().err

@@ -645,6 +645,19 @@ def test_from_files_to_win_rates(tmp_path, monkeypatch):
     assert pairs[0] | {"outcome": "won", "policy": " dpo 0 0", "baseline": " base 0 0", "uid": "dpo:0:1"} == pairs[0]
     assert (folder / "win_rates.csv").read_text().count("\n") == 5
     assert (folder / "win_rates.png").read_bytes().startswith(b"\x89PNG")
+    # A damaged line is told, and asked again; nothing else is.
+    log = folder / "verdicts.jsonl"
+    lines = log.read_bytes().split(b"\n")
+    place = next(place for place, line in enumerate(lines, start=1) if b'"answered"' in line)
+    lines[place - 1] = lines[place - 1].replace(b'"choice": "', b'"choice": "C')
+    log.write_bytes(b"\n".join(lines))
+    with fake_judge(prefers("dpo")) as judge:
+        code, out = call(*flags, "--base-url", judge.url)
+        assert (code, len(judge.headers)) == (0, 1), out
+    assert f"{log}: not used, and copied to verdicts.damaged.jsonl: line {place}; what it answered is asked again" in out
+    assert "1 lines are damaged or missing; each counts as a request of the largest size" in out
+    again = json.loads((folder / "report.json").read_text())
+    assert (again["outcomes"], again["requests"], again["lost_lines"]) == (report["outcomes"], 242, 1)
 
 
 def test_answers_that_are_no_verdicts_are_told_by_their_cause(tmp_path, monkeypatch):

@@ -150,7 +150,7 @@ def _announce(paired: Paired, questions: list[Question], log: VerdictLog) -> Non
         print(f"{log.interrupted} were on their way when the command last ended: they are asked again, and count as paid")
     if log.damaged:
         first = ", ".join(str(line.place) for line in log.damaged[:10]) + ", ..." * (len(log.damaged) > 10)
-        print(f"{log.path}: not used, and copied to {log.set_aside.name}: line {first}; what they answered is asked again")
+        print(f"{log.path}: not used, and copied to {log.set_aside.name}: line {first}; what it answered is asked again")
     if log.lost:
         print(f"{log.path}: {log.lost:,} lines are damaged or missing; each counts as a request of the largest size")
     for name, books in (*paired.policies.items(), ("the baseline", paired.baseline)):

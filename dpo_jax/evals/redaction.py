@@ -33,6 +33,8 @@ class Redactor:
         if secret is None or len(secret) < LEAST:
             return
         for form in map(_lower, _forms(secret)):
+            if len(form) < len(secret):  # of a short secret base64 leaves a letter or two that no neighbour decides
+                continue
             size = min(PIECE, len(form))
             self._pieces.setdefault(size, set()).update(form[i : i + size] for i in range(len(form) - size + 1))
         self._shortened = _shortened(_lower(secret))
