@@ -14,6 +14,7 @@ from fake_judge import Fail, Raw, Say, fake_judge
 from dpo_jax.evals.endpoint import Endpoint, Fault, Reply
 from dpo_jax.evals.judge import choice_of
 from dpo_jax.evals.verdicts import Tokens
+from dpo_jax.untrusted import Unreadable
 
 KEY = "sk-planted-0123456789abcdef"
 A = "Comparison: the first is clearer.\nPreferred: A"
@@ -125,6 +126,13 @@ def test_no_header_is_sent_but_those_that_http_needs_and_the_key(monkeypatch):
             assert sent.pop("authorization", None) == (key and f"Bearer {key}")
             assert sent.keys() == needed
             assert (sent["user-agent"], sent["accept-encoding"]) == ("dpo-jax", "identity")
+
+
+@pytest.mark.parametrize("proxy", ["socks5://localhost:1", "nonsense://x", "http://[::1"])
+def test_a_proxy_that_is_none_is_told(monkeypatch, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(Unreadable, match="^the environment: .*; check its proxies"):
+        endpoint_at("http://127.0.0.1:9/v1")
 
 
 def test_other_questions_go_on_while_a_reply_is_read(monkeypatch):

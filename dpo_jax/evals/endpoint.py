@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from dpo_jax.evals.judge import Messages
 from dpo_jax.evals.redaction import Redactor
 from dpo_jax.evals.verdicts import Tokens
-from dpo_jax.untrusted import LIMITS, Unreadable, kind_of, parse_object
+from dpo_jax.untrusted import LIMITS, Unreadable, kind_of, parse_object, reading
 
 MOST_TOKENS = 10**9  # of one reply; a larger number is no count
 SHOWN = 300  # characters of what an endpoint says that are repeated
@@ -55,7 +55,7 @@ class Endpoint:
 
     `timeout` is for the whole reply, in seconds: a server that sends a byte now and then does not keep a place for ever. `key`
     is in no error and in no text to be written, even where the server repeats it, shortened or encoded (`Redactor`); None: the
-    endpoint wants none.
+    endpoint wants none. Raises `Unreadable` for proxies and certificates of the environment that are none.
     """
 
     def __init__(
@@ -73,13 +73,15 @@ class Endpoint:
 
         self._http, self._timeout, self._redacted = httpx2, timeout, Redactor(key)
         headers = {"user-agent": "dpo-jax", "accept": "application/json", "accept-encoding": "identity"}
-        self._client: Any = httpx2.AsyncClient(
-            headers=headers | ({"authorization": f"Bearer {key}"} if key else {}),
-            cookies=http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[])),
-            follow_redirects=False,
-            timeout=None,  # ours is for the whole of it
-            limits=httpx2.Limits(max_connections=None),  # whoever asks knows how many at a time
-        )
+        options: dict[str, Any] = {
+            "headers": headers | ({"authorization": f"Bearer {key}"} if key else {}),
+            "cookies": http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[])),
+            "follow_redirects": False,
+            "timeout": None,  # ours is for the whole of it
+            "limits": httpx2.Limits(max_connections=None),  # whoever asks knows how many at a time
+        }
+        with reading("the environment", remedy="check its proxies (HTTPS_PROXY, ALL_PROXY) and certificates (SSL_CERT_FILE)"):
+            self._client: Any = httpx2.AsyncClient(**options)
         self._url = f"{base_url.rstrip('/')}/chat/completions"
         self._options: dict[str, Any] = {"model": model, limit_name: max_tokens}
         if temperature is not None:
