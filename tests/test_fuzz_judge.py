@@ -131,6 +131,9 @@ def test_the_choice_is_that_of_the_pattern():
         assert choice_of("summary-simple", said) == (found and found[2]), repr(said)
         chosen += found is not None
     assert chosen > 500
+    with time_limit(5):
+        assert choice_of("summary-simple", "Comparison:" + " x" * 200_000 + "\nPreferred: C") is None
+        assert choice_of("summary-simple", "Comparison: x" + "\n" * 400_000 + "Preferred: A") == "A"
 
 
 def test_a_secret_leaves_no_piece_and_other_texts_stay():

@@ -170,7 +170,7 @@ def read_reply(body: bytes) -> Reply:
     try:
         found = parse_object(body, "reply")
     except Unreadable:
-        raise Unreadable("malformed reply (no JSON object)") from None
+        raise Unreadable("malformed reply (no sound JSON object)") from None
     choices = found.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, dict) else None

@@ -33,13 +33,14 @@ GRAMMAR: dict[str, dict[str, type | tuple[type, ...]]] = {
     "answered": {"answered": str, "choice": (str, type(None)), **_TEXTS, **_COUNTS},
 }
 """Kind of a record -> its fields, all of them, and their types."""
+_KINDS = {frozenset(fields): kind for kind, fields in GRAMMAR.items()}
 _CHECK = b', "check": "%s"}'
 _SIZE = len(_CHECK % bytes(16))
 
 
 def kind_of_record(record: Mapping[str, Any]) -> str:
     """One of `GRAMMAR`. Raises `Unreadable` for a record that says anything else than a log can say."""
-    kind = next((kind for kind, fields in GRAMMAR.items() if record.keys() == fields.keys()), None)
+    kind = _KINDS.get(frozenset(record))
     if kind is None:
         raise Unreadable("its fields are not those of a verdict log")
     for field, types in GRAMMAR[kind].items():
@@ -70,8 +71,11 @@ class Seal:
         body, check = line[:-_SIZE], line[-_SIZE:]
         if check != _CHECK % self._sum(body):
             raise Unreadable("its checksum is not that of its content")
-        record = parse_object(body + b"}", "content")
-        number = record.pop("line", None)
+        try:
+            record = json.loads(body + b"}")  # proven to be ours: the reader of foreign JSON takes four times as long
+            number = record.pop("line", None)
+        except (ValueError, RecursionError, AttributeError):
+            raise Unreadable("no JSON object") from None
         if type(number) is not int or number < 1:
             raise Unreadable("it has no number")
         kind_of_record(record)
