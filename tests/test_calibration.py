@@ -17,7 +17,7 @@ from dpo_jax.evals.calibration import (
     reward_variants,
 )
 from dpo_jax.evals.calibration_plot import plot_reliability
-from dpo_jax.evals.preference import preference_summary, wilson_interval
+from dpo_jax.evals.preference import preference_summary, score_interval, wilson_interval
 from dpo_jax.evals.rewardbench import CODE, MATH, SECTIONS, SUBSETS, is_rewardbench, section_scores
 from dpo_jax.losses import dpo_loss
 
@@ -72,7 +72,7 @@ def test_subsets_make_up_the_whole():
     margins = np.array([1, -1, 0, 2, -3, 5.0])
     rows = accuracy_by(margins, ["b", "a", "b", "a", "c", "b"])
     assert [(row["subset"], row["pairs"], row["accuracy"]) for row in rows] == [("a", 2, 0.5), ("b", 3, 2.5 / 3), ("c", 1, 0.0)]
-    assert rows[1]["low"] == wilson_interval(2.5, 3)[0]
+    assert rows[1]["low"] == score_interval([1, 0.5, 1])[0]
     whole = mean_share(rows, [row["pairs"] for row in rows])
     assert whole["accuracy"] == pytest.approx(accuracy(margins)["accuracy"])
     assert mean_share(rows[:1]) == pytest.approx({name: rows[0][name] for name in ("accuracy", "low", "high")})

@@ -8,7 +8,14 @@ import pytest
 from test_step import random_pairs
 
 from dpo_jax.data.loader import in_order, plan_layout
-from dpo_jax.evals.preference import NonFiniteLogps, held_out_logps, mean_with_error, preference_summary, wilson_interval
+from dpo_jax.evals.preference import (
+    NonFiniteLogps,
+    held_out_logps,
+    mean_with_error,
+    preference_summary,
+    score_interval,
+    wilson_interval,
+)
 from dpo_jax.losses import dpo_loss, ipo_loss
 
 DPO = functools.partial(dpo_loss, beta=0.1)
@@ -80,7 +87,7 @@ def test_right_wrong_and_tied_pairs():
     assert summary["rewards/accuracies"] == (1 + 0 + 0.5 + 1) / 4
     assert summary["rewards/margins"] == pytest.approx(0.1 * (1 - 1 + 0 + 1) / 4)
     assert (summary["displacement/chosen"], summary["displacement/rejected"]) == pytest.approx((0.25, 0.0))
-    assert summary["rewards/accuracies_low"] == wilson_interval(2.5, 4)[0]
+    assert summary["rewards/accuracies_low"] == score_interval([1, 0, 0.5, 1])[0]
 
 
 @pytest.mark.parametrize("kind", ["plain", "shared", "packed"])

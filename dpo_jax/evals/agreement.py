@@ -5,8 +5,8 @@ person with the judge's on the same item, and each with those of the other peopl
 (1960), (agreement - e) / (1 - e), e being what the two would agree by chance: a judge and a person who both prefer one method
 nine times in ten agree in 82 % of the items without looking at them.
 
-Items are what was sampled: two statements on one item are not independent. Intervals resample items (Efron 1979); where every
-item counts once, and where all agree or none, they are Wilson's.
+Items are what was sampled: two statements on one item are not independent. Shares have the interval of the items' scores
+(`score_interval`: Wilson's, where every item counts once); that of kappa resamples items (Efron 1979).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.data.pairs import Cause, DataError
-from dpo_jax.evals.preference import wilson_interval
+from dpo_jax.evals.preference import score_interval
 from dpo_jax.evals.ratings import Judgment, Winner
 
 RESAMPLES = 4000
@@ -95,25 +95,24 @@ def over_items(measure: Callable[[np.ndarray], np.ndarray], counts: np.ndarray, 
     return Estimate(float(measure(total)), float(low), float(high), int(total.sum()))
 
 
-def share_over_items(counts: np.ndarray, *, seed: int) -> Estimate:
-    """`share` of `counts[I, 2]`. Where each item counts once, and where the share is 0 or 1, the interval is Wilson's."""
+def share_over_items(counts: np.ndarray) -> Estimate:
+    """`share` of `counts[I, 2]` summed over items, with its interval. Items without a count are left out."""
     counts = np.asarray(counts, np.float64)
     counts = counts[counts.any(axis=1)]
-    estimate = over_items(share, counts, seed=seed)
-    if not estimate.trials or ((counts.sum(axis=1) > 1).any() and 0 < estimate.value < 1):
-        return estimate
-    low, high = wilson_interval(estimate.value * len(counts), len(counts))
-    return estimate._replace(low=low, high=high)
+    if not len(counts):
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    total = counts.sum(axis=0)
+    return Estimate(float(share(total)), *score_interval(share(counts), counts.sum(axis=1)), int(total.sum()))
 
 
 def agreement_over_items(tables: np.ndarray, *, seed: int) -> dict[str, Estimate]:
     """Raw agreement and Cohen's kappa of `tables[I, 2, 2]`."""
     tables = np.asarray(tables, np.float64)
     same = np.trace(tables, axis1=-2, axis2=-1)
-    raw = share_over_items(np.stack([same, tables.sum(axis=(-2, -1)) - same], axis=-1), seed=seed)
+    raw = share_over_items(np.stack([same, tables.sum(axis=(-2, -1)) - same], axis=-1))
     kappa = over_items(cohen_kappa, tables, seed=seed)
     if raw.value in (0.0, 1.0):
-        # No resample disagrees, which is not to say that nobody ever would: kappa at the ends of Wilson's interval.
+        # No resample disagrees, which is not to say that nobody ever would: kappa at the ends of that interval.
         chance = float(chance_agreement(tables.sum(axis=0)))
         ends = [(end - chance) / (1 - chance) if chance < 1 else math.nan for end in (raw.low, raw.high)]
         kappa = kappa._replace(low=ends[0], high=ends[1])
@@ -186,9 +185,9 @@ def table_2(judgments: Sequence[Judgment], judges: Mapping[str, Verdicts], *, se
         "read": len(judgments),
         "ties": len(judgments) - kept,
         "kept": kept,
-        "win": share_over_items(counts, seed=seed),
-        "majority_win": share_over_items(counted({item: {"majority": winner} for item, winner in overall.items()}), seed=seed),
-        "first": share_over_items(_positions(judgments), seed=seed),
+        "win": share_over_items(counts),
+        "majority_win": share_over_items(counted({item: {"majority": winner} for item, winner in overall.items()})),
+        "first": share_over_items(_positions(judgments)),
         "with_people": agreement_over_items(compared, seed=seed),
     }
     return {"people": people, "judges": {name: _judge(votes, overall, said, seed) for name, said in judges.items()}}
@@ -208,7 +207,7 @@ def _judge(votes: Votes, overall: Mapping[str, Winner], verdicts: Verdicts, seed
         "unjudged": len(votes) - len(said),
         "compared": compared,
         "not_compared": int(counted(votes).sum()) - compared,
-        "win": share_over_items(counted(alone), seed=seed),
+        "win": share_over_items(counted(alone)),
         "with_people": agreement_over_items(tables, seed=seed),
         "with_majority": agreement_over_items(of_majority, seed=seed),
     }

@@ -4,8 +4,8 @@ The reward of eq. 5, r = beta log(pi / pi_ref), says by eq. 6 with what probabil
 logistic function of the margin. So a policy can be asked not only whether it ranks a pair as people did, but also whether it is
 right as often as it believes. Margins are float[P], reward of the chosen completion less that of the rejected one.
 
-Intervals are 95 %. Shares have Wilson's, correlations a percentile bootstrap (Efron 1979). Pairs are taken to be independent:
-several pairs of one prompt make intervals too narrow.
+Intervals are 95 %. Shares have Wilson's (`score_interval`), correlations a percentile bootstrap (Efron 1979). Pairs are taken
+to be independent: several pairs of one prompt make intervals too narrow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.evals.preference import Interval, mean_with_error, wilson_interval
+from dpo_jax.evals.preference import Interval, mean_with_error, score_interval, wilson_interval
 from dpo_jax.types import Array
 
 BINS = 10
@@ -48,11 +48,11 @@ def reward_variants(logps: Array, ref_logps: Array, tokens: Array, *, beta: floa
 def accuracy(margins: Array) -> dict[str, float]:
     """Share of pairs whose margin is positive, a tie counted half, with its interval: pairs, accuracy, low, high, margin."""
     margins = _finite(margins)
-    right = float((margins > 0).sum() + 0.5 * (margins == 0).sum())
-    low, high = wilson_interval(right, len(margins))
+    scores = (1 + np.sign(margins)) / 2
+    low, high = score_interval(scores)
     return {
         "pairs": len(margins),
-        "accuracy": right / len(margins),
+        "accuracy": float(scores.mean()),
         "low": low,
         "high": high,
         "margin": float(margins.mean()),
