@@ -51,6 +51,20 @@ def test_wilson_interval_is_symmetric_and_narrows():
         wilson_interval(0, 0)
 
 
+def test_scores_narrow_the_interval_where_they_tie_and_weigh_by_their_sizes():
+    ends = score_interval([1, 0, 0.5, 0.5]), score_interval([1, 0, 1, 0])
+    assert ends[1] == pytest.approx(wilson_interval(2, 4))
+    assert ends[1][0] < ends[0][0] < 0.5 < ends[0][1] < ends[1][1]
+    low, high = score_interval([0.5] * 30)
+    assert 0.4 < low < 0.47 < 0.53 < high < 0.6  # all alike is no certainty
+    assert score_interval([1, 0.5, 0], [2, 2, 2]) == pytest.approx(score_interval([1, 0.5, 0]))
+    low, high = score_interval([1, 0.5, 0], [3, 1, 1])
+    assert low < 0.7 < high
+    for scores in ([], [0.5, 1.5], [-1]):
+        with pytest.raises(ValueError, match=r"needs scores in \[0, 1\], and at least one, got"):
+            score_interval(scores)
+
+
 @pytest.mark.parametrize("share", [0.5, 0.75, 0.95])
 def test_wilson_interval_covers_the_truth_95_times_in_100(share):
     for trials in (50, 500):

@@ -91,12 +91,12 @@ def score_interval(scores: Array, sizes: Array | None = None) -> Interval:
     independent are the scores, not the statements.
 
     >>> [round(end, 3) for end in score_interval([1, 1, 0.5, 0.5, 0.5, 0])]
-    [0.304, 0.837]
+    [0.298, 0.822]
     """
     scores = np.asarray(scores, np.float64)
     sizes = np.ones(len(scores)) if sizes is None else np.asarray(sizes, np.float64)
     if not len(scores) or scores.min() < 0 or scores.max() > 1:
-        raise ValueError(f"an interval needs scores in [0, 1], and at least one, got {scores.tolist()}")
+        raise ValueError(f"an interval needs scores in [0, 1], and at least one, got {scores[:5].tolist()}")
     mean = float((sizes * scores).sum() / sizes.sum())
     scores, sizes = np.append(scores, [1.0, 0.0]), np.append(sizes, [sizes.mean()] * 2)
     times = np.append(np.ones(len(scores) - 2), [PRIOR, PRIOR])
