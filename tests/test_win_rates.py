@@ -94,7 +94,7 @@ def test_length_control_recovers_what_a_judge_that_likes_length_hides(pairs, tru
     ("truth", "slope", "flips"), [(0.45, 0.0, 1.0), (0.9, 0.0, 0.0), (0.4, 2.0, 1.0), (0.5, 0.0, 0.9), (0.95, 0.0, 0.3)]
 )
 def test_exact_coverage_of_length_control_in_corners(truth, slope, flips):
-    """15 pairs of either length. `flips`: as a share of those that could flip. Before, the first three had 0.92, 0.82, 0.91."""
+    """15 pairs of either length. `flips`: as a share of those that could flip. Before, the first two had 0.92 and 0.82."""
     ratios = np.array([-0.2, 0.4])
     means = 1 / (1 + np.exp(-(math.log(truth / (1 - truth)) + slope * ratios)))
     sides = []
