@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from dpo_jax.evals.agreement import (
     with_judge,
 )
 from dpo_jax.evals.preference import wilson_interval
-from dpo_jax.evals.ratings import Judgment, read_key, read_raters, read_records, read_verdicts
+from dpo_jax.evals.ratings import Judgment, read_key, read_raters, read_records, read_verdicts, sealed
 from dpo_jax.evals.study import WORDINGS, Comparison, make_study
 
 OTHER = {"a": "b", "b": "a", "tie": "tie", None: None}
@@ -347,10 +348,12 @@ def test_an_edited_rating_is_refused(study, key, tmp_path, place, change, expect
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('{"kind":\n "dpo_jax', "r.json:2: Unterminated string"),
-        ("[]", "a JSON object is needed"),
-        ("\udcff", "byte 0 is not UTF-8"),
-        ("[" * 20000, "nested too deeply|Expecting value"),
+        ('{"kind":\n "dpo_jax', "r.json: JSONDecodeError: Unterminated string starting at: line 2 column 2"),
+        ("[]", "r.json: ValueError: a JSON object is needed, this is an array"),
+        ("\udcff", "r.json: not UTF-8: byte 0xff at byte 0"),
+        ("[" * 20000, r"r.json: \w+: 20000 levels deep; the limit is 100"),
+        ('{"kind": 1, "kind": 2}', "r.json: \\w+: the key 'kind' occurs twice"),
+        ('{"number": NaN}', "r.json: \\w+: NaN is not a number of JSON"),
     ],
 )
 def test_a_damaged_file_is_named(key, tmp_path, text, expected):
@@ -371,10 +374,37 @@ def test_one_rater_twice_is_found_by_name_and_by_sitting(study, key, tmp_path):
             read_raters([first, again], key=key)
 
 
-def test_a_file_that_is_no_key_is_told(study, tmp_path):
-    for change in ({"raters": [[["999", 0]]]}, {"items": [{"id": "1"}]}, {"names": None}):
-        with pytest.raises(DataError, match="not a key that dpo-jax study wrote"):
-            read_key(write(tmp_path, "key.json", study.key | change))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"raters": [[["999", 0]]]},
+        {"raters": [[["001", 2]]]},
+        {"raters": [[["001", 0], ["001", 0]]]},
+        {"raters": []},
+        {"items": [{"id": "1"}]},
+        {"items": [{"id": "001", "prompt": "p", "texts": ["x", "y"], "methods": ["a", "a"]}]},
+        {"items": [{"id": "001", "prompt": "p", "texts": "xy", "methods": ["a", "b"]}]},
+        {"names": None},
+        {"names": {"a": "x", "b": 3}},
+        {"study": 7},
+        {"extra": 1},
+        {"check": "0" * 16},
+    ],
+    ids=json.dumps,
+)
+def test_a_file_that_is_no_key_is_told(study, tmp_path, change):
+    with pytest.raises(DataError, match="key.json: not a key that dpo-jax study wrote, or damaged .*make the study again"):
+        read_key(write(tmp_path, "key.json", study.key | change))
+
+
+def test_a_changed_letter_of_a_key_is_noticed(study, key, tmp_path):
+    """It decides who won."""
+    content = sealed(study.key)
+    assert read_key(write(tmp_path, "key.json", content)) == key
+    for place, item in enumerate(content["items"]):
+        items = [*content["items"][:place], item | {"methods": item["methods"][::-1]}, *content["items"][place + 1 :]]
+        with pytest.raises(DataError, match="check: bad_layout: the checksum is not that of the content"):
+            read_key(write(tmp_path, "key.json", content | {"items": items}))
 
 
 def test_records_of_any_origin(key, tmp_path):
@@ -503,6 +533,16 @@ def test_what_is_missing_is_told(study, run_dir, capsys):
         records = write(run_dir, "records.jsonl", '{"item": "001", "winner": "b", "rater": "ann"}')
         assert agree(run_dir, *(str(records) if flag == "RECORDS" else flag for flag in flags)) == 2
         assert expected in capsys.readouterr().err
+    for column in ("[1]", '{"judges": {"j": 7}}', '{"names": '):
+        write(run_dir / "agree", "agreement.json", column)
+        assert agree(run_dir, "--agree.ratings", str(records), "--agree.beside", str(run_dir)) == 2
+        shown = capsys.readouterr().err
+        assert f"agree.beside: {run_dir}/agree/agreement.json: " in shown
+        assert f"run dpo-jax agree --run.dir {run_dir} first" in shown
+    os.mkfifo(run_dir / "study" / "ratings" / "pipe.json")
+    assert agree(run_dir) == 2
+    assert "ratings/pipe.json: not a file" in capsys.readouterr().err
+    (run_dir / "study" / "ratings" / "pipe.json").unlink()
     write(run_dir / "study" / "ratings", "1.json", rater_file(study, 1, lambda item: "a") | {"study": "0" * 16})
     assert agree(run_dir) == 65
     assert "give its own key with --agree.key" in capsys.readouterr().err
