@@ -19,5 +19,5 @@ TEXT
 fi
 
 ./launch/env.sh
-# Two processes, and each file in one of them: what a file compiles is shared by its tests.
-exec "${DPO_JAX_VENV:-.venv}/bin/python" -m pytest -n 2 --dist loadfile "$@"
+# Two processes, and each file in one of them: what a file compiles is shared by its tests. Long files first (tests/conftest.py).
+exec "${DPO_JAX_VENV:-.venv}/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

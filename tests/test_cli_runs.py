@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from conftest import xla_flags
 from safetensors.numpy import load_file, save_file
 from test_step import random_pairs
 
@@ -817,7 +818,7 @@ def test_eval_does_not_wait_for_a_run_that_trains(done):
 
 def start(config, *flags):
     """The real program in a process of its own, on one device."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(1), "PYTHONUNBUFFERED": "1"}
     arguments = [sys.executable, "-m", "dpo_jax.cli.main", "dpo", str(config), *map(str, flags)]
     return subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
