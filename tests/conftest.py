@@ -5,6 +5,12 @@ import shutil
 import signal
 from pathlib import Path
 
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import pytest
+
 DEVICES = "--xla_force_host_platform_device_count"
 # Most of the time goes into compiling programs that then run for milliseconds, so XLA compiles them without optimizing.
 # The last flag chooses the older, faster emitters where XLA still has them (JAX 0.10); later versions do not read it.
@@ -19,11 +25,6 @@ COMPILER_FLAGS = " ".join(flag for flag in flags.split() if DEVICES not in flag)
 if DEVICES not in flags:  # a process of a test says how many itself
     flags += f" {DEVICES}=4"
 os.environ["XLA_FLAGS"] = flags
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-import jax
-import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -44,8 +45,8 @@ QUIET = ("--disable-gpu", "--disable-background-networking", "--disable-componen
 
 # The files that take longest, longest first: a long file that starts last keeps one process waiting for the other.
 LONGEST = (
-    *("golden", "cli_runs", "hosts", "faults", "cli_frontier", "bench", "multidevice", "models", "check", "sampling", "attention"),
-    *("step", "judge", "chat_runs", "groups", "reward", "ppo", "interrupts", "rewards_eval", "pods", "report"),
+    *("golden", "cli_runs", "hosts", "faults", "cli_frontier", "bench", "multidevice", "models", "check", "sampling"),
+    *("attention", "step", "judge", "chat_runs", "groups", "reward", "ppo", "interrupts", "rewards_eval", "pods", "report"),
 )
 
 
