@@ -1,5 +1,6 @@
 """Four CPU devices, strict numerics, and compiled things shared by the whole session."""
 
+import gc
 import os
 import shutil
 import signal
@@ -48,6 +49,10 @@ LONGEST = (
     *("golden", "cli_runs", "hosts", "faults", "cli_frontier", "bench", "multidevice", "models", "check", "sampling"),
     *("attention", "step", "judge", "chat_runs", "groups", "reward", "ppo", "interrupts", "rewards_eval", "pods", "report"),
 )
+
+
+def pytest_configure():
+    gc.set_threshold(50_000, 20, 20)  # tracing makes many objects: a sixth of its time would go into looking for garbage
 
 
 def pytest_collection_modifyitems(items):
