@@ -10,6 +10,7 @@ Usage: ./launch/test.sh [PYTEST OPTIONS]
   ./launch/test.sh                          all tests but the long ones; needs no network once .venv is there
   ./launch/test.sh tests/test_losses.py     one file
   ./launch/test.sh -m soak                  long fault and stress tests
+  XLA_FLAGS=--xla_backend_optimization_level=3 ./launch/test.sh    compile as a run does: slower (the default is 0)
   DPO_JAX_EXTRAS=cpu,test,parity ./launch/test.sh -m parity      compare with PyTorch afresh
   DPO_JAX_EXTRAS=cpu,test,browser ./launch/test.sh -m browser    the raters' page in a Chromium that is installed
 
@@ -19,5 +20,5 @@ TEXT
 fi
 
 ./launch/env.sh
-# Two processes, and each file in one of them: what a file compiles is shared by its tests.
-exec "${DPO_JAX_VENV:-.venv}/bin/python" -m pytest -n 2 --dist loadfile "$@"
+# Two processes, and each file in one of them: what a file compiles is shared by its tests. Long files first (tests/conftest.py).
+exec "${DPO_JAX_VENV:-.venv}/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,17 +1,31 @@
 """Four CPU devices, strict numerics, and compiled things shared by the whole session."""
 
+import gc
 import os
 import shutil
 import signal
 from pathlib import Path
 
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):  # a process of a test says how many itself
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
 import pytest
+
+DEVICES = "--xla_force_host_platform_device_count"
+# Most of the time goes into compiling programs that then run for milliseconds, so XLA compiles them without optimizing.
+# The last flag chooses the older, faster emitters where XLA still has them (JAX 0.10); later versions do not read it.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_backend_optimization_level" not in flags:  # `=3` compiles as users do
+    flags += f" {QUICK}"
+COMPILER_FLAGS = " ".join(flag for flag in flags.split() if DEVICES not in flag)
+if DEVICES not in flags:  # a process of a test says how many itself
+    flags += f" {DEVICES}=4"
+os.environ["XLA_FLAGS"] = flags
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -20,7 +34,30 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def xla_flags(devices):
+    """XLA_FLAGS of a process that has so many CPU devices, and compiles as this one does."""
+    return f"{COMPILER_FLAGS} {DEVICES}={devices}"
+
+
 QUIET = ("--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
+
+
+# The files that take longest, longest first: a long file that starts last keeps one process waiting for the other.
+LONGEST = (
+    *("golden", "cli_runs", "hosts", "faults", "cli_frontier", "bench", "multidevice", "models", "check", "sampling"),
+    *("attention", "step", "judge", "chat_runs", "groups", "reward", "ppo", "interrupts", "rewards_eval", "pods", "report"),
+)
+
+
+def pytest_configure():
+    gc.set_threshold(50_000, 20, 20)  # tracing makes many objects: a sixth of its time would go into looking for garbage
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

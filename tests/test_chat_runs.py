@@ -60,7 +60,7 @@ def model(tmp_path_factory):
     assert json.loads(SAMPLING)["eos_token_id"] == [tokenizer.eos_token_id, turn]
     sizes = {"width": 16, "layers": 1, "heads": 2, "max_positions": 128}
     model = make_model(decoder_config(hf_config("gpt_neox", vocab_size=turn + 1, eos_token_id=0, **sizes)))
-    params = jax.tree.map(np.asarray, model.init(jax.random.key(0))["params"])
+    params = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0))["params"])
     params["final_norm"] = {"scale": np.zeros(16, np.float32), "bias": np.ones(16, np.float32)}
     params["head_kernel"] = np.where(np.arange(turn + 1)[:, None] == turn, np.float32(4), np.zeros((1, 16), np.float32))
     save_hf(folder, model, {"params": params}, dtype=jnp.bfloat16)

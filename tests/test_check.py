@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import xla_flags
 
 from dpo_jax import check, logps, step
 from dpo_jax.checks import attention, bench, machine, training
@@ -165,7 +166,7 @@ assert not {"jax", "numpy", "flax"} & set(sys.modules)
 def without(packages, code, *args, cwd):
     """A process in which `packages` are not installed."""
     block = f"import sys; sys.modules.update(dict.fromkeys({packages!r}))\n"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(1)}
     return subprocess.run([sys.executable, "-c", block + code, *args], cwd=cwd, env=environment, capture_output=True, text=True)
 
 

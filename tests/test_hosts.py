@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 import test_multidevice as table
-from conftest import GOLDEN
+from conftest import GOLDEN, xla_flags
 
 from dpo_jax.cli.main import main
 from dpo_jax.data.layout import Layout
@@ -53,7 +53,7 @@ def begin(command, *, process, port, by_environment=False, count=2):
     environment |= {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": xla_flags(2),
         "HF_HUB_OFFLINE": "1",
     }
     names = ("coordinator", "num-processes", "process-id")
@@ -165,7 +165,7 @@ def test_several_processes_take_the_steps_of_one_device_and_save_for_it(tmp_path
     variables = jax.jit(table.MODEL.init)(jax.random.key(0))
     save_hf(tmp_path / "model", table.MODEL, variables)
     wide = make_model(decoder_config(hf_config("llama", **WIDE)))
-    save_hf(tmp_path / "wide", wide, wide.init(jax.random.key(0)))
+    save_hf(tmp_path / "wide", wide, jax.jit(wide.init)(jax.random.key(0)))
     four = table.on_mesh(fsdp=2, tensor=2)
     state = table.start(four, jax.tree.map(lambda x: x + 1, variables))
     with Checkpoints(tmp_path / "2x2") as checkpoints:

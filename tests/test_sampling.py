@@ -23,7 +23,7 @@ def tiny(family):
     if "sliding_window" in config:
         config["sliding_window"] = 4
     model = make_model(decoder_config(config))
-    variables = model.init(jax.random.key(1))
+    variables = jax.jit(model.init)(jax.random.key(1))
     return model, jax.tree.map(lambda x: x * 4, variables)  # far from uniform, so that choices are clear
 
 
