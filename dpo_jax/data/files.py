@@ -6,6 +6,7 @@ A bad row is handed on as a `BadRow` and may be dropped. A bad file (cut off, no
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -121,8 +122,10 @@ def _parse(line: bytes) -> Row | BadRow:
 
 
 def _place_of_bad_number(line: bytes) -> str:
-    """The path to the first number of a line that no float can hold, such as "answers.0.pm_score"."""
-    stack = [("", json.loads(line, parse_int=float))]
+    """The path to the first number that no float can hold, such as "answers.0.pm_score"; "" in a line that is no JSON."""
+    stack: list[tuple[str, Any]] = []
+    with contextlib.suppress(ValueError):
+        stack.append(("", json.loads(line, parse_int=float)))
     while stack:
         path, value = stack.pop()
         if isinstance(value, float) and not math.isfinite(value):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dpo_jax.untrusted import LIMITS, TooDeep
 
 _VOID = frozenset(["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"])
-_RAW = ("script", "style")  # what they hold is no markup
+_RAW = {name: re.compile(rf"</{name}(?=[\s/>])", re.IGNORECASE) for name in ("script", "style")}  # they hold no markup
 
 # What begins at a "<", and where it ends. Each of these takes linear time, and what never ends is looked for once.
 _COMMENT, _CDATA = re.compile(r"<!--(?:-?>|.*?--\s*+>)", re.DOTALL), re.compile(r"<!\[CDATA\[.*?\]\]>", re.DOTALL)
@@ -90,7 +90,7 @@ def _pieces(markup: str) -> Iterator[tuple[str, re.Match[str] | None]]:
             yield markup[done:at], tag
             done = at = found.end()
             if tag and not tag["close"] and (raw := tag["name"].lower()) in _RAW:
-                closing = re.compile(rf"</{raw}(?=[\s/>])", re.IGNORECASE).search(markup, done)
+                closing = _RAW[raw].search(markup, done)
                 at = closing.start() if closing else len(markup)
         elif _BEGUN.match(markup, at):
             break  # and never ends; the next one would not either
@@ -102,5 +102,7 @@ def _pieces(markup: str) -> Iterator[tuple[str, re.Match[str] | None]]:
 
 def _unescaped(text: str) -> str:
     """`text` without character references, also those whose number has more digits than Python reads."""
+    if "&" not in text:
+        return text
     text = re.sub(r"&#0+(?=[0-9])", "&#", text)
     return html.unescape(re.sub(r"&#[0-9]{8,};?", "\N{REPLACEMENT CHARACTER}", text))

@@ -113,13 +113,14 @@ def _columns(names: Sequence[str], file: str, report: DataReport) -> Collection[
     """The columns of a parquet file that are read."""
     columns = columns_of(report.format, names)
     if not any(column.partition(".")[0] in names for column in columns):
-        _refuse_columns(file, names)
+        _refuse_columns(file, names, report)
     return columns
 
 
-def _refuse_columns(where: str, names: Iterable[str]) -> NoReturn:
+def _refuse_columns(where: str, names: Iterable[str], report: DataReport) -> NoReturn:
+    what = "no known format has" if report.format == "auto" else f"format {report.format!r} reads none of"
     remedy = f"if the first rows are bad, name the format with --data.format ({', '.join(FORMATS)})"
-    refuse(Cause.MISSING_COLUMN, where, f"no known format has the columns {shown_names(names)}; {remedy}")
+    refuse(Cause.MISSING_COLUMN, where, f"{what} the columns {shown_names(names)}; {remedy}")
 
 
 def _detect(rows: Iterator[tuple[str, Row]], report: DataReport) -> Iterator[tuple[str, Row]]:
@@ -127,7 +128,7 @@ def _detect(rows: Iterator[tuple[str, Row]], report: DataReport) -> Iterator[tup
     votes = collections.Counter(name for _, row in sample if (name := detect_format(row)))
     if sample and not votes:
         where, row = sample[0]
-        _refuse_columns(where, row)
+        _refuse_columns(where, row, report)
     for name, count in votes.most_common(1):
         report.format = name
         report.notes.append(f"format {name!r}: {count} of the first {len(sample)} readable rows have its columns")
