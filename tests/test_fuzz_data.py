@@ -22,6 +22,7 @@ from dpo_jax.data.files import read_rows
 from dpo_jax.data.formats import FORMATS
 from dpo_jax.data.html import strip_html
 from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport, Preference, PreferenceSet
+from dpo_jax.data.snippets import load_snippets
 from dpo_jax.data.sources import load_preferences, peek
 from dpo_jax.data.tfds import read_tfds, write_tfds
 from dpo_jax.data.tfds_folder import find_tfds, split_rows
@@ -253,7 +254,7 @@ def test_a_line_that_is_too_long_is_one_bad_row(suffix, tmp_path, limits):
         ('{"score": ' + "9" * 5000 + "}", Cause.NAN, "score: nan: a number of 5000 digits"),
         ('{"a": {"b": NaN}, "c": [', Cause.NAN, "nan: NaN is not a number of JSON"),
         ('{"a":' * 101 + "1" + "}" * 101, Cause.TOO_DEEP, "101 levels deep; the limit is 100 (raise it with --limits.depth)"),
-        ('{"' + "k" * 9000 + '": 1, "' + "k" * 9000 + '": 2}', Cause.DUPLICATE_KEY, "k" * 97 + "...: duplicate_key"),
+        ('{"' + "k" * 9000 + '": 1, "' + "k" * 9000 + '": 2}', Cause.DUPLICATE_KEY, "k" * 77 + "...: duplicate_key"),
         ('{"\\ud800": 1, "\\ud800": 2}', Cause.DUPLICATE_KEY, "\\ud800: duplicate_key"),
     ],
 )
@@ -267,7 +268,7 @@ def test_causes_and_fields_of_strict_json(text, cause, words, tmp_path):
 
 def test_numbers_that_no_float_can_hold_are_bad():
     for value in (10**400, -(10**400)):
-        with pytest.raises(BadRow, match=r"a.score: out_of_range: the number is too large for a float"):
+        with pytest.raises(BadRow, match=r"a.score: out_of_range: too large a number"):
             number({"score": value}, "score", inside="a.")
     assert number({"score": 10**300}, "score") == 10**300
 
@@ -294,6 +295,19 @@ def test_absurd_counts_end_in_a_message(tmp_path):
     with time_limit():
         loaded = load_preferences(tmp_path, "train", on_bad="drop")
     assert loaded.report.dropped == {"out_of_range": 1, "tie": 1}
+
+
+def test_snippets_are_read_as_they_stand_or_refused_with_their_line(tmp_path):
+    good = "a fine film . \nnext\u2028line é\nsilly and tedious .\n".encode()
+    (tmp_path / "rt-polarity.neg").write_bytes(b"bad .\n")
+    for mutant in mutations(good, count=mutants(100)):
+        (tmp_path / "rt-polarity.pos").write_bytes(mutant)
+        found = outcome(lambda: load_snippets(tmp_path))
+        if isinstance(found, list):
+            said = [line.decode().strip() for line in mutant.split(b"\n")][: len(found) - 1]
+            assert [snippet.text for snippet in found if snippet.label] == said
+        else:
+            assert "rt-polarity.pos:" in str(found)
 
 
 # -- HTML ---------------------------------------------------------------------------------------------------------------------

@@ -161,6 +161,7 @@ BAD_FILES = {
     "empty file": (Cause.NO_ROWS, "train.jsonl", b"", "no rows"),
     "blank lines only": (Cause.NO_ROWS, "train.jsonl", b"\n \n", "no rows"),
     "JSON array": (Cause.BAD_LAYOUT, "train.json", b'[{"prompt": "a"}]', "one object per line"),
+    "one JSON object": (Cause.BAD_LAYOUT, "train.json", b'{\n "data": []\n}\n', "one object per line"),
     "text named parquet": (Cause.BAD_PARQUET, "train.parquet", lines(GOOD), "named .parquet"),
     "cut parquet": (Cause.BAD_PARQUET, "train.parquet", b"PAR1" + b"\0" * 100, "damaged"),
 }
@@ -233,6 +234,8 @@ def test_layouts(names, tmp_path):
     ("names", "detail"),
     [
         (["test.jsonl"], "no file of split 'train'; the folder holds test.jsonl"),
+        (["train.csv"], "train.csv is not read: convert it to JSON Lines"),
+        (["default/train/0000.jsonl"], "the split is in .*/default/train: give the folder .*/default"),
         (["train.jsonl", "train.jsonl.gz"], "same file twice"),
         (["train.jsonl", "train/a.jsonl"], "ambiguous"),
         (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], r"shards \[1\] of 00003 are missing"),

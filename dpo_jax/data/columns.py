@@ -63,14 +63,12 @@ def check_text(value: str, *, field: str) -> None:
 
 
 def number(row: Row, field: str, *, inside: str = "") -> float:
-    """The finite number in a column, else `BadRow`. An integer that no float can hold is none."""
+    """The finite number in a column, else `BadRow`."""
     value = column(row, field, inside=inside)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(Cause.WRONG_TYPE, f"a number is needed, this is {type(value).__name__}", field=inside + field)
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:
-        raise BadRow(Cause.OUT_OF_RANGE, "the number is too large for a float", field=inside + field) from None
-    if not finite:
+    if isinstance(value, int) and abs(value) >= 2**1023:
+        raise BadRow(Cause.OUT_OF_RANGE, "too large a number", field=inside + field)
+    if not math.isfinite(value):
         raise BadRow(Cause.NAN, f"{value} where a finite number is needed", field=inside + field)
     return value

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def check_head(name: str, path: Path) -> None:
         refuse(Cause.BAD_PARQUET, name, "named .parquet and is not, or the other way round")
     if name.endswith(".json") and head.lstrip().startswith(b"["):
         refuse(Cause.BAD_LAYOUT, name, "one JSON array; write one object per line (JSON Lines)")
+    if name.endswith(".json") and re.match(rb"\s*\{[ \t\r]*\n", head):
+        refuse(Cause.BAD_LAYOUT, name, "a JSON object over several lines; write one object per line (JSON Lines)")
 
 
 def _json_rows(name: str, path: Path, *, report: DataReport) -> Iterator[tuple[str, Row | BadRow]]:

@@ -83,7 +83,7 @@ class BadRow(Unreadable):
 
     def __init__(self, cause: Cause, detail: str, *, field: str = "") -> None:
         # Both may quote the data: texts without end, or half characters that no report can be written with.
-        detail, field = _shortened(detail, 400), _shortened(field, 100)
+        detail, field = _shortened(detail, 240), _shortened(field, 80)
         super().__init__(f"{field}: {cause}: {detail}" if field else f"{cause}: {detail}")
         self.cause, self.detail, self.field = cause, detail, field
 

@@ -37,7 +37,7 @@ def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tu
         found = "; ".join(
             f"{layout}: {_listed(str(path.relative_to(source)) for path in paths)}" for layout, paths in layouts.items()
         )
-        detail = f"ambiguous, {found}" if layouts else f"no file of split {split!r}; {_what_is_there(source)}"
+        detail = f"ambiguous, {found}" if layouts else f"no file of split {split!r}; {_what_is_there(source, split)}"
         refuse(Cause.BAD_LAYOUT, source, detail)
     [(layout, paths)] = layouts.items()
     _check_shards(source, paths)
@@ -57,11 +57,15 @@ def split_names(source: str | Path) -> list[str]:
     return sorted(found)
 
 
-def _what_is_there(source: Path) -> str:
+def _what_is_there(source: Path, split: str) -> str:
     present = _listed(sorted(path.name + "/" * path.is_dir() for path in source.iterdir())) or "nothing"
     splits = split_names(source)
     choose = f"; choose among the splits {_listed(splits)} with --data.train-split and --data.test-split" if splits else ""
-    return f"the folder holds {present}{choose}"
+    foreign = sorted(path.name for path in source.glob("*.*") if path.is_file() and path.name.partition(".")[0] == split)
+    convert = f"; {_listed(foreign)} is not read: convert it to JSON Lines (.jsonl) or .parquet" if foreign else ""
+    below = sorted({path.parent for path in source.glob("*/*/*") if path.parent.name == split and path.name.endswith(SUFFIXES)})
+    deeper = f"; the split is in {_listed(map(str, below))}: give the folder {below[0].parent}" if below else ""
+    return f"the folder holds {present}{convert}{deeper}{choose}"
 
 
 def _listed(names: Iterable[str]) -> str:
