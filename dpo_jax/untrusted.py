@@ -135,18 +135,20 @@ def parse_json(content: bytes | str) -> Any:
     """
     text = content.decode("utf-8") if isinstance(content, bytes) else content
     # Counting is fast, and hardly any text has so many brackets; only then is the depth worth knowing.
-    if text.count("[") + text.count("{") > LIMITS.depth and (deep := depth_of(text)) > LIMITS.depth:
-        raise TooDeep(f"{deep} levels deep; {LIMITS.remedy('depth')}")
+    if text.count("[") + text.count("{") > LIMITS.depth and (deep := depth_of(text, LIMITS.depth)) > LIMITS.depth:
+        raise TooDeep(f"at least {deep} levels deep; {LIMITS.remedy('depth')}")
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_constant, parse_int=_integer, parse_float=_float)
 
 
-def depth_of(text: str) -> int:
-    """How many brackets of a JSON text are open at most, those in strings not counted."""
+def depth_of(text: str, enough: float = float("inf")) -> int:
+    """How many brackets of a JSON text are open at most, those in strings not counted. Counting ends beyond `enough`."""
     deepest = depth = 0
     for token in re.finditer(r'"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]', text, re.DOTALL):
         if (mark := token[0]) in "[{":
             depth += 1
             deepest = max(deepest, depth)
+            if deepest > enough:
+                break
         elif mark in "]}":
             depth -= 1
     return deepest

@@ -1,32 +1,24 @@
 """Damaged and foreign data files: each ends in rows that were counted or in one error that names the file."""
 
-import contextlib
 import gzip
-import html
 import io
 import itertools
 import json
-import random
-from collections import Counter
-from html.parser import HTMLParser
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from mutate import mutants, mutations, outcome, time_limit
 
-from dpo_jax import untrusted
 from dpo_jax.cli.preflight_inputs import _rows as declared_rows
 from dpo_jax.data.columns import number
-from dpo_jax.data.files import read_rows
 from dpo_jax.data.formats import FORMATS
-from dpo_jax.data.html import strip_html
-from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport, Preference, PreferenceSet
+from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, PreferenceSet
 from dpo_jax.data.snippets import load_snippets
 from dpo_jax.data.sources import load_preferences, peek
 from dpo_jax.data.tfds import read_tfds, write_tfds
 from dpo_jax.data.tfds_folder import find_tfds, split_rows
-from dpo_jax.untrusted import LIMITS, TooDeep
+from dpo_jax.untrusted import LIMITS
 
 ROWS = {
     "hh": {"chosen": "\n\nHuman: q é\n\nAssistant: a", "rejected": "\n\nHuman: q é\n\nAssistant: b"},
@@ -45,14 +37,6 @@ ROWS = {
         **{"prompt": "q", "chosen": "a", "rejected": "b", "chosen_model": "m", "rejected_model": "n", "subset": "s", "id": 1}
     },
 }
-
-
-@pytest.fixture
-def limits(monkeypatch):
-    monkeypatch.setattr(untrusted, "LIMITS", LIMITS)
-    before = dict(vars(LIMITS))
-    yield LIMITS
-    vars(LIMITS).update(before)
 
 
 def lines(*rows):
@@ -148,95 +132,12 @@ def test_parquet_means_what_json_lines_do(format, tmp_path):
     assert [vars(pair) | {"uid": 0} for pair in said[0]] == [vars(pair) | {"uid": 0} for pair in said[1]] != []
 
 
-def test_columns_that_no_format_reads_may_hold_anything(tmp_path):
-    """Times that Python has no value for, names and texts that are not UTF-8, two columns of one name, damaged pages."""
-    row = {name: value for name, value in ROWS["stack_exchange"].items() if name != "answers"}
-    answers = [{**answer, "at": 1} for answer in ROWS["stack_exchange"]["answers"]]
-    bad_text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xe9")])
-    times = [pa.array([2**62 + 1], pa.timestamp(unit)) for unit in ("ns", "ms")]
-    when = pa.struct({"text": pa.string(), "pm_score": pa.int64(), "at": pa.timestamp("ms")})
-    table = pa.table(
-        {
-            "question": [row["question"]],
-            "answers": pa.array([[{**answer, "at": 2**62} for answer in answers]], pa.list_(when)),
-            "created": times[0],
-            "far": times[1],
-            "text": bad_text,
-        }
-    )
-    for name in ("twice", "twice", "NAME", "damaged"):
-        table = table.append_column(name, pa.array(["x" * 200]))
-    pq.write_table(
-        table,
-        tmp_path / "train.parquet",
-        write_page_checksum=True,
-        compression="none",
-        use_dictionary=False,
-        store_schema=False,
-    )
-    content = (tmp_path / "train.parquet").read_bytes()
-    place = content.rindex(b"x" * 200)
-    content = content[:place] + b"y" + content[place + 1 :]
-    (tmp_path / "train.parquet").write_bytes(content.replace(b"NAME", b"N\xff\xfeE"))
-    (tmp_path / "train.jsonl").write_bytes(lines({**row, "answers": answers}))
-    pairs = load_preferences(tmp_path / "train.parquet", "train")
-    assert [pair.chosen for pair in pairs] == [p.chosen for p in load_preferences(tmp_path / "train.jsonl", "train")]
-
-
-def test_a_column_that_cannot_be_decoded_is_named(tmp_path):
-    columns = {name: pa.array([name, "x"]) for name in ("prompt", "chosen")}
-    columns["rejected"] = pa.array([1, 2**62 + 1], pa.timestamp("ns"))
-    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"train.parquet:2: rejected: wrong_type: timestamp\[ns\] cannot be read: ValueError"):
-        load_preferences(tmp_path, "train")
-
-
-def test_a_file_that_fits_another_format_says_so(tmp_path):
-    """The first rows decide the format of all files. A column that a file's own format does not read counts as missing."""
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "a.parquet").write_bytes(parquet({**ROWS["trl"], "history": "q"}))
-    (tmp_path / "train" / "b.parquet").write_bytes(parquet(*[ROWS["shp"]] * 3))
-    loaded = load_preferences(tmp_path, "train", on_bad="drop")
-    assert (loaded.report.format, len(loaded), loaded.report.dropped) == ("shp", 3, {"missing_column": 1})
-    assert "name the format with --data.format" in loaded.report.examples["missing_column"][0]
-    with pytest.raises(DataError, match=r"b.parquet: missing_column: format 'tldr' reads none of the columns 'history'"):
-        load_preferences(tmp_path, "train", format="tldr", on_bad="drop")
-
-
-def test_parquet_that_lacks_rows_is_refused(tmp_path):
-    good = parquet(*[ROWS["trl"]] * 2, ROWS["trl"])
-    read_back = pq.ParquetFile(io.BytesIO(good)).metadata
-    assert read_back.num_rows == 3
-    # The footer's thrift: field 3 of FileMetaData, an i64 in zigzag: 3 rows are 0x06.
-    footer = int.from_bytes(good[-8:-4], "little")
-    start = len(good) - 8 - footer
-    at = next(i for i in range(start, len(good)) if good[i : i + 2] == b"\x16\x06" and changed(good, i) == 63)
-    (tmp_path / "train.parquet").write_bytes(good[: at + 1] + b"\x7e" + good[at + 2 :])
-    with pytest.raises(DataError, match="train.parquet: bad_parquet: the file declares 63 rows and holds 3"):
-        load_preferences(tmp_path, "train", on_bad="drop")
-
-
-def changed(content, at):
-    try:
-        return pq.ParquetFile(io.BytesIO(content[: at + 1] + b"\x7e" + content[at + 2 :])).metadata.num_rows
-    except (OSError, pa.ArrowException):
-        return None
-
-
-def test_absent_keys_of_parquet_are_absent(tmp_path):
-    """Parquet gives every object the keys that any object of its column has."""
-    rows = [{"messages": [{"role": "a", "call": {"city": "Oslo"}}]}, {"messages": [{"role": "b", "call": {"zone": "UTC"}}]}]
-    (tmp_path / "train.parquet").write_bytes(parquet(*rows))
-    found = read_rows("train.parquet", tmp_path / "train.parquet", report=DataReport())
-    assert [row for _, row in found] == rows
-
-
 # -- lines and names ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
-def test_a_line_that_is_too_long_is_one_bad_row(suffix, tmp_path, limits):
-    limits.line_mb = 1
+def test_a_line_that_is_too_long_is_one_bad_row(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(LIMITS, "line_mb", 1)
     content = lines(ROWS["trl"]) + b'{"prompt": "' + b"x" * 2**21 + b'"}\n' + lines(ROWS["trl"])
     file = tmp_path / f"train.{suffix}"
     file.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
@@ -308,132 +209,6 @@ def test_snippets_are_read_as_they_stand_or_refused_with_their_line(tmp_path):
             assert [snippet.text for snippet in found if snippet.label] == said
         else:
             assert "rt-polarity.pos:" in str(found)
-
-
-# -- HTML ---------------------------------------------------------------------------------------------------------------------
-
-
-class Reference(HTMLParser):
-    """The reading of well-formed markup that `strip_html` had while Python's own parser did it."""
-
-    VOID = frozenset(["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"])
-
-    def __init__(self, markup):
-        super().__init__(convert_charrefs=True)
-        self.blocks, self.around = [], []
-        self.feed(markup)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        if tag in self.VOID:
-            return
-        if tag == "p" and not self.around:
-            self.blocks.append("")
-        elif tag == "code" and "code" not in self.around and self.around[:1] in ([], ["pre"]):
-            self.blocks.append("<code>")
-        self.around.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in self.around:
-            return
-        if tag == "code" and self.around.count("code") == 1 and self.around[0] in ("pre", "code"):
-            self.blocks[-1] += "</code>"
-        while self.around.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        if self.around == ["p"] or ("code" in self.around and self.around[0] in ("pre", "code")):
-            self.blocks[-1] += data
-
-
-TEXTS = [
-    "a",
-    "x &lt; 1",
-    "&amp;amp;",
-    "&eacute;&copy",
-    "&#65;&#x42;&#0065;&#0;",
-    "&#128512;",
-    " \n\t",
-    "é🙂",
-    "1 < 2",
-    "a<1",
-    "q&a",
-]
-ATTRIBUTES = ["", " class='l'", ' href="a>b"', " x=y", " href=http://a/", " checked", ' a = "1" b', " data-x='\"'", "\n id=1"]
-
-
-def document(generator, depth=0):
-    """Well-formed markup of the kinds that posts have, comments and declarations among it."""
-    parts = []
-    for _ in range(generator.randrange(1, 5)):
-        kind = generator.random()
-        tags = ["b", "a", "ul", "li", "code", "p", "h2"] if depth else ["p", "p", "P", "pre", "code", "blockquote"]
-        tag = generator.choice(tags)
-        if kind < 0.4 or depth > 5:
-            parts.append(generator.choice(TEXTS))
-        elif kind < 0.5:
-            parts.append(
-                generator.choice(["<br>", "<br/>", "<img src='x'>", "<!-- a <p> b -->", "<!DOCTYPE html>", "<hr />", "<p/>"])
-            )
-        else:
-            parts.append(f"<{tag}{generator.choice(ATTRIBUTES)}>{document(generator, depth + 1)}</{tag}>")
-    return "".join(parts)
-
-
-def test_well_formed_html_is_read_as_pythons_parser_reads_it():
-    generator = random.Random(0)
-    texts = Counter()
-    for _ in range(mutants(1000)):
-        markup = document(generator)
-        found = strip_html(markup)
-        assert found == "\n\n".join(Reference(markup).blocks), markup
-        texts[found] += 1
-    assert len(texts) > 300
-    special = "<p>" + "".join(f"&{name};" for name in sorted(html.entities.html5)) + "</p>"
-    assert strip_html(special) == "".join(Reference(special).blocks)
-
-
-N = 60_000
-HOSTILE = {
-    **{
-        "nested": "<b>" * N,
-        "p": "<p>" * N,
-        "closed": "</b>" * N,
-        "unopened": "<p>" + "</b>" * N,
-        "ends": "<" * N,
-        "raw": "<script>" * N,
-    },
-    **{"sections": "<![X[" * N, "CDATA": "<![CDATA[" * N, "comments": "<!--" * N, "declared": "<!a" * N, "asked": "<?" * N},
-    **{
-        "tags": "<a " * N,
-        "quotes": '<a b="' * N,
-        "both": "<a b='\"" * N,
-        "equals": "<a " + "=" * N,
-        "slashes": "<a " + "/" * N,
-    },
-    **{
-        "dashes": "<!--" + "--" * N,
-        "spaces": "<!--" + "-- " * N,
-        "void": "<p>" + "a<br>" * N + "</p>",
-        "ampersands": "<p>" + "&" * N,
-    },
-    **{"digits": "<p>&#" + "9" * N + ";</p>", "zeros": "<p>&#" + "0" * N + "65;</p>", "hex": "<p>&#x" + "f" * N + ";</p>"},
-    **{"styles": "<style>a</style>" * N, "mixed": "<p>a<!-- b --><![X[ c" * N, "names": "<" + "a" * N, "gt": ">" * N},
-    **{"code": "<code>" * N, "code closed": "<code>a</code>" * N, "deep": "<div>" * 99 + "<p>" + "</div>" * 99},
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_html_takes_linear_time(name):
-    with time_limit(), contextlib.suppress(TooDeep):
-        assert isinstance(strip_html(HOSTILE[name]), str)
-
-
-def test_damaged_html_keeps_its_text():
-    assert strip_html("<p>a <![X[ b") == "a <![X[ b"
-    assert strip_html("<p>1 < 2 & 3 <b") == "1 < 2 & 3 <b"
-    assert strip_html("<p>a&#" + "9" * 9000 + ";b&#" + "0" * 9000 + "65;") == "a\ufffdbA"
-    assert strip_html("<p>a<script>var b = '<p>'</script>c</p>") == "ac"
 
 
 def test_html_that_is_too_deep_is_a_bad_row(tmp_path):

@@ -107,7 +107,7 @@ BAD_ROWS = {
     "zeroed block": (Cause.NUL, "trl", b"\0" * 512 + b"\n", "byte 0"),
     "broken JSON": (Cause.INVALID_JSON, "trl", b'{"prompt": "a", \n', "property name"),
     "raw newline in text": (Cause.INVALID_JSON, "trl", b'{"prompt": "a\tb"}\n', "control character"),
-    "deep nesting": (Cause.TOO_DEEP, "trl", b"[" * 200_000 + b"\n", "200000 levels deep; the limit is 100"),
+    "deep nesting": (Cause.TOO_DEEP, "trl", b"[" * 200_000 + b"\n", "at least 101 levels deep; the limit is 100"),
     "last line cut off": (Cause.INVALID_JSON, "trl", b'{"prompt": "a", "chos', "cut off"),
 }
 FINE = {"trl": GOOD, "hh": hh_row("q", " a", " b"), "tldr": TLDR_ROW, "shp": SHP_ROW}

@@ -40,18 +40,20 @@ def declared_rows(path: Path) -> int:
 def _batches(name: str, path: Path, columns: Columns | None) -> Iterator[tuple[Any, Row]]:
     """The batches of the file, and a row in which every column is `UNREAD`."""
     place = Place(name, Cause.BAD_PARQUET, "the file is damaged or cut off")
-    with place.reading(), _File(path, page_checksum_verification=True) as file:
+    with place.reading():
+        file = _File(path, page_checksum_verification=True)
         names, leaves = file.column_names(), [leaf for _, leaf in _leaves(file.metadata.schema)]
+    with file:
         chosen = leaves if columns is None else _chosen(columns(names), names, leaves)
         if not chosen:
             refuse(Cause.MISSING_COLUMN, name, f"none of its columns is one that is read: it has {shown_names(names)}")
-        for batch in file.iter_batches(batch_size=_BATCH, columns=chosen):
-            read = batch.schema.names
-            for column in read:
-                if read.count(column) > 1:
-                    refuse(Cause.DUPLICATE_KEY, name, f"two columns are named {column!r}")
-            yield batch, dict.fromkeys(names, UNREAD)
-            place.number += batch.num_rows
+        with place.reading():
+            for batch in file.iter_batches(batch_size=_BATCH, columns=chosen):
+                read = batch.schema.names
+                if twice := [column for column in read if read.count(column) > 1]:
+                    refuse(Cause.DUPLICATE_KEY, name, f"two columns are named {twice[0]!r}")
+                yield batch, dict.fromkeys(names, UNREAD)
+                place.number += batch.num_rows
         if place.number != file.metadata.num_rows:
             refuse(Cause.BAD_PARQUET, name, f"the file declares {file.metadata.num_rows} rows and holds {place.number}")
 
