@@ -50,7 +50,7 @@ LIMITS = Limits()
 
 
 @contextlib.contextmanager
-def reading(where: str | Path, *, remedy: str = "", error: Callable[[str], Exception] = Unreadable) -> Iterator[None]:
+def reading(where: object, *, remedy: str = "", error: Callable[[str], Exception] = Unreadable) -> Iterator[None]:
     """Turns whatever a library raises about its input into one `error`: "where: cause; remedy".
 
     `Unreadable` and its kinds pass, and so do errors of the system that name a file (missing, no permission, disk full).
@@ -71,7 +71,7 @@ def reading(where: str | Path, *, remedy: str = "", error: Callable[[str], Excep
         raise error(_message(where, problem, remedy)) from problem
 
 
-def _message(where: str | Path, problem: BaseException, remedy: str) -> str:
+def _message(where: object, problem: BaseException, remedy: str) -> str:
     return f"{where}: {cause_of(problem)}" + (f"; {remedy}" if remedy else "")
 
 
@@ -135,45 +135,63 @@ def parse_json(content: bytes | str) -> Any:
     """
     text = content.decode("utf-8") if isinstance(content, bytes) else content
     # Counting is fast, and hardly any text has so many brackets; only then is the depth worth knowing.
-    if text.count("[") + text.count("{") > LIMITS.depth and (deep := depth_of(text)) > LIMITS.depth:
-        raise ValueError(f"{deep} levels deep; {LIMITS.remedy('depth')}")
+    if text.count("[") + text.count("{") > LIMITS.depth and (deep := depth_of(text, LIMITS.depth)) > LIMITS.depth:
+        raise TooDeep(f"at least {deep} levels deep; {LIMITS.remedy('depth')}")
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_constant, parse_int=_integer, parse_float=_float)
 
 
-def depth_of(text: str) -> int:
-    """How many brackets of a JSON text are open at most, those in strings not counted."""
+def depth_of(text: str, enough: float = float("inf")) -> int:
+    """How many brackets of a JSON text are open at most, those in strings not counted. Counting ends beyond `enough`."""
     deepest = depth = 0
     for token in re.finditer(r'"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]', text, re.DOTALL):
         if (mark := token[0]) in "[{":
             depth += 1
             deepest = max(deepest, depth)
+            if deepest > enough:
+                break
         elif mark in "]}":
             depth -= 1
     return deepest
 
 
+class TooDeep(ValueError):
+    """Nested deeper than `limits.depth`."""
+
+
+class DuplicateKey(ValueError):
+    """An object of a JSON text has the same key twice."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {key!r} occurs twice")
+        self.key = key
+
+
+class BadNumber(ValueError):
+    """A number of a JSON text is none (NaN), or too large for a float."""
+
+
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(items)
     if len(found) != len(items):
-        keys = [key for key, _ in items]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+        seen: set[str] = set()
+        raise DuplicateKey(next(key for key, _ in items if key in seen or seen.add(key)))
     return found
 
 
 def _constant(literal: str) -> NoReturn:
-    raise ValueError(f"{literal} is not a number of JSON")
+    raise BadNumber(f"{literal} is not a number of JSON")
 
 
 def _integer(literal: str) -> int:
     if len(literal) > 300:  # float() of it may overflow, and int() takes quadratic time
-        raise ValueError(f"a number of {len(literal)} digits")
+        raise BadNumber(f"a number of {len(literal)} digits")
     return int(literal)
 
 
 def _float(literal: str) -> float:
     value = float(literal)
     if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{literal[:40]} is too large a number")
+        raise BadNumber(f"{literal[:40]} is too large a number")
     return value
 
 

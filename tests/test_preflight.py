@@ -118,7 +118,12 @@ FAULTS = {
         "no file of split 'validation'; .*; choose among the splits test, train",
     ),
     "git-lfs": (a_pointer, [], 65, "train.jsonl: git_lfs_pointer"),
-    "other columns": (lambda p: write_rows(p / "pairs/train.jsonl", [{"a": "b"}]), [], 65, "no known format has the columns a"),
+    "other columns": (
+        lambda p: write_rows(p / "pairs/train.jsonl", [{"a": "b"}]),
+        [],
+        65,
+        "no known format has the columns 'a'",
+    ),
     "texts": (lambda p: None, ["--data.source", "snippets"], 2, "snippets are texts and no preferences"),
     "no model": (lambda p: shutil.rmtree(p / "runs/one/sft"), [], 2, "Run `dpo-jax sft` first"),
     "no weights": (lambda p: (p / "runs/one/sft/export/model.safetensors").unlink(), [], 2, "holds no weights"),

@@ -10,11 +10,11 @@ from conftest import GOLDEN
 from transformers import AutoTokenizer
 
 from dpo_jax.data.chat import chat_preference
-from dpo_jax.data.files import split_names
 from dpo_jax.data.formats import common_prompt
 from dpo_jax.data.html import strip_html
 from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport, Preference, PreferenceSet, split_hh
 from dpo_jax.data.sources import load_preferences
+from dpo_jax.data.splits import split_names
 
 GOOD = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
 CHATML = (
@@ -86,7 +86,7 @@ BAD_ROWS = {
     "text for number": (Cause.WRONG_TYPE, "shp", lines({**SHP_ROW, "score_A": "4"}), "score_A"),
     "true for number": (Cause.WRONG_TYPE, "tldr", lines({**TLDR_ROW, "choice": True}), "bool"),
     "three summaries": (Cause.WRONG_TYPE, "tldr", lines({**TLDR_ROW, "summaries": [{"text": "a"}] * 3}), "summaries"),
-    "not an object": (Cause.WRONG_TYPE, "trl", b'["a", "b"]\n', "list"),
+    "not an object": (Cause.WRONG_TYPE, "trl", b'["a", "b"]\n', "an array"),
     "choice of neither": (Cause.OUT_OF_RANGE, "tldr", lines({**TLDR_ROW, "choice": 2}), "choice"),
     "score without ratio": (Cause.OUT_OF_RANGE, "shp", lines({**SHP_ROW, "score_B": 0}), "score"),
     "duplicate key": (
@@ -107,7 +107,7 @@ BAD_ROWS = {
     "zeroed block": (Cause.NUL, "trl", b"\0" * 512 + b"\n", "byte 0"),
     "broken JSON": (Cause.INVALID_JSON, "trl", b'{"prompt": "a", \n', "property name"),
     "raw newline in text": (Cause.INVALID_JSON, "trl", b'{"prompt": "a\tb"}\n', "control character"),
-    "deep nesting": (Cause.INVALID_JSON, "trl", b"[" * 200_000 + b"\n", "recursion"),
+    "deep nesting": (Cause.TOO_DEEP, "trl", b"[" * 200_000 + b"\n", "at least 101 levels deep; the limit is 100"),
     "last line cut off": (Cause.INVALID_JSON, "trl", b'{"prompt": "a", "chos', "cut off"),
 }
 FINE = {"trl": GOOD, "hh": hh_row("q", " a", " b"), "tldr": TLDR_ROW, "shp": SHP_ROW}
@@ -161,6 +161,7 @@ BAD_FILES = {
     "empty file": (Cause.NO_ROWS, "train.jsonl", b"", "no rows"),
     "blank lines only": (Cause.NO_ROWS, "train.jsonl", b"\n \n", "no rows"),
     "JSON array": (Cause.BAD_LAYOUT, "train.json", b'[{"prompt": "a"}]', "one object per line"),
+    "one JSON object": (Cause.BAD_LAYOUT, "train.json", b'{\n "data": []\n}\n', "one object per line"),
     "text named parquet": (Cause.BAD_PARQUET, "train.parquet", lines(GOOD), "named .parquet"),
     "cut parquet": (Cause.BAD_PARQUET, "train.parquet", b"PAR1" + b"\0" * 100, "damaged"),
 }
@@ -233,6 +234,8 @@ def test_layouts(names, tmp_path):
     ("names", "detail"),
     [
         (["test.jsonl"], "no file of split 'train'; the folder holds test.jsonl"),
+        (["train.csv"], "train.csv is not read: convert it to JSON Lines"),
+        (["default/train/0000.jsonl"], "the split is in .*/default/train: give the folder .*/default"),
         (["train.jsonl", "train.jsonl.gz"], "same file twice"),
         (["train.jsonl", "train/a.jsonl"], "ambiguous"),
         (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], r"shards \[1\] of 00003 are missing"),
@@ -322,7 +325,7 @@ def test_bad_parquet_rows_and_columns(tmp_path):
     assert loaded.report.dropped == {"invalid_utf8": 1, "wrong_type": 1}
     assert "train.parquet:2: chosen" in loaded.report.examples["invalid_utf8"][0]
 
-    pq.write_table(pa.Table.from_arrays([good, good], names=["chosen", "chosen"]), tmp_path / "train.parquet")
+    pq.write_table(pa.Table.from_arrays([good] * 3, names=["chosen", "chosen", "rejected"]), tmp_path / "train.parquet")
     with pytest.raises(DataError, match="two columns are named 'chosen'"):
         load(tmp_path)
 
@@ -342,7 +345,7 @@ def test_formats_are_recognised_by_their_columns(tmp_path):
     # the first row alone would look like TRL's implicit prompt
     rows = [{"chosen": "", "rejected": ""}, FINE["hh"], FINE["hh"]]
     assert load(write(tmp_path / "train.jsonl", *rows), on_bad="drop").report.format == "hh"
-    with pytest.raises(DataError, match="no known format has the columns instruction, output"):
+    with pytest.raises(DataError, match="no known format has the columns 'instruction', 'output'; if the first"):
         load(write(tmp_path / "train.jsonl", {"instruction": "a", "output": "b"}))
     with pytest.raises(ValueError, match="unknown format 'csv'"):
         load(tmp_path, format="csv")

@@ -14,7 +14,7 @@ from dpo_jax.cli.prompts import references
 from dpo_jax.data.pairs import Cause, DataError, Preference
 from dpo_jax.data.snippets import Snippet
 from dpo_jax.data.sources import load_preferences
-from dpo_jax.data.tfds import Article, read_articles, read_texts, read_tfds, write_tfds
+from dpo_jax.data.tfds import Article, PreferenceBuilder, read_articles, read_texts, read_tfds, write_tfds
 
 TRAIN = [
     Preference("The sky is", " blue.", " grün 🙂.", "a:1"),
@@ -119,6 +119,38 @@ def test_records_that_are_not_those_written_are_noticed(folder):
     assert len(read_tfds(folder, "train")) == len(TRAIN)
     with pytest.raises(DataError, match="not those that were written"):
         read_tfds(folder, "test")
+
+
+def test_the_digest_is_checked_also_where_rows_are_dropped(tmp_path):
+    """A folder of an older version, say, which did not refuse a blank completion."""
+    rows = [*TEST, dataclasses.replace(TEST[0], chosen=" ", uid="t:2"), *TRAIN[:2]]
+    PreferenceBuilder(preferences={"train": rows}, name="old", data_dir=tmp_path).download_and_prepare()
+    loaded = read_tfds(tmp_path, "train", on_bad="drop")
+    assert list(loaded) == [rows[0], *rows[2:]]
+    assert (loaded.report.read, loaded.report.kept, loaded.report.dropped) == (4, 3, {"empty": 1})
+    (metadata,) = tmp_path.glob("*/*/metadata.json")
+    metadata.write_text(json.dumps({"train": "0" * 64}))
+    with pytest.raises(DataError, match="not those that were written"):
+        read_tfds(tmp_path, "train", on_bad="drop")
+    metadata.unlink()
+    with pytest.raises(DataError, match="not those that were written"):
+        read_tfds(tmp_path, "train", on_bad="drop")
+
+
+def test_no_module_that_features_name_is_imported(folder, tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    good = (folder / "features.json").read_text()
+    own = "tensorflow_datasets.core.features.text_feature.Text"
+    changed = [
+        good.replace(own, "evil.Text", 1),
+        good.replace("pythonClassName", "python_class_name").replace(own, "evil.Text"),
+    ]
+    changed += [json.dumps({"type": "evil.Text", "content": "{}"})]
+    for content in changed:
+        (folder / "features.json").write_text(content)
+        with pytest.raises(DataError, match="features.json: bad_layout: 'evil.Text' is not a feature of TFDS itself"):
+            read_tfds(folder, "train")
 
 
 class LabelledTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):

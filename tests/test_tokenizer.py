@@ -2,11 +2,14 @@ import json
 
 import pytest
 from conftest import GOLDEN
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from mutate import time_limit
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.reviews import generate_reviews
 from dpo_jax.data.tokenizer import (
+    LONGEST_WORD,
     check_tokenizer,
     decode_completion,
     load_tokenizer,
@@ -17,6 +20,7 @@ from dpo_jax.data.tokenizer import (
 )
 
 TEXTS = generate_reviews(300, 0)
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,22 @@ def test_vocabulary_bounds():
     assert len(train_tokenizer(["ab ab"], vocab_size=500)) == 259  # 256 bytes, EOS, and the merges "ab" and " ab"
     with pytest.raises(ValueError, match="at least 257"):
         train_tokenizer(TEXTS, vocab_size=256)
+
+
+def test_a_word_without_end_is_trained_in_parts(monkeypatch):
+    with time_limit():
+        for word in ("a" * 200_000, "漢" * 50_000 + "字" * 50_000, " " * 200_000):
+            assert len(train_tokenizer([f"ab {word} é"], vocab_size=300)) > 257
+    text = "x é " + "é" * 2500 + " y 🙂" + " " * 1500 + "123"
+    parts = tokenizers._with_short_words(text, BYTE_LEVEL)
+    assert "".join(parts) == text
+    assert max(end - start for part in parts for _, (start, end) in BYTE_LEVEL.pre_tokenize_str(part)) == LONGEST_WORD
+    assert len(parts) == 4
+    # Ordinary texts, and those whose words are as long as may be, are trained on as they are.
+    ordinary = [*TEXTS, "b" * LONGEST_WORD, " " + "c" * (LONGEST_WORD - 1)]
+    digest = tokenizer_digest(train_tokenizer(ordinary, vocab_size=600))
+    monkeypatch.setattr(tokenizers, "_with_short_words", lambda text, words: [text])
+    assert digest == tokenizer_digest(train_tokenizer(ordinary, vocab_size=600))
 
 
 def test_digest_survives_saving_and_sees_every_change(tokenizer, tmp_path):

@@ -105,9 +105,9 @@ def data(*splits: str, preferences: bool = False) -> Callable[[Check], None]:
 
 def _split(check: Check, path: str, split: str) -> str:
     """Words on one split of the data. Raises `DataError`."""
-    from dpo_jax.data.files import tfds_folders
     from dpo_jax.data.snippets import load_snippets
     from dpo_jax.data.sources import peek
+    from dpo_jax.data.tfds_folder import tfds_folders
 
     data, name = check.config.data, getattr(check.config.data, f"{split}_split")
     if data.source == "snippets":
@@ -140,24 +140,19 @@ def most(rows: int, limit: int | None) -> int:
 
 def _tfds_rows(path: str, split: str) -> int:
     """Rows of a split of a TFDS folder, by its `dataset_info.json`."""
-    from dpo_jax.data.files import tfds_folders
-    from dpo_jax.data.pairs import Cause, DataError
+    from dpo_jax.data.pairs import Cause, refuse
+    from dpo_jax.data.tfds_folder import find_tfds, split_rows
 
-    folders = tfds_folders(Path(path)) if Path(path).is_dir() else []
-    if len(folders) != 1:
-        what = "several TFDS data sets" if folders else "no TFDS data set (dataset_info.json and features.json)"
-        raise DataError(f"{path}: {Cause.BAD_LAYOUT}: {what} here", causes=[Cause.BAD_LAYOUT])
-    info = json.loads((folders[0] / "dataset_info.json").read_text(encoding="utf-8"))
-    sizes = {entry["name"]: sum(map(int, entry.get("shardLengths", ()))) for entry in info.get("splits", ())}
-    if split not in sizes:
-        there = ", ".join(sizes) or "none"
-        raise DataError(f"{folders[0]}: {Cause.BAD_LAYOUT}: no split {split!r}; there are {there}", causes=[Cause.BAD_LAYOUT])
-    return sizes[split]
+    folder = find_tfds(Path(path))
+    rows = split_rows(folder)
+    if split not in rows:
+        refuse(Cause.BAD_LAYOUT, folder, f"no split {split!r}; there are {', '.join(rows) or 'none'}")
+    return rows[split]
 
 
 def _files(path: str, split: str) -> list[tuple[str, Path]]:
-    from dpo_jax.data.files import find_files
     from dpo_jax.data.pairs import DataReport
+    from dpo_jax.data.splits import find_files
 
     return find_files(path, split, report=DataReport(source=path, split=split, format="auto"))
 
@@ -166,9 +161,9 @@ def _rows(path: str, split: str) -> int | None:
     """Rows of a split of plain files; None where counting would take long."""
     files = [file for _, file in _files(path, split)]
     if all(file.suffix == ".parquet" for file in files):
-        import pyarrow.parquet as pq
+        from dpo_jax.data.parquet import declared_rows
 
-        return sum(pq.read_metadata(file).num_rows for file in files)
+        return sum(declared_rows(file) for file in files)
     if any(file.suffix in (".gz", ".parquet") for file in files) or sum(f.stat().st_size for f in files) > LINES_BYTES:
         return None
     rows = 0

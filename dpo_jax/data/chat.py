@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.data.columns import text
-from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, check_pair
+from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, check_length, check_pair
 from dpo_jax.data.tokenizer import special_tokens
 
 Message = dict[str, Any]
+MAX_MESSAGES = 10_000
 
 
 def chat_preference(prompt: list[Any] | None, chosen: Any, rejected: Any, *, uid: str, tokenizer: Any) -> Preference:
@@ -64,6 +65,8 @@ def _messages(value: Any, field: str, tokenizer: Any) -> list[Message]:
     if not isinstance(value, list) or not value:
         detail = "a list of messages is needed, " + ("this one is empty" if value == [] else f"this is {type(value).__name__}")
         raise BadRow(Cause.EMPTY if value == [] else Cause.WRONG_TYPE, detail, field=field)
+    if len(value) > MAX_MESSAGES:
+        raise BadRow(Cause.TOO_LONG, f"{len(value):,} messages, where {MAX_MESSAGES:,} are the limit", field=field)
     messages = []
     for index, message in enumerate(value):
         place = f"{field}.{index}"
@@ -79,6 +82,7 @@ def _messages(value: Any, field: str, tokenizer: Any) -> list[Message]:
 def _check_content(message: Mapping[str, Any], key: str, *, place: str, tokenizer: Any) -> None:
     # A special token written out by a user would end or fake a turn.
     content = text(message, key, inside=f"{place}.")
+    check_length(content, field=f"{place}.{key}")
     for token in special_tokens(tokenizer):
         if token in content:
             raise BadRow(Cause.EOS_IN_TEXT, f"the text contains the special token {token!r}", field=f"{place}.{key}")

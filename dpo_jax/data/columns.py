@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import enum
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Final
 
 from dpo_jax.data.pairs import BadRow, Cause
 
 Row = Mapping[str, Any]
+Columns = Callable[[Sequence[str]], Collection[str]]
+"""Of all columns of a file those that are read. "info.title" stands for a field inside a column."""
+
+_LISTED = 20  # names in a message
+
+
+class _Unread(enum.Enum):
+    UNREAD = "unread"
+
+
+UNREAD: Final = _Unread.UNREAD
+"""The value of a column that was not decoded, because the format that its file fits does not read it."""
+
+
+def shown_names(names: Iterable[str]) -> str:
+    """Names of columns for a message, in quotes: the first few, each with its first characters."""
+    names = list(names)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(repr(name[:60]) for name in names[:_LISTED]) + more or "no columns"
 
 
 def column(row: Row, field: str, *, inside: str = "") -> Any:
     """The value in a column, whatever it is; `BadRow` if there is no such column. `inside`: path to `row`, for the message."""
     if field not in row:
-        raise BadRow(Cause.MISSING_COLUMN, f"the row has {', '.join(map(repr, row)) or 'no columns'}", field=inside + field)
+        raise BadRow(Cause.MISSING_COLUMN, f"the row has {shown_names(row)}", field=inside + field)
+    if row[field] is UNREAD:
+        detail = "not read, because the columns of its file fit another format: name the format with --data.format"
+        raise BadRow(Cause.MISSING_COLUMN, detail, field=inside + field)
     return row[field]
 
 
@@ -44,6 +67,8 @@ def number(row: Row, field: str, *, inside: str = "") -> float:
     value = column(row, field, inside=inside)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(Cause.WRONG_TYPE, f"a number is needed, this is {type(value).__name__}", field=inside + field)
+    if isinstance(value, int) and abs(value) >= 2**1023:
+        raise BadRow(Cause.OUT_OF_RANGE, "too large a number", field=inside + field)
     if not math.isfinite(value):
         raise BadRow(Cause.NAN, f"{value} where a finite number is needed", field=inside + field)
     return value

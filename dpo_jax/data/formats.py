@@ -1,45 +1,64 @@
 """What a row of each public preference format means.
 
-A format is a function from rows to candidates. It takes `(where, row)` tuples and yields `(uid, Preference)`, or
-`(uid, BadRow)` with the reason why that candidate states no usable preference. SHP and StackExchange follow the original
-implementation (eric-mitchell/direct-preference-optimization, `preference_datasets.py`), the chat forms follow TRL.
+A format names the columns that it reads and has a function from rows to candidates. That takes `(where, row)` tuples and
+yields `(uid, Preference)`, or `(uid, BadRow)` with the reason why that candidate states no usable preference. SHP and
+StackExchange follow the original implementation (eric-mitchell/direct-preference-optimization, `preference_datasets.py`), the
+chat forms follow TRL.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 from dpo_jax.data.chat import chat_preference
 from dpo_jax.data.columns import Row, column, number, text
 from dpo_jax.data.html import strip_html
-from dpo_jax.data.pairs import BadRow, Cause, Preference, check_pair, split_hh
+from dpo_jax.data.pairs import MAX_CHARACTERS, BadRow, Cause, Preference, check_length, check_pair, split_hh
+from dpo_jax.untrusted import TooDeep
 
 Rows = Iterable[tuple[str, Row]]
 Candidates = Iterator[tuple[str, Preference | BadRow]]
-Format = Callable[..., Candidates]  # (rows, *, tokenizer) -> candidates
 
 SHP_MIN_RATIO = 2.0
+MAX_MARKUP = 4 * MAX_CHARACTERS
+MAX_ANSWERS = 1000  # of a question: they form half a million pairs
 
 
-_COLUMNS = {
-    "tldr": {"info", "summaries", "choice"},
-    "shp": {"history", "human_ref_A", "human_ref_B", "labels"},
-    "stack_exchange": {"question", "answers"},
-    "rewardbench": {"prompt", "chosen", "rejected", "chosen_model", "rejected_model", "subset"},
-    "trl": {"chosen", "rejected"},
-}
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A public format of preferences.
+
+    candidates   (rows, *, tokenizer) -> candidates
+    told_by      a row of this format has these columns
+    reads        the columns that `candidates` reads; "info.title" is a field inside one
+    """
+
+    candidates: Callable[..., Candidates]
+    told_by: frozenset[str]
+    reads: Sequence[str]
 
 
 def detect_format(row: Row) -> str | None:
     """The format that a row's columns fit, a key of `FORMATS`, or `None`."""
-    name = next((name for name, needed in _COLUMNS.items() if needed <= set(row)), None)
+    name = _by_columns(row)
     sides = row.get("chosen"), row.get("rejected")
     if name == "trl" and "prompt" not in row and all(isinstance(side, str) and side.startswith("\n\nHuman:") for side in sides):
         return "hh"
     return name
+
+
+def columns_of(format: str, names: Sequence[str]) -> Collection[str]:
+    """The columns that are read of rows with the columns `names`: those of the format, or with "auto" of the one they fit."""
+    name = _by_columns(names) if format == "auto" else format
+    return FORMATS[name].reads if name else ()
+
+
+def _by_columns(names: Iterable[str]) -> str | None:
+    there = set(names)
+    return next((name for name, format in FORMATS.items() if format.told_by and format.told_by <= there), None)
 
 
 def hh(rows: Rows, *, tokenizer: Any = None) -> Candidates:
@@ -65,6 +84,8 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         if any(isinstance(side, list) for side in sides):
             return chat_preference(prompt if isinstance(prompt, list) else None, *sides, uid=uid, tokenizer=tokenizer)
         chosen, rejected = text(row, "chosen"), text(row, "rejected")
+        for field in ("chosen", "rejected"):
+            check_length(row[field], field=field)
         if "prompt" in row:
             return checked(Preference(text(row, "prompt"), chosen, rejected, uid))
         cut = common_prompt(chosen, rejected)
@@ -163,7 +184,7 @@ def stack_exchange(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """
     for where, row in rows:
         try:
-            question = strip_html(text(row, "question"))
+            question = _without_html(row, "question")
             if not question.strip():
                 raise BadRow(Cause.NO_PROMPT, "nothing is left of the question without its HTML", field="question")
             answers = _answers(row)
@@ -182,26 +203,53 @@ def stack_exchange(rows: Rows, *, tokenizer: Any = None) -> Candidates:
                 yield uid, problem
 
 
+def _without_html(row: Row, field: str, *, inside: str = "") -> str:
+    markup = text(row, field, inside=inside)
+    check_length(markup, field=inside + field, most=MAX_MARKUP)
+    try:
+        return strip_html(markup)
+    except TooDeep as error:
+        raise BadRow(Cause.TOO_DEEP, str(error), field=inside + field) from None
+
+
 def _answers(row: Row) -> list[tuple[float, str]]:
     answers = column(row, "answers")
     if not (isinstance(answers, list) and all(isinstance(answer, Mapping) for answer in answers)):
         raise BadRow(Cause.WRONG_TYPE, "a list of objects is needed", field="answers")
     if len(answers) < 2:
         raise BadRow(Cause.NO_PAIR, f"{len(answers)} answers form no pair", field="answers")
+    if len(answers) > MAX_ANSWERS:
+        raise BadRow(Cause.OUT_OF_RANGE, f"{len(answers):,} answers, and {MAX_ANSWERS:,} are the limit", field="answers")
     places = [f"answers.{i}." for i in range(len(answers))]
     return [
-        (number(answer, "pm_score", inside=place), " " + strip_html(text(answer, "text", inside=place)))
+        (number(answer, "pm_score", inside=place), " " + _without_html(answer, "text", inside=place))
         for place, answer in zip(places, answers, strict=True)
     ]
 
 
+_SIDES = ("chosen", "rejected")
+# The first that fits is taken. HH has the columns of TRL, and is told by its texts.
 FORMATS: dict[str, Format] = {
-    "hh": hh,
-    "trl": trl,
-    "shp": shp,
-    "stack_exchange": stack_exchange,
-    "tldr": tldr,
-    "rewardbench": rewardbench,
+    "tldr": Format(
+        tldr,
+        frozenset({"info", "summaries", "choice"}),
+        ("info.subreddit", "info.title", "info.post", "summaries.text", "choice", "subset"),
+    ),
+    "shp": Format(
+        shp,
+        frozenset({"history", "human_ref_A", "human_ref_B", "labels"}),
+        ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B", "subset"),
+    ),
+    "stack_exchange": Format(
+        stack_exchange, frozenset({"question", "answers"}), ("question", "answers.text", "answers.pm_score")
+    ),
+    "rewardbench": Format(
+        rewardbench,
+        frozenset({"prompt", *_SIDES, "chosen_model", "rejected_model", "subset"}),
+        ("prompt", *_SIDES, "subset"),
+    ),
+    "trl": Format(trl, frozenset(_SIDES), ("prompt", *_SIDES, "subset")),
+    "hh": Format(hh, frozenset(), (*_SIDES, "subset")),
 }
 
 

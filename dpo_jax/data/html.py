@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from html.parser import HTMLParser
+import collections
+import html
+import re
+from collections.abc import Iterator
+
+from dpo_jax.untrusted import LIMITS, TooDeep
 
 _VOID = frozenset(["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"])
+_RAW = {name: re.compile(rf"</{name}(?=[\s/>])", re.IGNORECASE) for name in ("script", "style")}  # they hold no markup
+
+# What begins at a "<", and where it ends. Each of these takes linear time, and what never ends is looked for once.
+_COMMENT, _CDATA = re.compile(r"<!--(?:-?>|.*?--\s*+>)", re.DOTALL), re.compile(r"<!\[CDATA\[.*?\]\]>", re.DOTALL)
+_TAG = re.compile(
+    r"""<(?P<close>/?)(?P<name>[a-zA-Z][^\s/>\0]*+)
+    (?:[^>=/]++ | /(?!>) | =\s*+(?:"[^"]*+" | '[^']*+' | [^\s>]*+))*+
+    (?P<empty>/?)>""",
+    re.VERBOSE,
+)
+_BEGUN = re.compile(r"<[!?/a-zA-Z]")
+_OTHER = re.compile(r"<[!?/][^>]*+>")  # <!DOCTYPE html>, <![if IE]>, <?xml ?>, </3>
 
 
 def strip_html(markup: str) -> str:
@@ -12,39 +29,80 @@ def strip_html(markup: str) -> str:
 
     Equal to `strip_html_tags` of eric-mitchell/direct-preference-optimization on well-formed markup (but for white space), with
     its gaps: of a paragraph only the text directly inside `<p>` stays (links, emphasis and inline code go), and lists, quotes
-    and headings go.
+    and headings go. A "<" that begins no markup, or some that never ends, is text. Raises ValueError for elements that are
+    nested deeper than `limits.depth`.
     """
+    # Not html.parser, which takes quadratic time for several kinds of damaged markup, and raises AssertionError for others.
     reader = _Reader()
-    reader.feed(markup)
-    reader.close()
-    return "\n\n".join(reader.blocks)
+    for text, tag in _pieces(markup):
+        if text:
+            reader.text(text)
+        if tag is None:
+            continue
+        name = tag["name"].lower()
+        if tag["close"]:
+            reader.close(name)
+        elif name not in _VOID:
+            reader.open(name)
+            if tag["empty"]:
+                reader.close(name)
+    return "\n\n".join("".join(block) for block in reader.blocks)
 
 
-class _Reader(HTMLParser):
+class _Reader:
     def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.blocks: list[str] = []
-        self._open: list[str] = []  # tags around the current place, outermost first
+        self.blocks: list[list[str]] = []
+        self._open: list[str] = []  # elements around the current place, outermost first
+        self._count: collections.Counter[str] = collections.Counter()  # of these
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in _VOID:
+    def open(self, name: str) -> None:
+        if len(self._open) >= LIMITS.depth:
+            raise TooDeep(f"HTML elements {len(self._open) + 1} levels deep; {LIMITS.remedy('depth')}")
+        if name == "p" and not self._open:
+            self.blocks.append([])
+        elif name == "code" and not self._count["code"] and self._open[:1] in ([], ["pre"]):
+            self.blocks.append(["<code>"])
+        self._open.append(name)
+        self._count[name] += 1
+
+    def close(self, name: str) -> None:
+        if not self._count[name]:
             return
-        if tag == "p" and not self._open:
-            self.blocks.append("")
-        elif tag == "code" and "code" not in self._open and self._open[:1] in ([], ["pre"]):
-            self.blocks.append("<code>")
-        self._open.append(tag)
+        if name == "code" and self._count["code"] == 1 and self._open[0] in ("pre", "code"):
+            self.blocks[-1].append("</code>")
+        while (inner := self._open.pop()) != name:
+            self._count[inner] -= 1
+        self._count[name] -= 1
 
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self._open:
-            return
-        if tag == "code" and self._open.count("code") == 1 and self._open[0] in ("pre", "code"):
-            self.blocks[-1] += "</code>"
-        while self._open.pop() != tag:
-            pass
+    def text(self, text: str) -> None:
+        if self._open == ["p"] or (self._count["code"] and self._open[0] in ("pre", "code")):
+            self.blocks[-1].append(_unescaped(text))
 
-    def handle_data(self, data: str) -> None:
-        in_paragraph = self._open == ["p"]
-        in_code = "code" in self._open and self._open[0] in ("pre", "code")
-        if in_paragraph or in_code:
-            self.blocks[-1] += data
+
+def _pieces(markup: str) -> Iterator[tuple[str, re.Match[str] | None]]:
+    """Each text, and the tag behind it: None for a comment and the like, and at the end."""
+    done, at = 0, markup.find("<")
+    while at >= 0:
+        comment = _COMMENT if markup.startswith("<!--", at) else _CDATA if markup.startswith("<![CDATA[", at) else None
+        tag = None if comment else _TAG.match(markup, at)
+        found = tag or (comment or _OTHER).match(markup, at)
+        if found:
+            yield markup[done:at], tag
+            done = at = found.end()
+            if tag and not tag["close"] and (raw := tag["name"].lower()) in _RAW:
+                closing = _RAW[raw].search(markup, done)
+                at = closing.start() if closing else len(markup)
+        elif _BEGUN.match(markup, at):
+            break  # and never ends; the next one would not either
+        else:
+            at += 1
+        at = markup.find("<", at)
+    yield markup[done:], None
+
+
+def _unescaped(text: str) -> str:
+    """`text` without character references, also those whose number has more digits than Python reads."""
+    if "&" not in text:
+        return text
+    text = re.sub(r"&#0+(?=[0-9])", "&#", text)
+    return html.unescape(re.sub(r"&#[0-9]{8,};?", "\N{REPLACEMENT CHARACTER}", text))

@@ -6,13 +6,15 @@ the whole data set (the default) or into a counted drop, and keeps the books: ro
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
+import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 from dpo_jax.data.terminal import printable
-from dpo_jax.untrusted import Unreadable
+from dpo_jax.untrusted import Unreadable, reading
 
 OnBad = Literal["refuse", "drop"]
 HH_ASSISTANT = "\n\nAssistant:"
@@ -27,6 +29,8 @@ class Cause(enum.StrEnum):
     INVALID_JSON = "invalid_json"
     DUPLICATE_KEY = "duplicate_key"
     NAN = "nan"
+    LINE_TOO_LONG = "line_too_long"
+    TOO_DEEP = "too_deep"  # JSON and HTML
     # its columns
     MISSING_COLUMN = "missing_column"
     WRONG_TYPE = "wrong_type"
@@ -78,6 +82,8 @@ class BadRow(Unreadable):
     """One row cannot be used: `cause`, the `field` at fault ("" if the row as a whole) and a `detail` for people."""
 
     def __init__(self, cause: Cause, detail: str, *, field: str = "") -> None:
+        # Both may quote the data: texts without end, or half characters that no report can be written with.
+        detail, field = _shortened(detail, 240), _shortened(field, 80)
         super().__init__(f"{field}: {cause}: {detail}" if field else f"{cause}: {detail}")
         self.cause, self.detail, self.field = cause, detail, field
 
@@ -88,6 +94,38 @@ class DataError(Unreadable):
     def __init__(self, message: str, *, causes: Iterable[Cause]) -> None:
         super().__init__(message)
         self.causes = tuple(causes)
+
+
+def refuse(cause: Cause, where: str | os.PathLike[str], detail: str) -> NoReturn:
+    """Raises `DataError` for one place."""
+    raise DataError(f"{where}: {cause}: {detail}", causes=[cause])
+
+
+@dataclasses.dataclass
+class Place:
+    """Where a reader stands in a file, for the message of an error that a library raises there: "name:line: cause: detail"."""
+
+    name: str
+    cause: Cause
+    detail: str
+    number: int = 0  # of the last line or row that was read
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.number + 1}: {self.cause}: {self.detail}"
+
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Turns whatever a library raises into a `DataError`."""
+        return reading(self, error=lambda words: DataError(words, causes=[self.cause]))
+
+
+def readable_name(path: str | os.PathLike[str]) -> str:
+    """The name of a file as text that can be written down: bytes that are not UTF-8 as `\\xe9`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _shortened(text: str, most: int) -> str:
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclasses.dataclass
@@ -225,11 +263,16 @@ MAX_CHARACTERS = 1_000_000
 """Longest text of a pair: hundreds of times what a model reads, and what a tokenizer still gets through in reasonable time."""
 
 
+def check_length(text: str, *, field: str, most: int = MAX_CHARACTERS) -> None:
+    """Raises `BadRow` for a text that is longer than anybody can use."""
+    if len(text) > most:
+        raise BadRow(Cause.TOO_LONG, f"{len(text):,} characters, where {most:,} are the limit", field=field)
+
+
 def check_pair(prompt: str, chosen: str, rejected: str) -> None:
     """Raises `BadRow` if the texts do not make a preference: blank prompt, blank or endless completion, or no difference."""
     for field, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-        if len(text) > MAX_CHARACTERS:
-            raise BadRow(Cause.TOO_LONG, f"{len(text):,} characters, where {MAX_CHARACTERS:,} are the limit", field=field)
+        check_length(text, field=field)
     if not prompt.strip():
         raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt")
     for field, completion in (("chosen", chosen), ("rejected", rejected)):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dpo_jax.data.pairs import Cause, DataError
+from dpo_jax.untrusted import LongLine, lines_of
 
 Part = Literal["policy", "reward", "test"]
 FILES = {"rt-polarity.pos": 1, "rt-polarity.neg": 0}
@@ -36,22 +37,24 @@ def load_snippets(folder: str | Path) -> list[Snippet]:
     """
     snippets = []
     for name, label in FILES.items():
-        path = Path(folder) / name
+        path, before = Path(folder) / name, len(snippets)
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: is no file", causes=[Cause.BAD_LAYOUT])
         try:
-            lines = path.read_bytes().split(b"\n")  # not splitlines(), which also cuts at other characters
+            with path.open("rb") as lines:
+                for number, line in enumerate(lines_of(lines), start=1):
+                    snippets.append(Snippet(_text(line, f"{path}:{number}"), label, f"{name}:{number}"))
         except OSError as error:
             detail = f"{path}: cannot be read ({error.strerror}): the folder must hold {' and '.join(FILES)}"
             raise DataError(detail, causes=[Cause.BAD_LAYOUT]) from error
-        if not lines[-1]:
-            lines.pop()
-        if not lines:
+        if len(snippets) == before:
             raise DataError(f"{path}: is empty: it must hold one snippet a line", causes=[Cause.NO_ROWS])
-        for number, line in enumerate(lines, start=1):
-            snippets.append(Snippet(_text(line, f"{path}:{number}"), label, f"{name}:{number}"))
     return snippets
 
 
-def _text(line: bytes, where: str) -> str:
+def _text(line: bytes | LongLine, where: str) -> str:
+    if isinstance(line, LongLine):
+        raise DataError(f"{where}: {line}", causes=[Cause.LINE_TOO_LONG])
     try:
         text = line.decode("utf-8").strip()
     except UnicodeDecodeError as error:

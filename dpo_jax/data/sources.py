@@ -10,14 +10,27 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-from dpo_jax.data.columns import Row
-from dpo_jax.data.files import check_head, find_files, read_rows, tfds_folders
-from dpo_jax.data.formats import FORMATS, detect_format
-from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport, OnBad, Preference, PreferenceSet, Triage
+from dpo_jax.data.columns import Row, shown_names
+from dpo_jax.data.files import check_head, read_rows
+from dpo_jax.data.formats import FORMATS, columns_of, detect_format
+from dpo_jax.data.pairs import (
+    BadRow,
+    Cause,
+    DataError,
+    DataReport,
+    OnBad,
+    Preference,
+    PreferenceSet,
+    Triage,
+    readable_name,
+    refuse,
+)
+from dpo_jax.data.splits import find_files
+from dpo_jax.data.tfds_folder import tfds_folders
 
 __all__ = ["PreferenceSet", "load_preferences", "peek"]
 
@@ -51,14 +64,14 @@ def load_preferences(
         from dpo_jax.data.tfds import read_tfds
 
         return read_tfds(source, split, on_bad=on_bad)
-    report = DataReport(source=str(source), split=split, format=format)
+    report = DataReport(source=readable_name(source), split=split, format=format)
     triage = Triage(report, on_bad=on_bad)
     rows = _readable_rows(find_files(source, split, report=report), report, triage)
     if format == "auto":
         rows = _detect(rows, report)
     preferences: list[Preference] = []
     if report.format != "auto":
-        for uid, candidate in FORMATS[report.format](rows, tokenizer=tokenizer):
+        for uid, candidate in FORMATS[report.format].candidates(rows, tokenizer=tokenizer):
             report.read += 1
             if isinstance(candidate, BadRow):
                 triage.reject(uid, candidate)
@@ -77,7 +90,7 @@ def load_preferences(
 
 def peek(source: str | Path, split: str, *, format: FormatName = "auto") -> tuple[str, int]:
     """Format and number of files of `split`, without reading more than the first 100 rows. Raises `DataError` as above."""
-    report = DataReport(source=str(source), split=split, format=format)
+    report = DataReport(source=readable_name(source), split=split, format=format)
     files = find_files(source, split, report=report)
     for name, path in files:
         check_head(name, path)
@@ -88,7 +101,7 @@ def peek(source: str | Path, split: str, *, format: FormatName = "auto") -> tupl
 
 def _readable_rows(files: list[tuple[str, Path]], report: DataReport, triage: Triage) -> Iterator[tuple[str, Row]]:
     for name, path in files:
-        for where, row in read_rows(name, path, report=report):
+        for where, row in read_rows(name, path, report=report, columns=lambda names, file=name: _columns(names, file, report)):
             if isinstance(row, BadRow):
                 report.read += 1
                 triage.reject(where, row)
@@ -96,16 +109,26 @@ def _readable_rows(files: list[tuple[str, Path]], report: DataReport, triage: Tr
                 yield where, row
 
 
+def _columns(names: Sequence[str], file: str, report: DataReport) -> Collection[str]:
+    """The columns of a parquet file that are read."""
+    columns = columns_of(report.format, names)
+    if not any(column.partition(".")[0] in names for column in columns):
+        _refuse_columns(file, names, report)
+    return columns
+
+
+def _refuse_columns(where: str, names: Iterable[str], report: DataReport) -> NoReturn:
+    what = "no known format has" if report.format == "auto" else f"format {report.format!r} reads none of"
+    remedy = f"if the first rows are bad, name the format with --data.format ({', '.join(FORMATS)})"
+    refuse(Cause.MISSING_COLUMN, where, f"{what} the columns {shown_names(names)}; {remedy}")
+
+
 def _detect(rows: Iterator[tuple[str, Row]], report: DataReport) -> Iterator[tuple[str, Row]]:
     sample = list(itertools.islice(rows, 100))
     votes = collections.Counter(name for _, row in sample if (name := detect_format(row)))
     if sample and not votes:
         where, row = sample[0]
-        raise DataError(
-            f"{where}: {Cause.MISSING_COLUMN}: no known format has the columns {', '.join(row) or '(none)'}; "
-            f"if the first rows are bad, name the format with --data.format ({', '.join(FORMATS)})",
-            causes=[Cause.MISSING_COLUMN],
-        )
+        _refuse_columns(where, row, report)
     for name, count in votes.most_common(1):
         report.format = name
         report.notes.append(f"format {name!r}: {count} of the first {len(sample)} readable rows have its columns")

@@ -5,20 +5,36 @@ Always array_record: tfds also offers parquet without TensorFlow, but loses rows
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from dpo_jax.data.columns import check_text
-from dpo_jax.data.files import fingerprint, tfds_folders
-from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport, OnBad, Preference, PreferenceSet, Triage, check_pair
+from dpo_jax.data.files import fingerprint
+from dpo_jax.data.pairs import (
+    BadRow,
+    Cause,
+    DataError,
+    DataReport,
+    OnBad,
+    Place,
+    Preference,
+    PreferenceSet,
+    Triage,
+    check_pair,
+    readable_name,
+    refuse,
+)
 from dpo_jax.data.snippets import Snippet
+from dpo_jax.data.tfds_folder import check_folder, find_tfds
+from dpo_jax.untrusted import reading
 from dpo_jax.writing import naming
 
 _TEXTS = ("prompt", "chosen", "rejected", "uid", "sft_target")
@@ -71,7 +87,7 @@ def write_tfds(
         kept = sum(_accept(triage, row.uid, row) for row in preferences)
         triage.finish(kept)
         if not preferences:
-            _refuse(Cause.NO_ROWS, split, "the split has no preferences")
+            refuse(Cause.NO_ROWS, split, "the split has no preferences")
     builder = PreferenceBuilder(preferences=preferences_by_split, name=name, data_dir=data_dir)
     folder = Path(builder.data_path)
     if folder.exists():
@@ -89,30 +105,27 @@ def read_tfds(data_dir: str | Path, split: str, *, on_bad: OnBad = "refuse") -> 
 
     Raises `DataError` if records are missing or differ from what was written, and as `load_preferences` for bad rows.
     """
-    folder = _find(Path(data_dir))
-    builder = tfds.builder_from_directory(folder)
-    if split not in builder.info.splits:
-        _refuse(Cause.BAD_LAYOUT, folder, f"no split {split!r}; it has {', '.join(builder.info.splits)}")
-    features = list(builder.info.features)  # pyright: ignore[reportArgumentType] (always a FeaturesDict)
-    if missing := _FIELDS - set(features):
-        _refuse(Cause.MISSING_COLUMN, folder, f"not written by `write_tfds`: no feature {', '.join(sorted(missing))}")
-    report = DataReport(source=str(data_dir), split=split, format="tfds")
+    folder = find_tfds(Path(data_dir))
+    written = check_folder(folder, split).get(split)
+    builder = _builder(folder, _FIELDS, "not written by `write_tfds`: ")
+    report = DataReport(source=readable_name(data_dir), split=split, format="tfds")
     preferences: list[Preference] = []
     triage = Triage(report, on_bad=on_bad)
+    digest = hashlib.sha256()  # of all records, those included that are dropped
     for where, record in _records(builder, split, folder):
         report.rows += 1
         report.read += 1
         try:
             row = _decode(record)
         except BadRow as problem:
-            triage.reject(where, problem)
-            continue
+            refuse(Cause.BAD_ARRAY_RECORD, where, f"not a record that was written: {problem}")
+        digest.update(_line(row))
         if _accept(triage, where, row):
             preferences.append(row)
+    if digest.hexdigest() != written:
+        refuse(Cause.BAD_ARRAY_RECORD, folder, f"the records of split {split!r} are not those that were written")
     triage.finish(len(preferences))
-    if not report.dropped and _digest(preferences) != (builder.info.metadata or {}).get(split):
-        _refuse(Cause.BAD_ARRAY_RECORD, folder, f"the records of split {split!r} are not those that were written")
-    report.files = [fingerprint(Path(file).name, Path(file)) for file in builder.info.splits[split].filepaths]
+    report.files = [fingerprint(readable_name(Path(file).name), Path(file)) for file in builder.info.splits[split].filepaths]
     return PreferenceSet(preferences, report)
 
 
@@ -122,7 +135,7 @@ def read_texts(data_dir: str | Path, split: str) -> list[Snippet]:
     `data_dir`: the folder of the data set, or one above it; it must be in array_record. Raises `DataError` as `read_tfds` does.
     """
     records = _foreign(data_dir, split, {"text", "label"})
-    return [Snippet(_text(record, "text", where), int(record["label"]), where) for where, record in records]
+    return [Snippet(_text(record, "text", where), _label(record, where), where) for where, record in records]
 
 
 class Article(NamedTuple):
@@ -142,45 +155,55 @@ def read_articles(data_dir: str | Path, split: str) -> list[Article]:
 
 def _foreign(data_dir: str | Path, split: str, features: set[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The records of a data set that others have written."""
-    folder = _find(Path(data_dir))
-    builder = tfds.builder_from_directory(folder)
-    if split not in builder.info.splits:
-        _refuse(Cause.BAD_LAYOUT, folder, f"no split {split!r}; it has {', '.join(builder.info.splits)}")
-    if missing := features - set(builder.info.features):  # pyright: ignore[reportArgumentType]
-        _refuse(Cause.MISSING_COLUMN, folder, f"no feature {', '.join(sorted(missing))}")
-    return _records(builder, split, folder)
+    folder = find_tfds(Path(data_dir))
+    check_folder(folder, split)
+    return _records(_builder(folder, features), split, folder)
+
+
+def _builder(folder: Path, needed: set[str], hint: str = "") -> tfds.core.DatasetBuilder:
+    """The library's reader of a data set that has the needed features."""
+    with _reading(folder):
+        builder = tfds.builder_from_directory(folder)
+        features = set(builder.info.features)  # pyright: ignore[reportArgumentType] (a FeaturesDict, or else not of use)
+    if missing := needed - features:
+        refuse(Cause.MISSING_COLUMN, folder, f"{hint}no feature {', '.join(sorted(missing))}")
+    return builder
 
 
 def _text(record: Mapping[str, Any], field: str, where: str) -> str:
     try:
-        text = bytes(record[field]).decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        _refuse(Cause.INVALID_UTF8, where, f"byte {error.start} of the {field}: {error.reason}")
+        text = _decoded(record, field).strip()
+    except BadRow as problem:
+        raise DataError(f"{where}: {problem}", causes=[problem.cause]) from problem
     if not text:
-        _refuse(Cause.EMPTY, where, f"the {field} is empty or blank")
+        refuse(Cause.EMPTY, where, f"the {field} is empty or blank")
     return text
 
 
-def _find(source: Path) -> Path:
-    folders = tfds_folders(source)
-    if len(folders) != 1:
-        found = ", ".join(map(str, folders)) or "none"
-        _refuse(Cause.BAD_LAYOUT, source, f"exactly one tfds data set (dataset_info.json) is needed here, found: {found}")
-    return folders[0]
+def _label(record: Mapping[str, Any], where: str) -> int:
+    if not isinstance(record["label"], int | np.integer):
+        refuse(Cause.WRONG_TYPE, where, "the label is no number")
+    return int(record["label"])
 
 
 def _records(builder: tfds.core.DatasetBuilder, split: str, folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    declared = builder.info.splits[split].num_examples
-    try:
+    with _reading(folder):
+        declared = builder.info.splits[split].num_examples
         source = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue] (its decorator hides the signature)
-        if len(source) != declared:
-            _refuse(Cause.BAD_ARRAY_RECORD, folder, f"split {split!r} declares {declared} records and holds {len(source)}")
+        held = len(source)
+    if held != declared:
+        refuse(Cause.BAD_ARRAY_RECORD, folder, f"split {split!r} declares {declared} records and holds {held}")
+    place = Place(f"{readable_name(folder.parent.name)}/{split}", Cause.BAD_ARRAY_RECORD, "the record cannot be read")
+    with place.reading():
         for index in range(declared):
-            yield f"{folder.parent.name}/{split}:{index + 1}", source[index]
-    except (OSError, RuntimeError, ValueError, IndexError) as error:
-        if isinstance(error, DataError):
-            raise
-        _refuse(Cause.BAD_ARRAY_RECORD, folder, f"split {split!r} cannot be read: {error}")
+            record = source[index]
+            place.number += 1
+            yield f"{place.name}:{place.number}", record
+
+
+def _reading(folder: Path) -> contextlib.AbstractContextManager[None]:
+    where = f"{folder}: {Cause.BAD_ARRAY_RECORD}: cannot be read"
+    return reading(where, error=lambda words: DataError(words, causes=[Cause.BAD_ARRAY_RECORD]))
 
 
 def _record(row: Preference) -> dict[str, Any]:
@@ -190,16 +213,23 @@ def _record(row: Preference) -> dict[str, Any]:
 
 
 def _decode(record: Mapping[str, Any]) -> Preference:
-    texts: dict[str, Any] = {}
-    for field in _TEXTS if _SUBSET not in record else (*_TEXTS, _SUBSET):
-        try:
-            texts[field] = bytes(record[field]).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadRow(Cause.INVALID_UTF8, f"byte {error.start} of the text: {error.reason}", field=field) from None
+    texts: dict[str, Any] = {field: _decoded(record, field) for field in (*_TEXTS, *({_SUBSET} & set(record)))}
     if texts["sft_target"] == texts["chosen"]:
         texts["sft_target"] = None
     texts[_SUBSET] = texts.get(_SUBSET) or None
+    if not isinstance(record["chat"], bool | np.bool_):
+        raise BadRow(Cause.WRONG_TYPE, "true or false is needed", field="chat")
     return Preference(**texts, chat=bool(record["chat"]))
+
+
+def _decoded(record: Mapping[str, Any], field: str) -> str:
+    value = record[field]
+    if not isinstance(value, bytes):
+        raise BadRow(Cause.WRONG_TYPE, f"a text is needed, this is {type(value).__name__}", field=field)
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRow(Cause.INVALID_UTF8, f"byte {error.start} of the text: {error.reason}", field=field) from None
 
 
 def _accept(triage: Triage, where: str, row: Preference) -> bool:
@@ -217,9 +247,9 @@ def _accept(triage: Triage, where: str, row: Preference) -> bool:
 def _digest(rows: Iterable[Preference]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(_record(row), sort_keys=True).encode())
+        digest.update(_line(row))
     return digest.hexdigest()
 
 
-def _refuse(cause: Cause, where: str | Path, detail: str) -> NoReturn:
-    raise DataError(f"{where}: {cause}: {detail}", causes=[cause])
+def _line(row: Preference) -> bytes:
+    return json.dumps(_record(row), sort_keys=True).encode()

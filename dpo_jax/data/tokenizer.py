@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +26,16 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
+LONGEST_WORD = 1000  # characters
+_LONG = re.compile(rf"(?<!\S)\S{{{LONGEST_WORD}}}|(?<!\s)\s{{{LONGEST_WORD}}}")  # a word is longer only in such a run
+
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eos: str = "<|endoftext|>") -> PreTrainedTokenizerFast:
     """Byte-level BPE, as GPT-2's: any text has tokens and is decoded back exactly. The same texts give the same tokenizer.
 
     `vocab_size` is an upper bound in tokens (few texts have few merges), at least 257: the bytes, and `eos`, which is token 0,
-    also the BOS, and never added by encoding. There is no padding token: masks are made from lengths.
+    also the BOS, and never added by encoding. There is no padding token: masks are made from lengths. A word of more than
+    `LONGEST_WORD` characters counts as several.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -37,13 +43,22 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eos: str = "<|endo
     if vocab_size < len(alphabet) + 1:
         raise ValueError(f"vocab_size must be at least {len(alphabet) + 1} (every byte, and {eos!r}), got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = words  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[eos], initial_alphabet=sorted(alphabet), show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((part for text in texts for part in _with_short_words(text, words)), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=eos, clean_up_tokenization_spaces=False)
+
+
+def _with_short_words(text: str, words: Any) -> list[str]:
+    """The text, cut inside the words that are too long. Merging tokens in a word takes quadratic time in its length."""
+    if not _LONG.search(text):
+        return [text]
+    cuts = [at for _, (start, end) in words.pre_tokenize_str(text) for at in range(start + LONGEST_WORD, end, LONGEST_WORD)]
+    return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:

@@ -1,0 +1,117 @@
+"""Rows of a parquet file. Only the columns that are asked for are read and decoded: the others may hold what Python cannot."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from dpo_jax.data.columns import UNREAD, Columns, shown_names
+from dpo_jax.data.pairs import BadRow, Cause, Place, refuse
+from dpo_jax.untrusted import cause_of
+
+_BATCH = 1024  # rows
+Row = dict[str, Any]
+
+
+def parquet_rows(name: str, path: Path, *, columns: Columns | None = None) -> Iterator[tuple[str, Row | BadRow]]:
+    """The rows of a parquet file as `(where, row)`, `where` being "name:row" counted from 1.
+
+    `columns` chooses among the names of all columns; "info.title" is a field inside a column. Columns that were not chosen are
+    `UNREAD`. A cell that cannot be decoded makes its row a `BadRow` naming the column. Raises `DataError` for a damaged file.
+    """
+    number = 0
+    for batch, unread in _batches(name, path, columns):
+        for index in range(batch.num_rows):
+            number += 1
+            yield f"{name}:{number}", _row(batch, index, unread)
+
+
+def declared_rows(path: Path) -> int:
+    """How many rows a parquet file says that it has. Raises `DataError` for a damaged file."""
+    with Place(str(path), Cause.BAD_PARQUET, "the file is damaged or cut off").reading():
+        return pq.read_metadata(path).num_rows
+
+
+def _batches(name: str, path: Path, columns: Columns | None) -> Iterator[tuple[Any, Row]]:
+    """The batches of the file, and a row in which every column is `UNREAD`."""
+    place = Place(name, Cause.BAD_PARQUET, "the file is damaged or cut off")
+    with place.reading():
+        file = _File(path, page_checksum_verification=True)
+        names, leaves = file.column_names(), [leaf for _, leaf in _leaves(file.metadata.schema)]
+    with file:
+        chosen = leaves if columns is None else _chosen(columns(names), names, leaves)
+        if not chosen:
+            refuse(Cause.MISSING_COLUMN, name, f"none of its columns is one that is read: it has {shown_names(names)}")
+        with place.reading():
+            for batch in file.iter_batches(batch_size=_BATCH, columns=chosen):
+                read = batch.schema.names
+                if twice := [column for column in read if read.count(column) > 1]:
+                    refuse(Cause.DUPLICATE_KEY, name, f"two columns are named {twice[0]!r}")
+                yield batch, dict.fromkeys(names, UNREAD)
+                place.number += batch.num_rows
+        if place.number != file.metadata.num_rows:
+            refuse(Cause.BAD_PARQUET, name, f"the file declares {file.metadata.num_rows} rows and holds {place.number}")
+
+
+class _File(pq.ParquetFile):
+    """A parquet file whose columns may have names that are not UTF-8. Such a column is passed over, as if it were not there."""
+
+    def _build_nested_paths(self) -> dict[str, list[int]]:
+        # pyarrow's own raises for a name that it cannot decode, whichever columns are asked for.
+        paths = collections.defaultdict(list)
+        for index, leaf in _leaves(self.reader.metadata.schema):
+            paths[leaf].append(index)
+        return paths
+
+    def column_names(self) -> list[str]:
+        names = []
+        for index in range(len(self.schema_arrow)):
+            with contextlib.suppress(UnicodeDecodeError):
+                names.append(self.schema_arrow.field(index).name)
+        return names
+
+
+def _leaves(schema: pq.ParquetSchema) -> Iterator[tuple[int, str]]:
+    """Number and path, such as "answers.list.element.text", of every column of values that has a name in UTF-8."""
+    for index in range(len(schema)):
+        with contextlib.suppress(UnicodeDecodeError):
+            yield index, schema.column(index).path
+
+
+def _chosen(wanted: Collection[str], names: Collection[str], leaves: Collection[str]) -> list[str]:
+    """The leaves that belong to the wanted columns and fields, such as "prompt" and "answers.text"."""
+    found: dict[str, None] = {}
+    for want in wanted:
+        column, _, field = want.partition(".")
+        others = [other for other in names if other.startswith(f"{column}.")]  # a name may hold a dot
+        of_column = [
+            leaf for leaf in leaves if f"{leaf}.".startswith(f"{column}.") and not any(leaf.startswith(o) for o in others)
+        ]
+        inside = [leaf for leaf in of_column if field in leaf.split(".")[1:]]
+        found |= dict.fromkeys(inside or of_column)  # without the field, the column has another type, as its rows will say
+    return list(found)
+
+
+def _row(batch: Any, index: int, unread: Row) -> Row | BadRow:
+    row = dict(unread)
+    for column, values in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            value = values[index].as_py()
+        except UnicodeDecodeError as error:
+            return BadRow(Cause.INVALID_UTF8, f"byte {error.start} of the text: {error.reason}", field=column)
+        except Exception as error:  # pyarrow raises anything for what Python has no value for
+            return BadRow(Cause.WRONG_TYPE, f"{values.type} cannot be read: {cause_of(error)}", field=column)
+        row[column] = _without_nulls(value) if isinstance(value, list | dict) else value
+    return row
+
+
+def _without_nulls(value: Any) -> Any:
+    """A nested value without the keys that are null: parquet gives every object the keys that any object of the column has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
