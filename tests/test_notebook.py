@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+SMALLER = {"PAIRS = 4000": "PAIRS = 128", "width: 128, layers: 4": "width: 32, layers: 1", "samples: 64": "samples: 8"}
 NOTEBOOK = Path(__file__).parent.parent / "launch" / "notebook.ipynb"
 
 
