@@ -77,7 +77,7 @@ def _prompts(config: Config, policy: str, tokenizer: Any) -> list[Prompt]:
         return held_out_prompts(config, tokenizer)
     chat = is_chat(config, policy, tokenizer)
     if chat and config.sample.chat == "auto" and is_first():
-        print(f"{file}: a text is rendered as a user's turn (--sample.chat off: as it stands)", file=sys.stderr)
+        print(f"{printable(file)}: a text is rendered as a user's turn (--sample.chat off: as it stands)", file=sys.stderr)
     return prompts_of_file(file, tokenizer, chat=chat)
 
 

@@ -71,8 +71,7 @@ def csv_cell(value: Any) -> Any:
 class PrintableStream:
     """A text stream that writes `printable` texts to another one, and writes out what its encoding lacks.
 
-    What `print` shows of a text or a file name then moves no cursor and fails in no locale. `stream` is the other one, for
-    escape sequences of this program.
+    What `print` shows of a text or a file name then moves no cursor and fails in no locale. `stream` is the other one.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -93,15 +92,14 @@ class PrintableStream:
 
 @contextlib.contextmanager
 def printable_output() -> Iterator[None]:
-    """What is printed inside, to standard output and standard error, is `printable`."""
-    plain = [stream if stream is None else PrintableStream(raw(stream)) for stream in (sys.stdout, sys.stderr)]
-    before, (sys.stdout, sys.stderr) = (sys.stdout, sys.stderr), plain
-    try:
+    """What is printed inside, to standard output, is `printable`.
+
+    Not so standard error, where libraries draw progress bars; `exit_codes.message` and `runtime.progress` see to themselves.
+    """
+    with contextlib.redirect_stdout(sys.stdout and PrintableStream(raw(sys.stdout))):  # pyright: ignore[reportArgumentType]
         yield
-    finally:
-        sys.stdout, sys.stderr = before
 
 
 def raw(stream: TextIO) -> TextIO:
-    """The stream to which this program may write escape sequences of its own."""
+    """The stream to which this program, and a library that knows its terminal, may write escape sequences."""
     return stream.stream if isinstance(stream, PrintableStream) else stream

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol, TextIO
 
-from dpo_jax.data.terminal import one_line, printable, raw
+from dpo_jax.data.terminal import one_line, printable
 
 SILENCE_SECONDS = 10.0
 FIRST_WORD_SECONDS = 4.0  # of silence, after which a log file hears what is going on
@@ -166,7 +166,7 @@ class Board:
 
     @property
     def _to(self) -> TextIO:
-        return self._file or raw(sys.stderr)
+        return self._file or sys.stderr
 
     def _erase(self) -> None:
         if self._drawn:
