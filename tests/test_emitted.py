@@ -16,9 +16,11 @@ import pytest
 import yaml
 from conftest import GOLDEN
 from fake_judge import Say, fake_judge
+from huggingface_hub import ModelCard
+from test_card import REPORT, configured, folder_with
 from test_cli_runs import call
 
-from dpo_jax.cli.card import yaml_value
+from dpo_jax.cli.card import dpo_card, sft_card, yaml_value
 from dpo_jax.cli.exit_codes import message
 from dpo_jax.cli.main import main
 from dpo_jax.cli.world import _write
@@ -51,7 +53,7 @@ from dpo_jax.evals.study import WORDINGS, Comparison, make_study, render
 from dpo_jax.evals.win_rates import win_rates
 from dpo_jax.evals.win_rates_plot import plot_win_rates
 from dpo_jax.runtime.progress import Board, reported
-from dpo_jax.runtime.rundir import write_json
+from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.untrusted import Unreadable
 
 EVIL = {
@@ -316,6 +318,25 @@ def test_markdown_shows_the_text_and_obeys_none_of_it(name, image):
     assert "\n" not in code
     fences = re.fullmatch(r"(`+) ?(.*?) ?\1", code)
     assert not text.strip() or (fences and fences[1] not in re.findall("`+", fences[2]))
+
+
+def test_a_model_card_quotes_what_others_wrote(tmp_path):
+    run = RunDir(tmp_path / "run" / "dpo", lock=False)
+    run.metrics.write_text("")
+    base_model, licence = "x](javascript:alert(1))\u202e", 'a: b # \x9b"c'
+    base = folder_with(tmp_path / "base", README_md=f"---\nbase_model: {base_model}\nlicense: {licence}\n---\n")
+    data = tmp_path / "`| ![i](j)\u202e\n# h"
+    report = {**REPORT, "samples": [{"prompt": text, "reference": text, "policy": text} for text in TEXTS[:3]]}
+    for card in (
+        sft_card(configured(run, model=str(base), data=str(data)), run),
+        dpo_card(configured(run), run, report=report),
+    ):
+        assert is_plain(card)
+        body = re.sub(r"\\.|`` .* ``", "", card.partition("\n---\n")[2])
+        assert "](j" not in body
+        assert "\n# h" not in body
+    header = ModelCard(sft_card(configured(run, model=str(base)), run)).data.to_dict()
+    assert (header["base_model"], header["license"]) == (base_model, licence)
 
 
 def test_people_see_what_a_judge_sees_and_the_key_has_the_texts(tmp_path):
