@@ -28,7 +28,7 @@ from dpo_jax.data.display import shown_prompt
 from dpo_jax.data.label import label
 from dpo_jax.data.pairs import DataError
 from dpo_jax.data.sources import load_preferences
-from dpo_jax.data.terminal import csv_cell, json_text, one_line, printable, printable_output
+from dpo_jax.data.terminal import _SUSPECT, HIDDEN, csv_cell, json_text, one_line, printable, printable_output
 from dpo_jax.evals.completion_files import read_completions
 from dpo_jax.evals.judge import Pair, question_of
 from dpo_jax.evals.palette import STYLES
@@ -106,6 +106,13 @@ def is_plain(text, *, keep="\n\t"):
 
 
 # Terminals
+
+
+def test_what_passes_at_first_sight_has_nothing_hidden():
+    every = "a".join(map(chr, range(0x110000)))
+    hidden = {found[0] for found in HIDDEN.finditer(every)}
+    assert len(hidden) > 2048 + 65
+    assert not [character for character in hidden if not _SUSPECT.search(character)]
 
 
 @pytest.mark.parametrize("name", EVIL)

@@ -29,7 +29,11 @@ def test_the_notebook_trains_compares_and_exports_a_policy(tmp_path, monkeypatch
     for number, cell in enumerate(cells, start=1):
         source = "".join(cell["source"])
         assert source.startswith(f"# {number}. ")
-        for usual, less in (("PAIRS = 4000", "PAIRS = 128"), ("width: 128, layers: 4", "width: 32, layers: 1"), ("samples: 64", "samples: 8")):
+        for usual, less in (
+            ("PAIRS = 4000", "PAIRS = 128"),
+            ("width: 128, layers: 4", "width: 32, layers: 1"),
+            ("samples: 64", "samples: 8"),
+        ):
             source = source.replace(usual, less)
         exec(compile(source, f"cell {number}", "exec", dont_inherit=True), scope)
     assert "log pi(chosen) -" in capsys.readouterr().out

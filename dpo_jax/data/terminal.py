@@ -25,6 +25,11 @@ HIDDEN = re.compile(
     # Variants of what is no ideograph.
     r"|(?<![\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])[\U000e0100-\U000e01ef]"
 )
+# Most texts hold none of these, and are done with in a tenth of the time.
+_SUSPECT = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff"
+    r"\ud800-\udfff\U000e0000-\U000e01ef]"
+)
 
 
 def printable(text: str, *, keep: str = "\n\t") -> str:
@@ -38,7 +43,7 @@ def printable(text: str, *, keep: str = "\n\t") -> str:
         stays = found[1] or found[0] in keep
         return found[0] if stays else found[0].encode("unicode_escape", "surrogatepass").decode("ascii")
 
-    return HIDDEN.sub(escape, text)
+    return HIDDEN.sub(escape, text) if _SUSPECT.search(text) else text
 
 
 def one_line(text: str) -> str:
@@ -57,7 +62,8 @@ def json_text(content: Any, *, indent: int | None = None) -> str:
         units = found[0].encode("utf-16-be", "surrogatepass").hex()
         return "".join(f"\\u{units[start : start + 4]}" for start in range(0, len(units), 4))
 
-    return HIDDEN.sub(escape, json.dumps(content, ensure_ascii=False, indent=indent))
+    text = json.dumps(content, ensure_ascii=False, indent=indent)
+    return HIDDEN.sub(escape, text) if _SUSPECT.search(text) else text
 
 
 def csv_cell(value: Any) -> Any:
