@@ -7,6 +7,7 @@ import os
 import pytest
 from mutate import mutants, mutations, outcome
 
+from dpo_jax.cli.prompts import prompts_of_file
 from dpo_jax.data.pairs import DataError, DataReport
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.completion_files import read_completions
@@ -78,6 +79,21 @@ def test_a_damaged_archive_is_refused_or_read_as_it_was_written(tmp_path):
         found = outcome(lambda: read_completions(file), names="a.jsonl.gz")
         if not isinstance(found, Exception):
             assert [(one.prompt, one.text) for one in found] == written(gzip.decompress(content))
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.txt"])
+def test_a_damaged_file_of_prompts_is_refused_or_read_as_it_was_written(name, tokenizer, tmp_path):
+    file = tmp_path / name
+    good = (
+        b'{"prompt": "Say \\u0000."}\n{"prompt": "na\xc3\xafve", "id": 7}\n' if name == "p.jsonl" else b"Hello.\nna\xc3\xafve\n"
+    )
+    for content in mutations(good, count=mutants(60)):
+        file.write_bytes(content)
+        found = outcome(lambda: prompts_of_file(str(file), tokenizer, chat=False), names=name)
+        if not isinstance(found, Exception):
+            lines = [line.removesuffix("\r") for line in content.decode("utf-8-sig").split("\n")]
+            lines = [line for line in lines if line.strip()]
+            assert [one.text for one in found] == [json.loads(line)["prompt"] if name == "p.jsonl" else line for line in lines]
 
 
 def test_what_is_no_file_of_completions_is_named(tmp_path):
