@@ -73,7 +73,7 @@ EVIL = {
     "attribute": '" onmouseover="alert(1)" \' onload=\'',
     "formula": "=1+cmd|' /C calc'!A0",
     "formulas": " @SUM(1)",
-    "mathematics": "$\\frac{ $x^$ \\$ __ _",
+    "mathematics": "$\\frac{ $ x^2 \\$ __ _",
     "hidden label": "_nolegend_",
     "markdown": "| a ` ``` ](http://e.x) ![i](j) [k](javascript:l) **b** ~~c~~ www.x.y @me\n# h\n- l\n1. m\n---\n\n    code",
     "code": "`",
