@@ -22,7 +22,8 @@ from dpo_jax.data.pairs import DataError, DataReport
 from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.data.repeats import find_overlap, find_repeats
 from dpo_jax.data.template import template_parts
-from dpo_jax.data.token_text import SEPARATOR, printable, rows_of, shortened, token_strings
+from dpo_jax.data.terminal import one_line, printable
+from dpo_jax.data.token_text import SEPARATOR, rows_of, shortened, token_strings
 from dpo_jax.data.tokenizer import load_tokenizer
 
 HOSTILE = " \x1b[2J\x1b]0;owned\x07 \u202eback \x9b31m 你好"
@@ -92,7 +93,7 @@ def test_cut_tokens_are_counted_by_part_and_a_pair_that_lost_both_ends_once():
 
 def test_token_strings_are_the_text_and_nothing_that_a_terminal_obeys(tokenizer):
     text = f"Human: hi\n\n{string.printable}"
-    assert "".join(token_strings(tokenizer(text)["input_ids"], tokenizer)) == printable(text)
+    assert "".join(token_strings(tokenizer(text)["input_ids"], tokenizer)) == one_line(text)
     strings = token_strings(tokenizer(HOSTILE + SEPARATOR)["input_ids"], tokenizer)
     assert all(string.isprintable() and SEPARATOR not in string for string in strings)
     assert "\\x1b" in strings
@@ -100,7 +101,7 @@ def test_token_strings_are_the_text_and_nothing_that_a_terminal_obeys(tokenizer)
 
 
 def test_printable_escapes_what_is_invisible_and_keeps_the_rest():
-    assert printable("\x1b[31m\n\u202e\ud800 é你") == "\\x1b[31m\\n\\u202e\\ud800 é你"
+    assert one_line("\x1b[31m\n\u202e\ud800 é你") == "\\x1b[31m\\n\\u202e\\ud800 é你"
     assert printable("a\n\x1b", keep="\n") == "a\n\\x1b"
 
 

@@ -7,7 +7,7 @@ from conftest import GOLDEN
 from tokenizers import AddedToken
 
 from dpo_jax.data.display import as_text, chat_turns, shown_prompt
-from dpo_jax.data.terminal import json_line, printable
+from dpo_jax.data.terminal import json_text, printable
 from dpo_jax.data.tokenizer import load_tokenizer
 
 TEMPLATES = {
@@ -75,8 +75,8 @@ def test_people_see_turns_and_no_controls():
     assert as_text(TALK) == "user: What is\n2 + 2?\nassistant: 4.\nuser: And 3 + 3?"
     assert shown_prompt({"prompt": "<|header|>", "turns": TALK[1:2]}) == "assistant: 4."
     hostile = "a\x1b[2Jb\x9b2Jc\x7f\r\n\td\0é"
-    assert printable(hostile) == "a\\x1b[2Jb\\x9b2Jc\\x7f\\x0d\n\td\\x00é"
+    assert printable(hostile) == "a\\x1b[2Jb\\x9b2Jc\\x7f\\r\n\td\\x00é"
     assert shown_prompt({"prompt": hostile}) == printable(hostile)
-    line = json_line({"prompt": hostile})
+    line = json_text({"prompt": hostile})
     assert json.loads(line) == {"prompt": hostile}
     assert line.isprintable()

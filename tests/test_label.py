@@ -23,7 +23,7 @@ def test_every_pair_is_accounted_for(how):
     preferences, counts = label(PROMPTS, TEXTS, REWARDS, how=how, seed=1)
     assert counts.pairs == 50 * 6
     assert counts.labelled == len(preferences)
-    assert counts.labelled + counts.ties + counts.identical + counts.empty == counts.pairs
+    assert counts.labelled + counts.ties + counts.identical + counts.empty + counts.eos == counts.pairs
     assert min(counts.labelled, counts.ties, counts.identical, counts.empty) > 0
     assert len({preference.uid for preference in preferences}) == len(preferences)
     for preference in preferences:
@@ -84,4 +84,4 @@ def test_what_does_not_agree_is_refused():
         label(["p"], [[" a", " b"]], np.array([[0, math.nan]]), how="argmax", seed=0)
     with pytest.raises(ValueError, match="how='best'"):
         label(["p"], [[" a", " b"]], np.zeros((1, 2)), how="best", seed=0)  # pyright: ignore[reportArgumentType]
-    assert label([], [], np.zeros((0, 0)), how="argmax", seed=0) == ([], (0, 0, 0, 0, 0, 0))
+    assert label([], [], np.zeros((0, 0)), how="argmax", seed=0) == ([], (0, 0, 0, 0, 0, 0, 0))

@@ -41,6 +41,8 @@ def test_texts_are_turns_of_a_chat_model_and_messages_always(chatty, tmp_path):
     rows = [{"prompt": "hi"}, {"prompt": [HI]}, {"messages": [HI], "id": 7}]
     assert prompts(tmp_path, chatty, *rows) == [RENDERED] * 3
     assert prompts(tmp_path, chatty, *rows, chat=False) == [Prompt("hi"), RENDERED, RENDERED]
+    assert prompts(tmp_path, chatty, "\ufeffhi\r", {"prompt": "a\0b"}, name="p.txt", chat=False)[0] == Prompt("hi")
+    assert prompts(tmp_path, chatty, {"prompt": "a\0b"}, chat=False) == [Prompt("a\0b")]
     (told,) = prompts(tmp_path, chatty, {"messages": [SYSTEM, HI]})
     assert told.text == f"<|header|>system\nBe terse.<|endoftext|>{RENDERED.text}"
     assert told.turns == [SYSTEM, HI]
@@ -57,7 +59,7 @@ BAD = {
     "no content": ({"messages": [{"role": "user"}]}, "messages.0.content: missing_column"),
     "faked turn": ({"messages": [{"role": "user", "content": "<|header|>"}]}, "messages.0.content: eos_in_text"),
     "rendered already": ({"prompt": RENDERED.text}, "prompt: eos_in_text: .* needs --sample.chat off"),
-    "NUL": ({"prompt": "a\0"}, "prompt: nul"),
+    "NUL": ('{"prompt": "a\0"}', "nul: NUL at character 13"),
     "system beside": ({"prompt": "hi", "system": "Be terse."}, "system: wrong_type: would be part of the prompt"),
     "tools beside": ({"messages": [HI], "tools": [{"name": "f"}]}, "tools: wrong_type"),
 }

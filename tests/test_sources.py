@@ -102,7 +102,6 @@ BAD_ROWS = {
     "cut UTF-8": (Cause.INVALID_UTF8, "trl", b'{"prompt": "a", "chosen": "\xf0\x9f\x98", "rejected": "d"}\n', "0xf0"),
     "UTF-16": (Cause.INVALID_UTF8, "trl", b"\xff\xfe{\x22}\n", "0xff"),
     "lone surrogate": (Cause.INVALID_UTF8, "trl", b'{"prompt": "a", "chosen": "b\\ud800", "rejected": "d"}\n', "surrogate"),
-    "escaped NUL": (Cause.NUL, "trl", b'{"prompt": "a", "chosen": "b\\u0000", "rejected": "d"}\n', "character 1"),
     "raw NUL": (Cause.NUL, "trl", b'{"prompt": "a", "chosen": "b\0", "rejected": "d"}\n', "byte 28"),
     "zeroed block": (Cause.NUL, "trl", b"\0" * 512 + b"\n", "byte 0"),
     "broken JSON": (Cause.INVALID_JSON, "trl", b'{"prompt": "a", \n', "property name"),

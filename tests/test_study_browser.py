@@ -126,6 +126,18 @@ def rater(chromium, study, tmp_path):
     return lambda **options: Rater(chromium, (tmp_path / "study.html").as_uri(), **options)
 
 
+def test_what_nobody_could_see_is_written_out(chromium, tmp_path):
+    comparison = Comparison("Say\0", ("\u202eabc\x1b", "\ufeff\udce9 שלום"))
+    study = make_study([comparison], names=("x", "y"), title="t", wording=WORDINGS["dialogue"], raters=1, twice=0.0, seed=1)
+    (tmp_path / "study.html").write_text(render(study.page), encoding="utf-8")
+    ann = Rater(chromium, (tmp_path / "study.html").as_uri())
+    ann.start()
+    shown = [ann.page.locator(place).inner_text() for place in ("#prompt", "#text-A", "#text-B")]
+    assert shown[0] == "Say\\x00"
+    assert sorted(shown[1:]) == ["\\u202eabc\\x1b", "\\ufeff\\udce9 שלום"]
+    ann.kept_to_itself()
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_rated_by_hand_and_keys_left_continued_saved_and_read(rater, study, tmp_path, size, scheme):

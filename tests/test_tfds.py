@@ -19,7 +19,7 @@ from dpo_jax.data.tfds import Article, PreferenceBuilder, read_articles, read_te
 TRAIN = [
     Preference("The sky is", " blue.", " grün 🙂.", "a:1"),
     Preference("The sky is", " blue.", " grün 🙂.", "a:2"),  # equal rows are two rows
-    Preference("<s>Q", "A\u2028", "B\r\n", "b:1", sft_target="C", chat=True),
+    Preference("<s>Q", "A\u2028\0", "B\r\n", "b:1", sft_target="C", chat=True),
     *[Preference(f"Row {i}", " yes", " no", f"c:{i}") for i in range(500)],
 ]
 TEST = [Preference("p", " c", " r", "t:1")]
@@ -68,7 +68,7 @@ def test_existing_data_are_neither_reused_nor_mixed(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "cause"),
-    [({"chosen": " "}, Cause.EMPTY), ({"prompt": "a\0"}, Cause.NUL), ({"rejected": "\ud800"}, Cause.INVALID_UTF8)],
+    [({"chosen": " "}, Cause.EMPTY), ({"rejected": "\ud800"}, Cause.INVALID_UTF8)],
 )
 def test_only_valid_preferences_are_written(change, cause, tmp_path):
     bad = dataclasses.replace(TEST[0], **change)

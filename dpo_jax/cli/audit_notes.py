@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_jax.cli.config import Config
 from dpo_jax.data.pairs import FILTERED
-from dpo_jax.data.token_text import printable
+from dpo_jax.data.terminal import one_line
 
 Note = dict[str, str]  # {"about", "found", "remedy"}, printable
 MANY_DUPLICATES = 0.01  # of a split
@@ -29,7 +29,7 @@ def verdict(config: Config, reports: Mapping[str, Mapping[str, Any]]) -> dict[st
 
 
 def _note(about: str, found: str, remedy: str) -> Note:
-    return {"about": about, "found": printable(found), "remedy": printable(remedy)}
+    return {"about": about, "found": one_line(found), "remedy": one_line(remedy)}
 
 
 def _rows(config: Config, report: Mapping[str, Any], split: str) -> Iterator[Note]:

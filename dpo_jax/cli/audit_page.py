@@ -8,7 +8,8 @@ from typing import Any
 
 from dpo_jax.cli.config import Config
 from dpo_jax.data.lengths import PARTS
-from dpo_jax.data.token_text import SEPARATOR, printable, rows_of, shortened
+from dpo_jax.data.terminal import one_line, printable
+from dpo_jax.data.token_text import SEPARATOR, rows_of, shortened
 from dpo_jax.evals.report_audit import verdict_sentences
 
 WIDTH = 80
@@ -60,7 +61,7 @@ def _counts(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
         return cell
 
-    yield f"  {'':<42}" + "".join(f"{printable(split)[:17]:>18}" for split in reports)
+    yield f"  {'':<42}" + "".join(f"{one_line(split)[:17]:>18}" for split in reports)
     yield row("rows read", lambda report: f"{report['read']:,}")
     yield row("kept", lambda report: f"{report['kept']:,}")
     for cause in sorted({cause for report in reports.values() for cause in report["dropped"]}):
@@ -94,15 +95,15 @@ def _examples(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             examples = [one for one in found.get(kind, {}).get("examples", ()) if frozenset(one.split(" with ")) not in shown]
             shown |= {frozenset(one.split(" with ")) for one in examples}
             if examples:
-                yield from _wrapped(printable("; ".join(examples)), first=f"  {split}, {name}: ", indent="    ")
+                yield from _wrapped(one_line("; ".join(examples)), first=f"  {split}, {name}: ", indent="    ")
 
 
 def _reasons(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Where rows were dropped, and what the reader of the files has to say."""
     told = [line for report in reports.values() for lines in report["examples"].values() for line in lines[:2]]
-    yield from (_cut(printable(f"  {line}")) for line in told[:REASONS])
+    yield from (_cut(one_line(f"  {line}")) for line in told[:REASONS])
     notes = dict.fromkeys(note for report in reports.values() for note in report["notes"])
-    yield from (_cut(printable(f"  {note}")) for note in [*notes][:REASONS])
+    yield from (_cut(one_line(f"  {note}")) for note in [*notes][:REASONS])
 
 
 def _lengths(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -112,7 +113,7 @@ def _lengths(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         for name in PARTS:
             sizes, cut = report["lengths"][name], report["cut"][name]
             lost = f"{cut['tokens']:,} ({cut['share']:.1%})" if cut["tokens"] else "0"
-            yield f"  {f'{printable(split)[:12]} {name}':<22}" + "".join(f"{sizes[c]:>8,.0f}" for c in columns) + f"{lost:>16}"
+            yield f"  {f'{one_line(split)[:12]} {name}':<22}" + "".join(f"{sizes[c]:>8,.0f}" for c in columns) + f"{lost:>16}"
     rows = [(split, report["rows"]) for split, report in reports.items()]
     _, of_train = rows[0]
     padding = ", ".join(f"{split} {one['padding']:.0%}" for split, one in rows)
@@ -145,7 +146,7 @@ def _template(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _example(example: Mapping[str, Any]) -> Iterator[str]:
     """Prompt, chosen and rejected as tokens. What the loss counts stands in brackets."""
-    yield _cut(printable(f"  {example['uid']}, tokens parted by {SEPARATOR}, scored ones in [ ]"))
+    yield _cut(one_line(f"  {example['uid']}, tokens parted by {SEPARATOR}, scored ones in [ ]"))
     for name, most in EXAMPLE.items():
         strings = shortened(example[name]["tokens"], most)
         if example[name]["scored"]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.cli.config import BASELINES, Config, DpoConfig, SftConfig
+from dpo_jax.data.terminal import one_line
 from dpo_jax.evals.health import examine_run
-from dpo_jax.evals.report_page import markdown_text
+from dpo_jax.evals.report_page import markdown_code, markdown_text
 from dpo_jax.evals.result_table import MEASURES, result_table
+from dpo_jax.models.folder import is_hub_id
 from dpo_jax.models.origin import Origin, hub_id_of_folder, model_origin
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.rundir import RunDir
@@ -74,7 +76,7 @@ def _card(
     notes: str = "",
 ) -> str:
     origin = model_origin(start)
-    name = origin.hub_id.rpartition("/")[2] if origin.hub_id else "A language model"
+    name = markdown_text(origin.hub_id.rpartition("/")[2]) if origin.hub_id else "A language model"
     parts = [
         _header(origin, dataset=_dataset(config), tag=tag),
         f"# {name} {title}",
@@ -108,7 +110,7 @@ def _header(origin: Origin, *, dataset: str | None, tag: str) -> str:
     if origin.license:
         named = {"license_name": origin.license.name, "license_link": origin.license.link}
         fields |= {"license": origin.license.id, **{field: value for field, value in named.items() if value}}
-    lines = [f"{field}: {json.dumps(value, ensure_ascii=False)}" for field, value in fields.items()]  # JSON is YAML
+    lines = [f"{field}: {yaml_value(value)}" for field, value in fields.items()]
     return "\n".join(["---", *lines, f"tags: [dpo_jax, {tag}]", "---"])
 
 
@@ -128,10 +130,15 @@ def _start(config: Config, path: str | None, origin: Origin) -> str:
         return f"new weights ({config.model.family}), seed {config.run.seed}"
     name, _, revision = path.partition("@")
     if name == origin.hub_id:
-        return f"[{name}](https://huggingface.co/{name})" + (f", revision `{revision}`" if revision else "")
+        return _hub_link(name) + (f", revision {markdown_code(revision)}" if revision else "")
     own = Path(path).resolve() == Path(config.run.dir, "sft", "export").resolve()
-    what = "the SFT model of this run, `sft/export`" if own else f"`{'/'.join(Path(path).parts[-2:])}`"
-    return f"{what}, from [{origin.hub_id}](https://huggingface.co/{origin.hub_id})" if origin.hub_id else what
+    what = "the SFT model of this run, `sft/export`" if own else markdown_code("/".join(Path(path).parts[-2:]))
+    return f"{what}, from {_hub_link(origin.hub_id)}" if origin.hub_id else what
+
+
+def _hub_link(name: str, *, kind: str = "") -> str:
+    """A link to what the Hub calls `name`; only its name where that is no id, as the header of somebody's card may say."""
+    return f"[{name}](https://huggingface.co/{kind}{name})" if is_hub_id(name) else markdown_text(name)
 
 
 def _dataset(config: Config) -> str | None:
@@ -141,9 +148,9 @@ def _dataset(config: Config) -> str | None:
 def _data_name(config: Config) -> str:
     data = config.data
     if found := _dataset(config):
-        return f"[{found}](https://huggingface.co/datasets/{found})"
+        return _hub_link(found, kind="datasets/")
     if data.path:
-        return f"`{Path(data.path).name}` ({data.source})"
+        return f"{markdown_code(Path(data.path).name)} ({data.source})"
     return f"generated film reviews ({data.reviews_train:,} training pairs)"
 
 
@@ -179,6 +186,11 @@ def _data_table(run: RunDir) -> str:
         cut = ", ".join(f"{count:,} {what}" for what, count in report.get("truncated", {}).items()) or "none"
         rows.append([split, f"{report['read']:,}", f"{report['kept']:,}", dropped, cut])
     return _table(["split", "read", "kept", "left out, by cause", "cut to length"], rows) if rows else ""
+
+
+def yaml_value(value: str | list[str]) -> str:
+    """Any text, or list of texts, as a value of YAML in one line that gives it back exactly."""
+    return one_line(json.dumps(value, ensure_ascii=False))  # JSON is YAML, and so are Python's escapes
 
 
 def _fenced(text: str) -> str:

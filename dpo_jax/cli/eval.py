@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from dpo_jax.data import reviews
 from dpo_jax.data.display import chat_turns
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import in_order
+from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.completions import Completer, map_completions
 from dpo_jax.evals.health import examine_run, repetition
 from dpo_jax.evals.preference import held_out_logps, mean_with_error, preference_summary
@@ -93,7 +93,7 @@ def run(config: Config) -> int:
             return 0
         if config.eval.samples:
             with writing(run_dir.path / "samples.jsonl") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in samples["texts"])
+                file.writelines(json_text(line) + "\n" for line in samples["texts"])
         metrics = Path(config.run.dir, "dpo", "metrics.jsonl")
         health = examine_run(report, read_metrics(metrics) if of_run and metrics.is_file() else ())
         report["notes"] = [note._asdict() for note in health.notes]

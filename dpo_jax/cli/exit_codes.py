@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 
+from dpo_jax.data.terminal import printable
 from dpo_jax.writing import FULL, error_number
 
 EXIT_CODES = (
@@ -54,13 +56,12 @@ def _os_error(error: BaseException) -> OSError | None:
 
 
 def message(error: Exception) -> str:
+    """What an expected error says: printable, though it may quote a text of the data or a file's name."""
     cause = _os_error(error)
     if cause is None or exit_code(error) != 74:
-        from dpo_jax.data.terminal import printable
-
-        return printable(str(error))  # it may quote a text of the data, which may hold what moves a terminal's cursor
+        return printable(str(error))
     if not cause.strerror:
-        return str(cause)
+        return printable(str(cause))
     full = "; free some space, then run the same command again: it continues" if cause.errno == errno.ENOSPC else ""
-    where = f"{cause.filename}: " if cause.filename else ""
-    return f"{where}{cause.strerror}{full}"
+    where = f"{os.fsdecode(cause.filename)}: " if cause.filename else ""
+    return printable(f"{where}{cause.strerror}{full}")

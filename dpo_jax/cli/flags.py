@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ from dpo_jax.cli.commands import COMMANDS, SHORT, Command
 from dpo_jax.cli.config import Config, ConfigError, load_config_with_lines
 from dpo_jax.cli.config_file import types_of
 from dpo_jax.cli.config_report import ReportConfig
+from dpo_jax.data.terminal import raw
 
 
 def parse(name: str, args: list[str]) -> Config:
@@ -96,13 +99,14 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
             frozen=True,
         )
         views.append((section, view, dataclasses.field(default=view())))
-    chosen = tyro.cli(
-        dataclasses.make_dataclass("Options", views, frozen=True),
-        prog=f"dpo-jax {name} {path}",
-        description=f"{command.help[0].upper()}{command.help[1:]}. Flags override the values of {path}. With --check it only "
-        "tells whether it could run, and what (dpo-jax help).",
-        args=flags,
-    )
+    with contextlib.redirect_stdout(raw(sys.stdout)):  # its help has colors
+        chosen = tyro.cli(
+            dataclasses.make_dataclass("Options", views, frozen=True),
+            prog=f"dpo-jax {name} {path}",
+            description=f"{command.help[0].upper()}{command.help[1:]}. Flags override the values of {path}. With --check it "
+            "only tells whether it could run, and what (dpo-jax help).",
+            args=flags,
+        )
     changes = {section: vars(getattr(chosen, section)) for section in shown}
     return dataclasses.replace(
         config, **{section: dataclasses.replace(getattr(config, section), **fields) for section, fields in changes.items()}

@@ -11,7 +11,6 @@ import collections
 import csv
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import re
@@ -24,6 +23,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.prompts import references
 from dpo_jax.data.files import fingerprint
+from dpo_jax.data.terminal import csv_cell, json_text
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.evals.completion_files import Completion, read_completions
 from dpo_jax.evals.endpoint import Endpoint
@@ -223,11 +223,11 @@ def _write(
     rows = [columns(point) for point in points]
     with writing(folder / "pairs.jsonl") as file:
         for pair, outcome in zip(paired.pairs, outcomes, strict=True):
-            file.write(json.dumps({**pair._asdict(), "outcome": outcome}, ensure_ascii=False) + "\n")
+            file.write(json_text({**pair._asdict(), "outcome": outcome}) + "\n")
     with writing(folder / "win_rates.csv", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     keys = {question.key for question in questions}
     verdicts = [verdict for key, verdict in log.verdicts.items() if key in keys]  # without those on injections
     letters = [verdict["choice"] for verdict in verdicts if verdict["choice"]]

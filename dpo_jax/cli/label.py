@@ -44,4 +44,5 @@ def _report(split: str, counts: LabelCounts) -> DataReport:
 
 
 def _dropped(counts: LabelCounts) -> dict[str, int]:
-    return {Cause.TIE.value: counts.ties, Cause.IDENTICAL.value: counts.identical, Cause.EMPTY.value: counts.empty}
+    dropped = {Cause.TIE: counts.ties, Cause.IDENTICAL: counts.identical, Cause.EMPTY: counts.empty}
+    return {cause.value: count for cause, count in (dropped | ({Cause.EOS_IN_TEXT: counts.eos} if counts.eos else {})).items()}

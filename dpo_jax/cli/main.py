@@ -39,6 +39,7 @@ from dpo_jax.cli.config_file import suggest
 from dpo_jax.cli.exit_codes import exit_code, message
 from dpo_jax.cli.fixed import fix
 from dpo_jax.cli.flags import parse
+from dpo_jax.data.terminal import printable_output
 from dpo_jax.runtime.progress import BOARD, reported
 from dpo_jax.runtime.signals import Terminated, ending_at_once, leave, run_program
 from dpo_jax.untrusted import LIMITS
@@ -47,6 +48,12 @@ from dpo_jax.untrusted import LIMITS
 def main(args: list[str] | None = None) -> int:
     """Runs one command and returns its exit code. `args` defaults to the command line."""
     args = sys.argv[1:] if args is None else args
+    with printable_output():
+        return _ended(args)
+
+
+def _ended(args: list[str]) -> int:
+    """The exit code of a command, however it ends; raises what is a bug."""
     try:
         return _run(args)
     except SystemExit as stop:  # from tyro: --help (0) or a wrong flag (2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from dpo_jax.data.display import Turn, chat_turns
 from dpo_jax.data.pairs import BadRow, Cause
 from dpo_jax.data.tokenizer import special_tokens
 from dpo_jax.runtime.progress import reported
+from dpo_jax.untrusted import Unreadable, cause_of, parse_json, read_object, read_text
 
 ARTICLE_CUE = "\nTL;DR:"  # makes a policy of Reddit summaries summarise an article
 
@@ -65,13 +65,16 @@ def prompts_of_file(name: str, tokenizer: Any, *, chat: bool) -> list[Prompt]:
     """
     prompts = []
     try:
-        lines = Path(name).read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON may hold U+2028 as it is
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"sample.prompts_file: {name}: {error}") from error
-    for number, line in enumerate(lines, start=1):
+        content = read_text(name).removeprefix("\ufeff")  # a byte order mark, as some editors write one
+    except (OSError, Unreadable) as error:
+        raise ConfigError(f"sample.prompts_file: {error}") from error
+    for number, line in enumerate(content.split("\n"), start=1):  # not splitlines(): JSON may hold U+2028 as it is
+        line = line.removesuffix("\r")
         if not line.strip():
             continue
         try:
+            if "\0" in line:
+                raise BadRow(Cause.NUL, f"NUL at character {line.index(chr(0))} of the line: save the file as UTF-8")
             prompts.append(_prompt(*(_field(line) if name.endswith(".jsonl") else ("", line)), tokenizer, chat=chat))
         except BadRow as problem:
             raise ConfigError(f"{name}:{number}: {problem}") from problem
@@ -83,9 +86,9 @@ def prompts_of_file(name: str, tokenizer: Any, *, chat: bool) -> list[Prompt]:
 def _field(line: str) -> tuple[str, Any]:
     """The field of a JSON line that holds the prompt, and its value."""
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise BadRow(Cause.INVALID_JSON, str(error)) from error
+        row = parse_json(line)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(Cause.INVALID_JSON, cause_of(error)) from error
     found = [name for name in ("prompt", "messages") if isinstance(row, dict) and name in row]
     if len(found) != 1:
         what = "both" if found else "neither"
@@ -129,8 +132,7 @@ def is_chat(config: Config, policy: str, tokenizer: Any) -> bool:
         return asked == "on"
     record = Path(policy).expanduser().resolve().parent / "data_report.json"
     try:
-        reports = json.loads(record.read_text(encoding="utf-8")).values()
-        known = [report["chat"] for report in reports]
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # no run, or one of an older version
+        known = [report["chat"] for report in read_object(record).values()]
+    except (OSError, Unreadable, KeyError, TypeError):  # no run, or one of an older version
         return True
     return any(known)

@@ -9,7 +9,7 @@ from dpo_jax.cli.config import Config
 from dpo_jax.data.pairs import DataError
 from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.data.repeats import Finding, Overlap, Repeats, find_overlap, find_repeats
-from dpo_jax.data.token_text import printable
+from dpo_jax.data.terminal import one_line
 
 
 class Found(NamedTuple):
@@ -51,7 +51,7 @@ def refuse_repeats(config: Config, found: Found) -> None:
     """Raises `DataError`, naming the option, for each limit that is exceeded."""
     problems = [
         f"--data.{option.replace('_', '-')} {limit:g}: {finding.share:.1%} of the {name} pairs ({finding.pairs:,}) {what}: "
-        f"{printable('; '.join(finding.examples))}"
+        f"{one_line('; '.join(finding.examples))}"
         for option, name, finding, what in _limited(config, found)
         if (limit := getattr(config.data, option)) is not None and finding.share > limit
     ]

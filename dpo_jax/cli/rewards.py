@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from dpo_jax.cli.config import BASELINES, Config, DpoConfig
 from dpo_jax.data.pairs import Preference
 from dpo_jax.data.prepare import EncodedSet
-from dpo_jax.data.terminal import printable
+from dpo_jax.data.terminal import json_text, one_line
 from dpo_jax.evals.calibration import (
     accuracy,
     accuracy_by,
@@ -85,11 +84,11 @@ def write_rewards(
                 "ref_logps": ref_logps[number].tolist(),
                 "tokens": tokens[number].tolist(),
             }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json_text(line) + "\n")
     write_json(run_dir.path / "report.json", report)
     title = f"Reliability of the implicit reward, beta {beta:g}"
     plot_reliability(found, margins["implicit"], run_dir.path / "reliability.png", title=title)
-    print(printable(rewards_table(report)))  # subsets have the names that the data give them
+    print(rewards_table(report))
     print(f"\nfull report: {run_dir.path}/report.json, every pair: rewards.jsonl, figure: reliability.png")
 
 
@@ -129,9 +128,9 @@ def rewards_table(report: Mapping[str, Any]) -> str:
     implicit = report["rewards"]["implicit"]
     if "subsets" in implicit:
         lines += ["", f"{'implicit reward by subset':<34}{columns}{'pairs':>9}"]
-        lines += [
-            f"{row['subset'][:33]:<34}{_share(row)}{row['margin']:>12.4f}{row['pairs']:>9,}" for row in implicit["subsets"]
-        ]
+        for row in implicit["subsets"]:  # they have the names that the data give them
+            name = one_line(row["subset"])[:33]
+            lines.append(f"{name:<34}{_share(row)}{row['margin']:>12.4f}{row['pairs']:>9,}")
         lines.append(f"{'mean over subsets':<34}{_share(implicit['macro'])}")
     if "rewardbench" in implicit:
         bench = implicit["rewardbench"]

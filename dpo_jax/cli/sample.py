@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from dpo_jax.cli.ppo import learned_reward
 from dpo_jax.cli.prompts import ARTICLE_CUE, Prompt, held_out_prompts, is_chat, prompts_of_file
 from dpo_jax.data.display import shown_prompt
 from dpo_jax.data.encode import cut_prompt, token_ids, with_bos
-from dpo_jax.data.terminal import json_line, printable
+from dpo_jax.data.terminal import json_text, printable, raw
 from dpo_jax.evals.completions import Completer
 from dpo_jax.evals.rewards import Reward, exact_reviews
 from dpo_jax.runtime.hosts import is_first
@@ -63,11 +62,12 @@ def run(config: Config) -> int:
         print(f"{unfinished:,} of {total:,} completions were stopped before their end, {limits}", file=sys.stderr)
     if section.out:
         Path(section.out).parent.mkdir(parents=True, exist_ok=True)
-        write_text(section.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_text(section.out, "".join(json_text(line) + "\n" for line in lines))
         print(f"{len(lines)} completions in {section.out}")
         return 0
+    out = raw(sys.stdout)
     for line in lines:
-        print(for_terminal(line) if sys.stdout.isatty() else json_line(line))
+        print(for_terminal(line) if out.isatty() else json_text(line), file=out)
     return 0
 
 
@@ -77,7 +77,7 @@ def _prompts(config: Config, policy: str, tokenizer: Any) -> list[Prompt]:
         return held_out_prompts(config, tokenizer)
     chat = is_chat(config, policy, tokenizer)
     if chat and config.sample.chat == "auto" and is_first():
-        print(f"{file}: a text is rendered as a user's turn (--sample.chat off: as it stands)", file=sys.stderr)
+        print(f"{printable(file)}: a text is rendered as a user's turn (--sample.chat off: as it stands)", file=sys.stderr)
     return prompts_of_file(file, tokenizer, chat=chat)
 
 
@@ -109,7 +109,12 @@ def _draw(
     except ValueError as error:
         raise ConfigError(f"sample: {error}") from error
     return [
-        {"completion": text, "logp": float(logp), "tokens": len(ids), "finished": bool(finished)}
+        {
+            "completion": text,
+            "logp": float(logp) if np.isfinite(logp) else None,  # JSON has no other word for NaN
+            "tokens": len(ids),
+            "finished": bool(finished),
+        }
         for ids, text, finished, logp in zip(*samples, strict=True)
     ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from dpo_jax.data.label import LabelCounts, label
 from dpo_jax.data.pairs import Preference
 from dpo_jax.data.reviews import review_prompts
 from dpo_jax.data.snippets import load_snippets, prefixes, snippets_of
+from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.rewards import Reward, exact_reviews, fit_linear, hf_classifier, sign_accuracy
 from dpo_jax.lab.world import Prompts, World
 from dpo_jax.runtime.progress import reported
@@ -156,11 +156,13 @@ def labelled_samples(
     drawn = world.sample(world.reference, prompts.repeated(k), key)
     texts = [drawn.completions.texts[i : i + k] for i in range(0, len(drawn.rewards), k)]
     rewards = drawn.rewards.reshape(-1, k)
-    preferences, counts = label(prompts.texts, texts, rewards, how=config.frontier.labels, seed=config.run.seed)
+    how, eos = config.frontier.labels, world.tokenizer.eos_token
+    preferences, counts = label(prompts.texts, texts, rewards, how=how, seed=config.run.seed, eos=eos)
     _write(preferences, file)
     print(
         f"{counts.labelled:,} of {counts.pairs:,} pairs labelled ({counts.against:,} against the reward); "
-        f"{counts.ties:,} ties, {counts.identical:,} identical, {counts.empty:,} empty",
+        f"{counts.ties:,} ties, {counts.identical:,} identical, {counts.empty:,} empty"
+        + (f", {counts.eos:,} that spell {eos}" if counts.eos else ""),
         flush=True,
     )
     return preferences, counts
@@ -175,4 +177,4 @@ def _write(preferences: Sequence[Preference], file: Path) -> None:
     with writing(file) as out:
         for p in preferences:
             record = {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            out.write(json_text(record) + "\n")

@@ -53,9 +53,10 @@ def text(row: Row, field: str, *, inside: str = "") -> str:
 
 
 def check_text(value: str, *, field: str) -> None:
-    """Raises `BadRow` for a NUL and for a lone surrogate (JSON's `"\\ud800"`), which UTF-8 cannot encode."""
-    if "\0" in value:
-        raise BadRow(Cause.NUL, f"NUL at character {value.index(chr(0))}", field=field)
+    """Raises `BadRow` for a lone surrogate (JSON's `"\\ud800"`), which UTF-8 cannot encode, nor any tokenizer.
+
+    NUL is a character like others: a byte-level policy writes it. Bytes of value 0 in a text file are damage (`files`).
+    """
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

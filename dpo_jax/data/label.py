@@ -14,13 +14,14 @@ How = Literal["argmax", "bradley_terry"]
 
 
 class LabelCounts(NamedTuple):
-    """What became of the pairs. Always: `labelled + ties + identical + empty == pairs`."""
+    """What became of the pairs. Always: `labelled + ties + identical + empty + eos == pairs`."""
 
     pairs: int  # all K (K - 1) / 2 of every prompt
     labelled: int
     ties: int  # equal rewards: no preference
     identical: int  # equal texts: nothing to learn
     empty: int  # a side without any text, which no data set may hold
+    eos: int  # a side that spells the EOS token, which no data set may hold either
     against: int  # of those labelled: the lower reward was chosen
 
 
@@ -32,12 +33,13 @@ def label(
     how: How,
     seed: int,
     name: str = "samples",
+    eos: str | None = None,
 ) -> tuple[list[Preference], LabelCounts]:
     """All pairs of the K completions of each of P prompts, labelled by `rewards[P, K]`: 6 pairs of 4 completions.
 
     "argmax" chooses the higher reward. "bradley_terry" draws the label, with P(first chosen) = sigmoid(r_first - r_second)
     (eq. 1): the unit of the rewards is then one logit, so scale them first. Pairs come in the order of prompts, with the uids
-    "name:prompt:first-second"; the same `seed` draws the same labels.
+    "name:prompt:first-second"; the same `seed` draws the same labels. Completions that spell `eos` are in no pair.
 
     Raises `ValueError` for shapes that do not agree, and for a reward that is not finite.
 
@@ -60,7 +62,7 @@ def label(
         raise ValueError(f"prompt {prompt}, completion {completion}: the reward is {rewards[prompt, completion]}")
     rng = np.random.default_rng(seed)
     preferences: list[Preference] = []
-    dropped = dict.fromkeys(("ties", "identical", "empty"), 0)
+    dropped = dict.fromkeys(("ties", "identical", "empty", "eos"), 0)
     against = pairs = 0
     for number, (prompt, texts) in enumerate(zip(prompts, completions, strict=True)):
         for first, second in itertools.combinations(range(len(texts)), 2):
@@ -68,7 +70,7 @@ def label(
             # Drawn for every pair: what one pair is dropped for does not change the labels of the others.
             chance = rng.random()
             gap = rewards[number, first] - rewards[number, second]
-            cause = _cause(texts[first], texts[second], gap)
+            cause = _cause(texts[first], texts[second], gap, eos)
             if cause:
                 dropped[cause] += 1
                 continue
@@ -80,10 +82,12 @@ def label(
     return preferences, LabelCounts(pairs, len(preferences), **dropped, against=against)
 
 
-def _cause(first: str, second: str, gap: float) -> Literal["identical", "empty", "ties", ""]:
+def _cause(first: str, second: str, gap: float, eos: str | None) -> Literal["identical", "empty", "eos", "ties", ""]:
     """Why a pair states no preference; of several causes the first in this order."""
     if first == second:
         return "identical"
     if not (first.strip() and second.strip()):
         return "empty"
+    if eos and (eos in first or eos in second):
+        return "eos"
     return "ties" if gap == 0 else ""

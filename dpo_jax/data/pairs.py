@@ -25,7 +25,7 @@ class Cause(enum.StrEnum):
 
     # the row as bytes
     INVALID_UTF8 = "invalid_utf8"  # also lone surrogates, which no tokenizer can encode
-    NUL = "nul"
+    NUL = "nul"  # bytes of value 0 in a text file, as a crash leaves them; in JSON a text may hold \u0000
     INVALID_JSON = "invalid_json"
     DUPLICATE_KEY = "duplicate_key"
     NAN = "nan"

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dpo_jax.data.encode import token_ids
+from dpo_jax.data.terminal import one_line
 
 SEPARATOR = "·"
-
-
-def printable(text: str, *, keep: str = "") -> str:
-    r"""`text` with control, format and other invisible characters as escapes (`\x1b`, `\n`, `\u202e`); not those in `keep`."""
-    return "".join(
-        c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text
-    )
+_OTHER_SPACE = re.compile(rf"[^\S ]|{SEPARATOR}")  # what looks like a space and is another token; and the mark of ours
 
 
 def token_strings(ids: Sequence[int] | np.ndarray, tokenizer: Any) -> list[str]:
@@ -32,8 +28,12 @@ def token_strings(ids: Sequence[int] | np.ndarray, tokenizer: Any) -> list[str]:
         part = text.removeprefix(before) if text.startswith(before) else ""
         if not part or "\N{REPLACEMENT CHARACTER}" in part:
             part = str(tokenizer.convert_ids_to_tokens(token))
-        strings.append(printable(part).replace(SEPARATOR, "\\xb7"))
+        strings.append(_OTHER_SPACE.sub(_escaped, one_line(part)))
     return strings
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode("ascii")
 
 
 def shortened(strings: Sequence[str], most: int) -> list[str]:

@@ -9,6 +9,10 @@ from dpo_jax.data.columns import number, text
 from dpo_jax.data.files import read_rows
 from dpo_jax.data.pairs import HH_ASSISTANT, MAX_CHARACTERS, BadRow, Cause, DataError, DataReport
 
+REMEDIES = {  # of what `dpo-jax sample` may write, too
+    Cause.NO_PROMPT: "leave the row out: nobody can judge an answer to nothing",
+    Cause.TOO_LONG: "leave the row out, or lower --sample.max-new-tokens",
+}
 CUES = ("TL;DR:", HH_ASSISTANT)  # what prompts end with to make a policy answer; no part of what was asked
 
 
@@ -42,7 +46,7 @@ def read_completions(path: str | Path, *, by: str | None = None, report: DataRep
                 raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt")
             found.append(Completion(prompt, completion, number(row, by) if by else None, where))
         except BadRow as problem:
-            remedy = "write the file with dpo-jax sample"
+            remedy = REMEDIES.get(problem.cause, "write the file with dpo-jax sample")
             raise DataError(f"{path.parent / where}: {problem}; {remedy}", causes=[problem.cause]) from problem
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any, Literal, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.transforms import offset_copy
 
+from dpo_jax.data.terminal import one_line
 from dpo_jax.evals.palette import Style
 from dpo_jax.writing import naming
 
@@ -20,6 +23,7 @@ ImageFormat = Literal["png", "svg"]
 
 PANEL = (4.3, 3.1)  # inches of a single panel: its text is legible at the width of a phone
 LABEL_SIZE = 9.0  # points
+LONGEST = 60  # characters of a label
 LINE_HEIGHT = 1.35  # of a label, in units of its size
 SAMPLE = (7.0, 27.0)  # where the piece of line before a label begins and ends: points from the axes
 
@@ -32,6 +36,24 @@ class End(NamedTuple):
     label: str
     style: Style
     bold: bool = False
+
+
+def figure_text(text: str) -> str:
+    """Any text as a label that shows exactly this text, in one line: no formulas, what nobody would see, or the font lacks,
+    written out, and of a long one both ends (names differ at their end as often as at their beginning).
+    """
+    shown = "".join(c if _has_glyph(c) else c.encode("unicode_escape").decode("ascii") for c in one_line(text))
+    if len(shown) > LONGEST:
+        shown = f"{shown[: LONGEST // 2]}…{shown[-LONGEST // 2 :]}"
+    # A legend leaves out labels that begin with an underscore.
+    return " " * shown.startswith("_") + shown.replace("$", r"\$")
+
+
+@functools.cache
+def _has_glyph(character: str) -> bool:
+    return all(
+        get_font(findfont(FontProperties(weight=weight))).get_char_index(ord(character)) for weight in ("normal", "bold")
+    )
 
 
 def label_ends(figure: Figure, ends: Mapping[Axes, Sequence[End]], *, size: float = LABEL_SIZE) -> None:
@@ -68,7 +90,9 @@ def _label(figure: Figure, axes: Axes, end: End, height: float, *, size: float) 
         axes.plot([1], [height], marker, transform=middle, color=color, markersize=4.5, clip_on=False, gid="label")
     beside = offset_copy(axes.transAxes, figure, x=SAMPLE[1] + 4, units="points")
     weight = "bold" if end.bold else "normal"
-    text = axes.text(1, height, end.label, transform=beside, va="center", fontsize=size, color=color, fontweight=weight)
+    text = axes.text(
+        1, height, figure_text(end.label), transform=beside, va="center", fontsize=size, color=color, fontweight=weight
+    )
     text.set_gid("label")
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
-from dpo_jax.evals.drawing import End, label_ends, save
+from dpo_jax.evals.drawing import End, figure_text, label_ends, save
 from dpo_jax.evals.frontier import Optimum, Point
 from dpo_jax.evals.overoptimisation import Measured, RunName
 from dpo_jax.evals.palette import STYLES, Style
@@ -89,7 +89,7 @@ def plot_trajectories(runs: Mapping[RunName, Sequence[Measured]], path: str | os
         ticks = [kl for kl in KL_TICKS if kl <= most]
         axes.set_xticks(ticks[:: max(1, len(ticks) // 5)])
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_title(method, loc="left", fontweight="bold")
+        axes.set_title(figure_text(method), loc="left", fontweight="bold")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e4e4e4", linewidth=0.6)
         labels[axes] = ends
@@ -167,7 +167,7 @@ def _draw_details(axes: Axes, point: Point, style: Style, max_kl: float) -> None
     beyond = f" (KL {point.kl:.0f} \N{RIGHTWARDS ARROW})" if point.kl > max_kl else ""
     if point.setting or beyond:
         axes.annotate(
-            (point.setting + beyond).strip(),
+            figure_text((point.setting + beyond).strip()),
             (x, point.reward),
             xytext=(-5 if beyond else 4, -9),
             textcoords="offset points",

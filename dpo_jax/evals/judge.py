@@ -109,8 +109,14 @@ class Question(NamedTuple):
 def question_of(pair: Pair, *, prompt: str, a: Side, fence: bool) -> Question:
     """`prompt` is a key of `PROMPTS`. With `fence` texts stand between marks that none of them holds; else as in the paper."""
     first, second = (pair.policy, pair.baseline) if a == "policy" else (pair.baseline, pair.policy)
-    asked = messages(prompt, without_cue(pair.prompt), first.strip(), second.strip(), fence=fence)
+    texts = (_sendable(text) for text in (without_cue(pair.prompt), first.strip(), second.strip()))
+    asked = messages(prompt, *texts, fence=fence)
     return Question(hashlib.sha256(json.dumps(asked).encode()).hexdigest(), asked, a)
+
+
+def _sendable(text: str) -> str:
+    """With NUL written out: some servers end a text there, others refuse it."""
+    return text.replace("\0", "\\x00")
 
 
 def messages(prompt: str, post: str, a: str, b: str, *, fence: bool) -> Messages:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dpo_jax.evals.curves import COMPARED, EVAL, PANELS, ROWS, Line, Panel, guide_of, running_mean, series, window_of
-from dpo_jax.evals.drawing import LABEL_SIZE, PANEL, End, ImageFormat, bare, label_ends, save
+from dpo_jax.evals.drawing import LABEL_SIZE, PANEL, End, ImageFormat, bare, figure_text, label_ends, save
 from dpo_jax.evals.palette import GUIDE, STYLES
 
 MARKS = 60  # characters of a line below a panel
@@ -135,7 +135,7 @@ def plot_displacement(runs: Mapping[str, Iterable[Mapping[str, Any]]], path: str
     for axes, (name, rows) in zip(places, shown.items(), strict=False):
         ends = [end for line in panel.lines if (end := _draw(axes, line, rows)) is not None]
         axes.axhline(0.0, color=GUIDE.color, linewidth=0.8, linestyle=GUIDE.line, zorder=0)
-        axes.set_title(name, loc="left", fontweight="bold", fontsize=10)
+        axes.set_title(figure_text(name), loc="left", fontweight="bold", fontsize=10)
         axes.tick_params(labelsize=8)
         bare(axes)
         labels[axes] = ends

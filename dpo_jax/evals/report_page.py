@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 import jinja2
 from markupsafe import Markup, escape
 
+from dpo_jax.data.terminal import one_line, printable
+
 LEVELS = {"alarm": "Careful", "warning": "Note", "health": "Unusual", "fine": "Nothing unusual in"}
 LITTLE = 60  # characters that nobody needs to unfold
 TEMPLATES = Path(__file__).parent / "templates"
@@ -122,11 +124,12 @@ class Page:
 
 def render_html(page: Page) -> str:
     """A page that needs nothing else: its images are data URIs, and it has no script. A figure that is clicked fills it."""
-    environment = _environment(autoescape=True)
-    environment.filters["whole"] = _whole_interval
-    environment.filters |= {"beginning": beginning, "ending": ending, "options": _whole_options}
+    environment = _environment(autoescape=True, finalize=html_text)
+    environment.filters |= {"attribute": attribute_text, "whole": _whole_interval, "options": _whole_options}
+    environment.filters |= {"beginning": beginning, "ending": ending}
     css = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
-    return environment.get_template("report.html.j2").render(page=page, css=css, data_uri=_data_uri)
+    template = environment.get_template("report.html.j2")
+    return template.render(page=page, css=css, data_uri=lambda image: Markup(_data_uri(image)))
 
 
 def render_markdown(page: Page, *, link: Callable[[Path], str]) -> str:
@@ -163,14 +166,15 @@ def ending(text: str, limit: int) -> tuple[str, str]:
 def _whole_interval(cell: str) -> Markup:
     """A number with its interval may be broken before the bracket, and nowhere else."""
     number, bracket, rest = cell.partition(" (")
-    return escape(number) + (Markup(' <span class="whole">({}</span>').format(rest) if bracket else "")
+    return html_text(number) + (Markup(' <span class="whole">({}</span>').format(html_text(rest)) if bracket else "")
 
 
 def _whole_options(words: str) -> Markup:
     """Words in which no --option is broken over two lines."""
     parts = re.split(r"(--[\w.-]*\w)", words)
     return Markup("").join(
-        Markup('<span class="whole">{}</span>').format(part) if place % 2 else part for place, part in enumerate(parts)
+        Markup('<span class="whole">{}</span>').format(part) if place % 2 else html_text(part)
+        for place, part in enumerate(parts)
     )
 
 
@@ -182,16 +186,48 @@ def _is_numeric(cells: Sequence[str]) -> bool:
     return bool(filled) and all(_NUMBER.fullmatch(cell) for cell in filled)
 
 
+# Letters of scripts that run to the left, and what changes the direction: such a text could turn around what stands beside it.
+_TURNING = re.compile(
+    r"[\u0590-\u08ff\u200e\u200f\u202a-\u202e\u2066-\u2069\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]"
+)
+
+
+def html_text(value: object) -> Markup:
+    """Any text as HTML that shows exactly this text: no markup, what nobody would see written out (`terminal.HIDDEN`), and
+    isolated where it could turn around what stands beside it.
+    """
+    if isinstance(value, Markup):
+        return value
+    shown = escape(printable(str(value)))
+    return Markup("<bdi>{}</bdi>").format(shown) if _TURNING.search(str(value)) else shown
+
+
+def attribute_text(value: object) -> Markup:
+    """Any text as the value of an attribute, or a title: where no markup can stand."""
+    return escape(one_line(str(value)))
+
+
 _INLINE = re.compile(r"([\\`*_\[\]<>&|~$@])")
 # What begins a heading, a list or a line under a heading: of a line that is a number, nothing does.
 _BLOCK = re.compile(r"^(\d*)([.)](?=\s|$)|[-+](?=[\s-]|$)|[#=])")
-_BREAK = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
 def markdown_text(value: object) -> str:
-    """Any text as one line of Markdown that shows exactly this text: no heading, link, image, HTML, table cell or mention."""
+    """Any text as one line of Markdown that shows exactly this text: no heading, link, image, HTML, table cell or mention.
+
+    As on the page (`html_text`), what nobody would see is written out, and what could turn its surroundings is isolated.
+    """
     if isinstance(value, Markup):
         return str(value)
-    text = _BLOCK.sub(r"\1\\\2", _INLINE.sub(r"\\\1", str(value).strip()))
-    text = text.replace("://", "\\://").replace("www.", "www\\.")
-    return _BREAK.sub("<br>", text)
+    shown = printable(str(value).strip())
+    text = _BLOCK.sub(r"\1\\\2", _INLINE.sub(r"\\\1", shown))
+    text = text.replace("://", "\\://").replace("www.", "www\\.").replace("\n", "<br>")
+    return f"<bdi>{text}</bdi>" if _TURNING.search(str(value)) else text
+
+
+def markdown_code(text: str) -> str:
+    """Any text as a code span of Markdown, which nothing in it can end. Not for cells of tables, where `|` would end it."""
+    shown = one_line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    space = " " if shown.startswith("`") or shown.endswith("`") else ""
+    return f"{fence}{space}{shown}{space}{fence}" if shown.strip() else markdown_text(repr(text))

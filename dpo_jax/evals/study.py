@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport
+from dpo_jax.data.terminal import json_text, printable
 from dpo_jax.evals.completion_files import Completion, without_cue
 
 METHODS = ("a", "b")
@@ -123,7 +124,7 @@ def make_study(
     `names`: the two methods, for the key alone. `raters`: how many lists of comparisons there are, one a person (or any number
     of persons, if there is one list). `twice`: share of the comparisons that are on two lists, so that people can be compared
     with each other. Comparisons are shuffled for each list, and method a stands first in half of it. The page shows prompts as
-    a judge is shown them; the key keeps them whole, to find the verdicts on them.
+    a judge is shown them, and writes out what nobody could see; the key keeps all texts whole, to find the verdicts on them.
     """
     # The seed alone would let whoever has this program repeat the draw. The order of the files is not on the page.
     order = json.dumps([list(names), [list(comparison) for comparison in comparisons]])
@@ -133,9 +134,11 @@ def make_study(
     shuffled = [comparisons[number] for number in rng.permutation(len(comparisons))]
     items, hidden = [], []
     for number, (comparison, sides) in enumerate(zip(shuffled, stored, strict=True), start=1):
-        texts = [comparison.completions[method] for method in sides]
-        items.append({"id": f"{number:0{width}}", "prompt": without_cue(comparison.prompt), "texts": texts})
-        hidden.append({**items[-1], "prompt": comparison.prompt, "methods": [METHODS[method] for method in sides]})
+        name, texts = f"{number:0{width}}", [comparison.completions[method] for method in sides]
+        shown = [printable(text) for text in texts]
+        items.append({"id": name, "prompt": printable(without_cue(comparison.prompt)), "texts": shown})
+        methods = [METHODS[method] for method in sides]
+        hidden.append({"id": name, "prompt": comparison.prompt, "texts": texts, "methods": methods})
     lists = []
     for assigned in deal(len(items), raters, twice=twice, rng=rng):
         leading = rng.permutation(np.arange(len(assigned)) + rng.integers(2)) % 2  # the method shown first, half and half
@@ -180,8 +183,8 @@ def render(page: Mapping[str, Any]) -> str:
         f"default-src 'none'; style-src '{_sha256(style)}'; script-src '{_sha256(script)}'; img-src data:; base-uri 'none'; "
         "form-action 'none'"
     )
-    embedded = json.dumps(page, ensure_ascii=False)
-    for character in "<>&\u2028\u2029":
+    embedded = json_text(page)
+    for character in "<>&":
         embedded = embedded.replace(character, f"\\u{ord(character):04x}")
     # One pass: what is put in for one mark is not searched for the other.
     values = {"POLICY": policy, "STUDY": embedded}

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
-from dpo_jax.evals.drawing import save
+from dpo_jax.evals.drawing import figure_text, save
 from dpo_jax.evals.palette import STYLES, Style
 from dpo_jax.evals.win_rates import WinRate
 
@@ -46,15 +46,15 @@ def plot_win_rates(points: Sequence[WinRate], path: str | os.PathLike[str], *, x
     above.axhline(0.5, color="#999999", linewidth=0.8, linestyle=(0, (6, 4)), zorder=0)
     above.set_ylim(0, 1)
     above.set_ylabel("win rate (a flipped pair is half a win)")
-    above.set_title(f"Win rate against {baseline}", loc="left", fontweight="bold")
+    above.set_title(f"Win rate against {figure_text(baseline)}", loc="left", fontweight="bold")
     below.set_ylabel("mean length\n(characters)")
     below.set_ylim(0, 1.2 * max(max(p.policy_length, p.baseline_length) for p in points))
-    below.set_xlabel((x or "step").replace("_", " ") if not single else "")
+    below.set_xlabel(figure_text((x or "step").replace("_", " ")) if not single else "")
     if x == "best_of":  # 1, 4, 16, 64, 128
         below.set_xscale("log", base=2)
         below.minorticks_off()
     if single:
-        below.set_xticks(range(len(names)), names)
+        below.set_xticks(range(len(names)), [figure_text(name) for name in names])
     elif len(lengths) <= 10:
         below.set_xticks([place for place, _ in lengths], [f"{place:g}" for place, _ in lengths])
     for axes in (above, below):
@@ -69,7 +69,7 @@ def plot_win_rates(points: Sequence[WinRate], path: str | os.PathLike[str], *, x
 
 def _draw(figure: Figure, axes: Axes, points: Sequence[WinRate], places: np.ndarray, name: str, style: Style) -> None:
     rates = np.array([(p.win_rate.value, p.win_rate.low, p.win_rate.high) for p in points]).T
-    axes.plot(places, rates[0], linestyle=style.line, marker=style.marker, color=style.color, label=name)
+    axes.plot(places, rates[0], linestyle=style.line, marker=style.marker, color=style.color, label=figure_text(name))
     axes.vlines(places, rates[1], rates[2], color=style.color, linewidth=1.2)
     told = [not point.extrapolated for point in points]
     if not any(told):
@@ -85,6 +85,6 @@ def _draw(figure: Figure, axes: Axes, points: Sequence[WinRate], places: np.ndar
         marker=style.marker,
         markersize=8,
         markerfacecolor="none",
-        label=f"{name}, at equal length",
+        label=figure_text(f"{name}, at equal length"),
         **look,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax.data.terminal import csv_cell, json_text
 from dpo_jax.evals.frontier import Optimum, Point, best_of_n, bootstrap_interval, envelope, regret
 from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.writing import writing
@@ -38,11 +38,11 @@ def rows(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
 def write(folder: Path, table: Sequence[Mapping[str, Any]]) -> None:
     """`results.jsonl` and `results.csv`."""
     with writing(folder / "results.jsonl") as file:
-        file.writelines(json.dumps(row) + "\n" for row in table)
+        file.writelines(json_text(row) + "\n" for row in table)
     with writing(folder / "results.csv", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(table)
+        writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in table)
 
 
 def points(results: Sequence[Result]) -> list[Point]:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol, TextIO
 
+from dpo_jax.data.terminal import one_line, printable
+
 SILENCE_SECONDS = 10.0
 FIRST_WORD_SECONDS = 4.0  # of silence, after which a log file hears what is going on
 NOTABLE_SECONDS = 2.0  # what took less is not mentioned afterwards
@@ -110,14 +112,15 @@ class Board:
         """A line that stays."""
         with self._lock:
             self._erase()
-            self._write(f"{line}\n")
+            self._write(f"{printable(line)}\n")
             self._last = self.clock()
 
     def draw(self) -> None:
         """Shows the innermost task on a terminal, as it is now."""
         with self._lock:
             if self._tasks and self.terminal:
-                self._write(f"\r{self._tasks[-1].line(self.columns - 1)}\x1b[K")
+                line = one_line(self._tasks[-1].line(self.columns - 1))
+                self._write(f"\r{cut(line, self.columns - 1)}\x1b[K")
                 self._drawn = True
 
     def tick(self) -> None:

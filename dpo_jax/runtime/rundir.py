@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import fcntl
 import importlib.metadata
-import json
 import os
 import platform
 import socket
@@ -15,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.data.terminal import json_text
 from dpo_jax.writing import write_whole
 
 PACKAGES = (
@@ -161,4 +161,4 @@ def _version(name: str) -> str | None:
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Writes all of the file or nothing: a reader never sees half of it, also after a crash of the machine."""
-    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(path, (json_text(content, indent=2) + "\n").encode())
