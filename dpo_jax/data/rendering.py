@@ -1,0 +1,103 @@
+"""Rendering of conversations by a chat template, which is a program from outside: bounded in time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dpo_jax.untrusted import LIMITS, Unreadable, reading
+
+_ONE = threading.Lock()
+_MEMORY = Path("/proc/self/statm")  # pages of memory; Linux
+
+
+class Refused(ValueError):
+    """A chat template does not take a conversation. Others it may take."""
+
+
+class _Late(Exception):
+    """The time is over."""
+
+
+def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generate: bool = False, **options: Any) -> str:
+    """A conversation as the chat template of `tokenizer` writes it, with the generation prompt if asked to `generate`.
+
+    `options` are those of `apply_chat_template`. Raises `Refused` where the template raises anything or writes nothing, and
+    `Unreadable` where it takes longer, or more memory, than the limits allow. Both name it.
+    """
+    where = f"chat template of {getattr(tokenizer, 'name_or_path', '') or 'the tokenizer'}"
+    with reading(where, error=Refused), bounded(where):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate, **options)
+        if not isinstance(text, str) or not text:
+            raise ValueError("writes no text")
+        return text
+
+
+@contextlib.contextmanager
+def bounded(where: str) -> Iterator[None]:
+    """Ends what exceeds `limits.template_s` or `limits.template_mb`, with an `Unreadable`. Other errors pass.
+
+    Time is limited in the main thread, where Python handles signals, and memory on Linux, for the whole process: whatever
+    another thread allocates meanwhile counts.
+    """
+    try:
+        with _ONE, _memory_limit(LIMITS.template_mb * 2**20), _time_limit(LIMITS.template_s):
+            yield
+    except _Late as error:
+        raise Unreadable(f"{where}: did not end; {LIMITS.remedy('template_s')}") from error
+    except MemoryError as error:
+        raise Unreadable(f"{where}: too much memory; {LIMITS.remedy('template_mb')}") from error
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    running, start = True, time.monotonic()
+
+    def late(number: int, frame: Any) -> None:
+        if running:
+            _raise_late()
+
+    handler = signal.signal(signal.SIGALRM, late)
+    # Again and again: an exception in a handler may fall where Python ignores it.
+    left, every = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
+    try:
+        yield
+    finally:
+        running = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if left:  # somebody else's timer
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - start)), every)
+
+
+def _raise_late() -> NoReturn:
+    raise _Late
+
+
+@contextlib.contextmanager
+def _memory_limit(bytes_more: int) -> Iterator[None]:
+    """What this process may take more than it has."""
+    try:
+        used = int(_MEMORY.read_bytes().split()[0]) * resource.getpagesize()
+    except OSError:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = used + bytes_more
+    if soft != resource.RLIM_INFINITY and soft <= most:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
