@@ -173,8 +173,8 @@ def test_sampling_settings_mean_what_they_say_or_are_refused(tmp_path):
         found = read(lambda: end_tokens(tmp_path, {"eos_token_id": 5}), tmp_path, GENERATION)
         refused += isinstance(found, Unreadable)
         if isinstance(found, list):
-            ids = json.loads(mutant).get("eos_token_id") or []
-            assert found == sorted({5, *(ids if isinstance(ids, list) else [ids])})
+            ids = json.loads(mutant).get("eos_token_id")
+            assert found == sorted({5, *(ids if isinstance(ids, list) else [] if ids is None else [ids])})
     assert refused > 20
 
 
@@ -471,12 +471,13 @@ def test_a_template_may_raise_anything_and_is_named(template, told):
     assert template_parts(tokenizer).generation_prompt is None
 
 
-def test_damaged_templates_render_as_themselves_or_are_refused():
+def test_damaged_templates_render_as_themselves_or_are_refused(limits):
+    limits.template_s = 1  # Jinja takes exponential time to compile a chain of filters
     template = "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
     tokenizer = with_template(template)
     for mutant in mutations(template.encode(), count=mutants(100)):
         tokenizer.chat_template = mutant.decode(errors="replace")
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(Refused, Unreadable):
             assert render(tokenizer, ASKED) == tokenizer.apply_chat_template(ASKED, tokenize=False)
 
 

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from dpo_jax.untrusted import LIMITS, Unreadable, reading
 
 _ONE = threading.Lock()
-_MEMORY = Path("/proc/self/statm")  # pages of memory; Linux
 
 
 class Refused(ValueError):
     """A chat template does not take a conversation. Others it may take."""
 
 
-class _Late(Exception):
-    """The time is over."""
+class _Late(BaseException):
+    """The time is over. No Exception: Jinja catches those where it computes constants."""
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generate: bool = False, **options: Any) -> str:
@@ -46,58 +45,57 @@ def bounded(where: str) -> Iterator[None]:
     Time is limited in the main thread, where Python handles signals, and memory on Linux, for the whole process: whatever
     another thread allocates meanwhile counts.
     """
-    try:
-        with _ONE, _memory_limit(LIMITS.template_mb * 2**20), _time_limit(LIMITS.template_s):
+    with _ONE:
+        memory = _limit_memory(LIMITS.template_mb * 2**20)
+        timer = _Timer(LIMITS.template_s) if threading.current_thread() is threading.main_thread() else None
+        try:
             yield
-    except _Late as error:
-        raise Unreadable(f"{where}: did not end; {LIMITS.remedy('template_s')}") from error
-    except MemoryError as error:
-        raise Unreadable(f"{where}: too much memory; {LIMITS.remedy('template_mb')}") from error
+        except _Late as error:
+            raise Unreadable(f"{where}: did not end; {LIMITS.remedy('template_s')}") from error
+        except MemoryError as error:
+            raise Unreadable(f"{where}: too much memory; {LIMITS.remedy('template_mb')}") from error
+        finally:
+            if timer is not None:
+                timer.stop()
+            if memory is not None:
+                resource.setrlimit(resource.RLIMIT_AS, memory)
 
 
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    running, start = True, time.monotonic()
+class _Timer:
+    """Raises `_Late` in the main thread after some seconds."""
 
-    def late(number: int, frame: Any) -> None:
-        if running:
-            _raise_late()
+    def __init__(self, seconds: float) -> None:
+        self._running, self._start = True, time.monotonic()
+        self._handler = signal.signal(signal.SIGALRM, self._ring)
+        # Again and again: an exception may fall where Python ignores it, such as a finalizer.
+        self._other = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
 
-    handler = signal.signal(signal.SIGALRM, late)
-    # Again and again: an exception in a handler may fall where Python ignores it.
-    left, every = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
-    try:
-        yield
-    finally:
-        running = False
+    def _ring(self, number: int, frame: Any) -> None:
+        if self._running:
+            raise _Late
+
+    def stop(self) -> None:
+        self._running = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGALRM, self._handler)
+        left, every = self._other
         if left:  # somebody else's timer
-            signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - start)), every)
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - self._start)), every)
 
 
-def _raise_late() -> NoReturn:
-    raise _Late
-
-
-@contextlib.contextmanager
-def _memory_limit(bytes_more: int) -> Iterator[None]:
-    """What this process may take more than it has."""
+def _limit_memory(more: int) -> tuple[int, int] | None:
+    """Lets this process take so many bytes more than it has. Returns the limits before, None if they stay."""
     try:
-        used = int(_MEMORY.read_bytes().split()[0]) * resource.getpagesize()
-    except OSError:
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = used + bytes_more
-    if soft != resource.RLIM_INFINITY and soft <= most:
-        yield
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        file = os.open("/proc/self/statm", os.O_RDONLY)
+    except OSError:  # no Linux
+        return None
     try:
-        yield
+        pages = int(os.read(file, 64).split()[0])
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        os.close(file)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = pages * resource.getpagesize() + more
+    if soft != resource.RLIM_INFINITY and soft <= most:
+        return None
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    return soft, hard

@@ -48,7 +48,7 @@ class Fields:
     def number(self, key: str, *, least: float = _SMALLEST_FLOAT, right: str = "a number above 0") -> float:
         """A number that float32 holds, by default above 0."""
         value = self.all.get(key)
-        if type(value) not in (int, float) or not least <= value <= _LARGEST_FLOAT:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= _LARGEST_FLOAT:
             self.wrong(key, right)
         return float(value)
 
