@@ -45,57 +45,62 @@ def bounded(where: str) -> Iterator[None]:
     Time is limited in the main thread, where Python handles signals, and memory on Linux, for the whole process: whatever
     another thread allocates meanwhile counts.
     """
-    with _ONE:
-        memory = _limit_memory(LIMITS.template_mb * 2**20)
-        timer = _Timer(LIMITS.template_s) if threading.current_thread() is threading.main_thread() else None
-        try:
+    try:
+        with _ONE, _memory_limit(LIMITS.template_mb * 2**20), _time_limit(LIMITS.template_s):
             yield
-        except _Late as error:
-            raise Unreadable(f"{where}: did not end; {LIMITS.remedy('template_s')}") from error
-        except MemoryError as error:
-            raise Unreadable(f"{where}: too much memory; {LIMITS.remedy('template_mb')}") from error
-        finally:
-            if timer is not None:
-                timer.stop()
-            if memory is not None:
-                resource.setrlimit(resource.RLIMIT_AS, memory)
+    except _Late as error:
+        raise Unreadable(f"{where}: did not end; {LIMITS.remedy('template_s')}") from error
+    except MemoryError as error:
+        raise Unreadable(f"{where}: too much memory; {LIMITS.remedy('template_mb')}") from error
 
 
-class _Timer:
-    """Raises `_Late` in the main thread after some seconds."""
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises `_Late` after so long, and again each second: once it may fall where Python ignores it, such as a finalizer."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    running, start = True, time.monotonic()
 
-    def __init__(self, seconds: float) -> None:
-        self._running, self._start = True, time.monotonic()
-        self._handler = signal.signal(signal.SIGALRM, self._ring)
-        # Again and again: an exception may fall where Python ignores it, such as a finalizer.
-        self._other = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
-
-    def _ring(self, number: int, frame: Any) -> None:
-        if self._running:
+    def ring(number: int, frame: Any) -> None:
+        if running:
             raise _Late
 
-    def stop(self) -> None:
-        self._running = False
+    # The timer before the handler, which must not hear somebody else's timer.
+    left, every = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    handler = signal.signal(signal.SIGALRM, ring)
+    try:
+        yield
+    finally:
+        running = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, self._handler)
-        left, every = self._other
-        if left:  # somebody else's timer
-            signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - self._start)), every)
+        signal.signal(signal.SIGALRM, handler)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - start)), every)
 
 
-def _limit_memory(more: int) -> tuple[int, int] | None:
-    """Lets this process take so many bytes more than it has. Returns the limits before, None if they stay."""
+@contextlib.contextmanager
+def _memory_limit(more: int) -> Iterator[None]:
+    """Lets this process take so many bytes more than it has."""
+    used = _memory()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if used is None or (soft != resource.RLIM_INFINITY and soft <= used + more):
+        yield
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used + more, hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _memory() -> int | None:
+    """Bytes of address space that this process has; None where the system is no Linux."""
     try:
         file = os.open("/proc/self/statm", os.O_RDONLY)
-    except OSError:  # no Linux
+    except OSError:
         return None
     try:
-        pages = int(os.read(file, 64).split()[0])
+        return int(os.read(file, 64).split()[0]) * resource.getpagesize()
     finally:
         os.close(file)
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = pages * resource.getpagesize() + more
-    if soft != resource.RLIM_INFINITY and soft <= most:
-        return None
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-    return soft, hard
