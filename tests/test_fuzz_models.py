@@ -395,6 +395,17 @@ def test_wrong_types_in_a_tokenizer_are_one_error(file, change, small, tmp_path)
     assert exit_code(found) == 74
 
 
+def test_a_tokenizer_with_code_of_its_own_is_sound_and_refused(small, tmp_path):
+    folder = tmp_path / "t"
+    shutil.copytree(small, folder)
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    content |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+    found = read(lambda: load_tokenizer(folder), folder, str(folder))
+    assert isinstance(found, ConfigError)
+    assert exit_code(found) == 2
+
+
 def test_a_tokenizer_file_too_large_is_not_read(small, tmp_path, limits):
     folder = tmp_path / "t"
     shutil.copytree(small, folder)
@@ -487,9 +498,9 @@ def test_timers_of_others_ring_and_are_not_ours():
     before = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
     try:
-        tries = itertools.takewhile(lambda _: len(rung) < 100, range(10**6))
+        tries = itertools.takewhile(lambda _: len(rung) < 20, range(10**6))
         assert all(render(tokenizer, ASKED) == "Hi" for _ in tries)
-        assert len(rung) >= 100
+        assert len(rung) >= 20
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -76,7 +76,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         if left:
-            signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - start)), every)
+            signal.setitimer(signal.ITIMER_REAL, max(1e-6, left - (time.monotonic() - start)), every)
 
 
 @contextlib.contextmanager

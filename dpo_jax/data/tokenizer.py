@@ -59,11 +59,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """
     from transformers import PreTrainedTokenizerFast
 
-    here = Path(path).is_dir()
-    loader = _class_of(check_files(Path(path)) if here else {})
+    settings = check_files(Path(path)) if Path(path).is_dir() else {}
+    # A tokenizer with code of its own, or in an older form, may be sound and yet nothing for this package.
+    damaged = (Path(path) / "tokenizer.json").is_file() and "auto_map" not in settings
     where = f"no tokenizer could be loaded from {str(path)!r}"
-    with reading(where, remedy=_AGAIN if here else "", error=Unreadable if here else ValueError):
-        tokenizer = loader.from_pretrained(str(path), trust_remote_code=False)
+    with reading(where, remedy=_AGAIN if damaged else "", error=Unreadable if damaged else ValueError):
+        tokenizer = _class_of(settings).from_pretrained(str(path), trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{str(path)!r} has a {type(tokenizer).__name__}, but a tokenizer.json (a fast tokenizer) is needed")
     with reading(where, remedy=_AGAIN):

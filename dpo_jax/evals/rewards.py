@@ -93,7 +93,10 @@ def hf_classifier(path: str, label: str | None = None, *, batch: int = 64, devic
     where, again = f"classifier {path}", "save or fetch it again"
     with reading(where, remedy=again):
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model: Any = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False, use_safetensors=True)
+        options: Any = {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
+        model, report = AutoModelForSequenceClassification.from_pretrained(path, **options)
+        if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
+            raise ValueError(f"the weights lack {', '.join(missing[:5])}: no trained classifier")
         labels = [str(model.config.id2label[number]) for number in range(model.config.num_labels)]
         limit = min(int(tokenizer.model_max_length), _positions(model.config))
     if len(labels) == 1 and label is not None:
