@@ -3,8 +3,8 @@
 Nothing is imported until it is asked for (PEP 562): `import dpo_jax` is instant, and loads no JAX.
 
 Each name has an example in its docstring. There, `tokenizer`, `encoded`, `init`, `forward`, `unembed`, `model`, `variables`,
-`rows` and `tx` are those of the README's example ("As a library"), and `state` is that before its loop. `folder` holds a small
-Hugging Face model, such as `save_hf` writes of one of `make_model`. `collected` and `rollout` come from `collect` and
+`rows` and `tx` are those of the README's example ("Use the functions"), and `state` is that before its loop. `folder` holds a
+small Hugging Face model, such as `save_hf` writes of one of `make_model`. `collected` and `rollout` come from `collect` and
 `advantages`.
 """
 

@@ -129,10 +129,16 @@ def right(rewards: Array, logps: Array, ref_logps: Array) -> Any:
     than their rounding. So a policy that still is its reference has accuracy 1/2, also where the cached log-probabilities come
     from rows of another shape; computed in bfloat16 they may differ by more, and then the side is chance. numpy or JAX.
     """
-    margins, ratios = rewards[:, 0] - rewards[:, -1], logps - ref_logps
-    rounding = 2 * float(np.finfo(ratios.dtype).eps) * sum(abs(x[:, 0]) + abs(x[:, -1]) for x in (logps, ref_logps))
-    tie = ((abs(ratios[:, 0] - ratios[:, -1]) <= rounding) | (margins == 0)).astype(margins.dtype)
+    margins = rewards[:, 0] - rewards[:, -1]
+    tie = (tied(logps, ref_logps) | (margins == 0)).astype(margins.dtype)
     return (1 - tie) * (margins > 0).astype(margins.dtype) + tie / 2
+
+
+def tied(logps: Array, ref_logps: Array) -> Any:
+    """Where chosen and rejected differ by no more than the rounding of their log-probabilities `[P, K]`: bool[P]."""
+    ratios = logps - ref_logps
+    rounding = 2 * float(np.finfo(ratios.dtype).eps) * sum(abs(x[:, 0]) + abs(x[:, -1]) for x in (logps, ref_logps))
+    return abs(ratios[:, 0] - ratios[:, -1]) <= rounding
 
 
 def _margins(logps: jax.Array, ref_logps: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
@@ -27,6 +28,14 @@ class Fail(NamedTuple):
     headers: dict = {}
     body: str = '{"error": {"message": "no"}}'
     hang_up: bool = False
+
+
+class Raw(NamedTuple):
+    """A reply as it is: bytes, or pieces of a body that are sent until they end or nobody listens any more."""
+
+    body: bytes | Iterable[bytes]
+    headers: dict = {}
+    status: int = 200
 
 
 class FakeJudge:
@@ -75,6 +84,10 @@ class FakeJudge:
             act = self.script(body["messages"], number)
             if isinstance(act, Fail):
                 self._fail(request, act)
+            elif isinstance(act, Raw) and isinstance(act.body, bytes):
+                self._send(request, act.status, act.body, act.headers)
+            elif isinstance(act, Raw):
+                self._pour(request, act)
             else:
                 self._say(request, act, body["model"])
                 with self.lock:
@@ -97,6 +110,16 @@ class FakeJudge:
         if act.usage:
             reply["usage"] = dict(zip(("prompt_tokens", "completion_tokens"), act.usage, strict=True))
         self._send(request, 200, json.dumps(reply).encode(), {}, drip=act.drip)
+
+    def _pour(self, request, act):
+        request.send_response(act.status)
+        for name, value in {"Content-Type": "application/json", "Connection": "close", **act.headers}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        with contextlib.suppress(OSError):
+            for piece in act.body:
+                request.wfile.write(piece)
+        request.close_connection = True
 
     def _send(self, request, status, body, headers, *, drip=0.0):
         request.send_response(status)

@@ -23,7 +23,8 @@ import pytest
 from dpo_jax.cli.exit_codes import EXIT_CODES, exit_code, message
 
 SECONDS = 10.0
-SOAK = "DPO_JAX_SOAK_MUTANTS"  # how many mutations a door gets; the default of each test otherwise
+SOAK = "DPO_JAX_SOAK_MUTANTS"  # how many mutations a reader gets; the default of each test otherwise
+COUNTS = "DPO_JAX_SOAK_COUNTS"  # a file to which the number of those that were tried is added
 
 ODD_VALUES: list[Any] = [
     *(None, True, False, 0, -1, 1, 2**31, 2**63, 10**9, 10**399, -(10**399), 0.5, -0.0, 1e308, 5e-324),
@@ -74,6 +75,9 @@ def mutations(good: bytes, *, count: int, seed: int = 0) -> Iterator[bytes]:
             )
             mutant = change(mutant, generator)
         yield mutant
+    if COUNTS in os.environ:
+        with open(os.environ[COUNTS], "a") as file:
+            file.write(f"{count}\n")
 
 
 def mutants(few: int) -> int:

@@ -2,19 +2,22 @@
 
 import dataclasses
 import json
+import math
+import os
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from dpo_jax.cli import main as program
 from dpo_jax.data.pairs import DataError
 from dpo_jax.evals.agreement import (
+    agreement_over_items,
     among_people,
     cohen_kappa,
     counted,
-    interval_over_items,
+    kappa_interval,
     majority,
-    over_items,
     raw_agreement,
     share,
     share_over_items,
@@ -23,7 +26,7 @@ from dpo_jax.evals.agreement import (
     with_judge,
 )
 from dpo_jax.evals.preference import wilson_interval
-from dpo_jax.evals.ratings import Judgment, read_key, read_raters, read_records, read_verdicts
+from dpo_jax.evals.ratings import Judgment, read_key, read_raters, read_records, read_verdicts, sealed
 from dpo_jax.evals.study import WORDINGS, Comparison, make_study
 
 OTHER = {"a": "b", "b": "a", "tie": "tie", None: None}
@@ -60,13 +63,16 @@ def test_kappa_knows_neither_names_nor_who_comes_first():
 
 def test_shares_of_items_have_wilsons_interval():
     counts = np.eye(2)[(np.arange(100) % 4 == 0).astype(int)]
-    estimate = share_over_items(counts, seed=0)
+    estimate = share_over_items(counts)
     assert estimate.value == share(counts.sum(axis=0))
     assert (estimate.low, estimate.high) == pytest.approx(wilson_interval(estimate.value * 100, 100))
     # Two statements an item that always agree are one item said twice: the interval does not narrow.
-    doubled = share_over_items(2 * counts, seed=0)
+    doubled = share_over_items(2 * counts)
     assert doubled.trials == 200
-    assert doubled.high - doubled.low == pytest.approx(estimate.high - estimate.low, rel=0.1)
+    assert doubled[:3] == pytest.approx(estimate[:3])
+    # An item with more statements weighs more.
+    assert share_over_items(np.array([[3, 0], [0, 1]])).value == 0.75
+    assert math.isnan(share_over_items(np.zeros((2, 2))).low)
 
 
 def test_full_agreement_of_few_items_is_not_certainty():
@@ -75,7 +81,7 @@ def test_full_agreement_of_few_items_is_not_certainty():
     both = table["people"]["with_people"]
     assert both["agree"][:3] == pytest.approx((1, *wilson_interval(10, 10)))
     assert both["kappa"].value == 1
-    assert both["kappa"].low == pytest.approx(2 * both["agree"].low - 1)  # chance agreement is one half here
+    assert 0 < both["kappa"].low < 0.7 < both["kappa"].high == 1
     assert raw_agreement(among_people(votes).sum(axis=0)) == 1
 
 
@@ -90,8 +96,48 @@ def simulated(rng, studies, items):
     return people.astype(int), judge.astype(int)
 
 
+def agreeing(tables):
+    same = np.trace(tables, axis1=-2, axis2=-1)
+    return np.stack([same, tables.sum(axis=(-2, -1)) - same], axis=-1)
+
+
 def tables_of(one, other):
     return np.stack([[(one == i) & (other == j) for j in (0, 1)] for i in (0, 1)]).astype(float).transpose(2, 3, 0, 1)
+
+
+@pytest.mark.parametrize("split", [0.0, 0.3, 0.93, 0.97])
+def test_shares_of_two_statements_an_item_are_covered_also_where_nearly_all_items_are_split(split):
+    """Of 60 items, `split` have a statement for either side. A bootstrap over items covers 0.92 and 0.70 in the last two."""
+    truth = np.array([(1 - split) * 0.7, split, (1 - split) * 0.3])
+    items = np.array([[2, 0], [1, 1], [0, 2]])
+    held, mass = 0.0, 0.0
+    for won in range(61):
+        for lost in range(61 - won):
+            times = [won, 60 - won - lost, lost]
+            if (likely := stats.multinomial.pmf(times, 60, truth)) > 1e-6:
+                estimate = share_over_items(np.repeat(items, times, axis=0))
+                mass, held = mass + likely, held + likely * (estimate.low <= truth[0] + split / 2 <= estimate.high)
+    assert 0.93 <= held / mass <= (0.97 if split < 0.9 else 0.999)
+
+
+@pytest.mark.parametrize(
+    ("items", "chances"),
+    [
+        (30, (0.485, 0.015, 0.015, 0.485)),
+        (150, (0.485, 0.015, 0.015, 0.485)),
+        (60, (0.01, 0.04, 0.04, 0.91)),
+        (60, (0.02, 0.02, 0.02, 0.94)),
+        (30, (0.4, 0.1, 0.1, 0.4)),
+    ],
+)
+def test_kappa_is_covered_also_where_nearly_all_agree_or_say_the_same(items, chances):
+    """A bootstrap of the items alone covers 0.99, 0.92, 0.47, 0.82 and 0.92 of these, and has none in a third of the fourth."""
+    truth = float(cohen_kappa(np.reshape(chances, (2, 2))))
+    held = []
+    for counts in np.random.default_rng(0).multinomial(items, chances, size=300):
+        low, high = kappa_interval(np.repeat(np.eye(4).reshape(4, 2, 2), counts, axis=0), seed=len(held), resamples=300)
+        held.append(low <= truth <= high or np.isnan(low))
+    assert 0.92 <= np.mean(held) <= 0.985
 
 
 @pytest.mark.parametrize("measure", [raw_agreement, cohen_kappa, share])
@@ -103,7 +149,11 @@ def test_intervals_cover_the_truth_95_times_in_100(measure):
     people, judge = simulated(np.random.default_rng(1), 1, 1_000_000)
     truth = float(measure(counts_of(people, judge).sum(axis=0))[0])
     counts = counts_of(*simulated(np.random.default_rng(2), 1000, 150))
-    low, high = interval_over_items(measure, counts, seed=3, resamples=1000)
+    if measure is cohen_kappa:
+        low, high = kappa_interval(counts, seed=3, resamples=1000)
+    else:
+        of_items = np.moveaxis(counts if measure is share else agreeing(counts), 0, 1)
+        low, high = np.array([share_over_items(study)[1:3] for study in of_items]).T
     assert 0.93 <= np.mean((low <= truth) & (truth <= high)) <= 0.97
 
 
@@ -198,7 +248,10 @@ def test_swapping_the_methods_mirrors_the_win_rates_and_nothing_else():
         (table["judges"]["j"], mirrored["judges"]["j"]),
     ):
         for measure in ("agree", "kappa"):
-            assert one["with_people"][measure] == pytest.approx(other["with_people"][measure])
+            here, there = (side["with_people"][measure] for side in (one, other))
+            assert (here.value, here.trials) == (pytest.approx(there.value), there.trials)
+            # Kappa's interval is resampled: its ends move in the second digit.
+            assert here[1:3] == pytest.approx(there[1:3], abs=0.02 if measure == "kappa" else 1e-12)
 
 
 def test_ties_are_set_aside_and_everything_is_counted():
@@ -233,7 +286,9 @@ def test_no_data_no_figure():
     table = table_2(judged("1 ann a", "2 bob b"), {"gpt": {}}, seed=0)
     assert np.isnan(table["people"]["with_people"]["agree"].value)
     assert np.isnan(table["judges"]["gpt"]["win"].value)
-    assert over_items(cohen_kappa, np.tile([[5.0, 0], [0, 0]], (3, 1, 1)), seed=0).trials == 15
+    always_a = agreement_over_items(np.tile([[5.0, 0], [0, 0]], (3, 1, 1)), seed=0)
+    assert (always_a["agree"].value, always_a["kappa"].trials) == (1, 15)
+    assert np.isnan(always_a["kappa"][:3]).all()
 
 
 # Files
@@ -293,10 +348,12 @@ def test_an_edited_rating_is_refused(study, key, tmp_path, place, change, expect
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('{"kind":\n "dpo_jax', "r.json:2: Unterminated string"),
-        ("[]", "a JSON object is needed"),
-        ("\udcff", "byte 0 is not UTF-8"),
-        ("[" * 20000, "nested too deeply|Expecting value"),
+        ('{"kind":\n "dpo_jax', "r.json: JSONDecodeError: Unterminated string starting at: line 2 column 2"),
+        ("[]", "r.json: ValueError: a JSON object is needed, this is an array"),
+        ("\udcff", "r.json: not UTF-8: byte 0xff at byte 0"),
+        ("[" * 20000, r"r.json: \w+: 20000 levels deep; the limit is 100"),
+        ('{"kind": 1, "kind": 2}', "r.json: \\w+: the key 'kind' occurs twice"),
+        ('{"number": NaN}', "r.json: \\w+: NaN is not a number of JSON"),
     ],
 )
 def test_a_damaged_file_is_named(key, tmp_path, text, expected):
@@ -317,10 +374,37 @@ def test_one_rater_twice_is_found_by_name_and_by_sitting(study, key, tmp_path):
             read_raters([first, again], key=key)
 
 
-def test_a_file_that_is_no_key_is_told(study, tmp_path):
-    for change in ({"raters": [[["999", 0]]]}, {"items": [{"id": "1"}]}, {"names": None}):
-        with pytest.raises(DataError, match="not a key that dpo-jax study wrote"):
-            read_key(write(tmp_path, "key.json", study.key | change))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"raters": [[["999", 0]]]},
+        {"raters": [[["001", 2]]]},
+        {"raters": [[["001", 0], ["001", 0]]]},
+        {"raters": []},
+        {"items": [{"id": "1"}]},
+        {"items": [{"id": "001", "prompt": "p", "texts": ["x", "y"], "methods": ["a", "a"]}]},
+        {"items": [{"id": "001", "prompt": "p", "texts": "xy", "methods": ["a", "b"]}]},
+        {"names": None},
+        {"names": {"a": "x", "b": 3}},
+        {"study": 7},
+        {"extra": 1},
+        {"check": "0" * 16},
+    ],
+    ids=json.dumps,
+)
+def test_a_file_that_is_no_key_is_told(study, tmp_path, change):
+    with pytest.raises(DataError, match="key.json: not a key that dpo-jax study wrote, or damaged .*make the study again"):
+        read_key(write(tmp_path, "key.json", study.key | change))
+
+
+def test_a_changed_letter_of_a_key_is_noticed(study, key, tmp_path):
+    """It decides who won."""
+    content = sealed(study.key)
+    assert read_key(write(tmp_path, "key.json", content)) == key
+    for place, item in enumerate(content["items"]):
+        items = [*content["items"][:place], item | {"methods": item["methods"][::-1]}, *content["items"][place + 1 :]]
+        with pytest.raises(DataError, match="check: bad_layout: the checksum is not that of the content"):
+            read_key(write(tmp_path, "key.json", content | {"items": items}))
 
 
 def test_records_of_any_origin(key, tmp_path):
@@ -449,6 +533,16 @@ def test_what_is_missing_is_told(study, run_dir, capsys):
         records = write(run_dir, "records.jsonl", '{"item": "001", "winner": "b", "rater": "ann"}')
         assert agree(run_dir, *(str(records) if flag == "RECORDS" else flag for flag in flags)) == 2
         assert expected in capsys.readouterr().err
+    for column in ("[1]", '{"judges": {"j": 7}}', '{"names": '):
+        write(run_dir / "agree", "agreement.json", column)
+        assert agree(run_dir, "--agree.ratings", str(records), "--agree.beside", str(run_dir)) == 2
+        shown = capsys.readouterr().err
+        assert f"agree.beside: {run_dir}/agree/agreement.json: " in shown
+        assert f"run dpo-jax agree --run.dir {run_dir} first" in shown
+    os.mkfifo(run_dir / "study" / "ratings" / "pipe.json")
+    assert agree(run_dir) == 2
+    assert "ratings/pipe.json: not a file" in capsys.readouterr().err
+    (run_dir / "study" / "ratings" / "pipe.json").unlink()
     write(run_dir / "study" / "ratings", "1.json", rater_file(study, 1, lambda item: "a") | {"study": "0" * 16})
     assert agree(run_dir) == 65
     assert "give its own key with --agree.key" in capsys.readouterr().err

@@ -392,15 +392,18 @@ def test_errors_are_one_message_and_bugs_a_traceback(small, ran, monkeypatch, ca
 # The files in configs/
 
 
-def commands_of_the_readme():
-    """Each `dpo-jax COMMAND CONFIG --flags` of the README as its words, with the dots that stand for what was said before."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted((ROOT / "dpo_jax").glob("*/README.md"))]
+
+
+def commands_of_the_readmes():
+    """Each `dpo-jax COMMAND CONFIG --flags` in a README as its words, with the dots that stand for what was said before."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in READMES).replace("\\\n", " ")
     found = re.findall(r"dpo-jax +([a-z-]+) +((?:CONFIG|configs/|RUN\b)[^`#\n]*)", text)
     return list(dict.fromkeys((name, *shlex.split(words)) for name, words in found))
 
 
-@pytest.mark.parametrize("words", commands_of_the_readme(), ids=" ".join)
-def test_the_commands_of_the_readme_are_understood(words, tmp_path):
+@pytest.mark.parametrize("words", commands_of_the_readmes(), ids=" ".join)
+def test_the_commands_of_the_readmes_are_understood(words, tmp_path):
     """Every flag is there, takes the value that is written, and nothing that the command needs is missing."""
     name, config, *flags = words
     values = {"STEP": "200", "DIR": str(tmp_path), "RUN": str(tmp_path), "NAME": "m"}
@@ -422,6 +425,39 @@ def test_the_commands_of_the_readme_are_understood(words, tmp_path):
         except (ConfigError, SystemExit) as problem:
             problems.append(str(problem))
     raise AssertionError(problems)
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_links_of_the_readmes_lead_somewhere(path):
+    """Files are there, and so are headings, as GitHub names them; what the table of configurations names is there as well."""
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, heading = link.partition("#")
+        if "://" in name:
+            continue
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        titles = (
+            [
+                re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
+                for line in target.read_text().splitlines()
+                if line.startswith("#")
+            ]
+            if heading
+            else [heading]
+        )
+        assert heading in titles, link
+    for name in re.findall(r"`(?:configs/)?([\w{},]+\.yaml)`", text):
+        start, options = re.split(r"[{}]|NAME", name)[0], re.findall(r"\{(.*)\}", name)
+        for option in options[0].split(",") if options else [""]:
+            assert any(
+                file.name.startswith(start + option)
+                for file in [*(ROOT / "configs").iterdir(), *(ROOT / "launch").rglob("*.yaml")]
+            ), name
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_the_papers_experiments_are_there():

@@ -8,7 +8,14 @@ import pytest
 from test_step import random_pairs
 
 from dpo_jax.data.loader import in_order, plan_layout
-from dpo_jax.evals.preference import NonFiniteLogps, held_out_logps, mean_with_error, preference_summary, wilson_interval
+from dpo_jax.evals.preference import (
+    NonFiniteLogps,
+    held_out_logps,
+    mean_with_error,
+    preference_summary,
+    score_interval,
+    wilson_interval,
+)
 from dpo_jax.losses import dpo_loss, ipo_loss
 
 DPO = functools.partial(dpo_loss, beta=0.1)
@@ -42,6 +49,20 @@ def test_wilson_interval_is_symmetric_and_narrows():
         assert 0 <= low <= successes / 10 <= high <= 1
     with pytest.raises(ValueError, match="at least one trial"):
         wilson_interval(0, 0)
+
+
+def test_scores_narrow_the_interval_where_they_tie_and_weigh_by_their_sizes():
+    ends = score_interval([1, 0, 0.5, 0.5]), score_interval([1, 0, 1, 0])
+    assert ends[1] == pytest.approx(wilson_interval(2, 4))
+    assert ends[1][0] < ends[0][0] < 0.5 < ends[0][1] < ends[1][1]
+    low, high = score_interval([0.5] * 30)
+    assert 0.4 < low < 0.47 < 0.53 < high < 0.6  # all alike is no certainty
+    assert score_interval([1, 0.5, 0], [2, 2, 2]) == pytest.approx(score_interval([1, 0.5, 0]))
+    low, high = score_interval([1, 0.5, 0], [3, 1, 1])
+    assert low < 0.7 < high
+    for scores in ([], [0.5, 1.5], [-1]):
+        with pytest.raises(ValueError, match=r"needs scores in \[0, 1\], and at least one, got"):
+            score_interval(scores)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.75, 0.95])
@@ -80,7 +101,7 @@ def test_right_wrong_and_tied_pairs():
     assert summary["rewards/accuracies"] == (1 + 0 + 0.5 + 1) / 4
     assert summary["rewards/margins"] == pytest.approx(0.1 * (1 - 1 + 0 + 1) / 4)
     assert (summary["displacement/chosen"], summary["displacement/rejected"]) == pytest.approx((0.25, 0.0))
-    assert summary["rewards/accuracies_low"] == wilson_interval(2.5, 4)[0]
+    assert summary["rewards/accuracies_low"] == score_interval([1, 0, 0.5, 1])[0]
 
 
 @pytest.mark.parametrize("kind", ["plain", "shared", "packed"])

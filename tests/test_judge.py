@@ -24,6 +24,7 @@ from dpo_jax.cli.main import main
 from dpo_jax.cli.sample import best_rows, within
 from dpo_jax.data.pairs import DataError
 from dpo_jax.evals.completion_files import Completion, read_completions, without_cue
+from dpo_jax.evals.endpoint import Endpoint, Fault, wait_of
 from dpo_jax.evals.injections import injections
 from dpo_jax.evals.judge import (
     Pair,
@@ -34,7 +35,7 @@ from dpo_jax.evals.judge import (
     question_of,
     winner_of,
 )
-from dpo_jax.evals.judging import Budget, Endpoint, Fault, Unfinished, ask_all, wait_of
+from dpo_jax.evals.judging import Budget, Unfinished, ask_all
 from dpo_jax.evals.pairing import pair_up
 from dpo_jax.evals.verdicts import ForeignVerdicts, Tokens, VerdictLog
 from dpo_jax.evals.win_rates import win_rates
@@ -315,6 +316,11 @@ def test_the_clients_own_retries_are_off_and_a_told_wait_is_for_all(tmp_path):
         ({"retry-after": "0.5"}, 0.5),
         ({"retry-after-ms": "250", "retry-after": "7"}, 0.25),
         ({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0.0),
+        # By the clock of the endpoint, which may be years behind ours.
+        ({"retry-after": "Thu, 01 Jan 1970 00:02:00 GMT", "date": "Thu, 01 Jan 1970 00:00:30 GMT"}, 90.0),
+        ({"retry-after": "Thu, 01 Jan 1970 00:02:00 GMT", "date": "yesterday"}, 0.0),
+        ({"retry-after": "Thu, 99 Jan 99999999999999999999 00:02:00 GMT"}, None),
+        ({"retry-after": "9" * 400}, None),
         ({"retry-after": "-3"}, None),
         ({"retry-after": "inf"}, None),
         ({"retry-after": "soon"}, None),
@@ -456,6 +462,19 @@ def test_faults_say_what_they_may_have_cost():
     assert fault_of(Say(A, delay=0.4), timeout=0.1).paid
 
 
+def test_a_key_that_is_a_word_of_the_answer_changes_no_verdict(tmp_path):
+    """Keys of servers of one's own may be any word. The choice is read in what the judge said, and its words are hidden."""
+
+    async def run(url, log):
+        endpoint = endpoint_at(url, key="comparison-judge")
+        await ask_all(questions_of(pairs_of(1)), endpoint, log, concurrency=1, **NO_LIMIT)
+        await endpoint.close()
+
+    with fake_judge(lambda asked, number: Say(A)) as judge, VerdictLog(tmp_path / "log", {}) as log:
+        asyncio.run(run(judge.url, log))
+        assert [(v["choice"], v["text"][:6]) for v in log.verdicts.values()] == [("A", "[key]:")] * 2
+
+
 # The log
 
 
@@ -471,23 +490,6 @@ def test_a_log_of_other_settings_or_texts_is_refused(tmp_path):
         log.only_of({question.key for question in questions})  # two new ones are welcome
         with pytest.raises(ForeignVerdicts, match=r"holds 1 verdicts \(of 4\) on other texts"):
             log.only_of({question.key for question in questions[1:]})
-
-
-def test_a_line_that_was_cut_off_is_forgotten_and_a_damaged_one_told(tmp_path):
-    path = tmp_path / "log"
-    with VerdictLog(path, {}) as log:
-        log.sent("a", Tokens(5, 5))
-        asyncio.run(log.answered("a", Tokens(3, 2), choice="A", failure="", text="", model="m"))
-        log.sent("b", Tokens(7, 7))
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"answered": "b", "cho')
-    with VerdictLog(path, {}) as log:
-        assert (list(log.verdicts), log.interrupted, log.spent) == (["a"], 1, Tokens(10, 9))
-    assert path.read_bytes() == whole
-    for damaged in (whole.replace(b'"A"', b'"A'), whole.replace(b"tokens_in", b"tokens"), whole[5:]):
-        path.write_bytes(damaged)
-        with pytest.raises(OSError, match="line . is damaged; move the file away"):
-            VerdictLog(path, {})
 
 
 # Pairs
@@ -641,6 +643,19 @@ def test_from_files_to_win_rates(tmp_path, monkeypatch):
     assert pairs[0] | {"outcome": "won", "policy": " dpo 0 0", "baseline": " base 0 0", "uid": "dpo:0:1"} == pairs[0]
     assert (folder / "win_rates.csv").read_text().count("\n") == 5
     assert (folder / "win_rates.png").read_bytes().startswith(b"\x89PNG")
+    # A damaged line is told, and asked again; nothing else is.
+    log = folder / "verdicts.jsonl"
+    lines = log.read_bytes().split(b"\n")
+    place = next(place for place, line in enumerate(lines, start=1) if b'"answered"' in line)
+    lines[place - 1] = lines[place - 1].replace(b'"choice": "', b'"choice": "C')
+    log.write_bytes(b"\n".join(lines))
+    with fake_judge(prefers("dpo")) as judge:
+        code, out = call(*flags, "--base-url", judge.url)
+        assert (code, len(judge.headers)) == (0, 1), out
+    assert f"{log}: not used, and copied to verdicts.damaged.jsonl: line {place}; what it answered is asked again" in out
+    assert "1 lines are damaged or missing; each counts as a request of the largest size" in out
+    again = json.loads((folder / "report.json").read_text())
+    assert (again["outcomes"], again["requests"], again["lost_lines"]) == (report["outcomes"], 242, 1)
 
 
 def test_answers_that_are_no_verdicts_are_told_by_their_cause(tmp_path, monkeypatch):
@@ -722,11 +737,13 @@ def test_injections_are_tried_on_the_judge_that_is_asked(tmp_path, monkeypatch, 
         (("--judge.max-cost", "5"), 2, "judge.max_cost: needs judge.price_in"),
         (("--judge.concurrency", "0"), 2, "judge.concurrency: must be greater than 0"),
         (("--judge.a", "a/x.jsonl,b/x.jsonl"), 2, "judge.a: two files are named 'x'"),
+        (("--judge.key-env", "ODD_KEY"), 2, "judge.key_env: the variable ODD_KEY holds characters that no key can have"),
         ((), 2, "judge.key_env: https://api.openai.com/v1 wants a key, and the variable OPENAI_API_KEY is empty"),
     ],
 )
 def test_wrong_use_is_told_and_no_key_shown(tmp_path, monkeypatch, flags, code, expected):
     monkeypatch.setenv("OPENAI_API_KEY", KEY if flags else "")
+    monkeypatch.setenv("ODD_KEY", f"{KEY}\n{KEY}")
     found, out = call(*run_files(tmp_path, prompts=1), *flags)
     assert (found, KEY in out) == (code, False), out
     assert expected in out

@@ -37,7 +37,7 @@ ONLY_IN = {
         "evals/rewards.py",  # other people's classifiers
     ],
     "sklearn": ["evals/rewards.py"],
-    "openai": ["evals/judging.py"],
+    "httpx2": ["evals/endpoint.py"],
     "trl": ["bench/trl_loop.py"],
     "datasets": ["bench/trl_loop.py"],
 }
@@ -176,7 +176,7 @@ def test_help_imports_nothing_heavy(name):
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_optional_packages_wait_until_they_are_needed(path):
-    optional = {"sklearn", "openai"} if name_of(path).startswith("bench/") else {"sklearn", "openai", "torch"}
+    optional = {"sklearn", "httpx2"} if name_of(path).startswith("bench/") else {"sklearn", "httpx2", "torch"}
     for line, dotted in imported(path, at_import_only=True):
         assert dotted.split(".")[0] not in optional, f"{name_of(path)}:{line} imports {dotted} for everyone"
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dpo_jax.data import reviews
-from dpo_jax.evals.preference import wilson_interval
+from dpo_jax.evals.preference import score_interval
 from dpo_jax.evals.rewards import LinearReward, exact_reviews, fit_linear, hf_classifier, learned, sign_accuracy, words
 from dpo_jax.untrusted import Unreadable
 
@@ -48,7 +48,7 @@ def test_sign_accuracy_counts_zero_as_half():
     reward = LinearReward(0.0, {"good": 2.0, "bad": -3.0})
     share, interval = sign_accuracy(reward, ["good", "bad", "bad", "neither"], [1, 0, 1, 0])
     assert share == 2.5 / 4
-    assert interval == wilson_interval(2.5, 4)
+    assert interval == score_interval([1, 0, 1, 0.5])
 
 
 def test_a_fitted_linear_reward_is_scikit_learns_log_odds():

@@ -237,6 +237,10 @@ def test_the_command_writes_page_and_key_and_keeps_a_key_that_raters_need(tmp_pa
     assert run(tmp_path, "--study.raters", "2") == 2
     assert f"is the key of study {key['study']}, and this would be" in capsys.readouterr().err
     assert (folder / "key.json").read_bytes() == before
+    (folder / "key.json").write_bytes(before[:-3])  # of which study it is, nobody can say any more
+    assert run(tmp_path, "--study.raters", "3") == 74
+    assert "restore it, or move that folder away: a study may depend on it" in capsys.readouterr().err
+    assert (folder / "key.json").read_bytes() == before[:-3]
 
 
 @pytest.mark.parametrize(

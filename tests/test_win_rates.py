@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from dpo_jax.evals.judge import Pair
-from dpo_jax.evals.preference import wilson_interval
-from dpo_jax.evals.win_rates import Rate, columns, length_controlled, rate, win_rate, win_rates
+from dpo_jax.evals.preference import score_interval, wilson_interval
+from dpo_jax.evals.win_rates import columns, length_controlled, rate, win_rate, win_rates
 from dpo_jax.evals.win_rates_plot import plot_win_rates
 
 DRAWS = 1000
@@ -21,6 +22,49 @@ def coverage(truth, low, high):
 def in_both_orders(random, chance):
     """1, 0.5 or 0: each order is won with `chance`, and orders that disagree have flipped."""
     return ((random.random(chance.shape) < chance) + 0.0 + (random.random(chance.shape) < chance)) / 2
+
+
+def outcomes(pairs, chances, *, least=1e-9):
+    """The ways to win, flip and lose `pairs` with `chances`, but for the least likely: scores[K, pairs], probabilities[K]."""
+    counts = np.array([(won, lost) for won in range(pairs + 1) for lost in range(pairs + 1 - won)])
+    counts = np.stack([counts[:, 0], pairs - counts.sum(axis=1), counts[:, 1]], axis=1)
+    likely = stats.multinomial.pmf(counts, pairs, chances)
+    counts, likely = counts[likely > least], likely[likely > least]
+    return np.stack([np.repeat([1.0, 0.5, 0.0], row) for row in counts]), likely
+
+
+def exact_coverage(pairs, chances):
+    """The coverage of `rate`, and its mean width, without simulation."""
+    scores, likely = outcomes(pairs, chances)
+    truth, found = chances[0] + chances[1] / 2, [rate(row) for row in scores]
+    held = [r.low <= truth + 1e-12 and truth - 1e-12 <= r.high for r in found]
+    return likely @ held, likely @ [r.high - r.low for r in found]
+
+
+# Truths as won, flipped and lost. Before, the first three were covered in 85 %, the next three in 86, 88 and 93 %.
+CORNERS = [
+    *[(30, (0, 0.9, 0.1)), (100, (0, 0.97, 0.03)), (300, (0, 0.99, 0.01))],
+    *[(20, (0.15, 0.85, 0)), (50, (0.01, 0.92, 0.07)), (10, (0.5, 0.4, 0.1)), (10, (0, 0.7, 0.3))],
+    *[(50, (0, 0.9, 0.1)), (100, (0.01, 0.9, 0.09)), (100, (0.33, 0.34, 0.33))],
+]
+
+
+@pytest.mark.parametrize(("pairs", "chances"), CORNERS)
+def test_exact_coverage_where_nearly_all_pairs_flip_or_one_side_never_wins(pairs, chances):
+    for one in (chances, chances[::-1]):
+        assert COVERAGE[0] <= exact_coverage(pairs, one)[0] <= COVERAGE[1] + 0.0005  # 0.9702 at 10 pairs, 0/70/30 %
+
+
+@pytest.mark.parametrize("pairs", [10, 30, 60])
+def test_exact_coverage_is_never_low_where_two_or_more_pairs_are_unlike_the_rest(pairs):
+    """It may be high: 0.985 where five or more such pairs are expected, 0.999 where fewer, as few outcomes are likely then."""
+    shares = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
+    truths = [(won, 1 - won - lost, lost) for won in shares for lost in shares if won + lost <= 0.95 and won <= lost]
+    truths = [truth for truth in truths if pairs * (1 - max(truth)) >= 2]
+    found = np.array([exact_coverage(pairs, truth) for truth in truths])
+    assert COVERAGE[0] <= found[:, 0].min() <= found[:, 0].max() <= 0.999
+    likely_many = found[[pairs * (1 - max(truth)) >= 5 for truth in truths], 0]
+    assert likely_many.max() <= 0.985
 
 
 @pytest.mark.parametrize(("pairs", "truth"), [(100, 0.5), (256, 0.61), (256, 0.85), (500, 0.36)])
@@ -46,6 +90,26 @@ def test_length_control_recovers_what_a_judge_that_likes_length_hides(pairs, tru
         assert abs(values.mean() - truth) > 0.05
 
 
+@pytest.mark.parametrize(
+    ("truth", "slope", "flips"), [(0.45, 0.0, 1.0), (0.9, 0.0, 0.0), (0.4, 2.0, 1.0), (0.5, 0.0, 0.9), (0.95, 0.0, 0.3)]
+)
+def test_exact_coverage_of_length_control_in_corners(truth, slope, flips):
+    """15 pairs of either length. `flips`: as a share of those that could flip. Before, the first two had 0.92 and 0.82."""
+    ratios = np.array([-0.2, 0.4])
+    means = 1 / (1 + np.exp(-(math.log(truth / (1 - truth)) + slope * ratios)))
+    sides = []
+    for mean in means:
+        flipped = flips * 2 * min(mean, 1 - mean)
+        sides.append(outcomes(15, (mean - flipped / 2, flipped, 1 - mean - flipped / 2), least=1e-4))
+    (one, one_likely), (other, other_likely) = sides
+    values = np.concatenate([np.repeat(one, len(other), axis=0), np.tile(other, (len(one), 1))], axis=1)
+    middle, low, high = length_controlled(values, np.broadcast_to(np.repeat(ratios, 15), values.shape))
+    told = ~np.isnan(middle)
+    likely = np.outer(one_likely, other_likely).ravel() * told
+    assert ((low < middle) & (middle < high))[told].all()
+    assert COVERAGE[0] <= likely @ ((low <= truth) & (truth <= high)) / likely.sum() <= 1
+
+
 def test_length_control_where_length_has_no_say_and_from_the_other_side():
     random = np.random.default_rng(0)
     log_ratios, values = random.normal(0.3, 0.5, 400), (random.random(400) < 0.7) + 0.0
@@ -54,7 +118,8 @@ def test_length_control_where_length_has_no_say_and_from_the_other_side():
     mean = values.mean()
     error = 1 / math.sqrt(800 * mean * (1 - mean)) * math.sqrt(800 / 798)
     expected = [1 / (1 + math.exp(-(math.log(mean / (1 - mean)) + z * error))) for z in (0, -1.959964, 1.959964)]
-    assert [float(middle), float(low), float(high)] == pytest.approx(expected, abs=1e-6)
+    assert float(middle) == pytest.approx(mean, abs=1e-6)
+    assert [float(low), float(high)] == pytest.approx(expected[1:], abs=5e-4)  # half a win and half a loss in 800
     middle, low, high = length_controlled(values, log_ratios)
     assert low < middle < high
     swapped = length_controlled(1 - values, -log_ratios)
@@ -69,8 +134,12 @@ def test_where_length_explains_all_or_nothing_varies():
 
 
 def test_rate_of_zeros_and_ones_is_wilsons_and_halves_narrow_it():
-    assert rate([1, 1, 0, 1]) == Rate(0.75, *wilson_interval(3, 4), 4)
-    assert rate([1, 1]) == Rate(1.0, *wilson_interval(2, 2), 2)
+    for values in ([1, 1, 0, 1], [1, 1], [0] * 40 + [1]):
+        found = rate(values)
+        assert (found.value, found.pairs) == (np.mean(values), len(values))
+        assert (found.low, found.high) == pytest.approx(wilson_interval(sum(values), len(values)), abs=1e-12)
+    assert (rate([1, 1]).high, rate([0]).low) == (1, 0)
+    assert score_interval([1, 0.5, 0, 0.5])[0] == pytest.approx(1 - score_interval([0, 0.5, 1, 0.5])[1])
     halves, whole = rate([0.5] * 50 + [1.0] * 25 + [0.0] * 25), rate([1.0] * 50 + [0.0] * 50)
     assert halves.value == whole.value == 0.5
     assert halves.high - halves.low == pytest.approx((whole.high - whole.low) / math.sqrt(2), rel=0.02)

@@ -5,7 +5,6 @@ In `<run.dir>/agree`: `agreement.json`, the figures of the printed column with t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from dpo_jax.evals.agreement import Estimate, table_2
 from dpo_jax.evals.agreement_table import INTERVALS, table_rows
 from dpo_jax.evals.ratings import Judgment, Key, RaterFile, Verdicts, read_key, read_raters, read_records, read_verdicts
 from dpo_jax.runtime.rundir import write_json
+from dpo_jax.untrusted import Unreadable, read_object, reading
 
 RESULT = "agree/agreement.json"
 WIDTH = 26  # of a column
@@ -61,11 +61,16 @@ def _verdicts(config: Config, key: Key | None) -> tuple[dict[str, Verdicts], lis
 
 
 def _column(run: str) -> dict[str, Any]:
+    """The table of another run. Raises `ConfigError` for one that cannot be shown."""
     path = Path(run, RESULT)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"agree.beside: {path}: {error}; run dpo-jax agree --run.dir {run} first") from error
+        column = read_object(path)
+        with reading(path):
+            table_rows([column])  # whatever it lacks, the table would lack
+    except (OSError, Unreadable) as error:
+        said = str(error) if isinstance(error, Unreadable) else f"{path}: {error.strerror}"
+        raise ConfigError(f"agree.beside: {said}; run dpo-jax agree --run.dir {run} first") from error
+    return column
 
 
 def plain(value: Any) -> Any:

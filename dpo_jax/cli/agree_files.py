@@ -17,6 +17,8 @@ def rating_files(config: Config) -> tuple[list[Path], list[Path]]:
     other = [str(file) for file in files if file not in kinds[0] and file not in kinds[1]]
     if other:
         raise ConfigError(f"agree.ratings: {', '.join(other)}: neither .json, as the page saves it, nor .jsonl")
+    if odd := [str(file) for file in files if file.exists() and not file.is_file()]:
+        raise ConfigError(f"agree.ratings: {', '.join(odd)}: not a file")
     if not files:
         raise ConfigError(f"agree.ratings: {given[0]} is empty; put there what raters saved, or name it with --agree.ratings")
     return kinds[0], kinds[1]

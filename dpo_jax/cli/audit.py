@@ -20,7 +20,7 @@ from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.data.repeats import Overlap, Repeats
 from dpo_jax.data.template import template_parts
 from dpo_jax.data.token_text import token_strings
-from dpo_jax.evals.preference import wilson_interval
+from dpo_jax.evals.preference import score_interval
 from dpo_jax.runtime.rundir import write_json
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
@@ -84,11 +84,12 @@ def plain(found: Repeats | Overlap) -> dict[str, Any]:
 
 
 def longer_wins(differences: np.ndarray) -> dict[str, float]:
-    """How often chosen has more tokens, and how often the rule "the longer one wins" is right (ties half; Wilson, 95 %)."""
+    """How often chosen has more tokens, and how often the rule "the longer one wins" is right (ties half; 95 % interval)."""
     longer, equal = int((differences > 0).sum()), int((differences == 0).sum())
-    right, pairs = longer + equal / 2, len(differences)
-    low, high = wilson_interval(right, pairs)
-    return {"chosen_longer": longer / pairs, "equal": equal / pairs, "accuracy": right / pairs, "low": low, "high": high}
+    scores, pairs = (1 + np.sign(differences)) / 2, len(differences)
+    low, high = score_interval(scores)
+    accuracy = float(scores.mean())
+    return {"chosen_longer": longer / pairs, "equal": equal / pairs, "accuracy": accuracy, "low": low, "high": high}
 
 
 def example(encoded: Sequence[Any], tokenizer: Any) -> dict[str, Any]:

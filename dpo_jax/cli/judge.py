@@ -26,9 +26,10 @@ from dpo_jax.cli.prompts import references
 from dpo_jax.data.files import fingerprint
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.evals.completion_files import Completion, read_completions
+from dpo_jax.evals.endpoint import Endpoint
 from dpo_jax.evals.injections import Probe, achieved, probes
 from dpo_jax.evals.judge import Outcome, Pair, Question, orders, outcome_of, question_of, winner_of
-from dpo_jax.evals.judging import Budget, Endpoint, Unfinished, ask_all, failures_of
+from dpo_jax.evals.judging import Budget, Unfinished, ask_all, failures_of
 from dpo_jax.evals.pairing import Paired, pair_up
 from dpo_jax.evals.verdicts import VerdictLog
 from dpo_jax.evals.win_rates import EDGE, OUTCOMES, Rate, WinRate, columns, rate, win_rates
@@ -45,8 +46,8 @@ PER = 1e-6  # prices are of a million tokens
 
 
 def run(config: Config) -> int:
-    if importlib.util.find_spec("openai") is None:
-        raise ConfigError(f"judge: needs the package openai: {install_command('judge')}")
+    if importlib.util.find_spec("httpx2") is None:
+        raise ConfigError(f"judge: needs the package httpx2: {install_command('judge')}")
     section, key = config.judge, _key(config)
     jax.config.update("jax_platforms", "cpu")  # judging computes nothing, and may run beside a training that holds the chips
     paired = pair_up(_policies(config), _baseline(config), limit=section.limit)
@@ -107,6 +108,8 @@ def _key(config: Config) -> str | None:
     """The key, from the environment. An endpoint of one's own may want none."""
     section = config.judge
     if key := os.environ.get(section.key_env, "").strip():
+        if not re.fullmatch(r"[!-~]+", key):
+            raise ConfigError(f"judge.key_env: the variable {section.key_env} holds characters that no key can have")
         return key
     if section.base_url == type(section).base_url:
         raise ConfigError(f"judge.key_env: {section.base_url} wants a key, and the variable {section.key_env} is empty")
@@ -145,6 +148,11 @@ def _announce(paired: Paired, questions: list[Question], log: VerdictLog) -> Non
     print(f"{len(paired.pairs):,} pairs, {len(distinct):,} questions; {known:,} have an answer already")
     if log.interrupted:
         print(f"{log.interrupted} were on their way when the command last ended: they are asked again, and count as paid")
+    if log.damaged:
+        first = ", ".join(str(line.place) for line in log.damaged[:10]) + ", ..." * (len(log.damaged) > 10)
+        print(f"{log.path}: not used, and copied to {log.set_aside.name}: line {first}; what it answered is asked again")
+    if log.lost:
+        print(f"{log.path}: {log.lost:,} lines are damaged or missing; each counts as a request of the largest size")
     for name, books in (*paired.policies.items(), ("the baseline", paired.baseline)):
         for cause, wheres in books.dropped.items():
             first = ", ".join(wheres[:3]) + ", ..." * (len(wheres) > 3)
@@ -236,6 +244,7 @@ def _write(
         "models": collections.Counter(verdict["model"] for verdict in verdicts),
         "first_preferred": dataclasses.asdict(rate([float(letter == "A") for letter in letters])) if letters else None,
         "requests": log.requests,
+        "lost_lines": log.lost,
         "faults": log.faults,
         "tokens": log.spent._asdict(),
         "cost": budget.cost_of(log.spent),

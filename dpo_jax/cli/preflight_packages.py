@@ -31,8 +31,8 @@ def writers(check: Check) -> None:
 
 def judge_packages(check: Check) -> None:
     section = check.config.judge
-    if importlib.util.find_spec("openai") is None:
-        raise ConfigError(f"judge: needs the package openai: {install_command('judge')}")
+    if importlib.util.find_spec("httpx2") is None:
+        raise ConfigError(f"judge: needs the package httpx2: {install_command('judge')}")
     if section.base_url == type(section).base_url and not os.environ.get(section.key_env, "").strip():
         raise ConfigError(f"judge.key_env: {section.base_url} wants a key, and the variable {section.key_env} is empty")
 

@@ -12,7 +12,7 @@ from dpo_jax.cli.config import Config
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.world import refuse_mesh
 from dpo_jax.data.tokenizer import save_tokenizer
-from dpo_jax.evals.preference import wilson_interval
+from dpo_jax.evals.calibration import accuracy
 from dpo_jax.lab.reward_model import RewardModel, fit_reward_model, judged, save_reward_model
 from dpo_jax.runtime.rundir import write_json
 
@@ -45,8 +45,9 @@ def run(config: Config) -> int:
             seed=config.run.seed,
             microbatches=training.microbatches,
         )
-        figures = judged(judge.of_pairs(partitioner.put_variables(variables), test, batch=training.batch))
-        low, high = wilson_interval(round(figures["accuracy"] * len(test)), len(test))
+        rewards = judge.of_pairs(partitioner.put_variables(variables), test, batch=training.batch)
+        figures, margins = judged(rewards), rewards[:, 0] - rewards[:, 1]
+        low, high = (accuracy(margins)[end] for end in ("low", "high"))
         folder = save_reward_model(run_dir.export, model, variables)
         save_tokenizer(tokenizer, folder)
         found = {**figures, "accuracy_low": low, "accuracy_high": high, "pairs": len(test)}

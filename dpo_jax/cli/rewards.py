@@ -12,7 +12,16 @@ from dpo_jax.cli.config import BASELINES, Config, DpoConfig
 from dpo_jax.data.pairs import Preference
 from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.data.terminal import printable
-from dpo_jax.evals.calibration import accuracy, accuracy_by, correlations, length_bias, mean_share, reliability, reward_variants
+from dpo_jax.evals.calibration import (
+    accuracy,
+    accuracy_by,
+    correlations,
+    length_bias,
+    margins_of,
+    mean_share,
+    reliability,
+    reward_variants,
+)
 from dpo_jax.evals.calibration_plot import plot_reliability
 from dpo_jax.evals.rewardbench import is_rewardbench, section_scores
 from dpo_jax.runtime.rundir import RunDir, write_json
@@ -44,7 +53,7 @@ def write_rewards(
     tokens = np.array([[len(pair.chosen), len(pair.rejected)] for pair in held_out])
     rewards = reward_variants(logps, ref_logps, tokens, beta=beta)
     subsets = subset_names(preferences)
-    margins = {name: values[:, 0] - values[:, 1] for name, values in rewards.items()}
+    margins = margins_of(rewards, logps, ref_logps)
     found = reliability(margins["implicit"], seed=config.run.seed)
     report: dict[str, Any] = {
         "pairs": len(held_out),

@@ -6,7 +6,6 @@ which `dpo-jax agree` reads; and `data_report.json`, where kept + dropped = read
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import jax
@@ -15,8 +14,10 @@ from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.evals.completion_files import read_completions
+from dpo_jax.evals.ratings import sealed
 from dpo_jax.evals.study import WORDINGS, Comparison, draw, join, make_study, one_each, render
 from dpo_jax.runtime.rundir import write_json
+from dpo_jax.untrusted import read_object
 from dpo_jax.writing import write_text
 
 
@@ -38,7 +39,7 @@ def run(config: Config) -> int:
         page, key = run_dir.path / "study.html", run_dir.path / "key.json"
         _refuse_other(key, study.key["study"])
         (run_dir.path / "ratings").mkdir(exist_ok=True)
-        write_json(key, study.key | {"files": report.files})
+        write_json(key, sealed(study.key | {"files": report.files}))
         write_text(page, render(study.page))
         build.describe(run_dir, config, report)
         print(report.summary())
@@ -67,9 +68,15 @@ def _comparisons(config: Config) -> tuple[list[Comparison], DataReport]:
 
 
 def _refuse_other(key: Path, study: str) -> None:
-    """Raises `ConfigError` where `key` is of another study: without it, what its raters saved could not be read any more."""
-    if key.exists() and (found := json.loads(key.read_text(encoding="utf-8")).get("study")) != study:
+    """Raises `ConfigError` where `key` is of another study: without it, what its raters saved could not be read any more.
+
+    Raises `Unreadable` where nobody can say of which study it is.
+    """
+    if not key.exists():
+        return
+    found = read_object(key, remedy="restore it, or move that folder away: a study may depend on it").get("study")
+    if found != study:
         raise ConfigError(
-            f"run.dir: {key} is the key of study {found}, and this would be {study} (other texts, options or seed): "
+            f"run.dir: {key} is the key of study {found!s:.40}, and this would be {study} (other texts, options or seed): "
             "choose another run.dir, or move that folder away"
         )

@@ -5,21 +5,21 @@ person with the judge's on the same item, and each with those of the other peopl
 (1960), (agreement - e) / (1 - e), e being what the two would agree by chance: a judge and a person who both prefer one method
 nine times in ten agree in 82 % of the items without looking at them.
 
-Items are what was sampled: two statements on one item are not independent. Intervals resample items (Efron 1979); where every
-item counts once, and where all agree or none, they are Wilson's.
+Items are what was sampled: two statements on one item are not independent. Shares have the interval of the items' scores
+(`score_interval`: Wilson's, where every item counts once); that of kappa resamples items (`kappa_interval`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpo_jax.data.pairs import Cause, DataError
-from dpo_jax.evals.preference import wilson_interval
+from dpo_jax.evals.preference import score_interval
 from dpo_jax.evals.ratings import Judgment, Winner
 
 RESAMPLES = 4000
@@ -64,60 +64,43 @@ def cohen_kappa(table: np.ndarray) -> np.ndarray:
         return np.where(chance < 1, (raw_agreement(table) - chance) / (1 - chance), math.nan)
 
 
-def resampled(counts: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """Sums of `counts[I, ...]` over items drawn with replacement: float64[resamples, ...]."""
-    items = len(counts)
-    times = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=resamples)
-    return (times.astype(np.float64) @ counts.reshape(items, -1)).reshape(resamples, *counts.shape[1:])
+def kappa_interval(tables: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval of Cohen's kappa of `tables[I, ..., 2, 2]` summed over items: low and high, [...] each.
 
-
-def interval_over_items(
-    measure: Callable[[np.ndarray], np.ndarray], counts: np.ndarray, *, seed: int, resamples: int = RESAMPLES
-) -> tuple[np.ndarray, np.ndarray]:
-    """95 % percentile interval of `measure` of `counts[I, ...]` summed over items: low and high, as `measure` shapes them.
-
-    NaN where more than one resample in twenty has no value: kappa of few items that nearly all went one way.
+    Bayesian bootstrap (Rubin 1981): each resample weighs the items anew. Half an item more is in each cell, which is Jeffreys'
+    prior where every item counts once: items that nearly all went one way are no certainty. The estimate is always inside;
+    where it is NaN, so is the interval.
     """
-    values = measure(resampled(counts, seed=seed, resamples=resamples))
-    known = np.isfinite(values).mean(axis=0) >= 0.95
-    low, high = np.nanquantile(np.where(known, values, 0.0), (0.025, 0.975), axis=0)
-    return np.where(known, low, math.nan), np.where(known, high, math.nan)
+    rng, items = np.random.default_rng(seed), len(tables)
+    estimate = cohen_kappa(tables.sum(axis=0))
+    size = tables.sum(axis=(0, -2, -1))[..., None, None] / items
+    cells = np.stack([np.broadcast_to(cell, tables.shape[1:]) * size for cell in np.eye(4).reshape(4, 2, 2)])
+    weights = np.concatenate([rng.standard_exponential((resamples, items)), rng.standard_gamma(0.5, (resamples, 4))], axis=1)
+    drawn = np.tensordot(weights, np.concatenate([tables, cells]), axes=1)
+    low, high = np.quantile(cohen_kappa(drawn), (0.025, 0.975), axis=0)
+    return np.minimum(low, estimate), np.maximum(high, estimate)
 
 
-def over_items(measure: Callable[[np.ndarray], np.ndarray], counts: np.ndarray, *, seed: int) -> Estimate:
-    """`measure` of `counts[I, ...]` summed over items, with its interval. Items without a count are left out."""
+def share_over_items(counts: np.ndarray) -> Estimate:
+    """`share` of `counts[I, 2]` summed over items, with its interval. Items without a count are left out."""
     counts = np.asarray(counts, np.float64)
-    counts = counts[counts.any(axis=tuple(range(1, counts.ndim)))]
+    counts = counts[counts.any(axis=1)]
     if not len(counts):
         return Estimate(math.nan, math.nan, math.nan, 0)
     total = counts.sum(axis=0)
-    low, high = interval_over_items(measure, counts, seed=seed)
-    return Estimate(float(measure(total)), float(low), float(high), int(total.sum()))
-
-
-def share_over_items(counts: np.ndarray, *, seed: int) -> Estimate:
-    """`share` of `counts[I, 2]`. Where each item counts once, and where the share is 0 or 1, the interval is Wilson's."""
-    counts = np.asarray(counts, np.float64)
-    counts = counts[counts.any(axis=1)]
-    estimate = over_items(share, counts, seed=seed)
-    if not estimate.trials or ((counts.sum(axis=1) > 1).any() and 0 < estimate.value < 1):
-        return estimate
-    low, high = wilson_interval(estimate.value * len(counts), len(counts))
-    return estimate._replace(low=low, high=high)
+    return Estimate(float(share(total)), *score_interval(share(counts), counts.sum(axis=1)), int(total.sum()))
 
 
 def agreement_over_items(tables: np.ndarray, *, seed: int) -> dict[str, Estimate]:
-    """Raw agreement and Cohen's kappa of `tables[I, 2, 2]`."""
+    """Raw agreement and Cohen's kappa of `tables[I, 2, 2]` summed over items. Items without a count are left out."""
     tables = np.asarray(tables, np.float64)
-    same = np.trace(tables, axis1=-2, axis2=-1)
-    raw = share_over_items(np.stack([same, tables.sum(axis=(-2, -1)) - same], axis=-1), seed=seed)
-    kappa = over_items(cohen_kappa, tables, seed=seed)
-    if raw.value in (0.0, 1.0):
-        # No resample disagrees, which is not to say that nobody ever would: kappa at the ends of Wilson's interval.
-        chance = float(chance_agreement(tables.sum(axis=0)))
-        ends = [(end - chance) / (1 - chance) if chance < 1 else math.nan for end in (raw.low, raw.high)]
-        kappa = kappa._replace(low=ends[0], high=ends[1])
-    return {"agree": raw, "kappa": kappa}
+    tables = tables[tables.any(axis=(1, 2))]
+    same, total = np.trace(tables, axis1=-2, axis2=-1), tables.sum(axis=(-2, -1))
+    kappa = Estimate(math.nan, math.nan, math.nan, int(total.sum()))
+    if len(tables):
+        low, high = kappa_interval(tables, seed=seed)
+        kappa = kappa._replace(value=float(cohen_kappa(tables.sum(axis=0))), low=float(low), high=float(high))
+    return {"agree": share_over_items(np.stack([same, total - same], axis=-1)), "kappa": kappa}
 
 
 def votes_of(judgments: Sequence[Judgment]) -> dict[str, dict[str, Winner]]:
@@ -186,9 +169,9 @@ def table_2(judgments: Sequence[Judgment], judges: Mapping[str, Verdicts], *, se
         "read": len(judgments),
         "ties": len(judgments) - kept,
         "kept": kept,
-        "win": share_over_items(counts, seed=seed),
-        "majority_win": share_over_items(counted({item: {"majority": winner} for item, winner in overall.items()}), seed=seed),
-        "first": share_over_items(_positions(judgments), seed=seed),
+        "win": share_over_items(counts),
+        "majority_win": share_over_items(counted({item: {"majority": winner} for item, winner in overall.items()})),
+        "first": share_over_items(_positions(judgments)),
         "with_people": agreement_over_items(compared, seed=seed),
     }
     return {"people": people, "judges": {name: _judge(votes, overall, said, seed) for name, said in judges.items()}}
@@ -208,7 +191,7 @@ def _judge(votes: Votes, overall: Mapping[str, Winner], verdicts: Verdicts, seed
         "unjudged": len(votes) - len(said),
         "compared": compared,
         "not_compared": int(counted(votes).sum()) - compared,
-        "win": share_over_items(counted(alone), seed=seed),
+        "win": share_over_items(counted(alone)),
         "with_people": agreement_over_items(tables, seed=seed),
         "with_majority": agreement_over_items(of_majority, seed=seed),
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Column = Mapping[str, Any]  # a study: the content of its agreement.json
-INTERVALS = "95 % intervals: over items (bootstrap), of shares of items Wilson's"
+INTERVALS = "95 % intervals over items: Wilson's of shares, bootstrap of kappa"
 
 
 def table_rows(columns: Sequence[Column]) -> list[list[str]]:

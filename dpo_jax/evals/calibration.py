@@ -4,8 +4,8 @@ The reward of eq. 5, r = beta log(pi / pi_ref), says by eq. 6 with what probabil
 logistic function of the margin. So a policy can be asked not only whether it ranks a pair as people did, but also whether it is
 right as often as it believes. Margins are float[P], reward of the chosen completion less that of the rejected one.
 
-Intervals are 95 %. Shares have Wilson's, correlations a percentile bootstrap (Efron 1979). Pairs are taken to be independent:
-several pairs of one prompt make intervals too narrow.
+Intervals are 95 %. Shares have Wilson's (`score_interval`), correlations a percentile bootstrap (Efron 1979). Pairs are taken
+to be independent: several pairs of one prompt make intervals too narrow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.evals.preference import Interval, mean_with_error, wilson_interval
+from dpo_jax.evals.preference import PRIOR, Interval, score_interval, wilson_interval
+from dpo_jax.losses import tied
 from dpo_jax.types import Array
 
 BINS = 10
@@ -45,14 +46,24 @@ def reward_variants(logps: Array, ref_logps: Array, tokens: Array, *, beta: floa
     }
 
 
+def margins_of(rewards: Mapping[str, np.ndarray], logps: Array, ref_logps: Array) -> dict[str, np.ndarray]:
+    """The margins float64[P] of `reward_variants`, whose log-probabilities are given again, in the type they were computed in.
+
+    "implicit" is 0 where `losses.right` counts a tie, so that its accuracy is that of training and of `preference_summary`.
+    """
+    margins = {name: values[:, 0] - values[:, 1] for name, values in rewards.items()}
+    tie = tied(np.asarray(logps), np.asarray(ref_logps))
+    return margins | {"implicit": np.where(tie, 0.0, margins["implicit"])}
+
+
 def accuracy(margins: Array) -> dict[str, float]:
     """Share of pairs whose margin is positive, a tie counted half, with its interval: pairs, accuracy, low, high, margin."""
     margins = _finite(margins)
-    right = float((margins > 0).sum() + 0.5 * (margins == 0).sum())
-    low, high = wilson_interval(right, len(margins))
+    scores = (1 + np.sign(margins)) / 2
+    low, high = score_interval(scores)
     return {
         "pairs": len(margins),
-        "accuracy": right / len(margins),
+        "accuracy": float(scores.mean()),
         "low": low,
         "high": high,
         "margin": float(margins.mean()),
@@ -72,7 +83,8 @@ def mean_share(rows: Sequence[Mapping[str, Any]], weights: Sequence[float] | Non
 
     Each row has "accuracy" and "pairs". The interval is Wilson's for as many pairs as would give the mean the same variance
     (as for surveys, Korn and Graubard 1998), with half a right and half a wrong pair added to each row for that variance: a
-    small subset without an error is not certain. Of a single row it is Wilson's own.
+    small subset without an error is not certain. Of a single row it is Wilson's own. A tie is taken for half a pair that is
+    right and half a pair that is wrong, which makes the interval wider than need be where there are many.
     """
     weights_ = np.ones(len(rows)) if weights is None else np.asarray(weights, np.float64)
     if len(weights_) != len(rows) or not len(rows) or (weights_ < 0).any() or not weights_.sum() > 0:
@@ -120,7 +132,6 @@ def reliability(margins: Array, *, seed: int, bins: int = BINS, resamples: int =
     resampled = _bootstrap(lambda weights: _ece(weights * gaps, starts), len(margins), seed, resamples)
     bias, error = float(resampled.mean()) - ece, 1.959964 * float(resampled.std())
     perfect = _perfect_eces(belief, margins == 0, starts, seed=seed, resamples=resamples)
-    over, over_error = mean_with_error(-gaps)
     unlikely = float(np.quantile(perfect, 0.95))
     return Reliability(
         bins=[{**accuracy(margins[part]), "belief": float(belief[part].mean())} for part in _parts(len(margins), starts)],
@@ -128,9 +139,23 @@ def reliability(margins: Array, *, seed: int, bins: int = BINS, resamples: int =
         ece_interval=(max(0.0, ece - bias - error) if ece > unlikely else 0.0, min(1.0, ece + error)),
         expected_ece=float(perfect.mean()),
         expected_ece_high=unlikely,
-        overconfidence=over,
-        overconfidence_interval=(over - 1.959964 * over_error, over + 1.959964 * over_error),
+        overconfidence=-float(gaps.mean()),
+        overconfidence_interval=overconfidence_interval(gaps, belief),
     )
+
+
+def overconfidence_interval(gaps: np.ndarray, belief: np.ndarray) -> Interval:
+    """95 % interval of mean belief less share right, from `gaps[P]` (right less belief) and `belief[P]`.
+
+    Normal, with `PRIOR` pairs that are right and as many that are wrong added at the mean belief, as in `score_interval`:
+    a policy that is sure and has made no mistake yet is not known to make none.
+    """
+    sure = float(belief.mean())
+    times = np.append(np.ones(len(gaps)), [PRIOR, PRIOR])
+    over = np.append(-gaps, [sure - 1, sure])
+    centre = float(np.average(over, weights=times))
+    error = 1.959964 * math.sqrt(np.average((over - centre) ** 2, weights=times) / times.sum())
+    return centre - error, centre + error
 
 
 def _starts(count: int, bins: int) -> np.ndarray:

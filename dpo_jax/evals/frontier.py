@@ -106,9 +106,7 @@ class Optimum:
     kl: np.ndarray
     reward: np.ndarray
     ess: np.ndarray  # effective share of the samples, in (0, 1]: harmonic mean over prompts, as the bias goes with its inverse
-    kl_interval: np.ndarray  # at this beta
-    reward_interval: np.ndarray  # at this beta
-    band: np.ndarray  # of the reward at this KL: what to draw around the curve
+    band: np.ndarray  # of the reward at this KL; of KL or reward at this beta there is none: there both estimates are biased
     samples: int  # M, of each prompt
     reference: float  # mean reward of the reference itself
     prompt_kl: np.ndarray  # [P, B]
@@ -151,16 +149,14 @@ def optimum(
     reference = _tilted(rewards, log_ratios, math.inf)[0]
 
     drawn = _resampling(len(rewards), seed, resamples)
-    means = drawn @ kl, drawn @ reward, drawn @ reference
     curve = kl.mean(axis=0), reward.mean(axis=0), reference.mean()
-    at_equal_kl = np.array([_reward_at(curve[0], *resampled) for resampled in zip(*means, strict=True)])
+    means = zip(drawn @ kl, drawn @ reward, drawn @ reference, strict=True)
+    at_equal_kl = np.array([_reward_at(curve[0], *resampled) for resampled in means])
     return Optimum(
         beta=beta,
         kl=curve[0],
         reward=curve[1],
         ess=1 / (inverse_ess.mean(axis=0) * rewards.shape[1]),
-        kl_interval=_quantiles(means[0]),
-        reward_interval=_quantiles(means[1]),
         band=_quantiles(at_equal_kl),
         samples=rewards.shape[1],
         reference=float(curve[2]),

@@ -147,9 +147,11 @@ def choice_of(prompt: str, answer: str) -> Literal["A", "B"] | None:
     Exactly one line `Comparison: ...`, then one line `Preferred: A` or `More helpful: A`, blank lines apart; the letter may be
     in quotes, as the prompt shows it. A judge that hedges, adds a line or chooses neither has not answered.
     """
-    found = re.fullmatch(
-        rf'Comparison:[^\n]*\S[^\n]*\n\s*{label_of(prompt)}: *("?)([AB])\1', answer.replace("\r\n", "\n").strip()
-    )
+    # Line by line: one pattern for both takes time quadratic in an answer of many characters.
+    comparison, _, verdict = answer.replace("\r\n", "\n").strip().partition("\n")
+    if not comparison.startswith("Comparison:") or not comparison.removeprefix("Comparison:").strip():
+        return None
+    found = re.fullmatch(rf'{label_of(prompt)}: *("?)([AB])\1', verdict.lstrip())
     return None if found is None else ("A" if found[2] == "A" else "B")
 
 
@@ -180,7 +182,6 @@ def winner_of(question: Question, verdict: Mapping[str, object] | None) -> Side 
     """Who won by the verdict that the log holds for a question; None if it holds none."""
     if verdict is None:
         return None
-    if verdict["choice"] is None:
-        return "failed"
     other: Side = "baseline" if question.a == "policy" else "policy"
-    return question.a if verdict["choice"] == "A" else other
+    winners: dict[object, Side | Literal["failed"]] = {"A": question.a, "B": other, None: "failed"}
+    return winners[verdict["choice"]]

@@ -11,19 +11,24 @@ Three kinds of files:
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, cast
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, cast
 
 from dpo_jax.data.columns import column, number, text
 from dpo_jax.data.files import read_rows
 from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport
+from dpo_jax.untrusted import kind_of, parse_json, read_bytes, reading
+
+T = TypeVar("T", list[Any], dict[str, Any])
 
 Winner = Literal["a", "b", "tie"]
 WINNERS: tuple[Winner, ...] = ("a", "b", "tie")
 KIND = "dpo_jax ratings"  # what the page writes at the head of a file
 CHOICES = ("A", "B", "same")
+KEY_FIELDS = {"study", "names", "seed", "items", "raters", "files"}  # and its checksum
 # The judge's policy won or lost; or it named both by turns, gave no verdict, or was not asked yet.
 OUTCOMES: dict[str, Winner | None] = {"won": "a", "lost": "b", "flipped": None, "failed": None, "unanswered": None}
 
@@ -56,25 +61,67 @@ class Key:
     lists: list[dict[str, int]]  # a list of comparisons: item -> which of its texts stands first
 
 
+def sealed(key: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a `key.json` with the checksum that `read_key` looks for: a letter of it decides who won."""
+    return {**key, "check": _check_of(key)}
+
+
+def _check_of(key: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
 def read_key(path: str | Path) -> Key:
-    """The `key.json` of `dpo-jax study`. Raises `DataError` for a file that is none."""
+    """The `key.json` of `dpo-jax study`. Raises `DataError` for a file that is none, or damaged.
+
+    A key of a version without checksums is taken as it is.
+    """
     content = _json(path, "key.json of dpo-jax study")
     try:
-        methods = {item["id"]: list(item["methods"]) for item in content["items"]}
-        texts = {
-            item["prompt"]: (item["id"], *(item["texts"][item["methods"].index(method)] for method in WINNERS[:2]))
-            for item in content["items"]
-        }
-        lists = [{item: int(first) for item, first in assigned} for assigned in content["raters"]]
-        names = {method: str(content["names"][method]) for method in WINNERS[:2]}
-        if not lists or any(item not in methods for assigned in lists for item in assigned):
-            raise ValueError("its lists name comparisons that it does not hold")
-        return Key(str(content["study"]), names, methods, cast(Any, texts), lists)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        check = content.pop("check", None)
+        if check not in (None, _check_of(content)):
+            raise BadRow(Cause.BAD_LAYOUT, "the checksum is not that of the content", field="check")
+        return _key(content)
+    except BadRow as problem:
         raise DataError(
-            f"{path}: not a key that dpo-jax study wrote ({error!r}); make the study again with the same options",
-            causes=[Cause.BAD_LAYOUT],
-        ) from error
+            f"{path}: not a key that dpo-jax study wrote, or damaged ({_short(problem)}); make the study again with the same "
+            "options: it will be the same",
+            causes=[problem.cause],
+        ) from None
+
+
+def _key(content: dict[str, Any]) -> Key:
+    if unknown := content.keys() - KEY_FIELDS:
+        raise BadRow(Cause.BAD_LAYOUT, "no field of a key", field=min(unknown)[:40])
+    methods: dict[str, list[str]] = {}
+    texts: dict[str, tuple[str, str, str]] = {}
+    for place, item in enumerate(_typed(content, "items", list)):
+        inside = f"items[{place}]."
+        if not isinstance(item, dict):
+            raise BadRow(Cause.WRONG_TYPE, f"an object is needed, this is {kind_of(item)}", field=inside[:-1])
+        name, prompt = text(item, "id", inside=inside), text(item, "prompt", inside=inside)
+        of, both = _typed(item, "methods", list, inside=inside), _typed(item, "texts", list, inside=inside)
+        if of not in (["a", "b"], ["b", "a"]) or len(both) != 2 or not all(isinstance(one, str) for one in both):
+            raise BadRow(Cause.BAD_LAYOUT, "two texts and their methods, a and b, are needed", field=inside + "texts")
+        if name in methods or prompt in texts:
+            raise BadRow(Cause.DUPLICATE_KEY, "its id or prompt is that of another item", field=inside + "id")
+        methods[name], texts[prompt] = of, (name, both[of.index("a")], both[of.index("b")])
+    lists = [_list_of(assigned, methods, f"raters[{n}]") for n, assigned in enumerate(_typed(content, "raters", list))]
+    if not lists:
+        raise BadRow(Cause.EMPTY, "there is no list of comparisons", field="raters")
+    names = _typed(content, "names", dict)
+    return Key(text(content, "study"), {method: text(names, method, inside="names.") for method in "ab"}, methods, texts, lists)
+
+
+def _list_of(assigned: Any, methods: Mapping[str, Any], field: str) -> dict[str, int]:
+    """One list of comparisons: item -> which of its texts stands first."""
+    found: dict[str, int] = {}
+    for pair in assigned if isinstance(assigned, list) else [None]:
+        if not isinstance(pair, list) or len(pair) != 2 or type(pair[1]) is not int or pair[1] not in (0, 1):
+            raise BadRow(Cause.BAD_LAYOUT, "pairs of an item and 0 or 1 are needed", field=field)
+        if not isinstance(pair[0], str) or pair[0] not in methods or pair[0] in found:
+            raise BadRow(Cause.BAD_LAYOUT, "an item that is none of the key's, or stands there twice", field=field)
+        found[pair[0]] = pair[1]
+    return found
 
 
 def read_raters(paths: Sequence[str | Path], *, key: Key) -> list[RaterFile]:
@@ -90,9 +137,10 @@ def read_raters(paths: Sequence[str | Path], *, key: Key) -> list[RaterFile]:
             other = seen.setdefault(what, file)
             if other is not file:
                 last = max(file, other, key=lambda one: one.saved)
+                there, here = (f"{_short(one.rater)}, {len(one.judgments)}" for one in (other, file))
                 raise DataError(
-                    f"{file.path}: {what[0]}: the same as in {other.path} ({other.rater}, {len(other.judgments)} ratings; here "
-                    f"{file.rater}, {len(file.judgments)}): keep one of them, {last.path} was saved last",
+                    f"{file.path}: {what[0]}: the same as in {other.path} ({there} ratings; here {here}): keep one of them, "
+                    f"{last.path} was saved last",
                     causes=[Cause.DUPLICATE_KEY],
                 )
     return files
@@ -114,10 +162,7 @@ def _rater_file(path: str | Path, key: Key) -> RaterFile:
         if chosen not in range(1, len(key.lists) + 1):
             raise BadRow(Cause.OUT_OF_RANGE, f"{chosen:g} is none of the {len(key.lists)} lists", field="number")
         assigned, judgments = key.lists[int(chosen) - 1], {}
-        ratings = column(content, "ratings")
-        if not isinstance(ratings, list):
-            raise BadRow(Cause.WRONG_TYPE, f"a list is needed, this is {type(ratings).__name__}", field="ratings")
-        for place, rating in enumerate(ratings):
+        for place, rating in enumerate(_typed(content, "ratings", list)):
             field = f"ratings[{place}]."
             judgment = _judgment(rating, rater, assigned, key)
             if judgment.item in judgments:
@@ -125,7 +170,7 @@ def _rater_file(path: str | Path, key: Key) -> RaterFile:
             judgments[judgment.item] = judgment
     except BadRow as problem:
         where = f"{path}: {field if problem.field else ''}"
-        raise DataError(f"{where}{problem}; ask for the file as it was saved", causes=[problem.cause]) from None
+        raise DataError(f"{where}{_short(problem)}; ask for the file as it was saved", causes=[problem.cause]) from None
     return RaterFile(str(path), rater, session, int(chosen), len(assigned), saved, list(judgments.values()))
 
 
@@ -238,19 +283,32 @@ def _text(where: str, row: dict[str, Any], field: str) -> str:
 
 
 def _refuse(where: str, problem: BadRow) -> NoReturn:
-    raise DataError(f"{where}: {problem}", causes=[problem.cause]) from None
+    raise DataError(f"{where}: {_short(problem)}", causes=[problem.cause]) from None
+
+
+def _short(value: object) -> str:
+    """In a message, which may quote a text of the file."""
+    said = str(value)
+    return said if len(said) <= 400 else said[:400] + "..."
+
+
+def _typed(row: Mapping[str, Any], field: str, kind: type[T], *, inside: str = "") -> T:
+    """The list or object in a column, else `BadRow`."""
+    value = column(row, field, inside=inside)
+    if not isinstance(value, kind):
+        needed = "a list" if kind is list else "an object"
+        raise BadRow(Cause.WRONG_TYPE, f"{needed} is needed, this is {kind_of(value)}", field=inside + field)
+    return value
 
 
 def _json(path: str | Path, what: str) -> dict[str, Any]:
-    content = Path(path).read_bytes()
-    try:
-        found = json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; a {what} is needed", causes=[Cause.INVALID_UTF8]) from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: {error.msg}; a {what} is needed", causes=[Cause.INVALID_JSON]) from error
-    except RecursionError as error:
-        raise DataError(f"{path}: nested too deeply; a {what} is needed", causes=[Cause.INVALID_JSON]) from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: a JSON object is needed, a {what}", causes=[Cause.WRONG_TYPE])
-    return found
+    def refused(said: str) -> DataError:
+        return DataError(said, causes=[Cause.INVALID_JSON])
+
+    with reading(path, remedy=f"a {what} is needed", error=refused):
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("not a file")
+        found = parse_json(read_bytes(path))
+        if not isinstance(found, dict):
+            raise ValueError(f"a JSON object is needed, this is {kind_of(found)}")
+        return found

@@ -13,7 +13,7 @@ from dpo_jax.data import reviews
 from dpo_jax.data.encode import Bos, token_ids, with_bos
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import round_up
-from dpo_jax.evals.preference import Interval, wilson_interval
+from dpo_jax.evals.preference import Interval, score_interval
 from dpo_jax.extras import install_command
 from dpo_jax.types import Array, Rows
 from dpo_jax.untrusted import reading
@@ -72,8 +72,8 @@ def sign_accuracy(reward: Reward, texts: Sequence[str], labels: Sequence[int]) -
     """How often the sign of a reward tells positive (1) from negative (0) texts, and the 95 % interval. Zero is half right."""
     values = reward([""] * len(texts), texts)
     signs = np.where(np.asarray(labels) > 0, 1, -1) * np.sign(values)
-    right = float((signs > 0).sum() + 0.5 * (signs == 0).sum())
-    return right / len(texts), wilson_interval(right, len(texts))
+    scores = (1 + signs) / 2
+    return float(scores.mean()), score_interval(scores)
 
 
 def hf_classifier(path: str, label: str | None = None, *, batch: int = 64, device: str | None = None) -> Reward:

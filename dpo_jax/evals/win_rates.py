@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpo_jax.evals.judge import Outcome, Pair
-from dpo_jax.evals.preference import wilson_interval
+from dpo_jax.evals.preference import score_interval
 
 Z = 1.959964  # of a 95 % interval
 EQUAL_LENGTH = 0.1  # lengths that differ by at most this share of the longer one are equal
@@ -32,17 +32,11 @@ class Rate:
 
 
 def rate(values: Sequence[float] | np.ndarray) -> Rate:
-    """The mean of values in [0, 1] with Wilson's interval.
-
-    Halves, which stand for answers that flipped, vary less than zeros and ones of the same mean do: the interval is that of as
-    many trials as would have the standard error of these values. For zeros and ones alone those are the values themselves.
-    """
+    """The mean of values in [0, 1] (1 for a pair won, 0.5 for one that flipped, 0 for one lost), with `score_interval`."""
     values = np.asarray(values, np.float64)
     if not len(values):
         return Rate(math.nan, math.nan, math.nan, 0)
-    mean, spread = float(values.mean()), float(values.var())
-    trials = len(values) * mean * (1 - mean) / spread if spread > 0 else len(values)
-    return Rate(mean, *wilson_interval(mean * trials, trials), len(values))
+    return Rate(float(values.mean()), *score_interval(values), len(values))
 
 
 def length_controlled(values: np.ndarray, log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -50,35 +44,46 @@ def length_controlled(values: np.ndarray, log_ratios: np.ndarray) -> tuple[np.nd
 
     Logistic regression of the values on `log_ratios[..., n]`, the log of the policy's length over the baseline's; the estimate
     is at ratio 1 (compare Dubois et al. 2024). Newton's method; the interval is that of the intercept, with Huber and White's
-    variance, which holds for halves too. NaN where all values, or all ratios, are the same: there is nothing to tell apart.
+    variance, which holds for halves too. Half a win and half a loss at equal length are added for it (as Gart 1966 does for
+    log-odds): where nearly all values are equal the variance would be near 0. NaN where all values, or all ratios, are the
+    same: there is nothing to tell apart.
     """
     values, ratios = np.asarray(values, np.float64), np.asarray(log_ratios, np.float64)
+    n, ends = values.shape[-1], [(0, 0)] * (values.ndim - 1)
     scale = np.sqrt((ratios**2).mean(axis=-1, keepdims=True))
     with np.errstate(divide="ignore", invalid="ignore"):
         x = np.stack([np.ones_like(ratios), ratios / scale], axis=-1)  # [..., n, 2]
-    penalty = np.diag([0.0, RIDGE])
     tellable = (np.ptp(values, axis=-1) > 0) & (np.ptp(ratios, axis=-1) > 0)
     x = np.where(tellable[..., None, None], x, 0.0)
+    middle = np.where(tellable, _logistic(values, x, np.ones(n))[0], math.nan)
+    values = np.concatenate([values, np.broadcast_to([1.0, 0.0], (*values.shape[:-1], 2))], axis=-1)
+    x = np.pad(x, [*ends, (0, 2), (0, 0)])
+    x[..., n:, 0] = 1.0
+    centre, error = _logistic(values, x, np.append(np.ones(n), [0.5, 0.5]))
+    error = error * math.sqrt((n + 1) / max(1, n - 2)) + 0.0 * middle  # NaN where that is
+    return _sigmoid(middle), _sigmoid(centre - Z * error), _sigmoid(centre + Z * error)
+
+
+def _logistic(values: np.ndarray, x: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The intercept and its standard error, [...] each, of `values[..., n]` on `x[..., n, 2]`, each counted `times[n]`."""
+    penalty = np.diag([0.0, RIDGE])
+
+    def inverse(chance: np.ndarray) -> np.ndarray:
+        hessian = np.einsum("...ni,...nj,...n->...ij", x, x, times * chance * (1 - chance)) + penalty
+        return np.linalg.inv(hessian + 1e-9 * np.eye(2))
+
     theta = np.zeros((*values.shape[:-1], 2))
     for _ in range(50):
         chance = _sigmoid(np.einsum("...ni,...i->...n", x, theta))
-        gradient = np.einsum("...ni,...n->...i", x, values - chance) - theta @ penalty
-        step = np.einsum("...ij,...j->...i", _inverse(x, chance, penalty), gradient)
+        gradient = np.einsum("...ni,...n->...i", x, times * (values - chance)) - theta @ penalty
+        step = np.einsum("...ij,...j->...i", inverse(chance), gradient)
         theta = theta + np.clip(step, -2.0, 2.0)
         if not len(step) or np.abs(step).max() < 1e-10:
             break
     chance = _sigmoid(np.einsum("...ni,...i->...n", x, theta))
-    bread = _inverse(x, chance, penalty)
-    meat = np.einsum("...ni,...nj,...n->...ij", x, x, (values - chance) ** 2)
-    n = values.shape[-1]
-    error = np.sqrt((bread @ meat @ bread)[..., 0, 0] * n / max(1, n - 2))
-    middle = np.where(tellable, theta[..., 0], math.nan)
-    return _sigmoid(middle), _sigmoid(middle - Z * error), _sigmoid(middle + Z * error)
-
-
-def _inverse(x: np.ndarray, chance: np.ndarray, penalty: np.ndarray) -> np.ndarray:
-    hessian = np.einsum("...ni,...nj,...n->...ij", x, x, chance * (1 - chance)) + penalty
-    return np.linalg.inv(hessian + 1e-9 * np.eye(2))
+    bread = inverse(chance)
+    meat = np.einsum("...ni,...nj,...n->...ij", x, x, times * (values - chance) ** 2)
+    return theta[..., 0], np.sqrt((bread @ meat @ bread)[..., 0, 0])
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
