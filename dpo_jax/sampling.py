@@ -20,6 +20,9 @@ from jax.core import Tracer
 
 from dpo_jax.types import Array, Model, Rows, Variables
 
+SMALL = 1e-6
+"""Temperatures below this could make logits overflow. Those above are divided by as in transformers, to the last bit."""
+
 
 class Samples(NamedTuple):
     """Completions of a batch of prompts. A row that ended before `T` tokens is filled up with the first of the end tokens."""
@@ -187,8 +190,10 @@ def _keys_of_rows(key: jax.Array, batch: int) -> jax.Array:
 
 def _choose(logits: jax.Array, keys: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
     """One token per row: `logits` float32[B, V], keys [B] -> int32[B]."""
-    if temperature == 0:
+    if temperature < float(jnp.finfo(jnp.float32).tiny):  # 0, as far as float32 is concerned
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if temperature < SMALL:  # a quotient too large for float32 becomes -inf, and the likeliest token stays at 0
+        logits = logits - logits.max(axis=-1, keepdims=True)
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]

@@ -32,6 +32,10 @@ class Limits:
     file_mb: int = 1024  # a file that is read whole
     reply_kb: int = 1024  # what an endpoint sends
     depth: int = 100  # objects in objects, elements in elements
+    layers: int = 1000  # of a model
+    model_b: int = 10_000  # parameters of a model, in billions
+    template_s: float = 5  # a chat template over one conversation
+    template_mb: int = 1024  # what it may take of memory
 
     def check(self, name: str, found: float, where: str | Path, *, what: str) -> None:
         """Raises `Unreadable` where `found` is more than the limit `name`. `what` was measured: "bytes in one line"."""
@@ -41,7 +45,7 @@ class Limits:
 
     def remedy(self, name: str) -> str:
         """What a message about the limit `name` ends with."""
-        unit = {"mb": " MB", "kb": " kB"}.get(name.rpartition("_")[2], "")
+        unit = {"mb": " MB", "kb": " kB", "s": " s"}.get(name.rpartition("_")[2], "")
         return f"the limit is {getattr(self, name):,}{unit} (raise it with --limits.{name.replace('_', '-')})"
 
 

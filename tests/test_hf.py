@@ -21,6 +21,7 @@ from dpo_jax.models.generation import float_type
 from dpo_jax.models.hf import end_tokens, load_config, load_hf, save_hf
 from dpo_jax.models.hub import resolve
 from dpo_jax.types import Model
+from dpo_jax.untrusted import Unreadable
 
 MODELS = GOLDEN / "models"
 
@@ -157,15 +158,15 @@ def test_the_sampling_settings_of_the_source_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("{", "is not JSON"),
-        ("[]", "holds a list"),
-        ('{"eos_token_id": ["</s>"]}', "eos_token_id is '</s>', expected a token id"),
+        ("{", "JSONDecodeError: "),
+        ("[]", "ValueError: a JSON object is needed, this is an array; delete it"),
+        ('{"eos_token_id": ["</s>"]}', r'eos_token_id = \["</s>"\] is not a token id or an array of them'),
     ],
 )
 def test_broken_sampling_settings_are_refused(content, told, tmp_path):
     source = copy_of("llama", tmp_path / "source")
     (source / "generation_config.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"generation_config.json:? {told}"):
+    with pytest.raises(ValueError, match=rf"generation_config.json: {told}"):
         end_tokens(source)
 
 
@@ -277,7 +278,7 @@ def _drop(name):
         (
             "gpt2",
             lambda t: t | {"transformer.wte.weight": np.ones((61, 32), np.int8)},
-            r"wte\.weight in .* is int8; expected floating",
+            r"wte\.weight in .* is I8; expected one of F64, F32",
         ),
         ("gpt2", lambda t: t | {"wte.weight": t["transformer.wte.weight"]}, r"tensor .*wte\.weight of .* is also in"),
     ],
@@ -310,14 +311,14 @@ def test_files_that_are_not_what_they_should_be(tmp_path):
     with pytest.raises(ValueError, match=r"model\.safetensors is a git-lfs pointer, not weights"):
         load_hf(tmp_path)
     weights.write_bytes((MODELS / "gpt2/model.safetensors").read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"model\.safetensors is not a complete safetensors file"):
+    with pytest.raises(Unreadable, match=r"model\.safetensors is not a complete safetensors file"):
         load_hf(tmp_path)
     weights.rename(tmp_path / "one.safetensors")
     shutil.copy(tmp_path / "one.safetensors", tmp_path / "two.safetensors")
     with pytest.raises(FileNotFoundError, match="2 safetensors files but no model.safetensors.index.json"):
         load_hf(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not an index"):
+    with pytest.raises(Unreadable, match="index.json: weight_map = null is not an object of tensors and their files"):
         load_hf(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../one.safetensors"}}')
     with pytest.raises(FileNotFoundError, match=r"names \.\./one\.safetensors"):
@@ -335,10 +336,10 @@ def test_folders_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+    with pytest.raises(Unreadable, match=r"config\.json: JSONDecodeError"):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds a list"):
+    with pytest.raises(Unreadable, match="a JSON object is needed, this is an array; save or fetch it again"):
         load_config(tmp_path)
 
 

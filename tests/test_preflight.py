@@ -109,6 +109,14 @@ def half_a_vocabulary(place):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 100}))
 
 
+def other_values(name, **values):
+    def damage(place):
+        file = place / "runs/one/sft/export" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return damage
+
+
 FAULTS = {
     "no such folder": (lambda p: shutil.rmtree(p / "pairs"), [], 65, "pairs: bad_layout: no such file or folder"),
     "another split": (
@@ -128,6 +136,14 @@ FAULTS = {
     "no model": (lambda p: shutil.rmtree(p / "runs/one/sft"), [], 2, "Run `dpo-jax sft` first"),
     "no weights": (lambda p: (p / "runs/one/sft/export/model.safetensors").unlink(), [], 2, "holds no weights"),
     "no tokenizer": (no_tokenizer, [], 2, "tokenizer"),
+    "a damaged config": (
+        other_values("config.json", hidden_size="x"),
+        [],
+        74,
+        "config.json: hidden_size = .x. is not a",
+    ),
+    "a damaged tokenizer": (other_values("tokenizer.json", model={}), [], 74, "dpo.policy: .*tokenizer"),
+    "no supported family": (other_values("config.json", model_type="bert"), [], 2, "model_type .bert. is not supported"),
     "other weights": (another_config, [], 2, "missing in .*model.safetensors: not a complete gpt_neox"),
     "other vocabulary": (half_a_vocabulary, [], 2, "vocab|shape"),
     "too long": (lambda p: None, ["--data.max-length", "4096"], 2, "4096 tokens do not fit the"),

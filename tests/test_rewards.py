@@ -1,13 +1,17 @@
 import copy
+import json
 import math
+import shutil
 import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from dpo_jax.data import reviews
 from dpo_jax.evals.preference import score_interval
 from dpo_jax.evals.rewards import LinearReward, exact_reviews, fit_linear, hf_classifier, learned, sign_accuracy, words
+from dpo_jax.untrusted import Unreadable
 
 GOOD, BAD = (
     ["bright film .", "a bright , clever plot", "clever and bright !"],
@@ -112,6 +116,29 @@ def test_a_learned_reward_reads_each_completion_with_its_eos(tokenizer):
         learned(score, tokenizer, length=4, batch=2)(prompts, completions)
 
 
+def _without_head(folder):
+    file = folder / "model.safetensors"
+    save_file({name: array for name, array in load_file(file).items() if "classifier" not in name}, file, {"format": "pt"})
+
+
+def _cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def _set(folder, **values):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def _no_heads(folder):
+    _set(folder, num_attention_heads=0)
+
+
+def _no_label(folder):
+    _set(folder, id2label=[1])
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize(
     ("labels", "family"), [(["NEGATIVE", "POSITIVE"], "roberta"), (["bad", "so-so", "good"], "bert"), (["score"], "bert")]
@@ -151,6 +178,12 @@ def test_a_hugging_face_classifier_is_the_log_odds_of_its_label(tmp_path, tokeni
             logits = torch.tensor([math.log(share / (1 - share))])
         assert value == pytest.approx(logits[-1].item(), abs=1e-4)
     assert reward([], []).shape == (0,)
+    for damage in (_without_head, _cut, _no_heads, _no_label):
+        folder = tmp_path.parent / f"{tmp_path.name}_{damage.__name__}"
+        shutil.copytree(tmp_path, folder)
+        damage(folder)
+        with pytest.raises(Unreadable, match=f"^classifier {folder}: "):
+            hf_classifier(str(folder), label, device="cpu")
     wrong = "nonsense" if len(labels) > 1 else "score"
     with pytest.raises(ValueError, match="name the one to reward" if len(labels) > 1 else "takes no label"):
         hf_classifier(str(tmp_path), wrong)

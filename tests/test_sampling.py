@@ -152,6 +152,15 @@ def test_distribution(options, expected):
     assert (shares[np.array(expected) == 0] == 0).all()
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 1e-7, 1e-10, 2e-38, 1e-38, 1e-45, 1e-300])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.9}])
+def test_a_small_temperature_is_greedy(temperature, options):
+    logits = jnp.array([[-3.0, 12.0, 11.9, -40.0, 1.0], [-1e4, -9e3, -9.1e3, -2e4, -9.5e3], [7.0, 2.0, 3.0, 4.0, 50.0]])
+    options = {"top_k": 0, "top_p": 1.0} | options
+    tokens = _choose(logits, jax.random.split(jax.random.key(0), 3), temperature=temperature, **options)
+    np.testing.assert_array_equal(tokens, [1, 1, 4])
+
+
 def test_seeds_differ_and_repeat():
     model = counting_model([0.0] * 8, [])
     first, again, other = (sample(model, {}, [[1]] * 4, seed=seed).tokens for seed in (0, 0, 1))

@@ -153,7 +153,8 @@ def _random(config: Config, count: int) -> tuple[list[Encoded], Model]:
 def _model_for_random(config: Config, *, option: str, longest: int) -> Model:
     """The model that is asked for, without a tokenizer. It must read rows of `longest` tokens, as `option` says."""
     if config.model.path is not None:
-        decoder = decoder_config(load_config(config.model.path))
+        with build.naming_option("model.path", config.model.path):
+            decoder = decoder_config(load_config(config.model.path), where=f"{config.model.path}/config.json")
     else:
         vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
         decoder = decoder_config(sized_hf_config(config, vocab_size=vocab_size, eos=0))

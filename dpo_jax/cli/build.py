@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +50,7 @@ from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, TrainState, Variables
+from dpo_jax.untrusted import Unreadable, read_object
 from dpo_jax.writing import write_text
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -215,7 +215,7 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     """
     for path, option in ((config.tokenizer.path, "tokenizer.path"), (model_path, name)):
         if path is not None:
-            with _naming(option, path):
+            with naming_option(option, path):
                 return _with_bos_token(config, at_date(load_tokenizer(_existing(config, path, option)), date_of(config)))
     if config.data.source in TEXT_SOURCES:
         texts = [snippet.text for snippet in load_texts(config, "train")]
@@ -225,10 +225,18 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     kept = Path(config.run.dir) / "tokenizer"
     record = kept / "made_from.json"
     with first_goes_first("tokenizer"), reported("training the tokenizer"):
-        if not record.is_file() or json.loads(record.read_text()) != made_from:
+        if _record(record) != made_from:
             save_tokenizer(train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size), kept)
             write_json(record, made_from)  # last: a folder without it is made anew
         return _with_bos_token(config, load_tokenizer(kept))
+
+
+def _record(file: Path) -> dict[str, Any] | None:
+    """What the run directory says of its tokenizer; None where it says nothing, or is damaged."""
+    try:
+        return read_object(file)
+    except (OSError, Unreadable):
+        return None
 
 
 def _with_bos_token(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -293,11 +301,12 @@ def policy_model(config: Config, path: str, tokenizer: PreTrainedTokenizerFast, 
     `name` is the option that `path` comes from. Weights are not read yet: what does not fit is refused at once.
     """
     path = _existing(config, path, name)
-    with _naming(name, path):
+    with naming_option(name, path):
         hf = load_config(path)
-        decoder = decoder_config(hf)
-        ends = end_tokens(path) or None
-        check_tokenizer(tokenizer, decoder.vocab_size, eos_token_id=ends, pad_token_id=hf.get("pad_token_id"))
+        decoder = decoder_config(hf, where=Path(path, "config.json"))
+        check_tokenizer(
+            tokenizer, decoder.vocab_size, eos_token_id=end_tokens(path) or None, pad_token_id=hf.get("pad_token_id")
+        )
     check_fit(config, decoder, path, expected=expected)
     return _model(config, hf)
 
@@ -312,18 +321,23 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast, *paths: str) -> tuple[int, ...]
 def load_weights(path: str, model: Model, partitioner: Partitioner, *, name: str) -> tuple[Variables, str]:
     """The weights in a folder whose model `policy_model` has checked, on the devices, and their digest."""
     digest = WeightsDigest()
-    with _naming(name, path), reported(f"loading the weights of {path}"):
+    with naming_option(name, path), reported(f"loading the weights of {path}"):
         variables = partitioner.load_variables(variable_shapes(model), digest.watch(read_weights(path, model)))
     return variables, digest.hexdigest()
 
 
 @contextmanager
-def _naming(option: str, path: str) -> Iterator[None]:
-    """Turns what is wrong with a model folder (a tensor, a git-lfs pointer, ...) into a `ConfigError` that names its option."""
+def naming_option(option: str, path: str) -> Iterator[None]:
+    """Names the option of a model folder with which something is wrong.
+
+    Damaged files stay `Unreadable`. What is sound and does not fit (another tensor, a git-lfs pointer, ...) is a `ConfigError`.
+    """
     try:
         yield
     except ConfigError:
         raise
+    except Unreadable as error:
+        raise Unreadable(f"{option}: {error}") from error
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"{option}: {path}: {error}") from error
 

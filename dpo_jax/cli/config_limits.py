@@ -18,6 +18,14 @@ class LimitsConfig:
     """kB of one reply of a judge's endpoint."""
     depth: int = 100
     """How deep JSON and HTML may be nested."""
+    layers: int = 1000
+    """Layers of a model."""
+    model_b: int = 10_000
+    """Parameters of a model, in billions."""
+    template_s: int = 5
+    """Seconds that a chat template may take for one conversation."""
+    template_mb: int = 1024
+    """MB of memory that a chat template may take for one conversation."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         for name, value in dataclasses.asdict(self).items():

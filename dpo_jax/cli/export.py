@@ -40,7 +40,7 @@ def run(config: Config) -> int:
     start = original.model.path if task == "sft" else original.dpo_policy()
     tokenizer = build.tokenizer_of(original, model_path=start, name="model.path" if task == "sft" else "dpo.policy")
     hf = load_hf_config(start) if start is not None else build.new_hf_config(original, tokenizer)
-    model = make_model(decoder_config(hf))
+    model = make_model(decoder_config(hf, where=f"{start}/config.json"))
     tx = build.make_tx(original.sft if task == "sft" else original.dpo)
     abstract = jax.eval_shape(lambda: init_state(model.init(jax.random.key(0)), tx))
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is asked for: that it will write nothing

@@ -10,6 +10,7 @@ from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.folder import read_config
+from dpo_jax.untrusted import Unreadable
 
 MAKERS = ("sft", "dpo", "ppo", "reward-model")
 """Commands that leave a model in a folder of their own in the run directory: RUN/sft/export."""
@@ -102,8 +103,10 @@ def planned_hf_config(config: Config) -> tuple[dict[str, Any], str]:
         if path is not None and (Path(path).expanduser() / "config.json").is_file():
             try:
                 hf = read_config(Path(path).expanduser())
-                decoder_config(hf)
+                decoder_config(hf, where=f"{path}/config.json")
                 return hf, f"{path}/config.json"
+            except Unreadable as error:
+                raise Unreadable(f"{option}: {error}") from error
             except ValueError as error:
                 raise ConfigError(f"{option}: {path}: {error}") from error
     sizes = dataclasses.replace(config.model, path=None)

@@ -21,6 +21,7 @@ from dpo_jax.reward import HEAD
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import write_json
+from dpo_jax.untrusted import Unreadable
 
 
 def run(config: Config) -> int:
@@ -66,6 +67,8 @@ def learned_reward(config: Config, path: str, *, name: str, batch: int) -> Rewar
     model = build.policy_model(config, path, tokenizer, name=name)
     try:
         head = load_head(resolve(path), width=model.config.width)
+    except Unreadable:
+        raise
     except ValueError as error:
         raise ConfigError(f"{name}: {path}: {error}") from error
     partitioner = build.make_partitioner(config, model)

@@ -106,7 +106,7 @@ def plan(check: Check) -> None:
     chip, chips = slice_of(config.plan.topology or "")
     check.tell("devices", f"{chips} of {chip.name}")
     hf, source = planned_hf_config(config)
-    check.decoders[source] = decoder_config(hf)
+    check.decoders[source] = decoder_config(hf, where=source)
     if not config.plan.sweep:
         sizes = _mesh(config, chips * chip.cores)
         batch_parts(config.dpo, sizes["data"] * sizes["fsdp"], layout=config.data.layout)

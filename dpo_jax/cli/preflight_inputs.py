@@ -13,6 +13,7 @@ from dpo_jax.cli import model_folders
 from dpo_jax.cli.check_scope import Scope
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.untrusted import Unreadable
 
 LINES_BYTES = 64 * 2**20  # files of more than this are not read only to count their rows
 
@@ -31,13 +32,12 @@ class Check:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        from dpo_jax.data.pairs import DataError
         from dpo_jax.runtime.chips import TopologyError
         from dpo_jax.runtime.rundir import RunLocked
 
         try:
             yield
-        except (ConfigError, DataError, TopologyError, RunLocked) as problem:
+        except (ConfigError, Unreadable, TopologyError, RunLocked) as problem:
             self.problems.append(problem)
         except OSError as problem:
             self.problems.append(OSError(f"{problem.filename}: {problem.strerror}" if problem.strerror else str(problem)))
@@ -231,6 +231,7 @@ def _fits(check: Check, path: str, option: str, *, expected: bool) -> str:
     """Words on a model folder, once its config, tokenizer and the names of its tensors are known to go together."""
     from dpo_jax.models.families import decoder_config
     from dpo_jax.models.folder import local_folder, read_config
+    from dpo_jax.models.generation import end_tokens
     from dpo_jax.models.tensors import tensors
     from dpo_jax.models.weights import Checkpoint
 
@@ -240,13 +241,15 @@ def _fits(check: Check, path: str, option: str, *, expected: bool) -> str:
         if folder is None:
             return _of_the_hub(check, path, option)
         hf = read_config(folder)
-        decoder = decoder_config(hf)
+        decoder = decoder_config(hf, where=folder / "config.json")
         with Checkpoint(folder, decoder) as checkpoint:
             checkpoint.check_names()
-            checkpoint.check_shape(tensors(decoder)[0].name, (decoder.vocab_size, decoder.width))
-        _check_tokenizer(Path(config.tokenizer.path or folder).expanduser(), hf, decoder.vocab_size)
+            checkpoint.check_tensor(tensors(decoder)[0].name, (decoder.vocab_size, decoder.width))
+        _check_tokenizer(Path(config.tokenizer.path or folder).expanduser(), hf, end_tokens(folder, hf), decoder.vocab_size)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{option}: {error}. {model_folders.remedy(config, path)}".rstrip()) from error
+    except Unreadable as error:
+        raise Unreadable(f"{option}: {error}") from error
     except ValueError as error:
         raise ConfigError(f"{option}: {path}: {error}") from error
     model_folders.check_fit(config, decoder, path, expected=expected)
@@ -264,27 +267,23 @@ class _TokenizerFiles(NamedTuple):
         return self.vocabulary
 
 
-def _check_tokenizer(folder: Path, hf: Mapping[str, Any], vocab_size: int) -> None:
+def _check_tokenizer(folder: Path, hf: Mapping[str, Any], ends: list[int], vocab_size: int) -> None:
     if not folder.is_dir():
         return  # of the Hub
-    from tokenizers import Tokenizer
+    from dpo_jax.data.tokenizer import check_files, check_tokenizer, vocabulary_of
 
-    from dpo_jax.data.tokenizer import check_files, check_tokenizer
-
-    check_files(folder)
+    stated = check_files(folder)
     if not (folder / "tokenizer.json").is_file():
         return  # an older form, which transformers converts
-    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
-    settings = folder / "tokenizer_config.json"
-    stated = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    vocabulary = vocabulary_of(folder)
     ids: dict[str, int | None] = {}
     for name in ("eos_token", "pad_token"):
         token = stated.get(name)
-        ids[name] = vocabulary.get(str(token["content"] if isinstance(token, dict) else token))
+        ids[name] = vocabulary.get(str(token.get("content") if isinstance(token, dict) else token))
     if ids["eos_token"] is None:  # a class of transformers may have one of its own
-        ids["eos_token"] = eos[0] if isinstance(eos := hf.get("eos_token_id", 0), list) else eos
+        ids["eos_token"] = ends[0] if ends else 0
     files = _TokenizerFiles(vocabulary, ids["eos_token"], ids["pad_token"])
-    check_tokenizer(files, vocab_size, eos_token_id=hf.get("eos_token_id"), pad_token_id=hf.get("pad_token_id"))
+    check_tokenizer(files, vocab_size, eos_token_id=ends or None, pad_token_id=hf.get("pad_token_id"))
 
 
 def tokenizer(check: Check) -> None:
@@ -294,9 +293,11 @@ def tokenizer(check: Check) -> None:
 
         try:
             if (folder := local_folder(path)) is not None:
-                _check_tokenizer(folder, {}, vocab_size=10**9)
+                _check_tokenizer(folder, {}, [], vocab_size=10**9)
             else:
                 _of_the_hub(check, path, "tokenizer.path")
+        except Unreadable as error:
+            raise Unreadable(f"tokenizer.path: {error}") from error
         except (FileNotFoundError, NotADirectoryError, ValueError) as error:
             raise ConfigError(f"tokenizer.path: {error}") from error
 

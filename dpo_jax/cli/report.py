@@ -118,7 +118,7 @@ def _weights(runs: Sequence[RunRecord], *, digests: bool) -> tuple[list[str], Se
 
 def weights_digest_of(folder: Path) -> str:
     """The digest of a model folder, as `eval` writes it down. One tensor at a time is in memory."""
-    model, digest = make_model(decoder_config(load_model_config(folder))), WeightsDigest()
+    model, digest = make_model(decoder_config(load_model_config(folder), where=folder / "config.json")), WeightsDigest()
     for _ in digest.watch(read_weights(folder, model)):
         pass
     return digest.hexdigest()

@@ -21,6 +21,7 @@ from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.rewards import Reward, exact_reviews, fit_linear, hf_classifier, sign_accuracy
 from dpo_jax.lab.world import Prompts, World
 from dpo_jax.runtime.progress import reported
+from dpo_jax.untrusted import Unreadable
 from dpo_jax.writing import writing
 
 FAST = {"prompts": 8, "test_prompts": 4, "optimum_prompts": 4, "optimum_samples": 4, "ppo_iterations": 4}
@@ -129,6 +130,8 @@ def true_reward(config: Config) -> Reward:
         try:
             with reported("loading the classifier"):
                 return hf_classifier(section.classifier, "POSITIVE")
+        except Unreadable as error:
+            raise Unreadable(f"frontier.classifier: {error}") from error
         except (ImportError, ValueError) as error:
             raise ConfigError(f"frontier.classifier: {error}") from error
     if not has_true_reward(config):

@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo_jax.data.columns import text
 from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, check_length, check_pair
+from dpo_jax.data.rendering import Refused, render
 from dpo_jax.data.tokenizer import special_tokens
 
 Message = dict[str, Any]
@@ -19,7 +20,7 @@ def chat_preference(prompt: list[Any] | None, chosen: Any, rejected: Any, *, uid
     `prompt=None`: the prompt is implicit, the messages that both sides begin with. The prompt is rendered with the template's
     generation prompt; a completion is the rendered whole minus the rendered prompt, which must be its beginning. An EOS token
     that ends the completion is taken off, together with what the template puts after it: encoding appends EOS itself.
-    Raises `BadRow`, and `DataError` if the tokenizer has no chat template.
+    Raises `BadRow`, `DataError` if the tokenizer has no chat template, and `Unreadable` if it does not end (`data.rendering`).
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
@@ -40,7 +41,7 @@ def chat_preference(prompt: list[Any] | None, chosen: Any, rejected: Any, *, uid
     for name, side in sides.items():
         _check_completion(side, name)
     _check_prompt(turns, "prompt")
-    text = _render(turns, tokenizer, add_generation_prompt=True)
+    text = _render(turns, tokenizer, generate=True)
     completions = {name: _completion(text, turns + side, name, tokenizer) for name, side in sides.items()}
     check_pair(text, **completions)
     return Preference(text, **completions, uid=uid, chat=True)
@@ -53,7 +54,7 @@ def chat_prompt(messages: Any, *, tokenizer: Any, field: str = "messages") -> st
     """
     turns = _messages(messages, field, tokenizer)
     _check_prompt(turns, field)
-    return _render(turns, tokenizer, add_generation_prompt=True)
+    return _render(turns, tokenizer, generate=True)
 
 
 def _check_prompt(turns: list[Message], field: str) -> None:
@@ -97,10 +98,10 @@ def _check_completion(messages: list[Message], field: str) -> None:
             raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field=field)
 
 
-def _render(messages: list[Message], tokenizer: Any, *, add_generation_prompt: bool = False) -> str:
+def _render(messages: list[Message], tokenizer: Any, *, generate: bool = False) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:  # a template may raise anything: it is a program in the tokenizer's file
+        return render(tokenizer, messages, generate=generate)
+    except Refused as error:
         raise BadRow(Cause.CHAT_TEMPLATE, f"the template refuses these messages: {error}") from error
 
 

@@ -6,8 +6,10 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dpo_jax.data.rendering import render
 from dpo_jax.data.terminal import printable
 from dpo_jax.data.tokenizer import special_tokens
+from dpo_jax.untrusted import Unreadable
 
 Turn = dict[str, str]
 # Words that no template changes: not trimmed, not escaped, not split into thought and answer.
@@ -30,7 +32,7 @@ def chat_turns(prompt: str, tokenizer: Any) -> list[Turn] | None:
     The template's own text between turns is found by rendering words that stand in no prompt. A prompt that was cut at its
     start begins with "...", and a system text of the template itself may stand among the turns.
     """
-    marks = _marks(tokenizer, tokenizer.chat_template) if getattr(tokenizer, "chat_template", None) else None
+    marks = _marks(tokenizer, str(tokenizer.chat_template)) if getattr(tokenizer, "chat_template", None) else None
     if marks is None or not prompt.endswith(marks.to_answer):
         return None
     rest, role, turns = prompt.removesuffix(marks.to_answer), "user", []
@@ -62,7 +64,9 @@ def _marks(tokenizer: Any, template: str) -> _Marks | None:
         first, between = _render([user, answer, again], tokenizer).split(_FIRST)
         to_assistant, between = between.split(_ANSWER)
         to_user, last = between.split(_SECOND)
-    except Exception:  # a template is a program and may raise anything; one that repeats a turn has no such marks
+    except Unreadable:
+        raise
+    except ValueError:  # refused, or one that repeats a turn: it has no such marks
         return None
     if (first, last) != (head, to_answer) or not (to_answer and to_assistant and to_user):
         return None
@@ -70,13 +74,15 @@ def _marks(tokenizer: Any, template: str) -> _Marks | None:
     try:
         system_head, rest = _render([{"role": "system", "content": _SYSTEM}, user], tokenizer).split(_SYSTEM)
         after_system = rest.split(_FIRST)[0]
-    except Exception:  # no system role
+    except Unreadable:
+        raise
+    except ValueError:  # no system role
         system_head = None
     return _Marks(head, {"user": to_user, "assistant": to_assistant}, to_answer, system_head, after_system)
 
 
 def _render(messages: list[Turn], tokenizer: Any) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return render(tokenizer, messages, generate=True)
 
 
 def _first_turns(text: str, role: str, marks: _Marks) -> list[Turn]:

@@ -7,6 +7,7 @@ import json
 import re
 from typing import Any, Literal, NamedTuple
 
+from dpo_jax.data import rendering
 from dpo_jax.data.chat_date import at_date
 
 Handling = Literal["kept", "dropped", "refused"]
@@ -51,8 +52,8 @@ class _Renderer:
     def __call__(self, messages: list[dict[str, str]], *, generate: bool = False, **options: Any) -> str | None:
         """The rendered text; None if the template refuses these messages."""
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate, **options)
-        except Exception:  # a template may raise anything: it is a program in the tokenizer's file
+            return rendering.render(self.tokenizer, messages, generate=generate, **options)
+        except rendering.Refused:
             return None
 
 

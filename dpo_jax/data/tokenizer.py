@@ -8,13 +8,15 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dpo_jax.models.folder import refuse_adapter
+from dpo_jax.untrusted import LIMITS, Unreadable, read_object, reading
 from dpo_jax.writing import naming, write_text
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_AGAIN = "save or fetch it again"
 
 LONGEST_WORD = 1000  # characters
 _LONG = re.compile(rf"(?<!\S)\S{{{LONGEST_WORD}}}|(?<!\s)\s{{{LONGEST_WORD}}}")  # a word is longer only in such a run
@@ -64,19 +68,39 @@ def _with_short_words(text: str, words: Any) -> list[str]:
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer in a folder, or of a Hugging Face model such as "org/name". Code that comes with a model is never run.
 
-    Raises ValueError where there is none, and where it has no `tokenizer.json`: a slow tokenizer has nothing to fingerprint.
+    It encodes and decodes, and its special tokens are in its vocabulary: both are tried. Raises ValueError where there is none,
+    and where it has no `tokenizer.json`: a slow tokenizer has nothing to fingerprint. `Unreadable`, a ValueError, for a folder
+    with damaged files.
     """
     from transformers import PreTrainedTokenizerFast
 
-    if Path(path).is_dir():
-        check_files(Path(path))
-    try:
-        tokenizer = _class_of(Path(path)).from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer could be loaded from {str(path)!r}: {error}") from error
+    settings = check_files(Path(path)) if Path(path).is_dir() else {}
+    # A tokenizer with code of its own, or in an older form, may be sound and yet nothing for this package.
+    damaged = (Path(path) / "tokenizer.json").is_file() and "auto_map" not in settings
+    where = f"no tokenizer could be loaded from {str(path)!r}"
+    with reading(where, remedy=_AGAIN if damaged else "", error=Unreadable if damaged else ValueError):
+        tokenizer = _class_of(settings).from_pretrained(str(path), trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{str(path)!r} has a {type(tokenizer).__name__}, but a tokenizer.json (a fast tokenizer) is needed")
+    with reading(where, remedy=_AGAIN):
+        _try(tokenizer)
     return tokenizer
+
+
+def _try(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises where a tokenizer does not do what everything behind `load_tokenizer` takes for granted."""
+    for special in (True, False):
+        tokenizer.decode(tokenizer("Hello, world", add_special_tokens=special)["input_ids"])
+    if not all(isinstance(token, str) for token in special_tokens(tokenizer)):
+        raise ValueError("a special token is no text")
+    for name in ("eos_token", "bos_token", "pad_token"):
+        token, number = getattr(tokenizer, name), getattr(tokenizer, f"{name}_id")
+        if token is not None and (number is None or tokenizer.backend_tokenizer.id_to_token(number) != str(token)):
+            raise ValueError(f"{name} {str(token)[:80]!r} is not in the vocabulary")
+    template: Any = tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else [] if template is None else [template]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("the chat template is no text")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
@@ -125,26 +149,40 @@ def _special_tokens(tokenizer: Any, size: int, with_role: tuple[str, ...]) -> tu
     return tuple(dict.fromkeys([*with_role, *added]))
 
 
-def check_files(folder: Path) -> None:
-    """Raises ValueError for a folder without a tokenizer: transformers would make one up that knows no text."""
-    if not any((folder / name).is_file() for name in _FILES):
+def check_files(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `tokenizer_config.json`, {} without one, after a look at the other files of the tokenizer.
+
+    Raises ValueError for a folder without a tokenizer: transformers would make one up that knows no text. `Unreadable` for a
+    file that is too large, and for JSON that is damaged; of the large `tokenizer.json` only its library can tell.
+    """
+    files = [folder / name for name in (*_FILES, *_SETTINGS) if (folder / name).is_file()]
+    if not any(file.name in _FILES for file in files):
+        refuse_adapter(folder)
         raise ValueError(f"no tokenizer could be loaded from '{folder}': it holds no tokenizer.json")
+    for file in files:
+        LIMITS.check("file_mb", file.stat().st_size, file, what="bytes")
+    settings = {file.name: read_object(file, remedy=_AGAIN) for file in files if file.name in _SETTINGS}
+    return settings.get("tokenizer_config.json", {})
 
 
-def _class_of(folder: Path) -> Any:
-    """What loads the tokenizer in `folder`: transformers' plain fast tokenizer where one was saved.
+def vocabulary_of(folder: Path) -> Mapping[str, int]:
+    """Ids by token of a folder's `tokenizer.json`. Raises `Unreadable`."""
+    file = folder / "tokenizer.json"
+    with reading(file, remedy=_AGAIN):
+        return Tokenizer.from_file(str(file)).get_vocab()
+
+
+def _class_of(settings: Mapping[str, Any]) -> Any:
+    """What loads a tokenizer with this `tokenizer_config.json`: transformers' plain fast tokenizer where one was saved.
 
     Otherwise `AutoTokenizer`. It takes half a second to import, and beside the config.json of a Qwen2 it would load our own
     tokenizer as Qwen2's class, which normalizes text and so gives other ids than those that were saved.
     """
     from transformers import PreTrainedTokenizerFast
 
-    try:
-        said = json.loads((folder / "tokenizer_config.json").read_bytes())
-        if said["tokenizer_class"] in ("TokenizersBackend", "PreTrainedTokenizerFast") and "auto_map" not in said:
-            return PreTrainedTokenizerFast
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # no such folder, or not one of a plain fast tokenizer
+    plain = ("TokenizersBackend", "PreTrainedTokenizerFast")
+    if settings.get("tokenizer_class") in plain and "auto_map" not in settings:
+        return PreTrainedTokenizerFast
     from transformers import AutoTokenizer
 
     return AutoTokenizer

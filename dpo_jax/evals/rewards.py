@@ -16,6 +16,7 @@ from dpo_jax.data.loader import round_up
 from dpo_jax.evals.preference import Interval, score_interval
 from dpo_jax.extras import install_command
 from dpo_jax.types import Array, Rows
+from dpo_jax.untrusted import reading
 
 Reward = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 """(prompts, completions), as many of each -> float64[n], higher is better. A text is a prompt with its completion."""
@@ -80,7 +81,8 @@ def hf_classifier(path: str, label: str | None = None, *, batch: int = 64, devic
 
     The paper's is "siebert/sentiment-roberta-large-english" with the label "POSITIVE". A classifier with a single output is a
     reward model: its output is the reward, and it takes no label. Texts are cut to what the model reads, at their end. `device`
-    is torch's name for one; by default a GPU if torch sees one. Needs torch (extra `classifier`).
+    is torch's name for one; by default a GPU if torch sees one. Needs torch (extra `classifier`). Raises `Unreadable` for a
+    classifier that cannot be loaded, or that gives a short text no reward.
     """
     try:
         import torch
@@ -88,16 +90,21 @@ def hf_classifier(path: str, label: str | None = None, *, batch: int = 64, devic
         raise ImportError(f"a Hugging Face classifier runs on torch: {install_command('classifier')}") from error
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    model: Any = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False, use_safetensors=True)
-    labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    where, again = f"classifier {path}", "save or fetch it again"
+    with reading(where, remedy=again):
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        options: Any = {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
+        model, report = AutoModelForSequenceClassification.from_pretrained(path, **options)
+        if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
+            raise ValueError(f"the weights lack {', '.join(missing[:5])}: no trained classifier")
+        labels = [str(model.config.id2label[number]) for number in range(model.config.num_labels)]
+        limit = min(int(tokenizer.model_max_length), _positions(model.config))
     if len(labels) == 1 and label is not None:
         raise ValueError(f"{path} has a single output, which is the reward: it takes no label (given: {label!r})")
     if len(labels) > 1 and label not in labels:
         raise ValueError(f"{path} has the labels {', '.join(labels)}: name the one to reward (given: {label!r})")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
-    limit = min(tokenizer.model_max_length, _positions(model.config))
     cut = {"truncation": True, "max_length": limit} if limit < UNLIMITED else {}
 
     @torch.inference_mode()
@@ -114,6 +121,9 @@ def hf_classifier(path: str, label: str | None = None, *, batch: int = 64, devic
             values.append(logits[:, 0].cpu().numpy())
         return np.concatenate(values) if values else np.zeros(0)
 
+    with reading(where, remedy=again):
+        if not np.isfinite(reward([""], ["A film."])).all():
+            raise ValueError("its reward of a short text is not finite")
     return reward
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from dpo_jax.data.encode import Bos, Encoded
 from dpo_jax.data.groups import PairGroup, group_pairs
@@ -23,12 +23,14 @@ from dpo_jax.lab.methods import row_parts
 from dpo_jax.lab.world import World
 from dpo_jax.logps import slots_to_pairs
 from dpo_jax.models.hf import save_hf
+from dpo_jax.models.weights import open_safetensors
 from dpo_jax.reward import HEAD, centred, completion_rewards, reward_step, scalar_head, with_scalar_head
 from dpo_jax.runtime.fit import NonFinite, fit
 from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, Rows, TrainState, Variables
+from dpo_jax.untrusted import reading
 from dpo_jax.writing import naming
 
 HELD_OUT = 10  # prompts: the pairs of one in this many choose the checkpoint
@@ -160,12 +162,20 @@ def save_reward_model(path: Path, model: Model, variables: Variables) -> Path:
 
 
 def load_head(path: Path, *, width: int) -> dict[str, np.ndarray]:
-    """The head in a folder of `save_reward_model`. Raises `ValueError` where there is none, or one of another width."""
+    """The head in a folder of `save_reward_model`. Raises ValueError where there is none, or one of another width.
+
+    `Unreadable`, a ValueError, where the file is damaged.
+    """
     file = path / HEAD_FILE
     if not file.is_file():
         raise ValueError(f"holds no {HEAD_FILE}, so it is no reward model; `dpo-jax reward-model` writes one")
-    head = load_file(file)
-    shapes = {name: array.shape for name, array in head.items()}
-    if shapes != {"kernel": (width,), "bias": ()}:
-        raise ValueError(f"{HEAD_FILE} holds {shapes}, where a kernel of ({width},) and a bias of () are expected")
+    opened = open_safetensors(file)
+    with reading(file, remedy="write it again with `dpo-jax reward-model`"):
+        parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        found = {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in parts.items()}
+        if found != {"kernel": ("F32", (width,)), "bias": ("F32", ())}:
+            raise ValueError(f"{str(found)[:300]} where F32 of ({width},) as kernel and of () as bias are expected")
+        head = {name: opened.get_tensor(name) for name in found}
+        if not all(np.isfinite(array).all() for array in head.values()):
+            raise ValueError("holds numbers that are not finite")
     return head

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.fields import Fields, shown
 from dpo_jax.models.hf_settings import DEFAULTS, Reader
 from dpo_jax.models.rope import Rope
+from dpo_jax.untrusted import LIMITS, Unreadable
 
 _REFUSED: dict[str, tuple[str, ...]] = {  # keys that must be absent, null or false
     "gpt2": ("scale_attn_by_inverse_layer_idx", "add_cross_attention"),
@@ -21,11 +24,12 @@ _REFUSED: dict[str, tuple[str, ...]] = {  # keys that must be absent, null or fa
 }
 
 
-def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
-    """Read a Hugging Face configuration (the content of `config.json`, of transformers 4 or 5).
+def decoder_config(hf_config: Mapping[str, Any], *, where: str | Path = "config.json") -> DecoderConfig:
+    """Read a Hugging Face configuration (the content of `config.json`, of transformers 4 or 5), which came from `where`.
 
-    A multimodal "gemma3" configuration stands for its text model. Raises ValueError, naming key and value, for a family, an
-    activation, a rotary scaling or another setting that the decoder does not have, and for a missing or impossible size.
+    A multimodal "gemma3" configuration stands for its text model. Raises `Unreadable`, naming file, field and value, for a
+    missing or impossible one; ValueError for a family, an activation, a rotary scaling or another setting that the decoder does
+    not have.
 
     >>> sizes = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     >>> found = decoder_config({"model_type": "gpt2", **sizes})
@@ -33,21 +37,30 @@ def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
     ('gpt2', 32, 2)
     """
     hf = dict(hf_config)
-    if hf.get("model_type") == "gemma3":
-        hf = _gemma3_text_part(hf)
-    family = hf.get("model_type")
+    family = Fields(hf, where).text("model_type")
+    if family == "gemma3":
+        hf, family = _gemma3_text_part(hf, where), "gemma3_text"
     if family not in DEFAULTS:
-        raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(DEFAULTS)}")
+        raise ValueError(f"{where}: model_type {shown(family)} is not supported; supported: {', '.join(DEFAULTS)}")
+    read = Reader(family, hf, where)
     for key in ("quantization_config", *_REFUSED.get(family, ())):
         if hf.get(key):
-            raise ValueError(f"{family} config: {key} = {hf[key]!r} is not supported")
-    read = Reader(family, hf)
+            read.refuse(key)
     build = {"gpt2": _gpt2, "gptj": _gptj, "gpt_neox": _gpt_neox}.get(family, _llama_like)
     fields = build(read)
     if fields["heads"] % fields["kv_heads"]:
-        raise ValueError(f"{family} config: {fields['heads']} heads are not a multiple of {fields['kv_heads']} key/value heads")
-    init_std = read.number("initializer_range")
-    return DecoderConfig(family=family, init_std=init_std, hf_json=json.dumps(hf, sort_keys=True), **fields)
+        raise Unreadable(f"{where}: {fields['heads']} heads are not a multiple of {fields['kv_heads']} key/value heads")
+    init_std = read.number("initializer_range", least=0.0, right="a number of at least 0")
+    config = DecoderConfig(family=family, init_std=init_std, hf_json=json.dumps(hf, sort_keys=True), **fields)
+    LIMITS.check("model_b", _billions(config), where, what="billion parameters")
+    return config
+
+
+def _billions(c: DecoderConfig) -> int:
+    """About how many parameters a model has, in billions: its matrices."""
+    attention = c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads)
+    tables = c.width * (c.vocab_size * (1 if c.tied else 2) + (0 if c.ropes else c.max_positions))
+    return (c.layers * (attention + c.width * c.mlp_width * (3 if c.gated_mlp else 2)) + tables) // 10**9
 
 
 def _gpt2(read: Reader) -> dict[str, Any]:
@@ -56,7 +69,7 @@ def _gpt2(read: Reader) -> dict[str, Any]:
     return {
         "vocab_size": read.size("vocab_size"),
         "width": width,
-        "layers": read.size("n_layer"),
+        "layers": read.layers("n_layer"),
         "heads": heads,
         "kv_heads": heads,
         "head_size": head_size,
@@ -65,8 +78,8 @@ def _gpt2(read: Reader) -> dict[str, Any]:
         "activation": read.activation("activation_function"),
         "norm": "layer",
         "norm_eps": read.number("layer_norm_epsilon"),
-        "attention_scale": head_size**-0.5 if read.all.get("scale_attn_weights") else 1.0,
-        "tied": bool(read.all["tie_word_embeddings"]),
+        "attention_scale": head_size**-0.5 if read.flag("scale_attn_weights") else 1.0,
+        "tied": read.flag("tie_word_embeddings"),
         "qkv_bias": True,
         "out_bias": True,
         "mlp_bias": True,
@@ -76,7 +89,10 @@ def _gpt2(read: Reader) -> dict[str, Any]:
 def _gptj(read: Reader) -> dict[str, Any]:
     fields = _gpt2(read)
     # Hugging Face scales GPT-J's scores always.
-    rope = read.rope(read.size("rotary_dim"), theta=10000.0, settings={}, interleaved=True)
+    rotary = read.size("rotary_dim")
+    if rotary > fields["head_size"]:
+        read.wrong("rotary_dim", f"at most the size of a head, {fields['head_size']}")
+    rope = read.rope(rotary, theta=10000.0, settings=Fields({}, read.where), interleaved=True)
     return fields | {
         "attention_scale": fields["head_size"] ** -0.5,
         "ropes": (rope,) * fields["layers"],
@@ -89,11 +105,13 @@ def _gptj(read: Reader) -> dict[str, Any]:
 
 
 def _gpt_neox(read: Reader) -> dict[str, Any]:
-    width, heads, layers = read.size("hidden_size"), read.size("num_attention_heads"), read.size("num_hidden_layers")
+    width, heads, layers = read.size("hidden_size"), read.size("num_attention_heads"), read.layers("num_hidden_layers")
     head_size = read.head_size(width, heads)
-    settings = read.all.get("rope_scaling") or read.all.get("rope_parameters") or {}
-    rotary = int(head_size * settings.get("partial_rotary_factor", read.number("rotary_pct")))
-    bias = bool(read.all["attention_bias"])
+    settings = read.rope_settings()
+    part, key = (settings, "partial_rotary_factor") if settings.has("partial_rotary_factor") else (read, "rotary_pct")
+    if (share := part.number(key)) > 1:
+        part.wrong(key, "a number above 0 and at most 1")
+    bias = read.flag("attention_bias")
     return {
         "vocab_size": read.size("vocab_size"),
         "width": width,
@@ -107,9 +125,9 @@ def _gpt_neox(read: Reader) -> dict[str, Any]:
         "norm": "layer",
         "norm_eps": read.number("layer_norm_eps"),
         "attention_scale": head_size**-0.5,
-        "tied": bool(read.all["tie_word_embeddings"]),
-        "ropes": (read.rope(rotary, theta=read.number("rotary_emb_base"), settings=settings),) * layers,
-        "parallel_residual": bool(read.all["use_parallel_residual"]),
+        "tied": read.flag("tie_word_embeddings"),
+        "ropes": (read.rope(int(head_size * share), theta="rotary_emb_base", settings=settings),) * layers,
+        "parallel_residual": read.flag("use_parallel_residual"),
         "qkv_bias": bias,
         "out_bias": bias,
         "mlp_bias": True,
@@ -117,10 +135,10 @@ def _gpt_neox(read: Reader) -> dict[str, Any]:
 
 
 def _llama_like(read: Reader) -> dict[str, Any]:
-    family, get = read.family, read.all.get
+    family = read.family
     gemma = family.startswith("gemma")
-    width, heads, layers = read.size("hidden_size"), read.size("num_attention_heads"), read.size("num_hidden_layers")
-    head_size = read.size("head_dim") if get("head_dim") else read.head_size(width, heads)
+    width, heads, layers = read.size("hidden_size"), read.size("num_attention_heads"), read.layers("num_hidden_layers")
+    head_size = read.size("head_dim") if read.has("head_dim") else read.head_size(width, heads)
     sliding = _sliding_layers(read, layers)
     window = read.size("sliding_window") if any(sliding) else None
     return {
@@ -136,63 +154,61 @@ def _llama_like(read: Reader) -> dict[str, Any]:
         "norm": "rms_plus_one" if gemma else "rms",
         "norm_eps": read.number("rms_norm_eps"),
         "attention_scale": read.number("query_pre_attn_scalar") ** -0.5 if gemma else head_size**-0.5,
-        "tied": bool(get("tie_word_embeddings")),
+        "tied": read.flag("tie_word_embeddings"),
         "ropes": _ropes(read, head_size, sliding),
         "windows": tuple(window if s else None for s in sliding) if window else (),
         "gated_mlp": True,
         "post_norms": gemma,
         "qk_norm": family in ("qwen3", "gemma3_text"),
-        "qkv_bias": family == "qwen2" or (family != "mistral" and bool(get("attention_bias"))),
-        "out_bias": family not in ("qwen2", "mistral") and bool(get("attention_bias")),
-        "mlp_bias": family == "llama" and bool(get("mlp_bias")),
+        "qkv_bias": family == "qwen2" or (family != "mistral" and read.flag("attention_bias")),
+        "out_bias": family not in ("qwen2", "mistral") and read.flag("attention_bias"),
+        "mlp_bias": family == "llama" and read.flag("mlp_bias"),
         "embedding_scale": width**0.5 if gemma else 1.0,
-        "attention_softcap": get("attn_logit_softcapping") if gemma else None,
-        "logit_softcap": get("final_logit_softcapping") if gemma else None,
+        "attention_softcap": read.optional_number("attn_logit_softcapping") if gemma else None,
+        "logit_softcap": read.optional_number("final_logit_softcapping") if gemma else None,
     }
 
 
 def _sliding_layers(read: Reader, layers: int) -> list[bool]:
     """Which layers see a sliding window only."""
-    family, get = read.family, read.all.get
-    if family == "llama" or (family.startswith("qwen") and not get("use_sliding_window")) or get("sliding_window") is None:
+    family, kinds = read.family, "layer_types"
+    if family == "llama" or (family.startswith("qwen") and not read.flag("use_sliding_window")):
+        return [False] * layers
+    if not read.has("sliding_window"):
         return [False] * layers
     if family == "mistral":
         return [True] * layers
-    kinds = get("layer_types")
-    if kinds is not None:
-        unknown = set(kinds) - {"full_attention", "sliding_attention"}
-        if unknown or len(kinds) != layers:
-            raise ValueError(
-                f"{family} config: layer_types = {kinds!r} does not name full or sliding attention for {layers} layers"
-            )
-        return [kind == "sliding_attention" for kind in kinds]
+    if read.has(kinds):
+        named = read.texts(kinds)
+        if set(named) - {"full_attention", "sliding_attention"} or len(named) != layers:
+            read.wrong(kinds, f'"full_attention" or "sliding_attention" for each of {layers} layers')
+        return [kind == "sliding_attention" for kind in named]
     if family.startswith("qwen"):
-        return [i >= int(get("max_window_layers", 0)) for i in range(layers)]
+        first = read.size("max_window_layers", 0, least=0, right="an integer of at least 0")
+        return [i >= first for i in range(layers)]
     every = 2 if family == "gemma2" else read.size("sliding_window_pattern")
     return [(i + 1) % every != 0 for i in range(layers)]
 
 
 def _ropes(read: Reader, head_size: int, sliding: list[bool]) -> tuple[Rope, ...]:
-    theta = read.number("rope_theta")
-    settings = read.all.get("rope_scaling") or read.all.get("rope_parameters") or {}
-    for partial in (read.all.get("partial_rotary_factor"), settings.get("partial_rotary_factor")):
-        if partial not in (None, 1.0):
-            raise ValueError(f"{read.family} config: partial_rotary_factor = {partial} is not supported")
+    settings, partial = read.rope_settings(), "partial_rotary_factor"
+    for part in (read, settings):
+        if part.has(partial) and part.number(partial) != 1.0:
+            raise ValueError(f"{part.where}: {partial} = {shown(part.all[partial])} is not supported in a {read.family}")
     if read.family != "gemma3_text":
-        return (read.rope(head_size, theta=theta, settings=settings),) * len(sliding)
-    # Gemma 3 scales its full-attention layers only; transformers 5 nests one dict per kind of layer.
-    nested = "full_attention" in settings or "sliding_attention" in settings
-    wide = (settings.get("full_attention") or {}) if nested else settings
-    narrow = (settings.get("sliding_attention") or {}) if nested else {}
-    full = read.rope(head_size, theta=theta, settings=wide)
-    local = read.rope(head_size, theta=read.number("rope_local_base_freq"), settings=narrow)
+        return (read.rope(head_size, theta="rope_theta", settings=settings),) * len(sliding)
+    # Gemma 3 scales its full-attention layers only; transformers 5 nests one object per kind of layer.
+    nested = settings.has("full_attention") or settings.has("sliding_attention")
+    wide, narrow = (settings.part(kind) if nested else None for kind in ("full_attention", "sliding_attention"))
+    full = read.rope(head_size, theta="rope_theta", settings=wide or settings)
+    local = read.rope(head_size, theta="rope_local_base_freq", settings=narrow or Fields({}, read.where))
     return tuple(local if s else full for s in sliding)
 
 
-def _gemma3_text_part(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _gemma3_text_part(hf: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
     text = hf.get("text_config")
     if not isinstance(text, Mapping):
-        raise ValueError("gemma3 config: text_config is missing; expected the language model's settings there")
+        Fields(hf, where).wrong("text_config", "an object with the language model's settings")
     inherited = {key: hf[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings") if key in hf}
     return {**inherited, **text, "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.untrusted import Unreadable, read_object
+
+ADAPTER = "adapter_config.json"
+
 
 def is_hub_id(path: str | Path) -> bool:
     """Whether `path` looks like "organization/name" or "organization/name@revision"."""
-    return re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", str(path)) is not None
+    return re.fullmatch(r"\w[\w.-]{0,95}/[\w.-]{1,96}(@[\w./-]{1,200})?", str(path)) is not None
 
 
 def local_folder(path: str | Path) -> Path | None:
@@ -26,19 +30,23 @@ def local_folder(path: str | Path) -> Path | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `config.json`. Raises FileNotFoundError or ValueError naming the file."""
+    """The content of a folder's `config.json`. Raises FileNotFoundError, or `Unreadable` naming the file."""
     file = folder / "config.json"
     if not file.is_file():
+        refuse_adapter(folder)
         raise FileNotFoundError(f"{file} does not exist; a model folder holds config.json and *.safetensors")
-    return read_object(file)
+    return read_object(file, remedy="save or fetch it again")
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError naming the file for anything else."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__} where a JSON object is expected")
-    return content
+def refuse_adapter(folder: Path) -> None:
+    """Raises FileNotFoundError for a folder of LoRA weights without their model."""
+    if not (folder / ADAPTER).is_file():
+        return
+    base = None
+    with contextlib.suppress(OSError, Unreadable):
+        base = read_object(folder / ADAPTER).get("base_model_name_or_path")
+    model = f"its base model {base[:200]!r}" if isinstance(base, str) and base else "its base model"
+    raise FileNotFoundError(
+        f"{folder} holds an adapter (LoRA: {ADAPTER}), not a model; merge it into {model} (in peft: merge_and_unload, "
+        "save_pretrained) and name the folder of the result"
+    )

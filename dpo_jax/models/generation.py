@@ -6,29 +6,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.models.folder import read_object
+from dpo_jax.models.fields import Fields
+from dpo_jax.untrusted import read_object
 
 GENERATION = "generation_config.json"
 FLOATS = ("float32", "bfloat16", "float16")
 
 
 def generation_config(folder: Path) -> dict[str, Any] | None:
-    """The settings in a model folder, None if it has none. Raises ValueError naming the file where it cannot be used."""
+    """The settings in a model folder, None if it has none. Raises `Unreadable` naming the file where it cannot be used."""
     file = folder / GENERATION
     if not file.is_file():
         return None
-    content = read_object(file)
+    content = read_object(file, remedy="delete it, or fetch it again")
     eos_ids(content, file)
     return content
 
 
 def eos_ids(settings: Mapping[str, Any], file: Path) -> list[int]:
-    """`eos_token_id` as a list, empty if there is none. Raises ValueError naming the file for what is no token id."""
-    value = settings.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if bad := [one for one in ids if isinstance(one, bool) or not isinstance(one, int)]:
-        raise ValueError(f"{file}: eos_token_id is {bad[0]!r}, expected a token id or a list of them")
-    return ids
+    """`eos_token_id` as a list, empty if there is none. Raises `Unreadable` naming the file for what is no token id."""
+    return Fields(settings, file).token_ids("eos_token_id")
+
+
+def end_tokens(folder: Path, config: Mapping[str, Any]) -> list[int]:
+    """Every token at which a model of this `config.json` stops, by it and by the `generation_config.json` beside it."""
+    file, text = folder / "config.json", config.get("text_config")
+    found = {*eos_ids(config, file), *eos_ids(generation_config(folder) or {}, folder / GENERATION)}
+    return sorted(found | {*eos_ids(text if isinstance(text, Mapping) else {}, file)})
 
 
 def float_type(config: Mapping[str, Any]) -> str:

@@ -22,31 +22,30 @@ from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import ARCHITECTURES, decoder_config
 from dpo_jax.models.folder import read_config
-from dpo_jax.models.generation import GENERATION, eos_ids, generation_config
+from dpo_jax.models.generation import GENERATION, generation_config
+from dpo_jax.models.generation import end_tokens as end_tokens_of
 from dpo_jax.models.hub import resolve
 from dpo_jax.models.pieces import Piece, assemble, path_of
 from dpo_jax.models.tensors import Tensor, tensors
 from dpo_jax.models.weights import INDEX, Checkpoint, write_shards
 from dpo_jax.types import Model, Variables
+from dpo_jax.untrusted import read_text
 from dpo_jax.writing import write_text
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
-    """The content of a model's `config.json`. Raises FileNotFoundError or ValueError naming the file."""
+    """The content of a model's `config.json`. Raises FileNotFoundError, or `Unreadable` naming the file."""
     return read_config(resolve(path))
 
 
 def end_tokens(path: str | Path) -> list[int]:
     """Every token that ends a text of the model by its `config.json` or its `generation_config.json`, in ascending order.
 
-    Chat models have several: of the end of a turn (`<end_of_turn>`, `<|eot_id|>`), and of the whole text. Raises ValueError
+    Chat models have several: of the end of a turn (`<end_of_turn>`, `<|eot_id|>`), and of the whole text. Raises `Unreadable`
     naming the file.
     """
-    folder, config = resolve(path), load_config(path)
-    settings: list[tuple[Mapping[str, Any], str]] = [(config, "config.json"), (generation_config(folder) or {}, GENERATION)]
-    if isinstance(text := config.get("text_config"), Mapping):
-        settings.append((text, "config.json"))
-    return sorted({one for content, name in settings for one in eos_ids(content, folder / name)})
+    folder = resolve(path)
+    return end_tokens_of(folder, read_config(folder))
 
 
 def load_hf(
@@ -57,14 +56,14 @@ def load_hf(
     Weights are converted to `param_dtype`. `attention` names a path of `attention_paths`, by default this platform's.
 
     Raises ValueError or FileNotFoundError naming file and tensor for an unsupported configuration, missing, unknown or
-    mis-shaped tensors, pickled weights, and git-lfs pointers.
+    mis-shaped tensors, pickled weights, and git-lfs pointers; `Unreadable`, a ValueError, for damaged files.
 
     >>> decoder, weights = load_hf(folder)  # or load_hf("EleutherAI/pythia-70m")
     >>> decoder.config.family, sorted(weights)
     ('llama', ['params'])
     """
     folder = resolve(path)
-    config = decoder_config(load_config(folder))
+    config = decoder_config(load_config(folder), where=folder / "config.json")
     path_ = attention_path(attention, platform=jax.default_backend(), config=config, dtype=dtype)
     model = make_model(config, dtype=dtype, remat=remat, attention=path_)
     variables = assemble(variable_shapes(model, param_dtype), read_weights(folder, model), put=jnp.asarray)
@@ -161,7 +160,7 @@ def save_hf(
         write_text(new / "config.json", json.dumps(content, indent=2, sort_keys=True) + "\n")
         generation = None if source is None or generation_config(resolve(source)) is None else resolve(source) / GENERATION
         if generation is not None:
-            write_text(new / GENERATION, generation.read_text(encoding="utf-8"))
+            write_text(new / GENERATION, read_text(generation))
         write_shards(new, sizes, get, max_shard_bytes=max_shard_bytes)
         _move_in(new, folder, stale=() if source is None else (GENERATION,))
     return folder

@@ -1,11 +1,14 @@
-"""Reading single settings of a Hugging Face `config.json`: defaults of each family, types, and errors that name the key."""
+"""The settings of a Hugging Face `config.json`: defaults of each family, and a reader of those that families share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
+from dpo_jax.models.fields import Fields, shown
 from dpo_jax.models.rope import Rope
+from dpo_jax.untrusted import LIMITS, Unreadable
 
 _GPT = {
     "n_inner": None,
@@ -76,54 +79,63 @@ _ACTIVATIONS = {
 }
 
 
-class Reader:
-    """Typed access to a configuration with its family's defaults; every error names family, key and value."""
+class Reader(Fields):
+    """The fields of a `config.json`, with the defaults of its family.
 
-    def __init__(self, family: str, hf: Mapping[str, Any]):
+    A value that no model of the family can have is `Unreadable`. One that transformers knows and the decoder does not is a
+    plain ValueError.
+    """
+
+    def __init__(self, family: str, hf: Mapping[str, Any], where: str | Path):
+        super().__init__(hf, where, defaults=DEFAULTS[family])
         self.family = family
-        self.given = hf
-        self.all = {**DEFAULTS[family], **hf}
 
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self.all.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise ValueError(f"{self.family} config: {key} is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{self.family} config: {key} = {value!r} is not a positive integer")
-        return value
+    def refuse(self, key: str, supported: str = "") -> NoReturn:
+        """Raises ValueError: the decoder does not have this setting."""
+        what = f"; supported: {supported}" if supported else ""
+        raise ValueError(f"{self.where}: {key} = {shown(self.all[key])} is not supported in a {self.family}{what}")
 
-    def number(self, key: str) -> float:
-        value = self.all.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{self.family} config: {key} = {value!r} is not a number")
-        return float(value)
+    def layers(self, key: str) -> int:
+        """The number of layers. Whatever is made for each layer is made after this."""
+        layers = self.size(key)
+        LIMITS.check("layers", layers, self.where, what=f"layers ({key})")
+        return layers
 
     def activation(self, key: str) -> str:
-        name = self.all[key]
+        name = self.text(key)
         if name not in _ACTIVATIONS:
-            raise ValueError(f"{self.family} config: {key} = {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+            self.refuse(key, ", ".join(_ACTIVATIONS))
         return _ACTIVATIONS[name]
 
     def head_size(self, width: int, heads: int) -> int:
         if width % heads:
-            raise ValueError(f"{self.family} config: the width {width} is not a multiple of the {heads} attention heads")
+            raise Unreadable(f"{self.where}: the width {width} is not a multiple of the {heads} attention heads")
         return width // heads
 
-    def rope(self, size: int, *, theta: float, settings: Mapping[str, Any], interleaved: bool = False) -> Rope:
-        """`settings`: the rotary dict, under whichever key and age of transformers it was written."""
-        kind = settings.get("rope_type", settings.get("type")) or "default"
+    def rope_settings(self) -> Fields:
+        """The rotary object, under whichever key and age of transformers it was written."""
+        return self.part("rope_scaling" if self.all.get("rope_scaling") else "rope_parameters")
+
+    def rope(self, size: int, *, theta: str | float, settings: Fields, interleaved: bool = False) -> Rope:
+        """`theta` is the field that holds it where `settings` does not, or the value."""
+        kind = settings.text("rope_type" if settings.has("rope_type") else "type", "default")
         if size < 2 or size % 2:
-            raise ValueError(f"{self.family} config: rotary size {size} is not a positive even number")
-        theta = float(settings.get("rope_theta") or theta)
+            raise Unreadable(f"{self.where}: rotary size {size} is not a positive even number")
+        if settings.has("rope_theta"):
+            base = settings.number("rope_theta")
+        else:
+            base = self.number(theta) if isinstance(theta, str) else theta
         if kind == "default":
-            return Rope(theta, size, interleaved)
+            return Rope(base, size, interleaved)
         needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
         if kind not in needed:
-            raise ValueError(f"{self.family} config: rope_type = {kind!r} is not supported; supported: default, linear, llama3")
-        missing = [key for key in needed[kind] if not isinstance(settings.get(key), int | float)]
-        if missing:
-            raise ValueError(f"{self.family} config: rope_type {kind!r} needs {', '.join(missing)}; got {dict(settings)}")
-        scaling = {key: float(settings[key]) for key in needed[kind]}
-        original = settings.get("original_max_position_embeddings") or self.size("max_position_embeddings")
-        return Rope(theta, size, interleaved, kind, original_max_positions=original, **scaling)
+            raise ValueError(
+                f"{settings.where}: rope_type = {shown(kind)} is not supported in a {self.family}; "
+                "supported: default, linear, llama3"
+            )
+        scaling = {key: settings.number(key) for key in needed[kind]}
+        if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+            settings.wrong("high_freq_factor", f"above low_freq_factor = {scaling['low_freq_factor']:g}")
+        original = "original_max_position_embeddings"
+        positions = settings.size(original) if settings.has(original) else self.size("max_position_embeddings")
+        return Rope(base, size, interleaved, kind, original_max_positions=positions, **scaling)

@@ -5,13 +5,15 @@ Nothing is guessed and no network is used: what the files do not say is None.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dpo_jax.models.folder import is_hub_id
+from dpo_jax.untrusted import Unreadable, read_object, read_text
 
+LONGEST = 500  # characters of a value in a model card
 PARENTS = 3  # folders above a named one in which its clone or snapshot may begin
 
 
@@ -41,7 +43,8 @@ def model_origin(path: str | None) -> Origin:
     header, config = _header(_read(folder / "README.md")), _json(folder / "config.json")
     named = config.get("_name_or_path")
     named = named if isinstance(named, str) and is_hub_id(named) and not Path(named).exists() else None
-    return Origin(hub_id_of_folder(folder, "models") or header.get("base_model") or named, license_of(header))
+    stated = header.get("base_model", "")
+    return Origin(hub_id_of_folder(folder, "models") or (stated if is_hub_id(stated) else None) or named, license_of(header))
 
 
 def hub_id_of_folder(path: str | Path, kind: Literal["models", "datasets"]) -> str | None:
@@ -65,30 +68,30 @@ def license_of(header: dict[str, str]) -> License | None:
 
 
 def _header(card: str | None) -> dict[str, str]:
-    """The one-line values of a card's YAML header; lists and nested values are left out."""
+    """The one-line values of a card's YAML header. Lists, nested values and what cannot be printed are left out."""
     block = re.match(r"---\r?\n(.*?)\r?\n---", card or "", re.S)
     found = re.findall(r"^(\w+):[ \t]*([^\s#\[{|>-][^\n]*)$", block[1], re.M) if block else []
-    return {name: value.strip().strip("\"'") for name, value in found}
+    values = {name: value.strip().strip("\"'") for name, value in found}
+    return {name: value for name, value in values.items() if value.isprintable() and len(value) <= LONGEST}
 
 
 def _cached_card(hub_id: str, revision: str | None) -> str | None:
     """The model card of a Hub id that was downloaded before."""
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(hub_id, "README.md", revision=revision)
-    return _read(Path(path)) if isinstance(path, str) else None
+    with contextlib.suppress(ValueError):  # the client finds that this is no id after all
+        path = try_to_load_from_cache(hub_id, "README.md", revision=revision)
+        return _read(Path(path)) if isinstance(path, str) else None
+    return None
 
 
 def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
+    with contextlib.suppress(OSError, Unreadable):
+        return read_text(path) if path.is_file() else None
+    return None
 
 
-def _json(path: Path) -> dict[str, object]:
-    try:
-        content = json.loads(_read(path) or "")
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+def _json(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, Unreadable):
+        return read_object(path) if path.is_file() else {}
+    return {}

@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.fields import shown
+from dpo_jax.models.folder import refuse_adapter
 from dpo_jax.models.tensors import canonical_name, head_name, tensors
+from dpo_jax.untrusted import Unreadable, read_object, reading
 from dpo_jax.writing import naming, write_text
 
 INDEX = "model.safetensors.index.json"
+_AGAIN = "fetch or save it again"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_SHOWN = 200  # characters of a name
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
@@ -29,7 +35,7 @@ class Checkpoint:
         self.where: dict[str, tuple[Path, str]] = {}
         self.handles: dict[Path, Any] = {}
         for file in _weight_files(folder):
-            self.handles[file] = _open(file)
+            self.handles[file] = open_safetensors(file)
             for name in self.handles[file].keys():  # noqa: SIM118 (not a dict)
                 known = canonical_name(name, config)
                 if known is None:
@@ -56,23 +62,24 @@ class Checkpoint:
             named = [f"{self.where[name][1]} in {self.where[name][0]}" for name in unknown]
             raise ValueError(f"{_some(named)}: no such tensor in a {self.config.family} of this config.json")
 
-    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+    def check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises ValueError for a tensor of another shape, or of a type that is no floating point."""
         file, stored = self.where[name]
-        found = tuple(self.handles[file].get_slice(stored).get_shape())
+        with reading(f"{file}: tensor {stored}", remedy=_AGAIN):
+            header = self.handles[file].get_slice(stored)
+            found, kind = tuple(header.get_shape()), str(header.get_dtype())
+        if kind not in _FLOATS:
+            raise ValueError(
+                f"tensor {stored} in {file} is {kind}; expected one of {', '.join(_FLOATS)} (quantized weights are not read)"
+            )
         if found != shape:
             raise ValueError(f"tensor {stored} in {file} has shape {found}; this config.json asks for {shape}")
 
     def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        import jax.numpy as jnp  # names and shapes are checked without it
-
+        self.check_tensor(name, shape)
         file, stored = self.where[name]
-        self.check_shape(name, shape)
-        array = self.handles[file].get_tensor(stored)
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(
-                f"tensor {stored} in {file} is {array.dtype}; expected floating point (quantized weights are not read)"
-            )
-        return array
+        with reading(f"{file}: tensor {stored}", remedy=_AGAIN):
+            return self.handles[file].get_tensor(stored)
 
     def check_tied_head(self) -> None:
         """Some checkpoints repeat the tied head. It must be the embedding: a different one would be lost without a word."""
@@ -87,17 +94,12 @@ class Checkpoint:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
-        absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-        if absent:
-            raise FileNotFoundError(f"{index} names {_some(absent)}, not in {folder}; fetch the folder again")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
+        return [folder / name for name in _shards(index)]
+    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if len(files) > 1 and (folder / "model.safetensors") in files:
         files = [folder / "model.safetensors"]
+    if not files or all(file.name.startswith("adapter") for file in files):
+        refuse_adapter(folder)
     if len(files) > 1:
         raise FileNotFoundError(f"{folder} has {len(files)} safetensors files but no {INDEX}; fetch it too")
     if not files:
@@ -107,18 +109,32 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _open(file: Path) -> Any:
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, all of them in its folder."""
+    weight_map = read_object(index, remedy=_AGAIN).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise Unreadable(f"{index}: weight_map = {shown(weight_map)} is not an object of tensors and their files; {_AGAIN}")
+    if wrong := [name for name, file in weight_map.items() if not isinstance(file, str)]:
+        raise Unreadable(f"{index}: {wrong[0]} = {shown(weight_map[wrong[0]])} is not the name of a file; {_AGAIN}")
+    names = sorted(set(weight_map.values()))
+    folder = index.parent
+    absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{index} names {_some(absent)}, not in {folder}; fetch the folder again")
+    return names
+
+
+def open_safetensors(file: Path) -> Any:
+    """A safetensors file, whose header is read and checked. Raises `Unreadable`, and ValueError for a git-lfs pointer."""
     with file.open("rb") as stream:
         if stream.read(42).startswith(b"version https://git-lfs.github.com"):
             raise ValueError(f"{file} is a git-lfs pointer, not weights; fetch them with: git lfs pull")
-    try:
+    with reading(f"{file} is not a complete safetensors file", remedy=_AGAIN):
         return safe_open(file, framework="np")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a complete safetensors file ({error}); fetch or save it again") from error
 
 
 def _some(names: list[str]) -> str:
-    listed = ", ".join(names[:5])
+    listed = ", ".join(name[:_SHOWN] for name in names[:5])
     return f"{listed} and {len(names) - 5} more" if len(names) > 5 else listed
 
 

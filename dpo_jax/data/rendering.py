@@ -1,0 +1,106 @@
+"""Rendering of conversations by a chat template, which is a program from outside: bounded in time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from dpo_jax.untrusted import LIMITS, Unreadable, reading
+
+_ONE = threading.Lock()
+
+
+class Refused(ValueError):
+    """A chat template does not take a conversation. Others it may take."""
+
+
+class _Late(BaseException):
+    """The time is over. No Exception: Jinja catches those where it computes constants."""
+
+
+def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generate: bool = False, **options: Any) -> str:
+    """A conversation as the chat template of `tokenizer` writes it, with the generation prompt if asked to `generate`.
+
+    `options` are those of `apply_chat_template`. Raises `Refused` where the template raises anything or writes nothing, and
+    `Unreadable` where it takes longer, or more memory, than the limits allow. Both name it.
+    """
+    where = f"chat template of {getattr(tokenizer, 'name_or_path', '') or 'the tokenizer'}"
+    with reading(where, error=Refused), bounded(where):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate, **options)
+        if not isinstance(text, str) or not text:
+            raise ValueError("writes no text")
+        return text
+
+
+@contextlib.contextmanager
+def bounded(where: str) -> Iterator[None]:
+    """Ends what exceeds `limits.template_s` or `limits.template_mb`, with an `Unreadable`. Other errors pass.
+
+    Time is limited in the main thread, where Python handles signals, and memory on Linux, for the whole process: whatever
+    another thread allocates meanwhile counts.
+    """
+    try:
+        with _ONE, _memory_limit(LIMITS.template_mb * 2**20), _time_limit(LIMITS.template_s):
+            yield
+    except _Late as error:
+        raise Unreadable(f"{where}: did not end; {LIMITS.remedy('template_s')}") from error
+    except MemoryError as error:
+        raise Unreadable(f"{where}: too much memory; {LIMITS.remedy('template_mb')}") from error
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises `_Late` after so long, and again each second: once it may fall where Python ignores it, such as a finalizer."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    running, start = True, time.monotonic()
+
+    def ring(number: int, frame: Any) -> None:
+        if running:
+            raise _Late
+
+    # The timer before the handler, which must not hear somebody else's timer.
+    left, every = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    handler = signal.signal(signal.SIGALRM, ring)
+    try:
+        yield
+    finally:
+        running = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-6, left - (time.monotonic() - start)), every)
+
+
+@contextlib.contextmanager
+def _memory_limit(more: int) -> Iterator[None]:
+    """Lets this process take so many bytes more than it has."""
+    used = _memory()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if used is None or (soft != resource.RLIM_INFINITY and soft <= used + more):
+        yield
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used + more, hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _memory() -> int | None:
+    """Bytes of address space that this process has; None where the system is no Linux."""
+    try:
+        file = os.open("/proc/self/statm", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        return int(os.read(file, 64).split()[0]) * resource.getpagesize()
+    finally:
+        os.close(file)

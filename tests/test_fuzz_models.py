@@ -1,0 +1,506 @@
+"""Damaged and hostile folders of models and tokenizers are read as what they say, or refused by file, field and cause."""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from mutate import mutants, mutations, outcome, time_limit
+from safetensors.numpy import load_file, save, save_file
+from test_models import CASES
+from tokenizers import Tokenizer
+
+from dpo_jax.cli.build import naming_option
+from dpo_jax.cli.config import ConfigError
+from dpo_jax.cli.exit_codes import exit_code
+from dpo_jax.data.chat import chat_preference
+from dpo_jax.data.display import chat_turns
+from dpo_jax.data.pairs import BadRow
+from dpo_jax.data.rendering import Refused, render
+from dpo_jax.data.template import template_parts
+from dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_of
+from dpo_jax.lab.reward_model import HEAD_FILE, load_head
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.families import decoder_config
+from dpo_jax.models.folder import read_config
+from dpo_jax.models.generation import GENERATION, end_tokens
+from dpo_jax.models.origin import License, model_origin
+from dpo_jax.models.weights import INDEX, Checkpoint
+from dpo_jax.untrusted import LIMITS, Unreadable
+
+MODELS = GOLDEN / "models"
+
+
+@pytest.fixture
+def limits():
+    before = dict(vars(LIMITS))
+    yield LIMITS
+    vars(LIMITS).update(before)
+
+
+# config.json
+
+MEANS = {
+    "vocab_size": ("vocab_size",),
+    "width": ("hidden_size", "n_embd"),
+    "layers": ("num_hidden_layers", "n_layer"),
+    "heads": ("num_attention_heads", "n_head"),
+    "kv_heads": ("num_key_value_heads",),
+    "head_size": ("head_dim",),
+    "mlp_width": ("intermediate_size", "n_inner"),
+    "max_positions": ("max_position_embeddings", "n_positions"),
+    "norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
+    "init_std": ("initializer_range",),
+    "tied": ("tie_word_embeddings",),
+    "attention_softcap": ("attn_logit_softcapping",),
+    "logit_softcap": ("final_logit_softcapping",),
+}
+UNREAD = {"gpt_neox": {"kv_heads", "head_size"}, "gpt2": {"kv_heads", "head_size"}, "gptj": {"kv_heads", "head_size"}}
+NO_CAPS = {"attention_softcap", "logit_softcap"}
+CONFIGS = {case: json.loads((MODELS / case / "config.json").read_text()) for case in CASES}
+CONFIGS["llama"] |= {
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "rope_parameters": None,
+}
+
+
+def check_meaning(content, config):
+    """What was accepted is what stands in the file, of the type that it must have."""
+    unread = UNREAD.get(config.family, set()) | (set() if config.family.startswith("gemma") else NO_CAPS)
+    for field, keys in MEANS.items():
+        for key in keys:
+            if field not in unread and content.get(key) is not None:
+                found = getattr(config, field)
+                assert (found, isinstance(found, bool)) == (content[key], isinstance(content[key], bool)), key
+    assert len(config.ropes) in (0, config.layers)
+    assert len(config.windows) in (0, config.layers)
+    assert math.isfinite(config.attention_scale)
+    assert config.attention_scale > 0
+    for rope in set(config.ropes):
+        assert 0 < rope.size <= config.head_size
+        assert rope.factor > 0
+        assert np.isfinite(rope.frequencies()).all()
+
+
+def read(work, folder, names):
+    """What a command makes of `work`, which reads something in `folder`: its result, or its error, which `names` the file."""
+
+    def named():
+        with naming_option("model.path", str(folder)):
+            return work()
+
+    return outcome(named, names=names)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_means_what_it_says_or_is_refused(case, tmp_path):
+    file, accepted, refused = tmp_path / "config.json", 0, 0
+    for mutant in mutations(json.dumps(CONFIGS[case]).encode(), count=mutants(60)):
+        file.write_bytes(mutant)
+        found = read(lambda: decoder_config(read_config(tmp_path), where=file), tmp_path, "config.json")
+        refused += isinstance(found, Unreadable | ConfigError)
+        if isinstance(found, DecoderConfig):
+            check_meaning(json.loads(mutant), found)
+            accepted += 1
+    assert accepted > 5
+    assert refused > 15
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "told"),
+    [
+        ("llama", {"num_hidden_layers": 10**9}, r"1,000,000,000 layers .*--limits.layers"),
+        (
+            "llama",
+            {"vocab_size": 2**31 - 1, "hidden_size": 2**30, "head_dim": 8},
+            r"[\d,]+ billion parameters; .*--limits.model-b",
+        ),
+        ("llama", {"vocab_size": 10**399}, "vocab_size = 1000+... is not a positive integer of at most 2,147,483,647"),
+        ("llama", {"num_attention_heads": 0}, "num_attention_heads = 0 is not a positive integer"),
+        ("llama", {"num_key_value_heads": True}, "num_key_value_heads = true is not a positive integer"),
+        ("llama", {"tie_word_embeddings": "false"}, 'tie_word_embeddings = "false" is not true or false'),
+        ("llama", {"rms_norm_eps": 1e308}, r"rms_norm_eps = 1e\+308 is not a number above 0"),
+        ("llama", {"model_type": ["llama"]}, r'model_type = \["llama"\] is not a text'),
+        ("llama", {"hidden_act": {}}, "hidden_act = {} is not a text"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_scaling: factor = 0 is not a number above 0"),
+        ("llama", {"rope_scaling": [1]}, r"rope_scaling = \[1\] is not an object"),
+        ("llama", {"rope_scaling": {"type": 3}}, "rope_scaling: type = 3 is not a text"),
+        ("llama", {"rope_theta": None, "rope_parameters": None}, "rope_theta = null is not a number above 0"),
+        (
+            "llama",
+            {"rope_scaling": CONFIGS["llama"]["rope_scaling"] | {"high_freq_factor": 1.0}},
+            "rope_scaling: high_freq_factor = 1.0 is not above low_freq_factor = 1",
+        ),
+        ("gptj", {"rotary_dim": 64}, "rotary_dim = 64 is not at most the size of a head, 8"),
+        ("gpt_neox", {"rotary_pct": 2, "rope_parameters": None}, "rotary_pct = 2 is not a number above 0 and at most 1"),
+        ("gemma2", {"layer_types": [{}]}, r"layer_types = \[\{\}\] is not an array of texts"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0 is not a number above 0"),
+        ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping = -1.0 is not a number above 0"),
+    ],
+)
+def test_a_wrong_value_is_told_with_file_field_value_and_what_is_right(case, changes, told):
+    content = CONFIGS[case] | changes
+    with pytest.raises(Unreadable, match=f"^m/config.json: ?{told}") as caught, time_limit():
+        decoder_config(content, where="m/config.json")
+    assert exit_code(caught.value) == 74
+
+
+def test_a_limit_can_be_raised(limits):
+    content = CONFIGS["llama"] | {"num_hidden_layers": 1001}
+    with pytest.raises(Unreadable):
+        decoder_config(content)
+    limits.layers = 1001
+    assert decoder_config(content).layers == 1001
+
+
+# generation_config.json, adapters, model cards
+
+
+def test_sampling_settings_mean_what_they_say_or_are_refused(tmp_path):
+    good = json.dumps({"eos_token_id": [1, 106], "temperature": 0.7, "pad_token_id": 0}).encode()
+    refused = 0
+    for mutant in mutations(good, count=mutants(100)):
+        (tmp_path / GENERATION).write_bytes(mutant)
+        found = read(lambda: end_tokens(tmp_path, {"eos_token_id": 5}), tmp_path, GENERATION)
+        refused += isinstance(found, Unreadable)
+        if isinstance(found, list):
+            ids = json.loads(mutant).get("eos_token_id")
+            assert found == sorted({5, *(ids if isinstance(ids, list) else [] if ids is None else [ids])})
+    assert refused > 20
+
+
+def test_an_adapter_is_told_as_what_it_is(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base", "peft_type": "LORA"}))
+    save_file({"a": np.ones(2, np.float32)}, tmp_path / "adapter_model.safetensors")
+    told = r"holds an adapter \(LoRA: adapter_config.json\), not a model; merge it into its base model 'org/base'"
+    with pytest.raises(FileNotFoundError, match=told):
+        read_config(tmp_path)
+    with pytest.raises(FileNotFoundError, match=told):
+        Checkpoint(tmp_path, decoder_config(CONFIGS["llama"]))
+    (tmp_path / "adapter_config.json").write_bytes(b"\xff")
+    with pytest.raises(FileNotFoundError, match="merge it into its base model "):
+        load_tokenizer(tmp_path)
+
+
+def test_a_model_card_is_read_or_left_alone(tmp_path):
+    card = "---\nlicense: other\nlicense_name: gemma\nbase_model: org/base\n---\n# A model\n"
+    (tmp_path / "README.md").write_text(card)
+    assert model_origin(str(tmp_path)) == ("org/base", License("other", "gemma"))
+    (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": "x" * 3000 + "/x"}))
+    for mutant in mutations(card.encode(), count=mutants(100)):
+        (tmp_path / "README.md").write_bytes(mutant)
+        found = outcome(lambda: model_origin(str(tmp_path)))
+        for text in (found.hub_id, *(found.license or ())):
+            assert text is None or (text.isprintable() and text.encode() in mutant)
+
+
+# Weights
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A folder of a tiny Llama of one layer, its tensors and its configuration."""
+    folder = tmp_path_factory.mktemp("llama")
+    content = CONFIGS["llama"] | {"num_hidden_layers": 1}
+    kept = {
+        name: array
+        for name, array in load_file(MODELS / "llama" / "model.safetensors").items()
+        if "layers." not in name or "layers.0." in name
+    }
+    save_file(kept, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(content))
+    return SimpleNamespace(folder=folder, tensors=kept, config=decoder_config(content))
+
+
+def weights_of(folder, config, shapes):
+    with Checkpoint(folder, config) as checkpoint:
+        checkpoint.check_names()
+        return {name: checkpoint.get(name, shapes[name]) for name in checkpoint.expected}
+
+
+def as_written(content):
+    """The tensors of a safetensors file, read without its library."""
+    size = int.from_bytes(content[:8], "little")
+    types = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+    header.pop("__metadata__", None)
+    return {
+        name: np.frombuffer(data[slice(*entry["data_offsets"])], types[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in header.items()
+        if entry["dtype"] in types
+    }
+
+
+def test_weights_are_those_of_the_file_or_refused(llama, tmp_path):
+    file = tmp_path / "model.safetensors"
+    shapes = {name: array.shape for name, array in llama.tensors.items()}
+    good = save(llama.tensors)
+    size = 8 + int.from_bytes(good[:8], "little")
+    refused = 0
+    for mutant in mutations(good[:size], count=mutants(150)):
+        file.write_bytes(mutant + good[size:])
+        found = read(lambda: weights_of(tmp_path, llama.config, shapes), tmp_path, "model.safetensors")
+        refused += isinstance(found, Exception)
+        if isinstance(found, dict):
+            written = as_written(mutant + good[size:])
+            for name, array in found.items():
+                np.testing.assert_array_equal(array, written[name])
+    for cut in (0, 7, 8, size - 1, size, len(good) - 1):
+        file.write_bytes(good[:cut])
+        assert isinstance(read(lambda: weights_of(tmp_path, llama.config, shapes), tmp_path, "model.safetensors"), Unreadable)
+    assert refused > 30
+
+
+def test_types_that_are_no_floating_point_are_named(llama, tmp_path):
+    """Also those that numpy has no name for."""
+    good = save(llama.tensors)
+    shapes = {name: array.shape for name, array in llama.tensors.items()}
+    for kind in ("F8_E4M3", "F8_E5M2", "I8", "BOOL", "U64"):
+        size = int.from_bytes(good[:8], "little")
+        header = json.loads(good[8 : 8 + size])
+        entry = header["model.norm.weight"]
+        entry |= {
+            "dtype": kind,
+            "shape": [(entry["data_offsets"][1] - entry["data_offsets"][0]) // (8 if kind == "U64" else 1)],
+        }
+        text = json.dumps(header).encode()
+        (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + good[8 + size :])
+        found = read(lambda: weights_of(tmp_path, llama.config, shapes), tmp_path, "model.safetensors")
+        assert isinstance(found, ConfigError)
+        assert f"tensor model.norm.weight in {tmp_path}/model.safetensors is {kind}; expected one of F64" in str(found)
+
+
+def test_an_index_leads_to_the_weights_or_is_refused(llama, tmp_path):
+    shutil.copy(llama.folder / "model.safetensors", tmp_path / "a.safetensors")
+    shapes = {name: array.shape for name, array in llama.tensors.items()}
+    good = json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(llama.tensors, "a.safetensors")}).encode()
+    refused = 0
+    for mutant in mutations(good, count=mutants(100)):
+        (tmp_path / INDEX).write_bytes(mutant)
+        found = read(lambda: weights_of(tmp_path, llama.config, shapes), tmp_path, str(tmp_path))
+        refused += isinstance(found, Exception)
+        if isinstance(found, dict):
+            assert all(np.array_equal(found[name], llama.tensors[name]) for name in found)
+    assert refused > 30
+
+
+def test_files_of_another_kind_or_name_are_no_weights(llama, tmp_path):
+    """A FIFO would wait for ever. A name need not be UTF-8."""
+    os.mkfifo(tmp_path / "model.safetensors")
+    os.mkfifo(tmp_path / "config.json")
+    with time_limit():
+        assert "no weights" in str(read(lambda: Checkpoint(tmp_path, llama.config), tmp_path, str(tmp_path)))
+        assert "does not exist" in str(read(lambda: read_config(tmp_path), tmp_path, str(tmp_path)))
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+    shutil.copytree(llama.folder, folder)
+    (folder / "model.safetensors").rename(Path(os.fsdecode(bytes(folder) + b"/\xff.safetensors")))
+    shapes = {name: array.shape for name, array in llama.tensors.items()}
+    found = read(lambda: weights_of(folder, llama.config, shapes), folder, "")
+    assert all(np.array_equal(found[name], llama.tensors[name]) for name in llama.tensors)
+
+
+def test_the_head_of_a_reward_model_is_that_of_the_file_or_refused(tmp_path):
+    file = tmp_path / HEAD_FILE
+    head = {"kernel": np.arange(4, dtype=np.float32), "bias": np.array(0.5, np.float32)}
+    good = save(head)
+    refused = 0
+    for mutant in mutations(good, count=mutants(150)):
+        file.write_bytes(mutant)
+        found = read(lambda: load_head(tmp_path, width=4), tmp_path, HEAD_FILE)
+        refused += isinstance(found, Unreadable)
+        if isinstance(found, dict):
+            written = as_written(mutant)
+            assert all(np.array_equal(found[name], written[name]) for name in ("kernel", "bias"))
+    assert refused > 50
+    file.write_bytes(save({"kernel": np.full(4, np.nan, np.float32), "bias": head["bias"]}))
+    assert "not finite" in str(read(lambda: load_head(tmp_path, width=4), tmp_path, HEAD_FILE))
+
+
+# Tokenizers
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with a tokenizer that has a padding token, an extra one and a chat template."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = train_tokenizer(["say hello to the world, say it again"], vocab_size=270)
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    special = {"eos_token": "<|endoftext|>", "pad_token": {"content": "<pad>", "lstrip": False}}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_tokenizer_is_that_of_its_files_or_refused(name, small, tmp_path):
+    folder = tmp_path / "t"
+    shutil.copytree(small, folder)
+    text, good, refused = "Hello, say <pad> it<|im_start|>", (folder / name).read_bytes(), 0
+    for mutant in mutations(good, count=mutants(80)):
+        (folder / name).write_bytes(mutant)
+        found = read(lambda: load_tokenizer(folder), folder, str(folder))
+        refused += isinstance(found, Unreadable | ConfigError)
+        if isinstance(found, Exception):
+            continue
+        assert found.eos_token is None or found.convert_ids_to_tokens(found.eos_token_id) == found.eos_token
+        assert isinstance(found.decode(found(text)["input_ids"]), str)
+        if name == "tokenizer.json":
+            plain = Tokenizer.from_str(mutant.decode())
+            plain.no_padding()
+            plain.no_truncation()
+            assert found(text, add_special_tokens=False)["input_ids"] == plain.encode(text, add_special_tokens=False).ids
+    assert refused > 15
+
+
+def test_a_check_without_transformers_finds_a_damaged_tokenizer(small, tmp_path):
+    good = (small / "tokenizer.json").read_bytes()
+    for mutant in mutations(good, count=mutants(100)):
+        (tmp_path / "tokenizer.json").write_bytes(mutant)
+        found = outcome(lambda: vocabulary_of(tmp_path), names="tokenizer.json")
+        if isinstance(found, dict):
+            assert found == Tokenizer.from_str(mutant.decode()).get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("tokenizer.json", {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}),  # a panic in Rust
+        ("tokenizer.json", {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}}),  # when it encodes
+        ("tokenizer_config.json", {"eos_token": 5}),
+        ("tokenizer_config.json", {"eos_token": ["<|endoftext|>"]}),
+        ("tokenizer_config.json", {"chat_template": 5}),
+        ("tokenizer_config.json", {"tokenizer_class": {}}),
+        ("special_tokens_map.json", {"pad_token": 3}),
+    ],
+)
+def test_wrong_types_in_a_tokenizer_are_one_error(file, change, small, tmp_path):
+    folder = tmp_path / "t"
+    shutil.copytree(small, folder)
+    for other in {"chat_template.jinja", "special_tokens_map.json"} - {file}:
+        (folder / other).unlink(missing_ok=True)
+    content = json.loads((folder / file).read_text()) | change
+    (folder / file).write_text(json.dumps(content))
+    found = read(lambda: load_tokenizer(folder), folder, str(folder))
+    assert isinstance(found, Unreadable)
+    assert exit_code(found) == 74
+
+
+def test_a_tokenizer_with_code_of_its_own_is_sound_and_refused(small, tmp_path):
+    folder = tmp_path / "t"
+    shutil.copytree(small, folder)
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    content |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+    found = read(lambda: load_tokenizer(folder), folder, str(folder))
+    assert isinstance(found, ConfigError)
+    assert exit_code(found) == 2
+
+
+def test_a_tokenizer_file_too_large_is_not_read(small, tmp_path, limits):
+    folder = tmp_path / "t"
+    shutil.copytree(small, folder)
+    with (folder / "tokenizer.json").open("r+b") as file:
+        file.truncate(2**31)
+    with pytest.raises(Unreadable, match=r"tokenizer.json: 2,147,483,648 bytes; .*--limits.file-mb"), time_limit():
+        load_tokenizer(folder)
+
+
+# Chat templates
+
+ASKED = [{"role": "user", "content": "Hi"}]
+ANSWERED = [{"role": "assistant", "content": "Yes."}], [{"role": "assistant", "content": "No."}]
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+LARGE = {
+    "repeated": "{{ 'x' * 9000000000 }}",
+    "padded": "{{ 'x'.ljust(9000000000) }}",
+    "doubled": "{% set n = namespace(x='xx') %}{% for a in range(90) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+    "joined": "{{ (['x' * 300000] * 300000) | join }}",
+}
+
+
+def with_template(template):
+    tokenizer = train_tokenizer(["a"], vocab_size=257)
+    tokenizer.chat_template, tokenizer.name_or_path = template, "runs/x"
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [ENDLESS, "{{ 9 ** (9 ** 9) }}"], ids=["loops", "power"])
+def test_a_template_that_does_not_end_is_ended(template, limits):
+    limits.template_s = 0.2
+    tokenizer, before = with_template(template), resource.getrlimit(resource.RLIMIT_AS)
+    told = r"^chat template of runs/x: did not end; the limit is 0.2 s \(raise it with --limits.template-s\)"
+    for work in (
+        lambda: render(tokenizer, ASKED),
+        lambda: chat_preference(ASKED, *ANSWERED, uid="a:1", tokenizer=tokenizer),
+        lambda: template_parts(tokenizer),
+        lambda: chat_turns("x", tokenizer),
+    ):
+        with pytest.raises(Unreadable, match=told) as caught, time_limit():
+            work()
+        assert exit_code(caught.value) == 74
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_template_that_wants_gigabytes_is_ended(name, limits):
+    limits.template_mb = 64
+    tokenizer, before = with_template(LARGE[name]), resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(Unreadable, match="^chat template of runs/x: too much memory; .*--limits.template-mb"), time_limit():
+        render(tokenizer, ASKED)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "nested too deep"),
+        ("{% if %}", "TemplateSyntaxError"),
+        ("{{ raise_exception('not these') }}", "TemplateError: not these"),
+        ("", "writes no text"),
+        ({"other": "x"}, "multiple chat templates with no default"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+    ],
+)
+def test_a_template_may_raise_anything_and_is_named(template, told):
+    tokenizer = with_template(template)
+    with pytest.raises(Refused, match=f"^chat template of runs/x: .*{told}"):
+        render(tokenizer, ASKED)
+    with pytest.raises(BadRow, match=f"the template refuses these messages: chat template of runs/x: .*{told}"):
+        chat_preference(ASKED, *ANSWERED, uid="a:1", tokenizer=tokenizer)
+    assert chat_turns("x", tokenizer) is None
+    assert template_parts(tokenizer).generation_prompt is None
+
+
+def test_damaged_templates_render_as_themselves_or_are_refused(limits):
+    limits.template_s = 1  # Jinja takes exponential time to compile a chain of filters
+    template = "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
+    tokenizer = with_template(template)
+    for mutant in mutations(template.encode(), count=mutants(100)):
+        tokenizer.chat_template = mutant.decode(errors="replace")
+        with contextlib.suppress(Refused, Unreadable):
+            assert render(tokenizer, ASKED) == tokenizer.apply_chat_template(ASKED, tokenize=False)
+
+
+def test_timers_of_others_ring_and_are_not_ours():
+    tokenizer, rung = with_template("{{ messages[0].content }}"), []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        tries = itertools.takewhile(lambda _: len(rung) < 20, range(10**6))
+        assert all(render(tokenizer, ASKED) == "Hi" for _ in tries)
+        assert len(rung) >= 20
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
