@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +50,7 @@ from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, TrainState, Variables
+from dpo_jax.untrusted import Unreadable, read_object
 from dpo_jax.writing import write_text
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -225,10 +225,17 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     kept = Path(config.run.dir) / "tokenizer"
     record = kept / "made_from.json"
     with first_goes_first("tokenizer"), reported("training the tokenizer"):
-        if not record.is_file() or json.loads(record.read_text()) != made_from:
+        if _read_or_none(record) != made_from:
             save_tokenizer(train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size), kept)
             write_json(record, made_from)  # last: a folder without it is made anew
         return _with_bos_token(config, load_tokenizer(kept))
+
+
+def _read_or_none(record: Path) -> dict[str, Any] | None:
+    try:
+        return read_object(record)
+    except (OSError, Unreadable):
+        return None
 
 
 def _with_bos_token(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

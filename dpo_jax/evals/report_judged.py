@@ -8,8 +8,9 @@ from typing import Any
 
 from dpo_jax.evals.agreement_table import INTERVALS, table_rows
 from dpo_jax.evals.judging import failures_of
+from dpo_jax.evals.record_shapes import AGREEMENT
 from dpo_jax.evals.report_page import Block, Figures, Section, Table, Text
-from dpo_jax.evals.run_record import RunRecord, Stage, of, one_or_more, read_object
+from dpo_jax.evals.run_record import RunRecord, Stage, of, one_or_more
 
 READING = (
     "A pair is won by the policy in both orders, lost in both, or flipped: the judge named one letter twice. One without an "
@@ -29,7 +30,7 @@ def judged(runs: Sequence[RunRecord]) -> Section | None:
     if blocks:
         blocks.insert(0, Text(READING))
     for run, stage in one_or_more(runs, "agree"):
-        column = stage.read("agreement.json", read_object, {})
+        column = stage.read_object("agreement.json", AGREEMENT)
         if column:
             (_, names), *rows = table_rows([column])
             rows = [[label.strip(), cell] for label, cell in rows]
