@@ -43,7 +43,7 @@ def run(config: Config) -> int:
     earlier_images(out)  # refused before anything is written
     with RunDir(out), tempfile.TemporaryDirectory() as drawn, reported("drawing the page"):
         page = _page(runs, Path(drawn), samples=section.samples, digests=section.digests)
-        _write(out, page)
+        write_page(out, page)
     told = [block for block in page.sections[0].blocks if isinstance(block, Notice) and block.level != "fine"]
     for notice in told:
         name = f"{notice.title}: " if notice.title else ""
@@ -57,7 +57,7 @@ def terminal(words: str) -> str:
     return printable(words).encode("utf-8", "backslashreplace").decode()
 
 
-def _write(out: Path, page: Page) -> None:
+def write_page(out: Path, page: Page) -> None:
     """The page as HTML and as Markdown with its images, in the place of an earlier report's.
 
     Images that an earlier report's Markdown names are deleted before it is replaced, and written after: whenever this is

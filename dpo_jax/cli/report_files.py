@@ -10,6 +10,7 @@ from dpo_jax.cli.config import ConfigError
 from dpo_jax.evals.report_first import TITLE
 from dpo_jax.evals.run_record import shown_path
 from dpo_jax.untrusted import read_bytes
+from dpo_jax.writing import leftovers
 
 HTML, MARKDOWN, IMAGES = "report.html", "report.md", "images"
 # As the Markdown links them; in texts of models the bracket is escaped.
@@ -33,6 +34,7 @@ def earlier_images(out: Path) -> set[str]:
         return set()
     if folder.is_symlink() or not folder.is_dir():
         raise ConfigError(_foreign(out, IMAGES))
+    known |= {file.name for file in leftovers(folder, *known)}
     present = sorted(folder.iterdir())
     for file in present:
         if file.name not in known or file.is_symlink() or not file.is_file():

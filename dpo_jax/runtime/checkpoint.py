@@ -274,7 +274,7 @@ class Checkpoints:
             for folder in leftovers.iterdir():
                 if re.match(r"\d", folder.name) and folder.is_dir():  # orbax names it after its step; all else is somebody's
                     folder.rmtree()
-            with contextlib.suppress(OSError):  # not empty
+            if not any(leftovers.iterdir()):
                 leftovers.rmdir()
         hosts.barrier("purge")
 
