@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +36,20 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         if (number := error_number(str(error))) is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def naming_errors(file: IO[Any], name: str) -> None:
+    """Makes an open file name itself in its errors: standard output, say, which `print` writes."""
+
+    def named(work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with naming(name):
+                return work(*arguments)
+
+        return call
+
+    for method in ("write", "flush"):
+        setattr(file, method, named(getattr(file, method)))
 
 
 def error_number(text: str) -> int | None:
