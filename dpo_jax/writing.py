@@ -2,7 +2,7 @@
 
 Python names a file that it cannot open, but not one whose write, flush or fsync fails on a full disk; libraries in Rust and C++
 raise errors of their own. Every writer of this package opens its file with `writing` (a log with
-`appending`), or stands in `naming`.
+`appending`, what a library writes with `placing`), or stands in `naming`.
 """
 
 from __future__ import annotations
@@ -92,6 +92,25 @@ def writing(path: str | os.PathLike[str], mode: str = "w", **options: Any) -> It
             if isinstance(error, OSError) and error.filename == str(temporary):
                 error.filename, error.filename2 = str(path), None
             raise
+
+
+@contextmanager
+def placing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`writing` for a library that takes a path: one of the same name in a folder beside, whose file is moved in at the end."""
+    path = Path(path)
+    folder = path.with_name(f".{secrets.token_hex(4)}-{path.name[-60:]}")
+    with naming(path):
+        _to_be_replaced(path)
+        try:
+            folder.mkdir()
+            yield folder / path.name
+            os.replace(folder / path.name, path)
+        except OSError as error:
+            if error.filename in (str(folder), str(folder / path.name)):
+                error.filename, error.filename2 = str(path), None
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _to_be_replaced(path: Path) -> os.stat_result | None:

@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import stat
+from pathlib import Path
 
 import pytest
 from conftest import GOLDEN
@@ -26,7 +27,7 @@ from dpo_jax.reference import ReferenceCache
 from dpo_jax.runtime.checkpoint import Checkpoints
 from dpo_jax.runtime.rundir import RunDir, RunLocked, check_unlocked, write_json
 from dpo_jax.untrusted import Unreadable, read_object
-from dpo_jax.writing import empty_folder, leftovers, write_text, writing
+from dpo_jax.writing import empty_folder, leftovers, placing, write_text, writing
 
 __all__ = ["finished"]  # a fixture
 
@@ -227,6 +228,25 @@ def test_an_output_appears_whole_or_not_at_all(tmp_path):
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     with pytest.raises(FileExistsError), writing(file, "x"):
         pass
+
+
+def test_a_file_of_a_library_appears_whole_or_not_at_all(tmp_path):
+    def save(path, *, full):
+        Path(path).write_text("new")
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    def saved(*, full=False):
+        with placing(tmp_path / "loss.png") as file:
+            assert file.name == "loss.png"
+            save(file, full=full)
+
+    with pytest.raises(OSError, match="No space") as caught:
+        saved(full=True)
+    assert message(caught.value).startswith(f"{tmp_path / 'loss.png'}: No space left on device")
+    assert os.listdir(tmp_path) == []
+    saved()
+    assert {name: (tmp_path / name).read_text() for name in os.listdir(tmp_path)} == {"loss.png": "new"}
 
 
 def test_an_output_replaces_a_link_and_nothing_behind_it(tmp_path):

@@ -72,7 +72,7 @@ def whole(tmp_path_factory):
         with MetricsLog(root / stage / "metrics.jsonl") as log:
             for row in rows:
                 log.write(row)
-    judgments = [Judgment(str(item), rater, "ab"[item % 3 == 0]) for item in range(9) for rater in ("ann", "bob")]
+    judgments = [Judgment(str(item), rater, "b" if item % 3 == 0 else "a") for item in range(9) for rater in ("ann", "bob")]
     table = plain(table_2(judgments, {"GPT-4": {str(item): "a" for item in range(9)}}, seed=0))
     written = {
         "rewards": {"report.json": REWARDS},

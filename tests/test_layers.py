@@ -147,7 +147,7 @@ WRITERS = ("open", "write_text", "write_bytes", "savefig", "save_file", "save_pr
 def unnamed_writes(node):
     """Calls that write a file and do not stand in `with naming(...)`."""
     if isinstance(node, ast.With) and any(
-        ast.unparse(item.context_expr).startswith(("naming(", "writing(")) for item in node.items
+        ast.unparse(item.context_expr).startswith(("naming(", "placing(")) for item in node.items
     ):
         return
     if isinstance(node, ast.Call):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
 
 from dpo_jax.evals.palette import Style
-from dpo_jax.writing import writing
+from dpo_jax.writing import placing
 
 ImageFormat = Literal["png", "svg"]
 
@@ -95,6 +95,6 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 200) -> Pat
     """Writes a PNG or SVG file, by its suffix. The same figure gives the same SVG: no date, no random ids."""
     path = Path(path)
     metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {}
-    with matplotlib.rc_context({"svg.hashsalt": "dpo_jax", "svg.fonttype": "path"}), writing(path, "wb") as file:
-        figure.savefig(file, dpi=dpi, metadata=metadata, format=path.suffix.removeprefix("."))
+    with matplotlib.rc_context({"svg.hashsalt": "dpo_jax", "svg.fonttype": "path"}), placing(path) as file:
+        figure.savefig(file, dpi=dpi, metadata=metadata)
     return path

@@ -43,7 +43,7 @@ AUDITED: dict[Any, Any] = SPLIT | {
 
 _MEASURES = {str: NUMBER}
 EVALUATION = {
-    "pairs?": int,
+    "pairs": int,
     "policy?": _MEASURES,
     "reference?": _MEASURES,
     "weights?": {str: str},

@@ -137,7 +137,7 @@ class _Found(NamedTuple):
 _SEAL = re.compile(rb', "crc32": "([0-9a-f]{8})"\}\n\Z')
 
 
-def _sealed(row: Row) -> bytes:
+def _sealed(row: Mapping[str, Any]) -> bytes:
     text = json.dumps(row).encode()
     return text[:-1] + b', "crc32": "%08x"}\n' % zlib.crc32(text)
 
