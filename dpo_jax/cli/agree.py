@@ -5,6 +5,7 @@ In `<run.dir>/agree`: `agreement.json`, the figures of the printed column with t
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +20,7 @@ from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.evals.agreement import Estimate, table_2
 from dpo_jax.evals.agreement_table import INTERVALS, table_rows
 from dpo_jax.evals.ratings import Judgment, Key, RaterFile, Verdicts, read_key, read_raters, read_records, read_verdicts
-from dpo_jax.evals.record_shapes import AGREEMENT
 from dpo_jax.runtime.rundir import write_json
-from dpo_jax.shapes import fit
-from dpo_jax.untrusted import Unreadable, read_object
 
 RESULT = "agree/agreement.json"
 WIDTH = 26  # of a column
@@ -65,8 +63,8 @@ def _verdicts(config: Config, key: Key | None) -> tuple[dict[str, Verdicts], lis
 def _column(run: str) -> dict[str, Any]:
     path = Path(run, RESULT)
     try:
-        return fit(read_object(path), AGREEMENT, str(path))
-    except (OSError, Unreadable) as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"agree.beside: {path}: {error}; run dpo-jax agree --run.dir {run} first") from error
 
 

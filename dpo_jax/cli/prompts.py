@@ -14,8 +14,6 @@ from dpo_jax.data.display import Turn, chat_turns
 from dpo_jax.data.pairs import BadRow, Cause
 from dpo_jax.data.tokenizer import special_tokens
 from dpo_jax.runtime.progress import reported
-from dpo_jax.shapes import fit
-from dpo_jax.untrusted import Unreadable, read_object
 
 ARTICLE_CUE = "\nTL;DR:"  # makes a policy of Reddit summaries summarise an article
 
@@ -131,7 +129,8 @@ def is_chat(config: Config, policy: str, tokenizer: Any) -> bool:
         return asked == "on"
     record = Path(policy).expanduser().resolve().parent / "data_report.json"
     try:
-        known = [report["chat"] for report in fit(read_object(record), {str: {"chat": int}}, str(record)).values()]
-    except (OSError, Unreadable):  # no run, or one of an older version
+        reports = json.loads(record.read_text(encoding="utf-8")).values()
+        known = [report["chat"] for report in reports]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # no run, or one of an older version
         return True
     return any(known)
