@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -143,7 +144,7 @@ def _weights(runs: Sequence[RunRecord], *, digests: bool) -> tuple[list[str], Se
     for run in runs:
         lying: dict[str, str] = {}
         for folder in EXPORTS if digests else ():
-            if (run.path / folder / "config.json").is_file():
+            if os.path.isfile(run.path / folder / "config.json"):
                 try:
                     with reading(run.path / folder):
                         lying[folder] = weights_digest_of(run.path / folder)
@@ -182,7 +183,7 @@ def _curves(runs: Sequence[RunRecord], drawn: Path) -> tuple[dict[tuple[str, str
             new: list[Path] = []
             with stage.showing("metrics.jsonl"):
                 new = plot_training(stage.metrics, drawn / f"{name}-{number}", format="svg")
-            images[run.name, name] = new or [path for path in present if path.is_file()]
+            images[run.name, name] = new or list(filter(os.path.isfile, present))
         if len(rows) > 1:
             with found[0][1].showing("metrics.jsonl"):
                 together[name] = plot_runs(rows, drawn / f"{name}-all", format="svg")

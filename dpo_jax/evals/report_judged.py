@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def _judge(name: str, stage: Stage) -> list[Block]:
     settings, points = report["settings"], report["points"]
     title = f"{name}: against {Path(report['baseline']).name}, by {settings['model']} ({settings['prompt']})"
     figure = stage.path / "win_rates.png"
-    drawn = figure.is_file() and len(points) > 1
+    drawn = os.path.isfile(figure) and len(points) > 1
     blocks: list[Block] = [Figures([(figure, f"{name}: win rates and lengths")], size="half")] if drawn else []
     counts = [column for column in COUNTS if not (settings["one_order"] and column == "flipped")]
     rows = [[f"{point['pairs']}", _rate(point, "win_rate"), *(f"{point[column]}" for column in counts)] for point in points]

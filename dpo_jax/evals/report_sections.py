@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def implicit_rewards(runs: Sequence[RunRecord]) -> Section | None:
         blocks.append(Table(columns, rows, caption=title, note="Brackets: 95 % intervals. Correlations are Spearman's."))
         blocks += _by_subset(report["rewards"]["implicit"])
         blocks.append(_calibration(report))
-        if (stage.path / "reliability.png").is_file():
+        if os.path.isfile(stage.path / "reliability.png"):
             blocks.append(
                 Figures([(stage.path / "reliability.png", of(run, runs, "reliability of the implicit reward"))], size="half")
             )
@@ -132,7 +133,7 @@ def frontier(runs: Sequence[RunRecord], drawn: Path) -> Section | None:
     blocks: list[Block] = []
     for run, stage in one_or_more(runs, "frontier"):
         for file, caption in (("frontier.png", "reward against KL"), ("displacement.png", "displacement in training")):
-            if (stage.path / file).is_file():
+            if os.path.isfile(stage.path / file):
                 blocks.append(Figures([(stage.path / file, of(run, runs, caption))], size="wide"))
         table = stage.read_object("summary.json", SUMMARY).get("at_equal_kl", [])
         if table:

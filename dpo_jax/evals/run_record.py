@@ -163,7 +163,7 @@ def _read_stage(path: Path) -> Stage:
     stage.report = stage.read_object("report.json", REPORTS.get(kind, {}))
     stage.metrics = stage.read_metrics()
     result = RESULT.get(kind)
-    stage.done = (result is None or (path / result).exists()) and not _undecided(stage)
+    stage.done = (result is None or os.path.exists(path / result)) and not _undecided(stage)
     stage.state = _state(stage)
     stage.problems += _failures(stage)
     return stage
@@ -231,8 +231,8 @@ def _failures(stage: Stage) -> list[str]:
         step, name = holes[0]
         found.append(f"{len(holes)} values in metrics.jsonl are not finite, the first {name} at step {step}")
     for folder in ("checkpoints/quarantine", "quarantine"):
-        if (stage.path / folder).is_dir():
-            damaged = sorted(shown_path(path.name) for path in (stage.path / folder).iterdir())
+        if os.path.isdir(stage.path / folder):
+            damaged = sorted(map(shown_path, stage.read(folder, os.listdir, [])))
             found.append(f"{folder}/ holds what was found damaged: {', '.join(damaged)}")
     return found + _dropped(stage) + _misleading(stage)
 

@@ -1,7 +1,8 @@
 """Where metrics go: `metrics.jsonl`, which is the record, and besides it TensorBoard and Weights & Biases.
 
 A row's `step` is the number of optimizer steps taken before it was measured. A training row `step: 7` is therefore the loss of
-the eighth batch before its update, and an evaluation row `step: 7` judges those same parameters.
+the eighth batch before its update, and an evaluation row `step: 7` judges those same parameters. The last entry of a line,
+`crc32`, is the checksum of the others; `read_metrics` gives the rows without it.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class MetricsLog:
     def __init__(self, path: str | os.PathLike[str], *, writers: Sequence[Writer] = ()):
         self.path = Path(path)
         self._writers = writers
+        if self.path.exists():
+            regular(self.path)  # a pipe would be waited for
         self._file = open(self.path, "ab")  # noqa: SIM115  closed by `close`
 
     def resume(self, step: int) -> None:
