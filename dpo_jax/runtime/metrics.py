@@ -148,21 +148,23 @@ def _sealed(row: Mapping[str, Any]) -> bytes:
 def _read(path: Path) -> _Found:
     """The sound lines of a log, and what is wrong with the others; a last line that a crash has torn is neither.
 
-    Where any line has its checksum, one without is damaged. (Earlier versions wrote none; `resume` adds them.)
+    Where any line has a checksum, one without is damaged. (Earlier versions wrote none; `resume` adds them.)
     """
     lines: list[_Line] = []
     damaged: dict[int, str] = {}
     numbers: list[int] = []
+    with_checksums = False
     with regular(path).open("rb") as file:
         for number, line in enumerate(lines_of(file), start=1):
             if not isinstance(line, LongLine) and not line.endswith(b"\n"):
                 break
+            with_checksums |= isinstance(line, bytes) and b"crc32" in line  # be it a damaged one
             try:
                 lines.append(_Line(file.tell(), *_row(line)))
                 numbers.append(number)
             except Unreadable as error:
                 damaged[number] = str(error)
-    if any(line.sealed for line in lines):
+    if with_checksums:
         damaged |= {number: "has no checksum" for number, line in zip(numbers, lines, strict=True) if not line.sealed}
         lines = [line for line in lines if line.sealed]
     return _Found(lines, [f"line {number}: {damaged[number]}" for number in sorted(damaged)])
