@@ -25,12 +25,17 @@ import numpy as np
 
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import Batch
+from dpo_jax.locks import open_lock
 from dpo_jax.logps import completion_logps
 from dpo_jax.models.pieces import Piece, pieces_of
+from dpo_jax.shapes import fit
 from dpo_jax.types import Model, Rows, Variables
-from dpo_jax.writing import writing
+from dpo_jax.untrusted import Unreadable, read_object
+from dpo_jax.writing import appending, leftovers, write_whole
 
 VERSION = "dpo_jax reference log-probabilities 1"
+IDENTITY, FILES = "identity.json", "logps-*.bin"
+STORED = {"identity": {}, "records": {str: int}, "digest": str}
 RECORD = np.dtype([("key", "V16"), ("logps", "<f4", 2), ("crc", "<u4")])
 
 
@@ -129,7 +134,7 @@ class ReferenceCache:
         self._read_to: dict[str, int] = {}  # bytes of each file
         self.damaged, self.damage = 0, []
         with self._locked():
-            for leftover in self.directory.glob("*.tmp"):
+            for leftover in leftovers(self.directory, IDENTITY, FILES):
                 leftover.unlink()
             promised = self._claim()
             files = {path.name: self._read(path, promised.get(path.name, 0)) for path in self._files()}
@@ -180,7 +185,7 @@ class ReferenceCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with open(self.directory / "cache.lock", "ab") as file:
+        with os.fdopen(open_lock(self.directory / "cache.lock"), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, or with the process
             yield
 
@@ -188,7 +193,7 @@ class ReferenceCache:
         return zlib.crc32(record.tobytes()[: -RECORD["crc"].itemsize], self._seed)
 
     def _files(self) -> list[Path]:
-        return sorted(self.directory.glob("logps-*.bin"))
+        return sorted(self.directory.glob(FILES))
 
     def _read(self, path: Path, promised: int) -> int:
         """Takes over the good records of a file, and leaves only those in it. Returns how many they are."""
@@ -198,7 +203,7 @@ class ReferenceCache:
         bad = whole - len(good) + max(promised - whole, int(torn > 0))
         if bad:
             moved = self._set_aside(path)
-            _replace(path, b"".join(good))
+            write_whole(path, b"".join(good))
             self._report(bad, f"{bad} records of {path.name} are damaged or lost, {len(good)} are good; it is now {moved}")
         self._read_to[path.name] = len(good) * RECORD.itemsize
         return len(good)
@@ -238,7 +243,7 @@ class ReferenceCache:
 
     def _claim(self) -> dict[str, int]:
         """Makes the folder ours, or finds that it is. Returns how many records each file is to have."""
-        path = self.directory / "identity.json"
+        path = self.directory / IDENTITY
         found = self._stored_identity()
         if found is None and (path.exists() or self._files()):
             where = f"is damaged; it is now {self._set_aside(path)}" if path.exists() else "is gone"
@@ -259,16 +264,16 @@ class ReferenceCache:
     def _stored_identity(self) -> dict[str, Any] | None:
         """The content of identity.json; None if there is none or it is damaged."""
         try:
-            content = json.loads((self.directory / "identity.json").read_bytes())
+            content = fit(read_object(self.directory / IDENTITY), STORED, IDENTITY)
             return content if content["digest"] == _digest(content["identity"], content["records"]) else None
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
+        except (FileNotFoundError, Unreadable):
             return None
 
     def _count(self, records: Mapping[str, int]) -> None:
         content = {"identity": self.identity, "records": dict(records), "digest": _digest(self.identity, records)}
         if content != self._stored_identity():
             text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-            _replace(self.directory / "identity.json", text.encode())
+            write_whole(self.directory / IDENTITY, text.encode())
 
 
 def _digest(identity: Mapping[str, Any], records: Mapping[str, int]) -> str:
@@ -279,7 +284,7 @@ def _append(path: Path, content: bytes) -> int:
     """Appends all of `content` or, on a full disk, nothing: half a record would be in the way of the next. Returns the size."""
     size = path.stat().st_size if path.exists() else 0
     try:
-        with writing(path, "ab") as file:
+        with appending(path, "ab") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -288,16 +293,6 @@ def _append(path: Path, content: bytes) -> int:
             os.truncate(path, size)
         raise
     return size + len(content)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """All of the new content or all of the old, also after a crash of the machine."""
-    temporary = path.with_suffix(".tmp")
-    with writing(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def fill_cache(

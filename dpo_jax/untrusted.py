@@ -12,9 +12,10 @@ import dataclasses
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 _CAUSE = 300  # characters of a library's message that are repeated
 _CHUNK = 2**20
@@ -120,7 +121,56 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 def read_object(path: str | os.PathLike[str], *, remedy: str = "") -> dict[str, Any]:
     """The JSON object in a file. Raises `Unreadable`, or OSError naming the file."""
-    return parse_object(read_bytes(path), path, remedy=remedy)
+    return parse_object(read_bytes(regular(path)), path, remedy=remedy)
+
+
+class Lines(NamedTuple):
+    """What a log holds: its sound rows, and what is wrong with each of the other lines ("line 3: ...")."""
+
+    rows: list[dict[str, Any]]
+    damaged: list[str]
+
+    @property
+    def words(self) -> str:
+        """What was left out, in one sentence; empty if nothing was."""
+        if not self.damaged:
+            return ""
+        more = f"; and {len(self.damaged) - 3} more" if len(self.damaged) > 3 else ""
+        count = len(self.damaged)
+        lines = f"{count:,} damaged line{'s are' if count > 1 else ' is'} left out, {len(self.rows):,} rows are used"
+        return f"{lines}: {'; '.join(self.damaged[:3])}{more}"
+
+
+def read_lines(path: str | os.PathLike[str], check: Callable[[dict[str, Any]], Any] = lambda row: None) -> Lines:
+    """The objects of a JSON Lines file, an object a line. `check(row)` raises `Unreadable` for one that is of no use.
+
+    Raises OSError naming the file, and `Unreadable` for what is no file.
+    """
+    found = Lines([], [])
+    with regular(path).open("rb") as file:
+        for number, line in enumerate(lines_of(file), start=1):
+            try:
+                if isinstance(line, LongLine):
+                    raise line
+                if line.strip():
+                    check(row := parse_object(line, "no JSON object"))
+                    found.rows.append(row)
+            except Unreadable as error:
+                found.damaged.append(f"line {number}: {error}")
+    return found
+
+
+def regular(path: str | os.PathLike[str]) -> Path:
+    """`path`, unless it is something else than a file: a pipe would be waited for. Raises `Unreadable`, or OSError.
+
+    What a shell names /dev/fd/63 or /dev/stdin somebody has just given, and may be a pipe.
+    """
+    path = Path(path)
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not str(path).startswith(("/dev/", "/proc/")):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise Unreadable(f"{path}: a file is needed, this is {kinds.get(stat.S_IFMT(mode), 'a device')}")
+    return path
 
 
 def parse_object(content: bytes | str, where: str | os.PathLike[str], *, remedy: str = "") -> dict[str, Any]:

@@ -200,11 +200,28 @@ def test_resume_forgets_what_came_later_and_continues(tmp_path):
     assert [row["loss"] for row in rows if "loss" in row] == [0, 1, 3, 6, 10, 15]
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path):
+def test_a_broken_line_is_named_and_costs_no_other_row(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"step\n{"step": 2}\n')
-    with records.MetricsLog(path) as log, pytest.raises(ValueError, match=r"metrics.jsonl:2 is not JSON"):
-        log.resume(3)
+    before = '{"step": 0}\n{"step\n{"step": 2, "eval/loss": null}\n{"step": 2}\n'
+    path.write_text(before)
+    with records.MetricsLog(path) as log:
+        log.resume(2)
+        log.write({"step": 2, "loss": 0.5})
+    assert f"{path}: 1 damaged line is left out, 3 rows are used: line 2: no JSON object: JSONDecodeError" in caplog.text
+    assert records.read_metrics(path) == [{"step": 0}, {"step": 2, "eval/loss": None}, {"step": 2, "loss": 0.5}]
+    assert (tmp_path / "quarantine" / "metrics.jsonl-0").read_text() == before
+
+
+def test_of_a_changed_row_no_number_is_believed(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    with records.MetricsLog(path) as log:
+        for step in range(4):
+            log.write({"step": step, "loss": 0.25 * step})
+    path.write_text(path.read_text().replace("0.25", "0.95"))
+    with open(path, "a") as file:
+        file.write('{"step": 4, "loss": 1.0}\n')
+    assert [row["step"] for row in records.read_metrics(path)] == [0, 2, 3]
+    assert "line 2: differs from its checksum; line 5: has no checksum" in caplog.text
 
 
 @pytest.mark.parametrize(("name", "value"), [("loss", np.nan), ("grad_norm", np.inf)])
@@ -423,4 +440,5 @@ def test_optional_writers_get_every_row_or_name_the_extra(tmp_path, monkeypatch)
 def test_values_that_json_cannot_hold_are_null(tmp_path):
     with records.MetricsLog(tmp_path / "m.jsonl") as log:
         log.write({"step": 0, "kl": float("nan")})
-    assert (tmp_path / "m.jsonl").read_text() == '{"step": 0, "kl": null}\n'
+    assert (tmp_path / "m.jsonl").read_text() == '{"step": 0, "kl": null, "crc32": "26b0f093"}\n'
+    assert records.read_metrics(tmp_path / "m.jsonl") == [{"step": 0, "kl": None}]

@@ -11,7 +11,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # First match wins. Modules of one floor may import each other, as far as Python itself allows.
 FLOORS = [
-    (1, ["types.py", "extras.py", "untrusted.py", "writing.py"]),
+    (1, ["types.py", "extras.py", "untrusted.py", "shapes.py", "writing.py", "locks.py"]),
     (2, ["losses.py", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
     (3, ["dpo.py", "sft.py", "reward.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),
@@ -58,7 +58,7 @@ LIGHT = [
         ),
         *("commands", "exit_codes", "fixed", "flags", "main", "words"),
     )
-] + ["runtime/signals.py", "runtime/progress.py", "data/terminal.py", "untrusted.py", "writing.py"]
+] + ["runtime/signals.py", "runtime/progress.py", "data/terminal.py", "untrusted.py", "shapes.py", "writing.py"]
 # What runs in the processes of the PyTorch contenders, where JAX would count as their memory.
 WITHOUT_JAX = [f"bench/{name}.py" for name in ("contender", "matmul", "torch_loop", "torch_sampler", "trl_loop", "work")]
 
@@ -138,15 +138,17 @@ def test_nothing_runs_what_it_reads(path):
                 assert not trusting, f"{name}:{node.lineno} trusts remote code"
 
 
-# A lock that is only opened, a log that names itself line by line, an object in a bucket, the output of contenders' processes.
-UNNAMED = {"open(self.directory / 'cache.lock', 'ab')", "open(self.path, 'ab')", "path.write_text(text)", "open(log, 'wb')"}
+# A log that names itself line by line, an object in a bucket, the output of contenders' processes.
+UNNAMED = {"open(self.path, 'ab')", "path.write_text(text)", "open(log, 'wb')"}
 UNNAMED |= {"open(os.devnull, 'w')"}
 WRITERS = ("open", "write_text", "write_bytes", "savefig", "save_file", "save_pretrained")
 
 
 def unnamed_writes(node):
     """Calls that write a file and do not stand in `with naming(...)`."""
-    if isinstance(node, ast.With) and any(ast.unparse(item.context_expr).startswith("naming(") for item in node.items):
+    if isinstance(node, ast.With) and any(
+        ast.unparse(item.context_expr).startswith(("naming(", "placing(")) for item in node.items
+    ):
         return
     if isinstance(node, ast.Call):
         *owner, called = ast.unparse(node.func).split(".")

@@ -149,11 +149,12 @@ def test_a_kill_between_records_and_their_count_loses_nothing(filled):
     more = random_pairs(3, seed=98)
     opened(filled).add(more, VALUES[:3])
     (filled / "identity.json").write_bytes(counted)
-    (filled / "identity.tmp").write_bytes(b"{")
+    (filled / ".0123abcd-identity.json").write_bytes(b"{")
+    (filled / "notes.tmp").write_bytes(b"somebody's own")
     cache = opened(filled)
     assert (len(cache), cache.damaged) == (16, 0)
     assert json.loads((filled / "identity.json").read_bytes())["records"] == {"logps-00000.bin": 16}
-    assert sorted(path.name for path in filled.iterdir()) == ["cache.lock", "identity.json", "logps-00000.bin"]
+    assert sorted(path.name for path in filled.iterdir()) == ["cache.lock", "identity.json", "logps-00000.bin", "notes.tmp"]
 
 
 def test_two_numbers_for_one_pair_the_first_is_believed_and_the_second_reported(filled, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from dpo_jax.cli.exit_codes import exit_code, message
 from dpo_jax.runtime.metrics import MetricsLog
-from dpo_jax.writing import naming, write_text, write_whole, writing
+from dpo_jax.writing import naming, naming_errors, write_text, write_whole, writing
 
 FULL = Path("/dev/full")  # can be opened, and holds nothing
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
@@ -61,6 +61,15 @@ def test_errors_of_libraries_get_number_and_name(raised, number):
     assert error.errno == number
     assert exit_code(error) == 74
     assert message(error).startswith(f"runs/one/model.safetensors: {os.strerror(number)}")
+
+
+@needs_full
+@pytest.mark.parametrize("flush", [True, False])
+def test_standard_output_on_a_full_disk_is_named(flush):
+    with contextlib.suppress(OSError), open(FULL, "w", buffering=1) as output:
+        naming_errors(output, "standard output")
+        error = raised_by(lambda: print("words" * (1 if flush else 5000), file=output, flush=flush))
+        assert message(error).startswith("standard output: No space left on device; free some space")
 
 
 def test_what_is_no_error_of_writing_stays_as_it_is():

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dpo_jax.bench.work import library
 from dpo_jax.evals.palette import CHOSEN, REJECTED
-from dpo_jax.writing import naming
+from dpo_jax.writing import placing
 
 COLORS = {"jax": CHOSEN.color, "torch": REJECTED.color}
 
@@ -46,8 +46,8 @@ def plot_race(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     _finish(curves, "Loss: all curves lie on each other", "optimizer steps taken")
     curves.set_ylabel("loss per pair (nats)")
     path = Path(path)
-    with naming(path):
-        figure.savefig(path, dpi=120)
+    with placing(path) as file:
+        figure.savefig(file, dpi=120)
     return path
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ from dpo_jax.runtime.parallel import single_device
 from dpo_jax.runtime.rundir import RunDir, environment, write_json
 from dpo_jax.sampling import left_pad
 from dpo_jax.types import Model
+from dpo_jax.writing import empty_folder
 
 HOW_TO_READ = """\
 How to read it. The first table adds up what the operations of the compiled step took, by part of the model: `forward`,
@@ -94,7 +94,7 @@ def _plot(summary: dict[str, Any], path: Path) -> None:
 def freeze(config: Config, run_dir: RunDir) -> Work:
     """Writes down what the contenders share: new weights, the pairs of every optimizer step, the settings."""
     bench, section = config.bench, config.dpo
-    folder = _empty(run_dir.path / "work")
+    folder = _work_folder(run_dir)
     longest_run = max(bench.gate_steps, bench.steps + 1)
     if bench.lengths is None:
         data, model = _from_data(config)
@@ -128,10 +128,8 @@ def freeze(config: Config, run_dir: RunDir) -> Work:
     return work
 
 
-def _empty(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
+def _work_folder(run_dir: RunDir) -> Path:
+    return empty_folder(run_dir.path / "work", ours=("work.json", "sampling.json"))
 
 
 def _from_data(config: Config) -> tuple[list[Encoded], Model]:
@@ -188,7 +186,7 @@ def _sampling(config: Config) -> int:
     jax.config.update("jax_platforms", "cpu")
     with build.open_run(config, "bench") as run_dir:
         model = _model_for_random(config, option="bench.sampling", longest=longest + new_tokens)
-        folder, seed = _empty(run_dir.path / "work"), config.run.seed
+        folder, seed = _work_folder(run_dir), config.run.seed
         variables, _ = build.start_weights(config, model, single_device())
         save_hf(folder / "model", model, variables)
         build.free(variables)
@@ -214,7 +212,6 @@ def machine() -> dict[str, Any]:
 
 
 def _profile(work: Work, run_dir: RunDir) -> None:
-    trace = run_dir.path / "trace"
-    shutil.rmtree(trace, ignore_errors=True)
+    trace = empty_folder(run_dir.path / "trace", ours=("plugins",))
     race.run_one(work, OURS, steps=work.steps + 1, round_number=-1, trace=str(trace))
     print(f"\n{slowest_operations(trace)}\n\n{HOW_TO_READ}\ntrace: {trace}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,12 +13,17 @@ from typing import Any
 from dpo_jax.cli.config import BASELINES, Config, DpoConfig, SftConfig
 from dpo_jax.data.terminal import one_line
 from dpo_jax.evals.health import examine_run
+from dpo_jax.evals.record_shapes import DATA, ENV
 from dpo_jax.evals.report_page import markdown_code, markdown_text
 from dpo_jax.evals.result_table import MEASURES, result_table
 from dpo_jax.models.folder import is_hub_id
 from dpo_jax.models.origin import Origin, hub_id_of_folder, model_origin
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.rundir import RunDir
+from dpo_jax.shapes import Shape, fit
+from dpo_jax.untrusted import Unreadable, read_object
+
+logger = logging.getLogger(__name__)
 
 PAPER = "[Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)"
 TRAINING = ("epochs", "batch", "microbatches", "optimizer", "lr", "warmup_steps", "schedule", "max_grad_norm")
@@ -155,11 +161,11 @@ def _data_name(config: Config) -> str:
 
 
 def _made_with(run: RunDir) -> str:
-    env = _read(run.env)
+    env = _read(run.env, ENV)
     packages = ", ".join(f"{name} {version}" for name in ("dpo_jax", "jax") if (version := env.get("packages", {}).get(name)))
-    git = env.get("git") or {}
-    commit = f" (commit {git['commit'][:12]}{', changed' if git.get('dirty') else ''})" if git.get("commit") else ""
-    devices = env.get("devices") or []
+    git = env.get("git")
+    commit = f" (commit {git['commit'][:12]}{', changed' if git['dirty'] else ''})" if git else ""
+    devices = env.get("devices", [])
     return f"{packages}{commit}" + (f", on {len(devices)} x {devices[0]}" if devices else "")
 
 
@@ -181,7 +187,7 @@ def _options(config: Config, section: SftConfig | DpoConfig) -> str:
 def _data_table(run: RunDir) -> str:
     """What became of every row that was read."""
     rows = []
-    for split, report in _read(run.data_report).items():
+    for split, report in _read(run.data_report, DATA).items():
         dropped = ", ".join(f"{count:,} {cause}" for cause, count in report.get("dropped", {}).items()) or "none"
         cut = ", ".join(f"{count:,} {what}" for what, count in report.get("truncated", {}).items()) or "none"
         rows.append([split, f"{report['read']:,}", f"{report['kept']:,}", dropped, cut])
@@ -208,7 +214,7 @@ def _held_out(run: RunDir, step: int | None) -> str:
     final = judged[-1]
     values = {name.removeprefix("eval/"): value for name, value in final.items() if name != "step"}
     if "nll_per_token" in values:
-        loss, per_token = (math.nan if values[name] is None else values[name] for name in ("loss", "nll_per_token"))
+        loss, per_token = (math.nan if values.get(name) is None else values[name] for name in ("loss", "nll_per_token"))
         rows = [["loss (nats per text)", f"{loss:.2f}"], ["loss per token (nats)", f"{per_token:.4f}"]]
         rows.append(["perplexity per token", f"{math.exp(min(per_token, 700.0)):.2f}"])
     else:
@@ -228,8 +234,12 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, shape: Shape) -> dict[str, Any]:
+    """A record of the run; with a warning nothing where it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return fit(read_object(path), shape, str(path))
+    except FileNotFoundError:
+        return {}
+    except (OSError, Unreadable) as error:
+        logger.warning("the model card lacks what is in %s: %s", path.name, error)
         return {}

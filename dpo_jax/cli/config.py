@@ -466,7 +466,7 @@ class ExportConfig:
     step: int | None = None
     """The step to take (run.max_to_keep says how many are kept); none: the newest good one."""
     out: str | None = None
-    """Folder to write; none: export/ beside the checkpoints, or export-STEP/ for a step."""
+    """Folder to write, new or of an export; none: export/ beside the checkpoints, or export-STEP/ for a step."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights that export, dpo and ppo write; none: that of the model that training began with, float32 for a new
     one. sft writes float32: dpo starts from exactly these weights."""

@@ -19,7 +19,14 @@ from typing import Any, TypeVar
 
 import yaml
 
+from dpo_jax.untrusted import Unreadable, reading, regular
+
 T = TypeVar("T")
+LARGEST = 2**18
+"""Bytes of a configuration: PyYAML takes a second for each 100 kB."""
+BRACKETS = 1000
+SHOWN = 100  # characters of a wrong value
+_DEEP = "nested too deeply; a configuration has sections and options, and nothing below"
 _SCALAR = "tag:yaml.org,2002:"
 _WORDS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
 
@@ -44,23 +51,39 @@ def read(
     `ConfigError` for an unreadable file, an unknown or repeated key, and a value of the wrong type.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        with regular(path).open("rb") as file:
+            content = file.read(LARGEST + 1)
+    except Unreadable as error:
+        raise ConfigError(str(error)) from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply; a configuration has sections and options, and nothing below") from None
+    if len(content) > LARGEST:
+        raise ConfigError(f"{path}: more than {LARGEST:,} bytes; a configuration has some hundred lines")
     reader = _Reader(str(path), instead)
+    node = _compose(content, str(path))
     return (reader.record(node, cls, "") if node else cls()), reader.lines
+
+
+def _compose(content: bytes, path: str) -> yaml.Node | None:
+    if (brackets := content.count(b"[") + content.count(b"{")) > BRACKETS:  # PyYAML looks at all that are open for each token
+        raise ConfigError(f"{path}: {_DEEP} ({brackets:,} brackets)")
+    try:
+        # Aliases are not followed before the reader asks, and it asks for sections and options only: none multiplies.
+        with reading(path, error=ConfigError):
+            return yaml.compose(content.decode("utf-8"), Loader=yaml.SafeLoader)
+    except ConfigError as problem:
+        match problem.__cause__:
+            case yaml.MarkedYAMLError() as error:
+                mark = error.problem_mark or error.context_mark
+                line = f":{mark.line + 1}" if mark else ""
+                raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from error
+            case yaml.YAMLError() as error:  # a character that YAML does not have
+                raise ConfigError(f"{path}: not valid YAML: {error}") from error
+            case RecursionError():
+                raise ConfigError(f"{path}: {_DEEP}") from None
+            case UnicodeDecodeError() as error:
+                raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise
 
 
 def text(instance: Any) -> str:
@@ -98,7 +121,7 @@ class _Reader:
             self.fail(node, f"{what} must be `key: value` lines, not {_describe(node)}")
         known, values = types_of(cls), {}
         for key_node, value_node in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else _describe(key_node)
+            key = shortened(key_node.value) if isinstance(key_node, yaml.ScalarNode) else _describe(key_node)
             if key not in known:
                 answer = self.instead(prefix + key)
                 hint = f"; instead: {answer}" if answer else suggest(key, known)
@@ -117,8 +140,9 @@ class _Reader:
     def value(self, node: yaml.Node, hint: Any, name: str) -> Any:
         choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
         if isinstance(node, yaml.ScalarNode):
-            if "\0" in node.value:
-                self.fail(node, f"{name}: the text holds a NUL, which no path or name can")
+            if bad := re.search(r"[\0\ud800-\udc7f\udd00-\udfff]", node.value):  # the others are bytes of a name
+                kind = "a NUL" if bad[0] == "\0" else "half a surrogate pair"
+                self.fail(node, f"{name}: the text holds {kind}, which no path or name can")
             if node.value == "None" and node.style is None:
                 self.fail(node, f'{name}: YAML writes none as null, and None is text; write null (or quote a real "None")')
             for choice in choices:
@@ -129,7 +153,7 @@ class _Reader:
         advice = ""
         if isinstance(node, yaml.ScalarNode):
             if str in choices and node.tag.removeprefix(_SCALAR) in ("int", "float", "bool"):
-                advice = f'; put it in quotes: "{node.value}"'
+                advice = f'; put it in quotes: "{shortened(node.value)}"'
             options = [option for choice in choices for option in typing.get_args(choice)]
             advice = suggest(node.value, options) or advice
         self.fail(node, f"{name}: expected {wanted}, got {_describe(node)}{advice}")
@@ -162,6 +186,10 @@ def _name(hint: Any) -> str:
     return names[hint]
 
 
+def shortened(value: str) -> str:
+    return value if len(value) <= SHOWN else f"{value[:SHOWN]}..."
+
+
 def _describe(node: yaml.Node) -> str:
     if isinstance(node, yaml.MappingNode):
         return "a mapping"
@@ -169,4 +197,4 @@ def _describe(node: yaml.Node) -> str:
         return "a list"
     kinds = {"int": "the number", "float": "the number", "bool": "the truth value", "null": "nothing", "str": "the text"}
     kind = kinds.get(node.tag.removeprefix(_SCALAR), f"a value tagged {node.tag}")
-    return kind if kind == "nothing" else f"{kind} {node.value!r}"
+    return kind if kind == "nothing" else f"{kind} {shortened(node.value)!r}"

@@ -13,7 +13,7 @@ class ReportConfig:
     runs: str | None = None
     """Run directories, separated by commas (short: their names right after `report`, separated by blanks)."""
     out: str | None = None
-    """Folder for report.html, report.md and the images of the latter; none: report/ in the first run directory."""
+    """Folder for report.html, report.md and images/; none: report/ in the first run directory. Only a report is replaced."""
     samples: int = 6
     """Prompts of which samples are shown; 0: none."""
     digests: bool = True

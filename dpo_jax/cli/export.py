@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from dpo_jax.cli import build
 from dpo_jax.cli.card import dpo_card, sft_card
 from dpo_jax.cli.config import Config, ConfigError, load_config
+from dpo_jax.cli.model_folders import refuse_foreign
 from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config
@@ -32,6 +33,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 def run(config: Config) -> int:
     directory = config.export.checkpoint or config.checkpoints_of("dpo")
+    if config.export.out is not None:
+        refuse_foreign(Path(config.export.out).expanduser())
     folder = _run_of(config, directory)
     written_by = folder / "config.yaml"
     if not (written_by.is_file() and has_steps(directory)):

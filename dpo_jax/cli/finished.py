@@ -21,7 +21,9 @@ from typing import Any
 
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.config_file import types_of
+from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.rundir import RunDir, RunLocked, packages, write_json
+from dpo_jax.untrusted import Unreadable, read_object, regular
 
 RECORD = "finished.json"
 VERSION = 1
@@ -56,9 +58,8 @@ class FinishedRun:
             return None
         with RunDir(self._folder) as run:
             try:
-                recorded = json.loads((self._folder / RECORD).read_bytes())
-                return _steps(run) if recorded == self._present(run) else None
-            except (OSError, ValueError, KeyError, IndexError):
+                return _steps(run) if read_object(self._folder / RECORD) == self._present(run) else None
+            except (OSError, Unreadable):
                 return None
 
     def record(self) -> None:
@@ -68,7 +69,7 @@ class FinishedRun:
         """
         if not self._usable:
             return
-        with contextlib.suppress(OSError, RunLocked), RunDir(self._folder) as run:
+        with contextlib.suppress(OSError, RunLocked, Unreadable), RunDir(self._folder) as run:
             if _stamps(self._inputs or ()) == self._before:
                 write_json(self._folder / RECORD, self._present(run))
 
@@ -90,10 +91,10 @@ class FinishedRun:
 def recorded(task: str, config: Config, sections: Sequence[str]) -> bool:
     """Whether the run directory holds the record of a run of these settings that has ended. No other file is looked at."""
     try:
-        record = json.loads((Path(config.run.dir) / task / RECORD).read_bytes())
-        return record["version"] == VERSION and record["settings"] == _settings(config, sections)
-    except (OSError, ValueError, KeyError, TypeError):
+        record = read_object(Path(config.run.dir) / task / RECORD)
+    except (OSError, Unreadable):
         return False
+    return record.get("version") == VERSION and record.get("settings") == _settings(config, sections)
 
 
 def _settings(config: Config, sections: Sequence[str]) -> dict[str, Any]:
@@ -121,8 +122,9 @@ def _inputs(task: str, config: Config, sections: Sequence[str]) -> list[Path] | 
     return paths if all(path.exists() for path in paths) else None
 
 
-def _steps(run: RunDir) -> int:
-    return int(json.loads(run.metrics.read_text(encoding="utf-8").splitlines()[-1])["step"])
+def _steps(run: RunDir) -> int | None:
+    rows = read_metrics(run.metrics)
+    return rows[-1]["step"] if rows else None
 
 
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
@@ -145,7 +147,7 @@ def _identities(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def _identity(file: Path) -> str:
-    stat = file.stat()
+    stat = regular(file).stat()
     if stat.st_size > HASHED_BYTES:
         return f"{stat.st_size} bytes of {stat.st_mtime_ns}"
     with file.open("rb") as content:

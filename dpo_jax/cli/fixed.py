@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.shapes import fit
+from dpo_jax.untrusted import Unreadable, read_object, reading
 from dpo_jax.writing import write_whole
 
 NAME = "fixed.json"
@@ -78,15 +80,17 @@ def _of_first_host(date: str) -> str:
 def _read(file: Path) -> dict[str, Any] | None:
     """The content of `fixed.json`; None if there is none."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        datetime.datetime.fromisoformat(record["date"])
-        return {"date": record["date"], "revisions": dict(record["revisions"])}
+        record = fit(read_object(file), {"date": str, "revisions": {str: str}}, str(file))
+        with reading(file):
+            datetime.datetime.fromisoformat(record["date"])
+        return {name: record[name] for name in ("date", "revisions")}
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except Unreadable as error:
+        why = str(error).removeprefix(f"{file}: ")
         raise ConfigError(
-            f"{file}: damaged ({error}); it holds the date that chat templates write. Delete it, and pass the date of the run "
-            "(in the config.yaml of its folders) with --data.date"
+            f"{file}: damaged ({why}); it holds the date that chat templates write. Delete it, "
+            "and pass the date of the run (in the config.yaml of its folders) with --data.date"
         ) from error
 
 

@@ -43,6 +43,7 @@ from dpo_jax.data.terminal import printable_output
 from dpo_jax.runtime.progress import BOARD, reported
 from dpo_jax.runtime.signals import Terminated, ending_at_once, leave, run_program
 from dpo_jax.untrusted import LIMITS
+from dpo_jax.writing import naming_errors
 
 
 def main(args: list[str] | None = None) -> int:
@@ -214,6 +215,8 @@ def _version() -> str:
 def program() -> NoReturn:
     """The process `dpo-jax`: `main` with the command line, and the end of the process with its exit code."""
     sys.excepthook = _uncaught
+    if sys.stdout is not None:
+        naming_errors(sys.stdout, "standard output")
     run_program(main)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.folder import read_config
-from dpo_jax.untrusted import Unreadable
+from dpo_jax.untrusted import Unreadable, read_text, regular
 
 MAKERS = ("sft", "dpo", "ppo", "reward-model")
 """Commands that leave a model in a folder of their own in the run directory: RUN/sft/export."""
@@ -65,6 +66,25 @@ def eval_reference(config: Config) -> str:
     except ConfigError:  # of another version
         return config.eval_reference()
     return trained.reference or trained.policy or config.eval_reference()  # the run may have been moved since
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises `ConfigError` for a folder whose files an export would replace though no export has written them.
+
+    An export writes a model card that names this program.
+    """
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    card = folder / "README.md"
+    try:
+        ours = folder.is_dir() and "dpo_jax" in read_text(regular(card))
+    except (OSError, Unreadable):
+        ours = False
+    if not ours:
+        raise ConfigError(
+            f"export.out: {folder} is there already, and dpo-jax export has not written it (it would have a README.md that "
+            "names dpo_jax): choose another folder, or move it away"
+        )
 
 
 def check_fit(config: Config, decoder: DecoderConfig, path: str, *, expected: bool = False) -> None:

@@ -6,7 +6,6 @@ No network, accelerator or JAX is needed. What a command refuses before it compu
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,8 +18,12 @@ from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.cli.preflight_devices import compiler, devices, plan, training
 from dpo_jax.cli.preflight_inputs import Check, data, files, judged_files, model, most, prompts, tokenizer
 from dpo_jax.cli.preflight_packages import bench_packages, check_bucket, judge_packages, reward_packages, writers
+from dpo_jax.cli.report_files import earlier_images
+from dpo_jax.shapes import fit
+from dpo_jax.untrusted import Unreadable, read_object
 
 ROWS = "train split, rows"
+TRAINED_ON = {"train": {"rows": int, "files": [{"path": str, "bytes": int}]}}
 
 
 def run(name: str, config: Config, scope: Scope, *, path: str) -> int:
@@ -88,11 +91,11 @@ def _refuse_another_run(check: Check, task: str, folder: Path) -> None:
     was, now = (identity.settings(one, getattr(one, task)) for one in (before, check.config))
     identity.refuse_other_settings(str(folder), was, now)
     try:
-        report = json.loads((folder / "data_report.json").read_bytes())["train"]
-        was, now = {ROWS: most(report["rows"], before.data.max_train)}, {ROWS: check.rows}
-        files = {f"file {file['path']}, bytes": file["bytes"] for file in report["files"]}
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: nothing is computed from it
+        report = fit(read_object(folder / "data_report.json"), TRAINED_ON, "data_report.json")["train"]
+    except (OSError, Unreadable):  # none yet, or damaged: nothing is computed from it
         return
+    was, now = {ROWS: most(report["rows"], before.data.max_train)}, {ROWS: check.rows}
+    files = {f"file {file['path']}, bytes": file["bytes"] for file in report["files"]}
     if check.config.data.source == before.data.source == "reviews":
         identity.refuse_other_data(str(folder), was, now)
     for record, config in ((was, before), (now, check.config)):
@@ -116,6 +119,8 @@ def _checkpoints(check: Check) -> None:
     """What `export` reads."""
     config = check.config
     directory = config.export.checkpoint or config.checkpoints_of("dpo")
+    if config.export.out is not None and not check.unseen("writes", config.export.out):
+        model_folders.refuse_foreign(Path(config.export.out).expanduser())
     check_bucket(config, directory)
     if "://" in directory or check.unseen("reads", directory, "dpo"):
         return
@@ -133,6 +138,8 @@ def _run_folders(check: Check) -> None:
         if not Path(folder).is_dir():
             raise ConfigError(f"report.runs: {folder}: no such run directory")
         check.tell("reads", folder)
+    section = check.config.report
+    earlier_images(Path(section.out) if section.out else Path(section.folders()[0]) / "report")
 
 
 def _agreed(check: Check) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,14 +12,16 @@ from typing import Any
 
 import dpo_jax.evals.report_sections as sections
 from dpo_jax.cli.config import Config, ConfigError, load_config
+from dpo_jax.cli.report_files import HTML, IMAGES, MARKDOWN, earlier_images
+from dpo_jax.data.terminal import printable
 from dpo_jax.evals.curves import PANELS
 from dpo_jax.evals.plots import plot_runs, plot_training
 from dpo_jax.evals.report_audit import audited
 from dpo_jax.evals.report_first import first_things, moment
 from dpo_jax.evals.report_judged import judged
-from dpo_jax.evals.report_page import Block, Notice, Page, Section, Table, render_html, render_markdown
+from dpo_jax.evals.report_page import Block, Figures, Notice, Page, Section, Table, render_html, render_markdown
 from dpo_jax.evals.report_weights import SHOWN, scored_weights
-from dpo_jax.evals.run_record import TRAINING, RunRecord, of, one_or_more, read_run
+from dpo_jax.evals.run_record import TRAINING, RunRecord, of, one_or_more, read_run, shown_path
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.hf import load_config as load_model_config
@@ -27,7 +29,8 @@ from dpo_jax.models.hf import read_weights
 from dpo_jax.reference import WeightsDigest
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
-from dpo_jax.writing import write_text
+from dpo_jax.untrusted import Unreadable, read_bytes, reading
+from dpo_jax.writing import write_whole, writing
 
 EXPORTS = tuple(f"{stage}/export" for stage in TRAINING)
 BASES = ("dpo", "frontier", "ppo", "sft")  # whose configuration is that of the run
@@ -38,17 +41,40 @@ def run(config: Config) -> int:
     section = config.report
     runs = _read(section.folders())
     out = Path(section.out) if section.out else runs[0].path / "report"
+    earlier_images(out)  # refused before anything is written
     with RunDir(out), tempfile.TemporaryDirectory() as drawn, reported("drawing the page"):
         page = _page(runs, Path(drawn), samples=section.samples, digests=section.digests)
-        links = _copy_images(page.images, out / "images", runs)
-        write_text(out / "report.html", render_html(page))
-        write_text(out / "report.md", render_markdown(page, link=links.__getitem__))
+        write_page(out, page)
     told = [block for block in page.sections[0].blocks if isinstance(block, Notice) and block.level != "fine"]
     for notice in told:
         name = f"{notice.title}: " if notice.title else ""
-        print(f"{'careful' if notice.level == 'alarm' else 'note'}: {name}{notice.words}")
-    print(f"{out / 'report.html'}\n{out / 'report.md'}")
+        print(terminal(f"{'careful' if notice.level == 'alarm' else 'note'}: {name}{notice.words}"))
+    print(f"{shown_path(out / 'report.html')}\n{shown_path(out / 'report.md')}")
     return 0
+
+
+def terminal(words: str) -> str:
+    """Words that quote a file, for the screen: a lone surrogate is written out, too."""
+    return printable(words).encode("utf-8", "backslashreplace").decode()
+
+
+def write_page(out: Path, page: Page) -> None:
+    """The page as HTML and as Markdown with its images, in the place of an earlier report's.
+
+    Images that an earlier report's Markdown names are deleted before it is replaced, and written after: whenever this is
+    killed, `report.md` names all images that lie there, so that the next report knows them.
+    """
+    images = {path: f"{number:02d}-{path.name}" for number, path in enumerate(page.images, start=1)}
+    contents = {path: path.read_bytes() for path in images}
+    for name in sorted(earlier_images(out) - set(images.values())):
+        (out / IMAGES / name).unlink()
+    with writing(out / MARKDOWN, errors="backslashreplace") as file:  # a text of JSON may hold half a surrogate pair
+        file.write(render_markdown(page, link=lambda path: f"{IMAGES}/{images[path]}"))
+    (out / IMAGES).mkdir(exist_ok=True)
+    for path, name in images.items():
+        write_whole(out / IMAGES / name, contents[path])
+    with writing(out / HTML, errors="backslashreplace") as file:
+        file.write(render_html(page))
 
 
 def _read(folders: Sequence[str]) -> list[RunRecord]:
@@ -58,7 +84,7 @@ def _read(folders: Sequence[str]) -> list[RunRecord]:
     if len(set(names)) < len(names):
         raise ConfigError(f"report.runs: a run directory is named twice: {', '.join(names)}")
     try:
-        return [read_run(path, name=name) for path, name in zip(paths, names, strict=True)]
+        return [read_run(path, name=shown_path(name)) for path, name in zip(paths, names, strict=True)]
     except ValueError as error:
         raise ConfigError(f"report.runs: {error}") from error
 
@@ -83,17 +109,34 @@ def _page(runs: Sequence[RunRecord], drawn: Path, *, samples: int, digests: bool
     scored = [stage for run in runs for stage in run.stages.values() if "weights" in stage.report]
     first = first_things(runs, alarms, weights_checked=digests and bool(scored))
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
-    subtitle = " · ".join(str(run.path.resolve()) for run in runs)
-    return Page(title, subtitle, [first, *(section for section in built if section is not None)])
+    subtitle = " · ".join(shown_path(run.path.resolve()) for run in runs)
+    return Page(title, subtitle, [first, *map(_with_readable_images, filter(None, built))])
 
 
 def _section(title: str, build: Callable[[], Section | None]) -> Section | None:
-    """The section, or the reason why there is none: a report of another version must not hide the rest."""
+    """The section, or the reason why there is none: what one file holds must not hide the rest."""
     try:
-        return build()
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"this part could not be read ({type(error).__name__}: {error}): was it written by another version?"
-        return Section(title, [Notice(what)])
+        with reading("this part could not be shown"):
+            return build()
+    except (Unreadable, OSError) as error:
+        return Section(title, [Notice(f"{error}: was it written by another version?")])
+
+
+def _with_readable_images(section: Section) -> Section:
+    """The section with a notice in the place of each image that cannot be read."""
+    blocks: list[Block] = []
+    for block in section.blocks:
+        if isinstance(block, Figures):
+            sound = []
+            for path, caption in block.images:
+                try:
+                    read_bytes(path)
+                    sound.append((path, caption))
+                except (Unreadable, OSError) as error:
+                    blocks.append(Notice(f"{caption}: the image cannot be read: {error}"))
+            block = dataclasses.replace(block, images=sound)
+        blocks.append(block)
+    return dataclasses.replace(section, blocks=blocks)
 
 
 def _weights(runs: Sequence[RunRecord], *, digests: bool) -> tuple[list[str], Section | None]:
@@ -101,10 +144,11 @@ def _weights(runs: Sequence[RunRecord], *, digests: bool) -> tuple[list[str], Se
     for run in runs:
         lying: dict[str, str] = {}
         for folder in EXPORTS if digests else ():
-            if (run.path / folder / "config.json").is_file():
+            if os.path.isfile(run.path / folder / "config.json"):
                 try:
-                    lying[folder] = weights_digest_of(run.path / folder)
-                except (ValueError, OSError) as error:
+                    with reading(run.path / folder):
+                        lying[folder] = weights_digest_of(run.path / folder)
+                except (Unreadable, OSError) as error:
                     alarms.append(of(run, runs, f"{folder} cannot be read: {error}"))
         found, table = scored_weights(run, lying)
         alarms += [of(run, runs, words) for words in found]
@@ -136,23 +180,14 @@ def _curves(runs: Sequence[RunRecord], drawn: Path) -> tuple[dict[tuple[str, str
         rows = {run.name: stage.metrics for run, stage in found if stage.metrics}
         for number, (run, stage) in enumerate(found):
             present = [stage.path / "plots" / f"{panel.file}.png" for panel in PANELS]
-            new = plot_training(stage.metrics, drawn / f"{name}-{number}", format="svg")
-            images[run.name, name] = new or [path for path in present if path.is_file()]
+            new: list[Path] = []
+            with stage.showing("metrics.jsonl"):
+                new = plot_training(stage.metrics, drawn / f"{name}-{number}", format="svg")
+            images[run.name, name] = new or list(filter(os.path.isfile, present))
         if len(rows) > 1:
-            together[name] = plot_runs(rows, drawn / f"{name}-all", format="svg")
+            with found[0][1].showing("metrics.jsonl"):
+                together[name] = plot_runs(rows, drawn / f"{name}-all", format="svg")
     return images, together
-
-
-def _copy_images(images: Sequence[Path], folder: Path, runs: Sequence[RunRecord]) -> dict[Path, str]:
-    """Copies them for the Markdown file; returns its links. What an earlier report has left there goes."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    links = {}
-    for number, path in enumerate(images, start=1):
-        name = f"{number:02d}-{path.name}"
-        shutil.copyfile(path, folder / name)
-        links[path] = f"{folder.name}/{name}"
-    return links
 
 
 def _configuration(runs: Sequence[RunRecord]) -> Section | None:
@@ -208,12 +243,13 @@ def _made_with(runs: Sequence[RunRecord]) -> Section | None:
         for stage in run.stages.values():
             env: Mapping[str, Any] = stage.env
             if env:
-                versions = {name: env["packages"].get(name) for name in ("dpo_jax", "jax", "flax")}
+                versions = {name: env.get("packages", {}).get(name) for name in ("dpo_jax", "jax", "flax")}
                 packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
                 if git := env.get("git"):
                     packages += f", commit {git['commit'][:12]}{' (changed)' if git['dirty'] else ''}"
-                hosts = f", {env['processes']} hosts" if env["processes"] > 1 else ""
-                devices = f"{len(env['devices'])} x {env['devices'][0]}{hosts}"
-                began = moment(env["started"])
-                rows.append([of(run, runs, stage.name), shlex.join(env["argv"][1:]), devices, packages, began])
+                hosts = f", {env['processes']} hosts" if env.get("processes", 1) > 1 else ""
+                of_kind = env.get("devices", [])
+                devices = f"{len(of_kind)} x {of_kind[0]}{hosts}" if of_kind else "-"
+                began, command = moment(env.get("started", "-")), shlex.join(env.get("argv", [])[1:])
+                rows.append([of(run, runs, stage.name), command, devices, packages, began])
     return Section("Made with", [Table(["stage", "command", "devices", "packages", "begun"], rows)]) if rows else None

@@ -29,7 +29,7 @@ from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.seal import is_remote
 from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.types import Model, Partitioner, TrainState
-from dpo_jax.writing import write_text, writing
+from dpo_jax.writing import appending, write_text
 
 Evaluate = Callable[[TrainState, int], Mapping[str, Any]]
 
@@ -228,7 +228,7 @@ def _note_resumption(run: RunDir, step: int, total_steps: int) -> None:
     """Adds to `resumes.jsonl` that an interrupted run goes on after `step` steps, for whoever reads the run later."""
     if hosts.is_first() and 0 < step < total_steps:
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        with writing(run.resumes, "a") as file:
+        with appending(run.resumes) as file:
             file.write(json.dumps({"step": step, "time": time}) + "\n")
 
 

@@ -16,7 +16,7 @@ from matplotlib.transforms import offset_copy
 
 from dpo_jax.data.terminal import one_line
 from dpo_jax.evals.palette import Style
-from dpo_jax.writing import naming
+from dpo_jax.writing import placing
 
 ImageFormat = Literal["png", "svg"]
 
@@ -119,6 +119,6 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 200) -> Pat
     """Writes a PNG or SVG file, by its suffix. The same figure gives the same SVG: no date, no random ids."""
     path = Path(path)
     metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {}
-    with matplotlib.rc_context({"svg.hashsalt": "dpo_jax", "svg.fonttype": "path"}), naming(path):
-        figure.savefig(path, dpi=dpi, metadata=metadata)
+    with matplotlib.rc_context({"svg.hashsalt": "dpo_jax", "svg.fonttype": "path"}), placing(path) as file:
+        figure.savefig(file, dpi=dpi, metadata=metadata)
     return path

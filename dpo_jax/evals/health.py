@@ -183,7 +183,7 @@ def _length(policy: Values, reference: Values, training: Rows) -> Finding:
 
 
 def _repetition(policy: Values, reference: Values, training: Rows) -> Finding:
-    share, before = policy.get("repetition"), reference.get("repetition", 0.0)
+    share, before = policy.get("repetition"), reference.get("repetition") or 0.0
     if share is None:
         return NOT_MEASURED
     if share <= REPEATED or share <= before + REPEATED_MORE:

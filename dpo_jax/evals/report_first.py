@@ -10,9 +10,12 @@ from dpo_jax.evals.report_page import Block, Notice, Section, Table, Tiles
 from dpo_jax.evals.result_table import MEASURES, with_interval
 from dpo_jax.evals.run_record import RunRecord, of
 
+TITLE = "Read this first"
+
 
 def first_things(runs: Sequence[RunRecord], alarms: Sequence[str], *, weights_checked: bool) -> Section:
     """What a reader must know before any number: alarms, failures, health, what is not there, and how far each stage came."""
+    healths = [health_of(run) for run in runs]  # first: what it cannot read becomes a problem of its stage
     blocks: list[Block] = [Notice(words, "alarm") for words in alarms]
     for run in runs:
         for stage in run.stages.values():
@@ -21,22 +24,21 @@ def first_things(runs: Sequence[RunRecord], alarms: Sequence[str], *, weights_ch
     fine += ["weights (those that were scored lie here)"] if weights_checked and not alarms else []
     if len(runs) == 1 and (tiles := _tiles(runs[0])):
         blocks.append(tiles)
-    blocks += _health(runs, fine)
+    blocks += _health(runs, healths, fine)
     stages = list(dict.fromkeys(name for run in runs for name in run.stages))
     states = [[name, *(run.stages[name].state if name in run.stages else "-" for run in runs)] for name in stages]
     began = [[stage.env.get("started", "") for stage in run.stages.values() if stage.env.get("started")] for run in runs]
     states.append(["last command begun", *(moment(max(times, default="not known")) for times in began)])
     states.append(["not in this run", *("; ".join(run.missing) or "-" for run in runs)])
     blocks.append(Table(["stage", *(run.name for run in runs)], states, caption="What was done"))
-    return Section("Read this first", blocks)
+    return Section(TITLE, blocks)
 
 
-def _health(runs: Sequence[RunRecord], fine: Sequence[str]) -> list[Block]:
+def _health(runs: Sequence[RunRecord], healths: Sequence[Health], fine: Sequence[str]) -> list[Block]:
     """A notice for each unusual thing, with the runs that have it, and one for all that was looked at without finding any."""
     found: dict[str, list[tuple[RunRecord, Note]]] = {}
     looked_at, not_measured = [", ".join(fine)], []
-    for run in runs:
-        health = health_of(run)
+    for run, health in zip(runs, healths, strict=True):
         for note in health.notes:
             found.setdefault(note.name, []).append((run, note))
         looked_at += [of(run, runs, ", ".join(health.fine))] if health.fine else []
@@ -59,11 +61,12 @@ def health_of(run: RunRecord) -> Health:
     dpo, evaluated = run.stages.get("dpo"), run.stages.get("eval")
     if not dpo and not (evaluated and evaluated.report):
         return Health([], [], [])
-    try:
-        return examine_run(evaluated.report if evaluated else {}, dpo.metrics if dpo else ())
-    except (TypeError, ValueError) as error:  # a report of another version
-        (evaluated or dpo).problems.append(f"its health cannot be told: {error}")  # pyright: ignore[reportOptionalMemberAccess]
-        return Health([], [], [])
+    found = Health([], [], [])
+    stage, file = (dpo, "metrics.jsonl") if dpo and not (evaluated and evaluated.report) else (evaluated, "report.json")
+    assert stage is not None
+    with stage.showing(file):
+        found = examine_run(evaluated.report if evaluated else {}, dpo.metrics if dpo else ())
+    return found
 
 
 HEADLINES = (

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_jax.evals.agreement_table import INTERVALS, table_rows
 from dpo_jax.evals.judging import failures_of
+from dpo_jax.evals.record_shapes import AGREEMENT
 from dpo_jax.evals.report_page import Block, Figures, Section, Table, Text
-from dpo_jax.evals.run_record import RunRecord, Stage, of, one_or_more, read_object
+from dpo_jax.evals.run_record import RunRecord, Stage, of, one_or_more
 
 READING = (
     "A pair is won by the policy in both orders, lost in both, or flipped: the judge named one letter twice. One without an "
@@ -29,7 +31,7 @@ def judged(runs: Sequence[RunRecord]) -> Section | None:
     if blocks:
         blocks.insert(0, Text(READING))
     for run, stage in one_or_more(runs, "agree"):
-        column = stage.read("agreement.json", read_object, {})
+        column = stage.read_object("agreement.json", AGREEMENT)
         if column:
             (_, names), *rows = table_rows([column])
             rows = [[label.strip(), cell] for label, cell in rows]
@@ -43,7 +45,7 @@ def _judge(name: str, stage: Stage) -> list[Block]:
     settings, points = report["settings"], report["points"]
     title = f"{name}: against {Path(report['baseline']).name}, by {settings['model']} ({settings['prompt']})"
     figure = stage.path / "win_rates.png"
-    drawn = figure.is_file() and len(points) > 1
+    drawn = os.path.isfile(figure) and len(points) > 1
     blocks: list[Block] = [Figures([(figure, f"{name}: win rates and lengths")], size="half")] if drawn else []
     counts = [column for column in COUNTS if not (settings["one_order"] and column == "flipped")]
     rows = [[f"{point['pairs']}", _rate(point, "win_rate"), *(f"{point[column]}" for column in counts)] for point in points]

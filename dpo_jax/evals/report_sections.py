@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from dpo_jax.data.pairs import FILTERED
 from dpo_jax.evals.curves import KL_OF_SAMPLES, PANELS, series
 from dpo_jax.evals.frontier_plot import plot_trajectories
 from dpo_jax.evals.overoptimisation import declines, trajectories
+from dpo_jax.evals.record_shapes import SAMPLE, SUMMARY
 from dpo_jax.evals.report_page import Block, Figures, Sample, Section, Side, Table, Text
 from dpo_jax.evals.result_table import MEASURES, with_interval
-from dpo_jax.evals.run_record import TRAINING, RunRecord, Stage, of, one_or_more, read_lines, read_object, read_table
+from dpo_jax.evals.run_record import TRAINING, RunRecord, Stage, of, one_or_more, read_results
 
 REWARDS = {
     "implicit": "implicit reward",
@@ -80,7 +82,7 @@ def implicit_rewards(runs: Sequence[RunRecord]) -> Section | None:
         blocks.append(Table(columns, rows, caption=title, note="Brackets: 95 % intervals. Correlations are Spearman's."))
         blocks += _by_subset(report["rewards"]["implicit"])
         blocks.append(_calibration(report))
-        if (stage.path / "reliability.png").is_file():
+        if os.path.isfile(stage.path / "reliability.png"):
             blocks.append(
                 Figures([(stage.path / "reliability.png", of(run, runs, "reliability of the implicit reward"))], size="half")
             )
@@ -131,9 +133,9 @@ def frontier(runs: Sequence[RunRecord], drawn: Path) -> Section | None:
     blocks: list[Block] = []
     for run, stage in one_or_more(runs, "frontier"):
         for file, caption in (("frontier.png", "reward against KL"), ("displacement.png", "displacement in training")):
-            if (stage.path / file).is_file():
+            if os.path.isfile(stage.path / file):
                 blocks.append(Figures([(stage.path / file, of(run, runs, caption))], size="wide"))
-        table = stage.read("summary.json", read_object, {}).get("at_equal_kl", [])
+        table = stage.read_object("summary.json", SUMMARY).get("at_equal_kl", [])
         if table:
             kls = list(dict.fromkeys(row["kl"] for row in table))
             cells = {(row["method"], row["kl"]): row for row in table}
@@ -144,12 +146,13 @@ def frontier(runs: Sequence[RunRecord], drawn: Path) -> Section | None:
             )
             columns = ["method", *(f"KL {kl:g} nats" for kl in kls)]
             blocks.append(Table(columns, rows, caption=of(run, runs, "Methods at equal KL"), note=note))
-        over = _overoptimised(of(run, runs, "Over-optimisation"), stage)
-        if over:
-            points = trajectories(read_table(stage.path / "results.csv"))
-            figure = plot_trajectories(points, drawn / f"overoptimisation-{len(blocks)}.png")
-            caption = "true reward over training; full: best, hollow: last"
-            blocks += [*over, Figures([(figure, of(run, runs, caption))], size="wide")]
+        results = stage.read("results.csv", read_results, [])
+        if over := _overoptimised(of(run, runs, "Over-optimisation"), results):
+            blocks += over
+            with stage.showing("results.csv"):
+                figure = plot_trajectories(trajectories(results), drawn / f"overoptimisation-{len(blocks)}.png")
+                caption = "true reward over training; full: best, hollow: last"
+                blocks.append(Figures([(figure, of(run, runs, caption))], size="wide"))
     return Section("Frontier", blocks) if blocks else None
 
 
@@ -159,8 +162,8 @@ def _at_kl(row: Mapping[str, Any] | None) -> str:
     return f"{row['reward']:.2f}" + (f" ({row['share_of_gain']:.0%})" if row["share_of_gain"] is not None else "")
 
 
-def _overoptimised(caption: str, stage: Stage) -> list[Block]:
-    found = declines(stage.read("results.csv", read_table, []))
+def _overoptimised(caption: str, results: Sequence[Mapping[str, str]]) -> list[Block]:
+    found = declines(results)
     if not found:
         return []
     seeds = len({row.seed for row in found}) > 1
@@ -205,7 +208,7 @@ def samples(runs: Sequence[RunRecord], count: int) -> Section | None:
     for run, stage in one_or_more(runs, "eval"):
         limit = stage.report.get("sampling", {}).get("max_new_tokens")
         mark = f"cut by the limit of {limit} tokens" if limit else "cut by the token limit"
-        for line in stage.read("samples.jsonl", read_lines, []):
+        for line in stage.read_lines("samples.jsonl", SAMPLE):
             sides = by_prompt.setdefault(shown_prompt(line), {})
             for who in ("reference", "policy"):
                 if who in line:

@@ -59,9 +59,10 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _uncertainty(values: Mapping[str, Any], key: str, form: str) -> str:
-    if f"{key}_low" in values:
-        return f"{values[f'{key}_low']:{form}} to {values[f'{key}_high']:{form}} (95 %)"
-    return f"± {values[f'{key}_error']:{form}}" if f"{key}_error" in values else ""
+    low, high, error = (values.get(f"{key}_{end}") for end in ("low", "high", "error"))
+    if low is not None and high is not None:
+        return f"{low:{form}} to {high:{form}} (95 %)"
+    return f"± {error:{form}}" if error is not None else ""
 
 
 def with_interval(values: Mapping[str, Any], name: str, form: str) -> str:
@@ -69,9 +70,10 @@ def with_interval(values: Mapping[str, Any], name: str, form: str) -> str:
     if values.get(name) is None:
         return "-"
     text = format(values[name], f"z{form}")
-    if f"{name}_low" in values:
-        return f"{text} ({values[f'{name}_low']:{form}} to {values[f'{name}_high']:{form}})"
-    return f"{text} ± {values[f'{name}_error']:{form}}" if f"{name}_error" in values else text
+    low, high, error = (values.get(f"{name}_{end}") for end in ("low", "high", "error"))
+    if low is not None and high is not None:
+        return f"{text} ({low:{form}} to {high:{form}})"
+    return f"{text} ± {error:{form}}" if error is not None else text
 
 
 def _text(name: str, text: str, *, cut: bool = False) -> list[str]:

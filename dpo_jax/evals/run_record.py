@@ -5,15 +5,21 @@ Reads only. A file that is damaged is a problem of its stage to report, and no r
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
+import io
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo_jax.data.pairs import FILTERED
-from dpo_jax.runtime.metrics import is_evaluation, read_metrics
+from dpo_jax.evals.record_shapes import AUDITED, BAD_BATCH, DATA, ENV, REPORTS, RESULTS, RESUMED
+from dpo_jax.runtime.metrics import is_evaluation, read_metrics_lines
+from dpo_jax.shapes import Shape, fit, misfit
+from dpo_jax.untrusted import Lines, Unreadable, read_lines, read_object, read_text, reading, regular
 
 T = TypeVar("T")
 TRAINING = ("sft", "dpo", "ppo")
@@ -60,13 +66,39 @@ class Stage:
     def read(self, file: str, reader: Callable[[Path], T], otherwise: T) -> T:
         """`reader(path)`, or `otherwise` where there is no such file, or where it is damaged: then that is a problem."""
         path = self.path / file
-        if not path.is_file():
+        if not os.path.lexists(path):
             return otherwise
         try:
             return reader(path)
-        except (OSError, ValueError) as error:
+        except (OSError, Unreadable) as error:
             self.problems.append(f"{file} cannot be read: {error}")
             return otherwise
+
+    def read_object(self, file: str, shape: Shape) -> dict[str, Any]:
+        """The JSON object in a file; an empty one where there is none or, as a problem, one of another shape."""
+        return self.read(file, lambda path: fit(read_object(path), shape, str(path)), {})
+
+    def read_lines(self, file: str, shape: Shape) -> list[dict[str, Any]]:
+        """The objects in a JSON Lines file. Damaged lines are a problem, and left out."""
+        return self._sound(file, lambda path: read_lines(path, lambda row: fit(row, shape, "no such row")))
+
+    def _sound(self, file: str, reader: Callable[[Path], Lines]) -> list[dict[str, Any]]:
+        found = self.read(file, reader, Lines([], []))
+        self.problems += [f"{file}: {found.words}"] if found.damaged else []
+        return found.rows
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`. Damaged lines are a problem, and left out."""
+        return self._sound("metrics.jsonl", read_metrics_lines)
+
+    @contextlib.contextmanager
+    def showing(self, file: str) -> Iterator[None]:
+        """Around code that shows what a file says: whatever is raised there is a problem of that file."""
+        try:
+            with reading(self.path / file):
+                yield
+        except (OSError, Unreadable) as error:
+            self.problems.append(f"{file} cannot be shown: {error}")
 
 
 @dataclasses.dataclass
@@ -106,44 +138,49 @@ def read_run(path: Path, *, name: str) -> RunRecord:
         raise ValueError(f"{path}: no such folder")
     if (path / "config.yaml").is_file():
         raise ValueError(f"{path}: this is one stage of a run; give its run directory, {path.parent}")
-    found = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and (folder / "config.yaml").is_file()]
+    found = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and os.path.lexists(folder / "config.yaml")]
     if not found:
         raise ValueError(f"{path}: no run directory: no folder in it has a config.yaml, as each command leaves one")
     known = (*ORDER, *LATER)
     found.sort(key=lambda folder: known.index(kind) if (kind := kind_of(folder.name)) in known else len(ORDER))
-    return RunRecord(name, path, {folder.name: _read_stage(folder) for folder in found})
+    return RunRecord(name, path, {shown_path(folder.name): _read_stage(folder) for folder in found})
+
+
+def shown_path(name: str | os.PathLike[str]) -> str:
+    """A name of a file as text. What is not UTF-8 in it is written out, as `\\xff`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _read_stage(path: Path) -> Stage:
-    stage = Stage(path.name, path)
-    stage.env = stage.read("env.json", read_object, {})
-    stage.data = stage.read("data_report.json", read_object, {})
-    stage.report = stage.read("report.json", read_object, {})
-    stage.metrics = stage.read("metrics.jsonl", read_metrics, [])
-    result = RESULT.get(kind_of(path.name))
-    stage.done = (result is None or (path / result).exists()) and not _undecided(stage)
+    stage, kind = Stage(shown_path(path.name), path), kind_of(path.name)
+    stage.env = stage.read_object("env.json", ENV)
+    stage.data = stage.read_object("data_report.json", DATA)
+    if kind == "audit":  # earlier versions had no verdict
+        for split in [split for split, report in stage.data.items() if "verdict" in report]:
+            if wrong := misfit(stage.data[split], AUDITED):
+                stage.problems.append(f"data_report.json cannot be read: {split}, {wrong[0]}: {wrong[1]}")
+                del stage.data[split]
+    stage.report = stage.read_object("report.json", REPORTS.get(kind, {}))
+    stage.metrics = stage.read_metrics()
+    result = RESULT.get(kind)
+    stage.done = (result is None or os.path.exists(path / result)) and not _undecided(stage)
     stage.state = _state(stage)
     stage.problems += _failures(stage)
     return stage
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Raises ValueError where the file is no JSON object."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError("no JSON object")
-    return content
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file. Lines end with a newline only: a text in them may hold any other separator."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def read_results(path: Path) -> list[dict[str, str]]:
+    """The rows of the frontier's `results.csv`. Raises `Unreadable`, naming the line, for one without its numbers."""
+    with reading(path):
+        lines = csv.DictReader(io.StringIO(read_text(regular(path)), newline=""))
+        rows = [(lines.line_num, row) for row in lines]
+    for number, row in rows:
+        if missing := [name for name in RESULTS if row.get(name) is None]:
+            raise Unreadable(f"{path}:{number}: has no {missing[0]}")
+        with reading(f"{path}:{number}"):
+            if not all(math.isfinite(float(row[name])) for name in RESULTS[3:]):
+                raise ValueError("a number is needed, this is NaN or infinite")
+    return [row for _, row in rows]
 
 
 def steps_taken(stage: Stage) -> int:
@@ -181,29 +218,29 @@ def _failures(stage: Stage) -> list[str]:
         found.append(
             f"the judge gave no answer in the format on {failed:,} of {pairs:,} pairs: its win rates are of the others"
         )
-    bad = stage.read("bad_batch.json", read_object, {})
-    if bad:
-        values = ", ".join(f"{name} {bad['metrics'][name]}" for name in ("loss", "grad_norm") if name in bad.get("metrics", {}))
-        uids = bad.get("uids", [])
+    if bad := stage.read_object("bad_batch.json", BAD_BATCH):
+        values = ", ".join(f"{name} {bad['metrics'][name]}" for name in ("loss", "grad_norm") if name in bad["metrics"])
+        uids = bad["uids"]
         shown = ", ".join(uids[:3]) + ", ..." * (len(uids) > 3)
-        later = " It was continued and got past that step." if steps_taken(stage) > bad.get("step", 0) + 1 else ""
-        found.append(f"stopped at step {bad.get('step')} because of {values}, in a batch of {len(uids)}: {shown}.{later}")
-    for resumed in stage.read("resumes.jsonl", read_lines, []):
-        found.append(f"was interrupted, and continued after {resumed.get('step'):,} steps ({resumed.get('time')})")
+        later = " It was continued and got past that step." if steps_taken(stage) > bad["step"] + 1 else ""
+        found.append(f"stopped at step {bad['step']} because of {values}, in a batch of {len(uids)}: {shown}.{later}")
+    for resumed in stage.read_lines("resumes.jsonl", RESUMED):
+        found.append(f"was interrupted, and continued after {resumed['step']:,} steps ({resumed['time']})")
     holes = [(row["step"], name) for row in stage.metrics for name, value in row.items() if value is None]
     if holes:
         step, name = holes[0]
         found.append(f"{len(holes)} values in metrics.jsonl are not finite, the first {name} at step {step}")
     for folder in ("checkpoints/quarantine", "quarantine"):
-        if (stage.path / folder).is_dir():
-            damaged = sorted(path.name for path in (stage.path / folder).iterdir())
+        if os.path.isdir(stage.path / folder):
+            damaged = sorted(map(shown_path, stage.read(folder, os.listdir, [])))
             found.append(f"{folder}/ holds what was found damaged: {', '.join(damaged)}")
     return found + _dropped(stage) + _misleading(stage)
 
 
 def _misleading(stage: Stage) -> list[str]:
     """What the audit found that makes held-out numbers mean less than they seem to."""
-    notes = [note for report in stage.data.values() for note in report.get("verdict", ())]
+    # Only the audit's reports have a verdict; its shape was checked.
+    notes = [note for report in stage.data.values() for note in report.get("verdict", ()) if stage.name == "audit"]
     return [f"{note['found']}: {note['remedy']}" for note in notes if note["about"] in ("overlap", "contradictions")]
 
 

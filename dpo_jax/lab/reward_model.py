@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from dpo_jax.data.encode import Bos, Encoded
 from dpo_jax.data.groups import PairGroup, group_pairs
@@ -31,7 +31,7 @@ from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, Rows, TrainState, Variables
 from dpo_jax.untrusted import reading
-from dpo_jax.writing import naming
+from dpo_jax.writing import write_whole
 
 HELD_OUT = 10  # prompts: the pairs of one in this many choose the checkpoint
 HEAD_FILE = "reward_head.safetensors"
@@ -156,8 +156,8 @@ def save_reward_model(path: Path, model: Model, variables: Variables) -> Path:
     """Writes the decoder as a Hugging Face folder, and the head beside it. `variables` are on the host."""
     (path / HEAD_FILE).unlink(missing_ok=True)  # a kill must not leave it beside other weights
     folder = save_hf(path, model, {"params": variables["params"]})
-    with naming(folder / HEAD_FILE):
-        save_file({name: np.asarray(array, np.float32) for name, array in variables[HEAD].items()}, folder / HEAD_FILE)
+    head = {name: np.asarray(array, np.float32) for name, array in variables[HEAD].items()}
+    write_whole(folder / HEAD_FILE, save(head))
     return folder
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.runtime.rundir import write_json
+from dpo_jax.shapes import fit
+from dpo_jax.untrusted import Unreadable, read_object
+from dpo_jax.writing import empty_folder
 
 RESULT = "result.json"
+POINT = {"step": float, **{name: float for value in ("reward", "kl") for name in (value, f"{value}_low", f"{value}_high")}}
+MEASURED = {"points": [{**POINT, str: (float, None)}], "seconds": float}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,19 +67,19 @@ def sweep(
     names = [run.name for run in runs]
     if len(set(names)) != len(names):
         raise ValueError(f"two runs of a sweep have one name: {sorted(name for name in names if names.count(name) > 1)}")
-    results = {run.name: _finished(folder / run.name, run, shared) for run in runs}
+    results = {run.name: _finished(folder / run.name, run, shared, say) for run in runs}
     left = [run for run in runs if results[run.name] is None]
     if len(left) < len(runs):
         say(f"{len(runs) - len(left)} of {len(runs)} runs are finished already")
 
     def one(run: Run) -> Result:
         here = folder / run.name
-        shutil.rmtree(here, ignore_errors=True)
-        here.mkdir(parents=True)
+        empty_folder(here, ours=(RESULT, "metrics.jsonl"))
         begin = clock()
         points = perform(run, here)
         seconds = clock() - begin
-        write_json(here / RESULT, {**_identity(run, shared), "points": points, "seconds": seconds})
+        measured = {"points": points, "seconds": seconds}
+        write_json(here / RESULT, {**_identity(run, shared), "measured": measured, "digest": _digest(measured)})
         return Result(run, points, seconds)
 
     begin = clock()
@@ -105,14 +110,26 @@ def _identity(run: Run, shared: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps({"run": dataclasses.asdict(run), "shared": dict(shared)}))
 
 
-def _finished(folder: Path, run: Run, shared: Mapping[str, Any]) -> Result | None:
+def _digest(measured: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
+
+
+def _finished(folder: Path, run: Run, shared: Mapping[str, Any], say: Callable[[str], None]) -> Result | None:
+    """The result in a folder; None if there is none, or one of another run, or if it is damaged, which is said."""
     try:
-        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        found = read_object(folder / RESULT)
+        if {name: found.get(name) for name in ("run", "shared")} != _identity(run, shared):
+            return None
+        measured = found.get("measured", found)  # earlier versions had no digest, and both beside `run`
+        fit(measured, MEASURED, str(folder / RESULT))
+        if not measured["points"] or ("measured" in found and found.get("digest") != _digest(measured)):
+            raise Unreadable(f"{folder / RESULT}: what was measured differs from its digest")
+    except FileNotFoundError:
         return None
-    if {name: found.get(name) for name in ("run", "shared")} != _identity(run, shared):
+    except Unreadable as error:
+        say(f"{run.name} is run again, as its result is damaged: {error}")
         return None
-    return Result(run, found["points"], found["seconds"])
+    return Result(run, measured["points"], measured["seconds"])
 
 
 def _line(number: int, count: int, done: Result, seconds_left: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from dpo_jax.models.weights import INDEX, Checkpoint, write_shards
 from dpo_jax.types import Model, Variables
 from dpo_jax.untrusted import read_text
 from dpo_jax.writing import write_text
+
+WEIGHTS_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
@@ -206,7 +209,8 @@ def _move_in(new: Path, folder: Path, *, stale: Sequence[str] = ()) -> None:
     if not folder.exists():
         os.replace(new, folder)
         return
-    for file in [*folder.glob("model*.safetensors"), folder / INDEX, *(folder / name for name in stale)]:
+    weights = [file for file in folder.iterdir() if WEIGHTS_FILE.fullmatch(file.name)]
+    for file in [*weights, folder / INDEX, *(folder / name for name in stale)]:
         if not (new / file.name).exists():
             file.unlink(missing_ok=True)
     for file in sorted(new.iterdir()):

@@ -24,6 +24,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,6 +37,7 @@ from etils import epath  # comes with orbax; pathlib that also reads gs://
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.seal import check_seal, digest, is_remote, is_sealed, write_seal, write_whole
 from dpo_jax.types import Array
+from dpo_jax.untrusted import parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ def newest_meta(directory: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
     for step in sorted(steps, reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            record = json.loads((folder / str(step) / "record" / "metadata").read_text())
+            record = parse_object((folder / str(step) / "record" / "metadata").read_bytes(), f"checkpoint {step}")
             if record["format"] == FORMAT and record["digest"] == _digest_of(record):
                 return step, record["meta"]
     return None
@@ -268,8 +270,12 @@ class Checkpoints:
 
     def _purge(self) -> None:
         leftovers = self.directory / DELETING
-        if hosts.is_first() and leftovers.exists():
-            leftovers.rmtree()
+        if hosts.is_first() and leftovers.is_dir():
+            for folder in leftovers.iterdir():
+                if re.match(r"\d", folder.name) and folder.is_dir():  # orbax names it after its step; all else is somebody's
+                    folder.rmtree()
+            if not any(leftovers.iterdir()):
+                leftovers.rmdir()
         hosts.barrier("purge")
 
 

@@ -1,21 +1,30 @@
 """Where metrics go: `metrics.jsonl`, which is the record, and besides it TensorBoard and Weights & Biases.
 
 A row's `step` is the number of optimizer steps taken before it was measured. A training row `step: 7` is therefore the loss of
-the eighth batch before its update, and an evaluation row `step: 7` judges those same parameters.
+the eighth batch before its update, and an evaluation row `step: 7` judges those same parameters. The last entry of a line,
+`crc32`, is the checksum of the others; `read_metrics` gives the rows without it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import math
 import os
+import re
 import secrets
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from dpo_jax.extras import install_command
-from dpo_jax.writing import naming, write_text
+from dpo_jax.shapes import MOST
+from dpo_jax.untrusted import Lines, LongLine, Unreadable, lines_of, parse_object, read_text, regular
+from dpo_jax.writing import naming, write_text, write_whole
+
+logger = logging.getLogger(__name__)
 
 Row = Mapping[str, float]
 
@@ -29,19 +38,33 @@ class Writer(Protocol):
 
 
 class MetricsLog:
-    """Appends one JSON object per row to `path`. A value that JSON has no word for (NaN, infinity) is written as null."""
+    """Appends one JSON object per row to `path`. A value that JSON has no word for (NaN, infinity) is written as null.
+
+    Each line ends with `crc32`, of the object without it: of a line that is damaged later no number is believed.
+    """
 
     def __init__(self, path: str | os.PathLike[str], *, writers: Sequence[Writer] = ()):
         self.path = Path(path)
         self._writers = writers
+        if self.path.exists():
+            regular(self.path)  # a pipe would be waited for
         self._file = open(self.path, "ab")  # noqa: SIM115  closed by `close`
 
     def resume(self, step: int) -> None:
         """Forgets what was measured after `step` steps, so that the file holds each step once. Comes before the first `write`.
 
-        Raises ValueError with the line number where a line other than a torn last one is not JSON.
+        A line that is damaged is left out, with a warning that names it; the file as it was is then kept in `quarantine/`.
         """
-        self._file.truncate(_end_of_step(self.path, step))
+        found = _read(self.path)
+        kept = [line for line in found.lines if _is_before(line.row, step)]
+        if found.damaged:
+            logger.warning("%s: %s; the file as it was is now %s", self.path, found.words, _set_aside(self.path))
+        if found.damaged or kept != found.lines[: len(kept)] or not all(line.sealed for line in kept):
+            self._file.close()
+            write_whole(self.path, b"".join(_sealed(line.row) for line in kept))
+            self._file = open(self.path, "ab")  # noqa: SIM115
+        else:
+            self._file.truncate(kept[-1].end if kept else 0)
         for writer in self._writers:
             writer.resume(step)
 
@@ -49,7 +72,7 @@ class MetricsLog:
         """`row` holds `step` and the metrics. Raises OSError, for instance when the disk is full."""
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         with naming(self.path):
-            self._file.write(json.dumps(finite).encode() + b"\n")
+            self._file.write(_sealed(finite))
             self._file.flush()
         for writer in self._writers:
             writer.write(row)
@@ -74,36 +97,103 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`, training (`loss`, ...) and evaluation (`eval/...`) in the order they were measured."""
-    return [row for _, row in _rows(Path(path))]
+    """The rows of a `metrics.jsonl`, training (`loss`, ...) and evaluation (`eval/...`) in the order they were measured.
+
+    Of damaged lines there is a warning, and no row.
+    """
+    found = read_metrics_lines(path)
+    if found.damaged:
+        logger.warning("%s: %s", path, found.words)
+    return found.rows
+
+
+def read_metrics_lines(path: str | os.PathLike[str]) -> Lines:
+    """The rows as `read_metrics` gives them, and what is wrong with the other lines."""
+    found = _read(Path(path))
+    return Lines([line.row for line in found.lines], found.damaged)
 
 
 def is_evaluation(row: Mapping[str, Any]) -> bool:
     return any(name.startswith("eval/") for name in row)
 
 
-def _end_of_step(path: Path, step: int) -> int:
-    """Number of bytes that hold the rows measured up to the moment when `step` steps had been taken."""
-    end = 0
-    for end_of_row, row in _rows(path):
-        if row["step"] > step or (row["step"] == step and not is_evaluation(row)):
-            break
-        end = end_of_row
-    return end
+def _is_before(row: Row, step: int) -> bool:
+    """Whether a row was measured up to the moment when `step` steps had been taken."""
+    return row["step"] < step or (row["step"] == step and is_evaluation(row))
 
 
-def _rows(path: Path):
-    """(byte offset after the row, row); ends at a last line that a crash has torn."""
-    end = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            end += len(line)
+class _Line(NamedTuple):
+    end: int  # bytes of the file up to the end of this line
+    row: dict[str, Any]
+    sealed: bool
+
+
+class _Found(NamedTuple):
+    lines: list[_Line]
+    damaged: list[str]
+
+    @property
+    def words(self) -> str:
+        return Lines([line.row for line in self.lines], self.damaged).words
+
+
+_SEAL = re.compile(rb', "crc32": "([0-9a-f]{8})"\}\n\Z')
+
+
+def _sealed(row: Mapping[str, Any]) -> bytes:
+    text = json.dumps(row).encode()
+    return text[:-1] + b', "crc32": "%08x"}\n' % zlib.crc32(text)
+
+
+def _read(path: Path) -> _Found:
+    """The sound lines of a log, and what is wrong with the others; a last line that a crash has torn is neither.
+
+    Where any line has a checksum, one without is damaged. (Earlier versions wrote none; `resume` adds them.)
+    """
+    lines: list[_Line] = []
+    damaged: dict[int, str] = {}
+    numbers: list[int] = []
+    with_checksums = False
+    with regular(path).open("rb") as file:
+        for number, line in enumerate(lines_of(file), start=1):
+            if not isinstance(line, LongLine) and not line.endswith(b"\n"):
+                break
+            with_checksums |= isinstance(line, bytes) and b"crc32" in line  # be it a damaged one
             try:
-                yield end, json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number} is not JSON: {error}") from None
+                lines.append(_Line(file.tell(), *_row(line)))
+                numbers.append(number)
+            except Unreadable as error:
+                damaged[number] = str(error)
+    if with_checksums:
+        damaged |= {number: "has no checksum" for number, line in zip(numbers, lines, strict=True) if not line.sealed}
+        lines = [line for line in lines if line.sealed]
+    return _Found(lines, [f"line {number}: {damaged[number]}" for number in sorted(damaged)])
+
+
+def _row(line: bytes | LongLine) -> tuple[dict[str, Any], bool]:
+    """(row, whether it has a checksum, which then fits)."""
+    if isinstance(line, LongLine):
+        raise line
+    if seal := _SEAL.search(line):
+        line = line[: seal.start()] + b"}"
+        if zlib.crc32(line) != int(seal[1], 16):
+            raise Unreadable("differs from its checksum")
+    row = parse_object(line, "no JSON object")
+    if not (type(row.get("step")) is int and 0 <= row["step"] <= MOST and set(map(type, row.values())) <= _NUMBERS):
+        raise Unreadable("no row of numbers with its step")
+    return row, seal is not None
+
+
+_NUMBERS = {int, float, type(None)}
+
+
+def _set_aside(path: Path) -> Path:
+    """A copy of a file in `quarantine/`, where nothing is deleted."""
+    folder = path.with_name("quarantine")
+    folder.mkdir(exist_ok=True)
+    copy = next(free for n in itertools.count() if not os.path.lexists(free := folder / f"{path.name}-{n}"))
+    write_whole(copy, path.read_bytes())
+    return copy
 
 
 class TensorBoardWriter:
@@ -145,12 +235,12 @@ class WandbWriter:
 
     def resume(self, step: int) -> None:
         name = self._directory / "wandb_run_id"
-        if step == 0 or not name.exists():
-            write_text(name, secrets.token_hex(8))
+        known = read_text(regular(name)) if step and name.exists() else ""
+        if not re.fullmatch(r"[\w-]{1,128}", known):
+            known = secrets.token_hex(8)
+            write_text(name, known)
         config = dict(self._config or {})
-        self._run = self._init(
-            project=self._project, dir=str(self._directory), config=config, id=name.read_text(), resume="allow"
-        )
+        self._run = self._init(project=self._project, dir=str(self._directory), config=config, id=known, resume="allow")
 
     def write(self, row: Row) -> None:
         assert self._run is not None, "resume() comes first"

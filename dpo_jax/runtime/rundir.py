@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import fcntl
 import importlib.metadata
+import math
 import os
 import platform
 import socket
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.data.terminal import json_text
-from dpo_jax.writing import write_whole
+from dpo_jax.locks import open_lock
+from dpo_jax.writing import naming, write_whole
 
 PACKAGES = (
     "dpo_jax",
@@ -75,12 +77,8 @@ class RunDir:
 def check_unlocked(path: str | os.PathLike[str]) -> None:
     """Raises RunLocked if another process uses the run directory `path`. Nothing is written, and no lock is kept."""
     lock = Path(path) / "run.lock"
-    if lock.is_file():
-        with open(lock, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise _locked(lock, file.read(1000)) from None
+    if os.path.lexists(lock):
+        os.close(_hold(lock, open_lock(lock, create=False), fcntl.LOCK_SH))
 
 
 def _locked(lock: Path, holder: bytes) -> RunLocked:
@@ -90,16 +88,30 @@ def _locked(lock: Path, holder: bytes) -> RunLocked:
 
 def _acquire(path: Path) -> int:
     # The lock is the kernel's (flock), not the file: it goes with its process, so a kill leaves nothing stale behind.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = _hold(path, open_lock(path), fcntl.LOCK_EX)
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with naming(path):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"pid {os.getpid()}, host {socket.gethostname()}, since {started}\n".encode())
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _hold(path: Path, descriptor: int, kind: int) -> int:
+    """Takes the lock, or closes the file and raises RunLocked, or OSError where the file system has no locks."""
+    try:
+        with naming(path):
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.read(descriptor, 1000)
         os.close(descriptor)
         raise _locked(path, holder) from None
-    os.ftruncate(descriptor, 0)
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    os.write(descriptor, f"pid {os.getpid()}, host {socket.gethostname()}, since {started}\n".encode())
+    except OSError:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
@@ -160,5 +172,19 @@ def _version(name: str) -> str | None:
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Writes all of the file or nothing: a reader never sees half of it, also after a crash of the machine."""
-    write_whole(path, (json_text(content, indent=2) + "\n").encode())
+    """Writes all of the file or nothing: a reader never sees half of it, also after a crash of the machine.
+
+    What JSON has no word for (NaN, infinity) is written as null.
+    """
+    write_whole(path, (json_text(_finite(content), indent=2) + "\n").encode())
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {name: _finite(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [_finite(inner) for inner in value]
+    return value
