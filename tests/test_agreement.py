@@ -351,7 +351,7 @@ def test_an_edited_rating_is_refused(study, key, tmp_path, place, change, expect
         ('{"kind":\n "dpo_jax', "r.json: JSONDecodeError: Unterminated string starting at: line 2 column 2"),
         ("[]", "r.json: ValueError: a JSON object is needed, this is an array"),
         ("\udcff", "r.json: not UTF-8: byte 0xff at byte 0"),
-        ("[" * 20000, r"r.json: \w+: 20000 levels deep; the limit is 100"),
+        ("[" * 20000, r"r.json: \w+: at least 101 levels deep; the limit is 100"),
         ('{"kind": 1, "kind": 2}', "r.json: \\w+: the key 'kind' occurs twice"),
         ('{"number": NaN}', "r.json: \\w+: NaN is not a number of JSON"),
     ],

@@ -251,9 +251,8 @@ def test_a_reward_model_says_the_same_when_it_is_read_again(pieces):
 
 def test_ppo_against_that_reward_is_the_ppo_of_the_sweep(pieces):
     run, printed = pieces
-    found, swept = (
-        json.loads((run / path / "result.json").read_text())["points"] for path in ("ppo", "frontier/runs/ppo-KL-3-seed0")
-    )
+    found = json.loads((run / "ppo" / "result.json").read_text())["points"]
+    swept = json.loads((run / "frontier" / "runs" / "ppo-KL-3-seed0" / "result.json").read_text())["measured"]["points"]
     assert [point["step"] for point in found] == [0, 2, 4]
     for point, its in zip(found[1:], swept, strict=True):
         assert point == pytest.approx(its, abs=1e-4)

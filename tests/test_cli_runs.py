@@ -286,7 +286,7 @@ def test_audit_reports_lengths_and_padding_before_any_training(done):
     assert all(text in page for text in ("rows of 128 tokens (shared)", "p99", "kept 64 24"))
     report = json.loads((done / "audit" / "data_report.json").read_text())
     assert report["train"]["lengths"]["prompt"]["max"] <= 48
-    assert 0 < report["train"]["rows"]["padding"] < 1
+    assert 0 < report["train"]["packing"]["padding"] < 1
 
 
 def test_only_rows_that_hold_a_whole_pair_need_room_for_both_sides(done, tmp_path):
@@ -789,7 +789,9 @@ def test_a_model_folder_that_is_no_model_is_refused_by_its_option(done, tmp_path
     assert message.startswith("dpo-jax: dpo.policy: ")
     assert "git-lfs" in message
     (policy / "config.json").write_text("{")
-    assert refused(2, "dpo", done.config, *flags).startswith("dpo-jax: dpo.policy: ")
+    assert refused(74, "dpo", done.config, *flags).startswith(
+        "dpo-jax: dpo.policy: "
+    )  # damaged, not of a kind that is not read
 
 
 def test_impossible_sizes_are_refused_before_compiling(done, tmp_path):

@@ -68,7 +68,7 @@ def split_report(
         "lengths": length_table(encoded),
         "cut": cut_table(encoded),
         "longer_wins": longer_wins(length_differences(encoded)),
-        "rows": row_statistics(config, encoded),
+        "packing": row_statistics(config, encoded),
         "bos": {
             "option": config.data.bos,
             "token": tokenizer.bos_token,

@@ -114,7 +114,7 @@ def _lengths(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             sizes, cut = report["lengths"][name], report["cut"][name]
             lost = f"{cut['tokens']:,} ({cut['share']:.1%})" if cut["tokens"] else "0"
             yield f"  {f'{one_line(split)[:12]} {name}':<22}" + "".join(f"{sizes[c]:>8,.0f}" for c in columns) + f"{lost:>16}"
-    rows = [(split, report["rows"]) for split, report in reports.items()]
+    rows = [(split, report["packing"]) for split, report in reports.items()]
     _, of_train = rows[0]
     padding = ", ".join(f"{split} {one['padding']:.0%}" for split, one in rows)
     yield from _wrapped(

@@ -274,7 +274,7 @@ class Checkpoints:
             for folder in leftovers.iterdir():
                 if re.match(r"\d", folder.name) and folder.is_dir():  # orbax names it after its step; all else is somebody's
                     folder.rmtree()
-            if not any(leftovers.iterdir()):
+            if leftovers.is_dir() and not any(leftovers.iterdir()):  # in a bucket, a folder is gone with its last file
                 leftovers.rmdir()
         hosts.barrier("purge")
 
