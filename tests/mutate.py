@@ -82,7 +82,7 @@ def mutations(good: bytes, *, count: int, seed: int = 0) -> Iterator[bytes]:
 
 def mutants(few: int) -> int:
     """How many mutations a test is to try: `few`, or what the environment says for a long run (`-m soak`)."""
-    return int(os.environ.get(SOAK, few))
+    return max(few, int(os.environ.get(SOAK, few)))
 
 
 def outcome(work: Callable[[], Any], *, names: str = "") -> Any:
@@ -107,18 +107,22 @@ def outcome(work: Callable[[], Any], *, names: str = "") -> Any:
 
 @contextlib.contextmanager
 def time_limit(seconds: float = SECONDS):
-    """Fails what takes longer than `seconds`."""
+    """Fails what computes for longer than `seconds`, or waits for longer than ten times that: other work may share the cores."""
 
     def late(number, frame):
         pytest.fail(f"took longer than {seconds} s")  # a BaseException: no reader takes it for an error of a library
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    limits = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, 10 * seconds)}
+    before = {number: signal.signal(number, late) for number in limits}
+    for timer, most in limits.values():
+        signal.setitimer(timer, most)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for timer, _ in limits.values():
+            signal.setitimer(timer, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # Bytes
