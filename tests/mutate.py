@@ -107,7 +107,7 @@ def outcome(work: Callable[[], Any], *, names: str = "") -> Any:
 
 @contextlib.contextmanager
 def time_limit(seconds: float = SECONDS):
-    """Fails what computes for longer than `seconds`, or waits for longer than ten times that: other work may share the cores."""
+    """Fails what computes for longer than `seconds`, or waits for ten times that: other work may share the cores."""
 
     def late(number, frame):
         pytest.fail(f"took longer than {seconds} s")  # a BaseException: no reader takes it for an error of a library
