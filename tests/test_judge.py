@@ -338,7 +338,12 @@ def test_waits(headers, seconds):
         (Fail(404), "refuses all questions", 1),
         (Fail(429, body='{"error": {"code": "insufficient_quota", "message": "pay"}}'), "refuses all questions .*pay", 1),
         (Fail(429, {"Retry-After": "100000"}), "wait for 100,000 seconds", 1),
-        (Fail(400), "10 questions in a row have no answer", 10),
+        (
+            Fail(400, body='{"error": {"message": "use max_tokens"}}'),
+            "10 questions .*400; the endpoint said: use max_tokens",
+            10,
+        ),
+        (Fail(402), "refuses all questions", 1),
         (Fail(500), "10 questions in a row have no answer", 20),
     ],
 )
