@@ -242,6 +242,21 @@ def test_lines_that_stand_in_one_line_at_the_end_count_as_each(tmp_path):
         assert (len(log.damaged), log.lost) == (1, 4)
 
 
+def test_blank_lines_are_nothing_and_too_many_bad_ones_no_log(tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    write_log(path)
+    good = path.read_bytes()
+    with VerdictLog(path, SETTINGS) as log:
+        verdicts, requests = log.verdicts, log.requests
+    path.write_bytes(good.replace(b"\n", b"\n\n") + b"\n" * 1000)
+    with VerdictLog(path, SETTINGS) as log:
+        assert (log.verdicts, log.requests, log.damaged) == (verdicts, requests, [])
+    path.write_bytes(good + b"x\n" * 1_000_000)
+    with time_limit(5), pytest.raises(Unreadable, match="verdicts.jsonl: more than 100,000 damaged lines; restore it"):
+        VerdictLog(path, SETTINGS)
+    assert path.stat().st_size == len(good) + 2_000_000
+
+
 def test_another_log_is_not_taken_for_this_one(tmp_path):
     path = tmp_path / "verdicts.jsonl"
     write_log(path)

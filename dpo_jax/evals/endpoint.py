@@ -9,7 +9,6 @@ and certificates come from the environment, as usual.
 from __future__ import annotations
 
 import asyncio
-import codecs
 import email.utils
 import http.cookiejar
 import math
@@ -185,7 +184,7 @@ def read_reply(body: bytes) -> Reply:
     the `finish_reason` "error": what it wrote until then is no reply.
     """
     try:
-        found = parse_object(body.removeprefix(codecs.BOM_UTF8), "reply")
+        found = parse_object(body, "reply")
     except Unreadable:
         raise Unreadable("malformed reply (no sound JSON object)") from None
     choices = found.get("choices")

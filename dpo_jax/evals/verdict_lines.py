@@ -24,6 +24,7 @@ FAILURES = {  # why an answer is no verdict
     "refusal": "refused",
 }
 MOST_TOKENS = 10**12  # of one request
+MOST_DAMAGED = 100_000  # lines; a file of more is something else, and to list them all takes minutes
 _COUNTS = {"tokens_in": int, "tokens_out": int}
 _TEXTS = {"failure": str, "text": str, "model": str}
 GRAMMAR: dict[str, dict[str, type | tuple[type, ...]]] = {
@@ -115,6 +116,10 @@ def read_lines(lines: Sequence[bytes], settings: Mapping[str, Any]) -> Content:
     sound: dict[int, dict[str, Any]] = {}
     damaged, trailing, again = [], 0, 0
     for place, line in enumerate(lines, start=1):
+        if not line:  # an editor's: nothing was written there
+            continue
+        if len(damaged) > MOST_DAMAGED:
+            raise Unreadable(f"more than {MOST_DAMAGED:,} damaged lines")
         try:
             number, record = seal.open(line)
         except Unreadable as error:
@@ -160,6 +165,8 @@ def unchecked(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
         return None
     records = []
     for place, line in enumerate(lines, start=1):
+        if not line:
+            continue
         try:
             records.append(parse_object(line, "content"))
             if (kind_of_record(records[-1]) == "settings") != (place == 1):
