@@ -7,6 +7,7 @@ wrong. Code behind a reader checks nothing again.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import json
@@ -185,9 +186,10 @@ def parse_object(content: bytes | str, where: str | os.PathLike[str], *, remedy:
 def parse_json(content: bytes | str) -> Any:
     """The value of a JSON text (RFC 8259): no NaN, no infinity, no key twice, no number too large for a float, not too deep.
 
+    A byte order mark, which editors of Windows put before it, is no part of it.
     Raises ValueError (of which UnicodeDecodeError is one) or RecursionError; stand in `reading`.
     """
-    text = content.decode("utf-8") if isinstance(content, bytes) else content
+    text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8") if isinstance(content, bytes) else content
     # Counting is fast, and hardly any text has so many brackets; only then is the depth worth knowing.
     if text.count("[") + text.count("{") > LIMITS.depth and (deep := depth_of(text, LIMITS.depth)) > LIMITS.depth:
         raise TooDeep(f"at least {deep} levels deep; {LIMITS.remedy('depth')}")

@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+from mutate import time_limit
 from scipy import stats
 
 from dpo_jax.cli import main as program
@@ -28,6 +29,7 @@ from dpo_jax.evals.agreement import (
 from dpo_jax.evals.preference import wilson_interval
 from dpo_jax.evals.ratings import Judgment, read_key, read_raters, read_records, read_verdicts, sealed
 from dpo_jax.evals.study import WORDINGS, Comparison, make_study
+from dpo_jax.untrusted import Unreadable
 
 OTHER = {"a": "b", "b": "a", "tie": "tie", None: None}
 
@@ -138,6 +140,19 @@ def test_kappa_is_covered_also_where_nearly_all_agree_or_say_the_same(items, cha
         low, high = kappa_interval(np.repeat(np.eye(4).reshape(4, 2, 2), counts, axis=0), seed=len(held), resamples=300)
         held.append(low <= truth <= high or np.isnan(low))
     assert 0.92 <= np.mean(held) <= 0.985
+
+
+@pytest.mark.parametrize(("items", "chances"), [(60, (0.9, 0.05, 0.05, 0)), (30, (0.05, 0.45, 0.45, 0.05))])
+def test_kappa_below_chance_is_covered_less_often(items, chances):
+    """A known limit: where two never agree on the rarer side, or nearly always differ, 0.78 and 0.88, on the high side."""
+    truth = float(cohen_kappa(np.reshape(chances, (2, 2))))
+    assert truth < 0
+    found = []
+    for seed, counts in enumerate(np.random.default_rng(0).multinomial(items, chances, size=300)):
+        found.append(kappa_interval(np.repeat(np.eye(4).reshape(4, 2, 2), counts, axis=0), seed=seed, resamples=300))
+    low, high = np.array(found).T
+    assert np.nanmean(high < truth) <= 0.025
+    assert 0.7 <= np.mean(low <= truth) <= 0.93
 
 
 @pytest.mark.parametrize("measure", [raw_agreement, cohen_kappa, share])
@@ -368,10 +383,37 @@ def test_one_rater_twice_is_found_by_name_and_by_sitting(study, key, tmp_path):
     half = rater_file(study, 1, lambda item: "a", rater="Ann", saved="2023-05-01T10:30:00Z")
     half["ratings"] = half["ratings"][:5]
     first = write(tmp_path, "half.json", half)
-    for name, session in (("ann", "another"), ("Anna", "s1")):
+    for name, session in (("ann", "another"), ("Anna", "s1"), ("A nn ", "spaces"), ("\uff21nn", "another width")):
         again = write(tmp_path, "full.json", rater_file(study, 1, lambda item: "a", rater=name, session=session))
         with pytest.raises(DataError, match=r"half.json \(Ann, 5 ratings; .*keep one of them, .*full.json was saved last"):
             read_raters([first, again], key=key)
+
+
+def test_an_accent_in_two_encodings_is_one_name(study, key, tmp_path):
+    files = [
+        write(tmp_path, f"{number}.json", rater_file(study, number, lambda item: "a", rater=name, session=name))
+        for number, name in enumerate(("Zo\u00eb", "Zoe\u0308"), start=1)
+    ]
+    with pytest.raises(DataError, match="rater: the same as in"):
+        read_raters(files, key=key)
+
+
+def test_a_byte_order_mark_is_no_damage_and_a_page_long_name_is(study, key, tmp_path):
+    content = json.dumps(rater_file(study, 1, lambda item: "a", rater="Ann")).encode()
+    (tmp_path / "r.json").write_bytes(b"\xef\xbb\xbf" + content)
+    assert read_raters([tmp_path / "r.json"], key=key)[0].rater == "Ann"
+    (tmp_path / "key.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(study.key).encode())
+    assert read_key(tmp_path / "key.json") == key
+    (tmp_path / "r.json").write_bytes(content.replace(b'"Ann"', b'"' + b"x" * 1000 + b'"'))
+    with pytest.raises(DataError, match="r.json: rater: out_of_range: a name of 1,000 characters"):
+        read_raters([tmp_path / "r.json"], key=key)
+
+
+@pytest.mark.parametrize("read", [read_records, read_verdicts])
+def test_a_pipe_is_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "said.jsonl")
+    with time_limit(5), pytest.raises(Unreadable, match="said.jsonl: a file is needed, this is a pipe"):
+        read(tmp_path / "said.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,81 @@ def test_a_reply_is_taken_as_it_is_written():
         assert asked_once(Raw(reply_of(usage=usage, model=None)))[0] == Reply(A, "", "unnamed", None, A)
 
 
+MESSAGE = {"role": "assistant", "content": A}
+THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "Preferred: B"}]}
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        *(
+            Raw(reply_of(choices=[{"index": 0, "message": MESSAGE, "finish_reason": f}]))
+            for f in ("eos", None, "end_turn", "STOP")
+        ),
+        Raw(reply_of(choices=[{"message": MESSAGE}], usage={"prompt_tokens": 1, "prompt_tokens_details": None})),
+        Raw(reply_of([{"type": "text", "text": A}])),
+        Raw(reply_of([THOUGHT, {"type": "text", "text": A[:9]}, {"type": "text", "text": A[9:]}])),
+        Raw(reply_of(choices=[{"message": {**MESSAGE, "reasoning_content": "x", "tool_calls": []}, "stop_reason": None}])),
+        Raw(reply_of(), {"Content-Encoding": ""}),
+        Raw(reply_of(), {"Content-Encoding": "utf-8", "Content-Type": "text/plain; charset=latin-1"}),
+        Raw(b"\xef\xbb\xbf" + reply_of()),
+        Raw(b"\n        \n" * 50 + reply_of() + b"\r\n", status=201),
+    ],
+)
+def test_replies_of_many_servers_are_taken(act):
+    reply, _ = asked_once(act)
+    assert (reply.text, reply.failure) == (A, "")
+
+
+@pytest.mark.parametrize(
+    ("choice", "failure"),
+    [
+        ({"message": {"content": A[:-5]}, "finish_reason": "max_tokens"}, "length"),
+        ({"message": {"role": "assistant"}, "finish_reason": "content_filter: SAFETY"}, "content_filter"),
+        ({"finish_reason": "content_filter"}, "content_filter"),
+        ({"message": {"content": None, "reasoning_content": A}, "finish_reason": "length"}, "length"),
+    ],
+)
+def test_what_was_held_back_or_cut_off_is_no_answer(choice, failure):
+    reply, _ = asked_once(Raw(reply_of(choices=[choice])))
+    assert (reply.text, reply.failure) == ((choice.get("message") or {}).get("content") or "", failure)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        json.dumps({"error": {"code": 502, "message": f"upstream {KEY} is down"}}).encode(),
+        reply_of(choices=[{"message": MESSAGE, "finish_reason": "error"}], error={"message": f"upstream {KEY} is down"}),
+    ],
+)
+def test_a_provider_that_failed_has_not_answered(body):
+    """Also where it had written all or some of an answer: nobody knows whether it would have gone on."""
+    fault, _ = asked_once(Raw(body))
+    assert (fault.cause, fault.paid, fault.stop) == ("an error in a reply of status 200", True, None)
+    assert fault.said == "upstream [key] is down"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": "no credits", "code": 402}},
+        [{"error": {"message": "no credits", "status": "X"}}],
+        {"error": "no credits"},
+        {"object": "error", "message": "no credits", "code": 404},
+    ],
+)
+def test_errors_of_many_servers_are_told(body):
+    for status in (402, 404):
+        fault, _ = asked_once(Fail(status, body=json.dumps(body)))
+        assert f"({status}: no credits)" in fault.stop
+    assert asked_once(Fail(400, body=json.dumps(body)))[0].said == "no credits"
+
+
+def test_gzip_without_its_checksum_is_damaged():
+    fault, _ = asked_once(Raw(gzip.compress(reply_of())[:-8], {"Content-Encoding": "gzip"}))
+    assert (fault.cause, fault.paid) == ("reply with damaged gzip", True)
+
+
 def test_a_large_error_is_an_error():
     fault, _ = asked_once(Raw(itertools.repeat(MEGABYTE), status=503))
     assert (fault.cause, fault.paid, fault.hopeless) == ("503", False, False)

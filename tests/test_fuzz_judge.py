@@ -1,6 +1,7 @@
 """Damaged and foreign replies, logs, ratings and keys: a documented error or what was written, never something else."""
 
 import asyncio
+import itertools
 import json
 import random
 import re
@@ -209,6 +210,51 @@ def log_on(log, verdicts):
         said = {name: value for name, value in verdicts[key].items() if name not in ("answered", "tokens_in", "tokens_out")}
         tokens = Tokens(verdicts[key]["tokens_in"], verdicts[key]["tokens_out"])
         asyncio.run(log.answered(key, tokens, **said))
+
+
+def test_what_two_logs_in_one_file_have_paid_is_counted(tmp_path):
+    """Also in a file to which two processes have written at the same time, on a file system without locks."""
+    path, other = tmp_path / "verdicts.jsonl", tmp_path / "other.jsonl"
+    write_log(path)
+    with VerdictLog(other, SETTINGS) as log:
+        for number in range(10, 20):
+            log.sent(f"{number:064x}", Tokens(200, 20))
+            log.fault(f"{number:064x}", "timeout", Tokens(200, 20))
+    one, two = (file.read_bytes().splitlines(keepends=True) for file in (path, other))
+    by_turns = [line for both in itertools.zip_longest(one, two, fillvalue=b"") for line in both]
+    with VerdictLog(path, SETTINGS) as log, VerdictLog(other, SETTINGS) as second:
+        verdicts, requests, spent = log.verdicts, log.requests + second.requests, log.spent.plus(second.spent)
+    for lines in (one + two, two + one, by_turns, one + one):
+        path.write_bytes(b"".join(lines))
+        with VerdictLog(path, SETTINGS) as log:
+            assert log.verdicts.items() <= verdicts.items()
+            assert lines == one + one or log.requests >= requests
+            assert lines == one + one or (log.spent.read >= spent.read and log.spent.written >= spent.written)
+            assert lines != one + one or log.lost == len(one)
+
+
+def test_lines_that_stand_in_one_line_at_the_end_count_as_each(tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    write_log(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:-4], *(line.rstrip(b"\n") for line in lines[-4:]), b"\n"]))
+    with VerdictLog(path, SETTINGS) as log:
+        assert (len(log.damaged), log.lost) == (1, 4)
+
+
+def test_blank_lines_are_nothing_and_too_many_bad_ones_no_log(tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    write_log(path)
+    good = path.read_bytes()
+    with VerdictLog(path, SETTINGS) as log:
+        verdicts, requests = log.verdicts, log.requests
+    path.write_bytes(good.replace(b"\n", b"\n\n") + b"\n" * 1000)
+    with VerdictLog(path, SETTINGS) as log:
+        assert (log.verdicts, log.requests, log.damaged) == (verdicts, requests, [])
+    path.write_bytes(good + b"x\n" * 1_000_000)
+    with time_limit(5), pytest.raises(Unreadable, match="verdicts.jsonl: more than 100,000 damaged lines; restore it"):
+        VerdictLog(path, SETTINGS)
+    assert path.stat().st_size == len(good) + 2_000_000
 
 
 def test_another_log_is_not_taken_for_this_one(tmp_path):

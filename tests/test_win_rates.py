@@ -8,7 +8,7 @@ from scipy import stats
 
 from dpo_jax.evals.judge import Pair
 from dpo_jax.evals.preference import score_interval, wilson_interval
-from dpo_jax.evals.win_rates import columns, length_controlled, rate, win_rate, win_rates
+from dpo_jax.evals.win_rates import EDGE, columns, length_controlled, rate, win_rate, win_rates
 from dpo_jax.evals.win_rates_plot import plot_win_rates
 
 DRAWS = 1000
@@ -108,6 +108,21 @@ def test_exact_coverage_of_length_control_in_corners(truth, slope, flips):
     likely = np.outer(one_likely, other_likely).ravel() * told
     assert ((low < middle) & (middle < high))[told].all()
     assert COVERAGE[0] <= likely @ ((low <= truth) & (truth <= high)) / likely.sum() <= 1
+
+
+@pytest.mark.parametrize(
+    ("pairs", "truth", "slope", "mean", "spread"),
+    [(60, 0.6, 4.0, 0.8, 0.5), (400, 0.6, 4.0, 0.8, 0.5), (60, 0.9, -2.0, 0.3, 0.5), (30, 0.9, -2.0, 0.3, 0.5)],
+)
+def test_length_control_is_covered_where_length_decides_much_and_one_side_is_longer(pairs, truth, slope, mean, spread):
+    """Of points that are not extrapolated. A ridge of 0.5 pulled the steep slope to 0, and covered 0.87 to 0.92."""
+    random = np.random.default_rng(pairs)
+    log_ratios = random.normal(mean, spread, (DRAWS, pairs))
+    chance = 1 / (1 + np.exp(-(math.log(truth / (1 - truth)) + slope * log_ratios)))
+    middle, low, high = length_controlled(in_both_orders(random, chance), log_ratios)
+    told = ~np.isnan(middle) & (np.minimum((log_ratios <= 0).mean(axis=1), (log_ratios >= 0).mean(axis=1)) >= EDGE)
+    assert told.mean() > 0.5
+    assert COVERAGE[0] <= coverage(truth, low[told], high[told]) <= COVERAGE[1]
 
 
 def test_length_control_where_length_has_no_say_and_from_the_other_side():

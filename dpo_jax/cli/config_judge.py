@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 OF_DATA = ("chosen", "sft_target")
+MOST_TOKENS = 10**9  # of one answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,8 @@ class JudgeConfig:
             value = getattr(self, field)
             if value is not None and value <= 0:
                 yield field, f"must be greater than 0, got {value}"
+        if self.max_tokens > MOST_TOKENS:
+            yield "max_tokens", f"must be at most {MOST_TOKENS:,}, got {self.max_tokens:,}"
         for field in ("injections", "temperature", "price_in", "price_out"):
             value = getattr(self, field)
             if value is not None and value < 0:

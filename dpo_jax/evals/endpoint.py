@@ -23,6 +23,8 @@ from dpo_jax.evals.verdicts import Tokens
 from dpo_jax.untrusted import LIMITS, Unreadable, kind_of, parse_object, reading
 
 MOST_TOKENS = 10**9  # of one reply; a larger number is no count
+FAILED = {"length": "length", "max_tokens": "length", "content_filter": "content_filter", "error": "error"}
+"""`finish_reason`, up to a colon ("content_filter: SAFETY") -> why what was written is no answer."""
 SHOWN = 300  # characters of what an endpoint says that are repeated
 ADVICE = "check judge.model, judge.base_url, the key and what it may do"
 
@@ -38,13 +40,20 @@ class Reply(NamedTuple):
 
 
 class Fault(Exception):
-    """A request that brought no reply. `wait`: seconds that the endpoint asked for."""
+    """A request that brought no reply. `wait`: seconds that the endpoint asked for; `said`: its words, if it has any."""
 
     def __init__(
-        self, cause: str, *, wait: float | None = None, paid: bool = False, hopeless: bool = False, stop: str | None = None
+        self,
+        cause: str,
+        *,
+        wait: float | None = None,
+        paid: bool = False,
+        hopeless: bool = False,
+        stop: str | None = None,
+        said: str = "",
     ) -> None:
         super().__init__(cause)
-        self.cause, self.wait = cause, wait
+        self.cause, self.wait, self.said = cause, wait, said
         self.paid = paid  # the endpoint may have worked, and charge for it
         self.hopeless = hopeless  # this question cannot be answered
         self.stop = stop  # no question can be, and what to do
@@ -124,7 +133,8 @@ class Endpoint:
                 raise body
             reply = read_reply(body)
         except Unreadable as error:
-            return Fault(self.hide(error)[:SHOWN], paid=True)
+            said = "" if isinstance(body, Unreadable) else self.hide(read_error(body)[0])[:SHOWN]
+            return Fault(self.hide(error)[:SHOWN], paid=True, said=said)
         return reply._replace(text=self.hide(reply.text), said=reply.text, model=self.hide(reply.model)[:SHOWN])
 
     def _refused(self, status: int, headers: Mapping[str, str], body: bytes | Unreadable) -> Fault:
@@ -134,10 +144,10 @@ class Endpoint:
             to = self.hide(headers.get("location", ""))[:SHOWN] or "nowhere"
             stop = f"the endpoint redirects to {to}: no redirect is followed; set judge.base_url to the address that answers"
             return Fault(str(status), stop=stop)
-        if status in (401, 403, 404) or code == "insufficient_quota":
+        if status in (401, 402, 403, 404) or code == "insufficient_quota":
             return Fault(str(status), stop=f"the endpoint refuses all questions ({status}: {said}): {ADVICE}")
         hopeless = status not in (408, 409, 425, 429) and status < 500
-        return Fault(str(status), wait=wait_of(headers), hopeless=hopeless)
+        return Fault(str(status), wait=wait_of(headers), hopeless=hopeless, said=said)
 
     def hide(self, text: object) -> str:
         """What the endpoint says, fit for a file: without the key, and without halves of characters."""
@@ -151,9 +161,9 @@ async def _body(response: Any) -> bytes:
     """The body of a reply, unpacked. Raises `Unreadable` once there are more bytes than the limit, packed or unpacked."""
     most, arrived, body = LIMITS.reply_kb * 2**10, 0, bytearray()
     coding = response.headers.get("content-encoding", "identity").strip().lower()
-    if coding not in ("identity", "gzip", "x-gzip"):  # none was asked for; gzip some proxies add all the same
+    if coding not in ("", "identity", "utf-8", "gzip", "x-gzip"):  # none was asked for; gzip some proxies add all the same
         raise Unreadable("reply compressed in a way that was not asked for (Content-Encoding)")
-    unzip = zlib.decompressobj(zlib.MAX_WBITS | 16) if coding != "identity" else None
+    unzip = zlib.decompressobj(zlib.MAX_WBITS | 16) if "gzip" in coding else None
     async for chunk in response.aiter_raw():
         arrived += len(chunk)
         try:
@@ -162,27 +172,50 @@ async def _body(response: Any) -> bytes:
             raise Unreadable("reply with damaged gzip") from None
         if max(arrived, len(body)) > most:
             raise Unreadable(f"reply too large; {LIMITS.remedy('reply_kb')}")
+    if unzip is not None and not unzip.eof:  # its checksum comes last
+        raise Unreadable("reply with damaged gzip")
     return bytes(body)
 
 
 def read_reply(body: bytes) -> Reply:
-    """The reply in the body of an answer of status 200. Raises `Unreadable`; nothing of the body is in its message."""
+    """The reply in the body of an answer of status 200. Raises `Unreadable`; nothing of the body is in its message.
+
+    The text may be given in parts, of which those of the type "text" are taken. A provider that failed in the middle says so in
+    the `finish_reason` "error": what it wrote until then is no reply.
+    """
     try:
         found = parse_object(body, "reply")
     except Unreadable:
         raise Unreadable("malformed reply (no sound JSON object)") from None
     choices = found.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
+    finish = choice.get("finish_reason") if isinstance(choice, dict) else None
+    failure = FAILED.get(finish.partition(":")[0], "") if isinstance(finish, str) else ""
     message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(choice, dict) or not isinstance(message, dict):
+    if message is None and failure:  # of what was held back some send nothing
+        message = {}
+    if failure == "error" or (found.get("error") and not choices):
+        raise Unreadable("an error in a reply of status 200")
+    if not isinstance(message, dict):
         raise Unreadable("malformed reply (no choices[0].message)")
-    text, refusal, finish = message.get("content"), message.get("refusal") or None, choice.get("finish_reason")
+    text, refusal = _text_of(message.get("content")), message.get("refusal") or None
     for name, value in (("content", text), ("refusal", refusal), ("finish_reason", finish)):
         if not (value is None or isinstance(value, str)):
             raise Unreadable(f"malformed reply ({name} is {kind_of(value)})")
-    failure = "refusal" if refusal else finish if finish in ("length", "content_filter") else ""
     model = found.get("model")
-    return Reply(text or refusal or "", failure, model if isinstance(model, str) else "unnamed", _tokens(found.get("usage")))
+    tokens = _tokens(found.get("usage"))
+    failure = "refusal" if refusal else failure
+    return Reply(text or refusal or "", failure, model if isinstance(model, str) else "unnamed", tokens)
+
+
+def _text_of(content: Any) -> Any:
+    """The text of parts such as {"type": "text", "text": "..."} (thoughts are others); any other content as it is."""
+    if not isinstance(content, list) or not all(
+        isinstance(part, dict) and isinstance(part.get("type"), str) for part in content
+    ):
+        return content
+    texts = [part.get("text") for part in content if part["type"] == "text"]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 
 def _tokens(usage: Any) -> Tokens | None:
@@ -192,14 +225,19 @@ def _tokens(usage: Any) -> Tokens | None:
 
 
 def read_error(body: bytes) -> tuple[str, object]:
-    """What the body of an answer of another status says, in one line, and its error code, if it has one."""
+    """What the body of an answer without a reply says, in one line, and its error code, if it has one.
+
+    Read are {"error": {"message": "...", "code": ...}}, the same in an array, {"error": "..."} and {"message": "..."}.
+    """
     try:
-        found = parse_object(body, "reply").get("error")
+        found = parse_object(body.strip().removeprefix(b"[").removesuffix(b"]"), "reply")
     except Unreadable:
-        found = None
-    if isinstance(found, dict) and isinstance(found.get("message"), str):
-        return " ".join(found["message"].split()), found.get("code")
-    return " ".join(body[: 4 * SHOWN].decode("utf-8", "replace").split()), None
+        found = {}
+    error = found.get("error") or found
+    said, code = (error.get("message"), error.get("code")) if isinstance(error, dict) else (error, None)
+    if not isinstance(said, str):
+        said = body[: 4 * SHOWN].decode("utf-8", "replace")
+    return " ".join(said.split()), code
 
 
 def wait_of(headers: Mapping[str, str]) -> float | None:

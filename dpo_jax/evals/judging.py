@@ -78,12 +78,8 @@ async def ask_all(
     asker = _Asker(ask, log, prompt, max_tokens, tries, budget, settled, first_wait)
     await asker.run(list(todo.values()), concurrency)
     if asker.stopped or asker.unanswered:
-        left = f"{asker.unanswered:,} questions have no answer after {tries} tries each (faults: {_faults(log)})"
+        left = f"{asker.unanswered:,} questions have no answer after {tries} tries each ({asker.faults()})"
         raise Unfinished(asker.stopped or left)
-
-
-def _faults(log: VerdictLog) -> str:
-    return ", ".join(f"{count:,} {cause}" for cause, count in log.faults.items())
 
 
 class _Asker:
@@ -102,7 +98,7 @@ class _Asker:
     ) -> None:
         self.ask, self.log, self.prompt, self.budget, self.settled = ask, log, prompt, budget, settled
         self.max_tokens, self.tries, self.first_wait = max_tokens, tries, first_wait
-        self.stopped, self.unanswered, self.in_a_row = "", 0, 0
+        self.stopped, self.said, self.unanswered, self.in_a_row = "", "", 0, 0
         self.over, self.not_before = asyncio.Event(), 0.0
         self.in_flight, self.landed = 0, asyncio.Condition()
 
@@ -146,8 +142,13 @@ class _Asker:
         self.unanswered += 1
         self.in_a_row += 1
         if self.in_a_row >= GIVE_UP:
-            faults = f"(faults: {_faults(self.log)})"
-            self.stop(f"{GIVE_UP} questions in a row have no answer {faults}: is the address right, the endpoint well?")
+            left = f"{GIVE_UP} questions in a row have no answer ({self.faults()})"
+            self.stop(f"{left}: is the address right, the endpoint well, and does it take these options?")
+
+    def faults(self) -> str:
+        """How many of which kind, and the last words of the endpoint."""
+        counts = ", ".join(f"{count:,} {cause}" for cause, count in self.log.faults.items())
+        return f"faults: {counts}" + (f"; the endpoint said: {self.said}" if self.said else "")
 
     def stop(self, why: str) -> None:
         self.stopped = self.stopped or why
@@ -188,6 +189,7 @@ class _Asker:
             await self.log.answered(question.key, reply.tokens or most, **verdict)
         except Fault as error:
             fault = error
+            self.said = error.said or self.said
             self.log.fault(question.key, fault.cause, most if fault.paid else Tokens())
         async with self.landed:
             self.in_flight -= 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, cast
@@ -20,7 +21,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, cast
 from dpo_jax.data.columns import column, number, text
 from dpo_jax.data.files import read_rows
 from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport
-from dpo_jax.untrusted import kind_of, parse_json, read_bytes, reading
+from dpo_jax.untrusted import kind_of, parse_json, read_bytes, reading, regular
 
 T = TypeVar("T", list[Any], dict[str, Any])
 
@@ -28,6 +29,7 @@ Winner = Literal["a", "b", "tie"]
 WINNERS: tuple[Winner, ...] = ("a", "b", "tie")
 KIND = "dpo_jax ratings"  # what the page writes at the head of a file
 CHOICES = ("A", "B", "same")
+LONGEST_NAME = 80  # of a rater, in characters: the page takes no longer one
 KEY_FIELDS = {"study", "names", "seed", "items", "raters", "files"}  # and its checksum
 # The judge's policy won or lost; or it named both by turns, gave no verdict, or was not asked yet.
 OUTCOMES: dict[str, Winner | None] = {"won": "a", "lost": "b", "flipped": None, "failed": None, "unanswered": None}
@@ -133,7 +135,9 @@ def read_raters(paths: Sequence[str | Path], *, key: Key) -> list[RaterFile]:
     files = [_rater_file(path, key) for path in paths]
     seen: dict[tuple[str, str], RaterFile] = {}
     for file in files:
-        for what in (("rater", file.rater.casefold()), ("session", file.session)):
+        # As people write a name, not as machines encode it: case, spaces and the two encodings of an accent are the same.
+        name = "".join(unicodedata.normalize("NFKC", file.rater).casefold().split())
+        for what in (("rater", name), ("session", file.session)):
             other = seen.setdefault(what, file)
             if other is not file:
                 last = max(file, other, key=lambda one: one.saved)
@@ -158,6 +162,8 @@ def _rater_file(path: str | Path, key: Key) -> RaterFile:
         rater, session, saved = (text(content, name) for name in ("rater", "session", "saved"))
         if not rater.strip():
             raise BadRow(Cause.EMPTY, "the rater has no name", field="rater")
+        if len(rater) > LONGEST_NAME:
+            raise BadRow(Cause.OUT_OF_RANGE, f"a name of {len(rater):,} characters", field="rater")
         chosen = number(content, "number")
         if chosen not in range(1, len(key.lists) + 1):
             raise BadRow(Cause.OUT_OF_RANGE, f"{chosen:g} is none of the {len(key.lists)} lists", field="number")
@@ -269,7 +275,7 @@ def _verdict(where: str, row: dict[str, Any], key: Key | None) -> tuple[str | No
 
 def _rows(path: str | Path) -> Iterable[tuple[str, dict[str, Any]]]:
     report = DataReport(source=str(path))
-    for where, row in read_rows(str(path), Path(path), report=report):
+    for where, row in read_rows(str(path), regular(path), report=report):
         if isinstance(row, BadRow):
             _refuse(where, row)
         yield where, row

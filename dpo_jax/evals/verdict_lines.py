@@ -3,7 +3,7 @@
     {"line": 3, "sent": "5e1f...", "tokens_in": 300, "tokens_out": 200, "check": "0123456789abcdef"}
 
 The checksum is of the bytes before it, the number included, under the settings of the log. So each line stands for itself: one
-that is damaged costs no other one, and one that was moved, doubled, removed or taken from elsewhere is noticed. It is no
+that is damaged costs no other one, and one that was doubled, removed or taken from elsewhere is noticed. It is no
 signature: who changes a line on purpose can compute it anew.
 """
 
@@ -24,6 +24,7 @@ FAILURES = {  # why an answer is no verdict
     "refusal": "refused",
 }
 MOST_TOKENS = 10**12  # of one request
+MOST_DAMAGED = 100_000  # lines; a file of more is something else, and to list them all takes minutes
 _COUNTS = {"tokens_in": int, "tokens_out": int}
 _TEXTS = {"failure": str, "text": str, "model": str}
 GRAMMAR: dict[str, dict[str, type | tuple[type, ...]]] = {
@@ -34,6 +35,7 @@ GRAMMAR: dict[str, dict[str, type | tuple[type, ...]]] = {
 }
 """Kind of a record -> its fields, all of them, and their types."""
 _KINDS = {frozenset(fields): kind for kind, fields in GRAMMAR.items()}
+_BEGINNING = b'{"line": '  # no text can say this: its quotes are escaped
 _CHECK = b', "check": "%s"}'
 _SIZE = len(_CHECK % bytes(16))
 
@@ -99,7 +101,7 @@ class Content(NamedTuple):
     settings: dict[str, Any]
     records: list[dict[str, Any]]  # without the settings, by their numbers
     damaged: list[Damaged]
-    lost: int  # lines that were written and are not in `records`, as far as numbers tell
+    lost: int  # lines that were written and are not in `records`, as far as numbers tell; and those of one number
     following: int  # the number of the next line
 
 
@@ -112,21 +114,28 @@ def read_lines(lines: Sequence[bytes], settings: Mapping[str, Any]) -> Content:
     head = settings_of(lines[0])
     seal = Seal(settings if head is None else head)
     sound: dict[int, dict[str, Any]] = {}
-    damaged, trailing = [], 0
+    damaged, trailing, again = [], 0, 0
     for place, line in enumerate(lines, start=1):
+        if not line:  # an editor's: nothing was written there
+            continue
+        if len(damaged) > MOST_DAMAGED:
+            raise Unreadable(f"more than {MOST_DAMAGED:,} damaged lines")
         try:
             number, record = seal.open(line)
-            if number in sound:
-                raise Unreadable(f"line number {number} a second time")
-            sound[number], trailing = record, 0
         except Unreadable as error:
             damaged.append(Damaged(place, str(error), line))
-            trailing += 1
+            trailing += max(1, line.count(_BEGINNING))  # lines whose newlines are lost stand in one
+            continue
+        if number in sound:  # of two logs in one file, say, or of two processes at one log: both have paid
+            damaged.append(Damaged(place, f"line number {number} a second time", line))
+            again += 1
+        else:
+            sound[number], trailing = record, 0
     records = [record for _, record in sorted(sound.items()) if "settings" not in record]
     if damaged and not records:
         raise Unreadable(f"line {damaged[0].place}: {damaged[0].cause}, and no other line of it is sound")
     following = max(sound) + trailing + 1
-    lost = following - 1 - len(sound) - (1 not in sound)
+    lost = following - 1 - len(sound) - (1 not in sound) + again
     return Content(dict(settings if head is None else head), records, damaged, lost, following)
 
 
@@ -156,6 +165,8 @@ def unchecked(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
         return None
     records = []
     for place, line in enumerate(lines, start=1):
+        if not line:
+            continue
         try:
             records.append(parse_object(line, "content"))
             if (kind_of_record(records[-1]) == "settings") != (place == 1):

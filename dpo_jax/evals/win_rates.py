@@ -17,7 +17,7 @@ from dpo_jax.evals.preference import score_interval
 Z = 1.959964  # of a 95 % interval
 EQUAL_LENGTH = 0.1  # lengths that differ by at most this share of the longer one are equal
 EDGE = 0.05  # where fewer pairs than this share have the longer, or the shorter text, equal length lies outside of the data
-RIDGE = 0.5  # of a standardised slope: keeps it finite where length separates wins from losses
+RIDGE = 0.1  # of a standardised slope: keeps it finite where length separates wins from losses. 0.5 hides a part of a steep one
 OUTCOMES: tuple[Outcome, ...] = ("won", "lost", "flipped", "failed", "unanswered")
 
 
