@@ -43,6 +43,8 @@ def test_texts_are_turns_of_a_chat_model_and_messages_always(chatty, tmp_path):
     assert prompts(tmp_path, chatty, *rows, chat=False) == [Prompt("hi"), RENDERED, RENDERED]
     assert prompts(tmp_path, chatty, "\ufeffhi\r", {"prompt": "a\0b"}, name="p.txt", chat=False)[0] == Prompt("hi")
     assert prompts(tmp_path, chatty, {"prompt": "a\0b"}, chat=False) == [Prompt("a\0b")]
+    for name in ("p.json", "p.JSONL", "p.ndjson"):  # the line is not the prompt
+        assert prompts(tmp_path, chatty, {"prompt": "hi", "messages": None}, name=name, chat=False) == [Prompt("hi")]
     (told,) = prompts(tmp_path, chatty, {"messages": [SYSTEM, HI]})
     assert told.text == f"<|header|>system\nBe terse.<|endoftext|>{RENDERED.text}"
     assert told.turns == [SYSTEM, HI]

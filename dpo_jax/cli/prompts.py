@@ -58,12 +58,12 @@ def held_out_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
 
 
 def prompts_of_file(name: str, tokenizer: Any, *, chat: bool) -> list[Prompt]:
-    """One prompt a line, or of each line of a .jsonl file its "prompt" (a text, or messages) or its "messages".
+    """One prompt a line, or of each line of JSON Lines (.jsonl, .json) its "prompt" (a text, or messages) or its "messages".
 
     Messages are rendered by the tokenizer's chat template with its generation prompt, and with `chat` a text is rendered as
     what a user says. Raises `ConfigError` naming file, line and field.
     """
-    prompts = []
+    prompts, rows = [], name.lower().endswith((".jsonl", ".json", ".ndjson"))
     try:
         content = read_text(name).removeprefix("\ufeff")  # a byte order mark, as some editors write one
     except (OSError, Unreadable) as error:
@@ -75,7 +75,7 @@ def prompts_of_file(name: str, tokenizer: Any, *, chat: bool) -> list[Prompt]:
         try:
             if "\0" in line:
                 raise BadRow(Cause.NUL, f"NUL at character {line.index(chr(0))} of the line: save the file as UTF-8")
-            prompts.append(_prompt(*(_field(line) if name.endswith(".jsonl") else ("", line)), tokenizer, chat=chat))
+            prompts.append(_prompt(*(_field(line) if rows else ("", line)), tokenizer, chat=chat))
         except BadRow as problem:
             raise ConfigError(f"{name}:{number}: {problem}") from problem
     if not prompts:
@@ -89,7 +89,7 @@ def _field(line: str) -> tuple[str, Any]:
         row = parse_json(line)
     except (ValueError, RecursionError) as error:
         raise BadRow(Cause.INVALID_JSON, cause_of(error)) from error
-    found = [name for name in ("prompt", "messages") if isinstance(row, dict) and name in row]
+    found = [name for name in ("prompt", "messages") if isinstance(row, dict) and row.get(name) is not None]
     if len(found) != 1:
         what = "both" if found else "neither"
         raise BadRow(Cause.MISSING_COLUMN, f'needs an object with a "prompt" or "messages", this has {what}')

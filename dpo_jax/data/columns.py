@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, Final
 
 from dpo_jax.data.pairs import BadRow, Cause
@@ -66,6 +67,8 @@ def check_text(value: str, *, field: str) -> None:
 def number(row: Row, field: str, *, inside: str = "") -> float:
     """The finite number in a column, else `BadRow`."""
     value = column(row, field, inside=inside)
+    if isinstance(value, Decimal):  # of parquet
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(Cause.WRONG_TYPE, f"a number is needed, this is {type(value).__name__}", field=inside + field)
     if isinstance(value, int) and abs(value) >= 2**1023:

@@ -6,6 +6,7 @@ A bad row is handed on as a `BadRow` and may be dropped. A bad file (cut off, no
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import hashlib
@@ -20,6 +21,7 @@ from typing import Any
 from dpo_jax.data.columns import Columns
 from dpo_jax.data.pairs import BadRow, Cause, DataReport, Place, refuse
 from dpo_jax.untrusted import BadNumber, DuplicateKey, LongLine, TooDeep, kind_of, lines_of, parse_json
+from dpo_jax.writing import naming
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 Row = dict[str, Any]
@@ -27,7 +29,9 @@ Row = dict[str, Any]
 _LFS = b"version https://git-lfs.github.com/spec/"
 _GZIP = b"\x1f\x8b"
 _PARQUET = b"PAR1"
-_BOM = b"\xef\xbb\xbf"
+_BAD_GZIP = "the gzip stream is damaged or cut off here"
+BOM = b"\xef\xbb\xbf"
+_HUNTED = 2**20  # bytes of a line in which the place of a bad number is looked for
 
 
 def read_rows(
@@ -62,7 +66,7 @@ def fingerprint(name: str, path: Path) -> dict[str, Any]:
 
 def check_head(name: str, path: Path) -> None:
     """Raises `DataError` for a file that its first bytes show to be a git-lfs pointer or not what its name says."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         head = file.read(len(_LFS))
     if head.startswith(_LFS):
         refuse(Cause.GIT_LFS_POINTER, name, "a git-lfs pointer, not the data; fetch it with `git lfs pull`")
@@ -70,18 +74,24 @@ def check_head(name: str, path: Path) -> None:
         refuse(Cause.BAD_GZIP, name, "named .gz, but not gzip" if name.endswith(".gz") else "gzip, but not named .gz")
     if name.endswith(".parquet") != head.startswith(_PARQUET):
         refuse(Cause.BAD_PARQUET, name, "named .parquet and is not, or the other way round")
-    if name.endswith(".json") and head.lstrip().startswith(b"["):
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        refuse(Cause.INVALID_UTF8, name, "UTF-16; save it as UTF-8")
+    if name.endswith(".json.gz"):
+        with Place(name, Cause.BAD_GZIP, _BAD_GZIP).reading(), gzip.open(path) as file:
+            head = file.read(len(_LFS))
+    head = head.removeprefix(BOM).lstrip()
+    if name.endswith((".json", ".json.gz")) and head.startswith(b"["):
         refuse(Cause.BAD_LAYOUT, name, "one JSON array; write one object per line (JSON Lines)")
-    if name.endswith(".json") and re.match(rb"\s*\{[ \t\r]*\n", head):
+    if name.endswith((".json", ".json.gz")) and re.match(rb"\{[ \t\r]*\n", head):
         refuse(Cause.BAD_LAYOUT, name, "a JSON object over several lines; write one object per line (JSON Lines)")
 
 
 def _json_rows(name: str, path: Path, *, report: DataReport) -> Iterator[tuple[str, Row | BadRow]]:
     blank = 0
     for number, line in enumerate(_lines(name, path), 1):
-        if number == 1 and isinstance(line, bytes) and line.startswith(_BOM):
+        if number == 1 and isinstance(line, bytes) and line.startswith(BOM):
             report.notes.append(f"{name}: byte order mark skipped")
-            line = line[len(_BOM) :]
+            line = line[len(BOM) :]
         if isinstance(line, LongLine):
             yield f"{name}:{number}", BadRow(Cause.LINE_TOO_LONG, str(line))
         elif line.strip():
@@ -93,7 +103,7 @@ def _json_rows(name: str, path: Path, *, report: DataReport) -> Iterator[tuple[s
 
 
 def _lines(name: str, path: Path) -> Iterator[bytes | LongLine]:
-    place = Place(name, Cause.BAD_GZIP, "the gzip stream is damaged or cut off here")
+    place = Place(name, Cause.BAD_GZIP, _BAD_GZIP)
     with place.reading(), path.open("rb") as packed:
         # GzipFile's own readline is Python; a buffer's is not.
         file = io.BufferedReader(gzip.GzipFile(fileobj=packed), 2**17) if name.endswith(".gz") else packed
@@ -125,8 +135,10 @@ def _parse(line: bytes) -> Row | BadRow:
 
 
 def _place_of_bad_number(line: bytes) -> str:
-    """The path to the first number that no float can hold, such as "answers.0.pm_score"; "" in a line that is no JSON."""
+    """The path to the first number that no float can hold, such as "answers.0.pm_score"; "" in a long line, or none of JSON."""
     stack: list[tuple[str, Any]] = []
+    if len(line) > _HUNTED:
+        return ""
     with contextlib.suppress(ValueError):
         stack.append(("", json.loads(line, parse_int=float)))
     while stack:

@@ -11,12 +11,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_jax.data.chat import chat_preference
 from dpo_jax.data.columns import Row, column, number, text
 from dpo_jax.data.html import strip_html
-from dpo_jax.data.pairs import MAX_CHARACTERS, BadRow, Cause, Preference, check_length, check_pair, split_hh
+from dpo_jax.data.pairs import (
+    MAX_CHARACTERS,
+    BadRow,
+    Cause,
+    Preference,
+    check_completion,
+    check_different,
+    check_length,
+    check_pair,
+    split_hh,
+)
 from dpo_jax.untrusted import TooDeep
 
 Rows = Iterable[tuple[str, Row]]
@@ -187,18 +197,24 @@ def stack_exchange(rows: Rows, *, tokenizer: Any = None) -> Candidates:
             question = _without_html(row, "question")
             if not question.strip():
                 raise BadRow(Cause.NO_PROMPT, "nothing is left of the question without its HTML", field="question")
+            prompt = _as_hh(question)
+            check_length(prompt, field="question")
             answers = _answers(row)
         except BadRow as problem:
             yield where, problem
             continue
-        best = max(answers, key=lambda answer: answer[0])[1]
+        # What takes time and memory is done once for each text: they may form half a million pairs.
+        best = max(answers, key=lambda answer: answer.score).text
         for (i, first), (j, second) in combinations(enumerate(answers), 2):
             uid = f"{where}#{i}-{j}"
-            chosen, rejected = (first, second) if first[0] > second[0] else (second, first)
+            chosen, rejected = (first, second) if first.score > second.score else (second, first)
             try:
-                if first[0] == second[0]:
-                    raise BadRow(Cause.TIE, f"both answers have score {first[0]}")
-                yield uid, _with_target(checked(Preference(_as_hh(question), chosen[1], rejected[1], uid)), best)
+                if first.score == second.score:
+                    raise BadRow(Cause.TIE, f"both answers have score {first.score}")
+                if problem := chosen.problem or rejected.problem:
+                    raise problem
+                check_different(chosen.text, rejected.text)
+                yield uid, _with_target(Preference(prompt, chosen.text, rejected.text, uid), best)
             except BadRow as problem:
                 yield uid, problem
 
@@ -212,7 +228,13 @@ def _without_html(row: Row, field: str, *, inside: str = "") -> str:
         raise BadRow(Cause.TOO_DEEP, str(error), field=inside + field) from None
 
 
-def _answers(row: Row) -> list[tuple[float, str]]:
+class _Answer(NamedTuple):
+    score: float
+    text: str
+    problem: BadRow | None  # why it is no side of a pair
+
+
+def _answers(row: Row) -> list[_Answer]:
     answers = column(row, "answers")
     if not (isinstance(answers, list) and all(isinstance(answer, Mapping) for answer in answers)):
         raise BadRow(Cause.WRONG_TYPE, "a list of objects is needed", field="answers")
@@ -220,11 +242,16 @@ def _answers(row: Row) -> list[tuple[float, str]]:
         raise BadRow(Cause.NO_PAIR, f"{len(answers)} answers form no pair", field="answers")
     if len(answers) > MAX_ANSWERS:
         raise BadRow(Cause.OUT_OF_RANGE, f"{len(answers):,} answers, and {MAX_ANSWERS:,} are the limit", field="answers")
-    places = [f"answers.{i}." for i in range(len(answers))]
-    return [
-        (number(answer, "pm_score", inside=place), " " + _without_html(answer, "text", inside=place))
-        for place, answer in zip(places, answers, strict=True)
-    ]
+    return [_answer(answer, f"answers.{i}.") for i, answer in enumerate(answers)]
+
+
+def _answer(answer: Row, place: str) -> _Answer:
+    score, completion = number(answer, "pm_score", inside=place), " " + _without_html(answer, "text", inside=place)
+    try:
+        check_completion(completion, field=f"{place}text")
+    except BadRow as problem:
+        return _Answer(score, completion, problem)
+    return _Answer(score, completion, None)
 
 
 _SIDES = ("chosen", "rejected")

@@ -119,8 +119,8 @@ class Place:
 
 
 def readable_name(path: str | os.PathLike[str]) -> str:
-    """The name of a file as text that can be written down: bytes that are not UTF-8 as `\\xe9`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """The name of a file as text that can be written down: bytes that are not UTF-8 as `\\xe9`, and a backslash twice."""
+    return os.fsencode(path).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
 
 
 def _shortened(text: str, most: int) -> str:
@@ -271,13 +271,23 @@ def check_length(text: str, *, field: str, most: int = MAX_CHARACTERS) -> None:
 
 def check_pair(prompt: str, chosen: str, rejected: str) -> None:
     """Raises `BadRow` if the texts do not make a preference: blank prompt, blank or endless completion, or no difference."""
-    for field, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-        check_length(text, field=field)
+    check_length(prompt, field="prompt")
     if not prompt.strip():
         raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt")
-    for field, completion in (("chosen", chosen), ("rejected", rejected)):
-        if not completion.strip():
-            raise BadRow(Cause.EMPTY, "the completion is empty or blank", field=field)
+    check_completion(chosen, field="chosen")
+    check_completion(rejected, field="rejected")
+    check_different(chosen, rejected)
+
+
+def check_completion(text: str, *, field: str) -> None:
+    """Raises `BadRow` for a completion that is endless or blank."""
+    check_length(text, field=field)
+    if not text.strip():
+        raise BadRow(Cause.EMPTY, "the completion is empty or blank", field=field)
+
+
+def check_different(chosen: str, rejected: str) -> None:
+    """Raises `BadRow` for completions between which nobody can choose."""
     if chosen == rejected:
         raise BadRow(Cause.IDENTICAL, "chosen and rejected are the same text")
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from dpo_jax.data.columns import UNREAD, Columns, shown_names
 from dpo_jax.data.pairs import BadRow, Cause, Place, refuse
-from dpo_jax.untrusted import cause_of
+from dpo_jax.untrusted import LIMITS, cause_of
 
 _BATCH = 1024  # rows
 Row = dict[str, Any]
@@ -26,9 +26,26 @@ def parquet_rows(name: str, path: Path, *, columns: Columns | None = None) -> It
     """
     number = 0
     for batch, unread in _batches(name, path, columns):
+        large = batch.nbytes > LIMITS.line_mb * 2**20  # else no row is
         for index in range(batch.num_rows):
             number += 1
-            yield f"{name}:{number}", _row(batch, index, unread)
+            size = sum(_size(values, index) for values in batch.columns) if large else 0
+            yield f"{name}:{number}", _too_long(size) or _row(batch, index, unread)
+
+
+def _size(values: Any, index: int) -> int:
+    """Bytes of one value, unpacked."""
+    if hasattr(values, "dictionary"):
+        place = values.indices[index].as_py()
+        return 0 if place is None else _size(values.dictionary, place)
+    return values.slice(index, 1).nbytes
+
+
+def _too_long(size: int) -> BadRow | None:
+    """What is wrong with a row of `size` bytes, as with a line of a text file: a small file may unpack to anything."""
+    if size <= LIMITS.line_mb * 2**20:
+        return None
+    return BadRow(Cause.LINE_TOO_LONG, f"a row of {size:,} bytes; {LIMITS.remedy('line_mb')}")
 
 
 def declared_rows(path: Path) -> int:
@@ -69,10 +86,10 @@ class _File(pq.ParquetFile):
         return paths
 
     def column_names(self) -> list[str]:
-        names = []
-        for index in range(len(self.schema_arrow)):
+        names, schema = [], self.schema_arrow  # which is made anew each time
+        for index in range(len(schema)):
             with contextlib.suppress(UnicodeDecodeError):
-                names.append(self.schema_arrow.field(index).name)
+                names.append(schema.field(index).name)
         return names
 
 

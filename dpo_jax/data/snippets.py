@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dpo_jax.data.files import BOM
 from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.untrusted import LongLine, lines_of
 
@@ -43,6 +44,8 @@ def load_snippets(folder: str | Path) -> list[Snippet]:
         try:
             with path.open("rb") as lines:
                 for number, line in enumerate(lines_of(lines), start=1):
+                    if number == 1 and isinstance(line, bytes):
+                        line = line.removeprefix(BOM)
                     snippets.append(Snippet(_text(line, f"{path}:{number}"), label, f"{name}:{number}"))
         except OSError as error:
             detail = f"{path}: cannot be read ({error.strerror}): the folder must hold {' and '.join(FILES)}"

@@ -70,13 +70,17 @@ def load_preferences(
     if format == "auto":
         rows = _detect(rows, report)
     preferences: list[Preference] = []
-    if report.format != "auto":
-        for uid, candidate in FORMATS[report.format].candidates(rows, tokenizer=tokenizer):
-            report.read += 1
-            if isinstance(candidate, BadRow):
-                triage.reject(uid, candidate)
-            else:
-                preferences.append(candidate)
+    try:
+        if report.format != "auto":
+            for uid, candidate in FORMATS[report.format].candidates(rows, tokenizer=tokenizer):
+                report.read += 1
+                if isinstance(candidate, BadRow):
+                    triage.reject(uid, candidate)
+                else:
+                    preferences.append(candidate)
+    except MemoryError:  # a small file may unpack to anything
+        detail = f"needs more memory than this machine has, after {report.rows:,} rows; take fewer"
+        raise DataError(f"{report.source} [{split}]: {detail}", causes=[Cause.OVER_LIMIT]) from None
     triage.finish(kept=len(preferences))
     if report.format == "rewardbench" and preferences:
         form = "the tokenizer's chat template" if preferences[0].chat else "Human: and Assistant:, for want of a chat template"

@@ -88,6 +88,8 @@ def write_tfds(
         triage.finish(kept)
         if not preferences:
             refuse(Cause.NO_ROWS, split, "the split has no preferences")
+        if len({row.uid for row in preferences}) != len(preferences):
+            refuse(Cause.DUPLICATE_KEY, split, "two preferences have the same uid")
     builder = PreferenceBuilder(preferences=preferences_by_split, name=name, data_dir=data_dir)
     folder = Path(builder.data_path)
     if folder.exists():
@@ -111,6 +113,7 @@ def read_tfds(data_dir: str | Path, split: str, *, on_bad: OnBad = "refuse") -> 
     report = DataReport(source=readable_name(data_dir), split=split, format="tfds")
     preferences: list[Preference] = []
     triage = Triage(report, on_bad=on_bad)
+    uids: set[str] = set()
     digest = hashlib.sha256()  # of all records, those included that are dropped
     for where, record in _records(builder, split, folder):
         report.rows += 1
@@ -120,6 +123,9 @@ def read_tfds(data_dir: str | Path, split: str, *, on_bad: OnBad = "refuse") -> 
         except BadRow as problem:
             refuse(Cause.BAD_ARRAY_RECORD, where, f"not a record that was written: {problem}")
         digest.update(_line(row))
+        if row.uid in uids:
+            refuse(Cause.DUPLICATE_KEY, where, "the uid is that of an earlier record")
+        uids.add(row.uid)
         if _accept(triage, where, row):
             preferences.append(row)
     if digest.hexdigest() != written:
@@ -189,6 +195,9 @@ def _label(record: Mapping[str, Any], where: str) -> int:
 def _records(builder: tfds.core.DatasetBuilder, split: str, folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with _reading(folder):
         declared = builder.info.splits[split].num_examples
+        for file in map(Path, builder.info.splits[split].filepaths):
+            if not file.is_file():  # the library would wait for a pipe
+                refuse(Cause.BAD_ARRAY_RECORD, file, "no such file")
         source = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue] (its decorator hides the signature)
         held = len(source)
     if held != declared:

@@ -1,0 +1,138 @@
+"""Sound files that are odd, and small files that ask for much: read as they were written, or refused in one line."""
+
+import gzip
+import json
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from mutate import outcome, time_limit
+from test_fuzz_data import ROWS, lines, read
+
+from dpo_jax.data import sources
+from dpo_jax.data.pairs import DataError, Preference
+from dpo_jax.data.snippets import load_snippets
+from dpo_jax.data.sources import load_preferences
+from dpo_jax.data.tfds import PreferenceBuilder, read_tfds, write_tfds
+from dpo_jax.untrusted import LIMITS
+
+BOM = b"\xef\xbb\xbf"
+ARRAY = json.dumps([ROWS["trl"]] * 2, indent=1).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("train.json", BOM + ARRAY, "bad_layout: one JSON array"),
+        ("train.json.gz", gzip.compress(BOM + ARRAY), "bad_layout: one JSON array"),
+        ("train.json.gz", gzip.compress(json.dumps(ROWS["trl"], indent=1).encode()), "bad_layout: a JSON object over several"),
+        ("train.json.gz", gzip.compress(ARRAY)[:12], "bad_gzip"),
+        ("train.jsonl", lines(ROWS["trl"]).decode().encode("utf-16"), "invalid_utf8: UTF-16; save it as UTF-8"),
+    ],
+)
+def test_a_file_of_another_layout_says_which(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"^{name}[^\n]*: {words}"):
+        load_preferences(tmp_path, "train", on_bad="drop")
+
+
+def test_windows_line_ends_and_a_byte_order_mark_are_no_part_of_a_text(tmp_path):
+    for name in ("pos", "neg"):
+        (tmp_path / f"rt-polarity.{name}").write_bytes(BOM + f"{name} .\r\nnext .\r\n".encode())
+    assert [snippet.text for snippet in load_snippets(tmp_path)] == ["pos .", "next .", "neg .", "next ."]
+
+
+def test_two_names_are_never_written_alike(tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in (b"caf\xe9.jsonl", b"caf\\xe9.jsonl"):
+        with open(os.fsencode(tmp_path / "train") + b"/" + name, "wb") as file:
+            file.write(lines(ROWS["trl"]))
+    assert {pair.uid for pair in read(tmp_path, "trl")} == {"train/caf\\xe9.jsonl:1", "train/caf\\\\xe9.jsonl:1"}
+
+
+# -- parquet ------------------------------------------------------------------------------------------------------------------
+
+
+def test_decimals_are_numbers(tmp_path):
+    """DuckDB writes 40.5 as one."""
+    row = {name: pa.array([value]) for name, value in ROWS["shp"].items()}
+    pq.write_table(pa.table(row | {"score_A": row["score_A"].cast(pa.decimal128(21, 2))}), tmp_path / "train.parquet")
+    assert [pair.chosen for pair in load_preferences(tmp_path, "train")] == [" a"]
+
+
+def test_a_row_that_unpacks_to_more_than_a_line_may_hold_is_one_bad_row(tmp_path, monkeypatch):
+    """Repeated values take no space in the file. A large dictionary of small values is no large row."""
+    monkeypatch.setattr(LIMITS, "line_mb", 1)
+    row = {name: value for name, value in ROWS["stack_exchange"].items() if name != "answers"}
+    few, many = ([{"text": f"<p>{i}</p>", "pm_score": i} for i in range(n)] for n in (2, 50_000))
+    pq.write_table(pa.Table.from_pylist([{**row, "answers": few}, {**row, "answers": many}]), tmp_path / "train.parquet")
+    loaded = read(tmp_path, "stack_exchange")
+    assert (len(loaded), loaded.report.dropped) == (1, {"line_too_long": 1})
+    assert "train.parquet:2: line_too_long: a row of 1," in loaded.report.examples["line_too_long"][0]
+    texts = [f"{i} " + "x" * 40_000 for i in range(60)] + ["y" * 2**20, None]
+    column = {"prompt": pa.array(texts).dictionary_encode(), "chosen": [" a"] * 62, "rejected": [" b"] * 62}
+    pq.write_table(pa.table(column), tmp_path / "train.parquet")
+    loaded = read(tmp_path, "trl")
+    assert (len(loaded), loaded.report.dropped) == (60, {"line_too_long": 1, "wrong_type": 1})
+
+
+def test_a_file_of_many_columns_is_read(tmp_path):
+    columns = {f"c{i}": [1] for i in range(10_000)} | {name: [ROWS["trl"][name]] for name in ("prompt", "chosen", "rejected")}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    with time_limit():
+        assert len(load_preferences(tmp_path, "train")) == 1
+
+
+# -- what grows ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_pairs_of_a_question_share_its_text(tmp_path):
+    """500 answers of which half are blank form 31,125 pairs: a question of 900 kB for each would be 28 GB."""
+    answers = [{"text": "<p>" + " " * 10_000 + (str(i) if i % 2 else "") + "</p>", "pm_score": i} for i in range(500)]
+    (tmp_path / "train.jsonl").write_bytes(lines({"question": f"<p>{'x' * 900_000}</p>", "answers": answers}))
+    with time_limit():
+        loaded = read(tmp_path, "stack_exchange")
+    assert len({id(pair.prompt) for pair in loaded}) == 1
+    assert (len(loaded), loaded.report.dropped) == (250 * 249 // 2, {"empty": 500 * 499 // 2 - 250 * 249 // 2})
+    assert "train.jsonl:1#0-1: answers.0.text: empty" in loaded.report.examples["empty"][0]
+
+
+def test_no_place_is_looked_for_in_a_long_line(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(lines(ROWS["trl"]) + b'{"a": [' + b"[]," * 400_000 + b"NaN]}\n")
+    loaded = read(tmp_path, "trl")
+    assert loaded.report.dropped == {"nan": 1}
+    assert loaded.report.examples["nan"][0].startswith("train.jsonl:2: nan: NaN")
+
+
+def test_more_rows_than_memory_holds_end_in_a_message(tmp_path, monkeypatch):
+    def full(rows, *, tokenizer):
+        yield next(rows)[0], Preference("p", " a", " b", "u")
+        raise MemoryError
+
+    (tmp_path / "train.jsonl").write_bytes(lines(ROWS["trl"], ROWS["trl"]))
+    monkeypatch.setitem(sources.FORMATS, "hh", sources.FORMATS["hh"].__class__(full, frozenset(), ()))
+    error = outcome(lambda: load_preferences(tmp_path, "train", format="hh"), names=f"{tmp_path} [train]: needs more memory")
+    assert isinstance(error, DataError)
+
+
+# -- TFDS ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_records_are_in_files(tmp_path):
+    """A pipe would be waited for, where no time limit reaches; so here a folder stands for whatever is no file."""
+    folder = write_tfds({"train": [Preference("p", " a", " b", "u")]}, tmp_path, name="small")
+    (record,) = folder.glob("*.array_record*")
+    record.unlink()
+    record.mkdir()
+    assert isinstance(outcome(lambda: read_tfds(folder, "train"), names=f"{record}: bad_array_record: no such file"), DataError)
+
+
+def test_records_of_one_uid_are_refused_before_they_are_written_and_when_they_are_read(tmp_path):
+    twins = {"train": [Preference("p", " a", " b", "u"), Preference("q", " a", " b", "u")]}
+    with pytest.raises(DataError, match="train: duplicate_key: two preferences have the same uid"):
+        write_tfds(twins, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    builder = PreferenceBuilder(preferences=twins, name="twins", data_dir=tmp_path)
+    builder.download_and_prepare()
+    assert isinstance(outcome(lambda: read_tfds(tmp_path, "train"), names="twins/train:2: duplicate_key"), DataError)
