@@ -79,12 +79,39 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     damaged = (Path(path) / "tokenizer.json").is_file() and "auto_map" not in settings
     where = f"no tokenizer could be loaded from {str(path)!r}"
     with reading(where, remedy=_AGAIN if damaged else "", error=Unreadable if damaged else ValueError):
-        tokenizer = _class_of(settings).from_pretrained(str(path), trust_remote_code=False)
+        tokenizer = _as_written(_class_of(settings).from_pretrained(str(path), trust_remote_code=False), path)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{str(path)!r} has a {type(tokenizer).__name__}, but a tokenizer.json (a fast tokenizer) is needed")
     with reading(where, remedy=_AGAIN):
         _try(tokenizer)
     return tokenizer
+
+
+def _as_written(tokenizer: Any, path: str | Path) -> Any:
+    """`tokenizer`, or where its class splits text in another way than `tokenizer.json` says, one that does as it says.
+
+    Classes of transformers 5 (those of Llama and Qwen2, say) put in their own normalizer and pre-tokenizer, though a model was
+    trained with those of the file; and what they put in is another one once the tokenizer was saved. Of the class remain the
+    special tokens that no file names, such as the EOS of GPT-2.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import cached_file
+
+    file = cached_file(str(path), "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if file is None or type(tokenizer) is PreTrainedTokenizerFast or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer
+    written = Tokenizer.from_file(file)
+    if _splitting(tokenizer.backend_tokenizer) == _splitting(written):
+        return tokenizer
+    named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    known = {name: token for name, token in named.items() if written.token_to_id(token) is not None}
+    return PreTrainedTokenizerFast.from_pretrained(str(path), **known)
+
+
+def _splitting(tokenizer: Tokenizer) -> dict[str, Any]:
+    """All of a tokenizer that decides which tokens a text has, special tokens aside, and which text tokens have."""
+    content = json.loads(tokenizer.to_str())
+    return {part: content[part] for part in ("model", "normalizer", "pre_tokenizer", "decoder")}
 
 
 def _try(tokenizer: PreTrainedTokenizerFast) -> None:
