@@ -104,7 +104,7 @@ def _as_written(tokenizer: Any, path: str | Path) -> Any:
     if _splitting(tokenizer.backend_tokenizer) == _splitting(written):
         return tokenizer
     named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    known = {name: token for name, token in named.items() if written.token_to_id(token) is not None}
+    known: dict[str, Any] = {name: token for name, token in named.items() if written.token_to_id(token) is not None}
     return PreTrainedTokenizerFast.from_pretrained(str(path), **known)
 
 
