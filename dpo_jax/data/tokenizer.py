@@ -95,7 +95,7 @@ def _as_written(tokenizer: Any, path: str | Path) -> Any:
     special tokens that no file names, such as the EOS of GPT-2.
     """
     from transformers import PreTrainedTokenizerFast
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     file = cached_file(str(path), "tokenizer.json", _raise_exceptions_for_missing_entries=False)
     if file is None or type(tokenizer) is PreTrainedTokenizerFast or not isinstance(tokenizer, PreTrainedTokenizerFast):
