@@ -492,3 +492,15 @@ def test_config_describes_a_model(path):
     shapes = jax.eval_shape(make_model(decoder_config(settings)).init, jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert count == PARAMETERS.get(path.stem.rpartition("_")[0], count)
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    """A shell expands ~ in a flag, and nothing in a file: it must not become a folder of that name."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    file = tmp_path / "a.yaml"
+    file.write_text("run: {dir: ~/runs/a}\ndata: {source: reviews}\n")
+    config = parse("sft", [str(file), "--model.path=~/models/b"])
+    assert (config.run.dir, config.model.path) == ("/home/ada/runs/a", "/home/ada/models/b")
+    file.write_text("run: {dir: ~nobody-here/a}\ndata: {source: reviews}\n")
+    with pytest.raises(ConfigError, match=r"a.yaml:1: run.dir: ~nobody-here/a: no such home folder is known here"):
+        parse("sft", [str(file)])

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 
 import pytest
 from conftest import GOLDEN
@@ -18,6 +20,7 @@ from dpo_jax.data.tokenizer import (
     tokenizer_digest,
     train_tokenizer,
 )
+from dpo_jax.untrusted import Unreadable
 
 TEXTS = generate_reviews(300, 0)
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -217,3 +220,13 @@ def test_a_text_has_the_tokens_that_the_file_says_whatever_class_is_named(inner,
     assert tokenizer.eos_token == (eos or "<|endoftext|>")
     save_tokenizer(tokenizer, tmp_path / "again")
     assert tokenizer_digest(load_tokenizer(tmp_path / "again")) == tokenizer_digest(tokenizer)
+
+
+def test_a_folder_whose_name_is_not_utf8_is_told(tokenizer, tmp_path):
+    """The library opens no such file, and says nothing of the name."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    save_tokenizer(tokenizer, tmp_path / "good")
+    shutil.copytree(tmp_path / "good", folder)
+    for work in (lambda: load_tokenizer(folder), lambda: save_tokenizer(tokenizer, folder)):
+        with pytest.raises(Unreadable, match=r"caf\\xe9: the name is not UTF-8, .*; rename the folder"):
+            work()

@@ -14,11 +14,13 @@ import functools
 import inspect
 import itertools
 import math
+import os
+import re
 import sys
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dpo_jax.cli import config_file, config_judge, config_lab, config_limits, config_report, config_study, words
 from dpo_jax.cli.config_file import ConfigError as ConfigError
@@ -603,10 +605,26 @@ class Config:
         return self.sample.policy or f"{self.run.dir}/dpo/export"
 
 
+_HOME = re.compile(r"~[\w.-]*(/|\Z)")
+
+
+def at_home(config: Config) -> Config:
+    """`config` with the home folder in the place of each `~` or `~user` that a path begins with, as a shell does it."""
+
+    def expanded(section: Any) -> Any:
+        texts = {field: value for field, value in vars(section).items() if isinstance(value, str) and _HOME.match(value)}
+        return dataclasses.replace(section, **{field: os.path.expanduser(value) for field, value in texts.items()})
+
+    return dataclasses.replace(config, **{name: expanded(section) for name, section in vars(config).items()})
+
+
 def problems(config: Config) -> list[Problem]:
     """Every value out of range, as (dotted field, what is wrong)."""
     found = []
     for section, name in ((getattr(config, field.name), field.name) for field in dataclasses.fields(config)):
+        for field, value in vars(section).items():
+            if isinstance(value, str) and _HOME.match(value) and os.path.expanduser(value) == value:
+                found.append((f"{name}.{field}", f"{value}: no such home folder is known here; write the whole path"))
         numbers = [field for field in types_of(type(section)) if isinstance(getattr(section, field), float)]
         bad = [(field, "must be a finite number") for field in numbers if not math.isfinite(getattr(section, field))]
         found += [(f"{name}.{field}", message) for field, message in bad or section.check()]

@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dpo_jax.models.folder import refuse_adapter
-from dpo_jax.untrusted import LIMITS, Unreadable, read_object, reading
+from dpo_jax.untrusted import LIMITS, Unreadable, check_name, read_object, reading
 from dpo_jax.writing import naming, write_text
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """
     from transformers import PreTrainedTokenizerFast
 
+    check_name(path)
     settings = check_files(Path(path)) if Path(path).is_dir() else {}
     # A tokenizer with code of its own, or in an older form, may be sound and yet nothing for this package.
     damaged = (Path(path) / "tokenizer.json").is_file() and "auto_map" not in settings
@@ -133,8 +134,10 @@ def _try(tokenizer: PreTrainedTokenizerFast) -> None:
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
     """Write the tokenizer's files, so that transformers 4 and 5 load them alike: special tokens and chat template included.
 
-    transformers 5 names a class that version 4 does not have, and writes a list where version 4 expects an object.
+    transformers 5 names a class that version 4 does not have, and writes a list where version 4 expects an object. Raises
+    `Unreadable` for a folder whose name is not UTF-8.
     """
+    check_name(folder)
     with naming(folder):
         tokenizer.save_pretrained(folder)
     file = Path(folder) / "tokenizer_config.json"
@@ -195,6 +198,7 @@ def check_files(folder: Path) -> dict[str, Any]:
 def vocabulary_of(folder: Path) -> Mapping[str, int]:
     """Ids by token of a folder's `tokenizer.json`. Raises `Unreadable`."""
     file = folder / "tokenizer.json"
+    check_name(file)
     with reading(file, remedy=_AGAIN):
         return Tokenizer.from_file(str(file)).get_vocab()
 

@@ -37,7 +37,7 @@ from etils import epath  # comes with orbax; pathlib that also reads gs://
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.seal import check_seal, digest, is_remote, is_sealed, write_seal, write_whole
 from dpo_jax.types import Array
-from dpo_jax.untrusted import parse_object
+from dpo_jax.untrusted import check_name, parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ class Checkpoints:
         self._unsealed: int | None = None
         if not is_remote(directory):
             self.directory = self.directory.resolve()  # orbax refuses relative paths
+            check_name(self.directory)  # or every step would seem damaged
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
