@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,9 +139,19 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> No
     `Unreadable` for a folder whose name is not UTF-8.
     """
     check_name(folder)
+    folder = Path(folder)
     with naming(folder):
-        tokenizer.save_pretrained(folder)
-    file = Path(folder) / "tokenizer_config.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        # The library would follow links, and wait for the reader of a pipe.
+        with tempfile.TemporaryDirectory(prefix=".tokenizer.", dir=folder) as beside:
+            new = Path(beside)
+            tokenizer.save_pretrained(new)
+            _for_every_version(new / "tokenizer_config.json")
+            for file in sorted(new.iterdir()):
+                os.replace(file, folder / file.name)
+
+
+def _for_every_version(file: Path) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     if content.get("tokenizer_class") == "TokenizersBackend":
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
