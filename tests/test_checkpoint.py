@@ -16,8 +16,9 @@ import pytest
 from damage import FAULTS, damage
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dpo_jax.cli.model_folders import saved_steps
 from dpo_jax.runtime import optim, parallel, seal
-from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, StateMismatch
+from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, StateMismatch, has_steps, newest_meta
 from dpo_jax.runtime.fit import fit
 from dpo_jax.runtime.metrics import MetricsLog, read_metrics
 from dpo_jax.types import TrainState
@@ -383,3 +384,12 @@ def test_a_folder_that_orbax_cannot_open_is_refused_and_its_steps_are_not_set_as
         with pytest.raises(Unreadable, match=r"caf\\xe9: the name is not UTF-8.*rename the folder"):
             Checkpoints(folder, **options)
     assert [path.name for path in folder.iterdir()] == ["3"]
+
+
+def test_a_folder_whose_name_only_looks_like_a_number_is_no_step(tmp_path):
+    for name in ("\N{SUPERSCRIPT TWO}", "\N{ARABIC-INDIC DIGIT THREE}", "3a", "-1"):
+        (tmp_path / name).mkdir()
+    assert not has_steps(tmp_path)
+    assert newest_meta(tmp_path) is None
+    assert saved_steps(str(tmp_path)) == []
+    assert restored(tmp_path) is None

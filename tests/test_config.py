@@ -16,6 +16,7 @@ import yaml
 
 from dpo_jax.cli import build, words
 from dpo_jax.cli import main as program
+from dpo_jax.cli.check_scope import scope_of
 from dpo_jax.cli.commands import COMMANDS
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, dump_config, every_option, help_text, load_config, problems
 from dpo_jax.cli.config_file import types_of
@@ -504,3 +505,14 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     file.write_text("run: {dir: ~nobody-here/a}\ndata: {source: reviews}\n")
     with pytest.raises(ConfigError, match=r"a.yaml:1: run.dir: ~nobody-here/a: no such home folder is known here"):
         parse("sft", [str(file)])
+
+
+def test_a_number_in_a_text_has_nine_digits_at_most():
+    """Python itself raises where one has thousands."""
+    long = "9" * 5000
+    for option, value in (("sample.best_of", long), ("bench.lengths", f"{long}/1/1"), ("bench.sampling", f"1/{long}/1")):
+        section, _, field = option.partition(".")
+        wrong = dataclasses.replace(getattr(Config(), section), **{field: value})
+        assert [name for name, _ in problems(dataclasses.replace(Config(), **{section: wrong}))] == [option]
+    with pytest.raises(ConfigError, match="must be a number of devices"):
+        scope_of([f"--check-devices={long}"])

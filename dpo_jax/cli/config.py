@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from dpo_jax.cli import config_file, config_judge, config_lab, config_limits, config_report, config_study, words
 from dpo_jax.cli.config_file import ConfigError as ConfigError
-from dpo_jax.cli.config_file import types_of
+from dpo_jax.cli.config_file import is_count, types_of
 from dpo_jax.cli.config_judge import JudgeConfig
 from dpo_jax.cli.config_lab import FrontierConfig, PpoConfig
 from dpo_jax.cli.config_limits import LimitsConfig
@@ -391,10 +391,6 @@ class EvalConfig:
         yield from _not_negative(self, "samples")
 
 
-def _whole(text: str) -> bool:
-    return text.isdecimal() and int(text) > 0
-
-
 def _temperature(text: str) -> bool:
     try:
         return 0 <= float(text) < math.inf
@@ -438,7 +434,7 @@ class SampleConfig:
         yield from _not_negative(self, "temperature", "top_k")
         for field, what, good in (
             ("temperatures", "numbers of at least 0", _temperature),
-            ("best_of", "whole numbers", _whole),
+            ("best_of", "whole numbers", is_count),
         ):
             if (text := getattr(self, field)) is not None and not all(good(part.strip()) for part in text.split(",")):
                 yield field, f"must be {what}, separated by commas, got {text!r}"
@@ -508,14 +504,14 @@ class BenchConfig:
         yield from _positive(self, "rounds", "steps", "gate_steps", "groups", "torch_microbatches")
         if self.lengths is not None:
             parts = self.lengths.split("/")
-            if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+            if len(parts) != 3 or not all(is_count(part) for part in parts):
                 yield (
                     "lengths",
                     f"must be three lengths in tokens, prompt/chosen/rejected such as 400/500/500, got {self.lengths!r}",
                 )
         if self.sampling is not None:
             parts = self.sampling.split("/")
-            if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+            if len(parts) != 3 or not all(is_count(part) for part in parts):
                 yield (
                     "sampling",
                     "must be a number of prompts, the longest prompt and the new tokens of each, such as 32/64/128, got "

@@ -30,7 +30,7 @@ def saved_steps(checkpoints: str) -> list[int]:
     folder = Path(checkpoints)
     if "://" in checkpoints or not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isascii() and path.name.isdecimal())
 
 
 def remedy(config: Config, path: str) -> str:
