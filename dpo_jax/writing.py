@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from dpo_jax.untrusted import regular
+
 FULL = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded", errno.EROFS: "Read-only file system"}
 
 
@@ -179,8 +181,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """All of the new content or all of the old, also after a crash of the machine."""
+    """All of the new content or all of the old, also after a crash of the machine. Raises `Unreadable` for a pipe."""
     path = Path(path)
+    if path.exists():
+        regular(path)  # a pipe would be waited for
     with writing(path, "wb") as file:
         file.write(content)
     with naming(path):

@@ -322,3 +322,9 @@ def test_a_tokenizer_is_written_over_no_link_and_into_no_pipe(tmp_path):
     assert mine.read_text() == "mine"
     assert tokenizer_digest(load_tokenizer(folder)) == tokenizer_digest(tokenizer)
     assert sorted(path.name for path in folder.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_a_record_is_not_written_into_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "data_report.json")
+    with time_limit(), pytest.raises(Unreadable, match="data_report.json: a file is needed, this is a pipe"):
+        write_json(tmp_path / "data_report.json", {})

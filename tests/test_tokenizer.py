@@ -230,3 +230,15 @@ def test_a_folder_whose_name_is_not_utf8_is_told(tokenizer, tmp_path):
     for work in (lambda: load_tokenizer(folder), lambda: save_tokenizer(tokenizer, folder)):
         with pytest.raises(Unreadable, match=r"caf\\xe9: the name is not UTF-8, .*; rename the folder"):
             work()
+
+
+@pytest.mark.parametrize(("number", "told"), [(2**31, "the id 2,147,483,648, and"), (1, "two tokens have the same id")])
+def test_ids_that_no_vocabulary_has_are_told(number, told, tokenizer, tmp_path):
+    """The library counts up to the largest id, and writes one of two tokens with the same."""
+    save_tokenizer(tokenizer, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"]["a"] = number
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    for work in (lambda: load_tokenizer(tmp_path), lambda: tokenizers.vocabulary_of(tmp_path)):
+        with time_limit(), pytest.raises(Unreadable, match=told):
+            work()

@@ -32,6 +32,7 @@ _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.j
 _AGAIN = "save or fetch it again"
 
 LONGEST_WORD = 1000  # characters
+LARGEST_ID = 10_000_000
 _LONG = re.compile(rf"(?<!\S)\S{{{LONGEST_WORD}}}|(?<!\s)\s{{{LONGEST_WORD}}}")  # a word is longer only in such a run
 
 
@@ -74,6 +75,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     with damaged files.
     """
     from transformers import PreTrainedTokenizerFast
+    from transformers.utils.hub import cached_file
 
     check_name(path)
     settings = check_files(Path(path)) if Path(path).is_dir() else {}
@@ -81,7 +83,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     damaged = (Path(path) / "tokenizer.json").is_file() and "auto_map" not in settings
     where = f"no tokenizer could be loaded from {str(path)!r}"
     with reading(where, remedy=_AGAIN if damaged else "", error=Unreadable if damaged else ValueError):
-        tokenizer = _as_written(_class_of(settings).from_pretrained(str(path), trust_remote_code=False), path)
+        file = cached_file(str(path), "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+        written = None if file is None else _read(file)
+        tokenizer = _as_written(_class_of(settings).from_pretrained(str(path), trust_remote_code=False), written, path)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{str(path)!r} has a {type(tokenizer).__name__}, but a tokenizer.json (a fast tokenizer) is needed")
     with reading(where, remedy=_AGAIN):
@@ -89,7 +93,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _as_written(tokenizer: Any, path: str | Path) -> Any:
+def _as_written(tokenizer: Any, written: Tokenizer | None, path: str | Path) -> Any:
     """`tokenizer`, or where its class splits text in another way than `tokenizer.json` says, one that does as it says.
 
     Classes of transformers 5 (those of Llama and Qwen2, say) put in their own normalizer and pre-tokenizer, though a model was
@@ -97,17 +101,25 @@ def _as_written(tokenizer: Any, path: str | Path) -> Any:
     special tokens that no file names, such as the EOS of GPT-2.
     """
     from transformers import PreTrainedTokenizerFast
-    from transformers.utils.hub import cached_file
 
-    file = cached_file(str(path), "tokenizer.json", _raise_exceptions_for_missing_entries=False)
-    if file is None or type(tokenizer) is PreTrainedTokenizerFast or not isinstance(tokenizer, PreTrainedTokenizerFast):
+    if written is None or type(tokenizer) is PreTrainedTokenizerFast or not isinstance(tokenizer, PreTrainedTokenizerFast):
         return tokenizer
-    written = Tokenizer.from_file(file)
     if _splitting(tokenizer.backend_tokenizer) == _splitting(written):
         return tokenizer
     named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     known: dict[str, Any] = {name: token for name, token in named.items() if written.token_to_id(token) is not None}
     return PreTrainedTokenizerFast.from_pretrained(str(path), **known)
+
+
+def _read(file: str) -> Tokenizer:
+    """A `tokenizer.json`. Raises where two tokens have one id, and for an id to which the library would count for minutes."""
+    tokenizer = Tokenizer.from_file(file)
+    vocabulary = tokenizer.get_vocab()
+    if vocabulary and (largest := max(vocabulary.values())) > LARGEST_ID:
+        raise ValueError(f"a token has the id {largest:,}, and {LARGEST_ID:,} is the largest")
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise ValueError("two tokens have the same id")
+    return tokenizer
 
 
 def _splitting(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -211,7 +223,7 @@ def vocabulary_of(folder: Path) -> Mapping[str, int]:
     file = folder / "tokenizer.json"
     check_name(file)
     with reading(file, remedy=_AGAIN):
-        return Tokenizer.from_file(str(file)).get_vocab()
+        return _read(str(file)).get_vocab()
 
 
 def _class_of(settings: Mapping[str, Any]) -> Any:
