@@ -242,3 +242,16 @@ def test_ids_that_no_vocabulary_has_are_told(number, told, tokenizer, tmp_path):
     for work in (lambda: load_tokenizer(tmp_path), lambda: tokenizers.vocabulary_of(tmp_path)):
         with time_limit(), pytest.raises(Unreadable, match=told):
             work()
+
+
+def test_an_added_token_does_not_take_the_id_of_another(tokenizer, tmp_path):
+    """The library gives it the number of tokens, which is one of theirs where a number was left out."""
+    save_tokenizer(tokenizer, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    del content["model"]["vocab"]["!"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    load_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"pad_token": "<pad>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(Unreadable, match="two tokens have the same id"):
+        load_tokenizer(tmp_path)

@@ -117,9 +117,13 @@ def _read(file: str) -> Tokenizer:
     vocabulary = tokenizer.get_vocab()
     if vocabulary and (largest := max(vocabulary.values())) > LARGEST_ID:
         raise ValueError(f"a token has the id {largest:,}, and {LARGEST_ID:,} is the largest")
+    _check_distinct(vocabulary)
+    return tokenizer
+
+
+def _check_distinct(vocabulary: Mapping[str, int]) -> None:
     if len(set(vocabulary.values())) < len(vocabulary):
         raise ValueError("two tokens have the same id")
-    return tokenizer
 
 
 def _splitting(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -130,6 +134,7 @@ def _splitting(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _try(tokenizer: PreTrainedTokenizerFast) -> None:
     """Raises where a tokenizer does not do what everything behind `load_tokenizer` takes for granted."""
+    _check_distinct(tokenizer.get_vocab())  # added tokens are numbered from the number of tokens on, whatever ids these have
     for special in (True, False):
         tokenizer.decode(tokenizer("Hello, world", add_special_tokens=special)["input_ids"])
     if not all(isinstance(token, str) for token in special_tokens(tokenizer)):
@@ -140,7 +145,7 @@ def _try(tokenizer: PreTrainedTokenizerFast) -> None:
             raise ValueError(f"{name} {str(token)[:80]!r} is not in the vocabulary")
     template: Any = tokenizer.chat_template
     texts = template.values() if isinstance(template, dict) else [] if template is None else [template]
-    if not all(isinstance(text, str) for text in texts):
+    if template == {} or not all(isinstance(text, str) for text in texts):
         raise ValueError("the chat template is no text")
 
 
@@ -215,6 +220,9 @@ def check_files(folder: Path) -> dict[str, Any]:
     for file in files:
         LIMITS.check("file_mb", file.stat().st_size, file, what="bytes")
     settings = {file.name: read_object(file, remedy=_AGAIN) for file in files if file.name in _SETTINGS}
+    for name, content in settings.items():
+        with reading(folder / name, remedy=_AGAIN):  # half a surrogate pair, which is not UTF-8, could not be saved again
+            json.dumps(content, ensure_ascii=False).encode()
     return settings.get("tokenizer_config.json", {})
 
 
