@@ -324,7 +324,8 @@ def test_a_tokenizer_is_written_over_no_link_and_into_no_pipe(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
 
 
-def test_a_record_is_not_written_into_a_pipe(tmp_path):
+def test_no_pipe_is_waited_for(tmp_path):
     os.mkfifo(tmp_path / "data_report.json")
-    with time_limit(), pytest.raises(Unreadable, match="data_report.json: a file is needed, this is a pipe"):
-        write_json(tmp_path / "data_report.json", {})
+    for write in (lambda path: write_json(path, {}), lambda path: write_text(path, "")):
+        with time_limit(), pytest.raises(OSError, match=r"is a pipe that nobody reads; remove it: .*data_report.json"):
+            write(tmp_path / "data_report.json")
