@@ -174,6 +174,16 @@ def regular(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Raises `Unreadable` where a library in Rust or C++ (tokenizers, TensorStore) could not open `path`: it is not UTF-8."""
+    name = os.fsencode(os.path.abspath(path))
+    try:
+        name.decode("utf-8")
+    except UnicodeDecodeError:
+        shown = name.decode("utf-8", "backslashreplace")
+        raise Unreadable(f"{shown}: the name is not UTF-8, as tokenizers and checkpoints need it; rename the folder") from None
+
+
 def parse_object(content: bytes | str, where: str | os.PathLike[str], *, remedy: str = "") -> dict[str, Any]:
     """The JSON object in `content`, which came from `where`. Raises `Unreadable`."""
     with reading(str(where), remedy=remedy):

@@ -74,6 +74,8 @@ def writing(path: str | os.PathLike[str], mode: str = "w", **options: Any) -> It
         if before is not None and "x" in mode:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         if before is not None and not _is_file(path, before):
+            if stat.S_ISFIFO(before.st_mode) and not str(path).startswith(("/dev/", "/proc/")):
+                _check_reader(path)
             with open(path, mode, **options) as file:
                 yield file
             return
@@ -124,6 +126,16 @@ def _to_be_replaced(path: Path) -> os.stat_result | None:
     if not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     return before
+
+
+def _check_reader(path: Path) -> None:
+    """Raises OSError for a pipe that nobody reads: opening it would wait for ever."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        raise OSError(errno.ENXIO, "is a pipe that nobody reads; remove it", str(path)) from None
 
 
 def _is_file(path: Path, status: os.stat_result) -> bool:

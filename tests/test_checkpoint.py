@@ -16,11 +16,13 @@ import pytest
 from damage import FAULTS, damage
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dpo_jax.cli.model_folders import saved_steps
 from dpo_jax.runtime import optim, parallel, seal
-from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, StateMismatch
+from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, StateMismatch, has_steps, newest_meta
 from dpo_jax.runtime.fit import fit
 from dpo_jax.runtime.metrics import MetricsLog, read_metrics
 from dpo_jax.types import TrainState
+from dpo_jax.untrusted import Unreadable
 
 # When one of several reads fails, the callbacks of the others find orbax's event loop closed, and Python prints that: noise.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -373,3 +375,21 @@ def test_meta_must_be_json(tmp_path):
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(TypeError):
         checkpoints.save(1, {"w": np.zeros(1)}, {"path": Path("x")})
     assert json.loads("[]") == os.listdir(tmp_path)
+
+
+def test_a_folder_that_orbax_cannot_open_is_refused_and_its_steps_are_not_set_aside(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    (folder / "3").mkdir(parents=True)
+    for options in ({}, {"read_only": True}):
+        with pytest.raises(Unreadable, match=r"caf\\xe9: the name is not UTF-8.*rename the folder"):
+            Checkpoints(folder, **options)
+    assert [path.name for path in folder.iterdir()] == ["3"]
+
+
+def test_a_folder_whose_name_only_looks_like_a_number_is_no_step(tmp_path):
+    for name in ("\N{SUPERSCRIPT TWO}", "\N{ARABIC-INDIC DIGIT THREE}", "3a", "-1"):
+        (tmp_path / name).mkdir()
+    assert not has_steps(tmp_path)
+    assert newest_meta(tmp_path) is None
+    assert saved_steps(str(tmp_path)) == []
+    assert restored(tmp_path) is None

@@ -16,6 +16,7 @@ import yaml
 
 from dpo_jax.cli import build, words
 from dpo_jax.cli import main as program
+from dpo_jax.cli.check_scope import scope_of
 from dpo_jax.cli.commands import COMMANDS
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, dump_config, every_option, help_text, load_config, problems
 from dpo_jax.cli.config_file import types_of
@@ -492,3 +493,26 @@ def test_config_describes_a_model(path):
     shapes = jax.eval_shape(make_model(decoder_config(settings)).init, jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert count == PARAMETERS.get(path.stem.rpartition("_")[0], count)
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    """A shell expands ~ in a flag, and nothing in a file: it must not become a folder of that name."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    file = tmp_path / "a.yaml"
+    file.write_text("run: {dir: ~/runs/a}\ndata: {source: reviews}\n")
+    config = parse("sft", [str(file), "--model.path=~/models/b"])
+    assert (config.run.dir, config.model.path) == ("/home/ada/runs/a", "/home/ada/models/b")
+    file.write_text("run: {dir: ~nobody-here/a}\ndata: {source: reviews}\n")
+    with pytest.raises(ConfigError, match=r"a.yaml:1: run.dir: ~nobody-here/a: no such home folder is known here"):
+        parse("sft", [str(file)])
+
+
+def test_a_number_in_a_text_has_nine_digits_at_most():
+    """Python itself raises where one has thousands."""
+    long = "9" * 5000
+    for option, value in (("sample.best_of", long), ("bench.lengths", f"{long}/1/1"), ("bench.sampling", f"1/{long}/1")):
+        section, _, field = option.partition(".")
+        wrong = dataclasses.replace(getattr(Config(), section), **{field: value})
+        assert [name for name, _ in problems(dataclasses.replace(Config(), **{section: wrong}))] == [option]
+    with pytest.raises(ConfigError, match="must be a number of devices"):
+        scope_of([f"--check-devices={long}"])

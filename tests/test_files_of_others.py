@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 from conftest import GOLDEN
-from mutate import outcome
+from mutate import outcome, time_limit
 from test_report import PIXEL, finished, refused
 
 from dpo_jax.cli.config import ConfigError
 from dpo_jax.cli.exit_codes import exit_code, message
-from dpo_jax.cli.model_folders import refuse_foreign
+from dpo_jax.cli.model_folders import refuse_foreign, refuse_other_lines
 from dpo_jax.cli.report import write_page
 from dpo_jax.cli.report_files import earlier_images
+from dpo_jax.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_digest, train_tokenizer
 from dpo_jax.evals.report_first import TITLE
 from dpo_jax.evals.report_page import Figures, Page, Section
 from dpo_jax.lab.sweep import Run, sweep
@@ -148,8 +149,13 @@ def test_an_export_replaces_only_what_an_export_has_written(tmp_path):
     (folder / "model_ema.safetensors").write_bytes(b"mine")
     with pytest.raises(ConfigError, match="export.out: .*model is there already, and dpo-jax export has not written it"):
         refuse_foreign(folder)
-    (folder / "README.md").write_text("tags: [dpo_jax, dpo]\n")
-    refuse_foreign(folder)
+    for others in ("How I compared trl with dpo_jax\n", "---\ntags: [trl]\n---\n- dpo_jax\ntags: [dpo_jax]\n"):
+        (folder / "README.md").write_text(others)
+        with pytest.raises(ConfigError, match="dpo-jax export has not written it"):
+            refuse_foreign(folder)
+    for ours in ("---\nlicense: mit\ntags: [dpo_jax, dpo]\n---\n", "---\ntags:\n- other\n- dpo_jax\n---\nMine."):
+        (folder / "README.md").write_text(ours)
+        refuse_foreign(folder)
     save_hf(folder, model, variables)
     assert (folder / "model_ema.safetensors").read_bytes() == b"mine"
 
@@ -283,3 +289,43 @@ def test_what_a_kill_leaves_is_known_by_its_name(tmp_path):
 def test_records_are_json_whatever_they_hold(tmp_path):
     write_json(tmp_path / "r.json", {"kl": float("nan"), "of": [float("inf"), 1.5], "argv": ["caf\udce9"]})
     assert read_object(tmp_path / "r.json") == {"kl": None, "of": [None, 1.5], "argv": ["caf\udce9"]}
+
+
+def test_completions_replace_only_completions(tmp_path):
+    out = tmp_path / "out.jsonl"
+    for ours in (None, "", '{"prompt": "a", "completion": "b"}\n{'):
+        if ours is not None:
+            out.write_text(ours)
+        refuse_other_lines(str(out))
+    refuse_other_lines(None)
+    refuse_other_lines("/dev/stdout")
+    for others in ("run: {dir: a}\n", '{"prompt": "a"}\n', "\n", "\0"):
+        out.write_text(others)
+        with pytest.raises(
+            ConfigError, match="sample.out: .*out.jsonl is there already, and dpo-jax sample has not written it"
+        ):
+            refuse_other_lines(str(out))
+    with pytest.raises(ConfigError, match="sample.out"):
+        refuse_other_lines(str(tmp_path))
+
+
+def test_a_tokenizer_is_written_over_no_link_and_into_no_pipe(tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "tokenizer_config.json").symlink_to(mine)
+    os.mkfifo(folder / "tokenizer.json")
+    tokenizer = train_tokenizer(["a"], vocab_size=257)
+    with time_limit():
+        save_tokenizer(tokenizer, folder)
+    assert mine.read_text() == "mine"
+    assert tokenizer_digest(load_tokenizer(folder)) == tokenizer_digest(tokenizer)
+    assert sorted(path.name for path in folder.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_no_pipe_is_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "data_report.json")
+    for write in (lambda path: write_json(path, {}), lambda path: write_text(path, "")):
+        with time_limit(), pytest.raises(OSError, match=r"is a pipe that nobody reads; remove it: .*data_report.json"):
+            write(tmp_path / "data_report.json")

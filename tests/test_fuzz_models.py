@@ -379,6 +379,8 @@ def test_a_check_without_transformers_finds_a_damaged_tokenizer(small, tmp_path)
         ("tokenizer_config.json", {"eos_token": 5}),
         ("tokenizer_config.json", {"eos_token": ["<|endoftext|>"]}),
         ("tokenizer_config.json", {"chat_template": 5}),
+        ("tokenizer_config.json", {"chat_template": []}),
+        ("tokenizer_config.json", {"notes": "\ud800"}),
         ("tokenizer_config.json", {"tokenizer_class": {}}),
         ("special_tokens_map.json", {"pad_token": 3}),
     ],

@@ -1,9 +1,11 @@
 import json
+import os
+import shutil
 
 import pytest
 from conftest import GOLDEN
 from mutate import time_limit
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.data import tokenizer as tokenizers
@@ -18,6 +20,7 @@ from dpo_jax.data.tokenizer import (
     tokenizer_digest,
     train_tokenizer,
 )
+from dpo_jax.untrusted import Unreadable
 
 TEXTS = generate_reviews(300, 0)
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -172,3 +175,83 @@ def test_a_completion_may_begin_inside_a_character(tokenizer):
     halves = [tokenizer.convert_tokens_to_ids(token) for token in ("Ã", "©")]
     assert tokenizer.decode(halves) == "é"
     assert decode_completion(tokenizer, halves[:1], halves[1:] + tokenizer("a")["input_ids"]) == "\ufffda"
+
+
+def llama_like():
+    """Llama 2's pipeline: spaces become "▁" before words are split, also several, and one is put before a text."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁b", "▁▁"]
+    merges = [("▁", "a"), ("▁", "b"), ("▁", "▁")]
+    bpe = models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    inner = Tokenizer(bpe)
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return inner
+
+
+def byte_level():
+    return train_tokenizer(TEXTS, vocab_size=300).backend_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("inner", "settings", "model_type", "eos"),
+    [
+        (llama_like, {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_prefix_space": True}, "llama", "</s>"),
+        (llama_like, {"tokenizer_class": "LlamaTokenizerFast", "legacy": False}, "llama", "</s>"),
+        # DeepSeek's distilled Qwen; Qwen's own class would compose accents and split numbers into digits.
+        (byte_level, {"tokenizer_class": "LlamaTokenizerFast", "eos_token": "<|endoftext|>", "unk_token": None}, "qwen2", None),
+        # The official GPT-2, whose EOS only the class of transformers knows.
+        (byte_level, {"model_max_length": 1024}, "gpt2", None),
+        (byte_level, {"tokenizer_class": "GPTNeoXTokenizer"}, "gpt_neox", None),
+    ],
+)
+def test_a_text_has_the_tokens_that_the_file_says_whatever_class_is_named(inner, settings, model_type, eos, tmp_path):
+    folder, written = tmp_path / "hub", inner()
+    folder.mkdir()
+    written.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer = load_tokenizer(folder)
+    for text in (" a", "  a b\n b", "e\u0301 1234", "", "b"):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == written.encode(text).ids
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == written.decode(ids)
+    assert tokenizer.eos_token == (eos or "<|endoftext|>")
+    save_tokenizer(tokenizer, tmp_path / "again")
+    assert tokenizer_digest(load_tokenizer(tmp_path / "again")) == tokenizer_digest(tokenizer)
+
+
+def test_a_folder_whose_name_is_not_utf8_is_told(tokenizer, tmp_path):
+    """The library opens no such file, and says nothing of the name."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    save_tokenizer(tokenizer, tmp_path / "good")
+    shutil.copytree(tmp_path / "good", folder)
+    for work in (lambda: load_tokenizer(folder), lambda: save_tokenizer(tokenizer, folder)):
+        with pytest.raises(Unreadable, match=r"caf\\xe9: the name is not UTF-8, .*; rename the folder"):
+            work()
+
+
+@pytest.mark.parametrize(("number", "told"), [(2**31, "the id 2,147,483,648, and"), (1, "two tokens have the same id")])
+def test_ids_that_no_vocabulary_has_are_told(number, told, tokenizer, tmp_path):
+    """The library counts up to the largest id, and writes one of two tokens with the same."""
+    save_tokenizer(tokenizer, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"]["a"] = number
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    for work in (lambda: load_tokenizer(tmp_path), lambda: tokenizers.vocabulary_of(tmp_path)):
+        with time_limit(), pytest.raises(Unreadable, match=told):
+            work()
+
+
+def test_an_added_token_does_not_take_the_id_of_another(tokenizer, tmp_path):
+    """The library gives it the number of tokens, which is one of theirs where a number was left out."""
+    save_tokenizer(tokenizer, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    del content["model"]["vocab"]["!"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    load_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"pad_token": "<pad>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(Unreadable, match="two tokens have the same id"):
+        load_tokenizer(tmp_path)

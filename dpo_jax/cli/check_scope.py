@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_jax.cli.commands import COMMANDS
-from dpo_jax.cli.config_file import ConfigError, suggest
+from dpo_jax.cli.config_file import ConfigError, is_count, suggest
 
 OPTIONS = """\
   --check                   check data, models, devices and the run directory, say what would run, and end
@@ -35,7 +35,7 @@ def scope_of(args: list[str]) -> tuple[list[str], Scope | None]:
         name, equals, value = arg.removeprefix("--check-").partition("=")
         if name not in Scope._fields or not value:
             raise ConfigError(f"{arg}: not understood; there are:\n{OPTIONS}")
-        if name == "devices" and not (value.isdecimal() and int(value)):
+        if name == "devices" and not is_count(value):
             raise ConfigError(f"{arg}: must be a number of devices")
         for command in value.split(",") if name == "after" else ():
             if command not in COMMANDS:

@@ -14,15 +14,17 @@ import functools
 import inspect
 import itertools
 import math
+import os
+import re
 import sys
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dpo_jax.cli import config_file, config_judge, config_lab, config_limits, config_report, config_study, words
 from dpo_jax.cli.config_file import ConfigError as ConfigError
-from dpo_jax.cli.config_file import types_of
+from dpo_jax.cli.config_file import is_count, types_of
 from dpo_jax.cli.config_judge import JudgeConfig
 from dpo_jax.cli.config_lab import FrontierConfig, PpoConfig
 from dpo_jax.cli.config_limits import LimitsConfig
@@ -389,10 +391,6 @@ class EvalConfig:
         yield from _not_negative(self, "samples")
 
 
-def _whole(text: str) -> bool:
-    return text.isdecimal() and int(text) > 0
-
-
 def _temperature(text: str) -> bool:
     try:
         return 0 <= float(text) < math.inf
@@ -436,7 +434,7 @@ class SampleConfig:
         yield from _not_negative(self, "temperature", "top_k")
         for field, what, good in (
             ("temperatures", "numbers of at least 0", _temperature),
-            ("best_of", "whole numbers", _whole),
+            ("best_of", "whole numbers", is_count),
         ):
             if (text := getattr(self, field)) is not None and not all(good(part.strip()) for part in text.split(",")):
                 yield field, f"must be {what}, separated by commas, got {text!r}"
@@ -506,14 +504,14 @@ class BenchConfig:
         yield from _positive(self, "rounds", "steps", "gate_steps", "groups", "torch_microbatches")
         if self.lengths is not None:
             parts = self.lengths.split("/")
-            if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+            if len(parts) != 3 or not all(is_count(part) for part in parts):
                 yield (
                     "lengths",
                     f"must be three lengths in tokens, prompt/chosen/rejected such as 400/500/500, got {self.lengths!r}",
                 )
         if self.sampling is not None:
             parts = self.sampling.split("/")
-            if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+            if len(parts) != 3 or not all(is_count(part) for part in parts):
                 yield (
                     "sampling",
                     "must be a number of prompts, the longest prompt and the new tokens of each, such as 32/64/128, got "
@@ -603,10 +601,26 @@ class Config:
         return self.sample.policy or f"{self.run.dir}/dpo/export"
 
 
+_HOME = re.compile(r"~[\w.-]*(/|\Z)")
+
+
+def at_home(config: Config) -> Config:
+    """`config` with the home folder in the place of each `~` or `~user` that a path begins with, as a shell does it."""
+
+    def expanded(section: Any) -> Any:
+        texts = {field: value for field, value in vars(section).items() if isinstance(value, str) and _HOME.match(value)}
+        return dataclasses.replace(section, **{field: os.path.expanduser(value) for field, value in texts.items()})
+
+    return dataclasses.replace(config, **{name: expanded(section) for name, section in vars(config).items()})
+
+
 def problems(config: Config) -> list[Problem]:
     """Every value out of range, as (dotted field, what is wrong)."""
     found = []
     for section, name in ((getattr(config, field.name), field.name) for field in dataclasses.fields(config)):
+        for field, value in vars(section).items():
+            if isinstance(value, str) and _HOME.match(value) and os.path.expanduser(value) == value:
+                found.append((f"{name}.{field}", f"{value}: no such home folder is known here; write the whole path"))
         numbers = [field for field in types_of(type(section)) if isinstance(getattr(section, field), float)]
         bad = [(field, "must be a finite number") for field in numbers if not math.isfinite(getattr(section, field))]
         found += [(f"{name}.{field}", message) for field, message in bad or section.check()]

@@ -98,6 +98,11 @@ def types_of(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
+def is_count(text: str) -> bool:
+    """Whether a text is a whole number above 0, of at most nine digits: an int32 holds it."""
+    return text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0
+
+
 def suggest(name: str, known: typing.Iterable[str]) -> str:
     """`; did you mean "x"?` when something similar is known, else an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
+from dpo_jax.cli.config_file import is_count
+
 METHODS = ("preferred-ft", "unlikelihood", "dpo", "ipo", "cdpo", "ppo", "ppo-gt", "best-of-n")
 
 
@@ -88,7 +90,7 @@ class FrontierConfig:
                 yield field, f"must be numbers above 0, separated by commas, got {getattr(self, field)!r}"
             elif field == "unlikelihood_alphas" and max(values) > 1:
                 yield field, f"alpha is at most 1, got {max(values)}"
-        if self.best_of and any(not part.strip().isdecimal() for part in self.best_of.split(",")):
+        if self.best_of and any(not is_count(part.strip()) for part in self.best_of.split(",")):
             yield "best_of", f"must be whole numbers, got {self.best_of!r}"
         if self.ppo_minibatches > 0 and self.ppo_batch % self.ppo_minibatches:
             yield "ppo_minibatches", f"must divide ppo_batch ({self.ppo_batch}), got {self.ppo_minibatches}"

@@ -26,6 +26,7 @@ from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, TrainState, Variables
+from dpo_jax.untrusted import check_name
 from dpo_jax.writing import write_text
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -117,6 +118,7 @@ def source_type(source: str | None) -> str:
 
 
 def _save(path: str | Path, model: Model, variables: Variables, *, dtype: str, **options: Any) -> Path:
+    check_name(path)  # the tokenizer comes after the weights
     return save_hf(path, model, variables, dtype=DTYPES[dtype], fetch=hosts.whole, write=hosts.is_first(), **options)
 
 

@@ -35,6 +35,7 @@ def parse(name: str, args: list[str]) -> Config:
     changed = _override(name, command, config, path, flags)
     kept = {field: line for field, line in lines.items() if _get(changed, field) == _get(config, field)}
     needs = tuple(section for section in command.needs if section != "data" or not _brings_its_data(name, changed))
+    changed = options.at_home(changed)
     options.check(changed, lines=kept, path=path, needs=needs)
     return changed
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from dpo_jax.cli.config import Config, ConfigError, load_config
+from dpo_jax.evals.completion_files import holds_others
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.folder import read_config
@@ -28,7 +30,7 @@ def saved_steps(checkpoints: str) -> list[int]:
     folder = Path(checkpoints)
     if "://" in checkpoints or not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isascii() and path.name.isdecimal())
 
 
 def remedy(config: Config, path: str) -> str:
@@ -68,23 +70,32 @@ def eval_reference(config: Config) -> str:
     return trained.reference or trained.policy or config.eval_reference()  # the run may have been moved since
 
 
+_TAGGED = re.compile(r"\A---\n(?:(?!---\n).*\n)*?(?:tags: *\[|[ -]*- )[\"']?dpo_jax\b")
+
+
 def refuse_foreign(folder: Path) -> None:
     """Raises `ConfigError` for a folder whose files an export would replace though no export has written them.
 
-    An export writes a model card that names this program.
+    An export writes a model card with the tag of this program, also if a person or a tool has edited the card since.
     """
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return
     card = folder / "README.md"
     try:
-        ours = folder.is_dir() and "dpo_jax" in read_text(regular(card))
+        ours = folder.is_dir() and _TAGGED.search(read_text(regular(card))) is not None
     except (OSError, Unreadable):
         ours = False
     if not ours:
         raise ConfigError(
-            f"export.out: {folder} is there already, and dpo-jax export has not written it (it would have a README.md that "
-            "names dpo_jax): choose another folder, or move it away"
+            f"export.out: {folder} is there already, and dpo-jax export has not written it (it would have a README.md "
+            "tagged dpo_jax): choose another folder, or move it away"
         )
+
+
+def refuse_other_lines(out: str | None) -> None:
+    """Raises `ConfigError` where `sample.out` would replace a file that holds no completions, or a folder."""
+    if out is not None and (Path(out).is_dir() or holds_others(Path(out))):
+        raise ConfigError(f"sample.out: {out} is there already, and dpo-jax sample has not written it: choose another file")
 
 
 def check_fit(config: Config, decoder: DecoderConfig, path: str, *, expected: bool = False) -> None:

@@ -311,7 +311,8 @@ def judged_files(check: Check) -> None:
 
 
 def prompts(check: Check) -> None:
-    """What `sample` completes."""
+    """What `sample` completes, and where it writes."""
+    model_folders.refuse_other_lines(check.config.sample.out)
     if check.config.sample.prompts_file is None:
         data("test")(check)
     else:

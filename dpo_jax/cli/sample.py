@@ -12,6 +12,7 @@ import numpy as np
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.model_folders import refuse_other_lines
 from dpo_jax.cli.ppo import learned_reward
 from dpo_jax.cli.prompts import ARTICLE_CUE, Prompt, held_out_prompts, is_chat, prompts_of_file
 from dpo_jax.data.display import shown_prompt
@@ -26,6 +27,7 @@ from dpo_jax.writing import write_text
 
 def run(config: Config) -> int:
     section = config.sample
+    refuse_other_lines(section.out)
     path = config.sample_policy()
     tokenizer = build.tokenizer_of(config, model_path=path, name="sample.policy")
     given = _prompts(config, path, tokenizer)

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dpo_jax.models.folder import refuse_adapter
-from dpo_jax.untrusted import LIMITS, Unreadable, read_object, reading
+from dpo_jax.untrusted import LIMITS, Unreadable, check_name, read_object, reading
 from dpo_jax.writing import naming, write_text
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.j
 _AGAIN = "save or fetch it again"
 
 LONGEST_WORD = 1000  # characters
+LARGEST_ID = 10_000_000
 _LONG = re.compile(rf"(?<!\S)\S{{{LONGEST_WORD}}}|(?<!\s)\s{{{LONGEST_WORD}}}")  # a word is longer only in such a run
 
 
@@ -73,13 +75,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     with damaged files.
     """
     from transformers import PreTrainedTokenizerFast
+    from transformers.utils.hub import cached_file
 
+    check_name(path)
     settings = check_files(Path(path)) if Path(path).is_dir() else {}
     # A tokenizer with code of its own, or in an older form, may be sound and yet nothing for this package.
     damaged = (Path(path) / "tokenizer.json").is_file() and "auto_map" not in settings
     where = f"no tokenizer could be loaded from {str(path)!r}"
     with reading(where, remedy=_AGAIN if damaged else "", error=Unreadable if damaged else ValueError):
-        tokenizer = _class_of(settings).from_pretrained(str(path), trust_remote_code=False)
+        file = cached_file(str(path), "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+        written = None if file is None else _read(file)
+        tokenizer = _as_written(_class_of(settings).from_pretrained(str(path), trust_remote_code=False), written, path)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{str(path)!r} has a {type(tokenizer).__name__}, but a tokenizer.json (a fast tokenizer) is needed")
     with reading(where, remedy=_AGAIN):
@@ -87,8 +93,48 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _as_written(tokenizer: Any, written: Tokenizer | None, path: str | Path) -> Any:
+    """`tokenizer`, or where its class splits text in another way than `tokenizer.json` says, one that does as it says.
+
+    Classes of transformers 5 (those of Llama and Qwen2, say) put in their own normalizer and pre-tokenizer, though a model was
+    trained with those of the file; and what they put in is another one once the tokenizer was saved. Of the class remain the
+    special tokens that no file names, such as the EOS of GPT-2.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if written is None or type(tokenizer) is PreTrainedTokenizerFast or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer
+    if _splitting(tokenizer.backend_tokenizer) == _splitting(written):
+        return tokenizer
+    named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    known: dict[str, Any] = {name: token for name, token in named.items() if written.token_to_id(token) is not None}
+    return PreTrainedTokenizerFast.from_pretrained(str(path), **known)
+
+
+def _read(file: str) -> Tokenizer:
+    """A `tokenizer.json`. Raises where two tokens have one id, and for an id to which the library would count for minutes."""
+    tokenizer = Tokenizer.from_file(file)
+    vocabulary = tokenizer.get_vocab()
+    if vocabulary and (largest := max(vocabulary.values())) > LARGEST_ID:
+        raise ValueError(f"a token has the id {largest:,}, and {LARGEST_ID:,} is the largest")
+    _check_distinct(vocabulary)
+    return tokenizer
+
+
+def _check_distinct(vocabulary: Mapping[str, int]) -> None:
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise ValueError("two tokens have the same id")
+
+
+def _splitting(tokenizer: Tokenizer) -> dict[str, Any]:
+    """All of a tokenizer that decides which tokens a text has, special tokens aside, and which text tokens have."""
+    content = json.loads(tokenizer.to_str())
+    return {part: content[part] for part in ("model", "normalizer", "pre_tokenizer", "decoder")}
+
+
 def _try(tokenizer: PreTrainedTokenizerFast) -> None:
     """Raises where a tokenizer does not do what everything behind `load_tokenizer` takes for granted."""
+    _check_distinct(tokenizer.get_vocab())  # added tokens are numbered from the number of tokens on, whatever ids these have
     for special in (True, False):
         tokenizer.decode(tokenizer("Hello, world", add_special_tokens=special)["input_ids"])
     if not all(isinstance(token, str) for token in special_tokens(tokenizer)):
@@ -99,18 +145,30 @@ def _try(tokenizer: PreTrainedTokenizerFast) -> None:
             raise ValueError(f"{name} {str(token)[:80]!r} is not in the vocabulary")
     template: Any = tokenizer.chat_template
     texts = template.values() if isinstance(template, dict) else [] if template is None else [template]
-    if not all(isinstance(text, str) for text in texts):
+    if template == {} or not all(isinstance(text, str) for text in texts):
         raise ValueError("the chat template is no text")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
     """Write the tokenizer's files, so that transformers 4 and 5 load them alike: special tokens and chat template included.
 
-    transformers 5 names a class that version 4 does not have, and writes a list where version 4 expects an object.
+    transformers 5 names a class that version 4 does not have, and writes a list where version 4 expects an object. Raises
+    `Unreadable` for a folder whose name is not UTF-8.
     """
+    check_name(folder)
+    folder = Path(folder)
     with naming(folder):
-        tokenizer.save_pretrained(folder)
-    file = Path(folder) / "tokenizer_config.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        # The library would follow links, and wait for the reader of a pipe.
+        with tempfile.TemporaryDirectory(prefix=".tokenizer.", dir=folder) as beside:
+            new = Path(beside)
+            tokenizer.save_pretrained(new)
+            _for_every_version(new / "tokenizer_config.json")
+            for file in sorted(new.iterdir()):
+                os.replace(file, folder / file.name)
+
+
+def _for_every_version(file: Path) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     if content.get("tokenizer_class") == "TokenizersBackend":
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -162,14 +220,18 @@ def check_files(folder: Path) -> dict[str, Any]:
     for file in files:
         LIMITS.check("file_mb", file.stat().st_size, file, what="bytes")
     settings = {file.name: read_object(file, remedy=_AGAIN) for file in files if file.name in _SETTINGS}
+    for name, content in settings.items():
+        with reading(folder / name, remedy=_AGAIN):  # half a surrogate pair, which is not UTF-8, could not be saved again
+            json.dumps(content, ensure_ascii=False).encode()
     return settings.get("tokenizer_config.json", {})
 
 
 def vocabulary_of(folder: Path) -> Mapping[str, int]:
     """Ids by token of a folder's `tokenizer.json`. Raises `Unreadable`."""
     file = folder / "tokenizer.json"
+    check_name(file)
     with reading(file, remedy=_AGAIN):
-        return Tokenizer.from_file(str(file)).get_vocab()
+        return _read(str(file)).get_vocab()
 
 
 def _class_of(settings: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from dpo_jax.data.columns import number, text
 from dpo_jax.data.files import read_rows
 from dpo_jax.data.pairs import HH_ASSISTANT, MAX_CHARACTERS, BadRow, Cause, DataError, DataReport
+from dpo_jax.untrusted import LongLine, Unreadable, lines_of, parse_object
 
 REMEDIES = {  # of what `dpo-jax sample` may write, too
     Cause.NO_PROMPT: "leave the row out: nobody can judge an answer to nothing",
@@ -57,3 +58,15 @@ def without_cue(prompt: str) -> str:
     for cue in CUES:
         prompt = prompt.removesuffix(cue)
     return prompt.strip()
+
+
+def holds_others(path: Path) -> bool:
+    """Whether `path` is a file with something else than completions: what must not be replaced by them."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        first = next(lines_of(file))
+    try:
+        return isinstance(first, LongLine) or "completion" not in parse_object(first, path)
+    except Unreadable:
+        return True

@@ -37,7 +37,7 @@ from etils import epath  # comes with orbax; pathlib that also reads gs://
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.seal import check_seal, digest, is_remote, is_sealed, write_seal, write_whole
 from dpo_jax.types import Array
-from dpo_jax.untrusted import parse_object
+from dpo_jax.untrusted import check_name, parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -73,17 +73,21 @@ class CheckpointWriteError(OSError):
         return self.args[0]
 
 
+def _steps_in(folder: epath.Path) -> list[int]:
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return [int(name) for name in names if name.isascii() and name.isdecimal()]
+
+
 def has_steps(directory: str | os.PathLike[str]) -> bool:
     """Whether anything was saved to `directory`, of whatever kind and state."""
     folder = epath.Path(directory)
-    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
+    return bool(_steps_in(folder))
 
 
 def newest_meta(directory: str | os.PathLike[str]) -> tuple[int, dict[str, Any]] | None:
     """(step, meta) of the newest checkpoint, read without its arrays: for a quick look. None if there is none that is whole."""
     folder = epath.Path(directory)
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
-    for step in sorted(steps, reverse=True):
+    for step in sorted(_steps_in(folder), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             record = parse_object((folder / str(step) / "record" / "metadata").read_bytes(), f"checkpoint {step}")
             if record["format"] == FORMAT and record["digest"] == _digest_of(record):
@@ -110,6 +114,7 @@ class Checkpoints:
         self._unsealed: int | None = None
         if not is_remote(directory):
             self.directory = self.directory.resolve()  # orbax refuses relative paths
+            check_name(self.directory)  # or every step would seem damaged
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
