@@ -378,7 +378,6 @@ def test_gpu_configuration(path):
     assert one.refs.fits
     assert one.step.unknown_loops == 0
     assert one.step.logits_tokens <= CHUNK
-    assert one.step.compile_seconds + one.refs.compile_seconds < 60
     assert bool(one.step.collectives) == (chips > 1)
     # What the formula says; on top a forward pass more, scores that nobody sees, and rows that are not full.
     linear = 3 * one.pairs * (one.flops_per_pair.trunk + one.flops_per_pair.head)
