@@ -41,7 +41,9 @@ def written_log(path, settings=None):
         pytest.param(lambda lines: [*lines[:2], lines[2].replace(b'd": "a"', b'd": "c"'), *lines[3:]], "b", 1, 1, id="key"),
         pytest.param(lambda lines: [*lines[:2], b"\xff\0" + lines[2], *lines[3:]], "b", 1, 1, id="bytes"),
         pytest.param(lambda lines: [*lines[:2], *lines[3:]], "b", 0, 1, id="removed"),
-        pytest.param(lambda lines: [*lines[:3], lines[2], *lines[3:]], "ab", 1, 0, id="twice"),
+        pytest.param(
+            lambda lines: [*lines[:3], lines[2], *lines[3:]], "ab", 1, 1, id="twice"
+        ),  # of two processes, both have paid
         pytest.param(lambda lines: [lines[i] for i in (0, 4, 3, 2, 1, 5)], "ab", 0, 0, id="another order"),
         pytest.param(lambda lines: [*lines[:4], lines[4][:20] + b"\n" + lines[4][20:], lines[5]], "a", 2, 1, id="split"),
         pytest.param(lambda lines: [*lines[:2], lines[2][:-1] + lines[3], *lines[4:]], "b", 1, 2, id="joined"),

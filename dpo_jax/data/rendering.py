@@ -75,7 +75,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         running = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
-        if left:
+        if left or every:  # one that has just rung, and that the kernel has not started again yet, has nothing left
             signal.setitimer(signal.ITIMER_REAL, max(1e-6, left - (time.monotonic() - start)), every)
 
 
