@@ -30,6 +30,7 @@ ARRAY = json.dumps([ROWS["trl"]] * 2, indent=1).encode()
         ("train.json.gz", gzip.compress(ARRAY)[:12], "bad_gzip"),
         ("train.jsonl", lines(ROWS["trl"]).decode().encode("utf-16"), "invalid_utf8: UTF-16; save it as UTF-8"),
     ],
+    ids=["array", "array in gzip", "object over lines", "cut gzip", "UTF-16"],
 )
 def test_a_file_of_another_layout_says_which(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
