@@ -378,7 +378,7 @@ def test_figures_show_names_and_set_no_formulas(tmp_path):
         pairs = [Pair(f"{name}:1", name, None, "p", "a", "b") for name in some]
         points = win_rates(pairs, ["won"] * len(pairs))
         file = plot_win_rates(points, tmp_path / "win_rates.svg", x=some[0], baseline=some[-1])
-        ElementTree.parse(file)
+        assert ElementTree.parse(file).getroot().tag.endswith("}svg")
 
 
 # The real path: a policy that writes any byte, judged and studied

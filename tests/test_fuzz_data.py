@@ -115,11 +115,12 @@ def parquet(*rows, **columns):
 
 def test_parquet_is_read_to_its_end_or_refused(tmp_path):
     for format in ("trl", "stack_exchange"):
-        good = parquet(*[ROWS[format]] * 3)
+        good, refused = parquet(*[ROWS[format]] * 3), 0
         for mutant in mutations(good, count=mutants(100)):
             (tmp_path / "train.parquet").write_bytes(mutant)
             read(tmp_path, format)
-            outcome(lambda: declared_rows(str(tmp_path), "train"), names="train.parquet")
+            refused += isinstance(outcome(lambda: declared_rows(str(tmp_path), "train"), names="train.parquet"), Exception)
+        assert refused > 10
 
 
 @pytest.mark.parametrize("format", ROWS)
