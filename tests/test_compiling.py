@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dpo_jax.runtime.compiling import COMPILED, keep_programs
+from dpo_jax.runtime.compiling import COMPILED, keep_programs, without_kept_programs
 
 CONFIG = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -48,3 +48,14 @@ def test_what_the_compiler_has_freed_goes_back_to_the_system(kept_programs):
 
 def _resident() -> float:
     return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) * 1024
+
+
+def test_programs_for_other_chips_are_not_kept(kept_programs, tmp_path):
+    def compiled(number):
+        jax.jit(lambda x: x * number + 7).lower(jnp.ones(3)).compile()
+        return len(list((tmp_path / "compiled").glob("*-cache")))
+
+    before = compiled(3.5)
+    with without_kept_programs():
+        assert compiled(4.5) == before
+    assert compiled(5.5) == before + 1 > 1

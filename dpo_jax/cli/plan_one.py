@@ -18,6 +18,7 @@ from dpo_jax.models.flops import PairFlops, pair_flops
 from dpo_jax.models.logical_axes import whole_heads
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime.chips import host_devices, slice_devices, slice_of
+from dpo_jax.runtime.compiling import without_kept_programs
 from dpo_jax.runtime.mesh import MeshError, make_mesh, row_shards
 from dpo_jax.runtime.plan import Program, Work, plan_map, plan_step
 from dpo_jax.runtime.progress import reported
@@ -73,12 +74,12 @@ def plan(config: Config, topology: str, *, refs: bool = False) -> Plan:
         step = functools.partial(dpo_step, model=model, tx=tx, loss=build.make_loss(section), microbatches=section.microbatches)
         where: dict[str, Any] = {"model": model, "mesh": mesh, "chip": chip, "units": whole_heads(model.config)}
         where["host_devices"] = host_devices(topology)
-        with reported(f"compiling the step for {topology}", brief=True):
+        with reported(f"compiling the step for {topology}", brief=True), without_kept_programs():
             program = plan_step(step, functools.partial(init_state, tx=tx), work=work, **where)
         forward = None
         if refs:
             batch = _work(config, flops, batch=config.refs.batch, parts=shards, microbatches=1)
-            with reported(f"compiling the reference pass for {topology}", brief=True):
+            with reported(f"compiling the reference pass for {topology}", brief=True), without_kept_programs():
                 forward = plan_map(functools.partial(reference_logps, model), work=batch, **where)
     except MeshError as error:
         raise ConfigError(f"mesh: {error}") from error

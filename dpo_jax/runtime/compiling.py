@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
+from collections.abc import Iterator
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from dpo_jax.runtime.progress import BOARD
 
@@ -28,6 +31,19 @@ def keep_programs(folder: str | os.PathLike[str]) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     report_compiling()
     _return_memory()
+
+
+@contextlib.contextmanager
+def without_kept_programs() -> Iterator[None]:
+    """Compiles anew, and keeps nothing: JAX cannot read a program for a chip that is not here back from its cache."""
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX asks once whether there is a cache, and remembers the answer
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 @functools.cache  # a listener stays, and one is enough
