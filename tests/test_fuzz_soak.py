@@ -1,4 +1,4 @@
-"""The long fuzz run: every reader of untrusted input, with many more mutations (`-m soak`, a quarter of an hour)."""
+"""The long fuzz run: every reader of untrusted input, with many more mutations (`-m soak`)."""
 
 import os
 import subprocess
