@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from dpo_jax.runtime.compiling import COMPILED, keep_programs, without_kept_programs
 
@@ -16,10 +17,12 @@ CONFIG = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_se
 @pytest.fixture
 def kept_programs(tmp_path):
     before = {option: getattr(jax.config, option) for option in CONFIG}
+    jax.jit(lambda x: x - 1).lower(jnp.ones(3)).compile()  # JAX has asked whether there is a cache: there was none
     keep_programs(tmp_path / "compiled")
     yield
     for option, value in before.items():
         jax.config.update(option, value)
+    compilation_cache.reset_cache()
 
 
 def test_jax_says_when_a_program_is_compiled():

@@ -29,6 +29,7 @@ def keep_programs(folder: str | os.PathLike[str]) -> None:
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.abspath(folder)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()  # JAX asks once whether there is a cache, and remembers the answer
     report_compiling()
     _return_memory()
 
@@ -39,7 +40,7 @@ def without_kept_programs() -> Iterator[None]:
     before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     try:
         jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # JAX asks once whether there is a cache, and remembers the answer
+        compilation_cache.reset_cache()
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
