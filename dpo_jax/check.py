@@ -7,6 +7,7 @@ host: each tests the devices that it sees.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dpo_jax.checks.report import Report, Row
 
+GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+UNTUNED = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+"""To time every way of multiplying takes XLA minutes, and these rows are about numbers. `--bench` lets it."""
 GPU_MEMORY = "0.92"  # the share that JAX takes; its default of 0.75 leaves a fourth of a large card unused
 EXIT_CODES = """\
 exit codes: 0 all rows passed; 1 a row failed; 2 wrong flag; 74 the JSON file cannot be written; 130 interrupted"""
@@ -44,6 +48,8 @@ def main(args: list[str] | None = None, *, prog: str = "python -m dpo_jax.check"
     if asked.profile is not None and asked.profile.is_dir() and any(asked.profile.iterdir()):
         flags.error(f"--profile {asked.profile}: the folder is not empty")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)
+    if not (asked.bench or asked.profile) and any(map(importlib.util.find_spec, GPU_PLUGINS)):
+        os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), UNTUNED]))
     from dpo_jax.checks.report import Report
 
     try:

@@ -14,10 +14,10 @@ import numpy as np
 from dpo_jax.models.axes import parts_of
 from dpo_jax.types import ROW_AXES, Array, Model, Rows, Variables
 
-CHUNK = 1024  # scored tokens of a device per pass through the head; bounds its logits in memory to CHUNK x V
+CHUNK = 1024  # scored tokens of a device per pass through the head, at least; see `token_logps`
 
 
-def completion_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int = CHUNK) -> jax.Array:
+def completion_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int | None = None) -> jax.Array:
     """log pi(y|x) of each completion of each pair: float32[P, 2], in nats, summed over its tokens, chosen first.
 
     Of rankings: float32[P, K], best first. Differentiable in `variables`; pure, so jit it.
@@ -44,7 +44,7 @@ def slots_to_pairs(values: Array, rows: Rows) -> jax.Array:
     return jnp.take_along_axis(in_row, rows.pairs.reshape(len(in_row), -1), axis=1).reshape(-1, 2)
 
 
-def sequence_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int = CHUNK) -> jax.Array:
+def sequence_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int | None = None) -> jax.Array:
     """Summed log-probability of every completion slot: float32[R * slots], in nats. A slot without tokens has 0.
 
     >>> texts = completion_rows([(pair.prompt, pair.chosen) for pair in encoded], length=64)
@@ -92,13 +92,16 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 
 def token_logps(
-    model: Model, variables: Variables, hidden: Array, target: Array, *, used: Array | None = None, chunk: int = CHUNK
+    model: Model, variables: Variables, hidden: Array, target: Array, *, used: Array | None = None, chunk: int | None = None
 ) -> jax.Array:
     """log-probability of `target[R, S]` given `hidden[R, S, D]`: float32[R, S]. Where `used[R, S]` is false, it means nothing.
 
     The head runs over at most `chunk` positions of each device at a time: first those that are used, and on one device no chunk
-    in which none is. With several chunks the backward pass computes the logits again instead of keeping them: no buffer of all
-    positions times the vocabulary exists in either direction.
+    in which none is. By default these are `CHUNK`, or D where that is more: each pass reads the head's weights and adds to their
+    gradient, V x D numbers, and so does most of its work on its chunk x V logits.
+
+    With several chunks the backward pass computes the logits again instead of keeping them: no buffer of all positions times
+    the vocabulary exists in either direction.
     """
 
     def score(hidden: jax.Array, target: jax.Array) -> jax.Array:
@@ -107,6 +110,7 @@ def token_logps(
         picked = jnp.take_along_axis(logits, target[:, :, None], axis=-1)[:, :, 0]
         return picked - jax.nn.logsumexp(logits, axis=-1)
 
+    chunk = chunk or head_chunk(hidden.shape[-1])
     rows, scored = target.shape
     parts = math.gcd(rows, parts_of(ROW_AXES))  # each device sorts its own
     each = rows // parts * scored
@@ -133,6 +137,11 @@ def token_logps(
     logps = jnp.moveaxis(jax.lax.map(lambda chunk: score_chunk(*chunk), chunks), 0, 1)
     logps = logps.reshape(parts, count * width)[:, :each]
     return jnp.take_along_axis(logps, jnp.argsort(order, axis=1), axis=1).reshape(rows, scored)
+
+
+def head_chunk(width: int) -> int:
+    """Scored tokens of a device per pass through the head, where nobody says otherwise. `width` is D."""
+    return max(CHUNK, width)
 
 
 def _where_used(score: Callable[..., jax.Array], *example: jax.Array) -> Callable[..., jax.Array]:

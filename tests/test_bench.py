@@ -99,6 +99,17 @@ def rungs(work):
             jax.config.update(option, value)
 
 
+def test_random_lengths_are_spread_around_their_means_where_they_may():
+    even, spread = (random_pairs(500, lengths=(40, 20, 10), vocab_size=9, seed=0, vary=vary) for vary in (False, True))
+    assert {(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in even} == {(40, 20, 10)}
+    for side, mean in (("prompt", 40), ("chosen", 20), ("rejected", 10)):
+        lengths = np.array([len(getattr(pair, side)) for pair in spread])
+        assert abs(lengths.mean() / mean - 1) < 0.1
+        assert lengths.min() >= 1
+        assert 2 * mean < lengths.max() <= 4 * mean
+    assert all(pair.chosen[-1] == 0 and (pair.chosen[:-1] > 0).all() for pair in spread)
+
+
 def test_work_survives_the_disk(work):
     again = read_work(work[0].folder)
     assert again == work[0]

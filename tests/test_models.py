@@ -229,6 +229,36 @@ def test_remat_gives_the_same_gradient_in_less_memory():
         make_model(model.config, remat="some")
 
 
+def _rounded_outside_of_layers(function, *arguments):
+    """How many stacks of matrices [layers, A, B] a function rounds to bfloat16, not counting what its loops do."""
+    equations = [one for one in jax.make_jaxpr(function)(*arguments).eqns if one.primitive.name == "convert_element_type"]
+    return sum(one.outvars[0].aval.dtype == jnp.bfloat16 and one.outvars[0].aval.ndim == 3 for one in equations)
+
+
+@pytest.mark.parametrize("case", ["gpt_neox", "gemma3_text"])
+def test_kernels_are_rounded_once_without_remat(case):
+    """In bfloat16: outside of the scan over layers, where otherwise each layer rounds its own. The gradients are the same."""
+    exact, variables, tokens, _ = golden(case)
+    rows, found = text_rows(tokens), {}
+    for remat in ("none", "save_attention"):
+        model = make_model(exact.config, dtype=jnp.bfloat16, remat=remat)
+
+        def total(variables, model=model):
+            return (model.forward(variables, rows).astype(jnp.float32) ** 2).mean()
+
+        found[remat] = jax.jit(jax.grad(total))(variables)["params"], _rounded_outside_of_layers(total, variables)
+    kernels = [
+        path for path, _ in jax.tree_util.tree_leaves_with_path(variables["params"]["layers"]) if path[-1].key == "kernel"
+    ]
+    assert found["none"][1] - found["save_attention"][1] == len(kernels)  # the others are angles and the like
+    layers = found["none"][0]["layers"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(layers):
+        assert leaf.dtype == jnp.float32
+        assert path[-1].key != "kernel" or np.array_equal(leaf, leaf.astype(jnp.bfloat16).astype(jnp.float32))
+    for ours, expected in zip(jax.tree.leaves(found["none"][0]), jax.tree.leaves(found["save_attention"][0]), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=0.02 * float(abs(expected).max()))
+
+
 def test_bfloat16_compute_stays_close_and_keeps_float32_logits():
     model, variables, tokens, expected = golden("qwen3")
     logits = logits_of(make_model(model.config, dtype=jnp.bfloat16), variables, text_rows(tokens))

@@ -25,7 +25,7 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import shared_rows
 from dpo_jax.dpo import dpo_step
 from dpo_jax.extras import install_command
-from dpo_jax.logps import CHUNK, completion_logps
+from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
@@ -396,7 +396,7 @@ def test_pod(path):
     assert one.step.fits
     assert one.refs.fits
     assert one.step.unknown_loops == 0
-    assert one.step.logits_tokens <= CHUNK
+    assert one.step.logits_tokens <= one.step.head_chunk
     forward_kernels = 2 if config.model.remat == "full" else 1
     assert one.step.kernels == (forward_kernels + 2) * config.model.layers * one.microbatches
     # Weights gathered and gradients summed in the notations that XLA has for it; nothing that only another mesh would need.

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout, examples_to_rows, plain_rows, ranking_rows
 from dpo_jax.dpo import dpo_step, preference_metrics
-from dpo_jax.logps import CHUNK, completion_lengths, completion_logps, sequence_logps, token_logps
+from dpo_jax.logps import CHUNK, completion_lengths, completion_logps, head_chunk, sequence_logps, token_logps
 from dpo_jax.losses import dpo_loss, ipo_loss, plackett_luce_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
@@ -218,6 +218,15 @@ def test_no_buffer_holds_the_logits_of_all_tokens():
     chunks = 2 * scored // CHUNK
     assert (chunks, vocabulary, width) not in [lengths for _, lengths in shapes(compiled.as_text())]  # nor the head for each
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4 * CHUNK * vocabulary
+
+
+def test_a_wide_head_takes_more_positions_at_a_time():
+    assert (head_chunk(64), head_chunk(4096)) == (CHUNK, 4096)
+    head = Model(init=None, forward=None, unembed=lambda table, hidden: hidden @ table.T)
+    arguments = [((500, 2048), jnp.float32), ((1, 4096, 2048), jnp.float32), ((1, 4096), jnp.int32)]
+    shapes_of = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arguments]
+    program = str(jax.make_jaxpr(functools.partial(token_logps, head))(*shapes_of))
+    assert "f32[2,1,2048,2048]" in program  # two chunks, one device, as many positions as numbers in each
 
 
 def test_chunks_without_a_used_position_are_not_computed():

@@ -25,6 +25,7 @@ from dpo_jax.data.loader import plan_layout
 from dpo_jax.models import flash_kernels
 from dpo_jax.models.attention_gpu import flash_path
 from dpo_jax.models.flash_kernels import BLOCK, Settings, Spans, Tiles, tiles_of
+from dpo_jax.writing import write_text
 
 PRODUCTS = {"forward": 2, "d_queries": 3, "d_keys": 4}  # of [tile, head] and [tile, tile], for each pair of tiles
 CALLS = 20  # in a row, so that the host is never waited for
@@ -67,8 +68,12 @@ def main(args: list[str]) -> int:
     )
     flags.add_argument("--seconds", type=float, default=300.0, metavar="N", help="stop after about this time (default: 300)")
     flags.add_argument("--shapes", default="", metavar="TEXT", help="only shapes whose name contains this")
+    flags.add_argument("--kernels", default=",".join(PRODUCTS), metavar="NAME,...", help="only these (default: %(default)s)")
     flags.add_argument("--json", default="kernel_tiles.json", metavar="PATH", help="where to write all figures")
     asked = flags.parse_args(args)
+    kernels = asked.kernels.split(",")
+    if not {*kernels} <= {*PRODUCTS}:
+        flags.error(f"--kernels {asked.kernels}: choose from {', '.join(PRODUCTS)}")
     shapes = [shape for shape in SHAPES if asked.shapes in shape.name]
     if not shapes:
         flags.error(f"--shapes {asked.shapes}: choose part of {', '.join(shape.name for shape in SHAPES)}")
@@ -76,12 +81,11 @@ def main(args: list[str]) -> int:
         flags.error("these kernels are for GPUs, and JAX sees none here")
     deadline, found = time.perf_counter() + asked.seconds, []
     for shape in shapes:
-        for kernel, tiles, seconds, share in measure(shape, deadline=deadline):
+        for kernel, tiles, seconds, share in measure(shape, kernels, deadline=deadline):
             found.append({"shape": shape.name, "kernel": kernel, **tiles._asdict(), "seconds": seconds, "tflops": share})
             chosen = " ".join(f"{name}={value}" for name, value in tiles._asdict().items())
             print(f"{shape.name:28} {kernel:10} {chosen:36} {_told(seconds, share)}", flush=True)
-            with open(asked.json, "w") as file:
-                json.dump(found, file)
+            write_text(asked.json, json.dumps(found))
     return 0
 
 
@@ -89,7 +93,7 @@ def _told(seconds: float | str, rate: float | None) -> str:
     return seconds if isinstance(seconds, str) else f"{seconds * 1e6:8.1f} us  {(rate or 0) / 1e12:6.1f} TFLOP/s"
 
 
-def measure(shape: Shape, *, deadline: float) -> Iterator[tuple[str, Tiles, float | str, float | None]]:
+def measure(shape: Shape, kernels: list[str], *, deadline: float) -> Iterator[tuple[str, Tiles, float | str, float | None]]:
     """(kernel, tiles, seconds or why there are none, FLOP/s of the blocks that 64 x 64 tiles visit)."""
     spans = _spans(shape)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -108,7 +112,8 @@ def measure(shape: Shape, *, deadline: float) -> Iterator[tuple[str, Tiles, floa
         "d_keys": lambda tiles: functools.partial(flash_kernels.d_keys, **back, tiles=tiles),
     }
     visits = int(np.asarray(spans.key_last - spans.key_first).clip(0).sum())
-    for kernel, make in work.items():
+    for kernel in kernels:
+        make = work[kernel]
         flops = PRODUCTS[kernel] * 2.0 * visits * BLOCK * BLOCK * shape.head_size * shape.heads
         expected = None
         for tiles in choices(kernel, shape.head_size):
@@ -155,7 +160,9 @@ def _spans(shape: Shape) -> Spans:
     else:
         start = np.zeros((shape.rows, shape.length), np.int32)
         end = np.broadcast_to(np.arange(1, shape.length + 1, dtype=np.int32), start.shape)
-    prepared = flash_path().prepare(jnp.asarray(start), jnp.asarray(end), (None,))
+    prepare = flash_path().prepare
+    assert prepare is not None
+    prepared = prepare(jnp.asarray(start), jnp.asarray(end), (None,))
     return jax.tree.map(lambda x: x[0], prepared.spans)
 
 

@@ -160,8 +160,15 @@ def by_length(work: Work, pairs: Sequence[Encoded]) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(pairs), size)]
 
 
-def random_pairs(count: int, *, lengths: tuple[int, int, int], vocab_size: int, seed: int) -> list[Encoded]:
-    """Pairs of random tokens, all of the given (prompt, chosen, rejected) lengths. Completions end in EOS, which is token 0."""
+LONGEST = 4  # times the mean: of lengths that vary
+
+
+def random_pairs(count: int, *, lengths: tuple[int, int, int], vocab_size: int, seed: int, vary: bool = False) -> list[Encoded]:
+    """Pairs of random tokens of the given (prompt, chosen, rejected) lengths. Completions end in EOS, which is token 0.
+
+    `vary`: the lengths are means. They are gamma distributed with shape 2, as those of Anthropic HH roughly are, and at most
+    `LONGEST` times the mean.
+    """
     rng = np.random.default_rng(seed)
 
     def tokens(length: int) -> np.ndarray:
@@ -170,8 +177,12 @@ def random_pairs(count: int, *, lengths: tuple[int, int, int], vocab_size: int, 
     def completion(length: int) -> np.ndarray:
         return np.append(tokens(length - 1), np.int32(0))
 
-    prompt, chosen, rejected = lengths
-    return [Encoded(tokens(prompt), completion(chosen), completion(rejected), uid=f"random {i}") for i in range(count)]
+    means = np.array(lengths)
+    sizes = np.clip(rng.gamma(2.0, means / 2, (count, 3)), 1, LONGEST * means) if vary else np.tile(means, (count, 1))
+    return [
+        Encoded(tokens(prompt), completion(chosen), completion(rejected), uid=f"random {i}")
+        for i, (prompt, chosen, rejected) in enumerate(sizes.astype(int).tolist())
+    ]
 
 
 def peak_memory() -> int:

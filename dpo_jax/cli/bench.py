@@ -22,6 +22,7 @@ from dpo_jax.bench import race, report, sampling_race
 from dpo_jax.bench.flops import typical_matmuls
 from dpo_jax.bench.profile import slowest_operations
 from dpo_jax.bench.work import (
+    LONGEST,
     OURS,
     SamplingWork,
     Work,
@@ -143,9 +144,11 @@ def _random(config: Config, count: int) -> tuple[list[Encoded], Model]:
     """Random pairs of `bench.lengths`, and a model for them."""
     assert config.bench.lengths is not None
     prompt, chosen, rejected = (int(part) for part in config.bench.lengths.split("/"))
-    model = _model_for_random(config, option="bench.lengths", longest=prompt + max(chosen, rejected))
+    vary = config.bench.lengths_vary
+    longest = (LONGEST if vary else 1) * (prompt + max(chosen, rejected))
+    model = _model_for_random(config, option="bench.lengths", longest=longest)
     lengths, vocab_size = (prompt, chosen, rejected), model.config.vocab_size
-    return random_pairs(count, lengths=lengths, vocab_size=vocab_size, seed=config.run.seed), model
+    return random_pairs(count, lengths=lengths, vocab_size=vocab_size, seed=config.run.seed, vary=vary), model
 
 
 def _model_for_random(config: Config, *, option: str, longest: int) -> Model:

@@ -481,6 +481,8 @@ class BenchConfig:
     """Only these, separated by commas: torch-live, torch-cached, trl, trl-best, jax-live ... jax-attention; none: all."""
     lengths: str | None = None
     """Random tokens of exactly PROMPT/CHOSEN/REJECTED length, such as 400/500/500, instead of data; none: the train split."""
+    lengths_vary: bool = False
+    """Lengths are spread around bench.lengths, their means (gamma distributed, as in Anthropic HH), up to four times as long."""
     rounds: int = 3
     """How often all contenders run. The first round also gives the loss curves and fills the compilation caches."""
     steps: int = 4
@@ -509,6 +511,8 @@ class BenchConfig:
                     "lengths",
                     f"must be three lengths in tokens, prompt/chosen/rejected such as 400/500/500, got {self.lengths!r}",
                 )
+        if self.lengths_vary and self.lengths is None:
+            yield "lengths_vary", "spreads bench.lengths, which is not given; data has lengths of its own"
         if self.sampling is not None:
             parts = self.sampling.split("/")
             if len(parts) != 3 or not all(is_count(part) for part in parts):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dpo_jax.cli.plan_one import Plan
-from dpo_jax.logps import CHUNK
 from dpo_jax.runtime.chips import Chip
 from dpo_jax.runtime.plan import HEADROOM
 
@@ -48,7 +47,7 @@ def _program_lines(one: Plan, chip: Chip) -> dict[str, str]:
         lines[kind] = f"{count:,.0f} a step of {held:.2f} GB in all, {sent:.2f} GB sent by a device{across}"
     if step.unknown_loops:
         lines["loops"] = f"{step.unknown_loops} say nowhere how often they run; what is in them counts once"
-    whole = f": MORE THAN {CHUNK:,} AT ONCE" if step.logits_tokens > CHUNK else ""
+    whole = f": MORE THAN {step.head_chunk:,} AT ONCE" if step.logits_tokens > step.head_chunk else ""
     lines["logits"] = (
         f"largest buffer {step.logits_tokens:,} tokens x vocabulary; a device scores {step.scored_tokens:,} at a time{whole}"
     )

@@ -92,7 +92,9 @@ def _flash(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, settings: Set
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, settings: Settings) -> tuple[jax.Array, Any]:
-    # What the backward pass needs of the kernel is named; see `decoder.REMAT`.
+    # What the backward pass needs of the kernel is named; see `decoder.REMAT`. Rotated queries and keys take the place of the
+    # projections that they were made from, and are not made again.
+    q, k, v = (checkpoint_name(x, "kernel") for x in (q, k, v))
     out, log_mass = (checkpoint_name(x, "kernel") for x in flash_kernels.forward(q, k, v, spans, settings))
     return out, (q, k, v, spans, out, log_mass)
 

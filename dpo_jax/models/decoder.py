@@ -337,6 +337,21 @@ def _windows(c: DecoderConfig) -> list[int | None]:
     return list(dict.fromkeys(c.windows)) or [None]
 
 
+def _round_kernels(variables: Variables, dtype: Any) -> Variables:
+    """The kernels of all layers in the type that they are multiplied in, rounded once for the forward and the backward pass.
+
+    Their gradients are then stacked in that type, which is the type of the products that made them: nothing else is rounded.
+    This takes memory for the copy, so only `remat="none"` does it; otherwise a layer rounds its own, as often as it runs.
+    """
+
+    def rounded(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+
+    params = variables["params"]
+    layers = jax.tree_util.tree_map_with_path(rounded, params["layers"])
+    return {**variables, "params": {**params, "layers": layers}}
+
+
 def make_model(
     config: DecoderConfig, *, dtype: Any = jnp.float32, remat: str = "none", attention: AttentionPath = DENSE
 ) -> Model:
@@ -379,6 +394,10 @@ def make_model(
             "length": jnp.int32(0),
         }
 
+    def forward(variables: Variables, rows: Rows) -> jax.Array:
+        variables = _round_kernels(variables, dtype) if remat == "none" else variables
+        return module.apply(variables, rows)[0]  # pyright: ignore[reportReturnType]
+
     def decode(variables: Variables, rows: Rows, cache: Any) -> tuple[jax.Array, Any]:
         if rows.tokens.shape[1] > cache["positions"].shape[1]:
             raise ValueError(f"{rows.tokens.shape[1]} tokens do not fit a cache of {cache['positions'].shape[1]} columns")
@@ -394,7 +413,7 @@ def make_model(
 
     return Model(
         init=lambda key: nn.meta.unbox(boxed_init(key)),
-        forward=lambda variables, rows: module.apply(variables, rows)[0],  # pyright: ignore[reportArgumentType]
+        forward=forward,
         unembed=lambda variables, hidden: module.apply(variables, hidden, method="unembed"),  # pyright: ignore[reportArgumentType]
         init_cache=init_cache,
         decode=decode,

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from dpo_jax.logps import head_chunk
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.flops import PairFlops, layer_weights, layer_widths
 from dpo_jax.runtime.chips import Chip
@@ -52,6 +53,7 @@ class Program:
     matmul_flops: float = 0.0
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     logits_tokens: int = 0  # most tokens for which a buffer holds a number per vocabulary entry
+    head_chunk: int = 0  # tokens that should pass through the head at a time
     scored_tokens: int = 0  # on this device at a time: as many, and all logits are in memory at once
     kernels: float = 0.0
     unknown_loops: int = 0
@@ -158,6 +160,7 @@ def _plan(compiled: Any, first: Any, rows: Rows, where: _Where) -> Program:
         matmul_flops=found.matmul_flops,
         collectives={kind: dataclasses.asdict(one) for kind, one in sorted(found.collectives.items())},
         logits_tokens=logits_tokens(text, where.config, mesh),
+        head_chunk=head_chunk(where.config.width),
         scored_tokens=scored,
         kernels=found.kernels,
         unknown_loops=found.unknown_loops,
