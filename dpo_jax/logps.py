@@ -97,8 +97,8 @@ def token_logps(
     """log-probability of `target[R, S]` given `hidden[R, S, D]`: float32[R, S]. Where `used[R, S]` is false, it means nothing.
 
     The head runs over at most `chunk` positions of each device at a time: first those that are used, and on one device no chunk
-    in which none is. By default these are `CHUNK`, or D where that is more: each pass reads the head's weights and adds to their
-    gradient, V x D numbers, and so does most of its work on its chunk x V logits.
+    in which none is. By default these are `CHUNK`, or D where that is more: each pass reads the head's weights and adds to
+    their gradient, V x D numbers, and so does most of its work on its chunk x V logits.
 
     With several chunks the backward pass computes the logits again instead of keeping them: no buffer of all positions times
     the vocabulary exists in either direction.

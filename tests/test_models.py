@@ -14,6 +14,7 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import packed_rows, plain_rows, shared_rows
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
+from dpo_jax.models import decoder
 from dpo_jax.models.attention import Rope, attend, rotate
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import DEFAULTS, decoder_config, hf_config
@@ -236,27 +237,30 @@ def _rounded_outside_of_layers(function, *arguments):
 
 
 @pytest.mark.parametrize("case", ["gpt_neox", "gemma3_text"])
-def test_kernels_are_rounded_once_without_remat(case):
+def test_kernels_are_rounded_once_without_remat(case, monkeypatch):
     """In bfloat16: outside of the scan over layers, where otherwise each layer rounds its own. The gradients are the same."""
     exact, variables, tokens, _ = golden(case)
-    rows, found = text_rows(tokens), {}
-    for remat in ("none", "save_attention"):
-        model = make_model(exact.config, dtype=jnp.bfloat16, remat=remat)
+    rows = text_rows(tokens)
 
-        def total(variables, model=model):
+    def gradient():
+        model = make_model(exact.config, dtype=jnp.bfloat16)
+
+        def total(variables):
             return (model.forward(variables, rows).astype(jnp.float32) ** 2).mean()
 
-        found[remat] = jax.jit(jax.grad(total))(variables)["params"], _rounded_outside_of_layers(total, variables)
-    kernels = [
-        path for path, _ in jax.tree_util.tree_leaves_with_path(variables["params"]["layers"]) if path[-1].key == "kernel"
-    ]
-    assert found["none"][1] - found["save_attention"][1] == len(kernels)  # the others are angles and the like
-    layers = found["none"][0]["layers"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(layers):
+        return jax.jit(jax.grad(total))(variables)["params"], _rounded_outside_of_layers(total, variables)
+
+    ours, rounded = gradient()
+    monkeypatch.setattr(decoder, "_round_kernels", lambda variables, dtype: variables)
+    expected, others = gradient()
+    is_kernel = [path[-1].key == "kernel" for path, _ in jax.tree_util.tree_leaves_with_path(ours["layers"])]
+    assert rounded - others == sum(is_kernel)
+    for leaf, kernel in zip(jax.tree.leaves(ours["layers"]), is_kernel, strict=True):
         assert leaf.dtype == jnp.float32
-        assert path[-1].key != "kernel" or np.array_equal(leaf, leaf.astype(jnp.bfloat16).astype(jnp.float32))
-    for ours, expected in zip(jax.tree.leaves(found["none"][0]), jax.tree.leaves(found["save_attention"][0]), strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=0.02 * float(abs(expected).max()))
+        assert not kernel or np.array_equal(leaf, leaf.astype(jnp.bfloat16).astype(jnp.float32))
+    # A CPU may multiply in float32 and spare itself the rounding of a gradient.
+    for leaf, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(leaf - other) <= 0.004 * np.linalg.norm(other)
 
 
 def test_bfloat16_compute_stays_close_and_keeps_float32_logits():

@@ -482,7 +482,7 @@ class BenchConfig:
     lengths: str | None = None
     """Random tokens of exactly PROMPT/CHOSEN/REJECTED length, such as 400/500/500, instead of data; none: the train split."""
     lengths_vary: bool = False
-    """Lengths are spread around bench.lengths, their means (gamma distributed, as in Anthropic HH), up to four times as long."""
+    """Lengths are spread around bench.lengths (gamma distributed, as in Anthropic HH), and are up to four times as long."""
     rounds: int = 3
     """How often all contenders run. The first round also gives the loss curves and fills the compilation caches."""
     steps: int = 4
