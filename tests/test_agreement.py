@@ -12,7 +12,8 @@ from scipy import stats
 
 from dpo_jax.cli import main as program
 from dpo_jax.data.pairs import DataError
-from dpo_jax.evals.agreement import (
+from dpo_jax.evals.preference import wilson_interval
+from dpo_jax.study.agreement import (
     agreement_over_items,
     among_people,
     cohen_kappa,
@@ -26,9 +27,8 @@ from dpo_jax.evals.agreement import (
     votes_of,
     with_judge,
 )
-from dpo_jax.evals.preference import wilson_interval
-from dpo_jax.evals.ratings import Judgment, read_key, read_raters, read_records, read_verdicts, sealed
-from dpo_jax.evals.study import WORDINGS, Comparison, make_study
+from dpo_jax.study.page import WORDINGS, Comparison, make_study
+from dpo_jax.study.ratings import Judgment, read_key, read_raters, read_records, read_verdicts, sealed
 from dpo_jax.untrusted import Unreadable
 
 OTHER = {"a": "b", "b": "a", "tie": "tie", None: None}

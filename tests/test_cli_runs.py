@@ -25,9 +25,9 @@ from dpo_jax.cli.config import Config, DataConfig, DpoConfig, load_config
 from dpo_jax.cli.dpo import TOLERANCE, WrongStart, loss_at_reference, starts_at_reference
 from dpo_jax.cli.fixed import fix
 from dpo_jax.cli.main import main
+from dpo_jax.data.completion_files import read_completions
 from dpo_jax.data.loader import stream
 from dpo_jax.data.reviews import reward
-from dpo_jax.evals.completion_files import read_completions
 from dpo_jax.evals.preference import preference_summary
 from dpo_jax.models.hf import load_hf
 from dpo_jax.reference import RECORD, ReferenceCache
@@ -102,7 +102,7 @@ def _plots_once(monkeypatch):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "loss.png").touch()
 
-    monkeypatch.setattr("dpo_jax.evals.plots.plot_training", stand_in)
+    monkeypatch.setattr("dpo_jax.plotting.training_curves.plot_training", stand_in)
 
 
 @pytest.fixture(scope="module")

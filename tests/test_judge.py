@@ -22,11 +22,14 @@ from fake_judge import Fail, Say, fake_judge
 
 from dpo_jax.cli.main import main
 from dpo_jax.cli.sample import best_rows, within
+from dpo_jax.data.completion_files import Completion, read_completions, without_cue
 from dpo_jax.data.pairs import DataError
-from dpo_jax.evals.completion_files import Completion, read_completions, without_cue
-from dpo_jax.evals.endpoint import Endpoint, Fault, wait_of
-from dpo_jax.evals.injections import injections
-from dpo_jax.evals.judge import (
+from dpo_jax.extras import install_command
+from dpo_jax.judge.asking import Budget, Unfinished, ask_all
+from dpo_jax.judge.endpoint import Endpoint, Fault, wait_of
+from dpo_jax.judge.injections import injections
+from dpo_jax.judge.pairing import pair_up
+from dpo_jax.judge.questions import (
     Pair,
     choice_of,
     messages,
@@ -35,11 +38,8 @@ from dpo_jax.evals.judge import (
     question_of,
     winner_of,
 )
-from dpo_jax.evals.judging import Budget, Unfinished, ask_all
-from dpo_jax.evals.pairing import pair_up
-from dpo_jax.evals.verdicts import ForeignVerdicts, Tokens, VerdictLog
-from dpo_jax.evals.win_rates import win_rates
-from dpo_jax.extras import install_command
+from dpo_jax.judge.verdicts import ForeignVerdicts, Tokens, VerdictLog
+from dpo_jax.judge.win_rates import win_rates
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-planted-0123456789abcdef"

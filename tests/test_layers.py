@@ -13,9 +13,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     (1, ["types.py", "extras.py", "untrusted.py", "shapes.py", "writing.py", "locks.py"]),
     (2, ["losses.py", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
-    (3, ["dpo.py", "sft.py", "reward.py", "ppo.py", "reference.py", "dataset_logps.py"]),
+    (3, ["dpo.py", "sft.py", "reward_model.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),
-    (5, ["evals/", "bench/", "lab/", "checks/", "check.py"]),
+    (5, ["plotting/", "evals/", "judge/", "study/", "report/", "bench/", "lab/", "checks/", "check.py"]),
     (6, ["cli/"]),
 ]
 ONLY_IN = {
@@ -27,17 +27,18 @@ ONLY_IN = {
     "huggingface_hub": ["models/hub.py", "models/origin.py"],
     # Curves of a run, the frontier, reliability, win rates, the race.
     "matplotlib": [
-        *[f"evals/{name}.py" for name in ("drawing", "plots", "frontier_plot", "calibration_plot", "win_rates_plot")],
+        *("plotting/drawing.py", "plotting/training_curves.py", "evals/frontier_plot.py", "evals/calibration_plot.py"),
+        "judge/win_rates_plot.py",
         "bench/plots.py",
     ],
     "tensorboardX": ["runtime/metrics.py"],
     "wandb": ["runtime/metrics.py"],
     "torch": [
         *("bench/torch_loop.py", "bench/torch_sampler.py", "bench/trl_loop.py", "bench/matmul.py"),
-        "evals/rewards.py",  # other people's classifiers
+        "evals/reward_functions.py",  # other people's classifiers
     ],
-    "sklearn": ["evals/rewards.py"],
-    "httpx2": ["evals/endpoint.py"],
+    "sklearn": ["evals/reward_functions.py"],
+    "httpx2": ["judge/endpoint.py"],
     "trl": ["bench/trl_loop.py"],
     "datasets": ["bench/trl_loop.py"],
 }

@@ -15,11 +15,11 @@ from test_cli_runs import call, refused
 from dpo_jax.cli.agree import plain
 from dpo_jax.cli.config import Config, DpoConfig, RunConfig, dump_config
 from dpo_jax.cli.report import weights_digest_of
-from dpo_jax.evals.agreement import table_2
 from dpo_jax.evals.overoptimisation import declines
-from dpo_jax.evals.plots import plot_runs
-from dpo_jax.evals.ratings import Judgment
-from dpo_jax.evals.report_page import (
+from dpo_jax.models.hf import load_hf
+from dpo_jax.plotting.training_curves import plot_runs
+from dpo_jax.reference import weights_digest
+from dpo_jax.report.page import (
     Page,
     Sample,
     Section,
@@ -32,11 +32,11 @@ from dpo_jax.evals.report_page import (
     render_html,
     render_markdown,
 )
-from dpo_jax.evals.report_sections import frontier
-from dpo_jax.evals.report_weights import scored_weights
-from dpo_jax.evals.run_record import RunRecord, read_run
-from dpo_jax.models.hf import load_hf
-from dpo_jax.reference import weights_digest
+from dpo_jax.report.run_record import RunRecord, read_run
+from dpo_jax.report.sections import frontier
+from dpo_jax.report.weights import scored_weights
+from dpo_jax.study.agreement import table_2
+from dpo_jax.study.ratings import Judgment
 
 HOSTILE = (
     "</dd></article><script>alert(1)</script> <img src=http://evil.example/x onerror=alert(2)> & &amp;\n"

@@ -16,10 +16,10 @@ from dpo_jax.cli import build
 from dpo_jax.cli.agree_files import judge_files, key_file, rating_files
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.data.pairs import Cause, DataError
-from dpo_jax.evals.agreement import Estimate, table_2
-from dpo_jax.evals.agreement_table import INTERVALS, table_rows
-from dpo_jax.evals.ratings import Judgment, Key, RaterFile, Verdicts, read_key, read_raters, read_records, read_verdicts
 from dpo_jax.runtime.rundir import write_json
+from dpo_jax.study.agreement import Estimate, table_2
+from dpo_jax.study.agreement_table import INTERVALS, table_rows
+from dpo_jax.study.ratings import Judgment, Key, RaterFile, Verdicts, read_key, read_raters, read_records, read_verdicts
 from dpo_jax.untrusted import Unreadable, read_object, reading
 
 RESULT = "agree/agreement.json"

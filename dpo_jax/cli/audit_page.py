@@ -10,7 +10,7 @@ from dpo_jax.cli.config import Config
 from dpo_jax.data.lengths import PARTS
 from dpo_jax.data.terminal import one_line, printable
 from dpo_jax.data.token_text import SEPARATOR, rows_of, shortened
-from dpo_jax.evals.report_audit import verdict_sentences
+from dpo_jax.report.audit import verdict_sentences
 
 WIDTH = 80
 REASONS = 6  # dropped rows that are shown

@@ -14,20 +14,20 @@ import numpy as np
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.config import Config, ConfigError, load_config
+from dpo_jax.cli.implicit_rewards import write_rewards
 from dpo_jax.cli.model_folders import eval_reference
 from dpo_jax.cli.refs import reference_values
-from dpo_jax.cli.rewards import write_rewards
 from dpo_jax.data import reviews
 from dpo_jax.data.display import chat_turns
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import in_order
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.completions import Completer, map_completions
-from dpo_jax.evals.health import examine_run, repetition
 from dpo_jax.evals.preference import held_out_logps, mean_with_error, preference_summary
-from dpo_jax.evals.result_table import result_table, wrapped
 from dpo_jax.logps import sequence_logps
 from dpo_jax.reference import reference_logps
+from dpo_jax.report.health import examine_run, repetition
+from dpo_jax.report.result_table import result_table, wrapped
 from dpo_jax.runtime.checkpoint import newest_meta
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.metrics import read_metrics

@@ -27,8 +27,7 @@ from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.evals.frontier import Optimum
 from dpo_jax.evals.frontier_plot import plot_frontier
-from dpo_jax.evals.plots import plot_displacement, plot_training
-from dpo_jax.evals.rewards import Reward
+from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab import report
 from dpo_jax.lab.methods import PairData, PairMethod, pair_data
 from dpo_jax.lab.optimum import estimate, to_json
@@ -38,6 +37,7 @@ from dpo_jax.lab.sweep import Result, Run, sweep
 from dpo_jax.lab.world import Points, World
 from dpo_jax.losses import dpo_loss, ipo_loss, unlikelihood_loss
 from dpo_jax.models.hf import save_hf
+from dpo_jax.plotting.training_curves import plot_displacement, plot_training
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.rundir import RunDir, write_json

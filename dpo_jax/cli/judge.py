@@ -22,19 +22,19 @@ import jax
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.prompts import references
+from dpo_jax.data.completion_files import Completion, read_completions
 from dpo_jax.data.files import fingerprint
 from dpo_jax.data.terminal import csv_cell, json_text
 from dpo_jax.data.tokenizer import load_tokenizer
-from dpo_jax.evals.completion_files import Completion, read_completions
-from dpo_jax.evals.endpoint import Endpoint
-from dpo_jax.evals.injections import Probe, achieved, probes
-from dpo_jax.evals.judge import Outcome, Pair, Question, orders, outcome_of, question_of, winner_of
-from dpo_jax.evals.judging import Budget, Unfinished, ask_all, failures_of
-from dpo_jax.evals.pairing import Paired, pair_up
-from dpo_jax.evals.verdicts import VerdictLog
-from dpo_jax.evals.win_rates import EDGE, OUTCOMES, Rate, WinRate, columns, rate, win_rates
-from dpo_jax.evals.win_rates_plot import plot_win_rates
 from dpo_jax.extras import install_command
+from dpo_jax.judge.asking import Budget, Unfinished, ask_all, failures_of
+from dpo_jax.judge.endpoint import Endpoint
+from dpo_jax.judge.injections import Probe, achieved, probes
+from dpo_jax.judge.pairing import Paired, pair_up
+from dpo_jax.judge.questions import Outcome, Pair, Question, orders, outcome_of, question_of, winner_of
+from dpo_jax.judge.verdicts import VerdictLog
+from dpo_jax.judge.win_rates import EDGE, OUTCOMES, Rate, WinRate, columns, rate, win_rates
+from dpo_jax.judge.win_rates_plot import plot_win_rates
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.writing import writing

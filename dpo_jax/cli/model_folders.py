@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.cli.config import Config, ConfigError, load_config
-from dpo_jax.evals.completion_files import holds_others
+from dpo_jax.data.completion_files import holds_others
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.folder import read_config

@@ -13,11 +13,11 @@ from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.export import write_model
 from dpo_jax.cli.frontier import first_kl_coef, ppo_method
 from dpo_jax.cli.world import has_true_reward, make_world, refuse_mesh, sized
-from dpo_jax.evals.plots import plot_training
-from dpo_jax.evals.rewards import Reward
+from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.reward_model import RewardModel, load_head
 from dpo_jax.models.hub import resolve
-from dpo_jax.reward import HEAD
+from dpo_jax.plotting.training_curves import plot_training
+from dpo_jax.reward_model import HEAD
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import write_json

@@ -10,23 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import dpo_jax.evals.report_sections as sections
+import dpo_jax.report.sections as sections
 from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.cli.report_files import HTML, IMAGES, MARKDOWN, earlier_images
 from dpo_jax.data.terminal import printable
-from dpo_jax.evals.curves import PANELS
-from dpo_jax.evals.plots import plot_runs, plot_training
-from dpo_jax.evals.report_audit import audited
-from dpo_jax.evals.report_first import first_things, moment
-from dpo_jax.evals.report_judged import judged
-from dpo_jax.evals.report_page import Block, Figures, Notice, Page, Section, Table, render_html, render_markdown
-from dpo_jax.evals.report_weights import SHOWN, scored_weights
-from dpo_jax.evals.run_record import TRAINING, RunRecord, of, one_or_more, read_run, shown_path
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.hf import load_config as load_model_config
 from dpo_jax.models.hf import read_weights
+from dpo_jax.plotting.curves import PANELS
+from dpo_jax.plotting.training_curves import plot_runs, plot_training
 from dpo_jax.reference import WeightsDigest
+from dpo_jax.report.audit import audited
+from dpo_jax.report.first import first_things, moment
+from dpo_jax.report.judged import judged
+from dpo_jax.report.page import Block, Figures, Notice, Page, Section, Table, render_html, render_markdown
+from dpo_jax.report.run_record import TRAINING, RunRecord, of, one_or_more, read_run, shown_path
+from dpo_jax.report.weights import SHOWN, scored_weights
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.untrusted import Unreadable, read_bytes, reading

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from dpo_jax.cli.config import ConfigError
-from dpo_jax.evals.report_first import TITLE
-from dpo_jax.evals.run_record import shown_path
+from dpo_jax.report.first import TITLE
+from dpo_jax.report.run_record import shown_path
 from dpo_jax.untrusted import read_bytes
 from dpo_jax.writing import leftovers
 

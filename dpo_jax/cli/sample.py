@@ -19,7 +19,7 @@ from dpo_jax.data.display import shown_prompt
 from dpo_jax.data.encode import cut_prompt, token_ids, with_bos
 from dpo_jax.data.terminal import json_text, printable, raw
 from dpo_jax.evals.completions import Completer
-from dpo_jax.evals.rewards import Reward, exact_reviews
+from dpo_jax.evals.reward_functions import Reward, exact_reviews
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.types import Variables
 from dpo_jax.writing import write_text

@@ -12,11 +12,11 @@ import jax
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.data.completion_files import read_completions
 from dpo_jax.data.pairs import DataReport
-from dpo_jax.evals.completion_files import read_completions
-from dpo_jax.evals.ratings import sealed
-from dpo_jax.evals.study import WORDINGS, Comparison, draw, join, make_study, one_each, render
 from dpo_jax.runtime.rundir import write_json
+from dpo_jax.study.page import WORDINGS, Comparison, draw, join, make_study, one_each, render
+from dpo_jax.study.ratings import sealed
 from dpo_jax.untrusted import read_object
 from dpo_jax.writing import write_text
 

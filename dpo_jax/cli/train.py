@@ -255,7 +255,7 @@ def leave_results(
         folder, dtype = write(run.export, model, state.variables, tokenizer, card=text)
     if text is None:
         return
-    from dpo_jax.evals.plots import plot_training  # matplotlib: 0.4 s that the first step need not wait for
+    from dpo_jax.plotting.training_curves import plot_training  # matplotlib: 0.4 s that the first step need not wait for
 
     with reported("drawing plots"):
         plot_training(read_metrics(run.metrics), run.plots)

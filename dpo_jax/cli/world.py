@@ -18,7 +18,7 @@ from dpo_jax.data.pairs import Preference
 from dpo_jax.data.reviews import review_prompts
 from dpo_jax.data.snippets import load_snippets, prefixes, snippets_of
 from dpo_jax.data.terminal import json_text
-from dpo_jax.evals.rewards import Reward, exact_reviews, fit_linear, hf_classifier, sign_accuracy
+from dpo_jax.evals.reward_functions import Reward, exact_reviews, fit_linear, hf_classifier, sign_accuracy
 from dpo_jax.lab.world import Prompts, World
 from dpo_jax.runtime.progress import reported
 from dpo_jax.untrusted import Unreadable

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from dpo_jax.evals.completion_files import without_cue
+from dpo_jax.data.completion_files import without_cue
 
 Side = Literal["policy", "baseline"]
 Outcome = Literal["won", "lost", "flipped", "failed", "unanswered"]

@@ -2,7 +2,7 @@
 
 Three kinds of files:
 
-    .json     what a rater saved on the page of `evals.study`. It can be read with the key of its study only.
+    .json     what a rater saved on the page of `study.page`. It can be read with the key of its study only.
     .jsonl    records of any origin: {"item": "017", "winner": "a", "rater": "ann"}; a winner is "a", "b" or "tie"
     .jsonl    the pairs of a judge, as `dpo-jax judge` writes them: {"prompt": "...", "policy": "...", "baseline": "...",
               "outcome": "won"}, with the texts that were compared

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dpo_jax.evals.run_record import RunRecord
+from dpo_jax.report.run_record import RunRecord
 
 START = "sft/export"
 SHOWN = 12  # of the 64 digits of a SHA-256

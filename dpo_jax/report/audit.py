@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_jax.evals.report_page import Block, Notice, Section, Table
-from dpo_jax.evals.run_record import RunRecord, of, one_or_more
+from dpo_jax.report.page import Block, Notice, Section, Table
+from dpo_jax.report.run_record import RunRecord, of, one_or_more
 
 FOUND = (
     ("exact duplicates", "repeats", "duplicates"),

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dpo_jax.evals.curves import EVAL, KL_OF_SAMPLES, series
+from dpo_jax.plotting.curves import EVAL, KL_OF_SAMPLES, series
 
 Values = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dpo_jax.evals.curves import COMPARED, EVAL, PANELS, ROWS, Line, Panel, guide_of, running_mean, series, window_of
-from dpo_jax.evals.drawing import LABEL_SIZE, PANEL, End, ImageFormat, bare, figure_text, label_ends, save
-from dpo_jax.evals.palette import GUIDE, STYLES
+from dpo_jax.plotting.curves import COMPARED, EVAL, PANELS, ROWS, Line, Panel, guide_of, running_mean, series, window_of
+from dpo_jax.plotting.drawing import LABEL_SIZE, PANEL, End, ImageFormat, bare, figure_text, label_ends, save
+from dpo_jax.plotting.palette import GUIDE, STYLES
 
 MARKS = 60  # characters of a line below a panel
 NAME = 22  # characters of a run's name beside its curve

@@ -10,7 +10,7 @@ import collections
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from dpo_jax.evals.judge import Outcome, Pair, label_of
+from dpo_jax.judge.questions import Outcome, Pair, label_of
 
 RESULTS: tuple[Outcome, ...] = ("lost", "flipped", "won", "failed", "unanswered")
 

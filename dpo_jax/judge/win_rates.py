@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_jax.evals.judge import Outcome, Pair
 from dpo_jax.evals.preference import score_interval
+from dpo_jax.judge.questions import Outcome, Pair
 
 Z = 1.959964  # of a 95 % interval
 EQUAL_LENGTH = 0.1  # lengths that differ by at most this share of the longer one are equal

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dpo_jax.evals.curves import KL_OF_SAMPLES
-from dpo_jax.evals.health import Health, Note, examine_run
-from dpo_jax.evals.report_page import Block, Notice, Section, Table, Tiles
-from dpo_jax.evals.result_table import MEASURES, with_interval
-from dpo_jax.evals.run_record import RunRecord, of
+from dpo_jax.plotting.curves import KL_OF_SAMPLES
+from dpo_jax.report.health import Health, Note, examine_run
+from dpo_jax.report.page import Block, Notice, Section, Table, Tiles
+from dpo_jax.report.result_table import MEASURES, with_interval
+from dpo_jax.report.run_record import RunRecord, of
 
 TITLE = "Read this first"
 

@@ -14,10 +14,10 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from dpo_jax.evals.endpoint import Fault, Reply
-from dpo_jax.evals.judge import Messages, Question, choice_of
-from dpo_jax.evals.verdict_lines import FAILURES
-from dpo_jax.evals.verdicts import Tokens, VerdictLog
+from dpo_jax.judge.endpoint import Fault, Reply
+from dpo_jax.judge.questions import Messages, Question, choice_of
+from dpo_jax.judge.verdict_lines import FAILURES
+from dpo_jax.judge.verdicts import Tokens, VerdictLog
 
 LONGEST_WAIT = 600.0  # seconds; whoever asks us to wait for longer is left alone, and the command can be started again later
 GIVE_UP = 10  # questions in a row without an answer, after all their tries

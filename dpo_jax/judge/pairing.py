@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from dpo_jax.data.completion_files import Completion
 from dpo_jax.data.pairs import Cause, DataError
-from dpo_jax.evals.completion_files import Completion
-from dpo_jax.evals.judge import Pair
+from dpo_jax.judge.questions import Pair
 
 OVER_LIMIT = "over judge.limit"
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.evals.palette import CHOSEN, NEUTRAL, REJECTED, Style
+from dpo_jax.plotting.palette import CHOSEN, NEUTRAL, REJECTED, Style
 
 EVAL = "eval/"
 SMOOTHED = 20  # a running mean takes one twentieth of the steps

@@ -12,7 +12,7 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout, completion_rows, plain_rows, shared_rows
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
-from dpo_jax.reward import centred, completion_rewards, reward_step, scalar, scalar_head, with_scalar_head
+from dpo_jax.reward_model import centred, completion_rewards, reward_step, scalar, scalar_head, with_scalar_head
 from dpo_jax.runtime.mesh import make_mesh
 from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.evals.agreement_table import INTERVALS, table_rows
-from dpo_jax.evals.judging import failures_of
-from dpo_jax.evals.record_shapes import AGREEMENT
-from dpo_jax.evals.report_page import Block, Figures, Section, Table, Text
-from dpo_jax.evals.run_record import RunRecord, Stage, of, one_or_more
+from dpo_jax.judge.asking import failures_of
+from dpo_jax.report.page import Block, Figures, Section, Table, Text
+from dpo_jax.report.record_shapes import AGREEMENT
+from dpo_jax.report.run_record import RunRecord, Stage, of, one_or_more
+from dpo_jax.study.agreement_table import INTERVALS, table_rows
 
 READING = (
     "A pair is won by the policy in both orders, lost in both, or flipped: the judge named one letter twice. One without an "

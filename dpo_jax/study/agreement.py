@@ -20,7 +20,7 @@ import numpy as np
 
 from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.evals.preference import score_interval
-from dpo_jax.evals.ratings import Judgment, Winner
+from dpo_jax.study.ratings import Judgment, Winner
 
 RESAMPLES = 4000
 Votes = Mapping[str, Mapping[str, Winner]]  # item -> rater -> who won

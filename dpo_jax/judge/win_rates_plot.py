@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
-from dpo_jax.evals.drawing import figure_text, save
-from dpo_jax.evals.palette import STYLES, Style
-from dpo_jax.evals.win_rates import WinRate
+from dpo_jax.judge.win_rates import WinRate
+from dpo_jax.plotting.drawing import figure_text, save
+from dpo_jax.plotting.palette import STYLES, Style
 
 
 def plot_win_rates(points: Sequence[WinRate], path: str | os.PathLike[str], *, x: str | None, baseline: str) -> Path:

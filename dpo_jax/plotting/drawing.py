@@ -15,7 +15,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.transforms import offset_copy
 
 from dpo_jax.data.terminal import one_line
-from dpo_jax.evals.palette import Style
+from dpo_jax.plotting.palette import Style
 from dpo_jax.writing import placing
 
 ImageFormat = Literal["png", "svg"]

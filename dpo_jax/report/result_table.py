@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.data.display import shown_prompt
 from dpo_jax.data.terminal import printable
-from dpo_jax.evals.curves import KL_OF_SAMPLES
+from dpo_jax.plotting.curves import KL_OF_SAMPLES
 
 WIDTH = 80
 LABEL, NUMBER = 36, 10  # columns

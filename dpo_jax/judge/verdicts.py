@@ -25,7 +25,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_jax.evals.verdict_lines import Content, Damaged, Seal, read_lines, unchecked
+from dpo_jax.judge.verdict_lines import Content, Damaged, Seal, read_lines, unchecked
 from dpo_jax.untrusted import Unreadable, read_bytes
 from dpo_jax.writing import naming, write_whole
 

@@ -17,9 +17,9 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dpo_jax.evals.judge import Messages
-from dpo_jax.evals.redaction import Redactor
-from dpo_jax.evals.verdicts import Tokens
+from dpo_jax.judge.questions import Messages
+from dpo_jax.judge.redaction import Redactor
+from dpo_jax.judge.verdicts import Tokens
 from dpo_jax.untrusted import LIMITS, Unreadable, kind_of, parse_object, reading
 
 MOST_TOKENS = 10**9  # of one reply; a larger number is no count

@@ -2,7 +2,7 @@
 
 `make_study` gives a page, which is sent to raters, and a key, which is not: the page holds texts in an order drawn for each
 comparison, and ids that say nothing; the key says which method wrote which text. What the raters' files hold can be read with
-the key only (`evals.ratings`).
+the key only (`study.ratings`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpo_jax.data.completion_files import Completion, without_cue
 from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport
 from dpo_jax.data.terminal import json_text, printable
-from dpo_jax.evals.completion_files import Completion, without_cue
 
 METHODS = ("a", "b")
 
@@ -177,7 +177,7 @@ def render(page: Mapping[str, Any]) -> str:
 
     Texts are embedded as JSON, in which no character can end the element they stand in, and shown as text, never as HTML.
     """
-    template = importlib.resources.files("dpo_jax.evals").joinpath("templates", "study.html").read_text(encoding="utf-8")
+    template = importlib.resources.files("dpo_jax.study").joinpath("templates", "study.html").read_text(encoding="utf-8")
     [style], [script] = (re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL) for tag in ("style", "script"))
     policy = (
         f"default-src 'none'; style-src '{_sha256(style)}'; script-src '{_sha256(script)}'; img-src data:; base-uri 'none'; "

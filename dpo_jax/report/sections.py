@@ -11,13 +11,13 @@ import numpy as np
 
 from dpo_jax.data.display import shown_prompt
 from dpo_jax.data.pairs import FILTERED
-from dpo_jax.evals.curves import KL_OF_SAMPLES, PANELS, series
 from dpo_jax.evals.frontier_plot import plot_trajectories
 from dpo_jax.evals.overoptimisation import declines, trajectories
-from dpo_jax.evals.record_shapes import SAMPLE, SUMMARY
-from dpo_jax.evals.report_page import Block, Figures, Sample, Section, Side, Table, Text
-from dpo_jax.evals.result_table import MEASURES, with_interval
-from dpo_jax.evals.run_record import TRAINING, RunRecord, Stage, of, one_or_more, read_results
+from dpo_jax.plotting.curves import KL_OF_SAMPLES, PANELS, series
+from dpo_jax.report.page import Block, Figures, Sample, Section, Side, Table, Text
+from dpo_jax.report.record_shapes import SAMPLE, SUMMARY
+from dpo_jax.report.result_table import MEASURES, with_interval
+from dpo_jax.report.run_record import TRAINING, RunRecord, Stage, of, one_or_more, read_results
 
 REWARDS = {
     "implicit": "implicit reward",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo_jax.data.pairs import FILTERED
-from dpo_jax.evals.record_shapes import AUDITED, BAD_BATCH, DATA, ENV, REPORTS, RESULTS, RESUMED
+from dpo_jax.report.record_shapes import AUDITED, BAD_BATCH, DATA, ENV, REPORTS, RESULTS, RESUMED
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics_lines
 from dpo_jax.shapes import Shape, fit, misfit
 from dpo_jax.untrusted import Lines, Unreadable, read_lines, read_object, read_text, reading, regular

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_jax.data import reviews
 from dpo_jax.evals.preference import score_interval
-from dpo_jax.evals.rewards import LinearReward, exact_reviews, fit_linear, hf_classifier, learned, sign_accuracy, words
+from dpo_jax.evals.reward_functions import LinearReward, exact_reviews, fit_linear, hf_classifier, learned, sign_accuracy, words
 from dpo_jax.untrusted import Unreadable
 
 GOOD, BAD = (
