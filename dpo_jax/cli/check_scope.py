@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_jax.cli.commands import COMMANDS
-from dpo_jax.cli.config_file import ConfigError, is_count, suggest
+from dpo_jax.cli.config.file import ConfigError, is_count, suggest
 
 OPTIONS = """\
   --check                   check data, models, devices and the run directory, say what would run, and end

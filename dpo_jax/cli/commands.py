@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from dpo_jax.cli import config as options
-from dpo_jax.cli.config_file import types_of
+from dpo_jax.cli.config.file import types_of
 
 
 class Command(NamedTuple):

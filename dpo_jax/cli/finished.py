@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.cli.config import Config
-from dpo_jax.cli.config_file import types_of
+from dpo_jax.cli.config.file import types_of
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.rundir import RunDir, RunLocked, packages, write_json
 from dpo_jax.untrusted import Unreadable, read_object, regular

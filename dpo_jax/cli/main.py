@@ -35,7 +35,7 @@ from typing import Any, NoReturn
 from dpo_jax.cli import check_scope
 from dpo_jax.cli.commands import COMMANDS, ON_MANY_HOSTS, TRAINING, WITHOUT_CONFIG
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.config_file import suggest
+from dpo_jax.cli.config.file import suggest
 from dpo_jax.cli.exit_codes import exit_code, message
 from dpo_jax.cli.fixed import fix
 from dpo_jax.cli.flags import parse

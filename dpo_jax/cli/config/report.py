@@ -1,4 +1,4 @@
-"""Options of `dpo-jax report`; a section of `config.Config`."""
+"""Options of `dpo-jax report`; a section of `Config`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Strict YAML for nested dataclasses: every mistake is reported with its file, line, field and remedy.
 
-Knows nothing about the options themselves (`dpo_jax.cli.config` does). The document is composed into nodes with PyYAML's safe
+Knows nothing about the options themselves (the other modules here do). The document is composed into nodes with PyYAML's safe
 loader and never constructed, so no tag can run code and nothing is converted behind the reader's back: `no` is not a string,
 `1e-6` (which YAML 1.1 takes for text) is a number, `true` is not 1.
 """

@@ -1,4 +1,4 @@
-"""Options of the experiments of the paper's section 6.1; a section of `config.Config`."""
+"""Options of the experiments of the paper's section 6.1; a section of `Config`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
-from dpo_jax.cli.config_file import is_count
+from dpo_jax.cli.config.file import is_count
 
 METHODS = ("preferred-ft", "unlikelihood", "dpo", "ipo", "cdpo", "ppo", "ppo-gt", "best-of-n")
 

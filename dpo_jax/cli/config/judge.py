@@ -1,4 +1,4 @@
-"""Options of `judge`; a section of `config.Config`."""
+"""Options of `judge`; a section of `Config`."""
 
 from __future__ import annotations
 

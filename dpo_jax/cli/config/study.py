@@ -1,4 +1,4 @@
-"""Options of the study with people (appendix D.3 of the paper); sections of `config.Config`."""
+"""Options of the study with people (appendix D.3 of the paper); sections of `Config`."""
 
 from __future__ import annotations
 
