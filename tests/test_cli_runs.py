@@ -21,8 +21,8 @@ from safetensors.numpy import load_file, save_file
 from test_step import random_pairs
 
 from dpo_jax.cli import build
+from dpo_jax.cli.commands.dpo import TOLERANCE, WrongStart, loss_at_reference, starts_at_reference
 from dpo_jax.cli.config import Config, DataConfig, DpoConfig, load_config
-from dpo_jax.cli.dpo import TOLERANCE, WrongStart, loss_at_reference, starts_at_reference
 from dpo_jax.cli.fixed import fix
 from dpo_jax.cli.main import main
 from dpo_jax.data.completion_files import read_completions

@@ -18,13 +18,13 @@ import yaml
 
 from dpo_jax.cli import build, words
 from dpo_jax.cli import main as program
-from dpo_jax.cli.check_scope import scope_of
-from dpo_jax.cli.commands import COMMANDS
+from dpo_jax.cli.command_table import COMMANDS, module_of
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, dump_config, every_option, help_text, load_config, problems
 from dpo_jax.cli.config.file import types_of
 from dpo_jax.cli.exit_codes import EXIT_CODES, exit_code
 from dpo_jax.cli.fixed import fix
 from dpo_jax.cli.flags import parse
+from dpo_jax.cli.preflight.scope import scope_of
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -315,8 +315,7 @@ def test_help_of_every_command(name, capsys):
         section, _, option = entry.partition(".")
         for field in [option] if option else types_of(type(getattr(Config(), section))):
             assert f"{section}.{field}".replace("_", "-") in shown
-    module, function = COMMANDS[name].target.split(":")
-    hints = typing.get_type_hints(getattr(importlib.import_module(module), function))
+    hints = typing.get_type_hints(importlib.import_module(module_of(name)).run)
     assert hints == {"config": Config, "return": int}
 
 

@@ -11,7 +11,7 @@ from conftest import GOLDEN
 from mutate import mutants, mutations, outcome
 from test_report import JUDGED, PIXEL, json_to, make_run
 
-from dpo_jax.cli.agree import plain
+from dpo_jax.cli.commands.agree import plain
 from dpo_jax.cli.config import Config, ConfigError, dump_config, load_config
 from dpo_jax.cli.finished import RECORD, recorded
 from dpo_jax.cli.fixed import check
@@ -118,7 +118,7 @@ def undrawn(monkeypatch):
         path.write_bytes(PIXEL)
         return path
 
-    monkeypatch.setattr("dpo_jax.cli.report.plot_training", lambda rows, folder, **options: [])
+    monkeypatch.setattr("dpo_jax.cli.commands.report.plot_training", lambda rows, folder, **options: [])
     monkeypatch.setattr("dpo_jax.report.sections.plot_trajectories", drawn)
 
 

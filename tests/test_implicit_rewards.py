@@ -11,9 +11,9 @@ import pytest
 from conftest import GOLDEN
 from test_cli_runs import _compilation_cache, call  # noqa: F401  the first is a fixture
 
+from dpo_jax.cli.commands.implicit_rewards import beta_of, subset_names
+from dpo_jax.cli.commands.report import weights_digest_of
 from dpo_jax.cli.config import DpoConfig
-from dpo_jax.cli.implicit_rewards import beta_of, subset_names
-from dpo_jax.cli.report import weights_digest_of
 from dpo_jax.data.encode import encode
 from dpo_jax.data.formats import detect_format
 from dpo_jax.data.layout import plain_rows

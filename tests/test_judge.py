@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from fake_judge import Fail, Say, fake_judge
 
+from dpo_jax.cli.commands.sample import best_rows, within
 from dpo_jax.cli.main import main
-from dpo_jax.cli.sample import best_rows, within
 from dpo_jax.data.completion_files import Completion, read_completions, without_cue
 from dpo_jax.data.pairs import DataError
 from dpo_jax.extras import install_command

@@ -12,9 +12,9 @@ import pytest
 from conftest import GOLDEN
 from test_cli_runs import call, refused
 
-from dpo_jax.cli.agree import plain
+from dpo_jax.cli.commands.agree import plain
+from dpo_jax.cli.commands.report import weights_digest_of
 from dpo_jax.cli.config import Config, DpoConfig, RunConfig, dump_config
-from dpo_jax.cli.report import weights_digest_of
 from dpo_jax.evals.overoptimisation import declines
 from dpo_jax.models.hf import load_hf
 from dpo_jax.plotting.training_curves import plot_runs

@@ -16,7 +16,7 @@ import jax
 
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
-from dpo_jax.cli.preflight_packages import check_bucket
+from dpo_jax.cli.preflight.packages import check_bucket
 from dpo_jax.data.loader import Batch
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.runtime import hosts

@@ -8,9 +8,9 @@ import jax
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
-from dpo_jax.cli.plan_one import plan
-from dpo_jax.cli.plan_report import print_ranking, report
-from dpo_jax.cli.plan_search import nearest, scale, sweep
+from dpo_jax.cli.plan.one import plan
+from dpo_jax.cli.plan.report import print_ranking, report
+from dpo_jax.cli.plan.search import nearest, scale, sweep
 from dpo_jax.runtime.chips import slice_devices, slice_of
 from dpo_jax.runtime.rundir import write_json
 

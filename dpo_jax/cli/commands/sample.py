@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from dpo_jax.cli import build
+from dpo_jax.cli.commands.ppo import learned_reward
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.model_folders import refuse_other_lines
-from dpo_jax.cli.ppo import learned_reward
 from dpo_jax.cli.prompts import ARTICLE_CUE, Prompt, held_out_prompts, is_chat, prompts_of_file
 from dpo_jax.data.display import shown_prompt
 from dpo_jax.data.encode import cut_prompt, token_ids, with_bos

@@ -6,7 +6,7 @@ import importlib.util
 import os
 
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.preflight_inputs import Check
+from dpo_jax.cli.preflight.inputs import Check
 from dpo_jax.extras import install_command
 
 
@@ -47,7 +47,7 @@ def reward_packages(check: Check) -> None:
 
 def bench_packages(check: Check) -> None:
     """Of the contenders of `bench`."""
-    from dpo_jax.cli.bench_contenders import contenders, need
+    from dpo_jax.cli.commands.bench_contenders import contenders, need
 
     if check.config.bench.sampling is not None:
         need(check.config, ["torch"], option="bench.sampling")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_jax.cli.commands import COMMANDS
+from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config.file import ConfigError, is_count, suggest
 
 OPTIONS = """\

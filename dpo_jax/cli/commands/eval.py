@@ -13,10 +13,10 @@ import numpy as np
 
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import dpo_card
+from dpo_jax.cli.commands.implicit_rewards import write_rewards
+from dpo_jax.cli.commands.refs import reference_values
 from dpo_jax.cli.config import Config, ConfigError, load_config
-from dpo_jax.cli.implicit_rewards import write_rewards
 from dpo_jax.cli.model_folders import eval_reference
-from dpo_jax.cli.refs import reference_values
 from dpo_jax.data import reviews
 from dpo_jax.data.display import chat_turns
 from dpo_jax.data.encode import Encoded

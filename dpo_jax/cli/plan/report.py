@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_jax.cli.plan_one import Plan
+from dpo_jax.cli.plan.one import Plan
 from dpo_jax.logps import CHUNK
 from dpo_jax.runtime.chips import Chip
 from dpo_jax.runtime.plan import HEADROOM

@@ -10,8 +10,8 @@ import numpy as np
 
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import sft_card
+from dpo_jax.cli.commands.export import write_exact
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.export import write_exact
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import earlier_run, leave_results, train
 from dpo_jax.data.layout import Completion

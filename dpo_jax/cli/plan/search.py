@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Iterator
 
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.plan_one import Plan, plan
-from dpo_jax.cli.plan_report import mesh_name
+from dpo_jax.cli.plan.one import Plan, plan
+from dpo_jax.cli.plan.report import mesh_name
 from dpo_jax.runtime.chips import Chip, slice_of
 
 TRIES = 8  # programs compiled at most in search of one that fits

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.cli import build, identity
-from dpo_jax.cli import sft as sft_command
+from dpo_jax.cli.commands import sft as sft_command
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.config.lab import FrontierConfig, numbers
 from dpo_jax.cli.world import labelled_samples, make_world, of_training, prompts_of, refuse_mesh, sized

@@ -11,9 +11,9 @@ import numpy as np
 
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import dpo_card
+from dpo_jax.cli.commands.export import write_model
+from dpo_jax.cli.commands.refs import check_reference, load_reference, reference_values
 from dpo_jax.cli.config import BASELINES, Config, DpoConfig
-from dpo_jax.cli.export import write_model
-from dpo_jax.cli.refs import check_reference, load_reference, reference_values
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import earlier_run, leave_results, train
 from dpo_jax.data.loader import few_shapes, in_order, skippable, stream, total_steps

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 
 from dpo_jax.cli import build
-from dpo_jax.cli.audit_notes import verdict
-from dpo_jax.cli.audit_page import page
+from dpo_jax.cli.audit.notes import verdict
+from dpo_jax.cli.audit.page import page
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.repeats import look_for_repeats, refuse_repeats
 from dpo_jax.data.encode import adds_bos

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_jax.cli import model_folders
-from dpo_jax.cli.check_scope import Scope
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.preflight.scope import Scope
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.untrusted import Unreadable
 

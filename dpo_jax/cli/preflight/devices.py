@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, TrainingConfig
 from dpo_jax.cli.model_folders import planned_hf_config
-from dpo_jax.cli.preflight_inputs import Check
+from dpo_jax.cli.preflight.inputs import Check
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.logical_axes import axis_lengths, whole_heads
 from dpo_jax.runtime.mesh_shape import MeshError, check_lengths, mesh_shape

@@ -1,4 +1,7 @@
-"""The commands of the program: what each does, where it is, and which options it reads."""
+"""The commands of the program on one page: what each does, and which options it reads.
+
+Command `NAME` is the function `run(config) -> exit code` in `dpo_jax.cli.commands.NAME` (a hyphen becomes an underscore).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,13 @@ from dpo_jax.cli.config.file import types_of
 
 class Command(NamedTuple):
     help: str
-    target: str  # "module:function", called with the Config; returns an exit code
     reads: tuple[str, ...]  # sections, or single options "section.option"
     needs: tuple[str, ...] = ()  # sections that must be complete
+
+
+def module_of(name: str) -> str:
+    """The dotted module of a command."""
+    return f"dpo_jax.cli.commands.{name.replace('-', '_')}"
 
 
 # Every step of a run takes the sections that describe it, so that one set of flags serves them all.
@@ -35,7 +42,7 @@ _REWARD_MODEL = (
 )
 
 
-def _world(*fields: str) -> tuple[str, ...]:
+def _experiment(*fields: str) -> tuple[str, ...]:
     """The options of `frontier` that a piece of it reads: those of sampling and of the true reward, and `fields`."""
     return tuple(f"frontier.{field}" for field in ("reward", "classifier", "max_new_tokens", "sample_batch", "fast", *fields))
 
@@ -43,63 +50,58 @@ def _world(*fields: str) -> tuple[str, ...]:
 COMMANDS = {
     "audit": Command(
         "should one train on these data? one page of counts and notes",
-        "dpo_jax.cli.audit:run",
         _RUN,
         ("data",),
     ),
     "prepare": Command(
         "write the checked preferences as a TFDS folder (array_record)",
-        "dpo_jax.cli.prepare:run",
         (*_RUN, "prepare"),
         ("data",),
     ),
     "sft": Command(
-        "fine-tune on the chosen completions: the starting policy", "dpo_jax.cli.sft:run", (*_RUN, "sft"), ("data", "model")
+        "fine-tune on the chosen completions: the starting policy",
+        (*_RUN, "sft"),
+        ("data", "model"),
     ),
     "refs": Command(
         "cache the reference log-probabilities",
-        "dpo_jax.cli.refs:run",
         (*_RUN, "dpo.policy", "dpo.reference", "refs"),
         ("data",),
     ),
-    "dpo": Command("train the policy on preferences", "dpo_jax.cli.dpo:run", (*_RUN, "refs", "dpo", "export.dtype"), ("data",)),
-    "eval": Command("measure a policy on held-out pairs", "dpo_jax.cli.eval:run", (*_RUN, *_LOSS, "refs", "eval"), ("data",)),
-    "sample": Command("complete prompts with a policy", "dpo_jax.cli.sample:run", (*_RUN, "sample"), ("data",)),
+    "dpo": Command("train the policy on preferences", (*_RUN, "refs", "dpo", "export.dtype"), ("data",)),
+    "eval": Command("measure a policy on held-out pairs", (*_RUN, *_LOSS, "refs", "eval"), ("data",)),
+    "sample": Command("complete prompts with a policy", (*_RUN, "sample"), ("data",)),
     "judge": Command(
         "win rates of completions by a judge behind an OpenAI-compatible endpoint (needs the `judge` extra)",
-        "dpo_jax.cli.judge:run",
         ("run.dir", "run.seed", "data", "tokenizer.path", "judge"),
         ("judge", "data"),
     ),
     "plan": Command(
         "what training takes on TPUs or GPUs: memory, collectives, time (compiled without one)",
-        "dpo_jax.cli.plan:run",
         ("run.dir", "run.devices", "run.precision", "mesh", "data", "model", "dpo", "refs.batch", "plan"),
         ("plan",),
     ),
     "export": Command(
-        "write a checkpoint as a Hugging Face folder", "dpo_jax.cli.export:run", ("run.dir", "run.checkpoints", "export")
+        "write a checkpoint as a Hugging Face folder",
+        ("run.dir", "run.checkpoints", "export"),
     ),
     "label": Command(
         "make preferences of the policy's samples by a known reward",
-        "dpo_jax.cli.label:run",
-        (*_RUN, "dpo.policy", *_world("prompts", "test_prompts", "completions", "labels")),
+        (*_RUN, "dpo.policy", *_experiment("prompts", "test_prompts", "completions", "labels")),
         ("data",),
     ),
     "reward-model": Command(
         "learn a reward from preferences",
-        "dpo_jax.cli.reward_model:run",
         (*_RUN, "dpo.policy", *_REWARD_MODEL),
         ("data",),
     ),
     "ppo": Command(
         "train the policy by PPO against the true or a learned reward",
-        "dpo_jax.cli.ppo:run",
         (
             *_RUN,
             "dpo.policy",
             *("dpo.warmup_steps", "dpo.schedule", "dpo.microbatches"),
-            *_world("prompts", "test_prompts", "evaluations"),
+            *_experiment("prompts", "test_prompts", "evaluations"),
             *(option for option in _PPO if option != "frontier.ppo_kls"),  # of the sweep
             "ppo",
             "export.dtype",
@@ -108,34 +110,29 @@ COMMANDS = {
     ),
     "optimum": Command(
         "the best reward that is possible at every KL, and Best-of-N",
-        "dpo_jax.cli.optimum:run",
-        (*_RUN, "dpo.policy", *_world("optimum_prompts", "optimum_samples", "best_of")),
+        (*_RUN, "dpo.policy", *_experiment("optimum_prompts", "optimum_samples", "best_of")),
         ("data",),
     ),
     "frontier": Command(
         "every method of the paper, by reward and KL, against the optimum",
-        "dpo_jax.cli.frontier:run",
         (*_RUN, "sft", "dpo.policy", *_TRAINING, "frontier"),
         ("data", "model"),
     ),
     "study": Command(
         "make a page on which people compare two sets of completions",
-        "dpo_jax.cli.study:run",
         ("run.dir", "run.seed", "study"),
         ("study",),
     ),
     "agree": Command(
         "Table 2: win rates by people and judges, and how far they agree",
-        "dpo_jax.cli.agree:run",
         ("run.dir", "run.seed", "agree"),
     ),
     "report": Command(
         "one page about one or several runs: dpo-jax report RUN... (no configuration needed)",
-        "dpo_jax.cli.report:run",
         ("report",),
         ("report",),
     ),
-    "bench": Command("race our training against PyTorch", "dpo_jax.cli.bench:run", _BENCH, ("data", "model")),
+    "bench": Command("race our training against PyTorch", _BENCH, ("data", "model")),
 }
 
 # Every command reads what somebody else may have written.
@@ -143,7 +140,7 @@ COMMANDS = {name: command._replace(reads=(*command.reads, "limits")) for name, c
 
 # Their flags are their own: "module:function", called with the arguments and the name of the program.
 WITHOUT_CONFIG = {
-    "init": ("write a configuration to fill in, for data of your own: dpo-jax init my.yaml", "dpo_jax.cli.init:main"),
+    "init": ("write a configuration to fill in, for data of your own: dpo-jax init my.yaml", "dpo_jax.cli.commands.init:main"),
     "check": ("test this machine's accelerator: dpo-jax check (no configuration needed)", "dpo_jax.check:main"),
 }
 
