@@ -195,3 +195,24 @@ def test_the_front_door_shows_type_checkers_what_it_opens():
 
 def test_no_layer_is_a_drawer():
     assert not [name_of(path) for path in MODULES if path.stem in ("utils", "util", "helpers", "common", "misc")]
+
+
+@pytest.mark.parametrize("room", ["evals", "judge", "study", "report"])
+def test_rooms_are_small(room):
+    files = [name_of(path) for path in (PACKAGE / room).rglob("*.py")]
+    assert 0 < len(files) <= 12, f"{len(files)} files in {room}/: split it by what knows what"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_are_short(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= 400, f"{name_of(path)} has {lines} lines: split it by what it knows"
+
+
+TESTS = sorted(Path(__file__).parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+def test_tests_are_split_by_subject(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= 500, f"{path.name} has {lines} lines: split it by subject"
