@@ -9,7 +9,7 @@ import string
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from test_cli_runs import call, refused
+from tiny_run import call, refused
 
 from dpo_jax.cli import build
 from dpo_jax.cli.commands.audit import longer_wins

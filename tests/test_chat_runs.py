@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from safetensors.numpy import load_file
-from test_cli_runs import call, refused
+from tiny_run import call, refused
 from tokenizers import AddedToken
 
 from dpo_jax.cli import build

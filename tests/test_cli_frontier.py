@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from test_cli_runs import _compilation_cache, call  # noqa: F401  the first is a fixture
+from tiny_run import _compilation_cache, call  # noqa: F401  the first is a fixture
 
 from dpo_jax.cli import build
 from dpo_jax.cli.commands.frontier import _runs, _shared, to_mix

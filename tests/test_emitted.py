@@ -18,7 +18,7 @@ from conftest import GOLDEN
 from fake_judge import Say, fake_judge
 from huggingface_hub import ModelCard
 from test_card import REPORT, configured, folder_with
-from test_cli_runs import call
+from tiny_run import call
 
 from dpo_jax.cli.card import dpo_card, sft_card, yaml_value
 from dpo_jax.cli.exit_codes import message

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import GOLDEN
-from test_cli_runs import _compilation_cache, call  # noqa: F401  the first is a fixture
+from tiny_run import _compilation_cache, call  # noqa: F401  the first is a fixture
 
 from dpo_jax.cli.commands.implicit_rewards import beta_of, subset_names
 from dpo_jax.cli.commands.report import weights_digest_of

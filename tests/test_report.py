@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 from conftest import GOLDEN
-from test_cli_runs import call, refused
+from tiny_run import call, refused
 
 from dpo_jax.cli.commands.agree import plain
 from dpo_jax.cli.commands.report import weights_digest_of
