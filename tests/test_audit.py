@@ -14,8 +14,8 @@ from tiny_run import call, refused
 from dpo_jax.cli import build
 from dpo_jax.cli.commands.audit import longer_wins
 from dpo_jax.cli.config import load_config
+from dpo_jax.cli.experiment import prompts_of
 from dpo_jax.cli.repeats import check_repeats
-from dpo_jax.cli.world import prompts_of
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.lengths import cut_table, length_differences
 from dpo_jax.data.pairs import DataError, DataReport

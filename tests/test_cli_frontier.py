@@ -20,7 +20,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli.commands.frontier import _runs, _shared, to_mix
 from dpo_jax.cli.commands.ppo import learned_reward
 from dpo_jax.cli.config import load_config
-from dpo_jax.cli.world import make_world, prompts_of
+from dpo_jax.cli.experiment import make_world, prompts_of
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.evals.frontier import optimum

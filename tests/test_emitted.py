@@ -22,8 +22,8 @@ from tiny_run import call
 
 from dpo_jax.cli.card import dpo_card, sft_card, yaml_value
 from dpo_jax.cli.exit_codes import message
+from dpo_jax.cli.experiment import _write
 from dpo_jax.cli.main import main
-from dpo_jax.cli.world import _write
 from dpo_jax.data.completion_files import read_completions
 from dpo_jax.data.display import shown_prompt
 from dpo_jax.data.label import label

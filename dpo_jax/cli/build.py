@@ -1,4 +1,4 @@
-"""From a configuration to the things a command works with: run directory, data, tokenizer, model, optimizer."""
+"""Build what a configuration describes: run directory, data, tokenizer, model, optimizer."""
 
 from __future__ import annotations
 

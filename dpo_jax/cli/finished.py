@@ -1,4 +1,4 @@
-"""A finished training run recognises itself by its files, in a moment: no JAX, no data encoded, no checkpoint restored.
+"""Detect a finished training run from its files, without JAX, encoding data or restoring a checkpoint.
 
 `finished.json` in the directory of the task says what a run was made of (settings, code and packages, data, starting model)
 and what it left (checkpoints, export, metrics, plots). Where all of that is as it was, the same command has nothing to do.

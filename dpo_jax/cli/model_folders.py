@@ -1,4 +1,4 @@
-"""Model folders that a configuration names: which command makes them, what is left to do, and whether they fit. Without JAX."""
+"""Model folders that a configuration names: which command makes a missing one, and whether they fit. Without JAX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of completions, as `dpo-jax sample --sample.out` writes them: what judges and people are asked to compare."""
+"""Read files of completions, as `dpo-jax sample --sample.out` writes them."""
 
 from __future__ import annotations
 

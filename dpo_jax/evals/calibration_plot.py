@@ -1,4 +1,4 @@
-"""The reliability diagram: how often an implicit reward is right, by how sure it is."""
+"""Reliability diagram: accuracy of the implicit reward by its confidence."""
 
 from __future__ import annotations
 

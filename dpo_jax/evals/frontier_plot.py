@@ -1,4 +1,4 @@
-"""The images of the laboratory: reward against KL for every method, under the best curve there is, and over training."""
+"""Plots of reward against KL: every method with the optimal frontier, and each run over training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards: what a completion is worth, by a rule, a classifier, or a learned model. All are called alike."""
+"""Reward functions `(prompts, completions) -> rewards`: a rule, a classifier, or a learned reward model."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations

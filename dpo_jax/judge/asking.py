@@ -1,4 +1,4 @@
-"""Asking a judge: an OpenAI-compatible endpoint, many questions at a time, within a budget, through its faults.
+"""Ask a judge many questions concurrently: retries, and caps on requests, tokens and cost.
 
 Retries are made here, because only here is the budget known, is every request written down before it is sent, and can all
 questions be paused when one of them is told to wait.

@@ -1,4 +1,4 @@
-"""The endpoint of a judge: one question over HTTP in the OpenAI format, and the one reader of its replies.
+"""Client of an OpenAI-compatible endpoint: one question over HTTP, and the parser of replies and errors.
 
 The HTTP client is used bare. It follows no redirect, keeps no cookie and sends only the headers that HTTP needs, and the key.
 The bytes of a reply are counted while they arrive, and again unpacked: none takes more memory than `limits.reply_kb`. Proxies

@@ -1,4 +1,4 @@
-"""Words in a text that speak to the judge instead of to its reader, and what they achieve with the judge that is asked.
+"""Prompt injections against the judge, and how often they succeed with the judge that is used.
 
 Each is put behind texts of the policy that had lost. A judge that reads texts as texts lets them lose again. One that obeys a
 letter prefers it in both orders: the pair flips, which is half a win, and none of those "won in both orders".

@@ -1,6 +1,6 @@
-"""Who is compared with whom: completions of a policy and of a baseline, joined by their prompt.
+"""Join completions of a policy and of a baseline by their prompt.
 
-The books are closed: completions kept plus completions dropped is completions read, and every one dropped is named.
+Completions kept plus completions dropped is completions read, and every dropped one is named.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OVER_LIMIT = "over judge.limit"
 
 
 @dataclasses.dataclass
-class Books:
+class RowCounts:
     """What became of every completion of one side."""
 
     read: int
@@ -32,8 +32,8 @@ class Books:
 
 class Paired(NamedTuple):
     pairs: list[Pair]
-    policies: dict[str, Books]  # by series
-    baseline: Books
+    policies: dict[str, RowCounts]  # by series
+    baseline: RowCounts
 
 
 def pair_up(
@@ -60,7 +60,7 @@ def pair_up(
             answers[one.prompt] = one
             continue
         dropped.setdefault(cause, []).append(one.where)
-    paired = Paired([], {}, Books(len(baseline), len(answers), dropped))
+    paired = Paired([], {}, RowCounts(len(baseline), len(answers), dropped))
     for series, completions in policies.items():
         _refuse_repeats(series, completions)
         pairs, lost = [], {}
@@ -72,7 +72,7 @@ def pair_up(
             else:
                 lost.setdefault(OVER_LIMIT if one.prompt in over else "the baseline lacks this prompt", []).append(one.where)
         paired.pairs.extend(pairs)
-        paired.policies[series] = Books(len(completions), len(pairs), lost)
+        paired.policies[series] = RowCounts(len(completions), len(pairs), lost)
     for book in (paired.baseline, *paired.policies.values()):
         book.check()
     if not paired.pairs:

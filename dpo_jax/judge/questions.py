@@ -1,4 +1,4 @@
-"""What a judge is asked, and what counts as its answer: the prompts of Rafailov et al. 2023, appendix C.2, word for word.
+"""Prompts for a judge (Rafailov et al. 2023, appendix C.2, word for word), and the parser of its answers.
 
 A judge is shown two texts, A and B. Who of policy and baseline is A is its *order*; in both orders there are two questions a
 pair. Nothing here talks to anybody: `judging` does.

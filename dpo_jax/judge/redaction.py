@@ -1,4 +1,4 @@
-"""Redaction: texts of others without the traces of a secret, fit to be shown and written down.
+"""Redaction of a secret (an API key) from texts that are shown or written.
 
 A server may repeat the key it was sent, whole, shortened ("sk-ab...yz") or encoded. An endpoint that wants to give the key away
 can spell it as it likes, and no filter would know; what servers do by themselves is removed.

@@ -1,4 +1,4 @@
-"""Lines of a judge's log: what each may say, and the checksum that binds it to its log and to its place in it.
+"""Line format of a judge's log: allowed records, and a checksum that binds each line to its log and position.
 
     {"line": 3, "sent": "5e1f...", "tokens_in": 300, "tokens_out": 200, "check": "0123456789abcdef"}
 

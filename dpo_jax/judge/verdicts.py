@@ -1,4 +1,4 @@
-"""The log of a judge: every question sent and every answer, appended line by line, so that a kill loses nothing that was paid.
+"""Append-only log of a judge: every question sent and every answer, so that a kill loses no paid answer.
 
     {"line": 1, "settings": {...}, ...}                   what all verdicts depend on
     {"line": 2, "sent": KEY, "tokens_in": 300, ...}       before a request, with the most it can cost

@@ -1,4 +1,4 @@
-"""How often a policy beats its baseline, with intervals, and beside it what length has to do with it.
+"""Win rates of a policy against its baseline with intervals, and an estimate at equal length.
 
 Every function takes any number of studies at once, along leading axes: the simulations that test the intervals rely on it.
 """

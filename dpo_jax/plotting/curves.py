@@ -1,4 +1,4 @@
-"""Curves of a run: which metrics of `metrics.jsonl` belong in one image, and their running means. Nothing here draws."""
+"""Panels of training curves: which metrics of `metrics.jsonl` share an image, and running means. Nothing here draws."""
 
 from __future__ import annotations
 

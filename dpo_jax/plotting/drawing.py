@@ -1,4 +1,4 @@
-"""What all plots share: direct labels beside the axes, bare axes, and image files."""
+"""Drawing helpers of all plots: direct labels beside the axes, bare axes, image files."""
 
 from __future__ import annotations
 

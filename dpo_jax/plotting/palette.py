@@ -1,4 +1,4 @@
-"""Colours, dashes and markers of all plots: for colour-blind readers, and told apart in greyscale."""
+"""Colours, dashes and markers of all plots, chosen for colour-blind readers and greyscale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training curves from `metrics.jsonl`: one image per question a reader of a run, or of several, asks."""
+"""Plot training curves from `metrics.jsonl`, of one run or of several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first section of a report: what to know before any number, the numbers looked for first, and the health of a run."""
+"""The first section of a report: warnings, headline numbers, and the health of a run."""
 
 from __future__ import annotations
 

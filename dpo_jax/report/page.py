@@ -1,4 +1,4 @@
-"""A report as a list of blocks, written as one HTML page and as Markdown. What stands in a block is data, never markup."""
+"""Blocks of a report, rendered as one HTML page and as Markdown. Text in a block is data, never markup."""
 
 from __future__ import annotations
 

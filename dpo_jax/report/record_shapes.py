@@ -1,4 +1,4 @@
-"""The shapes of the records in a run directory: what a report needs of each file (`dpo_jax.shapes`)."""
+"""Schemas (`dpo_jax.shapes`) of the files in a run directory that a report reads."""
 
 from __future__ import annotations
 

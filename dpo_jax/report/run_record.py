@@ -1,4 +1,4 @@
-"""What lies in a run directory: its stages, how far each came, what went wrong, and what is not there.
+"""Read a run directory: its stages, the progress of each, failures, and missing files.
 
 Reads only. A file that is damaged is a problem of its stage to report, and no reason to stop.
 """

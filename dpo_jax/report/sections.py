@@ -1,4 +1,4 @@
-"""The sections of a report but the first one, from what lies in one or several run directories."""
+"""The sections of a report after the first, built from one or several run directories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weights were scored, and whether they are those of the run: so that nobody scores the base model by mistake."""
+"""Check that the weights that were scored are those of the run, and not the base model's."""
 
 from __future__ import annotations
 

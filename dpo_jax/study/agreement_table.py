@@ -1,4 +1,4 @@
-"""Table 2 in words: what `dpo-jax agree` prints and a report shows, from its `agreement.json`."""
+"""Table 2 as rows of text, from `agreement.json`, for `dpo-jax agree` and the report."""
 
 from __future__ import annotations
 

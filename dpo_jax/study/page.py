@@ -1,4 +1,4 @@
-"""A study with people (appendix D.3): two completions of a prompt side by side, without saying whose they are.
+"""The page of a blind study with people (appendix D.3): two completions of a prompt side by side.
 
 `make_study` gives a page, which is sent to raters, and a key, which is not: the page holds texts in an order drawn for each
 comparison, and ids that say nothing; the key says which method wrote which text. What the raters' files hold can be read with

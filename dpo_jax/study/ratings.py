@@ -1,4 +1,4 @@
-"""What raters and judges said, read from their files: every statement is kept or refused, with file, line, field and remedy.
+"""Read ratings of people and verdicts of judges: each is kept, or refused by file, line, field and remedy.
 
 Three kinds of files:
 

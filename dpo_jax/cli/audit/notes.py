@@ -1,4 +1,4 @@
-"""The verdict of the audit: what an engineer would look into before training, and what to do about it."""
+"""Notes of the audit: findings to look into before training, each with a remedy."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from dpo_jax.cli import build, identity
 from dpo_jax.cli.commands import sft as sft_command
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.config.lab import FrontierConfig, numbers
-from dpo_jax.cli.world import labelled_samples, make_world, of_training, prompts_of, refuse_mesh, sized
+from dpo_jax.cli.experiment import labelled_samples, make_world, of_training, prompts_of, refuse_mesh, sized
 from dpo_jax.data.encode import with_bos
 from dpo_jax.data.pairs import DataReport, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet

@@ -10,7 +10,7 @@ import jax
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
-from dpo_jax.cli.world import labelled_samples, make_world, of_training, sized
+from dpo_jax.cli.experiment import labelled_samples, make_world, of_training, sized
 from dpo_jax.data.label import LabelCounts
 from dpo_jax.data.pairs import Cause, DataError, DataReport
 

@@ -13,7 +13,7 @@ import numpy as np
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.config.lab import numbers
-from dpo_jax.cli.world import make_world, sized
+from dpo_jax.cli.experiment import make_world, sized
 from dpo_jax.evals.frontier import Optimum
 from dpo_jax.evals.frontier_plot import plot_frontier
 from dpo_jax.lab import report

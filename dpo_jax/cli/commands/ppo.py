@@ -12,7 +12,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli.commands.export import write_model
 from dpo_jax.cli.commands.frontier import first_kl_coef, ppo_method
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.world import has_true_reward, make_world, refuse_mesh, sized
+from dpo_jax.cli.experiment import has_true_reward, make_world, refuse_mesh, sized
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.reward_model import RewardModel, load_head
 from dpo_jax.models.hub import resolve

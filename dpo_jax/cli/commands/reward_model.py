@@ -9,8 +9,8 @@ import functools
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
+from dpo_jax.cli.experiment import refuse_mesh
 from dpo_jax.cli.repeats import check_repeats
-from dpo_jax.cli.world import refuse_mesh
 from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.evals.calibration import accuracy
 from dpo_jax.lab.reward_model import RewardModel, fit_reward_model, judged, save_reward_model

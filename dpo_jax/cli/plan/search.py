@@ -1,4 +1,4 @@
-"""Compile what is near a configuration: the nearest that fits, a ranking of meshes, and weak scaling."""
+"""Compile variants of a configuration: the nearest that fits, a ranking of meshes, and weak scaling."""
 
 from __future__ import annotations
 

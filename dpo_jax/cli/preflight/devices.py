@@ -1,4 +1,4 @@
-"""What `--check` looks at of devices: whether mesh, batch and model divide among them. Without JAX."""
+"""`--check` of devices: whether mesh, batch and model divide among them. Without JAX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `--check` looks at of a command's inputs: data, single files, models, tokenizers."""
+"""`--check` of a command's inputs: data, single files, models, tokenizers."""
 
 from __future__ import annotations
 

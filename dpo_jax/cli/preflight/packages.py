@@ -1,4 +1,4 @@
-"""What `--check` looks at of packages. On other machines than this one nothing is known of them."""
+"""`--check` of optional packages, for commands that run on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is laid in rows: tokens that belong together, with what each may see and what is read out of it."""
+"""Row segments: spans of tokens with their key intervals and the positions that are scored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def completion_unit(prompt: np.ndarray, completion: np.ndarray) -> Unit:
 
 
 def shared_unit(pair: Encoded) -> Unit:
-    """`[reversed(chosen) | prompt | rejected]`, the layout at the head of this file."""
+    """`[reversed(chosen) | prompt | rejected]`, the layout at the head of `layout.py`."""
     c, p, r = len(pair.chosen), len(pair.prompt), len(pair.rejected)
     if c == 0:
         raise ValueError(f"{pair.uid or 'pair'}: its chosen completion has no tokens, not even EOS")

@@ -1,4 +1,4 @@
-"""Parameters on their way from files to devices, a tensor at a time: to take a part of a model nobody has to hold all of it."""
+"""Stream checkpoint tensors to devices one at a time, so that no host holds the whole model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands of the paper's section 6.1 share: the reference policy, prompts, the true reward, and labelled samples."""
+"""Experiment setup of the paper's section 6.1 from a configuration: reference, prompts, true reward, labelled samples."""
 
 from __future__ import annotations
 

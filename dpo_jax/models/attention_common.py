@@ -1,4 +1,4 @@
-"""What all fused attention kernels need: a sliding window as an interval, and one call per device of a mesh.
+"""Helpers of the fused attention kernels: sliding windows as key intervals, and one call per device of a mesh.
 
 A kernel sees one contiguous range of keys for every query. A sliding window counts positions, and only in the reversed layout
 does that matter (`dpo_jax.data.layout`): the window of a chosen token that reaches into the prompt covers the prompt's *end*,
