@@ -17,7 +17,7 @@ from dpo_jax.models import flash_kernels
 from dpo_jax.models.attention import DENSE, attend
 from dpo_jax.models.attention_gpu import flash_path
 from dpo_jax.models.decoder import make_model
-from dpo_jax.models.flash_kernels import BLOCK
+from dpo_jax.models.flash_kernels import BLOCK, LONGEST, Tiles
 from dpo_jax.models.hf import load_hf
 
 FLASH = flash_path(interpret=True)
@@ -102,8 +102,8 @@ def seen(rows, window):
 
 def blocks_of(visible):
     rows, length, keys = visible.shape
-    visible = np.pad(visible, ((0, 0), (0, -length % BLOCK), (0, -keys % BLOCK)))
-    return visible.reshape(rows, -(-length // BLOCK), BLOCK, -(-keys // BLOCK), BLOCK).any(axis=(2, 4))
+    visible = np.pad(visible, ((0, 0), (0, -length % LONGEST), (0, -keys % LONGEST)))
+    return visible.reshape(rows, visible.shape[1] // BLOCK, BLOCK, visible.shape[2] // BLOCK, BLOCK).any(axis=(2, 4))
 
 
 def between(first, last, count):
@@ -144,6 +144,23 @@ def test_log_sum_exp_is_that_of_the_visible_scores():
     scores = np.where(seen(rows, None), 0.5 * np.einsum("rqnh,rknh->rqk", q, k)[:, :200, :200], -np.inf)
     expected = np.log2(np.exp(scores.astype(np.float64)).sum(axis=2))
     np.testing.assert_allclose(np.asarray(log_mass)[:, 0, :200], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tiles", [Tiles(128, 64), Tiles(128, 32), Tiles(32, 16)])
+def test_tiles_change_nothing_but_the_order_of_sums(tiles):
+    rows = packed()
+    spans = jax.tree.map(lambda x: x[0], FLASH.prepare(rows.k_start, rows.k_end, (None,)).spans)
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (jnp.asarray(rng.normal(size=(2, 256, n, 16)), jnp.float32) for n in (2, 1, 1, 2))
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+    def work(tiles):
+        arrays = (q, k, v, spans, flash_kernels.Settings(scale=0.5, softcap=None, interpret=True))
+        out, log_mass = flash_kernels.forward(*arrays, tiles=tiles)
+        back = {"log_mass": log_mass, "pull": jnp.sum(out * d_out, axis=-1).swapaxes(1, 2), "d_out": d_out, "tiles": tiles}
+        return out, flash_kernels.d_queries(*arrays, **back), flash_kernels.d_keys(*arrays, **back)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), work(tiles), work(Tiles(64, 64)))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dpo_jax.models import flash_kernels
 from dpo_jax.models.attention import AttentionPath
 from dpo_jax.models.attention_common import KeySpans, key_spans, keys_twice, of_window, on_each_device
-from dpo_jax.models.flash_kernels import BLOCK, LANES, Settings, Spans
+from dpo_jax.models.flash_kernels import BLOCK, LANES, LONGEST, Settings, Spans
 from dpo_jax.types import Array
 
 MOST = (1 << 31) - 1  # Triton counts the numbers of an array in int32
@@ -42,11 +42,11 @@ def _prepare(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> Pre
 
 def _spans(start: jax.Array, end: jax.Array, *, keys: int) -> Spans:
     rows, length = start.shape
-    # A query that only fills up the last block does as its neighbour, which needs no block more.
-    start, end = (jnp.pad(x, ((0, 0), (0, -length % BLOCK)), mode="edge") for x in (start, end))
+    # A query that only fills up the last tile does as its neighbour, which needs no block more.
+    start, end = (jnp.pad(x, ((0, 0), (0, -length % LONGEST)), mode="edge") for x in (start, end))
     key_first = start.reshape(rows, -1, BLOCK).min(axis=2) // BLOCK
     key_last = -(-end.reshape(rows, -1, BLOCK).max(axis=2) // BLOCK)
-    block = jnp.arange(-(-keys // BLOCK), dtype=jnp.int32)[None, None]
+    block = jnp.arange(-(-keys // LONGEST) * (LONGEST // BLOCK), dtype=jnp.int32)[None, None]
     met = (key_first[:, :, None] <= block) & (block < key_last[:, :, None])  # [R, blocks of queries, blocks of keys]
     number = jnp.arange(met.shape[1], dtype=jnp.int32)[None, :, None]
     query_first = jnp.where(met, number, met.shape[1]).min(axis=1)
@@ -80,7 +80,7 @@ def _rows(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, *, settings: S
         )
 
     def whole_blocks(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, -size % LANES)))
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LONGEST), (0, 0), (0, -size % LANES)))
 
     mixed: jax.Array = _flash(*map(whole_blocks, (q, k, v)), spans, settings)  # pyright: ignore[reportAssignmentType]
     return mixed[:, :length, :, :size]

@@ -5,7 +5,7 @@ side one after the other, and keeps scores on the chip. The mask is an interval 
 program meets only the blocks from `first` to `last`, which `attention_gpu` computes once per step. Statistics and sums are
 float32; no sum is atomic, so two runs give the same bits.
 
-Arrays here are padded: lengths are multiples of `BLOCK`, head sizes multiples of `LANES`. Tiles have lengths that are powers of
+Arrays here are padded: lengths are multiples of `LONGEST`, head sizes multiples of `LANES`. Tiles have lengths that are powers of
 two, because Triton has no others; a head of 80 entries is read as 64 and 16.
 """
 
@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 from dpo_jax.models.products import precision_of
 
 BLOCK = 64  # queries and keys of a block: the unit of `Spans.first` and the like
+LONGEST = 128  # length of the longest tile
 LANES = 16  # the least that a tensor core multiplies
 LOWEST = -1e30  # of a masked score: its exponential is 0, and differences of two are no NaN
 LOG2E = math.log2(math.e)
@@ -48,15 +49,15 @@ class Settings(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Sizes of a kernel's tiles (divisors of `BLOCK`) and its launch options."""
+    """Sizes of a kernel's tiles and its launch options."""
 
-    own: int  # length of the tile a program holds
-    met: int  # length of the tiles it meets
+    own: int  # length of the tile a program holds: a divisor of LONGEST
+    met: int  # length of the tiles it meets: a divisor of BLOCK
     warps: int = 4
     stages: int = 2
 
 
-def _tiles(kernel: str, head_size: int, dtype: Any) -> Tiles:
+def tiles_of(kernel: str, head_size: int, dtype: Any) -> Tiles:
     """The largest tiles whose sums stay in registers: compiled for an H100, no kernel spills.
 
     Chosen without a chip at hand. The gradients of keys and values hold two sums, and so meet shorter tiles.
@@ -70,10 +71,15 @@ def _tiles(kernel: str, head_size: int, dtype: Any) -> Tiles:
     return Tiles(BLOCK, 32 if kernel == "d_keys" and head_size > 64 else BLOCK)
 
 
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, settings: Settings) -> tuple[jax.Array, jax.Array]:
-    """Mixed values [R, L, N, H], typed as `v`, and the log-sum-exp of each query in base 2, float32[R, N, L]."""
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, settings: Settings, *, tiles: Tiles | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Mixed values [R, L, N, H], typed as `v`, and the log-sum-exp of each query in base 2, float32[R, N, L].
+
+    `tiles` replaces the ones chosen for this head size and type, to time others.
+    """
     rows, length, heads, size = q.shape
-    tiles = _tiles("forward", size, q.dtype)
+    tiles = tiles or tiles_of("forward", size, q.dtype)
     of_query, of_key, ranges, statistic = _specs_by_query(q, k, tiles)
     return _call(
         functools.partial(_forward, settings=settings, tiles=tiles),
@@ -101,14 +107,15 @@ def backward(
     """Gradients of q, k and v, of their shapes and types."""
     # Plain XLA: one pass over two arrays, which it fuses with what made the second.
     pull = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    d_q = _d_queries(q, k, v, spans, settings, log_mass=log_mass, pull=pull, d_out=d_out)
-    d_k, d_v = _d_keys(q, k, v, spans, settings, log_mass=log_mass, pull=pull, d_out=d_out)
+    d_q = d_queries(q, k, v, spans, settings, log_mass=log_mass, pull=pull, d_out=d_out)
+    d_k, d_v = d_keys(q, k, v, spans, settings, log_mass=log_mass, pull=pull, d_out=d_out)
     return d_q, d_k, d_v
 
 
-def _d_queries(q, k, v, spans: Spans, settings: Settings, *, log_mass, pull, d_out) -> jax.Array:
+def d_queries(q, k, v, spans: Spans, settings: Settings, *, log_mass, pull, d_out, tiles: Tiles | None = None) -> jax.Array:
+    """The gradient of q. `pull` is float32[R, N, L]: the sum of `out * d_out` over a head."""
     rows, length, heads, size = q.shape
-    tiles = _tiles("d_queries", size, q.dtype)
+    tiles = tiles or tiles_of("d_queries", size, q.dtype)
     of_query, of_key, ranges, statistic = _specs_by_query(q, k, tiles)
     return _call(
         functools.partial(_backward_queries, settings=settings, tiles=tiles),
@@ -122,11 +129,14 @@ def _d_queries(q, k, v, spans: Spans, settings: Settings, *, log_mass, pull, d_o
     )(q, k, v, d_out, log_mass, pull, spans.start, spans.end, spans.key_first, spans.key_last)
 
 
-def _d_keys(q, k, v, spans: Spans, settings: Settings, *, log_mass, pull, d_out) -> tuple[jax.Array, jax.Array]:
+def d_keys(
+    q, k, v, spans: Spans, settings: Settings, *, log_mass, pull, d_out, tiles: Tiles | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of k and v."""
     rows, length, heads, size = q.shape
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
-    tiles = _tiles("d_keys", size, q.dtype)
+    tiles = tiles or tiles_of("d_keys", size, q.dtype)
     # A program has one head of keys and all heads of queries that read it: their gradients are summed in order.
     of_query = pl.BlockSpec((None, length, group, size), lambda j, n, r: (r, 0, n, 0))
     of_key = pl.BlockSpec((None, tiles.own, None, size), lambda j, n, r: (r, j, n, 0))
@@ -281,9 +291,12 @@ def _zeros(ref: Any, tiles: Tiles) -> tuple[jax.Array, ...]:
 
 def _visits(first_ref: Any, last_ref: Any, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
     """The tiles that the tile of this program meets."""
-    block = jax.lax.div(pl.program_id(0), jnp.int32(BLOCK // tiles.own))
-    in_block = BLOCK // tiles.met
-    return first_ref[block] * in_block, last_ref[block] * in_block
+    blocks, in_block = max(1, tiles.own // BLOCK), BLOCK // tiles.met
+    begin = jax.lax.div(pl.program_id(0) * tiles.own, jnp.int32(BLOCK))
+    first, last = first_ref[begin], last_ref[begin]
+    for block in range(1, blocks):
+        first, last = jnp.minimum(first, first_ref[begin + block]), jnp.maximum(last, last_ref[begin + block])
+    return first * in_block, last * in_block
 
 
 def _seen(start: jax.Array, end: jax.Array, tile: jax.Array, tiles: Tiles, *, own_keys: bool = False) -> jax.Array:
