@@ -5,8 +5,8 @@ side one after the other, and keeps scores on the chip. The mask is an interval 
 program meets only the blocks from `first` to `last`, which `attention_gpu` computes once per step. Statistics and sums are
 float32; no sum is atomic, so two runs give the same bits.
 
-Arrays here are padded: lengths are multiples of `LONGEST`, head sizes multiples of `LANES`. Tiles have lengths that are powers of
-two, because Triton has no others; a head of 80 entries is read as 64 and 16.
+Arrays here are padded: lengths are multiples of `LONGEST`, head sizes multiples of `LANES`. Tiles have lengths that are powers
+of two, because Triton has no others; a head of 80 entries is read as 64 and 16.
 """
 
 from __future__ import annotations
