@@ -1,7 +1,6 @@
 """A whole run of the program on a tiny model, for the tests that look at it, continue it or are refused."""
 
 import contextlib
-import functools
 import io
 import shutil
 from pathlib import Path
@@ -91,13 +90,16 @@ def _plots_once(monkeypatch):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A whole run: every command once, in order."""
-    return _made_once(tmp_path_factory)
+    """A whole run: every command once, in order. Several files look at the same one."""
+    if not MADE:
+        MADE.append(whole_run(tmp_path_factory.mktemp("whole")))
+    return MADE[0]
 
 
-@functools.cache  # several files look at it
-def _made_once(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
+MADE = []
+
+
+def whole_run(folder):
     config = folder / "tiny.yaml"
     config.write_text(CONFIG.format(dir=folder / "run"))
     printed, stamps = {}, {}
