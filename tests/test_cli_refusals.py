@@ -225,11 +225,11 @@ def test_a_directory_in_use_is_locked(done, command):
     assert f"uses {done / command}" in message
 
 
-def test_eval_does_not_wait_for_a_run_that_trains(done):
-    card = (done / "dpo" / "README.md").read_text()
-    with RunDir(done / "dpo"):
-        result = call("eval", done.config, "--eval.samples", 0)
+def test_eval_does_not_wait_for_a_run_that_trains(copy):
+    card = (copy / "dpo" / "README.md").read_text()
+    with RunDir(copy / "dpo"):
+        result = call("eval", copy.config, "--eval.samples", 0)
     assert result.code == 0
     assert "the model card is left as it is: another run" in result.out
-    assert "left as it is" in call("eval", done.config, "--eval.samples", 0, "--dpo.beta", 0.3).out
-    assert (done / "dpo" / "README.md").read_text() == card
+    assert "left as it is" in call("eval", copy.config, "--eval.samples", 0, "--dpo.beta", 0.3).out
+    assert (copy / "dpo" / "README.md").read_text() == card
