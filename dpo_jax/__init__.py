@@ -54,9 +54,9 @@ if TYPE_CHECKING:
     from dpo_jax.ppo import ppo_step as ppo_step
     from dpo_jax.ppo import prompt_batch as prompt_batch
     from dpo_jax.reference import reference_logps as reference_logps
-    from dpo_jax.reward import completion_rewards as completion_rewards
-    from dpo_jax.reward import reward_step as reward_step
-    from dpo_jax.reward import with_scalar_head as with_scalar_head
+    from dpo_jax.reward_model import completion_rewards as completion_rewards
+    from dpo_jax.reward_model import reward_step as reward_step
+    from dpo_jax.reward_model import with_scalar_head as with_scalar_head
     from dpo_jax.runtime.optim import linear_warmup as linear_warmup
     from dpo_jax.runtime.optim import make_optimizer as make_optimizer
     from dpo_jax.sampling import generate as generate
@@ -93,7 +93,7 @@ _HOMES = {
     "models.hf": ("load_hf", "save_hf"),
     "ppo": ("advantages", "collect", "minibatches", "next_kl_coef", "ppo_step", "prompt_batch"),
     "reference": ("reference_logps",),
-    "reward": ("completion_rewards", "reward_step", "with_scalar_head"),
+    "reward_model": ("completion_rewards", "reward_step", "with_scalar_head"),
     "runtime.optim": ("linear_warmup", "make_optimizer"),
     "sampling": ("generate", "left_pad"),
     "sft": ("sft_step",),

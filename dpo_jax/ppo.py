@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 from dpo_jax.logps import CHUNK, at_least_float32, token_logps
-from dpo_jax.reward import scalar
+from dpo_jax.reward_model import scalar
 from dpo_jax.sampling import Samples, generate, left_pad
 from dpo_jax.step import apply_gradients, mean_grads
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables

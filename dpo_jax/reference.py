@@ -27,7 +27,7 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import Batch
 from dpo_jax.locks import open_lock
 from dpo_jax.logps import completion_logps
-from dpo_jax.models.pieces import Piece, pieces_of
+from dpo_jax.models.checkpoint_stream import Piece, pieces_of
 from dpo_jax.shapes import fit
 from dpo_jax.types import Model, Rows, Variables
 from dpo_jax.untrusted import Unreadable, read_object

@@ -144,9 +144,10 @@ class Partitioner(NamedTuple):
     `compile_step(step)` turns `step(state, rows) -> (state, metrics)` into a compiled function that donates `state`;
     `compile_map(fn)` turns `fn(variables, rows) -> [E, ...]` into a compiled function with the same result on the host.
 
-    Parameters come to the devices in three ways: `load_variables(shapes, pieces)` puts `models.pieces` of files where they
-    belong, a tensor at a time; `make_variables(make)` runs a function without arguments; `put_variables(tree)` copies whole
-    arrays. `init_state(make, variables)` turns such parameters, which it consumes, into the state `make(variables)`.
+    Parameters come to the devices in three ways: `load_variables(shapes, pieces)` puts those of `models.checkpoint_stream`
+    where they belong, a tensor at a time; `make_variables(make)` runs a function without arguments; `put_variables(tree)`
+    copies whole arrays. `init_state(make, variables)` turns such parameters, which it consumes, into the state
+    `make(variables)`.
 
     `get_state` gives the form that is saved and restored, with the shapes of one device (a mesh leaves it in pieces);
     `put_state` lays a copy of that out on the devices; `to_host` gives whole numpy arrays, on every host.

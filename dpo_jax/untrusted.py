@@ -1,6 +1,6 @@
 """Untrusted input: files and replies that this program did not write, or that may be damaged.
 
-Each kind has one reader (JSON here; data rows in `data`, model folders in `models`, replies of a judge in `evals`). A reader
+Each kind has one reader (JSON here; data rows in `data`, model folders in `models`, replies of a judge in `judge`). A reader
 checks size and depth before the work, stands in `reading` where it calls a library, and raises `Unreadable` for whatever is
 wrong. Code behind a reader checks nothing again.
 """

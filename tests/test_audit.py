@@ -9,13 +9,13 @@ import string
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from test_cli_runs import call, refused
+from tiny_run import call, refused
 
 from dpo_jax.cli import build
-from dpo_jax.cli.audit import longer_wins
+from dpo_jax.cli.commands.audit import longer_wins
 from dpo_jax.cli.config import load_config
+from dpo_jax.cli.experiment import prompts_of
 from dpo_jax.cli.repeats import check_repeats
-from dpo_jax.cli.world import prompts_of
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.lengths import cut_table, length_differences
 from dpo_jax.data.pairs import DataError, DataReport
@@ -318,7 +318,7 @@ def test_all_that_reads_prompts_gives_them_the_same_bos(config, tmp_path, monkey
     def look(complete, variables, prompts, key, *, repeats):
         raise Seen([ids.tolist() for ids in prompts])
 
-    monkeypatch.setattr("dpo_jax.cli.sample._draw", look)
+    monkeypatch.setattr("dpo_jax.cli.commands.sample._draw", look)
     flags = ("--run.dir", tmp_path, "--sample.policy", GOLDEN / "gpt2" / "init", "--data.max-length", 40)
     for bos, first in (("always", 0), ("auto", None)):
         options = (*flags, "--data.bos", bos, "--data.max-prompt-length", 30)

@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard
 
 from dpo_jax.cli.card import dpo_card, sft_card
 from dpo_jax.cli.config import Config, DataConfig, DpoConfig, ModelConfig, RunConfig
-from dpo_jax.evals.result_table import result_table
 from dpo_jax.models import origin
 from dpo_jax.models.origin import License, Origin, hub_id_of_folder, model_origin
+from dpo_jax.report.result_table import result_table
 from dpo_jax.runtime.rundir import RunDir, checkout, write_json
 
 BASE_CARD = "---\nlanguage:\n- en\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\ntags: [a]\n---\n# Base\n"

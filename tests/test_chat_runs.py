@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from safetensors.numpy import load_file
-from test_cli_runs import call, refused
+from tiny_run import call, refused
 from tokenizers import AddedToken
 
 from dpo_jax.cli import build
+from dpo_jax.cli.commands.export import write_model
+from dpo_jax.cli.commands.frontier import ppo_method
 from dpo_jax.cli.config import ConfigError, load_config
-from dpo_jax.cli.export import write_model
-from dpo_jax.cli.frontier import ppo_method
-from dpo_jax.cli.world import make_world
+from dpo_jax.cli.experiment import make_world
 from dpo_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config

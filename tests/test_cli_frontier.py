@@ -14,13 +14,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-from test_cli_runs import _compilation_cache, call  # noqa: F401  the first is a fixture
+from tiny_run import _compilation_cache, call  # noqa: F401  the first is a fixture
 
 from dpo_jax.cli import build
+from dpo_jax.cli.commands.frontier import _runs, _shared, to_mix
+from dpo_jax.cli.commands.ppo import learned_reward
 from dpo_jax.cli.config import load_config
-from dpo_jax.cli.frontier import _runs, _shared, to_mix
-from dpo_jax.cli.ppo import learned_reward
-from dpo_jax.cli.world import make_world, prompts_of
+from dpo_jax.cli.experiment import make_world, prompts_of
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.evals.frontier import optimum

@@ -18,22 +18,23 @@ from conftest import GOLDEN
 from fake_judge import Say, fake_judge
 from huggingface_hub import ModelCard
 from test_card import REPORT, configured, folder_with
-from test_cli_runs import call
+from tiny_run import call
 
 from dpo_jax.cli.card import dpo_card, sft_card, yaml_value
 from dpo_jax.cli.exit_codes import message
+from dpo_jax.cli.experiment import _write
 from dpo_jax.cli.main import main
-from dpo_jax.cli.world import _write
+from dpo_jax.data.completion_files import read_completions
 from dpo_jax.data.display import shown_prompt
 from dpo_jax.data.label import label
 from dpo_jax.data.pairs import DataError
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.terminal import _SUSPECT, HIDDEN, csv_cell, json_text, one_line, printable, printable_output
-from dpo_jax.evals.completion_files import read_completions
-from dpo_jax.evals.judge import Pair, question_of
-from dpo_jax.evals.palette import STYLES
-from dpo_jax.evals.ratings import read_key, read_verdicts
-from dpo_jax.evals.report_page import (
+from dpo_jax.judge.questions import Pair, question_of
+from dpo_jax.judge.win_rates import win_rates
+from dpo_jax.judge.win_rates_plot import plot_win_rates
+from dpo_jax.plotting.palette import STYLES
+from dpo_jax.report.page import (
     Figures,
     Notice,
     Page,
@@ -48,12 +49,11 @@ from dpo_jax.evals.report_page import (
     render_html,
     render_markdown,
 )
-from dpo_jax.evals.result_table import result_table
-from dpo_jax.evals.study import WORDINGS, Comparison, make_study, render
-from dpo_jax.evals.win_rates import win_rates
-from dpo_jax.evals.win_rates_plot import plot_win_rates
+from dpo_jax.report.result_table import result_table
 from dpo_jax.runtime.progress import Board, reported
 from dpo_jax.runtime.rundir import RunDir, write_json
+from dpo_jax.study.page import WORDINGS, Comparison, make_study, render
+from dpo_jax.study.ratings import read_key, read_verdicts
 from dpo_jax.untrusted import Unreadable
 
 EVIL = {

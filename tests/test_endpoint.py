@@ -11,9 +11,9 @@ import threading
 import pytest
 from fake_judge import Fail, Raw, Say, fake_judge
 
-from dpo_jax.evals.endpoint import Endpoint, Fault, Reply
-from dpo_jax.evals.judge import choice_of
-from dpo_jax.evals.verdicts import Tokens
+from dpo_jax.judge.endpoint import Endpoint, Fault, Reply
+from dpo_jax.judge.questions import choice_of
+from dpo_jax.judge.verdicts import Tokens
 from dpo_jax.untrusted import Unreadable
 
 KEY = "sk-planted-0123456789abcdef"
@@ -218,7 +218,7 @@ def test_other_questions_go_on_while_a_reply_is_read(monkeypatch):
         assert went_on.wait(10)
         return Reply(A, "", "m", None)
 
-    monkeypatch.setattr("dpo_jax.evals.endpoint.read_reply", slow)
+    monkeypatch.setattr("dpo_jax.judge.endpoint.read_reply", slow)
 
     async def run(url):
         endpoint = endpoint_at(url)

@@ -13,18 +13,18 @@ from conftest import GOLDEN
 from mutate import outcome, time_limit
 from test_report import PIXEL, finished, refused
 
+from dpo_jax.cli.commands.report import write_page
+from dpo_jax.cli.commands.report_files import earlier_images
 from dpo_jax.cli.config import ConfigError
 from dpo_jax.cli.exit_codes import exit_code, message
 from dpo_jax.cli.model_folders import refuse_foreign, refuse_other_lines
-from dpo_jax.cli.report import write_page
-from dpo_jax.cli.report_files import earlier_images
 from dpo_jax.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_digest, train_tokenizer
-from dpo_jax.evals.report_first import TITLE
-from dpo_jax.evals.report_page import Figures, Page, Section
 from dpo_jax.lab.sweep import Run, sweep
 from dpo_jax.locks import open_lock
 from dpo_jax.models.hf import load_hf, save_hf
 from dpo_jax.reference import ReferenceCache
+from dpo_jax.report.first import TITLE
+from dpo_jax.report.page import Figures, Page, Section
 from dpo_jax.runtime.checkpoint import Checkpoints
 from dpo_jax.runtime.rundir import RunDir, RunLocked, check_unlocked, write_json
 from dpo_jax.untrusted import Unreadable, read_object

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dpo_jax.cli.commands import COMMANDS
+from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config import load_config
 from dpo_jax.cli.finished import RECORD, FinishedRun
 from dpo_jax.cli.fixed import fix

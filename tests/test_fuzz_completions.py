@@ -8,12 +8,12 @@ import pytest
 from mutate import mutants, mutations, outcome
 
 from dpo_jax.cli.prompts import prompts_of_file
+from dpo_jax.data.completion_files import read_completions
 from dpo_jax.data.pairs import DataError, DataReport
 from dpo_jax.data.terminal import json_text
-from dpo_jax.evals.completion_files import read_completions
-from dpo_jax.evals.judge import question_of
-from dpo_jax.evals.pairing import pair_up
-from dpo_jax.evals.study import WORDINGS, join, make_study, one_each, render
+from dpo_jax.judge.pairing import pair_up
+from dpo_jax.judge.questions import question_of
+from dpo_jax.study.page import WORDINGS, join, make_study, one_each, render
 
 ROWS = [
     {"prompt": "POST: It rains.\nTL;DR:", "completion": " Rain.", "logp": -3.25, "tokens": 4, "temperature": 0.25},

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from mutate import mutants, mutations, outcome, time_limit
 
-from dpo_jax.cli.preflight_inputs import _rows as declared_rows
+from dpo_jax.cli.preflight.inputs import _rows as declared_rows
 from dpo_jax.data.columns import number
 from dpo_jax.data.formats import FORMATS
 from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, PreferenceSet

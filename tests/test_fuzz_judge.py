@@ -10,12 +10,12 @@ import pytest
 from fake_judge import Raw, fake_judge
 from mutate import mutants, mutations, outcome, time_limit
 
-from dpo_jax.evals.endpoint import Endpoint, Fault, Reply, read_error, read_reply, wait_of
-from dpo_jax.evals.judge import choice_of, label_of
-from dpo_jax.evals.ratings import KIND, read_key, read_raters, read_records, read_verdicts, sealed
-from dpo_jax.evals.redaction import PIECE, Redactor
-from dpo_jax.evals.study import WORDINGS, Comparison, make_study
-from dpo_jax.evals.verdicts import ForeignVerdicts, Tokens, VerdictLog
+from dpo_jax.judge.endpoint import Endpoint, Fault, Reply, read_error, read_reply, wait_of
+from dpo_jax.judge.questions import choice_of, label_of
+from dpo_jax.judge.redaction import PIECE, Redactor
+from dpo_jax.judge.verdicts import ForeignVerdicts, Tokens, VerdictLog
+from dpo_jax.study.page import WORDINGS, Comparison, make_study
+from dpo_jax.study.ratings import KIND, read_key, read_raters, read_records, read_verdicts, sealed
 from dpo_jax.untrusted import Unreadable
 
 KEY = "sk-planted-0123456789abcdef"

@@ -11,15 +11,15 @@ from conftest import GOLDEN
 from mutate import mutants, mutations, outcome
 from test_report import JUDGED, PIXEL, json_to, make_run
 
-from dpo_jax.cli.agree import plain
+from dpo_jax.cli.commands.agree import plain
 from dpo_jax.cli.config import Config, ConfigError, dump_config, load_config
 from dpo_jax.cli.finished import RECORD, recorded
 from dpo_jax.cli.fixed import check
 from dpo_jax.cli.main import main
-from dpo_jax.evals.agreement import table_2
-from dpo_jax.evals.ratings import Judgment
 from dpo_jax.lab.sweep import RESULT, Run, sweep
 from dpo_jax.runtime.metrics import MetricsLog, read_metrics
+from dpo_jax.study.agreement import table_2
+from dpo_jax.study.ratings import Judgment
 
 SHARE = {"accuracy": 0.75, "low": 0.5, "high": 0.9}
 SUBSET = SHARE | {"subset": "chat", "pairs": 12, "margin": 0.3}
@@ -118,8 +118,8 @@ def undrawn(monkeypatch):
         path.write_bytes(PIXEL)
         return path
 
-    monkeypatch.setattr("dpo_jax.cli.report.plot_training", lambda rows, folder, **options: [])
-    monkeypatch.setattr("dpo_jax.evals.report_sections.plot_trajectories", drawn)
+    monkeypatch.setattr("dpo_jax.cli.commands.report.plot_training", lambda rows, folder, **options: [])
+    monkeypatch.setattr("dpo_jax.report.sections.plot_trajectories", drawn)
 
 
 def test_a_whole_run_has_a_page_without_a_complaint(whole, tmp_path):

@@ -17,7 +17,7 @@ from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
-from dpo_jax.reward import HEAD, completion_rewards, reward_step, with_scalar_head
+from dpo_jax.reward_model import HEAD, completion_rewards, reward_step, with_scalar_head
 from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.parallel import pmap_partitioner
 from dpo_jax.step import init_state

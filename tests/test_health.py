@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpo_jax.evals.health import CHECKS, examine, examine_run, repetition
+from dpo_jax.report.health import CHECKS, examine, examine_run, repetition
 
 REFERENCE = {"tokens": 20.0, "cut": 0.0, "repetition": 0.01, "kl": 0.0}
 POLICY = {

@@ -95,7 +95,7 @@ def twenty_steps(directory):
     everywhere = jax.sharding.NamedSharding(make_mesh(fsdp=-1), jax.sharding.PartitionSpec(None, "fsdp"))
     whole = np.arange(7 * 16, dtype=np.float32).reshape(7, 16)
     cut = jax.make_array_from_callback(whole.shape, everywhere, lambda index: whole[index])
-    runs = list(hosts.pieces(cut, max_bytes=3 * 16 * 4))
+    runs = list(hosts.gathered_chunks(cut, max_bytes=3 * 16 * 4))
     assert [len(run) for run in runs] == [3, 3, 1]
     np.testing.assert_array_equal(np.concatenate(runs), whole)
     agree = hosts.agreement()

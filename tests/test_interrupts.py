@@ -84,7 +84,7 @@ ENCODING = ("dpo", "dpo_jax.cli.build:encode_split", 2)
 COMPILING = ("refs", "compiling:reference_logps", 1)
 REFERENCE = ("refs", "dpo_jax.reference:ReferenceCache.add", 2)
 SAMPLING = ("sample", "compiling:draw", 1)
-EVALUATING = ("eval", "dpo_jax.cli.eval:preference_summary", 1)
+EVALUATING = ("eval", "dpo_jax.cli.commands.eval:preference_summary", 1)
 SAVING = ("dpo", "dpo_jax.cli.train:save_hf", 1)
 
 

@@ -9,62 +9,53 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dpo_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
+
+def name_of(path):
+    return path.relative_to(PACKAGE).as_posix()
+
+
 # First match wins. Modules of one floor may import each other, as far as Python itself allows.
 FLOORS = [
     (1, ["types.py", "extras.py", "untrusted.py", "shapes.py", "writing.py", "locks.py"]),
     (2, ["losses.py", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
-    (3, ["dpo.py", "sft.py", "reward.py", "ppo.py", "reference.py", "dataset_logps.py"]),
+    (3, ["dpo.py", "sft.py", "reward_model.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),
-    (5, ["evals/", "bench/", "lab/", "checks/", "check.py"]),
+    (5, ["plotting/", "evals/", "judge/", "study/", "report/", "bench/", "lab/", "checks/", "check.py"]),
     (6, ["cli/"]),
 ]
 ONLY_IN = {
-    "flax": ["models/decoder.py"],
+    "flax": ["models/decoder.py", "models/layers.py"],
     "orbax": ["runtime/checkpoint.py"],
-    "yaml": ["cli/config_file.py"],
+    "yaml": ["cli/config/file.py"],
     "tyro": ["cli/flags.py"],
     "tensorflow_datasets": ["data/tfds.py"],
     "huggingface_hub": ["models/hub.py", "models/origin.py"],
     # Curves of a run, the frontier, reliability, win rates, the race.
     "matplotlib": [
-        *[f"evals/{name}.py" for name in ("drawing", "plots", "frontier_plot", "calibration_plot", "win_rates_plot")],
+        *("plotting/drawing.py", "plotting/training_curves.py", "evals/frontier_plot.py", "evals/calibration_plot.py"),
+        "judge/win_rates_plot.py",
         "bench/plots.py",
     ],
     "tensorboardX": ["runtime/metrics.py"],
     "wandb": ["runtime/metrics.py"],
     "torch": [
         *("bench/torch_loop.py", "bench/torch_sampler.py", "bench/trl_loop.py", "bench/matmul.py"),
-        "evals/rewards.py",  # other people's classifiers
+        "evals/reward_functions.py",  # other people's classifiers
     ],
-    "sklearn": ["evals/rewards.py"],
-    "httpx2": ["evals/endpoint.py"],
+    "sklearn": ["evals/reward_functions.py"],
+    "httpx2": ["judge/endpoint.py"],
     "trl": ["bench/trl_loop.py"],
     "datasets": ["bench/trl_loop.py"],
 }
 NOWHERE = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tensorflow"}
 # --help answers at once
 LIGHT = [
-    f"cli/{name}.py"
-    for name in (
-        *(
-            "check_scope",
-            "config",
-            "config_file",
-            "config_judge",
-            "config_lab",
-            "config_limits",
-            "config_report",
-            "config_study",
-        ),
-        *("commands", "exit_codes", "fixed", "flags", "main", "words"),
-    )
-] + ["runtime/signals.py", "runtime/progress.py", "data/terminal.py", "untrusted.py", "shapes.py", "writing.py"]
+    *sorted(name_of(path) for path in (PACKAGE / "cli" / "config").glob("*.py")),
+    *(f"cli/{name}.py" for name in ("command_table", "exit_codes", "fixed", "flags", "main", "preflight/scope", "words")),
+    *("runtime/signals.py", "runtime/progress.py", "data/terminal.py", "untrusted.py", "shapes.py", "writing.py"),
+]
 # What runs in the processes of the PyTorch contenders, where JAX would count as their memory.
 WITHOUT_JAX = [f"bench/{name}.py" for name in ("contender", "matmul", "torch_loop", "torch_sampler", "trl_loop", "work")]
-
-
-def name_of(path):
-    return path.relative_to(PACKAGE).as_posix()
 
 
 def floor_of(name):
@@ -168,7 +159,7 @@ def test_what_fails_to_be_written_is_named(path):
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_help_imports_nothing_heavy(name):
-    allowed = {name for name in LIGHT if name != "cli/main.py"} | {"cli/", "data/"}
+    allowed = {name for name in LIGHT if name != "cli/main.py"} | {"cli/", "cli/config/", "cli/preflight/", "data/"}
     heavy = {"jax", "numpy", "flax", "transformers", "orbax", "optax", "tyro"}
     for line, dotted in imported(PACKAGE / name, at_import_only=True):
         assert dotted.split(".")[0] not in heavy, f"{name}:{line} imports {dotted}"
@@ -204,3 +195,24 @@ def test_the_front_door_shows_type_checkers_what_it_opens():
 
 def test_no_layer_is_a_drawer():
     assert not [name_of(path) for path in MODULES if path.stem in ("utils", "util", "helpers", "common", "misc")]
+
+
+@pytest.mark.parametrize("room", ["evals", "judge", "study", "report"])
+def test_rooms_are_small(room):
+    files = [name_of(path) for path in (PACKAGE / room).rglob("*.py")]
+    assert 0 < len(files) <= 12, f"{len(files)} files in {room}/: split it by what knows what"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_are_short(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= 400, f"{name_of(path)} has {lines} lines: split it by what it knows"
+
+
+TESTS = sorted(Path(__file__).parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+def test_tests_are_split_by_subject(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= 500, f"{path.name} has {lines} lines: split it by subject"

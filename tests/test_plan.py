@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dpo_jax.cli import main as program
-from dpo_jax.cli import plan as planning
+from dpo_jax.cli.commands import plan as planning
 from dpo_jax.cli.config import load_config
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import shared_rows

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.cli import main as program
-from dpo_jax.cli import plan as planning
+from dpo_jax.cli.commands import plan as planning
 from dpo_jax.cli.config import load_config
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import shared_rows
@@ -22,10 +22,10 @@ from dpo_jax.extras import install_command
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.attention import DENSE, AttentionPath, dense
+from dpo_jax.models.attention_common import key_spans, of_window, on_each_device
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.flops import pair_flops
-from dpo_jax.models.kernels import key_spans, of_window, on_each_device
 from dpo_jax.runtime.chips import CHIPS, TopologyError, host_devices, slice_devices, slice_of
 from dpo_jax.runtime.gpu_target import plugin_is_here
 from dpo_jax.runtime.hlo import products, summarize

@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 
 from dpo_jax.evals.calibration import Reliability
 from dpo_jax.evals.calibration_plot import plot_reliability
-from dpo_jax.evals.curves import PANELS, guide_of, running_mean, window_of
-from dpo_jax.evals.drawing import spread
 from dpo_jax.evals.frontier import Point, measured, optimum
 from dpo_jax.evals.frontier_plot import _set_apart, plot_frontier, plot_trajectories
-from dpo_jax.evals.palette import CHOSEN, REJECTED, STYLES
-from dpo_jax.evals.plots import plot_displacement, plot_runs, plot_training
+from dpo_jax.plotting.curves import PANELS, guide_of, running_mean, window_of
+from dpo_jax.plotting.drawing import spread
+from dpo_jax.plotting.palette import CHOSEN, REJECTED, STYLES
+from dpo_jax.plotting.training_curves import plot_displacement, plot_runs, plot_training
 
 save = Figure.savefig
 

@@ -33,7 +33,7 @@ from dpo_jax.ppo import (
     token_mask,
     whiten,
 )
-from dpo_jax.reward import scalar, with_scalar_head
+from dpo_jax.reward_model import scalar, with_scalar_head
 from dpo_jax.runtime.mesh import make_mesh
 from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device

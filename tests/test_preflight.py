@@ -14,11 +14,12 @@ import pytest
 import yaml
 from conftest import GOLDEN
 
-from dpo_jax.cli import finished, fixed, model_folders, preflight
+from dpo_jax.cli import finished, fixed, model_folders
 from dpo_jax.cli import main as program
-from dpo_jax.cli.commands import COMMANDS
+from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config import Config, RunConfig, dump_config, load_config
 from dpo_jax.cli.flags import parse
+from dpo_jax.cli.preflight import run as preflight
 
 ROOT = Path(__file__).parent.parent
 ROWS = [{"prompt": f"{number} and", "chosen": " one more.", "rejected": " no."} for number in range(10)]

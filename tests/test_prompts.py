@@ -7,9 +7,9 @@ import pytest
 from conftest import GOLDEN
 from tokenizers import AddedToken
 
+from dpo_jax.cli.commands.sample import for_terminal
 from dpo_jax.cli.config import Config, ConfigError, SampleConfig
 from dpo_jax.cli.prompts import Prompt, is_chat, prompts_of_file
-from dpo_jax.cli.sample import for_terminal
 from dpo_jax.data.tokenizer import load_tokenizer
 
 TEMPLATE = (

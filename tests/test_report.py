@@ -1,7 +1,6 @@
 """The page about a run: what it shows, warns of and names as missing, and that no text of a model becomes markup."""
 
 import base64
-import csv
 import dataclasses
 import html.parser
 import json
@@ -10,16 +9,15 @@ import shutil
 
 import pytest
 from conftest import GOLDEN
-from test_cli_runs import call, refused
+from tiny_run import call, refused
 
-from dpo_jax.cli.agree import plain
+from dpo_jax.cli.commands.agree import plain
+from dpo_jax.cli.commands.report import weights_digest_of
 from dpo_jax.cli.config import Config, DpoConfig, RunConfig, dump_config
-from dpo_jax.cli.report import weights_digest_of
-from dpo_jax.evals.agreement import table_2
-from dpo_jax.evals.overoptimisation import declines
-from dpo_jax.evals.plots import plot_runs
-from dpo_jax.evals.ratings import Judgment
-from dpo_jax.evals.report_page import (
+from dpo_jax.models.hf import load_hf
+from dpo_jax.plotting.training_curves import plot_runs
+from dpo_jax.reference import weights_digest
+from dpo_jax.report.page import (
     Page,
     Sample,
     Section,
@@ -32,11 +30,10 @@ from dpo_jax.evals.report_page import (
     render_html,
     render_markdown,
 )
-from dpo_jax.evals.report_sections import frontier
-from dpo_jax.evals.report_weights import scored_weights
-from dpo_jax.evals.run_record import RunRecord, read_run
-from dpo_jax.models.hf import load_hf
-from dpo_jax.reference import weights_digest
+from dpo_jax.report.run_record import RunRecord
+from dpo_jax.report.weights import scored_weights
+from dpo_jax.study.agreement import table_2
+from dpo_jax.study.ratings import Judgment
 
 HOSTILE = (
     "</dd></article><script>alert(1)</script> <img src=http://evil.example/x onerror=alert(2)> & &amp;\n"
@@ -341,35 +338,6 @@ def test_runs_may_be_named_in_a_file(finished, tmp_path):
 
 
 # Pieces.
-
-
-def test_declines_tell_a_fall_from_scatter(tmp_path):
-    def point(kl, reward, half, label="beta 1"):
-        return {"method": "dpo", "label": label, "seed": "0", "kl": str(kl), "reward": str(reward)} | {
-            "reward_low": str(reward - half),
-            "reward_high": str(reward + half),
-        }
-
-    fell = [point(1, 3, 0.3), point(4, 5, 0.3), point(9, 4, 0.4)]
-    (row,) = declines(fell)
-    assert (row.best_kl, row.best_reward, row.last_kl, row.last_reward, row.fall) == (4, 5, 9, 4, 1)
-    assert row.interval == pytest.approx((0.5, 1.5))  # 0.3 and 0.4 add up to 0.5 in squares
-    assert row.overoptimised
-    scatter = [*fell[:2], point(9, 4, 1.0)]
-    nearer = [*fell[:2], point(2, 4, 0.4)]
-    assert [row.overoptimised for rows in (scatter, nearer) for row in declines(rows)] == [False, False]
-    assert declines([point(1, 3, 0.3), point(1, 3, 0.3, label="other")]) == []
-    for stage in ("frontier", "dpo"):
-        (tmp_path / "run" / stage).mkdir(parents=True)
-        (tmp_path / "run" / stage / "config.yaml").write_text("")
-    with open(tmp_path / "run" / "frontier" / "results.csv", "w") as file:
-        writer = csv.DictWriter(file, list(fell[0]))
-        writer.writeheader()
-        writer.writerows(fell)
-    section = frontier([read_run(tmp_path / "run", name="r")], tmp_path)
-    table, figures = section.blocks
-    assert table.rows == [["dpo beta 1", "5.00", "4.00", "4.00", "9.00", "1.00 (0.50 to 1.50)", "yes"]]
-    assert figures.images[0][0].read_bytes().startswith(b"\x89PNG")
 
 
 POINT = {"series": "dpo", "pairs": 9, "won": 4, "lost": 2, "flipped": 2, "failed": 1, "unanswered": 0}

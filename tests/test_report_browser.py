@@ -7,8 +7,8 @@ import json
 import shutil
 
 import pytest
-from test_cli_runs import call
 from test_report import JUDGED, PIXEL, POINT, json_to, make_run
+from tiny_run import call
 
 pytestmark = pytest.mark.browser
 

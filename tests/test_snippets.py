@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from dpo_jax.cli import build, sft
+from dpo_jax.cli import build
+from dpo_jax.cli.commands import sft
 from dpo_jax.cli.flags import parse
 from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.data.snippets import FILES, Snippet, load_snippets, part_of, prefixes, snippets_of

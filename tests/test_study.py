@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from dpo_jax.cli import main as program
+from dpo_jax.data.completion_files import Completion, read_completions
 from dpo_jax.data.pairs import DataError, DataReport
-from dpo_jax.evals.completion_files import Completion, read_completions
-from dpo_jax.evals.judge import Pair, question_of
-from dpo_jax.evals.ratings import KIND, read_key, read_verdicts
-from dpo_jax.evals.study import WORDINGS, Comparison, deal, draw, join, make_study, one_each, render
+from dpo_jax.judge.questions import Pair, question_of
+from dpo_jax.study.page import WORDINGS, Comparison, deal, draw, join, make_study, one_each, render
+from dpo_jax.study.ratings import KIND, read_key, read_verdicts
 
 ROOT = Path(__file__).parent.parent
 AWKWARD = [
@@ -170,7 +170,7 @@ def test_what_is_no_python_is_part_of_the_package():
         path for path in others if path.parent.name == "templates" or path.suffix not in (".md", ".png")
     ]  # of the READMEs
     names = {path.relative_to(ROOT / "dpo_jax").as_posix() for path in others}
-    assert "evals/templates/study.html" in names
+    assert "study/templates/study.html" in names
     for name in names:
         assert any(fnmatch.fnmatch(name, pattern) for pattern in listed), name
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax.evals.ratings import read_key, read_raters
-from dpo_jax.evals.study import WORDINGS, Comparison, make_study, render
+from dpo_jax.study.page import WORDINGS, Comparison, make_study, render
+from dpo_jax.study.ratings import read_key, read_raters
 
 pytestmark = pytest.mark.browser
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}

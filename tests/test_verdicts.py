@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from dpo_jax.evals.verdicts import ForeignVerdicts, Tokens, VerdictLog
+from dpo_jax.judge.verdicts import ForeignVerdicts, Tokens, VerdictLog
 from dpo_jax.untrusted import Unreadable
 
 

@@ -1,4 +1,4 @@
-"""What a DPO step needs at least, in floating-point operations, and what a machine could do: the two sides of an MFU."""
+"""The two sides of an MFU: necessary FLOPs of a DPO step, and the machine's matmul rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do all contenders compute the same thing? Only then is a ratio of their speeds worth anything."""
+"""Checks that all contenders compute the same thing, without which no ratio is reported."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dpo_jax.bench.work import library
-from dpo_jax.evals.palette import CHOSEN, REJECTED
+from dpo_jax.plotting.palette import CHOSEN, REJECTED
 from dpo_jax.writing import placing
 
 COLORS = {"jax": CHOSEN.color, "torch": REJECTED.color}

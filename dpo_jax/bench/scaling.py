@@ -1,4 +1,4 @@
-"""How our step's time grows with the batch and with the length of its rows: proportional to the work, or worse?"""
+"""Scaling of our step's time with batch size and row length, as fitted exponents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a model read rows right? Plain, shared and packed rows hold the same texts, so a model must find the same numbers."""
+"""Check that a model gives the same log-probabilities for plain, shared and packed rows."""
 
 from __future__ import annotations
 

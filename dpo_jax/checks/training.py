@@ -22,9 +22,9 @@ from dpo_jax.dpo import dpo_step, preference_metrics
 from dpo_jax.logps import completion_logps, token_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.attention_paths import CHUNKED, attention_path
+from dpo_jax.models.checkpoint_stream import path_of
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
-from dpo_jax.models.pieces import path_of
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime.optim import linear_warmup, make_optimizer
 from dpo_jax.runtime.parallel import single_device

@@ -1,4 +1,4 @@
-"""From a configuration to the things a command works with: run directory, data, tokenizer, model, optimizer."""
+"""Build what a configuration describes: run directory, data, tokenizer, model, optimizer."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from dpo_jax.cli.config import BASELINES, Config, ConfigError, DpoConfig, SftConfig, dump_config
 from dpo_jax.cli.fixed import date_of, keep, pin_models
 from dpo_jax.cli.model_folders import check_fit, planned_hf_config, remedy, sized_hf_config
-from dpo_jax.cli.preflight_devices import batch_parts as batch_parts
-from dpo_jax.cli.preflight_inputs import TEXT_SOURCES as TEXT_SOURCES
-from dpo_jax.cli.preflight_inputs import refuse_texts
-from dpo_jax.cli.preflight_packages import check_writers
+from dpo_jax.cli.preflight.devices import batch_parts as batch_parts
+from dpo_jax.cli.preflight.inputs import TEXT_SOURCES as TEXT_SOURCES
+from dpo_jax.cli.preflight.inputs import refuse_texts
+from dpo_jax.cli.preflight.packages import check_writers
 from dpo_jax.data.chat_date import at_date
 from dpo_jax.data.encode import Encoded, token_ids, with_bos
 from dpo_jax.data.layout import Completion, Layout

@@ -12,12 +12,12 @@ from typing import Any
 
 from dpo_jax.cli.config import BASELINES, Config, DpoConfig, SftConfig
 from dpo_jax.data.terminal import one_line
-from dpo_jax.evals.health import examine_run
-from dpo_jax.evals.record_shapes import DATA, ENV
-from dpo_jax.evals.report_page import markdown_code, markdown_text
-from dpo_jax.evals.result_table import MEASURES, result_table
 from dpo_jax.models.folder import is_hub_id
 from dpo_jax.models.origin import Origin, hub_id_of_folder, model_origin
+from dpo_jax.report.health import examine_run
+from dpo_jax.report.page import markdown_code, markdown_text
+from dpo_jax.report.record_shapes import DATA, ENV
+from dpo_jax.report.result_table import MEASURES, result_table
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.shapes import Shape, fit

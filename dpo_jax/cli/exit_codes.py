@@ -10,12 +10,12 @@ from dpo_jax.data.terminal import printable
 from dpo_jax.writing import FULL, error_number
 
 EXIT_CODES = (
-    ("dpo_jax.cli.config_file", "ConfigError", 2),
-    ("dpo_jax.cli.dpo", "WrongStart", 2),
+    ("dpo_jax.cli.config.file", "ConfigError", 2),
+    ("dpo_jax.cli.commands.dpo", "WrongStart", 2),
     ("dpo_jax.runtime.chips", "TopologyError", 2),
     ("dpo_jax.reference", "ForeignCache", 2),
     ("dpo_jax.runtime.checkpoint", "StateMismatch", 2),
-    ("dpo_jax.evals.verdicts", "ForeignVerdicts", 2),
+    ("dpo_jax.judge.verdicts", "ForeignVerdicts", 2),
     ("dpo_jax.data.pairs", "BadRow", 65),
     ("dpo_jax.data.pairs", "DataError", 65),
     ("dpo_jax.bench.gates", "GateFailed", 70),
@@ -23,7 +23,7 @@ EXIT_CODES = (
     ("dpo_jax.runtime.rundir", "RunLocked", 73),
     ("dpo_jax.runtime.checkpoint", "CheckpointDamaged", 74),
     ("dpo_jax.untrusted", "Unreadable", 74),
-    ("dpo_jax.evals.judging", "Unfinished", 75),
+    ("dpo_jax.judge.asking", "Unfinished", 75),
     ("dpo_jax.runtime.fit", "NonFinite", 76),
     ("dpo_jax.reference", "BrokenReference", 76),
     ("dpo_jax.evals.preference", "NonFiniteLogps", 76),

@@ -1,4 +1,4 @@
-"""A finished training run recognises itself by its files, in a moment: no JAX, no data encoded, no checkpoint restored.
+"""Detect a finished training run from its files, without JAX, encoding data or restoring a checkpoint.
 
 `finished.json` in the directory of the task says what a run was made of (settings, code and packages, data, starting model)
 and what it left (checkpoints, export, metrics, plots). Where all of that is as it was, the same command has nothing to do.
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.cli.config import Config
-from dpo_jax.cli.config_file import types_of
+from dpo_jax.cli.config.file import types_of
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.rundir import RunDir, RunLocked, packages, write_json
 from dpo_jax.untrusted import Unreadable, read_object, regular

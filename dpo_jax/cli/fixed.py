@@ -1,4 +1,4 @@
-"""What the outside world could change about a run, fixed in its run directory: the date, and revisions of Hub models.
+"""Values that a run pins in its run directory: the date of chat templates, and revisions of Hub models.
 
 The first command that opens the run directory writes `fixed.json`; all later ones take over what it says, so that a run which
 goes on tomorrow has the prompts and the models of today:

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 from dpo_jax.cli import config as options
 from dpo_jax.cli import words
-from dpo_jax.cli.commands import COMMANDS, SHORT, Command
+from dpo_jax.cli.command_table import COMMANDS, SHORT, Command
 from dpo_jax.cli.config import Config, ConfigError, load_config_with_lines
-from dpo_jax.cli.config_file import types_of
-from dpo_jax.cli.config_report import ReportConfig
+from dpo_jax.cli.config.file import types_of
+from dpo_jax.cli.config.report import ReportConfig
 from dpo_jax.data.terminal import raw
 
 

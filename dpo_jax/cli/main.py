@@ -32,13 +32,13 @@ import traceback
 from types import ModuleType
 from typing import Any, NoReturn
 
-from dpo_jax.cli import check_scope
-from dpo_jax.cli.commands import COMMANDS, ON_MANY_HOSTS, TRAINING, WITHOUT_CONFIG
+from dpo_jax.cli.command_table import COMMANDS, ON_MANY_HOSTS, TRAINING, WITHOUT_CONFIG, module_of
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.config_file import suggest
+from dpo_jax.cli.config.file import suggest
 from dpo_jax.cli.exit_codes import exit_code, message
 from dpo_jax.cli.fixed import fix
 from dpo_jax.cli.flags import parse
+from dpo_jax.cli.preflight import scope as check_scope
 from dpo_jax.data.terminal import printable_output
 from dpo_jax.runtime.progress import BOARD, reported
 from dpo_jax.runtime.signals import Terminated, ending_at_once, leave, run_program
@@ -103,7 +103,7 @@ def _run(args: list[str]) -> int:
     if config.run.distributed == "auto" and name not in ON_MANY_HOSTS:
         raise ConfigError(f"run.distributed: {name} runs on one host; only {', '.join(ON_MANY_HOSTS)} use several")
     if scope is not None:
-        from dpo_jax.cli import preflight
+        from dpo_jax.cli.preflight import run as preflight
 
         return preflight.run(name, config, scope, path=rest[0])
     # transformers advises to install PyTorch, which this program has no use for.
@@ -117,11 +117,11 @@ def _run(args: list[str]) -> int:
 
 
 def _execute(name: str, config: Config) -> int:
-    module, function = COMMANDS[name].target.split(":")
+    module = module_of(name)
     if any(option.startswith("tokenizer") for option in COMMANDS[name].reads):  # it makes token ids of the data
         config = fix(config)
     if name not in TRAINING:
-        return getattr(_imported(module), function)(config)
+        return _imported(module).run(config)
     from dpo_jax.cli import finished
 
     task = finished.FinishedRun(name, config, COMMANDS[name].reads)
@@ -129,7 +129,7 @@ def _execute(name: str, config: Config) -> int:
         print(f"{config.run.dir}/{name} is finished after {steps} steps, and nothing has changed since")
         print(f"the policy is in {config.run.dir}/{name}/export")
         return 0
-    code = getattr(_imported(module), function)(config)
+    code = _imported(module).run(config)
     if code == 0:
         task.record()
     return code

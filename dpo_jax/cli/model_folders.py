@@ -1,4 +1,4 @@
-"""Model folders that a configuration names: which command makes them, what is left to do, and whether they fit. Without JAX."""
+"""Model folders that a configuration names: which command makes a missing one, and whether they fit. Without JAX."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.cli.config import Config, ConfigError, load_config
-from dpo_jax.evals.completion_files import holds_others
+from dpo_jax.data.completion_files import holds_others
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.folder import read_config

@@ -1,4 +1,4 @@
-"""What a command says of duplicates, contradictions and train/test overlap, and the limits of section `data` on them."""
+"""Report duplicates, contradictions and train/test overlap, and enforce the limits of section `data` on them."""
 
 from __future__ import annotations
 

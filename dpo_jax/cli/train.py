@@ -16,7 +16,7 @@ import jax
 
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
-from dpo_jax.cli.preflight_packages import check_bucket
+from dpo_jax.cli.preflight.packages import check_bucket
 from dpo_jax.data.loader import Batch
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.runtime import hosts
@@ -255,7 +255,7 @@ def leave_results(
         folder, dtype = write(run.export, model, state.variables, tokenizer, card=text)
     if text is None:
         return
-    from dpo_jax.evals.plots import plot_training  # matplotlib: 0.4 s that the first step need not wait for
+    from dpo_jax.plotting.training_curves import plot_training  # matplotlib: 0.4 s that the first step need not wait for
 
     with reported("drawing plots"):
         plot_training(read_metrics(run.metrics), run.plots)

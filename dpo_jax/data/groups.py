@@ -1,4 +1,4 @@
-"""Pairs that share completions, together: each completion of a prompt passes through the model once, for all its pairs."""
+"""Group pairs that share completions, so that each completion of a prompt passes through the model once."""
 
 from __future__ import annotations
 

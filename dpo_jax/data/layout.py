@@ -23,7 +23,7 @@ import numpy as np
 from dpo_jax.data.arguments import check_completions, check_ids, check_pairs, check_ref_logps
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.groups import PairGroup
-from dpo_jax.data.units import Unit, completion_unit, group_size, group_unit, place_units, shared_unit
+from dpo_jax.data.segments import Unit, completion_unit, group_size, group_unit, place_units, shared_unit
 from dpo_jax.types import Array, Rows
 
 Completion = tuple[np.ndarray, np.ndarray]

@@ -14,7 +14,7 @@ import numpy as np
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.groups import PairGroup
 from dpo_jax.data.layout import Example, Layout, first_fit_decreasing
-from dpo_jax.data.units import group_size
+from dpo_jax.data.segments import group_size
 from dpo_jax.types import Array, Rows
 
 

@@ -1,4 +1,4 @@
-"""One preference pair as text, and the account of what became of every row that was read.
+"""Preference pairs as text, and the report of rows read, kept and dropped by cause.
 
 Nothing is repaired or lost silently. Code that finds a row unusable raises `BadRow`; a `Triage` turns that into a refusal of
 the whole data set (the default) or into a counted drop, and keeps the books: rows kept plus rows dropped is rows read.

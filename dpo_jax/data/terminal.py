@@ -1,7 +1,7 @@
 r"""Texts of others (data, policies, judges, file names) on terminals, in JSON and in spreadsheets: nothing in them is obeyed.
 
-One rule, `HIDDEN`, says which characters are written out wherever people read (pages: `evals.report_page`, figures:
-`evals.drawing`): those that a terminal or a browser obeys, and those that nobody sees. Files keep every text exactly.
+One rule, `HIDDEN`, says which characters are written out wherever people read (pages: `report.page`, figures:
+`plotting.drawing`): those that a terminal or a browser obeys, and those that nobody sees. Files keep every text exactly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Implicit rewards as a judge of pairs: how often they are right, how sure they are, and how much of it is length.
+"""Accuracy, calibration and length bias of implicit rewards on preference pairs.
 
 The reward of eq. 5, r = beta log(pi / pi_ref), says by eq. 6 with what probability people prefer the chosen completion: the
 logistic function of the margin. So a policy can be asked not only whether it ranks a pair as people did, but also whether it is

@@ -1,4 +1,4 @@
-"""The reliability diagram: how often an implicit reward is right, by how sure it is."""
+"""Reliability diagram: accuracy of the implicit reward by its confidence."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dpo_jax.evals.calibration import Reliability
-from dpo_jax.evals.drawing import save
-from dpo_jax.evals.palette import CHOSEN
+from dpo_jax.plotting.drawing import save
+from dpo_jax.plotting.palette import CHOSEN
 from dpo_jax.types import Array
 
 COLOR, GUIDE = CHOSEN.color, "#777777"

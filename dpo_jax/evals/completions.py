@@ -1,4 +1,4 @@
-"""Completions of many prompts in batches, compiled once: what evaluation, experiments and the `sample` command draw."""
+"""Sample completions of many prompts in batches of one compiled shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reward against KL: where a policy lies, and the best that any policy could reach.
+"""The reward-KL frontier: sequence KL of a policy, the optimal frontier (eq. 4), regret, and Best-of-N.
 
 Eq. 4 of the paper says what the best policy is: pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x). So samples of the reference,
 weighted by exp(r / beta), show what pi* earns and how far it has gone, for every beta and without training anything:

@@ -1,4 +1,4 @@
-"""The images of the laboratory: reward against KL for every method, under the best curve there is, and over training."""
+"""Plots of reward against KL: every method with the optimal frontier, and each run over training."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
-from dpo_jax.evals.drawing import End, figure_text, label_ends, save
 from dpo_jax.evals.frontier import Optimum, Point
 from dpo_jax.evals.overoptimisation import Measured, RunName
-from dpo_jax.evals.palette import STYLES, Style
+from dpo_jax.plotting.drawing import End, figure_text, label_ends, save
+from dpo_jax.plotting.palette import STYLES, Style
 
 OPTIMUM = Style("", "-", "#000000")
 KL_TICKS = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 30.0, 50.0, 100.0, 200.0, 500.0, 1000.0)

@@ -1,4 +1,4 @@
-"""Where more optimisation began to cost true reward: the curve of reward against KL over the training of each policy.
+"""Over-optimisation: where the true reward of a training run peaks and falls as KL grows.
 
 A policy that follows its implicit reward, or a learned one, moves ever further from the reference; beyond some KL the true
 reward may fall (Gao et al. 2023 for reward models; Rafailov et al. 2024, arXiv 2406.02900, for DPO). That shows only where the

@@ -1,4 +1,4 @@
-"""How well a policy tells chosen from rejected on held-out pairs, and how far it has gone from its reference."""
+"""Held-out preference metrics: accuracy, margin, and displacement of log-probabilities from the reference."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from dpo_jax.data.tokenizer import decode_completion
-from dpo_jax.evals.rewards import Reward
+from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.world import Points, World
 from dpo_jax.ppo import (
     ScoreStats,
@@ -27,7 +27,7 @@ from dpo_jax.ppo import (
     ppo_step,
     prompt_batch,
 )
-from dpo_jax.reward import HEAD, scalar_head, with_scalar_head
+from dpo_jax.reward_model import HEAD, scalar_head, with_scalar_head
 from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.runtime.progress import reported
 from dpo_jax.step import init_state

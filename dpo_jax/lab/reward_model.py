@@ -18,13 +18,13 @@ from dpo_jax.data.groups import PairGroup, group_pairs
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import in_order, plan_layout, stream, total_steps
 from dpo_jax.data.pairs import Cause, DataError
-from dpo_jax.evals.rewards import Reward, learned
+from dpo_jax.evals.reward_functions import Reward, learned
 from dpo_jax.lab.methods import row_parts
 from dpo_jax.lab.world import World
 from dpo_jax.logps import slots_to_pairs
 from dpo_jax.models.hf import save_hf
 from dpo_jax.models.weights import open_safetensors
-from dpo_jax.reward import HEAD, centred, completion_rewards, reward_step, scalar_head, with_scalar_head
+from dpo_jax.reward_model import HEAD, centred, completion_rewards, reward_step, scalar_head, with_scalar_head
 from dpo_jax.runtime.fit import NonFinite, fit
 from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.runtime.training_progress import Progress

@@ -12,7 +12,7 @@ import numpy as np
 from dpo_jax.data.loader import round_up
 from dpo_jax.evals.completions import Completer, Completions, map_completions
 from dpo_jax.evals.frontier import bootstrap_interval, sequence_kl
-from dpo_jax.evals.rewards import Reward
+from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.logps import sequence_logps
 from dpo_jax.types import Model, Partitioner, Variables
 

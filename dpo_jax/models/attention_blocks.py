@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models.attention import dense
-from dpo_jax.models.kernels import on_each_device
+from dpo_jax.models.attention_common import on_each_device
 from dpo_jax.models.products import precision_of
 from dpo_jax.types import Array
 

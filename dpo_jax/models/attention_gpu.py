@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models import flash_kernels
 from dpo_jax.models.attention import AttentionPath
+from dpo_jax.models.attention_common import KeySpans, key_spans, keys_twice, of_window, on_each_device
 from dpo_jax.models.flash_kernels import BLOCK, LANES, LONGEST, Settings, Spans
-from dpo_jax.models.kernels import KeySpans, key_spans, keys_twice, of_window, on_each_device
 from dpo_jax.types import Array
 
 MOST = (1 << 31) - 1  # Triton counts the numbers of an array in int32

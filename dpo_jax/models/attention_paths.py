@@ -1,4 +1,4 @@
-"""Which way attention is computed on which chip.
+"""Choose the attention implementation for a device.
 
 | name | runs on | what it is |
 |---|---|---|

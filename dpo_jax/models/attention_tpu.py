@@ -19,8 +19,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
 from dpo_jax.models.attention import AttentionPath
+from dpo_jax.models.attention_common import key_spans, keys_twice, of_window, on_each_device
 from dpo_jax.models.axes import parts_of
-from dpo_jax.models.kernels import key_spans, keys_twice, of_window, on_each_device
 from dpo_jax.types import ROW_AXES, Array
 
 LANES = 128  # the kernel's blocks are multiples of it

@@ -1,4 +1,4 @@
-"""Which axis of a device mesh each axis of an array is cut along, said inside the model.
+"""Sharding constraints inside the model: mesh axes of activations and parameters.
 
 XLA spreads the operations of a step over a mesh by itself, from how its arguments lie. Two things it cannot know, and decides
 expensively: that activations stay cut by row, and that the gradient of a parameter is wanted in the parts in which the

@@ -1,26 +1,23 @@
 """One decoder for every supported family: GPT-2 to Gemma 3 differ only in the static fields of `DecoderConfig`.
 
-`make_model` is the way in; everything else in this package meets the decoder as a `types.Model` of pure functions. This is the
-only file that imports Flax modules. Layers are stacked on a leading axis and scanned, so the compile time does not depend on
+`make_model` is the way in; everything else in this package meets the decoder as a `types.Model` of pure functions. Only this
+file and `models.layers` import Flax. Layers are stacked on a leading axis and scanned, so the compile time does not depend on
 the depth.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax.models.activations import ACTIVATIONS
-from dpo_jax.models.attention import DENSE, AttentionPath, attend, rotate
-from dpo_jax.models.attention_paths import CHUNKED
+from dpo_jax.models.attention import DENSE, AttentionPath
 from dpo_jax.models.axes import as_stored, by_row
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.models.products import float32_product, precision_of
+from dpo_jax.models.layers import VOCABULARY, Block, LayerInput, Norm, Shared, declare, last_axis
+from dpo_jax.models.products import float32_product
 from dpo_jax.types import ROW_AXES, Array, Model, Rows, Variables
 
 NO_WINDOW = 1 << 30  # of a layer with full attention in a model that has windows elsewhere
@@ -38,206 +35,6 @@ REMAT: dict[str, Any] = {
 }
 
 
-class LayerInput(NamedTuple):
-    """What differs from layer to layer: int32[layers] each, or None where the layers agree."""
-
-    index: jax.Array
-    window: jax.Array | None
-    window_number: jax.Array | None  # which of the distinct windows that is
-    rope: jax.Array | None
-
-
-class Shared(NamedTuple):
-    """What every layer reads: the key intervals, and the rotary angles of each distinct `Rope`, stacked.
-
-    `prepared` is what the attention path has made of the intervals: the list of blocks of the kernel is the same in all layers.
-    """
-
-    k_start: Array
-    k_end: Array
-    q_positions: Array
-    k_positions: Array
-    angles: tuple[jax.Array, jax.Array] | None  # float32[ropes, R, L, size / 2] each
-    write_at: jax.Array | None  # cache column of the first new token
-    prepared: Any = None
-
-
-Axes = tuple[str | None, ...]
-VOCABULARY: Axes = ("vocab", "embed")  # of the token embedding and of the head
-
-
-def _declare(module: nn.Module, name: str, first: Any, shape: tuple[int, ...], axes: Axes) -> jax.Array:
-    """A parameter with its logical axes beside it; `Model.axes` collects them. Its user calls `as_stored`."""
-    return module.param(name, nn.with_partitioning(first, axes), shape)  # pyright: ignore[reportReturnType]
-
-
-def _param(module: nn.Module, name: str, first: Any, shape: tuple[int, ...], axes: Axes) -> jax.Array:
-    """A parameter that is declared where it is used."""
-    value = _declare(module, name, first, shape, axes)
-    return value if module.is_initializing() else as_stored(value, axes)
-
-
-def _last(vector: jax.Array, like: jax.Array) -> jax.Array:
-    return vector.reshape((1,) * (like.ndim - 1) + (-1,))
-
-
-class Norm(nn.Module):
-    kind: str
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        first = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
-        scale = _param(self, "scale", first, (x.shape[-1],), (None,))
-        # Statistics in float32: squares of bfloat16 activations lose the small ones.
-        # Rows behind each other: over three axes XLA sums the gradient of the scale many times slower on a CPU. Heads stay
-        # apart, as they may be on different devices.
-        y = x.reshape(-1, *x.shape[2:]).astype(jnp.float32)
-        if self.kind == "layer":
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        weight = scale.astype(jnp.float32)
-        y = y * _last(1.0 + weight if self.kind == "rms_plus_one" else weight, y)
-        if self.kind == "layer":
-            bias = _param(self, "bias", nn.initializers.zeros, (x.shape[-1],), (None,))
-            y = y + _last(bias.astype(jnp.float32), y)
-        return y.reshape(x.shape).astype(x.dtype)
-
-
-class Linear(nn.Module):
-    """A kernel with D first, whether it reads from the residual stream or, with `axes` that end in "embed", writes to it.
-
-    So those of an MLP are never taller than wide: a CPU computes the gradient of a tall one a third slower, or turns it over.
-    """
-
-    features: int
-    axes: tuple[str | None, str | None]  # of input and output
-    bias: bool
-    std: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        width, writes = x.shape[-1], self.axes[1] == "embed"
-        shape, axes = ((self.features, width), self.axes[::-1]) if writes else ((width, self.features), self.axes)
-        kernel = _param(self, "kernel", nn.initializers.normal(self.std), shape, axes).astype(x.dtype)
-        # Flat, because the gradient of the kernel is then one plain product: XLA turns round what has more axes first.
-        y = jnp.dot(x.reshape(-1, width), kernel.T if writes else kernel, precision=precision_of(x.dtype))
-        y = y.reshape(*x.shape[:-1], self.features)
-        if self.bias:
-            bias = _param(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
-            y = y + _last(bias.astype(x.dtype), y)
-        return y
-
-
-class Attention(nn.Module):
-    config: DecoderConfig
-    attention_path: AttentionPath
-
-    @nn.compact
-    def __call__(self, x: jax.Array, cache: Any, layer: LayerInput, shared: Shared) -> tuple[jax.Array, Any]:
-        c = self.config
-        query = Linear(c.heads * c.head_size, ("embed", "heads"), c.qkv_bias, c.init_std, name="query")(x)
-        key = Linear(c.kv_heads * c.head_size, ("embed", "kv_heads"), c.qkv_bias, c.init_std, name="key")(x)
-        value = Linear(c.kv_heads * c.head_size, ("embed", "kv_heads"), c.qkv_bias, c.init_std, name="value")(x)
-        q, k, v = (y.reshape(*x.shape[:2], -1, c.head_size) for y in (query, key, value))
-        if c.qk_norm:
-            q, k = Norm(c.norm, c.norm_eps, name="query_norm")(q), Norm(c.norm, c.norm_eps, name="key_norm")(k)
-        if shared.angles is not None:
-            cos, sin = (table[0 if layer.rope is None else layer.rope] for table in shared.angles)
-            q, k = (rotate(y, cos, sin, interleaved=c.ropes[0].interleaved) for y in (q, k))
-        if cache is not None:
-            cache, k, v = _update_cache(cache, k, v, layer.index, shared.write_at)
-        q, k, v = (checkpoint_name(y, "attention") for y in (q, k, v))
-        # A kernel is for rows that attend to themselves. With a cache queries are few, and their scores small.
-        path = CHUNKED if self.attention_path.prepare is not None and shared.prepared is None else self.attention_path
-        mixed = attend(
-            q,
-            k,
-            v,
-            k_start=shared.k_start,
-            k_end=shared.k_end,
-            scale=c.attention_scale,
-            q_positions=shared.q_positions,
-            k_positions=shared.k_positions,
-            window=c.windows[0] if c.windows and layer.window is None else layer.window,
-            softcap=c.attention_softcap,
-            path=path,
-            prepared=shared.prepared,
-            number=layer.window_number,
-        )
-        if path.prepare is None:
-            mixed = checkpoint_name(mixed, "attention")  # a kernel names its own output, and both would be kept
-        out = Linear(c.width, ("heads", "embed"), c.out_bias, _residual_std(c), name="out")
-        return out(mixed.reshape(*x.shape[:2], -1)), cache
-
-
-def _update_cache(cache: Any, k: jax.Array, v: jax.Array, layer: jax.Array, write_at: Any) -> tuple[Any, jax.Array, jax.Array]:
-    """Write one layer's new keys and values; return the cache and that layer's full keys and values, typed as `k`.
-
-    `cache` is that of all layers, or of this one alone. Heads come before columns, as the products with queries and weights
-    have them: otherwise each token would turn round the whole cache.
-    """
-    alone = cache[0].ndim == 4
-    at = (0, 0, write_at, 0) if alone else (layer, 0, 0, write_at, 0)
-
-    def write(store: jax.Array, new: jax.Array) -> jax.Array:
-        new = new.swapaxes(1, 2).astype(store.dtype)
-        return jax.lax.dynamic_update_slice(store, new if alone else new[None], at)
-
-    cache = (write(cache[0], k), write(cache[1], v))
-    of_layer = cache if alone else (jax.lax.dynamic_index_in_dim(store, layer, keepdims=False) for store in cache)
-    keys, values = (store.swapaxes(1, 2).astype(k.dtype) for store in of_layer)
-    return cache, keys, values
-
-
-def _residual_std(c: DecoderConfig) -> float:
-    # GPT-2's rule: the variance of the residual stream shall not grow with depth.
-    return c.init_std / math.sqrt(2 * c.layers)
-
-
-class Mlp(nn.Module):
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        act = ACTIVATIONS[c.activation]
-        up = Linear(c.mlp_width, ("embed", "mlp"), c.mlp_bias, c.init_std, name="up")(x)
-        if c.gated_mlp:
-            hidden = act(Linear(c.mlp_width, ("embed", "mlp"), c.mlp_bias, c.init_std, name="gate")(x)) * up
-        else:
-            hidden = act(up)
-        return Linear(c.width, ("mlp", "embed"), c.mlp_bias, _residual_std(c), name="down")(hidden)
-
-
-class Block(nn.Module):
-    """One layer. The carry is the residual stream `x[R, L, D]` and the key/value cache (None without one)."""
-
-    config: DecoderConfig
-    attention_path: AttentionPath
-
-    @nn.compact
-    def __call__(self, carry: tuple[jax.Array, Any], layer: LayerInput, shared: Shared) -> tuple[tuple[jax.Array, Any], None]:
-        c = self.config
-        x, cache = carry
-
-        def norm(name: str) -> Norm:
-            return Norm(c.norm, c.norm_eps, name=name)
-
-        normed = norm("attention_norm")(x)
-        mixed, cache = Attention(c, self.attention_path, name="attention")(normed, cache, layer, shared)
-        if c.post_norms:
-            mixed = norm("post_attention_norm")(mixed)
-        if c.parallel_residual:
-            mlp_input = normed if c.shared_norm else norm("mlp_norm")(x)
-            x = x + mixed + Mlp(c, name="mlp")(mlp_input)
-        else:
-            x = x + mixed
-            update = Mlp(c, name="mlp")(norm("mlp_norm")(x))
-            x = x + (norm("post_mlp_norm")(update) if c.post_norms else update)
-        return (by_row(x), cache), None
-
-
 class Decoder(nn.Module):
     config: DecoderConfig
     dtype: Any
@@ -248,9 +45,9 @@ class Decoder(nn.Module):
         c = self.config
         normal = nn.initializers.normal(c.init_std)
         # Only declared: trunk and head each touch what they use, or the head's gradient would carry zeros for the embedding.
-        self.token_embedding = _declare(self, "token_embedding", normal, (c.vocab_size, c.width), VOCABULARY)
+        self.token_embedding = declare(self, "token_embedding", normal, (c.vocab_size, c.width), VOCABULARY)
         if not c.ropes:
-            self.position_embedding = _declare(self, "position_embedding", normal, (c.max_positions, c.width), (None, "embed"))
+            self.position_embedding = declare(self, "position_embedding", normal, (c.max_positions, c.width), (None, "embed"))
         self.layers = nn.scan(
             nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat]),
             variable_axes={"params": 0},
@@ -261,9 +58,9 @@ class Decoder(nn.Module):
         )(c, self.attention_path)
         self.final_norm = Norm(c.norm, c.norm_eps)
         if not c.tied:
-            self.head_kernel = _declare(self, "head_kernel", normal, (c.vocab_size, c.width), VOCABULARY)
+            self.head_kernel = declare(self, "head_kernel", normal, (c.vocab_size, c.width), VOCABULARY)
         if c.head_bias:
-            self.head_bias = _declare(self, "head_bias", nn.initializers.zeros, (c.vocab_size,), ("vocab",))
+            self.head_bias = declare(self, "head_bias", nn.initializers.zeros, (c.vocab_size,), ("vocab",))
 
     def __call__(self, rows: Rows, cache: Any = None, layers: tuple[Variables, ...] | None = None) -> tuple[jax.Array, Any]:
         """`layers`: the parameters of each layer, if they are apart (`make_model`); then so is the cache."""
@@ -310,7 +107,7 @@ class Decoder(nn.Module):
         table = as_stored(self.token_embedding if c.tied else self.head_kernel, VOCABULARY).astype(self.dtype)
         logits = float32_product("...d,vd->...v", hidden.astype(self.dtype), table)
         if c.head_bias:
-            logits = logits + _last(as_stored(self.head_bias, ("vocab",)).astype(jnp.float32), logits)
+            logits = logits + last_axis(as_stored(self.head_bias, ("vocab",)).astype(jnp.float32), logits)
         return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
 
     def everything(self, rows: Rows) -> jax.Array:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.models.attention_paths import attention_path
+from dpo_jax.models.checkpoint_stream import Piece, assemble, path_of
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import ARCHITECTURES, decoder_config
@@ -26,7 +27,6 @@ from dpo_jax.models.folder import read_config
 from dpo_jax.models.generation import GENERATION, generation_config
 from dpo_jax.models.generation import end_tokens as end_tokens_of
 from dpo_jax.models.hub import resolve
-from dpo_jax.models.pieces import Piece, assemble, path_of
 from dpo_jax.models.tensors import Tensor, tensors
 from dpo_jax.models.weights import INDEX, Checkpoint, write_shards
 from dpo_jax.types import Model, Variables

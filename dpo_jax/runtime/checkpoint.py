@@ -350,7 +350,7 @@ def _hashes(leaves: Leaves) -> dict[str, str]:
 def _sha256(leaf: Any) -> str:
     """Of the logical array in row-major order, little endian, whatever its layout on devices."""
     sha = hashlib.sha256()
-    for piece in hosts.pieces(leaf):
+    for piece in hosts.gathered_chunks(leaf):
         sha.update(np.ascontiguousarray(piece).view(np.uint8).data)
     return sha.hexdigest()
 

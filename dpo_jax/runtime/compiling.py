@@ -1,4 +1,4 @@
-"""What compiling leaves behind: programs on disk, and memory. And how people are told of it."""
+"""Compilation: the persistent cache of programs, the compiler's host memory, and the message while it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes, one program: every host runs the same commands in the same order, and the first writes what is single.
+"""Multi-host helpers: every process runs the same program, and the first one writes shared files.
 
 A host here is a process of `jax.distributed`. With a single one everything below is free and does nothing.
 """
@@ -116,8 +116,8 @@ def whole(leaf: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
-def pieces(leaf: Any, *, max_bytes: int = 256 << 20) -> Iterator[np.ndarray]:
-    """An array in pieces as runs along its first axis of at most about `max_bytes`, one after the other on every host.
+def gathered_chunks(leaf: Any, *, max_bytes: int = 256 << 20) -> Iterator[np.ndarray]:
+    """The whole array in chunks of at most about `max_bytes` along its first axis, one after the other, on every host.
 
     All layers of a large parameter are more than one host should have to hold.
     """

@@ -16,8 +16,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dpo_jax.models.checkpoint_stream import path_of
 from dpo_jax.models.logical_axes import RULES
-from dpo_jax.models.pieces import path_of
 from dpo_jax.runtime.mesh_shape import MeshError, Units, mesh_shape, uneven
 from dpo_jax.types import ROW_AXES
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpo_jax.models.pieces import Part, assemble, assemble_parts, path_of
+from dpo_jax.models.checkpoint_stream import Part, assemble, assemble_parts, path_of
 from dpo_jax.runtime.hosts import joined, whole
 from dpo_jax.runtime.mesh import (
     MeshError,

@@ -1,0 +1,153 @@
+"""The commands of the program on one page: what each does, and which options it reads.
+
+Command `NAME` is the function `run(config) -> exit code` in `dpo_jax.cli.commands.NAME` (a hyphen becomes an underscore).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dpo_jax.cli import config as options
+from dpo_jax.cli.config.file import types_of
+
+
+class Command(NamedTuple):
+    help: str
+    reads: tuple[str, ...]  # sections, or single options "section.option"
+    needs: tuple[str, ...] = ()  # sections that must be complete
+
+
+def module_of(name: str) -> str:
+    """The dotted module of a command."""
+    return f"dpo_jax.cli.commands.{name.replace('-', '_')}"
+
+
+# Every step of a run takes the sections that describe it, so that one set of flags serves them all.
+_RUN = ("run", "mesh", "data", "tokenizer", "model")
+_LOSS = ("dpo.policy", "dpo.reference", "dpo.loss", "dpo.beta", "dpo.alpha", "dpo.label_smoothing", "dpo.reference_free")
+# The contenders decide on device and layout.
+_BENCH = (
+    *("run.dir", "run.seed", "run.precision", "tokenizer", "model", "bench"),
+    *(f"data.{field}" for field in types_of(options.DataConfig) if field != "layout"),
+    *(f"dpo.{field}" for field in ("beta", "batch", "lr", "warmup_steps", "max_grad_norm", "microbatches")),
+)
+_PPO = tuple(f"frontier.{field}" for field in types_of(options.FrontierConfig) if field.startswith("ppo_"))
+_TRAINING = tuple(
+    f"dpo.{field}"
+    for field in ("batch", "epochs", "lr", "optimizer", "warmup_steps", "schedule", "max_grad_norm", "microbatches")
+)
+_REWARD_MODEL = (
+    *(option for option in _TRAINING if option != "dpo.epochs"),
+    *("frontier.reward_model_epochs", "frontier.evaluations"),
+)
+
+
+def _experiment(*fields: str) -> tuple[str, ...]:
+    """The options of `frontier` that a piece of it reads: those of sampling and of the true reward, and `fields`."""
+    return tuple(f"frontier.{field}" for field in ("reward", "classifier", "max_new_tokens", "sample_batch", "fast", *fields))
+
+
+COMMANDS = {
+    "audit": Command(
+        "should one train on these data? one page of counts and notes",
+        _RUN,
+        ("data",),
+    ),
+    "prepare": Command(
+        "write the checked preferences as a TFDS folder (array_record)",
+        (*_RUN, "prepare"),
+        ("data",),
+    ),
+    "sft": Command(
+        "fine-tune on the chosen completions: the starting policy",
+        (*_RUN, "sft"),
+        ("data", "model"),
+    ),
+    "refs": Command(
+        "cache the reference log-probabilities",
+        (*_RUN, "dpo.policy", "dpo.reference", "refs"),
+        ("data",),
+    ),
+    "dpo": Command("train the policy on preferences", (*_RUN, "refs", "dpo", "export.dtype"), ("data",)),
+    "eval": Command("measure a policy on held-out pairs", (*_RUN, *_LOSS, "refs", "eval"), ("data",)),
+    "sample": Command("complete prompts with a policy", (*_RUN, "sample"), ("data",)),
+    "judge": Command(
+        "win rates of completions by a judge behind an OpenAI-compatible endpoint (needs the `judge` extra)",
+        ("run.dir", "run.seed", "data", "tokenizer.path", "judge"),
+        ("judge", "data"),
+    ),
+    "plan": Command(
+        "what training takes on TPUs or GPUs: memory, collectives, time (compiled without one)",
+        ("run.dir", "run.devices", "run.precision", "mesh", "data", "model", "dpo", "refs.batch", "plan"),
+        ("plan",),
+    ),
+    "export": Command(
+        "write a checkpoint as a Hugging Face folder",
+        ("run.dir", "run.checkpoints", "export"),
+    ),
+    "label": Command(
+        "make preferences of the policy's samples by a known reward",
+        (*_RUN, "dpo.policy", *_experiment("prompts", "test_prompts", "completions", "labels")),
+        ("data",),
+    ),
+    "reward-model": Command(
+        "learn a reward from preferences",
+        (*_RUN, "dpo.policy", *_REWARD_MODEL),
+        ("data",),
+    ),
+    "ppo": Command(
+        "train the policy by PPO against the true or a learned reward",
+        (
+            *_RUN,
+            "dpo.policy",
+            *("dpo.warmup_steps", "dpo.schedule", "dpo.microbatches"),
+            *_experiment("prompts", "test_prompts", "evaluations"),
+            *(option for option in _PPO if option != "frontier.ppo_kls"),  # of the sweep
+            "ppo",
+            "export.dtype",
+        ),
+        ("data",),
+    ),
+    "optimum": Command(
+        "the best reward that is possible at every KL, and Best-of-N",
+        (*_RUN, "dpo.policy", *_experiment("optimum_prompts", "optimum_samples", "best_of")),
+        ("data",),
+    ),
+    "frontier": Command(
+        "every method of the paper, by reward and KL, against the optimum",
+        (*_RUN, "sft", "dpo.policy", *_TRAINING, "frontier"),
+        ("data", "model"),
+    ),
+    "study": Command(
+        "make a page on which people compare two sets of completions",
+        ("run.dir", "run.seed", "study"),
+        ("study",),
+    ),
+    "agree": Command(
+        "Table 2: win rates by people and judges, and how far they agree",
+        ("run.dir", "run.seed", "agree"),
+    ),
+    "report": Command(
+        "one page about one or several runs: dpo-jax report RUN... (no configuration needed)",
+        ("report",),
+        ("report",),
+    ),
+    "bench": Command("race our training against PyTorch", _BENCH, ("data", "model")),
+}
+
+# Every command reads what somebody else may have written.
+COMMANDS = {name: command._replace(reads=(*command.reads, "limits")) for name, command in COMMANDS.items()}
+
+# Their flags are their own: "module:function", called with the arguments and the name of the program.
+WITHOUT_CONFIG = {
+    "init": ("write a configuration to fill in, for data of your own: dpo-jax init my.yaml", "dpo_jax.cli.commands.init:main"),
+    "check": ("test this machine's accelerator: dpo-jax check (no configuration needed)", "dpo_jax.check:main"),
+}
+
+TRAINING = ("sft", "dpo")  # a finished run of these has nothing to do
+ON_MANY_HOSTS = ("sft", "refs", "dpo", "eval", "sample")
+SHORT = {f"--{name}": f"--run.{name}" for name in ("distributed", "coordinator", "num-processes", "process-id")}
+SHORT |= {"--profile": "--bench.profile", "--fast": "--frontier.fast", "--rewards": "--eval.rewards"} | {
+    f"--{name}": f"--plan.{name}" for name in ("topology", "sweep", "scale")
+}
+SHORT |= {f"--{name}": f"--judge.{name}" for name in ("base-url", "one-order")}

@@ -1,0 +1,114 @@
+"""`dpo-jax audit`: should one train on these data? Counts and prints before any training; the report page shows it, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from dpo_jax.cli import build
+from dpo_jax.cli.audit.notes import verdict
+from dpo_jax.cli.audit.page import page
+from dpo_jax.cli.config import Config
+from dpo_jax.cli.repeats import look_for_repeats, refuse_repeats
+from dpo_jax.data.encode import adds_bos
+from dpo_jax.data.lengths import PARTS, cut_table, length_differences, length_table
+from dpo_jax.data.loader import plan_layout, stream
+from dpo_jax.data.pairs import PreferenceSet
+from dpo_jax.data.prepare import EncodedSet
+from dpo_jax.data.repeats import Overlap, Repeats
+from dpo_jax.data.template import template_parts
+from dpo_jax.data.token_text import token_strings
+from dpo_jax.evals.preference import score_interval
+from dpo_jax.runtime.rundir import write_json
+
+SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
+
+
+def run(config: Config) -> int:
+    """Prints and writes the report. What `data.on_bad` and the limits refuse is counted all the same, and then refused."""
+    with build.open_run(config, "audit") as run_dir:
+        tolerant = build.with_data(config, on_bad="drop", max_dropped_share=1.0)
+        tokenizer = build.tokenizer_of(tolerant, model_path=config.model.path)
+        preferences = [build.load_split(tolerant, split, tokenizer) for split in SPLITS]
+        train, test = (build.encode_split(tolerant, loaded, tokenizer) for loaded in preferences)
+        found = look_for_repeats(train, test)
+        reports = {
+            split.report.split: split_report(config, loaded, split, tokenizer, repeats=repeats)
+            for loaded, split, repeats in zip(preferences, (train, test), (found.train, found.test), strict=True)
+        }
+        reports[train.report.split] |= {
+            "template": parts._asdict() if (parts := template_parts(tokenizer)) else None,
+            "example": example(train, tokenizer),
+        }
+        reports[test.report.split]["overlap"] = plain(found.overlap)
+        for name, notes in verdict(config, reports).items():
+            reports[name]["verdict"] = notes
+        write_json(run_dir.data_report, reports)
+        print(page(config, reports))
+        print(f"full report: {run_dir.data_report}")
+        # The same checks as a training command makes, with the configured strictness.
+        for name, split in zip(SPLITS, (train, test), strict=True):
+            if split.report.bad_share:
+                build.encode_split(config, build.load_split(config, name, tokenizer), tokenizer)
+        refuse_repeats(config, found)
+    return 0
+
+
+def split_report(
+    config: Config, preferences: PreferenceSet, encoded: EncodedSet, tokenizer: Any, *, repeats: Repeats
+) -> dict[str, Any]:
+    """All that is counted of one split, as JSON values."""
+    bos: int | None = tokenizer.bos_token_id
+    return {
+        **encoded.report.to_json(),
+        "conversations": sum(preference.chat for preference in build.only_kept(preferences, encoded)),
+        "repeats": plain(repeats),
+        "lengths": length_table(encoded),
+        "cut": cut_table(encoded),
+        "longer_wins": longer_wins(length_differences(encoded)),
+        "packing": row_statistics(config, encoded),
+        "bos": {
+            "option": config.data.bos,
+            "token": tokenizer.bos_token,
+            "tokenizer_adds_it": adds_bos(tokenizer),
+            "pairs": 0 if bos is None else sum(int(pair.prompt[0]) == bos for pair in encoded),
+        },
+    }
+
+
+def plain(found: Repeats | Overlap) -> dict[str, Any]:
+    """As JSON values."""
+    return {name: finding._asdict() for name, finding in found._asdict().items()}
+
+
+def longer_wins(differences: np.ndarray) -> dict[str, float]:
+    """How often chosen has more tokens, and how often the rule "the longer one wins" is right (ties half; 95 % interval)."""
+    longer, equal = int((differences > 0).sum()), int((differences == 0).sum())
+    scores, pairs = (1 + np.sign(differences)) / 2, len(differences)
+    low, high = score_interval(scores)
+    accuracy = float(scores.mean())
+    return {"chosen_longer": longer / pairs, "equal": equal / pairs, "accuracy": accuracy, "low": low, "high": high}
+
+
+def example(encoded: Sequence[Any], tokenizer: Any) -> dict[str, Any]:
+    """The first pair as the model reads it: ids and strings of its tokens, and which of them the loss counts."""
+    pair = encoded[0]
+    return {"uid": pair.uid} | {
+        name: {
+            "ids": getattr(pair, name).tolist(),
+            "tokens": token_strings(getattr(pair, name), tokenizer),
+            "scored": name != "prompt",
+        }
+        for name in PARTS
+    }
+
+
+def row_statistics(config: Config, encoded: EncodedSet, *, batches: int = 8) -> dict[str, Any]:
+    """How the configured layout fills its rows, over the first batches of `dpo`."""
+    batch = config.dpo.batch
+    layout = plan_layout(encoded, kind=config.data.layout, batch=batch, length=config.data.row_length)
+    at = stream(encoded, layout=layout, batch=min(batch, len(encoded)), seed=config.run.seed)
+    filled = [at(step).stats["padding"] for step in range(min(batches, max(1, len(encoded) // batch)))]
+    return {"layout": layout.kind, "length": layout.length, "batch": batch, "padding": float(np.mean(filled))}

@@ -1,0 +1,196 @@
+"""`dpo-jax eval`: what training changed, on pairs and prompts never seen in training."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax.cli import build, identity
+from dpo_jax.cli.card import dpo_card
+from dpo_jax.cli.commands.implicit_rewards import write_rewards
+from dpo_jax.cli.commands.refs import reference_values
+from dpo_jax.cli.config import Config, ConfigError, load_config
+from dpo_jax.cli.model_folders import eval_reference
+from dpo_jax.data import reviews
+from dpo_jax.data.display import chat_turns
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.loader import in_order
+from dpo_jax.data.terminal import json_text
+from dpo_jax.evals.completions import Completer, map_completions
+from dpo_jax.evals.preference import held_out_logps, mean_with_error, preference_summary
+from dpo_jax.logps import sequence_logps
+from dpo_jax.reference import reference_logps
+from dpo_jax.report.health import examine_run, repetition
+from dpo_jax.report.result_table import result_table, wrapped
+from dpo_jax.runtime.checkpoint import newest_meta
+from dpo_jax.runtime.hosts import is_first
+from dpo_jax.runtime.metrics import read_metrics
+from dpo_jax.runtime.rundir import RunDir, RunLocked, write_json
+from dpo_jax.types import Model, Partitioner, Variables
+from dpo_jax.writing import write_text, writing
+
+
+def run(config: Config) -> int:
+    given = config
+    # The reference of the table is also the reference of the rewards.
+    config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, reference=eval_reference(config)))
+    of_run = Path(config.eval_policy()).resolve() == Path(config.run.dir, "dpo", "export").resolve()
+    with build.open_run(given, "rewards" if config.eval.rewards else "eval", out=config.eval.rewards_out) as run_dir:
+        tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
+        model = build.policy_model(config, config.dpo_reference(), tokenizer, name="eval.reference")
+        judged = build.policy_model(config, config.eval_policy(), tokenizer, name="eval.policy")
+        if identity.architecture(judged) != identity.architecture(model):
+            raise ConfigError(
+                f"eval.reference: {config.dpo_reference()} is another model than the policy, not only other weights"
+            )
+        partitioner = build.make_partitioner(config, model)
+        preferences = build.load_split(config, "test", tokenizer)
+        held_out = build.encode_split(config, preferences, tokenizer)
+        build.describe(run_dir, given, held_out.report)
+        weights: dict[str, str] = {}
+        reference, weights["reference"] = build.load_weights(config.dpo_reference(), model, partitioner, name="eval.reference")
+        policy, weights["policy"] = build.load_weights(config.eval_policy(), model, partitioner, name="eval.policy")
+        if of_run and is_first():
+            _note_other_reference(given, weights["reference"])
+        loss = build.make_loss(config.dpo)
+        (ref_logps,) = reference_values(
+            config, model, reference, tokenizer, [held_out], partitioner=partitioner, weights=weights["reference"]
+        )
+        layout = build.pair_layout(config, held_out, batch=config.eval.batch, parts=partitioner.row_shards)
+        compiled = partitioner.compile_map(functools.partial(reference_logps, model))
+        logps = held_out_logps(
+            lambda rows: compiled(policy, rows),
+            in_order(held_out, layout=layout, batch=config.eval.batch, part=partitioner.host_part),
+            pairs=len(held_out),
+        )
+        if config.eval.rewards:
+            if is_first():
+                kept = build.only_kept(preferences, held_out)
+                write_rewards(config, run_dir, kept, held_out, logps=logps, ref_logps=ref_logps, weights=weights)
+            return 0
+        report: dict[str, Any] = {
+            "pairs": len(held_out),
+            "settings": _settings(config),
+            "weights": weights,
+            "reference": preference_summary(ref_logps, ref_logps, loss=loss),
+            "policy": preference_summary(logps, ref_logps, loss=loss),
+        }
+        if config.eval.samples:
+            both = {"reference": reference, "policy": policy}
+            stop_ids = build.stop_ids(tokenizer, config.eval_policy(), config.eval_reference())
+            samples = sampled(config, partitioner, model, both, tokenizer, held_out, stop_ids=stop_ids)
+            for who in ("reference", "policy"):
+                report[who] |= samples["summary"][who]
+            report["samples"] = samples["texts"][:3]
+            report["sampling"] = {"prompts": len(samples["texts"]), "max_new_tokens": config.eval.max_new_tokens}
+        if not is_first():
+            return 0
+        if config.eval.samples:
+            with writing(run_dir.path / "samples.jsonl") as file:
+                file.writelines(json_text(line) + "\n" for line in samples["texts"])
+        metrics = Path(config.run.dir, "dpo", "metrics.jsonl")
+        health = examine_run(report, read_metrics(metrics) if of_run and metrics.is_file() else ())
+        report["notes"] = [note._asdict() for note in health.notes]
+        write_json(run_dir.path / "report.json", report)
+        print(result_table(report), end="\n\n")
+        for note in health.notes:
+            print(wrapped(f"{note.name}: {note.words}", mark="! "))
+        print(wrapped(health.summary, mark=""))
+        print(f"\nfull report: {run_dir.path}/report.json")
+        if of_run:
+            _update_card(config, report)
+    return 0
+
+
+def sampled(
+    config: Config,
+    partitioner: Partitioner,
+    model: Model,
+    variables: dict[str, Variables],
+    tokenizer: Any,
+    held_out: Any,
+    *,
+    stop_ids: Sequence[int],
+) -> dict[str, Any]:
+    """Completions of held-out prompts by policy and reference, with the sequence KL of each to the reference.
+
+    `kl` is the mean over samples y ~ pi(.|x) of log pi(y|x) - log pi_ref(y|x), in nats per completion: unbiased, also for
+    completions that were cut at `eval.max_new_tokens`, of which it measures the part that was written. `cut` is the share of
+    those, and `repetition` the mean share of 4-grams that occurred before in their sample. Both stop at any of `stop_ids`. A
+    chat prompt's line has its `turns` beside the `prompt` as the model read it.
+    """
+    prompts, texts = _prompts(held_out, config.eval.samples, tokenizer)
+    lines: list[dict[str, Any]] = [{"prompt": text} for text in texts]
+    for line in lines:
+        if turns := chat_turns(line["prompt"], tokenizer):
+            line["turns"] = turns
+    key = jax.random.key(config.run.seed)
+    complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, max_new_tokens=config.eval.max_new_tokens)
+    score = partitioner.compile_map(functools.partial(sequence_logps, model))
+    summary = {}
+    for number, (who, weights) in enumerate(variables.items()):
+        try:
+            samples = complete(weights, prompts, jax.random.fold_in(key, number))
+        except ValueError as error:
+            raise ConfigError(f"eval.samples: {error}; lower --data.max-prompt-length, or set it to 0") from error
+        finished = [bool(len(ids)) and int(ids[-1]) in stop_ids for ids in samples.ids]
+        for line, sample, ended in zip(lines, samples.texts, finished, strict=True):
+            line |= {who: sample, f"{who}_finished": ended}
+        log_ratio = samples.logps - map_completions(partitioner, score, variables["reference"], prompts, samples.ids)
+        kl, error = mean_with_error(log_ratio)
+        summary[who] = {
+            "kl": kl,
+            "kl_error": error,
+            "tokens": float(np.mean([len(ids) for ids in samples.ids])),
+            "cut": 1 - float(np.mean(finished)),
+            "repetition": float(np.mean([repetition(ids) for ids in samples.ids])),
+        }
+        if config.data.source == "reviews":
+            values = [reviews.reward(text + sample) for text, sample in zip(texts, samples.texts, strict=True)]
+            summary[who]["true_reward"], summary[who]["true_reward_error"] = mean_with_error(np.array(values))
+    return {"summary": summary, "texts": lines}
+
+
+def _prompts(held_out: list[Encoded], count: int, tokenizer: Any) -> tuple[list[np.ndarray], list[str]]:
+    """The first `count` distinct prompts: ids, and the text they stand for, without a BOS that the text does not hold."""
+    distinct = list({pair.prompt.tobytes(): pair for pair in held_out}.values())[:count]
+    return [pair.prompt for pair in distinct], [tokenizer.decode(pair.prompt[int(pair.bos_added) :]) for pair in distinct]
+
+
+def _note_other_reference(config: Config, digest: str) -> None:
+    """Says when the run's policy was trained against other weights than those it is compared with."""
+    found = newest_meta(config.checkpoints_of("dpo"))
+    trained = found[1]["fingerprint"].get("reference", digest) if found else digest
+    if trained != digest:
+        print(
+            f"note: the policy was trained against another reference ({trained[:12]}…) than this one ({digest[:12]}…): "
+            "accuracy, margin and KL are not those of its training",
+            flush=True,
+        )
+
+
+def _update_card(config: Config, report: dict[str, Any]) -> None:
+    """The model card of the run that was evaluated gets the table, if that was measured with the run's own settings."""
+    try:
+        with RunDir(Path(config.run.dir) / "dpo") as run_dir:
+            trained = load_config(run_dir.config)
+            if _settings(trained) != _settings(config):
+                print(f"{run_dir.card} is left as it is: the run was trained with {_settings(trained)}")
+                return
+            card = dpo_card(trained, run_dir, report=report)
+            write_text(run_dir.card, card)
+            write_text(run_dir.export / "README.md", card)
+    except (RunLocked, ConfigError) as error:  # training again just now, or a folder that was copied here
+        print(f"the model card is left as it is: {error}")
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What the figures of the table depend on besides weights and data."""
+    names = ("loss", "beta", "alpha", "label_smoothing", "reference_free")
+    return {**{name: getattr(config.dpo, name) for name in names}, "reference": config.dpo_reference()}

@@ -1,0 +1,303 @@
+"""`dpo-jax judge`: how often a policy's completions beat a baseline's, asked of a judge (sections 6.2 to 6.4, appendix C.2).
+
+In `<run.dir>/judge`: `verdicts.jsonl` (every question and answer), `pairs.jsonl` (texts and outcome of every pair),
+`report.json`, `win_rates.csv`, `win_rates.png`. Started again, it asks only what has no answer yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import csv
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dpo_jax.cli import build
+from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.prompts import references
+from dpo_jax.data.completion_files import Completion, read_completions
+from dpo_jax.data.files import fingerprint
+from dpo_jax.data.terminal import csv_cell, json_text
+from dpo_jax.data.tokenizer import load_tokenizer
+from dpo_jax.extras import install_command
+from dpo_jax.judge.asking import Budget, Unfinished, ask_all, failures_of
+from dpo_jax.judge.endpoint import Endpoint
+from dpo_jax.judge.injections import Probe, achieved, probes
+from dpo_jax.judge.pairing import Paired, pair_up
+from dpo_jax.judge.questions import Outcome, Pair, Question, orders, outcome_of, question_of, winner_of
+from dpo_jax.judge.verdicts import VerdictLog
+from dpo_jax.judge.win_rates import EDGE, OUTCOMES, Rate, WinRate, columns, rate, win_rates
+from dpo_jax.judge.win_rates_plot import plot_win_rates
+from dpo_jax.runtime.progress import reported
+from dpo_jax.runtime.rundir import RunDir, write_json
+from dpo_jax.writing import writing
+
+SETTINGS = ("model", "prompt", "fence", "temperature", "max_tokens", "one_order")
+"""What a verdict depends on besides its texts. Not the address: the same model may move."""
+BASELINES = {"chosen": "the chosen completions of the data", "sft_target": "what SFT learned"}
+PER = 1e-6  # prices are of a million tokens
+
+
+def run(config: Config) -> int:
+    if importlib.util.find_spec("httpx2") is None:
+        raise ConfigError(f"judge: needs the package httpx2: {install_command('judge')}")
+    section, key = config.judge, _key(config)
+    jax.config.update("jax_platforms", "cpu")  # judging computes nothing, and may run beside a training that holds the chips
+    paired = pair_up(_policies(config), _baseline(config), limit=section.limit)
+    asked = [_questions(config, pair) for pair in paired.pairs]
+    questions = [question for both in asked for question in both]
+    settings = {name: getattr(section, name) for name in SETTINGS} | ({"seed": config.run.seed} if section.one_order else {})
+    with RunDir(config.judge_out()) as run_dir:
+        with VerdictLog(run_dir.path / "verdicts.jsonl", settings) as log:
+            _refuse_foreign(config, paired.pairs, questions, log)
+            build.describe(run_dir, config)
+            _announce(paired, questions, log)
+            outcomes, injected, unfinished = asyncio.run(_judge(config, paired.pairs, asked, log, key))
+            _write(run_dir.path, config, paired, outcomes, questions, injected, log)
+        if unfinished is not None:
+            raise unfinished
+    return 0
+
+
+async def _judge(
+    config: Config, pairs: list[Pair], asked: list[list[Question]], log: VerdictLog, key: str | None
+) -> tuple[list[Outcome], list[dict[str, str | int]], Unfinished | None]:
+    """Asks; returns what became of each pair and of injections, and why not every question has an answer."""
+    tries: list[list[Question]] = []
+    tried: list[Probe] = []
+    unfinished = None
+    try:
+        await _ask(config, [question for both in asked for question in both], log, key)
+        tried = _probes(config, pairs, [_outcome(both, log) for both in asked])
+        tries = [_questions(config, probe.pair) for probe in tried]
+        await _ask(config, [question for both in tries for question in both], log, key)
+    except Unfinished as stopped:  # what there is, is worth reporting
+        unfinished = stopped
+    return [_outcome(both, log) for both in asked], achieved(tried, [_outcome(both, log) for both in tries]), unfinished
+
+
+def _refuse_foreign(config: Config, pairs: list[Pair], questions: list[Question], log: VerdictLog) -> None:
+    known = {question.key for question in questions}
+    if not known.issuperset(log.verdicts):  # an earlier start may have tried injections
+        tried = probes(pairs, prompt=_prompt(config))
+        known |= {question.key for probe in tried for question in _questions(config, probe.pair)}
+    log.only_of(known)
+
+
+def _probes(config: Config, pairs: list[Pair], outcomes: list[Outcome]) -> list[Probe]:
+    """The first pairs that the policy lost, with injections. Those of one series say enough: it is the judge that is tried."""
+    lost = [pair for pair, outcome in zip(pairs, outcomes, strict=True) if outcome == "lost"]
+    if config.judge.injections and not lost:
+        print("injections: the policy lost no pair, so there is no text to put them behind")
+    return probes(lost[: config.judge.injections], prompt=_prompt(config))
+
+
+def _prompt(config: Config) -> str:
+    assert config.judge.prompt is not None  # checked with the configuration
+    return config.judge.prompt
+
+
+def _key(config: Config) -> str | None:
+    """The key, from the environment. An endpoint of one's own may want none."""
+    section = config.judge
+    if key := os.environ.get(section.key_env, "").strip():
+        if not re.fullmatch(r"[!-~]+", key):
+            raise ConfigError(f"judge.key_env: the variable {section.key_env} holds characters that no key can have")
+        return key
+    if section.base_url == type(section).base_url:
+        raise ConfigError(f"judge.key_env: {section.base_url} wants a key, and the variable {section.key_env} is empty")
+    return None
+
+
+def _policies(config: Config) -> dict[str, list[Completion]]:
+    """Completions by series. Files that are all named by numbers are the points of one series."""
+    section = config.judge
+    found = {name: read_completions(file, by=section.by) for name, file in section.series()}
+    if section.by is not None or not all(re.fullmatch(r"\d+(\.\d+)?", name) for name in found):
+        return found
+    return {"policy": [one._replace(at=float(name)) for name, completions in found.items() for one in completions]}
+
+
+def _baseline(config: Config) -> list[Completion]:
+    section, path = config.judge, config.tokenizer.path
+    if (file := section.baseline_file()) is not None:
+        return read_completions(file)
+    tokenizer = load_tokenizer(path) if path else None
+    return [Completion(*one[:2], None, one.where) for one in references(config, tokenizer, target=section.b == "sft_target")]
+
+
+def _questions(config: Config, pair: Pair) -> list[Question]:
+    sides = orders(pair, one_order=config.judge.one_order, seed=config.run.seed)
+    return [question_of(pair, prompt=_prompt(config), a=a, fence=config.judge.fence) for a in sides]
+
+
+def _outcome(questions: list[Question], log: VerdictLog) -> Outcome:
+    return outcome_of([winner_of(question, log.verdicts.get(question.key)) for question in questions])
+
+
+def _announce(paired: Paired, questions: list[Question], log: VerdictLog) -> None:
+    distinct = {question.key for question in questions}
+    known = len(distinct & set(log.verdicts))
+    print(f"{len(paired.pairs):,} pairs, {len(distinct):,} questions; {known:,} have an answer already")
+    if log.interrupted:
+        print(f"{log.interrupted} were on their way when the command last ended: they are asked again, and count as paid")
+    if log.damaged:
+        first = ", ".join(str(line.place) for line in log.damaged[:10]) + ", ..." * (len(log.damaged) > 10)
+        print(f"{log.path}: not used, and copied to {log.set_aside.name}: line {first}; what it answered is asked again")
+    if log.lost:
+        print(f"{log.path}: {log.lost:,} lines are damaged or missing; each counts as a request of the largest size")
+    for name, books in (*paired.policies.items(), ("the baseline", paired.baseline)):
+        for cause, wheres in books.dropped.items():
+            first = ", ".join(wheres[:3]) + ", ..." * (len(wheres) > 3)
+            print(f"{name}: {len(wheres):,} of {books.read:,} completions left out, {cause}: {first}")
+
+
+async def _ask(config: Config, questions: list[Question], log: VerdictLog, key: str | None) -> None:
+    section = config.judge
+    budget = _budget(config)
+    assert section.model is not None  # checked with the configuration
+    endpoint = Endpoint(
+        section.base_url,
+        key,
+        model=section.model,
+        temperature=section.temperature,
+        max_tokens=section.max_tokens,
+        limit_name=section.limit_name,
+        timeout=section.timeout,
+    )
+    keys, before = {question.key for question in questions}, len(log.verdicts)
+    known = len(keys & set(log.verdicts))
+    with reported("judge", total=len(keys), unit="questions") as task:
+        task.advance(known)
+
+        def settled() -> None:
+            task.advance(known + len(log.verdicts) - before - task.done, note=_spent(budget, log))
+
+        try:
+            await ask_all(
+                questions,
+                endpoint,
+                log,
+                prompt=_prompt(config),
+                max_tokens=section.max_tokens,
+                concurrency=section.concurrency,
+                tries=section.tries,
+                budget=budget,
+                settled=settled,
+            )
+        finally:
+            await endpoint.close()
+
+
+def _budget(config: Config) -> Budget:
+    section = config.judge
+    caps = {"requests": section.max_requests, "tokens": section.max_spent_tokens, "cost": section.max_cost}
+    prices = {"price_read": section.price_in * PER, "price_written": section.price_out * PER}
+    return Budget(**{name: float(cap) for name, cap in caps.items() if cap is not None}, **prices)
+
+
+def _spent(budget: Budget, log: VerdictLog) -> str:
+    cost = f", cost {budget.cost_of(log.spent):,.2f}" if budget.price_read or budget.price_written else ""
+    faults = f", {sum(log.faults.values()):,} faults" if log.faults else ""
+    return f"{sum(log.spent):,} tokens{cost}{faults}"
+
+
+def _write(
+    folder: Path,
+    config: Config,
+    paired: Paired,
+    outcomes: list[Outcome],
+    questions: list[Question],
+    injected: list[dict[str, str | int]],
+    log: VerdictLog,
+) -> None:
+    section, budget = config.judge, _budget(config)
+    points = win_rates(paired.pairs, outcomes)
+    rows = [columns(point) for point in points]
+    with writing(folder / "pairs.jsonl") as file:
+        for pair, outcome in zip(paired.pairs, outcomes, strict=True):
+            file.write(json_text({**pair._asdict(), "outcome": outcome}) + "\n")
+    with writing(folder / "win_rates.csv", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
+    keys = {question.key for question in questions}
+    verdicts = [verdict for key, verdict in log.verdicts.items() if key in keys]  # without those on injections
+    letters = [verdict["choice"] for verdict in verdicts if verdict["choice"]]
+    files = [file for _, file in section.series()] + ([section.b] if section.baseline_file() else [])
+    report = {
+        "settings": {name: getattr(section, name) for name in (*SETTINGS, "base_url")},
+        "baseline": BASELINES.get(section.b, section.b),
+        "by": section.by or "step",
+        "files": [fingerprint(file, Path(file)) for file in files],
+        "books": {name: dataclasses.asdict(books) for name, books in ((section.b, paired.baseline), *paired.policies.items())},
+        "questions": len(keys),
+        "answers": len(verdicts),
+        "failures": collections.Counter(verdict["failure"] for verdict in verdicts if verdict["failure"]),
+        "models": collections.Counter(verdict["model"] for verdict in verdicts),
+        "first_preferred": dataclasses.asdict(rate([float(letter == "A") for letter in letters])) if letters else None,
+        "requests": log.requests,
+        "lost_lines": log.lost,
+        "faults": log.faults,
+        "tokens": log.spent._asdict(),
+        "cost": budget.cost_of(log.spent),
+        "outcomes": {name: sum(outcome == name for outcome in outcomes) for name in OUTCOMES},
+        "points": rows,
+        "injections": injected,
+    }
+    write_json(folder / "report.json", report)
+    if any(point.win_rate.pairs for point in points):
+        plot_win_rates(points, folder / "win_rates.png", x=section.by, baseline=BASELINES.get(section.b, Path(section.b).name))
+    _tell(points, report, _spent(budget, log), folder)
+
+
+def _tell(points: list[WinRate], report: dict[str, Any], spent: str, folder: Path) -> None:
+    one_order = report["settings"]["one_order"]
+    won = "won" if one_order else "won in both orders"
+    heads = ("", "pairs", won, "lost", "flipped", "failed", "win rate (95 %)", "length", "at equal length")
+    _print_table([heads, *map(_row, points)])
+    halves = "" if one_order else "win rate: a flipped pair is half a win, as one question in random order gives on average; "
+    print(f"{halves}lengths in characters; at equal length: by logistic regression")
+    if any(point.extrapolated for point in points):
+        print(f"* extrapolated: in fewer than {EDGE:.0%} of the pairs the longer text is the policy's, or the baseline's")
+    if report["failures"]:
+        print(f"answers without a verdict: {failures_of(report['failures'])}")
+    if undecided := report["outcomes"]["unanswered"]:
+        print(f"{undecided:,} pairs have no verdict yet, and count in no rate")
+    if report["first_preferred"]:
+        print(f"the judge preferred the text it was shown first in {report['first_preferred']['value']:.1%} of its answers")
+    if report["injections"]:
+        print("words to the judge, put behind texts that had lost, and what became of these:")
+        _print_table([tuple(report["injections"][0]), *(tuple(map(str, row.values())) for row in report["injections"])])
+    if len(report["models"]) > 1:
+        print(f"the endpoint answered as more than one model: {', '.join(report['models'])}")
+    print(f"{spent}, {report['requests']:,} requests; everything is in {folder}")
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for name, *cells in rows:
+        print(f"{name:{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+
+
+def _row(point: WinRate) -> tuple[str, ...]:
+    return (
+        point.series if point.at is None else f"{point.series} {point.at:g}",
+        f"{sum(point.counts.values()):,}",
+        f"{point.counts['won']}" + ("" if math.isnan(point.won.value) else f" ({point.won.value:.3f})"),
+        *(f"{point.counts[outcome]}" for outcome in ("lost", "flipped", "failed")),
+        _interval(point.win_rate),
+        f"{point.policy_length:.0f} / {point.baseline_length:.0f}",
+        _interval(point.win_rate_length_controlled) + "*" * point.extrapolated,
+    )
+
+
+def _interval(rate: Rate) -> str:
+    return "-" if math.isnan(rate.value) else f"{rate.value:.3f} ({rate.low:.3f}-{rate.high:.3f})"

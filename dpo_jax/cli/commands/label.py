@@ -1,0 +1,48 @@
+"""`dpo-jax label`: preferences from samples (appendix C.1). The reference completes prompts, a known reward labels all pairs.
+
+In `<run.dir>/label`: a file for each split, such as `train.jsonl` and `test.jsonl`, which `data.source: files` reads with
+`data.path` set to the folder; and `data_report.json`, where kept + dropped = read for each.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from dpo_jax.cli import build
+from dpo_jax.cli.config import Config
+from dpo_jax.cli.experiment import labelled_samples, make_world, of_training, sized
+from dpo_jax.data.label import LabelCounts
+from dpo_jax.data.pairs import Cause, DataError, DataReport
+
+
+def run(config: Config) -> int:
+    config = sized(config)
+    with build.open_run(config, "label") as run_dir:
+        world, _ = make_world(config, train="prompts", test="test_prompts")
+        key, reports = of_training(config), []
+        splits = (
+            (config.data.train_split, world.train, key),
+            (config.data.test_split, world.test, jax.random.fold_in(key, 1)),
+        )
+        for split, prompts, its_key in splits:
+            print(f"{split}: {config.frontier.completions} completions of each of {len(prompts.ids):,} prompts", flush=True)
+            _, counts = labelled_samples(config, world, prompts, run_dir.path / f"{split}.jsonl", key=its_key)
+            if not counts.labelled:
+                raise DataError(f"{split}: no pair is left, of {counts.pairs}: {_dropped(counts)}", causes=[Cause.NO_ROWS])
+            reports.append(_report(split, counts))
+        build.describe(run_dir, config, *reports)
+        print(f"read them with --data.source files --data.path {run_dir.path}")
+    return 0
+
+
+def _report(split: str, counts: LabelCounts) -> DataReport:
+    report = DataReport(source="samples", split=split, format="samples", rows=counts.pairs, read=counts.pairs)
+    report.kept, report.dropped = counts.labelled, _dropped(counts)
+    report.notes.append(f"{counts.against} labelled against the reward")
+    report.check()
+    return report
+
+
+def _dropped(counts: LabelCounts) -> dict[str, int]:
+    dropped = {Cause.TIE: counts.ties, Cause.IDENTICAL: counts.identical, Cause.EMPTY: counts.empty}
+    return {cause.value: count for cause, count in (dropped | ({Cause.EOS_IN_TEXT: counts.eos} if counts.eos else {})).items()}

@@ -1,0 +1,45 @@
+"""`dpo-jax plan`: what training would take on TPUs or GPUs. Nothing is trained, and neither weights nor data are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from dpo_jax.cli import build
+from dpo_jax.cli.config import Config
+from dpo_jax.cli.plan.one import plan
+from dpo_jax.cli.plan.report import print_ranking, report
+from dpo_jax.cli.plan.search import nearest, scale, sweep
+from dpo_jax.runtime.chips import slice_devices, slice_of
+from dpo_jax.runtime.rundir import write_json
+
+__all__ = ["plan", "report", "run"]
+
+
+def run(config: Config) -> int:
+    jax.config.update("jax_platforms", "cpu")  # constants; what is planned for is never touched
+    topology = config.plan.topology
+    assert topology is not None  # checked with the configuration
+    chip, chips = slice_of(topology)
+    _, source = build.model_without_weights(config, platform=chip.platform)
+    slice_devices(topology)
+    print(
+        f"{topology}: {chips} {'chip' if chips == 1 else 'chips'} of {chip.hbm_bytes / 1e9:.0f} GB; model: {source}", flush=True
+    )
+    if config.run.devices != "mesh" and chips * chip.cores > 1:
+        print(f"run.devices is {config.run.devices}; planned is mesh, which cuts parameters among devices")
+    plans = sweep(config, topology) if config.plan.sweep else [plan(config, topology, refs=True)]
+    if config.plan.sweep:
+        print_ranking(plans)
+    else:
+        print(report(plans[0], chip), flush=True)
+    if not any(one.step.fits for one in plans):
+        plans += nearest(config, topology)
+    if config.plan.scale:
+        plans += scale(config, topology)
+    out = Path(config.plan.json or f"{config.run.dir}/plan/plan.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, {"plans": [one.to_json() for one in plans]})
+    print(f"figures: {out}")
+    return 0 if plans[0].step.fits or config.plan.sweep else 2

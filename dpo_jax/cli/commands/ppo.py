@@ -1,0 +1,77 @@
+"""`dpo-jax ppo`: one policy trained by PPO, from the starting policy, against the true reward or a learned one.
+
+In `<run.dir>/ppo`: `export/` (the policy), `metrics.jsonl` (a row for each rollout), `plots/` and `result.json` (true reward
+and KL on held-out prompts, on the way). It starts anew. Sizes and learning rate are the options `frontier.ppo_*`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from dpo_jax.cli import build
+from dpo_jax.cli.commands.export import write_model
+from dpo_jax.cli.commands.frontier import first_kl_coef, ppo_method
+from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.experiment import has_true_reward, make_world, refuse_mesh, sized
+from dpo_jax.evals.reward_functions import Reward
+from dpo_jax.lab.reward_model import RewardModel, load_head
+from dpo_jax.models.hub import resolve
+from dpo_jax.plotting.training_curves import plot_training
+from dpo_jax.reward_model import HEAD
+from dpo_jax.runtime.metrics import read_metrics
+from dpo_jax.runtime.progress import reported
+from dpo_jax.runtime.rundir import write_json
+from dpo_jax.untrusted import Unreadable
+
+
+def run(config: Config) -> int:
+    config = sized(config)
+    refuse_mesh(config, "ppo")
+    with build.open_run(config, "ppo") as run_dir:
+        path = config.ppo.reward_model
+        reward = learned_reward(config, path, name="ppo.reward_model", batch=config.frontier.sample_batch) if path else None
+        judge = None if has_true_reward(config) else reward
+        if judge:
+            print("the true reward of these data is not known: the policy is measured by the learned one, too", flush=True)
+        world, _ = make_world(config, train="prompts", test="test_prompts", reward=judge)
+        before = world.measure(world.reference)
+        print(f"the reference: reward {before['reward']:.2f}", flush=True)
+        run_dir.metrics.unlink(missing_ok=True)
+        points, variables = ppo_method(config, world).train(
+            run_dir.path,
+            reward=reward or world.reward,
+            target_kl=config.ppo.target_kl,
+            kl_coef=first_kl_coef(config.ppo.target_kl),
+            evaluations=config.frontier.evaluations,
+            seed=config.run.seed,
+            say=functools.partial(print, flush=True),
+        )
+        with reported("exporting the policy"):
+            folder, _ = write_model(
+                run_dir.export, world.model, variables, world.tokenizer, source=config.dpo_policy(), dtype=config.export.dtype
+            )
+        plot_training(read_metrics(run_dir.metrics), run_dir.plots)
+        write_json(run_dir.path / "result.json", {"points": [{"step": 0.0, **before}, *points]})
+        last = points[-1]
+        print(
+            f"reward {before['reward']:.2f} -> {last['reward']:.2f} ({last['reward_low']:.2f} to {last['reward_high']:.2f}) "
+            f"at KL {last['kl']:.2f} nats ({last['kl_low']:.2f} to {last['kl_high']:.2f}; target {config.ppo.target_kl:g})"
+        )
+        print(f"the policy is in {folder}")
+    return 0
+
+
+def learned_reward(config: Config, path: str, *, name: str, batch: int) -> Reward:
+    """The reward of a folder of `dpo-jax reward-model`. `name` is the option that `path` comes from."""
+    tokenizer = build.tokenizer_of(config, model_path=path, name=name)
+    model = build.policy_model(config, path, tokenizer, name=name)
+    try:
+        head = load_head(resolve(path), width=model.config.width)
+    except Unreadable:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{name}: {path}: {error}") from error
+    partitioner = build.make_partitioner(config, model)
+    variables, _ = build.load_weights(path, model, partitioner, name=name)
+    variables = {**variables, **partitioner.put_variables({HEAD: head})}
+    return RewardModel(partitioner, model).of_texts(variables, tokenizer, batch=batch, bos=config.data.bos)

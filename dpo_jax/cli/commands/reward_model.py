@@ -1,0 +1,61 @@
+"""`dpo-jax reward-model`: the Bradley-Terry reward model (eq. 2) of the configuration's preferences, on the starting policy.
+
+In `<run.dir>/reward-model`: `export/` (which `ppo.reward_model` names), `metrics.jsonl` and `result.json`. It starts anew.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from dpo_jax.cli import build
+from dpo_jax.cli.config import Config
+from dpo_jax.cli.experiment import refuse_mesh
+from dpo_jax.cli.repeats import check_repeats
+from dpo_jax.data.tokenizer import save_tokenizer
+from dpo_jax.evals.calibration import accuracy
+from dpo_jax.lab.reward_model import RewardModel, fit_reward_model, judged, save_reward_model
+from dpo_jax.runtime.rundir import write_json
+
+
+def run(config: Config) -> int:
+    refuse_mesh(config, "reward-model")
+    path, training = config.dpo_policy(), config.dpo
+    with build.open_run(config, "reward-model") as run_dir:
+        tokenizer = build.tokenizer_of(config, model_path=path, name="dpo.policy")
+        model = build.policy_model(config, path, tokenizer, name="dpo.policy")
+        partitioner = build.make_partitioner(config, model)
+        pairs, test = (
+            build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
+        )
+        check_repeats(config, pairs, test)
+        build.describe(run_dir, config, pairs.report, test.report)
+        start, _ = build.load_weights(path, model, partitioner, name="dpo.policy")
+        print(f"{len(pairs):,} pairs to learn and choose from, {len(test):,} to judge the choice", flush=True)
+        judge = RewardModel(partitioner, model)
+        run_dir.metrics.unlink(missing_ok=True)
+        variables, validation = fit_reward_model(
+            judge,
+            start,
+            pairs,
+            run_dir.path,
+            make_tx=functools.partial(build.make_tx, training),
+            batch=training.batch,
+            epochs=config.frontier.reward_model_epochs,
+            evaluations=config.frontier.evaluations,
+            seed=config.run.seed,
+            microbatches=training.microbatches,
+        )
+        rewards = judge.of_pairs(partitioner.put_variables(variables), test, batch=training.batch)
+        figures, margins = judged(rewards), rewards[:, 0] - rewards[:, 1]
+        low, high = (accuracy(margins)[end] for end in ("low", "high"))
+        folder = save_reward_model(run_dir.export, model, variables)
+        save_tokenizer(tokenizer, folder)
+        found = {**figures, "accuracy_low": low, "accuracy_high": high, "pairs": len(test)}
+        write_json(run_dir.path / "result.json", {"validation": validation, "test": found})
+        print(f"the checkpoint of step {validation['step']:g} has the lowest validation loss: {validation['loss']:.4f}")
+        print(
+            f"on the test split: loss {figures['loss']:.4f} (no preference learnt: 0.6931), "
+            f"accuracy {figures['accuracy']:.1%} ({low:.1%} to {high:.1%})"
+        )
+        print(f"train a policy against it with dpo-jax ppo ... --ppo.reward-model {folder}")
+    return 0

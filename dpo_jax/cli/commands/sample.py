@@ -1,0 +1,147 @@
+"""`dpo-jax sample`: completions of held-out prompts, or of your own, printed or as JSON Lines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax.cli import build
+from dpo_jax.cli.commands.ppo import learned_reward
+from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.model_folders import refuse_other_lines
+from dpo_jax.cli.prompts import ARTICLE_CUE, Prompt, held_out_prompts, is_chat, prompts_of_file
+from dpo_jax.data.display import shown_prompt
+from dpo_jax.data.encode import cut_prompt, token_ids, with_bos
+from dpo_jax.data.terminal import json_text, printable, raw
+from dpo_jax.evals.completions import Completer
+from dpo_jax.evals.reward_functions import Reward, exact_reviews
+from dpo_jax.runtime.hosts import is_first
+from dpo_jax.types import Variables
+from dpo_jax.writing import write_text
+
+
+def run(config: Config) -> int:
+    section = config.sample
+    refuse_other_lines(section.out)
+    path = config.sample_policy()
+    tokenizer = build.tokenizer_of(config, model_path=path, name="sample.policy")
+    given = _prompts(config, path, tokenizer)
+    texts = [prompt.text for prompt in given]
+    model = build.policy_model(config, path, tokenizer, name="sample.policy")
+    partitioner = build.make_partitioner(config, model)
+    variables, _ = build.load_weights(path, model, partitioner, name="sample.policy")
+    cue = ARTICLE_CUE if config.data.source == "cnn_dailymail" and not section.prompts_file else ""
+    bos, cue_ids = config.data.bos, token_ids(cue, tokenizer)
+    whole = [with_bos(token_ids(one.text, tokenizer), tokenizer, bos=bos, chat=one.chat) for one in given]
+    prompts = [within(ids, config.data.max_prompt_length, tokenizer, cue=cue_ids) for ids in whole]
+    sampling = {name: getattr(section, name) for name in ("max_new_tokens", "top_k", "top_p")}
+    temperatures = [float(part) for part in section.temperatures.split(",")] if section.temperatures else [section.temperature]
+    best_of = sorted(int(part) for part in section.best_of.split(",")) if section.best_of else []
+    most, reward = max(best_of, default=1), reward_of(config) if best_of else None
+    stop_ids = build.stop_ids(tokenizer, path)
+    lines, unfinished = [], 0
+    for temperature in temperatures:
+        complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, temperature=temperature, **sampling)
+        # The same key: more temperatures, or none but this one, change no sample.
+        drawn = _draw(complete, variables, prompts, jax.random.key(config.run.seed), repeats=most)
+        unfinished += sum(not row.pop("finished") for row in drawn)
+        rows = [{**_of_prompt(given[i // most]), **row, "temperature": temperature} for i, row in enumerate(drawn)]
+        lines += best_rows(rows, best_of, reward) if reward else rows
+    if not is_first():
+        return 0
+    if cut := sum(len(x) > config.data.max_prompt_length for x in whole):
+        kept = "first" if cue else "last"
+        limit = f"their {kept} {config.data.max_prompt_length - len(cue_ids)} tokens (data.max_prompt_length)"
+        print(f"{cut:,} of {len(texts):,} prompts are longer than the policy was shown: {limit}", file=sys.stderr)
+    if unfinished:
+        total = len(texts) * most * len(temperatures)
+        limits = "by sample.max_new_tokens, or where the model has no more positions"
+        print(f"{unfinished:,} of {total:,} completions were stopped before their end, {limits}", file=sys.stderr)
+    if section.out:
+        Path(section.out).parent.mkdir(parents=True, exist_ok=True)
+        write_text(section.out, "".join(json_text(line) + "\n" for line in lines))
+        print(f"{len(lines)} completions in {section.out}")
+        return 0
+    out = raw(sys.stdout)
+    for line in lines:
+        print(for_terminal(line) if out.isatty() else json_text(line), file=out)
+    return 0
+
+
+def _prompts(config: Config, policy: str, tokenizer: Any) -> list[Prompt]:
+    file = config.sample.prompts_file
+    if file is None:
+        return held_out_prompts(config, tokenizer)
+    chat = is_chat(config, policy, tokenizer)
+    if chat and config.sample.chat == "auto" and is_first():
+        print(f"{printable(file)}: a text is rendered as a user's turn (--sample.chat off: as it stands)", file=sys.stderr)
+    return prompts_of_file(file, tokenizer, chat=chat)
+
+
+def _of_prompt(prompt: Prompt) -> dict[str, Any]:
+    return {"prompt": prompt.text} | ({"turns": prompt.turns} if prompt.turns else {})
+
+
+def for_terminal(line: Mapping[str, Any]) -> str:
+    """A prompt and its completion, in bold: of a conversation as turns. Control characters of the texts are written out."""
+    answer = "\nassistant: " if line.get("turns") else ""
+    return f"\n{shown_prompt(line)}{answer}\033[1m{printable(line['completion'])}\033[0m"
+
+
+def within(ids: np.ndarray, limit: int, tokenizer: Any, *, cue: np.ndarray) -> np.ndarray:
+    """At most `limit` of the tokens of a prompt: BOS, if it has one, and the last ones. An article, which has a `cue`, loses
+    its end instead: news say first what matters, and without the cue no policy would summarise.
+    """
+    if len(ids) <= limit or not len(cue):
+        return cut_prompt(ids, limit, tokenizer)
+    return np.concatenate([ids[: max(0, limit - len(cue))], cue])[-limit:]
+
+
+def _draw(
+    complete: Completer, variables: Variables, prompts: Sequence[np.ndarray], key: jax.Array, *, repeats: int
+) -> list[dict[str, Any]]:
+    """`repeats` completions of each prompt, those of a prompt side by side."""
+    try:
+        samples = complete(variables, [ids for ids in prompts for _ in range(repeats)], key)
+    except ValueError as error:
+        raise ConfigError(f"sample: {error}") from error
+    return [
+        {
+            "completion": text,
+            "logp": float(logp) if np.isfinite(logp) else None,  # JSON has no other word for NaN
+            "tokens": len(ids),
+            "finished": bool(finished),
+        }
+        for ids, text, finished, logp in zip(*samples, strict=True)
+    ]
+
+
+def reward_of(config: Config) -> Reward:
+    """What `sample.best_of` chooses by: the learned reward that is named, or the true one of generated reviews."""
+    section = config.sample
+    if jax.process_count() > 1:
+        raise ConfigError("sample.best_of: runs on one host")
+    if section.reward_model:
+        return learned_reward(config, section.reward_model, name="sample.reward_model", batch=64)
+    if config.data.source != "reviews":
+        raise ConfigError("sample.reward_model: best_of needs a reward, and only that of the generated reviews is known")
+    return exact_reviews
+
+
+def best_rows(rows: Sequence[dict[str, Any]], best_of: Sequence[int], reward: Reward) -> list[dict[str, Any]]:
+    """For each n of `best_of` (ascending) the best by `reward` of the first n rows of each prompt, told in two more columns.
+
+    `rows` has as many for each prompt as the last n says, side by side.
+    """
+    values = reward([row["prompt"] for row in rows], [row["completion"] for row in rows]).reshape(-1, best_of[-1])
+    found = []
+    for n in best_of:
+        for number, best in enumerate(values[:, :n].argmax(axis=1)):
+            row = rows[number * best_of[-1] + int(best)]
+            found.append({**row, "best_of": n, "reward": float(values[number, best])})
+    return found

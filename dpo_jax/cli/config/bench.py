@@ -1,0 +1,62 @@
+"""Options of the race against PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from dpo_jax.cli.config.file import is_count
+from dpo_jax.cli.config.ranges import Problem, positive
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """The race against PyTorch: same weights, same pairs in every step, contenders in turns (needs the `bench` extra)."""
+
+    contenders: str | None = None
+    """Only these, separated by commas: torch-live, torch-cached, trl, trl-best, jax-live ... jax-attention; none: all."""
+    lengths: str | None = None
+    """Random tokens of exactly PROMPT/CHOSEN/REJECTED length, such as 400/500/500, instead of data; none: the train split."""
+    lengths_vary: bool = False
+    """Lengths are spread around bench.lengths (gamma distributed, as in Anthropic HH), and are up to four times as long."""
+    rounds: int = 3
+    """How often all contenders run. The first round also gives the loss curves and fills the compilation caches."""
+    steps: int = 4
+    """Timed optimizer steps (or batches of completions) of a contender in a round, after one that is not timed."""
+    gate_steps: int = 20
+    """Steps over which all loss curves must agree before anything is compared."""
+    groups: int = 4
+    """Microbatches of similar length into which contenders that group by length (trl-best among them) divide a batch."""
+    torch_microbatches: int = 1
+    """Equal parts into which the other contenders in PyTorch divide a batch, if it does not fit into memory."""
+    torch_python: str | None = None
+    """Python that has torch and trl, if they cannot live in one environment with JAX; none: the one that runs this."""
+    sampling: str | None = None
+    """Race samplers instead: 32/64/128 completes 32 prompts of up to 64 tokens by 128, ours against transformers.generate."""
+    scaling: bool = False
+    """Afterwards time our step at 1, 2, 4 and 8 times the tokens, by batch and by length, and fit the exponents."""
+    profile: bool = False
+    """Afterwards record one more run of ours, print its slowest operations, and keep the trace (short: --profile)."""
+
+    def check(self) -> Iterator[Problem]:
+        yield from positive(self, "rounds", "steps", "gate_steps", "groups", "torch_microbatches")
+        if self.lengths is not None:
+            parts = self.lengths.split("/")
+            if len(parts) != 3 or not all(is_count(part) for part in parts):
+                yield (
+                    "lengths",
+                    f"must be three lengths in tokens, prompt/chosen/rejected such as 400/500/500, got {self.lengths!r}",
+                )
+        if self.lengths_vary and self.lengths is None:
+            yield "lengths_vary", "spreads bench.lengths, which is not given; data has lengths of its own"
+        if self.sampling is not None:
+            parts = self.sampling.split("/")
+            if len(parts) != 3 or not all(is_count(part) for part in parts):
+                yield (
+                    "sampling",
+                    "must be a number of prompts, the longest prompt and the new tokens of each, such as 32/64/128, got "
+                    f"{self.sampling!r}",
+                )
+            for field in ("contenders", "lengths", "scaling", "profile"):
+                if getattr(self, field):
+                    yield field, "belongs to the race of trainers; leave it out, or bench.sampling"

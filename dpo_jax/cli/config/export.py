@@ -1,0 +1,27 @@
+"""Options of `export`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+from dpo_jax.cli.config.ranges import Problem, not_negative
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """A checkpoint as a Hugging Face folder (config.json, safetensors, tokenizer)."""
+
+    checkpoint: str | None = None
+    """Checkpoints of a training run, such as runs/hh/sft/checkpoints; none: those of dpo."""
+    step: int | None = None
+    """The step to take (run.max_to_keep says how many are kept); none: the newest good one."""
+    out: str | None = None
+    """Folder to write, new or of an export; none: export/ beside the checkpoints, or export-STEP/ for a step."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights that export, dpo and ppo write; none: that of the model that training began with, float32 for a new
+    one. sft writes float32: dpo starts from exactly these weights."""
+
+    def check(self) -> Iterator[Problem]:
+        yield from not_negative(self, "step")

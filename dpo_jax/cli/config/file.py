@@ -1,0 +1,205 @@
+"""Strict YAML for nested dataclasses: every mistake is reported with its file, line, field and remedy.
+
+Knows nothing about the options themselves (the other modules here do). The document is composed into nodes with PyYAML's safe
+loader and never constructed, so no tag can run code and nothing is converted behind the reader's back: `no` is not a string,
+`1e-6` (which YAML 1.1 takes for text) is a number, `true` is not 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from dpo_jax.untrusted import Unreadable, reading, regular
+
+T = TypeVar("T")
+LARGEST = 2**18
+"""Bytes of a configuration: PyYAML takes a second for each 100 kB."""
+BRACKETS = 1000
+SHOWN = 100  # characters of a wrong value
+_DEEP = "nested too deeply; a configuration has sections and options, and nothing below"
+_SCALAR = "tag:yaml.org,2002:"
+_WORDS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. The message names the field, and the file and line where there is one."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text None, which `read` takes for a slip of the pen."""
+
+
+_Dumper.add_implicit_resolver(_SCALAR + "null", re.compile("^None$"), ["N"])
+
+
+def read(
+    path: str | Path, cls: type[T], *, instead: Callable[[str], str | None] = lambda key: None
+) -> tuple[T, dict[str, int]]:
+    """Returns an instance of `cls` (a dataclass, possibly of dataclasses) and the line of every dotted field the file sets.
+
+    Fields that the file leaves out keep their defaults. `instead` may say what replaces an unknown dotted key. Raises
+    `ConfigError` for an unreadable file, an unknown or repeated key, and a value of the wrong type.
+    """
+    try:
+        with regular(path).open("rb") as file:
+            content = file.read(LARGEST + 1)
+    except Unreadable as error:
+        raise ConfigError(str(error)) from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    if len(content) > LARGEST:
+        raise ConfigError(f"{path}: more than {LARGEST:,} bytes; a configuration has some hundred lines")
+    reader = _Reader(str(path), instead)
+    node = _compose(content, str(path))
+    return (reader.record(node, cls, "") if node else cls()), reader.lines
+
+
+def _compose(content: bytes, path: str) -> yaml.Node | None:
+    if (brackets := content.count(b"[") + content.count(b"{")) > BRACKETS:  # PyYAML looks at all that are open for each token
+        raise ConfigError(f"{path}: {_DEEP} ({brackets:,} brackets)")
+    try:
+        # Aliases are not followed before the reader asks, and it asks for sections and options only: none multiplies.
+        with reading(path, error=ConfigError):
+            return yaml.compose(content.decode("utf-8"), Loader=yaml.SafeLoader)
+    except ConfigError as problem:
+        match problem.__cause__:
+            case yaml.MarkedYAMLError() as error:
+                mark = error.problem_mark or error.context_mark
+                line = f":{mark.line + 1}" if mark else ""
+                raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from error
+            case yaml.YAMLError() as error:  # a character that YAML does not have
+                raise ConfigError(f"{path}: not valid YAML: {error}") from error
+            case RecursionError():
+                raise ConfigError(f"{path}: {_DEEP}") from None
+            case UnicodeDecodeError() as error:
+                raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise
+
+
+def text(instance: Any) -> str:
+    """YAML of every field of a dataclass of dataclasses. `read` gives an equal instance back."""
+    return yaml.dump(dataclasses.asdict(instance), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+@functools.cache
+def types_of(cls: type) -> dict[str, Any]:
+    """Field name -> type of a dataclass, with string annotations resolved."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def is_count(text: str) -> bool:
+    """Whether a text is a whole number above 0, of at most nine digits: an int32 holds it."""
+    return text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0
+
+
+def suggest(name: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean "x"?` when something similar is known, else an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+class _Reader:
+    def __init__(self, path: str, instead: Callable[[str], str | None]):
+        self.path = path
+        self.instead = instead
+        self.lines: dict[str, int] = {}
+
+    def fail(self, node: yaml.Node, message: str) -> typing.NoReturn:
+        raise ConfigError(f"{self.path}:{node.start_mark.line + 1}: {message}")
+
+    def record(self, node: yaml.Node, cls: type[T], prefix: str) -> T:
+        if isinstance(node, yaml.ScalarNode) and node.tag == _SCALAR + "null":
+            return cls()
+        what = f"section {prefix[:-1]}" if prefix else "the configuration"
+        if not isinstance(node, yaml.MappingNode):
+            self.fail(node, f"{what} must be `key: value` lines, not {_describe(node)}")
+        known, values = types_of(cls), {}
+        for key_node, value_node in node.value:
+            key = shortened(key_node.value) if isinstance(key_node, yaml.ScalarNode) else _describe(key_node)
+            if key not in known:
+                answer = self.instead(prefix + key)
+                hint = f"; instead: {answer}" if answer else suggest(key, known)
+                kind = "key" if prefix else "section"
+                self.fail(key_node, f"{prefix}{key}: unknown {kind}{hint} ({what} has: {', '.join(known)})")
+            if key in values:
+                first = self.lines[prefix + key]
+                self.fail(key_node, f"{prefix}{key}: set twice, first on line {first}; keep one of them")
+            self.lines[prefix + key] = key_node.start_mark.line + 1
+            if dataclasses.is_dataclass(known[key]):
+                values[key] = self.record(value_node, typing.cast(type, known[key]), f"{prefix}{key}.")
+            else:
+                values[key] = self.value(value_node, known[key], prefix + key)
+        return cls(**values)
+
+    def value(self, node: yaml.Node, hint: Any, name: str) -> Any:
+        choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        if isinstance(node, yaml.ScalarNode):
+            if bad := re.search(r"[\0\ud800-\udc7f\udd00-\udfff]", node.value):  # the others are bytes of a name
+                kind = "a NUL" if bad[0] == "\0" else "half a surrogate pair"
+                self.fail(node, f"{name}: the text holds {kind}, which no path or name can")
+            if node.value == "None" and node.style is None:
+                self.fail(node, f'{name}: YAML writes none as null, and None is text; write null (or quote a real "None")')
+            for choice in choices:
+                found, value = _convert(node, choice)
+                if found:
+                    return value
+        wanted = " or ".join(_name(choice) for choice in choices)
+        advice = ""
+        if isinstance(node, yaml.ScalarNode):
+            if str in choices and node.tag.removeprefix(_SCALAR) in ("int", "float", "bool"):
+                advice = f'; put it in quotes: "{shortened(node.value)}"'
+            options = [option for choice in choices for option in typing.get_args(choice)]
+            advice = suggest(node.value, options) or advice
+        self.fail(node, f"{name}: expected {wanted}, got {_describe(node)}{advice}")
+
+
+def _convert(node: yaml.ScalarNode, hint: Any) -> tuple[bool, Any]:
+    plain = node.style is None
+    tag = node.tag.removeprefix(_SCALAR)
+    if hint is type(None):
+        return tag == "null", None
+    if typing.get_origin(hint) is typing.Literal:
+        # YAML takes the word off for a truth value; where it is a choice it is one.
+        return tag in ("str", "bool") and node.value in typing.get_args(hint), node.value
+    if hint is str:
+        return tag in ("str", "timestamp"), node.value  # a day is written without quotes
+    if hint is bool:
+        return tag == "bool", _WORDS.get(node.value.lower())
+    if plain and hint in (int, float) and tag in ("int", "float", "str"):
+        try:
+            return True, hint(node.value)
+        except ValueError:
+            pass
+    return False, None
+
+
+def _name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    return names[hint]
+
+
+def shortened(value: str) -> str:
+    return value if len(value) <= SHOWN else f"{value[:SHOWN]}..."
+
+
+def _describe(node: yaml.Node) -> str:
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
+    if isinstance(node, yaml.SequenceNode):
+        return "a list"
+    kinds = {"int": "the number", "float": "the number", "bool": "the truth value", "null": "nothing", "str": "the text"}
+    kind = kinds.get(node.tag.removeprefix(_SCALAR), f"a value tagged {node.tag}")
+    return kind if kind == "nothing" else f"{kind} {shortened(node.value)!r}"

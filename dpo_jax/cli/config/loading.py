@@ -1,0 +1,110 @@
+"""Read, check and write a configuration, and the help text of its options."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import math
+import os
+import re
+import sys
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.cli import words
+from dpo_jax.cli.config import file
+from dpo_jax.cli.config.file import ConfigError, types_of
+from dpo_jax.cli.config.ranges import Problem
+from dpo_jax.cli.config.sections import Config
+
+_HOME = re.compile(r"~[\w.-]*(/|\Z)")
+
+
+def load_config(path: str | Path) -> Config:
+    """The config in a YAML file. Raises `ConfigError` with file, line, field and remedy."""
+    return load_config_with_lines(path)[0]
+
+
+def load_config_with_lines(path: str | Path) -> tuple[Config, dict[str, int]]:
+    """The config in a YAML file and the line of each dotted field that it sets. Raises `ConfigError`; ranges are checked."""
+    config, lines = file.read(path, Config, instead=lambda key: words.instead(key, every_option()))
+    check(config, lines=lines, path=path)
+    return config, lines
+
+
+def check(
+    config: Config, *, lines: Mapping[str, int] | None = None, path: str | Path = "", needs: tuple[str, ...] = ()
+) -> None:
+    """Raises `ConfigError` with every problem, and every value that is missing in the sections that a command `needs`.
+
+    `lines` (of `load_config_with_lines`) and `path` let a message point into the file.
+    """
+    found = problems(config)
+    for name in needs:
+        found += [(f"{name}.{field}", message) for field, message in getattr(config, name).missing()]
+    if found:
+        places = {field: f"{path}:{line}: " for field, line in (lines or {}).items()}
+        raise ConfigError("\n".join(f"{places.get(field, '')}{field}: {message}" for field, message in found))
+
+
+def problems(config: Config) -> list[Problem]:
+    """Every value out of range, as (dotted field, what is wrong)."""
+    found = []
+    for section, name in ((getattr(config, field.name), field.name) for field in dataclasses.fields(config)):
+        for field, value in vars(section).items():
+            if isinstance(value, str) and _HOME.match(value) and os.path.expanduser(value) == value:
+                found.append((f"{name}.{field}", f"{value}: no such home folder is known here; write the whole path"))
+        numbers = [field for field in types_of(type(section)) if isinstance(getattr(section, field), float)]
+        bad = [(field, "must be a finite number") for field in numbers if not math.isfinite(getattr(section, field))]
+        found += [(f"{name}.{field}", message) for field, message in bad or section.check()]
+    positions, longest = config.model.max_positions, config.data.max_length
+    if positions and longest > positions:
+        found.append(("data.max_length", f"{longest} tokens do not fit model.max_positions ({positions}); lower it"))
+    return found
+
+
+def at_home(config: Config) -> Config:
+    """`config` with the home folder in the place of each `~` or `~user` that a path begins with, as a shell does it."""
+
+    def expanded(section: Any) -> Any:
+        texts = {field: value for field, value in vars(section).items() if isinstance(value, str) and _HOME.match(value)}
+        return dataclasses.replace(section, **{field: os.path.expanduser(value) for field, value in texts.items()})
+
+    return dataclasses.replace(config, **{name: expanded(section) for name, section in vars(config).items()})
+
+
+def dump_config(config: Config) -> str:
+    """YAML text of every option; `load_config` of it gives an equal config."""
+    return file.text(config)
+
+
+@functools.cache
+def every_option() -> tuple[str, ...]:
+    """The dotted name of each option, such as "dpo.beta"."""
+    return tuple(f"{section}.{field}" for section, cls in types_of(Config).items() for field in types_of(cls))
+
+
+def help_text(section: type, option: str) -> str:
+    """The text written under an option where its section is defined, also where a section inherits it."""
+    texts = _texts()
+    return next(texts[cls.__name__, option] for cls in section.__mro__ if (cls.__name__, option) in texts)
+
+
+@functools.cache
+def _texts() -> dict[tuple[str, str], str]:
+    """The text under each option, by the name of its section's class and its own."""
+    texts = {}
+    modules = {cls.__module__ for section in types_of(Config).values() for cls in section.__mro__ if cls is not object}
+    sources = (inspect.getsource(sys.modules[module]) for module in modules)
+    for node in (node for source in sources for node in ast.parse(source).body):
+        body = node.body if isinstance(node, ast.ClassDef) else []
+        for field, text in itertools.pairwise(body):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                    texts[typing.cast(ast.ClassDef, node).name, name] = inspect.cleandoc(words)
+    return texts

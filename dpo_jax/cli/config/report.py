@@ -1,0 +1,31 @@
+"""Options of `dpo-jax report`; a section of `Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """One page about one or several runs: data, curves, evaluation, samples, failures, and which weights were scored."""
+
+    runs: str | None = None
+    """Run directories, separated by commas (short: their names right after `report`, separated by blanks)."""
+    out: str | None = None
+    """Folder for report.html, report.md and images/; none: report/ in the first run directory. Only a report is replaced."""
+    samples: int = 6
+    """Prompts of which samples are shown; 0: none."""
+    digests: bool = True
+    """Read the exported weights again, to see that they are those that were evaluated."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if self.samples < 0:
+            yield "samples", f"must not be negative, got {self.samples}"
+
+    def missing(self) -> Iterator[tuple[str, str]]:
+        if not self.folders():
+            yield "runs", "name at least one run directory, for example dpo-jax report runs/quickstart"
+
+    def folders(self) -> list[str]:
+        return [part.strip() for part in (self.runs or "").split(",") if part.strip()]

@@ -1,0 +1,73 @@
+"""The whole configuration: all sections, and the paths that follow from several of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dpo_jax.cli.config.bench import BenchConfig
+from dpo_jax.cli.config.data import DataConfig, PrepareConfig, TokenizerConfig
+from dpo_jax.cli.config.dpo import DpoConfig, RefsConfig
+from dpo_jax.cli.config.evaluation import EvalConfig, SampleConfig
+from dpo_jax.cli.config.export import ExportConfig
+from dpo_jax.cli.config.judge import JudgeConfig
+from dpo_jax.cli.config.lab import FrontierConfig, PpoConfig
+from dpo_jax.cli.config.limits import LimitsConfig
+from dpo_jax.cli.config.model import ModelConfig
+from dpo_jax.cli.config.plan import PlanConfig
+from dpo_jax.cli.config.report import ReportConfig
+from dpo_jax.cli.config.run import MeshConfig, RunConfig
+from dpo_jax.cli.config.study import AgreeConfig, StudyConfig
+from dpo_jax.cli.config.training import SftConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All sections. `None` paths have defaults inside the run directory: read them through the methods below."""
+
+    run: RunConfig = RunConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    sft: SftConfig = SftConfig()
+    refs: RefsConfig = RefsConfig()
+    dpo: DpoConfig = DpoConfig()
+    eval: EvalConfig = EvalConfig()
+    sample: SampleConfig = SampleConfig()
+    export: ExportConfig = ExportConfig()
+    prepare: PrepareConfig = PrepareConfig()
+    bench: BenchConfig = BenchConfig()
+    plan: PlanConfig = PlanConfig()
+    frontier: FrontierConfig = FrontierConfig()
+    ppo: PpoConfig = PpoConfig()
+    judge: JudgeConfig = JudgeConfig()
+    study: StudyConfig = StudyConfig()
+    agree: AgreeConfig = AgreeConfig()
+    report: ReportConfig = ReportConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+    def checkpoints_of(self, task: str) -> str:
+        """Where the training of `sft` or `dpo` saves to: a folder, or `gs://...`, exactly as it was given."""
+        return f"{self.run.checkpoints}/{task}" if self.run.checkpoints else f"{self.run.dir}/{task}/checkpoints"
+
+    def dpo_policy(self) -> str:
+        """The starting policy of DPO, which is the reference too, unless another one is named."""
+        return self.dpo.policy or f"{self.run.dir}/sft/export"
+
+    def dpo_reference(self) -> str:
+        return self.dpo.reference or self.dpo_policy()
+
+    def refs_cache(self) -> str:
+        return self.refs.cache or f"{self.run.dir}/refs"
+
+    def eval_policy(self) -> str:
+        return self.eval.policy or f"{self.run.dir}/dpo/export"
+
+    def eval_reference(self) -> str:
+        return self.eval.reference or self.dpo_reference()
+
+    def judge_out(self) -> str:
+        return self.judge.out or f"{self.run.dir}/judge"
+
+    def sample_policy(self) -> str:
+        return self.sample.policy or f"{self.run.dir}/dpo/export"

@@ -1,0 +1,77 @@
+"""Options of the study with people (appendix D.3 of the paper); sections of `Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """A web page on which people say which of two completions is better, without knowing whose it is."""
+
+    a: str | None = None
+    """Completions of the first method: JSON Lines with "prompt" and "completion", as sample.out writes them."""
+    b: str | None = None
+    """Completions of the same prompts by the second method."""
+    name_a: str = "policy"
+    """What the first method is called in the key and in the table; raters never see it."""
+    name_b: str = "baseline"
+    """What the second method is called there."""
+    task: Literal["summary", "dialogue"] = "summary"
+    """What is compared. It gives the question, that of appendix C.2, and the names of prompt and completions."""
+    question: str | None = None
+    """Ask this instead."""
+    title: str = "Which one is better?"
+    """Title of the page. It should not tell what is studied."""
+    items: int | None = None
+    """Comparisons, drawn at random from all; none: all."""
+    raters: int = 1
+    """Lists of comparisons, one a person. With one list, any number of people may rate it."""
+    twice: float | None = None
+    """Share of the comparisons that two lists have (0 to 1), so that people can agree; none: all, where there are two lists."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if self.raters < 1:
+            yield "raters", f"must be at least 1, got {self.raters}"
+        if self.items is not None and self.items < 1:
+            yield "items", f"must be at least 1, got {self.items}"
+        if self.twice is not None and not 0 <= self.twice <= 1:
+            yield "twice", f"must be a share between 0 and 1, got {self.twice}"
+        if self.twice is not None and self.raters == 1:
+            yield "twice", "needs several lists: set study.raters to at least 2, or leave it out"
+        if self.name_a == self.name_b:
+            yield "name_b", f"must be another name than name_a, got {self.name_b!r} for both"
+        for field in ("name_a", "name_b", "title", "question"):
+            value = getattr(self, field)
+            if value is not None and not value.strip():
+                yield field, "must not be empty"
+
+    def missing(self) -> Iterator[tuple[str, str]]:
+        for field in ("a", "b"):
+            if getattr(self, field) is None:
+                yield field, f"name a file of completions: dpo-jax sample CONFIG --sample.out FILE, then --study.{field} FILE"
+
+    def share_twice(self) -> float:
+        return self.twice if self.twice is not None else float(self.raters > 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AgreeConfig:
+    """Table 2 of the paper: win rates by people and by judges, and how far they agree with each other."""
+
+    key: str | None = None
+    """Key of the study; none: study/key.json in the run directory."""
+    ratings: str | None = None
+    """What raters saved: files separated by commas, or a folder of them; none: study/ratings in the run directory."""
+    judge: str | None = None
+    """Verdicts of judges: FILE or NAME=FILE, separated by commas; none: judge/pairs.jsonl in the run directory, if there."""
+    beside: str | None = None
+    """Run directories, separated by commas, whose agree/agreement.json is printed beside this one, a column each."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        for field in ("key", "ratings", "judge", "beside"):
+            value = getattr(self, field)
+            if value is not None and not all(part.strip() for part in value.split(",")):
+                yield field, f"names nothing between two commas, or nothing at all: {value!r}"

@@ -1,0 +1,183 @@
+"""Experiment setup of the paper's section 6.1 from a configuration: reference, prompts, true reward, labelled samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from dpo_jax.cli import build
+from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.data.encode import Bos, cut_prompt, token_ids, with_bos
+from dpo_jax.data.label import LabelCounts, label
+from dpo_jax.data.pairs import Preference
+from dpo_jax.data.reviews import review_prompts
+from dpo_jax.data.snippets import load_snippets, prefixes, snippets_of
+from dpo_jax.data.terminal import json_text
+from dpo_jax.evals.reward_functions import Reward, exact_reviews, fit_linear, hf_classifier, sign_accuracy
+from dpo_jax.lab.world import Prompts, World
+from dpo_jax.runtime.progress import reported
+from dpo_jax.untrusted import Unreadable
+from dpo_jax.writing import writing
+
+FAST = {"prompts": 8, "test_prompts": 4, "optimum_prompts": 4, "optimum_samples": 4, "ppo_iterations": 4}
+"""By what `frontier.fast` divides."""
+Count = Literal["prompts", "test_prompts", "optimum_prompts"]
+"""The options that say how many prompts there are: those of the train split, and of the held-out one for two purposes."""
+
+
+def sized(config: Config) -> Config:
+    """`config` with the smaller sizes of `frontier.fast`, if that is on."""
+    if not config.frontier.fast:
+        return config
+    smaller = {name: max(1, getattr(config.frontier, name) // part) for name, part in FAST.items()}
+    return dataclasses.replace(config, frontier=dataclasses.replace(config.frontier, **smaller, evaluations=3))
+
+
+def refuse_mesh(config: Config, command: str) -> None:
+    if config.run.devices == "mesh":
+        raise ConfigError(f"run.devices: {command} trains small models on one device or by pmap")
+
+
+def make_world(config: Config, *, train: Count | None, test: Count, reward: Reward | None = None) -> tuple[World, str]:
+    """A world of so many prompts around the policy `dpo.policy`, and the digest of its weights.
+
+    `reward` is the true one; none: that of `true_reward`.
+    """
+    section, path = config.frontier, config.dpo_policy()
+    tokenizer = build.tokenizer_of(config, model_path=path, name="dpo.policy")
+    model = build.policy_model(config, path, tokenizer, name="dpo.policy")
+    partitioner = build.make_partitioner(config, model)
+    learnt = prompts_of(config, train, tokenizer) if train else Prompts([], [])
+    judged = prompts_of(config, test, tokenizer)
+    longest = max(map(len, [*learnt.ids, *judged.ids]))
+    if longest + section.max_new_tokens > model.config.max_positions:
+        raise ConfigError(
+            f"frontier.max_new_tokens: {section.max_new_tokens} more than the longest prompt ({longest} tokens) do not fit the "
+            f"{model.config.max_positions} positions of {path}; lower it to {model.config.max_positions - longest}"
+        )
+    reward = reward or true_reward(config)
+    reference, digest = build.load_weights(path, model, partitioner, name="dpo.policy")
+    world = World(
+        partitioner,
+        model,
+        tokenizer,
+        stop_ids=build.stop_ids(tokenizer, path),
+        reference=reference,
+        reward=reward,
+        train=learnt,
+        test=judged,
+        max_new_tokens=section.max_new_tokens,
+        batch=section.sample_batch,
+        seed=config.run.seed,
+    )
+    return world, digest
+
+
+def prompts_of(config: Config, how_many: Count, tokenizer: Any) -> Prompts:
+    """The first distinct prompts of the split, at most as many as the option `how_many` says; of texts, beginnings."""
+    split, count = "train" if how_many == "prompts" else "test", getattr(config.frontier, how_many)
+    if config.data.source == "reviews":
+        prompts = dict.fromkeys(review_prompts(count, config.run.seed, split=split), False)
+    elif config.data.source in build.TEXT_SOURCES:
+        try:
+            prompts = dict.fromkeys(prefixes(build.load_texts(config, split), tokenizer, count, config.run.seed), False)
+        except ValueError as error:
+            raise ConfigError(f"frontier.{how_many}: {error}") from error
+    else:
+        every = {p.prompt: p.chat for p in build.load_split(config, split, tokenizer)}
+        prompts = dict(itertools.islice(every.items(), count))
+    return _within(config.data.max_prompt_length, prompts, tokenizer, bos=config.data.bos)
+
+
+def _within(limit: int, prompts: Mapping[str, bool], tokenizer: Any, *, bos: Bos) -> Prompts:
+    """Texts (and whether a chat template wrote each) as prompts, of which BOS and the last tokens are kept, `limit` in all.
+
+    The text of one that was cut is what is left of it.
+    """
+    texts, ids, cut = [], [], 0
+    for text, chat in prompts.items():
+        own = token_ids(text, tokenizer)
+        whole = with_bos(own, tokenizer, bos=bos, chat=chat)
+        kept = cut_prompt(whole, limit, tokenizer)
+        short = len(kept) < len(whole)
+        cut += short
+        ids.append(kept)
+        texts.append(tokenizer.decode(kept[len(whole) - len(own) :]) if short else text)
+    if cut:
+        print(f"{cut:,} of {len(texts):,} prompts are cut to their last {limit} tokens (data.max_prompt_length)", flush=True)
+    return Prompts(texts, ids)
+
+
+def has_true_reward(config: Config) -> bool:
+    """Whether `frontier.reward` can judge these data. A classifier can judge any."""
+    return {"exact": "reviews", "linear": "snippets"}.get(config.frontier.reward) in (None, config.data.source)
+
+
+def true_reward(config: Config) -> Reward:
+    """The reward that `frontier.reward` names. Raises `ConfigError` where it cannot judge these data."""
+    section = config.frontier
+    if section.reward == "exact":
+        if not has_true_reward(config):
+            raise ConfigError("frontier.reward: exact is the reward of the generated reviews; other data need linear or hf")
+        return exact_reviews
+    if section.reward == "hf":
+        assert section.classifier is not None  # checked with the configuration
+        try:
+            with reported("loading the classifier"):
+                return hf_classifier(section.classifier, "POSITIVE")
+        except Unreadable as error:
+            raise Unreadable(f"frontier.classifier: {error}") from error
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"frontier.classifier: {error}") from error
+    if not has_true_reward(config):
+        raise ConfigError("frontier.reward: linear is fitted on labelled texts: it needs data.source snippets")
+    assert config.data.path is not None  # checked with the configuration
+    every = load_snippets(config.data.path)
+    learnt, judged = snippets_of(every, "reward"), snippets_of(every, "test")
+    try:
+        with reported("fitting the linear reward"):
+            reward = fit_linear([s.text for s in learnt], [s.label for s in learnt], inverse_penalty=1.0)
+    except ImportError as error:
+        raise ConfigError(f"frontier.reward: {error}") from error
+    accuracy, (low, high) = sign_accuracy(reward, [s.text for s in judged], [s.label for s in judged])
+    print(
+        f"linear reward: {accuracy:.3f} ({low:.3f} to {high:.3f}) of {len(judged):,} held-out snippets by its sign", flush=True
+    )
+    return reward
+
+
+def labelled_samples(
+    config: Config, world: World, prompts: Prompts, file: Path, *, key: jax.Array
+) -> tuple[list[Preference], LabelCounts]:
+    """Pairs of the reference's completions of `prompts` (appendix C.1), also written to `file` as JSON Lines."""
+    k = config.frontier.completions
+    drawn = world.sample(world.reference, prompts.repeated(k), key)
+    texts = [drawn.completions.texts[i : i + k] for i in range(0, len(drawn.rewards), k)]
+    rewards = drawn.rewards.reshape(-1, k)
+    how, eos = config.frontier.labels, world.tokenizer.eos_token
+    preferences, counts = label(prompts.texts, texts, rewards, how=how, seed=config.run.seed, eos=eos)
+    _write(preferences, file)
+    print(
+        f"{counts.labelled:,} of {counts.pairs:,} pairs labelled ({counts.against:,} against the reward); "
+        f"{counts.ties:,} ties, {counts.identical:,} identical, {counts.empty:,} empty"
+        + (f", {counts.eos:,} that spell {eos}" if counts.eos else ""),
+        flush=True,
+    )
+    return preferences, counts
+
+
+def of_training(config: Config) -> jax.Array:
+    """The key with which the completions of the training prompts are drawn."""
+    return jax.random.key(config.run.seed + 1)
+
+
+def _write(preferences: Sequence[Preference], file: Path) -> None:
+    with writing(file) as out:
+        for p in preferences:
+            record = {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
+            out.write(json_text(record) + "\n")

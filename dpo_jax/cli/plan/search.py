@@ -1,0 +1,137 @@
+"""Compile variants of a configuration: the nearest that fits, a ranking of meshes, and weak scaling."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.plan.one import Plan, plan
+from dpo_jax.cli.plan.report import mesh_name
+from dpo_jax.runtime.chips import Chip, slice_of
+
+TRIES = 8  # programs compiled at most in search of one that fits
+
+
+def _with(config: Config, *, mesh: dict[str, int], remat: str, microbatches: int, batch: int | None = None) -> Config:
+    dpo = dataclasses.replace(config.dpo, microbatches=microbatches, batch=batch or config.dpo.batch)
+    return dataclasses.replace(
+        config,
+        mesh=dataclasses.replace(config.mesh, **mesh),
+        model=dataclasses.replace(config.model, remat=remat),
+        dpo=dpo,
+    )
+
+
+def _tried(config: Config, topology: str) -> Plan | None:
+    """The plan, announced in a line; None where mesh, batch and model do not go together."""
+    sizes, section = dataclasses.asdict(config.mesh), config.dpo
+    name = f"{mesh_name(sizes)}, remat {config.model.remat}, microbatches {section.microbatches}"
+    try:
+        one = plan(config, topology)
+    except ConfigError as error:
+        print(f"  {name}: not possible: {error}", flush=True)
+        return None
+    fits = f"peak {one.step.peak_bytes / 1e9:.1f} GB" + ("" if one.step.fits else f", does not fit: {one.step.problem}")
+    rate = f", at least {one.pairs_per_second()[0]:.3g} pairs/s" if one.step.seconds else ""
+    print(f"  {name}: {fits}{rate} ({one.step.compile_seconds:.0f} s to compile)", flush=True)
+    return one
+
+
+def nearest(config: Config, topology: str) -> list[Plan]:
+    """Plans tried, up to the first that fits: keep less, then smaller microbatches, then more cuts of the parameters."""
+    print("it does not fit; trying what is near:", flush=True)
+    tried: list[Plan] = []
+    for candidate in itertools.islice(_nearby(config, slice_of(topology)), TRIES):
+        one = _tried(candidate, topology)
+        tried += [one] if one else []
+        if one and one.step.fits:
+            print(
+                f"fits: --mesh.data {one.mesh['data']} --mesh.fsdp {one.mesh['fsdp']} --mesh.tensor {one.mesh['tensor']}",
+                end=" ",
+            )
+            print(f"--model.remat {one.remat} --dpo.microbatches {one.microbatches}")
+            return tried
+    print(f"none of {len(tried)} fits: take more chips, or chips with more memory")
+    return tried
+
+
+def _nearby(config: Config, place: tuple[Chip, int]) -> Iterator[Config]:
+    devices = place[0].cores * place[1]
+    mesh, micro = dataclasses.asdict(config.mesh), config.dpo.microbatches
+    kept = ("none", "save_attention", "full")
+    for remat in kept[kept.index(config.model.remat) + 1 :]:
+        yield _with(config, mesh=mesh, remat=remat, microbatches=micro)
+    while config.dpo.batch % (2 * micro) == 0 and len(_fitting(config, devices, mesh, 2 * micro)):
+        micro *= 2
+        yield _with(config, mesh=mesh, remat="full", microbatches=micro)
+    for tensor in (mesh["tensor"], *(n for n in (2, 4, 8) if n > mesh["tensor"])):
+        cut = {"data": 1, "fsdp": devices // tensor, "tensor": tensor}
+        if cut != mesh and mesh["data"] * tensor > mesh["tensor"]:
+            yield from (_with(config, mesh=cut, remat="full", microbatches=n) for n in _fitting(config, devices, cut, micro))
+
+
+def _fitting(config: Config, devices: int, mesh: dict[str, int], most: int) -> list[int]:
+    """The largest number of microbatches up to `most` that leaves every device a pair in each; none if there is no such."""
+    shards = devices // mesh["tensor"]
+    return [n for n in (most, most // 2, 1) if n and config.dpo.batch % (shards * n) == 0][:1]
+
+
+def sweep(config: Config, topology: str) -> list[Plan]:
+    """Every mesh with at most four ways along data, and every remat policy, in one microbatch and in those of the
+    configuration, best first."""
+    chip, chips = slice_of(topology)
+    devices = chips * chip.cores
+    plans = []
+    for tensor, data in itertools.product((1, 2, 4, 8), (1, 2, 4)):
+        if devices % (tensor * data):
+            continue
+        sizes = {"data": data, "fsdp": devices // (tensor * data), "tensor": tensor}
+        micros = {n for most in (1, config.dpo.microbatches) for n in _fitting(config, devices, sizes, most)}
+        for remat in ("none", "save_attention", "full"):
+            for micro in sorted(micros):
+                one = _tried(_with(config, mesh=sizes, remat=remat, microbatches=micro), topology)
+                plans += [one] if one else []
+    if not plans:
+        raise ConfigError(
+            f"dpo.batch: {config.dpo.batch} divides among no mesh of {devices} devices; use a multiple of {devices}"
+        )
+    return sorted(plans, key=lambda one: (not one.step.fits, one.step.slowest, one.step.peak_bytes))
+
+
+def scale(config: Config, topology: str) -> list[Plan]:
+    """Weak scaling: as many pairs a chip on 4 to 256 chips, or on 1 to 8 hosts of GPUs. Parameters stay cut as on the smallest
+    number of chips that holds them."""
+    chip, chips = slice_of(topology)
+    print("\nweak scaling, predicted and not measured:")
+    plans: list[Plan] = []
+    group = 0  # ways along fsdp
+    for count, shape in _scaled_shapes(chip).items():
+        devices, tensor, batch = count * chip.cores, config.mesh.tensor, max(1, config.dpo.batch * count // chips)
+        if devices % tensor:
+            continue
+        sizes = {
+            "data": devices // ((group or devices // tensor) * tensor),
+            "fsdp": group or devices // tensor,
+            "tensor": tensor,
+        }
+        scaled = _with(config, mesh=sizes, remat=config.model.remat, microbatches=1, batch=batch)
+        for micro in _fitting(scaled, devices, sizes, config.dpo.microbatches):
+            scaled = _with(config, mesh=sizes, remat=config.model.remat, microbatches=micro, batch=batch)
+            one = _tried(scaled, f"{chip.name}:{shape}")
+            if one is not None:
+                moved = sum(kind["moved_bytes"] for kind in one.step.collectives.values())
+                print(f"    {count} chips, {batch} pairs a step: {moved / 1e9:.2f} GB sent by a device", flush=True)
+                plans.append(one)
+                group = sizes["fsdp"] if one.step.fits else group
+    return plans
+
+
+def _scaled_shapes(chip: Chip) -> dict[int, str]:
+    """{chips: shape} of the sizes that `scale` plans."""
+    if chip.gpu:
+        return {8: "8", 16: "2x8", 32: "4x8", 64: "8x8"}
+    if chip.slices[0].count("x") == 1:
+        return {4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
+    return {4: "2x2x1", 16: "2x2x4", 64: "4x4x4", 256: "4x8x8"}

@@ -1,0 +1,120 @@
+"""`--check` of devices: whether mesh, batch and model divide among them. Without JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, TrainingConfig
+from dpo_jax.cli.model_folders import planned_hf_config
+from dpo_jax.cli.preflight.inputs import Check
+from dpo_jax.models.families import decoder_config
+from dpo_jax.models.logical_axes import axis_lengths, whole_heads
+from dpo_jax.runtime.mesh_shape import MeshError, check_lengths, mesh_shape
+
+MOST_OF_A_HOST = 8  # devices, of any TPU or GPU machine that is sold
+
+
+def batch_parts(section: TrainingConfig, row_shards: int, *, layout: str) -> int:
+    """Into how many parts the rows of a batch are divided. Raises `ConfigError` where the batch does not divide."""
+    parts = row_shards * section.microbatches
+    name = "sft" if isinstance(section, SftConfig) else "dpo"
+    if layout != "packed" and section.batch % parts:
+        raise ConfigError(
+            f"{name}.batch: {section.batch} does not divide among {row_shards} devices x {section.microbatches} "
+            f"microbatches; the nearest batch that does is {max(1, round(section.batch / parts)) * parts}"
+        )
+    return parts
+
+
+def devices(check: Check) -> None:
+    config, count = check.config, check.scope.devices
+    if config.run.devices == "single":
+        if config.run.distributed == "auto" and count is not None and count > MOST_OF_A_HOST:
+            raise ConfigError(f"run.devices: single is one device, and {count} are on several hosts; use mesh or pmap")
+        unused = f" of {count}: run.devices mesh or pmap takes all" if count is not None and count > 1 else ""
+        check.tell("devices", f"one{unused}")
+    elif config.run.devices == "pmap":
+        check.tell("devices", f"pmap over {count or 'all'}")
+    else:
+        sizes = dataclasses.asdict(config.mesh)
+        if count is not None:
+            sizes = _mesh(config, count)
+        check.tell("devices", " x ".join(f"{axis} {size if size > 0 else 'what is left'}" for axis, size in sizes.items()))
+        _refuse_uneven(check, sizes)
+
+
+def _mesh(config: Config, count: int) -> dict[str, int]:
+    """{axis: size} of the mesh over `count` devices. Raises `ConfigError` where they do not divide."""
+    asked = dataclasses.asdict(config.mesh)
+    try:
+        return dict(zip(asked, mesh_shape(count, **asked), strict=True))
+    except MeshError as error:
+        raise ConfigError(f"mesh: {error}") from error
+
+
+def _refuse_uneven(check: Check, sizes: Mapping[str, int]) -> None:
+    """Raises `ConfigError` where a model does not divide among the devices. Sizes below 1 are not known, and let pass."""
+    for path, decoder in check.decoders.items():
+        lengths = axis_lengths(decoder)
+        if decoder.vocab_size == 1:  # of a tokenizer that is not made yet
+            del lengths["vocab"]
+        try:
+            check_lengths(lengths, {axis: max(size, 1) for axis, size in sizes.items()}, units=whole_heads(decoder))
+        except MeshError as error:
+            raise ConfigError(f"mesh: {path}: {error}") from error
+
+
+def _row_shards(check: Check) -> int | None:
+    """Into how many parts the rows of a batch are cut; None where that depends on how many devices there are."""
+    config, count = check.config, check.scope.devices
+    if config.run.devices == "single":
+        return 1
+    if config.run.devices == "pmap":
+        return count
+    mesh = config.mesh
+    if -1 not in (mesh.data, mesh.fsdp):
+        return mesh.data * mesh.fsdp
+    fixed = mesh.data * mesh.fsdp * mesh.tensor
+    return None if count is None or count % fixed else count // mesh.tensor
+
+
+def training(task: str) -> Callable[[Check], None]:
+    def look(check: Check) -> None:
+        config = check.config
+        section: SftConfig | DpoConfig = getattr(config, task)
+        if (shards := _row_shards(check)) is not None:
+            layout = "plain" if task == "sft" and config.data.layout == "shared" else config.data.layout
+            batch_parts(section, shards, layout=layout)
+            if section.batch < shards:
+                idle = f"at least {shards - section.batch} of the {shards} devices compute nothing"
+                check.warn(f"{task}.batch: of {section.batch} examples a step {idle}")
+        steps = ""
+        if check.rows is not None:
+            steps = f", at most {math.ceil(check.rows * section.epochs / section.batch):,} steps"
+        check.tell("training", f"batches of {section.batch}, {section.epochs} epochs{steps}")
+
+    return look
+
+
+def plan(check: Check) -> None:
+    """What `plan` compiles for: the chips, and one mesh over them, unless it tries many."""
+    from dpo_jax.runtime.chips import slice_of
+
+    config = check.config
+    chip, chips = slice_of(config.plan.topology or "")
+    check.tell("devices", f"{chips} of {chip.name}")
+    hf, source = planned_hf_config(config)
+    check.decoders[source] = decoder_config(hf, where=source)
+    if not config.plan.sweep:
+        sizes = _mesh(config, chips * chip.cores)
+        batch_parts(config.dpo, sizes["data"] * sizes["fsdp"], layout=config.data.layout)
+        _refuse_uneven(check, sizes)
+
+
+def compiler(check: Check) -> None:
+    """What `plan` compiles with."""
+    from dpo_jax.runtime.chips import check_compiler, slice_of
+
+    check_compiler(slice_of(check.config.plan.topology or "")[0])

@@ -1,0 +1,319 @@
+"""`--check` of a command's inputs: data, single files, models, tokenizers."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo_jax.cli import model_folders
+from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.preflight.scope import Scope
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.untrusted import Unreadable
+
+LINES_BYTES = 64 * 2**20  # files of more than this are not read only to count their rows
+
+
+class Check:
+    """One command's check: what was found, and what is wrong."""
+
+    def __init__(self, name: str, config: Config, scope: Scope):
+        self.name, self.config, self.scope = name, config, scope
+        self.told: list[tuple[str, str]] = []
+        self.problems: list[Exception] = []
+        self.warnings: list[str] = []
+        self.rows: int | None = None  # of the train split
+        self.train_files: dict[str, int] | None = None  # "file NAME, bytes", as `data_report.json` names them
+        self.decoders: dict[str, DecoderConfig] = {}  # of the models that are known, by where they come from
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        from dpo_jax.runtime.chips import TopologyError
+        from dpo_jax.runtime.rundir import RunLocked
+
+        try:
+            yield
+        except (ConfigError, Unreadable, TopologyError, RunLocked) as problem:
+            self.problems.append(problem)
+        except OSError as problem:
+            self.problems.append(OSError(f"{problem.filename}: {problem.strerror}" if problem.strerror else str(problem)))
+
+    def tell(self, what: str, words: str) -> None:
+        self.told.append((what, words))
+
+    def warn(self, words: str) -> None:
+        self.warnings.append(words)
+
+    def unseen(self, what: str, path: str, made_by: str | None = None) -> bool:
+        """Whether a path need not be there now; then it is told why."""
+        if self.scope.hides(path):
+            self.tell(what, f"{path}: on the hosts, not seen from here")
+            return True
+        if made_by in self.scope.after:  # also where something lies there: an interrupted run, say
+            self.tell(what, f"{path}: will be made by: dpo-jax {made_by}")
+            return True
+        return False
+
+
+# Data
+
+
+TEXT_SOURCES = ("snippets", "imdb")
+
+
+def refuse_texts(config: Config) -> None:
+    """Raises `ConfigError` for data that are no preferences."""
+    if config.data.source == "cnn_dailymail":
+        raise ConfigError(
+            "data.source: cnn_dailymail are articles with a summary and no preferences; sample and judge use them"
+        )
+    if config.data.source in TEXT_SOURCES:
+        raise ConfigError(
+            f"data.source: {config.data.source} are texts and no preferences; sft, ppo, optimum and frontier can use them, and "
+            "label makes preferences of them"
+        )
+
+
+def data(*splits: str, preferences: bool = False) -> Callable[[Check], None]:
+    """The splits of the data; with `preferences` they must be pairs."""
+
+    def look(check: Check) -> None:
+        data = check.config.data
+        if preferences:
+            refuse_texts(check.config)
+        if check.name == "prepare":
+            _need_tfds(check, "prepare")
+        if data.source == "reviews":
+            counts = {"train": data.reviews_train, "test": data.reviews_test}
+            told = [f"{split} {most(counts[split], getattr(data, f'max_{split}')):,} pairs" for split in splits]
+            check.rows = most(counts["train"], data.max_train)
+            check.tell("data", f"generated reviews: {', '.join(told)}")
+            return
+        assert data.path is not None  # checked with the configuration
+        made_by = {"label": "label", "tfds": "prepare"}.get(Path(data.path).name)
+        if check.unseen("data", data.path, made_by):
+            return
+        told = [_split(check, data.path, split) for split in splits]
+        check.tell("data", f"{data.path}: {', '.join(told)}")
+
+    return look
+
+
+def _split(check: Check, path: str, split: str) -> str:
+    """Words on one split of the data. Raises `DataError`."""
+    from dpo_jax.data.snippets import load_snippets
+    from dpo_jax.data.sources import peek
+    from dpo_jax.data.tfds_folder import tfds_folders
+
+    data, name = check.config.data, getattr(check.config.data, f"{split}_split")
+    if data.source == "snippets":
+        return f"{split} of {len(load_snippets(path)):,} snippets"
+    if data.source != "files" or (data.format == "auto" and tfds_folders(Path(path))):
+        _need_tfds(check, f"data.source: {data.source}")
+        kind, rows = "TFDS", _tfds_rows(path, name)
+    else:
+        kind, files = peek(path, name, format=data.format)
+        kind, rows = f"{kind}, {files} {'file' if files == 1 else 'files'}", _rows(path, name)
+        if split == "train":
+            check.train_files = {f"file {file}, bytes": where.stat().st_size for file, where in _files(path, name)}
+    limit = getattr(data, f"max_{split}")
+    if split == "train" and rows is not None and kind != "stack_exchange":
+        check.rows = most(rows, limit)
+    number = f", {rows:,} rows" if rows is not None else ""
+    return f"{name} ({kind}{number}{f', the first {limit:,} used' if limit is not None else ''})"
+
+
+def _need_tfds(check: Check, option: str) -> None:
+    packages = {"tensorflow_datasets": "tensorflow-datasets", "array_record": "array_record"}
+    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
+    if missing and check.scope.elsewhere is None:
+        raise ConfigError(f"{option}: needs the package {missing[0]}, which is not installed: pip install {missing[0]}")
+
+
+def most(rows: int, limit: int | None) -> int:
+    return rows if limit is None else min(rows, limit)
+
+
+def _tfds_rows(path: str, split: str) -> int:
+    """Rows of a split of a TFDS folder, by its `dataset_info.json`."""
+    from dpo_jax.data.pairs import Cause, refuse
+    from dpo_jax.data.tfds_folder import find_tfds, split_rows
+
+    folder = find_tfds(Path(path))
+    rows = split_rows(folder)
+    if split not in rows:
+        refuse(Cause.BAD_LAYOUT, folder, f"no split {split!r}; there are {', '.join(rows) or 'none'}")
+    return rows[split]
+
+
+def _files(path: str, split: str) -> list[tuple[str, Path]]:
+    from dpo_jax.data.pairs import DataReport
+    from dpo_jax.data.splits import find_files
+
+    return find_files(path, split, report=DataReport(source=path, split=split, format="auto"))
+
+
+def _rows(path: str, split: str) -> int | None:
+    """Rows of a split of plain files; None where counting would take long."""
+    files = [file for _, file in _files(path, split)]
+    if all(file.suffix == ".parquet" for file in files):
+        from dpo_jax.data.parquet import declared_rows
+
+        return sum(declared_rows(file) for file in files)
+    if any(file.suffix in (".gz", ".parquet") for file in files) or sum(f.stat().st_size for f in files) > LINES_BYTES:
+        return None
+    rows = 0
+    for file in files:
+        with file.open("rb") as lines:
+            rows += sum(1 for line in lines if line.strip())
+    return rows
+
+
+def files(*options: tuple[str, Callable[[Config], str | None]]) -> Callable[[Check], None]:
+    """Single files that options name."""
+
+    def look(check: Check) -> None:
+        for option, value in options:
+            path = value(check.config)
+            if path is None or check.unseen("file", path):
+                continue
+            if not Path(path).is_file():
+                raise ConfigError(f"{option}: {path}: no such file")
+            with open(path, "rb"):
+                check.tell("file", path)
+
+    return look
+
+
+# Models
+
+
+def model(option: str, value: Callable[[Config], str | None], *, expected: bool = False) -> Callable[[Check], None]:
+    def look(check: Check) -> None:
+        path = value(check.config)
+        if path is None:
+            if expected:  # the start of sft
+                check.tell("model", f"new: {_sizes(check.config.model)}")
+                _remember(check, None)
+            return
+        made_by = model_folders.maker(path)
+        own = made_by is not None and Path(path) == Path(check.config.run.dir, made_by, "export")
+        _remember(check, path)
+        if not check.unseen("model", path, made_by if own else None):
+            check.tell("model", f"{path}: {_fits(check, path, option, expected=expected)}")
+
+    return look
+
+
+def _remember(check: Check, path: str | None) -> None:
+    """A model for `devices`, which may have to divide it."""
+    if decoder := model_folders.known_decoder(check.config, path):
+        check.decoders[path or "section model"] = decoder
+
+
+def _of_the_hub(check: Check, path: str, option: str) -> str:
+    """Words on what is no folder here and looks like the id of a Hub model."""
+    first = path.partition("/")[0]
+    if Path(first).is_dir():
+        check.warn(f"{option}: there is no folder {path}, though there is {first}/: is it misspelt? It is taken for a Hub id")
+    return "from the Hub or its local cache; not looked at"
+
+
+def _sizes(model: Any) -> str:
+    return f"{model.family}, {model.layers} layers x {model.width}"
+
+
+def _fits(check: Check, path: str, option: str, *, expected: bool) -> str:
+    """Words on a model folder, once its config, tokenizer and the names of its tensors are known to go together."""
+    from dpo_jax.models.families import decoder_config
+    from dpo_jax.models.folder import local_folder, read_config
+    from dpo_jax.models.generation import end_tokens
+    from dpo_jax.models.tensors import tensors
+    from dpo_jax.models.weights import Checkpoint
+
+    config = check.config
+    try:
+        folder = local_folder(path)
+        if folder is None:
+            return _of_the_hub(check, path, option)
+        hf = read_config(folder)
+        decoder = decoder_config(hf, where=folder / "config.json")
+        with Checkpoint(folder, decoder) as checkpoint:
+            checkpoint.check_names()
+            checkpoint.check_tensor(tensors(decoder)[0].name, (decoder.vocab_size, decoder.width))
+        _check_tokenizer(Path(config.tokenizer.path or folder).expanduser(), hf, end_tokens(folder, hf), decoder.vocab_size)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"{option}: {error}. {model_folders.remedy(config, path)}".rstrip()) from error
+    except Unreadable as error:
+        raise Unreadable(f"{option}: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{option}: {path}: {error}") from error
+    model_folders.check_fit(config, decoder, path, expected=expected)
+    return _sizes(decoder)
+
+
+class _TokenizerFiles(NamedTuple):
+    """What the files of a tokenizer say, for `check_tokenizer`."""
+
+    vocabulary: Mapping[str, int]
+    eos_token_id: int | None
+    pad_token_id: int | None
+
+    def get_vocab(self) -> Mapping[str, int]:
+        return self.vocabulary
+
+
+def _check_tokenizer(folder: Path, hf: Mapping[str, Any], ends: list[int], vocab_size: int) -> None:
+    if not folder.is_dir():
+        return  # of the Hub
+    from dpo_jax.data.tokenizer import check_files, check_tokenizer, vocabulary_of
+
+    stated = check_files(folder)
+    if not (folder / "tokenizer.json").is_file():
+        return  # an older form, which transformers converts
+    vocabulary = vocabulary_of(folder)
+    ids: dict[str, int | None] = {}
+    for name in ("eos_token", "pad_token"):
+        token = stated.get(name)
+        ids[name] = vocabulary.get(str(token.get("content") if isinstance(token, dict) else token))
+    if ids["eos_token"] is None:  # a class of transformers may have one of its own
+        ids["eos_token"] = ends[0] if ends else 0
+    files = _TokenizerFiles(vocabulary, ids["eos_token"], ids["pad_token"])
+    check_tokenizer(files, vocab_size, eos_token_id=ends or None, pad_token_id=hf.get("pad_token_id"))
+
+
+def tokenizer(check: Check) -> None:
+    path = check.config.tokenizer.path
+    if path is not None and not check.unseen("tokenizer", path):
+        from dpo_jax.models.folder import local_folder
+
+        try:
+            if (folder := local_folder(path)) is not None:
+                _check_tokenizer(folder, {}, [], vocab_size=10**9)
+            else:
+                _of_the_hub(check, path, "tokenizer.path")
+        except Unreadable as error:
+            raise Unreadable(f"tokenizer.path: {error}") from error
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+            raise ConfigError(f"tokenizer.path: {error}") from error
+
+
+def judged_files(check: Check) -> None:
+    """What `judge` reads."""
+    section = check.config.judge
+    named = [("judge.a", path) for _, path in section.series()] + [("judge.b", section.baseline_file())]
+    files(*((option, lambda _, path=path: path) for option, path in named))(check)
+    if section.baseline_file() is None:
+        data("test")(check)
+
+
+def prompts(check: Check) -> None:
+    """What `sample` completes, and where it writes."""
+    model_folders.refuse_other_lines(check.config.sample.out)
+    if check.config.sample.prompts_file is None:
+        data("test")(check)
+    else:
+        files(("sample.prompts_file", lambda c: c.sample.prompts_file))(check)

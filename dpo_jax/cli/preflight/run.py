@@ -1,0 +1,220 @@
+"""`dpo-jax COMMAND CONFIG --check`: whether a command could run, told in seconds and before any machine is rented.
+
+Data, models, devices, packages and the run directory are looked at, weights and most rows are not read, and nothing is written.
+No network, accelerator or JAX is needed. What a command refuses before it computes is refused here by the same functions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from dpo_jax.cli import finished, fixed, identity, model_folders
+from dpo_jax.cli.command_table import COMMANDS
+from dpo_jax.cli.commands.agree_files import judge_files, key_file, rating_files
+from dpo_jax.cli.commands.report_files import earlier_images
+from dpo_jax.cli.config import Config, ConfigError, load_config
+from dpo_jax.cli.preflight.devices import compiler, devices, plan, training
+from dpo_jax.cli.preflight.inputs import Check, data, files, judged_files, model, most, prompts, tokenizer
+from dpo_jax.cli.preflight.packages import bench_packages, check_bucket, judge_packages, reward_packages, writers
+from dpo_jax.cli.preflight.scope import Scope
+from dpo_jax.shapes import fit
+from dpo_jax.untrusted import Unreadable, read_object
+
+ROWS = "train split, rows"
+TRAINED_ON = {"train": {"rows": int, "files": [{"path": str, "bytes": int}]}}
+
+
+def run(name: str, config: Config, scope: Scope, *, path: str) -> int:
+    """Checks the command `name`; prints what would run. Raises the first problem, with the words of all."""
+    check = Check(name, config, scope)
+    for look in (*LOOKS.get(name, ()), _fixed):
+        with check.collecting():
+            look(check)
+    if check.problems:
+        first = check.problems[0]
+        first.args = ("\n".join(dict.fromkeys(map(str, check.problems))), *first.args[1:])
+        raise first
+    count = len(check.warnings)
+    verdict = f"no error, {count} warning{'s' if count > 1 else ''}" if count else "nothing is wrong with it"
+    print(f"{name} {path}: {verdict}")
+    told = [*check.told, *(("warning", words) for words in check.warnings)]
+    print("\n".join(f"  {what:<9}{words}" for what, words in told))
+    return 0
+
+
+# The run directory
+
+
+def _run_dir(check: Check) -> None:
+    config, name = check.config, check.name
+    folder = Path(check.config.judge_out() if name == "judge" else Path(config.run.dir, name))
+    if name == "eval" and config.eval.rewards:
+        folder = Path(config.eval.rewards_out or Path(config.run.dir, "rewards"))
+    if check.unseen("run", str(folder)):
+        return
+    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not there.is_dir():
+        raise OSError(f"{there}: is a file, and the run needs a folder {folder}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OSError(f"{there}: Permission denied: {folder} is to be written")
+    from dpo_jax.runtime.rundir import check_unlocked
+
+    check_unlocked(folder)
+    check.tell("run", f"{folder}{_progress(check, name, folder) if name in ('sft', 'dpo') else ''}")
+
+
+def _progress(check: Check, task: str, folder: Path) -> str:
+    """Words on what a training would continue. Raises `ConfigError` where it would be refused."""
+    config = check.config
+    directory = config.checkpoints_of(task)
+    check_bucket(config, directory)
+    steps = model_folders.saved_steps(directory)
+    if not steps:
+        return f", checkpoints in {directory}" if config.run.checkpoints else ""
+    if not config.run.resume:
+        raise ConfigError(f"run.resume: is off, and {directory} holds checkpoints; turn it on, or choose another --run.dir")
+    _refuse_another_run(check, task, folder)
+    # Several hosts keep no such record. The date of the run is among its settings.
+    if config.run.distributed == "off" and finished.recorded(task, fixed.fix(config), COMMANDS[task].reads):
+        return f", finished after step {steps[-1]:,}: nothing is left to do, unless a file has changed since"
+    return f", continues after step {steps[-1]:,}"
+
+
+def _refuse_another_run(check: Check, task: str, folder: Path) -> None:
+    """Raises `ConfigError` for a run of other settings or, where that is seen without reading them, of other data."""
+    try:
+        before = load_config(folder / "config.yaml")
+    except ConfigError:  # none, or of another version
+        return
+    was, now = (identity.settings(one, getattr(one, task)) for one in (before, check.config))
+    identity.refuse_other_settings(str(folder), was, now)
+    try:
+        report = fit(read_object(folder / "data_report.json"), TRAINED_ON, "data_report.json")["train"]
+    except (OSError, Unreadable):  # none yet, or damaged: nothing is computed from it
+        return
+    was, now = {ROWS: most(report["rows"], before.data.max_train)}, {ROWS: check.rows}
+    files = {f"file {file['path']}, bytes": file["bytes"] for file in report["files"]}
+    if check.config.data.source == before.data.source == "reviews":
+        identity.refuse_other_data(str(folder), was, now)
+    for record, config in ((was, before), (now, check.config)):
+        record |= {f"data.{name}": getattr(config.data, name) for name in identity.LIMITS}
+    if check.train_files is not None:
+        was, now = was | files, now | check.train_files
+    if check.rows is None:
+        del was[ROWS], now[ROWS]
+    if lines := identity.other_data(was, now):
+        check.warn("; ".join(line.strip() for line in lines) + ": the run goes on only if no token of its data has changed")
+
+
+def _fixed(check: Check) -> None:
+    """What the run directory keeps for all commands that make token ids."""
+    reads = COMMANDS[check.name].reads
+    if any(option.startswith("tokenizer") for option in reads) and not check.scope.hides(check.config.run.dir):
+        fixed.check(check.config)
+
+
+def _checkpoints(check: Check) -> None:
+    """What `export` reads."""
+    config = check.config
+    directory = config.export.checkpoint or config.checkpoints_of("dpo")
+    if config.export.out is not None and not check.unseen("writes", config.export.out):
+        model_folders.refuse_foreign(Path(config.export.out).expanduser())
+    check_bucket(config, directory)
+    if "://" in directory or check.unseen("reads", directory, "dpo"):
+        return
+    steps = model_folders.saved_steps(directory)
+    if not steps:
+        raise ConfigError(f"export.checkpoint: {directory}: no run wrote checkpoints here; train first")
+    if config.export.step is not None and config.export.step not in steps:
+        raise ConfigError(f"export.step: {config.export.step} is not there; there are {', '.join(map(str, steps))}")
+    check.tell("reads", f"{directory}, step {config.export.step or steps[-1]:,}")
+
+
+def _run_folders(check: Check) -> None:
+    """What `report` reads."""
+    for folder in check.config.report.folders():
+        if not Path(folder).is_dir():
+            raise ConfigError(f"report.runs: {folder}: no such run directory")
+        check.tell("reads", folder)
+    section = check.config.report
+    earlier_images(Path(section.out) if section.out else Path(section.folders()[0]) / "report")
+
+
+def _agreed(check: Check) -> None:
+    """What `agree` reads."""
+    people, records = rating_files(check.config)
+    for file in filter(None, (*people, *records, key_file(check.config, needed=bool(people)))):
+        if not file.is_file():
+            raise ConfigError(f"agree.ratings: {file}: no such file")
+        check.tell("file", str(file))
+    for name, file in judge_files(check.config).items():
+        if not file.is_file():
+            raise ConfigError(f"agree.judge: {file}: no such file")
+        check.tell("judge", f"{name}, {file}")
+
+
+def _raced(check: Check) -> None:
+    """What `bench` computes with."""
+    if check.config.bench.lengths or check.config.bench.sampling:
+        check.tell("data", "random tokens")
+    else:
+        data("train")(check)
+
+
+_POLICY = model("dpo.policy", Config.dpo_policy)
+_REFERENCE = model("dpo.reference", lambda c: c.dpo.reference)
+_START = model("model.path", lambda c: c.model.path, expected=True)
+_RUNS = (writers, _run_dir)
+# What is looked at for each command, in the order in which it is told.
+LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
+    "audit": (data("train", "test", preferences=True), tokenizer, *_RUNS),
+    "prepare": (data("train", "test", preferences=True), tokenizer, *_RUNS),
+    "sft": (data("train", "test"), tokenizer, _START, devices, training("sft"), *_RUNS),
+    "refs": (data("train", "test", preferences=True), tokenizer, _POLICY, _REFERENCE, devices, *_RUNS),
+    "dpo": (data("train", "test", preferences=True), tokenizer, _POLICY, _REFERENCE, devices, training("dpo"), *_RUNS),
+    "eval": (
+        data("test", preferences=True),
+        tokenizer,
+        model("eval.policy", Config.eval_policy),
+        model("eval.reference", model_folders.eval_reference),
+        devices,
+        *_RUNS,
+    ),
+    "sample": (
+        prompts,
+        tokenizer,
+        model("sample.policy", Config.sample_policy),
+        model("sample.reward_model", lambda c: c.sample.reward_model),
+        devices,
+    ),
+    "judge": (judge_packages, judged_files, _run_dir),
+    "plan": (plan, compiler),
+    "export": (_checkpoints,),
+    "label": (reward_packages, data("train", "test"), tokenizer, _POLICY, devices, *_RUNS),
+    "reward-model": (data("train", "test", preferences=True), tokenizer, _POLICY, devices, *_RUNS),
+    "ppo": (
+        reward_packages,
+        data("train", "test"),
+        tokenizer,
+        _POLICY,
+        model("ppo.reward_model", lambda c: c.ppo.reward_model),
+        devices,
+        *_RUNS,
+    ),
+    "optimum": (reward_packages, data("test"), tokenizer, _POLICY, devices, *_RUNS),
+    "frontier": (
+        reward_packages,
+        data("train", "test"),
+        tokenizer,
+        _START,
+        model("dpo.policy", lambda c: c.dpo.policy),
+        devices,
+        *_RUNS,
+    ),
+    "study": (files(("study.a", lambda c: c.study.a), ("study.b", lambda c: c.study.b)), _run_dir),
+    "agree": (_agreed, _run_dir),
+    "report": (_run_folders,),
+    "bench": (_raced, bench_packages, tokenizer, _START, _run_dir),
+}

@@ -1,0 +1,72 @@
+"""Read files of completions, as `dpo-jax sample --sample.out` writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from dpo_jax.data.columns import number, text
+from dpo_jax.data.files import read_rows
+from dpo_jax.data.pairs import HH_ASSISTANT, MAX_CHARACTERS, BadRow, Cause, DataError, DataReport
+from dpo_jax.untrusted import LongLine, Unreadable, lines_of, parse_object
+
+REMEDIES = {  # of what `dpo-jax sample` may write, too
+    Cause.NO_PROMPT: "leave the row out: nobody can judge an answer to nothing",
+    Cause.TOO_LONG: "leave the row out, or lower --sample.max-new-tokens",
+}
+CUES = ("TL;DR:", HH_ASSISTANT)  # what prompts end with to make a policy answer; no part of what was asked
+
+
+class Completion(NamedTuple):
+    prompt: str
+    text: str
+    at: float | None
+    where: str  # "t0.jsonl:17"
+
+
+def read_completions(path: str | Path, *, by: str | None = None, report: DataReport | None = None) -> list[Completion]:
+    """The rows of a JSON Lines file (also .gz) with a `prompt` and a `completion`, and a number in the column `by`, if given.
+
+    `report` takes note of the file. Raises `DataError`, naming file, line and field, for a row that nobody can judge: what is
+    said about half of a file is not about a policy.
+    """
+    path, found = Path(path), []
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; `dpo-jax sample --sample.out {path}` writes one", causes=[Cause.BAD_LAYOUT])
+    report = report or DataReport(source=str(path), split="completions")
+    columns = ["prompt", "completion", *([by] if by else [])]
+    for where, row in read_rows(path.name, path, report=report, columns=lambda names: columns):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            prompt, completion = text(row, "prompt"), text(row, "completion")
+            for field, value in (("prompt", prompt), ("completion", completion)):
+                if len(value) > MAX_CHARACTERS:
+                    raise BadRow(Cause.TOO_LONG, f"{len(value):,} characters are more than anybody reads", field=field)
+            if not without_cue(prompt):
+                raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt")
+            found.append(Completion(prompt, completion, number(row, by) if by else None, where))
+        except BadRow as problem:
+            remedy = REMEDIES.get(problem.cause, "write the file with dpo-jax sample")
+            raise DataError(f"{path.parent / where}: {problem}; {remedy}", causes=[problem.cause]) from problem
+    return found
+
+
+def without_cue(prompt: str) -> str:
+    """The prompt as a reader knows it: without white space at its ends, and without the words that ask for a completion."""
+    prompt = prompt.rstrip()
+    for cue in CUES:
+        prompt = prompt.removesuffix(cue)
+    return prompt.strip()
+
+
+def holds_others(path: Path) -> bool:
+    """Whether `path` is a file with something else than completions: what must not be replaced by them."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        first = next(lines_of(file))
+    try:
+        return isinstance(first, LongLine) or "completion" not in parse_object(first, path)
+    except Unreadable:
+        return True

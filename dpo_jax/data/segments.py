@@ -1,0 +1,106 @@
+"""Row segments: spans of tokens with their key intervals and the positions that are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.groups import PairGroup
+from dpo_jax.types import Rows
+
+
+class Unit(NamedTuple):
+    """Tokens that belong together, with key ranges and sources relative to their own beginning."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    k_start: np.ndarray
+    k_end: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+    slot: np.ndarray
+
+
+def completion_unit(prompt: np.ndarray, completion: np.ndarray) -> Unit:
+    """A prompt and one completion. Without a prompt nothing predicts the first token, and it is not scored."""
+    tokens = np.concatenate([prompt, completion])
+    x = np.arange(len(tokens))
+    scored = np.arange(max(1, len(prompt)), len(tokens))
+    return Unit(tokens, x, np.zeros_like(x), x + 1, scored - 1, tokens[scored], np.zeros_like(scored))
+
+
+def shared_unit(pair: Encoded) -> Unit:
+    """`[reversed(chosen) | prompt | rejected]`, the layout at the head of `layout.py`."""
+    c, p, r = len(pair.chosen), len(pair.prompt), len(pair.rejected)
+    if c == 0:
+        raise ValueError(f"{pair.uid or 'pair'}: its chosen completion has no tokens, not even EOS")
+    if p == 0:
+        raise ValueError(f"{pair.uid or 'pair'}: without a prompt there is nothing to share; use the plain layout")
+    x = np.arange(c + p + r)
+    is_chosen = x < c
+    last_of_prompt = c + p - 1
+    chosen_source = np.concatenate([[last_of_prompt], c - np.arange(1, c)])  # c_j is at c-1-j: its right neighbour is c_{j-1}
+    rejected_source = last_of_prompt + np.arange(r)
+    return Unit(
+        tokens=np.concatenate([pair.chosen[::-1], pair.prompt, pair.rejected]),
+        positions=np.concatenate([p + np.arange(c)[::-1], np.arange(p + r)]),
+        k_start=np.where(is_chosen, x, c),
+        k_end=np.where(is_chosen, c + p, x + 1),
+        source=np.concatenate([chosen_source, rejected_source]),
+        target=np.concatenate([pair.chosen, pair.rejected]),
+        slot=np.repeat([0, 1], [c, r]),
+    )
+
+
+def group_unit(group: PairGroup, *, shared: bool) -> Unit:
+    """The completions of `group`, numbered as there: two by two around a prompt, or, if not `shared`, each after its own."""
+    p, several = group.prompt, group.completions
+    if not shared:
+        return _beside([completion_unit(p, completion) for completion in several])
+    units = [shared_unit(Encoded(p, *two)) for two in zip(several[::2], several[1::2], strict=False)]
+    return _beside([*units, *[completion_unit(p, odd) for odd in several[len(units) * 2 :]]])
+
+
+def group_size(group: PairGroup, *, shared: bool) -> tuple[int, int]:
+    """(tokens, scored positions) of `group_unit`."""
+    scored = sum(map(len, group.completions))
+    copies = len(group.completions)
+    return len(group.prompt) * (-(-copies // 2) if shared else copies) + scored, scored
+
+
+def _beside(units: Sequence[Unit]) -> Unit:
+    """One unit of several. Their slots are numbered through."""
+    begins = np.cumsum([0, *[len(unit.tokens) for unit in units]])
+    slots = np.cumsum([0, *[unit.slot.max() + 1 for unit in units]])
+    moved = [
+        unit._replace(k_start=unit.k_start + at, k_end=unit.k_end + at, source=unit.source + at, slot=unit.slot + slot)
+        for unit, at, slot in zip(units, begins, slots, strict=False)
+    ]
+    return Unit(*map(np.concatenate, zip(*moved, strict=True)))
+
+
+def place_units(units: Mapping[int, Unit], members: np.ndarray, *, length: int, scored: int, unit_slots: int) -> Rows:
+    """Write the units `members[R, per_row]` of each row (-1: none) one behind the other; what is left over becomes padding."""
+    count, per_row = members.shape
+    slots = unit_slots * per_row
+    x = np.broadcast_to(np.arange(length, dtype=np.int32), (count, length))
+    tokens, positions = np.zeros((count, length), np.int32), np.zeros((count, length), np.int32)
+    k_start, k_end = x.copy(), x + 1
+    source, target = np.zeros((count, scored), np.int32), np.zeros((count, scored), np.int32)
+    slot = np.full((count, scored), slots, np.int32)
+    for row in range(count):
+        at, read = 0, 0
+        for place, member in enumerate(members[row][members[row] >= 0]):
+            unit = units[int(member)]
+            here, there = slice(at, at + len(unit.tokens)), slice(read, read + len(unit.target))
+            tokens[row, here], positions[row, here] = unit.tokens, unit.positions
+            k_start[row, here], k_end[row, here] = at + unit.k_start, at + unit.k_end
+            source[row, there], target[row, there] = at + unit.source, unit.target
+            slot[row, there] = place * unit_slots + unit.slot
+            at, read = here.stop, there.stop
+    index = members.reshape(-1)
+    weight = (index >= 0).astype(np.float32)
+    return Rows(tokens, positions, k_start, k_end, source, target, slot, weight, index, slots=slots)

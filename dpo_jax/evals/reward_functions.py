@@ -1,0 +1,161 @@
+"""Reward functions `(prompts, completions) -> rewards`: a rule, a classifier, or a learned reward model."""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.data import reviews
+from dpo_jax.data.encode import Bos, token_ids, with_bos
+from dpo_jax.data.layout import Layout
+from dpo_jax.data.loader import round_up
+from dpo_jax.evals.preference import Interval, score_interval
+from dpo_jax.extras import install_command
+from dpo_jax.types import Array, Rows
+from dpo_jax.untrusted import reading
+
+Reward = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+"""(prompts, completions), as many of each -> float64[n], higher is better. A text is a prompt with its completion."""
+UNLIMITED = 10**9  # tokens; tokenizers that know no limit state an even larger one
+
+
+def exact_reviews(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+    """The true reward of generated reviews (`data.reviews`), in points."""
+    texts = zip(prompts, completions, strict=True)
+    return np.array([reviews.reward(prompt + completion) for prompt, completion in texts], np.float64)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words, apostrophes kept inside them; marks that may carry feeling count as words."""
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)*|[!?]", text.lower())
+
+
+class LinearReward(NamedTuple):
+    """The log-odds, in nats, that a bag of words is positive. A word counts once however often it is used."""
+
+    bias: float
+    weights: dict[str, float]
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        # Sorted: a sum of floats depends on its order, and the order of a set on the process.
+        found = [(self.weights.get(word, 0.0) for word in sorted(set(words(text)))) for text in texts]
+        return np.array([self.bias + sum(weights) for weights in found], np.float64)
+
+
+def fit_linear(texts: Sequence[str], labels: Sequence[int], *, inverse_penalty: float, min_texts: int = 2) -> LinearReward:
+    """Logistic regression on the words that at least `min_texts` of `texts` use; `labels` are 1 for positive, else 0.
+
+    `inverse_penalty` is scikit-learn's C: smaller means a stronger L2 penalty. Needs scikit-learn (extra `lab`) to be fitted,
+    and nothing to be used. The same texts give the same weights.
+    """
+    try:
+        from sklearn.feature_extraction.text import CountVectorizer
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ImportError(f"the linear reward is fitted with scikit-learn: {install_command('lab')}") from error
+    if len(texts) != len(labels) or set(labels) != {0, 1}:
+        raise ValueError(f"{len(texts)} texts and {len(labels)} labels {sorted(set(labels))}: need as many, both 0 and 1")
+    analyzer: Any = words  # scikit-learn takes a function too, its annotations do not say so
+    bags: Any = CountVectorizer(analyzer=analyzer, binary=True, min_df=min_texts)
+    model: Any = LogisticRegression(C=inverse_penalty, solver="lbfgs", max_iter=1000)
+    model.fit(bags.fit_transform(texts), np.asarray(labels))
+    weights = zip(bags.get_feature_names_out().tolist(), model.coef_[0].tolist(), strict=True)
+    return LinearReward(float(model.intercept_[0]), dict(weights))
+
+
+def sign_accuracy(reward: Reward, texts: Sequence[str], labels: Sequence[int]) -> tuple[float, Interval]:
+    """How often the sign of a reward tells positive (1) from negative (0) texts, and the 95 % interval. Zero is half right."""
+    values = reward([""] * len(texts), texts)
+    signs = np.where(np.asarray(labels) > 0, 1, -1) * np.sign(values)
+    scores = (1 + signs) / 2
+    return float(scores.mean()), score_interval(scores)
+
+
+def hf_classifier(path: str, label: str | None = None, *, batch: int = 64, device: str | None = None) -> Reward:
+    """The log-odds, in nats, of one label of a Hugging Face text classifier, a folder or an "org/name"; computed by torch.
+
+    The paper's is "siebert/sentiment-roberta-large-english" with the label "POSITIVE". A classifier with a single output is a
+    reward model: its output is the reward, and it takes no label. Texts are cut to what the model reads, at their end. `device`
+    is torch's name for one; by default a GPU if torch sees one. Needs torch (extra `classifier`). Raises `Unreadable` for a
+    classifier that cannot be loaded, or that gives a short text no reward.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(f"a Hugging Face classifier runs on torch: {install_command('classifier')}") from error
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    where, again = f"classifier {path}", "save or fetch it again"
+    with reading(where, remedy=again):
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        options: Any = {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
+        model, report = AutoModelForSequenceClassification.from_pretrained(path, **options)
+        if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
+            raise ValueError(f"the weights lack {', '.join(missing[:5])}: no trained classifier")
+        labels = [str(model.config.id2label[number]) for number in range(model.config.num_labels)]
+        limit = min(int(tokenizer.model_max_length), _positions(model.config))
+    if len(labels) == 1 and label is not None:
+        raise ValueError(f"{path} has a single output, which is the reward: it takes no label (given: {label!r})")
+    if len(labels) > 1 and label not in labels:
+        raise ValueError(f"{path} has the labels {', '.join(labels)}: name the one to reward (given: {label!r})")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device).eval()
+    cut = {"truncation": True, "max_length": limit} if limit < UNLIMITED else {}
+
+    @torch.inference_mode()
+    def reward(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        values = []
+        for start in range(0, len(texts), batch):
+            inputs = tokenizer(texts[start : start + batch], padding=True, return_tensors="pt", **cut)
+            logits = model(**inputs.to(device)).logits.double()
+            if label is not None:
+                chosen = labels.index(label)
+                others = [number for number in range(len(labels)) if number != chosen]
+                logits = logits[:, [chosen]] - logits[:, others].logsumexp(dim=1, keepdim=True)
+            values.append(logits[:, 0].cpu().numpy())
+        return np.concatenate(values) if values else np.zeros(0)
+
+    with reading(where, remedy=again):
+        if not np.isfinite(reward([""], ["A film."])).all():
+            raise ValueError("its reward of a short text is not finite")
+    return reward
+
+
+def _positions(config: Any) -> int:
+    """Tokens a classifier can read. RoBERTa's table begins behind its padding token, and holds two more than it can use."""
+    limit = getattr(config, "max_position_embeddings", None) or UNLIMITED
+    return limit - (config.pad_token_id or 0) - 1 if "roberta" in config.model_type else limit
+
+
+def learned(score: Callable[[Rows], Array], tokenizer: Any, *, length: int, batch: int, bos: Bos = "auto") -> Reward:
+    """A reward model as a reward: `score(rows) -> [R]` reads plain rows of one completion each, ended by EOS.
+
+    `bos` (`data.encode.with_bos`) is what the model was trained with.
+
+    `score` is `reward.completion_rewards` with model and variables bound, compiled: `batch` rows each time, as long as the
+    longest text needs, in steps of 16 tokens. Raises `ValueError` for a text of more than `length` tokens.
+    """
+
+    def reward(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        texts = [
+            (
+                with_bos(token_ids(prompt, tokenizer), tokenizer, bos=bos),
+                np.append(token_ids(completion, tokenizer), np.int32(tokenizer.eos_token_id)),
+            )
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        values = np.empty(len(texts), np.float64)
+        for start in range(0, len(texts), batch):
+            here = texts[start : start + batch]
+            width = min(length, round_up(max(len(prompt) + len(completion) for prompt, completion in here), 16))
+            layout = Layout("plain", length=width, scored=width)
+            values[start : start + len(here)] = np.asarray(score(layout.rows(here, at_least=batch)))[: len(here)]
+        return values
+
+    return reward

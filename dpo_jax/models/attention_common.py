@@ -1,0 +1,91 @@
+"""Helpers of the fused attention kernels: sliding windows as key intervals, and one call per device of a mesh.
+
+A kernel sees one contiguous range of keys for every query. A sliding window counts positions, and only in the reversed layout
+does that matter (`dpo_jax.data.layout`): the window of a chosen token that reaches into the prompt covers the prompt's *end*,
+while the completion lies before the prompt's beginning, so that there are two ranges:
+
+    row           c_2  c_1  c_0 | p_0  p_1  p_2  p_3 | r_0 ...       window of c_1, 4 positions: c_1, c_0, p_3, p_2
+    second copy   c_2  c_1  c_0 | p_3  p_2  p_1  p_0 | r_0 ...       the same keys, in one piece
+
+So the keys are given twice, the second time with every such prompt turned round, and chosen tokens read the second copy. No
+score is computed twice, linear layers still run once, and a model without windows that bite has one copy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax.types import HEAD_AXIS, ROW_AXES, Array
+
+
+class KeySpans(NamedTuple):
+    """Key ranges with their window applied, for each of the W distinct windows of a model (W = 1 if none bites)."""
+
+    k_start: jax.Array  # int32[W, R, L]
+    k_end: jax.Array  # int32[W, R, L]  above k_start: no softmax is empty
+    second: jax.Array | None  # int32[R, L]  the key at each column of the second copy; None: there is no second copy
+
+
+def key_spans(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> KeySpans:
+    """The ranges of `types.Rows` (int32[R, L] each) under each of `windows`, in positions; None is full attention.
+
+    Takes two things from `types.Rows` and `dpo_jax.data.layout` for granted: positions are below L, so that a window of L or
+    more cuts nothing; and neighbours in the row are neighbours in the text, forwards or (where a query sees keys on its right)
+    backwards.
+    """
+    length = k_start.shape[1]
+    windows = [None if w is None or w >= length else w for w in windows]
+    x = jnp.arange(length, dtype=jnp.int32)[None]
+    start = jnp.minimum(jnp.asarray(k_start), length - 1)
+    end = jnp.maximum(jnp.asarray(k_end), start + 1)
+    if not any(windows):
+        return KeySpans(start[None], end[None], None)
+    chosen = end > x + 1
+    prompt_end = jax.lax.cummax(jnp.where(chosen, end, 0), axis=1)  # of the last chosen completion so far
+    in_prompt = ~chosen & (x < prompt_end)
+    second = jnp.where(in_prompt, start + prompt_end - 1 - x, x)
+
+    def under(window: int | None) -> tuple[jax.Array, jax.Array]:
+        if window is None:
+            return start, end
+        return (
+            jnp.where(chosen, length + x, jnp.maximum(start, x - window + 1)),
+            jnp.where(chosen, length + jnp.minimum(end, x + window), end),
+        )
+
+    starts, ends = zip(*(under(window) for window in windows), strict=True)
+    return KeySpans(jnp.stack(starts), jnp.stack(ends), second)
+
+
+def keys_twice(x: jax.Array, second: jax.Array | None) -> jax.Array:
+    """Keys or values [R, L, K, H] followed by their second copy, if there is one: [R, 2L, K, H]."""
+    if second is None:
+        return x
+    return jnp.concatenate([x, jnp.take_along_axis(x, second[:, :, None, None], axis=1)], axis=1)
+
+
+def of_window(stacked: Any, number: jax.Array | None) -> Any:
+    """Entry `number` of arrays stacked by window; the only one, where there is one."""
+    one = all(leaf.shape[0] == 1 for leaf in jax.tree.leaves(stacked))
+    return jax.tree.map(lambda leaf: leaf[0 if one or number is None else number], stacked)
+
+
+def on_each_device(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`kernel(q, k, v, by_row) -> [R, L, N, H]` on the rows and heads of each device of the mesh, if there is a mesh.
+
+    A compiler that spreads ordinary operations over devices by itself does not see into a kernel. `by_row` is a tree of arrays
+    [R, ...].
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = tuple(axis for axis in ROW_AXES if axis in mesh.auto_axes)
+    heads = HEAD_AXIS if HEAD_AXIS in mesh.auto_axes else None
+    if not rows and heads is None:
+        return kernel
+    of_heads, of_rows = P(rows or None, None, heads), P(rows or None)
+    # Nothing here is replicated over an axis by a collective, which is all that check_vma could find wrong.
+    return jax.shard_map(kernel, in_specs=(of_heads, of_heads, of_heads, of_rows), out_specs=of_heads, check_vma=False)

@@ -1,0 +1,82 @@
+"""The section of a report about what `dpo-jax audit` found in the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo_jax.report.page import Block, Notice, Section, Table
+from dpo_jax.report.run_record import RunRecord, of, one_or_more
+
+FOUND = (
+    ("exact duplicates", "repeats", "duplicates"),
+    ("contradictions: an earlier pair, sides swapped", "repeats", "contradictions"),
+    ("chosen here, rejected elsewhere", "repeats", "both_sides"),
+    ("pairs also in the train split", "overlap", "pairs"),
+    ("the same, sides swapped", "overlap", "swapped"),
+    ("prompts also in the train split", "overlap", "prompts"),
+)
+SERIOUS = ("overlap", "contradictions", "bad rows", "duplicates", "bos", "template", "date", "reasoning", "cut", "length")
+PARTS = ("prompt", "chosen", "rejected")
+
+
+def verdict_sentences(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The notes on all splits, most serious first. Those about one thing that have one remedy are one sentence."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for report in reports.values():
+        for note in report["verdict"]:
+            found.setdefault((note["about"], note["remedy"]), []).append(note["found"])
+    last = len(SERIOUS)
+    order = sorted(found, key=lambda note: SERIOUS.index(note[0]) if note[0] in SERIOUS else last)
+    return [f"{'; '.join(found[note])}: {note[1]}" for note in order]
+
+
+def audited(runs: Sequence[RunRecord]) -> Section | None:
+    """The verdict, what was counted of each split, and one pair in tokens; of the runs that were audited."""
+    blocks: list[Block] = []
+    for run, stage in one_or_more(runs, "audit"):
+        splits = {split: report for split, report in stage.data.items() if "verdict" in report}  # older ones have none
+        if not splits:
+            continue
+        blocks += [Notice(of(run, runs, words)) for words in verdict_sentences(splits)]
+        blocks.append(_counts(of(run, runs, "What the audit counted"), splits))
+        examples = [
+            [of(run, runs, split), what, "; ".join(found["examples"])]
+            for split, report in splits.items()
+            for what, group, name in FOUND
+            if (found := report.get(group, {}).get(name, {})).get("examples")
+        ]
+        if examples:
+            blocks.append(Table(["split", "what", "the first three"], examples))
+        blocks.append(_lengths(of(run, runs, "Tokens"), splits))
+        blocks += [_example(report["example"]) for report in splits.values() if "example" in report]
+    return Section("Data audit", blocks) if blocks else None
+
+
+def _counts(caption: str, splits: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows = [[what, *(_finding(report.get(group, {}).get(name)) for report in splits.values())] for what, group, name in FOUND]
+    rules = [report["longer_wins"] for report in splits.values()]
+    rows.append(["chosen is longer", *(f"{rule['chosen_longer']:.1%}" for rule in rules)])
+    shares = [f"{rule['accuracy']:.3f} ({rule['low']:.3f} to {rule['high']:.3f})" for rule in rules]
+    rows.append(['accuracy of "the longer one wins"', *shares])
+    return Table(["what", *splits], rows, caption=caption, note="Pairs are compared by their token ids. Intervals: 95 %.")
+
+
+def _finding(found: Mapping[str, Any] | None) -> str:
+    return "-" if found is None else f"{found['pairs']:,} ({found['share']:.1%})"
+
+
+def _lengths(caption: str, splits: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows = []
+    for split, report in splits.items():
+        for name in PARTS:
+            sizes, cut = report["lengths"][name], report["cut"][name]
+            lost = f"{cut['tokens']:,} ({cut['share']:.1%})"
+            rows.append([f"{split}, {name}", *(f"{value:,.0f}" for value in sizes.values()), lost])
+    columns = ["part", *next(iter(splits.values()))["lengths"]["prompt"], "cut by the limits"]
+    return Table(columns, rows, caption=caption)
+
+
+def _example(example: Mapping[str, Any]) -> Table:
+    rows = [[name, "yes" if example[name]["scored"] else "no", "·".join(example[name]["tokens"])] for name in PARTS]
+    return Table(["part", "scored", "tokens"], rows, caption=f"{example['uid']} as the model reads it")

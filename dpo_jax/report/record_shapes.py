@@ -1,0 +1,118 @@
+"""Schemas (`dpo_jax.shapes`) of the files in a run directory that a report reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NUMBER, COUNTS = (float, None), {str: int}
+
+ENV = {
+    "packages?": {str: (str, None)},
+    "devices?": [str],
+    "processes?": int,
+    "argv?": [str],
+    "started?": str,
+    "git?": ({"commit": str, "dirty": bool}, None),
+}
+
+SPLIT: dict[Any, Any] = {
+    "source?": str,
+    "format?": str,
+    "rows?": int,
+    "read": int,
+    "kept": int,
+    "dropped?": COUNTS,
+    "truncated?": COUNTS,
+    "notes?": [str],
+    "files?": [{"path": str, "bytes": int, "sha256": str}],
+}
+DATA = {str: SPLIT}
+_FINDING = {"pairs": int, "share": float, "examples?": [str]}
+_FINDINGS = {str: (_FINDING, None)}
+_PART = {"scored": bool, "tokens": [str]}
+_OF_PARTS = ("prompt", "chosen", "rejected")
+AUDITED: dict[Any, Any] = SPLIT | {
+    "verdict": [{"about": str, "found": str, "remedy": str}],
+    "repeats?": _FINDINGS,
+    "overlap?": _FINDINGS,
+    "longer_wins": {"chosen_longer": float, "accuracy": float, "low": float, "high": float},
+    "lengths": {name: {str: float} for name in _OF_PARTS},
+    "cut": {name: {"tokens": int, "share": float} for name in _OF_PARTS},
+    "example?": {"uid": str, **dict.fromkeys(_OF_PARTS, _PART)},
+}
+
+_MEASURES = {str: NUMBER}
+EVALUATION = {
+    "pairs": int,
+    "policy?": _MEASURES,
+    "reference?": _MEASURES,
+    "weights?": {str: str},
+    "sampling?": {"max_new_tokens?": int},
+}
+
+_SHARE = {"accuracy": float, "low": float, "high": float}
+_REWARD = _SHARE | {"margin": float, "length": {"spearman": NUMBER, "spearman_low": NUMBER, "spearman_high": NUMBER}}
+_SUBSET = _SHARE | {"subset": str, "pairs": int}
+_IMPLICIT = _REWARD | {
+    "pairs": int,
+    "subsets?": [_SUBSET | {"margin": float}],
+    "macro?": _SHARE,
+    "rewardbench?": {"sections": [_SHARE | {"section": str, "pairs": int}], "score": _SHARE, "missing": [str]},
+}
+REWARDS = {
+    "pairs": int,
+    "settings": {"data": str, "split": str, "beta": float},
+    "weights?": {str: str},
+    "rewards": {"implicit": _IMPLICIT, str: _REWARD},
+    "calibration": {
+        **dict.fromkeys(("ece", "expected_ece", "expected_ece_high", "overconfidence"), float),
+        **dict.fromkeys(("ece_interval", "overconfidence_interval"), [float, float]),
+    },
+    "length": {"mean_tokens": [float, float], "accuracy": [_SUBSET]},
+}
+
+_RATES = ("win_rate", "win_rate_at_equal_length", "win_rate_length_controlled")
+_POINT = {
+    "series": str,
+    "at": NUMBER,
+    "extrapolated": bool,
+    **dict.fromkeys(("pairs", "won", "lost", "flipped", "failed", "pairs_at_equal_length"), int),
+    **dict.fromkeys(("policy_length", "baseline_length"), float),
+    **{f"{rate}{end}": NUMBER for rate in _RATES for end in ("", "_low", "_high")},
+}
+JUDGED = {
+    "settings": {"model": str, "prompt": str, "one_order": bool, "fence": bool},
+    "baseline": str,
+    "by": str,
+    "outcomes": {"unanswered": int, str: int},
+    "points": [_POINT],
+    "injections": [{str: (str, int)}],
+    "books": {str: {"dropped": {str: [str]}}},
+    "models": COUNTS,
+    "failures": COUNTS,
+    "faults": COUNTS,
+    "tokens": COUNTS,
+    "first_preferred": ({"value": float, "low": float, "high": float}, None),
+    "cost": float,
+    **dict.fromkeys(("questions", "answers", "requests"), int),
+}
+REPORTS: dict[str, Any] = {"eval": EVALUATION, "rewards": REWARDS, "judge": JUDGED}
+"""Of `report.json`, by the kind of the stage."""
+
+_TURN = {"role": str, "content": str}
+SAMPLE = {"prompt": str, "turns?": [_TURN], **{f"{who}?": str for who in ("reference", "policy")}}
+SAMPLE |= {f"{who}_finished?": bool for who in ("reference", "policy")}
+BAD_BATCH = {"step": int, "uids": [str], "metrics": {str: (float, str, None)}}
+RESUMED = {"step": int, "time": str}
+SUMMARY = {"at_equal_kl?": [{"method": str, "kl": float, "reward": NUMBER, "share_of_gain": NUMBER}]}
+RESULTS = ("method", "label", "seed", "kl", "reward", "reward_low", "reward_high")
+"""Columns of the frontier's `results.csv`; the last four are numbers."""
+
+_ESTIMATE = {"value": NUMBER, "low": NUMBER, "high": NUMBER}
+_AGREEMENT = {"agree": _ESTIMATE, "kappa": _ESTIMATE}
+_PEOPLE = dict.fromkeys(("raters", "kept", "ties", "items"), int) | dict.fromkeys(("win", "majority_win", "first"), _ESTIMATE)
+AGREEMENT = {
+    "names": {"a": str, "b": str},
+    "people": _PEOPLE | {"with_people": _AGREEMENT},
+    "judges": {str: {"win": _ESTIMATE, "with_people": _AGREEMENT, "with_majority": _AGREEMENT}},
+}

@@ -1,0 +1,249 @@
+"""The sections of a report after the first, built from one or several run directories."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data.display import shown_prompt
+from dpo_jax.data.pairs import FILTERED
+from dpo_jax.evals.frontier_plot import plot_trajectories
+from dpo_jax.evals.overoptimisation import declines, trajectories
+from dpo_jax.plotting.curves import KL_OF_SAMPLES, PANELS, series
+from dpo_jax.report.page import Block, Figures, Sample, Section, Side, Table, Text
+from dpo_jax.report.record_shapes import SAMPLE, SUMMARY
+from dpo_jax.report.result_table import MEASURES, with_interval
+from dpo_jax.report.run_record import TRAINING, RunRecord, Stage, of, one_or_more, read_results
+
+REWARDS = {
+    "implicit": "implicit reward",
+    "per_token": "per token",
+    "reference_free": "reference-free",
+    "reference_free_per_token": "reference-free, per token",
+}
+
+
+def evaluation(runs: Sequence[RunRecord]) -> Section | None:
+    """The table of `dpo-jax eval`: policy beside reference, a pair of columns for each run. And what SFT came to."""
+    found = [(run, stage.report) for run, stage in one_or_more(runs, "eval") if {"policy", "reference"} <= set(stage.report)]
+    blocks: list[Block] = []
+    if found:
+        columns, cells = ["measure"], {label: [] for label, name, _ in MEASURES if any(name in r["policy"] for _, r in found)}
+        for run, report in found:
+            for who in ("reference", "policy"):
+                columns.append(of(run, runs, who))
+                for label, name, form in MEASURES:
+                    if label in cells:
+                        cells[label].append(with_interval(report[who], name, form))
+        pairs = ", ".join(of(run, runs, f"{report['pairs']:,} held-out pairs") for run, report in found)
+        note = (
+            f"{pairs}. Brackets: 95 % interval (Wilson). ±: one standard error. A policy that is its reference has accuracy "
+            f"0.5. {KL_OF_SAMPLES} is per completion, from samples of the policy."
+        )
+        blocks.append(Table(columns, [[label, *row] for label, row in cells.items()], note=note))
+    rows = [row for run, stage in one_or_more(runs, "sft") if (row := _sft_row(of(run, runs, "sft"), stage))]
+    if rows:
+        columns = ["stage", "loss (nats per text)", "loss per token (nats)", "perplexity per token", "after steps"]
+        blocks.append(Table(columns, rows, caption="Supervised fine-tuning, held out"))
+    return Section("Held-out evaluation", blocks) if blocks else None
+
+
+def _sft_row(name: str, stage: Stage) -> list[str]:
+    """The last evaluation of SFT; nothing if it has none per token."""
+    last = {metric: series(stage.metrics, f"eval/{metric}") for metric in ("loss", "nll_per_token")}
+    (steps, losses), (_, per_token) = last.values()
+    if not len(losses) or not len(per_token):
+        return []
+    return [name, f"{losses[-1]:.2f}", f"{per_token[-1]:.4f}", f"{np.exp(per_token[-1]):.2f}", f"{steps[-1]:,.0f}"]
+
+
+def implicit_rewards(runs: Sequence[RunRecord]) -> Section | None:
+    """What `dpo-jax eval --rewards` found: accuracy, calibration and length, and every subset."""
+    found = [(run, stage) for run, stage in one_or_more(runs, "rewards") if "rewards" in stage.report]
+    if not found:
+        return None
+    blocks: list[Block] = []
+    for run, stage in found:
+        report = stage.report
+        settings = report["settings"]
+        rows = [
+            [label, _share(row), f"{row['margin']:.4f}", _correlation(row["length"])]
+            for name, label in REWARDS.items()
+            if (row := report["rewards"].get(name))
+        ]
+        columns = ["reward", "accuracy", "mean margin", "rank correlation with length"]
+        title = of(
+            run, runs, f"{report['pairs']:,} pairs of {settings['data']} [{settings['split']}], beta {settings['beta']:g}"
+        )
+        blocks.append(Table(columns, rows, caption=title, note="Brackets: 95 % intervals. Correlations are Spearman's."))
+        blocks += _by_subset(report["rewards"]["implicit"])
+        blocks.append(_calibration(report))
+        if os.path.isfile(stage.path / "reliability.png"):
+            blocks.append(
+                Figures([(stage.path / "reliability.png", of(run, runs, "reliability of the implicit reward"))], size="half")
+            )
+    return Section("Implicit reward", blocks)
+
+
+def _by_subset(row: Mapping[str, Any]) -> list[Block]:
+    blocks: list[Block] = []
+    if "subsets" in row:
+        rows = [[part["subset"], f"{part['pairs']:,}", _share(part), f"{part['margin']:.4f}"] for part in row["subsets"]]
+        rows.append(["mean over subsets", f"{row['pairs']:,}", _share(row["macro"]), "-"])
+        blocks.append(Table(["subset", "pairs", "accuracy", "mean margin"], rows, caption="By subset"))
+    if "rewardbench" in row:
+        bench = row["rewardbench"]
+        rows = [[part["section"], f"{part['pairs']:,}", _share(part)] for part in bench["sections"]]
+        rows.append(["score: mean of the sections", "-", _share(bench["score"])])
+        note = f"Not in this set: {', '.join(bench['missing'])}." if bench["missing"] else ""
+        blocks.append(Table(["RewardBench section", "pairs", "accuracy"], rows, caption="RewardBench", note=note))
+    return blocks
+
+
+def _calibration(report: Mapping[str, Any]) -> Table:
+    found, length = report["calibration"], report["length"]
+    ece, over = found["ece_interval"], found["overconfidence_interval"]
+    rows = [
+        ["calibration error (ECE)", f"{found['ece']:.3f} ({ece[0]:.3f} to {ece[1]:.3f})"],
+        ["ECE if all beliefs were right", f"{found['expected_ece']:.3f} (above {found['expected_ece_high']:.3f} once in 20)"],
+        ["overconfidence: belief less truth", f"{found['overconfidence']:.3f} ({over[0]:.3f} to {over[1]:.3f})"],
+        ["mean tokens, chosen / rejected", " / ".join(f"{tokens:.1f}" for tokens in length["mean_tokens"])],
+        *([f"accuracy, {row['subset']} ({row['pairs']:,} pairs)", _share(row)] for row in length["accuracy"]),
+    ]
+    note = "Belief is the logistic function of the margin's size. ECE is biased upward: compare it with the line below it."
+    return Table(["calibration and length", "value"], rows, note=note)
+
+
+def _share(row: Mapping[str, float]) -> str:
+    return f"{row['accuracy']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+
+
+def _correlation(row: Mapping[str, Any]) -> str:
+    if row["spearman"] is None:
+        return "-"
+    return f"{row['spearman']:z.2f} ({row['spearman_low']:z.2f} to {row['spearman_high']:z.2f})"
+
+
+def frontier(runs: Sequence[RunRecord], drawn: Path) -> Section | None:
+    """Reward against KL: the figure, methods at equal KL, and who was optimised too far. What is drawn goes to `drawn`."""
+    blocks: list[Block] = []
+    for run, stage in one_or_more(runs, "frontier"):
+        for file, caption in (("frontier.png", "reward against KL"), ("displacement.png", "displacement in training")):
+            if os.path.isfile(stage.path / file):
+                blocks.append(Figures([(stage.path / file, of(run, runs, caption))], size="wide"))
+        table = stage.read_object("summary.json", SUMMARY).get("at_equal_kl", [])
+        if table:
+            kls = list(dict.fromkeys(row["kl"] for row in table))
+            cells = {(row["method"], row["kl"]): row for row in table}
+            methods = dict.fromkeys(row["method"] for row in table)
+            rows = [[method, *(_at_kl(cells.get((method, kl))) for kl in kls)] for method in methods]
+            note = (
+                f"True reward of the best mixture within that {KL_OF_SAMPLES}; in brackets its share of what was to be gained."
+            )
+            columns = ["method", *(f"KL {kl:g} nats" for kl in kls)]
+            blocks.append(Table(columns, rows, caption=of(run, runs, "Methods at equal KL"), note=note))
+        results = stage.read("results.csv", read_results, [])
+        if over := _overoptimised(of(run, runs, "Over-optimisation"), results):
+            blocks += over
+            with stage.showing("results.csv"):
+                figure = plot_trajectories(trajectories(results), drawn / f"overoptimisation-{len(blocks)}.png")
+                caption = "true reward over training; full: best, hollow: last"
+                blocks.append(Figures([(figure, of(run, runs, caption))], size="wide"))
+    return Section("Frontier", blocks) if blocks else None
+
+
+def _at_kl(row: Mapping[str, Any] | None) -> str:
+    if row is None or row["reward"] is None:
+        return "-"
+    return f"{row['reward']:.2f}" + (f" ({row['share_of_gain']:.0%})" if row["share_of_gain"] is not None else "")
+
+
+def _overoptimised(caption: str, results: Sequence[Mapping[str, str]]) -> list[Block]:
+    found = declines(results)
+    if not found:
+        return []
+    seeds = len({row.seed for row in found}) > 1
+    rows = [
+        [
+            " ".join(filter(None, (row.method, row.setting, f"seed {row.seed}" if seeds else ""))),
+            f"{row.best_reward:.2f}",
+            f"{row.best_kl:.2f}",
+            f"{row.last_reward:.2f}",
+            f"{row.last_kl:.2f}",
+            f"{row.fall:.2f} ({row.interval[0]:.2f} to {row.interval[1]:.2f})" if row.fall else "-",
+            "yes" if row.overoptimised else "no",
+        ]
+        for row in found
+    ]
+    columns = ["run", "best true reward", "at KL", "last true reward", "at KL", "fall", "over-optimised"]
+    note = "Over-optimised: training went on to a larger KL, and the true reward fell by more than its interval explains."
+    return [Table(columns, rows, caption=caption, note=note)]
+
+
+def training(
+    runs: Sequence[RunRecord], images: Mapping[tuple[str, str], Sequence[Path]], together: Mapping[str, Sequence[Path]]
+) -> Section | None:
+    """The curves: all runs in the same axes where there are several, then each stage's own."""
+    titles = {panel.file: panel.title for panel in PANELS}
+    blocks: list[Block] = []
+    for name, paths in together.items():
+        shown = [(path, f"{path.stem}: all runs") for path in paths]
+        blocks.append(Figures(shown, caption=f"{name}: all runs"))
+    for run in runs:
+        for name in TRAINING:
+            paths = images.get((run.name, name), ())
+            shown = [(path, titles.get(path.stem, path.stem)) for path in paths]
+            if shown:
+                blocks.append(Figures(shown, caption=of(run, runs, name)))
+    return Section("Training", blocks) if blocks else None
+
+
+def samples(runs: Sequence[RunRecord], count: int) -> Section | None:
+    """What reference and policy make of the same prompts; of several runs, prompts that they share stand together."""
+    by_prompt: dict[str, dict[tuple[str, str, str], list[str]]] = {}  # the runs that gave each text
+    for run, stage in one_or_more(runs, "eval"):
+        limit = stage.report.get("sampling", {}).get("max_new_tokens")
+        mark = f"cut by the limit of {limit} tokens" if limit else "cut by the token limit"
+        for line in stage.read_lines("samples.jsonl", SAMPLE):
+            sides = by_prompt.setdefault(shown_prompt(line), {})
+            for who in ("reference", "policy"):
+                if who in line:
+                    cut = "" if line.get(f"{who}_finished", True) else mark
+                    sides.setdefault((who, str(line[who]), cut), []).append(run.name)
+    # Prompts that most runs have come first; otherwise the order of the files.
+    chosen = sorted(by_prompt.items(), key=lambda item: -sum(map(len, item[1].values())))[:count]
+    if not chosen:
+        return None
+    note = f"{len(chosen)} of {len(by_prompt):,} prompts, drawn at temperature 1; eval/samples.jsonl holds all."
+    return Section("Samples", [Text(note), *(Sample(prompt, _sides(sides, runs)) for prompt, sides in chosen)])
+
+
+def _sides(sides: Mapping[tuple[str, str, str], Sequence[str]], runs: Sequence[RunRecord]) -> list[Side]:
+    """What several runs gave word for word, as runs with one reference do, is shown once."""
+    ordered = sorted(sides.items(), key=lambda side: side[0][0] != "reference")
+    return [Side(f"{who} of {', '.join(names)}" if len(runs) > 1 else who, text, mark) for (who, text, mark), names in ordered]
+
+
+def data(runs: Sequence[RunRecord]) -> Section | None:
+    """What became of every row that was read."""
+    rows, notes = [], []
+    for run in runs:
+        reports = next(
+            (run.stages[name].data for name in ("dpo", "sft", "ppo", "eval", "audit") if run.stages.get(name, None)), {}
+        )
+        for split, report in reports.items():
+            dropped = report.get("dropped", {})
+            bad = sum(count for cause, count in dropped.items() if cause not in FILTERED)
+            causes = ", ".join(f"{count:,} {cause}" for cause, count in sorted(dropped.items())) or "none"
+            cut = ", ".join(f"{count:,} {what}" for what, count in sorted(report.get("truncated", {}).items())) or "none"
+            cells = [report.get("source", ""), report.get("format", ""), *(f"{report[name]:,}" for name in ("read", "kept"))]
+            rows.append([of(run, runs, split), *cells, f"{bad:,}", causes, cut])
+            notes += [of(run, runs, f"{split}: {note}") for note in report.get("notes", [])]
+    if not rows:
+        return None
+    columns = ["split", "source", "format", "read", "kept", "bad", "left out, by cause", "cut to length"]
+    return Section("Data", [Table(columns, rows, note="Read = kept + left out."), *map(Text, notes)])

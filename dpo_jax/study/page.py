@@ -1,0 +1,195 @@
+"""The page of a blind study with people (appendix D.3): two completions of a prompt side by side.
+
+`make_study` gives a page, which is sent to raters, and a key, which is not: the page holds texts in an order drawn for each
+comparison, and ids that say nothing; the key says which method wrote which text. What the raters' files hold can be read with
+the key only (`study.ratings`).
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import importlib.resources
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.data.completion_files import Completion, without_cue
+from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport
+from dpo_jax.data.terminal import json_text, printable
+
+METHODS = ("a", "b")
+
+
+class Wording(NamedTuple):
+    """What raters read: the question (those of appendix C.2), and what prompt and completion are called."""
+
+    question: str
+    prompt: str
+    completion: str
+
+
+WORDINGS = {
+    "summary": Wording(
+        "Which of the following summaries does a better job of summarizing the most important points in the given forum post?",
+        "Forum post",
+        "Summary",
+    ),
+    "dialogue": Wording("Which response is more helpful?", "Conversation", "Response"),
+}
+
+
+class Comparison(NamedTuple):
+    prompt: str
+    completions: tuple[str, str]  # of method a, of method b
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """`page` is what raters may see, `key` what they may not. Both are plain JSON, and carry the same digest as "study"."""
+
+    page: dict[str, Any]
+    key: dict[str, Any]
+
+
+def one_each(completions: Sequence[Completion]) -> dict[str, str]:
+    """Prompt -> completion. Raises `DataError` for a prompt that comes twice: nobody could say which of its completions
+    belongs beside which of the other file.
+    """
+    found: dict[str, Completion] = {}
+    for one in completions:
+        first = found.setdefault(one.prompt, one)
+        if first is not one:
+            raise DataError(
+                f"{one.where}: prompt: the same as in {first.where}; keep one of each prompt (one temperature, one N)",
+                causes=[Cause.DUPLICATE_KEY],
+            )
+    return {prompt: one.text for prompt, one in found.items()}
+
+
+def join(a: Mapping[str, str], b: Mapping[str, str], *, report: DataReport) -> list[Comparison]:
+    """Comparisons of the prompts that both have, in the order of `a`. What is left out is counted in `report`, by cause.
+
+    Completions that differ in white space at most are left out: raters see the same text twice. Raises `DataError` if nothing
+    is left.
+    """
+    kept = []
+    for prompt in dict(a) | dict(b):
+        report.read += 1
+        if prompt not in a or prompt not in b:
+            only = "the first" if prompt in a else "the second"
+            report.add(repr(prompt[:60]), BadRow(Cause.NO_PAIR, f"only {only} file has this prompt"))
+        elif a[prompt].strip() == b[prompt].strip():
+            report.add(repr(prompt[:60]), BadRow(Cause.IDENTICAL, "both completions are the same text"))
+        else:
+            kept.append(Comparison(prompt, (a[prompt], b[prompt])))
+    report.kept = len(kept)
+    report.check()
+    if not kept:
+        raise DataError(
+            f"{report.source}: nothing to compare ({report.dropped}):\n{report.reasons()}"
+            "The two files need completions of the same prompts, character by character.",
+            causes=[Cause.NO_PAIR],
+        )
+    return kept
+
+
+def draw(comparisons: Sequence[Comparison], limit: int, *, seed: int, report: DataReport) -> list[Comparison]:
+    """`limit` of the comparisons, drawn at random (the paper took 150); the others are counted in `report`."""
+    taken = np.sort(np.random.default_rng(seed).permutation(len(comparisons))[:limit])
+    for number in np.setdiff1d(np.arange(len(comparisons)), taken):
+        where = repr(comparisons[number].prompt[:60])
+        report.add(where, BadRow(Cause.OVER_LIMIT, f"not among the {limit} that were drawn"))
+    report.kept = len(taken)
+    report.check()
+    return [comparisons[number] for number in taken]
+
+
+def make_study(
+    comparisons: Sequence[Comparison],
+    *,
+    names: tuple[str, str],
+    title: str,
+    wording: Wording,
+    raters: int,
+    twice: float,
+    seed: int,
+) -> Study:
+    """The page and the key of a study: the same arguments give the same one.
+
+    `names`: the two methods, for the key alone. `raters`: how many lists of comparisons there are, one a person (or any number
+    of persons, if there is one list). `twice`: share of the comparisons that are on two lists, so that people can be compared
+    with each other. Comparisons are shuffled for each list, and method a stands first in half of it. The page shows prompts as
+    a judge is shown them, and writes out what nobody could see; the key keeps all texts whole, to find the verdicts on them.
+    """
+    # The seed alone would let whoever has this program repeat the draw. The order of the files is not on the page.
+    order = json.dumps([list(names), [list(comparison) for comparison in comparisons]])
+    rng = np.random.default_rng([seed, *hashlib.sha256(order.encode()).digest()])
+    width = max(3, len(str(len(comparisons))))
+    stored = rng.permuted(np.tile([0, 1], (len(comparisons), 1)), axis=1)  # the methods of an item's two texts
+    shuffled = [comparisons[number] for number in rng.permutation(len(comparisons))]
+    items, hidden = [], []
+    for number, (comparison, sides) in enumerate(zip(shuffled, stored, strict=True), start=1):
+        name, texts = f"{number:0{width}}", [comparison.completions[method] for method in sides]
+        shown = [printable(text) for text in texts]
+        items.append({"id": name, "prompt": printable(without_cue(comparison.prompt)), "texts": shown})
+        methods = [METHODS[method] for method in sides]
+        hidden.append({"id": name, "prompt": comparison.prompt, "texts": texts, "methods": methods})
+    lists = []
+    for assigned in deal(len(items), raters, twice=twice, rng=rng):
+        leading = rng.permutation(np.arange(len(assigned)) + rng.integers(2)) % 2  # the method shown first, half and half
+        lists.append([[items[i]["id"], int(stored[i][0] != method)] for i, method in zip(assigned, leading, strict=True)])
+    page = {"title": title, **wording._asdict(), "items": items, "raters": lists}
+    digest = hashlib.sha256(json.dumps(page, sort_keys=True).encode()).hexdigest()[:16]
+    key = {"study": digest, "names": dict(zip(METHODS, names, strict=True)), "seed": seed, "items": hidden, "raters": lists}
+    return Study({"study": digest, **page}, key)
+
+
+def deal(items: int, raters: int, *, twice: float, rng: np.random.Generator) -> list[list[int]]:
+    """The items of each rater, shuffled: a share `twice` of them goes to two raters, the others to one.
+
+    Lists differ by one item at most, and whom a rater shares items with is spread evenly.
+    """
+    doubled = round(twice * items)
+    if doubled and raters < 2:
+        raise ValueError(f"{doubled} items are to be rated by two, and there is one rater")
+    lists: list[list[int]] = [[] for _ in range(raters)]
+    shared = np.zeros((raters, raters), int)
+    for place, item in enumerate(rng.permutation(items)):
+        loads, chance = [len(held) for held in lists], rng.permutation(raters)
+        chosen = [min(range(raters), key=lambda rater: (loads[rater], chance[rater]))]
+        if place < doubled:
+            first = chosen[0]
+            others = [rater for rater in range(raters) if rater != first]
+            chosen.append(min(others, key=lambda rater: (loads[rater], shared[first, rater], chance[rater])))
+            shared[chosen, chosen[::-1]] += 1
+        for rater in chosen:
+            lists[rater].append(int(item))
+    return [[held[place] for place in rng.permutation(len(held))] for held in lists]
+
+
+def render(page: Mapping[str, Any]) -> str:
+    """The page as one HTML file that needs nothing else. Its own policy (CSP) forbids it to load or to send anything.
+
+    Texts are embedded as JSON, in which no character can end the element they stand in, and shown as text, never as HTML.
+    """
+    template = importlib.resources.files("dpo_jax.study").joinpath("templates", "study.html").read_text(encoding="utf-8")
+    [style], [script] = (re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL) for tag in ("style", "script"))
+    policy = (
+        f"default-src 'none'; style-src '{_sha256(style)}'; script-src '{_sha256(script)}'; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
+    embedded = json_text(page)
+    for character in "<>&":
+        embedded = embedded.replace(character, f"\\u{ord(character):04x}")
+    # One pass: what is put in for one mark is not searched for the other.
+    values = {"POLICY": policy, "STUDY": embedded}
+    return re.sub(r"\{\{(POLICY|STUDY)\}\}", lambda mark: values[mark[1]], template)
+
+
+def _sha256(source: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"

@@ -1,0 +1,183 @@
+"""Each public format gives the pairs that its rows mean."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import GOLDEN
+from test_sources import FINE, SHP_ROW, TLDR_ROW, hh_row, load, turn, write
+from test_sources import tokenizer as tokenizer
+
+from dpo_jax.data.chat import chat_preference
+from dpo_jax.data.formats import common_prompt
+from dpo_jax.data.html import strip_html
+from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, split_hh
+
+
+def test_hh_split_is_the_originals():
+    cases = json.loads((GOLDEN / "hh_prompt_split.json").read_text())
+    assert len(cases) == 50
+    assert all(split_hh(case["chosen"], case["rejected"]) == case["prompt"] for case in cases)
+
+
+def test_formats_are_recognised_by_their_columns(tmp_path):
+    for format, row in FINE.items():
+        assert load(write(tmp_path / "train.jsonl", row)).report.format == format
+    # the first row alone would look like TRL's implicit prompt
+    rows = [{"chosen": "", "rejected": ""}, FINE["hh"], FINE["hh"]]
+    assert load(write(tmp_path / "train.jsonl", *rows), on_bad="drop").report.format == "hh"
+    with pytest.raises(DataError, match="no known format has the columns 'instruction', 'output'; if the first"):
+        load(write(tmp_path / "train.jsonl", {"instruction": "a", "output": "b"}))
+    with pytest.raises(ValueError, match="unknown format 'csv'"):
+        load(tmp_path, format="csv")
+    with pytest.raises(ValueError, match="on_bad"):
+        load(tmp_path, on_bad="ignore")
+
+
+def test_hh(tmp_path):
+    [pair] = load(write(tmp_path / "train.jsonl", hh_row("q\n\nAssistant: a\n\nHuman: r", " yes", " no")))
+    prompt = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:"
+    assert pair == Preference(prompt, " yes", " no", "train.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("The sky is blue.", "The sky is green.", "The sky is"),
+        ("The sky is blue.", "The sky is black.", "The sky is"),  # TRL cuts at "bl"
+        ("Q: why?\nA: so", "Q: why?\nA: no", "Q: why?\nA:"),
+        ("Q: why?\nso", "Q: why?\nno", "Q: why?\n"),
+        ("The sky is", "The sky is blue", "The sky"),  # TRL leaves the first completion empty
+        ("Yes: a", "Yes:\nb", "Yes:"),
+    ],
+)
+def test_the_implicit_prompt_of_texts_ends_at_a_word(chosen, rejected, prompt):
+    assert chosen[: common_prompt(chosen, rejected)] == prompt
+    assert rejected.startswith(prompt)
+
+
+def test_trl_chat_with_explicit_and_implicit_prompt(tmp_path, tokenizer):
+    question, good, bad = turn("user", "What colour?"), turn("assistant", "Blue."), turn("assistant", "Green.")
+    explicit = {"prompt": [question], "chosen": [good], "rejected": [bad]}
+    implicit = {"chosen": [question, good], "rejected": [question, bad]}
+    beside = {**implicit, "prompt": "What colour?"}  # as in UltraFeedback
+    loaded = load(write(tmp_path / "train.jsonl", explicit, implicit, beside), tokenizer=tokenizer)
+    prompt = "<|im_start|>user\nWhat colour?<|endoftext|>\n<|im_start|>assistant\n"
+    assert {(p.prompt, p.chosen, p.rejected, p.chat) for p in loaded} == {(prompt, "Blue.", "Green.", True)}
+    whole = tokenizer.apply_chat_template([question, good], tokenize=False)
+    assert whole == prompt + "Blue." + tokenizer.eos_token + "\n"  # encoding appends the EOS
+    pq.write_table(pa.Table.from_pylist([explicit]), tmp_path / "train.parquet")
+    assert load(tmp_path / "train.parquet", tokenizer=tokenizer)[0].chosen == "Blue."
+    with pytest.raises(DataError, match="need a tokenizer with a chat template"):
+        load(tmp_path / "train.jsonl")
+
+
+USER, SAID = turn("user", "q"), turn("assistant", "a")
+BAD_CHATS = {
+    "nothing said": (Cause.EMPTY, [USER], [turn("assistant", " ")], [SAID]),
+    "one side ends early": (Cause.EMPTY, None, [USER], [USER, SAID]),
+    "no messages": (Cause.EMPTY, [USER], [], [SAID]),
+    "same": (Cause.IDENTICAL, [USER], [SAID], [SAID]),
+    "no shared message": (Cause.NO_PROMPT, None, [SAID], [turn("assistant", "b")]),
+    "prompt of the assistant": (Cause.NO_PROMPT, [USER, SAID], [SAID], [turn("assistant", "b")]),
+    "two questions": (Cause.DIFFERENT_PROMPTS, None, [USER, SAID], [turn("user", "r"), SAID]),
+    "parted before the last turn": (Cause.DIFFERENT_PROMPTS, None, [USER, SAID, USER, SAID], [USER, turn("assistant", "b")]),
+    "EOS in a message": (Cause.EOS_IN_TEXT, [turn("user", "q<|endoftext|>")], [SAID], [turn("assistant", "b")]),
+    "no role": (Cause.MISSING_COLUMN, [{"content": "q"}], [SAID], [turn("assistant", "b")]),
+    "content of parts": (
+        Cause.WRONG_TYPE,
+        [{"role": "user", "content": [{"type": "image"}]}],
+        [SAID],
+        [turn("assistant", "b")],
+    ),
+    "text for messages": (Cause.WRONG_TYPE, None, "q a", [USER, SAID]),
+    "texts for messages": (Cause.WRONG_TYPE, None, ["q", "a"], [USER, SAID]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CHATS)
+def test_bad_chats(name, tokenizer):
+    cause, prompt, chosen, rejected = BAD_CHATS[name]
+    with pytest.raises(BadRow) as problem:
+        chat_preference(prompt, chosen, rejected, uid="here", tokenizer=tokenizer)
+    assert problem.value.cause == cause
+
+
+@pytest.mark.parametrize(
+    ("template", "detail"),
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{{ messages | length }} messages", "does not begin with the rendered prompt"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_named(template, detail, tokenizer):
+    fitting = tokenizer.chat_template
+    tokenizer.chat_template = template
+    try:
+        with pytest.raises(BadRow, match=detail) as problem:
+            chat_preference([USER], [SAID], [turn("assistant", "b")], uid="here", tokenizer=tokenizer)
+    finally:
+        tokenizer.chat_template = fitting
+    assert problem.value.cause == Cause.CHAT_TEMPLATE
+
+
+def test_shp_keeps_clear_preferences_and_names_the_best_as_sft_target(tmp_path):
+    rows = [
+        {**SHP_ROW, "labels": 0, "score_A": 3, "score_B": 9},
+        {**SHP_ROW, "human_ref_A": "c", "human_ref_B": "d", "score_A": 3, "score_B": 2},  # less than a factor of two
+        {**SHP_ROW, "human_ref_A": "e", "human_ref_B": "f", "score_A": 20, "score_B": 10},
+    ]
+    loaded = load(write(tmp_path / "train.jsonl", *rows))
+    prompt = "\n\nHuman: q\n\nAssistant:"
+    assert list(loaded) == [
+        Preference(prompt, " b", " a", "train.jsonl:1", sft_target=" e"),
+        Preference(prompt, " e", " f", "train.jsonl:3"),
+    ]
+    assert loaded.report.dropped == {"score_ratio": 1}
+    assert loaded.report.bad_share == 0
+
+
+def test_stack_exchange_pairs_by_score(tmp_path):
+    answers = [{"text": f"<p>{name}</p>", "pm_score": score} for name, score in (("a", 2), ("b", 5), ("c", 2), ("", 0))]
+    rows = [
+        {"question": "<p>Q</p>", "answers": answers[:3]},
+        {"question": "<p>Q</p>", "answers": answers[:1]},
+        {"question": "<p>R</p>", "answers": [answers[0], answers[3]]},
+    ]
+    loaded = load(write(tmp_path / "train.jsonl", *rows), on_bad="drop")
+    prompt = "\n\nHuman: Q\n\nAssistant:"
+    assert list(loaded) == [
+        Preference(prompt, " b", " a", "train.jsonl:1#0-1"),
+        Preference(prompt, " b", " c", "train.jsonl:1#1-2"),
+    ]
+    report = loaded.report
+    assert (report.rows, report.read, report.kept) == (3, 5, 2)
+    assert report.dropped == {"tie": 1, "no_pair": 1, "empty": 1}
+    worse = {"question": "<p>Q</p>", "answers": [{"text": f"<p>{s}</p>", "pm_score": s} for s in (1, 3, 2)]}
+    assert [p.sft_target for p in load(write(tmp_path / "train.jsonl", worse))] == [None, " 3", None]
+
+
+@pytest.mark.parametrize(
+    ("markup", "text"),
+    [
+        ("<p>One &amp; two</p>\n<p>three</p>", "One & two\n\nthree"),
+        ("<p>See <a href='x'>this</a>, <br>now</p>", "See , now"),
+        ("<pre class='l'><code>x &lt; 1\n</code></pre>", "<code>x < 1\n</code>"),
+        ("<ul><li>lost</li></ul><p>kept</p>text", "kept"),
+        ("<code>a<b>b</b></code>", "<code>ab</code>"),
+        ("<blockquote><p>lost</p></blockquote>", ""),
+    ],
+)
+def test_html_is_reduced_as_in_the_original(markup, text):
+    assert strip_html(markup) == text
+
+
+def test_tldr(tmp_path):
+    spaceless = {**TLDR_ROW, "summaries": [{"text": "a"}, {"text": " b"}], "choice": 0}
+    pairs = load(write(tmp_path / "train.jsonl", TLDR_ROW, spaceless))
+    assert pairs[0] == Preference("SUBREDDIT: r/tifu\nTITLE: T\nPOST: P\nTL;DR:", " second", " first", "train.jsonl:1")
+    assert (pairs[1].chosen, pairs[1].rejected) == (" a", " b")
+
+
+# -- the set ------------------------------------------------------------------------------------------------------------------

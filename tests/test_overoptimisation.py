@@ -1,0 +1,38 @@
+"""Over-optimisation: where reward falls as KL grows, told from scatter, and as the report shows it."""
+
+import csv
+
+import pytest
+
+from dpo_jax.evals.overoptimisation import declines
+from dpo_jax.report.run_record import read_run
+from dpo_jax.report.sections import frontier
+
+
+def test_declines_tell_a_fall_from_scatter(tmp_path):
+    def point(kl, reward, half, label="beta 1"):
+        return {"method": "dpo", "label": label, "seed": "0", "kl": str(kl), "reward": str(reward)} | {
+            "reward_low": str(reward - half),
+            "reward_high": str(reward + half),
+        }
+
+    fell = [point(1, 3, 0.3), point(4, 5, 0.3), point(9, 4, 0.4)]
+    (row,) = declines(fell)
+    assert (row.best_kl, row.best_reward, row.last_kl, row.last_reward, row.fall) == (4, 5, 9, 4, 1)
+    assert row.interval == pytest.approx((0.5, 1.5))  # 0.3 and 0.4 add up to 0.5 in squares
+    assert row.overoptimised
+    scatter = [*fell[:2], point(9, 4, 1.0)]
+    nearer = [*fell[:2], point(2, 4, 0.4)]
+    assert [row.overoptimised for rows in (scatter, nearer) for row in declines(rows)] == [False, False]
+    assert declines([point(1, 3, 0.3), point(1, 3, 0.3, label="other")]) == []
+    for stage in ("frontier", "dpo"):
+        (tmp_path / "run" / stage).mkdir(parents=True)
+        (tmp_path / "run" / stage / "config.yaml").write_text("")
+    with open(tmp_path / "run" / "frontier" / "results.csv", "w") as file:
+        writer = csv.DictWriter(file, list(fell[0]))
+        writer.writeheader()
+        writer.writerows(fell)
+    section = frontier([read_run(tmp_path / "run", name="r")], tmp_path)
+    table, figures = section.blocks
+    assert table.rows == [["dpo beta 1", "5.00", "4.00", "4.00", "9.00", "1.00 (0.50 to 1.50)", "yes"]]
+    assert figures.images[0][0].read_bytes().startswith(b"\x89PNG")
