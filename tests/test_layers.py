@@ -11,8 +11,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # First match wins. Modules of one floor may import each other, as far as Python itself allows.
 FLOORS = [
-    (1, ["types.py", "extras.py", "untrusted.py", "shapes.py", "writing.py", "locks.py"]),
-    (2, ["losses.py", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
+    (1, ["types.py", "extras.py", "untrusted.py", "shapes.py", "writing.py", "locks.py", "loss_table.py"]),
+    (2, ["losses/", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
     (3, ["dpo.py", "sft.py", "reward.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),
     (5, ["evals/", "bench/", "lab/", "checks/", "check.py"]),
@@ -58,7 +58,15 @@ LIGHT = [
         ),
         *("commands", "exit_codes", "fixed", "flags", "main", "words"),
     )
-] + ["runtime/signals.py", "runtime/progress.py", "data/terminal.py", "untrusted.py", "shapes.py", "writing.py"]
+] + [
+    "runtime/signals.py",
+    "runtime/progress.py",
+    "data/terminal.py",
+    "untrusted.py",
+    "shapes.py",
+    "writing.py",
+    "loss_table.py",
+]
 # What runs in the processes of the PyTorch contenders, where JAX would count as their memory.
 WITHOUT_JAX = [f"bench/{name}.py" for name in ("contender", "matmul", "torch_loop", "torch_sampler", "trl_loop", "work")]
 

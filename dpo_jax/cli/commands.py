@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from dpo_jax import loss_table
 from dpo_jax.cli import config as options
 from dpo_jax.cli.config_file import types_of
 
@@ -17,7 +18,7 @@ class Command(NamedTuple):
 
 # Every step of a run takes the sections that describe it, so that one set of flags serves them all.
 _RUN = ("run", "mesh", "data", "tokenizer", "model")
-_LOSS = ("dpo.policy", "dpo.reference", "dpo.loss", "dpo.beta", "dpo.alpha", "dpo.label_smoothing", "dpo.reference_free")
+_LOSS = ("dpo.policy", "dpo.reference", *(f"dpo.{option}" for option in loss_table.HELP))
 # The contenders decide on device and layout.
 _BENCH = (
     *("run.dir", "run.seed", "run.precision", "tokenizer", "model", "bench"),

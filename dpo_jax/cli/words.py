@@ -112,9 +112,10 @@ WORDS: Mapping[str, str] = {
     "model_revision": "org/name@revision in model.path or dpo.policy",
     "config": "the YAML file is the first word after the command",
     "shuffle_dataset": "every epoch is shuffled, by run.seed",
-    "rpo_alpha": "no SFT term is added to the loss; dpo.loss preferred_ft trains on chosen completions alone",
-    "f_divergence_type": "the penalty is the reverse KL of the paper",
-    **dict.fromkeys(("ld_alpha", "use_weighting"), "dpo.loss has no such variant"),
+    **dict.fromkeys(("rpo_alpha", "loss_weights"), "dpo.loss as a weighted sum, such as dpo + 0.1*sft"),
+    "f_divergence_type": "dpo.f_divergence",
+    "f_alpha_divergence_coef": "dpo.f_alpha",
+    "simpo_gamma": "dpo.gamma",
     **dict.fromkeys(("chat_template", "chat_template_path", "eos_token"), "the tokenizer's own; change it in its folder"),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), "fixed; dpo.optimizer chooses between two"),
     **dict.fromkeys(
