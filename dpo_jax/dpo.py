@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.logps import completion_lengths, completion_logps
+from dpo_jax.logps import aligned_log_probability, completion_lengths, hidden_logps, pair_sums, scored_hidden
 from dpo_jax.losses import PreferenceLoss, asked, right
 from dpo_jax.step import apply_gradients, mean_grads
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
@@ -19,6 +19,7 @@ def dpo_step(
     model: Model,
     tx: optax.GradientTransformation,
     loss: PreferenceLoss,
+    ld_alpha: float = 1.0,
     microbatches: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -34,11 +35,13 @@ def dpo_step(
     >>> print(f"{metrics['loss']:.4f} {metrics['rewards/margins']:.1f}")  # the policy still is its reference
     0.6931 0.0
 
-    A loss of one's own is a function of arrays. It asks for what it needs besides log-probabilities by keyword: `lengths` are
-    the scored tokens float32[P, K], `mean_lengths` their mean over the global batch, as float32[P, K], `weight` float32[P] is 0
-    for fillers. A loss that asks for `weight` looks across pairs, so it is refused with microbatches or a mapped axis. Columns
-    of the data come in `rows.extras`, by name, through `examples_to_rows`. Fillers have length 0, so divide by at least 1:
-    their weight of 0 does not undo a NaN. Here a loss with lengths and a quality gap:
+    `ld_alpha` below 1 is LD-DPO: tokens beyond the length of the pair's shorter completion count so much (`logps.pair_sums`).
+    `rows.ref_logps` must be made with the same.
+
+    A loss of one's own is a function of arrays. It asks for what it needs besides log-probabilities by keyword: `lengths`, the
+    scored tokens float32[P, K], or others of `losses.SIGNALS`. One that asks for `weight` looks across pairs, and is refused
+    with microbatches or a mapped axis. Columns of the data come in `rows.extras`, by name, through `examples_to_rows`. Fillers
+    have length 0, so divide by at least 1: their weight of 0 does not undo a NaN. Here a loss with lengths and a quality gap:
 
     >>> def loss(logps, ref_logps, *, lengths, gap):
     ...     ratios = (logps - ref_logps) / jnp.maximum(lengths, 1)
@@ -60,12 +63,15 @@ def dpo_step(
     def objective(trainable: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
         if rows.ref_logps is None:
             raise ValueError("the batch carries no reference log-probabilities: give the layout `ref_logps`")
-        logps = completion_logps(model, {**state.frozen, **trainable}, rows)
-        extras = dict(rows.extras or {})
-        if "lengths" in signals:
-            extras["lengths"] = completion_lengths(rows)
-        if "weight" in signals:
-            extras["weight"] = rows.weight
+        variables = {**state.frozen, **trainable}
+        hidden = scored_hidden(model, variables, rows)
+        logps = pair_sums(hidden_logps(model, variables, hidden, rows), rows, ld_alpha=ld_alpha)
+        supplied = {
+            "lengths": lambda: completion_lengths(rows),
+            "weight": lambda: rows.weight,
+            "aligned_logps": lambda: _aligned_logps(model, variables, hidden, rows),
+        }
+        extras = {name: make() for name, make in supplied.items() if name in signals} | dict(rows.extras or {})
         found = loss(logps, rows.ref_logps, **extras)
         if not (isinstance(found, tuple) and len(found) == 2):
             raise TypeError(f"a loss returns (losses [P], rewards [P, K]), this one {type(found).__name__}")
@@ -74,6 +80,13 @@ def dpo_step(
 
     grads, metrics = mean_grads(objective, state.params, rows, microbatches=microbatches, axis_name=axis_name)
     return apply_gradients(state, grads, metrics, tx=tx)
+
+
+def _aligned_logps(model: Model, variables: Variables, hidden: jax.Array, rows: Rows) -> jax.Array:
+    """What WPO weighs a completion by, see `losses.SIGNALS`: float32[P, K]. A second pass through the head, forward only."""
+    variables, hidden = jax.lax.stop_gradient((variables, hidden))
+    sums = pair_sums(hidden_logps(model, variables, hidden, rows, read=aligned_log_probability), rows)
+    return sums / jnp.maximum(completion_lengths(rows), 1)
 
 
 def _mean_lengths(rows: Rows, axis_name: str | None) -> jax.Array:

@@ -86,6 +86,9 @@ OPTIONS: Mapping[str, Option] = {
     ),
     "gamma": Option(float, 0.5, _any, "", "Target margin of simpo."),
     "cpo_alpha": Option(float, 1.0, lambda x: x >= 0, "must not be negative", "Weight of the SFT term of cpo."),
+    "wpo": Option(
+        bool, False, _any, "", "Weigh pairs by how likely the policy is to write them (WPO); any loss but aot and aot_unpaired."
+    ),
 }
 
 _F = ("f_divergence", "f_alpha")
@@ -197,7 +200,8 @@ def terms(text: str) -> list[Term]:
 
 def reads(text: str) -> set[str]:
     """The options that the losses of a text read."""
-    return {option for term in terms(text) for option in term.loss.options}
+    found = {option for term in terms(text) for option in term.loss.options}
+    return found if sorts_batch(text) else found | {"wpo"}
 
 
 def uses_reference(text: str) -> bool:
@@ -220,7 +224,7 @@ def problems(text: str, values: Mapping[str, Any], *, microbatches: int = 1) -> 
     for name, option in OPTIONS.items():
         value = values[name]
         if name not in read and value != option.default:
-            readers = ", ".join(loss for loss, entry in LOSSES.items() if name in entry.options)
+            readers = ", ".join(loss for loss in LOSSES if name in reads(loss))
             yield name, f"loss {text} does not read it: leave it at {_shown(option.default)}, or use one that does ({readers})"
         elif value is not None and not option.inside(value):
             yield name, f"{option.expected}, got {value}"

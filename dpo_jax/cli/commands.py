@@ -18,7 +18,7 @@ class Command(NamedTuple):
 
 # Every step of a run takes the sections that describe it, so that one set of flags serves them all.
 _RUN = ("run", "mesh", "data", "tokenizer", "model")
-_LOSS = ("dpo.policy", "dpo.reference", *(f"dpo.{option}" for option in loss_table.HELP))
+_LOSS = ("dpo.policy", "dpo.reference", "dpo.ld_alpha", *(f"dpo.{option}" for option in loss_table.HELP))
 # The contenders decide on device and layout.
 _BENCH = (
     *("run.dir", "run.seed", "run.precision", "tokenizer", "model", "bench"),
@@ -60,7 +60,7 @@ COMMANDS = {
     "refs": Command(
         "cache the reference log-probabilities",
         "dpo_jax.cli.refs:run",
-        (*_RUN, "dpo.policy", "dpo.reference", "refs"),
+        (*_RUN, "dpo.policy", "dpo.reference", "dpo.ld_alpha", "refs"),
         ("data",),
     ),
     "dpo": Command("train the policy on preferences", "dpo_jax.cli.dpo:run", (*_RUN, "refs", "dpo", "export.dtype"), ("data",)),

@@ -341,12 +341,17 @@ class DpoConfig(LossConfig, TrainingConfig):
     reference: str | None = None
     """Folder or Hub id of the reference; none: the starting policy. A second round may keep the reference of the first."""
 
+    ld_alpha: float = 1.0
+    """LD-DPO: weight, 0 to 1, of the tokens beyond the length of the pair's shorter completion; 1: all count alike."""
+
     def loss_options(self) -> dict[str, Any]:
         """The values of all options of losses."""
         return {name: getattr(self, name) for name in loss_table.OPTIONS}
 
     def check(self) -> Iterator[Problem]:
         yield from super().check()
+        if not 0 <= self.ld_alpha <= 1:
+            yield "ld_alpha", f"must be between 0 and 1, got {self.ld_alpha}"
         yield from loss_table.problems(self.loss, self.loss_options(), microbatches=self.microbatches)
 
 

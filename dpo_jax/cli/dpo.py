@@ -66,9 +66,15 @@ def run(config: Config) -> int:
             variables, start = build.load_weights(config.dpo_policy(), model, partitioner, name="dpo.policy")
         loss, tx = build.make_loss(section), build.make_tx(section, steps=steps)
         step = functools.partial(
-            dpo_step, model=model, tx=tx, loss=loss, microbatches=section.microbatches, axis_name=partitioner.axis_name
+            dpo_step,
+            model=model,
+            tx=tx,
+            loss=loss,
+            ld_alpha=section.ld_alpha,
+            microbatches=section.microbatches,
+            axis_name=partitioner.axis_name,
         )
-        policy_logps = partitioner.compile_map(functools.partial(reference_logps, model))
+        policy_logps = partitioner.compile_map(functools.partial(reference_logps, model, ld_alpha=section.ld_alpha))
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             logps = held_out_logps(
@@ -123,7 +129,7 @@ def run(config: Config) -> int:
 
 def loss_at_reference(section: DpoConfig) -> float | None:
     """The loss of a policy that is its reference: ln 2 for DPO. None where that depends on the data."""
-    if section.reference_free or not all(term.loss.at_reference for term in loss_table.terms(section.loss)):
+    if section.reference_free or section.wpo or not all(term.loss.at_reference for term in loss_table.terms(section.loss)):
         return None
     same, loss = np.zeros((1, 2), np.float32), build.make_loss(section)
     # One program, and not one for each operation.

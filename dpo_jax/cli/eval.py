@@ -63,7 +63,7 @@ def run(config: Config) -> int:
             config, model, reference, tokenizer, [held_out], partitioner=partitioner, weights=weights["reference"]
         )
         layout = build.pair_layout(config, held_out, batch=config.eval.batch, parts=partitioner.row_shards)
-        compiled = partitioner.compile_map(functools.partial(reference_logps, model))
+        compiled = partitioner.compile_map(functools.partial(reference_logps, model, ld_alpha=config.dpo.ld_alpha))
         logps = held_out_logps(
             lambda rows: compiled(policy, rows),
             in_order(held_out, layout=layout, batch=config.eval.batch, part=partitioner.host_part),
@@ -192,4 +192,9 @@ def _update_card(config: Config, report: dict[str, Any]) -> None:
 
 def _settings(config: Config) -> dict[str, Any]:
     """What the figures of the table depend on besides weights and data."""
-    return {"loss": config.dpo.loss, **config.dpo.loss_options(), "reference": config.dpo_reference()}
+    return {
+        "loss": config.dpo.loss,
+        "ld_alpha": config.dpo.ld_alpha,
+        **config.dpo.loss_options(),
+        "reference": config.dpo_reference(),
+    }

@@ -116,6 +116,7 @@ WORDS: Mapping[str, str] = {
     "f_divergence_type": "dpo.f_divergence",
     "f_alpha_divergence_coef": "dpo.f_alpha",
     "simpo_gamma": "dpo.gamma",
+    "use_weighting": "dpo.wpo",
     **dict.fromkeys(("chat_template", "chat_template_path", "eos_token"), "the tokenizer's own; change it in its folder"),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), "fixed; dpo.optimizer chooses between two"),
     **dict.fromkeys(

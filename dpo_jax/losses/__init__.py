@@ -14,6 +14,7 @@ from dpo_jax.losses.combine import PreferenceLoss as PreferenceLoss
 from dpo_jax.losses.combine import asked as asked
 from dpo_jax.losses.combine import named_loss as named_loss
 from dpo_jax.losses.combine import sum_of_losses as sum_of_losses
+from dpo_jax.losses.combine import weighted_by_policy as weighted_by_policy
 from dpo_jax.losses.combine import whole_set_signals as whole_set_signals
 from dpo_jax.losses.inputs import implicit_rewards as implicit_rewards
 from dpo_jax.losses.inputs import right as right

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import loss_table
@@ -19,10 +20,17 @@ PreferenceLoss = Callable[..., tuple[jax.Array, jax.Array]]
 is 2, or the length of a ranking. `signals` are the keywords that it names without a value, such as `lengths` (`SIGNALS`), and
 what the batch carries besides (`Rows.extras`)."""
 
-SIGNALS = ("lengths", "mean_lengths", "weight")
+SIGNALS = ("lengths", "mean_lengths", "weight", "aligned_logps")
+"""What `dpo_step` supplies to a loss that names it:
+
+    lengths        float32[P, K]  scored tokens of each completion; 0 in fillers
+    mean_lengths   float32[P, K]  their mean over the pairs of the global batch; all rows are equal
+    weight         float32[P]     1, and 0 for fillers
+    aligned_logps  float32[P, K]  mean over tokens of log pi(y_t) - log sum_v pi(v)^2 of the policy, without gradient (WPO)
+"""
 
 
-def asked(loss: PreferenceLoss) -> frozenset[str]:
+def asked(loss: Callable[..., Any]) -> frozenset[str]:
     """Which of `SIGNALS` a loss asks for: the keywords of those names that have no value yet.
 
     >>> sorted(asked(partial(length_normalized_loss, beta=5.0)))
@@ -52,7 +60,8 @@ def named_loss(text: str, **options: Any) -> PreferenceLoss:
     for term in loss_table.terms(text):
         bound = {name: values[name] for name in term.loss.options}
         parts.append((term.weight, functools.partial(_function(term.loss.function), **bound)))
-    return parts[0][1] if len(parts) == 1 and parts[0][0] == 1 else sum_of_losses(parts)
+    loss = parts[0][1] if len(parts) == 1 and parts[0][0] == 1 else sum_of_losses(parts)
+    return weighted_by_policy(loss) if values["wpo"] else loss
 
 
 def _function(name: str) -> PreferenceLoss:
@@ -78,22 +87,49 @@ def sum_of_losses(parts: Sequence[tuple[float, PreferenceLoss]]) -> PreferenceLo
         )
         return combined, found[0][1]
 
-    names = ["logps", "ref_logps", *sorted(frozenset().union(*(names for _, _, names in wanted)))]
-    kinds = inspect.Parameter
-    total.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
-        [kinds(name, kinds.POSITIONAL_OR_KEYWORD if number < 2 else kinds.KEYWORD_ONLY) for number, name in enumerate(names)]
-    )
-    return total
+    return _asking(total, *(names for _, _, names in wanted))
 
 
-def whole_set_signals(loss: PreferenceLoss, lengths: Array | None, *, pairs: int) -> Mapping[str, Array]:
-    """What a loss asks for, of a whole set of pairs that are there at once, as in an evaluation. `lengths`: float[P, 2]."""
+def weighted_by_policy(loss: PreferenceLoss) -> PreferenceLoss:
+    """WPO: a loss with each pair weighed by how likely the policy is to write it (Zhou et al. 2024, arXiv 2406.11827, eq. 2).
+
+    The weight is the product of both completions' `exp(aligned_logps)`, without gradient.
+
+    >>> loss = weighted_by_policy(partial(dpo_loss, beta=0.1))
+    >>> print(loss(np.zeros((1, 2)), np.zeros((1, 2)), aligned_logps=np.log([[0.5, 0.5]]))[0])  # log(2) / 4
+    [0.1732868]
+    """
+    names = asked(loss)
+
+    def weighted(logps: Array, ref_logps: Array, **signals: Array) -> tuple[jax.Array, jax.Array]:
+        losses, rewards = loss(logps, ref_logps, **{name: signals[name] for name in names})
+        weights = jnp.exp(jnp.asarray(signals["aligned_logps"]).sum(axis=1))
+        return losses * jax.lax.stop_gradient(weights), rewards
+
+    return _asking(weighted, names, ("aligned_logps",))
+
+
+def _asking(loss: PreferenceLoss, *names: Iterable[str]) -> PreferenceLoss:
+    """Gives a loss the signature of one that asks for `names`."""
+    keywords = sorted(frozenset().union(*names))
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("logps", "ref_logps")]
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in keywords]
+    loss.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    return loss
+
+
+def whole_set_signals(loss: Callable[..., Any], lengths: Array | None, *, pairs: int) -> Mapping[str, Array]:
+    """What a loss asks for, of a whole set of pairs that are there at once, as in an evaluation. `lengths`: float[P, 2].
+
+    `aligned_logps` are 0: WPO's weights belong to training, and held-out pairs count alike.
+    """
     names = asked(loss)
     if lengths is None:
-        if missing := sorted(names - {"weight"}):
+        if missing := sorted(names & {"lengths", "mean_lengths"}):
             raise ValueError(f"this loss needs the completions' lengths for its {', '.join(missing)}")
         lengths = np.zeros((pairs, 2), np.float32)
     lengths = np.asarray(lengths, np.float32)
     mean = np.broadcast_to(lengths.mean(axis=0), lengths.shape)
     found = {"lengths": lengths, "mean_lengths": mean, "weight": np.ones(pairs, np.float32)}
+    found["aligned_logps"] = np.zeros_like(lengths)
     return {name: found[name] for name in names}

@@ -7,6 +7,7 @@ constraint is then another divergence than KL(pi || pi_ref), and the reward is `
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -243,9 +244,8 @@ def divergence_scores(
     raise ValueError(f"f_divergence={f_divergence}: one of reverse_kl, forward_kl, js_divergence, alpha_divergence is expected")
 
 
-def log_loss(margins: Array, label_smoothing: float | Array) -> jax.Array:
+def log_loss(margins: Any, label_smoothing: Any) -> jax.Array:
     """`-log sigmoid(margins)`, of which a share `label_smoothing` counts with the sign turned."""
-    margins = jnp.asarray(margins)
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(margins) - label_smoothing * jax.nn.log_sigmoid(-margins)
 
 
