@@ -10,6 +10,7 @@ float[P] (0 marks fillers). `dpo_step` supplies what a loss names. A loss that a
 `dpo_step` refuses to cut that into parts.
 """
 
+from dpo_jax.losses.combine import SIGNALS as SIGNALS
 from dpo_jax.losses.combine import PreferenceLoss as PreferenceLoss
 from dpo_jax.losses.combine import asked as asked
 from dpo_jax.losses.combine import named_loss as named_loss

@@ -67,7 +67,7 @@ def lengths_of(lengths: Array, logps: jax.Array) -> jax.Array:
     """Lengths [P, K] to divide by: those of fillers, which are 0, count as 1."""
     if np.shape(lengths) != logps.shape:
         raise ValueError(f"lengths has shape {np.shape(lengths)} and logps {logps.shape}: they must be equal")
-    return jnp.maximum(jnp.asarray(lengths), 1)
+    return jnp.maximum(jnp.asarray(lengths, logps.dtype), 1)
 
 
 def check_beta(value: float | Array, logps: jax.Array) -> Any:
