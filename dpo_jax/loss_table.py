@@ -84,6 +84,9 @@ OPTIONS: Mapping[str, Option] = {
     "discopop_tau": Option(
         float, 0.05, lambda x: x > 0, "must be greater than 0", "Temperature of discopop's mixture of two losses."
     ),
+    "length_penalty": Option(
+        float, 0.01, lambda x: x >= 0, "must not be negative", "Reward that a token costs (R-DPO's alpha)."
+    ),
     "gamma": Option(float, 0.5, _any, "", "Target margin of simpo."),
     "cpo_alpha": Option(float, 1.0, lambda x: x >= 0, "must not be negative", "Weight of the SFT term of cpo."),
     "wpo": Option(
@@ -105,6 +108,9 @@ LOSSES: Mapping[str, Loss] = {
     "dpo": _DPO,
     "sigmoid": _DPO._replace(title="Direct Preference Optimization (TRL's name of dpo)"),
     "sigmoid_norm": Loss("margin.length_normalized_loss", ("beta", *_F), "length-normalised DPO (Tulu 3)", "2411.15124", _LN2),
+    "length_regularized": Loss(
+        "margin.length_regularized_loss", ("beta", "length_penalty"), "length-regularised DPO (R-DPO)", "2403.19159"
+    ),
     "ipo": Loss(
         "margin.ipo_loss", ("beta", *_F), "Identity Preference Optimization, summed", "2310.12036", "1 / (2 * beta) ** 2"
     ),
@@ -210,8 +216,11 @@ def uses_reference(text: str) -> bool:
 
 
 def sorts_batch(text: str) -> bool:
-    """Whether any of the losses of a text looks at all pairs of a batch at once."""
-    return any(term.loss.whole_batch for term in terms(text))
+    """Whether any of the losses of a text looks at all pairs of a batch at once. False for a text that is wrong."""
+    try:
+        return any(term.loss.whole_batch for term in terms(text))
+    except ValueError:
+        return False
 
 
 def problems(text: str, values: Mapping[str, Any], *, microbatches: int = 1) -> Iterator[tuple[str, str]]:

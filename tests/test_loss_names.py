@@ -30,6 +30,7 @@ STORED = json.loads((GOLDEN / "losses.json").read_text())
 NAMES = list(loss_table.LOSSES)
 NEEDED = {"exo_pair": {"label_smoothing": 0.01}, "unlikelihood": {"alpha": 0.3}}
 NOT_IN_TRL = {
+    "length_regularized": "no",
     "dpo": "there it is sigmoid",
     "ipo": "only with means per token; equal to the original in test_losses.py",
     "unlikelihood": "a baseline of the paper",
@@ -176,7 +177,7 @@ def test_every_option_changes_the_loss_and_others_are_refused(name):
     logps, ref, signals = drawn(6)
     changed = {
         **{"beta": 0.3, "alpha": 0.6, "label_smoothing": 0.2, "reference_free": True, "f_divergence": "js_divergence"},
-        **{"f_alpha": 0.7, "discopop_tau": 0.5, "gamma": 1.0, "cpo_alpha": 0.3, "wpo": True},
+        **{"f_alpha": 0.7, "discopop_tau": 0.5, "length_penalty": 0.2, "gamma": 1.0, "cpo_alpha": 0.3, "wpo": True},
     }
     assert changed.keys() == loss_table.OPTIONS.keys()
     read = loss_table.reads(name)
@@ -208,6 +209,17 @@ def test_the_loss_of_a_policy_that_is_its_reference(name):
     else:
         assert np.ptp(values) > 1e-3
         assert loss_at_reference(section) is None
+
+
+def test_a_preference_that_length_explains_asks_less_of_the_policy():
+    """Of two pairs with equal log-probabilities that with the longer chosen completion has the smaller gradient."""
+    logps, lengths = np.zeros((2, 2)), np.array([[20.0, 10.0], [10.0, 20.0]])
+    loss = named_loss("length_regularized", length_penalty=0.1)
+    slope = jax.grad(lambda logps: loss(logps, np.zeros((2, 2)), lengths=lengths)[0].sum())(logps)
+    assert abs(slope[0, 0]) < 0.05 < abs(slope[1, 0])
+    np.testing.assert_allclose(
+        named_loss("length_regularized", length_penalty=0.0)(logps, logps, lengths=lengths)[0], np.log(2)
+    )
 
 
 def test_a_sum_of_losses_is_checked_at_step_0_where_all_its_parts_are():

@@ -34,6 +34,7 @@ from dpo_jax.losses.margin import hinge_loss as hinge_loss
 from dpo_jax.losses.margin import ipo_loss as ipo_loss
 from dpo_jax.losses.margin import ipo_per_token_loss as ipo_per_token_loss
 from dpo_jax.losses.margin import length_normalized_loss as length_normalized_loss
+from dpo_jax.losses.margin import length_regularized_loss as length_regularized_loss
 from dpo_jax.losses.margin import robust_loss as robust_loss
 from dpo_jax.losses.pointwise import apo_down_loss as apo_down_loss
 from dpo_jax.losses.pointwise import apo_zero_loss as apo_zero_loss

@@ -125,6 +125,25 @@ def length_normalized_loss(
     return -jax.nn.log_sigmoid(margins), implicit_rewards(logps, ref_logps, beta=beta)
 
 
+def length_regularized_loss(
+    logps: Array, ref_logps: Array, *, lengths: Array, beta: float | Array, length_penalty: float | Array = 0.01
+) -> Result:
+    """Length-regularised DPO: `-log sigmoid(beta * margin + length_penalty * (|y_w| - |y_l|))` (Park et al. 2024, 2403.19159).
+
+    DPO of the reward `r - length_penalty * |y|`: what length explains of a preference, the policy need not learn. `logps`,
+    `ref_logps` and `lengths` (scored tokens) are float[P, 2]; returns `(losses float[P], rewards float[P, 2])`.
+
+    >>> lengths = np.array([[9.0, 4.0]])
+    >>> losses, _ = length_regularized_loss(np.zeros((1, 2)), np.zeros((1, 2)), lengths=lengths, beta=0.1, length_penalty=0.2)
+    >>> print(f"{losses[0]:.4f}")  # -log sigmoid(0.2 * 5)
+    0.3133
+    """
+    logps, ref_logps = pairs_of(logps, ref_logps)
+    beta = check_beta(beta, logps)
+    margins = beta * _margins(logps - ref_logps) + length_penalty * _margins(jnp.asarray(lengths, logps.dtype))
+    return -jax.nn.log_sigmoid(margins), implicit_rewards(logps, ref_logps, beta=beta)
+
+
 def hinge_loss(
     logps: Array, ref_logps: Array, *, beta: float | Array, f_divergence: str = "reverse_kl", f_alpha: float = 0.5
 ) -> Result:
