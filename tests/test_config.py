@@ -142,7 +142,7 @@ def error_of(tmp_path, text):
         ("dpo: {loss: aot, microbatches: 2}", "dpo.microbatches: loss aot sorts all pairs of a batch"),
         (
             "dpo: {loss: dpo + aot}\nrun: {devices: pmap}",
-            "run.devices: loss dpo . aot sorts all pairs of a batch, .* use single or mesh",
+            "run.devices: loss dpo . aot sorts all pairs of a batch: use single",
         ),
         ("dpo: {ld_alpha: 1.5}", "dpo.ld_alpha: must be between 0 and 1, got 1.5"),
         ("dpo: {f_divergence: kl}", "dpo.f_divergence: expected one of reverse_kl, forward_kl"),

@@ -615,9 +615,7 @@ def problems(config: Config) -> list[Problem]:
         bad = [(field, "must be a finite number") for field in numbers if not math.isfinite(getattr(section, field))]
         found += [(f"{name}.{field}", message) for field, message in bad or section.check()]
     if config.run.devices == "pmap" and loss_table.sorts_batch(config.dpo.loss):
-        found.append(
-            ("run.devices", f"loss {config.dpo.loss} sorts all pairs of a batch, which pmap cuts up: use single or mesh")
-        )
+        found.append(("run.devices", f"loss {config.dpo.loss} sorts all pairs of a batch: use single or mesh"))
     positions, longest = config.model.max_positions, config.data.max_length
     if positions and longest > positions:
         found.append(("data.max_length", f"{longest} tokens do not fit model.max_positions ({positions}); lower it"))
