@@ -175,14 +175,16 @@ def _made_with(run: RunDir) -> str:
     return f"{packages}{commit}" + (f", on {len(devices)} x {devices[0]}" if devices else "")
 
 
+def _loss_options(section: DpoConfig) -> list[str]:
+    """The loss, beta if it has one, and what else is not as by default."""
+    beta = ["beta"] if "beta" in loss_table.reads(section.loss) else []
+    others = [name for name in (*loss_table.OPTIONS, "ld_alpha") if getattr(section, name) != getattr(DpoConfig, name)]
+    return ["loss", *beta, *(name for name in others if name not in beta)]
+
+
 def _options(config: Config, section: SftConfig | DpoConfig) -> str:
     data = config.data
-    objective = (
-        ("loss", *(name for name in loss_table.OPTIONS if name in loss_table.reads(section.loss)))
-        if isinstance(section, DpoConfig)
-        else ()
-    )
-    names = [*objective, *TRAINING]
+    names = [*(_loss_options(section) if isinstance(section, DpoConfig) else ()), *TRAINING]
     values = {name: getattr(section, name) for name in names}
     values |= {
         "max_length": data.max_length,
