@@ -67,7 +67,7 @@ OPTIONS: Mapping[str, Option] = {
         None,
         lambda x: 0 <= x <= 1,
         "must be between 0 and 1",
-        "Weight of the rejected completion, 0 to 1; loss unlikelihood needs it.",
+        "Weight of the rejected completion, 0 to 1.",
     ),
     "label_smoothing": Option(
         float,
@@ -76,19 +76,15 @@ OPTIONS: Mapping[str, Option] = {
         "must be at least 0 and below 0.5",
         "Assumed share of swapped labels, 0 to below 0.5; exo_pair needs it, its paper takes 0.001.",
     ),
-    "reference_free": Option(bool, False, _any, "", "Take a uniform reference instead of the starting policy; loss dpo."),
-    "f_divergence": Option(
-        Divergence, "reverse_kl", _any, "", "Divergence from the reference (f-DPO); losses of the margin, such as dpo."
-    ),
+    "reference_free": Option(bool, False, _any, "", "Take a uniform reference instead of the starting policy."),
+    "f_divergence": Option(Divergence, "reverse_kl", _any, "", "Divergence from the reference (f-DPO)."),
     "f_alpha": Option(float, 0.5, _any, "", "Alpha of f_divergence alpha_divergence."),
-    "discopop_tau": Option(
-        float, 0.05, lambda x: x > 0, "must be greater than 0", "Temperature of discopop's mixture of two losses."
-    ),
+    "discopop_tau": Option(float, 0.05, lambda x: x > 0, "must be greater than 0", "Temperature of the mixture of two losses."),
     "length_penalty": Option(
-        float, 0.01, lambda x: x >= 0, "must not be negative", "Reward that a token costs (R-DPO's alpha)."
+        float, 0.01, lambda x: x >= 0, "must not be negative", "Reward that a token costs (alpha of the paper)."
     ),
-    "gamma": Option(float, 0.5, _any, "", "Target margin of simpo."),
-    "cpo_alpha": Option(float, 1.0, lambda x: x >= 0, "must not be negative", "Weight of the SFT term of cpo."),
+    "gamma": Option(float, 0.5, _any, "", "Target margin."),
+    "cpo_alpha": Option(float, 1.0, lambda x: x >= 0, "must not be negative", "Weight of the SFT term."),
     "wpo": Option(
         bool, False, _any, "", "Weigh pairs by how likely the policy is to write them (WPO); any loss but aot and aot_unpaired."
     ),
@@ -170,10 +166,16 @@ LOSSES: Mapping[str, Loss] = {
 }
 
 
+def _of(option: str) -> str:
+    """Which losses read an option, unless most do."""
+    names = [name for name, loss in LOSSES.items() if option in loss.options]
+    return f" Read by {', '.join(names)}." if 0 < len(names) <= 10 else ""
+
+
 HELP: Mapping[str, str] = {
     "loss": f"One of {', '.join(LOSSES)}; or a weighted sum, such as dpo + 0.1*sft. ipo is the "
     "paper's, with sums; TRL's ipo is ipo_per_token.",
-    **{name: option.help for name, option in OPTIONS.items()},
+    **{name: option.help + _of(name) for name, option in OPTIONS.items()},
 }
 """The texts of `--help`."""
 

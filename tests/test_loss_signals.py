@@ -1,6 +1,7 @@
 """What a step supplies to a loss that asks for it: the same in every layout, however the batch is cut into parts."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,8 @@ def test_a_likelihood_term_per_token_does_not_depend_on_how_the_batch_is_cut(cut
 
 def test_a_loss_across_pairs_is_refused_where_the_batch_is_cut(state):
     step = functools.partial(dpo_step, model=MODEL, tx=TX, loss=named_loss("aot + 0.1*sft"))
-    for options in ({"microbatches": 2}, {"axis_name": "data"}):
+    cuts: list[dict[str, Any]] = [{"microbatches": 2}, {"axis_name": "data"}]
+    for options in cuts:
         with pytest.raises(ValueError, match="this loss looks at all pairs of a batch at once"):
             step(state, rows_of("shared"), **options)
 
