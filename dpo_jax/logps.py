@@ -59,18 +59,10 @@ def pair_sums(values: Array, rows: Rows, *, ld_alpha: float = 1.0) -> jax.Array:
     in_completion = jnp.take_along_axis(in_slot, jnp.asarray(places)[:, None, :], axis=2)  # [R, S, completions of its pairs]
     lengths = completion_lengths(rows)
     shared = jnp.repeat(lengths.min(axis=1), lengths.shape[1]).reshape(count, 1, -1)
-    weight = jnp.where(_ranks(in_completion, rows, lengths.dtype) <= shared, 1.0, ld_alpha)
+    # The scored tokens of a completion come in the order of its text, also where shared rows hold it backwards.
+    weight = jnp.where(jnp.cumsum(in_completion, axis=1, dtype=shared.dtype) <= shared, 1.0, ld_alpha)
     sums = jnp.where(in_completion, jnp.asarray(values)[:, :, None] * weight, 0.0).sum(axis=1)
     return sums.reshape(lengths.shape)
-
-
-def _ranks(in_completion: jax.Array, rows: Rows, dtype: Any) -> jax.Array:
-    """The how many-th token of its completion a scored token is, from 1: float[R, S, J]; shared rows hold some backwards."""
-    order = jnp.cumsum(in_completion, axis=1, dtype=dtype)
-    count = in_completion.sum(axis=1, keepdims=True).astype(dtype)
-    position = jnp.take_along_axis(jnp.asarray(rows.positions), jnp.asarray(rows.source), axis=1)[:, :, None]
-    first, last = (jnp.where(in_completion & (order == n), position, 0).sum(axis=1, keepdims=True) for n in (1, count))
-    return jnp.where(first <= last, order, count + 1 - order)
 
 
 def slots_to_pairs(values: Array, rows: Rows) -> jax.Array:
