@@ -138,16 +138,16 @@ def test_the_gradient_is_the_slope(name):
 @pytest.mark.parametrize("name", [*NAMES, "0.5*aot + 0.1*sft"])
 def test_fillers_change_nothing(name):
     """A filler has weight 0, no tokens and log-probability 0; its weight would not undo a NaN, in the loss or its gradient."""
-    logps, ref, signals = drawn(4)
-    places = [1, 2, 4, 5]
+    logps, ref, signals = drawn(7)
+    places = [1, 2, 4, 5, 6, 7, 8]
 
     def spread(values):
-        wide = np.zeros((6, *values.shape[1:]), np.float32)
+        wide = np.zeros((9, *values.shape[1:]), np.float32)
         wide[places] = values
         return wide
 
     wide = {signal: spread(values) for signal, values in signals.items()}
-    wide["mean_lengths"] = np.broadcast_to(wide["mean_lengths"][1], (6, 2))
+    wide["mean_lengths"] = np.broadcast_to(wide["mean_lengths"][1], (9, 2))
 
     def weighted(logps, ref, signals):
         losses, _ = bound(name, signals)(logps, ref)
