@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from dpo_jax.losses import dpo_loss as dpo_loss
     from dpo_jax.losses import implicit_rewards as implicit_rewards
     from dpo_jax.losses import ipo_loss as ipo_loss
+    from dpo_jax.losses import named_loss as named_loss
     from dpo_jax.losses import plackett_luce_loss as plackett_luce_loss
     from dpo_jax.losses import unlikelihood_loss as unlikelihood_loss
     from dpo_jax.models.decoder import make_model as make_model
@@ -87,7 +88,7 @@ _HOMES = {
     "dpo": ("dpo_step", "preference_metrics"),
     "evals.frontier": ("best_of_n", "optimum", "regret", "sequence_kl"),
     "logps": ("completion_lengths", "completion_logps", "sequence_logps", "slots_to_pairs"),
-    "losses": ("dpo_loss", "implicit_rewards", "ipo_loss", "plackett_luce_loss", "unlikelihood_loss"),
+    "losses": ("dpo_loss", "implicit_rewards", "ipo_loss", "named_loss", "plackett_luce_loss", "unlikelihood_loss"),
     "models.decoder": ("make_model",),
     "models.families": ("decoder_config", "hf_config"),
     "models.hf": ("load_hf", "save_hf"),
@@ -108,6 +109,8 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("dpo_jax")
+    if name == "losses":  # the module, which no other name opens
+        return importlib.import_module("dpo_jax.losses")
     if name not in _HOME:
         raise AttributeError(f"module 'dpo_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"dpo_jax.{_HOME[name]}"), name)

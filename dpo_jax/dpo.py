@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
+import jax.numpy as jnp
 import optax
 
-from dpo_jax.logps import completion_logps
-from dpo_jax.losses import right
+from dpo_jax.logps import aligned_log_probability, completion_lengths, hidden_logps, pair_sums, scored_hidden
+from dpo_jax.losses import PreferenceLoss, asked, right
 from dpo_jax.step import apply_gradients, mean_grads
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
-
-PreferenceLoss = Callable[..., tuple[jax.Array, jax.Array]]
-"""(logps[P, K], ref_logps[P, K], **extras) -> (losses[P], rewards[P, K]): a function of `dpo_jax.losses`, its options bound. K
-is 2, or the length of a ranking; `extras` is what the batch carries besides (`Rows.extras`), often nothing."""
 
 
 def dpo_step(
@@ -24,6 +19,7 @@ def dpo_step(
     model: Model,
     tx: optax.GradientTransformation,
     loss: PreferenceLoss,
+    ld_alpha: float = 1.0,
     microbatches: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -39,25 +35,44 @@ def dpo_step(
     >>> print(f"{metrics['loss']:.4f} {metrics['rewards/margins']:.1f}")  # the policy still is its reference
     0.6931 0.0
 
-    A loss of one's own is a function of arrays. What it needs besides log-probabilities, `rows.extras` brings, by name: columns
-    of the data through `examples_to_rows`, or what the rows themselves say. Fillers of a batch have length 0, so divide by
-    at least 1: their weight of 0 does not undo a NaN. Here the quality gap and lengths:
+    `ld_alpha` below 1 is LD-DPO: tokens beyond the length of the pair's shorter completion count so much (`logps.pair_sums`).
+    `rows.ref_logps` must be made with the same.
 
-    >>> def loss(logps, ref_logps, gap, lengths):
+    A loss of one's own is a function of arrays. It asks for what it needs besides log-probabilities by keyword: `lengths`, the
+    scored tokens float32[P, K], or others of `losses.SIGNALS`. One that asks for `weight` looks across pairs, and is refused
+    with microbatches or a mapped axis. Columns of the data come in `rows.extras`, by name, through `examples_to_rows`. Fillers
+    have length 0, so divide by at least 1: their weight of 0 does not undo a NaN. Here a loss with lengths and a quality gap:
+
+    >>> def loss(logps, ref_logps, *, lengths, gap):
     ...     ratios = (logps - ref_logps) / jnp.maximum(lengths, 1)
     ...     return (ratios[:, 0] - ratios[:, 1] - gap) ** 2, ratios
-    >>> gap = examples_to_rows(np.float32([0.5, 2.0]), rows)
-    >>> mine = rows.replace(extras={"gap": gap, "lengths": completion_lengths(rows)})
+    >>> mine = rows.replace(extras={"gap": examples_to_rows(np.float32([0.5, 2.0]), rows)})
     >>> _, metrics = jax.jit(partial(dpo_step, model=model, tx=tx, loss=loss))(state, mine)
     >>> print(f"{metrics['loss']:.3f}")  # (0.25 + 4) / 2
     2.125
     """
+    signals = asked(loss) - {*(rows.extras or {})}
+    if "weight" in signals and (microbatches > 1 or axis_name is not None):
+        raise ValueError(
+            "this loss looks at all pairs of a batch at once, and microbatches or a mapped axis cut the batch into parts: "
+            "use one microbatch, and one device or a mesh"
+        )
+    if "mean_lengths" in signals:
+        rows = rows.replace(extras={**(rows.extras or {}), "mean_lengths": _mean_lengths(rows, axis_name)})
 
     def objective(trainable: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
         if rows.ref_logps is None:
             raise ValueError("the batch carries no reference log-probabilities: give the layout `ref_logps`")
-        logps = completion_logps(model, {**state.frozen, **trainable}, rows)
-        found = loss(logps, rows.ref_logps, **(rows.extras or {}))
+        variables = {**state.frozen, **trainable}
+        hidden = scored_hidden(model, variables, rows)
+        logps = pair_sums(hidden_logps(model, variables, hidden, rows), rows, ld_alpha=ld_alpha)
+        supplied = {
+            "lengths": lambda: completion_lengths(rows),
+            "weight": lambda: rows.weight,
+            "aligned_logps": lambda: _aligned_logps(model, variables, hidden, rows),
+        }
+        extras = {name: make() for name, make in supplied.items() if name in signals} | dict(rows.extras or {})
+        found = loss(logps, rows.ref_logps, **extras)
         if not (isinstance(found, tuple) and len(found) == 2):
             raise TypeError(f"a loss returns (losses [P], rewards [P, K]), this one {type(found).__name__}")
         losses, rewards = found
@@ -65,6 +80,21 @@ def dpo_step(
 
     grads, metrics = mean_grads(objective, state.params, rows, microbatches=microbatches, axis_name=axis_name)
     return apply_gradients(state, grads, metrics, tx=tx)
+
+
+def _aligned_logps(model: Model, variables: Variables, hidden: jax.Array, rows: Rows) -> jax.Array:
+    """What WPO weighs a completion by, see `losses.SIGNALS`: float32[P, K]. A second pass through the head, forward only."""
+    variables, hidden = jax.lax.stop_gradient((variables, hidden))
+    sums = pair_sums(hidden_logps(model, variables, hidden, rows, read=aligned_log_probability), rows)
+    return sums / jnp.maximum(completion_lengths(rows), 1)
+
+
+def _mean_lengths(rows: Rows, axis_name: str | None) -> jax.Array:
+    """Mean scored tokens of the completions of the global batch, fillers left out: float32[P, K], all rows equal."""
+    lengths, weight = completion_lengths(rows), jnp.asarray(rows.weight)
+    sums = (lengths * weight[:, None]).sum(axis=0), weight.sum()
+    total, pairs = sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    return jnp.broadcast_to(total / pairs, lengths.shape)
 
 
 def preference_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array) -> Metrics:

@@ -17,15 +17,54 @@ from dpo_jax.types import ROW_AXES, Array, Model, Rows, Variables
 CHUNK = 1024  # scored tokens of a device per pass through the head, at least; see `token_logps`
 
 
-def completion_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int | None = None) -> jax.Array:
+Read = Callable[[jax.Array, jax.Array], jax.Array]
+"""(logits float32[..., V], target int32[...]) -> float32[...]: a number of each scored token."""
+
+
+def log_probability(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """log pi of the token `target`."""
+    return jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+
+
+def aligned_log_probability(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """log pi of the token `target` less that of a token of the policy's own: log sum_v pi(v)^2 (WPO, Zhou et al. 2024)."""
+    own = jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
+    return log_probability(logits, target) - own
+
+
+def completion_logps(
+    model: Model, variables: Variables, rows: Rows, *, chunk: int | None = None, ld_alpha: float = 1.0
+) -> jax.Array:
     """log pi(y|x) of each completion of each pair: float32[P, 2], in nats, summed over its tokens, chosen first.
 
-    Of rankings: float32[P, K], best first. Differentiable in `variables`; pure, so jit it.
+    Of rankings: float32[P, K], best first. Differentiable in `variables`; pure, so jit it. `ld_alpha`: see `pair_sums`.
 
     >>> jax.jit(partial(completion_logps, model))(variables, rows).shape
     (2, 2)
     """
-    return slots_to_pairs(sequence_logps(model, variables, rows, chunk=chunk), rows)
+    hidden = scored_hidden(model, variables, rows)
+    return pair_sums(hidden_logps(model, variables, hidden, rows, chunk=chunk), rows, ld_alpha=ld_alpha)
+
+
+def pair_sums(values: Array, rows: Rows, *, ld_alpha: float = 1.0) -> jax.Array:
+    """Sums of a value of each scored token, float32[R, S], over the completions of each pair: float32[P, 2] (or [P, K]).
+
+    `ld_alpha` below 1 is that of LD-DPO (Liu et al. 2024, arXiv 2409.06411): the weight of the tokens beyond the length of
+    the pair's shorter completion.
+    """
+    if ld_alpha == 1:
+        return slots_to_pairs(_slot_sums(values, rows), rows)
+    in_slot, (count, _) = _in_slot(rows), rows.tokens.shape
+    places = (
+        np.broadcast_to(np.arange(rows.slots), (count, rows.slots)) if rows.pairs is None else rows.pairs.reshape(count, -1)
+    )
+    in_completion = jnp.take_along_axis(in_slot, jnp.asarray(places)[:, None, :], axis=2)  # [R, S, completions of its pairs]
+    lengths = completion_lengths(rows)
+    shared = jnp.repeat(lengths.min(axis=1), lengths.shape[1]).reshape(count, 1, -1)
+    # The scored tokens of a completion come in the order of its text, also where shared rows hold it backwards.
+    weight = jnp.where(jnp.cumsum(in_completion, axis=1, dtype=shared.dtype) <= shared, 1.0, ld_alpha)
+    sums = jnp.where(in_completion, jnp.asarray(values)[:, :, None] * weight, 0.0).sum(axis=1)
+    return sums.reshape(lengths.shape)
 
 
 def slots_to_pairs(values: Array, rows: Rows) -> jax.Array:
@@ -51,6 +90,13 @@ def sequence_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int
     >>> jax.jit(partial(sequence_logps, model))(variables, texts).shape
     (2,)
     """
+    return _slot_sums(hidden_logps(model, variables, scored_hidden(model, variables, rows), rows, chunk=chunk), rows).reshape(
+        -1
+    )
+
+
+def scored_hidden(model: Model, variables: Variables, rows: Rows) -> jax.Array:
+    """The hidden states that predict the scored tokens: [R, S, D]."""
     hidden = model.forward(variables, rows)
     shape = tuple(getattr(hidden, "shape", ()))  # a tuple of outputs has none
     if len(shape) != 3 or shape[:2] != np.shape(rows.tokens):
@@ -59,9 +105,19 @@ def sequence_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int
             f"model.forward returns {found} for rows of {list(np.shape(rows.tokens))} tokens: hidden states [R, L, D] are "
             "expected; dpo_jax.check_model tells whether a model of your own is right"
         )
-    hidden = jnp.take_along_axis(hidden, rows.source[:, :, None], axis=1)  # [R, S, D]
-    logps = token_logps(model, variables, hidden, rows.target, used=rows.slot < rows.slots, chunk=chunk)
-    return jnp.where(_in_slot(rows), logps[:, :, None], 0.0).sum(axis=1).reshape(-1)
+    return jnp.take_along_axis(hidden, rows.source[:, :, None], axis=1)
+
+
+def hidden_logps(
+    model: Model, variables: Variables, hidden: Array, rows: Rows, *, chunk: int | None = None, read: Read = log_probability
+) -> jax.Array:
+    """log pi of each scored token from the `scored_hidden` states: float32[R, S]; of padding it means nothing."""
+    return token_logps(model, variables, hidden, rows.target, used=rows.slot < rows.slots, chunk=chunk, read=read)
+
+
+def _slot_sums(values: Array, rows: Rows) -> jax.Array:
+    """float32[R, slots] from a value of each scored token, float32[R, S]. A slot without tokens has 0."""
+    return jnp.where(_in_slot(rows), jnp.asarray(values)[:, :, None], 0.0).sum(axis=1)
 
 
 def completion_lengths(rows: Rows) -> jax.Array:
@@ -92,9 +148,18 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 
 def token_logps(
-    model: Model, variables: Variables, hidden: Array, target: Array, *, used: Array | None = None, chunk: int | None = None
+    model: Model,
+    variables: Variables,
+    hidden: Array,
+    target: Array,
+    *,
+    used: Array | None = None,
+    chunk: int | None = None,
+    read: Read = log_probability,
 ) -> jax.Array:
     """log-probability of `target[R, S]` given `hidden[R, S, D]`: float32[R, S]. Where `used[R, S]` is false, it means nothing.
+
+    `read` may take another number from the logits.
 
     The head runs over at most `chunk` positions of each device at a time: first those that are used, and on one device no chunk
     in which none is. By default these are `CHUNK`, or D where that is more: each pass reads the head's weights and adds to
@@ -106,9 +171,7 @@ def token_logps(
 
     def score(hidden: jax.Array, target: jax.Array) -> jax.Array:
         # Whatever the model computes in: a reward is a small difference of large sums.
-        logits = at_least_float32(model.unembed(variables, hidden))
-        picked = jnp.take_along_axis(logits, target[:, :, None], axis=-1)[:, :, 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1)
+        return read(at_least_float32(model.unembed(variables, hidden)), target)
 
     chunk = chunk or head_chunk(hidden.shape[-1])
     rows, scored = target.shape

@@ -47,14 +47,15 @@ class BrokenReference(FloatingPointError):
     """The reference gives NaN or infinity for a pair: broken weights, or a text that it cannot read (vocabulary, positions)."""
 
 
-def reference_logps(model: Model, variables: Variables, rows: Rows) -> jax.Array:
+def reference_logps(model: Model, variables: Variables, rows: Rows, *, ld_alpha: float = 1.0) -> jax.Array:
     """log pi_ref(y|x) of each completion of each pair: float32[P, 2], in nats. Forward only; pure, so compile and map it.
 
-    Of one batch of rows, in its order. `reference_logps_of` does it for all pairs of a data set.
+    Of one batch of rows, in its order. `reference_logps_of` does it for all pairs of a data set. `ld_alpha`: as in
+    `dpo_step`.
 
     >>> rows = rows.replace(ref_logps=jax.jit(partial(reference_logps, model))(variables, rows))
     """
-    return jax.lax.stop_gradient(completion_logps(model, variables, rows))
+    return jax.lax.stop_gradient(completion_logps(model, variables, rows, ld_alpha=ld_alpha))
 
 
 def check_finite(pairs: Sequence[Encoded], logps: np.ndarray, *, numbers: Sequence[int] | np.ndarray | None = None) -> None:

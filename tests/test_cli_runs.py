@@ -233,3 +233,29 @@ def test_an_earlier_step_is_exported_beside_the_last(done):
     assert cards[1] == (done / "dpo" / "README.md").read_text()
     assert "export.step: " in (told := refused(2, "export", done.config, "--export.step", 7))
     assert "has no step 7, but 6, 8" in told
+
+
+def test_a_sum_of_losses_trains_is_evaluated_and_named_on_the_card(done, tmp_path):
+    flags = ("--run.dir", tmp_path, "--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs", "--dpo.epochs", 1)
+    loss = ("--dpo.loss", "length_regularized + 0.1*sft", "--dpo.length-penalty", 0.02, "--dpo.microbatches", 2)
+    result = call("dpo", done.config, *flags, *loss)
+    assert result.code == 0, result
+    rows = [row for row in read_metrics(tmp_path / "dpo" / "metrics.jsonl") if not is_evaluation(row)]
+    assert rows[0]["displacement/chosen"] == pytest.approx(0, abs=1e-4)
+    per_token = (rows[0]["loss"] - np.log(2)) / 0.1  # lengths hardly move the first term
+    assert 1 < per_token < np.log(450)
+    assert rows[-1]["logps/chosen"] > rows[0]["logps/chosen"]
+    card = (tmp_path / "dpo" / "export" / "README.md").read_text()
+    assert "loss `length_regularized + 0.1*sft`: length-regularised DPO (R-DPO) ([2403.19159]" in card
+    assert "penalty | 0.02 |" in card
+    assert "gamma |" not in card
+    evaluated = call("eval", done.config, *flags[:-2], *loss[:-2], "--eval.samples", 0)
+    assert evaluated.code == 0, evaluated
+    report = json.loads((tmp_path / "eval" / "report.json").read_text())
+    held_out = [row for row in read_metrics(tmp_path / "dpo" / "metrics.jsonl") if is_evaluation(row)]
+    assert report["policy"]["loss"] == pytest.approx(held_out[-1]["eval/loss"], rel=1e-4)
+    assert report["settings"]["length_penalty"] == 0.02
+    message = refused(2, "dpo", done.config, *flags, *loss[:2], "--dpo.length-penalty", 0.05)
+    assert "length_penalty: was 0.02, is 0.05" in message
+    other = call("dpo", done.config, "--run.dir", tmp_path / "ld", *flags[2:], "--dpo.ld-alpha", 0.5)
+    assert "ld_alpha: cached with None, now 0.5" in other.err

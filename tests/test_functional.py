@@ -29,6 +29,7 @@ FUNCTIONS = [
     "ipo_loss",
     "unlikelihood_loss",
     "plackett_luce_loss",
+    "named_loss",
     "completion_logps",
     "plain_rows",
     "shared_rows",

@@ -16,8 +16,8 @@ def name_of(path):
 
 # First match wins. Modules of one floor may import each other, as far as Python itself allows.
 FLOORS = [
-    (1, ["types.py", "extras.py", "untrusted.py", "shapes.py", "writing.py", "locks.py"]),
-    (2, ["losses.py", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
+    (1, ["types.py", "extras.py", "untrusted.py", "shapes.py", "writing.py", "locks.py", "loss_table.py"]),
+    (2, ["losses/", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
     (3, ["dpo.py", "sft.py", "reward_model.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),
     (5, ["plotting/", "evals/", "judge/", "study/", "report/", "bench/", "lab/", "checks/", "check.py"]),
@@ -52,7 +52,15 @@ NOWHERE = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tens
 LIGHT = [
     *sorted(name_of(path) for path in (PACKAGE / "cli" / "config").glob("*.py")),
     *(f"cli/{name}.py" for name in ("command_table", "exit_codes", "fixed", "flags", "main", "preflight/scope", "words")),
-    *("runtime/signals.py", "runtime/progress.py", "data/terminal.py", "untrusted.py", "shapes.py", "writing.py"),
+    *(
+        "runtime/signals.py",
+        "runtime/progress.py",
+        "data/terminal.py",
+        "untrusted.py",
+        "shapes.py",
+        "writing.py",
+        "loss_table.py",
+    ),
 ]
 # What runs in the processes of the PyTorch contenders, where JAX would count as their memory.
 WITHOUT_JAX = [f"bench/{name}.py" for name in ("contender", "matmul", "torch_loop", "torch_sampler", "trl_loop", "work")]

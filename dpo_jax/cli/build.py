@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from dpo_jax.cli.config import BASELINES, Config, ConfigError, DpoConfig, SftConfig, dump_config
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, dump_config
 from dpo_jax.cli.fixed import date_of, keep, pin_models
 from dpo_jax.cli.model_folders import check_fit, planned_hf_config, remedy, sized_hf_config
 from dpo_jax.cli.preflight.devices import batch_parts as batch_parts
@@ -32,8 +32,7 @@ from dpo_jax.data.reviews import review_preferences
 from dpo_jax.data.snippets import Snippet, load_snippets, snippets_of
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
-from dpo_jax.dpo import PreferenceLoss
-from dpo_jax.losses import dpo_loss, ipo_loss, unlikelihood_loss
+from dpo_jax.losses import PreferenceLoss, named_loss
 from dpo_jax.models.attention_paths import attention_path, path_name
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config
@@ -375,13 +374,7 @@ def free(tree: Any) -> None:
 
 
 def make_loss(section: DpoConfig) -> PreferenceLoss:
-    if section.loss in BASELINES:
-        return functools.partial(unlikelihood_loss, alpha=section.alpha or 0.0)
-    if section.loss == "ipo":
-        return functools.partial(ipo_loss, beta=section.beta)
-    return functools.partial(
-        dpo_loss, beta=section.beta, label_smoothing=section.label_smoothing, reference_free=section.reference_free
-    )
+    return named_loss(section.loss, **section.loss_options())
 
 
 def pair_layout(config: Config, pairs: Sequence[Encoded], *, batch: int, parts: int, microbatches: int = 1) -> Layout:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.cli.config import BASELINES, Config, DpoConfig, SftConfig
+from dpo_jax import loss_table
+from dpo_jax.cli.config import Config, DpoConfig, SftConfig
 from dpo_jax.data.terminal import one_line
 from dpo_jax.models.folder import is_hub_id
 from dpo_jax.models.origin import Origin, hub_id_of_folder, model_origin
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 PAPER = "[Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)"
 TRAINING = ("epochs", "batch", "microbatches", "optimizer", "lr", "warmup_steps", "schedule", "max_grad_norm")
-OBJECTIVE = ("loss", "beta", "alpha", "label_smoothing", "reference_free")
 
 
 def sft_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
@@ -51,13 +51,13 @@ def dpo_card(config: Config, run: RunDir, *, report: Mapping[str, Any] | None = 
     return _card(
         config,
         run,
-        title=f"trained on preferences{'' if section.loss in BASELINES else ' with DPO'}",
+        title=f"trained on preferences{' with DPO' if loss_table.uses_reference(section.loss) else ''}",
         how=_objective(section),
         start=config.dpo_policy(),
         section=section,
         results=_fenced(result_table(report)) if report else _held_out(run, step),
         notes=_notes(report or {}, run),
-        tag=section.loss if section.loss in BASELINES else "dpo",
+        tag="dpo" if loss_table.uses_reference(section.loss) else loss_table.terms(section.loss)[0].name,
     )
 
 
@@ -66,7 +66,13 @@ def _objective(section: DpoConfig) -> str:
         return f"Unlikelihood training, a baseline of {PAPER}."
     if section.loss == "preferred_ft":
         return f"Fine-tuning on preferred completions, a baseline of {PAPER}."
-    return f"Direct Preference Optimization ({PAPER}), loss `{section.loss}`."
+    if section.loss in ("dpo", "ipo"):
+        return f"Direct Preference Optimization ({PAPER}), loss `{section.loss}`."
+    papers = [
+        f"{term.loss.title} ([{term.loss.paper}](https://arxiv.org/abs/{term.loss.paper}))"
+        for term in loss_table.terms(section.loss)
+    ]
+    return f"Preference optimization, loss `{section.loss}`: {'; '.join(papers)}."
 
 
 def _card(
@@ -169,9 +175,16 @@ def _made_with(run: RunDir) -> str:
     return f"{packages}{commit}" + (f", on {len(devices)} x {devices[0]}" if devices else "")
 
 
+def _loss_options(section: DpoConfig) -> list[str]:
+    """The loss, beta if it has one, and what else is not as by default."""
+    beta = ["beta"] if "beta" in loss_table.reads(section.loss) else []
+    others = [name for name in (*loss_table.OPTIONS, "ld_alpha") if getattr(section, name) != getattr(DpoConfig, name)]
+    return ["loss", *beta, *(name for name in others if name not in beta)]
+
+
 def _options(config: Config, section: SftConfig | DpoConfig) -> str:
     data = config.data
-    names = [*(OBJECTIVE if isinstance(section, DpoConfig) else ()), *TRAINING]
+    names = [*(_loss_options(section) if isinstance(section, DpoConfig) else ()), *TRAINING]
     values = {name: getattr(section, name) for name in names}
     values |= {
         "max_length": data.max_length,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from dpo_jax import loss_table
 from dpo_jax.cli import config as options
 from dpo_jax.cli.config.file import types_of
 
@@ -24,7 +25,7 @@ def module_of(name: str) -> str:
 
 # Every step of a run takes the sections that describe it, so that one set of flags serves them all.
 _RUN = ("run", "mesh", "data", "tokenizer", "model")
-_LOSS = ("dpo.policy", "dpo.reference", "dpo.loss", "dpo.beta", "dpo.alpha", "dpo.label_smoothing", "dpo.reference_free")
+_LOSS = ("dpo.policy", "dpo.reference", "dpo.ld_alpha", *(f"dpo.{option}" for option in loss_table.HELP))
 # The contenders decide on device and layout.
 _BENCH = (
     *("run.dir", "run.seed", "run.precision", "tokenizer", "model", "bench"),
@@ -65,7 +66,7 @@ COMMANDS = {
     ),
     "refs": Command(
         "cache the reference log-probabilities",
-        (*_RUN, "dpo.policy", "dpo.reference", "refs"),
+        (*_RUN, "dpo.policy", "dpo.reference", "dpo.ld_alpha", "refs"),
         ("data",),
     ),
     "dpo": Command("train the policy on preferences", (*_RUN, "refs", "dpo", "export.dtype"), ("data",)),

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import Batch
-from dpo_jax.losses import right
+from dpo_jax.losses import right, whole_set_signals
 from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Array
 
@@ -43,15 +44,23 @@ def held_out_logps(
     return result
 
 
+def completion_tokens(pairs: Iterable[Encoded]) -> np.ndarray:
+    """How many tokens each completion scores: float32[P, 2], chosen first."""
+    return np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs], np.float32).reshape(-1, 2)
+
+
 def preference_summary(
-    logps: Array, ref_logps: Array, *, loss: Callable[[Array, Array], tuple[Array, Array]]
+    logps: Array, ref_logps: Array, *, loss: Callable[..., tuple[Array, Array]], lengths: Array | None = None
 ) -> dict[str, float]:
     """Loss, accuracy with its 95 % interval, margin and displacement, over `[P, 2]` log-probabilities of held-out pairs.
+
+    `lengths` float[P, 2] are the completions' scored tokens, for a loss that asks for them.
 
     A pair counts as right where the implicit reward of the chosen completion is the higher one, and as half right in a tie
     (`losses.right`): a policy that still is its reference has accuracy 0.5.
     """
-    losses, rewards = (np.asarray(x, np.float64) for x in loss(np.asarray(logps), np.asarray(ref_logps)))
+    signals = whole_set_signals(loss, lengths, pairs=len(logps))
+    losses, rewards = (np.asarray(x, np.float64) for x in loss(np.asarray(logps), np.asarray(ref_logps), **signals))
     margins = rewards[:, 0] - rewards[:, 1]
     scores = np.asarray(right(rewards, np.asarray(logps), np.asarray(ref_logps)), np.float64)
     low, high = score_interval(scores)

@@ -9,17 +9,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpo_jax import loss_table
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.commands.export import write_model
 from dpo_jax.cli.commands.refs import check_reference, load_reference, reference_values
-from dpo_jax.cli.config import BASELINES, Config, DpoConfig
+from dpo_jax.cli.config import Config, DpoConfig
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import earlier_run, leave_results, train
 from dpo_jax.data.loader import few_shapes, in_order, skippable, stream, total_steps
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.dpo import dpo_step
-from dpo_jax.evals.preference import held_out_logps, preference_summary
+from dpo_jax.evals.preference import completion_tokens, held_out_logps, preference_summary
+from dpo_jax.losses import whole_set_signals
 from dpo_jax.reference import reference_logps
 from dpo_jax.types import TrainState
 
@@ -64,9 +66,15 @@ def run(config: Config) -> int:
             variables, start = build.load_weights(config.dpo_policy(), model, partitioner, name="dpo.policy")
         loss, tx = build.make_loss(section), build.make_tx(section, steps=steps)
         step = functools.partial(
-            dpo_step, model=model, tx=tx, loss=loss, microbatches=section.microbatches, axis_name=partitioner.axis_name
+            dpo_step,
+            model=model,
+            tx=tx,
+            loss=loss,
+            ld_alpha=section.ld_alpha,
+            microbatches=section.microbatches,
+            axis_name=partitioner.axis_name,
         )
-        policy_logps = partitioner.compile_map(functools.partial(reference_logps, model))
+        policy_logps = partitioner.compile_map(functools.partial(reference_logps, model, ld_alpha=section.ld_alpha))
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             logps = held_out_logps(
@@ -74,7 +82,7 @@ def run(config: Config) -> int:
                 in_order(held_out, layout=forward_layout, batch=section.batch, part=partitioner.host_part),
                 pairs=len(held_out),
             )
-            return preference_summary(logps, held_out_ref, loss=loss)
+            return preference_summary(logps, held_out_ref, loss=loss, lengths=completion_tokens(held_out))
 
         at_reference = functools.partial(
             starts_at_reference, expected_loss=loss_at_reference(section), tolerance=TOLERANCE[config.run.precision]
@@ -120,11 +128,12 @@ def run(config: Config) -> int:
 
 
 def loss_at_reference(section: DpoConfig) -> float | None:
-    """The loss of a policy that is its reference: ln 2 for DPO. None where the loss compares with no reference."""
-    if section.reference_free or section.loss in BASELINES:
+    """The loss of a policy that is its reference: ln 2 for DPO. None where that depends on the data."""
+    if section.reference_free or section.wpo or not all(term.loss.at_reference for term in loss_table.terms(section.loss)):
         return None
-    same = np.zeros((1, 2), np.float32)
-    losses, _ = jax.jit(build.make_loss(section))(same, same)  # one program, and not one for each operation
+    same, loss = np.zeros((1, 2), np.float32), build.make_loss(section)
+    # One program, and not one for each operation.
+    losses, _ = jax.jit(loss)(same, same, **whole_set_signals(loss, np.ones((1, 2), np.float32), pairs=1))
     return float(np.asarray(losses)[0])
 
 

@@ -23,7 +23,7 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import in_order
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.completions import Completer, map_completions
-from dpo_jax.evals.preference import held_out_logps, mean_with_error, preference_summary
+from dpo_jax.evals.preference import completion_tokens, held_out_logps, mean_with_error, preference_summary
 from dpo_jax.logps import sequence_logps
 from dpo_jax.reference import reference_logps
 from dpo_jax.report.health import examine_run, repetition
@@ -63,7 +63,7 @@ def run(config: Config) -> int:
             config, model, reference, tokenizer, [held_out], partitioner=partitioner, weights=weights["reference"]
         )
         layout = build.pair_layout(config, held_out, batch=config.eval.batch, parts=partitioner.row_shards)
-        compiled = partitioner.compile_map(functools.partial(reference_logps, model))
+        compiled = partitioner.compile_map(functools.partial(reference_logps, model, ld_alpha=config.dpo.ld_alpha))
         logps = held_out_logps(
             lambda rows: compiled(policy, rows),
             in_order(held_out, layout=layout, batch=config.eval.batch, part=partitioner.host_part),
@@ -78,8 +78,8 @@ def run(config: Config) -> int:
             "pairs": len(held_out),
             "settings": _settings(config),
             "weights": weights,
-            "reference": preference_summary(ref_logps, ref_logps, loss=loss),
-            "policy": preference_summary(logps, ref_logps, loss=loss),
+            "reference": preference_summary(ref_logps, ref_logps, loss=loss, lengths=completion_tokens(held_out)),
+            "policy": preference_summary(logps, ref_logps, loss=loss, lengths=completion_tokens(held_out)),
         }
         if config.eval.samples:
             both = {"reference": reference, "policy": policy}
@@ -192,5 +192,9 @@ def _update_card(config: Config, report: dict[str, Any]) -> None:
 
 def _settings(config: Config) -> dict[str, Any]:
     """What the figures of the table depend on besides weights and data."""
-    names = ("loss", "beta", "alpha", "label_smoothing", "reference_free")
-    return {**{name: getattr(config.dpo, name) for name in names}, "reference": config.dpo_reference()}
+    return {
+        "loss": config.dpo.loss,
+        "ld_alpha": config.dpo.ld_alpha,
+        **config.dpo.loss_options(),
+        "reference": config.dpo_reference(),
+    }

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.cli.config import BASELINES, Config, DpoConfig
+from dpo_jax import loss_table
+from dpo_jax.cli.config import Config, DpoConfig
 from dpo_jax.data.pairs import Preference
 from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.data.terminal import json_text, one_line
@@ -93,8 +94,8 @@ def write_rewards(
 
 
 def beta_of(section: DpoConfig) -> float:
-    """The beta of the rewards. Baselines have none: their rewards are in nats, here as in the table of `eval`."""
-    return 1.0 if section.loss in BASELINES else section.beta
+    """The beta of the rewards. Some losses have none: their rewards are in nats, here as in the table of `eval`."""
+    return section.beta if "beta" in loss_table.terms(section.loss)[0].loss.options else 1.0
 
 
 def subset_names(preferences: Sequence[Preference]) -> list[str]:

@@ -81,7 +81,7 @@ def reference_values(
     todo = [pairs[number] for number in np.flatnonzero(from_first(absent))]
     layout = build.pair_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards)
     layout = few_shapes(layout, examples=len(todo), batch=config.refs.batch)
-    compiled = partitioner.compile_map(functools.partial(reference_logps, model))
+    compiled = partitioner.compile_map(functools.partial(reference_logps, model, ld_alpha=config.dpo.ld_alpha))
     distinct = len({pair_key(pair) for pair in pairs})
     if len(todo) < distinct:
         print(f"{config.refs_cache()}: {distinct - len(todo):,} of {distinct:,} pairs are there already", flush=True)
@@ -116,4 +116,5 @@ def cache_identity(config: Config, model: Model, weights: str, tokenizer: Any) -
         "truncation": config.data.truncation,
         "dtype": config.run.precision,
         "kernel": build.attention_name(config),
+        **({"ld_alpha": config.dpo.ld_alpha} if config.dpo.ld_alpha != 1 else {}),
     }

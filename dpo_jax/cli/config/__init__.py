@@ -11,7 +11,6 @@ from dpo_jax.cli.config.bench import BenchConfig as BenchConfig
 from dpo_jax.cli.config.data import DataConfig as DataConfig
 from dpo_jax.cli.config.data import PrepareConfig as PrepareConfig
 from dpo_jax.cli.config.data import TokenizerConfig as TokenizerConfig
-from dpo_jax.cli.config.dpo import BASELINES as BASELINES
 from dpo_jax.cli.config.dpo import DpoConfig as DpoConfig
 from dpo_jax.cli.config.dpo import RefsConfig as RefsConfig
 from dpo_jax.cli.config.evaluation import EvalConfig as EvalConfig

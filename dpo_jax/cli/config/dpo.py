@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any
 
+from dpo_jax import loss_table
 from dpo_jax.cli.config.ranges import Problem, positive
 from dpo_jax.cli.config.training import TrainingConfig
-
-BASELINES = ("unlikelihood", "preferred_ft")  # losses of the paper's baselines, which compare with no reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,42 +24,32 @@ class RefsConfig:
         yield from positive(self, "batch")
 
 
+# The options of losses, with the defaults and texts of their table.
+LossConfig: Any = dataclasses.make_dataclass(
+    "LossConfig",
+    [("loss", str, "dpo"), *((name, option.type, option.default) for name, option in loss_table.OPTIONS.items())],
+    frozen=True,
+)
+
+
 @dataclasses.dataclass(frozen=True)
-class DpoConfig(TrainingConfig):
-    """Direct Preference Optimization (Rafailov et al. 2023). Defaults are the paper's."""
+class DpoConfig(LossConfig, TrainingConfig):
+    """Direct Preference Optimization (Rafailov et al. 2023) and other preference losses. Defaults are the paper's."""
 
     policy: str | None = None
     """Folder or Hub id of the starting policy; none: sft/export in the run directory."""
     reference: str | None = None
     """Folder or Hub id of the reference; none: the starting policy. A second round may keep the reference of the first."""
-    loss: Literal["dpo", "ipo", "unlikelihood", "preferred_ft"] = "dpo"
-    """The paper's loss, IPO (Azar et al. 2023), or one of the paper's baselines, which know no reference."""
-    beta: float = 0.1
-    """Strength of the pull towards the reference; the paper uses 0.1, and 0.5 for TL;DR. Losses dpo and ipo only."""
-    alpha: float | None = None
-    """Weight of the rejected completion, 0 to 1; loss unlikelihood only, which needs it."""
-    label_smoothing: float = 0.0
-    """Assumed share of swapped labels (conservative DPO), 0 to below 0.5; loss dpo only."""
-    reference_free: bool = False
-    """Take a uniform reference instead of the starting policy; loss dpo only."""
+
+    ld_alpha: float = 1.0
+    """LD-DPO: weight, 0 to 1, of the tokens beyond the length of the pair's shorter completion; 1: all count alike."""
+
+    def loss_options(self) -> dict[str, Any]:
+        """The values of all options of losses."""
+        return {name: getattr(self, name) for name in loss_table.OPTIONS}
 
     def check(self) -> Iterator[Problem]:
         yield from super().check()
-        yield from positive(self, "beta")
-        if not 0 <= self.label_smoothing < 0.5:
-            yield "label_smoothing", f"must be at least 0 and below 0.5, got {self.label_smoothing}"
-        if self.loss == "ipo" and self.label_smoothing:
-            yield "label_smoothing", "IPO has no label smoothing: leave it at 0, or use loss dpo"
-        if self.loss == "ipo" and self.reference_free:
-            yield "reference_free", "IPO compares with the reference: leave it false, or use loss dpo"
-        if self.loss in BASELINES:
-            for field in ("beta", "label_smoothing", "reference_free"):
-                default = getattr(DpoConfig, field)
-                if getattr(self, field) != default:
-                    yield field, f"loss {self.loss} has no such term: leave it at {str(default).lower()}, or use loss dpo"
-        if self.loss == "unlikelihood" and self.alpha is None:
-            yield "alpha", "loss unlikelihood needs it: a weight of the rejected completion between 0 and 1"
-        if self.loss != "unlikelihood" and self.alpha is not None:
-            yield "alpha", f"loss {self.loss} has no such weight: leave it out, or use loss unlikelihood"
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            yield "alpha", f"must be between 0 and 1, got {self.alpha}"
+        if not 0 <= self.ld_alpha <= 1:
+            yield "ld_alpha", f"must be between 0 and 1, got {self.ld_alpha}"
+        yield from loss_table.problems(self.loss, self.loss_options(), microbatches=self.microbatches)

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo_jax import loss_table
 from dpo_jax.cli import words
 from dpo_jax.cli.config import file
 from dpo_jax.cli.config.file import ConfigError, types_of
@@ -62,6 +63,8 @@ def problems(config: Config) -> list[Problem]:
         numbers = [field for field in types_of(type(section)) if isinstance(getattr(section, field), float)]
         bad = [(field, "must be a finite number") for field in numbers if not math.isfinite(getattr(section, field))]
         found += [(f"{name}.{field}", message) for field, message in bad or section.check()]
+    if config.run.devices == "pmap" and loss_table.sorts_batch(config.dpo.loss):
+        found.append(("run.devices", f"loss {config.dpo.loss} sorts all pairs of a batch: use single or mesh"))
     positions, longest = config.model.max_positions, config.data.max_length
     if positions and longest > positions:
         found.append(("data.max_length", f"{longest} tokens do not fit model.max_positions ({positions}); lower it"))
@@ -107,4 +110,4 @@ def _texts() -> dict[tuple[str, str], str]:
             match field, text:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
                     texts[typing.cast(ast.ClassDef, node).name, name] = inspect.cleandoc(words)
-    return texts
+    return texts | {("LossConfig", name): words for name, words in loss_table.HELP.items()}

@@ -71,7 +71,14 @@ def plan(config: Config, topology: str, *, refs: bool = False) -> Plan:
         parts = build.batch_parts(section, shards, layout=config.data.layout)
         work = _work(config, flops, batch=section.batch, parts=parts, microbatches=section.microbatches)
         tx = build.make_tx(section)
-        step = functools.partial(dpo_step, model=model, tx=tx, loss=build.make_loss(section), microbatches=section.microbatches)
+        step = functools.partial(
+            dpo_step,
+            model=model,
+            tx=tx,
+            loss=build.make_loss(section),
+            ld_alpha=section.ld_alpha,
+            microbatches=section.microbatches,
+        )
         where: dict[str, Any] = {"model": model, "mesh": mesh, "chip": chip, "units": whole_heads(model.config)}
         where["host_devices"] = host_devices(topology)
         with reported(f"compiling the step for {topology}", brief=True), without_kept_programs():

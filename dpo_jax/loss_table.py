@@ -1,0 +1,267 @@
+"""The table of preference losses by name: function, options, paper. `--help`, checks and documentation are made from it.
+
+To add a loss, write its function in `dpo_jax/losses/` and add a line to `LOSSES`; a new option gets a line in `OPTIONS`. It
+imports neither JAX nor numpy, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+
+class Option(NamedTuple):
+    """An option of losses: its type and default, which values it takes, and the text of `--help`."""
+
+    type: Any
+    default: Any
+    inside: Callable[[Any], bool]
+    expected: str
+    help: str
+
+
+class Loss(NamedTuple):
+    """A loss: its function as "module.function" of `dpo_jax.losses`, the options it reads, and where it comes from.
+
+    `needs` are options that have no good default. `at_reference` is the loss of a policy that equals its reference, in Python;
+    empty where that depends on the data. `reference`: whether it compares with the reference at all.
+    """
+
+    function: str
+    options: tuple[str, ...]
+    title: str
+    paper: str
+    at_reference: str = ""
+    needs: tuple[str, ...] = ()
+    reference: bool = True
+    whole_batch: bool = False
+
+
+class Term(NamedTuple):
+    """A part of a weighted sum of losses."""
+
+    weight: float
+    name: str
+
+    @property
+    def loss(self) -> Loss:
+        return LOSSES[self.name]
+
+
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+_any = lambda value: True  # noqa: E731
+
+OPTIONS: Mapping[str, Option] = {
+    "beta": Option(
+        float,
+        0.1,
+        lambda x: x > 0,
+        "must be greater than 0",
+        "Weight of the KL constraint to the reference; the paper uses 0.1, and 0.5 for TL;DR. Means per token need more: "
+        "sigmoid_norm 5, simpo 2.",
+    ),
+    "alpha": Option(
+        float | None,
+        None,
+        lambda x: 0 <= x <= 1,
+        "must be between 0 and 1",
+        "Weight of the rejected completion, 0 to 1.",
+    ),
+    "label_smoothing": Option(
+        float,
+        0.0,
+        lambda x: 0 <= x < 0.5,
+        "must be at least 0 and below 0.5",
+        "Assumed share of swapped labels, 0 to below 0.5; exo_pair needs it, its paper takes 0.001.",
+    ),
+    "reference_free": Option(bool, False, _any, "", "Take a uniform reference instead of the starting policy."),
+    "f_divergence": Option(Divergence, "reverse_kl", _any, "", "Divergence from the reference (f-DPO)."),
+    "f_alpha": Option(float, 0.5, _any, "", "Alpha of f_divergence alpha_divergence."),
+    "discopop_tau": Option(float, 0.05, lambda x: x > 0, "must be greater than 0", "Temperature of the mixture of two losses."),
+    "length_penalty": Option(
+        float, 0.01, lambda x: x >= 0, "must not be negative", "Reward that a token costs (alpha of the paper)."
+    ),
+    "gamma": Option(float, 0.5, _any, "", "Target margin."),
+    "cpo_alpha": Option(float, 1.0, lambda x: x >= 0, "must not be negative", "Weight of the SFT term."),
+    "wpo": Option(
+        bool, False, _any, "", "Weigh pairs by how likely the policy is to write them (WPO); any loss but aot and aot_unpaired."
+    ),
+}
+
+_F = ("f_divergence", "f_alpha")
+_LN2 = "log(2)"
+_DPO = Loss(
+    "margin.dpo_loss",
+    ("beta", "label_smoothing", "reference_free", *_F),
+    "Direct Preference Optimization",
+    "2305.18290",
+    _LN2,
+)
+
+LOSSES: Mapping[str, Loss] = {
+    "dpo": _DPO,
+    "sigmoid": _DPO._replace(title="Direct Preference Optimization (TRL's name of dpo)"),
+    "sigmoid_norm": Loss("margin.length_normalized_loss", ("beta", *_F), "length-normalised DPO (Tulu 3)", "2411.15124", _LN2),
+    "length_regularized": Loss(
+        "margin.length_regularized_loss", ("beta", "length_penalty"), "length-regularised DPO (R-DPO)", "2403.19159"
+    ),
+    "ipo": Loss(
+        "margin.ipo_loss", ("beta", *_F), "Identity Preference Optimization, summed", "2310.12036", "1 / (2 * beta) ** 2"
+    ),
+    "ipo_per_token": Loss(
+        "margin.ipo_per_token_loss", ("beta", *_F), "IPO with means per token (TRL's ipo)", "2310.12036", "1 / (2 * beta) ** 2"
+    ),
+    "hinge": Loss("margin.hinge_loss", ("beta", *_F), "hinge loss (SLiC-HF, RSO)", "2305.10425", "1.0"),
+    "robust": Loss("margin.robust_loss", ("beta", "label_smoothing", *_F), "robust DPO", "2403.00409", _LN2),
+    "exo_pair": Loss(
+        "margin.exo_pair_loss",
+        ("beta", "label_smoothing", *_F),
+        "Efficient Exact Optimization",
+        "2402.00856",
+        "-log(2) - log((1 - label_smoothing) * label_smoothing) / 2",
+        needs=("label_smoothing",),
+    ),
+    "discopop": Loss("margin.discopop_loss", ("beta", "discopop_tau", *_F), "DiscoPOP", "2406.08414", "(log(2) + 1) / 2"),
+    "nca_pair": Loss("pointwise.nca_pair_loss", ("beta",), "noise contrastive alignment", "2402.05369", "2 * log(2)"),
+    "bco_pair": Loss("pointwise.bco_pair_loss", ("beta",), "binary classifier optimization", "2404.04656", "2 * log(2)"),
+    "sppo_hard": Loss(
+        "pointwise.sppo_hard_loss", ("beta",), "self-play preference optimization", "2405.00675", "2 * (0.5 / beta) ** 2"
+    ),
+    "apo_zero": Loss("pointwise.apo_zero_loss", ("beta",), "anchored preference optimization, zero", "2408.06266", "1.0"),
+    "apo_down": Loss("pointwise.apo_down_loss", ("beta",), "anchored preference optimization, down", "2408.06266", "1.0"),
+    "aot": Loss(
+        "transport.aot_loss",
+        ("beta", "label_smoothing"),
+        "alignment via optimal transport, paired",
+        "2406.05882",
+        _LN2,
+        whole_batch=True,
+    ),
+    "aot_unpaired": Loss(
+        "transport.aot_unpaired_loss",
+        ("beta", "label_smoothing"),
+        "alignment via optimal transport, unpaired",
+        "2406.05882",
+        _LN2,
+        whole_batch=True,
+    ),
+    "simpo": Loss("likelihood.simpo_loss", ("beta", "gamma", "label_smoothing"), "SimPO", "2405.14734", reference=False),
+    "cpo": Loss(
+        "likelihood.cpo_loss",
+        ("beta", "cpo_alpha", "label_smoothing"),
+        "contrastive preference optimization",
+        "2401.08417",
+        reference=False,
+    ),
+    "orpo": Loss("likelihood.orpo_loss", ("beta",), "odds ratio preference optimization", "2403.07691", reference=False),
+    "sft": Loss("likelihood.sft_loss", (), "negative log-likelihood of the chosen per token", "2404.19733", reference=False),
+    "unlikelihood": Loss(
+        "likelihood.unlikelihood_loss", ("alpha",), "unlikelihood training", "2305.18290", needs=("alpha",), reference=False
+    ),
+    "preferred_ft": Loss(
+        "likelihood.preferred_ft_loss", (), "fine-tuning on chosen completions", "2305.18290", reference=False
+    ),
+}
+
+
+def _of(option: str) -> str:
+    """Which losses read an option, unless most do."""
+    names = [name for name, loss in LOSSES.items() if option in loss.options]
+    return f" Read by {', '.join(names)}." if 0 < len(names) <= 10 else ""
+
+
+HELP: Mapping[str, str] = {
+    "loss": f"One of {', '.join(LOSSES)}; or a weighted sum, such as dpo + 0.1*sft. ipo is the "
+    "paper's, with sums; TRL's ipo is ipo_per_token.",
+    **{name: option.help + _of(name) for name, option in OPTIONS.items()},
+}
+"""The texts of `--help`."""
+
+
+def terms(text: str) -> list[Term]:
+    """The weighted losses that a text names: "dpo", or a sum such as "dpo + 0.1*sft". ValueError: a name or weight is wrong.
+
+    >>> terms("0.8*sigmoid + sft")
+    [Term(weight=0.8, name='sigmoid'), Term(weight=1.0, name='sft')]
+    """
+    found = []
+    for part in text.split("+"):
+        weight, star, name = part.rpartition("*")
+        name = name.strip()
+        if name not in LOSSES:
+            close = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.6)
+            hint = f'; did you mean "{close[0]}"?' if close else ""
+            raise ValueError(
+                f"expected one of {', '.join(LOSSES)}, or a sum such as dpo + 0.1*sft, got the text {name!r}{hint}"
+            )
+        try:
+            value = float(weight) if star else 1.0
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise ValueError(f"the weight of {name} must be a number above 0, as in dpo + 0.1*sft, got {weight.strip()!r}")
+        found.append(Term(value, name))
+    return found
+
+
+def reads(text: str) -> set[str]:
+    """The options that the losses of a text read."""
+    found = {option for term in terms(text) for option in term.loss.options}
+    return found if sorts_batch(text) else found | {"wpo"}
+
+
+def uses_reference(text: str) -> bool:
+    """Whether any of the losses of a text compares with the reference."""
+    return any(term.loss.reference for term in terms(text))
+
+
+def sorts_batch(text: str) -> bool:
+    """Whether any of the losses of a text looks at all pairs of a batch at once. False for a text that is wrong."""
+    try:
+        return any(term.loss.whole_batch for term in terms(text))
+    except ValueError:
+        return False
+
+
+def problems(text: str, values: Mapping[str, Any], *, microbatches: int = 1) -> Iterator[tuple[str, str]]:
+    """What is wrong with the options `values` of the losses of a text: (option, what and what to do)."""
+    try:
+        read = reads(text)
+    except ValueError as error:
+        yield "loss", str(error)
+        return
+    for name, option in OPTIONS.items():
+        value = values[name]
+        if name not in read and value != option.default:
+            readers = ", ".join(loss for loss in LOSSES if name in reads(loss))
+            yield name, f"loss {text} does not read it: leave it at {_shown(option.default)}, or use one that does ({readers})"
+        elif value is not None and not option.inside(value):
+            yield name, f"{option.expected}, got {value}"
+    for term in terms(text):
+        for name in term.loss.needs:
+            if values[name] == OPTIONS[name].default:
+                yield name, f"loss {term.name} needs it: {OPTIONS[name].help[0].lower()}{OPTIONS[name].help[1:]}"
+    if microbatches > 1 and sorts_batch(text):
+        yield "microbatches", f"loss {text} sorts all pairs of a batch, which microbatches cut into parts: leave it at 1"
+    if values["f_alpha"] != OPTIONS["f_alpha"].default and values["f_divergence"] != "alpha_divergence":
+        yield "f_alpha", "belongs to f_divergence alpha_divergence: set that, or leave it out"
+
+
+def markdown() -> str:
+    """The table as Markdown, for the documentation."""
+    lines = [
+        "| `dpo.loss` | what it is | options | paper | loss at the reference |",
+        "|---|---|---|---|---|",
+    ]
+    for name, loss in LOSSES.items():
+        paper = f"[{loss.paper}](https://arxiv.org/abs/{loss.paper})"
+        title = loss.title + ("" if loss.reference else "; no reference") + ("; sorts the batch" if loss.whole_batch else "")
+        at = f"`{loss.at_reference}`" if loss.at_reference else "depends on the data"
+        lines.append(f"| `{name}` | {title} | {', '.join(f'`{option}`' for option in loss.options)} | {paper} | {at} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(default: Any) -> str:
+    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)

@@ -1,0 +1,46 @@
+"""Preference losses: from log-probabilities of pairs, or of rankings, to one loss each.
+
+All take `logps` and `ref_logps`, float[P, 2]: log pi(y|x) and log pi_ref(y|x), natural logarithm, summed over the completion's
+tokens, chosen first; `plackett_luce_loss` takes rankings, float[P, K], best first. All return `(losses[P], rewards[P, K])`; the
+rewards are the implicit rewards of Rafailov et al. 2023 (arXiv 2305.18290), eq. 5, up to the prompt's partition function, and
+carry no gradient. `beta`, `alpha` and `label_smoothing` are one number, or float[P] with one for each example.
+
+A loss that needs more asks for it by keyword: `lengths` float[P, 2], `mean_lengths` float[P, 2] (of the whole batch), `weight`
+float[P] (0 marks fillers). `dpo_step` supplies what a loss names. A loss that asks for `weight` looks across the batch, and
+`dpo_step` refuses to cut that into parts.
+"""
+
+from dpo_jax.losses.combine import SIGNALS as SIGNALS
+from dpo_jax.losses.combine import PreferenceLoss as PreferenceLoss
+from dpo_jax.losses.combine import asked as asked
+from dpo_jax.losses.combine import named_loss as named_loss
+from dpo_jax.losses.combine import sum_of_losses as sum_of_losses
+from dpo_jax.losses.combine import weighted_by_policy as weighted_by_policy
+from dpo_jax.losses.combine import whole_set_signals as whole_set_signals
+from dpo_jax.losses.inputs import implicit_rewards as implicit_rewards
+from dpo_jax.losses.inputs import right as right
+from dpo_jax.losses.inputs import tied as tied
+from dpo_jax.losses.likelihood import cpo_loss as cpo_loss
+from dpo_jax.losses.likelihood import orpo_loss as orpo_loss
+from dpo_jax.losses.likelihood import preferred_ft_loss as preferred_ft_loss
+from dpo_jax.losses.likelihood import sft_loss as sft_loss
+from dpo_jax.losses.likelihood import simpo_loss as simpo_loss
+from dpo_jax.losses.likelihood import unlikelihood_loss as unlikelihood_loss
+from dpo_jax.losses.margin import discopop_loss as discopop_loss
+from dpo_jax.losses.margin import divergence_scores as divergence_scores
+from dpo_jax.losses.margin import dpo_loss as dpo_loss
+from dpo_jax.losses.margin import exo_pair_loss as exo_pair_loss
+from dpo_jax.losses.margin import hinge_loss as hinge_loss
+from dpo_jax.losses.margin import ipo_loss as ipo_loss
+from dpo_jax.losses.margin import ipo_per_token_loss as ipo_per_token_loss
+from dpo_jax.losses.margin import length_normalized_loss as length_normalized_loss
+from dpo_jax.losses.margin import length_regularized_loss as length_regularized_loss
+from dpo_jax.losses.margin import robust_loss as robust_loss
+from dpo_jax.losses.pointwise import apo_down_loss as apo_down_loss
+from dpo_jax.losses.pointwise import apo_zero_loss as apo_zero_loss
+from dpo_jax.losses.pointwise import bco_pair_loss as bco_pair_loss
+from dpo_jax.losses.pointwise import nca_pair_loss as nca_pair_loss
+from dpo_jax.losses.pointwise import sppo_hard_loss as sppo_hard_loss
+from dpo_jax.losses.rankings import plackett_luce_loss as plackett_luce_loss
+from dpo_jax.losses.transport import aot_loss as aot_loss
+from dpo_jax.losses.transport import aot_unpaired_loss as aot_unpaired_loss

@@ -1,0 +1,135 @@
+"""Losses by name, sums of losses, and what a loss asks for besides two log-probabilities of each completion."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax import loss_table
+from dpo_jax.types import Array
+
+PreferenceLoss = Callable[..., tuple[jax.Array, jax.Array]]
+"""(logps[P, K], ref_logps[P, K], **signals) -> (losses[P], rewards[P, K]): a function of `dpo_jax.losses`, its options bound. K
+is 2, or the length of a ranking. `signals` are the keywords that it names without a value, such as `lengths` (`SIGNALS`), and
+what the batch carries besides (`Rows.extras`)."""
+
+SIGNALS = ("lengths", "mean_lengths", "weight", "aligned_logps")
+"""What `dpo_step` supplies to a loss that names it:
+
+    lengths        float32[P, K]  scored tokens of each completion; 0 in fillers
+    mean_lengths   float32[P, K]  their mean over the pairs of the global batch; all rows are equal
+    weight         float32[P]     1, and 0 for fillers
+    aligned_logps  float32[P, K]  mean over tokens of log pi(y_t) - log sum_v pi(v)^2 of the policy, without gradient (WPO)
+"""
+
+
+def asked(loss: Callable[..., Any]) -> frozenset[str]:
+    """Which of `SIGNALS` a loss asks for: the keywords of those names that have no value yet.
+
+    >>> sorted(asked(partial(length_normalized_loss, beta=5.0)))
+    ['lengths']
+    """
+    parameters = inspect.signature(loss).parameters
+    return frozenset(name for name in SIGNALS if name in parameters and parameters[name].default is inspect.Parameter.empty)
+
+
+def named_loss(text: str, **options: Any) -> PreferenceLoss:
+    """The loss of a name, or of a weighted sum of names, with `options` bound to those that read them.
+
+    Options that none reads, unknown names and values out of range are refused by a ValueError. `dpo_jax/losses/README.md` has
+    the table.
+
+    >>> loss = named_loss("dpo + 0.1*sft", beta=0.1)
+    >>> losses, _ = loss(np.full((1, 2), -12.0), np.full((1, 2), -12.0), mean_lengths=np.full((1, 2), 4.0))
+    >>> print(f"{losses[0]:.4f}")  # log(2) + 0.1 * 3
+    0.9931
+    """
+    if unknown := sorted({*options} - {*loss_table.OPTIONS}):
+        raise ValueError(f"{', '.join(unknown)}: unknown option; losses have {', '.join(loss_table.OPTIONS)}")
+    values = {name: options.get(name, option.default) for name, option in loss_table.OPTIONS.items()}
+    if found := [f"{name}: {problem}" for name, problem in loss_table.problems(text, values)]:
+        raise ValueError("\n".join(found))
+    parts = []
+    for term in loss_table.terms(text):
+        bound = {name: values[name] for name in term.loss.options}
+        parts.append((term.weight, functools.partial(_function(term.loss.function), **bound)))
+    loss = parts[0][1] if len(parts) == 1 and parts[0][0] == 1 else sum_of_losses(parts)
+    return weighted_by_policy(loss) if values["wpo"] else loss
+
+
+def _function(name: str) -> PreferenceLoss:
+    module, _, function = name.partition(".")
+    return getattr(importlib.import_module(f"dpo_jax.losses.{module}"), function)
+
+
+def sum_of_losses(parts: Sequence[tuple[float, PreferenceLoss]]) -> PreferenceLoss:
+    """A weighted sum of losses, such as MPO's (Wang et al. 2024, arXiv 2411.10442). The rewards are those of the first.
+
+    `parts` are (weight, loss). It asks for what its parts ask for.
+
+    >>> loss = sum_of_losses([(0.5, partial(dpo_loss, beta=0.1)), (2.0, partial(ipo_loss, beta=0.5))])
+    >>> print(loss(np.zeros((1, 2)), np.zeros((1, 2)))[0])  # log(2) / 2 + 2
+    [2.3465736]
+    """
+    wanted = [(weight, loss, asked(loss)) for weight, loss in parts]
+
+    def total(logps: Array, ref_logps: Array, **signals: Array) -> tuple[jax.Array, jax.Array]:
+        found = [loss(logps, ref_logps, **{name: signals[name] for name in names}) for _, loss, names in wanted]
+        combined = functools.reduce(
+            lambda sum, part: sum + part, (weight * losses for (weight, _), (losses, _) in zip(parts, found, strict=True))
+        )
+        return combined, found[0][1]
+
+    return _asking(total, *(names for _, _, names in wanted))
+
+
+def weighted_by_policy(loss: PreferenceLoss) -> PreferenceLoss:
+    """WPO: a loss with each pair weighed by how likely the policy is to write it (Zhou et al. 2024, arXiv 2406.11827, eq. 2).
+
+    The weight is the product of both completions' `exp(aligned_logps)`, without gradient.
+
+    >>> loss = weighted_by_policy(partial(dpo_loss, beta=0.1))
+    >>> print(loss(np.zeros((1, 2)), np.zeros((1, 2)), aligned_logps=np.log([[0.5, 0.5]]))[0])  # log(2) / 4
+    [0.1732868]
+    """
+    names = asked(loss)
+
+    def weighted(logps: Array, ref_logps: Array, **signals: Array) -> tuple[jax.Array, jax.Array]:
+        losses, rewards = loss(logps, ref_logps, **{name: signals[name] for name in names})
+        weights = jnp.exp(jnp.asarray(signals["aligned_logps"]).sum(axis=1))
+        return losses * jax.lax.stop_gradient(weights), rewards
+
+    return _asking(weighted, names, ("aligned_logps",))
+
+
+def _asking(loss: PreferenceLoss, *names: Iterable[str]) -> PreferenceLoss:
+    """Gives a loss the signature of one that asks for `names`."""
+    keywords = sorted(frozenset().union(*names))
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("logps", "ref_logps")]
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in keywords]
+    loss.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    return loss
+
+
+def whole_set_signals(loss: Callable[..., Any], lengths: Array | None, *, pairs: int) -> Mapping[str, Array]:
+    """What a loss asks for, of a whole set of pairs that are there at once, as in an evaluation. `lengths`: float[P, 2].
+
+    `aligned_logps` are 0: WPO's weights belong to training, and held-out pairs count alike.
+    """
+    names = asked(loss)
+    if lengths is None:
+        if missing := sorted(names & {"lengths", "mean_lengths"}):
+            raise ValueError(f"this loss needs the completions' lengths for its {', '.join(missing)}")
+        lengths = np.zeros((pairs, 2), np.float32)
+    lengths = np.asarray(lengths, np.float32)
+    mean = np.broadcast_to(lengths.mean(axis=0), lengths.shape)
+    found = {"lengths": lengths, "mean_lengths": mean, "weight": np.ones(pairs, np.float32)}
+    found["aligned_logps"] = np.zeros_like(lengths)
+    return {name: found[name] for name in names}

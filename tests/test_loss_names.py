@@ -1,0 +1,282 @@
+"""Losses by name: equal to TRL's, indifferent to fillers, and documented by the table that the program is configured from."""
+
+import doctest
+import functools
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+import dpo_jax
+from dpo_jax import loss_table, losses
+from dpo_jax.cli.commands.dpo import loss_at_reference
+from dpo_jax.cli.config import DpoConfig
+from dpo_jax.logps import pair_sums
+from dpo_jax.losses import asked, named_loss, sum_of_losses
+from dpo_jax.types import Rows
+
+STORED = json.loads((GOLDEN / "losses.json").read_text())
+NAMES = list(loss_table.LOSSES)
+NEEDED = {"exo_pair": {"label_smoothing": 0.01}, "unlikelihood": {"alpha": 0.3}}
+NOT_IN_TRL = {
+    "length_regularized": "no",
+    "dpo": "there it is sigmoid",
+    "ipo": "only with means per token; equal to the original in test_losses.py",
+    "unlikelihood": "a baseline of the paper",
+    "preferred_ft": "a baseline of the paper",
+}
+
+
+def named(setting):
+    return f"{setting['loss']} {setting['options']}"
+
+
+def of_trl(setting, cases):
+    """Our losses of TRL's cases: means over the pairs float64[cases], and their gradients by the first token of completions."""
+    options = dict(setting["options"])
+    ld_alpha = options.pop("ld_alpha", 1.0)
+    loss = named_loss(setting["loss"], **options)
+    names = asked(loss)
+
+    def mean(tokens, case):
+        lengths = case["lengths"]
+        slot = (jnp.arange(12, dtype=float)[None] >= lengths.reshape(-1, 1)).astype(jnp.int32)
+        rows = Rows(*[jnp.zeros_like(slot)] * 6, slot=slot, weight=jnp.ones(4), index=jnp.arange(4))
+        signals = {
+            "lengths": lengths,
+            "mean_lengths": jnp.broadcast_to(lengths.mean(axis=0), lengths.shape),
+            "weight": jnp.ones(4),
+            "aligned_logps": case["aligned_logps"],
+        }
+        logps = pair_sums(tokens, rows, ld_alpha=ld_alpha)
+        return loss(logps, case["ref_logps"], **{name: signals[name] for name in names})[0].mean()
+
+    arrays = {name: np.array([case[name] for case in cases], np.float64) for name in cases[0]}
+    tokens = arrays.pop("tokens").reshape(-1, 2, 4, 12).swapaxes(1, 2).reshape(-1, 8, 12)  # TRL has all chosen ones first
+    losses, gradients = jax.vmap(jax.value_and_grad(mean))(tokens, arrays)
+    return losses, gradients[:, :, 0].reshape(-1, 4, 2)
+
+
+def assert_equal_to_trl(stored):
+    with jax.enable_x64(True):
+        results = jax.jit(lambda: [of_trl(setting, stored["cases"]) for setting in stored["settings"]])()
+        for setting, result in zip(stored["settings"], results, strict=True):
+            for found, expected in zip(result, (setting["losses"], setting["gradients"]), strict=True):
+                np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6, err_msg=named(setting))
+
+
+def test_loss_and_gradient_are_trls():
+    """Five batches of four pairs, kept from TRL's own trainers by golden/make_losses.py."""
+    assert_equal_to_trl(STORED)
+    compared = {term.name for setting in STORED["settings"] for term in loss_table.terms(setting["loss"])}
+    assert compared | set(NOT_IN_TRL) == set(NAMES)
+
+
+@pytest.mark.parity
+def test_loss_and_gradient_are_trls_in_a_thousand_cases(tmp_path):
+    """Set DPO_JAX_TORCH_PYTHON to a Python with torch and trl if this one has none."""
+    python = os.environ.get("DPO_JAX_TORCH_PYTHON") or (sys.executable if importlib.util.find_spec("trl") else None)
+    if python is None:
+        pytest.skip("no trl here and DPO_JAX_TORCH_PYTHON is not set")
+    out = tmp_path / "losses.json"
+    done = subprocess.run([python, GOLDEN / "make_losses.py", "1000", out], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_equal_to_trl(json.loads(out.read_text()))
+
+
+def drawn(pairs, seed=0):
+    """Log-probabilities, the reference's, and everything a loss may ask for, of random pairs."""
+    rng = np.random.default_rng(seed)
+    logps = rng.normal(-30, 5, size=(pairs, 2))
+    ref = logps + rng.normal(0, 3, size=(pairs, 2))
+    lengths = rng.integers(3, 20, size=(pairs, 2)).astype(np.float64)
+    signals = {
+        "lengths": lengths,
+        "mean_lengths": np.broadcast_to(lengths.mean(axis=0), lengths.shape),
+        "weight": np.ones(pairs),
+        "aligned_logps": rng.normal(-1, 0.3, size=(pairs, 2)),
+    }
+    return logps, ref, signals
+
+
+def bound(name, signals, **options):
+    """The loss `name` with everything it asks for: a function of two arrays."""
+    loss = named_loss(name, **NEEDED.get(name, {}), **options)
+    return functools.partial(loss, **{signal: signals[signal] for signal in asked(loss)})
+
+
+@pytest.mark.parametrize("name", NOT_IN_TRL)
+def test_the_gradient_is_the_slope(name):
+    logps, ref, signals = drawn(3)
+    with jax.enable_x64(True):
+
+        def total(logps):
+            return bound(name, signals)(logps, ref)[0].sum()
+
+        gradient = np.asarray(jax.grad(total)(logps))
+        for place in np.ndindex(logps.shape):
+            step = np.zeros_like(logps)
+            step[place] = 1e-5
+            slope = (total(logps + step) - total(logps - step)) / 2e-5
+            np.testing.assert_allclose(gradient[place], slope, rtol=1e-6, atol=1e-8)
+        assert np.abs(gradient).max() > 1e-3
+        rewards = jax.grad(lambda logps: bound(name, signals)(logps, ref)[1].sum())(logps)
+        np.testing.assert_array_equal(rewards, 0.0)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "0.5*aot + 0.1*sft"])
+def test_fillers_change_nothing(name):
+    """A filler has weight 0, no tokens and log-probability 0; its weight would not undo a NaN, in the loss or its gradient."""
+    logps, ref, signals = drawn(7)
+    places = [1, 2, 4, 5, 6, 7, 8]
+
+    def spread(values):
+        wide = np.zeros((9, *values.shape[1:]), np.float32)
+        wide[places] = values
+        return wide
+
+    wide = {signal: spread(values) for signal, values in signals.items()}
+    wide["mean_lengths"] = np.broadcast_to(wide["mean_lengths"][1], (9, 2))
+
+    def weighted(logps, ref, signals):
+        losses, _ = bound(name, signals)(logps, ref)
+        return (losses * signals["weight"]).sum(), losses
+
+    narrow = jax.tree.map(np.float32, (logps, ref, signals))
+    slope, losses = jax.grad(weighted, has_aux=True)(*narrow)
+    wide_slope, wide_losses = jax.grad(weighted, has_aux=True)(spread(logps), spread(ref), wide)
+    assert np.isfinite(wide_losses).all()
+    np.testing.assert_allclose(np.asarray(wide_losses)[places], losses, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(wide_slope)[places], slope, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(wide_slope)[[0, 3]], 0.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_lists_what_a_function_reads(name):
+    loss = loss_table.LOSSES[name]
+    module, _, function = loss.function.partition(".")
+    assert getattr(losses, function) is getattr(importlib.import_module(f"dpo_jax.losses.{module}"), function)
+    parameters = list(inspect.signature(getattr(losses, function)).parameters)
+    assert [p for p in parameters if p not in ("logps", "ref_logps", *losses.SIGNALS)] == list(loss.options)
+    assert loss.whole_batch == ("weight" in parameters)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_changes_the_loss_and_others_are_refused(name):
+    logps, ref, signals = drawn(6)
+    changed = {
+        **{"beta": 0.3, "alpha": 0.6, "label_smoothing": 0.2, "reference_free": True, "f_divergence": "js_divergence"},
+        **{"f_alpha": 0.7, "discopop_tau": 0.5, "length_penalty": 0.2, "gamma": 1.0, "cpo_alpha": 0.3, "wpo": True},
+    }
+    assert changed.keys() == loss_table.OPTIONS.keys()
+    read = loss_table.reads(name)
+    for option, value in changed.items():
+        needed = NEEDED.get(name, {})
+        if option in read:
+            along = {"f_divergence": "alpha_divergence"} if option == "f_alpha" else {}
+            loss = named_loss(name, **{**needed, **along, option: value})
+            before = named_loss(name, **needed, **along)
+            found, plain = (x(logps, ref, **{signal: signals[signal] for signal in asked(x)})[0] for x in (loss, before))
+            assert not np.allclose(found, plain), option
+        else:
+            with pytest.raises(
+                ValueError, match=f"^{option}: loss {name} does not read it: leave it at .*, or use one that does"
+            ):
+                named_loss(name, **needed, **{option: value})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_of_a_policy_that_is_its_reference(name):
+    """The table's formula is what the guard of step 0 expects, and where there is none the loss depends on the data."""
+    section = DpoConfig(loss=name, **NEEDED.get(name, {}))
+    logps, _, signals = drawn(4)
+    values = np.asarray(bound(name, signals)(logps, logps)[0])
+    if formula := loss_table.LOSSES[name].at_reference:
+        expected = eval(formula, {"log": math.log, **section.loss_options()})
+        np.testing.assert_allclose(values, expected, rtol=1e-5)
+        assert loss_at_reference(section) == pytest.approx(expected, rel=1e-6)
+    else:
+        assert np.ptp(values) > 1e-3
+        assert loss_at_reference(section) is None
+
+
+def test_a_preference_that_length_explains_asks_less_of_the_policy():
+    """Of two pairs with equal log-probabilities that with the longer chosen completion has the smaller gradient."""
+    logps, lengths = np.zeros((2, 2)), np.array([[20.0, 10.0], [10.0, 20.0]])
+    loss = named_loss("length_regularized", length_penalty=0.1)
+    slope = jax.grad(lambda logps: loss(logps, np.zeros((2, 2)), lengths=lengths)[0].sum())(logps)
+    assert abs(slope[0, 0]) < 0.05 < abs(slope[1, 0])
+    np.testing.assert_allclose(
+        named_loss("length_regularized", length_penalty=0.0)(logps, logps, lengths=lengths)[0], np.log(2)
+    )
+
+
+def test_a_sum_of_losses_is_checked_at_step_0_where_all_its_parts_are():
+    assert loss_at_reference(DpoConfig(loss="0.5*dpo + 2*hinge")) == pytest.approx(math.log(2) / 2 + 2)
+    assert loss_at_reference(DpoConfig(loss="dpo + 0.1*sft")) is None
+    assert loss_at_reference(DpoConfig(wpo=True)) is None
+
+
+def test_a_sum_asks_for_what_its_parts_ask_for():
+    loss = named_loss("dpo + 0.5*orpo + sft")
+    assert asked(loss) == {"lengths", "mean_lengths"}
+    logps, ref, signals = drawn(4)
+    parts = [bound(name, signals)(logps, ref)[0] for name in ("dpo", "orpo", "sft")]
+    np.testing.assert_allclose(bound("dpo + 0.5*orpo + sft", signals)(logps, ref)[0], parts[0] + 0.5 * parts[1] + parts[2])
+    rewards = sum_of_losses([(2.0, named_loss("sft")), (1.0, named_loss("dpo"))])(
+        logps, ref, mean_lengths=signals["mean_lengths"]
+    )[1]
+    np.testing.assert_allclose(rewards, logps - ref, rtol=1e-4)
+
+
+def test_what_has_a_value_is_not_asked_for():
+    def loss(logps, ref_logps, *, lengths, weight=None):
+        return logps[:, 0] * lengths[:, 0], logps
+
+    assert asked(loss) == {"lengths"}
+    assert asked(functools.partial(loss, lengths=1)) == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("dpoo", "expected one of dpo, .*got the text 'dpoo'; did you mean \"dpo\"?"),
+        ("", "got the text ''"),
+        ("0*dpo", "the weight of dpo must be a number above 0"),
+        ("x*dpo", "the weight of dpo must be a number above 0, .* got 'x'"),
+    ],
+)
+def test_what_is_no_loss_is_refused(text, told):
+    with pytest.raises(ValueError, match=told):
+        named_loss(text)
+    with pytest.raises(ValueError, match="betta: unknown option; losses have beta"):
+        named_loss("dpo", betta=1)
+
+
+EXAMPLES = [name for name in vars(losses) if name.endswith("_loss")] + ["asked", "sum_of_losses", "weighted_by_policy"]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_of_the_losses_do_what_they_show(name):
+    value, scope = getattr(losses, name), {**vars(losses), "np": np, "jnp": jnp, "partial": functools.partial}
+    found = doctest.DocTestParser().get_doctest(inspect.getdoc(value) or "", scope, name, None, 0)
+    assert found.examples
+    told, report = [], doctest.DocTestRunner()
+    report.run(found, out=told.append)
+    assert not report.failures, "".join(told)
+
+
+def test_the_documentation_has_the_table():
+    text = (Path(dpo_jax.__file__).parent / "losses" / "README.md").read_text()
+    assert loss_table.markdown() in text

@@ -1,0 +1,177 @@
+"""What a step supplies to a loss that asks for it: the same in every layout, however the batch is cut into parts."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from test_groups import GROUPS, LAYOUTS
+from test_groups import PAIRS as OF_GROUPS
+from test_step import PAIRS, REF, layout, rows_of, toy_model
+
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.layout import plain_rows
+from dpo_jax.dpo import dpo_step
+from dpo_jax.logps import completion_logps
+from dpo_jax.losses import named_loss
+from dpo_jax.step import init_state
+
+MODEL = toy_model()
+TX = optax.sgd(0.1)
+LENGTHS = np.array([[len(pair.chosen), len(pair.rejected)] for pair in PAIRS], np.float32)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return init_state(MODEL.init(jax.random.key(0)), TX)
+
+
+def metrics_of(loss, state, rows, **options):
+    return jax.jit(functools.partial(dpo_step, model=MODEL, tx=TX, loss=loss, **options))(state, rows)[1]
+
+
+def ones(logps):
+    return logps[:, 0] * 0 + 1
+
+
+# Losses of 1 whose rewards are what they asked for, so that metrics show its mean.
+SHOWS = {
+    "lengths": lambda logps, ref_logps, *, lengths: (ones(logps), lengths),
+    "mean_lengths": lambda logps, ref_logps, *, mean_lengths: (ones(logps), mean_lengths),
+    "aligned_logps": lambda logps, ref_logps, *, aligned_logps: (ones(logps), aligned_logps),
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "shared", "packed"])
+@pytest.mark.parametrize("name", ["lengths", "mean_lengths"])
+def test_lengths_are_those_of_real_pairs(name, kind, state):
+    metrics = metrics_of(SHOWS[name], state, rows_of(kind))
+    assert metrics["rewards/chosen"] == pytest.approx(LENGTHS[:, 0].mean())
+    assert metrics["rewards/rejected"] == pytest.approx(LENGTHS[:, 1].mean())
+
+
+@pytest.mark.parametrize("cut", ["microbatches", "devices"])
+def test_a_likelihood_term_per_token_does_not_depend_on_how_the_batch_is_cut(cut, state):
+    """Each part has another mean length, and one holds the filler; the divisor is that of the whole batch."""
+    loss = named_loss("cpo + 0.5*sigmoid_norm", beta=0.5)
+    whole = metrics_of(loss, state, rows_of("shared"))
+    if cut == "microbatches":
+        parts = metrics_of(loss, state, rows_of("shared"), microbatches=4)
+    else:
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        step = functools.partial(dpo_step, model=MODEL, tx=TX, loss=loss, axis_name="data")
+        mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
+        parts = mapped(state, rows_of("shared"))[1]
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    logps = np.asarray(completion_logps(MODEL, state.variables, plain_rows(PAIRS, length=32)))
+    margins = 0.5 * (logps[:, 0] - logps[:, 1])
+    normed = (logps - REF) / LENGTHS
+    normed = 0.5 * (normed[:, 0] - normed[:, 1])
+    likelihood = -logps[:, 0].sum() / LENGTHS[:, 0].sum()
+    expected = np.log1p(np.exp(-margins)).mean() + likelihood + 0.5 * np.log1p(np.exp(-normed)).mean()
+    assert whole["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_across_pairs_is_refused_where_the_batch_is_cut(state):
+    step = functools.partial(dpo_step, model=MODEL, tx=TX, loss=named_loss("aot + 0.1*sft"))
+    cuts: list[dict[str, Any]] = [{"microbatches": 2}, {"axis_name": "data"}]
+    for options in cuts:
+        with pytest.raises(ValueError, match="this loss looks at all pairs of a batch at once"):
+            step(state, rows_of("shared"), **options)
+
+
+def test_a_loss_across_pairs_sorts_the_whole_of_a_sharded_batch(state):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.device_put(rows_of("shared"), jax.sharding.NamedSharding(mesh, P("data")))
+    found, expected = (metrics_of(named_loss("aot", beta=0.3), state, part) for part in (rows, rows_of("shared")))
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+    logps = np.asarray(completion_logps(MODEL, state.variables, plain_rows(PAIRS, length=32)))
+    margins = 0.3 * (np.sort(logps[:, 0] - logps[:, 1]) - np.sort(REF[:, 0] - REF[:, 1]))
+    assert found["loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean(), rel=1e-5)
+
+
+def test_columns_of_the_data_come_before_what_a_step_would_supply(state):
+    rows = rows_of("shared")
+    rows = rows.replace(extras={"lengths": np.full((8, 2), 3.0, np.float32)})
+    assert metrics_of(SHOWS["lengths"], state, rows)["rewards/chosen"] == pytest.approx(3)
+
+
+# LD-DPO
+
+
+scored = jax.jit(functools.partial(completion_logps, MODEL), static_argnames="ld_alpha")
+
+
+def expected_ld(pairs, variables, alpha):
+    """From whole completions, and from completions cut to the length of the shorter one."""
+    shortest = [min(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    cut = [Encoded(pair.prompt, pair.chosen[:n], pair.rejected[:n]) for pair, n in zip(pairs, shortest, strict=True)]
+    whole, shared = (scored(variables, plain_rows(which, length=32)) for which in (pairs, cut))
+    return np.asarray(alpha * whole + (1 - alpha) * shared)
+
+
+@pytest.mark.parametrize("kind", ["plain", "shared", "packed"])
+def test_tokens_beyond_the_shorter_completion_count_less(kind, state):
+    rows = layout(kind).rows(PAIRS)
+    found = np.asarray(scored(state.variables, rows, ld_alpha=0.3))
+    expected = expected_ld(PAIRS, state.variables, 0.3)
+    for place, number in enumerate(rows.index):
+        if number >= 0:
+            np.testing.assert_allclose(found[place], expected[number], rtol=1e-5)
+    assert np.isfinite(found).all()
+
+
+def test_a_completion_shared_by_pairs_is_cut_for_each(state):
+    layout = LAYOUTS["packed"]
+    rows = layout.rows(GROUPS)
+    found = np.asarray(scored(state.variables, rows, ld_alpha=0.3))
+    expected = expected_ld(OF_GROUPS, state.variables, 0.3)
+    seen = 0
+    for place in np.flatnonzero(rows.index >= 0):
+        group, member = divmod(int(rows.index[place]), layout.pairs)
+        np.testing.assert_allclose(found[place], expected[GROUPS[group].members[member]], rtol=1e-5)
+        seen += 1
+    assert seen == len(OF_GROUPS)
+
+
+def test_a_step_of_ld_dpo_trains_on_these(state):
+    ref = expected_ld(PAIRS, state.variables, 0.3)
+    rows = layout("shared").rows(PAIRS, ref_logps=ref)
+    metrics = metrics_of(named_loss("dpo"), state, rows, ld_alpha=0.3)
+    assert metrics["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert abs(metrics["displacement/chosen"]) < 1e-4
+    assert metrics["logps/chosen"] == pytest.approx(ref[:, 0].mean(), rel=1e-5)
+
+
+# WPO
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+def test_the_weight_of_a_pair_is_how_likely_the_policy_writes_it(kind, state):
+    pair = PAIRS[3]
+    metrics = metrics_of(SHOWS["aligned_logps"], state, layout(kind).rows([pair], ref_logps=REF[:1]))
+    for side in ("chosen", "rejected"):
+        completion = getattr(pair, side)
+        text = np.concatenate([pair.prompt, completion])
+        total = 0.0
+        for place in range(len(pair.prompt), len(text)):
+            embedded = np.asarray(state.params["params"]["embed"], np.float64)[text[:place]]
+            logits = np.tanh(embedded.mean(axis=0)) @ np.asarray(state.params["params"]["head"], np.float64)
+            chances = np.exp(logits) / np.exp(logits).sum()
+            total += np.log(chances[text[place]]) - np.log((chances**2).sum())
+        assert metrics[f"rewards/{side}"] == pytest.approx(total / len(completion), rel=1e-5)
+
+
+def test_the_weights_carry_no_gradient(state):
+    """A loss of its weight alone leaves the parameters where they are."""
+
+    def loss(logps, ref_logps, *, aligned_logps):
+        return aligned_logps.sum(axis=1), jnp.zeros_like(logps)
+
+    assert metrics_of(loss, state, rows_of("shared"))["grad_norm"] == 0
