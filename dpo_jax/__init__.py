@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dpo_jax.data.layout import shared_rows as shared_rows
     from dpo_jax.data.sources import load_preferences as load_preferences
     from dpo_jax.dataset_logps import reference_logps_of as reference_logps_of
+    from dpo_jax.dpo import dpo_objective as dpo_objective
     from dpo_jax.dpo import dpo_step as dpo_step
     from dpo_jax.dpo import preference_metrics as preference_metrics
     from dpo_jax.evals.frontier import best_of_n as best_of_n
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from dpo_jax.step import apply_gradients as apply_gradients
     from dpo_jax.step import init_state as init_state
     from dpo_jax.step import mean_grads as mean_grads
+    from dpo_jax.step import train_step as train_step
     from dpo_jax.types import Model as Model
     from dpo_jax.types import Rows as Rows
     from dpo_jax.types import TrainState as TrainState
@@ -84,7 +86,7 @@ _HOMES = {
     ),
     "data.sources": ("load_preferences",),
     "dataset_logps": ("reference_logps_of",),
-    "dpo": ("dpo_step", "preference_metrics"),
+    "dpo": ("dpo_objective", "dpo_step", "preference_metrics"),
     "evals.frontier": ("best_of_n", "optimum", "regret", "sequence_kl"),
     "logps": ("completion_lengths", "completion_logps", "sequence_logps", "slots_to_pairs"),
     "losses": ("dpo_loss", "implicit_rewards", "ipo_loss", "plackett_luce_loss", "unlikelihood_loss"),
@@ -97,7 +99,7 @@ _HOMES = {
     "runtime.optim": ("linear_warmup", "make_optimizer"),
     "sampling": ("generate", "left_pad"),
     "sft": ("sft_step",),
-    "step": ("apply_gradients", "init_state", "mean_grads"),
+    "step": ("apply_gradients", "init_state", "mean_grads", "train_step"),
     "types": ("Model", "Rows", "TrainState"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import optax
 
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import right
-from dpo_jax.step import apply_gradients, mean_grads
+from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
 
 PreferenceLoss = Callable[..., tuple[jax.Array, jax.Array]]
@@ -52,19 +53,25 @@ def dpo_step(
     >>> print(f"{metrics['loss']:.3f}")  # (0.25 + 4) / 2
     2.125
     """
+    objective = partial(dpo_objective, model=model, loss=loss)
+    return train_step(state, rows, objective=objective, tx=tx, microbatches=microbatches, axis_name=axis_name)
 
-    def objective(trainable: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
-        if rows.ref_logps is None:
-            raise ValueError("the batch carries no reference log-probabilities: give the layout `ref_logps`")
-        logps = completion_logps(model, {**state.frozen, **trainable}, rows)
-        found = loss(logps, rows.ref_logps, **(rows.extras or {}))
-        if not (isinstance(found, tuple) and len(found) == 2):
-            raise TypeError(f"a loss returns (losses [P], rewards [P, K]), this one {type(found).__name__}")
-        losses, rewards = found
-        return losses, preference_metrics(logps, rows.ref_logps, rewards=rewards)
 
-    grads, metrics = mean_grads(objective, state.params, rows, microbatches=microbatches, axis_name=axis_name)
-    return apply_gradients(state, grads, metrics, tx=tx)
+def dpo_objective(variables: Variables, rows: Rows, *, model: Model, loss: PreferenceLoss) -> tuple[jax.Array, Metrics]:
+    """Losses of the pairs, float32[P], and the metrics of each: what `dpo_step` takes the mean and the gradient of.
+
+    >>> losses, metrics = jax.jit(partial(dpo_objective, model=model, loss=partial(dpo_loss, beta=0.1)))(variables, rows)
+    >>> losses.shape, metrics["rewards/margins"].shape
+    ((2,), (2,))
+    """
+    if rows.ref_logps is None:
+        raise ValueError("the batch carries no reference log-probabilities: give the layout `ref_logps`")
+    logps = completion_logps(model, variables, rows)
+    found = loss(logps, rows.ref_logps, **(rows.extras or {}))
+    if not (isinstance(found, tuple) and len(found) == 2):
+        raise TypeError(f"a loss returns (losses [P], rewards [P, K]), this one {type(found).__name__}")
+    losses, rewards = found
+    return losses, preference_metrics(logps, rows.ref_logps, rewards=rewards)
 
 
 def preference_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array) -> Metrics:

@@ -313,8 +313,8 @@ def test_signal_during_the_last_evaluation_is_not_lost():
 def test_second_signal_ends_the_process_at_once():
     code = """
 import os, signal, time
-from dpo_jax.runtime.fit import _Signals
-with _Signals():
+from dpo_jax.runtime.signals import StopSignals
+with StopSignals():
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)  # at the same moment: the same wish
     time.sleep(0.5)
@@ -400,7 +400,7 @@ def test_each_shape_is_named_before_it_is_compiled(monkeypatch):
     rows = collections.namedtuple("Rows", "tokens")
     compilations = _Compilations(5)
     for count in (3, 3, 4, 3):
-        with compilations.of(rows(np.zeros((count, 8)))):
+        with compilations.named(rows(np.zeros((count, 8)))):
             pass
     assert named == ["compiling shape 1 of 5 (3 rows of 8 tokens)", "compiling shape 2 of 5 (4 rows of 8 tokens)"]
 

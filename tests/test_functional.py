@@ -36,6 +36,8 @@ FUNCTIONS = [
     "encode",
     "dpo_step",
     "sft_step",
+    "train_step",
+    "dpo_objective",
     "mean_grads",
     "init_state",
     "make_optimizer",
