@@ -67,6 +67,8 @@ if TYPE_CHECKING:
     from dpo_jax.step import init_state as init_state
     from dpo_jax.step import mean_grads as mean_grads
     from dpo_jax.step import train_step as train_step
+    from dpo_jax.training.references import cached_reference_logps as cached_reference_logps
+    from dpo_jax.training.run import train as train
     from dpo_jax.types import Model as Model
     from dpo_jax.types import Rows as Rows
     from dpo_jax.types import TrainState as TrainState
@@ -100,6 +102,8 @@ _HOMES = {
     "sampling": ("generate", "left_pad"),
     "sft": ("sft_step",),
     "step": ("apply_gradients", "init_state", "mean_grads", "train_step"),
+    "training.references": ("cached_reference_logps",),
+    "training.run": ("train",),
     "types": ("Model", "Rows", "TrainState"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -37,6 +37,8 @@ FUNCTIONS = [
     "dpo_step",
     "sft_step",
     "train_step",
+    "train",
+    "cached_reference_logps",
     "dpo_objective",
     "mean_grads",
     "init_state",
@@ -73,7 +75,7 @@ FUNCTIONS = [
 # What they are functions of, where that is more than two things; the rest are options.
 OF_THREE = (
     *("completion_logps", "reference_logps", "reference_logps_of", "mean_grads", "apply_gradients", "check_model"),
-    *("save_hf", "label", "collect", "completion_rewards"),
+    *("save_hf", "label", "collect", "completion_rewards", "cached_reference_logps", "train"),
 )
 OF_FOUR = ("sequence_kl", "regret")
 WITHOUT_EXAMPLE: dict[str, str] = {}  # {name: why none can be given}

@@ -15,8 +15,9 @@ FLOORS = [
     (2, ["losses.py", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
     (3, ["dpo.py", "sft.py", "reward.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),
-    (5, ["evals/", "bench/", "lab/", "checks/", "check.py"]),
-    (6, ["cli/"]),
+    (5, ["training/"]),
+    (6, ["evals/", "bench/", "lab/", "checks/", "check.py"]),
+    (7, ["cli/"]),
 ]
 ONLY_IN = {
     "flax": ["models/decoder.py"],

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.cli import build, identity
+from dpo_jax.cli import build
 from dpo_jax.cli import sft as sft_command
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.config_lab import FrontierConfig, numbers
@@ -41,6 +41,7 @@ from dpo_jax.models.hf import save_hf
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.rundir import RunDir, write_json
+from dpo_jax.training.fingerprint import architecture
 from dpo_jax.types import Variables
 
 TO_MIX = ("dpo", "ppo-gt")  # methods whose policies help to estimate the optimum:
@@ -105,7 +106,7 @@ def _shared(config: Config, digest: str, world: World) -> dict[str, Any]:
     bos = {"bos": True} if len(with_bos(np.zeros(0, np.int32), world.tokenizer, bos=config.data.bos)) else {}
     return {
         "reference": digest,
-        "architecture": identity.architecture(world.model),
+        "architecture": architecture(world.model),
         "tokenizer": tokenizer_digest(world.tokenizer),
         "data": {"source": config.data.source, "max_prompt_length": config.data.max_prompt_length, **bos},
         "frontier": options,
