@@ -23,8 +23,8 @@ import pytest
 
 from dpo_jax.runtime import metrics as records
 from dpo_jax.runtime import parallel
-from dpo_jax.runtime.fit import EXIT_PREEMPTED, Interrupted, NonFinite, Preempted, _Compilations, fit
 from dpo_jax.runtime.checkpoint import Checkpoints
+from dpo_jax.runtime.fit import EXIT_PREEMPTED, Interrupted, NonFinite, Preempted, _Compilations, fit
 from dpo_jax.runtime.mesh import make_mesh
 from dpo_jax.runtime.progress import Board
 from dpo_jax.runtime.training_progress import Progress
@@ -472,7 +472,7 @@ def points(index):
 
 def linear_model(partitioner, folder, *, killed_at=None):
     """Thirty steps of a linear model, from the newest checkpoint in `folder` if there is one."""
-    tx = optax.adam(0.3)
+    tx = optax.sgd(0.1, momentum=0.9)
     step = functools.partial(train_step, objective=squared_errors, tx=tx, axis_name=partitioner.axis_name)
     compiled = partitioner.compile_step(step)
 

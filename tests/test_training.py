@@ -1,4 +1,4 @@
-"""A researcher's run, as the docstring of `train` shows it: over all devices, with a cached reference pass, killed and resumed."""
+"""A run without a configuration, as the docstring of `train` shows it: on a mesh, references cached, killed and resumed."""
 
 import doctest
 import os
@@ -34,7 +34,8 @@ def names(tmp_path_factory):
     model = make_model(decoder_config(hf_config("llama", **sizes)))
     dpo_jax.save_hf(folder, model, jax.jit(model.init)(jax.random.key(0)))
     rng = np.random.default_rng(0)
-    encoded = [Encoded(*(rng.integers(1, 64, n).astype(np.int32) for n in rng.integers(2, 9, 3)), uid=f"{i}") for i in range(6)]
+    # Of equal lengths: batches of one shape are one program.
+    encoded = [Encoded(*(rng.integers(1, 64, n).astype(np.int32) for n in (4, 6, 5)), uid=f"{i}") for i in range(6)]
     tx = dpo_jax.make_optimizer(dpo_jax.linear_warmup(1e-3, warmup_steps=3), max_grad_norm=1.0)
     public = ("load_hf", "save_hf", "cached_reference_logps", "dpo_step", "dpo_loss", "init_state", "train")
     return {name: getattr(dpo_jax, name) for name in public} | {
@@ -98,7 +99,8 @@ def test_a_killed_run_continues_to_the_same_bits(names, whole, tmp_path, capsys)
         run(names, tmp_path, train=counting(first, killed_at=5))
     capsys.readouterr()
     scope = run(names, tmp_path, train=counting(second))
-    assert capsys.readouterr().out == "run/refs: 6 of 6 pairs are there already\ncontinuing run after 6 steps\n"
+    said = capsys.readouterr().out
+    assert said == "run/refs: 6 of 6 pairs are there already\ncontinuing run after 6 steps\nrun/export\n"
     assert first + second == list(range(STEPS))
     jax.tree.map(np.testing.assert_array_equal, scope["state"], whole[1]["state"])
     assert rows_of(tmp_path) == rows_of(whole[0])

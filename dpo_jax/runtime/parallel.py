@@ -136,11 +136,12 @@ def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | N
     def load_variables(shapes, pieces):
         if of_variables is None:
             return assemble(shapes, pieces, put=lambda leaf: _place(leaf, NamedSharding(mesh, PartitionSpec())))
+        lie = of_variables
         return assemble_parts(
             shapes,
             pieces,
-            parts=lambda path, shape: set(_local_parts(of_variables[path], shape).values()),
-            place=lambda path, parts: _from_parts(of_variables[path], shape_of[path], parts),
+            parts=lambda path, shape: set(_local_parts(lie[path], shape).values()),
+            place=lambda path, parts: _from_parts(lie[path], shape_of[path], parts),
         )
 
     def put_rows(rows):

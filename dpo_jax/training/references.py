@@ -42,9 +42,9 @@ def cached_reference_logps(
     Args:
       variables: the reference's, as `partitioner` has placed them.
       cache: a folder, made if it is absent.
-      identity: JSON values that the numbers depend on, such as a digest of the weights, the precision and the kernel; by default
-        `weights_digest` of the whole weights, for which each host collects them, and the model's `config`. A cache with another
-        identity is a `ForeignCache` error that names what differs. Pairs are found by their token ids.
+      identity: JSON values that the numbers depend on, such as a digest of the weights, the precision and the kernel. By
+        default `weights_digest` of the whole weights, for which each host collects them, and the model's `config`. A cache with
+        another identity is a `ForeignCache` error that names what differs. Pairs are found by their token ids.
       layout: how pairs lie in rows, from `plan_layout`; by default plain rows, which are right for every causal model.
       batch: pairs at a time.
       say: gets a line on what the cache holds, if there is something to say.
