@@ -11,6 +11,7 @@ small Hugging Face model, such as `save_hf` writes of one of `make_model`. `coll
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("dpo_jax")
+    if name not in _HOME and importlib.util.find_spec(f"dpo_jax.{name}") is not None:
+        return importlib.import_module(f"dpo_jax.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'dpo_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"dpo_jax.{_HOME[name]}"), name)

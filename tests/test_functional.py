@@ -136,6 +136,12 @@ def test_every_name_of_the_front_door_opens():
         _ = dpo_jax.dpo_stop
 
 
+def test_modules_are_there_without_an_import_of_their_own():
+    code = "import dpo_jax; dpo_jax.losses.dpo_loss; dpo_jax.step.train_step; dpo_jax.training"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    assert not hasattr(dpo_jax, "no_such_module")
+
+
 def test_the_version_is_that_of_the_installed_package():
     from importlib.metadata import version
 

@@ -20,7 +20,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli import sft as sft_command
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.config_lab import FrontierConfig, numbers
-from dpo_jax.cli.world import labelled_samples, make_world, of_training, prompts_of, refuse_mesh, sized
+from dpo_jax.cli.world import labelled_samples, make_world, of_training, prompts_of, sized
 from dpo_jax.data.encode import with_bos
 from dpo_jax.data.pairs import DataReport, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet
@@ -51,7 +51,6 @@ MAX_KL = 20.0  # nats, at which the figure ends
 
 def run(config: Config) -> int:
     config = sized(config)
-    refuse_mesh(config, "frontier")
     if config.dpo.policy is None and not Path(config.dpo_policy()).is_dir():
         sft_command.run(config)
     with build.open_run(config, "frontier") as run_dir:
