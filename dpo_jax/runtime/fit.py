@@ -99,7 +99,7 @@ def fit(
 
             done = index + 1
             request = agree(signals.received or timer.request())  # 0, SAVE, or the number of a signal
-            stop, last = 0 if request == SAVE else request, done == total_steps
+            stop, last = _signal_of(request), done == total_steps
             if evaluate is not None and not stop and (last or _is_due(done, eval_every)):
                 rows.flush()
                 with reported("evaluating", brief=True):
@@ -117,8 +117,7 @@ def fit(
                 timer.restart()
                 rows.restart_clock()
             if last and not stop:
-                request = agree(signals.received)  # during the last evaluation or save
-                stop = 0 if request == SAVE else request
+                stop = _signal_of(agree(signals.received))  # during the last evaluation or save
             if stop:
                 raise _stopped(stop, done, saved=checkpoints is not None)
     return state
@@ -134,6 +133,10 @@ class _Parts(NamedTuple):
 
 def _parts(batch: Any) -> _Parts:
     return _Parts(batch.rows, batch.uids, batch.stats) if hasattr(batch, "uids") else _Parts(batch, (), {})
+
+
+def _signal_of(request: int) -> int:
+    return 0 if request == SAVE else request
 
 
 def _is_due(done: int, every: int) -> bool:
