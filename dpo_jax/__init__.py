@@ -11,6 +11,7 @@ small Hugging Face model, such as `save_hf` writes of one of `make_model`. `coll
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from dpo_jax.data.layout import shared_rows as shared_rows
     from dpo_jax.data.sources import load_preferences as load_preferences
     from dpo_jax.dataset_logps import reference_logps_of as reference_logps_of
+    from dpo_jax.dpo import dpo_objective as dpo_objective
     from dpo_jax.dpo import dpo_step as dpo_step
     from dpo_jax.dpo import preference_metrics as preference_metrics
     from dpo_jax.evals.frontier import best_of_n as best_of_n
@@ -66,6 +68,9 @@ if TYPE_CHECKING:
     from dpo_jax.step import apply_gradients as apply_gradients
     from dpo_jax.step import init_state as init_state
     from dpo_jax.step import mean_grads as mean_grads
+    from dpo_jax.step import train_step as train_step
+    from dpo_jax.training.references import cached_reference_logps as cached_reference_logps
+    from dpo_jax.training.run import train as train
     from dpo_jax.types import Model as Model
     from dpo_jax.types import Rows as Rows
     from dpo_jax.types import TrainState as TrainState
@@ -85,7 +90,7 @@ _HOMES = {
     ),
     "data.sources": ("load_preferences",),
     "dataset_logps": ("reference_logps_of",),
-    "dpo": ("dpo_step", "preference_metrics"),
+    "dpo": ("dpo_objective", "dpo_step", "preference_metrics"),
     "evals.frontier": ("best_of_n", "optimum", "regret", "sequence_kl"),
     "logps": ("completion_lengths", "completion_logps", "sequence_logps", "slots_to_pairs"),
     "losses": ("dpo_loss", "implicit_rewards", "ipo_loss", "named_loss", "plackett_luce_loss", "unlikelihood_loss"),
@@ -98,7 +103,9 @@ _HOMES = {
     "runtime.optim": ("linear_warmup", "make_optimizer"),
     "sampling": ("generate", "left_pad"),
     "sft": ("sft_step",),
-    "step": ("apply_gradients", "init_state", "mean_grads"),
+    "step": ("apply_gradients", "init_state", "mean_grads", "train_step"),
+    "training.references": ("cached_reference_logps",),
+    "training.run": ("train",),
     "types": ("Model", "Rows", "TrainState"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -109,8 +116,8 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("dpo_jax")
-    if name == "losses":  # the module, which no other name opens
-        return importlib.import_module("dpo_jax.losses")
+    if name not in _HOME and importlib.util.find_spec(f"dpo_jax.{name}") is not None:
+        return importlib.import_module(f"dpo_jax.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'dpo_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"dpo_jax.{_HOME[name]}"), name)

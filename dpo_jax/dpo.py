@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from dpo_jax.logps import aligned_log_probability, completion_lengths, hidden_logps, pair_sums, scored_hidden
 from dpo_jax.losses import PreferenceLoss, asked, right
-from dpo_jax.step import apply_gradients, mean_grads
+from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
 
 
@@ -51,7 +53,7 @@ def dpo_step(
     >>> print(f"{metrics['loss']:.3f}")  # (0.25 + 4) / 2
     2.125
     """
-    signals = asked(loss) - {*(rows.extras or {})}
+    signals = _signals(loss, rows)
     if "weight" in signals and (microbatches > 1 or axis_name is not None):
         raise ValueError(
             "this loss looks at all pairs of a batch at once, and microbatches or a mapped axis cut the batch into parts: "
@@ -59,27 +61,40 @@ def dpo_step(
         )
     if "mean_lengths" in signals:
         rows = rows.replace(extras={**(rows.extras or {}), "mean_lengths": _mean_lengths(rows, axis_name)})
+    objective = partial(dpo_objective, model=model, loss=loss, ld_alpha=ld_alpha)
+    return train_step(state, rows, objective=objective, tx=tx, microbatches=microbatches, axis_name=axis_name)
 
-    def objective(trainable: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
-        if rows.ref_logps is None:
-            raise ValueError("the batch carries no reference log-probabilities: give the layout `ref_logps`")
-        variables = {**state.frozen, **trainable}
-        hidden = scored_hidden(model, variables, rows)
-        logps = pair_sums(hidden_logps(model, variables, hidden, rows), rows, ld_alpha=ld_alpha)
-        supplied = {
-            "lengths": lambda: completion_lengths(rows),
-            "weight": lambda: rows.weight,
-            "aligned_logps": lambda: _aligned_logps(model, variables, hidden, rows),
-        }
-        extras = {name: make() for name, make in supplied.items() if name in signals} | dict(rows.extras or {})
-        found = loss(logps, rows.ref_logps, **extras)
-        if not (isinstance(found, tuple) and len(found) == 2):
-            raise TypeError(f"a loss returns (losses [P], rewards [P, K]), this one {type(found).__name__}")
-        losses, rewards = found
-        return losses, preference_metrics(logps, rows.ref_logps, rewards=rewards)
 
-    grads, metrics = mean_grads(objective, state.params, rows, microbatches=microbatches, axis_name=axis_name)
-    return apply_gradients(state, grads, metrics, tx=tx)
+def dpo_objective(
+    variables: Variables, rows: Rows, *, model: Model, loss: PreferenceLoss, ld_alpha: float = 1.0
+) -> tuple[jax.Array, Metrics]:
+    """Losses of the pairs, float32[P], and the metrics of each: what `dpo_step` takes the mean and the gradient of.
+
+    >>> losses, metrics = jax.jit(partial(dpo_objective, model=model, loss=partial(dpo_loss, beta=0.1)))(variables, rows)
+    >>> losses.shape, metrics["rewards/margins"].shape
+    ((2,), (2,))
+    """
+    if rows.ref_logps is None:
+        raise ValueError("the batch carries no reference log-probabilities: give the layout `ref_logps`")
+    hidden = scored_hidden(model, variables, rows)
+    logps = pair_sums(hidden_logps(model, variables, hidden, rows), rows, ld_alpha=ld_alpha)
+    supplied = {
+        "lengths": lambda: completion_lengths(rows),
+        "weight": lambda: rows.weight,
+        "aligned_logps": lambda: _aligned_logps(model, variables, hidden, rows),
+    }
+    signals = _signals(loss, rows)
+    extras = {name: make() for name, make in supplied.items() if name in signals} | dict(rows.extras or {})
+    found = loss(logps, rows.ref_logps, **extras)
+    if not (isinstance(found, tuple) and len(found) == 2):
+        raise TypeError(f"a loss returns (losses [P], rewards [P, K]), this one {type(found).__name__}")
+    losses, rewards = found
+    return losses, preference_metrics(logps, rows.ref_logps, rewards=rewards)
+
+
+def _signals(loss: PreferenceLoss, rows: Rows) -> frozenset[str]:
+    """What a loss asks for by keyword and the batch does not bring."""
+    return asked(loss) - {*(rows.extras or {})}
 
 
 def _aligned_logps(model: Model, variables: Variables, hidden: jax.Array, rows: Rows) -> jax.Array:

@@ -28,7 +28,7 @@ import optax
 from dpo_jax.logps import CHUNK, at_least_float32, token_logps
 from dpo_jax.reward_model import scalar
 from dpo_jax.sampling import Samples, generate, left_pad
-from dpo_jax.step import apply_gradients, mean_grads
+from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
 
 KL_ERROR = 0.2
@@ -289,8 +289,8 @@ def ppo_step(
     (1, ())
     """
 
-    def objective(trainable: Variables, rollout: Rollout) -> tuple[jax.Array, Metrics]:
-        logps, values, entropy = policy_and_values(model, {**state.frozen, **trainable}, rollout.rows)
+    def objective(variables: Variables, rollout: Rollout) -> tuple[jax.Array, Metrics]:
+        logps, values, entropy = policy_and_values(model, variables, rollout.rows)
         gains, old_values, returns = (jnp.asarray(x) for x in (rollout.advantages, rollout.values, rollout.returns))
         # What padding scores is arbitrary, and infinity times weight 0 is NaN.
         log_ratio = jnp.where(rollout.weight > 0, logps - rollout.logps, 0)
@@ -313,11 +313,11 @@ def ppo_step(
             "squared_errors": error**2,
         }
 
-    grads, metrics = mean_grads(objective, state.params, rollout, microbatches=microbatches, axis_name=axis_name)
+    state, metrics = train_step(state, rollout, objective=objective, tx=tx, microbatches=microbatches, axis_name=axis_name)
     unexplained = metrics.pop("squared_errors") - metrics.pop("errors") ** 2
     variance = metrics.pop("squared_returns") - metrics["returns"] ** 2
     metrics["explained_variance"] = 1 - unexplained / jnp.maximum(variance, 1e-8)
-    return apply_gradients(state, grads, metrics, tx=tx)
+    return state, metrics
 
 
 def next_kl_coef(coef: float, *, kl: float, target: float, horizon: int, samples: int) -> float:

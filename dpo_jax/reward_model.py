@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from dpo_jax.logps import at_least_float32, slots_to_pairs
-from dpo_jax.step import apply_gradients, mean_grads
+from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
 
 HEAD = "head"
@@ -97,8 +97,8 @@ def reward_step(
             f"{rows.tokens.shape[0]} rows with {rows.weight.shape[0]} examples are not plain rows of pairs: use plain_rows"
         )
 
-    def objective(trainable: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
-        rewards = slots_to_pairs(completion_rewards(model, {**state.frozen, **trainable}, rows), rows)
+    def objective(variables: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
+        rewards = slots_to_pairs(completion_rewards(model, variables, rows), rows)
         margins = rewards[:, 0] - rewards[:, 1]
         return -jax.nn.log_sigmoid(margins), {
             "accuracy": (1 + jnp.sign(margins)) / 2,
@@ -107,8 +107,7 @@ def reward_step(
             "margin": margins,
         }
 
-    grads, metrics = mean_grads(objective, state.params, rows, microbatches=microbatches, axis_name=axis_name)
-    return apply_gradients(state, grads, metrics, tx=tx)
+    return train_step(state, rows, objective=objective, tx=tx, microbatches=microbatches, axis_name=axis_name)
 
 
 def centred(variables: Variables, rewards: Array) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import jax
 import optax
 
 from dpo_jax.logps import scored_tokens, sequence_logps
-from dpo_jax.step import apply_gradients, mean_grads
+from dpo_jax.step import train_step
 from dpo_jax.types import Metrics, Model, Rows, TrainState, Variables
 
 
@@ -30,10 +30,9 @@ def sft_step(
     (1, ['grad_norm', 'logps/chosen', 'loss', 'nll_per_token', 'tokens'])
     """
 
-    def objective(trainable: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
-        logps = sequence_logps(model, {**state.frozen, **trainable}, rows)
+    def objective(variables: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
+        logps = sequence_logps(model, variables, rows)
         return -logps, {"logps/chosen": logps, "tokens": scored_tokens(rows)}
 
-    grads, metrics = mean_grads(objective, state.params, rows, microbatches=microbatches, axis_name=axis_name)
-    metrics["nll_per_token"] = metrics["loss"] / metrics["tokens"]
-    return apply_gradients(state, grads, metrics, tx=tx)
+    state, metrics = train_step(state, rows, objective=objective, tx=tx, microbatches=microbatches, axis_name=axis_name)
+    return state, {**metrics, "nll_per_token": metrics["loss"] / metrics["tokens"]}

@@ -1,4 +1,4 @@
-"""One optimizer step, and the only place where devices, microbatches and padding meet."""
+"""The training step: gradients of an objective, over microbatches and devices, and one optimizer update."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpo_jax.types import ROW_AXES, Array, Metrics, TrainState, Variables
 
 
 class Weighted(Protocol):
-    """What a batch is here (`Rows`, `ppo.Rollout`): a pytree of arrays cut by rows, and the weight of each term of the mean."""
+    """A batch: a pytree of arrays cut by rows, with the weight of each term of the mean (`Rows`, `ppo.Rollout`)."""
 
     @property
     def weight(self) -> Array: ...
@@ -23,7 +23,41 @@ class Weighted(Protocol):
 
 Batch = TypeVar("Batch", bound=Weighted)
 Objective = Callable[[Variables, Batch], tuple[jax.Array, Metrics]]
-"""(trainable variables, batch) -> losses of the shape of `batch.weight` (of `Rows`: float32[E]), and metrics of that shape."""
+"""(variables, batch) -> losses of the shape of `batch.weight` (of `Rows`: float32[E]), and metrics of that shape."""
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    objective: Objective[Batch],
+    tx: optax.GradientTransformation,
+    microbatches: int = 1,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step on the weighted mean of `objective` over the global batch. Pure: jit, pmap or shard_map it.
+
+    `objective(variables, batch)` gets all variables, trained and frozen, and returns losses and metrics, one number for each
+    weight of the batch: float32[E] for `Rows`. The step returns their means, with `loss` and `grad_norm`, as float32 scalars.
+    `dpo_step`, `sft_step`, `reward_step` and `ppo_step` are this step with an objective of theirs.
+
+    Args:
+      microbatches: gradients are accumulated over so many equal parts of the batch. The result is the same, with less memory.
+      axis_name: the mapped axis under pmap or shard_map; None under jit, also over a sharded mesh.
+
+    >>> def objective(variables, rows):
+    ...     logps = completion_logps(model, variables, rows)  # [P, 2], chosen first
+    ...     return -logps[:, 0], {"length": completion_lengths(rows)[:, 0]}
+    >>> after, metrics = jax.jit(partial(train_step, objective=objective, tx=optax.sgd(0.1)))(state, rows)
+    >>> sorted(metrics), float(metrics["length"])
+    (['grad_norm', 'length', 'loss'], 4.5)
+    """
+
+    def of_trained(trained: Variables, batch: Batch) -> tuple[jax.Array, Metrics]:
+        return objective({**state.frozen, **trained}, batch)
+
+    grads, metrics = mean_grads(of_trained, state.params, batch, microbatches=microbatches, axis_name=axis_name)
+    return apply_gradients(state, grads, metrics, tx=tx)
 
 
 def init_state(variables: Variables, tx: optax.GradientTransformation, *, frozen: Variables | None = None) -> TrainState:
@@ -53,7 +87,7 @@ def mean_grads(
     counts for nothing wherever it lies. On one device a microbatch of fillers takes no time either. With `axis_name=None` the
     batch is global already (`jit`, also over a sharded mesh).
 
-    A step of one's own is an objective, this, and `apply_gradients`:
+    `train_step` is this and `apply_gradients`. Between the two, gradients can be changed or looked at:
 
     >>> def objective(params, rows):  # losses [P], and metrics of that shape
     ...     logps = completion_logps(model, params, rows)

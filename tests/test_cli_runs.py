@@ -30,7 +30,7 @@ def test_training_holds_weights_and_optimizer_state_once(done, tmp_path, monkeyp
         assert held <= 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         raise Seen
 
-    monkeypatch.setattr("dpo_jax.cli.train.fit", look)
+    monkeypatch.setattr("dpo_jax.training.run.fit", look)
     gc.collect()
     before = sum(array.nbytes for array in jax.live_arrays())
     with pytest.raises(Seen):
@@ -58,7 +58,7 @@ def test_before_training_hardly_anything_is_compiled(done, tmp_path, monkeypatch
 
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(heard)
-    monkeypatch.setattr("dpo_jax.cli.train.fit", stop)
+    monkeypatch.setattr("dpo_jax.training.run.fit", stop)
     with pytest.raises(Stop):
         call(task, done.config, "--run.dir", tmp_path, *(["--dpo.policy", done / "sft" / "export"] if task == "dpo" else []))
     listening = False

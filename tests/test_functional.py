@@ -37,6 +37,10 @@ FUNCTIONS = [
     "encode",
     "dpo_step",
     "sft_step",
+    "train_step",
+    "train",
+    "cached_reference_logps",
+    "dpo_objective",
     "mean_grads",
     "init_state",
     "make_optimizer",
@@ -72,7 +76,7 @@ FUNCTIONS = [
 # What they are functions of, where that is more than two things; the rest are options.
 OF_THREE = (
     *("completion_logps", "reference_logps", "reference_logps_of", "mean_grads", "apply_gradients", "check_model"),
-    *("save_hf", "label", "collect", "completion_rewards"),
+    *("save_hf", "label", "collect", "completion_rewards", "cached_reference_logps", "train"),
 )
 OF_FOUR = ("sequence_kl", "regret")
 WITHOUT_EXAMPLE: dict[str, str] = {}  # {name: why none can be given}
@@ -131,6 +135,12 @@ def test_every_name_of_the_front_door_opens():
         assert getattr(dpo_jax, name) is not None
     with pytest.raises(AttributeError, match="module 'dpo_jax' has no attribute 'dpo_stop'"):
         _ = dpo_jax.dpo_stop
+
+
+def test_modules_are_there_without_an_import_of_their_own():
+    code = "import dpo_jax; dpo_jax.losses.dpo_loss; dpo_jax.step.train_step; dpo_jax.training"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    assert not hasattr(dpo_jax, "no_such_module")
 
 
 def test_the_version_is_that_of_the_installed_package():

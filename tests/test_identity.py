@@ -28,6 +28,8 @@ from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.tokenizer import load_tokenizer, tokenizer_digest, train_tokenizer
 from dpo_jax.models import hub
 from dpo_jax.models.folder import is_hub_id
+from dpo_jax.training import fingerprint
+from dpo_jax.training.fingerprint import RunMismatch
 
 DATED = (
     "{% set form = '%A %-d %b, 100 %%' %}Today is {{ strftime_now('%d %B %Y') }}, {{ strftime_now(form) }}.\n"
@@ -208,8 +210,8 @@ def settings(**changes):
 
 
 def refusal(saved, now):
-    with pytest.raises(ConfigError) as caught:
-        identity.refuse_other_settings("runs/x/dpo", saved, now)
+    with pytest.raises(ConfigError) as caught, identity.refusing_mismatch():
+        fingerprint.check_settings("runs/x/dpo", saved, now)
     return str(caught.value)
 
 
@@ -217,11 +219,11 @@ def test_every_setting_that_differs_is_named():
     told = refusal(settings(beta=0.1, batch=32), settings(beta=0.2, batch=64))
     assert "runs/x/dpo holds a run with other settings:\n  batch: was 32, is 64\n  beta: was 0.1, is 0.2\n" in told
     assert "choose another --run.dir" in told
-    identity.refuse_other_settings("", settings(policy="a", microbatches=2), settings(policy="b", reference="c"))
+    fingerprint.check_settings("", settings(policy="a", microbatches=2), settings(policy="b", reference="c"))
 
 
 def test_a_run_may_become_longer_where_its_rate_does_not_depend_on_its_length():
-    identity.refuse_other_settings("", settings(epochs=1), settings(epochs=2))
+    fingerprint.check_settings("", settings(epochs=1), settings(epochs=2))
     told = refusal(settings(epochs=1, schedule="linear"), settings(epochs=2, schedule="linear"))
     assert "epochs: was 1, is 2" in told
     assert "falls to 0 at the end of the run" in told
@@ -234,57 +236,59 @@ def data(tokenizer, config=None, **changes):
 
 def test_what_changed_about_the_data_is_named(tokenizer):
     before = data(tokenizer)
-    assert identity.other_data(before, data(tokenizer)) == []
+    assert fingerprint.data_changes(before, data(tokenizer)) == []
     file = [{"path": "train.jsonl", "bytes": 1, "sha256": "b" * 64}]
-    assert identity.other_data(before, data(tokenizer, rows=4, files=file)) == [
+    assert fingerprint.data_changes(before, data(tokenizer, rows=4, files=file)) == [
         "  file train.jsonl: has other contents",
         "  train split, rows: was 3, is 4",
     ]
     dated = fixed._with(Config(), "data.date", "2024-07-06")
-    [line] = identity.other_data(before, data(tokenizer, dated))
+    [line] = fingerprint.data_changes(before, data(tokenizer, dated))
     assert line == "  data.date (the chat template writes it): was None, is '2024-07-06'"
-    [template, whole] = identity.other_data(before, data(load_copy(tokenizer, "{{ messages }}")))[:2]
+    [template, whole] = fingerprint.data_changes(before, data(load_copy(tokenizer, "{{ messages }}")))[:2]
     assert template.startswith("  chat template: was '")
     limit = dataclasses.replace(Config(), data=DataConfig(max_length=100, max_prompt_length=50))
-    assert "  data.max_length: was 512, is 100" in identity.other_data(before, data(tokenizer, limit))
+    assert "  data.max_length: was 512, is 100" in fingerprint.data_changes(before, data(tokenizer, limit))
     before["package transformers"] = "4.0"
-    assert any(line.startswith("  package transformers: was '4.0'") for line in identity.other_data(before, data(tokenizer)))
+    assert any(
+        line.startswith("  package transformers: was '4.0'") for line in fingerprint.data_changes(before, data(tokenizer))
+    )
 
 
-def earlier(step=4, *, data=None, **fingerprint):
-    meta = {"fingerprint": {**settings(), "data": "x", "start": "s", "reference": "r", **fingerprint}}
-    return identity.Earlier("runs/x/dpo", step, meta if data is None else {**meta, "data": data})
+def earlier(step=4, *, data=None, **changes):
+    meta = {"fingerprint": {**settings(), "data": "x", "start": "s", "reference": "r", **changes}}
+    return fingerprint.SavedRun("runs/x/dpo", step, meta if data is None else {**meta, "data": data})
 
 
 def test_another_data_set_is_refused_for_what_changed(tokenizer):
     before, now = earlier(data=data(tokenizer)), data(tokenizer, kept=2)
-    identity.check_data(before, "x", now)
-    identity.check_data(None, "y", now)
-    with pytest.raises(ConfigError, match=r"holds a run with other data:\n  train split, kept: was 3, is 2\n"):
-        identity.check_data(before, "y", now)
-    with pytest.raises(ConfigError, match="the token ids differ, and nothing else that is recorded"):
-        identity.check_data(earlier(), "y", now)  # a checkpoint of an older version
+    fingerprint.check_data(before, "x", now)
+    fingerprint.check_data(None, "y", now)
+    with pytest.raises(RunMismatch, match=r"holds a run with other data:\n  train split, kept: was 3, is 2$"):
+        fingerprint.check_data(before, "y", now)
+    with pytest.raises(RunMismatch, match="the token ids differ, and nothing else that is recorded"):
+        fingerprint.check_data(earlier(), "y", now)  # a checkpoint of an older version
 
 
 def test_other_weights_are_refused_by_name():
-    identity.check_weights(earlier(), reference="r")
-    identity.check_weights(None, reference="q")
-    with pytest.raises(ConfigError, match="reference: was 'r', is 'q'"):
-        identity.check_weights(earlier(), reference="q")
+    fingerprint.check_weights(earlier(), reference="r")
+    fingerprint.check_weights(None, reference="q")
+    with pytest.raises(RunMismatch, match="reference: was 'r', is 'q'"):
+        fingerprint.check_weights(earlier(), reference="q")
 
 
 def test_a_run_cannot_become_shorter_than_it_is():
-    identity.check_length(earlier(4), steps=4)
-    with pytest.raises(ConfigError, match="runs/x/dpo has taken 4 steps, and is to have 3: .* longer, not shorter"):
-        identity.check_length(earlier(4), steps=3)
+    fingerprint.check_length(earlier(4), steps=4)
+    with pytest.raises(RunMismatch, match="runs/x/dpo has taken 4 steps, and is to have 3: .* longer, not shorter"):
+        fingerprint.check_length(earlier(4), steps=3)
 
 
 def test_other_held_out_pairs_are_noticed(tokenizer):
     now = data(tokenizer)
-    assert not identity.other_held_out(earlier(data=now), now)
-    assert identity.other_held_out(earlier(data={**now, identity.HELD_OUT: "other"}), now)
-    assert not identity.other_held_out(earlier(), now)
-    assert not identity.other_held_out(None, now)
+    assert not fingerprint.other_held_out(earlier(data=now), now)
+    assert fingerprint.other_held_out(earlier(data={**now, fingerprint.HELD_OUT: "other"}), now)
+    assert not fingerprint.other_held_out(earlier(), now)
+    assert not fingerprint.other_held_out(None, now)
 
 
 # A longer run sees every example as often as it should, whatever was left of its batches.
@@ -296,7 +300,7 @@ def test_other_held_out_pairs_are_noticed(tokenizer):
 def test_no_example_is_lost_or_doubled_when_a_run_becomes_longer(examples, batch, parts):
     seen, saved, taken = [], None, 0
     for epochs in parts:
-        behind = identity.behind(saved, examples=examples, batch=batch)
+        behind = fingerprint.behind(saved, examples=examples, batch=batch)
         steps = total_steps(examples, batch=batch, epochs=epochs, behind=behind)
         for step in range(taken, steps):
             seen += [*batch_indices(examples, batch=batch, seed=0, step=step, epochs=epochs, behind=behind)]
@@ -307,10 +311,10 @@ def test_no_example_is_lost_or_doubled_when_a_run_becomes_longer(examples, batch
 
 
 def test_a_run_extended_before_its_end_is_as_if_it_had_always_been_longer():
-    assert identity.behind(earlier(2, epochs=1), examples=10, batch=4) == 0
-    assert identity.behind(earlier(3, epochs=1), examples=10, batch=4) == 2
-    assert identity.behind(earlier(5, epochs=2, behind=2), examples=10, batch=4) == 2
-    assert identity.behind(None, examples=10, batch=4) == 0
+    assert fingerprint.behind(earlier(2, epochs=1), examples=10, batch=4) == 0
+    assert fingerprint.behind(earlier(3, epochs=1), examples=10, batch=4) == 2
+    assert fingerprint.behind(earlier(5, epochs=2, behind=2), examples=10, batch=4) == 2
+    assert fingerprint.behind(None, examples=10, batch=4) == 0
 
 
 def test_the_reference_is_the_start_unless_another_is_named():

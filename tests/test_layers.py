@@ -20,8 +20,9 @@ FLOORS = [
     (2, ["losses/", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
     (3, ["dpo.py", "sft.py", "reward_model.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),
-    (5, ["plotting/", "evals/", "judge/", "study/", "report/", "bench/", "lab/", "checks/", "check.py"]),
-    (6, ["cli/"]),
+    (5, ["training/"]),
+    (6, ["plotting/", "evals/", "judge/", "study/", "report/", "bench/", "lab/", "checks/", "check.py"]),
+    (7, ["cli/"]),
 ]
 ONLY_IN = {
     "flax": ["models/decoder.py", "models/layers.py"],

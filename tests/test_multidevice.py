@@ -54,6 +54,7 @@ WAYS = {
     "data 4": lambda: on_mesh(data=4),
     "fsdp 4": lambda: on_mesh(fsdp=4),
     "fsdp 2 x tensor 2": lambda: on_mesh(fsdp=2, tensor=2),
+    "a model without axes": lambda: on_mesh(data=2, fsdp=2, model=MODEL._replace(axes=None)),
     "data 2 x fsdp 2 reversed": lambda: on_mesh(data=2, fsdp=2, reverse=True),
 }
 
@@ -341,7 +342,6 @@ def toy(axes, shape=(8, 6)):
         (toy(("mlp", "vocab")), {}, r"params.kernel \(8, 6\): its axes 'mlp' and 'vocab' would both lie along tensor"),
         (toy(("embed", "time")), {}, r"params.kernel: no rule says where its axis 'time' \(length 6\) lies"),
         (toy(("embed",)), {}, r"params.kernel: 1 axes \('embed',\) are named, its shape is \(8, 6\)"),
-        (toy(None), {}, "names no logical axes"),
     ],
 )
 def test_a_parameter_that_does_not_fit_the_mesh_is_refused_by_name(model, units, message):

@@ -6,11 +6,13 @@ import re
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.data.encode import encode
 from dpo_jax.data.layout import plain_rows, shared_rows
 from dpo_jax.data.pairs import Cause, DataError, DataReport, Preference, PreferenceSet
-from dpo_jax.data.prepare import data_digest, encode_all, encode_targets
+from dpo_jax.data.prepare import _Remembering, data_digest, encode_all, encode_targets
 
 LIMITS = {"max_length": 32, "max_prompt_length": 16}
 GOOD = {"prompt": "Human: hi\n\nAssistant:", "chosen": " Hello.", "rejected": " No."}
@@ -185,6 +187,55 @@ def test_no_text_of_a_preference_is_tokenized_twice(tokenizer):
     asked.clear()
     encode_targets(preferences, Counting(tokenizer), **LIMITS)
     assert sorted(asked) == sorted([GOOD["prompt"], " Best."])
+
+
+def test_a_pair_takes_three_calls_of_a_fast_tokenizer(tokenizer, monkeypatch):
+    """Its target only has to be free of EOS: that is seen without a call. Whether the tokenizer adds BOS is asked once."""
+    asked = []
+
+    class Counting(type(tokenizer)):
+        def __call__(self, text, **options):
+            asked.append(text)
+            return super().__call__(text, **options)
+
+    plain = copy.deepcopy(tokenizer)
+    plain.__class__ = Counting
+    preferences = preference_set(*({"prompt": f"{n}:", "sft_target": f" Best {n}."} for n in range(10)))
+    encode_all(preferences, plain, **LIMITS)
+    once = [text for text in asked if text == "hello"]
+    assert len(once) <= 1
+    assert len(asked) - len(once) == 10 + 2  # the prompts; chosen and rejected are the same in all of them
+    asked.clear()
+    distinct = preference_set(*({name: f" {n} {name}" for name in (*GOOD, "sft_target")} for n in range(10)))
+    encode_all(distinct, plain, **LIMITS)
+    assert len([text for text in asked if text != "hello"]) == 3 * 10
+
+
+def _fast(model, *, normalizer=None, eos, normalized=False, unk=None):
+    made = Tokenizer(model)
+    made.normalizer, made.pre_tokenizer = normalizer, pre_tokenizers.Whitespace()
+    made.add_special_tokens([AddedToken(eos, normalized=normalized, special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=eos, unk_token=unk)
+
+
+LETTERS = {letter: n for n, letter in enumerate([*"abcdefghijklmnopqrstuvwxyz</>.", "</s>"])}
+LOWERED = {"normalizer": normalizers.Lowercase(), "normalized": True}
+COMPOSED = {"normalizer": normalizers.NFKC(), "normalized": True}
+EOS_CASES = {
+    "literal": (_fast(models.BPE(LETTERS, []), eos="</s>"), "ab</s>c", "ab c"),
+    "in another case": (_fast(models.BPE(LETTERS, []), eos="</S>", **LOWERED), "a</S>", "s"),
+    "in other letters": (_fast(models.BPE(LETTERS, []), eos="</s>", **COMPOSED), "a\uff1c/s>", "a"),
+    "for what is unknown": (_fast(models.BPE(LETTERS, [], unk_token="</s>"), eos="</s>", unk="</s>"), "a \u00e9", None),
+    "a word": (_fast(models.WordLevel({"a": 0, "end": 1}, unk_token="end"), eos="end", unk="end"), "a \u00e9", None),
+}
+
+
+@pytest.mark.parametrize("case", EOS_CASES)
+def test_no_eos_in_a_target_is_overlooked(case):
+    tokenizer, holding, free = EOS_CASES[case]
+    assert tokenizer.eos_token_id in tokenizer(holding, add_special_tokens=False)["input_ids"]
+    assert _Remembering(tokenizer).may_hold_eos(holding)
+    assert free is None or not _Remembering(tokenizer).may_hold_eos(free)
 
 
 def test_the_ids_are_those_of_the_tokenizer_whatever_it_was_last_asked(tokenizer):

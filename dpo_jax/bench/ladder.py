@@ -22,8 +22,7 @@ from dpo_jax.bench.work import Work, by_length, longer_side, pairs_of_step, peak
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import Batch, make_batch, round_up
-from dpo_jax.dpo import PreferenceLoss, dpo_step, preference_metrics
-from dpo_jax.logps import completion_logps
+from dpo_jax.dpo import PreferenceLoss, dpo_objective, dpo_step
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.hf import load_hf
 from dpo_jax.reference import reference_logps
@@ -228,10 +227,7 @@ class GroupedStep:
     """An optimizer step over microbatches of different lengths: a compiled gradient per length, added up, then one update."""
 
     def __init__(self, *, model: Model, tx: Any, loss: PreferenceLoss) -> None:
-        def objective(trainable: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
-            logps = completion_logps(model, trainable, rows)
-            losses, rewards = loss(logps, rows.ref_logps)  # pyright: ignore[reportArgumentType]
-            return losses, preference_metrics(logps, rows.ref_logps, rewards=rewards)  # pyright: ignore[reportArgumentType]
+        objective = functools.partial(dpo_objective, model=model, loss=loss)
 
         def update(state: TrainState, sums: tuple[Variables, Metrics], count: jax.Array) -> tuple[TrainState, Metrics]:
             grads, metrics = jax.tree.map(lambda x: x / count, sums)

@@ -48,6 +48,7 @@ from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.step import init_state
+from dpo_jax.training.run import free as free
 from dpo_jax.types import Model, Partitioner, TrainState, Variables
 from dpo_jax.untrusted import Unreadable, read_object
 from dpo_jax.writing import write_text
@@ -364,13 +365,6 @@ def first_state(partitioner: Partitioner, variables: Variables, tx: Any) -> Trai
     """The state before the first step. `variables` are consumed: a large model does not fit beside itself."""
     with reported("placing weights and optimizer"):
         return partitioner.init_state(functools.partial(init_state, tx=tx), variables)
-
-
-def free(tree: Any) -> None:
-    """Gives back the device memory of arrays that nobody will read again."""
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array):
-            leaf.delete()
 
 
 def make_loss(section: DpoConfig) -> PreferenceLoss:

@@ -20,6 +20,7 @@ from dpo_jax.data.snippets import load_snippets, prefixes, snippets_of
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.reward_functions import Reward, exact_reviews, fit_linear, hf_classifier, sign_accuracy
 from dpo_jax.lab.world import Prompts, World
+from dpo_jax.reward_model import with_scalar_head
 from dpo_jax.runtime.progress import reported
 from dpo_jax.untrusted import Unreadable
 from dpo_jax.writing import writing
@@ -38,11 +39,6 @@ def sized(config: Config) -> Config:
     return dataclasses.replace(config, frontier=dataclasses.replace(config.frontier, **smaller, evaluations=3))
 
 
-def refuse_mesh(config: Config, command: str) -> None:
-    if config.run.devices == "mesh":
-        raise ConfigError(f"run.devices: {command} trains small models on one device or by pmap")
-
-
 def make_world(config: Config, *, train: Count | None, test: Count, reward: Reward | None = None) -> tuple[World, str]:
     """A world of so many prompts around the policy `dpo.policy`, and the digest of its weights.
 
@@ -51,7 +47,8 @@ def make_world(config: Config, *, train: Count | None, test: Count, reward: Rewa
     section, path = config.frontier, config.dpo_policy()
     tokenizer = build.tokenizer_of(config, model_path=path, name="dpo.policy")
     model = build.policy_model(config, path, tokenizer, name="dpo.policy")
-    partitioner = build.make_partitioner(config, model)
+    # The head is that of a reward model or value function, which lies on the mesh with the rest.
+    partitioner = build.make_partitioner(config, with_scalar_head(model))
     learnt = prompts_of(config, train, tokenizer) if train else Prompts([], [])
     judged = prompts_of(config, test, tokenizer)
     longest = max(map(len, [*learnt.ids, *judged.ids]))

@@ -1,115 +1,60 @@
-"""What training commands share: resume, the loop with its writers, and what a finished run leaves behind."""
+"""What `sft` and `dpo` share: the plan of a run, the table of devices, and the files that a finished run leaves."""
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import functools
-import importlib.metadata
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
 from dpo_jax.cli.preflight.packages import check_bucket
-from dpo_jax.data.loader import Batch
+from dpo_jax.data.layout import Layout
+from dpo_jax.data.loader import few_shapes, plan_layout, skippable, stream, total_steps
 from dpo_jax.data.pairs import DataReport
+from dpo_jax.data.prepare import data_digest
 from dpo_jax.runtime import hosts
-from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, has_steps, newest_meta
-from dpo_jax.runtime.fit import NonFinite, fit
+from dpo_jax.runtime.checkpoint import has_steps
 from dpo_jax.runtime.mesh import mesh_sizes
-from dpo_jax.runtime.metrics import MetricsLog, TensorBoardWriter, WandbWriter, is_evaluation, read_metrics
+from dpo_jax.runtime.metrics import TensorBoardWriter, WandbWriter, Writer, read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
-from dpo_jax.runtime.seal import is_remote
 from dpo_jax.runtime.training_progress import Progress
-from dpo_jax.types import Model, Partitioner, TrainState
-from dpo_jax.writing import appending, write_text
-
-Evaluate = Callable[[TrainState, int], Mapping[str, Any]]
-
-
-def train(
-    config: Config,
-    run: RunDir,
-    section: SftConfig | DpoConfig,
-    *,
-    step: Callable[..., Any],
-    state: TrainState,
-    stream: Callable[[int], Batch],
-    total_steps: int,
-    lr: Callable[[int], Any],
-    fingerprint: Mapping[str, Any],
-    data: Mapping[str, Any],
-    earlier: identity.Earlier | None,
-    reports: Sequence[DataReport],
-    partitioner: Partitioner,
-    evaluate: Evaluate,
-    check: Callable[[int, dict[str, float]], None] | None = None,
-    unit: str = "pairs",
-    shapes: int = 0,
-) -> TrainState:
-    """Trains from `state` (consumed) or from the newest good checkpoint. Returns the final state in the form that is saved.
-
-    `reports` say what became of the data, and are written beside the configuration once the run is known to be the same.
-    `fingerprint` is what a resumed run must have in common with the one that wrote the checkpoint; a difference is a
-    `ConfigError` that names it, with the help of `data` (`identity.data_record`). All other states are as they lie on the
-    devices. `earlier`: what `earlier_run` has found.
-    """
-    versions = {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax")}
-    meta = {"fingerprint": dict(fingerprint), "data": dict(data), "versions": versions}
-    print(_what_runs_where(config, section, state, partitioner), flush=True)
-    if 0 < total_steps <= section.warmup_steps:
-        reached = float(lr(total_steps - 1)) / section.lr
-        print(
-            f"note: warm-up takes {section.warmup_steps} steps, and the run has {total_steps}: the learning rate reaches only "
-            f"{reached:.0%} of {section.lr:g} (warmup_steps)",
-            flush=True,
-        )
-    with _checkpoints(config, run) as checkpoints:
-        state = _resume(run, state, checkpoints, meta, partitioner, earlier=earlier, total_steps=total_steps)
-        build.describe(run, config, *reports)
-        evaluate = functools.partial(_finite, evaluate)
-        with _metrics_log(config, run, fingerprint) as log:
-            state = fit(
-                partitioner.compile_step(step),
-                state,
-                stream,
-                total_steps=total_steps,
-                lr=lr,
-                checkpoints=checkpoints,
-                meta=meta,
-                log=log,
-                progress=Progress(epochs=section.epochs) if hosts.is_first() else None,
-                evaluate=evaluate,
-                eval_every=math.ceil(config.run.eval_every_examples / section.batch),
-                save_every=config.run.save_every_steps,
-                save_every_minutes=config.run.save_every_minutes if hosts.is_first() else 0.0,
-                check=check,
-                unit=unit,
-                shapes=shapes,
-                get_state=partitioner.get_state,
-                agree=hosts.agreement(),
-            )
-            # A signal during the last step saves the state without judging it, and other pairs judge it anew.
-            judged = log is not None and any(is_evaluation(r) and r["step"] == total_steps for r in read_metrics(run.metrics))
-            judged = judged and not (
-                identity.other_held_out(earlier, data) and earlier is not None and earlier.step == total_steps
-            )
-            if not hosts.anywhere(judged):
-                with reported("evaluating", brief=True):
-                    metrics = evaluate(state, total_steps)
-                if log is not None:
-                    log.write({"step": total_steps} | {f"eval/{k}": v for k, v in metrics.items()})
-    return partitioner.get_state(state)
+from dpo_jax.training import fingerprint
+from dpo_jax.training.fingerprint import SavedRun
+from dpo_jax.training.run import Evaluate, saved_run
+from dpo_jax.training.run import train as train_in
+from dpo_jax.types import Array, Model, Partitioner, TrainState, Variables
+from dpo_jax.writing import write_text
 
 
-def earlier_run(config: Config, task: str, section: SftConfig | DpoConfig) -> identity.Earlier | None:
+class TrainingData(NamedTuple):
+    """Token ids to learn and to evaluate on, and what became of the rows that were read."""
+
+    train: Sequence[Any]  # pairs, or texts of `encode_targets`
+    held_out: Sequence[Any]
+    reports: Sequence[DataReport]
+    uids: Sequence[str] | None = None  # of texts, which have none of their own
+
+
+class TrainingPlan(NamedTuple):
+    """What is known of a run before weights are read: its data, the shapes of its batches, its length, and its identity."""
+
+    data: TrainingData
+    saved: SavedRun | None  # the run that it continues
+    layout: Layout  # of training batches
+    held_out_layout: Layout
+    behind: int  # see `fingerprint.behind`
+    steps: int
+    digest: str  # of the training data
+    record: Mapping[str, Any]  # what the data are made of
+
+
+def earlier_run(config: Config, task: str, section: SftConfig | DpoConfig) -> SavedRun | None:
     """The run that this one continues; None for a new run.
 
     Raises `ConfigError` before any data are read: for a bucket that cannot be reached, an old run not to resume, and one with
@@ -119,39 +64,151 @@ def earlier_run(config: Config, task: str, section: SftConfig | DpoConfig) -> id
     check_bucket(config, directory)
     if not config.run.resume and has_steps(directory):
         raise ConfigError(f"run.resume: is off, and {directory} holds checkpoints; turn it on, or choose another --run.dir")
-    found = newest_meta(directory)
-    if found is None:
-        return None
-    earlier = identity.Earlier(f"{config.run.dir}/{task}", *found)
-    identity.refuse_other_settings(earlier.place, earlier.fingerprint, identity.settings(config, section))
-    return earlier
+    saved = saved_run(directory, place=f"{config.run.dir}/{task}")
+    if saved is not None:
+        with identity.refusing_mismatch():
+            fingerprint.check_settings(saved.place, saved.fingerprint, identity.settings(config, section))
+    return saved
 
 
-@contextlib.contextmanager
-def _checkpoints(config: Config, run: RunDir) -> Iterator[Checkpoints]:
-    directory = config.checkpoints_of(run.path.name)
-    with contextlib.ExitStack() as held:
-        if config.run.checkpoints is not None and not is_remote(directory):
-            held.enter_context(RunDir(directory, lock=hosts.is_first()))  # for its lock: runs elsewhere may name it, too
-        yield held.enter_context(Checkpoints(directory, max_to_keep=config.run.max_to_keep))
+def plan_training(
+    config: Config,
+    section: SftConfig | DpoConfig,
+    data: TrainingData,
+    *,
+    tokenizer: Any,
+    partitioner: Partitioner,
+    saved: SavedRun | None,
+) -> TrainingPlan:
+    """Shapes and length of the run. Raises `ConfigError` where its data or length do not fit the run that it continues."""
+    pairs = isinstance(section, DpoConfig)
+    # A single completion shares its prompt with nobody.
+    kind = "plain" if config.data.layout == "shared" and not pairs else config.data.layout
+    rows_each = 2 if kind == "plain" and pairs else 1
+
+    def plan(count: int, *, parts: int, microbatches: int = 1) -> Layout:
+        """Parts: into how many a batch is cut; rows divide into them without tearing a pair apart."""
+        layout = plan_layout(
+            [*data.train, *data.held_out],
+            kind=kind,
+            batch=section.batch,
+            length=config.data.row_length,
+            multiple=parts * rows_each,
+            microbatches=microbatches,
+        )
+        return few_shapes(layout, examples=count, batch=section.batch)
+
+    with reported("planning the rows"):
+        shards = partitioner.row_shards
+        parts = build.batch_parts(section, shards, layout=kind)
+        layout = plan(len(data.train), parts=parts, microbatches=skippable(section.microbatches, shards))
+        held_out_layout = plan(len(data.held_out), parts=shards)
+    record = identity.data_record(config, tokenizer, data.reports, held_out=data_digest(data.held_out))
+    digest = data_digest(data.train)
+    behind = fingerprint.behind(saved, examples=len(data.train), batch=section.batch)
+    steps = total_steps(len(data.train), batch=section.batch, epochs=section.epochs, behind=behind)
+    with identity.refusing_mismatch():
+        fingerprint.check_data(saved, digest, record)
+    with identity.refusing_mismatch(identity.LONGER):
+        fingerprint.check_length(saved, steps=steps)
+    return TrainingPlan(data, saved, layout, held_out_layout, behind, steps, digest, record)
 
 
-@contextlib.contextmanager
-def _metrics_log(config: Config, run: RunDir, fingerprint: Mapping[str, Any]) -> Iterator[MetricsLog | None]:
-    """The log and its writers; None on all hosts but the first."""
-    if not hosts.is_first():
-        yield None
-        return
-    writers = []
+def train(
+    config: Config,
+    run: RunDir,
+    section: SftConfig | DpoConfig,
+    plan: TrainingPlan,
+    *,
+    step: Callable[..., Any],
+    model: Model,
+    variables: Variables,
+    weights: Mapping[str, str],
+    partitioner: Partitioner,
+    evaluate: Evaluate,
+    ref_logps: Array | None = None,
+    check: Callable[[int, dict[str, float]], None] | None = None,
+    unit: str = "pairs",
+) -> TrainState:
+    """Trains from `variables` (consumed) or from the newest good checkpoint. Returns the final state in the form that is saved.
+
+    `step` is `dpo_step` or `sft_step` without optimizer, microbatches and axis. `weights`: digests of where the run starts
+    (`start`, `reference`), which a continued run must have in common with the one before.
+    """
+    data, tx = plan.data, build.make_tx(section, steps=plan.steps)
+    step = functools.partial(step, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name)
+    lr = build.make_schedule(section, steps=plan.steps)
+    state = build.first_state(partitioner, variables, tx)
+    print(
+        f"{len(data.train):,} {unit} to {'train on' if unit == 'pairs' else 'learn'}, {len(data.held_out):,} held out; "
+        f"rows of {plan.layout.length} tokens\n{_device_summary(config, section, state, partitioner)}",
+        flush=True,
+    )
+    _note_long_warmup(section, plan.steps, lr)
+    facts = {
+        **identity.settings(config, section),
+        **weights,
+        "data": plan.digest,
+        "architecture": fingerprint.architecture(model),
+        "behind": plan.behind,
+    }
+    with identity.refusing_mismatch():
+        return train_in(
+            partitioner.compile_step(step),
+            state,
+            stream(
+                data.train,
+                layout=plan.layout,
+                batch=section.batch,
+                seed=config.run.seed,
+                epochs=section.epochs,
+                behind=plan.behind,
+                ref_logps=ref_logps,
+                uids=data.uids,
+                part=partitioner.host_part,
+            ),
+            folder=run,
+            total_steps=plan.steps,
+            fingerprint=facts,
+            data=plan.record,
+            saved=plan.saved,
+            partitioner=partitioner,
+            checkpoints=config.checkpoints_of(run.path.name) if config.run.checkpoints is not None else None,
+            max_to_keep=config.run.max_to_keep,
+            save_every=config.run.save_every_steps,
+            save_every_minutes=config.run.save_every_minutes,
+            evaluate=evaluate,
+            eval_every=math.ceil(config.run.eval_every_examples / section.batch),
+            lr=lr,
+            check=check,
+            begin=lambda: build.describe(run, config, *data.reports),
+            writers=functools.partial(_writers, config, run, facts),
+            progress=Progress(epochs=section.epochs),
+            unit=unit,
+            shapes=max(1, len(plan.layout.row_counts)),
+        )
+
+
+def _note_long_warmup(section: SftConfig | DpoConfig, steps: int, lr: Callable[[int], Any]) -> None:
+    if 0 < steps <= section.warmup_steps:
+        reached = float(lr(steps - 1)) / section.lr
+        print(
+            f"note: warm-up takes {section.warmup_steps} steps, and the run has {steps}: the learning rate reaches only "
+            f"{reached:.0%} of {section.lr:g} (warmup_steps)",
+            flush=True,
+        )
+
+
+def _writers(config: Config, run: RunDir, facts: Mapping[str, Any]) -> list[Writer]:
+    writers: list[Writer] = []
     if config.run.tensorboard:
         writers.append(TensorBoardWriter(run.path / "tensorboard"))
     if config.run.wandb is not None:
-        writers.append(WandbWriter(config.run.wandb, directory=run.path, config=fingerprint))
-    with MetricsLog(run.metrics, writers=writers) as log:
-        yield log
+        writers.append(WandbWriter(config.run.wandb, directory=run.path, config=facts))
+    return writers
 
 
-def _what_runs_where(config: Config, section: SftConfig | DpoConfig, state: TrainState, partitioner: Partitioner) -> str:
+def _device_summary(config: Config, section: SftConfig | DpoConfig, state: TrainState, partitioner: Partitioner) -> str:
     """A table of hosts, devices, how they are used, and what one of them holds."""
     devices, kind = jax.devices(), jax.devices()[0].device_kind
     pieces = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(state)]
@@ -174,70 +231,7 @@ def _what_runs_where(config: Config, section: SftConfig | DpoConfig, state: Trai
     return "\n".join(f"{name:>14}  {value}" for name, value in table.items())
 
 
-def _finite(evaluate: Evaluate, state: TrainState, done: int) -> Mapping[str, Any]:
-    """Raises `NonFinite`. The loss of a step judges the weights before its update; only this judges those after the last."""
-    metrics = evaluate(state, done)
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise NonFinite(
-                f"held-out {name} is {value} after {done} steps; the last good checkpoint is kept", step=done, uids=[]
-            )
-    return metrics
-
-
-def _resume(
-    run: RunDir,
-    state: TrainState,
-    checkpoints: Checkpoints,
-    meta: Mapping[str, Any],
-    partitioner: Partitioner,
-    *,
-    earlier: identity.Earlier | None,
-    total_steps: int,
-) -> TrainState:
-    if checkpoints.latest_step() is None:
-        return state
-    with reported("reading the checkpoint"):
-        found = checkpoints.restore_latest(jax.tree.map(_as_saved, partitioner.get_state(state)))
-    if found is None:
-        return state
-    restored, saved = found
-    is_now, here = meta["fingerprint"], identity.Earlier(str(run.path), int(restored.step), saved)
-    identity.refuse_other_settings(here.place, here.fingerprint, is_now)
-    identity.check_data(here, is_now["data"], meta["data"])
-    if is_now["behind"] != here.fingerprint.get("behind", 0) and (earlier is None or earlier.step != here.step):
-        raise CheckpointDamaged(f"the newest checkpoint of {run.path} was damaged and set aside; run the same command again")
-    _say_what_changed(here, meta)
-    print(f"continuing {run.path} after {here.step} steps", flush=True)
-    if here.fingerprint["epochs"] == is_now["epochs"]:  # otherwise it was lengthened, which is no interruption
-        _note_resumption(run, here.step, total_steps)
-    build.free(state)
-    return partitioner.put_state(restored)
-
-
-def _say_what_changed(earlier: identity.Earlier, meta: Mapping[str, Any]) -> None:
-    before, now = earlier.fingerprint["epochs"], meta["fingerprint"]["epochs"]
-    if before != now:
-        print(f"the run is of {now} epochs now; it was of {before}", flush=True)
-    if identity.other_held_out(earlier, meta["data"]):
-        lines = "\n".join(identity.other_data(earlier.data, meta["data"]))
-        print(f"note: the held-out pairs changed; evaluations before and after cannot be compared\n{lines}", flush=True)
-
-
-def _note_resumption(run: RunDir, step: int, total_steps: int) -> None:
-    """Adds to `resumes.jsonl` that an interrupted run goes on after `step` steps, for whoever reads the run later."""
-    if hosts.is_first() and 0 < step < total_steps:
-        time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        with appending(run.resumes) as file:
-            file.write(json.dumps({"step": step, "time": time}) + "\n")
-
-
-def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
-    """A leaf in pieces is read in pieces: a host never holds all of it."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
-
-
-def leave_results(
+def write_outputs(
     run: RunDir,
     model: Model,
     state: TrainState,

@@ -117,6 +117,7 @@ class _Remembering:
         self.eos_token_id = tokenizer.eos_token_id  # transformers takes its time to look it up
         from transformers import PreTrainedTokenizerFast  # here: after what `data.tokenizer` tells it
 
+        self._eos = _literal_eos(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerFast) else ()
         if type(tokenizer) is PreTrainedTokenizerFast:
             tokenizer("", add_special_tokens=False)  # takes off truncation and padding that another call has left there
             below = tokenizer.backend_tokenizer
@@ -126,12 +127,36 @@ class _Remembering:
         else:
             plain = functools.partial(tokenizer, add_special_tokens=False)
         self._plain = functools.lru_cache(maxsize=8)(plain)
+        self._with_special = functools.lru_cache(maxsize=1)(tokenizer.__call__)  # `encode.adds_bos` always asks for one text
 
     def __call__(self, text: str, **options: Any) -> Any:
-        return self._plain(text) if options == {"add_special_tokens": False} else self._tokenizer(text, **options)
+        if options == {"add_special_tokens": False}:
+            return self._plain(text)
+        return self._with_special(text) if not options else self._tokenizer(text, **options)
+
+    def may_hold_eos(self, text: str) -> bool:
+        """Whether the ids of a text may hold EOS. False only where that is certain without tokenizing it."""
+        if not self._eos or any(spelling in text for spelling in self._eos):
+            return True
+        normalizer = self._tokenizer.backend_tokenizer.normalizer
+        return normalizer is not None and any(spelling in normalizer.normalize_str(text) for spelling in self._eos)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
+
+
+def _literal_eos(tokenizer: Any) -> tuple[str, ...]:
+    """The spellings, one of which a text holds if its ids hold EOS. None where EOS may come from other text, too.
+
+    A BPE token is a run of the text, unless it stands for what is unknown. Spaces and other letters may be spelled differently.
+    """
+    model, normalizer, eos = tokenizer.backend_tokenizer.model, tokenizer.backend_tokenizer.normalizer, tokenizer.eos_token
+    if type(model).__name__ != "BPE" or model.continuing_subword_prefix or model.end_of_word_suffix:
+        return ()
+    covered = model.byte_fallback or type(tokenizer.backend_tokenizer.pre_tokenizer).__name__ == "ByteLevel"
+    if (model.unk_token == eos and not covered) or not (eos and eos.isascii() and eos.isprintable() and " " not in eos):
+        return ()
+    return (eos,) if normalizer is None else (eos, normalizer.normalize_str(eos))
 
 
 def _encode_text(preference: Any, tokenizer: Any, **limits: Any) -> Encoded:
@@ -141,13 +166,15 @@ def _encode_text(preference: Any, tokenizer: Any, **limits: Any) -> Encoded:
         raise BadRow(Cause.EOS_IN_TEXT, str(error)) from error
 
 
-def _check_target(preference: Preference, tokenizer: Any) -> None:
+def _check_target(preference: Preference, tokenizer: _Remembering) -> None:
     """Raises `BadRow` if SFT has a text of its own to learn here, and it is blank or holds EOS."""
     target = preference.sft_target
     if target is None:
         return
     if not target.strip():
         raise BadRow(Cause.EMPTY, "the completion to learn is empty or blank", field="sft_target")
+    if not tokenizer.may_hold_eos(target):
+        return
     record = {"prompt": preference.prompt, "chosen": target, "rejected": target, "chat": preference.chat}
     try:
         encode(record, tokenizer, max_length=2, max_prompt_length=1, bos="never")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from dpo_jax.ppo import (
     prompt_batch,
 )
 from dpo_jax.reward_model import HEAD, scalar_head, with_scalar_head
+from dpo_jax.runtime.fit import fit
 from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.runtime.progress import reported
 from dpo_jax.step import init_state
@@ -48,6 +50,42 @@ class PpoOptions(NamedTuple):
     value_weight: float
     gamma: float
     lam: float
+
+
+class PpoState(NamedTuple):
+    """What PPO carries from rollout to rollout. `step` counts these, `train.step` the optimizer steps."""
+
+    step: int
+    train: TrainState
+    kl_coef: float
+    stats: ScoreStats  # of all rewards so far
+
+
+class Draw(NamedTuple):
+    """The random choices of a rollout: which prompts, and in which order its rows are learnt from."""
+
+    prompts: np.ndarray  # int64[B]
+    orders: np.random.Generator
+
+
+def _draws(prompts: int, *, size: int, epochs: int, seed: int) -> Callable[[int], Draw]:
+    """`draw(i) -> Draw` of rollout `i`, a pure function of `i` that is quick when asked in order."""
+    drawn, rng = 0, np.random.default_rng(seed)
+
+    def draw(number: int) -> Draw:
+        nonlocal drawn, rng
+        if number < drawn:
+            drawn, rng = 0, np.random.default_rng(seed)
+        while True:
+            chosen = rng.choice(prompts, size, replace=prompts < size)
+            orders = copy.deepcopy(rng)
+            for _ in range(epochs):  # as `minibatches` will
+                rng.permutation(size)
+            drawn += 1
+            if drawn > number:
+                return Draw(chosen, orders)
+
+    return draw
 
 
 class PpoMethod:
@@ -86,55 +124,63 @@ class PpoMethod:
         """`evaluations` points of a run from the reference, equally far apart, and the final policy's variables on the host.
 
         `target_kl` is in nats a completion. `kl_coef`, at the start: rewards are normalised, so its unit is their standard
-        deviation a nat. Also leaves `metrics.jsonl` in `folder`. `say` is given a line for each point.
+        deviation a nat. Also leaves `metrics.jsonl` in `folder`, with a row for each rollout. `say` is given a line for each
+        point. Raises `NonFinite` for a loss that is not.
         """
         o, world, partitioner = self.options, self.world, self.world.partitioner
-        state, rng, key = self._begin(), np.random.default_rng(seed), jax.random.key(seed)
-        stats, taken, points = ScoreStats(), 0, Points()
-        every = max(1, math.ceil(o.iterations / evaluations))
+        points = Points()
+
+        def evaluate(state: PpoState, done: int) -> Mapping[str, float]:
+            measured = world.measure(_policy(state.train))
+            points.append({"step": float(done * o.epochs * o.minibatches), **measured})
+            say(f"rollout {done}/{o.iterations}: reward {measured['reward']:.2f} at KL {measured['kl']:.2f} nats")
+            return measured
+
         rollouts = reported("PPO", total=o.iterations, unit="rollouts", brief=True)
         with MetricsLog(folder / "metrics.jsonl") as log, rollouts as task:
-            for iteration in range(o.iterations):
-                chosen = rng.choice(len(world.train.ids), o.batch, replace=len(world.train.ids) < o.batch)
-                prompts = prompt_batch(
-                    [world.train.ids[i] for i in chosen],
-                    jax.random.fold_in(key, iteration),
-                    length=world.width - world.max_new_tokens,
-                )
-                collected = self.collect((state.variables, world.reference), prompts)
-                texts = [
-                    decode_completion(world.tokenizer, world.train.ids[i], ids, stop_ids=world.stop_ids)
-                    for i, ids in zip(chosen, completion_ids(collected.rows), strict=True)
-                ]
-                scores = reward([world.train.texts[i] for i in chosen], texts)
-                stats = observe(stats, scores)
-                normal = normalised(stats, scores).astype(np.float32)
-                rollout, health = self.advantages(collected, normal, kl_coef=np.float32(kl_coef))
-                metrics: dict[str, Any] = {}
-                for _ in range(o.epochs):
-                    for part in minibatches(rollout, size=o.batch // o.minibatches, rng=rng, part=partitioner.host_part):
-                        state, metrics = self.step(state, part)
-                        taken += 1
-                log.write(
-                    {
-                        "step": taken,
-                        **{f"rollout/{name}": float(value) for name, value in health.items()},
-                        **{name: float(value) for name, value in metrics.items()},
-                        "rollout/reward": float(np.mean(scores)),
-                        "kl_coef": kl_coef,
-                    }
-                )
-                kl = float(health["kl"])
-                task.advance(note=f"reward {np.mean(scores):.2f}, KL {kl:.2f} nats")
-                kl_coef = next_kl_coef(kl_coef, kl=kl, target=target_kl, horizon=o.horizon, samples=o.batch)
-                if (iteration + 1) % every == 0 or iteration + 1 == o.iterations:
-                    points.append({"step": float(taken), **world.measure(_policy(state))})
-                    log.write(
-                        {"step": taken, **{f"eval/{name}": value for name, value in points[-1].items() if name != "step"}}
-                    )
-                    reached = f"reward {points[-1]['reward']:.2f} at KL {points[-1]['kl']:.2f} nats"
-                    say(f"rollout {iteration + 1}/{o.iterations}: {reached}")
-        return points, partitioner.to_host(_policy(state))
+            state = fit(
+                functools.partial(self._rollout, reward=reward, target_kl=target_kl, key=jax.random.key(seed)),
+                PpoState(0, self._begin(), kl_coef, ScoreStats()),
+                _draws(len(world.train.ids), size=o.batch, epochs=o.epochs, seed=seed),
+                total_steps=o.iterations,
+                log=log,
+                evaluate=evaluate,
+                eval_every=max(1, math.ceil(o.iterations / evaluations)),
+                check=lambda step, row: task.advance(
+                    note="reward {rollout/reward:.2f}, KL {rollout/kl:.2f} nats".format(**row)
+                ),
+            )
+        return points, partitioner.to_host(_policy(state.train))
+
+    def _rollout(
+        self, state: PpoState, draw: Draw, *, reward: Reward, target_kl: float, key: jax.Array
+    ) -> tuple[PpoState, dict[str, Any]]:
+        """Samples completions, scores them, and takes some epochs of optimizer steps on them."""
+        o, world = self.options, self.world
+        ids, texts = ([side[i] for i in draw.prompts] for side in (world.train.ids, world.train.texts))
+        prompts = prompt_batch(ids, jax.random.fold_in(key, state.step), length=world.width - world.max_new_tokens)
+        collected = self.collect((state.train.variables, world.reference), prompts)
+        completions = [
+            decode_completion(world.tokenizer, prompt, completion, stop_ids=world.stop_ids)
+            for prompt, completion in zip(ids, completion_ids(collected.rows), strict=True)
+        ]
+        scores = reward(texts, completions)
+        stats = observe(state.stats, scores)
+        normal = normalised(stats, scores).astype(np.float32)
+        rollout, health = self.advantages(collected, normal, kl_coef=np.float32(state.kl_coef))
+        rng, size, part = copy.deepcopy(draw.orders), o.batch // o.minibatches, world.partitioner.host_part
+        train, metrics = state.train, {}
+        for _ in range(o.epochs):
+            for rows in minibatches(rollout, size=size, rng=rng, part=part):
+                train, metrics = self.step(train, rows)
+        row = {
+            **{f"rollout/{name}": value for name, value in health.items()},
+            **metrics,
+            "rollout/reward": np.mean(scores),
+            "kl_coef": state.kl_coef,
+        }
+        kl_coef = next_kl_coef(state.kl_coef, kl=float(health["kl"]), target=target_kl, horizon=o.horizon, samples=o.batch)
+        return PpoState(state.step + 1, train, kl_coef, stats), row
 
     def _begin(self) -> TrainState:
         partitioner, head = self.world.partitioner, scalar_head(self.model.config.width)

@@ -106,8 +106,8 @@ def _spec(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh:
     return PartitionSpec(*spec)
 
 
-def tree_shardings(tree: Any, variables: Mapping[tuple[str, ...], Any], mesh: Mesh) -> Any:
-    """Shardings of a state (or of variables) by those of its parameters: a tree like `tree`.
+def tree_shardings(tree: Any, variables: Mapping[tuple[str, ...], Any] | None, mesh: Mesh) -> Any:
+    """Shardings of a state (or of variables) by those of its parameters: a tree like `tree`. All replicated where that is None.
 
     A leaf whose path ends in the path of a parameter lies like that one: gradients, moments, averages. Single numbers are
     replicated. Raises `MeshError` for any other leaf.
@@ -115,6 +115,8 @@ def tree_shardings(tree: Any, variables: Mapping[tuple[str, ...], Any], mesh: Me
     shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
 
     def of(path: Any, leaf: Any) -> NamedSharding:
+        if variables is None:
+            return NamedSharding(mesh, PartitionSpec())
         path = path_of(path)
         suffix = next((path[start:] for start in range(len(path)) if path[start:] in variables), None)
         if suffix is not None and shapes.setdefault(suffix, leaf.shape) == leaf.shape:

@@ -13,7 +13,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dpo_jax.models.checkpoint_stream import Part, assemble, assemble_parts, path_of
 from dpo_jax.runtime.hosts import joined, whole
 from dpo_jax.runtime.mesh import (
-    MeshError,
     Units,
     host_part,
     row_sharding,
@@ -110,15 +109,16 @@ def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
     )
 
 
-def mesh_partitioner(mesh: Mesh, model: Model, *, units: Units | None = None) -> Partitioner:
+def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | None = None) -> Partitioner:
     """`jit` over a mesh of `runtime.mesh.make_mesh`: data, FSDP and tensor parallel, by the model's logical axes.
 
     Rows are cut over data and fsdp; parameters by `models.axes.RULES`, the optimizer state like its parameters. Nothing of the
     step changes: arrays are global, XLA inserts the collectives. Compiled steps have `lower(state, rows)`, as `jax.jit` has.
+    Without a model, or with one that names no axes (`Model.axes`), every device holds all parameters: plain data parallelism.
 
     Raises `MeshError`, before anything is computed, where a parameter does not fit the mesh. `units`: see there.
     """
-    shapes, of_variables = _variables_on(mesh, model, units)
+    shapes, of_variables = ({}, None) if model is None else _variables_on(mesh, model, units)
     shape_of = {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     by_row, shards, part = row_sharding(mesh), row_shards(mesh), host_part(mesh)
 
@@ -134,11 +134,14 @@ def mesh_partitioner(mesh: Mesh, model: Model, *, units: Units | None = None) ->
         return jax.jit(make, out_shardings=tree_shardings(jax.eval_shape(make), of_variables, mesh))()
 
     def load_variables(shapes, pieces):
+        if of_variables is None:
+            return assemble(shapes, pieces, put=lambda leaf: _place(leaf, NamedSharding(mesh, PartitionSpec())))
+        lie = of_variables
         return assemble_parts(
             shapes,
             pieces,
-            parts=lambda path, shape: set(_local_parts(of_variables[path], shape).values()),
-            place=lambda path, parts: _from_parts(of_variables[path], shape_of[path], parts),
+            parts=lambda path, shape: set(_local_parts(lie[path], shape).values()),
+            place=lambda path, parts: _from_parts(lie[path], shape_of[path], parts),
         )
 
     def put_rows(rows):
@@ -200,11 +203,11 @@ def abstract_state(
     return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), (state, rows), lie)
 
 
-def _variables_on(mesh: Mesh, model: Model, units: Units | None) -> tuple[Variables, dict[tuple[str, ...], Any]]:
-    """Shapes of the variables, and {path: where it lies}."""
-    if model.axes is None:
-        raise MeshError("the model names no logical axes (Model.axes), so nothing says how its parameters lie on a mesh")
+def _variables_on(mesh: Mesh, model: Model, units: Units | None) -> tuple[Variables, dict[tuple[str, ...], Any] | None]:
+    """Shapes of the variables, and {path: where it lies}; None where the model names no axes, and all are replicated."""
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    if model.axes is None:
+        return shapes, None
     return shapes, variable_shardings(shapes, model.axes(), mesh, units=units)
 
 

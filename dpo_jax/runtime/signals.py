@@ -99,6 +99,44 @@ class _Interruption:
         leave(exit_code(self.received))
 
 
+class StopSignals:
+    """While training: the first SIGTERM or SIGINT sets `received`, a second one ends the process at once.
+
+    A context manager; the handlers that were there before come back at its end.
+    """
+
+    def __init__(self) -> None:
+        self.received, self._first, self._since = 0, 0, 0.0
+        self._previous = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._previous = {number: signal.signal(number, self._handle) for number in NUMBERS}
+            self._listener = Listener(self._heard)
+            self._listener.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._previous:
+            self._listener.stop()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.received = self.received or number
+
+    def _heard(self, number: int) -> None:
+        """In a thread: a step that is being compiled hears of no signal."""
+        if self._first:
+            if time.monotonic() - self._since > ECHO_SECONDS:
+                os._exit(exit_code(number))
+            return
+        self._first, self._since = number, time.monotonic()
+        # Not print(): the signal may have interrupted a print, and buffered files are not re-entrant.
+        text = f"\n{signal.Signals(number).name}: finishing this step, then saving. A second signal stops at once.\n"
+        os.write(2, text.encode())
+
+
 _at_once = False
 
 

@@ -16,13 +16,13 @@ from dpo_jax.cli.commands.export import write_model
 from dpo_jax.cli.commands.refs import check_reference, load_reference, reference_values
 from dpo_jax.cli.config import Config, DpoConfig
 from dpo_jax.cli.repeats import check_repeats
-from dpo_jax.cli.train import earlier_run, leave_results, train
-from dpo_jax.data.loader import few_shapes, in_order, skippable, stream, total_steps
-from dpo_jax.data.prepare import data_digest
+from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
+from dpo_jax.data.loader import in_order
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.preference import completion_tokens, held_out_logps, preference_summary
 from dpo_jax.losses import whole_set_signals
 from dpo_jax.reference import reference_logps
+from dpo_jax.training.fingerprint import check_weights
 from dpo_jax.types import TrainState
 
 
@@ -33,7 +33,7 @@ class WrongStart(RuntimeError):
 def run(config: Config) -> int:
     section = config.dpo
     with build.open_run(config, "dpo", continues=True) as run_dir:
-        earlier = earlier_run(config, "dpo", section)
+        saved = earlier_run(config, "dpo", section)
         tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
         model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy")
         check_reference(config, model, tokenizer)
@@ -42,21 +42,12 @@ def run(config: Config) -> int:
             build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
         )
         check_repeats(config, pairs, held_out)
-        parts = build.batch_parts(section, partitioner.row_shards, layout=config.data.layout)
-        plan = functools.partial(build.pair_layout, config, [*pairs, *held_out], batch=section.batch)
-        layout = few_shapes(
-            plan(parts=parts, microbatches=skippable(section.microbatches, partitioner.row_shards)),
-            examples=len(pairs),
-            batch=section.batch,
-        )
-        forward_layout = few_shapes(plan(parts=partitioner.row_shards), examples=len(held_out), batch=section.batch)
-        data = identity.data_record(config, tokenizer, [pairs.report, held_out.report], held_out=data_digest(held_out))
-        behind = identity.behind(earlier, examples=len(pairs), batch=section.batch)
-        steps = total_steps(len(pairs), batch=section.batch, epochs=section.epochs, behind=behind)
-        identity.check_data(earlier, data_digest(pairs), data)  # before the reference pass, which may take hours
-        identity.check_length(earlier, steps=steps)
+        data = TrainingData(pairs, held_out, [pairs.report, held_out.report])
+        # What does not fit is refused here, before the reference pass, which may take hours.
+        plan = plan_training(config, section, data, tokenizer=tokenizer, partitioner=partitioner, saved=saved)
         variables, reference = load_reference(config, model, partitioner)
-        identity.check_weights(earlier, reference=reference)
+        with identity.refusing_mismatch():
+            check_weights(saved, reference=reference)
         ref_logps, held_out_ref = reference_values(
             config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner, weights=reference
         )
@@ -64,22 +55,13 @@ def run(config: Config) -> int:
         if section.reference:
             build.free(variables)
             variables, start = build.load_weights(config.dpo_policy(), model, partitioner, name="dpo.policy")
-        loss, tx = build.make_loss(section), build.make_tx(section, steps=steps)
-        step = functools.partial(
-            dpo_step,
-            model=model,
-            tx=tx,
-            loss=loss,
-            ld_alpha=section.ld_alpha,
-            microbatches=section.microbatches,
-            axis_name=partitioner.axis_name,
-        )
+        loss = build.make_loss(section)
         policy_logps = partitioner.compile_map(functools.partial(reference_logps, model, ld_alpha=section.ld_alpha))
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             logps = held_out_logps(
                 lambda rows: policy_logps(state.variables, rows),
-                in_order(held_out, layout=forward_layout, batch=section.batch, part=partitioner.host_part),
+                in_order(held_out, layout=plan.held_out_layout, batch=section.batch, part=partitioner.host_part),
                 pairs=len(held_out),
             )
             return preference_summary(logps, held_out_ref, loss=loss, lengths=completion_tokens(held_out))
@@ -87,43 +69,22 @@ def run(config: Config) -> int:
         at_reference = functools.partial(
             starts_at_reference, expected_loss=loss_at_reference(section), tolerance=TOLERANCE[config.run.precision]
         )
-        print(f"{len(pairs):,} pairs to train on, {len(held_out):,} held out; rows of {layout.length} tokens", flush=True)
         state = train(
             config,
             run_dir,
             section,
-            step=step,
-            state=build.first_state(partitioner, variables, tx),
-            stream=stream(
-                pairs,
-                layout=layout,
-                batch=section.batch,
-                seed=config.run.seed,
-                epochs=section.epochs,
-                behind=behind,
-                ref_logps=ref_logps,
-                part=partitioner.host_part,
-            ),
-            total_steps=steps,
-            lr=build.make_schedule(section, steps=steps),
-            fingerprint={
-                **identity.settings(config, section),
-                "data": data_digest(pairs),
-                "start": start,
-                "reference": reference,
-                "architecture": identity.architecture(model),
-                "behind": behind,
-            },
-            earlier=earlier,
-            data=data,
-            reports=[pairs.report, held_out.report],
+            plan,
+            step=functools.partial(dpo_step, model=model, loss=loss, ld_alpha=section.ld_alpha),
+            model=model,
+            variables=variables,
+            weights={"start": start, "reference": reference},
             partitioner=partitioner,
             evaluate=evaluate,
-            shapes=max(1, len(layout.row_counts)),
+            ref_logps=ref_logps,
             check=at_reference if start == reference else None,
         )
         write = functools.partial(write_model, source=config.dpo_policy(), dtype=config.export.dtype)
-        leave_results(run_dir, model, state, tokenizer, card=lambda: dpo_card(config, run_dir), write=write)
+        write_outputs(run_dir, model, state, tokenizer, card=lambda: dpo_card(config, run_dir), write=write)
     return 0
 
 

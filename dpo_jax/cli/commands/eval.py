@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.cli import build, identity
+from dpo_jax.cli import build
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.commands.implicit_rewards import write_rewards
 from dpo_jax.cli.commands.refs import reference_values
@@ -32,6 +32,7 @@ from dpo_jax.runtime.checkpoint import newest_meta
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.rundir import RunDir, RunLocked, write_json
+from dpo_jax.training.fingerprint import architecture
 from dpo_jax.types import Model, Partitioner, Variables
 from dpo_jax.writing import write_text, writing
 
@@ -45,7 +46,7 @@ def run(config: Config) -> int:
         tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
         model = build.policy_model(config, config.dpo_reference(), tokenizer, name="eval.reference")
         judged = build.policy_model(config, config.eval_policy(), tokenizer, name="eval.policy")
-        if identity.architecture(judged) != identity.architecture(model):
+        if architecture(judged) != architecture(model):
             raise ConfigError(
                 f"eval.reference: {config.dpo_reference()} is another model than the policy, not only other weights"
             )

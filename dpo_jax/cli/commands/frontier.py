@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.cli import build, identity
+from dpo_jax.cli import build
 from dpo_jax.cli.commands import sft as sft_command
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.config.lab import FrontierConfig, numbers
-from dpo_jax.cli.experiment import labelled_samples, make_world, of_training, prompts_of, refuse_mesh, sized
+from dpo_jax.cli.experiment import labelled_samples, make_world, of_training, prompts_of, sized
 from dpo_jax.data.encode import with_bos
 from dpo_jax.data.pairs import DataReport, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet
@@ -41,6 +41,7 @@ from dpo_jax.plotting.training_curves import plot_displacement, plot_training
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.rundir import RunDir, write_json
+from dpo_jax.training.fingerprint import architecture
 from dpo_jax.types import Variables
 
 TO_MIX = ("dpo", "ppo-gt")  # methods whose policies help to estimate the optimum:
@@ -50,7 +51,6 @@ MAX_KL = 20.0  # nats, at which the figure ends
 
 def run(config: Config) -> int:
     config = sized(config)
-    refuse_mesh(config, "frontier")
     if config.dpo.policy is None and not Path(config.dpo_policy()).is_dir():
         sft_command.run(config)
     with build.open_run(config, "frontier") as run_dir:
@@ -105,7 +105,7 @@ def _shared(config: Config, digest: str, world: World) -> dict[str, Any]:
     bos = {"bos": True} if len(with_bos(np.zeros(0, np.int32), world.tokenizer, bos=config.data.bos)) else {}
     return {
         "reference": digest,
-        "architecture": identity.architecture(world.model),
+        "architecture": architecture(world.model),
         "tokenizer": tokenizer_digest(world.tokenizer),
         "data": {"source": config.data.source, "max_prompt_length": config.data.max_prompt_length, **bos},
         "frontier": options,

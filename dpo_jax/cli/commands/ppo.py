@@ -12,12 +12,12 @@ from dpo_jax.cli import build
 from dpo_jax.cli.commands.export import write_model
 from dpo_jax.cli.commands.frontier import first_kl_coef, ppo_method
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.experiment import has_true_reward, make_world, refuse_mesh, sized
+from dpo_jax.cli.experiment import has_true_reward, make_world, sized
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.reward_model import RewardModel, load_head
 from dpo_jax.models.hub import resolve
 from dpo_jax.plotting.training_curves import plot_training
-from dpo_jax.reward_model import HEAD
+from dpo_jax.reward_model import HEAD, with_scalar_head
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import write_json
@@ -26,7 +26,6 @@ from dpo_jax.untrusted import Unreadable
 
 def run(config: Config) -> int:
     config = sized(config)
-    refuse_mesh(config, "ppo")
     with build.open_run(config, "ppo") as run_dir:
         path = config.ppo.reward_model
         reward = learned_reward(config, path, name="ppo.reward_model", batch=config.frontier.sample_batch) if path else None
@@ -71,7 +70,7 @@ def learned_reward(config: Config, path: str, *, name: str, batch: int) -> Rewar
         raise
     except ValueError as error:
         raise ConfigError(f"{name}: {path}: {error}") from error
-    partitioner = build.make_partitioner(config, model)
+    partitioner = build.make_partitioner(config, with_scalar_head(model))
     variables, _ = build.load_weights(path, model, partitioner, name=name)
     variables = {**variables, **partitioner.put_variables({HEAD: head})}
     return RewardModel(partitioner, model).of_texts(variables, tokenizer, batch=batch, bos=config.data.bos)

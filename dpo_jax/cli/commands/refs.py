@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from dpo_jax.cli import build, identity
+from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.data.chat_date import writes_date
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.loader import Batch, few_shapes, in_order
 from dpo_jax.data.tokenizer import tokenizer_digest
-from dpo_jax.reference import ReferenceCache, fill_cache, pair_key, reference_logps
-from dpo_jax.runtime.hosts import from_first, is_first
-from dpo_jax.runtime.progress import reported
+from dpo_jax.training.fingerprint import architecture
+from dpo_jax.training.references import cached_reference_logps
 from dpo_jax.types import Model, Partitioner, Variables
 
 
@@ -45,7 +42,7 @@ def check_reference(config: Config, model: Model, tokenizer: Any) -> None:
     if config.dpo.reference is None:
         return
     reference = build.policy_model(config, config.dpo.reference, tokenizer, name="dpo.reference")
-    if identity.architecture(reference) != identity.architecture(model):
+    if architecture(reference) != architecture(model):
         raise ConfigError(f"dpo.reference: {config.dpo.reference} is another model than the policy, not only other weights")
 
 
@@ -69,39 +66,20 @@ def reference_values(
 
     `variables` are the partitioner's, `weights` is their digest.
     """
-    # The first host has the cache; what it lacks, and in the end all values, the others hear from it.
-    with reported("reading the reference cache"):
-        cache = ReferenceCache(config.refs_cache(), cache_identity(config, model, weights, tokenizer)) if is_first() else None
-    for what in cache.damage if cache is not None else ():
-        print(f"{config.refs_cache()}: {what}; what is lacking is computed again", flush=True)
+    dated = f", or the date in the chat template (data.date is {config.data.date} here)" if writes_date(tokenizer) else ""
     pairs = [pair for split in splits for pair in split]
-    absent = np.zeros(len(pairs), np.uint8)
-    if cache is not None:
-        absent[cache.missing(pairs)] = 1
-    todo = [pairs[number] for number in np.flatnonzero(from_first(absent))]
-    layout = build.pair_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards)
-    layout = few_shapes(layout, examples=len(todo), batch=config.refs.batch)
-    compiled = partitioner.compile_map(functools.partial(reference_logps, model, ld_alpha=config.dpo.ld_alpha))
-    distinct = len({pair_key(pair) for pair in pairs})
-    if len(todo) < distinct:
-        print(f"{config.refs_cache()}: {distinct - len(todo):,} of {distinct:,} pairs are there already", flush=True)
-    elif cache is not None and len(cache):
-        # Of the same weights and limits: it is the texts that differ, or the date that a chat template writes into them.
-        dated = f", or the date in the chat template (data.date is {config.data.date} here)" if writes_date(tokenizer) else ""
-        print(f"{config.refs_cache()}: has {len(cache):,} pairs and none of these: other data{dated}", flush=True)
-    with reported("reference pass", total=len(todo), unit="pairs") as task:
-
-        def progress(batch: Batch) -> None:
-            task.advance(int(batch.stats["pairs"]))
-
-        fill_cache(
-            cache,
-            todo,
-            batches=functools.partial(in_order, layout=layout, batch=config.refs.batch, part=partitioner.host_part),
-            logps=lambda rows: compiled(variables, rows),
-            progress=progress,
-        )
-    values = from_first(np.zeros((len(pairs), 2), np.float32) if cache is None else cache.lookup(pairs))
+    values = cached_reference_logps(
+        model,
+        variables,
+        pairs,
+        cache=config.refs_cache(),
+        identity=cache_identity(config, model, weights, tokenizer),
+        partitioner=partitioner,
+        layout=build.pair_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards),
+        batch=config.refs.batch,
+        ld_alpha=config.dpo.ld_alpha,
+        other_data=f"other data{dated}",
+    )
     return np.split(values, np.cumsum([len(split) for split in splits])[:-1])
 
 
@@ -109,7 +87,7 @@ def cache_identity(config: Config, model: Model, weights: str, tokenizer: Any) -
     """Everything that reference log-probabilities depend on."""
     return {
         "weights": weights,
-        "architecture": identity.architecture(model),
+        "architecture": architecture(model),
         "tokenizer": tokenizer_digest(tokenizer),
         "max_length": config.data.max_length,
         "max_prompt_length": config.data.max_prompt_length,

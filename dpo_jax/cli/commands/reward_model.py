@@ -9,21 +9,20 @@ import functools
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
-from dpo_jax.cli.experiment import refuse_mesh
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.evals.calibration import accuracy
 from dpo_jax.lab.reward_model import RewardModel, fit_reward_model, judged, save_reward_model
+from dpo_jax.reward_model import with_scalar_head
 from dpo_jax.runtime.rundir import write_json
 
 
 def run(config: Config) -> int:
-    refuse_mesh(config, "reward-model")
     path, training = config.dpo_policy(), config.dpo
     with build.open_run(config, "reward-model") as run_dir:
         tokenizer = build.tokenizer_of(config, model_path=path, name="dpo.policy")
         model = build.policy_model(config, path, tokenizer, name="dpo.policy")
-        partitioner = build.make_partitioner(config, model)
+        partitioner = build.make_partitioner(config, with_scalar_head(model))
         pairs, test = (
             build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
         )

@@ -20,6 +20,7 @@ from dpo_jax.cli.preflight.inputs import Check, data, files, judged_files, model
 from dpo_jax.cli.preflight.packages import bench_packages, check_bucket, judge_packages, reward_packages, writers
 from dpo_jax.cli.preflight.scope import Scope
 from dpo_jax.shapes import fit
+from dpo_jax.training.fingerprint import check_same_data, check_settings, data_changes
 from dpo_jax.untrusted import Unreadable, read_object
 
 ROWS = "train split, rows"
@@ -89,7 +90,8 @@ def _refuse_another_run(check: Check, task: str, folder: Path) -> None:
     except ConfigError:  # none, or of another version
         return
     was, now = (identity.settings(one, getattr(one, task)) for one in (before, check.config))
-    identity.refuse_other_settings(str(folder), was, now)
+    with identity.refusing_mismatch():
+        check_settings(str(folder), was, now)
     try:
         report = fit(read_object(folder / "data_report.json"), TRAINED_ON, "data_report.json")["train"]
     except (OSError, Unreadable):  # none yet, or damaged: nothing is computed from it
@@ -97,14 +99,15 @@ def _refuse_another_run(check: Check, task: str, folder: Path) -> None:
     was, now = {ROWS: most(report["rows"], before.data.max_train)}, {ROWS: check.rows}
     files = {f"file {file['path']}, bytes": file["bytes"] for file in report["files"]}
     if check.config.data.source == before.data.source == "reviews":
-        identity.refuse_other_data(str(folder), was, now)
+        with identity.refusing_mismatch():
+            check_same_data(str(folder), was, now)
     for record, config in ((was, before), (now, check.config)):
         record |= {f"data.{name}": getattr(config.data, name) for name in identity.LIMITS}
     if check.train_files is not None:
         was, now = was | files, now | check.train_files
     if check.rows is None:
         del was[ROWS], now[ROWS]
-    if lines := identity.other_data(was, now):
+    if lines := data_changes(was, now):
         check.warn("; ".join(line.strip() for line in lines) + ": the run goes on only if no token of its data has changed")
 
 

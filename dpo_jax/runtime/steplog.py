@@ -1,0 +1,127 @@
+"""The metrics rows of a training loop: read from the device one step late, checked, and written before any checkpoint.
+
+A step is dispatched and computed in the background. Reading its metrics at once would wait for it, and the device would then
+wait for the next batch. So `StepLog` keeps the metrics of the last step, and `flush` reads them when the next one is under way.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from dpo_jax.runtime.metrics import MetricsLog
+from dpo_jax.runtime.rundir import write_json
+from dpo_jax.runtime.training_progress import Progress
+
+
+class NonFinite(ArithmeticError):
+    """A loss or gradient norm is NaN or infinite. `step`, `uids`: the batch. No state that has seen it was saved."""
+
+    def __init__(self, message: str, *, step: int, uids: Sequence[str]):
+        super().__init__(message)
+        self.step, self.uids = step, uids
+
+
+class _Step(NamedTuple):
+    """A step whose metrics are still on the device, perhaps not computed yet."""
+
+    index: int
+    uids: Sequence[str]
+    stats: Mapping[str, float]
+    metrics: Mapping[str, Any]
+
+
+class StepLog:
+    """Metrics rows of steps and evaluations, to the log and to the display. A context manager, from step `start` to `stop`.
+
+    `check(step, metrics)` sees each row first, and may raise. `unit` is which of a batch's `stats` counts examples.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        stop: int,
+        *,
+        log: MetricsLog | None = None,
+        progress: Progress | None = None,
+        check: Callable[[int, dict[str, float]], None] | None = None,
+        unit: str = "pairs",
+    ) -> None:
+        self._start, self._stop, self._unit = start, stop, unit
+        self._log, self._progress, self._check = log, progress, check
+        self._last: _Step | None = None
+
+    def __enter__(self) -> StepLog:
+        if self._log is not None:
+            self._log.resume(self._start)
+        if self._progress is not None:
+            self._progress.start(self._start, self._stop, unit=self._unit)
+        self._clock = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._progress is not None:
+            self._progress.close()
+
+    def add(self, index: int, metrics: Mapping[str, Any], *, uids: Sequence[str], stats: Mapping[str, float]) -> None:
+        """Takes the metrics of step `index` as they are, on the device; `flush` comes before the next `add`."""
+        assert self._last is None
+        self._last = _Step(index, uids, stats, metrics)
+
+    def flush(self) -> None:
+        """Waits for the metrics of the last step, checks them, writes their row. Raises `NonFinite`, and what `check` does."""
+        step, self._last = self._last, None
+        if step is None:
+            return
+        values = {name: float(value) for name, value in jax.device_get(step.metrics).items()}
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        if any(not math.isfinite(values.get(name, 0.0)) for name in ("loss", "grad_norm")):
+            raise self._non_finite(step, values)
+        if self._check is not None:
+            self._check(step.index, values)
+        row = {"step": step.index, **values, **_throughput(step.stats, self._unit, seconds)}
+        if self._log is not None:
+            self._log.write(row)
+        if self._progress is not None:
+            self._progress.step(row)
+
+    def add_evaluation(self, done: int, metrics: Mapping[str, Any]) -> None:
+        """Writes the row of an evaluation after `done` steps, each name with `eval/` in front."""
+        row = {"step": done, **{f"eval/{name}": float(value) for name, value in metrics.items()}}
+        if self._log is not None:
+            self._log.write(row)
+        if self._progress is not None:
+            self._progress.evaluated(row)
+
+    def sync(self) -> None:
+        """Returns once all rows are on disk."""
+        if self._log is not None:
+            self._log.sync()
+
+    def restart_clock(self) -> None:
+        """What happened since the last row is not part of the time of the next step."""
+        self._clock = time.perf_counter()
+
+    def _non_finite(self, step: _Step, values: dict[str, float]) -> NonFinite:
+        uids = list(step.uids)
+        found = ", ".join(f"{name} = {values[name]}" for name in ("loss", "grad_norm") if name in values)
+        message = f"step {step.index}: {found}"
+        if uids:
+            message += f". Batch: {', '.join(uids[:3])}{', ...' if len(uids) > 3 else ''}"
+        if self._log is not None:
+            path = self._log.path.with_name("bad_batch.json")
+            readable = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+            write_json(path, {"step": step.index, "uids": uids, "metrics": readable})
+            message += f" (all {len(uids)} in {path})"
+        return NonFinite(message, step=step.index, uids=uids)
+
+
+def _throughput(stats: Mapping[str, float], unit: str, seconds: float) -> dict[str, float]:
+    counted = {name: stats[name] / seconds for name in (unit, "scored_tokens") if name in stats}
+    rates = {f"{name}_per_second": value for name, value in counted.items()}
+    return {**rates, **({"padding": stats["padding"]} if "padding" in stats else {})}

@@ -1,0 +1,133 @@
+"""Run fingerprints: what must be the same for a run to be continued. Saved with each checkpoint and compared on resume.
+
+A fingerprint is a flat dict of JSON values: settings, digests of data and weights. Four names have a meaning here: `data`, a
+digest of the token ids; `epochs` and `schedule`, as a run with a constant schedule may become longer; `behind`, see there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from dpo_jax.types import Model
+
+HELD_OUT = "token ids held out"
+"""The name in a data record under which the digest of the held-out data is kept."""
+
+
+class RunMismatch(ValueError):
+    """The folder holds a run with other settings, data or weights than the one that is to continue it."""
+
+
+class SavedRun(NamedTuple):
+    """The run that a folder holds: where that is, the step of its newest checkpoint, and the `meta` saved with it."""
+
+    place: str
+    step: int
+    meta: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        return self.meta["fingerprint"]
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        return self.meta.get("data", {})
+
+
+def architecture(model: Model) -> str:
+    """A digest of everything but the weights that decides what a decoder computes: rotary base, window, epsilon, ..."""
+    fields = dataclasses.asdict(model.config) | {"hf_json": ""}  # which also says who saved it, and in which version
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def behind(saved: SavedRun | None, *, examples: int, batch: int) -> int:
+    """How many examples fewer than `step * batch` a saved run has seen: the last batch of its epochs may have been smaller.
+
+    A run that becomes longer after its end continues with the next example, so none is left out.
+    """
+    if saved is None:
+        return 0
+    was = saved.fingerprint
+    seen = min(saved.step * batch - was.get("behind", 0), round(examples * was["epochs"]))
+    return saved.step * batch - seen
+
+
+def check_length(saved: SavedRun | None, *, steps: int) -> None:
+    """Raises `RunMismatch` for a run that would become shorter than it is already."""
+    if saved is not None and steps < saved.step:
+        raise RunMismatch(
+            f"{saved.place} has taken {saved.step} steps, and is to have {steps}: a run can become longer, not shorter"
+        )
+
+
+def check_weights(saved: SavedRun | None, **digests: str) -> None:
+    """Raises `RunMismatch` where weights differ from those of the saved run. `start`, `reference`: their digests."""
+    if saved is not None:
+        check_settings(saved.place, saved.fingerprint, digests)
+
+
+def check_data(saved: SavedRun | None, digest: str, data: Mapping[str, Any]) -> None:
+    """Raises `RunMismatch` saying what about the training data changed. `data`: a record of what the token ids are made of."""
+    if saved is not None and saved.fingerprint.get("data") != digest:
+        lines = data_changes(saved.data, data) if saved.data else []
+        words = lines or ["  the token ids differ, and nothing else that is recorded"]
+        raise RunMismatch(_message(saved.place, "data", words))
+
+
+def other_held_out(saved: SavedRun | None, data: Mapping[str, Any]) -> bool:
+    """Whether the held-out data differ from those that a saved run was evaluated on."""
+    return saved is not None and bool(saved.data) and saved.data.get(HELD_OUT) != data.get(HELD_OUT)
+
+
+def check_settings(place: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises `RunMismatch` naming each setting that differs from that of the run in `place`. `saved`, `now`: fingerprints.
+
+    Only what is in both is compared, so that settings can be refused before any data are read. A run may become longer where
+    its learning rate does not depend on its length.
+    """
+    differing = {name: (saved[name], now[name]) for name in now if name in saved and saved[name] != now[name]}
+    differing.pop("behind", None)
+    differing.pop("data", None)  # `check_data` says more
+    constant = now.get("schedule") == saved.get("schedule") == "constant"
+    if "epochs" in differing and constant:
+        del differing["epochs"]
+    if not differing:
+        return
+    lines = [f"  {name}: was {_shown(old)}, is {_shown(new)}" for name, (old, new) in differing.items()]
+    if "epochs" in differing:
+        lines.append("  (with schedule linear the learning rate falls to 0 at the end of the run, so its length is fixed)")
+    raise RunMismatch(_message(place, "settings", lines))
+
+
+def check_same_data(place: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises `RunMismatch` naming what differs from the data of the run in `place`. `saved`, `now`: parts of data records."""
+    if lines := data_changes(saved, now):
+        raise RunMismatch(_message(place, "data", lines))
+
+
+def data_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What about the data changed, a line each. `saved`, `now`: data records."""
+    lines = []
+    for name in sorted({*saved, *now}):
+        old, new = saved.get(name), now.get(name)
+        if old == new:
+            continue
+        if name.startswith("file "):
+            lines.append(f"  {name}: " + ("is gone" if new is None else "is new" if old is None else "has other contents"))
+        else:
+            lines.append(f"  {name}: was {_shown(old)}, is {_shown(new)}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    # Enough of a digest to tell two apart.
+    return repr(f"{value[:12]}…") if isinstance(value, str) and len(value) == 64 else repr(value)
+
+
+def _message(place: str, what: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"{place} holds a run with other {what}:", *lines])

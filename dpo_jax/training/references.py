@@ -1,0 +1,99 @@
+"""The cached reference pass: reference log-probabilities of a data set are computed once, and read from disk afterwards."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.layout import Layout
+from dpo_jax.data.loader import Batch, few_shapes, in_order, plan_layout
+from dpo_jax.reference import ReferenceCache, fill_cache, pair_key, reference_logps, weights_digest
+from dpo_jax.runtime.hosts import from_first, is_first
+from dpo_jax.runtime.progress import reported
+from dpo_jax.types import Model, Partitioner, Variables
+
+SAY = functools.partial(print, flush=True)
+"""Where messages of a run go by default: standard output, a line each."""
+
+
+def cached_reference_logps(
+    model: Model,
+    variables: Variables,
+    pairs: Sequence[Encoded],
+    *,
+    cache: str | os.PathLike[str],
+    partitioner: Partitioner,
+    identity: Mapping[str, Any] | None = None,
+    layout: Layout | None = None,
+    batch: int = 16,
+    ld_alpha: float = 1.0,
+    say: Callable[[str], None] = SAY,
+    other_data: str = "other data",
+) -> np.ndarray:
+    """log pi_ref(y|x) of all `pairs`, in order: float32[n, 2] in nats, chosen first. Computes what the cache lacks.
+
+    A killed pass continues where it was. Several hosts may call it together: they share the work, and the first one has the
+    cache. `reference_logps_of` does the same without a cache.
+
+    Args:
+      variables: the reference's, as `partitioner` has placed them.
+      cache: a folder, made if it is absent.
+      identity: JSON values that the numbers depend on, such as a digest of the weights, the precision and the kernel. By
+        default `weights_digest` of the whole weights, for which each host collects them, and the model's `config`. A cache with
+        another identity is a `ForeignCache` error that names what differs. Pairs are found by their token ids.
+      layout: how pairs lie in rows, from `plan_layout`; by default plain rows, which are right for every causal model.
+      batch: pairs at a time.
+      ld_alpha: that of `dpo_step`. An `identity` of your own must hold it.
+      say: gets a line on what the cache holds, if there is something to say.
+      other_data: the reason given where the cache has pairs and none of these.
+
+    Raises `BrokenReference`, naming the pair, for NaN and infinity.
+
+    >>> from dpo_jax.runtime.parallel import single_device
+    >>> partitioner = single_device()
+    >>> placed = partitioner.put_variables(variables)
+    >>> score = partial(cached_reference_logps, model, placed, encoded, cache="refs", partitioner=partitioner)
+    >>> score().shape
+    (2, 2)
+    >>> again = score()
+    refs: 2 of 2 pairs are there already
+    """
+    if identity is None:
+        identity = {"weights": weights_digest(partitioner.to_host(variables)), "model": repr(model.config)}
+        identity |= {"ld_alpha": ld_alpha} if ld_alpha != 1 else {}
+    # The first host has the cache; the others hear from it what it lacks, and in the end all values.
+    with reported("reading the reference cache"):
+        store = ReferenceCache(cache, identity) if is_first() else None
+    for what in store.damage if store is not None else ():
+        say(f"{cache}: {what}; what is lacking is computed again")
+    absent = np.zeros(len(pairs), np.uint8)
+    if store is not None:
+        absent[store.missing(pairs)] = 1
+    todo = [pairs[int(number)] for number in np.flatnonzero(from_first(absent))]
+    if layout is None:
+        layout = plan_layout(pairs, kind="plain", batch=batch, multiple=2 * partitioner.row_shards)
+    layout = few_shapes(layout, examples=len(todo), batch=batch)
+    compiled = partitioner.compile_map(functools.partial(reference_logps, model, ld_alpha=ld_alpha))
+    distinct = len({pair_key(pair) for pair in pairs})
+    if len(todo) < distinct:
+        say(f"{cache}: {distinct - len(todo):,} of {distinct:,} pairs are there already")
+    elif store is not None and len(store):
+        say(f"{cache}: has {len(store):,} pairs and none of these: {other_data}")
+    with reported("reference pass", total=len(todo), unit="pairs") as task:
+
+        def progress(batch: Batch) -> None:
+            task.advance(int(batch.stats["pairs"]))
+
+        fill_cache(
+            store,
+            todo,
+            batches=functools.partial(in_order, layout=layout, batch=batch, part=partitioner.host_part),
+            logps=lambda rows: compiled(variables, rows),
+            progress=progress,
+        )
+    return from_first(np.zeros((len(pairs), 2), np.float32) if store is None else store.lookup(pairs))

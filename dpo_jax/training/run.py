@@ -1,0 +1,250 @@
+"""A training run in a folder: resumed from its newest checkpoint, logged, evaluated and saved. It knows no configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from dpo_jax.runtime import hosts
+from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, newest_meta
+from dpo_jax.runtime.fit import NonFinite, fit
+from dpo_jax.runtime.metrics import MetricsLog, Writer, is_evaluation, read_metrics
+from dpo_jax.runtime.parallel import single_device
+from dpo_jax.runtime.progress import reported
+from dpo_jax.runtime.rundir import RunDir
+from dpo_jax.runtime.seal import is_remote
+from dpo_jax.runtime.training_progress import Progress
+from dpo_jax.training.fingerprint import (
+    SavedRun,
+    check_data,
+    check_length,
+    check_settings,
+    data_changes,
+    other_held_out,
+)
+from dpo_jax.training.references import SAY
+from dpo_jax.types import Partitioner
+from dpo_jax.writing import appending
+
+Evaluate = Callable[[Any, int], Mapping[str, Any]]
+"""(state, steps taken) -> metrics."""
+
+
+def train(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    state: Any,
+    stream: Callable[[int], Any],
+    *,
+    folder: str | os.PathLike[str] | RunDir,
+    total_steps: int,
+    fingerprint: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+    saved: SavedRun | None = None,
+    partitioner: Partitioner | None = None,
+    checkpoints: str | os.PathLike[str] | None = None,
+    max_to_keep: int = 2,
+    save_every: int = 0,
+    save_every_minutes: float = 0.0,
+    evaluate: Evaluate | None = None,
+    eval_every: int = 0,
+    lr: Callable[[int], Any] | None = None,
+    check: Callable[[int, dict[str, float]], None] | None = None,
+    begin: Callable[[], None] = lambda: None,
+    writers: Callable[[], Sequence[Writer]] = lambda: (),
+    progress: Progress | None = None,
+    unit: str = "pairs",
+    shapes: int = 0,
+    say: Callable[[str], None] = SAY,
+) -> Any:
+    """Trains from `state` (consumed), or from the newest good checkpoint in `folder`, to `total_steps`. Returns the last state.
+
+    The returned state has the form that is saved (`Partitioner.get_state`). A run that was killed continues when the same call
+    is made again, and ends with the same bits as an uninterrupted one. SIGTERM and SIGINT save, then raise `Preempted`.
+    `folder` gets `checkpoints/`, `metrics.jsonl` (a row per step) and `resumes.jsonl`, and is locked meanwhile.
+
+    A whole run of DPO over all devices, with a cached reference pass. Run it again after a kill, on any number of devices:
+
+    >>> from dpo_jax.data.loader import plan_layout, stream, total_steps
+    >>> from dpo_jax.data.prepare import data_digest
+    >>> from dpo_jax.runtime.mesh import make_mesh
+    >>> from dpo_jax.runtime.parallel import mesh_partitioner
+    >>> model, weights = load_hf(folder)
+    >>> partitioner = mesh_partitioner(make_mesh(fsdp=-1), model)
+    >>> variables = partitioner.put_variables(weights)
+    >>> ref_logps = cached_reference_logps(model, variables, encoded, cache="run/refs", partitioner=partitioner)
+    >>> layout = plan_layout(encoded, kind="packed", batch=2, multiple=partitioner.row_shards)
+    >>> order = {"batch": 2, "seed": 0, "epochs": 4}
+    >>> batches = stream(encoded, layout=layout, ref_logps=ref_logps, part=partitioner.host_part, **order)
+    >>> step = partial(dpo_step, model=model, tx=tx, loss=partial(dpo_loss, beta=0.1), axis_name=partitioner.axis_name)
+    >>> state = train(
+    ...     partitioner.compile_step(step), partitioner.init_state(partial(init_state, tx=tx), variables), batches,
+    ...     folder="run", total_steps=total_steps(len(encoded), batch=2, epochs=4), partitioner=partitioner, save_every=100,
+    ...     fingerprint={"beta": 0.1, **order, "data": data_digest(encoded)},
+    ... )
+    >>> print(save_hf("run/export", model, state.variables))
+    run/export
+
+    Args:
+      step: compiled `step(state, batch) -> (state, metrics)`, as `Partitioner.compile_step` gives it.
+      state: any tree of arrays with an integer `step`, as `partitioner` has placed it.
+      stream: `stream(i)` is the batch of step `i`, a pure function of `i`; see `runtime.fit.fit`.
+      fingerprint: JSON values that must not change when the run is continued: settings, and as `data` a digest of the data. A
+        difference is a `RunMismatch` that names it. See `dpo_jax.training.fingerprint`.
+      data: JSON values that the data are made of (files, limits, ...), so that a message can say which of them changed.
+      saved: what `saved_run` found before the arguments were made, if they depend on it (`behind`).
+      partitioner: one of `runtime.parallel`; by default `single_device()`.
+      checkpoints: another place for them, which may be a bucket (`gs://...`).
+      begin: called once the run is known to be new or the same as the one that is continued.
+      writers: makes further places for metrics, on the first host (`runtime.metrics`).
+
+    The other arguments are those of `fit`. `evaluate` also runs after the last step, whatever `eval_every`; a value that is not
+    finite is a `NonFinite` error.
+    """
+    partitioner = partitioner or single_device()
+    versions = {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax")}
+    meta = {"fingerprint": dict(fingerprint), "data": dict(data or {}), "versions": versions}
+    with contextlib.ExitStack() as held:
+        run = folder if isinstance(folder, RunDir) else held.enter_context(RunDir(folder, lock=hosts.is_first()))
+        store = held.enter_context(_checkpoints(run, checkpoints, max_to_keep=max_to_keep))
+        state = _resume(run, state, store, meta, partitioner, saved=saved, total_steps=total_steps, say=say)
+        begin()
+        judge = None if evaluate is None else functools.partial(_finite, evaluate)
+        log = held.enter_context(MetricsLog(run.metrics, writers=writers())) if hosts.is_first() else None
+        state = fit(
+            step,
+            state,
+            stream,
+            total_steps=total_steps,
+            lr=lr,
+            checkpoints=store,
+            meta=meta,
+            log=log,
+            progress=progress if hosts.is_first() else None,
+            evaluate=judge,
+            eval_every=eval_every,
+            save_every=save_every,
+            save_every_minutes=save_every_minutes if hosts.is_first() else 0.0,
+            check=check,
+            unit=unit,
+            shapes=shapes,
+            get_state=partitioner.get_state,
+            agree=hosts.agreement(),
+        )
+        if judge is not None:
+            _evaluate_last(judge, state, total_steps, log=log, again=_is_other_data(saved, meta["data"], total_steps))
+    return partitioner.get_state(state)
+
+
+def saved_run(checkpoints: str | os.PathLike[str], *, place: str) -> SavedRun | None:
+    """The run that left `checkpoints`, read without its arrays; None if there is none. `place` names it in messages."""
+    found = newest_meta(checkpoints)
+    return None if found is None else SavedRun(place, *found)
+
+
+@contextlib.contextmanager
+def _checkpoints(run: RunDir, elsewhere: str | os.PathLike[str] | None, *, max_to_keep: int) -> Iterator[Checkpoints]:
+    with contextlib.ExitStack() as held:
+        if elsewhere is not None and not is_remote(elsewhere):
+            held.enter_context(RunDir(elsewhere, lock=hosts.is_first()))  # for its lock: runs elsewhere may name it, too
+        yield held.enter_context(Checkpoints(elsewhere or run.path / "checkpoints", max_to_keep=max_to_keep))
+
+
+def _finite(evaluate: Evaluate, state: Any, done: int) -> Mapping[str, Any]:
+    """Raises `NonFinite`. The loss of a step judges the weights before its update; only this judges those after the last."""
+    metrics = evaluate(state, done)
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise NonFinite(
+                f"held-out {name} is {value} after {done} steps; the last good checkpoint is kept", step=done, uids=[]
+            )
+    return metrics
+
+
+def _is_other_data(saved: SavedRun | None, data: Mapping[str, Any], total_steps: int) -> bool:
+    return other_held_out(saved, data) and saved is not None and saved.step == total_steps
+
+
+def _evaluate_last(evaluate: Evaluate, state: Any, done: int, *, log: MetricsLog | None, again: bool) -> None:
+    """Evaluates the final state where the log has no such row yet, or `again`.
+
+    A signal during the last step saves the state without evaluating it, and other held-out data need another evaluation.
+    """
+    has_row = log is not None and any(is_evaluation(row) and row["step"] == done for row in read_metrics(log.path))
+    if hosts.anywhere(has_row and not again):
+        return
+    with reported("evaluating", brief=True):
+        metrics = evaluate(state, done)
+    if log is not None:
+        log.write({"step": done} | {f"eval/{name}": value for name, value in metrics.items()})
+
+
+def _resume(
+    run: RunDir,
+    state: Any,
+    checkpoints: Checkpoints,
+    meta: Mapping[str, Any],
+    partitioner: Partitioner,
+    *,
+    saved: SavedRun | None,
+    total_steps: int,
+    say: Callable[[str], None],
+) -> Any:
+    """The state of the newest good checkpoint on the devices; `state` itself if there is none."""
+    if checkpoints.latest_step() is None:
+        return state
+    with reported("reading the checkpoint"):
+        found = checkpoints.restore_latest(jax.tree.map(_as_saved, partitioner.get_state(state)))
+    if found is None:
+        return state
+    restored, meta_of_saved = found
+    is_now, here = meta["fingerprint"], SavedRun(str(run.path), int(restored.step), meta_of_saved)
+    check_settings(here.place, here.fingerprint, is_now)
+    if "data" in is_now:
+        check_data(here, is_now["data"], meta["data"])
+    check_length(here, steps=total_steps)
+    if is_now.get("behind", 0) != here.fingerprint.get("behind", 0) and (saved is None or saved.step != here.step):
+        raise CheckpointDamaged(f"the newest checkpoint of {run.path} was damaged and set aside; run the same command again")
+    _say_what_changed(here, meta, say)
+    say(f"continuing {run.path} after {here.step} steps")
+    if here.fingerprint.get("epochs") == is_now.get("epochs"):  # otherwise it was lengthened, which is no interruption
+        _note_resumption(run, here.step, total_steps)
+    free(state)
+    return partitioner.put_state(restored)
+
+
+def _say_what_changed(saved: SavedRun, meta: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    before, now = saved.fingerprint.get("epochs"), meta["fingerprint"].get("epochs")
+    if before != now:
+        say(f"the run is of {now} epochs now; it was of {before}")
+    if other_held_out(saved, meta["data"]):
+        lines = "\n".join(data_changes(saved.data, meta["data"]))
+        say(f"note: the held-out pairs changed; evaluations before and after cannot be compared\n{lines}")
+
+
+def _note_resumption(run: RunDir, step: int, total_steps: int) -> None:
+    """Adds to `resumes.jsonl` that an interrupted run goes on after `step` steps, for whoever reads the run later."""
+    if hosts.is_first() and 0 < step < total_steps:
+        time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        with appending(run.resumes) as file:
+            file.write(json.dumps({"step": step, "time": time}) + "\n")
+
+
+def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
+    """A sharded leaf is read in its shards: a host never holds all of it."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def free(tree: Any) -> None:
+    """Releases the device memory of arrays that nobody will read again."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            leaf.delete()

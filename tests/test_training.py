@@ -1,0 +1,166 @@
+"""A run without a configuration, as the docstring of `train` shows it: on a mesh, references cached, killed and resumed."""
+
+import doctest
+import os
+import signal
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+import dpo_jax
+from dpo_jax.data.encode import Encoded
+from dpo_jax.models.decoder import make_model
+from dpo_jax.models.families import decoder_config, hf_config
+from dpo_jax.reference import ForeignCache
+from dpo_jax.runtime.fit import Preempted
+from dpo_jax.runtime.metrics import is_evaluation, read_metrics
+from dpo_jax.runtime.parallel import single_device
+from dpo_jax.runtime.rundir import RunLocked
+from dpo_jax.step import init_state
+from dpo_jax.training.fingerprint import RunMismatch
+from dpo_jax.training.run import train
+
+PROGRAM = "".join(example.source for example in doctest.DocTestParser().get_examples(train.__doc__))
+STEPS = 12  # six pairs, two a step, four times
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """What the program of the docstring finds."""
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    sizes = {"vocab_size": 64, "width": 32, "layers": 1, "heads": 4, "max_positions": 64, "eos_token_id": 0}
+    model = make_model(decoder_config(hf_config("llama", **sizes)))
+    dpo_jax.save_hf(folder, model, jax.jit(model.init)(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    # Of equal lengths: batches of one shape are one program.
+    encoded = [Encoded(*(rng.integers(1, 64, n).astype(np.int32) for n in (4, 6, 5)), uid=f"{i}") for i in range(6)]
+    tx = dpo_jax.make_optimizer(dpo_jax.linear_warmup(1e-3, warmup_steps=3), max_grad_norm=1.0)
+    public = ("load_hf", "save_hf", "cached_reference_logps", "dpo_step", "dpo_loss", "init_state", "train")
+    return {name: getattr(dpo_jax, name) for name in public} | {
+        **{"folder": folder, "encoded": encoded, "tx": tx, "partial": partial},
+    }
+
+
+def run(names, folder, **changes):
+    """Runs the program in `folder`; its variables afterwards."""
+    folder.mkdir(exist_ok=True)
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        scope = {**names, **changes}
+        exec(PROGRAM, scope)
+        return scope
+    finally:
+        os.chdir(here)
+
+
+def counting(taken, *, killed_at=None):
+    """`train` that notes the steps taken, and gets a SIGTERM in the middle of one."""
+
+    def observed(step, *args, **options):
+        def stepping(state, rows):
+            taken.append(int(state.step))
+            if taken[-1] == killed_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(state, rows)
+
+        return train(stepping, *args, **options)
+
+    return observed
+
+
+def rows_of(folder):
+    return [{name: row[name] for name in ("step", "loss", "grad_norm")} for row in read_metrics(folder / "run/metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole(names, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(names, folder)
+
+
+def test_it_is_twenty_lines_and_trains(whole):
+    assert len(PROGRAM.splitlines()) <= 20
+    folder, scope = whole
+    rows = rows_of(folder)
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert rows[-1]["loss"] < 0.69
+    kernel = max(jax.tree.leaves(scope["state"].params), key=lambda leaf: leaf.size)
+    assert len(kernel.sharding.device_set) > 1
+    assert not kernel.sharding.is_fully_replicated
+
+
+def test_a_killed_run_continues_to_the_same_bits(names, whole, tmp_path, capsys):
+    first, second = [], []
+    with pytest.raises(Preempted, match="SIGTERM after 6 steps"):
+        run(names, tmp_path, train=counting(first, killed_at=5))
+    capsys.readouterr()
+    scope = run(names, tmp_path, train=counting(second))
+    said = capsys.readouterr().out
+    assert said == "run/refs: 6 of 6 pairs are there already\ncontinuing run after 6 steps\nrun/export\n"
+    assert first + second == list(range(STEPS))
+    jax.tree.map(np.testing.assert_array_equal, scope["state"], whole[1]["state"])
+    assert rows_of(tmp_path) == rows_of(whole[0])
+    exported = "run/export/model.safetensors"
+    assert (tmp_path / exported).read_bytes() == (whole[0] / exported).read_bytes()
+
+
+def small(folder, stop=3, *, fingerprint=None, **options):
+    """Counts to `stop` in a state of one number."""
+    partitioner = single_device()
+    step = partitioner.compile_step(lambda state, x: (state.replace(step=state.step + 1, params=state.params + x), {"loss": x}))
+    state = partitioner.put_state(init_state(np.float32(0), dpo_jax.make_optimizer(lambda step: 0.0)))
+    say = options.pop("say", lambda line: None)
+    fingerprint = {"by": 1.0} if fingerprint is None else fingerprint
+    return train(
+        step, state, lambda i: np.float32(1), folder=folder, total_steps=stop, fingerprint=fingerprint, say=say, **options
+    )
+
+
+def test_another_run_is_refused_by_what_differs(tmp_path):
+    small(tmp_path / "run")
+    with pytest.raises(RunMismatch, match=r"run holds a run with other settings:\n  by: was 1.0, is 2.0"):
+        small(tmp_path / "run", fingerprint={"by": 2.0})
+    with pytest.raises(RunMismatch, match="has taken 3 steps, and is to have 2: a run can become longer, not shorter"):
+        small(tmp_path / "run", 2)
+    said = []
+    assert float(small(tmp_path / "run", 5, say=said.append).params) == 5
+    assert said == [f"continuing {tmp_path / 'run'} after 3 steps"]
+    small(tmp_path / "data", fingerprint={"data": "a"}, data={"file a": "x"})
+    with pytest.raises(RunMismatch, match=r"data holds a run with other data:\n  file a: has other contents"):
+        small(tmp_path / "data", fingerprint={"data": "b"}, data={"file a": "y"})
+
+
+def test_it_evaluates_at_the_end_and_only_once(tmp_path):
+    seen = []
+
+    def evaluate(state, done):
+        seen.append(done)
+        return {"sum": state.params}
+
+    for _ in range(2):
+        small(tmp_path, 4, evaluate=evaluate, eval_every=3)
+    assert seen == [3, 4]
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if is_evaluation(row)]
+    assert rows == [{"step": 3, "eval/sum": 3.0}, {"step": 4, "eval/sum": 4.0}]
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    def evaluate(state, done):
+        with pytest.raises(RunLocked):
+            small(tmp_path)
+        return {"ok": 1.0}
+
+    small(tmp_path, evaluate=evaluate)
+
+
+def test_a_cache_of_other_weights_is_refused(names, whole):
+    model, weights = names["load_hf"](names["folder"])
+    partitioner = single_device()
+    score = partial(dpo_jax.cached_reference_logps, model, pairs=names["encoded"], partitioner=partitioner)
+    other = jax.tree.map(lambda leaf: leaf + 1, weights)
+    with pytest.raises(ForeignCache, match="weights: cached with"):
+        score(partitioner.put_variables(other), cache=whole[0] / "run" / "refs")
