@@ -175,13 +175,15 @@ def regular(path: str | os.PathLike[str]) -> Path:
 
 
 def check_name(path: str | os.PathLike[str]) -> None:
-    """Raises `Unreadable` where a library in Rust or C++ (tokenizers, TensorStore) could not open `path`: it is not UTF-8."""
+    """Raises `Unreadable` where a library in Rust or C++ (tokenizers, TensorStore, TFDS) could not open `path`: not UTF-8."""
     name = os.fsencode(os.path.abspath(path))
     try:
         name.decode("utf-8")
     except UnicodeDecodeError:
         shown = name.decode("utf-8", "backslashreplace")
-        raise Unreadable(f"{shown}: the name is not UTF-8, as tokenizers and checkpoints need it; rename the folder") from None
+        raise Unreadable(
+            f"{shown}: the name is not UTF-8, as tokenizers, checkpoints and TFDS need it; rename the folder"
+        ) from None
 
 
 def parse_object(content: bytes | str, where: str | os.PathLike[str], *, remedy: str = "") -> dict[str, Any]:
