@@ -38,6 +38,8 @@ class Limits:
     model_b: int = 10_000  # parameters of a model, in billions
     template_s: float = 5  # a chat template over one conversation
     template_mb: int = 1024  # what it may take of memory
+    growth: int = 100  # a text, by the steps of a tokenizer, in times its length
+    pattern_s: float = 5  # a tokenizer's regular expressions over some texts
 
     def check(self, name: str, found: float, where: str | Path, *, what: str) -> None:
         """Raises `Unreadable` where `found` is more than the limit `name`. `what` was measured: "bytes in one line"."""
