@@ -169,11 +169,15 @@ def regular(path: str | os.PathLike[str]) -> Path:
     What a shell names /dev/fd/63 or /dev/stdin somebody has just given, and may be a pipe.
     """
     path = Path(path)
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not str(path).startswith(("/dev/", "/proc/")):
-        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-        raise Unreadable(f"{path}: a file is needed, this is {kinds.get(stat.S_IFMT(mode), 'a device')}")
+    if not stat.S_ISREG(path.stat().st_mode) and not str(path).startswith(("/dev/", "/proc/")):
+        raise Unreadable(f"{path}: a file is needed, this is {special_kind(path)}")
     return path
+
+
+def special_kind(path: Path) -> str:
+    """What a path is called that is no file: "a folder", "a pipe", "a socket", "a device"."""
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(path.stat().st_mode), "a device")
 
 
 def check_name(path: str | os.PathLike[str]) -> None:
