@@ -16,6 +16,7 @@ from dpo_jax.data.pairs import DataReport
 from dpo_jax.evals.completion_files import read_completions
 from dpo_jax.evals.ratings import sealed
 from dpo_jax.evals.study import WORDINGS, Comparison, draw, join, make_study, one_each, render
+from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import write_json
 from dpo_jax.untrusted import read_object
 from dpo_jax.writing import write_text
@@ -25,7 +26,8 @@ def run(config: Config) -> int:
     section = config.study
     jax.config.update("jax_platforms", "cpu")  # a training may hold the chips
     with build.open_run(config, "study") as run_dir:
-        comparisons, report = _comparisons(config)
+        with reported("reading the completions"):
+            comparisons, report = _comparisons(config)
         wording = WORDINGS[section.task]
         study = make_study(
             comparisons,
