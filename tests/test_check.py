@@ -144,6 +144,21 @@ def test_wrong_flags_are_told(flags, code, message, tmp_path, monkeypatch, capsy
     assert message in capsys.readouterr().err
 
 
+def test_what_xla_is_told_on_a_machine_with_a_gpu(tmp_path, monkeypatch):
+    """Numbers need no tuned products; times do; and a trace needs operations that are started one by one."""
+    monkeypatch.setattr(check, "GPU_PLUGINS", ("json",))  # a package that is there
+    told = []
+    for flags in ([], ["--bench"], ["--bench", "--profile", str(tmp_path / "trace")]):
+        monkeypatch.setenv("XLA_FLAGS", "--xla_some_flag=1")
+        assert check.main(["--only", "devices", "--json", str(tmp_path / "check.json"), *flags]) == 0
+        told.append(os.environ["XLA_FLAGS"])
+    assert told == [f"--xla_some_flag=1 {check.UNTUNED}", "--xla_some_flag=1", f"--xla_some_flag=1 {check.TRACEABLE}"]
+    monkeypatch.setattr(check, "GPU_PLUGINS", ("no_such_plugin",))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    check.main(["--only", "devices", "--json", str(tmp_path / "check.json")])
+    assert os.environ["XLA_FLAGS"] == ""
+
+
 def test_a_folder_with_an_older_trace_is_refused(tmp_path, capsys):
     (tmp_path / "old").write_text("")
     assert program(["check", "--profile", str(tmp_path)]) == 2
