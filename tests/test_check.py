@@ -149,10 +149,14 @@ def test_what_xla_is_told_on_a_machine_with_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(check, "GPU_PLUGINS", ("json",))  # a package that is there
     told = []
     for flags in ([], ["--bench"], ["--bench", "--profile", str(tmp_path / "trace")]):
-        monkeypatch.setenv("XLA_FLAGS", "--xla_some_flag=1")
+        monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
         assert check.main(["--only", "devices", "--json", str(tmp_path / "check.json"), *flags]) == 0
         told.append(os.environ["XLA_FLAGS"])
-    assert told == [f"--xla_some_flag=1 {check.UNTUNED}", "--xla_some_flag=1", f"--xla_some_flag=1 {check.TRACEABLE}"]
+    assert told == [
+        f"--xla_cpu_enable_fast_math=false {check.UNTUNED}",
+        "--xla_cpu_enable_fast_math=false",
+        f"--xla_cpu_enable_fast_math=false {check.TRACEABLE}",
+    ]
     monkeypatch.setattr(check, "GPU_PLUGINS", ("no_such_plugin",))
     monkeypatch.setenv("XLA_FLAGS", "")
     check.main(["--only", "devices", "--json", str(tmp_path / "check.json")])

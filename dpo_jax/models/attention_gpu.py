@@ -1,7 +1,7 @@
 """Attention on GPUs: our flash kernels, which `auto` takes, and cuDNN's, which skip no block.
 
-`python -m dpo_jax.check` compares both with the dense path (on an H100 they pass). Tests do so in Pallas' interpreter, and those
-marked `plan` compile them for GPUs that are not there.
+`python -m dpo_jax.check` compares both with the dense path. So do tests in the interpreter of Pallas, and
+those marked `plan` compile them for GPUs that are not there.
 """
 
 from __future__ import annotations
