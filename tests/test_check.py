@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import xla_flags
 
-from dpo_jax import check, logps, step
+from dpo_jax import check, step
 from dpo_jax.checks import attention, bench, machine, training
 from dpo_jax.checks.report import Report, Result, Row
 from dpo_jax.cli.main import main as program
@@ -73,7 +73,7 @@ def test_a_mask_that_shows_one_key_too_many_is_found(tmp_path, monkeypatch, caps
 
 
 def test_a_log_softmax_in_bfloat16_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(logps, "at_least_float32", lambda x: x.astype(jnp.bfloat16))
+    monkeypatch.setattr(head, "at_least_float32", lambda x: x.astype(jnp.bfloat16))
     assert checked(tmp_path, "log_softmax")[1]["failed"] == ["log_softmax"]
 
 
