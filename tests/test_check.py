@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import xla_flags
 
-from dpo_jax import check, step
+from dpo_jax import check, head, step
 from dpo_jax.checks import attention, bench, machine, training
 from dpo_jax.checks.report import Report, Result, Row
 from dpo_jax.cli.main import main as program
