@@ -53,6 +53,7 @@ LIGHT = [
             "config_judge",
             "config_lab",
             "config_limits",
+            "config_lora",
             "config_report",
             "config_study",
         ),

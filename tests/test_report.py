@@ -35,8 +35,8 @@ from dpo_jax.evals.report_page import (
 from dpo_jax.evals.report_sections import frontier
 from dpo_jax.evals.report_weights import scored_weights
 from dpo_jax.evals.run_record import RunRecord, read_run
+from dpo_jax.models.digest import weights_digest
 from dpo_jax.models.hf import load_hf
-from dpo_jax.reference import weights_digest
 
 HOSTILE = (
     "</dd></article><script>alert(1)</script> <img src=http://evil.example/x onerror=alert(2)> & &amp;\n"

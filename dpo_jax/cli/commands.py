@@ -54,16 +54,23 @@ COMMANDS = {
         ("data",),
     ),
     "sft": Command(
-        "fine-tune on the chosen completions: the starting policy", "dpo_jax.cli.sft:run", (*_RUN, "sft"), ("data", "model")
+        "fine-tune on the chosen completions: the starting policy",
+        "dpo_jax.cli.sft:run",
+        (*_RUN, "lora", "sft"),
+        ("data", "model"),
     ),
     "refs": Command(
         "cache the reference log-probabilities",
         "dpo_jax.cli.refs:run",
-        (*_RUN, "dpo.policy", "dpo.reference", "refs"),
+        (*_RUN, "lora", "dpo.policy", "dpo.reference", "refs"),
         ("data",),
     ),
-    "dpo": Command("train the policy on preferences", "dpo_jax.cli.dpo:run", (*_RUN, "refs", "dpo", "export.dtype"), ("data",)),
-    "eval": Command("measure a policy on held-out pairs", "dpo_jax.cli.eval:run", (*_RUN, *_LOSS, "refs", "eval"), ("data",)),
+    "dpo": Command(
+        "train the policy on preferences", "dpo_jax.cli.dpo:run", (*_RUN, "lora", "refs", "dpo", "export.dtype"), ("data",)
+    ),
+    "eval": Command(
+        "measure a policy on held-out pairs", "dpo_jax.cli.eval:run", (*_RUN, *_LOSS, "lora", "refs", "eval"), ("data",)
+    ),
     "sample": Command("complete prompts with a policy", "dpo_jax.cli.sample:run", (*_RUN, "sample"), ("data",)),
     "judge": Command(
         "win rates of completions by a judge behind an OpenAI-compatible endpoint (needs the `judge` extra)",
@@ -74,7 +81,7 @@ COMMANDS = {
     "plan": Command(
         "what training takes on TPUs or GPUs: memory, collectives, time (compiled without one)",
         "dpo_jax.cli.plan:run",
-        ("run.dir", "run.devices", "run.precision", "mesh", "data", "model", "dpo", "refs.batch", "plan"),
+        ("run.dir", "run.devices", "run.precision", "mesh", "data", "model", "lora", "dpo", "refs.batch", "plan"),
         ("plan",),
     ),
     "export": Command(

@@ -22,12 +22,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_jax.cli import config_file, config_judge, config_lab, config_limits, config_report, config_study, words
+from dpo_jax.cli import config_file, config_judge, config_lab, config_limits, config_lora, config_report, config_study, words
 from dpo_jax.cli.config_file import ConfigError as ConfigError
 from dpo_jax.cli.config_file import is_count, types_of
 from dpo_jax.cli.config_judge import JudgeConfig
 from dpo_jax.cli.config_lab import FrontierConfig, PpoConfig
 from dpo_jax.cli.config_limits import LimitsConfig
+from dpo_jax.cli.config_lora import LoraConfig
 from dpo_jax.cli.config_report import ReportConfig
 from dpo_jax.cli.config_study import AgreeConfig, StudyConfig
 
@@ -291,10 +292,15 @@ class TrainingConfig:
     """Gradients are scaled down to this global L2 norm."""
     microbatches: int = 1
     """Parts into which a batch is split to save memory; the result is the same. On one device parts of padding cost nothing."""
+    trainable: str | None = None
+    """Train only these: last_layer, last_layers:N, or patterns of parameter names (final_norm.*, *.bias), with commas between;
+    none: all of them."""
 
     def check(self) -> Iterator[Problem]:
         yield from _positive(self, "batch", "epochs", "lr", "max_grad_norm", "microbatches")
         yield from _not_negative(self, "warmup_steps")
+        if self.trainable is not None and not all(term.strip() for term in self.trainable.split(",")):
+            yield "trainable", f"must be names with commas between, such as last_layer,final_norm.*, got {self.trainable!r}"
         if self.batch > 0 and self.microbatches > 0 and self.batch % self.microbatches:
             nearest = min(_divisors(self.batch), key=lambda size: abs(size - self.microbatches))
             yield (
@@ -465,6 +471,8 @@ class ExportConfig:
     """The step to take (run.max_to_keep says how many are kept); none: the newest good one."""
     out: str | None = None
     """Folder to write, new or of an export; none: export/ beside the checkpoints, or export-STEP/ for a step."""
+    merge: bool = False
+    """Of an adapter (lora), write the whole model with the adapter added in, by default to export-merged/."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights that export, dpo and ppo write; none: that of the model that training began with, float32 for a new
     one. sft writes float32: dpo starts from exactly these weights."""
@@ -573,6 +581,7 @@ class Config:
     agree: AgreeConfig = AgreeConfig()
     report: ReportConfig = ReportConfig()
     limits: LimitsConfig = LimitsConfig()
+    lora: LoraConfig = LoraConfig()
 
     def checkpoints_of(self, task: str) -> str:
         """Where the training of `sft` or `dpo` saves to: a folder, or `gs://...`, exactly as it was given."""
@@ -624,6 +633,9 @@ def problems(config: Config) -> list[Problem]:
         numbers = [field for field in types_of(type(section)) if isinstance(getattr(section, field), float)]
         bad = [(field, "must be a finite number") for field in numbers if not math.isfinite(getattr(section, field))]
         found += [(f"{name}.{field}", message) for field, message in bad or section.check()]
+    for name in ("sft", "dpo"):
+        if config.lora.rank is not None and getattr(config, name).trainable is not None:
+            found.append((f"{name}.trainable", "an adapter is trained (lora.rank) and no other weights; leave one of them out"))
     positions, longest = config.model.max_positions, config.data.max_length
     if positions and longest > positions:
         found.append(("data.max_length", f"{longest} tokens do not fit model.max_positions ({positions}); lower it"))
@@ -677,7 +689,7 @@ def help_text(section: type, option: str) -> str:
 @functools.cache
 def _texts() -> dict[tuple[str, str], str]:
     texts = {}
-    modules = (sys.modules[__name__], config_judge, config_lab, config_limits, config_report, config_study)
+    modules = (sys.modules[__name__], config_judge, config_lab, config_limits, config_lora, config_report, config_study)
     sources = (inspect.getsource(module) for module in modules)
     for node in (node for source in sources for node in ast.parse(source).body):
         body = node.body if isinstance(node, ast.ClassDef) else []

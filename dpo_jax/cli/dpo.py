@@ -12,10 +12,11 @@ import numpy as np
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.config import BASELINES, Config, DpoConfig
-from dpo_jax.cli.export import write_model
+from dpo_jax.cli.export import write_model, writer
 from dpo_jax.cli.refs import check_reference, load_reference, reference_values
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import earlier_run, leave_results, train
+from dpo_jax.cli.trained import trained
 from dpo_jax.data.loader import few_shapes, in_order, skippable, stream, total_steps
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.dpo import dpo_step
@@ -35,7 +36,8 @@ def run(config: Config) -> int:
         tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
         model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy")
         check_reference(config, model, tokenizer)
-        partitioner = build.make_partitioner(config, model)
+        part = trained(config, section, model, config.dpo_policy())
+        partitioner = build.make_partitioner(config, part.model)
         pairs, held_out = (
             build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
         )
@@ -53,20 +55,26 @@ def run(config: Config) -> int:
         steps = total_steps(len(pairs), batch=section.batch, epochs=section.epochs, behind=behind)
         identity.check_data(earlier, data_digest(pairs), data)  # before the reference pass, which may take hours
         identity.check_length(earlier, steps=steps)
-        variables, reference = load_reference(config, model, partitioner)
+        variables, digests = load_reference(config, part, partitioner)
+        reference = digests["start"]
         identity.check_weights(earlier, reference=reference)
         ref_logps, held_out_ref = reference_values(
-            config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner, weights=reference
+            config,
+            part.reader(variables),
+            variables,
+            tokenizer,
+            [pairs, held_out],
+            partitioner=partitioner,
+            weights=reference,
         )
-        start = reference
         if section.reference:
             build.free(variables)
-            variables, start = build.load_weights(config.dpo_policy(), model, partitioner, name="dpo.policy")
+            variables, digests = part.load(config.dpo_policy(), partitioner, name="dpo.policy")
         loss, tx = build.make_loss(section), build.make_tx(section, steps=steps)
         step = functools.partial(
-            dpo_step, model=model, tx=tx, loss=loss, microbatches=section.microbatches, axis_name=partitioner.axis_name
+            dpo_step, model=part.model, tx=tx, loss=loss, microbatches=section.microbatches, axis_name=partitioner.axis_name
         )
-        policy_logps = partitioner.compile_map(functools.partial(reference_logps, model))
+        policy_logps = partitioner.compile_map(functools.partial(reference_logps, part.model))
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             logps = held_out_logps(
@@ -85,7 +93,7 @@ def run(config: Config) -> int:
             run_dir,
             section,
             step=step,
-            state=build.first_state(partitioner, variables, tx),
+            state=part.begin(partitioner, variables, tx),
             stream=stream(
                 pairs,
                 layout=layout,
@@ -101,7 +109,7 @@ def run(config: Config) -> int:
             fingerprint={
                 **identity.settings(config, section),
                 "data": data_digest(pairs),
-                "start": start,
+                **digests,
                 "reference": reference,
                 "architecture": identity.architecture(model),
                 "behind": behind,
@@ -112,10 +120,12 @@ def run(config: Config) -> int:
             partitioner=partitioner,
             evaluate=evaluate,
             shapes=max(1, len(layout.row_counts)),
-            check=at_reference if start == reference else None,
+            check=at_reference if digests["start"] == reference else None,
         )
-        write = functools.partial(write_model, source=config.dpo_policy(), dtype=config.export.dtype)
-        leave_results(run_dir, model, state, tokenizer, card=lambda: dpo_card(config, run_dir), write=write)
+        write = writer(part, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
+        leave_results(
+            run_dir, model, part.written(partitioner, state), tokenizer, card=lambda: dpo_card(config, run_dir), write=write
+        )
     return 0
 
 

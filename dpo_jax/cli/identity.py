@@ -26,6 +26,8 @@ LIMITS = ("max_length", "max_prompt_length", "truncation", "bos", "format", "on_
 def settings(config: Config, section: TrainingConfig) -> dict[str, Any]:
     """The options that decide what a training run computes; where it runs and what it logs is left out."""
     options = {name: value for name, value in dataclasses.asdict(section).items() if name not in NEITHER}
+    lora = dataclasses.asdict(config.lora) if config.lora.rank is not None else {"rank": None}
+    options |= {f"lora.{name}": value for name, value in lora.items()}
     return {**options, "seed": config.run.seed, "precision": config.run.precision}
 
 

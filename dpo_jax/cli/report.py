@@ -23,10 +23,10 @@ from dpo_jax.evals.report_page import Block, Figures, Notice, Page, Section, Tab
 from dpo_jax.evals.report_weights import SHOWN, scored_weights
 from dpo_jax.evals.run_record import TRAINING, RunRecord, of, one_or_more, read_run, shown_path
 from dpo_jax.models.decoder import make_model
+from dpo_jax.models.digest import WeightsDigest
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.hf import load_config as load_model_config
 from dpo_jax.models.hf import read_weights
-from dpo_jax.reference import WeightsDigest
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.untrusted import Unreadable, read_bytes, reading
@@ -148,7 +148,7 @@ def _weights(runs: Sequence[RunRecord], *, digests: bool) -> tuple[list[str], Se
                 try:
                     with reading(run.path / folder):
                         lying[folder] = weights_digest_of(run.path / folder)
-                except (Unreadable, OSError) as error:
+                except (ValueError, OSError) as error:
                     alarms.append(of(run, runs, f"{folder} cannot be read: {error}"))
         found, table = scored_weights(run, lying)
         alarms += [of(run, runs, words) for words in found]
@@ -163,7 +163,7 @@ def _weights(runs: Sequence[RunRecord], *, digests: bool) -> tuple[list[str], Se
 def weights_digest_of(folder: Path) -> str:
     """The digest of a model folder, as `eval` writes it down. One tensor at a time is in memory."""
     model, digest = make_model(decoder_config(load_model_config(folder), where=folder / "config.json")), WeightsDigest()
-    for _ in digest.watch(read_weights(folder, model)):
+    for _ in read_weights(folder, model, digest=digest):
         pass
     return digest.hexdigest()
 

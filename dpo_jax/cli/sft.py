@@ -11,9 +11,10 @@ import numpy as np
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import sft_card
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.export import write_exact
+from dpo_jax.cli.export import write_exact, writer
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import earlier_run, leave_results, train
+from dpo_jax.cli.trained import trained
 from dpo_jax.data.layout import Completion
 from dpo_jax.data.loader import few_shapes, in_order, plan_layout, skippable, stream, total_steps
 from dpo_jax.data.pairs import DataReport
@@ -30,9 +31,14 @@ def run(config: Config) -> int:
         earlier = earlier_run(config, "sft", section)
         tokenizer = build.tokenizer_of(config, model_path=config.model.path)
         model = build.start_model(config, tokenizer)
-        partitioner = build.make_partitioner(config, model)
+        part = trained(config, section, model, config.model.path)
+        partitioner = build.make_partitioner(config, part.model)
         (texts, uids), held_out, reports = (_plain_texts if data.source in build.TEXT_SOURCES else _targets)(config, tokenizer)
-        variables, start = build.start_weights(config, model, partitioner)
+        if config.model.path is None:
+            variables, start = build.start_weights(config, model, partitioner)
+            digests = {"start": start}
+        else:
+            variables, digests = part.load(config.model.path, partitioner, name="model.path")
         kind = "plain" if data.layout == "shared" else data.layout  # a single completion shares its prompt with nobody
         parts = build.batch_parts(section, partitioner.row_shards, layout=kind)
         plan = functools.partial(plan_layout, [*texts, *held_out], kind=kind, batch=section.batch, length=data.row_length)
@@ -49,9 +55,9 @@ def run(config: Config) -> int:
         identity.check_length(earlier, steps=steps)
         tx = build.make_tx(section, steps=steps)
         step = functools.partial(
-            sft_step, model=model, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name
+            sft_step, model=part.model, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name
         )
-        score = partitioner.compile_map(functools.partial(sequence_logps, model))
+        score = partitioner.compile_map(functools.partial(sequence_logps, part.model))
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             total, tokens = 0.0, 0.0
@@ -68,7 +74,7 @@ def run(config: Config) -> int:
             run_dir,
             section,
             step=step,
-            state=build.first_state(partitioner, variables, tx),
+            state=part.begin(partitioner, variables, tx),
             stream=stream(
                 texts,
                 layout=layout,
@@ -84,7 +90,7 @@ def run(config: Config) -> int:
             fingerprint={
                 **identity.settings(config, section),
                 "data": data_digest(texts),
-                "start": start,
+                **digests,
                 "architecture": identity.architecture(model),
                 "behind": behind,
             },
@@ -96,8 +102,11 @@ def run(config: Config) -> int:
             shapes=max(1, len(layout.row_counts)),
             unit="texts",
         )
-        write = functools.partial(write_exact, source=config.model.path)  # DPO starts from exactly these weights
-        leave_results(run_dir, model, state, tokenizer, card=lambda: sft_card(config, run_dir), write=write)
+        # DPO starts from exactly these weights.
+        write = writer(part, write_exact, source=config.model.path, dtype=None, digests=digests)
+        leave_results(
+            run_dir, model, part.written(partitioner, state), tokenizer, card=lambda: sft_card(config, run_dir), write=write
+        )
     return 0
 
 

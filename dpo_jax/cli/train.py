@@ -28,7 +28,7 @@ from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.seal import is_remote
 from dpo_jax.runtime.training_progress import Progress
-from dpo_jax.types import Model, Partitioner, TrainState
+from dpo_jax.types import Model, Partitioner, TrainState, Variables
 from dpo_jax.writing import appending, write_text
 
 Evaluate = Callable[[TrainState, int], Mapping[str, Any]]
@@ -54,7 +54,10 @@ def train(
     unit: str = "pairs",
     shapes: int = 0,
 ) -> TrainState:
-    """Trains from `state` (consumed) or from the newest good checkpoint. Returns the final state in the form that is saved.
+    """Trains from `state` (consumed) or from the newest good checkpoint. Returns the final state as it lies on the devices.
+
+    Checkpoints hold what is trained. What `state.frozen` holds is read again by whoever continues, and its digest is part of
+    `fingerprint`.
 
     `reports` say what became of the data, and are written beside the configuration once the run is known to be the same.
     `fingerprint` is what a resumed run must have in common with the one that wrote the checkpoint; a difference is a
@@ -93,7 +96,7 @@ def train(
                 check=check,
                 unit=unit,
                 shapes=shapes,
-                get_state=partitioner.get_state,
+                get_state=functools.partial(_saved, partitioner),
                 agree=hosts.agreement(),
             )
             # A signal during the last step saves the state without judging it, and other pairs judge it anew.
@@ -106,7 +109,12 @@ def train(
                     metrics = evaluate(state, total_steps)
                 if log is not None:
                     log.write({"step": total_steps} | {f"eval/{k}": v for k, v in metrics.items()})
-    return partitioner.get_state(state)
+    return state
+
+
+def _saved(partitioner: Partitioner, state: Any) -> Any:
+    """A state in the form that is saved, without what is frozen; or a part of it."""
+    return partitioner.get_state(state.replace(frozen={}) if isinstance(state, TrainState) else state)
 
 
 def earlier_run(config: Config, task: str, section: SftConfig | DpoConfig) -> identity.Earlier | None:
@@ -157,9 +165,8 @@ def _what_runs_where(config: Config, section: SftConfig | DpoConfig, state: Trai
     pieces = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(state)]
     of_device = sum(math.prod(shape) * dtype.itemsize for shape, dtype in pieces)
     mesh = " x ".join(f"{axis} {size}" for axis, size in mesh_sizes(state).items())
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    if config.run.devices == "pmap":
-        parameters //= jax.local_device_count()  # that many copies
+    copies = jax.local_device_count() if config.run.devices == "pmap" else 1
+    trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(part)) // copies for part in (state.params, state.frozen))
     used = {"single": "one device", "pmap": f"pmap over {partitioner.row_shards}", "mesh": mesh}[config.run.devices]
     share = section.batch / partitioner.row_shards
     table = {
@@ -167,7 +174,7 @@ def _what_runs_where(config: Config, section: SftConfig | DpoConfig, state: Trai
         "devices": f"{len(devices)} x {kind}, {jax.local_device_count()} on this host",
         "layout": used,
         "attention": build.attention_name(config),
-        "parameters": f"{parameters:,}",
+        "parameters": f"{trained:,}" + (f" trained, {frozen:,} frozen" if frozen else ""),
         "per device": f"{of_device / 2**20:,.1f} MiB of parameters and optimizer, {share:g} of {section.batch} examples a step",
         "microbatches": f"{section.microbatches}, remat {config.model.remat}, {config.run.precision}",
     }
@@ -198,7 +205,7 @@ def _resume(
     if checkpoints.latest_step() is None:
         return state
     with reported("reading the checkpoint"):
-        found = checkpoints.restore_latest(jax.tree.map(_as_saved, partitioner.get_state(state)))
+        found = checkpoints.restore_latest(jax.tree.map(_as_saved, _saved(partitioner, state)))
     if found is None:
         return state
     restored, saved = found
@@ -211,8 +218,8 @@ def _resume(
     print(f"continuing {run.path} after {here.step} steps", flush=True)
     if here.fingerprint["epochs"] == is_now["epochs"]:  # otherwise it was lengthened, which is no interruption
         _note_resumption(run, here.step, total_steps)
-    build.free(state)
-    return partitioner.put_state(restored)
+    build.free(state.replace(frozen={}))
+    return partitioner.put_state(restored).replace(frozen=state.frozen)
 
 
 def _say_what_changed(earlier: identity.Earlier, meta: Mapping[str, Any]) -> None:
@@ -240,19 +247,19 @@ def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
 def leave_results(
     run: RunDir,
     model: Model,
-    state: TrainState,
+    variables: Variables,
     tokenizer: Any,
     *,
     card: Callable[[], str],
     write: Callable[..., tuple[Path, str]],
 ) -> None:
-    """Writes the plots, the model card, and by `write` (`write_model` or `write_exact`) the model as a Hugging Face folder.
+    """Writes the plots, the model card, and by `write` (of `export`) the model or adapter as a Hugging Face folder.
 
-    All hosts call it, with the saved form.
+    All hosts call it, with `variables` as `Trained.written` gives them.
     """
     text = card() if hosts.is_first() else None
     with reported("exporting the policy"):
-        folder, dtype = write(run.export, model, state.variables, tokenizer, card=text)
+        folder, dtype = write(run.export, model, variables, tokenizer, card=text)
     if text is None:
         return
     from dpo_jax.evals.plots import plot_training  # matplotlib: 0.4 s that the first step need not wait for

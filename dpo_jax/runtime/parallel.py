@@ -118,8 +118,7 @@ def mesh_partitioner(mesh: Mesh, model: Model, *, units: Units | None = None) ->
 
     Raises `MeshError`, before anything is computed, where a parameter does not fit the mesh. `units`: see there.
     """
-    shapes, of_variables = _variables_on(mesh, model, units)
-    shape_of = {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    _, of_variables = _variables_on(mesh, model, units)
     by_row, shards, part = row_sharding(mesh), row_shards(mesh), host_part(mesh)
 
     def put(tree):
@@ -134,6 +133,7 @@ def mesh_partitioner(mesh: Mesh, model: Model, *, units: Units | None = None) ->
         return jax.jit(make, out_shardings=tree_shardings(jax.eval_shape(make), of_variables, mesh))()
 
     def load_variables(shapes, pieces):
+        shape_of = {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
         return assemble_parts(
             shapes,
             pieces,
