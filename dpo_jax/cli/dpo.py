@@ -37,7 +37,7 @@ def run(config: Config) -> int:
         model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy")
         check_reference(config, model, tokenizer)
         part = trained(config, section, model, config.dpo_policy())
-        partitioner = build.make_partitioner(config, part.model)
+        partitioner = part.partitioner(config)
         pairs, held_out = (
             build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
         )

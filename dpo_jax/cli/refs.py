@@ -28,7 +28,7 @@ def run(config: Config) -> int:
         model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy")
         check_reference(config, model, tokenizer)
         part = trained(config, config.dpo, model, config.dpo_policy())
-        partitioner = build.make_partitioner(config, part.model)
+        partitioner = part.partitioner(config)
         splits = [
             build.encode_split(config, build.load_split(config, name, tokenizer), tokenizer) for name in ("train", "test")
         ]

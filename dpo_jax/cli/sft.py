@@ -32,7 +32,7 @@ def run(config: Config) -> int:
         tokenizer = build.tokenizer_of(config, model_path=config.model.path)
         model = build.start_model(config, tokenizer)
         part = trained(config, section, model, config.model.path)
-        partitioner = build.make_partitioner(config, part.model)
+        partitioner = part.partitioner(config)
         (texts, uids), held_out, reports = (_plain_texts if data.source in build.TEXT_SOURCES else _targets)(config, tokenizer)
         if config.model.path is None:
             variables, start = build.start_weights(config, model, partitioner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,13 +34,21 @@ class Trained(NamedTuple):
     adapter: bool = False  # training continues the adapter of a folder
     dtype: str = "float32"  # of the frozen weights
 
+    def partitioner(self, config: Config) -> Partitioner:
+        """Where all of this lies. Whole models are loaded as `base` lies, states as `model` does."""
+        found = build.make_partitioner(config, self.model)
+        if self.chosen is None:
+            return found
+        whole = build.make_partitioner(config, self.base)
+        return found._replace(load_variables=whole.load_variables, make_variables=whole.make_variables)
+
     def load(self, path: str, partitioner: Partitioner, *, name: str) -> tuple[Variables, dict[str, str]]:
         """The weights of `path` on the devices, and two digests: "start" of all, and "base" of what an adapter is beside."""
         with build.naming_option(name, path), reported(f"loading the weights of {path}"):
             digest = WeightsDigest()
             shapes = dict(variable_shapes(self.base, build.PRECISIONS[self.dtype]))
             if self.adapter and self.lora is not None:
-                shapes[LORA] = adapter_shapes(self.base, self.lora)
+                shapes[LORA] = adapter_shapes(self.base.config, self.lora)
             pieces = read_weights(path, self.base, digest=digest, merge=not self.adapter)
             variables = partitioner.load_variables(shapes, pieces)
         start = build.digest_in(digest, "float32" if self.adapter else self.dtype)
@@ -51,13 +60,15 @@ class Trained(NamedTuple):
 
     def begin(self, partitioner: Partitioner, variables: Variables, tx: Any) -> TrainState:
         """The state before the first step. `variables`, of `load`, are consumed: a large model does not fit beside itself."""
-        with reported("placing weights and optimizer"):
+        with reported("placing weights and optimizer"), warnings.catch_warnings():
+            # Layers that are cut off their stack are copied.
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
             return partitioner.init_state(functools.partial(self.state, tx=tx), variables)
 
     def state(self, variables: Variables, *, tx: Any) -> TrainState:
         """As `begin`, but pure."""
         if self.lora is not None and LORA not in variables:
-            variables = {**variables, LORA: new_adapter(self.base, self.lora, jax.random.key(self.seed))}
+            variables = {**variables, LORA: new_adapter(self.base.config, self.lora, jax.random.key(self.seed))}
         if self.chosen is not None:
             variables = split(variables, self.chosen)
         if self.lora is None and self.chosen is None:

@@ -18,7 +18,6 @@ from safetensors.numpy import save
 
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.digest import WeightsDigest
-from dpo_jax.models.families import ARCHITECTURES
 from dpo_jax.models.fields import Fields, shown
 from dpo_jax.models.folder import ADAPTER
 from dpo_jax.models.generation import GENERATION, generation_config
@@ -90,9 +89,9 @@ class Adapter(NamedTuple):
         for name, delta in sorted(self.deltas.items()):
             for part in (Piece(("adapter", name, "a"), None, delta.a), Piece(("adapter", name, "b"), None, delta.b)):
                 digest.add(part)
-            digest.add(Piece(("adapter", name, "scale"), None, np.float64([delta.scale])))
+            digest.add(Piece(("adapter", name, "scale"), None, np.array([delta.scale])))
         if self.base_dtype != "float32":
-            digest.add(Piece(("adapter", "base", self.base_dtype), None, np.uint8([])))
+            digest.add(Piece(("adapter", "base", self.base_dtype), None, np.zeros(0, np.uint8)))
 
 
 def read_adapter(folder: Path, config: DecoderConfig) -> Adapter:
@@ -228,7 +227,7 @@ def write_adapter(
     fetch: Callable[[Any], np.ndarray] = np.asarray,
     write: bool = True,
 ) -> Path:
-    """Write the collection "lora" as PEFT does, with the base's `config.json` beside it. Returns the folder.
+    """Write the collection "lora" as PEFT does. Returns the folder.
 
     `base` names the model as others shall load it, `source` is its folder. The digest and the type of the base's
     weights, which PEFT does not ask about, are in the metadata of the adapter's: `hf.read_weights` refuses another base. All
@@ -261,8 +260,6 @@ def write_adapter(
         "alpha_pattern": {name: alphas[name] for name in own},
     }
     write_text(folder / ADAPTER, json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    hf = config.hf | {"architectures": [ARCHITECTURES[config.family]]}
-    write_text(folder / "config.json", json.dumps(hf, indent=2, sort_keys=True) + "\n")
     if generation_config(source) is not None:
         write_text(folder / GENERATION, read_text(source / GENERATION))
     said = {"format": "pt", f"{_MADE}base_sha256": base_digest, f"{_MADE}base_dtype": base_dtype}

@@ -159,7 +159,8 @@ def save_hf(
     if lost := sorted({*variables} - {"params"}):
         raise ValueError(
             f"save_hf writes the collection params, and {', '.join(lost)} would be lost: write LoRA weights with "
-            "write_adapter, and save a scalar head or another collection by itself (numpy.savez); then give {'params': variables['params']}"
+            "models.adapter.write_adapter, and save a scalar head or another collection by itself (numpy.savez); then give "
+            "{'params': variables['params']}"
         )
     config = model.config
     expected = _flatten(variable_shapes(model)["params"])

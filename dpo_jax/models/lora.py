@@ -16,11 +16,23 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.logical_axes import axis_lengths
 from dpo_jax.models.tensors import tensors
 from dpo_jax.types import Model, Variables
 
 LORA = "lora"
-WRITES = ("attention/out", "mlp/down")  # whose kernels are [out, in], as `decoder.Linear` keeps them
+# Logical axes of input and output of each kernel.
+KERNELS: Mapping[str, tuple[str, str]] = {
+    "attention/query": ("embed", "heads"),
+    "attention/key": ("embed", "kv_heads"),
+    "attention/value": ("embed", "kv_heads"),
+    "attention/out": ("heads", "embed"),
+    "mlp/gate": ("embed", "mlp"),
+    "mlp/up": ("embed", "mlp"),
+    "mlp/down": ("mlp", "embed"),
+}
+WRITES = tuple(name for name, axes in KERNELS.items() if axes[1] == "embed")
+"""Those that write to the residual stream, whose kernels are [out, in], as `decoder.Linear` keeps them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,36 +93,37 @@ def lora_model(model: Model, lora: Lora) -> Model:
 
     def scaled(variables: Variables) -> Variables:
         def of(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
-            return leaf * lora.scale if path[-1].key == "b" else leaf
+            # Both are computed: where a scan reads parameters as they are beside computed ones, the transpose that adds to refs
+            # (`step.mean_grads`) takes one for the other (jax 0.10.2).
+            return leaf * (lora.scale if path[-1].key == "b" else 1.0)
 
         return {**variables, LORA: jax.tree_util.tree_map_with_path(of, variables[LORA])}
 
     def init(key: jax.Array) -> Variables:
-        return {**model.init(key), LORA: new_adapter(model, lora, jax.random.fold_in(key, 1))}
+        return {**model.init(key), LORA: new_adapter(model.config, lora, jax.random.fold_in(key, 1))}
 
     decode, names = model.decode, model.axes
     return model._replace(
         init=init,
         forward=lambda variables, rows: model.forward(scaled(variables), rows),
         decode=None if decode is None else lambda variables, rows, cache: decode(scaled(variables), rows, cache),
-        axes=None if names is None else lambda: {**names(), LORA: _axes(names(), lora)},
+        axes=None if names is None else lambda: {**names(), LORA: _axes(lora)},
     )
 
 
-def adapter_shapes(model: Model, lora: Lora) -> Variables:
-    """The collection "lora" as `ShapeDtypeStruct`s of float32. Nothing is computed."""
-    kernels = jax.eval_shape(lambda: model.init(jax.random.key(0)))["params"]["layers"]
+def adapter_shapes(config: DecoderConfig, lora: Lora) -> Variables:
+    """The collection "lora" of a model of `config` as `ShapeDtypeStruct`s of float32. Nothing is computed."""
+    lengths = axis_lengths(config)
 
     def of(target: str) -> dict[str, jax.ShapeDtypeStruct]:
-        layers, *sizes = _kernel(kernels, target).shape
-        inputs, outputs = sizes[::-1] if target in WRITES else sizes
-        shapes = {"a": (layers, inputs, lora.rank), "b": (layers, lora.rank, outputs)}
+        inputs, outputs = (lengths[axis] for axis in KERNELS[target])
+        shapes = {"a": (config.layers, inputs, lora.rank), "b": (config.layers, lora.rank, outputs)}
         return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
 
     return _tree({target: of(target) for target in lora.targets})
 
 
-def new_adapter(model: Model, lora: Lora, key: jax.Array) -> Variables:
+def new_adapter(config: DecoderConfig, lora: Lora, key: jax.Array) -> Variables:
     """A new collection "lora": A uniform between +-1/sqrt(in), as PEFT draws it (Kaiming uniform with a = sqrt(5)); B zero."""
 
     def of(path: Sequence[Any], leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -120,23 +133,17 @@ def new_adapter(model: Model, lora: Lora, key: jax.Array) -> Variables:
         bound = 1 / math.sqrt(leaf.shape[1])
         return jax.random.uniform(jax.random.fold_in(key, number), leaf.shape, leaf.dtype, -bound, bound)
 
-    return jax.tree_util.tree_map_with_path(of, adapter_shapes(model, lora))
+    return jax.tree_util.tree_map_with_path(of, adapter_shapes(config, lora))
 
 
-def _axes(names: Any, lora: Lora) -> Variables:
+def _axes(lora: Lora) -> Variables:
     """Logical axes of the adapter: those of the kernel, and the rank along none."""
 
     def of(target: str) -> dict[str, PartitionSpec]:
-        layers, *axes = tuple(_kernel(names["params"]["layers"], target))
-        inputs, outputs = axes[::-1] if target in WRITES else axes
-        return {"a": PartitionSpec(layers, inputs, None), "b": PartitionSpec(layers, None, outputs)}
+        inputs, outputs = KERNELS[target]
+        return {"a": PartitionSpec("layers", inputs, None), "b": PartitionSpec("layers", None, outputs)}
 
     return _tree({target: of(target) for target in lora.targets})
-
-
-def _kernel(layers: Any, target: str) -> Any:
-    room, name = target.split("/")
-    return layers[room][name]["kernel"]
 
 
 def _tree(by_target: Mapping[str, Any]) -> Variables:
