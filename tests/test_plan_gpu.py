@@ -380,6 +380,6 @@ def test_gpu_configuration(path):
     assert one.step.logits_tokens <= CHUNK
     assert bool(one.step.collectives) == (chips > 1)
     # What the formula says; on top a forward pass more, scores that nobody sees, and rows that are not full.
-    linear = 3 * one.pairs * (one.flops_per_pair.trunk + one.flops_per_pair.head)
+    linear = one.flops_per_pair.passes * one.pairs * (one.flops_per_pair.trunk + one.flops_per_pair.head)
     assert 1.0 <= one.step.matmul_flops * chips / linear < 1.7
     assert one.microbatches == 1  # each further one is a pass over all gradients

@@ -25,6 +25,7 @@ from dpo_jax.evals.run_record import TRAINING, RunRecord, of, one_or_more, read_
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.digest import WeightsDigest
 from dpo_jax.models.families import decoder_config
+from dpo_jax.models.folder import config_folder
 from dpo_jax.models.hf import load_config as load_model_config
 from dpo_jax.models.hf import read_weights
 from dpo_jax.runtime.progress import reported
@@ -144,7 +145,7 @@ def _weights(runs: Sequence[RunRecord], *, digests: bool) -> tuple[list[str], Se
     for run in runs:
         lying: dict[str, str] = {}
         for folder in EXPORTS if digests else ():
-            if os.path.isfile(run.path / folder / "config.json"):
+            if config_folder(run.path / folder) is not None:
                 try:
                     with reading(run.path / folder):
                         lying[folder] = weights_digest_of(run.path / folder)

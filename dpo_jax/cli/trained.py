@@ -58,6 +58,11 @@ class Trained(NamedTuple):
         """The model that reads `variables` as `load` gives them: with the adapter, if they have one already."""
         return self.model if LORA in variables else self.base
 
+    def stored(self) -> Model:
+        """`base`, with new weights of the type in which they are kept."""
+        kept = functools.partial(jax.tree.map, lambda x: x.astype(build.PRECISIONS[self.dtype]))
+        return self.base._replace(init=lambda key: kept(self.base.init(key)))
+
     def begin(self, partitioner: Partitioner, variables: Variables, tx: Any) -> TrainState:
         """The state before the first step. `variables`, of `load`, are consumed: a large model does not fit beside itself."""
         with reported("placing weights and optimizer"), warnings.catch_warnings():
@@ -74,7 +79,8 @@ class Trained(NamedTuple):
         if self.lora is None and self.chosen is None:
             return init_state(variables, tx)
         trained = {name: tree for name, tree in variables.items() if name != "params"}
-        return init_state(trained, tx, frozen={"params": variables["params"]})
+        dtype = build.PRECISIONS[self.dtype]
+        return init_state(trained, tx, frozen={"params": jax.tree.map(lambda x: x.astype(dtype), variables["params"])})
 
     def written(self, partitioner: Partitioner, state: TrainState) -> Variables:
         """What an export writes, in the form of `get_state`: the variables of the whole model, or the adapter alone."""
@@ -87,8 +93,8 @@ class Trained(NamedTuple):
         return join(variables) if TRAINED in variables else variables
 
 
-def trained(config: Config, section: TrainingConfig, model: Model, path: str | None) -> Trained:
-    """What `section` trains of `model`, which starts from the folder `path`. Raises `ConfigError`."""
+def planned(config: Config, section: TrainingConfig, model: Model) -> Trained:
+    """What `section` trains of `model`, whatever that starts from: no file is read. Raises `ConfigError`."""
     name = "sft" if section is config.sft else "dpo"
     if section.trainable is not None:
         try:
@@ -99,24 +105,32 @@ def trained(config: Config, section: TrainingConfig, model: Model, path: str | N
     if config.lora.rank is None:
         return Trained(model, model)
     options = config.lora
-    if path is None:
-        raise ConfigError("lora.rank: an adapter needs a model to be trained beside, and this one is new; set model.path")
     try:
         lora = Lora(config.lora.rank, options.alpha, lora_targets(options.targets, model.config), options.rslora)
     except ValueError as error:
         raise ConfigError(f"lora.targets: {error}") from error
+    return Trained(model, lora_model(model, lora), config.run.seed, lora, dtype=options.base_dtype)
+
+
+def trained(config: Config, section: TrainingConfig, model: Model, path: str | None) -> Trained:
+    """What `section` trains of `model`, which starts from the folder `path`. Raises `ConfigError`."""
+    part, options = planned(config, section, model), config.lora
+    if part.lora is None:
+        return part
+    if path is None:
+        raise ConfigError("lora.rank: an adapter needs a model to be trained beside, and this one is new; set model.path")
     folder = resolve(path)
     if adapter_base(folder) is None:
-        return Trained(model, lora_model(model, lora), config.run.seed, lora, dtype=options.base_dtype)
+        return part
     found, dtype = _adapter_of(folder, model, path=path)
-    if found != lora:
+    if found != part.lora:
         raise ConfigError(
-            f"lora: {path} is an adapter of {_words(found)}, and {_words(lora)} is asked for. Give the section lora the same "
-            "to train it further, or merge it (dpo-jax export --export.merge) and start from the result."
+            f"lora: {path} is an adapter of {_words(found)}, and {_words(part.lora)} is asked for. Give the section lora the "
+            "same to train it further, or merge it (dpo-jax export --export.merge) and start from the result."
         )
     if dtype != options.base_dtype:
         raise ConfigError(f"lora.base_dtype: {path} was trained on a base in {dtype}; set it to that")
-    return Trained(model, lora_model(model, lora), config.run.seed, lora, adapter=True, dtype=dtype)
+    return part._replace(adapter=True)
 
 
 def _adapter_of(folder: Path, model: Model, *, path: str) -> tuple[Lora, str]:

@@ -49,6 +49,14 @@ def adapter_base(folder: Path) -> str | None:
     return Fields(read_object(folder / ADAPTER), folder / ADAPTER).text("base_model_name_or_path")
 
 
+def config_folder(path: str | Path) -> Path | None:
+    """The folder on this machine with a model's `config.json`: `path`, or of an adapter that of its base; None for none."""
+    folder = Path(path).expanduser()
+    base = adapter_base(folder)
+    folder = folder if base is None else Path(base).expanduser()
+    return folder if (folder / "config.json").is_file() else None
+
+
 def refuse_adapter(folder: Path) -> None:
     """Raises FileNotFoundError for a folder of LoRA weights without their model."""
     if not (folder / ADAPTER).is_file():
