@@ -96,7 +96,7 @@ COMMANDS = {
     "reward-model": Command(
         "learn a reward from preferences",
         "dpo_jax.cli.reward_model:run",
-        (*_RUN, "dpo.policy", *_REWARD_MODEL),
+        (*_RUN, "lora", "dpo.policy", "dpo.trainable", *_REWARD_MODEL),
         ("data",),
     ),
     "ppo": Command(
@@ -105,7 +105,8 @@ COMMANDS = {
         (
             *_RUN,
             "dpo.policy",
-            *("dpo.warmup_steps", "dpo.schedule", "dpo.microbatches"),
+            "lora",
+            *("dpo.warmup_steps", "dpo.schedule", "dpo.microbatches", "dpo.trainable"),
             *_world("prompts", "test_prompts", "evaluations"),
             *(option for option in _PPO if option != "frontier.ppo_kls"),  # of the sweep
             "ppo",

@@ -10,6 +10,7 @@ import functools
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.repeats import check_repeats
+from dpo_jax.cli.trained import trained
 from dpo_jax.cli.world import refuse_mesh
 from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.evals.calibration import accuracy
@@ -23,15 +24,16 @@ def run(config: Config) -> int:
     with build.open_run(config, "reward-model") as run_dir:
         tokenizer = build.tokenizer_of(config, model_path=path, name="dpo.policy")
         model = build.policy_model(config, path, tokenizer, name="dpo.policy")
-        partitioner = build.make_partitioner(config, model)
+        part = trained(config, training, model, path)
+        partitioner = part.partitioner(config)
         pairs, test = (
             build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
         )
         check_repeats(config, pairs, test)
         build.describe(run_dir, config, pairs.report, test.report)
-        start, _ = build.load_weights(path, model, partitioner, name="dpo.policy")
+        start, _ = part.load(path, partitioner, name="dpo.policy")
         print(f"{len(pairs):,} pairs to learn and choose from, {len(test):,} to judge the choice", flush=True)
-        judge = RewardModel(partitioner, model)
+        judge = RewardModel(partitioner, part.model)
         run_dir.metrics.unlink(missing_ok=True)
         variables, validation = fit_reward_model(
             judge,
@@ -44,11 +46,12 @@ def run(config: Config) -> int:
             evaluations=config.frontier.evaluations,
             seed=config.run.seed,
             microbatches=training.microbatches,
+            begin=part.state,
         )
         rewards = judge.of_pairs(partitioner.put_variables(variables), test, batch=training.batch)
         figures, margins = judged(rewards), rewards[:, 0] - rewards[:, 1]
         low, high = (accuracy(margins)[end] for end in ("low", "high"))
-        folder = save_reward_model(run_dir.export, model, variables)
+        folder = save_reward_model(run_dir.export, model, part.merged(variables))
         save_tokenizer(tokenizer, folder)
         found = {**figures, "accuracy_low": low, "accuracy_high": high, "pairs": len(test)}
         write_json(run_dir.path / "result.json", {"validation": validation, "test": found})

@@ -16,8 +16,8 @@ from dpo_jax.models.digest import WeightsDigest
 from dpo_jax.models.folder import adapter_base
 from dpo_jax.models.hf import read_weights, variable_shapes
 from dpo_jax.models.hub import resolve
-from dpo_jax.models.lora import LORA, Lora, adapter_shapes, lora_model, lora_targets, new_adapter
-from dpo_jax.models.partial import TRAINED, Chosen, chosen_parameters, join, partial_model, split
+from dpo_jax.models.lora import LORA, Lora, adapter_shapes, lora_model, lora_targets, merge_adapter, new_adapter
+from dpo_jax.models.partial import Chosen, chosen_parameters, join, partial_model, split
 from dpo_jax.runtime.progress import reported
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, TrainState, Variables
@@ -65,10 +65,9 @@ class Trained(NamedTuple):
 
     def begin(self, partitioner: Partitioner, variables: Variables, tx: Any) -> TrainState:
         """The state before the first step. `variables`, of `load`, are consumed: a large model does not fit beside itself."""
-        with reported("placing weights and optimizer"), warnings.catch_warnings():
-            # Layers that are cut off their stack are copied.
-            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-            return partitioner.init_state(functools.partial(self.state, tx=tx), variables)
+        with reported("placing weights and optimizer"):
+            whole = self.lora is None and self.chosen is None
+            return partitioner.init_state(functools.partial(init_state if whole else self.state, tx=tx), variables)
 
     def state(self, variables: Variables, *, tx: Any) -> TrainState:
         """As `begin`, but pure."""
@@ -89,8 +88,12 @@ class Trained(NamedTuple):
         return self.whole(partitioner.get_state(state).variables)
 
     def whole(self, variables: Variables) -> Variables:
-        """The variables of the whole model from those that `model` reads. Not for an adapter."""
-        return join(variables) if TRAINED in variables else variables
+        """The variables of the whole model from those that `model` reads; an adapter stays beside it."""
+        return join(variables)
+
+    def merged(self, variables: Variables) -> Variables:
+        """As `whole`, of an adapter as well, which is added to its base."""
+        return self.whole(variables) if self.lora is None else merge_adapter(variables, self.lora)
 
 
 def planned(config: Config, section: TrainingConfig, model: Model) -> Trained:
@@ -101,6 +104,8 @@ def planned(config: Config, section: TrainingConfig, model: Model) -> Trained:
             chosen = chosen_parameters(section.trainable, model)
         except ValueError as error:
             raise ConfigError(f"{name}.trainable: {error}") from error
+        # Layers that are cut off their stack are copied, when the state is made.
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         return Trained(model, partial_model(model, chosen), chosen=chosen)
     if config.lora.rank is None:
         return Trained(model, model)

@@ -264,8 +264,16 @@ def write_adapter(
         write_text(folder / GENERATION, read_text(source / GENERATION))
     said = {"format": "pt", f"{_MADE}base_sha256": base_digest, f"{_MADE}base_dtype": base_dtype}
     said[f"{_MADE}targets"] = ",".join(lora.targets)
-    write_whole(folder / WEIGHTS, save(tensors_, metadata=said))
+    write_whole(folder / WEIGHTS, _in_order(save(tensors_, metadata=said)))
     return folder
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file whose header says the same in the same order each time: safetensors itself shuffles the metadata."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def _in_peft_form(

@@ -84,7 +84,7 @@ def modules(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
 
 def lora_model(model: Model, lora: Lora) -> Model:
     """`model` with an adapter: its variables gain the collection "lora", `{"layers": {...: {"a": [layers, in, rank], "b":
-    [layers, rank, out]}}}`. B starts at zero, so that the adapted model is the base.
+    [layers, rank, out]}}}`. B starts at zero, so that the adapted model is the base. Variables without it are read as the base.
 
     >>> adapted = lora_model(decoder, Lora(4, 8.0, lora_targets("attention", decoder.config)))
     >>> sorted(adapted.init(jax.random.key(0)))
@@ -92,6 +92,9 @@ def lora_model(model: Model, lora: Lora) -> Model:
     """
 
     def scaled(variables: Variables) -> Variables:
+        if LORA not in variables:
+            return variables
+
         def of(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
             # Both are computed: where a scan reads parameters as they are beside computed ones, the transpose that adds to refs
             # (`step.mean_grads`) takes one for the other (jax 0.10.2).
@@ -109,6 +112,20 @@ def lora_model(model: Model, lora: Lora) -> Model:
         decode=None if decode is None else lambda variables, rows, cache: decode(scaled(variables), rows, cache),
         axes=None if names is None else lambda: {**names(), LORA: _axes(lora)},
     )
+
+
+def merge_adapter(variables: Variables, lora: Lora) -> Variables:
+    """`variables` with the collection "lora", if there is one, added to its kernels, of which float32 copies are made."""
+    if LORA not in variables:
+        return variables
+    layers = {room: dict(parts) for room, parts in variables["params"]["layers"].items()}
+    for target in lora.targets:
+        room, name = target.split("/")
+        pair, module = variables[LORA]["layers"][room][name], layers[room][name]
+        change = jnp.einsum("lir,lro->loi" if target in WRITES else "lir,lro->lio", pair["a"], pair["b"], precision="highest")
+        layers[room][name] = {**module, "kernel": module["kernel"].astype(jnp.float32) + lora.scale * change}
+    others = {name: tree for name, tree in variables.items() if name != LORA}
+    return {**others, "params": {**variables["params"], "layers": layers}}
 
 
 def adapter_shapes(config: DecoderConfig, lora: Lora) -> Variables:

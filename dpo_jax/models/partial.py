@@ -58,7 +58,7 @@ def chosen_parameters(text: str, model: Model) -> Chosen:
 
 
 def partial_model(model: Model, chosen: Chosen) -> Model:
-    """`model` whose variables are those of `split`."""
+    """`model` whose variables are those of `split`. Variables of the whole model are read, too."""
     decode, by_layer, names = model.decode, model.by_layer, model.axes
 
     def of_axes() -> Variables:
@@ -67,7 +67,7 @@ def partial_model(model: Model, chosen: Chosen) -> Model:
 
     def decoded(variables: Variables, rows: Any, cache: Any) -> Any:
         assert decode is not None
-        return decode(join(variables) if TRAINED in variables else variables, rows, cache)
+        return decode(join(variables), rows, cache)
 
     return model._replace(
         init=lambda key: split(model.init(key), chosen),
@@ -98,7 +98,9 @@ def split(
 
 
 def join(variables: Variables) -> Variables:
-    """The variables of the whole model, `split` undone."""
+    """The variables of the whole model, `split` undone; as they are where they were not split."""
+    if TRAINED not in variables:
+        return variables
 
     def both(frozen: Any, trained: Any) -> Any:
         if isinstance(frozen, Mapping):
@@ -116,6 +118,8 @@ def _in_stacks(variables: Variables) -> Variables:
     def both(frozen: Any, trained: Any, name: str = "") -> Any:
         return (frozen, trained) if name == "layers" and _same_tree(frozen, trained) else _united(frozen, trained, both)
 
+    if TRAINED not in variables:
+        return variables
     params, trained = variables["params"], variables[TRAINED]
     whole = {name: tree for name, tree in variables.items() if name != TRAINED}
     top = {name: params.get(name, trained.get(name)) for name in {**params, **trained}}
