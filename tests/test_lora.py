@@ -13,13 +13,14 @@ import numpy as np
 import optax
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_models import logits_of, text_rows
+from test_models import logits_of, stacks_converted, text_rows
 from test_step import random_pairs
 
 from dpo_jax.data.layout import Layout
 from dpo_jax.dpo import dpo_step
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
+from dpo_jax.models import decoder
 from dpo_jax.models.adapter import WEIGHTS, write_adapter
 from dpo_jax.models.checkpoint_stream import assemble
 from dpo_jax.models.decoder import make_model
@@ -199,6 +200,31 @@ def test_a_base_may_be_bfloat16(base, rows):
     assert float(metrics["loss"]) == pytest.approx(np.log(2), abs=1e-6)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.frozen)} == {np.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("what", WAYS)
+def test_kernels_are_rounded_once_in_every_stack_and_never_widened(what, base, monkeypatch):
+    _, begin = WAYS[what]
+    rows, kernels = text_rows(np.arange(12)[None]), len(lora_targets("all", MODEL.config))
+
+    def converted(variables, dtype):
+        """How many stacks of kernels are converted to `dtype` outside of the layers."""
+        plain = make_model(MODEL.config, dtype=dtype)
+        model = lora_model(plain, LORA_ALL) if what == "lora" else partial_model(plain, LAST)
+
+        def count():
+            return stacks_converted(lambda variables: model.forward(variables, rows), variables, dtype=dtype)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder, "_round_kernels", lambda variables, dtype: variables)
+            others = count()
+        return count() - others
+
+    variables = begin(base).variables
+    assert converted(variables, jnp.bfloat16) == kernels * (1 if what == "lora" else 2)
+    half = {**variables, "params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])}
+    assert converted(half, jnp.bfloat16) == (0 if what == "lora" else kernels)
+    assert converted(half, jnp.float32) == 0
 
 
 def test_names_of_targets_and_of_parameters():

@@ -1,5 +1,7 @@
 """The program with an adapter, and with a part of the weights: what is saved, how it continues, what else reads it."""
 
+import dataclasses
+import functools
 import json
 import shutil
 
@@ -10,10 +12,16 @@ from conftest import GOLDEN
 from safetensors.numpy import load_file
 from tiny_run import call, refused
 
+from dpo_jax.cli import build
+from dpo_jax.cli.config import Config, MeshConfig, RunConfig
+from dpo_jax.cli.trained import planned
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.layout import plain_rows
 from dpo_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.hf import load_hf, save_hf
+from dpo_jax.reward_model import HEAD, reward_step, scalar_head, with_scalar_head
 from dpo_jax.runtime.checkpoint import newest_meta
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 
@@ -191,3 +199,29 @@ def test_only_the_last_layer_is_trained(done, tmp_path):
     assert (tmp_path / "run/dpo/export/model.safetensors").read_bytes() == finished
     assert call("export", done / "lora.yaml", "--run.dir", tmp_path / "run", "--export.out", tmp_path / "again").code == 0
     assert (tmp_path / "again/model.safetensors").read_bytes() == finished
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")  # layers that are cut off their stack are copied
+@pytest.mark.parametrize(
+    ("section", "options"), [("lora", {"rank": 2, "targets": "query,up"}), ("dpo", {"trainable": "last_layer,final_norm.*"})]
+)
+def test_a_reward_model_of_a_part_lies_on_a_mesh(section, options):
+    """Its head is trained too; whole weights come onto the mesh, and states of the part, as `fit_reward_model` puts them."""
+    config = dataclasses.replace(Config(), run=RunConfig(devices="mesh"), mesh=MeshConfig(fsdp=2, tensor=2, data=-1))
+    config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **options)})
+    sizes = {"vocab_size": 64, "width": 32, "layers": 2, "heads": 2, "max_positions": 64, "eos_token_id": 0}
+    model = make_model(decoder_config(hf_config("llama", **sizes)))
+    part, tx = planned(config, config.dpo, model), build.make_tx(config.dpo)
+    partitioner = part.partitioner(config, head=True)
+    placed = partitioner.put_variables({**jax.jit(model.init)(jax.random.key(0)), HEAD: scalar_head(32)})
+    state = partitioner.init_state(functools.partial(part.state, tx=tx), placed)
+    assert HEAD in state.params
+    kernel = state.frozen["params"]["layers"]["attention"]["query"]["kernel"]
+    assert not kernel.sharding.is_fully_replicated
+    step = partitioner.compile_step(functools.partial(reward_step, model=with_scalar_head(part.model), tx=tx))
+    pair = Encoded(*(np.arange(1, 6, dtype=np.int32) + i for i in range(3)), uid="0")
+    state, metrics = step(state, plain_rows([pair] * 8, length=16))
+    assert float(metrics["loss"]) == pytest.approx(np.log(2), abs=1e-6)
+    best = partitioner.to_host(state.variables)
+    again = partitioner.put_variables(best)
+    jax.tree.map(np.testing.assert_array_equal, partitioner.to_host(again), best)
