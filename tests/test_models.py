@@ -17,7 +17,7 @@ from dpo_jax.losses import dpo_loss
 from dpo_jax.models import decoder
 from dpo_jax.models.attention import Rope, attend, rotate
 from dpo_jax.models.decoder import make_model
-from dpo_jax.models.families import DEFAULTS, decoder_config, hf_config
+from dpo_jax.models.families import FAMILIES, decoder_config, hf_config
 from dpo_jax.models.hf import load_hf
 from dpo_jax.types import Rows
 
@@ -73,8 +73,8 @@ def test_logits_of_the_original_implementation(family):
 
 
 def test_all_nine_families_have_a_golden_checkpoint():
-    assert {golden(case)[0].config.family for case in CASES} == set(DEFAULTS)
-    assert len(DEFAULTS) == 9
+    assert {golden(case)[0].config.family for case in CASES} == set(FAMILIES)
+    assert len(FAMILIES) == 9
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
@@ -288,7 +288,7 @@ def test_cache_too_small_for_the_prompt():
         model.decode(variables, text_rows(tokens), model.init_cache(2, 8))
 
 
-@pytest.mark.parametrize("family", DEFAULTS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_new_models(family):
     """A configuration for a new model is complete, and each parameter axis has a logical name."""
     hf = hf_config(family, vocab_size=50, width=16, layers=2, heads=2, max_positions=16, eos_token_id=0)

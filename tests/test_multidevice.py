@@ -16,9 +16,8 @@ from dpo_jax.logps import sequence_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.checkpoint_stream import Piece, assemble
 from dpo_jax.models.decoder import make_model
-from dpo_jax.models.families import decoder_config, hf_config
+from dpo_jax.models.families import FAMILIES, decoder_config, hf_config
 from dpo_jax.models.hf import read_weights, save_hf, variable_shapes
-from dpo_jax.models.hf_settings import DEFAULTS
 from dpo_jax.models.logical_axes import RULES, axis_lengths
 from dpo_jax.reference import WeightsDigest, reference_logps, weights_digest
 from dpo_jax.runtime import hosts
@@ -349,7 +348,7 @@ def test_a_parameter_that_does_not_fit_the_mesh_is_refused_by_name(model, units,
         on_mesh(tensor=4, model=model, units=units)
 
 
-@pytest.mark.parametrize("family", DEFAULTS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_lengths_of_axes_are_known_without_the_model(family):
     """What `--check` divides among devices is what the parameters have."""
     sizes = {"width": 48, "layers": 2, "heads": 6, "max_positions": 32}
