@@ -131,6 +131,16 @@ def test_microbatches_on_a_mesh(variables, batches, expected):
     assert_same_run(seen, partitioner.to_host(state), expected)
 
 
+def test_a_norm_over_all_heads_does_not_see_that_they_are_apart(batches):
+    """OLMo 2 norms the queries of all heads together, and a mesh cuts them by head."""
+    model = make_model(decoder_config(hf_config("olmo2", kv_heads=4, **SIZES)))
+    seen, variables = [], jax.jit(model.init)(jax.random.key(0))
+    for partitioner in (single_device(), on_mesh(fsdp=2, tensor=2, model=model)):
+        step = partitioner.compile_step(functools.partial(dpo_step, model=model, tx=TX, loss=LOSS))
+        seen.append(run(step, start(partitioner, variables), batches, steps=3)[0])
+    np.testing.assert_allclose(*seen, atol=1e-5, rtol=1e-5)
+
+
 def test_shard_map(variables, batches, expected):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     mapped = jax.shard_map(dpo("data"), mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False)

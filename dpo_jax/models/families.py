@@ -19,6 +19,7 @@ from dpo_jax.models.architectures.gpt_neox import GPT_NEOX
 from dpo_jax.models.architectures.gptj import GPTJ
 from dpo_jax.models.architectures.llama import LLAMA
 from dpo_jax.models.architectures.mistral import MISTRAL
+from dpo_jax.models.architectures.olmo2 import OLMO2
 from dpo_jax.models.architectures.qwen import QWEN2, QWEN3
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.family import Family, Sizes
@@ -27,7 +28,7 @@ from dpo_jax.models.hf_settings import Reader
 from dpo_jax.untrusted import LIMITS, Unreadable
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (GPT2, GPTJ, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT)
+    family.name: family for family in (GPT2, GPTJ, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, OLMO2)
 }
 _TEXT_PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {"gemma3": text_part}  # of multimodal models
 
