@@ -44,7 +44,7 @@ def test_the_table_of_formats_is_that_of_the_readme():
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
-def test_the_table_of_formats_is_true(format, tmp_path):
+def test_the_table_of_formats_is_true(format, tmp_path, tokenizer):
     """The example is recognised and gives a pair; each column that the table calls needed is, and the others are not."""
 
     def without(row, column):
@@ -56,11 +56,11 @@ def test_the_table_of_formats_is_true(format, tmp_path):
         return row | {outer: cut}
 
     assert detect_format(format.example) == format.name
-    pairs = load(write(tmp_path / "train.jsonl", format.example))
+    pairs = load(write(tmp_path / "train.jsonl", format.example), tokenizer=tokenizer)
     assert (pairs.report.format, len(pairs)) == (format.name, 1)
     for name, column in format.reads.items():
         rows = [("row", without(format.example, name))]
-        _, found = next(iter(format.candidates(rows, tokenizer=None)))
+        _, found = next(iter(format.candidates(rows, tokenizer=tokenizer)))
         missing = isinstance(found, BadRow) and found.cause == Cause.MISSING_COLUMN
         assert missing == column.needed, (name, found)
 
@@ -107,6 +107,16 @@ def test_trl_chat_with_explicit_and_implicit_prompt(tmp_path, tokenizer):
     assert load(tmp_path / "train.parquet", tokenizer=tokenizer)[0].chosen == "Blue."
     with pytest.raises(DataError, match="need a tokenizer with a chat template"):
         load(tmp_path / "train.jsonl")
+
+
+def test_helpsteer3(tmp_path, tokenizer):
+    row = FORMATS["helpsteer3"].example
+    scores = (-3, 1, 0, 4)
+    rows = [{**row, "overall_preference": score} for score in scores]
+    loaded = load(write(tmp_path / "train.jsonl", *rows), on_bad="drop", tokenizer=tokenizer)
+    assert [(pair.chosen, pair.rejected, pair.subset) for pair in loaded] == [("4", "5", "stem"), ("5", "4", "stem")]
+    assert loaded[0].prompt == tokenizer.apply_chat_template(row["context"], tokenize=False, add_generation_prompt=True)
+    assert loaded.report.dropped == {"tie": 1, "out_of_range": 1}
 
 
 USER, SAID = turn("user", "q"), turn("assistant", "a")

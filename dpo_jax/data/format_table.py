@@ -102,6 +102,22 @@ _FORMATS = (
         },
     ),
     Format(
+        "helpsteer3",
+        "HelpSteer3 of NVIDIA; rendered with the tokenizer's chat template",
+        {
+            "context": Column("messages, the last of the user"),
+            "response1": Column("an answer"),
+            "response2": Column("another"),
+            "overall_preference": Column("-3 (the first is much better) to 3 (the second is), 0 forms no pair"),
+            "domain": Column("taken as the subset", needed=False),
+        },
+        ("context", "response1", "response2", "overall_preference"),
+        {
+            "context": [{"role": "user", "content": "2 + 2?"}],
+            **{"response1": "4", "response2": "5", "overall_preference": -2, "domain": "stem"},
+        },
+    ),
+    Format(
         "rewardbench",
         "RewardBench; rendered with the tokenizer's chat template",
         {"prompt": Column("the question"), "chosen": _BETTER, "rejected": _WORSE, "subset": _SUBSET},

@@ -101,6 +101,23 @@ def rewardbench(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     return _one_each(rows, preference)
 
 
+def helpsteer3(rows: Rows, *, tokenizer: Any = None) -> Candidates:
+    """HelpSteer3 preferences of NVIDIA: a conversation and two answers, preferred from -3 to 3."""
+
+    def preference(uid: str, row: Row) -> Preference:
+        context, preferred = column(row, "context"), number(row, "overall_preference")
+        answers = [[{"role": "assistant", "content": text(row, side)}] for side in ("response1", "response2")]
+        if not -3 <= preferred <= 3:
+            raise BadRow(Cause.OUT_OF_RANGE, f"-3 to 3 is needed, this is {preferred:g}", field="overall_preference")
+        if preferred == 0:
+            raise BadRow(Cause.TIE, "neither response is preferred", field="overall_preference")
+        chosen, rejected = answers if preferred < 0 else answers[::-1]
+        pair = chat_preference(context, chosen, rejected, uid=uid, tokenizer=tokenizer)
+        return _with_subset(pair, {"subset": row.get("domain")})
+
+    return _one_each(rows, preference)
+
+
 def tldr(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """TL;DR comparisons of openai/summarize_from_feedback: `info` (the Reddit post), two `summaries`, `choice` of one."""
 
