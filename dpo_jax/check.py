@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpo_jax.bench.profile import TRACEABLE
+
 if TYPE_CHECKING:
     from dpo_jax.checks.report import Report, Row
 
@@ -48,8 +50,8 @@ def main(args: list[str] | None = None, *, prog: str = "python -m dpo_jax.check"
     if asked.profile is not None and asked.profile.is_dir() and any(asked.profile.iterdir()):
         flags.error(f"--profile {asked.profile}: the folder is not empty")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)
-    if not (asked.bench or asked.profile) and any(map(importlib.util.find_spec, GPU_PLUGINS)):
-        os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), UNTUNED]))
+    if any(map(importlib.util.find_spec, GPU_PLUGINS)) and (asked.profile or not asked.bench):
+        os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), TRACEABLE if asked.profile else UNTUNED]))
     from dpo_jax.checks.report import Report
 
     try:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.logps import aligned_log_probability, completion_lengths, hidden_logps, pair_sums, scored_hidden
+from dpo_jax.head import aligned_log_probability
+from dpo_jax.logps import completion_lengths, hidden_logps, pair_sums, scored_hidden
 from dpo_jax.losses import PreferenceLoss, asked, right
 from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpo_jax.logps import CHUNK, at_least_float32, token_logps
+from dpo_jax.head import CHUNK, at_least_float32, token_logps
 from dpo_jax.reward_model import scalar
 from dpo_jax.sampling import Samples, generate, left_pad
 from dpo_jax.step import train_step

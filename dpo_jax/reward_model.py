@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.logps import at_least_float32, slots_to_pairs
+from dpo_jax.head import at_least_float32
+from dpo_jax.logps import slots_to_pairs
 from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.logps import at_least_float32
+from dpo_jax.head import at_least_float32
 from dpo_jax.models.axes import parts_of
 from dpo_jax.types import ROW_AXES, Array, Metrics, TrainState, Variables
 

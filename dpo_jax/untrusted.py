@@ -10,9 +10,9 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
+import gc
 import json
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +38,8 @@ class Limits:
     model_b: int = 10_000  # parameters of a model, in billions
     template_s: float = 5  # a chat template over one conversation
     template_mb: int = 1024  # what it may take of memory
+    growth: int = 100  # a text, by the steps of a tokenizer, in times its length
+    pattern_s: float = 5  # a tokenizer's regular expressions over some texts
 
     def check(self, name: str, found: float, where: str | Path, *, what: str) -> None:
         """Raises `Unreadable` where `found` is more than the limit `name`. `what` was measured: "bytes in one line"."""
@@ -167,21 +169,27 @@ def regular(path: str | os.PathLike[str]) -> Path:
     What a shell names /dev/fd/63 or /dev/stdin somebody has just given, and may be a pipe.
     """
     path = Path(path)
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not str(path).startswith(("/dev/", "/proc/")):
-        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-        raise Unreadable(f"{path}: a file is needed, this is {kinds.get(stat.S_IFMT(mode), 'a device')}")
+    if not stat.S_ISREG(path.stat().st_mode) and not str(path).startswith(("/dev/", "/proc/")):
+        raise Unreadable(f"{path}: a file is needed, this is {special_kind(path)}")
     return path
 
 
+def special_kind(path: Path) -> str:
+    """What a path is called that is no file: "a folder", "a pipe", "a socket", "a device"."""
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(path.stat().st_mode), "a device")
+
+
 def check_name(path: str | os.PathLike[str]) -> None:
-    """Raises `Unreadable` where a library in Rust or C++ (tokenizers, TensorStore) could not open `path`: it is not UTF-8."""
+    """Raises `Unreadable` where a library in Rust or C++ (tokenizers, TensorStore, TFDS) could not open `path`: not UTF-8."""
     name = os.fsencode(os.path.abspath(path))
     try:
         name.decode("utf-8")
     except UnicodeDecodeError:
         shown = name.decode("utf-8", "backslashreplace")
-        raise Unreadable(f"{shown}: the name is not UTF-8, as tokenizers and checkpoints need it; rename the folder") from None
+        raise Unreadable(
+            f"{shown}: the name is not UTF-8, as tokenizers, checkpoints and TFDS need it; rename the folder"
+        ) from None
 
 
 def parse_object(content: bytes | str, where: str | os.PathLike[str], *, remedy: str = "") -> dict[str, Any]:
@@ -203,20 +211,38 @@ def parse_json(content: bytes | str) -> Any:
     # Counting is fast, and hardly any text has so many brackets; only then is the depth worth knowing.
     if text.count("[") + text.count("{") > LIMITS.depth and (deep := depth_of(text, LIMITS.depth)) > LIMITS.depth:
         raise TooDeep(f"at least {deep} levels deep; {LIMITS.remedy('depth')}")
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_constant, parse_int=_integer, parse_float=_float)
+    with without_garbage() if len(text) > _CHUNK else contextlib.nullcontext():
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_constant, parse_int=_integer, parse_float=_float)
+
+
+@contextlib.contextmanager
+def without_garbage() -> Iterator[None]:
+    """Keeps Python from looking at many new objects for garbage again and again: of a large text that is most of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def depth_of(text: str, enough: float = float("inf")) -> int:
     """How many brackets of a JSON text are open at most, those in strings not counted. Counting ends beyond `enough`."""
-    deepest = depth = 0
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]', text, re.DOTALL):
-        if (mark := token[0]) in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-            if deepest > enough:
-                break
-        elif mark in "]}":
-            depth -= 1
+    import numpy as np  # here: what reads no long text has no need of it
+
+    plain = text.replace("\\\\", "").replace('\\"', "").encode("ascii", "replace")  # now each quote begins or ends a string
+    step = np.zeros(256, np.int8)
+    step[list(b"[{")], step[list(b"]}")] = 1, -1
+    deepest = depth = quotes = 0
+    for start in range(0, len(plain), _CHUNK):
+        part = np.frombuffer(plain, np.uint8)[start : start + _CHUNK]
+        strings = quotes + np.cumsum(part == ord('"'))
+        depths = depth + np.cumsum(np.where(strings % 2, 0, step[part]))
+        deepest = max(deepest, int(depths.max()))
+        if deepest > enough:
+            return int(enough) + 1
+        depth, quotes = int(depths[-1]), int(strings[-1])
     return deepest
 
 

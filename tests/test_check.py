@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import xla_flags
 
-from dpo_jax import check, logps, step
+from dpo_jax import check, head, step
 from dpo_jax.checks import attention, bench, machine, training
 from dpo_jax.checks.report import Report, Result, Row
 from dpo_jax.cli.main import main as program
@@ -73,7 +73,7 @@ def test_a_mask_that_shows_one_key_too_many_is_found(tmp_path, monkeypatch, caps
 
 
 def test_a_log_softmax_in_bfloat16_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(logps, "at_least_float32", lambda x: x.astype(jnp.bfloat16))
+    monkeypatch.setattr(head, "at_least_float32", lambda x: x.astype(jnp.bfloat16))
     assert checked(tmp_path, "log_softmax")[1]["failed"] == ["log_softmax"]
 
 
@@ -142,6 +142,25 @@ def test_wrong_flags_are_told(flags, code, message, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     assert check.main(flags) == code
     assert message in capsys.readouterr().err
+
+
+def test_what_xla_is_told_on_a_machine_with_a_gpu(tmp_path, monkeypatch):
+    """Numbers need no tuned products; times do; and a trace needs operations that are started one by one."""
+    monkeypatch.setattr(check, "GPU_PLUGINS", ("json",))  # a package that is there
+    told = []
+    for flags in ([], ["--bench"], ["--bench", "--profile", str(tmp_path / "trace")]):
+        monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+        assert check.main(["--only", "devices", "--json", str(tmp_path / "check.json"), *flags]) == 0
+        told.append(os.environ["XLA_FLAGS"])
+    assert told == [
+        f"--xla_cpu_enable_fast_math=false {check.UNTUNED}",
+        "--xla_cpu_enable_fast_math=false",
+        f"--xla_cpu_enable_fast_math=false {check.TRACEABLE}",
+    ]
+    monkeypatch.setattr(check, "GPU_PLUGINS", ("no_such_plugin",))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    check.main(["--only", "devices", "--json", str(tmp_path / "check.json")])
+    assert os.environ["XLA_FLAGS"] == ""
 
 
 def test_a_folder_with_an_older_trace_is_refused(tmp_path, capsys):

@@ -112,7 +112,9 @@ def error_of(tmp_path, text):
         ("dpo: {}\n---\nrun: {}", "bad.yaml:2: not valid YAML: but found another document"),
         (b"run: {dir: \xff}", "bad.yaml: not UTF-8 text"),
         ("run: {dir: a\0b}", "bad.yaml: not valid YAML"),
-        ('run: {dir: "a\\0b"}', "bad.yaml:1: run.dir: the text holds a NUL"),
+        ('run: {dir: "a\\0b"}', "bad.yaml:1: run.dir: the text holds a NUL, which no path can; write it in whole characters"),
+        ('run:\n  dir: "\\ud800"', "bad.yaml:2: run.dir: the text holds half a surrogate pair, which no path can"),
+        ('judge: {model: "m\\udc80"}', "bad.yaml:1: judge.model: the text holds a byte that is not UTF-8, which no name can"),
         ("run: " + 5000 * "[", "bad.yaml: nested too deeply"),
         ("data: {test_split: train}", "bad.yaml:1: data.test_split: must be another than train_split, got 'train' for both"),
         ("dpo:\n\n  beta: -3", "bad.yaml:3: dpo.beta: must be greater than 0, got -3"),
@@ -165,6 +167,28 @@ def error_of(tmp_path, text):
 )
 def test_mistakes_name_file_line_field_and_remedy(tmp_path, text, expected):
     assert re.search(expected, error_of(tmp_path, text))
+
+
+def test_no_text_holds_half_a_character_and_only_names_of_files_hold_bytes(tmp_path):
+    """From YAML or from a flag. A file name that is not UTF-8 is one nevertheless, and its YAML gives it back."""
+    names = []
+    for section, option in OPTIONS:
+        if str not in (
+            types_of(types_of(Config)[section])[option],
+            *typing.get_args(types_of(types_of(Config)[section])[option]),
+        ):
+            continue
+        for value in ("\ud800", "a\0", "a\udc80"):
+            changed = dataclasses.replace(getattr(Config(), section), **{option: value})
+            config = dataclasses.replace(Config(), **{section: changed})
+            found = [message for name, message in problems(config) if name == f"{section}.{option}"]
+            if any("the text holds" in message for message in found):
+                continue
+            assert value == "a\udc80", option
+            names.append(f"{section}.{option}")
+            assert yaml.safe_load(dump_config(config))[section][option] == value
+    assert {"data.path", "run.dir", "judge.a", "study.b"} <= set(names)
+    assert not {"judge.model", "judge.base_url", "data.train_split", "plan.topology", "bench.lengths"} & set(names)
 
 
 def test_all_problems_are_told_at_once(tmp_path):

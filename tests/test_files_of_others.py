@@ -13,6 +13,7 @@ from conftest import GOLDEN
 from mutate import outcome, time_limit
 from test_report import PIXEL, finished, refused
 
+from dpo_jax.cli.commands.plan import _refuse_foreign as plan_file
 from dpo_jax.cli.commands.report import write_page
 from dpo_jax.cli.commands.report_files import earlier_images
 from dpo_jax.cli.config import ConfigError
@@ -329,3 +330,28 @@ def test_no_pipe_is_waited_for(tmp_path):
     for write in (lambda path: write_json(path, {}), lambda path: write_text(path, "")):
         with time_limit(), pytest.raises(OSError, match=r"is a pipe that nobody reads; remove it: .*data_report.json"):
             write(tmp_path / "data_report.json")
+
+
+@pytest.mark.parametrize("name", ["report.json", "study.html", "results.csv", "export"])
+def test_a_folder_that_no_run_has_made_keeps_its_files(name, tmp_path):
+    """`judge.out` and other options name folders, which may hold somebody's files of the same names."""
+    (tmp_path / name).write_text("mine")
+    assert "move it away, or choose another folder" in str(outcome(lambda: RunDir(tmp_path), names=str(tmp_path / name)))
+    assert [file.name for file in tmp_path.iterdir()] == [name]  # no lock either, which would make it ours
+    RunDir(tmp_path, lock=False)
+    (tmp_path / "env.json").write_text("{}")  # of a run that was copied without its lock
+    RunDir(tmp_path).close()
+
+
+def test_what_people_keep_in_a_run_directory_is_no_reason(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    RunDir(tmp_path).close()
+    (tmp_path / "report.json").write_text("{}")
+    RunDir(tmp_path).close()
+
+
+def test_a_file_that_holds_no_plans_is_not_replaced_by_some(tmp_path):
+    for content, kept in (("mine", True), ('{"a": 1}', True), ('{"plans": []}', False)):
+        (tmp_path / "plan.json").write_text(content)
+        found = outcome(lambda: plan_file(tmp_path / "plan.json"))
+        assert ("plan.json: " in str(found) and "name another file" in str(found)) == kept

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import re
 import resource
 import shutil
 import signal
@@ -14,14 +15,15 @@ from conftest import GOLDEN
 from mutate import mutants, mutations, outcome, time_limit
 from safetensors.numpy import save_file
 from test_models import CASES
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from dpo_jax.cli.build import naming_option
 from dpo_jax.cli.config import ConfigError
 from dpo_jax.cli.exit_codes import exit_code
 from dpo_jax.data.chat import chat_preference
 from dpo_jax.data.display import chat_turns
-from dpo_jax.data.pairs import BadRow
+from dpo_jax.data.pairs import BadRow, DataReport, Preference, PreferenceSet
+from dpo_jax.data.prepare import encode_all
 from dpo_jax.data.rendering import Refused, render
 from dpo_jax.data.template import template_parts
 from dpo_jax.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_of
@@ -269,6 +271,70 @@ def test_wrong_types_in_a_tokenizer_are_one_error(file, change, small, tmp_path)
     found = read(lambda: load_tokenizer(folder), folder, str(folder))
     assert isinstance(found, Unreadable)
     assert exit_code(found) == 74
+
+
+LONGER = {"type": "Replace", "pattern": {"String": "l"}, "content": "l" * 12}
+SLOW = {"type": "Split", "pattern": {"Regex": "(?:a|a){16}[bc]"}, "behavior": "Isolated", "invert": False}
+SEQUENCE = {"Sequence": {"id": "A", "type_id": 0}}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": [LONGER] * 12}}, "normalizer: .*--limits.growth"),
+        ({"decoder": {"type": "Sequence", "decoders": [LONGER] * 12}}, "decoder: .*--limits.growth"),
+        ({"normalizer": {"type": "Prepend", "prepend": "l" * 200}}, "normalizer: makes a text up to 201 times as long"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": True}] * 24}},
+            "pre_tokenizer: makes a text up to 16,777,216 times as long; the limit is 100 .raise it with --limits.growth",
+        ),
+        (
+            {"post_processor": {"type": "TemplateProcessing", "single": [SEQUENCE] * 500, "pair": [], "special_tokens": {}}},
+            "post_processor: makes a text up to 500 times",
+        ),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 1000}}, "normalizer: 1,000 steps, and 100"),
+        ({"pre_tokenizer": SLOW}, "regular expressions .*take too long; .*--limits.pattern-s"),
+        ({"pre_tokenizer": SLOW | {"pattern": {"Regex": "(?:a|a){40}[bc]"}}}, "need too many steps for 10,000 characters"),
+        ({"decoder": {"type": "Strip", "content": "l", "start": 0, "stop": 9}}, "out of"),
+    ],
+)
+def test_steps_of_a_tokenizer_that_do_not_end_are_told_before_they_run(change, told, small, tmp_path, limits):
+    folder = tmp_path / "t"
+    shutil.copytree(small, folder)
+    limits.pattern_s = 1
+    content = json.loads((folder / "tokenizer.json").read_text()) | change
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    found = read(lambda: load_tokenizer(folder), folder, str(folder))
+    assert isinstance(found, Unreadable)
+    assert re.search(told, str(found)), str(found)
+
+
+def test_steps_of_public_tokenizers_are_allowed(small, tmp_path):
+    """Those of Llama 2 and 3, Gemma, T5 and CLIP, in effect."""
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    words += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    bytes_of = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    splits = [{"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}, bytes_of]
+    content = json.loads((small / "tokenizer.json").read_text())
+    for change in (
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, replace]}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, spaces]}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": splits}},
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content | change))
+        assert "<pad>" in vocabulary_of(tmp_path)
+
+
+def test_a_text_that_a_tokenizer_cannot_encode_is_told(small):
+    """A regular expression whose steps grow with the text may pass the trial."""
+    tokenizer = load_tokenizer(small)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?:a|a){40}[bc]"), "isolated")
+    pairs = PreferenceSet([Preference("p", "a" * 100, "r", "1")], DataReport("s", "train", "trl", read=1, kept=1, rows=1))
+    found = outcome(lambda: encode_all(pairs, tokenizer, max_length=64, max_prompt_length=32))
+    assert isinstance(found, Unreadable)
+    assert "the tokenizer: " in str(found)
 
 
 def test_a_tokenizer_with_code_of_its_own_is_sound_and_refused(small, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import plan_layout
 from dpo_jax.dpo import dpo_step
+from dpo_jax.head import head_chunk
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.attention import attend
 from dpo_jax.models.attention_paths import PATHS
@@ -99,7 +100,8 @@ def test_gradients_of_microbatches_are_there_once():
     one, four = (compiled("pythia", remat="full", microbatches=n).memory_analysis() for n in (1, 4))
     gradients = one.argument_size_in_bytes / 2  # parameters and one moment of RMSprop, float32 each
     assert one.temp_size_in_bytes > gradients
-    assert four.temp_size_in_bytes < 1.4 * gradients  # two copies would be 2
+    logits = 2 * 4 * head_chunk(PYTHIA["width"]) * PYTHIA["vocab_size"]  # of a pass through the head, and their gradient
+    assert four.temp_size_in_bytes < 1.2 * gradients + logits  # two copies would be 2
 
 
 @pytest.mark.parametrize("path", ["flash", "cudnn"])

@@ -17,7 +17,7 @@ def name_of(path):
 # First match wins. Modules of one floor may import each other, as far as Python itself allows.
 FLOORS = [
     (1, ["types.py", "extras.py", "untrusted.py", "shapes.py", "writing.py", "locks.py", "loss_table.py"]),
-    (2, ["losses/", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
+    (2, ["losses/", "head.py", "logps.py", "step.py", "sampling.py", "models/", "data/"]),
     (3, ["dpo.py", "sft.py", "reward_model.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),
     (5, ["training/"]),
@@ -211,6 +211,14 @@ def test_no_layer_is_a_drawer():
 def test_rooms_are_small(room):
     files = [name_of(path) for path in (PACKAGE / room).rglob("*.py")]
     assert 0 < len(files) <= 12, f"{len(files)} files in {room}/: split it by what knows what"
+
+
+def test_the_reading_order_is_short():
+    """What `dpo_jax/README.md` names first: the method."""
+    files = [(PACKAGE / name).read_text() for name in ("dpo.py", "logps.py", "step.py")]
+    margin = (PACKAGE / "losses" / "margin.py").read_text()
+    loss = next(one for one in ast.parse(margin).body if getattr(one, "name", "") == "dpo_loss")
+    assert sum(len(text.splitlines()) for text in [*files, ast.get_source_segment(margin, loss)]) <= 500
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

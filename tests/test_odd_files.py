@@ -10,8 +10,10 @@ import pytest
 from mutate import outcome, time_limit
 from test_fuzz_data import ROWS, lines, read
 
-from dpo_jax.data import formats
-from dpo_jax.data.pairs import DataError, Preference
+from dpo_jax.data import formats, sources
+from dpo_jax.data import parquet as parquet_module
+from dpo_jax.data.files import read_rows
+from dpo_jax.data.pairs import DataError, DataReport, Preference
 from dpo_jax.data.snippets import load_snippets
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tfds import PreferenceBuilder, read_tfds, write_tfds
@@ -76,6 +78,55 @@ def test_a_row_that_unpacks_to_more_than_a_line_may_hold_is_one_bad_row(tmp_path
     pq.write_table(pa.table(column), tmp_path / "train.parquet")
     loaded = read(tmp_path, "trl")
     assert (len(loaded), loaded.report.dropped) == (60, {"line_too_long": 1, "wrong_type": 1})
+
+
+def plain(table, path):
+    """Written so that equal texts take no space in the file, and each its own in memory."""
+    pq.write_table(table, path, store_schema=False, dictionary_pagesize_limit=2**30)
+
+
+def test_few_rows_are_unpacked_at_a_time_where_they_are_large(tmp_path, monkeypatch):
+    """A file of 3 kB took 5 GB: its 100 texts of 60 MB are one in the file."""
+    path, sizes = tmp_path / "train.parquet", []
+    original = parquet_module._rows_at_a_time
+
+    def rows_at_a_time(*arguments):
+        sizes.append(original(*arguments))
+        return sizes[-1]
+
+    monkeypatch.setattr(parquet_module, "_rows_at_a_time", rows_at_a_time)
+    monkeypatch.setattr(parquet_module, "_MEMORY", 2**22)
+    for text, rows in (("x" * 2**20, 3), ("x" * 2**24, 1), ("x", 1024)):
+        columns = {"prompt": [text] * 40, "chosen": [" a"] * 40, "rejected": [" b"] * 40}
+        plain(pa.table(columns), path)
+        assert [row["prompt"] == text for _, row in read_rows("train.parquet", path, report=DataReport("", "", ""))] == [
+            True
+        ] * 40
+        assert sizes.pop() in (rows, rows + 1)
+    distinct = {"prompt": [f"{i}" * 2**16 for i in range(100)], "chosen": [" a"] * 100, "rejected": [" b"] * 100}
+    pq.write_table(pa.table(distinct), path, use_dictionary=False)
+    assert len(list(read_rows("train.parquet", path, report=DataReport("", "", "")))) == 100
+    assert sizes == [16]  # all together are larger, and nobody knows which row is
+
+
+def test_a_file_of_which_one_row_may_unpack_to_anything_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(LIMITS, "line_mb", 1)
+    monkeypatch.setattr(parquet_module, "_PLAIN", 2**10)
+    row = {name: value for name, value in ROWS["stack_exchange"].items() if name != "answers"}
+    for count, refused in ((2, False), (60, True)):
+        answers = [{"text": "y" * 2**16, "pm_score": i} for i in range(count)]
+        plain(pa.Table.from_pylist([{**row, "answers": answers}]), tmp_path / "train.parquet")
+        found = outcome(lambda: read(tmp_path, "stack_exchange"), names="train.parquet")
+        assert ("line_too_long: a row of 3,9" in str(found)) == refused
+
+
+def test_a_format_is_detected_by_fewer_rows_where_they_are_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_SAMPLED", 100_000)
+    row = ROWS["trl"]
+    for value in ("x" * 60_000, [[]] * 60_000, [{"a": "x" * 30_000}] * 2):
+        (tmp_path / "train.jsonl").write_bytes(lines(*[{**row, "more": value}] * 60))
+        notes = load_preferences(tmp_path, "train").report.notes
+        assert notes == ["format 'trl': 2 of the first 2 readable rows have its columns"]
 
 
 def test_a_file_of_many_columns_is_read(tmp_path):

@@ -3,15 +3,18 @@
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax.cli.main import main
 from dpo_jax.runtime.compiling import report_compiling
 from dpo_jax.runtime.progress import BOARD, Board, duration, reported
 from dpo_jax.runtime.training_progress import Progress, evaluation_line
+from dpo_jax.untrusted import Unreadable
 
 STEP = {
     "loss": 0.62314,
@@ -33,6 +36,8 @@ EVALUATION = {
     "eval/displacement/chosen": 10.9,
     "eval/displacement/rejected": -28.0,
 }
+
+ROOT = Path(__file__).parent.parent
 
 
 class Clock:
@@ -285,3 +290,33 @@ with progress.reported("waiting"):
         subprocess.run([sys.executable, "-c", code], stderr=file, timeout=60, check=True)
         file.seek(0)
         assert file.readline().startswith("waiting: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "reader", "flags"),
+    [
+        ("judge", "dpo_jax.cli.commands.judge", "read_completions", ["--judge.a", "a", "--judge.b", "b", "--judge.model", "m"]),
+        ("study", "dpo_jax.cli.commands.study", "read_completions", ["--study.a", "a", "--study.b", "b"]),
+        ("sample", "dpo_jax.cli.build", "load_tokenizer", ["--sample.policy", "policy"]),
+        ("dpo", "dpo_jax.data.sources", "peek", ["--check", "--data.source", "files", "--data.path", "data"]),
+        ("audit", "dpo_jax.cli.build", "load_preferences", ["--data.source", "files", "--data.path", "data"]),
+        ("sft", "dpo_jax.cli.build", "load_snippets", ["--data.source", "snippets", "--data.path", "data"]),
+    ],
+)
+def test_whatever_is_read_may_take_long_and_is_named(command, module, reader, flags, monkeypatch, tmp_path, capsys):
+    """Files of others may be of any size: what reads one does so inside of `reported`, which is never silent for 10 s."""
+
+    def read(*arguments, **options):
+        raise Unreadable(f"named: {bool(BOARD._tasks)}")
+
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data", "policy"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text("{}")
+    monkeypatch.setattr(f"{module}.{reader}", read)
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    flags += ["--judge.prompt", "dialogue"] if command == "judge" else []
+    monkeypatch.setattr(sys, "argv", ["dpo-jax"])
+    main([command, str(ROOT / "configs" / "quickstart.yaml"), *flags])
+    printed = capsys.readouterr()
+    assert "named: True" in printed.err + printed.out

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.layout import causal_rows, completion_rows
-from dpo_jax.logps import sequence_logps, token_logps
+from dpo_jax.head import token_logps
+from dpo_jax.logps import sequence_logps
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.sampling import _choose, generate, left_pad

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -288,6 +289,14 @@ def test_a_subset_without_the_split_is_noted(tmp_path):
     write(tmp_path / "helpful-base/train.jsonl.gz", hh_row("q", " a", " b"))
     write(tmp_path / "helpful-online/test.jsonl.gz", hh_row("q", " a", " b"))
     assert "helpful-online/ has no file of split 'train'" in load(tmp_path).report.notes
+
+
+def test_a_pipe_is_told_as_what_it_is(tmp_path):
+    os.mkfifo(tmp_path / "train.jsonl")
+    with pytest.raises(
+        DataError, match=r"train.jsonl: bad_layout: a file or a folder is needed, this is a pipe; write it to a file"
+    ):
+        load(tmp_path / "train.jsonl")
 
 
 def test_one_file_does_not_serve_as_two_splits(tmp_path):

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout, examples_to_rows, plain_rows, ranking_rows
 from dpo_jax.dpo import dpo_step, preference_metrics
-from dpo_jax.logps import CHUNK, completion_lengths, completion_logps, head_chunk, sequence_logps, token_logps
+from dpo_jax.head import CHUNK, head_chunk, token_logps
+from dpo_jax.logps import completion_lengths, completion_logps, sequence_logps
 from dpo_jax.losses import dpo_loss, ipo_loss, plackett_luce_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config

@@ -15,6 +15,7 @@ from dpo_jax.data.pairs import Cause, DataError, Preference
 from dpo_jax.data.snippets import Snippet
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tfds import Article, PreferenceBuilder, read_articles, read_texts, read_tfds, write_tfds
+from dpo_jax.untrusted import Unreadable
 
 TRAIN = [
     Preference("The sky is", " blue.", " grün 🙂.", "a:1"),
@@ -54,6 +55,13 @@ assert len(source) == {len(TRAIN)} and source[2]["sft_target"] == b"C", source[2
 assert "tensorflow" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused(tmp_path):
+    """array_record, in C++, could not open its files."""
+    for work in (lambda path: write_tfds({"train": TRAIN}, path), lambda path: read_tfds(path, "train")):
+        with pytest.raises(Unreadable, match=r"caf.xe9: the name is not UTF-8, .*rename the folder"):
+            work(tmp_path / "caf\udce9")
 
 
 def test_existing_data_are_neither_reused_nor_mixed(folder, tmp_path):

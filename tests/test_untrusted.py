@@ -1,8 +1,10 @@
 """The common ground of all readers of untrusted input: limits, JSON, lines, and one error whatever a library raises."""
 
+import gc
 import io
 import json
 import math
+import random
 
 import pytest
 from mutate import mutants, mutations, outcome
@@ -81,6 +83,36 @@ def test_brackets_in_strings_are_not_depth():
     assert depth_of('{"a": "[[[[\\"[[", "b": [[1]]}') == 3
     assert parse_json(json.dumps({"a": "[" * 500})) == {"a": "[" * 500}
     assert depth_of('"' + '\\"' * 200_000) == 0  # in linear time
+
+
+def test_a_text_of_many_small_values_is_read_without_looking_for_garbage():
+    """Python would look at all of them again and again: 20 million empty arrays took 15 s."""
+    looked = []
+    gc.callbacks.append(lambda phase, info: looked.append(phase))
+    try:
+        found = parse_json('{"a": [' + "[]," * 400_000 + "[]]}")
+    finally:
+        gc.callbacks.pop()
+    assert (len(found["a"]), len(looked) <= 4) == (400_001, True)
+    assert gc.isenabled()
+
+
+def test_depth_is_that_of_the_parsed_value():
+    generator = random.Random(0)
+
+    def value(depth):
+        if depth > 6 or generator.random() < 0.3:
+            return "".join(generator.choice('a"\\[]{}é,\n') for _ in range(generator.randrange(6)))
+        items = [value(depth + 1) for _ in range(generator.randrange(4))]
+        return {str(item): item for item in items} if generator.random() < 0.5 else items
+
+    def depth(found):
+        inside = list(found.values()) if isinstance(found, dict) else found
+        return 1 + max(map(depth, inside), default=0) if isinstance(found, dict | list) else 0
+
+    for _ in range(300):
+        found = value(0)
+        assert depth_of(json.dumps(found, ensure_ascii=False)) == depth(found)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 OPERATIONS = 12  # listed one by one
+TRACEABLE = "--xla_gpu_enable_command_buffer="
+"""The flag of XLA with which a GPU starts each operation by itself: else a trace names only the CUDA graphs that hold them."""
 _NAMED = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{op_name="([^"]*)"', re.MULTILINE)
 
 

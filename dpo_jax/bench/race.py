@@ -17,6 +17,7 @@ from typing import Any
 
 import dpo_jax
 from dpo_jax.bench import gates
+from dpo_jax.bench.profile import TRACEABLE
 from dpo_jax.bench.work import CONTENDERS, LIBRARIES, SAMPLERS, SamplingWork, Work, library
 from dpo_jax.runtime.progress import reported
 
@@ -87,6 +88,8 @@ def run_one(
         "HF_HUB_OFFLINE": "1",  # the model is a local folder; nothing is to be fetched or reported while a clock runs
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if trace is not None:
+        environment["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), TRACEABLE]))
     command = [python, "-m", "dpo_jax.bench.contender", work.folder, name, str(steps), repr(time.time()), str(out)]
     said = reported(f"{name}, round {round_number + 1}", brief=True)
     with open(log, "wb") as output, _stopped_by_signals(), said, _Neighbours() as neighbours:

@@ -19,7 +19,8 @@ from dpo_jax.checks.report import Result, Row
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
 from dpo_jax.dpo import dpo_step, preference_metrics
-from dpo_jax.logps import completion_logps, token_logps
+from dpo_jax.head import token_logps
+from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.attention_paths import CHUNKED, attention_path
 from dpo_jax.models.checkpoint_stream import path_of

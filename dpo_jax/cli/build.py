@@ -159,7 +159,8 @@ def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]
         with reported(f"reading the {split} split"):
             texts = read_texts(data.path, data.train_split if split == "train" else data.test_split)
     else:
-        texts = snippets_of(load_snippets(data.path), "policy" if split == "train" else "test")
+        with reported("reading the snippets"):
+            texts = snippets_of(load_snippets(data.path), "policy" if split == "train" else "test")
     return texts[: data.max_train if split == "train" else data.max_test]
 
 
@@ -215,7 +216,7 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     """
     for path, option in ((config.tokenizer.path, "tokenizer.path"), (model_path, name)):
         if path is not None:
-            with naming_option(option, path):
+            with naming_option(option, path), reported("loading the tokenizer"):
                 return _with_bos_token(config, at_date(load_tokenizer(_existing(config, path, option)), date_of(config)))
     if config.data.source in TEXT_SOURCES:
         texts = [snippet.text for snippet in load_texts(config, "train")]

@@ -134,7 +134,8 @@ def true_reward(config: Config) -> Reward:
     if not has_true_reward(config):
         raise ConfigError("frontier.reward: linear is fitted on labelled texts: it needs data.source snippets")
     assert config.data.path is not None  # checked with the configuration
-    every = load_snippets(config.data.path)
+    with reported("reading the snippets"):
+        every = load_snippets(config.data.path)
     learnt, judged = snippets_of(every, "reward"), snippets_of(every, "test")
     try:
         with reported("fitting the linear reward"):

@@ -12,6 +12,7 @@ import numpy as np
 from dpo_jax.data.encode import Bos, Encoded, EosInText, Truncation, encode
 from dpo_jax.data.layout import Completion
 from dpo_jax.data.pairs import BadRow, Cause, DataReport, OnBad, Preference, PreferenceSet, Triage
+from dpo_jax.untrusted import reading
 
 
 class EncodedSet(Sequence[Encoded]):
@@ -123,7 +124,8 @@ class _Remembering:
             below = tokenizer.backend_tokenizer
 
             def plain(text: str) -> Any:
-                return {"input_ids": below.encode(text, add_special_tokens=False).ids}
+                with reading("the tokenizer", remedy="it cannot encode a text of the data; take another one"):
+                    return {"input_ids": below.encode(text, add_special_tokens=False).ids}
         else:
             plain = functools.partial(tokenizer, add_special_tokens=False)
         self._plain = functools.lru_cache(maxsize=8)(plain)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +34,8 @@ from dpo_jax.data.splits import find_files
 from dpo_jax.data.tfds_folder import tfds_folders
 
 __all__ = ["PreferenceSet", "load_preferences", "peek"]
+
+_SAMPLED = 2**24  # characters of the rows by which a format is detected
 
 
 def load_preferences(
@@ -130,8 +132,26 @@ def _refuse_columns(where: str, names: Iterable[str], report: DataReport) -> NoR
     refuse(Cause.MISSING_COLUMN, where, f"{what} the columns {shown_names(names)}; {remedy}")
 
 
+def _size(row: Row, enough: int) -> int:
+    """About how many characters and values a row holds. Counting ends beyond `enough`."""
+    found, stack = 0, [row]
+    while stack and found <= enough:
+        values = stack.pop()
+        found += len(values)
+        if found <= enough:
+            inside = values.values() if isinstance(values, Mapping) else () if isinstance(values, str) else values
+            stack += [value for value in inside if isinstance(value, str | list | Mapping)]
+    return found
+
+
 def _detect(rows: Iterator[tuple[str, Row]], report: DataReport) -> Iterator[tuple[str, Row]]:
-    sample = list(itertools.islice(rows, 100))
+    """`rows`, with the format that most of the first 100 fit in the report: fewer where they are large, as all are kept."""
+    size = 0
+    sample: list[tuple[str, Row]] = []
+    for where, row in itertools.islice(rows, 100):
+        sample.append((where, row))
+        if (size := size + _size(row, _SAMPLED)) > _SAMPLED:
+            break
     votes = collections.Counter(name for _, row in sample if (name := detect_format(row)))
     if sample and not votes:
         where, row = sample[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dpo_jax.data.files import SUFFIXES
 from dpo_jax.data.pairs import Cause, DataReport, readable_name, refuse
+from dpo_jax.untrusted import special_kind
 
 _LISTED = 12  # names in a message
 # "train-00000-of-00002", and as older versions of `datasets` pushed it to the Hub, "train-00000-of-00002-b21d99e2a8d3e3b0".
@@ -30,6 +31,10 @@ def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tu
             refuse(Cause.BAD_LAYOUT, source, f"one file holds one split, and its name does not say {split!r}; give a folder")
         _stem(source)
         return [(readable_name(source.name), source)]
+    if source.exists() and not source.is_dir():
+        refuse(
+            Cause.BAD_LAYOUT, source, f"a file or a folder is needed, this is {special_kind(source)}; write it to a file first"
+        )
     if not source.is_dir():
         refuse(Cause.BAD_LAYOUT, source, f"no such file or folder{_of_the_hub(source)}")
     layouts = _layouts(source, split)

@@ -10,26 +10,35 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
+# Default_Ignorable_Code_Point (DerivedCoreProperties.txt of Unicode 14), which a font shows as nothing: soft hyphen, joiners,
+# fillers of Hangul and Khmer, direction marks, controls of shorthand and music, tags, and what is kept for more of them. Left
+# out are those that may follow a letter: joiners (200C, 200D) and variants (180B-F, FE00-F, E0100-EF).
+_IGNORABLE = (
+    r"\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufff8"
+    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e00ff\U000e01f0-\U000e0fff"
+)
+# C0, DEL, C1; line separators; annotations, what is no character; halves of a pair of UTF-16, which also stand for bytes of
+# file names that are not UTF-8.
+_CONTROLS = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ufff9-\ufffb\ufffe\uffff\ud800-\udfff"
 HIDDEN = re.compile(
     # Flags of England, Scotland and Wales, spelled in tags. Group 1: what stays.
     "(\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f)"
-    # C0, DEL, C1; soft hyphen, direction marks, no width; line separators and bidi controls; byte order mark, annotations,
-    # what is no character; halves of a pair of UTF-16, which also stand for bytes of file names that are not UTF-8; tags.
-    r"|[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff"
-    r"\ud800-\udfff\U000e0000-\U000e007f]"
+    rf"|[{_CONTROLS}{_IGNORABLE}]"
     # Joiners that join nothing: those of emoji and of Arabic, Persian or Indic letters stay.
     r"|(?<![\u0590-\u1cff\u2190-\u2bff\u2e80-\ud7ff\ufb1d-\ufdff\ufe0f\ufe70-\ufefc\U00010000-\U000dffff])[\u200c\u200d]"
-    # Variants of what is no ideograph.
-    r"|(?<![\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])[\U000e0100-\U000e01ef]"
+    # Variants of what has none (StandardizedVariants.txt, emoji-variation-sequences.txt): symbols, emoji, ideographs and some
+    # letters of Asia have, digits before the frame of a key, and Mongolian letters.
+    r"|(?<![\xa9\xae\u1000-\u109f\u2010-\u2027\u2030-\u205e\u2070-\u2bff\u2e80-\u3130\u3190-\u9fff\ua840-\uaa7f\uf900-\ufaff"
+    r"\uff01-\uff60\U00010ac0-\U00010aff\U0001f000-\U0003ffff])"
+    r"(?!(?<=[#*0-9])\ufe0f\u20e3)[\ufe00-\ufe0f]"
+    r"|(?<![\u1807\u180a\u1820-\u18aa])[\u180b-\u180d\u180f]"
+    r"|(?<![\u2e80-\u3130\u3190-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])[\U000e0100-\U000e01ef]"
 )
 # Most texts hold none of these, and are done with in a tenth of the time.
-_SUSPECT = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff"
-    r"\ud800-\udfff\U000e0000-\U000e01ef]"
-)
+_SUSPECT = re.compile(rf"[{_CONTROLS}{_IGNORABLE}\u180b-\u180f\u200c\u200d\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 
 
 def printable(text: str, *, keep: str = "\n\t") -> str:
@@ -43,7 +52,13 @@ def printable(text: str, *, keep: str = "\n\t") -> str:
         stays = found[1] or found[0] in keep
         return found[0] if stays else found[0].encode("unicode_escape", "surrogatepass").decode("ascii")
 
-    return HIDDEN.sub(escape, text) if _SUSPECT.search(text) else text
+    return _written_out(text, escape) if _SUSPECT.search(text) else text
+
+
+def _written_out(text: str, escape: Callable[[re.Match[str]], str]) -> str:
+    while (shown := HIDDEN.sub(escape, text)) != text:
+        text = shown  # what followed a character that is written out now may be nothing that follows a letter
+    return shown
 
 
 def one_line(text: str) -> str:
@@ -63,7 +78,7 @@ def json_text(content: Any, *, indent: int | None = None) -> str:
         return "".join(f"\\u{units[start : start + 4]}" for start in range(0, len(units), 4))
 
     text = json.dumps(content, ensure_ascii=False, indent=indent)
-    return HIDDEN.sub(escape, text) if _SUSPECT.search(text) else text
+    return _written_out(text, escape) if _SUSPECT.search(text) else text
 
 
 def csv_cell(value: Any) -> Any:

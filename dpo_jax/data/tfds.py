@@ -34,7 +34,7 @@ from dpo_jax.data.pairs import (
 )
 from dpo_jax.data.snippets import Snippet
 from dpo_jax.data.tfds_folder import check_folder, find_tfds
-from dpo_jax.untrusted import reading
+from dpo_jax.untrusted import check_name, reading
 from dpo_jax.writing import naming
 
 _TEXTS = ("prompt", "chosen", "rejected", "uid", "sft_target")
@@ -80,8 +80,10 @@ def write_tfds(
 ) -> Path:
     """Writes `{split: preferences}` under `data_dir/name/1.0.0` and returns that folder, after reading every record back.
 
-    Raises `DataError` if a preference would be refused on reading, and `FileExistsError` rather than mixing in or reusing data.
+    Raises `DataError` if a preference would be refused on reading, and `FileExistsError` rather than mixing in or reusing data;
+    `Unreadable` for a folder whose name is not UTF-8.
     """
+    check_name(data_dir)
     for split, preferences in preferences_by_split.items():
         triage = Triage(DataReport(source=name, split=split, read=len(preferences)), on_bad="refuse")
         kept = sum(_accept(triage, row.uid, row) for row in preferences)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.data.pairs import Cause, DataError, refuse
-from dpo_jax.untrusted import Unreadable, read_object, reading
+from dpo_jax.untrusted import Unreadable, check_name, read_object, reading
 
 _INFO, _FEATURES, _METADATA = "dataset_info.json", "features.json", "metadata.json"
 _CLASSES = "tensorflow_datasets.core.features."
@@ -23,7 +23,8 @@ def tfds_folders(source: Path) -> list[Path]:
 
 
 def find_tfds(source: Path) -> Path:
-    """The one tfds data set at or below `source`. Raises `DataError` if there is none, or another."""
+    """The one tfds data set at or below `source`. Raises `DataError` if there is none, or another; `Unreadable` for a name."""
+    check_name(source)
     folders = tfds_folders(source)
     if len(folders) != 1:
         found = ", ".join(map(str, folders[:12])) or "none"

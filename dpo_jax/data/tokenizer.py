@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dpo_jax.data.tokenizer_steps import check_steps
 from dpo_jax.models.folder import refuse_adapter
 from dpo_jax.untrusted import LIMITS, Unreadable, check_name, read_object, reading
 from dpo_jax.writing import naming, write_text
@@ -112,7 +113,8 @@ def _as_written(tokenizer: Any, written: Tokenizer | None, path: str | Path) -> 
 
 
 def _read(file: str) -> Tokenizer:
-    """A `tokenizer.json`. Raises where two tokens have one id, and for an id to which the library would count for minutes."""
+    """A `tokenizer.json`. Raises where two tokens have one id, and for steps and ids with which the library takes minutes."""
+    check_steps(file)
     tokenizer = Tokenizer.from_file(file)
     vocabulary = tokenizer.get_vocab()
     if vocabulary and (largest := max(vocabulary.values())) > LARGEST_ID:
@@ -137,6 +139,8 @@ def _try(tokenizer: PreTrainedTokenizerFast) -> None:
     _check_distinct(tokenizer.get_vocab())  # added tokens are numbered from the number of tokens on, whatever ids these have
     for special in (True, False):
         tokenizer.decode(tokenizer("Hello, world", add_special_tokens=special)["input_ids"])
+    shortest = min(tokenizer.get_vocab().items(), key=lambda item: len(item[0]), default=("", 0))[1]
+    tokenizer.decode([shortest, shortest])  # a decoder may take off more characters than it has
     if not all(isinstance(token, str) for token in special_tokens(tokenizer)):
         raise ValueError("a special token is no text")
     for name in ("eos_token", "bos_token", "pad_token"):

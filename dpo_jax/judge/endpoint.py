@@ -167,9 +167,14 @@ async def _body(response: Any) -> bytes:
     async for chunk in response.aiter_raw():
         arrived += len(chunk)
         try:
-            body += chunk if unzip is None else unzip.decompress(chunk, most + 1 - len(body))
+            while unzip is not None and chunk:
+                if unzip.eof:  # another member follows (RFC 1952, 2.2)
+                    unzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
+                body += unzip.decompress(chunk, most + 1 - len(body))
+                chunk = unzip.unused_data if len(body) <= most else b""
         except zlib.error:
             raise Unreadable("reply with damaged gzip") from None
+        body += chunk
         if max(arrived, len(body)) > most:
             raise Unreadable(f"reply too large; {LIMITS.remedy('reply_kb')}")
     if unzip is not None and not unzip.eof:  # its checksum comes last

@@ -1,7 +1,7 @@
 """Attention on GPUs: our flash kernels, which `auto` takes, and cuDNN's, which skip no block.
 
-Both have been compiled for an H100 and checked on a CPU (flash in Pallas' interpreter). They have not been run on a GPU yet:
-`python -m dpo_jax.check` compares them with the dense path there.
+`python -m dpo_jax.check` compares both with the dense path. So do tests in the interpreter of Pallas, and
+those marked `plan` compile them for GPUs that are not there.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dpo_jax.logps import head_chunk
+from dpo_jax.head import head_chunk
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.flops import PairFlops, layer_weights, layer_widths
 from dpo_jax.runtime.chips import Chip

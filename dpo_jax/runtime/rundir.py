@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import fcntl
 import importlib.metadata
 import math
@@ -11,7 +12,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ PACKAGES = (
 PACKAGE = Path(__file__).parent.parent
 
 
+OUTPUTS = (
+    *("config.yaml", "data_report.json", "finished.json", "metrics.jsonl", "resumes.jsonl", "README.md", "tensorboard"),
+    *("checkpoints", "export", "plots", "policy", "report.json", "result.json", "results.json", "results.jsonl", "results.csv"),
+    *("summary.json", "samples.jsonl", "rewards.jsonl", "reliability.png", "displacement.png", "pairs.jsonl", "win_rates.csv"),
+    *("win_rates.png", "verdicts.jsonl", "study.html", "key.json", "agreement.json", "train.jsonl", "test.jsonl"),
+    *("optimum.json", "optimum.png", "frontier.png", "race.png", "sampling.json", "reward_model", "runs"),
+)
+"""What runs write into their folders."""
+
+
 class RunLocked(RuntimeError):
     """Another live process writes to this run directory."""
 
@@ -41,12 +52,15 @@ class RunLocked(RuntimeError):
 class RunDir:
     """Creates `path` and holds its lock until `close`, the end of the `with` block, or the end of the process, however it dies.
 
-    Raises RunLocked, naming the other process, while another one holds the lock. With `lock=False` it only names things: for
-    the hosts that share the run of another.
+    Raises RunLocked, naming the other process, while another one holds the lock, and FileExistsError for a folder that no run
+    has made, but that holds a file of a name in `writes`, which a run would replace. With `lock=False` it only names things:
+    for the hosts that share the run of another.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, lock: bool = True):
+    def __init__(self, path: str | os.PathLike[str], *, lock: bool = True, writes: Sequence[str] = OUTPUTS):
         self.path = Path(path)
+        if lock:
+            _refuse_foreign(self.path, writes)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _acquire(self.path / "run.lock") if lock else None
 
@@ -72,6 +86,14 @@ class RunDir:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _refuse_foreign(path: Path, writes: Sequence[str]) -> None:
+    if any(os.path.lexists(path / mark) for mark in ("run.lock", "env.json")):
+        return
+    if foreign := [path / name for name in writes if os.path.lexists(path / name)]:
+        words = "is there already, in a folder that no run has made; move it away, or choose another folder"
+        raise FileExistsError(errno.EEXIST, words, str(foreign[0]))
 
 
 def check_unlocked(path: str | os.PathLike[str]) -> None:

@@ -16,6 +16,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli.commands.agree_files import judge_files, key_file, rating_files
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.data.pairs import Cause, DataError
+from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import write_json
 from dpo_jax.study.agreement import Estimate, table_2
 from dpo_jax.study.agreement_table import INTERVALS, table_rows
@@ -31,13 +32,15 @@ def run(config: Config) -> int:
     jax.config.update("jax_platforms", "cpu")  # a training may hold the chips
     saved, records = rating_files(config)
     file = key_file(config, needed=bool(saved))
-    key = read_key(file) if file else None
-    raters = read_raters(saved, key=key) if key else []
-    judgments = [judgment for file in raters for judgment in file.judgments]
-    judgments += [judgment for path in records for judgment in read_records(path, key=key)]
+    with reported("reading the ratings"):
+        key = read_key(file) if file else None
+        raters = read_raters(saved, key=key) if key else []
+        judgments = [judgment for file in raters for judgment in file.judgments]
+        judgments += [judgment for path in records for judgment in read_records(path, key=key)]
     if not judgments:
         raise ConfigError("agree.ratings: the files hold no rating yet")
-    judges, left_out = _verdicts(config, key)
+    with reported("reading the verdicts"):
+        judges, left_out = _verdicts(config, key)
     table = table_2(judgments, {name: verdicts.winners for name, verdicts in judges.items()}, seed=config.run.seed)
     names = key.names if key else {"a": "a", "b": "b"}
     column = {"study": key.study if key else None, "names": names, **plain(table)}

@@ -50,12 +50,15 @@ def run(config: Config) -> int:
         raise ConfigError(f"judge: needs the package httpx2: {install_command('judge')}")
     section, key = config.judge, _key(config)
     jax.config.update("jax_platforms", "cpu")  # judging computes nothing, and may run beside a training that holds the chips
-    paired = pair_up(_policies(config), _baseline(config), limit=section.limit)
+    with reported("reading the completions"):
+        paired = pair_up(_policies(config), _baseline(config), limit=section.limit)
     asked = [_questions(config, pair) for pair in paired.pairs]
     questions = [question for both in asked for question in both]
     settings = {name: getattr(section, name) for name in SETTINGS} | ({"seed": config.run.seed} if section.one_order else {})
     with RunDir(config.judge_out()) as run_dir:
-        with VerdictLog(run_dir.path / "verdicts.jsonl", settings) as log:
+        with reported("reading the verdicts"):
+            log = VerdictLog(run_dir.path / "verdicts.jsonl", settings)
+        with log:
             _refuse_foreign(config, paired.pairs, questions, log)
             build.describe(run_dir, config)
             _announce(paired, questions, log)

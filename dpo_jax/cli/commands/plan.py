@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import jax
 
 from dpo_jax.cli import build
-from dpo_jax.cli.config import Config
+from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.plan.one import plan
 from dpo_jax.cli.plan.report import print_ranking, report
 from dpo_jax.cli.plan.search import nearest, scale, sweep
 from dpo_jax.runtime.chips import slice_devices, slice_of
 from dpo_jax.runtime.rundir import write_json
+from dpo_jax.untrusted import Unreadable, read_object
 
 __all__ = ["plan", "report", "run"]
 
@@ -22,6 +24,8 @@ def run(config: Config) -> int:
     topology = config.plan.topology
     assert topology is not None  # checked with the configuration
     chip, chips = slice_of(topology)
+    out = Path(config.plan.json or f"{config.run.dir}/plan/plan.json")
+    _refuse_foreign(out)
     _, source = build.model_without_weights(config, platform=chip.platform)
     slice_devices(topology)
     print(
@@ -38,8 +42,17 @@ def run(config: Config) -> int:
         plans += nearest(config, topology)
     if config.plan.scale:
         plans += scale(config, topology)
-    out = Path(config.plan.json or f"{config.run.dir}/plan/plan.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {"plans": [one.to_json() for one in plans]})
     print(f"figures: {out}")
     return 0 if plans[0].step.fits or config.plan.sweep else 2
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Raises `ConfigError` for a file that holds no plans."""
+    if not out.is_file():
+        return
+    with contextlib.suppress(Unreadable):
+        if "plans" in read_object(out):
+            return
+    raise ConfigError(f"plan.json: {out} is there already, and holds no plans of dpo-jax: move it away, or name another file")

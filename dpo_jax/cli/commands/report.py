@@ -42,7 +42,7 @@ def run(config: Config) -> int:
     runs = _read(section.folders())
     out = Path(section.out) if section.out else runs[0].path / "report"
     earlier_images(out)  # refused before anything is written
-    with RunDir(out), tempfile.TemporaryDirectory() as drawn, reported("drawing the page"):
+    with RunDir(out, writes=()), tempfile.TemporaryDirectory() as drawn, reported("drawing the page"):
         page = _page(runs, Path(drawn), samples=section.samples, digests=section.digests)
         write_page(out, page)
     told = [block for block in page.sections[0].blocks if isinstance(block, Notice) and block.level != "fine"]

@@ -21,6 +21,7 @@ from dpo_jax.data.terminal import json_text, printable, raw
 from dpo_jax.evals.completions import Completer
 from dpo_jax.evals.reward_functions import Reward, exact_reviews
 from dpo_jax.runtime.hosts import is_first
+from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Variables
 from dpo_jax.writing import write_text
 
@@ -30,7 +31,8 @@ def run(config: Config) -> int:
     refuse_other_lines(section.out)
     path = config.sample_policy()
     tokenizer = build.tokenizer_of(config, model_path=path, name="sample.policy")
-    given = _prompts(config, path, tokenizer)
+    with reported("reading the prompts"):
+        given = _prompts(config, path, tokenizer)
     texts = [prompt.text for prompt in given]
     model = build.policy_model(config, path, tokenizer, name="sample.policy")
     partitioner = build.make_partitioner(config, model)

@@ -14,6 +14,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.data.completion_files import read_completions
 from dpo_jax.data.pairs import DataReport
+from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import write_json
 from dpo_jax.study.page import WORDINGS, Comparison, draw, join, make_study, one_each, render
 from dpo_jax.study.ratings import sealed
@@ -25,7 +26,8 @@ def run(config: Config) -> int:
     section = config.study
     jax.config.update("jax_platforms", "cpu")  # a training may hold the chips
     with build.open_run(config, "study") as run_dir:
-        comparisons, report = _comparisons(config)
+        with reported("reading the completions"):
+            comparisons, report = _comparisons(config)
         wording = WORDINGS[section.task]
         study = make_study(
             comparisons,

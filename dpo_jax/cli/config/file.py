@@ -145,9 +145,6 @@ class _Reader:
     def value(self, node: yaml.Node, hint: Any, name: str) -> Any:
         choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
         if isinstance(node, yaml.ScalarNode):
-            if bad := re.search(r"[\0\ud800-\udc7f\udd00-\udfff]", node.value):  # the others are bytes of a name
-                kind = "a NUL" if bad[0] == "\0" else "half a surrogate pair"
-                self.fail(node, f"{name}: the text holds {kind}, which no path or name can")
             if node.value == "None" and node.style is None:
                 self.fail(node, f'{name}: YAML writes none as null, and None is text; write null (or quote a real "None")')
             for choice in choices:

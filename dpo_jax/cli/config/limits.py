@@ -26,6 +26,10 @@ class LimitsConfig:
     """Seconds that a chat template may take for one conversation."""
     template_mb: int = 1024
     """MB of memory that a chat template may take for one conversation."""
+    growth: int = 100
+    """How many times as long a tokenizer's normalizer, pre-tokenizer, post-processor or decoder may make a text."""
+    pattern_s: int = 5
+    """Seconds that the regular expressions of a tokenizer may take for some texts of 10,000 characters."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         for name, value in dataclasses.asdict(self).items():

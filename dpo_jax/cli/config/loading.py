@@ -54,11 +54,36 @@ def check(
         raise ConfigError("\n".join(f"{places.get(field, '')}{field}: {message}" for field, message in found))
 
 
+_NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
+_BYTES = re.compile(r"[\udc80-\udcff]")  # of a file name that is not UTF-8, as Python writes them (PEP 383)
+_FILES = frozenset(
+    (
+        *("run.dir", "run.checkpoints", "data.path", "tokenizer.path", "model.path", "refs.cache", "dpo.policy"),
+        *("dpo.reference", "eval.policy", "eval.reference", "eval.rewards_out", "sample.policy", "sample.prompts_file"),
+        *("sample.reward_model", "sample.out", "export.checkpoint", "export.out", "prepare.out", "bench.torch_python"),
+        *("plan.json", "frontier.classifier", "ppo.reward_model", "judge.a", "judge.b", "judge.out"),
+        *("study.a", "study.b", "agree.key", "agree.ratings", "agree.judge", "agree.beside", "report.runs", "report.out"),
+    )
+)
+"""Options that name files: their names are bytes, and need not be UTF-8. All other texts are characters."""
+
+
+def _not_text(option: str, value: str) -> str | None:
+    """What is wrong with the characters of a text; None if nothing is."""
+    bad = _NO_TEXT.search(_BYTES.sub("", value) if option in _FILES else value)
+    if bad is None:
+        return None
+    kind = "a NUL" if bad[0] == "\0" else "a byte that is not UTF-8" if _BYTES.match(bad[0]) else "half a surrogate pair"
+    return f"the text holds {kind}, which no {'path' if option in _FILES else 'name'} can; write it in whole characters"
+
+
 def problems(config: Config) -> list[Problem]:
     """Every value out of range, as (dotted field, what is wrong)."""
     found = []
     for section, name in ((getattr(config, field.name), field.name) for field in dataclasses.fields(config)):
         for field, value in vars(section).items():
+            if isinstance(value, str) and (message := _not_text(f"{name}.{field}", value)):
+                found.append((f"{name}.{field}", message))
             if isinstance(value, str) and _HOME.match(value) and os.path.expanduser(value) == value:
                 found.append((f"{name}.{field}", f"{value}: no such home folder is known here; write the whole path"))
         numbers = [field for field in types_of(type(section)) if isinstance(getattr(section, field), float)]

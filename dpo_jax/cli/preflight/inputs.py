@@ -12,6 +12,7 @@ from dpo_jax.cli import model_folders
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.preflight.scope import Scope
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.runtime.progress import reported
 from dpo_jax.untrusted import Unreadable
 
 LINES_BYTES = 64 * 2**20  # files of more than this are not read only to count their rows
@@ -96,7 +97,8 @@ def data(*splits: str, preferences: bool = False) -> Callable[[Check], None]:
         made_by = {"label": "label", "tfds": "prepare"}.get(Path(data.path).name)
         if check.unseen("data", data.path, made_by):
             return
-        told = [_split(check, data.path, split) for split in splits]
+        with reported("looking at the data"):
+            told = [_split(check, data.path, split) for split in splits]
         check.tell("data", f"{data.path}: {', '.join(told)}")
 
     return look

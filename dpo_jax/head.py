@@ -1,0 +1,123 @@
+"""The head of the model: log-probabilities of tokens from hidden states, some positions at a time."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.models.axes import parts_of
+from dpo_jax.types import ROW_AXES, Array, Model, Variables
+
+CHUNK = 1024  # scored tokens of a device per pass through the head, at least; see `token_logps`
+
+Read = Callable[[jax.Array, jax.Array], jax.Array]
+"""(logits float32[..., V], target int32[...]) -> float32[...]: a number of each scored token."""
+
+
+def log_probability(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """log pi of the token `target`."""
+    return jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+
+
+def aligned_log_probability(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """log pi of the token `target` less that of a token of the policy's own: log sum_v pi(v)^2 (WPO, Zhou et al. 2024)."""
+    own = jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
+    return log_probability(logits, target) - own
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def token_logps(
+    model: Model,
+    variables: Variables,
+    hidden: Array,
+    target: Array,
+    *,
+    used: Array | None = None,
+    chunk: int | None = None,
+    read: Read = log_probability,
+) -> jax.Array:
+    """log-probability of `target[R, S]` given `hidden[R, S, D]`: float32[R, S]. Where `used[R, S]` is false, it means nothing.
+
+    `read` may take another number from the logits.
+
+    The head runs over at most `chunk` positions of each device at a time: first those that are used, and on one device no chunk
+    in which none is. By default these are `CHUNK`, or D where that is more: each pass reads the head's weights and adds to
+    their gradient, V x D numbers, and so does most of its work on its chunk x V logits.
+
+    With several chunks the backward pass computes the logits again instead of keeping them: no buffer of all positions times
+    the vocabulary exists in either direction.
+    """
+
+    def score(hidden: jax.Array, target: jax.Array) -> jax.Array:
+        # Whatever the model computes in: a reward is a small difference of large sums.
+        return read(at_least_float32(model.unembed(variables, hidden)), target)
+
+    chunk = chunk or head_chunk(hidden.shape[-1])
+    rows, scored = target.shape
+    parts = math.gcd(rows, parts_of(ROW_AXES))  # each device sorts its own
+    each = rows // parts * scored
+    count = -(-each // chunk)
+    if count == 1:
+        return score(jnp.asarray(hidden), jnp.asarray(target))
+    width = min(chunk, -(-each // count // 64) * 64)  # a CPU multiplies matrices of odd sizes a third slower
+    used = jnp.ones(target.shape, bool) if used is None else jnp.asarray(used)
+    order = jnp.argsort(~used.reshape(parts, each), axis=1)
+
+    def split(x: Array) -> jax.Array:
+        """[R, S, ...] to [count, parts, width, ...], what is used first."""
+        x = jnp.asarray(x).reshape(parts, each, *x.shape[2:])
+        x = jnp.take_along_axis(x, order.reshape(parts, each, *(1 for _ in x.shape[2:])), axis=1)
+        x = jnp.pad(x, [(0, 0), (0, count * width - each)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(parts, count, width, *x.shape[2:]), 1, 0)
+
+    chunks = (split(hidden), split(target), split(used))
+    if parts == 1:
+        score_chunk = _where_used(score, *(chunk[0] for chunk in chunks[:2]))
+    else:
+        # A chunk is rarely unused on all devices, and inside a condition the head's gradient would be summed chunk by chunk.
+        score_chunk = lambda hidden, target, _: jax.checkpoint(score)(hidden, target)  # noqa: E731
+    logps = jnp.moveaxis(jax.lax.map(lambda chunk: score_chunk(*chunk), chunks), 0, 1)
+    logps = logps.reshape(parts, count * width)[:, :each]
+    return jnp.take_along_axis(logps, jnp.argsort(order, axis=1), axis=1).reshape(rows, scored)
+
+
+def head_chunk(width: int) -> int:
+    """Scored tokens of a device per pass through the head, where nobody says otherwise. `width` is D."""
+    return max(CHUNK, width)
+
+
+def _where_used(score: Callable[..., jax.Array], *example: jax.Array) -> Callable[..., jax.Array]:
+    """`score(hidden, target)` as a function of `(hidden, target, used)` that computes nothing where nothing is used.
+
+    The backward pass is written out, because what `jax.grad` makes of a condition keeps a copy of the head for each chunk. The
+    gradient of a matrix leaves the condition in the type of `hidden`, which is the type of a product with `hidden`: a float32
+    copy of it would be the largest buffer of a step.
+    """
+    score, weights = jax.closure_convert(score, *example)
+    scores = jax.eval_shape(score, *example, *weights)
+
+    @jax.custom_vjp
+    def score_chunk(weights: list[jax.Array], hidden: jax.Array, target: jax.Array, used: jax.Array) -> jax.Array:
+        return jax.lax.cond(used.any(), lambda: score(hidden, target, *weights), lambda: jnp.zeros_like(scores))
+
+    def backward(inputs: Any, d_logps: jax.Array) -> tuple[Any, ...]:
+        weights, hidden, target, used = inputs
+
+        def gradients() -> Any:
+            found = jax.vjp(lambda weights, hidden: score(hidden, target, *weights), weights, hidden)[1](d_logps)
+            return jax.tree.map(lambda d: d.astype(hidden.dtype) if d.ndim > 1 else d, found)
+
+        shapes = jax.eval_shape(gradients)
+        found = jax.lax.cond(used.any(), gradients, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+        return *jax.tree.map(lambda d, like: d.astype(like.dtype), found, (weights, hidden)), None, None
+
+    score_chunk.defvjp(lambda *inputs: (score_chunk(*inputs), inputs), backward)
+    return functools.partial(score_chunk, weights)
