@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -34,6 +35,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
+STARTED = time.monotonic()
 
 
 def xla_flags(devices):
@@ -57,7 +59,19 @@ def pytest_configure():
     gc.set_threshold(50_000, 20, 20)  # tracing makes many objects: a sixth of its time would go into looking for garbage
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--within", type=float, help="skip what has not begun after so many seconds; files in the order given")
+
+
+def pytest_runtest_setup(item):
+    within = item.config.getoption("--within")
+    if within is not None and time.monotonic() - STARTED > within:
+        pytest.skip("no time left")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--within") is not None:
+        return
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 

@@ -9,7 +9,10 @@ from conftest import GOLDEN
 from test_sources import FINE, SHP_ROW, TLDR_ROW, hh_row, load, turn, write
 from test_sources import tokenizer as tokenizer
 
+from dpo_jax.cli.config import DataConfig, help_text
+from dpo_jax.data import format_table
 from dpo_jax.data.chat import chat_preference
+from dpo_jax.data.format_table import FORMATS, detect_format
 from dpo_jax.data.formats import common_prompt
 from dpo_jax.data.html import strip_html
 from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, split_hh
@@ -33,6 +36,39 @@ def test_formats_are_recognised_by_their_columns(tmp_path):
         load(tmp_path, format="csv")
     with pytest.raises(ValueError, match="on_bad"):
         load(tmp_path, on_bad="ignore")
+
+
+def test_the_table_of_formats_is_that_of_the_readme():
+    assert format_table.markdown() in (GOLDEN.parent.parent / "dpo_jax/data/README.md").read_text(encoding="utf-8")
+    assert all(name in help_text(DataConfig, "format") for name in FORMATS)
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
+def test_the_table_of_formats_is_true(format, tmp_path, tokenizer):
+    """The example is recognised and gives a pair; each column that the table calls needed is, and the others are not."""
+
+    def without(row, column):
+        outer, _, inner = column.partition(".")
+        if not inner:
+            return {name: value for name, value in row.items() if name != outer}
+        parts = row[outer]
+        cut = [without(part, inner) for part in parts] if isinstance(parts, list) else without(parts, inner)
+        return row | {outer: cut}
+
+    assert detect_format(format.example) == format.name
+    pairs = load(write(tmp_path / "train.jsonl", format.example), tokenizer=tokenizer)
+    assert (pairs.report.format, len(pairs)) == (format.name, 1)
+    for name, column in format.reads.items():
+        rows = [("row", without(format.example, name))]
+        _, found = next(iter(format.candidates(rows, tokenizer=tokenizer)))
+        missing = isinstance(found, BadRow) and found.cause == Cause.MISSING_COLUMN
+        assert missing == column.needed, (name, found)
+
+
+def test_columns_of_another_format_are_answered_with_those_it_needs(tmp_path):
+    pq.write_table(pa.Table.from_pylist([{"instruction": "a"}]), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"none of the columns 'instruction'; it needs history, human_ref_A, .*score_B; if"):
+        load(tmp_path, format="shp")
 
 
 def test_hh(tmp_path):
@@ -71,6 +107,16 @@ def test_trl_chat_with_explicit_and_implicit_prompt(tmp_path, tokenizer):
     assert load(tmp_path / "train.parquet", tokenizer=tokenizer)[0].chosen == "Blue."
     with pytest.raises(DataError, match="need a tokenizer with a chat template"):
         load(tmp_path / "train.jsonl")
+
+
+def test_helpsteer3(tmp_path, tokenizer):
+    row = FORMATS["helpsteer3"].example
+    scores = (-3, 1, 0, 4)
+    rows = [{**row, "overall_preference": score} for score in scores]
+    loaded = load(write(tmp_path / "train.jsonl", *rows), on_bad="drop", tokenizer=tokenizer)
+    assert [(pair.chosen, pair.rejected, pair.subset) for pair in loaded] == [("4", "5", "stem"), ("5", "4", "stem")]
+    assert loaded[0].prompt == tokenizer.apply_chat_template(row["context"], tokenize=False, add_generation_prompt=True)
+    assert loaded.report.dropped == {"tie": 1, "out_of_range": 1}
 
 
 USER, SAID = turn("user", "q"), turn("assistant", "a")

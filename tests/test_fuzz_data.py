@@ -12,7 +12,7 @@ from mutate import mutants, mutations, outcome, time_limit
 
 from dpo_jax.cli.preflight.inputs import _rows as declared_rows
 from dpo_jax.data.columns import number
-from dpo_jax.data.formats import FORMATS
+from dpo_jax.data.format_table import FORMATS
 from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, PreferenceSet
 from dpo_jax.data.snippets import load_snippets
 from dpo_jax.data.sources import load_preferences, peek

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from test_models import CASES, GEMMA3_4B, golden, logits_of, text_rows
 
 from dpo_jax.models.decoder import make_model
-from dpo_jax.models.families import DEFAULTS, decoder_config, hf_config
+from dpo_jax.models.families import FAMILIES, decoder_config, hf_config
 from dpo_jax.models.generation import float_type
 from dpo_jax.models.hf import end_tokens, load_config, load_hf, save_hf
 from dpo_jax.models.hub import resolve
@@ -373,7 +373,7 @@ def test_exports_load_in_torch_and_give_equal_logits(tmp_path):
     if python is None:
         pytest.skip("no torch here and DPO_JAX_TORCH_PYTHON is not set")
     ours = {}
-    for family in DEFAULTS:
+    for family in FAMILIES:
         sizes = {"vocab_size": 50, "width": 32, "layers": 3, "heads": 4, "max_positions": 32, "eos_token_id": 0}
         model = make_model(decoder_config(hf_config(family, **sizes)))
         variables = jax.tree.map(

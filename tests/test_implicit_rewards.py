@@ -15,7 +15,7 @@ from dpo_jax.cli.commands.implicit_rewards import beta_of, subset_names
 from dpo_jax.cli.commands.report import weights_digest_of
 from dpo_jax.cli.config import DpoConfig
 from dpo_jax.data.encode import encode
-from dpo_jax.data.formats import detect_format
+from dpo_jax.data.format_table import detect_format
 from dpo_jax.data.layout import plain_rows
 from dpo_jax.data.pairs import Cause, DataError, Preference
 from dpo_jax.data.sources import load_preferences

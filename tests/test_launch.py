@@ -303,3 +303,72 @@ def test_this_python_is_supported():
     assert {"cpu", "cuda12", "cuda13", "tpu", "test", "parity", "bench", "lint", "writers"} <= set(
         project["optional-dependencies"]
     )
+
+
+@pytest.fixture
+def clone(machine):
+    """The machine with a committed repository of a few modules and tests."""
+    for tool in ("git", "grep", "sort", "uniq", "cut"):
+        (machine.bin / tool).symlink_to(shutil.which(tool))
+    files = {
+        "dpo_jax/models/rope.py": "",
+        "dpo_jax/models/decoder.py": "from dpo_jax.models.rope import Rope\n",
+        "dpo_jax/data/pairs.py": "",
+        "tests/helper.py": "",
+        "tests/test_layers.py": "",
+        "tests/test_pairs.py": "",
+        "tests/test_files.py": "import helper\n\nfrom dpo_jax.data import loader, pairs\n",
+        "tests/test_models.py": "from dpo_jax.models.decoder import make_model\n",
+    }
+    for name, text in files.items():
+        (machine.repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (machine.repository / name).write_text(text)
+    machine.environment |= {f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run(["git", *words], cwd=machine.repository, env=machine.environment, check=True)
+    return machine
+
+
+@pytest.mark.parametrize(
+    ("changed", "tests"),
+    [
+        (["dpo_jax/data/pairs.py"], ["layers", "pairs", "files"]),
+        (["dpo_jax/models/rope.py"], ["layers", "models"]),  # through the decoder
+        (["dpo_jax/models/decoder.py", "tests/test_new.py"], ["layers", "new", "models"]),
+        (["tests/helper.py"], ["files"]),
+        (["configs/README.md"], ["readmes"]),
+        (["launch/env.sh", "launch/notebook.ipynb"], ["launch", "notebook"]),
+        (["LICENSE"], []),
+    ],
+    ids=" ".join,
+)
+def test_before_a_commit_the_tests_of_what_changed_are_run(clone, changed, tests):
+    for name in changed:
+        with (clone.repository / name).open("a") as file:
+            file.write("\n")
+    done = clone.run("launch/precommit.sh", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert clone.calls.read_text() == ""
+    environment, *commands = done.stdout.splitlines()
+    assert environment == "env DPO_JAX_EXTRAS=cpu,test,lint ./launch/env.sh"
+    chosen = [f"tests/test_{name}.py" for name in tests]
+    start = ".venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --within 25 "
+    assert [line.removeprefix(start).split() for line in commands if "pytest" in line] == ([chosen] if chosen else [])
+    python = [name for name in changed if name.endswith(".py")]
+    assert [line.split()[2:] for line in commands if "ruff check" in line] == ([python] if python else [])
+    assert any("pyright" in line for line in commands) == any(name.startswith("dpo_jax/") for name in python)
+    assert any("shellcheck" in line for line in commands) == ("launch/env.sh" in changed)
+
+
+def test_no_test_begins_after_the_time_that_is_given():
+    options = ("-p", "no:cacheprovider", "--within", "-1", "-k", "front_door", "tests/test_layers.py")
+    done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "s"), done.stdout
+
+
+def test_a_commit_can_be_compared_with_an_earlier_one(clone):
+    (clone.repository / "tests" / "test_pairs.py").write_text("x = 1\n")
+    subprocess.run(["git", "commit", "-qam", "second"], cwd=clone.repository, env=clone.environment, check=True)
+    assert "pytest" not in clone.run("launch/precommit.sh", "--dry-run").stdout
+    assert "tests/test_pairs.py" in clone.run("launch/precommit.sh", "--dry-run", "HEAD~1").stdout
+    assert clone.run("launch/precommit.sh", "--fast").returncode == 2

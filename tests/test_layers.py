@@ -57,6 +57,7 @@ LIGHT = [
         "runtime/signals.py",
         "runtime/progress.py",
         "data/terminal.py",
+        "data/format_table.py",
         "untrusted.py",
         "shapes.py",
         "writing.py",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from conftest import GOLDEN
 from safetensors.numpy import load_file
 
+from dpo_jax.cli.config.model import Family
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import packed_rows, plain_rows, shared_rows
 from dpo_jax.logps import completion_logps
@@ -17,8 +19,9 @@ from dpo_jax.losses import dpo_loss
 from dpo_jax.models import decoder
 from dpo_jax.models.attention import Rope, attend, rotate
 from dpo_jax.models.decoder import make_model
-from dpo_jax.models.families import DEFAULTS, decoder_config, hf_config
+from dpo_jax.models.families import FAMILIES, decoder_config, hf_config
 from dpo_jax.models.hf import load_hf
+from dpo_jax.training.fingerprint import architecture
 from dpo_jax.types import Rows
 
 CASES = sorted(folder.name for folder in (GOLDEN / "models").iterdir())
@@ -72,9 +75,20 @@ def test_logits_of_the_original_implementation(family):
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-5)
 
 
-def test_all_nine_families_have_a_golden_checkpoint():
-    assert {golden(case)[0].config.family for case in CASES} == set(DEFAULTS)
-    assert len(DEFAULTS) == 9
+def test_all_ten_families_have_a_golden_checkpoint_and_an_option():
+    assert {golden(case)[0].config.family for case in CASES} == set(FAMILIES)
+    assert get_args(Family) == tuple(FAMILIES)
+    readme = " ".join((GOLDEN.parent.parent / "README.md").read_text().split())
+    assert all(family.title in readme for family in FAMILIES.values())
+    assert len(FAMILIES) == 10
+
+
+def test_settings_that_came_later_change_no_fingerprint():
+    """A run that began before OLMo 2 continues. The digest is that of the version before."""
+    assert architecture(golden("llama")[0]) == "4c3ecce18981f8b9"
+    config = golden("olmo2")[0].config
+    digests = {architecture(make_model(dataclasses.replace(config, pre_norms=on))) for on in (False, True)}
+    assert len(digests) == 2
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
@@ -288,7 +302,7 @@ def test_cache_too_small_for_the_prompt():
         model.decode(variables, text_rows(tokens), model.init_cache(2, 8))
 
 
-@pytest.mark.parametrize("family", DEFAULTS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_new_models(family):
     """A configuration for a new model is complete, and each parameter axis has a logical name."""
     hf = hf_config(family, vocab_size=50, width=16, layers=2, heads=2, max_positions=16, eos_token_id=0)

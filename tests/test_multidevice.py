@@ -17,9 +17,8 @@ from dpo_jax.losses import dpo_loss
 from dpo_jax.models.checkpoint_stream import Piece, assemble
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.digest import WeightsDigest, weights_digest
-from dpo_jax.models.families import decoder_config, hf_config
+from dpo_jax.models.families import FAMILIES, decoder_config, hf_config
 from dpo_jax.models.hf import read_weights, save_hf, variable_shapes
-from dpo_jax.models.hf_settings import DEFAULTS
 from dpo_jax.models.logical_axes import RULES, axis_lengths
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime import hosts
@@ -131,6 +130,16 @@ def test_microbatches_on_a_mesh(variables, batches, expected):
     step = partitioner.compile_step(dpo(None, microbatches=2))
     seen, state = run(step, start(partitioner, variables), batches)
     assert_same_run(seen, partitioner.to_host(state), expected)
+
+
+def test_a_norm_over_all_heads_does_not_see_that_they_are_apart(batches):
+    """OLMo 2 norms the queries of all heads together, and a mesh cuts them by head."""
+    model = make_model(decoder_config(hf_config("olmo2", kv_heads=4, **SIZES)))
+    seen, variables = [], jax.jit(model.init)(jax.random.key(0))
+    for partitioner in (single_device(), on_mesh(fsdp=2, tensor=2, model=model)):
+        step = partitioner.compile_step(functools.partial(dpo_step, model=model, tx=TX, loss=LOSS))
+        seen.append(run(step, start(partitioner, variables), batches, steps=3)[0])
+    np.testing.assert_allclose(*seen, atol=1e-5, rtol=1e-5)
 
 
 def test_shard_map(variables, batches, expected):
@@ -350,7 +359,7 @@ def test_a_parameter_that_does_not_fit_the_mesh_is_refused_by_name(model, units,
         on_mesh(tensor=4, model=model, units=units)
 
 
-@pytest.mark.parametrize("family", DEFAULTS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_lengths_of_axes_are_known_without_the_model(family):
     """What `--check` divides among devices is what the parameters have."""
     sizes = {"width": 48, "layers": 2, "heads": 6, "max_positions": 32}

@@ -10,8 +10,8 @@ import pytest
 from mutate import outcome, time_limit
 from test_fuzz_data import ROWS, lines, read
 
+from dpo_jax.data import formats, sources
 from dpo_jax.data import parquet as parquet_module
-from dpo_jax.data import sources
 from dpo_jax.data.files import read_rows
 from dpo_jax.data.pairs import DataError, DataReport, Preference
 from dpo_jax.data.snippets import load_snippets
@@ -163,7 +163,7 @@ def test_more_rows_than_memory_holds_end_in_a_message(tmp_path, monkeypatch):
         raise MemoryError
 
     (tmp_path / "train.jsonl").write_bytes(lines(ROWS["trl"], ROWS["trl"]))
-    monkeypatch.setitem(sources.FORMATS, "hh", sources.FORMATS["hh"].__class__(full, frozenset(), ()))
+    monkeypatch.setattr(formats, "hh", full)
     error = outcome(lambda: load_preferences(tmp_path, "train", format="hh"), names=f"{tmp_path} [train]: needs more memory")
     assert isinstance(error, DataError)
 

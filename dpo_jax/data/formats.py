@@ -1,15 +1,14 @@
-"""What a row of each public preference format means.
+"""What a row of each public preference format means: a function for each line of `format_table.FORMATS`, of the same name.
 
-A format names the columns that it reads and has a function from rows to candidates. That takes `(where, row)` tuples and
-yields `(uid, Preference)`, or `(uid, BadRow)` with the reason why that candidate states no usable preference. SHP and
-StackExchange follow the original implementation (eric-mitchell/direct-preference-optimization, `preference_datasets.py`), the
-chat forms follow TRL.
+It takes `(where, row)` tuples and yields `(uid, Preference)`, or `(uid, BadRow)` with the reason why that candidate states no
+usable preference. SHP and StackExchange follow the original implementation (eric-mitchell/direct-preference-optimization,
+`preference_datasets.py`), the chat forms follow TRL.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -35,40 +34,6 @@ Candidates = Iterator[tuple[str, Preference | BadRow]]
 SHP_MIN_RATIO = 2.0
 MAX_MARKUP = 4 * MAX_CHARACTERS
 MAX_ANSWERS = 1000  # of a question: they form half a million pairs
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """A public format of preferences.
-
-    candidates   (rows, *, tokenizer) -> candidates
-    told_by      a row of this format has these columns
-    reads        the columns that `candidates` reads; "info.title" is a field inside one
-    """
-
-    candidates: Callable[..., Candidates]
-    told_by: frozenset[str]
-    reads: Sequence[str]
-
-
-def detect_format(row: Row) -> str | None:
-    """The format that a row's columns fit, a key of `FORMATS`, or `None`."""
-    name = _by_columns(row)
-    sides = row.get("chosen"), row.get("rejected")
-    if name == "trl" and "prompt" not in row and all(isinstance(side, str) and side.startswith("\n\nHuman:") for side in sides):
-        return "hh"
-    return name
-
-
-def columns_of(format: str, names: Sequence[str]) -> Collection[str]:
-    """The columns that are read of rows with the columns `names`: those of the format, or with "auto" of the one they fit."""
-    name = _by_columns(names) if format == "auto" else format
-    return FORMATS[name].reads if name else ()
-
-
-def _by_columns(names: Iterable[str]) -> str | None:
-    there = set(names)
-    return next((name for name, format in FORMATS.items() if format.told_by and format.told_by <= there), None)
 
 
 def hh(rows: Rows, *, tokenizer: Any = None) -> Candidates:
@@ -132,6 +97,23 @@ def rewardbench(rows: Rows, *, tokenizer: Any = None) -> Candidates:
             return checked(Preference(_as_hh(question), " " + answers[0], " " + answers[1], uid))
         sides = ([{"role": "assistant", "content": answer}] for answer in answers)
         return chat_preference([{"role": "user", "content": question}], *sides, uid=uid, tokenizer=tokenizer)
+
+    return _one_each(rows, preference)
+
+
+def helpsteer3(rows: Rows, *, tokenizer: Any = None) -> Candidates:
+    """HelpSteer3 preferences of NVIDIA: a conversation and two answers, preferred from -3 to 3."""
+
+    def preference(uid: str, row: Row) -> Preference:
+        context, preferred = column(row, "context"), number(row, "overall_preference")
+        answers = [[{"role": "assistant", "content": text(row, side)}] for side in ("response1", "response2")]
+        if not -3 <= preferred <= 3:
+            raise BadRow(Cause.OUT_OF_RANGE, f"-3 to 3 is needed, this is {preferred:g}", field="overall_preference")
+        if preferred == 0:
+            raise BadRow(Cause.TIE, "neither response is preferred", field="overall_preference")
+        chosen, rejected = answers if preferred < 0 else answers[::-1]
+        pair = chat_preference(context, chosen, rejected, uid=uid, tokenizer=tokenizer)
+        return _with_subset(pair, {"subset": row.get("domain")})
 
     return _one_each(rows, preference)
 
@@ -252,32 +234,6 @@ def _answer(answer: Row, place: str) -> _Answer:
     except BadRow as problem:
         return _Answer(score, completion, problem)
     return _Answer(score, completion, None)
-
-
-_SIDES = ("chosen", "rejected")
-# The first that fits is taken. HH has the columns of TRL, and is told by its texts.
-FORMATS: dict[str, Format] = {
-    "tldr": Format(
-        tldr,
-        frozenset({"info", "summaries", "choice"}),
-        ("info.subreddit", "info.title", "info.post", "summaries.text", "choice", "subset"),
-    ),
-    "shp": Format(
-        shp,
-        frozenset({"history", "human_ref_A", "human_ref_B", "labels"}),
-        ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B", "subset"),
-    ),
-    "stack_exchange": Format(
-        stack_exchange, frozenset({"question", "answers"}), ("question", "answers.text", "answers.pm_score")
-    ),
-    "rewardbench": Format(
-        rewardbench,
-        frozenset({"prompt", *_SIDES, "chosen_model", "rejected_model", "subset"}),
-        ("prompt", *_SIDES, "subset"),
-    ),
-    "trl": Format(trl, frozenset(_SIDES), ("prompt", *_SIDES, "subset")),
-    "hh": Format(hh, frozenset(), (*_SIDES, "subset")),
-}
 
 
 def _one_each(rows: Rows, preference: Callable[[str, Row], Preference]) -> Candidates:

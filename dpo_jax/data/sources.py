@@ -3,7 +3,8 @@
     load_preferences("hh-rlhf/", "train").report.summary()
 
 reads every row of the split, turns each into a `Preference` or a counted, named reason why not, and by default refuses the
-whole set if any row is bad. `files` finds and reads, `formats` says what a row means, `pairs` keeps the books.
+whole set if any row is bad. `files` finds and reads, `format_table` lists the formats, `formats` says what a row means,
+`pairs` keeps the books.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import collections
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from dpo_jax.data.columns import Row, shown_names
 from dpo_jax.data.files import check_head, read_rows
-from dpo_jax.data.formats import FORMATS, columns_of, detect_format
+from dpo_jax.data.format_table import FORMATS, FormatName, columns_of, detect_format
 from dpo_jax.data.pairs import (
     BadRow,
     Cause,
@@ -36,8 +37,6 @@ __all__ = ["PreferenceSet", "load_preferences", "peek"]
 
 _SAMPLED = 2**24  # characters of the rows by which a format is detected
 
-FormatName = Literal["auto", "hh", "trl", "shp", "stack_exchange", "tldr", "rewardbench", "tfds"]
-
 
 def load_preferences(
     source: str | Path, split: str, *, format: FormatName = "auto", on_bad: OnBad = "refuse", tokenizer: Any = None
@@ -48,7 +47,8 @@ def load_preferences(
       source: a JSON Lines (`.jsonl`, `.jsonl.gz`, `.json`, `.json.gz`) or parquet file, a folder of them in one of the layouts
         of `files.find_files`, or a folder written by `tfds.write_tfds`.
       split: "train", "test", ...: part of the file names.
-      format: what a row means (`formats`); "auto" decides by the columns of the first 100 rows and says so in the report.
+      format: what a row means, one of `format_table.FORMATS`, or "tfds"; "auto" decides by the columns of the first 100 rows
+        and says so in the report.
       on_bad: "refuse" raises `DataError` listing the bad rows; "drop" leaves them out and counts them by cause.
       tokenizer: needed for conversational rows only, for its chat template.
 
@@ -124,8 +124,11 @@ def _columns(names: Sequence[str], file: str, report: DataReport) -> Collection[
 
 
 def _refuse_columns(where: str, names: Iterable[str], report: DataReport) -> NoReturn:
-    what = "no known format has" if report.format == "auto" else f"format {report.format!r} reads none of"
-    remedy = f"if the first rows are bad, name the format with --data.format ({', '.join(FORMATS)})"
+    if report.format == "auto":
+        what, needs = "no known format has", ""
+    else:
+        what, needs = f"format {report.format!r} reads none of", f"it needs {', '.join(FORMATS[report.format].needs)}; "
+    remedy = f"{needs}if the first rows are bad, name the format with --data.format ({', '.join(FORMATS)})"
     refuse(Cause.MISSING_COLUMN, where, f"{what} the columns {shown_names(names)}; {remedy}")
 
 

@@ -23,7 +23,8 @@ from dpo_jax.models.fields import Fields, shown
 from dpo_jax.models.folder import ADAPTER
 from dpo_jax.models.generation import GENERATION, generation_config
 from dpo_jax.models.lora import LORA, WRITES, Lora, modules
-from dpo_jax.models.tensors import Layout, canonical_name, tensors
+from dpo_jax.models.tensor_layouts import Layout
+from dpo_jax.models.tensors import canonical_name, tensors
 from dpo_jax.models.weights import open_safetensors
 from dpo_jax.types import Variables
 from dpo_jax.untrusted import Unreadable, read_object, read_text, reading

@@ -9,6 +9,11 @@ from typing import Any
 from dpo_jax.models.rope import Rope
 
 
+def later(default: Any) -> Any:
+    """A field that was added when runs were under way: at its default it changes none of their fingerprints."""
+    return dataclasses.field(default=default, metadata={"later": True})
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Everything that fixes a decoder's arithmetic. Static and hashable; made by `families.decoder_config`."""
@@ -32,7 +37,7 @@ class DecoderConfig:
     gated_mlp: bool = False
     parallel_residual: bool = False  # attention and MLP both read the layer's input
     shared_norm: bool = False  # with parallel_residual: both read the same normed input (GPT-J)
-    post_norms: bool = False  # norms on what attention and MLP add to the stream (Gemma)
+    post_norms: bool = False  # norms on what attention and MLP add to the stream (Gemma, OLMo 2)
     qk_norm: bool = False  # RMS norm of every query and key head (Qwen 3, Gemma 3)
     qkv_bias: bool = False
     out_bias: bool = False
@@ -42,6 +47,8 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     init_std: float = 0.02
+    pre_norms: bool = later(True)  # norms on what attention and MLP read (all but OLMo 2)
+    qk_norm_whole: bool = later(False)  # qk_norm is of all heads together (OLMo 2)
     hf_json: str = "{}"  # the Hugging Face config.json it came from, canonical; `hf.save_hf` writes it back
 
     @property

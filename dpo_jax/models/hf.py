@@ -24,7 +24,7 @@ from dpo_jax.models.checkpoint_stream import Piece, assemble, path_of
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.digest import WeightsDigest
-from dpo_jax.models.families import ARCHITECTURES, decoder_config
+from dpo_jax.models.families import FAMILIES, decoder_config
 from dpo_jax.models.folder import ADAPTER, adapter_base, read_config
 from dpo_jax.models.generation import GENERATION, generation_config
 from dpo_jax.models.generation import end_tokens as end_tokens_of
@@ -179,7 +179,7 @@ def save_hf(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         new = Path(temporary) / "model"
         new.mkdir()
-        content = config.hf | {"architectures": [ARCHITECTURES[config.family]], "dtype": dtype.name}
+        content = config.hf | {"architectures": [FAMILIES[config.family].architecture], "dtype": dtype.name}
         content = {name: value for name, value in content.items() if name not in ("torch_dtype", "source_dtype")}
         content |= settings or {}
         write_text(new / "config.json", json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,4 +1,4 @@
-"""The settings of a Hugging Face `config.json`: defaults of each family, and a reader of those that families share."""
+"""A reader of the settings of a Hugging Face `config.json` that families share."""
 
 from __future__ import annotations
 
@@ -9,64 +9,6 @@ from typing import Any, NoReturn
 from dpo_jax.models.fields import Fields, shown
 from dpo_jax.models.rope import Rope
 from dpo_jax.untrusted import LIMITS, Unreadable
-
-_GPT = {
-    "n_inner": None,
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "initializer_range": 0.02,
-}
-_LLAMA = {
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-    "layer_types": None,
-}
-_QWEN = {**_LLAMA, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
-_GEMMA = {
-    **_LLAMA,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "tie_word_embeddings": True,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "gpt2": {**_GPT, "tie_word_embeddings": True, "scale_attn_weights": True},
-    "gptj": {**_GPT, "tie_word_embeddings": False, "rotary_dim": 64},
-    "gpt_neox": {
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-5,
-        "initializer_range": 0.02,
-        "attention_bias": True,
-        "use_parallel_residual": True,
-        "rotary_pct": 0.25,
-        "rotary_emb_base": 10000.0,
-        "tie_word_embeddings": False,
-    },
-    "llama": _LLAMA,
-    "mistral": {**_LLAMA, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": _QWEN,
-    "qwen3": {**_QWEN, "head_dim": 128},
-    "gemma2": {**_GEMMA, "vocab_size": 256000, "max_position_embeddings": 8192}
-    | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    "gemma3_text": {**_GEMMA, "vocab_size": 262208, "max_position_embeddings": 131072}
-    | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6}
-    | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
-}
-"""What a key means where a `config.json` leaves it out (the defaults of Hugging Face's configuration classes). A key without an
-entry must be there."""
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -86,8 +28,8 @@ class Reader(Fields):
     plain ValueError.
     """
 
-    def __init__(self, family: str, hf: Mapping[str, Any], where: str | Path):
-        super().__init__(hf, where, defaults=DEFAULTS[family])
+    def __init__(self, family: str, hf: Mapping[str, Any], where: str | Path, *, defaults: Mapping[str, Any]):
+        super().__init__(hf, where, defaults=defaults)
         self.family = family
 
     def refuse(self, key: str, supported: str = "") -> NoReturn:

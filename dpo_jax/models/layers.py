@@ -128,8 +128,10 @@ class Attention(nn.Module):
         query = Linear(c.heads * c.head_size, ("embed", "heads"), c.qkv_bias, c.init_std, name="query")(x)
         key = Linear(c.kv_heads * c.head_size, ("embed", "kv_heads"), c.qkv_bias, c.init_std, name="key")(x)
         value = Linear(c.kv_heads * c.head_size, ("embed", "kv_heads"), c.qkv_bias, c.init_std, name="value")(x)
+        if c.qk_norm and c.qk_norm_whole:
+            query, key = Norm(c.norm, c.norm_eps, name="query_norm")(query), Norm(c.norm, c.norm_eps, name="key_norm")(key)
         q, k, v = (y.reshape(*x.shape[:2], -1, c.head_size) for y in (query, key, value))
-        if c.qk_norm:
+        if c.qk_norm and not c.qk_norm_whole:
             q, k = Norm(c.norm, c.norm_eps, name="query_norm")(q), Norm(c.norm, c.norm_eps, name="key_norm")(k)
         if shared.angles is not None:
             cos, sin = (table[0 if layer.rope is None else layer.rope] for table in shared.angles)
@@ -213,7 +215,7 @@ class Block(nn.Module):
         def norm(name: str) -> Norm:
             return Norm(c.norm, c.norm_eps, name=name)
 
-        normed = norm("attention_norm")(x)
+        normed = norm("attention_norm")(x) if c.pre_norms else x
         mixed, cache = Attention(c, self.attention_path, name="attention")(normed, cache, layer, shared)
         if c.post_norms:
             mixed = norm("post_attention_norm")(mixed)
@@ -222,6 +224,6 @@ class Block(nn.Module):
             x = x + mixed + Mlp(c, name="mlp")(mlp_input)
         else:
             x = x + mixed
-            update = Mlp(c, name="mlp")(norm("mlp_norm")(x))
+            update = Mlp(c, name="mlp")(norm("mlp_norm")(x) if c.pre_norms else x)
             x = x + (norm("post_mlp_norm")(update) if c.post_norms else update)
         return (by_row(x), cache), None

@@ -41,7 +41,11 @@ class SavedRun(NamedTuple):
 
 def architecture(model: Model) -> str:
     """A digest of everything but the weights that decides what a decoder computes: rotary base, window, epsilon, ..."""
-    fields = dataclasses.asdict(model.config) | {"hf_json": ""}  # which also says who saved it, and in which version
+    config = model.config
+    fields = dataclasses.asdict(config) | {"hf_json": ""}  # which also says who saved it, and in which version
+    for field in dataclasses.fields(config):
+        if field.metadata.get("later") and fields[field.name] == field.default:
+            del fields[field.name]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

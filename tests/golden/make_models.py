@@ -61,6 +61,7 @@ CASES: dict[str, tuple[str, dict]] = {
         | {"num_hidden_layers": 6, "hidden_size": 24, "head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 10}
         | {"rope_parameters": GEMMA3_ROPE},
     ),
+    "olmo2": ("olmo2", LLAMA | {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
 }
 
 

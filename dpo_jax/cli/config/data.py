@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from dpo_jax.cli.config.ranges import Problem, positive
+from dpo_jax.data.format_table import FormatName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +19,7 @@ class DataConfig:
     """Generated reviews, files of preferences, a TFDS folder of ours; texts only: rt-polarity, TFDS's IMDb, CNN/DailyMail."""
     path: str | None = None
     """File or folder with the data, for all sources but reviews."""
-    format: Literal["auto", "hh", "trl", "shp", "stack_exchange", "tldr", "rewardbench"] = "auto"
-    """Layout of the files. auto tells it from folder and column names, and the audit report says what was found."""
+    format: FormatName = "auto"  # its help is that of the table
     train_split: str = "train"
     """Name of the split to train on."""
     test_split: str = "test"

@@ -22,6 +22,7 @@ from dpo_jax.cli.config import file
 from dpo_jax.cli.config.file import ConfigError, types_of
 from dpo_jax.cli.config.ranges import Problem
 from dpo_jax.cli.config.sections import Config
+from dpo_jax.data import format_table
 
 _HOME = re.compile(r"~[\w.-]*(/|\Z)")
 
@@ -138,4 +139,5 @@ def _texts() -> dict[tuple[str, str], str]:
             match field, text:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
                     texts[typing.cast(ast.ClassDef, node).name, name] = inspect.cleandoc(words)
+    texts["DataConfig", "format"] = format_table.HELP
     return texts | {("LossConfig", name): words for name, words in loss_table.HELP.items()}

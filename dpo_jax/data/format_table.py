@@ -1,0 +1,197 @@
+"""The table of data formats: columns, what they hold, an example. Detection, `--help`, messages and the README come from it.
+
+To add a format, write its function in `formats.py`, under the format's name, and add a line to `FORMATS`. This module imports
+nothing of weight, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+
+class Column(NamedTuple):
+    """What a column holds; whether every row must have it."""
+
+    holds: str
+    needed: bool = True
+
+
+class Format(NamedTuple):
+    """A public format of preferences.
+
+    reads      the columns that its function reads; "info.title" is a field inside one
+    told_by    a row with these columns is of this format ...
+    lacks      ... unless it has one of these ...
+    begins     ... or the text in these does not begin so
+    """
+
+    name: str
+    title: str
+    reads: Mapping[str, Column]
+    told_by: tuple[str, ...]
+    example: Mapping[str, Any]
+    lacks: tuple[str, ...] = ()
+    begins: Mapping[str, str] = {}
+
+    @property
+    def needs(self) -> list[str]:
+        """The columns that every row must have."""
+        return [name for name, column in self.reads.items() if column.needed]
+
+    @property
+    def candidates(self) -> Callable[..., Any]:
+        """(rows, *, tokenizer) -> candidates: the function of the same name in `formats`."""
+        from dpo_jax.data import formats
+
+        return getattr(formats, self.name)
+
+
+_SUBSET = Column("part of the data set, by which evaluation also reports", needed=False)
+_BETTER, _WORSE = Column("the better completion"), Column("the worse one")
+_TURN = "\n\nHuman:"
+
+# The first that fits is taken.
+_FORMATS = (
+    Format(
+        "tldr",
+        "TL;DR comparisons of OpenAI (`summarize_from_feedback`)",
+        {
+            "info.subreddit": Column("where the post stood"),
+            "info.title": Column("its title"),
+            "info.post": Column("its text"),
+            "summaries.text": Column("two summaries"),
+            "choice": Column("number of the better one: 0 or 1"),
+            "subset": _SUBSET,
+        },
+        ("info", "summaries", "choice"),
+        {
+            "info": {"subreddit": "tifu", "title": "by baking", "post": "I burnt it."},
+            "summaries": [{"text": " Baked."}, {"text": " Burnt the bread."}],
+            "choice": 1,
+        },
+    ),
+    Format(
+        "shp",
+        "Stanford Human Preferences; pairs whose scores are a factor of 2 apart",
+        {
+            "history": Column("the question"),
+            "human_ref_A": Column("one answer"),
+            "human_ref_B": Column("the other"),
+            "labels": Column("1 if A is better, 0 if B is"),
+            "score_A": Column("score of A, above 0"),
+            "score_B": Column("score of B, above 0"),
+            "subset": _SUBSET,
+        },
+        ("history", "human_ref_A", "human_ref_B", "labels"),
+        {"history": "How long?", "human_ref_A": "An hour.", "human_ref_B": "Long.", "labels": 1, "score_A": 9, "score_B": 3},
+    ),
+    Format(
+        "stack_exchange",
+        "StackExchange preferences; every two answers whose scores differ form a pair",
+        {
+            "question": Column("HTML"),
+            "answers.text": Column("two or more answers, HTML"),
+            "answers.pm_score": Column("their scores"),
+        },
+        ("question", "answers"),
+        {
+            "question": "<p>Why?</p>",
+            "answers": [{"text": "<p>So.</p>", "pm_score": 2}, {"text": "<p>Because.</p>", "pm_score": 5}],
+        },
+    ),
+    Format(
+        "helpsteer3",
+        "HelpSteer3 of NVIDIA; rendered with the tokenizer's chat template",
+        {
+            "context": Column("messages, the last of the user"),
+            "response1": Column("an answer"),
+            "response2": Column("another"),
+            "overall_preference": Column("-3 (the first is much better) to 3 (the second is), 0 forms no pair"),
+            "domain": Column("taken as the subset", needed=False),
+        },
+        ("context", "response1", "response2", "overall_preference"),
+        {
+            "context": [{"role": "user", "content": "2 + 2?"}],
+            **{"response1": "4", "response2": "5", "overall_preference": -2, "domain": "stem"},
+        },
+    ),
+    Format(
+        "rewardbench",
+        "RewardBench; rendered with the tokenizer's chat template",
+        {"prompt": Column("the question"), "chosen": _BETTER, "rejected": _WORSE, "subset": _SUBSET},
+        ("prompt", "chosen", "rejected", "chosen_model", "rejected_model", "subset"),
+        {
+            **{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+            **{"chosen_model": "a", "rejected_model": "b", "subset": "math-prm"},
+        },
+    ),
+    Format(
+        "hh",
+        "Anthropic HH: two transcripts that part after their last `Assistant:`",
+        {"chosen": Column("the transcript with the better end"), "rejected": Column("that with the worse"), "subset": _SUBSET},
+        ("chosen", "rejected"),
+        {side: f"{_TURN} Hello\n\nAssistant:{text}" for side, text in (("chosen", " Hi!"), ("rejected", " What?"))},
+        lacks=("prompt",),
+        begins={"chosen": _TURN, "rejected": _TURN},
+    ),
+    Format(
+        "trl",
+        "TRL's four forms: texts or messages, the prompt in its own column or as the common beginning",
+        {
+            "prompt": Column("the prompt, a text or messages", needed=False),
+            "chosen": _BETTER,
+            "rejected": _WORSE,
+            "subset": _SUBSET,
+        },
+        ("chosen", "rejected"),
+        {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
+    ),
+)
+FORMATS: Mapping[str, Format] = {format.name: format for format in _FORMATS}
+
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[("auto", *FORMATS)]
+"""The values of `data.format`."""
+
+_NEEDED = "; ".join(f"{format.name}: {', '.join(format.needs)}" for format in _FORMATS)
+HELP = f"Layout of the files. auto tells it from column names, and the audit report says what was found. Columns: {_NEEDED}"
+"""The text of `--help`."""
+
+
+def detect_format(row: Mapping[str, Any]) -> str | None:
+    """The format that a row's columns fit, a key of `FORMATS`, or `None`."""
+    return next((name for name, format in FORMATS.items() if _fits(format, row)), None)
+
+
+def _fits(format: Format, row: Mapping[str, Any]) -> bool:
+    texts = {name: row.get(name) for name in format.begins}
+    begins = all(isinstance(text, str) and text.startswith(format.begins[name]) for name, text in texts.items())
+    return begins and row.keys() >= set(format.told_by) and not row.keys() & set(format.lacks)
+
+
+def columns_of(format: str, names: Sequence[str]) -> Collection[str]:
+    """The columns that are read of rows with the columns `names`: those of the format, or with "auto" of the one they fit.
+
+    A format that is told by its texts has the columns of another, which reads no fewer.
+    """
+    if format != "auto":
+        return FORMATS[format].reads.keys()
+    found = (one for one in _FORMATS if not one.begins and set(one.told_by) <= set(names))
+    return next((one.reads.keys() for one in found), ())
+
+
+def markdown() -> str:
+    """The table as Markdown, for the README."""
+    lines = ["| `data.format` | what it is | columns, those in brackets may be left out | a line |", "|---|---|---|---|"]
+    for format in sorted(_FORMATS, key=lambda one: one.name):
+        columns = (f"`{name}`: {column.holds}" for name, column in format.reads.items())
+        shown = "; ".join(
+            text if column.needed else f"({text})" for text, column in zip(columns, format.reads.values(), strict=True)
+        )
+        lines.append(f"| `{format.name}` | {format.title} | {shown} | `{json.dumps(format.example)}` |")
+    order = ", ".join(f"`{name}`" for name in FORMATS)
+    return "\n".join(lines) + f"\n\nThe first of {order} that fits is taken.\n"

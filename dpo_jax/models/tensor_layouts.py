@@ -1,0 +1,80 @@
+"""Lines of a family's table of tensors: a name in the checkpoint, our parameters, and how the one is laid out in the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """How one checkpoint tensor relates to our arrays of one layer. `to_hf` undoes `to_ours` exactly; nothing is computed."""
+
+    to_ours: Callable[[np.ndarray], Sequence[np.ndarray]]
+    to_hf: Callable[[Sequence[np.ndarray]], np.ndarray]
+    hf_shape: Callable[[Sequence[Shape]], Shape]  # of the tensor, from the shapes of our arrays
+
+
+SAME = Layout(lambda a: [a], lambda ours: ours[0], lambda shapes: shapes[0])
+# torch.nn.Linear keeps [out, in], and GPT-2 [in, out]. Our kernels have D first: [in, out] those that read from the residual
+# stream, [out, in] those that write to it.
+TRANSPOSED = Layout(lambda a: [a.T], lambda ours: ours[0].T, lambda shapes: shapes[0][::-1])
+# GPT-2 keeps query, key and value side by side on the last axis.
+SIDE_BY_SIDE = Layout(
+    lambda a: np.split(a, 3, axis=-1),
+    lambda ours: np.concatenate(ours, axis=-1),
+    lambda shapes: (*shapes[0][:-1], 3 * shapes[0][-1]),
+)
+
+
+def per_head(heads: int) -> Layout:
+    """GPT-NeoX: query, key and value of head 0, then of head 1, ... on the output axis, `[N * 3 * H, D]` or `[N * 3 * H]`."""
+
+    def to_ours(a: np.ndarray) -> list[np.ndarray]:
+        split = a.reshape(heads, 3, -1, *a.shape[1:])
+        return [split[:, i].reshape(-1, *a.shape[1:]).T for i in range(3)]
+
+    def to_hf(ours: Sequence[np.ndarray]) -> np.ndarray:
+        parts = [a.T.reshape(heads, -1, *a.T.shape[1:]) for a in ours]
+        stacked = np.stack(parts, axis=1)
+        return stacked.reshape(-1, *stacked.shape[3:])
+
+    return Layout(to_ours, to_hf, lambda shapes: (3 * shapes[0][-1], *shapes[0][:-1]))
+
+
+class Tensor(NamedTuple):
+    """One line of a family's table. `{}` in the name stands for the layer; `paths` under "layers/" are stacked over layers."""
+
+    name: str
+    paths: tuple[str, ...]
+    layout: Layout = SAME
+    alias: str | None = None  # another name for it that is met on the Hub
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.name
+
+
+def linear(hf: str, ours: str, bias: bool, layout: Layout = TRANSPOSED) -> list[Tensor]:
+    """A `torch.nn.Linear` named `hf`: its weight is our kernel `ours`. SAME for one that writes to the residual stream."""
+    weight = Tensor(f"{hf}.weight", (f"{ours}/kernel",), layout)
+    return [weight, Tensor(f"{hf}.bias", (f"{ours}/bias",))] if bias else [weight]
+
+
+def fused(hf: str, bias: bool, layout: Layout) -> list[Tensor]:
+    """Query, key and value in one tensor."""
+
+    def paths(leaf: str) -> tuple[str, ...]:
+        return tuple(f"layers/attention/{part}/{leaf}" for part in ("query", "key", "value"))
+
+    weight = Tensor(f"{hf}.weight", paths("kernel"), layout)
+    return [weight, Tensor(f"{hf}.bias", paths("bias"), layout)] if bias else [weight]
+
+
+def norm(hf: str, ours: str, bias: bool) -> list[Tensor]:
+    """A norm named `hf`: its weight is our scale."""
+    weight = Tensor(f"{hf}.weight", (f"{ours}/scale",))
+    return [weight, Tensor(f"{hf}.bias", (f"{ours}/bias",))] if bias else [weight]
