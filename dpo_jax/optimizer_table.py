@@ -40,8 +40,8 @@ OPTIONS: Mapping[str, Option] = {
         0.0,
         lambda x: x >= 0,
         "must not be negative",
-        "Weight decay of all matrices; norms and biases have none. Times the learning rate, and decoupled; rmsprop and sgd add it "
-        "to the gradient, as in torch.",
+        "Weight decay of all matrices; norms and biases have none. Times the learning rate, and decoupled; "
+        "rmsprop and sgd add it to the gradient, as in torch.",
     ),
     "decay_embeddings": Option(
         bool, True, lambda x: True, "", "Whether embeddings decay as well, as in transformers; those of muon never do."
@@ -91,6 +91,10 @@ SCHEDULES: Mapping[str, Choice] = {
 }
 
 
+def _all(table: Mapping[str, Choice]) -> str:
+    return "; ".join(f"{name}: {choice.title}" for name, choice in table.items()) + "."
+
+
 def _of(name: str, table: Mapping[str, Choice]) -> str:
     """Who reads an option, with the defaults where they differ."""
     readers = {choice: found.options[name] for choice, found in table.items() if name in found.options}
@@ -101,8 +105,8 @@ def _of(name: str, table: Mapping[str, Choice]) -> str:
 
 
 HELP: Mapping[str, str] = {
-    "optimizer": "; ".join(f"{name}: {choice.title}" for name, choice in OPTIMIZERS.items()) + ".",
-    "schedule": "The learning rate after warm-up. " + "; ".join(f"{n}: {choice.title}" for n, choice in SCHEDULES.items()) + ".",
+    "optimizer": _all(OPTIMIZERS),
+    "schedule": "The learning rate after warm-up. " + _all(SCHEDULES),
     **{name: option.help + _of(name, OPTIMIZERS) for name, option in OPTIONS.items()},
     **{name: option.help + _of(name, SCHEDULES) for name, option in SCHEDULE_OPTIONS.items()},
 }

@@ -110,9 +110,9 @@ def _spec(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh:
 def tree_shardings(tree: Any, variables: Mapping[tuple[str, ...], Any] | None, mesh: Mesh) -> Any:
     """Shardings of a state (or of variables) by those of its parameters: a tree like `tree`. All replicated where that is None.
 
-    A leaf whose path ends in the path of a parameter lies like that one: gradients, moments, averages. One that lacks an axis of
-    its parameter (Adafactor's means by row and column) lies like the axes that are left. A few numbers are replicated. Raises
-    `MeshError` for any other leaf.
+    A leaf whose path ends in the path of a parameter lies like that one: gradients, moments, averages. One that lacks an axis
+    of its parameter (Adafactor's means by row and column) lies like the axes that are left. A few numbers are replicated.
+    Raises `MeshError` for any other leaf.
     """
     shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
 
@@ -133,7 +133,7 @@ def tree_shardings(tree: Any, variables: Mapping[tuple[str, ...], Any] | None, m
 
 
 def _without_axis(spec: PartitionSpec, shape: tuple[int, ...], left: tuple[int, ...]) -> PartitionSpec | None:
-    """How an array lies whose shape `left` is `shape` without one axis; None if it is not. Of two equal axes the last may lack."""
+    """How an array lies whose shape `left` is `shape` without one axis (of equal axes the last); None if it is not."""
     axes = [*spec, *[None] * (len(shape) - len(spec))]
     for axis in reversed(range(len(shape))):
         if (*shape[:axis], *shape[axis + 1 :]) == left:

@@ -126,15 +126,17 @@ def make_optimizer(
     >>> print(f"{updates['w'][0]:.3e}")  # the rate of step 0, divided by sqrt(0.01)
     -6.623e-08
     """
-    rate: Any = learning_rate
-    if isinstance(rate, int | float | np.number) and not 0 <= rate < np.inf:  # one that is traced cannot be asked
+    if (
+        isinstance(learning_rate, int | float | np.number) and not 0 <= learning_rate < np.inf
+    ):  # one that is traced cannot be asked
         raise ValueError(f"learning_rate must be a finite number, at least 0, got {learning_rate}")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be positive, or None for no clipping, got {max_grad_norm}")
     given = {"weight_decay": weight_decay, "decay_embeddings": decay_embeddings}
     given |= {"b1": b1, "b2": b2, "eps": eps, "momentum": momentum}
     _check(optimizer=name, **given)
-    clip = [] if max_grad_norm is None else [_clip_by_global_norm(max_grad_norm)]
+    rate: Any = learning_rate
+    clip: list[Any] = [] if max_grad_norm is None else [_clip_by_global_norm(max_grad_norm)]
     options = optimizer_table.options_of(name, given)
     decay, mask = options.pop("weight_decay"), functools.partial(decayed, embeddings=options.pop("decay_embeddings", False))
     if name in ("rmsprop", "sgd"):

@@ -84,7 +84,8 @@ def run(config: Config) -> int:
             check=at_reference if start == reference else None,
         )
         write = functools.partial(write_model, source=config.dpo_policy(), dtype=config.export.dtype)
-        write_outputs(run_dir, model, state, tokenizer, card=lambda: dpo_card(config, run_dir), write=write)
+        card = functools.partial(dpo_card, config, run_dir, step=int(state.step))
+        write_outputs(run_dir, model, state, tokenizer, card=card, write=write)
     return 0
 
 

@@ -20,7 +20,7 @@ from dpo_jax.models.generation import eos_ids, float_type, generation_config
 from dpo_jax.models.hf import load_config as load_hf_config
 from dpo_jax.models.hf import save_hf
 from dpo_jax.runtime import hosts
-from dpo_jax.runtime.checkpoint import Checkpoints, has_steps
+from dpo_jax.runtime.checkpoint import Checkpoints, has_steps, newest_meta
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
@@ -49,7 +49,7 @@ def run(config: Config) -> int:
     abstract = jax.eval_shape(lambda: init_state(model.init(jax.random.key(0)), tx))
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is asked for: that it will write nothing
     with Checkpoints(directory, read_only=True) as checkpoints, reported("reading the checkpoint"):
-        found = _restored(checkpoints, abstract, config.export.step)
+        found = _restored(checkpoints, abstract, _step(config, directory))
     if found is None:
         raise ConfigError(f"export.checkpoint: {directory} holds no checkpoint; train first")
     state, step = found[0], int(found[0].step)
@@ -151,6 +151,14 @@ def _restored(checkpoints: Checkpoints, abstract: TrainState, step: int | None) 
         return checkpoints.restore_latest(abstract, only=step)
     except LookupError as error:
         raise ConfigError(f"export.step: {error}") from error
+
+
+def _step(config: Config, directory: str) -> int | None:
+    """The step that is asked for, or the best of a run that stops early; None for the newest."""
+    if config.export.step is not None:
+        return config.export.step
+    newest = newest_meta(directory)
+    return None if newest is None else newest[1].get("early_stopping", {}).get("best")
 
 
 def _run_of(config: Config, directory: str) -> Path:

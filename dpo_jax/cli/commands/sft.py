@@ -59,7 +59,8 @@ def run(config: Config) -> int:
             unit="texts",
         )
         write = functools.partial(write_exact, source=config.model.path)  # DPO starts from exactly these weights
-        write_outputs(run_dir, model, state, tokenizer, card=lambda: sft_card(config, run_dir), write=write)
+        card = functools.partial(sft_card, config, run_dir, step=int(state.step))
+        write_outputs(run_dir, model, state, tokenizer, card=card, write=write)
     return 0
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_jax import loss_table
+from dpo_jax import loss_table, optimizer_table
 from dpo_jax.cli import words
 from dpo_jax.cli.config import file
 from dpo_jax.cli.config.file import ConfigError, types_of
@@ -65,6 +65,11 @@ def problems(config: Config) -> list[Problem]:
         found += [(f"{name}.{field}", message) for field, message in bad or section.check()]
     if config.run.devices == "pmap" and loss_table.sorts_batch(config.dpo.loss):
         found.append(("run.devices", f"loss {config.dpo.loss} sorts all pairs of a batch: use single or mesh"))
+    for name in ("sft", "dpo"):
+        if getattr(config, name).patience and not config.run.eval_every_examples:
+            found.append(
+                (f"{name}.patience", "counts evaluations, and the only one is at the end: set run.eval_every_examples")
+            )
     positions, longest = config.model.max_positions, config.data.max_length
     if positions and longest > positions:
         found.append(("data.max_length", f"{longest} tokens do not fit model.max_positions ({positions}); lower it"))
@@ -110,4 +115,5 @@ def _texts() -> dict[tuple[str, str], str]:
             match field, text:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
                     texts[typing.cast(ast.ClassDef, node).name, name] = inspect.cleandoc(words)
+    texts |= {("OptimizerConfig", name): words for name, words in optimizer_table.HELP.items()}
     return texts | {("LossConfig", name): words for name, words in loss_table.HELP.items()}
