@@ -72,7 +72,7 @@ OPTIMIZERS: Mapping[str, Choice] = {
     ),
     "lion": Choice("Lion; lr 3 to 10 times below that of AdamW", {**_DECAY, "b1": 0.9, "b2": 0.99}, "2302.06675"),
     "muon": Choice(
-        "Muon for the matrices of layers, with updates of AdamW's size; AdamW for the rest",
+        "Muon for the matrices of layers, with updates of AdamW's size; AdamW with Nesterov momentum for the rest",
         {"weight_decay": 0.0, **_ADAM, "momentum": 0.95},
         "2502.16982",
     ),

@@ -80,7 +80,7 @@ def error_of(tmp_path, text):
     [
         (
             "dpo:\n  beat: 1",
-            r'bad.yaml:2: dpo.beat: unknown key; did you mean "beta"\? \(section dpo has: optimizer, schedule,',
+            r'bad.yaml:2: dpo.beat: unknown key; did you mean "beta"\? \(section dpo has: optimizer,',
         ),
         ("dop: {}", r'bad.yaml:1: dop: unknown section; did you mean "dpo"\?'),
         ("dpo:\n  learning_rate: 1", "bad.yaml:2: dpo.learning_rate: unknown key; instead: dpo.lr"),

@@ -14,17 +14,13 @@ from dpo_jax import optimizer_table
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, DpoConfig, SftConfig, load_config
 from dpo_jax.cli.config.file import ConfigError
-from dpo_jax.data.encode import Encoded
-from dpo_jax.data.layout import Layout
-from dpo_jax.dpo import dpo_step
-from dpo_jax.losses import dpo_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.runtime import optim
 from dpo_jax.runtime.checkpoint import Checkpoints
 from dpo_jax.runtime.mesh import make_mesh
 from dpo_jax.runtime.parallel import mesh_partitioner, single_device
-from dpo_jax.step import init_state
+from dpo_jax.step import apply_gradients, init_state
 
 NAMES = list(optimizer_table.OPTIMIZERS)
 RATE = 0.01
@@ -59,8 +55,9 @@ def updates_of(tx, steps=1):
     params, grads = params_and_gradients()
     state = tx.init(params)
     with jax.numpy_dtype_promotion("standard"):
-        for _ in range(steps):
-            updates, state = tx.update(grads, state, params)
+        for step, scale in enumerate((1.0, 0.3, 2.0)[:steps]):
+            here = jax.tree.map(lambda x, step=step, scale=scale: scale * jnp.roll(x, step), grads)
+            updates, state = tx.update(here, state, params)
             params = optax.apply_updates(params, updates)
     return by_name(params)
 
@@ -104,9 +101,10 @@ def test_muon_takes_each_layers_matrix_by_itself_and_adam_the_rest():
         got = after["layers.mlp.kernel"][layer] - params["layers.mlp.kernel"][layer]
         np.testing.assert_allclose(got, expected["w"], rtol=1e-3, atol=1e-6)
         singular = np.linalg.svd(got, compute_uv=False) / (RATE * 0.2 * np.sqrt(6))
-        assert (singular > 0.6).all() and (singular < 1.3).all()  # noqa: PT018  Newton-Schulz comes this near to 1
+        assert 0.6 < singular.min() < singular.max() < 1.3  # Newton-Schulz comes this near to 1
     for leaf in set(params) - {"layers.mlp.kernel"}:
-        np.testing.assert_allclose(np.abs(after[leaf] - params[leaf]), RATE, rtol=1e-3)
+        # With Nesterov's momentum: b1 times the next mean, and the gradient.
+        np.testing.assert_allclose(np.abs(after[leaf] - params[leaf]), RATE * (0.9 * 0.1 / 0.19 + 1), rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,8 +114,9 @@ def test_weight_decay_is_of_matrices(name, embeddings):
         pytest.skip("does not read decay_embeddings")
     options = {"name": name, "max_grad_norm": None}
     schedule = lambda step: jnp.float32(RATE)  # noqa: E731
-    without = updates_of(optim.make_optimizer(schedule, **options))
-    after = updates_of(optim.make_optimizer(schedule, weight_decay=0.5, decay_embeddings=embeddings, **options))
+    steps = 2 if name == "rmsprop" else 1  # whose first update is a sign
+    without = updates_of(optim.make_optimizer(schedule, **options), steps)
+    after = updates_of(optim.make_optimizer(schedule, weight_decay=0.5, decay_embeddings=embeddings, **options), steps)
     params, _ = map(by_name, params_and_gradients())
     decayed = {"layers.mlp.kernel"} if name == "muon" else {*MATRICES} - (set() if embeddings else {"token_embedding"})
     for leaf in params:
@@ -151,51 +150,36 @@ MODEL = make_model(decoder_config(hf_config("llama", kv_heads=4, **SIZES)))
 
 
 @pytest.fixture(scope="module")
-def batch():
-    rng = np.random.default_rng(0)
-    pairs = [Encoded(*(rng.integers(1, 64, n).astype(np.int32) for n in (4, 6, 5)), uid=f"{i}") for i in range(4)]
-    return Layout("shared", length=16, scored=16, rows_multiple=4).rows(pairs).replace(ref_logps=np.zeros((4, 2), np.float32))
-
-
-@pytest.fixture(scope="module")
 def variables():
     return jax.device_get(jax.jit(MODEL.init)(jax.random.key(0)))
 
 
-def tx_of(name):
-    schedule = optim.make_schedule("cosine", 1e-3, warmup_steps=1, total_steps=4)
-    return optim.make_optimizer(schedule, name=name, max_grad_norm=1.0, weight_decay=0.1)
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_on_a_mesh_it_is_the_same_and_its_state_is_cut_and_saved(name, batch, variables, tmp_path):
+def test_on_a_mesh_it_is_the_same_and_its_state_is_cut_and_saved(name, variables, tmp_path):
     """Adafactor's means by row and column and Muon's momentum lie like their parameters."""
-    tx = tx_of(name)
-    step = functools.partial(dpo_step, model=MODEL, tx=tx, loss=functools.partial(dpo_loss, beta=0.1))
+    schedule = optim.make_schedule("cosine", 1e-2, warmup_steps=1, total_steps=4)
+    tx = optim.make_optimizer(schedule, name=name, max_grad_norm=1.0, weight_decay=0.1)
+
+    def step(state, rows):
+        # Gradients that every device finds alike: only the optimizer is compared.
+        grads = jax.tree.map(lambda x: jnp.cos(300 * x + state.step.astype(x.dtype)), state.params)
+        return apply_gradients(state, grads, {}, tx=tx)
 
     def three(partitioner):
         state = partitioner.init_state(functools.partial(init_state, tx=tx), partitioner.put_variables(variables))
         compiled = partitioner.compile_step(step)
         for _ in range(3):
-            state, _ = compiled(state, batch)
+            state, _ = compiled(state, np.zeros(4, np.float32))
         return state
 
-    alone, partitioner = jax.device_get(three(single_device())), mesh_partitioner(make_mesh(fsdp=2, tensor=2), MODEL)
-    state = three(partitioner)
-    # Lion takes signs, and one of a gradient that is nearly 0 may be another: that is twice the rate, and no more.
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=3e-5)
-    if name == "lion":
-        far = [
-            np.abs(a - np.asarray(b)) > 3e-5 for a, b in zip(*map(jax.tree.leaves, (alone.params, state.params)), strict=True)
-        ]
-        assert np.mean(np.concatenate([x.ravel() for x in far])) < 1e-3
-    else:
-        jax.tree.map(close, alone.params, jax.device_get(state.params))
-    for leaf in jax.tree.leaves(state.opt_state):
-        if leaf.size > 1000:
-            assert not leaf.sharding.is_fully_replicated, leaf.shape
-    shape = {"adafactor": (2, 128), "muon": (2, 128, 128)}.get(name)
-    assert shape is None or shape in {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
+    alone, state = jax.device_get(three(single_device())), three(mesh_partitioner(make_mesh(fsdp=2, tensor=2), MODEL))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6)
+    jax.tree.map(close, jax.device_get(state.params), alone.params)
+    assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (alone.params, variables)), strict=True)) > 1e-4
+    cut = {leaf.shape for leaf in jax.tree.leaves(state.opt_state) if not leaf.sharding.is_fully_replicated}
+    assert {"adafactor": (2, 128)}.get(name, (2, 128, 128)) in cut
+    whole = {leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.sharding.is_fully_replicated}
+    assert whole <= {(), (1,), (3,), (128,), (2, 128)}, "norms, counts and constants"
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, state, {})
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

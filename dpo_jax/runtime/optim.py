@@ -126,9 +126,8 @@ def make_optimizer(
     >>> print(f"{updates['w'][0]:.3e}")  # the rate of step 0, divided by sqrt(0.01)
     -6.623e-08
     """
-    if (
-        isinstance(learning_rate, int | float | np.number) and not 0 <= learning_rate < np.inf
-    ):  # one that is traced cannot be asked
+    # One that is traced cannot be asked.
+    if isinstance(learning_rate, int | float | np.number) and not 0 <= learning_rate < np.inf:
         raise ValueError(f"learning_rate must be a finite number, at least 0, got {learning_rate}")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be positive, or None for no clipping, got {max_grad_norm}")
@@ -149,7 +148,7 @@ def make_optimizer(
         last = optax.lion(rate, weight_decay=decay, mask=mask, **options)
     elif name == "adafactor":
         # optax takes the decay of a whole step, where everybody else multiplies it by the learning rate.
-        each = (lambda step: decay * rate(step)) if callable(rate) else decay * rate
+        each: Any = (lambda step: decay * rate(step)) if callable(learning_rate) else decay * rate
         last = optax.adafactor(
             rate,
             multiply_by_parameter_scale=False,
