@@ -75,9 +75,8 @@ def test_it_ends_without_a_better_evaluation_and_returns_the_best(whole):
     folder, (count, taken, record, said) = whole
     assert (count, taken) == (4.0, list(range(10)))
     assert record == {"best": 4, "value": 3.0, "worse": 3, "last": 10}
-    assert said == [
-        "stopped after 10 steps: 3 evaluations without a better loss; the weights are those of step 4, where it was 3.0000"
-    ]
+    why = "stopped after 10 steps: 3 evaluations without a better loss"
+    assert said == [f"{why}; the weights are those of step 4, where it was 3.0000"]
     assert kept(folder) == [4, 9, 10], "the best, and the newest two"
     assert newest_meta(folder / "checkpoints")[1]["early_stopping"] == record
     assert [row["step"] for row in log_of(folder) if is_evaluation(row)] == [2, 4, 6, 8, 10]

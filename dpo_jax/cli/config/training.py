@@ -48,8 +48,8 @@ class TrainingConfig(OptimizerConfig):
     patience: int = 0
     """Stop after so many evaluations in a row without a better stop_on, and keep the weights of the best; 0: never. Evaluations
     come by run.eval_every_examples."""
-    stop_on: str = "loss"
-    """The held-out metric of patience: loss or, of sft, nll_per_token, of dpo rewards/accuracies or rewards/margins."""
+    stop_on: Literal["loss", "nll_per_token", "rewards/accuracies", "rewards/margins"] = "loss"
+    """The held-out metric of patience; nll_per_token is of sft, rewards/... are of dpo."""
 
     def optimizer_options(self) -> dict[str, Any]:
         """The values of all options of optimizers."""
