@@ -281,6 +281,6 @@ def test_a_run_in_steps_that_keeps_its_best(done, tmp_path):
     other = call("export", done.config, "--run.dir", tmp_path, "--export.out", tmp_path / "again")
     assert f"step {best} of" in other.out
     assert bytes_of(tmp_path / "again") == exported
-    assert "nothing to do" in call("dpo", done.config, *flags, *how).out
+    assert f"is finished after {len(losses)} steps" in call("dpo", done.config, *flags, *how).out
     message = refused(2, "dpo", done.config, *flags, *how, "--dpo.b1", 0.8)
     assert "dpo.b1: optimizer rmsprop does not read it: leave it out, or use one that does (adamw, lion, muon)" in message
