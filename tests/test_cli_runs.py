@@ -259,3 +259,28 @@ def test_a_sum_of_losses_trains_is_evaluated_and_named_on_the_card(done, tmp_pat
     assert "length_penalty: was 0.02, is 0.05" in message
     other = call("dpo", done.config, "--run.dir", tmp_path / "ld", *flags[2:], "--dpo.ld-alpha", 0.5)
     assert "ld_alpha: cached with None, now 0.5" in other.err
+
+
+def test_a_run_in_steps_that_keeps_its_best(done, tmp_path):
+    """The steps are those of epochs, which they outlast; what is exported is the policy of the best evaluation."""
+    flags = ("--run.dir", tmp_path, "--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs", "--dpo.epochs", 1)
+    how = ("--dpo.steps", 10, "--dpo.patience", 3, "--dpo.stop-on", "rewards/accuracies", "--run.eval-every-examples", 16)
+    result = call("dpo", done.config, *flags, *how)
+    assert result.code == 0, result
+    rows = read_metrics(tmp_path / "dpo" / "metrics.jsonl")
+    of_epochs = read_metrics(done / "dpo" / "metrics.jsonl")
+    losses, before = ([row["loss"] for row in run if not is_evaluation(row)] for run in (rows, of_epochs))
+    assert losses[:STEPS] == pytest.approx(before[: len(losses)], rel=1e-5)
+    found = {row["step"]: row["eval/rewards/accuracies"] for row in rows if is_evaluation(row)}
+    best = max(found, key=found.get)  # the first of equal ones
+    assert f"the weights are those of step {best}, where it was {found[best]:.4f}" in result.out
+    assert len(losses) == min(10, best + 3)
+    assert f"Held out, after {best} steps:" in (card := (tmp_path / "dpo" / "README.md").read_text())
+    assert "| steps | 10 |" in card
+    exported = bytes_of(tmp_path / "dpo" / "export")
+    other = call("export", done.config, "--run.dir", tmp_path, "--export.out", tmp_path / "again")
+    assert f"step {best} of" in other.out
+    assert bytes_of(tmp_path / "again") == exported
+    assert f"is finished after {len(losses)} steps" in call("dpo", done.config, *flags, *how).out
+    message = refused(2, "dpo", done.config, *flags, *how, "--dpo.b1", 0.8)
+    assert "dpo.b1: optimizer rmsprop does not read it: leave it out, or use one that does (adamw, lion, muon)" in message

@@ -73,7 +73,7 @@ def test_every_option_changes_the_result(change):
 
 
 def test_settings_without_a_meaning_are_refused():
-    for options in ({"name": "sgd"}, {"max_grad_norm": 0.0}, {"weight_decay": -1.0}):
+    for options in ({"name": "sdg"}, {"max_grad_norm": 0.0}, {"weight_decay": -1.0}):
         with pytest.raises(ValueError):
             optim.make_optimizer(1e-3, **options)
     with pytest.raises(ValueError):

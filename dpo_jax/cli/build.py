@@ -44,7 +44,8 @@ from dpo_jax.models.logical_axes import whole_heads
 from dpo_jax.runtime.compiling import keep_programs, report_compiling
 from dpo_jax.runtime.hosts import HostsError, first_goes_first, is_first, start
 from dpo_jax.runtime.mesh import MeshError, make_mesh
-from dpo_jax.runtime.optim import Schedule, linear_warmup, make_optimizer
+from dpo_jax.runtime.optim import Schedule, make_optimizer
+from dpo_jax.runtime.optim import make_schedule as named_schedule
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
@@ -366,13 +367,14 @@ def _existing(config: Config, path: str, name: str) -> str:
 
 def make_schedule(section: SftConfig | DpoConfig, *, steps: int) -> Schedule:
     """The learning rate of a run of `steps` steps."""
-    decay = steps if section.schedule == "linear" else None
-    return linear_warmup(section.lr, warmup_steps=section.warmup_steps, decay_steps=decay)
+    options = section.schedule_options()
+    return named_schedule(section.schedule, section.lr, warmup_steps=section.warmup(steps), total_steps=steps, **options)
 
 
 def make_tx(section: SftConfig | DpoConfig, *, steps: int = 1) -> Any:
     """The optimizer of a run of `steps` steps. What it keeps for each parameter does not depend on them."""
-    return make_optimizer(make_schedule(section, steps=steps), name=section.optimizer, max_grad_norm=section.max_grad_norm)
+    schedule, options = make_schedule(section, steps=steps), section.optimizer_options()
+    return make_optimizer(schedule, name=section.optimizer, max_grad_norm=section.max_grad_norm, **options)
 
 
 def make_loss(section: DpoConfig) -> PreferenceLoss:

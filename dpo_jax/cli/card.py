@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_jax import loss_table
+from dpo_jax import loss_table, optimizer_table
 from dpo_jax.cli.config import Config, DpoConfig, SftConfig
 from dpo_jax.data.terminal import one_line
 from dpo_jax.models.folder import is_hub_id
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 PAPER = "[Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)"
 TRAINING = ("epochs", "batch", "microbatches", "optimizer", "lr", "warmup_steps", "schedule", "max_grad_norm")
+OTHERS = ("steps", "warmup_ratio", *optimizer_table.OPTIONS, *optimizer_table.SCHEDULE_OPTIONS, "patience", "stop_on")
+"""Options that are shown where they are set."""
 
 
 def sft_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
@@ -209,7 +211,8 @@ def _loss_options(section: DpoConfig) -> list[str]:
 
 def _options(config: Config, section: SftConfig | DpoConfig) -> str:
     data = config.data
-    names = [*(_loss_options(section) if isinstance(section, DpoConfig) else ()), *TRAINING]
+    others = [name for name in OTHERS if getattr(section, name) != getattr(type(section), name)]
+    names = [*(_loss_options(section) if isinstance(section, DpoConfig) else ()), *TRAINING, *others]
     values = {name: getattr(section, name) for name in names}
     values |= {
         "max_length": data.max_length,

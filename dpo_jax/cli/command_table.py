@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dpo_jax import loss_table
+from dpo_jax import loss_table, optimizer_table
 from dpo_jax.cli import config as options
 from dpo_jax.cli.config.file import types_of
 
@@ -33,9 +33,12 @@ _BENCH = (
     *(f"dpo.{field}" for field in ("beta", "batch", "lr", "warmup_steps", "max_grad_norm", "microbatches")),
 )
 _PPO = tuple(f"frontier.{field}" for field in types_of(options.FrontierConfig) if field.startswith("ppo_"))
-_TRAINING = tuple(
-    f"dpo.{field}"
-    for field in ("batch", "epochs", "lr", "optimizer", "warmup_steps", "schedule", "max_grad_norm", "microbatches")
+_SCHEDULE = tuple(
+    f"dpo.{field}" for field in ("warmup_steps", "warmup_ratio", "schedule", *optimizer_table.SCHEDULE_OPTIONS, "microbatches")
+)
+_TRAINING = (
+    *(f"dpo.{field}" for field in ("batch", "epochs", "lr", "optimizer", *optimizer_table.OPTIONS, "max_grad_norm")),
+    *_SCHEDULE,
 )
 _REWARD_MODEL = (
     *(option for option in _TRAINING if option != "dpo.epochs"),
@@ -102,7 +105,8 @@ COMMANDS = {
             *_RUN,
             "dpo.policy",
             "lora",
-            *("dpo.warmup_steps", "dpo.schedule", "dpo.microbatches", "dpo.trainable"),
+            *_SCHEDULE,
+            "dpo.trainable",
             *_experiment("prompts", "test_prompts", "evaluations"),
             *(option for option in _PPO if option != "frontier.ppo_kls"),  # of the sweep
             "ppo",

@@ -12,6 +12,7 @@ import jax
 
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
+from dpo_jax.cli.config.training import HIGHER
 from dpo_jax.cli.preflight.packages import check_bucket
 from dpo_jax.cli.trained import Trained
 from dpo_jax.data.layout import Layout
@@ -29,6 +30,7 @@ from dpo_jax.training import fingerprint
 from dpo_jax.training.fingerprint import SavedRun
 from dpo_jax.training.run import Evaluate, saved_run
 from dpo_jax.training.run import train as train_in
+from dpo_jax.training.stopping import EarlyStopping
 from dpo_jax.types import Array, Model, Partitioner, TrainState, Variables
 from dpo_jax.writing import write_text
 
@@ -51,6 +53,7 @@ class TrainingPlan(NamedTuple):
     held_out_layout: Layout
     behind: int  # see `fingerprint.behind`
     steps: int
+    epochs: int | None  # after which the stream ends; None where the run is counted in steps
     digest: str  # of the training data
     record: Mapping[str, Any]  # what the data are made of
 
@@ -107,12 +110,13 @@ def plan_training(
     record = identity.data_record(config, tokenizer, data.reports, held_out=data_digest(data.held_out))
     digest = data_digest(data.train)
     behind = fingerprint.behind(saved, examples=len(data.train), batch=section.batch)
-    steps = total_steps(len(data.train), batch=section.batch, epochs=section.epochs, behind=behind)
+    epochs = None if section.steps else section.epochs
+    steps = section.steps or total_steps(len(data.train), batch=section.batch, epochs=section.epochs, behind=behind)
     with identity.refusing_mismatch():
         fingerprint.check_data(saved, digest, record)
     with identity.refusing_mismatch(identity.LONGER):
         fingerprint.check_length(saved, steps=steps)
-    return TrainingPlan(data, saved, layout, held_out_layout, behind, steps, digest, record)
+    return TrainingPlan(data, saved, layout, held_out_layout, behind, steps, epochs, digest, record)
 
 
 def train(
@@ -162,7 +166,7 @@ def train(
                 layout=plan.layout,
                 batch=section.batch,
                 seed=config.run.seed,
-                epochs=section.epochs,
+                epochs=plan.epochs,
                 behind=plan.behind,
                 ref_logps=ref_logps,
                 uids=data.uids,
@@ -180,22 +184,30 @@ def train(
             save_every_minutes=config.run.save_every_minutes,
             evaluate=evaluate,
             eval_every=math.ceil(config.run.eval_every_examples / section.batch),
+            stopping=_stopping(section),
             lr=lr,
             check=check,
             begin=lambda: build.describe(run, config, *data.reports),
             writers=functools.partial(_writers, config, run, facts),
-            progress=Progress(epochs=section.epochs),
+            progress=Progress(epochs=plan.epochs or plan.steps * section.batch / len(data.train)),
             unit=unit,
             shapes=max(1, len(plan.layout.row_counts)),
         )
 
 
+def _stopping(section: SftConfig | DpoConfig) -> EarlyStopping | None:
+    if not section.patience:
+        return None
+    return EarlyStopping(section.stop_on, patience=section.patience, higher=section.stop_on in HIGHER)
+
+
 def _note_long_warmup(section: SftConfig | DpoConfig, steps: int, lr: Callable[[int], Any]) -> None:
-    if 0 < steps <= section.warmup_steps:
+    warmup, option = section.warmup(steps), "warmup_steps" if section.warmup_ratio is None else "warmup_ratio"
+    if 0 < steps <= warmup:
         reached = float(lr(steps - 1)) / section.lr
         print(
-            f"note: warm-up takes {section.warmup_steps} steps, and the run has {steps}: the learning rate reaches only "
-            f"{reached:.0%} of {section.lr:g} (warmup_steps)",
+            f"note: warm-up takes {warmup} steps, and the run has {steps}: the learning rate reaches only "
+            f"{reached:.0%} of {section.lr:g} ({option})",
             flush=True,
         )
 

@@ -19,7 +19,7 @@ _DATA = "data.path, a local file or folder; a data set of the Hub is downloaded 
 _HALF = "float16 is not offered; run.precision bfloat16"
 _LENGTH = "data.max_length (prompt and completion) and data.max_prompt_length"
 _KERNEL = "model.attention; auto takes the fastest for the device"
-_STEPS = "sft.epochs, dpo.epochs, data.max_train"
+_STEPS = "sft.steps, dpo.steps, sft.epochs, dpo.epochs, data.max_train"
 _NOTHING = "nothing has to be set for that here"
 
 # Words of others -> options of ours, separated by commas, or a sentence. A command is told only of the options that it reads.
@@ -27,9 +27,14 @@ WORDS: Mapping[str, str] = {
     "learning_rate": "sft.lr, dpo.lr, frontier.ppo_lr",
     "lr_scheduler_type": "sft.schedule, dpo.schedule",
     "lr_scheduler": "sft.schedule, dpo.schedule",
-    "warmup_ratio": "sft.warmup_steps, dpo.warmup_steps",
+    "warmup_ratio": "sft.warmup_ratio, dpo.warmup_ratio",
     "optim": "sft.optimizer, dpo.optimizer",
-    "weight_decay": "weight decay is not offered; sft.optimizer and dpo.optimizer are rmsprop or adamw without it",
+    "weight_decay": "sft.weight_decay, dpo.weight_decay",
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), "b1, b2 and eps of section sft or dpo, with optimizer adamw"),
+    "lr_scheduler_kwargs": "min_lr_ratio and decay_ratio of section sft or dpo, with schedule cosine or wsd",
+    "early_stopping_patience": "sft.patience, dpo.patience",
+    "metric_for_best_model": "sft.stop_on, dpo.stop_on",
+    "load_best_model_at_end": "sft.patience, dpo.patience: the weights of the best evaluation are then those that are exported",
     "gradient_clipping": "sft.max_grad_norm, dpo.max_grad_norm",
     "per_device_train_batch_size": "the batch of a step over all devices is sft.batch or dpo.batch; microbatches divides it",
     "train_batch_size": "sft.batch, dpo.batch",
@@ -39,7 +44,7 @@ WORDS: Mapping[str, str] = {
     "gradient_accumulation_steps": "sft.microbatches, dpo.microbatches: parts of the batch, which is that of a whole step",
     "num_train_epochs": "sft.epochs, dpo.epochs",
     "n_epochs": "sft.epochs, dpo.epochs",
-    "max_steps": _STEPS,
+    "max_steps": "sft.steps, dpo.steps",
     "n_examples": _STEPS,
     "bf16": "run.precision bfloat16",
     "fp16": _HALF,
@@ -124,11 +129,6 @@ WORDS: Mapping[str, str] = {
     "simpo_gamma": "dpo.gamma",
     "use_weighting": "dpo.wpo",
     **dict.fromkeys(("chat_template", "chat_template_path", "eos_token"), "the tokenizer's own; change it in its folder"),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), "fixed; dpo.optimizer chooses between two"),
-    **dict.fromkeys(
-        ("load_best_model_at_end", "metric_for_best_model"),
-        "dpo-jax export --export.step N writes an earlier step that was kept",
-    ),
 }
 
 

@@ -25,7 +25,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -112,6 +112,7 @@ class Checkpoints:
         self._read_only = read_only
         self.directory = epath.Path(directory)
         self._unsealed: int | None = None
+        self._pinned: list[int] = []
         if not is_remote(directory):
             self.directory = self.directory.resolve()  # orbax refuses relative paths
             check_name(self.directory)  # or every step would seem damaged
@@ -121,7 +122,7 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._purge()
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=max_to_keep, todelete_subdir=DELETING, cleanup_tmp_directories=True
+                preservation_policy=_Keep(max_to_keep, self._pinned), todelete_subdir=DELETING, cleanup_tmp_directories=True
             )
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
@@ -146,6 +147,10 @@ class Checkpoints:
             arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(leaves), record=ocp.args.JsonSave(record))
             self._manager.save(step, args=arguments)
             self._unsealed = step
+
+    def pin(self, step: int) -> None:
+        """Keeps `step`, however many come after it, in the place of the one that was pinned before."""
+        self._pinned[:] = [step]
 
     def restore_latest(self, abstract_state: Any, *, only: int | None = None) -> tuple[Any, dict[str, Any]] | None:
         """(state, meta) of the newest step that verifies, or None in a directory without checkpoints.
@@ -282,6 +287,17 @@ class Checkpoints:
             if leftovers.is_dir() and not any(leftovers.iterdir()):  # in a bucket, a folder is gone with its last file
                 leftovers.rmdir()
         hosts.barrier("purge")
+
+
+class _Keep:
+    """A policy of orbax: the newest `count` steps stay, and those in `pinned`, a list that changes."""
+
+    def __init__(self, count: int, pinned: Sequence[int]):
+        self._count, self._pinned = count, pinned
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        newest = len(checkpoints) - self._count
+        return [place >= newest or found.step in self._pinned for place, found in enumerate(checkpoints)]
 
 
 @contextlib.contextmanager

@@ -34,6 +34,13 @@ class Preempted(RuntimeError):
         self.step = step
 
 
+class Verdict(NamedTuple):
+    """What follows from an evaluation: whether the state is saved at once, and whether the run ends with it."""
+
+    save: bool = False
+    stop: bool = False
+
+
 class Interrupted(Preempted):
     """Stopped by SIGINT: by a person at the keyboard, whom no launcher should contradict. End the process with 130."""
 
@@ -51,6 +58,8 @@ def fit(
     progress: Progress | None = None,
     evaluate: Callable[[Any, int], Mapping[str, Any]] | None = None,
     eval_every: int = 0,
+    evaluate_first: bool = False,
+    watch: Callable[[int, Mapping[str, Any]], Verdict] | None = None,
     save_every: int = 0,
     save_every_minutes: float = 0.0,
     check: Callable[[int, dict[str, float]], None] | None = None,
@@ -60,7 +69,7 @@ def fit(
     agree: Callable[[int], int] = lambda number: number,
     clock: Callable[[], float] = time.monotonic,
 ) -> Any:
-    """Takes steps `state.step` to `total_steps - 1` and returns the state after them. The given state is donated.
+    """Takes steps `state.step` to `total_steps - 1` and returns the state after the last. The given state is donated.
 
     Args:
       step: compiled `step(state, batch) -> (state, metrics)`; metrics are float32[] by name. `state` is any tree of arrays with
@@ -74,6 +83,8 @@ def fit(
       save_every_minutes: also save when the last save (or the start) is this long ago by `clock`, which gives seconds. With
         several hosts, the first one keeps the time; the others get 0, and learn of it through `agree`.
       evaluate: `evaluate(state, steps taken) -> metrics`, every `eval_every` steps and at the end, logged under `eval/`.
+      evaluate_first: also evaluate the given state: a signal may have come before that was done.
+      watch: `watch(steps taken, metrics)` after each evaluation says whether to save, and whether to end the run early.
       check: `check(step, metrics)` may raise to stop the run, for instance when the loss of step 0 is not ln 2.
       unit: which of `stats` counts examples.
       shapes: how many shapes the batches can have, for the progress display; 0 if unknown. Each shape is compiled once.
@@ -85,9 +96,21 @@ def fit(
     Raises NonFinite (and writes `bad_batch.json` beside the log), Preempted, and whatever stream, check and evaluate raise.
     """
     start = int(get_state(state.step))
-    rows = StepLog(start, total_steps, log=log, progress=progress, check=check, unit=unit)
+    rows = StepLog(start, total_steps, log=log, progress=progress, check=check, unit=unit, evaluated=not evaluate_first)
     timer, compilations = _SaveTimer(save_every_minutes, clock), _Compilations(shapes)
+
+    def judged(done: int) -> Verdict:
+        assert evaluate is not None
+        rows.flush()
+        with reported("evaluating", brief=True):
+            found = evaluate(state, done)
+        rows.add_evaluation(done, found)
+        rows.restart_clock()
+        return Verdict() if watch is None else watch(done, found)
+
     with rows, StopSignals() as signals, Prefetcher(stream, start, total_steps) as prefetcher:
+        if evaluate is not None and evaluate_first and judged(start).stop:
+            return state
         for index in range(start, total_steps):
             batch = _parts(prefetcher.get(index))
             with compilations.named(batch.inputs):
@@ -99,14 +122,11 @@ def fit(
 
             done = index + 1
             request = agree(signals.received or timer.request())  # 0, SAVE, or the number of a signal
-            stop, last = _signal_of(request), done == total_steps
+            stop, last, verdict = _signal_of(request), done == total_steps, Verdict()
             if evaluate is not None and not stop and (last or _is_due(done, eval_every)):
-                rows.flush()
-                with reported("evaluating", brief=True):
-                    found = evaluate(state, done)
-                rows.add_evaluation(done, found)
-                rows.restart_clock()
-            if request or last or _is_due(done, save_every):
+                verdict = judged(done)
+                last = last or verdict.stop
+            if request or last or verdict.save or _is_due(done, save_every):
                 rows.flush()
                 rows.sync()  # a checkpoint of step n promises that the rows of all steps before n are on disk
                 if checkpoints is not None:
@@ -120,6 +140,8 @@ def fit(
                 stop = _signal_of(agree(signals.received))  # during the last evaluation or save
             if stop:
                 raise _stopped(stop, done, saved=checkpoints is not None)
+            if last:
+                break
     return state
 
 

@@ -22,6 +22,7 @@ from dpo_jax.runtime.mesh_shape import MeshError, Units, mesh_shape, uneven
 from dpo_jax.types import ROW_AXES
 
 MESH_AXES = ("data", "fsdp", "tensor")
+FEW = 32  # numbers of a leaf that is replicated though it belongs to no parameter: counts and constants of an optimizer
 
 
 def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -109,8 +110,9 @@ def _spec(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh:
 def tree_shardings(tree: Any, variables: Mapping[tuple[str, ...], Any] | None, mesh: Mesh) -> Any:
     """Shardings of a state (or of variables) by those of its parameters: a tree like `tree`. All replicated where that is None.
 
-    A leaf whose path ends in the path of a parameter lies like that one: gradients, moments, averages. Single numbers are
-    replicated. Raises `MeshError` for any other leaf.
+    A leaf whose path ends in the path of a parameter lies like that one: gradients, moments, averages. One that lacks an axis
+    of its parameter (Adafactor's means by row and column) lies like the axes that are left. A few numbers are replicated.
+    Raises `MeshError` for any other leaf.
     """
     shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
 
@@ -121,11 +123,22 @@ def tree_shardings(tree: Any, variables: Mapping[tuple[str, ...], Any] | None, m
         suffix = next((path[start:] for start in range(len(path)) if path[start:] in variables), None)
         if suffix is not None and shapes.setdefault(suffix, leaf.shape) == leaf.shape:
             return variables[suffix]
-        if math.prod(leaf.shape) == 1:
+        if suffix is not None and (spec := _without_axis(variables[suffix].spec, shapes[suffix], leaf.shape)) is not None:
+            return NamedSharding(mesh, spec)
+        if math.prod(leaf.shape) <= FEW:
             return NamedSharding(mesh, PartitionSpec())
         raise MeshError(f"{'.'.join(path)} {leaf.shape}: belongs to no parameter, so nothing says how it lies on the mesh")
 
     return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def _without_axis(spec: PartitionSpec, shape: tuple[int, ...], left: tuple[int, ...]) -> PartitionSpec | None:
+    """How an array lies whose shape `left` is `shape` without one axis (of equal axes the last); None if it is not."""
+    axes = [*spec, *[None] * (len(shape) - len(spec))]
+    for axis in reversed(range(len(shape))):
+        if (*shape[:axis], *shape[axis + 1 :]) == left:
+            return PartitionSpec(*axes[:axis], *axes[axis + 1 :])
+    return None
 
 
 def mesh_sizes(tree: Any) -> dict[str, int]:

@@ -50,13 +50,15 @@ class MetricsLog:
             regular(self.path)  # a pipe would be waited for
         self._file = open(self.path, "ab")  # noqa: SIM115  closed by `close`
 
-    def resume(self, step: int) -> None:
+    def resume(self, step: int, *, evaluated: bool = True) -> None:
         """Forgets what was measured after `step` steps, so that the file holds each step once. Comes before the first `write`.
+
+        Without `evaluated`, an evaluation after `step` steps is forgotten, too.
 
         A line that is damaged is left out, with a warning that names it; the file as it was is then kept in `quarantine/`.
         """
         found = _read(self.path)
-        kept = [line for line in found.lines if _is_before(line.row, step)]
+        kept = [line for line in found.lines if line.row["step"] < step or (evaluated and _is_before(line.row, step))]
         if found.damaged:
             logger.warning("%s: %s; the file as it was is now %s", self.path, found.words, _set_aside(self.path))
         if found.damaged or kept != found.lines[: len(kept)] or not all(line.sealed for line in kept):

@@ -1,7 +1,8 @@
-"""The optimizer of the paper, and the schedule of the original implementation."""
+"""The optimizers and schedules of `dpo_jax.optimizer_table`, from optax; the paper's RMSprop and warm-up among them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
+
+from dpo_jax import optimizer_table
 
 Schedule = Callable[[Any], Any]
 """`schedule(step) -> learning rate`, `step` counted from 0: an int, or int32[] inside a compiled step."""
@@ -43,21 +47,78 @@ def linear_warmup(peak: float, *, warmup_steps: int, decay_steps: int | None = N
     return schedule
 
 
+def make_schedule(
+    name: str,
+    peak: float,
+    *,
+    warmup_steps: int,
+    total_steps: int,
+    min_lr_ratio: float | None = None,
+    decay_ratio: float | None = None,
+) -> Schedule:
+    """The learning rate of a run of `total_steps`: after linear warm-up `constant`, `linear`, `cosine` or `wsd`.
+
+    Warm-up is that of `linear_warmup`. `cosine` then falls to `min_lr_ratio * peak`, which step `total_steps` would have. `wsd`
+    stays at `peak` and falls there on a line, in the last `decay_ratio` of all steps.
+
+    Raises ValueError for an unknown name, a setting out of range, and one that the schedule does not read.
+
+    >>> rate = make_schedule("wsd", 1.0, warmup_steps=1, total_steps=8, decay_ratio=0.5)
+    >>> [float(rate(step)) for step in range(8)]
+    [0.5, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    given = {"schedule": name, "min_lr_ratio": min_lr_ratio, "decay_ratio": decay_ratio}
+    _check(optimizer="rmsprop", **{option: value for option, value in given.items() if value is not None})
+    options = optimizer_table.options_of(name, given)
+    if name in ("constant", "linear"):
+        return linear_warmup(peak, warmup_steps=warmup_steps, decay_steps=total_steps if name == "linear" else None)
+    if total_steps < 1:
+        raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+    linear_warmup(peak, warmup_steps=warmup_steps)  # checks both
+    low = options["min_lr_ratio"] * peak
+    if name == "cosine":
+        falling = max(1, total_steps - warmup_steps)
+        parts, starts = [optax.cosine_decay_schedule(peak, falling, alpha=options["min_lr_ratio"])], []
+    else:
+        falling = max(1, round(options["decay_ratio"] * total_steps))
+        starts = [max(warmup_steps, total_steps - falling)]
+        parts = [optax.constant_schedule(peak), optax.linear_schedule(peak, low, max(1, total_steps - starts[0]))]
+    if warmup_steps:
+        parts.insert(0, optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps))
+        starts.insert(0, warmup_steps)
+    return _with_log(optax.join_schedules(parts, starts), total_steps)
+
+
+def _with_log(schedule: Schedule, total_steps: int) -> Schedule:
+    """`schedule`, which answers an int from a table, so that what the log shows is no program for each step."""
+
+    def promoting(step):  # optax takes the minimum of a float and an int32
+        with jax.numpy_dtype_promotion("standard"):
+            return schedule(step)
+
+    table = functools.cache(lambda: np.asarray(jax.jit(promoting)(jnp.arange(total_steps + 1)), np.float32))
+    return lambda step: table()[min(step, total_steps)] if isinstance(step, int) else promoting(step)
+
+
 def make_optimizer(
     learning_rate: float | Schedule,
     *,
     name: str = "rmsprop",
     max_grad_norm: float | None = 10.0,
     weight_decay: float = 0.0,
-    b1: float = 0.9,
-    b2: float = 0.999,
+    decay_embeddings: bool = True,
+    b1: float | None = None,
+    b2: float | None = None,
+    eps: float | None = None,
+    momentum: float | None = None,
 ) -> optax.GradientTransformation:
-    """Clip by global norm (`None`: do not), then `rmsprop`, which is the paper's, or `adamw`, which `b1` and `b2` belong to.
+    """Clip by global norm (`None`: do not), then an optimizer of `dpo_jax.optimizer_table` by name; `rmsprop` is the paper's.
 
-    RMSprop is torch's: decay 0.99, epsilon outside of the square root, where optax has it inside by default. Weight decay is
-    what torch does under each name, for all parameters alike: an L2 term in the gradient (rmsprop), or decoupled (adamw).
+    The options are those of the table; None is the optimizer's own value. RMSprop is torch's: decay 0.99, epsilon outside of
+    the square root, where optax has it inside by default. Weight decay is for matrices: not for norms and biases, nor, without
+    `decay_embeddings`, for embeddings. It is an L2 term in the gradient (rmsprop, sgd: as torch), or decoupled.
 
-    Raises ValueError for an unknown name or a negative setting.
+    Raises ValueError for an unknown name, a setting out of range, and an option that the optimizer does not read.
 
     >>> tx = make_optimizer(linear_warmup(1e-6, warmup_steps=150), max_grad_norm=10.0)
     >>> params = {"w": jnp.ones(2)}
@@ -65,22 +126,96 @@ def make_optimizer(
     >>> print(f"{updates['w'][0]:.3e}")  # the rate of step 0, divided by sqrt(0.01)
     -6.623e-08
     """
-    rate: Any = learning_rate
-    if isinstance(rate, int | float | np.number) and not 0 <= rate < np.inf:  # one that is traced cannot be asked
+    # One that is traced cannot be asked.
+    if isinstance(learning_rate, int | float | np.number) and not 0 <= learning_rate < np.inf:
         raise ValueError(f"learning_rate must be a finite number, at least 0, got {learning_rate}")
-    if not (0 <= b1 < 1 and 0 <= b2 < 1):
-        raise ValueError(f"b1 and b2 must lie in [0, 1), got {b1} and {b2}")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be positive, or None for no clipping, got {max_grad_norm}")
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
-    clip = [] if max_grad_norm is None else [_clip_by_global_norm(max_grad_norm)]
-    if name == "rmsprop":
-        decay = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
-        return optax.chain(*clip, *decay, optax.rmsprop(learning_rate, decay=0.99, eps=1e-8, eps_in_sqrt=False))
+    given = {"weight_decay": weight_decay, "decay_embeddings": decay_embeddings}
+    given |= {"b1": b1, "b2": b2, "eps": eps, "momentum": momentum}
+    _check(optimizer=name, **given)
+    rate: Any = learning_rate
+    clip: list[Any] = [] if max_grad_norm is None else [_clip_by_global_norm(max_grad_norm)]
+    options = optimizer_table.options_of(name, given)
+    decay, mask = options.pop("weight_decay"), functools.partial(decayed, embeddings=options.pop("decay_embeddings", False))
+    if name in ("rmsprop", "sgd"):
+        coupled = [optax.add_decayed_weights(decay, mask)] if decay else []
+        last = optax.sgd(rate, **options) if name == "sgd" else optax.rmsprop(rate, decay=0.99, eps=1e-8, eps_in_sqrt=False)
+        return optax.chain(*clip, *coupled, last)
     if name == "adamw":
-        return _promoting(optax.chain(*clip, optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay)))
-    raise ValueError(f"unknown optimizer {name!r}: choose rmsprop or adamw")
+        last = optax.adamw(rate, weight_decay=decay, mask=mask, **options)
+    elif name == "lion":
+        last = optax.lion(rate, weight_decay=decay, mask=mask, **options)
+    elif name == "adafactor":
+        # optax takes the decay of a whole step, where everybody else multiplies it by the learning rate.
+        each: Any = (lambda step: decay * rate(step)) if callable(learning_rate) else decay * rate
+        last = optax.adafactor(
+            rate,
+            multiply_by_parameter_scale=False,
+            weight_decay_rate=each if decay else None,
+            weight_decay_mask=mask,
+        )
+    else:
+        last = _muon(rate, decay, **options)
+    return _promoting(optax.chain(*clip, last))
+
+
+def _muon(rate: Any, decay: float, *, momentum: float, eps: float, b1: float, b2: float) -> optax.GradientTransformation:
+    return optax.contrib.muon(
+        rate,
+        beta=momentum,
+        eps=eps,
+        adam_b1=b1,
+        adam_b2=b2,
+        weight_decay=decay,
+        consistent_rms=0.2,  # the size of AdamW's updates, so that both parts can have one learning rate
+        muon_weight_dimension_numbers=orthogonalized,
+    )
+
+
+def decayed(params: Any, *, embeddings: bool = True) -> Any:
+    """Which leaves have weight decay: a tree of bools like `params`. Norms and biases have none, embeddings if asked for.
+
+    >>> decayed({"norm": {"scale": 0}, "up": {"kernel": 0, "bias": 0}, "token_embedding": 0}, embeddings=False)
+    {'norm': {'scale': False}, 'token_embedding': False, 'up': {'bias': False, 'kernel': True}}
+    """
+
+    def of(path: Any, leaf: Any) -> bool:
+        name = _name(path)
+        return not _is_vector(name) and (embeddings or "embedding" not in name)
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def orthogonalized(params: Any) -> Any:
+    """The axes of each matrix that Muon orthogonalizes, None for what AdamW updates: embeddings, heads, norms and biases.
+
+    The last two axes are the matrix; those before it (layers) count matrices.
+    """
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+    def of(path: Any, leaf: Any) -> Any:
+        name = _name(path)
+        outer = "embedding" in name or "head" in name.split(".")[-1] or "head" in name.split(".")[:1]
+        return None if leaf.ndim < 2 or _is_vector(name) or outer else matrix
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _is_vector(name: str) -> bool:
+    """Whether it is a norm or a bias: with the layers stacked, the number of axes does not say so."""
+    last = name.rpartition(".")[2]
+    return last in ("bias", "scale") or any(part.endswith("norm") for part in name.split("."))
+
+
+def _check(**values: Any) -> None:
+    wrong = [f"{option}: {words}" for option, words in optimizer_table.problems({"schedule": "constant", **values})]
+    if wrong:
+        raise ValueError("; ".join(wrong))
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -6,6 +6,7 @@ wait for the next batch. So `StepLog` keeps the metrics of the last step, and `f
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,10 @@ import jax
 
 from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.runtime.rundir import write_json
+from dpo_jax.runtime.spikes import Spikes
 from dpo_jax.runtime.training_progress import Progress
+
+logger = logging.getLogger(__name__)
 
 
 class NonFinite(ArithmeticError):
@@ -38,7 +42,8 @@ class _Step(NamedTuple):
 class StepLog:
     """Metrics rows of steps and evaluations, to the log and to the display. A context manager, from step `start` to `stop`.
 
-    `check(step, metrics)` sees each row first, and may raise. `unit` is which of a batch's `stats` counts examples.
+    `check(step, metrics)` sees each row first, and may raise. `unit` is which of a batch's `stats` counts examples. Without
+    `evaluated`, an evaluation of the state at `start` will come, in the place of one that the log may have.
     """
 
     def __init__(
@@ -50,14 +55,16 @@ class StepLog:
         progress: Progress | None = None,
         check: Callable[[int, dict[str, float]], None] | None = None,
         unit: str = "pairs",
+        evaluated: bool = True,
     ) -> None:
-        self._start, self._stop, self._unit = start, stop, unit
+        self._start, self._stop, self._unit, self._evaluated = start, stop, unit, evaluated
         self._log, self._progress, self._check = log, progress, check
         self._last: _Step | None = None
+        self._spikes = Spikes("loss", "grad_norm")
 
     def __enter__(self) -> StepLog:
         if self._log is not None:
-            self._log.resume(self._start)
+            self._log.resume(self._start, evaluated=self._evaluated)
         if self._progress is not None:
             self._progress.start(self._start, self._stop, unit=self._unit)
         self._clock = time.perf_counter()
@@ -84,6 +91,9 @@ class StepLog:
             raise self._non_finite(step, values)
         if self._check is not None:
             self._check(step.index, values)
+        if self._log is not None:
+            for words in self._spikes.of(values):
+                logger.warning("step %d: %s", step.index, words)
         row = {"step": step.index, **values, **_throughput(step.stats, self._unit, seconds)}
         if self._log is not None:
             self._log.write(row)

@@ -1,7 +1,8 @@
 """Run fingerprints: what must be the same for a run to be continued. Saved with each checkpoint and compared on resume.
 
-A fingerprint is a flat dict of JSON values: settings, digests of data and weights. Four names have a meaning here: `data`, a
-digest of the token ids; `epochs` and `schedule`, as a run with a constant schedule may become longer; `behind`, see there.
+A fingerprint is a flat dict of JSON values: settings, digests of data and weights. These names have a meaning here: `data`, a
+digest of the token ids; `epochs`, `steps`, `schedule` and `warmup_ratio`, as a run whose learning rate does not depend on its
+length may become longer; `behind`, see there.
 """
 
 from __future__ import annotations
@@ -57,8 +58,16 @@ def behind(saved: SavedRun | None, *, examples: int, batch: int) -> int:
     if saved is None:
         return 0
     was = saved.fingerprint
+    if was.get("steps"):  # batches were whole
+        return was.get("behind", 0)
     seen = min(saved.step * batch - was.get("behind", 0), round(examples * was["epochs"]))
     return saved.step * batch - seen
+
+
+def run_length(fingerprint: Mapping[str, Any]) -> str:
+    """How long the run was meant to be, in words."""
+    steps = fingerprint.get("steps")
+    return f"{fingerprint.get('epochs')} epochs" if steps is None else f"{steps} steps"
 
 
 def check_length(saved: SavedRun | None, *, steps: int) -> None:
@@ -98,13 +107,15 @@ def check_settings(place: str, saved: Mapping[str, Any], now: Mapping[str, Any])
     differing.pop("behind", None)
     differing.pop("data", None)  # `check_data` says more
     constant = now.get("schedule") == saved.get("schedule") == "constant"
-    if "epochs" in differing and constant:
-        del differing["epochs"]
+    if constant and now.get("warmup_ratio") is None and saved.get("warmup_ratio") is None:
+        for name in ("epochs", "steps"):
+            differing.pop(name, None)
     if not differing:
         return
     lines = [f"  {name}: was {_shown(old)}, is {_shown(new)}" for name, (old, new) in differing.items()]
-    if "epochs" in differing:
-        lines.append("  (with schedule linear the learning rate falls to 0 at the end of the run, so its length is fixed)")
+    if {"epochs", "steps"} & differing.keys():
+        why = f"schedule {now.get('schedule')}" if not constant else "a warmup_ratio"
+        lines.append(f"  (with {why} the learning rate depends on the length of the run, which is fixed)")
     raise RunMismatch(_message(place, "settings", lines))
 
 

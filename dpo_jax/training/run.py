@@ -30,8 +30,10 @@ from dpo_jax.training.fingerprint import (
     check_settings,
     data_changes,
     other_held_out,
+    run_length,
 )
 from dpo_jax.training.references import SAY
+from dpo_jax.training.stopping import EarlyStopping
 from dpo_jax.types import Partitioner, TrainState
 from dpo_jax.writing import appending
 
@@ -56,6 +58,7 @@ def train(
     save_every_minutes: float = 0.0,
     evaluate: Evaluate | None = None,
     eval_every: int = 0,
+    stopping: EarlyStopping | None = None,
     lr: Callable[[int], Any] | None = None,
     check: Callable[[int, dict[str, float]], None] | None = None,
     begin: Callable[[], None] = lambda: None,
@@ -105,6 +108,7 @@ def train(
       saved: what `saved_run` found before the arguments were made, if they depend on it (`behind`).
       partitioner: one of `runtime.parallel`; by default `single_device()`.
       checkpoints: another place for them, which may be a bucket (`gs://...`).
+      stopping: ends the run early, by what `evaluate` finds. The state that is returned is then the best, not the last.
       begin: called once the run is known to be new or the same as the one that is continued.
       writers: makes further places for metrics, on the first host (`runtime.metrics`).
 
@@ -114,10 +118,18 @@ def train(
     partitioner = partitioner or single_device()
     versions = {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax")}
     meta = {"fingerprint": dict(fingerprint), "data": dict(data or {}), "versions": versions}
+    if stopping is not None:
+        if evaluate is None:
+            raise ValueError("stopping needs evaluate, which measures what it stops on")
+        meta["early_stopping"] = stopping.record
     with contextlib.ExitStack() as held:
         run = folder if isinstance(folder, RunDir) else held.enter_context(RunDir(folder, lock=hosts.is_first()))
         store = held.enter_context(_checkpoints(run, checkpoints, max_to_keep=max_to_keep))
-        state = _resume(run, state, store, meta, partitioner, saved=saved, total_steps=total_steps, say=say)
+        state = _resume(run, state, store, meta, partitioner, saved=saved, total_steps=total_steps, stopping=stopping, say=say)
+        if stopping is not None and stopping.stopped:
+            begin()
+            return _best(state, store, partitioner, stopping, say)
+        start = steps_of(state, partitioner)
         begin()
         judge = None if evaluate is None else functools.partial(_finite, evaluate)
         log = held.enter_context(MetricsLog(run.metrics, writers=writers())) if hosts.is_first() else None
@@ -133,6 +145,8 @@ def train(
             progress=progress if hosts.is_first() else None,
             evaluate=judge,
             eval_every=eval_every,
+            evaluate_first=stopping is not None and stopping.last < start and _is_due(start, eval_every, total_steps),
+            watch=stopping.watching(store) if stopping is not None else None,
             save_every=save_every,
             save_every_minutes=save_every_minutes if hosts.is_first() else 0.0,
             check=check,
@@ -141,7 +155,9 @@ def train(
             get_state=functools.partial(_saved, partitioner),
             agree=hosts.agreement(),
         )
-        if judge is not None:
+        if stopping is not None:
+            state = _best(state, store, partitioner, stopping, say)
+        elif judge is not None:
             _evaluate_last(judge, state, total_steps, log=log, again=_is_other_data(saved, meta["data"], total_steps))
     return state
 
@@ -158,6 +174,32 @@ def _checkpoints(run: RunDir, elsewhere: str | os.PathLike[str] | None, *, max_t
         if elsewhere is not None and not is_remote(elsewhere):
             held.enter_context(RunDir(elsewhere, lock=hosts.is_first()))  # for its lock: runs elsewhere may name it, too
         yield held.enter_context(Checkpoints(elsewhere or run.path / "checkpoints", max_to_keep=max_to_keep))
+
+
+def steps_of(state: Any, partitioner: Partitioner) -> int:
+    step: Any = partitioner.get_state(state.step)
+    return int(step)
+
+
+def _is_due(done: int, eval_every: int, total_steps: int) -> bool:
+    """Whether an evaluation belongs to the state after `done` steps; a signal then comes first, and saves without it."""
+    return done > 0 and (done == total_steps or (eval_every > 0 and done % eval_every == 0))
+
+
+def _best(state: Any, store: Checkpoints, partitioner: Partitioner, stopping: EarlyStopping, say: Callable[[str], None]) -> Any:
+    """The state whose evaluation was best, on the devices, in the place of the last."""
+    done, best = steps_of(state, partitioner), stopping.best
+    if best is None:
+        return state
+    say(stopping.words(done))
+    if best == done:
+        return state
+    try:
+        found = _read(store, state, partitioner, only=best)
+    except LookupError as error:
+        raise CheckpointDamaged(f"the checkpoint of the best step is gone; another run would start over: {error}") from error
+    assert found is not None
+    return _in_place_of(state, found[0], partitioner)
 
 
 def _finite(evaluate: Evaluate, state: Any, done: int) -> Mapping[str, Any]:
@@ -198,13 +240,13 @@ def _resume(
     *,
     saved: SavedRun | None,
     total_steps: int,
+    stopping: EarlyStopping | None,
     say: Callable[[str], None],
 ) -> Any:
     """The state of the newest good checkpoint on the devices; `state` itself if there is none."""
     if checkpoints.latest_step() is None:
         return state
-    with reported("reading the checkpoint"):
-        found = checkpoints.restore_latest(jax.tree.map(_as_saved, _saved(partitioner, state)))
+    found = _read(checkpoints, state, partitioner)
     if found is None:
         return state
     restored, meta_of_saved = found
@@ -215,10 +257,19 @@ def _resume(
     check_length(here, steps=total_steps)
     if is_now.get("behind", 0) != here.fingerprint.get("behind", 0) and (saved is None or saved.step != here.step):
         raise CheckpointDamaged(f"the newest checkpoint of {run.path} was damaged and set aside; run the same command again")
+    if stopping is not None and not other_held_out(here, meta["data"]):
+        stopping.resume(meta_of_saved.get("early_stopping", {}))
+        if stopping.best is not None:
+            checkpoints.pin(stopping.best)
     _say_what_changed(here, meta, say)
     say(f"continuing {run.path} after {here.step} steps")
-    if here.fingerprint.get("epochs") == is_now.get("epochs"):  # otherwise it was lengthened, which is no interruption
+    if run_length(here.fingerprint) == run_length(is_now):  # otherwise it was lengthened, which is no interruption
         _note_resumption(run, here.step, total_steps)
+    return _in_place_of(state, restored, partitioner)
+
+
+def _in_place_of(state: Any, restored: Any, partitioner: Partitioner) -> Any:
+    """What was read, on the devices, with what is frozen. `state` is given back."""
     if not isinstance(state, TrainState):
         free(state)
         return partitioner.put_state(restored)
@@ -231,10 +282,16 @@ def _saved(partitioner: Partitioner, state: Any) -> Any:
     return partitioner.get_state(state.replace(frozen={}) if isinstance(state, TrainState) else state)
 
 
+def _read(store: Checkpoints, state: Any, partitioner: Partitioner, *, only: int | None = None) -> tuple[Any, Any] | None:
+    """(state as it is saved, meta) of the newest good checkpoint, or of step `only`, in the form of `state`."""
+    with reported("reading the checkpoint"):
+        return store.restore_latest(jax.tree.map(_as_saved, _saved(partitioner, state)), only=only)
+
+
 def _say_what_changed(saved: SavedRun, meta: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    before, now = saved.fingerprint.get("epochs"), meta["fingerprint"].get("epochs")
+    before, now = run_length(saved.fingerprint), run_length(meta["fingerprint"])
     if before != now:
-        say(f"the run is of {now} epochs now; it was of {before}")
+        say(f"the run is of {now} now; it was of {before}")
     if other_held_out(saved, meta["data"]):
         lines = "\n".join(data_changes(saved.data, meta["data"]))
         say(f"note: the held-out pairs changed; evaluations before and after cannot be compared\n{lines}")

@@ -24,6 +24,7 @@ from dpo_jax.evals.preference import completion_tokens, held_out_logps, preferen
 from dpo_jax.losses import whole_set_signals
 from dpo_jax.reference import reference_logps
 from dpo_jax.training.fingerprint import check_weights
+from dpo_jax.training.run import steps_of
 from dpo_jax.types import TrainState
 
 
@@ -93,7 +94,8 @@ def run(config: Config) -> int:
         )
         write = writer(part, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
         final = part.written(partitioner, state)
-        write_outputs(run_dir, model, final, tokenizer, card=lambda: dpo_card(config, run_dir), write=write)
+        card = functools.partial(dpo_card, config, run_dir, step=steps_of(state, partitioner))
+        write_outputs(run_dir, model, final, tokenizer, card=card, write=write)
     return 0
 
 

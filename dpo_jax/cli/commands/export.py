@@ -32,7 +32,7 @@ from dpo_jax.models.hub import model_folder, resolve
 from dpo_jax.models.lora import LORA
 from dpo_jax.models.partial import split
 from dpo_jax.runtime import hosts
-from dpo_jax.runtime.checkpoint import Checkpoints, has_steps
+from dpo_jax.runtime.checkpoint import Checkpoints, has_steps, newest_meta
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
@@ -63,7 +63,7 @@ def run(config: Config) -> int:
     abstract = jax.eval_shape(lambda: part.state(model.init(jax.random.key(0)), tx=tx).replace(frozen={}))
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is asked for: that it will write nothing
     with Checkpoints(directory, read_only=True) as checkpoints, reported("reading the checkpoint"):
-        found = _restored(checkpoints, abstract, config.export.step)
+        found = _restored(checkpoints, abstract, _step(config, directory))
     if found is None:
         raise ConfigError(f"export.checkpoint: {directory} holds no checkpoint; train first")
     (state, meta), step = found, int(found[0].step)
@@ -233,6 +233,14 @@ def _restored(checkpoints: Checkpoints, abstract: TrainState, step: int | None) 
         return checkpoints.restore_latest(abstract, only=step)
     except LookupError as error:
         raise ConfigError(f"export.step: {error}") from error
+
+
+def _step(config: Config, directory: str) -> int | None:
+    """The step that is asked for, or the best of a run that stops early; None for the newest."""
+    if config.export.step is not None:
+        return config.export.step
+    newest = newest_meta(directory)
+    return None if newest is None else newest[1].get("early_stopping", {}).get("best")
 
 
 def _run_of(config: Config, directory: str) -> Path:

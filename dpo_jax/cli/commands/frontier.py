@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax import optimizer_table
 from dpo_jax.cli import build
 from dpo_jax.cli.commands import sft as sft_command
-from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig
 from dpo_jax.cli.config.lab import FrontierConfig, numbers
 from dpo_jax.cli.experiment import labelled_samples, make_world, of_training, prompts_of, sized
 from dpo_jax.data.encode import with_bos
@@ -104,6 +105,9 @@ def _shared(config: Config, digest: str, world: World) -> dict[str, Any]:
         name: getattr(config.dpo, name)
         for name in ("batch", "epochs", "lr", "optimizer", "warmup_steps", "schedule", "max_grad_norm")
     }
+    # Named only where they are set: what was computed without stays valid.
+    others = ("warmup_ratio", *optimizer_table.OPTIONS, *optimizer_table.SCHEDULE_OPTIONS)
+    training |= {name: value for name in others if (value := getattr(config.dpo, name)) != getattr(DpoConfig, name)}
     # Named only where prompts begin with BOS: what was computed without stays valid.
     bos = {"bos": True} if len(with_bos(np.zeros(0, np.int32), world.tokenizer, bos=config.data.bos)) else {}
     return {

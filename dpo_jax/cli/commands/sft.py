@@ -21,6 +21,7 @@ from dpo_jax.data.prepare import encode_targets
 from dpo_jax.logps import sequence_logps
 from dpo_jax.runtime.progress import reported
 from dpo_jax.sft import sft_step
+from dpo_jax.training.run import steps_of
 from dpo_jax.types import TrainState
 
 
@@ -67,7 +68,8 @@ def run(config: Config) -> int:
         # DPO starts from exactly these weights.
         write = writer(part, write_exact, source=config.model.path, dtype=None, digests=digests)
         final = part.written(partitioner, state)
-        write_outputs(run_dir, model, final, tokenizer, card=lambda: sft_card(config, run_dir), write=write)
+        card = functools.partial(sft_card, config, run_dir, step=steps_of(state, partitioner))
+        write_outputs(run_dir, model, final, tokenizer, card=card, write=write)
     return 0
 
 

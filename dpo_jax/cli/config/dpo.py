@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_jax import loss_table
 from dpo_jax.cli.config.ranges import Problem, positive
-from dpo_jax.cli.config.training import TrainingConfig
+from dpo_jax.cli.config.training import HIGHER, TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,9 @@ class DpoConfig(LossConfig, TrainingConfig):
     def loss_options(self) -> dict[str, Any]:
         """The values of all options of losses."""
         return {name: getattr(self, name) for name in loss_table.OPTIONS}
+
+    def stops_on(self) -> tuple[str, ...]:
+        return ("loss", *HIGHER)
 
     def check(self) -> Iterator[Problem]:
         yield from super().check()

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_jax import loss_table
+from dpo_jax import loss_table, optimizer_table
 from dpo_jax.cli import words
 from dpo_jax.cli.config import file
 from dpo_jax.cli.config.file import ConfigError, types_of
@@ -94,6 +94,10 @@ def problems(config: Config) -> list[Problem]:
     for name in ("sft", "dpo"):
         if config.lora.rank is not None and getattr(config, name).trainable is not None:
             found.append((f"{name}.trainable", "an adapter is trained (lora.rank) and no other weights; leave one of them out"))
+        if getattr(config, name).patience and not config.run.eval_every_examples:
+            found.append(
+                (f"{name}.patience", "counts evaluations, and the only one is at the end: set run.eval_every_examples")
+            )
     positions, longest = config.model.max_positions, config.data.max_length
     if positions and longest > positions:
         found.append(("data.max_length", f"{longest} tokens do not fit model.max_positions ({positions}); lower it"))
@@ -140,4 +144,5 @@ def _texts() -> dict[tuple[str, str], str]:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
                     texts[typing.cast(ast.ClassDef, node).name, name] = inspect.cleandoc(words)
     texts["DataConfig", "format"] = format_table.HELP
+    texts |= {("OptimizerConfig", name): words for name, words in optimizer_table.HELP.items()}
     return texts | {("LossConfig", name): words for name, words in loss_table.HELP.items()}

@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
+from dpo_jax import optimizer_table
 from dpo_jax.cli.config.ranges import Problem, not_negative, positive
 
-Optimizer = Literal["rmsprop", "adamw"]
+# Optimizer, schedule and their options, with the defaults and texts of their table.
+_OPTIONS = {**optimizer_table.OPTIONS, **optimizer_table.SCHEDULE_OPTIONS}
+OptimizerConfig: Any = dataclasses.make_dataclass(
+    "OptimizerConfig",
+    [
+        *(("optimizer", optimizer_table.Optimizer, "rmsprop"), ("schedule", optimizer_table.Schedule, "constant")),
+        *((name, option.type, option.default) for name, option in _OPTIONS.items()),
+    ],
+    frozen=True,
+)
+HIGHER = ("rewards/accuracies", "rewards/margins")
+"""Held-out metrics of which more is better."""
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(OptimizerConfig):
     """What every training command has. Defaults are the paper's."""
 
     batch: int = 64
     """Texts (sft) or pairs (dpo) an optimizer step."""
     epochs: int = 1
     """Passes over the train split."""
+    steps: int | None = None
+    """Optimizer steps of the run, in the place of epochs; the train split is read again as often as it takes."""
     lr: float = 1e-6
     """Learning rate after warm-up."""
-    optimizer: Optimizer = "rmsprop"
-    """RMSprop as in the original (decay 0.99, eps 1e-8), or AdamW."""
     warmup_steps: int = 150
     """Optimizer steps of linear warm-up from 0."""
-    schedule: Literal["constant", "linear"] = "constant"
-    """After warm-up the learning rate stays, as in the original, or falls on a line to 0 at the end of the run."""
+    warmup_ratio: float | None = None
+    """Warm-up as a share of the run, in the place of warmup_steps; rounded up to whole steps."""
     max_grad_norm: float = 10.0
     """Gradients are scaled down to this global L2 norm."""
     microbatches: int = 1
@@ -35,17 +48,58 @@ class TrainingConfig:
     """Train only these: last_layer, last_layers:N, or patterns of parameter names (final_norm.*, *.bias), with commas between;
     none: all of them."""
 
+    patience: int = 0
+    """Stop after so many evaluations in a row without a better stop_on, and keep the weights of the best; 0: never. Evaluations
+    come by run.eval_every_examples."""
+    stop_on: Literal["loss", "nll_per_token", "rewards/accuracies", "rewards/margins"] = "loss"
+    """The held-out metric of patience; nll_per_token is of sft, rewards/... are of dpo."""
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """The values of all options of optimizers."""
+        return {name: getattr(self, name) for name in optimizer_table.OPTIONS}
+
+    def schedule_options(self) -> dict[str, Any]:
+        """The values of the options that the schedule reads."""
+        return {name: getattr(self, name) for name in optimizer_table.SCHEDULES[self.schedule].options}
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of `steps` steps."""
+        return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * steps)
+
+    def stops_on(self) -> tuple[str, ...]:
+        """Metrics of its evaluations that `stop_on` may name."""
+        return ("loss", "nll_per_token")
+
     def check(self) -> Iterator[Problem]:
-        yield from positive(self, "batch", "epochs", "lr", "max_grad_norm", "microbatches")
-        yield from not_negative(self, "warmup_steps")
+        yield from positive(self, "batch", "epochs", "steps", "lr", "max_grad_norm", "microbatches")
+        yield from not_negative(self, "warmup_steps", "patience")
+        yield from optimizer_table.problems({"optimizer": self.optimizer, "schedule": self.schedule, **self._options()})
+        yield from self._check_length()
         if self.trainable is not None and not all(term.strip() for term in self.trainable.split(",")):
             yield "trainable", f"must be names with commas between, such as last_layer,final_norm.*, got {self.trainable!r}"
+        if self.stop_on not in self.stops_on():
+            yield "stop_on", f"must be one of {', '.join(self.stops_on())}, got {self.stop_on!r}"
+        elif self.stop_on != "loss" and not self.patience:
+            yield "stop_on", "is read only with patience, which is 0: set that, or leave this out"
         if self.batch > 0 and self.microbatches > 0 and self.batch % self.microbatches:
             nearest = min(divisors(self.batch), key=lambda size: abs(size - self.microbatches))
             yield (
                 "microbatches",
                 f"must divide batch: {self.batch} do not split into {self.microbatches} equal parts; the nearest is {nearest}",
             )
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _OPTIONS}
+
+    def _check_length(self) -> Iterator[Problem]:
+        if self.steps is not None and self.epochs != 1:
+            yield "steps", f"set steps or epochs, not both (epochs is {self.epochs}): the run is as long as one of them says"
+        if self.warmup_ratio is None:
+            return
+        if not 0 <= self.warmup_ratio <= 1:
+            yield "warmup_ratio", f"must be between 0 and 1, got {self.warmup_ratio}"
+        if self.warmup_steps != TrainingConfig.warmup_steps:
+            yield "warmup_ratio", f"set warmup_ratio or warmup_steps, not both (warmup_steps is {self.warmup_steps})"
 
 
 @dataclasses.dataclass(frozen=True)

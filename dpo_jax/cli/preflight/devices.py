@@ -91,6 +91,9 @@ def training(task: str) -> Callable[[Check], None]:
                 idle = f"at least {shards - section.batch} of the {shards} devices compute nothing"
                 check.warn(f"{task}.batch: of {section.batch} examples a step {idle}")
         steps = ""
+        if section.steps is not None:
+            check.tell("training", f"batches of {section.batch}, {section.steps:,} steps")
+            return
         if check.rows is not None:
             steps = f", at most {math.ceil(check.rows * section.epochs / section.batch):,} steps"
         check.tell("training", f"batches of {section.batch}, {section.epochs} epochs{steps}")

@@ -1,0 +1,75 @@
+"""Early stopping: a run ends when a held-out metric has stopped to become better, with the weights of the best evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dpo_jax.runtime.checkpoint import Checkpoints
+from dpo_jax.runtime.fit import Verdict
+
+
+class EarlyStopping:
+    """Ends a run after `patience` evaluations in a row without a better `metric`. One object for each run.
+
+    Lower is better, unless `higher`. An equal value is not better. `record` is saved with each checkpoint, so that a run that
+    was killed stops where it would have.
+
+    >>> stopping = EarlyStopping("loss", patience=2)
+    >>> [stopping.observe(step, {"loss": loss}).stop for step, loss in ((4, 0.6), (8, 0.5), (12, 0.7), (16, 0.5))]
+    [False, False, False, True]
+    >>> stopping.best
+    8
+    """
+
+    def __init__(self, metric: str = "loss", *, patience: int, higher: bool = False):
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
+        self.metric, self.patience, self.higher = metric, patience, higher
+        self.record: dict[str, Any] = {}
+
+    @property
+    def best(self) -> int | None:
+        """After how many steps the metric was best; None before the first evaluation."""
+        return self.record.get("best")
+
+    @property
+    def last(self) -> int:
+        """After how many steps the last evaluation was; -1 before the first."""
+        return self.record.get("last", -1)
+
+    @property
+    def stopped(self) -> bool:
+        return self.record.get("worse", 0) >= self.patience
+
+    def observe(self, done: int, metrics: Mapping[str, Any]) -> Verdict:
+        """Takes the evaluation after `done` steps. Raises ValueError where it has no such metric."""
+        if self.metric not in metrics:
+            raise ValueError(f"the evaluation has no {self.metric!r} to stop on, but {', '.join(metrics)}")
+        value = float(metrics[self.metric])
+        before = self.record.get("value")
+        better = before is None or (value > before if self.higher else value < before)
+        found = {"best": done, "value": value, "worse": 0} if better else {"worse": self.record["worse"] + 1}
+        self.record |= {**found, "last": done}
+        return Verdict(save=better, stop=self.stopped)
+
+    def watching(self, store: Checkpoints) -> Callable[[int, Mapping[str, Any]], Verdict]:
+        """`observe`, after which `store` keeps the best step."""
+
+        def watch(done: int, metrics: Mapping[str, Any]) -> Verdict:
+            verdict = self.observe(done, metrics)
+            if verdict.save:
+                store.pin(done)
+            return verdict
+
+        return watch
+
+    def resume(self, record: Mapping[str, Any]) -> None:
+        """Goes on from the `record` of a checkpoint."""
+        self.record.clear()
+        self.record |= record
+
+    def words(self, done: int) -> str:
+        """How the run ended, after `done` steps."""
+        why = f"stopped after {done} steps: {self.patience} evaluations without a better" if self.stopped else "the best"
+        return f"{why} {self.metric}; the weights are those of step {self.best}, where it was {self.record['value']:.4f}"
