@@ -27,7 +27,6 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import Batch
 from dpo_jax.locks import open_lock
 from dpo_jax.logps import completion_logps
-from dpo_jax.models.checkpoint_stream import Piece, pieces_of
 from dpo_jax.shapes import fit
 from dpo_jax.types import Model, Rows, Variables
 from dpo_jax.untrusted import Unreadable, read_object
@@ -74,39 +73,6 @@ def check_finite(pairs: Sequence[Encoded], logps: np.ndarray, *, numbers: Sequen
             f"beyond its vocabulary (the largest here is {largest}), a text longer than its positions (the longest here has "
             f"{longest} tokens), broken weights, or a number format too small for them. Nothing of this batch was kept."
         )
-
-
-class WeightsDigest:
-    """SHA-256 over names, shapes, types and bytes of all parameters: equal exactly when the weights are.
-
-    `watch(pieces)` passes pieces on, so that a model is digested while it is loaded, however its pieces then lie on devices.
-    """
-
-    def __init__(self) -> None:
-        self._leaves: dict[str, tuple[str, Any]] = {}  # {name: (name, shape and type so far, SHA-256 of the bytes so far)}
-
-    def watch(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        for piece in pieces:
-            array = np.ascontiguousarray(piece.array)
-            name = ".".join(piece.path)
-            shape = array.shape if piece.layer is None else (piece.layer + 1, *array.shape)
-            _, sha = self._leaves.get(name, ("", None))
-            sha = sha or hashlib.sha256()
-            sha.update(array.view(np.uint8).reshape(-1).data if array.size else b"")
-            self._leaves[name] = f"{name} {shape} {array.dtype}", sha
-            yield piece
-
-    def hexdigest(self) -> str:
-        lines = sorted(f"{described} {sha.hexdigest()}\n" for described, sha in self._leaves.values())
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def weights_digest(variables: Variables) -> str:
-    """The `WeightsDigest` of whole arrays."""
-    digest = WeightsDigest()
-    for _ in digest.watch(pieces_of(variables)):
-        pass
-    return digest.hexdigest()
 
 
 def pair_key(pair: Encoded) -> bytes:

@@ -82,7 +82,7 @@ def error_of(tmp_path, text):
         ("dop: {}", r'bad.yaml:1: dop: unknown section; did you mean "dpo"\?'),
         ("dpo:\n  learning_rate: 1", "bad.yaml:2: dpo.learning_rate: unknown key; instead: dpo.lr"),
         ("beta: 0.1", "bad.yaml:1: beta: unknown section; instead: dpo.beta "),
-        ("lora: {rank: 8}", "bad.yaml:1: lora: unknown section; instead: LoRA is not offered"),
+        ("peft: {r: 8}", "bad.yaml:1: peft: unknown section; instead: an adapter is trained where lora.rank is given"),
         ("run: {bf16: true}", "run.bf16: unknown key; instead: run.precision bfloat16"),
         ("dpo: {1: 2}", "bad.yaml:1: dpo.1: unknown key"),
         ("dpo: {[1]: 2}", "bad.yaml:1: dpo.a list: unknown key"),
@@ -312,7 +312,7 @@ def test_flags_override_the_file(small, ran):
         (["dpo", "SMALL", "--training.learning-rate", "1"], "instead: --dpo.lr\n"),
         (["dpo", "SMALL", "--beta", "1"], "--beta: unknown option; instead: --dpo.beta\n"),
         (["dpo", "SMALL", "--max-grad-norm", "1"], "--max-grad-norm: unknown option; instead: --dpo.max-grad-norm\n"),
-        (["dpo", "SMALL", "--lora.rank", "8"], "--lora.rank: unknown option; instead: LoRA is not offered"),
+        (["dpo", "SMALL", "--lora-r", "8"], "--lora-r: unknown option; instead: --lora.rank"),
         (["dpo", "SMALL", "--bf16", "--use-peft"], "--bf16: unknown option; instead: --run.precision bfloat16\n--use-peft: "),
         (["refs", "SMALL", "--output-dir", "x"], "--output-dir: unknown option; instead: --run.dir\n"),
     ],
@@ -363,7 +363,7 @@ TYPED = re.findall(
     model_revision f_divergence_type ld_alpha chat_template_path eos_token adam_beta1 max_new_tokens reference_model
     load_best_model_at_end metric_for_best_model shuffle_dataset num_epochs config rpo_alpha
     learning_rate gradient_accumulation_steps per_device_train_batch_size bf16 fp16 loss_type lr_scheduler_type
-    num_train_epochs push_to_hub lora_r lora.rank use_peft max_length max_prompt_length beta output_dir model_name_or_path
+    num_train_epochs push_to_hub lora_r lora_alpha use_peft max_length max_prompt_length beta output_dir model_name_or_path
     dataset_name logging_steps save_steps save_total_limit eval_steps eval_strategy report_to gradient_checkpointing
     warmup_ratio warmup_steps optim weight_decay max_grad_norm max_steps seed precompute_ref_log_probs attn_implementation
     torch_dtype label_smoothing dataset_train_split truncation_mode deepspeed fsdp load_in_4bit resume_from_checkpoint

@@ -244,10 +244,10 @@ def test_remat_gives_the_same_gradient_in_less_memory():
         make_model(model.config, remat="some")
 
 
-def _rounded_outside_of_layers(function, *arguments):
-    """How many stacks of matrices [layers, A, B] a function rounds to bfloat16, not counting what its loops do."""
+def stacks_converted(function, *arguments, dtype=jnp.bfloat16):
+    """How many stacks of matrices [layers, A, B] a function converts to `dtype`, not counting what its loops do."""
     equations = [one for one in jax.make_jaxpr(function)(*arguments).eqns if one.primitive.name == "convert_element_type"]
-    return sum(one.outvars[0].aval.dtype == jnp.bfloat16 and one.outvars[0].aval.ndim == 3 for one in equations)
+    return sum(one.outvars[0].aval.dtype == dtype and one.outvars[0].aval.ndim == 3 for one in equations)
 
 
 @pytest.mark.parametrize("case", ["gpt_neox", "gemma3_text"])
@@ -262,7 +262,7 @@ def test_kernels_are_rounded_once_without_remat(case, monkeypatch):
         def total(variables):
             return (model.forward(variables, rows).astype(jnp.float32) ** 2).mean()
 
-        return jax.jit(jax.grad(total))(variables)["params"], _rounded_outside_of_layers(total, variables)
+        return jax.jit(jax.grad(total))(variables)["params"], stacks_converted(total, variables)
 
     ours, rounded = gradient()
     monkeypatch.setattr(decoder, "_round_kernels", lambda variables, dtype: variables)

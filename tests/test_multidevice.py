@@ -16,10 +16,11 @@ from dpo_jax.logps import sequence_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.checkpoint_stream import Piece, assemble
 from dpo_jax.models.decoder import make_model
+from dpo_jax.models.digest import WeightsDigest, weights_digest
 from dpo_jax.models.families import FAMILIES, decoder_config, hf_config
 from dpo_jax.models.hf import read_weights, save_hf, variable_shapes
 from dpo_jax.models.logical_axes import RULES, axis_lengths
-from dpo_jax.reference import WeightsDigest, reference_logps, weights_digest
+from dpo_jax.reference import reference_logps
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import Checkpoints
 from dpo_jax.runtime.mesh import MeshError, make_mesh, mesh_shape

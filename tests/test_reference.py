@@ -12,6 +12,7 @@ from damage import FAULTS, damage
 from test_step import MODEL, random_pairs
 
 from dpo_jax.data.loader import in_order, plan_layout, stream
+from dpo_jax.models.digest import weights_digest
 from dpo_jax.reference import (
     RECORD,
     BrokenReference,
@@ -20,7 +21,6 @@ from dpo_jax.reference import (
     fill_cache,
     pair_key,
     reference_logps,
-    weights_digest,
 )
 
 IDENTITY = {

@@ -14,9 +14,9 @@ from tiny_run import call, refused
 from dpo_jax.cli.commands.agree import plain
 from dpo_jax.cli.commands.report import weights_digest_of
 from dpo_jax.cli.config import Config, DpoConfig, RunConfig, dump_config
+from dpo_jax.models.digest import weights_digest
 from dpo_jax.models.hf import load_hf
 from dpo_jax.plotting.training_curves import plot_runs
-from dpo_jax.reference import weights_digest
 from dpo_jax.report.page import (
     Page,
     Sample,

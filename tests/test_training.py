@@ -1,6 +1,7 @@
 """A run without a configuration, as the docstring of `train` shows it: on a mesh, references cached, killed and resumed."""
 
 import doctest
+import json
 import os
 import signal
 from functools import partial
@@ -164,3 +165,34 @@ def test_a_cache_of_other_weights_is_refused(names, whole):
     other = jax.tree.map(lambda leaf: leaf + 1, weights)
     with pytest.raises(ForeignCache, match="weights: cached with"):
         score(partitioner.put_variables(other), cache=whole[0] / "run" / "refs")
+
+
+def test_checkpoints_leave_out_what_is_frozen(tmp_path):
+    """It is given again by whoever continues, and is part of the state that comes back."""
+    partitioner, tx = single_device(), dpo_jax.make_optimizer(lambda step: 0.0)
+    step = partitioner.compile_step(
+        lambda state, x: (
+            state.replace(step=state.step + 1, params={"w": state.params["w"] + state.frozen["base"].sum() * x}),
+            {"loss": x},
+        )
+    )
+
+    def to(stop):
+        state = init_state({"w": np.float32(0)}, tx, frozen={"base": np.ones(3, np.float32)})
+        return train(
+            step,
+            partitioner.put_state(state),
+            lambda i: np.float32(1),
+            folder=tmp_path,
+            total_steps=stop,
+            fingerprint={},
+            say=lambda line: None,
+        )
+
+    to(2)
+    record = json.loads((tmp_path / "checkpoints/2/record/metadata").read_text())
+    assert record["leaves"]
+    assert not [name for name in record["leaves"] if name.startswith("frozen")]
+    last = to(4)
+    assert float(last.params["w"]) == 12
+    np.testing.assert_array_equal(last.frozen["base"], np.ones(3))

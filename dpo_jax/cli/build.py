@@ -35,11 +35,12 @@ from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, save_tokeniz
 from dpo_jax.losses import PreferenceLoss, named_loss
 from dpo_jax.models.attention_paths import attention_path, path_name
 from dpo_jax.models.decoder import make_model
+from dpo_jax.models.digest import WeightsDigest
 from dpo_jax.models.families import decoder_config
+from dpo_jax.models.folder import adapter_base
 from dpo_jax.models.hf import end_tokens, load_config, read_weights, variable_shapes
-from dpo_jax.models.hub import resolve
+from dpo_jax.models.hub import resolve, tokenizer_folder
 from dpo_jax.models.logical_axes import whole_heads
-from dpo_jax.reference import WeightsDigest
 from dpo_jax.runtime.compiling import keep_programs, report_compiling
 from dpo_jax.runtime.hosts import HostsError, first_goes_first, is_first, start
 from dpo_jax.runtime.mesh import MeshError, make_mesh
@@ -47,9 +48,8 @@ from dpo_jax.runtime.optim import Schedule, linear_warmup, make_optimizer
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
-from dpo_jax.step import init_state
 from dpo_jax.training.run import free as free
-from dpo_jax.types import Model, Partitioner, TrainState, Variables
+from dpo_jax.types import Model, Partitioner, Variables
 from dpo_jax.untrusted import Unreadable, read_object
 from dpo_jax.writing import write_text
 
@@ -217,7 +217,8 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     for path, option in ((config.tokenizer.path, "tokenizer.path"), (model_path, name)):
         if path is not None:
             with naming_option(option, path), reported("loading the tokenizer"):
-                return _with_bos_token(config, at_date(load_tokenizer(_existing(config, path, option)), date_of(config)))
+                folder = tokenizer_folder(_existing(config, path, option))
+                return _with_bos_token(config, at_date(load_tokenizer(folder), date_of(config)))
     if config.data.source in TEXT_SOURCES:
         texts = [snippet.text for snippet in load_texts(config, "train")]
     else:
@@ -319,12 +320,24 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast, *paths: str) -> tuple[int, ...]
     return tuple(dict.fromkeys([eos, *(one for path in paths for one in end_tokens(path))]))
 
 
-def load_weights(path: str, model: Model, partitioner: Partitioner, *, name: str) -> tuple[Variables, str]:
-    """The weights in a folder whose model `policy_model` has checked, on the devices, and their digest."""
+def load_weights(
+    path: str, model: Model, partitioner: Partitioner, *, name: str, dtype: str = "float32"
+) -> tuple[Variables, str]:
+    """The weights in a folder whose model `policy_model` has checked, on the devices, and their digest.
+
+    They are kept in `dtype`; where their files are of another type, the digest says so. An adapter is merged into its base.
+    """
     digest = WeightsDigest()
     with naming_option(name, path), reported(f"loading the weights of {path}"):
-        variables = partitioner.load_variables(variable_shapes(model), digest.watch(read_weights(path, model)))
-    return variables, digest.hexdigest()
+        dtype = "float32" if adapter_base(resolve(path)) is not None else dtype
+        shapes = variable_shapes(model, PRECISIONS[dtype])
+        variables = partitioner.load_variables(shapes, read_weights(path, model, digest=digest))
+    return variables, digest_in(digest, dtype)
+
+
+def digest_in(digest: WeightsDigest, dtype: str) -> str:
+    """The name of weights that are kept in `dtype`: rounded ones are other weights."""
+    return digest.hexdigest() if dtype == "float32" or digest.all_in(dtype) else f"{digest.hexdigest()} in {dtype}"
 
 
 @contextmanager
@@ -360,12 +373,6 @@ def make_schedule(section: SftConfig | DpoConfig, *, steps: int) -> Schedule:
 def make_tx(section: SftConfig | DpoConfig, *, steps: int = 1) -> Any:
     """The optimizer of a run of `steps` steps. What it keeps for each parameter does not depend on them."""
     return make_optimizer(make_schedule(section, steps=steps), name=section.optimizer, max_grad_norm=section.max_grad_norm)
-
-
-def first_state(partitioner: Partitioner, variables: Variables, tx: Any) -> TrainState:
-    """The state before the first step. `variables` are consumed: a large model does not fit beside itself."""
-    with reported("placing weights and optimizer"):
-        return partitioner.init_state(functools.partial(init_state, tx=tx), variables)
 
 
 def make_loss(section: DpoConfig) -> PreferenceLoss:

@@ -37,7 +37,7 @@ def sft_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
         config,
         run,
         title="fine-tuned on preferred completions",
-        how=f"Supervised fine-tuning on preferred texts ({scored} are scored).",
+        how=f"Supervised fine-tuning on preferred texts ({scored} are scored).{_trained(config, config.sft)}",
         start=config.model.path,
         section=config.sft,
         results=_held_out(run, step),
@@ -52,7 +52,7 @@ def dpo_card(config: Config, run: RunDir, *, report: Mapping[str, Any] | None = 
         config,
         run,
         title=f"trained on preferences{' with DPO' if loss_table.uses_reference(section.loss) else ''}",
-        how=_objective(section),
+        how=f"{_objective(section)}{_trained(config, section)}",
         start=config.dpo_policy(),
         section=section,
         results=_fenced(result_table(report)) if report else _held_out(run, step),
@@ -90,11 +90,11 @@ def _card(
     origin = model_origin(start)
     name = markdown_text(origin.hub_id.rpartition("/")[2]) if origin.hub_id else "A language model"
     parts = [
-        _header(origin, dataset=_dataset(config), tag=tag),
+        _header(origin, dataset=_dataset(config), tag=tag, adapter=config.lora.rank is not None),
         f"# {name} {title}",
         how,
         "\n".join(f"- {name}: {words}" for name, words in _made_of(config, run, start, origin, section)),
-        f"## Use\n\n{USE}",
+        f"## Use\n\n{USE if config.lora.rank is None else USE_ADAPTER}",
         f"## Results\n\n{results}",
         f"## Health notes\n\n{notes}" if notes else "",
         f"## Training\n\n{_options(config, section)}",
@@ -112,9 +112,34 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.fro
 ```"""
 
 
-def _header(origin: Origin, *, dataset: str | None, tag: str) -> str:
+USE_ADAPTER = """This folder holds an adapter, which `peft` loads with its base model.
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+path = "."  # this folder, or its id on the Hub
+model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+```
+
+`dpo-jax export --export.merge` writes the whole model."""
+
+
+def _trained(config: Config, section: SftConfig | DpoConfig) -> str:
+    """A sentence on what was trained, if that is not everything."""
+    lora = config.lora
+    if lora.rank is not None:
+        scale = ", rank-stabilized" if lora.rslora else ""
+        return f" LoRA of rank {lora.rank}, alpha {lora.alpha:g}{scale}, on {markdown_text(lora.targets)} of the frozen start."
+    if section.trainable is not None:
+        return f" Trained were only {markdown_code(section.trainable)}."
+    return ""
+
+
+def _header(origin: Origin, *, dataset: str | None, tag: str, adapter: bool) -> str:
     """The YAML header. What is not known is left out: a wrong licence is worse than none."""
-    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    library = "peft" if adapter else "transformers"
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if origin.hub_id:
         fields["base_model"] = origin.hub_id
     if dataset:

@@ -61,16 +61,16 @@ COMMANDS = {
     ),
     "sft": Command(
         "fine-tune on the chosen completions: the starting policy",
-        (*_RUN, "sft"),
+        (*_RUN, "lora", "sft"),
         ("data", "model"),
     ),
     "refs": Command(
         "cache the reference log-probabilities",
-        (*_RUN, "dpo.policy", "dpo.reference", "dpo.ld_alpha", "refs"),
+        (*_RUN, "lora", "dpo.policy", "dpo.reference", "dpo.ld_alpha", "refs"),
         ("data",),
     ),
-    "dpo": Command("train the policy on preferences", (*_RUN, "refs", "dpo", "export.dtype"), ("data",)),
-    "eval": Command("measure a policy on held-out pairs", (*_RUN, *_LOSS, "refs", "eval"), ("data",)),
+    "dpo": Command("train the policy on preferences", (*_RUN, "lora", "refs", "dpo", "export.dtype"), ("data",)),
+    "eval": Command("measure a policy on held-out pairs", (*_RUN, *_LOSS, "lora", "refs", "eval"), ("data",)),
     "sample": Command("complete prompts with a policy", (*_RUN, "sample"), ("data",)),
     "judge": Command(
         "win rates of completions by a judge behind an OpenAI-compatible endpoint (needs the `judge` extra)",
@@ -79,7 +79,7 @@ COMMANDS = {
     ),
     "plan": Command(
         "what training takes on TPUs or GPUs: memory, collectives, time (compiled without one)",
-        ("run.dir", "run.devices", "run.precision", "mesh", "data", "model", "dpo", "refs.batch", "plan"),
+        ("run.dir", "run.devices", "run.precision", "mesh", "data", "model", "lora", "dpo", "refs.batch", "plan"),
         ("plan",),
     ),
     "export": Command(
@@ -93,7 +93,7 @@ COMMANDS = {
     ),
     "reward-model": Command(
         "learn a reward from preferences",
-        (*_RUN, "dpo.policy", *_REWARD_MODEL),
+        (*_RUN, "lora", "dpo.policy", "dpo.trainable", *_REWARD_MODEL),
         ("data",),
     ),
     "ppo": Command(
@@ -101,7 +101,8 @@ COMMANDS = {
         (
             *_RUN,
             "dpo.policy",
-            *("dpo.warmup_steps", "dpo.schedule", "dpo.microbatches"),
+            "lora",
+            *("dpo.warmup_steps", "dpo.schedule", "dpo.microbatches", "dpo.trainable"),
             *_experiment("prompts", "test_prompts", "evaluations"),
             *(option for option in _PPO if option != "frontier.ppo_kls"),  # of the sweep
             "ppo",

@@ -12,6 +12,7 @@ import jax
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.trained import trained
 from dpo_jax.data.encode import Bos, cut_prompt, token_ids, with_bos
 from dpo_jax.data.label import LabelCounts, label
 from dpo_jax.data.pairs import Preference
@@ -20,7 +21,6 @@ from dpo_jax.data.snippets import load_snippets, prefixes, snippets_of
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.reward_functions import Reward, exact_reviews, fit_linear, hf_classifier, sign_accuracy
 from dpo_jax.lab.world import Prompts, World
-from dpo_jax.reward_model import with_scalar_head
 from dpo_jax.runtime.progress import reported
 from dpo_jax.untrusted import Unreadable
 from dpo_jax.writing import writing
@@ -39,16 +39,19 @@ def sized(config: Config) -> Config:
     return dataclasses.replace(config, frontier=dataclasses.replace(config.frontier, **smaller, evaluations=3))
 
 
-def make_world(config: Config, *, train: Count | None, test: Count, reward: Reward | None = None) -> tuple[World, str]:
-    """A world of so many prompts around the policy `dpo.policy`, and the digest of its weights.
+def make_world(
+    config: Config, *, train: Count | None, test: Count, reward: Reward | None = None
+) -> tuple[World, dict[str, str]]:
+    """A world of so many prompts around the policy `dpo.policy`, and the digests of its weights (`Trained.load`).
 
     `reward` is the true one; none: that of `true_reward`.
     """
     section, path = config.frontier, config.dpo_policy()
     tokenizer = build.tokenizer_of(config, model_path=path, name="dpo.policy")
     model = build.policy_model(config, path, tokenizer, name="dpo.policy")
+    part = trained(config, config.dpo, model, path)
     # The head is that of a reward model or value function, which lies on the mesh with the rest.
-    partitioner = build.make_partitioner(config, with_scalar_head(model))
+    partitioner = part.partitioner(config, head=True)
     learnt = prompts_of(config, train, tokenizer) if train else Prompts([], [])
     judged = prompts_of(config, test, tokenizer)
     longest = max(map(len, [*learnt.ids, *judged.ids]))
@@ -58,10 +61,10 @@ def make_world(config: Config, *, train: Count | None, test: Count, reward: Rewa
             f"{model.config.max_positions} positions of {path}; lower it to {model.config.max_positions - longest}"
         )
     reward = reward or true_reward(config)
-    reference, digest = build.load_weights(path, model, partitioner, name="dpo.policy")
+    reference, digests = part.load(path, partitioner, name="dpo.policy")
     world = World(
         partitioner,
-        model,
+        part.model,
         tokenizer,
         stop_ids=build.stop_ids(tokenizer, path),
         reference=reference,
@@ -71,8 +74,9 @@ def make_world(config: Config, *, train: Count | None, test: Count, reward: Rewa
         max_new_tokens=section.max_new_tokens,
         batch=section.sample_batch,
         seed=config.run.seed,
+        begin=part.state,
     )
-    return world, digest
+    return world, digests
 
 
 def prompts_of(config: Config, how_many: Count, tokenizer: Any) -> Prompts:

@@ -21,6 +21,7 @@ from typing import Any
 
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.config.file import types_of
+from dpo_jax.models.folder import adapter_base
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.rundir import RunDir, RunLocked, packages, write_json
 from dpo_jax.untrusted import Unreadable, read_object, regular
@@ -118,6 +119,8 @@ def _inputs(task: str, config: Config, sections: Sequence[str]) -> list[Path] | 
         kind = types_of(type(getattr(config, section)))[name]
         if value is not None and kind in (str, str | None) and ("/" in value or Path(value).expanduser().exists()):
             named.append(value)
+    with contextlib.suppress(Unreadable):
+        named += [base for value in [*named] if (base := adapter_base(Path(value).expanduser())) is not None]
     paths = [Path(value).expanduser() for value in dict.fromkeys(named)]
     return paths if all(path.exists() for path in paths) else None
 

@@ -25,6 +25,8 @@ LONGER = "Choose another --run.dir, or export an earlier step (--export.step)."
 def settings(config: Config, section: TrainingConfig) -> dict[str, Any]:
     """The options that decide what a training run computes; where it runs and what it logs is left out."""
     options = {name: value for name, value in dataclasses.asdict(section).items() if name not in NEITHER}
+    lora = dataclasses.asdict(config.lora) if config.lora.rank is not None else {"rank": None}
+    options |= {f"lora.{name}": value for name, value in lora.items()}
     return {**options, "seed": config.run.seed, "precision": config.run.precision}
 
 

@@ -12,7 +12,7 @@ from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.data.completion_files import holds_others
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.families import decoder_config, hf_config
-from dpo_jax.models.folder import read_config
+from dpo_jax.models.folder import config_folder, read_config
 from dpo_jax.untrusted import Unreadable, read_text, regular
 
 MAKERS = ("sft", "dpo", "ppo", "reward-model")
@@ -131,11 +131,11 @@ def planned_hf_config(config: Config) -> tuple[dict[str, Any], str]:
     `ConfigError` where neither says everything.
     """
     for option, path in (("dpo.policy", config.dpo_policy()), ("model.path", config.model.path)):
-        if path is not None and (Path(path).expanduser() / "config.json").is_file():
+        if path is not None and (folder := config_folder(path)) is not None:
             try:
-                hf = read_config(Path(path).expanduser())
-                decoder_config(hf, where=f"{path}/config.json")
-                return hf, f"{path}/config.json"
+                hf = read_config(folder)
+                decoder_config(hf, where=f"{folder}/config.json")
+                return hf, f"{folder}/config.json"
             except Unreadable as error:
                 raise Unreadable(f"{option}: {error}") from error
             except ValueError as error:
@@ -155,9 +155,9 @@ def known_decoder(config: Config, path: str | None) -> DecoderConfig | None:
     What `sft` and `dpo` will make has the sizes of what they start from, at last those in `model`. Where these leave out the
     vocabulary, it is 1.
     """
-    if path is not None and (Path(path).expanduser() / "config.json").is_file():
+    if path is not None and (folder := config_folder(path)) is not None:
         try:
-            return decoder_config(read_config(Path(path).expanduser()))
+            return decoder_config(read_config(folder))
         except ValueError:  # told where the folder itself is looked at
             return None
     task = None if path is None else maker(path)

@@ -13,6 +13,7 @@ import jax
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
 from dpo_jax.cli.preflight.packages import check_bucket
+from dpo_jax.cli.trained import Trained
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import few_shapes, plan_layout, skippable, stream, total_steps
 from dpo_jax.data.pairs import DataReport
@@ -121,7 +122,7 @@ def train(
     plan: TrainingPlan,
     *,
     step: Callable[..., Any],
-    model: Model,
+    part: Trained,
     variables: Variables,
     weights: Mapping[str, str],
     partitioner: Partitioner,
@@ -130,15 +131,15 @@ def train(
     check: Callable[[int, dict[str, float]], None] | None = None,
     unit: str = "pairs",
 ) -> TrainState:
-    """Trains from `variables` (consumed) or from the newest good checkpoint. Returns the final state in the form that is saved.
+    """Trains `part` from `variables` (consumed) or from the newest good checkpoint. Returns the final state on the devices.
 
     `step` is `dpo_step` or `sft_step` without optimizer, microbatches and axis. `weights`: digests of where the run starts
-    (`start`, `reference`), which a continued run must have in common with the one before.
+    (`start`, `base`, `reference`), which a continued run must have in common with the one before.
     """
     data, tx = plan.data, build.make_tx(section, steps=plan.steps)
     step = functools.partial(step, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name)
     lr = build.make_schedule(section, steps=plan.steps)
-    state = build.first_state(partitioner, variables, tx)
+    state = part.begin(partitioner, variables, tx)
     print(
         f"{len(data.train):,} {unit} to {'train on' if unit == 'pairs' else 'learn'}, {len(data.held_out):,} held out; "
         f"rows of {plan.layout.length} tokens\n{_device_summary(config, section, state, partitioner)}",
@@ -149,7 +150,7 @@ def train(
         **identity.settings(config, section),
         **weights,
         "data": plan.digest,
-        "architecture": fingerprint.architecture(model),
+        "architecture": fingerprint.architecture(part.base),
         "behind": plan.behind,
     }
     with identity.refusing_mismatch():
@@ -214,9 +215,8 @@ def _device_summary(config: Config, section: SftConfig | DpoConfig, state: Train
     pieces = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(state)]
     of_device = sum(math.prod(shape) * dtype.itemsize for shape, dtype in pieces)
     mesh = " x ".join(f"{axis} {size}" for axis, size in mesh_sizes(state).items())
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    if config.run.devices == "pmap":
-        parameters //= jax.local_device_count()  # that many copies
+    copies = jax.local_device_count() if config.run.devices == "pmap" else 1
+    trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(part)) // copies for part in (state.params, state.frozen))
     used = {"single": "one device", "pmap": f"pmap over {partitioner.row_shards}", "mesh": mesh}[config.run.devices]
     share = section.batch / partitioner.row_shards
     table = {
@@ -224,7 +224,7 @@ def _device_summary(config: Config, section: SftConfig | DpoConfig, state: Train
         "devices": f"{len(devices)} x {kind}, {jax.local_device_count()} on this host",
         "layout": used,
         "attention": build.attention_name(config),
-        "parameters": f"{parameters:,}",
+        "parameters": f"{trained:,}" + (f" trained, {frozen:,} frozen" if frozen else ""),
         "per device": f"{of_device / 2**20:,.1f} MiB of parameters and optimizer, {share:g} of {section.batch} examples a step",
         "microbatches": f"{section.microbatches}, remat {config.model.remat}, {config.run.precision}",
     }
@@ -234,19 +234,19 @@ def _device_summary(config: Config, section: SftConfig | DpoConfig, state: Train
 def write_outputs(
     run: RunDir,
     model: Model,
-    state: TrainState,
+    variables: Variables,
     tokenizer: Any,
     *,
     card: Callable[[], str],
     write: Callable[..., tuple[Path, str]],
 ) -> None:
-    """Writes the plots, the model card, and by `write` (`write_model` or `write_exact`) the model as a Hugging Face folder.
+    """Writes the plots, the model card, and by `write` (of `export`) the model or adapter as a Hugging Face folder.
 
-    All hosts call it, with the saved form.
+    All hosts call it, with `variables` as `Trained.written` gives them.
     """
     text = card() if hosts.is_first() else None
     with reported("exporting the policy"):
-        folder, dtype = write(run.export, model, state.variables, tokenizer, card=text)
+        folder, dtype = write(run.export, model, variables, tokenizer, card=text)
     if text is None:
         return
     from dpo_jax.plotting.training_curves import plot_training  # matplotlib: 0.4 s that the first step need not wait for

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-_LORA = "LoRA is not offered, all weights are trained; run.devices mesh and model.remat save memory"
+_LORA = "an adapter is trained where lora.rank is given"
 _QUANTIZED = "weights are not quantized; run.precision bfloat16, run.devices mesh and model.remat save memory"
 _SHARDED = "parameters are cut among devices with run.devices mesh and mesh.fsdp"
 _SAVES = "checkpoints come by run.save_every_steps or run.save_every_minutes, and at the end"
@@ -100,8 +100,14 @@ WORDS: Mapping[str, str] = {
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
     "hub_token": _HUB,
-    **dict.fromkeys(("lora", "use_peft", "peft", "peft_config", "lora_r", "lora_rank", "lora_alpha", "lora_dropout"), _LORA),
-    **dict.fromkeys(("lora_target_modules", "lora_task_type", "use_dora", "use_rslora"), _LORA),
+    **dict.fromkeys(("lora", "use_peft", "peft", "peft_config", "lora_task_type"), _LORA),
+    **dict.fromkeys(("lora_r", "lora_rank"), "lora.rank"),
+    "lora_alpha": "lora.alpha",
+    **dict.fromkeys(("lora_target_modules", "target_modules"), "lora.targets"),
+    "use_rslora": "lora.rslora",
+    "lora_dropout": "adapters have no dropout here: at step 0 the policy must be its reference",
+    "use_dora": "DoRA is not offered; lora.rank trains a plain adapter",
+    **dict.fromkeys(("freeze", "unfrozen_parameters", "freeze_layers"), "sft.trainable, dpo.trainable"),
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"), _QUANTIZED),
     **dict.fromkeys(("dataset_num_proc", "dataloader_num_workers", "remove_unused_columns", "disable_dropout"), _NOTHING),
     **dict.fromkeys(("ddp_find_unused_parameters", "dataloader_pin_memory", "padding_value"), _NOTHING),

@@ -32,7 +32,6 @@ from dpo_jax.reward_model import HEAD, scalar_head, with_scalar_head
 from dpo_jax.runtime.fit import fit
 from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.runtime.progress import reported
-from dpo_jax.step import init_state
 from dpo_jax.types import TrainState, Variables
 
 
@@ -185,7 +184,7 @@ class PpoMethod:
     def _begin(self) -> TrainState:
         partitioner, head = self.world.partitioner, scalar_head(self.model.config.width)
         start = {**partitioner.to_host(self.world.reference), HEAD: jax.device_get(head)}
-        return partitioner.init_state(functools.partial(init_state, tx=self.tx), partitioner.put_variables(start))
+        return partitioner.init_state(functools.partial(self.world.begin, tx=self.tx), partitioner.put_variables(start))
 
 
 def _policy(state: TrainState) -> Variables:

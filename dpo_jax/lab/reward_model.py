@@ -93,12 +93,14 @@ def fit_reward_model(
     evaluations: int,
     seed: int,
     microbatches: int = 1,
+    begin: Callable[..., TrainState] = init_state,
 ) -> tuple[Variables, dict[str, float]]:
     """The variables with the lowest validation loss, on the host, and their figures. Training starts from a policy's `start`.
 
     Whole prompts are kept for validation: pairs of one prompt may share their completions. The rewards have mean 0 over all
     completions of `pairs` (section 3 of the paper). Also leaves `metrics.jsonl` in `folder`. Raises `DataError` for pairs that
-    have a single prompt. `make_tx(steps=n)` is the optimizer of a run of `n` steps.
+    have a single prompt. `make_tx(steps=n)` is the optimizer of a run of `n` steps. `begin(variables, tx=...)` makes the state
+    before the first step: it says what is trained.
     """
     partitioner = judge.partitioner
     groups = group_pairs(pairs)
@@ -123,7 +125,7 @@ def fit_reward_model(
     with MetricsLog(folder / "metrics.jsonl") as log:
         fit(
             partitioner.compile_step(step),
-            partitioner.init_state(functools.partial(init_state, tx=tx), placed),
+            partitioner.init_state(functools.partial(begin, tx=tx), placed),
             stream(learnt, layout=layout, batch=several, seed=seed, epochs=epochs, part=partitioner.host_part),
             total_steps=steps,
             log=log,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,8 @@ from dpo_jax.evals.completions import Completer, Completions, map_completions
 from dpo_jax.evals.frontier import bootstrap_interval, sequence_kl
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.logps import sequence_logps
-from dpo_jax.types import Model, Partitioner, Variables
+from dpo_jax.step import init_state
+from dpo_jax.types import Model, Partitioner, TrainState, Variables
 
 Points = list[dict[str, float]]
 """What `World.measure` found on the way of a run, in order, each with the `step` after which."""
@@ -57,10 +58,12 @@ class World:
         max_new_tokens: int,
         batch: int,
         seed: int,
+        begin: Callable[..., TrainState] = init_state,
     ) -> None:
         self.partitioner, self.model, self.tokenizer, self.reference = partitioner, model, tokenizer, reference
         self.reward, self.train, self.test = reward, train, test
         self.stop_ids, self.max_new_tokens, self.batch, self.seed = tuple(stop_ids), max_new_tokens, batch, seed
+        self.begin = begin  # (variables, tx=...) -> the state before the first step: says what is trained
         self.width = round_up(max(map(len, [*train.ids, *test.ids])) + max_new_tokens, 8)
         self.complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, max_new_tokens=max_new_tokens, batch=batch)
         self._kl = partitioner.compile_map(functools.partial(_kl, model))

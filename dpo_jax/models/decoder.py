@@ -50,7 +50,7 @@ class Decoder(nn.Module):
             self.position_embedding = declare(self, "position_embedding", normal, (c.max_positions, c.width), (None, "embed"))
         self.layers = nn.scan(
             nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat]),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.layers,
@@ -63,7 +63,8 @@ class Decoder(nn.Module):
             self.head_bias = declare(self, "head_bias", nn.initializers.zeros, (c.vocab_size,), ("vocab",))
 
     def __call__(self, rows: Rows, cache: Any = None, layers: tuple[Variables, ...] | None = None) -> tuple[jax.Array, Any]:
-        """`layers`: the parameters of each layer, if they are apart (`make_model`); then so is the cache."""
+        """`layers`: the variables of each layer, if they are apart (`make_model`); then so is the cache. Without a cache they
+        are stacks of layers, one after the other."""
         c = self.config
         # An id or position outside its table reads NaN (jnp.take's rule), so that it is noticed; clamping would hide it.
         # Looked up in a table that is whole along D, its gradient is a sum of parts, as that of a matrix is.
@@ -84,6 +85,8 @@ class Decoder(nn.Module):
         shared = Shared(rows.k_start, rows.k_end, rows.positions, k_positions, angles, write_at, prepared)
         if layers is None:
             (x, store), _ = self.layers((x, store), layer, shared)
+        elif cache is None:
+            x = self._in_stacks(layers, x, layer, shared)
         else:
             x, store = self._one_by_one(layers, x, store, layer, shared)
         if cache is not None and store is not None:
@@ -96,11 +99,27 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """What the scan does, each layer by itself."""
         block, stores = Block(self.config, self.attention_path, parent=None), []
-        for number, (params, *of_layer) in enumerate(zip(layers, *store, strict=True)):
+        for number, (variables, *of_layer) in enumerate(zip(layers, *store, strict=True)):
             layer = jax.tree.map(lambda array, number=number: array[number], inputs)
-            (x, of_layer), _ = block.apply({"params": params}, (x, tuple(of_layer)), layer, shared)
+            (x, of_layer), _ = block.apply(variables, (x, tuple(of_layer)), layer, shared)
             stores.append(of_layer)
         return x, tuple(zip(*stores, strict=True))
+
+    def _in_stacks(self, stacks: tuple[Variables, ...], x: jax.Array, inputs: LayerInput, shared: Shared) -> jax.Array:
+        """What the scan does, in several scans: no gradient goes into a stack before the first that is trained."""
+        block, first = Block(self.config, self.attention_path, parent=None), 0
+
+        def one(x: jax.Array, layer: tuple[Variables, LayerInput]) -> tuple[jax.Array, None]:
+            (x, _), _ = block.apply(layer[0], (x, None), layer[1], shared)
+            return x, None
+
+        one = jax.checkpoint(one, prevent_cse=False, policy=REMAT[self.remat])
+        for stack in stacks:
+            end = first + len(jax.tree.leaves(stack)[0])
+            here = jax.tree.map(lambda array, first=first, end=end: array[first:end], inputs)
+            x, _ = jax.lax.scan(one, x, (stack, here))
+            first = end
+        return x
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         c = self.config
@@ -139,10 +158,12 @@ def _round_kernels(variables: Variables, dtype: Any) -> Variables:
 
     Their gradients are then stacked in that type, which is the type of the products that made them: nothing else is rounded.
     This takes memory for the copy, so only `remat="none"` does it; otherwise a layer rounds its own, as often as it runs.
+    Narrower ones stay as they are: a wider copy of frozen weights would be all that their type saved.
     """
 
     def rounded(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+        wider = path[-1].key == "kernel" and jnp.finfo(leaf.dtype).bits > jnp.finfo(dtype).bits
+        return leaf.astype(dtype) if wider else leaf
 
     params = variables["params"]
     layers = jax.tree_util.tree_map_with_path(rounded, params["layers"])
@@ -191,22 +212,28 @@ def make_model(
             "length": jnp.int32(0),
         }
 
-    def forward(variables: Variables, rows: Rows) -> jax.Array:
-        variables = _round_kernels(variables, dtype) if remat == "none" else variables
-        return module.apply(variables, rows)[0]  # pyright: ignore[reportReturnType]
+    def apart(variables: Variables) -> tuple[Variables, ...]:
+        """The variables of each layer, or of each stack of layers, where they are apart."""
+        of_layers = {name: tree["layers"] for name, tree in variables.items() if "layers" in tree}
+        return tuple(dict(zip(of_layers, one, strict=True)) for one in zip(*of_layers.values(), strict=True))
 
     def decode(variables: Variables, rows: Rows, cache: Any) -> tuple[jax.Array, Any]:
         if rows.tokens.shape[1] > cache["positions"].shape[1]:
             raise ValueError(f"{rows.tokens.shape[1]} tokens do not fit a cache of {cache['positions'].shape[1]} columns")
-        layers = variables["params"]["layers"] if isinstance(cache["key"], tuple) else None
+        layers = apart(variables) if isinstance(cache["key"], tuple) else None
         return module.apply(variables, rows, cache, layers)  # pyright: ignore[reportReturnType]
 
     def by_layer(variables: Variables, cache: Any) -> tuple[Variables, Any]:
         def cut(tree: Any) -> tuple[Any, ...]:
             return tuple(jax.tree.map(lambda leaf, n=number: leaf[n], tree) for number in range(config.layers))
 
-        params = {**variables["params"], "layers": cut(variables["params"]["layers"])}
-        return {**variables, "params": params}, {**cache, "key": cut(cache["key"]), "value": cut(cache["value"])}
+        of_layers = {name: {**tree, "layers": cut(tree["layers"])} for name, tree in variables.items() if "layers" in tree}
+        return {**variables, **of_layers}, {**cache, "key": cut(cache["key"]), "value": cut(cache["value"])}
+
+    def forward(variables: Variables, rows: Rows) -> jax.Array:
+        variables = _round_kernels(variables, dtype) if remat == "none" else variables
+        layers = apart(variables) if isinstance(variables["params"]["layers"], tuple) else None
+        return module.apply(variables, rows, None, layers)[0]  # pyright: ignore[reportReturnType, reportIndexIssue]
 
     return Model(
         init=lambda key: nn.meta.unbox(boxed_init(key)),

@@ -8,11 +8,15 @@ from dpo_jax.models.config import DecoderConfig
 
 
 class PairFlops(NamedTuple):
-    """Forward operations of one pair. Training takes three times as many: the backward pass is two products for each one."""
+    """Forward operations of one pair. Training takes three times as many: the backward pass is two products for each one.
+
+    Matrices that are `frozen` need only one of them. The few operations of an adapter beside them are left out.
+    """
 
     trunk: float
     attention: float
     head: float
+    frozen: bool = False
 
     @property
     def forward(self) -> float:
@@ -20,7 +24,12 @@ class PairFlops(NamedTuple):
 
     @property
     def training(self) -> float:
-        return 3.0 * self.forward
+        return self.passes * (self.trunk + self.head) + 3.0 * self.attention
+
+    @property
+    def passes(self) -> float:
+        """Products of training for each product with a matrix in the forward pass."""
+        return 2.0 if self.frozen else 3.0
 
 
 def pair_flops(config: DecoderConfig, *, prompt: int, chosen: int, rejected: int) -> PairFlops:

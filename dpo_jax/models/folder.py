@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.models.fields import Fields
 from dpo_jax.untrusted import Unreadable, read_object
 
 ADAPTER = "adapter_config.json"
@@ -36,6 +37,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         refuse_adapter(folder)
         raise FileNotFoundError(f"{file} does not exist; a model folder holds config.json and *.safetensors")
     return read_object(file, remedy="save or fetch it again")
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The model that the adapter (LoRA) in `folder` belongs to, as its `adapter_config.json` names it; None for no adapter.
+
+    Raises `Unreadable` naming the file.
+    """
+    if not (folder / ADAPTER).is_file():
+        return None
+    return Fields(read_object(folder / ADAPTER), folder / ADAPTER).text("base_model_name_or_path")
+
+
+def config_folder(path: str | Path) -> Path | None:
+    """The folder on this machine with a model's `config.json`: `path`, or of an adapter that of its base; None for none."""
+    folder = Path(path).expanduser()
+    base = adapter_base(folder)
+    folder = folder if base is None else Path(base).expanduser()
+    return folder if (folder / "config.json").is_file() else None
 
 
 def refuse_adapter(folder: Path) -> None:

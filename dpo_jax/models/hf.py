@@ -18,15 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.models.adapter import read_adapter, resumed
 from dpo_jax.models.attention_paths import attention_path
 from dpo_jax.models.checkpoint_stream import Piece, assemble, path_of
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.decoder import make_model
+from dpo_jax.models.digest import WeightsDigest
 from dpo_jax.models.families import FAMILIES, decoder_config
-from dpo_jax.models.folder import read_config
+from dpo_jax.models.folder import ADAPTER, adapter_base, read_config
 from dpo_jax.models.generation import GENERATION, generation_config
 from dpo_jax.models.generation import end_tokens as end_tokens_of
-from dpo_jax.models.hub import resolve
+from dpo_jax.models.hub import model_folder, resolve
 from dpo_jax.models.tensors import Tensor, tensors
 from dpo_jax.models.weights import INDEX, Checkpoint, write_shards
 from dpo_jax.types import Model, Variables
@@ -38,7 +40,7 @@ WEIGHTS_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 def load_config(path: str | Path) -> dict[str, Any]:
     """The content of a model's `config.json`. Raises FileNotFoundError, or `Unreadable` naming the file."""
-    return read_config(resolve(path))
+    return read_config(model_folder(path))
 
 
 def end_tokens(path: str | Path) -> list[int]:
@@ -47,7 +49,7 @@ def end_tokens(path: str | Path) -> list[int]:
     Chat models have several: of the end of a turn (`<end_of_turn>`, `<|eot_id|>`), and of the whole text. Raises `Unreadable`
     naming the file.
     """
-    folder = resolve(path)
+    folder = model_folder(path)
     return end_tokens_of(folder, read_config(folder))
 
 
@@ -56,6 +58,7 @@ def load_hf(
 ) -> tuple[Model, Variables]:
     """Load a Hugging Face model folder or Hub id. Returns `(model, variables)`; `dtype` and `remat` as in `make_model`.
 
+    A folder of LoRA weights, as PEFT writes them, gives the model that they belong to, with the weights merged in.
     Weights are converted to `param_dtype`. `attention` names a path of `attention_paths`, by default this platform's.
 
     Raises ValueError or FileNotFoundError naming file and tensor for an unsupported configuration, missing, unknown or
@@ -79,25 +82,41 @@ def variable_shapes(model: Model, dtype: Any = jnp.float32) -> Variables:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
 
-def read_weights(path: str | Path, model: Model) -> Iterator[Piece]:
+def read_weights(path: str | Path, model: Model, *, digest: WeightsDigest | None = None, merge: bool = True) -> Iterator[Piece]:
     """The weights of a model folder, checkpoint tensor by checkpoint tensor, under our names and in our orientation.
 
     No more than one tensor is in memory at a time. Names are checked before the first, and errors are those of `load_hf`.
+    `digest` takes in what is read. Of an adapter's folder that is base and adapter: with `merge` they come as one model, else
+    as the base and then the collection "lora" of `models.lora`. ValueError, at the end, where the base is not the one that the
+    adapter was trained on, as far as its folder tells (ours do).
     """
-    config = model.config
+    folder, config = resolve(path), model.config
+    adapter = None if adapter_base(folder) is None else read_adapter(folder, config)
+    digest = WeightsDigest() if digest is None and adapter is not None else digest
     shapes = {path_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(variable_shapes(model))}
-    with Checkpoint(resolve(path), config) as checkpoint:
+    with Checkpoint(model_folder(path), config) as checkpoint:
         checkpoint.check_names()
         for tensor in tensors(config):
             paths = [("params", *name.split("/")) for name in tensor.paths]
             stack = [shapes[path] for path in paths]
             one = [shape[1:] for shape in stack] if tensor.stacked else stack
             for layer in range(stack[0][0]) if tensor.stacked else [None]:
-                loaded = checkpoint.get(tensor.name.format(layer), tensor.layout.hf_shape(one))
+                name = tensor.name.format(layer)
+                loaded = checkpoint.get(name, tensor.layout.hf_shape(one))
+                if digest is not None:
+                    for path_, array in zip(paths, tensor.layout.to_ours(loaded), strict=True):
+                        digest.add(Piece(path_, layer, array))
+                if adapter is not None:
+                    loaded = adapter.applied(name, loaded, config) if merge else adapter.rounded(loaded)
                 for path_, array in zip(paths, tensor.layout.to_ours(loaded), strict=True):
                     yield Piece(path_, layer, array)
         if config.tied:
             checkpoint.check_tied_head()
+    if adapter is not None and digest is not None:
+        adapter.check_base(digest.hexdigest())
+        adapter.digest_into(digest)
+        if not merge:
+            yield from resumed(adapter, config)[1]
 
 
 def save_hf(
@@ -135,10 +154,13 @@ def save_hf(
     folder = Path(path).expanduser()
     if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not a model folder; choose another place to save the model")
+    if (folder / ADAPTER).is_file():
+        raise FileExistsError(f"{folder} holds an adapter (LoRA); choose another place to save the model")
     if lost := sorted({*variables} - {"params"}):
         raise ValueError(
-            f"save_hf writes the collection params, and {', '.join(lost)} would be lost: merge LoRA weights into params first, "
-            "and save a scalar head or another collection by itself (numpy.savez); then give {'params': variables['params']}"
+            f"save_hf writes the collection params, and {', '.join(lost)} would be lost: write LoRA weights with "
+            "models.adapter.write_adapter, and save a scalar head or another collection by itself (numpy.savez); then give "
+            "{'params': variables['params']}"
         )
     config = model.config
     expected = _flatten(variable_shapes(model)["params"])
@@ -161,7 +183,8 @@ def save_hf(
         content = {name: value for name, value in content.items() if name not in ("torch_dtype", "source_dtype")}
         content |= settings or {}
         write_text(new / "config.json", json.dumps(content, indent=2, sort_keys=True) + "\n")
-        generation = None if source is None or generation_config(resolve(source)) is None else resolve(source) / GENERATION
+        known = None if source is None else model_folder(source)
+        generation = None if known is None or generation_config(known) is None else known / GENERATION
         if generation is not None:
             write_text(new / GENERATION, read_text(generation))
         write_shards(new, sizes, get, max_shard_bytes=max_shard_bytes)

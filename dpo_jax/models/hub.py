@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_jax.models.folder import local_folder
+from dpo_jax.models.folder import adapter_base, local_folder
 
 _WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja", "*.model", "README.md"]
 
@@ -20,6 +20,32 @@ def resolve(path: str | Path) -> Path:
         return _snapshot(str(path))
     except Exception as error:  # the hub client raises its own, requests' and OSError's kinds
         raise FileNotFoundError(f"{path} is no folder here and could not be fetched from the Hub: {error}") from error
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder with the weights and `config.json` of a model: of an adapter (LoRA), that of its base.
+
+    Raises what `resolve` raises, naming the adapter if it is its base that is not found.
+    """
+    folder = resolve(path)
+    base = adapter_base(folder)
+    if base is None:
+        return folder
+    try:
+        found = resolve(base)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{folder} is an adapter, and its base model is not here: {error}") from error
+    if adapter_base(found) is not None:
+        raise FileNotFoundError(
+            f"{folder} is an adapter of {base}, which is an adapter itself; merge that one into its base first"
+        )
+    return found
+
+
+def tokenizer_folder(folder: str | Path) -> Path:
+    """`folder`, or that of its base for an adapter without a tokenizer of its own."""
+    own = any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    return Path(folder) if own else model_folder(folder)
 
 
 def cached_revision(path: str) -> str | None:

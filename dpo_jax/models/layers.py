@@ -107,7 +107,15 @@ class Linear(nn.Module):
         if self.bias:
             bias = _param(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
             y = y + last_axis(bias.astype(x.dtype), y)
-        return y
+        return y + self._low_rank(x) if self.has_variable("lora", "a") else y
+
+    def _low_rank(self, x: jax.Array) -> jax.Array:
+        """The adapter of `models.lora` beside the kernel: `x A B`, of which B comes scaled."""
+        a = as_stored(self.get_variable("lora", "a"), (self.axes[0], None)).astype(x.dtype)
+        b = as_stored(self.get_variable("lora", "b"), (None, self.axes[1])).astype(x.dtype)
+        precision = precision_of(x.dtype)
+        y = jnp.dot(jnp.dot(x.reshape(-1, x.shape[-1]), a, precision=precision), b, precision=precision)
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class Attention(nn.Module):

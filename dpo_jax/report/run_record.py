@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo_jax.data.pairs import FILTERED
+from dpo_jax.models.folder import ADAPTER
 from dpo_jax.report.record_shapes import AUDITED, BAD_BATCH, DATA, ENV, REPORTS, RESULTS, RESUMED
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics_lines
 from dpo_jax.shapes import Shape, fit, misfit
@@ -163,7 +164,9 @@ def _read_stage(path: Path) -> Stage:
     stage.report = stage.read_object("report.json", REPORTS.get(kind, {}))
     stage.metrics = stage.read_metrics()
     result = RESULT.get(kind)
-    stage.done = (result is None or os.path.exists(path / result)) and not _undecided(stage)
+    found = result is None or os.path.exists(path / result)
+    found = found or (kind in TRAINING and os.path.exists(path / "export" / ADAPTER))
+    stage.done = found and not _undecided(stage)
     stage.state = _state(stage)
     stage.problems += _failures(stage)
     return stage

@@ -118,8 +118,7 @@ def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | N
 
     Raises `MeshError`, before anything is computed, where a parameter does not fit the mesh. `units`: see there.
     """
-    shapes, of_variables = ({}, None) if model is None else _variables_on(mesh, model, units)
-    shape_of = {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    _, of_variables = ({}, None) if model is None else _variables_on(mesh, model, units)
     by_row, shards, part = row_sharding(mesh), row_shards(mesh), host_part(mesh)
 
     def put(tree):
@@ -137,6 +136,7 @@ def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | N
         if of_variables is None:
             return assemble(shapes, pieces, put=lambda leaf: _place(leaf, NamedSharding(mesh, PartitionSpec())))
         lie = of_variables
+        shape_of = {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
         return assemble_parts(
             shapes,
             pieces,

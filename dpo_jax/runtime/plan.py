@@ -138,7 +138,7 @@ def _plan(compiled: Any, first: Any, rows: Rows, where: _Where) -> Program:
     begin, chip, mesh = time.perf_counter(), where.chip, where.mesh
     scored = rows.source.shape[0] * rows.source.shape[1] // (row_shards(mesh) * where.work.microbatches)
     state = first if isinstance(first, TrainState) else TrainState(0, first, ())  # pyright: ignore[reportArgumentType]
-    held = tree_bytes(state.params), tree_bytes(state.opt_state)
+    held = tree_bytes(state.variables), tree_bytes(state.opt_state)
     with jax.set_mesh(mesh):
         lowered = compiled.lower(first, rows)
         try:

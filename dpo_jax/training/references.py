@@ -12,7 +12,8 @@ import numpy as np
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import Batch, few_shapes, in_order, plan_layout
-from dpo_jax.reference import ReferenceCache, fill_cache, pair_key, reference_logps, weights_digest
+from dpo_jax.models.digest import weights_digest
+from dpo_jax.reference import ReferenceCache, fill_cache, pair_key, reference_logps
 from dpo_jax.runtime.hosts import from_first, is_first
 from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Model, Partitioner, Variables

@@ -32,7 +32,7 @@ from dpo_jax.training.fingerprint import (
     other_held_out,
 )
 from dpo_jax.training.references import SAY
-from dpo_jax.types import Partitioner
+from dpo_jax.types import Partitioner, TrainState
 from dpo_jax.writing import appending
 
 Evaluate = Callable[[Any, int], Mapping[str, Any]]
@@ -67,8 +67,9 @@ def train(
 ) -> Any:
     """Trains from `state` (consumed), or from the newest good checkpoint in `folder`, to `total_steps`. Returns the last state.
 
-    The returned state has the form that is saved (`Partitioner.get_state`). A run that was killed continues when the same call
-    is made again, and ends with the same bits as an uninterrupted one. SIGTERM and SIGINT save, then raise `Preempted`.
+    The returned state lies on the devices; `Partitioner.get_state` gives its form on the host. A run that was killed continues
+    when the same call is made again, and ends with the same bits as an uninterrupted one. SIGTERM and SIGINT save, then raise
+    `Preempted`.
     `folder` gets `checkpoints/`, `metrics.jsonl` (a row per step) and `resumes.jsonl`, and is locked meanwhile.
 
     A whole run of DPO over all devices, with a cached reference pass. Run it again after a kill, on any number of devices:
@@ -95,7 +96,8 @@ def train(
 
     Args:
       step: compiled `step(state, batch) -> (state, metrics)`, as `Partitioner.compile_step` gives it.
-      state: any tree of arrays with an integer `step`, as `partitioner` has placed it.
+      state: any tree of arrays with an integer `step`, as `partitioner` has placed it. Checkpoints leave out what a
+        `TrainState` holds as `frozen`: whoever continues gives that again, and its digest belongs into `fingerprint`.
       stream: `stream(i)` is the batch of step `i`, a pure function of `i`; see `runtime.fit.fit`.
       fingerprint: JSON values that must not change when the run is continued: settings, and as `data` a digest of the data. A
         difference is a `RunMismatch` that names it. See `dpo_jax.training.fingerprint`.
@@ -136,12 +138,12 @@ def train(
             check=check,
             unit=unit,
             shapes=shapes,
-            get_state=partitioner.get_state,
+            get_state=functools.partial(_saved, partitioner),
             agree=hosts.agreement(),
         )
         if judge is not None:
             _evaluate_last(judge, state, total_steps, log=log, again=_is_other_data(saved, meta["data"], total_steps))
-    return partitioner.get_state(state)
+    return state
 
 
 def saved_run(checkpoints: str | os.PathLike[str], *, place: str) -> SavedRun | None:
@@ -202,7 +204,7 @@ def _resume(
     if checkpoints.latest_step() is None:
         return state
     with reported("reading the checkpoint"):
-        found = checkpoints.restore_latest(jax.tree.map(_as_saved, partitioner.get_state(state)))
+        found = checkpoints.restore_latest(jax.tree.map(_as_saved, _saved(partitioner, state)))
     if found is None:
         return state
     restored, meta_of_saved = found
@@ -217,8 +219,16 @@ def _resume(
     say(f"continuing {run.path} after {here.step} steps")
     if here.fingerprint.get("epochs") == is_now.get("epochs"):  # otherwise it was lengthened, which is no interruption
         _note_resumption(run, here.step, total_steps)
-    free(state)
-    return partitioner.put_state(restored)
+    if not isinstance(state, TrainState):
+        free(state)
+        return partitioner.put_state(restored)
+    free(state.replace(frozen={}))
+    return partitioner.put_state(restored).replace(frozen=state.frozen)
+
+
+def _saved(partitioner: Partitioner, state: Any) -> Any:
+    """A state in the form that is saved, without what is frozen; or a part of it."""
+    return partitioner.get_state(state.replace(frozen={}) if isinstance(state, TrainState) else state)
 
 
 def _say_what_changed(saved: SavedRun, meta: Mapping[str, Any], say: Callable[[str], None]) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 from dpo_jax import loss_table
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import dpo_card
-from dpo_jax.cli.commands.export import write_model
+from dpo_jax.cli.commands.export import write_model, writer
 from dpo_jax.cli.commands.refs import check_reference, load_reference, reference_values
 from dpo_jax.cli.config import Config, DpoConfig
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
+from dpo_jax.cli.trained import trained
 from dpo_jax.data.loader import in_order
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.preference import completion_tokens, held_out_logps, preference_summary
@@ -37,7 +38,8 @@ def run(config: Config) -> int:
         tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
         model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy")
         check_reference(config, model, tokenizer)
-        partitioner = build.make_partitioner(config, model)
+        part = trained(config, section, model, config.dpo_policy())
+        partitioner = part.partitioner(config)
         pairs, held_out = (
             build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
         )
@@ -45,18 +47,24 @@ def run(config: Config) -> int:
         data = TrainingData(pairs, held_out, [pairs.report, held_out.report])
         # What does not fit is refused here, before the reference pass, which may take hours.
         plan = plan_training(config, section, data, tokenizer=tokenizer, partitioner=partitioner, saved=saved)
-        variables, reference = load_reference(config, model, partitioner)
+        variables, digests = load_reference(config, part, partitioner)
+        reference = digests["start"]
         with identity.refusing_mismatch():
             check_weights(saved, reference=reference)
         ref_logps, held_out_ref = reference_values(
-            config, model, variables, tokenizer, [pairs, held_out], partitioner=partitioner, weights=reference
+            config,
+            part.reader(variables),
+            variables,
+            tokenizer,
+            [pairs, held_out],
+            partitioner=partitioner,
+            weights=reference,
         )
-        start = reference
         if section.reference:
             build.free(variables)
-            variables, start = build.load_weights(config.dpo_policy(), model, partitioner, name="dpo.policy")
+            variables, digests = part.load(config.dpo_policy(), partitioner, name="dpo.policy")
         loss = build.make_loss(section)
-        policy_logps = partitioner.compile_map(functools.partial(reference_logps, model, ld_alpha=section.ld_alpha))
+        policy_logps = partitioner.compile_map(functools.partial(reference_logps, part.model, ld_alpha=section.ld_alpha))
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             logps = held_out_logps(
@@ -74,17 +82,18 @@ def run(config: Config) -> int:
             run_dir,
             section,
             plan,
-            step=functools.partial(dpo_step, model=model, loss=loss, ld_alpha=section.ld_alpha),
-            model=model,
+            step=functools.partial(dpo_step, model=part.model, loss=loss, ld_alpha=section.ld_alpha),
+            part=part,
             variables=variables,
-            weights={"start": start, "reference": reference},
+            weights={**digests, "reference": reference},
             partitioner=partitioner,
             evaluate=evaluate,
             ref_logps=ref_logps,
-            check=at_reference if start == reference else None,
+            check=at_reference if digests["start"] == reference else None,
         )
-        write = functools.partial(write_model, source=config.dpo_policy(), dtype=config.export.dtype)
-        write_outputs(run_dir, model, state, tokenizer, card=lambda: dpo_card(config, run_dir), write=write)
+        write = writer(part, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
+        final = part.written(partitioner, state)
+        write_outputs(run_dir, model, final, tokenizer, card=lambda: dpo_card(config, run_dir), write=write)
     return 0
 
 

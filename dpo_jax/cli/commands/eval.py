@@ -55,7 +55,9 @@ def run(config: Config) -> int:
         held_out = build.encode_split(config, preferences, tokenizer)
         build.describe(run_dir, given, held_out.report)
         weights: dict[str, str] = {}
-        reference, weights["reference"] = build.load_weights(config.dpo_reference(), model, partitioner, name="eval.reference")
+        reference, weights["reference"] = build.load_weights(
+            config.dpo_reference(), model, partitioner, name="eval.reference", dtype=config.lora.base_dtype
+        )
         policy, weights["policy"] = build.load_weights(config.eval_policy(), model, partitioner, name="eval.policy")
         if of_run and is_first():
             _note_other_reference(given, weights["reference"])

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax.cli import build
 from dpo_jax.cli.card import dpo_card, sft_card
 from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.cli.model_folders import refuse_foreign
+from dpo_jax.cli.trained import Trained, trained
 from dpo_jax.data.tokenizer import save_tokenizer
+from dpo_jax.models.adapter import write_adapter
+from dpo_jax.models.checkpoint_stream import assemble
 from dpo_jax.models.decoder import make_model
+from dpo_jax.models.digest import WeightsDigest
 from dpo_jax.models.families import decoder_config
+from dpo_jax.models.folder import adapter_base
 from dpo_jax.models.generation import eos_ids, float_type, generation_config
 from dpo_jax.models.hf import load_config as load_hf_config
-from dpo_jax.models.hf import save_hf
+from dpo_jax.models.hf import read_weights, save_hf, variable_shapes
+from dpo_jax.models.hub import model_folder, resolve
+from dpo_jax.models.lora import LORA
+from dpo_jax.models.partial import split
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import Checkpoints, has_steps
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
-from dpo_jax.step import init_state
 from dpo_jax.types import Model, TrainState, Variables
 from dpo_jax.untrusted import check_name
 from dpo_jax.writing import write_text
@@ -45,27 +56,98 @@ def run(config: Config) -> int:
     tokenizer = build.tokenizer_of(original, model_path=start, name="model.path" if task == "sft" else "dpo.policy")
     hf = load_hf_config(start) if start is not None else build.new_hf_config(original, tokenizer)
     model = make_model(decoder_config(hf, where=f"{start}/config.json"))
-    tx = build.make_tx(original.sft if task == "sft" else original.dpo)
-    abstract = jax.eval_shape(lambda: init_state(model.init(jax.random.key(0)), tx))
+    section = original.sft if task == "sft" else original.dpo
+    part, tx = trained(original, section, model, start), build.make_tx(section)
+    if config.export.merge and part.lora is None:
+        raise ConfigError(f"export.merge: {folder} trained no adapter, and its export is the whole model; leave it out")
+    abstract = jax.eval_shape(lambda: part.state(model.init(jax.random.key(0)), tx=tx).replace(frozen={}))
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is asked for: that it will write nothing
     with Checkpoints(directory, read_only=True) as checkpoints, reported("reading the checkpoint"):
         found = _restored(checkpoints, abstract, config.export.step)
     if found is None:
         raise ConfigError(f"export.checkpoint: {directory} holds no checkpoint; train first")
-    state, step = found[0], int(found[0].step)
+    (state, meta), step = found, int(found[0].step)
     name = "export" if config.export.step is None else f"export-{config.export.step}"
+    options = {"source": start, "dtype": config.export.dtype}
+    card = _card_of(original, RunDir(folder, lock=False), task, step)
     with reported("exporting"):
-        out, written = write_model(
-            config.export.out or folder / name,
-            model,
-            state.variables,
-            tokenizer,
-            source=start,
-            dtype=config.export.dtype,
-            card=_card_of(original, RunDir(folder, lock=False), task, step),
-        )
+        if config.export.merge:
+            name, variables, write = (
+                f"{name}-merged",
+                _merged(part, state, start, meta),
+                functools.partial(write_model, **options),
+            )
+        else:
+            variables = _whole(part, state, start, meta)
+            write = writer(part, write_model, **options, digests=meta["fingerprint"])
+        out, written = write(config.export.out or folder / name, model, variables, tokenizer, card=card)
     print(f"step {step} of {folder} as {written} in {out}")
     return 0
+
+
+def _whole(part: Trained, state: TrainState, start: str | None, meta: Mapping[str, Any]) -> Variables:
+    """What an export writes of the trained weights in a checkpoint: with those that were frozen, but for an adapter."""
+    if part.chosen is None:
+        return state.variables
+    digest = WeightsDigest()
+    assert start is not None  # a new model, of which a part is trained, is refused
+    base = assemble(variable_shapes(part.base), read_weights(start, part.base, digest=digest), put=np.asarray)
+    if digest.hexdigest() != (known := meta["fingerprint"]["start"]):
+        raise ConfigError(f"{start} holds other weights than training began with ({digest.hexdigest()[:12]}, not {known[:12]})")
+    return part.whole({**split(base, part.chosen), **state.params})
+
+
+def _merged(part: Trained, state: TrainState, start: str | None, meta: Mapping[str, Any]) -> Variables:
+    """The whole model, on the host. Raises `ConfigError` where the base is not the one that the adapter was trained on."""
+    with tempfile.TemporaryDirectory() as folder, build.naming_option("export.merge", str(start)):
+        write_lora(Path(folder), part, state.variables, source=start, digests=meta["fingerprint"])
+        return assemble(variable_shapes(part.base), read_weights(folder, part.base), put=np.asarray)
+
+
+def writer(
+    part: Trained, write: Callable[..., tuple[Path, str]], *, source: str | None, dtype: str | None, digests: Mapping[str, str]
+) -> Callable[..., tuple[Path, str]]:
+    """`write` (`write_model` or `write_exact`) of what is trained: of an adapter, its folder in PEFT's form.
+
+    `source` is the model that training began with, `digests` those of its weights (`Trained.load`).
+    """
+    if part.lora is None:
+        options = {"source": source} if dtype is None and write is write_exact else {"source": source, "dtype": dtype}
+        return functools.partial(write, **options)
+
+    def write_adapter_folder(
+        path: str | Path, model: Model, variables: Variables, tokenizer: Any, *, card: str | None = None
+    ) -> tuple[Path, str]:
+        folder = write_lora(Path(path).expanduser(), part, variables, source=source, digests=digests, dtype=dtype or "float32")
+        _write_beside(folder, tokenizer, card)
+        return folder, dtype or "float32"
+
+    return write_adapter_folder
+
+
+def write_lora(
+    path: Path, part: Trained, variables: Variables, *, source: str | None, digests: Mapping[str, str], dtype: str = "float32"
+) -> Path:
+    """Writes the adapter in `variables`. All hosts call this; the first one writes."""
+    assert part.lora is not None
+    assert source is not None  # checked by `trained`
+    check_name(path)
+    try:
+        return write_adapter(
+            path,
+            part.base.config,
+            part.lora,
+            variables[LORA],
+            base=adapter_base(resolve(source)) or source,
+            source=model_folder(source),
+            base_digest=digests["base"],
+            base_dtype=part.dtype,
+            dtype=DTYPES[dtype],
+            fetch=hosts.whole,
+            write=hosts.is_first(),
+        )
+    except FileExistsError as error:
+        raise ConfigError(f"export.out: {error}") from error
 
 
 def write_model(

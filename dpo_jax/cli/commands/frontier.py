@@ -51,14 +51,17 @@ MAX_KL = 20.0  # nats, at which the figure ends
 
 def run(config: Config) -> int:
     config = sized(config)
+    for option, value in (("lora.rank", config.lora.rank), ("dpo.trainable", config.dpo.trainable)):
+        if value is not None:
+            raise ConfigError(f"{option}: frontier trains whole models; leave it out")
     if config.dpo.policy is None and not Path(config.dpo_policy()).is_dir():
         sft_command.run(config)
     with build.open_run(config, "frontier") as run_dir:
-        world, digest = make_world(config, train="prompts", test="test_prompts")
+        world, digests = make_world(config, train="prompts", test="test_prompts")
         study = _Study(config, world, run_dir)
         runs = _runs(config.frontier, seed=config.run.seed)
         print(f"{len(runs)} runs; the reference is {config.dpo_policy()}", flush=True)
-        shared = _shared(config, digest, world)
+        shared = _shared(config, digests["start"], world)
         results = sweep(
             runs,
             run_dir.path / "runs",

@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 
 from dpo_jax.cli import build
-from dpo_jax.cli.commands.export import write_model
+from dpo_jax.cli.commands.export import write_model, writer
 from dpo_jax.cli.commands.frontier import first_kl_coef, ppo_method
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.experiment import has_true_reward, make_world, sized
+from dpo_jax.cli.trained import planned
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.reward_model import RewardModel, load_head
 from dpo_jax.models.hub import resolve
@@ -32,7 +33,7 @@ def run(config: Config) -> int:
         judge = None if has_true_reward(config) else reward
         if judge:
             print("the true reward of these data is not known: the policy is measured by the learned one, too", flush=True)
-        world, _ = make_world(config, train="prompts", test="test_prompts", reward=judge)
+        world, digests = make_world(config, train="prompts", test="test_prompts", reward=judge)
         before = world.measure(world.reference)
         print(f"the reference: reward {before['reward']:.2f}", flush=True)
         run_dir.metrics.unlink(missing_ok=True)
@@ -46,9 +47,10 @@ def run(config: Config) -> int:
             say=functools.partial(print, flush=True),
         )
         with reported("exporting the policy"):
-            folder, _ = write_model(
-                run_dir.export, world.model, variables, world.tokenizer, source=config.dpo_policy(), dtype=config.export.dtype
-            )
+            model = build.policy_model(config, config.dpo_policy(), world.tokenizer, name="dpo.policy")
+            part = planned(config, config.dpo, model)
+            write = writer(part, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
+            folder, _ = write(run_dir.export, model, part.whole(variables), world.tokenizer)
         plot_training(read_metrics(run_dir.metrics), run_dir.plots)
         write_json(run_dir.path / "result.json", {"points": [{"step": 0.0, **before}, *points]})
         last = points[-1]

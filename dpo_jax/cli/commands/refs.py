@@ -10,6 +10,7 @@ import numpy as np
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.repeats import check_repeats
+from dpo_jax.cli.trained import Trained, trained
 from dpo_jax.data.chat_date import writes_date
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.tokenizer import tokenizer_digest
@@ -23,14 +24,23 @@ def run(config: Config) -> int:
         tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
         model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy")
         check_reference(config, model, tokenizer)
-        partitioner = build.make_partitioner(config, model)
+        part = trained(config, config.dpo, model, config.dpo_policy())
+        partitioner = part.partitioner(config)
         splits = [
             build.encode_split(config, build.load_split(config, name, tokenizer), tokenizer) for name in ("train", "test")
         ]
         check_repeats(config, *splits)
         build.describe(run_dir, config, *(split.report for split in splits))
-        variables, digest = load_reference(config, model, partitioner)
-        values = reference_values(config, model, variables, tokenizer, splits, partitioner=partitioner, weights=digest)
+        variables, digests = load_reference(config, part, partitioner)
+        values = reference_values(
+            config,
+            part.reader(variables),
+            variables,
+            tokenizer,
+            splits,
+            partitioner=partitioner,
+            weights=digests["start"],
+        )
         for name, logps in zip(("train", "test"), values, strict=True):
             chosen, rejected = logps.mean(axis=0)
             print(f"{name}: {len(logps):,} pairs, mean log pi_ref(chosen) {chosen:.2f}, of rejected {rejected:.2f} nats")
@@ -46,10 +56,14 @@ def check_reference(config: Config, model: Model, tokenizer: Any) -> None:
         raise ConfigError(f"dpo.reference: {config.dpo.reference} is another model than the policy, not only other weights")
 
 
-def load_reference(config: Config, model: Model, partitioner: Partitioner) -> tuple[Variables, str]:
-    """The reference's weights on the devices, and their digest."""
-    name = "dpo.policy" if config.dpo.reference is None else "dpo.reference"
-    return build.load_weights(config.dpo_reference(), model, partitioner, name=name)
+def load_reference(config: Config, part: Trained, partitioner: Partitioner) -> tuple[Variables, dict[str, str]]:
+    """The reference's weights on the devices, and their digests (`Trained.load`): the start of training, or the one named."""
+    if config.dpo.reference is None:
+        return part.load(config.dpo_policy(), partitioner, name="dpo.policy")
+    variables, digest = build.load_weights(
+        config.dpo.reference, part.base, partitioner, name="dpo.reference", dtype=config.lora.base_dtype
+    )
+    return variables, {"start": digest}
 
 
 def reference_values(

@@ -15,12 +15,13 @@ from dpo_jax.cli.commands.report_files import HTML, IMAGES, MARKDOWN, earlier_im
 from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.data.terminal import printable
 from dpo_jax.models.decoder import make_model
+from dpo_jax.models.digest import WeightsDigest
 from dpo_jax.models.families import decoder_config
+from dpo_jax.models.folder import config_folder
 from dpo_jax.models.hf import load_config as load_model_config
 from dpo_jax.models.hf import read_weights
 from dpo_jax.plotting.curves import PANELS
 from dpo_jax.plotting.training_curves import plot_runs, plot_training
-from dpo_jax.reference import WeightsDigest
 from dpo_jax.report.audit import audited
 from dpo_jax.report.first import first_things, moment
 from dpo_jax.report.judged import judged
@@ -144,11 +145,11 @@ def _weights(runs: Sequence[RunRecord], *, digests: bool) -> tuple[list[str], Se
     for run in runs:
         lying: dict[str, str] = {}
         for folder in EXPORTS if digests else ():
-            if os.path.isfile(run.path / folder / "config.json"):
+            if config_folder(run.path / folder) is not None:
                 try:
                     with reading(run.path / folder):
                         lying[folder] = weights_digest_of(run.path / folder)
-                except (Unreadable, OSError) as error:
+                except (ValueError, OSError) as error:
                     alarms.append(of(run, runs, f"{folder} cannot be read: {error}"))
         found, table = scored_weights(run, lying)
         alarms += [of(run, runs, words) for words in found]
@@ -163,7 +164,7 @@ def _weights(runs: Sequence[RunRecord], *, digests: bool) -> tuple[list[str], Se
 def weights_digest_of(folder: Path) -> str:
     """The digest of a model folder, as `eval` writes it down. One tensor at a time is in memory."""
     model, digest = make_model(decoder_config(load_model_config(folder), where=folder / "config.json")), WeightsDigest()
-    for _ in digest.watch(read_weights(folder, model)):
+    for _ in read_weights(folder, model, digest=digest):
         pass
     return digest.hexdigest()
 

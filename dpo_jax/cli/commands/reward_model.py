@@ -10,10 +10,10 @@ import functools
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.repeats import check_repeats
+from dpo_jax.cli.trained import trained
 from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.evals.calibration import accuracy
 from dpo_jax.lab.reward_model import RewardModel, fit_reward_model, judged, save_reward_model
-from dpo_jax.reward_model import with_scalar_head
 from dpo_jax.runtime.rundir import write_json
 
 
@@ -22,15 +22,16 @@ def run(config: Config) -> int:
     with build.open_run(config, "reward-model") as run_dir:
         tokenizer = build.tokenizer_of(config, model_path=path, name="dpo.policy")
         model = build.policy_model(config, path, tokenizer, name="dpo.policy")
-        partitioner = build.make_partitioner(config, with_scalar_head(model))
+        part = trained(config, training, model, path)
+        partitioner = part.partitioner(config, head=True)
         pairs, test = (
             build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
         )
         check_repeats(config, pairs, test)
         build.describe(run_dir, config, pairs.report, test.report)
-        start, _ = build.load_weights(path, model, partitioner, name="dpo.policy")
+        start, _ = part.load(path, partitioner, name="dpo.policy")
         print(f"{len(pairs):,} pairs to learn and choose from, {len(test):,} to judge the choice", flush=True)
-        judge = RewardModel(partitioner, model)
+        judge = RewardModel(partitioner, part.model)
         run_dir.metrics.unlink(missing_ok=True)
         variables, validation = fit_reward_model(
             judge,
@@ -43,11 +44,12 @@ def run(config: Config) -> int:
             evaluations=config.frontier.evaluations,
             seed=config.run.seed,
             microbatches=training.microbatches,
+            begin=part.state,
         )
         rewards = judge.of_pairs(partitioner.put_variables(variables), test, batch=training.batch)
         figures, margins = judged(rewards), rewards[:, 0] - rewards[:, 1]
         low, high = (accuracy(margins)[end] for end in ("low", "high"))
-        folder = save_reward_model(run_dir.export, model, variables)
+        folder = save_reward_model(run_dir.export, model, part.merged(variables))
         save_tokenizer(tokenizer, folder)
         found = {**figures, "accuracy_low": low, "accuracy_high": high, "pairs": len(test)}
         write_json(run_dir.path / "result.json", {"validation": validation, "test": found})

@@ -10,10 +10,11 @@ import numpy as np
 
 from dpo_jax.cli import build
 from dpo_jax.cli.card import sft_card
-from dpo_jax.cli.commands.export import write_exact
+from dpo_jax.cli.commands.export import write_exact, writer
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
+from dpo_jax.cli.trained import trained
 from dpo_jax.data.loader import in_order
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.prepare import encode_targets
@@ -29,11 +30,16 @@ def run(config: Config) -> int:
         saved = earlier_run(config, "sft", section)
         tokenizer = build.tokenizer_of(config, model_path=config.model.path)
         model = build.start_model(config, tokenizer)
-        partitioner = build.make_partitioner(config, model)
+        part = trained(config, section, model, config.model.path)
+        partitioner = part.partitioner(config)
         data = (_plain_texts if config.data.source in build.TEXT_SOURCES else _targets)(config, tokenizer)
         plan = plan_training(config, section, data, tokenizer=tokenizer, partitioner=partitioner, saved=saved)
-        variables, start = build.start_weights(config, model, partitioner)
-        score = partitioner.compile_map(functools.partial(sequence_logps, model))
+        if config.model.path is None:
+            variables, start = build.start_weights(config, model, partitioner)
+            digests = {"start": start}
+        else:
+            variables, digests = part.load(config.model.path, partitioner, name="model.path")
+        score = partitioner.compile_map(functools.partial(sequence_logps, part.model))
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             total, tokens, count = 0.0, 0.0, len(data.held_out)
@@ -50,16 +56,18 @@ def run(config: Config) -> int:
             run_dir,
             section,
             plan,
-            step=functools.partial(sft_step, model=model),
-            model=model,
+            step=functools.partial(sft_step, model=part.model),
+            part=part,
             variables=variables,
-            weights={"start": start},
+            weights=digests,
             partitioner=partitioner,
             evaluate=evaluate,
             unit="texts",
         )
-        write = functools.partial(write_exact, source=config.model.path)  # DPO starts from exactly these weights
-        write_outputs(run_dir, model, state, tokenizer, card=lambda: sft_card(config, run_dir), write=write)
+        # DPO starts from exactly these weights.
+        write = writer(part, write_exact, source=config.model.path, dtype=None, digests=digests)
+        final = part.written(partitioner, state)
+        write_outputs(run_dir, model, final, tokenizer, card=lambda: sft_card(config, run_dir), write=write)
     return 0
 
 

@@ -19,6 +19,8 @@ class ExportConfig:
     """The step to take (run.max_to_keep says how many are kept); none: the newest good one."""
     out: str | None = None
     """Folder to write, new or of an export; none: export/ beside the checkpoints, or export-STEP/ for a step."""
+    merge: bool = False
+    """Of an adapter (lora), write the whole model with the adapter added in, by default to export-merged/."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights that export, dpo and ppo write; none: that of the model that training began with, float32 for a new
     one. sft writes float32: dpo starts from exactly these weights."""

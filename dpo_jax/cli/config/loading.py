@@ -91,6 +91,9 @@ def problems(config: Config) -> list[Problem]:
         found += [(f"{name}.{field}", message) for field, message in bad or section.check()]
     if config.run.devices == "pmap" and loss_table.sorts_batch(config.dpo.loss):
         found.append(("run.devices", f"loss {config.dpo.loss} sorts all pairs of a batch: use single or mesh"))
+    for name in ("sft", "dpo"):
+        if config.lora.rank is not None and getattr(config, name).trainable is not None:
+            found.append((f"{name}.trainable", "an adapter is trained (lora.rank) and no other weights; leave one of them out"))
     positions, longest = config.model.max_positions, config.data.max_length
     if positions and longest > positions:
         found.append(("data.max_length", f"{longest} tokens do not fit model.max_positions ({positions}); lower it"))

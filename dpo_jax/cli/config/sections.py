@@ -12,6 +12,7 @@ from dpo_jax.cli.config.export import ExportConfig
 from dpo_jax.cli.config.judge import JudgeConfig
 from dpo_jax.cli.config.lab import FrontierConfig, PpoConfig
 from dpo_jax.cli.config.limits import LimitsConfig
+from dpo_jax.cli.config.lora import LoraConfig
 from dpo_jax.cli.config.model import ModelConfig
 from dpo_jax.cli.config.plan import PlanConfig
 from dpo_jax.cli.config.report import ReportConfig
@@ -45,6 +46,7 @@ class Config:
     agree: AgreeConfig = AgreeConfig()
     report: ReportConfig = ReportConfig()
     limits: LimitsConfig = LimitsConfig()
+    lora: LoraConfig = LoraConfig()
 
     def checkpoints_of(self, task: str) -> str:
         """Where the training of `sft` or `dpo` saves to: a folder, or `gs://...`, exactly as it was given."""

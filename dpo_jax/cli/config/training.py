@@ -31,10 +31,15 @@ class TrainingConfig:
     """Gradients are scaled down to this global L2 norm."""
     microbatches: int = 1
     """Parts into which a batch is split to save memory; the result is the same. On one device parts of padding cost nothing."""
+    trainable: str | None = None
+    """Train only these: last_layer, last_layers:N, or patterns of parameter names (final_norm.*, *.bias), with commas between;
+    none: all of them."""
 
     def check(self) -> Iterator[Problem]:
         yield from positive(self, "batch", "epochs", "lr", "max_grad_norm", "microbatches")
         yield from not_negative(self, "warmup_steps")
+        if self.trainable is not None and not all(term.strip() for term in self.trainable.split(",")):
+            yield "trainable", f"must be names with commas between, such as last_layer,final_norm.*, got {self.trainable!r}"
         if self.batch > 0 and self.microbatches > 0 and self.batch % self.microbatches:
             nearest = min(divisors(self.batch), key=lambda size: abs(size - self.microbatches))
             yield (

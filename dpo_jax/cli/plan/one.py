@@ -11,6 +11,7 @@ import numpy as np
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.trained import planned
 from dpo_jax.data.encode import Encoded
 from dpo_jax.dpo import dpo_step
 from dpo_jax.models.attention_paths import path_name
@@ -22,7 +23,6 @@ from dpo_jax.runtime.compiling import without_kept_programs
 from dpo_jax.runtime.mesh import MeshError, make_mesh, row_shards
 from dpo_jax.runtime.plan import Program, Work, plan_map, plan_step
 from dpo_jax.runtime.progress import reported
-from dpo_jax.step import init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,24 +70,25 @@ def plan(config: Config, topology: str, *, refs: bool = False) -> Plan:
         shards = row_shards(mesh)
         parts = build.batch_parts(section, shards, layout=config.data.layout)
         work = _work(config, flops, batch=section.batch, parts=parts, microbatches=section.microbatches)
-        tx = build.make_tx(section)
+        part, tx = planned(config, section, model), build.make_tx(section)
+        flops = flops._replace(frozen=part.lora is not None)
         step = functools.partial(
             dpo_step,
-            model=model,
+            model=part.model,
             tx=tx,
             loss=build.make_loss(section),
             ld_alpha=section.ld_alpha,
             microbatches=section.microbatches,
         )
-        where: dict[str, Any] = {"model": model, "mesh": mesh, "chip": chip, "units": whole_heads(model.config)}
+        where: dict[str, Any] = {"mesh": mesh, "chip": chip, "units": whole_heads(model.config)}
         where["host_devices"] = host_devices(topology)
         with reported(f"compiling the step for {topology}", brief=True), without_kept_programs():
-            program = plan_step(step, functools.partial(init_state, tx=tx), work=work, **where)
+            program = plan_step(step, functools.partial(part.state, tx=tx), model=part.model, work=work, **where)
         forward = None
         if refs:
             batch = _work(config, flops, batch=config.refs.batch, parts=shards, microbatches=1)
             with reported(f"compiling the reference pass for {topology}", brief=True), without_kept_programs():
-                forward = plan_map(functools.partial(reference_logps, model), work=batch, **where)
+                forward = plan_map(functools.partial(reference_logps, model), model=part.stored(), work=batch, **where)
     except MeshError as error:
         raise ConfigError(f"mesh: {error}") from error
     return Plan(

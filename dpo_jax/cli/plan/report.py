@@ -26,8 +26,8 @@ def report(one: Plan, chip: Chip) -> str:
         f"(limit {HEADROOM:.0%})",
         "of it": f"parameters {step.parameter_bytes / gb:.2f}, optimizer {step.optimizer_bytes / gb:.2f}; "
         f"activations, gradients, buffers {temporary:.2f} GB, not all at the same time",
-        "operations": f"{flops.training:.3e} a pair: trunk {3 * flops.trunk:.2e}, attention {3 * flops.attention:.2e}, "
-        f"head {3 * flops.head:.2e}",
+        "operations": f"{flops.training:.3e} a pair: trunk {flops.passes * flops.trunk:.2e}, "
+        f"attention {3 * flops.attention:.2e}, head {flops.passes * flops.head:.2e}",
     }
     if step.seconds:
         lines |= _program_lines(one, chip)

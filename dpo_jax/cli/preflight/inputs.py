@@ -231,7 +231,7 @@ def _sizes(model: Any) -> str:
 def _fits(check: Check, path: str, option: str, *, expected: bool) -> str:
     """Words on a model folder, once its config, tokenizer and the names of its tensors are known to go together."""
     from dpo_jax.models.families import decoder_config
-    from dpo_jax.models.folder import local_folder, read_config
+    from dpo_jax.models.folder import adapter_base, local_folder, read_config
     from dpo_jax.models.generation import end_tokens
     from dpo_jax.models.tensors import tensors
     from dpo_jax.models.weights import Checkpoint
@@ -241,12 +241,16 @@ def _fits(check: Check, path: str, option: str, *, expected: bool) -> str:
         folder = local_folder(path)
         if folder is None:
             return _of_the_hub(check, path, option)
+        own, base = folder, adapter_base(folder)
+        if base is not None and (folder := local_folder(base)) is None:
+            return f"an adapter of {base}, {_of_the_hub(check, base, option)}"
         hf = read_config(folder)
         decoder = decoder_config(hf, where=folder / "config.json")
         with Checkpoint(folder, decoder) as checkpoint:
             checkpoint.check_names()
             checkpoint.check_tensor(tensors(decoder)[0].name, (decoder.vocab_size, decoder.width))
-        _check_tokenizer(Path(config.tokenizer.path or folder).expanduser(), hf, end_tokens(folder, hf), decoder.vocab_size)
+        own = own if (own / "tokenizer.json").is_file() else folder
+        _check_tokenizer(Path(config.tokenizer.path or own).expanduser(), hf, end_tokens(folder, hf), decoder.vocab_size)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{option}: {error}. {model_folders.remedy(config, path)}".rstrip()) from error
     except Unreadable as error:
@@ -254,7 +258,7 @@ def _fits(check: Check, path: str, option: str, *, expected: bool) -> str:
     except ValueError as error:
         raise ConfigError(f"{option}: {path}: {error}") from error
     model_folders.check_fit(config, decoder, path, expected=expected)
-    return _sizes(decoder)
+    return _sizes(decoder) if base is None else f"an adapter of {base}, {_sizes(decoder)}"
 
 
 class _TokenizerFiles(NamedTuple):

@@ -1,0 +1,157 @@
+"""What a training command trains: all weights, some of them (`trainable`), or a low-rank adapter beside them (`lora`)."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from dpo_jax.cli import build
+from dpo_jax.cli.config import Config, ConfigError, TrainingConfig
+from dpo_jax.models.adapter import read_adapter, resumed
+from dpo_jax.models.digest import WeightsDigest
+from dpo_jax.models.folder import adapter_base
+from dpo_jax.models.hf import read_weights, variable_shapes
+from dpo_jax.models.hub import resolve
+from dpo_jax.models.lora import LORA, Lora, adapter_shapes, lora_model, lora_targets, merge_adapter, new_adapter
+from dpo_jax.models.partial import TRAINED, Chosen, chosen_parameters, join, partial_model, split
+from dpo_jax.reward_model import with_scalar_head
+from dpo_jax.runtime.progress import reported
+from dpo_jax.step import init_state
+from dpo_jax.types import Model, Partitioner, TrainState, Variables
+
+
+class Trained(NamedTuple):
+    """What of a model is trained. `model` reads the variables of a training state; `base` those of the whole model."""
+
+    base: Model
+    model: Model
+    seed: int = 0
+    lora: Lora | None = None
+    chosen: Chosen | None = None
+    adapter: bool = False  # training continues the adapter of a folder
+    dtype: str = "float32"  # of the frozen weights
+
+    def partitioner(self, config: Config, *, head: bool = False) -> Partitioner:
+        """Where all of this lies, with a scalar `head` if so. Whole models lie as `base` does, states as `model` does."""
+        model, base = (with_scalar_head(one) if head else one for one in (self.model, self.base))
+        found = build.make_partitioner(config, model)
+        if self.chosen is None:
+            return found
+        whole = build.make_partitioner(config, base)
+
+        def put_variables(variables: Variables) -> Variables:
+            return (found if TRAINED in variables else whole).put_variables(variables)
+
+        return found._replace(
+            load_variables=whole.load_variables, make_variables=whole.make_variables, put_variables=put_variables
+        )
+
+    def load(self, path: str, partitioner: Partitioner, *, name: str) -> tuple[Variables, dict[str, str]]:
+        """The weights of `path` on the devices, and two digests: "start" of all, and "base" of what an adapter is beside."""
+        with build.naming_option(name, path), reported(f"loading the weights of {path}"):
+            digest = WeightsDigest()
+            shapes = dict(variable_shapes(self.base, build.PRECISIONS[self.dtype]))
+            if self.adapter and self.lora is not None:
+                shapes[LORA] = adapter_shapes(self.base.config, self.lora)
+            pieces = read_weights(path, self.base, digest=digest, merge=not self.adapter)
+            variables = partitioner.load_variables(shapes, pieces)
+        start = build.digest_in(digest, "float32" if self.adapter else self.dtype)
+        return variables, {"start": start} | ({} if self.lora is None else {"base": digest.base or digest.hexdigest()})
+
+    def reader(self, variables: Variables) -> Model:
+        """The model that reads `variables` as `load` gives them: with the adapter, if they have one already."""
+        return self.model if LORA in variables else self.base
+
+    def stored(self) -> Model:
+        """`base`, with new weights of the type in which they are kept."""
+        kept = functools.partial(jax.tree.map, lambda x: x.astype(build.PRECISIONS[self.dtype]))
+        return self.base._replace(init=lambda key: kept(self.base.init(key)))
+
+    def begin(self, partitioner: Partitioner, variables: Variables, tx: Any) -> TrainState:
+        """The state before the first step. `variables`, of `load`, are consumed: a large model does not fit beside itself."""
+        with reported("placing weights and optimizer"):
+            whole = self.lora is None and self.chosen is None
+            return partitioner.init_state(functools.partial(init_state if whole else self.state, tx=tx), variables)
+
+    def state(self, variables: Variables, *, tx: Any) -> TrainState:
+        """As `begin`, but pure."""
+        if self.lora is not None and LORA not in variables:
+            variables = {**variables, LORA: new_adapter(self.base.config, self.lora, jax.random.key(self.seed))}
+        if self.chosen is not None:
+            variables = split(variables, self.chosen)
+        if self.lora is None and self.chosen is None:
+            return init_state(variables, tx)
+        trained = {name: tree for name, tree in variables.items() if name != "params"}
+        dtype = build.PRECISIONS[self.dtype]
+        return init_state(trained, tx, frozen={"params": jax.tree.map(lambda x: x.astype(dtype), variables["params"])})
+
+    def written(self, partitioner: Partitioner, state: TrainState) -> Variables:
+        """What an export writes, in the form of `get_state`: the variables of the whole model, or the adapter alone."""
+        if self.lora is not None:
+            return partitioner.get_state(state.replace(frozen={})).variables
+        return self.whole(partitioner.get_state(state).variables)
+
+    def whole(self, variables: Variables) -> Variables:
+        """The variables of the whole model from those that `model` reads; an adapter stays beside it."""
+        return join(variables)
+
+    def merged(self, variables: Variables) -> Variables:
+        """As `whole`, of an adapter as well, which is added to its base."""
+        return self.whole(variables) if self.lora is None else merge_adapter(variables, self.lora)
+
+
+def planned(config: Config, section: TrainingConfig, model: Model) -> Trained:
+    """What `section` trains of `model`, whatever that starts from: no file is read. Raises `ConfigError`."""
+    name = "sft" if section is config.sft else "dpo"
+    if section.trainable is not None:
+        try:
+            chosen = chosen_parameters(section.trainable, model)
+        except ValueError as error:
+            raise ConfigError(f"{name}.trainable: {error}") from error
+        # Layers that are cut off their stack are copied, when the state is made.
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        return Trained(model, partial_model(model, chosen), chosen=chosen)
+    if config.lora.rank is None:
+        return Trained(model, model)
+    options = config.lora
+    try:
+        lora = Lora(config.lora.rank, options.alpha, lora_targets(options.targets, model.config), options.rslora)
+    except ValueError as error:
+        raise ConfigError(f"lora.targets: {error}") from error
+    return Trained(model, lora_model(model, lora), config.run.seed, lora, dtype=options.base_dtype)
+
+
+def trained(config: Config, section: TrainingConfig, model: Model, path: str | None) -> Trained:
+    """What `section` trains of `model`, which starts from the folder `path`. Raises `ConfigError`."""
+    part, options = planned(config, section, model), config.lora
+    if part.lora is None:
+        return part
+    if path is None:
+        raise ConfigError("lora.rank: an adapter needs a model to be trained beside, and this one is new; set model.path")
+    folder = resolve(path)
+    if adapter_base(folder) is None:
+        return part
+    found, dtype = _adapter_of(folder, model, path=path)
+    if found != part.lora:
+        raise ConfigError(
+            f"lora: {path} is an adapter of {_words(found)}, and {_words(part.lora)} is asked for. Give the section lora the "
+            "same to train it further, or merge it (dpo-jax export --export.merge) and start from the result."
+        )
+    if dtype != options.base_dtype:
+        raise ConfigError(f"lora.base_dtype: {path} was trained on a base in {dtype}; set it to that")
+    return part._replace(adapter=True)
+
+
+def _adapter_of(folder: Path, model: Model, *, path: str) -> tuple[Lora, str]:
+    with build.naming_option("lora", path):
+        adapter = read_adapter(folder, model.config)
+        return resumed(adapter, model.config)[0], adapter.base_dtype
+
+
+def _words(lora: Lora) -> str:
+    targets = ", ".join(target.rpartition("/")[2] for target in lora.targets)
+    return f"rank {lora.rank}, alpha {lora.alpha:g}{' (rslora)' if lora.rslora else ''} on {targets}"

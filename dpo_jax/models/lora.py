@@ -1,0 +1,171 @@
+"""LoRA (Hu et al. 2021): a trained product of two thin matrices beside each frozen kernel, `x W + scale x A B`.
+
+`lora_model` makes of a decoder a model whose variables are `{"params": base, "lora": adapter}`. Freeze the first and train the
+second (`step.init_state(..., frozen=...)`): gradients and optimizer state then exist for the adapter alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.logical_axes import axis_lengths
+from dpo_jax.models.tensors import tensors
+from dpo_jax.types import Model, Variables
+
+LORA = "lora"
+# Logical axes of input and output of each kernel.
+KERNELS: Mapping[str, tuple[str, str]] = {
+    "attention/query": ("embed", "heads"),
+    "attention/key": ("embed", "kv_heads"),
+    "attention/value": ("embed", "kv_heads"),
+    "attention/out": ("heads", "embed"),
+    "mlp/gate": ("embed", "mlp"),
+    "mlp/up": ("embed", "mlp"),
+    "mlp/down": ("mlp", "embed"),
+}
+WRITES = tuple(name for name, axes in KERNELS.items() if axes[1] == "embed")
+"""Those that write to the residual stream, whose kernels are [out, in], as `layers.Linear` keeps them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """The size of an adapter. `targets` are names of kernels such as "attention/query" (`lora_targets`)."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by: alpha / rank, or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def lora_targets(names: str, config: DecoderConfig) -> tuple[str, ...]:
+    """The kernels that `names`, separated by commas, stand for: "all", "attention", "mlp", ours ("query"), or Hugging Face's
+    ("q_proj"; a fused "query_key_value" is three of ours). Raises ValueError for a name that this model does not have.
+
+    >>> lora_targets("attention", decoder.config)
+    ('attention/query', 'attention/key', 'attention/value', 'attention/out')
+    """
+    known: dict[str, list[str]] = {"all": [], "attention": [], "mlp": []}
+    for hf, ours in modules(config).items():
+        for kernel in ours:
+            room, name = kernel.split("/")
+            for key in ("all", room, name):
+                known.setdefault(key, []).append(kernel)
+            known.setdefault(hf.rpartition(".")[2], []).append(kernel)
+    asked = [name.strip() for name in names.split(",") if name.strip()]
+    wrong = [name for name in asked if name not in known]
+    if wrong or not asked:
+        what = f"a {config.family} has no {', '.join(wrong)}" if wrong else "no target is named"
+        raise ValueError(f"{what}; it has {', '.join(known)}")
+    chosen = {kernel for name in asked for kernel in known[name]}
+    return tuple(kernel for kernel in known["all"] if kernel in chosen)
+
+
+def modules(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
+    """{name of a Hugging Face module, "{}" for the layer: our kernels in it}, of all linear layers but the head."""
+    kernels = (t for t in tensors(config) if t.stacked and t.name.endswith(".weight") and t.paths[0].endswith("/kernel"))
+    return {
+        t.name.removesuffix(".weight"): tuple(path.removeprefix("layers/").removesuffix("/kernel") for path in t.paths)
+        for t in kernels
+    }
+
+
+def lora_model(model: Model, lora: Lora) -> Model:
+    """`model` with an adapter: its variables gain the collection "lora", `{"layers": {...: {"a": [layers, in, rank], "b":
+    [layers, rank, out]}}}`. B starts at zero, so that the adapted model is the base. Variables without it are read as the base.
+
+    >>> adapted = lora_model(decoder, Lora(4, 8.0, lora_targets("attention", decoder.config)))
+    >>> sorted(adapted.init(jax.random.key(0)))
+    ['lora', 'params']
+    """
+
+    def scaled(variables: Variables) -> Variables:
+        if LORA not in variables:
+            return variables
+
+        def of(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
+            # Both are computed: where a scan reads parameters as they are beside computed ones, the transpose that adds to refs
+            # (`step.mean_grads`) takes one for the other (jax 0.10.2).
+            return leaf * (lora.scale if path[-1].key == "b" else 1.0)
+
+        return {**variables, LORA: jax.tree_util.tree_map_with_path(of, variables[LORA])}
+
+    def init(key: jax.Array) -> Variables:
+        return {**model.init(key), LORA: new_adapter(model.config, lora, jax.random.fold_in(key, 1))}
+
+    decode, names = model.decode, model.axes
+    return model._replace(
+        init=init,
+        forward=lambda variables, rows: model.forward(scaled(variables), rows),
+        decode=None if decode is None else lambda variables, rows, cache: decode(scaled(variables), rows, cache),
+        axes=None if names is None else lambda: {**names(), LORA: _axes(lora)},
+    )
+
+
+def merge_adapter(variables: Variables, lora: Lora) -> Variables:
+    """`variables` with the collection "lora", if there is one, added to its kernels, of which float32 copies are made."""
+    if LORA not in variables:
+        return variables
+    layers = {room: dict(parts) for room, parts in variables["params"]["layers"].items()}
+    for target in lora.targets:
+        room, name = target.split("/")
+        pair, module = variables[LORA]["layers"][room][name], layers[room][name]
+        change = jnp.einsum("lir,lro->loi" if target in WRITES else "lir,lro->lio", pair["a"], pair["b"], precision="highest")
+        layers[room][name] = {**module, "kernel": module["kernel"].astype(jnp.float32) + lora.scale * change}
+    others = {name: tree for name, tree in variables.items() if name != LORA}
+    return {**others, "params": {**variables["params"], "layers": layers}}
+
+
+def adapter_shapes(config: DecoderConfig, lora: Lora) -> Variables:
+    """The collection "lora" of a model of `config` as `ShapeDtypeStruct`s of float32. Nothing is computed."""
+    lengths = axis_lengths(config)
+
+    def of(target: str) -> dict[str, jax.ShapeDtypeStruct]:
+        inputs, outputs = (lengths[axis] for axis in KERNELS[target])
+        shapes = {"a": (config.layers, inputs, lora.rank), "b": (config.layers, lora.rank, outputs)}
+        return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+    return _tree({target: of(target) for target in lora.targets})
+
+
+def new_adapter(config: DecoderConfig, lora: Lora, key: jax.Array) -> Variables:
+    """A new collection "lora": A uniform between +-1/sqrt(in), as PEFT draws it (Kaiming uniform with a = sqrt(5)); B zero."""
+
+    def of(path: Sequence[Any], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if path[-1].key == "b":
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        number = lora.targets.index(f"{path[1].key}/{path[2].key}")
+        bound = 1 / math.sqrt(leaf.shape[1])
+        return jax.random.uniform(jax.random.fold_in(key, number), leaf.shape, leaf.dtype, -bound, bound)
+
+    return jax.tree_util.tree_map_with_path(of, adapter_shapes(config, lora))
+
+
+def _axes(lora: Lora) -> Variables:
+    """Logical axes of the adapter: those of the kernel, and the rank along none."""
+
+    def of(target: str) -> dict[str, PartitionSpec]:
+        inputs, outputs = KERNELS[target]
+        return {"a": PartitionSpec("layers", inputs, None), "b": PartitionSpec("layers", None, outputs)}
+
+    return _tree({target: of(target) for target in lora.targets})
+
+
+def _tree(by_target: Mapping[str, Any]) -> Variables:
+    tree: dict[str, dict[str, Any]] = {}
+    for target, leaf in by_target.items():
+        room, name = target.split("/")
+        tree.setdefault(room, {})[name] = leaf
+    return {"layers": tree}

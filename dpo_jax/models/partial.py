@@ -1,0 +1,149 @@
+"""A model of which only some parameters are trained: the last layers, or those whose names match a pattern.
+
+`partial_model` moves the trained parameters into a collection of their own, `{"params": frozen, "trained": trained}`. Freeze
+the first (`step.init_state(..., frozen=...)`): gradients and optimizer state then exist for the second alone.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.models.checkpoint_stream import path_of
+from dpo_jax.types import Model, Variables
+
+TRAINED = "trained"
+Tree = dict[str, Any]
+
+
+class Chosen(NamedTuple):
+    """Which parameters are trained: whole ones by dotted name, and those of the last `layers` layers."""
+
+    names: frozenset[str]
+    layers: int
+
+
+def chosen_parameters(text: str, model: Model) -> Chosen:
+    """What `text` names, separated by commas: "last_layer", "last_layers:N", or patterns of dotted names such as "final_norm.*"
+    or "*.bias". Raises ValueError for a pattern that matches nothing, and for too many layers.
+
+    >>> chosen_parameters("last_layer,final_norm.*", decoder)
+    Chosen(names=frozenset({'final_norm.scale'}), layers=1)
+    """
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))["params"]
+    every = {".".join(path_of(path)): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    depth = next(shape[0] for name, shape in every.items() if name.startswith("layers."))
+    names, layers = set(), 0
+    for term in (part.strip() for part in text.split(",")):
+        if found := re.fullmatch(r"last_layer|last_layers:(\d+)", term):
+            layers = int(found[1] or 1)
+            if not 0 < layers < depth:
+                raise ValueError(f"{term}: the model has {depth} layers; name 1 to {depth - 1}, or leave it out to train all")
+            continue
+        matching = fnmatch.filter(every, term)
+        if not matching:
+            raise ValueError(f"no parameter matches {term!r}; there are last_layer, last_layers:N, {', '.join(every)}")
+        names |= set(matching)
+    if layers and any(name.startswith("layers.") for name in names):
+        raise ValueError("last layers and a pattern that matches parameters of all layers do not go together")
+    if len(names) == len(every):
+        raise ValueError("all parameters are named: leave it out to train all")
+    return Chosen(frozenset(names), layers)
+
+
+def partial_model(model: Model, chosen: Chosen) -> Model:
+    """`model` whose variables are those of `split`. Variables of the whole model are read, too."""
+    decode, by_layer, names = model.decode, model.by_layer, model.axes
+
+    def of_axes() -> Variables:
+        assert names is not None
+        return split(names(), chosen, cut=lambda spec, _: spec)
+
+    def decoded(variables: Variables, rows: Any, cache: Any) -> Any:
+        assert decode is not None
+        return decode(join(variables), rows, cache)
+
+    return model._replace(
+        init=lambda key: split(model.init(key), chosen),
+        forward=lambda variables, rows: model.forward(_in_stacks(variables), rows),
+        unembed=lambda variables, hidden: model.unembed(_in_stacks(variables), hidden),
+        decode=None if decode is None else decoded,
+        by_layer=None if by_layer is None else lambda variables, cache: by_layer(join(variables), cache),
+        axes=None if names is None else of_axes,
+    )
+
+
+def split(
+    variables: Variables, chosen: Chosen, *, cut: Callable[[Any, slice], Any] = lambda leaf, part: leaf[part]
+) -> Variables:
+    """`variables` of the whole model with what is trained in the collection "trained"; of `layers`, the last ones."""
+    if TRAINED in variables:
+        return variables
+    frozen, trained = {}, {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
+        keys = path_of(path)
+        if ".".join(keys) in chosen.names:
+            trained[keys] = leaf
+        elif chosen.layers and keys[0] == "layers":
+            frozen[keys], trained[keys] = cut(leaf, slice(None, -chosen.layers)), cut(leaf, slice(-chosen.layers, None))
+        else:
+            frozen[keys] = leaf
+    return {**variables, "params": _tree(frozen), TRAINED: _tree(trained)}
+
+
+def join(variables: Variables) -> Variables:
+    """The variables of the whole model, `split` undone; as they are where they were not split."""
+    if TRAINED not in variables:
+        return variables
+
+    def both(frozen: Any, trained: Any) -> Any:
+        if isinstance(frozen, Mapping):
+            return _united(frozen, trained, both)
+        arrays = np if isinstance(frozen, np.ndarray) else jnp
+        return arrays.concatenate([frozen, trained])
+
+    whole = _united(variables["params"], variables[TRAINED], both)
+    return {**{name: tree for name, tree in variables.items() if name != TRAINED}, "params": whole}
+
+
+def _in_stacks(variables: Variables) -> Variables:
+    """As `join`, but with the frozen and the trained layers as two stacks, which the decoder goes through without a copy."""
+
+    def both(frozen: Any, trained: Any, name: str = "") -> Any:
+        return (frozen, trained) if name == "layers" and _same_tree(frozen, trained) else _united(frozen, trained, both)
+
+    if TRAINED not in variables:
+        return variables
+    params, trained = variables["params"], variables[TRAINED]
+    whole = {name: tree for name, tree in variables.items() if name != TRAINED}
+    top = {name: params.get(name, trained.get(name)) for name in {**params, **trained}}
+    for name in params.keys() & trained.keys():
+        top[name] = both(params[name], trained[name], name)
+    return {**whole, "params": top}
+
+
+def _same_tree(one: Any, other: Any) -> bool:
+    return jax.tree.structure(one) == jax.tree.structure(other)
+
+
+def _united(one: Mapping[str, Any], other: Mapping[str, Any], both: Callable[[Any, Any], Any]) -> Tree:
+    return {
+        name: both(one[name], other[name]) if name in one and name in other else one.get(name, other.get(name))
+        for name in {**one, **other}
+    }
+
+
+def _tree(leaves: Mapping[tuple[str, ...], Any]) -> Tree:
+    tree: Tree = {}
+    for keys, leaf in leaves.items():
+        here = tree
+        for key in keys[:-1]:
+            here = here.setdefault(key, {})
+        here[keys[-1]] = leaf
+    return tree
