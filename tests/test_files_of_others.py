@@ -343,6 +343,13 @@ def test_a_folder_that_no_run_has_made_keeps_its_files(name, tmp_path):
     RunDir(tmp_path).close()
 
 
+def test_checkpoints_that_were_copied_without_the_rest_can_be_continued(tmp_path):
+    (tmp_path / "checkpoints" / "notes").mkdir(parents=True)
+    assert "move it away" in str(outcome(lambda: RunDir(tmp_path), names="checkpoints"))
+    (tmp_path / "checkpoints" / "12").mkdir()
+    RunDir(tmp_path).close()
+
+
 def test_what_people_keep_in_a_run_directory_is_no_reason(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     RunDir(tmp_path).close()

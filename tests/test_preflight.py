@@ -284,6 +284,7 @@ def test_training_refuses_the_same_mesh_in_the_same_words(place, capsys):
     write_config(place, model=NEW, run={"devices": "mesh"})
     devices, flags, words = UNEVEN["heads"]
     flags = [*flags, "--data.layout", "packed", "--model.vocab-size", "512"]
+    shutil.rmtree(place / "runs/one/sft")  # no run has made it
     done = check("sft", *flags, capsys=capsys)  # on the 4 devices of the tests
     assert (done[0], devices, words in done[1]) == (2, 4, True), done
 

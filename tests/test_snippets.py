@@ -131,8 +131,8 @@ def test_texts_that_are_cut_are_counted_in_the_report(tmp_path):
         "sft: {scored: all}\n"
     )
     config = parse("sft", [str(tmp_path / "config.yaml")])
-    (texts, _), held_out, reports = sft._plain_texts(config, build.tokenizer_of(config, model_path=None))
-    written = json.loads(json.dumps([report.to_json() for report in reports]))
-    for encoded, report in zip((texts, held_out), written, strict=True):
+    data = sft._plain_texts(config, build.tokenizer_of(config, model_path=None))
+    written = json.loads(json.dumps([report.to_json() for report in data.reports]))
+    for encoded, report in zip((data.train, data.held_out), written, strict=True):
         full = sum(len(ids) == 48 for _, ids in encoded)
         assert 0 < report["truncated"]["text"] <= full < len(encoded) == report["kept"]
