@@ -48,8 +48,19 @@ QUIET = ("--disable-gpu", "--disable-background-networking", "--disable-componen
 
 # The files that take longest, longest first: a long file that starts last keeps one process waiting for the other.
 LONGEST = (
-    *("golden", "cli_runs", "cli_resume", "cli_refusals", "hosts", "faults", "cli_frontier", "bench", "multidevice"),
-    *("models", "check", "sampling"),
+    *(
+        "golden",
+        "cli_resume",
+        "hosts",
+        "faults",
+        "cli_frontier",
+        "cli_runs",
+        "lora_runs",
+        "cli_refusals",
+        "bench",
+        "multidevice",
+    ),
+    *("models", "check", "checkpoint", "notebook", "sampling"),
     *("attention", "step", "judge", "chat_runs", "groups", "reward_model", "ppo", "interrupts", "implicit_rewards"),
     *("pods", "report"),
 )
