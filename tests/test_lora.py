@@ -133,8 +133,9 @@ def backward_layers(fn, argument):
         for eqn in jaxpr.eqns:
             if eqn.primitive.name == "scan" and eqn.params["reverse"]:
                 yield eqn.params["length"]
-            for inner in jax.core.jaxprs_in_params(eqn.params):
-                yield from of(inner)
+            for value in jax.tree.leaves(list(eqn.params.values())):
+                if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+                    yield from of(inner)
 
     return sum(of(jax.make_jaxpr(fn)(argument).jaxpr))
 
