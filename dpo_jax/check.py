@@ -7,19 +7,18 @@ host: each tests the devices that it sees.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_jax.bench.profile import TRACEABLE
+from dpo_jax.runtime.gpu_target import COMPILER_OPTIONS, plugin_is_here
 
 if TYPE_CHECKING:
     from dpo_jax.checks.report import Report, Row
 
-GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-UNTUNED = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+UNTUNED = " ".join(f"--{option}={str(value).lower()}" for option, value in COMPILER_OPTIONS.items())
 """To time every way of multiplying takes XLA minutes, and these rows are about numbers. `--bench` lets it."""
 GPU_MEMORY = "0.92"  # the share that JAX takes; its default of 0.75 leaves a fourth of a large card unused
 EXIT_CODES = """\
@@ -50,7 +49,7 @@ def main(args: list[str] | None = None, *, prog: str = "python -m dpo_jax.check"
     if asked.profile is not None and asked.profile.is_dir() and any(asked.profile.iterdir()):
         flags.error(f"--profile {asked.profile}: the folder is not empty")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)
-    if any(map(importlib.util.find_spec, GPU_PLUGINS)) and (asked.profile or not asked.bench):
+    if plugin_is_here() and (asked.profile or not asked.bench):
         os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), TRACEABLE if asked.profile else UNTUNED]))
     from dpo_jax.checks.report import Report
 

@@ -146,18 +146,19 @@ def test_wrong_flags_are_told(flags, code, message, tmp_path, monkeypatch, capsy
 
 def test_what_xla_is_told_on_a_machine_with_a_gpu(tmp_path, monkeypatch):
     """Numbers need no tuned products; times do; and a trace needs operations that are started one by one."""
-    monkeypatch.setattr(check, "GPU_PLUGINS", ("json",))  # a package that is there
+    monkeypatch.setattr(check, "plugin_is_here", lambda: True)
     told = []
     for flags in ([], ["--bench"], ["--bench", "--profile", str(tmp_path / "trace")]):
         monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
         assert check.main(["--only", "devices", "--json", str(tmp_path / "check.json"), *flags]) == 0
         told.append(os.environ["XLA_FLAGS"])
+    assert check.UNTUNED == "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
     assert told == [
         f"--xla_cpu_enable_fast_math=false {check.UNTUNED}",
         "--xla_cpu_enable_fast_math=false",
         f"--xla_cpu_enable_fast_math=false {check.TRACEABLE}",
     ]
-    monkeypatch.setattr(check, "GPU_PLUGINS", ("no_such_plugin",))
+    monkeypatch.setattr(check, "plugin_is_here", lambda: False)
     monkeypatch.setenv("XLA_FLAGS", "")
     check.main(["--only", "devices", "--json", str(tmp_path / "check.json")])
     assert os.environ["XLA_FLAGS"] == ""

@@ -253,7 +253,7 @@ def test_a_file_of_a_library_appears_whole_or_not_at_all(tmp_path):
     assert message(caught.value).startswith(f"{tmp_path / 'loss.png'}: No space left on device")
     assert os.listdir(tmp_path) == []
     saved()
-    assert {name: (tmp_path / name).read_text() for name in os.listdir(tmp_path)} == {"loss.png": "new"}
+    assert [(tmp_path / name).read_text() for name in ("notes.txt", "report.json")] == ["mine", "{}"]
 
 
 def test_an_output_replaces_a_link_and_nothing_behind_it(tmp_path):
@@ -355,6 +355,10 @@ def test_what_people_keep_in_a_run_directory_is_no_reason(tmp_path):
     RunDir(tmp_path).close()
     (tmp_path / "report.json").write_text("{}")
     RunDir(tmp_path).close()
+    assert {name: (tmp_path / name).read_text() for name in ("notes.txt", "report.json")} == {
+        "notes.txt": "mine",
+        "report.json": "{}",
+    }
 
 
 def test_a_file_that_holds_no_plans_is_not_replaced_by_some(tmp_path):

@@ -163,11 +163,18 @@ def by_length(work: Work, pairs: Sequence[Encoded]) -> list[list[int]]:
 LONGEST = 4  # times the mean: of lengths that vary
 
 
+def spread_lengths(rng: Any, count: int, *, means: Sequence[int], most: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Lengths (prompt, chosen, rejected), spread roughly as those of Anthropic HH are: gamma of shape 2. int[count, 3].
+
+    `rng` is any of numpy's generators.
+    """
+    return np.clip(rng.gamma(2.0, np.array(means) / 2, (count, 3)), 2, most).astype(int)
+
+
 def random_pairs(count: int, *, lengths: tuple[int, int, int], vocab_size: int, seed: int, vary: bool = False) -> list[Encoded]:
     """Pairs of random tokens of the given (prompt, chosen, rejected) lengths. Completions end in EOS, which is token 0.
 
-    `vary`: the lengths are means. They are gamma distributed with shape 2, as those of Anthropic HH roughly are, and at most
-    `LONGEST` times the mean.
+    `vary`: the lengths are means of `spread_lengths`, which are at most `LONGEST` times as long.
     """
     rng = np.random.default_rng(seed)
 
@@ -178,10 +185,10 @@ def random_pairs(count: int, *, lengths: tuple[int, int, int], vocab_size: int, 
         return np.append(tokens(length - 1), np.int32(0))
 
     means = np.array(lengths)
-    sizes = np.clip(rng.gamma(2.0, means / 2, (count, 3)), 1, LONGEST * means) if vary else np.tile(means, (count, 1))
+    sizes = spread_lengths(rng, count, means=lengths, most=LONGEST * means) if vary else np.tile(means, (count, 1))
     return [
         Encoded(tokens(prompt), completion(chosen), completion(rejected), uid=f"random {i}")
-        for i, (prompt, chosen, rejected) in enumerate(sizes.astype(int).tolist())
+        for i, (prompt, chosen, rejected) in enumerate(sizes.tolist())
     ]
 
 

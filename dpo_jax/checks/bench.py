@@ -20,6 +20,7 @@ import numpy as np
 
 from dpo_jax.bench.flops import device_peak, step_flops
 from dpo_jax.bench.profile import slowest_operations
+from dpo_jax.bench.work import spread_lengths
 from dpo_jax.checks.attention import random_pair
 from dpo_jax.checks.machine import matmul_rate
 from dpo_jax.checks.report import Result, Row, first_line, skipped
@@ -127,11 +128,8 @@ def _parameters(config: DecoderConfig) -> int:
 def hh_like_pairs(count: int, *, vocab_size: int, longest: int) -> list[Encoded]:
     """Pairs of random tokens whose lengths are gamma distributed around `MEANS`, and which fit a row of `longest`."""
     rng = np.random.RandomState(0)
-    most = longest // 4, longest // 4, longest // 4
-    lengths = [
-        [int(np.clip(rng.gamma(2.0, mean / 2), 2, top)) for mean, top in zip(MEANS, most, strict=True)] for _ in range(count)
-    ]
-    return [random_pair(rng, sizes, vocab_size=vocab_size) for sizes in lengths]
+    lengths = spread_lengths(rng, count, means=MEANS, most=3 * (longest // 4,))
+    return [random_pair(rng, sizes, vocab_size=vocab_size) for sizes in lengths.tolist()]
 
 
 class _Bench:

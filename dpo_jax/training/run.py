@@ -177,6 +177,7 @@ def _checkpoints(run: RunDir, elsewhere: str | os.PathLike[str] | None, *, max_t
 
 
 def steps_of(state: Any, partitioner: Partitioner) -> int:
+    """How many steps a state on the devices has taken."""
     step: Any = partitioner.get_state(state.step)
     return int(step)
 
