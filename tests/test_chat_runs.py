@@ -1,4 +1,8 @@
-"""A chat model through the whole program: another end token than the tokenizer's, bfloat16 weights, a chat template."""
+"""A folder like those of Llama 3 through the whole program.
+
+It has the scaled rotary positions of Llama 3.1, several end tokens, a tokenizer that begins texts with BOS, a padded vocabulary,
+bfloat16 weights and a chat template.
+"""
 
 import dataclasses
 import json
@@ -12,6 +16,7 @@ from conftest import GOLDEN
 from safetensors.numpy import load_file
 from tiny_run import call, refused
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 
 from dpo_jax.cli import build
 from dpo_jax.cli.commands.export import write_model
@@ -20,16 +25,28 @@ from dpo_jax.cli.config import ConfigError, load_config
 from dpo_jax.cli.experiment import make_world
 from dpo_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from dpo_jax.models.decoder import make_model
-from dpo_jax.models.families import decoder_config, hf_config
+from dpo_jax.models.families import decoder_config
 from dpo_jax.models.hf import load_config as load_hf_config
 from dpo_jax.models.hf import load_hf, save_hf
 from dpo_jax.ppo import completion_ids, prompt_batch
 from dpo_jax.runtime.metrics import read_metrics
 
+SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]  # from 511 on
+BOS, TURN = 511, 514
 TEMPLATE = (
-    "{% for m in messages %}<|header|>{{ m.role }}\n{{ m.content }}<|turn|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|header|>assistant\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
+LLAMA = {
+    **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "bos_token_id": BOS},
+    **{"eos_token_id": [0, TURN], "vocab_size": 576, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "rms_norm_eps": 1e-5},
+    **{"hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 500000.0},
+    "rope_scaling": {
+        **{"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0},
+        "original_max_position_embeddings": 64,
+    },
+}
 CONFIG = """\
 run: {{dir: {dir}, save_every_steps: 0}}
 data: {{source: files, path: {data}, max_length: 96, max_prompt_length: 64}}
@@ -39,7 +56,7 @@ dpo: {{batch: 4, lr: 1.0e-9, warmup_steps: 1}}
 eval: {{batch: 4, samples: 2, max_new_tokens: 4}}
 sample: {{prompts: 2, max_new_tokens: 4}}
 """
-SAMPLING = '{"eos_token_id": [0, 512], "temperature": 0.7}\n'
+SAMPLING = json.dumps({"bos_token_id": BOS, "eos_token_id": [0, TURN], "temperature": 0.6, "top_p": 0.9}) + "\n"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,19 +68,21 @@ def _compilation_cache():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder in bfloat16 whose model always draws <|turn|>: its last hidden state is constant, and only that row sees it."""
+    """The folder. Its model always draws <|eot_id|>: the first number of a hidden state outweighs the others."""
     folder = tmp_path_factory.mktemp("chat") / "model"
     tokenizer = load_tokenizer(GOLDEN / "tokenizer")
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in ("<|header|>", "<|turn|>")])
-    tokenizer.chat_template = TEMPLATE
-    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
-    assert json.loads(SAMPLING)["eos_token_id"] == [tokenizer.eos_token_id, turn]
-    sizes = {"width": 16, "layers": 1, "heads": 2, "max_positions": 128}
-    model = make_model(decoder_config(hf_config("gpt_neox", vocab_size=turn + 1, eos_token_id=0, **sizes)))
-    params = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0))["params"])
-    params["final_norm"] = {"scale": np.zeros(16, np.float32), "bias": np.ones(16, np.float32)}
-    params["head_kernel"] = np.where(np.arange(turn + 1)[:, None] == turn, np.float32(4), np.zeros((1, 16), np.float32))
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.bos_token, tokenizer.chat_template = "<|begin_of_text|>", TEMPLATE
+    begins = TemplateProcessing("<|begin_of_text|> $A", "<|begin_of_text|> $A $B", special_tokens=[("<|begin_of_text|>", BOS)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    assert tokenizer.convert_tokens_to_ids([SPECIAL[0], SPECIAL[-1]]) == [BOS, TURN]
+    model = make_model(decoder_config(LLAMA))
+    params = dict(jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0))["params"]))
+    params["token_embedding"] = np.where(np.arange(16) == 0, np.float32(9), params["token_embedding"])
+    drawn = (np.arange(576)[:, None] == TURN) & (np.arange(16) == 0)
+    params["head_kernel"] = np.where(drawn, np.float32(4), params["head_kernel"] * (np.arange(16) > 0))
     save_hf(folder, model, {"params": params}, dtype=jnp.bfloat16)
+    (folder / "config.json").write_text(json.dumps(LLAMA))
     (folder / "generation_config.json").write_text(SAMPLING)
     save_tokenizer(tokenizer, folder)
     return folder
@@ -72,24 +91,39 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": f"Is {i} even?\x1b[2J"}],
-            "chosen": [{"role": "assistant", "content": "Look."}],
-            "rejected": [{"role": "assistant", "content": "No idea."}],
-        }
-        for i in range(4)
-    ]
-    for split in ("train", "test"):
+    for split, numbers in (("train", range(4, 8)), ("test", range(4))):
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": f"Is {i} even?\x1b[2J"}],
+                "chosen": [{"role": "assistant", "content": "Look."}],
+                "rejected": [{"role": "assistant", "content": "No idea."}],
+            }
+            for i in numbers
+        ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = folder / "chat.yaml"
     config.write_text(CONFIG.format(dir=folder / "run", data=folder, model=model))
     printed = {}
-    for command in ("sft", "dpo", "eval", "sample"):
+    for command in ("audit", "sft", "refs", "dpo", "eval", "sample"):
         result = call(command, config)
         assert result.code == 0, (command, result)
         printed[command] = result
     return folder, config, printed
+
+
+def test_nothing_is_warned_of_but_the_size_of_these_data(done):
+    notes = {line for result in done[2].values() for line in result.out.splitlines() if line.startswith("note: ")}
+    assert notes == {
+        "note: 4 test pairs are too few to tell policies apart by their accuracy: hold",
+        "note: warm-up takes 1 steps, and the run has 1: the learning rate reaches only 50% of 1e-09 (warmup_steps)",
+    }
+    assert not any("warning" in (result.out + result.err).lower() for result in done[2].values())
+
+
+def test_a_prompt_begins_with_bos_once(done):
+    audit = done[2]["audit"].out
+    assert "prompts begin with BOS, '<|begin_of_text|>'" in audit
+    assert audit.count("<|begin_of_text|>·") == 1
 
 
 def test_exports_keep_what_servers_read(done, model):
@@ -103,6 +137,11 @@ def test_exports_keep_what_servers_read(done, model):
         assert {x.dtype.name for x in load_file(export / "model.safetensors").values()} == {dtype}, name
         assert (export / "generation_config.json").read_text() == SAMPLING, name
         assert load_tokenizer(export).chat_template == TEMPLATE
+        assert load_tokenizer(export)("hello")["input_ids"][:2] == [
+            BOS,
+            *load_tokenizer(GOLDEN / "tokenizer")("hello")["input_ids"][:1],
+        ]
+        assert json.loads((export / "config.json").read_text()).items() >= (LLAMA | {"dtype": dtype}).items(), name
         assert 'library_name: "transformers"' in (export / "README.md").read_text(), name
         assert load_hf_config(export).get("source_dtype") == ("bfloat16" if name == "run/sft/export" else None)
     # DPO starts from the trained weights themselves, and so from its reference.
@@ -121,7 +160,7 @@ def test_weights_too_large_for_the_type_of_the_source(model, tmp_path, capsys):
     variables["params"]["token_embedding"] = variables["params"]["token_embedding"] + 1e5
     options = {"source": str(source), "card": "# Card"}
     tokenizer = load_tokenizer(model)
-    with pytest.raises(ConfigError, match=r"export.dtype: tensor gpt_neox.embed_in.weight: .* too large for float16"):
+    with pytest.raises(ConfigError, match=r"export.dtype: tensor model.embed_tokens.weight: .* too large for float16"):
         write_model(tmp_path / "out", net, variables, tokenizer, dtype="float16", **options)
     folder, dtype = write_model(tmp_path / "out", net, variables, tokenizer, dtype=None, **options)
     assert dtype == load_hf_config(folder)["dtype"] == "float32"
@@ -130,7 +169,7 @@ def test_weights_too_large_for_the_type_of_the_source(model, tmp_path, capsys):
 
 def test_every_end_token_of_the_model_stops_it(done, model):
     folder, _, printed = done
-    assert build.stop_ids(load_tokenizer(model), str(model)) == (0, 512)
+    assert build.stop_ids(load_tokenizer(model), str(model)) == (0, TURN)
     report = json.loads((folder / "run" / "eval" / "report.json").read_text())
     assert report["policy"]["tokens"] == report["reference"]["tokens"] == 1
     lines = [json.loads(line) for line in printed["sample"].out.splitlines()]
@@ -146,7 +185,7 @@ def test_ppo_stops_there_too(done, model):
     method = ppo_method(config, world)
     prompts = prompt_batch(world.train.ids, jax.random.key(0), length=world.width - 4)
     collected = method.collect((method._begin().variables, world.reference), prompts)
-    assert [list(ids) for ids in completion_ids(collected.rows)] == [[512]] * 4
+    assert [list(ids) for ids in completion_ids(collected.rows)] == [[TURN]] * 4
 
 
 def test_people_see_turns(done):
@@ -155,7 +194,10 @@ def test_people_see_turns(done):
     lines = (folder / "run" / "eval" / "samples.jsonl").read_text().splitlines()
     for line in [json.loads(lines[0]), json.loads(printed["sample"].out.splitlines()[0])]:
         assert line["turns"] == [{"role": "user", "content": "Is 0 even?\x1b[2J"}]
-        assert line["prompt"] == "<|header|>user\nIs 0 even?\x1b[2J<|turn|>\n<|header|>assistant\n"
+        assert line["prompt"] == (
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nIs 0 even?\x1b[2J<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        )
     assert not any("\x1b" in result.out + result.err for result in printed.values())
 
 
@@ -169,3 +211,16 @@ def test_ones_own_prompts_are_rendered_as_in_training(done, tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "a"}]}))
     assert "m.jsonl:1: messages: no_prompt" in refused(2, "sample", config, "--sample.prompts-file", tmp_path / "m.jsonl")
     assert "no\\x1b[2Jfile" in refused(2, "sample", config, "--sample.prompts-file", "no\x1b[2Jfile")
+
+
+@pytest.mark.parity
+def test_transformers_loads_the_policy_and_stops_where_it_does(done):
+    from transformers import AutoModelForCausalLM
+
+    folder, _, printed = done
+    export = folder / "run" / "dpo" / "export"
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(export), load_tokenizer(export)
+    for line in map(json.loads, printed["sample"].out.splitlines()):
+        ids = tokenizer(line["prompt"], add_special_tokens=False, return_tensors="pt")
+        drawn = policy.generate(**ids, max_new_tokens=4)[0, ids["input_ids"].shape[1] :]
+        assert drawn.tolist() == [TURN]
