@@ -1,6 +1,7 @@
 """A module imports only from lower floors, and the heavy or restricted packages have one door each."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -74,9 +75,15 @@ def floor_of(name):
     return next((floor for floor, places in FLOORS for place in places if name == place or name.startswith(place)), None)
 
 
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text(), str(path))
+
+
+@functools.cache
 def imported(path, *, at_import_only=False):
     """(line, dotted module) of each import; `from package import module` counts as both."""
-    found, todo = [], list(ast.parse(path.read_text(), str(path)).body)
+    found, todo = [], list(tree_of(path).body)
     while todo:
         node = todo.pop()
         if at_import_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
@@ -92,6 +99,13 @@ def imported(path, *, at_import_only=False):
     return found
 
 
+def imports(names=None, *, at_import_only=False):
+    """(module, "module:line", dotted) of each import in the modules `names`, or in all."""
+    for path in MODULES if names is None else [PACKAGE / name for name in names]:
+        for line, dotted in imported(path, at_import_only=at_import_only):
+            yield name_of(path), f"{name_of(path)}:{line}", dotted
+
+
 def own_module(dotted):
     """`dpo_jax.data.pairs.DataError` -> `data/pairs.py`; None for what is not a module of this package."""
     first, *parts = dotted.split(".")
@@ -103,42 +117,37 @@ def own_module(dotted):
     return f"{'/'.join(parts)}/" if path.is_dir() else None
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_only_from_lower_floors(path):
-    name = name_of(path)
-    if name == "__init__.py":  # the front door names everything, lazily
-        assert not [dotted for _, dotted in imported(path, at_import_only=True) if own_module(dotted)]
-        return
-    floor = floor_of(name)
-    assert floor, f"{name} has no floor: add it to FLOORS"
-    for line, dotted in imported(path):
-        other = own_module(dotted)
-        assert other is None or floor_of(other) <= floor, f"{name}:{line} imports {dotted} from a higher floor"
+def test_imports_only_from_lower_floors():
+    front = "__init__.py"  # the front door names everything, lazily
+    assert not [dotted for _, dotted in imported(PACKAGE / front, at_import_only=True) if own_module(dotted)]
+    assert not [name_of(path) for path in MODULES if not floor_of(name_of(path)) and name_of(path) != front], "add to FLOORS"
+    upwards = [
+        f"{place} imports {dotted}"
+        for name, place, dotted in imports()
+        if name != front and (other := own_module(dotted)) and floor_of(other) > floor_of(name)
+    ]
+    assert not upwards, "imports from a higher floor"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_packages_with_one_door(path):
-    name = name_of(path)
-    for line, dotted in imported(path):
+def test_packages_with_one_door():
+    for name, place, dotted in imports():
         package = dotted.split(".")[0]
-        assert package not in NOWHERE, f"{name}:{line} imports {package}"
-        assert name in ONLY_IN.get(package, [name]), f"{name}:{line} imports {package}; only {ONLY_IN[package]} may"
+        assert package not in NOWHERE, f"{place} imports {package}"
+        assert name in ONLY_IN.get(package, [name]), f"{place} imports {package}; only {ONLY_IN[package]} may"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_nothing_runs_what_it_reads(path):
-    name = name_of(path)
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            assert called not in ("eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load", "torch.load"), (
-                f"{name}:{node.lineno} calls {called}"
+def test_nothing_runs_what_it_reads():
+    running = ("eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load", "torch.load")
+    calls = [(path, node) for path in MODULES for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+    assert calls
+    for path, node in calls:
+        called = ast.unparse(node.func)
+        assert called not in running, f"{name_of(path)}:{node.lineno} calls {called}"
+        for keyword in node.keywords:
+            trusting = keyword.arg == "trust_remote_code" and not (
+                isinstance(keyword.value, ast.Constant) and keyword.value.value is False
             )
-            for keyword in node.keywords:
-                trusting = keyword.arg == "trust_remote_code" and not (
-                    isinstance(keyword.value, ast.Constant) and keyword.value.value is False
-                )
-                assert not trusting, f"{name}:{node.lineno} trusts remote code"
+            assert not trusting, f"{name_of(path)}:{node.lineno} trusts remote code"
 
 
 # A log that names itself line by line, an object in a bucket, the output of contenders' processes.
@@ -163,36 +172,37 @@ def unnamed_writes(node):
         yield from unnamed_writes(child)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_what_fails_to_be_written_is_named(path):
-    for line, call in unnamed_writes(ast.parse(path.read_text())):
-        assert call in UNNAMED, f"{name_of(path)}:{line}: {call[:60]}: write with dpo_jax.writing, or in `with naming`"
+def test_what_fails_to_be_written_is_named():
+    unnamed = [
+        f"{name_of(path)}:{line}: {call[:60]}"
+        for path in MODULES
+        for line, call in unnamed_writes(tree_of(path))
+        if call not in UNNAMED
+    ]
+    assert not unnamed, "write with dpo_jax.writing, or in `with naming`"
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_help_imports_nothing_heavy(name):
+def test_help_imports_nothing_heavy():
     allowed = {name for name in LIGHT if name != "cli/main.py"} | {"cli/", "cli/config/", "cli/preflight/", "data/"}
     heavy = {"jax", "numpy", "flax", "transformers", "orbax", "optax", "tyro"}
-    for line, dotted in imported(PACKAGE / name, at_import_only=True):
-        assert dotted.split(".")[0] not in heavy, f"{name}:{line} imports {dotted}"
+    for _, place, dotted in imports(LIGHT, at_import_only=True):
+        assert dotted.split(".")[0] not in heavy, f"{place} imports {dotted}"
         other = own_module(dotted)
-        assert other is None or other in allowed, f"{name}:{line} imports {dotted}"
+        assert other is None or other in allowed, f"{place} imports {dotted}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_optional_packages_wait_until_they_are_needed(path):
-    optional = {"sklearn", "httpx2"} if name_of(path).startswith("bench/") else {"sklearn", "httpx2", "torch"}
-    for line, dotted in imported(path, at_import_only=True):
-        assert dotted.split(".")[0] not in optional, f"{name_of(path)}:{line} imports {dotted} for everyone"
+def test_optional_packages_wait_until_they_are_needed():
+    for name, place, dotted in imports(at_import_only=True):
+        optional = {"sklearn", "httpx2"} if name.startswith("bench/") else {"sklearn", "httpx2", "torch"}
+        assert dotted.split(".")[0] not in optional, f"{place} imports {dotted} for everyone"
 
 
-@pytest.mark.parametrize("name", WITHOUT_JAX)
-def test_pytorch_contenders_import_no_jax(name):
+def test_pytorch_contenders_import_no_jax():
     allowed = {*WITHOUT_JAX, "bench/", "data/", "data/encode.py", "writing.py"}
-    for line, dotted in imported(PACKAGE / name, at_import_only=True):
-        assert dotted.split(".")[0] not in {"jax", "flax", "optax"}, f"{name}:{line} imports {dotted}"
+    for _, place, dotted in imports(WITHOUT_JAX, at_import_only=True):
+        assert dotted.split(".")[0] not in {"jax", "flax", "optax"}, f"{place} imports {dotted}"
         other = own_module(dotted)
-        assert other is None or other in allowed, f"{name}:{line} imports {dotted}"
+        assert other is None or other in allowed, f"{place} imports {dotted}"
 
 
 def test_the_front_door_shows_type_checkers_what_it_opens():
@@ -223,16 +233,8 @@ def test_the_reading_order_is_short():
     assert sum(len(text.splitlines()) for text in [*files, ast.get_source_segment(margin, loss)]) <= 500
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_files_are_short(path):
-    lines = len(path.read_text().splitlines())
-    assert lines <= 400, f"{name_of(path)} has {lines} lines: split it by what it knows"
-
-
-TESTS = sorted(Path(__file__).parent.glob("*.py"))
-
-
-@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
-def test_tests_are_split_by_subject(path):
-    lines = len(path.read_text().splitlines())
-    assert lines <= 500, f"{path.name} has {lines} lines: split it by subject"
+@pytest.mark.parametrize(("folder", "most"), [(PACKAGE, 400), (Path(__file__).parent, 500)], ids=["package", "tests"])
+def test_files_are_short(folder, most):
+    lines = {path.relative_to(folder).as_posix(): len(path.read_text().splitlines()) for path in folder.rglob("*.py")}
+    assert len(lines) > 50
+    assert not {name: count for name, count in lines.items() if count > most}, "split it by what it knows"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dpo_jax.data.groups import PairGroup, group_pairs
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import in_order, plan_layout, stream, total_steps
 from dpo_jax.data.pairs import Cause, DataError
+from dpo_jax.data.prepare import data_digest
 from dpo_jax.evals.reward_functions import Reward, learned
 from dpo_jax.lab.methods import row_parts
 from dpo_jax.lab.world import World
@@ -25,10 +27,11 @@ from dpo_jax.logps import slots_to_pairs
 from dpo_jax.models.hf import save_hf
 from dpo_jax.models.weights import open_safetensors
 from dpo_jax.reward_model import HEAD, centred, completion_rewards, reward_step, scalar_head, with_scalar_head
-from dpo_jax.runtime.fit import NonFinite, fit
-from dpo_jax.runtime.metrics import MetricsLog
+from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.step import init_state
+from dpo_jax.training.run import train
+from dpo_jax.training.stopping import EarlyStopping
 from dpo_jax.types import Model, Partitioner, Rows, TrainState, Variables
 from dpo_jax.untrusted import reading
 from dpo_jax.writing import write_whole
@@ -85,21 +88,25 @@ def fit_reward_model(
     judge: RewardModel,
     start: Variables,
     pairs: Sequence[Encoded],
-    folder: Path,
+    folder: str | os.PathLike[str] | RunDir,
     *,
     make_tx: Callable[..., optax.GradientTransformation],
     batch: int,
     epochs: float,
     evaluations: int,
     seed: int,
+    fingerprint: Mapping[str, Any],
     microbatches: int = 1,
-    begin: Callable[..., TrainState] = init_state,
+    make_state: Callable[..., TrainState] = init_state,
+    **options: Any,
 ) -> tuple[Variables, dict[str, float]]:
     """The variables with the lowest validation loss, on the host, and their figures. Training starts from a policy's `start`.
 
-    Whole prompts are kept for validation: pairs of one prompt may share their completions. The rewards have mean 0 over all
-    completions of `pairs` (section 3 of the paper). Also leaves `metrics.jsonl` in `folder`. Raises `DataError` for pairs that
-    have a single prompt. `make_tx(steps=n)` is the optimizer of a run of `n` steps. `begin(variables, tx=...)` makes the state
+    A run in `folder` that was killed continues, if it has the same `fingerprint` (JSON values: settings and digests; those that
+    this function is given are added), as `training.run.train` does, which takes the other `options`. Whole prompts are kept for
+    validation: pairs of one prompt may share their completions. The rewards have mean 0 over all completions of `pairs`
+    (section 3 of the paper). Raises `DataError` for pairs that have a single prompt, and `NonFinite` where the validation loss
+    is not finite. `make_tx(steps=n)` is the optimizer of a run of `n` steps. `make_state(variables, tx=...)` makes the state
     before the first step: it says what is trained.
     """
     partitioner = judge.partitioner
@@ -109,36 +116,34 @@ def fit_reward_model(
     if not learnt:
         raise DataError("a reward model needs pairs of two prompts at least: one of them is held out", causes=[Cause.NO_ROWS])
     several, layout = plain_layout(groups, len(pairs), batch=batch, partitioner=partitioner, microbatches=microbatches)
-    best: dict[str, Any] = {"loss": math.inf}
 
     def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
-        figures = judged(judge.of_pairs(state.variables, held_out, batch=batch))
-        if figures["loss"] < best["loss"]:
-            best.update(figures, step=done, variables=partitioner.to_host(state.variables))
-        return figures
+        return judged(judge.of_pairs(state.variables, held_out, batch=batch))
 
     head = scalar_head(judge.model.config.width)
     placed = partitioner.put_variables({**partitioner.to_host(start), HEAD: jax.device_get(head)})
     steps = total_steps(len(learnt), batch=several, epochs=epochs)
-    tx = make_tx(steps=steps)
+    tx, best = make_tx(steps=steps), EarlyStopping("loss", patience=steps + 1)  # it goes on to the end, and returns the best
     step = functools.partial(reward_step, model=judge.model, tx=tx, microbatches=microbatches, axis_name=partitioner.axis_name)
-    with MetricsLog(folder / "metrics.jsonl") as log:
-        fit(
-            partitioner.compile_step(step),
-            partitioner.init_state(functools.partial(begin, tx=tx), placed),
-            stream(learnt, layout=layout, batch=several, seed=seed, epochs=epochs, part=partitioner.host_part),
-            total_steps=steps,
-            log=log,
-            progress=Progress(epochs=epochs),
-            evaluate=evaluate,
-            eval_every=max(1, math.ceil(steps / evaluations)),
-            get_state=partitioner.get_state,
-        )
-    if "variables" not in best:
-        raise NonFinite(f"the validation loss of the reward model is not finite after {steps} steps", step=steps, uids=[])
-    variables = best.pop("variables")
-    rewards = judge.of_pairs(partitioner.put_variables(variables), pairs, batch=batch)
-    return centred(variables, rewards), {**best, "pairs": float(len(pairs) - len(held_out)), "held_out": float(len(held_out))}
+    own = {"batch": batch, "passes": epochs, "evaluations": evaluations, "seed": seed, "data": data_digest(pairs)}
+    state = train(
+        partitioner.compile_step(step),
+        partitioner.init_state(functools.partial(make_state, tx=tx), placed),
+        stream(learnt, layout=layout, batch=several, seed=seed, epochs=epochs, part=partitioner.host_part),
+        folder=folder,
+        total_steps=steps,
+        fingerprint={**fingerprint, **own},
+        partitioner=partitioner,
+        evaluate=evaluate,
+        eval_every=max(1, math.ceil(steps / evaluations)),
+        stopping=best,
+        progress=Progress(epochs=epochs),
+        **options,
+    )
+    variables, figures = partitioner.to_host(state.variables), evaluate(state, steps)
+    rewards = judge.of_pairs(state.variables, pairs, batch=batch)
+    counts = {"step": float(best.best or steps), "pairs": float(len(pairs) - len(held_out)), "held_out": float(len(held_out))}
+    return centred(variables, rewards), {**figures, **counts}
 
 
 def learn_reward(

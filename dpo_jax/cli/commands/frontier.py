@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ from dpo_jax.plotting.training_curves import plot_displacement, plot_training
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.rundir import RunDir, write_json
-from dpo_jax.training.fingerprint import architecture
+from dpo_jax.training.fingerprint import RunMismatch, architecture
 from dpo_jax.types import Variables
+from dpo_jax.writing import empty_folder
 
 TO_MIX = ("dpo", "ppo-gt")  # methods whose policies help to estimate the optimum:
 MIX_AT = (1.5, 3.0, 6.0, 9.0)  # nats, those nearest to which
@@ -59,10 +60,10 @@ def run(config: Config) -> int:
         sft_command.run(config)
     with build.open_run(config, "frontier") as run_dir:
         world, digests = make_world(config, train="prompts", test="test_prompts")
-        study = _Study(config, world, run_dir)
+        shared = _shared(config, digests["start"], world)
+        study = _Study(config, world, run_dir, shared)
         runs = _runs(config.frontier, seed=config.run.seed)
         print(f"{len(runs)} runs; the reference is {config.dpo_policy()}", flush=True)
-        shared = _shared(config, digests["start"], world)
         results = sweep(
             runs,
             run_dir.path / "runs",
@@ -125,8 +126,8 @@ def _shared(config: Config, digest: str, world: World) -> dict[str, Any]:
 class _Study:
     """Performs the runs. What several of them need is made when the first one asks, and kept; others wait meanwhile."""
 
-    def __init__(self, config: Config, world: World, run_dir: RunDir) -> None:
-        self.config, self.world, self.run_dir = config, world, run_dir
+    def __init__(self, config: Config, world: World, run_dir: RunDir, shared: Mapping[str, Any]) -> None:
+        self.config, self.world, self.run_dir, self.shared = config, world, run_dir, shared
         self._making = threading.Lock()
         self._methods: dict[str, PairMethod] = {}
         # Made at once: what cannot be is refused here, and not when the sweep has come to it.
@@ -189,8 +190,8 @@ class _Study:
     @functools.cached_property
     def learned_reward(self) -> Reward:
         section, folder = self.config.frontier, self.run_dir.path / "reward_model"
-        folder.mkdir(exist_ok=True)
-        reward, figures = learn_reward(
+        learn = functools.partial(
+            learn_reward,
             self.world,
             self.encoded,
             folder,
@@ -199,9 +200,15 @@ class _Study:
             epochs=section.reward_model_epochs,
             evaluations=section.evaluations,
             seed=self.config.run.seed,
+            fingerprint=self.shared,
             microbatches=self.config.dpo.microbatches,
             bos=self.config.data.bos,
         )
+        try:
+            reward, figures = learn()
+        except (RunMismatch, FileExistsError):  # one of other settings, or of a version that kept no checkpoints
+            empty_folder(folder, ours=("result.json", "metrics.jsonl"))
+            reward, figures = learn()
         write_json(folder / "result.json", figures)
         print(f"reward model: held-out accuracy {figures['accuracy']:.3f}, loss {figures['loss']:.3f}", flush=True)
         return reward

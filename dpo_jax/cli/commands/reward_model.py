@@ -1,25 +1,30 @@
 """`dpo-jax reward-model`: the Bradley-Terry reward model (eq. 2) of the configuration's preferences, on the starting policy.
 
-In `<run.dir>/reward-model`: `export/` (which `ppo.reward_model` names), `metrics.jsonl` and `result.json`. It starts anew.
+In `<run.dir>/reward-model`: `export/` (which `ppo.reward_model` names), `checkpoints/`, `metrics.jsonl` and `result.json`. The
+same command continues a run that was killed.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
-from dpo_jax.cli import build
+from dpo_jax.cli import build, identity
+from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.trained import trained
+from dpo_jax.data.prepare import data_digest
 from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.evals.calibration import accuracy
 from dpo_jax.lab.reward_model import RewardModel, fit_reward_model, judged, save_reward_model
 from dpo_jax.runtime.rundir import write_json
+from dpo_jax.training.fingerprint import architecture
 
 
 def run(config: Config) -> int:
     path, training = config.dpo_policy(), config.dpo
-    with build.open_run(config, "reward-model") as run_dir:
+    with build.open_run(config, "reward-model", continues=True) as run_dir:
         tokenizer = build.tokenizer_of(config, model_path=path, name="dpo.policy")
         model = build.policy_model(config, path, tokenizer, name="dpo.policy")
         part = trained(config, training, model, path)
@@ -28,24 +33,29 @@ def run(config: Config) -> int:
             build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
         )
         check_repeats(config, pairs, test)
-        build.describe(run_dir, config, pairs.report, test.report)
-        start, _ = part.load(path, partitioner, name="dpo.policy")
+        start, digests = part.load(path, partitioner, name="dpo.policy")
         print(f"{len(pairs):,} pairs to learn and choose from, {len(test):,} to judge the choice", flush=True)
         judge = RewardModel(partitioner, part.model)
-        run_dir.metrics.unlink(missing_ok=True)
-        variables, validation = fit_reward_model(
-            judge,
-            start,
-            pairs,
-            run_dir.path,
-            make_tx=functools.partial(build.make_tx, training),
-            batch=training.batch,
-            epochs=config.frontier.reward_model_epochs,
-            evaluations=config.frontier.evaluations,
-            seed=config.run.seed,
-            microbatches=training.microbatches,
-            begin=part.state,
-        )
+        with identity.refusing_mismatch():
+            variables, validation = fit_reward_model(
+                judge,
+                start,
+                pairs,
+                run_dir,
+                make_tx=functools.partial(build.make_tx, training),
+                batch=training.batch,
+                epochs=config.frontier.reward_model_epochs,
+                evaluations=config.frontier.evaluations,
+                seed=config.run.seed,
+                fingerprint={**_settings(config), **digests, "architecture": architecture(part.base)},
+                data=identity.data_record(config, tokenizer, [pairs.report, test.report], held_out=data_digest(test)),
+                microbatches=training.microbatches,
+                make_state=part.state,
+                checkpoints=config.checkpoints_of("reward-model") if config.run.checkpoints is not None else None,
+                save_every=config.run.save_every_steps,
+                save_every_minutes=config.run.save_every_minutes,
+                begin=lambda: build.describe(run_dir, config, pairs.report, test.report),
+            )
         rewards = judge.of_pairs(partitioner.put_variables(variables), test, batch=training.batch)
         figures, margins = judged(rewards), rewards[:, 0] - rewards[:, 1]
         low, high = (accuracy(margins)[end] for end in ("low", "high"))
@@ -60,3 +70,10 @@ def run(config: Config) -> int:
         )
         print(f"train a policy against it with dpo-jax ppo ... --ppo.reward-model {folder}")
     return 0
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Of the options of DPO those that this command reads; seed, precision and adapter."""
+    read = {option.removeprefix("dpo.") for option in COMMANDS["reward-model"].reads} | {"seed", "precision"}
+    every = identity.settings(config, config.dpo)
+    return {name: value for name, value in every.items() if name in read or name.startswith("lora.")}
