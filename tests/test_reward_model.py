@@ -10,13 +10,16 @@ import pytest
 
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout, completion_rows, plain_rows, shared_rows
+from dpo_jax.lab.reward_model import RewardModel, fit_reward_model
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.reward_model import centred, completion_rewards, reward_step, scalar, scalar_head, with_scalar_head
 from dpo_jax.runtime.mesh import make_mesh
+from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.optim import make_optimizer
-from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner
+from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
 from dpo_jax.step import init_state
+from dpo_jax.training.fingerprint import RunMismatch
 from dpo_jax.types import Model
 
 SIZES = {"vocab_size": 64, "width": 32, "layers": 1, "heads": 4, "max_positions": 64, "eos_token_id": 0}
@@ -172,3 +175,31 @@ def test_rows_from_which_no_reward_can_be_read_are_refused(variables):
     texts = [(pair.prompt, pair.chosen) for pair in random_pairs(2, 0)]
     with pytest.raises(ValueError, match="2 rows with 2 examples are not plain rows of pairs"):
         reward_step(state, completion_rows(texts, length=LENGTH), model=MODEL, tx=optax.sgd(0.1))
+
+
+def test_a_run_that_was_killed_continues_and_ends_with_the_same_bits(tmp_path, variables):
+    """Also where the best evaluation was before the kill; and another run is not continued."""
+    judge = RewardModel(single_device(), BASE)
+    pairs = random_pairs(24, 5, separable=True)
+    options = {"make_tx": lambda steps: optax.sgd(0.3), "batch": 4, "epochs": 2, "evaluations": 3, "seed": 0}
+    options |= {"say": lambda line: None, "save_every": 1}
+
+    def learn(folder, *, killed_at=-1, **other):
+        def check(step, metrics):
+            if step == killed_at:
+                raise ZeroDivisionError
+
+        start = {"params": jax.tree.map(jnp.copy, variables["params"])}
+        return fit_reward_model(judge, start, pairs, folder, fingerprint={"start": "0"}, check=check, **options | other)
+
+    expected, figures = learn(tmp_path / "whole")
+    assert figures["loss"] < np.log(2)
+    for killed_at in (4, 8):
+        with pytest.raises(ZeroDivisionError):
+            learn(tmp_path / "cut", killed_at=killed_at)
+    found, again = learn(tmp_path / "cut")
+    assert again == figures
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert len([row for row in read_metrics(tmp_path / "cut" / "metrics.jsonl") if is_evaluation(row)]) == 3
+    with pytest.raises(RunMismatch, match="seed: was 0, is 1"):
+        learn(tmp_path / "cut", seed=1)
