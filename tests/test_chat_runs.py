@@ -1,7 +1,7 @@
 """A folder like those of Llama 3 through the whole program.
 
-It has the scaled rotary positions of Llama 3.1, several end tokens, a tokenizer that begins texts with BOS, a padded vocabulary,
-bfloat16 weights and a chat template.
+It has the scaled rotary positions of Llama 3.1, several end tokens, a tokenizer that begins texts with BOS, a padded
+vocabulary, bfloat16 weights and a chat template.
 """
 
 import dataclasses
