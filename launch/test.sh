@@ -9,7 +9,8 @@ Usage: ./launch/test.sh [PYTEST OPTIONS]
 
   ./launch/test.sh                          all tests but the long ones; needs no network once .venv is there
   ./launch/test.sh tests/test_losses.py     one file
-  ./launch/test.sh -m soak                  long fault and stress tests
+  ./launch/test.sh -m long                  whole processes, kills, and further combinations, which .ci/run adds
+  ./launch/test.sh -m soak                  longer still: fault and stress tests
   XLA_FLAGS=--xla_backend_optimization_level=3 ./launch/test.sh    compile as a run does: slower (the default is 0)
   DPO_JAX_EXTRAS=cpu,test,parity ./launch/test.sh -m parity      compare with PyTorch afresh
   DPO_JAX_EXTRAS=cpu,test,browser ./launch/test.sh -m browser    the raters' page in a Chromium that is installed

@@ -80,11 +80,89 @@ def pytest_runtest_setup(item):
         pytest.skip("no time left")
 
 
+# Left out by default, so that the tests take minutes: whole processes, kills, and further combinations of what a default test
+# checks in one of them. `.ci/run` runs all. By file: the beginnings of their names.
+LONG = {
+    "attention": ("test_rows_and_heads_over_a_mesh[splash", "test_a_decoder_on_packed_rows_equals_the_dense_one"),
+    "bench": (
+        *("test_all_rungs", "test_rungs_remove", "test_gates_catch", "test_a_profile_says", "test_exponents"),
+        "test_the_command_leaves",
+    ),
+    "check": ("test_the_bench_times_a_step",),
+    "cli_frontier": ("test_",),
+    "cli_resume": (
+        *("test_four_devices_give", "test_a_run_continues_on_another_mesh", "test_a_second_round", "test_checkpoints_may_lie"),
+        *("test_a_warm_up_longer", "test_held_out_pairs_may_change"),
+    ),
+    "cli_runs": ("test_several_temperatures", "test_a_run_in_steps_that_keeps"),
+    "faults": ("test_sigterm_saves", "test_a_host_that_is_killed", "test_a_full_disk_ends"),
+    "flash": (
+        *("test_families_equal_dense_on_plain_rows[llama", "test_families_equal_dense_on_plain_rows[gemma3_text"),
+        *(f"test_float32_equals_dense[{case}" for case in ("64", "96", "128", "20")),
+        *(f"test_bfloat16_is_as_close_to_float32_as_dense_bfloat16[{case}" for case in ("64", "80", "128", "256", "20")),
+    ),
+    "fuzz_runs": ("test_a_report_always_writes",),
+    "golden": (
+        *(f"test_dpo_trajectory[{case}]" for case in ("gpt2-shared", "gpt2-packed", "gpt_neox-plain", "gpt_neox-packed")),
+        *(f"test_dpo_trajectory_on_four_devices[{case}]" for case in ("gpt2-pmap4", "gpt_neox-fsdp2 x tensor2")),
+        *(f"test_sft_trajectory[{case}]" for case in ("gpt2-4", "gpt_neox-1")),
+    ),
+    "groups": ("test_a_step_on_groups_is_that_on_pairs[pmap",),
+    "hosts": ("test_several_processes_take", "test_a_signal_to_one_process"),
+    "interrupts": ("test_a_signal_outside_of_training",),
+    "judge": ("test_a_thousand_pairs_through_faults[True",),
+    "lora": (
+        *("test_devices_do_not_matter[fsdp 2 x tensor 2-last", "test_devices_do_not_matter[pmap"),
+        *("test_gradients_of_an_adapter_follow_from_those_of_the_weights[gpt2", "test_an_adapter_survives_its_files[gpt"),
+    ),
+    "lora_runs": ("test_an_adapter_is_trained_further", "test_a_reward_model_of_a_part"),
+    "models": (
+        *(
+            f"test_shared_and_packed_rows_equal_plain_rows[{case}"
+            for case in ("gemma2", "olmo2", "gpt_neox", "llama_biased", "mistral", "gptj", "qwen")
+        ),
+        "test_kernels_are_rounded_once_without_remat[gemma3",
+    ),
+    "multidevice": (
+        *(f"test_every_way_to_run[{way}" for way in ("fsdp 4", "data 4", "a model without")),
+        *(f"test_completions_do_not_depend_on_devices_and_batches[{way}" for way in ("fsdp 4", "data 4", "a model without")),
+    ),
+    "nodes": ("test_two_processes_find_each_other",),
+    "notebook": ("test_",),
+    "odd_files": ("test_few_rows_are_unpacked",),
+    "optimizers": tuple(
+        f"test_on_a_mesh_it_is_the_same_and_its_state_is_cut_and_saved[{name}" for name in ("ada", "rms", "lion", "sgd")
+    ),
+    "plan": ("test_microbatches_take_less_memory", "test_a_step_planned_on_a_mesh"),
+    "pods": ("test_shellcheck",),
+    "sampling_race": ("test_our_greedy",),
+    "theory": (
+        *("test_dpo_converges_to_the_optimum[reference", "test_ipo_goes", "test_plackett_luce_of_four", "test_unlikelihood"),
+    ),
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config, items):
+    mark_long(items, whole=not any("::" in argument for argument in config.args))
     if config.getoption("--within") is not None:
         return
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
+def mark_long(items, *, whole):
+    """Marks the tests of `LONG`. Where `whole` files were collected, a beginning that no name has is an error."""
+    files = {}
+    for item in items:
+        files.setdefault(item.path.stem.removeprefix("test_"), []).append(item)
+    for name in files.keys() & LONG.keys():
+        for beginning in LONG[name]:
+            found = [item for item in files[name] if item.name.startswith(beginning)]
+            if whole and not found:
+                raise pytest.UsageError(f"tests/conftest.py: LONG: test_{name}.py has no {beginning}")
+            for item in found:
+                item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")
