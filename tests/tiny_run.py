@@ -1,7 +1,10 @@
 """A whole run of the program on a tiny model, for the tests that look at it, continue it or are refused."""
 
 import contextlib
+import fcntl
 import io
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -88,15 +91,20 @@ def _plots_once(monkeypatch):
     monkeypatch.setattr("dpo_jax.plotting.training_curves.plot_training", stand_in)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def done(tmp_path_factory):
-    """A whole run: every command once, in order. Several files look at the same one."""
-    if not MADE:
-        MADE.append(whole_run(tmp_path_factory.mktemp("whole")))
-    return MADE[0]
-
-
-MADE = []
+    """A whole run: every command once, in order. All tests look at the same one, also where they run in several processes."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "whole"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "printed.json").exists():
+            before = jax.config.jax_compilation_cache_dir
+            printed = whole_run(folder).printed
+            jax.config.update("jax_compilation_cache_dir", before)
+            (folder / "printed.json").write_text(json.dumps(printed))
+    return Run(folder / "run", str(folder / "tiny.yaml"), json.loads((folder / "printed.json").read_text()))
 
 
 def whole_run(folder):
