@@ -8,6 +8,7 @@ The prompt is the text in `instruction` and, below it, that in `input`; no colum
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,9 +48,11 @@ class ColumnMap:
         """Raises `ValueError` for a name that `format` (auto: no format) reads."""
         formats = [FORMATS[format]] if format in FORMATS else list(FORMATS.values())
         known = list(dict.fromkeys(name.partition(".")[0] for one in formats for name in one.reads))
-        if unknown := next((key for key in self.columns if key not in known), None):
-            whose = f"format {format}" if format in FORMATS else "any format"
-            raise ValueError(f"{unknown!r} is no column that {whose} reads ({', '.join(known)}); {HOW}")
+        for key in self.columns:
+            if key not in known:
+                whose = f"format {format} reads ({', '.join(known)})" if format in FORMATS else "any format reads"
+                close = difflib.get_close_matches(key, known, n=1)
+                raise ValueError(f"{key!r} is no column that {whose}; " + (f"did you mean {close[0]!r}?" if close else HOW))
 
     @property
     def _sources(self) -> set[str]:
@@ -101,14 +104,18 @@ def _joined(row: Row, names: Collection[str], key: str) -> Any:
     return "\n".join(value for value in values.values() if value and value.strip())
 
 
-def _value(row: Any, name: str, key: str) -> Any:
+def _value(row: Row, name: str, key: str) -> Any:
     """What stands under a name of a row, "info.title" and "output.0" being inside a column. `BadRow` if nothing does."""
-    if isinstance(row, Mapping) and name in row:
-        return row[name]
-    head, _, rest = name.partition(".")
-    if rest and isinstance(row, Mapping) and head in row:
-        return _value(row[head], rest, key)
-    if isinstance(row, list) and head.isdecimal() and len(head) < 6 and int(head) < len(row):
-        return _value(row[int(head)], rest, key) if rest else row[int(head)]
-    has = shown_names(row) if isinstance(row, Mapping) else f"{len(row)} values" if isinstance(row, list) else "no fields"
-    raise BadRow(Cause.MISSING_COLUMN, f"--data.columns reads it as {key}; here there are {has}", field=name)
+    value, rest = row, name
+    while rest:
+        head, dot, more = rest.partition(".")
+        if isinstance(value, Mapping) and rest in value:  # a name may hold a dot
+            return value[rest]
+        if isinstance(value, Mapping) and dot and head in value:
+            value, rest = value[head], more
+        elif isinstance(value, list) and head.isascii() and head.isdecimal() and len(head) < 6 and int(head) < len(value):
+            value, rest = value[int(head)], more
+        else:
+            has = shown_names(value) if isinstance(value, Mapping) else f"a {type(value).__name__}"
+            raise BadRow(Cause.MISSING_COLUMN, f"--data.columns reads it as {key}, and here is {has}", field=name)
+    return value

@@ -245,9 +245,12 @@ class _Reading:
             what, needs = "no known format has", ""
         else:
             what, needs = f"format {format!r} reads none of", f"it needs {', '.join(FORMATS[format].needs)}; "
-        if format in ("auto", "trl") and (option := suggestion(row, self.mapped)):
-            needs += f"read them with {option}; "
+        option = suggestion(row, self.mapped) if format in ("auto", "trl") else None
+        needs += f"read them with {option}; " if option else ""
         remedy = f"{needs}if the first rows are bad, name the format with --data.format ({', '.join(FORMATS)})"
+        remedy += (
+            "" if option else "; if they go by other names, say which: --data.columns prompt=NAME,chosen=NAME,rejected=NAME"
+        )
         refuse(Cause.MISSING_COLUMN, where, f"{what} the columns {shown_names(row)}; {remedy}")
 
 

@@ -9,7 +9,6 @@ from typing import Literal
 
 from dpo_jax.cli.config.file import TextMap
 from dpo_jax.cli.config.ranges import Problem, positive
-from dpo_jax.data.column_map import ColumnMap
 from dpo_jax.data.format_table import FormatName
 
 
@@ -68,6 +67,8 @@ class DataConfig:
         if not 0 <= self.max_dropped_share <= 1:
             yield "max_dropped_share", f"must be a share between 0 and 1, got {self.max_dropped_share}"
         if self.columns is not None:
+            from dpo_jax.data.column_map import ColumnMap  # here: --help reads none of it
+
             try:
                 ColumnMap.of(self.columns).check(self.format)
             except ValueError as error:
