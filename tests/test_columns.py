@@ -10,13 +10,14 @@ import pytest
 from test_sources import load, turn, write
 from test_sources import tokenizer as tokenizer
 
-from dpo_jax.cli.command_table import COMMANDS
+from dpo_jax.cli import build
 from dpo_jax.cli.config import ConfigError, load_config
 from dpo_jax.cli.flags import parse
-from dpo_jax.cli.identity import LIMITS
+from dpo_jax.cli.identity import data_record
 from dpo_jax.data.column_map import ColumnMap
 from dpo_jax.data.pairs import DataError
 from dpo_jax.data.sources import peek
+from dpo_jax.training.fingerprint import data_changes
 
 SIDES = {"chosen": "An apple is a fruit.", "rejected": "An orange brick is a fruit."}
 CHAT = "<|im_start|>user\nName a fruit.<|endoftext|>\n<|im_start|>assistant\n"
@@ -34,7 +35,7 @@ def written(path, *rows):
 
 def option_in(message):
     """The value of the first `--data.columns` of a message, as a shell reads it."""
-    return shlex.split(re.search(r"--data\.columns ('[^']*'|[^\s;]+)", message)[1])[0]
+    return shlex.split(re.findall(r"--data\.columns ('[^']*'|[^\s;]+)", message)[0])[0]
 
 
 # A row -> the columns that are named, the option that is offered, and the prompt that it gives.
@@ -222,6 +223,8 @@ def test_a_map_of_columns_is_checked_at_once(tmp_path):
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             load(tmp_path, columns=wrong)
+    with pytest.raises(DataError, match="a TFDS folder has its own columns: leave out --data.columns prompt=a"):
+        load(tmp_path, columns="prompt=a", format="tfds")
     with pytest.raises(ValueError, match=r"'prompt' is no column that format shp reads \(history"):
         load(tmp_path, columns="prompt=a", format="shp")
 
@@ -241,8 +244,26 @@ def test_the_option_is_a_mapping_in_yaml_and_a_flag(tmp_path):
         path.write_text(f"data: {{columns: {text}}}\n")
         with pytest.raises(ConfigError, match=re.escape(words)):
             load_config(path)
-    assert "columns" in LIMITS  # a run that does not continue says so
-    assert "data" in COMMANDS["dpo"].reads
+
+
+def test_a_run_reads_the_mapped_columns_and_keeps_them_in_mind(tmp_path, tokenizer):
+    write(tmp_path / "train.jsonl", {"question": Q, **SIDES})
+    path = tmp_path / "a.yaml"
+    path.write_text(f"data: {{path: {tmp_path}, columns: {{prompt: question}}}}\n")
+    loaded = build.load_split(load_config(path), "train")
+    assert loaded[0].prompt == Q
+    record = data_record(load_config(path), tokenizer, [loaded.report], held_out="")
+    path.write_text(f"data: {{path: {tmp_path}, columns: {{prompt: other}}}}\n")
+    [line] = data_changes(record, data_record(load_config(path), tokenizer, [loaded.report], held_out=""))
+    assert line == "  data.columns: was 'prompt=question', is 'prompt=other'"
+    with pytest.raises(DataError, match="question: missing_column|other: missing_column"):
+        build.load_split(load_config(path), "train")
+
+
+@pytest.mark.parametrize("name", ["the question, please", "a+b", " question"])
+def test_a_name_that_the_option_cannot_say_is_not_offered(name, tmp_path):
+    with pytest.raises(DataError, match=r"rename the column to read it, --data.columns prompt= goes without"):
+        load(write(tmp_path / "train.jsonl", {name: Q, **SIDES}))
 
 
 # -- texts that hold more than they should ------------------------------------------------------------------------------------

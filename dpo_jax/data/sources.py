@@ -81,10 +81,10 @@ def load_preferences(
     mapped = ColumnMap.of(columns)
     mapped.check(format)
     if format == "tfds" or (format == "auto" and tfds_folders(Path(source))):
+        if mapped.columns:
+            refuse(Cause.BAD_LAYOUT, source, f"a TFDS folder has its own columns: leave out --data.columns {mapped}")
         from dpo_jax.data.tfds import read_tfds
 
-        if mapped.columns:
-            refuse(Cause.BAD_LAYOUT, str(source), f"a TFDS folder has its own columns: leave out --data.columns {mapped}")
         return read_tfds(source, split, on_bad=on_bad)
     if mapped.columns.get("system") and getattr(tokenizer, "chat_template", None) is None:
         _refuse_system(str(source), mapped)

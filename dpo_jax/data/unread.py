@@ -6,6 +6,7 @@ first words of the answers; so a text in a column that nobody reads refuses the 
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -89,7 +90,8 @@ def suggestion(row: Row, mapped: ColumnMap) -> str | None:
         found = {"prompt": prompt} | found
     if systems := _systems(row, mapped):
         found["system"] = systems[0]
-    return _option(mapped, found) if found and not any("," in name for name in found.values()) else None
+    named = [name for names in ColumnMap.of(found).columns.values() for name in names]
+    return _option(mapped, found) if found and "," not in "".join(named) and row.keys() >= {*named} else None
 
 
 def _option(mapped: ColumnMap, more: Mapping[str, str]) -> str:
@@ -126,13 +128,14 @@ def _prompt(row: Row) -> str | None:
         return best
     texts = [name for name in names if isinstance(row[name], str) and name != best]
     before = [name for name in texts if set(_words(name)) & _CONTEXT]
-    after = [name for name in texts if _words(name) in (["input"], ["inputs"])]
+    after = [name for name in texts if _words(name) in (("input",), ("inputs",))]
     return "+".join([*before[:1], best, *after[:1]])
 
 
-def _words(name: str) -> list[str]:
+@functools.lru_cache(maxsize=2**14)  # asked of every row
+def _words(name: str) -> tuple[str, ...]:
     """The words of a column's name in lower case: `promptText`, `prompt-text` and `Prompt Text` have two."""
-    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_a-zA-Z]+", name[:200])]
+    return tuple(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_a-zA-Z]+", name[:200]))
 
 
 def _rank(name: str) -> int | None:
@@ -142,7 +145,7 @@ def _rank(name: str) -> int | None:
 
 def _is_about(name: str) -> bool:
     words = _words(name)
-    return bool(set(words) & (_ABOUT | _OTHER_SIDES)) or words[-1:] in (["source"], ["sources"])
+    return bool(set(words) & (_ABOUT | _OTHER_SIDES)) or words[-1:] in (("source",), ("sources",))
 
 
 def _is_system(name: str) -> bool:

@@ -154,7 +154,7 @@ class _Reader:
                 if found:
                     return value
         if isinstance(node, yaml.MappingNode) and TextMap in choices:
-            return ",".join(f"{key}={text}" for key, text in (self.entry(*pair, name) for pair in node.value))
+            return ",".join(self.entry(key, value, name) for key, value in node.value)
         wanted = " or ".join(_name(choice) for choice in choices)
         advice = ""
         if isinstance(node, yaml.ScalarNode):
@@ -164,16 +164,14 @@ class _Reader:
             advice = suggest(node.value, options) or advice
         self.fail(node, f"{name}: expected {wanted}, got {_describe(node)}{advice}")
 
-    def entry(self, key: yaml.Node, value: yaml.Node, name: str) -> tuple[str, str]:
-        """A line of a mapping of texts; null is an empty text."""
+    def entry(self, key: Any, value: Any, name: str) -> str:
+        """A line of a mapping of texts, as `key=text`; null is an empty text."""
         for node in (key, value):
             if not isinstance(node, yaml.ScalarNode):
                 self.fail(node, f"{name}: expected a name and a text, got {_describe(node)}")
             if bad := next((sign for sign in (",=" if node is key else ",") if sign in node.value), None):
                 self.fail(node, f"{name}: a name with {bad!r} cannot be given: rename {shortened(node.value)!r}")
-        assert isinstance(key, yaml.ScalarNode)
-        assert isinstance(value, yaml.ScalarNode)
-        return key.value, "" if value.tag == _SCALAR + "null" else value.value
+        return f"{key.value}={'' if value.tag == _SCALAR + 'null' else value.value}"
 
 
 def _convert(node: yaml.ScalarNode, hint: Any) -> tuple[bool, Any]:
