@@ -63,6 +63,7 @@ ELSEWHERE = {
     "query": ({"id": "a b c", "query": Q, **SIDES}, "'query'", "prompt=query", Q),
     "another language": ({"pregunta": Q, **SIDES}, "'pregunta'", "prompt=pregunta", Q),
     "prompt by another name": ({"User Prompt": Q, **SIDES}, "'User Prompt'", "prompt=User Prompt", Q),
+    "Prompt": ({"Prompt": Q, **SIDES}, "'Prompt'", "prompt=Prompt", Q),
     "messages": ({"messages": [ASKED], **SIDES}, "'messages'", "prompt=messages", CHAT),
     "ShareGPT": (
         {
@@ -182,6 +183,16 @@ def test_a_system_text_in_some_rows_refuses_these_rows(tmp_path, tokenizer):
         load(path, columns="system=system")
     assert option_in(str(refusal.value)) == "prompt=system+prompt"
     assert [p.prompt for p in load(path, columns="prompt=system+prompt")] == [Q, Q, f"Be short.\n{Q}"]
+
+
+def test_a_refusal_of_all_rows_names_what_any_of_them_has(tmp_path):
+    rows = [{"system": text, "question": Q, **SIDES} for text in (None, "Be short.", "")]
+    with pytest.raises(DataError, match=r"train.jsonl:2: unread_column") as refusal:
+        load(write(tmp_path / "train.jsonl", *rows), on_bad="drop")
+    assert option_in(str(refusal.value)) == "prompt=question,system=system"
+    with pytest.raises(DataError) as refusal:
+        load(write(tmp_path / "train.jsonl", {"prompt": None, "question": Q, **SIDES}))
+    assert option_in(str(refusal.value)) == "prompt=question"
 
 
 def test_names_inside_columns_and_what_is_not_there(tmp_path):

@@ -189,7 +189,7 @@ class _Reading:
         if self.report.format != "auto":
             found = [(where, row, names) for where, row in sample if (names := unread(row, self.report.format, self.mapped))]
             if 2 * len(found) > len(sample):
-                where, row, names = found[0]
+                where, row, names = max(found, key=lambda one: len(one[2]))  # its system text may be blank in some
                 refuse(Cause.UNREAD_COLUMN, where, refusal(names, row, self.mapped))
         return self._checked(itertools.chain(sample, rows))
 

@@ -48,7 +48,7 @@ def unread(row: Row, format: str, mapped: ColumnMap) -> list[str]:
     if "system" not in reads or not row.keys() >= {"chosen", "rejected"}:
         return []
     found = _systems(row, mapped)
-    if "prompt" in row or "prompt" in mapped.columns or not _implicit(row):
+    if _filled(row.get("prompt")) or "prompt" in mapped.columns or not _implicit(row):
         return found
     others = [name for name in row if name not in reads and name not in found and not _is_about(name)]
     return found + [name for name in others if _may_be_prompt(name, row[name])]
@@ -86,7 +86,12 @@ def suggestion(row: Row, mapped: ColumnMap) -> str | None:
         found = {"chosen": "response_j", "rejected": "response_k"}
     if not {*row, *found} >= {"chosen", "rejected"}:
         return None
-    if not {"prompt"} & {*row, *mapped.columns} and (_implicit(row) or found) and (prompt := _prompt(row)):
+    if (
+        not _filled(row.get("prompt"))
+        and "prompt" not in mapped.columns
+        and (_implicit(row) or found)
+        and (prompt := _prompt(row))
+    ):
         found = {"prompt": prompt} | found
     if systems := _systems(row, mapped):
         found["system"] = systems[0]
