@@ -27,7 +27,7 @@ from dpo_jax.data.pairs import (
     check_pair,
     split_hh,
 )
-from dpo_jax.data.turns import conversation
+from dpo_jax.data.conversations import conversation
 from dpo_jax.untrusted import TooDeep
 
 Rows = Iterable[tuple[str, Row]]
@@ -54,7 +54,7 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """TRL's four forms: standard (texts) or conversational (messages), with a `prompt` column or with the prompt implicit.
 
     As in TRL, a text in `prompt` beside conversations in `chosen` and `rejected` is a copy of what they hold, and is not used.
-    Unlike in TRL, a prompt of messages may have answers that are texts, and the other way round (`turns.conversation`).
+    Unlike in TRL, a prompt of messages may have answers that are texts, and the other way round (`conversations.conversation`).
     """
 
     def preference(uid: str, row: Row) -> Preference:
