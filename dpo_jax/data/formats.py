@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.data.chat import chat_preference
 from dpo_jax.data.columns import Row, column, number, text
+from dpo_jax.data.conversations import conversation
 from dpo_jax.data.html import strip_html
 from dpo_jax.data.pairs import (
     MAX_CHARACTERS,
@@ -27,7 +28,6 @@ from dpo_jax.data.pairs import (
     check_pair,
     split_hh,
 )
-from dpo_jax.data.conversations import conversation
 from dpo_jax.untrusted import TooDeep
 
 Rows = Iterable[tuple[str, Row]]
