@@ -1,5 +1,6 @@
 """Reading and writing Hugging Face folders: nothing lost, nothing guessed, and what is wrong is named."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -14,11 +15,13 @@ import pytest
 from conftest import GOLDEN
 from safetensors.numpy import load_file, save_file
 from test_models import CASES, GEMMA3_4B, golden, logits_of, text_rows
+from transformers import AutoConfig
 
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import FAMILIES, decoder_config, hf_config
 from dpo_jax.models.generation import float_type
 from dpo_jax.models.hf import end_tokens, load_config, load_hf, save_hf
+from dpo_jax.models.hf_settings import older_rotary_keys
 from dpo_jax.models.hub import resolve
 from dpo_jax.types import Model
 from dpo_jax.untrusted import Unreadable
@@ -50,11 +53,24 @@ def test_saved_tensors_and_settings_equal_the_original(case, tmp_path):
     for name, array in original.items():
         assert saved[name].dtype == array.dtype
         np.testing.assert_array_equal(saved[name], array, err_msg=name)
-    assert load_config(tmp_path / "out") == load_config(MODELS / case)
+    settings = load_config(MODELS / case)
+    older = older_rotary_keys(settings, FAMILIES[settings["model_type"]].defaults)
+    assert load_config(tmp_path / "out") == settings | older
     again, loaded = load_hf(tmp_path / "out")
     assert_same(loaded, variables)
-    assert again.config == model.config
+    assert dataclasses.replace(again.config, hf_json="") == dataclasses.replace(model.config, hf_json="")
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "rope_parameters" in load_config(MODELS / case)])
+def test_programs_that_know_only_the_keys_of_transformers_4_find_the_same_rotary_settings(case):
+    settings = load_config(MODELS / case)
+    older = older_rotary_keys(settings, FAMILIES[settings["model_type"]].defaults)
+    alone = {key: value for key, value in settings.items() if key != "rope_parameters"} | older
+    assert decoder_config(alone).ropes == decoder_config(settings | older).ropes == decoder_config(settings).ropes
+    read = [AutoConfig.for_model(**json.loads(json.dumps(one))).rope_parameters for one in (settings, settings | older, alone)]
+    assert read[0] == read[1] == read[2]
+    assert {"rope_theta", "rotary_emb_base"} & older.keys()
 
 
 def test_sharded_folder_with_index(tmp_path):

@@ -147,7 +147,8 @@ def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any =
     format = "tfds" if data.source == "tfds" else data.format
     # Files may be a TFDS folder, too.
     with needs_tfds(f"data.source: {data.source}"), reported(f"reading the {name} split"):
-        return load_preferences(data.path, name, format=format, on_bad=data.on_bad, tokenizer=tokenizer).take(limit)
+        options = {"format": format, "columns": data.columns, "on_bad": data.on_bad, "tokenizer": tokenizer}
+        return load_preferences(data.path, name, **options).take(limit)
 
 
 def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]:

@@ -69,6 +69,10 @@ WORDS: Mapping[str, str] = {
     "trust_remote_code": "code of a model is never run",
     "dataset_name": _DATA,
     "datasets": _DATA,
+    **dict.fromkeys(("prompt_column", "chosen_column", "rejected_column", "system_column", "column_mapping"), "data.columns"),
+    **dict.fromkeys(
+        ("prompt_key", "input_key", "chosen_key", "rejected_key", "columns_mapping", "rename_columns"), "data.columns"
+    ),
     "dataset_config": "data.path, the folder of that configuration",
     "dataset_train_split": "data.train_split",
     "dataset_test_split": "data.test_split",

@@ -11,8 +11,8 @@ from typing import Any, Final
 from dpo_jax.data.pairs import BadRow, Cause
 
 Row = Mapping[str, Any]
-Columns = Callable[[Sequence[str]], Collection[str]]
-"""Of all columns of a file those that are read. "info.title" stands for a field inside a column."""
+Columns = Callable[[Sequence[str], Collection[str]], Collection[str]]
+"""(names of all columns, those that hold texts) -> those that are read. "info.title" stands for a field inside a column."""
 
 _LISTED = 20  # names in a message
 

@@ -35,7 +35,7 @@ def read_completions(path: str | Path, *, by: str | None = None, report: DataRep
         raise DataError(f"{path}: no such file; `dpo-jax sample --sample.out {path}` writes one", causes=[Cause.BAD_LAYOUT])
     report = report or DataReport(source=str(path), split="completions")
     columns = ["prompt", "completion", *([by] if by else [])]
-    for where, row in read_rows(path.name, path, report=report, columns=lambda names: columns):
+    for where, row in read_rows(path.name, path, report=report, columns=lambda names, texts: columns):
         try:
             if isinstance(row, BadRow):
                 raise row

@@ -7,7 +7,7 @@ nothing of weight, so that `--help` answers at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 
@@ -24,7 +24,7 @@ class Format(NamedTuple):
     reads      the columns that its function reads; "info.title" is a field inside one
     told_by    a row with these columns is of this format ...
     lacks      ... unless it has one of these ...
-    begins     ... or the text in these does not begin so
+    begins     ... or the text in these does not begin so, white space left out
     """
 
     name: str
@@ -50,7 +50,6 @@ class Format(NamedTuple):
 
 _SUBSET = Column("part of the data set, by which evaluation also reports", needed=False)
 _BETTER, _WORSE = Column("the better completion"), Column("the worse one")
-_TURN = "\n\nHuman:"
 
 # The first that fits is taken.
 _FORMATS = (
@@ -128,19 +127,50 @@ _FORMATS = (
         },
     ),
     Format(
+        "openai",
+        "the file of OpenAI's preference fine-tuning; rendered with the tokenizer's chat template",
+        {
+            "input.messages": Column("messages, the last of the user"),
+            "input.tools": Column("tools that the assistant may call", needed=False),
+            "preferred_output": Column("messages of the assistant"),
+            "non_preferred_output": Column("the same, worse"),
+            "subset": _SUBSET,
+        },
+        ("input", "preferred_output", "non_preferred_output"),
+        {
+            "input": {"messages": [{"role": "user", "content": "2 + 2?"}], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [{"role": "assistant", "content": "4"}],
+            "non_preferred_output": [{"role": "assistant", "content": "5"}],
+        },
+    ),
+    Format(
+        "pku",
+        "PKU-SafeRLHF; rendered with the tokenizer's chat template",
+        {
+            "prompt": Column("the question"),
+            "response_0": Column("an answer"),
+            "response_1": Column("another"),
+            "better_response_id": Column("number of the better one: 0 or 1"),
+            "subset": _SUBSET,
+        },
+        ("prompt", "response_0", "response_1", "better_response_id"),
+        {"prompt": "2 + 2?", "response_0": "4", "response_1": "5", "better_response_id": 0, "safer_response_id": 1},
+    ),
+    Format(
         "hh",
         "Anthropic HH: two transcripts that part after their last `Assistant:`",
         {"chosen": Column("the transcript with the better end"), "rejected": Column("that with the worse"), "subset": _SUBSET},
         ("chosen", "rejected"),
-        {side: f"{_TURN} Hello\n\nAssistant:{text}" for side, text in (("chosen", " Hi!"), ("rejected", " What?"))},
+        {side: f"\n\nHuman: Hello\n\nAssistant:{text}" for side, text in (("chosen", " Hi!"), ("rejected", " What?"))},
         lacks=("prompt",),
-        begins={"chosen": _TURN, "rejected": _TURN},
+        begins={"chosen": "Human:", "rejected": "Human:"},
     ),
     Format(
         "trl",
         "TRL's four forms: texts or messages, the prompt in its own column or as the common beginning",
         {
             "prompt": Column("the prompt, a text or messages", needed=False),
+            "system": Column("a system text, if `data.columns` names its column", needed=False),
             "chosen": _BETTER,
             "rejected": _WORSE,
             "subset": _SUBSET,
@@ -169,19 +199,18 @@ def detect_format(row: Mapping[str, Any]) -> str | None:
 
 def _fits(format: Format, row: Mapping[str, Any]) -> bool:
     texts = {name: row.get(name) for name in format.begins}
-    begins = all(isinstance(text, str) and text.startswith(format.begins[name]) for name, text in texts.items())
+    begins = all(isinstance(text, str) and text.lstrip().startswith(format.begins[name]) for name, text in texts.items())
     return begins and row.keys() >= set(format.told_by) and not row.keys() & set(format.lacks)
 
 
-def columns_of(format: str, names: Sequence[str]) -> Collection[str]:
-    """The columns that are read of rows with the columns `names`: those of the format, or with "auto" of the one they fit.
+def format_of(format: str, names: Sequence[str]) -> str | None:
+    """The format by which columns `names` are read: `format`, or with "auto" the one that they fit; None: none.
 
     A format that is told by its texts has the columns of another, which reads no fewer.
     """
     if format != "auto":
-        return FORMATS[format].reads.keys()
-    found = (one for one in _FORMATS if not one.begins and set(one.told_by) <= set(names))
-    return next((one.reads.keys() for one in found), ())
+        return format
+    return next((one.name for one in _FORMATS if not one.begins and set(one.told_by) <= set(names)), None)
 
 
 def markdown() -> str:

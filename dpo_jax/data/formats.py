@@ -8,12 +8,14 @@ usable preference. SHP and StackExchange follow the original implementation (eri
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
 from dpo_jax.data.chat import chat_preference
 from dpo_jax.data.columns import Row, column, number, text
+from dpo_jax.data.conversations import conversation
 from dpo_jax.data.html import strip_html
 from dpo_jax.data.pairs import (
     MAX_CHARACTERS,
@@ -33,6 +35,7 @@ Candidates = Iterator[tuple[str, Preference | BadRow]]
 
 SHP_MIN_RATIO = 2.0
 MAX_MARKUP = 4 * MAX_CHARACTERS
+_TAKES_TOOLS = "tools" in inspect.signature(chat_preference).parameters
 MAX_ANSWERS = 1000  # of a question: they form half a million pairs
 
 
@@ -50,12 +53,12 @@ def hh(rows: Rows, *, tokenizer: Any = None) -> Candidates:
 def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """TRL's four forms: standard (texts) or conversational (messages), with a `prompt` column or with the prompt implicit.
 
-    As in TRL, a text in `prompt` beside conversational `chosen` and `rejected` is a copy of what they hold, and is not used.
+    As in TRL, a text in `prompt` beside conversations in `chosen` and `rejected` is a copy of what they hold, and is not used.
+    Unlike in TRL, a prompt of messages may have answers that are texts, and the other way round (`conversations.conversation`).
     """
 
     def preference(uid: str, row: Row) -> Preference:
-        sides = [column(row, "chosen"), column(row, "rejected")]
-        prompt = row.get("prompt")
+        prompt, *sides = conversation(row)
         if any(isinstance(side, list) for side in sides):
             return chat_preference(prompt if isinstance(prompt, list) else None, *sides, uid=uid, tokenizer=tokenizer)
         chosen, rejected = text(row, "chosen"), text(row, "rejected")
@@ -88,15 +91,54 @@ def rewardbench(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """RewardBench (Lambert et al. 2024, arXiv 2403.13787): one question and two answers, as bare texts.
 
     They are turns of a chat, so the tokenizer's chat template renders them. A tokenizer without one gets the form of Anthropic
-    HH, as the other questions here do; the report says which it was.
+    HH, as the other questions here do; the report says which it was (`_answered`).
     """
 
     def preference(uid: str, row: Row) -> Preference:
         question, answers = text(row, "prompt"), [text(row, side) for side in ("chosen", "rejected")]
-        if getattr(tokenizer, "chat_template", None) is None:
-            return checked(Preference(_as_hh(question), " " + answers[0], " " + answers[1], uid))
-        sides = ([{"role": "assistant", "content": answer}] for answer in answers)
-        return chat_preference([{"role": "user", "content": question}], *sides, uid=uid, tokenizer=tokenizer)
+        return _answered(question, *answers, uid=uid, tokenizer=tokenizer)
+
+    return _one_each(rows, preference)
+
+
+def pku(rows: Rows, *, tokenizer: Any = None) -> Candidates:
+    """PKU-SafeRLHF: a question and two answers, of which `better_response_id` is the more helpful. Rendered as RewardBench."""
+
+    def preference(uid: str, row: Row) -> Preference:
+        question, answers = text(row, "prompt"), [text(row, side) for side in ("response_0", "response_1")]
+        better = number(row, "better_response_id")
+        if better not in (0, 1):
+            raise BadRow(Cause.OUT_OF_RANGE, f"0 or 1 is needed, this is {better:g}", field="better_response_id")
+        return _answered(question, *(answers if better == 0 else answers[::-1]), uid=uid, tokenizer=tokenizer)
+
+    return _one_each(rows, preference)
+
+
+def _answered(question: str, chosen: str, rejected: str, *, uid: str, tokenizer: Any) -> Preference:
+    """A question and two answers as turns of a chat; in the form of Anthropic HH for a tokenizer without a chat template."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return checked(Preference(_as_hh(question), " " + chosen, " " + rejected, uid))
+    sides = ([{"role": "assistant", "content": answer}] for answer in (chosen, rejected))
+    return chat_preference([{"role": "user", "content": question}], *sides, uid=uid, tokenizer=tokenizer)
+
+
+def openai(rows: Rows, *, tokenizer: Any = None) -> Candidates:
+    """The file of OpenAI's preference fine-tuning: messages in `input`, then `preferred_output` and `non_preferred_output`."""
+    names = {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"}
+
+    def preference(uid: str, row: Row) -> Preference:
+        asked, sides = column(row, "input"), [column(row, names[side]) for side in ("chosen", "rejected")]
+        if not isinstance(asked, Mapping):
+            raise BadRow(Cause.WRONG_TYPE, f"an object is needed, this is {type(asked).__name__}", field="input")
+        options = {"tools": asked["tools"]} if asked.get("tools") else {}
+        if options and not _TAKES_TOOLS:
+            raise BadRow(Cause.CHAT_TEMPLATE, "tools are not rendered", field="input.tools")
+        messages = column(asked, "messages", inside="input.")
+        try:
+            return chat_preference(messages, *sides, uid=uid, tokenizer=tokenizer, **options)
+        except BadRow as problem:
+            head, dot, rest = problem.field.partition(".")
+            raise BadRow(problem.cause, problem.detail, field=names.get(head, head) + dot + rest) from None
 
     return _one_each(rows, preference)
 

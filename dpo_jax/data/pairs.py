@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import enum
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NoReturn, overload
 
@@ -18,6 +19,7 @@ from dpo_jax.untrusted import Unreadable, reading
 
 OnBad = Literal["refuse", "drop"]
 HH_ASSISTANT = "\n\nAssistant:"
+_ANSWERS = re.compile(r"\r?\n\r?\nAssistant:")  # also in a file that went through Windows
 
 
 class Cause(enum.StrEnum):
@@ -33,6 +35,7 @@ class Cause(enum.StrEnum):
     TOO_DEEP = "too_deep"  # JSON and HTML
     # its columns
     MISSING_COLUMN = "missing_column"
+    UNREAD_COLUMN = "unread_column"  # it may hold the prompt or a system text, and the format does not read it
     WRONG_TYPE = "wrong_type"
     OUT_OF_RANGE = "out_of_range"
     # the pair
@@ -300,10 +303,10 @@ def split_hh(chosen: str, rejected: str) -> str:
     """
     prompts = []
     for field, transcript in (("chosen", chosen), ("rejected", rejected)):
-        start = transcript.rfind(HH_ASSISTANT)
-        if start < 0:
+        ends = [turn.end() for turn in _ANSWERS.finditer(transcript)]
+        if not ends:
             raise BadRow(Cause.NO_PROMPT, f"the transcript has no {HH_ASSISTANT!r}", field=field)
-        prompts.append(transcript[: start + len(HH_ASSISTANT)])
+        prompts.append(transcript[: ends[-1]])
     if prompts[0] != prompts[1]:
         detail = f"the last {HH_ASSISTANT!r} ends at character {len(prompts[0])} of chosen, {len(prompts[1])} of rejected"
         raise BadRow(Cause.DIFFERENT_PROMPTS, detail)

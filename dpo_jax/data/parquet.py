@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_jax.data.columns import UNREAD, Columns, shown_names
@@ -63,9 +64,10 @@ def _batches(name: str, path: Path, columns: Columns | None) -> Iterator[tuple[A
     place = Place(name, Cause.BAD_PARQUET, "the file is damaged or cut off")
     with place.reading():
         file = _File(path, page_checksum_verification=True)
-        names, leaves = file.column_names(), [leaf for _, leaf in _leaves(file.metadata.schema)]
+        names, texts = file.column_names()
+        leaves = [leaf for _, leaf in _leaves(file.metadata.schema)]
     with file:
-        chosen = leaves if columns is None else _chosen(columns(names), names, leaves)
+        chosen = leaves if columns is None else _chosen(columns(names, texts), names, leaves)
         if not chosen:
             refuse(Cause.MISSING_COLUMN, name, f"none of its columns is one that is read: it has {shown_names(names)}")
         with place.reading():
@@ -130,12 +132,16 @@ class _File(pq.ParquetFile):
             paths[leaf].append(index)
         return paths
 
-    def column_names(self) -> list[str]:
-        names, schema = [], self.schema_arrow  # which is made anew each time
+    def column_names(self) -> tuple[list[str], list[str]]:
+        """The names of all columns, and of those that hold texts."""
+        names, texts, schema = [], [], self.schema_arrow  # which is made anew each time
         for index in range(len(schema)):
             with contextlib.suppress(UnicodeDecodeError):
-                names.append(schema.field(index).name)
-        return names
+                field = schema.field(index)
+                names.append(field.name)
+                kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+                texts += [field.name] if pa.types.is_string(kind) or pa.types.is_large_string(kind) else []
+        return names, texts
 
 
 def _leaves(schema: pq.ParquetSchema) -> Iterator[tuple[int, str]]:
@@ -149,7 +155,7 @@ def _chosen(wanted: Collection[str], names: Collection[str], leaves: Collection[
     """The leaves that belong to the wanted columns and fields, such as "prompt" and "answers.text"."""
     found: dict[str, None] = {}
     for want in wanted:
-        column, _, field = want.partition(".")
+        column, _, field = (want, "", "") if want in names else want.partition(".")
         others = [other for other in names if other.startswith(f"{column}.")]  # a name may hold a dot
         of_column = [
             leaf for leaf in leaves if f"{leaf}.".startswith(f"{column}.") and not any(leaf.startswith(o) for o in others)

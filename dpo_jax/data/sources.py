@@ -10,14 +10,18 @@ whole set if any row is bad. `files` finds and reads, `format_table` lists the f
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
 import itertools
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dpo_jax.data.column_map import ColumnMap
 from dpo_jax.data.columns import Row, shown_names
 from dpo_jax.data.files import check_head, read_rows
-from dpo_jax.data.format_table import FORMATS, FormatName, columns_of, detect_format
+from dpo_jax.data.format_table import FORMATS, FormatName, detect_format, format_of
 from dpo_jax.data.pairs import (
     BadRow,
     Cause,
@@ -27,19 +31,28 @@ from dpo_jax.data.pairs import (
     Preference,
     PreferenceSet,
     Triage,
+    check_pair,
     readable_name,
     refuse,
 )
 from dpo_jax.data.splits import find_files
 from dpo_jax.data.tfds_folder import tfds_folders
+from dpo_jax.data.unread import refusal, suggestion, suspects, unread
 
 __all__ = ["PreferenceSet", "load_preferences", "peek"]
 
 _SAMPLED = 2**24  # characters of the rows by which a format is detected
+_SHAPES = 1000  # sets of columns, beyond which none is looked at for the note on columns that are not read
 
 
 def load_preferences(
-    source: str | Path, split: str, *, format: FormatName = "auto", on_bad: OnBad = "refuse", tokenizer: Any = None
+    source: str | Path,
+    split: str,
+    *,
+    format: FormatName = "auto",
+    columns: str | Mapping[str, str] | None = None,
+    on_bad: OnBad = "refuse",
+    tokenizer: Any = None,
 ) -> PreferenceSet:
     """The preferences of `split` under `source`: a sequence of `Preference` with the `report` of how it came to be.
 
@@ -49,10 +62,13 @@ def load_preferences(
       split: "train", "test", ...: part of the file names.
       format: what a row means, one of `format_table.FORMATS`, or "tfds"; "auto" decides by the columns of the first 100 rows
         and says so in the report.
+      columns: the columns of the file that are read under other names (`column_map`), such as "prompt=question,system=" or
+        `{"prompt": "instruction+input"}`.
       on_bad: "refuse" raises `DataError` listing the bad rows; "drop" leaves them out and counts them by cause.
       tokenizer: needed for conversational rows only, for its chat template.
 
-    Raises `DataError` for bad rows, for a file that is damaged, missing or not what its name says, and if nothing is left.
+    Raises `DataError` for bad rows, for a file that is damaged, missing or not what its name says, and if nothing is left;
+    ValueError for an unknown format, or columns that no format reads.
 
     >>> file = Path("pairs.jsonl")
     >>> _ = file.write_text('{"prompt": "The film was", "chosen": " a delight.", "rejected": " a bore."}')
@@ -62,29 +78,37 @@ def load_preferences(
     """
     if format not in ("auto", "tfds", *FORMATS):
         raise ValueError(f"unknown format {format!r}; known: auto, tfds, {', '.join(FORMATS)}")
+    mapped = ColumnMap.of(columns)
+    mapped.check(format)
     if format == "tfds" or (format == "auto" and tfds_folders(Path(source))):
+        if mapped.columns:
+            refuse(Cause.BAD_LAYOUT, source, f"a TFDS folder has its own columns: leave out --data.columns {mapped}")
         from dpo_jax.data.tfds import read_tfds
 
         return read_tfds(source, split, on_bad=on_bad)
-    report = DataReport(source=readable_name(source), split=split, format=format)
-    triage = Triage(report, on_bad=on_bad)
-    rows = _readable_rows(find_files(source, split, report=report), report, triage)
-    if format == "auto":
-        rows = _detect(rows, report)
+    if mapped.columns.get("system") and getattr(tokenizer, "chat_template", None) is None:
+        _refuse_system(str(source), mapped)
+    reading = _Reading(DataReport(source=readable_name(source), split=split, format=format), mapped, on_bad)
+    report, triage = reading.report, reading.triage
+    rows = reading.rows(find_files(source, split, report=report))
     preferences: list[Preference] = []
     try:
         if report.format != "auto":
             for uid, candidate in FORMATS[report.format].candidates(rows, tokenizer=tokenizer):
                 report.read += 1
                 if isinstance(candidate, BadRow):
-                    triage.reject(uid, candidate)
+                    triage.reject(uid, mapped.named(candidate))
                 else:
                     preferences.append(candidate)
     except MemoryError:  # a small file may unpack to anything
         detail = f"needs more memory than this machine has, after {report.rows:,} rows; take fewer"
         raise DataError(f"{report.source} [{split}]: {detail}", causes=[Cause.OVER_LIMIT]) from None
+    if report.format == "trl":
+        preferences = _with_prompt_once(preferences, triage)
     triage.finish(kept=len(preferences))
-    if report.format == "rewardbench" and preferences:
+    if reading.ignored:
+        report.notes.append(f"columns that are not read: {shown_names(reading.ignored)}")
+    if report.format in ("rewardbench", "pku") and preferences:
         form = "the tokenizer's chat template" if preferences[0].chat else "Human: and Assistant:, for want of a chat template"
         report.notes.append(f"questions and answers are rendered with {form}")
     if not preferences:
@@ -94,42 +118,140 @@ def load_preferences(
     return PreferenceSet(preferences, report)
 
 
-def peek(source: str | Path, split: str, *, format: FormatName = "auto") -> tuple[str, int]:
+def peek(
+    source: str | Path, split: str, *, format: FormatName = "auto", columns: str | Mapping[str, str] | None = None
+) -> tuple[str, int]:
     """Format and number of files of `split`, without reading more than the first 100 rows. Raises `DataError` as above."""
-    report = DataReport(source=readable_name(source), split=split, format=format)
-    files = find_files(source, split, report=report)
+    reading = _Reading(DataReport(source=readable_name(source), split=split, format=format), ColumnMap.of(columns), "drop")
+    files = find_files(source, split, report=reading.report)
     for name, path in files:
         check_head(name, path)
-    if format == "auto":
-        _detect(_readable_rows(files, report, Triage(report, on_bad="drop")), report)
-    return report.format, len(files)
+    reading.rows(files)
+    return reading.report.format, len(files)
 
 
-def _readable_rows(files: list[tuple[str, Path]], report: DataReport, triage: Triage) -> Iterator[tuple[str, Row]]:
-    for name, path in files:
-        for where, row in read_rows(name, path, report=report, columns=lambda names, file=name: _columns(names, file, report)):
-            if isinstance(row, BadRow):
-                report.read += 1
-                triage.reject(where, row)
-            else:
-                yield where, row
+def _refuse_system(source: str, mapped: ColumnMap) -> NoReturn:
+    joined = "+".join([*mapped.columns["system"], *mapped.columns.get("prompt", ("prompt",))])
+    others = [f"{key}={'+'.join(names)}" for key, names in mapped.columns.items() if key not in ("prompt", "system")]
+    option = f"--data.columns {shlex.quote(','.join([f'prompt={joined}', *others]))}"
+    detail = (
+        f"system texts need a tokenizer with a chat template (--tokenizer.path); without, {option} puts them before prompts"
+    )
+    refuse(Cause.CHAT_TEMPLATE, source, detail)
 
 
-def _columns(names: Sequence[str], file: str, report: DataReport) -> Collection[str]:
-    """The columns of a parquet file that are read."""
-    columns = columns_of(report.format, names)
-    if not any(column.partition(".")[0] in names for column in columns):
-        _refuse_columns(file, names, report)
-    return columns
+def _with_prompt_once(preferences: list[Preference], triage: Triage) -> list[Preference]:
+    """Without the prompt at the beginning of completions, if all texts of a set have it there: its columns hold whole texts."""
+    repeats = [not p.chat and all(_begins(side, p.prompt) for side in (p.chosen, p.rejected)) for p in preferences]
+    report, count = triage.report, sum(repeats)
+    if not count:
+        return preferences
+    if count < len(preferences):
+        report.notes.append(f"{count} of {len(preferences)} rows repeat their prompt in both completions; they are left so")
+        return preferences
+    report.notes.append(f"the prompt is taken off the completions of all {count} rows, which repeat it")
+    kept = []
+    for pair in preferences:
+        chosen, rejected = (side.lstrip()[len(pair.prompt.lstrip()) :] for side in (pair.chosen, pair.rejected))
+        try:
+            check_pair(pair.prompt, chosen, rejected)
+            kept.append(dataclasses.replace(pair, chosen=chosen, rejected=rejected))
+        except BadRow as problem:
+            triage.reject(pair.uid, problem)
+    return kept
 
 
-def _refuse_columns(where: str, names: Iterable[str], report: DataReport) -> NoReturn:
-    if report.format == "auto":
-        what, needs = "no known format has", ""
-    else:
-        what, needs = f"format {report.format!r} reads none of", f"it needs {', '.join(FORMATS[report.format].needs)}; "
-    remedy = f"{needs}if the first rows are bad, name the format with --data.format ({', '.join(FORMATS)})"
-    refuse(Cause.MISSING_COLUMN, where, f"{what} the columns {shown_names(names)}; {remedy}")
+def _begins(completion: str, prompt: str) -> bool:
+    return completion.lstrip().startswith(prompt.lstrip())
+
+
+class _Reading:
+    """The rows of a split under the names of its format, which the report tells once they are looked at."""
+
+    def __init__(self, report: DataReport, mapped: ColumnMap, on_bad: OnBad) -> None:
+        self.report, self.mapped = report, mapped
+        self.triage = Triage(report, on_bad=on_bad)
+        self.ignored: dict[str, None] = {}  # columns that the format does not read
+        self._seen: set[tuple[str, ...]] = set()
+
+    def rows(self, files: list[tuple[str, Path]]) -> Iterator[tuple[str, Row]]:
+        """The rows of all files, once the first 100 have told the format: fewer where they are large, as all are kept.
+
+        Raises `DataError` if they fit no format, or if most have a column that it should have read.
+        """
+        rows, sample, size = self._readable(files), list[tuple[str, Row]](), 0
+        for where, row in itertools.islice(rows, 100):
+            sample.append((where, row))
+            if (size := size + _size(row, _SAMPLED)) > _SAMPLED:
+                break
+        if self.report.format == "auto":
+            self._detect(sample)
+        if self.report.format != "auto":
+            found = [(where, row, names) for where, row in sample if (names := unread(row, self.report.format, self.mapped))]
+            if 2 * len(found) > len(sample):
+                where, row, names = max(found, key=lambda one: len(one[2]))  # its system text may be blank in some
+                refuse(Cause.UNREAD_COLUMN, where, refusal(names, row, self.mapped))
+        return self._checked(itertools.chain(sample, rows))
+
+    def _detect(self, sample: list[tuple[str, Row]]) -> None:
+        votes = collections.Counter(name for _, row in sample if (name := detect_format(row)))
+        if sample and not votes:
+            where, row = sample[0]
+            self._refuse_columns(where, row)
+        for name, count in votes.most_common(1):
+            self.report.format = name
+            self.report.notes.append(f"format {name!r}: {count} of the first {len(sample)} readable rows have its columns")
+
+    def _readable(self, files: list[tuple[str, Path]]) -> Iterator[tuple[str, Row]]:
+        for name, path in files:
+            for where, row in read_rows(name, path, report=self.report, columns=functools.partial(self._columns, name)):
+                try:
+                    if isinstance(row, BadRow):
+                        raise row
+                    yield where, self.mapped.row(row)
+                except BadRow as problem:
+                    self._reject(where, problem)
+
+    def _columns(self, file: str, names: Sequence[str], texts: Collection[str]) -> Collection[str]:
+        """The columns of a parquet file that are read."""
+        called = self.mapped.names(file, names)
+        format = format_of(self.report.format, called)
+        wanted = [*FORMATS[format].reads] if format else []
+        if not any(column.partition(".")[0] in called for column in wanted):
+            self._refuse_columns(file, {name: "a text" for name in called})
+        return self.mapped.sources_of([*wanted, *(suspects(called, texts, format) if format else ())])
+
+    def _checked(self, rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
+        """The rows without those that have a column which should have been read."""
+        reads = {name.partition(".")[0] for name in FORMATS[self.report.format].reads} if self.report.format in FORMATS else {}
+        for where, row in rows:
+            if (names := tuple(row)) not in self._seen and len(self._seen) < _SHAPES:
+                self._seen.add(names)
+                self.ignored |= dict.fromkeys(name for name in names if name not in reads)
+            if found := unread(row, self.report.format, self.mapped):
+                self._reject(where, BadRow(Cause.UNREAD_COLUMN, refusal(found, row, self.mapped)))
+                continue
+            if "system" in row and "system" not in self.mapped.columns:  # blank, or a copy of what the messages say
+                row = {name: value for name, value in row.items() if name != "system"}
+            yield where, row
+
+    def _reject(self, where: str, problem: BadRow) -> None:
+        self.report.read += 1
+        self.triage.reject(where, problem)
+
+    def _refuse_columns(self, where: str, row: Row) -> NoReturn:
+        format = self.report.format
+        if format == "auto":
+            what, needs = "no known format has", ""
+        else:
+            what, needs = f"format {format!r} reads none of", f"it needs {', '.join(FORMATS[format].needs)}; "
+        option = suggestion(row, self.mapped) if format in ("auto", "trl") else None
+        needs += f"read them with {option}; " if option else ""
+        remedy = f"{needs}if the first rows are bad, name the format with --data.format ({', '.join(FORMATS)})"
+        remedy += (
+            "" if option else "; if they go by other names, say which: --data.columns prompt=NAME,chosen=NAME,rejected=NAME"
+        )
+        refuse(Cause.MISSING_COLUMN, where, f"{what} the columns {shown_names(row)}; {remedy}")
 
 
 def _size(row: Row, enough: int) -> int:
@@ -142,21 +264,3 @@ def _size(row: Row, enough: int) -> int:
             inside = values.values() if isinstance(values, Mapping) else () if isinstance(values, str) else values
             stack += [value for value in inside if isinstance(value, str | list | Mapping)]
     return found
-
-
-def _detect(rows: Iterator[tuple[str, Row]], report: DataReport) -> Iterator[tuple[str, Row]]:
-    """`rows`, with the format that most of the first 100 fit in the report: fewer where they are large, as all are kept."""
-    size = 0
-    sample: list[tuple[str, Row]] = []
-    for where, row in itertools.islice(rows, 100):
-        sample.append((where, row))
-        if (size := size + _size(row, _SAMPLED)) > _SAMPLED:
-            break
-    votes = collections.Counter(name for _, row in sample if (name := detect_format(row)))
-    if sample and not votes:
-        where, row = sample[0]
-        _refuse_columns(where, row, report)
-    for name, count in votes.most_common(1):
-        report.format = name
-        report.notes.append(f"format {name!r}: {count} of the first {len(sample)} readable rows have its columns")
-    return itertools.chain(sample, rows)

@@ -28,6 +28,7 @@ from dpo_jax.models.families import FAMILIES, decoder_config
 from dpo_jax.models.folder import ADAPTER, adapter_base, read_config
 from dpo_jax.models.generation import GENERATION, generation_config
 from dpo_jax.models.generation import end_tokens as end_tokens_of
+from dpo_jax.models.hf_settings import older_rotary_keys
 from dpo_jax.models.hub import model_folder, resolve
 from dpo_jax.models.tensors import Tensor, tensors
 from dpo_jax.models.weights import INDEX, Checkpoint, write_shards
@@ -179,7 +180,8 @@ def save_hf(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         new = Path(temporary) / "model"
         new.mkdir()
-        content = config.hf | {"architectures": [FAMILIES[config.family].architecture], "dtype": dtype.name}
+        older = older_rotary_keys(config.hf, FAMILIES[config.family].defaults)
+        content = older | config.hf | {"architectures": [FAMILIES[config.family].architecture], "dtype": dtype.name}
         content = {name: value for name, value in content.items() if name not in ("torch_dtype", "source_dtype")}
         content |= settings or {}
         write_text(new / "config.json", json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -81,3 +81,23 @@ class Reader(Fields):
         original = "original_max_position_embeddings"
         positions = settings.size(original) if settings.has(original) else self.size("max_position_embeddings")
         return Rope(base, size, interleaved, kind, original_max_positions=positions, **scaling)
+
+
+def older_rotary_keys(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 5 keeps in `rope_parameters`, under the keys of transformers 4; those that `hf` has are left out.
+
+    Programs that know only these would take the default base for the model's, without a word. transformers 5 reads both.
+    `defaults`: those of the family, whose keys these are.
+    """
+    now = hf.get("rope_parameters")
+    if not isinstance(now, Mapping):
+        return {}
+    wide, narrow = now.get("full_attention", now), now.get("sliding_attention", {})
+    scaling = {key: value for key, value in wide.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    older = {
+        "rotary_emb_base" if "rotary_emb_base" in defaults else "rope_theta": wide.get("rope_theta"),
+        "rotary_pct" if "rotary_pct" in defaults else "partial_rotary_factor": wide.get("partial_rotary_factor"),
+        "rope_local_base_freq": narrow.get("rope_theta"),
+        "rope_scaling": scaling if wide.get("rope_type", "default") != "default" else None,
+    }
+    return {key: value for key, value in older.items() if value is not None and hf.get(key) is None}

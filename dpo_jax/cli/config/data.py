@@ -7,6 +7,7 @@ import datetime
 from collections.abc import Iterator
 from typing import Literal
 
+from dpo_jax.cli.config.file import TextMap
 from dpo_jax.cli.config.ranges import Problem, positive
 from dpo_jax.data.format_table import FormatName
 
@@ -20,6 +21,8 @@ class DataConfig:
     path: str | None = None
     """File or folder with the data, for all sources but reviews."""
     format: FormatName = "auto"  # its help is that of the table
+    columns: TextMap | None = None
+    """Columns that go by other names in the files: prompt=question, prompt=instruction+input (joined); system= reads none."""
     train_split: str = "train"
     """Name of the split to train on."""
     test_split: str = "test"
@@ -63,6 +66,15 @@ class DataConfig:
             yield "max_prompt_length", f"must be less than max_length ({self.max_length}), got {self.max_prompt_length}"
         if not 0 <= self.max_dropped_share <= 1:
             yield "max_dropped_share", f"must be a share between 0 and 1, got {self.max_dropped_share}"
+        if self.columns is not None:
+            from dpo_jax.data.column_map import ColumnMap  # here: --help reads none of it
+
+            try:
+                ColumnMap.of(self.columns).check(self.format)
+            except ValueError as error:
+                yield "columns", str(error)
+            if self.source != "files":
+                yield "columns", f"only files have columns of other names, and source is {self.source}: leave it out"
         for field in ("max_duplicates", "max_contradictions", "max_overlap"):
             if (share := getattr(self, field)) is not None and not 0 <= share <= 1:
                 yield field, f"must be a share between 0 and 1, or null for no limit, got {share}"

@@ -22,6 +22,8 @@ import yaml
 from dpo_jax.untrusted import Unreadable, reading, regular
 
 T = TypeVar("T")
+TextMap = typing.NewType("TextMap", str)
+"""Names and texts, written `a=b,c=d`, and in YAML also as a mapping."""
 LARGEST = 2**18
 """Bytes of a configuration: PyYAML takes a second for each 100 kB."""
 BRACKETS = 1000
@@ -151,6 +153,8 @@ class _Reader:
                 found, value = _convert(node, choice)
                 if found:
                     return value
+        if isinstance(node, yaml.MappingNode) and TextMap in choices:
+            return ",".join(self.entry(key, value, name) for key, value in node.value)
         wanted = " or ".join(_name(choice) for choice in choices)
         advice = ""
         if isinstance(node, yaml.ScalarNode):
@@ -159,6 +163,15 @@ class _Reader:
             options = [option for choice in choices for option in typing.get_args(choice)]
             advice = suggest(node.value, options) or advice
         self.fail(node, f"{name}: expected {wanted}, got {_describe(node)}{advice}")
+
+    def entry(self, key: Any, value: Any, name: str) -> str:
+        """A line of a mapping of texts, as `key=text`; null is an empty text."""
+        for node in (key, value):
+            if not isinstance(node, yaml.ScalarNode):
+                self.fail(node, f"{name}: expected a name and a text, got {_describe(node)}")
+            if bad := next((sign for sign in (",=" if node is key else ",") if sign in node.value), None):
+                self.fail(node, f"{name}: a name with {bad!r} cannot be given: rename {shortened(node.value)!r}")
+        return f"{key.value}={'' if value.tag == _SCALAR + 'null' else value.value}"
 
 
 def _convert(node: yaml.ScalarNode, hint: Any) -> tuple[bool, Any]:
@@ -169,7 +182,7 @@ def _convert(node: yaml.ScalarNode, hint: Any) -> tuple[bool, Any]:
     if typing.get_origin(hint) is typing.Literal:
         # YAML takes the word off for a truth value; where it is a choice it is one.
         return tag in ("str", "bool") and node.value in typing.get_args(hint), node.value
-    if hint is str:
+    if hint is str or hint is TextMap:
         return tag in ("str", "timestamp"), node.value  # a day is written without quotes
     if hint is bool:
         return tag == "bool", _WORDS.get(node.value.lower())
@@ -184,7 +197,14 @@ def _convert(node: yaml.ScalarNode, hint: Any) -> tuple[bool, Any]:
 def _name(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(typing.get_args(hint))
-    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    names = {
+        str: "text",
+        TextMap: "a mapping of texts (or a text, a=b,c=d)",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        type(None): "null",
+    }
     return names[hint]
 
 

@@ -117,7 +117,7 @@ def _split(check: Check, path: str, split: str) -> str:
         _need_tfds(check, f"data.source: {data.source}")
         kind, rows = "TFDS", _tfds_rows(path, name)
     else:
-        kind, files = peek(path, name, format=data.format)
+        kind, files = peek(path, name, format=data.format, columns=data.columns)
         kind, rows = f"{kind}, {files} {'file' if files == 1 else 'files'}", _rows(path, name)
         if split == "train":
             check.train_files = {f"file {file}, bytes": where.stat().st_size for file, where in _files(path, name)}

@@ -1,0 +1,69 @@
+"""Rows of which a part is a conversation, as lists of messages: texts become turns, ShareGPT's words those of templates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_jax.data.columns import Row, column, text
+from dpo_jax.data.pairs import BadRow, Cause
+
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # of ShareGPT
+
+
+def conversation(row: Row) -> tuple[Any, Any, Any]:
+    """Prompt, chosen and rejected of a row. Where one is a list of messages, or the row has `system`, all are.
+
+    A text prompt beside messages is a copy of what they hold, as in UltraFeedback, and left as it is, unless they begin with
+    the assistant's answer. Raises `BadRow` for a missing side, a system text without a prompt, and one beside another.
+    """
+    prompt, *sides = (_messages(value) for value in (row.get("prompt"), column(row, "chosen"), column(row, "rejected")))
+    if all(isinstance(side, str) for side in sides) and ("system" in row or isinstance(prompt, list)):
+        sides = [[_turn("assistant", side)] if side.strip() else [] for side in sides]
+        if not isinstance(prompt, list):
+            prompt = text(row, "prompt")
+    if all(isinstance(side, list) for side in sides):
+        if isinstance(prompt, list):
+            _check_once(prompt, dict(zip(("chosen", "rejected"), sides, strict=True)))
+        elif isinstance(prompt, str) and prompt.strip() and all(_first_role(side) == "assistant" for side in sides):
+            prompt = [_turn("user", prompt)]
+        if row.get("system") is not None and text(row, "system").strip():
+            if isinstance(prompt, list):
+                prompt = _after_system(row["system"], prompt)
+            else:
+                sides = [_after_system(row["system"], side) for side in sides]
+    return prompt, sides[0], sides[1]
+
+
+def _messages(value: Any) -> Any:
+    """Messages `{"role", "content"}`, where the value is one of these, or are those of ShareGPT, `{"from", "value"}`."""
+    if isinstance(value, Mapping) and value.keys() & {"role", "from"}:
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(one, Mapping) and one.keys() >= {"from", "value"} for one in value):
+        return value
+    return [
+        _turn(_ROLES.get(one["from"], one["from"]) if isinstance(one["from"], str) else None, one["value"]) for one in value
+    ]
+
+
+def _turn(role: Any, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _first_role(side: list[Any]) -> Any:
+    return side[0].get("role") if side and isinstance(side[0], Mapping) else None
+
+
+def _check_once(prompt: list[Any], sides: Mapping[str, list[Any]]) -> None:
+    for name, side in sides.items():
+        if prompt and side[: len(prompt)] == prompt:
+            detail = "it begins with the whole prompt; read the prompt from these messages: --data.columns prompt="
+            raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field=name)
+
+
+def _after_system(system: str, turns: list[Any]) -> list[Any]:
+    if _first_role(turns) != "system":
+        return [_turn("system", system), *turns]
+    if turns[0].get("content") != system:
+        raise BadRow(Cause.DIFFERENT_PROMPTS, "the messages begin with another system message", field="system")
+    return turns

@@ -1,0 +1,189 @@
+"""Columns that a format does not read: which may hold the prompt or a system text, and the option that reads them.
+
+TRL's implicit prompt is what chosen and rejected begin with. Where the prompt stands in a column of its own, that would be the
+first words of the answers; so a text in a column that nobody reads refuses the row.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from dpo_jax.data.column_map import ColumnMap
+from dpo_jax.data.columns import Row, shown_names
+from dpo_jax.data.format_table import FORMATS
+
+# Words of column names, the likeliest first.
+_PROMPT = (
+    *("prompt", "prompts", "instruction", "instructions", "question", "questions", "query", "queries", "problem", "request"),
+    *("conversations", "conversation", "messages", "dialogue", "dialog", "history", "turns", "user", "human"),
+    *("inputs", "input", "context", "contexts", "passage", "document", "article", "post", "text"),
+)
+_CONTEXT = {"context", "contexts", "passage", "document", "article", "background"}
+_CHOSEN = {"chosen", "preferred", "better", "accepted", "accept", "winner", "winning", "win", "positive", "pos", "good"}
+_REJECTED = {"rejected", "reject", "dispreferred", "worse", "loser", "losing", "lose", "negative", "neg", "bad"}
+_ANSWER = {"answer", "response", "completion", "output", "reply", "text", "message", "messages", "content", "summary", "side"}
+_OTHER_SIDES = _CHOSEN | _REJECTED | _ANSWER - {"text", "messages", "message", "content"}
+# Columns about a row, not of its conversation: `prompt_id`, `chosen_model`, `score_a`.
+_ABOUT = {
+    *("id", "ids", "uid", "uuid", "idx", "index", "hash", "key", "name", "dataset", "model", "models", "url", "link", "path"),
+    *("score", "scores", "rating", "ratings", "rank", "margin", "reward", "quality", "confidence", "weight", "num", "count"),
+    *("date", "time", "timestamp", "created", "updated", "at", "year", "version", "split", "subset", "fold", "status", "order"),
+    *("lang", "language", "category", "categories", "topic", "topics", "tag", "tags", "type", "kind", "label", "labels"),
+    *("domain", "domains", "level", "difficulty", "reason", "rationale", "explanation", "feedback", "critique", "comment"),
+    *("annotator", "annotators", "annotation", "annotations", "labelling", "labeling", "evolved", "raw", "license", "author"),
+    *("meta", "metadata", "length", "len", "tokens", "truth", "gold", "reference", "solution", "target", "generations"),
+    *("generation", "is", "has", "judge", "format", "provenance", "origin", "file"),
+}
+
+_TRL = FORMATS["trl"].reads
+
+
+def unread(row: Row, format: str, mapped: ColumnMap) -> list[str]:
+    """Columns of a mapped row that hold a system text, or perhaps the prompt, and that `format` does not read."""
+    reads = FORMATS[format].reads
+    if "system" not in reads or not row.keys() >= {"chosen", "rejected"}:
+        return []
+    found = _systems(row, mapped)
+    if _filled(row.get("prompt")) or "prompt" in mapped.columns or not _implicit(row):
+        return found
+    others = [name for name in row if name not in reads and name not in found and not _is_about(name)]
+    return found + [name for name in others if _may_be_prompt(name, row[name])]
+
+
+def suspects(names: Sequence[str], texts: Collection[str], format: str) -> list[str]:
+    """Of the columns of a file those that must be decoded to know whether they hold a prompt or a system text."""
+    if "system" not in FORMATS[format].reads:
+        return []
+    implicit = "prompt" not in names
+    others = (name for name in names if implicit and not _is_about(name) and (name in texts or _rank(name) is not None))
+    return list(dict.fromkeys([*filter(_is_system, names), *others]))
+
+
+def refusal(found: Sequence[str], row: Row, mapped: ColumnMap) -> str:
+    """Why a row with the `unread` columns `found` is no preference, and which option reads them."""
+    systems = {name for name in found if _is_system(name)}
+    prompts = [name for name in found if name not in systems]
+    none = {"prompt": ""} if prompts else {}
+    none |= {"system": ""} if systems else {}
+    what = " and ".join([*(["the prompt"] if prompts else []), *(["a system text"] if systems else [])])
+    reads = f"{option} reads" if (option := suggestion(row, mapped)) else "rename the column to read"
+    it = "it" if len(found) == 1 else "them"
+    then = " (the prompt is then what chosen and rejected begin with)" if prompts else ""
+    return f"not read, and may hold {what}: {shown_names(found)}; {reads} {it}, {_option(mapped, none)} goes without{then}"
+
+
+def suggestion(row: Row, mapped: ColumnMap) -> str | None:
+    """The option `--data.columns` that reads the columns of a mapped row as a preference; None where they show none."""
+    found: dict[str, str] = {}
+    for key, words in (("chosen", _CHOSEN), ("rejected", _REJECTED)):
+        if key not in row and (name := _side(row, words)):
+            found[key] = name
+    if not found and row.keys() >= {"response_j", "response_k"}:  # of StackExchange in pairs
+        found = {"chosen": "response_j", "rejected": "response_k"}
+    if not {*row, *found} >= {"chosen", "rejected"}:
+        return None
+    if (
+        not _filled(row.get("prompt"))
+        and "prompt" not in mapped.columns
+        and (_implicit(row) or found)
+        and (prompt := _prompt(row))
+    ):
+        found = {"prompt": prompt} | found
+    if systems := _systems(row, mapped):
+        found["system"] = systems[0]
+    named = [name for names in ColumnMap.of(found).columns.values() for name in names]
+    return _option(mapped, found) if found and "," not in "".join(named) and row.keys() >= {*named} else None
+
+
+def _option(mapped: ColumnMap, more: Mapping[str, str]) -> str:
+    text = ",".join(filter(None, [str(mapped), *(f"{key}={name}" for key, name in more.items())]))
+    return f"--data.columns {shlex.quote(text)}"
+
+
+def _systems(row: Row, mapped: ColumnMap) -> list[str]:
+    """The columns with a system text, unless one is mapped, or the text is in the conversation as well."""
+    if "system" in mapped.columns:
+        return []
+    return [name for name in row if _is_system(name) and _filled(row[name]) and not _said(row, row[name])]
+
+
+def _side(row: Row, words: Collection[str]) -> str | None:
+    """The column that is called chosen, or rejected, in other words: `Chosen`, `answer_chosen`, `non_preferred_output`."""
+    for name, value in row.items():
+        told = set(_words(name))
+        negated = bool(told & {"non", "not"})
+        side = _REJECTED if told & _REJECTED or (told & _CHOSEN and negated) else _CHOSEN if told & _CHOSEN else None
+        if side is words and told <= {"non", "not", *_CHOSEN, *_REJECTED, *_ANSWER} and _filled(value):
+            return name
+    return None
+
+
+def _prompt(row: Row) -> str | None:
+    """The columns that hold the prompt, as an option names them: `instruction+input`."""
+    names = [name for name in row if name not in _TRL and not _is_system(name) and not _is_about(name)]
+    ranked = sorted((rank, name) for name in names if (rank := _rank(name)) is not None and _filled(row[name]))
+    if not ranked:
+        return next((name for name in names if _may_be_prompt(name, row[name])), None)
+    best = ranked[0][1]
+    if not isinstance(row[best], str):
+        return best
+    texts = [name for name in names if isinstance(row[name], str) and name != best]
+    before = [name for name in texts if set(_words(name)) & _CONTEXT]
+    after = [name for name in texts if _words(name) in (("input",), ("inputs",))]
+    return "+".join([*before[:1], best, *after[:1]])
+
+
+@functools.lru_cache(maxsize=2**14)  # asked of every row
+def _words(name: str) -> tuple[str, ...]:
+    """The words of a column's name in lower case: `promptText`, `prompt-text` and `Prompt Text` have two."""
+    return tuple(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_a-zA-Z]+", name[:200]))
+
+
+def _rank(name: str) -> int | None:
+    ranks = [_PROMPT.index(word) for word in _words(name) if word in _PROMPT]
+    return min(ranks, default=None)
+
+
+def _is_about(name: str) -> bool:
+    words = _words(name)
+    return bool(set(words) & (_ABOUT | _OTHER_SIDES)) or words[-1:] in (("source",), ("sources",))
+
+
+def _is_system(name: str) -> bool:
+    words = set(_words(name))
+    return bool(words & {"system", "sys"}) and not words & _ABOUT
+
+
+def _filled(value: Any) -> bool:
+    """Whether a cell holds a text, or anything in a list or an object."""
+    return bool(value.strip()) if isinstance(value, str) else isinstance(value, list | Mapping) and bool(value)
+
+
+def _may_be_prompt(name: str, value: Any) -> bool:
+    """Whether a cell may be a prompt: any text where its column is called so, else one of several words, or messages."""
+    if not _filled(value) or _rank(name) is not None:
+        return _filled(value)
+    if isinstance(value, str):
+        return len(value.split()) > 1 or len(value) > 20
+    return isinstance(value, list) and isinstance(value[0], Mapping) and bool({"role", "from"} & value[0].keys())
+
+
+def _implicit(row: Row) -> bool:
+    """Whether chosen and rejected have to tell the prompt, and no user speaks in them."""
+    sides = [row.get(side) for side in ("chosen", "rejected")]
+    firsts = [side[0] if isinstance(side, list) and side else side for side in sides]
+    roles = [first.get("role", first.get("from")) if isinstance(first, Mapping) else None for first in firsts]
+    return any(role in (None, "assistant", "gpt") for role in roles)
+
+
+def _said(row: Row, system: Any) -> bool:
+    """Whether the messages or the prompt of a row hold its system text."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and isinstance(system, str) and system.strip() in prompt:
+        return True
+    firsts = [turns[0] for turns in (prompt, row.get("chosen")) if isinstance(turns, list) and turns]
+    return any(isinstance(one, Mapping) and one.get("role", one.get("from")) in ("system", "developer") for one in firsts)
