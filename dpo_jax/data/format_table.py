@@ -143,6 +143,8 @@ _FORMATS = (
             "prompt": Column("the prompt, a text or messages", needed=False),
             "chosen": _BETTER,
             "rejected": _WORSE,
+            "tools": Column("schemas of tools, for the chat template", needed=False),
+            "chat_template_kwargs": Column("what else the chat template reads, such as `enable_thinking`", needed=False),
             "subset": _SUBSET,
         },
         ("chosen", "rejected"),

@@ -57,7 +57,9 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         sides = [column(row, "chosen"), column(row, "rejected")]
         prompt = row.get("prompt")
         if any(isinstance(side, list) for side in sides):
-            return chat_preference(prompt if isinstance(prompt, list) else None, *sides, uid=uid, tokenizer=tokenizer)
+            more = {name: column(row, name) for name in ("tools", "chat_template_kwargs") if name in row}
+            turns = prompt if isinstance(prompt, list) else None
+            return chat_preference(turns, *sides, uid=uid, tokenizer=tokenizer, **more)
         chosen, rejected = text(row, "chosen"), text(row, "rejected")
         for field in ("chosen", "rejected"):
             check_length(row[field], field=field)

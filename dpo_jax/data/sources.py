@@ -84,6 +84,8 @@ def load_preferences(
         detail = f"needs more memory than this machine has, after {report.rows:,} rows; take fewer"
         raise DataError(f"{report.source} [{split}]: {detail}", causes=[Cause.OVER_LIMIT]) from None
     triage.finish(kept=len(preferences))
+    told = collections.Counter(note for preference in preferences for note in preference.notes)
+    report.notes += [f"{note} ({count:,} of {len(preferences):,} pairs)" for note, count in told.items()]
     if report.format == "rewardbench" and preferences:
         form = "the tokenizer's chat template" if preferences[0].chat else "Human: and Assistant:, for want of a chat template"
         report.notes.append(f"questions and answers are rendered with {form}")

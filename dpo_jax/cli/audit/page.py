@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from dpo_jax.cli.config import Config
@@ -14,6 +16,7 @@ from dpo_jax.report.audit import verdict_sentences
 
 WIDTH = 80
 REASONS = 6  # dropped rows that are shown
+RUNS = 7  # of scored tokens and others by turns, in a side of the example
 EXAMPLE = {"prompt": 180, "chosen": 120, "rejected": 120}  # characters of the example
 
 
@@ -148,9 +151,21 @@ def _example(example: Mapping[str, Any]) -> Iterator[str]:
     """Prompt, chosen and rejected as tokens. What the loss counts stands in brackets."""
     yield _cut(one_line(f"  {example['uid']}, tokens parted by {SEPARATOR}, scored ones in [ ]"))
     for name, most in EXAMPLE.items():
-        strings = shortened(example[name]["tokens"], most)
-        if example[name]["scored"]:
-            strings = ["[" + strings[0], *strings[1:]]
-            strings[-1] += "]"
+        strings = marked(example[name]["tokens"], example[name]["scored"], most)
         for number, line in enumerate(rows_of(strings, WIDTH - 12)):
             yield f"  {'' if number else name:<10}{line}"
+
+
+def marked(tokens: Sequence[str], scored: bool | Sequence[bool], most: int) -> list[str]:
+    """The tokens, each run of scored ones in brackets. Every run is shortened, and of many only the first are shown."""
+    flags = [scored] * len(tokens) if isinstance(scored, bool) else scored
+    runs = [(flag, [token for token, _ in run]) for flag, run in groupby(zip(tokens, flags, strict=True), key=itemgetter(1))]
+    shown: list[str] = []
+    for flag, run in runs[:RUNS]:
+        strings = shortened(run, most // min(len(runs), 2))
+        if flag:
+            strings = ["[" + strings[0], *strings[1:]]
+            strings[-1] += "]"
+        shown += strings
+    left_out = sum(len(run) for _, run in runs[RUNS:])
+    return [*shown, *([f"... {left_out:,} more ..."] if left_out else [])]
