@@ -25,9 +25,9 @@ def chat_preference(
 ) -> Preference:
     """The preference that three lists of messages `{"role", "content"}` make, rendered as text.
 
-    `prompt=None`: the prompt is implicit, the messages that both sides begin with. It is rendered with the template's generation
-    prompt; a completion is the rendered whole minus the rendered prompt. An EOS token that ends the completion is taken off,
-    together with what the template puts after it: encoding appends EOS itself.
+    `prompt=None`: the prompt is implicit, the messages that both sides begin with. The prompt is rendered with the template's
+    generation prompt; a completion is the rendered whole minus the rendered prompt. An EOS token that ends the completion is
+    taken off, together with what the template puts after it: encoding appends EOS itself.
 
     A completion may hold several turns. Those of the assistant are what it is judged by (`Preference.chosen_spans`), turns of
     users and tools are context. Turns after the assistant's last one are left off. Where the template writes an answer
@@ -154,7 +154,7 @@ def _rendered(
         spans.append(tuple((begin - start, min(end - start, len(texts[-1]))) for begin, end in found))
         if rewrites:
             notes.append(
-                "the chat template writes a turn of the assistant otherwise once others follow (reasoning, for example)"
+                "the chat template writes an assistant's turn otherwise once others follow, without its reasoning for example"
             )
     return texts, spans, list(dict.fromkeys(notes))
 
@@ -168,10 +168,10 @@ def _without_end(completion: str, tokenizer: Any) -> str:
 def _parted(
     template: Template, turns: list[Message], sides: list[list[Message]], asked: str, wholes: list[str]
 ) -> tuple[str, list[str], int, list[str]]:
-    """Prompt, wholes, where the prompt ends in them, and notes, of a template that does not go on as its generation prompt says.
+    """Prompt, wholes, where the prompt ends in them, and notes, where an answer does not go on as the generation prompt begins.
 
     Some templates open `<think>` in the generation prompt and take the reasoning off each answer that they render: there the
-    completion is what the assistant wrote. Others put another beginning before an answer: there the prompt ends where they part.
+    completion is what the assistant wrote. Others begin an answer otherwise: there the prompt ends where the two part.
     """
     bare = template.render(turns)
     before = len(os.path.commonprefix([asked, bare]))  # where the generation prompt begins
@@ -183,19 +183,20 @@ def _parted(
         tag, space = opened.groups()
         written = [_with_reasoning(side, whole[before:], tag, space) for side, whole in zip(sides, wholes, strict=True)]
         if all(text is not None for text in written):
-            note = f"the chat template leaves out the reasoning that its generation prompt opens with {opened[0].strip()!r}: taken as written"
+            note = f"the chat template leaves out reasoning, which its generation prompt opens with '<{tag}>': taken as written"
             return asked, [f"{asked}{text}" for text in written], len(asked), [note]
         if any(text is not None for text in written):
-            detail = f"one side has reasoning after {opened[0].strip()!r} and the other has none, and the chat template leaves it out"
+            detail = f"one side has reasoning after '<{tag}>' and the other has none, and the chat template leaves it out"
             raise BadRow(Cause.CHAT_TEMPLATE, detail)
     start = min(boundary(asked, whole, template.tokenizer) for whole in wholes)
-    note = f"the chat template begins answers otherwise than its generation prompt, {asked[before:]!r}: scored from where they part"
+    note = f"the generation prompt {asked[before:]!r} is not the beginning of rendered answers: scored from where they part"
     return asked, wholes, start, [note]
 
 
 def _with_reasoning(side: list[Message], rendered: str, tag: str, space: str) -> str | None:
-    """What an assistant wrote after a generation prompt that ends with `<tag>` and `space`, and the end that the template, which
-    makes `rendered` of the turn, puts to it. None if there is no reasoning in it, or the template has kept it.
+    """What an assistant wrote after a generation prompt that ends with `<tag>` and `space`, and the turn's end of `rendered`.
+
+    None if there is no reasoning in it, or the template has kept it.
     """
     content, opening, closing = side[0]["content"] or "", f"<{tag}>", f"</{tag}>"
     if content.lstrip().startswith(opening):

@@ -28,7 +28,9 @@ from dpo_jax.types import Array, Rows
 
 Ranking = tuple[np.ndarray, Sequence[np.ndarray]]
 """(prompt ids, [completion ids, ...] best first), int32 each."""
-Example = Encoded | PairGroup | Completion | tuple[np.ndarray, np.ndarray]
+Text = tuple[np.ndarray, np.ndarray] | Completion
+"""A text to learn: (prompt ids, completion ids), int32 each, or with a third field a `Completion`."""
+Example = Encoded | PairGroup | Text
 
 
 def causal_rows(tokens: Array | Sequence[Sequence[int]]) -> Rows:
@@ -104,14 +106,13 @@ def packed_rows(encoded: Sequence[Encoded], *, length: int, pairs_per_row: int =
     return layout.rows(encoded, ref_logps=ref_logps)
 
 
-def completion_rows(
-    completions: Sequence[Completion | tuple[np.ndarray, np.ndarray]], *, length: int, per_row: int = 1
-) -> Rows:
+def completion_rows(completions: Sequence[Text], *, length: int, per_row: int = 1) -> Rows:
     """Single completions after their prompts, `per_row` to a row at most: what supervised fine-tuning reads.
 
-    `completions` are (prompt, completion), int32[n] token ids each, or `Completion`, which says which tokens count. R rows of L = `length` tokens, one slot a completion. With
-    `per_row` above 1, R is as few as fit, and `rows.index` int32[E] tells the order. Without a prompt the first token is
-    not scored. Raises ValueError for one that does not fit, has no tokens, or holds what is no token id; TypeError for pairs.
+    `completions` are (prompt, completion), int32[n] token ids each, and where not all tokens of the completion count, bool[n].
+    R rows of L = `length` tokens, one slot a completion. With `per_row` above 1, R is as few as fit, and `rows.index` int32[E]
+    tells the order. Without a prompt the first token is not scored. Raises ValueError for one that does not fit, has no tokens,
+    or holds what is no token id; TypeError for pairs.
 
     >>> rows = completion_rows([(np.int32([5, 6]), np.int32([7, 0]))], length=8)
     >>> rows.tokens.tolist(), completion_lengths(rows).tolist()
@@ -266,7 +267,7 @@ class Layout:
         if isinstance(example, PairGroup):
             return [group_size(example, shared=self.kind != "plain")]
         if not isinstance(example, Encoded):
-            return [Completion(*example).size]
+            return [Completion.of(example).size]
         if self.kind == "plain":
             return [Completion(example.prompt, *side).size for side in example.sides]
         tokens = len(example.prompt) + len(example.chosen) + len(example.rejected)
@@ -300,7 +301,7 @@ class Layout:
         example = examples[number]
         if isinstance(example, PairGroup):
             return group_unit(example, shared=self.kind != "plain")
-        return shared_unit(example) if isinstance(example, Encoded) else completion_unit(*example)
+        return shared_unit(example) if isinstance(example, Encoded) else completion_unit(*Completion.of(example))
 
     def _bins(self, sizes: np.ndarray, *, at_least: int) -> list[list[int]]:
         """The units of each row, in rows enough for all hosts and devices."""

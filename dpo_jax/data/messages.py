@@ -183,9 +183,7 @@ def _variables(value: Any, tokenizer: Any) -> dict[str, Any]:
         raise BadRow(Cause.WRONG_TYPE, f"an object is needed, this is {type(value).__name__}", field=field)
     for name in value:
         if name in _reserved(tokenizer):
-            raise BadRow(
-                Cause.WRONG_TYPE, f"{name!r} is not the row's to set: messages, tools and encoding have it", field=field
-            )
+            raise BadRow(Cause.WRONG_TYPE, f"{name!r} is not for a row to set", field=field)
     for path, string in _strings(value, field):
         _check_string(string, path, tokenizer)
     return {name: item for name, item in value.items() if item is not None}  # parquet gives every row every name

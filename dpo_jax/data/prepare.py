@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.data.encode import Bos, Encoded, EosInText, Truncation, encode, scored_bytes
-from dpo_jax.data.layout import Completion
+from dpo_jax.data.layout import Completion, Text
 from dpo_jax.data.pairs import BadRow, Cause, DataReport, OnBad, Preference, PreferenceSet, Spans, Triage
 from dpo_jax.untrusted import reading
 
@@ -76,7 +76,7 @@ def encode_targets(
     truncation: Truncation = "keep_end",
     bos: Bos = "auto",
     score_prompt: bool = False,
-) -> tuple[list[Completion], list[str]]:
+) -> tuple[list[Text], list[str]]:
     """What SFT learns: (prompt, completion) token ids of each distinct text, and their uids. `preferences` passed `encode_all`.
 
     The completion is the `sft_target` of a preference, or else its chosen side, cut like the original cuts it: against its own
@@ -89,26 +89,28 @@ def encode_targets(
     for preference in preferences:
         spans = None if preference.sft_target else preference.chosen_spans
         seen.setdefault((preference.prompt, preference.sft_target or preference.chosen, spans), preference)
-    texts, uids = [], []
+    texts: list[Text] = []
+    uids: list[str] = []
     for (prompt, target, spans), preference in seen.items():
         record = {"prompt": prompt, "chosen": target, "rejected": target, "chat": preference.chat}
         if spans is not None:
             record |= {"chosen_spans": spans, "rejected_spans": spans}
         pair = _encode_text(record, tokenizer, **limits)
         text = np.concatenate([pair.prompt, pair.chosen])
-        texts.append(Completion(text[:0], text) if score_prompt else Completion(pair.prompt, *pair.sides[0]))
+        whole = (text[:0], text) if score_prompt else (pair.prompt, pair.chosen)
+        texts.append(whole if score_prompt or pair.chosen_scored is None else Completion(*whole, pair.chosen_scored))
         uids.append(preference.uid)
     return texts, uids
 
 
-def data_digest(examples: Sequence[Encoded] | Sequence[Completion | tuple[np.ndarray, np.ndarray]]) -> str:
+def data_digest(examples: Sequence[Encoded] | Sequence[Text]) -> str:
     """SHA-256 over all token ids, in order, and which are scored: what a resumed run must find unchanged."""
     digest = hashlib.sha256()
     for example in examples:
         if isinstance(example, Encoded):
             prompt, sides = example.prompt, example.sides
         else:
-            prompt, sides = example[0], [Completion(*example)[1:]]
+            prompt, sides = example[0], [Completion.of(example)[1:]]
         parts = (prompt, *(ids for ids, _ in sides))
         digest.update(np.array([len(ids) for ids in parts], "<i4").tobytes())
         digest.update(np.concatenate(parts).astype("<i4").tobytes())
