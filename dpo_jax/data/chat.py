@@ -150,13 +150,12 @@ def _rendered(
         if len(side) == 1:
             spans.append(None)
             continue
-        found, rewrites = assistant_spans(template, turns, side, whole, start=start, context=context, field=name)
+        found = assistant_spans(template, turns, side, whole, start=start, context=context, field=name)
         spans.append(tuple((begin - start, min(end - start, len(texts[-1]))) for begin, end in found))
-        if rewrites:
-            notes.append(
-                "the chat template writes an assistant's turn otherwise once others follow, without its reasoning for example"
-            )
-    return texts, spans, list(dict.fromkeys(notes))
+    own = ((turn, whole) for side, whole in zip(sides, wholes, strict=True) for turn in side[context:])
+    if any((turn["content"] or "").strip() not in whole for turn, whole in own):
+        notes.append("the chat template leaves out or changes part of what the assistant wrote, its reasoning for example")
+    return texts, spans, notes
 
 
 def _without_end(completion: str, tokenizer: Any) -> str:

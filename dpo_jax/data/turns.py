@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import os
+import re
 from typing import Any, NoReturn
 
 from dpo_jax.data.messages import Message, Template, call_names
@@ -13,15 +14,14 @@ from dpo_jax.data.tokenizer import special_tokens
 
 def assistant_spans(
     template: Template, prompt: list[Message], side: list[Message], whole: str, *, start: int, context: int, field: str
-) -> tuple[list[tuple[int, int]], bool]:
-    """Characters [begin, end) of `whole` that the assistant wrote, and whether the template writes a turn otherwise once others
-    follow it.
+) -> list[tuple[int, int]]:
+    """Characters [begin, end) of `whole` that the assistant wrote.
 
     `whole` is `prompt + side` rendered; the completion begins at `start`, and its first `context` turns do not count. A turn
     begins where the turns before it end with the generation prompt, and ends with what the template puts behind it, such as
     EOS, less the white space after that. Raises `BadRow` for a template that rewrites the turns before an answer.
     """
-    spans, rewrites = [], False
+    spans = []
     for index in range(context, len(side)):
         turn, before = side[index], prompt + side[:index]
         if turn["role"] != "assistant":
@@ -32,10 +32,9 @@ def assistant_spans(
         else:
             alone = template.render([*before, turn])
             end = len(alone) if whole.startswith(alone) else _end(alone, whole, begin, turn, field)
-            rewrites |= not whole.startswith(alone)
             end = _without_space(whole, begin, end, template.tokenizer)
         spans.append((begin, end))
-    return spans, rewrites
+    return spans
 
 
 def _begin(template: Template, before: list[Message], whole: str, field: str) -> int:
@@ -51,7 +50,8 @@ def _end(alone: str, whole: str, begin: int, turn: Message, field: str) -> int:
     """Where a turn ends that is written otherwise as the last one, in `alone`: in front of its end, as a rule, where reasoning
     stood. What `alone` ends with is what the turn is in `whole`."""
     names = call_names(turn)
-    kept = names[-1] if names else (turn["content"] or "").rstrip()[-20:]
+    last_word = re.search(r"[^\s>]+>*\s*$", turn["content"] or "")
+    kept = names[-1] if names else last_word[0].rstrip() if last_word else ""
     for cut in range(min(begin, len(alone)), len(alone)):
         if whole.startswith(alone[cut:], begin):
             if kept in alone[cut:]:
