@@ -193,7 +193,7 @@ def test_files_of_both_kinds_give_the_same(chatty, tmp_path):
         ],
         "chosen": [said("Good.")],
         "rejected": [said("Bad.")],
-        "tools": [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "title": "Numbers"}}}],
+        "tools": [{"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}],
         "chat_template_kwargs": {"shout": True},
     }
     rows = [other, *(ROWS[name][0] for name in ("tools", "calls and answers of tools", "numbers of turns differ"))]
