@@ -80,6 +80,7 @@ def done(model, tmp_path_factory):
         }
         for i in range(4)
     ]
+    rows[0]["chosen"] += [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "Yes."}]
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = folder / "chat.yaml"
@@ -157,6 +158,15 @@ def test_people_see_turns(done):
         assert line["turns"] == [{"role": "user", "content": "Is 0 even?\x1b[2J"}]
         assert line["prompt"] == "<|header|>user\nIs 0 even?\x1b[2J<|turn|>\n<|header|>assistant\n"
     assert not any("\x1b" in result.out + result.err for result in printed.values())
+
+
+def test_the_audit_shows_the_turns_that_are_scored(done):
+    """Training and evaluation, which read these rows, have ended well."""
+    _, config, _ = done
+    shown = call("audit", config).out
+    lines = shown.partition("  chosen    ")[2].partition("  rejected  ")[0].splitlines()
+    tokens = "".join(line.strip() for line in lines).replace("·", "")
+    assert tokens == r"[Look.<|turn|>]\n<|header|>user\nSo?<|turn|>\n<|header|>assistant\n[Yes.<|turn|>\n<|endoftext|>]"
 
 
 def test_ones_own_prompts_are_rendered_as_in_training(done, tmp_path):

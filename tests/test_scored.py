@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from test_layout import expected, read_out
 
-from dpo_jax.cli.audit.page import marked
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.groups import group_pairs
 from dpo_jax.data.layout import Completion, Layout, completion_rows, packed_rows, plain_rows, shared_rows
@@ -16,6 +15,7 @@ from dpo_jax.data.lengths import length_differences
 from dpo_jax.data.loader import make_batch, plan_layout
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.data.repeats import find_repeats
+from dpo_jax.data.token_text import marked
 from dpo_jax.evals.preference import completion_tokens
 from dpo_jax.logps import completion_lengths, completion_logps, sequence_logps
 from dpo_jax.models.decoder import make_model

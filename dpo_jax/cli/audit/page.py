@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dpo_jax.cli.config import Config
 from dpo_jax.data.lengths import PARTS
 from dpo_jax.data.terminal import one_line, printable
-from dpo_jax.data.token_text import SEPARATOR, rows_of, shortened
+from dpo_jax.data.token_text import SEPARATOR, marked, rows_of
 from dpo_jax.report.audit import verdict_sentences
 
 WIDTH = 80
 REASONS = 6  # dropped rows that are shown
-RUNS = 7  # of scored tokens and others by turns, in a side of the example
 EXAMPLE = {"prompt": 180, "chosen": 120, "rejected": 120}  # characters of the example
 
 
@@ -154,18 +151,3 @@ def _example(example: Mapping[str, Any]) -> Iterator[str]:
         strings = marked(example[name]["tokens"], example[name]["scored"], most)
         for number, line in enumerate(rows_of(strings, WIDTH - 12)):
             yield f"  {'' if number else name:<10}{line}"
-
-
-def marked(tokens: Sequence[str], scored: bool | Sequence[bool], most: int) -> list[str]:
-    """The tokens, each run of scored ones in brackets. Every run is shortened, and of many only the first are shown."""
-    flags = [scored] * len(tokens) if isinstance(scored, bool) else scored
-    runs = [(flag, [token for token, _ in run]) for flag, run in groupby(zip(tokens, flags, strict=True), key=itemgetter(1))]
-    shown: list[str] = []
-    for flag, run in runs[:RUNS]:
-        strings = shortened(run, most // min(len(runs), 2))
-        if flag:
-            strings = ["[" + strings[0], *strings[1:]]
-            strings[-1] += "]"
-        shown += strings
-    left_out = sum(len(run) for _, run in runs[RUNS:])
-    return [*shown, *([f"... {left_out:,} more ..."] if left_out else [])]
