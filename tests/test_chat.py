@@ -268,7 +268,15 @@ def test_turns_behind_the_last_answer_are_left_off(chatty):
     assert pair.notes == ("turns after the assistant's last one are left off",)
 
 
+def test_texts_are_not_rendered_and_leave_tools_unread(tmp_path):
+    rows = [{"prompt": "a", "chosen": " b", "rejected": " c", "tools": tools} for tools in (TOOLS, [], None)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes = load_preferences(tmp_path, "train").report.notes
+    assert notes[1:] == ["tools: not read beside texts, only beside messages (1 of 3 pairs)"]
+
+
 TWICE = said(None, tool_calls=[call("A"), call("B")])
+TWO_PROMPTS = {side: [*ASKED, said(answer)] for side, answer in (("chosen", "Yes."), ("rejected", "No."))}
 BAD = {
     "tools that the template leaves out": (Cause.CHAT_TEMPLATE, "qwen3", {"tools": TOOLS}, "tools: .*does not write tools"),
     "calls that it leaves out": (
@@ -309,6 +317,8 @@ BAD = {
         {"chosen": [TWICE]},
         "one call",
     ),
+    "the prompt twice": (Cause.DIFFERENT_PROMPTS, "chatml", TWO_PROMPTS, "both begin with the messages of the prompt"),
+    "too many turns": (Cause.TOO_LONG, "chatml", {"chosen": [said("a"), user("b")] * 250 + [said("a")]}, "501 turns"),
     "only a tool answers": (Cause.DIFFERENT_PROMPTS, "chatml", {"chosen": [TOLD]}, "one of 'tool'"),
 }
 

@@ -185,4 +185,4 @@ def test_the_audit_brackets_each_run_of_scored_tokens():
     runs = marked([*"abcdefghij"], [True, False] * 5, 99)
     assert runs == ["[a]", "b", "[c]", "d", "[e]", "f", "[g]", "... 3 more ..."]
     long = marked([*"a" * 50, *"b" * 50], [True] * 50 + [False] * 50, 40)
-    assert [token for token in long if len(token) > 1] == ["[a", "... 40 more ...", "a]", "... 40 more ..."]
+    assert [token for token in long if len(token) > 1] == ["[a", "... 30 more ...", "a]", "... 30 more ..."]

@@ -11,6 +11,7 @@ from dpo_jax.data.pairs import BadRow, Cause, Preference, Spans, check_pair
 from dpo_jax.data.turns import assistant_spans, boundary, refuse_rewriting
 
 SIDES = ("chosen", "rejected")
+MAX_TURNS = 500  # of a completion: each is found by rendering all before it
 
 
 def chat_preference(
@@ -45,6 +46,7 @@ def chat_preference(
         turns, sides, context = _implicit(*sides)
     else:
         turns = read_messages(prompt, "prompt", tokenizer)
+        _check_apart(turns, sides)
     notes = template.notes()
     ended = [_until_the_assistant(side) for side in sides]
     for name, side in zip(SIDES, ended, strict=True):
@@ -106,10 +108,18 @@ def _check_prompt(turns: list[Message], field: str) -> None:
         raise BadRow(Cause.NO_PROMPT, "the prompt must end with a message that the assistant answers", field=field)
 
 
+def _check_apart(prompt: list[Message], sides: list[list[Message]]) -> None:
+    if all(side[: len(prompt)] == prompt for side in sides):
+        detail = "both begin with the messages of the prompt: leave these, or the column prompt, out"
+        raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field="chosen, rejected")
+
+
 def _check_completion(messages: list[Message], field: str, *, context: int) -> None:
     if messages and messages[0]["role"] != "assistant":
         detail = f"a completion begins with a turn of the assistant, this one with one of {messages[0]['role']!r}"
         raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field=field)
+    if len(messages) > MAX_TURNS:
+        raise BadRow(Cause.TOO_LONG, f"a completion of {len(messages):,} turns, where {MAX_TURNS:,} are the limit", field=field)
     own = [message for message in messages[context:] if message["role"] == "assistant"]
     if not any((message["content"] or "").strip() or message.get("tool_calls") for message in own):
         raise BadRow(Cause.EMPTY, "the completion is empty or blank", field=field)

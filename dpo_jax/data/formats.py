@@ -56,17 +56,18 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     def preference(uid: str, row: Row) -> Preference:
         sides = [column(row, "chosen"), column(row, "rejected")]
         prompt = row.get("prompt")
+        more = {name: column(row, name) for name in ("tools", "chat_template_kwargs") if name in row}
         if any(isinstance(side, list) for side in sides):
-            more = {name: column(row, name) for name in ("tools", "chat_template_kwargs") if name in row}
             turns = prompt if isinstance(prompt, list) else None
             return chat_preference(turns, *sides, uid=uid, tokenizer=tokenizer, **more)
         chosen, rejected = text(row, "chosen"), text(row, "rejected")
         for field in ("chosen", "rejected"):
             check_length(row[field], field=field)
+        unread = tuple(f"{name}: not read beside texts, only beside messages" for name, value in more.items() if value)
         if "prompt" in row:
-            return checked(Preference(text(row, "prompt"), chosen, rejected, uid))
+            return checked(Preference(text(row, "prompt"), chosen, rejected, uid, notes=unread))
         cut = common_prompt(chosen, rejected)
-        return checked(Preference(chosen[:cut], chosen[cut:], rejected[cut:], uid))
+        return checked(Preference(chosen[:cut], chosen[cut:], rejected[cut:], uid, notes=unread))
 
     return _one_each(rows, preference)
 

@@ -59,7 +59,7 @@ def _leading(strings: Sequence[str], most: int) -> list[str]:
 
 
 def marked(tokens: Sequence[str], scored: bool | Sequence[bool], most: int | None = None) -> list[str]:
-    """The tokens, each run of scored ones in brackets. With `most` characters a run is shortened, and of many the rest left out."""
+    """The tokens, each run of scored ones in brackets. `most` shortens each run; of many runs only the first are shown then."""
     flags = [scored] * len(tokens) if isinstance(scored, bool) else scored
     runs = [(flag, [token for token, _ in run]) for flag, run in groupby(zip(tokens, flags, strict=True), key=itemgetter(1))]
     shown: list[str] = []
