@@ -243,6 +243,35 @@ def test_a_template_that_takes_reasoning_off_earlier_turns(chatty):
     ]
 
 
+@pytest.mark.parametrize("last", ["<|im_end|>", "<|User|>"])
+def test_a_template_that_marks_the_end_of_a_conversation(last):
+    """Phi 3 puts EOS behind the last turn, gpt-oss another token in place of that of other turns."""
+    end = "<|begin|>" if last == "<|User|>" else "<|begin|>\n"
+    after = f"{{{{ '{last}' if loop.last and not add_generation_prompt and m.role == 'assistant' else '{end}' }}}}"
+    if last == "<|im_end|>":
+        after = f"{end}{{{{ '{last}' if loop.last and not add_generation_prompt }}}}"
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + after + "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    pair = preference(ROWS["numbers of turns differ"][0], chat_tokenizer(template))
+    first, second = (pair.chosen[begin:end] for begin, end in pair.chosen_spans)
+    assert first == "Where to?<|begin|>"
+    assert second.startswith("Take the night train.")
+    ids = encode(ROWS["numbers of turns differ"][0], chat_tokenizer(template), **LIMITS).chosen
+    assert (ids == 0).sum() == (ids[-1] == 0) == 1  # EOS
+    assert pair.notes == ()
+
+
+def test_a_message_that_the_template_leaves_out_is_told(chatty):
+    row = {"prompt": [{"role": "system", "content": "Be terse."}, *ASKED], "chosen": [said("Yes.")], "rejected": [said("No.")]}
+    assert preference(row, chatty["chatml"]).notes == ()
+    left_out = chat_tokenizer("{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    assert preference(row, left_out).notes == (
+        "the chat template leaves out or changes part of a system's or user's message in the prompt",
+    )
+
+
 @pytest.mark.parametrize("opener", ["<think>\n", "<think>", ""])
 def test_reasoning_that_the_generation_prompt_opens_is_taken_as_written(opener, chatty):
     answers = [f"{opener}hm\n</think>\n\n{word}" for word in ("Yes", "No")]

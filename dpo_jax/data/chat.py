@@ -162,6 +162,8 @@ def _rendered(
             continue
         found = assistant_spans(template, turns, side, whole, start=start, context=context, field=name)
         spans.append(tuple((begin - start, min(end - start, len(texts[-1]))) for begin, end in found))
+    if any(turn["role"] in ("system", "user") and (turn["content"] or "").strip() not in asked for turn in turns):
+        notes.append("the chat template leaves out or changes part of a system's or user's message in the prompt")
     own = ((turn, whole) for side, whole in zip(sides, wholes, strict=True) for turn in side[context:])
     if any((turn["content"] or "").strip() not in whole for turn, whole in own):
         notes.append("the chat template leaves out or changes part of what the assistant wrote, its reasoning for example")

@@ -220,6 +220,9 @@ def _spans_ids(tokenizer: Any, text: str, name: str, spans: Sequence[tuple[int, 
         raise ValueError(f"{name}: of several turns only a fast tokenizer (tokenizer.json) can tell the assistant's tokens")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    own = np.flatnonzero(ids == tokenizer.eos_token_id)
+    if len(own) and not tokenizer.decode(ids[own[-1] + 1 :]).strip():  # its template has ended it already
+        ids, offsets = ids[: own[-1]], offsets[: own[-1]]
     begins, ends = offsets.T
     # A blank token has no width with tokenizers that take blanks off: it begins where the one before it ends.
     begins = np.where(begins == ends, np.append(0, ends[:-1])[: len(ends)], begins)

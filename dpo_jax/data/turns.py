@@ -31,7 +31,7 @@ def assistant_spans(
             end = len(whole)
         else:
             alone = template.render([*before, turn])
-            end = len(alone) if whole.startswith(alone) else _end(alone, whole, begin, turn, field)
+            end = len(alone) if whole.startswith(alone) else _end(template, alone, whole, begin, turn, field)
             end = _without_space(whole, begin, end, template.tokenizer)
         spans.append((begin, end))
     return spans
@@ -46,9 +46,12 @@ def _begin(template: Template, before: list[Message], whole: str, field: str) ->
     return boundary(asked, whole, template.tokenizer)
 
 
-def _end(alone: str, whole: str, begin: int, turn: Message, field: str) -> int:
-    """Where a turn ends that is written otherwise as the last one, in `alone`: in front of its end, as a rule, where reasoning
-    stood. What `alone` ends with is what the turn is in `whole`."""
+def _end(template: Template, alone: str, whole: str, begin: int, turn: Message, field: str) -> int:
+    """Where a turn ends in `whole` that is written otherwise as the last one, in `alone`.
+
+    It begins otherwise, where reasoning is taken off earlier turns: then the turn is what `alone` ends with. Or it ends
+    otherwise, where the end of a conversation is marked: then its text is followed by a special token.
+    """
     names = call_names(turn)
     last_word = re.search(r"[^\s>]+>*\s*$", turn["content"] or "")
     kept = names[-1] if names else last_word[0].rstrip() if last_word else ""
@@ -57,6 +60,11 @@ def _end(alone: str, whole: str, begin: int, turn: Message, field: str) -> int:
             if kept in alone[cut:]:
                 return begin + len(alone) - cut
             break
+    written = (turn["content"] or "").strip()
+    if written and not names and (at := whole.find(written, begin)) >= 0:
+        ends = "|".join(map(re.escape, special_tokens(template.tokenizer)))
+        if found := re.compile(rf"\s*({ends})").match(whole, at + len(written)):
+            return found.end()
     refuse_rewriting(field)
 
 
