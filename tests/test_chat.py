@@ -283,8 +283,8 @@ def test_reasoning_that_the_generation_prompt_opens_is_taken_as_written(opener, 
 
 
 def test_other_answers_are_scored_from_where_they_part_from_the_generation_prompt(chatty):
-    pair = preference({"prompt": [user("hi")], "chosen": [said("<b>Yes")], "rejected": [said("No")]}, chatty["r1"])
-    assert (pair.prompt, pair.chosen, pair.rejected) == ("<|User|>hi<|Assistant|>", "<b>Yes", "No")  # not inside "<think>"
+    pair = preference({"prompt": [user("hi")], "chosen": [said("<b>Yes")], "rejected": [said("<b>No")]}, chatty["r1"])
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("<|User|>hi<|Assistant|>", "<b>Yes", "<b>No")  # not inside "<think>"
     (note,) = pair.notes
     assert note.startswith(r"the generation prompt '<|Assistant|><think>\n' is not the beginning of rendered answers")
 
