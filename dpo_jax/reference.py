@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.data.encode import Encoded
+from dpo_jax.data.encode import Encoded, scored_bytes
 from dpo_jax.data.loader import Batch
 from dpo_jax.locks import open_lock
 from dpo_jax.logps import completion_logps
@@ -76,10 +76,11 @@ def check_finite(pairs: Sequence[Encoded], logps: np.ndarray, *, numbers: Sequen
 
 
 def pair_key(pair: Encoded) -> bytes:
-    """16 bytes that stand for the token ids of a pair."""
+    """16 bytes that stand for the token ids of a pair, and for which of them are scored where not all are."""
     parts = [np.asarray(ids, "<i4") for ids in (pair.prompt, pair.chosen, pair.rejected)]
     lengths = np.array([len(part) for part in parts], "<i4")
-    return hashlib.blake2b(b"".join(part.tobytes() for part in (lengths, *parts)), digest_size=16).digest()
+    content = b"".join(part.tobytes() for part in (lengths, *parts)) + scored_bytes(*pair.sides)
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 class ReferenceCache:

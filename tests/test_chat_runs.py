@@ -100,6 +100,7 @@ def done(model, tmp_path_factory):
             }
             for i in numbers
         ]
+        rows[0]["chosen"] += [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "Yes."}]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = folder / "chat.yaml"
     config.write_text(CONFIG.format(dir=folder / "run", data=folder, model=model))
@@ -147,7 +148,7 @@ def test_exports_keep_what_servers_read(done, model):
     # DPO starts from the trained weights themselves, and so from its reference.
     first = read_metrics(folder / "run" / "dpo" / "metrics.jsonl")[0]
     assert math.isclose(first["loss"], math.log(2), rel_tol=1e-6)
-    assert {abs(first[f"displacement/{side}"]) < 1e-9 for side in ("chosen", "rejected")} == {True}
+    assert {abs(first[f"displacement/{side}"]) < 1e-4 for side in ("chosen", "rejected")} == {True}
 
 
 def test_weights_too_large_for_the_type_of_the_source(model, tmp_path, capsys):
@@ -199,6 +200,17 @@ def test_people_see_turns(done):
             "<|start_header_id|>assistant<|end_header_id|>\n\n"
         )
     assert not any("\x1b" in result.out + result.err for result in printed.values())
+
+
+def test_the_audit_shows_the_turns_that_are_scored(done):
+    """Training and evaluation, which read these rows, have ended well."""
+    _, config, _ = done
+    shown = call("audit", config).out
+    lines = shown.partition("  chosen    ")[2].partition("  rejected  ")[0].splitlines()
+    tokens = "".join(line.strip() for line in lines).replace("·", "")
+    head = "<|start_header_id|>{}<|end_header_id|>\\n\\n"
+    assert tokens.startswith(f"[Look.<|eot_id|>]{head.format('user')}So?")
+    assert tokens.endswith(f"{head.format('assistant')}[Yes.<|eot_id|><|endoftext|>]")
 
 
 def test_ones_own_prompts_are_rendered_as_in_training(done, tmp_path):

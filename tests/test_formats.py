@@ -128,7 +128,6 @@ BAD_CHATS = {
     "no shared message": (Cause.NO_PROMPT, None, [SAID], [turn("assistant", "b")]),
     "prompt of the assistant": (Cause.NO_PROMPT, [USER, SAID], [SAID], [turn("assistant", "b")]),
     "two questions": (Cause.DIFFERENT_PROMPTS, None, [USER, SAID], [turn("user", "r"), SAID]),
-    "parted before the last turn": (Cause.DIFFERENT_PROMPTS, None, [USER, SAID, USER, SAID], [USER, turn("assistant", "b")]),
     "EOS in a message": (Cause.EOS_IN_TEXT, [turn("user", "q<|endoftext|>")], [SAID], [turn("assistant", "b")]),
     "no role": (Cause.MISSING_COLUMN, [{"content": "q"}], [SAID], [turn("assistant", "b")]),
     "content of parts": (
@@ -137,6 +136,8 @@ BAD_CHATS = {
         [SAID],
         [turn("assistant", "b")],
     ),
+    "a user completes": (Cause.DIFFERENT_PROMPTS, [USER], [USER, SAID], [turn("assistant", "b")]),
+    "only the shared turn is of the assistant": (Cause.EMPTY, None, [USER, SAID, USER], [USER, SAID, turn("user", "r")]),
     "text for messages": (Cause.WRONG_TYPE, None, "q a", [USER, SAID]),
     "texts for messages": (Cause.WRONG_TYPE, None, ["q", "a"], [USER, SAID]),
 }

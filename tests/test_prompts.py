@@ -48,6 +48,20 @@ def test_texts_are_turns_of_a_chat_model_and_messages_always(chatty, tmp_path):
     (told,) = prompts(tmp_path, chatty, {"messages": [SYSTEM, HI]})
     assert told.text == f"<|header|>system\nBe terse.<|endoftext|>{RENDERED.text}"
     assert told.turns == [SYSTEM, HI]
+    chatty.chat_template = "{{ tools | tojson if tools }}" + TEMPLATE.replace("m.content", "m.content or m.tool_calls")
+    try:
+        call = {
+            "role": "assistant",
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": "VALUE"}}}],
+        }
+        parts = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+        (told,) = prompts(tmp_path, chatty, {"messages": [HI, call, parts], "tools": [{"name": "f"}]})
+        with pytest.raises(ConfigError, match="tools: wrong_type: a text that is not rendered has none"):
+            prompts(tmp_path, chatty, {"prompt": "hi", "tools": [{"name": "f"}]}, chat=False)
+    finally:
+        chatty.chat_template = TEMPLATE
+    assert told.text.startswith('[{"name": "f"}]<|header|>user')
+    assert [turn["content"] for turn in told.turns] == ["hi", '{"name": "f", "arguments": {"a": "VALUE"}}', "hi"]
 
 
 BAD = {
@@ -63,7 +77,11 @@ BAD = {
     "rendered already": ({"prompt": RENDERED.text}, "prompt: eos_in_text: .* needs --sample.chat off"),
     "NUL": ('{"prompt": "a\0"}', "nul: NUL at character 13"),
     "system beside": ({"prompt": "hi", "system": "Be terse."}, "system: wrong_type: would be part of the prompt"),
-    "tools beside": ({"messages": [HI], "tools": [{"name": "f"}]}, "tools: wrong_type"),
+    "tools that the template leaves out": (
+        {"messages": [HI], "tools": [{"name": "f"}]},
+        "tools: chat_template: .* not write tools",
+    ),
+    "tools beside a text": ({"prompt": "hi", "tools": [{"name": "f"}]}, "tools: chat_template: .* not write tools"),
 }
 
 

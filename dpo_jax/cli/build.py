@@ -24,7 +24,7 @@ from dpo_jax.cli.preflight.inputs import refuse_texts
 from dpo_jax.cli.preflight.packages import check_writers
 from dpo_jax.data.chat_date import at_date
 from dpo_jax.data.encode import Encoded, token_ids, with_bos
-from dpo_jax.data.layout import Completion, Layout
+from dpo_jax.data.layout import Layout, Text
 from dpo_jax.data.loader import plan_layout
 from dpo_jax.data.pairs import Cause, DataError, DataReport, Preference, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet, encode_all
@@ -166,7 +166,7 @@ def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]
     return texts[: data.max_train if split == "train" else data.max_test]
 
 
-def encode_texts(config: Config, snippets: Sequence[Snippet], tokenizer: Any) -> list[Completion]:
+def encode_texts(config: Config, snippets: Sequence[Snippet], tokenizer: Any) -> list[Text]:
     """Whole texts to learn, every token but the first one (BOS, if there is one) scored; cut to `data.max_length`, EOS too."""
     ids = (with_bos(token_ids(snippet.text, tokenizer), tokenizer, bos=config.data.bos) for snippet in snippets)
     ended = (np.append(x, np.int32(tokenizer.eos_token_id))[: config.data.max_length] for x in ids)

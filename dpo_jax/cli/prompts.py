@@ -10,7 +10,9 @@ from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.data.chat import chat_prompt
 from dpo_jax.data.columns import check_text
 from dpo_jax.data.display import Turn, chat_turns
+from dpo_jax.data.messages import read_messages
 from dpo_jax.data.pairs import BadRow, Cause
+from dpo_jax.data.terminal import json_text
 from dpo_jax.data.tokenizer import special_tokens
 from dpo_jax.runtime.progress import reported
 from dpo_jax.untrusted import Unreadable, cause_of, parse_json, read_object, read_text
@@ -75,7 +77,7 @@ def prompts_of_file(name: str, tokenizer: Any, *, chat: bool) -> list[Prompt]:
         try:
             if "\0" in line:
                 raise BadRow(Cause.NUL, f"NUL at character {line.index(chr(0))} of the line: save the file as UTF-8")
-            prompts.append(_prompt(*(_field(line) if rows else ("", line)), tokenizer, chat=chat))
+            prompts.append(_prompt(*(_field(line) if rows else ("", line, {})), tokenizer, chat=chat))
         except BadRow as problem:
             raise ConfigError(f"{name}:{number}: {problem}") from problem
     if not prompts:
@@ -83,8 +85,8 @@ def prompts_of_file(name: str, tokenizer: Any, *, chat: bool) -> list[Prompt]:
     return prompts
 
 
-def _field(line: str) -> tuple[str, Any]:
-    """The field of a JSON line that holds the prompt, and its value."""
+def _field(line: str) -> tuple[str, Any, dict[str, Any]]:
+    """The field of a JSON line that holds the prompt, its value, and what else the chat template reads."""
     try:
         row = parse_json(line)
     except (ValueError, RecursionError) as error:
@@ -93,17 +95,19 @@ def _field(line: str) -> tuple[str, Any]:
     if len(found) != 1:
         what = "both" if found else "neither"
         raise BadRow(Cause.MISSING_COLUMN, f'needs an object with a "prompt" or "messages", this has {what}')
-    unread = [name for name in ("system", "tools", "chat_template_kwargs", "instruction", "input") if row.get(name)]
+    unread = [name for name in ("system", "instruction", "input") if row.get(name)]
     if unread:
         detail = "would be part of the prompt, and is not read here; give the whole prompt as messages, or as the rendered text"
         raise BadRow(Cause.WRONG_TYPE, detail, field=unread[0])
-    return found[0], row[found[0]]
+    return found[0], row[found[0]], {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
 
 
-def _prompt(field: str, value: Any, tokenizer: Any, *, chat: bool) -> Prompt:
+def _prompt(field: str, value: Any, more: dict[str, Any], tokenizer: Any, *, chat: bool) -> Prompt:
     if isinstance(value, str) and value.strip() and field != "messages":
         check_text(value, field=field)
         if not chat:
+            if more:
+                raise BadRow(Cause.WRONG_TYPE, "a text that is not rendered has none; give messages", field=next(iter(more)))
             return Prompt(value)
         if rendered := [token for token in special_tokens(tokenizer) if token in value]:
             detail = f"the text contains the special token {rendered[0]!r}; a prompt that is rendered needs --sample.chat off"
@@ -115,8 +119,15 @@ def _prompt(field: str, value: Any, tokenizer: Any, *, chat: bool) -> Prompt:
         raise BadRow(
             Cause.CHAT_TEMPLATE, "messages need a tokenizer with a chat template, and the policy's has none", field=field
         )
-    text = chat_prompt(value, tokenizer=tokenizer, field=field)
-    return Prompt(text, True, [{"role": str(turn["role"]), "content": str(turn.get("content", ""))} for turn in value])
+    text = chat_prompt(value, tokenizer=tokenizer, field=field, **more)
+    turns = read_messages(value, field, tokenizer)
+    return Prompt(text, True, [{"role": turn["role"], "content": _shown(turn)} for turn in turns])
+
+
+def _shown(turn: dict[str, Any]) -> str:
+    """The text of a message for people, its tool calls as JSON."""
+    calls = [json_text(call.get("function", call)) for call in turn.get("tool_calls", ())]
+    return "\n".join([*filter(None, [turn["content"]]), *calls])
 
 
 def is_chat(config: Config, policy: str, tokenizer: Any) -> bool:

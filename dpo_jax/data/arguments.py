@@ -25,6 +25,8 @@ def check_pairs(pairs: Any, *, name: str = "pairs") -> None:
         check_ids(pair.prompt, f"{label}: prompt", empty=True)
         check_ids(pair.chosen, f"{label}: chosen")
         check_ids(pair.rejected, f"{label}: rejected")
+        for side, (ids, scored) in zip(("chosen", "rejected"), pair.sides, strict=True):
+            check_scored(scored, ids, f"{label}: {side}")
 
 
 def check_completions(completions: Any) -> None:
@@ -36,11 +38,23 @@ def check_completions(completions: Any) -> None:
                 "completions must be (prompt ids, completion ids), got Encoded: give "
                 "[(pair.prompt, pair.chosen) for pair in encoded], or use plain_rows for pairs"
             )
-        if isinstance(pair, str | Mapping) or not hasattr(pair, "__len__") or len(pair) != 2:
+        if isinstance(pair, str | Mapping) or not hasattr(pair, "__len__") or len(pair) not in (2, 3):
             raise TypeError(f"completions must be (prompt ids, completion ids), got {type(pair).__name__} as number {number}")
-        prompt, completion = pair
+        prompt, completion, *scored = pair
         check_ids(prompt, f"text {number}: prompt", empty=True)
         check_ids(completion, f"text {number}: completion")
+        check_scored(scored[0] if scored else None, completion, f"text {number}: completion")
+
+
+def check_scored(scored: Any, ids: Any, label: str) -> None:
+    """Raises ValueError, beginning with `label`, unless `scored` is None, or bool [n] like `ids` and somewhere true."""
+    if scored is None:
+        return
+    if np.shape(scored) != np.shape(ids) or np.asarray(scored).dtype != bool:
+        shape = f"{np.asarray(scored).dtype}{list(np.shape(scored))}"
+        raise ValueError(f"{label}: which tokens are scored is {shape}; bool{list(np.shape(ids))} is expected")
+    if not np.any(scored):
+        raise ValueError(f"{label} has no scored token")
 
 
 def check_ids(ids: Any, label: str, *, empty: bool = False) -> None:

@@ -1,60 +1,106 @@
-"""Conversational preferences: messages rendered by the tokenizer's chat template."""
+"""Conversational preferences: messages rendered by the tokenizer's chat template, and what the assistant wrote in them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
 from typing import Any
 
-from dpo_jax.data.columns import text
-from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, check_length, check_pair
-from dpo_jax.data.rendering import Refused, render
-from dpo_jax.data.tokenizer import special_tokens
+from dpo_jax.data.messages import Message, Template, call_names, read_messages, read_template
+from dpo_jax.data.pairs import BadRow, Cause, Preference, Spans, check_pair
+from dpo_jax.data.turns import assistant_spans, boundary, refuse_rewriting
 
-Message = dict[str, Any]
-MAX_MESSAGES = 10_000
+SIDES = ("chosen", "rejected")
+MAX_TURNS = 500  # of a completion: each is found by rendering all before it
 
 
-def chat_preference(prompt: list[Any] | None, chosen: Any, rejected: Any, *, uid: str, tokenizer: Any) -> Preference:
+def chat_preference(
+    prompt: list[Any] | None,
+    chosen: Any,
+    rejected: Any,
+    *,
+    uid: str,
+    tokenizer: Any,
+    tools: Any = None,
+    chat_template_kwargs: Any = None,
+) -> Preference:
     """The preference that three lists of messages `{"role", "content"}` make, rendered as text.
 
     `prompt=None`: the prompt is implicit, the messages that both sides begin with. The prompt is rendered with the template's
-    generation prompt; a completion is the rendered whole minus the rendered prompt, which must be its beginning. An EOS token
-    that ends the completion is taken off, together with what the template puts after it: encoding appends EOS itself.
-    Raises `BadRow`, `DataError` if the tokenizer has no chat template, and `Unreadable` if it does not end (`data.rendering`).
+    generation prompt; a completion is the rendered whole minus the rendered prompt. An EOS token that ends the completion is
+    taken off, together with what the template puts after it: encoding appends EOS itself.
+
+    A completion may hold several turns. Those of the assistant are what it is judged by (`Preference.chosen_spans`), turns of
+    users and tools are context. Turns after the assistant's last one are left off. Where the template writes an answer
+    otherwise than its generation prompt begins it, the prompt ends where they part. Both is told in `Preference.notes`.
+
+    `tools` and `chat_template_kwargs` are what the template reads besides (also as JSON text). Raises `BadRow`, `DataError` if
+    the tokenizer has no chat template, and `Unreadable` if it does not end (`data.rendering`).
     """
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise DataError(
-            f"{uid}: {Cause.CHAT_TEMPLATE}: conversational rows need a tokenizer with a chat template",
-            causes=[Cause.CHAT_TEMPLATE],
-        )
-    sides = {"chosen": _messages(chosen, "chosen", tokenizer), "rejected": _messages(rejected, "rejected", tokenizer)}
-    if sides["chosen"] == sides["rejected"]:
+    template = read_template(tokenizer, tools=tools, variables=chat_template_kwargs, where=uid)
+    sides = [read_messages(side, name, tokenizer) for side, name in zip((chosen, rejected), SIDES, strict=True)]
+    if sides[0] == sides[1]:
         raise BadRow(Cause.IDENTICAL, "chosen and rejected are the same messages")
+    context = 0  # turns at the beginning of both completions that are no part of the preference
     if prompt is None:
-        shared = 0
-        while all(len(side) > shared for side in sides.values()) and sides["chosen"][shared] == sides["rejected"][shared]:
-            shared += 1
-        turns = sides["chosen"][:shared]
-        sides = {name: side[shared:] for name, side in sides.items()}
+        turns, sides, context = _implicit(*sides)
     else:
-        turns = _messages(prompt, "prompt", tokenizer)
-    for name, side in sides.items():
-        _check_completion(side, name)
+        turns = read_messages(prompt, "prompt", tokenizer)
+        _check_apart(turns, sides)
+    notes = template.notes()
+    ended = [_until_the_assistant(side) for side in sides]
+    for name, side in zip(SIDES, ended, strict=True):
+        _check_completion(side, name, context=context)
+    if ended != sides:
+        notes.append("turns after the assistant's last one are left off")
     _check_prompt(turns, "prompt")
-    text = _render(turns, tokenizer, generate=True)
-    completions = {name: _completion(text, turns + side, name, tokenizer) for name, side in sides.items()}
-    check_pair(text, **completions)
-    return Preference(text, **completions, uid=uid, chat=True)
+    texts, spans, found = _rendered(template, turns, ended, context)
+    prompt_text, chosen_text, rejected_text = texts
+    check_pair(prompt_text, chosen_text, rejected_text)
+    return Preference(
+        prompt_text,
+        chosen_text,
+        rejected_text,
+        uid,
+        chat=True,
+        chosen_spans=spans[0],
+        rejected_spans=spans[1],
+        notes=(*notes, *found),
+    )
 
 
-def chat_prompt(messages: Any, *, tokenizer: Any, field: str = "messages") -> str:
+def chat_prompt(
+    messages: Any, *, tokenizer: Any, field: str = "messages", tools: Any = None, chat_template_kwargs: Any = None
+) -> str:
     """Messages `{"role", "content"}` rendered as a prompt, with the generation prompt, as `chat_preference` does it.
 
     Raises `BadRow`, also where the assistant has the last word.
     """
-    turns = _messages(messages, field, tokenizer)
+    template = read_template(tokenizer, tools=tools, variables=chat_template_kwargs, where=field)
+    turns = read_messages(messages, field, tokenizer)
     _check_prompt(turns, field)
-    return _render(turns, tokenizer, generate=True)
+    return _asked(template, turns)
+
+
+def _implicit(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[list[Message]], int]:
+    """The prompt that both sides begin with, the completions, and how many turns of these are shared, too.
+
+    A prompt ends with a turn that the assistant answers: where the sides part behind a turn of the assistant, that turn, which
+    is context there, begins both completions.
+    """
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    end = shared
+    if shared < min(len(chosen), len(rejected)):
+        while end and chosen[end - 1]["role"] == "assistant":
+            end -= 1
+    return chosen[:end], [chosen[end:], rejected[end:]], shared - end
+
+
+def _until_the_assistant(side: list[Message]) -> list[Message]:
+    end = next((end for end in range(len(side), 0, -1) if side[end - 1]["role"] == "assistant"), 0)
+    return side[:end] or side
 
 
 def _check_prompt(turns: list[Message], field: str) -> None:
@@ -62,55 +108,113 @@ def _check_prompt(turns: list[Message], field: str) -> None:
         raise BadRow(Cause.NO_PROMPT, "the prompt must end with a message that the assistant answers", field=field)
 
 
-def _messages(value: Any, field: str, tokenizer: Any) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        detail = "a list of messages is needed, " + ("this one is empty" if value == [] else f"this is {type(value).__name__}")
-        raise BadRow(Cause.EMPTY if value == [] else Cause.WRONG_TYPE, detail, field=field)
-    if len(value) > MAX_MESSAGES:
-        raise BadRow(Cause.TOO_LONG, f"{len(value):,} messages, where {MAX_MESSAGES:,} are the limit", field=field)
-    messages = []
-    for index, message in enumerate(value):
-        place = f"{field}.{index}"
-        if not isinstance(message, Mapping):
-            raise BadRow(Cause.WRONG_TYPE, f"a message is needed, this is {type(message).__name__}", field=place)
-        for key in ("role", "content"):
-            _check_content(message, key, place=place, tokenizer=tokenizer)
-        # parquet gives every message every key that any message has
-        messages.append({key: item for key, item in message.items() if item is not None})
-    return messages
+def _check_apart(prompt: list[Message], sides: list[list[Message]]) -> None:
+    if all(side[: len(prompt)] == prompt for side in sides):
+        detail = "both begin with the messages of the prompt: leave these, or the column prompt, out"
+        raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field="chosen, rejected")
 
 
-def _check_content(message: Mapping[str, Any], key: str, *, place: str, tokenizer: Any) -> None:
-    # A special token written out by a user would end or fake a turn.
-    content = text(message, key, inside=f"{place}.")
-    check_length(content, field=f"{place}.{key}")
-    for token in special_tokens(tokenizer):
-        if token in content:
-            raise BadRow(Cause.EOS_IN_TEXT, f"the text contains the special token {token!r}", field=f"{place}.{key}")
-
-
-def _check_completion(messages: list[Message], field: str) -> None:
-    if not any(message["content"].strip() for message in messages):
+def _check_completion(messages: list[Message], field: str, *, context: int) -> None:
+    if messages and messages[0]["role"] != "assistant":
+        detail = f"a completion begins with a turn of the assistant, this one with one of {messages[0]['role']!r}"
+        raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field=field)
+    if len(messages) > MAX_TURNS:
+        raise BadRow(Cause.TOO_LONG, f"a completion of {len(messages):,} turns, where {MAX_TURNS:,} are the limit", field=field)
+    own = [message for message in messages[context:] if message["role"] == "assistant"]
+    if not any((message["content"] or "").strip() or message.get("tool_calls") for message in own):
         raise BadRow(Cause.EMPTY, "the completion is empty or blank", field=field)
-    for message in messages:
-        if message["role"] != "assistant":
-            detail = f"a completion holds assistant messages only, this one has a message of {message['role']!r}"
-            raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field=field)
 
 
-def _render(messages: list[Message], tokenizer: Any, *, generate: bool = False) -> str:
-    try:
-        return render(tokenizer, messages, generate=generate)
-    except Refused as error:
-        raise BadRow(Cause.CHAT_TEMPLATE, f"the template refuses these messages: {error}") from error
+def _asked(template: Template, turns: list[Message]) -> str:
+    """The prompt with the generation prompt. Raises `BadRow` where the template leaves tools or tool calls out."""
+    text = template.render(turns, generate=True)
+    if template.tools and text == template.render(turns, generate=True, tools=False):
+        detail = "the chat template does not write tools; take a tokenizer whose template does, or leave the column out"
+        raise BadRow(Cause.CHAT_TEMPLATE, detail, field="tools")
+    _check_calls(text, turns)
+    return text
 
 
-def _completion(prompt: str, messages: list[Message], field: str, tokenizer: Any) -> str:
-    whole = _render(messages, tokenizer)
-    if not whole.startswith(prompt):
-        detail = "the rendered conversation does not begin with the rendered prompt; the template rewrites earlier turns"
-        raise BadRow(Cause.CHAT_TEMPLATE, detail, field=field)
-    completion = whole[len(prompt) :]
+def _check_calls(text: str, turns: list[Message]) -> None:
+    for number, turn in enumerate(turns):
+        if left_out := [name for name in call_names(turn) if name not in text]:
+            detail = f"the chat template does not write the call of {left_out[0]!r} in message {number} of the conversation"
+            raise BadRow(Cause.CHAT_TEMPLATE, detail, field="tool_calls")
+
+
+def _rendered(
+    template: Template, turns: list[Message], sides: list[list[Message]], context: int
+) -> tuple[list[str], list[Spans | None], list[str]]:
+    """Texts of prompt and completions, spans of the completions, and what there is to say about them."""
+    asked = _asked(template, turns)
+    wholes = [template.render(turns + side) for side in sides]
+    for whole, side in zip(wholes, sides, strict=True):
+        _check_calls(whole, turns + side)
+    if all(whole.startswith(asked) for whole in wholes):
+        start, notes = len(asked), []
+    else:
+        asked, wholes, start, notes = _parted(template, turns, sides, asked, wholes)
+    texts, spans = [asked[:start]], []
+    for name, side, whole in zip(SIDES, sides, wholes, strict=True):
+        texts.append(_without_end(whole[start:], template.tokenizer))
+        if len(side) == 1:
+            spans.append(None)
+            continue
+        found = assistant_spans(template, turns, side, whole, start=start, context=context, field=name)
+        spans.append(tuple((begin - start, min(end - start, len(texts[-1]))) for begin, end in found))
+    if any(turn["role"] in ("system", "user") and (turn["content"] or "").strip() not in asked for turn in turns):
+        notes.append("the chat template leaves out or changes part of a system's or user's message in the prompt")
+    own = ((turn, whole) for side, whole in zip(sides, wholes, strict=True) for turn in side[context:])
+    if any((turn["content"] or "").strip() not in whole for turn, whole in own):
+        notes.append("the chat template leaves out or changes part of what the assistant wrote, its reasoning for example")
+    return texts, spans, notes
+
+
+def _without_end(completion: str, tokenizer: Any) -> str:
     if tokenizer.eos_token and completion.rstrip().endswith(tokenizer.eos_token):
-        completion = completion.rstrip().removesuffix(tokenizer.eos_token)
+        return completion.rstrip().removesuffix(tokenizer.eos_token)
     return completion
+
+
+def _parted(
+    template: Template, turns: list[Message], sides: list[list[Message]], asked: str, wholes: list[str]
+) -> tuple[str, list[str], int, list[str]]:
+    """Prompt, wholes, where the prompt ends in them, and notes, where an answer does not go on as the generation prompt begins.
+
+    Some templates open `<think>` in the generation prompt and take the reasoning off each answer that they render: there the
+    completion is what the assistant wrote. Others begin an answer otherwise: there the prompt ends where the two part.
+    """
+    bare = template.render(turns)
+    before = len(os.path.commonprefix([asked, bare]))  # where the generation prompt begins
+    for name, whole in zip(SIDES, wholes, strict=True):
+        if len(os.path.commonprefix([asked, whole])) < before:
+            refuse_rewriting(name)
+    opened = re.search(r"<([\w:-]+)>(\s*)$", asked[before:])
+    if opened:
+        tag, space = opened.groups()
+        written = [_with_reasoning(side, whole[before:], tag, space) for side, whole in zip(sides, wholes, strict=True)]
+        if all(text is not None for text in written):
+            note = f"the chat template leaves out reasoning, which its generation prompt opens with '<{tag}>': taken as written"
+            return asked, [f"{asked}{text}" for text in written], len(asked), [note]
+        if any(text is not None for text in written):
+            detail = f"one side has reasoning after '<{tag}>' and the other has none, and the chat template leaves it out"
+            raise BadRow(Cause.CHAT_TEMPLATE, detail)
+    start = min(boundary(asked, whole, template.tokenizer) for whole in wholes)
+    note = f"the generation prompt {asked[before:]!r} is not the beginning of rendered answers: scored from where they part"
+    return asked, wholes, start, [note]
+
+
+def _with_reasoning(side: list[Message], rendered: str, tag: str, space: str) -> str | None:
+    """What an assistant wrote after a generation prompt that ends with `<tag>` and `space`, and the turn's end of `rendered`.
+
+    None if there is no reasoning in it, or the template has kept it.
+    """
+    content, opening, closing = side[0]["content"] or "", f"<{tag}>", f"</{tag}>"
+    if content.lstrip().startswith(opening):
+        content = content.lstrip().removeprefix(opening).removeprefix(space)
+    reasoning, closed, answer = content.partition(closing)
+    if len(side) > 1 or not closed or not answer.strip() or answer.strip() not in rendered:
+        return None
+    if closing in rendered and reasoning.strip() in rendered:
+        return None
+    return content.rstrip() + rendered.rpartition(answer.strip())[2]

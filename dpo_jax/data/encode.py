@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +26,8 @@ class Encoded:
         uid                                    names the pair in messages
         prompt_cut, chosen_cut, rejected_cut   how many tokens truncation removed
         bos_added                              the first token of the prompt is a BOS that its text does not hold
+        chosen_scored, rejected_scored         bool[n]: which tokens of a completion count; None: all of them. The others are
+                                               context, such as turns of a user: the model reads them
 
     `encode` makes one of texts; token ids of your own do as well:
 
@@ -41,6 +43,31 @@ class Encoded:
     chosen_cut: int = 0
     rejected_cut: int = 0
     bos_added: bool = False  # the prompt's first token is a BOS that its text does not hold
+    chosen_scored: np.ndarray | None = None  # bool[n]
+    rejected_scored: np.ndarray | None = None
+
+    @property
+    def sides(self) -> tuple[tuple[np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray | None]]:
+        """Ids, and which of them are scored, of both completions, chosen first."""
+        return (self.chosen, self.chosen_scored), (self.rejected, self.rejected_scored)
+
+    @property
+    def scored_tokens(self) -> tuple[int, int]:
+        """How many tokens of each completion count, chosen first."""
+        return count_scored(*self.sides[0]), count_scored(*self.sides[1])
+
+
+def count_scored(ids: np.ndarray, scored: np.ndarray | None) -> int:
+    """How many of a completion's tokens count."""
+    return len(ids) if scored is None else int(np.count_nonzero(scored))
+
+
+def scored_bytes(*sides: tuple[np.ndarray, np.ndarray | None]) -> bytes:
+    """Bytes that tell which tokens of completions (ids, scored) count, for keys and digests; none where all of them do."""
+    if all(count_scored(*side) == len(side[0]) for side in sides):
+        return b""
+    marks = (np.ones(len(ids), bool) if scored is None else np.asarray(scored, bool) for ids, scored in sides)
+    return b"scored" + b"".join(np.packbits(mark).tobytes() for mark in marks)
 
 
 def encode(
@@ -62,7 +89,8 @@ def encode(
     and a completion that its template already ended gets no second one.
 
     Lists of messages `{"role", "content"}` are rendered by the chat template of `tokenizer`, as in `load_preferences`. Without
-    `prompt`, it is the messages that both sides begin with. A tokenizer without a template is a ValueError that says so.
+    `prompt`, it is the messages that both sides begin with. `tools` and `chat_template_kwargs` reach the template, too. Of a
+    completion of several turns those of the assistant are scored. A tokenizer without a template is a ValueError that says so.
 
     Raises `BadRow`, a ValueError, naming a field that is missing or holds no text. Empty completions and equal ones are encoded
     like any others: `load_preferences` and the program refuse them.
@@ -85,14 +113,20 @@ def encode(
         from dpo_jax.data.chat import chat_preference  # here: plain texts need none of it
 
         sides = get("chosen"), get("rejected")
-        preference = chat_preference(get("prompt"), *sides, uid=uid or "encode", tokenizer=tokenizer)
+        more = {name: get(name) for name in ("tools", "chat_template_kwargs")}
+        preference = chat_preference(get("prompt"), *sides, uid=uid or "encode", tokenizer=tokenizer, **more)
     chat = bool(get("chat", False))
     _check_texts(preference)
     own = token_ids(get("prompt"), tokenizer)
     if not chat:
         _refuse_eos(own, tokenizer, "prompt")
     prompt = with_bos(own, tokenizer, bos=bos, chat=chat)
-    chosen, rejected = (_completion_ids(tokenizer, get(side), side, chat=chat) for side in ("chosen", "rejected"))
+    (chosen, chosen_scored), (rejected, rejected_scored) = (
+        _spans_ids(tokenizer, get(side), side, spans)
+        if (spans := get(f"{side}_spans")) is not None
+        else (_completion_ids(tokenizer, get(side), side, chat=chat), None)
+        for side in ("chosen", "rejected")
+    )
     full = {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected)}
 
     longer = max(len(chosen), len(rejected))
@@ -109,6 +143,8 @@ def encode(
         chosen_cut=full["chosen"] - len(chosen),
         rejected_cut=full["rejected"] - len(rejected),
         bos_added=full["prompt"] > len(own),
+        chosen_scored=None if chosen_scored is None else chosen_scored[: len(chosen)],
+        rejected_scored=None if rejected_scored is None else rejected_scored[: len(rejected)],
     )
 
 
@@ -173,6 +209,27 @@ def _completion_ids(tokenizer: Any, text: str, name: str, *, chat: bool) -> np.n
             ids = ids[:end]
     _refuse_eos(ids, tokenizer, name)
     return np.append(ids, np.int32(tokenizer.eos_token_id))
+
+
+def _spans_ids(tokenizer: Any, text: str, name: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a completion of several turns, EOS at the end, and which are scored: those that begin in one of `spans`, and EOS.
+
+    EOS may end each turn: its template has written it there.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{name}: of several turns only a fast tokenizer (tokenizer.json) can tell the assistant's tokens")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    own = np.flatnonzero(ids == tokenizer.eos_token_id)
+    if len(own) and not tokenizer.decode(ids[own[-1] + 1 :]).strip():  # its template has ended it already
+        ids, offsets = ids[: own[-1]], offsets[: own[-1]]
+    begins, ends = offsets.T
+    # A blank token has no width with tokenizers that take blanks off: it begins where the one before it ends.
+    begins = np.where(begins == ends, np.append(0, ends[:-1])[: len(ends)], begins)
+    scored = np.zeros(len(ids), bool)
+    for begin, end in spans:
+        scored |= (begin <= begins) & (begins < end)
+    return np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(scored, True)
 
 
 def _refuse_eos(ids: np.ndarray, tokenizer: Any, name: str) -> None:

@@ -173,6 +173,8 @@ _FORMATS = (
             "system": Column("a system text, if `data.columns` names its column", needed=False),
             "chosen": _BETTER,
             "rejected": _WORSE,
+            "tools": Column("schemas of tools, for the chat template", needed=False),
+            "chat_template_kwargs": Column("what else the chat template reads, such as `enable_thinking`", needed=False),
             "subset": _SUBSET,
         },
         ("chosen", "rejected"),

@@ -8,7 +8,6 @@ usable preference. SHP and StackExchange follow the original implementation (eri
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -35,7 +34,6 @@ Candidates = Iterator[tuple[str, Preference | BadRow]]
 
 SHP_MIN_RATIO = 2.0
 MAX_MARKUP = 4 * MAX_CHARACTERS
-_TAKES_TOOLS = "tools" in inspect.signature(chat_preference).parameters
 MAX_ANSWERS = 1000  # of a question: they form half a million pairs
 
 
@@ -59,15 +57,18 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
 
     def preference(uid: str, row: Row) -> Preference:
         prompt, *sides = conversation(row)
+        more = {name: column(row, name) for name in ("tools", "chat_template_kwargs") if name in row}
         if any(isinstance(side, list) for side in sides):
-            return chat_preference(prompt if isinstance(prompt, list) else None, *sides, uid=uid, tokenizer=tokenizer)
+            turns = prompt if isinstance(prompt, list) else None
+            return chat_preference(turns, *sides, uid=uid, tokenizer=tokenizer, **more)
         chosen, rejected = text(row, "chosen"), text(row, "rejected")
         for field in ("chosen", "rejected"):
             check_length(row[field], field=field)
+        unread = tuple(f"{name}: not read beside texts, only beside messages" for name, value in more.items() if value)
         if "prompt" in row:
-            return checked(Preference(text(row, "prompt"), chosen, rejected, uid))
+            return checked(Preference(text(row, "prompt"), chosen, rejected, uid, notes=unread))
         cut = common_prompt(chosen, rejected)
-        return checked(Preference(chosen[:cut], chosen[cut:], rejected[cut:], uid))
+        return checked(Preference(chosen[:cut], chosen[cut:], rejected[cut:], uid, notes=unread))
 
     return _one_each(rows, preference)
 
@@ -131,8 +132,6 @@ def openai(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         if not isinstance(asked, Mapping):
             raise BadRow(Cause.WRONG_TYPE, f"an object is needed, this is {type(asked).__name__}", field="input")
         options = {"tools": asked["tools"]} if asked.get("tools") else {}
-        if options and not _TAKES_TOOLS:
-            raise BadRow(Cause.CHAT_TEMPLATE, "tools are not rendered", field="input.tools")
         messages = column(asked, "messages", inside="input.")
         try:
             return chat_preference(messages, *sides, uid=uid, tokenizer=tokenizer, **options)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_jax.data.encode import Encoded
+from dpo_jax.data.encode import Encoded, count_scored, scored_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,17 @@ class PairGroup:
     pairs: np.ndarray  # int32[Q, 2]  numbers of chosen and rejected
     members: np.ndarray  # int64[Q]  which of the caller's pairs these are
     uids: tuple[str, ...]  # theirs
+    scored: tuple[np.ndarray | None, ...] = ()  # bool[n] each: tokens that count, None for all; empty: all of all completions
+
+    @property
+    def sides(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Ids, and which of them are scored, of each completion."""
+        return list(zip(self.completions, self.scored or [None] * len(self.completions), strict=True))
+
+    @property
+    def scored_tokens(self) -> int:
+        """How many tokens count, of all completions together."""
+        return sum(count_scored(*side) for side in self.sides)
 
 
 def group_pairs(pairs: Sequence[Encoded]) -> list[PairGroup]:
@@ -30,16 +41,21 @@ def group_pairs(pairs: Sequence[Encoded]) -> list[PairGroup]:
 
 
 def _group(pairs: Sequence[Encoded], members: Sequence[int]) -> PairGroup:
-    completions: dict[bytes, np.ndarray] = {}
+    completions: dict[tuple[bytes, bytes], tuple[np.ndarray, np.ndarray | None]] = {}
     for number in members:
-        for ids in (pairs[number].chosen, pairs[number].rejected):
-            completions.setdefault(ids.tobytes(), ids)
+        for side in pairs[number].sides:
+            completions.setdefault(_name(*side), side)
     place = {name: i for i, name in enumerate(completions)}
-    numbered = [[place[pairs[n].chosen.tobytes()], place[pairs[n].rejected.tobytes()]] for n in members]
+    numbered = [[place[_name(*side)] for side in pairs[n].sides] for n in members]
     return PairGroup(
         prompt=pairs[members[0]].prompt,
-        completions=tuple(completions.values()),
+        completions=tuple(ids for ids, _ in completions.values()),
+        scored=tuple(scored for _, scored in completions.values()),
         pairs=np.array(numbered, np.int32),
         members=np.array(members, np.int64),
         uids=tuple(pairs[n].uid for n in members),
     )
+
+
+def _name(ids: np.ndarray, scored: np.ndarray | None) -> tuple[bytes, bytes]:
+    return ids.tobytes(), scored_bytes((ids, scored))

@@ -23,14 +23,14 @@ import numpy as np
 from dpo_jax.data.arguments import check_completions, check_ids, check_pairs, check_ref_logps
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.groups import PairGroup
-from dpo_jax.data.segments import Unit, completion_unit, group_size, group_unit, place_units, shared_unit
+from dpo_jax.data.segments import Completion, Unit, completion_unit, group_size, group_unit, place_units, shared_unit
 from dpo_jax.types import Array, Rows
 
-Completion = tuple[np.ndarray, np.ndarray]
-"""(prompt ids, completion ids), int32 each."""
 Ranking = tuple[np.ndarray, Sequence[np.ndarray]]
 """(prompt ids, [completion ids, ...] best first), int32 each."""
-Example = Encoded | PairGroup | Completion
+Text = tuple[np.ndarray, np.ndarray] | Completion
+"""A text to learn: (prompt ids, completion ids), int32 each, or with a third field a `Completion`."""
+Example = Encoded | PairGroup | Text
 
 
 def causal_rows(tokens: Array | Sequence[Sequence[int]]) -> Rows:
@@ -106,12 +106,13 @@ def packed_rows(encoded: Sequence[Encoded], *, length: int, pairs_per_row: int =
     return layout.rows(encoded, ref_logps=ref_logps)
 
 
-def completion_rows(completions: Sequence[Completion], *, length: int, per_row: int = 1) -> Rows:
+def completion_rows(completions: Sequence[Text], *, length: int, per_row: int = 1) -> Rows:
     """Single completions after their prompts, `per_row` to a row at most: what supervised fine-tuning reads.
 
-    `completions` are (prompt, completion), int32[n] token ids each. R rows of L = `length` tokens, one slot a completion. With
-    `per_row` above 1, R is as few as fit, and `rows.index` int32[E] tells the order. Without a prompt the first token is
-    not scored. Raises ValueError for one that does not fit, has no tokens, or holds what is no token id; TypeError for pairs.
+    `completions` are (prompt, completion), int32[n] token ids each, and where not all tokens of the completion count, bool[n].
+    R rows of L = `length` tokens, one slot a completion. With `per_row` above 1, R is as few as fit, and `rows.index` int32[E]
+    tells the order. Without a prompt the first token is not scored. Raises ValueError for one that does not fit, has no tokens,
+    or holds what is no token id; TypeError for pairs.
 
     >>> rows = completion_rows([(np.int32([5, 6]), np.int32([7, 0]))], length=8)
     >>> rows.tokens.tolist(), completion_lengths(rows).tolist()
@@ -266,12 +267,11 @@ class Layout:
         if isinstance(example, PairGroup):
             return [group_size(example, shared=self.kind != "plain")]
         if not isinstance(example, Encoded):
-            prompt, completion = (len(part) for part in example)
-            return [(prompt + completion, prompt + completion - max(1, prompt))]
-        completions = len(example.chosen), len(example.rejected)
+            return [Completion.of(example).size]
         if self.kind == "plain":
-            return [size for ids in (example.chosen, example.rejected) for size in self._sizes((example.prompt, ids))]
-        return [(len(example.prompt) + sum(completions), sum(completions))]
+            return [Completion(example.prompt, *side).size for side in example.sides]
+        tokens = len(example.prompt) + len(example.chosen) + len(example.rejected)
+        return [(tokens, sum(example.scored_tokens))]
 
     def _check(self, examples: Sequence[Example], sizes: np.ndarray) -> None:
         for group in examples:
@@ -297,11 +297,11 @@ class Layout:
     def _unit(self, examples: Sequence[Example], number: int) -> Unit:
         if self.kind == "plain" and isinstance(examples[0], Encoded):
             pair = cast(Encoded, examples[number // 2])
-            return completion_unit(pair.prompt, pair.rejected if number % 2 else pair.chosen)
+            return completion_unit(pair.prompt, *pair.sides[number % 2])
         example = examples[number]
         if isinstance(example, PairGroup):
             return group_unit(example, shared=self.kind != "plain")
-        return shared_unit(example) if isinstance(example, Encoded) else completion_unit(*example)
+        return shared_unit(example) if isinstance(example, Encoded) else completion_unit(*Completion.of(example))
 
     def _bins(self, sizes: np.ndarray, *, at_least: int) -> list[list[int]]:
         """The units of each row, in rows enough for all hosts and devices."""

@@ -44,5 +44,5 @@ def cut_table(pairs: Sequence[Encoded]) -> dict[str, dict[str, float]]:
 
 
 def length_differences(pairs: Sequence[Encoded]) -> np.ndarray:
-    """Tokens of chosen less those of rejected: int64[P]. Their signs are the votes of the rule "the longer one wins"."""
-    return np.array([len(pair.chosen) - len(pair.rejected) for pair in pairs], np.int64)
+    """Scored tokens of chosen less those of rejected: int64[P]. Their signs are the votes of the rule "the longer one wins"."""
+    return np.array([chosen - rejected for chosen, rejected in (pair.scored_tokens for pair in pairs)], np.int64)

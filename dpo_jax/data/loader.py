@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.encode import Encoded
+from dpo_jax.data.encode import Encoded, count_scored
 from dpo_jax.data.groups import PairGroup
-from dpo_jax.data.layout import Example, Layout, first_fit_decreasing
+from dpo_jax.data.layout import Completion, Example, Layout, first_fit_decreasing
 from dpo_jax.data.segments import group_size
 from dpo_jax.types import Array, Rows
 
@@ -263,17 +263,17 @@ def _tokens(example: Example, *, plain: bool) -> int:
     if isinstance(example, PairGroup):
         return group_size(example, shared=not plain)[0]
     if not isinstance(example, Encoded):
-        return len(example[0]) + len(example[1])
+        return Completion.of(example).size[0]
     return len(example.prompt) * (2 if plain else 1) + len(example.chosen) + len(example.rejected)
 
 
 def _scored(example: Example) -> int:
     """Positions of `example` that are scored."""
     if isinstance(example, PairGroup):
-        return sum(map(len, example.completions))
+        return example.scored_tokens
     if not isinstance(example, Encoded):
-        return sum(map(len, example)) - max(1, len(example[0]))
-    return len(example.chosen) + len(example.rejected)
+        return Completion.of(example).size[1]
+    return sum(example.scored_tokens)
 
 
 def _size(example: Example, *, plain: bool) -> tuple[int, int]:
@@ -281,8 +281,8 @@ def _size(example: Example, *, plain: bool) -> tuple[int, int]:
     if isinstance(example, PairGroup):
         return group_size(example, shared=not plain)
     if not isinstance(example, Encoded):
-        prompt, completion = example
-        return len(prompt) + len(completion), len(completion)
-    completions = len(example.chosen), len(example.rejected)
-    scored = max(completions) if plain else sum(completions)
-    return len(example.prompt) + scored, scored
+        text = Completion.of(example)
+        return text.size[0], count_scored(*text[1:])
+    whole, scored = (len(example.chosen), len(example.rejected)), example.scored_tokens
+    several = max if plain else sum
+    return len(example.prompt) + several(whole), several(scored)

@@ -68,6 +68,10 @@ FILTERED = frozenset({Cause.IDENTICAL_AFTER_TRUNCATION, Cause.TIE, Cause.NO_PAIR
 """Causes by which a sound row is left out by definition of the task. They are counted, and never refused."""
 
 
+Spans = tuple[tuple[int, int], ...]
+"""Characters [begin, end) of a text, ascending and apart."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Preference:
     """A prompt and two completions of it. `prompt + chosen` is the text as it was written: nothing is stripped or added."""
@@ -79,6 +83,9 @@ class Preference:
     sft_target: str | None = None  # what SFT learns for this prompt where that is not `chosen`
     chat: bool = False  # rendered by a chat template: special tokens (EOS after each turn) are meant to stand in the prompt
     subset: str | None = None  # what its set calls the part it belongs to; only results are told apart by it
+    chosen_spans: Spans | None = None  # what the assistant wrote, where turns of others stand in between; None: all of it
+    rejected_spans: Spans | None = None
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # how it was rendered; the report counts them
 
 
 class BadRow(Unreadable):

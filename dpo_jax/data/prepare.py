@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.data.encode import Bos, Encoded, EosInText, Truncation, encode
-from dpo_jax.data.layout import Completion
-from dpo_jax.data.pairs import BadRow, Cause, DataReport, OnBad, Preference, PreferenceSet, Triage
+from dpo_jax.data.encode import Bos, Encoded, EosInText, Truncation, encode, scored_bytes
+from dpo_jax.data.layout import Completion, Text
+from dpo_jax.data.pairs import BadRow, Cause, DataReport, OnBad, Preference, PreferenceSet, Spans, Triage
 from dpo_jax.untrusted import reading
 
 
@@ -76,34 +76,45 @@ def encode_targets(
     truncation: Truncation = "keep_end",
     bos: Bos = "auto",
     score_prompt: bool = False,
-) -> tuple[list[Completion], list[str]]:
+) -> tuple[list[Text], list[str]]:
     """What SFT learns: (prompt, completion) token ids of each distinct text, and their uids. `preferences` passed `encode_all`.
 
     The completion is the `sft_target` of a preference, or else its chosen side, cut like the original cuts it: against its own
-    length only. With `score_prompt` prompt and completion are one text, all of which is scored (but its first token).
+    length only. Of a completion of several turns those of the assistant are scored. With `score_prompt` prompt and completion
+    are one text, all of which is scored (but its first token).
     """
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "truncation": truncation, "bos": bos}
     tokenizer = _Remembering(tokenizer)
-    seen: dict[tuple[str, str], Preference] = {}
+    seen: dict[tuple[str, str, Spans | None], Preference] = {}
     for preference in preferences:
-        seen.setdefault((preference.prompt, preference.sft_target or preference.chosen), preference)
-    texts, uids = [], []
-    for (prompt, target), preference in seen.items():
+        spans = None if preference.sft_target else preference.chosen_spans
+        seen.setdefault((preference.prompt, preference.sft_target or preference.chosen, spans), preference)
+    texts: list[Text] = []
+    uids: list[str] = []
+    for (prompt, target, spans), preference in seen.items():
         record = {"prompt": prompt, "chosen": target, "rejected": target, "chat": preference.chat}
+        if spans is not None:
+            record |= {"chosen_spans": spans, "rejected_spans": spans}
         pair = _encode_text(record, tokenizer, **limits)
         text = np.concatenate([pair.prompt, pair.chosen])
-        texts.append((text[:0], text) if score_prompt else (pair.prompt, pair.chosen))
+        whole = (text[:0], text) if score_prompt else (pair.prompt, pair.chosen)
+        texts.append(whole if score_prompt or pair.chosen_scored is None else Completion(*whole, pair.chosen_scored))
         uids.append(preference.uid)
     return texts, uids
 
 
-def data_digest(examples: Sequence[Encoded] | Sequence[Completion]) -> str:
-    """SHA-256 over all token ids, in order: what a resumed run must find unchanged."""
+def data_digest(examples: Sequence[Encoded] | Sequence[Text]) -> str:
+    """SHA-256 over all token ids, in order, and which are scored: what a resumed run must find unchanged."""
     digest = hashlib.sha256()
     for example in examples:
-        parts = (example.prompt, example.chosen, example.rejected) if isinstance(example, Encoded) else example
+        if isinstance(example, Encoded):
+            prompt, sides = example.prompt, example.sides
+        else:
+            prompt, sides = example[0], [Completion.of(example)[1:]]
+        parts = (prompt, *(ids for ids, _ in sides))
         digest.update(np.array([len(ids) for ids in parts], "<i4").tobytes())
         digest.update(np.concatenate(parts).astype("<i4").tobytes())
+        digest.update(scored_bytes(*sides))
     return digest.hexdigest()
 
 
@@ -195,8 +206,10 @@ def _check(pair: Encoded, tokenizer: Any, row_length: int | None) -> None:
         raise BadRow(Cause.NO_PROMPT, "the prompt has no tokens", field="prompt")
     for side in ("chosen", "rejected"):
         ids = getattr(pair, side)
-        if getattr(pair, f"{side}_cut") and not tokenizer.decode(ids).strip():
-            raise BadRow(Cause.COMPLETION_CUT, f"truncation to {len(ids)} tokens leaves only blanks", field=side)
+        scored = getattr(pair, f"{side}_scored")
+        if getattr(pair, f"{side}_cut") and not tokenizer.decode(ids if scored is None else ids[scored]).strip():
+            what = "only blanks" if scored is None else "nothing that the assistant wrote"
+            raise BadRow(Cause.COMPLETION_CUT, f"truncation to {len(ids)} tokens leaves {what}", field=side)
     needed = len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
     if row_length is not None and needed > row_length:
         detail = f"prompt, chosen and rejected need {len(pair.prompt)} + {len(pair.chosen)} + {len(pair.rejected)} tokens"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.encode import Encoded
+from dpo_jax.data.encode import Encoded, scored_bytes
 
 EXAMPLES = 3
 Key = tuple[bytes, bytes, bytes]  # hashes of prompt, chosen, rejected
@@ -69,8 +69,8 @@ def find_overlap(held_out: Sequence[Encoded], train: Sequence[Encoded]) -> Overl
 
 def _key(pair: Encoded) -> Key:
     prompt, chosen, rejected = (
-        hashlib.blake2b(np.ascontiguousarray(ids, "<i4").tobytes(), digest_size=16).digest()
-        for ids in (pair.prompt, pair.chosen, pair.rejected)
+        hashlib.blake2b(np.ascontiguousarray(ids, "<i4").tobytes() + scored_bytes((ids, scored)), digest_size=16).digest()
+        for ids, scored in ((pair.prompt, None), *pair.sides)
     )
     return prompt, chosen, rejected
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.encode import Encoded
+from dpo_jax.data.encode import Encoded, count_scored
 from dpo_jax.data.groups import PairGroup
 from dpo_jax.types import Rows
 
@@ -24,11 +24,31 @@ class Unit(NamedTuple):
     slot: np.ndarray
 
 
-def completion_unit(prompt: np.ndarray, completion: np.ndarray) -> Unit:
+class Completion(NamedTuple):
+    """A text to learn: int32[n] ids of prompt and completion, and bool[n], which tokens of the completion count (None: all)."""
+
+    prompt: np.ndarray
+    completion: np.ndarray
+    scored: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, text: Sequence[Any]) -> Completion:
+        """The same with the third field, where a tuple leaves it out."""
+        return cls(*text)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(tokens, scored positions). Without a prompt nothing predicts the first token, and it is not scored."""
+        first = not len(self.prompt) and len(self.completion) and (self.scored is None or self.scored[0])
+        return len(self.prompt) + len(self.completion), count_scored(self.completion, self.scored) - bool(first)
+
+
+def completion_unit(prompt: np.ndarray, completion: np.ndarray, scored: np.ndarray | None = None) -> Unit:
     """A prompt and one completion. Without a prompt nothing predicts the first token, and it is not scored."""
     tokens = np.concatenate([prompt, completion])
     x = np.arange(len(tokens))
-    scored = np.arange(max(1, len(prompt)), len(tokens))
+    scored = _places(completion, scored) + len(prompt)
+    scored = scored[scored > 0]
     return Unit(tokens, x, np.zeros_like(x), x + 1, scored - 1, tokens[scored], np.zeros_like(scored))
 
 
@@ -44,31 +64,39 @@ def shared_unit(pair: Encoded) -> Unit:
     last_of_prompt = c + p - 1
     chosen_source = np.concatenate([[last_of_prompt], c - np.arange(1, c)])  # c_j is at c-1-j: its right neighbour is c_{j-1}
     rejected_source = last_of_prompt + np.arange(r)
+    of_chosen, of_rejected = (_places(*side) for side in pair.sides)
     return Unit(
         tokens=np.concatenate([pair.chosen[::-1], pair.prompt, pair.rejected]),
         positions=np.concatenate([p + np.arange(c)[::-1], np.arange(p + r)]),
         k_start=np.where(is_chosen, x, c),
         k_end=np.where(is_chosen, c + p, x + 1),
-        source=np.concatenate([chosen_source, rejected_source]),
-        target=np.concatenate([pair.chosen, pair.rejected]),
-        slot=np.repeat([0, 1], [c, r]),
+        source=np.concatenate([chosen_source[of_chosen], rejected_source[of_rejected]]),
+        target=np.concatenate([pair.chosen[of_chosen], pair.rejected[of_rejected]]),
+        slot=np.repeat([0, 1], [len(of_chosen), len(of_rejected)]),
     )
+
+
+def _places(ids: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
+    """Which tokens of a completion are scored, in the order of its text."""
+    return np.arange(len(ids)) if scored is None else np.flatnonzero(scored)
 
 
 def group_unit(group: PairGroup, *, shared: bool) -> Unit:
     """The completions of `group`, numbered as there: two by two around a prompt, or, if not `shared`, each after its own."""
-    p, several = group.prompt, group.completions
+    p, several = group.prompt, group.sides
     if not shared:
-        return _beside([completion_unit(p, completion) for completion in several])
-    units = [shared_unit(Encoded(p, *two)) for two in zip(several[::2], several[1::2], strict=False)]
-    return _beside([*units, *[completion_unit(p, odd) for odd in several[len(units) * 2 :]]])
+        return _beside([completion_unit(p, *completion) for completion in several])
+    units = [
+        shared_unit(Encoded(p, chosen, rejected, chosen_scored=one, rejected_scored=other))
+        for (chosen, one), (rejected, other) in zip(several[::2], several[1::2], strict=False)
+    ]
+    return _beside([*units, *[completion_unit(p, *odd) for odd in several[len(units) * 2 :]]])
 
 
 def group_size(group: PairGroup, *, shared: bool) -> tuple[int, int]:
     """(tokens, scored positions) of `group_unit`."""
-    scored = sum(map(len, group.completions))
-    copies = len(group.completions)
-    return len(group.prompt) * (-(-copies // 2) if shared else copies) + scored, scored
+    tokens, copies = sum(map(len, group.completions)), len(group.completions)
+    return len(group.prompt) * (-(-copies // 2) if shared else copies) + tokens, group.scored_tokens
 
 
 def _beside(units: Sequence[Unit]) -> Unit:

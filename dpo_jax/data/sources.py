@@ -106,6 +106,8 @@ def load_preferences(
     if report.format == "trl":
         preferences = _with_prompt_once(preferences, triage)
     triage.finish(kept=len(preferences))
+    told = collections.Counter(note for preference in preferences for note in preference.notes)
+    report.notes += [f"{note} ({count:,} of {len(preferences):,} pairs)" for note, count in told.items()]
     if reading.ignored:
         report.notes.append(f"columns that are not read: {shown_names(reading.ignored)}")
     if report.format in ("rewardbench", "pku") and preferences:

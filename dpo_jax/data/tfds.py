@@ -27,6 +27,7 @@ from dpo_jax.data.pairs import (
     Place,
     Preference,
     PreferenceSet,
+    Spans,
     Triage,
     check_pair,
     readable_name,
@@ -34,12 +35,13 @@ from dpo_jax.data.pairs import (
 )
 from dpo_jax.data.snippets import Snippet
 from dpo_jax.data.tfds_folder import check_folder, find_tfds
-from dpo_jax.untrusted import check_name, reading
+from dpo_jax.untrusted import check_name, parse_json, reading
 from dpo_jax.writing import naming
 
 _TEXTS = ("prompt", "chosen", "rejected", "uid", "sft_target")
 _FIELDS = {*_TEXTS, "chat"}
-_SUBSET = "subset"  # written only where some row has one: most sets have none, and older folders lack the feature
+_SPANS = ("chosen_spans", "rejected_spans")  # as JSON text
+_OPTIONAL = ("subset", *_SPANS)  # written only where some row has one: most sets have none, and older folders lack the feature
 
 
 class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -53,12 +55,12 @@ class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
     def __init__(self, *, preferences: Mapping[str, Sequence[Preference]], name: str, data_dir: str | Path) -> None:
         self.name = name  # pyright: ignore[reportAttributeAccessIssue] (tfds would take the name of the class)
         self._preferences = preferences
-        self._with_subsets = any(row.subset is not None for rows in preferences.values() for row in rows)
+        every = [row for rows in preferences.values() for row in rows]
+        self._optional = [field for field in _OPTIONAL if any(getattr(row, field) is not None for row in every)]
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        fields = (*_TEXTS, _SUBSET) if self._with_subsets else _TEXTS
-        texts = {field: tfds.features.Text() for field in fields}
+        texts = {field: tfds.features.Text() for field in (*_TEXTS, *self._optional)}
         return self.dataset_info_from_configs(
             description="Preference pairs: a prompt, a chosen and a rejected completion, and what SFT learns for the prompt.",
             features=tfds.features.FeaturesDict({**texts, "chat": tfds.features.Scalar(np.bool_)}),
@@ -72,7 +74,7 @@ class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
     def _generate_examples(self, rows: Iterable[Preference]) -> Iterator[tuple[int, dict[str, Any]]]:
         # The key is the row number: equal rows are kept, and tfds can report an equal key only with TensorFlow installed.
         for index, row in enumerate(rows):
-            yield index, _record(row) | ({_SUBSET: row.subset or ""} if self._with_subsets else {})
+            yield index, dict.fromkeys(self._optional, "") | _record(row)
 
 
 def write_tfds(
@@ -220,17 +222,29 @@ def _reading(folder: Path) -> contextlib.AbstractContextManager[None]:
 def _record(row: Preference) -> dict[str, Any]:
     # tfds has no missing text: "nothing else than `chosen`" is written as `chosen`, and read back as None.
     record = dataclasses.asdict(row) | {"sft_target": row.chosen if row.sft_target is None else row.sft_target}
-    return {field: value for field, value in record.items() if field != _SUBSET or value is not None}
+    del record["notes"]  # of the reader of the files
+    record |= {field: json.dumps(record[field]) for field in _SPANS if record[field] is not None}
+    return {field: value for field, value in record.items() if field not in _OPTIONAL or value is not None}
 
 
 def _decode(record: Mapping[str, Any]) -> Preference:
-    texts: dict[str, Any] = {field: _decoded(record, field) for field in (*_TEXTS, *({_SUBSET} & set(record)))}
+    texts: dict[str, Any] = {field: _decoded(record, field) for field in (*_TEXTS, *_OPTIONAL) if field in record}
     if texts["sft_target"] == texts["chosen"]:
         texts["sft_target"] = None
-    texts[_SUBSET] = texts.get(_SUBSET) or None
+    for field in _OPTIONAL:
+        texts[field] = texts.get(field) or None
+    for field in _SPANS:
+        texts[field] = None if texts[field] is None else _spans(texts[field], field)
     if not isinstance(record["chat"], bool | np.bool_):
         raise BadRow(Cause.WRONG_TYPE, "true or false is needed", field="chat")
     return Preference(**texts, chat=bool(record["chat"]))
+
+
+def _spans(text: str, field: str) -> Spans:
+    try:
+        return tuple((int(begin), int(end)) for begin, end in parse_json(text))
+    except (ValueError, TypeError) as error:
+        raise BadRow(Cause.WRONG_TYPE, f"no spans of characters: {error}", field=field) from error
 
 
 def _decoded(record: Mapping[str, Any], field: str) -> str:
@@ -246,7 +260,7 @@ def _decoded(record: Mapping[str, Any], field: str) -> str:
 def _accept(triage: Triage, where: str, row: Preference) -> bool:
     try:
         for field, value in _record(row).items():
-            if field in (*_TEXTS, _SUBSET):
+            if field in (*_TEXTS, *_OPTIONAL):
                 check_text(value, field=field)
         check_pair(row.prompt, row.chosen, row.rejected)
     except BadRow as problem:

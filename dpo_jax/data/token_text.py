@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from dpo_jax.data.encode import token_ids
 from dpo_jax.data.terminal import one_line
 
 SEPARATOR = "·"
+RUNS = 7  # of scored tokens and others, by turns, that are shown
 _OTHER_SPACE = re.compile(rf"[^\S ]|{SEPARATOR}")  # what looks like a space and is another token; and the mark of ours
 
 
@@ -53,6 +56,22 @@ def _leading(strings: Sequence[str], most: int) -> list[str]:
             break
         taken.append(string)
     return taken
+
+
+def marked(tokens: Sequence[str], scored: bool | Sequence[bool], most: int | None = None) -> list[str]:
+    """The tokens, each run of scored ones in brackets. `most` shortens each run; of many runs only the first are shown then."""
+    flags = [scored] * len(tokens) if isinstance(scored, bool) else scored
+    runs = [(flag, [token for token, _ in run]) for flag, run in groupby(zip(tokens, flags, strict=True), key=itemgetter(1))]
+    shown: list[str] = []
+    shown_runs = runs if most is None else runs[:RUNS]
+    for flag, run in shown_runs:
+        strings = run if most is None else shortened(run, most if len(runs) <= 3 else most // 2)
+        if flag:
+            strings = ["[" + strings[0], *strings[1:]]
+            strings[-1] += "]"
+        shown += strings
+    left_out = sum(len(run) for _, run in runs[len(shown_runs) :])
+    return [*shown, *([f"... {left_out:,} more ..."] if left_out else [])]
 
 
 def rows_of(strings: Sequence[str], width: int) -> list[str]:

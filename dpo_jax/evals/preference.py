@@ -46,7 +46,7 @@ def held_out_logps(
 
 def completion_tokens(pairs: Iterable[Encoded]) -> np.ndarray:
     """How many tokens each completion scores: float32[P, 2], chosen first."""
-    return np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs], np.float32).reshape(-1, 2)
+    return np.array([pair.scored_tokens for pair in pairs], np.float32).reshape(-1, 2)
 
 
 def preference_summary(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpo_jax.data.token_text import marked
 from dpo_jax.report.page import Block, Notice, Section, Table
 from dpo_jax.report.run_record import RunRecord, of, one_or_more
 
@@ -78,5 +79,10 @@ def _lengths(caption: str, splits: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _example(example: Mapping[str, Any]) -> Table:
-    rows = [[name, "yes" if example[name]["scored"] else "no", "·".join(example[name]["tokens"])] for name in PARTS]
+    rows = []
+    for name in PARTS:
+        tokens, scored = example[name]["tokens"], example[name]["scored"]
+        every = isinstance(scored, bool)
+        told = ("yes" if scored else "no") if every else "in [ ]"
+        rows.append([name, told, "·".join(tokens if every else marked(tokens, scored))])
     return Table(["part", "scored", "tokens"], rows, caption=f"{example['uid']} as the model reads it")

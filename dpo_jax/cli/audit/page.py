@@ -9,7 +9,7 @@ from typing import Any
 from dpo_jax.cli.config import Config
 from dpo_jax.data.lengths import PARTS
 from dpo_jax.data.terminal import one_line, printable
-from dpo_jax.data.token_text import SEPARATOR, rows_of, shortened
+from dpo_jax.data.token_text import SEPARATOR, marked, rows_of
 from dpo_jax.report.audit import verdict_sentences
 
 WIDTH = 80
@@ -148,9 +148,6 @@ def _example(example: Mapping[str, Any]) -> Iterator[str]:
     """Prompt, chosen and rejected as tokens. What the loss counts stands in brackets."""
     yield _cut(one_line(f"  {example['uid']}, tokens parted by {SEPARATOR}, scored ones in [ ]"))
     for name, most in EXAMPLE.items():
-        strings = shortened(example[name]["tokens"], most)
-        if example[name]["scored"]:
-            strings = ["[" + strings[0], *strings[1:]]
-            strings[-1] += "]"
+        strings = marked(example[name]["tokens"], example[name]["scored"], most)
         for number, line in enumerate(rows_of(strings, WIDTH - 12)):
             yield f"  {'' if number else name:<10}{line}"

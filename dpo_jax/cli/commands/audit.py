@@ -93,13 +93,17 @@ def longer_wins(differences: np.ndarray) -> dict[str, float]:
 
 
 def example(encoded: Sequence[Any], tokenizer: Any) -> dict[str, Any]:
-    """The first pair as the model reads it: ids and strings of its tokens, and which of them the loss counts."""
+    """The first pair as the model reads it: ids and strings of its tokens, and which of them the loss counts.
+
+    "scored" is true, false, or a list with a value for each token.
+    """
     pair = encoded[0]
+    marks = {name: None if scored is None else scored.tolist() for name, (_, scored) in zip(PARTS[1:], pair.sides, strict=True)}
     return {"uid": pair.uid} | {
         name: {
             "ids": getattr(pair, name).tolist(),
             "tokens": token_strings(getattr(pair, name), tokenizer),
-            "scored": name != "prompt",
+            "scored": name != "prompt" and (marks[name] or True),
         }
         for name in PARTS
     }

@@ -50,7 +50,7 @@ def write_rewards(
     `preferences` are those of `held_out`, in its order; log-probabilities are float32[P, 2].
     """
     beta = beta_of(config.dpo)
-    tokens = np.array([[len(pair.chosen), len(pair.rejected)] for pair in held_out])
+    tokens = np.array([pair.scored_tokens for pair in held_out])
     rewards = reward_variants(logps, ref_logps, tokens, beta=beta)
     subsets = subset_names(preferences)
     margins = margins_of(rewards, logps, ref_logps)

@@ -98,7 +98,7 @@ def _plain_texts(config: Config, tokenizer: Any) -> TrainingData:
         texts = build.load_texts(config, split)
         encoded = build.encode_texts(config, texts, tokenizer)
         found.append((encoded, [text.uid for text in texts]))
-        count, cut = len(texts), sum(int(ids[-1] != tokenizer.eos_token_id) for _, ids in encoded)
+        count, cut = len(texts), sum(int(text[1][-1] != tokenizer.eos_token_id) for text in encoded)
         report = DataReport(source=str(config.data.path), split=split, format=config.data.source)
         report.rows = report.read = report.kept = count
         report.truncated = {"text": cut} if cut else {}

@@ -1,0 +1,92 @@
+"""Where in a rendered conversation the assistant's turns stand, found by rendering its beginnings."""
+
+from __future__ import annotations
+
+import bisect
+import os
+import re
+from typing import Any, NoReturn
+
+from dpo_jax.data.messages import Message, Template, call_names
+from dpo_jax.data.pairs import BadRow, Cause
+from dpo_jax.data.tokenizer import special_tokens
+
+
+def assistant_spans(
+    template: Template, prompt: list[Message], side: list[Message], whole: str, *, start: int, context: int, field: str
+) -> list[tuple[int, int]]:
+    """Characters [begin, end) of `whole` that the assistant wrote.
+
+    `whole` is `prompt + side` rendered; the completion begins at `start`, and its first `context` turns do not count. A turn
+    begins where the turns before it end with the generation prompt, and ends with what the template puts behind it, such as
+    EOS, less the white space after that. Raises `BadRow` for a template that rewrites the turns before an answer.
+    """
+    spans = []
+    for index in range(context, len(side)):
+        turn, before = side[index], prompt + side[:index]
+        if turn["role"] != "assistant":
+            continue
+        begin = start if index == 0 else _begin(template, before, whole, field)
+        if index == len(side) - 1:
+            end = len(whole)
+        else:
+            alone = template.render([*before, turn])
+            end = len(alone) if whole.startswith(alone) else _end(template, alone, whole, begin, turn, field)
+            end = _without_space(whole, begin, end, template.tokenizer)
+        spans.append((begin, end))
+    return spans
+
+
+def _begin(template: Template, before: list[Message], whole: str, field: str) -> int:
+    asked = template.render(before, generate=True)
+    if whole.startswith(asked):
+        return len(asked)
+    if len(os.path.commonprefix([asked, whole])) < len(os.path.commonprefix([asked, template.render(before)])):
+        refuse_rewriting(field)
+    return boundary(asked, whole, template.tokenizer)
+
+
+def _end(template: Template, alone: str, whole: str, begin: int, turn: Message, field: str) -> int:
+    """Where a turn ends in `whole` that is written otherwise as the last one, in `alone`.
+
+    It begins otherwise, where reasoning is taken off earlier turns: then the turn is what `alone` ends with. Or it ends
+    otherwise, where the end of a conversation is marked: then its text is followed by a special token.
+    """
+    names = call_names(turn)
+    last_word = re.search(r"[^\s>]+>*\s*$", turn["content"] or "")
+    kept = names[-1] if names else last_word[0].rstrip() if last_word else ""
+    for cut in range(min(begin, len(alone)), len(alone)):
+        if whole.startswith(alone[cut:], begin):
+            if kept in alone[cut:]:
+                return begin + len(alone) - cut
+            break
+    written = (turn["content"] or "").strip()
+    if written and not names and (at := whole.find(written, begin)) >= 0:
+        ends = "|".join(map(re.escape, special_tokens(template.tokenizer)))
+        if found := re.compile(rf"\s*({ends})").match(whole, at + len(written)):
+            return found.end()
+    refuse_rewriting(field)
+
+
+def _without_space(whole: str, begin: int, end: int, tokenizer: Any) -> int:
+    turn = whole[begin:end].rstrip()
+    return begin + len(turn) if turn.endswith(special_tokens(tokenizer)) else end
+
+
+def boundary(asked: str, whole: str, tokenizer: Any) -> int:
+    """The last place up to which two texts are equal, in characters and in tokens: no token of either reaches across it."""
+    common = len(os.path.commonprefix([asked, whole]))
+    starts = [_starts(text, tokenizer) for text in (asked, whole)]
+    places = sorted(set(starts[0]) & set(starts[1]))
+    return places[bisect.bisect_right(places, common) - 1] if places else 0
+
+
+def _starts(text: str, tokenizer: Any) -> list[int]:
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [begin for begin, _ in offsets] + [len(text)]
+
+
+def refuse_rewriting(field: str) -> NoReturn:
+    """Raises `BadRow`: what was rendered before is no beginning of the rendered conversation."""
+    detail = "the rendered conversation does not begin with the rendered prompt; the template rewrites earlier turns"
+    raise BadRow(Cause.CHAT_TEMPLATE, detail, field=field)
