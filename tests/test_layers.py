@@ -31,7 +31,7 @@ ONLY_IN = {
     "yaml": ["cli/config/file.py"],
     "tyro": ["cli/flags.py"],
     "tensorflow_datasets": ["data/tfds.py"],
-    "huggingface_hub": ["models/hub.py", "models/origin.py"],
+    "huggingface_hub": ["models/hub.py", "models/origin.py", "data/hub_files.py"],
     # Curves of a run, the frontier, reliability, win rates, the race.
     "matplotlib": [
         *("plotting/drawing.py", "plotting/training_curves.py", "evals/frontier_plot.py", "evals/calibration_plot.py"),

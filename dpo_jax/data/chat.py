@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +46,13 @@ def chat_preference(prompt: list[Any] | None, chosen: Any, rejected: Any, *, uid
     text = _render(turns, tokenizer, generate=True)
     completions = {name: _completion(text, turns + side, name, tokenizer) for name, side in sides.items()}
     check_pair(text, **completions)
-    return Preference(text, **completions, uid=uid, chat=True)
+    return Preference(text, **completions, uid=uid, chat=True, prompt_digest=_digest(turns))
+
+
+def _digest(messages: list[Message]) -> str:
+    """Names a prompt apart from what a template makes of it. (`default`: whatever a parquet file has for a value.)"""
+    text = json.dumps(messages, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def chat_prompt(messages: Any, *, tokenizer: Any, field: str = "messages") -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from dpo_jax.data.encode import Bos, Encoded, EosInText, Truncation, encode
 from dpo_jax.data.layout import Completion
+from dpo_jax.data.mixture import copy_number
 from dpo_jax.data.pairs import BadRow, Cause, DataReport, OnBad, Preference, PreferenceSet, Triage
 from dpo_jax.untrusted import reading
 
@@ -84,11 +85,13 @@ def encode_targets(
     """
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "truncation": truncation, "bos": bos}
     tokenizer = _Remembering(tokenizer)
-    seen: dict[tuple[str, str], Preference] = {}
+    seen: dict[tuple[str, str, int], Preference] = {}
     for preference in preferences:
-        seen.setdefault((preference.prompt, preference.sft_target or preference.chosen), preference)
+        # The second copy of a pair, which the weight of its source makes, is to be learnt twice.
+        key = preference.prompt, preference.sft_target or preference.chosen, copy_number(preference.uid)
+        seen.setdefault(key, preference)
     texts, uids = [], []
-    for (prompt, target), preference in seen.items():
+    for (prompt, target, _), preference in seen.items():
         record = {"prompt": prompt, "chosen": target, "rejected": target, "chat": preference.chat}
         pair = _encode_text(record, tokenizer, **limits)
         text = np.concatenate([pair.prompt, pair.chosen])
