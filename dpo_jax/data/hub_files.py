@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import glob
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,6 +21,7 @@ from dpo_jax.models.folder import is_hub_id
 
 CONVERTED = "refs/convert/parquet"
 _DESCRIBES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "features.json"}
+_COMMIT = re.compile("[0-9a-f]{40}")
 _SECONDS = 20.0  # for the answer to what files there are
 
 
@@ -45,6 +47,7 @@ class HubData:
     revision: str  # the commit, or where there is no network the name of it that the cache knows
     config: str  # the folder of the repository with the files; "" for all of it
     sizes: Mapping[str, int | None]  # bytes of each data file, by its path in `config`
+    asked: str | None = None  # the name of the commit: by a branch or tag the cache finds it where there is no network
     note: str | None = None  # for people: where the files come from, if that is not as usual
 
     def splits(self) -> list[str]:
@@ -69,7 +72,9 @@ class HubData:
         wanted = [glob.escape(f"{prefix}{name}") for name in self._files(split)]
         with _explained(self.name, self.revision):
             options: dict[str, Any] = {"allow_patterns": wanted, "tqdm_class": _counting(progress)}
-            folder = Path(snapshot_download(self.name, repo_type="dataset", revision=self.revision, **options))
+            folder = Path(snapshot_download(self.name, repo_type="dataset", revision=self.asked, **options))
+            if _COMMIT.fullmatch(self.revision) and folder.name != self.revision:  # the branch has moved since
+                folder = Path(snapshot_download(self.name, repo_type="dataset", revision=self.revision, **options))
         return folder / self.config, folder.name
 
     def _files(self, split: str) -> list[str]:
@@ -97,7 +102,7 @@ def open_dataset(name: str, *, revision: str | None = None, config: str | None =
     commit, sizes, note = _list_files(name, revision)
     for folder in (config, f"data/{config}") if config else ("",):
         if found := _within(sizes, folder):
-            return HubData(name, commit, folder, found, note)
+            return HubData(name, commit, folder, found, revision, note)
     lacks = f"{name}: no {', '.join(SUFFIXES)} file" + (f" in a folder {config}" if config else "")
     if revision is not None:
         raise HubError(f"{lacks} at revision {revision}; leave data.revision out to read what the Hub converted ({CONVERTED})")
@@ -111,7 +116,7 @@ def open_dataset(name: str, *, revision: str | None = None, config: str | None =
     if config is None or not (found := _within(sizes, config)):
         raise HubError(f"{lacks}; converted to parquet it has the configurations {listed(configs)}: choose with --data.config")
     note = f"{lacks}, so parquet files that the Hub converted are read ({CONVERTED}, {config})"
-    return HubData(name, commit, config, found, note)
+    return HubData(name, commit, config, found, CONVERTED, note)
 
 
 def _within(sizes: Mapping[str, int | None], folder: str) -> dict[str, int | None]:

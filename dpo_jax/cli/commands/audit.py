@@ -13,7 +13,7 @@ from dpo_jax.cli.audit.page import page
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.repeats import look_for_repeats, refuse_repeats
 from dpo_jax.data.encode import adds_bos
-from dpo_jax.data.lengths import PARTS, cut_table, length_differences, length_table
+from dpo_jax.data.lengths import PARTS, cut_table, length_differences, length_table, source_table
 from dpo_jax.data.loader import plan_layout, stream
 from dpo_jax.data.pairs import PreferenceSet
 from dpo_jax.data.prepare import EncodedSet
@@ -61,8 +61,11 @@ def split_report(
 ) -> dict[str, Any]:
     """All that is counted of one split, as JSON values."""
     bos: int | None = tokenizer.bos_token_id
+    counted = encoded.report.to_json()
+    for name, found in source_table(encoded).items() if "sources" in counted else ():
+        counted["sources"][name] |= found
     return {
-        **encoded.report.to_json(),
+        **counted,
         "conversations": sum(preference.chat for preference in build.only_kept(preferences, encoded)),
         "repeats": plain(repeats),
         "lengths": length_table(encoded),
