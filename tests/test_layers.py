@@ -38,8 +38,9 @@ ONLY_IN = {
         "judge/win_rates_plot.py",
         "bench/plots.py",
     ],
-    "tensorboardX": ["runtime/metrics.py"],
-    "wandb": ["runtime/metrics.py"],
+    "tensorboardX": ["runtime/writers.py"],
+    "wandb": ["runtime/writers.py"],
+    "trackio": ["runtime/writers.py"],
     "torch": [
         *("bench/torch_loop.py", "bench/torch_sampler.py", "bench/trl_loop.py", "bench/matmul.py"),
         "evals/reward_functions.py",  # other people's classifiers

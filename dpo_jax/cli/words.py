@@ -95,7 +95,7 @@ WORDS: Mapping[str, str] = {
     "evaluation_strategy": _EVALS,
     "do_eval": _EVALS,
     "do_train": "the commands sft and dpo train",
-    "report_to": "run.tensorboard, run.wandb",
+    "report_to": "run.tensorboard, run.wandb, run.trackio",
     "project": "run.wandb",
     "resume_from_checkpoint": "run.resume, which is on: the same command continues",
     "fsdp": _SHARDED,
