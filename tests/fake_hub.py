@@ -108,7 +108,9 @@ class FakeHub:
             self.commits.append((name, lines[0]["value"]["summary"], files))
             done = {"commitUrl": f"{self.url}/{name}/commit/{commit_of(files)}", "commitOid": commit_of(files)}
             return self._send(request, 200, json.dumps(done).encode())
-        return self._send(request, 200, b"{}")
+        if request.command == "GET" and name not in self.repos:
+            return self._send(request, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        return self._send(request, 200, json.dumps({"id": name}).encode())
 
     def _send(self, request, status, body, headers=None):
         with contextlib.suppress(ConnectionError):

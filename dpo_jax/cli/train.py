@@ -273,5 +273,5 @@ def write_outputs(
 
     with reported("drawing plots"):
         plot_training(read_metrics(run.metrics), run.plots)
-    write_text(run.card, text)
+    write_text(run.card, (folder / "README.md").read_text(encoding="utf-8"))  # with the digest of the weights
     print(f"the policy is in {folder}, in {dtype}")

@@ -20,7 +20,7 @@ from dpo_jax.extras import install_command
 from dpo_jax.runtime.metrics import Row, is_evaluation
 from dpo_jax.shapes import fit
 from dpo_jax.untrusted import Unreadable, read_object, read_text, regular
-from dpo_jax.writing import write_text
+from dpo_jax.writing import naming, write_text
 
 logger = logging.getLogger(__name__)
 RETRY = 100  # rows after which a place that failed is tried again
@@ -94,7 +94,8 @@ class Delivery:
                 self._place.write(self._queue[0])
                 self._last = _key(self._queue.popleft())
                 self._record.parent.mkdir(exist_ok=True)
-                self._record.write_text(json.dumps(dict(zip(("step", "training"), self._last, strict=True))))
+                with naming(self._record):  # for each row: it need not survive a crash of the machine
+                    self._record.write_text(json.dumps(dict(zip(("step", "training"), self._last, strict=True))))
         except Exception as error:
             self._fail(error)
 
