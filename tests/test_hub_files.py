@@ -6,6 +6,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import GOLDEN
 from fake_hub import FakeHub, online
 
 from dpo_jax.cli import build, data_sources, fixed
@@ -63,6 +64,16 @@ def test_a_data_set_of_the_hub_is_read_by_its_name_and_only_the_split_is_fetched
     assert [file["path"] for file in loaded.report.files] == [f"data/train-0000{i}-of-00002.parquet" for i in range(2)]
     assert not any("data/test" in request or "README" in request for request in hub.asked)
     assert chosen(config_of(tmp_path), "test") == ["d"]
+
+
+def test_what_was_audited_is_what_is_trained_on(hub, tmp_path, capsys):
+    commit = hub.add(NAME, SHARDS)
+    (tmp_path / "c.yaml").write_text(
+        f"data: {{path: {NAME}}}\ntokenizer: {{path: {GOLDEN / 'tokenizer'}}}\nrun: {{dir: run}}\n"
+    )
+    assert main(["audit", "c.yaml"]) == 0
+    assert f"{NAME}@{commit}" in "".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "run" / "fixed.json").read_text())["revisions"] == {f"datasets/{NAME}": commit}
 
 
 def test_what_arrives_is_counted(hub):

@@ -195,7 +195,11 @@ def test_sources_have_their_own_formats_and_only_those_without_held_out_pairs_ar
     assert held["own"].kept == kept["own"].dropped["other_split"] > 0
     assert not {p.prompt for p in train} & {p.prompt for p in test}
     assert [p.uid for p in load_files(config, "train")] == [p.uid for p in train]
-    few = dataclasses.replace(config, data=dataclasses.replace(config.data, max_train=7, max_test=3))
+    (places / "hh" / "test.jsonl").rename(places / "hh" / "val.jsonl")
+    renamed = (dataclasses.replace(config.data.mix[0], test_split="val"), config.data.mix[1])
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, mix=renamed))
+    assert build.load_split(other, "test").report.sources["hh"].kept == 6
+    few = dataclasses.replace(other, data=dataclasses.replace(config.data, max_train=7, max_test=3))
     assert [len(build.load_split(few, split)) for split in ("train", "test")] == [7, 3]
 
 
@@ -275,7 +279,7 @@ WRONG = {
     "{mix: [{weight: 2}]}": "data.mix: entry 1 has no path",
     "{mix: [{path: A, weight: 0}]}": r"data.mix: entry 1 \(A\): weight must be above 0",
     "{mix: [{path: A}, {path: A}]}": "data.mix: A stands there twice; give it once, with a higher weight",
-    "{mix: A}": "data.mix must be a list of `- path, weight, format, config, revision` entries, not the text 'A'",
+    "{mix: A}": "data.mix must be a list of `- path, weight, format, .*` entries, not the text 'A'",
     "{mix: [{path: A, wieght: 2}]}": r'data.mix\[1\].wieght: unknown key; did you mean "weight"',
     "{mix: [A]}": r"entry data.mix\[1\] must be `key: value` lines, not the text 'A'",
     "{path: A, test_share: 1.5}": "data.test_share: must be a share between 0 and 1",

@@ -59,7 +59,7 @@ def sources_to_cut(config: Config) -> set[str]:
     if data.test_share is None:
         return set()
     named = zip(names_of(config), data.parts(), strict=True)
-    cut = {name for name, part in named if not _has_split(config, part, data.test_split)}
+    cut = {name for name, part in named if not _has_split(config, part, part.test_split)}
     if not cut:
         raise ConfigError(
             f"data.test_share: {data.name()} has a split {data.test_split!r}, and nothing is cut from the train split; leave "
@@ -85,24 +85,27 @@ def folder_of(part: MixConfig) -> Path:
 
 def _load(config: Config, part: MixConfig, side: Side, tokenizer: Any, *, cut: bool) -> PreferenceSet:
     data = config.data
-    wanted = data.train_split if side == "train" else data.test_split
-    split = data.train_split if cut else wanted
+    split = part.train_split if side == "train" or cut else part.test_split
+    assert part.format is not None  # `DataConfig.parts` fills in what a source leaves out
+    assert split is not None
     folder, commit, note = folder_of(part), None, None
     if is_dataset_id(part.path):
         folder, commit, note = _fetch(config, part, split)
-    assert part.format is not None  # `DataConfig.parts` fills it in
     with reported(f"reading the {split} split" + (f" of {part.path}" if data.mix else "")):
         loaded = load_preferences(folder, split, format=part.format, on_bad=data.on_bad, tokenizer=tokenizer)
     if commit is not None:
         loaded.report.source = f"{part.path}{f'/{part.config}' if part.config else ''}@{commit}"
     loaded.report.notes += [note] if note else []
+    wanted = data.train_split if side == "train" else data.test_split
     if not cut:
+        loaded.report.split = wanted  # of a mixture, whose sources call it as they like
         return loaded
     assert data.test_share is not None
     return take_side(loaded, side, share=data.test_share, split=wanted)
 
 
-def _has_split(config: Config, part: MixConfig, split: str) -> bool:
+def _has_split(config: Config, part: MixConfig, split: str | None) -> bool:
+    assert split is not None  # `DataConfig.parts` fills it in
     if is_dataset_id(part.path):
         return _opened(config, part).has_split(split)
     folder = folder_of(part)

@@ -25,6 +25,10 @@ class MixConfig:
     """As `data.config`."""
     revision: str | None = None
     """As `data.revision`."""
+    train_split: str | None = None
+    """As `data.train_split`."""
+    test_split: str | None = None
+    """As `data.test_split`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,7 @@ class DataConfig:
     revision: str | None = None
     """Branch, tag or commit of a Hub data set; none: main when the run directory is begun, and the same commit ever after."""
     mix: tuple[MixConfig, ...] = ()
-    """In the place of path: several sources, a list of {path, weight, format, config, revision}; only in a file."""
+    """In the place of path: several sources, a list of {path, weight} with format, config, ... where they differ; in a file."""
     test_share: float | None = None
     """Hold out this share of the train split (0 to 1), by a hash of the prompt, where the data have no held-out split."""
     format: FormatName = "auto"  # its help is that of the table
@@ -139,7 +143,12 @@ class DataConfig:
     def parts(self) -> tuple[MixConfig, ...]:
         """The sources of `mix`, or `path` as the only one."""
         alone = MixConfig(self.path or "", config=self.config, revision=self.revision)
-        return tuple(dataclasses.replace(part, format=part.format or self.format) for part in (self.mix or (alone,)))
+
+        def filled(part: MixConfig) -> MixConfig:
+            own = {field: getattr(part, field) or getattr(self, field) for field in ("train_split", "test_split")}
+            return dataclasses.replace(part, format=part.format or self.format, **own)
+
+        return tuple(map(filled, self.mix or (alone,)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,7 +131,7 @@ def _split(check: Check, part: MixConfig, path: str, split: str) -> str:
     from dpo_jax.data.sources import peek
     from dpo_jax.data.tfds_folder import tfds_folders
 
-    data, name = check.config.data, getattr(check.config.data, f"{split}_split")
+    data, name = check.config.data, getattr(part, f"{split}_split")
     if data.source == "snippets":
         return f"{split} of {len(load_snippets(path)):,} snippets"
     if data.source != "files" or part.format == "tfds" or (part.format == "auto" and tfds_folders(Path(path))):
