@@ -80,6 +80,7 @@ def test_which_half_is_taken_depends_on_nothing_else():
     half = {p.uid for p in mix({"a": some(100)}, {"a": 0.5})}
     assert half == {p.uid for p in mix({"b": some(50, "z"), "a": some(100)}, {"a": 0.5, "b": 3}) if p.uid.startswith("a")}
     assert half < {p.uid for p in mix({"a": some(100)}, {"a": 0.75})}
+    assert half == {p.uid.replace("other", "a", 1) for p in mix({"other": some(100)}, {"other": 0.5})}
     assert half == {p.uid for p in mix({"a": some(200)}, {"a": 0.5}) if int(p.uid.rpartition(":")[2]) <= 100}
 
 

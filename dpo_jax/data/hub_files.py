@@ -34,8 +34,8 @@ def is_dataset_id(path: str | Path) -> bool:
 
     A name in a folder that is here ("data/hh" beside `data/`) is a file that is missing.
     """
-    local = Path(path).expanduser()
-    here = local.exists() or local.parent.is_dir() or local.parent.name in ("data", "runs")
+    folder = Path(path).expanduser().parent
+    here = folder.is_dir() or folder.name in ("data", "runs")
     return not here and is_hub_id(path) and "@" not in str(path)
 
 
