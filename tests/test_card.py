@@ -1,6 +1,7 @@
 """The model card: a header that the Hub's own client reads, nothing guessed in it, and the commit of the code that made it."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess
@@ -8,8 +9,9 @@ import subprocess
 import pytest
 from huggingface_hub import ModelCard
 
-from dpo_jax.cli.card import dpo_card, sft_card
-from dpo_jax.cli.config import Config, DataConfig, DpoConfig, ModelConfig, RunConfig
+from dpo_jax.cli import data_sources
+from dpo_jax.cli.card import dpo_card, sft_card, with_digest
+from dpo_jax.cli.config import Config, DataConfig, DpoConfig, MixConfig, ModelConfig, RunConfig
 from dpo_jax.models import origin
 from dpo_jax.models.origin import License, Origin, hub_id_of_folder, model_origin
 from dpo_jax.report.result_table import result_table
@@ -199,3 +201,29 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
     assert checkout(package) == {"commit": head, "dirty": True}
     monkeypatch.setenv("PATH", str(elsewhere))
     assert checkout(package) is None  # no git
+
+
+def test_a_card_names_each_source_with_its_revision_and_weight(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_sources, "_COMMITS", {("org/one", None): "0f" * 20})
+    parts = (MixConfig("org/one", 2.0), MixConfig("org/two", config="en", revision="v1"), MixConfig(str(tmp_path / "own")))
+    config = dataclasses.replace(configured(run), data=DataConfig(mix=parts, test_share=0.05))
+    card = dpo_card(config, run)
+    assert ModelCard(card).data.to_dict()["datasets"] == ["org/one", "org/two"]
+    link = "[{0}](https://huggingface.co/datasets/{0})"
+    told = [f"{link.format('org/one')}, revision `{'0f' * 20}`, weight 2", f"{link.format('org/two')}, `en`, revision `v1`"]
+    assert f"- data: {', '.join(told)}, `own` (files); 5.0% of the prompts of what has no test split are held out" in card
+
+
+def test_a_card_names_the_digest_of_the_weights_beside_it(run, tmp_path):
+    folder = folder_with(tmp_path / "one", model_safetensors="weights")
+    card = with_digest(sft_card(configured(run), run), folder)
+    expected = hashlib.sha256(b"weights").hexdigest()  # as the Hub shows it
+    assert f"\n- weights: SHA-256 `{expected}` of `model.safetensors`\n" in card
+    assert with_digest(card, folder) == card
+    (folder / "second.safetensors").write_text("more")
+    listed = subprocess.run(
+        "sha256sum *.safetensors | sha256sum", shell=True, cwd=folder, capture_output=True, text=True
+    ).stdout
+    again = with_digest(card, folder)
+    assert f"- weights: SHA-256 `{listed.split()[0]}` of `the output of sha256sum *.safetensors`" in again
+    assert again.count("- weights:") == 1

@@ -1,11 +1,13 @@
 """The program from end to end on a tiny model: what a run leaves behind."""
 
 import gc
+import hashlib
 import json
 
 import jax
 import numpy as np
 import pytest
+from fake_hub import FakeHub, online
 from tiny_run import STEPS, bytes_of, call, refused
 from tiny_run import _compilation_cache as _compilation_cache
 from tiny_run import _plots_once as _plots_once
@@ -217,6 +219,22 @@ def test_several_temperatures_and_the_best_of_several_in_one_file(done, tmp_path
     assert "sample.temperatures: must be numbers" in refused(2, "sample", done.config, "--sample.temperatures", "0,hot")
     policy = ("--sample.best-of", 2, "--sample.reward-model", done / "sft" / "export")
     assert "sample.reward_model: " in refused(2, "sample", done.config, *policy)
+
+
+def test_an_export_is_pushed_with_its_card(done, tmp_path, monkeypatch):
+    with FakeHub() as hub, online(monkeypatch, tmp_path / "cache", hub.url):
+        flags = ("--export.out", tmp_path / "out", "--push", "org/model")
+        assert "export.push: org/model: no token for the Hub" in refused(2, "export", done.config, *flags)
+        assert not (tmp_path / "out").exists()
+        monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+        assert f"pushed to {hub.url}/org/model/commit/" in call("export", done.config, *flags).out
+    ((name, message, files),) = hub.commits
+    digest = hashlib.sha256(files["model.safetensors"]).hexdigest()
+    assert (name, message) == ("org/model", f"dpo, step 8; weights {digest[:16]}")
+    assert {path: len(data) for path, data in files.items()} == {
+        path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()
+    }
+    assert f"weights: SHA-256 `{digest}` of `model.safetensors`" in files["README.md"].decode()
 
 
 def test_an_earlier_step_is_exported_beside_the_last(done):

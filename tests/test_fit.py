@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -403,38 +402,6 @@ def test_each_shape_is_named_before_it_is_compiled(monkeypatch):
         with compilations.named(rows(np.zeros((count, 8)))):
             pass
     assert named == ["compiling shape 1 of 5 (3 rows of 8 tokens)", "compiling shape 2 of 5 (4 rows of 8 tokens)"]
-
-
-def test_optional_writers_get_every_row_or_name_the_extra(tmp_path, monkeypatch):
-    for module, make in (
-        ("tensorboardX", records.TensorBoardWriter),
-        ("wandb", lambda path: records.WandbWriter("p", directory=path)),
-    ):
-        monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(ModuleNotFoundError, match=rf"{module}: (uv )?pip install -e .*\[writers\]"):
-            make(tmp_path)
-    calls = []
-    recorder = types.SimpleNamespace(
-        add_scalar=lambda *a: calls.append(a),
-        log=lambda row, step: calls.append((step, row)),
-        close=lambda: None,
-        finish=lambda: None,
-    )
-    opened = []
-    open_one = lambda *a, **k: opened.append((a, k)) or recorder  # noqa: E731
-    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=open_one))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=open_one))
-    for begin in (0, 1):
-        writers = [
-            records.TensorBoardWriter(tmp_path),
-            records.WandbWriter("project", directory=tmp_path, config={"beta": 0.1}),
-        ]
-        with records.MetricsLog(tmp_path / "metrics.jsonl", writers=writers) as log:
-            log.resume(begin)
-            log.write({"step": begin, "loss": 0.5})
-    assert calls == [("loss", 0.5, 0), (0, {"loss": 0.5}), ("loss", 0.5, 1), (1, {"loss": 0.5})]
-    assert [k["purge_step"] for _, k in opened[::2]] == [0, 1]
-    assert opened[1][1]["id"] == opened[3][1]["id"], "a resumed run continues its own page"
 
 
 def test_values_that_json_cannot_hold_are_null(tmp_path):

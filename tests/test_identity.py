@@ -184,12 +184,12 @@ def test_a_hub_model_stays_at_its_revision(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     fixed.keep(fixed.fix(config))
     assert fixed.fix(config).model.path == "org/name"  # nothing was loaded yet
-    assert fixed.pin_models(config).model.path == "org/name@aaa"
+    assert fixed.pin_revisions(config).model.path == "org/name@aaa"
     newest[0] = "bbb"
     later = fixed.fix(config)
     assert (later.model.path, later.dpo.policy) == ("org/name@aaa", "org/b@v1")
     assert hub.resolve(later.model.path).name == "aaa"
-    assert fixed.pin_models(config).model.path == "org/name@aaa"
+    assert fixed.pin_revisions(config).model.path == "org/name@aaa"
 
 
 @pytest.mark.parametrize("name", ["org/name", "org/na.me-2", "org/name@main", "org/name@0f1e"])

@@ -32,15 +32,16 @@ ONLY_IN = {
     "yaml": ["cli/config/file.py"],
     "tyro": ["cli/flags.py"],
     "tensorflow_datasets": ["data/tfds.py"],
-    "huggingface_hub": ["models/hub.py", "models/origin.py"],
+    "huggingface_hub": ["models/hub.py", "models/origin.py", "data/hub_files.py"],
     # Curves of a run, the frontier, reliability, win rates, the race.
     "matplotlib": [
         *("plotting/drawing.py", "plotting/training_curves.py", "evals/frontier_plot.py", "evals/calibration_plot.py"),
         "judge/win_rates_plot.py",
         "bench/plots.py",
     ],
-    "tensorboardX": ["runtime/metrics.py"],
-    "wandb": ["runtime/metrics.py"],
+    "tensorboardX": ["runtime/writers.py"],
+    "wandb": ["runtime/writers.py"],
+    "trackio": ["runtime/writers.py"],
     "torch": [
         *("bench/torch_loop.py", "bench/torch_sampler.py", "bench/trl_loop.py", "bench/matmul.py"),
         "evals/reward_functions.py",  # other people's classifiers

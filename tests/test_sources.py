@@ -278,8 +278,10 @@ def test_a_repository_of_the_hub_is_read_and_one_that_is_not_here_is_told_how_to
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError) as refusal:
         load("HuggingFaceH4/ultrafeedback_binarized")
-    command = "hf download HuggingFaceH4/ultrafeedback_binarized --repo-type dataset --local-dir data/ultrafeedback_binarized"
-    assert f"{command}, then --data.path data/ultrafeedback_binarized" in str(refusal.value)
+    assert "no such file or folder; `dpo_jax.data.hub_files.open_dataset`" in str(refusal.value)
+    (tmp_path / "Anthropic").mkdir()
+    with pytest.raises(DataError, match="there is a folder Anthropic/ here, so that Anthropic/hh-rlhf is not taken for a data"):
+        load("Anthropic/hh-rlhf")
     for name in ("data/nowhere", "nowhere", "a/b/c", "/no/where", "../no"):
         with pytest.raises(DataError, match="no such file or folder$"):
             load(name)

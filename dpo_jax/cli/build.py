@@ -16,7 +16,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, dump_config
-from dpo_jax.cli.fixed import date_of, keep, pin_models
+from dpo_jax.cli.data_sources import load_files
+from dpo_jax.cli.fixed import date_of, keep, pin_revisions
 from dpo_jax.cli.model_folders import check_fit, planned_hf_config, remedy, sized_hf_config
 from dpo_jax.cli.preflight.devices import batch_parts as batch_parts
 from dpo_jax.cli.preflight.inputs import TEXT_SOURCES as TEXT_SOURCES
@@ -92,7 +93,7 @@ def describe(run: RunDir, config: Config, *reports: DataReport) -> None:
     # Which process this was is no part of what can be run again.
     anywhere = dataclasses.replace(config.run, coordinator=None, num_processes=None, process_id=None)
     if reports:
-        config = pin_models(config)
+        config = pin_revisions(config)
     write_text(run.config, dump_config(dataclasses.replace(config, run=anywhere)))
     run.write_env()
     if reports:
@@ -143,12 +144,13 @@ def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any =
         return PreferenceSet(preferences, report).take(limit)
     refuse_texts(config)
     name = data.train_split if split == "train" else data.test_split
-    assert data.path is not None  # checked with the configuration
-    format = "tfds" if data.source == "tfds" else data.format
     # Files may be a TFDS folder, too.
-    with needs_tfds(f"data.source: {data.source}"), reported(f"reading the {name} split"):
-        options = {"format": format, "columns": data.columns, "on_bad": data.on_bad, "tokenizer": tokenizer}
-        return load_preferences(data.path, name, **options).take(limit)
+    with needs_tfds(f"data.source: {data.source}"):
+        if data.source == "files":
+            return load_files(config, split, tokenizer).take(limit)
+        assert data.path is not None  # checked with the configuration
+        with reported(f"reading the {name} split"):
+            return load_preferences(data.path, name, format="tfds", on_bad=data.on_bad, tokenizer=tokenizer).take(limit)
 
 
 def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]:

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax import loss_table, optimizer_table
-from dpo_jax.cli.config import Config, DpoConfig, SftConfig
+from dpo_jax.cli.config import Config, DpoConfig, MixConfig, SftConfig
+from dpo_jax.cli.data_sources import read_commit
+from dpo_jax.data.hub_files import is_dataset_id
 from dpo_jax.data.terminal import one_line
+from dpo_jax.models.digest import files_digest
 from dpo_jax.models.folder import is_hub_id
 from dpo_jax.models.origin import Origin, hub_id_of_folder, model_origin
 from dpo_jax.report.health import examine_run
@@ -92,7 +95,7 @@ def _card(
     origin = model_origin(start)
     name = markdown_text(origin.hub_id.rpartition("/")[2]) if origin.hub_id else "A language model"
     parts = [
-        _header(origin, dataset=_dataset(config), tag=tag, adapter=config.lora.rank is not None),
+        _header(origin, datasets=_datasets(config), tag=tag, adapter=config.lora.rank is not None),
         f"# {name} {title}",
         how,
         "\n".join(f"- {name}: {words}" for name, words in _made_of(config, run, start, origin, section)),
@@ -138,14 +141,14 @@ def _trained(config: Config, section: SftConfig | DpoConfig) -> str:
     return ""
 
 
-def _header(origin: Origin, *, dataset: str | None, tag: str, adapter: bool) -> str:
+def _header(origin: Origin, *, datasets: list[str], tag: str, adapter: bool) -> str:
     """The YAML header. What is not known is left out: a wrong licence is worse than none."""
     library = "peft" if adapter else "transformers"
     fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if origin.hub_id:
         fields["base_model"] = origin.hub_id
-    if dataset:
-        fields["datasets"] = [dataset]
+    if datasets:
+        fields["datasets"] = datasets
     if origin.license:
         named = {"license_name": origin.license.name, "license_link": origin.license.link}
         fields |= {"license": origin.license.id, **{field: value for field, value in named.items() if value}}
@@ -180,17 +183,41 @@ def _hub_link(name: str, *, kind: str = "") -> str:
     return f"[{name}](https://huggingface.co/{kind}{name})" if is_hub_id(name) else markdown_text(name)
 
 
-def _dataset(config: Config) -> str | None:
-    return hub_id_of_folder(config.data.path, "datasets") if config.data.path else None
+def _datasets(config: Config) -> list[str]:
+    """The ids of the data that are of the Hub."""
+    found = (_hub_id(part) for part in config.data.parts() if part.path)
+    return list(dict.fromkeys(name for name in found if name))
+
+
+def _hub_id(part: MixConfig) -> str | None:
+    return part.path if is_dataset_id(part.path) else hub_id_of_folder(part.path, "datasets")
 
 
 def _data_name(config: Config) -> str:
     data = config.data
-    if found := _dataset(config):
-        return _hub_link(found, kind="datasets/")
-    if data.path:
-        return f"{markdown_code(Path(data.path).name)} ({data.source})"
+    if data.path or data.mix:
+        named = ", ".join(_part_name(part, data.source) for part in data.parts())
+        if data.test_share is None:
+            return named
+        return f"{named}; {data.test_share:.1%} of the prompts of what has no {data.test_split} split are held out, by hash"
     return f"generated film reviews ({data.reviews_train:,} training pairs)"
+
+
+def _part_name(part: MixConfig, source: str) -> str:
+    found, last = _hub_id(part), Path(part.path).name
+    name = _hub_link(found, kind="datasets/") if found else f"{markdown_code(last)} ({source})"
+    config = f", {markdown_code(part.config)}" if part.config else ""
+    revision = (read_commit(part.path, part.revision) or part.revision) if found else None
+    at = f", revision {markdown_code(revision)}" if revision else ""
+    return f"{name}{config}{at}{f', weight {part.weight:g}' if part.weight != 1 else ''}"
+
+
+def with_digest(card: str, folder: Path) -> str:
+    """`card` with the digest of the weights in the model folder that it lies in."""
+    digest, what = files_digest(folder)
+    line = f"- weights: SHA-256 `{digest}` of `{what}`"
+    card, found = re.subn(r"^- weights: SHA-256 .*$", line, card, count=1, flags=re.M)
+    return card if found else re.sub(r"^(- made with: .*)$", rf"\1\n{line}", card, count=1, flags=re.M)
 
 
 def _made_with(run: RunDir) -> str:

@@ -153,7 +153,10 @@ WITHOUT_CONFIG = {
 TRAINING = ("sft", "dpo")  # a finished run of these has nothing to do
 ON_MANY_HOSTS = ("sft", "refs", "dpo", "eval", "sample")
 SHORT = {f"--{name}": f"--run.{name}" for name in ("distributed", "coordinator", "num-processes", "process-id")}
-SHORT |= {"--profile": "--bench.profile", "--fast": "--frontier.fast", "--rewards": "--eval.rewards"} | {
-    f"--{name}": f"--plan.{name}" for name in ("topology", "sweep", "scale")
-}
+SHORT |= {
+    "--profile": "--bench.profile",
+    "--fast": "--frontier.fast",
+    "--rewards": "--eval.rewards",
+    "--push": "--export.push",
+} | {f"--{name}": f"--plan.{name}" for name in ("topology", "sweep", "scale")}
 SHORT |= {f"--{name}": f"--judge.{name}" for name in ("base-url", "one-order")}

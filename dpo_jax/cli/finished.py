@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.cli.config import Config
-from dpo_jax.cli.config.file import types_of
+from dpo_jax.cli.config.file import list_of, types_of
 from dpo_jax.models.folder import adapter_base
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.rundir import RunDir, RunLocked, packages, write_json
@@ -117,6 +117,8 @@ def _inputs(task: str, config: Config, sections: Sequence[str]) -> list[Path] | 
         if section in ("run", "refs"):  # where results go
             continue
         kind = types_of(type(getattr(config, section)))[name]
+        if list_of(kind) is not None:
+            named += [entry["path"] for entry in value]
         if value is not None and kind in (str, str | None) and ("/" in value or Path(value).expanduser().exists()):
             named.append(value)
     with contextlib.suppress(Unreadable):

@@ -1,9 +1,9 @@
-"""Values that a run pins in its run directory: the date of chat templates, and revisions of Hub models.
+"""Values that a run pins in its run directory: the date of chat templates, and revisions of Hub models and data sets.
 
 The first command that opens the run directory writes `fixed.json`; all later ones take over what it says, so that a run which
 goes on tomorrow has the prompts and the models of today:
 
-    {"date": "2026-11-27", "revisions": {"org/name": "0f1e2d3c..."}}
+    {"date": "2026-11-27", "revisions": {"org/name": "0f1e2d3c...", "datasets/org/pairs": "4b5a6978..."}}
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.config import Config, ConfigError, DataConfig, MixConfig
 from dpo_jax.shapes import fit
 from dpo_jax.untrusted import Unreadable, read_object, reading
 from dpo_jax.writing import write_whole
 
 NAME = "fixed.json"
+T = TypeVar("T", DataConfig, MixConfig)
 MODELS = (
     *("model.path", "tokenizer.path", "dpo.policy", "dpo.reference"),
     *("eval.policy", "eval.reference", "sample.policy"),
@@ -29,15 +31,15 @@ MODELS = (
 
 
 def fix(config: Config) -> Config:
-    """`config` with the date and the model revisions that its run directory keeps; in a new one, with the date of today."""
+    """`config` with the date and the revisions that its run directory keeps; in a new one, with the date of today."""
     record = _read(Path(config.run.dir) / NAME) or {"date": datetime.date.today().isoformat(), "revisions": {}}
     if config.data.date is None:
         several = config.run.distributed == "auto"
-        config = _with(config, "data.date", _of_first_host(record["date"]) if several else record["date"])
+        config = _with(config, "data.date", of_first_host(record["date"]) if several else record["date"])
     for option, path in _hub_ids(config):
         if path in record["revisions"]:
             config = _with(config, option, f"{path}@{record['revisions'][path]}")
-    return config
+    return _with_commits(config, record["revisions"])
 
 
 def keep(config: Config) -> None:
@@ -46,11 +48,13 @@ def keep(config: Config) -> None:
         _write(config, {"date": config.data.date, "revisions": {}})
 
 
-def pin_models(config: Config) -> Config:
-    """`config` with the revision of every Hub model that was loaded, also written to the run directory."""
+def pin_revisions(config: Config) -> Config:
+    """`config` with the revision of every Hub model and data set that was loaded, also written to the run directory."""
+    from dpo_jax.cli.data_sources import read_commit
     from dpo_jax.models.hub import cached_revision
 
     found = {path: cached_revision(path) for _, path in _hub_ids(config)}
+    found |= {_data_key(part): read_commit(part.path, part.revision) for part in config.data.parts() if _data_key(part)}
     revisions = {path: revision for path, revision in found.items() if revision is not None}
     record = _read(Path(config.run.dir) / NAME)
     if record is not None and not revisions.keys() <= record["revisions"].keys():
@@ -68,13 +72,13 @@ def check(config: Config) -> None:
     _read(Path(config.run.dir) / NAME)
 
 
-def _of_first_host(date: str) -> str:
-    """Hosts without a shared disk may have begun on two sides of midnight."""
+def of_first_host(text: str) -> str:
+    """The text of the first host: those without a shared disk may have begun on two sides of midnight, or of a commit."""
     import numpy as np
 
     from dpo_jax.runtime.hosts import from_first
 
-    return from_first(np.frombuffer(date.encode(), np.uint8)).tobytes().decode()
+    return from_first(np.frombuffer(text.encode(), np.uint8)).tobytes().decode()
 
 
 def _read(file: Path) -> dict[str, Any] | None:
@@ -107,6 +111,28 @@ def _hub_ids(config: Config) -> Iterator[tuple[str, str]]:
         path = getattr(getattr(config, section), field)
         if path is not None and is_hub_id(path) and "@" not in path and not Path(path).expanduser().exists():
             yield option, path
+
+
+def _data_key(part: DataConfig | MixConfig) -> str | None:
+    """The name in `fixed.json` of a Hub data set that is read at no certain commit; None for any other source."""
+    from dpo_jax.data.hub_files import is_dataset_id
+
+    if not part.path or not is_dataset_id(part.path) or re.fullmatch("[0-9a-f]{40}", part.revision or ""):
+        return None
+    return f"datasets/{part.path}{f'@{part.revision}' if part.revision else ''}"
+
+
+def _with_commits(config: Config, revisions: Mapping[str, str]) -> Config:
+    """`config` with the kept commit of each data set of the Hub."""
+
+    def at_commit(part: T) -> T:
+        commit = revisions.get(_data_key(part) or "")
+        return part if commit is None else dataclasses.replace(part, revision=commit)
+
+    data = config.data
+    if data.mix:
+        return dataclasses.replace(config, data=dataclasses.replace(data, mix=tuple(map(at_commit, data.mix))))
+    return dataclasses.replace(config, data=at_commit(data)) if data.path is not None else config
 
 
 def _with(config: Config, option: str, value: str) -> Config:

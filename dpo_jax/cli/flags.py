@@ -12,7 +12,7 @@ from dpo_jax.cli import config as options
 from dpo_jax.cli import words
 from dpo_jax.cli.command_table import COMMANDS, SHORT, Command
 from dpo_jax.cli.config import Config, ConfigError, load_config_with_lines
-from dpo_jax.cli.config.file import types_of
+from dpo_jax.cli.config.file import list_of, types_of
 from dpo_jax.cli.config.report import ReportConfig
 from dpo_jax.data.terminal import raw
 
@@ -78,10 +78,13 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
         shown.setdefault(section, []).extend(fields)
     for flag in (flag for flag in flags if flag.startswith("--")):
         section, _, field = flag[2:].partition("=")[0].replace("-", "_").partition(".")
+        if hasattr(config, section) and _is_list(config, section, field):
+            raise ConfigError(f"{flag}: a list, which no flag can hold; write it in {path}")
         if hasattr(config, section) and field not in shown.get(section, ()) and hasattr(getattr(config, section), field):
             readers = [other for other, spec in COMMANDS.items() if {section, f"{section}.{field}"} & set(spec.reads)]
             raise ConfigError(f"{flag}: {name} does not read this option ({', '.join(readers)} would)")
     _refuse_foreign_words(flags, shown)
+    lists = {(section, field) for section, fields in shown.items() for field in fields if _is_list(config, section, field)}
     views = []
     for section, fields in shown.items():
         current = getattr(config, section)
@@ -91,10 +94,11 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
             [
                 (
                     field,
-                    Annotated[hints[field], tyro.conf.arg(help=options.help_text(cls, field))],
-                    dataclasses.field(default=getattr(current, field)),
+                    Annotated[hint, tyro.conf.arg(help=options.help_text(cls, field))],
+                    dataclasses.field(default=None if hint is _ONLY_IN_FILES else getattr(current, field)),
                 )
                 for field in fields
+                for hint in [hints[field] if list_of(hints[field]) is None else _ONLY_IN_FILES]
             ],
             namespace={"__doc__": cls.__doc__},
             frozen=True,
@@ -108,10 +112,20 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
             "only tells whether it could run, and what (dpo-jax help).",
             args=flags,
         )
-    changes = {section: vars(getattr(chosen, section)) for section in shown}
+    changes = {
+        section: {field: value for field, value in vars(getattr(chosen, section)).items() if (section, field) not in lists}
+        for section in shown
+    }
     return dataclasses.replace(
         config, **{section: dataclasses.replace(getattr(config, section), **fields) for section, fields in changes.items()}
     )
+
+
+_ONLY_IN_FILES = None | str  # how the help shows a list
+
+
+def _is_list(config: Config, section: str, field: str) -> bool:
+    return list_of(types_of(type(getattr(config, section))).get(field)) is not None
 
 
 def _refuse_foreign_words(flags: list[str], shown: dict[str, list[str]]) -> None:

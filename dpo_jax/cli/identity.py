@@ -17,7 +17,10 @@ from dpo_jax.training.fingerprint import HELD_OUT, RunMismatch
 
 NEITHER = {"policy", "reference", "microbatches"}
 """Options of a section that are no setting: paths, whose weights have digests, and what does not change a result."""
-LIMITS = ("max_length", "max_prompt_length", "truncation", "bos", "format", "columns", "on_bad", "max_train")
+LIMITS = (
+    *("max_length", "max_prompt_length", "truncation", "bos", "format", "columns", "on_bad", "max_train", "config"),
+    "test_share",
+)
 CONTINUE = "Continue it with its own settings (its config.yaml), or choose another --run.dir."
 LONGER = "Choose another --run.dir, or export an earlier step (--export.step)."
 
@@ -37,6 +40,7 @@ def data_record(config: Config, tokenizer: Any, reports: Sequence[DataReport], *
         record |= {f"{report.split} split, {name}": getattr(report, name) for name in ("rows", "read", "kept")}
         record |= {f"file {file['path']}": file["sha256"] for file in report.files}
     record |= {f"data.{name}": getattr(config.data, name) for name in LIMITS}
+    record |= {f"data.mix, weight of {part.path}": part.weight for part in config.data.mix}
     record["chat template"] = (
         hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest() if tokenizer.chat_template else None
     )

@@ -22,10 +22,11 @@ from dpo_jax.data.prepare import data_digest
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import has_steps
 from dpo_jax.runtime.mesh import mesh_sizes
-from dpo_jax.runtime.metrics import TensorBoardWriter, WandbWriter, Writer, read_metrics
+from dpo_jax.runtime.metrics import Writer, read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.training_progress import Progress
+from dpo_jax.runtime.writers import Delivery, Place, TensorBoard, Trackio, Wandb
 from dpo_jax.training import fingerprint
 from dpo_jax.training.fingerprint import SavedRun
 from dpo_jax.training.run import Evaluate, saved_run
@@ -213,12 +214,19 @@ def _note_long_warmup(section: SftConfig | DpoConfig, steps: int, lr: Callable[[
 
 
 def _writers(config: Config, run: RunDir, facts: Mapping[str, Any]) -> list[Writer]:
-    writers: list[Writer] = []
-    if config.run.tensorboard:
-        writers.append(TensorBoardWriter(run.path / "tensorboard"))
-    if config.run.wandb is not None:
-        writers.append(WandbWriter(config.run.wandb, directory=run.path, config=facts))
-    return writers
+    section, options = config.run, {"directory": run.path, "config": facts}
+    places: dict[str, Callable[[], Place]] = {}
+    if section.tensorboard:
+        places["TensorBoard"] = lambda: TensorBoard(run.path / "tensorboard")
+    if section.wandb is not None:
+        places["wandb"] = functools.partial(Wandb, section.wandb, **options)
+    if section.trackio is not None:
+        places["Trackio"] = functools.partial(Trackio, section.trackio, **options)
+    folder = run.path / "writers"
+    return [
+        Delivery(name, make, record=folder / f"{name.lower()}.json", forgets=name == "TensorBoard")
+        for name, make in places.items()
+    ]
 
 
 def _device_summary(config: Config, section: SftConfig | DpoConfig, state: TrainState, partitioner: Partitioner) -> str:
@@ -265,5 +273,5 @@ def write_outputs(
 
     with reported("drawing plots"):
         plot_training(read_metrics(run.metrics), run.plots)
-    write_text(run.card, text)
+    write_text(run.card, (folder / "README.md").read_text(encoding="utf-8"))  # with the digest of the weights
     print(f"the policy is in {folder}, in {dtype}")

@@ -14,8 +14,8 @@ _QUANTIZED = "weights are not quantized; run.precision bfloat16, run.devices mes
 _SHARDED = "parameters are cut among devices with run.devices mesh and mesh.fsdp"
 _SAVES = "checkpoints come by run.save_every_steps or run.save_every_minutes, and at the end"
 _EVALS = "evaluation comes by run.eval_every_examples, and at the end"
-_HUB = "nothing is uploaded; afterwards: hf upload NAME RUN/dpo/export"
-_DATA = "data.path, a local file or folder; a data set of the Hub is downloaded first: hf download NAME --repo-type dataset"
+_HUB = "training uploads nothing; afterwards: dpo-jax export CONFIG --push NAME"
+_DATA = "data.path, a local file or folder, or a data set of the Hub by its name; data.mix for several"
 _HALF = "float16 is not offered; run.precision bfloat16"
 _LENGTH = "data.max_length (prompt and completion) and data.max_prompt_length"
 _KERNEL = "model.attention; auto takes the fastest for the device"
@@ -73,7 +73,10 @@ WORDS: Mapping[str, str] = {
     **dict.fromkeys(
         ("prompt_key", "input_key", "chosen_key", "rejected_key", "columns_mapping", "rename_columns"), "data.columns"
     ),
-    "dataset_config": "data.path, the folder of that configuration",
+    "dataset_config": "data.config",
+    "dataset_revision": "data.revision",
+    "dataset_mixture": "data.mix",
+    "test_split_size": "data.test_share",
     "dataset_train_split": "data.train_split",
     "dataset_test_split": "data.test_split",
     "max_completion_length": _LENGTH,
@@ -99,7 +102,7 @@ WORDS: Mapping[str, str] = {
     "evaluation_strategy": _EVALS,
     "do_eval": _EVALS,
     "do_train": "the commands sft and dpo train",
-    "report_to": "run.tensorboard, run.wandb",
+    "report_to": "run.tensorboard, run.wandb, run.trackio",
     "project": "run.wandb",
     "resume_from_checkpoint": "run.resume, which is on: the same command continues",
     "fsdp": _SHARDED,

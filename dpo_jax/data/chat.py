@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from typing import Any
@@ -66,7 +68,14 @@ def chat_preference(
         chosen_spans=spans[0],
         rejected_spans=spans[1],
         notes=(*notes, *found),
+        prompt_digest=_digest(turns),
     )
+
+
+def _digest(messages: list[Message]) -> str:
+    """Names a prompt apart from what a template makes of it. (`default`: whatever a parquet file has for a value.)"""
+    text = json.dumps(messages, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def chat_prompt(

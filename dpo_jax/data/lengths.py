@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpo_jax.data.encode import Encoded
+from dpo_jax.data.pairs import source_of
 
 PARTS = ("prompt", "chosen", "rejected")
 
@@ -41,6 +42,17 @@ def cut_table(pairs: Sequence[Encoded]) -> dict[str, dict[str, float]]:
             "share": float(cut.sum() / max(1, cut.sum() + kept)),
         }
     return table
+
+
+def source_table(pairs: Sequence[Encoded]) -> dict[str, dict[str, float]]:
+    """Pairs and tokens of each source of a mixture, copies included, and their shares of all (0 to 1)."""
+    table: dict[str, dict[str, float]] = {}
+    for pair in pairs:
+        row = table.setdefault(source_of(pair.uid), {"pairs": 0, "tokens": 0})
+        row["pairs"] += 1
+        row["tokens"] += sum(len(getattr(pair, name)) for name in PARTS)
+    totals = {what: max(1, sum(row[what] for row in table.values())) for what in ("pairs", "tokens")}
+    return {name: row | {f"{what}_share": row[what] / total for what, total in totals.items()} for name, row in table.items()}
 
 
 def length_differences(pairs: Sequence[Encoded]) -> np.ndarray:

@@ -7,6 +7,7 @@ the whole data set (the default) or into a counted drop, and keeps the books: ro
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import enum
 import os
@@ -55,6 +56,8 @@ class Cause(enum.StrEnum):
     NO_PAIR = "no_pair"
     SCORE_RATIO = "score_ratio"
     OVER_LIMIT = "over_limit"
+    OTHER_SPLIT = "other_split"  # one file holds both, cut by a hash of the prompt
+    WEIGHT = "weight"  # of its source, below 1
     # the file: how many rows are lost is not known, so a file is never dropped
     GIT_LFS_POINTER = "git_lfs_pointer"
     BAD_GZIP = "bad_gzip"
@@ -64,7 +67,12 @@ class Cause(enum.StrEnum):
     NO_ROWS = "no_rows"
 
 
-FILTERED = frozenset({Cause.IDENTICAL_AFTER_TRUNCATION, Cause.TIE, Cause.NO_PAIR, Cause.SCORE_RATIO, Cause.OVER_LIMIT})
+FILTERED = frozenset(
+    (
+        *(Cause.IDENTICAL_AFTER_TRUNCATION, Cause.TIE, Cause.NO_PAIR, Cause.SCORE_RATIO, Cause.OVER_LIMIT),
+        *(Cause.OTHER_SPLIT, Cause.WEIGHT),
+    )
+)
 """Causes by which a sound row is left out by definition of the task. They are counted, and never refused."""
 
 
@@ -86,6 +94,7 @@ class Preference:
     chosen_spans: Spans | None = None  # what the assistant wrote, where turns of others stand in between; None: all of it
     rejected_spans: Spans | None = None
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # how it was rendered; the report counts them
+    prompt_digest: str | None = None  # of a conversation: of its messages, whatever template and date wrote the prompt
 
 
 class BadRow(Unreadable):
@@ -139,6 +148,30 @@ def _shortened(text: str, most: int) -> str:
 
 
 @dataclasses.dataclass
+class SourceReport:
+    """What became of the rows of one of several sources; as `DataReport` counts."""
+
+    path: str
+    format: str
+    weight: float  # how often each of its rows is seen in an epoch
+    rows: int
+    read: int
+    dropped: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def kept(self) -> int:
+        return self.read - sum(self.dropped.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"kept": self.kept}
+
+
+def source_of(uid: str) -> str:
+    """The source that the uid of a pair names, of several: "hh" of "hh: train.jsonl:3"."""
+    return uid.partition(": ")[0]
+
+
+@dataclasses.dataclass
 class DataReport:
     """What was read and what became of it.
 
@@ -158,11 +191,14 @@ class DataReport:
     truncated: dict[str, int] = dataclasses.field(default_factory=dict)  # what was cut -> pairs
     notes: list[str] = dataclasses.field(default_factory=list)
     files: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # {"path", "bytes", "sha256"}
+    sources: dict[str, SourceReport] = dataclasses.field(default_factory=dict)  # of several: by the name that uids begin with
 
     def add(self, where: str, problem: BadRow) -> None:
         """Counts one candidate as dropped."""
         cause = problem.cause.value
         self.dropped[cause] = self.dropped.get(cause, 0) + 1
+        if source := self.sources.get(source_of(where)):
+            source.dropped[cause] = source.dropped.get(cause, 0) + 1
         examples = self.examples.setdefault(cause, [])
         if len(examples) < 5:
             examples.append(f"{where}: {problem}")
@@ -178,14 +214,22 @@ class DataReport:
         total = self.kept + sum(self.dropped.values())
         if total != self.read:
             raise AssertionError(f"{self.source}: read {self.read} candidates, but kept + dropped = {total}: {self.dropped}")
+        if self.sources and sum(source.kept for source in self.sources.values()) != self.kept:
+            raise AssertionError(
+                f"{self.source}: the sources keep other numbers of pairs than all of them together: {self.sources}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        return dataclasses.asdict(self)
+        report = dataclasses.asdict(self)
+        sources = {name: source.to_json() for name, source in self.sources.items()}
+        return (
+            report | {"sources": sources} if sources else {name: value for name, value in report.items() if name != "sources"}
+        )
 
     def copy(self) -> DataReport:
         """An independent copy."""
-        return DataReport(**dataclasses.asdict(self))
+        return copy.deepcopy(self)
 
     def reasons(self, each: int = 3) -> str:
         """Lines with the first `each` dropped candidates of every cause: where, and why."""
@@ -199,6 +243,8 @@ class DataReport:
         counts |= {f"truncated, {what}": count for what, count in sorted(self.truncated.items())}
         width = max(map(len, counts))
         lines += [f"  {name:<{width}}  {count:>9,}" for name, count in counts.items()]
+        for name, source in self.sources.items():
+            lines.append(f"  source {name}: weight {source.weight:g}, {source.read:,} read, {source.kept:,} kept")
         lines += [f"  note: {note}" for note in self.notes]
         return printable("\n".join(lines))
 

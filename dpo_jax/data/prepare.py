@@ -11,6 +11,7 @@ import numpy as np
 
 from dpo_jax.data.encode import Bos, Encoded, EosInText, Truncation, encode, scored_bytes
 from dpo_jax.data.layout import Completion, Text
+from dpo_jax.data.mixture import copy_number
 from dpo_jax.data.pairs import BadRow, Cause, DataReport, OnBad, Preference, PreferenceSet, Spans, Triage
 from dpo_jax.untrusted import reading
 
@@ -85,13 +86,15 @@ def encode_targets(
     """
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "truncation": truncation, "bos": bos}
     tokenizer = _Remembering(tokenizer)
-    seen: dict[tuple[str, str, Spans | None], Preference] = {}
+    seen: dict[tuple[str, str, Spans | None, int], Preference] = {}
     for preference in preferences:
         spans = None if preference.sft_target else preference.chosen_spans
-        seen.setdefault((preference.prompt, preference.sft_target or preference.chosen, spans), preference)
+        # The second copy of a pair, which the weight of its source makes, is to be learnt twice.
+        key = preference.prompt, preference.sft_target or preference.chosen, spans, copy_number(preference.uid)
+        seen.setdefault(key, preference)
     texts: list[Text] = []
     uids: list[str] = []
-    for (prompt, target, spans), preference in seen.items():
+    for (prompt, target, spans, _), preference in seen.items():
         record = {"prompt": prompt, "chosen": target, "rejected": target, "chat": preference.chat}
         if spans is not None:
             record |= {"chosen_spans": spans, "rejected_spans": spans}

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo_jax.data.encode import Encoded, scored_bytes
+from dpo_jax.data.mixture import copy_number
 
 EXAMPLES = 3
 Key = tuple[bytes, bytes, bytes]  # hashes of prompt, chosen, rejected
@@ -40,7 +41,8 @@ class Overlap(NamedTuple):
 
 
 def find_repeats(pairs: Sequence[Encoded]) -> Repeats:
-    """What a split says twice, and where it contradicts itself."""
+    """What a split says twice, and where it contradicts itself. Copies that the weight of a source asks for are left out."""
+    pairs = [pair for pair in pairs if copy_number(pair.uid) == 1]
     keys = [_key(pair) for pair in pairs]
     rejected = {(prompt, no): pair.uid for (prompt, _, no), pair in zip(keys, pairs, strict=True)}
     seen: dict[Key, str] = {}

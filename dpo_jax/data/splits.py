@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from dpo_jax.data.files import SUFFIXES
 from dpo_jax.data.pairs import Cause, DataReport, readable_name, refuse
+from dpo_jax.models.folder import is_hub_id
 from dpo_jax.untrusted import special_kind
 
+_CUT = "hold out a part of the train split with --data.test-share 0.05"
 _LISTED = 12  # names in a message
 # "train-00000-of-00002", and as older versions of `datasets` pushed it to the Hub, "train-00000-of-00002-b21d99e2a8d3e3b0".
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]{16})?")
@@ -27,8 +29,9 @@ def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tu
     """
     source = Path(source)
     if source.is_file():
-        if split != "train" and split not in re.split(r"[^0-9A-Za-z]+", source.name):
-            refuse(Cause.BAD_LAYOUT, source, f"one file holds one split, and its name does not say {split!r}; give a folder")
+        if not has_split(source, split):
+            detail = f"one file holds one split, and its name does not say {split!r}; give a folder, or {_CUT}"
+            refuse(Cause.BAD_LAYOUT, source, detail)
         _stem(source)
         return [(readable_name(source.name), source)]
     if source.exists() and not source.is_dir():
@@ -37,14 +40,13 @@ def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tu
         )
     if not source.is_dir():
         refuse(Cause.BAD_LAYOUT, source, f"no such file or folder{_of_the_hub(source)}")
-    layouts = _layouts(source, split)
+    layouts = find_names(_names(source), split)
     if len(layouts) != 1:
-        found = "; ".join(
-            f"{layout}: {_listed(str(path.relative_to(source)) for path in paths)}" for layout, paths in layouts.items()
-        )
+        found = "; ".join(f"{layout}: {listed(str(path) for path in paths)}" for layout, paths in layouts.items())
         detail = f"ambiguous, {found}" if layouts else f"no file of split {split!r}; {_what_is_there(source, split)}"
         refuse(Cause.BAD_LAYOUT, source, detail)
-    [(layout, paths)] = layouts.items()
+    [(layout, found)] = layouts.items()
+    paths = [source / path for path in found]
     _check_shards(source, paths)
     if layout == f"*/{split}":
         folders = {path.parent for path in source.glob("*/*") if path.is_file() and path.name.endswith(SUFFIXES)}
@@ -55,47 +57,67 @@ def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tu
 
 def split_names(source: str | Path) -> list[str]:
     """The splits that the names of files in the folder `source` tell of, for messages."""
-    found: set[str] = set()
-    for path in (*Path(source).glob("*"), *Path(source).glob("*/*")):
-        if path.is_file() and path.name.endswith(SUFFIXES) and not path.name.startswith("."):
-            found.add(_split_of(_stem(path)))
-    return sorted(found)
+    return splits_of(_names(Path(source)))
+
+
+def splits_of(names: Iterable[PurePath]) -> list[str]:
+    """The splits that names of files tell of."""
+    data = (path for path in names if path.name.endswith(SUFFIXES) and not path.name.startswith("."))
+    return sorted({_split_of(_stem(path)) for path in data})
 
 
 def _what_is_there(source: Path, split: str) -> str:
-    present = _listed(sorted(path.name + "/" * path.is_dir() for path in source.iterdir())) or "nothing"
+    present = listed(sorted(path.name + "/" * path.is_dir() for path in source.iterdir())) or "nothing"
     splits = split_names(source)
-    choose = f"; choose among the splits {_listed(splits)} with --data.train-split and --data.test-split" if splits else ""
+    choose = f"; choose among the splits {listed(splits)} with --data.train-split and --data.test-split" if splits else ""
+    choose += f", or {_CUT}" if splits and split != "train" else ""
     foreign = sorted(path.name for path in source.glob("*.*") if path.is_file() and path.name.partition(".")[0] == split)
-    convert = f"; {_listed(foreign)} is not read: convert it to JSON Lines (.jsonl) or .parquet" if foreign else ""
+    convert = f"; {listed(foreign)} is not read: convert it to JSON Lines (.jsonl) or .parquet" if foreign else ""
     below = sorted({path.parent for path in source.glob("*/*/*") if path.parent.name == split and path.name.endswith(SUFFIXES)})
-    deeper = f"; the split is in {_listed(map(str, below))}: give the folder {below[0].parent}" if below else ""
+    deeper = f"; the split is in {listed(map(str, below))}: give the folder {below[0].parent}" if below else ""
     return f"the folder holds {present}{convert}{deeper}{choose}"
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """Names for a message, of many only the first."""
     names = list(names)
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 
 
 def _of_the_hub(source: Path) -> str:
-    looks_local = source.parent.is_dir() or source.parent.name in ("data", "runs")
-    if looks_local or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+    if not is_hub_id(source) or source.parent.name in ("data", "runs"):
         return ""
-    folder = f"data/{source.name}"
-    return (
-        f"; a data set of the Hugging Face Hub is downloaded first: hf download {source} --repo-type dataset --local-dir "
-        f"{folder}, then --data.path {folder}"
-    )
+    if source.parent.is_dir():
+        return f"; there is a folder {source.parent}/ here, so that {source} is not taken for a data set of the Hub"
+    return "; `dpo_jax.data.hub_files.open_dataset` reads data sets of the Hub"
 
 
-def _layouts(source: Path, split: str) -> dict[str, list[Path]]:
-    def is_shard(path: Path) -> bool:
+def has_split(source: str | Path, split: str) -> bool:
+    """Whether `find_files` finds files of `split` under `source`, in whatever layout."""
+    source = Path(source)
+    if source.is_file():
+        return split == "train" or _says(source.name, split)
+    return bool(find_names(_names(source), split))
+
+
+def _says(name: str, split: str) -> bool:
+    return split in re.split(r"[^0-9A-Za-z]+", name)
+
+
+def _names(folder: Path) -> list[PurePath]:
+    """The files in a folder and one below, relative to it."""
+    return [path.relative_to(folder) for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file()]
+
+
+def find_names(names: Iterable[PurePath], split: str) -> dict[str, list[PurePath]]:
+    """The layouts that hold `split` among files of these names, relative to one folder: layout -> its files, sorted."""
+
+    def is_shard(path: PurePath) -> bool:
         return _stem(path) != split == _split_of(_stem(path))
 
-    files = [path for path in source.glob("*") if path.is_file()], [path for path in source.glob("*/*") if path.is_file()]
-    top, below = ([path for path in paths if path.name.endswith(SUFFIXES)] for paths in files)
+    data = [path for path in names if path.name.endswith(SUFFIXES)]
+    top, below = ([path for path in data if len(path.parts) == depth] for depth in (1, 2))
     layouts = {
         split: [path for path in top if _stem(path) == split],
         f"{split}/*": [path for path in below if path.parent.name == split],
@@ -109,7 +131,7 @@ def _layouts(source: Path, split: str) -> dict[str, list[Path]]:
     return {layout: sorted(paths) for layout, paths in layouts.items() if paths}
 
 
-def _stem(path: Path) -> str:
+def _stem(path: PurePath) -> str:
     for suffix in sorted(SUFFIXES, key=len, reverse=True):
         if path.name.endswith(suffix):
             return path.name.removesuffix(suffix)

@@ -41,7 +41,7 @@ from dpo_jax.writing import naming
 _TEXTS = ("prompt", "chosen", "rejected", "uid", "sft_target")
 _FIELDS = {*_TEXTS, "chat"}
 _SPANS = ("chosen_spans", "rejected_spans")  # as JSON text
-_OPTIONAL = ("subset", *_SPANS)  # written only where some row has one: most sets have none, and older folders lack the feature
+_OPTIONAL = ("subset", "prompt_digest", *_SPANS)  # written where some row has one: most sets have none, older folders lack them
 
 
 class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -222,9 +222,9 @@ def _reading(folder: Path) -> contextlib.AbstractContextManager[None]:
 def _record(row: Preference) -> dict[str, Any]:
     # tfds has no missing text: "nothing else than `chosen`" is written as `chosen`, and read back as None.
     record = dataclasses.asdict(row) | {"sft_target": row.chosen if row.sft_target is None else row.sft_target}
-    del record["notes"]  # of the reader of the files
     record |= {field: json.dumps(record[field]) for field in _SPANS if record[field] is not None}
-    return {field: value for field, value in record.items() if field not in _OPTIONAL or value is not None}
+    kept = {*_FIELDS, *(field for field in _OPTIONAL if record[field] is not None)}
+    return {field: value for field, value in record.items() if field in kept}
 
 
 def _decode(record: Mapping[str, Any]) -> Preference:

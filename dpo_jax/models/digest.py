@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,22 @@ class WeightsDigest:
     def hexdigest(self) -> str:
         lines = sorted(f"{described} {sha.hexdigest()}\n" for described, sha in self._leaves.values())
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def files_digest(folder: str | Path) -> tuple[str, str]:
+    """The identity of the weights in a Hugging Face folder that anybody can check: a SHA-256, and words on what it is of.
+
+    Of one file its own, which the Hub shows, too; of several that of what `sha256sum *.safetensors` prints.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    found = []
+    for path in files:
+        with path.open("rb") as file:
+            found.append(hashlib.file_digest(file, "sha256").hexdigest())
+    if len(files) == 1:
+        return found[0], files[0].name
+    lines = "".join(f"{digest}  {path.name}\n" for digest, path in zip(found, files, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest(), "the output of sha256sum *.safetensors"
 
 
 def weights_digest(variables: Variables) -> str:

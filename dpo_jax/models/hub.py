@@ -1,10 +1,10 @@
-"""Models by name: a folder, or a Hub id "organization/name", with "@revision" where a certain one is meant."""
+"""Models by name: a folder, or a Hub id "organization/name", with "@revision" where a certain one is meant; and back there."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_jax.models.folder import adapter_base, local_folder
+from dpo_jax.models.folder import adapter_base, is_hub_id, local_folder
 
 _WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja", "*.model", "README.md"]
 
@@ -46,6 +46,47 @@ def tokenizer_folder(folder: str | Path) -> Path:
     """`folder`, or that of its base for an adapter without a tokenizer of its own."""
     own = any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
     return Path(folder) if own else model_folder(folder)
+
+
+class PushError(Exception):
+    """A folder could not be put on the Hub. The message says why, and the remedy."""
+
+
+def check_push(name: str) -> None:
+    """Raises `PushError` where nothing can be pushed to the repository `name` from here: no such id, no token, no network."""
+    from huggingface_hub import constants, get_token
+
+    if not is_hub_id(name) or "@" in name:
+        raise PushError(f"{name}: not an id of the Hub (organization/name)")
+    if constants.is_offline_mode():
+        raise PushError(f"{name}: HF_HUB_OFFLINE forbids to ask the Hub; unset it")
+    if get_token() is None:
+        raise PushError(f"{name}: no token for the Hub; log in with `hf auth login`, or set HF_TOKEN (with write permission)")
+
+
+def push(folder: str | Path, name: str, *, message: str, public: bool = False) -> str:
+    """Uploads a model folder as one commit, and returns its address. A repository that is not there is made, unless `public` a
+    private one.
+
+    Raises `PushError`; the folder stays as it is.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    check_push(name)
+    later = f"the model is in {folder}; later: hf upload {name} {folder}"
+    try:
+        HfApi().create_repo(name, private=not public, exist_ok=True)
+        return HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=message).commit_url
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        why = {
+            401: "the Hub does not know this token; log in with `hf auth login`, or set HF_TOKEN",
+            403: "the token may not write there; take one with write permission, or another organization",
+        }.get(status, f"the Hub refuses it: {' '.join(str(error).split())[:300]}")
+        raise PushError(f"{name}: {why}; {later}") from error
+    except Exception as error:  # of the network: the HTTP library below raises its own
+        raise PushError(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}; {later}") from error
 
 
 def cached_revision(path: str) -> str | None:

@@ -41,6 +41,7 @@ def audited(runs: Sequence[RunRecord]) -> Section | None:
             continue
         blocks += [Notice(of(run, runs, words)) for words in verdict_sentences(splits)]
         blocks.append(_counts(of(run, runs, "What the audit counted"), splits))
+        blocks += _sources(of(run, runs, "Sources"), splits)
         examples = [
             [of(run, runs, split), what, "; ".join(found["examples"])]
             for split, report in splits.items()
@@ -61,6 +62,17 @@ def _counts(caption: str, splits: Mapping[str, Mapping[str, Any]]) -> Table:
     shares = [f"{rule['accuracy']:.3f} ({rule['low']:.3f} to {rule['high']:.3f})" for rule in rules]
     rows.append(['accuracy of "the longer one wins"', *shares])
     return Table(["what", *splits], rows, caption=caption, note="Pairs are compared by their token ids. Intervals: 95 %.")
+
+
+def _sources(caption: str, splits: Mapping[str, Mapping[str, Any]]) -> list[Block]:
+    rows = [
+        [f"{split}, {name}", f"{one['weight']:g}", one["format"], *(f"{one[count]:,}" for count in ("read", "kept"))]
+        + [f"{one[share]:.1%}" if share in one else "-" for share in ("pairs_share", "tokens_share")]
+        for split, report in splits.items()
+        for name, one in report.get("sources", {}).items()
+    ]
+    columns = ["source", "weight", "format", "read", "kept", "of the pairs", "of the tokens"]
+    return [Table(columns, rows, caption=caption)] if rows else []
 
 
 def _finding(found: Mapping[str, Any] | None) -> str:

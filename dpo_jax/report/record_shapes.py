@@ -15,6 +15,7 @@ ENV = {
     "git?": ({"commit": str, "dirty": bool}, None),
 }
 
+_SOURCE = {"weight": float, "format": str, "read": int, "kept": int, "pairs_share?": float, "tokens_share?": float}
 SPLIT: dict[Any, Any] = {
     "source?": str,
     "format?": str,
@@ -25,6 +26,7 @@ SPLIT: dict[Any, Any] = {
     "truncated?": COUNTS,
     "notes?": [str],
     "files?": [{"path": str, "bytes": int, "sha256": str}],
+    "sources?": {str: _SOURCE},
 }
 DATA = {str: SPLIT}
 _FINDING = {"pairs": int, "share": float, "examples?": [str]}

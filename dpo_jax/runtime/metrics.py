@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl`, which is the record, and besides it TensorBoard and Weights & Biases.
+"""Where metrics go: `metrics.jsonl`, which is the record. (`writers` shows it in TensorBoard and elsewhere.)
 
 A row's `step` is the number of optimizer steps taken before it was measured. A training row `step: 7` is therefore the loss of
 the eighth batch before its update, and an evaluation row `step: 7` judges those same parameters. The last entry of a line,
@@ -13,16 +13,14 @@ import logging
 import math
 import os
 import re
-import secrets
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from dpo_jax.extras import install_command
 from dpo_jax.shapes import MOST
-from dpo_jax.untrusted import Lines, LongLine, Unreadable, lines_of, parse_object, read_text, regular
-from dpo_jax.writing import naming, write_text, write_whole
+from dpo_jax.untrusted import Lines, LongLine, Unreadable, lines_of, parse_object, regular
+from dpo_jax.writing import naming, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +28,12 @@ Row = Mapping[str, float]
 
 
 class Writer(Protocol):
-    """A second place for metrics. `resume` comes first and gives the number of steps taken so far."""
+    """A second place for metrics. `resume` comes first, with the number of steps taken so far and the rows up to there.
 
-    def resume(self, step: int) -> None: ...
+    What it raises stops the training; `writers.Delivery` raises nothing.
+    """
+
+    def resume(self, step: int, rows: Sequence[Row]) -> None: ...
     def write(self, row: Row) -> None: ...
     def close(self) -> None: ...
 
@@ -68,7 +69,7 @@ class MetricsLog:
         else:
             self._file.truncate(kept[-1].end if kept else 0)
         for writer in self._writers:
-            writer.resume(step)
+            writer.resume(step, [line.row for line in kept])
 
     def write(self, row: Row) -> None:
         """`row` holds `step` and the metrics. Raises OSError, for instance when the disk is full."""
@@ -196,62 +197,3 @@ def _set_aside(path: Path) -> Path:
     copy = next(free for n in itertools.count() if not os.path.lexists(free := folder / f"{path.name}-{n}"))
     write_whole(copy, path.read_bytes())
     return copy
-
-
-class TensorBoardWriter:
-    """Writes TensorBoard event files. Raises ModuleNotFoundError, naming the extra, without tensorboardX."""
-
-    def __init__(self, directory: str | os.PathLike[str]):
-        try:
-            import tensorboardX  # pyright: ignore[reportMissingImports]
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError(_missing("TensorBoard output", "tensorboardX")) from None
-        self._make, self._directory, self._writer = tensorboardX.SummaryWriter, str(directory), None
-
-    def resume(self, step: int) -> None:
-        self._writer = self._make(self._directory, purge_step=step)
-
-    def write(self, row: Row) -> None:
-        assert self._writer is not None, "resume() comes first"
-        for name, value in row.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, int(row["step"]))
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-
-class WandbWriter:
-    """Writes to Weights & Biases; a resumed run continues its own page. The key comes from the environment (`WANDB_API_KEY`).
-
-    Raises ModuleNotFoundError, naming the extra, without wandb.
-    """
-
-    def __init__(self, project: str, *, directory: str | os.PathLike[str], config: Mapping[str, Any] | None = None):
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError(_missing("Weights & Biases output", "wandb")) from None
-        self._init, self._project, self._directory, self._config, self._run = wandb.init, project, Path(directory), config, None
-
-    def resume(self, step: int) -> None:
-        name = self._directory / "wandb_run_id"
-        known = read_text(regular(name)) if step and name.exists() else ""
-        if not re.fullmatch(r"[\w-]{1,128}", known):
-            known = secrets.token_hex(8)
-            write_text(name, known)
-        config = dict(self._config or {})
-        self._run = self._init(project=self._project, dir=str(self._directory), config=config, id=known, resume="allow")
-
-    def write(self, row: Row) -> None:
-        assert self._run is not None, "resume() comes first"
-        self._run.log({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
-
-    def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-
-
-def _missing(writer: str, package: str) -> str:
-    return f"{writer} needs the package {package}: {install_command('writers')}"

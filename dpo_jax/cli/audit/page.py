@@ -24,6 +24,7 @@ def page(config: Config, reports: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         *_wrapped(f"{train['source']} as {train['format']}"),
         *_counts(reports),
+        *_sources(reports),
         *_examples(reports),
         *_reasons(reports),
         "",
@@ -74,6 +75,16 @@ def _counts(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield row("prompts also in train", finding("overlap", "prompts"))
     yield row("chosen is longer", lambda report: f"{report['longer_wins']['chosen_longer']:.1%}")
     yield row('accuracy of "the longer one wins"', lambda report: f"{report['longer_wins']['accuracy']:.3f}")
+
+
+def _sources(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What each source of a mixture gives to a split, once the weights are applied."""
+    for split, report in reports.items():
+        for name, one in report.get("sources", {}).items():
+            words = f"weight {one['weight']:g}, as {one['format']}: {one['read']:,} read, {one['kept']:,} kept"
+            if "pairs_share" in one:
+                words += f": {one['pairs_share']:.1%} of the pairs, {one['tokens_share']:.1%} of the tokens"
+            yield from _wrapped(one_line(words), first=f"  {one_line(split)}, {one_line(name)}: ", indent="    ")
 
 
 EXAMPLES_OF = {

@@ -11,9 +11,10 @@ from dpo_jax.cli import build
 from dpo_jax.cli.audit.notes import verdict
 from dpo_jax.cli.audit.page import page
 from dpo_jax.cli.config import Config
+from dpo_jax.cli.fixed import pin_revisions
 from dpo_jax.cli.repeats import look_for_repeats, refuse_repeats
 from dpo_jax.data.encode import adds_bos
-from dpo_jax.data.lengths import PARTS, cut_table, length_differences, length_table
+from dpo_jax.data.lengths import PARTS, cut_table, length_differences, length_table, source_table
 from dpo_jax.data.loader import plan_layout, stream
 from dpo_jax.data.pairs import PreferenceSet
 from dpo_jax.data.prepare import EncodedSet
@@ -32,6 +33,7 @@ def run(config: Config) -> int:
         tolerant = build.with_data(config, on_bad="drop", max_dropped_share=1.0)
         tokenizer = build.tokenizer_of(tolerant, model_path=config.model.path)
         preferences = [build.load_split(tolerant, split, tokenizer) for split in SPLITS]
+        pin_revisions(config)  # what is trained on later is what was audited
         train, test = (build.encode_split(tolerant, loaded, tokenizer) for loaded in preferences)
         found = look_for_repeats(train, test)
         reports = {
@@ -61,8 +63,11 @@ def split_report(
 ) -> dict[str, Any]:
     """All that is counted of one split, as JSON values."""
     bos: int | None = tokenizer.bos_token_id
+    counted = encoded.report.to_json()
+    for name, found in source_table(encoded).items() if "sources" in counted else ():
+        counted["sources"][name] |= found
     return {
-        **encoded.report.to_json(),
+        **counted,
         "conversations": sum(preference.chat for preference in build.only_kept(preferences, encoded)),
         "repeats": plain(repeats),
         "lengths": length_table(encoded),

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dpo_jax.cli import build
-from dpo_jax.cli.card import dpo_card
+from dpo_jax.cli.card import dpo_card, with_digest
 from dpo_jax.cli.commands.implicit_rewards import write_rewards
 from dpo_jax.cli.commands.refs import reference_values
 from dpo_jax.cli.config import Config, ConfigError, load_config
@@ -186,7 +186,7 @@ def _update_card(config: Config, report: dict[str, Any]) -> None:
             if _settings(trained) != _settings(config):
                 print(f"{run_dir.card} is left as it is: the run was trained with {_settings(trained)}")
                 return
-            card = dpo_card(trained, run_dir, report=report)
+            card = with_digest(dpo_card(trained, run_dir, report=report), run_dir.export)
             write_text(run_dir.card, card)
             write_text(run_dir.export / "README.md", card)
     except (RunLocked, ConfigError) as error:  # training again just now, or a folder that was copied here

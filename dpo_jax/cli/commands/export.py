@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.cli import build
-from dpo_jax.cli.card import dpo_card, sft_card
+from dpo_jax.cli.card import dpo_card, sft_card, with_digest
 from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.cli.model_folders import refuse_foreign
 from dpo_jax.cli.trained import Trained, trained
@@ -22,13 +23,13 @@ from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.models.adapter import write_adapter
 from dpo_jax.models.checkpoint_stream import assemble
 from dpo_jax.models.decoder import make_model
-from dpo_jax.models.digest import WeightsDigest
+from dpo_jax.models.digest import WeightsDigest, files_digest
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.folder import adapter_base
 from dpo_jax.models.generation import eos_ids, float_type, generation_config
 from dpo_jax.models.hf import load_config as load_hf_config
 from dpo_jax.models.hf import read_weights, save_hf, variable_shapes
-from dpo_jax.models.hub import model_folder, resolve
+from dpo_jax.models.hub import PushError, check_push, model_folder, push, resolve
 from dpo_jax.models.lora import LORA
 from dpo_jax.models.partial import split
 from dpo_jax.runtime import hosts
@@ -47,6 +48,9 @@ def run(config: Config) -> int:
     directory = config.export.checkpoint or config.checkpoints_of("dpo")
     if config.export.out is not None:
         refuse_foreign(Path(config.export.out).expanduser())
+    if config.export.push is not None:
+        with _pushing():
+            check_push(config.export.push)  # before anything is computed
     folder = _run_of(config, directory)
     written_by = folder / "config.yaml"
     if not (written_by.is_file() and has_steps(directory)):
@@ -82,7 +86,21 @@ def run(config: Config) -> int:
             write = writer(part, write_model, **options, digests=meta["fingerprint"])
         out, written = write(config.export.out or folder / name, model, variables, tokenizer, card=card)
     print(f"step {step} of {folder} as {written} in {out}")
+    if (name := config.export.push) is not None:
+        message = f"{task}, step {step}; weights {files_digest(out)[0][:16]}"
+        with _pushing(), reported(f"uploading to {name}"):
+            address = push(out, name, message=message, public=config.export.public)
+        print(f"pushed to {address}")
     return 0
+
+
+@contextlib.contextmanager
+def _pushing() -> Iterator[None]:
+    """Turns a `PushError` into a `ConfigError` naming the option."""
+    try:
+        yield
+    except PushError as error:
+        raise ConfigError(f"export.push: {error}") from error
 
 
 def _whole(part: Trained, state: TrainState, start: str | None, meta: Mapping[str, Any]) -> Variables:
@@ -217,7 +235,7 @@ def _write_beside(folder: Path, tokenizer: Any, card: str | None) -> None:
             flush=True,
         )
     if card is not None:
-        write_text(folder / "README.md", card)
+        write_text(folder / "README.md", with_digest(card, folder))
 
 
 def _card_of(original: Config, run: RunDir, task: str, step: int) -> str:

@@ -62,7 +62,7 @@ def write_rewards(
             "reference": config.dpo_reference(),
             "beta": beta,
             "loss": config.dpo.loss,
-            "data": config.data.path or config.data.source,
+            "data": config.data.name(),
             "split": config.data.test_split,
         },
         "weights": dict(weights),

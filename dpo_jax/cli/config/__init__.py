@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dpo_jax.cli.config.bench import BenchConfig as BenchConfig
 from dpo_jax.cli.config.data import DataConfig as DataConfig
+from dpo_jax.cli.config.data import MixConfig as MixConfig
 from dpo_jax.cli.config.data import PrepareConfig as PrepareConfig
 from dpo_jax.cli.config.data import TokenizerConfig as TokenizerConfig
 from dpo_jax.cli.config.dpo import DpoConfig as DpoConfig

@@ -13,13 +13,43 @@ from dpo_jax.data.format_table import FormatName
 
 
 @dataclasses.dataclass(frozen=True)
+class MixConfig:
+    """One of several sources of preferences. What is left out is that of section `data`."""
+
+    path: str = ""
+    """File, folder or data set of the Hub, as `data.path`."""
+    weight: float = 1.0
+    """How often each of its training rows is seen in an epoch: 2 twice, 0.5 a fixed half of them."""
+    format: FormatName | None = None
+    """As `data.format`."""
+    columns: TextMap | None = None
+    """As `data.columns`."""
+    config: str | None = None
+    """As `data.config`."""
+    revision: str | None = None
+    """As `data.revision`."""
+    train_split: str | None = None
+    """As `data.train_split`."""
+    test_split: str | None = None
+    """As `data.test_split`."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Which preference pairs, and how they become rows of tokens."""
 
     source: Literal["reviews", "files", "tfds", "snippets", "imdb", "cnn_dailymail"] = "files"
     """Generated reviews, files of preferences, a TFDS folder of ours; texts only: rt-polarity, TFDS's IMDb, CNN/DailyMail."""
     path: str | None = None
-    """File or folder with the data, for all sources but reviews."""
+    """File or folder with the data, or a data set of the Hugging Face Hub (organization/name); for all sources but reviews."""
+    config: str | None = None
+    """Folder of the data with the files, or configuration of the Hub, where a data set has several; none: all of it."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set; none: main when the run directory is begun, and the same commit ever after."""
+    mix: tuple[MixConfig, ...] = ()
+    """In the place of path: several sources, a list of {path, weight} with format, config, ... where they differ; in a file."""
+    test_share: float | None = None
+    """Hold out this share of the train split (0 to 1), by a hash of the prompt, where the data have no held-out split."""
     format: FormatName = "auto"  # its help is that of the table
     columns: TextMap | None = None
     """Columns that go by other names in the files: prompt=question, prompt=instruction+input (joined); system= reads none."""
@@ -95,9 +125,44 @@ class DataConfig:
         if self.source == "reviews" and self.path is not None:
             yield "path", "reviews are generated: leave path out, or set source to files or tfds"
 
+        if self.test_share is not None and not 0 < self.test_share < 1:
+            yield "test_share", f"must be a share between 0 and 1, such as 0.05, got {self.test_share}"
+        if self.source != "files":
+            for field in ("config", "revision", "mix", "test_share"):
+                if getattr(self, field):
+                    yield field, f"is read with source files only, and not with {self.source}; leave it out"
+        yield from self._check_mix()
+
+    def _check_mix(self) -> Iterator[Problem]:
+        for field in ("path", "config", "revision"):
+            if self.mix and getattr(self, field) is not None:
+                yield field, f"stands beside data.mix, whose entries have a {field} each; leave one of them out"
+        for number, source in enumerate(self.mix, 1):
+            if not source.path.strip():
+                yield "mix", f"entry {number} has no path"
+            if not 0 < source.weight <= 1000:
+                yield "mix", f"entry {number} ({source.path}): weight must be above 0, and at most 1000, got {source.weight:g}"
+        places = [(source.path.rstrip("/"), source.config) for source in self.mix]
+        for path, config in dict.fromkeys(place for place in places if places.count(place) > 1):
+            yield "mix", f"{path}{f' ({config})' if config else ''} stands there twice; give it once, with a higher weight"
+
     def missing(self) -> Iterator[Problem]:
-        if self.source != "reviews" and self.path is None:
+        if self.source != "reviews" and self.path is None and not self.mix:
             yield "path", f"source {self.source} needs a file or folder: pass --data.path"
+
+    def name(self) -> str:
+        """What the data are, for people."""
+        return " + ".join(part.path for part in self.mix) or self.path or self.source
+
+    def parts(self) -> tuple[MixConfig, ...]:
+        """The sources of `mix`, or `path` as the only one."""
+        alone = MixConfig(self.path or "", config=self.config, revision=self.revision)
+
+        def filled(part: MixConfig) -> MixConfig:
+            own = {field: getattr(part, field) or getattr(self, field) for field in ("train_split", "test_split")}
+            return dataclasses.replace(part, format=part.format or self.format, columns=part.columns or self.columns, **own)
+
+        return tuple(map(filled, self.mix or (alone,)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -25,5 +26,14 @@ class ExportConfig:
     """Type of the weights that export, dpo and ppo write; none: that of the model that training began with, float32 for a new
     one. sft writes float32: dpo starts from exactly these weights."""
 
+    push: str | None = None
+    """Also upload the folder to this repository of the Hugging Face Hub, organization/name (short: --push); made if absent."""
+    public: bool = False
+    """A repository that is made is public; otherwise private. One that is there stays what it is."""
+
     def check(self) -> Iterator[Problem]:
         yield from not_negative(self, "step")
+        if self.push is not None and not re.fullmatch(r"\w[\w.-]{0,95}/[\w.-]{1,96}", self.push):
+            yield "push", f"must be a repository of the Hub, organization/name, got {self.push!r}"
+        if self.public and self.push is None:
+            yield "public", "says how a pushed repository is made, and nothing is pushed: set export.push, or leave it out"

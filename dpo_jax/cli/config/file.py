@@ -100,6 +100,12 @@ def types_of(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
+def list_of(hint: Any) -> type | None:
+    """The dataclass X of an option that is a list of them (`tuple[X, ...]`); None for any other."""
+    args = typing.get_args(hint)
+    return args[0] if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(args[0]) else None  # pyright: ignore
+
+
 def is_count(text: str) -> bool:
     """Whether a text is a whole number above 0, of at most nine digits: an int32 holds it."""
     return text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0
@@ -123,7 +129,7 @@ class _Reader:
     def record(self, node: yaml.Node, cls: type[T], prefix: str) -> T:
         if isinstance(node, yaml.ScalarNode) and node.tag == _SCALAR + "null":
             return cls()
-        what = f"section {prefix[:-1]}" if prefix else "the configuration"
+        what = f"{'entry' if prefix.endswith('].') else 'section'} {prefix[:-1]}" if prefix else "the configuration"
         if not isinstance(node, yaml.MappingNode):
             self.fail(node, f"{what} must be `key: value` lines, not {_describe(node)}")
         known, values = types_of(cls), {}
@@ -138,11 +144,21 @@ class _Reader:
                 first = self.lines[prefix + key]
                 self.fail(key_node, f"{prefix}{key}: set twice, first on line {first}; keep one of them")
             self.lines[prefix + key] = key_node.start_mark.line + 1
-            if dataclasses.is_dataclass(known[key]):
+            if (of := list_of(known[key])) is not None:
+                values[key] = self.records(value_node, of, prefix + key)
+            elif dataclasses.is_dataclass(known[key]):
                 values[key] = self.record(value_node, typing.cast(type, known[key]), f"{prefix}{key}.")
             else:
                 values[key] = self.value(value_node, known[key], prefix + key)
         return cls(**values)
+
+    def records(self, node: yaml.Node, cls: type[T], name: str) -> tuple[T, ...]:
+        if isinstance(node, yaml.ScalarNode) and node.tag == _SCALAR + "null":
+            return ()
+        if not isinstance(node, yaml.SequenceNode):
+            self.fail(node, f"{name} must be a list of `- {', '.join(types_of(cls))}` entries, not {_describe(node)}")
+        inside = _Reader(self.path, self.instead)  # with lines of its own: messages point to the list
+        return tuple(inside.record(item, cls, f"{name}[{number}].") for number, item in enumerate(node.value, 1))
 
     def value(self, node: yaml.Node, hint: Any, name: str) -> Any:
         choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)

@@ -87,6 +87,9 @@ def problems(config: Config) -> list[Problem]:
             if isinstance(value, str) and _HOME.match(value) and os.path.expanduser(value) == value:
                 found.append((f"{name}.{field}", f"{value}: no such home folder is known here; write the whole path"))
         numbers = [field for field in types_of(type(section)) if isinstance(getattr(section, field), float)]
+        for number, entry in enumerate(config.data.mix if name == "data" else (), 1):
+            texts = [value for value in vars(entry).values() if isinstance(value, str)]
+            found += [("data.mix", f"entry {number}: {words}") for text in texts if (words := _not_text("data.path", text))]
         bad = [(field, "must be a finite number") for field in numbers if not math.isfinite(getattr(section, field))]
         found += [(f"{name}.{field}", message) for field, message in bad or section.check()]
     if config.run.devices == "pmap" and loss_table.sorts_batch(config.dpo.loss):
@@ -109,7 +112,8 @@ def at_home(config: Config) -> Config:
 
     def expanded(section: Any) -> Any:
         texts = {field: value for field, value in vars(section).items() if isinstance(value, str) and _HOME.match(value)}
-        return dataclasses.replace(section, **{field: os.path.expanduser(value) for field, value in texts.items()})
+        lists = {field: tuple(map(expanded, value)) for field, value in vars(section).items() if isinstance(value, tuple)}
+        return dataclasses.replace(section, **{field: os.path.expanduser(value) for field, value in texts.items()}, **lists)
 
     return dataclasses.replace(config, **{name: expanded(section) for name, section in vars(config).items()})
 

@@ -45,6 +45,8 @@ class RunConfig:
     """Also write TensorBoard events (needs the `writers` extra)."""
     wandb: str | None = None
     """Also log to this Weights & Biases project (needs the `writers` extra)."""
+    trackio: str | None = None
+    """Also log to this Trackio project (needs the `writers` extra)."""
     resume: bool = True
     """Continue from the newest good checkpoint of the run directory; otherwise refuse a directory that has one."""
 
@@ -63,8 +65,9 @@ class RunConfig:
         yield from not_negative(self, "save_every_steps", "save_every_minutes", "eval_every_examples")
         if self.checkpoints is not None and not self.checkpoints.strip():
             yield "checkpoints", "must name a folder, or be null for the one in run.dir"
-        if self.wandb is not None and not self.wandb.strip():
-            yield "wandb", "must name a project, or be null to leave wandb out"
+        for field in ("wandb", "trackio"):
+            if (project := getattr(self, field)) is not None and not project.strip():
+                yield field, f"must name a project, or be null to leave {field} out"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_jax.cli import model_folders
-from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.config import Config, ConfigError, MixConfig
 from dpo_jax.cli.preflight.scope import Scope
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.runtime.progress import reported
@@ -93,33 +93,54 @@ def data(*splits: str, preferences: bool = False) -> Callable[[Check], None]:
             check.rows = most(counts["train"], data.max_train)
             check.tell("data", f"generated reviews: {', '.join(told)}")
             return
-        assert data.path is not None  # checked with the configuration
-        made_by = {"label": "label", "tfds": "prepare"}.get(Path(data.path).name)
-        if check.unseen("data", data.path, made_by):
-            return
-        with reported("looking at the data"):
-            told = [_split(check, data.path, split) for split in splits]
-        check.tell("data", f"{data.path}: {', '.join(told)}")
+        for part in data.parts():
+            _source(check, part, splits)
 
     return look
 
 
-def _split(check: Check, path: str, split: str) -> str:
-    """Words on one split of the data. Raises `DataError`."""
+def _source(check: Check, part: MixConfig, splits: tuple[str, ...]) -> None:
+    """Tells of one source of the data. Raises `DataError`, and `ConfigError` naming an option."""
+    from dpo_jax.cli.data_sources import folder_of, names_of, sources_to_cut
+    from dpo_jax.data.hub_files import is_dataset_id
+
+    data, name = check.config.data, part.path if part.weight == 1 else f"{part.path} (weight {part.weight:g})"
+    made_by = {"label": "label", "tfds": "prepare"}.get(Path(part.path).name)
+    if check.unseen("data", part.path, made_by):
+        return
+    if data.source == "files" and is_dataset_id(part.path):
+        _note_misspelt(check, part.path, "data.mix" if data.mix else "data.path")
+        check.tell("data", f"{name}: from the Hub or its local cache; not looked at")
+        return
+    with reported("looking at the data"):
+        cut = False
+        if data.test_share is not None and not any(is_dataset_id(one.path) for one in data.parts()):
+            cut = names_of(check.config)[data.parts().index(part)] in sources_to_cut(check.config)
+        path = str(folder_of(part))
+        told = [_split(check, part, path, split) for split in (("train",) if cut else splits)]
+    if cut:
+        told.append(f"of which {data.test_share:.1%} of the prompts are held out")
+    if cut or data.mix:
+        check.rows = None
+    check.tell("data", f"{name}: {', '.join(told)}")
+
+
+def _split(check: Check, part: MixConfig, path: str, split: str) -> str:
+    """Words on one split of a source. Raises `DataError`."""
     from dpo_jax.data.snippets import load_snippets
     from dpo_jax.data.sources import peek
     from dpo_jax.data.tfds_folder import tfds_folders
 
-    data, name = check.config.data, getattr(check.config.data, f"{split}_split")
+    data, name = check.config.data, getattr(part, f"{split}_split")
     if data.source == "snippets":
         return f"{split} of {len(load_snippets(path)):,} snippets"
-    if data.source != "files" or (data.format == "auto" and tfds_folders(Path(path))):
+    if data.source != "files" or part.format == "tfds" or (part.format == "auto" and tfds_folders(Path(path))):
         _need_tfds(check, f"data.source: {data.source}")
         kind, rows = "TFDS", _tfds_rows(path, name)
     else:
-        kind, files = peek(path, name, format=data.format, columns=data.columns)
+        kind, files = peek(path, name, format=part.format or "auto", columns=part.columns)
         kind, rows = f"{kind}, {files} {'file' if files == 1 else 'files'}", _rows(path, name)
-        if split == "train":
+        if split == "train" and not data.mix:
             check.train_files = {f"file {file}, bytes": where.stat().st_size for file, where in _files(path, name)}
     limit = getattr(data, f"max_{split}")
     if split == "train" and rows is not None and kind != "stack_exchange":
@@ -216,11 +237,15 @@ def _remember(check: Check, path: str | None) -> None:
         check.decoders[path or "section model"] = decoder
 
 
-def _of_the_hub(check: Check, path: str, option: str) -> str:
-    """Words on what is no folder here and looks like the id of a Hub model."""
+def _note_misspelt(check: Check, path: str, option: str) -> None:
     first = path.partition("/")[0]
     if Path(first).is_dir():
         check.warn(f"{option}: there is no folder {path}, though there is {first}/: is it misspelt? It is taken for a Hub id")
+
+
+def _of_the_hub(check: Check, path: str, option: str) -> str:
+    """Words on what is no folder here and looks like the id of a Hub model."""
+    _note_misspelt(check, path, option)
     return "from the Hub or its local cache; not looked at"
 
 

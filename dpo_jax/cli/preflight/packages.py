@@ -12,7 +12,8 @@ from dpo_jax.extras import install_command
 
 def check_writers(config: Config) -> None:
     """Raises `ConfigError` for a metrics writer whose package is missing: now, and not after the reference pass."""
-    wanted = {"tensorboard": "tensorboardX" if config.run.tensorboard else "", "wandb": "wandb" if config.run.wandb else ""}
+    wanted = {"tensorboard": "tensorboardX" if config.run.tensorboard else ""}
+    wanted |= {name: name if getattr(config.run, name) else "" for name in ("wandb", "trackio")}
     for option, package in wanted.items():
         if package and importlib.util.find_spec(package) is None:
             raise ConfigError(f"run.{option}: needs the package {package}: {install_command('writers')}, or leave it off")

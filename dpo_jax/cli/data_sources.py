@@ -1,0 +1,154 @@
+"""Preferences of the files that section `data` names: local ones, data sets of the Hub, several with weights, cut by hash."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+from dpo_jax.cli.config import Config, ConfigError, MixConfig
+from dpo_jax.cli.fixed import of_first_host
+from dpo_jax.data.hash_split import take_side
+from dpo_jax.data.hub_files import HubData, HubError, is_dataset_id, open_dataset
+from dpo_jax.data.mixture import mix, source_names
+from dpo_jax.data.pairs import DataError, PreferenceSet
+from dpo_jax.data.sources import load_preferences
+from dpo_jax.data.splits import has_split
+from dpo_jax.data.tfds_folder import find_tfds, split_rows, tfds_folders
+from dpo_jax.runtime.progress import reported
+
+Side = Literal["train", "test"]
+_COMMITS: dict[tuple[str, str | None], str] = {}  # (Hub id, revision) -> the commit that this process has read
+
+
+def read_commit(path: str, revision: str | None) -> str | None:
+    """The commit at which this process has read a data set of the Hub; None for any other."""
+    return _COMMITS.get((path, revision))
+
+
+def load_files(config: Config, side: Side, tokenizer: Any = None) -> PreferenceSet:
+    """The preferences of one side, from all sources. Raises `DataError` for bad data, `ConfigError` for what is not there."""
+    data = config.data
+    cut = sources_to_cut(config)
+    names = names_of(config)
+    sets = {}
+    for part, name in zip(data.parts(), names, strict=True):
+        try:
+            sets[name] = _load(config, part, side, tokenizer, cut=name in cut)
+        except DataError as error:
+            if not data.mix:
+                raise
+            raise DataError(f"data.mix, {part.path}: {error}", causes=error.causes) from error
+    if not data.mix:
+        return sets[names[0]]
+    return mix(sets, {name: part.weight if side == "train" else 1.0 for name, part in zip(names, data.parts(), strict=True)})
+
+
+def names_of(config: Config) -> list[str]:
+    """The name of each source, with which the uids of a mixture begin."""
+    parts = config.data.parts()
+    return source_names(f"{part.path.rstrip('/')}/{part.config}" if part.config else part.path.rstrip("/") for part in parts)
+
+
+def sources_to_cut(config: Config) -> set[str]:
+    """The names of the sources out of whose train split `data.test_share` cuts the held-out pairs: those that have none.
+
+    Raises `ConfigError` where each has a held-out split of its own.
+    """
+    data = config.data
+    if data.test_share is None:
+        return set()
+    named = zip(names_of(config), data.parts(), strict=True)
+    cut = {name for name, part in named if not _has_split(config, part, part.test_split)}
+    if not cut:
+        raise ConfigError(
+            f"data.test_share: {data.name()} has a split {data.test_split!r}, and nothing is cut from the train split; leave "
+            "it out, or to cut by hash all the same name a split that is not there yet, such as --data.test-split held_out"
+        )
+    return cut
+
+
+def folder_of(part: MixConfig) -> Path:
+    """The file or folder of a source on this machine. Raises `ConfigError` naming the option."""
+    path = Path(part.path)
+    if part.revision is not None and path.exists():
+        raise ConfigError(
+            f"data.revision: {path} is on this machine, and only data sets of the Hub have revisions; leave it out"
+        )
+    if part.config is None or not path.exists():
+        return path
+    folder = next((path / below for below in (part.config, f"data/{part.config}") if (path / below).is_dir()), None)
+    if folder is None:
+        raise ConfigError(f"data.config: {path} has no folder {part.config}; leave it out to read the whole of {path}")
+    return folder
+
+
+def _load(config: Config, part: MixConfig, side: Side, tokenizer: Any, *, cut: bool) -> PreferenceSet:
+    data = config.data
+    split = part.train_split if side == "train" or cut else part.test_split
+    assert part.format is not None  # `DataConfig.parts` fills in what a source leaves out
+    assert split is not None
+    folder, commit, note = folder_of(part), None, None
+    if is_dataset_id(part.path):
+        folder, commit, note = _fetch(config, part, split)
+    with reported(f"reading the {split} split" + (f" of {part.path}" if data.mix else "")):
+        options = {"format": part.format, "columns": part.columns, "on_bad": data.on_bad, "tokenizer": tokenizer}
+        loaded = load_preferences(folder, split, **options)
+    if commit is not None:
+        loaded.report.source = f"{part.path}{f'/{part.config}' if part.config else ''}@{commit}"
+    loaded.report.notes += [note] if note else []
+    wanted = data.train_split if side == "train" else data.test_split
+    if not cut:
+        loaded.report.split = wanted  # of a mixture, whose sources call it as they like
+        return loaded
+    assert data.test_share is not None
+    return take_side(loaded, side, share=data.test_share, split=wanted)
+
+
+def _has_split(config: Config, part: MixConfig, split: str | None) -> bool:
+    assert split is not None  # `DataConfig.parts` fills it in
+    if is_dataset_id(part.path):
+        return _opened(config, part).has_split(split)
+    folder = folder_of(part)
+    if part.format == "tfds" or (part.format == "auto" and tfds_folders(folder)):
+        return split in split_rows(find_tfds(folder))
+    return has_split(folder, split)
+
+
+def _fetch(config: Config, part: MixConfig, split: str) -> tuple[Path, str, str | None]:
+    """(folder, commit, note) of a data set of the Hub, once the files of `split` are in the cache."""
+    found = _opened(config, part)
+    try:
+        size = found.bytes_of(split)
+        with reported(f"downloading {part.path}", total=round(size / 1e6), unit="MB") as task:
+            arrived = [0]
+
+            def progress(count: int) -> None:
+                before, arrived[0] = arrived[0], arrived[0] + count
+                if megabytes := arrived[0] // 1_000_000 - before // 1_000_000:
+                    task.advance(megabytes)
+
+            folder, commit = found.fetch(split, progress=progress)
+    except HubError as error:
+        raise ConfigError(f"{_option(config)}: {error}") from error
+    _COMMITS[part.path, part.revision] = commit
+    return folder, commit, found.note
+
+
+def _opened(config: Config, part: MixConfig) -> HubData:
+    """What a data set of the Hub holds: both splits, and all hosts, see the same commit of it."""
+    try:
+        with reported(f"asking the Hub for {part.path}"):
+            found = _listing(part.path, part.revision, part.config)
+            if config.run.distributed == "auto" and (commit := of_first_host(found.revision)) != found.revision:
+                found = _listing(part.path, commit, part.config)
+            return found
+    except HubError as error:
+        raise ConfigError(f"{_option(config)}: {error}") from error
+
+
+_listing = functools.cache(lambda path, revision, config: open_dataset(path, revision=revision, config=config))
+
+
+def _option(config: Config) -> str:
+    return "data.mix" if config.data.mix else "data.path"

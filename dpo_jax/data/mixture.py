@@ -1,0 +1,82 @@
+"""Several sets of preferences as one, each with a weight: how often its rows are seen in an epoch.
+
+A weight of 2 takes each pair twice, 0.5 the half that a hash of its uid chooses, 2.5 both. Neither a seed nor the other sources
+matter. The uid of a pair is "SOURCE: UID", of its second copy "SOURCE: UID (2)".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+
+from dpo_jax.data.pairs import BadRow, Cause, DataReport, Preference, PreferenceSet, SourceReport
+
+_COPY = re.compile(r" \((\d+)\)\Z")
+
+
+def copy_number(uid: str) -> int:
+    """1 for a pair as it was read; 2, 3, ... for its further copies."""
+    found = _COPY.search(uid)
+    return int(found[1]) if found else 1
+
+
+def mix(sets: Mapping[str, PreferenceSet], weights: Mapping[str, float], *, source: str = "data.mix") -> PreferenceSet:
+    """The pairs of all `sets` (name -> set of one split), each as often as its weight says, ordered by a hash of their uids.
+
+    So the first n pairs are a fair sample of all sources. `subset` is the source's name where a row states none. The report
+    counts each copy as read, and has the sources one by one, too: kept + dropped = read for each and for all.
+
+    Raises ValueError for a weight that is not above 0, and for a name that uids cannot begin with.
+    """
+    (split,) = {loaded.report.split for loaded in sets.values()}
+    report = DataReport(source=source, split=split, format=" + ".join(dict.fromkeys(s.report.format for s in sets.values())))
+    mixed: list[Preference] = []
+    for name, loaded in sets.items():
+        if not weights[name] > 0 or ": " in name or not name:
+            raise ValueError(f"source {name!r}, weight {weights[name]}: a weight above 0 is needed, and a name without ': '")
+        own = loaded.report
+        report.rows += own.rows
+        report.read += own.read
+        report.sources[name] = SourceReport(own.source, own.format, weights[name], own.rows, own.read, dict(own.dropped))
+        for cause, count in own.dropped.items():
+            report.dropped[cause] = report.dropped.get(cause, 0) + count
+            examples = report.examples.setdefault(cause, [])
+            examples += [f"{name}: {line}" for line in own.examples.get(cause, ())][: 5 - len(examples)]
+        report.notes += [f"{name}: {note}" for note in own.notes]
+        report.files += [{**file, "path": f"{name}: {file['path']}"} for file in own.files]
+        for preference in loaded:
+            copies = _copies(preference.uid, weights[name])
+            uid = f"{name}: {preference.uid}"
+            if not copies:
+                report.add(uid, BadRow(Cause.WEIGHT, f"not in the {weights[name]:g} of its source that is taken"))
+            subset = preference.subset or name
+            for number in range(1, copies + 1):
+                numbered = uid if number == 1 else f"{uid} ({number})"
+                mixed.append(dataclasses.replace(preference, uid=numbered, subset=subset))
+            report.read += max(0, copies - 1)
+            report.sources[name].read += max(0, copies - 1)
+    report.kept = len(mixed)
+    report.check()
+    return PreferenceSet(sorted(mixed, key=lambda preference: _hash(preference.uid)), report)
+
+
+def source_names(paths: Iterable[str]) -> list[str]:
+    """A short name for each path: its last part, or where two have the same, all of it. Raises ValueError for equal paths."""
+    paths = list(paths)
+    if twice := [path for path in dict.fromkeys(paths) if paths.count(path) > 1]:
+        raise ValueError(f"{twice[0]} stands there twice; give it once, with a higher weight")
+    last = [path.rstrip("/").rpartition("/")[2] for path in paths]
+    return [(one if last.count(one) == 1 else path).replace(": ", ":_") for one, path in zip(last, paths, strict=True)]
+
+
+def _copies(uid: str, weight: float) -> int:
+    """How often a pair is taken: the whole part of the weight, and once more if a hash of its uid falls into the rest."""
+    whole = int(weight)
+    return whole + (_hash(uid) < (weight - whole) * 2**64)
+
+
+def _hash(uid: str) -> int:
+    digest = hashlib.blake2b(uid.encode("utf-8", "surrogatepass"), digest_size=8, person=b"dpo_jax mixture").digest()
+    return int.from_bytes(digest, "big")

@@ -1,0 +1,227 @@
+"""Further places for metrics: TensorBoard, Weights & Biases, Trackio. `metrics.jsonl` is the record, and these only show it.
+
+`Delivery` brings rows to one of them, each once, also when a run continues. What fails there stops no training: it is told
+once, and the rows wait.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from dpo_jax.extras import install_command
+from dpo_jax.runtime.metrics import Row, is_evaluation
+from dpo_jax.shapes import fit
+from dpo_jax.untrusted import Unreadable, read_object, read_text, regular
+from dpo_jax.writing import naming, write_text
+
+logger = logging.getLogger(__name__)
+RETRY = 100  # rows after which a place that failed is tried again
+
+
+_NOTHING = (-1, True)  # comes before each row
+
+
+def _key(row: Row) -> tuple[int, bool]:
+    """(step, whether it is of training): rows are measured in the order of their keys."""
+    return int(row["step"]), not is_evaluation(row)
+
+
+class Place(Protocol):
+    """A package that shows metrics. `open` comes first, with the number of steps taken so far. Any method may raise."""
+
+    def open(self, step: int) -> None: ...
+    def write(self, row: Row) -> None: ...
+    def close(self) -> None: ...
+
+
+class Delivery:
+    """Brings the rows of a metrics log to the place that `make` opens, which `name` names for people.
+
+    `record` is the file that says which row it has got last. A continued run so gives it no row twice, and those that it
+    lacks: a process was killed, the place failed, or was not asked for at first. A place that `forgets` drops what it has of
+    step `step` and later when it is opened there, and gets that again.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Place], *, record: Path, forgets: bool = False) -> None:
+        self._name, self._make, self._record, self._forgets = name, make, record, forgets
+        self._place: Place | None = None
+        self._step, self._wait, self._failed = 0, 0, False
+        self._last = _NOTHING  # the key of the last row that is there
+        self._queue: collections.deque[Row] = collections.deque()
+
+    def resume(self, step: int, rows: Sequence[Row]) -> None:
+        """`rows`: all that the log holds after `step` steps. Comes before the first `write`."""
+        self._step = step
+        # At step 0 it is another run than the one that may have begun here.
+        self._last = self._recorded(rows) if step else _NOTHING
+        if self._forgets:
+            self._last = min(self._last, (step - 1, True))
+        self._queue = collections.deque(row for row in rows if _key(row) > self._last)
+        self._deliver()
+
+    def write(self, row: Row) -> None:
+        if _key(row) > self._last:
+            self._queue.append(row)
+        self._deliver()
+
+    def close(self) -> None:
+        self._wait = 0
+        self._deliver()
+        try:
+            if self._place is not None:
+                self._place.close()
+        except Exception as error:
+            self._fail(error)
+
+    def _deliver(self) -> None:
+        if self._wait > 0:
+            self._wait -= 1
+            return
+        try:
+            if self._place is None:
+                place = self._make()
+                place.open(self._step)
+                self._place = place
+            while self._queue:
+                self._place.write(self._queue[0])
+                self._last = _key(self._queue.popleft())
+                self._record.parent.mkdir(exist_ok=True)
+                with naming(self._record):  # for each row: it need not survive a crash of the machine
+                    self._record.write_text(json.dumps(dict(zip(("step", "training"), self._last, strict=True))))
+        except Exception as error:
+            self._fail(error)
+
+    def _recorded(self, rows: Sequence[Row]) -> tuple[int, bool]:
+        try:
+            found = fit(read_object(self._record), {"step": int, "training": bool}, str(self._record))
+            return found["step"], found["training"]
+        except FileNotFoundError:
+            return _NOTHING
+        except (OSError, Unreadable):  # cut off by a crash of the machine: rather a row too few than one twice
+            return _key(rows[-1]) if rows else _NOTHING
+
+    def _fail(self, error: Exception) -> None:
+        self._wait = RETRY
+        if not self._failed:
+            words = " ".join(str(error).split())[:300]
+            logger.warning(
+                "%s: %s%s; training goes on. metrics.jsonl has every row, and what is lacking there is brought when it works "
+                "again, or when the run continues",
+                self._name,
+                type(error).__name__,
+                f": {words}" if words else "",
+            )
+        self._failed = True
+
+
+class TensorBoard:
+    """TensorBoard event files. Raises ModuleNotFoundError, naming the extra, without tensorboardX."""
+
+    def __init__(self, directory: str | Path) -> None:
+        try:
+            import tensorboardX  # pyright: ignore[reportMissingImports]
+        except ModuleNotFoundError as error:
+            raise _missing("TensorBoard", "tensorboardX", error) from error
+        self._make, self._directory, self._writer = tensorboardX.SummaryWriter, str(directory), None
+
+    def open(self, step: int) -> None:
+        # Its own name of a file has the second, and a process that starts in the same one would overwrite it.
+        self._writer = self._make(self._directory, purge_step=step, filename_suffix=f".{os.getpid()}")
+
+    def write(self, row: Row) -> None:
+        assert self._writer is not None, "open() comes first"
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(name, value, int(row["step"]))
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases; a continued run has its own page again. The key comes from the environment (`WANDB_API_KEY`).
+
+    Raises ModuleNotFoundError, naming the extra, without wandb.
+    """
+
+    def __init__(self, project: str, *, directory: str | Path, config: Mapping[str, Any] | None = None) -> None:
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ModuleNotFoundError as error:
+            raise _missing("Weights & Biases", "wandb", error) from error
+        self._init, self._run = wandb.init, None
+        self._project, self._directory, self._config = project, Path(directory), config
+
+    def open(self, step: int) -> None:
+        name = _run_name(self._directory / "wandb_run_id", step)
+        config = dict(self._config or {})
+        self._run = self._init(project=self._project, dir=str(self._directory), config=config, id=name, resume="allow")
+
+    def write(self, row: Row) -> None:
+        assert self._run is not None, "open() comes first"
+        self._run.log(_values(row), step=int(row["step"]))
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+
+class Trackio:
+    """Trackio, on this machine or where `TRACKIO_SPACE_ID` says; a continued run is the same run there.
+
+    Raises ModuleNotFoundError, naming the extra, without trackio.
+    """
+
+    def __init__(self, project: str, *, directory: str | Path, config: Mapping[str, Any] | None = None) -> None:
+        try:
+            import trackio  # pyright: ignore[reportMissingImports]
+        except ModuleNotFoundError as error:
+            raise _missing("Trackio", "trackio", error) from error
+        self._init, self._run = trackio.init, None
+        self._project, self._directory, self._config = project, Path(directory), config
+
+    def open(self, step: int) -> None:
+        name = _run_name(self._directory / "trackio_run_name", step)
+        config = json.loads(json.dumps(dict(self._config or {}), default=str))
+        self._run = self._init(project=self._project, name=name, config=config, resume="allow", embed=False)
+
+    def write(self, row: Row) -> None:
+        assert self._run is not None, "open() comes first"
+        self._run.log(_values(row), step=int(row["step"]))
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+
+def _values(row: Row) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name != "step" and value is not None}
+
+
+def _run_name(file: Path, step: int) -> str:
+    """The name of the run elsewhere that a file keeps; at step 0 a new one."""
+    known = ""
+    if step and file.exists():
+        try:
+            known = read_text(regular(file))
+        except Unreadable:
+            known = ""
+    if not re.fullmatch(r"[\w-]{1,128}", known):
+        known = secrets.token_hex(8)
+        write_text(file, known)
+    return known
+
+
+def _missing(writer: str, package: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
+    lacks = "" if error.name in (package, None) else f" ({error.name} is missing)"
+    return ModuleNotFoundError(f"{writer} needs the package {package}{lacks}: {install_command('writers')}")
