@@ -7,6 +7,7 @@ import signal
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ from dpo_jax.training.moving import MovingReference
 from dpo_jax.training.run import train
 
 EVERY, STEPS, BATCH = 3, 8, 2
-ORDER = {"batch": BATCH, "seed": 0}
+ORDER: dict[str, Any] = {"batch": BATCH, "seed": 0}
 
 
 class Killed(BaseException):
@@ -38,7 +39,7 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def setup():
     """A model, twelve pairs of which two are equal, and everything that is compiled once."""
-    sizes = {"vocab_size": 64, "width": 16, "layers": 1, "heads": 2, "max_positions": 32, "eos_token_id": 0}
+    sizes: dict[str, Any] = {"vocab_size": 64, "width": 16, "layers": 1, "heads": 2, "max_positions": 32, "eos_token_id": 0}
     model = make_model(decoder_config(hf_config("llama", **sizes)))
     rng = np.random.default_rng(0)
     pairs = [Encoded(*(rng.integers(1, 64, n).astype(np.int32) for n in (4, 6, 5)), uid=f"{i}") for i in range(11)]

@@ -25,7 +25,7 @@ def module_of(name: str) -> str:
 
 # Every step of a run takes the sections that describe it, so that one set of flags serves them all.
 _RUN = ("run", "mesh", "data", "tokenizer", "model")
-_LOSS = ("dpo.policy", "dpo.reference", "dpo.ld_alpha", *(f"dpo.{option}" for option in loss_table.HELP))
+_LOSS = ("dpo.policy", "dpo.reference", "dpo.ld_alpha", "dpo.param_dtype", *(f"dpo.{option}" for option in loss_table.HELP))
 # The contenders decide on device and layout.
 _BENCH = (
     *("run.dir", "run.seed", "run.precision", "tokenizer", "model", "bench"),
@@ -69,7 +69,7 @@ COMMANDS = {
     ),
     "refs": Command(
         "cache the reference log-probabilities",
-        (*_RUN, "lora", "dpo.policy", "dpo.reference", "dpo.ld_alpha", "refs"),
+        (*_RUN, "lora", "dpo.policy", "dpo.reference", "dpo.ld_alpha", "dpo.param_dtype", "refs"),
         ("data",),
     ),
     "dpo": Command("train the policy on preferences", (*_RUN, "lora", "refs", "dpo", "export.dtype"), ("data",)),
@@ -96,7 +96,7 @@ COMMANDS = {
     ),
     "reward-model": Command(
         "learn a reward from preferences",
-        (*_RUN, "lora", "dpo.policy", "dpo.trainable", *_REWARD_MODEL),
+        (*_RUN, "lora", "dpo.policy", "dpo.trainable", "dpo.param_dtype", *_REWARD_MODEL),
         ("data",),
     ),
     "ppo": Command(

@@ -147,7 +147,7 @@ def train(
     `step` is `dpo_step` or `sft_step` without optimizer, microbatches and axis. `weights`: digests of where the run starts
     (`start`, `base`, `reference`), which a continued run must have in common with the one before.
     """
-    data, tx = plan.data, build.make_tx(section, steps=plan.steps)
+    data, tx = plan.data, build.make_tx(section, steps=plan.steps, seed=config.run.seed)
     step = functools.partial(step, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name)
     lr = build.make_schedule(section, steps=plan.steps)
     state = part.begin(partitioner, variables, tx)

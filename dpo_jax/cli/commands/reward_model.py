@@ -38,7 +38,7 @@ def run(config: Config) -> int:
             start,
             pairs,
             run_dir.path,
-            make_tx=functools.partial(build.make_tx, training),
+            make_tx=functools.partial(build.make_tx, training, seed=config.run.seed),
             batch=training.batch,
             epochs=config.frontier.reward_model_epochs,
             evaluations=config.frontier.evaluations,
