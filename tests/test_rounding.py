@@ -129,9 +129,10 @@ def test_bits_depend_on_seed_step_and_name_alone(tmp_path):
     first, _ = step(init_state(params, tx), ROWS)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, jax.device_get(first), {})
-        restored, _ = checkpoints.restore_latest(jax.device_get(first))
+        found = checkpoints.restore_latest(jax.device_get(first))
+    assert found is not None
     whole, _ = step(first, ROWS)
-    resumed, _ = step(jax.device_put(restored), ROWS)
+    resumed, _ = step(jax.device_put(found[0]), ROWS)
     jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
     later, _ = step(init_state(params, tx).replace(step=jnp.int32(5)), ROWS)
     other, _ = jax.jit(step_of(stochastic_rounding(optax.sgd(1e-3), seed=2)))(init_state(params, tx), ROWS)
