@@ -85,7 +85,7 @@ COMPILING = ("refs", "compiling:reference_logps", 1)
 REFERENCE = ("refs", "dpo_jax.reference:ReferenceCache.add", 2)
 SAMPLING = ("sample", "compiling:draw", 1)
 EVALUATING = ("eval", "dpo_jax.cli.commands.eval:preference_summary", 1)
-SAVING = ("dpo", "dpo_jax.cli.train:save_hf", 1)
+SAVING = ("dpo", "dpo_jax.cli.commands.export:save_hf", 1)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,13 @@ def module_of(name: str) -> str:
 
 # Every step of a run takes the sections that describe it, so that one set of flags serves them all.
 _RUN = ("run", "mesh", "data", "tokenizer", "model")
+# What `sft` and `dpo` alone read: other training starts anew, and is measured by options of its own.
+_CONTINUED = ("save_every_steps", "save_every_minutes", "max_to_keep", "checkpoints", "eval_every_examples", "resume")
+_WRITERS = ("tensorboard", "wandb")
+_ANEW = (
+    *(f"run.{field}" for field in types_of(options.RunConfig) if field not in (*_CONTINUED, *_WRITERS)),
+    *_RUN[1:],
+)
 _LOSS = ("dpo.policy", "dpo.reference", "dpo.ld_alpha", "dpo.param_dtype", *(f"dpo.{option}" for option in loss_table.HELP))
 # The contenders decide on device and layout.
 _BENCH = (
@@ -96,13 +103,13 @@ COMMANDS = {
     ),
     "reward-model": Command(
         "learn a reward from preferences",
-        (*_RUN, "lora", "dpo.policy", "dpo.trainable", "dpo.param_dtype", *_REWARD_MODEL),
+        (*_ANEW, "lora", "dpo.policy", "dpo.trainable", "dpo.param_dtype", *_REWARD_MODEL),
         ("data",),
     ),
     "ppo": Command(
         "train the policy by PPO against the true or a learned reward",
         (
-            *_RUN,
+            *_ANEW,
             "dpo.policy",
             "lora",
             *_SCHEDULE,
