@@ -14,6 +14,7 @@ import pytest
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, DpoConfig, LoraConfig
 from dpo_jax.cli.config.loading import problems
+from dpo_jax.cli.trained import planned
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.rounding import round_to_bfloat16, stochastic_rounding
@@ -141,19 +142,14 @@ def test_bits_depend_on_seed_step_and_name_alone(tmp_path):
 
 
 def test_parameters_take_half_and_the_optimizers_state_stays():
-    section = DpoConfig(param_dtype="bfloat16")
-    shapes = jax.eval_shape(MODEL.init, jax.random.key(0))
+    def state_of(section):
+        part = planned(Config(dpo=section), section, MODEL)
+        return jax.eval_shape(lambda: part.state(MODEL.init(jax.random.key(0)), tx=build.make_tx(section)))
 
-    def of(dtype):
-        return jax.tree.map(lambda x: x.update(dtype=dtype), shapes)
-
-    state, wide = (
-        jax.eval_shape(functools.partial(init_state, tx=build.make_tx(one)), start)
-        for one, start in ((section, of(jnp.bfloat16)), (DpoConfig(), of(jnp.float32)))
-    )
+    half, whole = state_of(DpoConfig(param_dtype="bfloat16")), state_of(DpoConfig())
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
-    assert size(state.params) == size(wide.params) / 2
-    assert size(state.opt_state) == size(wide.opt_state)
+    assert size(half.params) == size(whole.params) / 2
+    assert size(half.opt_state) == size(whole.opt_state)
 
 
 def test_it_is_of_training_all_weights():
