@@ -292,17 +292,17 @@ def _at_its_reference(state: Any, done: int, moving: MovingReference, store: Che
     made = moving.origin(done)
     if made == 0:
         return state
-    weights = moving.record["weights"] if moving.record.get("step") == made else store.params_digest(made)
-    if made == done or not moving.lacks(made, weights):
-        moving.move(made, state.variables, weights, steps=store.steps())
-        return state
     try:
-        found = _read(store, state, partitioner, only=made)
+        weights = moving.record["weights"] if moving.record.get("step") == made else store.params_digest(made)
+        complete = made == done or not moving.lacks(made, weights)
+        found = None if complete else _read(store, state, partitioner, only=made)
     except LookupError as error:
         raise CheckpointDamaged(f"the reference of step {made} is incomplete, and its weights are gone: {error}") from error
-    assert found is not None
-    state = _in_place_of(state, found[0], partitioner)
+    if found is not None:
+        state = _in_place_of(state, found[0], partitioner)
     moving.move(made, state.variables, weights, steps=store.steps())
+    if found is None:
+        return state
     again = _read(store, state, partitioner, only=done)
     assert again is not None
     return _in_place_of(state, again[0], partitioner)
