@@ -166,7 +166,7 @@ def test_what_cannot_be_is_refused(study, flags, message):
     ],
 )
 def test_a_file_that_asks_for_other_training_is_refused(tmp_path, section, message):
-    (tmp_path / "toy.yaml").write_text(f"run: {{dir: {tmp_path}}}\ndata: {{source: reviews}}\n{section}\n")
+    (tmp_path / "toy.yaml").write_text(f"run: {{dir: {tmp_path}}}\ndata: {{source: reviews}}\nmodel: {{path: none}}\n{section}\n")
     code, _, err = call("frontier", tmp_path / "toy.yaml")
     assert (code, message in err) == (2, True), err
 
