@@ -11,6 +11,7 @@ import optax
 
 from dpo_jax.head import at_least_float32
 from dpo_jax.models.axes import parts_of
+from dpo_jax.rounding import StochasticRounding
 from dpo_jax.types import ROW_AXES, Array, Metrics, TrainState, Variables
 
 
@@ -31,7 +32,7 @@ def train_step(
     batch: Batch,
     *,
     objective: Objective[Batch],
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | StochasticRounding,
     microbatches: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -60,7 +61,9 @@ def train_step(
     return apply_gradients(state, grads, metrics, tx=tx)
 
 
-def init_state(variables: Variables, tx: optax.GradientTransformation, *, frozen: Variables | None = None) -> TrainState:
+def init_state(
+    variables: Variables, tx: optax.GradientTransformation | StochasticRounding, *, frozen: Variables | None = None
+) -> TrainState:
     """The state before the first step: `variables` are trained, `frozen` are only read.
 
     Both are nested dicts {collection: {name: array[...]}}, as `Model.init` and `load_hf` give them, and must not share a
@@ -134,7 +137,7 @@ def mean_grads(
 
 
 def apply_gradients(
-    state: TrainState, grads: Variables, metrics: Metrics, *, tx: optax.GradientTransformation
+    state: TrainState, grads: Variables, metrics: Metrics, *, tx: optax.GradientTransformation | StochasticRounding
 ) -> tuple[TrainState, Metrics]:
     """The next state, and the metrics with `grad_norm`: the global L2 norm before clipping (clipping is part of `tx`).
 
@@ -145,7 +148,11 @@ def apply_gradients(
     (1, [0.5, 0.5, 0.5, 0.5], 2.0)
     """
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    if isinstance(tx, StochasticRounding):
+        params = tx.apply(state.params, updates, state.step)
+    else:
+        params = optax.apply_updates(state.params, updates)
+    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
     return state, {**metrics, "grad_norm": optax.tree.norm(grads)}
 
 

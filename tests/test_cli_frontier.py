@@ -135,6 +135,8 @@ def test_a_sweep_that_is_killed_ends_in_the_table_of_an_uninterrupted_one(study,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--lora.rank", "4"), "--lora.rank: frontier does not read this option"),
+        (("--dpo.param-dtype", "bfloat16"), "--dpo.param-dtype: frontier does not read this option"),
         (("--frontier.methods", "dpo,magic"), "frontier.methods: must be some of preferred-ft, "),
         (("--frontier.dpo-betas", "0.1,x"), "frontier.dpo_betas: must be numbers above 0"),
         (("--frontier.unlikelihood-alphas", "2"), "frontier.unlikelihood_alphas: alpha is at most 1"),
@@ -153,6 +155,22 @@ def test_what_cannot_be_is_refused(study, flags, message):
     code, _, err = call("frontier", study[0] / "toy.yaml", *flags)
     assert code == 2
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("lora: {rank: 4}", "lora.rank: frontier trains whole models; leave it out"),
+        ("dpo: {trainable: last_layer}", "dpo.trainable: frontier trains whole models; leave it out"),
+        ("dpo: {param_dtype: bfloat16}", "dpo.param_dtype: frontier keeps parameters in float32; leave it out"),
+    ],
+)
+def test_a_file_that_asks_for_other_training_is_refused(tmp_path, section, message):
+    (tmp_path / "toy.yaml").write_text(
+        f"run: {{dir: {tmp_path}}}\ndata: {{source: reviews}}\nmodel: {{path: none}}\n{section}\n"
+    )
+    code, _, err = call("frontier", tmp_path / "toy.yaml")
+    assert (code, message in err) == (2, True), err
 
 
 @pytest.fixture(scope="module")

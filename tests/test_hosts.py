@@ -37,7 +37,7 @@ run: {{dir: {dir}, save_every_steps: 100, devices: mesh, distributed: auto, hear
 mesh: {{fsdp: 2, tensor: 2}}
 data: {{source: reviews, reviews_train: 16, reviews_test: 4, max_length: 128, max_prompt_length: 96, layout: shared}}
 tokenizer: {{path: {golden}/tokenizer}}
-dpo: {{policy: {golden}/gpt_neox/init, batch: 8, epochs: 30, lr: 1.0e-5}}
+dpo: {{policy: {golden}/gpt_neox/init, batch: 8, epochs: 15, lr: 1.0e-5, refresh_reference_steps: 3}}
 """
 
 
@@ -198,7 +198,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, capsys
     both = [begin(command, process=i, port=port, by_environment=bool(i)) for i in range(2)]
     metrics, deadline = tmp_path / "run" / "dpo" / "metrics.jsonl", time.monotonic() + LIMIT
     while time.monotonic() < deadline and all(process.poll() is None for process in both):
-        if metrics.is_file() and metrics.read_text().count("\n") >= 3:
+        if metrics.is_file() and metrics.read_text().count("\n") >= 5:
             both[1].send_signal(signal.SIGTERM)
             break
         time.sleep(0.1)
@@ -208,13 +208,16 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, capsys
     assert f"stopped by SIGTERM after {steps} steps; the state is saved" in heard
     assert "data 1 x fsdp 2 x tensor 2" in said
     assert "16 pairs to train on" in said
+    assert "reference from step 3: log-probabilities of the 16 pairs" in said
     assert "16 pairs to train on" not in heard  # the first speaks for all
     assert str(steps) in {path.name for path in (tmp_path / "run" / "dpo" / "checkpoints").iterdir()}
     assert [row["step"] for row in read_metrics(metrics)] == list(range(steps))
 
     assert main(["dpo", str(config), "--distributed", "off", "--run.devices", "single"]) == 0
     assert f"continuing {tmp_path / 'run' / 'dpo'} after {steps} steps" in capsys.readouterr().out
-    assert [row["step"] for row in read_metrics(metrics) if not is_evaluation(row)] == list(range(60))
+    assert [row["step"] for row in read_metrics(metrics) if not is_evaluation(row)] == list(range(30))
+    at_reference = [row["step"] for row in read_metrics(metrics) if abs(row.get("loss", 0) - np.log(2)) < 1e-5]
+    assert {*range(0, 30, 3)} <= {*at_reference}
 
 
 @pytest.mark.parametrize(

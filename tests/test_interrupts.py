@@ -15,7 +15,7 @@ run: {{dir: {dir}}}
 data: {{source: reviews, reviews_train: 48, reviews_test: 8, max_length: 128, max_prompt_length: 96, layout: shared}}
 tokenizer: {{path: {golden}/tokenizer}}
 refs: {{batch: 16}}
-dpo: {{policy: {golden}/gpt_neox/init, batch: 8, epochs: 30, lr: 1.0e-5}}
+dpo: {{policy: {golden}/gpt_neox/init, batch: 8, lr: 1.0e-5}}
 eval: {{policy: {golden}/gpt_neox/init, reference: {golden}/gpt_neox/init, batch: 8, samples: 4, max_new_tokens: 6}}
 sample: {{policy: {golden}/gpt_neox/init, prompts: 4, max_new_tokens: 6}}
 """
@@ -85,7 +85,7 @@ COMPILING = ("refs", "compiling:reference_logps", 1)
 REFERENCE = ("refs", "dpo_jax.reference:ReferenceCache.add", 2)
 SAMPLING = ("sample", "compiling:draw", 1)
 EVALUATING = ("eval", "dpo_jax.cli.commands.eval:preference_summary", 1)
-SAVING = ("dpo", "dpo_jax.cli.train:save_hf", 1)
+SAVING = ("dpo", "dpo_jax.cli.commands.export:save_hf", 1)
 
 
 @pytest.mark.parametrize(

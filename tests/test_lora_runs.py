@@ -176,6 +176,29 @@ def test_an_adapter_is_trained_further(done, copy, tmp_path):
     assert any((before[name] != after[name]).any() for name in before)
 
 
+def test_a_reference_moves_to_base_and_adapter(done, tmp_path):
+    runs = [
+        ("dpo", done / "lora.yaml", "--run.dir", tmp_path / name, "--refs.cache", done / "run/refs", "--dpo.epochs", 2)
+        for name in ("whole", "run")
+    ]
+    moving = ("--dpo.refresh-reference-steps", 3)
+    result = call(*runs[0], *moving)
+    assert (result.code, [line.partition(":")[0] for line in result.out.splitlines() if line.startswith("reference from")]) == (
+        *(0, ["reference from step 3", "reference from step 6"]),
+    ), result
+    rows = read_metrics(tmp_path / "whole/dpo/metrics.jsonl")
+    assert [row["step"] for row in rows if abs(row.get("loss", 0) - np.log(2)) < 1e-6] == [0, 3, 6]
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for name in ("checkpoints/8", "export", "references"):  # that of step 6 is made again from its checkpoint
+        shutil.rmtree(tmp_path / "run/dpo" / name)
+    (tmp_path / "run/dpo/finished.json").unlink()
+    assert "reference_steps: was 3, is None" in refused(2, *runs[1])
+    result = call(*runs[1], *moving)
+    assert (result.code, "after 6 steps" in result.out) == (0, True), result
+    exported = "dpo/export/adapter_model.safetensors"
+    assert (tmp_path / "run" / exported).read_bytes() == (tmp_path / "whole" / exported).read_bytes()
+
+
 def test_only_the_last_layer_is_trained(done, tmp_path):
     flags = (done / "lora.yaml", "--lora.rank", "None", "--lora.alpha", 16, "--run.dir", tmp_path / "run")
     part = ("--dpo.trainable", "last_layer,final_norm.*")

@@ -42,6 +42,7 @@ from dpo_jax.models.folder import adapter_base
 from dpo_jax.models.hf import end_tokens, load_config, read_weights, variable_shapes
 from dpo_jax.models.hub import resolve, tokenizer_folder
 from dpo_jax.models.logical_axes import whole_heads
+from dpo_jax.rounding import stochastic_rounding
 from dpo_jax.runtime.compiling import keep_programs, report_compiling
 from dpo_jax.runtime.hosts import HostsError, first_goes_first, is_first, start
 from dpo_jax.runtime.mesh import MeshError, make_mesh
@@ -374,10 +375,11 @@ def make_schedule(section: SftConfig | DpoConfig, *, steps: int) -> Schedule:
     return named_schedule(section.schedule, section.lr, warmup_steps=section.warmup(steps), total_steps=steps, **options)
 
 
-def make_tx(section: SftConfig | DpoConfig, *, steps: int = 1) -> Any:
-    """The optimizer of a run of `steps` steps. What it keeps for each parameter does not depend on them."""
+def make_tx(section: SftConfig | DpoConfig, *, steps: int = 1, seed: int = 0) -> Any:
+    """The optimizer of a run of `steps` steps, on which its state does not depend. `seed`: of rounding to bfloat16."""
     schedule, options = make_schedule(section, steps=steps), section.optimizer_options()
-    return make_optimizer(schedule, name=section.optimizer, max_grad_norm=section.max_grad_norm, **options)
+    tx = make_optimizer(schedule, name=section.optimizer, max_grad_norm=section.max_grad_norm, **options)
+    return tx if section.param_dtype == "float32" else stochastic_rounding(tx, seed=seed)
 
 
 def make_loss(section: DpoConfig) -> PreferenceLoss:

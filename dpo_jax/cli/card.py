@@ -131,13 +131,15 @@ model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(path), AutoTokenizer
 
 
 def _trained(config: Config, section: SftConfig | DpoConfig) -> str:
-    """A sentence on what was trained, if that is not everything."""
+    """A sentence on what was trained, if that is not everything in float32."""
     lora = config.lora
     if lora.rank is not None:
         scale = ", rank-stabilized" if lora.rslora else ""
         return f" LoRA of rank {lora.rank}, alpha {lora.alpha:g}{scale}, on {markdown_text(lora.targets)} of the frozen start."
     if section.trainable is not None:
         return f" Trained were only {markdown_code(section.trainable)}."
+    if section.param_dtype != "float32":
+        return f" Parameters were kept in {section.param_dtype}, and rounded stochastically."
     return ""
 
 
@@ -162,6 +164,9 @@ def _made_of(
     yield "start", _start(config, start, origin)
     if isinstance(section, DpoConfig) and section.reference is not None:
         yield "reference", _start(config, section.reference, model_origin(section.reference))
+    if isinstance(section, DpoConfig) and section.refresh_reference_steps is not None:
+        every = f"after every {section.refresh_reference_steps:,} steps"
+        yield "moving reference", f"the policy itself {every} ([TR-DPO](https://arxiv.org/abs/2404.09656))"
     yield "data", _data_name(config)
     yield "made with", _made_with(run)
 

@@ -25,7 +25,16 @@ def module_of(name: str) -> str:
 
 # Every step of a run takes the sections that describe it, so that one set of flags serves them all.
 _RUN = ("run", "mesh", "data", "tokenizer", "model")
-_LOSS = ("dpo.policy", "dpo.reference", "dpo.ld_alpha", *(f"dpo.{option}" for option in loss_table.HELP))
+_CONTINUED = ("save_every_steps", "save_every_minutes", "max_to_keep", "checkpoints", "resume")
+_LOGGED = ("eval_every_examples", "tensorboard", "wandb", "trackio")
+
+
+def _run_without(*fields: str) -> tuple[str, ...]:
+    """`_RUN`, for commands that do not read these options of `run`."""
+    return (*(f"run.{field}" for field in types_of(options.RunConfig) if field not in fields), *_RUN[1:])
+
+
+_LOSS = ("dpo.policy", "dpo.reference", "dpo.ld_alpha", "dpo.param_dtype", *(f"dpo.{option}" for option in loss_table.HELP))
 # The contenders decide on device and layout.
 _BENCH = (
     *("run.dir", "run.seed", "run.precision", "tokenizer", "model", "bench"),
@@ -69,7 +78,7 @@ COMMANDS = {
     ),
     "refs": Command(
         "cache the reference log-probabilities",
-        (*_RUN, "lora", "dpo.policy", "dpo.reference", "dpo.ld_alpha", "refs"),
+        (*_RUN, "lora", "dpo.policy", "dpo.reference", "dpo.ld_alpha", "dpo.param_dtype", "refs"),
         ("data",),
     ),
     "dpo": Command("train the policy on preferences", (*_RUN, "lora", "refs", "dpo", "export.dtype"), ("data",)),
@@ -96,13 +105,13 @@ COMMANDS = {
     ),
     "reward-model": Command(
         "learn a reward from preferences",
-        (*_RUN, "lora", "dpo.policy", "dpo.trainable", *_REWARD_MODEL),
+        (*_run_without(*_LOGGED), "lora", "dpo.policy", "dpo.trainable", "dpo.param_dtype", *_REWARD_MODEL),
         ("data",),
     ),
     "ppo": Command(
         "train the policy by PPO against the true or a learned reward",
         (
-            *_RUN,
+            *_run_without(*_CONTINUED, *_LOGGED),
             "dpo.policy",
             "lora",
             *_SCHEDULE,

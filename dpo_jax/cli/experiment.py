@@ -49,7 +49,7 @@ def make_world(
     section, path = config.frontier, config.dpo_policy()
     tokenizer = build.tokenizer_of(config, model_path=path, name="dpo.policy")
     model = build.policy_model(config, path, tokenizer, name="dpo.policy")
-    part = trained(config, config.dpo, model, path)
+    part = trained(config, dataclasses.replace(config.dpo, param_dtype="float32"), model, path)
     # The head is that of a reward model or value function, which lies on the mesh with the rest.
     partitioner = part.partitioner(config, head=True)
     learnt = prompts_of(config, train, tokenizer) if train else Prompts([], [])

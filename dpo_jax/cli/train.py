@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
@@ -16,7 +17,7 @@ from dpo_jax.cli.config.training import HIGHER
 from dpo_jax.cli.preflight.packages import check_bucket
 from dpo_jax.cli.trained import Trained
 from dpo_jax.data.layout import Layout
-from dpo_jax.data.loader import few_shapes, plan_layout, skippable, stream, total_steps
+from dpo_jax.data.loader import batch_indices, few_shapes, plan_layout, skippable, stream, total_steps
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.runtime import hosts
@@ -29,6 +30,7 @@ from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.runtime.writers import Delivery, Place, TensorBoard, Trackio, Wandb
 from dpo_jax.training import fingerprint
 from dpo_jax.training.fingerprint import SavedRun
+from dpo_jax.training.moving import MovingReference
 from dpo_jax.training.run import Evaluate, saved_run
 from dpo_jax.training.run import train as train_in
 from dpo_jax.training.stopping import EarlyStopping
@@ -57,6 +59,10 @@ class TrainingPlan(NamedTuple):
     epochs: int | None  # after which the stream ends; None where the run is counted in steps
     digest: str  # of the training data
     record: Mapping[str, Any]  # what the data are made of
+
+    def read_by(self, step: int, *, batch: int, seed: int) -> np.ndarray:
+        """The numbers of the examples of a step; beyond the end of the run, those that a longer one would have."""
+        return batch_indices(len(self.data.train), batch=batch, seed=seed, step=step, behind=self.behind)
 
 
 def earlier_run(config: Config, task: str, section: SftConfig | DpoConfig) -> SavedRun | None:
@@ -134,6 +140,7 @@ def train(
     evaluate: Evaluate,
     ref_logps: Array | None = None,
     check: Callable[[int, dict[str, float]], None] | None = None,
+    moving: MovingReference | None = None,
     unit: str = "pairs",
 ) -> TrainState:
     """Trains `part` from `variables` (consumed) or from the newest good checkpoint. Returns the final state on the devices.
@@ -141,7 +148,7 @@ def train(
     `step` is `dpo_step` or `sft_step` without optimizer, microbatches and axis. `weights`: digests of where the run starts
     (`start`, `base`, `reference`), which a continued run must have in common with the one before.
     """
-    data, tx = plan.data, build.make_tx(section, steps=plan.steps)
+    data, tx = plan.data, build.make_tx(section, steps=plan.steps, seed=config.run.seed)
     step = functools.partial(step, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name)
     lr = build.make_schedule(section, steps=plan.steps)
     state = part.begin(partitioner, variables, tx)
@@ -186,6 +193,7 @@ def train(
             evaluate=evaluate,
             eval_every=math.ceil(config.run.eval_every_examples / section.batch),
             stopping=_stopping(section),
+            moving=moving,
             lr=lr,
             check=check,
             begin=lambda: build.describe(run, config, *data.reports),

@@ -33,7 +33,7 @@ class Trained(NamedTuple):
     lora: Lora | None = None
     chosen: Chosen | None = None
     adapter: bool = False  # training continues the adapter of a folder
-    dtype: str = "float32"  # of the frozen weights
+    dtype: str = "float32"  # of the frozen weights; of all, where all are trained
 
     def partitioner(self, config: Config, *, head: bool = False) -> Partitioner:
         """Where all of this lies, with a scalar `head` if so. Whole models lie as `base` does, states as `model` does."""
@@ -74,8 +74,7 @@ class Trained(NamedTuple):
     def begin(self, partitioner: Partitioner, variables: Variables, tx: Any) -> TrainState:
         """The state before the first step. `variables`, of `load`, are consumed: a large model does not fit beside itself."""
         with reported("placing weights and optimizer"):
-            whole = self.lora is None and self.chosen is None
-            return partitioner.init_state(functools.partial(init_state if whole else self.state, tx=tx), variables)
+            return partitioner.init_state(functools.partial(self.state, tx=tx), variables)
 
     def state(self, variables: Variables, *, tx: Any) -> TrainState:
         """As `begin`, but pure."""
@@ -83,11 +82,10 @@ class Trained(NamedTuple):
             variables = {**variables, LORA: new_adapter(self.base.config, self.lora, jax.random.key(self.seed))}
         if self.chosen is not None:
             variables = split(variables, self.chosen)
+        kept = {"params": jax.tree.map(lambda x: x.astype(build.PRECISIONS[self.dtype]), variables["params"])}
         if self.lora is None and self.chosen is None:
-            return init_state(variables, tx)
-        trained = {name: tree for name, tree in variables.items() if name != "params"}
-        dtype = build.PRECISIONS[self.dtype]
-        return init_state(trained, tx, frozen={"params": jax.tree.map(lambda x: x.astype(dtype), variables["params"])})
+            return init_state({**variables, **kept}, tx)
+        return init_state({name: tree for name, tree in variables.items() if name != "params"}, tx, frozen=kept)
 
     def written(self, partitioner: Partitioner, state: TrainState) -> Variables:
         """What an export writes, in the form of `get_state`: the variables of the whole model, or the adapter alone."""
@@ -116,7 +114,7 @@ def planned(config: Config, section: TrainingConfig, model: Model) -> Trained:
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         return Trained(model, partial_model(model, chosen), chosen=chosen)
     if config.lora.rank is None:
-        return Trained(model, model)
+        return Trained(model, model, dtype=section.param_dtype)
     options = config.lora
     try:
         lora = Lora(config.lora.rank, options.alpha, lora_targets(options.targets, model.config), options.rslora)

@@ -20,13 +20,10 @@ of orbax's files, too, that a restore does not read.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,9 +32,20 @@ import orbax.checkpoint as ocp
 from etils import epath  # comes with orbax; pathlib that also reads gs://
 
 from dpo_jax.runtime import hosts
+from dpo_jax.runtime.checkpoint_record import (
+    FORMAT,
+    Leaves,
+    check_target,
+    hashes,
+    make_record,
+    named,
+    read_record,
+    record_digest,
+)
+from dpo_jax.runtime.checkpoint_record import StateMismatch as StateMismatch
 from dpo_jax.runtime.seal import check_seal, digest, is_remote, is_sealed, write_seal, write_whole
 from dpo_jax.types import Array
-from dpo_jax.untrusted import check_name, parse_object
+from dpo_jax.untrusted import check_name
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +57,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 logging.getLogger("absl").addFilter(_is_news)  # that of orbax
 
-FORMAT = 3  # 1 had no seals, 2 had kernels that write to the residual stream with D last
 DELETING, QUARANTINE, UNSEALED = "deleting", "quarantine", "unsealed"
-Leaves = dict[str, Any]
-
-
-class StateMismatch(ValueError):
-    """The checkpoint is sound, but of another model or optimizer than the state that is to be filled."""
 
 
 class CheckpointDamaged(RuntimeError):
@@ -89,26 +91,28 @@ def newest_meta(directory: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]
     folder = epath.Path(directory)
     for step in sorted(_steps_in(folder), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            record = parse_object((folder / str(step) / "record" / "metadata").read_bytes(), f"checkpoint {step}")
-            if record["format"] == FORMAT and record["digest"] == _digest_of(record):
-                return step, record["meta"]
+            return step, read_record(folder / str(step))["meta"]
     return None
-
-
-def _digest_of(record: Mapping[str, Any]) -> str:
-    return digest({name: value for name, value in record.items() if name != "digest"})
 
 
 class Checkpoints:
     """The checkpoints of one run in `directory`, of which the newest `max_to_keep` are kept. Use it as a context manager.
 
-    Where there are several hosts they share the directory, and all of them make every call.
+    Where there are several hosts they share the directory, and all of them make every call. Of each step that is kept as one of
+    the newest, step `origin(step)` is kept as well.
 
     Without `read_only` it is the only one to use the directory (`RunDir` holds the lock): what a killed process has left half
     written or half deleted is removed at the start. With it nothing is changed, and a run may be writing meanwhile.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, max_to_keep: int = 2, read_only: bool = False):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        max_to_keep: int = 2,
+        read_only: bool = False,
+        origin: Callable[[int], int] = lambda step: step,
+    ):
         self._read_only = read_only
         self.directory = epath.Path(directory)
         self._unsealed: int | None = None
@@ -122,7 +126,9 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._purge()
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=_Keep(max_to_keep, self._pinned), todelete_subdir=DELETING, cleanup_tmp_directories=True
+                preservation_policy=_Keep(max_to_keep, self._pinned, origin),
+                todelete_subdir=DELETING,
+                cleanup_tmp_directories=True,
             )
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
@@ -134,8 +140,8 @@ class Checkpoints:
         one before it failed, and ValueError where the directory already holds `step` or a later one.
         """
         step = int(step)  # `state.step` is an array, which orbax and JSON do not take
-        leaves = _named(state)
-        record = _record(step, leaves, meta)
+        leaves = named(state)
+        record = make_record(step, leaves, meta)
         self.wait()
         if not self._manager.should_save(step):
             latest = self._manager.latest_step()
@@ -163,7 +169,7 @@ class Checkpoints:
         With `only` that step is tried and no other; LookupError if it is not there.
         """
         self.wait()
-        wanted = _named(abstract_state)
+        wanted = named(abstract_state)
         damaged: list[int] = []
         committed = self._last_begun()  # read before any seal: a run that is being watched seals, and then forgets this
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -174,7 +180,7 @@ class Checkpoints:
             if error is not None:
                 damaged += self._set_aside(step, error)
                 continue
-            _check_target(record, wanted, f"{self.directory / str(step)}")
+            check_target(record, wanted, f"{self.directory / str(step)}")
             leaves, error = _attempt(lambda step=step, record=record: self._read_leaves(step, record["leaves"], wanted))
             if error is not None:
                 damaged += self._set_aside(step, error)
@@ -187,6 +193,18 @@ class Checkpoints:
             where = self.directory if self._read_only else self.directory / QUARANTINE
             raise CheckpointDamaged(f"no checkpoint verifies (steps {damaged}, now in {where}); another run would start over")
         return None
+
+    def steps(self) -> list[int]:
+        """All steps in the directory, verified or not."""
+        return sorted(self._manager.all_steps())
+
+    def params_digest(self, step: int) -> str:
+        """A digest of what is trained as it was after `step` steps, from the record alone. LookupError where there is none."""
+        try:
+            leaves = read_record(self.directory / str(step))["leaves"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LookupError(f"{self.directory} has no step {step} that is whole: {error}") from error
+        return digest({name: leaf for name, leaf in leaves.items() if name.startswith("params.")})
 
     def latest_step(self) -> int | None:
         """The newest step in the directory, verified or not."""
@@ -238,7 +256,7 @@ class Checkpoints:
 
     def _read_record(self, step: int, *, needs_seal: bool) -> dict[str, Any]:
         record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-        if record["digest"] != _digest_of(record):
+        if record["digest"] != record_digest(record):
             raise ValueError("the record differs from its digest")
         if record["step"] != step:
             raise ValueError(f"the record is of step {record['step']}")
@@ -256,7 +274,7 @@ class Checkpoints:
         how = {name: _restore_args(leaf) for name, leaf in wanted.items()}
         arguments = ocp.args.PyTreeRestore(item={name: 0 for name in wanted}, restore_args=how)
         leaves = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
-        for name, sha in _hashes(leaves).items():
+        for name, sha in hashes(leaves).items():
             if sha != recorded[name]["sha256"]:
                 raise ValueError(f"{name} differs from its SHA-256")
         return leaves
@@ -290,14 +308,15 @@ class Checkpoints:
 
 
 class _Keep:
-    """A policy of orbax: the newest `count` steps stay, and those in `pinned`, a list that changes."""
+    """A policy of orbax: the newest `count` steps stay, their origins, and those in `pinned`, a list that changes."""
 
-    def __init__(self, count: int, pinned: Sequence[int]):
-        self._count, self._pinned = count, pinned
+    def __init__(self, count: int, pinned: Sequence[int], origin: Callable[[int], int]):
+        self._count, self._pinned, self._origin = count, pinned, origin
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        newest = len(checkpoints) - self._count
-        return [place >= newest or found.step in self._pinned for place, found in enumerate(checkpoints)]
+        newest = {found.step for found in checkpoints[-self._count :]}
+        kept = newest | {self._origin(step) for step in newest} | {*self._pinned}
+        return [found.step in kept for found in checkpoints]
 
 
 @contextlib.contextmanager
@@ -330,58 +349,8 @@ def _free_name(folder: epath.Path, name: str) -> epath.Path:
     return folder / f"{name}-{count}"
 
 
-def _named(state: Any) -> Leaves:
-    """Leaves by dotted path, in tree order. Containers without leaves (`optax.EmptyState`) come back from the target tree."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    if len(named) != len(leaves):
-        raise ValueError("two leaves of the state have the same dotted path")
-    return named
-
-
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=tuple(leaf.shape), dtype=leaf.dtype)
-
-
-def _record(step: int, leaves: Leaves, meta: Mapping[str, Any]) -> dict[str, Any]:
-    described = {
-        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": sha}
-        for (name, leaf), sha in zip(leaves.items(), _hashes(leaves).values(), strict=True)
-    }
-    record = {"format": FORMAT, "step": step, "leaves": described, "meta": json.loads(json.dumps(meta))}
-    return {**record, "digest": digest(record)}
-
-
-def _hashes(leaves: Leaves) -> dict[str, str]:
-    if jax.process_count() > 1:  # to collect the pieces is a collective: leaf by leaf, in the same order everywhere
-        return {name: _sha256(leaf) for name, leaf in leaves.items()}
-    # hashlib lets go of the interpreter lock: eight threads hash several GB a second.
-    with ThreadPoolExecutor(8) as pool:
-        return dict(zip(leaves, pool.map(_sha256, leaves.values()), strict=True))
-
-
-def _sha256(leaf: Any) -> str:
-    """Of the logical array in row-major order, little endian, whatever its layout on devices."""
-    sha = hashlib.sha256()
-    for piece in hosts.gathered_chunks(leaf):
-        sha.update(np.ascontiguousarray(piece).view(np.uint8).data)
-    return sha.hexdigest()
-
-
-def _check_target(record: Mapping[str, Any], wanted: Leaves, where: str) -> None:
-    if record["format"] != FORMAT:
-        raise StateMismatch(
-            f"{where} is in format {record['format']}, and this version reads {FORMAT}: continue it with the version that "
-            "wrote it, or choose another directory"
-        )
-    have = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in record["leaves"].items()}
-    want = {name: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for name, leaf in wanted.items()}
-    differing = [name for name in [*have, *(want.keys() - have.keys())] if have.get(name) != want.get(name)]
-    if differing:
-        lines = [f"  {name}: {have.get(name, 'absent')} there, {want.get(name, 'absent')} here" for name in differing[:5]]
-        more = [f"  and {len(differing) - 5} more"] if len(differing) > 5 else []
-        remedy = "Continue it with the settings it was saved with, or choose another directory."
-        raise StateMismatch("\n".join([f"{where} is of another model or optimizer:", *lines, *more, remedy]))

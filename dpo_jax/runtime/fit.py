@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -62,6 +63,8 @@ def fit(
     watch: Callable[[int, Mapping[str, Any]], Verdict] | None = None,
     save_every: int = 0,
     save_every_minutes: float = 0.0,
+    renew: Callable[[Any, int, Callable[[], None]], None] | None = None,
+    renew_every: int = 0,
     check: Callable[[int, dict[str, float]], None] | None = None,
     unit: str = "pairs",
     shapes: int = 0,
@@ -85,6 +88,8 @@ def fit(
       evaluate: `evaluate(state, steps taken) -> metrics`, every `eval_every` steps and at the end, logged under `eval/`.
       evaluate_first: also evaluate the given state: a signal may have come before that was done.
       watch: `watch(steps taken, metrics)` after each evaluation says whether to save, and whether to end the run early.
+      renew: `renew(state, steps taken, pause)` after every `renew_every` steps, once the state is saved, changes what `stream`
+        reads; not after the last. It calls `pause()` now and then, which raises `Preempted` after a signal.
       check: `check(step, metrics)` may raise to stop the run, for instance when the loss of step 0 is not ln 2.
       unit: which of `stats` counts examples.
       shapes: how many shapes the batches can have, for the progress display; 0 if unknown. Each shape is compiled once.
@@ -108,7 +113,13 @@ def fit(
         rows.restart_clock()
         return Verdict() if watch is None else watch(done, found)
 
-    with rows, StopSignals() as signals, Prefetcher(stream, start, total_steps) as prefetcher:
+    every = 0 if renew is None else renew_every
+    with rows, StopSignals() as signals, Prefetcher(stream, start, total_steps, renew_every=every) as prefetcher:
+
+        def pause(done: int) -> None:
+            if number := _signal_of(agree(signals.received)):
+                raise _stopped(number, done, saved=checkpoints is not None)
+
         if evaluate is not None and evaluate_first and judged(start).stop:
             return state
         for index in range(start, total_steps):
@@ -126,13 +137,14 @@ def fit(
             if evaluate is not None and not stop and (last or _is_due(done, eval_every)):
                 verdict = judged(done)
                 last = last or verdict.stop
-            if request or last or verdict.save or _is_due(done, save_every):
+            renewing = _is_due(done, every) and not (stop or last)
+            if request or last or renewing or verdict.save or _is_due(done, save_every):
                 rows.flush()
                 rows.sync()  # a checkpoint of step n promises that the rows of all steps before n are on disk
                 if checkpoints is not None:
                     with reported(f"saving step {done}"):
                         checkpoints.save(done, get_state(state), dict(meta or {}))
-                        if stop or last:
+                        if stop or last or renewing:
                             checkpoints.wait()
                 timer.restart()
                 rows.restart_clock()
@@ -142,6 +154,10 @@ def fit(
                 raise _stopped(stop, done, saved=checkpoints is not None)
             if last:
                 break
+            if renew is not None and renewing:
+                renew(state, done, functools.partial(pause, done))
+                timer.restart()
+                rows.restart_clock()
     return state
 
 

@@ -8,18 +8,21 @@ from typing import Any
 
 
 class Prefetcher:
-    """Calls `batches(i)` for `i` from `start` to `stop - 1`, in order and one ahead, in a single thread. A context manager."""
+    """Calls `batches(i)` for `i` from `start` to `stop - 1`, in order and one ahead, in a single thread. A context manager.
 
-    def __init__(self, batches: Callable[[int], Any], start: int, stop: int) -> None:
-        self._batches, self._stop = batches, stop
+    Not ahead where `i` is a multiple of `renew_every`: what `batches` reads changes after the step before it.
+    """
+
+    def __init__(self, batches: Callable[[int], Any], start: int, stop: int, *, renew_every: int = 0) -> None:
+        self._batches, self._stop, self._renew_every = batches, stop, renew_every
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="next-batch")
         self._next = self._pool.submit(batches, start) if start < stop else None
 
     def get(self, index: int) -> Any:
         """The batch of step `index`, after which the next one is begun. Raises what `batches` has raised."""
-        assert self._next is not None
-        batch = self._next.result()
-        self._next = self._pool.submit(self._batches, index + 1) if index + 1 < self._stop else None
+        batch = (self._next or self._pool.submit(self._batches, index)).result()
+        waits = self._renew_every > 0 and (index + 1) % self._renew_every == 0
+        self._next = self._pool.submit(self._batches, index + 1) if index + 1 < self._stop and not waits else None
         return batch
 
     def __enter__(self) -> Prefetcher:

@@ -32,6 +32,7 @@ from dpo_jax.training.fingerprint import (
     other_held_out,
     run_length,
 )
+from dpo_jax.training.moving import MovingReference
 from dpo_jax.training.references import SAY
 from dpo_jax.training.stopping import EarlyStopping
 from dpo_jax.types import Partitioner, TrainState
@@ -59,6 +60,7 @@ def train(
     evaluate: Evaluate | None = None,
     eval_every: int = 0,
     stopping: EarlyStopping | None = None,
+    moving: MovingReference | None = None,
     lr: Callable[[int], Any] | None = None,
     check: Callable[[int, dict[str, float]], None] | None = None,
     begin: Callable[[], None] = lambda: None,
@@ -109,6 +111,8 @@ def train(
       partitioner: one of `runtime.parallel`; by default `single_device()`.
       checkpoints: another place for them, which may be a bucket (`gs://...`).
       stopping: ends the run early, by what `evaluate` finds. The state that is returned is then the best, not the last.
+      moving: moves the reference that `stream` reads to the policy, every so many steps. The state of such a step is saved
+        first, and kept until the reference moves again.
       begin: called once the run is known to be new or the same as the one that is continued.
       writers: makes further places for metrics, on the first host (`runtime.metrics`).
 
@@ -122,15 +126,21 @@ def train(
         if evaluate is None:
             raise ValueError("stopping needs evaluate, which measures what it stops on")
         meta["early_stopping"] = stopping.record
+    if moving is not None:
+        meta["reference"] = moving.record
     with contextlib.ExitStack() as held:
         run = folder if isinstance(folder, RunDir) else held.enter_context(RunDir(folder, lock=hosts.is_first()))
-        store = held.enter_context(_checkpoints(run, checkpoints, max_to_keep=max_to_keep))
-        state = _resume(run, state, store, meta, partitioner, saved=saved, total_steps=total_steps, stopping=stopping, say=say)
+        kept = {"max_to_keep": max_to_keep} | ({} if moving is None else {"origin": moving.origin})
+        store = held.enter_context(_checkpoints(run, checkpoints, **kept))
+        found = {"saved": saved, "total_steps": total_steps, "stopping": stopping, "moving": moving}
+        state = _resume(run, state, store, meta, partitioner, **found, say=say)
         if stopping is not None and stopping.stopped:
             begin()
             return _best(state, store, partitioner, stopping, say)
         start = steps_of(state, partitioner)
         begin()
+        if moving is not None and start < total_steps:
+            state = _at_its_reference(state, start, moving, store, partitioner)
         judge = None if evaluate is None else functools.partial(_finite, evaluate)
         log = held.enter_context(MetricsLog(run.metrics, writers=writers())) if hosts.is_first() else None
         state = fit(
@@ -149,6 +159,8 @@ def train(
             watch=stopping.watching(store) if stopping is not None else None,
             save_every=save_every,
             save_every_minutes=save_every_minutes if hosts.is_first() else 0.0,
+            renew=None if moving is None else functools.partial(_renew, moving, store),
+            renew_every=0 if moving is None else moving.every,
             check=check,
             unit=unit,
             shapes=shapes,
@@ -169,11 +181,11 @@ def saved_run(checkpoints: str | os.PathLike[str], *, place: str) -> SavedRun | 
 
 
 @contextlib.contextmanager
-def _checkpoints(run: RunDir, elsewhere: str | os.PathLike[str] | None, *, max_to_keep: int) -> Iterator[Checkpoints]:
+def _checkpoints(run: RunDir, elsewhere: str | os.PathLike[str] | None, **kept: Any) -> Iterator[Checkpoints]:
     with contextlib.ExitStack() as held:
         if elsewhere is not None and not is_remote(elsewhere):
             held.enter_context(RunDir(elsewhere, lock=hosts.is_first()))  # for its lock: runs elsewhere may name it, too
-        yield held.enter_context(Checkpoints(elsewhere or run.path / "checkpoints", max_to_keep=max_to_keep))
+        yield held.enter_context(Checkpoints(elsewhere or run.path / "checkpoints", **kept))
 
 
 def steps_of(state: Any, partitioner: Partitioner) -> int:
@@ -242,6 +254,7 @@ def _resume(
     saved: SavedRun | None,
     total_steps: int,
     stopping: EarlyStopping | None,
+    moving: MovingReference | None,
     say: Callable[[str], None],
 ) -> Any:
     """The state of the newest good checkpoint on the devices; `state` itself if there is none."""
@@ -262,11 +275,41 @@ def _resume(
         stopping.resume(meta_of_saved.get("early_stopping", {}))
         if stopping.best is not None:
             checkpoints.pin(stopping.best)
+    if moving is not None:
+        moving.resume(meta_of_saved.get("reference", {}))
     _say_what_changed(here, meta, say)
     say(f"continuing {run.path} after {here.step} steps")
     if run_length(here.fingerprint) == run_length(is_now):  # otherwise it was lengthened, which is no interruption
         _note_resumption(run, here.step, total_steps)
     return _in_place_of(state, restored, partitioner)
+
+
+def _at_its_reference(state: Any, done: int, moving: MovingReference, store: Checkpoints, partitioner: Partitioner) -> Any:
+    """The state after `done` steps, with the reference that the next step is trained against.
+
+    Where its log-probabilities are not complete, the checkpoint of the step that made them is read in between.
+    """
+    made = moving.origin(done)
+    if made == 0:
+        return state
+    try:
+        weights = moving.record["weights"] if moving.record.get("step") == made else store.params_digest(made)
+        complete = made == done or not moving.lacks(made, weights)
+        found = None if complete else _read(store, state, partitioner, only=made)
+    except LookupError as error:
+        raise CheckpointDamaged(f"the reference of step {made} is incomplete, and its weights are gone: {error}") from error
+    if found is not None:
+        state = _in_place_of(state, found[0], partitioner)
+    moving.move(made, state.variables, weights, steps=store.steps())
+    if found is None:
+        return state
+    again = _read(store, state, partitioner, only=done)
+    assert again is not None
+    return _in_place_of(state, again[0], partitioner)
+
+
+def _renew(moving: MovingReference, store: Checkpoints, state: Any, done: int, pause: Callable[[], None]) -> None:
+    moving.move(done, state.variables, store.params_digest(done), steps=store.steps(), pause=pause)
 
 
 def _in_place_of(state: Any, restored: Any, partitioner: Partitioner) -> Any:

@@ -13,7 +13,7 @@ from dpo_jax import loss_table
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.commands.export import write_model, writer
-from dpo_jax.cli.commands.refs import check_reference, load_reference, reference_values
+from dpo_jax.cli.commands.refs import cache_identity, check_reference, load_reference, reference_values
 from dpo_jax.cli.config import Config, DpoConfig
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
@@ -24,6 +24,7 @@ from dpo_jax.evals.preference import completion_tokens, held_out_logps, preferen
 from dpo_jax.losses import whole_set_signals
 from dpo_jax.reference import reference_logps
 from dpo_jax.training.fingerprint import check_weights
+from dpo_jax.training.moving import MovingReference
 from dpo_jax.training.run import steps_of
 from dpo_jax.types import TrainState
 
@@ -75,8 +76,27 @@ def run(config: Config) -> int:
             )
             return preference_summary(logps, held_out_ref, loss=loss, lengths=completion_tokens(held_out))
 
+        moving = None
+        if section.refresh_reference_steps is not None:
+            moving = MovingReference(
+                section.refresh_reference_steps,
+                pairs=pairs,
+                values=ref_logps,
+                total_steps=plan.steps,
+                read_by=functools.partial(plan.read_by, batch=section.batch, seed=config.run.seed),
+                score=policy_logps,
+                folder=run_dir.path / "references",
+                layout=build.pair_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards),
+                batch=config.refs.batch,
+                part=partitioner.host_part,
+                identity=cache_identity(config, part.model, digests["start"], tokenizer) | {"start": digests["start"]},
+            )
         at_reference = functools.partial(
-            starts_at_reference, expected_loss=loss_at_reference(section), tolerance=TOLERANCE[config.run.precision]
+            starts_at_reference,
+            expected_loss=loss_at_reference(section),
+            tolerance=TOLERANCE[config.run.precision],
+            first=digests["start"] == reference,
+            every=section.refresh_reference_steps or 0,
         )
         state = train(
             config,
@@ -89,8 +109,9 @@ def run(config: Config) -> int:
             weights={**digests, "reference": reference},
             partitioner=partitioner,
             evaluate=evaluate,
-            ref_logps=ref_logps,
-            check=at_reference if digests["start"] == reference else None,
+            ref_logps=ref_logps if moving is None else moving.values,
+            check=at_reference,
+            moving=moving,
         )
         write = writer(part, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
         final = part.written(partitioner, state)
@@ -114,19 +135,29 @@ def loss_at_reference(section: DpoConfig) -> float | None:
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
 
-def starts_at_reference(step: int, metrics: Mapping[str, float], *, expected_loss: float | None, tolerance: float) -> None:
-    """Raises `WrongStart` unless the policy of step 0 is its reference: displacement 0, and the loss (DPO: ln 2) as expected.
+def starts_at_reference(
+    step: int,
+    metrics: Mapping[str, float],
+    *,
+    expected_loss: float | None,
+    tolerance: float,
+    first: bool = True,
+    every: int = 0,
+) -> None:
+    """Raises `WrongStart` unless the policy is its reference: at step 0, if it is at `first`, and after every `every` steps.
 
-    `expected_loss` is that of equal log-probabilities; None where the loss knows no reference.
+    Then the displacement is 0, and the loss (DPO: ln 2) as expected. `expected_loss` is that of equal log-probabilities; None
+    where the loss knows no reference.
     """
-    if step != 0:
+    if not (first if step == 0 else every and step % every == 0):
         return
     displaced = max(abs(metrics["displacement/chosen"]), abs(metrics["displacement/rejected"]))
     off = 0.0 if expected_loss is None else abs(metrics["loss"] - expected_loss) / max(1.0, expected_loss)
     if displaced > tolerance or off > tolerance:
+        remedy = "Delete the reference cache and run `dpo-jax refs` again." if step == 0 else "Delete the folder `references`."
         raise WrongStart(
-            f"step 0 has loss {metrics['loss']:.6f}"
+            f"step {step} has loss {metrics['loss']:.6f}"
             + (f" where a policy equal to its reference has {expected_loss:.6f}" if expected_loss is not None else "")
             + f", and is {displaced:.4f} nats from its reference: the cached log-probabilities belong to other weights or "
-            "other code. Delete the reference cache and run `dpo-jax refs` again."
+            f"other code. {remedy}"
         )

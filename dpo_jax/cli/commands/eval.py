@@ -56,7 +56,7 @@ def run(config: Config) -> int:
         build.describe(run_dir, given, held_out.report)
         weights: dict[str, str] = {}
         reference, weights["reference"] = build.load_weights(
-            config.dpo_reference(), model, partitioner, name="eval.reference", dtype=config.lora.base_dtype
+            config.dpo_reference(), model, partitioner, name="eval.reference", dtype=config.kept_dtype()
         )
         policy, weights["policy"] = build.load_weights(config.eval_policy(), model, partitioner, name="eval.policy")
         if of_run and is_first():

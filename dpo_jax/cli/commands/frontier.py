@@ -56,6 +56,7 @@ def run(config: Config) -> int:
     for option, value in (("lora.rank", config.lora.rank), ("dpo.trainable", config.dpo.trainable)):
         if value is not None:
             raise ConfigError(f"{option}: frontier trains whole models; leave it out")
+    refuse_bfloat16(config, "frontier")
     if config.dpo.policy is None and not Path(config.dpo_policy()).is_dir():
         sft_command.run(config)
     with build.open_run(config, "frontier") as run_dir:
@@ -77,6 +78,12 @@ def run(config: Config) -> int:
             results += report.best_of_results(of_reference, numbers(config.frontier.best_of), seed=config.run.seed)
         _write(run_dir, results, best)
     return 0
+
+
+def refuse_bfloat16(config: Config, command: str) -> None:
+    """Raises `ConfigError` for parameters that are to be kept in bfloat16."""
+    if config.dpo.param_dtype != "float32":
+        raise ConfigError(f"dpo.param_dtype: {command} keeps parameters in float32; leave it out")
 
 
 def _runs(section: FrontierConfig, *, seed: int) -> list[Run]:

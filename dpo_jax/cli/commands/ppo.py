@@ -10,7 +10,7 @@ import functools
 
 from dpo_jax.cli import build
 from dpo_jax.cli.commands.export import write_model, writer
-from dpo_jax.cli.commands.frontier import first_kl_coef, ppo_method
+from dpo_jax.cli.commands.frontier import first_kl_coef, ppo_method, refuse_bfloat16
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.experiment import has_true_reward, make_world, sized
 from dpo_jax.cli.trained import planned
@@ -27,6 +27,7 @@ from dpo_jax.untrusted import Unreadable
 
 def run(config: Config) -> int:
     config = sized(config)
+    refuse_bfloat16(config, "ppo")
     with build.open_run(config, "ppo") as run_dir:
         path = config.ppo.reward_model
         reward = learned_reward(config, path, name="ppo.reward_model", batch=config.frontier.sample_batch) if path else None

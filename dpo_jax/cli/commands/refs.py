@@ -60,9 +60,7 @@ def load_reference(config: Config, part: Trained, partitioner: Partitioner) -> t
     """The reference's weights on the devices, and their digests (`Trained.load`): the start of training, or the one named."""
     if config.dpo.reference is None:
         return part.load(config.dpo_policy(), partitioner, name="dpo.policy")
-    variables, digest = build.load_weights(
-        config.dpo.reference, part.base, partitioner, name="dpo.reference", dtype=config.lora.base_dtype
-    )
+    variables, digest = build.load_weights(config.dpo.reference, part.base, partitioner, name="dpo.reference", dtype=part.dtype)
     return variables, {"start": digest}
 
 

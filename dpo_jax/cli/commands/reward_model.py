@@ -13,6 +13,7 @@ from dpo_jax.cli import build, identity
 from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.repeats import check_repeats
+from dpo_jax.cli.train import earlier_run
 from dpo_jax.cli.trained import trained
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.data.tokenizer import save_tokenizer
@@ -25,6 +26,7 @@ from dpo_jax.training.fingerprint import architecture
 def run(config: Config) -> int:
     path, training = config.dpo_policy(), config.dpo
     with build.open_run(config, "reward-model", continues=True) as run_dir:
+        earlier_run(config, "reward-model", training)
         tokenizer = build.tokenizer_of(config, model_path=path, name="dpo.policy")
         model = build.policy_model(config, path, tokenizer, name="dpo.policy")
         part = trained(config, training, model, path)
@@ -42,7 +44,7 @@ def run(config: Config) -> int:
                 start,
                 pairs,
                 run_dir,
-                make_tx=functools.partial(build.make_tx, training),
+                make_tx=functools.partial(build.make_tx, training, seed=config.run.seed),
                 batch=training.batch,
                 epochs=config.frontier.reward_model_epochs,
                 evaluations=config.frontier.evaluations,
@@ -52,6 +54,7 @@ def run(config: Config) -> int:
                 microbatches=training.microbatches,
                 make_state=part.state,
                 checkpoints=config.checkpoints_of("reward-model") if config.run.checkpoints is not None else None,
+                max_to_keep=config.run.max_to_keep,
                 save_every=config.run.save_every_steps,
                 save_every_minutes=config.run.save_every_minutes,
                 begin=lambda: build.describe(run_dir, config, pairs.report, test.report),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -44,6 +45,10 @@ class DpoConfig(LossConfig, TrainingConfig):
     ld_alpha: float = 1.0
     """LD-DPO: weight, 0 to 1, of the tokens beyond the length of the pair's shorter completion; 1: all count alike."""
 
+    refresh_reference_steps: int | None = None
+    """TR-DPO, hard update: after every so many steps the policy of that step becomes the reference of training. Held-out pairs
+    are measured against the first reference."""
+
     def loss_options(self) -> dict[str, Any]:
         """The values of all options of losses."""
         return {name: getattr(self, name) for name in loss_table.OPTIONS}
@@ -55,4 +60,14 @@ class DpoConfig(LossConfig, TrainingConfig):
         yield from super().check()
         if not 0 <= self.ld_alpha <= 1:
             yield "ld_alpha", f"must be between 0 and 1, got {self.ld_alpha}"
+        yield from positive(self, "refresh_reference_steps")
+        yield from self._check_moving()
         yield from loss_table.problems(self.loss, self.loss_options(), microbatches=self.microbatches)
+
+    def _check_moving(self) -> Iterator[Problem]:
+        if self.refresh_reference_steps is None:
+            return
+        with contextlib.suppress(ValueError):  # an unknown loss is reported by name
+            if self.reference_free or not loss_table.uses_reference(self.loss):
+                why = "reference_free is set" if self.reference_free else f"loss {self.loss} has no reference"
+                yield "refresh_reference_steps", f"{why}, so there is nothing to refresh: leave it out"

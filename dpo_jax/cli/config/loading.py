@@ -97,6 +97,9 @@ def problems(config: Config) -> list[Problem]:
     for name in ("sft", "dpo"):
         if config.lora.rank is not None and getattr(config, name).trainable is not None:
             found.append((f"{name}.trainable", "an adapter is trained (lora.rank) and no other weights; leave one of them out"))
+        if getattr(config, name).param_dtype != "float32" and (config.lora.rank or getattr(config, name).trainable):
+            what = "is read where all weights are trained: leave it out (lora.base_dtype is the type of a frozen base)"
+            found.append((f"{name}.param_dtype", what))
         if getattr(config, name).patience and not config.run.eval_every_examples:
             found.append(
                 (f"{name}.patience", "counts evaluations, and the only one is at the end: set run.eval_every_examples")

@@ -30,7 +30,8 @@ class RunConfig:
     heartbeat_seconds: int = 100
     """A process that is silent for this long is taken for dead, and the others end."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations. Parameters, optimizer state, log-softmax and sums are float32 either way."""
+    """Type of activations. Optimizer state, log-softmax and sums are float32 either way, and parameters, unless
+    param_dtype says otherwise."""
     save_every_steps: int = 200
     """Save a checkpoint every this many optimizer steps, and at the end; 0: only at the end."""
     save_every_minutes: float = 0.0

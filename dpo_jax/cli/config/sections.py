@@ -56,6 +56,10 @@ class Config:
         """The starting policy of DPO, which is the reference too, unless another one is named."""
         return self.dpo.policy or f"{self.run.dir}/sft/export"
 
+    def kept_dtype(self) -> str:
+        """Type in which DPO keeps the weights that it starts from, and those of the reference."""
+        return self.dpo.param_dtype if self.lora.rank is None else self.lora.base_dtype
+
     def dpo_reference(self) -> str:
         return self.dpo.reference or self.dpo_policy()
 

@@ -48,6 +48,10 @@ class TrainingConfig(OptimizerConfig):
     """Train only these: last_layer, last_layers:N, or patterns of parameter names (final_norm.*, *.bias), with commas between;
     none: all of them."""
 
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which trained parameters are kept. bfloat16 halves them; updates are rounded stochastically, and the optimizer's
+    state stays float32."""
+
     patience: int = 0
     """Stop after so many evaluations in a row without a better stop_on, and keep the weights of the best; 0: never. Evaluations
     come by run.eval_every_examples."""

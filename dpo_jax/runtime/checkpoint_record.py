@@ -1,0 +1,86 @@
+"""The record of a checkpoint: shape, dtype and SHA-256 of every leaf, the caller's `meta`, and a digest of the record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from dpo_jax.runtime import hosts
+from dpo_jax.runtime.seal import digest
+from dpo_jax.untrusted import parse_object
+
+FORMAT = 3  # 1 had no seals, 2 had kernels that write to the residual stream with D last
+Leaves = dict[str, Any]
+
+
+class StateMismatch(ValueError):
+    """The checkpoint is sound, but of another model or optimizer than the state that is to be filled."""
+
+
+def read_record(step_folder: epath.Path) -> dict[str, Any]:
+    """The record of a step, without its arrays. Raises OSError, ValueError, KeyError or TypeError where it is not whole."""
+    record = parse_object((step_folder / "record" / "metadata").read_bytes(), f"checkpoint {step_folder.name}")
+    if record["format"] != FORMAT or record["digest"] != record_digest(record):
+        raise ValueError("the record is of another format, or differs from its digest")
+    return record
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    return digest({name: value for name, value in record.items() if name != "digest"})
+
+
+def named(state: Any) -> Leaves:
+    """Leaves by dotted path, in tree order. Containers without leaves (`optax.EmptyState`) come back from the target tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the state have the same dotted path")
+    return named
+
+
+def make_record(step: int, leaves: Leaves, meta: Mapping[str, Any]) -> dict[str, Any]:
+    described = {
+        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": sha}
+        for (name, leaf), sha in zip(leaves.items(), hashes(leaves).values(), strict=True)
+    }
+    record = {"format": FORMAT, "step": step, "leaves": described, "meta": json.loads(json.dumps(meta))}
+    return {**record, "digest": digest(record)}
+
+
+def hashes(leaves: Leaves) -> dict[str, str]:
+    if jax.process_count() > 1:  # to collect the pieces is a collective: leaf by leaf, in the same order everywhere
+        return {name: _sha256(leaf) for name, leaf in leaves.items()}
+    # hashlib lets go of the interpreter lock: eight threads hash several GB a second.
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(leaves, pool.map(_sha256, leaves.values()), strict=True))
+
+
+def _sha256(leaf: Any) -> str:
+    """Of the logical array in row-major order, little endian, whatever its layout on devices."""
+    sha = hashlib.sha256()
+    for piece in hosts.gathered_chunks(leaf):
+        sha.update(np.ascontiguousarray(piece).view(np.uint8).data)
+    return sha.hexdigest()
+
+
+def check_target(record: Mapping[str, Any], wanted: Leaves, where: str) -> None:
+    if record["format"] != FORMAT:
+        raise StateMismatch(
+            f"{where} is in format {record['format']}, and this version reads {FORMAT}: continue it with the version that "
+            "wrote it, or choose another directory"
+        )
+    have = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in record["leaves"].items()}
+    want = {name: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for name, leaf in wanted.items()}
+    differing = [name for name in [*have, *(want.keys() - have.keys())] if have.get(name) != want.get(name)]
+    if differing:
+        lines = [f"  {name}: {have.get(name, 'absent')} there, {want.get(name, 'absent')} here" for name in differing[:5]]
+        more = [f"  and {len(differing) - 5} more"] if len(differing) > 5 else []
+        remedy = "Continue it with the settings it was saved with, or choose another directory."
+        raise StateMismatch("\n".join([f"{where} is of another model or optimizer:", *lines, *more, remedy]))

@@ -1,0 +1,152 @@
+"""Moving references: the policy itself becomes the reference after every so many steps (TR-DPO's hard update).
+
+Gorbatovski et al. 2024, "Learn Your Reference Model for Real Good Alignment", arXiv 2404.09656. No weights of a reference are
+kept: what training reads of it are log-probabilities, which one pass computes from the policy of that step, for the pairs that
+the steps up to the next update read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.layout import Layout
+from dpo_jax.data.loader import few_shapes, make_batch, round_up
+from dpo_jax.reference import ReferenceCache, pair_key
+from dpo_jax.runtime.hosts import from_first, is_first
+from dpo_jax.runtime.progress import reported
+from dpo_jax.training.references import SAY
+from dpo_jax.types import Array, Rows, Variables
+
+
+class MovingReference:
+    """The reference log-probabilities of a run whose reference moves to the policy after every `every` steps.
+
+    Args:
+      pairs: the training pairs.
+      values: float32[n, 2], those of the first reference. Steps below `every` are trained against it. The attribute `values` is
+        a copy that changes in place: give it to `stream` as `ref_logps`. What the next steps do not read becomes NaN in it, so
+        that nothing stale can be used.
+      total_steps: of the run. Pairs that only later steps would read are left out.
+      read_by: `read_by(step)` are the numbers of the pairs that a step reads, also beyond `total_steps`.
+      score: compiled `score(variables, rows) -> float32[P, 2]`; that of `reference_logps`.
+      folder: gets a cache for each update, `step-N-...`. A killed pass continues there.
+      layout, batch, part: how pairs lie in rows, how many at a time, and `Partitioner.host_part`.
+      identity: what the numbers depend on beside the weights, as for `cached_reference_logps`. The step and a digest of the
+        weights of that step are added.
+    """
+
+    def __init__(
+        self,
+        every: int,
+        *,
+        pairs: Sequence[Encoded],
+        values: np.ndarray,
+        total_steps: int,
+        read_by: Callable[[int], Iterable[int]],
+        score: Callable[[Variables, Rows], Array],
+        folder: Path,
+        layout: Layout,
+        batch: int = 16,
+        part: tuple[int, int] = (0, 1),
+        identity: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = SAY,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, got {every}")
+        self.every, self.folder, self.record = every, folder, {}
+        self.values = np.array(values, np.float32)
+        self._pairs, self._score = pairs, score
+        self._total_steps, self._read_by = total_steps, read_by
+        self._layout = few_shapes(layout, examples=len(pairs), batch=batch)
+        self._batch, self._part, self._identity, self._say = batch, part, dict(identity or {}), say
+
+    def origin(self, done: int) -> int:
+        """The step whose policy is the reference of step `done`; 0: the first reference."""
+        return done - done % self.every
+
+    def lacks(self, step: int, weights: str) -> bool:
+        """Whether the weights of `step`, whose digest is `weights`, are needed to complete its log-probabilities."""
+        return bool(self._lacking(self._open(step, weights), self._to_compute(step)).any())
+
+    def move(
+        self, step: int, variables: Variables, weights: str, *, steps: Iterable[int], pause: Callable[[], None] = lambda: None
+    ) -> None:
+        """Makes the policy of `step` the reference. `variables` are read only where the cache lacks something.
+
+        `weights`: their digest. `steps`: the steps at which a run may be resumed, whose caches stay. `pause()` is called after
+        each batch and may raise.
+        """
+        distinct, store = self._to_compute(step), self._open(step, weights)
+        for what in store.damage if store is not None else ():
+            self._say(f"{self.folder}: {what}; what is lacking is computed again")
+        lacking = self._lacking(store, distinct)
+        # Always the same batches: the last bits of a sum may depend on what else lies in a batch.
+        batches = [range(first, min(first + self._batch, len(distinct))) for first in range(0, len(distinct), self._batch)]
+        todo = [distinct[batch.start : batch.stop] for batch in batches if lacking[batch.start : batch.stop].any()]
+        with reported(f"reference pass of step {step}", total=sum(map(len, todo)), unit="pairs") as task:
+            for some in todo:
+                batch = make_batch(self._pairs, some, layout=self._layout, batch=self._batch, part=self._part)
+                values, place = np.asarray(self._score(variables, batch.rows)), batch.index
+                if store is not None:
+                    store.add([self._pairs[i] for i in some[place[place >= 0]]], values[place >= 0])
+                task.advance(len(some))
+                pause()
+        numbers = self._numbers(step, min(step + self.every, self._total_steps))
+        found = np.zeros((len(numbers), 2), np.float32)
+        if store is not None:
+            found = store.lookup([self._pairs[i] for i in numbers])
+        self.values[:] = np.nan
+        self.values[numbers] = from_first(found)
+        self.record |= {"step": step, "weights": weights}
+        self._forget({self.origin(one) for one in steps} | {step}, keep=None if store is None else store.directory)
+        self._say(f"reference from step {step}: log-probabilities of the {len(numbers):,} pairs of the next steps")
+
+    def resume(self, record: Mapping[str, Any]) -> None:
+        """Goes on from the `record` of a checkpoint."""
+        self.record.clear()
+        self.record |= record
+
+    def _numbers(self, first: int, last: int) -> np.ndarray:
+        """The pairs that steps `first` to `last - 1` read, each once."""
+        return np.array(list(dict.fromkeys(int(i) for step in range(first, last) for i in self._read_by(step))), np.int64)
+
+    def _to_compute(self, step: int) -> np.ndarray:
+        """The distinct pairs that are read from `step` on, in whole batches, so that a run that becomes longer has the same."""
+        first: dict[bytes, int] = {}
+        for number in self._numbers(step, step + self.every):
+            first.setdefault(pair_key(self._pairs[number]), int(number))
+        read = {pair_key(self._pairs[i]) for i in self._numbers(step, min(step + self.every, self._total_steps))}
+        return np.array(list(first.values()), np.int64)[: round_up(len(read), self._batch)]
+
+    def _open(self, step: int, weights: str) -> ReferenceCache | None:
+        """The cache of `step`, on the first host, which alone has it."""
+        if not is_first():
+            return None
+        identity = {**self._identity, "step": step, "weights": weights}
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        return ReferenceCache(self.folder / f"step-{step}-{name}", identity)
+
+    def _lacking(self, store: ReferenceCache | None, distinct: np.ndarray) -> np.ndarray:
+        lacking = np.zeros(len(distinct), np.uint8)
+        if store is not None:
+            lacking[store.missing([self._pairs[i] for i in distinct])] = 1
+        return from_first(lacking)
+
+    def _forget(self, steps: set[int], *, keep: Path | None) -> None:
+        """Deletes caches of other steps than `steps`, and of the same step with other weights than those in `keep`."""
+        if keep is None:
+            return
+        for folder in self.folder.glob("step-*-*"):
+            with contextlib.suppress(ValueError):
+                step = int(folder.name.split("-")[1])
+                if folder != keep and (step not in steps or folder.name.split("-")[:2] == keep.name.split("-")[:2]):
+                    shutil.rmtree(folder)
