@@ -169,18 +169,24 @@ def empty_folder(folder: str | os.PathLike[str], *, ours: Sequence[str] = ()) ->
     a name in `ours` (those that versions without marks left), is deleted.
     """
     folder = Path(folder)
-    if os.path.lexists(folder):
-        if folder.is_symlink() or not folder.is_dir() or not _made_here(folder, ours):
-            words = "is there already, and dpo-jax has not made it; move it away, or choose another folder"
-            raise FileExistsError(errno.EEXIST, words, str(folder))
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or not _made_here(folder, ours)):
+        words = "is there already, and dpo-jax has not made it; move it away, or choose another folder"
+        raise FileExistsError(errno.EEXIST, words, str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    # The mark comes first and stays: whatever a kill leaves here can be emptied again.
     write_text(folder / MARK, "dpo-jax deletes this folder before it writes it anew\n")
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
     return folder
 
 
 def _made_here(folder: Path, ours: Sequence[str]) -> bool:
-    names = os.listdir(folder)
+    names = [
+        name for name in os.listdir(folder) if not (name.startswith(".") and name.endswith(f"-{MARK}"))
+    ]  # a mark half written
     return not names or bool({MARK, *ours} & set(names))
 
 

@@ -142,6 +142,9 @@ LONG = {
 }
 
 
+APART = {"soak", "parity", "plan", "browser", "writers"}
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config, items):
     mark_long(items, whole=not any("::" in argument for argument in config.args))
@@ -162,7 +165,8 @@ def mark_long(items, *, whole):
             if whole and not found:
                 raise pytest.UsageError(f"tests/conftest.py: LONG: test_{name}.py has no {beginning}")
             for item in found:
-                item.add_marker(pytest.mark.long)
+                if not APART & {mark.name for mark in item.iter_markers()}:
+                    item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")

@@ -135,7 +135,6 @@ def test_a_sweep_that_is_killed_ends_in_the_table_of_an_uninterrupted_one(study,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--lora.rank", "4"), "--lora.rank: frontier does not read this option"),
         (("--dpo.param-dtype", "bfloat16"), "--dpo.param-dtype: frontier does not read this option"),
         (("--frontier.methods", "dpo,magic"), "frontier.methods: must be some of preferred-ft, "),
         (("--frontier.dpo-betas", "0.1,x"), "frontier.dpo_betas: must be numbers above 0"),
@@ -157,20 +156,40 @@ def test_what_cannot_be_is_refused(study, flags, message):
     assert message in err
 
 
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ("lora: {rank: 4}", "lora.rank: frontier trains whole models; leave it out"),
-        ("dpo: {trainable: last_layer}", "dpo.trainable: frontier trains whole models; leave it out"),
-        ("dpo: {param_dtype: bfloat16}", "dpo.param_dtype: frontier keeps parameters in float32; leave it out"),
-    ],
-)
-def test_a_file_that_asks_for_other_training_is_refused(tmp_path, section, message):
-    (tmp_path / "toy.yaml").write_text(
-        f"run: {{dir: {tmp_path}}}\ndata: {{source: reviews}}\nmodel: {{path: none}}\n{section}\n"
-    )
+def test_a_file_that_asks_for_bfloat16_parameters_is_refused(tmp_path):
+    lines = f"run: {{dir: {tmp_path}}}", "data: {source: reviews}", "model: {path: none}", "dpo: {param_dtype: bfloat16}"
+    (tmp_path / "toy.yaml").write_text("\n".join(lines))
     code, _, err = call("frontier", tmp_path / "toy.yaml")
-    assert (code, message in err) == (2, True), err
+    assert (code, "dpo.param_dtype: frontier keeps parameters in float32; leave it out" in err) == (2, True), err
+
+
+def test_methods_train_adapters_beside_the_reference(study, tmp_path):
+    reference = study[0] / "run" / "sft" / "export"
+    flags = (
+        "--run.dir",
+        tmp_path,
+        "--dpo.policy",
+        reference,
+        "--frontier.methods",
+        "dpo,ppo",
+        "--frontier.reward-model-epochs",
+        2,
+    )
+    code, _, err = call("frontier", study[0] / "toy.yaml", *flags, "--lora.rank", 2, "--lora.targets", "mlp")
+    assert code == 0, err
+    results = [json.loads(path.read_text()) for path in (tmp_path / "frontier" / "runs").glob("*/result.json")]
+    assert {result["shared"]["lora"]["rank"] for result in results} == {2}
+    assert len(results) == 2
+    assert all(point["kl"] > 0 for result in results for point in result["measured"]["points"])
+    policy = next((tmp_path / "frontier" / "runs").glob("dpo-*/policy"))
+    before, after = (load_hf(folder)[1]["params"] for folder in (reference, policy))
+    changed = {
+        "/".join(key.key for key in path): np.linalg.matrix_rank(np.asarray(change)[0], tol=1e-6)
+        for path, change in jax.tree_util.tree_leaves_with_path(jax.tree.map(np.subtract, after, before))
+        if np.any(change)
+    }
+    assert len(changed) == 2
+    assert set(changed.values()) == {2}
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def test_training_holds_weights_and_optimizer_state_once(done, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("task", "programs"),
-    [("sft", ["jit(<lambda>)", "jit(init_state)"]), ("dpo", ["jit(dpo_loss)", "jit(init_state)", "jit(reference_logps)"])],
+    [("sft", ["jit(<lambda>)", "jit(state)"]), ("dpo", ["jit(dpo_loss)", "jit(reference_logps)", "jit(state)"])],
 )
 def test_before_training_hardly_anything_is_compiled(done, tmp_path, monkeypatch, task, programs):
     """New weights, or the reference pass and the loss at the reference; the optimizer state. No `jnp` function by itself."""

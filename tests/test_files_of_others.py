@@ -133,6 +133,29 @@ def test_a_folder_is_emptied_only_if_it_was_made_here(tmp_path):
     assert (tmp_path / "photos" / "a.jpg").read_text() == "mine"
 
 
+def test_a_kill_while_a_folder_is_emptied_leaves_one_that_can_be(tmp_path, monkeypatch):
+    """Whatever was deleted first, and also where its mark was only half written."""
+    folder = empty_folder(tmp_path / "work")
+    for name in ("a", "b", "c"):
+        (folder / name).mkdir()
+
+    def killed(path):  # files first
+        for file in filter(Path.is_file, path.iterdir()):
+            file.unlink()
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dpo_jax.writing.shutil.rmtree", killed)
+        pytest.raises(ZeroDivisionError, empty_folder, folder)
+    (empty_folder(folder) / "d").write_text("x")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".0123abcd-.made_by_dpo_jax").write_text("dpo-jax del")
+    assert (
+        sorted(path.name for made in (folder, tmp_path / "new") for path in empty_folder(made).iterdir())
+        == [".made_by_dpo_jax"] * 2
+    )
+
+
 def test_a_sweep_deletes_no_folder_of_somebody_elses(tmp_path):
     run = Run("dpo", "beta 1", {}, 0)
     (tmp_path / run.name).mkdir()

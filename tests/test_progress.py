@@ -299,7 +299,7 @@ with progress.reported("waiting"):
         ("study", "dpo_jax.cli.commands.study", "read_completions", ["--study.a", "a", "--study.b", "b"]),
         ("sample", "dpo_jax.cli.build", "load_tokenizer", ["--sample.policy", "policy"]),
         ("dpo", "dpo_jax.data.sources", "peek", ["--check", "--data.source", "files", "--data.path", "data"]),
-        ("audit", "dpo_jax.cli.build", "load_preferences", ["--data.source", "files", "--data.path", "data"]),
+        ("audit", "dpo_jax.cli.data_sources", "load_preferences", ["--data.source", "files", "--data.path", "data"]),
         ("sft", "dpo_jax.cli.build", "load_snippets", ["--data.source", "snippets", "--data.path", "data"]),
     ],
 )

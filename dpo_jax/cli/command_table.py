@@ -130,7 +130,7 @@ COMMANDS = {
     ),
     "frontier": Command(
         "every method of the paper, by reward and KL, against the optimum",
-        (*_RUN, "sft", "dpo.policy", *_TRAINING, "frontier"),
+        (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, "frontier"),
         ("data", "model"),
     ),
     "study": Command(

@@ -21,7 +21,6 @@ from dpo_jax.reference import reference_logps
 from dpo_jax.runtime.fit import fit
 from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.runtime.progress import reported
-from dpo_jax.step import init_state
 from dpo_jax.types import Metrics, Partitioner, Rows, TrainState, Variables
 
 SETTINGS = "settings"
@@ -92,10 +91,13 @@ class PairMethod:
         points: Points = []
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
-            points.append({"step": float(done), **world.measure(state.params)})
+            points.append({"step": float(done), **world.measure(_policy(state))})
             return points[-1]
 
-        begin = functools.partial(init_state, tx=self.tx, frozen={SETTINGS: {k: np.float32(v) for k, v in settings.items()}})
+        def begin(variables: Variables) -> TrainState:
+            state = world.begin(variables, tx=self.tx)
+            return state.replace(frozen={**state.frozen, SETTINGS: {k: np.float32(v) for k, v in settings.items()}})
+
         # Training consumes what it starts from, so it is given a copy.
         start = partitioner.put_variables(partitioner.to_host(world.reference))
         steps_of_run = reported("training", total=steps, unit="steps", brief=True)
@@ -119,7 +121,11 @@ class PairMethod:
                 check=lambda step, metrics: task.advance(note="loss {loss:.4f}".format(**metrics)),
                 get_state=partitioner.get_state,
             )
-        return points, partitioner.to_host(state.params)
+        return points, partitioner.to_host(_policy(state))
+
+
+def _policy(state: TrainState) -> Variables:
+    return {name: collection for name, collection in state.variables.items() if name != SETTINGS}
 
 
 def _step(state: TrainState, rows: Rows, *, loss: Callable[..., Any], **options: Any) -> tuple[TrainState, Metrics]:

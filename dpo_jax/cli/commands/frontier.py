@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +20,10 @@ import numpy as np
 from dpo_jax import optimizer_table
 from dpo_jax.cli import build
 from dpo_jax.cli.commands import sft as sft_command
-from dpo_jax.cli.config import Config, ConfigError, DpoConfig
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig, LoraConfig
 from dpo_jax.cli.config.lab import FrontierConfig, numbers
 from dpo_jax.cli.experiment import labelled_samples, make_world, of_training, prompts_of, sized
+from dpo_jax.cli.trained import planned
 from dpo_jax.data.encode import with_bos
 from dpo_jax.data.pairs import DataReport, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet
@@ -42,7 +44,8 @@ from dpo_jax.plotting.training_curves import plot_displacement, plot_training
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.rundir import RunDir, write_json
-from dpo_jax.training.fingerprint import RunMismatch, architecture
+from dpo_jax.training.fingerprint import architecture
+from dpo_jax.training.run import saved_run
 from dpo_jax.types import Variables
 from dpo_jax.writing import empty_folder
 
@@ -53,12 +56,10 @@ MAX_KL = 20.0  # nats, at which the figure ends
 
 def run(config: Config) -> int:
     config = sized(config)
-    for option, value in (("lora.rank", config.lora.rank), ("dpo.trainable", config.dpo.trainable)):
-        if value is not None:
-            raise ConfigError(f"{option}: frontier trains whole models; leave it out")
     refuse_bfloat16(config, "frontier")
     if config.dpo.policy is None and not Path(config.dpo_policy()).is_dir():
-        sft_command.run(config)
+        # An adapter needs a model to lie beside: a new one is trained whole.
+        sft_command.run(dataclasses.replace(config, lora=LoraConfig()) if config.model.path is None else config)
     with build.open_run(config, "frontier") as run_dir:
         world, digests = make_world(config, train="prompts", test="test_prompts")
         shared = _shared(config, digests["start"], world)
@@ -114,8 +115,9 @@ def _shared(config: Config, digest: str, world: World) -> dict[str, Any]:
         for name in ("batch", "epochs", "lr", "optimizer", "warmup_steps", "schedule", "max_grad_norm")
     }
     # Named only where they are set: what was computed without stays valid.
-    others = ("warmup_ratio", *optimizer_table.OPTIONS, *optimizer_table.SCHEDULE_OPTIONS)
+    others = ("warmup_ratio", "trainable", *optimizer_table.OPTIONS, *optimizer_table.SCHEDULE_OPTIONS)
     training |= {name: value for name in others if (value := getattr(config.dpo, name)) != getattr(DpoConfig, name)}
+    lora = {"lora": dataclasses.asdict(config.lora)} if config.lora.rank is not None else {}
     # Named only where prompts begin with BOS: what was computed without stays valid.
     bos = {"bos": True} if len(with_bos(np.zeros(0, np.int32), world.tokenizer, bos=config.data.bos)) else {}
     return {
@@ -125,6 +127,7 @@ def _shared(config: Config, digest: str, world: World) -> dict[str, Any]:
         "data": {"source": config.data.source, "max_prompt_length": config.data.max_prompt_length, **bos},
         "frontier": options,
         "training": training,
+        **lora,
         "seed": config.run.seed,
         "precision": config.run.precision,
     }
@@ -135,6 +138,8 @@ class _Study:
 
     def __init__(self, config: Config, world: World, run_dir: RunDir, shared: Mapping[str, Any]) -> None:
         self.config, self.world, self.run_dir, self.shared = config, world, run_dir, shared
+        model = build.policy_model(config, config.dpo_policy(), world.tokenizer, name="dpo.policy")
+        self.part = planned(config, config.dpo, model)
         self._making = threading.Lock()
         self._methods: dict[str, PairMethod] = {}
         # Made at once: what cannot be is refused here, and not when the sweep has come to it.
@@ -143,7 +148,7 @@ class _Study:
     def perform(self, run: Run, folder: Path) -> list[dict[str, float]]:
         points, variables = (self._by_ppo if run.method.startswith("ppo") else self._on_pairs)(run, folder)
         if run.method in TO_MIX:
-            save_hf(folder / "policy", self.world.model, variables)
+            save_hf(folder / "policy", self.part.base, self.part.merged(variables))
         return points
 
     def _by_ppo(self, run: Run, folder: Path) -> tuple[Points, Variables]:
@@ -197,8 +202,9 @@ class _Study:
     @functools.cached_property
     def learned_reward(self) -> Reward:
         section, folder = self.config.frontier, self.run_dir.path / "reward_model"
-        learn = functools.partial(
-            learn_reward,
+        if not _continues(folder, self.shared):
+            empty_folder(folder, ours=("result.json", "metrics.jsonl", "run.lock"))
+        reward, figures = learn_reward(
             self.world,
             self.encoded,
             folder,
@@ -208,14 +214,10 @@ class _Study:
             evaluations=section.evaluations,
             seed=self.config.run.seed,
             fingerprint=self.shared,
+            make_state=self.world.begin,
             microbatches=self.config.dpo.microbatches,
             bos=self.config.data.bos,
         )
-        try:
-            reward, figures = learn()
-        except (RunMismatch, FileExistsError):  # one of other settings, or of a version that kept no checkpoints
-            empty_folder(folder, ours=("result.json", "metrics.jsonl"))
-            reward, figures = learn()
         write_json(folder / "result.json", figures)
         print(f"reward model: held-out accuracy {figures['accuracy']:.3f}, loss {figures['loss']:.3f}", flush=True)
         return reward
@@ -223,10 +225,17 @@ class _Study:
     def optimum(self, results: Sequence[Result]) -> tuple[Optimum, np.ndarray]:
         section, config, world = self.config.frontier, self.config, self.world
         folders = [self.run_dir.path / "runs" / run.name / "policy" for run in to_mix(results)]
-        policies = [build.load_weights(str(f), world.model, world.partitioner, name="frontier")[0] for f in folders]
+        policies = [build.load_weights(str(f), self.part.base, world.partitioner, name="frontier")[0] for f in folders]
         prompts = prompts_of(config, "optimum_prompts", world.tokenizer)
         print(f"the optimum, from {section.optimum_samples} completions of each of {len(prompts.ids)} prompts", flush=True)
         return estimate(world, prompts, samples=section.optimum_samples, policies=policies, seed=config.run.seed)
+
+
+def _continues(folder: Path, shared: Mapping[str, Any]) -> bool:
+    """Whether the folder holds a reward model of these settings, finished or not."""
+    saved = saved_run(folder / "checkpoints", place=str(folder))
+    expected = json.loads(json.dumps(dict(shared)))  # as it reads after a round trip through a file
+    return saved is not None and expected.items() <= saved.fingerprint.items()
 
 
 def to_mix(results: Sequence[Result]) -> list[Run]:
