@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from dpo_jax import loss_table
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, dump_config
 from dpo_jax.cli.fixed import date_of, keep, pin_models
 from dpo_jax.cli.model_folders import check_fit, planned_hf_config, remedy, sized_hf_config
@@ -24,11 +25,12 @@ from dpo_jax.cli.preflight.inputs import refuse_texts
 from dpo_jax.cli.preflight.packages import check_writers
 from dpo_jax.data.chat_date import at_date
 from dpo_jax.data.encode import Encoded, token_ids, with_bos
-from dpo_jax.data.layout import Completion, Layout
+from dpo_jax.data.layout import Completion, Layout, places_of
 from dpo_jax.data.loader import plan_layout
 from dpo_jax.data.pairs import Cause, DataError, DataReport, Preference, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet, encode_all
 from dpo_jax.data.reviews import review_preferences
+from dpo_jax.data.row_kinds import Wanted, check_kind, check_ranking_lengths, split_pairs
 from dpo_jax.data.snippets import Snippet, load_snippets, snippets_of
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
@@ -132,22 +134,40 @@ def _reviews(count: int, seed: int, split: Literal["train", "test"]) -> tuple[Pr
     return tuple(review_preferences(count, seed, split=split))
 
 
-def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any = None) -> PreferenceSet:
-    """The preferences of the train or the held-out split. Raises `DataError` for bad data."""
+def load_split(
+    config: Config, split: Literal["train", "test"], tokenizer: Any = None, *, rows: Wanted = "pairs"
+) -> PreferenceSet:
+    """The preferences of the train or the held-out split. Raises `DataError` for bad data.
+
+    `rows` is what they are read as: pairs, or what the loss reads (`loss_table.rows_of`), or "any".
+    """
     data = config.data
     limit = data.max_train if split == "train" else data.max_test
     if data.source == "reviews":
         count = data.reviews_train if split == "train" else data.reviews_test
         preferences = _reviews(count, config.run.seed, split)
         report = DataReport(source="reviews", split=split, format="reviews", rows=count, read=count, kept=count)
-        return PreferenceSet(preferences, report).take(limit)
+        check_kind("pairs", rows, where="data.source reviews")
+        pairs = PreferenceSet(preferences, report)
+        return (split_pairs(pairs) if rows == "unpaired" else pairs).take(limit)
     refuse_texts(config)
     name = data.train_split if split == "train" else data.test_split
     assert data.path is not None  # checked with the configuration
     format = "tfds" if data.source == "tfds" else data.format
     # Files may be a TFDS folder, too.
     with needs_tfds(f"data.source: {data.source}"), reported(f"reading the {name} split"):
-        return load_preferences(data.path, name, format=format, on_bad=data.on_bad, tokenizer=tokenizer).take(limit)
+        options = {"on_bad": data.on_bad, "tokenizer": tokenizer, "rows": rows, "ranking_length": data.ranking_length}
+        return load_preferences(data.path, name, format=format, **options).take(limit)
+
+
+def load_pairs(config: Config, tokenizer: Any) -> tuple[EncodedSet, EncodedSet]:
+    """Token ids of the train and the held-out split, as the loss of `dpo` reads them."""
+    rows = loss_table.rows_of(config.dpo.loss)
+    train, test = (
+        encode_split(config, load_split(config, split, tokenizer, rows=rows), tokenizer) for split in ("train", "test")
+    )
+    check_ranking_lengths([*train, *test], where="the splits")
+    return train, test
 
 
 def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]:
@@ -223,7 +243,8 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     if config.data.source in TEXT_SOURCES:
         texts = [snippet.text for snippet in load_texts(config, "train")]
     else:
-        texts = [text for p in load_split(config, "train") for text in (p.prompt, p.chosen, p.rejected, p.sft_target or "")]
+        rows = load_split(config, "train", rows="any")
+        texts = [text for p in rows for text in (p.prompt, p.chosen, p.rejected, p.sft_target or "")]
     made_from = {"vocab_size": config.tokenizer.vocab_size, "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
     kept = Path(config.run.dir) / "tokenizer"
     record = kept / "made_from.json"
@@ -387,6 +408,6 @@ def pair_layout(config: Config, pairs: Sequence[Encoded], *, batch: int, parts: 
     `microbatches`: see `plan_layout`.
     """
     kind, length = config.data.layout, config.data.row_length
-    multiple = parts * (2 if kind == "plain" else 1)
+    multiple = parts * (places_of(pairs[0]) if kind == "plain" else 1)
     with reported("planning the rows"):
         return plan_layout(pairs, kind=kind, batch=batch, length=length, multiple=multiple, microbatches=microbatches)

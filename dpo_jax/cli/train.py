@@ -15,7 +15,7 @@ from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
 from dpo_jax.cli.config.training import HIGHER
 from dpo_jax.cli.preflight.packages import check_bucket
 from dpo_jax.cli.trained import Trained
-from dpo_jax.data.layout import Layout
+from dpo_jax.data.layout import Layout, places_of
 from dpo_jax.data.loader import few_shapes, plan_layout, skippable, stream, total_steps
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.prepare import data_digest
@@ -88,7 +88,7 @@ def plan_training(
     pairs = isinstance(section, DpoConfig)
     # A single completion shares its prompt with nobody.
     kind = "plain" if config.data.layout == "shared" and not pairs else config.data.layout
-    rows_each = 2 if kind == "plain" and pairs else 1
+    rows_each = places_of(data.train[0]) if kind == "plain" and pairs else 1
 
     def plan(count: int, *, parts: int, microbatches: int = 1) -> Layout:
         """Parts: into how many a batch is cut; rows divide into them without tearing a pair apart."""

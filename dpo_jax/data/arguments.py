@@ -25,6 +25,11 @@ def check_pairs(pairs: Any, *, name: str = "pairs") -> None:
         check_ids(pair.prompt, f"{label}: prompt", empty=True)
         check_ids(pair.chosen, f"{label}: chosen")
         check_ids(pair.rejected, f"{label}: rejected")
+        for place, ids in enumerate(pair.between):
+            check_ids(ids, f"{label}: completion {place + 1}")
+        if len(pair.between) != len(pairs[0].between):
+            few, many = len(pairs[0].completions), len(pair.completions)
+            raise ValueError(f"{label}: has {many} completions, and the first of {name} {few}: they must have the same number")
 
 
 def check_completions(completions: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.data.columns import text
-from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, check_length, check_pair
+from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, check_completion, check_length, check_pair
 from dpo_jax.data.rendering import Refused, render
 from dpo_jax.data.tokenizer import special_tokens
 
@@ -22,11 +22,7 @@ def chat_preference(prompt: list[Any] | None, chosen: Any, rejected: Any, *, uid
     that ends the completion is taken off, together with what the template puts after it: encoding appends EOS itself.
     Raises `BadRow`, `DataError` if the tokenizer has no chat template, and `Unreadable` if it does not end (`data.rendering`).
     """
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise DataError(
-            f"{uid}: {Cause.CHAT_TEMPLATE}: conversational rows need a tokenizer with a chat template",
-            causes=[Cause.CHAT_TEMPLATE],
-        )
+    _need_template(tokenizer, uid)
     sides = {"chosen": _messages(chosen, "chosen", tokenizer), "rejected": _messages(rejected, "rejected", tokenizer)}
     if sides["chosen"] == sides["rejected"]:
         raise BadRow(Cause.IDENTICAL, "chosen and rejected are the same messages")
@@ -44,7 +40,30 @@ def chat_preference(prompt: list[Any] | None, chosen: Any, rejected: Any, *, uid
     text = _render(turns, tokenizer, generate=True)
     completions = {name: _completion(text, turns + side, name, tokenizer) for name, side in sides.items()}
     check_pair(text, **completions)
-    return Preference(text, **completions, uid=uid, chat=True)
+    return Preference(text, completions["chosen"], completions["rejected"], uid, chat=True)
+
+
+def _need_template(tokenizer: Any, uid: str) -> None:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DataError(
+            f"{uid}: {Cause.CHAT_TEMPLATE}: conversational rows need a tokenizer with a chat template",
+            causes=[Cause.CHAT_TEMPLATE],
+        )
+
+
+def chat_completions(prompt: list[Any], completions: Mapping[str, Any], *, uid: str, tokenizer: Any) -> tuple[str, list[str]]:
+    """(prompt, completions) as text, of messages: any number of completions by name, rendered as in `chat_preference`."""
+    _need_template(tokenizer, uid)
+    turns = _messages(prompt, "prompt", tokenizer)
+    _check_prompt(turns, "prompt")
+    text = _render(turns, tokenizer, generate=True)
+    texts = []
+    for name, value in completions.items():
+        side = _messages(value, name, tokenizer)
+        _check_completion(side, name)
+        texts.append(_completion(text, turns + side, name, tokenizer))
+        check_completion(texts[-1], field=name)
+    return text, texts
 
 
 def chat_prompt(messages: Any, *, tokenizer: Any, field: str = "messages") -> str:

@@ -26,6 +26,9 @@ class Encoded:
         uid                                    names the pair in messages
         prompt_cut, chosen_cut, rejected_cut   how many tokens truncation removed
         bos_added                              the first token of the prompt is a BOS that its text does not hold
+        between                                of a ranking: the completions between best (`chosen`) and worst (`rejected`)
+        between_cut                            how many of their tokens truncation removed
+        desirable                              of a single completion, `chosen`: its label; `rejected` is a mismatched one
 
     `encode` makes one of texts; token ids of your own do as well:
 
@@ -41,6 +44,14 @@ class Encoded:
     chosen_cut: int = 0
     rejected_cut: int = 0
     bos_added: bool = False  # the prompt's first token is a BOS that its text does not hold
+    between: tuple[np.ndarray, ...] = ()  # of a ranking: int32[n] each, better ones first
+    between_cut: int = 0
+    desirable: bool | None = None  # of a single completion (`data.unpaired`)
+
+    @property
+    def completions(self) -> tuple[np.ndarray, ...]:
+        """What is scored, best first: chosen and rejected of a pair, all completions of a ranking."""
+        return (self.chosen, *self.between, self.rejected)
 
 
 def encode(
@@ -53,6 +64,7 @@ def encode(
     bos: Bos = "auto",
 ) -> Encoded:
     """Token ids of one preference: a mapping or record with `prompt`, `chosen`, `rejected` (and `uid`, if it has one).
+    A ranking has the texts `between`, too, and a single completion a label, `desirable`; its chosen and rejected are one.
 
     As `tokenize_batch_element` of the original: prompt and completions are tokenized apart, without special tokens, and EOS is
     appended to the completions. The prompt begins with BOS where `bos` says so (`with_bos`).
@@ -93,13 +105,14 @@ def encode(
         _refuse_eos(own, tokenizer, "prompt")
     prompt = with_bos(own, tokenizer, bos=bos, chat=chat)
     chosen, rejected = (_completion_ids(tokenizer, get(side), side, chat=chat) for side in ("chosen", "rejected"))
-    full = {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected)}
+    between = [_completion_ids(tokenizer, text, f"completion {i + 1}", chat=chat) for i, text in enumerate(get("between", ()))]
+    full = {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected), "between": sum(map(len, between))}
 
-    longer = max(len(chosen), len(rejected))
+    longer = max(map(len, (chosen, *between, rejected)))
     if len(prompt) + longer > max_length:
         prompt = cut_prompt(prompt, max_prompt_length, tokenizer, truncation=truncation)
     if len(prompt) + longer > max_length:
-        chosen, rejected = (ids[: max_length - max_prompt_length] for ids in (chosen, rejected))
+        chosen, *between, rejected = (ids[: max_length - max_prompt_length] for ids in (chosen, *between, rejected))
     return Encoded(
         prompt=prompt,
         chosen=chosen,
@@ -109,6 +122,9 @@ def encode(
         chosen_cut=full["chosen"] - len(chosen),
         rejected_cut=full["rejected"] - len(rejected),
         bos_added=full["prompt"] > len(own),
+        between=tuple(between),
+        desirable=get("desirable"),
+        between_cut=full["between"] - sum(map(len, between)),
     )
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from dpo_jax.data.chat import chat_preference
+from dpo_jax.data.chat import chat_completions, chat_preference
 from dpo_jax.data.columns import Row, column, number, text
 from dpo_jax.data.html import strip_html
 from dpo_jax.data.pairs import (
@@ -24,12 +24,16 @@ from dpo_jax.data.pairs import (
     check_different,
     check_length,
     check_pair,
+    check_prompt,
     split_hh,
 )
+from dpo_jax.data.row_kinds import Ranking
 from dpo_jax.untrusted import TooDeep
 
 Rows = Iterable[tuple[str, Row]]
 Candidates = Iterator[tuple[str, Preference | BadRow]]
+Stated = TypeVar("Stated", Preference, Ranking)
+Rankings = Iterator[tuple[str, Ranking | BadRow]]
 
 SHP_MIN_RATIO = 2.0
 MAX_MARKUP = 4 * MAX_CHARACTERS
@@ -201,6 +205,78 @@ def stack_exchange(rows: Rows, *, tokenizer: Any = None) -> Candidates:
                 yield uid, problem
 
 
+def unpaired(rows: Rows, *, tokenizer: Any = None) -> Candidates:
+    """Single completions with a label, as KTO reads them: `prompt`, `completion`, and whether that is desirable."""
+
+    def preference(uid: str, row: Row) -> Preference:
+        label = column(row, "label")
+        desirable = label if isinstance(label, bool) else number(row, "label")
+        if desirable not in (0, 1):
+            raise BadRow(Cause.OUT_OF_RANGE, f"true or false, or 1 or 0, is needed, this is {desirable:g}", field="label")
+        prompt, (completion,), chat = _completions(row, [("completion", column(row, "completion"))], uid, tokenizer)
+        return Preference(prompt, completion, completion, uid, chat=chat, desirable=bool(desirable))
+
+    return _one_each(rows, preference)
+
+
+def ranked(rows: Rows, *, tokenizer: Any = None) -> Rankings:
+    """Rankings: `completions`, the best first; or in any order with their `ranks` (1 is the best) or `scores`."""
+
+    def ranking(uid: str, row: Row) -> Ranking:
+        several = column(row, "completions")
+        if not isinstance(several, list):
+            detail = f"a list of completions is needed, this is {type(several).__name__}"
+            raise BadRow(Cause.WRONG_TYPE, detail, field="completions")
+        if len(several) < 2:
+            raise BadRow(Cause.NO_PAIR, f"a ranking has at least two completions, this one {len(several)}", field="completions")
+        if len(several) > MAX_ANSWERS:
+            raise BadRow(
+                Cause.OUT_OF_RANGE, f"{len(several):,} completions, and {MAX_ANSWERS:,} are the limit", field="completions"
+            )
+        ranks = _ranks(row, len(several))
+        named = [(f"completions.{i}", completion) for i, completion in enumerate(several)]
+        prompt, texts, chat = _completions(row, named, uid, tokenizer)
+        order = sorted(range(len(texts)), key=lambda i: ranks[i])
+        if len(set(texts)) < len(texts):
+            raise BadRow(Cause.IDENTICAL, "two completions are the same text", field="completions")
+        return Ranking(prompt, tuple(texts[i] for i in order), tuple(ranks[i] for i in order), uid, chat)
+
+    return _one_each(rows, ranking)
+
+
+def _ranks(row: Row, count: int) -> list[float]:
+    """The rank of each completion, less is better: by `ranks`, by `scores`, or by their order."""
+    found: dict[str, list[float]] = {}
+    for field, sign in (("ranks", 1), ("scores", -1)):
+        values = row.get(field)
+        if values is None:
+            continue
+        if not isinstance(values, list) or len(values) != count:
+            what = f"a list of {len(values)}" if isinstance(values, list) else type(values).__name__
+            raise BadRow(Cause.WRONG_TYPE, f"a list of {count} numbers is needed, this is {what}", field=field)
+        items = {str(i): value for i, value in enumerate(values)}
+        found[field] = [sign * number(items, name, inside=f"{field}.") for name in items]
+    if len(found) == 2 and any(
+        (a - b) * (c - d) < 0 for (a, c), (b, d) in combinations(zip(found["ranks"], found["scores"], strict=True), 2)
+    ):
+        raise BadRow(Cause.OUT_OF_RANGE, "ranks and scores put the completions in different orders", field="ranks, scores")
+    return next(iter(found.values()), [float(i + 1) for i in range(count)])
+
+
+def _completions(row: Row, completions: list[tuple[str, Any]], uid: str, tokenizer: Any) -> tuple[str, list[str], bool]:
+    """(prompt, completions, whether a chat template wrote them) of texts or of lists of messages, given with their names."""
+    prompt = column(row, "prompt")
+    if isinstance(prompt, list):
+        prompt, texts = chat_completions(prompt, dict(completions), uid=uid, tokenizer=tokenizer)
+        return prompt, texts, True
+    prompt = text(row, "prompt")
+    check_prompt(prompt)
+    texts = [text({name: value}, name) for name, value in completions]
+    for (name, _), completion in zip(completions, texts, strict=True):
+        check_completion(completion, field=name)
+    return prompt, texts, False
+
+
 def _without_html(row: Row, field: str, *, inside: str = "") -> str:
     markup = text(row, field, inside=inside)
     check_length(markup, field=inside + field, most=MAX_MARKUP)
@@ -236,7 +312,7 @@ def _answer(answer: Row, place: str) -> _Answer:
     return _Answer(score, completion, None)
 
 
-def _one_each(rows: Rows, preference: Callable[[str, Row], Preference]) -> Candidates:
+def _one_each(rows: Rows, preference: Callable[[str, Row], Stated]) -> Iterator[tuple[str, Stated | BadRow]]:
     for uid, row in rows:
         try:
             yield uid, _with_subset(preference(uid, row), row)
@@ -244,7 +320,7 @@ def _one_each(rows: Rows, preference: Callable[[str, Row], Preference]) -> Candi
             yield uid, problem
 
 
-def _with_subset(preference: Preference, row: Row) -> Preference:
+def _with_subset(preference: Stated, row: Row) -> Stated:
     subset = row.get("subset")
     if subset is None or subset == "":
         return preference

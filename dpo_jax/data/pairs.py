@@ -67,7 +67,11 @@ FILTERED = frozenset({Cause.IDENTICAL_AFTER_TRUNCATION, Cause.TIE, Cause.NO_PAIR
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """A prompt and two completions of it. `prompt + chosen` is the text as it was written: nothing is stripped or added."""
+    """A prompt and two completions of it. `prompt + chosen` is the text as it was written: nothing is stripped or added.
+
+    A ranking of more than two has the others `between`. Of a single completion, which is `desirable` or not, both `chosen` and
+    `rejected` are its text.
+    """
 
     prompt: str
     chosen: str
@@ -76,6 +80,8 @@ class Preference:
     sft_target: str | None = None  # what SFT learns for this prompt where that is not `chosen`
     chat: bool = False  # rendered by a chat template: special tokens (EOS after each turn) are meant to stand in the prompt
     subset: str | None = None  # what its set calls the part it belongs to; only results are told apart by it
+    between: tuple[str, ...] = ()  # of a ranking: better ones first
+    desirable: bool | None = None  # of a single completion
 
 
 class BadRow(Unreadable):
@@ -271,12 +277,17 @@ def check_length(text: str, *, field: str, most: int = MAX_CHARACTERS) -> None:
 
 def check_pair(prompt: str, chosen: str, rejected: str) -> None:
     """Raises `BadRow` if the texts do not make a preference: blank prompt, blank or endless completion, or no difference."""
-    check_length(prompt, field="prompt")
-    if not prompt.strip():
-        raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt")
+    check_prompt(prompt)
     check_completion(chosen, field="chosen")
     check_completion(rejected, field="rejected")
     check_different(chosen, rejected)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises `BadRow` for a prompt that is endless or blank."""
+    check_length(prompt, field="prompt")
+    if not prompt.strip():
+        raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt")
 
 
 def check_completion(text: str, *, field: str) -> None:

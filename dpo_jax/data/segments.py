@@ -55,16 +55,21 @@ def shared_unit(pair: Encoded) -> Unit:
     )
 
 
-def group_unit(group: PairGroup, *, shared: bool) -> Unit:
-    """The completions of `group`, numbered as there: two by two around a prompt, or, if not `shared`, each after its own."""
+def group_unit(group: PairGroup | Encoded, *, shared: bool) -> Unit:
+    """The completions of a group or a ranking, numbered as there: two by two around a prompt, or, if not `shared`, each after
+    its own."""
     p, several = group.prompt, group.completions
     if not shared:
         return _beside([completion_unit(p, completion) for completion in several])
-    units = [shared_unit(Encoded(p, *two)) for two in zip(several[::2], several[1::2], strict=False)]
+    units = [shared_unit(Encoded(p, *two, uid=_uid(group))) for two in zip(several[::2], several[1::2], strict=False)]
     return _beside([*units, *[completion_unit(p, odd) for odd in several[len(units) * 2 :]]])
 
 
-def group_size(group: PairGroup, *, shared: bool) -> tuple[int, int]:
+def _uid(group: PairGroup | Encoded) -> str:
+    return group.uid if isinstance(group, Encoded) else group.uids[0]
+
+
+def group_size(group: PairGroup | Encoded, *, shared: bool) -> tuple[int, int]:
     """(tokens, scored positions) of `group_unit`."""
     scored = sum(map(len, group.completions))
     copies = len(group.completions)

@@ -30,6 +30,7 @@ from dpo_jax.data.pairs import (
     readable_name,
     refuse,
 )
+from dpo_jax.data.row_kinds import Wanted, check_kind, check_ranking_lengths, preferences_of, split_pairs
 from dpo_jax.data.splits import find_files
 from dpo_jax.data.tfds_folder import tfds_folders
 
@@ -39,7 +40,14 @@ _SAMPLED = 2**24  # characters of the rows by which a format is detected
 
 
 def load_preferences(
-    source: str | Path, split: str, *, format: FormatName = "auto", on_bad: OnBad = "refuse", tokenizer: Any = None
+    source: str | Path,
+    split: str,
+    *,
+    format: FormatName = "auto",
+    on_bad: OnBad = "refuse",
+    tokenizer: Any = None,
+    rows: Wanted = "pairs",
+    ranking_length: int | None = None,
 ) -> PreferenceSet:
     """The preferences of `split` under `source`: a sequence of `Preference` with the `report` of how it came to be.
 
@@ -51,6 +59,8 @@ def load_preferences(
         and says so in the report.
       on_bad: "refuse" raises `DataError` listing the bad rows; "drop" leaves them out and counts them by cause.
       tokenizer: needed for conversational rows only, for its chat template.
+      rows: what is read: "pairs", also of rankings; "unpaired", single completions, also of pairs; "rankings"; or "any".
+      ranking_length: how many completions of each ranking are kept, the best ones; None: all have the same number.
 
     Raises `DataError` for bad rows, for a file that is damaged, missing or not what its name says, and if nothing is left.
 
@@ -65,16 +75,21 @@ def load_preferences(
     if format == "tfds" or (format == "auto" and tfds_folders(Path(source))):
         from dpo_jax.data.tfds import read_tfds
 
-        return read_tfds(source, split, on_bad=on_bad)
+        check_kind("pairs", rows, where=f"{source} [{split}]")
+        pairs = read_tfds(source, split, on_bad=on_bad)
+        return split_pairs(pairs) if rows == "unpaired" else pairs
     report = DataReport(source=readable_name(source), split=split, format=format)
     triage = Triage(report, on_bad=on_bad)
-    rows = _readable_rows(find_files(source, split, report=report), report, triage)
+    lines = _readable_rows(find_files(source, split, report=report), report, triage)
     if format == "auto":
-        rows = _detect(rows, report)
+        lines = _detect(lines, report)
+    stated = "pairs" if report.format == "auto" else FORMATS[report.format].rows
+    check_kind(stated, rows, where=f"{report.source} [{split}] (format {report.format})")
     preferences: list[Preference] = []
     try:
         if report.format != "auto":
-            for uid, candidate in FORMATS[report.format].candidates(rows, tokenizer=tokenizer):
+            found = FORMATS[report.format].candidates(lines, tokenizer=tokenizer)
+            for uid, candidate in preferences_of(found, rows, best=ranking_length):
                 report.read += 1
                 if isinstance(candidate, BadRow):
                     triage.reject(uid, candidate)
@@ -91,7 +106,10 @@ def load_preferences(
         raise DataError(
             f"{source} [{split}]: no preference is left:\n{report.summary()}\n{report.reasons()}", causes=[Cause.NO_ROWS]
         )
-    return PreferenceSet(preferences, report)
+    if rows == "rankings":
+        check_ranking_lengths(preferences, where=f"{report.source} [{split}]")
+    kept = PreferenceSet(preferences, report)
+    return split_pairs(kept) if rows == "unpaired" and stated == "pairs" else kept
 
 
 def peek(source: str | Path, split: str, *, format: FormatName = "auto") -> tuple[str, int]:

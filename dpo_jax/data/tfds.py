@@ -220,7 +220,8 @@ def _reading(folder: Path) -> contextlib.AbstractContextManager[None]:
 def _record(row: Preference) -> dict[str, Any]:
     # tfds has no missing text: "nothing else than `chosen`" is written as `chosen`, and read back as None.
     record = dataclasses.asdict(row) | {"sft_target": row.chosen if row.sft_target is None else row.sft_target}
-    return {field: value for field, value in record.items() if field != _SUBSET or value is not None}
+    kept = {field: record[field] for field in record.keys() - {"between", "desirable"}}  # of pairs these say nothing
+    return {field: value for field, value in kept.items() if field != _SUBSET or value is not None}
 
 
 def _decode(record: Mapping[str, Any]) -> Preference:

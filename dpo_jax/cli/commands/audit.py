@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dpo_jax import loss_table
 from dpo_jax.cli import build
 from dpo_jax.cli.audit.notes import verdict
 from dpo_jax.cli.audit.page import page
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.repeats import look_for_repeats, refuse_repeats
 from dpo_jax.data.encode import adds_bos
-from dpo_jax.data.lengths import PARTS, cut_table, length_differences, length_table
+from dpo_jax.data.lengths import cut_table, length_differences, length_table, parts_of
 from dpo_jax.data.loader import plan_layout, stream
 from dpo_jax.data.pairs import PreferenceSet
 from dpo_jax.data.prepare import EncodedSet
@@ -31,7 +32,9 @@ def run(config: Config) -> int:
     with build.open_run(config, "audit") as run_dir:
         tolerant = build.with_data(config, on_bad="drop", max_dropped_share=1.0)
         tokenizer = build.tokenizer_of(tolerant, model_path=config.model.path)
-        preferences = [build.load_split(tolerant, split, tokenizer) for split in SPLITS]
+        rows = loss_table.rows_of(config.dpo.loss)
+        rows = "any" if rows == "pairs" else rows  # files of single completions can be looked at, too
+        preferences = [build.load_split(tolerant, split, tokenizer, rows=rows) for split in SPLITS]
         train, test = (build.encode_split(tolerant, loaded, tokenizer) for loaded in preferences)
         found = look_for_repeats(train, test)
         reports = {
@@ -51,7 +54,7 @@ def run(config: Config) -> int:
         # The same checks as a training command makes, with the configured strictness.
         for name, split in zip(SPLITS, (train, test), strict=True):
             if split.report.bad_share:
-                build.encode_split(config, build.load_split(config, name, tokenizer), tokenizer)
+                build.encode_split(config, build.load_split(config, name, tokenizer, rows=rows), tokenizer)
         refuse_repeats(config, found)
     return 0
 
@@ -61,13 +64,15 @@ def split_report(
 ) -> dict[str, Any]:
     """All that is counted of one split, as JSON values."""
     bos: int | None = tokenizer.bos_token_id
+    labels = label_counts(encoded)
     return {
         **encoded.report.to_json(),
         "conversations": sum(preference.chat for preference in build.only_kept(preferences, encoded)),
         "repeats": plain(repeats),
         "lengths": length_table(encoded),
         "cut": cut_table(encoded),
-        "longer_wins": longer_wins(length_differences(encoded)),
+        "longer_wins": None if labels else longer_wins(length_differences(encoded)),
+        **({"labels": labels} if labels else {}),
         "packing": row_statistics(config, encoded),
         "bos": {
             "option": config.data.bos,
@@ -93,16 +98,24 @@ def longer_wins(differences: np.ndarray) -> dict[str, float]:
 
 
 def example(encoded: Sequence[Any], tokenizer: Any) -> dict[str, Any]:
-    """The first pair as the model reads it: ids and strings of its tokens, and which of them the loss counts."""
+    """The first pair as the model reads it: ids and strings of its tokens, and which of them the loss counts.
+
+    Of the completions between best and worst of a ranking the first one is shown.
+    """
     pair = encoded[0]
-    return {"uid": pair.uid} | {
-        name: {
-            "ids": getattr(pair, name).tolist(),
-            "tokens": token_strings(getattr(pair, name), tokenizer),
-            "scored": name != "prompt",
-        }
-        for name in PARTS
+    label = {} if pair.desirable is None else {"desirable": pair.desirable}
+    return {"uid": pair.uid, **label} | {
+        name: {"ids": ids.tolist(), "tokens": token_strings(ids, tokenizer), "scored": name != "prompt"}
+        for name, ((ids, *_), _) in parts_of(pair).items()
     }
+
+
+def label_counts(encoded: Sequence[Any]) -> dict[str, int] | None:
+    """How many single completions are desirable, and how many are not; None of pairs and rankings."""
+    if encoded[0].desirable is None:
+        return None
+    desirable = sum(pair.desirable for pair in encoded)
+    return {"desirable": desirable, "undesirable": len(encoded) - desirable}
 
 
 def row_statistics(config: Config, encoded: EncodedSet, *, batches: int = 8) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, w
 from dpo_jax.cli.trained import trained
 from dpo_jax.data.loader import in_order
 from dpo_jax.dpo import dpo_step
-from dpo_jax.evals.preference import completion_tokens, held_out_logps, preference_summary
+from dpo_jax.evals.preference import completion_tokens, held_out_logps, labels_of, preference_summary
 from dpo_jax.losses import whole_set_signals
 from dpo_jax.reference import reference_logps
 from dpo_jax.training.fingerprint import check_weights
@@ -41,9 +41,7 @@ def run(config: Config) -> int:
         check_reference(config, model, tokenizer)
         part = trained(config, section, model, config.dpo_policy())
         partitioner = part.partitioner(config)
-        pairs, held_out = (
-            build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
-        )
+        pairs, held_out = build.load_pairs(config, tokenizer)
         check_repeats(config, pairs, held_out)
         data = TrainingData(pairs, held_out, [pairs.report, held_out.report])
         # What does not fit is refused here, before the reference pass, which may take hours.
@@ -73,10 +71,13 @@ def run(config: Config) -> int:
                 in_order(held_out, layout=plan.held_out_layout, batch=section.batch, part=partitioner.host_part),
                 pairs=len(held_out),
             )
-            return preference_summary(logps, held_out_ref, loss=loss, lengths=completion_tokens(held_out))
+            lengths, labels = completion_tokens(held_out), labels_of(held_out)
+            return preference_summary(logps, held_out_ref, loss=loss, lengths=lengths, desirable=labels)
 
         at_reference = functools.partial(
-            starts_at_reference, expected_loss=loss_at_reference(section), tolerance=TOLERANCE[config.run.precision]
+            starts_at_reference,
+            expected_loss=loss_at_reference(section, completions=len(pairs[0].completions)),
+            tolerance=TOLERANCE[config.run.precision],
         )
         state = train(
             config,
@@ -99,13 +100,16 @@ def run(config: Config) -> int:
     return 0
 
 
-def loss_at_reference(section: DpoConfig) -> float | None:
+def loss_at_reference(section: DpoConfig, *, completions: int = 2) -> float | None:
     """The loss of a policy that is its reference: ln 2 for DPO. None where that depends on the data."""
+    if section.desirable_weight != 1 or section.undesirable_weight != 1:
+        return None
     if section.reference_free or section.wpo or not all(term.loss.at_reference for term in loss_table.terms(section.loss)):
         return None
-    same, loss = np.zeros((1, 2), np.float32), build.make_loss(section)
+    same, loss = np.zeros((1, completions), np.float32), build.make_loss(section)
+    signals = whole_set_signals(loss, np.ones_like(same), pairs=1, desirable=np.ones(1, np.float32))
     # One program, and not one for each operation.
-    losses, _ = jax.jit(loss)(same, same, **whole_set_signals(loss, np.ones((1, 2), np.float32), pairs=1))
+    losses, _ = jax.jit(loss)(same, same, **signals)
     return float(np.asarray(losses)[0])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax import loss_table
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.repeats import check_repeats
@@ -18,6 +19,12 @@ from dpo_jax.training.fingerprint import architecture
 from dpo_jax.training.references import cached_reference_logps
 from dpo_jax.types import Model, Partitioner, Variables
 
+REFS_WORDS = {
+    "pairs": ("pairs", "chosen", "rejected"),
+    "rankings": ("rankings", "best", "worst"),
+    "unpaired": ("completions", "completion", "mismatched ones"),
+}
+
 
 def run(config: Config) -> int:
     with build.open_run(config, "refs") as run_dir:
@@ -26,9 +33,7 @@ def run(config: Config) -> int:
         check_reference(config, model, tokenizer)
         part = trained(config, config.dpo, model, config.dpo_policy())
         partitioner = part.partitioner(config)
-        splits = [
-            build.encode_split(config, build.load_split(config, name, tokenizer), tokenizer) for name in ("train", "test")
-        ]
+        splits = build.load_pairs(config, tokenizer)
         check_repeats(config, *splits)
         build.describe(run_dir, config, *(split.report for split in splits))
         variables, digests = load_reference(config, part, partitioner)
@@ -42,8 +47,10 @@ def run(config: Config) -> int:
             weights=digests["start"],
         )
         for name, logps in zip(("train", "test"), values, strict=True):
-            chosen, rejected = logps.mean(axis=0)
-            print(f"{name}: {len(logps):,} pairs, mean log pi_ref(chosen) {chosen:.2f}, of rejected {rejected:.2f} nats")
+            kind = loss_table.rows_of(config.dpo.loss)
+            first, last = logps.mean(axis=0)[[0, -1]]
+            what, one, other = REFS_WORDS[kind]
+            print(f"{name}: {len(logps):,} {what}, mean log pi_ref({one}) {first:.2f}, of {other} {last:.2f} nats")
     return 0
 
 
@@ -77,6 +84,7 @@ def reference_values(
     weights: str,
 ) -> list[np.ndarray]:
     """log pi_ref of every pair of `splits`, float32[n, 2] each: read from the cache, after computing what it lacks.
+    Of rankings [n, K].
 
     `variables` are the partitioner's, `weights` is their digest.
     """

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_jax import loss_table
 from dpo_jax.cli import model_folders
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.preflight.scope import Scope
@@ -106,6 +107,8 @@ def data(*splits: str, preferences: bool = False) -> Callable[[Check], None]:
 
 def _split(check: Check, path: str, split: str) -> str:
     """Words on one split of the data. Raises `DataError`."""
+    from dpo_jax.data.format_table import FORMATS
+    from dpo_jax.data.row_kinds import check_kind
     from dpo_jax.data.snippets import load_snippets
     from dpo_jax.data.sources import peek
     from dpo_jax.data.tfds_folder import tfds_folders
@@ -117,15 +120,29 @@ def _split(check: Check, path: str, split: str) -> str:
         _need_tfds(check, f"data.source: {data.source}")
         kind, rows = "TFDS", _tfds_rows(path, name)
     else:
-        kind, files = peek(path, name, format=data.format)
-        kind, rows = f"{kind}, {files} {'file' if files == 1 else 'files'}", _rows(path, name)
+        format, files = peek(path, name, format=data.format)
+        stated, wanted = FORMATS[format].rows, rows_wanted(check)
+        check_kind(stated, wanted, where=f"{path} [{name}] (format {format})")
+        kind, rows = f"{format}, {files} {'file' if files == 1 else 'files'}", _rows(path, name)
+        if rows is not None and (stated, wanted) == ("pairs", "unpaired"):
+            rows *= 2
+        if format == "stack_exchange" or (stated == "rankings" and wanted != "rankings"):
+            rows = None  # a row is several pairs
         if split == "train":
             check.train_files = {f"file {file}, bytes": where.stat().st_size for file, where in _files(path, name)}
     limit = getattr(data, f"max_{split}")
-    if split == "train" and rows is not None and kind != "stack_exchange":
+    if split == "train" and rows is not None:
         check.rows = most(rows, limit)
     number = f", {rows:,} rows" if rows is not None else ""
     return f"{name} ({kind}{number}{f', the first {limit:,} used' if limit is not None else ''})"
+
+
+def rows_wanted(check: Check) -> str:
+    """What a command reads rows as, see `row_kinds.Wanted`."""
+    if check.name in ("prepare", "reward-model", "bench"):
+        return "pairs"
+    rows = loss_table.rows_of(check.config.dpo.loss)
+    return rows if rows != "pairs" or check.name in ("refs", "dpo", "eval") else "any"
 
 
 def _need_tfds(check: Check, option: str) -> None:
