@@ -276,6 +276,11 @@ def rows_of(text: str) -> RowKind:
         return "pairs"
 
 
+def example_word(text: str) -> str:
+    """What an example of the losses of a text is called, in the plural, for people: "pairs", "completions", "rankings"."""
+    return {"unpaired": "completions"}.get(rows := rows_of(text), rows)
+
+
 def names_of(rows: RowKind) -> str:
     """The losses whose examples are such rows, for messages: "kto, apo_zero_unpaired"."""
     return ", ".join(name for name, loss in LOSSES.items() if loss.rows == rows)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dpo_jax import loss_table
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
 from dpo_jax.cli.config.training import HIGHER
@@ -144,8 +145,9 @@ def train(
     step = functools.partial(step, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name)
     lr = build.make_schedule(section, steps=plan.steps)
     state = part.begin(partitioner, variables, tx)
+    words = f"{loss_table.example_word(section.loss)} to train on" if isinstance(section, DpoConfig) else f"{unit} to learn"
     print(
-        f"{len(data.train):,} {unit} to {'train on' if unit == 'pairs' else 'learn'}, {len(data.held_out):,} held out; "
+        f"{len(data.train):,} {words}, {len(data.held_out):,} held out; "
         f"rows of {plan.layout.length} tokens\n{_device_summary(config, section, state, partitioner)}",
         flush=True,
     )

@@ -44,6 +44,7 @@ AUDITED: dict[Any, Any] = SPLIT | {
 _MEASURES = {str: NUMBER}
 EVALUATION = {
     "pairs": int,
+    "examples?": str,
     "policy?": _MEASURES,
     "reference?": _MEASURES,
     "weights?": {str: str},

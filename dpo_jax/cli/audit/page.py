@@ -156,5 +156,5 @@ def _example(example: Mapping[str, Any]) -> Iterator[str]:
         if example[name]["scored"]:
             strings = ["[" + strings[0], *strings[1:]]
             strings[-1] += "]"
-        for number, line in enumerate(rows_of(strings, WIDTH - 12)):
-            yield f"  {'' if number else name:<10}{line}"
+        for number, line in enumerate(rows_of(strings, WIDTH - 13)):
+            yield f"  {'' if number else name:<11}{line}"

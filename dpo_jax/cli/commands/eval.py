@@ -86,6 +86,7 @@ def run(config: Config) -> int:
         )
         report: dict[str, Any] = {
             "pairs": len(held_out),
+            "examples": loss_table.example_word(config.dpo.loss),
             "settings": _settings(config),
             "weights": weights,
             "reference": summary(ref_logps, ref_logps),

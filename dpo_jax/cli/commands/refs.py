@@ -19,11 +19,7 @@ from dpo_jax.training.fingerprint import architecture
 from dpo_jax.training.references import cached_reference_logps
 from dpo_jax.types import Model, Partitioner, Variables
 
-REFS_WORDS = {
-    "pairs": ("pairs", "chosen", "rejected"),
-    "rankings": ("rankings", "best", "worst"),
-    "unpaired": ("completions", "completion", "mismatched ones"),
-}
+SIDES = {"pairs": ("chosen", "rejected"), "rankings": ("best", "worst"), "unpaired": ("completion", "mismatched ones")}
 
 
 def run(config: Config) -> int:
@@ -47,9 +43,8 @@ def run(config: Config) -> int:
             weights=digests["start"],
         )
         for name, logps in zip(("train", "test"), values, strict=True):
-            kind = loss_table.rows_of(config.dpo.loss)
+            what, (one, other) = loss_table.example_word(config.dpo.loss), SIDES[loss_table.rows_of(config.dpo.loss)]
             first, last = logps.mean(axis=0)[[0, -1]]
-            what, one, other = REFS_WORDS[kind]
             print(f"{name}: {len(logps):,} {what}, mean log pi_ref({one}) {first:.2f}, of {other} {last:.2f} nats")
     return 0
 
