@@ -113,6 +113,7 @@ def _split(check: Check, path: str, split: str) -> str:
     from dpo_jax.data.sources import peek
     from dpo_jax.data.tfds_folder import tfds_folders
 
+    several = False  # examples of a row
     data, name = check.config.data, getattr(check.config.data, f"{split}_split")
     if data.source == "snippets":
         return f"{split} of {len(load_snippets(path)):,} snippets"
@@ -124,14 +125,15 @@ def _split(check: Check, path: str, split: str) -> str:
         stated, wanted = FORMATS[format].rows, rows_wanted(check)
         check_kind(stated, wanted, where=f"{path} [{name}] (format {format})")
         kind, rows = f"{format}, {files} {'file' if files == 1 else 'files'}", _rows(path, name)
-        if rows is not None and (stated, wanted) == ("pairs", "unpaired"):
-            rows *= 2
-        if format == "stack_exchange" or (stated == "rankings" and wanted != "rankings"):
-            rows = None  # a row is several pairs
+        several = format == "stack_exchange" or (stated, wanted) in (
+            ("pairs", "unpaired"),
+            ("rankings", "pairs"),
+            ("rankings", "any"),
+        )
         if split == "train":
             check.train_files = {f"file {file}, bytes": where.stat().st_size for file, where in _files(path, name)}
     limit = getattr(data, f"max_{split}")
-    if split == "train" and rows is not None:
+    if split == "train" and rows is not None and not several:
         check.rows = most(rows, limit)
     number = f", {rows:,} rows" if rows is not None else ""
     return f"{name} ({kind}{number}{f', the first {limit:,} used' if limit is not None else ''})"
