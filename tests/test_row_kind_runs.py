@@ -13,6 +13,8 @@ from tiny_run import _compilation_cache as _compilation_cache
 from tiny_run import _plots_once as _plots_once
 from tiny_run import bytes_of, call, refused
 
+from dpo_jax.cli.commands.sft import _targets
+from dpo_jax.cli.config import load_config
 from dpo_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
@@ -125,12 +127,19 @@ def test_a_loss_of_other_rows_is_refused_before_anything_is_read(kind, loss, tol
 
 
 def test_supervised_fine_tuning_learns_the_good_completions(folder):
-    config = configured(folder, "unpaired", "kto", "sft_run")
-    result = call("sft", config, "--model.path", folder / "model", "--sft.batch", 4, "--sft.warmup-steps", 0)
-    assert "5 texts to learn, 2 held out" in result.out, result
-    result = call("dpo", configured(folder, "ranked", "dpo", "pairs"), "--check")
-    assert "ranked, 1 file, 9 rows" in result.out, result
-    assert "at most" not in result.out  # a row is several pairs
+    """Desirable ones, and the best of each ranking, whatever the loss of dpo is."""
+    tokenizer = load_tokenizer(folder / "model")
+    for kind, loss, texts in (("unpaired", "kto", 5), ("ranked", "plackett_luce", 9), ("ranked", "dpo", 9)):
+        found = _targets(load_config(configured(folder, kind, loss, f"sft_{kind}_{loss}")), tokenizer)
+        assert len(found.train) == texts
+        assert {tokenizer.decode(ids) for _, ids in found.train} == {" yes<|endoftext|>"}
+
+
+def test_a_check_counts_no_steps_where_a_row_is_several_pairs(folder):
+    for loss, steps in (("dpo", False), ("plackett_luce", True)):
+        result = call("dpo", configured(folder, "ranked", loss, f"check_{loss}"), "--check")
+        assert "(ranked, 1 file, 9 rows)" in result.out, result
+        assert ("at most 3 steps" in result.out) == steps
 
 
 def test_options_that_do_not_fit_the_rows_are_refused(folder):

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax import loss_table
 from dpo_jax.cli import build
 from dpo_jax.cli.card import sft_card
 from dpo_jax.cli.commands.export import write_exact, writer
@@ -77,11 +76,8 @@ def run(config: Config) -> int:
 def _targets(config: Config, tokenizer: Any) -> TrainingData:
     """The texts of preference data: their SFT targets, or else the chosen completions."""
     data = config.data
-    rows = loss_table.rows_of(config.dpo.loss)
-    # Pairs are learnt from as they are, whatever the loss of dpo: the files decide.
-    train_set, test_set = (
-        build.load_split(config, split, tokenizer, rows="any" if rows == "pairs" else rows) for split in ("train", "test")
-    )
+    # Whatever the loss of dpo reads of them, the best completions are the same.
+    train_set, test_set = (build.load_split(config, split, tokenizer, rows="any") for split in ("train", "test"))
     # Encoding the pairs, too, makes SFT refuse the same bad rows as DPO: both see the same data.
     pairs = [build.encode_split(config, preferences, tokenizer) for preferences in (train_set, test_set)]
     check_repeats(config, *pairs)

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_jax import loss_table
 from dpo_jax.cli import model_folders
@@ -15,6 +15,9 @@ from dpo_jax.cli.preflight.scope import Scope
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.runtime.progress import reported
 from dpo_jax.untrusted import Unreadable
+
+if TYPE_CHECKING:
+    from dpo_jax.data.row_kinds import Wanted
 
 LINES_BYTES = 64 * 2**20  # files of more than this are not read only to count their rows
 
@@ -139,12 +142,11 @@ def _split(check: Check, path: str, split: str) -> str:
     return f"{name} ({kind}{number}{f', the first {limit:,} used' if limit is not None else ''})"
 
 
-def rows_wanted(check: Check) -> str:
+def rows_wanted(check: Check) -> Wanted:
     """What a command reads rows as, see `row_kinds.Wanted`."""
-    if check.name in ("prepare", "reward-model", "bench"):
-        return "pairs"
-    rows = loss_table.rows_of(check.config.dpo.loss)
-    return rows if rows != "pairs" or check.name in ("refs", "dpo", "eval") else "any"
+    if check.name in ("refs", "dpo", "eval"):
+        return loss_table.rows_of(check.config.dpo.loss)
+    return "pairs" if check.name in ("prepare", "reward-model", "bench") else "any"
 
 
 def _need_tfds(check: Check, option: str) -> None:
