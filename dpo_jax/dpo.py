@@ -10,7 +10,7 @@ import optax
 
 from dpo_jax.head import aligned_log_probability
 from dpo_jax.logps import completion_lengths, hidden_logps, pair_sums, scored_hidden
-from dpo_jax.losses import PreferenceLoss, asked, right, right_label
+from dpo_jax.losses import PreferenceLoss, asked, desirable_share, right, unpaired_metrics
 from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
 
@@ -62,7 +62,7 @@ def dpo_step(
             "use one microbatch, and one device or a mesh"
         )
     if rows.extras and "desirable" in rows.extras:
-        rows = rows.replace(extras={**rows.extras, "desirable_share": _desirable_share(rows, axis_name)})
+        rows = rows.replace(extras={**rows.extras, "desirable_share": desirable_share(rows, axis_name)})
     if "mean_lengths" in signals:
         rows = rows.replace(extras={**(rows.extras or {}), "mean_lengths": _mean_lengths(rows, axis_name)})
     objective = partial(dpo_objective, model=model, loss=loss, ld_alpha=ld_alpha)
@@ -97,7 +97,7 @@ def dpo_objective(
         raise TypeError(f"a loss returns (losses [P], rewards [P, K]), this one {type(found).__name__}")
     losses, rewards = found
     if "desirable" in columns:
-        share = _desirable_share(rows, None) if share is None else share
+        share = desirable_share(rows, None) if share is None else share
         return losses, unpaired_metrics(logps, rows.ref_logps, rewards=rewards, desirable=columns["desirable"], share=share)
     return losses, preference_metrics(logps, rows.ref_logps, rewards=rewards)
 
@@ -120,45 +120,6 @@ def _mean_lengths(rows: Rows, axis_name: str | None) -> jax.Array:
     sums = (lengths * weight[:, None]).sum(axis=0), weight.sum()
     total, pairs = sums if axis_name is None else jax.lax.psum(sums, axis_name)
     return jnp.broadcast_to(total / pairs, lengths.shape)
-
-
-def _desirable_share(rows: Rows, axis_name: str | None) -> jax.Array:
-    """Share of desirable completions in the global batch, fillers left out: float32[P], all equal."""
-    weight, desirable = jnp.asarray(rows.weight), jnp.asarray((rows.extras or {})["desirable"])
-    sums = (desirable * weight).sum(), weight.sum()
-    of_desirable, total = sums if axis_name is None else jax.lax.psum(sums, axis_name)
-    return jnp.broadcast_to(of_desirable / total, desirable.shape)
-
-
-def unpaired_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array, desirable: Array, share: Array) -> Metrics:
-    """What to watch of single completions, {name: float[P]}: the names of `preference_metrics`, chosen for desirable.
-
-    Their means over the batch are those over desirable ones (chosen) and over undesirable ones (rejected); of a batch without
-    any, 0. An example counts as right where desirable and of a reward above 0, or undesirable and below. `kl` is that of the
-    mismatched completions: KTO's z0 is its mean, or 0 where that is negative. Arrays are float[P, 2] as in `kto_loss`;
-    `desirable` and `share`, its mean over the batch, float[P].
-
-    >>> logps, ref_logps = jnp.array([[-12.0, -9.0], [-15.0, -8.0]]), jnp.array([[-14.0, -9.0], [-13.0, -10.0]])
-    >>> labels = {"desirable": jnp.array([1.0, 0]), "share": jnp.array([0.5, 0.5])}
-    >>> found = unpaired_metrics(logps, ref_logps, rewards=logps - ref_logps, **labels)
-    >>> print({name: float(found[name].mean()) for name in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "kl")})
-    {'rewards/chosen': 2.0, 'rewards/rejected': -2.0, 'rewards/accuracies': 1.0, 'kl': 1.0}
-    """
-    of_chosen = jnp.where(share > 0, desirable / jnp.where(share > 0, share, 1), 0)
-    of_rejected = jnp.where(share < 1, (1 - desirable) / jnp.where(share < 1, 1 - share, 1), 0)
-    log_ratios, reward = logps - ref_logps, rewards[:, 0]
-    return {
-        "rewards/chosen": reward * of_chosen,
-        "rewards/rejected": reward * of_rejected,
-        "rewards/margins": reward * (of_chosen - of_rejected),
-        "rewards/accuracies": right_label(logps, ref_logps, desirable),
-        "logps/chosen": logps[:, 0] * of_chosen,
-        "logps/rejected": logps[:, 0] * of_rejected,
-        "displacement/chosen": log_ratios[:, 0] * of_chosen,
-        "displacement/rejected": log_ratios[:, 0] * of_rejected,
-        "kl_reference_policy": -log_ratios[:, 0],
-        "kl": log_ratios[:, 1],
-    }
 
 
 def preference_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array) -> Metrics:

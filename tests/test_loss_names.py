@@ -268,7 +268,12 @@ def test_what_is_no_loss_is_refused(text, told):
         named_loss("dpo", betta=1)
 
 
-EXAMPLES = [name for name in vars(losses) if name.endswith("_loss")] + ["asked", "sum_of_losses", "weighted_by_policy"]
+EXAMPLES = [name for name in vars(losses) if name.endswith("_loss")] + [
+    "asked",
+    "sum_of_losses",
+    "weighted_by_policy",
+    "unpaired_metrics",
+]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

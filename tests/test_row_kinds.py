@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +37,7 @@ TX = optax.sgd(0.1)
 FRUIT = {"prompt": "Name a fruit.", "completions": [" An apple.", " A tomato.", " A brick."], "ranks": [1, 2, 3]}
 GOOD = {"prompt": "Name a fruit.", "completion": " An apple.", "label": True}
 BAD = {"prompt": "Name a fruit.", "completion": " A brick.", "label": False}
-LIMITS = {"max_length": 24, "max_prompt_length": 12}
+LIMITS: dict[str, Any] = {"max_length": 24, "max_prompt_length": 12}
 
 
 def load(tmp_path, *rows, **options):
@@ -185,7 +186,7 @@ def test_a_mismatched_completion_is_the_next_one_of_another_prompt():
     drawn = np.random.default_rng(1)
     for count in (1, 2, 5, 30):
         prompts, completions = drawn.integers(0, 4, size=(2, count))
-        of = [np.int32([1, i]) for i in range(4)]
+        of = [np.array([1, i], np.int32) for i in range(4)]
         examples = [Encoded(of[p], of[c], of[c], desirable=True) for p, c in zip(prompts, completions, strict=True)]
         for place, found in enumerate(mismatched(examples, max_length=9)):
             others = [(place + step) % count for step in range(1, count)]
@@ -193,7 +194,9 @@ def test_a_mismatched_completion_is_the_next_one_of_another_prompt():
             source = fit[0] if fit else (place + 1) % count
             np.testing.assert_array_equal(found.rejected, of[completions[source]])
             np.testing.assert_array_equal(found.chosen, examples[place].chosen)
-    [first, _] = mismatched([Encoded(*(np.arange(1, n, dtype=np.int32) for n in (9, 3, 3))), SINGLES[0]], max_length=10)
+    two = np.array([1, 2], np.int32)
+    long = Encoded(np.arange(1, 9, dtype=np.int32), two, two, desirable=True)
+    [first, _] = mismatched([long, SINGLES[0]], max_length=10)
     assert len(first.rejected) == min(2, len(SINGLES[0].chosen))
 
 
@@ -273,6 +276,7 @@ def test_every_completion_of_a_ranking_sees_its_prompt_and_itself(kind, completi
             one = rankings[indices[number]]
             for k, completion in enumerate(one.completions) if number >= 0 else ():
                 assert found[place * completions + k] == expected(one.prompt, completion)
+            assert rows.ref_logps is not None
             np.testing.assert_array_equal(rows.ref_logps[place], ref[indices[number]] if number >= 0 else 0)
         assert len(found) == completions * len(indices)
     with pytest.raises(ValueError, match="odd has 6 completions, and the first example has"):
@@ -280,7 +284,7 @@ def test_every_completion_of_a_ranking_sees_its_prompt_and_itself(kind, completi
 
 
 def test_rankings_of_shared_rows_have_the_log_probabilities_of_plain_ones():
-    sizes = {"vocab_size": 64, "width": 16, "layers": 1, "heads": 2, "max_positions": 64, "eos_token_id": 0}
+    sizes: dict[str, Any] = {"vocab_size": 64, "width": 16, "layers": 1, "heads": 2, "max_positions": 64, "eos_token_id": 0}
     model = make_model(decoder_config(hf_config("llama", **sizes)))
     variables = model.init(jax.random.key(0))
     rankings = [example(3, number) for number in range(3)]
@@ -401,7 +405,7 @@ def test_rows_and_loss_that_do_not_fit_are_refused(state):
 
 
 def test_the_summary_of_rankings_is_of_best_and_worst():
-    logps = np.float32([[-3, -9, -5], [-8, -1, -2]])
+    logps = np.array([[-3, -9, -5], [-8, -1, -2]], np.float32)
     summary = preference_summary(logps, np.full_like(logps, -4), loss=functools.partial(plackett_luce_loss, beta=0.5))
     assert (summary["rewards/chosen"], summary["rewards/rejected"]) == (0.5 * (1 - 4) / 2, 0.5 * (-1 + 2) / 2)
     assert summary["rewards/accuracies"] == 0.5

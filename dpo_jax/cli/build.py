@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from dpo_jax import loss_table
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, dump_config
 from dpo_jax.cli.fixed import date_of, keep, pin_models
 from dpo_jax.cli.model_folders import check_fit, planned_hf_config, remedy, sized_hf_config
@@ -30,7 +29,7 @@ from dpo_jax.data.loader import plan_layout
 from dpo_jax.data.pairs import Cause, DataError, DataReport, Preference, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet, encode_all
 from dpo_jax.data.reviews import review_preferences
-from dpo_jax.data.row_kinds import Wanted, check_kind, check_ranking_lengths, split_pairs
+from dpo_jax.data.row_kinds import Wanted, check_kind, split_pairs
 from dpo_jax.data.snippets import Snippet, load_snippets, snippets_of
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
@@ -137,10 +136,7 @@ def _reviews(count: int, seed: int, split: Literal["train", "test"]) -> tuple[Pr
 def load_split(
     config: Config, split: Literal["train", "test"], tokenizer: Any = None, *, rows: Wanted = "pairs"
 ) -> PreferenceSet:
-    """The preferences of the train or the held-out split. Raises `DataError` for bad data.
-
-    `rows` is what they are read as: pairs, or what the loss reads (`loss_table.rows_of`), or "any".
-    """
+    """The preferences of the train or the held-out split, read as `rows`. Raises `DataError` for bad data."""
     data = config.data
     limit = data.max_train if split == "train" else data.max_test
     if data.source == "reviews":
@@ -158,16 +154,6 @@ def load_split(
     with needs_tfds(f"data.source: {data.source}"), reported(f"reading the {name} split"):
         options = {"on_bad": data.on_bad, "tokenizer": tokenizer, "rows": rows, "ranking_length": data.ranking_length}
         return load_preferences(data.path, name, format=format, **options).take(limit)
-
-
-def load_pairs(config: Config, tokenizer: Any) -> tuple[EncodedSet, EncodedSet]:
-    """Token ids of the train and the held-out split, as the loss of `dpo` reads them."""
-    rows = loss_table.rows_of(config.dpo.loss)
-    train, test = (
-        encode_split(config, load_split(config, split, tokenizer, rows=rows), tokenizer) for split in ("train", "test")
-    )
-    check_ranking_lengths([*train, *test], where="the splits")
-    return train, test
 
 
 def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]:

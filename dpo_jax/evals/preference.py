@@ -71,7 +71,7 @@ def preference_summary(
     """Loss, accuracy with its 95 % interval, margin and displacement, over `[P, 2]` log-probabilities of held-out pairs.
 
     `lengths` float[P, 2] are the completions' scored tokens, for a loss that asks for them. Of rankings, [P, K], best and worst
-    count. With the labels `desirable` float[P] it is a summary of single completions (`dpo.unpaired_metrics`).
+    count. With the labels `desirable` float[P] it is a summary of single completions (`losses.unpaired_metrics`).
 
     A pair counts as right where the implicit reward of the chosen completion is the higher one, and as half right in a tie
     (`losses.right`): a policy that still is its reference has accuracy 0.5.

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.losses.inputs import check_beta, check_option, implicit_rewards, pairs_of
-from dpo_jax.types import Array
+from dpo_jax.losses.inputs import check_beta, check_option, implicit_rewards, pairs_of, right_label
+from dpo_jax.types import Array, Metrics, Rows
 
 Result = tuple[jax.Array, jax.Array]
 
@@ -83,3 +83,42 @@ def _weights(desirable: Array, of_desirable: float | Array, of_undesirable: floa
     for name, value in (("desirable_weight", of_desirable), ("undesirable_weight", of_undesirable)):
         check_option(name, value, logps, lambda x: (x >= 0) & np.isfinite(x), "a finite number that is not negative")
     return jnp.where(jnp.asarray(desirable) > 0, of_desirable, of_undesirable)
+
+
+def desirable_share(rows: Rows, axis_name: str | None) -> jax.Array:
+    """Share of desirable completions in the global batch, fillers left out: float32[P], all equal."""
+    weight, desirable = jnp.asarray(rows.weight), jnp.asarray((rows.extras or {})["desirable"])
+    sums = (desirable * weight).sum(), weight.sum()
+    of_desirable, total = sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    return jnp.broadcast_to(of_desirable / total, desirable.shape)
+
+
+def unpaired_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array, desirable: Array, share: Array) -> Metrics:
+    """What to watch of single completions, {name: float[P]}: the names of `preference_metrics`, chosen for desirable.
+
+    Their means over the batch are those over desirable ones (chosen) and over undesirable ones (rejected); of a batch without
+    any, 0. An example counts as right where desirable and of a reward above 0, or undesirable and below. `kl` is that of the
+    mismatched completions: KTO's z0 is its mean, or 0 where that is negative. Arrays are float[P, 2] as in `kto_loss`;
+    `desirable` and `share`, its mean over the batch, float[P].
+
+    >>> logps, ref_logps = jnp.array([[-12.0, -9.0], [-15.0, -8.0]]), jnp.array([[-14.0, -9.0], [-13.0, -10.0]])
+    >>> labels = {"desirable": jnp.array([1.0, 0]), "share": jnp.array([0.5, 0.5])}
+    >>> found = unpaired_metrics(logps, ref_logps, rewards=logps - ref_logps, **labels)
+    >>> print({name: float(found[name].mean()) for name in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "kl")})
+    {'rewards/chosen': 2.0, 'rewards/rejected': -2.0, 'rewards/accuracies': 1.0, 'kl': 1.0}
+    """
+    of_chosen = jnp.where(share > 0, desirable / jnp.where(share > 0, share, 1), 0)
+    of_rejected = jnp.where(share < 1, (1 - desirable) / jnp.where(share < 1, 1 - share, 1), 0)
+    log_ratios, reward = logps - ref_logps, rewards[:, 0]
+    return {
+        "rewards/chosen": reward * of_chosen,
+        "rewards/rejected": reward * of_rejected,
+        "rewards/margins": reward * (of_chosen - of_rejected),
+        "rewards/accuracies": right_label(logps, ref_logps, desirable),
+        "logps/chosen": logps[:, 0] * of_chosen,
+        "logps/rejected": logps[:, 0] * of_rejected,
+        "displacement/chosen": log_ratios[:, 0] * of_chosen,
+        "displacement/rejected": log_ratios[:, 0] * of_rejected,
+        "kl_reference_policy": -log_ratios[:, 0],
+        "kl": log_ratios[:, 1],
+    }

@@ -13,7 +13,7 @@ from dpo_jax import loss_table
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.commands.export import write_model, writer
-from dpo_jax.cli.commands.refs import check_reference, load_reference, reference_values
+from dpo_jax.cli.commands.refs import check_reference, load_pairs, load_reference, reference_values
 from dpo_jax.cli.config import Config, DpoConfig
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
@@ -41,7 +41,7 @@ def run(config: Config) -> int:
         check_reference(config, model, tokenizer)
         part = trained(config, section, model, config.dpo_policy())
         partitioner = part.partitioner(config)
-        pairs, held_out = build.load_pairs(config, tokenizer)
+        pairs, held_out = load_pairs(config, tokenizer)
         check_repeats(config, pairs, held_out)
         data = TrainingData(pairs, held_out, [pairs.report, held_out.report])
         # What does not fit is refused here, before the reference pass, which may take hours.
