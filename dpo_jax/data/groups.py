@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_jax.data.encode import Encoded, count_scored, scored_bytes
+from dpo_jax.data.encode import Encoded, Side, count_scored, scored_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class PairGroup:
     scored: tuple[np.ndarray | None, ...] = ()  # bool[n] each: tokens that count, None for all; empty: all of all completions
 
     @property
-    def sides(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    def sides(self) -> list[Side]:
         """Ids, and which of them are scored, of each completion."""
         return list(zip(self.completions, self.scored or [None] * len(self.completions), strict=True))
 
@@ -41,7 +41,7 @@ def group_pairs(pairs: Sequence[Encoded]) -> list[PairGroup]:
 
 
 def _group(pairs: Sequence[Encoded], members: Sequence[int]) -> PairGroup:
-    completions: dict[tuple[bytes, bytes], tuple[np.ndarray, np.ndarray | None]] = {}
+    completions: dict[tuple[bytes, bytes], Side] = {}
     for number in members:
         for side in pairs[number].sides:
             completions.setdefault(_name(*side), side)
