@@ -1,5 +1,6 @@
 """Single completions and rankings as conversations of several turns, from several sources, and with moving references."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,9 @@ from chat_templates import CHATML, chat_tokenizer
 from test_row_kinds import BAD, FRUIT, GOOD, example, load
 
 from dpo_jax.cli import build
-from dpo_jax.cli.config import Config, DataConfig, MixConfig, RunConfig
+from dpo_jax.cli.config import Config, DataConfig, DpoConfig, MixConfig, RunConfig
+from dpo_jax.cli.preflight import inputs
+from dpo_jax.cli.preflight.scope import Scope
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import plan_layout
@@ -160,6 +163,28 @@ def test_each_source_must_state_what_the_loss_reads(tmp_path):
         build.load_split(config, "train")
     with pytest.raises(DataError, match=r"data\.mix, .*pairs: .*rankings are needed here"):
         build.load_split(config, "train", rows="rankings")
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"), [("dpo", "singles .*pairs are needed"), ("plackett_luce", "pairs .*rankings are needed")]
+)
+def test_a_check_looks_at_the_rows_of_each_source(loss, told, tmp_path):
+    config = mixture(tmp_path, loss_rows={"pairs": [PAIR], "singles": [GOOD]})
+    config = dataclasses.replace(config, dpo=DpoConfig(loss=loss))
+    with pytest.raises(DataError, match=told):
+        inputs.data("train")(inputs.Check("dpo", config, Scope()))
+    both = dataclasses.replace(config, dpo=DpoConfig(loss="kto"))
+    inputs.data("train", "test")(found := inputs.Check("dpo", both, Scope()))
+    assert [what for what, _ in found.told] == ["data", "data"]
+    assert found.rows is None
+
+
+@pytest.mark.parametrize(("loss", "rows"), [("dpo", 7), ("kto", None)])
+def test_a_check_counts_no_pairs_as_single_completions(loss, rows, tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(PAIR) + "\n" for _ in range(7)))
+    config = Config(data=DataConfig(path=str(tmp_path)), dpo=DpoConfig(loss=loss))
+    inputs.data("train")(found := inputs.Check("dpo", config, Scope()))
+    assert found.rows == rows
 
 
 def test_rankings_of_all_sources_have_one_length(tmp_path):

@@ -92,9 +92,14 @@ def data(*splits: str, preferences: bool = False) -> Callable[[Check], None]:
         if check.name == "prepare":
             _need_tfds(check, "prepare")
         if data.source == "reviews":
-            counts = {"train": data.reviews_train, "test": data.reviews_test}
-            told = [f"{split} {most(counts[split], getattr(data, f'max_{split}')):,} pairs" for split in splits]
-            check.rows = most(counts["train"], data.max_train)
+            from dpo_jax.data.row_kinds import check_kind
+
+            wanted = rows_wanted(check)
+            check_kind("pairs", wanted, where="data.source reviews")
+            each, what = (2, "single completions") if wanted == "unpaired" else (1, "pairs")
+            counts = {"train": each * data.reviews_train, "test": each * data.reviews_test}
+            told = [f"{split} {most(counts[split], getattr(data, f'max_{split}')):,} {what}" for split in splits]
+            check.rows = most(counts["train"], data.max_train) if each == 1 else None
             check.tell("data", f"generated reviews: {', '.join(told)}")
             return
         for part in data.parts():
@@ -137,26 +142,25 @@ def _split(check: Check, part: MixConfig, path: str, split: str) -> str:
     from dpo_jax.data.sources import peek
     from dpo_jax.data.tfds_folder import tfds_folders
 
-    several = False  # examples of a row
+    stated, wanted = "pairs", rows_wanted(check)
     data, name = check.config.data, getattr(part, f"{split}_split")
     if data.source == "snippets":
         return f"{split} of {len(load_snippets(path)):,} snippets"
     if data.source != "files" or part.format == "tfds" or (part.format == "auto" and tfds_folders(Path(path))):
         _need_tfds(check, f"data.source: {data.source}")
         kind, rows = "TFDS", _tfds_rows(path, name)
+        check_kind(stated, wanted, where=f"{path} [{name}]")
     else:
         format, files = peek(path, name, format=part.format or "auto", columns=part.columns)
-        stated, wanted = FORMATS[format].rows if format in FORMATS else "pairs", rows_wanted(check)
+        stated = FORMATS[format].rows if format in FORMATS else "pairs"
         check_kind(stated, wanted, where=f"{path} [{name}] (format {format})")
         kind, rows = f"{format}, {files} {'file' if files == 1 else 'files'}", _rows(path, name)
-        several = format == "stack_exchange" or (stated, wanted) in (
-            ("pairs", "unpaired"),
-            ("rankings", "pairs"),
-            ("rankings", "any"),
-        )
         if split == "train" and not data.mix:
             check.train_files = {f"file {file}, bytes": where.stat().st_size for file, where in _files(path, name)}
     limit = getattr(data, f"max_{split}")
+    # A row may state several examples.
+    several = kind.startswith("stack_exchange") or (stated, wanted) == ("pairs", "unpaired")
+    several = several or (stated == "rankings" and wanted != "rankings")
     if split == "train" and rows is not None and not several:
         check.rows = most(rows, limit)
     number = f", {rows:,} rows" if rows is not None else ""
