@@ -14,6 +14,7 @@ from dpo_jax.cli.config import Config, DataConfig, DpoConfig, MixConfig, RunConf
 from dpo_jax.cli.preflight import inputs
 from dpo_jax.cli.preflight.scope import Scope
 from dpo_jax.data.encode import Encoded
+from dpo_jax.data.groups import group_pairs
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import plan_layout
 from dpo_jax.data.pairs import DataError
@@ -133,6 +134,11 @@ def test_rows_are_planned_for_masks_and_any_number_of_completions(kind):
     ranking = example(3, 0)
     tight = Layout("plain", length=40, scored=max(map(len, ranking.completions)))
     assert tight.rows([ranking]).tokens.shape[0] == 3
+
+
+def test_groups_are_of_pairs():
+    with pytest.raises(ValueError, match="7 is a ranking of 3 completions, and no pair"):
+        group_pairs([example(2, 1), example(3, 7)])
 
 
 # Sources

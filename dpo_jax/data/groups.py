@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_jax.data.encode import Encoded, Side, count_scored, scored_bytes
+from dpo_jax.data.encode import Encoded, Side, scored_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +26,14 @@ class PairGroup:
         """Ids, and which of them are scored, of each completion."""
         return list(zip(self.completions, self.scored or [None] * len(self.completions), strict=True))
 
-    @property
-    def scored_tokens(self) -> int:
-        """How many tokens count, of all completions together."""
-        return sum(count_scored(*side) for side in self.sides)
-
 
 def group_pairs(pairs: Sequence[Encoded]) -> list[PairGroup]:
-    """All `pairs`, by prompt, in the order in which prompts first come. Each is in one group, also one that comes twice."""
+    """All `pairs`, by prompt, in the order in which prompts first come. Each is in one group, also one that comes twice.
+
+    Raises ValueError for rankings of more than two completions.
+    """
+    if longer := next((pair for pair in pairs if pair.between), None):
+        raise ValueError(f"{longer.uid or 'an example'} is a ranking of {len(longer.completions)} completions, and no pair")
     by_prompt: dict[bytes, list[int]] = {}
     for number, pair in enumerate(pairs):
         by_prompt.setdefault(pair.prompt.tobytes(), []).append(number)

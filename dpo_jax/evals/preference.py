@@ -50,7 +50,7 @@ def held_out_logps(
 def completion_tokens(pairs: Iterable[Encoded]) -> np.ndarray:
     """How many tokens each completion scores: float32[P, 2], chosen first; of rankings [P, K]."""
     lengths = [pair.scored_tokens for pair in pairs]
-    return np.array(lengths, np.float32).reshape(len(lengths), -1)
+    return np.array(lengths, np.float32).reshape(-1, len(lengths[0]) if lengths else 2)
 
 
 def labels_of(examples: Sequence[Encoded]) -> np.ndarray | None:
