@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from dpo_jax.losses import dpo_loss as dpo_loss
     from dpo_jax.losses import implicit_rewards as implicit_rewards
     from dpo_jax.losses import ipo_loss as ipo_loss
+    from dpo_jax.losses import kto_loss as kto_loss
     from dpo_jax.losses import named_loss as named_loss
     from dpo_jax.losses import plackett_luce_loss as plackett_luce_loss
     from dpo_jax.losses import unlikelihood_loss as unlikelihood_loss
@@ -93,7 +94,7 @@ _HOMES = {
     "dpo": ("dpo_objective", "dpo_step", "preference_metrics"),
     "evals.frontier": ("best_of_n", "optimum", "regret", "sequence_kl"),
     "logps": ("completion_lengths", "completion_logps", "sequence_logps", "slots_to_pairs"),
-    "losses": ("dpo_loss", "implicit_rewards", "ipo_loss", "named_loss", "plackett_luce_loss", "unlikelihood_loss"),
+    "losses": ("dpo_loss", "implicit_rewards", "ipo_loss", "kto_loss", "named_loss", "plackett_luce_loss", "unlikelihood_loss"),
     "models.decoder": ("make_model",),
     "models.families": ("decoder_config", "hf_config"),
     "models.hf": ("load_hf", "save_hf"),

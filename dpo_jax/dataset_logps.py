@@ -11,6 +11,7 @@ import numpy as np
 
 from dpo_jax.data.arguments import check_pairs
 from dpo_jax.data.encode import Encoded
+from dpo_jax.data.layout import places_of
 from dpo_jax.data.loader import in_order, plan_layout
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.reference import check_finite, reference_logps
@@ -28,6 +29,7 @@ def reference_logps_of(
     progress: Callable[[int, int], Any] | None = None,
 ) -> np.ndarray:
     """log pi(y|x) of all `pairs`: float32[n, 2] in nats, chosen first, in the order given. Lays out, compiles, runs, collects.
+    Of rankings: float32[n, K], best first.
 
     Give the result to `shared_rows` and its like as `ref_logps`. With the variables of a policy it is what evaluation needs.
 
@@ -64,8 +66,9 @@ def reference_logps_of(
     else:
         shards, part = partitioner.row_shards, partitioner.host_part
         run = partitioner.compile_map(functools.partial(reference_logps, model))
-    shape = plan_layout(pairs, kind=layout, batch=batch, multiple=shards)
-    logps = np.empty((len(pairs), 2), np.float32)
+    places = places_of(pairs[0])
+    shape = plan_layout(pairs, kind=layout, batch=batch, multiple=shards * (places if layout == "plain" else 1))
+    logps = np.empty((len(pairs), places), np.float32)
     done = 0
     for indices, laid_out in in_order(pairs, layout=shape, batch=batch, part=part):
         place = laid_out.index

@@ -10,7 +10,7 @@ import optax
 
 from dpo_jax.head import aligned_log_probability
 from dpo_jax.logps import completion_lengths, hidden_logps, pair_sums, scored_hidden
-from dpo_jax.losses import PreferenceLoss, asked, right
+from dpo_jax.losses import PreferenceLoss, asked, desirable_share, right, unpaired_metrics
 from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
 
@@ -30,8 +30,9 @@ def dpo_step(
 
     The reference model is not here: its log-probabilities come with the batch, `rows.ref_logps[P, 2]`. Metrics are float32
     scalars, means over the pairs of the global batch as the policy was *before* the update. Rankings (`ranking_rows`) go the
-    same way, as [P, K] with `loss=partial(plackett_luce_loss, beta=0.1)`. Under pmap or shard_map name the mapped axis,
-    `axis_name`: without it each device takes a step of its own, and parameters drift apart without an error.
+    same way, as [P, K] with `loss=partial(plackett_luce_loss, beta=0.1)`, and single completions with a label
+    (`Encoded.desirable`) with `loss=partial(kto_loss, beta=0.1)`. Under pmap or shard_map name the mapped axis, `axis_name`:
+    without it each device takes a step of its own, and parameters drift apart without an error.
 
     >>> step = jax.jit(partial(dpo_step, model=model, tx=tx, loss=partial(dpo_loss, beta=0.1)))
     >>> after, metrics = step(state, rows)
@@ -60,6 +61,8 @@ def dpo_step(
             "this loss looks at all pairs of a batch at once, and microbatches or a mapped axis cut the batch into parts: "
             "use one microbatch, and one device or a mesh"
         )
+    if rows.extras and "desirable" in rows.extras:
+        rows = rows.replace(extras={**rows.extras, "desirable_share": desirable_share(rows, axis_name)})
     if "mean_lengths" in signals:
         rows = rows.replace(extras={**(rows.extras or {}), "mean_lengths": _mean_lengths(rows, axis_name)})
     objective = partial(dpo_objective, model=model, loss=loss, ld_alpha=ld_alpha)
@@ -84,12 +87,18 @@ def dpo_objective(
         "weight": lambda: rows.weight,
         "aligned_logps": lambda: _aligned_logps(model, variables, hidden, rows),
     }
-    signals = _signals(loss, rows)
-    extras = {name: make() for name, make in supplied.items() if name in signals} | dict(rows.extras or {})
+    signals, columns = _signals(loss, rows), dict(rows.extras or {})
+    if "desirable" in signals:
+        raise ValueError("this loss reads single completions with labels, and the batch has none (Encoded.desirable)")
+    share = columns.pop("desirable_share", None)
+    extras = {name: make() for name, make in supplied.items() if name in signals} | columns
     found = loss(logps, rows.ref_logps, **extras)
     if not (isinstance(found, tuple) and len(found) == 2):
         raise TypeError(f"a loss returns (losses [P], rewards [P, K]), this one {type(found).__name__}")
     losses, rewards = found
+    if "desirable" in columns:
+        share = desirable_share(rows, None) if share is None else share
+        return losses, unpaired_metrics(logps, rows.ref_logps, rewards=rewards, desirable=columns["desirable"], share=share)
     return losses, preference_metrics(logps, rows.ref_logps, rewards=rewards)
 
 

@@ -22,11 +22,16 @@ class Option(NamedTuple):
     help: str
 
 
+RowKind = Literal["pairs", "unpaired", "rankings"]
+"""What an example of a loss is: two completions, a single one that is desirable or not, or K completions, best first."""
+
+
 class Loss(NamedTuple):
     """A loss: its function as "module.function" of `dpo_jax.losses`, the options it reads, and where it comes from.
 
     `needs` are options that have no good default. `at_reference` is the loss of a policy that equals its reference, in Python;
-    empty where that depends on the data. `reference`: whether it compares with the reference at all.
+    empty where that depends on the data (K is the number of completions). `reference`: whether it compares with the reference
+    at all. `rows`: what an example is. `whole_batch`: it looks at all examples of a batch at once.
     """
 
     function: str
@@ -37,6 +42,7 @@ class Loss(NamedTuple):
     needs: tuple[str, ...] = ()
     reference: bool = True
     whole_batch: bool = False
+    rows: RowKind = "pairs"
 
 
 class Term(NamedTuple):
@@ -86,11 +92,24 @@ OPTIONS: Mapping[str, Option] = {
     "gamma": Option(float, 0.5, _any, "", "Target margin."),
     "cpo_alpha": Option(float, 1.0, lambda x: x >= 0, "must not be negative", "Weight of the SFT term."),
     "wpo": Option(
-        bool, False, _any, "", "Weigh pairs by how likely the policy is to write them (WPO); any loss but aot and aot_unpaired."
+        bool,
+        False,
+        _any,
+        "",
+        "Weigh pairs by how likely the policy is to write them (WPO); any loss of pairs but aot and aot_unpaired.",
     ),
+    "desirable_weight": Option(
+        float,
+        1.0,
+        lambda x: x >= 0,
+        "must not be negative",
+        "Weight of desirable completions. Weight times number should be 1 to 4/3 times that of undesirable ones (KTO, eq. 8).",
+    ),
+    "undesirable_weight": Option(float, 1.0, lambda x: x >= 0, "must not be negative", "Weight of undesirable completions."),
 }
 
 _F = ("f_divergence", "f_alpha")
+_UNPAIRED = ("beta", "desirable_weight", "undesirable_weight")
 _LN2 = "log(2)"
 _DPO = Loss(
     "margin.dpo_loss",
@@ -163,7 +182,35 @@ LOSSES: Mapping[str, Loss] = {
     "preferred_ft": Loss(
         "likelihood.preferred_ft_loss", (), "fine-tuning on chosen completions", "2305.18290", reference=False
     ),
+    "kto": Loss(
+        "unpaired.kto_loss",
+        _UNPAIRED,
+        "Kahneman-Tversky optimization",
+        "2402.01306",
+        "0.5",
+        whole_batch=True,
+        rows="unpaired",
+    ),
+    "apo_zero_unpaired": Loss(
+        "unpaired.apo_zero_unpaired_loss",
+        _UNPAIRED,
+        "anchored preference optimization, zero, unpaired",
+        "2408.06266",
+        "0.5",
+        rows="unpaired",
+    ),
+    "plackett_luce": Loss(
+        "rankings.plackett_luce_loss",
+        ("beta",),
+        "DPO on rankings (Plackett-Luce)",
+        "2305.18290",
+        "log(factorial(K))",
+        rows="rankings",
+    ),
 }
+
+
+_WORDS: Mapping[str, str] = {"pairs": "pairs", "unpaired": "single completions", "rankings": "rankings"}
 
 
 def _of(option: str) -> str:
@@ -174,7 +221,7 @@ def _of(option: str) -> str:
 
 HELP: Mapping[str, str] = {
     "loss": f"One of {', '.join(LOSSES)}; or a weighted sum, such as dpo + 0.1*sft. ipo is the "
-    "paper's, with sums; TRL's ipo is ipo_per_token.",
+    "paper's, with sums; TRL's ipo is ipo_per_token. kto reads single completions with a label, plackett_luce rankings.",
     **{name: option.help + _of(name) for name, option in OPTIONS.items()},
 }
 """The texts of `--help`."""
@@ -209,7 +256,7 @@ def terms(text: str) -> list[Term]:
 def reads(text: str) -> set[str]:
     """The options that the losses of a text read."""
     found = {option for term in terms(text) for option in term.loss.options}
-    return found if sorts_batch(text) else found | {"wpo"}
+    return found if whole_batch(text) or rows_of(text) != "pairs" else found | {"wpo"}
 
 
 def uses_reference(text: str) -> bool:
@@ -217,8 +264,30 @@ def uses_reference(text: str) -> bool:
     return any(term.loss.reference for term in terms(text))
 
 
-def sorts_batch(text: str) -> bool:
-    """Whether any of the losses of a text looks at all pairs of a batch at once. False for a text that is wrong."""
+def rows_of(text: str) -> RowKind:
+    """What an example of the losses of a text is; "pairs" for a text that is wrong.
+
+    >>> rows_of("kto")
+    'unpaired'
+    """
+    try:
+        return terms(text)[0].loss.rows
+    except ValueError:
+        return "pairs"
+
+
+def example_word(text: str) -> str:
+    """What an example of the losses of a text is called, in the plural, for people: "pairs", "completions", "rankings"."""
+    return {"unpaired": "completions"}.get(rows := rows_of(text), rows)
+
+
+def names_of(rows: RowKind) -> str:
+    """The losses whose examples are such rows, for messages: "kto, apo_zero_unpaired"."""
+    return ", ".join(name for name, loss in LOSSES.items() if loss.rows == rows)
+
+
+def whole_batch(text: str) -> bool:
+    """Whether any of the losses of a text looks at all examples of a batch at once. False for a text that is wrong."""
     try:
         return any(term.loss.whole_batch for term in terms(text))
     except ValueError:
@@ -232,6 +301,9 @@ def problems(text: str, values: Mapping[str, Any], *, microbatches: int = 1) -> 
     except ValueError as error:
         yield "loss", str(error)
         return
+    if len(kinds := {term.loss.rows: term.name for term in terms(text)}) > 1:
+        kinds = ", ".join(f"{name} of {_WORDS[rows]}" for rows, name in kinds.items())
+        yield "loss", f"the losses of a sum read the same examples, and these do not: {kinds}"
     for name, option in OPTIONS.items():
         value = values[name]
         if name not in read and value != option.default:
@@ -243,8 +315,9 @@ def problems(text: str, values: Mapping[str, Any], *, microbatches: int = 1) -> 
         for name in term.loss.needs:
             if values[name] == OPTIONS[name].default:
                 yield name, f"loss {term.name} needs it: {OPTIONS[name].help[0].lower()}{OPTIONS[name].help[1:]}"
-    if microbatches > 1 and sorts_batch(text):
-        yield "microbatches", f"loss {text} sorts all pairs of a batch, which microbatches cut into parts: leave it at 1"
+    if microbatches > 1 and whole_batch(text):
+        why = "looks at all examples of a batch at once, which microbatches cut into parts"
+        yield "microbatches", f"loss {text} {why}: leave it at 1"
     if values["f_alpha"] != OPTIONS["f_alpha"].default and values["f_divergence"] != "alpha_divergence":
         yield "f_alpha", "belongs to f_divergence alpha_divergence: set that, or leave it out"
 
@@ -257,7 +330,9 @@ def markdown() -> str:
     ]
     for name, loss in LOSSES.items():
         paper = f"[{loss.paper}](https://arxiv.org/abs/{loss.paper})"
-        title = loss.title + ("" if loss.reference else "; no reference") + ("; sorts the batch" if loss.whole_batch else "")
+        title = loss.title + ("" if loss.reference else "; no reference")
+        title += "" if loss.rows == "pairs" else f"; of {_WORDS[loss.rows]}"
+        title += "; looks at the whole batch" if loss.whole_batch else ""
         at = f"`{loss.at_reference}`" if loss.at_reference else "depends on the data"
         lines.append(f"| `{name}` | {title} | {', '.join(f'`{option}`' for option in loss.options)} | {paper} | {at} |")
     return "\n".join(lines) + "\n"

@@ -1,10 +1,11 @@
 """The reference model's log-probabilities: one pass, kept on disk, and only ever used for what they were computed from.
 
 A cache is a folder: `identity.json` says what the numbers belong to (weights, tokenizer, truncation, number format, kernel),
-and `logps-*.bin` hold one record per pair, keyed by a hash of its token ids. Keys do not mention order, so the cache survives
-reshuffling, repacking and another number of devices. Every record carries a checksum that also covers the identity, and
-`identity.json` counts the records of each file: a flipped bit, a lost tail or file, or one from another cache is detected. What
-is damaged is moved to `quarantine/`, and just those pairs are computed again. (`cache.lock` has no content to be damaged.)
+and `logps-*.bin` hold one record per pair, keyed by a hash of its token ids (a ranking has one for every two completions).
+Keys do not mention order, so the cache survives reshuffling, repacking and another number of devices. Every record carries a
+checksum that also covers the identity, and `identity.json` counts the records of each file: a flipped bit, a lost tail or
+file, or one from another cache is detected. What is damaged is moved to `quarantine/`, and just those pairs are computed
+again. (`cache.lock` has no content to be damaged.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.data.encode import Encoded, scored_bytes
+from dpo_jax.data.encode import Encoded, Side, scored_bytes
 from dpo_jax.data.loader import Batch
 from dpo_jax.locks import open_lock
 from dpo_jax.logps import completion_logps
@@ -66,8 +67,8 @@ def check_finite(pairs: Sequence[Encoded], logps: np.ndarray, *, numbers: Sequen
     if len(bad):
         pair, values = pairs[bad[0]], ", ".join(f"{value:g}" for value in logps[bad[0]])
         name = pair.uid or f"pair {bad[0] if numbers is None else numbers[bad[0]]}"
-        largest = max(int(np.max(ids, initial=0)) for ids in (pair.prompt, pair.chosen, pair.rejected))
-        longest = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+        largest = max(int(np.max(ids, initial=0)) for ids in (pair.prompt, *pair.completions))
+        longest = len(pair.prompt) + max(map(len, pair.completions))
         raise BrokenReference(
             f"{name}: the reference model gives the log-probabilities {values} (chosen, rejected). Possible causes: a token id "
             f"beyond its vocabulary (the largest here is {largest}), a text longer than its positions (the longest here has "
@@ -75,12 +76,24 @@ def check_finite(pairs: Sequence[Encoded], logps: np.ndarray, *, numbers: Sequen
         )
 
 
-def pair_key(pair: Encoded) -> bytes:
-    """16 bytes that stand for the token ids of a pair, and for which of them are scored where not all are."""
-    parts = [np.asarray(ids, "<i4") for ids in (pair.prompt, pair.chosen, pair.rejected)]
+def pair_key(pair: Encoded) -> tuple[bytes, ...]:
+    """The keys of a pair's records, 16 bytes each that stand for token ids, and for which of them are scored where not all
+    are: one. Of a ranking, one for each two completions in its order; an odd last one stands twice."""
+    several = pair.sides
+    return tuple(_key(pair.prompt, several[k], several[min(k + 1, len(several) - 1)]) for k in range(0, len(several), 2))
+
+
+def _key(prompt: np.ndarray, *sides: Side) -> bytes:
+    parts = [np.asarray(part, "<i4") for part in (prompt, *(ids for ids, _ in sides))]
     lengths = np.array([len(part) for part in parts], "<i4")
-    content = b"".join(part.tobytes() for part in (lengths, *parts)) + scored_bytes(*pair.sides)
+    content = b"".join(part.tobytes() for part in (lengths, *parts)) + scored_bytes(*sides)
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _in_records(values: np.ndarray) -> np.ndarray:
+    """Log-probabilities [n, K] as those of the records of `pair_key`: [n, records, 2]."""
+    odd = values[:, -1:] if values.shape[1] % 2 else values[:, :0]
+    return np.concatenate([values, odd], axis=1).reshape(len(values), -(-values.shape[1] // 2), 2)
 
 
 class ReferenceCache:
@@ -115,19 +128,20 @@ class ReferenceCache:
 
     def missing(self, pairs: Sequence[Encoded]) -> list[int]:
         """Which of `pairs` have no entry; of pairs with equal tokens only the first."""
-        first: dict[bytes, int] = {}
+        first: dict[tuple[bytes, ...], int] = {}
         for number, pair in enumerate(pairs):
             first.setdefault(pair_key(pair), number)
-        return [number for key, number in first.items() if key not in self._entries]
+        return [number for keys, number in first.items() if not self._entries.keys() >= set(keys)]
 
     def lookup(self, pairs: Sequence[Encoded]) -> np.ndarray:
-        """float32[len(pairs), 2]. Raises KeyError naming the first pair without an entry."""
-        logps = np.empty((len(pairs), 2), np.float32)
+        """float32[len(pairs), 2], of rankings [.., K]. Raises KeyError naming the first pair without an entry."""
+        places = len(pairs[0].completions) if len(pairs) else 2
+        logps = np.empty((len(pairs), places), np.float32)
         for number, pair in enumerate(pairs):
-            entry = self._entries.get(pair_key(pair))
-            if entry is None:
+            keys = pair_key(pair)
+            if not self._entries.keys() >= set(keys):
                 raise KeyError(f"{self.directory} has no reference log-probabilities of {pair.uid or number}")
-            logps[number] = entry
+            logps[number] = np.concatenate([self._entries[key] for key in keys])[:places]
         return logps
 
     def add(self, pairs: Sequence[Encoded], logps: np.ndarray) -> None:
@@ -140,9 +154,10 @@ class ReferenceCache:
         with self._locked():
             counts = self._catch_up()
             new: dict[bytes, np.ndarray] = {}
-            for pair, values in zip(pairs, logps, strict=True):
-                if (key := pair_key(pair)) not in self._entries:
-                    new.setdefault(key, values)
+            for pair, records in zip(pairs, _in_records(logps), strict=True):
+                for key, values in zip(pair_key(pair), records, strict=True):
+                    if key not in self._entries:
+                        new.setdefault(key, values)
             records = np.zeros(len(new), RECORD)
             for record, (key, values) in zip(records, new.items(), strict=True):
                 record["key"], record["logps"] = key, values

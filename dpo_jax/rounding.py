@@ -25,6 +25,10 @@ class StochasticRounding(NamedTuple):
     apply: Any
 
 
+Optimizer = optax.GradientTransformation | StochasticRounding
+"""What updates parameters in `train_step`."""
+
+
 def stochastic_rounding(tx: optax.GradientTransformation, *, seed: int = 0) -> StochasticRounding:
     """`tx` for parameters in bfloat16, in the place of `tx` in `train_step` and the steps made from it.
 

@@ -11,7 +11,7 @@ import optax
 
 from dpo_jax.head import at_least_float32
 from dpo_jax.models.axes import parts_of
-from dpo_jax.rounding import StochasticRounding
+from dpo_jax.rounding import Optimizer, StochasticRounding
 from dpo_jax.types import ROW_AXES, Array, Metrics, TrainState, Variables
 
 
@@ -32,7 +32,7 @@ def train_step(
     batch: Batch,
     *,
     objective: Objective[Batch],
-    tx: optax.GradientTransformation | StochasticRounding,
+    tx: Optimizer,
     microbatches: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -61,9 +61,7 @@ def train_step(
     return apply_gradients(state, grads, metrics, tx=tx)
 
 
-def init_state(
-    variables: Variables, tx: optax.GradientTransformation | StochasticRounding, *, frozen: Variables | None = None
-) -> TrainState:
+def init_state(variables: Variables, tx: Optimizer, *, frozen: Variables | None = None) -> TrainState:
     """The state before the first step: `variables` are trained, `frozen` are only read.
 
     Both are nested dicts {collection: {name: array[...]}}, as `Model.init` and `load_hf` give them, and must not share a
@@ -136,9 +134,7 @@ def mean_grads(
     return _psum((jax.tree.map(jax.freeze, sums), metrics), axis_name)
 
 
-def apply_gradients(
-    state: TrainState, grads: Variables, metrics: Metrics, *, tx: optax.GradientTransformation | StochasticRounding
-) -> tuple[TrainState, Metrics]:
+def apply_gradients(state: TrainState, grads: Variables, metrics: Metrics, *, tx: Optimizer) -> tuple[TrainState, Metrics]:
     """The next state, and the metrics with `grad_norm`: the global L2 norm before clipping (clipping is part of `tx`).
 
     >>> tx = optax.sgd(0.5)

@@ -145,10 +145,10 @@ def error_of(tmp_path, text):
         ("dpo: {loss: dpo + 0.1*sfd}", r"dpo.loss: expected one of .*, got the text 'sfd'; did you mean \"sft\"\?"),
         ("dpo: {loss: dpo + -1*sft}", "dpo.loss: the weight of sft must be a number above 0, as in dpo . 0.1.sft, got '-1'"),
         ("dpo: {loss: dpo + 0.1*sft, gamma: 1}", "dpo.gamma: loss dpo . 0.1.sft does not read it: .* .simpo."),
-        ("dpo: {loss: aot, microbatches: 2}", "dpo.microbatches: loss aot sorts all pairs of a batch"),
+        ("dpo: {loss: aot, microbatches: 2}", "dpo.microbatches: loss aot looks at all examples of a batch"),
         (
             "dpo: {loss: dpo + aot}\nrun: {devices: pmap}",
-            "run.devices: loss dpo . aot sorts all pairs of a batch: use single",
+            "run.devices: loss dpo . aot looks at all examples of a batch at once: use single",
         ),
         ("dpo: {ld_alpha: 1.5}", "dpo.ld_alpha: must be between 0 and 1, got 1.5"),
         ("dpo: {f_divergence: kl}", "dpo.f_divergence: expected one of reverse_kl, forward_kl"),

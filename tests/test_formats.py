@@ -56,7 +56,7 @@ def test_the_table_of_formats_is_true(format, tmp_path, tokenizer):
         return row | {outer: cut}
 
     assert detect_format(format.example) == format.name
-    pairs = load(write(tmp_path / "train.jsonl", format.example), tokenizer=tokenizer)
+    pairs = load(write(tmp_path / "train.jsonl", format.example), tokenizer=tokenizer, rows=format.rows)
     assert (pairs.report.format, len(pairs)) == (format.name, 1)
     for name, column in format.reads.items():
         rows = [("row", without(format.example, name))]

@@ -29,6 +29,7 @@ FUNCTIONS = [
     "ipo_loss",
     "unlikelihood_loss",
     "plackett_luce_loss",
+    "kto_loss",
     "named_loss",
     "completion_logps",
     "plain_rows",
@@ -82,7 +83,7 @@ OF_FOUR = ("sequence_kl", "regret")
 WITHOUT_EXAMPLE: dict[str, str] = {}  # {name: why none can be given}
 # Whose help must say what shapes it takes and gives.
 SHAPED = (
-    *("dpo_loss", "ipo_loss", "unlikelihood_loss", "plackett_luce_loss", "implicit_rewards", "preference_metrics"),
+    *("dpo_loss", "ipo_loss", "unlikelihood_loss", "plackett_luce_loss", "kto_loss", "implicit_rewards", "preference_metrics"),
     *("Rows", "Encoded", "TrainState", "init_state", "plain_rows", "shared_rows", "packed_rows", "completion_rows"),
     *("ranking_rows", "causal_rows", "completion_logps", "sequence_logps", "reference_logps", "reference_logps_of"),
     *("slots_to_pairs", "examples_to_rows", "completion_lengths", "left_pad", "generate"),

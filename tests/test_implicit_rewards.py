@@ -174,6 +174,7 @@ def test_rewardbench_in_a_chat_template(tmp_path, tokenizer):
         (preference,) = load_preferences(tmp_path, "test", tokenizer=tokenizer)
     finally:
         tokenizer.chat_template = before
+    assert preference.prompt_digest is not None
     assert dataclasses.replace(preference, prompt_digest=None) == Preference(
         "<user>Question 1?\n<assistant>", "Yes, 1.\n", "No.\n", "test.jsonl:1", chat=True, subset="hep-go"
     )

@@ -30,6 +30,7 @@ STORED = json.loads((GOLDEN / "losses.json").read_text())
 NAMES = list(loss_table.LOSSES)
 NEEDED = {"exo_pair": {"label_smoothing": 0.01}, "unlikelihood": {"alpha": 0.3}}
 NOT_IN_TRL = {
+    "plackett_luce": "no; equal to the paper's formula in test_losses.py",
     "length_regularized": "no",
     "dpo": "there it is sigmoid",
     "ipo": "only with means per token; equal to the original in test_losses.py",
@@ -58,6 +59,7 @@ def of_trl(setting, cases):
             "mean_lengths": jnp.broadcast_to(lengths.mean(axis=0), lengths.shape),
             "weight": jnp.ones(4),
             "aligned_logps": case["aligned_logps"],
+            "desirable": case["desirable"],
         }
         logps = pair_sums(tokens, rows, ld_alpha=ld_alpha)
         return loss(logps, case["ref_logps"], **{name: signals[name] for name in names})[0].mean()
@@ -106,6 +108,7 @@ def drawn(pairs, seed=0):
         "mean_lengths": np.broadcast_to(lengths.mean(axis=0), lengths.shape),
         "weight": np.ones(pairs),
         "aligned_logps": rng.normal(-1, 0.3, size=(pairs, 2)),
+        "desirable": (np.arange(pairs) % 2).astype(np.float64),
     }
     return logps, ref, signals
 
@@ -178,6 +181,7 @@ def test_every_option_changes_the_loss_and_others_are_refused(name):
     changed = {
         **{"beta": 0.3, "alpha": 0.6, "label_smoothing": 0.2, "reference_free": True, "f_divergence": "js_divergence"},
         **{"f_alpha": 0.7, "discopop_tau": 0.5, "length_penalty": 0.2, "gamma": 1.0, "cpo_alpha": 0.3, "wpo": True},
+        **{"desirable_weight": 1.3, "undesirable_weight": 0.7},
     }
     assert changed.keys() == loss_table.OPTIONS.keys()
     read = loss_table.reads(name)
@@ -203,7 +207,7 @@ def test_the_loss_of_a_policy_that_is_its_reference(name):
     logps, _, signals = drawn(4)
     values = np.asarray(bound(name, signals)(logps, logps)[0])
     if formula := loss_table.LOSSES[name].at_reference:
-        expected = eval(formula, {"log": math.log, **section.loss_options()})
+        expected = eval(formula, {"log": math.log, "factorial": math.factorial, "K": 2, **section.loss_options()})
         np.testing.assert_allclose(values, expected, rtol=1e-5)
         assert loss_at_reference(section) == pytest.approx(expected, rel=1e-6)
     else:
@@ -264,7 +268,12 @@ def test_what_is_no_loss_is_refused(text, told):
         named_loss("dpo", betta=1)
 
 
-EXAMPLES = [name for name in vars(losses) if name.endswith("_loss")] + ["asked", "sum_of_losses", "weighted_by_policy"]
+EXAMPLES = [name for name in vars(losses) if name.endswith("_loss")] + [
+    "asked",
+    "sum_of_losses",
+    "weighted_by_policy",
+    "unpaired_metrics",
+]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

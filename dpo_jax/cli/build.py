@@ -25,13 +25,13 @@ from dpo_jax.cli.preflight.inputs import refuse_texts
 from dpo_jax.cli.preflight.packages import check_writers
 from dpo_jax.data.chat_date import at_date
 from dpo_jax.data.encode import Encoded, token_ids, with_bos
-from dpo_jax.data.layout import Layout, Text
+from dpo_jax.data.layout import Layout, Text, places_of
 from dpo_jax.data.loader import plan_layout
 from dpo_jax.data.pairs import Cause, DataError, DataReport, Preference, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet, encode_all
 from dpo_jax.data.reviews import review_preferences
+from dpo_jax.data.row_kinds import Wanted, check_kind, split_pairs
 from dpo_jax.data.snippets import Snippet, load_snippets, snippets_of
-from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from dpo_jax.losses import PreferenceLoss, named_loss
 from dpo_jax.models.attention_paths import attention_path, path_name
@@ -134,24 +134,23 @@ def _reviews(count: int, seed: int, split: Literal["train", "test"]) -> tuple[Pr
     return tuple(review_preferences(count, seed, split=split))
 
 
-def load_split(config: Config, split: Literal["train", "test"], tokenizer: Any = None) -> PreferenceSet:
-    """The preferences of the train or the held-out split. Raises `DataError` for bad data."""
+def load_split(
+    config: Config, split: Literal["train", "test"], tokenizer: Any = None, *, rows: Wanted = "pairs"
+) -> PreferenceSet:
+    """The preferences of the train or the held-out split, read as `rows`. Raises `DataError` for bad data."""
     data = config.data
     limit = data.max_train if split == "train" else data.max_test
     if data.source == "reviews":
         count = data.reviews_train if split == "train" else data.reviews_test
         preferences = _reviews(count, config.run.seed, split)
         report = DataReport(source="reviews", split=split, format="reviews", rows=count, read=count, kept=count)
-        return PreferenceSet(preferences, report).take(limit)
+        check_kind("pairs", rows, where="data.source reviews")
+        pairs = PreferenceSet(preferences, report)
+        return (split_pairs(pairs) if rows == "unpaired" else pairs).take(limit)
     refuse_texts(config)
-    name = data.train_split if split == "train" else data.test_split
     # Files may be a TFDS folder, too.
     with needs_tfds(f"data.source: {data.source}"):
-        if data.source == "files":
-            return load_files(config, split, tokenizer).take(limit)
-        assert data.path is not None  # checked with the configuration
-        with reported(f"reading the {name} split"):
-            return load_preferences(data.path, name, format="tfds", on_bad=data.on_bad, tokenizer=tokenizer).take(limit)
+        return load_files(config, split, tokenizer, rows=rows).take(limit)
 
 
 def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]:
@@ -227,7 +226,8 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     if config.data.source in TEXT_SOURCES:
         texts = [snippet.text for snippet in load_texts(config, "train")]
     else:
-        texts = [text for p in load_split(config, "train") for text in (p.prompt, p.chosen, p.rejected, p.sft_target or "")]
+        rows = load_split(config, "train", rows="any")
+        texts = [text for p in rows for text in (p.prompt, p.chosen, p.rejected, p.sft_target or "")]
     made_from = {"vocab_size": config.tokenizer.vocab_size, "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
     kept = Path(config.run.dir) / "tokenizer"
     record = kept / "made_from.json"
@@ -392,6 +392,6 @@ def pair_layout(config: Config, pairs: Sequence[Encoded], *, batch: int, parts: 
     `microbatches`: see `plan_layout`.
     """
     kind, length = config.data.layout, config.data.row_length
-    multiple = parts * (2 if kind == "plain" else 1)
+    multiple = parts * (places_of(pairs[0]) if kind == "plain" else 1)
     with reported("planning the rows"):
         return plan_layout(pairs, kind=kind, batch=batch, length=length, multiple=multiple, microbatches=microbatches)

@@ -53,16 +53,18 @@ def sft_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
 def dpo_card(config: Config, run: RunDir, *, report: Mapping[str, Any] | None = None, step: int | None = None) -> str:
     """The card of a DPO run after its last step or after `step`, with the table of `dpo-jax eval` once there is one."""
     section = config.dpo
+    is_dpo = loss_table.uses_reference(section.loss) and loss_table.rows_of(section.loss) != "unpaired"
+    tag = "dpo" if is_dpo else loss_table.terms(section.loss)[0].name
     return _card(
         config,
         run,
-        title=f"trained on preferences{' with DPO' if loss_table.uses_reference(section.loss) else ''}",
+        title=f"trained on preferences{' with DPO' if tag == 'dpo' else ''}",
         how=f"{_objective(section)}{_trained(config, section)}",
         start=config.dpo_policy(),
         section=section,
         results=_fenced(result_table(report)) if report else _held_out(run, step),
         notes=_notes(report or {}, run),
-        tag="dpo" if loss_table.uses_reference(section.loss) else loss_table.terms(section.loss)[0].name,
+        tag=tag,
     )
 
 

@@ -63,7 +63,7 @@ def _experiment(*fields: str) -> tuple[str, ...]:
 COMMANDS = {
     "audit": Command(
         "should one train on these data? one page of counts and notes",
-        _RUN,
+        (*_RUN, "dpo.loss", "dpo.desirable_weight", "dpo.undesirable_weight"),
         ("data",),
     ),
     "prepare": Command(
@@ -78,7 +78,7 @@ COMMANDS = {
     ),
     "refs": Command(
         "cache the reference log-probabilities",
-        (*_RUN, "lora", "dpo.policy", "dpo.reference", "dpo.ld_alpha", "dpo.param_dtype", "refs"),
+        (*_RUN, "lora", "dpo.policy", "dpo.reference", "dpo.loss", "dpo.ld_alpha", "dpo.param_dtype", "refs"),
         ("data",),
     ),
     "dpo": Command("train the policy on preferences", (*_RUN, "lora", "refs", "dpo", "export.dtype"), ("data",)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from dpo_jax.data.hash_split import take_side
 from dpo_jax.data.hub_files import HubData, HubError, is_dataset_id, open_dataset
 from dpo_jax.data.mixture import mix, source_names
 from dpo_jax.data.pairs import DataError, PreferenceSet
+from dpo_jax.data.row_kinds import Wanted, check_ranking_lengths, split_pairs
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.splits import has_split
 from dpo_jax.data.tfds_folder import find_tfds, split_rows, tfds_folders
@@ -26,21 +28,35 @@ def read_commit(path: str, revision: str | None) -> str | None:
     return _COMMITS.get((path, revision))
 
 
-def load_files(config: Config, side: Side, tokenizer: Any = None) -> PreferenceSet:
-    """The preferences of one side, from all sources. Raises `DataError` for bad data, `ConfigError` for what is not there."""
+def load_files(config: Config, side: Side, tokenizer: Any = None, *, rows: Wanted = "pairs") -> PreferenceSet:
+    """The preferences of one side, from all sources, read as `rows`.
+
+    Raises `DataError` for bad data, also where one source does not state `rows`, and `ConfigError` for what is not there.
+    """
     data = config.data
+    options = {"on_bad": data.on_bad, "tokenizer": tokenizer, "rows": rows, "ranking_length": data.ranking_length}
+    if data.source == "tfds":
+        assert data.path is not None  # checked with the configuration
+        split = data.train_split if side == "train" else data.test_split
+        with reported(f"reading the {split} split"):
+            return load_preferences(data.path, split, format="tfds", **options)
     cut = sources_to_cut(config)
     names = names_of(config)
     sets = {}
     for part, name in zip(data.parts(), names, strict=True):
         try:
-            sets[name] = _load(config, part, side, tokenizer, cut=name in cut)
+            sets[name] = _load(config, part, side, cut=name in cut, **options)
         except DataError as error:
             if not data.mix:
                 raise
             raise DataError(f"data.mix, {part.path}: {error}", causes=error.causes) from error
     if not data.mix:
         return sets[names[0]]
+    labelled = {name for name, loaded in sets.items() if any(one.desirable is not None for one in loaded)}
+    if labelled:  # with "any" others may be pairs, which can be read as single completions, too
+        sets = {name: loaded if name in labelled else split_pairs(loaded) for name, loaded in sets.items()}
+    if rows == "rankings":
+        check_ranking_lengths(itertools.chain(*sets.values()), where="data.mix")
     return mix(sets, {name: part.weight if side == "train" else 1.0 for name, part in zip(names, data.parts(), strict=True)})
 
 
@@ -83,7 +99,7 @@ def folder_of(part: MixConfig) -> Path:
     return folder
 
 
-def _load(config: Config, part: MixConfig, side: Side, tokenizer: Any, *, cut: bool) -> PreferenceSet:
+def _load(config: Config, part: MixConfig, side: Side, *, cut: bool, **options: Any) -> PreferenceSet:
     data = config.data
     split = part.train_split if side == "train" or cut else part.test_split
     assert part.format is not None  # `DataConfig.parts` fills in what a source leaves out
@@ -92,8 +108,7 @@ def _load(config: Config, part: MixConfig, side: Side, tokenizer: Any, *, cut: b
     if is_dataset_id(part.path):
         folder, commit, note = _fetch(config, part, split)
     with reported(f"reading the {split} split" + (f" of {part.path}" if data.mix else "")):
-        options = {"format": part.format, "columns": part.columns, "on_bad": data.on_bad, "tokenizer": tokenizer}
-        loaded = load_preferences(folder, split, **options)
+        loaded = load_preferences(folder, split, format=part.format, columns=part.columns, **options)
     if commit is not None:
         loaded.report.source = f"{part.path}{f'/{part.config}' if part.config else ''}@{commit}"
     loaded.report.notes += [note] if note else []

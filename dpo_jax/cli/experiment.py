@@ -90,7 +90,7 @@ def prompts_of(config: Config, how_many: Count, tokenizer: Any) -> Prompts:
         except ValueError as error:
             raise ConfigError(f"frontier.{how_many}: {error}") from error
     else:
-        every = {p.prompt: p.chat for p in build.load_split(config, split, tokenizer)}
+        every = {p.prompt: p.chat for p in build.load_split(config, split, tokenizer, rows="any")}
         prompts = dict(itertools.islice(every.items(), count))
     return _within(config.data.max_prompt_length, prompts, tokenizer, bos=config.data.bos)
 

@@ -19,7 +19,7 @@ NEITHER = {"policy", "reference", "microbatches"}
 """Options of a section that are no setting: paths, whose weights have digests, and what does not change a result."""
 LIMITS = (
     *("max_length", "max_prompt_length", "truncation", "bos", "format", "columns", "on_bad", "max_train", "config"),
-    "test_share",
+    *("test_share", "ranking_length"),
 )
 CONTINUE = "Continue it with its own settings (its config.yaml), or choose another --run.dir."
 LONGER = "Choose another --run.dir, or export an earlier step (--export.step)."

@@ -40,8 +40,9 @@ def references(config: Config, tokenizer: Any, *, target: bool = False) -> list[
         with reported("reading the articles"):
             articles = read_articles(data.path, data.test_split)[: data.max_test]
         return [Reference(f"{article.text}{ARTICLE_CUE}", f" {article.summary}", article.uid) for article in articles]
-    pairs = build.load_split(config, "test", tokenizer)
-    return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid, p.chat) for p in pairs]
+    rows = build.load_split(config, "test", tokenizer, rows="any")
+    good = [p for p in rows if p.desirable is not False] or rows  # without any good one their prompts are left
+    return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid, p.chat) for p in good]
 
 
 class Prompt(NamedTuple):

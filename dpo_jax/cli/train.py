@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dpo_jax import loss_table
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
 from dpo_jax.cli.config.training import HIGHER
 from dpo_jax.cli.preflight.packages import check_bucket
 from dpo_jax.cli.trained import Trained
-from dpo_jax.data.layout import Layout
+from dpo_jax.data.layout import Layout, places_of
 from dpo_jax.data.loader import batch_indices, few_shapes, plan_layout, skippable, stream, total_steps
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.prepare import data_digest
@@ -95,7 +96,7 @@ def plan_training(
     pairs = isinstance(section, DpoConfig)
     # A single completion shares its prompt with nobody.
     kind = "plain" if config.data.layout == "shared" and not pairs else config.data.layout
-    rows_each = 2 if kind == "plain" and pairs else 1
+    rows_each = places_of(data.train[0]) if kind == "plain" and pairs else 1
 
     def plan(count: int, *, parts: int, microbatches: int = 1) -> Layout:
         """Parts: into how many a batch is cut; rows divide into them without tearing a pair apart."""
@@ -152,8 +153,9 @@ def train(
     step = functools.partial(step, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name)
     lr = build.make_schedule(section, steps=plan.steps)
     state = part.begin(partitioner, variables, tx)
+    words = f"{loss_table.example_word(section.loss)} to train on" if isinstance(section, DpoConfig) else f"{unit} to learn"
     print(
-        f"{len(data.train):,} {unit} to {'train on' if unit == 'pairs' else 'learn'}, {len(data.held_out):,} held out; "
+        f"{len(data.train):,} {words}, {len(data.held_out):,} held out; "
         f"rows of {plan.layout.length} tokens\n{_device_summary(config, section, state, partitioner)}",
         flush=True,
     )

@@ -25,8 +25,13 @@ def check_pairs(pairs: Any, *, name: str = "pairs") -> None:
         check_ids(pair.prompt, f"{label}: prompt", empty=True)
         check_ids(pair.chosen, f"{label}: chosen")
         check_ids(pair.rejected, f"{label}: rejected")
-        for side, (ids, scored) in zip(("chosen", "rejected"), pair.sides, strict=True):
-            check_scored(scored, ids, f"{label}: {side}")
+        for side, scored in zip(("chosen", "rejected"), (pair.chosen_scored, pair.rejected_scored), strict=True):
+            check_scored(scored, getattr(pair, side), f"{label}: {side}")
+        for place, ids in enumerate(pair.between):
+            check_ids(ids, f"{label}: completion {place + 1}")
+        if len(pair.between) != len(pairs[0].between):
+            few, many = len(pairs[0].completions), len(pair.completions)
+            raise ValueError(f"{label}: has {many} completions, and the first of {name} {few}: they must have the same number")
 
 
 def check_completions(completions: Any) -> None:

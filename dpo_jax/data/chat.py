@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from dpo_jax.data.messages import Message, Template, call_names, read_messages, read_template
-from dpo_jax.data.pairs import BadRow, Cause, Preference, Spans, check_pair
+from dpo_jax.data.pairs import BadRow, Cause, Preference, Spans, check_completion, check_pair
 from dpo_jax.data.turns import assistant_spans, boundary, refuse_rewriting
 
 SIDES = ("chosen", "rejected")
@@ -49,27 +50,56 @@ def chat_preference(
     else:
         turns = read_messages(prompt, "prompt", tokenizer)
         _check_apart(turns, sides)
+    rendered = _conversation(template, turns, dict(zip(SIDES, sides, strict=True)), context=context)
+    chosen, rejected = rendered.completions
+    check_pair(rendered.prompt, chosen, rejected)
+    return Preference(
+        rendered.prompt,
+        chosen,
+        rejected,
+        uid,
+        chat=True,
+        chosen_spans=rendered.spans[0],
+        rejected_spans=rendered.spans[1],
+        notes=rendered.notes,
+        prompt_digest=rendered.prompt_digest,
+    )
+
+
+class Conversation(NamedTuple):
+    """A prompt and completions of it as a chat template writes them."""
+
+    prompt: str
+    completions: list[str]
+    spans: list[Spans | None]  # of each completion, as in `Preference`
+    notes: tuple[str, ...]
+    prompt_digest: str
+
+
+def chat_completions(prompt: list[Any], completions: Mapping[str, Any], *, uid: str, tokenizer: Any) -> Conversation:
+    """Any number of completions of one prompt, lists of messages by name, rendered as in `chat_preference`."""
+    template = read_template(tokenizer, where=uid)
+    turns = read_messages(prompt, "prompt", tokenizer)
+    sides = {name: read_messages(side, name, tokenizer) for name, side in completions.items()}
+    rendered = _conversation(template, turns, sides)
+    for name, text in zip(sides, rendered.completions, strict=True):
+        check_completion(text, field=name)
+    return rendered
+
+
+def _conversation(
+    template: Template, turns: list[Message], sides: Mapping[str, list[Message]], *, context: int = 0
+) -> Conversation:
+    """Prompt and completions, checked and rendered. Turns after the assistant's last one are left off."""
     notes = template.notes()
-    ended = [_until_the_assistant(side) for side in sides]
-    for name, side in zip(SIDES, ended, strict=True):
+    ended = {name: _until_the_assistant(side) for name, side in sides.items()}
+    for name, side in ended.items():
         _check_completion(side, name, context=context)
     if ended != sides:
         notes.append("turns after the assistant's last one are left off")
     _check_prompt(turns, "prompt")
-    texts, spans, found = _rendered(template, turns, ended, context)
-    prompt_text, chosen_text, rejected_text = texts
-    check_pair(prompt_text, chosen_text, rejected_text)
-    return Preference(
-        prompt_text,
-        chosen_text,
-        rejected_text,
-        uid,
-        chat=True,
-        chosen_spans=spans[0],
-        rejected_spans=spans[1],
-        notes=(*notes, *found),
-        prompt_digest=_digest(turns),
-    )
+    (text, *texts), spans, found = _rendered(template, turns, ended, context)
+    return Conversation(text, texts, spans, (*notes, *found), _digest(turns))
 
 
 def _digest(messages: list[Message]) -> str:
@@ -152,19 +182,19 @@ def _check_calls(text: str, turns: list[Message]) -> None:
 
 
 def _rendered(
-    template: Template, turns: list[Message], sides: list[list[Message]], context: int
+    template: Template, turns: list[Message], sides: Mapping[str, list[Message]], context: int
 ) -> tuple[list[str], list[Spans | None], list[str]]:
     """Texts of prompt and completions, spans of the completions, and what there is to say about them."""
     asked = _asked(template, turns)
-    wholes = [template.render(turns + side) for side in sides]
-    for whole, side in zip(wholes, sides, strict=True):
+    wholes = [template.render(turns + side) for side in sides.values()]
+    for whole, side in zip(wholes, sides.values(), strict=True):
         _check_calls(whole, turns + side)
     if all(whole.startswith(asked) for whole in wholes):
         start, notes = len(asked), []
     else:
         asked, wholes, start, notes = _parted(template, turns, sides, asked, wholes)
     texts, spans = [asked[:start]], []
-    for name, side, whole in zip(SIDES, sides, wholes, strict=True):
+    for (name, side), whole in zip(sides.items(), wholes, strict=True):
         texts.append(_without_end(whole[start:], template.tokenizer))
         if len(side) == 1:
             spans.append(None)
@@ -173,7 +203,7 @@ def _rendered(
         spans.append(tuple((begin - start, min(end - start, len(texts[-1]))) for begin, end in found))
     if any(turn["role"] in ("system", "user") and (turn["content"] or "").strip() not in asked for turn in turns):
         notes.append("the chat template leaves out or changes part of a system's or user's message in the prompt")
-    own = ((turn, whole) for side, whole in zip(sides, wholes, strict=True) for turn in side[context:])
+    own = ((turn, whole) for side, whole in zip(sides.values(), wholes, strict=True) for turn in side[context:])
     if any((turn["content"] or "").strip() not in whole for turn, whole in own):
         notes.append("the chat template leaves out or changes part of what the assistant wrote, its reasoning for example")
     return texts, spans, notes
@@ -186,7 +216,7 @@ def _without_end(completion: str, tokenizer: Any) -> str:
 
 
 def _parted(
-    template: Template, turns: list[Message], sides: list[list[Message]], asked: str, wholes: list[str]
+    template: Template, turns: list[Message], sides: Mapping[str, list[Message]], asked: str, wholes: list[str]
 ) -> tuple[str, list[str], int, list[str]]:
     """Prompt, wholes, where the prompt ends in them, and notes, where an answer does not go on as the generation prompt begins.
 
@@ -195,13 +225,15 @@ def _parted(
     """
     bare = template.render(turns)
     before = len(os.path.commonprefix([asked, bare]))  # where the generation prompt begins
-    for name, whole in zip(SIDES, wholes, strict=True):
+    for name, whole in zip(sides, wholes, strict=True):
         if len(os.path.commonprefix([asked, whole])) < before:
             refuse_rewriting(name)
     opened = re.search(r"<([\w:-]+)>(\s*)$", asked[before:])
     if opened:
         tag, space = opened.groups()
-        written = [_with_reasoning(side, whole[before:], tag, space) for side, whole in zip(sides, wholes, strict=True)]
+        written = [
+            _with_reasoning(side, whole[before:], tag, space) for side, whole in zip(sides.values(), wholes, strict=True)
+        ]
         if all(text is not None for text in written):
             note = f"the chat template leaves out reasoning, which its generation prompt opens with '<{tag}>': taken as written"
             return asked, [f"{asked}{text}" for text in written], len(asked), [note]

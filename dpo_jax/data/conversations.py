@@ -35,6 +35,16 @@ def conversation(row: Row) -> tuple[Any, Any, Any]:
     return prompt, sides[0], sides[1]
 
 
+def same_kind(prompt: Any, completions: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A prompt and completions of it, by name: all messages where one of them is a list of messages, or else as they are."""
+    named = {name: _messages(value) for name, value in {"prompt": prompt, **completions}.items()}
+    if any(isinstance(value, list) for value in named.values()):
+        for name, value in named.items():
+            if not isinstance(value, list):
+                named[name] = [_turn("user" if name == "prompt" else "assistant", text({name: value}, name))]
+    return named.pop("prompt"), named
+
+
 def _messages(value: Any) -> Any:
     """Messages `{"role", "content"}`, where the value is one of these, or are those of ShareGPT, `{"from", "value"}`."""
     if isinstance(value, Mapping) and value.keys() & {"role", "from"}:

@@ -12,6 +12,8 @@ from dpo_jax.data.columns import text as text_in
 
 Truncation = Literal["keep_end", "keep_start"]
 Bos = Literal["auto", "always", "never"]
+Side = tuple[np.ndarray, np.ndarray | None]
+"""A completion: int32[n] ids, and bool[n], which of them are scored (None: all)."""
 
 
 class EosInText(ValueError):
@@ -28,6 +30,9 @@ class Encoded:
         bos_added                              the first token of the prompt is a BOS that its text does not hold
         chosen_scored, rejected_scored         bool[n]: which tokens of a completion count; None: all of them. The others are
                                                context, such as turns of a user: the model reads them
+        between                                of a ranking: the completions between best (`chosen`) and worst (`rejected`)
+        between_cut                            how many of their tokens truncation removed
+        desirable                              of a single completion, `chosen`: its label; `rejected` is a mismatched one
 
     `encode` makes one of texts; token ids of your own do as well:
 
@@ -45,16 +50,24 @@ class Encoded:
     bos_added: bool = False  # the prompt's first token is a BOS that its text does not hold
     chosen_scored: np.ndarray | None = None  # bool[n]
     rejected_scored: np.ndarray | None = None
+    between: tuple[np.ndarray, ...] = ()  # of a ranking: int32[n] each, better ones first
+    between_cut: int = 0
+    desirable: bool | None = None  # of a single completion (`data.unpaired`)
 
     @property
-    def sides(self) -> tuple[tuple[np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray | None]]:
-        """Ids, and which of them are scored, of both completions, chosen first."""
-        return (self.chosen, self.chosen_scored), (self.rejected, self.rejected_scored)
+    def sides(self) -> tuple[Side, ...]:
+        """Ids, and which of them are scored, of all completions, best first: two of a pair, all of a ranking."""
+        return (self.chosen, self.chosen_scored), *((ids, None) for ids in self.between), (self.rejected, self.rejected_scored)
 
     @property
-    def scored_tokens(self) -> tuple[int, int]:
-        """How many tokens of each completion count, chosen first."""
-        return count_scored(*self.sides[0]), count_scored(*self.sides[1])
+    def completions(self) -> tuple[np.ndarray, ...]:
+        """The ids of `sides`."""
+        return self.chosen, *self.between, self.rejected
+
+    @property
+    def scored_tokens(self) -> tuple[int, ...]:
+        """How many tokens of each completion count, best first."""
+        return tuple(count_scored(*side) for side in self.sides)
 
 
 def count_scored(ids: np.ndarray, scored: np.ndarray | None) -> int:
@@ -62,7 +75,7 @@ def count_scored(ids: np.ndarray, scored: np.ndarray | None) -> int:
     return len(ids) if scored is None else int(np.count_nonzero(scored))
 
 
-def scored_bytes(*sides: tuple[np.ndarray, np.ndarray | None]) -> bytes:
+def scored_bytes(*sides: Side) -> bytes:
     """Bytes that tell which tokens of completions (ids, scored) count, for keys and digests; none where all of them do."""
     if all(count_scored(*side) == len(side[0]) for side in sides):
         return b""
@@ -80,6 +93,7 @@ def encode(
     bos: Bos = "auto",
 ) -> Encoded:
     """Token ids of one preference: a mapping or record with `prompt`, `chosen`, `rejected` (and `uid`, if it has one).
+    A ranking has the texts `between`, too, and a single completion a label, `desirable`; its chosen and rejected are one.
 
     As `tokenize_batch_element` of the original: prompt and completions are tokenized apart, without special tokens, and EOS is
     appended to the completions. The prompt begins with BOS where `bos` says so (`with_bos`).
@@ -127,13 +141,14 @@ def encode(
         else (_completion_ids(tokenizer, get(side), side, chat=chat), None)
         for side in ("chosen", "rejected")
     )
-    full = {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected)}
+    between = [_completion_ids(tokenizer, text, f"completion {i + 1}", chat=chat) for i, text in enumerate(get("between", ()))]
+    full = {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected), "between": sum(map(len, between))}
 
-    longer = max(len(chosen), len(rejected))
+    longer = max(map(len, (chosen, *between, rejected)))
     if len(prompt) + longer > max_length:
         prompt = cut_prompt(prompt, max_prompt_length, tokenizer, truncation=truncation)
     if len(prompt) + longer > max_length:
-        chosen, rejected = (ids[: max_length - max_prompt_length] for ids in (chosen, rejected))
+        chosen, *between, rejected = (ids[: max_length - max_prompt_length] for ids in (chosen, *between, rejected))
     return Encoded(
         prompt=prompt,
         chosen=chosen,
@@ -145,6 +160,9 @@ def encode(
         bos_added=full["prompt"] > len(own),
         chosen_scored=None if chosen_scored is None else chosen_scored[: len(chosen)],
         rejected_scored=None if rejected_scored is None else rejected_scored[: len(rejected)],
+        between=tuple(between),
+        desirable=get("desirable"),
+        between_cut=full["between"] - sum(map(len, between)),
     )
 
 

@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from dpo_jax.loss_table import RowKind
+
 
 class Column(NamedTuple):
     """What a column holds; whether every row must have it."""
@@ -25,6 +27,7 @@ class Format(NamedTuple):
     told_by    a row with these columns is of this format ...
     lacks      ... unless it has one of these ...
     begins     ... or the text in these does not begin so, white space left out
+    rows       what a row states
     """
 
     name: str
@@ -34,6 +37,7 @@ class Format(NamedTuple):
     example: Mapping[str, Any]
     lacks: tuple[str, ...] = ()
     begins: Mapping[str, str] = {}
+    rows: RowKind = "pairs"
 
     @property
     def needs(self) -> list[str]:
@@ -48,6 +52,7 @@ class Format(NamedTuple):
         return getattr(formats, self.name)
 
 
+_PROMPT = Column("the prompt, a text or messages")
 _SUBSET = Column("part of the data set, by which evaluation also reports", needed=False)
 _BETTER, _WORSE = Column("the better completion"), Column("the worse one")
 
@@ -179,6 +184,35 @@ _FORMATS = (
         },
         ("chosen", "rejected"),
         {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
+    ),
+    Format(
+        "unpaired",
+        "single completions with a label, for the losses kto and apo_zero_unpaired",
+        {
+            "prompt": _PROMPT,
+            "completion": Column("a completion, a text or messages"),
+            "label": Column("true if it is desirable, false if not; or 1 and 0"),
+            "subset": _SUBSET,
+        },
+        ("prompt", "completion", "label"),
+        {"prompt": "The sky is", "completion": " blue.", "label": True},
+        rows="unpaired",
+    ),
+    Format(
+        "ranked",
+        "rankings, for the loss plackett_luce; for other losses every two completions of different rank form a pair",
+        {
+            "prompt": _PROMPT,
+            "completions": Column(
+                "two or more completions, texts or messages; best first unless ranks or scores say otherwise"
+            ),
+            "ranks": Column("their ranks, 1 is the best", needed=False),
+            "scores": Column("their scores, more is better", needed=False),
+            "subset": _SUBSET,
+        },
+        ("prompt", "completions"),
+        {"prompt": "The sky is", "completions": [" blue.", " grey.", " green."], "ranks": [1, 2, 3]},
+        rows="rankings",
     ),
 )
 FORMATS: Mapping[str, Format] = {format.name: format for format in _FORMATS}

@@ -10,27 +10,32 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from dpo_jax.data.chat import chat_preference
+from dpo_jax.data.chat import chat_completions, chat_preference
 from dpo_jax.data.columns import Row, column, number, text
-from dpo_jax.data.conversations import conversation
+from dpo_jax.data.conversations import conversation, same_kind
 from dpo_jax.data.html import strip_html
 from dpo_jax.data.pairs import (
     MAX_CHARACTERS,
     BadRow,
     Cause,
     Preference,
+    Spans,
     check_completion,
     check_different,
     check_length,
     check_pair,
+    check_prompt,
     split_hh,
 )
+from dpo_jax.data.row_kinds import Ranking
 from dpo_jax.untrusted import TooDeep
 
 Rows = Iterable[tuple[str, Row]]
 Candidates = Iterator[tuple[str, Preference | BadRow]]
+Stated = TypeVar("Stated", Preference, Ranking)
+Rankings = Iterator[tuple[str, Ranking | BadRow]]
 
 SHP_MIN_RATIO = 2.0
 MAX_MARKUP = 4 * MAX_CHARACTERS
@@ -242,6 +247,86 @@ def stack_exchange(rows: Rows, *, tokenizer: Any = None) -> Candidates:
                 yield uid, problem
 
 
+def unpaired(rows: Rows, *, tokenizer: Any = None) -> Candidates:
+    """Single completions with a label, as KTO reads them: `prompt`, `completion`, and whether that is desirable."""
+
+    def preference(uid: str, row: Row) -> Preference:
+        label = column(row, "label")
+        desirable = label if isinstance(label, bool) else number(row, "label")
+        if desirable not in (0, 1):
+            raise BadRow(Cause.OUT_OF_RANGE, f"true or false, or 1 or 0, is needed, this is {desirable:g}", field="label")
+        prompt, (completion,), (spans,), more = _completions(row, [("completion", column(row, "completion"))], uid, tokenizer)
+        both = {"chosen_spans": spans, "rejected_spans": spans}
+        return Preference(prompt, completion, completion, uid, desirable=bool(desirable), **both, **more)
+
+    return _one_each(rows, preference)
+
+
+def ranked(rows: Rows, *, tokenizer: Any = None) -> Rankings:
+    """Rankings: `completions`, the best first; or in any order with their `ranks` (1 is the best) or `scores`."""
+
+    def ranking(uid: str, row: Row) -> Ranking:
+        several = column(row, "completions")
+        if not isinstance(several, list):
+            detail = f"a list of completions is needed, this is {type(several).__name__}"
+            raise BadRow(Cause.WRONG_TYPE, detail, field="completions")
+        if len(several) < 2:
+            raise BadRow(Cause.NO_PAIR, f"a ranking has at least two completions, this one {len(several)}", field="completions")
+        if len(several) > MAX_ANSWERS:
+            raise BadRow(
+                Cause.OUT_OF_RANGE, f"{len(several):,} completions, and {MAX_ANSWERS:,} are the limit", field="completions"
+            )
+        ranks = _ranks(row, len(several))
+        named = [(f"completions.{i}", completion) for i, completion in enumerate(several)]
+        prompt, texts, spans, more = _completions(row, named, uid, tokenizer)
+        for (name, _), parts in zip(named, spans, strict=True):
+            if parts is not None:
+                detail = "a completion of several turns, where those of a ranking have one, the assistant's answer"
+                raise BadRow(Cause.TOO_LONG, detail, field=name)
+        order = sorted(range(len(texts)), key=lambda i: ranks[i])
+        if len(set(texts)) < len(texts):
+            raise BadRow(Cause.IDENTICAL, "two completions are the same text", field="completions")
+        return Ranking(prompt, tuple(texts[i] for i in order), tuple(ranks[i] for i in order), uid, **more)
+
+    return _one_each(rows, ranking)
+
+
+def _ranks(row: Row, count: int) -> list[float]:
+    """The rank of each completion, less is better: by `ranks`, by `scores`, or by their order."""
+    found: dict[str, list[float]] = {}
+    for field, sign in (("ranks", 1), ("scores", -1)):
+        values = row.get(field)
+        if values is None:
+            continue
+        if not isinstance(values, list) or len(values) != count:
+            what = f"a list of {len(values)}" if isinstance(values, list) else type(values).__name__
+            raise BadRow(Cause.WRONG_TYPE, f"a list of {count} numbers is needed, this is {what}", field=field)
+        items = {str(i): value for i, value in enumerate(values)}
+        found[field] = [sign * number(items, name, inside=f"{field}.") for name in items]
+    if len(found) == 2 and any(
+        (a - b) * (c - d) < 0 for (a, c), (b, d) in combinations(zip(found["ranks"], found["scores"], strict=True), 2)
+    ):
+        raise BadRow(Cause.OUT_OF_RANGE, "ranks and scores put the completions in different orders", field="ranks, scores")
+    return next(iter(found.values()), [float(i + 1) for i in range(count)])
+
+
+def _completions(
+    row: Row, completions: list[tuple[str, Any]], uid: str, tokenizer: Any
+) -> tuple[str, list[str], list[Spans | None], dict[str, Any]]:
+    """Prompt, completions, spans of these and what else the template said, of texts or of messages, given with their names."""
+    prompt, sides = same_kind(column(row, "prompt"), dict(completions))
+    if isinstance(prompt, list):
+        found = chat_completions(prompt, sides, uid=uid, tokenizer=tokenizer)
+        more = {"chat": True, "notes": found.notes, "prompt_digest": found.prompt_digest}
+        return found.prompt, found.completions, found.spans, more
+    prompt = text(row, "prompt")
+    check_prompt(prompt)
+    texts = [text(sides, name) for name in sides]
+    for name, completion in zip(sides, texts, strict=True):
+        check_completion(completion, field=name)
+    return prompt, texts, [None] * len(texts), {}
+
+
 def _without_html(row: Row, field: str, *, inside: str = "") -> str:
     markup = text(row, field, inside=inside)
     check_length(markup, field=inside + field, most=MAX_MARKUP)
@@ -277,7 +362,7 @@ def _answer(answer: Row, place: str) -> _Answer:
     return _Answer(score, completion, None)
 
 
-def _one_each(rows: Rows, preference: Callable[[str, Row], Preference]) -> Candidates:
+def _one_each(rows: Rows, preference: Callable[[str, Row], Stated]) -> Iterator[tuple[str, Stated | BadRow]]:
     for uid, row in rows:
         try:
             yield uid, _with_subset(preference(uid, row), row)
@@ -285,7 +370,7 @@ def _one_each(rows: Rows, preference: Callable[[str, Row], Preference]) -> Candi
             yield uid, problem
 
 
-def _with_subset(preference: Preference, row: Row) -> Preference:
+def _with_subset(preference: Stated, row: Row) -> Stated:
     subset = row.get("subset")
     if subset is None or subset == "":
         return preference

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_jax.data.encode import Encoded, count_scored, scored_bytes
+from dpo_jax.data.encode import Encoded, Side, scored_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,18 +22,18 @@ class PairGroup:
     scored: tuple[np.ndarray | None, ...] = ()  # bool[n] each: tokens that count, None for all; empty: all of all completions
 
     @property
-    def sides(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    def sides(self) -> list[Side]:
         """Ids, and which of them are scored, of each completion."""
         return list(zip(self.completions, self.scored or [None] * len(self.completions), strict=True))
 
-    @property
-    def scored_tokens(self) -> int:
-        """How many tokens count, of all completions together."""
-        return sum(count_scored(*side) for side in self.sides)
-
 
 def group_pairs(pairs: Sequence[Encoded]) -> list[PairGroup]:
-    """All `pairs`, by prompt, in the order in which prompts first come. Each is in one group, also one that comes twice."""
+    """All `pairs`, by prompt, in the order in which prompts first come. Each is in one group, also one that comes twice.
+
+    Raises ValueError for rankings of more than two completions.
+    """
+    if longer := next((pair for pair in pairs if pair.between), None):
+        raise ValueError(f"{longer.uid or 'an example'} is a ranking of {len(longer.completions)} completions, and no pair")
     by_prompt: dict[bytes, list[int]] = {}
     for number, pair in enumerate(pairs):
         by_prompt.setdefault(pair.prompt.tobytes(), []).append(number)
@@ -41,7 +41,7 @@ def group_pairs(pairs: Sequence[Encoded]) -> list[PairGroup]:
 
 
 def _group(pairs: Sequence[Encoded], members: Sequence[int]) -> PairGroup:
-    completions: dict[tuple[bytes, bytes], tuple[np.ndarray, np.ndarray | None]] = {}
+    completions: dict[tuple[bytes, bytes], Side] = {}
     for number in members:
         for side in pairs[number].sides:
             completions.setdefault(_name(*side), side)

@@ -144,15 +144,11 @@ def ranking_rows(rankings: Sequence[Ranking], *, length: int, ref_logps: Array |
         longest = len(prompt) + max(len(completion) for completion in completions)
         if longest > length:
             raise ValueError(f"ranking {number}: needs rows of {longest} tokens, and they hold {length}; raise the row length")
-    texts = [(prompt, completion) for prompt, completions in rankings for completion in completions]
-    rows = Layout("plain", length=length, scored=length).rows(texts, at_least=places * at_least)
-    index = rows.index[::places] // places  # -1 stays -1
-    rows = rows.replace(index=index, weight=(index >= 0).astype(np.float32))
-    if ref_logps is None:
-        return rows
-    check_ref_logps(ref_logps, (len(rankings), places), of=f"there are {len(rankings)} rankings of {places} completions")
-    fillers = np.zeros((len(index) - len(rankings), places), np.float32)
-    return rows.replace(ref_logps=np.concatenate([np.asarray(ref_logps, np.float32), fillers]))
+    if ref_logps is not None:
+        check_ref_logps(ref_logps, (len(rankings), places), of=f"there are {len(rankings)} rankings of {places} completions")
+    encoded = [Encoded(prompt, best, worst, between=tuple(between)) for prompt, (best, *between, worst) in rankings]
+    layout = Layout("plain", length=length, scored=length)
+    return layout.rows(encoded, ref_logps=ref_logps, at_least=places * at_least)
 
 
 def examples_to_rows(values: Array, rows: Rows) -> np.ndarray:
@@ -219,11 +215,13 @@ class Layout:
     ) -> tuple[Rows, np.ndarray]:
         """What `rows` gives, and `index` int32[E] of all parts: which example each place of the batch holds, -1 for none.
 
-        A group has places for `pairs` pairs: `index` counts these, and `ref_logps` is [groups, pairs, 2].
+        A group has places for `pairs` pairs: `index` counts these, and `ref_logps` is [groups, pairs, 2]. Labels of single
+        completions come as the column `desirable` of `extras`.
         """
-        pairs = bool(examples) and isinstance(examples[0], Encoded)
+        first = examples[0] if examples else None
+        pairs, places = isinstance(first, Encoded), places_of(first)
         groups = [example for example in examples if isinstance(example, PairGroup)]
-        two_rows = pairs and self.kind == "plain"  # make one example
+        each = places if pairs and self.kind == "plain" else 1  # rows of an example
         sizes = np.array([size for example in examples for size in self._sizes(example)]).reshape(-1, 2)
         self._check(examples, sizes)
         bins = self._bins(sizes, at_least=at_least)
@@ -234,21 +232,26 @@ class Layout:
             raise ValueError(f"{len(bins)} rows do not divide into {part[1]} equal parts: raise rows_multiple")
         here = slice(part[0] * len(bins) // part[1], (part[0] + 1) * len(bins) // part[1])
         units = {member: self._unit(examples, member) for members in bins[here] for member in members}
-        slots = self.completions if groups else 2 if pairs and not two_rows else 1
+        slots = self.completions if groups else places // each
         rows = place_units(units, index[here], length=self.length, scored=self.scored, unit_slots=slots)
         if groups:
             slots_of_pairs, index = self._pairs(groups, index)
             rows = rows.replace(pairs=slots_of_pairs[here])
-        if two_rows:
-            index = np.where(index[::2] < 0, -1, index[::2] // 2)
-        mine = index[here.start // 2 : here.stop // 2] if two_rows else index[here]
+        if each > 1:
+            index = np.where(index[::each] < 0, -1, index[::each] // each)
+        mine = index[here.start // each : here.stop // each]
         rows = rows.replace(index=mine.reshape(-1), weight=(mine.reshape(-1) >= 0).astype(np.float32))
         if ref_logps is not None:
             if groups:
                 check_ref_logps(ref_logps, (len(groups), self.pairs, 2), of="the pairs of each group, chosen first")
             elif pairs:
-                check_ref_logps(ref_logps, (len(examples), 2), of="one row for each pair, chosen first")
-            rows = rows.replace(ref_logps=examples_to_rows(np.asarray(ref_logps, np.float32).reshape(-1, 2), rows))
+                of = "one row for each pair, chosen first" if places == 2 else "one row for each ranking, best first"
+                check_ref_logps(ref_logps, (len(examples), places), of=of)
+            values = np.asarray(ref_logps, np.float32).reshape(-1, places if pairs else 2)
+            rows = rows.replace(ref_logps=examples_to_rows(values, rows))
+        if isinstance(first, Encoded) and first.desirable is not None:
+            labels = np.array([getattr(example, "desirable", None) is True for example in examples], np.float32)
+            rows = rows.replace(extras={"desirable": examples_to_rows(labels, rows)})
         return rows, index.reshape(-1)
 
     def _pairs(self, groups: Sequence[PairGroup], members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -270,12 +273,12 @@ class Layout:
             return [Completion.of(example).size]
         if self.kind == "plain":
             return [Completion(example.prompt, *side).size for side in example.sides]
-        tokens = len(example.prompt) + len(example.chosen) + len(example.rejected)
-        return [(tokens, sum(example.scored_tokens))]
+        return [group_size(example, shared=True)]
 
     def _check(self, examples: Sequence[Example], sizes: np.ndarray) -> None:
         for group in examples:
             if not isinstance(group, PairGroup):
+                _check_alike(examples)
                 break
             if len(group.completions) > self.completions or len(group.pairs) > self.pairs:
                 raise ValueError(
@@ -288,7 +291,9 @@ class Layout:
         number = int(bad[0])
         example = examples[number * len(examples) // len(sizes)]
         name = (example.uid or f"pair {number}") if isinstance(example, Encoded) else f"text {number}"
-        side = f" ({('chosen', 'rejected')[number % 2]})" if len(sizes) > len(examples) else ""
+        places = len(sizes) // len(examples)
+        names = ("chosen", "rejected") if places == 2 else [f"completion {place}" for place in range(places)]
+        side = f" ({names[number % places]})" if places > 1 else ""
         raise ValueError(
             f"{name}{side}: needs a row of {sizes[number][0]} tokens, {sizes[number][1]} of them scored, and rows hold "
             f"{self.length} and {self.scored}; raise the row length or lower max_length"
@@ -296,10 +301,11 @@ class Layout:
 
     def _unit(self, examples: Sequence[Example], number: int) -> Unit:
         if self.kind == "plain" and isinstance(examples[0], Encoded):
-            pair = cast(Encoded, examples[number // 2])
-            return completion_unit(pair.prompt, *pair.sides[number % 2])
+            places = places_of(examples[0])
+            pair = cast(Encoded, examples[number // places])
+            return completion_unit(pair.prompt, *pair.sides[number % places])
         example = examples[number]
-        if isinstance(example, PairGroup):
+        if isinstance(example, PairGroup) or (isinstance(example, Encoded) and example.between):
             return group_unit(example, shared=self.kind != "plain")
         return shared_unit(example) if isinstance(example, Encoded) else completion_unit(*Completion.of(example))
 
@@ -313,6 +319,23 @@ class Layout:
         count = max(len(bins), at_least)
         count = next((allowed for allowed in self.row_counts if allowed >= count), count)
         return bins + [[]] * (count + -count % self.rows_multiple - len(bins))
+
+
+def _check_alike(examples: Sequence[Example]) -> None:
+    """Raises ValueError unless all have as many completions as the first, and all have a label or none."""
+    for example in examples:
+        if isinstance(example, Encoded) and places_of(example) != places_of(examples[0]):
+            raise ValueError(
+                f"{example.uid or 'an example'} has {places_of(example)} completions, and the first example has "
+                f"{places_of(examples[0])}: those of a batch have the same number"
+            )
+        if (getattr(example, "desirable", None) is None) != (getattr(examples[0], "desirable", None) is None):
+            raise ValueError("some examples have a label (desirable) and some have none: a batch is of one kind")
+
+
+def places_of(example: Example | None) -> int:
+    """How many completions an example has: 2 of a pair, K of a ranking, 1 of a text. (A group has places of its own.)"""
+    return len(example.completions) if isinstance(example, Encoded) else 1
 
 
 def first_fit_decreasing(sizes: np.ndarray, *, capacity: tuple[int, ...]) -> list[list[int]]:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.pairs import source_of
 
-PARTS = ("prompt", "chosen", "rejected")
+Part = tuple[tuple[np.ndarray, ...], int]
+"""Texts as token ids, and how many of their tokens truncation removed."""
+
+
+def parts_of(pair: Encoded) -> Mapping[str, Part]:
+    """The texts of an example by name: prompt, chosen, rejected; of a ranking best, between, worst; of one its completion."""
+    prompt, chosen = ((pair.prompt,), pair.prompt_cut), ((pair.chosen,), pair.chosen_cut)
+    rejected = (pair.rejected,), pair.rejected_cut
+    if pair.desirable is not None:
+        return {"prompt": prompt, "completion": chosen}
+    if pair.between:
+        return {"prompt": prompt, "best": chosen, "between": (pair.between, pair.between_cut), "worst": rejected}
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def length_table(pairs: Sequence[Encoded]) -> dict[str, dict[str, float]]:
-    """Mean, percentiles and maximum of the token counts of prompt, chosen and rejected, EOS and BOS included."""
+    """Mean, percentiles and maximum of the token counts of prompt, chosen and rejected (`parts_of`), EOS and BOS included."""
     table = {}
-    for name in PARTS:
-        sizes = np.array([len(getattr(pair, name)) for pair in pairs])
+    parts = [parts_of(pair) for pair in pairs]
+    for name in parts[0]:
+        sizes = np.array([len(ids) for of_pair in parts for ids in of_pair[name][0]])
         percentiles = np.percentile(sizes, [50, 90, 99])
         table[name] = {
             "mean": float(sizes.mean()),
@@ -29,13 +42,14 @@ def length_table(pairs: Sequence[Encoded]) -> dict[str, dict[str, float]]:
 def cut_table(pairs: Sequence[Encoded]) -> dict[str, dict[str, float]]:
     """What truncation removed: pairs that lost tokens, these tokens, and their share of all tokens, by part.
 
-    "completions" are chosen and rejected together: a pair that lost the end of either counts once.
+    "completions" are all of them together: a pair that lost the end of any counts once.
     """
     table = {}
-    for name in (*PARTS, "completions"):
-        parts = PARTS[1:] if name == "completions" else (name,)
-        cut = np.array([sum(getattr(pair, f"{part}_cut") for part in parts) for pair in pairs])
-        kept = sum(len(getattr(pair, part)) for pair in pairs for part in parts)
+    parts = [parts_of(pair) for pair in pairs]
+    for name in (*parts[0], "completions"):
+        names = [part for part in parts[0] if part != "prompt"] if name == "completions" else [name]
+        cut = np.array([sum(of_pair[part][1] for part in names) for of_pair in parts])
+        kept = sum(len(ids) for of_pair in parts for part in names for ids in of_pair[part][0])
         table[name] = {
             "pairs": int((cut > 0).sum()),
             "tokens": int(cut.sum()),
@@ -50,11 +64,11 @@ def source_table(pairs: Sequence[Encoded]) -> dict[str, dict[str, float]]:
     for pair in pairs:
         row = table.setdefault(source_of(pair.uid), {"pairs": 0, "tokens": 0})
         row["pairs"] += 1
-        row["tokens"] += sum(len(getattr(pair, name)) for name in PARTS)
+        row["tokens"] += sum(len(ids) for texts, _ in parts_of(pair).values() for ids in texts)
     totals = {what: max(1, sum(row[what] for row in table.values())) for what in ("pairs", "tokens")}
     return {name: row | {f"{what}_share": row[what] / total for what, total in totals.items()} for name, row in table.items()}
 
 
 def length_differences(pairs: Sequence[Encoded]) -> np.ndarray:
     """Scored tokens of chosen less those of rejected: int64[P]. Their signs are the votes of the rule "the longer one wins"."""
-    return np.array([chosen - rejected for chosen, rejected in (pair.scored_tokens for pair in pairs)], np.int64)
+    return np.array([best - worst for best, *_, worst in (pair.scored_tokens for pair in pairs)], np.int64)

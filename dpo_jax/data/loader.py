@@ -13,7 +13,7 @@ import numpy as np
 
 from dpo_jax.data.encode import Encoded, count_scored
 from dpo_jax.data.groups import PairGroup
-from dpo_jax.data.layout import Completion, Example, Layout, first_fit_decreasing
+from dpo_jax.data.layout import Completion, Example, Layout, first_fit_decreasing, places_of
 from dpo_jax.data.segments import group_size
 from dpo_jax.types import Array, Rows
 
@@ -68,7 +68,7 @@ def stream(
     uids: Sequence[str] | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> Callable[[int], Batch]:
-    """`stream(step) -> Batch`: shuffled training batches. `ref_logps[E, 2]` is in the order of `examples` (of groups,
+    """`stream(step) -> Batch`: shuffled training batches. `ref_logps[E, K]` is in the order of `examples` (of groups,
     [E, pairs, 2]). `epochs`, `behind`: as in `batch_indices`.
 
     `part` (`Partitioner.host_part`) builds only the rows of one host; the batch does not depend on how many there are.
@@ -110,8 +110,7 @@ def make_batch(
     """The rows of `examples[indices]`. `index` counts within the batch. A short batch is filled with empty rows."""
     chosen = [examples[i] for i in indices]
     pairs = not isinstance(chosen[0], tuple)
-    two_rows = layout.kind == "plain" and isinstance(chosen[0], Encoded)
-    at_least = 0 if layout.per_row > 1 else batch * (2 if two_rows else 1)
+    at_least = 0 if layout.per_row > 1 else batch * (places_of(chosen[0]) if layout.kind == "plain" else 1)
     ref = None if ref_logps is None else np.asarray(ref_logps)[indices]
     rows, index = layout.place(chosen, ref_logps=ref, at_least=at_least, part=part)
     names = [
@@ -260,20 +259,16 @@ def round_up(x: float, multiple: int) -> int:
 
 def _tokens(example: Example, *, plain: bool) -> int:
     """Positions that `example` takes up in all its rows."""
-    if isinstance(example, PairGroup):
+    if isinstance(example, PairGroup | Encoded):
         return group_size(example, shared=not plain)[0]
-    if not isinstance(example, Encoded):
-        return Completion.of(example).size[0]
-    return len(example.prompt) * (2 if plain else 1) + len(example.chosen) + len(example.rejected)
+    return Completion.of(example).size[0]
 
 
 def _scored(example: Example) -> int:
     """Positions of `example` that are scored."""
-    if isinstance(example, PairGroup):
-        return example.scored_tokens
-    if not isinstance(example, Encoded):
-        return Completion.of(example).size[1]
-    return sum(example.scored_tokens)
+    if isinstance(example, PairGroup | Encoded):
+        return sum(count_scored(*side) for side in example.sides)
+    return Completion.of(example).size[1]
 
 
 def _size(example: Example, *, plain: bool) -> tuple[int, int]:
@@ -283,6 +278,6 @@ def _size(example: Example, *, plain: bool) -> tuple[int, int]:
     if not isinstance(example, Encoded):
         text = Completion.of(example)
         return text.size[0], count_scored(*text[1:])
-    whole, scored = (len(example.chosen), len(example.rejected)), example.scored_tokens
-    several = max if plain else sum
-    return len(example.prompt) + several(whole), several(scored)
+    if not plain:
+        return group_size(example, shared=True)
+    return len(example.prompt) + max(map(len, example.completions)), max(example.scored_tokens)

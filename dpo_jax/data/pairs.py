@@ -82,7 +82,11 @@ Spans = tuple[tuple[int, int], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """A prompt and two completions of it. `prompt + chosen` is the text as it was written: nothing is stripped or added."""
+    """A prompt and two completions of it. `prompt + chosen` is the text as it was written: nothing is stripped or added.
+
+    A ranking of more than two has the others `between`. Of a single completion, which is `desirable` or not, both `chosen` and
+    `rejected` are its text.
+    """
 
     prompt: str
     chosen: str
@@ -95,6 +99,8 @@ class Preference:
     rejected_spans: Spans | None = None
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # how it was rendered; the report counts them
     prompt_digest: str | None = None  # of a conversation: of its messages, whatever template and date wrote the prompt
+    between: tuple[str, ...] = ()  # of a ranking: better ones first
+    desirable: bool | None = None  # of a single completion
 
 
 class BadRow(Unreadable):
@@ -327,12 +333,17 @@ def check_length(text: str, *, field: str, most: int = MAX_CHARACTERS) -> None:
 
 def check_pair(prompt: str, chosen: str, rejected: str) -> None:
     """Raises `BadRow` if the texts do not make a preference: blank prompt, blank or endless completion, or no difference."""
-    check_length(prompt, field="prompt")
-    if not prompt.strip():
-        raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt")
+    check_prompt(prompt)
     check_completion(chosen, field="chosen")
     check_completion(rejected, field="rejected")
     check_different(chosen, rejected)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises `BadRow` for a prompt that is endless or blank."""
+    check_length(prompt, field="prompt")
+    if not prompt.strip():
+        raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt")
 
 
 def check_completion(text: str, *, field: str) -> None:

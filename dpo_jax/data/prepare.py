@@ -13,6 +13,8 @@ from dpo_jax.data.encode import Bos, Encoded, EosInText, Truncation, encode, sco
 from dpo_jax.data.layout import Completion, Text
 from dpo_jax.data.mixture import copy_number
 from dpo_jax.data.pairs import BadRow, Cause, DataReport, OnBad, Preference, PreferenceSet, Spans, Triage
+from dpo_jax.data.segments import group_size
+from dpo_jax.data.unpaired import mismatched, one_prompt
 from dpo_jax.untrusted import reading
 
 
@@ -44,6 +46,8 @@ def encode_all(
 
     A pair whose `sft_target` cannot be learnt is unusable too, so that every task of a run has the same data.
 
+    Single completions get a mismatched one each (`data.unpaired`).
+
     `row_length` is the longest row a pair may need in the shared layout, in tokens. Truncations are counted in the report, and
     a pair that truncation makes identical carries no preference any more: it is always dropped, and counted.
     """
@@ -51,18 +55,30 @@ def encode_all(
     triage = Triage(report, on_bad=on_bad)
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "truncation": truncation, "bos": bos}
     tokenizer = _Remembering(tokenizer)
-    kept = []
+    sound: list[Encoded] = []
     for preference in preferences:
         try:
             pair = _encode_text(preference, tokenizer, **limits)
-            _check(pair, tokenizer, row_length)
+            _check(pair, tokenizer)
             _check_target(preference, tokenizer)
         except BadRow as problem:
             triage.reject(preference.uid, problem)
             continue
+        sound.append(pair)
+    if any(pair.desirable is not None for pair in sound):
+        if one_prompt(sound):
+            report.notes.append("all completions have one prompt: none is mismatched, and KTO's z0 is that of the completions")
+        sound = mismatched(sound, max_length=max_length)
+    kept = []
+    for pair in sound:
+        try:
+            _check_room(pair, row_length)
+        except BadRow as problem:
+            triage.reject(pair.uid, problem)
+            continue
         kept.append(pair)
-        for what in ("prompt", "chosen", "rejected"):
-            if getattr(pair, f"{what}_cut"):
+        for what in ("prompt", "chosen", "rejected", "between"):
+            if getattr(pair, f"{what}_cut") and not (what == "rejected" and pair.desirable is not None):
                 report.truncated[what] = report.truncated.get(what, 0) + 1
     triage.finish(len(kept))
     return EncodedSet(kept, report)
@@ -81,13 +97,15 @@ def encode_targets(
     """What SFT learns: (prompt, completion) token ids of each distinct text, and their uids. `preferences` passed `encode_all`.
 
     The completion is the `sft_target` of a preference, or else its chosen side, cut like the original cuts it: against its own
-    length only. Of a completion of several turns those of the assistant are scored. With `score_prompt` prompt and completion
-    are one text, all of which is scored (but its first token).
+    length only. Of a completion of several turns those of the assistant are scored. Undesirable completions are left out. With
+    `score_prompt` prompt and completion are one text, all of which is scored (but its first token).
     """
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "truncation": truncation, "bos": bos}
     tokenizer = _Remembering(tokenizer)
     seen: dict[tuple[str, str, Spans | None, int], Preference] = {}
     for preference in preferences:
+        if preference.desirable is False:
+            continue
         spans = None if preference.sft_target else preference.chosen_spans
         # The second copy of a pair, which the weight of its source makes, is to be learnt twice.
         key = preference.prompt, preference.sft_target or preference.chosen, spans, copy_number(preference.uid)
@@ -107,7 +125,7 @@ def encode_targets(
 
 
 def data_digest(examples: Sequence[Encoded] | Sequence[Text]) -> str:
-    """SHA-256 over all token ids, in order, and which are scored: what a resumed run must find unchanged."""
+    """SHA-256 over all token ids, in order, which are scored, and labels: what a resumed run must find unchanged."""
     digest = hashlib.sha256()
     for example in examples:
         if isinstance(example, Encoded):
@@ -118,6 +136,8 @@ def data_digest(examples: Sequence[Encoded] | Sequence[Text]) -> str:
         digest.update(np.array([len(ids) for ids in parts], "<i4").tobytes())
         digest.update(np.concatenate(parts).astype("<i4").tobytes())
         digest.update(scored_bytes(*sides))
+        if isinstance(example, Encoded) and example.desirable is not None:
+            digest.update(b"desirable" if example.desirable else b"undesirable")
     return digest.hexdigest()
 
 
@@ -198,22 +218,31 @@ def _check_target(preference: Preference, tokenizer: _Remembering) -> None:
         raise BadRow(Cause.EOS_IN_TEXT, str(error).removeprefix("chosen "), field="sft_target") from error
 
 
-def _check(pair: Encoded, tokenizer: Any, row_length: int | None) -> None:
+def _check(pair: Encoded, tokenizer: Any) -> None:
     """Raises `BadRow` if the token ids do not make a usable pair, although the texts did."""
-    cut = pair.chosen_cut or pair.rejected_cut
-    if np.array_equal(pair.chosen, pair.rejected):
-        if cut:
-            raise BadRow(Cause.IDENTICAL_AFTER_TRUNCATION, f"both completions begin with the same {len(pair.chosen)} tokens")
-        raise BadRow(Cause.IDENTICAL, "chosen and rejected are the same tokens")
+    single = pair.desirable is not None
+    if not single and len({ids.tobytes() for ids in pair.completions}) < len(pair.completions):
+        if pair.chosen_cut or pair.rejected_cut or pair.between_cut:
+            same = f"both completions begin with the same {len(pair.chosen)} tokens"
+            raise BadRow(Cause.IDENTICAL_AFTER_TRUNCATION, same if not pair.between else "two completions begin with the same")
+        same = "two completions" if pair.between else "chosen and rejected"
+        raise BadRow(Cause.IDENTICAL, f"{same} are the same tokens")
     if len(pair.prompt) == 0:
         raise BadRow(Cause.NO_PROMPT, "the prompt has no tokens", field="prompt")
-    for side in ("chosen", "rejected"):
+    for side in ("chosen",) if single else ("chosen", "rejected"):
         ids = getattr(pair, side)
         scored = getattr(pair, f"{side}_scored")
         if getattr(pair, f"{side}_cut") and not tokenizer.decode(ids if scored is None else ids[scored]).strip():
             what = "only blanks" if scored is None else "nothing that the assistant wrote"
             raise BadRow(Cause.COMPLETION_CUT, f"truncation to {len(ids)} tokens leaves {what}", field=side)
-    needed = len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+def _check_room(pair: Encoded, row_length: int | None) -> None:
+    """Raises `BadRow` for a pair that needs a longer row than `row_length`."""
+    needed, _ = group_size(pair, shared=True)
     if row_length is not None and needed > row_length:
-        detail = f"prompt, chosen and rejected need {len(pair.prompt)} + {len(pair.chosen)} + {len(pair.rejected)} tokens"
+        sizes = " + ".join(str(len(ids)) for ids in (pair.prompt, *pair.completions))
+        what = "prompt and all completions" if pair.between else "prompt, chosen and rejected"
+        what = "prompt, completion and a mismatched one" if pair.desirable is not None else what
+        detail = f"{what} need {sizes} tokens"
         raise BadRow(Cause.NO_ROOM, f"{detail}, rows hold {row_length} (--data.row-length)")

@@ -81,22 +81,28 @@ def _places(ids: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
     return np.arange(len(ids)) if scored is None else np.flatnonzero(scored)
 
 
-def group_unit(group: PairGroup, *, shared: bool) -> Unit:
-    """The completions of `group`, numbered as there: two by two around a prompt, or, if not `shared`, each after its own."""
+def group_unit(group: PairGroup | Encoded, *, shared: bool) -> Unit:
+    """The completions of a group or a ranking, numbered as there: two by two around a prompt, or, if not `shared`, each after
+    its own."""
     p, several = group.prompt, group.sides
     if not shared:
         return _beside([completion_unit(p, *completion) for completion in several])
     units = [
-        shared_unit(Encoded(p, chosen, rejected, chosen_scored=one, rejected_scored=other))
+        shared_unit(Encoded(p, chosen, rejected, uid=_uid(group), chosen_scored=one, rejected_scored=other))
         for (chosen, one), (rejected, other) in zip(several[::2], several[1::2], strict=False)
     ]
     return _beside([*units, *[completion_unit(p, *odd) for odd in several[len(units) * 2 :]]])
 
 
-def group_size(group: PairGroup, *, shared: bool) -> tuple[int, int]:
+def _uid(group: PairGroup | Encoded) -> str:
+    return group.uid if isinstance(group, Encoded) else group.uids[0]
+
+
+def group_size(group: PairGroup | Encoded, *, shared: bool) -> tuple[int, int]:
     """(tokens, scored positions) of `group_unit`."""
     tokens, copies = sum(map(len, group.completions)), len(group.completions)
-    return len(group.prompt) * (-(-copies // 2) if shared else copies) + tokens, group.scored_tokens
+    scored = sum(count_scored(*side) for side in group.sides)
+    return len(group.prompt) * (-(-copies // 2) if shared else copies) + tokens, scored
 
 
 def _beside(units: Sequence[Unit]) -> Unit:

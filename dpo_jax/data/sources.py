@@ -35,6 +35,7 @@ from dpo_jax.data.pairs import (
     readable_name,
     refuse,
 )
+from dpo_jax.data.row_kinds import Wanted, check_kind, check_ranking_lengths, preferences_of, split_pairs
 from dpo_jax.data.splits import find_files
 from dpo_jax.data.tfds_folder import tfds_folders
 from dpo_jax.data.unread import refusal, suggestion, suspects, unread
@@ -53,6 +54,8 @@ def load_preferences(
     columns: str | Mapping[str, str] | None = None,
     on_bad: OnBad = "refuse",
     tokenizer: Any = None,
+    rows: Wanted = "pairs",
+    ranking_length: int | None = None,
 ) -> PreferenceSet:
     """The preferences of `split` under `source`: a sequence of `Preference` with the `report` of how it came to be.
 
@@ -66,6 +69,8 @@ def load_preferences(
         `{"prompt": "instruction+input"}`.
       on_bad: "refuse" raises `DataError` listing the bad rows; "drop" leaves them out and counts them by cause.
       tokenizer: needed for conversational rows only, for its chat template.
+      rows: what is read: "pairs", also of rankings; "unpaired", single completions, also of pairs; "rankings"; or "any".
+      ranking_length: how many completions of each ranking are kept, the best ones; None: all have the same number.
 
     Raises `DataError` for bad rows, for a file that is damaged, missing or not what its name says, and if nothing is left;
     ValueError for an unknown format, or columns that no format reads.
@@ -85,16 +90,21 @@ def load_preferences(
             refuse(Cause.BAD_LAYOUT, source, f"a TFDS folder has its own columns: leave out --data.columns {mapped}")
         from dpo_jax.data.tfds import read_tfds
 
-        return read_tfds(source, split, on_bad=on_bad)
+        check_kind("pairs", rows, where=f"{source} [{split}]")
+        pairs = read_tfds(source, split, on_bad=on_bad)
+        return split_pairs(pairs) if rows == "unpaired" else pairs
     if mapped.columns.get("system") and getattr(tokenizer, "chat_template", None) is None:
         _refuse_system(str(source), mapped)
     reading = _Reading(DataReport(source=readable_name(source), split=split, format=format), mapped, on_bad)
     report, triage = reading.report, reading.triage
-    rows = reading.rows(find_files(source, split, report=report))
+    lines = reading.rows(find_files(source, split, report=report))
+    stated = "pairs" if report.format == "auto" else FORMATS[report.format].rows
+    check_kind(stated, rows, where=f"{report.source} [{split}] (format {report.format})")
     preferences: list[Preference] = []
     try:
         if report.format != "auto":
-            for uid, candidate in FORMATS[report.format].candidates(rows, tokenizer=tokenizer):
+            found = FORMATS[report.format].candidates(lines, tokenizer=tokenizer)
+            for uid, candidate in preferences_of(found, rows, best=ranking_length):
                 report.read += 1
                 if isinstance(candidate, BadRow):
                     triage.reject(uid, mapped.named(candidate))
@@ -117,7 +127,10 @@ def load_preferences(
         raise DataError(
             f"{source} [{split}]: no preference is left:\n{report.summary()}\n{report.reasons()}", causes=[Cause.NO_ROWS]
         )
-    return PreferenceSet(preferences, report)
+    if rows == "rankings":
+        check_ranking_lengths(preferences, where=f"{report.source} [{split}]")
+    kept = PreferenceSet(preferences, report)
+    return split_pairs(kept) if rows == "unpaired" and stated == "pairs" else kept
 
 
 def peek(

@@ -87,6 +87,8 @@ def write_tfds(
     """
     check_name(data_dir)
     for split, preferences in preferences_by_split.items():
+        if other := next((row for row in preferences if row.between or row.desirable is not None), None):
+            refuse(Cause.NO_PAIR, other.uid or split, "a TFDS folder holds pairs, and this is a ranking or a single completion")
         triage = Triage(DataReport(source=name, split=split, read=len(preferences)), on_bad="refuse")
         kept = sum(_accept(triage, row.uid, row) for row in preferences)
         triage.finish(kept)
@@ -223,7 +225,7 @@ def _record(row: Preference) -> dict[str, Any]:
     # tfds has no missing text: "nothing else than `chosen`" is written as `chosen`, and read back as None.
     record = dataclasses.asdict(row) | {"sft_target": row.chosen if row.sft_target is None else row.sft_target}
     record |= {field: json.dumps(record[field]) for field in _SPANS if record[field] is not None}
-    kept = {*_FIELDS, *(field for field in _OPTIONAL if record[field] is not None)}
+    kept = {*_FIELDS, *(field for field in _OPTIONAL if record[field] is not None)}  # `between`, `desirable`: pairs have none
     return {field: value for field, value in record.items() if field in kept}
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import Batch
-from dpo_jax.losses import right, whole_set_signals
+from dpo_jax.losses import right, right_label, whole_set_signals
 from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Array
 
@@ -28,13 +28,16 @@ def held_out_logps(
     logps: Callable[[Any], np.ndarray], batches: Iterable[tuple[np.ndarray, Batch]], *, pairs: int
 ) -> np.ndarray:
     """float32[pairs, 2] in the order of the data: `logps(rows) -> float32[P, 2]` over every batch of `loader.in_order`.
+    Of rankings [.., K].
 
     Raises `NonFiniteLogps`, naming the first pair for which a value is NaN or infinite.
     """
-    result = np.full((pairs, 2), np.nan, np.float32)
+    result = np.zeros((0, 2), np.float32)
     with reported("evaluating", total=pairs, unit="pairs", brief=True) as task:
         for indices, batch in batches:
             values, place = logps(batch.rows), batch.index
+            if not len(result):
+                result = np.full((pairs, values.shape[1]), np.nan, np.float32)
             result[indices[place[place >= 0]]] = values[place >= 0]
             bad = place[(place >= 0) & ~np.isfinite(values).all(axis=1)]
             if len(bad):
@@ -45,36 +48,58 @@ def held_out_logps(
 
 
 def completion_tokens(pairs: Iterable[Encoded]) -> np.ndarray:
-    """How many tokens each completion scores: float32[P, 2], chosen first."""
-    return np.array([pair.scored_tokens for pair in pairs], np.float32).reshape(-1, 2)
+    """How many tokens each completion scores: float32[P, 2], chosen first; of rankings [P, K]."""
+    lengths = [pair.scored_tokens for pair in pairs]
+    return np.array(lengths, np.float32).reshape(-1, len(lengths[0]) if lengths else 2)
+
+
+def labels_of(examples: Sequence[Encoded]) -> np.ndarray | None:
+    """The labels of single completions: float32[P], 1 for desirable ones. None of pairs and rankings."""
+    if not len(examples) or examples[0].desirable is None:
+        return None
+    return np.array([one.desirable is True for one in examples], np.float32)
 
 
 def preference_summary(
-    logps: Array, ref_logps: Array, *, loss: Callable[..., tuple[Array, Array]], lengths: Array | None = None
+    logps: Array,
+    ref_logps: Array,
+    *,
+    loss: Callable[..., tuple[Array, Array]],
+    lengths: Array | None = None,
+    desirable: Array | None = None,
 ) -> dict[str, float]:
     """Loss, accuracy with its 95 % interval, margin and displacement, over `[P, 2]` log-probabilities of held-out pairs.
 
-    `lengths` float[P, 2] are the completions' scored tokens, for a loss that asks for them.
+    `lengths` float[P, 2] are the completions' scored tokens, for a loss that asks for them. Of rankings, [P, K], best and worst
+    count. With the labels `desirable` float[P] it is a summary of single completions (`losses.unpaired_metrics`).
 
     A pair counts as right where the implicit reward of the chosen completion is the higher one, and as half right in a tie
     (`losses.right`): a policy that still is its reference has accuracy 0.5.
     """
-    signals = whole_set_signals(loss, lengths, pairs=len(logps))
-    losses, rewards = (np.asarray(x, np.float64) for x in loss(np.asarray(logps), np.asarray(ref_logps), **signals))
-    margins = rewards[:, 0] - rewards[:, 1]
-    scores = np.asarray(right(rewards, np.asarray(logps), np.asarray(ref_logps)), np.float64)
-    low, high = score_interval(scores)
+    logps, ref_logps = np.asarray(logps), np.asarray(ref_logps)
+    signals = whole_set_signals(loss, lengths, pairs=len(logps), desirable=desirable)
+    losses, rewards = (np.asarray(x, np.float64) for x in loss(logps, ref_logps, **signals))
     log_ratios = np.asarray(logps, np.float64) - np.asarray(ref_logps, np.float64)
+    if desirable is None:
+        sides = [(rewards[:, place], log_ratios[:, place]) for place in (0, -1)]
+        scores = right(rewards, logps, ref_logps)
+    else:
+        sides = [(rewards[which, 0], log_ratios[which, 0]) for which in (np.asarray(desirable) > 0, np.asarray(desirable) == 0)]
+        scores = right_label(logps, ref_logps, np.asarray(desirable))
+    scores = np.asarray(scores, np.float64)
+    low, high = score_interval(scores)
+    # Single completions may all be of one side.
+    (chosen, moved), (rejected, moved_rejected) = ([float(x.mean()) if len(x) else 0.0 for x in side] for side in sides)
     return {
         "loss": float(losses.mean()),
         "rewards/accuracies": float(scores.mean()),
         "rewards/accuracies_low": low,
         "rewards/accuracies_high": high,
-        "rewards/margins": float(margins.mean()),
-        "rewards/chosen": float(rewards[:, 0].mean()),
-        "rewards/rejected": float(rewards[:, 1].mean()),
-        "displacement/chosen": float(log_ratios[:, 0].mean()),
-        "displacement/rejected": float(log_ratios[:, 1].mean()),
+        "rewards/margins": chosen - rejected,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "displacement/chosen": moved,
+        "displacement/rejected": moved_rejected,
     }
 
 

@@ -1,13 +1,14 @@
 """Preference losses: from log-probabilities of pairs, or of rankings, to one loss each.
 
 All take `logps` and `ref_logps`, float[P, 2]: log pi(y|x) and log pi_ref(y|x), natural logarithm, summed over the completion's
-tokens, chosen first; `plackett_luce_loss` takes rankings, float[P, K], best first. All return `(losses[P], rewards[P, K])`; the
-rewards are the implicit rewards of Rafailov et al. 2023 (arXiv 2305.18290), eq. 5, up to the prompt's partition function, and
-carry no gradient. `beta`, `alpha` and `label_smoothing` are one number, or float[P] with one for each example.
+tokens, chosen first; `plackett_luce_loss` takes rankings, float[P, K], best first, and `kto_loss` single completions with a
+mismatched one each. All return `(losses[P], rewards[P, K])`; the rewards are the implicit rewards of Rafailov et al. 2023
+(arXiv 2305.18290), eq. 5, up to the prompt's partition function, and carry no gradient. `beta`, `alpha` and `label_smoothing`
+are one number, or float[P] with one for each example.
 
 A loss that needs more asks for it by keyword: `lengths` float[P, 2], `mean_lengths` float[P, 2] (of the whole batch), `weight`
-float[P] (0 marks fillers). `dpo_step` supplies what a loss names. A loss that asks for `weight` looks across the batch, and
-`dpo_step` refuses to cut that into parts.
+float[P] (0 marks fillers), `desirable` float[P] (labels, of the data). `dpo_step` supplies what a loss names. A loss that asks
+for `weight` looks across the batch, and `dpo_step` refuses to cut that into parts.
 """
 
 from dpo_jax.losses.combine import SIGNALS as SIGNALS
@@ -19,6 +20,7 @@ from dpo_jax.losses.combine import weighted_by_policy as weighted_by_policy
 from dpo_jax.losses.combine import whole_set_signals as whole_set_signals
 from dpo_jax.losses.inputs import implicit_rewards as implicit_rewards
 from dpo_jax.losses.inputs import right as right
+from dpo_jax.losses.inputs import right_label as right_label
 from dpo_jax.losses.inputs import tied as tied
 from dpo_jax.losses.likelihood import cpo_loss as cpo_loss
 from dpo_jax.losses.likelihood import orpo_loss as orpo_loss
@@ -44,3 +46,7 @@ from dpo_jax.losses.pointwise import sppo_hard_loss as sppo_hard_loss
 from dpo_jax.losses.rankings import plackett_luce_loss as plackett_luce_loss
 from dpo_jax.losses.transport import aot_loss as aot_loss
 from dpo_jax.losses.transport import aot_unpaired_loss as aot_unpaired_loss
+from dpo_jax.losses.unpaired import apo_zero_unpaired_loss as apo_zero_unpaired_loss
+from dpo_jax.losses.unpaired import desirable_share as desirable_share
+from dpo_jax.losses.unpaired import kto_loss as kto_loss
+from dpo_jax.losses.unpaired import unpaired_metrics as unpaired_metrics

@@ -20,13 +20,14 @@ PreferenceLoss = Callable[..., tuple[jax.Array, jax.Array]]
 is 2, or the length of a ranking. `signals` are the keywords that it names without a value, such as `lengths` (`SIGNALS`), and
 what the batch carries besides (`Rows.extras`)."""
 
-SIGNALS = ("lengths", "mean_lengths", "weight", "aligned_logps")
-"""What `dpo_step` supplies to a loss that names it:
+SIGNALS = ("lengths", "mean_lengths", "weight", "aligned_logps", "desirable")
+"""What `dpo_step` supplies to a loss that names it, from the batch:
 
     lengths        float32[P, K]  scored tokens of each completion; 0 in fillers
     mean_lengths   float32[P, K]  their mean over the pairs of the global batch; all rows are equal
     weight         float32[P]     1, and 0 for fillers
     aligned_logps  float32[P, K]  mean over tokens of log pi(y_t) - log sum_v pi(v)^2 of the policy, without gradient (WPO)
+    desirable      float32[P]     1 or 0: the label of a single completion, in `Rows.extras` (KTO)
 """
 
 
@@ -81,6 +82,8 @@ def sum_of_losses(parts: Sequence[tuple[float, PreferenceLoss]]) -> PreferenceLo
     wanted = [(weight, loss, asked(loss)) for weight, loss in parts]
 
     def total(logps: Array, ref_logps: Array, **signals: Array) -> tuple[jax.Array, jax.Array]:
+        if unread := sorted({*signals}.difference(*(names for _, _, names in wanted))):
+            raise TypeError(f"none of these losses reads {', '.join(unread)}")
         found = [loss(logps, ref_logps, **{name: signals[name] for name in names}) for _, loss, names in wanted]
         combined = functools.reduce(
             lambda sum, part: sum + part, (weight * losses for (weight, _), (losses, _) in zip(parts, found, strict=True))
@@ -118,12 +121,17 @@ def _asking(loss: PreferenceLoss, *names: Iterable[str]) -> PreferenceLoss:
     return loss
 
 
-def whole_set_signals(loss: Callable[..., Any], lengths: Array | None, *, pairs: int) -> Mapping[str, Array]:
-    """What a loss asks for, of a whole set of pairs that are there at once, as in an evaluation. `lengths`: float[P, 2].
+def whole_set_signals(
+    loss: Callable[..., Any], lengths: Array | None, *, pairs: int, desirable: Array | None = None
+) -> Mapping[str, Array]:
+    """What a loss asks for, of a whole set of pairs that are there at once, as in an evaluation. `lengths`: float[P, K].
+    `desirable` float[P] are the labels of single completions.
 
     `aligned_logps` are 0: WPO's weights belong to training, and held-out pairs count alike.
     """
     names = asked(loss)
+    if "desirable" in names and desirable is None:
+        raise ValueError("this loss needs labels: desirable [P], 1 or 0")
     if lengths is None:
         if missing := sorted(names & {"lengths", "mean_lengths"}):
             raise ValueError(f"this loss needs the completions' lengths for its {', '.join(missing)}")
@@ -132,4 +140,5 @@ def whole_set_signals(loss: Callable[..., Any], lengths: Array | None, *, pairs:
     mean = np.broadcast_to(lengths.mean(axis=0), lengths.shape)
     found = {"lengths": lengths, "mean_lengths": mean, "weight": np.ones(pairs, np.float32)}
     found["aligned_logps"] = np.zeros_like(lengths)
+    found |= {} if desirable is None else {"desirable": np.asarray(desirable, np.float32)}
     return {name: found[name] for name in names}

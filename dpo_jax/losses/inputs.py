@@ -36,6 +36,16 @@ def right(rewards: Array, logps: Array, ref_logps: Array) -> Any:
     return (1 - tie) * (margins > 0).astype(margins.dtype) + tie / 2
 
 
+def right_label(logps: Array, ref_logps: Array, desirable: Array) -> Any:
+    """1 where the policy writes a desirable completion more often than the reference, or an undesirable one less often, 0 where
+    it is the other way round, and 1/2 where it is the same up to rounding: float[P]. Of [P, 2] the first column counts."""
+    ratios = logps[:, 0] - ref_logps[:, 0]
+    rounding = 2 * float(np.finfo(ratios.dtype).eps) * (abs(logps[:, 0]) + abs(ref_logps[:, 0]))
+    tie = (abs(ratios) <= rounding).astype(ratios.dtype)
+    agrees = ((ratios > 0) == (desirable > 0)).astype(ratios.dtype)
+    return (1 - tie) * agrees + tie / 2
+
+
 def tied(logps: Array, ref_logps: Array) -> Any:
     """Where chosen and rejected differ by no more than the rounding of their log-probabilities `[P, K]`: bool[P]."""
     ratios = logps - ref_logps

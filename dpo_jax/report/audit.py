@@ -17,8 +17,21 @@ FOUND = (
     ("the same, sides swapped", "overlap", "swapped"),
     ("prompts also in the train split", "overlap", "prompts"),
 )
-SERIOUS = ("overlap", "contradictions", "bad rows", "duplicates", "bos", "template", "date", "reasoning", "cut", "length")
-PARTS = ("prompt", "chosen", "rejected")
+LABELS = ("desirable", "undesirable")
+SERIOUS = (
+    "loss",
+    "labels",
+    "overlap",
+    "contradictions",
+    "bad rows",
+    "duplicates",
+    "bos",
+    "template",
+    "date",
+    "reasoning",
+    "cut",
+    "length",
+)
 
 
 def verdict_sentences(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -57,6 +70,9 @@ def audited(runs: Sequence[RunRecord]) -> Section | None:
 
 def _counts(caption: str, splits: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = [[what, *(_finding(report.get(group, {}).get(name)) for report in splits.values())] for what, group, name in FOUND]
+    if any(report["longer_wins"] is None for report in splits.values()):
+        rows += [[what, *(str(report.get("labels", {}).get(what, "-")) for report in splits.values())] for what in LABELS]
+        return Table(["what", *splits], rows, caption=caption, note="Completions are compared by their token ids.")
     rules = [report["longer_wins"] for report in splits.values()]
     rows.append(["chosen is longer", *(f"{rule['chosen_longer']:.1%}" for rule in rules)])
     shares = [f"{rule['accuracy']:.3f} ({rule['low']:.3f} to {rule['high']:.3f})" for rule in rules]
@@ -82,8 +98,8 @@ def _finding(found: Mapping[str, Any] | None) -> str:
 def _lengths(caption: str, splits: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = []
     for split, report in splits.items():
-        for name in PARTS:
-            sizes, cut = report["lengths"][name], report["cut"][name]
+        for name, sizes in report["lengths"].items():
+            cut = report["cut"].get(name, {"tokens": 0, "share": 0.0})
             lost = f"{cut['tokens']:,} ({cut['share']:.1%})"
             rows.append([f"{split}, {name}", *(f"{value:,.0f}" for value in sizes.values()), lost])
     columns = ["part", *next(iter(splits.values()))["lengths"]["prompt"], "cut by the limits"]
@@ -92,8 +108,10 @@ def _lengths(caption: str, splits: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def _example(example: Mapping[str, Any]) -> Table:
     rows = []
-    for name in PARTS:
-        tokens, scored = example[name]["tokens"], example[name]["scored"]
+    for name, part in example.items():
+        if not isinstance(part, Mapping):
+            continue
+        tokens, scored = part["tokens"], part["scored"]
         every = isinstance(scored, bool)
         told = ("yes" if scored else "no") if every else "in [ ]"
         rows.append([name, told, "·".join(tokens if every else marked(tokens, scored))])

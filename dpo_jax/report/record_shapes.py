@@ -32,20 +32,21 @@ DATA = {str: SPLIT}
 _FINDING = {"pairs": int, "share": float, "examples?": [str]}
 _FINDINGS = {str: (_FINDING, None)}
 _PART = {"scored": bool, "tokens": [str]}
-_OF_PARTS = ("prompt", "chosen", "rejected")
 AUDITED: dict[Any, Any] = SPLIT | {
     "verdict": [{"about": str, "found": str, "remedy": str}],
     "repeats?": _FINDINGS,
     "overlap?": _FINDINGS,
-    "longer_wins": {"chosen_longer": float, "accuracy": float, "low": float, "high": float},
-    "lengths": {name: {str: float} for name in _OF_PARTS},
-    "cut": {name: {"tokens": int, "share": float} for name in _OF_PARTS},
-    "example?": {"uid": str, **dict.fromkeys(_OF_PARTS, _PART)},
+    "longer_wins": ({"chosen_longer": float, "accuracy": float, "low": float, "high": float}, None),
+    "labels?": COUNTS,
+    "lengths": {"prompt": {str: float}, str: {str: float}},
+    "cut": {str: {"tokens": int, "share": float}},
+    "example?": {"uid": str, "desirable?": bool, "prompt": _PART, str: _PART},
 }
 
 _MEASURES = {str: NUMBER}
 EVALUATION = {
     "pairs": int,
+    "examples?": str,
     "policy?": _MEASURES,
     "reference?": _MEASURES,
     "weights?": {str: str},

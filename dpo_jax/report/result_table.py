@@ -39,7 +39,7 @@ READING = f"{KL_OF_SAMPLES} is per completion, from samples of the policy. ±: o
 def result_table(report: Mapping[str, Any], *, samples: int = 3) -> str:
     """Policy against reference, one line a measure, and the first samples of each. No line is longer than 80 columns."""
     reference, policy = report["reference"], report["policy"]
-    title = f"{report['pairs']:,} held-out pairs"
+    title = f"{report['pairs']:,} held-out {report.get('examples', 'pairs')}"
     lines = [f"{title:<{LABEL}}{'reference':>{NUMBER}}{'policy':>{NUMBER}}"]
     for label, key, form in MEASURES:
         if policy.get(key) is not None:

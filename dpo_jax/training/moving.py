@@ -32,12 +32,12 @@ class MovingReference:
 
     Args:
       pairs: the training pairs.
-      values: float32[n, 2], those of the first reference. Steps below `every` are trained against it. The attribute `values` is
-        a copy that changes in place: give it to `stream` as `ref_logps`. What the next steps do not read becomes NaN in it, so
-        that nothing stale can be used.
+      values: float32[n, 2], those of the first reference (of rankings [n, K]). Steps below `every` are trained against it. The
+        attribute `values` is a copy that changes in place: give it to `stream` as `ref_logps`. What the next steps do not read
+        becomes NaN in it, so that nothing stale can be used.
       total_steps: of the run. Pairs that only later steps would read are left out.
       read_by: `read_by(step)` are the numbers of the pairs that a step reads, also beyond `total_steps`.
-      score: compiled `score(variables, rows) -> float32[P, 2]`; that of `reference_logps`.
+      score: compiled `score(variables, rows) -> float32[P, K]`; that of `reference_logps`.
       folder: gets a cache for each update, `step-N-...`. A killed pass continues there.
       layout, batch, part: how pairs lie in rows, how many at a time, and `Partitioner.host_part`.
       identity: what the numbers depend on beside the weights, as for `cached_reference_logps`. The step and a digest of the
@@ -101,7 +101,7 @@ class MovingReference:
                 task.advance(len(some))
                 pause()
         numbers = self._numbers(step, min(step + self.every, self._total_steps))
-        found = np.zeros((len(numbers), 2), np.float32)
+        found = np.zeros((len(numbers), *self.values.shape[1:]), np.float32)
         if store is not None:
             found = store.lookup([self._pairs[i] for i in numbers])
         self.values[:] = np.nan
@@ -121,7 +121,7 @@ class MovingReference:
 
     def _to_compute(self, step: int) -> np.ndarray:
         """The distinct pairs that are read from `step` on, in whole batches, so that a run that becomes longer has the same."""
-        first: dict[bytes, int] = {}
+        first: dict[tuple[bytes, ...], int] = {}
         for number in self._numbers(step, step + self.every):
             first.setdefault(pair_key(self._pairs[number]), int(number))
         read = {pair_key(self._pairs[i]) for i in self._numbers(step, min(step + self.every, self._total_steps))}

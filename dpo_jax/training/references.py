@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.layout import Layout
+from dpo_jax.data.layout import Layout, places_of
 from dpo_jax.data.loader import Batch, few_shapes, in_order, plan_layout
 from dpo_jax.models.digest import weights_digest
 from dpo_jax.reference import ReferenceCache, fill_cache, pair_key, reference_logps
@@ -36,7 +36,8 @@ def cached_reference_logps(
     say: Callable[[str], None] = SAY,
     other_data: str = "other data",
 ) -> np.ndarray:
-    """log pi_ref(y|x) of all `pairs`, in order: float32[n, 2] in nats, chosen first. Computes what the cache lacks.
+    """log pi_ref(y|x) of all `pairs`, in order: float32[n, 2] in nats, chosen first (rankings: [n, K], best first). Computes
+    what the cache lacks.
 
     A killed pass continues where it was. Several hosts may call it together: they share the work, and the first one has the
     cache. `reference_logps_of` does the same without a cache.
@@ -76,8 +77,9 @@ def cached_reference_logps(
     if store is not None:
         absent[store.missing(pairs)] = 1
     todo = [pairs[int(number)] for number in np.flatnonzero(from_first(absent))]
+    places = places_of(pairs[0]) if len(pairs) else 2
     if layout is None:
-        layout = plan_layout(pairs, kind="plain", batch=batch, multiple=2 * partitioner.row_shards)
+        layout = plan_layout(pairs, kind="plain", batch=batch, multiple=places * partitioner.row_shards)
     layout = few_shapes(layout, examples=len(todo), batch=batch)
     compiled = partitioner.compile_map(functools.partial(reference_logps, model, ld_alpha=ld_alpha))
     distinct = len({pair_key(pair) for pair in pairs})
@@ -97,4 +99,4 @@ def cached_reference_logps(
             logps=lambda rows: compiled(variables, rows),
             progress=progress,
         )
-    return from_first(np.zeros((len(pairs), 2), np.float32) if store is None else store.lookup(pairs))
+    return from_first(np.zeros((len(pairs), places), np.float32) if store is None else store.lookup(pairs))

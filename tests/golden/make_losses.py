@@ -17,6 +17,7 @@ import trl
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
 
 PAIRS, TOKENS = 4, 12
 STORED = Path(__file__).with_name("losses.json")
@@ -69,6 +70,9 @@ SETTINGS = [
     ("simpo", {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.1}, {"trainer": "cpo", "alpha": 0.0, "simpo_gamma": 1.0}),
     ("cpo", {"cpo_alpha": 0.7}, {"trainer": "cpo", "alpha": 0.0, "loss_type": "sigmoid", "cpo_alpha": 0.7}),
     ("orpo", {"beta": 0.25}, {"trainer": "orpo"}),
+    ("kto", {}, {"trainer": "kto"}),
+    ("kto", {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.5}, {"trainer": "kto"}),
+    ("apo_zero_unpaired", {"beta": 0.3, "undesirable_weight": 0.5}, {"trainer": "kto"}),
 ]
 
 
@@ -151,6 +155,44 @@ def other_trainer(case, options, theirs, tokens):
     return losses.mean() + options.get("cpo_alpha", 0.0) * likelihood
 
 
+def labels(case):
+    """Which of the first PAIRS completions are desirable; the others are their mismatched ones."""
+    return case["lengths"][:PAIRS] % 2 == 1
+
+
+def kto_trainer(case, options, tokens):
+    """KTOTrainer's loss. Its model is asked for the completions and, apart from them, for the mismatched ones."""
+
+    def model(*, input_ids, **_):
+        mine = tokens[:PAIRS] if input_ids[0, 0] == 0 else tokens[PAIRS:]
+        zeros = torch.zeros_like(mine)
+        return SimpleNamespace(log_probs=mine, entropy=zeros, mean_logits=zeros)
+
+    model.training = True
+    mask = torch.ones(PAIRS, TOKENS + 1, dtype=torch.long)
+    ref, mismatched = torch.tensor(case["ref"]).split(PAIRS)
+    accelerator = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x)
+    trainer = SimpleNamespace(
+        model=model,
+        loss_type=options["name"],
+        calculate_KL=options["name"] == "kto",
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        accelerator=accelerator,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+        **{"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0} | {k: v for k, v in options.items() if k != "name"},
+    )
+    trainer._compute_kl_logps = lambda model, batch: KTOTrainer._compute_kl_logps(trainer, model, batch)
+    inputs = {
+        **{"input_ids": torch.zeros_like(mask), "attention_mask": mask, "completion_mask": mask},
+        **{"KL_input_ids": torch.ones_like(mask), "KL_attention_mask": mask, "KL_completion_mask": mask},
+        **{"label": torch.tensor(labels(case)), "ref_logps": ref, "ref_KL_logps": mismatched},
+    }
+    return KTOTrainer._compute_loss(trainer, model, inputs, False)
+
+
 def run(case, name, options, theirs):
     # TRL has no float64 for two of these.
     narrow = options.get("f_divergence") == "alpha_divergence" or theirs.get("trainer") == "orpo"
@@ -158,11 +200,12 @@ def run(case, name, options, theirs):
     torch.set_default_dtype(kind)
     tokens = torch.tensor(case["tokens"], dtype=kind, requires_grad=True)
     options = {"name": name, **options}
-    loss = (
-        other_trainer(case, options, theirs, tokens)
-        if "trainer" in theirs
-        else dpo_trainer(case, options, theirs, tokens, kind)
-    )
+    if theirs.get("trainer") == "kto":
+        loss = kto_trainer(case, options, tokens)
+    elif "trainer" in theirs:
+        loss = other_trainer(case, options, theirs, tokens)
+    else:
+        loss = dpo_trainer(case, options, theirs, tokens, kind)
     loss.backward()
     return loss.item(), by_pair(tokens.grad[:, 0].double().numpy())
 
@@ -181,6 +224,7 @@ def main(count=5, out=STORED):
             "tokens": case["tokens"].tolist(),
             "ref_logps": by_pair(case["ref"]),
             "aligned_logps": by_pair(values),
+            "desirable": labels(case).astype(float).tolist(),
         }
         for case, values in zip(cases, aligned, strict=True)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dpo_jax import loss_table
 from dpo_jax.cli.config import Config
 from dpo_jax.data.pairs import FILTERED
 from dpo_jax.data.terminal import one_line
@@ -23,6 +24,7 @@ def verdict(config: Config, reports: Mapping[str, Mapping[str, Any]]) -> dict[st
         split: [*_rows(config, report, split), *_repeats(report, split), *_lengths(report, split)]
         for split, report in reports.items()
     }
+    found[train] += _labels(config, reports[train])
     found[train] += [*_bos(reports[train]), *_template(config, reports[train])]
     found[test] += [*_overlap(reports[test], train, test), *_size(reports[test], test)]
     return found
@@ -66,7 +68,9 @@ def _repeats(report: Mapping[str, Any], split: str) -> Iterator[Note]:
 
 
 def _lengths(report: Mapping[str, Any], split: str) -> Iterator[Note]:
-    rule = report["longer_wins"]
+    if (rule := report["longer_wins"]) is None:
+        yield from _cut_ends(report, split)
+        return
     longer = rule["accuracy"] >= 0.5
     accuracy, bound = (rule["accuracy"], rule["low"]) if longer else (1 - rule["accuracy"], 1 - rule["high"])
     if bound >= LENGTH_DECIDES:
@@ -75,10 +79,30 @@ def _lengths(report: Mapping[str, Any], split: str) -> Iterator[Note]:
             f'the rule "the {"longer" if longer else "shorter"} one wins" alone has accuracy {accuracy:.2f} on {split}',
             "the policy may learn only that; watch the tokens per sample in eval, and the accuracy by length of eval --rewards",
         )
+    yield from _cut_ends(report, split)
+
+
+def _cut_ends(report: Mapping[str, Any], split: str) -> Iterator[Note]:
     cut = report["cut"]["completions"]["pairs"]
     if cut / report["kept"] >= MANY_CUT:
         found = f"{cut:,} of {report['kept']:,} {split} pairs lost the end of a completion, and its EOS"
         yield _note("cut", found, "raise --data.max-length")
+
+
+def _labels(config: Config, report: Mapping[str, Any]) -> Iterator[Note]:
+    """Of single completions: whether the loss reads them, and whether the two sides weigh about the same."""
+    labels = report.get("labels")
+    if labels is None:
+        return
+    if loss_table.rows_of(config.dpo.loss) != "unpaired":
+        found = f"the rows are single completions with a label, which loss {config.dpo.loss} does not read"
+        yield _note("loss", found, f"train with --dpo.loss {loss_table.names_of('unpaired')}")
+    weights = config.dpo.desirable_weight, config.dpo.undesirable_weight
+    good, bad = (weight * labels[name] for weight, name in zip(weights, ("desirable", "undesirable"), strict=True))
+    if not bad <= good <= 4 / 3 * bad:
+        found = f"desirable completions weigh {good:,.6g} (weight times number) and undesirable ones {bad:,.6g}"
+        advice = "the paper of KTO wants 1 to 4/3 times as much: set --dpo.desirable-weight or --dpo.undesirable-weight"
+        yield _note("labels", found, advice)
 
 
 def _size(report: Mapping[str, Any], test: str) -> Iterator[Note]:

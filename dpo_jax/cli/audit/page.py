@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dpo_jax.cli.config import Config
-from dpo_jax.data.lengths import PARTS
 from dpo_jax.data.terminal import one_line, printable
 from dpo_jax.data.token_text import SEPARATOR, marked, rows_of
 from dpo_jax.report.audit import verdict_sentences
 
 WIDTH = 80
 REASONS = 6  # dropped rows that are shown
-EXAMPLE = {"prompt": 180, "chosen": 120, "rejected": 120}  # characters of the example
+EXAMPLE = {"prompt": 180}  # characters of the example; 120 of completions
 
 
 def page(config: Config, reports: Mapping[str, Mapping[str, Any]]) -> str:
@@ -73,6 +72,10 @@ def _counts(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield row("pairs also in train", finding("overlap", "pairs"))
     yield row("pairs also in train, sides swapped", finding("overlap", "swapped"))
     yield row("prompts also in train", finding("overlap", "prompts"))
+    if all("labels" in report for report in reports.values()):
+        yield row("desirable", lambda report: f"{report['labels']['desirable']:,}")
+        yield row("undesirable", lambda report: f"{report['labels']['undesirable']:,}")
+        return
     yield row("chosen is longer", lambda report: f"{report['longer_wins']['chosen_longer']:.1%}")
     yield row('accuracy of "the longer one wins"', lambda report: f"{report['longer_wins']['accuracy']:.3f}")
 
@@ -121,7 +124,7 @@ def _lengths(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     columns = list(next(iter(reports.values()))["lengths"]["prompt"])
     yield f"  {'tokens':<22}" + "".join(f"{name:>8}" for name in columns) + f"{'cut':>16}"
     for split, report in reports.items():
-        for name in PARTS:
+        for name in report["lengths"]:
             sizes, cut = report["lengths"][name], report["cut"][name]
             lost = f"{cut['tokens']:,} ({cut['share']:.1%})" if cut["tokens"] else "0"
             yield f"  {f'{one_line(split)[:12]} {name}':<22}" + "".join(f"{sizes[c]:>8,.0f}" for c in columns) + f"{lost:>16}"
@@ -157,8 +160,9 @@ def _template(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _example(example: Mapping[str, Any]) -> Iterator[str]:
     """Prompt, chosen and rejected as tokens. What the loss counts stands in brackets."""
-    yield _cut(one_line(f"  {example['uid']}, tokens parted by {SEPARATOR}, scored ones in [ ]"))
-    for name, most in EXAMPLE.items():
-        strings = marked(example[name]["tokens"], example[name]["scored"], most)
-        for number, line in enumerate(rows_of(strings, WIDTH - 12)):
-            yield f"  {'' if number else name:<10}{line}"
+    label = "" if "desirable" not in example else f", {'' if example['desirable'] else 'un'}desirable"
+    yield _cut(one_line(f"  {example['uid']}{label}, tokens parted by {SEPARATOR}, scored ones in [ ]"))
+    for name in (name for name, part in example.items() if isinstance(part, Mapping)):
+        strings = marked(example[name]["tokens"], example[name]["scored"], EXAMPLE.get(name, 120))
+        for number, line in enumerate(rows_of(strings, WIDTH - 13)):
+            yield f"  {'' if number else name:<11}{line}"

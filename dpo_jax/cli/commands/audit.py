@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dpo_jax import loss_table
 from dpo_jax.cli import build
 from dpo_jax.cli.audit.notes import verdict
 from dpo_jax.cli.audit.page import page
@@ -14,7 +15,7 @@ from dpo_jax.cli.config import Config
 from dpo_jax.cli.fixed import pin_revisions
 from dpo_jax.cli.repeats import look_for_repeats, refuse_repeats
 from dpo_jax.data.encode import adds_bos
-from dpo_jax.data.lengths import PARTS, cut_table, length_differences, length_table, source_table
+from dpo_jax.data.lengths import cut_table, length_differences, length_table, parts_of, source_table
 from dpo_jax.data.loader import plan_layout, stream
 from dpo_jax.data.pairs import PreferenceSet
 from dpo_jax.data.prepare import EncodedSet
@@ -32,7 +33,9 @@ def run(config: Config) -> int:
     with build.open_run(config, "audit") as run_dir:
         tolerant = build.with_data(config, on_bad="drop", max_dropped_share=1.0)
         tokenizer = build.tokenizer_of(tolerant, model_path=config.model.path)
-        preferences = [build.load_split(tolerant, split, tokenizer) for split in SPLITS]
+        rows = loss_table.rows_of(config.dpo.loss)
+        rows = "any" if rows == "pairs" else rows  # files of single completions can be looked at, too
+        preferences = [build.load_split(tolerant, split, tokenizer, rows=rows) for split in SPLITS]
         pin_revisions(config)  # what is trained on later is what was audited
         train, test = (build.encode_split(tolerant, loaded, tokenizer) for loaded in preferences)
         found = look_for_repeats(train, test)
@@ -53,7 +56,7 @@ def run(config: Config) -> int:
         # The same checks as a training command makes, with the configured strictness.
         for name, split in zip(SPLITS, (train, test), strict=True):
             if split.report.bad_share:
-                build.encode_split(config, build.load_split(config, name, tokenizer), tokenizer)
+                build.encode_split(config, build.load_split(config, name, tokenizer, rows=rows), tokenizer)
         refuse_repeats(config, found)
     return 0
 
@@ -66,13 +69,15 @@ def split_report(
     counted = encoded.report.to_json()
     for name, found in source_table(encoded).items() if "sources" in counted else ():
         counted["sources"][name] |= found
+    labels = label_counts(encoded)
     return {
         **counted,
         "conversations": sum(preference.chat for preference in build.only_kept(preferences, encoded)),
         "repeats": plain(repeats),
         "lengths": length_table(encoded),
         "cut": cut_table(encoded),
-        "longer_wins": longer_wins(length_differences(encoded)),
+        "longer_wins": None if labels else longer_wins(length_differences(encoded)),
+        **({"labels": labels} if labels else {}),
         "packing": row_statistics(config, encoded),
         "bos": {
             "option": config.data.bos,
@@ -100,18 +105,28 @@ def longer_wins(differences: np.ndarray) -> dict[str, float]:
 def example(encoded: Sequence[Any], tokenizer: Any) -> dict[str, Any]:
     """The first pair as the model reads it: ids and strings of its tokens, and which of them the loss counts.
 
-    "scored" is true, false, or a list with a value for each token.
+    "scored" is true, false, or a list with a value for each token. Of the completions between best and worst of a ranking the
+    first one is shown.
     """
     pair = encoded[0]
-    marks = {name: None if scored is None else scored.tolist() for name, (_, scored) in zip(PARTS[1:], pair.sides, strict=True)}
-    return {"uid": pair.uid} | {
+    label = {} if pair.desirable is None else {"desirable": pair.desirable}
+    marks = {"chosen": pair.chosen_scored, "completion": pair.chosen_scored, "rejected": pair.rejected_scored}
+    return {"uid": pair.uid, **label} | {
         name: {
-            "ids": getattr(pair, name).tolist(),
-            "tokens": token_strings(getattr(pair, name), tokenizer),
-            "scored": name != "prompt" and (marks[name] or True),
+            "ids": ids.tolist(),
+            "tokens": token_strings(ids, tokenizer),
+            "scored": name != "prompt" and (True if (scored := marks.get(name)) is None else scored.tolist()),
         }
-        for name in PARTS
+        for name, ((ids, *_), _) in parts_of(pair).items()
     }
+
+
+def label_counts(encoded: Sequence[Any]) -> dict[str, int] | None:
+    """How many single completions are desirable, and how many are not; None of pairs and rankings."""
+    if encoded[0].desirable is None:
+        return None
+    desirable = sum(pair.desirable for pair in encoded)
+    return {"desirable": desirable, "undesirable": len(encoded) - desirable}
 
 
 def row_statistics(config: Config, encoded: EncodedSet, *, batches: int = 8) -> dict[str, Any]:

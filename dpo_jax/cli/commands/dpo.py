@@ -13,14 +13,14 @@ from dpo_jax import loss_table
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.commands.export import write_model, writer
-from dpo_jax.cli.commands.refs import cache_identity, check_reference, load_reference, reference_values
+from dpo_jax.cli.commands.refs import cache_identity, check_reference, load_pairs, load_reference, reference_values
 from dpo_jax.cli.config import Config, DpoConfig
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
 from dpo_jax.cli.trained import trained
 from dpo_jax.data.loader import in_order
 from dpo_jax.dpo import dpo_step
-from dpo_jax.evals.preference import completion_tokens, held_out_logps, preference_summary
+from dpo_jax.evals.preference import completion_tokens, held_out_logps, labels_of, preference_summary
 from dpo_jax.losses import whole_set_signals
 from dpo_jax.reference import reference_logps
 from dpo_jax.training.fingerprint import check_weights
@@ -42,9 +42,7 @@ def run(config: Config) -> int:
         check_reference(config, model, tokenizer)
         part = trained(config, section, model, config.dpo_policy())
         partitioner = part.partitioner(config)
-        pairs, held_out = (
-            build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
-        )
+        pairs, held_out = load_pairs(config, tokenizer)
         check_repeats(config, pairs, held_out)
         data = TrainingData(pairs, held_out, [pairs.report, held_out.report])
         # What does not fit is refused here, before the reference pass, which may take hours.
@@ -74,7 +72,8 @@ def run(config: Config) -> int:
                 in_order(held_out, layout=plan.held_out_layout, batch=section.batch, part=partitioner.host_part),
                 pairs=len(held_out),
             )
-            return preference_summary(logps, held_out_ref, loss=loss, lengths=completion_tokens(held_out))
+            lengths, labels = completion_tokens(held_out), labels_of(held_out)
+            return preference_summary(logps, held_out_ref, loss=loss, lengths=lengths, desirable=labels)
 
         moving = None
         if section.refresh_reference_steps is not None:
@@ -93,7 +92,7 @@ def run(config: Config) -> int:
             )
         at_reference = functools.partial(
             starts_at_reference,
-            expected_loss=loss_at_reference(section),
+            expected_loss=loss_at_reference(section, completions=len(pairs[0].completions)),
             tolerance=TOLERANCE[config.run.precision],
             first=digests["start"] == reference,
             every=section.refresh_reference_steps or 0,
@@ -120,13 +119,16 @@ def run(config: Config) -> int:
     return 0
 
 
-def loss_at_reference(section: DpoConfig) -> float | None:
+def loss_at_reference(section: DpoConfig, *, completions: int = 2) -> float | None:
     """The loss of a policy that is its reference: ln 2 for DPO. None where that depends on the data."""
+    if section.desirable_weight != 1 or section.undesirable_weight != 1:
+        return None
     if section.reference_free or section.wpo or not all(term.loss.at_reference for term in loss_table.terms(section.loss)):
         return None
-    same, loss = np.zeros((1, 2), np.float32), build.make_loss(section)
+    same, loss = np.zeros((1, completions), np.float32), build.make_loss(section)
+    signals = whole_set_signals(loss, np.ones_like(same), pairs=1, desirable=np.ones(1, np.float32))
     # One program, and not one for each operation.
-    losses, _ = jax.jit(loss)(same, same, **whole_set_signals(loss, np.ones((1, 2), np.float32), pairs=1))
+    losses, _ = jax.jit(loss)(same, same, **signals)
     return float(np.asarray(losses)[0])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpo_jax import loss_table
 from dpo_jax.cli import build
 from dpo_jax.cli.card import dpo_card, with_digest
 from dpo_jax.cli.commands.implicit_rewards import write_rewards
@@ -23,7 +24,7 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import in_order
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.completions import Completer, map_completions
-from dpo_jax.evals.preference import completion_tokens, held_out_logps, mean_with_error, preference_summary
+from dpo_jax.evals.preference import completion_tokens, held_out_logps, labels_of, mean_with_error, preference_summary
 from dpo_jax.logps import sequence_logps
 from dpo_jax.reference import reference_logps
 from dpo_jax.report.health import examine_run, repetition
@@ -51,7 +52,10 @@ def run(config: Config) -> int:
                 f"eval.reference: {config.dpo_reference()} is another model than the policy, not only other weights"
             )
         partitioner = build.make_partitioner(config, model)
-        preferences = build.load_split(config, "test", tokenizer)
+        rows = loss_table.rows_of(config.dpo.loss)
+        if config.eval.rewards and rows != "pairs":
+            raise ConfigError(f"eval.rewards: judges pairs, and loss {config.dpo.loss} reads {rows}; leave out dpo.loss")
+        preferences = build.load_split(config, "test", tokenizer, rows=rows)
         held_out = build.encode_split(config, preferences, tokenizer)
         build.describe(run_dir, given, held_out.report)
         weights: dict[str, str] = {}
@@ -77,12 +81,16 @@ def run(config: Config) -> int:
                 kept = build.only_kept(preferences, held_out)
                 write_rewards(config, run_dir, kept, held_out, logps=logps, ref_logps=ref_logps, weights=weights)
             return 0
+        summary = functools.partial(
+            preference_summary, loss=loss, lengths=completion_tokens(held_out), desirable=labels_of(held_out)
+        )
         report: dict[str, Any] = {
             "pairs": len(held_out),
+            "examples": loss_table.example_word(config.dpo.loss),
             "settings": _settings(config),
             "weights": weights,
-            "reference": preference_summary(ref_logps, ref_logps, loss=loss, lengths=completion_tokens(held_out)),
-            "policy": preference_summary(logps, ref_logps, loss=loss, lengths=completion_tokens(held_out)),
+            "reference": summary(ref_logps, ref_logps),
+            "policy": summary(logps, ref_logps),
         }
         if config.eval.samples:
             both = {"reference": reference, "policy": policy}

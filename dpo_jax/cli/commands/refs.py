@@ -7,16 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax import loss_table
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.trained import Trained, trained
 from dpo_jax.data.chat_date import writes_date
 from dpo_jax.data.encode import Encoded
+from dpo_jax.data.prepare import EncodedSet
+from dpo_jax.data.row_kinds import check_ranking_lengths
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.training.fingerprint import architecture
 from dpo_jax.training.references import cached_reference_logps
 from dpo_jax.types import Model, Partitioner, Variables
+
+SIDES = {"pairs": ("chosen", "rejected"), "rankings": ("best", "worst"), "unpaired": ("completion", "mismatched ones")}
 
 
 def run(config: Config) -> int:
@@ -26,9 +31,7 @@ def run(config: Config) -> int:
         check_reference(config, model, tokenizer)
         part = trained(config, config.dpo, model, config.dpo_policy())
         partitioner = part.partitioner(config)
-        splits = [
-            build.encode_split(config, build.load_split(config, name, tokenizer), tokenizer) for name in ("train", "test")
-        ]
+        splits = load_pairs(config, tokenizer)
         check_repeats(config, *splits)
         build.describe(run_dir, config, *(split.report for split in splits))
         variables, digests = load_reference(config, part, partitioner)
@@ -42,9 +45,21 @@ def run(config: Config) -> int:
             weights=digests["start"],
         )
         for name, logps in zip(("train", "test"), values, strict=True):
-            chosen, rejected = logps.mean(axis=0)
-            print(f"{name}: {len(logps):,} pairs, mean log pi_ref(chosen) {chosen:.2f}, of rejected {rejected:.2f} nats")
+            what, (one, other) = loss_table.example_word(config.dpo.loss), SIDES[loss_table.rows_of(config.dpo.loss)]
+            first, last = logps.mean(axis=0)[[0, -1]]
+            print(f"{name}: {len(logps):,} {what}, mean log pi_ref({one}) {first:.2f}, of {other} {last:.2f} nats")
     return 0
+
+
+def load_pairs(config: Config, tokenizer: Any) -> tuple[EncodedSet, EncodedSet]:
+    """Token ids of the train and the held-out split, as the loss of `dpo` reads them."""
+    rows = loss_table.rows_of(config.dpo.loss)
+    train, test = (
+        build.encode_split(config, build.load_split(config, split, tokenizer, rows=rows), tokenizer)
+        for split in ("train", "test")
+    )
+    check_ranking_lengths([*train, *test], where="the splits")
+    return train, test
 
 
 def check_reference(config: Config, model: Model, tokenizer: Any) -> None:
@@ -75,6 +90,7 @@ def reference_values(
     weights: str,
 ) -> list[np.ndarray]:
     """log pi_ref of every pair of `splits`, float32[n, 2] each: read from the cache, after computing what it lacks.
+    Of rankings [n, K].
 
     `variables` are the partitioner's, `weights` is their digest.
     """

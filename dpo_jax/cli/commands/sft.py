@@ -76,7 +76,8 @@ def run(config: Config) -> int:
 def _targets(config: Config, tokenizer: Any) -> TrainingData:
     """The texts of preference data: their SFT targets, or else the chosen completions."""
     data = config.data
-    train_set, test_set = (build.load_split(config, split, tokenizer) for split in ("train", "test"))
+    # Whatever the loss of dpo reads of them, the best completions are the same.
+    train_set, test_set = (build.load_split(config, split, tokenizer, rows="any") for split in ("train", "test"))
     # Encoding the pairs, too, makes SFT refuse the same bad rows as DPO: both see the same data.
     pairs = [build.encode_split(config, preferences, tokenizer) for preferences in (train_set, test_set)]
     check_repeats(config, *pairs)

@@ -65,6 +65,8 @@ class DataConfig:
     """Training pairs to generate (source reviews)."""
     reviews_test: int = 500
     """Held-out pairs to generate (source reviews)."""
+    ranking_length: int | None = None
+    """Keep the best so many completions of each ranking (loss plackett_luce); none: all must have the same number."""
     on_bad: Literal["refuse", "drop"] = "refuse"
     """A bad row stops the command with its file, line and cause, or is dropped and counted by cause."""
     max_dropped_share: float = 0.05
@@ -92,6 +94,8 @@ class DataConfig:
 
     def check(self) -> Iterator[Problem]:
         yield from positive(self, "max_train", "max_test", "reviews_train", "reviews_test", "max_length", "max_prompt_length")
+        if self.ranking_length is not None and self.ranking_length < 2:
+            yield "ranking_length", f"a ranking has at least 2 completions, got {self.ranking_length}"
         if self.max_prompt_length >= self.max_length:
             yield "max_prompt_length", f"must be less than max_length ({self.max_length}), got {self.max_prompt_length}"
         if not 0 <= self.max_dropped_share <= 1:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpo_jax import loss_table
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.trained import planned
@@ -120,7 +121,13 @@ def _lengths(config: Config) -> tuple[int, int]:
 
 def _work(config: Config, flops: PairFlops, *, batch: int, parts: int, microbatches: int) -> Work:
     prompt, completion = (np.zeros(length, np.int32) for length in _lengths(config))
-    pairs = [Encoded(prompt, completion, completion, uid=str(number)) for number in range(batch)]
+    kind = loss_table.rows_of(config.dpo.loss)
+    if kind == "rankings":
+        raise ConfigError(
+            f"dpo.loss: plan counts two completions an example, and those of {config.dpo.loss} have more; take dpo"
+        )
+    label = True if kind == "unpaired" else None
+    pairs = [Encoded(prompt, completion, completion, uid=str(number), desirable=label) for number in range(batch)]
     layout = build.pair_layout(config, pairs, batch=batch, parts=parts)
     rows = layout.rows(pairs, ref_logps=np.zeros((batch, 2), np.float32))
     return Work(rows, batch, flops, microbatches, item_bytes=np.dtype(build.PRECISIONS[config.run.precision]).itemsize)

@@ -6,14 +6,18 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpo_jax import loss_table
 from dpo_jax.cli import model_folders
 from dpo_jax.cli.config import Config, ConfigError, MixConfig
 from dpo_jax.cli.preflight.scope import Scope
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.runtime.progress import reported
 from dpo_jax.untrusted import Unreadable
+
+if TYPE_CHECKING:
+    from dpo_jax.data.row_kinds import Wanted
 
 LINES_BYTES = 64 * 2**20  # files of more than this are not read only to count their rows
 
@@ -88,9 +92,14 @@ def data(*splits: str, preferences: bool = False) -> Callable[[Check], None]:
         if check.name == "prepare":
             _need_tfds(check, "prepare")
         if data.source == "reviews":
-            counts = {"train": data.reviews_train, "test": data.reviews_test}
-            told = [f"{split} {most(counts[split], getattr(data, f'max_{split}')):,} pairs" for split in splits]
-            check.rows = most(counts["train"], data.max_train)
+            from dpo_jax.data.row_kinds import check_kind
+
+            wanted = rows_wanted(check)
+            check_kind("pairs", wanted, where="data.source reviews")
+            each, what = (2, "single completions") if wanted == "unpaired" else (1, "pairs")
+            counts = {"train": each * data.reviews_train, "test": each * data.reviews_test}
+            told = [f"{split} {most(counts[split], getattr(data, f'max_{split}')):,} {what}" for split in splits]
+            check.rows = most(counts["train"], data.max_train) if each == 1 else None
             check.tell("data", f"generated reviews: {', '.join(told)}")
             return
         for part in data.parts():
@@ -127,26 +136,42 @@ def _source(check: Check, part: MixConfig, splits: tuple[str, ...]) -> None:
 
 def _split(check: Check, part: MixConfig, path: str, split: str) -> str:
     """Words on one split of a source. Raises `DataError`."""
+    from dpo_jax.data.format_table import FORMATS
+    from dpo_jax.data.row_kinds import check_kind
     from dpo_jax.data.snippets import load_snippets
     from dpo_jax.data.sources import peek
     from dpo_jax.data.tfds_folder import tfds_folders
 
+    stated, wanted = "pairs", rows_wanted(check)
     data, name = check.config.data, getattr(part, f"{split}_split")
     if data.source == "snippets":
         return f"{split} of {len(load_snippets(path)):,} snippets"
     if data.source != "files" or part.format == "tfds" or (part.format == "auto" and tfds_folders(Path(path))):
         _need_tfds(check, f"data.source: {data.source}")
         kind, rows = "TFDS", _tfds_rows(path, name)
+        check_kind(stated, wanted, where=f"{path} [{name}]")
     else:
-        kind, files = peek(path, name, format=part.format or "auto", columns=part.columns)
-        kind, rows = f"{kind}, {files} {'file' if files == 1 else 'files'}", _rows(path, name)
+        format, files = peek(path, name, format=part.format or "auto", columns=part.columns)
+        stated = FORMATS[format].rows if format in FORMATS else "pairs"
+        check_kind(stated, wanted, where=f"{path} [{name}] (format {format})")
+        kind, rows = f"{format}, {files} {'file' if files == 1 else 'files'}", _rows(path, name)
         if split == "train" and not data.mix:
             check.train_files = {f"file {file}, bytes": where.stat().st_size for file, where in _files(path, name)}
     limit = getattr(data, f"max_{split}")
-    if split == "train" and rows is not None and kind != "stack_exchange":
+    # A row may state several examples.
+    several = kind.startswith("stack_exchange") or (stated, wanted) == ("pairs", "unpaired")
+    several = several or (stated == "rankings" and wanted != "rankings")
+    if split == "train" and rows is not None and not several:
         check.rows = most(rows, limit)
     number = f", {rows:,} rows" if rows is not None else ""
     return f"{name} ({kind}{number}{f', the first {limit:,} used' if limit is not None else ''})"
+
+
+def rows_wanted(check: Check) -> Wanted:
+    """What a command reads rows as, see `row_kinds.Wanted`."""
+    if check.name in ("refs", "dpo", "eval"):
+        return loss_table.rows_of(check.config.dpo.loss)
+    return "pairs" if check.name in ("prepare", "reward-model", "bench") else "any"
 
 
 def _need_tfds(check: Check, option: str) -> None:

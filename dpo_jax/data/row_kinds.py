@@ -1,0 +1,141 @@
+"""What a row states: a pair, a ranking or a single completion; and one as another, for the loss that reads it.
+
+A ranking of K completions is all of its pairs, and a pair is two single completions. Nothing else can be turned into another.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator
+from itertools import combinations
+from typing import Any, Literal
+
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, PreferenceSet
+from dpo_jax.loss_table import RowKind, names_of
+
+Wanted = RowKind | Literal["any"]
+"""What is to be read. "any": what the files state, rankings as pairs."""
+_STATES = {"pairs": "pairs", "unpaired": "single completions with labels", "rankings": "rankings"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """A prompt and its completions in the order of `ranks`, the best first; a smaller rank is better, equal ones are ties."""
+
+    prompt: str
+    completions: tuple[str, ...]
+    ranks: tuple[float, ...]
+    uid: str
+    chat: bool = False
+    subset: str | None = None
+    notes: tuple[str, ...] = ()  # as those of `Preference`, like the next
+    prompt_digest: str | None = None
+
+
+Candidates = Iterable[tuple[str, Preference | Ranking | BadRow]]
+
+
+def check_kind(stated: RowKind, wanted: Wanted, *, where: str) -> None:
+    """Raises `DataError` where rows that state `stated` cannot be read as `wanted`. It names the losses that read them."""
+    if wanted in (stated, "any") or (stated, wanted) in (("rankings", "pairs"), ("pairs", "unpaired")):
+        return
+    remedy = f"set dpo.loss to one that reads them ({names_of(stated)})"
+    if stated == "pairs":
+        remedy = "use the loss dpo, which is the same for two completions"
+    raise DataError(
+        f"{where} holds {_STATES[stated]}, and {_STATES[wanted]} are needed here: {remedy}", causes=[Cause.MISSING_COLUMN]
+    )
+
+
+def preferences_of(
+    candidates: Candidates, wanted: Wanted, *, best: int | None = None
+) -> Iterator[tuple[str, Preference | BadRow]]:
+    """Candidates of a format as preferences: a ranking as one of its `best` completions, or else as all pairs."""
+    for uid, candidate in candidates:
+        if not isinstance(candidate, Ranking):
+            yield uid, candidate
+        elif wanted == "rankings":
+            try:
+                yield uid, whole_ranking(candidate, best=best)
+            except BadRow as problem:
+                yield uid, problem
+        else:
+            yield from pairs_of_ranking(candidate)
+
+
+def whole_ranking(ranking: Ranking, *, best: int | None = None) -> Preference:
+    """A ranking as one preference with `between`, of its `best` completions. `BadRow` for ties and for one that is shorter."""
+    several, keep = ranking.completions, best or len(ranking.completions)
+    if len(several) < keep:
+        detail = f"{len(several)} completions, where the best {keep} are wanted (--data.ranking-length)"
+        raise BadRow(Cause.OUT_OF_RANGE, detail, field="completions")
+    compared = ranking.ranks[: keep + 1]  # of a tie at the end either might be kept
+    if len(set(compared)) < len(compared):
+        raise BadRow(Cause.TIE, "two completions have the same rank, so this is no ranking", field="completions")
+    chosen, *between, rejected = several[:keep]
+    return Preference(ranking.prompt, chosen, rejected, ranking.uid, between=tuple(between), **_shared(ranking))
+
+
+def pairs_of_ranking(ranking: Ranking) -> Iterator[tuple[str, Preference | BadRow]]:
+    """Every two completions as a pair; those of equal rank form none. SFT learns the best one."""
+    several, ranks = ranking.completions, ranking.ranks
+    for i, j in combinations(range(len(several)), 2):
+        uid = f"{ranking.uid}#{i}-{j}"
+        if ranks[i] == ranks[j]:
+            yield uid, BadRow(Cause.TIE, f"both completions have rank {ranks[i]:g}")
+            continue
+        target = None if i == 0 else several[0]
+        yield uid, Preference(ranking.prompt, several[i], several[j], uid, target, **_shared(ranking))
+
+
+def _shared(ranking: Ranking) -> dict[str, Any]:
+    return {name: getattr(ranking, name) for name in ("chat", "subset", "notes", "prompt_digest")}
+
+
+def split_pairs(pairs: PreferenceSet) -> PreferenceSet:
+    """Each pair as two single completions: the chosen one is desirable, the rejected one is not. The books count these."""
+    report = pairs.report.copy()
+    report.read, report.kept = report.read + len(pairs), report.kept + len(pairs)
+    report.notes.append("each pair is read as two single completions, one desirable and one not")
+    return PreferenceSet(
+        [
+            dataclasses.replace(
+                pair,
+                uid=f"{pair.uid}#{name}",
+                chosen=completion,
+                rejected=completion,
+                chosen_spans=spans,
+                rejected_spans=spans,
+                sft_target=pair.sft_target if desirable else None,
+                desirable=desirable,
+            )
+            for pair in pairs
+            for name, completion, spans, desirable in (
+                ("chosen", pair.chosen, pair.chosen_spans, True),
+                ("rejected", pair.rejected, pair.rejected_spans, False),
+            )
+        ],
+        report,
+    )
+
+
+def check_ranking_lengths(rankings: Iterable[Preference | Encoded], *, where: str) -> None:
+    """Raises `DataError`, with counts and the first place of each number, unless all have as many completions."""
+    first: dict[int, str] = {}
+    counts: collections.Counter[int] = collections.Counter()
+    for ranking in rankings:
+        number = 2 + len(ranking.between)
+        first.setdefault(number, ranking.uid)
+        counts[number] += 1
+    if len(counts) > 1:
+        found = "\n".join(
+            f"  {number} completions: {counts[number]:,} rankings, first {first[number]}" for number in sorted(counts)
+        )
+        raise DataError(
+            f"{where}: rankings of one run have the same number of completions, and these have not:\n{found}\n"
+            f"--data.ranking-length {min(counts)} keeps the best {min(counts)} of each; more leave out the shorter ones "
+            "(--data.on-bad drop).",
+            causes=[Cause.OUT_OF_RANGE],
+        )

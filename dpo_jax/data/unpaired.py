@@ -1,0 +1,62 @@
+"""Single completions with labels, and a mismatched completion for each, from which KTO estimates a divergence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from dpo_jax.data.encode import Encoded
+
+
+def mismatched(examples: Sequence[Encoded], *, max_length: int) -> list[Encoded]:
+    """Single completions with that of another example as `rejected`, in the order given.
+
+    It is that of the next example, the last one followed by the first, that has another prompt and another completion; cut to
+    `max_length` tokens with this prompt. Those of its tokens are scored that are scored there. Where all have one prompt or one
+    completion it is that of the next example. A fixed rule of the order of the data: a run that is continued finds the same,
+    and so does the cache of the reference.
+
+    >>> ids = [np.int32([i, 0]) for i in range(1, 9)]
+    >>> one, two, three = (Encoded(ids[p], ids[c], ids[c], desirable=True) for p, c in ((0, 4), (0, 5), (1, 6)))
+    >>> [one.rejected.tolist() for one in mismatched([one, two, three], max_length=8)]
+    [[7, 0], [7, 0], [5, 0]]
+    """
+    count = len(examples)
+    prompts, completions = (
+        [ids.tobytes() for ids in of] for of in zip(*((one.prompt, one.chosen) for one in examples), strict=True)
+    )
+    past_prompt, past_completion = _next_other(prompts), _next_other(completions)
+    found = []
+    for number, example in enumerate(examples):
+        place = number + 1
+        while place < number + count:
+            here = place % count
+            if prompts[here] == prompts[number]:
+                place = past_prompt[place]
+            elif completions[here] == completions[number]:
+                place = past_completion[place]
+            else:
+                break
+        else:
+            place = number + 1
+        other, scored = examples[place % count].sides[0]
+        end = max(1, max_length - len(example.prompt))
+        # Where the cut leaves none of its own tokens, such as behind turns of context, all that is left counts.
+        scored = None if scored is None or not scored[:end].any() else scored[:end]
+        found.append(dataclasses.replace(example, rejected=other[:end], rejected_scored=scored))
+    return found
+
+
+def one_prompt(examples: Sequence[Encoded]) -> bool:
+    """Whether all have the same prompt: then no completion is mismatched."""
+    return len({one.prompt.tobytes() for one in examples}) == 1
+
+
+def _next_other(keys: Sequence[bytes]) -> list[int]:
+    """Of each place of the sequence written twice: the next place that has another key, or the end."""
+    count = len(keys)
+    following = [2 * count] * (2 * count)
+    for place in range(2 * count - 2, -1, -1):
+        same = keys[place % count] == keys[(place + 1) % count]
+        following[place] = following[place + 1] if same else place + 1
+    return following
