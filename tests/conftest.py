@@ -88,26 +88,36 @@ LONG = {
         *("test_all_rungs", "test_rungs_remove", "test_gates_catch", "test_a_profile_says", "test_exponents"),
         "test_the_command_leaves",
     ),
-    "check": ("test_the_bench_times_a_step",),
+    "check": (
+        "test_rows_pass_here",
+        "test_the_bench_times_a_step",
+    ),
     "cli_frontier": ("test_",),
     "cli_resume": (
+        "test_a_longer_run_continues",
+        "test_a_run_resumed_from_the_middle_equals_the_uninterrupted_one[damaged",
         *("test_four_devices_give", "test_a_run_continues_on_another_mesh", "test_a_second_round", "test_checkpoints_may_lie"),
         *("test_a_warm_up_longer", "test_held_out_pairs_may_change"),
     ),
     "cli_runs": ("test_several_temperatures", "test_a_run_in_steps_that_keeps"),
     "faults": ("test_sigterm_saves", "test_a_host_that_is_killed", "test_a_full_disk_ends"),
     "flash": (
-        *("test_families_equal_dense_on_plain_rows[llama", "test_families_equal_dense_on_plain_rows[gemma3_text"),
+        *(f"test_families_equal_dense_on_plain_rows[{family}" for family in ("gemma3", "gpt", "llama")),
         *(f"test_float32_equals_dense[{case}" for case in ("64", "96", "128", "20")),
         *(f"test_bfloat16_is_as_close_to_float32_as_dense_bfloat16[{case}" for case in ("64", "80", "128", "256", "20")),
     ),
+    "frontier": ("test_kl_depends_neither",),
+    "fuzz_judge": ("test_every_verdict_of_a_damaged_log",),
     "fuzz_runs": ("test_a_report_always_writes",),
     "golden": (
         *(f"test_dpo_trajectory[{case}]" for case in ("gpt2-shared", "gpt2-packed", "gpt_neox-plain", "gpt_neox-packed")),
-        *(f"test_dpo_trajectory_on_four_devices[{case}]" for case in ("gpt2-pmap4", "gpt_neox-fsdp2 x tensor2")),
-        *(f"test_sft_trajectory[{case}]" for case in ("gpt2-4", "gpt_neox-1")),
+        *(f"test_dpo_trajectory_on_four_devices[{case}" for case in ("gpt2", "gpt_neox-fsdp2 x tensor2")),
+        *(f"test_sft_trajectory[{case}" for case in ("gpt2", "gpt_neox-1")),
     ),
-    "groups": ("test_a_step_on_groups_is_that_on_pairs[pmap",),
+    "groups": (
+        "test_the_reward_model_learns_the_same",
+        "test_a_step_on_groups_is_that_on_pairs[pmap",
+    ),
     "hosts": ("test_several_processes_take", "test_a_signal_to_one_process"),
     "interrupts": ("test_a_signal_outside_of_training",),
     "judge": ("test_a_thousand_pairs_through_faults[True",),
@@ -115,7 +125,12 @@ LONG = {
         *("test_devices_do_not_matter[fsdp 2 x tensor 2-last", "test_devices_do_not_matter[pmap"),
         *("test_gradients_of_an_adapter_follow_from_those_of_the_weights[gpt2", "test_an_adapter_survives_its_files[gpt"),
     ),
-    "lora_runs": ("test_an_adapter_is_trained_further", "test_a_reward_model_of_a_part"),
+    "lora_runs": (
+        "test_eval_sample_and_export",
+        "test_only_the_last_layer",
+        "test_an_adapter_is_trained_further",
+        "test_a_reward_model_of_a_part",
+    ),
     "models": (
         *(
             f"test_shared_and_packed_rows_equal_plain_rows[{case}"
@@ -134,15 +149,20 @@ LONG = {
         f"test_on_a_mesh_it_is_the_same_and_its_state_is_cut_and_saved[{name}" for name in ("ada", "rms", "lion", "sgd")
     ),
     "plan": ("test_microbatches_take_less_memory", "test_a_step_planned_on_a_mesh"),
+    "plots": ("test_a_dpo_run_has_every_panel",),
     "pods": ("test_shellcheck",),
+    "report": ("test_several_runs_stand",),
+    "reward_model": ("test_a_run_that_was_killed",),
+    "rounding": ("test_it_is_the_same_on_one_device",),
+    "row_kind_runs": ("test_plackett_luce",),
     "sampling_race": ("test_our_greedy",),
     "theory": (
         *("test_dpo_converges_to_the_optimum[reference", "test_ipo_goes", "test_plackett_luce_of_four", "test_unlikelihood"),
     ),
+    "training": ("test_it_is_twenty_lines",),
 }
-
-
 APART = {"soak", "parity", "plan", "browser", "writers"}
+"""Marks of tests that run only where they are asked for: these are not long as well."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

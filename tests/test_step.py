@@ -319,7 +319,7 @@ def test_extras_reach_the_loss_with_their_pairs(variables, tx):
         return rows.replace(extras={"gap": examples_to_rows(gap, rows), "lengths": np.asarray(completion_lengths(rows))})
 
     lengths = np.float32([[len(pair.chosen), len(pair.rejected)] for pair in PAIRS])
-    logps = completion_logps(MODEL, variables, plain_rows(PAIRS, length=32))
+    logps = jax.jit(functools.partial(completion_logps, MODEL))(variables, plain_rows(PAIRS, length=32))
     expected = loss(logps, REF, gap, lengths)[0].mean()
     step = functools.partial(dpo_step, model=MODEL, tx=tx, loss=loss)
     for kind, microbatches in (("plain", 1), ("packed", 4)):
@@ -331,7 +331,9 @@ def test_extras_reach_the_loss_with_their_pairs(variables, tx):
     _, metrics = run(pmap.put_state(init_state(variables, tx)), with_extras("shared"))
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     with pytest.raises(TypeError, match="unexpected keyword argument 'gap'"):
-        dpo_step(init_state(variables, tx), with_extras("plain"), model=MODEL, tx=tx, loss=LOSS)
+        jax.eval_shape(
+            functools.partial(dpo_step, model=MODEL, tx=tx, loss=LOSS), init_state(variables, tx), with_extras("plain")
+        )
 
 
 def test_a_collection_is_trained_or_frozen(variables, tx):
