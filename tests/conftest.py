@@ -83,10 +83,18 @@ def pytest_runtest_setup(item):
 # Left out by default, so that the tests take minutes: whole processes, kills, and further combinations of what a default test
 # checks in one of them. `.ci/run` runs all. By file: the beginnings of their names.
 LONG = {
-    "attention": ("test_rows_and_heads_over_a_mesh[splash", "test_a_decoder_on_packed_rows_equals_the_dense_one"),
+    "attention": (
+        "test_rows_and_heads_over_a_mesh[flash",
+        "test_rows_and_heads_over_a_mesh[splash",
+        "test_a_decoder_on_packed_rows_equals_the_dense_one",
+    ),
     "bench": (
         *("test_all_rungs", "test_rungs_remove", "test_gates_catch", "test_a_profile_says", "test_exponents"),
         "test_the_command_leaves",
+    ),
+    "calibration": (
+        "test_calibration_error_that_was_planted_is_found[1.0",
+        "test_calibration_error_that_was_planted_is_found[2.5",
     ),
     "check": (
         "test_rows_pass_here",
@@ -94,14 +102,17 @@ LONG = {
     ),
     "cli_frontier": ("test_",),
     "cli_resume": (
+        "test_sigterm_saves",
         "test_a_longer_run_continues",
         "test_a_run_resumed_from_the_middle_equals_the_uninterrupted_one[damaged",
         *("test_four_devices_give", "test_a_run_continues_on_another_mesh", "test_a_second_round", "test_checkpoints_may_lie"),
         *("test_a_warm_up_longer", "test_held_out_pairs_may_change"),
     ),
-    "cli_runs": ("test_several_temperatures", "test_a_run_in_steps_that_keeps"),
+    "cli_runs": ("test_a_sum_of_losses", "test_several_temperatures", "test_a_run_in_steps_that_keeps"),
+    "emitted": ("test_what_a_policy_samples_is_judged",),
     "faults": ("test_sigterm_saves", "test_a_host_that_is_killed", "test_a_full_disk_ends"),
     "flash": (
+        "test_the_kernels_visit_the_blocks_in_which_somebody_sees_something[None",
         *(f"test_families_equal_dense_on_plain_rows[{family}" for family in ("gemma3", "gpt", "llama")),
         *(f"test_float32_equals_dense[{case}" for case in ("64", "96", "128", "20")),
         *(f"test_bfloat16_is_as_close_to_float32_as_dense_bfloat16[{case}" for case in ("64", "80", "128", "256", "20")),
@@ -110,6 +121,7 @@ LONG = {
     "fuzz_judge": ("test_every_verdict_of_a_damaged_log",),
     "fuzz_runs": ("test_a_report_always_writes",),
     "golden": (
+        "test_dpo_trajectory[gpt_neox-shared]",
         *(f"test_dpo_trajectory[{case}]" for case in ("gpt2-shared", "gpt2-packed", "gpt_neox-plain", "gpt_neox-packed")),
         *(f"test_dpo_trajectory_on_four_devices[{case}" for case in ("gpt2", "gpt_neox-fsdp2 x tensor2")),
         *(f"test_sft_trajectory[{case}" for case in ("gpt2", "gpt_neox-1")),
@@ -119,6 +131,7 @@ LONG = {
         "test_a_step_on_groups_is_that_on_pairs[pmap",
     ),
     "hosts": ("test_several_processes_take", "test_a_signal_to_one_process"),
+    "implicit_rewards": ("test_swapped_sides",),
     "interrupts": ("test_a_signal_outside_of_training",),
     "judge": ("test_a_thousand_pairs_through_faults[True",),
     "lora": (
@@ -131,6 +144,7 @@ LONG = {
         "test_an_adapter_is_trained_further",
         "test_a_reward_model_of_a_part",
     ),
+    "losses": ("test_plackett_luce_of_two_is_dpo_bit_for_bit[float32",),
     "models": (
         *(
             f"test_shared_and_packed_rows_equal_plain_rows[{case}"
@@ -139,6 +153,9 @@ LONG = {
         "test_kernels_are_rounded_once_without_remat[gemma3",
     ),
     "multidevice": (
+        "test_a_norm_over_all_heads",
+        "test_microbatches_on_a_mesh",
+        "test_shard_map",
         *(f"test_every_way_to_run[{way}" for way in ("fsdp 4", "data 4", "a model without")),
         *(f"test_completions_do_not_depend_on_devices_and_batches[{way}" for way in ("fsdp 4", "data 4", "a model without")),
     ),
@@ -150,12 +167,29 @@ LONG = {
     ),
     "plan": ("test_microbatches_take_less_memory", "test_a_step_planned_on_a_mesh"),
     "plots": ("test_a_dpo_run_has_every_panel",),
-    "pods": ("test_shellcheck",),
-    "report": ("test_several_runs_stand",),
-    "reward_model": ("test_a_run_that_was_killed",),
+    "pods": (
+        "test_a_preempted_slice_is_asked_for_again_and_the_run_continues[notice",
+        "test_a_preempted_slice_is_asked_for_again_and_the_run_continues[env",
+        "test_shellcheck",
+    ),
+    "ppo": (
+        "test_what_is_collected_is_what_the_sampler_drew",
+        "test_collecting_does_not_depend_on_devices[pmap",
+    ),
+    "report": (
+        "test_the_base_model_scored_by_mistake",
+        "test_fine_is_said_of_what",
+        "test_several_runs_stand",
+    ),
+    "reward_model": (
+        "test_however_it_is_run_it_is_one_step[pmap",
+        "test_a_run_that_was_killed",
+    ),
     "rounding": ("test_it_is_the_same_on_one_device",),
     "row_kind_runs": ("test_plackett_luce",),
+    "sampling": ("test_lengths_and_keys_are_those",),
     "sampling_race": ("test_our_greedy",),
+    "step": ("test_a_step_on_rankings_of_two",),
     "theory": (
         *("test_dpo_converges_to_the_optimum[reference", "test_ipo_goes", "test_plackett_luce_of_four", "test_unlikelihood"),
     ),
