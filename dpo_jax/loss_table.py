@@ -8,19 +8,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-
-class Option(NamedTuple):
-    """An option of losses: its type and default, which values it takes, and the text of `--help`."""
-
-    type: Any
-    default: Any
-    inside: Callable[[Any], bool]
-    expected: str
-    help: str
-
+from dpo_jax.option import Option
 
 RowKind = Literal["pairs", "unpaired", "rankings"]
 """What an example of a loss is: two completions, a single one that is desirable or not, or K completions, best first."""

@@ -6,21 +6,13 @@ option gets a line in `OPTIONS`. It imports neither JAX nor numpy, so that `--he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
+
+from dpo_jax.option import Option
 
 Optimizer = Literal["rmsprop", "adamw", "adafactor", "lion", "muon", "sgd"]
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
-
-
-class Option(NamedTuple):
-    """An option: its type and default (None: that of the optimizer), which values it takes, and the text of `--help`."""
-
-    type: Any
-    default: Any
-    inside: Callable[[Any], bool]
-    expected: str
-    help: str
 
 
 class Choice(NamedTuple):

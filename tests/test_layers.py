@@ -18,7 +18,7 @@ def name_of(path):
 # First match wins. Modules of one floor may import each other, as far as Python itself allows.
 FLOORS = [
     (1, ["types.py", "extras.py", "untrusted.py", "shapes.py", "writing.py", "locks.py"]),
-    (1, ["loss_table.py", "optimizer_table.py"]),
+    (1, ["loss_table.py", "optimizer_table.py", "option.py"]),
     (2, ["losses/", "head.py", "logps.py", "step.py", "rounding.py", "sampling.py", "models/", "data/"]),
     (3, ["dpo.py", "sft.py", "reward_model.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),
@@ -66,6 +66,7 @@ LIGHT = [
         "writing.py",
         "loss_table.py",
         "optimizer_table.py",
+        "option.py",
     ),
 ]
 # What runs in the processes of the PyTorch contenders, where JAX would count as their memory.

@@ -148,7 +148,24 @@ class TensorBoard:
             self._writer.close()
 
 
-class Wandb:
+class _RunElsewhere:
+    """A run at a package that takes the numbers of a step at a time. `open` of a subclass begins or continues it."""
+
+    _run: Any = None
+
+    def __init__(self, init: Callable[..., Any], project: str, directory: str | Path, config: Mapping[str, Any] | None) -> None:
+        self._init, self._project, self._directory, self._config = init, project, Path(directory), config
+
+    def write(self, row: Row) -> None:
+        assert self._run is not None, "open() comes first"
+        self._run.log(_values(row), step=int(row["step"]))
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+
+class Wandb(_RunElsewhere):
     """Weights & Biases; a continued run has its own page again. The key comes from the environment (`WANDB_API_KEY`).
 
     Raises ModuleNotFoundError, naming the extra, without wandb.
@@ -159,24 +176,15 @@ class Wandb:
             import wandb  # pyright: ignore[reportMissingImports]
         except ModuleNotFoundError as error:
             raise _missing("Weights & Biases", "wandb", error) from error
-        self._init, self._run = wandb.init, None
-        self._project, self._directory, self._config = project, Path(directory), config
+        super().__init__(wandb.init, project, directory, config)
 
     def open(self, step: int) -> None:
         name = _run_name(self._directory / "wandb_run_id", step)
         config = dict(self._config or {})
         self._run = self._init(project=self._project, dir=str(self._directory), config=config, id=name, resume="allow")
 
-    def write(self, row: Row) -> None:
-        assert self._run is not None, "open() comes first"
-        self._run.log(_values(row), step=int(row["step"]))
 
-    def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-
-
-class Trackio:
+class Trackio(_RunElsewhere):
     """Trackio, on this machine or where `TRACKIO_SPACE_ID` says; a continued run is the same run there.
 
     Raises ModuleNotFoundError, naming the extra, without trackio.
@@ -187,21 +195,12 @@ class Trackio:
             import trackio  # pyright: ignore[reportMissingImports]
         except ModuleNotFoundError as error:
             raise _missing("Trackio", "trackio", error) from error
-        self._init, self._run = trackio.init, None
-        self._project, self._directory, self._config = project, Path(directory), config
+        super().__init__(trackio.init, project, directory, config)
 
     def open(self, step: int) -> None:
         name = _run_name(self._directory / "trackio_run_name", step)
         config = json.loads(json.dumps(dict(self._config or {}), default=str))
         self._run = self._init(project=self._project, name=name, config=config, resume="allow", embed=False)
-
-    def write(self, row: Row) -> None:
-        assert self._run is not None, "open() comes first"
-        self._run.log(_values(row), step=int(row["step"]))
-
-    def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
 
 
 def _values(row: Row) -> dict[str, float]:
