@@ -20,6 +20,7 @@ from dpo_jax.data.loader import plan_layout
 from dpo_jax.data.pairs import DataError
 from dpo_jax.data.prepare import data_digest, encode_all, encode_targets
 from dpo_jax.data.repeats import find_repeats
+from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tfds import write_tfds
 from dpo_jax.data.unpaired import mismatched
 from dpo_jax.training.moving import MovingReference
@@ -246,3 +247,25 @@ def test_references_of_all_completions_move(completions, first_host, tmp_path, m
     # What other hosts hold is replaced by what the first one has found.
     steps = np.arange(completions) / 10 if first_host else np.zeros(completions)
     np.testing.assert_allclose(moving.values[2] - moving.values[2, 0], steps, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "row"),
+    [
+        ("unpaired", {"prompt": "2 + 2?", "completion": "4", "label": True}),
+        ("rankings", {"prompt": "2 + 2?", "completions": ["4", "5", "6"]}),
+    ],
+)
+def test_a_system_text_beside_them_is_read_or_refused(rows, row, chatty, tmp_path):
+    """As beside pairs: never lost in silence, rendered by the template where it is mapped, left out where that is asked for."""
+    file = tmp_path / "train.jsonl"
+    file.write_text(json.dumps(row | {"system": "Be brief."}) + "\n")
+    options = {"tokenizer": chatty, "rows": rows}
+    with pytest.raises(DataError, match=r"a system text: 'system'; --data.columns system=system reads it"):
+        load_preferences(file, "train", **options)
+    (read,) = load_preferences(file, "train", columns="system=system", **options)
+    (without,) = load_preferences(file, "train", columns="system=", **options)
+    assert read.chat
+    assert read.prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?")
+    assert read.chosen.startswith("4")
+    assert (without.prompt, without.chat) == ("2 + 2?", False)

@@ -35,13 +35,19 @@ def conversation(row: Row) -> tuple[Any, Any, Any]:
     return prompt, sides[0], sides[1]
 
 
-def same_kind(prompt: Any, completions: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A prompt and completions of it, by name: all messages where one of them is a list of messages, or else as they are."""
-    named = {name: _messages(value) for name, value in {"prompt": prompt, **completions}.items()}
-    if any(isinstance(value, list) for value in named.values()):
+def same_kind(row: Row, completions: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The prompt of a row and completions of it, by name: all messages where one is a list of them, or the row has `system`.
+
+    Others stay as they are.
+    """
+    named = {name: _messages(value) for name, value in {"prompt": column(row, "prompt"), **completions}.items()}
+    system = text(row, "system") if row.get("system") is not None else ""
+    if system.strip() or any(isinstance(value, list) for value in named.values()):
         for name, value in named.items():
             if not isinstance(value, list):
                 named[name] = [_turn("user" if name == "prompt" else "assistant", text({name: value}, name))]
+    if system.strip():
+        named["prompt"] = _after_system(system, named["prompt"])
     return named.pop("prompt"), named
 
 

@@ -53,6 +53,7 @@ class Format(NamedTuple):
 
 
 _PROMPT = Column("the prompt, a text or messages")
+_SYSTEM = Column("a system text, if `data.columns` names its column", needed=False)
 _SUBSET = Column("part of the data set, by which evaluation also reports", needed=False)
 _BETTER, _WORSE = Column("the better completion"), Column("the worse one")
 
@@ -175,7 +176,7 @@ _FORMATS = (
         "TRL's four forms: texts or messages, the prompt in its own column or as the common beginning",
         {
             "prompt": Column("the prompt, a text or messages", needed=False),
-            "system": Column("a system text, if `data.columns` names its column", needed=False),
+            "system": _SYSTEM,
             "chosen": _BETTER,
             "rejected": _WORSE,
             "tools": Column("schemas of tools, for the chat template", needed=False),
@@ -190,6 +191,7 @@ _FORMATS = (
         "single completions with a label, for the losses kto and apo_zero_unpaired",
         {
             "prompt": _PROMPT,
+            "system": _SYSTEM,
             "completion": Column("a completion, a text or messages"),
             "label": Column("true if it is desirable, false if not; or 1 and 0"),
             "subset": _SUBSET,
@@ -203,6 +205,7 @@ _FORMATS = (
         "rankings, for the loss plackett_luce; for other losses every two completions of different rank form a pair",
         {
             "prompt": _PROMPT,
+            "system": _SYSTEM,
             "completions": Column(
                 "two or more completions, texts or messages; best first unless ranks or scores say otherwise"
             ),

@@ -314,7 +314,7 @@ def _completions(
     row: Row, completions: list[tuple[str, Any]], uid: str, tokenizer: Any
 ) -> tuple[str, list[str], list[Spans | None], dict[str, Any]]:
     """Prompt, completions, spans of these and what else the template said, of texts or of messages, given with their names."""
-    prompt, sides = same_kind(column(row, "prompt"), dict(completions))
+    prompt, sides = same_kind(row, dict(completions))
     if isinstance(prompt, list):
         found = chat_completions(prompt, sides, uid=uid, tokenizer=tokenizer)
         more = {"chat": True, "notes": found.notes, "prompt_digest": found.prompt_digest}

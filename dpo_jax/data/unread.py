@@ -45,10 +45,10 @@ _TRL = FORMATS["trl"].reads
 def unread(row: Row, format: str, mapped: ColumnMap) -> list[str]:
     """Columns of a mapped row that hold a system text, or perhaps the prompt, and that `format` does not read."""
     reads = FORMATS[format].reads
-    if "system" not in reads or not row.keys() >= {"chosen", "rejected"}:
+    if "system" not in reads or not row.keys() >= {*FORMATS[format].told_by}:
         return []
     found = _systems(row, mapped)
-    if _filled(row.get("prompt")) or "prompt" in mapped.columns or not _implicit(row):
+    if "chosen" not in reads or _filled(row.get("prompt")) or "prompt" in mapped.columns or not _implicit(row):
         return found
     others = [name for name in row if name not in reads and name not in found and not _is_about(name)]
     return found + [name for name in others if _may_be_prompt(name, row[name])]
@@ -70,7 +70,10 @@ def refusal(found: Sequence[str], row: Row, mapped: ColumnMap) -> str:
     none = {"prompt": ""} if prompts else {}
     none |= {"system": ""} if systems else {}
     what = " and ".join([*(["the prompt"] if prompts else []), *(["a system text"] if systems else [])])
-    reads = f"{option} reads" if (option := suggestion(row, mapped)) else "rename the column to read"
+    option = suggestion(row, mapped)
+    if "chosen" not in row and systems == {found[0]} and not set(",+") & set(found[0]):  # rows that are no pairs
+        option = _option(mapped, {"system": found[0]})
+    reads = f"{option} reads" if option else "rename the column to read"
     it = "it" if len(found) == 1 else "them"
     then = " (the prompt is then what chosen and rejected begin with)" if prompts else ""
     return f"not read, and may hold {what}: {shown_names(found)}; {reads} {it}, {_option(mapped, none)} goes without{then}"
