@@ -292,6 +292,19 @@ def test_flags_override_the_file(small, ran):
     assert ran[1] == fix(load_config(small))
 
 
+def test_the_policy_may_be_the_model_itself(small, ran, capsys):
+    started = ["--dpo.policy", "model"]
+    assert program.main(["dpo", small, *started, "--model.path", "some/model"]) == 0
+    assert (ran[0].dpo.policy, ran[0].dpo_policy()) == ("some/model", "some/model")
+    assert program.main(["eval", small, *started, "--model.path", "some/model"]) == 0
+    assert ran[1].eval_reference() == "some/model"
+    assert program.main(["refs", small, *started]) != 0
+    assert "dpo.policy: model stands for the model of model.path, which is not set" in capsys.readouterr().err
+    Path(small).write_text(SMALL.replace("dpo:", "dpo:\n  policy: model"))
+    assert program.main(["dpo", small]) != 0
+    assert f"{small}:10: dpo.policy: model stands" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [

@@ -15,7 +15,8 @@ from dpo_jax.data.chat import chat_preference
 from dpo_jax.data.format_table import FORMATS, detect_format
 from dpo_jax.data.formats import common_prompt
 from dpo_jax.data.html import strip_html
-from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, split_hh
+from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference
+from dpo_jax.data.transcripts import split_hh
 
 
 def test_hh_split_is_the_originals():
@@ -55,8 +56,9 @@ def test_the_table_of_formats_is_true(format, tmp_path, tokenizer):
         cut = [without(part, inner) for part in parts] if isinstance(parts, list) else without(parts, inner)
         return row | {outer: cut}
 
-    assert detect_format(format.example) == format.name
-    pairs = load(write(tmp_path / "train.jsonl", format.example), tokenizer=tokenizer, rows=format.rows)
+    assert detect_format(format.example) == (format.name if format.told_by else "hh")
+    asked = "auto" if format.told_by else format.name
+    pairs = load(write(tmp_path / "train.jsonl", format.example), format=asked, tokenizer=tokenizer, rows=format.rows)
     assert (pairs.report.format, len(pairs)) == (format.name, 1)
     for name, column in format.reads.items():
         rows = [("row", without(format.example, name))]
@@ -75,6 +77,31 @@ def test_hh(tmp_path):
     [pair] = load(write(tmp_path / "train.jsonl", hh_row("q\n\nAssistant: a\n\nHuman: r", " yes", " no")))
     prompt = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:"
     assert pair == Preference(prompt, " yes", " no", "train.jsonl:1")
+
+
+def test_hh_as_chats_is_trl_of_the_same_messages(tmp_path, tokenizer):
+    row = hh_row("q\n\nAssistant: a\n\nHuman: r ", " yes\n", " no")
+    asked = [turn("user", "q"), turn("assistant", "a"), turn("user", "r")]
+    messages = {"prompt": asked, "chosen": [turn("assistant", "yes")], "rejected": [turn("assistant", "no")]}
+    [pair] = load(write(tmp_path / "hh" / "train.jsonl", row), format="hh_chat", tokenizer=tokenizer)
+    [same] = load(write(tmp_path / "trl" / "train.jsonl", messages), tokenizer=tokenizer)
+    assert pair == same
+    assert pair.prompt.count("<|im_start|>") == 4
+
+
+@pytest.mark.parametrize(
+    ("row", "cause", "field"),
+    [
+        ({"chosen": "So\n\nHuman: q\n\nAssistant: a", "rejected": "So\n\nHuman: q\n\nAssistant: b"}, "no_prompt", "chosen"),
+        ({side: f"\n\nHuman: \n\nAssistant: {side}" for side in ("chosen", "rejected")}, "empty", "chosen"),
+        (hh_row("q", " ", " b"), "empty", "chosen"),
+        (hh_row("q", " a", ""), "empty", "rejected"),
+    ],
+)
+def test_hh_as_chats_refuses_what_is_no_chat(row, cause, field, tokenizer):
+    [(_, found)] = FORMATS["hh_chat"].candidates([("row", row)], tokenizer=tokenizer)
+    assert isinstance(found, BadRow)
+    assert (found.cause, found.field.partition(".")[0]) == (cause, field)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,10 @@ def parse(name: str, args: list[str]) -> Config:
     changed = _override(name, command, config, path, flags)
     kept = {field: line for field, line in lines.items() if _get(changed, field) == _get(config, field)}
     needs = tuple(section for section in command.needs if section != "data" or not _brings_its_data(name, changed))
-    changed = options.at_home(changed)
+    changed = options.with_policy(options.at_home(changed))
+    if changed.dpo.policy == "model" and {"dpo", "dpo.policy"} & set(command.reads):
+        place = f"{path}:{kept['dpo.policy']}: " if "dpo.policy" in kept else ""
+        raise ConfigError(f"{place}dpo.policy: model stands for the model of model.path, which is not set: set model.path")
     options.check(changed, lines=kept, path=path, needs=needs)
     return changed
 

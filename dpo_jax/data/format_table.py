@@ -24,7 +24,7 @@ class Format(NamedTuple):
     """A public format of preferences.
 
     reads      the columns that its function reads; "info.title" is a field inside one
-    told_by    a row with these columns is of this format ...
+    told_by    a row with these columns is of this format (none: only data.format says so) ...
     lacks      ... unless it has one of these ...
     begins     ... or the text in these does not begin so, white space left out
     rows       what a row states
@@ -172,6 +172,13 @@ _FORMATS = (
         begins={"chosen": "Human:", "rejected": "Human:"},
     ),
     Format(
+        "hh_chat",
+        "Anthropic HH as chats, rendered with the tokenizer's chat template; only where it is named",
+        {"chosen": Column("the transcript with the better end"), "rejected": Column("that with the worse"), "subset": _SUBSET},
+        (),
+        {side: f"\n\nHuman: Hello\n\nAssistant:{text}" for side, text in (("chosen", " Hi!"), ("rejected", " What?"))},
+    ),
+    Format(
         "trl",
         "TRL's four forms: texts or messages, the prompt in its own column or as the common beginning",
         {
@@ -239,7 +246,7 @@ def detect_format(row: Mapping[str, Any]) -> str | None:
 def _fits(format: Format, row: Mapping[str, Any]) -> bool:
     texts = {name: row.get(name) for name in format.begins}
     begins = all(isinstance(text, str) and text.lstrip().startswith(format.begins[name]) for name, text in texts.items())
-    return begins and row.keys() >= set(format.told_by) and not row.keys() & set(format.lacks)
+    return bool(format.told_by) and begins and row.keys() >= set(format.told_by) and not row.keys() & set(format.lacks)
 
 
 def format_of(format: str, names: Sequence[str]) -> str | None:
@@ -249,7 +256,7 @@ def format_of(format: str, names: Sequence[str]) -> str | None:
     """
     if format != "auto":
         return format
-    return next((one.name for one in _FORMATS if not one.begins and set(one.told_by) <= set(names)), None)
+    return next((one.name for one in _FORMATS if one.told_by and not one.begins and set(one.told_by) <= set(names)), None)
 
 
 def markdown() -> str:
@@ -261,5 +268,5 @@ def markdown() -> str:
             text if column.needed else f"({text})" for text, column in zip(columns, format.reads.values(), strict=True)
         )
         lines.append(f"| `{format.name}` | {format.title} | {shown} | `{json.dumps(format.example)}` |")
-    order = ", ".join(f"`{name}`" for name in FORMATS)
+    order = ", ".join(f"`{format.name}`" for format in _FORMATS if format.told_by)
     return "\n".join(lines) + f"\n\nThe first of {order} that fits is taken.\n"

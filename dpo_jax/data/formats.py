@@ -7,11 +7,11 @@ usable preference. SHP and StackExchange follow the original implementation (eri
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from itertools import combinations
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+from dpo_jax.data.candidates import Candidates, Rankings, Rows, checked, one_each, with_subset, with_target
 from dpo_jax.data.chat import chat_completions, chat_preference
 from dpo_jax.data.columns import Row, column, number, text
 from dpo_jax.data.conversations import conversation, same_kind
@@ -25,32 +25,17 @@ from dpo_jax.data.pairs import (
     check_completion,
     check_different,
     check_length,
-    check_pair,
     check_prompt,
-    split_hh,
 )
 from dpo_jax.data.row_kinds import Ranking
+from dpo_jax.data.transcripts import as_transcript
+from dpo_jax.data.transcripts import hh as hh
+from dpo_jax.data.transcripts import hh_chat as hh_chat
 from dpo_jax.untrusted import TooDeep
-
-Rows = Iterable[tuple[str, Row]]
-Candidates = Iterator[tuple[str, Preference | BadRow]]
-Stated = TypeVar("Stated", Preference, Ranking)
-Rankings = Iterator[tuple[str, Ranking | BadRow]]
 
 SHP_MIN_RATIO = 2.0
 MAX_MARKUP = 4 * MAX_CHARACTERS
 MAX_ANSWERS = 1000  # of a question: they form half a million pairs
-
-
-def hh(rows: Rows, *, tokenizer: Any = None) -> Candidates:
-    """Anthropic HH: two transcripts, `chosen` and `rejected`, that part after their last "\\n\\nAssistant:"."""
-
-    def preference(uid: str, row: Row) -> Preference:
-        chosen, rejected = text(row, "chosen"), text(row, "rejected")
-        prompt = split_hh(chosen, rejected)
-        return checked(Preference(prompt, chosen[len(prompt) :], rejected[len(prompt) :], uid))
-
-    return _one_each(rows, preference)
 
 
 def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
@@ -75,7 +60,7 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         cut = common_prompt(chosen, rejected)
         return checked(Preference(chosen[:cut], chosen[cut:], rejected[cut:], uid, notes=unread))
 
-    return _one_each(rows, preference)
+    return one_each(rows, preference)
 
 
 def common_prompt(chosen: str, rejected: str) -> int:
@@ -104,7 +89,7 @@ def rewardbench(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         question, answers = text(row, "prompt"), [text(row, side) for side in ("chosen", "rejected")]
         return _answered(question, *answers, uid=uid, tokenizer=tokenizer)
 
-    return _one_each(rows, preference)
+    return one_each(rows, preference)
 
 
 def pku(rows: Rows, *, tokenizer: Any = None) -> Candidates:
@@ -117,13 +102,13 @@ def pku(rows: Rows, *, tokenizer: Any = None) -> Candidates:
             raise BadRow(Cause.OUT_OF_RANGE, f"0 or 1 is needed, this is {better:g}", field="better_response_id")
         return _answered(question, *(answers if better == 0 else answers[::-1]), uid=uid, tokenizer=tokenizer)
 
-    return _one_each(rows, preference)
+    return one_each(rows, preference)
 
 
 def _answered(question: str, chosen: str, rejected: str, *, uid: str, tokenizer: Any) -> Preference:
     """A question and two answers as turns of a chat; in the form of Anthropic HH for a tokenizer without a chat template."""
     if getattr(tokenizer, "chat_template", None) is None:
-        return checked(Preference(_as_hh(question), " " + chosen, " " + rejected, uid))
+        return checked(Preference(as_transcript(question), " " + chosen, " " + rejected, uid))
     sides = ([{"role": "assistant", "content": answer}] for answer in (chosen, rejected))
     return chat_preference([{"role": "user", "content": question}], *sides, uid=uid, tokenizer=tokenizer)
 
@@ -144,7 +129,7 @@ def openai(rows: Rows, *, tokenizer: Any = None) -> Candidates:
             head, dot, rest = problem.field.partition(".")
             raise BadRow(problem.cause, problem.detail, field=names.get(head, head) + dot + rest) from None
 
-    return _one_each(rows, preference)
+    return one_each(rows, preference)
 
 
 def helpsteer3(rows: Rows, *, tokenizer: Any = None) -> Candidates:
@@ -159,9 +144,9 @@ def helpsteer3(rows: Rows, *, tokenizer: Any = None) -> Candidates:
             raise BadRow(Cause.TIE, "neither response is preferred", field="overall_preference")
         chosen, rejected = answers if preferred < 0 else answers[::-1]
         pair = chat_preference(context, chosen, rejected, uid=uid, tokenizer=tokenizer)
-        return _with_subset(pair, {"subset": row.get("domain")})
+        return with_subset(pair, {"subset": row.get("domain")})
 
-    return _one_each(rows, preference)
+    return one_each(rows, preference)
 
 
 def tldr(rows: Rows, *, tokenizer: Any = None) -> Candidates:
@@ -180,7 +165,7 @@ def tldr(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         texts = [_spaced(text(summary, "text", inside=f"summaries.{i}.")) for i, summary in enumerate(summaries)]
         return checked(Preference(prompt, texts[int(choice)], texts[1 - int(choice)], uid))
 
-    return _one_each(rows, preference)
+    return one_each(rows, preference)
 
 
 def shp(rows: Rows, *, tokenizer: Any = None) -> Candidates:
@@ -191,7 +176,7 @@ def shp(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     best: dict[str, tuple[float, str]] = {}
 
     def preference(uid: str, row: Row) -> Preference:
-        prompt = _as_hh(text(row, "history"))
+        prompt = as_transcript(text(row, "history"))
         responses = [" " + text(row, "human_ref_A"), " " + text(row, "human_ref_B")]
         scores = [number(row, "score_A"), number(row, "score_B")]
         label = number(row, "labels")
@@ -208,9 +193,9 @@ def shp(rows: Rows, *, tokenizer: Any = None) -> Candidates:
                 best[prompt] = score, response
         return pair
 
-    for uid, candidate in list(_one_each(rows, preference)):
+    for uid, candidate in list(one_each(rows, preference)):
         if isinstance(candidate, Preference):
-            candidate = _with_target(candidate, best[candidate.prompt][1])
+            candidate = with_target(candidate, best[candidate.prompt][1])
         yield uid, candidate
 
 
@@ -225,7 +210,7 @@ def stack_exchange(rows: Rows, *, tokenizer: Any = None) -> Candidates:
             question = _without_html(row, "question")
             if not question.strip():
                 raise BadRow(Cause.NO_PROMPT, "nothing is left of the question without its HTML", field="question")
-            prompt = _as_hh(question)
+            prompt = as_transcript(question)
             check_length(prompt, field="question")
             answers = _answers(row)
         except BadRow as problem:
@@ -242,7 +227,7 @@ def stack_exchange(rows: Rows, *, tokenizer: Any = None) -> Candidates:
                 if problem := chosen.problem or rejected.problem:
                     raise problem
                 check_different(chosen.text, rejected.text)
-                yield uid, _with_target(Preference(prompt, chosen.text, rejected.text, uid), best)
+                yield uid, with_target(Preference(prompt, chosen.text, rejected.text, uid), best)
             except BadRow as problem:
                 yield uid, problem
 
@@ -259,7 +244,7 @@ def unpaired(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         both = {"chosen_spans": spans, "rejected_spans": spans}
         return Preference(prompt, completion, completion, uid, desirable=bool(desirable), **both, **more)
 
-    return _one_each(rows, preference)
+    return one_each(rows, preference)
 
 
 def ranked(rows: Rows, *, tokenizer: Any = None) -> Rankings:
@@ -288,7 +273,7 @@ def ranked(rows: Rows, *, tokenizer: Any = None) -> Rankings:
             raise BadRow(Cause.IDENTICAL, "two completions are the same text", field="completions")
         return Ranking(prompt, tuple(texts[i] for i in order), tuple(ranks[i] for i in order), uid, **more)
 
-    return _one_each(rows, ranking)
+    return one_each(rows, ranking)
 
 
 def _ranks(row: Row, count: int) -> list[float]:
@@ -360,37 +345,6 @@ def _answer(answer: Row, place: str) -> _Answer:
     except BadRow as problem:
         return _Answer(score, completion, problem)
     return _Answer(score, completion, None)
-
-
-def _one_each(rows: Rows, preference: Callable[[str, Row], Stated]) -> Iterator[tuple[str, Stated | BadRow]]:
-    for uid, row in rows:
-        try:
-            yield uid, _with_subset(preference(uid, row), row)
-        except BadRow as problem:
-            yield uid, problem
-
-
-def _with_subset(preference: Stated, row: Row) -> Stated:
-    subset = row.get("subset")
-    if subset is None or subset == "":
-        return preference
-    if isinstance(subset, int) and not isinstance(subset, bool):
-        return dataclasses.replace(preference, subset=str(subset))
-    return dataclasses.replace(preference, subset=text(row, "subset"))
-
-
-def checked(preference: Preference) -> Preference:
-    """The preference itself, or `BadRow` as `check_pair`."""
-    check_pair(preference.prompt, preference.chosen, preference.rejected)
-    return preference
-
-
-def _with_target(preference: Preference, target: str) -> Preference:
-    return preference if target == preference.chosen else dataclasses.replace(preference, sft_target=target)
-
-
-def _as_hh(question: str) -> str:
-    return f"\n\nHuman: {question}\n\nAssistant:"
 
 
 def _spaced(summary: str) -> str:

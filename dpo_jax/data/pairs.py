@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import enum
 import os
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NoReturn, overload
 
@@ -20,7 +19,6 @@ from dpo_jax.untrusted import Unreadable, reading
 
 OnBad = Literal["refuse", "drop"]
 HH_ASSISTANT = "\n\nAssistant:"
-_ANSWERS = re.compile(r"\r?\n\r?\nAssistant:")  # also in a file that went through Windows
 
 
 class Cause(enum.StrEnum):
@@ -357,21 +355,3 @@ def check_different(chosen: str, rejected: str) -> None:
     """Raises `BadRow` for completions between which nobody can choose."""
     if chosen == rejected:
         raise BadRow(Cause.IDENTICAL, "chosen and rejected are the same text")
-
-
-def split_hh(chosen: str, rejected: str) -> str:
-    """The prompt of a pair of Anthropic HH transcripts, up to and including its last "\\n\\nAssistant:".
-
-    As `extract_anthropic_prompt` of the original implementation, which takes the chosen side's prompt for both. Where the two
-    sides have different prompts that cuts the rejected answer at a meaningless place, so such a pair raises `BadRow` here.
-    """
-    prompts = []
-    for field, transcript in (("chosen", chosen), ("rejected", rejected)):
-        ends = [turn.end() for turn in _ANSWERS.finditer(transcript)]
-        if not ends:
-            raise BadRow(Cause.NO_PROMPT, f"the transcript has no {HH_ASSISTANT!r}", field=field)
-        prompts.append(transcript[: ends[-1]])
-    if prompts[0] != prompts[1]:
-        detail = f"the last {HH_ASSISTANT!r} ends at character {len(prompts[0])} of chosen, {len(prompts[1])} of rejected"
-        raise BadRow(Cause.DIFFERENT_PROMPTS, detail)
-    return prompts[0]

@@ -44,8 +44,8 @@ sft: # first: learn to answer like the chosen completions
   warmup_steps: 10
   microbatches: 16 # the batch in so many parts, to save memory; the result is the same
 
-dpo: # then: prefer them. To start from a model that is tuned already, leave out sft and set policy to that model
-  # policy: Qwen/Qwen3-0.6B
+dpo: # then: prefer them
+  # policy: model # starts from model.path: for a model that is tuned already, without sft
   beta: 0.1 # KL penalty: smaller goes further from the start
   batch: 64
   epochs: 1

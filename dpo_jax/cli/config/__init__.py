@@ -30,6 +30,7 @@ from dpo_jax.cli.config.loading import help_text as help_text
 from dpo_jax.cli.config.loading import load_config as load_config
 from dpo_jax.cli.config.loading import load_config_with_lines as load_config_with_lines
 from dpo_jax.cli.config.loading import problems as problems
+from dpo_jax.cli.config.loading import with_policy as with_policy
 from dpo_jax.cli.config.lora import LoraConfig as LoraConfig
 from dpo_jax.cli.config.model import ModelConfig as ModelConfig
 from dpo_jax.cli.config.plan import PlanConfig as PlanConfig

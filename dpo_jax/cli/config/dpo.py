@@ -38,7 +38,7 @@ class DpoConfig(LossConfig, TrainingConfig):
     """Direct Preference Optimization (Rafailov et al. 2023) and other preference losses. Defaults are the paper's."""
 
     policy: str | None = None
-    """Folder or Hub id of the starting policy; none: sft/export in the run directory."""
+    """Folder or Hub id of the starting policy; model: that of model.path; none: sft/export in the run directory."""
     reference: str | None = None
     """Folder or Hub id of the reference; none: the starting policy. A second round may keep the reference of the first."""
 

@@ -122,6 +122,13 @@ def at_home(config: Config) -> Config:
     return dataclasses.replace(config, **{name: expanded(section) for name, section in vars(config).items()})
 
 
+def with_policy(config: Config) -> Config:
+    """`config` with the path of the model in the place of `dpo.policy: model`, if there is such a path."""
+    if config.dpo.policy != "model" or config.model.path is None:
+        return config
+    return dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, policy=config.model.path))
+
+
 def dump_config(config: Config) -> str:
     """YAML text of every option; `load_config` of it gives an equal config."""
     return file.text(config)

@@ -1,0 +1,46 @@
+"""From rows to candidates: the preference that a row states, or the reason why it states none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from dpo_jax.data.columns import Row, text
+from dpo_jax.data.pairs import BadRow, Preference, check_pair
+from dpo_jax.data.row_kinds import Ranking
+
+Rows = Iterable[tuple[str, Row]]
+Candidates = Iterator[tuple[str, Preference | BadRow]]
+Stated = TypeVar("Stated", Preference, Ranking)
+Rankings = Iterator[tuple[str, Ranking | BadRow]]
+
+
+def one_each(rows: Rows, preference: Callable[[str, Row], Stated]) -> Iterator[tuple[str, Stated | BadRow]]:
+    """`preference(uid, row)` of each row, with the subset that the row names, or the `BadRow` that it raised."""
+    for uid, row in rows:
+        try:
+            yield uid, with_subset(preference(uid, row), row)
+        except BadRow as problem:
+            yield uid, problem
+
+
+def with_subset(preference: Stated, row: Row) -> Stated:
+    """The preference as part of the data set that the row's column `subset` names; as it is without one."""
+    subset = row.get("subset")
+    if subset is None or subset == "":
+        return preference
+    if isinstance(subset, int) and not isinstance(subset, bool):
+        return dataclasses.replace(preference, subset=str(subset))
+    return dataclasses.replace(preference, subset=text(row, "subset"))
+
+
+def checked(preference: Preference) -> Preference:
+    """The preference itself, or `BadRow` as `check_pair`."""
+    check_pair(preference.prompt, preference.chosen, preference.rejected)
+    return preference
+
+
+def with_target(preference: Preference, target: str) -> Preference:
+    """The preference with the text that supervised fine-tuning learns from, if that is not the chosen completion."""
+    return preference if target == preference.chosen else dataclasses.replace(preference, sft_target=target)
