@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +37,10 @@ class Batch(NamedTuple):
         return Batch(*(x[torch.cat([rows, pairs + rows])] for x in self))
 
 
-def run(work: Work, name: str, *, steps: int, trace: str | None) -> dict[str, Any]:
-    """Takes `steps` optimizer steps. Returns losses, times, log-probabilities of the first batch, and what they cost."""
+def run(work: Work, name: str, *, steps: int, trace: str | None, weights: Path | None) -> dict[str, Any]:
+    """Takes `steps` optimizer steps. Returns losses, norms of the gradients before clipping, times, log-probabilities of the
+    first batch, and what they cost. Then, with all measured, the policy goes into the model folder `weights`, if there is one.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pairs = read_pairs(work)
     batches = [collate(pairs_of_step(work, pairs, step), device) for step in range(steps)]
@@ -51,7 +54,7 @@ def run(work: Work, name: str, *, steps: int, trace: str | None) -> dict[str, An
         cached.append(reference_logps(work, scorer, batch))
         reference_seconds.append(_clock(device) - start)
 
-    losses, seconds, first_step_at = [], [], 0.0
+    losses, norms, seconds, first_step_at = [], [], [], 0.0
     for step, batch in enumerate(batches):
         start = time.perf_counter()
         ref_logps = reference_logps(work, reference, batch) if reference is not None else cached[step]
@@ -63,23 +66,28 @@ def run(work: Work, name: str, *, steps: int, trace: str | None) -> dict[str, An
                 loss = dpo_loss(sequence_logps(policy, part), refs, beta=work.beta) / work.torch_microbatches
             loss.backward()
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), work.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), work.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         seconds.append(_clock(device) - start)
         losses.append(total.item())
+        norms.append(norm.item())
         first_step_at = first_step_at or time.time()
     timed = batches[1 : work.steps + 1]
+    described = describe(device)
+    if weights is not None:
+        policy.save_pretrained(weights)
     return {
         "losses": losses,
+        "grad_norms": norms,
         "step_seconds": seconds,
         "first_step_at": first_step_at,
         "first_logps": cached[0].view(2, -1).T.tolist(),
         "reference_seconds": reference_seconds if reference is None else None,
         "positions": sum(batch.ids.numel() for batch in timed),
         "real_positions": sum(int(batch.mask.sum()) for batch in timed),
-        **describe(device),
+        **described,
     }
 
 
