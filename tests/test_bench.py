@@ -356,6 +356,8 @@ def test_the_command_leaves_table_figures_and_plot(config, tmp_path, capsys):
         (["--bench.torch-python", "no-such-python"], "bench.torch_python: no-such-python is no program"),
         (["--bench.contenders", "trl", "--bench.torch-python", "false"], "bench.contenders: false has no torch or no trl"),
         (["--dpo.epochs", "2"], "--dpo.epochs: bench does not read this option"),
+        (["--lora.rank", "8"], "--lora.rank: bench does not read this option"),
+        (["--dpo.trainable", "head"], "--dpo.trainable: bench does not read this option"),
     ],
 )
 def test_wrong_options_are_told(config, capsys, flags, expected):

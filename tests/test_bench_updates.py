@@ -70,7 +70,10 @@ def test_norms_are_those_of_all_parameters(folders, monkeypatch):
     passed = gates.check(results(*names), precision="bfloat16", updates=found)
     relative = pytest.approx(distance / norm)
     assert passed["update"] == relative
-    assert (passed["yardstick"], passed["updates"]) == ("torch-cached", {"torch-cached": 0, "trl": 0, "jax-attention": relative})
+    assert (passed["yardstick"], passed["updates"]) == (
+        "torch-cached",
+        {"torch-cached": 0, "trl": 0, "jax-attention": relative},
+    )
 
 
 def test_a_folder_of_other_tensors_is_refused(folders):

@@ -42,9 +42,9 @@ TOLERANCES = {
 def check(results: Mapping[str, Mapping[str, Any]], *, precision: str, updates: Updates | None = None) -> dict[str, Any]:
     """The largest difference between any two contenders in each measure. Raises `GateFailed` naming both and the place.
 
-    `results[name]` has `first_logps` [pairs, 2], of the policy before the first step, `losses` [steps] and `grad_norms` [steps].
-    Curves are compared over the steps that all have taken. With `updates`, weights are compared as well, of contenders that took
-    equally many steps; `updates` of the result is then, by contender, how far it is from the `yardstick`.
+    `results[name]` has `first_logps` [pairs, 2], of the policy before the first step, `losses` [steps] and `grad_norms`
+    [steps]. Curves are compared over the steps that all have taken. With `updates`, weights are compared as well, of contenders
+    that took equally many steps; `updates` of the result is then, by contender, how far it is from the `yardstick`.
     """
     names = list(results)
     tolerance = TOLERANCES[precision]
@@ -61,7 +61,7 @@ def check(results: Mapping[str, Mapping[str, Any]], *, precision: str, updates: 
             f"{names[first]}: the loss of step 0 is {losses[first][0]:.6f}, and of a policy equal to its reference ln 2 = "
             f"{math.log(2):.6f} (tolerance {tolerance.start:g}). No ratio is reported."
         )
-    found["loss_curve"] = _largest(names, losses, tolerance.curve, "loss")
+    found["loss_curve"] = _largest(names, list(losses), tolerance.curve, "loss")
     scale = np.maximum(np.abs(norms).max(axis=0), np.finfo(np.float64).tiny)
     found["grad_norm"] = _largest(names, [x / scale for x in norms], tolerance.grad_norm, "norms of gradients (relative)")
     found["steps"] = float(losses.shape[1])
@@ -85,8 +85,8 @@ def _check_updates(results: Mapping[str, Mapping[str, Any]], updates: Updates, t
     by = updates.names.index(yardstick)
     if not 0 < updates.norms[by] < math.inf:
         raise GateFailed(
-            f"{yardstick}: the update of all weights in {steps[yardstick]} steps has the norm {updates.norms[by]:g}. No ratio is "
-            "reported."
+            f"{yardstick}: the update of all weights in {steps[yardstick]} steps has the norm {updates.norms[by]:g}. No ratio "
+            "is reported."
         )
     relative = updates.distances / updates.norms[by]
     # The yardstick comes first: of what is off, it tells which contender.
@@ -109,7 +109,7 @@ def _or_infinite(value: float) -> float:
     return float(value) if math.isfinite(value) else math.inf
 
 
-def _largest(names: Sequence[str], values: Sequence[np.ndarray] | np.ndarray, tolerance: float, what: str) -> float:
+def _largest(names: Sequence[str], values: Sequence[np.ndarray], tolerance: float, what: str) -> float:
     """The largest difference between two of `values`, arrays of one shape."""
     stacked = np.stack(values)
     spread = stacked.max(axis=0) - stacked.min(axis=0)

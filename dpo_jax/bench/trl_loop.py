@@ -26,7 +26,7 @@ from dpo_jax.bench.work import Work, by_length, pairs_of_step, read_pairs
 
 
 class Trainer(trl.DPOTrainer):
-    """DPOTrainer on token ids, which keeps the loss of every microbatch, norms of gradients and the time of the reference pass."""
+    """DPOTrainer on token ids, which keeps losses of microbatches, norms of gradients and the time of the reference pass."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.losses: list[torch.Tensor] = []

@@ -1,7 +1,7 @@
 """What training changed in the weights: the update (final minus start) of each contender against that of every other.
 
-All read one start and write Hugging Face folders, so that a tensor has one name and one orientation, whoever wrote it: names are
-looked up as `load_hf` does, and a tied head counts once.
+All read one start and write Hugging Face folders, so that a tensor has one name and one orientation, whoever wrote it. Names
+are looked up as `load_hf` does, and a tied head counts once.
 """
 
 from __future__ import annotations

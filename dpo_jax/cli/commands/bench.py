@@ -149,8 +149,8 @@ def _check_scored(pairs: list[Encoded]) -> None:
     partly = [pair.uid for pair in pairs if any(scored is not None and not scored.all() for _, scored in pair.sides)]
     if partly:
         raise ConfigError(
-            f"data.path: {partly[0]} and {len(partly) - 1} other pairs of the race have turns in their completions that are not "
-            "scored, and PyTorch contenders score whole completions: give rows whose completions are one turn each"
+            f"data.path: {partly[0]} and {len(partly) - 1} other pairs of the race have turns in their completions that are "
+            "not scored, and PyTorch contenders score whole completions: give rows whose completions are one turn each"
         )
 
 
