@@ -41,7 +41,7 @@ from dpo_jax.writing import empty_folder
 SIZES = {"vocab_size": 61, "width": 32, "layers": 2, "heads": 4, "max_positions": 64, "eos_token_id": 0}
 
 
-def make_work(folder, **changes):
+def make_work(folder, *, family="gpt_neox", sizes=SIZES, **changes):
     """A random model, and eight pairs of many lengths in each of four steps: the same twelve again and again, to be learnt."""
     rng = np.random.default_rng(0)
     pairs = []
@@ -50,7 +50,7 @@ def make_work(folder, **changes):
         pairs += random_pairs(1, lengths=(prompt, chosen, rejected), vocab_size=61, seed=number)
     pairs = [pairs[number % 12] for number in range(32)]
     folder.mkdir(exist_ok=True)
-    model = make_model(decoder_config(hf_config("gpt_neox", **SIZES)))
+    model = make_model(decoder_config(hf_config(family, **sizes)))
     save_hf(folder / "model", model, jax.jit(model.init)(jax.random.key(1)))
     settings = {
         "folder": str(folder),
@@ -370,12 +370,30 @@ def test_a_contender_that_fails_says_how(work):
         race.run_one(work[0], "torch-live", steps=1, python="false")
 
 
+def torch_python():
+    python = os.environ.get("DPO_JAX_TORCH_PYTHON") or (sys.executable if importlib.util.find_spec("torch") else None)
+    return python or pytest.skip("no torch here and DPO_JAX_TORCH_PYTHON is not set")
+
+
+@pytest.mark.parity
+def test_a_padding_token_within_a_text_is_trained(tmp_path):
+    """Grouped queries and a tied head, as in SmolLM2, whose turns end in its padding token."""
+    sizes = SIZES | {"kv_heads": 2, "mlp_width": 48, "tie": True, "pad_token_id": 5}
+    work, pairs = make_work(tmp_path, family="llama", sizes=sizes)
+    assert any(5 in pair.prompt for pair in pairs)
+    assert json.loads((work.model / "config.json").read_text())["pad_token_id"] == 5
+    names = {"torch-cached": torch_python(), "jax-attention": sys.executable}
+    results = {name: race.run_one(work, name, steps=2, python=python, weights=True) for name, python in names.items()}
+    weights = updates.compare(work.model, {name: work.weights(name) for name in names})
+    found = gates.check(results, precision="float32", updates=weights)
+    assert found["grad_norm"] < 1e-5
+    assert found["update"] < 1e-4
+
+
 @pytest.mark.parity
 def test_pytorch_contenders_take_our_steps(work, rungs):
     """Set DPO_JAX_TORCH_PYTHON to a Python with torch (and trl) if this one has none."""
-    python = os.environ.get("DPO_JAX_TORCH_PYTHON") or (sys.executable if importlib.util.find_spec("torch") else None)
-    if python is None:
-        pytest.skip("no torch here and DPO_JAX_TORCH_PYTHON is not set")
+    python = torch_python()
     names = ["torch-live", "torch-cached"] + (["trl", "trl-best"] if race.installed(["trl"], python=python) else [])
     results = {name: race.run_one(work[0], name, steps=4, python=python, weights=True) for name in names}
     found = gates.check({"jax-attention": rungs[0]["jax-attention"], **results}, precision="float32")

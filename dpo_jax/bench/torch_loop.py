@@ -91,9 +91,11 @@ def run(work: Work, name: str, *, steps: int, trace: str | None, weights: Path |
     }
 
 
-def load(work: Work, device: str) -> Any:
+def load(work: Work, device: str, **options: Any) -> Any:
     """The model in evaluation mode, which only means that nothing is dropped out: gradients flow all the same."""
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32, **options)
+    # Of token `pad_token_id` nn.Embedding drops the gradient, also where it is no padding: chat models end turns with it.
+    model.get_input_embeddings().padding_idx = None
     return model.to(device).eval()
 
 

@@ -21,7 +21,7 @@ import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 
-from dpo_jax.bench.torch_loop import describe, make_optimizer
+from dpo_jax.bench.torch_loop import describe, load, make_optimizer
 from dpo_jax.bench.work import Work, by_length, pairs_of_step, read_pairs
 
 
@@ -100,9 +100,7 @@ def run(work: Work, name: str, *, steps: int, trace: str | None, weights: Path |
         order += [batch[number] for number in numbers]
         place.append(numbers)
     rows = [{f"{side}_ids": getattr(pair, side).tolist() for side in ("prompt", "chosen", "rejected")} for pair in order]
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        work.model, dtype=torch.float32, **({"attn_implementation": best_attention()} if best else {})
-    )
+    model = load(work, "cpu", **({"attn_implementation": best_attention()} if best else {}))
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
