@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -295,8 +296,12 @@ def test_a_busy_machine_or_a_slow_loader_is_told(work):
     assert "20.00% of a step: MORE THAN 10%" in shown
 
 
-def test_a_profile_says_where_the_time_went(rungs):
+def test_a_profile_says_where_the_time_went(rungs, tmp_path):
     shown = slowest_operations(race.Path(rungs[1]))
+    twice = shutil.copytree(rungs[1], tmp_path / "twice")
+    (last,) = (twice / "plugins" / "profile").iterdir()
+    shutil.copytree(last, last.with_name("2020_01_01_00_00_00"))
+    assert slowest_operations(twice) == shown, "an earlier profile in the same folder is not added"
     for part in ("backward   layers/attention", "forward    layers/mlp", "head", "optimizer"):
         assert part in shown
     event = {"pid": 1, "tid": 1, "ph": "X"}

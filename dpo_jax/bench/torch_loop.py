@@ -18,6 +18,7 @@ import transformers
 
 from dpo_jax.bench.work import Work, pairs_of_step, peak_memory, read_pairs
 from dpo_jax.data.encode import Encoded
+from dpo_jax.writing import naming
 
 IGNORED = -100
 
@@ -77,7 +78,7 @@ def run(work: Work, name: str, *, steps: int, trace: str | None, weights: Path |
     timed = batches[1 : work.steps + 1]
     described = describe(device)
     if weights is not None:
-        policy.save_pretrained(weights)
+        save(policy, weights)
     return {
         "losses": losses,
         "grad_norms": norms,
@@ -97,6 +98,11 @@ def load(work: Work, device: str, **options: Any) -> Any:
     # Of token `pad_token_id` nn.Embedding drops the gradient, also where it is no padding: chat models end turns with it.
     model.get_input_embeddings().padding_idx = None
     return model.to(device).eval()
+
+
+def save(model: Any, folder: Path) -> None:
+    with naming(folder):
+        model.save_pretrained(folder)
 
 
 def make_optimizer(work: Work, model: Any) -> tuple[torch.optim.Optimizer, Any]:

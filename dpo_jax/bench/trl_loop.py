@@ -21,7 +21,7 @@ import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 
-from dpo_jax.bench.torch_loop import describe, load, make_optimizer
+from dpo_jax.bench.torch_loop import describe, load, make_optimizer, save
 from dpo_jax.bench.work import Work, by_length, pairs_of_step, read_pairs
 
 
@@ -121,7 +121,7 @@ def run(work: Work, name: str, *, steps: int, trace: str | None, weights: Path |
     described = describe("cuda" if torch.cuda.is_available() else "cpu")
     described["versions"] |= {"trl": trl.__version__}
     if weights is not None:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(weights)
+        save(trainer.accelerator.unwrap_model(trainer.model), weights)
     return {
         "losses": losses,
         "grad_norms": [norm.item() for norm in trainer.norms],
