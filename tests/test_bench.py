@@ -403,7 +403,7 @@ def test_pytorch_contenders_take_our_steps(work, rungs):
     results = {name: race.run_one(work[0], name, steps=4, python=python, weights=True) for name in names}
     found = gates.check({"jax-attention": rungs[0]["jax-attention"], **results}, precision="float32")
     assert found["first_logps"] < 1e-5
-    assert found["loss_curve"] < 1e-6
+    assert found["loss_curve"] < 1e-5
     assert found["grad_norm"] < 1e-5
     ours = {"jax-attention": work[0].weights("jax-attention")}
     weights = updates.compare(work[0].model, ours | {name: work[0].weights(name) for name in names})

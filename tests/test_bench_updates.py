@@ -150,3 +150,14 @@ def test_the_first_round_compares_weights_and_deletes_them(folders, monkeypatch,
         assert wrote == [(0, "jax-head"), (0, "jax-attention")]
         assert "updates" not in race.race(work, ["jax-attention"], **quiet)[1], "there is no other"
     assert not work.all_weights.exists()
+
+
+@pytest.mark.parametrize(("difference", "passes"), [(5e-4, True), (5e-3, False)])
+def test_a_nearly_certain_completion_is_held_to_the_mean_size(difference, passes):
+    other = {"first_logps": [[-300.0, -2.0 - difference]]}
+    both = results("trl", "torch-live", trl=other, torch_live={"first_logps": [[-300.0, -2.0]]})
+    if passes:
+        assert gates.check(both, precision="float32")["first_logps"] == pytest.approx(difference / 151, rel=0.01)
+    else:
+        with pytest.raises(gates.GateFailed, match="trl and torch-live .* log-probabilities at step 0 differ .* at pair 0"):
+            gates.check(both, precision="float32")
