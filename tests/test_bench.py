@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax.bench import gates, ladder, race, report, scaling
+from dpo_jax.bench import gates, ladder, race, report, scaling, updates
 from dpo_jax.bench.flops import device_peak, step_flops
 from dpo_jax.bench.profile import own_times, slowest_operations
 from dpo_jax.bench.work import (
@@ -36,11 +37,12 @@ from dpo_jax.logps import completion_logps
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.hf import load_hf, save_hf
+from dpo_jax.writing import empty_folder
 
 SIZES = {"vocab_size": 61, "width": 32, "layers": 2, "heads": 4, "max_positions": 64, "eos_token_id": 0}
 
 
-def make_work(folder, **changes):
+def make_work(folder, *, family="gpt_neox", sizes=SIZES, **changes):
     """A random model, and eight pairs of many lengths in each of four steps: the same twelve again and again, to be learnt."""
     rng = np.random.default_rng(0)
     pairs = []
@@ -49,7 +51,7 @@ def make_work(folder, **changes):
         pairs += random_pairs(1, lengths=(prompt, chosen, rejected), vocab_size=61, seed=number)
     pairs = [pairs[number % 12] for number in range(32)]
     folder.mkdir(exist_ok=True)
-    model = make_model(decoder_config(hf_config("gpt_neox", **SIZES)))
+    model = make_model(decoder_config(hf_config(family, **sizes)))
     save_hf(folder / "model", model, jax.jit(model.init)(jax.random.key(1)))
     settings = {
         "folder": str(folder),
@@ -91,9 +93,10 @@ def rungs(work):
     before = {option: getattr(jax.config, option) for option in options}
     trace = os.path.join(work[0].folder, "trace")
     try:
-        profiled = ("jax-attention", "4", repr(time.time()), os.path.join(work[0].folder, "profiled.json"), trace)
+        empty_folder(trace)  # as the command does
+        profiled = ("jax-attention", "4", repr(time.time()), os.path.join(work[0].folder, "profiled.json"), "--trace", trace)
         subprocess.run([sys.executable, "-m", "dpo_jax.bench.contender", work[0].folder, *profiled], check=True)
-        yield {name: ladder.run(work[0], name, steps=4, trace=None) for name in ladder.RUNGS}, trace
+        yield {name: ladder.run(work[0], name, steps=4, weights=work[0].weights(name)) for name in ladder.RUNGS}, trace
     finally:
         for option, value in before.items():
             jax.config.update(option, value)
@@ -126,10 +129,15 @@ def test_groups_are_a_partition_by_length(work):
     assert min(lengths[0]) >= max(lengths[1])
 
 
-def test_all_rungs_take_the_same_steps(rungs):
+def test_all_rungs_take_the_same_steps(work, rungs):
     """Live, cached, grouped, shared, packed and with either head: one trajectory. This is also what the gates say of it."""
     results = rungs[0]
-    found = gates.check(results, precision="float32")
+    weights = updates.compare(work[0].model, {name: work[0].weights(name) for name in results})
+    found = gates.check(results, precision="float32", updates=weights)
+    assert found["grad_norm"] < 1e-5
+    assert found["update"] < 1e-4
+    assert found["yardstick"] == "jax-attention"
+    assert weights.norms.min() > 0.1
     assert found["steps"] == 4
     assert found["first_logps"] < 1e-6
     assert found["loss_curve"] < 1e-5
@@ -162,7 +170,7 @@ def test_a_head_over_all_positions_changes_no_log_probability(work, kind):
 def test_gates_catch_another_beta_other_pairs_and_nan(tmp_path, work, rungs):
     honest = rungs[0]["jax-attention"]
     other, _ = make_work(tmp_path / "other", beta=0.2)
-    result = ladder.run(other, "jax-attention", steps=4, trace=None)
+    result = ladder.run(other, "jax-attention", steps=4)
     with pytest.raises(gates.GateFailed, match=r"honest and cheat|cheat and honest.* loss differ .* step [123]"):
         gates.check({"honest": honest, "cheat": result}, precision="float32")
     swapped = honest | {"first_logps": honest["first_logps"][::-1]}
@@ -171,6 +179,9 @@ def test_gates_catch_another_beta_other_pairs_and_nan(tmp_path, work, rungs):
     broken = honest | {"losses": [*honest["losses"][:2], math.nan, 0.5]}
     with pytest.raises(gates.GateFailed, match="at step 2"):
         gates.check({"honest": honest, "cheat": broken}, precision="float32")
+    clipped = honest | {"grad_norms": [*honest["grad_norms"][:3], honest["grad_norms"][3] * 1.001]}
+    with pytest.raises(gates.GateFailed, match=r"norms of gradients \(relative\) differ by 0\.00\d+ at step 3"):
+        gates.check({"honest": honest, "cheat": clipped}, precision="float32")
     elsewhere = honest | {"losses": [0.7, *honest["losses"][1:]]}
     with pytest.raises(gates.GateFailed, match=r"cheat: the loss of step 0 is 0\.7"):
         gates.check({"honest": honest, "cheat": elsewhere}, precision="float32")
@@ -202,10 +213,14 @@ def test_peaks_of_the_data_sheets():
     assert device_peak("a chip from the future") is None
 
 
+GATE = {"first_logps": 0.0, "first_loss": 0.0, "loss_curve": 2e-7, "grad_norm": 1e-6, "steps": 3.0}
+
+
 def measured(seconds, *, peak, **changes):
     """A contender that took `seconds` in each timed step."""
     return {
         "losses": [math.log(2), 0.6, 0.5],
+        "grad_norms": [3.0, 2.0, 1.0],
         "step_seconds": [99.0, seconds, seconds],
         "seconds_to_first_step": 3.0,
         "first_logps": [[-1.0, -2.0]],
@@ -233,7 +248,8 @@ def test_report_arithmetic(work):
         "trl-best": [measured(1.0, peak=90, reference_seconds=[0.08])] * 2,
         "jax-attention": [ours, ours | {"compile_seconds": 1.0, "seconds_to_first_step": 2.0}],
     }
-    gate = {"first_logps": 0.0, "first_loss": 0.0, "loss_curve": 0.0, "steps": 3.0}
+    off = {"torch-live": 0.0, "trl": 2e-5, "trl-best": 3e-5, "jax-attention": 4e-5}
+    gate = GATE | {"update": 5e-5, "yardstick": "torch-live", "updates": off}
     summary = report.summarize(work[0], config, work[1], rounds, gate)
     literal, mine = (summary["contenders"][name] for name in ("torch-live", "jax-attention"))
     assert literal["pairs_per_second"] == pytest.approx({"median": 3.6, "min": 3.2, "max": 4.0})
@@ -261,6 +277,11 @@ def test_report_arithmetic(work):
     shown = report.table(summary)
     assert "4.44x the pairs/s (4.00 to 5.00), 2.22x over equal matrix products" in shown
     assert "TOO BUSY" not in shown
+    assert "over 3 steps loss 2.0e-07, gradient norms 1.0e-06 (relative), then the update of all weights 5.0e-05 (L2)" in shown
+    head, _, *lines = (line.strip("| ").split(" | ") for line in shown.split("\n\n")[0].splitlines())
+    assert head[-1] == "update off torch-live"
+    assert {line[0].strip("`"): float(line[-1]) for line in lines} == off
+    assert mine["grad_norms"] == [3.0, 2.0, 1.0]
 
 
 def test_a_busy_machine_or_a_slow_loader_is_told(work):
@@ -269,14 +290,18 @@ def test_a_busy_machine_or_a_slow_loader_is_told(work):
         "matmul-jax": [{"flops_per_second": 2e6, "neighbours": 0.3}],
         "jax-attention": [measured(0.5, peak=1, reference_seconds=[0.1], loader_seconds=0.1)],
     }
-    gate = {"first_logps": 0.0, "first_loss": 0.0, "loss_curve": 0.0, "steps": 3.0}
-    shown = report.table(report.summarize(work[0], config, work[1], rounds, gate))
+    shown = report.table(report.summarize(work[0], config, work[1], rounds, GATE))
+    assert "the update of all weights not compared, there is no other" in shown
     assert "up to 30% of the cores: TOO BUSY" in shown
     assert "20.00% of a step: MORE THAN 10%" in shown
 
 
-def test_a_profile_says_where_the_time_went(rungs):
+def test_a_profile_says_where_the_time_went(rungs, tmp_path):
     shown = slowest_operations(race.Path(rungs[1]))
+    twice = shutil.copytree(rungs[1], tmp_path / "twice")
+    (last,) = (twice / "plugins" / "profile").iterdir()
+    shutil.copytree(last, last.with_name("2020_01_01_00_00_00"))
+    assert slowest_operations(twice) == shown, "an earlier profile in the same folder is not added"
     for part in ("backward   layers/attention", "forward    layers/mlp", "head", "optimizer"):
         assert part in shown
     event = {"pid": 1, "tid": 1, "ph": "X"}
@@ -336,6 +361,8 @@ def test_the_command_leaves_table_figures_and_plot(config, tmp_path, capsys):
         (["--bench.torch-python", "no-such-python"], "bench.torch_python: no-such-python is no program"),
         (["--bench.contenders", "trl", "--bench.torch-python", "false"], "bench.contenders: false has no torch or no trl"),
         (["--dpo.epochs", "2"], "--dpo.epochs: bench does not read this option"),
+        (["--lora.rank", "8"], "--lora.rank: bench does not read this option"),
+        (["--dpo.trainable", "head"], "--dpo.trainable: bench does not read this option"),
     ],
 )
 def test_wrong_options_are_told(config, capsys, flags, expected):
@@ -348,17 +375,41 @@ def test_a_contender_that_fails_says_how(work):
         race.run_one(work[0], "torch-live", steps=1, python="false")
 
 
+def torch_python():
+    python = os.environ.get("DPO_JAX_TORCH_PYTHON") or (sys.executable if importlib.util.find_spec("torch") else None)
+    return python or pytest.skip("no torch here and DPO_JAX_TORCH_PYTHON is not set")
+
+
+@pytest.mark.parity
+def test_a_padding_token_within_a_text_is_trained(tmp_path):
+    """Grouped queries and a tied head, as in SmolLM2, whose turns end in its padding token."""
+    sizes = SIZES | {"kv_heads": 2, "mlp_width": 48, "tie": True, "pad_token_id": 5}
+    work, pairs = make_work(tmp_path, family="llama", sizes=sizes)
+    assert any(5 in pair.prompt for pair in pairs)
+    assert json.loads((work.model / "config.json").read_text())["pad_token_id"] == 5
+    names = {"torch-cached": torch_python(), "jax-attention": sys.executable}
+    results = {name: race.run_one(work, name, steps=2, python=python, weights=True) for name, python in names.items()}
+    weights = updates.compare(work.model, {name: work.weights(name) for name in names})
+    found = gates.check(results, precision="float32", updates=weights)
+    assert found["grad_norm"] < 1e-5
+    assert found["update"] < 1e-4
+
+
 @pytest.mark.parity
 def test_pytorch_contenders_take_our_steps(work, rungs):
     """Set DPO_JAX_TORCH_PYTHON to a Python with torch (and trl) if this one has none."""
-    python = os.environ.get("DPO_JAX_TORCH_PYTHON") or (sys.executable if importlib.util.find_spec("torch") else None)
-    if python is None:
-        pytest.skip("no torch here and DPO_JAX_TORCH_PYTHON is not set")
+    python = torch_python()
     names = ["torch-live", "torch-cached"] + (["trl", "trl-best"] if race.installed(["trl"], python=python) else [])
-    results = {name: race.run_one(work[0], name, steps=4, python=python) for name in names}
+    results = {name: race.run_one(work[0], name, steps=4, python=python, weights=True) for name in names}
     found = gates.check({"jax-attention": rungs[0]["jax-attention"], **results}, precision="float32")
     assert found["first_logps"] < 1e-5
-    assert found["loss_curve"] < 1e-4
+    assert found["loss_curve"] < 1e-5
+    assert found["grad_norm"] < 1e-5
+    ours = {"jax-attention": work[0].weights("jax-attention")}
+    weights = updates.compare(work[0].model, ours | {name: work[0].weights(name) for name in names})
+    found = gates.check({"jax-attention": rungs[0]["jax-attention"], **results}, precision="float32", updates=weights)
+    assert found["yardstick"] == "torch-live"
+    assert found["update"] < 1e-4
     real = {result["real_positions"] for result in (*results.values(), rungs[0]["jax-live"])}
     assert len(real) == 1, "all see the same pairs"
 

@@ -7,6 +7,7 @@ vocabulary, bfloat16 weights and a chat template.
 import dataclasses
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,10 @@ from tiny_run import call, refused
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
+from dpo_jax.bench.work import read_pairs
 from dpo_jax.cli import build
+from dpo_jax.cli.commands.bench import freeze
+from dpo_jax.cli.commands.bench_contenders import not_raced
 from dpo_jax.cli.commands.export import write_model
 from dpo_jax.cli.commands.frontier import ppo_method
 from dpo_jax.cli.config import ConfigError, load_config
@@ -176,6 +180,40 @@ def test_every_end_token_of_the_model_stops_it(done, model):
     lines = [json.loads(line) for line in printed["sample"].out.splitlines()]
     assert [(line["completion"], line["tokens"]) for line in lines] == [("", 1)] * 2
     assert "stopped before their end" not in printed["sample"].err
+
+
+def test_the_race_takes_the_weights_and_the_tokens_of_the_folder(done, model, tmp_path):
+    """Bit for bit, and pairs as a run of `dpo` has them. What it cannot race is told."""
+    folder, config, _ = done
+    rows = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(rows[1:]))
+    config = load_config(config)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(tmp_path)))
+    bench = dataclasses.replace(config.bench, steps=1, gate_steps=2)
+    config = dataclasses.replace(config, bench=bench, dpo=dataclasses.replace(config.dpo, batch=3, trainable="final_norm"))
+    lora = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=2))
+    assert not_raced(lora) == ["dpo.trainable", "lora.rank"]
+    tokenizer = load_tokenizer(model)
+    expected = {
+        tuple(pair.prompt) for pair in build.encode_split(config, build.load_split(config, "train", tokenizer), tokenizer)
+    }
+    for number, lengths in enumerate((None, "9/3/5")):
+        asked = dataclasses.replace(config, bench=dataclasses.replace(bench, lengths=lengths))
+        work = freeze(asked, types.SimpleNamespace(path=tmp_path / str(number)))
+        raced, start = (load_file(path / "model.safetensors") for path in (work.model, model))
+        assert raced.keys() == start.keys()
+        for name, weights in start.items():
+            assert raced[name].dtype == np.float32
+            np.testing.assert_array_equal(raced[name], weights.astype(np.float32))
+        pairs = read_pairs(work)
+        assert len(pairs) == 6
+        if lengths is None:
+            assert {tuple(pair.prompt) for pair in pairs} == expected
+        else:
+            assert {(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs} == {(9, 3, 5)}
+    (tmp_path / "train.jsonl").write_text("".join(rows))
+    with pytest.raises(ConfigError, match=r"train.jsonl:1\S* and \d other pairs of the race have turns"):
+        freeze(config, types.SimpleNamespace(path=tmp_path / "turns"))
 
 
 def test_ppo_stops_there_too(done, model):

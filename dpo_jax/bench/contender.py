@@ -1,35 +1,43 @@
-"""One contender in a process of its own: `python -m dpo_jax.bench.contender FOLDER NAME STEPS STARTED OUT [TRACE]`.
+"""One contender in a process of its own: `python -m dpo_jax.bench.contender FOLDER NAME STEPS STARTED OUT`.
 
-STARTED is the time at which the process was asked for (seconds since 1970), OUT the JSON file with what it measured, TRACE a
-folder for a profile.
+STARTED is the time at which the process was asked for (seconds since 1970), OUT the JSON file with what it measured. With
+`--trace FOLDER` a contender of ours is profiled, and with `--weights FOLDER` one that trains writes the model it ends with.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
 import sys
+from pathlib import Path
 
 from dpo_jax.bench.work import CONTENDERS, MEASUREMENTS, SAMPLERS, peak_memory, read_sampling, read_work
 from dpo_jax.writing import write_text
 
 
 def main(args: list[str]) -> None:
-    folder, name, steps, started, out, *trace = args
+    parser = argparse.ArgumentParser()
+    for argument in ("folder", "name", "steps", "started", "out"):
+        parser.add_argument(argument)
+    parser.add_argument("--trace")
+    parser.add_argument("--weights", type=Path)
+    asked = parser.parse_args(args)
+    folder, name = asked.folder, asked.name
     if name in SAMPLERS:
         result = importlib.import_module(f"dpo_jax.bench.{SAMPLERS[name].module}").run(read_sampling(folder))
     elif name in CONTENDERS:
         run = importlib.import_module(f"dpo_jax.bench.{CONTENDERS[name].module}").run
-        result = run(read_work(folder), name, steps=int(steps), trace=trace[0] if trace else None)
+        result = run(read_work(folder), name, steps=int(asked.steps), trace=asked.trace, weights=asked.weights)
         # Without the reference pass: rounds differ in length, and it has a figure of its own.
-        waited = result.pop("first_step_at") - float(started)
+        waited = result.pop("first_step_at") - float(asked.started)
         result["seconds_to_first_step"] = waited - sum(result["reference_seconds"] or ())
     else:
         result = importlib.import_module(f"dpo_jax.bench.{MEASUREMENTS[name]}").run(read_work(folder), name)
     result.setdefault("peak_bytes", peak_memory())
     result["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    write_text(out, json.dumps(result))
+    write_text(asked.out, json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -8,35 +8,54 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpo_jax.bench.updates import Updates
+from dpo_jax.bench.work import OURS
+
+YARDSTICKS = ("torch-live", "torch-cached", OURS)
+"""Updates are measured by that of the first of these that takes part."""
+
 
 class GateFailed(RuntimeError):
     """Contenders disagree, so their speeds may not be compared."""
 
 
 class Tolerance(NamedTuple):
-    logps: float  # of a completion's log-probability at step 0, relative to its size
+    logps: float  # of a completion's log-probability at step 0, relative to its size or, if that is larger, the mean size
     start: float  # of the loss at step 0, against ln 2
     curve: float  # of the loss at every later step
+    grad_norm: float  # of every step, before clipping, relative to its size
+    update: float  # L2 norm of the difference of two updates (final weights minus start), relative to that of the yardstick's
 
 
 # In bfloat16 a completion's log-probability moves by some tenths of a nat with the order of summation.
-TOLERANCES = {"float32": Tolerance(1e-4, 1e-5, 1e-3), "bfloat16": Tolerance(1e-2, 2e-2, 5e-2)}
+#
+# RMSprop divides a gradient by sqrt(v) + 1e-8. From the first step, 10 * lr * sign(g) for all but the tiniest, an entry moves
+# equally far whether its gradient is large or nearly cancels; and a gradient no larger than the rounding error of the sums that
+# it comes from has an arbitrary sign. Such an entry moves by up to 20 * lr in one library against the other. So updates
+# agree far less closely than losses and norms, in which those entries count for nothing.
+TOLERANCES = {
+    "float32": Tolerance(1e-5, 1e-5, 1e-4, 1e-4, 1e-3),
+    "bfloat16": Tolerance(1e-2, 2e-2, 5e-2, 5e-2, 5e-1),
+}
 
 
-def check(results: Mapping[str, Mapping[str, Any]], *, precision: str) -> dict[str, float]:
+def check(results: Mapping[str, Mapping[str, Any]], *, precision: str, updates: Updates | None = None) -> dict[str, Any]:
     """The largest difference between any two contenders in each measure. Raises `GateFailed` naming both and the place.
 
-    `results[name]` has `first_logps` [pairs, 2], of the policy before the first step, and `losses` [steps]. Curves are compared
-    over the steps that all have taken.
+    `results[name]` has `first_logps` [pairs, 2], of the policy before the first step, `losses` [steps] and `grad_norms`
+    [steps]. Curves are compared over the steps that all have taken. With `updates`, weights are compared as well, of contenders
+    that took equally many steps; `updates` of the result is then, by contender, how far it is from the `yardstick`.
     """
     names = list(results)
     tolerance = TOLERANCES[precision]
     logps = [np.asarray(results[name]["first_logps"], np.float64) for name in names]
-    scale = np.maximum(1.0, np.abs(logps).max(axis=0))
-    found = {"first_logps": _largest(names, [x / scale for x in logps], tolerance.logps, "log-probabilities at step 0")}
-
-    steps = min(len(results[name]["losses"]) for name in names)
-    losses = [np.asarray(results[name]["losses"][:steps], np.float64) for name in names]
+    size = np.abs(logps).max(axis=0)
+    # Rounding errors grow with the number of tokens, also where these are nearly certain.
+    scale = np.maximum(1.0, np.maximum(size, size[np.isfinite(size)].mean() if np.isfinite(size).any() else 0.0))
+    found: dict[str, Any] = {
+        "first_logps": _largest(names, [x / scale for x in logps], tolerance.logps, "log-probabilities at step 0")
+    }
+    losses, norms = _curves(results, "losses"), _curves(results, "grad_norms")
     first = max(range(len(names)), key=lambda i: abs(losses[i][0] - math.log(2)))
     found["first_loss"] = abs(float(losses[first][0]) - math.log(2))
     if not found["first_loss"] <= tolerance.start:
@@ -44,8 +63,52 @@ def check(results: Mapping[str, Mapping[str, Any]], *, precision: str) -> dict[s
             f"{names[first]}: the loss of step 0 is {losses[first][0]:.6f}, and of a policy equal to its reference ln 2 = "
             f"{math.log(2):.6f} (tolerance {tolerance.start:g}). No ratio is reported."
         )
-    found["loss_curve"] = _largest(names, losses, tolerance.curve, "loss")
-    return found | {"steps": float(steps)}
+    found["loss_curve"] = _largest(names, list(losses), tolerance.curve, "loss")
+    scale = np.maximum(np.abs(norms).max(axis=0), np.finfo(np.float64).tiny)
+    found["grad_norm"] = _largest(names, [x / scale for x in norms], tolerance.grad_norm, "norms of gradients (relative)")
+    found["steps"] = float(losses.shape[1])
+    return found if updates is None else found | _check_updates(results, updates, tolerance.update)
+
+
+def _curves(results: Mapping[str, Mapping[str, Any]], key: str) -> np.ndarray:
+    """float64[contenders, steps], of the steps that all have taken."""
+    steps = min(len(result[key]) for result in results.values())
+    return np.array([result[key][:steps] for result in results.values()], np.float64)
+
+
+def _check_updates(results: Mapping[str, Mapping[str, Any]], updates: Updates, tolerance: float) -> dict[str, Any]:
+    steps = {name: len(results[name]["losses"]) for name in updates.names}
+    few, many = min(steps, key=lambda name: steps[name]), max(steps, key=lambda name: steps[name])
+    if steps[few] != steps[many]:
+        raise GateFailed(
+            f"{few} took {steps[few]} steps and {many} {steps[many]}: their weights cannot be compared. No ratio is reported."
+        )
+    yardstick = next((name for name in YARDSTICKS if name in updates.names), updates.names[0])
+    by = updates.names.index(yardstick)
+    if not 0 < updates.norms[by] < math.inf:
+        raise GateFailed(
+            f"{yardstick}: the update of all weights in {steps[yardstick]} steps has the norm {updates.norms[by]:g}. No ratio "
+            "is reported."
+        )
+    relative = updates.distances / updates.norms[by]
+    # The yardstick comes first: of what is off, it tells which contender.
+    worst = max(range(len(relative)), key=lambda i: _or_infinite(relative[by, i]))
+    one, other = by, worst
+    if relative[one, other] <= tolerance:
+        one, other = np.unravel_index(int(np.argmax(relative)), relative.shape)
+    largest = float(relative[one, other])
+    if not largest <= tolerance:
+        raise GateFailed(
+            f"{updates.names[other]} and {updates.names[one]} do not compute the same thing: their updates of the weights in "
+            f"{steps[yardstick]} steps differ by {largest:.3g} in relative L2 norm, most in {updates.places[one][other]} "
+            f"(tolerance {tolerance:g}). No ratio is reported."
+        )
+    of = {name: float(relative[by, i]) for i, name in enumerate(updates.names)}
+    return {"update": largest, "yardstick": yardstick, "updates": of}
+
+
+def _or_infinite(value: float) -> float:
+    return float(value) if math.isfinite(value) else math.inf
 
 
 def _largest(names: Sequence[str], values: Sequence[np.ndarray], tolerance: float, what: str) -> float:

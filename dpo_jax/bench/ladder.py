@@ -24,7 +24,7 @@ from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import Batch, make_batch, round_up
 from dpo_jax.dpo import PreferenceLoss, dpo_objective, dpo_step
 from dpo_jax.losses import dpo_loss
-from dpo_jax.models.hf import load_hf
+from dpo_jax.models.hf import load_hf, save_hf
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime.compiling import keep_programs
 from dpo_jax.runtime.fit import fit
@@ -78,7 +78,7 @@ class Compiled:
         return self.prepare(*args)(*args, *self._last)
 
 
-def run(work: Work, name: str, *, steps: int, trace: str | None) -> dict[str, Any]:
+def run(work: Work, name: str, *, steps: int, trace: str | None = None, weights: Path | None = None) -> dict[str, Any]:
     """Takes `steps` optimizer steps with `runtime.fit.fit`, the product's loop. Returns the same as `torch_loop.run`, and
     seconds of compiling, compiled shapes, and seconds the loader needs per batch when nothing else runs.
     """
@@ -107,23 +107,28 @@ def run(work: Work, name: str, *, steps: int, trace: str | None) -> dict[str, An
     for step in range(work.longest_run):
         step_function.prepare(state, make(step, ref_logps=None if rung.live else filler).rows)
 
-    losses, times, first_step_at = [], [time.perf_counter()], 0.0
+    losses, norms, times, first_step_at = [], [], [time.perf_counter()], 0.0
 
     def settled(step: int, metrics: dict[str, float]) -> None:
         nonlocal first_step_at
         losses.append(metrics["loss"])
+        norms.append(metrics["grad_norm"])
         times.append(time.perf_counter())
         first_step_at = first_step_at or time.time()
 
     with _traced(step_function, trace) if trace else nullcontext():
-        fit(step_function, state, stream, total_steps=steps, check=settled)
+        params = fit(step_function, state, stream, total_steps=steps, check=settled).params
     batches, loader_seconds = [], []
     for step in range(1, work.steps + 1):
         start = time.perf_counter()
         batches.append(stream(step) if not rung.live else make(step))
         loader_seconds.append(time.perf_counter() - start)
+    described = describe()
+    if weights is not None:
+        save_hf(weights, model, params)
     return {
         "losses": losses,
+        "grad_norms": norms,
         "step_seconds": [late - early for early, late in zip(times, times[1:], strict=False)],
         "first_step_at": first_step_at,
         "first_logps": cached[0].tolist(),
@@ -133,7 +138,7 @@ def run(work: Work, name: str, *, steps: int, trace: str | None) -> dict[str, An
         "compile_seconds": step_function.seconds,
         "shapes": len(step_function.programs),
         "loader_seconds": statistics.median(loader_seconds),
-        **describe(),
+        **described,
     }
 
 
@@ -265,7 +270,7 @@ def describe() -> dict[str, Any]:
 @contextmanager
 def _traced(step: Any, folder: str) -> Iterator[None]:
     """A trace in `folder`, and the compiled programs, without which its operations are only numbers."""
-    Path(folder).mkdir(parents=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for number, program in enumerate(step.programs.values()):
         write_text(Path(folder) / f"hlo-{number}.txt", program.as_text())
     with jax.profiler.trace(folder, create_perfetto_trace=True):

@@ -19,12 +19,13 @@ _NAMED = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{op_name="([^"]*)"
 def slowest_operations(folder: Path) -> str:
     """Milliseconds by part of the model and direction, then the slowest operations of the compiled step.
 
-    `folder` is what `jax.profiler.trace` wrote, with the compiled programs (`hlo-*.txt`) beside it, which say where in the
-    model an operation comes from. An operation's time is its own, without those that it contains. Where several shapes ran,
-    operations of one name count together.
+    `folder` is what `jax.profiler.trace` wrote (if more than once: the last time), with the compiled programs (`hlo-*.txt`)
+    beside it, which say where in the model an operation comes from. An operation's time is its own, without those that it
+    contains. Where several shapes ran, operations of one name count together.
     """
     origin = {name: scope for text in sorted(folder.glob("hlo-*.txt")) for name, scope in _NAMED.findall(text.read_text())}
-    traces = [json.loads(gzip.decompress(file.read_bytes())) for file in folder.rglob("*.trace.json.gz")]
+    files = sorted(folder.rglob("*.trace.json.gz"))  # in a folder named after the time, for each call of the profiler
+    traces = [json.loads(gzip.decompress(file.read_bytes())) for file in files if file.parent == files[-1].parent]
     events = (event for trace in traces for event in trace["traceEvents"] if event.get("ph") == "X")
     spent = own_times(event for event in events if "hlo_op" in event.get("args", {}))
     total = sum(spent.values()) or 1.0

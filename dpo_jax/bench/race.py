@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import dpo_jax
-from dpo_jax.bench import gates
+from dpo_jax.bench import gates, updates
 from dpo_jax.bench.profile import TRACEABLE
 from dpo_jax.bench.work import CONTENDERS, LIBRARIES, SAMPLERS, SamplingWork, Work, library
 from dpo_jax.runtime.progress import reported
@@ -39,31 +39,43 @@ def race(
     rounds: int,
     python: str = sys.executable,
     say: Callable[[str], None] = print,
-) -> tuple[Results, dict[str, float]]:
+) -> tuple[Results, dict[str, Any]]:
     """All contenders one after the other, `rounds` times. Returns what they measured, and how far they differ (`gates.check`).
 
-    The first round is longer (the loss curves), starts with empty compilation caches, and ends with the gates: `GateFailed`
-    comes before the hours of the other rounds. `python` is the interpreter of the PyTorch contenders. Raises
+    The first round is longer (loss curves and updated weights), starts with empty compilation caches, and ends with the gates:
+    `GateFailed` comes before the hours of the other rounds. `python` is the interpreter of the PyTorch contenders. Raises
     `ContenderFailed` with the end of a contender's error output.
     """
     order = [LIBRARIES[kind] for kind in LIBRARIES if any(library(name) == kind for name in names)] + list(names)
     results: Results = {name: [] for name in order}
     for name in names:
         shutil.rmtree(work.compiled(name), ignore_errors=True)
-    differences: dict[str, float] = {}
-    for number in range(rounds):
-        for name in order:
-            steps = work.longest_run if number == 0 else work.steps + 1
-            start = time.perf_counter()
-            interpreter = python if library(name) == "torch" else sys.executable
-            result = run_one(work, name, steps=steps, round_number=number, python=interpreter)
-            results[name].append(result)
-            say(f"round {number + 1}/{rounds}  {name:13} {_headline(work, result)}  ({time.perf_counter() - start:.0f} s)")
-        if number == 0:
-            differences = gates.check({name: results[name][0] for name in names}, precision=work.precision)
+    differences: dict[str, Any] = {}
+    compared = names if len(names) > 1 else []  # by their weights
+    try:
+        for number in range(rounds):
+            for name in order:
+                steps = work.longest_run if number == 0 else work.steps + 1
+                start = time.perf_counter()
+                interpreter = python if library(name) == "torch" else sys.executable
+                weights = number == 0 and name in compared
+                result = run_one(work, name, steps=steps, round_number=number, python=interpreter, weights=weights)
+                results[name].append(result)
+                say(f"round {number + 1}/{rounds}  {name:13} {_headline(work, result)}  ({time.perf_counter() - start:.0f} s)")
+            if number == 0:
+                differences = _judge(work, {name: results[name][0] for name in names}, compared)
+    finally:
+        shutil.rmtree(work.all_weights, ignore_errors=True)
     for number in range(1, rounds):
         gates.check({name: results[name][number] for name in names}, precision=work.precision)
     return results, differences
+
+
+def _judge(work: Work, results: dict[str, dict[str, Any]], compared: Sequence[str]) -> dict[str, Any]:
+    """The gates of the first round. The weights that it left are deleted: as many models as contenders."""
+    found = updates.compare(work.model, {name: work.weights(name) for name in compared}) if compared else None
+    shutil.rmtree(work.all_weights, ignore_errors=True)
+    return gates.check(results, precision=work.precision, updates=found)
 
 
 def run_one(
@@ -74,8 +86,9 @@ def run_one(
     round_number: int = 0,
     python: str = sys.executable,
     trace: str | None = None,
+    weights: bool = False,
 ) -> dict[str, Any]:
-    """One contender, once, in a new process. Its output is kept in `<folder>/logs`."""
+    """One contender, once, in a new process. Its output is kept in `<folder>/logs`, and its final `weights` if asked."""
     folder = Path(work.folder)
     out = folder / "rounds" / f"{name}-{round_number}.json"
     log = folder / "logs" / f"{name}-{round_number}.log"
@@ -91,9 +104,11 @@ def run_one(
     if trace is not None:
         environment["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), TRACEABLE]))
     command = [python, "-m", "dpo_jax.bench.contender", work.folder, name, str(steps), repr(time.time()), str(out)]
+    command += [] if trace is None else ["--trace", trace]
+    command += ["--weights", str(work.weights(name))] if weights and isinstance(work, Work) else []
     said = reported(f"{name}, round {round_number + 1}", brief=True)
     with open(log, "wb") as output, _stopped_by_signals(), said, _Neighbours() as neighbours:
-        done = subprocess.run(command + ([trace] if trace else []), stdout=output, stderr=subprocess.STDOUT, env=environment)
+        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     if done.returncode or not out.is_file():
         tail = log.read_text(errors="replace").strip().splitlines()[-8:]
         killed = ", killed: out of memory?" if done.returncode == -signal.SIGKILL else ""

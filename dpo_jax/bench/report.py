@@ -21,7 +21,7 @@ LOADER_BAR = 0.1  # loader time per batch, as a share of the step
 
 
 def summarize(
-    work: Work, config: DecoderConfig, pairs: Sequence[Encoded], results: Results, differences: Mapping[str, float]
+    work: Work, config: DecoderConfig, pairs: Sequence[Encoded], results: Results, differences: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All figures of a race as one JSON value; `differences` are those of the gates, which have been passed."""
     timed = [pair for step in range(1, work.steps + 1) for pair in pairs_of_step(work, pairs, step)]
@@ -89,6 +89,7 @@ def contender_figures(work: Work, rounds: Sequence[Mapping[str, Any]], *, flops:
         },
         "loader_share": None if loader is None else loader / step_seconds,
         "losses": first["losses"],
+        "grad_norms": first["grad_norms"],
     }
 
 
@@ -163,6 +164,7 @@ def scaling(points: Mapping[str, Any]) -> dict[str, Any]:
 
 def table(summary: Mapping[str, Any]) -> str:
     """The figures as Markdown, and below it the ratios, the gates and what we lose."""
+    gates = summary["gates"]
     head = (
         "contender",
         "pairs/s (min to max)",
@@ -173,6 +175,7 @@ def table(summary: Mapping[str, Any]) -> str:
         "first step cold / warm",
         "compile cold / warm",
         "with reference pass, 1 / 3 epochs",
+        f"update off {gates['yardstick']}" if "updates" in gates else "update",
     )
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, figures in summary["contenders"].items():
@@ -189,6 +192,7 @@ def table(summary: Mapping[str, Any]) -> str:
             f"{_number(first['cold'])} / {_number(first['warm'])} s",
             f"{_number(compiled['cold'])} / {_number(compiled['warm'])} s{shapes}" if compiled["cold"] is not None else "",
             f"{one:.2f} / {three:.2f}",
+            f"{gates['updates'][name]:.1e}" if "updates" in gates else "-",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *_notes(summary)])
@@ -199,13 +203,15 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
     tokens = " + ".join(f"{count:.0f}" for count in work["mean_tokens"].values())
     matmuls = summary["matmul_flops_per_second"].items()
     rates = ", ".join(f"{kind} {rate['median'] / 1e9:,.0f} GFLOP/s" for kind, rate in matmuls)
+    updates = f"{gates['update']:.1e} (L2)" if "update" in gates else "not compared, there is no other"
     notes = [
         f"work         {work['batch']} pairs a step, prompt + chosen + rejected {tokens} tokens, {work['precision']}; "
         f"{work['rounds']} rounds of {work['steps']} timed steps",
         f"machine      {', '.join(summary['devices'])}; matrix products: {rates}; others used up to "
         f"{summary['neighbours']:.0%} of the cores" + (": TOO BUSY to rely on" if summary["neighbours"] > QUIET else ""),
         f"gates        log-probabilities {gates['first_logps']:.1e} (relative), loss - ln 2 {gates['first_loss']:.1e}, "
-        f"loss over {gates['steps']:.0f} steps {gates['loss_curve']:.1e}",
+        f"over {gates['steps']:.0f} steps loss {gates['loss_curve']:.1e}, gradient norms {gates['grad_norm']:.1e} (relative), "
+        f"then the update of all weights {updates}",
     ]
     for label, ratio in summary["ratios"].items():
         notes.append(

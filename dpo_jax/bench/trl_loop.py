@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,17 +21,26 @@ import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 
-from dpo_jax.bench.torch_loop import describe, make_optimizer
+from dpo_jax.bench.torch_loop import describe, load, make_optimizer, save
 from dpo_jax.bench.work import Work, by_length, pairs_of_step, read_pairs
 
 
 class Trainer(trl.DPOTrainer):
-    """DPOTrainer on token ids, which keeps the loss of every microbatch and the time of the reference pass."""
+    """DPOTrainer on token ids, which keeps losses of microbatches, norms of gradients and the time of the reference pass."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.losses: list[torch.Tensor] = []
+        self.norms: list[torch.Tensor] = []
         self.reference_seconds: float | None = None
         super().__init__(*args, **kwargs)
+        clip = self.accelerator.clip_grad_norm_
+
+        def clip_and_keep(*args: Any, **kwargs: Any) -> Any:
+            norm = clip(*args, **kwargs)  # before clipping
+            self.norms.append(norm)
+            return norm
+
+        self.accelerator.clip_grad_norm_ = clip_and_keep
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         return dataset  # it would tokenize
@@ -79,7 +89,7 @@ class Clock(transformers.TrainerCallback):
     on_train_begin = tick
 
 
-def run(work: Work, name: str, *, steps: int, trace: str | None) -> dict[str, Any]:
+def run(work: Work, name: str, *, steps: int, trace: str | None, weights: Path | None) -> dict[str, Any]:
     """As `torch_loop.run`."""
     best = name == "trl-best"
     parts = work.groups if best else work.torch_microbatches
@@ -90,9 +100,7 @@ def run(work: Work, name: str, *, steps: int, trace: str | None) -> dict[str, An
         order += [batch[number] for number in numbers]
         place.append(numbers)
     rows = [{f"{side}_ids": getattr(pair, side).tolist() for side in ("prompt", "chosen", "rejected")} for pair in order]
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        work.model, dtype=torch.float32, **({"attn_implementation": best_attention()} if best else {})
-    )
+    model = load(work, "cpu", **({"attn_implementation": best_attention()} if best else {}))
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -112,8 +120,11 @@ def run(work: Work, name: str, *, steps: int, trace: str | None) -> dict[str, An
     reference = trainer.reference_seconds
     described = describe("cuda" if torch.cuda.is_available() else "cpu")
     described["versions"] |= {"trl": trl.__version__}
+    if weights is not None:
+        save(trainer.accelerator.unwrap_model(trainer.model), weights)
     return {
         "losses": losses,
+        "grad_norms": [norm.item() for norm in trainer.norms],
         "step_seconds": [late - early for early, late in zip(clock.times, clock.times[1:], strict=False)],
         "first_step_at": clock.first_step_at,
         "first_logps": first,
@@ -137,6 +148,7 @@ def settings(work: Work, folder: str, *, steps: int, parts: int, best: bool) -> 
         beta=work.beta,
         max_grad_norm=work.max_grad_norm,
         bf16=work.precision == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),  # bf16 without a GPU is refused unless a CPU is asked for
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,

@@ -21,7 +21,7 @@ SIDES = ("prompt", "chosen", "rejected")
 
 
 class Contender(NamedTuple):
-    module: str  # of dpo_jax.bench; its `run(work, name, *, steps, trace)` does the work
+    module: str  # of dpo_jax.bench; its `run(work, name, *, steps, trace, weights)` does the work
     what: str
 
 
@@ -62,7 +62,7 @@ class Work:
     folder: str
     batch: int  # pairs per optimizer step
     steps: int  # timed optimizer steps per round, after one that is not
-    gate_steps: int  # length of the loss curves that are compared
+    gate_steps: int  # after which loss curves and weights are compared, unless `steps` are more
     groups: int  # microbatches of similar length, for contenders that group by length
     torch_microbatches: int  # equal parts into which the other PyTorch contenders divide a batch
     microbatches: int  # the same for ours (except those that group)
@@ -84,8 +84,16 @@ class Work:
         return Path(self.folder) / "compiled" / name
 
     @property
+    def all_weights(self) -> Path:
+        return Path(self.folder) / "weights"
+
+    def weights(self, name: str) -> Path:
+        """The model with which a contender ends the first round, until it has been compared."""
+        return self.all_weights / name
+
+    @property
     def longest_run(self) -> int:
-        """Optimizer steps of the first round: it also gives the loss curves."""
+        """Optimizer steps of the first round: it also gives the loss curves and the weights."""
         return max(self.gate_steps, self.steps + 1)
 
 

@@ -32,7 +32,7 @@ from dpo_jax.bench.work import (
     write_work,
 )
 from dpo_jax.cli import build
-from dpo_jax.cli.commands.bench_contenders import contenders, need, torch_python
+from dpo_jax.cli.commands.bench_contenders import contenders, need, not_raced, torch_python
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.model_folders import sized_hf_config
 from dpo_jax.data.encode import Encoded
@@ -52,6 +52,7 @@ How to read it. The first table adds up what the operations of the compiled step
 come from; a fusion is named after its last one. The whole picture: open perfetto_trace.json.gz (below plugins/profile/) at
 https://ui.perfetto.dev, or the folder in XProf or TensorBoard. There a gap on the device's line is time spent waiting for the
 host, and the first step in the trace may still fill caches."""
+RACED = "All contenders train all weights, of model.path or random ones, by RMSprop on the loss of the paper."
 MATMUL_TOKENS = 16_384  # rows of the matrix products that are timed, at most
 
 
@@ -61,6 +62,8 @@ def run(config: Config) -> int:
     names = contenders(config)
     jax.config.update("jax_platforms", "cpu")  # an accelerator belongs to one process at a time: that of the contender
     with build.open_run(config, "bench") as run_dir:
+        if ignored := not_raced(config):
+            print(f"not read: {', '.join(ignored)}. {RACED}", flush=True)
         work = freeze(config, run_dir)
         print(f"{len(names)} contenders in {config.bench.rounds} rounds; logs and loss curves are in {work.folder}", flush=True)
         results, differences = race.race(
@@ -101,6 +104,7 @@ def freeze(config: Config, run_dir: RunDir) -> Work:
         data, model = _from_data(config)
         steps = (batch_indices(len(data), batch=section.batch, seed=config.run.seed, step=s) for s in range(longest_run))
         pairs = [data[int(i)] for i in np.concatenate(list(steps))]
+        _check_scored(pairs)
     else:
         pairs, model = _random(config, longest_run * section.batch)
         data = pairs
@@ -138,6 +142,16 @@ def _from_data(config: Config) -> tuple[list[Encoded], Model]:
     tokenizer = build.tokenizer_of(config, model_path=config.model.path)
     encoded = build.encode_split(config, build.load_split(config, "train", tokenizer), tokenizer)
     return list(encoded), build.start_model(config, tokenizer)
+
+
+def _check_scored(pairs: list[Encoded]) -> None:
+    """Raises `ConfigError` for a completion of which some tokens are only read: the other contenders would score them all."""
+    partly = [pair.uid for pair in pairs if any(scored is not None and not scored.all() for _, scored in pair.sides)]
+    if partly:
+        raise ConfigError(
+            f"data.path: {partly[0]} and {len(partly) - 1} other pairs of the race have turns in their completions that are "
+            "not scored, and PyTorch contenders score whole completions: give rows whose completions are one turn each"
+        )
 
 
 def _random(config: Config, count: int) -> tuple[list[Encoded], Model]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 
 from dpo_jax.bench import race
 from dpo_jax.bench.work import CONTENDERS, library
+from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.extras import install_command
 
@@ -28,6 +30,17 @@ def contenders(config: Config) -> list[str]:
         if config.dpo.batch % parts:
             raise ConfigError(f"{option}: {parts} equal parts do not make up a batch of {config.dpo.batch} pairs (dpo.batch)")
     return names
+
+
+def not_raced(config: Config) -> list[str]:
+    """What the configuration says of training, in sections `dpo` and `lora`, and all contenders leave out: dotted options."""
+    reads = COMMANDS["bench"].reads
+    return [
+        f"{name}.{field.name}"
+        for name in ("dpo", "lora")
+        for field in dataclasses.fields(getattr(config, name))
+        if f"{name}.{field.name}" not in reads and getattr(getattr(config, name), field.name) != field.default
+    ]
 
 
 def need(config: Config, packages: list[str], *, option: str, otherwise: str = "") -> None:

@@ -24,7 +24,7 @@ class BenchConfig:
     steps: int = 4
     """Timed optimizer steps (or batches of completions) of a contender in a round, after one that is not timed."""
     gate_steps: int = 20
-    """Steps over which all loss curves must agree before anything is compared."""
+    """Steps over which losses, gradient norms and then the weights must agree before any speed is compared."""
     groups: int = 4
     """Microbatches of similar length into which contenders that group by length (trl-best among them) divide a batch."""
     torch_microbatches: int = 1
