@@ -32,7 +32,8 @@ class Tolerance(NamedTuple):
 # RMSprop divides a gradient by sqrt(v) + 1e-8. From the first step, 10 * lr * sign(g) for all but the tiniest, an entry moves
 # equally far whether its gradient is large or nearly cancels; and a gradient no larger than the rounding error of the sums that
 # it comes from has an arbitrary sign. Such an entry moves by up to 20 * lr in one library against the other. So updates
-# agree far less closely than losses and norms, in which those entries count for nothing.
+# agree far less closely than losses and norms, in which those entries count for nothing. Measured in float32: 5e-6 on small
+# random models (4 to 20 steps), and 1.3e-4 (PyTorch) and 1.7e-4 (ours) from float64 in the first step of SmolLM2.
 TOLERANCES = {
     "float32": Tolerance(1e-5, 1e-5, 1e-4, 1e-4, 1e-3),
     "bfloat16": Tolerance(1e-2, 2e-2, 5e-2, 5e-2, 5e-1),
