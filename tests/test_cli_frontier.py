@@ -17,10 +17,10 @@ import pytest
 from tiny_run import _compilation_cache, call  # noqa: F401  the first is a fixture
 
 from dpo_jax.cli import build
-from dpo_jax.cli.commands.frontier import _runs, _shared, to_mix
 from dpo_jax.cli.commands.ppo import learned_reward
 from dpo_jax.cli.config import load_config
 from dpo_jax.cli.experiment import make_world, prompts_of
+from dpo_jax.cli.frontier_runs import runs_of, shared_settings, to_mix
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.evals.frontier import optimum
@@ -42,7 +42,8 @@ model: {{family: gpt_neox, width: 32, layers: 1, heads: 2, max_positions: 128}}
 sft: {{batch: 16, scored: all, lr: 1.0e-2, optimizer: adamw, warmup_steps: 2, epochs: 8}}
 dpo: {{batch: 16, lr: 1.0e-3, warmup_steps: 2}}
 frontier:
-  methods: "unlikelihood,dpo,ppo,ppo-gt,best-of-n"
+  methods: "unlikelihood,dpo,rdpo,ppo,ppo-gt,best-of-n"
+  second_reward: vader
   unlikelihood_alphas: "0.5"
   prompts: 12
   test_prompts: 8
@@ -82,14 +83,13 @@ def test_every_run_is_measured_and_in_the_table(study):
         points[row["method"], row["label"], row["seed"]] += 1
         assert float(row["kl_low"]) <= float(row["kl"]) <= float(row["kl_high"])
         assert -20 <= float(row["reward"]) <= 20
-    runs = ("unlikelihood", "alpha 0.5"), ("dpo", "beta 0.5"), ("ppo", "KL 3"), ("ppo-gt", "KL 3")
+    runs = ("unlikelihood", "alpha 0.5"), ("dpo", "beta 0.5"), ("rdpo", "beta 0.5"), ("ppo", "KL 3"), ("ppo-gt", "KL 3")
     trained = {(method, label, "0") for method, label in runs}
     assert {key: points[key] for key in trained} == dict.fromkeys(trained, 2)
-    assert {key for key in points if key not in trained} == {
-        ("best-of-n", f"N {n}", "0") for n in (1, 4)
-    }  # 16 samples hold no 64
+    best_of_n = {("best-of-n", f"N {n}", "0") for n in (1, 4)}  # 16 samples hold no 64
+    assert {key for key in points if key not in trained} == {("reference", "", "0"), *best_of_n}
     assert "at equal KL" in out
-    for name in ("frontier.png", "displacement.png", "summary.json", "optimum.json"):
+    for name in ("frontier.png", "second_reward.png", "displacement.png", "summary.json", "optimum.json"):
         assert (folder / name).stat().st_size > 0
     assert json.loads((folder / "reward_model" / "result.json").read_text())["held_out"] > 0
 
@@ -106,7 +106,7 @@ def test_what_is_finished_is_not_done_again(study):
     table = (root / "run" / "frontier" / "results.jsonl").read_bytes()
     code, out, _ = call("frontier", root / "toy.yaml")
     assert code == 0
-    assert "4 of 4 runs are finished already" in out
+    assert "6 of 6 runs are finished already" in out
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (root / "run" / "frontier" / "results.jsonl").read_bytes() == table
 
@@ -126,7 +126,7 @@ def test_a_sweep_that_is_killed_ends_in_the_table_of_an_uninterrupted_one(study,
         process.wait()
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "of 4 runs are finished already" in done.stdout
+    assert "of 6 runs are finished already" in done.stdout
     results = [(folder / "frontier" / "results.jsonl").read_text().splitlines() for folder in (root / "run", run)]
     whole, pieced = ([json.loads(row) | {"seconds": 0} for row in rows] for rows in results)
     assert pieced == whole
@@ -179,8 +179,12 @@ def test_methods_train_adapters_beside_the_reference(study, tmp_path):
     assert code == 0, err
     results = [json.loads(path.read_text()) for path in (tmp_path / "frontier" / "runs").glob("*/result.json")]
     assert {result["shared"]["lora"]["rank"] for result in results} == {2}
-    assert len(results) == 2
-    assert all(point["kl"] > 0 for result in results for point in result["measured"]["points"])
+    assert len(results) == 3
+    assert all(
+        point["kl"] > 0 or result["run"]["method"] == "reference"
+        for result in results
+        for point in result["measured"]["points"]
+    )
     policy = next((tmp_path / "frontier" / "runs").glob("dpo-*/policy"))
     before, after = (load_hf(folder)[1]["params"] for folder in (reference, policy))
     changed = {
@@ -203,9 +207,10 @@ def world_and_pairs(study):
 def test_other_options_of_ppo_are_no_reason_to_repeat_the_rest(study, world_and_pairs):
     config = load_config(study[0] / "toy.yaml")
     other = dataclasses.replace(config, frontier=dataclasses.replace(config.frontier, ppo_lr=1e-3, ppo_epochs=2))
-    pairs = zip(*(_runs(one.frontier, seed=0) for one in (config, other)), strict=True)
+    pairs = zip(*(runs_of(one.frontier, seed=0) for one in (config, other)), strict=True)
     assert [run.method for run, its in pairs if run != its] == ["ppo", "ppo-gt"]
-    assert _shared(config, "digest", world_and_pairs[0]) == _shared(other, "digest", world_and_pairs[0])
+    settings = [shared_settings(one, "digest", world_and_pairs[0]) for one in (config, other)]
+    assert settings[0] == settings[1]
 
 
 def test_all_settings_of_a_method_are_one_program(world_and_pairs, tmp_path):

@@ -21,6 +21,10 @@ Points = list[dict[str, float]]
 """What `World.measure` found on the way of a run, in order, each with the `step` after which."""
 
 
+SECOND, LEARNED = "second_reward", "learned_reward"
+"""Names, in a point, of the reward that no policy trains on and of the one that is learned from the labelled pairs."""
+
+
 class Prompts(NamedTuple):
     texts: list[str]
     ids: list[np.ndarray]  # int32[n] each
@@ -59,11 +63,13 @@ class World:
         batch: int,
         seed: int,
         begin: Callable[..., TrainState] = init_state,
+        beside: Mapping[str, Reward] | None = None,
     ) -> None:
         self.partitioner, self.model, self.tokenizer, self.reference = partitioner, model, tokenizer, reference
         self.reward, self.train, self.test = reward, train, test
         self.stop_ids, self.max_new_tokens, self.batch, self.seed = tuple(stop_ids), max_new_tokens, batch, seed
         self.begin = begin  # (variables, tx=...) -> the state before the first step: says what is trained
+        self.beside = dict(beside or {})  # rewards that are measured beside the true one, by their names in a point
         self.width = round_up(max(map(len, [*train.ids, *test.ids])) + max_new_tokens, 8)
         self.complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, max_new_tokens=max_new_tokens, batch=batch)
         self._kl = partitioner.compile_map(functools.partial(_kl, model))
@@ -89,9 +95,10 @@ class World:
         return map_completions(self.partitioner, compiled, variables, prompts, ids, batch=self.batch, length=self.width)
 
     def measure(self, variables: Variables, *, draw: int = 0) -> dict[str, float]:
-        """True reward and KL to the reference of a policy on the test prompts, with 95 % intervals over prompts.
+        """True reward, KL to the reference and mean tokens of a policy on the test prompts, with 95 % intervals over prompts.
 
-        The same prompts and the same random numbers for all policies: differences between them are less noisy than each.
+        Rewards of `beside` are measured on the same completions; `cut` is the share that no stop token ended. The same prompts
+        and the same random numbers for all policies: differences between them are less noisy than each.
         """
         scored = self.sample(variables, self.test, jax.random.fold_in(jax.random.key(self.seed), draw))
         exact, sampled = self.kl(variables, self.test.ids, scored.completions.ids)
@@ -99,7 +106,13 @@ class World:
             **_with_interval("reward", scored.rewards, self.seed),
             **_with_interval("kl", exact, self.seed),
             "kl_sampled": float(sampled.mean()),
-            "tokens": float(np.mean([len(ids) for ids in scored.completions.ids])),
+            **_with_interval("tokens", np.array([len(ids) for ids in scored.completions.ids]), self.seed),
+            "cut": float(1 - scored.completions.finished.mean()),
+            **{
+                name: value
+                for beside, reward in self.beside.items()
+                for name, value in _with_interval(beside, reward(self.test.texts, scored.completions.texts), self.seed).items()
+            },
         }
 
 
