@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import functools
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from chat_templates import CHATML
 from tiny_run import _compilation_cache, call  # noqa: F401  the first is a fixture
 
 from dpo_jax.cli import build
@@ -100,15 +102,88 @@ def test_the_labelled_pairs_are_preferences_like_any_other(study):
     assert f"{len(pairs)} of 72 pairs labelled" in out  # 12 prompts, 6 pairs each
 
 
-def test_what_is_finished_is_not_done_again(study):
+def test_what_is_finished_is_not_done_again_also_where_the_folder_was_moved(study, tmp_path):
     root, _ = study
-    before = {path: path.stat().st_mtime_ns for path in (root / "run" / "frontier" / "runs").rglob("result.json")}
-    table = (root / "run" / "frontier" / "results.jsonl").read_bytes()
-    code, out, _ = call("frontier", root / "toy.yaml")
-    assert code == 0
-    assert "6 of 6 runs are finished already" in out
+    moved = tmp_path / "elsewhere" / "run"
+    shutil.copytree(root / "run", moved)
+    (moved / "frontier" / "runs" / "dpo-beta-0.5-seed0" / "result.json").unlink()
+    kept = [*moved.rglob("result.json"), *(moved / "frontier" / "optimum").iterdir(), moved / "frontier" / "pairs.jsonl"]
+    before = {path: path.stat().st_mtime_ns for path in kept if path.parent.name != "reward_model"}
+    assert len(before) == 5 + 3 + 1  # the reference's samples, and those of two policies
+    code, out, err = call("frontier", root / "toy.yaml", "--run.dir", moved)
+    assert code == 0, err
+    assert "5 of 6 runs are finished already" in out
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert (root / "run" / "frontier" / "results.jsonl").read_bytes() == table
+    tables = [(run / "frontier" / "results.jsonl").read_text().splitlines() for run in (root / "run", moved)]
+    first, again = ([json.loads(row) | {"seconds": 0} for row in rows] for rows in tables)
+    assert again == first
+    identities = [json.loads(path.read_text()) for path in (*moved.rglob("result.json"), moved / "frontier" / "pairs.json")]
+    assert str(root) not in json.dumps([found.get("shared") for found in identities])
+
+
+def test_the_name_of_a_classifier_folder_is_its_content(study, world_and_pairs, tmp_path):
+    config = load_config(study[0] / "toy.yaml")
+
+    def named(folder, content):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_bytes(content)
+        section = dataclasses.replace(config.frontier, reward="hf", classifier=str(tmp_path / folder))
+        return shared_settings(dataclasses.replace(config, frontier=section), "digest", world_and_pairs[0])
+
+    first, moved, other = named("here", b"1"), named("there", b"1"), named("other", b"2")
+    assert first == moved != other
+    assert str(tmp_path) not in json.dumps(first)
+
+
+def test_every_policy_is_judged_by_both_other_rewards(study):
+    root, _ = study
+    rows = [json.loads(line) for line in (root / "run" / "frontier" / "results.jsonl").read_text().splitlines()]
+    for row in rows:
+        names = ["second_reward"] if row["method"] == "best-of-n" else ["second_reward", "learned_reward", "tokens"]
+        for name in names:
+            assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"], (row["method"], name)
+    (start,) = (row for row in rows if row["method"] == "reference")
+    assert (start["kl"], start["step"]) == (0, 0)
+    summary = json.loads((root / "run" / "frontier" / "summary.json").read_text())["second_reward"]
+    assert summary["name"] == "vader"
+    trained = ["unlikelihood", "dpo", "rdpo", "ppo", "ppo-gt"]
+    assert [row["method"] for row in summary["gains"]][: len(trained) + 1] == [*trained, "best-of-n"]
+    assert summary["words"] in study[1]
+    code, _, err = call("report", root / "run", "--report.out", root / "page")
+    assert code == 0, err
+    page = (root / "page" / "report.md").read_text()
+    for words in ("Lengths", "Learned reward", "Beside a second reward", summary["words"].split(".")[0]):
+        assert words in page
+
+
+def test_a_chat_model_learns_plain_snippets_and_its_policies_are_adapters(study, tmp_path):
+    model, data, run = tmp_path / "model", tmp_path / "data", tmp_path / "run"
+    shutil.copytree(study[0] / "run" / "sft" / "export", model)
+    (model / "chat_template.jinja").write_text(CHATML)
+    data.mkdir()
+    rng = random.Random(0)
+    for name, words in (("pos", "bright clever fine"), ("neg", "dull tired bad")):
+        lines = [" ".join(rng.choices(f"the film plot is was {words}".split(), k=9)) + f" {i} ." for i in range(60)]
+        (data / f"rt-polarity.{name}").write_text("\n".join(lines))
+    flags = {
+        **{"run.dir": run, "model.path": model, "data.source": "snippets", "data.path": data, "sft.epochs": 1, "lora.rank": 2},
+        **{"frontier.reward": "linear", "frontier.methods": "dpo", "frontier.seeds": 2, "frontier.evaluations": 1},
+        **{"frontier.optimum-samples": 8, "frontier.optimum-prompts": 2, "frontier.test-prompts": 4, "frontier.jobs": 1},
+    }
+    code, _, err = call("frontier", study[0] / "toy.yaml", *(x for name, value in flags.items() for x in (f"--{name}", value)))
+    assert code == 0, err
+    assert not (run / "sft" / "export" / "adapter_config.json").exists()
+    assert (run / "sft" / "export" / "chat_template.jinja").read_text() == CHATML
+    for seed in (0, 1):
+        policy = run / "frontier" / "runs" / f"dpo-beta-0.5-seed{seed}" / "policy"
+        assert json.loads((policy / "adapter_config.json").read_text())["r"] == 2
+        assert not (policy / "model.safetensors").exists()
+    assert {row["seeds"] for row in json.loads((run / "frontier" / "summary.json").read_text())["at_equal_kl"]} <= {0, 1, 2}
+    config = build.with_data(load_config(study[0] / "toy.yaml"), source="snippets", path=str(data))
+    tokenizer = load_tokenizer(model)
+    texts = build.load_texts(config, "train")
+    learnt = [ids.tolist() for _, ids in build.encode_texts(config, texts, tokenizer)]
+    assert learnt == [[*tokenizer(text.text)["input_ids"], tokenizer.eos_token_id] for text in texts]
 
 
 @pytest.mark.soak
