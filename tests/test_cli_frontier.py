@@ -27,6 +27,7 @@ from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.evals.frontier import optimum
 from dpo_jax.evals.preference import wilson_interval
+from dpo_jax.evals.reward_functions import vader_lexicon
 from dpo_jax.lab import report
 from dpo_jax.lab.methods import PairMethod, pair_data
 from dpo_jax.lab.optimum import BETAS, to_json
@@ -109,7 +110,7 @@ def test_what_is_finished_is_not_done_again_also_where_the_folder_was_moved(stud
     (moved / "frontier" / "runs" / "dpo-beta-0.5-seed0" / "result.json").unlink()
     kept = [*moved.rglob("result.json"), *(moved / "frontier" / "optimum").iterdir(), moved / "frontier" / "pairs.jsonl"]
     before = {path: path.stat().st_mtime_ns for path in kept if path.parent.name != "reward_model"}
-    assert len(before) == 5 + 3 + 1  # the reference's samples, and those of two policies
+    assert len(before) == 5 + 2 + 1  # the reference's samples, and those of one policy
     code, out, err = call("frontier", root / "toy.yaml", "--run.dir", moved)
     assert code == 0, err
     assert "5 of 6 runs are finished already" in out
@@ -387,14 +388,16 @@ def test_ppo_against_that_reward_is_the_ppo_of_the_sweep(pieces):
 def test_the_optimum_is_that_of_the_samples(pieces):
     run, printed = pieces
     world, _ = make_world(load_config(run.parent / "toy.yaml"), train=None, test="optimum_prompts")
-    rewards = world.sample(world.reference, world.test.repeated(16), jax.random.fold_in(jax.random.key(0), 0)).rewards
-    rewards = rewards.reshape(len(world.test.ids), 16)
+    repeated = world.test.repeated(16)
+    scored = world.sample(world.reference, repeated, jax.random.fold_in(jax.random.key(0), 0))
+    rewards = scored.rewards.reshape(len(world.test.ids), 16)
+    beside = vader_lexicon()(repeated.texts, scored.completions.texts).reshape(rewards.shape)
     found = json.loads((run / "optimum" / "optimum.json").read_text())
     best_of_n = found.pop("best_of_n")
-    for name, values in to_json(optimum(rewards, BETAS, seed=0)).items():
+    for name, values in to_json(optimum(rewards, BETAS, seed=0, beside=beside)).items():
         assert found.pop(name) == pytest.approx(values, abs=1e-9)
     assert not found
-    assert best_of_n == [{"n": n, **report.best_of(rewards, n, seed=0)} for n in (1, 4)]
+    assert best_of_n == [{"n": n, **report.best_of(rewards, n, seed=0, beside=beside)} for n in (1, 4)]
     assert f"reward of {rewards.mean():.2f}" in printed["optimum"]
     assert (run / "optimum" / "optimum.png").stat().st_size > 0
 
