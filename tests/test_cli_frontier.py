@@ -111,6 +111,9 @@ def test_what_is_finished_is_not_done_again_also_where_the_folder_was_moved(stud
     kept = [*moved.rglob("result.json"), *(moved / "frontier" / "optimum").iterdir(), moved / "frontier" / "pairs.jsonl"]
     before = {path: path.stat().st_mtime_ns for path in kept if path.parent.name != "reward_model"}
     assert len(before) == 5 + 2 + 1  # the reference's samples, and those of one policy
+    learned = [path for path in moved.glob("frontier/reward_model/checkpoints/*") if path.name.isdigit()]
+    before |= {path: path.stat().st_mtime_ns for path in learned}
+    assert learned
     code, out, err = call("frontier", root / "toy.yaml", "--run.dir", moved)
     assert code == 0, err
     assert "5 of 6 runs are finished already" in out

@@ -191,7 +191,7 @@ class _Study:
             epochs=section.reward_model_epochs,
             evaluations=section.evaluations,
             seed=self.config.run.seed,
-            fingerprint=self.shared,
+            fingerprint={"sweep": self.shared},
             make_state=self.world.begin,
             microbatches=self.config.dpo.microbatches,
             bos=self.config.data.bos,
@@ -217,7 +217,7 @@ def _continues(folder: Path, shared: Mapping[str, Any]) -> bool:
     """Whether the folder holds a reward model of these settings, finished or not."""
     saved = saved_run(folder / "checkpoints", place=str(folder))
     expected = json.loads(json.dumps(dict(shared)))  # as it reads after a round trip through a file
-    return saved is not None and expected.items() <= saved.fingerprint.items()
+    return saved is not None and saved.fingerprint.get("sweep") == expected
 
 
 def ppo_method(config: Config, world: World) -> PpoMethod:
