@@ -182,6 +182,10 @@ def test_a_chat_model_learns_plain_snippets_and_its_policies_are_adapters(study,
         policy = run / "frontier" / "runs" / f"dpo-beta-0.5-seed{seed}" / "policy"
         assert json.loads((policy / "adapter_config.json").read_text())["r"] == 2
         assert not (policy / "model.safetensors").exists()
+    # A policy of the sweep on other preferences: here the reviews.
+    code, _, err = call("eval", study[0] / "toy.yaml", "--run.dir", run, "--eval.policy", policy, "--eval.max-new-tokens", 4)
+    assert code == 0, err
+    assert json.loads((run / "eval" / "report.json").read_text())["pairs"] == 24
     assert {row["seeds"] for row in json.loads((run / "frontier" / "summary.json").read_text())["at_equal_kl"]} <= {0, 1, 2}
     config = build.with_data(load_config(study[0] / "toy.yaml"), source="snippets", path=str(data))
     tokenizer = load_tokenizer(model)
