@@ -35,8 +35,8 @@ ONLY_IN = {
     "huggingface_hub": ["models/hub.py", "models/origin.py", "data/hub_files.py"],
     # Curves of a run, the frontier, reliability, win rates, the race.
     "matplotlib": [
-        *("plotting/drawing.py", "plotting/training_curves.py", "evals/frontier_plot.py", "evals/frontier_panels.py"),
-        "evals/calibration_plot.py",
+        "evals/frontier_panels.py",
+        *("plotting/drawing.py", "plotting/training_curves.py", "evals/frontier_plot.py", "evals/calibration_plot.py"),
         "judge/win_rates_plot.py",
         "bench/plots.py",
     ],

@@ -41,6 +41,15 @@ class Scored(NamedTuple):
     rewards: np.ndarray  # float64[B]
 
 
+class Observed(NamedTuple):
+    """What a policy does with each of P prompts: a completion drawn from it, and KL(policy || reference) in nats."""
+
+    completions: Completions
+    rewards: np.ndarray  # float64[P], true ones
+    kl: np.ndarray  # float32[P]
+    kl_sampled: np.ndarray  # float32[P], from the samples alone
+
+
 class World:
     """An experiment's fixed part. All `variables` are the partitioner's.
 
@@ -94,32 +103,33 @@ class World:
         """`compiled(variables, rows)` over completions, one a row."""
         return map_completions(self.partitioner, compiled, variables, prompts, ids, batch=self.batch, length=self.width)
 
+    def observe(self, variables: Variables, *, draw: int = 0) -> Observed:
+        """A completion of each test prompt. The same `draw` has the same random numbers for all policies."""
+        scored = self.sample(variables, self.test, jax.random.fold_in(jax.random.key(self.seed), draw))
+        return Observed(*scored, *self.kl(variables, self.test.ids, scored.completions.ids))
+
     def measure(self, variables: Variables, *, draw: int = 0) -> dict[str, float]:
         """True reward, KL to the reference and mean tokens of a policy on the test prompts, with 95 % intervals over prompts.
 
         Rewards of `beside` are measured on the same completions; `cut` is the share that no stop token ended. The same prompts
         and the same random numbers for all policies: differences between them are less noisy than each.
         """
-        scored = self.sample(variables, self.test, jax.random.fold_in(jax.random.key(self.seed), draw))
-        exact, sampled = self.kl(variables, self.test.ids, scored.completions.ids)
-        return {
-            **_with_interval("reward", scored.rewards, self.seed),
-            **_with_interval("kl", exact, self.seed),
-            "kl_sampled": float(sampled.mean()),
-            **_with_interval("tokens", np.array([len(ids) for ids in scored.completions.ids]), self.seed),
-            "cut": float(1 - scored.completions.finished.mean()),
-            **{
-                name: value
-                for beside, reward in self.beside.items()
-                for name, value in _with_interval(beside, reward(self.test.texts, scored.completions.texts), self.seed).items()
-            },
-        }
+        return self.point(self.observe(variables, draw=draw))
+
+    def point(self, found: Observed) -> dict[str, float]:
+        """Means over prompts, with 95 % intervals."""
+        drawn = found.completions
+        values = {"reward": found.rewards, "kl": found.kl, "tokens": np.array([len(ids) for ids in drawn.ids])}
+        values |= {name: reward(self.test.texts, drawn.texts) for name, reward in self.beside.items()}
+        means = {end: mean for name, of in values.items() for end, mean in with_interval(name, of, self.seed).items()}
+        return {**means, "kl_sampled": float(found.kl_sampled.mean()), "cut": float(1 - drawn.finished.mean())}
 
 
 def _kl(model: Model, both: Mapping[str, Variables], rows: Any) -> tuple[jax.Array, jax.Array]:
     return sequence_kl(model, both["policy"], both["reference"], rows)
 
 
-def _with_interval(name: str, values: np.ndarray, seed: int) -> dict[str, float]:
+def with_interval(name: str, values: np.ndarray, seed: int) -> dict[str, float]:
+    """The mean of values `[P]` under `name`, and its 95 % interval over prompts under `name`_low and `name`_high."""
     low, high = bootstrap_interval(values, seed=seed)
     return {name: float(np.mean(values, dtype=np.float64)), f"{name}_low": low, f"{name}_high": high}

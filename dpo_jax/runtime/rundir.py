@@ -36,23 +36,12 @@ PACKAGE = Path(__file__).parent.parent
 
 
 OUTPUTS = (
+    *("optimum", "pairs.json", "second_reward.png"),
     *("config.yaml", "data_report.json", "finished.json", "metrics.jsonl", "resumes.jsonl", "README.md", "tensorboard"),
     *("checkpoints", "export", "plots", "policy", "report.json", "result.json", "results.json", "results.jsonl", "results.csv"),
     *("summary.json", "samples.jsonl", "rewards.jsonl", "reliability.png", "displacement.png", "pairs.jsonl", "win_rates.csv"),
     *("win_rates.png", "verdicts.jsonl", "study.html", "key.json", "agreement.json", "train.jsonl", "test.jsonl"),
-    *(
-        "optimum.json",
-        "optimum.png",
-        "optimum",
-        "pairs.json",
-        "frontier.png",
-        "second_reward.png",
-        "race.png",
-        "sampling.json",
-        "reward_model",
-        "runs",
-        "references",
-    ),
+    *("optimum.json", "optimum.png", "frontier.png", "race.png", "sampling.json", "reward_model", "runs", "references"),
 )
 """What runs write into their folders."""
 
