@@ -120,12 +120,14 @@ def reported(root, out):
 def undrawn(monkeypatch):
     """Reports without curves, which take a second each."""
 
-    def drawn(runs, path):
+    def drawn(*shown, **options):
+        path = shown[-1]
         path.write_bytes(PIXEL)
         return path
 
     monkeypatch.setattr("dpo_jax.cli.commands.report.plot_training", lambda rows, folder, **options: [])
-    monkeypatch.setattr("dpo_jax.report.sections.plot_trajectories", drawn)
+    for name in ("plot_trajectories", "plot_lengths", "plot_learned"):
+        monkeypatch.setattr(f"dpo_jax.report.frontier.{name}", drawn)
 
 
 def test_a_whole_run_has_a_page_without_a_complaint(whole, tmp_path):
