@@ -96,13 +96,14 @@ def test_what_gains_only_in_the_first_reward_is_said_in_words(results, best):
     assert (rows["late"]["label"], rows["late"]["turned"]) == ("beta 0.1", "beta 1")
     assert rows["honest"]["gain_low"] == pytest.approx(1 - math.hypot(0.1, 0.1))
     assert rows["best-of-n"]["second_gain"] == pytest.approx(0.9 - best.beside.reference)
-    assert over_optimised(found) == ["quirk", "late", "worse"]
+    assert over_optimised(found) == (["late", "worse"], ["quirk"])
     text = summary(found, name="vader")
-    assert text.endswith("is over-optimisation of the scorer. So it is here for quirk, late, worse.")
+    assert "It shows here for late, worse: the second reward falls while the first rises." in text
+    assert text.endswith("For quirk no gain in vader is seen beyond scatter: over-optimisation, or too few prompts to tell.")
     assert "both rise; the second was higher at beta 1" in text
     honest = gains([one for one in results if one.run.method in ("reference", "honest")], best)
     assert "There is no sign of it here" in summary(honest, name="vader")
-    assert "No policy gained enough" in summary(gains([results[0], results[-2]], best)[:1], name="vader")
+    assert "No policy gained enough to tell." in summary(gains([results[0], results[-2]], best)[:1], name="vader")
     assert gains([result("reference", "", point(0, 0)), results[1]], best) == []  # nothing was measured beside
 
 

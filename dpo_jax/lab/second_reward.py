@@ -82,9 +82,10 @@ def _turned(settings: Mapping[str, Mapping[str, Mapping[str, float]]], label: st
     return best if there[""] - here[SECOND][""] > apart else ""
 
 
-def over_optimised(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The methods that gain in the first reward and not in the second, or less of the second the more of the first."""
-    return [row["method"] for row in rows if row["reading"] in (ONE, FALLS) or row["turned"]]
+def over_optimised(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """The methods whose second reward falls while the first rises, and those that show no gain in the second."""
+    falls = [row["method"] for row in rows if row["reading"] == FALLS or row["turned"]]
+    return falls, [row["method"] for row in rows if row["reading"] == ONE and not row["turned"]]
 
 
 def summary(rows: Sequence[Mapping[str, Any]], *, name: str) -> str:
@@ -100,11 +101,22 @@ def summary(rows: Sequence[Mapping[str, Any]], *, name: str) -> str:
 
 
 def words(rows: Sequence[Mapping[str, Any]], *, name: str) -> str:
-    """What the two rewards say together, in one or two sentences."""
-    meaning = "What rises in the trained-on reward and not in the second is over-optimisation of the scorer"
-    found = over_optimised(rows)
-    if found:
-        return f"No policy was trained on {name}. {meaning}. So it is here for {', '.join(found)}."
-    if not any(row["reading"] == BOTH for row in rows):
-        return f"No policy was trained on {name}. {meaning}. No policy gained enough here to tell."
-    return f"No policy was trained on {name}. {meaning}. There is no sign of it here: the second reward rises with the first."
+    """What the two rewards say together, in a few sentences."""
+    said = [
+        f"No policy was trained on {name}.",
+        "What a policy gains in the trained-on reward but not in the second is over-optimisation of the scorer.",
+    ]
+    falls, unseen = over_optimised(rows)
+    if falls:
+        said.append(f"It shows here for {', '.join(falls)}: the second reward falls while the first rises.")
+    if unseen:
+        no_gain = f"For {', '.join(unseen)} no gain in {name} is seen beyond scatter"
+        said.append(f"{no_gain}: over-optimisation, or too few prompts to tell.")
+    if not falls and not unseen:
+        rose = any(row["reading"] == BOTH for row in rows)
+        said.append(
+            "There is no sign of it here: the second reward rises with the first."
+            if rose
+            else "No policy gained enough to tell."
+        )
+    return " ".join(said)
