@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import functools
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -14,17 +15,19 @@ import jax
 import numpy as np
 import optax
 import pytest
+from chat_templates import CHATML
 from tiny_run import _compilation_cache, call  # noqa: F401  the first is a fixture
 
 from dpo_jax.cli import build
-from dpo_jax.cli.commands.frontier import _runs, _shared, to_mix
 from dpo_jax.cli.commands.ppo import learned_reward
 from dpo_jax.cli.config import load_config
 from dpo_jax.cli.experiment import make_world, prompts_of
+from dpo_jax.cli.frontier_runs import runs_of, shared_settings, to_mix
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.evals.frontier import optimum
 from dpo_jax.evals.preference import wilson_interval
+from dpo_jax.evals.reward_functions import vader_lexicon
 from dpo_jax.lab import report
 from dpo_jax.lab.methods import PairMethod, pair_data
 from dpo_jax.lab.optimum import BETAS, to_json
@@ -42,7 +45,8 @@ model: {{family: gpt_neox, width: 32, layers: 1, heads: 2, max_positions: 128}}
 sft: {{batch: 16, scored: all, lr: 1.0e-2, optimizer: adamw, warmup_steps: 2, epochs: 8}}
 dpo: {{batch: 16, lr: 1.0e-3, warmup_steps: 2}}
 frontier:
-  methods: "unlikelihood,dpo,ppo,ppo-gt,best-of-n"
+  methods: "unlikelihood,dpo,rdpo,ppo,ppo-gt,best-of-n"
+  second_reward: vader
   unlikelihood_alphas: "0.5"
   prompts: 12
   test_prompts: 8
@@ -82,14 +86,13 @@ def test_every_run_is_measured_and_in_the_table(study):
         points[row["method"], row["label"], row["seed"]] += 1
         assert float(row["kl_low"]) <= float(row["kl"]) <= float(row["kl_high"])
         assert -20 <= float(row["reward"]) <= 20
-    runs = ("unlikelihood", "alpha 0.5"), ("dpo", "beta 0.5"), ("ppo", "KL 3"), ("ppo-gt", "KL 3")
+    runs = ("unlikelihood", "alpha 0.5"), ("dpo", "beta 0.5"), ("rdpo", "beta 0.5"), ("ppo", "KL 3"), ("ppo-gt", "KL 3")
     trained = {(method, label, "0") for method, label in runs}
     assert {key: points[key] for key in trained} == dict.fromkeys(trained, 2)
-    assert {key for key in points if key not in trained} == {
-        ("best-of-n", f"N {n}", "0") for n in (1, 4)
-    }  # 16 samples hold no 64
+    best_of_n = {("best-of-n", f"N {n}", "0") for n in (1, 4)}  # 16 samples hold no 64
+    assert {key for key in points if key not in trained} == {("reference", "", "0"), *best_of_n}
     assert "at equal KL" in out
-    for name in ("frontier.png", "displacement.png", "summary.json", "optimum.json"):
+    for name in ("frontier.png", "second_reward.png", "displacement.png", "summary.json", "optimum.json"):
         assert (folder / name).stat().st_size > 0
     assert json.loads((folder / "reward_model" / "result.json").read_text())["held_out"] > 0
 
@@ -100,15 +103,95 @@ def test_the_labelled_pairs_are_preferences_like_any_other(study):
     assert f"{len(pairs)} of 72 pairs labelled" in out  # 12 prompts, 6 pairs each
 
 
-def test_what_is_finished_is_not_done_again(study):
+def test_what_is_finished_is_not_done_again_also_where_the_folder_was_moved(study, tmp_path):
     root, _ = study
-    before = {path: path.stat().st_mtime_ns for path in (root / "run" / "frontier" / "runs").rglob("result.json")}
-    table = (root / "run" / "frontier" / "results.jsonl").read_bytes()
-    code, out, _ = call("frontier", root / "toy.yaml")
-    assert code == 0
-    assert "4 of 4 runs are finished already" in out
+    moved = tmp_path / "elsewhere" / "run"
+    shutil.copytree(root / "run", moved)
+    (moved / "frontier" / "runs" / "dpo-beta-0.5-seed0" / "result.json").unlink()
+    kept = [*moved.rglob("result.json"), *(moved / "frontier" / "optimum").iterdir(), moved / "frontier" / "pairs.jsonl"]
+    before = {path: path.stat().st_mtime_ns for path in kept if path.parent.name != "reward_model"}
+    assert len(before) == 5 + 2 + 1  # the reference's samples, and those of one policy
+    learned = [path for path in moved.glob("frontier/reward_model/checkpoints/*") if path.name.isdigit()]
+    before |= {path: path.stat().st_mtime_ns for path in learned}
+    assert learned
+    code, out, err = call("frontier", root / "toy.yaml", "--run.dir", moved)
+    assert code == 0, err
+    assert "5 of 6 runs are finished already" in out
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert (root / "run" / "frontier" / "results.jsonl").read_bytes() == table
+    tables = [(run / "frontier" / "results.jsonl").read_text().splitlines() for run in (root / "run", moved)]
+    first, again = ([json.loads(row) | {"seconds": 0} for row in rows] for rows in tables)
+    assert again == first
+    identities = [json.loads(path.read_text()) for path in (*moved.rglob("result.json"), moved / "frontier" / "pairs.json")]
+    assert str(root) not in json.dumps([found.get("shared") for found in identities])
+
+
+def test_the_name_of_a_classifier_folder_is_its_content(study, world_and_pairs, tmp_path):
+    config = load_config(study[0] / "toy.yaml")
+
+    def named(folder, content):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_bytes(content)
+        section = dataclasses.replace(config.frontier, reward="hf", classifier=str(tmp_path / folder))
+        return shared_settings(dataclasses.replace(config, frontier=section), "digest", world_and_pairs[0])
+
+    first, moved, other = named("here", b"1"), named("there", b"1"), named("other", b"2")
+    assert first == moved != other
+    assert str(tmp_path) not in json.dumps(first)
+
+
+def test_every_policy_is_judged_by_both_other_rewards(study):
+    root, _ = study
+    rows = [json.loads(line) for line in (root / "run" / "frontier" / "results.jsonl").read_text().splitlines()]
+    for row in rows:
+        names = ["second_reward"] if row["method"] == "best-of-n" else ["second_reward", "learned_reward", "tokens"]
+        for name in names:
+            assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"], (row["method"], name)
+    (start,) = (row for row in rows if row["method"] == "reference")
+    assert (start["kl"], start["step"]) == (0, 0)
+    summary = json.loads((root / "run" / "frontier" / "summary.json").read_text())["second_reward"]
+    assert summary["name"] == "vader"
+    trained = ["unlikelihood", "dpo", "rdpo", "ppo", "ppo-gt"]
+    assert [row["method"] for row in summary["gains"]][: len(trained) + 1] == [*trained, "best-of-n"]
+    assert summary["words"] in study[1]
+    code, _, err = call("report", root / "run", "--report.out", root / "page")
+    assert code == 0, err
+    page = (root / "page" / "report.md").read_text()
+    for words in ("Lengths", "Learned reward", "Beside a second reward", summary["words"].split(".")[0]):
+        assert words in page
+
+
+def test_a_chat_model_learns_plain_snippets_and_its_policies_are_adapters(study, tmp_path):
+    model, data, run = tmp_path / "model", tmp_path / "data", tmp_path / "run"
+    shutil.copytree(study[0] / "run" / "sft" / "export", model)
+    (model / "chat_template.jinja").write_text(CHATML)
+    data.mkdir()
+    rng = random.Random(0)
+    for name, words in (("pos", "bright clever fine"), ("neg", "dull tired bad")):
+        lines = [" ".join(rng.choices(f"the film plot is was {words}".split(), k=9)) + f" {i} ." for i in range(60)]
+        (data / f"rt-polarity.{name}").write_text("\n".join(lines))
+    flags = {
+        **{"run.dir": run, "model.path": model, "data.source": "snippets", "data.path": data, "sft.epochs": 1, "lora.rank": 2},
+        **{"frontier.reward": "linear", "frontier.methods": "dpo", "frontier.seeds": 2, "frontier.evaluations": 1},
+        **{"frontier.optimum-samples": 8, "frontier.optimum-prompts": 2, "frontier.test-prompts": 4, "frontier.jobs": 1},
+    }
+    code, _, err = call("frontier", study[0] / "toy.yaml", *(x for name, value in flags.items() for x in (f"--{name}", value)))
+    assert code == 0, err
+    assert not (run / "sft" / "export" / "adapter_config.json").exists()
+    assert (run / "sft" / "export" / "chat_template.jinja").read_text() == CHATML
+    for seed in (0, 1):
+        policy = run / "frontier" / "runs" / f"dpo-beta-0.5-seed{seed}" / "policy"
+        assert json.loads((policy / "adapter_config.json").read_text())["r"] == 2
+        assert not (policy / "model.safetensors").exists()
+    # A policy of the sweep on other preferences: here the reviews.
+    code, _, err = call("eval", study[0] / "toy.yaml", "--run.dir", run, "--eval.policy", policy, "--eval.max-new-tokens", 4)
+    assert code == 0, err
+    assert json.loads((run / "eval" / "report.json").read_text())["pairs"] == 24
+    assert {row["seeds"] for row in json.loads((run / "frontier" / "summary.json").read_text())["at_equal_kl"]} <= {0, 1, 2}
+    config = build.with_data(load_config(study[0] / "toy.yaml"), source="snippets", path=str(data))
+    tokenizer = load_tokenizer(model)
+    texts = build.load_texts(config, "train")
+    learnt = [ids.tolist() for _, ids in build.encode_texts(config, texts, tokenizer)]
+    assert learnt == [[*tokenizer(text.text)["input_ids"], tokenizer.eos_token_id] for text in texts]
 
 
 @pytest.mark.soak
@@ -126,7 +209,7 @@ def test_a_sweep_that_is_killed_ends_in_the_table_of_an_uninterrupted_one(study,
         process.wait()
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "of 4 runs are finished already" in done.stdout
+    assert "of 6 runs are finished already" in done.stdout
     results = [(folder / "frontier" / "results.jsonl").read_text().splitlines() for folder in (root / "run", run)]
     whole, pieced = ([json.loads(row) | {"seconds": 0} for row in rows] for rows in results)
     assert pieced == whole
@@ -179,8 +262,12 @@ def test_methods_train_adapters_beside_the_reference(study, tmp_path):
     assert code == 0, err
     results = [json.loads(path.read_text()) for path in (tmp_path / "frontier" / "runs").glob("*/result.json")]
     assert {result["shared"]["lora"]["rank"] for result in results} == {2}
-    assert len(results) == 2
-    assert all(point["kl"] > 0 for result in results for point in result["measured"]["points"])
+    assert len(results) == 3
+    assert all(
+        point["kl"] > 0 or result["run"]["method"] == "reference"
+        for result in results
+        for point in result["measured"]["points"]
+    )
     policy = next((tmp_path / "frontier" / "runs").glob("dpo-*/policy"))
     before, after = (load_hf(folder)[1]["params"] for folder in (reference, policy))
     changed = {
@@ -203,9 +290,10 @@ def world_and_pairs(study):
 def test_other_options_of_ppo_are_no_reason_to_repeat_the_rest(study, world_and_pairs):
     config = load_config(study[0] / "toy.yaml")
     other = dataclasses.replace(config, frontier=dataclasses.replace(config.frontier, ppo_lr=1e-3, ppo_epochs=2))
-    pairs = zip(*(_runs(one.frontier, seed=0) for one in (config, other)), strict=True)
+    pairs = zip(*(runs_of(one.frontier, seed=0) for one in (config, other)), strict=True)
     assert [run.method for run, its in pairs if run != its] == ["ppo", "ppo-gt"]
-    assert _shared(config, "digest", world_and_pairs[0]) == _shared(other, "digest", world_and_pairs[0])
+    settings = [shared_settings(one, "digest", world_and_pairs[0]) for one in (config, other)]
+    assert settings[0] == settings[1]
 
 
 def test_all_settings_of_a_method_are_one_program(world_and_pairs, tmp_path):
@@ -307,14 +395,16 @@ def test_ppo_against_that_reward_is_the_ppo_of_the_sweep(pieces):
 def test_the_optimum_is_that_of_the_samples(pieces):
     run, printed = pieces
     world, _ = make_world(load_config(run.parent / "toy.yaml"), train=None, test="optimum_prompts")
-    rewards = world.sample(world.reference, world.test.repeated(16), jax.random.fold_in(jax.random.key(0), 0)).rewards
-    rewards = rewards.reshape(len(world.test.ids), 16)
+    repeated = world.test.repeated(16)
+    scored = world.sample(world.reference, repeated, jax.random.fold_in(jax.random.key(0), 0))
+    rewards = scored.rewards.reshape(len(world.test.ids), 16)
+    beside = vader_lexicon()(repeated.texts, scored.completions.texts).reshape(rewards.shape)
     found = json.loads((run / "optimum" / "optimum.json").read_text())
     best_of_n = found.pop("best_of_n")
-    for name, values in to_json(optimum(rewards, BETAS, seed=0)).items():
+    for name, values in to_json(optimum(rewards, BETAS, seed=0, beside=beside)).items():
         assert found.pop(name) == pytest.approx(values, abs=1e-9)
     assert not found
-    assert best_of_n == [{"n": n, **report.best_of(rewards, n, seed=0)} for n in (1, 4)]
+    assert best_of_n == [{"n": n, **report.best_of(rewards, n, seed=0, beside=beside)} for n in (1, 4)]
     assert f"reward of {rewards.mean():.2f}" in printed["optimum"]
     assert (run / "optimum" / "optimum.png").stat().st_size > 0
 

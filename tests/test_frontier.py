@@ -150,6 +150,23 @@ def test_the_optimum_is_that_of_the_enumerated_world(curve):
         assert np.diff(curve.band[:, number]) < 0.1
 
 
+def test_another_reward_of_the_optimum_is_weighed_as_its_own(curve):
+    rewards = np.random.default_rng(0).normal(size=(5, 300))
+    log_ratios = np.random.default_rng(1).normal(size=(5, 300)) / 3
+    betas = [math.inf, 2.0, 0.5]
+    own = optimum(rewards, betas, seed=0, log_ratios=log_ratios)
+    line = optimum(rewards, betas, seed=0, log_ratios=log_ratios, beside=2 * rewards + 1).beside
+    np.testing.assert_allclose(line.reward, 2 * own.reward + 1)
+    assert line.reference == pytest.approx(2 * own.reference + 1)
+    assert (line.band[0] < line.reward).all()
+    assert (line.reward < line.band[1]).all()
+    apart = optimum(rewards, betas, seed=0, beside=np.random.default_rng(2).normal(size=(5, 300))).beside
+    assert np.ptp(apart.reward) < 0.3  # it has nothing to do with what was maximised
+    assert own.beside is None
+    with pytest.raises(ValueError, match=r"beside has shape \(5, 2\), and rewards \(5, 300\)"):
+        optimum(rewards, betas, seed=0, beside=rewards[:, :2])
+
+
 def test_the_band_of_the_optimum_covers_the_enumerated_world():
     exact_reward, exact_kl = np.array([exact_optimum(beta) for beta in (math.inf, *np.geomspace(200, 0.5, 500))]).T
     covered = []
@@ -265,6 +282,21 @@ def test_best_of_n_is_the_mean_over_all_subsets():
     np.testing.assert_allclose(best_of_n(rewards, 1).reward, rewards.mean(axis=1))
     with pytest.raises(ValueError, match="1 <= n <= 7"):
         best_of_n(rewards, 8)
+
+
+def test_another_reward_of_the_best_of_n_is_that_of_the_sample_that_is_taken():
+    rng = np.random.default_rng(0)
+    rewards, beside = rng.integers(0, 4, size=(3, 7)).astype(float), rng.normal(size=(3, 7))
+
+    def taken(row, other, subset):  # of equal rewards any
+        best = max(row[i] for i in subset)
+        return np.mean([other[i] for i in subset if row[i] == best])
+
+    for n in (1, 2, 5, 7):
+        subsets = list(itertools.combinations(range(7), n))
+        expected = [np.mean([taken(*both, subset) for subset in subsets]) for both in zip(rewards, beside, strict=True)]
+        np.testing.assert_allclose(best_of_n(rewards, n, beside=beside).beside, expected)
+        np.testing.assert_allclose(best_of_n(rewards, n, beside=rewards).beside, best_of_n(rewards, n).reward)
 
 
 def test_best_of_n_rises_with_n_and_keeps_to_its_bound():

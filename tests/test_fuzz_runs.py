@@ -54,8 +54,14 @@ AUDITED = {
     "example": {"uid": "x:1", "prompt": PART, "chosen": PART, "rejected": PART},
 }
 AT_KL = [{"method": "dpo", "kl": kl, "reward": 0.5, "share_of_gain": 0.9} for kl in (1.0, 4.0)]
-RESULTS = "method,label,seed,step,kl,reward,reward_low,reward_high\n" + "".join(
-    f"dpo,beta 1,0,{kl},{kl},{reward},{reward - 0.2},{reward + 0.2}\n" for kl, reward in ((1, 3), (4, 5), (9, 4))
+GAIN = {f"{name}{end}": 0.5 for name in ("gain", "second_gain") for end in ("", "_low", "_high")}
+GAIN |= {"method": "dpo", "label": "beta 1", "kl": 1.0, "reading": "both rise", "turned": ""}
+RESULTS = (
+    "method,label,seed,step,kl,reward,reward_low,reward_high,kl_low,kl_high,tokens,tokens_low,tokens_high,cut,"
+    "learned_reward,learned_reward_low,learned_reward_high\n"
+) + "".join(
+    f"{run},0,{kl},{kl},{reward},{reward - 0.2},{reward + 0.2},{kl},{kl},20,19,21,0.1,{reward},{reward},{reward}\n"
+    for run, kl, reward in (("reference,", 0, 1), ("dpo,beta 1", 1, 3), ("dpo,beta 1", 4, 5), ("dpo,beta 1", 9, 4))
 )
 
 
@@ -79,7 +85,7 @@ def whole(tmp_path_factory):
         "judge": {"report.json": JUDGED | {"outcomes": {"won": 18, "failed": 2, "unanswered": 0}}},
         "agree": {"agreement.json": {"study": "1", "names": {"a": "dpo", "b": "ppo"}, **table}},
         "audit": {"data_report.json": {"train": AUDITED, "test": AUDITED}},
-        "frontier": {"summary.json": {"at_equal_kl": AT_KL}},
+        "frontier": {"summary.json": {"at_equal_kl": AT_KL, "second_reward": {"name": "vader", "words": "", "gains": [GAIN]}}},
         "dpo": {"bad_batch.json": {"step": 3, "uids": ["a:1", "a:2"], "metrics": {"loss": "nan", "grad_norm": 3.5}}},
     }
     for stage, files in written.items():
@@ -114,12 +120,14 @@ def reported(root, out):
 def undrawn(monkeypatch):
     """Reports without curves, which take a second each."""
 
-    def drawn(runs, path):
+    def drawn(*shown, **options):
+        path = shown[-1]
         path.write_bytes(PIXEL)
         return path
 
     monkeypatch.setattr("dpo_jax.cli.commands.report.plot_training", lambda rows, folder, **options: [])
-    monkeypatch.setattr("dpo_jax.report.sections.plot_trajectories", drawn)
+    for name in ("plot_trajectories", "plot_lengths", "plot_learned"):
+        monkeypatch.setattr(f"dpo_jax.report.frontier.{name}", drawn)
 
 
 def test_a_whole_run_has_a_page_without_a_complaint(whole, tmp_path):

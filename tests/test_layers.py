@@ -35,6 +35,7 @@ ONLY_IN = {
     "huggingface_hub": ["models/hub.py", "models/origin.py", "data/hub_files.py"],
     # Curves of a run, the frontier, reliability, win rates, the race.
     "matplotlib": [
+        "evals/frontier_panels.py",
         *("plotting/drawing.py", "plotting/training_curves.py", "evals/frontier_plot.py", "evals/calibration_plot.py"),
         "judge/win_rates_plot.py",
         "bench/plots.py",
@@ -47,6 +48,7 @@ ONLY_IN = {
         "evals/reward_functions.py",  # other people's classifiers
     ],
     "sklearn": ["evals/reward_functions.py"],
+    "vaderSentiment": ["evals/reward_functions.py"],
     "httpx2": ["judge/endpoint.py"],
     "trl": ["bench/trl_loop.py"],
     "datasets": ["bench/trl_loop.py"],
@@ -195,7 +197,7 @@ def test_help_imports_nothing_heavy():
 
 def test_optional_packages_wait_until_they_are_needed():
     for name, place, dotted in imports(at_import_only=True):
-        optional = {"sklearn", "httpx2"} if name.startswith("bench/") else {"sklearn", "httpx2", "torch"}
+        optional = {"sklearn", "vaderSentiment", "httpx2"} | (set() if name.startswith("bench/") else {"torch"})
         assert dotted.split(".")[0] not in optional, f"{place} imports {dotted} for everyone"
 
 

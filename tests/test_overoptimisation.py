@@ -5,8 +5,8 @@ import csv
 import pytest
 
 from dpo_jax.evals.overoptimisation import declines
+from dpo_jax.report.frontier import frontier
 from dpo_jax.report.run_record import read_run
-from dpo_jax.report.sections import frontier
 
 
 def test_declines_tell_a_fall_from_scatter(tmp_path):

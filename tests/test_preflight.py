@@ -384,7 +384,7 @@ def without(monkeypatch, *packages):
 
 def test_packages_of_each_command_are_looked_for(place, capsys, monkeypatch):
     write_config(place, model=NEW)
-    without(monkeypatch, "sklearn", "array_record")
+    without(monkeypatch, "sklearn", "array_record", "vaderSentiment")
     monkeypatch.setattr("dpo_jax.bench.race.installed", lambda packages, python: False)
     snippets = ["--frontier.reward", "linear", "--data.source", "snippets"]
     (place / "tfds/1.0.0").mkdir(parents=True)
@@ -394,6 +394,7 @@ def test_packages_of_each_command_are_looked_for(place, capsys, monkeypatch):
         ("bench", ["--bench.lengths", "30/4/4"], "has no torch or no trl: "),
         ("bench", ["--bench.sampling", "2/8/8"], "bench.sampling: .* has no torch: "),
         ("optimum", snippets, "frontier.reward: needs the package scikit-learn: "),
+        ("optimum", ["--frontier.second-reward", "vader"], "frontier.second_reward: needs the package vaderSentiment: "),
         ("prepare", [], "prepare: needs the package array_record"),
         ("dpo", ["--data.path", "tfds"], "data.source: files: needs the package array_record"),
     ):

@@ -10,7 +10,16 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_jax.data import reviews
 from dpo_jax.evals.preference import score_interval
-from dpo_jax.evals.reward_functions import LinearReward, exact_reviews, fit_linear, hf_classifier, learned, sign_accuracy, words
+from dpo_jax.evals.reward_functions import (
+    LinearReward,
+    exact_reviews,
+    fit_linear,
+    hf_classifier,
+    learned,
+    sign_accuracy,
+    vader_lexicon,
+    words,
+)
 from dpo_jax.untrusted import Unreadable
 
 GOOD, BAD = (
@@ -76,6 +85,7 @@ def test_a_fitted_linear_reward_is_scikit_learns_log_odds():
     [
         ("sklearn", "lab", lambda: fit_linear(GOOD, [1, 0, 1], inverse_penalty=1.0)),
         ("torch", "classifier", lambda: hf_classifier("nowhere", "POSITIVE")),
+        ("vaderSentiment", "lab", vader_lexicon),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, package, extra, use):
@@ -84,6 +94,15 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, package, extra, 
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"pip install -e .*\[{extra}\]"):
         use()
+
+
+def test_the_lexicon_scores_prompt_and_completion_as_one_text():
+    pytest.importorskip("vaderSentiment")
+    reward = vader_lexicon()
+    # Published examples of the package (version 3.3.2).
+    texts = ["VADER is smart, handsome, and funny.", "VADER is not smart, handsome, nor funny.", "Today SUX!", ""]
+    np.testing.assert_allclose(reward([""] * 4, texts), [0.8316, -0.7424, -0.5461, 0.0], atol=5e-5)
+    np.testing.assert_allclose(reward([texts[1][:9]], [texts[1][9:]]), [-0.7424], atol=5e-5)
 
 
 def test_a_learned_reward_reads_each_completion_with_its_eos(tokenizer):

@@ -116,7 +116,7 @@ COMMANDS = {
             "lora",
             *_SCHEDULE,
             "dpo.trainable",
-            *_experiment("prompts", "test_prompts", "evaluations"),
+            *_experiment("prompts", "test_prompts", "evaluations", "second_reward"),
             *(option for option in _PPO if option != "frontier.ppo_kls"),  # of the sweep
             "ppo",
             "export.dtype",
@@ -125,7 +125,7 @@ COMMANDS = {
     ),
     "optimum": Command(
         "the best reward that is possible at every KL, and Best-of-N",
-        (*_RUN, "dpo.policy", *_experiment("optimum_prompts", "optimum_samples", "best_of")),
+        (*_RUN, "dpo.policy", *_experiment("optimum_prompts", "optimum_samples", "best_of", "second_reward")),
         ("data",),
     ),
     "frontier": Command(

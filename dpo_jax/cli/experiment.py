@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +21,12 @@ from dpo_jax.data.pairs import Preference
 from dpo_jax.data.reviews import review_prompts
 from dpo_jax.data.snippets import load_snippets, prefixes, snippets_of
 from dpo_jax.data.terminal import json_text
-from dpo_jax.evals.reward_functions import Reward, exact_reviews, fit_linear, hf_classifier, sign_accuracy
-from dpo_jax.lab.world import Prompts, World
+from dpo_jax.evals.reward_functions import Reward, exact_reviews, fit_linear, hf_classifier, sign_accuracy, vader_lexicon
+from dpo_jax.lab.world import SECOND, Prompts, World
 from dpo_jax.runtime.progress import reported
-from dpo_jax.untrusted import Unreadable
+from dpo_jax.runtime.rundir import write_json
+from dpo_jax.shapes import fit
+from dpo_jax.untrusted import Unreadable, read_object
 from dpo_jax.writing import writing
 
 FAST = {"prompts": 8, "test_prompts": 4, "optimum_prompts": 4, "optimum_samples": 4, "ppo_iterations": 4}
@@ -36,7 +40,7 @@ def sized(config: Config) -> Config:
     if not config.frontier.fast:
         return config
     smaller = {name: max(1, getattr(config.frontier, name) // part) for name, part in FAST.items()}
-    return dataclasses.replace(config, frontier=dataclasses.replace(config.frontier, **smaller, evaluations=3))
+    return dataclasses.replace(config, frontier=dataclasses.replace(config.frontier, **smaller, evaluations=3, seeds=1))
 
 
 def make_world(
@@ -61,6 +65,7 @@ def make_world(
             f"{model.config.max_positions} positions of {path}; lower it to {model.config.max_positions - longest}"
         )
     reward = reward or true_reward(config)
+    second = second_reward(config)
     reference, digests = part.load(path, partitioner, name="dpo.policy")
     world = World(
         partitioner,
@@ -75,6 +80,7 @@ def make_world(
         batch=section.sample_batch,
         seed=config.run.seed,
         begin=part.state,
+        beside={SECOND: second} if second else {},
     )
     return world, digests
 
@@ -153,6 +159,16 @@ def true_reward(config: Config) -> Reward:
     return reward
 
 
+def second_reward(config: Config) -> Reward | None:
+    """The reward that `frontier.second_reward` names. Raises `ConfigError` where its package is missing."""
+    if config.frontier.second_reward is None:
+        return None
+    try:
+        return vader_lexicon()
+    except ImportError as error:
+        raise ConfigError(f"frontier.second_reward: {error}") from error
+
+
 def labelled_samples(
     config: Config, world: World, prompts: Prompts, file: Path, *, key: jax.Array
 ) -> tuple[list[Preference], LabelCounts]:
@@ -171,6 +187,29 @@ def labelled_samples(
         flush=True,
     )
     return preferences, counts
+
+
+MADE = {"shared": {str: object}, "sha256": str, "uids": [str]}
+"""What `keep_pairs` writes."""
+
+
+def keep_pairs(file: Path, record: Path, shared: Mapping[str, Any], preferences: Sequence[Preference]) -> None:
+    """Notes in `record` what the pairs in `file` were made of, and their uids, for `kept_pairs`."""
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    write_json(record, {"shared": dict(shared), "sha256": digest, "uids": [p.uid for p in preferences]})
+
+
+def kept_pairs(file: Path, record: Path, shared: Mapping[str, Any]) -> list[Preference] | None:
+    """The pairs in `file`, if `record` says that they were made under these settings, and both are whole."""
+    try:
+        found, content = fit(read_object(record), MADE, str(record)), file.read_bytes()
+    except (FileNotFoundError, Unreadable):
+        return None
+    known = json.loads(json.dumps(dict(shared)))  # as it reads after a round trip through a file
+    if found.get("shared") != known or found.get("sha256") != hashlib.sha256(content).hexdigest():
+        return None
+    rows = [json.loads(line) for line in content.decode().split("\n") if line]
+    return [Preference(**row, uid=uid) for row, uid in zip(rows, found["uids"], strict=True)]
 
 
 def of_training(config: Config) -> jax.Array:

@@ -79,6 +79,7 @@ class Point(NamedTuple):
     kl_interval: Interval | None = None
     reward_interval: Interval | None = None
     kl_bound: float | None = None  # best-of-N: its analytic bound beside the estimate
+    seed: str = ""  # of a run that is one of several of its setting; "" where there is one, and for their mean
 
 
 def measured(method: str, setting: str, *, rewards: Array, kls: Array, seed: int, kl_bound: float | None = None) -> Point:
@@ -112,6 +113,7 @@ class Optimum:
     prompt_kl: np.ndarray  # [P, B]
     prompt_reward: np.ndarray  # [P, B]
     prompt_reference: np.ndarray  # [P]
+    beside: Beside | None = None  # what pi* earns in another reward
 
     @property
     def trusted(self) -> np.ndarray:
@@ -124,14 +126,29 @@ class Optimum:
         return float(self.kl[self.trusted].max(initial=0.0))
 
 
+class Beside(NamedTuple):
+    """Another reward of the policies on the optimal frontier of the first: what maximising that one does to this one."""
+
+    reward: np.ndarray  # float64[B]
+    band: np.ndarray  # [2, B], 95 %, over prompts
+    reference: float  # its mean of the reference itself
+
+
 def optimum(
-    rewards: Array, betas: Sequence[float], *, seed: int, log_ratios: Array | None = None, resamples: int = RESAMPLES
+    rewards: Array,
+    betas: Sequence[float],
+    *,
+    seed: int,
+    log_ratios: Array | None = None,
+    beside: Array | None = None,
+    resamples: int = RESAMPLES,
 ) -> Optimum:
     """The curve of pi* (eq. 4) from `rewards[P, M]` of M completions of each of P prompts, by self-normalised weights.
 
     The completions are the reference's own, which reach about log M nats. To go further, draw them from any distribution q
     that covers the reference, such as a mixture of it with trained policies, and give `log_ratios[P, M]` = log pi_ref - log q
-    (`mixture_log_ratios`). `betas` are positive, and may include `math.inf` (the reference itself).
+    (`mixture_log_ratios`). `betas` are positive, and may include `math.inf` (the reference itself). `beside[P, M]` is another
+    reward of the same completions.
 
     >>> rewards = np.random.default_rng(0).normal(size=(100, 256))  # of the reference's samples, standard normal
     >>> best = optimum(rewards, [math.inf, 1.0], seed=0)
@@ -142,13 +159,20 @@ def optimum(
     log_ratios = np.zeros_like(rewards) if log_ratios is None else _finite(log_ratios, "log_ratios", axes=2)
     if log_ratios.shape != rewards.shape:
         raise ValueError(f"log_ratios has shape {log_ratios.shape}, and rewards {rewards.shape}")
+    beside = rewards if beside is None else _finite(beside, "beside", axes=2)
+    if beside.shape != rewards.shape:
+        raise ValueError(f"beside has shape {beside.shape}, and rewards {rewards.shape}")
     if not len(betas) or not all(beta > 0 for beta in betas):
         raise ValueError(f"betas must be positive, and at least one, got {list(betas)}")
     beta = np.array(sorted(betas, reverse=True), np.float64)
-    reward, kl, inverse_ess = (np.stack(x, axis=1) for x in zip(*(_tilted(rewards, log_ratios, b) for b in beta), strict=True))
-    reference = _tilted(rewards, log_ratios, math.inf)[0]
+    tilted = zip(*(_tilted(rewards, log_ratios, b, beside) for b in beta), strict=True)
+    reward, kl, inverse_ess, other = (np.stack(x, axis=1) for x in tilted)
+    reference, _, _, other_reference = _tilted(rewards, log_ratios, math.inf, beside)
 
     drawn = _resampling(len(rewards), seed, resamples)
+    another = (
+        None if beside is rewards else Beside(other.mean(axis=0), _quantiles(drawn @ other), float(other_reference.mean()))
+    )
     curve = kl.mean(axis=0), reward.mean(axis=0), reference.mean()
     means = zip(drawn @ kl, drawn @ reward, drawn @ reference, strict=True)
     at_equal_kl = np.array([_reward_at(curve[0], *resampled) for resampled in means])
@@ -163,16 +187,17 @@ def optimum(
         prompt_kl=kl,
         prompt_reward=reward,
         prompt_reference=reference,
+        beside=another,
     )
 
 
-def _tilted(rewards: np.ndarray, log_ratios: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Reward, KL and inverse effective sample size of pi* on each prompt: float64[P] each."""
+def _tilted(rewards: np.ndarray, log_ratios: np.ndarray, beta: float, beside: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Reward, KL, inverse effective sample size and the reward `beside` of pi* on each prompt: float64[P] each."""
     scores = rewards / beta + log_ratios
     log_z = _logsumexp(scores) - _logsumexp(log_ratios)
     weights = np.exp(scores - _logsumexp(scores)[:, None])
     reward = (weights * rewards).sum(axis=1)
-    return reward, np.maximum(reward / beta - log_z, 0.0), (weights**2).sum(axis=1)
+    return reward, np.maximum(reward / beta - log_z, 0.0), (weights**2).sum(axis=1), (weights * beside).sum(axis=1)
 
 
 def mixture_log_ratios(logps: Array, shares: Sequence[float]) -> np.ndarray:
@@ -257,21 +282,24 @@ class BestOfN(NamedTuple):
     reward: np.ndarray  # float64[P]  expected reward, unbiased
     kl: np.ndarray  # float64[P]  estimated, in nats: ties make it less than the bound
     kl_bound: float  # log n - (n - 1) / n
+    beside: np.ndarray | None = None  # float64[P]  expected other reward of the sample that is best by the first
 
 
-def best_of_n(rewards: Array, n: int) -> BestOfN:
+def best_of_n(rewards: Array, n: int, *, beside: Array | None = None) -> BestOfN:
     """Best-of-n over `rewards[P, M]` of the reference's samples, n at most M.
 
     The reward is the mean over all subsets of n samples, by order statistics: of M values in order, the i-th (from 1) is the
     best of C(i-1, n-1) of the C(M, n) subsets. The KL is that of best-of-n on the M samples taken as the whole distribution:
     equal rewards count as one outcome, of which any is taken. It never exceeds the bound (Beirami et al. 2024), which is
-    exact without ties, and it is too low where n is not small against M.
+    exact without ties, and it is too low where n is not small against M. `beside[P, M]` is another reward of the samples, by
+    which none is chosen.
 
     >>> best = best_of_n(np.array([[1.0, 2.0, 3.0]]), 2)  # the best of two is 3, 3 or 2
     >>> best.reward.round(3), round(best.kl_bound, 3)
     (array([2.667]), 0.193)
     """
-    ordered = np.sort(_finite(rewards, "rewards", axes=2), axis=1)
+    rewards = _finite(rewards, "rewards", axes=2)
+    ordered = np.sort(rewards, axis=1)
     prompts, samples = ordered.shape
     if not 1 <= n <= samples:
         raise ValueError(f"best of n={n} needs 1 <= n <= {samples}, the samples of each prompt")
@@ -284,7 +312,21 @@ def best_of_n(rewards: Array, n: int) -> BestOfN:
         below = np.append(0, np.cumsum(counts)) / samples
         wins = np.diff(below**n)
         kl[prompt] = (wins * np.log(np.maximum(wins, TINY) * samples / counts)).sum()
-    return BestOfN(n, ordered[:, ::-1][:, : len(chances)] @ chances, kl, math.log(n) - (n - 1) / n)
+    reward, bound = ordered[:, ::-1][:, : len(chances)] @ chances, math.log(n) - (n - 1) / n
+    if beside is None:
+        return BestOfN(n, reward, kl, bound)
+    beside = _finite(beside, "beside", axes=2)
+    if beside.shape != rewards.shape:
+        raise ValueError(f"beside has shape {beside.shape}, and rewards {rewards.shape}")
+    chance = np.append(np.zeros(samples - len(chances)), chances[::-1])  # of each place, the largest last
+    return BestOfN(n, reward, kl, bound, np.array([_of_the_best(*both, chance) for both in zip(rewards, beside, strict=True)]))
+
+
+def _of_the_best(rewards: np.ndarray, beside: np.ndarray, chance: np.ndarray) -> float:
+    """The mean of `beside[M]` where the sample of i-th smallest reward is taken with `chance[i]`; of equal rewards any."""
+    _, ranks, counts = np.unique(rewards, return_inverse=True, return_counts=True)
+    of_rank = np.add.reduceat(chance, np.append(0, np.cumsum(counts)[:-1])) / counts
+    return float(of_rank[ranks] @ beside)
 
 
 def _finite(values: Array, name: str, *, axes: int) -> np.ndarray:

@@ -24,14 +24,21 @@ SIDES = ((4, -9, "left"), (4, 4, "left"), (-4, 4, "right"), (-4, -9, "right"))  
 
 
 def plot_frontier(
-    points: Sequence[Point], optimum: Optimum, path: str | os.PathLike[str], *, max_kl: float | None = None
+    points: Sequence[Point],
+    optimum: Optimum,
+    path: str | os.PathLike[str],
+    *,
+    max_kl: float | None = None,
+    reward: str = "true reward",
+    curve: str = "optimum (eq. 4)",
 ) -> Path:
     """Draws the points of all methods and the curve of pi* as a PNG file.
 
-    Several points of one method and setting are one run over time, in order: small and faint, and the last one in full. The
-    last points of the settings of a method, in the order of their KL, are joined by its line. Points beyond `max_kl` nats
-    (default: none is) stand at the edge, with their KL beside. The axis goes with the root of KL, which makes the optimum a
-    straight line near the reference.
+    Several points of one method, setting and seed are one run over time, in order: small and faint. The last point of a
+    setting, which of several seeds is their mean, is drawn in full. The last points of the settings of a method, in the order
+    of their KL, are joined by its line. Points beyond `max_kl` nats (default: none is) stand at the edge, with their KL beside.
+    The axis goes with the root of KL, which makes the optimum a straight line near the reference. `reward` and `curve` name the
+    rewards and the curve of `optimum`.
     """
     max_kl = max_kl or 1.04 * max([float(optimum.kl[-1]), *(p.kl for p in points), *(p.kl_bound or 0.0 for p in points)])
     figure = Figure(figsize=(10.5, 6.4), layout="constrained")
@@ -43,13 +50,13 @@ def plot_frontier(
     methods = list(dict.fromkeys(point.method for point in points))
     if len(methods) > len(STYLES):
         raise ValueError(f"{len(methods)} methods, and only {len(STYLES)} styles that can be told apart")
-    ends = [End(*_draw_optimum(axes, optimum, max_kl), "optimum (eq. 4)", OPTIMUM, bold=True)]
+    ends = [End(*_draw_optimum(axes, optimum, max_kl), curve, OPTIMUM, bold=True)]
     notes = len(axes.texts)
     for method, style in zip(methods, STYLES, strict=False):
         ends.append(End(*_draw_method(axes, [p for p in points if p.method == method], style, max_kl), method, style))
     axes.set_xlabel("KL(policy || reference), nats per completion (root scale)")
-    axes.set_ylabel("mean true reward")
-    axes.set_title("Reward against KL", loc="left", fontweight="bold")
+    axes.set_ylabel(f"mean {reward}")
+    axes.set_title(f"{reward[0].upper()}{reward[1:]} against KL", loc="left", fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -128,10 +135,12 @@ def _draw_method(axes: Axes, points: Sequence[Point], style: Style, max_kl: floa
     for setting in dict.fromkeys(point.setting for point in points):
         run = [point for point in points if point.setting == setting]
         finals.append(run[-1])
-        if len(run) > 1:
-            over_time = [min(point.kl, max_kl) for point in run], [point.reward for point in run]
-            axes.plot(*over_time, style.marker, color=style.color, markersize=3, alpha=0.35, markeredgewidth=0, zorder=3)
-            axes.plot(*over_time, color=style.color, linewidth=0.5, alpha=0.3, zorder=3)
+        for seed in dict.fromkeys(point.seed for point in run):
+            one = [point for point in run if point.seed == seed]
+            if len(one) > 1 or seed:
+                over_time = [min(point.kl, max_kl) for point in one], [point.reward for point in one]
+                axes.plot(*over_time, style.marker, color=style.color, markersize=3, alpha=0.35, markeredgewidth=0, zorder=3)
+                axes.plot(*over_time, color=style.color, linewidth=0.5, alpha=0.3, zorder=3)
     finals.sort(key=lambda point: point.kl)
     x, y = [min(point.kl, max_kl) for point in finals], [point.reward for point in finals]
     axes.plot(

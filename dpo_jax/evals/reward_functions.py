@@ -1,4 +1,4 @@
-"""Reward functions `(prompts, completions) -> rewards`: a rule, a classifier, or a learned reward model."""
+"""Reward functions `(prompts, completions) -> rewards`: a rule, a lexicon, a classifier, or a learned reward model."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -66,6 +66,24 @@ def fit_linear(texts: Sequence[str], labels: Sequence[int], *, inverse_penalty: 
     model.fit(bags.fit_transform(texts), np.asarray(labels))
     weights = zip(bags.get_feature_names_out().tolist(), model.coef_[0].tolist(), strict=True)
     return LinearReward(float(model.intercept_[0]), dict(weights))
+
+
+def vader_lexicon() -> Reward:
+    """The compound score of VADER, a published lexicon of rated words with rules for negation and emphasis: -1 to 1.
+
+    Hutto and Gilbert 2014. Needs vaderSentiment (extra `lab`). Nothing is fitted: a second opinion on any English text.
+    """
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise ImportError(f"the lexicon is that of the package vaderSentiment: {install_command('lab')}") from error
+    analyzer = SentimentIntensityAnalyzer()
+
+    def reward(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        texts = zip(prompts, completions, strict=True)
+        return np.array([analyzer.polarity_scores(prompt + text)["compound"] for prompt, text in texts], np.float64)
+
+    return reward
 
 
 def sign_accuracy(reward: Reward, texts: Sequence[str], labels: Sequence[int]) -> tuple[float, Interval]:

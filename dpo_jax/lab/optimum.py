@@ -2,44 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from dpo_jax.evals.frontier import Optimum, mixture_log_ratios, optimum
-from dpo_jax.lab.world import Prompts, World
+from dpo_jax.lab.world import SECOND, Prompts, World
 from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Variables
+from dpo_jax.untrusted import Unreadable, reading
+from dpo_jax.writing import write_whole
 
 BETAS = tuple(float(beta) for beta in np.geomspace(100.0, 0.05, 118))
 
 
+class Drawn(NamedTuple):
+    """Completions that one policy drew, M of each of P prompts, as scores."""
+
+    rewards: np.ndarray  # float64[P, M]
+    logps: np.ndarray  # float64[P, M, C], nats, under each policy of the mixture
+    beside: np.ndarray | None  # float64[P, M], the second reward, if there is one
+
+
+Keep = Callable[[int, Callable[[], Drawn]], Drawn]
+"""(number of the policy, what draws and scores its completions) -> its result, or that of an earlier time."""
+
+
 def estimate(
-    world: World, prompts: Prompts, *, samples: int, policies: Sequence[Variables], seed: int
-) -> tuple[Optimum, np.ndarray]:
-    """The optimum, and the rewards float64[P, M] of the reference's own completions, for Best-of-N.
+    world: World,
+    prompts: Prompts,
+    *,
+    samples: int,
+    policies: Sequence[Variables],
+    seed: int,
+    keep: Keep = lambda number, draw: draw(),
+) -> tuple[Optimum, Drawn]:
+    """The optimum, and the scores of the reference's own completions, for Best-of-N.
 
     Half of the completions are the reference's, the others come in equal parts from `policies`: the reference alone reaches
-    about log M nats. Each is weighed by what the reference would have drawn.
+    about log M nats. Each is weighed by what the reference would have drawn. `keep`: see `kept_in`.
     """
     drawn_from = [world.reference, *policies]
     counts = [samples, *[max(1, samples // len(policies))] * len(policies)] if policies else [samples]
-    rewards, logps = [], []
-    for number, (variables, count) in enumerate(zip(drawn_from, counts, strict=True)):
+    second = world.beside.get(SECOND)
+
+    def draw(number: int) -> Drawn:
+        variables, count = drawn_from[number], counts[number]
         repeated = prompts.repeated(count)
         scored = world.sample(variables, repeated, jax.random.fold_in(jax.random.key(seed), number))
-        rewards.append(scored.rewards.reshape(len(prompts.ids), count))
-        drawn = scored.completions  # what drew them knows their log-probabilities already
-        under = [
+        drawn, shape = scored.completions, (len(prompts.ids), count)
+        under = [  # what drew them knows their log-probabilities already
             drawn.logps.astype(np.float64) if policy is variables else world.logps(policy, repeated.ids, drawn.ids)
             for policy in drawn_from
         ]
-        logps.append(np.stack(under, axis=-1).reshape(len(prompts.ids), count, len(drawn_from)))
+        beside = None if second is None else second(repeated.texts, drawn.texts).reshape(shape)
+        return Drawn(scored.rewards.reshape(shape), np.stack(under, axis=-1).reshape(*shape, len(drawn_from)), beside)
+
+    found = [keep(number, lambda number=number: draw(number)) for number in range(len(drawn_from))]
     shares = np.array(counts) / sum(counts)
-    log_ratios = mixture_log_ratios(np.concatenate(logps, axis=1), list(shares))
+    log_ratios = mixture_log_ratios(np.concatenate([one.logps for one in found], axis=1), list(shares))
+    others = [one.beside for one in found if one.beside is not None]
+    beside = np.concatenate(others, axis=1) if others else None
+    rewards = np.concatenate([one.rewards for one in found], axis=1)
     with reported("estimating the optimum", brief=True):
-        return optimum(np.concatenate(rewards, axis=1), BETAS, seed=seed, log_ratios=log_ratios), rewards[0]
+        return optimum(rewards, BETAS, seed=seed, log_ratios=log_ratios, beside=beside), found[0]
+
+
+def kept_in(folder: Path, identity: Mapping[str, Any], *, say: Callable[[str], None]) -> Keep:
+    """A `Keep` with a file for each policy in `folder`. One of another `identity` is made anew; so is a damaged one, said."""
+    known = json.dumps(identity, sort_keys=True)
+
+    def keep(number: int, draw: Callable[[], Drawn]) -> Drawn:
+        file = folder / f"{number}.npz"
+        try:
+            with reading(file), np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as found:
+                if str(found["identity"]) == known:
+                    return Drawn(found["rewards"], found["logps"], found.get("beside"))
+        except FileNotFoundError:
+            pass
+        except Unreadable as error:
+            say(f"drawn again, as it is damaged: {error}")
+        drawn, buffer = draw(), io.BytesIO()
+        arrays = {name: array for name, array in drawn._asdict().items() if array is not None}
+        np.savez(buffer, identity=np.array(known), **arrays)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(file, buffer.getvalue())
+        return drawn
+
+    return keep
 
 
 def to_json(found: Optimum) -> Mapping[str, object]:
@@ -53,4 +108,13 @@ def to_json(found: Optimum) -> Mapping[str, object]:
         "trusted": found.trusted.tolist(),
         "samples": found.samples,
         "reference": found.reference,
+        **_second(found),
     }
+
+
+def _second(found: Optimum) -> Mapping[str, object]:
+    if found.beside is None:
+        return {}
+    low, high = found.beside.band
+    values = {"": found.beside.reward, "_low": low, "_high": high}
+    return {f"{SECOND}{end}": value.tolist() for end, value in values.items()} | {f"{SECOND}_reference": found.beside.reference}

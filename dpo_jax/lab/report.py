@@ -12,14 +12,19 @@ import numpy as np
 
 from dpo_jax.data.terminal import csv_cell, json_text
 from dpo_jax.evals.frontier import Optimum, Point, best_of_n, bootstrap_interval, envelope, regret
+from dpo_jax.lab.seeds import last_points, over_seeds
 from dpo_jax.lab.sweep import Result, Run
+from dpo_jax.lab.world import LEARNED, SECOND
 from dpo_jax.writing import writing
 
 EQUAL_KL = (1.0, 3.0, 6.0)  # nats, at which methods are compared
 COLUMNS = (
     *("method", "label", "seed", "step", "kl", "kl_low", "kl_high", "kl_sampled", "reward", "reward_low", "reward_high"),
-    *("regret", "trusted", "tokens", "seconds"),
+    *("regret", "trusted", "tokens", "seconds", "tokens_low", "tokens_high", "cut"),
+    *(f"{name}{end}" for name in (SECOND, LEARNED) for end in ("", "_low", "_high")),
 )
+REFERENCE = "reference"
+"""The method of the result that is the reference itself."""
 
 
 def rows(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
@@ -45,33 +50,35 @@ def write(folder: Path, table: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in table)
 
 
-def points(results: Sequence[Result]) -> list[Point]:
-    """What the figure shows: every measured point. Several seeds of one setting are runs of their own, and are named."""
-    names = [(result.run.method, result.run.label) for result in results]
-
-    def setting(run: Run) -> str:
-        several = names.count((run.method, run.label)) > 1
-        return f"{run.label} seed {run.seed}".strip() if several else run.label
-
-    return [
-        Point(
-            result.run.method,
-            setting(result.run),
-            point["kl"],
-            point["reward"],
-            (point["kl_low"], point["kl_high"]),
-            (point["reward_low"], point["reward_high"]),
-            point.get("kl_bound"),
-        )
-        for result in results
-        for point in result.points
-    ]
+def points(results: Sequence[Result], *, reward: str = "reward") -> list[Point]:
+    """What the figure shows: every measured point of every run that has this `reward`, and of several seeds of a setting the
+    mean of their last ones. Preferred-FT has no setting to tell runs apart: each of its seeds is named, and none averaged."""
+    trained = [result for result in results if result.run.method != REFERENCE and reward in result.points[-1]]
+    found = []
+    for (method, label), runs in last_points(trained).items():
+        several = len(runs) > 1
+        apart = several and not label
+        for run, its in ((result.run, result.points) for result in trained):
+            if (run.method, run.label) == (method, label):
+                setting = f"seed {run.seed}" if apart else label
+                found += [
+                    _point(method, setting, one, reward, seed=str(run.seed) if several and not apart else "") for one in its
+                ]
+        if several and not apart:
+            mean = {name: over_seeds(list(runs.values()), name) for name in ("kl", reward)}
+            found.append(_point(method, label, {f"{k}{end}": v for k, of in mean.items() for end, v in of.items()}, reward))
+    return found
 
 
-def best_of(rewards: np.ndarray, n: int, *, seed: int) -> dict[str, float]:
-    """Best-of-`n` as a point. Its KL is the estimate, with the bound beside it."""
-    found = best_of_n(rewards, n)
-    values = {"reward": found.reward, "kl": found.kl}
+def _point(method: str, setting: str, point: Mapping[str, float], reward: str, *, seed: str = "") -> Point:
+    kl_interval, interval = ((point[f"{name}_low"], point[f"{name}_high"]) for name in ("kl", reward))
+    return Point(method, setting, point["kl"], point[reward], kl_interval, interval, point.get("kl_bound"), seed)
+
+
+def best_of(rewards: np.ndarray, n: int, *, seed: int, beside: np.ndarray | None = None) -> dict[str, float]:
+    """Best-of-`n` as a point. Its KL is the estimate, with the bound beside it. `beside`: the second reward, of the same."""
+    found = best_of_n(rewards, n, beside=beside)
+    values = {"reward": found.reward, "kl": found.kl} | ({} if found.beside is None else {SECOND: found.beside})
     point = {"step": float(n), "kl_bound": found.kl_bound}
     for name, value in values.items():
         low, high = bootstrap_interval(value, seed)
@@ -79,29 +86,39 @@ def best_of(rewards: np.ndarray, n: int, *, seed: int) -> dict[str, float]:
     return point
 
 
-def best_of_results(rewards: np.ndarray, several: Sequence[float], *, seed: int) -> list[Result]:
+def best_of_results(
+    rewards: np.ndarray, several: Sequence[float], *, seed: int, beside: np.ndarray | None = None
+) -> list[Result]:
     """Best-of-N from `rewards[P, M]` of the reference for each N of `several` up to M: there is no best of more than M."""
-    points = {int(n): best_of(rewards, int(n), seed=seed) for n in several if n <= rewards.shape[1]}
+    points = {int(n): best_of(rewards, int(n), seed=seed, beside=beside) for n in several if n <= rewards.shape[1]}
     return [Result(Run("best-of-n", f"N {n}", {"n": n}, seed), [point], 0.0) for n, point in points.items()]
 
 
 def at_equal_kl(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
     """For each method and KL of `EQUAL_KL`: the reward of the best policy, or mixture of two, within that KL, and what share it
-    is of what the optimum gains there. `_low` and `_high`: had all its rewards been at that end of their 95 % intervals. None
-    where a method has no policy that near, or the optimum cannot be trusted that far."""
+    is of what the optimum gains there. `_low` and `_high`: had all its rewards been at that end of their 95 % intervals; of
+    several seeds, each of which is such a mixture of its own policies, the mean and the interval of `over_seeds`. `seeds`: how
+    many have a policy that far. None where none has, or where the optimum cannot be trusted that far."""
     found = []
-    for method in dict.fromkeys(result.run.method for result in results):
-        mine = [point for result in results if result.run.method == method for point in result.points]
-        kls = np.array([0.0, *(p["kl"] for p in mine)])
+    for method in dict.fromkeys(result.run.method for result in results if result.run.method != REFERENCE):
+        seeds = dict.fromkeys(result.run.seed for result in results if result.run.method == method)
+        mine = [[p for r in results if (r.run.method, r.run.seed) == (method, seed) for p in r.points] for seed in seeds]
         for at in EQUAL_KL:
-            row: dict[str, Any] = {"method": method, "kl": at}
-            for end in ("", "_low", "_high"):
-                rewards = np.array([optimum.reference, *(p[f"reward{end}"] for p in mine)])
-                reward = envelope(kls, rewards, at) if at <= kls.max() else math.nan
+            mixed = [_mixed(points, at, optimum) for points in mine if at <= max(point["kl"] for point in points)]
+            rewards = over_seeds(mixed, "reward") if mixed else dict.fromkeys(("", "_low", "_high"), math.nan)
+            row: dict[str, Any] = {"method": method, "kl": at, "seeds": len(mixed)}
+            for end, reward in rewards.items():
                 missed = float(regret(reward, at, optimum, optimum.reference)) if at <= optimum.reach else math.nan
                 row |= {f"reward{end}": _known(reward), f"share_of_gain{end}": _known(1 - missed)}
             found.append(row)
     return found
+
+
+def _mixed(points: Sequence[Mapping[str, float]], at: float, optimum: Optimum) -> dict[str, float]:
+    """The reward of the best mixture of two of `points`, or of one and the reference, within a KL of `at`."""
+    kls = np.array([0.0, *(p["kl"] for p in points)])
+    ends = [f"reward{end}" for end in ("", "_low", "_high")]
+    return {end: envelope(kls, np.array([optimum.reference, *(p[end] for p in points)]), at) for end in ends}
 
 
 def _known(value: float) -> float | None:
@@ -123,9 +140,6 @@ def summary(results: Sequence[Result], optimum: Optimum) -> str:
             percent = "" if share is None else f" ({share:.0%}, {100 * low:.0f} to {100 * high:.0f})"
             cells.append("-" if row["reward"] is None else f"{row['reward']:.2f}{percent}")
         lines.append(f"{method:22}" + "".join(f"{cell:>24}" for cell in cells))
-    return "\n".join(
-        [
-            *lines,
-            f"in brackets: share of the optimum's gain over the reference, whose reward is {optimum.reference:.2f}, and 95 %",
-        ]
-    )
+    brackets = f"in brackets: share of the optimum's gain over the reference, whose reward is {optimum.reference:.2f}, and 95 %"
+    several = max((row["seeds"] for row in table), default=0) > 1
+    return "\n".join([*lines, brackets + (" over prompts and seeds (Student's t)" if several else "")])

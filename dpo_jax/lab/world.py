@@ -21,6 +21,10 @@ Points = list[dict[str, float]]
 """What `World.measure` found on the way of a run, in order, each with the `step` after which."""
 
 
+SECOND, LEARNED = "second_reward", "learned_reward"
+"""Names, in a point, of the reward that no policy trains on and of the one that is learned from the labelled pairs."""
+
+
 class Prompts(NamedTuple):
     texts: list[str]
     ids: list[np.ndarray]  # int32[n] each
@@ -35,6 +39,15 @@ class Scored(NamedTuple):
 
     completions: Completions
     rewards: np.ndarray  # float64[B]
+
+
+class Observed(NamedTuple):
+    """What a policy does with each of P prompts: a completion drawn from it, and KL(policy || reference) in nats."""
+
+    completions: Completions
+    rewards: np.ndarray  # float64[P], true ones
+    kl: np.ndarray  # float32[P]
+    kl_sampled: np.ndarray  # float32[P], from the samples alone
 
 
 class World:
@@ -59,11 +72,13 @@ class World:
         batch: int,
         seed: int,
         begin: Callable[..., TrainState] = init_state,
+        beside: Mapping[str, Reward] | None = None,
     ) -> None:
         self.partitioner, self.model, self.tokenizer, self.reference = partitioner, model, tokenizer, reference
         self.reward, self.train, self.test = reward, train, test
         self.stop_ids, self.max_new_tokens, self.batch, self.seed = tuple(stop_ids), max_new_tokens, batch, seed
         self.begin = begin  # (variables, tx=...) -> the state before the first step: says what is trained
+        self.beside = dict(beside or {})  # rewards that are measured beside the true one, by their names in a point
         self.width = round_up(max(map(len, [*train.ids, *test.ids])) + max_new_tokens, 8)
         self.complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, max_new_tokens=max_new_tokens, batch=batch)
         self._kl = partitioner.compile_map(functools.partial(_kl, model))
@@ -88,25 +103,33 @@ class World:
         """`compiled(variables, rows)` over completions, one a row."""
         return map_completions(self.partitioner, compiled, variables, prompts, ids, batch=self.batch, length=self.width)
 
-    def measure(self, variables: Variables, *, draw: int = 0) -> dict[str, float]:
-        """True reward and KL to the reference of a policy on the test prompts, with 95 % intervals over prompts.
-
-        The same prompts and the same random numbers for all policies: differences between them are less noisy than each.
-        """
+    def observe(self, variables: Variables, *, draw: int = 0) -> Observed:
+        """A completion of each test prompt. The same `draw` has the same random numbers for all policies."""
         scored = self.sample(variables, self.test, jax.random.fold_in(jax.random.key(self.seed), draw))
-        exact, sampled = self.kl(variables, self.test.ids, scored.completions.ids)
-        return {
-            **_with_interval("reward", scored.rewards, self.seed),
-            **_with_interval("kl", exact, self.seed),
-            "kl_sampled": float(sampled.mean()),
-            "tokens": float(np.mean([len(ids) for ids in scored.completions.ids])),
-        }
+        return Observed(*scored, *self.kl(variables, self.test.ids, scored.completions.ids))
+
+    def measure(self, variables: Variables, *, draw: int = 0) -> dict[str, float]:
+        """True reward, KL to the reference and mean tokens of a policy on the test prompts, with 95 % intervals over prompts.
+
+        Rewards of `beside` are measured on the same completions; `cut` is the share that no stop token ended. The same prompts
+        and the same random numbers for all policies: differences between them are less noisy than each.
+        """
+        return self.point(self.observe(variables, draw=draw))
+
+    def point(self, found: Observed) -> dict[str, float]:
+        """Means over prompts, with 95 % intervals."""
+        drawn = found.completions
+        values = {"reward": found.rewards, "kl": found.kl, "tokens": np.array([len(ids) for ids in drawn.ids])}
+        values |= {name: reward(self.test.texts, drawn.texts) for name, reward in self.beside.items()}
+        means = {end: mean for name, of in values.items() for end, mean in with_interval(name, of, self.seed).items()}
+        return {**means, "kl_sampled": float(found.kl_sampled.mean()), "cut": float(1 - drawn.finished.mean())}
 
 
 def _kl(model: Model, both: Mapping[str, Variables], rows: Any) -> tuple[jax.Array, jax.Array]:
     return sequence_kl(model, both["policy"], both["reference"], rows)
 
 
-def _with_interval(name: str, values: np.ndarray, seed: int) -> dict[str, float]:
+def with_interval(name: str, values: np.ndarray, seed: int) -> dict[str, float]:
+    """The mean of values `[P]` under `name`, and its 95 % interval over prompts under `name`_low and `name`_high."""
     low, high = bootstrap_interval(values, seed=seed)
     return {name: float(np.mean(values, dtype=np.float64)), f"{name}_low": low, f"{name}_high": high}

@@ -107,7 +107,12 @@ SAMPLE = {"prompt": str, "turns?": [_TURN], **{f"{who}?": str for who in ("refer
 SAMPLE |= {f"{who}_finished?": bool for who in ("reference", "policy")}
 BAD_BATCH = {"step": int, "uids": [str], "metrics": {str: (float, str, None)}}
 RESUMED = {"step": int, "time": str}
-SUMMARY = {"at_equal_kl?": [{"method": str, "kl": float, "reward": NUMBER, "share_of_gain": NUMBER}]}
+_GAIN = {name: float for gain in ("gain", "second_gain") for name in (gain, f"{gain}_low", f"{gain}_high")}
+_GAIN |= dict.fromkeys(("method", "label", "reading", "turned"), str) | {"kl": float}
+SUMMARY = {
+    "at_equal_kl?": [{"method": str, "kl": float, "reward": NUMBER, "share_of_gain": NUMBER}],
+    "second_reward?": {"name": str, "words": str, "gains": [_GAIN]},
+}
 RESULTS = ("method", "label", "seed", "kl", "reward", "reward_low", "reward_high")
 """Columns of the frontier's `results.csv`; the last four are numbers."""
 

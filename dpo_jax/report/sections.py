@@ -11,13 +11,11 @@ import numpy as np
 
 from dpo_jax.data.display import shown_prompt
 from dpo_jax.data.pairs import FILTERED
-from dpo_jax.evals.frontier_plot import plot_trajectories
-from dpo_jax.evals.overoptimisation import declines, trajectories
 from dpo_jax.plotting.curves import KL_OF_SAMPLES, PANELS, series
 from dpo_jax.report.page import Block, Figures, Sample, Section, Side, Table, Text
-from dpo_jax.report.record_shapes import SAMPLE, SUMMARY
+from dpo_jax.report.record_shapes import SAMPLE
 from dpo_jax.report.result_table import MEASURES, with_interval
-from dpo_jax.report.run_record import TRAINING, RunRecord, Stage, of, one_or_more, read_results
+from dpo_jax.report.run_record import TRAINING, RunRecord, Stage, of, one_or_more
 
 REWARDS = {
     "implicit": "implicit reward",
@@ -126,62 +124,6 @@ def _correlation(row: Mapping[str, Any]) -> str:
     if row["spearman"] is None:
         return "-"
     return f"{row['spearman']:z.2f} ({row['spearman_low']:z.2f} to {row['spearman_high']:z.2f})"
-
-
-def frontier(runs: Sequence[RunRecord], drawn: Path) -> Section | None:
-    """Reward against KL: the figure, methods at equal KL, and who was optimised too far. What is drawn goes to `drawn`."""
-    blocks: list[Block] = []
-    for run, stage in one_or_more(runs, "frontier"):
-        for file, caption in (("frontier.png", "reward against KL"), ("displacement.png", "displacement in training")):
-            if os.path.isfile(stage.path / file):
-                blocks.append(Figures([(stage.path / file, of(run, runs, caption))], size="wide"))
-        table = stage.read_object("summary.json", SUMMARY).get("at_equal_kl", [])
-        if table:
-            kls = list(dict.fromkeys(row["kl"] for row in table))
-            cells = {(row["method"], row["kl"]): row for row in table}
-            methods = dict.fromkeys(row["method"] for row in table)
-            rows = [[method, *(_at_kl(cells.get((method, kl))) for kl in kls)] for method in methods]
-            note = (
-                f"True reward of the best mixture within that {KL_OF_SAMPLES}; in brackets its share of what was to be gained."
-            )
-            columns = ["method", *(f"KL {kl:g} nats" for kl in kls)]
-            blocks.append(Table(columns, rows, caption=of(run, runs, "Methods at equal KL"), note=note))
-        results = stage.read("results.csv", read_results, [])
-        if over := _overoptimised(of(run, runs, "Over-optimisation"), results):
-            blocks += over
-            with stage.showing("results.csv"):
-                figure = plot_trajectories(trajectories(results), drawn / f"overoptimisation-{len(blocks)}.png")
-                caption = "true reward over training; full: best, hollow: last"
-                blocks.append(Figures([(figure, of(run, runs, caption))], size="wide"))
-    return Section("Frontier", blocks) if blocks else None
-
-
-def _at_kl(row: Mapping[str, Any] | None) -> str:
-    if row is None or row["reward"] is None:
-        return "-"
-    return f"{row['reward']:.2f}" + (f" ({row['share_of_gain']:.0%})" if row["share_of_gain"] is not None else "")
-
-
-def _overoptimised(caption: str, results: Sequence[Mapping[str, str]]) -> list[Block]:
-    found = declines(results)
-    if not found:
-        return []
-    seeds = len({row.seed for row in found}) > 1
-    rows = [
-        [
-            " ".join(filter(None, (row.method, row.setting, f"seed {row.seed}" if seeds else ""))),
-            f"{row.best_reward:.2f}",
-            f"{row.best_kl:.2f}",
-            f"{row.last_reward:.2f}",
-            f"{row.last_kl:.2f}",
-            f"{row.fall:.2f} ({row.interval[0]:.2f} to {row.interval[1]:.2f})" if row.fall else "-",
-            "yes" if row.overoptimised else "no",
-        ]
-        for row in found
-    ]
-    columns = ["run", "best true reward", "at KL", "last true reward", "at KL", "fall", "over-optimised"]
-    note = "Over-optimised: training went on to a larger KL, and the true reward fell by more than its interval explains."
-    return [Table(columns, rows, caption=caption, note=note)]
 
 
 def training(

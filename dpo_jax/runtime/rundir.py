@@ -36,6 +36,7 @@ PACKAGE = Path(__file__).parent.parent
 
 
 OUTPUTS = (
+    *("optimum", "pairs.json", "second_reward.png"),
     *("config.yaml", "data_report.json", "finished.json", "metrics.jsonl", "resumes.jsonl", "README.md", "tensorboard"),
     *("checkpoints", "export", "plots", "policy", "report.json", "result.json", "results.json", "results.jsonl", "results.csv"),
     *("summary.json", "samples.jsonl", "rewards.jsonl", "reliability.png", "displacement.png", "pairs.jsonl", "win_rates.csv"),

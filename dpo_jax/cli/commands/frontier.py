@@ -1,7 +1,8 @@
 """`dpo-jax frontier`: the paper's controlled experiment (section 6.1), with the best frontier that is possible beside it.
 
 In `<run.dir>/frontier`: `frontier.png`, `results.csv` and `.jsonl` (every measured point), `summary.json`, `optimum.json`,
-`pairs.jsonl` (the labelled pairs, as preferences that `data.source: files` reads) and `runs/` (a folder for each run).
+`pairs.jsonl` (the labelled pairs, as preferences that `data.source: files` reads), `runs/` (a folder for each run), and with a
+second reward `second_reward.png`. The policies of dpo and ppo-gt are kept: as adapters where section lora has a rank.
 """
 
 from __future__ import annotations
@@ -11,46 +12,46 @@ import functools
 import json
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dpo_jax import optimizer_table
 from dpo_jax.cli import build
 from dpo_jax.cli.commands import sft as sft_command
-from dpo_jax.cli.config import Config, ConfigError, DpoConfig, LoraConfig
-from dpo_jax.cli.config.lab import FrontierConfig, numbers
-from dpo_jax.cli.experiment import labelled_samples, make_world, of_training, prompts_of, sized
+from dpo_jax.cli.commands.export import write_lora
+from dpo_jax.cli.config import Config, ConfigError, LoraConfig
+from dpo_jax.cli.config.lab import numbers
+from dpo_jax.cli.experiment import keep_pairs, kept_pairs, labelled_samples, make_world, of_training, prompts_of, sized
+from dpo_jax.cli.frontier_runs import TO_MIX, loss_of, runs_of, shared_settings, to_mix
 from dpo_jax.cli.trained import planned
-from dpo_jax.data.encode import with_bos
 from dpo_jax.data.pairs import DataReport, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet
-from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.evals.frontier import Optimum
 from dpo_jax.evals.frontier_plot import plot_frontier
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab import report
 from dpo_jax.lab.methods import PairData, PairMethod, pair_data
-from dpo_jax.lab.optimum import estimate, to_json
+from dpo_jax.lab.optimum import Drawn, estimate, kept_in, to_json
 from dpo_jax.lab.ppo import PpoMethod, PpoOptions
 from dpo_jax.lab.reward_model import learn_reward
+from dpo_jax.lab.second_reward import gains
+from dpo_jax.lab.second_reward import summary as second_summary
+from dpo_jax.lab.second_reward import words as second_words
 from dpo_jax.lab.sweep import Result, Run, sweep
-from dpo_jax.lab.world import Points, World
-from dpo_jax.losses import dpo_loss, ipo_loss, unlikelihood_loss
-from dpo_jax.models.hf import save_hf
+from dpo_jax.lab.world import LEARNED, SECOND, Points, World
+from dpo_jax.models.adapter import read_adapter, resumed
+from dpo_jax.models.hf import assemble, save_hf
+from dpo_jax.models.lora import LORA, adapter_shapes
 from dpo_jax.plotting.training_curves import plot_displacement, plot_training
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.rundir import RunDir, write_json
-from dpo_jax.training.fingerprint import architecture
 from dpo_jax.training.run import saved_run
 from dpo_jax.types import Variables
 from dpo_jax.writing import empty_folder
 
-TO_MIX = ("dpo", "ppo-gt")  # methods whose policies help to estimate the optimum:
-MIX_AT = (1.5, 3.0, 6.0, 9.0)  # nats, those nearest to which
 MAX_KL = 20.0  # nats, at which the figure ends
 
 
@@ -58,13 +59,13 @@ def run(config: Config) -> int:
     config = sized(config)
     refuse_bfloat16(config, "frontier")
     if config.dpo.policy is None and not Path(config.dpo_policy()).is_dir():
-        # An adapter needs a model to lie beside: a new one is trained whole.
-        sft_command.run(dataclasses.replace(config, lora=LoraConfig()) if config.model.path is None else config)
+        # All methods start from this one, as adapters of its weights if section lora says so: it is trained whole.
+        sft_command.run(dataclasses.replace(config, lora=LoraConfig()))
     with build.open_run(config, "frontier") as run_dir:
         world, digests = make_world(config, train="prompts", test="test_prompts")
-        shared = _shared(config, digests["start"], world)
-        study = _Study(config, world, run_dir, shared)
-        runs = _runs(config.frontier, seed=config.run.seed)
+        shared = shared_settings(config, digests["start"], world)
+        study = _Study(config, world, run_dir, shared, digests)
+        runs = runs_of(config.frontier, seed=config.run.seed)
         print(f"{len(runs)} runs; the reference is {config.dpo_policy()}", flush=True)
         results = sweep(
             runs,
@@ -74,10 +75,11 @@ def run(config: Config) -> int:
             jobs=config.frontier.jobs,
             say=functools.partial(print, flush=True),
         )
-        best, of_reference = study.optimum(results)
+        best, drawn = study.optimum(results)
         if "best-of-n" in config.frontier.chosen():
-            results += report.best_of_results(of_reference, numbers(config.frontier.best_of), seed=config.run.seed)
-        _write(run_dir, results, best)
+            several = numbers(config.frontier.best_of)
+            results += report.best_of_results(drawn.rewards, several, seed=config.run.seed, beside=drawn.beside)
+        _write(run_dir, results, best, second=config.frontier.second_reward or "")
     return 0
 
 
@@ -87,57 +89,13 @@ def refuse_bfloat16(config: Config, command: str) -> None:
         raise ConfigError(f"dpo.param_dtype: {command} keeps parameters in float32; leave it out")
 
 
-def _runs(section: FrontierConfig, *, seed: int) -> list[Run]:
-    """Every setting of every method but Best-of-N, which nobody trains."""
-    seeds = range(seed, seed + section.seeds)
-
-    def of(method: str, name: str, text: str, **others: Any) -> list[Run]:
-        return [Run(method, f"{name} {value:g}", {name: value, **others}, s) for value in numbers(text) for s in seeds]
-
-    of_ppo = {k: v for k, v in dataclasses.asdict(section).items() if k.startswith("ppo_") and k != "ppo_kls"}
-
-    settings = {
-        "preferred-ft": [Run("preferred-ft", "", {"alpha": 0.0}, s) for s in range(seed, seed + max(3, section.seeds))],
-        "unlikelihood": of("unlikelihood", "alpha", section.unlikelihood_alphas),
-        **{method: of(method, "beta", section.dpo_betas) for method in ("dpo", "ipo", "cdpo")},
-        **{method: of(method, "KL", section.ppo_kls, **of_ppo) for method in ("ppo", "ppo-gt")},
-    }
-    return [run for method in section.chosen() for run in settings.get(method, [])]
-
-
-def _shared(config: Config, digest: str, world: World) -> dict[str, Any]:
-    """What every result depends on; a change makes all runs anew. What PPO alone depends on stands with its runs."""
-    sweeps = {"methods", "dpo_betas", "unlikelihood_alphas", "best_of", "seeds", "fast", "jobs"}
-    others = {"optimum_prompts", "optimum_samples", *(k for k in dataclasses.asdict(config.frontier) if k.startswith("ppo_"))}
-    options = {k: v for k, v in dataclasses.asdict(config.frontier).items() if k not in sweeps | others}
-    training = {
-        name: getattr(config.dpo, name)
-        for name in ("batch", "epochs", "lr", "optimizer", "warmup_steps", "schedule", "max_grad_norm")
-    }
-    # Named only where they are set: what was computed without stays valid.
-    others = ("warmup_ratio", "trainable", *optimizer_table.OPTIONS, *optimizer_table.SCHEDULE_OPTIONS)
-    training |= {name: value for name in others if (value := getattr(config.dpo, name)) != getattr(DpoConfig, name)}
-    lora = {"lora": dataclasses.asdict(config.lora)} if config.lora.rank is not None else {}
-    # Named only where prompts begin with BOS: what was computed without stays valid.
-    bos = {"bos": True} if len(with_bos(np.zeros(0, np.int32), world.tokenizer, bos=config.data.bos)) else {}
-    return {
-        "reference": digest,
-        "architecture": architecture(world.model),
-        "tokenizer": tokenizer_digest(world.tokenizer),
-        "data": {"source": config.data.source, "max_prompt_length": config.data.max_prompt_length, **bos},
-        "frontier": options,
-        "training": training,
-        **lora,
-        "seed": config.run.seed,
-        "precision": config.run.precision,
-    }
-
-
 class _Study:
     """Performs the runs. What several of them need is made when the first one asks, and kept; others wait meanwhile."""
 
-    def __init__(self, config: Config, world: World, run_dir: RunDir, shared: Mapping[str, Any]) -> None:
-        self.config, self.world, self.run_dir, self.shared = config, world, run_dir, shared
+    def __init__(
+        self, config: Config, world: World, run_dir: RunDir, shared: Mapping[str, Any], digests: Mapping[str, str]
+    ) -> None:
+        self.config, self.world, self.run_dir, self.shared, self.digests = config, world, run_dir, shared, digests
         model = build.policy_model(config, config.dpo_policy(), world.tokenizer, name="dpo.policy")
         self.part = planned(config, config.dpo, model)
         self._making = threading.Lock()
@@ -146,17 +104,35 @@ class _Study:
         self.ppo = ppo_method(config, world) if {"ppo", "ppo-gt"} & {*config.frontier.chosen()} else None
 
     def perform(self, run: Run, folder: Path) -> list[dict[str, float]]:
+        if "ppo" in self.config.frontier.chosen():  # then what is learned from the pairs judges every policy, too
+            with self._making:
+                self.world.beside[LEARNED] = self.learned_reward
+        if run.method == report.REFERENCE:
+            return [{"step": 0.0, **self.world.measure(self.world.reference)}]
         points, variables = (self._by_ppo if run.method.startswith("ppo") else self._on_pairs)(run, folder)
         if run.method in TO_MIX:
-            save_hf(folder / "policy", self.part.base, self.part.merged(variables))
+            self._save(folder / "policy", variables)
         return points
+
+    def _save(self, folder: Path, variables: Variables) -> None:
+        if self.part.lora is None:
+            save_hf(folder, self.part.base, self.part.merged(variables))
+        else:
+            write_lora(folder, self.part, variables, source=self.config.dpo_policy(), digests=self.digests)
+
+    def _saved(self, folder: Path) -> Variables:
+        """On the devices. An adapter is put beside the weights of the reference, wherever its base lies now."""
+        base, partitioner = self.part.base, self.world.partitioner
+        if self.part.lora is None:
+            return build.load_weights(str(folder), base, partitioner, name="frontier")[0]
+        _, pieces = resumed(read_adapter(folder, base.config), base.config)
+        adapter = assemble({LORA: adapter_shapes(base.config, self.part.lora)}, pieces, put=np.asarray)
+        return partitioner.put_variables({**partitioner.to_host(self.world.reference), **adapter})
 
     def _by_ppo(self, run: Run, folder: Path) -> tuple[Points, Variables]:
         assert self.ppo is not None
-        reward, target_kl = self.world.reward, run.settings["KL"]
-        if run.method == "ppo":
-            with self._making:
-                reward = self.learned_reward
+        target_kl = run.settings["KL"]
+        reward = self.learned_reward if run.method == "ppo" else self.world.reward
         return self.ppo.train(
             folder,
             reward=reward,
@@ -176,13 +152,15 @@ class _Study:
 
     @functools.cached_property
     def encoded(self) -> EncodedSet:
-        """The labelled pairs (appendix C.1), also written to `pairs.jsonl`."""
+        """The labelled pairs (appendix C.1): those in `pairs.jsonl`, or new ones, written there."""
         config, world = self.config, self.world
-        file = self.run_dir.path / "pairs.jsonl"
-        preferences, counts = labelled_samples(config, world, world.train, file, key=of_training(config))
-        found = DataReport(
-            source="samples", split="train", format="samples", rows=counts.labelled, read=counts.labelled, kept=counts.labelled
-        )
+        file, record = self.run_dir.path / "pairs.jsonl", self.run_dir.path / "pairs.json"
+        preferences = kept_pairs(file, record, self.shared)
+        if preferences is None:
+            preferences, _ = labelled_samples(config, world, world.train, file, key=of_training(config))
+            keep_pairs(file, record, self.shared, preferences)
+        count = len(preferences)
+        found = DataReport(source="samples", split="train", format="samples", rows=count, read=count, kept=count)
         return build.encode_split(config, PreferenceSet(preferences, found), world.tokenizer)
 
     @functools.cached_property
@@ -191,11 +169,11 @@ class _Study:
         return pair_data(self.world, self.encoded, batch=training.batch, microbatches=training.microbatches)
 
     def method(self, name: str) -> PairMethod:
-        """The one of this name, made once. Preferred-FT is unlikelihood training whose alpha is 0."""
+        """The one of this name, made once."""
         name, training = "unlikelihood" if name == "preferred-ft" else name, self.config.dpo
         if name not in self._methods:
             tx = build.make_tx(training, steps=self.pairs.steps(training.epochs))
-            loss = _loss(name, self.config.frontier)
+            loss = loss_of(name, self.config.frontier)
             self._methods[name] = PairMethod(self.world, self.pairs, loss=loss, tx=tx, epochs=training.epochs)
         return self._methods[name]
 
@@ -213,7 +191,7 @@ class _Study:
             epochs=section.reward_model_epochs,
             evaluations=section.evaluations,
             seed=self.config.run.seed,
-            fingerprint=self.shared,
+            fingerprint={"sweep": self.shared},
             make_state=self.world.begin,
             microbatches=self.config.dpo.microbatches,
             bos=self.config.data.bos,
@@ -222,27 +200,24 @@ class _Study:
         print(f"reward model: held-out accuracy {figures['accuracy']:.3f}, loss {figures['loss']:.3f}", flush=True)
         return reward
 
-    def optimum(self, results: Sequence[Result]) -> tuple[Optimum, np.ndarray]:
+    def optimum(self, results: Sequence[Result]) -> tuple[Optimum, Drawn]:
         section, config, world = self.config.frontier, self.config, self.world
-        folders = [self.run_dir.path / "runs" / run.name / "policy" for run in to_mix(results)]
-        policies = [build.load_weights(str(f), self.part.base, world.partitioner, name="frontier")[0] for f in folders]
+        mixed = to_mix(results)
+        policies = [self._saved(self.run_dir.path / "runs" / run.name / "policy") for run in mixed]
         prompts = prompts_of(config, "optimum_prompts", world.tokenizer)
         print(f"the optimum, from {section.optimum_samples} completions of each of {len(prompts.ids)} prompts", flush=True)
-        return estimate(world, prompts, samples=section.optimum_samples, policies=policies, seed=config.run.seed)
+        sizes = {name: getattr(section, name) for name in ("optimum_prompts", "optimum_samples")}
+        ended = [result.points[-1] for run in mixed for result in results if result.run is run]
+        identity = {"shared": self.shared, **sizes, "mixed": [dataclasses.asdict(run) for run in mixed], "ended": ended}
+        keep = kept_in(self.run_dir.path / "optimum", identity, say=functools.partial(print, flush=True))
+        return estimate(world, prompts, samples=section.optimum_samples, policies=policies, seed=config.run.seed, keep=keep)
 
 
 def _continues(folder: Path, shared: Mapping[str, Any]) -> bool:
     """Whether the folder holds a reward model of these settings, finished or not."""
     saved = saved_run(folder / "checkpoints", place=str(folder))
     expected = json.loads(json.dumps(dict(shared)))  # as it reads after a round trip through a file
-    return saved is not None and expected.items() <= saved.fingerprint.items()
-
-
-def to_mix(results: Sequence[Result]) -> list[Run]:
-    """Runs whose final policies, with the reference, cover what the optimum does up to the last of `MIX_AT`: none twice."""
-    ended = [result for result in results if result.run.method in TO_MIX]
-    nearest = [min(ended, key=lambda result: abs(result.points[-1]["kl"] - at)).run.name for at in MIX_AT if ended]
-    return [result.run for result in ended if result.run.name in nearest]
+    return saved is not None and saved.fingerprint.get("sweep") == expected
 
 
 def ppo_method(config: Config, world: World) -> PpoMethod:
@@ -277,28 +252,32 @@ def first_kl_coef(target_kl: float) -> float:
     return 1 / math.sqrt(2 * target_kl)
 
 
-def _loss(name: str, section: FrontierConfig) -> Callable[..., Any]:
-    match name:
-        case "dpo":
-            return dpo_loss
-        case "cdpo":
-            return functools.partial(dpo_loss, label_smoothing=section.label_smoothing)
-        case "ipo":
-            return ipo_loss
-        case _:
-            return unlikelihood_loss
-
-
 def _on_pairs(result: Result) -> bool:
-    return not result.run.method.startswith(("ppo", "best-of-n"))
+    return not result.run.method.startswith(("ppo", "best-of-n", report.REFERENCE))
 
 
-def _write(run_dir: RunDir, results: Sequence[Result], best: Optimum) -> None:
+def _write(run_dir: RunDir, results: Sequence[Result], best: Optimum, *, second: str) -> None:
     report.write(run_dir.path, report.rows(results, best))
     write_json(run_dir.path / "optimum.json", to_json(best))
-    write_json(run_dir.path / "summary.json", {"at_equal_kl": report.at_equal_kl(results, best)})
+    summary: dict[str, Any] = {"at_equal_kl": report.at_equal_kl(results, best)}
+    gained = gains(results, best) if second else []
+    if gained:
+        summary[SECOND] = {"name": second, "gains": gained, "words": second_words(gained, name=second)}
+    write_json(run_dir.path / "summary.json", summary)
     plot_frontier(report.points(results), best, run_dir.path / "frontier.png", max_kl=MAX_KL)
     on_pairs = {r.run.name: read_metrics(run_dir.path / "runs" / r.run.name / "metrics.jsonl") for r in results if _on_pairs(r)}
     if on_pairs:
         plot_displacement(on_pairs, run_dir.path / "displacement.png")
     print(f"\n{report.summary(results, best)}\n\nfigure: {run_dir.path / 'frontier.png'}")
+    if gained:
+        print(f"\n{second_summary(gained, name=second)}")
+        _plot_second(run_dir.path / "second_reward.png", results, best, name=second)
+
+
+def _plot_second(path: Path, results: Sequence[Result], best: Optimum, *, name: str) -> None:
+    """The frontier in the second reward: its points, and what the optimum of the first reward has of it."""
+    assert best.beside is not None
+    curve = dataclasses.replace(best, reward=best.beside.reward, band=best.beside.band, reference=best.beside.reference)
+    points = report.points(results, reward=SECOND)
+    names = {"reward": f"second reward ({name})", "curve": "optimum of the first reward"}
+    plot_frontier(points, curve, path, max_kl=MAX_KL, **names)

@@ -30,8 +30,9 @@ def run(config: Config) -> int:
     with build.open_run(config, "optimum") as run_dir:
         world, _ = make_world(config, train=None, test="optimum_prompts")
         print(f"{section.optimum_samples} completions of each of {len(world.test.ids)} prompts", flush=True)
-        best, rewards = estimate(world, world.test, samples=section.optimum_samples, policies=[], seed=config.run.seed)
-        best_of_n = report.best_of_results(rewards, numbers(section.best_of), seed=config.run.seed)
+        best, drawn = estimate(world, world.test, samples=section.optimum_samples, policies=[], seed=config.run.seed)
+        several = numbers(section.best_of)
+        best_of_n = report.best_of_results(drawn.rewards, several, seed=config.run.seed, beside=drawn.beside)
         points = [{"n": result.run.settings["n"], **result.points[0]} for result in best_of_n]
         write_json(run_dir.path / "optimum.json", {**to_json(best), "best_of_n": points})
         figure = plot_frontier(report.points(best_of_n), best, run_dir.path / "optimum.png")

@@ -16,6 +16,7 @@ from dpo_jax.cli.experiment import has_true_reward, make_world, sized
 from dpo_jax.cli.trained import planned
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.reward_model import RewardModel, load_head
+from dpo_jax.lab.world import LEARNED
 from dpo_jax.models.hub import resolve
 from dpo_jax.plotting.training_curves import plot_training
 from dpo_jax.reward_model import HEAD, with_scalar_head
@@ -35,6 +36,8 @@ def run(config: Config) -> int:
         if judge:
             print("the true reward of these data is not known: the policy is measured by the learned one, too", flush=True)
         world, digests = make_world(config, train="prompts", test="test_prompts", reward=judge)
+        if reward and not judge:
+            world.beside[LEARNED] = reward
         before = world.measure(world.reference)
         print(f"the reference: reward {before['reward']:.2f}", flush=True)
         run_dir.metrics.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from dpo_jax.plotting.curves import PANELS
 from dpo_jax.plotting.training_curves import plot_runs, plot_training
 from dpo_jax.report.audit import audited
 from dpo_jax.report.first import first_things, moment
+from dpo_jax.report.frontier import frontier
 from dpo_jax.report.judged import judged
 from dpo_jax.report.page import Block, Figures, Notice, Page, Section, Table, render_html, render_markdown
 from dpo_jax.report.run_record import TRAINING, RunRecord, of, one_or_more, read_run, shown_path
@@ -97,7 +98,7 @@ def _page(runs: Sequence[RunRecord], drawn: Path, *, samples: int, digests: bool
         _section("Held-out evaluation", lambda: sections.evaluation(runs)),
         _section("Implicit reward", lambda: sections.implicit_rewards(runs)),
         _section("Win rates and ratings", lambda: judged(runs)),
-        _section("Frontier", lambda: sections.frontier(runs, drawn)),
+        _section("Frontier", lambda: frontier(runs, drawn)),
         _section("Samples", lambda: sections.samples(runs, samples)),
         _section("Training", lambda: sections.training(runs, images, together)),
         weights,

@@ -8,7 +8,7 @@ from typing import Literal
 
 from dpo_jax.cli.config.file import is_count
 
-METHODS = ("preferred-ft", "unlikelihood", "dpo", "ipo", "cdpo", "ppo", "ppo-gt", "best-of-n")
+METHODS = ("preferred-ft", "unlikelihood", "dpo", "rdpo", "ipo", "cdpo", "ppo", "ppo-gt", "best-of-n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,8 @@ class FrontierConfig:
     """The true reward: the rule of the generated reviews, a bag-of-words classifier (extra `lab`), or one from the Hub."""
     classifier: str | None = None
     """Folder or Hub id of a text-classification model, for reward hf (needs torch)."""
+    second_reward: Literal["vader"] | None = None
+    """A reward that no policy trains on, measured beside the first: vader, a published sentiment lexicon (extra `lab`)."""
     prompts: int = 2000
     """Prompts whose completions by the reference are labelled; PPO trains on the same ones."""
     completions: int = 4
@@ -40,7 +42,7 @@ class FrontierConfig:
     evaluations: int = 6
     """How often each run is measured."""
     dpo_betas: str = "0.05,0.1,1,5"
-    """beta of the runs of dpo, ipo and cdpo."""
+    """beta of the runs of dpo, rdpo, ipo and cdpo."""
     unlikelihood_alphas: str = "0.05,0.1,0.5,1"
     """alpha of the unlikelihood runs."""
     ppo_kls: str = "3,6,9,12"
@@ -48,9 +50,11 @@ class FrontierConfig:
     best_of: str = "1,4,16,64,128"
     """N of best-of-n."""
     seeds: int = 1
-    """Runs of every setting; Preferred-FT has three in any case."""
+    """Runs of every setting; Preferred-FT has three in any case, but for --fast."""
     label_smoothing: float = 0.1
     """Assumed share of swapped labels, of cdpo."""
+    length_penalty: float = 0.01
+    """alpha of rdpo, length-regularised DPO: nats that a token more of a completion costs in the margin."""
     ppo_iterations: int = 40
     """Rollouts of a PPO run."""
     ppo_batch: int = 256
@@ -66,7 +70,7 @@ class FrontierConfig:
     jobs: int = 1
     """Runs at a time. A small model keeps about one CPU core busy: as many as there are cores; on an accelerator one."""
     fast: bool = False
-    """An eighth of the prompts and a quarter of the rest, for a first look (short: --fast)."""
+    """An eighth of the prompts, a quarter of the rest and one seed, for a first look (short: --fast)."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         for field in dataclasses.fields(self):

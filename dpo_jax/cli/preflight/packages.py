@@ -39,11 +39,16 @@ def judge_packages(check: Check) -> None:
 
 
 def reward_packages(check: Check) -> None:
-    """Of the true reward of `label`, `ppo`, `optimum` and `frontier`."""
-    needed = {"linear": ("sklearn", "scikit-learn", "lab"), "hf": ("torch", "torch", "classifier")}
-    module, package, extra = needed.get(check.config.frontier.reward, ("", "", ""))
-    if module and check.scope.elsewhere is None and importlib.util.find_spec(module) is None:
-        raise ConfigError(f"frontier.reward: needs the package {package}: {install_command(extra)}")
+    """Of the rewards of `label`, `ppo`, `optimum` and `frontier`."""
+    needed = {
+        "linear": ("sklearn", "scikit-learn", "lab"),
+        "hf": ("torch", "torch", "classifier"),
+        "vader": ("vaderSentiment", "vaderSentiment", "lab"),
+    }
+    for option in ("reward", "second_reward"):
+        module, package, extra = needed.get(getattr(check.config.frontier, option), ("", "", ""))
+        if module and check.scope.elsewhere is None and importlib.util.find_spec(module) is None:
+            raise ConfigError(f"frontier.{option}: needs the package {package}: {install_command(extra)}")
 
 
 def bench_packages(check: Check) -> None:

@@ -1,0 +1,113 @@
+"""The runs of `dpo-jax frontier`, and what their results depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax import optimizer_table
+from dpo_jax.cli.config import Config, DpoConfig
+from dpo_jax.cli.config.lab import FrontierConfig, numbers
+from dpo_jax.data.encode import with_bos
+from dpo_jax.data.tokenizer import tokenizer_digest
+from dpo_jax.lab.report import REFERENCE
+from dpo_jax.lab.sweep import Result, Run
+from dpo_jax.lab.world import World
+from dpo_jax.losses import dpo_loss, ipo_loss, length_regularized_loss, unlikelihood_loss
+from dpo_jax.training.fingerprint import architecture
+
+TO_MIX = ("dpo", "ppo-gt")  # methods whose policies help to estimate the optimum:
+MIX_AT = (1.5, 3.0, 6.0, 9.0)  # nats, those nearest to which
+
+
+def runs_of(section: FrontierConfig, *, seed: int) -> list[Run]:
+    """The reference itself, and every setting of every method but Best-of-N, which nobody trains."""
+    seeds = range(seed, seed + section.seeds)
+    of_preferred_ft = 1 if section.fast else max(3, section.seeds)
+
+    def of(method: str, name: str, text: str, **others: Any) -> list[Run]:
+        return [Run(method, f"{name} {value:g}", {name: value, **others}, s) for value in numbers(text) for s in seeds]
+
+    of_ppo = {k: v for k, v in dataclasses.asdict(section).items() if k.startswith("ppo_") and k != "ppo_kls"}
+
+    settings = {
+        "preferred-ft": [Run("preferred-ft", "", {"alpha": 0.0}, s) for s in range(seed, seed + of_preferred_ft)],
+        "unlikelihood": of("unlikelihood", "alpha", section.unlikelihood_alphas),
+        **{method: of(method, "beta", section.dpo_betas) for method in ("dpo", "ipo", "cdpo")},
+        "rdpo": of("rdpo", "beta", section.dpo_betas, length_penalty=section.length_penalty),
+        **{method: of(method, "KL", section.ppo_kls, **of_ppo) for method in ("ppo", "ppo-gt")},
+    }
+    return [Run(REFERENCE, "", {}, seed), *(run for method in section.chosen() for run in settings.get(method, []))]
+
+
+def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]:
+    """What every result depends on; a change makes all runs anew. What PPO alone depends on stands with its runs."""
+    sweeps = {"methods", "dpo_betas", "unlikelihood_alphas", "length_penalty", "best_of", "seeds", "fast", "jobs"}
+    others = {"optimum_prompts", "optimum_samples", *(k for k in dataclasses.asdict(config.frontier) if k.startswith("ppo_"))}
+    options = {k: v for k, v in dataclasses.asdict(config.frontier).items() if k not in sweeps | others}
+    if config.frontier.second_reward is None:  # named only where there is one: what was measured without stays valid
+        del options["second_reward"]
+    if config.frontier.classifier is not None:
+        options["classifier"] = _name_of(config.frontier.classifier)
+    training = {
+        name: getattr(config.dpo, name)
+        for name in ("batch", "epochs", "lr", "optimizer", "warmup_steps", "schedule", "max_grad_norm")
+    }
+    # Named only where they are set: what was computed without stays valid.
+    others = ("warmup_ratio", "trainable", *optimizer_table.OPTIONS, *optimizer_table.SCHEDULE_OPTIONS)
+    training |= {name: value for name in others if (value := getattr(config.dpo, name)) != getattr(DpoConfig, name)}
+    lora = {"lora": dataclasses.asdict(config.lora)} if config.lora.rank is not None else {}
+    # Named only where prompts begin with BOS: what was computed without stays valid.
+    bos = {"bos": True} if len(with_bos(np.zeros(0, np.int32), world.tokenizer, bos=config.data.bos)) else {}
+    return {
+        "reference": digest,
+        "architecture": architecture(world.model),
+        "tokenizer": tokenizer_digest(world.tokenizer),
+        "data": {"source": config.data.source, "max_prompt_length": config.data.max_prompt_length, **bos},
+        "frontier": options,
+        "training": training,
+        **lora,
+        "seed": config.run.seed,
+        "precision": config.run.precision,
+    }
+
+
+def _name_of(classifier: str) -> str:
+    """A name of a classifier that is the same on every machine: its Hub id, or the SHA-256 of a folder's files."""
+    folder = Path(classifier)
+    if not folder.is_dir():
+        return classifier
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".txt", ".model")):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return f"sha256 {digest.hexdigest()}"
+
+
+def to_mix(results: Sequence[Result]) -> list[Run]:
+    """Runs whose final policies, with the reference, cover what the optimum does up to the last of `MIX_AT`: none twice."""
+    ended = [result for result in results if result.run.method in TO_MIX]
+    nearest = [min(ended, key=lambda result: abs(result.points[-1]["kl"] - at)).run.name for at in MIX_AT if ended]
+    return [result.run for result in ended if result.run.name in nearest]
+
+
+def loss_of(name: str, section: FrontierConfig) -> Callable[..., Any]:
+    """The loss of a method, whose settings are its keywords. Preferred-FT is unlikelihood training whose alpha is 0."""
+    match name:
+        case "dpo":
+            return dpo_loss
+        case "cdpo":
+            return functools.partial(dpo_loss, label_smoothing=section.label_smoothing)
+        case "rdpo":
+            return length_regularized_loss
+        case "ipo":
+            return ipo_loss
+        case _:
+            return unlikelihood_loss
