@@ -40,7 +40,7 @@ class ModelConfig:
     remat: Literal["none", "save_attention", "full"] = "none"
     """What the backward pass computes again: no matrix product, all but attention, or whole layers (a third more time)."""
     attention: Literal["auto", "dense", "blocks", "chunked", "splash", "flash", "cudnn"] = "auto"
-    """auto: splash on TPUs, flash on GPUs, blocks on CPUs. No GPU path has been run on a GPU yet."""
+    """auto: splash on TPUs, flash on GPUs, blocks on CPUs."""
 
     def check(self) -> Iterator[Problem]:
         sizes = ("width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "max_positions", "vocab_size")
