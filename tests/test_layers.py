@@ -36,6 +36,7 @@ ONLY_IN = {
     # Curves of a run, the frontier, reliability, win rates, the race.
     "matplotlib": [
         *("plotting/drawing.py", "plotting/training_curves.py", "evals/frontier_plot.py", "evals/calibration_plot.py"),
+        "lab/robust_plot.py",
         "judge/win_rates_plot.py",
         "bench/plots.py",
     ],

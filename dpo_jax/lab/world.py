@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -35,6 +36,15 @@ class Scored(NamedTuple):
 
     completions: Completions
     rewards: np.ndarray  # float64[B]
+
+
+class Observed(NamedTuple):
+    """What a policy does with each of P prompts: a completion drawn from it, and KL(policy || reference) in nats."""
+
+    completions: Completions
+    rewards: np.ndarray  # float64[P], true ones
+    kl: np.ndarray  # float32[P]
+    kl_sampled: np.ndarray  # float32[P], from the samples alone
 
 
 class World:
@@ -88,18 +98,33 @@ class World:
         """`compiled(variables, rows)` over completions, one a row."""
         return map_completions(self.partitioner, compiled, variables, prompts, ids, batch=self.batch, length=self.width)
 
+    def with_prompts(self, *, train: Prompts, test: Prompts) -> World:
+        """The same experiment on other prompts. Compiled programs are shared, as far as the prompts are no longer."""
+        other = copy.copy(self)
+        other.train, other.test = train, test
+        longest = max(map(len, [*train.ids, *test.ids]))
+        other.width = max(self.width, round_up(longest + self.max_new_tokens, 8))
+        return other
+
+    def observe(self, variables: Variables, *, draw: int = 0) -> Observed:
+        """A completion of each test prompt. The same `draw` has the same random numbers for all policies."""
+        scored = self.sample(variables, self.test, jax.random.fold_in(jax.random.key(self.seed), draw))
+        return Observed(*scored, *self.kl(variables, self.test.ids, scored.completions.ids))
+
     def measure(self, variables: Variables, *, draw: int = 0) -> dict[str, float]:
         """True reward and KL to the reference of a policy on the test prompts, with 95 % intervals over prompts.
 
         The same prompts and the same random numbers for all policies: differences between them are less noisy than each.
         """
-        scored = self.sample(variables, self.test, jax.random.fold_in(jax.random.key(self.seed), draw))
-        exact, sampled = self.kl(variables, self.test.ids, scored.completions.ids)
+        return self.point(self.observe(variables, draw=draw))
+
+    def point(self, found: Observed) -> dict[str, float]:
+        """Means over prompts, with 95 % intervals of reward and KL."""
         return {
-            **_with_interval("reward", scored.rewards, self.seed),
-            **_with_interval("kl", exact, self.seed),
-            "kl_sampled": float(sampled.mean()),
-            "tokens": float(np.mean([len(ids) for ids in scored.completions.ids])),
+            **with_interval("reward", found.rewards, self.seed),
+            **with_interval("kl", found.kl, self.seed),
+            "kl_sampled": float(found.kl_sampled.mean()),
+            "tokens": float(np.mean([len(ids) for ids in found.completions.ids])),
         }
 
 
@@ -107,6 +132,7 @@ def _kl(model: Model, both: Mapping[str, Variables], rows: Any) -> tuple[jax.Arr
     return sequence_kl(model, both["policy"], both["reference"], rows)
 
 
-def _with_interval(name: str, values: np.ndarray, seed: int) -> dict[str, float]:
+def with_interval(name: str, values: np.ndarray, seed: int) -> dict[str, float]:
+    """The mean of values `[P]` under `name`, and its 95 % interval over prompts under `name`_low and `name`_high."""
     low, high = bootstrap_interval(values, seed=seed)
     return {name: float(np.mean(values, dtype=np.float64)), f"{name}_low": low, f"{name}_high": high}
