@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 
 import jax
@@ -18,6 +19,9 @@ from dpo_jax.lab.methods import PairData
 from dpo_jax.lab.noise import METHODS, flipped, flips, implied_margin, implied_scores, predicted_curve
 from dpo_jax.lab.robust import gain_at_kl
 from dpo_jax.losses import dpo_loss, ipo_loss, robust_loss
+from dpo_jax.report.page import Table
+from dpo_jax.report.robustness import UNKNOWN, robustness
+from dpo_jax.report.run_record import read_run
 
 BETA = 0.3
 REWARDS = np.array([1.5, -0.5, 4.0, 1.5, 0.25])
@@ -155,9 +159,9 @@ def test_a_curve_that_only_rises_has_no_peak_and_runs_widen_the_interval():
     assert not found.falls
     assert found.a_interval[1] - found.a_interval[0] > 0.5
     assert alone.a_interval[1] - alone.a_interval[0] < 1e-9  # all prompts are alike
-    for kl, gains, words in (([1.0], [[1.0]], "1 points beyond KL 0"), ([1.0, 2.0], [[1.0]], "do not agree")):
+    for points, words in ((1, "1 points beyond KL 0"), (2, "do not agree")):
         with pytest.raises(ValueError, match=words):
-            fit_gains(kl, gains, form="bon", seed=0)
+            fit_gains(np.ones(points), np.ones((1, 1)), form="bon", seed=0)
 
 
 def test_best_by_itself_is_best_of_n_and_by_noise_is_the_mean():
@@ -176,3 +180,25 @@ def test_gain_at_equal_kl_over_seeds():
     assert one == pytest.approx({"": 3.0, "_low": 2.9, "_high": 3.1})  # half way between gains of 2 and 4
     assert gain_at_kl([far, near], 2.5, reference=1.0) == one  # the second went nowhere near
     assert gain_at_kl([near], 2.5, reference=1.0) is None
+
+
+def test_the_report_says_where_the_true_reward_falls_or_that_nobody_knows(tmp_path):
+    for stage in ("dpo", "robust-overoptimisation"):
+        (tmp_path / "run" / stage).mkdir(parents=True)
+        (tmp_path / "run" / stage / "config.yaml").write_text("")
+    fit = {"what": "width 64, 100 prompts, ppo", "words": "after KL 3.00 (2.00 to 4.00)"}
+    table = {"caption": "fit", "columns": ["a"], "rows": [["ppo", "1.0"]], "note": ""}
+    file = tmp_path / "run" / "robust-overoptimisation" / "summary.json"
+    file.write_text(json.dumps({"tables": [table], "falls": [fit]}))
+    shown, falls = tables_of(tmp_path / "run")
+    assert (shown.columns, shown.rows) == (["fit", "a"], [["ppo", "1.0"]])
+    assert falls.rows == [[fit["what"], fit["words"], "robust-overoptimisation, fitted"], ["dpo", UNKNOWN, "-"]]
+    file.write_text(json.dumps({"tables": [{**table, "rows": [["ppo"]]}]}))  # a row without its cell is not shown
+    (falls,) = tables_of(tmp_path / "run")
+    assert falls.rows == [["dpo", UNKNOWN, "-"]]
+
+
+def tables_of(folder):
+    section = robustness([read_run(folder, name="r")])
+    assert section is not None
+    return [block for block in section.blocks if isinstance(block, Table)]

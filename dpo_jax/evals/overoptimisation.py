@@ -109,7 +109,7 @@ class GainFit(NamedTuple):
 
 
 def fit_gains(
-    kl: Array, gains: Array, *, form: str, seed: int, runs: Sequence[int] | None = None, resamples: int = RESAMPLES
+    kl: Array, gains: Array, *, form: str, seed: int, runs: Sequence[int] | Array | None = None, resamples: int = RESAMPLES
 ) -> GainFit:
     """Least squares of R(d) through the origin to the mean over prompts of `gains[P, n]` at `kl[n]` nats.
 

@@ -6,7 +6,7 @@ When a share e of the labels is flipped, that chance becomes
     p_e(r) = (1 - e) sigmoid(r) + e sigmoid(-r) = (1 - 2 e) sigmoid(r) + e.
 
 A loss sees the pair through m = beta (u_1 - u_2), where u = log(pi / pi_ref). Let l(m) = -log sigmoid(m), and a the rate that a
-method assumes. The expected loss of the pair, and the m at which it is least, the difference of rewards that the policy implies:
+method assumes. The expected loss of the pair, and the m that minimises it, the difference of rewards that the policy implies:
 
     DPO            p_e l(m) + (1 - p_e) l(-m), whose slope in m is sigmoid(m) - p_e.         m = logit p_e(r)
     conservative   A label counts as 1 - a of one and a of its opposite. That is DPO
@@ -138,7 +138,7 @@ def implied_scores(method: str, rewards: Array, *, rate: float, assumed: float |
 
 
 def predicted_curve(
-    method: str, rewards: Array, betas: Sequence[float], *, rate: float, assumed: float | None = None
+    method: str, rewards: Array, betas: Sequence[float] | Array, *, rate: float, assumed: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(KL in nats, mean true reward) of the policy of least expected loss at each beta: float64[B] each.
 

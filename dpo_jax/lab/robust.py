@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -90,8 +90,18 @@ def cell(value: Value | None, *, beside: float | None = None) -> str:
     return words if beside is None else f"{words} [{beside:.2f}]"
 
 
-def grid(corner: str, columns: Sequence[str], lines: Mapping[str, Sequence[str]], *, width: int = 28) -> str:
-    """A table as text."""
-    first = max(map(len, [corner, *lines])) + 2
-    head = f"{corner:{first}}" + "".join(f"{name:>{width}}" for name in columns)
-    return "\n".join([head, *(f"{name:{first}}" + "".join(f"{c:>{width}}" for c in cells) for name, cells in lines.items())])
+class Grid(NamedTuple):
+    """A table for people: `summary.json` keeps it, `dpo-jax report` shows it. The first cell of a row names it."""
+
+    caption: str
+    columns: list[str]  # of all cells but the first
+    rows: list[list[str]]
+    note: str = ""
+
+    def text(self) -> str:
+        first, *others = (max(map(len, column)) for column in zip([self.caption, *self.columns], *self.rows, strict=True))
+        lines = [
+            f"{row[0]:{first}}" + "".join(f"  {one:>{width}}" for one, width in zip(row[1:], others, strict=True))
+            for row in ([self.caption, *self.columns], *self.rows)
+        ]
+        return "\n".join([*lines, *filter(None, [self.note])])

@@ -30,7 +30,10 @@ class Curve(NamedTuple):
 
 
 def plot_curves(curves: Sequence[Curve], path: str | os.PathLike[str], *, line: str) -> Path:
-    """One PNG. The axes go with the root of KL, in which the optimum begins as a straight line. `line`: what the lines are; empty: none."""
+    """One PNG. The axes go with the root of KL, in which the optimum begins as a straight line.
+
+    `line` says what the lines are; it is empty where there are none.
+    """
     panels = list(dict.fromkeys(curve.panel for curve in curves))
     styles = dict(zip(dict.fromkeys(curve.name for curve in curves), itertools.cycle(STYLES), strict=False))
     columns = min(3 if len(panels) % 3 == 0 else 2, len(panels))

@@ -108,6 +108,11 @@ SAMPLE |= {f"{who}_finished?": bool for who in ("reference", "policy")}
 BAD_BATCH = {"step": int, "uids": [str], "metrics": {str: (float, str, None)}}
 RESUMED = {"step": int, "time": str}
 SUMMARY = {"at_equal_kl?": [{"method": str, "kl": float, "reward": NUMBER, "share_of_gain": NUMBER}]}
+ROBUST = {
+    "tables": [{"caption": str, "columns": [str], "rows": [[str]], "note": str}],
+    "falls?": [{"what": str, "words": str}],
+}
+"""Of the `summary.json` of an experiment of `dpo-jax robust`."""
 RESULTS = ("method", "label", "seed", "kl", "reward", "reward_low", "reward_high")
 """Columns of the frontier's `results.csv`; the last four are numbers."""
 

@@ -1,7 +1,7 @@
 """`dpo-jax robust`: flipped labels, a shift of prompts, and over-optimisation, by the true reward at equal KL.
 
-One command on top of `lab.sweep`, as the three experiments share everything but what is varied: the reference, the labelled pairs,
-the methods, and that finished runs are not repeated. `--robust.experiment` names one; each has a module in `cli/robust/`.
+One command on top of `lab.sweep`, as the three experiments share everything but what is varied: the reference, the labelled
+pairs, the methods, and that finished runs are not repeated. `--robust.experiment` names one; each is a module of `cli/robust/`.
 
 In `<run.dir>/robust-<experiment>`: `robust.png`, `results.csv` and `.jsonl` (every measured point), `summary.json` (what is
 printed), `pairs/`, `reward_models/` and `runs/` (a folder for each run).
@@ -46,9 +46,11 @@ def run(config: Config) -> int:
         )
         summary, curves = experiment.summary(results)
         report.write(run_dir.path, rows(results), COLUMNS)
-        write_json(run_dir.path / "summary.json", {"experiment": config.robust.experiment, **summary})
+        tables = experiment.tables(summary)
+        shown = [table._asdict() for table in tables]
+        write_json(run_dir.path / "summary.json", {"experiment": config.robust.experiment, **summary, "tables": shown})
         figure = plot_curves(curves, run_dir.path / "robust.png", line=module.LINES)
-        print(f"\n{experiment.words(summary)}\n\nfigure: {figure}")
+        print("\n".join(["", *(f"{table.text()}\n" for table in tables), f"figure: {figure}"]))
     return 0
 
 

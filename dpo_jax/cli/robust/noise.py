@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dpo_jax.evals.frontier import Optimum, optimum
 from dpo_jax.lab.methods import PairData, PairMethod
 from dpo_jax.lab.noise import flipped, predicted_curve
 from dpo_jax.lab.optimum import BETAS
-from dpo_jax.lab.robust import EQUAL_KL, best_setting, by_seed, cell, curve_at, gain_at_kl, gains_of, grid
+from dpo_jax.lab.robust import EQUAL_KL, Grid, best_setting, by_seed, cell, curve_at, gain_at_kl, gains_of
 from dpo_jax.lab.robust_plot import Curve
 from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.losses import dpo_loss, ipo_loss, robust_loss
@@ -80,26 +80,25 @@ class Experiment:
                 curves.append(_curve(f"{rate:.0%} flipped", loss, mine, reference, (kl, reward), best))
         return {"reference": reference, "reach": best.reach, "gains": found}, curves
 
-    def words(self, summary: dict[str, Any]) -> str:
-        """The tables that are printed."""
+    def tables(self, summary: Mapping[str, Any]) -> list[Grid]:
+        """What is printed."""
         rates, losses = self.config.robust.rates(), self.config.robust.chosen()
         cells = {(row["rate"], row["loss"], row["kl"]): row for row in summary["gains"]}
-        parts = []
+        columns, found = [f"{rate:.0%} flipped" for rate in rates], []
         for at in EQUAL_KL:
-            lines = {
-                NAMES[loss]: [cell((row := cells[rate, loss, at])["gain"], beside=row["predicted"]) for rate in rates]
+            rows = [
+                [NAMES[loss], *(cell((row := cells[rate, loss, at])["gain"], beside=row["predicted"]) for rate in rates)]
                 for loss in losses
-            }
+            ]
             possible = cells[rates[0], losses[0], at]["possible"]
-            parts.append(grid(f"gain at KL {at:g}", [f"{rate:.0%} flipped" for rate in rates], lines))
-            parts[-1] += "" if possible is None else f"\nthe optimum (eq. 4) gains {possible:.2f}"
-        lines = {
-            NAMES[loss]: [f"{cell((row := cells[rate, loss, None])['gain'])}, {_beta(row['label'])}" for rate in rates]
+            note = "" if possible is None else f"the optimum (eq. 4) gains {possible:.2f}"
+            found.append(Grid(f"gain at KL {at:g}", columns, rows, note))
+        best = [
+            [NAMES[loss], *(f"{cell((row := cells[rate, loss, None])['gain'])}, {_beta(row['label'])}" for rate in rates)]
             for loss in losses
-        }
-        parts.append(grid("best beta", [f"{rate:.0%} flipped" for rate in rates], lines, width=40))
+        ]
         note = "gain in true reward over the reference, 95 % interval over prompts and seeds, [what the expected loss predicts]"
-        return "\n\n".join([*parts, note])
+        return [*found, Grid("best beta", columns, best, note)]
 
 
 def _of(results: Sequence[Result], loss: str, rate: float) -> list[Result]:

@@ -1,9 +1,10 @@
-"""Over-optimisation: true and learned reward as KL grows, for several sizes of model and of data, fitted as by Gao et al. 2022."""
+"""Over-optimisation: true and learned reward as KL grows, for sizes of model and data, with the fits of Gao et al. 2022."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dpo_jax.evals.overoptimisation import FORMS, GainFit, best_by, fit_gains, g
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.methods import PairMethod
 from dpo_jax.lab.ppo import PpoMethod
-from dpo_jax.lab.robust import grid
+from dpo_jax.lab.robust import Grid
 from dpo_jax.lab.robust_plot import Curve
 from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.lab.world import Prompts, Scored, with_interval
@@ -94,7 +95,7 @@ class Experiment:
                 fits = {form: fit_gains(kl, gains, form=form, seed=self.config.run.seed, runs=runs) for form in FORMS}
                 last = int(np.argmax(kl))
                 promised = {"kl": float(kl[last]), "true": float(gains[:, last].mean()), "learned": float(proxy[last])}
-                marks = {form: {**one._asdict(), "falls": one.falls, "words": one.words} for form, one in fits.items()}
+                marks = {form: _marks(one) for form, one in fits.items()}
                 found.append(
                     {
                         "width": width,
@@ -116,7 +117,10 @@ class Experiment:
                         self.config.run.seed,
                     )
                 )
-        return {"fits": found}, sorted(curves, key=lambda curve: list(self.sizes).index(int(curve.panel.rpartition(" ")[2])))
+        falls = [{"what": _name(row), "words": row["fits"][row["form"]]["words"]} for row in found]
+        return {"fits": found, "falls": falls}, sorted(
+            curves, key=lambda curve: list(self.sizes).index(int(curve.panel.rpartition(" ")[2]))
+        )
 
     def _rows(self, result: Result) -> list[dict[str, Any]]:
         """What was measured of each prompt at each point of a run."""
@@ -127,23 +131,27 @@ class Experiment:
             raise Unreadable(f"{file}: {found.words or 'lines are missing'}; delete the folder {file.parent}, and run again")
         return found.rows
 
-    def words(self, summary: Mapping[str, Any]) -> str:
-        """The table that is printed."""
-        lines = {}
+    def tables(self, summary: Mapping[str, Any]) -> list[Grid]:
+        """What is printed."""
+        rows = []
         for row in summary["fits"]:
             one, end = row["fits"][row["form"]], row["furthest"]
             a, b = (f"{one[name]:.2f} ({one[f'{name}_interval'][0]:.2f} to {one[f'{name}_interval'][1]:.2f})" for name in "ab")
             gains = f"{end['true']:.2f} and {end['learned']:.2f} at KL {end['kl']:.2f}"
-            lines[f"width {row['width']}, {row['prompts']:,} prompts, {row['method']}"] = [
-                FORMS[row["form"]],
-                a,
-                b,
-                one["words"],
-                gains,
-            ]
-        columns = ["form, d = sqrt(KL)", "a", "b", "true reward falls", "gain, true and learned"]
-        note = "95 % intervals over prompts and seeds; at the furthest point the learned reward promises what stands second"
-        return f"{grid('fit of the true reward', columns, lines, width=32)}\n\n{note}"
+            rows.append([_name(row), FORMS[row["form"]], a, b, one["words"], gains])
+        columns = ["form, d = sqrt(KL)", "a", "b", "true reward falls", "furthest: gain, true and learned"]
+        note = "95 % intervals over prompts and seeds; what the learned reward gains beyond the true one is over-optimisation"
+        return [Grid("fit of the true reward", columns, rows, note)]
+
+
+def _marks(fitted: GainFit) -> dict[str, Any]:
+    """A fit for a JSON file, where None stands for a curve that rises for ever."""
+    peak, ends = ([x if math.isfinite(x) else None for x in some] for some in ([fitted.falls_after], fitted.falls_interval))
+    return {**fitted._asdict(), "falls_after": peak[0], "falls_interval": ends, "falls": fitted.falls, "words": fitted.words}
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"width {row['width']}, {row['prompts']:,} prompts, {row['method']}"
 
 
 class Size:

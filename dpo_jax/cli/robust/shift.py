@@ -22,7 +22,7 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.methods import PairMethod
 from dpo_jax.lab.ppo import PpoMethod
-from dpo_jax.lab.robust import EQUAL_KL, Value, by_seed, cell, difference, gain_at_kl, gains_of, grid
+from dpo_jax.lab.robust import EQUAL_KL, Grid, Value, by_seed, cell, difference, gain_at_kl, gains_of
 from dpo_jax.lab.robust_plot import Curve
 from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.lab.world import World
@@ -82,16 +82,19 @@ class Experiment:
                     curves.append(Curve(panel, name, gains_of(of, base[number]), np.empty(0), np.empty(0)))
         return {"families": {name: list(f.topics) for name, f in self.families.items()}, "gains": found}, curves
 
-    def words(self, summary: Mapping[str, Any]) -> str:
-        """The tables that are printed."""
-        parts = []
+    def tables(self, summary: Mapping[str, Any]) -> list[Grid]:
+        """What is printed."""
+        found = []
         for tested, topics in summary["families"].items():
             for at in EQUAL_KL:
                 mine = [row for row in summary["gains"] if row["tested"] == tested and row["kl"] == at]
-                lines = {row["method"]: [cell(row[name]) for name in ("home", "away", "lost")] for row in mine}
-                corner = f"tested on {', '.join(topics)}: gain at KL {at:g}"
-                parts.append(grid(corner, ["trained on the same", "trained on the other", "lost by the shift"], lines))
-        return "\n\n".join([*parts, "gain in true reward over the reference, 95 % interval over prompts and seeds"])
+                rows = [[row["method"], *(cell(row[name]) for name in ("home", "away", "lost"))] for row in mine]
+                caption = f"tested on {', '.join(topics)}: gain at KL {at:g}"
+                found.append(Grid(caption, ["trained on the same", "trained on the other", "lost by the shift"], rows))
+        return [
+            *found[:-1],
+            found[-1]._replace(note="gain in true reward over the reference, 95 % interval over prompts and seeds"),
+        ]
 
 
 class Family:
