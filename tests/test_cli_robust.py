@@ -13,8 +13,8 @@ CONFIG = """\
 run: {{dir: {dir}}}
 data: {{source: reviews, reviews_train: 64, reviews_test: 24, max_length: 96, max_prompt_length: 48}}
 tokenizer: {{vocab_size: 450}}
-model: {{family: gpt_neox, width: 16, layers: 1, heads: 2, max_positions: 128}}
-sft: {{batch: 16, scored: all, lr: 1.0e-2, optimizer: adamw, warmup_steps: 2, epochs: 4}}
+model: {{family: gpt_neox, width: 32, layers: 1, heads: 2, max_positions: 128}}
+sft: {{batch: 16, scored: all, lr: 1.0e-2, optimizer: adamw, warmup_steps: 2, epochs: 8}}
 dpo: {{batch: 16, lr: 1.0e-3, warmup_steps: 2}}
 frontier:
   prompts: 24
@@ -32,7 +32,7 @@ frontier:
   ppo_batch: 8
   ppo_epochs: 1
   ppo_minibatches: 2
-robust: {{flip_rates: "0,0.25", losses: "dpo,robust,ipo", widths: "16,24", train_prompts: "6,24"}}
+robust: {{flip_rates: "0,0.25", losses: "dpo,robust,ipo", widths: "32,48", train_prompts: "12,24"}}
 """
 
 
@@ -98,12 +98,12 @@ def test_overoptimisation(place):
     assert all(row["proxy_low"] <= row["proxy"] for row in rows if row["method"] != "reference")
     cells = [(row["width"], row["prompts"], row["method"], row["form"]) for row in summary["fits"]]
     methods = (("best-of-n", "bon"), ("dpo", "rl"), ("ppo", "rl"))
-    assert cells == [(w, n, *method) for w in (16, 24) for n in (6, 24) for method in methods]
-    for width in (16, 24):
+    assert cells == [(w, n, *method) for w in (32, 48) for n in (12, 24) for method in methods]
+    for width in (32, 48):
         config = json.loads((place / "run" / f"width-{width}" / "sft" / "export" / "config.json").read_text())
         assert config["hidden_size"] == width
     assert "true reward falls" in out
-    (place / "run" / "robust-overoptimisation" / "runs" / "reference-width-16-seed0" / "prompts.jsonl").write_text("")
+    (place / "run" / "robust-overoptimisation" / "runs" / "reference-width-32-seed0" / "prompts.jsonl").write_text("")
     code, _, err = call("robust", place / "toy.yaml", "--robust.experiment", "overoptimisation", "--frontier.seeds", "1")
     assert code != 0
     assert "lines are missing; delete the folder" in err
@@ -120,7 +120,7 @@ def test_overoptimisation(place):
             ("--robust.experiment", "shift", "--robust.topics", "plots"),
             "robust.topics: must be some but not all of acting, plot",
         ),
-        (("--robust.experiment", "overoptimisation", "--robust.widths", "17"), "robust.widths: 17 does not divide among"),
+        (("--robust.experiment", "overoptimisation", "--robust.widths", "33"), "robust.widths: 33 does not divide among"),
         (("--robust.experiment", "overoptimisation", "--frontier.prompts", "8"), "robust.train_prompts: 24 are more than"),
         (("--frontier.methods", "dpo"), "--frontier.methods: robust does not read this option"),
     ],

@@ -79,7 +79,7 @@ def implied_margin(method: str, r: Array | float, *, rate: float, assumed: float
     ValueError for another method, and where robust DPO has no minimiser: it assumed more flips than the labels can hold.
 
     >>> [float(implied_margin(method, 4.0, rate=0.2).round(2)) for method in METHODS]
-    [1.31, 0.73, 4.0, 0.29]
+    [1.32, 0.72, 4.0, 0.29]
     """
     if method == "ipo":
         return (1 - 2 * rate) * np.tanh(np.asarray(r, np.float64) / 2) / 2
