@@ -94,16 +94,18 @@ def test_shift(place):
 
 def test_overoptimisation(place):
     out, rows, summary = robust(place, "overoptimisation", "--frontier.seeds", "1")
-    assert len(rows) == 2 + 2 * 2 * 2 * 2  # two references; widths, sizes of data, methods, evaluations
-    assert all(row["proxy_low"] <= row["proxy"] for row in rows if row["method"] != "reference")
+    assert len(rows) == 2 * 2 * 3 * 2  # widths, sizes of data, methods, points: N of 2 and 4, or evaluations
+    assert all(float(row["proxy_low"]) <= float(row["proxy"]) <= float(row["proxy_high"]) for row in rows)
     cells = [(row["width"], row["prompts"], row["method"], row["form"]) for row in summary["fits"]]
     methods = (("best-of-n", "bon"), ("dpo", "rl"), ("ppo", "rl"))
-    assert cells == [(w, n, *method) for w in (32, 48) for n in (12, 24) for method in methods]
+    assert cells == [(w, n, *method) for w in (32, 48) for method in methods for n in (12, 24)]
     for width in (32, 48):
         config = json.loads((place / "run" / f"width-{width}" / "sft" / "export" / "config.json").read_text())
         assert config["hidden_size"] == width
     assert "true reward falls" in out
-    (place / "run" / "robust-overoptimisation" / "runs" / "reference-width-32-seed0" / "prompts.jsonl").write_text("")
+    (place / "run" / "robust-overoptimisation" / "runs" / "best-of-n-width-32-prompts-12-seed0" / "prompts.jsonl").write_text(
+        ""
+    )
     code, _, err = call("robust", place / "toy.yaml", "--robust.experiment", "overoptimisation", "--frontier.seeds", "1")
     assert code != 0
     assert "lines are missing; delete the folder" in err

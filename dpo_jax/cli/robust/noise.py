@@ -12,6 +12,7 @@ import numpy as np
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.robust.runs import REFERENCE, unflipped
 from dpo_jax.cli.robust.setup import Setup, make_reference, per_prompt
+from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.frontier import Optimum, optimum
 from dpo_jax.lab.methods import PairData, PairMethod
 from dpo_jax.lab.noise import flipped, predicted_curve
@@ -20,9 +21,13 @@ from dpo_jax.lab.robust import EQUAL_KL, Grid, best_setting, by_seed, cell, curv
 from dpo_jax.lab.robust_plot import Curve
 from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.losses import dpo_loss, ipo_loss, robust_loss
+from dpo_jax.shapes import fit
+from dpo_jax.untrusted import Unreadable, read_lines
+from dpo_jax.writing import writing
 
 NAMES = {"dpo": "DPO", "cdpo": "conservative DPO", "robust": "robust DPO", "ipo": "IPO"}
 LOSSES = {"dpo": dpo_loss, "cdpo": dpo_loss, "robust": robust_loss, "ipo": ipo_loss}
+REWARDS = "rewards.jsonl"  # in the folder of the reference's run: true rewards of its samples, a line for each prompt
 LINES = "what the expected loss predicts"
 prepare = make_reference
 
@@ -35,6 +40,10 @@ class Experiment:
     def perform(self, run: Run, folder: Path) -> list[dict[str, float]]:
         world = self.setup.world
         if run.method == REFERENCE:
+            _, scored = self.setup.reference_samples(world)
+            with writing(folder / REWARDS) as file:
+                rewards = per_prompt(scored.rewards, run.settings["samples"]).tolist()
+                file.writelines(json_text({"rewards": row}) + "\n" for row in rewards)
             return [{"step": 0.0, **world.measure(world.reference)}]
         rate, beta = run.settings["rate"], run.settings["beta"]
         with self.setup.making:
@@ -59,10 +68,9 @@ class Experiment:
     def summary(self, results: Sequence[Result]) -> tuple[dict[str, Any], list[Curve]]:
         """For each share of flips and loss: gain at equal KL, the predicted one and that of eq. 4; and its best beta. And what
         the figure shows."""
-        prompts, scored = self.setup.reference_samples(self.setup.world)
-        rewards = per_prompt(scored.rewards, len(prompts.ids) // self.config.frontier.optimum_samples)
+        (start,) = (r for r in results if r.run.method == REFERENCE)
+        reference, rewards = start.points[-1]["reward"], self._rewards(start.run)
         best = optimum(rewards, BETAS, seed=self.config.run.seed)
-        reference = next(r.points[-1]["reward"] for r in results if r.run.method == REFERENCE)
         found, curves = [], []
         for rate in self.config.robust.rates():
             for loss in self.config.robust.chosen():
@@ -79,6 +87,16 @@ class Experiment:
                 found.append({"rate": rate, "loss": loss, "kl": None, **best_setting(mine, reference=reference)})
                 curves.append(_curve(f"{rate:.0%} flipped", loss, mine, reference, (kl, reward), best))
         return {"reference": reference, "reach": best.reach, "gains": found}, curves
+
+    def _rewards(self, run: Run) -> np.ndarray:
+        """True rewards [P, M] of the reference's own samples."""
+        file = self.setup.folder / "runs" / run.name / REWARDS
+        shape = {"rewards": [float]}
+        found = read_lines(file, lambda row: fit(row, shape, "no such row"))
+        lengths = {len(row["rewards"]) for row in found.rows}
+        if found.damaged or lengths != {run.settings["samples"]}:
+            raise Unreadable(f"{file}: {found.words or 'samples are missing'}; delete the folder {file.parent}, and run again")
+        return np.array([row["rewards"] for row in found.rows])
 
     def tables(self, summary: Mapping[str, Any]) -> list[Grid]:
         """What is printed."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.config.lab import numbers
-from dpo_jax.cli.robust.runs import REFERENCE, at_width
+from dpo_jax.cli.robust.runs import at_width
 from dpo_jax.cli.robust.setup import Setup, make_reference, per_prompt
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.terminal import json_text
@@ -25,19 +25,29 @@ from dpo_jax.lab.ppo import PpoMethod
 from dpo_jax.lab.robust import Grid
 from dpo_jax.lab.robust_plot import Curve
 from dpo_jax.lab.sweep import Result, Run
-from dpo_jax.lab.world import Prompts, Scored, with_interval
+from dpo_jax.lab.world import Observed, Prompts, Scored, with_interval
 from dpo_jax.losses import dpo_loss
 from dpo_jax.shapes import fit
 from dpo_jax.types import Variables
 from dpo_jax.untrusted import Unreadable, read_lines
 from dpo_jax.writing import writing
 
-PROMPTS = "prompts.jsonl"  # in the folder of a run: for each of its points the values of every prompt
+PROMPTS = "prompts.jsonl"  # in the folder of a run: values of every prompt, of the reference and then of each point of the run
 ROW = {"reward": [float], "proxy": [float], "kl": [float]}
 FORM = {"best-of-n": "bon", "dpo": "rl", "ppo": "rl"}  # as Gao et al. fit them; the other form is fitted, too
 LINES = "fits to the true reward; hollow: the learned one"
 POINTS = 40  # of a drawn curve
-Cell = tuple[int, int]  # width, prompts
+Row = dict[str, np.ndarray]
+"""True reward, learned reward and KL in nats of each prompt: float64[P] each."""
+
+
+class Measured(NamedTuple):
+    """What is fitted: n points of several runs (seeds), as gains over the reference."""
+
+    kl: np.ndarray  # float64[n], nats
+    gains: np.ndarray  # float64[P, n], in true reward
+    proxy: np.ndarray  # float64[n], in the learned one
+    runs: np.ndarray  # int64[n], of which run each point is
 
 
 def prepare(config: Config) -> None:
@@ -52,82 +62,43 @@ class Experiment:
         self.shared = {"widths": {str(w): size.setup.shared for w, size in self.sizes.items()}}
 
     def perform(self, run: Run, folder: Path) -> list[dict[str, float]]:
-        size, rows = self.sizes[run.settings["width"]], []
-        measure = functools.partial(_measure, size, rows, self._proxy(run))
-        if run.method == REFERENCE:
-            points = [{"step": 0.0, **measure(size.setup.world.reference)}]
-        else:
-            points = size.train(run, folder, measure=measure, evaluations=self.config.frontier.evaluations)
+        points, rows = self.sizes[run.settings["width"]].perform(run, folder)
         with writing(folder / PROMPTS) as file:
-            file.writelines(json_text(row) + "\n" for row in rows)
+            file.writelines(json_text({name: values.tolist() for name, values in row.items()}) + "\n" for row in rows)
         return points
-
-    def _proxy(self, run: Run) -> Callable[[Sequence[str], Sequence[str]], Mapping[str, np.ndarray]]:
-        """The learned rewards that judge a run: of the reference all, by their number of prompts."""
-        size = self.sizes[run.settings["width"]]
-        counts = self.config.robust.counts("train_prompts") if run.method == REFERENCE else [run.settings["prompts"]]
-        with size.setup.making:
-            judges = {count: size.reward(count) for count in counts}
-        if run.method != REFERENCE:
-            return lambda prompts, texts: {"proxy": judges[counts[0]](prompts, texts)}
-        return lambda prompts, texts: {f"proxy_{count}": judge(prompts, texts) for count, judge in judges.items()}
 
     def summary(self, results: Sequence[Result]) -> tuple[dict[str, Any], list[Curve]]:
         """For each width, number of prompts and method: both forms, fitted, and what the learned reward promised at the end."""
+        section, seed = self.config.robust, self.config.run.seed
         found, curves = [], []
-        for width, size in self.sizes.items():
-            (base,) = (self._rows(r) for r in results if r.run.method == REFERENCE and r.run.settings["width"] == width)
-            best_of = size.best_of(numbers(self.config.frontier.best_of), self.config.robust.counts("train_prompts"))
-            for count, method in itertools.product(self.config.robust.counts("train_prompts"), FORM):
-                if method == "best-of-n":
-                    kl, gains, proxy, runs = best_of[count]
-                else:
-                    mine = [
-                        r
-                        for r in results
-                        if r.run.method == method and (r.run.settings["width"], r.run.settings["prompts"]) == (width, count)
-                    ]
-                    rows = [(number, row) for number, result in enumerate(mine) for row in self._rows(result)]
-                    kl = np.array([np.mean(row["kl"]) for _, row in rows])
-                    gains = np.array([row["reward"] for _, row in rows]).T - np.array(base[0]["reward"])[:, None]
-                    proxy = np.array([np.mean(row["proxy"]) for _, row in rows]) - np.mean(base[0][f"proxy_{count}"])
-                    runs = [number for number, _ in rows]
-                fits = {form: fit_gains(kl, gains, form=form, seed=self.config.run.seed, runs=runs) for form in FORMS}
-                last = int(np.argmax(kl))
-                promised = {"kl": float(kl[last]), "true": float(gains[:, last].mean()), "learned": float(proxy[last])}
-                marks = {form: _marks(one) for form, one in fits.items()}
-                found.append(
-                    {
-                        "width": width,
-                        "prompts": count,
-                        "method": method,
-                        "form": FORM[method],
-                        "fits": marks,
-                        "furthest": promised,
-                    }
-                )
-                curves.append(
-                    _curve(
-                        f"{method}, width {width}",
-                        f"{count:,} prompts",
-                        kl,
-                        gains,
-                        proxy,
-                        fits[FORM[method]],
-                        self.config.run.seed,
-                    )
-                )
+        for width, method, count in itertools.product(section.counts("widths"), FORM, section.counts("train_prompts")):
+            cell = {"width": width, "prompts": count}
+            mine = [r for r in results if r.run.method == method and cell.items() <= r.run.settings.items()]
+            measured = self._measured(mine)
+            kl, gains, proxy, runs = measured
+            fits = {form: fit_gains(kl, gains, form=form, seed=seed, runs=runs) for form in FORMS}
+            last = int(np.argmax(kl))
+            furthest = {"kl": float(kl[last]), "true": float(gains[:, last].mean()), "learned": float(proxy[last])}
+            marks = {form: _marks(one) for form, one in fits.items()}
+            found.append({**cell, "method": method, "form": FORM[method], "fits": marks, "furthest": furthest})
+            curves.append(_curve(f"{method}, width {width}", f"{count:,} prompts", measured, fits[FORM[method]], seed))
         falls = [{"what": _name(row), "words": row["fits"][row["form"]]["words"]} for row in found]
-        return {"fits": found, "falls": falls}, sorted(
-            curves, key=lambda curve: list(self.sizes).index(int(curve.panel.rpartition(" ")[2]))
-        )
+        return {"fits": found, "falls": falls}, curves
+
+    def _measured(self, results: Sequence[Result]) -> Measured:
+        kl, gains, proxy, runs = [], [], [], []
+        for number, result in enumerate(results):
+            base, *rows = self._rows(result)
+            kl += [np.mean(row["kl"]) for row in rows]
+            gains += [np.array(row["reward"]) - np.array(base["reward"]) for row in rows]
+            proxy += [np.mean(row["proxy"]) - np.mean(base["proxy"]) for row in rows]
+            runs += [number] * len(rows)
+        return Measured(np.array(kl), np.stack(gains, axis=1), np.array(proxy), np.array(runs))
 
     def _rows(self, result: Result) -> list[dict[str, Any]]:
-        """What was measured of each prompt at each point of a run."""
         file = self.folder / "runs" / result.run.name / PROMPTS
-        shape = ROW if result.run.method != REFERENCE else {"reward": [float], "kl": [float], str: [float]}
-        found = read_lines(file, lambda row: fit(row, shape, "no such row"))
-        if found.damaged or len(found.rows) != len(result.points):
+        found = read_lines(file, lambda row: fit(row, ROW, "no such row"))
+        if found.damaged or len(found.rows) != len(result.points) + 1:
             raise Unreadable(f"{file}: {found.words or 'lines are missing'}; delete the folder {file.parent}, and run again")
         return found.rows
 
@@ -161,6 +132,8 @@ class Size:
         self.setup = Setup(config, folder)
         self._rewards: dict[int, Reward] = {}
         self._dpo: dict[int, PairMethod] = {}
+        self._base: Observed | None = None  # the reference on the test prompts
+        self._drawn: tuple[Prompts, Scored] | None = None
 
     @functools.cached_property
     def pairs(self) -> Sequence[Encoded]:
@@ -187,59 +160,56 @@ class Size:
             self._dpo[count] = self.setup.method(world, self.setup.data(world, self.first(count)), dpo_loss)
         return self._dpo[count]
 
-    def train(self, run: Run, folder: Path, **options: Any) -> list[dict[str, float]]:
+    def perform(self, run: Run, folder: Path) -> tuple[list[dict[str, float]], list[Row]]:
+        """The points of a run, and the values of every prompt: of the reference, and then of each point."""
         count = run.settings["prompts"]
-        if run.method == "ppo":
-            with self.setup.making:
-                method, reward = self.ppo, self.reward(count)
-            return self.setup.train_ppo(method, run, folder, reward, **options)[0]
         with self.setup.making:
-            method = self.dpo(count)
-        return method.train(folder, settings={"beta": run.settings["beta"]}, seed=run.seed, **options)[0]
+            reward = self.reward(count)
+            if run.method == "best-of-n":
+                return self._best_of(run, reward)
+            if self._base is None:
+                self._base = self.setup.world.observe(self.setup.world.reference)
+            method = self.ppo if run.method == "ppo" else self.dpo(count)
+        rows = [self._row(self._base, reward)]
 
-    @functools.cached_property
-    def drawn(self) -> tuple[Prompts, Scored]:
-        return self.setup.reference_samples(self.setup.world)
+        def measure(variables: Variables) -> dict[str, float]:
+            found = self.setup.world.observe(variables)
+            rows.append(self._row(found, reward))
+            return {**self.setup.world.point(found), **with_interval("proxy", rows[-1]["proxy"], self.setup.world.seed)}
 
-    def best_of(
-        self, several: Sequence[float], counts: Sequence[int]
-    ) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]]:
-        """Best-of-N by each learned reward: KL [n], gains in true reward [P, n] and in the learned one [n], and one run."""
-        prompts, scored = self.drawn
-        shape = len(prompts.ids) // self.setup.config.frontier.optimum_samples
-        true = per_prompt(scored.rewards, shape)
-        ns = [int(n) for n in several if 1 < n <= true.shape[1]]
-        found = {}
-        for count in counts:
-            proxy = per_prompt(self.reward(count)(prompts.texts, scored.completions.texts), shape)
-            best = [best_of_n(proxy, n) for n in ns]
-            gains = np.stack([best_by(proxy, true, n) for n in ns], axis=1) - true.mean(axis=1, keepdims=True)
-            promised = np.array([one.reward.mean() for one in best]) - proxy.mean()
-            found[count] = np.array([one.kl.mean() for one in best]), gains, promised, [0] * len(ns)
-        return found
+        options: dict[str, Any] = {"evaluations": self.setup.config.frontier.evaluations, "measure": measure}
+        if isinstance(method, PpoMethod):
+            points, _ = self.setup.train_ppo(method, run, folder, reward, **options)
+        else:
+            points, _ = method.train(folder, settings={"beta": run.settings["beta"]}, seed=run.seed, **options)
+        return points, rows
 
+    def _row(self, found: Observed, reward: Reward) -> Row:
+        proxy = np.asarray(reward(self.setup.world.test.texts, found.completions.texts), np.float64)
+        return {"reward": found.rewards, "proxy": proxy, "kl": np.asarray(found.kl, np.float64)}
 
-def _measure(
-    size: Size,
-    rows: list[dict[str, list[float]]],
-    judge: Callable[[Sequence[str], Sequence[str]], Mapping[str, np.ndarray]],
-    variables: Variables,
-) -> dict[str, float]:
-    """A point of a policy with what learned rewards say of it; the values of each prompt go to `rows`."""
-    world = size.setup.world
-    found = world.observe(variables)
-    judged = judge(world.test.texts, found.completions.texts)
-    rows.append(
-        {name: np.asarray(x, np.float64).tolist() for name, x in {"reward": found.rewards, "kl": found.kl, **judged}.items()}
-    )
-    point = world.point(found)
-    for name, values in judged.items():
-        point |= with_interval(name, np.asarray(values, np.float64), world.seed)
-    return point
+    def _best_of(self, run: Run, reward: Reward) -> tuple[list[dict[str, float]], list[Row]]:
+        """Best-of-N by a learned reward, from samples of the reference."""
+        if self._drawn is None:
+            self._drawn = self.setup.reference_samples(self.setup.world)
+        prompts, scored = self._drawn
+        judged = reward(prompts.texts, scored.completions.texts)
+        true, proxy = (per_prompt(values, run.settings["samples"]) for values in (scored.rewards, judged))
+        ns = [1, *(int(n) for n in numbers(run.settings["best_of"]) if 1 < n <= true.shape[1])]
+        best = [best_of_n(proxy, n) for n in ns]
+        rows = [{"reward": best_by(proxy, true, one.n), "proxy": one.reward, "kl": one.kl} for one in best]
+        points = []
+        for one, row in zip(best[1:], rows[1:], strict=True):
+            point = {"step": float(one.n), "kl_bound": one.kl_bound}
+            for name, values in row.items():
+                point |= with_interval(name, values, run.seed)
+            points.append(point)
+        return points, rows
 
 
-def _curve(panel: str, name: str, kl: np.ndarray, gains: np.ndarray, proxy: np.ndarray, fitted: GainFit, seed: int) -> Curve:
-    ends = [with_interval("gain", column, seed) for column in gains.T]
-    points = [(x, e["gain"], e["gain_low"], e["gain_high"]) for x, e in zip(kl.tolist(), ends, strict=True)]
-    line = np.linspace(0.0, np.sqrt(kl.max()), POINTS) ** 2
-    return Curve(panel, name, points, line, gain_at(fitted, line), list(zip(kl.tolist(), proxy.tolist(), strict=True)))
+def _curve(panel: str, name: str, measured: Measured, fitted: GainFit, seed: int) -> Curve:
+    kl = measured.kl.tolist()
+    ends = [with_interval("gain", column, seed) for column in measured.gains.T]
+    points = [(x, e["gain"], e["gain_low"], e["gain_high"]) for x, e in zip(kl, ends, strict=True)]
+    line = np.linspace(0.0, np.sqrt(max(kl)), POINTS) ** 2
+    return Curve(panel, name, points, line, gain_at(fitted, line), list(zip(kl, measured.proxy.tolist(), strict=True)))

@@ -27,7 +27,7 @@ def noise(config: Config) -> list[Run]:
         raise ConfigError("frontier.labels: the theory of label noise is that of bradley_terry labels; leave it out")
     losses = {rate: section.chosen() if rate else dict.fromkeys(map(unflipped, section.chosen())) for rate in section.rates()}
     return [
-        Run(REFERENCE, "", {}, config.run.seed),
+        Run(REFERENCE, "", _sampled(config), config.run.seed),
         *(
             Run(loss, f"flipped {rate:g} beta {beta:g}", {"rate": rate, "beta": beta}, seed)
             for rate, of_rate in losses.items()
@@ -70,7 +70,7 @@ def shift(config: Config) -> list[Run]:
 
 
 def overoptimisation(config: Config) -> list[Run]:
-    """For each size of model and data the runs that go furthest: DPO's least beta, and PPO's largest target KL."""
+    """For each size of model and data Best-of-N, and the runs that go furthest: DPO's least beta, PPO's largest target KL."""
     if config.dpo.policy is not None or config.model.path is not None:
         name = "dpo.policy" if config.dpo.policy is not None else "model.path"
         raise ConfigError(f"{name}: models of several widths are trained from section model; leave it out")
@@ -86,7 +86,11 @@ def overoptimisation(config: Config) -> list[Run]:
     beta, kl = min(numbers(config.frontier.dpo_betas)), max(numbers(config.frontier.ppo_kls))
     widths, sizes = section.counts("widths"), section.counts("train_prompts")
     return [
-        *(Run(REFERENCE, f"width {width}", {"width": width}, config.run.seed) for width in widths),
+        *(
+            Run("best-of-n", f"width {width} prompts {n}", {"width": width, "prompts": n, **_sampled(config)}, config.run.seed)
+            for width in widths
+            for n in sizes
+        ),
         *(
             Run(
                 method,
@@ -113,6 +117,13 @@ def at_width(config: Config, width: int) -> Config:
 
 def _seeds(config: Config) -> range:
     return range(config.run.seed, config.run.seed + config.frontier.seeds)
+
+
+def _sampled(config: Config) -> dict[str, Any]:
+    """What results of the reference's own samples depend on."""
+    section = config.frontier
+    best_of = {"best_of": section.best_of} if config.robust.experiment == "overoptimisation" else {}
+    return {"samples": section.optimum_samples, "sampled_prompts": section.optimum_prompts, **best_of}
 
 
 def _ppo(config: Config) -> dict[str, Any]:

@@ -128,6 +128,6 @@ def _shared(config: Config, digest: str, world: World) -> dict[str, Any]:
     }
 
 
-def per_prompt(rewards: np.ndarray, prompts: int) -> np.ndarray:
-    """Values of several completions of each prompt, one behind the other, as [P, M]."""
-    return np.asarray(rewards, np.float64).reshape(prompts, -1)
+def per_prompt(values: np.ndarray, samples: int) -> np.ndarray:
+    """Values of so many samples of each prompt, one behind the other, as float64[P, samples]."""
+    return np.asarray(values, np.float64).reshape(-1, samples)
