@@ -90,7 +90,7 @@ def test_predicted_curves():
         np.testing.assert_allclose(reward, best.reward, atol=1e-9)
     flipless, turned = (predicted_curve("ipo", rewards, [b * f for b in (0.2, 0.1)], rate=e) for e, f in ((0, 1), (0.3, 0.4)))
     np.testing.assert_allclose(flipless, turned, atol=1e-9)
-    kl, reward = predicted_curve("dpo", rewards, [1.0], rate=0.3)
+    kl, reward = predicted_curve("dpo", rewards, [0.2], rate=0.3)
     exact_kl, exact = predicted_curve("dpo", rewards, np.geomspace(20, 0.5, 60), rate=0.0)
     assert reward[0] < np.interp(kl[0], exact_kl, exact) - 0.05
 

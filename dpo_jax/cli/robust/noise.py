@@ -84,7 +84,7 @@ class Experiment:
                     found.append(
                         {"rate": rate, "loss": loss, "kl": at, "gain": gain, "predicted": theory[at], "possible": possible}
                     )
-                found.append({"rate": rate, "loss": loss, "kl": None, **best_setting(mine, reference=reference)})
+                found.append({"rate": rate, "loss": loss, "kl": None, "best": best_setting(mine, reference=reference)})
                 curves.append(_curve(f"{rate:.0%} flipped", loss, mine, reference, (kl, reward), best))
         return {"reference": reference, "reach": best.reach, "gains": found}, curves
 
@@ -111,10 +111,7 @@ class Experiment:
             possible = cells[rates[0], losses[0], at]["possible"]
             note = "" if possible is None else f"the optimum (eq. 4) gains {possible:.2f}"
             found.append(Grid(f"gain at KL {at:g}", columns, rows, note))
-        best = [
-            [NAMES[loss], *(f"{cell((row := cells[rate, loss, None])['gain'])}, {_beta(row['label'])}" for rate in rates)]
-            for loss in losses
-        ]
+        best = [[NAMES[loss], *(_best(cells[rate, loss, None]["best"]) for rate in rates)] for loss in losses]
         note = "gain in true reward over the reference, 95 % interval over prompts and seeds, [what the expected loss predicts]"
         return [*found, Grid("best beta", columns, best, note)]
 
@@ -132,5 +129,6 @@ def _curve(
     return Curve(panel, NAMES[loss], gains_of(mine, reference), kl[inside], reward[inside] - best.reference)
 
 
-def _beta(label: str) -> str:
-    return label[label.index("beta") :]
+def _best(best: Mapping[str, Any]) -> str:
+    """The gain at the best beta, and where that is."""
+    return f"{cell(best['gain'])}, {best['label'][best['label'].index('beta') :]}, KL {best['kl']:.2f}"
