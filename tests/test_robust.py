@@ -1,6 +1,7 @@
 """Robustness: what theory says of flipped labels, flips themselves, topics of prompts, and the fits of over-optimisation."""
 
 import dataclasses
+import doctest
 import functools
 import json
 import math
@@ -10,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax.data import reviews
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.groups import group_pairs
 from dpo_jax.data.reviews import TOPICS, review_prompts
+from dpo_jax.evals import overoptimisation
 from dpo_jax.evals.frontier import best_of_n, optimum
 from dpo_jax.evals.overoptimisation import best_by, fit_gains, gain_at
+from dpo_jax.lab import noise, seeds
 from dpo_jax.lab.methods import PairData
 from dpo_jax.lab.noise import METHODS, flipped, flips, implied_margin, implied_scores, predicted_curve
 from dpo_jax.lab.robust import gain_at_kl
@@ -202,3 +206,9 @@ def tables_of(folder):
     section = robustness([read_run(folder, name="r")])
     assert section is not None
     return [block for block in section.blocks if isinstance(block, Table)]
+
+
+@pytest.mark.parametrize("module", [noise, overoptimisation, reviews, seeds], ids=lambda module: module.__name__)
+def test_the_examples_of_the_docstrings(module):
+    found = doctest.testmod(module, extraglobs={"np": np})
+    assert (found.failed, found.attempted > 0) == (0, True)

@@ -38,7 +38,7 @@ def plot_curves(curves: Sequence[Curve], path: str | os.PathLike[str], *, line: 
     styles = dict(zip(dict.fromkeys(curve.name for curve in curves), itertools.cycle(STYLES), strict=False))
     columns = min(3 if len(panels) % 3 == 0 else 2, len(panels))
     count = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 0.9 + 3.1 * count), layout="constrained")
+    figure = Figure(figsize=(4.6 * columns, 1.1 + 3.1 * count), layout="constrained")
     grid = figure.subplots(count, columns, squeeze=False, sharey="row")
     for axes, panel in zip(grid.ravel(), panels, strict=False):
         for curve in (curve for curve in curves if curve.panel == panel):
@@ -62,7 +62,12 @@ def plot_curves(curves: Sequence[Curve], path: str | os.PathLike[str], *, line: 
         axes.remove()
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(
-        handles.values(), handles.keys(), loc="outside upper left", ncols=4, frameon=False, title=line and f"lines: {line}"
+        handles.values(),
+        handles.keys(),
+        loc="outside upper left",
+        ncols=columns,
+        frameon=False,
+        title=line and f"lines: {line}",
     )
     figure.supxlabel("KL(policy || reference), nats per completion (root scale)", fontsize="medium")
     figure.supylabel("gain in reward over the reference", fontsize="medium")
