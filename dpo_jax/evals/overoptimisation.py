@@ -175,7 +175,7 @@ def _maximum(a: float, b: float, form: str) -> float:
         return math.inf
     # d = a / (2 b), or log d = a / b - 1
     d = max(a / (2 * b), 0.0) if form == "bon" else math.exp(min(a / b - 1, 300.0))
-    return d**2
+    return float(d**2)
 
 
 def best_by(proxy: Array, rewards: Array, n: int) -> np.ndarray:
