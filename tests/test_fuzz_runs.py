@@ -58,6 +58,9 @@ RESULTS = "method,label,seed,step,kl,reward,reward_low,reward_high\n" + "".join(
     f"dpo,beta 1,0,{kl},{kl},{reward},{reward - 0.2},{reward + 0.2}\n" for kl, reward in ((1, 3), (4, 5), (9, 4))
 )
 
+ROBUST = {"tables": [{"caption": "gain at KL 1", "columns": ["10% flipped"], "rows": [["DPO", "4.00"]], "note": "n"}]}
+ROBUST |= {"falls": [{"what": "ppo", "words": "after KL 3.00"}]}
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -80,6 +83,7 @@ def whole(tmp_path_factory):
         "agree": {"agreement.json": {"study": "1", "names": {"a": "dpo", "b": "ppo"}, **table}},
         "audit": {"data_report.json": {"train": AUDITED, "test": AUDITED}},
         "frontier": {"summary.json": {"at_equal_kl": AT_KL}},
+        "robust-noise": {"summary.json": ROBUST},
         "dpo": {"bad_batch.json": {"step": 3, "uids": ["a:1", "a:2"], "metrics": {"loss": "nan", "grad_norm": 3.5}}},
     }
     for stage, files in written.items():
@@ -100,6 +104,7 @@ FILES = (
     *("dpo/metrics.jsonl", "sft/metrics.jsonl", "dpo/config.yaml", "dpo/env.json", "dpo/data_report.json"),
     *("dpo/bad_batch.json", "dpo/resumes.jsonl", "eval/report.json", "eval/samples.jsonl", "rewards/report.json"),
     *("judge/report.json", "agree/agreement.json", "audit/data_report.json", "frontier/summary.json", "frontier/results.csv"),
+    "robust-noise/summary.json",
 )
 
 
@@ -127,7 +132,15 @@ def test_a_whole_run_has_a_page_without_a_complaint(whole, tmp_path):
     assert code == 0
     assert "cannot be" not in printed + page
     assert "could not be shown" not in page
-    for words in ("beta 1", "RewardBench", "H-H agree", "4 pairs: Leave them out.", "Methods at equal KL", "Over-optimised"):
+    for words in (
+        "beta 1",
+        "RewardBench",
+        "H-H agree",
+        "4 pairs: Leave them out.",
+        "Methods at equal KL",
+        "Over-optimised",
+        "10% flipped",
+    ):
         assert words in page
 
 

@@ -24,8 +24,10 @@ def robustness(runs: Sequence[RunRecord]) -> Section | None:
             blocks.append(Figures([(stage.path / "robust.png", caption)], size="wide"))
         for table in stage.read_object("summary.json", ROBUST).get("tables", []):
             columns, rows = [table["caption"], *table["columns"]], table["rows"]
-            if all(len(row) == len(columns) for row in rows):
-                blocks.append(Table(columns, rows, caption=of(run, runs, experiment), note=table["note"]))
+            if any(len(row) != len(columns) for row in rows):
+                stage.problems.append(f"summary.json: a row of {table['caption']!r} has more or fewer cells than the table")
+                continue
+            blocks.append(Table(columns, rows, caption=of(run, runs, experiment), note=table["note"]))
     falls = [[of(run, runs, what), *cells] for run in runs for what, *cells in _falls(run)]
     if falls:
         note = (

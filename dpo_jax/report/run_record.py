@@ -87,7 +87,8 @@ class Stage:
         try:
             return reader(path)
         except (OSError, Unreadable) as error:
-            self.problems.append(f"{file} cannot be read: {error}")
+            if (words := f"{file} cannot be read: {error}") not in self.problems:  # several sections may read it
+                self.problems.append(words)
             return otherwise
 
     def read_object(self, file: str, shape: Shape) -> dict[str, Any]:
