@@ -388,7 +388,9 @@ def test_a_padding_token_within_a_text_is_trained(tmp_path):
     assert any(5 in pair.prompt for pair in pairs)
     assert json.loads((work.model / "config.json").read_text())["pad_token_id"] == 5
     names = {"torch-cached": torch_python(), "jax-attention": sys.executable}
-    results = {name: race.run_one(work, name, steps=work.longest_run, python=python, weights=True) for name, python in names.items()}
+    results = {
+        name: race.run_one(work, name, steps=work.longest_run, python=python, weights=True) for name, python in names.items()
+    }
     weights = updates.compare(work.model, {name: work.weights(name) for name in names})
     found = gates.check(results, precision="float32", updates=weights)
     assert found["grad_norm"] < 1e-5

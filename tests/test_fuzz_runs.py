@@ -64,6 +64,9 @@ RESULTS = (
     for run, kl, reward in (("reference,", 0, 1), ("dpo,beta 1", 1, 3), ("dpo,beta 1", 4, 5), ("dpo,beta 1", 9, 4))
 )
 
+ROBUST = {"tables": [{"caption": "gain at KL 1", "columns": ["10% flipped"], "rows": [["DPO", "4.00"]], "note": "n"}]}
+ROBUST |= {"falls": [{"what": "ppo", "words": "after KL 3.00"}]}
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -86,6 +89,7 @@ def whole(tmp_path_factory):
         "agree": {"agreement.json": {"study": "1", "names": {"a": "dpo", "b": "ppo"}, **table}},
         "audit": {"data_report.json": {"train": AUDITED, "test": AUDITED}},
         "frontier": {"summary.json": {"at_equal_kl": AT_KL, "second_reward": {"name": "vader", "words": "", "gains": [GAIN]}}},
+        "robust-noise": {"summary.json": ROBUST},
         "dpo": {"bad_batch.json": {"step": 3, "uids": ["a:1", "a:2"], "metrics": {"loss": "nan", "grad_norm": 3.5}}},
     }
     for stage, files in written.items():
@@ -106,6 +110,7 @@ FILES = (
     *("dpo/metrics.jsonl", "sft/metrics.jsonl", "dpo/config.yaml", "dpo/env.json", "dpo/data_report.json"),
     *("dpo/bad_batch.json", "dpo/resumes.jsonl", "eval/report.json", "eval/samples.jsonl", "rewards/report.json"),
     *("judge/report.json", "agree/agreement.json", "audit/data_report.json", "frontier/summary.json", "frontier/results.csv"),
+    "robust-noise/summary.json",
 )
 
 
@@ -135,7 +140,15 @@ def test_a_whole_run_has_a_page_without_a_complaint(whole, tmp_path):
     assert code == 0
     assert "cannot be" not in printed + page
     assert "could not be shown" not in page
-    for words in ("beta 1", "RewardBench", "H-H agree", "4 pairs: Leave them out.", "Methods at equal KL", "Over-optimised"):
+    for words in (
+        "beta 1",
+        "RewardBench",
+        "H-H agree",
+        "4 pairs: Leave them out.",
+        "Methods at equal KL",
+        "Over-optimised",
+        "10% flipped",
+    ):
         assert words in page
 
 

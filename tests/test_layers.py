@@ -37,6 +37,7 @@ ONLY_IN = {
     "matplotlib": [
         "evals/frontier_panels.py",
         *("plotting/drawing.py", "plotting/training_curves.py", "evals/frontier_plot.py", "evals/calibration_plot.py"),
+        "lab/robust_plot.py",
         "judge/win_rates_plot.py",
         "bench/plots.py",
     ],

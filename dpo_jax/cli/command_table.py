@@ -60,6 +60,11 @@ def _experiment(*fields: str) -> tuple[str, ...]:
     return tuple(f"frontier.{field}" for field in ("reward", "classifier", "max_new_tokens", "sample_batch", "fast", *fields))
 
 
+_SWEPT = (
+    *_experiment("prompts", "test_prompts", "optimum_prompts", "optimum_samples", "completions", "labels", "evaluations"),
+    *(f"frontier.{field}" for field in ("dpo_betas", "best_of", "seeds", "reward_model_epochs", "jobs")),
+)
+
 COMMANDS = {
     "audit": Command(
         "should one train on these data? one page of counts and notes",
@@ -131,6 +136,11 @@ COMMANDS = {
     "frontier": Command(
         "every method of the paper, by reward and KL, against the optimum",
         (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, "frontier"),
+        ("data", "model"),
+    ),
+    "robust": Command(
+        "flipped labels, a shift of prompts, over-optimisation: what they do to true reward at equal KL",
+        (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, *_SWEPT, *_PPO, "robust"),
         ("data", "model"),
     ),
     "study": Command(

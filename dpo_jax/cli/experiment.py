@@ -85,11 +85,14 @@ def make_world(
     return world, digests
 
 
-def prompts_of(config: Config, how_many: Count, tokenizer: Any) -> Prompts:
-    """The first distinct prompts of the split, at most as many as the option `how_many` says; of texts, beginnings."""
+def prompts_of(config: Config, how_many: Count, tokenizer: Any, *, topics: Sequence[str] | None = None) -> Prompts:
+    """The first distinct prompts of the split, at most as many as the option `how_many` says; of texts, beginnings.
+
+    Of generated reviews only those on `topics`, if these are given.
+    """
     split, count = "train" if how_many == "prompts" else "test", getattr(config.frontier, how_many)
     if config.data.source == "reviews":
-        prompts = dict.fromkeys(review_prompts(count, config.run.seed, split=split), False)
+        prompts = dict.fromkeys(review_prompts(count, config.run.seed, split=split, topics=topics), False)
     elif config.data.source in build.TEXT_SOURCES:
         try:
             prompts = dict.fromkeys(prefixes(build.load_texts(config, split), tokenizer, count, config.run.seed), False)

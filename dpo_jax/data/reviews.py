@@ -53,6 +53,7 @@ _CLAUSE_ENDS = frozenset((*".,;:!?", "and", "or", "but", "yet", "though", "altho
 class _Topic(NamedTuple):
     """What a clause can be about, and what can be said of it: adjectives and verbs by strength 1, 2, 3."""
 
+    name: str
     subjects: str
     praise: tuple[str, str, str]
     blame: tuple[str, str, str]
@@ -62,6 +63,7 @@ class _Topic(NamedTuple):
 
 _TOPICS = (
     _Topic(
+        "acting",
         "the acting/the cast/the young lead/the villain/the leading pair",
         ("solid/likeable/pleasant/decent", "charming/convincing/graceful/funny", "superb/brilliant/magnificent"),
         ("stiff/flat/bland/uneven", "wooden/weak/tiresome/dull", "dreadful/terrible/embarrassing"),
@@ -69,6 +71,7 @@ _TOPICS = (
         ("falters/wavers", "disappoints/irritates", "appals"),
     ),
     _Topic(
+        "plot",
         "the plot/the script/the ending/the dialogue/the story",
         ("neat/decent/sensible/amusing", "clever/gripping/touching/funny", "brilliant/unforgettable/superb"),
         ("thin/predictable/uneven/muddled", "clumsy/dull/confusing/lazy", "dreadful/awful/unbearable"),
@@ -76,6 +79,7 @@ _TOPICS = (
         ("stumbles/wanders/falters", "drags/disappoints", "collapses"),
     ),
     _Topic(
+        "craft",
         "the music/the camera work/the editing/the lighting/the set design",
         ("tidy/pleasant/decent/fitting", "elegant/beautiful/inventive/lovely", "stunning/magnificent/superb"),
         ("bland/noisy/uneven/dated", "ugly/clumsy/dull/tiresome", "horrible/awful/dreadful"),
@@ -83,6 +87,7 @@ _TOPICS = (
         ("distracts/wavers", "grates/irritates", "appals"),
     ),
     _Topic(
+        "film",
         "the film/the first hour/the second half/the whole thing",
         ("pleasant/decent/enjoyable/amusing", "gripping/moving/charming/lovely", "wonderful/unforgettable/brilliant"),
         ("slow/uneven/predictable/muddled", "dull/tedious/silly/tiresome", "terrible/unbearable/awful"),
@@ -90,6 +95,9 @@ _TOPICS = (
         ("stumbles/wanders", "drags/disappoints", "collapses"),
     ),
 )
+
+TOPICS = tuple(topic.name for topic in _TOPICS)
+"""What prompts can be about. Most name a topic, whose words praise or blame it; some leave it open."""
 
 # Closing sentences: strength, the sentiment words in them, the sentences.
 _VERDICTS = (
@@ -291,22 +299,31 @@ def _prefix(rng: random.Random) -> _Prefix:
     return _Prefix(text, frozenset(writer.used), topic, copula)
 
 
-def _prefixes(n: int, seed: int, split: Split) -> Iterator[tuple[int, _Prefix]]:
+def _prefixes(n: int, seed: int, split: Split, topics: Sequence[str] | None = None) -> Iterator[tuple[int, _Prefix]]:
     """The first `n` prefixes of a split. A prompt's split follows from its text alone, so that no prompt is in both."""
+    if topics is not None and (not topics or set(topics) - set(TOPICS)):
+        raise ValueError(f"topics of reviews are {', '.join(TOPICS)}, got {', '.join(topics) or 'none'}")
     if split not in ("train", "test"):
         raise ValueError(f"the generated reviews have the splits 'train' and 'test', not {split!r}")
     rng = random.Random(f"prompts {split} {seed}")
     found = 0
     while found < n:
         prefix = _prefix(rng)
-        if (zlib.crc32(prefix.text.encode()) % 8 == 0) == (split == "test"):
+        wanted = topics is None or (prefix.topic is not None and prefix.topic.name in topics)
+        if wanted and (zlib.crc32(prefix.text.encode()) % 8 == 0) == (split == "test"):
             yield found, prefix
             found += 1
 
 
-def review_prompts(n: int, seed: int, *, split: Split = "train") -> list[str]:
-    """`n` neutral beginnings of reviews (reward 0). A completion begins with a space. Prompts may repeat, very rarely."""
-    return [prefix.text for _, prefix in _prefixes(n, seed, split)]
+def review_prompts(n: int, seed: int, *, split: Split = "train", topics: Sequence[str] | None = None) -> list[str]:
+    """`n` neutral beginnings of reviews (reward 0). A completion begins with a space. Prompts may repeat, very rarely.
+
+    With `topics` (of `TOPICS`), only those that end in the first words on one of them: those of the split without the others.
+
+    >>> review_prompts(1, 0, topics=["craft"])
+    ['I went to The Iron Witness with the kids. For me the set design']
+    """
+    return [prefix.text for _, prefix in _prefixes(n, seed, split, topics)]
 
 
 def generate_reviews(n: int, seed: int, *, split: Split = "train") -> list[str]:

@@ -8,10 +8,13 @@ true reward is known, as in the experiments of `dpo-jax frontier`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dpo_jax.evals.preference import Interval
+from dpo_jax.types import Array
 
 RunName = tuple[str, str, str]  # method, setting, seed
 Measured = dict[str, float]
@@ -68,3 +71,125 @@ def _decline(key: RunName, numbers: list[Measured]) -> Decline:
         interval=(fall - below, fall + above),
         overoptimised=last["kl"] > best["kl"] and fall > below,
     )
+
+
+# Curves of Gao et al. 2022 (arXiv 2210.10760), fitted to the true reward
+
+
+FORMS = {"bon": "d (a - b d)", "rl": "d (a - b log d)"}
+"""R(d), the gain in true reward at d = sqrt(KL): of Best-of-N by a learned reward, and of a policy that is trained on one."""
+RESAMPLES = 1000
+
+
+class GainFit(NamedTuple):
+    """R(d) of a form of `FORMS`, with 95 % intervals. `falls_after` and `reach` are KL in nats per completion."""
+
+    form: str
+    a: float
+    a_interval: Interval
+    b: float
+    b_interval: Interval
+    falls_after: float  # where the curve has its maximum; inf where it has none
+    falls_interval: Interval
+    reach: float  # the largest KL that was measured
+    rms: float  # root of the mean squared residual, in units of the reward
+    points: int
+
+    @property
+    def falls(self) -> bool:
+        """Whether the true reward certainly falls within what was measured."""
+        return self.falls_interval[1] <= self.reach
+
+    @property
+    def words(self) -> str:
+        """Where the true reward begins to fall, for a table."""
+        if not self.falls:
+            return f"not seen up to KL {self.reach:.2f}"
+        return f"after KL {self.falls_after:.2f} ({self.falls_interval[0]:.2f} to {self.falls_interval[1]:.2f})"
+
+
+def fit_gains(
+    kl: Array, gains: Array, *, form: str, seed: int, runs: Sequence[int] | Array | None = None, resamples: int = RESAMPLES
+) -> GainFit:
+    """Least squares of R(d) through the origin to the mean over prompts of `gains[P, n]` at `kl[n]` nats.
+
+    `gains` are true rewards less the reference's on the same prompt. The bootstrap draws prompts and, where `runs[n]` tells
+    which run (or seed) each point is of, runs as well: points of one run share what chance did to it. KL is taken as measured.
+    Points at KL 0 say nothing and are left out. Raises ValueError for another form, shapes that do not agree, or fewer than
+    two points beyond KL 0.
+
+    >>> d = np.sqrt(kl := np.array([1.0, 4.0, 9.0]))
+    >>> found = fit_gains(kl, np.tile(d * (3 - 0.5 * d), (10, 1)), form="bon", seed=0)
+    >>> round(found.a, 6), round(found.b, 6), round(found.falls_after, 6)
+    (3.0, 0.5, 9.0)
+    """
+    kl, gains = np.asarray(kl, np.float64), np.asarray(gains, np.float64)
+    if form not in FORMS:
+        raise ValueError(f"form={form!r}: one of {', '.join(FORMS)} is expected")
+    of = np.zeros(len(kl), np.int64) if runs is None else np.unique(np.asarray(runs), return_inverse=True)[1]
+    if gains.ndim != 2 or not len(gains) or {len(kl), len(of)} != {gains.shape[1]}:
+        raise ValueError(f"kl of {len(kl)} points, runs of {len(of)} and gains of shape {gains.shape} do not agree")
+    gains, of, kl = gains[:, kl > 0], of[kl > 0], kl[kl > 0]
+    if len(kl) < 2:
+        raise ValueError(f"{len(kl)} points beyond KL 0: a curve of two constants needs two")
+    d = np.sqrt(kl)
+    columns = np.stack([d, -d * (d if form == "bon" else np.log(d))])
+    a, b = _least_squares(columns, gains.mean(axis=0), np.ones(len(kl)))
+    rng, several, drawn = np.random.default_rng(seed), int(of.max()) + 1, []
+    for _ in range(resamples):
+        prompts = rng.multinomial(len(gains), np.full(len(gains), 1 / len(gains))) / len(gains)
+        weights = rng.multinomial(several, np.full(several, 1 / several))[of]
+        drawn.append(_least_squares(columns, prompts @ gains, weights))
+    ends = np.nanquantile(np.array(drawn), [0.025, 0.975], axis=0)
+    # Quantiles between a number and infinity are infinite: they are taken of what was drawn.
+    falls = np.quantile([_maximum(one[0], one[1], form) for one in drawn], [0.025, 0.975], method="nearest")
+    residuals = gains.mean(axis=0) - np.array([a, b]) @ columns
+    return GainFit(
+        form=form,
+        a=float(a),
+        a_interval=(float(ends[0, 0]), float(ends[1, 0])),
+        b=float(b),
+        b_interval=(float(ends[0, 1]), float(ends[1, 1])),
+        falls_after=_maximum(a, b, form),
+        falls_interval=(float(falls[0]), float(falls[1])),
+        reach=float(kl.max()),
+        rms=float(np.sqrt(np.mean(residuals**2))),
+        points=len(kl),
+    )
+
+
+def gain_at(fit: GainFit, kl: Array) -> np.ndarray:
+    """R(sqrt(kl)) of the fitted curve."""
+    d = np.sqrt(np.asarray(kl, np.float64))
+    return d * (fit.a - fit.b * (d if fit.form == "bon" else np.log(np.maximum(d, 1e-300))))
+
+
+def _least_squares(columns: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    root = np.sqrt(weights)
+    return np.linalg.lstsq((columns * root).T, values * root, rcond=None)[0]
+
+
+def _maximum(a: float, b: float, form: str) -> float:
+    """The KL at which the curve is highest: inf where it rises for ever; 0 where it falls from the start."""
+    if b <= 0:
+        return math.inf
+    # d = a / (2 b), or log d = a / b - 1
+    d = max(a / (2 * b), 0.0) if form == "bon" else math.exp(min(a / b - 1, 300.0))
+    return float(d**2)
+
+
+def best_by(proxy: Array, rewards: Array, n: int) -> np.ndarray:
+    """Mean true reward of Best-of-`n` by another reward: `proxy[P, M]` and `rewards[P, M]` of M samples of each prompt.
+
+    float64[P]: the mean over all subsets of n samples. Of M in the order of `proxy`, the i-th (from 1) is the best of
+    C(i-1, n-1) of the C(M, n) subsets. Samples of equal `proxy` count in the order in which they come.
+
+    >>> best_by(np.array([[1.0, 2.0, 3.0]]), np.array([[5.0, 0.0, 6.0]]), 2)  # the third twice, the second once
+    array([4.])
+    """
+    proxy, rewards = np.asarray(proxy, np.float64), np.asarray(rewards, np.float64)
+    if proxy.shape != rewards.shape or proxy.ndim != 2 or not 1 <= n <= proxy.shape[1]:
+        raise ValueError(f"n={n}, proxy of shape {proxy.shape} and rewards of {rewards.shape} do not agree")
+    samples = proxy.shape[1]
+    chances = np.array([math.comb(i, n - 1) / math.comb(samples, n) for i in range(samples)])
+    return np.take_along_axis(rewards, np.argsort(proxy, axis=1, kind="stable"), axis=1) @ chances

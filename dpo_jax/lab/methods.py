@@ -81,17 +81,28 @@ class PairMethod:
         )
         self.step = world.partitioner.compile_step(step)
 
-    def train(self, folder: Path, *, settings: Mapping[str, float], evaluations: int, seed: int) -> tuple[Points, Variables]:
+    def train(
+        self,
+        folder: Path,
+        *,
+        settings: Mapping[str, float],
+        evaluations: int,
+        seed: int,
+        data: PairData | None = None,
+        measure: Callable[[Variables], dict[str, float]] | None = None,
+    ) -> tuple[Points, Variables]:
         """`evaluations` points of a run from the reference, equally far apart, and the final variables on the host.
 
-        Also leaves `metrics.jsonl` in `folder`.
+        `data` are other pairs of the same shapes than those of the method, such as the same ones with other labels. `measure`
+        (default: `World.measure`) makes a point of a policy. Also leaves `metrics.jsonl` in `folder`.
         """
-        world, data, partitioner = self.world, self.data, self.world.partitioner
+        world, partitioner = self.world, self.world.partitioner
+        data, measure = data or self.data, measure or world.measure
         steps = data.steps(self.epochs)
         points: Points = []
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
-            points.append({"step": float(done), **world.measure(_policy(state))})
+            points.append({"step": float(done), **measure(_policy(state))})
             return points[-1]
 
         def begin(variables: Variables) -> TrainState:

@@ -119,18 +119,19 @@ class PpoMethod:
         evaluations: int,
         seed: int,
         say: Callable[[str], None] = lambda line: None,
+        measure: Callable[[Variables], dict[str, float]] | None = None,
     ) -> tuple[Points, Variables]:
         """`evaluations` points of a run from the reference, equally far apart, and the final policy's variables on the host.
 
         `target_kl` is in nats a completion. `kl_coef`, at the start: rewards are normalised, so its unit is their standard
         deviation a nat. Also leaves `metrics.jsonl` in `folder`, with a row for each rollout. `say` is given a line for each
-        point. Raises `NonFinite` for a loss that is not.
+        point, which `measure` (default: `World.measure`) makes of a policy. Raises `NonFinite` for a loss that is not.
         """
         o, world, partitioner = self.options, self.world, self.world.partitioner
         points = Points()
 
         def evaluate(state: PpoState, done: int) -> Mapping[str, float]:
-            measured = world.measure(_policy(state.train))
+            measured = (measure or world.measure)(_policy(state.train))
             points.append({"step": float(done * o.epochs * o.minibatches), **measured})
             say(f"rollout {done}/{o.iterations}: reward {measured['reward']:.2f} at KL {measured['kl']:.2f} nats")
             return measured

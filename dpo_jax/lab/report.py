@@ -40,12 +40,12 @@ def rows(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
     return found
 
 
-def write(folder: Path, table: Sequence[Mapping[str, Any]]) -> None:
-    """`results.jsonl` and `results.csv`."""
+def write(folder: Path, table: Sequence[Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
+    """`results.jsonl`, with all that the rows hold, and `results.csv`, with `columns`."""
     with writing(folder / "results.jsonl") as file:
         file.writelines(json_text(row) + "\n" for row in table)
     with writing(folder / "results.csv", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in table)
 

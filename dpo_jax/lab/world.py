@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -102,6 +103,19 @@ class World:
     def over(self, compiled: Any, variables: Any, prompts: Sequence[np.ndarray], ids: Sequence[np.ndarray]) -> Any:
         """`compiled(variables, rows)` over completions, one a row."""
         return map_completions(self.partitioner, compiled, variables, prompts, ids, batch=self.batch, length=self.width)
+
+    def with_prompts(self, *, train: Prompts, test: Prompts) -> World:
+        """The same experiment on other prompts. Compiled programs are shared, as far as the prompts are no longer.
+
+        Raises ValueError for prompts that, with a completion, do not fit the model's positions.
+        """
+        other = copy.copy(self)
+        other.train, other.test = train, test
+        longest, positions = max(map(len, [*train.ids, *test.ids])), self.model.config.max_positions
+        if longest + self.max_new_tokens > positions:
+            raise ValueError(f"a prompt of {longest} tokens and {self.max_new_tokens} more do not fit {positions} positions")
+        other.width = max(self.width, round_up(longest + self.max_new_tokens, 8))
+        return other
 
     def observe(self, variables: Variables, *, draw: int = 0) -> Observed:
         """A completion of each test prompt. The same `draw` has the same random numbers for all policies."""

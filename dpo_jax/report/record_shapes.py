@@ -113,6 +113,11 @@ SUMMARY = {
     "at_equal_kl?": [{"method": str, "kl": float, "reward": NUMBER, "share_of_gain": NUMBER}],
     "second_reward?": {"name": str, "words": str, "gains": [_GAIN]},
 }
+ROBUST = {
+    "tables": [{"caption": str, "columns": [str], "rows": [[str]], "note": str}],
+    "falls?": [{"what": str, "words": str}],
+}
+"""Of the `summary.json` of an experiment of `dpo-jax robust`."""
 RESULTS = ("method", "label", "seed", "kl", "reward", "reward_low", "reward_high")
 """Columns of the frontier's `results.csv`; the last four are numbers."""
 

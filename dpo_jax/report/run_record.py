@@ -34,10 +34,25 @@ RESULT = {
     "reward-model": "export",
     "optimum": "optimum.json",
     "frontier": "results.csv",
+    "robust": "summary.json",
     "study": "key.json",
     "agree": "agreement.json",
 }
-ORDER = ("audit", "prepare", "sft", "refs", "dpo", "label", "reward-model", "ppo", "optimum", "frontier", "bench", "eval")
+ORDER = (
+    "audit",
+    "prepare",
+    "sft",
+    "refs",
+    "dpo",
+    "label",
+    "reward-model",
+    "ppo",
+    "optimum",
+    "frontier",
+    "robust",
+    "bench",
+    "eval",
+)
 LATER = ("rewards", "judge", "study", "agree")
 MANY_FAILED = 0.05  # of a judge's pairs: enough to move a win rate by as much as is at stake
 # What a reader may look for: the stage, what it would tell, and the command that makes it.
@@ -72,7 +87,8 @@ class Stage:
         try:
             return reader(path)
         except (OSError, Unreadable) as error:
-            self.problems.append(f"{file} cannot be read: {error}")
+            if (words := f"{file} cannot be read: {error}") not in self.problems:  # several sections may read it
+                self.problems.append(words)
             return otherwise
 
     def read_object(self, file: str, shape: Shape) -> dict[str, Any]:
@@ -120,7 +136,7 @@ class RunRecord:
 def kind_of(stage: str) -> str:
     """A run may be judged in several ways, each in a folder of its own: judge, judge-steps, judge-news, rewards-bench."""
     kind, dash, _ = stage.partition("-")
-    return kind if dash and kind in ("judge", "rewards") else stage
+    return kind if dash and kind in ("judge", "rewards", "robust") else stage
 
 
 def one_or_more(runs: Sequence[RunRecord], kind: str) -> list[tuple[RunRecord, Stage]]:

@@ -27,6 +27,7 @@ from dpo_jax.report.first import first_things, moment
 from dpo_jax.report.frontier import frontier
 from dpo_jax.report.judged import judged
 from dpo_jax.report.page import Block, Figures, Notice, Page, Section, Table, render_html, render_markdown
+from dpo_jax.report.robustness import robustness
 from dpo_jax.report.run_record import TRAINING, RunRecord, of, one_or_more, read_run, shown_path
 from dpo_jax.report.weights import SHOWN, scored_weights
 from dpo_jax.runtime.progress import reported
@@ -99,6 +100,7 @@ def _page(runs: Sequence[RunRecord], drawn: Path, *, samples: int, digests: bool
         _section("Implicit reward", lambda: sections.implicit_rewards(runs)),
         _section("Win rates and ratings", lambda: judged(runs)),
         _section("Frontier", lambda: frontier(runs, drawn)),
+        _section("Robustness", lambda: robustness(runs)),
         _section("Samples", lambda: sections.samples(runs, samples)),
         _section("Training", lambda: sections.training(runs, images, together)),
         weights,

@@ -35,6 +35,7 @@ from dpo_jax.cli.config.lora import LoraConfig as LoraConfig
 from dpo_jax.cli.config.model import ModelConfig as ModelConfig
 from dpo_jax.cli.config.plan import PlanConfig as PlanConfig
 from dpo_jax.cli.config.report import ReportConfig as ReportConfig
+from dpo_jax.cli.config.robust import RobustConfig as RobustConfig
 from dpo_jax.cli.config.run import MeshConfig as MeshConfig
 from dpo_jax.cli.config.run import RunConfig as RunConfig
 from dpo_jax.cli.config.sections import Config as Config

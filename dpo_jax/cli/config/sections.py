@@ -16,6 +16,7 @@ from dpo_jax.cli.config.lora import LoraConfig
 from dpo_jax.cli.config.model import ModelConfig
 from dpo_jax.cli.config.plan import PlanConfig
 from dpo_jax.cli.config.report import ReportConfig
+from dpo_jax.cli.config.robust import RobustConfig
 from dpo_jax.cli.config.run import MeshConfig, RunConfig
 from dpo_jax.cli.config.study import AgreeConfig, StudyConfig
 from dpo_jax.cli.config.training import SftConfig
@@ -41,6 +42,7 @@ class Config:
     plan: PlanConfig = PlanConfig()
     frontier: FrontierConfig = FrontierConfig()
     ppo: PpoConfig = PpoConfig()
+    robust: RobustConfig = RobustConfig()
     judge: JudgeConfig = JudgeConfig()
     study: StudyConfig = StudyConfig()
     agree: AgreeConfig = AgreeConfig()
@@ -74,6 +76,9 @@ class Config:
 
     def judge_out(self) -> str:
         return self.judge.out or f"{self.run.dir}/judge"
+
+    def robust_out(self) -> str:
+        return f"{self.run.dir}/robust-{self.robust.experiment}"
 
     def sample_policy(self) -> str:
         return self.sample.policy or f"{self.run.dir}/dpo/export"

@@ -16,6 +16,7 @@ from dpo_jax.cli.commands.agree_files import judge_files, key_file, rating_files
 from dpo_jax.cli.commands.report_files import earlier_images
 from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.cli.preflight.devices import compiler, devices, plan, training
+from dpo_jax.cli.preflight.experiments import robust
 from dpo_jax.cli.preflight.inputs import Check, data, files, judged_files, model, most, prompts, tokenizer
 from dpo_jax.cli.preflight.packages import bench_packages, check_bucket, judge_packages, reward_packages, writers
 from dpo_jax.cli.preflight.scope import Scope
@@ -51,6 +52,8 @@ def run(name: str, config: Config, scope: Scope, *, path: str) -> int:
 def _run_dir(check: Check) -> None:
     config, name = check.config, check.name
     folder = Path(check.config.judge_out() if name == "judge" else Path(config.run.dir, name))
+    if name == "robust":
+        folder = Path(config.robust_out())
     if name == "eval" and config.eval.rewards:
         folder = Path(config.eval.rewards_out or Path(config.run.dir, "rewards"))
     if check.unseen("run", str(folder)):
@@ -208,6 +211,16 @@ LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
     ),
     "optimum": (reward_packages, data("test"), tokenizer, _POLICY, devices, *_RUNS),
     "frontier": (
+        reward_packages,
+        data("train", "test"),
+        tokenizer,
+        _START,
+        model("dpo.policy", lambda c: c.dpo.policy),
+        devices,
+        *_RUNS,
+    ),
+    "robust": (
+        robust,
         reward_packages,
         data("train", "test"),
         tokenizer,

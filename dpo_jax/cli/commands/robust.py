@@ -1,0 +1,62 @@
+"""`dpo-jax robust`: flipped labels, a shift of prompts, and over-optimisation, by the true reward at equal KL.
+
+One command on top of `lab.sweep`, as the three experiments share everything but what is varied: the reference, the labelled
+pairs, the methods, and that finished runs are not repeated. `--robust.experiment` names one; each is a module of `cli/robust/`.
+
+In `<run.dir>/robust-<experiment>`: `robust.png`, `results.csv` and `.jsonl` (every measured point), `summary.json` (what is
+printed), `pairs/`, `reward_models/` and `runs/` (a folder for each run).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from dpo_jax.cli import build
+from dpo_jax.cli.commands.frontier import refuse_bfloat16
+from dpo_jax.cli.config import Config
+from dpo_jax.cli.experiment import FAST, sized
+from dpo_jax.cli.robust import noise, overoptimisation, shift
+from dpo_jax.cli.robust.runs import runs_of
+from dpo_jax.lab import report
+from dpo_jax.lab.robust import COLUMNS, rows
+from dpo_jax.lab.robust_plot import plot_curves
+from dpo_jax.lab.sweep import sweep
+from dpo_jax.runtime.rundir import write_json
+
+EXPERIMENTS: dict[str, Any] = {"noise": noise, "shift": shift, "overoptimisation": overoptimisation}
+
+
+def run(config: Config) -> int:
+    config = _sized(config)
+    refuse_bfloat16(config, "robust")
+    runs, module = runs_of(config), EXPERIMENTS[config.robust.experiment]
+    module.prepare(config)
+    with build.open_run(config, "robust", out=config.robust_out()) as run_dir:
+        experiment = module.Experiment(config, run_dir.path)
+        print(f"{len(runs)} runs of experiment {config.robust.experiment}", flush=True)
+        results = sweep(
+            runs,
+            run_dir.path / "runs",
+            shared=experiment.shared,
+            perform=experiment.perform,
+            jobs=config.frontier.jobs,
+            say=functools.partial(print, flush=True),
+        )
+        summary, curves = experiment.summary(results)
+        report.write(run_dir.path, rows(results), COLUMNS)
+        tables = experiment.tables(summary)
+        shown = [table._asdict() for table in tables]
+        write_json(run_dir.path / "summary.json", {"experiment": config.robust.experiment, **summary, "tables": shown})
+        figure = plot_curves(curves, run_dir.path / "robust.png", line=module.LINES)
+        print("\n".join(["", *(f"{table.text()}\n" for table in tables), f"figure: {figure}"]))
+    return 0
+
+
+def _sized(config: Config) -> Config:
+    """With the smaller sizes of `frontier.fast`, of which the numbers of prompts that are learned from are a part."""
+    if not config.frontier.fast:
+        return config
+    counts = dict.fromkeys(str(max(1, n // FAST["prompts"])) for n in config.robust.counts("train_prompts"))
+    return dataclasses.replace(sized(config), robust=dataclasses.replace(config.robust, train_prompts=",".join(counts)))

@@ -1,0 +1,134 @@
+"""Label noise: DPO, conservative DPO, robust DPO and IPO on pairs of which a known share is flipped, beside the theory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.cli.config import Config
+from dpo_jax.cli.robust.runs import REFERENCE, unflipped
+from dpo_jax.cli.robust.setup import Setup, make_reference, per_prompt
+from dpo_jax.data.terminal import json_text
+from dpo_jax.evals.frontier import Optimum, optimum
+from dpo_jax.lab.methods import PairData, PairMethod
+from dpo_jax.lab.noise import flipped, predicted_curve
+from dpo_jax.lab.optimum import BETAS
+from dpo_jax.lab.robust import EQUAL_KL, Grid, best_setting, by_seed, cell, curve_at, gain_at_kl, gains_of
+from dpo_jax.lab.robust_plot import Curve
+from dpo_jax.lab.sweep import Result, Run
+from dpo_jax.losses import dpo_loss, ipo_loss, robust_loss
+from dpo_jax.shapes import fit
+from dpo_jax.untrusted import Unreadable, read_lines
+from dpo_jax.writing import writing
+
+NAMES = {"dpo": "DPO", "cdpo": "conservative DPO", "robust": "robust DPO", "ipo": "IPO"}
+LOSSES = {"dpo": dpo_loss, "cdpo": dpo_loss, "robust": robust_loss, "ipo": ipo_loss}
+REWARDS = "rewards.jsonl"  # in the folder of the reference's run: true rewards of its samples, a line for each prompt
+LINES = "what the expected loss predicts"
+prepare = make_reference
+
+
+class Experiment:
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.setup = config, Setup(config, folder)
+        self.shared, self._methods = self.setup.shared, {}
+
+    def perform(self, run: Run, folder: Path) -> list[dict[str, float]]:
+        world = self.setup.world
+        if run.method == REFERENCE:
+            _, scored = self.setup.reference_samples(world)
+            with writing(folder / REWARDS) as file:
+                rewards = per_prompt(scored.rewards, run.settings["samples"]).tolist()
+                file.writelines(json_text({"rewards": row}) + "\n" for row in rewards)
+            return [{"step": 0.0, **world.measure(world.reference)}]
+        rate, beta = run.settings["rate"], run.settings["beta"]
+        with self.setup.making:
+            method = self._method(run.method)
+        data, count = flipped(self.data, rate, seed=run.seed)
+        # What conservative and robust DPO assume is true; DPO knows of no flips, and IPO has no such option.
+        assumed = {"dpo": {"label_smoothing": 0.0}, "ipo": {}}.get(run.method, {"label_smoothing": rate})
+        points, _ = method.train(folder, settings={"beta": beta, **assumed}, evaluations=1, seed=run.seed, data=data)
+        pairs = sum(len(group.pairs) for group in data.groups)
+        return [{**points[-1], "flipped": float(count), "pairs": float(pairs)}]
+
+    @functools.cached_property
+    def data(self) -> PairData:
+        return self.setup.data(self.setup.world, self.setup.labelled(self.setup.world, "train"))
+
+    def _method(self, name: str) -> PairMethod:
+        loss = LOSSES[name]
+        if loss not in self._methods:
+            self._methods[loss] = self.setup.method(self.setup.world, self.data, loss)
+        return self._methods[loss]
+
+    def summary(self, results: Sequence[Result]) -> tuple[dict[str, Any], list[Curve]]:
+        """For each share of flips and loss: gain at equal KL, the predicted one and that of eq. 4; and its best beta. And what
+        the figure shows."""
+        (start,) = (r for r in results if r.run.method == REFERENCE)
+        reference, rewards = start.points[-1]["reward"], self._rewards(start.run)
+        best = optimum(rewards, BETAS, seed=self.config.run.seed)
+        found, curves = [], []
+        for rate in self.config.robust.rates():
+            for loss in self.config.robust.chosen():
+                mine = _of(results, loss, rate)
+                kl, reward = predicted_curve(loss, rewards, BETAS, rate=rate)
+                # Beyond the reach of the samples neither curve can be trusted.
+                theory = {at: curve_at(kl, reward - best.reference, at) if at <= best.reach else None for at in EQUAL_KL}
+                for at in EQUAL_KL:
+                    gain = gain_at_kl(by_seed(mine), at, reference=reference)
+                    possible = curve_at(best.kl, best.reward - best.reference, at) if at <= best.reach else None
+                    found.append(
+                        {"rate": rate, "loss": loss, "kl": at, "gain": gain, "predicted": theory[at], "possible": possible}
+                    )
+                found.append({"rate": rate, "loss": loss, "kl": None, "best": best_setting(mine, reference=reference)})
+                curves.append(_curve(f"{rate:.0%} flipped", loss, mine, reference, (kl, reward), best))
+        return {"reference": reference, "reach": best.reach, "gains": found}, curves
+
+    def _rewards(self, run: Run) -> np.ndarray:
+        """True rewards [P, M] of the reference's own samples."""
+        file = self.setup.folder / "runs" / run.name / REWARDS
+        shape = {"rewards": [float]}
+        found = read_lines(file, lambda row: fit(row, shape, "no such row"))
+        lengths = {len(row["rewards"]) for row in found.rows}
+        if found.damaged or lengths != {run.settings["samples"]}:
+            raise Unreadable(f"{file}: {found.words or 'samples are missing'}; delete the folder {file.parent}, and run again")
+        return np.array([row["rewards"] for row in found.rows])
+
+    def tables(self, summary: Mapping[str, Any]) -> list[Grid]:
+        """What is printed."""
+        rates, losses = self.config.robust.rates(), self.config.robust.chosen()
+        cells = {(row["rate"], row["loss"], row["kl"]): row for row in summary["gains"]}
+        columns, found = [f"{rate:.0%} flipped" for rate in rates], []
+        for at in EQUAL_KL:
+            rows = [
+                [NAMES[loss], *(cell((row := cells[rate, loss, at])["gain"], beside=row["predicted"]) for rate in rates)]
+                for loss in losses
+            ]
+            possible = cells[rates[0], losses[0], at]["possible"]
+            note = "" if possible is None else f"the optimum (eq. 4) gains {possible:.2f}"
+            found.append(Grid(f"gain at KL {at:g}", columns, rows, note))
+        best = [[NAMES[loss], *(_best(cells[rate, loss, None]["best"]) for rate in rates)] for loss in losses]
+        note = "gain in true reward over the reference, 95 % interval over prompts and seeds, [what the expected loss predicts]"
+        return [*found, Grid("best beta", columns, best, note)]
+
+
+def _of(results: Sequence[Result], loss: str, rate: float) -> list[Result]:
+    ran = loss if rate else unflipped(loss)
+    return [r for r in results if r.run.method == ran and r.run.settings["rate"] == rate]
+
+
+def _curve(
+    panel: str, loss: str, mine: Sequence[Result], reference: float, theory: tuple[np.ndarray, np.ndarray], best: Optimum
+) -> Curve:
+    kl, reward = theory
+    inside = kl <= best.reach
+    return Curve(panel, NAMES[loss], gains_of(mine, reference), kl[inside], reward[inside] - best.reference)
+
+
+def _best(best: Mapping[str, Any]) -> str:
+    """The gain at the best beta, and where that is."""
+    return f"{cell(best['gain'])}, {best['label'][best['label'].index('beta') :]}, KL {best['kl']:.2f}"

@@ -1,0 +1,213 @@
+"""Over-optimisation: true and learned reward as KL grows, for sizes of model and data, with the fits of Gao et al. 2022."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.cli.config import Config
+from dpo_jax.cli.config.lab import numbers
+from dpo_jax.cli.robust.runs import at_width
+from dpo_jax.cli.robust.setup import Setup, make_reference, per_prompt
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.terminal import json_text
+from dpo_jax.evals.frontier import best_of_n
+from dpo_jax.evals.overoptimisation import FORMS, GainFit, best_by, fit_gains, gain_at
+from dpo_jax.evals.reward_functions import Reward
+from dpo_jax.lab.methods import PairMethod
+from dpo_jax.lab.ppo import PpoMethod
+from dpo_jax.lab.robust import Grid
+from dpo_jax.lab.robust_plot import Curve
+from dpo_jax.lab.sweep import Result, Run
+from dpo_jax.lab.world import Observed, Prompts, Scored, with_interval
+from dpo_jax.losses import dpo_loss
+from dpo_jax.shapes import fit
+from dpo_jax.types import Variables
+from dpo_jax.untrusted import Unreadable, read_lines
+from dpo_jax.writing import writing
+
+PROMPTS = "prompts.jsonl"  # in the folder of a run: values of every prompt, of the reference and then of each point of the run
+ROW = {"reward": [float], "proxy": [float], "kl": [float]}
+FORM = {"best-of-n": "bon", "dpo": "rl", "ppo": "rl"}  # as Gao et al. fit them; the other form is fitted, too
+LINES = "fits to the true reward; hollow: the learned one"
+POINTS = 40  # of a drawn curve
+Row = dict[str, np.ndarray]
+"""True reward, learned reward and KL in nats of each prompt: float64[P] each."""
+
+
+class Measured(NamedTuple):
+    """What is fitted: n points of several runs (seeds), as gains over the reference."""
+
+    kl: np.ndarray  # float64[n], nats
+    gains: np.ndarray  # float64[P, n], in true reward
+    proxy: np.ndarray  # float64[n], in the learned one
+    runs: np.ndarray  # int64[n], of which run each point is
+
+
+def prepare(config: Config) -> None:
+    for width in config.robust.counts("widths"):
+        make_reference(at_width(config, width))
+
+
+class Experiment:
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.sizes = {w: Size(at_width(config, w), folder / f"width-{w}") for w in config.robust.counts("widths")}
+        self.shared = {"widths": {str(w): size.setup.shared for w, size in self.sizes.items()}}
+
+    def perform(self, run: Run, folder: Path) -> list[dict[str, float]]:
+        points, rows = self.sizes[run.settings["width"]].perform(run, folder)
+        with writing(folder / PROMPTS) as file:
+            file.writelines(json_text({name: values.tolist() for name, values in row.items()}) + "\n" for row in rows)
+        return points
+
+    def summary(self, results: Sequence[Result]) -> tuple[dict[str, Any], list[Curve]]:
+        """For each width, number of prompts and method: both forms, fitted, and what the learned reward promised at the end."""
+        section, seed = self.config.robust, self.config.run.seed
+        found, curves = [], []
+        for width, method, count in itertools.product(section.counts("widths"), FORM, section.counts("train_prompts")):
+            cell = {"width": width, "prompts": count}
+            mine = [r for r in results if r.run.method == method and cell.items() <= r.run.settings.items()]
+            measured = self._measured(mine)
+            kl, gains, proxy, runs = measured
+            fits = {form: fit_gains(kl, gains, form=form, seed=seed, runs=runs) for form in FORMS}
+            last = int(np.argmax(kl))
+            furthest = {"kl": float(kl[last]), "true": float(gains[:, last].mean()), "learned": float(proxy[last])}
+            marks = {form: _marks(one) for form, one in fits.items()}
+            found.append({**cell, "method": method, "form": FORM[method], "fits": marks, "furthest": furthest})
+            curves.append(_curve(f"{method}, width {width}", f"{count:,} prompts", measured, fits[FORM[method]], seed))
+        falls = [{"what": _name(row), "words": row["fits"][row["form"]]["words"]} for row in found]
+        return {"fits": found, "falls": falls}, curves
+
+    def _measured(self, results: Sequence[Result]) -> Measured:
+        kl, gains, proxy, runs = [], [], [], []
+        for number, result in enumerate(results):
+            base, *rows = self._rows(result)
+            kl += [np.mean(row["kl"]) for row in rows]
+            gains += [np.array(row["reward"]) - np.array(base["reward"]) for row in rows]
+            proxy += [np.mean(row["proxy"]) - np.mean(base["proxy"]) for row in rows]
+            runs += [number] * len(rows)
+        return Measured(np.array(kl), np.stack(gains, axis=1), np.array(proxy), np.array(runs))
+
+    def _rows(self, result: Result) -> list[dict[str, Any]]:
+        file = self.folder / "runs" / result.run.name / PROMPTS
+        found = read_lines(file, lambda row: fit(row, ROW, "no such row"))
+        if found.damaged or len(found.rows) != len(result.points) + 1:
+            raise Unreadable(f"{file}: {found.words or 'lines are missing'}; delete the folder {file.parent}, and run again")
+        return found.rows
+
+    def tables(self, summary: Mapping[str, Any]) -> list[Grid]:
+        """What is printed."""
+        rows = []
+        for row in summary["fits"]:
+            one, end = row["fits"][row["form"]], row["furthest"]
+            a, b = (f"{one[name]:.2f} ({one[f'{name}_interval'][0]:.2f} to {one[f'{name}_interval'][1]:.2f})" for name in "ab")
+            gains = f"{end['true']:.2f} and {end['learned']:.2f} at KL {end['kl']:.2f}"
+            rows.append([_name(row), FORMS[row["form"]], a, b, one["words"], gains])
+        columns = ["form, d = sqrt(KL)", "a", "b", "true reward falls", "furthest: gain, true and learned"]
+        note = "95 % intervals over prompts and seeds; what the learned reward gains beyond the true one is over-optimisation"
+        return [Grid("fit of the true reward", columns, rows, note)]
+
+
+def _marks(fitted: GainFit) -> dict[str, Any]:
+    """A fit for a JSON file, where None stands for a curve that rises for ever."""
+    peak, ends = ([x if math.isfinite(x) else None for x in some] for some in ([fitted.falls_after], fitted.falls_interval))
+    return {**fitted._asdict(), "falls_after": peak[0], "falls_interval": ends, "falls": fitted.falls, "words": fitted.words}
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"width {row['width']}, {row['prompts']:,} prompts, {row['method']}"
+
+
+class Size:
+    """All that depends on the width of the model. Made when a run first asks."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.setup = Setup(config, folder)
+        self._rewards: dict[int, Reward] = {}
+        self._dpo: dict[int, PairMethod] = {}
+        self._base: Observed | None = None  # the reference on the test prompts
+        self._drawn: tuple[Prompts, Scored] | None = None
+
+    @functools.cached_property
+    def pairs(self) -> Sequence[Encoded]:
+        return self.setup.labelled(self.setup.world, "train")
+
+    def first(self, count: int) -> list[Encoded]:
+        """The pairs of the first `count` prompts, whose numbers are in the uids that `data.label` gives: "samples:7:0-2"."""
+        return [pair for pair in self.pairs if int(pair.uid.split(":")[1]) < count]
+
+    def reward(self, count: int) -> Reward:
+        if count not in self._rewards:
+            self._rewards[count] = self.setup.reward_model(self.setup.world, self.first(count), f"{count}-prompts")
+        return self._rewards[count]
+
+    @functools.cached_property
+    def ppo(self) -> PpoMethod:
+        return self.setup.ppo(self.setup.world)
+
+    def dpo(self, count: int) -> PairMethod:
+        world = self.setup.world
+        if count not in self._dpo:
+            self._dpo[count] = self.setup.method(world, self.setup.data(world, self.first(count)), dpo_loss)
+        return self._dpo[count]
+
+    def perform(self, run: Run, folder: Path) -> tuple[list[dict[str, float]], list[Row]]:
+        """The points of a run, and the values of every prompt: of the reference, and then of each point."""
+        count = run.settings["prompts"]
+        with self.setup.making:
+            reward = self.reward(count)
+            if run.method == "best-of-n":
+                return self._best_of(run, reward)
+            if self._base is None:
+                self._base = self.setup.world.observe(self.setup.world.reference)
+            method = self.ppo if run.method == "ppo" else self.dpo(count)
+        rows = [self._row(self._base, reward)]
+
+        def measure(variables: Variables) -> dict[str, float]:
+            found = self.setup.world.observe(variables)
+            rows.append(self._row(found, reward))
+            return {**self.setup.world.point(found), **with_interval("proxy", rows[-1]["proxy"], self.setup.world.seed)}
+
+        options: dict[str, Any] = {"evaluations": self.setup.config.frontier.evaluations, "measure": measure}
+        if isinstance(method, PpoMethod):
+            points, _ = self.setup.train_ppo(method, run, folder, reward, **options)
+        else:
+            points, _ = method.train(folder, settings={"beta": run.settings["beta"]}, seed=run.seed, **options)
+        return points, rows
+
+    def _row(self, found: Observed, reward: Reward) -> Row:
+        proxy = np.asarray(reward(self.setup.world.test.texts, found.completions.texts), np.float64)
+        return {"reward": found.rewards, "proxy": proxy, "kl": np.asarray(found.kl, np.float64)}
+
+    def _best_of(self, run: Run, reward: Reward) -> tuple[list[dict[str, float]], list[Row]]:
+        """Best-of-N by a learned reward, from samples of the reference."""
+        if self._drawn is None:
+            self._drawn = self.setup.reference_samples(self.setup.world)
+        prompts, scored = self._drawn
+        judged = reward(prompts.texts, scored.completions.texts)
+        true, proxy = (per_prompt(values, run.settings["samples"]) for values in (scored.rewards, judged))
+        ns = [1, *(int(n) for n in numbers(run.settings["best_of"]) if 1 < n <= true.shape[1])]
+        best = [best_of_n(proxy, n) for n in ns]
+        rows = [{"reward": best_by(proxy, true, one.n), "proxy": one.reward, "kl": one.kl} for one in best]
+        points = []
+        for one, row in zip(best[1:], rows[1:], strict=True):
+            point = {"step": float(one.n), "kl_bound": one.kl_bound}
+            for name, values in row.items():
+                point |= with_interval(name, values, run.seed)
+            points.append(point)
+        return points, rows
+
+
+def _curve(panel: str, name: str, measured: Measured, fitted: GainFit, seed: int) -> Curve:
+    kl = measured.kl.tolist()
+    ends = [with_interval("gain", column, seed) for column in measured.gains.T]
+    points = [(x, e["gain"], e["gain_low"], e["gain_high"]) for x, e in zip(kl, ends, strict=True)]
+    line = np.linspace(0.0, np.sqrt(max(kl)), POINTS) ** 2
+    return Curve(panel, name, points, line, gain_at(fitted, line), list(zip(kl, measured.proxy.tolist(), strict=True)))

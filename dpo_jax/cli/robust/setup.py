@@ -1,0 +1,133 @@
+"""What the robustness experiments share: the world, labelled pairs, learned rewards, and the methods that train on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax.cli import build
+from dpo_jax.cli.command_table import COMMANDS
+from dpo_jax.cli.commands import sft as sft_command
+from dpo_jax.cli.commands.frontier import first_kl_coef, ppo_method
+from dpo_jax.cli.config import Config, LoraConfig
+from dpo_jax.cli.experiment import labelled_samples, make_world, of_training, prompts_of
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.pairs import DataReport, PreferenceSet
+from dpo_jax.data.tokenizer import tokenizer_digest
+from dpo_jax.evals.reward_functions import Reward
+from dpo_jax.lab.methods import PairData, PairMethod, pair_data
+from dpo_jax.lab.ppo import PpoMethod
+from dpo_jax.lab.reward_model import learn_reward
+from dpo_jax.lab.sweep import Run
+from dpo_jax.lab.world import Points, Prompts, Scored, World
+from dpo_jax.training.fingerprint import architecture
+from dpo_jax.types import Variables
+
+Measure = Callable[[Variables], dict[str, float]]
+_SHARED = (
+    *("reward", "classifier", "prompts", "completions", "labels", "test_prompts", "max_new_tokens"),
+    *("reward_model_epochs", "evaluations"),
+)
+_SHARED_DATA = ("source", "max_length", "max_prompt_length", "truncation", "bos")
+
+
+def make_reference(config: Config) -> None:
+    """The starting policy by SFT, unless there is one."""
+    if config.dpo.policy is None and not Path(config.dpo_policy()).is_dir():
+        sft_command.run(dataclasses.replace(config, lora=LoraConfig()))
+
+
+class Setup:
+    """A world, and where its experiment lies (`folder`). What several runs need is made once, under `making`."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder, self.making = config, folder, threading.RLock()
+        self.world, digests = make_world(config, train="prompts", test="test_prompts")
+        self.shared = _shared(config, digests["start"], self.world)
+
+    def labelled(self, world: World, name: str) -> Sequence[Encoded]:
+        """Labelled pairs of the reference's completions of the training prompts, also written to `pairs/<name>.jsonl`."""
+        file = self.folder / "pairs" / f"{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        preferences, counts = labelled_samples(self.config, world, world.train, file, key=of_training(self.config))
+        n = counts.labelled
+        report = DataReport(source="samples", split="train", format="samples", rows=n, read=n, kept=n)
+        return build.encode_split(self.config, PreferenceSet(preferences, report), world.tokenizer)
+
+    def data(self, world: World, pairs: Sequence[Encoded]) -> PairData:
+        training = self.config.dpo
+        return pair_data(world, pairs, batch=training.batch, microbatches=training.microbatches)
+
+    def method(self, world: World, data: PairData, loss: Callable[..., Any]) -> PairMethod:
+        training = self.config.dpo
+        tx = build.make_tx(training, steps=data.steps(training.epochs))
+        return PairMethod(world, data, loss=loss, tx=tx, epochs=training.epochs)
+
+    def reward_model(self, world: World, pairs: Sequence[Encoded], name: str) -> Reward:
+        """A reward learned from pairs. It lies in `reward_models/<name>-<digest>`; one that was cut off goes on."""
+        section = self.config.frontier
+        fingerprint = {**self.shared, "pairs": name}
+        digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+        reward, figures = learn_reward(
+            world,
+            pairs,
+            self.folder / "reward_models" / f"{name}-{digest[:8]}",
+            make_tx=functools.partial(build.make_tx, self.config.dpo),
+            batch=self.config.dpo.batch,
+            epochs=section.reward_model_epochs,
+            evaluations=section.evaluations,
+            seed=self.config.run.seed,
+            fingerprint=fingerprint,
+            make_state=world.begin,
+            microbatches=self.config.dpo.microbatches,
+            bos=self.config.data.bos,
+        )
+        print(f"reward model of {name}: held-out accuracy {figures['accuracy']:.3f}", flush=True)
+        return reward
+
+    def ppo(self, world: World) -> PpoMethod:
+        return ppo_method(self.config, world)
+
+    def train_ppo(
+        self, method: PpoMethod, run: Run, folder: Path, reward: Reward, *, evaluations: int, measure: Measure | None = None
+    ) -> tuple[Points, Variables]:
+        """PPO against a reward at the target `run.settings["KL"]`."""
+        target = run.settings["KL"]
+        options = {"target_kl": target, "kl_coef": first_kl_coef(target), "evaluations": evaluations, "seed": run.seed}
+        return method.train(folder, reward=reward, measure=measure, **options)
+
+    def reference_samples(self, world: World) -> tuple[Prompts, Scored]:
+        """`frontier.optimum_samples` completions by the reference of each of `frontier.optimum_prompts` held-out prompts."""
+        prompts = prompts_of(self.config, "optimum_prompts", world.tokenizer).repeated(self.config.frontier.optimum_samples)
+        # Another key than that of the training samples, and of those that policies are measured by.
+        return prompts, world.sample(world.reference, prompts, jax.random.key(self.config.run.seed + 2))
+
+
+def _shared(config: Config, digest: str, world: World) -> dict[str, Any]:
+    """What every result depends on; a change makes all runs anew. What only some depend on stands with the runs."""
+    training = [option.removeprefix("dpo.") for option in COMMANDS["robust"].reads if option.startswith("dpo.")]
+    return {
+        "reference": digest,
+        "architecture": architecture(world.model),
+        "tokenizer": tokenizer_digest(world.tokenizer),
+        "data": {name: getattr(config.data, name) for name in _SHARED_DATA},
+        "frontier": {name: getattr(config.frontier, name) for name in _SHARED},
+        "training": {name: getattr(config.dpo, name) for name in training if name != "policy"},
+        "lora": dataclasses.asdict(config.lora),
+        "seed": config.run.seed,
+        "precision": config.run.precision,
+    }
+
+
+def per_prompt(values: np.ndarray, samples: int) -> np.ndarray:
+    """Values of so many samples of each prompt, one behind the other, as float64[P, samples]."""
+    return np.asarray(values, np.float64).reshape(-1, samples)

@@ -1,0 +1,146 @@
+"""A shift of prompts: policies trained on one family of reviews, tested on it and on the other.
+
+A method joins by a line in `METHODS`, and one in `runs.shift` for its settings. It is a function
+`(experiment, run, folder) -> (its point on the family that it was trained on, final variables on the host)`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.cli.config import Config
+from dpo_jax.cli.experiment import prompts_of
+from dpo_jax.cli.robust.runs import FAMILIES, REFERENCE, families
+from dpo_jax.cli.robust.setup import Setup, make_reference
+from dpo_jax.data.encode import Encoded
+from dpo_jax.evals.reward_functions import Reward
+from dpo_jax.lab.methods import PairMethod
+from dpo_jax.lab.ppo import PpoMethod
+from dpo_jax.lab.robust import EQUAL_KL, Grid, Value, by_seed, cell, difference, gain_at_kl, gains_of
+from dpo_jax.lab.robust_plot import Curve
+from dpo_jax.lab.sweep import Result, Run
+from dpo_jax.lab.world import World
+from dpo_jax.losses import dpo_loss
+from dpo_jax.types import Variables
+
+LINES = ""  # the figure has none
+Trained = tuple[dict[str, float], Variables]
+prepare = make_reference
+
+
+class Experiment:
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.setup = config, Setup(config, folder)
+        self.shared = self.setup.shared
+        everywhere = self.setup.world
+        self.families = {name: Family(self.setup, everywhere, name, topics) for name, topics in families(config).items()}
+
+    def perform(self, run: Run, folder: Path) -> list[dict[str, float]]:
+        worlds = {name: family.world for name, family in self.families.items()}
+        if run.method == REFERENCE:
+            variables, points = self.setup.world.reference, {}
+            step = 0.0
+        else:
+            point, final = METHODS[run.method](self, run, folder)
+            variables, points, step = (
+                self.setup.world.partitioner.put_variables(final),
+                {run.settings["family"]: point},
+                point["step"],
+            )
+        for name, world in worlds.items():
+            points.setdefault(name, {"step": step, **world.measure(variables)})
+        return [{**points[name], "tested": float(number)} for number, name in enumerate(FAMILIES)]
+
+    def summary(self, results: Sequence[Result]) -> tuple[dict[str, Any], list[Curve]]:
+        """For each tested family, method and KL: the gain after training on it, on the other, and what the shift costs."""
+        found, curves = [], []
+        base = {
+            number: r.points[number]["reward"] for r in results if r.run.method == REFERENCE for number in range(len(FAMILIES))
+        }
+        for number, tested in enumerate(FAMILIES):
+            for method in METHODS:
+                by_origin: dict[str, list[Result]] = {}
+                for family in FAMILIES:
+                    mine = [r for r in results if r.run.method == method and r.run.settings["family"] == family]
+                    by_origin["home" if family == tested else "away"] = [_tested(r, number) for r in mine]
+                for at in EQUAL_KL:
+                    gains: dict[str, Value | None] = {
+                        where: gain_at_kl(by_seed(of), at, reference=base[number]) for where, of in by_origin.items()
+                    }
+                    home, away = gains["home"], gains["away"]
+                    lost = None if home is None or away is None else difference(home, away)
+                    found.append({"tested": tested, "method": method, "kl": at, "home": home, "away": away, "lost": lost})
+                for where, of in by_origin.items():
+                    name = f"{method}, trained on {'the same' if where == 'home' else 'the other'}"
+                    panel = f"tested on {', '.join(self.families[tested].topics)}"
+                    curves.append(Curve(panel, name, gains_of(of, base[number]), np.empty(0), np.empty(0)))
+        return {"families": {name: list(f.topics) for name, f in self.families.items()}, "gains": found}, curves
+
+    def tables(self, summary: Mapping[str, Any]) -> list[Grid]:
+        """What is printed."""
+        found = []
+        for tested, topics in summary["families"].items():
+            for at in EQUAL_KL:
+                mine = [row for row in summary["gains"] if row["tested"] == tested and row["kl"] == at]
+                rows = [[row["method"], *(cell(row[name]) for name in ("home", "away", "lost"))] for row in mine]
+                caption = f"tested on {', '.join(topics)}: gain at KL {at:g}"
+                found.append(Grid(caption, ["trained on the same", "trained on the other", "lost by the shift"], rows))
+        return [
+            *found[:-1],
+            found[-1]._replace(note="gain in true reward over the reference, 95 % interval over prompts and seeds"),
+        ]
+
+
+class Family:
+    """Prompts about some topics, with what is learned from pairs on them. Made when a run first asks."""
+
+    def __init__(self, setup: Setup, world: World, name: str, topics: Sequence[str]) -> None:
+        self.setup, self.name, self.topics = setup, name, topics
+        train, test = (prompts_of(setup.config, n, world.tokenizer, topics=topics) for n in ("prompts", "test_prompts"))
+        self.world = world.with_prompts(train=train, test=test)
+
+    @functools.cached_property
+    def pairs(self) -> Sequence[Encoded]:
+        return self.setup.labelled(self.world, self.name)
+
+    @functools.cached_property
+    def dpo(self) -> PairMethod:
+        return self.setup.method(self.world, self.setup.data(self.world, self.pairs), dpo_loss)
+
+    @functools.cached_property
+    def learned_reward(self) -> Reward:
+        return self.setup.reward_model(self.world, self.pairs, self.name)
+
+    @functools.cached_property
+    def ppo(self) -> PpoMethod:
+        return self.setup.ppo(self.world)
+
+
+def _by_dpo(experiment: Experiment, run: Run, folder: Path) -> Trained:
+    family = experiment.families[run.settings["family"]]
+    with experiment.setup.making:
+        method = family.dpo
+    points, variables = method.train(folder, settings={"beta": run.settings["beta"]}, evaluations=1, seed=run.seed)
+    return points[-1], variables
+
+
+def _by_ppo(experiment: Experiment, run: Run, folder: Path) -> Trained:
+    family = experiment.families[run.settings["family"]]
+    with experiment.setup.making:
+        method, reward = family.ppo, family.learned_reward
+    points, variables = experiment.setup.train_ppo(method, run, folder, reward, evaluations=1)
+    return points[-1], variables
+
+
+METHODS: Mapping[str, Callable[[Experiment, Run, Path], Trained]] = {"dpo": _by_dpo, "ppo": _by_ppo}
+
+
+def _tested(result: Result, number: int) -> Result:
+    """A result with its points on one family alone."""
+    return Result(result.run, [p for p in result.points if not math.isclose(p["tested"], 1 - number)], result.seconds)

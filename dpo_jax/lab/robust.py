@@ -1,0 +1,107 @@
+"""Tables of the robustness experiments: gains in true reward at equal KL, each beside what it is compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.evals.frontier import envelope
+from dpo_jax.lab.seeds import over_seeds
+from dpo_jax.lab.sweep import Result
+from dpo_jax.lab.world import Points
+
+EQUAL_KL = (1.0, 3.0)  # nats
+ENDS = ("", "_low", "_high")
+Value = dict[str, float]
+"""`{"": mean, "_low": ..., "_high": ...}`, a 95 % interval over prompts and seeds."""
+
+COLUMNS = (
+    *("method", "label", "seed", "step", "kl", "kl_low", "kl_high", "kl_sampled", "reward", "reward_low", "reward_high"),
+    *("proxy", "proxy_low", "proxy_high", "tokens", "seconds", "flipped", "pairs", "tested"),
+)
+
+
+def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """Every measured point, with the settings of its run."""
+    return [
+        {"method": r.run.method, "label": r.run.label, "seed": r.run.seed, "seconds": r.seconds, **r.run.settings, **point}
+        for r in results
+        for point in r.points
+    ]
+
+
+def gain_at_kl(by_seed: Iterable[Points], at: float, *, reference: float) -> Value | None:
+    """Gain in true reward over the `reference` of the best policy, or mixture of two, within a KL of `at`.
+
+    `by_seed`: the policies of each seed. A seed none of which went that far is left out; None if all are.
+    """
+    mixed = []
+    for points in by_seed:
+        kls = np.array([0.0, *(point["kl"] for point in points)])
+        if at <= kls.max():
+            gains = {end: np.array([0.0, *(p[f"reward{end}"] - reference for p in points)]) for end in ENDS}
+            mixed.append({f"gain{end}": envelope(kls, gains[end], at) for end in ENDS})
+    return over_seeds(mixed, "gain") if mixed else None
+
+
+def best_setting(results: Sequence[Result], *, reference: float) -> dict[str, Any]:
+    """The setting whose last points have the highest mean over seeds: its label, gain (`Value`) and KL."""
+    found = []
+    for label in dict.fromkeys(r.run.label for r in results):
+        last = [r.points[-1] for r in results if r.run.label == label]
+        gain = {end: value - reference for end, value in over_seeds(last, "reward").items()}
+        found.append({"label": label, "gain": gain, "kl": float(np.mean([p["kl"] for p in last]))})
+    return max(found, key=lambda setting: setting["gain"][""])
+
+
+def gains_of(results: Iterable[Result], reference: float) -> list[tuple[float, float, float, float]]:
+    """(KL, gain over the reference, and its interval) of every measured point, for a figure."""
+    mine = [point for result in results for point in result.points]
+    return [(p["kl"], p["reward"] - reference, p["reward_low"] - reference, p["reward_high"] - reference) for p in mine]
+
+
+def by_seed(results: Iterable[Result]) -> list[Points]:
+    """All points of each seed."""
+    found: dict[int, Points] = {}
+    for result in results:
+        found.setdefault(result.run.seed, []).extend(result.points)
+    return list(found.values())
+
+
+def difference(one: Value, other: Value) -> Value:
+    """`one - other`. The intervals add up in squares, as if the two were independent: it is rather too wide."""
+    mean = one[""] - other[""]
+    below = math.hypot(one[""] - one["_low"], other["_high"] - other[""])
+    above = math.hypot(one["_high"] - one[""], other[""] - other["_low"])
+    return {"": mean, "_low": mean - below, "_high": mean + above}
+
+
+def curve_at(kl: np.ndarray, reward: np.ndarray, at: float) -> float | None:
+    """The reward at a KL of a curve that begins at KL 0; None beyond its end. It goes with the root of KL."""
+    return float(np.interp(math.sqrt(at), np.sqrt(kl), reward)) if at <= kl.max() else None
+
+
+def cell(value: Value | None, *, beside: float | None = None) -> str:
+    """A value with its interval for a printed table, and in square brackets what it is compared with."""
+    words = "-" if value is None else f"{value['']:.2f} ({value['_low']:.2f} to {value['_high']:.2f})"
+    return words if beside is None else f"{words} [{beside:.2f}]"
+
+
+class Grid(NamedTuple):
+    """A table for people: `summary.json` keeps it, `dpo-jax report` shows it. The first cell of a row names it."""
+
+    caption: str
+    columns: list[str]  # of all cells but the first
+    rows: list[list[str]]
+    note: str = ""
+
+    def text(self) -> str:
+        first, *others = (max(map(len, column)) for column in zip([self.caption, *self.columns], *self.rows, strict=True))
+        lines = [
+            f"{row[0]:{first}}" + "".join(f"  {one:>{width}}" for one, width in zip(row[1:], others, strict=True))
+            for row in ([self.caption, *self.columns], *self.rows)
+        ]
+        return "\n".join([*lines, *filter(None, [self.note])])
