@@ -132,7 +132,7 @@ def undrawn(monkeypatch):
 
     monkeypatch.setattr("dpo_jax.cli.commands.report.plot_training", lambda rows, folder, **options: [])
     for name in ("plot_trajectories", "plot_lengths", "plot_learned"):
-        monkeypatch.setattr(f"dpo_jax.report.frontier.{name}", drawn)
+        monkeypatch.setattr(f"dpo_jax.report.experiments.{name}", drawn)
 
 
 def test_a_whole_run_has_a_page_without_a_complaint(whole, tmp_path):

@@ -5,7 +5,7 @@ import csv
 import pytest
 
 from dpo_jax.evals.overoptimisation import declines
-from dpo_jax.report.frontier import frontier
+from dpo_jax.report.experiments import frontier
 from dpo_jax.report.run_record import read_run
 
 

@@ -23,8 +23,8 @@ from dpo_jax.lab.methods import PairData
 from dpo_jax.lab.noise import METHODS, flipped, flips, implied_margin, implied_scores, predicted_curve
 from dpo_jax.lab.robust import gain_at_kl
 from dpo_jax.losses import dpo_loss, ipo_loss, robust_loss
+from dpo_jax.report.experiments import UNKNOWN, robustness
 from dpo_jax.report.page import Table
-from dpo_jax.report.robustness import UNKNOWN, robustness
 from dpo_jax.report.run_record import read_run
 
 BETA = 0.3

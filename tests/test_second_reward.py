@@ -12,7 +12,7 @@ from dpo_jax.lab.optimum import Drawn, kept_in
 from dpo_jax.lab.second_reward import gains, over_optimised, summary
 from dpo_jax.lab.seeds import over_seeds
 from dpo_jax.lab.sweep import Result, Run
-from dpo_jax.report.frontier import frontier
+from dpo_jax.report.experiments import frontier
 from dpo_jax.report.run_record import read_run
 from dpo_jax.runtime.rundir import write_json
 

@@ -23,11 +23,10 @@ from dpo_jax.models.hf import read_weights
 from dpo_jax.plotting.curves import PANELS
 from dpo_jax.plotting.training_curves import plot_runs, plot_training
 from dpo_jax.report.audit import audited
+from dpo_jax.report.experiments import frontier, robustness
 from dpo_jax.report.first import first_things, moment
-from dpo_jax.report.frontier import frontier
 from dpo_jax.report.judged import judged
 from dpo_jax.report.page import Block, Figures, Notice, Page, Section, Table, render_html, render_markdown
-from dpo_jax.report.robustness import robustness
 from dpo_jax.report.run_record import TRAINING, RunRecord, of, one_or_more, read_run, shown_path
 from dpo_jax.report.weights import SHOWN, scored_weights
 from dpo_jax.runtime.progress import reported
