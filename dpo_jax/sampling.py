@@ -1,16 +1,17 @@
 """Sampling completions: one pass over the prompts, then one token at a time against a key/value cache, in one compiled loop.
 
-Prompts of unequal length are padded on the left, so that all rows write their next token to the same cache column:
+Prompts of unequal length are padded on the left. A prompt is read once for all of its completions, which share its keys and values
+and write those of their own tokens to a cache of their own (`types.SharedCache`):
 
-    column     0    1    2    3    4    5
-    row 0      .    .   p_0  p_1  y_0  y_1
-    row 1     p_0  p_1  p_2  p_3  y_0  y_1
+    column     0    1    2    3      0    1
+    prompt 0   .    .   p_0  p_1    y_0  y_1    completion 0
+                                    y_0  y_1    completion 1
+    prompt 1  p_0  p_1  p_2  p_3    y_0  y_1    completion 0
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from dpo_jax.types import Array, Model, Rows, Variables
+from dpo_jax.lanes import Lanes, idle, of_completions, of_groups, refill, store
+from dpo_jax.models.axes import parts_of
+from dpo_jax.token_draw import choose
+from dpo_jax.types import ROW_AXES, Array, Model, Rows, SharedCache, Variables
 
-SMALL = 1e-6
-"""Temperatures below this could make logits overflow. Those above are divided by as in transformers, to the last bit."""
+REFILL = 8
+"""Ended rows wait for the next completion until they are one in so many: each time, prompts' keys and values are copied."""
 
 
 class Samples(NamedTuple):
@@ -40,10 +44,18 @@ class Samples(NamedTuple):
 class _Loop(NamedTuple):
     """What the decoding loop carries from token to token."""
 
-    drawn: jax.Array  # int32[]  tokens drawn so far
-    samples: Samples
-    ended: jax.Array  # bool[B]
+    lanes: Lanes
+    samples: Samples  # of the completions the lanes are at
+    token: jax.Array  # int32[R]  the last one drawn
     cache: Any
+
+
+class _Seats(NamedTuple):
+    """What each lane reads of its prompt and of its completion's number, [R, ...] each."""
+
+    start: jax.Array  # int32[R]  column of the prompt's first token
+    first: jax.Array  # [R, D]  the hidden state at the prompt's end, from which the first token is drawn
+    keys: jax.Array  # [R]
 
 
 def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], *, multiple_of: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -75,23 +87,33 @@ def generate(
     *,
     max_new_tokens: int,
     eos_id: int | Sequence[int],
+    completions: int = 1,
+    lanes: int | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     cache_dtype: Any = jnp.float32,
 ) -> Samples:
-    """Sample a completion of every prompt (`prompts` int32[B, Lp] and `lengths` int32[B] from `left_pad`). Pure: jit it.
+    """Sample K = `completions` of every prompt (`prompts` int32[B, Lp] and `lengths` int32[B] from `left_pad`). Pure: jit it.
+
+    Returns `Samples` of B * K rows, those of a prompt side by side. Each prompt is read once.
 
     The distribution is `model`'s with logits divided by `temperature`, cut to the `top_k` likeliest tokens (0: all), then to
     the likeliest ones that together reach probability `top_p` (1: all; nucleus sampling, Holtzman et al. 2019), as in
     transformers. Temperature 0 takes the likeliest token. A row ends with `eos_id`, or with any of several (-1: no token ends
-    it), the loop when all rows have ended or after T = `max_new_tokens` tokens.
+    it), and after T = `max_new_tokens` tokens.
 
-    `key` is one key (`jax.random.key`, or the older `PRNGKey`), or keys [B], one for each row: then a completion does not
-    depend on which rows it shares a batch or a device with.
+    `lanes`: so many completions are drawn at a time, and one that has ended makes room for the next (continuous batching). None:
+    all at once, until the last one ends. A number of its own matters where lengths differ, and bounds the memory.
+
+    `key` is one key (`jax.random.key`, or the older `PRNGKey`), or keys [B * K], one for each completion: then a completion does
+    not depend on which others it shares a batch or a device with.
 
     `Samples.token_logps` are under the model itself, before temperature and cuts: `Samples.logps`, their sums, equal what
     `logps.sequence_logps` finds for the same tokens. They are NaN where a completion ran past the model's position table.
+
+    Memory of the cache: a column of it takes `2 * layers * kv_heads * head_size` numbers of `cache_dtype`. There are `B * Lp`
+    columns of prompts (with `lanes` below B * K up to `lanes * Lp` more, of those in work) and `lanes * (T - 1)` of completions.
 
     Raises ValueError for options out of range, `lengths` of another shape than [B] or (outside of jit, where values are known)
     not from 1 to Lp, and keys of another shape; TypeError for what is no key.
@@ -107,55 +129,120 @@ def generate(
     init_cache, decode = model.init_cache, model.decode
     if init_cache is None or decode is None:
         raise ValueError("sampling needs a model with init_cache and decode (see types.Model)")
-    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or completions < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
-            f"max_new_tokens={max_new_tokens} must be at least 1, temperature={temperature} and top_k={top_k} at least 0, "
-            f"top_p={top_p} in (0, 1]"
+            f"max_new_tokens={max_new_tokens} and completions={completions} must be at least 1, temperature={temperature} and "
+            f"top_k={top_k} at least 0, top_p={top_p} in (0, 1]"
         )
     ends = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
     if not ends:
         raise ValueError("eos_id names no token; -1 lets no token end a row")
     _check_prompts(prompts, lengths)
+    every = _keys_of_rows(key, prompts.shape[0] * completions)
+    shared = model.take_rows is not None
+    if not shared:  # a cache that cannot be shared is computed for each completion, and has room for all of its tokens
+        prompts, lengths = (jnp.repeat(jnp.asarray(array), completions, axis=0) for array in (prompts, lengths))
+        completions, lanes = 1, None
     batch, columns = prompts.shape
+    parts, groups, width = _seating(batch, completions, lanes)
+    rows, own = parts * groups * width, max(1, max_new_tokens - 1)  # the last token drawn is never fed
+    weights, cache = _by_layer(model, variables, init_cache(batch, columns + (0 if shared else own), cache_dtype))
     start = columns - jnp.asarray(lengths, jnp.int32)
-    keys = _keys_of_rows(key, batch)
-
-    def draw(hidden: jax.Array, loop: _Loop) -> _Loop:
-        """Draw token number `loop.drawn` of every row from the hidden state before it."""
-        logits = model.unembed(variables, hidden)
-        token = _choose(
-            logits, jax.vmap(jax.random.fold_in, (0, None))(keys, loop.drawn), temperature=temperature, top_k=top_k, top_p=top_p
-        )
-        picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-        logp = (picked - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
-        tokens, counts, logps = loop.samples
-        samples = Samples(
-            jax.lax.dynamic_update_slice(tokens, jnp.where(loop.ended, ends[0], token)[:, None], (0, loop.drawn)),
-            counts + jnp.where(loop.ended, 0, 1),
-            jax.lax.dynamic_update_slice(logps, jnp.where(loop.ended, 0.0, logp)[:, None], (0, loop.drawn)),
-        )
-        stops = (token[:, None] == jnp.asarray(ends, jnp.int32)[None]).any(axis=-1)
-        return loop._replace(drawn=loop.drawn + 1, samples=samples, ended=loop.ended | stops)
-
-    def advance(loop: _Loop) -> _Loop:
-        """Feed the last token drawn and draw the next one."""
-        last = loop.drawn - 1
-        token = jax.lax.dynamic_slice(loop.samples.tokens, (0, last), (batch, 1))
-        column = jnp.broadcast_to(columns + last, (batch, 1))
-        rows = _rows(token, column - start[:, None], start[:, None], column + 1)
-        hidden, cache = decode(weights, rows, loop.cache)
-        return draw(hidden[:, 0], loop._replace(cache=cache))
-
-    # The last token drawn is never fed, and needs no column.
-    weights, cache = variables, init_cache(batch, columns + max_new_tokens - 1, cache_dtype)
-    if model.by_layer is not None and jax.default_backend() == "cpu":
-        weights, cache = model.by_layer(weights, cache)
     hidden, cache = decode(weights, _prompt_rows(jnp.asarray(prompts, jnp.int32), start), cache)
-    shape = (batch, max_new_tokens)
-    none = Samples(jnp.full(shape, ends[0], jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros(shape, jnp.float32))
-    loop = draw(hidden[:, -1], _Loop(jnp.int32(0), none, jnp.zeros(batch, bool), cache))
-    loop = jax.lax.while_loop(lambda loop: (loop.drawn < max_new_tokens) & ~loop.ended.all(), advance, loop)
-    return loop.samples
+    last = hidden[:, -1]
+
+    def seats(now: Lanes) -> _Seats:
+        of_prompt = of_groups((start, last), now)
+        return _Seats(*of_prompt, of_completions(every, now, completions=completions))
+
+    def draw(loop: _Loop, at: _Seats, hidden: jax.Array) -> _Loop:
+        logits = model.unembed(variables, hidden)
+        now = jax.vmap(jax.random.fold_in)(at.keys, loop.samples.lengths)
+        token = choose(logits, now, temperature=temperature, top_k=top_k, top_p=top_p)
+        return _with_token(loop, token, logits, ends)
+
+    def advance(loop: _Loop, at: _Seats) -> _Loop:
+        """Feed the last tokens drawn and draw the next ones; a completion's first is drawn from its prompt."""
+        hidden, cache = decode(weights, _next_rows(loop, at.start, columns), loop.cache)
+        begins = loop.samples.lengths[:, None] == 0
+        return draw(loop._replace(cache=cache), at, jnp.where(begins, at.first, hidden[:, 0]))
+
+    def until(stop: Callable[[_Loop], jax.Array], loop: _Loop, at: _Seats) -> _Loop:
+        return jax.lax.while_loop(lambda loop: ~stop(loop), lambda loop: advance(loop, at), loop)
+
+    work = {"prompts": batch // parts, "completions": completions}
+    now, _ = refill(idle(parts, groups, width, completions=completions), **work)
+    if shared:
+        held = cache if groups * parts == batch else model.take_rows(cache, now.prompt)
+        mine = SharedCache(held, _by_layer(model, variables, init_cache(rows, own, cache_dtype))[1])
+    else:
+        mine = cache
+    loop = _Loop(now, _no_samples(rows, max_new_tokens, ends[0]), jnp.zeros(rows, jnp.int32), mine)
+    at = seats(now)
+    loop = draw(loop, at, at.first)
+    if rows == batch * completions:
+        return until(lambda loop: ~loop.lanes.busy.any(), loop, at).samples
+
+    def waiting(loop: _Loop) -> jax.Array:
+        return refill(loop.lanes, **work)[1].sum()
+
+    def again(state: tuple[Samples, _Loop]) -> tuple[Samples, _Loop]:
+        """Let ended lanes begin anew, and draw until enough have ended for the next time."""
+        results, loop = state
+        results = store(results, loop.samples, loop.lanes, completions=completions)
+        now, new = refill(loop.lanes, **work)
+        samples = jax.tree.map(
+            lambda old, fresh: jnp.where(new.reshape(-1, *[1] * (old.ndim - 1)), fresh, old),
+            loop.samples,
+            _no_samples(rows, max_new_tokens, ends[0]),
+        )
+        if groups * parts < batch:
+            loop = loop._replace(cache=loop.cache._replace(prompts=model.take_rows(cache, now.prompt)))
+        loop = loop._replace(lanes=now, samples=samples)
+        enough = max(1, rows // REFILL)
+        return results, until(lambda loop: ~loop.lanes.busy.any() | (waiting(loop) >= enough), loop, seats(now))
+
+    results, loop = jax.lax.while_loop(
+        lambda state: state[1].lanes.busy.any() | (waiting(state[1]) > 0),
+        again,
+        (_no_samples(batch * completions, max_new_tokens, ends[0]), loop),
+    )
+    return store(results, loop.samples, loop.lanes, completions=completions)
+
+
+def _seating(batch: int, completions: int, lanes: int | None) -> tuple[int, int, int]:
+    import os
+    parts = parts_of(ROW_AXES)
+    parts = parts if batch % parts == 0 else 1
+    if lanes is None or lanes >= batch * completions:
+        return parts, batch // parts, completions
+    width = int(os.environ.get("W", "1"))
+    groups = max(1, min(batch, lanes // width) // parts)
+    return parts, groups, min(completions, max(1, lanes // (groups * parts)))
+
+
+def _by_layer(model: Model, variables: Variables, cache: Any) -> tuple[Variables, Any]:
+    if model.by_layer is not None and jax.default_backend() == "cpu":
+        return model.by_layer(variables, cache)
+    return variables, cache
+
+
+def _no_samples(rows: int, new_tokens: int, end: int) -> Samples:
+    shape = (rows, new_tokens)
+    return Samples(jnp.full(shape, end, jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros(shape, jnp.float32))
+
+
+def _with_token(loop: _Loop, token: jax.Array, logits: jax.Array, ends: tuple[int, ...]) -> _Loop:
+    """The loop after `token[R]` was drawn from `logits[R, V]`; lanes that have ended are left as they are."""
+    picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    logp = (picked - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
+    (tokens, counts, logps), busy = loop.samples, loop.lanes.busy.reshape(-1)
+    here = (jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] == counts[:, None]) & busy[:, None]
+    counts = counts + busy.astype(jnp.int32)
+    samples = Samples(jnp.where(here, token[:, None], tokens), counts, jnp.where(here, logp[:, None], logps))
+    stops = (token[:, None] == jnp.asarray(ends, jnp.int32)[None]).any(axis=-1) | (counts >= tokens.shape[1])
+    lanes = loop.lanes._replace(busy=(busy & ~stops).reshape(loop.lanes.busy.shape))
+    return loop._replace(lanes=lanes, samples=samples, token=token)
 
 
 def _check_prompts(prompts: Array, lengths: Array) -> None:
@@ -174,59 +261,18 @@ def _check_prompts(prompts: Array, lengths: Array) -> None:
         )
 
 
-def _keys_of_rows(key: jax.Array, batch: int) -> jax.Array:
-    """A key for each row, [B], of one key or as many."""
+def _keys_of_rows(key: jax.Array, rows: int) -> jax.Array:
+    """A key for each completion, [B * K], of one key or as many."""
     dtype = getattr(key, "dtype", None)
     if dtype == np.uint32 and np.ndim(key):
         key = jax.random.wrap_key_data(jnp.asarray(key))  # of jax.random.PRNGKey
     elif dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        raise TypeError(f"key: one of jax.random.key(seed), or one for each prompt, is expected; got {type(key).__name__}")
-    if key.shape not in ((), (batch,)):
+        raise TypeError(f"key: one of jax.random.key(seed), or one for each completion, is expected; got {type(key).__name__}")
+    if key.shape not in ((), (rows,)):
         raise ValueError(
-            f"key: one of jax.random.key(seed), or one for each of the {batch} prompts, not keys of shape {key.shape}"
+            f"key: one of jax.random.key(seed), or one for each of the {rows} completions, not keys of shape {key.shape}"
         )
-    return key if key.shape else jax.random.split(key, batch)
-
-
-def _choose(logits: jax.Array, keys: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    """One token per row: `logits` float32[B, V], keys [B] -> int32[B]."""
-    if temperature < float(jnp.finfo(jnp.float32).tiny):  # 0, as far as float32 is concerned
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if temperature < SMALL:  # a quotient too large for float32 becomes -inf, and the likeliest token stays at 0
-        logits = logits - logits.max(axis=-1, keepdims=True)
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    if top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        smallest = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    return _draw(jnp.exp(logits - logits.max(axis=-1, keepdims=True)), keys)
-
-
-def _draw(weights: jax.Array, keys: jax.Array) -> jax.Array:
-    """An index per row with a probability proportional to `weights[B, V]`: first a block of them, then one in the block.
-
-    Two random numbers a row instead of one for each token of the vocabulary, which would take longer than a small model.
-    Sums over few numbers, too: a single running sum over a large vocabulary is too coarse in float32.
-    """
-    vocab = weights.shape[1]
-    size = 1 << round(math.log2(vocab) / 2)
-    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % size))).reshape(len(weights), -1, size)
-    first, second = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys).T
-    block = _invert(blocks.sum(axis=-1), first)
-    inside = _invert(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], second)
-    return (block * size + inside).astype(jnp.int32)
-
-
-def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The index at which the running sum of `weights[B, n]` passes the share `uniform[B]` of it, in [0, 1)."""
-    reached, possible = jnp.cumsum(weights, axis=-1), weights > 0  # a sum may grow by rounding where nothing is added
-    target = uniform * jnp.where(possible, reached, 0).max(axis=-1)
-    return jnp.argmax(possible & (reached > target[:, None]), axis=-1)
+    return key if key.shape else jax.random.split(key, rows)
 
 
 def _prompt_rows(prompts: jax.Array, start: jax.Array) -> Rows:
@@ -235,6 +281,12 @@ def _prompt_rows(prompts: jax.Array, start: jax.Array) -> Rows:
     start = start[:, None]
     padding = column < start
     return _rows(prompts, jnp.where(padding, 0, column - start), jnp.where(padding, column, start), column + 1)
+
+
+def _next_rows(loop: _Loop, start: jax.Array, columns: int) -> Rows:
+    """One token of each lane, the last one drawn, behind its prompt and its tokens before."""
+    own = loop.samples.lengths
+    return _rows(loop.token[:, None], (columns - start + own - 1)[:, None], start[:, None], (columns + own)[:, None])
 
 
 def _rows(tokens: jax.Array, positions: jax.Array, k_start: jax.Array, k_end: jax.Array) -> Rows:
