@@ -212,6 +212,7 @@ def generate(
 
 def _seating(batch: int, completions: int, lanes: int | None) -> tuple[int, int, int]:
     import os
+
     parts = parts_of(ROW_AXES)
     parts = parts if batch % parts == 0 else 1
     if lanes is None or lanes >= batch * completions:

@@ -12,6 +12,7 @@ import numpy as np
 
 from dpo_jax.bench.ladder import Compiled, describe
 from dpo_jax.bench.work import SamplingWork, read_prompts
+from dpo_jax.evals.completions import QUEUE
 from dpo_jax.models.hf import load_hf
 from dpo_jax.sampling import generate
 
@@ -21,29 +22,34 @@ NEVER = -1  # no token has this id, so none ends a completion
 def run(work: SamplingWork) -> dict[str, Any]:
     """Completes the prompts greedily (for the gate), and `1 + work.batches` times by sampling. Returns
 
-    `greedy` [B][T] token ids, `nats` [B] mean log-probability of the tokens sampled in each row, `batch_seconds` of the timed
-    batches, `first_seconds` of the one before them, `compile_seconds` of sampling, and what `ladder.describe` gives.
+    `greedy` [B * K][T] token ids, `nats` [B * K] mean log-probability of the tokens sampled in each row, `batch_seconds` of the
+    timed batches, `batch_tokens` that were drawn in each, `first_seconds` of the batch before them, `compile_seconds` of
+    sampling, and what `ladder.describe` gives.
     """
     jax.config.update("jax_compilation_cache_dir", str(work.compiled("jax-generate").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     dtype = jnp.dtype(work.precision)
     model, variables = load_hf(work.model, dtype=dtype, param_dtype=dtype)
     prompts, lengths = (jnp.asarray(array) for array in read_prompts(work))
-    options = {"max_new_tokens": work.new_tokens, "eos_id": NEVER, "cache_dtype": dtype}
+    options = {"max_new_tokens": work.new_tokens, "completions": work.completions, "cache_dtype": dtype}
+    lanes = None if not work.ends else max(1, len(prompts) * work.completions // QUEUE)
     key = jax.random.key(work.seed)
-    greedy = Compiled(functools.partial(generate, model, **options, temperature=0.0))(variables, prompts, lengths, key)
-    sampler = Compiled(functools.partial(generate, model, **options))
+    best = functools.partial(generate, model, **options, eos_id=NEVER, temperature=0.0)
+    greedy = Compiled(best)(variables, prompts, lengths, key)
+    sampler = Compiled(functools.partial(generate, model, **options, eos_id=work.ends or NEVER, lanes=lanes))
     sampler.prepare(variables, prompts, lengths, key)
-    seconds = []
+    seconds, drawn = [], []
     for number in range(1 + work.batches):
         batch_key = jax.random.fold_in(key, number)
         start = time.perf_counter()
         samples = jax.block_until_ready(sampler(variables, prompts, lengths, batch_key))
         seconds.append(time.perf_counter() - start)
+        drawn.append(int(samples.lengths.sum()))
     return {
         "greedy": np.asarray(greedy.tokens).tolist(),
-        "nats": (np.asarray(samples.logps) / work.new_tokens).tolist(),
+        "nats": (np.asarray(samples.logps) / np.asarray(samples.lengths)).tolist(),
         "batch_seconds": seconds[1:],
+        "batch_tokens": drawn[1:],
         "first_seconds": seconds[0],
         "compile_seconds": sampler.seconds,
         **describe(),
