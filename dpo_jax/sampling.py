@@ -1,7 +1,7 @@
 """Sampling completions: one pass over the prompts, then one token at a time against a key/value cache, in one compiled loop.
 
-Prompts of unequal length are padded on the left. A prompt is read once for all of its completions, which share its keys and values
-and write those of their own tokens to a cache of their own (`types.SharedCache`):
+Prompts of unequal length are padded on the left. A prompt is read once for all of its completions, which share its keys and
+values and write those of their own tokens to a cache of their own (`types.SharedCache`):
 
     column     0    1    2    3      0    1
     prompt 0   .    .   p_0  p_1    y_0  y_1    completion 0
@@ -11,51 +11,16 @@ and write those of their own tokens to a cache of their own (`types.SharedCache`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from dpo_jax.lanes import Lanes, idle, of_completions, of_groups, refill, store
-from dpo_jax.models.axes import parts_of
-from dpo_jax.token_draw import choose
-from dpo_jax.types import ROW_AXES, Array, Model, Rows, SharedCache, Variables
-
-REFILL = 8
-"""Ended rows wait for the next completion until they are one in so many: each time, prompts' keys and values are copied."""
-
-
-class Samples(NamedTuple):
-    """Completions of a batch of prompts. A row that ended before `T` tokens is filled up with the first of the end tokens."""
-
-    tokens: jax.Array  # int32[B, T]
-    lengths: jax.Array  # int32[B]  tokens of each completion, the one that ended it included
-    token_logps: jax.Array  # float32[B, T]  log-probability of each token in nats; 0 after the end
-
-    @property
-    def logps(self) -> jax.Array:
-        """log pi(y|x) of each completion: float32[B], in nats."""
-        return self.token_logps.sum(-1)
-
-
-class _Loop(NamedTuple):
-    """What the decoding loop carries from token to token."""
-
-    lanes: Lanes
-    samples: Samples  # of the completions the lanes are at
-    token: jax.Array  # int32[R]  the last one drawn
-    cache: Any
-
-
-class _Seats(NamedTuple):
-    """What each lane reads of its prompt and of its completion's number, [R, ...] each."""
-
-    start: jax.Array  # int32[R]  column of the prompt's first token
-    first: jax.Array  # [R, D]  the hidden state at the prompt's end, from which the first token is drawn
-    keys: jax.Array  # [R]
+from dpo_jax.sampling_loop import Options, Samples, Source, by_layer, draw_completions, rows_read
+from dpo_jax.types import Array, Model, Rows, Variables
 
 
 def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], *, multiple_of: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -103,17 +68,18 @@ def generate(
     transformers. Temperature 0 takes the likeliest token. A row ends with `eos_id`, or with any of several (-1: no token ends
     it), and after T = `max_new_tokens` tokens.
 
-    `lanes`: so many completions are drawn at a time, and one that has ended makes room for the next (continuous batching). None:
-    all at once, until the last one ends. A number of its own matters where lengths differ, and bounds the memory.
+    `lanes`: so many completions are drawn at a time, and one that has ended makes room for the next (continuous batching).
+    None: all at once, until the last one ends. It saves time where lengths differ, and memory.
 
-    `key` is one key (`jax.random.key`, or the older `PRNGKey`), or keys [B * K], one for each completion: then a completion does
-    not depend on which others it shares a batch or a device with.
+    `key` is one key (`jax.random.key`, or the older `PRNGKey`), or keys [B * K], one for each completion: then a completion
+    does not depend on which others it shares a batch or a device with.
 
     `Samples.token_logps` are under the model itself, before temperature and cuts: `Samples.logps`, their sums, equal what
     `logps.sequence_logps` finds for the same tokens. They are NaN where a completion ran past the model's position table.
 
-    Memory of the cache: a column of it takes `2 * layers * kv_heads * head_size` numbers of `cache_dtype`. There are `B * Lp`
-    columns of prompts (with `lanes` below B * K up to `lanes * Lp` more, of those in work) and `lanes * (T - 1)` of completions.
+    Memory of the cache: a column takes `2 * layers * kv_heads * head_size` numbers of `cache_dtype`. There are `B * Lp` columns
+    of prompts, `lanes * (T - 1)` of completions (B * K * (T - 1) without `lanes`), and with `lanes` below B * K up to
+    `lanes * Lp` more, of the prompts in work.
 
     Raises ValueError for options out of range, `lengths` of another shape than [B] or (outside of jit, where values are known)
     not from 1 to Lp, and keys of another shape; TypeError for what is no key.
@@ -138,112 +104,17 @@ def generate(
     if not ends:
         raise ValueError("eos_id names no token; -1 lets no token end a row")
     _check_prompts(prompts, lengths)
-    every = _keys_of_rows(key, prompts.shape[0] * completions)
-    shared = model.take_rows is not None
-    if not shared:  # a cache that cannot be shared is computed for each completion, and has room for all of its tokens
+    keys, own = _keys_of_rows(key, prompts.shape[0] * completions), 0
+    if model.take_rows is None:  # its cache is made for each completion, and holds the completion, too
         prompts, lengths = (jnp.repeat(jnp.asarray(array), completions, axis=0) for array in (prompts, lengths))
-        completions, lanes = 1, None
+        completions, lanes, own = 1, None, max_new_tokens - 1
     batch, columns = prompts.shape
-    parts, groups, width = _seating(batch, completions, lanes)
-    rows, own = parts * groups * width, max(1, max_new_tokens - 1)  # the last token drawn is never fed
-    weights, cache = _by_layer(model, variables, init_cache(batch, columns + (0 if shared else own), cache_dtype))
+    weights, cache = by_layer(model, variables, init_cache(batch, columns + own, cache_dtype))
     start = columns - jnp.asarray(lengths, jnp.int32)
     hidden, cache = decode(weights, _prompt_rows(jnp.asarray(prompts, jnp.int32), start), cache)
-    last = hidden[:, -1]
-
-    def seats(now: Lanes) -> _Seats:
-        of_prompt = of_groups((start, last), now)
-        return _Seats(*of_prompt, of_completions(every, now, completions=completions))
-
-    def draw(loop: _Loop, at: _Seats, hidden: jax.Array) -> _Loop:
-        logits = model.unembed(variables, hidden)
-        now = jax.vmap(jax.random.fold_in)(at.keys, loop.samples.lengths)
-        token = choose(logits, now, temperature=temperature, top_k=top_k, top_p=top_p)
-        return _with_token(loop, token, logits, ends)
-
-    def advance(loop: _Loop, at: _Seats) -> _Loop:
-        """Feed the last tokens drawn and draw the next ones; a completion's first is drawn from its prompt."""
-        hidden, cache = decode(weights, _next_rows(loop, at.start, columns), loop.cache)
-        begins = loop.samples.lengths[:, None] == 0
-        return draw(loop._replace(cache=cache), at, jnp.where(begins, at.first, hidden[:, 0]))
-
-    def until(stop: Callable[[_Loop], jax.Array], loop: _Loop, at: _Seats) -> _Loop:
-        return jax.lax.while_loop(lambda loop: ~stop(loop), lambda loop: advance(loop, at), loop)
-
-    work = {"prompts": batch // parts, "completions": completions}
-    now, _ = refill(idle(parts, groups, width, completions=completions), **work)
-    if shared:
-        held = cache if groups * parts == batch else model.take_rows(cache, now.prompt)
-        mine = SharedCache(held, _by_layer(model, variables, init_cache(rows, own, cache_dtype))[1])
-    else:
-        mine = cache
-    loop = _Loop(now, _no_samples(rows, max_new_tokens, ends[0]), jnp.zeros(rows, jnp.int32), mine)
-    at = seats(now)
-    loop = draw(loop, at, at.first)
-    if rows == batch * completions:
-        return until(lambda loop: ~loop.lanes.busy.any(), loop, at).samples
-
-    def waiting(loop: _Loop) -> jax.Array:
-        return refill(loop.lanes, **work)[1].sum()
-
-    def again(state: tuple[Samples, _Loop]) -> tuple[Samples, _Loop]:
-        """Let ended lanes begin anew, and draw until enough have ended for the next time."""
-        results, loop = state
-        results = store(results, loop.samples, loop.lanes, completions=completions)
-        now, new = refill(loop.lanes, **work)
-        samples = jax.tree.map(
-            lambda old, fresh: jnp.where(new.reshape(-1, *[1] * (old.ndim - 1)), fresh, old),
-            loop.samples,
-            _no_samples(rows, max_new_tokens, ends[0]),
-        )
-        if groups * parts < batch:
-            loop = loop._replace(cache=loop.cache._replace(prompts=model.take_rows(cache, now.prompt)))
-        loop = loop._replace(lanes=now, samples=samples)
-        enough = max(1, rows // REFILL)
-        return results, until(lambda loop: ~loop.lanes.busy.any() | (waiting(loop) >= enough), loop, seats(now))
-
-    results, loop = jax.lax.while_loop(
-        lambda state: state[1].lanes.busy.any() | (waiting(state[1]) > 0),
-        again,
-        (_no_samples(batch * completions, max_new_tokens, ends[0]), loop),
-    )
-    return store(results, loop.samples, loop.lanes, completions=completions)
-
-
-def _seating(batch: int, completions: int, lanes: int | None) -> tuple[int, int, int]:
-    import os
-
-    parts = parts_of(ROW_AXES)
-    parts = parts if batch % parts == 0 else 1
-    if lanes is None or lanes >= batch * completions:
-        return parts, batch // parts, completions
-    width = int(os.environ.get("W", "1"))
-    groups = max(1, min(batch, lanes // width) // parts)
-    return parts, groups, min(completions, max(1, lanes // (groups * parts)))
-
-
-def _by_layer(model: Model, variables: Variables, cache: Any) -> tuple[Variables, Any]:
-    if model.by_layer is not None and jax.default_backend() == "cpu":
-        return model.by_layer(variables, cache)
-    return variables, cache
-
-
-def _no_samples(rows: int, new_tokens: int, end: int) -> Samples:
-    shape = (rows, new_tokens)
-    return Samples(jnp.full(shape, end, jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros(shape, jnp.float32))
-
-
-def _with_token(loop: _Loop, token: jax.Array, logits: jax.Array, ends: tuple[int, ...]) -> _Loop:
-    """The loop after `token[R]` was drawn from `logits[R, V]`; lanes that have ended are left as they are."""
-    picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    logp = (picked - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
-    (tokens, counts, logps), busy = loop.samples, loop.lanes.busy.reshape(-1)
-    here = (jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] == counts[:, None]) & busy[:, None]
-    counts = counts + busy.astype(jnp.int32)
-    samples = Samples(jnp.where(here, token[:, None], tokens), counts, jnp.where(here, logp[:, None], logps))
-    stops = (token[:, None] == jnp.asarray(ends, jnp.int32)[None]).any(axis=-1) | (counts >= tokens.shape[1])
-    lanes = loop.lanes._replace(busy=(busy & ~stops).reshape(loop.lanes.busy.shape))
-    return loop._replace(lanes=lanes, samples=samples, token=token)
+    source = Source(model, variables, weights, cache, columns, start, hidden[:, -1], keys)
+    choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    return draw_completions(source, Options(completions, max_new_tokens, ends, cache_dtype, choice), lanes=lanes)
 
 
 def _check_prompts(prompts: Array, lengths: Array) -> None:
@@ -281,20 +152,4 @@ def _prompt_rows(prompts: jax.Array, start: jax.Array) -> Rows:
     column = jnp.broadcast_to(jnp.arange(prompts.shape[1], dtype=jnp.int32), prompts.shape)
     start = start[:, None]
     padding = column < start
-    return _rows(prompts, jnp.where(padding, 0, column - start), jnp.where(padding, column, start), column + 1)
-
-
-def _next_rows(loop: _Loop, start: jax.Array, columns: int) -> Rows:
-    """One token of each lane, the last one drawn, behind its prompt and its tokens before."""
-    own = loop.samples.lengths
-    return _rows(loop.token[:, None], (columns - start + own - 1)[:, None], start[:, None], (columns + own)[:, None])
-
-
-def _rows(tokens: jax.Array, positions: jax.Array, k_start: jax.Array, k_end: jax.Array) -> Rows:
-    """Rows that are only read, `[B, L]` each: nothing in them is scored."""
-    batch, length = tokens.shape
-    none = jnp.zeros((batch, 0), jnp.int32)
-    keys = jnp.broadcast_to(k_start, (batch, length))
-    return Rows(
-        tokens, positions, keys, k_end, none, none, none, jnp.ones(batch, jnp.float32), jnp.arange(batch, dtype=jnp.int32)
-    )
+    return rows_read(prompts, jnp.where(padding, 0, column - start), jnp.where(padding, column, start), column + 1)

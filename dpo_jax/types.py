@@ -84,9 +84,9 @@ class Rows:
 class SharedCache(NamedTuple):
     """A cache for several continuations of each prompt: the prompts' keys and values are there once, and are only read.
 
-    Row `r` of R continues prompt `r // (R / G)`. Its `k_start` and `k_end` count the columns of `prompts`, then the tokens of its
-    own, the new one included. These may have begun at different times: `own` is a ring, in which all rows write each new token
-    to the same column, so a row holds its last C tokens.
+    Row `r` of R continues prompt `r // (R / G)`. Its `k_start` and `k_end` count the columns of `prompts`, then the tokens of
+    its own, the new one included. Rows may have begun at different times: `own` is a ring, in which all write their new token
+    to the same column, so that it holds the last C tokens of each.
     """
 
     prompts: Any  # cache of G rows, as many columns as tokens were read
@@ -103,8 +103,8 @@ class Model(NamedTuple):
     same trunk with memory: the `L` new tokens of each row are written to the next `L` columns of the cache, and `k_start`,
     `k_end` of `rows` count cache columns. Prefill is a `decode` of the whole prompt, generation one of a single token.
 
-    `take_rows(cache, index) -> cache`: the rows `index` int32[D, n] of a cache, `D * n` of them, each by its number in its part of
-    `D` equal parts of the rows. The `decode` of a model that has it also takes a `SharedCache` and rows of one token.
+    `take_rows(cache, index) -> cache`: rows of a cache, `index` int32[D, n] numbers them within each of D equal parts. The
+    `decode` of a model that has it also takes a `SharedCache` and rows of one token.
 
     `by_layer(variables, cache) -> (variables, cache)` takes layers that are stacked apart, for `decode` only: on a CPU, what is
     cut out of a stack is copied, and in a loop over tokens for each of them.

@@ -9,7 +9,7 @@ import pytest
 from test_sampling import EOS, PROMPTS, V, counting_model
 
 from dpo_jax.data.layout import completion_rows
-from dpo_jax.evals.completions import COLUMNS, QUEUE, Completer, call_shape, repeats
+from dpo_jax.evals.completions import COLUMNS, Completer, call_shape, repeats
 from dpo_jax.lanes import idle, refill
 from dpo_jax.logps import sequence_logps
 from dpo_jax.models.decoder import make_model
@@ -114,11 +114,12 @@ def test_a_prompt_is_read_once_and_rounds_share_a_program():
 
     complete = Completer(single_device(), model, Words(), stop_ids=[EOS], max_new_tokens=4, batch=12, width=16)
     rng = np.random.default_rng(0)
+    traced = None
     for number in range(3):  # rounds of online training: other weights, and other prompts of other lengths
-        prompts = [np.arange(1, 2 + rng.integers(15)) for _ in range(6) for _ in range(1)]
+        prompts = [np.arange(1, 2 + rng.integers(15)) for _ in range(6)]
         found = complete({"w": jnp.float32(number)}, [ids for ids in prompts for _ in range(4)], jax.random.key(number))
         assert len(found.texts) == 24
-        traced = traced if number else list(shapes)
+        traced = traced or list(shapes)
     assert shapes == traced
     assert (6, 16) in shapes
     assert {rows for rows, columns in shapes if columns > 1} == {6}

@@ -162,9 +162,9 @@ def table(summary: Mapping[str, Any]) -> str:
             *lines,
             "",
             f"work         {work['prompts']} prompts of {work['prompt_tokens']['mean']:.0f} tokens (longest "
-            f"{work['prompt_tokens']['longest']}), {work['completions']} completions each of up to {work['new_tokens']} tokens (mean "
-            f"{work['mean_tokens']:.1f}) at temperature 1, {work['precision']}; {work['rounds']} rounds of {work['batches']} batches; "
-            f"{THEIRS}: {summary['variant']}",
+            f"{work['prompt_tokens']['longest']}), {work['completions']} completions each of up to {work['new_tokens']} tokens "
+            f"(mean {work['mean_tokens']:.1f}) at temperature 1, {work['precision']}; {work['rounds']} rounds of "
+            f"{work['batches']} batches; {THEIRS}: {summary['variant']}",
             f"machine      {', '.join(summary['devices'])}; {versions}; others used up to {summary['neighbours']:.0%} of the "
             f"cores{busy}",
             f"gates        greedy continuations: {gates['rows'] - gates['parted']:.0f} of {gates['rows']:.0f} equal{apart}; "

@@ -17,9 +17,9 @@ VARIANTS = ("sdpa", "sdpa static", "eager")  # attention, and the cache if it is
 
 
 def run(work: SamplingWork) -> dict[str, Any]:
-    """As `our_sampler.run`; nothing is compiled, and there is one greedy completion of each prompt. For the gate also the second
-    likeliest token of each greedy step, `runner_up` [B][T], and how far its logit is below that of the token taken, `gap` [B][T].
-    `variant`: the attention and the cache of the batches; each is tried on one batch, and the fastest is taken.
+    """As `our_sampler.run`; nothing is compiled, and there is one greedy completion of each prompt. For the gate also the
+    second likeliest token of each greedy step, `runner_up` [B][T], and how far its logit is below that of the token taken,
+    `gap` [B][T]. `variant`: the attention and the cache; each is tried on one batch, and the fastest is taken.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(work.seed)
