@@ -14,7 +14,7 @@ from dpo_jax.token_draw import choose
 from dpo_jax.types import ROW_AXES, Model, Rows, SharedCache, Variables
 
 REFILL = 8
-"""Ended lanes wait until they are one in so many: each time they begin anew, prompts' keys and values are copied."""
+"""Ended lanes wait until they are one in so many, so that beginning anew costs little beside the tokens drawn."""
 
 
 class Samples(NamedTuple):
@@ -131,9 +131,10 @@ def _in_turns(source: Source, options: Options, loop: _Loop) -> Samples:
         samples = jax.tree.map(
             lambda old, none: jnp.where(new.reshape(-1, *[1] * (old.ndim - 1)), none, old), loop.samples, fresh
         )
+        cache, moved = loop.cache, lanes.prompt != loop.lanes.prompt
         if take_rows is not None and lanes.prompt.size < batch:
-            loop = loop._replace(cache=loop.cache._replace(prompts=take_rows(source.cache, lanes.prompt)))
-        loop = loop._replace(lanes=lanes, samples=samples)
+            cache = cache._replace(prompts=take_rows(source.cache, lanes.prompt, cache.prompts, moved))
+        loop = loop._replace(lanes=lanes, samples=samples, cache=cache)
         return results, _until(enough, source, options, loop, _seats(source, options, lanes))
 
     results, loop = jax.lax.while_loop(
@@ -174,8 +175,8 @@ def _draw(source: Source, options: Options, loop: _Loop, at: _Seats, hidden: jax
 
 
 def _seats(source: Source, options: Options, lanes: Lanes) -> _Seats:
-    of_prompts = of_groups((source.start, source.last), lanes)
-    return _Seats(*of_prompts, of_completions(source.keys, lanes, completions=options.completions))
+    start, last = of_groups((source.start, source.last), lanes)
+    return _Seats(start, last, of_completions(source.keys, lanes, completions=options.completions))
 
 
 def none_drawn(rows: int, options: Options) -> Samples:

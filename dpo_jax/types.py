@@ -103,8 +103,9 @@ class Model(NamedTuple):
     same trunk with memory: the `L` new tokens of each row are written to the next `L` columns of the cache, and `k_start`,
     `k_end` of `rows` count cache columns. Prefill is a `decode` of the whole prompt, generation one of a single token.
 
-    `take_rows(cache, index) -> cache`: rows of a cache, `index` int32[D, n] numbers them within each of D equal parts. The
-    `decode` of a model that has it also takes a `SharedCache` and rows of one token.
+    `take_rows(cache, index, held=None, moved=None) -> cache`: rows of a cache, `index` int32[D, n] numbers them within each of D
+    equal parts. `held`: what it returned before, if only rows `moved` bool[D, n] have changed since. The `decode` of a model
+    that has it also takes a `SharedCache` and rows of one token.
 
     `by_layer(variables, cache) -> (variables, cache)` takes layers that are stacked apart, for `decode` only: on a CPU, what is
     cut out of a stack is copied, and in a loop over tokens for each of them.
@@ -119,7 +120,7 @@ class Model(NamedTuple):
     unembed: Callable[[Variables, jax.Array], jax.Array]
     init_cache: Callable[..., Any] | None = None
     decode: Callable[[Variables, Rows, Any], tuple[jax.Array, Any]] | None = None
-    take_rows: Callable[[Any, jax.Array], Any] | None = None
+    take_rows: Callable[..., Any] | None = None
     by_layer: Callable[[Variables, Any], tuple[Variables, Any]] | None = None
     axes: Callable[[], Any] | None = None  # logical axis names, a tree like the variables
     config: Any = None  # static description (`models.decoder.DecoderConfig` for ours)

@@ -80,7 +80,7 @@ def test_every_completion_is_drawn_once_and_no_lane_waits_for_another_prompt(par
 def test_a_long_completion_does_not_hold_the_batch_back():
     """Completions end after a mean of 4 tokens of at most 40: eight batches of eight would take the longest of each."""
     calls = []
-    model = counting_model([0.0, 0.0, 0.0, 0.0], calls)._replace(take_rows=lambda cache, index: cache)
+    model = counting_model([0.0, 0.0, 0.0, 0.0], calls)._replace(take_rows=lambda cache, *_: cache)
     prompts, lengths = left_pad([[1]] * 32)
 
     def decodes(lanes, rows=slice(None)):
@@ -106,7 +106,7 @@ def test_a_prompt_is_read_once_and_rounds_share_a_program():
         shapes.append(rows.tokens.shape)  # while tracing
         return model.decode(variables, rows, cache)
 
-    model = model._replace(decode=decode, take_rows=lambda cache, index: cache, config=case("windows")[0].config)
+    model = model._replace(decode=decode, take_rows=lambda cache, *_: cache, config=case("windows")[0].config)
 
     class Words:
         def decode(self, ids, **_):

@@ -12,10 +12,10 @@ import numpy as np
 
 from dpo_jax.bench.ladder import Compiled, describe
 from dpo_jax.bench.work import SamplingWork, read_prompts
-from dpo_jax.evals.completions import QUEUE
 from dpo_jax.models.hf import load_hf
 from dpo_jax.sampling import generate
 
+LANES = 64  # as many as `evals.completions.Completer` draws at a time
 NEVER = -1  # no token has this id, so none ends a completion
 
 
@@ -32,7 +32,7 @@ def run(work: SamplingWork) -> dict[str, Any]:
     model, variables = load_hf(work.model, dtype=dtype, param_dtype=dtype)
     prompts, lengths = (jnp.asarray(array) for array in read_prompts(work))
     options = {"max_new_tokens": work.new_tokens, "completions": work.completions, "cache_dtype": dtype}
-    lanes = None if not work.ends else max(1, len(prompts) * work.completions // QUEUE)
+    lanes = LANES if work.ends else None  # where all are equally long, none makes room before the others
     key = jax.random.key(work.seed)
     best = functools.partial(generate, model, **options, eos_id=NEVER, temperature=0.0)
     greedy = Compiled(best)(variables, prompts, lengths, key)

@@ -25,7 +25,7 @@ def run(work: SamplingWork) -> dict[str, Any]:
     torch.manual_seed(work.seed)
     models: dict[str, Any] = {}
     for attention in ("sdpa", "eager"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             work.model, dtype=getattr(torch, work.precision), attn_implementation=attention
         )
         models[attention] = model.to(device).eval()

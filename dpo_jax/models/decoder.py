@@ -7,6 +7,7 @@ the depth.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -96,7 +97,7 @@ class Decoder(nn.Module):
         if own is not None and store is not None:
             new = own["length"] + jnp.int32(rows.tokens.shape[1])
             own = {"key": store[0], "value": store[1], "positions": k_positions, "length": new}
-        return self.final_norm(x), own if lanes is None else cache._replace(own=own)
+        return self.final_norm(x), cache._replace(own=own) if isinstance(cache, SharedCache) else own
 
     def _one_by_one(
         self, layers: tuple[Variables, ...], x: jax.Array, store: Any, inputs: LayerInput, shared: Shared
@@ -135,6 +136,13 @@ class Decoder(nn.Module):
 
     def everything(self, rows: Rows) -> jax.Array:
         return self.unembed(self(rows)[0])
+
+
+def _rows_of(index: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
+    """Rows `index[D, n]` along an axis of a cache, each of its own of `D` parts, so that none leaves its device."""
+    parts = jnp.moveaxis(leaf, axis, 0).reshape(len(index), -1, *leaf.shape[:axis], *leaf.shape[axis + 1 :])
+    taken = jax.vmap(lambda part, numbers: part[numbers])(parts, index)
+    return jnp.moveaxis(taken.reshape(index.size, *taken.shape[2:]), 0, axis)
 
 
 def _per_layer(c: DecoderConfig, positions: Array) -> tuple[LayerInput, tuple[jax.Array, jax.Array] | None]:
@@ -221,15 +229,26 @@ def make_model(
         of_layers = {name: tree["layers"] for name, tree in variables.items() if "layers" in tree}
         return tuple(dict(zip(of_layers, one, strict=True)) for one in zip(*of_layers.values(), strict=True))
 
-    def take_rows(cache: Any, index: jax.Array) -> Any:
-        def of(leaf: jax.Array, axis: int) -> jax.Array:
-            parts = jnp.moveaxis(leaf, axis, 0).reshape(len(index), -1, *leaf.shape[:axis], *leaf.shape[axis + 1 :])
-            taken = jax.vmap(lambda part, numbers: part[numbers])(parts, index)
-            return jnp.moveaxis(taken.reshape(index.size, *taken.shape[2:]), 0, axis)
+    def take_rows(cache: Any, index: jax.Array, held: Any = None, moved: jax.Array | None = None) -> Any:
+        stores = {name: cache[name] for name in ("key", "value", "positions")}
+        axes = jax.tree.map(lambda leaf: int(leaf.ndim == 5), stores)  # layers come first, unless they are apart
+        if held is None or moved is None or len(index) > 1:
+            return {**cache, **jax.tree.map(functools.partial(_rows_of, index), stores, axes)}
+        order, index = jnp.argsort(~moved[0]), index[0]
 
-        axis = 0 if isinstance(cache["key"], tuple) else 1
-        stores = jax.tree.map(lambda leaf: of(leaf, axis), {name: cache[name] for name in ("key", "value")})
-        return {**cache, **stores, "positions": of(cache["positions"], 0)}
+        def put(number: jax.Array, held: Any) -> Any:
+            to, at = order[number], index[order[number]]
+            return jax.tree.map(
+                lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(
+                    old, jax.lax.dynamic_slice_in_dim(new, at, 1, axis), to, axis
+                ),
+                held,
+                stores,
+                axes,
+            )
+
+        old = {name: held[name] for name in stores}
+        return {**cache, **jax.lax.fori_loop(0, moved.sum(), put, old)}
 
     def decode(variables: Variables, rows: Rows, cache: Any) -> tuple[jax.Array, Any]:
         own, new = cache.own if isinstance(cache, SharedCache) else cache, rows.tokens.shape[1]
