@@ -82,15 +82,15 @@ def draw_completions(source: Source, options: Options, *, lanes: int | None) -> 
 
 
 def seating(batch: int, completions: int, lanes: int | None) -> tuple[int, int, int]:
-    """(parts of the mesh, groups in each, lanes in each group) for B prompts of K completions: a group holds one prompt."""
-    import os
+    """(parts of the mesh, groups in each, lanes in each group) for `completions` of each of `batch` prompts.
 
+    With fewer lanes than completions as many prompts as possible are in work: a group's lanes wait for its longest completion.
+    """
     parts = parts_of(ROW_AXES)
     parts = parts if batch % parts == 0 else 1
     if lanes is None or lanes >= batch * completions:
         return parts, batch // parts, completions
-    width = int(os.environ.get("W", "1"))
-    groups = max(1, min(batch, lanes // width) // parts)
+    groups = max(1, min(batch, lanes) // parts)
     return parts, groups, min(completions, max(1, lanes // (groups * parts)))
 
 

@@ -103,8 +103,8 @@ class Model(NamedTuple):
     same trunk with memory: the `L` new tokens of each row are written to the next `L` columns of the cache, and `k_start`,
     `k_end` of `rows` count cache columns. Prefill is a `decode` of the whole prompt, generation one of a single token.
 
-    `take_rows(cache, index, held=None, moved=None) -> cache`: rows of a cache, `index` int32[D, n] numbers them within each of D
-    equal parts. `held`: what it returned before, if only rows `moved` bool[D, n] have changed since. The `decode` of a model
+    `take_rows(cache, index, held=None, moved=None) -> cache`: rows of a cache; `index` int32[D, n] numbers them within each of
+    D equal parts. `held`: what it returned before, if only rows `moved` bool[D, n] have changed since. The `decode` of a model
     that has it also takes a `SharedCache` and rows of one token.
 
     `by_layer(variables, cache) -> (variables, cache)` takes layers that are stacked apart, for `decode` only: on a CPU, what is
