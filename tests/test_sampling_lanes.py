@@ -110,11 +110,12 @@ def test_a_long_completion_does_not_hold_the_batch_back():
 def test_a_prompt_is_read_once_and_rounds_share_a_program():
     shapes = []
     model = counting_model([0.0] * 6, [])
+    counted = model.decode
     config = decoder_config(hf_config("llama", vocab_size=6, width=8, layers=1, heads=1, max_positions=32, eos_token_id=EOS))
 
     def decode(variables, rows, cache):
         shapes.append(rows.tokens.shape)  # while tracing
-        return model.decode(variables, rows, cache)
+        return counted(variables, rows, cache)
 
     model = model._replace(decode=decode, take_rows=lambda cache, *_: cache, config=config)
 
