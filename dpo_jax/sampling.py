@@ -78,8 +78,8 @@ def generate(
     `logps.sequence_logps` finds for the same tokens. They are NaN where a completion ran past the model's position table.
 
     Memory of the cache: a column takes `2 * layers * kv_heads * head_size` numbers of `cache_dtype`. There are `B * Lp` columns
-    of prompts, `lanes * (T - 1)` of completions (B * K * (T - 1) without `lanes`), and with `lanes` below B * K up to
-    `lanes * Lp` more, of the prompts in work.
+    of prompts, and `lanes * (T - 1)` of completions (without `lanes` B * K * (T - 1)). With `lanes` below B * K each lane has a
+    copy of its prompt's columns, `lanes * Lp` more.
 
     Raises ValueError for options out of range, `lengths` of another shape than [B] or (outside of jit, where values are known)
     not from 1 to Lp, and keys of another shape; TypeError for what is no key.

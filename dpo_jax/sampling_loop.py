@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.lanes import Lanes, idle, of_completions, of_groups, refill, store
+from dpo_jax.lanes import Lanes, idle, put, refill, take, waiting
 from dpo_jax.models.axes import parts_of
 from dpo_jax.token_draw import choose
 from dpo_jax.types import ROW_AXES, Model, Rows, SharedCache, Variables
@@ -70,37 +70,27 @@ class _Seats(NamedTuple):
 
 def draw_completions(source: Source, options: Options, *, lanes: int | None) -> Samples:
     """`options.completions` of every prompt of `source`, `lanes` of them at a time (None: all)."""
-    batch, times = len(source.start), options.completions
-    parts, groups, width = seating(batch, times, lanes)
-    now, _ = refill(idle(parts, groups, width, completions=times), prompts=batch // parts, completions=times)
+    batch, every = len(source.start), len(source.start) * options.completions
+    parts = parts_of(ROW_AXES)
+    parts = parts if batch % parts == 0 else 1
+    each = every // parts if lanes is None else max(1, min(every, lanes) // parts)
+    now, _ = refill(idle(parts, each), of=every // parts)
     loop = _Loop(now, none_drawn(now.busy.size, options), jnp.zeros(now.busy.size, jnp.int32), _cache(source, options, now))
     at = _seats(source, options, now)
     loop = _draw(source, options, loop, at, at.last)
-    if now.busy.size == batch * times:
+    if now.busy.size == every:
         return _until(lambda loop: ~loop.lanes.busy.any(), source, options, loop, at).samples
-    return _in_turns(source, options, loop)
-
-
-def seating(batch: int, completions: int, lanes: int | None) -> tuple[int, int, int]:
-    """(parts of the mesh, groups in each, lanes in each group) for `completions` of each of `batch` prompts.
-
-    With fewer lanes than completions as many prompts as possible are in work: a group's lanes wait for its longest completion.
-    """
-    parts = parts_of(ROW_AXES)
-    parts = parts if batch % parts == 0 else 1
-    if lanes is None or lanes >= batch * completions:
-        return parts, batch // parts, completions
-    groups = max(1, min(batch, lanes) // parts)
-    return parts, groups, min(completions, max(1, lanes // (groups * parts)))
+    return _in_turns(source, options, loop, of=every // parts)
 
 
 def _cache(source: Source, options: Options, lanes: Lanes) -> Any:
-    """The cache of the lanes before anything is drawn."""
-    model = source.model
+    """The cache of the lanes before anything is drawn. Where all completions are drawn at once, those of a prompt share it."""
+    model, rows = source.model, lanes.busy.size
     if model.take_rows is None or model.init_cache is None:
         return source.cache
-    own = model.init_cache(lanes.busy.size, max(1, options.new_tokens - 1), options.cache_dtype)  # the last is never fed
-    held = source.cache if lanes.prompt.size == len(source.start) else model.take_rows(source.cache, lanes.prompt)
+    own = model.init_cache(rows, max(1, options.new_tokens - 1), options.cache_dtype)  # the last token drawn is never fed
+    at_once = rows == len(source.keys)
+    held = source.cache if at_once else model.take_rows(source.cache, lanes.completion // options.completions)
     return SharedCache(held, by_layer(model, source.variables, own)[1])
 
 
@@ -111,36 +101,35 @@ def by_layer(model: Model, variables: Variables, cache: Any) -> tuple[Variables,
     return variables, cache
 
 
-def _in_turns(source: Source, options: Options, loop: _Loop) -> Samples:
-    """Draws what is left for lanes that have ended, too. They begin anew when enough of them have, or none is busy."""
-    batch, times, rows = len(source.start), options.completions, loop.lanes.busy.size
-    work = {"prompts": batch // len(loop.lanes.prompt), "completions": times}
-    fresh, take_rows = none_drawn(rows, options), source.model.take_rows
-
-    def waiting(loop: _Loop) -> jax.Array:
-        return refill(loop.lanes, **work)[1].sum()
+def _in_turns(source: Source, options: Options, loop: _Loop, *, of: int) -> Samples:
+    """Draws what is left, `of` completions in each part, in lanes that have ended. Each holds a copy of its prompt's cache."""
+    times, rows, take_rows = options.completions, loop.lanes.busy.size, source.model.take_rows
+    assert take_rows is not None
 
     def enough(loop: _Loop) -> jax.Array:
-        return ~loop.lanes.busy.any() | (waiting(loop) >= max(1, rows // REFILL))
+        return ~loop.lanes.busy.any() | (waiting(loop.lanes, of=of) >= max(1, rows // REFILL))
 
     def turn(state: tuple[Samples, _Loop]) -> tuple[Samples, _Loop]:
         results, loop = state
-        results = store(results, loop.samples, loop.lanes, completions=times)
-        lanes, new = refill(loop.lanes, **work)
+        results = put(results, loop.samples, loop.lanes.completion)
+        lanes, new = refill(loop.lanes, of=of)
+        before, after = loop.lanes.completion // times, lanes.completion // times
+        held = take_rows(source.cache, after, loop.cache.prompts, before != after)
         new = new.reshape(-1)
         samples = jax.tree.map(
-            lambda old, none: jnp.where(new.reshape(-1, *[1] * (old.ndim - 1)), none, old), loop.samples, fresh
+            lambda old, none: jnp.where(new.reshape(-1, *[1] * (old.ndim - 1)), none, old),
+            loop.samples,
+            none_drawn(rows, options),
         )
-        cache, moved = loop.cache, lanes.prompt != loop.lanes.prompt
-        if take_rows is not None and lanes.prompt.size < batch:
-            cache = cache._replace(prompts=take_rows(source.cache, lanes.prompt, cache.prompts, moved))
-        loop = loop._replace(lanes=lanes, samples=samples, cache=cache)
+        loop = loop._replace(lanes=lanes, samples=samples, cache=loop.cache._replace(prompts=held))
         return results, _until(enough, source, options, loop, _seats(source, options, lanes))
 
-    results, loop = jax.lax.while_loop(
-        lambda state: state[1].lanes.busy.any() | (waiting(state[1]) > 0), turn, (none_drawn(batch * times, options), loop)
-    )
-    return store(results, loop.samples, loop.lanes, completions=times)
+    def unfinished(state: tuple[Samples, _Loop]) -> jax.Array:
+        lanes = state[1].lanes
+        return lanes.busy.any() | (waiting(lanes, of=of) > 0)
+
+    results, loop = jax.lax.while_loop(unfinished, turn, (none_drawn(len(source.keys), options), loop))
+    return put(results, loop.samples, loop.lanes.completion)
 
 
 def _until(stop: Callable[[_Loop], jax.Array], source: Source, options: Options, loop: _Loop, at: _Seats) -> _Loop:
@@ -175,8 +164,8 @@ def _draw(source: Source, options: Options, loop: _Loop, at: _Seats, hidden: jax
 
 
 def _seats(source: Source, options: Options, lanes: Lanes) -> _Seats:
-    start, last = of_groups((source.start, source.last), lanes)
-    return _Seats(start, last, of_completions(source.keys, lanes, completions=options.completions))
+    start, last = take((source.start, source.last), lanes.completion // options.completions)
+    return _Seats(start, last, take(source.keys, lanes.completion))
 
 
 def none_drawn(rows: int, options: Options) -> Samples:
