@@ -1,7 +1,7 @@
 """Continuous batching: which completion each row of a decoding loop, a *lane*, draws; one that has ended takes the next one.
 
-K completions of each of B prompts are numbered prompt by prompt. On a mesh, prompts and lanes are cut into as many parts as rows
-are, D, and a lane draws completions of its own part only: nothing then moves between devices.
+K completions of each of B prompts are numbered prompt by prompt. On a mesh, prompts and lanes are cut into as many parts as
+rows are, D, and a lane draws completions of its own part only: nothing then moves between devices.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def summarize(work: SamplingWork, results: Results, differences: Mapping[str, fl
         "devices": sorted({rounds[0]["device"] for rounds in results.values()}),
         "versions": {k: v for rounds in results.values() for k, v in rounds[0]["versions"].items()},
         "neighbours": max(result["neighbours"] for rounds in results.values() for result in rounds),
-        "variant": results[THEIRS][0]["variant"],
+        "variants": {name: sorted({result["variant"] for result in rounds}) for name, rounds in results.items()},
         "gates": dict(differences),
         "samplers": figures,
         "ratio": {
@@ -164,7 +164,8 @@ def table(summary: Mapping[str, Any]) -> str:
             f"work         {work['prompts']} prompts of {work['prompt_tokens']['mean']:.0f} tokens (longest "
             f"{work['prompt_tokens']['longest']}), {work['completions']} completions each of up to {work['new_tokens']} tokens "
             f"(mean {work['mean_tokens']:.1f}) at temperature 1, {work['precision']}; {work['rounds']} rounds of "
-            f"{work['batches']} batches; {THEIRS}: {summary['variant']}",
+            f"{work['batches']} batches; fastest of each: "
+            + "; ".join(f"{name} {', '.join(variants)}" for name, variants in summary["variants"].items()),
             f"machine      {', '.join(summary['devices'])}; {versions}; others used up to {summary['neighbours']:.0%} of the "
             f"cores{busy}",
             f"gates        greedy continuations: {gates['rows'] - gates['parted']:.0f} of {gates['rows']:.0f} equal{apart}; "
