@@ -24,7 +24,7 @@ def run(work: SamplingWork) -> dict[str, Any]:
 
     `greedy` [B * K][T] token ids, `nats` [B * K] mean log-probability of the tokens sampled in each row, `batch_seconds` of the
     timed batches, `batch_tokens` that were drawn in each, `first_seconds` of the batch before them, `compile_seconds` of
-    sampling, `variant`, the number of completions at a time that was the fastest in one batch, and what `ladder.describe` gives.
+    sampling, `variant`, how many completions at a time were the fastest in one batch, and what `ladder.describe` gives.
     """
     jax.config.update("jax_compilation_cache_dir", str(work.compiled("jax-generate").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
