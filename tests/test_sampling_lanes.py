@@ -142,7 +142,7 @@ def test_equal_neighbours_are_completions_of_a_prompt():
 @pytest.mark.parametrize(("times", "columns", "new"), [(1, 48, 32), (4, 48, 32), (4, 1900, 100), (360, 16, 8), (7, 512, 512)])
 @pytest.mark.parametrize("shards", [1, 4])
 def test_calls_are_of_one_shape_and_bound_the_cache(count, times, columns, new, shards):
-    prompts = [np.array([number]) for number in range(count) for _ in range(times)]
+    prompts = [ids for ids in np.arange(count)[:, None] for _ in range(times)]
     shape = call_shape(prompts, batch=64, columns=columns, new_tokens=new, shards=shards)
     size = shape.prompts * shape.completions
     assert times % shape.completions == 0
