@@ -1,49 +1,26 @@
 """Sampling completions: one pass over the prompts, then one token at a time against a key/value cache, in one compiled loop.
 
-Prompts of unequal length are padded on the left, so that all rows write their next token to the same cache column:
+Prompts of unequal length are padded on the left. A prompt is read once for all of its completions, which share its keys and
+values and write those of their own tokens to a cache of their own (`types.SharedCache`):
 
-    column     0    1    2    3    4    5
-    row 0      .    .   p_0  p_1  y_0  y_1
-    row 1     p_0  p_1  p_2  p_3  y_0  y_1
+    column     0    1    2    3      0    1
+    prompt 0   .    .   p_0  p_1    y_0  y_1    completion 0
+                                    y_0  y_1    completion 1
+    prompt 1  p_0  p_1  p_2  p_3    y_0  y_1    completion 0
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from dpo_jax.sampling_loop import Options, Samples, Source, by_layer, draw_completions, rows_read
 from dpo_jax.types import Array, Model, Rows, Variables
-
-SMALL = 1e-6
-"""Temperatures below this could make logits overflow. Those above are divided by as in transformers, to the last bit."""
-
-
-class Samples(NamedTuple):
-    """Completions of a batch of prompts. A row that ended before `T` tokens is filled up with the first of the end tokens."""
-
-    tokens: jax.Array  # int32[B, T]
-    lengths: jax.Array  # int32[B]  tokens of each completion, the one that ended it included
-    token_logps: jax.Array  # float32[B, T]  log-probability of each token in nats; 0 after the end
-
-    @property
-    def logps(self) -> jax.Array:
-        """log pi(y|x) of each completion: float32[B], in nats."""
-        return self.token_logps.sum(-1)
-
-
-class _Loop(NamedTuple):
-    """What the decoding loop carries from token to token."""
-
-    drawn: jax.Array  # int32[]  tokens drawn so far
-    samples: Samples
-    ended: jax.Array  # bool[B]
-    cache: Any
 
 
 def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], *, multiple_of: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -75,23 +52,34 @@ def generate(
     *,
     max_new_tokens: int,
     eos_id: int | Sequence[int],
+    completions: int = 1,
+    lanes: int | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     cache_dtype: Any = jnp.float32,
 ) -> Samples:
-    """Sample a completion of every prompt (`prompts` int32[B, Lp] and `lengths` int32[B] from `left_pad`). Pure: jit it.
+    """Sample K = `completions` of every prompt (`prompts` int32[B, Lp] and `lengths` int32[B] from `left_pad`). Pure: jit it.
+
+    Returns `Samples` of B * K rows, those of a prompt side by side. Each prompt is read once.
 
     The distribution is `model`'s with logits divided by `temperature`, cut to the `top_k` likeliest tokens (0: all), then to
     the likeliest ones that together reach probability `top_p` (1: all; nucleus sampling, Holtzman et al. 2019), as in
     transformers. Temperature 0 takes the likeliest token. A row ends with `eos_id`, or with any of several (-1: no token ends
-    it), the loop when all rows have ended or after T = `max_new_tokens` tokens.
+    it), and after T = `max_new_tokens` tokens.
 
-    `key` is one key (`jax.random.key`, or the older `PRNGKey`), or keys [B], one for each row: then a completion does not
-    depend on which rows it shares a batch or a device with.
+    `lanes`: so many completions are drawn at a time, and one that has ended makes room for the next (continuous batching).
+    None: all at once, until the last one ends. It saves time where lengths differ, and memory.
+
+    `key` is one key (`jax.random.key`, or the older `PRNGKey`), or keys [B * K], one for each completion: then a completion
+    does not depend on which others it shares a batch or a device with.
 
     `Samples.token_logps` are under the model itself, before temperature and cuts: `Samples.logps`, their sums, equal what
     `logps.sequence_logps` finds for the same tokens. They are NaN where a completion ran past the model's position table.
+
+    Memory of the cache: a column takes `2 * layers * kv_heads * head_size` numbers of `cache_dtype`. There are `B * Lp` columns
+    of prompts, and `lanes * (T - 1)` of completions (without `lanes` B * K * (T - 1)). With `lanes` below B * K each lane has a
+    copy of its prompt's columns, `lanes * Lp` more.
 
     Raises ValueError for options out of range, `lengths` of another shape than [B] or (outside of jit, where values are known)
     not from 1 to Lp, and keys of another shape; TypeError for what is no key.
@@ -107,55 +95,26 @@ def generate(
     init_cache, decode = model.init_cache, model.decode
     if init_cache is None or decode is None:
         raise ValueError("sampling needs a model with init_cache and decode (see types.Model)")
-    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or completions < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
-            f"max_new_tokens={max_new_tokens} must be at least 1, temperature={temperature} and top_k={top_k} at least 0, "
-            f"top_p={top_p} in (0, 1]"
+            f"max_new_tokens={max_new_tokens} and completions={completions} must be at least 1, temperature={temperature} and "
+            f"top_k={top_k} at least 0, top_p={top_p} in (0, 1]"
         )
     ends = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
     if not ends:
         raise ValueError("eos_id names no token; -1 lets no token end a row")
     _check_prompts(prompts, lengths)
+    keys, own = _keys_of_rows(key, prompts.shape[0] * completions), 0
+    if model.take_rows is None:  # its cache is made for each completion, and holds the completion, too
+        prompts, lengths = (jnp.repeat(jnp.asarray(array), completions, axis=0) for array in (prompts, lengths))
+        completions, lanes, own = 1, None, max_new_tokens - 1
     batch, columns = prompts.shape
+    weights, cache = by_layer(model, variables, init_cache(batch, columns + own, cache_dtype))
     start = columns - jnp.asarray(lengths, jnp.int32)
-    keys = _keys_of_rows(key, batch)
-
-    def draw(hidden: jax.Array, loop: _Loop) -> _Loop:
-        """Draw token number `loop.drawn` of every row from the hidden state before it."""
-        logits = model.unembed(variables, hidden)
-        token = _choose(
-            logits, jax.vmap(jax.random.fold_in, (0, None))(keys, loop.drawn), temperature=temperature, top_k=top_k, top_p=top_p
-        )
-        picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-        logp = (picked - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
-        tokens, counts, logps = loop.samples
-        samples = Samples(
-            jax.lax.dynamic_update_slice(tokens, jnp.where(loop.ended, ends[0], token)[:, None], (0, loop.drawn)),
-            counts + jnp.where(loop.ended, 0, 1),
-            jax.lax.dynamic_update_slice(logps, jnp.where(loop.ended, 0.0, logp)[:, None], (0, loop.drawn)),
-        )
-        stops = (token[:, None] == jnp.asarray(ends, jnp.int32)[None]).any(axis=-1)
-        return loop._replace(drawn=loop.drawn + 1, samples=samples, ended=loop.ended | stops)
-
-    def advance(loop: _Loop) -> _Loop:
-        """Feed the last token drawn and draw the next one."""
-        last = loop.drawn - 1
-        token = jax.lax.dynamic_slice(loop.samples.tokens, (0, last), (batch, 1))
-        column = jnp.broadcast_to(columns + last, (batch, 1))
-        rows = _rows(token, column - start[:, None], start[:, None], column + 1)
-        hidden, cache = decode(weights, rows, loop.cache)
-        return draw(hidden[:, 0], loop._replace(cache=cache))
-
-    # The last token drawn is never fed, and needs no column.
-    weights, cache = variables, init_cache(batch, columns + max_new_tokens - 1, cache_dtype)
-    if model.by_layer is not None and jax.default_backend() == "cpu":
-        weights, cache = model.by_layer(weights, cache)
     hidden, cache = decode(weights, _prompt_rows(jnp.asarray(prompts, jnp.int32), start), cache)
-    shape = (batch, max_new_tokens)
-    none = Samples(jnp.full(shape, ends[0], jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros(shape, jnp.float32))
-    loop = draw(hidden[:, -1], _Loop(jnp.int32(0), none, jnp.zeros(batch, bool), cache))
-    loop = jax.lax.while_loop(lambda loop: (loop.drawn < max_new_tokens) & ~loop.ended.all(), advance, loop)
-    return loop.samples
+    source = Source(model, variables, weights, cache, columns, start, hidden[:, -1], keys)
+    choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    return draw_completions(source, Options(completions, max_new_tokens, ends, cache_dtype, choice), lanes=lanes)
 
 
 def _check_prompts(prompts: Array, lengths: Array) -> None:
@@ -174,59 +133,18 @@ def _check_prompts(prompts: Array, lengths: Array) -> None:
         )
 
 
-def _keys_of_rows(key: jax.Array, batch: int) -> jax.Array:
-    """A key for each row, [B], of one key or as many."""
+def _keys_of_rows(key: jax.Array, rows: int) -> jax.Array:
+    """A key for each completion, [B * K], of one key or as many."""
     dtype = getattr(key, "dtype", None)
     if dtype == np.uint32 and np.ndim(key):
         key = jax.random.wrap_key_data(jnp.asarray(key))  # of jax.random.PRNGKey
     elif dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        raise TypeError(f"key: one of jax.random.key(seed), or one for each prompt, is expected; got {type(key).__name__}")
-    if key.shape not in ((), (batch,)):
+        raise TypeError(f"key: one of jax.random.key(seed), or one for each completion, is expected; got {type(key).__name__}")
+    if key.shape not in ((), (rows,)):
         raise ValueError(
-            f"key: one of jax.random.key(seed), or one for each of the {batch} prompts, not keys of shape {key.shape}"
+            f"key: one of jax.random.key(seed), or one for each of the {rows} completions, not keys of shape {key.shape}"
         )
-    return key if key.shape else jax.random.split(key, batch)
-
-
-def _choose(logits: jax.Array, keys: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    """One token per row: `logits` float32[B, V], keys [B] -> int32[B]."""
-    if temperature < float(jnp.finfo(jnp.float32).tiny):  # 0, as far as float32 is concerned
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if temperature < SMALL:  # a quotient too large for float32 becomes -inf, and the likeliest token stays at 0
-        logits = logits - logits.max(axis=-1, keepdims=True)
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    if top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        smallest = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    return _draw(jnp.exp(logits - logits.max(axis=-1, keepdims=True)), keys)
-
-
-def _draw(weights: jax.Array, keys: jax.Array) -> jax.Array:
-    """An index per row with a probability proportional to `weights[B, V]`: first a block of them, then one in the block.
-
-    Two random numbers a row instead of one for each token of the vocabulary, which would take longer than a small model.
-    Sums over few numbers, too: a single running sum over a large vocabulary is too coarse in float32.
-    """
-    vocab = weights.shape[1]
-    size = 1 << round(math.log2(vocab) / 2)
-    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % size))).reshape(len(weights), -1, size)
-    first, second = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys).T
-    block = _invert(blocks.sum(axis=-1), first)
-    inside = _invert(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], second)
-    return (block * size + inside).astype(jnp.int32)
-
-
-def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The index at which the running sum of `weights[B, n]` passes the share `uniform[B]` of it, in [0, 1)."""
-    reached, possible = jnp.cumsum(weights, axis=-1), weights > 0  # a sum may grow by rounding where nothing is added
-    target = uniform * jnp.where(possible, reached, 0).max(axis=-1)
-    return jnp.argmax(possible & (reached > target[:, None]), axis=-1)
+    return key if key.shape else jax.random.split(key, rows)
 
 
 def _prompt_rows(prompts: jax.Array, start: jax.Array) -> Rows:
@@ -234,14 +152,4 @@ def _prompt_rows(prompts: jax.Array, start: jax.Array) -> Rows:
     column = jnp.broadcast_to(jnp.arange(prompts.shape[1], dtype=jnp.int32), prompts.shape)
     start = start[:, None]
     padding = column < start
-    return _rows(prompts, jnp.where(padding, 0, column - start), jnp.where(padding, column, start), column + 1)
-
-
-def _rows(tokens: jax.Array, positions: jax.Array, k_start: jax.Array, k_end: jax.Array) -> Rows:
-    """Rows that are only read, `[B, L]` each: nothing in them is scored."""
-    batch, length = tokens.shape
-    none = jnp.zeros((batch, 0), jnp.int32)
-    keys = jnp.broadcast_to(k_start, (batch, length))
-    return Rows(
-        tokens, positions, keys, k_end, none, none, none, jnp.ones(batch, jnp.float32), jnp.arange(batch, dtype=jnp.int32)
-    )
+    return rows_read(prompts, jnp.where(padding, 0, column - start), jnp.where(padding, column, start), column + 1)

@@ -81,6 +81,18 @@ class Rows:
         return dataclasses.replace(self, **changes)
 
 
+class SharedCache(NamedTuple):
+    """A cache for several continuations of each prompt: the prompts' keys and values are there once, and are only read.
+
+    Row `r` of R continues prompt `r // (R / G)`. Its `k_start` and `k_end` count the columns of `prompts`, then the tokens of
+    its own, the new one included. Rows may have begun at different times: `own` is a ring, in which all write their new token
+    to the same column, so that it holds the last C tokens of each.
+    """
+
+    prompts: Any  # cache of G rows, as many columns as tokens were read
+    own: Any  # cache of R rows and C columns
+
+
 class Model(NamedTuple):
     """What an algorithm may know about a language model: pure functions of its variables. The first three make a model.
 
@@ -90,6 +102,10 @@ class Model(NamedTuple):
     `init_cache(batch, length, dtype=float32) -> cache` and `decode(variables, rows, cache) -> (hidden[R, L, D], cache)` are the
     same trunk with memory: the `L` new tokens of each row are written to the next `L` columns of the cache, and `k_start`,
     `k_end` of `rows` count cache columns. Prefill is a `decode` of the whole prompt, generation one of a single token.
+
+    `take_rows(cache, index, held=None, moved=None) -> cache`: rows of a cache; `index` int32[D, n] numbers them within each of
+    D equal parts. `held`: what it returned before, if only rows `moved` bool[D, n] have changed since. The `decode` of a model
+    that has it also takes a `SharedCache` and rows of one token.
 
     `by_layer(variables, cache) -> (variables, cache)` takes layers that are stacked apart, for `decode` only: on a CPU, what is
     cut out of a stack is copied, and in a loop over tokens for each of them.
@@ -104,6 +120,7 @@ class Model(NamedTuple):
     unembed: Callable[[Variables, jax.Array], jax.Array]
     init_cache: Callable[..., Any] | None = None
     decode: Callable[[Variables, Rows, Any], tuple[jax.Array, Any]] | None = None
+    take_rows: Callable[..., Any] | None = None
     by_layer: Callable[[Variables, Any], tuple[Variables, Any]] | None = None
     axes: Callable[[], Any] | None = None  # logical axis names, a tree like the variables
     config: Any = None  # static description (`models.decoder.DecoderConfig` for ours)

@@ -199,6 +199,7 @@ LONG = {
         "test_greedy_is_argmax_of_the_forward_pass[gemma3",
         "test_lengths_and_keys_are_those",
     ),
+    "sampling_lanes": ("test_completions_that_share_a_prompt_are_those_that_do_not[adapter",),
     "sampling_race": ("test_our_greedy",),
     "step": (
         "test_chunks_without_a_used_position",

@@ -198,7 +198,8 @@ def test_pieces_that_do_not_make_a_model_are_refused(variables):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_completions_do_not_depend_on_devices_and_batches(way, variables):
-    prompts = [np.arange(1, 2 + number % 3, dtype=np.int32) for number in range(6)]
+    """Two of each prompt; on four devices and in small batches some wait until others have ended."""
+    prompts = [np.arange(1, 2 + number // 2 % 3, dtype=np.int32) for number in range(24)]
 
     class Words:
         def decode(self, ids, **_):
@@ -213,7 +214,7 @@ def test_completions_do_not_depend_on_devices_and_batches(way, variables):
     partitioner = WAYS[way]()
     found, placed = completions(partitioner, 4)
     assert found.texts == expected.texts
-    assert len(set(found.texts)) == 6
+    assert len(set(found.texts)) > 20
     np.testing.assert_allclose(found.logps, expected.logps, rtol=1e-5, atol=1e-5)
     score = partitioner.compile_map(functools.partial(sequence_logps, MODEL))
     again = map_completions(partitioner, score, placed, prompts, found.ids, batch=4)

@@ -10,7 +10,8 @@ from dpo_jax.head import token_logps
 from dpo_jax.logps import sequence_logps
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
-from dpo_jax.sampling import _choose, generate, left_pad
+from dpo_jax.sampling import generate, left_pad
+from dpo_jax.token_draw import choose
 from dpo_jax.types import Model
 
 EOS, V = 3, 17
@@ -147,7 +148,7 @@ def test_the_loop_ends_when_every_row_has_ended():
 def test_distribution(options, expected):
     options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
     logits = jnp.broadcast_to(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1])), (20_000, 4))
-    tokens = np.asarray(_choose(logits, jax.random.split(jax.random.key(0), 20_000), **options))
+    tokens = np.asarray(choose(logits, jax.random.split(jax.random.key(0), 20_000), **options))
     shares = np.bincount(tokens, minlength=4) / len(tokens)
     np.testing.assert_allclose(shares, expected, atol=0.012)
     assert (shares[np.array(expected) == 0] == 0).all()
@@ -158,7 +159,7 @@ def test_distribution(options, expected):
 def test_a_small_temperature_is_greedy(temperature, options):
     logits = jnp.array([[-3.0, 12.0, 11.9, -40.0, 1.0], [-1e4, -9e3, -9.1e3, -2e4, -9.5e3], [7.0, 2.0, 3.0, 4.0, 50.0]])
     options = {"top_k": 0, "top_p": 1.0} | options
-    tokens = _choose(logits, jax.random.split(jax.random.key(0), 3), temperature=temperature, **options)
+    tokens = choose(logits, jax.random.split(jax.random.key(0), 3), temperature=temperature, **options)
     np.testing.assert_array_equal(tokens, [1, 1, 4])
 
 
@@ -203,10 +204,10 @@ def test_lengths_and_keys_are_those_of_the_prompts():
     with pytest.raises(ValueError, match="prompt 0 has length 0"):
         run(jnp.array([0, 2]))
     for key in (jax.random.split(jax.random.key(0), 3), jax.random.split(jax.random.PRNGKey(0), 3)):
-        with pytest.raises(ValueError, match=r"one for each of the 2 prompts, not keys of shape \(3,\)"):
+        with pytest.raises(ValueError, match=r"one for each of the 2 completions, not keys of shape \(3,\)"):
             run(key=key)
     for key in (0, np.zeros(2), None):
-        with pytest.raises(TypeError, match=r"key: one of jax.random.key\(seed\), or one for each prompt, is expected"):
+        with pytest.raises(TypeError, match=r"key: one of jax.random.key\(seed\), or one for each completion, is expected"):
             run(key=key)
 
 

@@ -31,7 +31,7 @@ def work(tmp_path_factory):
     sizes = {"vocab_size": 61, "width": 32, "layers": 2, "heads": 4, "max_positions": 64, "eos_token_id": EOS}
     model = make_model(decoder_config(hf_config("gpt_neox", **sizes)))
     save_hf(folder / "model", model, jax.tree.map(lambda x: 4 * x, jax.jit(model.init)(jax.random.key(1))))
-    work = SamplingWork(str(folder), new_tokens=NEW, batches=2, precision="float32", seed=3)
+    work = SamplingWork(str(folder), new_tokens=NEW, batches=2, precision="float32", seed=3, completions=2, ends=(5, EOS))
     write_sampling(work, *left_pad(sampling_race.random_prompts(8, 20, vocab_size=61, seed=0)))
     return work
 
@@ -61,13 +61,15 @@ def test_prompts_survive_the_disk(work):
 def test_our_greedy_continuations_are_the_likeliest(work, ours):
     """Of the sequences that differ in their last token, ours has the largest log-probability; and none is shorter."""
     model, variables = load_hf(work.model)
-    assert np.shape(ours["greedy"]) == (8, NEW)
+    assert np.shape(ours["greedy"]) == (16, NEW)
+    assert ours["greedy"][::2] == ours["greedy"][1::2]
     prompts, lengths = read_prompts(work)
     prompt, greedy = prompts[0, -lengths[0] :], np.array(ours["greedy"][0])
     ends = [(prompt, np.append(greedy[:-1], token)) for token in range(61)]
     logps = jax.jit(functools.partial(sequence_logps, model))(variables, completion_rows(ends, length=32))
     assert int(np.argmax(logps)) == greedy[-1]
-    assert len(ours["batch_seconds"]) == work.batches
+    assert len(ours["batch_seconds"]) == len(ours["batch_tokens"]) == work.batches
+    assert all(16 <= tokens < 16 * NEW for tokens in ours["batch_tokens"])  # some ended early
     assert ours["compile_seconds"] > 0
 
 
@@ -76,6 +78,8 @@ def result(greedy, *, nats=(-4.0, -4.2), seconds=(2.0, 1.0), **changes):
         "greedy": greedy,
         "nats": list(nats),
         "batch_seconds": list(seconds),
+        "batch_tokens": [12, 12],
+        "variant": "the only one",
         "first_seconds": 3.0,
         "peak_bytes": 2**30,
         "device": "cpu",
@@ -98,6 +102,9 @@ def test_gates_let_near_ties_pass_and_nothing_else():
         sampling_race.check(result([[1, 7, 3], [4, 5, 6]]), theirs(), precision="float32")
     with pytest.raises(GateFailed, match=r"jax-generate made \(2, 2\) tokens"):
         sampling_race.check(result([[1, 2], [4, 5]]), theirs(), precision="float32")
+    assert sampling_race.check(result([[1, 2, 3], [1, 2, 3], [4, 5, 6], [4, 5, 6]]), theirs(), precision="float32")["rows"] == 4
+    with pytest.raises(GateFailed, match=r"prompt 1 part at token 2: jax-generate takes 7"):  # the second of its completions
+        sampling_race.check(result([[1, 2, 3], [1, 2, 3], [4, 5, 6], [4, 5, 7]]), theirs(), precision="float32")
     broken = theirs() | {"gap": [[float("nan")] * 3] * 2}
     with pytest.raises(GateFailed, match="prompt 0 part"):
         sampling_race.check(result([[1, 8, 3], [4, 5, 6]]), broken, precision="float32")
@@ -108,6 +115,13 @@ def test_a_sampler_that_cuts_the_distribution_is_caught():
     for nats in ((-2.0, -2.2), (float("nan"), -4.0)):
         with pytest.raises(GateFailed, match="two distributions"):
             sampling_race.check(result(equal, nats=nats), theirs(), precision="float32")
+
+
+def test_tokens_that_end_a_completion_end_the_share_that_is_asked_for():
+    ends = sampling_race.end_tokens(1 / 6, new_tokens=32, vocab_size=8000)
+    assert 1 - (1 - len(ends) / 8000) ** 31 == pytest.approx(1 / 6, abs=0.01)
+    assert 0 not in ends  # padding
+    assert sampling_race.end_tokens(0.0, new_tokens=32, vocab_size=8000) == ()
 
 
 def test_report_arithmetic(work):
@@ -154,6 +168,8 @@ def config(tmp_path):
         (["--bench.sampling", "4/8"], "bench.sampling: must be a number of prompts, the longest prompt"),
         (["--bench.sampling", "4/8/0"], "bench.sampling: must be a number of prompts, the longest prompt"),
         (["--bench.sampling", "4/8/8", "--bench.lengths", "1/2/3"], "bench.lengths: belongs to the race of trainers"),
+        (["--bench.completions", "4"], "bench.completions: belongs to the race of samplers"),
+        (["--bench.sampling", "4/8/8", "--bench.ending", "1"], "bench.ending: must be a share, at least 0 and less than 1"),
         (["--bench.sampling", "4/8/8", "--profile"], "bench.profile: belongs to the race of trainers"),
         (["--bench.sampling", "4/8/8", "--bench.torch-python", "false"], "bench.sampling: false has no torch"),
     ],
@@ -174,18 +190,21 @@ def torch_python():
 def test_transformers_continues_as_we_do(work, ours, torch_python):
     """Token for token, past the EOS that the model likes."""
     other = race.run_one(work, "torch-generate", steps=0, python=torch_python)
-    assert other["greedy"] == ours["greedy"]
+    assert other["greedy"] == ours["greedy"][::2]
+    assert all(16 <= tokens < 16 * NEW for tokens in other["batch_tokens"])
     assert any(EOS in row[:-1] for row in ours["greedy"]), "an EOS must not end a completion"
     assert sampling_race.check(ours, other, precision="float32")["parted"] == 0
 
 
 @pytest.mark.parity
 def test_the_command_leaves_table_and_figures(config, tmp_path, capsys, torch_python):
-    assert main(["bench", config, "--bench.sampling", "5/8/6", "--bench.torch-python", torch_python]) == 0
+    python = ["--bench.ending", "0.3", "--bench.torch-python", torch_python]
+    assert main(["bench", config, "--bench.sampling", "5/8/6", "--bench.completions", "2", *python]) == 0
     assert "jax-generate against torch-generate" in capsys.readouterr().out
     results = json.loads((tmp_path / "run" / "bench" / "sampling.json").read_text())
     assert results["work"]["prompts"] == 5
-    assert results["gates"]["rows"] == 5
+    assert results["gates"]["rows"] == 10
+    assert 1 <= results["work"]["mean_tokens"] <= 6
     assert results["ratio"]["tokens_per_second"] > 0
     assert main(["bench", config, "--bench.sampling", "5/30/6", "--bench.torch-python", torch_python]) == 2
     assert "bench.sampling: 5/30/6 makes rows of 36 tokens, and the model reads 32" in capsys.readouterr().err

@@ -15,36 +15,53 @@ from dpo_jax.bench.work import SamplingWork, read_prompts
 from dpo_jax.models.hf import load_hf
 from dpo_jax.sampling import generate
 
+SHARES = (1, 2, 4)  # of the completions, drawn at a time
 NEVER = -1  # no token has this id, so none ends a completion
 
 
 def run(work: SamplingWork) -> dict[str, Any]:
     """Completes the prompts greedily (for the gate), and `1 + work.batches` times by sampling. Returns
 
-    `greedy` [B][T] token ids, `nats` [B] mean log-probability of the tokens sampled in each row, `batch_seconds` of the timed
-    batches, `first_seconds` of the one before them, `compile_seconds` of sampling, and what `ladder.describe` gives.
+    `greedy` [B * K][T] token ids, `nats` [B * K] mean log-probability of the tokens sampled in each row, `batch_seconds` of the
+    timed batches, `batch_tokens` that were drawn in each, `first_seconds` of the batch before them, `compile_seconds` of
+    sampling, `variant`, how many completions at a time were the fastest in one batch, and what `ladder.describe` gives.
     """
     jax.config.update("jax_compilation_cache_dir", str(work.compiled("jax-generate").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     dtype = jnp.dtype(work.precision)
     model, variables = load_hf(work.model, dtype=dtype, param_dtype=dtype)
     prompts, lengths = (jnp.asarray(array) for array in read_prompts(work))
-    options = {"max_new_tokens": work.new_tokens, "eos_id": NEVER, "cache_dtype": dtype}
+    options = {"max_new_tokens": work.new_tokens, "completions": work.completions, "cache_dtype": dtype}
+    every = len(prompts) * work.completions
     key = jax.random.key(work.seed)
-    greedy = Compiled(functools.partial(generate, model, **options, temperature=0.0))(variables, prompts, lengths, key)
-    sampler = Compiled(functools.partial(generate, model, **options))
-    sampler.prepare(variables, prompts, lengths, key)
-    seconds = []
+    best = functools.partial(generate, model, **options, eos_id=NEVER, temperature=0.0)
+    greedy = Compiled(best)(variables, prompts, lengths, key)
+    samplers = {}
+    for share in SHARES if work.ends else SHARES[:1]:  # where all are equally long, none makes room before the others
+        lanes = max(1, every // share)
+        samplers[lanes] = Compiled(functools.partial(generate, model, **options, eos_id=work.ends or NEVER, lanes=lanes))
+        samplers[lanes].prepare(variables, prompts, lengths, key)
+    lanes = min(samplers, key=lambda lanes: _seconds(samplers[lanes], variables, prompts, lengths, key))
+    sampler, seconds, drawn = samplers[lanes], [], []
     for number in range(1 + work.batches):
         batch_key = jax.random.fold_in(key, number)
         start = time.perf_counter()
         samples = jax.block_until_ready(sampler(variables, prompts, lengths, batch_key))
         seconds.append(time.perf_counter() - start)
+        drawn.append(int(samples.lengths.sum()))
     return {
         "greedy": np.asarray(greedy.tokens).tolist(),
-        "nats": (np.asarray(samples.logps) / work.new_tokens).tolist(),
+        "nats": (np.asarray(samples.logps) / np.asarray(samples.lengths)).tolist(),
         "batch_seconds": seconds[1:],
+        "batch_tokens": drawn[1:],
+        "variant": f"{lanes} lanes",
         "first_seconds": seconds[0],
         "compile_seconds": sampler.seconds,
         **describe(),
     }
+
+
+def _seconds(sampler: Compiled, *arguments: Any) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(sampler(*arguments))
+    return time.perf_counter() - start

@@ -31,6 +31,12 @@ def random_prompts(count: int, longest: int, *, vocab_size: int, seed: int) -> l
     return [rng.integers(1, vocab_size, length).astype(np.int32) for length in lengths]
 
 
+def end_tokens(share: float, *, new_tokens: int, vocab_size: int) -> tuple[int, ...]:
+    """As many tokens as end about `share` of the completions before token `new_tokens`, where all tokens are equally likely."""
+    each = 1 - (1 - share) ** (1 / max(1, new_tokens - 1))
+    return tuple(range(1, 1 + max(1, round(each * vocab_size)))) if share else ()
+
+
 def race(
     work: SamplingWork, *, rounds: int, python: str = sys.executable, say: Callable[[str], None] = print
 ) -> tuple[Results, dict[str, float]]:
@@ -46,7 +52,7 @@ def race(
             interpreter = python if library(name) == "torch" else sys.executable
             result = run_one(work, name, steps=0, round_number=number, python=interpreter)
             results[name].append(result)
-            rate = statistics.median(tokens_per_second(work, result))
+            rate = statistics.median(tokens_per_second(result))
             say(f"round {number + 1}/{rounds}  {name:15} {rate:9.0f} tokens/s  ({time.perf_counter() - start:.0f} s)")
         found = check(results[OURS][number], results[THEIRS][number], precision=work.precision)
         differences = differences or found
@@ -57,9 +63,12 @@ def check(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, precision: str)
     """Do both draw from one distribution? Raises `GateFailed` saying where not.
 
     Greedy continuations must agree, or part at a near-tie, where ours takes their second choice; what follows is not compared.
+    All of ours of a prompt are compared with theirs.
     What was sampled must be equally likely on average: a sampler that cuts the distribution draws likelier tokens.
     """
-    mine, other = np.asarray(ours["greedy"]), np.asarray(theirs["greedy"])
+    mine = np.asarray(ours["greedy"])
+    times = max(1, len(mine) // len(theirs["greedy"]))
+    other, second, gaps = (np.repeat(np.asarray(theirs[name]), times, axis=0) for name in ("greedy", "runner_up", "gap"))
     if mine.shape != other.shape:
         raise GateFailed(f"{OURS} made {mine.shape} tokens and {THEIRS} {other.shape}. No ratio is reported.")
     parted, largest = 0, 0.0
@@ -67,11 +76,11 @@ def check(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, precision: str)
         if not differs.any():
             continue
         at = int(np.argmax(differs))
-        gap = float(theirs["gap"][row][at])
-        if mine[row, at] != theirs["runner_up"][row][at] or not gap <= NEAR_TIE[precision]:
+        gap = float(gaps[row, at])
+        if mine[row, at] != second[row, at] or not gap <= NEAR_TIE[precision]:
             raise GateFailed(
-                f"greedy continuations of prompt {row} part at token {at}: {OURS} takes {mine[row, at]}, {THEIRS} "
-                f"{other[row, at]} by {gap:.3g} before its second choice {theirs['runner_up'][row][at]} (a near-tie is "
+                f"greedy continuations of prompt {row // times} part at token {at}: {OURS} takes {mine[row, at]}, {THEIRS} "
+                f"{other[row, at]} by {gap:.3g} before its second choice {second[row, at]} (a near-tie is "
                 f"{NEAR_TIE[precision]:g}). No ratio is reported."
             )
         parted, largest = parted + 1, max(largest, gap)
@@ -86,17 +95,16 @@ def check(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, precision: str)
     return {"rows": len(mine), "parted": parted, "gap": largest, "nats": float(difference), "nats_error": error}
 
 
-def tokens_per_second(work: SamplingWork, result: Mapping[str, Any]) -> list[float]:
+def tokens_per_second(result: Mapping[str, Any]) -> list[float]:
     """New tokens of all rows, per second of each timed batch, the pass over the prompts included."""
-    drawn = len(result["greedy"]) * work.new_tokens
-    return [drawn / seconds for seconds in result["batch_seconds"]]
+    return [drawn / seconds for drawn, seconds in zip(result["batch_tokens"], result["batch_seconds"], strict=True)]
 
 
 def summarize(work: SamplingWork, results: Results, differences: Mapping[str, float]) -> dict[str, Any]:
     """All figures as one JSON value. Medians are over the rounds, of each round's median batch."""
     figures = {}
     for name, rounds in results.items():
-        rates = [statistics.median(tokens_per_second(work, result)) for result in rounds]
+        rates = [statistics.median(tokens_per_second(result)) for result in rounds]
         cold, *warm = [result["compile_seconds"] for result in rounds if "compile_seconds" in result] or [None]
         figures[name] = {
             "tokens_per_second": {"median": statistics.median(rates), "min": min(rates), "max": max(rates)},
@@ -110,7 +118,10 @@ def summarize(work: SamplingWork, results: Results, differences: Mapping[str, fl
         "work": {
             "prompts": len(prompts),
             "prompt_tokens": {"mean": float(lengths.mean()), "longest": int(lengths.max())},
+            "completions": work.completions,
             "new_tokens": work.new_tokens,
+            "mean_tokens": sum(sum(r["batch_tokens"]) / len(r["batch_tokens"]) for r in results[OURS])
+            / (len(results[OURS]) * len(prompts) * work.completions),
             "precision": work.precision,
             "rounds": len(results[OURS]),
             "batches": work.batches,
@@ -118,6 +129,7 @@ def summarize(work: SamplingWork, results: Results, differences: Mapping[str, fl
         "devices": sorted({rounds[0]["device"] for rounds in results.values()}),
         "versions": {k: v for rounds in results.values() for k, v in rounds[0]["versions"].items()},
         "neighbours": max(result["neighbours"] for rounds in results.values() for result in rounds),
+        "variants": {name: sorted({result["variant"] for result in rounds}) for name, rounds in results.items()},
         "gates": dict(differences),
         "samplers": figures,
         "ratio": {
@@ -150,8 +162,10 @@ def table(summary: Mapping[str, Any]) -> str:
             *lines,
             "",
             f"work         {work['prompts']} prompts of {work['prompt_tokens']['mean']:.0f} tokens (longest "
-            f"{work['prompt_tokens']['longest']}), {work['new_tokens']} new tokens each at temperature 1, {work['precision']}; "
-            f"{work['rounds']} rounds of {work['batches']} batches",
+            f"{work['prompt_tokens']['longest']}), {work['completions']} completions each of up to {work['new_tokens']} tokens "
+            f"(mean {work['mean_tokens']:.1f}) at temperature 1, {work['precision']}; {work['rounds']} rounds of "
+            f"{work['batches']} batches; fastest of each: "
+            + "; ".join(f"{name} {', '.join(variants)}" for name, variants in summary["variants"].items()),
             f"machine      {', '.join(summary['devices'])}; {versions}; others used up to {summary['neighbours']:.0%} of the "
             f"cores{busy}",
             f"gates        greedy continuations: {gates['rows'] - gates['parted']:.0f} of {gates['rows']:.0f} equal{apart}; "

@@ -39,7 +39,9 @@ CONTENDERS = {
     "jax-attention": Contender("ladder", "+ the attention of this platform: what `dpo-jax dpo` runs"),
 }
 SAMPLERS = {
-    "torch-generate": Contender("torch_sampler", "transformers.generate as it comes"),
+    "torch-generate": Contender(
+        "torch_sampler", "transformers.generate with the attention and the cache that are fastest here"
+    ),
     "jax-generate": Contender("our_sampler", "dpo_jax.sampling.generate: what `dpo-jax sample` runs"),
 }
 """The other race (`sampling_race`), which is about completing prompts. `run(work)` of each takes a `SamplingWork`."""
@@ -116,13 +118,15 @@ def read_work(folder: str | Path) -> Work:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingWork:
-    """What both samplers are told: `<folder>/sampling.json`, beside `model/` and `prompts.npz`. No token ends a completion."""
+    """What both samplers are told: `<folder>/sampling.json`, beside `model/` and `prompts.npz`."""
 
     folder: str
-    new_tokens: int  # of every completion
+    new_tokens: int  # of every completion that no token ends
     batches: int  # timed in a round, all of the same prompts, after one that is not
     precision: Literal["float32", "bfloat16"]
     seed: int
+    completions: int = 1  # of each prompt
+    ends: tuple[int, ...] = ()  # tokens that end a completion, except in the greedy ones that are compared
 
     @property
     def model(self) -> Path:
@@ -139,7 +143,8 @@ def write_sampling(work: SamplingWork, prompts: np.ndarray, lengths: np.ndarray)
 
 
 def read_sampling(folder: str | Path) -> SamplingWork:
-    return SamplingWork(**json.loads((Path(folder) / "sampling.json").read_text()))
+    fields = json.loads((Path(folder) / "sampling.json").read_text())
+    return SamplingWork(**fields | {"ends": tuple(fields["ends"])})
 
 
 def read_prompts(work: SamplingWork) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +19,8 @@ from dpo_jax.sampling import Samples, generate, left_pad
 from dpo_jax.types import Model, Partitioner, Variables
 
 WIDTHS = 16  # tokens by which the rows of given completions differ
+QUEUE = 8  # times the completions drawn at a time: so many wait for their turn in one call
+COLUMNS = 1 << 15  # of cache, beyond which none waits
 
 
 class Completions(NamedTuple):
@@ -26,11 +31,14 @@ class Completions(NamedTuple):
 
 
 class Completer:
-    """`complete(variables, prompts, key) -> Completions`, about `batch` prompts at a time. One program per width of prompts.
+    """`complete(variables, prompts, key) -> Completions`, about `batch` completions at a time.
 
-    `variables` are the partitioner's. A prompt's completion depends on `key` and the prompt's number alone, not on batches.
-    `stop_ids` are the tokens that end a completion: `models.hf.end_tokens` and the tokenizer's EOS. `sampling`: `temperature`,
-    `top_k` and `top_p` of `sampling.generate`.
+    Equal neighbours among the prompts are completions of one prompt, which is read once. A completion that has ended makes room
+    for the next one (`sampling.generate`). It depends on `key` and its number in `prompts` alone, not on batches.
+
+    `variables` are the partitioner's. `stop_ids` are the tokens that end a completion: `models.hf.end_tokens` and the
+    tokenizer's EOS. `width`: columns for prompts, if they are not longer; else as many as the longest one takes, and there is a
+    program for each number. `sampling`: `temperature`, `top_k` and `top_p` of `sampling.generate`.
     """
 
     def __init__(
@@ -42,11 +50,12 @@ class Completer:
         stop_ids: Sequence[int],
         max_new_tokens: int,
         batch: int = 64,
+        width: int = 0,
         **sampling: Any,
     ) -> None:
         self.partitioner, self.model, self.tokenizer, self.stop_ids = partitioner, model, tokenizer, tuple(stop_ids)
-        self.max_new_tokens, self.batch, self.sampling = max_new_tokens, batch, sampling
-        self._compiled: dict[int, Any] = {}
+        self.max_new_tokens, self.batch, self.width, self.sampling = max_new_tokens, batch, width, sampling
+        self._compiled: dict[Any, Any] = {}
 
     def __call__(self, variables: Variables, prompts: Sequence[np.ndarray], key: jax.Array) -> Completions:
         """Raises ValueError where the longest prompt leaves no room in the position table."""
@@ -56,22 +65,24 @@ class Completer:
             raise ValueError(
                 f"the longest prompt has {len(longest)} tokens, and the model reads {self.model.config.max_positions}"
             )
-        draw = self._draw(min(self.max_new_tokens, room))
-        # Whole batches and one width, so that the loop compiles once; the fillers are thrown away.
-        batch = round_up(min(self.batch, len(prompts)), self.partitioner.row_shards)
-        part, parts = self.partitioner.host_part
-        mine = slice(part * batch // parts, (part + 1) * batch // parts)
-        keys = np.asarray(jax.random.key_data(jax.random.split(key, round_up(len(prompts), batch))))
+        new_tokens, columns = min(self.max_new_tokens, room), round_up(max(self.width, len(longest)), 8)
+        shards, (part, parts) = self.partitioner.row_shards, self.partitioner.host_part
+        shape = call_shape(prompts, batch=self.batch, columns=columns, new_tokens=new_tokens, shards=shards)
+        draw, size = self._draw(new_tokens, shape), shape.prompts * shape.completions
+        keys = np.asarray(jax.random.key_data(jax.random.split(key, round_up(len(prompts), size))))
+        mine = slice(part * shape.prompts // parts, (part + 1) * shape.prompts // parts)
         ids, logps = [], []
         with reported("sampling", total=len(prompts), unit="completions", brief=True) as task:
-            for start in range(0, len(prompts), batch):
-                here = prompts[start : start + batch]
-                tokens, lengths = left_pad([*here, *[longest] * (batch + 1 - len(here))])
-                rows = {"tokens": tokens[:-1][mine], "lengths": lengths[:-1][mine], "keys": keys[start : start + batch][mine]}
-                samples = draw(variables, rows)
-                ids += [samples.tokens[row, : int(samples.lengths[row])] for row in range(len(here))]
-                logps.append(samples.logps[: len(here)])
-                task.advance(len(here))
+            for start in range(0, len(prompts), size):
+                here = prompts[start : start + size : shape.completions]
+                # Whole batches and one width, so that the loop compiles once; the fillers are thrown away.
+                tokens, lengths = left_pad([*here, *[longest] * (shape.prompts - len(here))], multiple_of=columns)
+                of_prompt = keys[start : start + size].reshape(shape.prompts, shape.completions, -1)
+                samples = draw(variables, {"tokens": tokens[mine], "lengths": lengths[mine], "keys": of_prompt[mine]})
+                count = min(size, len(prompts) - start)
+                ids += [samples.tokens[row, : int(samples.lengths[row])] for row in range(count)]
+                logps.append(samples.logps[:count])
+                task.advance(count)
         texts = [
             decode_completion(self.tokenizer, prompt, row, stop_ids=self.stop_ids)
             for prompt, row in zip(prompts, ids, strict=True)
@@ -79,15 +90,66 @@ class Completer:
         finished = np.array([int(row[-1]) in self.stop_ids for row in ids])
         return Completions(ids, texts, finished, np.concatenate(logps))
 
-    def _draw(self, new_tokens: int) -> Any:
+    def _draw(self, new_tokens: int, shape: CallShape) -> Any:
         def draw(variables: Variables, rows: dict[str, Any]) -> Samples:
-            keys = jax.random.wrap_key_data(rows["keys"])
-            options = {"max_new_tokens": new_tokens, "eos_id": self.stop_ids, **self.sampling}
-            return generate(self.model, variables, rows["tokens"], rows["lengths"], keys, **options)
+            here = rows["tokens"].shape[0]  # under pmap those of one device
+            keys = jax.random.wrap_key_data(rows["keys"].reshape(here * shape.completions, -1))
+            return generate(
+                self.model,
+                variables,
+                rows["tokens"],
+                rows["lengths"],
+                keys,
+                max_new_tokens=new_tokens,
+                eos_id=self.stop_ids,
+                completions=shape.completions,
+                lanes=max(1, shape.lanes * here // shape.prompts),
+                **self.sampling,
+            )
 
-        if new_tokens not in self._compiled:
-            self._compiled[new_tokens] = self.partitioner.compile_map(draw)
-        return self._compiled[new_tokens]
+        if (new_tokens, shape) not in self._compiled:
+            self._compiled[new_tokens, shape] = self.partitioner.compile_map(draw)
+        return self._compiled[new_tokens, shape]
+
+
+class CallShape(NamedTuple):
+    """The sizes of one call of `sampling.generate`, for all devices together."""
+
+    prompts: int  # a multiple of the row shards
+    completions: int  # of each
+    lanes: int  # drawn at a time
+
+
+def call_shape(prompts: Sequence[np.ndarray], *, batch: int, columns: int, new_tokens: int, shards: int) -> CallShape:
+    """How to cut `prompts`, with those of several completions repeated, into calls of one shape.
+
+    About `batch` completions are drawn at a time, up to `QUEUE` times as many in a call: the others wait. None does where the
+    columns of their prompts would make the cache larger than `COLUMNS`.
+    """
+    lanes, rest = round_up(min(batch, len(prompts)), shards), len(prompts)
+    times, most = repeats(prompts), max(1, min(rest, QUEUE * lanes) // shards)
+    completions = max(n for n in range(1, min(times, most) + 1) if times % n == 0)
+    free = COLUMNS - lanes * (columns + new_tokens - 1)
+    at_once = min(QUEUE * lanes // completions, free // columns)
+    if at_once * completions < 2 * lanes:
+        at_once = lanes // completions
+    at_once = max(shards, at_once - at_once % shards)
+    calls = -(-rest // (completions * at_once))
+    each = round_up(-(-rest // (completions * calls)), shards)
+    turns = -(-each * completions // lanes)
+    return CallShape(each, completions, round_up(-(-each * completions // turns), shards))
+
+
+def repeats(prompts: Sequence[np.ndarray]) -> int:
+    """The largest K for which `prompts` consist of runs of K equal ones.
+
+    >>> repeats([np.array([5]), np.array([5]), np.array([6]), np.array([6])])
+    2
+    """
+    changes = [
+        number for number, (a, b) in enumerate(itertools.pairwise(prompts), 1) if a is not b and not np.array_equal(a, b)
+    ]
+    return functools.reduce(math.gcd, np.diff([0, *changes, len(prompts)]).tolist())
 
 
 def map_completions(

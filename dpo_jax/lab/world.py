@@ -81,7 +81,8 @@ class World:
         self.begin = begin  # (variables, tx=...) -> the state before the first step: says what is trained
         self.beside = dict(beside or {})  # rewards that are measured beside the true one, by their names in a point
         self.width = round_up(max(map(len, [*train.ids, *test.ids])) + max_new_tokens, 8)
-        self.complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, max_new_tokens=max_new_tokens, batch=batch)
+        sizes = {"max_new_tokens": max_new_tokens, "batch": batch, "width": self.width - max_new_tokens}
+        self.complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, **sizes)
         self._kl = partitioner.compile_map(functools.partial(_kl, model))
         self._logps = partitioner.compile_map(functools.partial(sequence_logps, model))
 

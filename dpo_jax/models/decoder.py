@@ -7,6 +7,7 @@ the depth.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,11 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.attention import DENSE, AttentionPath
+from dpo_jax.models.attention_lanes import lane_keys
 from dpo_jax.models.axes import as_stored, by_row
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.layers import VOCABULARY, Block, LayerInput, Norm, Shared, declare, last_axis
 from dpo_jax.models.products import float32_product
-from dpo_jax.types import ROW_AXES, Array, Model, Rows, Variables
+from dpo_jax.types import ROW_AXES, Array, Model, Rows, SharedCache, Variables
 
 NO_WINDOW = 1 << 30  # of a layer with full attention in a model that has windows elsewhere
 
@@ -76,23 +78,26 @@ class Decoder(nn.Module):
             x = x + jnp.take(table, jnp.asarray(rows.positions), axis=0).astype(self.dtype)
         x = by_row(x)
         layer, angles = _per_layer(c, rows.positions)
-        k_positions, write_at, store, prepared = rows.positions, None, None, None
-        if cache is not None:
+        k_positions, write_at, store, prepared, lanes, own = rows.positions, None, None, None, None, cache
+        if isinstance(cache, SharedCache):
+            (lanes, write_at), own = lane_keys(rows, cache), cache.own
+            store, k_positions = (own["key"], own["value"]), own["positions"]  # of which the distances are known without
+        elif cache is not None:
             write_at, store = cache["length"], (cache["key"], cache["value"])
             k_positions = jax.lax.dynamic_update_slice(cache["positions"], jnp.asarray(rows.positions), (0, write_at))
         elif self.attention_path.prepare is not None and not self.is_initializing():
             prepared = self.attention_path.prepare(rows.k_start, rows.k_end, _windows(c))
-        shared = Shared(rows.k_start, rows.k_end, rows.positions, k_positions, angles, write_at, prepared)
+        shared = Shared(rows.k_start, rows.k_end, rows.positions, k_positions, angles, write_at, prepared, lanes)
         if layers is None:
             (x, store), _ = self.layers((x, store), layer, shared)
         elif cache is None:
             x = self._in_stacks(layers, x, layer, shared)
         else:
             x, store = self._one_by_one(layers, x, store, layer, shared)
-        if cache is not None and store is not None:
-            new = jnp.int32(rows.tokens.shape[1])
-            cache = {"key": store[0], "value": store[1], "positions": k_positions, "length": write_at + new}
-        return self.final_norm(x), cache
+        if own is not None and store is not None:
+            new = own["length"] + jnp.int32(rows.tokens.shape[1])
+            own = {"key": store[0], "value": store[1], "positions": k_positions, "length": new}
+        return self.final_norm(x), cache._replace(own=own) if isinstance(cache, SharedCache) else own
 
     def _one_by_one(
         self, layers: tuple[Variables, ...], x: jax.Array, store: Any, inputs: LayerInput, shared: Shared
@@ -101,7 +106,7 @@ class Decoder(nn.Module):
         block, stores = Block(self.config, self.attention_path, parent=None), []
         for number, (variables, *of_layer) in enumerate(zip(layers, *store, strict=True)):
             layer = jax.tree.map(lambda array, number=number: array[number], inputs)
-            (x, of_layer), _ = block.apply(variables, (x, tuple(of_layer)), layer, shared)
+            (x, of_layer), _ = block.apply(variables, (x, tuple(of_layer)), layer, shared.of_layer(number))
             stores.append(of_layer)
         return x, tuple(zip(*stores, strict=True))
 
@@ -131,6 +136,13 @@ class Decoder(nn.Module):
 
     def everything(self, rows: Rows) -> jax.Array:
         return self.unembed(self(rows)[0])
+
+
+def _rows_of(index: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
+    """Rows `index[D, n]` along an axis of a cache, each of its own of `D` parts, so that none leaves its device."""
+    parts = jnp.moveaxis(leaf, axis, 0).reshape(len(index), -1, *leaf.shape[:axis], *leaf.shape[axis + 1 :])
+    taken = jax.vmap(lambda part, numbers: part[numbers])(parts, index)
+    return jnp.moveaxis(taken.reshape(index.size, *taken.shape[2:]), 0, axis)
 
 
 def _per_layer(c: DecoderConfig, positions: Array) -> tuple[LayerInput, tuple[jax.Array, jax.Array] | None]:
@@ -217,10 +229,32 @@ def make_model(
         of_layers = {name: tree["layers"] for name, tree in variables.items() if "layers" in tree}
         return tuple(dict(zip(of_layers, one, strict=True)) for one in zip(*of_layers.values(), strict=True))
 
+    def take_rows(cache: Any, index: jax.Array, held: Any = None, moved: jax.Array | None = None) -> Any:
+        stores = {name: cache[name] for name in ("key", "value", "positions")}
+        axes = jax.tree.map(lambda leaf: int(leaf.ndim == 5), stores)  # layers come first, unless they are apart
+        if held is None or moved is None or len(index) > 1:
+            return {**cache, **jax.tree.map(functools.partial(_rows_of, index), stores, axes)}
+        order, index = jnp.argsort(~moved[0]), index[0]
+
+        def put(number: jax.Array, held: Any) -> Any:
+            to, at = order[number], index[order[number]]
+            return jax.tree.map(
+                lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(
+                    old, jax.lax.dynamic_slice_in_dim(new, at, 1, axis), to, axis
+                ),
+                held,
+                stores,
+                axes,
+            )
+
+        old = {name: held[name] for name in stores}
+        return {**cache, **jax.lax.fori_loop(0, moved.sum(), put, old)}
+
     def decode(variables: Variables, rows: Rows, cache: Any) -> tuple[jax.Array, Any]:
-        if rows.tokens.shape[1] > cache["positions"].shape[1]:
-            raise ValueError(f"{rows.tokens.shape[1]} tokens do not fit a cache of {cache['positions'].shape[1]} columns")
-        layers = apart(variables) if isinstance(cache["key"], tuple) else None
+        own, new = cache.own if isinstance(cache, SharedCache) else cache, rows.tokens.shape[1]
+        if new > (1 if isinstance(cache, SharedCache) else own["positions"].shape[1]):
+            raise ValueError(f"{new} tokens do not fit a cache of {own['positions'].shape[1]} columns")
+        layers = apart(variables) if isinstance(own["key"], tuple) else None
         return module.apply(variables, rows, cache, layers)  # pyright: ignore[reportReturnType]
 
     def by_layer(variables: Variables, cache: Any) -> tuple[Variables, Any]:
@@ -241,6 +275,7 @@ def make_model(
         unembed=lambda variables, hidden: module.apply(variables, hidden, method="unembed"),  # pyright: ignore[reportArgumentType]
         init_cache=init_cache,
         decode=decode,
+        take_rows=take_rows,
         by_layer=by_layer,
         axes=lambda: nn.get_partition_spec(jax.eval_shape(lambda: boxed_init(jax.random.key(0)))),
         config=config,

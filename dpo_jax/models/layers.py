@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models.activations import ACTIVATIONS
 from dpo_jax.models.attention import AttentionPath, attend, rotate
+from dpo_jax.models.attention_lanes import LaneKeys, attend_lanes
 from dpo_jax.models.attention_paths import CHUNKED
 from dpo_jax.models.axes import as_stored, by_row
 from dpo_jax.models.config import DecoderConfig
@@ -41,6 +42,14 @@ class Shared(NamedTuple):
     angles: tuple[jax.Array, jax.Array] | None  # float32[ropes, R, L, size / 2] each
     write_at: jax.Array | None  # cache column of the first new token
     prepared: Any = None
+    lanes: LaneKeys | None = None  # of one token in each row against a `SharedCache`
+
+    def of_layer(self, number: int) -> Shared:
+        """With the prompts' keys and values of one layer alone, where layers are apart."""
+        if self.lanes is None:
+            return self
+        keys, values = self.lanes.prompts
+        return self._replace(lanes=self.lanes._replace(prompts=(keys[number], values[number])))
 
 
 Axes = tuple[str | None, ...]
@@ -136,8 +145,11 @@ class Attention(nn.Module):
         if shared.angles is not None:
             cos, sin = (table[0 if layer.rope is None else layer.rope] for table in shared.angles)
             q, k = (rotate(y, cos, sin, interleaved=c.ropes[0].interleaved) for y in (q, k))
+        out = Linear(c.width, ("heads", "embed"), c.out_bias, _residual_std(c), name="out")
         if cache is not None:
             cache, k, v = _update_cache(cache, k, v, layer.index, shared.write_at)
+        if shared.lanes is not None:
+            return out(self._of_lanes(q, k, v, layer, shared.lanes).reshape(*x.shape[:2], -1)), cache
         q, k, v = (checkpoint_name(y, "attention") for y in (q, k, v))
         # A kernel is for rows that attend to themselves. With a cache queries are few, and their scores small.
         path = CHUNKED if self.attention_path.prepare is not None and shared.prepared is None else self.attention_path
@@ -158,8 +170,18 @@ class Attention(nn.Module):
         )
         if path.prepare is None:
             mixed = checkpoint_name(mixed, "attention")  # a kernel names its own output, and both would be kept
-        out = Linear(c.width, ("heads", "embed"), c.out_bias, _residual_std(c), name="out")
         return out(mixed.reshape(*x.shape[:2], -1)), cache
+
+    def _of_lanes(self, q: jax.Array, k: jax.Array, v: jax.Array, layer: LayerInput, lanes: LaneKeys) -> jax.Array:
+        """Attention of new tokens [R, 1, N, H] to their prompts and to their own `k`, `v` [R, C, K, H]."""
+        c, visible = self.config, lanes.visible
+        window = c.windows[0] if c.windows and layer.window is None else layer.window
+        if window is not None:
+            visible &= lanes.distance < window
+        of_prompts = (store if store.ndim == 4 else _one_layer(store, layer.index) for store in lanes.prompts)
+        pairs = zip(of_prompts, (k, v), strict=True)
+        keys, values = ((prompts.astype(q.dtype), own.swapaxes(1, 2)) for prompts, own in pairs)
+        return attend_lanes(q, keys, values, visible=visible, scale=c.attention_scale, softcap=c.attention_softcap)
 
 
 def _update_cache(cache: Any, k: jax.Array, v: jax.Array, layer: jax.Array, write_at: Any) -> tuple[Any, jax.Array, jax.Array]:
@@ -176,9 +198,13 @@ def _update_cache(cache: Any, k: jax.Array, v: jax.Array, layer: jax.Array, writ
         return jax.lax.dynamic_update_slice(store, new if alone else new[None], at)
 
     cache = (write(cache[0], k), write(cache[1], v))
-    of_layer = cache if alone else (jax.lax.dynamic_index_in_dim(store, layer, keepdims=False) for store in cache)
+    of_layer = cache if alone else (_one_layer(store, layer) for store in cache)
     keys, values = (store.swapaxes(1, 2).astype(k.dtype) for store in of_layer)
     return cache, keys, values
+
+
+def _one_layer(store: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(store, layer, keepdims=False)
 
 
 def _residual_std(c: DecoderConfig) -> float:

@@ -208,7 +208,10 @@ def _sampling(config: Config) -> int:
         save_hf(folder / "model", model, variables)
         build.free(variables)
         bench = config.bench
-        work = SamplingWork(str(folder), new_tokens, bench.steps, config.run.precision, seed)
+        ends = sampling_race.end_tokens(bench.ending, new_tokens=new_tokens, vocab_size=model.config.vocab_size)
+        work = SamplingWork(
+            str(folder), new_tokens, bench.steps, config.run.precision, seed, completions=bench.completions, ends=ends
+        )
         prompts = sampling_race.random_prompts(count, longest, vocab_size=model.config.vocab_size, seed=seed)
         write_sampling(work, *left_pad(prompts))
         results, differences = sampling_race.race(

@@ -33,13 +33,22 @@ class BenchConfig:
     """Python that has torch and trl, if they cannot live in one environment with JAX; none: the one that runs this."""
     sampling: str | None = None
     """Race samplers instead: 32/64/128 completes 32 prompts of up to 64 tokens by 128, ours against transformers.generate."""
+    completions: int = 1
+    """Completions of each prompt in the race of samplers."""
+    ending: float = 0.0
+    """Share of completions that end before their last token in the race of samplers, of a model with random weights."""
     scaling: bool = False
     """Afterwards time our step at 1, 2, 4 and 8 times the tokens, by batch and by length, and fit the exponents."""
     profile: bool = False
     """Afterwards record one more run of ours, print its slowest operations, and keep the trace (short: --profile)."""
 
     def check(self) -> Iterator[Problem]:
-        yield from positive(self, "rounds", "steps", "gate_steps", "groups", "torch_microbatches")
+        yield from positive(self, "rounds", "steps", "gate_steps", "groups", "torch_microbatches", "completions")
+        if not 0 <= self.ending < 1:
+            yield "ending", f"must be a share, at least 0 and less than 1, got {self.ending}"
+        for field, usual in (("completions", 1), ("ending", 0.0)):
+            if self.sampling is None and getattr(self, field) != usual:
+                yield field, "belongs to the race of samplers, bench.sampling, which is not given"
         if self.lengths is not None:
             parts = self.lengths.split("/")
             if len(parts) != 3 or not all(is_count(part) for part in parts):

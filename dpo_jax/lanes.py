@@ -1,0 +1,61 @@
+"""Continuous batching: which completion each row of a decoding loop, a *lane*, draws; one that has ended takes the next one.
+
+K completions of each of B prompts are numbered prompt by prompt. On a mesh, prompts and lanes are cut into as many parts as
+rows are, D, and a lane draws completions of its own part only: nothing then moves between devices.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Lanes(NamedTuple):
+    """What each of `n` lanes of a part is at. Completions are numbered within their part."""
+
+    completion: jax.Array  # int32[D, n]
+    begun: jax.Array  # int32[D]  completions that were begun
+    busy: jax.Array  # bool[D, n]  it has not ended
+
+
+def idle(parts: int, lanes: int) -> Lanes:
+    """`lanes` in each part, before anything is begun."""
+    none = jnp.zeros((parts, lanes), jnp.int32)
+    return Lanes(none, none[:, 0], none > 0)
+
+
+def refill(lanes: Lanes, *, of: int) -> tuple[Lanes, jax.Array]:
+    """Gives idle lanes the next of the `of` completions of their part: (lanes, bool[D, n] of those that begin anew)."""
+    number = lanes.begun[:, None] + jnp.cumsum(~lanes.busy, axis=-1, dtype=jnp.int32) - 1
+    new = ~lanes.busy & (number < of)
+    begun = lanes.begun + new.sum(axis=-1, dtype=jnp.int32)
+    return Lanes(jnp.where(new, number, lanes.completion), begun, lanes.busy | new), new
+
+
+def waiting(lanes: Lanes, *, of: int) -> jax.Array:
+    """How many lanes `refill` would begin anew."""
+    return jnp.minimum((~lanes.busy).sum(axis=-1, dtype=jnp.int32), of - lanes.begun).sum()
+
+
+def take(values: Any, index: jax.Array) -> Any:
+    """Arrays [D * m, ...] to [D * n, ...]: of each of D parts the rows `index[D, n]`, numbered within it."""
+    parts = len(index)
+
+    def of(leaf: jax.Array) -> jax.Array:
+        taken = jax.vmap(lambda part, numbers: part[numbers])(leaf.reshape(parts, -1, *leaf.shape[1:]), index)
+        return taken.reshape(-1, *leaf.shape[1:])
+
+    return jax.tree.map(of, values)
+
+
+def put(results: Any, values: Any, index: jax.Array) -> Any:
+    """The reverse of `take`: `results` with `values` in the rows `index[D, n]`."""
+    parts = len(index)
+
+    def one(result: jax.Array, value: jax.Array) -> jax.Array:
+        old, new = (x.reshape(parts, -1, *x.shape[1:]) for x in (result, value))
+        return jax.vmap(lambda part, numbers, rows: part.at[numbers].set(rows))(old, index, new).reshape(result.shape)
+
+    return jax.tree.map(one, results, values)

@@ -1,0 +1,184 @@
+"""The decoding loop of `sampling`: a token for each lane at a time; a lane whose completion has ended draws the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.lanes import Lanes, idle, put, refill, take, waiting
+from dpo_jax.models.axes import parts_of
+from dpo_jax.token_draw import choose
+from dpo_jax.types import ROW_AXES, Model, Rows, SharedCache, Variables
+
+REFILL = 8
+"""Ended lanes wait until they are one in so many, so that beginning anew costs little beside the tokens drawn."""
+
+
+class Samples(NamedTuple):
+    """Completions of a batch of prompts. A row that ended before `T` tokens is filled up with the first of the end tokens."""
+
+    tokens: jax.Array  # int32[B, T]
+    lengths: jax.Array  # int32[B]  tokens of each completion, the one that ended it included
+    token_logps: jax.Array  # float32[B, T]  log-probability of each token in nats; 0 after the end
+
+    @property
+    def logps(self) -> jax.Array:
+        """log pi(y|x) of each completion: float32[B], in nats."""
+        return self.token_logps.sum(-1)
+
+
+class Source(NamedTuple):
+    """What completions are drawn from: a model, and B prompts that it has read."""
+
+    model: Model
+    variables: Variables
+    weights: Variables  # as `decode` takes them
+    cache: Any  # of the prompts; of a model that cannot share them with room for the completions
+    columns: int  # Lp
+    start: jax.Array  # int32[B]  column of each prompt's first token
+    last: jax.Array  # [B, D]  the hidden state at its end, from which a completion's first token is drawn
+    keys: jax.Array  # [B * K]
+
+
+class Options(NamedTuple):
+    completions: int  # K
+    new_tokens: int  # T
+    ends: tuple[int, ...]
+    cache_dtype: Any
+    choice: dict[str, Any]  # options of `token_draw.choose`
+
+
+class _Loop(NamedTuple):
+    """What the loop carries from token to token."""
+
+    lanes: Lanes
+    samples: Samples  # of the completions the lanes are at
+    token: jax.Array  # int32[R]  the last one drawn
+    cache: Any
+
+
+class _Seats(NamedTuple):
+    """What each lane reads of its prompt, and the key of its completion."""
+
+    start: jax.Array  # int32[R]
+    last: jax.Array  # [R, D]
+    keys: jax.Array  # [R]
+
+
+def draw_completions(source: Source, options: Options, *, lanes: int | None) -> Samples:
+    """`options.completions` of every prompt of `source`, `lanes` of them at a time (None: all)."""
+    batch, every = len(source.start), len(source.start) * options.completions
+    parts = parts_of(ROW_AXES)
+    parts = parts if batch % parts == 0 else 1
+    each = every // parts if lanes is None else max(1, min(every, lanes) // parts)
+    now, _ = refill(idle(parts, each), of=every // parts)
+    loop = _Loop(now, none_drawn(now.busy.size, options), jnp.zeros(now.busy.size, jnp.int32), _cache(source, options, now))
+    at = _seats(source, options, now)
+    loop = _draw(source, options, loop, at, at.last)
+    if now.busy.size == every:
+        return _until(lambda loop: ~loop.lanes.busy.any(), source, options, loop, at).samples
+    return _in_turns(source, options, loop, of=every // parts)
+
+
+def _cache(source: Source, options: Options, lanes: Lanes) -> Any:
+    """The cache of the lanes before anything is drawn. Where all completions are drawn at once, those of a prompt share it."""
+    model, rows = source.model, lanes.busy.size
+    if model.take_rows is None or model.init_cache is None:
+        return source.cache
+    own = model.init_cache(rows, max(1, options.new_tokens - 1), options.cache_dtype)  # the last token drawn is never fed
+    at_once = rows == len(source.keys)
+    held = source.cache if at_once else model.take_rows(source.cache, lanes.completion // options.completions)
+    return SharedCache(held, by_layer(model, source.variables, own)[1])
+
+
+def by_layer(model: Model, variables: Variables, cache: Any) -> tuple[Variables, Any]:
+    """Both with layers apart, where that is faster."""
+    if model.by_layer is not None and jax.default_backend() == "cpu":
+        return model.by_layer(variables, cache)
+    return variables, cache
+
+
+def _in_turns(source: Source, options: Options, loop: _Loop, *, of: int) -> Samples:
+    """Draws what is left, `of` completions in each part, in lanes that have ended. Each holds a copy of its prompt's cache."""
+    times, rows, take_rows = options.completions, loop.lanes.busy.size, source.model.take_rows
+    assert take_rows is not None
+
+    def enough(loop: _Loop) -> jax.Array:
+        return ~loop.lanes.busy.any() | (waiting(loop.lanes, of=of) >= max(1, rows // REFILL))
+
+    def turn(state: tuple[Samples, _Loop]) -> tuple[Samples, _Loop]:
+        results, loop = state
+        results = put(results, loop.samples, loop.lanes.completion)
+        lanes, new = refill(loop.lanes, of=of)
+        before, after = loop.lanes.completion // times, lanes.completion // times
+        held = take_rows(source.cache, after, loop.cache.prompts, before != after)
+        new = new.reshape(-1)
+        samples = jax.tree.map(
+            lambda old, none: jnp.where(new.reshape(-1, *[1] * (old.ndim - 1)), none, old),
+            loop.samples,
+            none_drawn(rows, options),
+        )
+        loop = loop._replace(lanes=lanes, samples=samples, cache=loop.cache._replace(prompts=held))
+        return results, _until(enough, source, options, loop, _seats(source, options, lanes))
+
+    def unfinished(state: tuple[Samples, _Loop]) -> jax.Array:
+        lanes = state[1].lanes
+        return lanes.busy.any() | (waiting(lanes, of=of) > 0)
+
+    results, loop = jax.lax.while_loop(unfinished, turn, (none_drawn(len(source.keys), options), loop))
+    return put(results, loop.samples, loop.lanes.completion)
+
+
+def _until(stop: Callable[[_Loop], jax.Array], source: Source, options: Options, loop: _Loop, at: _Seats) -> _Loop:
+    """Feeds the last tokens drawn and draws the next ones, until `stop`. A completion's first is drawn from its prompt."""
+    decode = source.model.decode
+    assert decode is not None
+
+    def advance(loop: _Loop) -> _Loop:
+        own = loop.samples.lengths
+        end = source.columns + own
+        rows = rows_read(loop.token[:, None], (end - at.start - 1)[:, None], at.start[:, None], end[:, None])
+        hidden, cache = decode(source.weights, rows, loop.cache)
+        hidden = jnp.where(own[:, None] == 0, at.last, hidden[:, 0])
+        return _draw(source, options, loop._replace(cache=cache), at, hidden)
+
+    return jax.lax.while_loop(lambda loop: ~stop(loop), advance, loop)
+
+
+def _draw(source: Source, options: Options, loop: _Loop, at: _Seats, hidden: jax.Array) -> _Loop:
+    """Draws a token of each lane from `hidden[R, D]`, the state before it. Lanes that have ended are left as they are."""
+    logits = source.model.unembed(source.variables, hidden)
+    (tokens, counts, logps), busy = loop.samples, loop.lanes.busy.reshape(-1)
+    token = choose(logits, jax.vmap(jax.random.fold_in)(at.keys, counts), **options.choice)
+    picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    logp = (picked - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
+    here = (jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] == counts[:, None]) & busy[:, None]
+    counts = counts + busy.astype(jnp.int32)
+    samples = Samples(jnp.where(here, token[:, None], tokens), counts, jnp.where(here, logp[:, None], logps))
+    stops = (token[:, None] == jnp.asarray(options.ends, jnp.int32)[None]).any(axis=-1) | (counts >= options.new_tokens)
+    lanes = loop.lanes._replace(busy=(busy & ~stops).reshape(loop.lanes.busy.shape))
+    return loop._replace(lanes=lanes, samples=samples, token=token)
+
+
+def _seats(source: Source, options: Options, lanes: Lanes) -> _Seats:
+    start, last = take((source.start, source.last), lanes.completion // options.completions)
+    return _Seats(start, last, take(source.keys, lanes.completion))
+
+
+def none_drawn(rows: int, options: Options) -> Samples:
+    shape = (rows, options.new_tokens)
+    empty = jnp.full(shape, options.ends[0], jnp.int32)
+    return Samples(empty, jnp.zeros(rows, jnp.int32), jnp.zeros(shape, jnp.float32))
+
+
+def rows_read(tokens: jax.Array, positions: jax.Array, k_start: jax.Array, k_end: jax.Array) -> Rows:
+    """Rows that are only read, `[B, L]` each: nothing in them is scored."""
+    batch, length = tokens.shape
+    none = jnp.zeros((batch, 0), jnp.int32)
+    keys = jnp.broadcast_to(k_start, (batch, length))
+    return Rows(
+        tokens, positions, keys, k_end, none, none, none, jnp.ones(batch, jnp.float32), jnp.arange(batch, dtype=jnp.int32)
+    )
