@@ -76,9 +76,9 @@ def choose_pairs(
     """Preference pairs of the K completions of each of N prompts, by `rewards[N, K]`: int64[P, 3], and what became of the rest.
 
     A row is (prompt, chosen, rejected). "best_worst" makes one pair a prompt, of the highest reward and the lowest, of equals
-    the first and the last. "all" makes all K (K - 1) / 2, each with the higher reward chosen. "bradley_terry" draws the labels of all
-    pairs, with P(first chosen) = sigmoid(r_first - r_second): `data.label.label`, which also says which pairs are left out
-    (ties, equal texts, blank ones, those that spell `eos`). ValueError for shapes that differ and rewards that are not finite.
+    the first and the last. "all" makes all K (K - 1) / 2, each with the higher reward chosen. "bradley_terry" draws the labels
+    of all pairs, with P(first chosen) = sigmoid(r_first - r_second): `data.label.label`, which also says which pairs are left
+    out (ties, equal texts, blank ones, those that spell `eos`). ValueError for shapes that differ and rewards that are not finite.
 
     >>> texts = [[" a delight.", " a bore.", " fine."]]
     >>> choose_pairs(texts, np.array([[2.0, -1.0, 0.5]]), how="best_worst")[0]

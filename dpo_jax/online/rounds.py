@@ -27,7 +27,7 @@ from dpo_jax.data.loader import Batch, batch_indices, make_batch
 from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.reward_functions import Reward
-from dpo_jax.lab.world import Prompts, World
+from dpo_jax.lab.world import World
 from dpo_jax.online.batches import PairBatches, plan_rows, prompt_groups, worst_case
 from dpo_jax.online.choices import Elicitation, PairsHow, choose_pairs, choose_prompts, draw_prompts
 from dpo_jax.online.labels import Compare, LabelLog, compared, scored
@@ -217,8 +217,6 @@ class Rounds:
         options, world = self.options, self.world
         count = options.prompts * (1 if options.elicitation == "uniform" else options.candidates)
         numbers = draw_prompts(len(world.train.ids), count, seed=options.seed, number=number)
-        pool = world.train
-        prompts = Prompts([pool.texts[i] for i in numbers], [pool.ids[i] for i in numbers])
         made = self._reference_round(number)
         # A policy that has just become the reference is read from where it is kept, as it is after a kill.
         reference = self._kept().load(made) if made else world.reference
@@ -226,7 +224,7 @@ class Rounds:
             world.complete,
             world.logps,
             variables,
-            prompts,
+            world.train.of(numbers),
             options.completions,
             jax.random.fold_in(jax.random.key(options.seed + 2), number),
             reference=reference,

@@ -41,9 +41,8 @@ class Samples:
     def of(self, chosen: Sequence[int] | np.ndarray) -> Samples:
         """Those of the prompts at the places `chosen`."""
         some = [int(i) for i in chosen]
-        prompts = Prompts([self.prompts.texts[i] for i in some], [self.prompts.ids[i] for i in some])
         ids, texts = [self.ids[i] for i in some], [self.texts[i] for i in some]
-        return Samples(self.numbers[some], prompts, ids, texts, self.logps[some], self.ref_logps[some])
+        return Samples(self.numbers[some], self.prompts.of(some), ids, texts, self.logps[some], self.ref_logps[some])
 
     def implicit_rewards(self, beta: float) -> np.ndarray:
         """beta log(pi / pi_ref) of the policy that drew them: float64[N, K]; eq. 5 up to a constant of the prompt."""
