@@ -61,7 +61,7 @@ def make_parts(tokenizer, partitioned):
     sizes: dict[str, Any] = {"vocab_size": 512, "width": 16, "layers": 1, "heads": 2, "max_positions": 64, "eos_token_id": 0}
     model = make_model(decoder_config(hf_config("llama", **sizes)))
     texts = [f"The film {word}" for word in WORDS]
-    prompts = Prompts(texts, [np.int32(tokenizer(text, add_special_tokens=False).input_ids) for text in texts])
+    prompts = Prompts(texts, [np.array(tokenizer(text, add_special_tokens=False).input_ids, np.int32) for text in texts])
     partitioner, tx = partitioned(model), optax.adam(3e-3)
     weights = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
     world = World(

@@ -78,7 +78,8 @@ def choose_pairs(
     A row is (prompt, chosen, rejected). "best_worst" makes one pair a prompt, of the highest reward and the lowest, of equals
     the first and the last. "all" makes all K (K - 1) / 2, each with the higher reward chosen. "bradley_terry" draws the labels
     of all pairs, with P(first chosen) = sigmoid(r_first - r_second): `data.label.label`, which also says which pairs are left
-    out (ties, equal texts, blank ones, those that spell `eos`). ValueError for shapes that differ and rewards that are not finite.
+    out (ties, equal texts, blank ones, those that spell `eos`). ValueError for shapes that differ, and for rewards that are not
+    finite.
 
     >>> texts = [[" a delight.", " a bore.", " fine."]]
     >>> choose_pairs(texts, np.array([[2.0, -1.0, 0.5]]), how="best_worst")[0]
