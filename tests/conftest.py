@@ -165,6 +165,7 @@ LONG = {
     "nodes": ("test_two_processes_find_each_other",),
     "notebook": ("test_",),
     "odd_files": ("test_few_rows_are_unpacked",),
+    "online_rounds": ("test_a_run_that_was_killed_again_and_again_ends_in_the_same_bits[1", "test_devices_do_not_matter[pmap"),
     "optimizers": tuple(
         f"test_on_a_mesh_it_is_the_same_and_its_state_is_cut_and_saved[{name}" for name in ("ada", "rms", "lion", "sgd")
     ),

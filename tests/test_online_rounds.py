@@ -62,7 +62,7 @@ def make_parts(tokenizer, partitioned):
     model = make_model(decoder_config(hf_config("llama", **sizes)))
     texts = [f"The film {word}" for word in WORDS]
     prompts = Prompts(texts, [np.array(tokenizer(text, add_special_tokens=False).input_ids, np.int32) for text in texts])
-    partitioner, tx = partitioned(model), optax.adam(3e-3)
+    partitioner, tx = partitioned(model), optax.sgd(0.3)
     weights = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
     world = World(
         partitioner,
@@ -83,13 +83,13 @@ def make_parts(tokenizer, partitioned):
     return SimpleNamespace(world=world, weights=weights, step=partitioner.compile_step(step), begin=begin)
 
 
-def online(parts, folder, *, reward=length_reward, tick=lambda: None, rounds=ROUNDS, **changes):
+def online(parts, folder, *, reward=length_reward, tick=lambda: None, measured=lambda done: None, rounds=ROUNDS, **changes):
     """A run of so many rounds in `folder`, as the command makes one. `tick()` is called wherever a kill may come."""
     with RunDir(folder) as run:
-        return _online(parts, run, reward=reward, tick=tick, rounds=rounds, **changes)
+        return _online(parts, run, reward=reward, tick=tick, measured=measured, rounds=rounds, **changes)
 
 
-def _online(parts, run, *, reward, tick, rounds, **changes):
+def _online(parts, run, *, reward, tick, measured, rounds, **changes):
     world, partitioner, folder = parts.world, parts.world.partitioner, run.path
     options: dict[str, Any] = {
         "prompts": 4,
@@ -134,6 +134,7 @@ def _online(parts, run, *, reward, tick, rounds, **changes):
 
     def evaluate(state, done):
         tick()
+        measured(done)
         return {"done": done}
 
     return train(
@@ -266,20 +267,16 @@ def test_a_damaged_round_is_made_again_without_a_label(parts, whole, tmp_path):
     """Its samples come from the checkpoint at its beginning."""
     asked = collections.Counter()
 
-    def killed_at(step):
-        count = itertools.count()
-
-        def batch_tick():
-            if next(count) == step:
-                raise Killed
-
-        return batch_tick
+    def dies(done):
+        if done == 6:
+            raise Killed
 
     with pytest.raises(Killed):
-        online(parts, tmp_path / "run", reward=counting(asked), tick=killed_at(23), refresh=REFRESH)
-    assert saved_run(tmp_path / "run" / "checkpoints", place="").step % STEPS  # pyright: ignore[reportOptionalMemberAccess]
-    number = saved_run(tmp_path / "run" / "checkpoints", place="").step // STEPS  # pyright: ignore[reportOptionalMemberAccess]
-    file = tmp_path / "run" / f"round-{number:03}" / "samples.jsonl"
+        online(parts, tmp_path / "run", reward=counting(asked), measured=dies, refresh=REFRESH)
+    saved = saved_run(tmp_path / "run" / "checkpoints", place="")
+    assert saved is not None
+    assert saved.step == 5  # in the middle of a round, of which the reference is the first policy
+    file = tmp_path / "run" / "round-002" / "samples.jsonl"
     file.write_bytes(file.read_bytes().replace(b'"logp": -', b'"logp": -1', 1))
     assert weights_of(online(parts, tmp_path / "run", reward=counting(asked), refresh=REFRESH)) == whole.end
     assert asked == whole.asked
@@ -319,7 +316,7 @@ def test_devices_do_not_matter(tokenizer, parts, whole, tmp_path, way):
     )
 
 
-def test_a_loop_of_ones_own_is_twenty_lines(parts, tokenizer):
+def test_a_loop_of_ones_own_is_twenty_lines(parts):
     world, prompts = parts.world, parts.world.train
     tx, key = optax.adam(3e-3), jax.random.key(0)
     model, loss = world.model, functools.partial(dpo_jax.dpo_loss, beta=0.1)
@@ -328,18 +325,14 @@ def test_a_loop_of_ones_own_is_twenty_lines(parts, tokenizer):
     means = []
     for number in range(6):
         drawn = draw_prompts(len(prompts.ids), 8, seed=0, number=number)
-        some = Prompts([prompts.texts[i] for i in drawn], [prompts.ids[i] for i in drawn])
+        some = prompts.of(drawn)
         samples = sample_completions(
             world.complete, world.logps, state.variables, some, 4, jax.random.fold_in(key, number), reference=world.reference
         )
         rewards = np.array([[text.count("e") for text in its] for its in samples.texts], float)
         pairs, _ = choose_pairs(samples.texts, rewards, how="best_worst")
         encoded, ref_logps = encoded_pairs(samples, pairs)
-        rows = dpo_jax.shared_rows(
-            encoded + encoded[:1] * (8 - len(encoded)),
-            length=48,
-            ref_logps=np.concatenate([ref_logps, ref_logps[:1].repeat(8 - len(encoded), 0)]),
-        )
+        rows = dpo_jax.packed_rows(encoded, length=256, ref_logps=ref_logps)
         for _ in range(4):
             state, _ = step(state, rows)
         means.append(rewards.mean())

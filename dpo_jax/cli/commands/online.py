@@ -37,7 +37,7 @@ from dpo_jax.online.rounds import RoundOptions, Rounds
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.runtime.training_progress import Progress
-from dpo_jax.training.fingerprint import SavedRun, architecture
+from dpo_jax.training.fingerprint import SavedRun, architecture, check_settings
 from dpo_jax.training.run import steps_of, train
 from dpo_jax.types import TrainState, Variables
 
@@ -181,8 +181,9 @@ def _train(
     of_data = {"start": start, "data.layout": config.data.layout}
     facts = {**identity.settings(config, section), **_settings(config, world), **of_data}
     with identity.refusing_mismatch():
+        if saved is not None:
+            check_settings(saved.place, saved.fingerprint, facts)
         if saved is None or saved.step < rounds.every:
-            build.describe(run, config)
             rounds.begin(world.reference)
         # Training consumes what it starts from, so it is given a copy.
         copy = partitioner.put_variables(partitioner.to_host(world.reference))
