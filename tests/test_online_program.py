@@ -101,6 +101,8 @@ def test_people_are_given_a_page_and_the_round_waits_for_their_ratings(tmp_path)
     assert by_people(config, tmp_path, 3, COMPARISONS) == [1.0] * 6
     (folder / "ratings" / "bob.json").write_text(ratings_of(key, False, rater="bob"))
     assert by_people(config, tmp_path, 3, COMPARISONS) == [0.5] * 6
+    again = Asked(COMPARISONS[0].prompt, (" other", " texts"))  # of a prompt that was cut to the same text
+    assert by_people(config, tmp_path, 3, [*COMPARISONS, again]) == [0.5] * 6 + [None]
     assert (folder / "study.html").read_bytes() == page
     with pytest.raises(ConfigError, match="holds ratings of another study than this round's"):
         by_people(config, tmp_path, 3, COMPARISONS[:5])

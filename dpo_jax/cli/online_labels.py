@@ -74,8 +74,10 @@ def wording(config: Config) -> Wording:
 def by_people(config: Config, folder: Path, number: int, comparisons: Sequence[Asked]) -> list[Label]:
     """Reads what people rated on the page of the round. Raises `Unfinished`, saying what to do, while a rating is missing."""
     here = folder / f"round-{number:03}" / "study"
+    # A study has one comparison a prompt. Prompts that were cut to the same text are two: the second stays undecided.
+    first = {comparison.prompt: comparison for comparison in reversed(comparisons)}
     study = make_study(
-        [Comparison(*comparison) for comparison in comparisons],
+        [Comparison(*comparison) for comparison in comparisons if first[comparison.prompt] == comparison],
         names=("first", "second"),
         title=config.study.title,
         wording=wording(config),
@@ -101,7 +103,8 @@ def by_people(config: Config, folder: Path, number: int, comparisons: Sequence[A
             f"round {number}: {missing:,} of {len(items):,} comparisons have no rating yet. Give people {page}, keep {file} "
             f"from them, and put the files they save into {ratings}; then run the same command again: it continues"
         )
-    return [sum(its) / len(its) for its in (rated[items[comparison.prompt]] for comparison in comparisons)]
+    shares = {prompt: sum(rated[item]) / len(rated[item]) for prompt, item in items.items()}
+    return [shares[one.prompt] if first[one.prompt] == one else None for one in comparisons]
 
 
 def _study_in(file: Path) -> str | None:
