@@ -245,7 +245,7 @@ def test_a_round_is_files_that_others_can_read(parts, whole):
 def test_a_run_that_was_killed_again_and_again_ends_in_the_same_bits(parts, whole, tmp_path, seed):
     rng, asked, kills = np.random.default_rng(seed), collections.Counter(), 0
     while True:
-        left = itertools.count(int(rng.integers(4, 14)), -1)
+        left = itertools.count(int(rng.integers(2, 8)), -1)
 
         def tick(left=left):
             if next(left) == 0:
@@ -256,7 +256,7 @@ def test_a_run_that_was_killed_again_and_again_ends_in_the_same_bits(parts, whol
             break
         except Killed:
             kills += 1
-    assert kills >= 3
+    assert kills >= 4
     assert weights_of(state) == whole.end
     assert asked == whole.asked
     for name in ("rounds.jsonl", "round-003/samples.jsonl", "round-003/stage.json"):
@@ -318,7 +318,7 @@ def test_devices_do_not_matter(tokenizer, parts, whole, tmp_path, way):
 
 def test_a_loop_of_ones_own_is_twenty_lines(parts):
     world, prompts = parts.world, parts.world.train
-    tx, key = optax.adam(3e-3), jax.random.key(0)
+    tx, key = dpo_jax.make_optimizer(1e-2, max_grad_norm=1.0), jax.random.key(0)
     model, loss = world.model, functools.partial(dpo_jax.dpo_loss, beta=0.1)
     step = jax.jit(functools.partial(dpo_jax.dpo_step, model=model, tx=tx, loss=loss))
     state = dpo_jax.init_state(world.reference, tx)
@@ -336,4 +336,4 @@ def test_a_loop_of_ones_own_is_twenty_lines(parts):
         for _ in range(4):
             state, _ = step(state, rows)
         means.append(rewards.mean())
-    assert means[-1] > means[0] + 0.3
+    assert means[-1] > means[0] + 0.2
