@@ -27,6 +27,7 @@ from dpo_jax.data.loader import Batch, batch_indices, make_batch
 from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.reward_functions import Reward
+from dpo_jax.lab.methods import row_parts
 from dpo_jax.lab.world import World
 from dpo_jax.online.batches import PairBatches, plan_rows, prompt_groups, worst_case
 from dpo_jax.online.choices import Elicitation, PairsHow, choose_pairs, choose_prompts, draw_prompts
@@ -268,7 +269,10 @@ class Rounds:
             shape = {"kind": self.options.layout, "batch": self.options.batch, "microbatches": self.options.microbatches}
             planned = plan_rows([*groups, longest], self.world.partitioner, **shape)
             self.record["layout"] = dataclasses.asdict(planned)
-        layout = Layout(**{**self.record["layout"], "row_counts": tuple(self.record["layout"]["row_counts"])})
+        # A run may go on with other devices: the number of rows divides among those that are here.
+        parts = row_parts(self.world.partitioner, self.options.microbatches)
+        here = {"rows_multiple": parts["multiple"], "microbatches": parts["microbatches"]}
+        layout = Layout(**{**self.record["layout"], "row_counts": tuple(self.record["layout"]["row_counts"]), **here})
         values = np.zeros((len(groups), layout.pairs, 2), np.float32)
         for place, group in zip(values, groups, strict=True):
             place[: len(group.members)] = ref_logps[group.members]
