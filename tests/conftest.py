@@ -138,7 +138,7 @@ LONG = {
     "judge": ("test_a_thousand_pairs_through_faults[True",),
     "judge_program": ("test_a_kill_costs_no_second_question",),
     "lora": (
-        *("test_devices_do_not_matter[fsdp 2 x tensor 2-last", "test_devices_do_not_matter[pmap"),
+        *("test_devices_do_not_matter[fsdp 2 x tensor 2-last", "test_devices_do_not_matter"),
         *("test_gradients_of_an_adapter_follow_from_those_of_the_weights[gpt2", "test_an_adapter_survives_its_files[gpt"),
     ),
     "lora_runs": (
@@ -166,6 +166,7 @@ LONG = {
     "nodes": ("test_two_processes_find_each_other",),
     "notebook": ("test_",),
     "odd_files": ("test_few_rows_are_unpacked",),
+    "online_rounds": ("test_a_run_that_was_killed_again_and_again_ends_in_the_same_bits[1", "test_devices_do_not_matter"),
     "optimizers": tuple(
         f"test_on_a_mesh_it_is_the_same_and_its_state_is_cut_and_saved[{name}" for name in ("ada", "rms", "lion", "sgd")
     ),

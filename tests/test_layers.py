@@ -24,7 +24,7 @@ FLOORS = [
     (3, ["dpo.py", "sft.py", "reward_model.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),
     (5, ["training/"]),
-    (6, ["plotting/", "evals/", "judge/", "study/", "report/", "bench/", "lab/", "checks/", "check.py"]),
+    (6, ["plotting/", "evals/", "judge/", "study/", "report/", "bench/", "lab/", "online/", "checks/", "check.py"]),
     (7, ["cli/"]),
 ]
 ONLY_IN = {

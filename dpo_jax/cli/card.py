@@ -25,7 +25,7 @@ from dpo_jax.report.result_table import MEASURES, result_table
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.shapes import Shape, fit
-from dpo_jax.untrusted import Unreadable, read_object
+from dpo_jax.untrusted import Unreadable, read_lines, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,38 @@ def dpo_card(config: Config, run: RunDir, *, report: Mapping[str, Any] | None = 
         notes=_notes(report or {}, run),
         tag=tag,
     )
+
+
+def online_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
+    """The card of an online run, with a line for each of its rounds."""
+    section, columns = config.online, ("round", "labels_so_far", "pairs", "reward", "kl", "accuracy")
+    heads = ["round", "labels so far", "pairs", "mean reward of samples", "KL (nats)", "agreement before training"]
+    rows = read_lines(run.path / "rounds.jsonl").rows
+    shown = [[f"{row[name]:.4g}" if row.get(name) is not None else "-" for name in columns] for row in rows]
+    known = {"known": f"the reward {config.frontier.reward}", "reward-model": "a reward model", "judge": "a judge"}
+    who = known.get(section.reward, section.reward)
+    how = (
+        f"{_objective(config.dpo)} Online: {section.rounds} rounds of {section.completions} completions of each of "
+        f"{section.prompts} prompts, drawn from the policy as it was, labelled by {who}."
+    )
+    return _card(
+        config,
+        run,
+        title="trained by online preference optimization",
+        how=f"{how}{_trained(config, config.dpo)}",
+        start=config.dpo_policy(),
+        section=config.dpo,
+        results=f"{_table(heads, shown)}\n\n{_held_out_points(run, step)}",
+        tag="online-dpo",
+    )
+
+
+def _held_out_points(run: RunDir, step: int | None) -> str:
+    """Reward and KL of the last evaluation, or of that after `step`."""
+    judged = [row for row in read_metrics(run.metrics) if is_evaluation(row) and step in (None, row["step"])]
+    names = {"eval/reward": "reward", "eval/kl": "KL to the reference (nats)"}
+    rows = [[label, f"{judged[-1][name]:.3f}"] for name, label in names.items() if judged and name in judged[-1]]
+    return f"On held-out prompts, after {judged[-1]['step']:,} steps:\n\n{_table(['measure', 'value'], rows)}" if rows else ""
 
 
 def _objective(section: DpoConfig) -> str:

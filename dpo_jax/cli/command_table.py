@@ -55,6 +55,16 @@ _REWARD_MODEL = (
 )
 
 
+# Its length is that of its rounds, and each of them is measured.
+_UNREAD = ("reference", "epochs", "steps", "patience", "stop_on", "ld_alpha", "param_dtype", "refresh_reference_steps")
+_ONLINE = (
+    *(f"dpo.{name}" for name in types_of(types_of(options.Config)["dpo"]) if name not in _UNREAD),
+    *(f"frontier.{name}" for name in ("reward", "classifier", "prompts", "test_prompts", "max_new_tokens", "sample_batch")),
+    *(f"judge.{name}" for name in types_of(options.JudgeConfig) if name not in ("a", "b", "by", "limit", "injections", "out")),
+    *("study.task", "study.question", "study.title"),
+)
+
+
 def _experiment(*fields: str) -> tuple[str, ...]:
     """The options of `frontier` that a piece of it reads: those of sampling and of the true reward, and `fields`."""
     return tuple(f"frontier.{field}" for field in ("reward", "classifier", "max_new_tokens", "sample_batch", "fast", *fields))
@@ -126,6 +136,11 @@ COMMANDS = {
             "ppo",
             "export.dtype",
         ),
+        ("data",),
+    ),
+    "online": Command(
+        "rounds of samples of the policy, labels by a reward, a judge or people, and DPO on them",
+        (*_run_without("eval_every_examples"), "lora", *_ONLINE, "online", "export.dtype"),
         ("data",),
     ),
     "optimum": Command(

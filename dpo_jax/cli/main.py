@@ -9,7 +9,7 @@ Exit codes:
     70   the contenders of bench disagree, or one of them failed
     73   another run uses the run directory
     74   a file cannot be read or written (missing, no permission, disk full, damaged)
-    75   judge stopped before every pair was decided (spending cap, endpoint); the same command continues
+    75   not every pair is decided (judge, online: spending cap, endpoint, people); the same command continues
     76   a loss, gradient or log-probability is NaN or infinite
     130  interrupted from the keyboard (Ctrl-C); a training run has saved its state, and the same command continues
     134  JAX aborted: another host was silent for run.heartbeat_seconds (or 1, where the connection broke at once);

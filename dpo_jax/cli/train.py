@@ -199,7 +199,7 @@ def train(
             lr=lr,
             check=check,
             begin=lambda: build.describe(run, config, *data.reports),
-            writers=functools.partial(_writers, config, run, facts),
+            writers=functools.partial(metrics_writers, config, run, facts),
             progress=Progress(epochs=plan.epochs or plan.steps * section.batch / len(data.train)),
             unit=unit,
             shapes=max(1, len(plan.layout.row_counts)),
@@ -223,7 +223,8 @@ def _note_long_warmup(section: SftConfig | DpoConfig, steps: int, lr: Callable[[
         )
 
 
-def _writers(config: Config, run: RunDir, facts: Mapping[str, Any]) -> list[Writer]:
+def metrics_writers(config: Config, run: RunDir, facts: Mapping[str, Any]) -> list[Writer]:
+    """Further places for metrics that the configuration asks for. `facts`: what they are told of the run."""
     section, options = config.run, {"directory": run.path, "config": facts}
     places: dict[str, Callable[[], Place]] = {}
     if section.tensorboard:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +33,11 @@ class Prompts(NamedTuple):
     def repeated(self, times: int) -> Prompts:
         """Each prompt `times` times, one behind the other."""
         return Prompts([text for text in self.texts for _ in range(times)], [x for x in self.ids for _ in range(times)])
+
+    def of(self, chosen: Iterable[int]) -> Prompts:
+        """Those with the numbers `chosen`."""
+        some = [int(number) for number in chosen]
+        return Prompts([self.texts[number] for number in some], [self.ids[number] for number in some])
 
 
 class Scored(NamedTuple):

@@ -23,7 +23,7 @@ from dpo_jax.shapes import Shape, fit, misfit
 from dpo_jax.untrusted import Lines, Unreadable, read_lines, read_object, read_text, reading, regular
 
 T = TypeVar("T")
-TRAINING = ("sft", "dpo", "ppo")
+TRAINING = ("sft", "dpo", "ppo", "online")
 # A stage is done when this lies in its folder.
 RESULT = {
     **{name: "export/config.json" for name in TRAINING},
@@ -39,19 +39,8 @@ RESULT = {
     "agree": "agreement.json",
 }
 ORDER = (
-    "audit",
-    "prepare",
-    "sft",
-    "refs",
-    "dpo",
-    "label",
-    "reward-model",
-    "ppo",
-    "optimum",
-    "frontier",
-    "robust",
-    "bench",
-    "eval",
+    *("audit", "prepare", "sft", "refs", "dpo", "label", "reward-model", "ppo", "online", "optimum", "frontier"),
+    *("robust", "bench", "eval"),
 )
 LATER = ("rewards", "judge", "study", "agree")
 MANY_FAILED = 0.05  # of a judge's pairs: enough to move a win rate by as much as is at stake

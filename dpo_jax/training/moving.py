@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,6 +25,23 @@ from dpo_jax.runtime.hosts import from_first, is_first
 from dpo_jax.runtime.progress import reported
 from dpo_jax.training.references import SAY
 from dpo_jax.types import Array, Rows, Variables
+
+
+class Moving(Protocol):
+    """What training reads and makes from the policy after every `every` steps: log-probabilities here, whole rounds of
+    samples in `dpo_jax.online`. `train` saves the state first, and keeps that of step `origin(done)` while it is needed.
+    """
+
+    every: int
+    record: dict[str, Any]
+    """Saved with each checkpoint, and given to `resume`."""
+
+    def origin(self, done: int) -> int: ...
+    def resume(self, record: Mapping[str, Any]) -> None: ...
+    def lacks(self, step: int, weights: str) -> bool: ...
+    def move(
+        self, step: int, variables: Variables, weights: str, *, steps: Iterable[int], pause: Callable[[], None] = ...
+    ) -> None: ...
 
 
 class MovingReference:

@@ -32,7 +32,7 @@ from dpo_jax.training.fingerprint import (
     other_held_out,
     run_length,
 )
-from dpo_jax.training.moving import MovingReference
+from dpo_jax.training.moving import Moving
 from dpo_jax.training.references import SAY
 from dpo_jax.training.stopping import EarlyStopping
 from dpo_jax.types import Partitioner, TrainState
@@ -60,7 +60,7 @@ def train(
     evaluate: Evaluate | None = None,
     eval_every: int = 0,
     stopping: EarlyStopping | None = None,
-    moving: MovingReference | None = None,
+    moving: Moving | None = None,
     lr: Callable[[int], Any] | None = None,
     check: Callable[[int, dict[str, float]], None] | None = None,
     begin: Callable[[], None] = lambda: None,
@@ -111,8 +111,8 @@ def train(
       partitioner: one of `runtime.parallel`; by default `single_device()`.
       checkpoints: another place for them, which may be a bucket (`gs://...`).
       stopping: ends the run early, by what `evaluate` finds. The state that is returned is then the best, not the last.
-      moving: moves the reference that `stream` reads to the policy, every so many steps. The state of such a step is saved
-        first, and kept until the reference moves again.
+      moving: moves the reference that `stream` reads to the policy, every so many steps (`MovingReference`), or makes all that
+        it reads (`online.Rounds`). The state of such a step is saved first, and kept until the next.
       begin: called once the run is known to be new or the same as the one that is continued.
       writers: makes further places for metrics, on the first host (`runtime.metrics`).
 
@@ -254,7 +254,7 @@ def _resume(
     saved: SavedRun | None,
     total_steps: int,
     stopping: EarlyStopping | None,
-    moving: MovingReference | None,
+    moving: Moving | None,
     say: Callable[[str], None],
 ) -> Any:
     """The state of the newest good checkpoint on the devices; `state` itself if there is none."""
@@ -284,7 +284,7 @@ def _resume(
     return _in_place_of(state, restored, partitioner)
 
 
-def _at_its_reference(state: Any, done: int, moving: MovingReference, store: Checkpoints, partitioner: Partitioner) -> Any:
+def _at_its_reference(state: Any, done: int, moving: Moving, store: Checkpoints, partitioner: Partitioner) -> Any:
     """The state after `done` steps, with the reference that the next step is trained against.
 
     Where its log-probabilities are not complete, the checkpoint of the step that made them is read in between.
@@ -297,7 +297,7 @@ def _at_its_reference(state: Any, done: int, moving: MovingReference, store: Che
         complete = made == done or not moving.lacks(made, weights)
         found = None if complete else _read(store, state, partitioner, only=made)
     except LookupError as error:
-        raise CheckpointDamaged(f"the reference of step {made} is incomplete, and its weights are gone: {error}") from error
+        raise CheckpointDamaged(f"what step {made} made is incomplete, and its weights are gone: {error}") from error
     if found is not None:
         state = _in_place_of(state, found[0], partitioner)
     moving.move(made, state.variables, weights, steps=store.steps())
@@ -308,7 +308,7 @@ def _at_its_reference(state: Any, done: int, moving: MovingReference, store: Che
     return _in_place_of(state, again[0], partitioner)
 
 
-def _renew(moving: MovingReference, store: Checkpoints, state: Any, done: int, pause: Callable[[], None]) -> None:
+def _renew(moving: Moving, store: Checkpoints, state: Any, done: int, pause: Callable[[], None]) -> None:
     moving.move(done, state.variables, store.params_digest(done), steps=store.steps(), pause=pause)
 
 

@@ -48,13 +48,13 @@ PER = 1e-6  # prices are of a million tokens
 def run(config: Config) -> int:
     if importlib.util.find_spec("httpx2") is None:
         raise ConfigError(f"judge: needs the package httpx2: {install_command('judge')}")
-    section, key = config.judge, _key(config)
+    section, key = config.judge, api_key(config)
     jax.config.update("jax_platforms", "cpu")  # judging computes nothing, and may run beside a training that holds the chips
     with reported("reading the completions"):
         paired = pair_up(_policies(config), _baseline(config), limit=section.limit)
-    asked = [_questions(config, pair) for pair in paired.pairs]
+    asked = [questions_of(config, pair) for pair in paired.pairs]
     questions = [question for both in asked for question in both]
-    settings = {name: getattr(section, name) for name in SETTINGS} | ({"seed": config.run.seed} if section.one_order else {})
+    settings = verdict_settings(config)
     with RunDir(config.judge_out()) as run_dir:
         with reported("reading the verdicts"):
             log = VerdictLog(run_dir.path / "verdicts.jsonl", settings)
@@ -77,20 +77,20 @@ async def _judge(
     tried: list[Probe] = []
     unfinished = None
     try:
-        await _ask(config, [question for both in asked for question in both], log, key)
-        tried = _probes(config, pairs, [_outcome(both, log) for both in asked])
-        tries = [_questions(config, probe.pair) for probe in tried]
-        await _ask(config, [question for both in tries for question in both], log, key)
+        await ask(config, [question for both in asked for question in both], log, key)
+        tried = _probes(config, pairs, [outcome_in(both, log) for both in asked])
+        tries = [questions_of(config, probe.pair) for probe in tried]
+        await ask(config, [question for both in tries for question in both], log, key)
     except Unfinished as stopped:  # what there is, is worth reporting
         unfinished = stopped
-    return [_outcome(both, log) for both in asked], achieved(tried, [_outcome(both, log) for both in tries]), unfinished
+    return [outcome_in(both, log) for both in asked], achieved(tried, [outcome_in(both, log) for both in tries]), unfinished
 
 
 def _refuse_foreign(config: Config, pairs: list[Pair], questions: list[Question], log: VerdictLog) -> None:
     known = {question.key for question in questions}
     if not known.issuperset(log.verdicts):  # an earlier start may have tried injections
         tried = probes(pairs, prompt=_prompt(config))
-        known |= {question.key for probe in tried for question in _questions(config, probe.pair)}
+        known |= {question.key for probe in tried for question in questions_of(config, probe.pair)}
     log.only_of(known)
 
 
@@ -102,12 +102,18 @@ def _probes(config: Config, pairs: list[Pair], outcomes: list[Outcome]) -> list[
     return probes(lost[: config.judge.injections], prompt=_prompt(config))
 
 
+def verdict_settings(config: Config) -> dict[str, Any]:
+    """What the verdicts of a log depend on."""
+    section = config.judge
+    return {name: getattr(section, name) for name in SETTINGS} | ({"seed": config.run.seed} if section.one_order else {})
+
+
 def _prompt(config: Config) -> str:
     assert config.judge.prompt is not None  # checked with the configuration
     return config.judge.prompt
 
 
-def _key(config: Config) -> str | None:
+def api_key(config: Config) -> str | None:
     """The key, from the environment. An endpoint of one's own may want none."""
     section = config.judge
     if key := os.environ.get(section.key_env, "").strip():
@@ -136,12 +142,12 @@ def _baseline(config: Config) -> list[Completion]:
     return [Completion(*one[:2], None, one.where) for one in references(config, tokenizer, target=section.b == "sft_target")]
 
 
-def _questions(config: Config, pair: Pair) -> list[Question]:
+def questions_of(config: Config, pair: Pair) -> list[Question]:
     sides = orders(pair, one_order=config.judge.one_order, seed=config.run.seed)
     return [question_of(pair, prompt=_prompt(config), a=a, fence=config.judge.fence) for a in sides]
 
 
-def _outcome(questions: list[Question], log: VerdictLog) -> Outcome:
+def outcome_in(questions: list[Question], log: VerdictLog) -> Outcome:
     return outcome_of([winner_of(question, log.verdicts.get(question.key)) for question in questions])
 
 
@@ -162,7 +168,7 @@ def _announce(paired: Paired, questions: list[Question], log: VerdictLog) -> Non
             print(f"{name}: {len(wheres):,} of {books.read:,} completions left out, {cause}: {first}")
 
 
-async def _ask(config: Config, questions: list[Question], log: VerdictLog, key: str | None) -> None:
+async def ask(config: Config, questions: list[Question], log: VerdictLog, key: str | None) -> None:
     section = config.judge
     budget = _budget(config)
     assert section.model is not None  # checked with the configuration

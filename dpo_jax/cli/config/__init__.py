@@ -33,6 +33,7 @@ from dpo_jax.cli.config.loading import problems as problems
 from dpo_jax.cli.config.loading import with_policy as with_policy
 from dpo_jax.cli.config.lora import LoraConfig as LoraConfig
 from dpo_jax.cli.config.model import ModelConfig as ModelConfig
+from dpo_jax.cli.config.online import OnlineConfig as OnlineConfig
 from dpo_jax.cli.config.plan import PlanConfig as PlanConfig
 from dpo_jax.cli.config.report import ReportConfig as ReportConfig
 from dpo_jax.cli.config.robust import RobustConfig as RobustConfig

@@ -61,7 +61,7 @@ _FILES = frozenset(
         *("run.dir", "run.checkpoints", "data.path", "tokenizer.path", "model.path", "refs.cache", "dpo.policy"),
         *("dpo.reference", "eval.policy", "eval.reference", "eval.rewards_out", "sample.policy", "sample.prompts_file"),
         *("sample.reward_model", "sample.out", "export.checkpoint", "export.out", "prepare.out", "bench.torch_python"),
-        *("plan.json", "frontier.classifier", "ppo.reward_model", "judge.a", "judge.b", "judge.out"),
+        *("plan.json", "frontier.classifier", "ppo.reward_model", "online.reward_model", "judge.a", "judge.b", "judge.out"),
         *("study.a", "study.b", "agree.key", "agree.ratings", "agree.judge", "agree.beside", "report.runs", "report.out"),
     )
 )

@@ -14,6 +14,7 @@ from dpo_jax.cli.config.lab import FrontierConfig, PpoConfig
 from dpo_jax.cli.config.limits import LimitsConfig
 from dpo_jax.cli.config.lora import LoraConfig
 from dpo_jax.cli.config.model import ModelConfig
+from dpo_jax.cli.config.online import OnlineConfig
 from dpo_jax.cli.config.plan import PlanConfig
 from dpo_jax.cli.config.report import ReportConfig
 from dpo_jax.cli.config.robust import RobustConfig
@@ -43,6 +44,7 @@ class Config:
     frontier: FrontierConfig = FrontierConfig()
     ppo: PpoConfig = PpoConfig()
     robust: RobustConfig = RobustConfig()
+    online: OnlineConfig = OnlineConfig()
     judge: JudgeConfig = JudgeConfig()
     study: StudyConfig = StudyConfig()
     agree: AgreeConfig = AgreeConfig()

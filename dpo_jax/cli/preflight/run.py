@@ -18,6 +18,7 @@ from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.cli.preflight.devices import compiler, devices, plan, training
 from dpo_jax.cli.preflight.experiments import robust
 from dpo_jax.cli.preflight.inputs import Check, data, files, judged_files, model, most, prompts, tokenizer
+from dpo_jax.cli.preflight.online import rounds
 from dpo_jax.cli.preflight.packages import bench_packages, check_bucket, judge_packages, reward_packages, writers
 from dpo_jax.cli.preflight.scope import Scope
 from dpo_jax.shapes import fit
@@ -206,6 +207,15 @@ LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
         tokenizer,
         _POLICY,
         model("ppo.reward_model", lambda c: c.ppo.reward_model),
+        devices,
+        *_RUNS,
+    ),
+    "online": (
+        rounds,
+        data("train", "test"),
+        tokenizer,
+        _POLICY,
+        model("online.reward_model", lambda c: c.online.reward_model),
         devices,
         *_RUNS,
     ),

@@ -1,0 +1,218 @@
+"""`dpo-jax online`: online and iterative DPO, in rounds of samples, labels, pairs and optimizer steps.
+
+In `<run.dir>/online`: `round-000/`, ... (`dpo_jax.online.rounds`), `rounds.jsonl` (a row a round), `labels.jsonl` (every label,
+so that none is asked twice; of a judge also `verdicts.jsonl`), `metrics.jsonl`, `plots/`, `result.json` (reward and KL on
+held-out prompts after each round) and `export/`. The same command continues a run that was cut off, to the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.cli import build, identity
+from dpo_jax.cli.card import online_card
+from dpo_jax.cli.commands.export import write_model, writer
+from dpo_jax.cli.commands.ppo import learned_reward
+from dpo_jax.cli.config import Config, DpoConfig
+from dpo_jax.cli.experiment import has_true_reward, make_world
+from dpo_jax.cli.online_labels import compare_of, label_settings
+from dpo_jax.cli.preflight.online import refuse_unfit
+from dpo_jax.cli.train import earlier_run, metrics_writers, write_outputs
+from dpo_jax.cli.trained import Trained, planned
+from dpo_jax.data.tokenizer import tokenizer_digest
+from dpo_jax.dpo import dpo_step
+from dpo_jax.evals.reward_functions import Reward
+from dpo_jax.lab.world import World
+from dpo_jax.models.hf import save_hf
+from dpo_jax.online.labels import LabelLog
+from dpo_jax.online.references import KeptReferences
+from dpo_jax.online.rounds import RoundOptions, Rounds
+from dpo_jax.runtime.metrics import is_evaluation, read_metrics
+from dpo_jax.runtime.rundir import RunDir, write_json
+from dpo_jax.runtime.training_progress import Progress
+from dpo_jax.training.fingerprint import SavedRun, architecture, check_settings
+from dpo_jax.training.run import steps_of, train
+from dpo_jax.types import TrainState, Variables
+
+NOT_OF_A_ROUND = ("rounds", "label_budget", "steps", "reward_model")
+"""Options of `online` that change no round. The reward model counts by its weights."""
+
+
+def run(config: Config) -> int:
+    refuse_unfit(config)
+    section = _training(config)
+    with build.open_run(config, "online", continues=True) as run_dir:
+        saved = earlier_run(config, "online", section)
+        compare = compare_of(config, run_dir)
+        learned = _learned(config)
+        reward = None if compare else learned if config.online.reward == "reward-model" else None
+        judge = None if has_true_reward(config) else reward or _unknown
+        world, digests = make_world(config, train="prompts", test="test_prompts", reward=judge)
+        if judge is not None:
+            words = "the policy is measured by the learned one" if reward else "only KL is measured on held-out prompts"
+            print(f"the true reward of these data is not known: {words}", flush=True)
+        rounds = _rounds(
+            config,
+            run_dir,
+            world,
+            digests,
+            compare=compare,
+            reward=None if compare else reward or world.reward,
+            estimate=learned,
+        )
+        before = _measured(world, world.reference)
+        print(f"the reference: {_words(before)}", flush=True)
+        state = _train(config, section, run_dir, world, rounds, saved=saved, start=digests["start"])
+        points = [row for row in read_metrics(run_dir.metrics) if is_evaluation(row)]
+        named = [{name.removeprefix("eval/"): value for name, value in row.items()} for row in points]
+        write_json(run_dir.path / "result.json", {"points": [{"step": 0, **before}, *named]})
+        part = _part(config, world)
+        write = writer(part, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
+        as_run = dataclasses.replace(config, dpo=section)
+        card = functools.partial(online_card, as_run, run_dir, step=steps_of(state, world.partitioner))
+        final = part.written(world.partitioner, state)
+        write_outputs(run_dir, part.base, final, world.tokenizer, card=card, write=write)
+        print(f"{_words(before)} -> {_words(named[-1])}; {rounds.log.total(config.online.rounds):,} labels")
+    return 0
+
+
+def _training(config: Config) -> DpoConfig:
+    """Section dpo, with the length of all rounds together."""
+    section = config.online
+    return dataclasses.replace(config.dpo, steps=section.rounds * section.steps_each(config.dpo.batch), epochs=1)
+
+
+def _learned(config: Config) -> Reward | None:
+    """The reward model that is named: the reward, or the estimate of elicitation."""
+    path = config.online.reward_model
+    if path is None:
+        return None
+    return learned_reward(config, path, name="online.reward_model", batch=config.frontier.sample_batch)
+
+
+def _unknown(prompts: Any, completions: Any) -> np.ndarray:
+    return np.zeros(len(completions))
+
+
+def _measured(world: World, variables: Variables) -> dict[str, float]:
+    """Held-out reward, where one is known, and KL."""
+    found = world.measure(variables)
+    return {name: value for name, value in found.items() if world.reward is not _unknown or not name.startswith("reward")}
+
+
+def _words(point: Mapping[str, float]) -> str:
+    return (f"reward {point['reward']:.2f} at " if "reward" in point else "") + f"KL {point['kl']:.2f} nats"
+
+
+def _part(config: Config, world: World) -> Trained:
+    model = build.policy_model(config, config.dpo_policy(), world.tokenizer, name="dpo.policy")
+    return planned(config, config.dpo, model)
+
+
+def _rounds(config: Config, run: RunDir, world: World, digests: Mapping[str, str], **labels: Any) -> Rounds:
+    section, dpo = config.online, config.dpo
+    options = RoundOptions(
+        prompts=section.prompts,
+        completions=section.completions,
+        pairs=section.pairs,
+        steps=section.steps_each(dpo.batch),
+        batch=section.batch(dpo.batch),
+        beta=dpo.beta,
+        seed=config.run.seed,
+        candidates=section.candidates,
+        elicitation=section.elicitation,
+        refresh=section.refresh_reference_rounds or 0,
+        layout=config.data.layout,
+        microbatches=dpo.microbatches,
+    )
+    part = _part(config, world)
+
+    def save(path: Path, variables: Variables) -> object:
+        return save_hf(path, part.base, part.merged(world.partitioner.to_host(variables)))
+
+    def load(path: Path) -> tuple[Variables, str]:
+        return build.load_weights(str(path), part.base, world.partitioner, name="online.refresh_reference_rounds")
+
+    with identity.refusing_mismatch():
+        log = LabelLog(run.path / "labels.jsonl", label_settings(config))
+    return Rounds(
+        world,
+        run.path,
+        options,
+        log=log,
+        settings=_settings(config, world),
+        start=digests["start"],
+        references=KeptReferences(run.path / "references", save=save, load=load) if options.refresh else None,
+        **labels,
+    )
+
+
+def _settings(config: Config, world: World) -> dict[str, Any]:
+    """What samples, labels and pairs of a round depend on, besides the weights of policy and reference."""
+    pool = hashlib.sha256(b"".join(np.append(ids, -1).astype("<i4").tobytes() for ids in world.train.ids)).hexdigest()
+    online = {name: value for name, value in dataclasses.asdict(config.online).items() if name not in NOT_OF_A_ROUND}
+    return {
+        **{f"online.{name}": value for name, value in online.items()},
+        **{f"labels, {name}": value for name, value in label_settings(config).items()},
+        "frontier.max_new_tokens": config.frontier.max_new_tokens,
+        "dpo.beta": config.dpo.beta,
+        "steps of a round": config.online.steps_each(config.dpo.batch),
+        "seed": config.run.seed,
+        "precision": config.run.precision,
+        "tokenizer": tokenizer_digest(world.tokenizer),
+        "architecture": architecture(world.model),
+        "prompts": pool,
+    }
+
+
+def _train(
+    config: Config, section: DpoConfig, run: RunDir, world: World, rounds: Rounds, *, saved: SavedRun | None, start: str
+) -> TrainState:
+    """The rounds and their steps, from the newest checkpoint if there is one. Returns the final state on the devices."""
+    partitioner, total = world.partitioner, section.steps or 0
+    tx = build.make_tx(section, steps=total, seed=config.run.seed)
+    of_data = {"start": start, "data.layout": config.data.layout}
+    facts = {**identity.settings(config, section), **_settings(config, world), **of_data}
+    with identity.refusing_mismatch():
+        if saved is not None:
+            check_settings(saved.place, saved.fingerprint, facts)
+        if saved is None or saved.step < rounds.every:
+            rounds.begin(world.reference)
+        # Training consumes what it starts from, so it is given a copy.
+        copy = partitioner.put_variables(partitioner.to_host(world.reference))
+        step = functools.partial(
+            dpo_step,
+            model=world.model,
+            tx=tx,
+            loss=build.make_loss(section),
+            microbatches=section.microbatches,
+            axis_name=partitioner.axis_name,
+        )
+        return train(
+            partitioner.compile_step(step),
+            partitioner.init_state(functools.partial(world.begin, tx=tx), copy),
+            rounds.batch,
+            folder=run,
+            total_steps=total,
+            fingerprint=facts,
+            saved=saved,
+            partitioner=partitioner,
+            checkpoints=config.checkpoints_of("online") if config.run.checkpoints is not None else None,
+            max_to_keep=config.run.max_to_keep,
+            save_every=config.run.save_every_steps,
+            save_every_minutes=config.run.save_every_minutes,
+            evaluate=lambda state, done: _measured(world, state.variables),
+            eval_every=rounds.every,
+            moving=rounds,
+            lr=build.make_schedule(section, steps=total),
+            begin=lambda: build.describe(run, config),
+            writers=functools.partial(metrics_writers, config, run, facts),
+            progress=Progress(),
+        )

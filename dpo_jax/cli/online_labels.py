@@ -1,0 +1,128 @@
+"""Who labels the rounds of `online`: a reward, a judge behind an endpoint, or people on a page."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.cli.commands.judge import api_key, ask, outcome_in, questions_of, verdict_settings
+from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.extras import install_command
+from dpo_jax.judge.asking import Unfinished
+from dpo_jax.judge.questions import Pair
+from dpo_jax.judge.verdicts import VerdictLog
+from dpo_jax.models.digest import files_digest
+from dpo_jax.models.hub import resolve
+from dpo_jax.online.labels import Asked, Compare, Label
+from dpo_jax.runtime.rundir import RunDir, write_json
+from dpo_jax.study.page import WORDINGS, Comparison, Wording, make_study, render
+from dpo_jax.study.ratings import Judgment, read_key, read_raters, read_records, sealed
+from dpo_jax.untrusted import Unreadable, read_object
+from dpo_jax.writing import write_text
+
+LABELS: dict[str, Label] = {"won": 1.0, "lost": 0.0, "flipped": 0.5, "failed": None}
+"""What a judge found of a comparison -> its label. In both orders the same letter says nothing of the texts: a tie."""
+RATED: dict[str, float] = {"a": 1.0, "b": 0.0, "tie": 0.5}
+
+
+def label_settings(config: Config) -> dict[str, Any]:
+    """What every label depends on, besides its texts."""
+    section, found = config.online, {"reward": config.online.reward}
+    if section.reward == "known":
+        return found | {"name": config.frontier.reward, "classifier": config.frontier.classifier}
+    if section.reward == "reward-model":
+        assert section.reward_model is not None  # checked with the configuration
+        return found | {"reward_model": files_digest(resolve(section.reward_model))[0]}
+    if section.reward == "judge":
+        return found | {f"judge.{name}": value for name, value in verdict_settings(config).items()}
+    return found | {"question": wording(config).question}
+
+
+def compare_of(config: Config, run: RunDir) -> Compare | None:
+    """Who compares completions in this run; None: a reward labels. Raises `ConfigError` for a judge without package or key."""
+    if config.online.reward == "judge":
+        if importlib.util.find_spec("httpx2") is None:
+            raise ConfigError(f"online.reward: judge needs the package httpx2: {install_command('judge')}")
+        return functools.partial(by_judge, config, run.path / "verdicts.jsonl", api_key(config))
+    return functools.partial(by_people, config, run.path) if config.online.reward == "people" else None
+
+
+def by_judge(config: Config, path: Path, key: str | None, number: int, comparisons: Sequence[Asked]) -> list[Label]:
+    """Asks the judge; the log at `path` is that of all rounds, as are its caps. Raises `Unfinished` where one is reached."""
+    asked = [
+        questions_of(config, Pair(f"round {number}:{place}", "online", None, prompt, first, second))
+        for place, (prompt, (first, second)) in enumerate(comparisons)
+    ]
+    with VerdictLog(path, verdict_settings(config)) as log:
+        if log.interrupted:
+            print(f"{log.interrupted} questions were on their way when the run last ended: asked again, and counted as paid")
+        asyncio.run(ask(config, [question for both in asked for question in both], log, key))
+        return [LABELS[outcome_in(both, log)] for both in asked]
+
+
+def wording(config: Config) -> Wording:
+    """What raters read."""
+    section = config.study
+    found = WORDINGS[section.task]
+    return found._replace(question=section.question) if section.question else found
+
+
+def by_people(config: Config, folder: Path, number: int, comparisons: Sequence[Asked]) -> list[Label]:
+    """Reads what people rated on the page of the round. Raises `Unfinished`, saying what to do, while a rating is missing."""
+    here = folder / f"round-{number:03}" / "study"
+    # A study has one comparison a prompt. Prompts that were cut to the same text are two: the second stays undecided.
+    first = {comparison.prompt: comparison for comparison in reversed(comparisons)}
+    study = make_study(
+        [Comparison(*comparison) for comparison in comparisons if first[comparison.prompt] == comparison],
+        names=("first", "second"),
+        title=config.study.title,
+        wording=wording(config),
+        raters=1,
+        twice=0.0,
+        seed=config.run.seed,
+    )
+    page, file, ratings = here / "study.html", here / "key.json", here / "ratings"
+    ratings.mkdir(parents=True, exist_ok=True)
+    if _study_in(file) != study.key["study"]:
+        if any(ratings.iterdir()):
+            raise ConfigError(f"{ratings}: holds ratings of another study than this round's; move that folder away")
+        write_json(file, sealed(study.key))
+        write_text(page, render(study.page))
+    found = _judgments(ratings, file)
+    items = {item["prompt"]: item["id"] for item in study.key["items"]}
+    rated: dict[str, list[float]] = {}
+    for judgment in found:
+        rated.setdefault(judgment.item, []).append(RATED[judgment.winner])
+    missing = sum(item not in rated for item in items.values())
+    if missing:
+        raise Unfinished(
+            f"round {number}: {missing:,} of {len(items):,} comparisons have no rating yet. Give people {page}, keep {file} "
+            f"from them, and put the files they save into {ratings}; then run the same command again: it continues"
+        )
+    shares = {prompt: sum(rated[item]) / len(rated[item]) for prompt, item in items.items()}
+    return [shares[one.prompt] if first[one.prompt] == one else None for one in comparisons]
+
+
+def _study_in(file: Path) -> str | None:
+    try:
+        return str(read_object(file).get("study"))
+    except (FileNotFoundError, Unreadable):
+        return None
+
+
+def _judgments(ratings: Path, file: Path) -> list[Judgment]:
+    """Ratings of all files in a folder: those that the page saves, and records (`study.ratings`)."""
+    files = sorted(ratings.glob("[!.]*"))
+    saved = [path for path in files if path.name.endswith(".json")]
+    records = [path for path in files if path.name.endswith((".jsonl", ".jsonl.gz"))]
+    if other := [str(path) for path in files if path not in saved and path not in records]:
+        raise ConfigError(f"{', '.join(other)}: neither .json, as the page saves it, nor .jsonl")
+    if not files:
+        return []
+    key = read_key(file)
+    judgments = [judgment for rater in read_raters(saved, key=key) for judgment in rater.judgments]
+    return judgments + [judgment for path in records for judgment in read_records(path, key=key)]

@@ -1,0 +1,60 @@
+"""What `online` cannot do, refused by `--check` and by the command alike; and what a run of it will ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dpo_jax import loss_table
+from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.preflight.inputs import Check
+from dpo_jax.cli.preflight.packages import judge_packages, reward_packages
+
+
+def refuse_unfit(config: Config) -> None:
+    """Raises `ConfigError` with all that does not fit together."""
+    if problems := list(_problems(config)):
+        raise ConfigError("\n".join(f"{option}: {words}" for option, words in problems))
+
+
+def _problems(config: Config) -> Iterator[tuple[str, str]]:
+    section, dpo = config.online, config.dpo
+    if loss_table.rows_of(dpo.loss) != "pairs":
+        kind = loss_table.example_word(dpo.loss)
+        yield "dpo.loss", f"{dpo.loss} learns from {kind}, and rounds make pairs: use a loss of pairs, such as dpo"
+    if dpo.ld_alpha != 1:
+        yield "dpo.ld_alpha", "depends on both completions of a pair; online reads each alone: leave it at 1"
+    if dpo.param_dtype != "float32":
+        yield "dpo.param_dtype", "online keeps parameters in float32; leave it out"
+    if dpo.reference is not None:
+        yield "dpo.reference", "the reference of online is where the policy starts; leave it out"
+    if dpo.refresh_reference_steps is not None:
+        yield "dpo.refresh_reference_steps", "is counted in rounds here: set online.refresh_reference_rounds instead"
+    if dpo.patience:
+        yield "dpo.patience", "online has a length of its own (online.rounds); leave it out"
+    if section.refresh_reference_rounds is not None and not loss_table.uses_reference(dpo.loss):
+        yield "online.refresh_reference_rounds", f"loss {dpo.loss} has no reference to refresh: leave it out"
+    if section.sampled() > config.frontier.prompts:
+        each = "" if section.elicitation == "uniform" else f" x {section.candidates} candidates"
+        yield (
+            "online.prompts",
+            f"{section.prompts}{each} are more than the {config.frontier.prompts} of frontier.prompts; raise that, or lower it",
+        )
+    if section.reward == "judge":
+        remedies = {"prompt": "choose one, for example dialogue", "model": "name the judge, for example gpt-4-0314"}
+        yield from ((f"judge.{name}", remedy) for name, remedy in remedies.items() if getattr(config.judge, name) is None)
+
+
+def rounds(check: Check) -> None:
+    """What a run will do, and whether it can."""
+    config = check.config
+    refuse_unfit(config)
+    if config.online.reward == "judge":
+        judge_packages(check)
+    elif config.online.reward == "known":
+        reward_packages(check)
+    section, pairs = config.online, config.dpo.batch
+    steps = section.rounds * section.steps_each(pairs)
+    asked = section.rounds * section.prompts
+    check.tell("rounds", f"{section.rounds}, {section.steps_each(pairs)} steps of {pairs} pairs each: {steps:,} steps")
+    each = f"{section.labels_each()} {'comparisons' if section.compares() else 'rewards'}"
+    check.tell("labels", f"at most {asked * section.labels_each():,}: {asked:,} prompts x {each}, by {section.reward}")

@@ -1,0 +1,54 @@
+"""Pairs of a round as groups of one prompt each, and one row layout for the batches of all rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.groups import PairGroup, group_pairs
+from dpo_jax.data.layout import Layout
+from dpo_jax.data.loader import plan_layout
+from dpo_jax.lab.methods import row_parts
+from dpo_jax.types import Partitioner
+
+
+class PairBatches(NamedTuple):
+    groups: Sequence[PairGroup]
+    ref_logps: np.ndarray  # float32[groups, pairs, 2]
+    layout: Layout
+
+
+def prompt_groups(pairs: Sequence[Encoded], prompts: Sequence[int] | np.ndarray) -> list[PairGroup]:
+    """`pairs` by the number of their prompt, `prompts[P]`, in the order in which they first come. `members` count all pairs."""
+    members: dict[int, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        members.setdefault(int(prompt), []).append(place)
+    groups = []
+    for places in members.values():
+        [group] = group_pairs([pairs[place] for place in places])
+        groups.append(dataclasses.replace(group, members=np.array(places, np.int64)[group.members]))
+    return groups
+
+
+def worst_case(prompts: Sequence[np.ndarray], *, completions: int, tokens: int) -> PairGroup:
+    """A group as large as any: the longest prompt, so many completions of so many tokens, and all pairs of them."""
+    several = tuple(np.full(tokens, number, np.int32) for number in range(completions))
+    pairs = np.stack(np.triu_indices(completions, 1), axis=1).astype(np.int32)
+    members = np.arange(len(pairs), dtype=np.int64)
+    return PairGroup(max(prompts, key=len), several, pairs, members, ("",) * len(pairs))
+
+
+def plan_rows(
+    groups: Sequence[PairGroup],
+    partitioner: Partitioner,
+    *,
+    kind: Literal["plain", "shared", "packed"],
+    batch: int,
+    microbatches: int,
+) -> Layout:
+    """A layout for batches of `batch` groups. `groups` hold the largest there will be."""
+    return plan_layout(groups, kind=kind, batch=batch, shapes=2, **row_parts(partitioner, microbatches))

@@ -1,0 +1,126 @@
+"""Which prompts a round asks about, and which of their completions become pairs. Pure functions of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from dpo_jax.data.label import LabelCounts, label
+from dpo_jax.data.loader import batch_indices
+
+PairsHow = Literal["best_worst", "all", "bradley_terry"]
+Elicitation = Literal["uniform", "disagreement", "uncertainty"]
+
+
+def draw_prompts(prompts: int, count: int, *, seed: int, number: int) -> np.ndarray:
+    """The prompts of round `number`: int64[count], distinct numbers below `prompts`.
+
+    Rounds follow each other through shuffled passes over all prompts. Where a pass ends within a round, a prompt that would
+    come twice is replaced by another. Raises ValueError where there are fewer than `count` prompts.
+
+    >>> draw_prompts(5, 3, seed=0, number=0)
+    array([2, 4, 3])
+    """
+    if not 0 < count <= prompts:
+        raise ValueError(f"{count} distinct prompts of {prompts} cannot be drawn")
+    drawn = batch_indices(prompts, batch=count, seed=seed, step=number)
+    others = np.random.default_rng([seed, number]).permutation(prompts)
+    return np.array(list(dict.fromkeys([*drawn.tolist(), *others.tolist()]))[:count], np.int64)
+
+
+def choose_prompts(
+    estimates: np.ndarray, texts: Sequence[Sequence[str]], count: int, *, how: Elicitation = "uniform"
+) -> np.ndarray:
+    """Which of C candidate prompts to ask labels for: int64[count], ascending, by `estimates[C, K]` of their K completions.
+
+    "uniform" takes the first ones, which were drawn at random. "disagreement" takes those whose estimated rewards scatter most
+    (standard deviation). "uncertainty" takes those whose completions the estimate cannot tell apart: the smallest mean
+    distance of two completions. Completions of the same text tell nothing: they do not count as two, and prompts with one text
+    come last. Of equal values the earlier prompt is taken.
+
+    >>> estimates = np.array([[0.0, 4.0], [0.0, 0.1], [0.0, 1.0]])
+    >>> texts = [[" a", " b"]] * 3
+    >>> [choose_prompts(estimates, texts, 1, how=how).tolist() for how in ("uniform", "disagreement", "uncertainty")]
+    [[0], [0], [1]]
+    """
+    estimates = np.asarray(estimates, np.float64)
+    if not 0 < count <= len(estimates):
+        raise ValueError(f"{count} of {len(estimates)} candidate prompts cannot be chosen")
+    if how == "uniform":
+        return np.arange(count)
+    measure = {"disagreement": _negative_deviation, "uncertainty": _mean_distance}[how]
+    values = np.array([measure(_distinct(row, its)) for row, its in zip(estimates, texts, strict=True)])
+    return np.sort(np.argsort(values, kind="stable")[:count])
+
+
+def _distinct(estimates: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """The estimates of completions with different texts, the first of each."""
+    return np.array([estimates[texts.index(text)] for text in dict.fromkeys(texts)])
+
+
+def _negative_deviation(values: np.ndarray) -> float:
+    return -float(values.std()) if len(values) > 1 else np.inf
+
+
+def _mean_distance(values: np.ndarray) -> float:
+    if len(values) < 2:
+        return np.inf
+    return float(np.abs(values[:, None] - values[None, :]).sum() / (len(values) * (len(values) - 1)))
+
+
+def choose_pairs(
+    texts: Sequence[Sequence[str]], rewards: np.ndarray, *, how: PairsHow, seed: int = 0, eos: str | None = None
+) -> tuple[np.ndarray, LabelCounts]:
+    """Preference pairs of the K completions of each of N prompts, by `rewards[N, K]`: int64[P, 3], and what became of the rest.
+
+    A row is (prompt, chosen, rejected). "best_worst" makes one pair a prompt, of the highest reward and the lowest, of equals
+    the first and the last. "all" makes all K (K - 1) / 2, each with the higher reward chosen. "bradley_terry" draws the labels
+    of all pairs, with P(first chosen) = sigmoid(r_first - r_second): `data.label.label`, which also says which pairs are left
+    out (ties, equal texts, blank ones, those that spell `eos`). ValueError for shapes that differ, and for rewards that are not
+    finite.
+
+    >>> texts = [[" a delight.", " a bore.", " fine."]]
+    >>> choose_pairs(texts, np.array([[2.0, -1.0, 0.5]]), how="best_worst")[0]
+    array([[0, 0, 1]])
+    >>> choose_pairs(texts, np.array([[2.0, -1.0, 0.5]]), how="all")[0].tolist()
+    [[0, 0, 1], [0, 0, 2], [0, 2, 1]]
+    """
+    rewards = np.asarray(rewards, np.float64)
+    places = np.tile(np.arange(rewards.shape[-1]), (len(rewards), 1))
+    if how == "best_worst" and rewards.shape == (len(texts), rewards.shape[-1]) and len(texts):
+        # The last of the lowest: where all are equal they are a tie, and not one completion twice.
+        worst = rewards.shape[1] - 1 - rewards[:, ::-1].argmin(axis=1)
+        places = np.stack([rewards.argmax(axis=1), worst], axis=1)
+        rewards = np.take_along_axis(rewards, places, axis=1)
+        texts = [[row[int(best)], row[int(worst)]] for row, (best, worst) in zip(texts, places.tolist(), strict=True)]
+    elif how not in ("best_worst", "all", "bradley_terry"):
+        raise ValueError(f"how={how!r}: use 'best_worst', 'all' or 'bradley_terry'")
+    labels = "bradley_terry" if how == "bradley_terry" else "argmax"
+    preferences, counts = label([""] * len(texts), texts, rewards, how=labels, seed=seed, eos=eos)
+    found = []
+    for preference in preferences:
+        _, prompt, pair = preference.uid.split(":")
+        number, (first, second) = int(prompt), map(int, pair.split("-"))
+        if preference.chosen != texts[number][first]:  # equal texts are no pair
+            first, second = second, first
+        found.append((number, places[number][first], places[number][second]))
+    return np.array(found, np.int64).reshape(-1, 3), counts
+
+
+def shares_won(outcomes: np.ndarray) -> np.ndarray:
+    """Scores of completions from comparisons of each two: `outcomes[N, K, K]` -> float64[N, K].
+
+    `outcomes[n, i, j]` for i < j is 1 where completion i won, 0 where j did, 1/2 for a tie, NaN where nobody decided. The score
+    is the share that a completion won of its decided comparisons, NaN where there is none.
+
+    >>> shares_won(np.array([[[np.nan, 1.0], [np.nan, np.nan]]]))
+    array([[1., 0.]])
+    """
+    outcomes = np.asarray(outcomes, np.float64)
+    upper = np.triu(np.ones(outcomes.shape[-2:], bool), 1)
+    won = np.where(upper, outcomes, 1 - outcomes.swapaxes(-1, -2))
+    decided = np.isfinite(won) & ~np.eye(won.shape[-1], dtype=bool)
+    count = decided.sum(axis=-1)
+    return np.where(count > 0, np.where(decided, won, 0.0).sum(axis=-1) / np.maximum(count, 1), np.nan)

@@ -1,0 +1,187 @@
+"""Append-only log of the labels of a run, so that none is asked twice; and scores of completions from it.
+
+    {"settings": {...}, "check": "..."}                                              what all labels depend on
+    {"round": 0, "prompt": "The film", "completions": [" was fine."], "label": 3.0, "check": "..."}
+    {"round": 0, "prompt": "The film", "completions": [" a", " b"], "label": 0.5, "check": "..."}
+
+One completion: the label is its reward. Two: 1 where the first won, 0 where the second did, 1/2 for a tie, null where nobody
+decided. Each line ends with a checksum under the settings of the log. A line that a kill has cut off, or that was damaged, is
+left out, and its label is asked again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.data.terminal import json_text
+from dpo_jax.evals.reward_functions import Reward
+from dpo_jax.online.choices import shares_won
+from dpo_jax.runtime.progress import reported
+from dpo_jax.shapes import fit
+from dpo_jax.training.fingerprint import check_settings
+from dpo_jax.training.references import SAY
+from dpo_jax.untrusted import LongLine, Unreadable, lines_of, parse_object, regular
+from dpo_jax.writing import appending, write_whole
+
+Key = tuple[str, ...]
+"""A prompt, and one completion or two."""
+Label = float | None
+LINE = {"round": int, "prompt": str, "completions": [str], "label": (float, None), "check": str}
+
+
+class Asked(NamedTuple):
+    """Two completions of one prompt that somebody compares."""
+
+    prompt: str
+    completions: tuple[str, str]
+
+
+Compare = Callable[[int, Sequence[Asked]], Sequence[Label]]
+"""(number of the round, comparisons) -> labels in their order. It may raise where some have no answer yet; asked again with the
+same comparisons, it goes on."""
+
+
+class LabelLog:
+    """The log at `path`, new or continued. `settings`: JSON values that every label depends on.
+
+    Raises `RunMismatch`, naming what differs, for a log of other settings, and `Unreadable` for a file that is none. One
+    process at a time may use it, as the lock of a run directory ensures.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, say: Callable[[str], None] = SAY) -> None:
+        self.path, self._labels, self._rounds = Path(path), {}, {}
+        self._settings = json.loads(json.dumps(dict(settings), sort_keys=True))
+        self._key = hashlib.blake2b(json.dumps(self._settings, sort_keys=True).encode()).digest()
+        if not self.path.exists():
+            write_whole(self.path, self._sealed({"settings": self._settings}))
+            return
+        self._read(say)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._labels
+
+    def __getitem__(self, key: Key) -> Label:
+        return self._labels[key]
+
+    def count(self, number: int) -> int:
+        """The labels that were asked in round `number`; those that nobody decided are among them."""
+        return sum(its == number for its in self._rounds.values())
+
+    def total(self, number: int) -> int:
+        """The labels that were asked up to and with round `number`."""
+        return sum(its <= number for its in self._rounds.values())
+
+    def add(self, number: int, labels: Mapping[Key, Label]) -> None:
+        """Appends labels of round `number`. They are on disk when this returns. ValueError for one that is not finite."""
+        lines = []
+        for key, label in labels.items():
+            if label is not None and not np.isfinite(label):
+                raise ValueError(f"the reward of {key[1]!r:.200}, after {key[0]!r:.200}, is {label}")
+            prompt, *completions = key
+            value = None if label is None else float(label)
+            lines.append(self._sealed({"round": number, "prompt": prompt, "completions": completions, "label": value}))
+        with appending(self.path, "ab") as file:
+            file.write(b"".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+        self._labels |= labels
+        self._rounds |= dict.fromkeys(labels, number)
+
+    def _sealed(self, record: Mapping[str, Any]) -> bytes:
+        return (json_text({**record, "check": self._sum(record)}) + "\n").encode()
+
+    def _sum(self, record: Mapping[str, Any]) -> str:
+        return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), key=self._key, digest_size=8).hexdigest()
+
+    def _read(self, say: Callable[[str], None]) -> None:
+        sound, damaged = [], []
+        with regular(self.path).open("rb") as file:
+            for number, line in enumerate(lines_of(file), start=1):
+                try:
+                    sound.append(self._line(number, line))
+                except Unreadable as error:
+                    damaged.append(f"line {number}: {error}")
+        if damaged:
+            kept = self.path.with_name(f"{self.path.stem}.damaged{self.path.suffix}")
+            write_whole(kept, self.path.read_bytes())
+            head = self._sealed({"settings": self._settings})
+            write_whole(self.path, head + b"".join(self._sealed(record) for record in sound if "settings" not in record))
+            more = f"; and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+            words = f"{'; '.join(damaged[:3])}{more}; what they said is asked again. The file as it was is {kept.name}"
+            say(f"{self.path}: damaged lines are left out: {words}")
+
+    def _line(self, number: int, line: bytes | LongLine) -> dict[str, Any]:
+        """Takes over a line. Raises `Unreadable` for one that is torn or damaged."""
+        if isinstance(line, LongLine):
+            raise line
+        record = parse_object(line, "no JSON object")
+        check = record.pop("check", None)
+        if number == 1 and list(record) == ["settings"] and isinstance(record["settings"], dict):
+            check_settings(str(self.path), record["settings"], self._settings)
+        if check != self._sum(record) or not line.endswith(b"\n"):
+            raise Unreadable("differs from its checksum")
+        if number > 1:
+            fit({**record, "check": check}, LINE, "no label")
+            key = (record["prompt"], *record["completions"])
+            self._labels[key], self._rounds[key] = record["label"], record["round"]
+        return record
+
+
+def scored(
+    prompts: Sequence[str],
+    texts: Sequence[Sequence[str]],
+    reward: Reward,
+    log: LabelLog,
+    *,
+    number: int,
+    batch: int = 64,
+    pause: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Rewards of the K completions of each of N prompts: float64[N, K]. What `log` has is not asked again.
+
+    About `batch` completions are scored at a time, and logged before the next. `pause()` is called in between, and may raise.
+    """
+    keys = [(prompt, text) for prompt, its in zip(prompts, texts, strict=True) for text in its]
+    todo = list(dict.fromkeys(key for key in keys if key not in log))
+    with reported("labels", total=len(todo), unit="completions", brief=True) as task:
+        for start in range(0, len(todo), batch):
+            here = todo[start : start + batch]
+            values = np.asarray(reward([prompt for prompt, _ in here], [text for _, text in here]), np.float64)
+            log.add(number, dict(zip(here, values.tolist(), strict=True)))
+            task.advance(len(here))
+            pause()
+    return np.array([log[key] for key in keys], np.float64).reshape(len(texts), -1)
+
+
+def compared(
+    prompts: Sequence[str], texts: Sequence[Sequence[str]], compare: Compare, log: LabelLog, *, number: int
+) -> np.ndarray:
+    """Scores of the K completions of each of N prompts by comparing each two: float64[N, K], as `choices.shares_won`.
+
+    Equal texts are a tie, and blank ones undecided: nobody is asked. Nor is anybody where `log` has the label.
+    """
+    several = len(texts[0]) if texts else 0
+    outcomes = np.full((len(texts), several, several), np.nan)
+    asked: dict[Key, list[tuple[int, int, int]]] = {}
+    for n, (prompt, its) in enumerate(zip(prompts, texts, strict=True)):
+        for i, j in itertools.combinations(range(several), 2):
+            if its[i].strip() == its[j].strip():
+                outcomes[n, i, j] = 0.5
+            elif its[i].strip() and its[j].strip():
+                asked.setdefault((prompt, its[i], its[j]), []).append((n, i, j))
+    if todo := [key for key in asked if key not in log]:
+        labels = compare(number, [Asked(prompt, (first, second)) for prompt, first, second in todo])
+        log.add(number, dict(zip(todo, labels, strict=True)))
+    for key, places in asked.items():
+        for n, i, j in places:
+            label = log[key]
+            outcomes[n, i, j] = np.nan if label is None else label
+    return shares_won(outcomes)

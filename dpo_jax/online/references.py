@@ -1,0 +1,78 @@
+"""Policies that became the reference of an online run, kept as model folders: rounds to come read their log-probabilities."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from dpo_jax.runtime.rundir import write_json
+from dpo_jax.shapes import fit
+from dpo_jax.types import Variables
+from dpo_jax.untrusted import Unreadable, read_object
+
+KEPT = 2  # a damaged checkpoint sends a run back behind the last move
+
+
+class KeptReferences:
+    """References in `folder`, one for each round at whose beginning the policy became the reference.
+
+    `save(path, variables)` writes a model folder. `load(path) -> (variables, digest)` reads one onto the devices. A policy is
+    used as it is read back, so that a run that was killed has the same numbers.
+    """
+
+    def __init__(
+        self, folder: Path, *, save: Callable[[Path, Variables], object], load: Callable[[Path], tuple[Variables, str]]
+    ) -> None:
+        self.folder, self._save, self._load = folder, save, load
+        self._current: tuple[int, Variables] | None = None
+
+    def has(self, number: int, weights: str) -> bool:
+        """Whether the policy of round `number`, whose digest was `weights`, is kept."""
+        found = self._record(number)
+        return found is not None and found["weights"] == weights
+
+    def digest(self, number: int) -> str:
+        """The digest of the reference of round `number`; empty while it is not kept."""
+        found = self._record(number)
+        return "" if found is None else found["weights"]
+
+    def keep(self, number: int, variables: Variables, weights: str) -> None:
+        """Keeps the policy of round `number`, unless it is there. Older ones, but for the last, are deleted."""
+        if not self.has(number, weights):
+            path = self._path(number)
+            self._file(number).unlink(missing_ok=True)
+            self._current = None
+            self._save(path, variables)
+            variables, digest = self._load(path)
+            self._current = number, variables
+            write_json(self._file(number), {"weights": weights, "digest": digest})
+        kept = sorted(int(file.stem.split("-")[1]) for file in self.folder.glob("round-*.json"))
+        for old in [one for one in kept if one <= number][:-KEPT]:
+            self._file(old).unlink()
+            shutil.rmtree(self._path(old), ignore_errors=True)
+
+    def load(self, number: int) -> Variables:
+        """The reference of round `number`, on the devices. Raises `Unreadable` where it is gone or damaged."""
+        if self._current is None or self._current[0] != number:
+            self._current = None  # two of them need not be there at a time
+            record, remedy = self._record(number), "restore it, or choose another run.dir"
+            if record is None:
+                raise Unreadable(f"{self._path(number)}: the reference of these rounds is gone; {remedy}")
+            variables, digest = self._load(self._path(number))
+            if digest != record["digest"]:
+                raise Unreadable(f"{self._path(number)}: holds other weights than were kept; {remedy}")
+            self._current = number, variables
+        return self._current[1]
+
+    def _record(self, number: int) -> dict[str, str] | None:
+        try:
+            return fit(read_object(self._file(number)), {"weights": str, "digest": str}, str(self._file(number)))
+        except (OSError, Unreadable):
+            return None
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"round-{number:03}"
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"round-{number:03}.json"

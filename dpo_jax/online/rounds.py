@@ -1,0 +1,336 @@
+"""The rounds of an online run: what training reads of a step is made from the policy at the beginning of its round.
+
+`Rounds` is given to `training.run.train` as `moving`, and its `batch` as the stream. After the last step of a round training
+saves the state and calls `move`, which samples, asks for labels, makes pairs and reads the reference; then it goes on. So there
+is one run, with one schedule and one optimizer state. Each round has a folder, `round-003`:
+
+    samples.jsonl   completions of every candidate prompt: texts, token ids, log-probabilities of policy and reference
+    prompts.jsonl   the candidates, and which of them labels were asked for
+    scores.jsonl    what their completions scored
+    pairs.jsonl     prompt, chosen, rejected: preferences that `dpo-jax dpo --data.path` reads
+    stage.json      which of these are finished, what they depend on, and the row of the round in rounds.jsonl
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dpo_jax.data.label import LabelCounts
+from dpo_jax.data.layout import Layout
+from dpo_jax.data.loader import Batch, batch_indices, make_batch
+from dpo_jax.data.pairs import Cause, DataError
+from dpo_jax.data.terminal import json_text
+from dpo_jax.evals.reward_functions import Reward
+from dpo_jax.lab.methods import row_parts
+from dpo_jax.lab.world import World
+from dpo_jax.online.batches import PairBatches, plan_rows, prompt_groups, worst_case
+from dpo_jax.online.choices import Elicitation, PairsHow, choose_pairs, choose_prompts, draw_prompts
+from dpo_jax.online.labels import Compare, LabelLog, compared, scored
+from dpo_jax.online.references import KeptReferences
+from dpo_jax.online.samples import ROW, Samples, encoded_pairs, read_samples, sample_completions
+from dpo_jax.online.stage import Stage, read_stage
+from dpo_jax.runtime.checkpoint import CheckpointDamaged
+from dpo_jax.training.references import SAY
+from dpo_jax.types import Variables
+from dpo_jax.writing import write_whole
+
+ASKED = {"number": int, "asked": bool}
+SCORE = {"number": int, "score": (float, None)}
+
+
+class RoundOptions(NamedTuple):
+    """What a round does. `beta` is that of the loss, in which implicit rewards are stated."""
+
+    prompts: int  # labels are asked for
+    completions: int  # of each
+    pairs: PairsHow
+    steps: int  # optimizer steps
+    batch: int  # prompts a step
+    beta: float
+    seed: int
+    candidates: int = 1  # prompts that are sampled for each that is asked
+    elicitation: Elicitation = "uniform"
+    refresh: int = 0  # the policy becomes the reference after so many rounds; 0: never
+    layout: str = "packed"
+    microbatches: int = 1
+
+
+class Labelled(NamedTuple):
+    """What a round learns from: the samples that were asked for, their rewards [N, K], and pairs [P, 3] of `choose_pairs`."""
+
+    samples: Samples
+    rewards: np.ndarray
+    pairs: np.ndarray
+    counts: LabelCounts
+    undecided: int  # prompts left out, as a completion of theirs has no score
+
+
+class Rounds:
+    """Makes or reads the rounds of a run in `folder`; see the module.
+
+    Args:
+      world: prompts (`train`), the policy's model and partitioner, and the first reference.
+      reward, compare: one of them: a function of texts, or who compares each two completions.
+      log: the labels of the run.
+      estimate: a learned reward for `elicitation` "disagreement"; none: the implicit reward of the policy.
+      settings: JSON values on which samples, labels and pairs depend.
+      start: digest of the weights that the run starts from, which are the first reference.
+      references: where the policies that became the reference are kept; needed with `refresh`.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        folder: Path,
+        options: RoundOptions,
+        *,
+        log: LabelLog,
+        settings: Mapping[str, Any],
+        start: str,
+        reward: Reward | None = None,
+        compare: Compare | None = None,
+        estimate: Reward | None = None,
+        references: KeptReferences | None = None,
+        say: Callable[[str], None] = SAY,
+    ) -> None:
+        if (reward is None) == (compare is None):
+            raise ValueError("give a reward or somebody who compares, one of them")
+        if options.refresh and references is None:
+            raise ValueError("a reference that moves must be kept somewhere: give references")
+        self.world, self.folder, self.options, self.log = world, folder, options, log
+        self.every, self.record = options.steps, {}
+        self._reward, self._compare, self._estimate = reward, compare, estimate
+        self._settings, self._start, self._references, self._say = dict(settings), start, references, say
+        self._current: tuple[int, PairBatches] | None = None
+
+    # What `train` asks for
+
+    def origin(self, done: int) -> int:
+        """The step whose policy made what step `done` reads."""
+        return done - done % self.every
+
+    def resume(self, record: Mapping[str, Any]) -> None:
+        """Goes on from the `record` of a checkpoint."""
+        self.record.clear()
+        self.record |= record
+
+    def lacks(self, step: int, weights: str) -> bool:
+        """Whether the policy of `step`, whose digest is `weights`, is needed to complete its round."""
+        number = step // self.every
+        if self._refreshes(number) and not self._kept().has(number, weights):
+            return True
+        return not self._stage(number, weights, say=lambda words: None).finished
+
+    def move(
+        self,
+        step: int,
+        variables: Variables,
+        weights: str,
+        *,
+        steps: Iterable[int] = (),
+        pause: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Makes the round that begins with `step`, or reads it. `variables` are the policy's, `weights` their digest.
+
+        `pause()` is called between batches of labels, and may raise. Raises `DataError` where no pair is left.
+        """
+        number = step // self.every
+        if self._refreshes(number):
+            self._kept().keep(number, variables, weights)
+        stage = self._stage(number, weights, say=self._say)
+        made = not stage.finished
+        if made:
+            self._make(stage, number, variables, pause)
+        labelled = self._labelled(stage, number)
+        self.record |= {"step": step, "weights": weights}
+        self._current = number, self._batches(labelled, number)
+        self._write_rounds(number)
+        if made:
+            self._say(_words(stage.record))
+
+    def begin(self, variables: Variables) -> None:
+        """Makes or reads the first round, of the policy that the run starts from."""
+        self.move(0, variables, self._start)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step: a pure function of `step` and the files of its round."""
+        number, within = divmod(step, self.every)
+        if self._current is None or self._current[0] != number:
+            place = f"the newest checkpoint of {self.folder} was damaged and set aside"
+            raise CheckpointDamaged(f"{place}; run the same command again")
+        pairs, size = self._current[1], self.options.batch
+        seed = self.options.seed + 2**32 * (number + 1)  # another order for each round
+        indices = batch_indices(len(pairs.groups), batch=size, seed=seed, step=within)
+        part = self.world.partitioner.host_part
+        return make_batch(pairs.groups, indices, layout=pairs.layout, batch=size, ref_logps=pairs.ref_logps, part=part)
+
+    # The parts of a round
+
+    def _refreshes(self, number: int) -> bool:
+        return self.options.refresh > 0 and number > 0 and number % self.options.refresh == 0
+
+    def _kept(self) -> KeptReferences:
+        assert self._references is not None  # checked with the arguments
+        return self._references
+
+    def _reference_round(self, number: int) -> int:
+        """The round whose first policy is the reference of round `number`; 0: the first reference."""
+        return number - number % self.options.refresh if self.options.refresh else 0
+
+    def _stage(self, number: int, weights: str, *, say: Callable[[str], None]) -> Stage:
+        made = self._reference_round(number)
+        reference = self._start if made == 0 else self._kept().digest(made)
+        return Stage(
+            self.folder / f"round-{number:03}",
+            settings={**self._settings, "round": number},
+            weights={"policy": weights, "reference": reference},
+            say=say,
+        )
+
+    def _make(self, stage: Stage, number: int, variables: Variables, pause: Callable[[], None]) -> None:
+        options, world = self.options, self.world
+        samples = self._samples(stage, number, variables)
+        pause()
+        estimates = self._estimates(samples)
+        chosen = choose_prompts(estimates, samples.texts, options.prompts, how=options.elicitation)
+        stage.put("prompts.jsonl", _prompt_rows(samples, estimates, {*chosen.tolist()}))
+        asked = samples.of(chosen)
+        texts = asked.prompts.texts, asked.texts
+        if self._reward is not None:
+            rewards = scored(*texts, self._reward, self.log, number=number, batch=world.batch, pause=pause)
+        else:
+            assert self._compare is not None
+            rewards = compared(*texts, self._compare, self.log, number=number)
+        stage.put("scores.jsonl", _score_rows(asked, rewards))
+        labelled = self._labelled(stage, number)
+        stage.put("pairs.jsonl", _pair_rows(labelled))
+        stage.finish(self._row(number, samples, labelled))
+
+    def _samples(self, stage: Stage, number: int, variables: Variables) -> Samples:
+        if stage.has("samples.jsonl"):
+            return read_samples(stage.rows("samples.jsonl", ROW), completions=self.options.completions)
+        options, world = self.options, self.world
+        count = options.prompts * (1 if options.elicitation == "uniform" else options.candidates)
+        numbers = draw_prompts(len(world.train.ids), count, seed=options.seed, number=number)
+        made = self._reference_round(number)
+        # A policy that has just become the reference is read from where it is kept, as it is after a kill.
+        reference = self._kept().load(made) if made else world.reference
+        samples = sample_completions(
+            world.complete,
+            world.logps,
+            variables,
+            world.train.of(numbers),
+            options.completions,
+            jax.random.fold_in(jax.random.key(options.seed + 2), number),
+            reference=reference,
+            numbers=numbers,
+        )
+        stage.put("samples.jsonl", samples.rows())
+        return samples
+
+    def _estimates(self, samples: Samples) -> np.ndarray:
+        """What elicitation knows of the rewards before any label is asked: float64[C, K]."""
+        if self._estimate is None or self.options.elicitation != "disagreement":
+            return samples.implicit_rewards(self.options.beta)
+        prompts = [prompt for prompt, its in zip(samples.prompts.texts, samples.texts, strict=True) for _ in its]
+        return self._estimate(prompts, [text for its in samples.texts for text in its]).reshape(len(samples), -1)
+
+    def _labelled(self, stage: Stage, number: int) -> Labelled:
+        """What the files of a stage say."""
+        options = self.options
+        samples = read_samples(stage.rows("samples.jsonl", ROW), completions=options.completions)
+        asked = [row["asked"] for row in stage.rows("prompts.jsonl", ASKED)]
+        scores = [row["score"] for row in stage.rows("scores.jsonl", SCORE)]
+        samples = samples.of(np.flatnonzero(asked))
+        rewards = np.array(scores, np.float64).reshape(-1, options.completions)  # null becomes NaN
+        decided = np.isfinite(rewards).all(axis=1)
+        samples, rewards = samples.of(np.flatnonzero(decided)), rewards[decided]
+        seed, eos = options.seed + number, self.world.tokenizer.eos_token
+        pairs, counts = choose_pairs(samples.texts, rewards, how=options.pairs, seed=seed, eos=eos)
+        if not len(pairs):
+            dropped = {name: count for name, count in counts._asdict().items() if name not in ("pairs", "labelled", "against")}
+            causes = ", ".join(f"{count:,} {name}" for name, count in dropped.items() if count) or "no prompt has scores"
+            remedy = "ask for more a round (online.prompts, online.completions), or end with fewer rounds"
+            raise DataError(f"round {number}: no pair is left, of {counts.pairs:,}: {causes}; {remedy}", causes=[Cause.NO_ROWS])
+        return Labelled(samples, rewards, pairs, counts, int((~decided).sum()))
+
+    def _batches(self, labelled: Labelled, number: int) -> PairBatches:
+        encoded, ref_logps = encoded_pairs(labelled.samples, labelled.pairs, name=f"round {number}")
+        groups = prompt_groups(encoded, labelled.pairs[:, 0])
+        if "layout" not in self.record:  # of all rounds: their batches are one program
+            several = 2 if self.options.pairs == "best_worst" else self.options.completions
+            longest = worst_case(self.world.train.ids, completions=several, tokens=self.world.max_new_tokens)
+            shape = {"kind": self.options.layout, "batch": self.options.batch, "microbatches": self.options.microbatches}
+            planned = plan_rows([*groups, longest], self.world.partitioner, **shape)
+            self.record["layout"] = dataclasses.asdict(planned)
+        # A run may go on with other devices: the number of rows divides among those that are here.
+        parts = row_parts(self.world.partitioner, self.options.microbatches)
+        here = {"rows_multiple": parts["multiple"], "microbatches": parts["microbatches"]}
+        layout = Layout(**{**self.record["layout"], "row_counts": tuple(self.record["layout"]["row_counts"]), **here})
+        values = np.zeros((len(groups), layout.pairs, 2), np.float32)
+        for place, group in zip(values, groups, strict=True):
+            place[: len(group.members)] = ref_logps[group.members]
+        return PairBatches(groups, values, layout)
+
+    def _row(self, number: int, samples: Samples, labelled: Labelled) -> dict[str, Any]:
+        """The row of a round in `rounds.jsonl`. The KL is to the first reference."""
+        first = samples.ref_logps
+        if self._reference_round(number):
+            prompts = samples.prompts.repeated(self.options.completions)
+            ids = [ids for its in samples.ids for ids in its]
+            first = self.world.logps(self.world.reference, prompts.ids, ids).reshape(samples.logps.shape)
+        implicit, pairs = labelled.samples.implicit_rewards(self.options.beta), labelled.pairs
+        margins = implicit[pairs[:, 0], pairs[:, 1]] - implicit[pairs[:, 0], pairs[:, 2]]
+        counts = labelled.counts
+        return {
+            "round": number,
+            "step": number * self.every,
+            "prompts": len(labelled.samples) + labelled.undecided,
+            "candidates": len(samples),
+            "labels": self.log.count(number),
+            "labels_so_far": self.log.total(number),
+            "pairs": len(pairs),
+            "against": int(counts.against),
+            **{name: int(getattr(counts, name)) for name in ("ties", "identical", "empty", "eos")},
+            "undecided": labelled.undecided,
+            "reward": None if self._reward is None else float(labelled.rewards.mean()),
+            "kl": float(np.mean(samples.logps.astype(np.float64) - first)),
+            "accuracy": float((1 + np.sign(margins)).mean() / 2),
+        }
+
+    def _write_rounds(self, number: int) -> None:
+        folders = (self.folder / f"round-{one:03}" for one in range(number + 1))
+        stages = (read_stage(folder, say=lambda words: None) for folder in folders)
+        rows = [stage["record"] for stage in stages if stage and stage["record"]]
+        write_whole(self.folder / "rounds.jsonl", "".join(json_text(row) + "\n" for row in rows).encode())
+
+
+def _words(row: Mapping[str, Any]) -> str:
+    reward = "" if row["reward"] is None else f"reward {row['reward']:.2f}, "
+    return (
+        f"round {row['round']}: {row['labels']:,} labels ({row['labels_so_far']:,} so far), {row['pairs']:,} pairs; samples: "
+        f"{reward}KL {row['kl']:.2f} nats; the implicit reward agrees with {row['accuracy']:.0%} of the new pairs"
+    )
+
+
+def _prompt_rows(samples: Samples, estimates: np.ndarray, asked: set[int]) -> Iterable[dict[str, Any]]:
+    for n, (number, prompt) in enumerate(zip(samples.numbers.tolist(), samples.prompts.texts, strict=True)):
+        yield {"number": number, "prompt": prompt, "asked": n in asked, "estimates": estimates[n].tolist()}
+
+
+def _score_rows(samples: Samples, rewards: np.ndarray) -> Iterable[dict[str, Any]]:
+    for n, (number, prompt) in enumerate(zip(samples.numbers.tolist(), samples.prompts.texts, strict=True)):
+        for text, reward in zip(samples.texts[n], rewards[n].tolist(), strict=True):
+            yield {"number": number, "prompt": prompt, "completion": text, "score": reward if np.isfinite(reward) else None}
+
+
+def _pair_rows(labelled: Labelled) -> Iterable[dict[str, Any]]:
+    texts, prompts = labelled.samples.texts, labelled.samples.prompts.texts
+    for n, chosen, rejected in labelled.pairs.tolist():
+        yield {"prompt": prompts[n], "chosen": texts[n][chosen], "rejected": texts[n][rejected]}

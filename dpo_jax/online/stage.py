@@ -1,0 +1,120 @@
+"""The folder of a round: files that are finished or made again, bound by digests to the settings and weights they are of.
+
+`stage.json` names each finished file with its SHA-256, and what all of them depend on. Whatever it does not vouch for is made
+again. It is written last: a kill leaves a file that is not vouched for, and never one that is wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.data.terminal import json_text
+from dpo_jax.runtime.rundir import write_json
+from dpo_jax.shapes import Shape, fit
+from dpo_jax.training.fingerprint import check_settings
+from dpo_jax.training.references import SAY
+from dpo_jax.untrusted import Unreadable, read_bytes, read_lines, read_object, regular
+from dpo_jax.writing import write_whole
+
+STAGE = "stage.json"
+CONTENT = {"settings": {}, "weights": {str: str}, "files": {str: str}, "record": {}, "digest": str}
+
+
+class Stage:
+    """The stage in `folder`, new or continued. `settings` and `weights` (digests by name) are what its files depend on.
+
+    One of other settings is a `RunMismatch` that names them: what was asked for it may have been paid. One of other weights is
+    begun anew, which `say` is told: they are what training made of the same settings on other devices, say. So is one whose
+    `stage.json` is damaged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        settings: Mapping[str, Any],
+        weights: Mapping[str, str],
+        say: Callable[[str], None] = SAY,
+    ) -> None:
+        self.folder, self._say = folder, say
+        self._settings = json.loads(json.dumps(dict(settings)))  # as they read after a round trip through the file
+        self._weights = dict(weights)
+        self._files: dict[str, str] = {}
+        self._record: dict[str, Any] = {}
+        found = read_stage(folder, say=say)
+        if found is None:
+            return
+        check_settings(str(folder), found["settings"], self._settings)
+        if differ := [name for name in self._weights if found["weights"].get(name) != self._weights[name]]:
+            say(f"{folder}: made with other weights ({', '.join(differ)}); it is made again")
+            return
+        self._files, self._record = found["files"], found["record"]
+
+    def has(self, name: str) -> bool:
+        """Whether file `name` is finished, and as it was left."""
+        if name not in self._files:
+            return False
+        try:
+            whole = hashlib.sha256(read_bytes(regular(self.folder / name))).hexdigest() == self._files[name]
+        except (OSError, Unreadable):
+            whole = False
+        if not whole:
+            self._say(f"{self.folder / name}: damaged or changed; it is made again")
+        return whole
+
+    def put(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes file `name`, a row a line, and vouches for it."""
+        content = "".join(json_text(dict(row)) + "\n" for row in rows).encode()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / name, content)
+        self._files[name] = hashlib.sha256(content).hexdigest()
+        self._write()
+
+    def rows(self, name: str, shape: Shape) -> list[dict[str, Any]]:
+        """The rows of file `name`, which `has` has found whole. Raises `Unreadable` for rows of another shape."""
+        found = read_lines(self.folder / name, lambda row: fit(row, shape, "no such row"))
+        if found.damaged:
+            raise Unreadable(f"{self.folder / name}: {found.words}")
+        return found.rows
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Vouches for the round as a whole. `record`: JSON values about it."""
+        self._record = dict(record)
+        self._write()
+
+    @property
+    def finished(self) -> bool:
+        return bool(self._record) and all(map(self.has, self._files))
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What `finish` was given; empty before."""
+        return self._record
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {"settings": self._settings, "weights": self._weights, "files": self._files, "record": self._record}
+        write_json(self.folder / STAGE, {**content, "digest": _digest(content)})
+
+
+def read_stage(folder: Path, *, say: Callable[[str], None] = SAY) -> dict[str, Any] | None:
+    """The content of the `stage.json` in `folder`; None where there is none, or one that is damaged, which `say` is told."""
+    try:
+        found = fit(read_object(folder / STAGE), CONTENT, str(folder / STAGE))
+        digest = found.pop("digest")
+        if digest != _digest(found):
+            raise Unreadable(f"{folder / STAGE}: differs from its digest")
+        return found
+    except FileNotFoundError:
+        return None
+    except Unreadable as error:
+        say(f"{error}; the round is made again")
+        return None
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
