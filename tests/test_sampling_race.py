@@ -21,7 +21,7 @@ from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.hf import load_hf, save_hf
 from dpo_jax.sampling import left_pad
 
-NEW, EOS = 6, 49
+NEW, EOS = 6, 31
 
 
 @pytest.fixture(scope="module")
