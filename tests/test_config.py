@@ -318,7 +318,10 @@ def test_the_policy_may_be_the_model_itself(small, ran, capsys):
         (["dpo", "SMALL", "--data.max-length", "1024"], "data.max_length: 1024 tokens do not fit model.max_positions (512)"),
         (["dpo", "SMALL", "--data.source", "files"], "data.path: source files needs a file or folder: pass --data.path"),
         (["sft", "SMALL", "--model.family", "None"], "model.family: a new model needs it"),
-        (["audit", "SMALL", "--dpo.beta", "1"], "--dpo.beta: audit does not read this option (dpo, eval, plan, online, bench would)"),
+        (
+            ["audit", "SMALL", "--dpo.beta", "1"],
+            "--dpo.beta: audit does not read this option (dpo, eval, plan, online, bench would)",
+        ),
         (
             ["refs", "SMALL", "--dpo.microbatches=2"],
             "--dpo.microbatches=2: refs does not read this option (dpo, plan, reward-model, ppo, online, frontier, robust, bench would)",
