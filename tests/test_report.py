@@ -133,6 +133,7 @@ def test_a_finished_run_is_shown_without_a_warning_but_that_pairs_were_dropped(f
         "win rates by a judge (dpo-jax judge)",
         "1 empty, 1 tie",
         "Prompt 0?",
+        "unknown: no true reward was measured",
         weights_digest_of(finished / "dpo" / "export")[:12],
     ):
         assert text in seen.text
@@ -141,6 +142,7 @@ def test_a_finished_run_is_shown_without_a_warning_but_that_pairs_were_dropped(f
     assert titles == [
         "Read this first",
         "Held-out evaluation",
+        "Over-optimisation",
         "Samples",
         "Training",
         "Weights",

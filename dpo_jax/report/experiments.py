@@ -214,7 +214,8 @@ def robustness(runs: Sequence[RunRecord]) -> Section | None:
         blocks.append(
             Table(["policy", "true reward falls", "seen in"], falls, caption="Where the true reward falls", note=note)
         )
-    return Section("Robustness", blocks) if blocks else None
+    title = "Robustness" if one_or_more(runs, "robust") else "Over-optimisation"
+    return Section(title, blocks) if blocks else None
 
 
 def _falls(run: RunRecord) -> list[list[str]]:
