@@ -425,7 +425,10 @@ def test_a_prompt_that_is_cut_is_the_text_that_is_left(pieces, capsys):
         (("ppo", "--ppo.reward-model", "{run}/sft/export"), "sft/export: holds no reward_head.safetensors, so it is no reward"),
         (("ppo", "--ppo.reward-model", "nowhere"), "ppo.reward_model: no model folder nowhere"),
         (("label", "--data.source", "files", "--data.path", "{run}/label"), "frontier.reward: exact is the reward of the gen"),
-        (("label", "--frontier.ppo-lr", "1"), "--frontier.ppo-lr: label does not read this option (ppo, frontier would)"),
+        (
+            ("label", "--frontier.ppo-lr", "1"),
+            "--frontier.ppo-lr: label does not read this option (ppo, frontier, robust would)",
+        ),
         (("reward-model", "--data.source", "imdb", "--data.path", "x"), "texts and no preferences; sft, ppo, optimum and fron"),
         (("optimum", "--dpo.policy", "{run}/no/sft/export"), "dpo.policy: no model folder"),
     ],
