@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from chat_templates import CHATML
-from tiny_run import _compilation_cache, call  # noqa: F401  the first is a fixture
+from tiny_run import TOY_WORLD, _compilation_cache, call  # noqa: F401  the second is a fixture
 
 from dpo_jax.cli import build
 from dpo_jax.cli.commands.ppo import learned_reward
@@ -37,13 +37,9 @@ from dpo_jax.losses import dpo_loss
 from dpo_jax.models.hf import load_hf
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 
-CONFIG = """\
-run: {{dir: {dir}}}
-data: {{source: reviews, reviews_train: 64, reviews_test: 24, max_length: 96, max_prompt_length: 48}}
-tokenizer: {{vocab_size: 450}}
-model: {{family: gpt_neox, width: 32, layers: 1, heads: 2, max_positions: 128}}
-sft: {{batch: 16, scored: all, lr: 1.0e-2, optimizer: adamw, warmup_steps: 2, epochs: 8}}
-dpo: {{batch: 16, lr: 1.0e-3, warmup_steps: 2}}
+CONFIG = (
+    TOY_WORLD
+    + """\
 frontier:
   methods: "unlikelihood,dpo,rdpo,ppo,ppo-gt,best-of-n"
   second_reward: vader
@@ -64,6 +60,7 @@ frontier:
   ppo_minibatches: 2
   jobs: 2
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -4,18 +4,14 @@ import csv
 import json
 
 import pytest
-from tiny_run import _compilation_cache, call  # noqa: F401  the first is a fixture
+from tiny_run import TOY_WORLD, _compilation_cache, call  # noqa: F401  the second is a fixture
 
 from dpo_jax.cli.config import load_config
 from dpo_jax.cli.robust.runs import runs_of
 
-CONFIG = """\
-run: {{dir: {dir}}}
-data: {{source: reviews, reviews_train: 64, reviews_test: 24, max_length: 96, max_prompt_length: 48}}
-tokenizer: {{vocab_size: 450}}
-model: {{family: gpt_neox, width: 32, layers: 1, heads: 2, max_positions: 128}}
-sft: {{batch: 16, scored: all, lr: 1.0e-2, optimizer: adamw, warmup_steps: 2, epochs: 8}}
-dpo: {{batch: 16, lr: 1.0e-3, warmup_steps: 2}}
+CONFIG = (
+    TOY_WORLD
+    + """\
 frontier:
   prompts: 24
   test_prompts: 8
@@ -34,6 +30,7 @@ frontier:
   ppo_minibatches: 2
 robust: {{flip_rates: "0,0.25", losses: "dpo,robust,ipo", widths: "32,48", train_prompts: "12,24"}}
 """
+)
 
 
 @pytest.fixture(scope="module")

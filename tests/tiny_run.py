@@ -38,6 +38,17 @@ sample: {{prompts: 2, max_new_tokens: 6, temperature: 0}}
 """
 
 
+TOY_WORLD = """\
+run: {{dir: {dir}}}
+data: {{source: reviews, reviews_train: 64, reviews_test: 24, max_length: 96, max_prompt_length: 48}}
+tokenizer: {{vocab_size: 450}}
+model: {{family: gpt_neox, width: 32, layers: 1, heads: 2, max_positions: 128}}
+sft: {{batch: 16, scored: all, lr: 1.0e-2, optimizer: adamw, warmup_steps: 2, epochs: 8}}
+dpo: {{batch: 16, lr: 1.0e-3, warmup_steps: 2}}
+"""
+"""What experiments on a tiny model share; the sections that are theirs follow."""
+
+
 class Run(NamedTuple):
     dir: Path
     config: str  # path of the YAML file

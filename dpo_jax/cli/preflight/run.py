@@ -174,6 +174,10 @@ _POLICY = model("dpo.policy", Config.dpo_policy)
 _REFERENCE = model("dpo.reference", lambda c: c.dpo.reference)
 _START = model("model.path", lambda c: c.model.path, expected=True)
 _RUNS = (writers, _run_dir)
+_SWEEP = (
+    *(reward_packages, data("train", "test"), tokenizer, _START),
+    *(model("dpo.policy", lambda c: c.dpo.policy), devices, *_RUNS),
+)
 # What is looked at for each command, in the order in which it is told.
 LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
     "audit": (data("train", "test", preferences=True), tokenizer, *_RUNS),
@@ -220,25 +224,8 @@ LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
         *_RUNS,
     ),
     "optimum": (reward_packages, data("test"), tokenizer, _POLICY, devices, *_RUNS),
-    "frontier": (
-        reward_packages,
-        data("train", "test"),
-        tokenizer,
-        _START,
-        model("dpo.policy", lambda c: c.dpo.policy),
-        devices,
-        *_RUNS,
-    ),
-    "robust": (
-        robust,
-        reward_packages,
-        data("train", "test"),
-        tokenizer,
-        _START,
-        model("dpo.policy", lambda c: c.dpo.policy),
-        devices,
-        *_RUNS,
-    ),
+    "frontier": _SWEEP,
+    "robust": (robust, *_SWEEP),
     "study": (files(("study.a", lambda c: c.study.a), ("study.b", lambda c: c.study.b)), _run_dir),
     "agree": (_agreed, _run_dir),
     "report": (_run_folders,),
