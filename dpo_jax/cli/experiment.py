@@ -17,7 +17,8 @@ from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.trained import trained
 from dpo_jax.data.encode import Bos, cut_prompt, token_ids, with_bos
 from dpo_jax.data.label import LabelCounts, label
-from dpo_jax.data.pairs import Preference
+from dpo_jax.data.pairs import DataReport, Preference, PreferenceSet
+from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.data.reviews import review_prompts
 from dpo_jax.data.snippets import load_snippets, prefixes, snippets_of
 from dpo_jax.data.terminal import json_text
@@ -213,6 +214,13 @@ def kept_pairs(file: Path, record: Path, shared: Mapping[str, Any]) -> list[Pref
         return None
     rows = [json.loads(line) for line in content.decode().split("\n") if line]
     return [Preference(**row, uid=uid) for row, uid in zip(rows, found["uids"], strict=True)]
+
+
+def encode_samples(config: Config, preferences: Sequence[Preference], tokenizer: Any) -> EncodedSet:
+    """Labelled samples as tokens."""
+    count = len(preferences)
+    found = DataReport(source="samples", split="train", format="samples", rows=count, read=count, kept=count)
+    return build.encode_split(config, PreferenceSet(preferences, found), tokenizer)
 
 
 def of_training(config: Config) -> jax.Array:

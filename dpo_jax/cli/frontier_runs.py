@@ -54,7 +54,7 @@ def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]
     if config.frontier.second_reward is None:  # named only where there is one: what was measured without stays valid
         del options["second_reward"]
     if config.frontier.classifier is not None:
-        options["classifier"] = _name_of(config.frontier.classifier)
+        options["classifier"] = classifier_name(config.frontier.classifier)
     training = {
         name: getattr(config.dpo, name)
         for name in ("batch", "epochs", "lr", "optimizer", "warmup_steps", "schedule", "max_grad_norm")
@@ -78,7 +78,7 @@ def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]
     }
 
 
-def _name_of(classifier: str) -> str:
+def classifier_name(classifier: str) -> str:
     """A name of a classifier that is the same on every machine: its Hub id, or the SHA-256 of a folder's files."""
     folder = Path(classifier)
     if not folder.is_dir():

@@ -7,13 +7,13 @@ the depth.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.lanes import rows_of
 from dpo_jax.models.attention import DENSE, AttentionPath
 from dpo_jax.models.attention_lanes import lane_keys
 from dpo_jax.models.axes import as_stored, by_row
@@ -138,13 +138,6 @@ class Decoder(nn.Module):
         return self.unembed(self(rows)[0])
 
 
-def _rows_of(index: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
-    """Rows `index[D, n]` along an axis of a cache, each of its own of `D` parts, so that none leaves its device."""
-    parts = jnp.moveaxis(leaf, axis, 0).reshape(len(index), -1, *leaf.shape[:axis], *leaf.shape[axis + 1 :])
-    taken = jax.vmap(lambda part, numbers: part[numbers])(parts, index)
-    return jnp.moveaxis(taken.reshape(index.size, *taken.shape[2:]), 0, axis)
-
-
 def _per_layer(c: DecoderConfig, positions: Array) -> tuple[LayerInput, tuple[jax.Array, jax.Array] | None]:
     """Arrays to scan over, and the rotary angles, computed once per distinct `Rope` and not once per layer."""
     window = number = rope = angles = None
@@ -233,7 +226,7 @@ def make_model(
         stores = {name: cache[name] for name in ("key", "value", "positions")}
         axes = jax.tree.map(lambda leaf: int(leaf.ndim == 5), stores)  # layers come first, unless they are apart
         if held is None or moved is None or len(index) > 1:
-            return {**cache, **jax.tree.map(functools.partial(_rows_of, index), stores, axes)}
+            return {**cache, **jax.tree.map(lambda leaf, axis: rows_of(leaf, index, axis=axis), stores, axes)}
         order, index = jnp.argsort(~moved[0]), index[0]
 
         def put(number: jax.Array, held: Any) -> Any:

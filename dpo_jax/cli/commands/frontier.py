@@ -23,10 +23,18 @@ from dpo_jax.cli.commands import sft as sft_command
 from dpo_jax.cli.commands.export import write_lora
 from dpo_jax.cli.config import Config, ConfigError, LoraConfig
 from dpo_jax.cli.config.lab import numbers
-from dpo_jax.cli.experiment import keep_pairs, kept_pairs, labelled_samples, make_world, of_training, prompts_of, sized
+from dpo_jax.cli.experiment import (
+    encode_samples,
+    keep_pairs,
+    kept_pairs,
+    labelled_samples,
+    make_world,
+    of_training,
+    prompts_of,
+    sized,
+)
 from dpo_jax.cli.frontier_runs import TO_MIX, loss_of, runs_of, shared_settings, to_mix
 from dpo_jax.cli.trained import planned
-from dpo_jax.data.pairs import DataReport, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.evals.frontier import Optimum
 from dpo_jax.evals.frontier_plot import plot_frontier
@@ -58,9 +66,7 @@ MAX_KL = 20.0  # nats, at which the figure ends
 def run(config: Config) -> int:
     config = sized(config)
     refuse_bfloat16(config, "frontier")
-    if config.dpo.policy is None and not Path(config.dpo_policy()).is_dir():
-        # All methods start from this one, as adapters of its weights if section lora says so: it is trained whole.
-        sft_command.run(dataclasses.replace(config, lora=LoraConfig()))
+    make_reference(config)
     with build.open_run(config, "frontier") as run_dir:
         world, digests = make_world(config, train="prompts", test="test_prompts")
         shared = shared_settings(config, digests["start"], world)
@@ -81,6 +87,12 @@ def run(config: Config) -> int:
             results += report.best_of_results(drawn.rewards, several, seed=config.run.seed, beside=drawn.beside)
         _write(run_dir, results, best, second=config.frontier.second_reward or "")
     return 0
+
+
+def make_reference(config: Config) -> None:
+    """The starting policy by SFT, unless there is one. It is trained whole: methods may train adapters beside it."""
+    if config.dpo.policy is None and not Path(config.dpo_policy()).is_dir():
+        sft_command.run(dataclasses.replace(config, lora=LoraConfig()))
 
 
 def refuse_bfloat16(config: Config, command: str) -> None:
@@ -159,9 +171,7 @@ class _Study:
         if preferences is None:
             preferences, _ = labelled_samples(config, world, world.train, file, key=of_training(config))
             keep_pairs(file, record, self.shared, preferences)
-        count = len(preferences)
-        found = DataReport(source="samples", split="train", format="samples", rows=count, read=count, kept=count)
-        return build.encode_split(config, PreferenceSet(preferences, found), world.tokenizer)
+        return encode_samples(config, preferences, world.tokenizer)
 
     @functools.cached_property
     def pairs(self) -> PairData:

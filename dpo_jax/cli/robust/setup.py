@@ -16,12 +16,11 @@ import numpy as np
 
 from dpo_jax.cli import build
 from dpo_jax.cli.command_table import COMMANDS
-from dpo_jax.cli.commands import sft as sft_command
 from dpo_jax.cli.commands.frontier import first_kl_coef, ppo_method
-from dpo_jax.cli.config import Config, LoraConfig
-from dpo_jax.cli.experiment import labelled_samples, make_world, of_training, prompts_of
+from dpo_jax.cli.config import Config
+from dpo_jax.cli.experiment import encode_samples, labelled_samples, make_world, of_training, prompts_of
+from dpo_jax.cli.frontier_runs import classifier_name
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.pairs import DataReport, PreferenceSet
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.methods import PairData, PairMethod, pair_data
@@ -40,12 +39,6 @@ _SHARED = (
 _SHARED_DATA = ("source", "max_length", "max_prompt_length", "truncation", "bos")
 
 
-def make_reference(config: Config) -> None:
-    """The starting policy by SFT, unless there is one."""
-    if config.dpo.policy is None and not Path(config.dpo_policy()).is_dir():
-        sft_command.run(dataclasses.replace(config, lora=LoraConfig()))
-
-
 class Setup:
     """A world, and where its experiment lies (`folder`). What several runs need is made once, under `making`."""
 
@@ -58,10 +51,8 @@ class Setup:
         """Labelled pairs of the reference's completions of the training prompts, also written to `pairs/<name>.jsonl`."""
         file = self.folder / "pairs" / f"{name}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        preferences, counts = labelled_samples(self.config, world, world.train, file, key=of_training(self.config))
-        n = counts.labelled
-        report = DataReport(source="samples", split="train", format="samples", rows=n, read=n, kept=n)
-        return build.encode_split(self.config, PreferenceSet(preferences, report), world.tokenizer)
+        preferences, _ = labelled_samples(self.config, world, world.train, file, key=of_training(self.config))
+        return encode_samples(self.config, preferences, world.tokenizer)
 
     def data(self, world: World, pairs: Sequence[Encoded]) -> PairData:
         training = self.config.dpo
@@ -115,12 +106,15 @@ class Setup:
 def _shared(config: Config, digest: str, world: World) -> dict[str, Any]:
     """What every result depends on; a change makes all runs anew. What only some depend on stands with the runs."""
     training = [option.removeprefix("dpo.") for option in COMMANDS["robust"].reads if option.startswith("dpo.")]
+    options = {name: getattr(config.frontier, name) for name in _SHARED}
+    if config.frontier.classifier is not None:
+        options["classifier"] = classifier_name(config.frontier.classifier)
     return {
         "reference": digest,
         "architecture": architecture(world.model),
         "tokenizer": tokenizer_digest(world.tokenizer),
         "data": {name: getattr(config.data, name) for name in _SHARED_DATA},
-        "frontier": {name: getattr(config.frontier, name) for name in _SHARED},
+        "frontier": options,
         "training": {name: getattr(config.dpo, name) for name in training if name != "policy"},
         "lora": dataclasses.asdict(config.lora),
         "seed": config.run.seed,
