@@ -62,7 +62,10 @@ MEANS = {
     "attention_softcap": ("attn_logit_softcapping",),
     "logit_softcap": ("final_logit_softcapping",),
 }
-UNREAD = {"gpt_neox": {"kv_heads", "head_size"}, "gpt2": {"kv_heads", "head_size"}, "gptj": {"kv_heads", "head_size"}}
+UNREAD = {
+    **{family: {"kv_heads", "head_size"} for family in ("gpt_neox", "gpt2", "gptj")},
+    "phi3": {"max_positions"},  # LongRoPE's positions are those of shorter texts
+}
 NO_CAPS = {"attention_softcap", "logit_softcap"}
 CONFIGS = {case: json.loads((MODELS / case / "config.json").read_text()) for case in CASES}
 CONFIGS["llama"] |= {

@@ -272,7 +272,8 @@ def test_decoding_equals_the_forward_pass(what, base):
 
 def saved(folder, family="llama", targets="all", **options):
     """(model, base, adapter, its size): a base in folder/base and an adapter of it in folder/adapter."""
-    model = make_model(decoder_config(hf_config(family, **SIZES)))
+    grouped = {"kv_heads": 2} if family == "phi3" else {}
+    model = make_model(decoder_config(hf_config(family, **SIZES, **grouped)))
     base = waved(jax.jit(model.init)(jax.random.key(0)), 0.02)
     lora = Lora(4, 6.0, lora_targets(targets, model.config), **options)
     adapter = waved(new_adapter(model.config, lora, jax.random.key(1)))
@@ -285,7 +286,13 @@ def saved(folder, family="llama", targets="all", **options):
 
 @pytest.mark.parametrize(
     ("family", "targets", "rslora"),
-    [("llama", "all", True), ("gpt2", "query,value,mlp", False), ("gpt_neox", "all", False), ("gptj", "attention,up", False)],
+    [
+        ("llama", "all", True),
+        ("gpt2", "query,value,mlp", False),
+        ("gpt_neox", "all", False),
+        ("gptj", "attention,up", False),
+        ("phi3", "query,value,up", True),
+    ],
 )
 def test_an_adapter_survives_its_files(family, targets, rslora, tmp_path):
     model, base, adapter, lora = saved(tmp_path, family, targets, rslora=rslora)
@@ -389,6 +396,7 @@ def test_peft_and_we_read_each_other(tmp_path):
         ("gpt_neox", "all"),
         ("gptj", "all"),
         ("gemma2", "mlp"),
+        ("phi3", "query,value,up"),
     ):
         folders.append(folder := tmp_path / family)
         model, base, adapter, lora = saved(folder, family, targets)

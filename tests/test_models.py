@@ -20,7 +20,7 @@ from dpo_jax.models import decoder
 from dpo_jax.models.attention import Rope, attend, rotate
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import FAMILIES, decoder_config, hf_config
-from dpo_jax.models.hf import load_hf
+from dpo_jax.models.hf import load_config, load_hf
 from dpo_jax.training.fingerprint import architecture
 from dpo_jax.types import Rows
 
@@ -75,12 +75,12 @@ def test_logits_of_the_original_implementation(family):
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-5)
 
 
-def test_all_ten_families_have_a_golden_checkpoint_and_an_option():
+def test_all_twelve_families_have_a_golden_checkpoint_and_an_option():
     assert {golden(case)[0].config.family for case in CASES} == set(FAMILIES)
     assert get_args(Family) == tuple(FAMILIES)
     readme = " ".join((GOLDEN.parent.parent / "README.md").read_text().split())
     assert all(family.title in readme for family in FAMILIES.values())
-    assert len(FAMILIES) == 10
+    assert len(FAMILIES) == 12
 
 
 def test_settings_that_came_later_change_no_fingerprint():
@@ -385,6 +385,15 @@ def test_rotary_settings_of_transformers_4_and_5_mean_the_same():
     assert decoder_config(old).ropes[0].scaling == "llama3"
 
 
+def test_positions_of_longer_texts_than_the_decoder_knows_are_not_read():
+    phi = load_config(GOLDEN / "models" / "phi3")
+    assert (phi["max_position_embeddings"], decoder_config(phi).max_positions) == (64, 32)
+    assert decoder_config(phi | {"sliding_window": 32}).windows == ()
+    dynamic = phi | {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}}
+    default = phi | {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    assert decoder_config(dynamic).ropes == decoder_config(default).ropes
+
+
 @pytest.mark.parametrize(
     ("hf", "message"),
     [
@@ -394,7 +403,7 @@ def test_rotary_settings_of_transformers_4_and_5_mean_the_same():
         (GPT2_LARGE | {"n_embd": 1281}, "width 1281 is not a multiple of the 20 attention heads"),
         (GPT2_LARGE | {"n_embd": "wide"}, 'n_embd = "wide" is not a positive integer'),
         ({k: v for k, v in GPT2_LARGE.items() if k != "vocab_size"}, "vocab_size is missing"),
-        (PYTHIA_28 | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, 'rope_type = "yarn" is not supported'),
+        (PYTHIA_28 | {"rope_scaling": {"rope_type": "xpos", "factor": 2.0}}, 'rope_type = "xpos" is not supported'),
         (
             PYTHIA_28 | {"rope_scaling": {"rope_type": "linear"}},
             "config.json: rope_scaling: factor is missing",

@@ -1,7 +1,7 @@
 """LoRA adapters as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors` in a folder without their model.
 
-Hugging Face fuses query, key and value of GPT-2 and GPT-NeoX into one module; ours are three. A fused module's adapter of rank
-`n r` holds `n` of ours of rank `r` exactly: A is stacked, and B has a block for each and zeros elsewhere.
+Hugging Face fuses query, key and value of GPT-2, GPT-NeoX and Phi-3 into one module; ours are three. A fused module's adapter of
+rank `n r` holds `n` of ours of rank `r` exactly: A is stacked, and B has a block for each and zeros elsewhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dpo_jax.models.digest import WeightsDigest
 from dpo_jax.models.fields import Fields, shown
 from dpo_jax.models.folder import ADAPTER
 from dpo_jax.models.generation import GENERATION, generation_config
-from dpo_jax.models.lora import LORA, WRITES, Lora, modules
+from dpo_jax.models.lora import LORA, WRITES, Lora, modules, outputs
 from dpo_jax.models.tensor_layouts import Layout
 from dpo_jax.models.tensors import canonical_name, tensors
 from dpo_jax.models.weights import open_safetensors
@@ -291,12 +291,11 @@ def _in_peft_form(
         rank = ranks[_short(hf, config)] = lora.rank * len(ours)
         leaves = {kernel: layers[kernel.split("/")[0]][kernel.split("/")[1]] for kernel in ours}
         whole = {kernel: (fetch(leaf["a"]), fetch(leaf["b"])) for kernel, leaf in leaves.items()}
-        width = next(iter(whole.values()))[1].shape[-1]  # of a fused module's parts, which are equal
         for layer in range(config.layers):
             a = np.concatenate([whole[kernel][0][layer].T for kernel in ours])
             blocks = []
             for kernel in kernels:
-                block = np.zeros((rank, width), np.float32)
+                block = np.zeros((rank, outputs(config, kernel)), np.float32)
                 if kernel in ours:
                     number = ours.index(kernel)
                     block[number * lora.rank : (number + 1) * lora.rank] = whole[kernel][1][layer]

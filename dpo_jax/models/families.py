@@ -20,7 +20,9 @@ from dpo_jax.models.architectures.gptj import GPTJ
 from dpo_jax.models.architectures.llama import LLAMA
 from dpo_jax.models.architectures.mistral import MISTRAL
 from dpo_jax.models.architectures.olmo2 import OLMO2
+from dpo_jax.models.architectures.phi3 import PHI3
 from dpo_jax.models.architectures.qwen import QWEN2, QWEN3
+from dpo_jax.models.architectures.smollm3 import SMOLLM3
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.family import Family, Sizes
 from dpo_jax.models.fields import Fields, shown
@@ -28,7 +30,8 @@ from dpo_jax.models.hf_settings import Reader
 from dpo_jax.untrusted import LIMITS, Unreadable
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (GPT2, GPTJ, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, OLMO2)
+    family.name: family
+    for family in (GPT2, GPTJ, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, OLMO2, SMOLLM3, PHI3)
 }
 _TEXT_PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {"gemma3": text_part}  # of multimodal models
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from dpo_jax.untrusted import Unreadable
 
@@ -48,7 +48,7 @@ class Fields:
     def number(self, key: str, *, least: float = _SMALLEST_FLOAT, right: str = "a number above 0") -> float:
         """A number that float32 holds, by default above 0."""
         value = self.all.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= _LARGEST_FLOAT:
+        if not _is_number(value, least=least):
             self.wrong(key, right)
         return float(value)
 
@@ -78,6 +78,13 @@ class Fields:
             self.wrong(key, "an array of texts")
         return value
 
+    def numbers(self, key: str) -> list[float]:
+        """An array of numbers above 0."""
+        value = self.all.get(key)
+        if not isinstance(value, list) or not all(_is_number(x, least=_SMALLEST_FLOAT) for x in value):
+            self.wrong(key, "an array of numbers above 0")
+        return [float(x) for x in value]
+
     def part(self, key: str) -> Fields:
         """The object in a field. Absent, null and the empty object are alike."""
         value = {} if self.all.get(key) is None else self.all[key]
@@ -92,6 +99,10 @@ class Fields:
         if not all(type(one) is int and 0 <= one <= LARGEST for one in ids):
             self.wrong(key, "a token id or an array of them")
         return ids
+
+
+def _is_number(value: Any, *, least: float) -> TypeGuard[int | float]:
+    return not isinstance(value, bool) and isinstance(value, int | float) and least <= value <= _LARGEST_FLOAT
 
 
 def shown(value: Any) -> str:

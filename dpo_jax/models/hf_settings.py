@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dpo_jax.models.fields import Fields, shown
-from dpo_jax.models.rope import Rope
+from dpo_jax.models.rope import LongRope, Rope, Yarn
 from dpo_jax.untrusted import LIMITS, Unreadable
 
 _ACTIVATIONS = {
@@ -67,20 +68,73 @@ class Reader(Fields):
             base = settings.number("rope_theta")
         else:
             base = self.number(theta) if isinstance(theta, str) else theta
-        if kind == "default":
+        kind = _OLDER_KINDS.get(kind, kind)
+        if kind in ("default", "dynamic"):  # dynamic: a change for texts that are longer than any we read
             return Rope(base, size, interleaved)
-        needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-        if kind not in needed:
+        if kind not in _SCALINGS:
             raise ValueError(
                 f"{settings.where}: rope_type = {shown(kind)} is not supported in a {self.family}; "
-                "supported: default, linear, llama3"
+                f"supported: default, dynamic, {', '.join(_SCALINGS)}"
             )
-        scaling = {key: settings.number(key) for key in needed[kind]}
-        if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-            settings.wrong("high_freq_factor", f"above low_freq_factor = {scaling['low_freq_factor']:g}")
         original = "original_max_position_embeddings"
-        positions = settings.size(original) if settings.has(original) else self.size("max_position_embeddings")
-        return Rope(base, size, interleaved, kind, original_max_positions=positions, **scaling)
+        owner = settings if settings.has(original) else self
+        positions = owner.size(original) if owner.has(original) else self.size("max_position_embeddings")
+        return _SCALINGS[kind](self, settings, base, size, interleaved, positions)
+
+
+def _linear(read: Reader, settings: Fields, base: float, size: int, interleaved: bool, positions: int) -> Rope:
+    return Rope(base, size, interleaved, "linear", settings.number("factor"), original_max_positions=positions)
+
+
+def _llama3(read: Reader, settings: Fields, base: float, size: int, interleaved: bool, positions: int) -> Rope:
+    scaling = {key: settings.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+    if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        settings.wrong("high_freq_factor", f"above low_freq_factor = {scaling['low_freq_factor']:g}")
+    return Rope(base, size, interleaved, "llama3", original_max_positions=positions, **scaling)
+
+
+def _yarn(read: Reader, settings: Fields, base: float, size: int, interleaved: bool, positions: int) -> Rope:
+    if base <= 1.0:
+        settings.wrong("rope_theta", "above 1, which yarn needs")
+    factor = settings.number("factor") if settings.has("factor") else read.size("max_position_embeddings") / positions
+    fast, slow = (settings.optional_number(key) or usual for key, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)))
+    scales = [settings.optional_number(key) for key in ("mscale", "mscale_all_dim")]
+    if (amplitude := settings.optional_number("attention_factor")) is None:
+        above, below = scales if all(scales) else (1.0, 0.0)
+        amplitude = _yarn_amplitude(factor, above or 1.0) / _yarn_amplitude(factor, below or 0.0)
+    return Yarn(
+        base,
+        size,
+        interleaved,
+        "yarn",
+        factor,
+        original_max_positions=positions,
+        beta_fast=fast,
+        beta_slow=slow,
+        truncate=settings.flag("truncate") if settings.has("truncate") else True,
+        attention_factor=amplitude,
+    )
+
+
+def _yarn_amplitude(factor: float, scale: float) -> float:
+    """Equation 22 of the YaRN paper, with its constant."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _longrope(read: Reader, settings: Fields, base: float, size: int, interleaved: bool, positions: int) -> Rope:
+    divisors = tuple(settings.numbers("short_factor"))
+    if len(divisors) != size // 2:
+        settings.wrong("short_factor", f"an array of {size // 2} numbers above 0")
+    factor = settings.number("factor") if settings.has("factor") else read.size("max_position_embeddings") / positions
+    if (amplitude := settings.optional_number("attention_factor")) is None:
+        amplitude = math.sqrt(1 + math.log(factor) / math.log(positions)) if factor > 1 and positions > 1 else 1.0
+    return LongRope(
+        base, size, interleaved, "longrope", original_max_positions=positions, divisors=divisors, attention_factor=amplitude
+    )
+
+
+_OLDER_KINDS = {"su": "longrope"}
+_SCALINGS: Mapping[str, Callable[..., Rope]] = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
 
 
 def older_rotary_keys(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

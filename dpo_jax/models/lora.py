@@ -82,6 +82,11 @@ def modules(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
     }
 
 
+def outputs(config: DecoderConfig, kernel: str) -> int:
+    """The outputs of a kernel such as "attention/query"."""
+    return axis_lengths(config)[KERNELS[kernel][1]]
+
+
 def lora_model(model: Model, lora: Lora) -> Model:
     """`model` with an adapter: its variables gain the collection "lora", `{"layers": {...: {"a": [layers, in, rank], "b":
     [layers, rank, out]}}}`. B starts at zero, so that the adapted model is the base. Variables without it are read as the base.

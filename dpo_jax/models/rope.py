@@ -14,8 +14,9 @@ class Rope:
     """Rotary position embedding (Su et al. 2021) of the first `size` entries of every head.
 
     `interleaved`: entries (0, 1), (2, 3), ... form the rotated pairs (GPT-J); otherwise `i` pairs with `i + size / 2`.
-    `scaling`: "default"; "linear" divides every frequency by `factor`; "llama3" divides only those whose wavelength is long
-    compared with `original_max_positions`, with a smooth transition (Llama 3.1).
+    `scaling`: "default"; "none" turns nothing (a layer without positions); "linear" divides every frequency by `factor`;
+    "llama3" divides only those whose wavelength is long compared with `original_max_positions`, with a smooth transition (Llama
+    3.1). `Yarn` and `LongRope` are further scalings, with settings of their own.
     """
 
     theta: float
@@ -27,22 +28,80 @@ class Rope:
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
 
+    @property
+    def amplitude(self) -> float:
+        """What cosine and sine are multiplied by."""
+        return 1.0
+
     def frequencies(self) -> np.ndarray:
         """Radians per position, float32[size / 2]."""
-        frequency = self.theta ** -(np.arange(0, self.size, 2, dtype=np.float64) / self.size)
-        if self.scaling == "linear":
+        return self._scaled(self.theta ** -(np.arange(0, self.size, 2, dtype=np.float64) / self.size)).astype(np.float32)
+
+    def _scaled(self, frequency: np.ndarray) -> np.ndarray:
+        if self.scaling == "none":
+            frequency = np.zeros_like(frequency)
+        elif self.scaling == "linear":
             frequency = frequency / self.factor
         elif self.scaling == "llama3":
             turns = self.original_max_positions * frequency / (2 * math.pi)
             keep = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
             frequency = keep * frequency + (1 - keep) * frequency / self.factor
         elif self.scaling != "default":
-            raise ValueError(f"unknown rotary scaling {self.scaling!r}: expected default, linear or llama3")
-        return frequency.astype(np.float32)
+            raise ValueError(f"unknown rotary scaling {self.scaling!r}: expected default, none, linear or llama3")
+        return frequency
 
     def angles(self, positions: Any) -> tuple[Any, Any]:
         """cos and sin of every angle: two float32[R, L, size / 2], always: bfloat16 cannot count positions above 256."""
         import jax.numpy as jnp  # a decoder is described, and checked, without it
 
         angle = jnp.asarray(positions).astype(jnp.float32)[:, :, None] * self.frequencies()[None, None, :]
-        return jnp.cos(angle), jnp.sin(angle)
+        return jnp.cos(angle) * self.amplitude, jnp.sin(angle) * self.amplitude
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn(Rope):
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): fast frequencies stay, slow ones are divided by `factor`, between is a ramp.
+
+    The ramp is over the number of a frequency, from the one that turns `beta_fast` times within `original_max_positions` to the
+    one that turns `beta_slow` times; both are rounded outwards where `truncate`. `attention_factor` multiplies cosine and sine.
+    """
+
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+    @property
+    def amplitude(self) -> float:
+        return self.attention_factor
+
+    def _scaled(self, frequency: np.ndarray) -> np.ndarray:
+        first, last = self._number(self.beta_fast), self._number(self.beta_slow)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, self.size - 1)
+        ramp = np.clip((np.arange(self.size // 2) - first) / max(last - first, 0.001), 0.0, 1.0)
+        return frequency * (1 - ramp) + frequency / self.factor * ramp
+
+    def _number(self, turns: float) -> float:
+        """The number of the frequency, not rounded, that turns so often within `original_max_positions`."""
+        return self.size * math.log(self.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRope(Rope):
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753) for texts of at most `original_max_positions` tokens.
+
+    Each frequency is divided by a number of its own, and `attention_factor` multiplies cosine and sine. The other divisors, for
+    longer texts, are not here: a family with these positions reads no longer texts.
+    """
+
+    divisors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+
+    @property
+    def amplitude(self) -> float:
+        return self.attention_factor
+
+    def _scaled(self, frequency: np.ndarray) -> np.ndarray:
+        return frequency / np.array(self.divisors)

@@ -45,6 +45,19 @@ def per_head(heads: int) -> Layout:
     return Layout(to_ours, to_hf, lambda shapes: (3 * shapes[0][-1], *shapes[0][:-1]))
 
 
+def stacked(*sizes: int) -> Layout:
+    """Phi-3: several `torch.nn.Linear` of so many outputs each, one after the other on the output axis, `[sum, D]`."""
+    ends = np.cumsum(sizes)
+
+    def to_ours(a: np.ndarray) -> list[np.ndarray]:
+        return [part.T for part in np.split(a, ends[:-1])]
+
+    def to_hf(ours: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([a.T for a in ours])
+
+    return Layout(to_ours, to_hf, lambda shapes: (int(ends[-1]), *shapes[0][:-1]))
+
+
 class Tensor(NamedTuple):
     """One line of a family's table. `{}` in the name stands for the layer; `paths` under "layers/" are stacked over layers."""
 

@@ -39,6 +39,15 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
 }
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.5, 3.0],
+    "long_factor": [2.0, 4.0, 8.0],
+    "original_max_position_embeddings": 32,
+}
 CASES: dict[str, tuple[str, dict]] = {
     "gpt2": ("gpt2", GPT),
     "gptj": ("gptj", GPT | {"rotary_dim": 4}),
@@ -60,6 +69,18 @@ CASES: dict[str, tuple[str, dict]] = {
         LLAMA
         | {"num_hidden_layers": 6, "hidden_size": 24, "head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 10}
         | {"rope_parameters": GEMMA3_ROPE},
+    ),
+    "smollm3": (
+        "smollm3",
+        LLAMA
+        | {"num_hidden_layers": 4, "no_rope_layer_interval": 3, "use_sliding_window": True, "sliding_window": 7}
+        | {"rope_parameters": YARN},
+    ),
+    "phi3": (
+        "phi3",
+        LLAMA
+        | {"sliding_window": 7, "original_max_position_embeddings": 32, "tie_word_embeddings": True}
+        | {"rope_parameters": LONGROPE},
     ),
     "olmo2": ("olmo2", LLAMA | {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
 }

@@ -8,7 +8,9 @@ from typing import Literal
 
 from dpo_jax.cli.config.ranges import Problem, positive
 
-Family = Literal["gpt2", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2"]
+Family = Literal[
+    "gpt2", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3", "phi3"
+]
 
 
 @dataclasses.dataclass(frozen=True)

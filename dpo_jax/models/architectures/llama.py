@@ -45,7 +45,8 @@ def shared_fields(
     width, heads, layers = read.size("hidden_size"), read.size("num_attention_heads"), read.layers("num_hidden_layers")
     head_size = read.size("head_dim") if read.has("head_dim") else read.head_size(width, heads)
     window = read.size("sliding_window") if any(sliding) else None
-    _refuse_partial_ropes(read)
+    if ropes is _one_rope:
+        _refuse_partial_ropes(read)
     return {
         "vocab_size": read.size("vocab_size"),
         "width": width,
