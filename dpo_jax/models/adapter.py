@@ -1,7 +1,7 @@
 """LoRA adapters as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors` in a folder without their model.
 
-Hugging Face fuses query, key and value of GPT-2, GPT-NeoX and Phi-3 into one module; ours are three. A fused module's adapter of
-rank `n r` holds `n` of ours of rank `r` exactly: A is stacked, and B has a block for each and zeros elsewhere.
+Hugging Face fuses query, key and value of GPT-2, GPT-NeoX and Phi-3 into one module; ours are three. A fused module's adapter
+of rank `n r` holds `n` of ours of rank `r` exactly: A is stacked, and B has a block for each and zeros elsewhere.
 """
 
 from __future__ import annotations

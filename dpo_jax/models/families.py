@@ -29,10 +29,8 @@ from dpo_jax.models.fields import Fields, shown
 from dpo_jax.models.hf_settings import Reader
 from dpo_jax.untrusted import LIMITS, Unreadable
 
-FAMILIES: Mapping[str, Family] = {
-    family.name: family
-    for family in (GPT2, GPTJ, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, OLMO2, SMOLLM3, PHI3)
-}
+_KNOWN = (GPT2, GPTJ, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, OLMO2, SMOLLM3, PHI3)
+FAMILIES: Mapping[str, Family] = {family.name: family for family in _KNOWN}
 _TEXT_PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {"gemma3": text_part}  # of multimodal models
 
 
