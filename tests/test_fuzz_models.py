@@ -65,6 +65,7 @@ MEANS = {
 UNREAD = {
     **{family: {"kv_heads", "head_size"} for family in ("gpt_neox", "gpt2", "gptj")},
     "phi3": {"max_positions"},  # LongRoPE's positions are those of shorter texts
+    "qwen3_moe": {"mlp_width"},  # intermediate_size is that of layers without experts
 }
 NO_CAPS = {"attention_softcap", "logit_softcap"}
 CONFIGS = {case: json.loads((MODELS / case / "config.json").read_text()) for case in CASES}

@@ -75,12 +75,12 @@ def test_logits_of_the_original_implementation(family):
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-5)
 
 
-def test_all_twelve_families_have_a_golden_checkpoint_and_an_option():
+def test_all_fifteen_families_have_a_golden_checkpoint_and_an_option():
     assert {golden(case)[0].config.family for case in CASES} == set(FAMILIES)
     assert get_args(Family) == tuple(FAMILIES)
     readme = " ".join((GOLDEN.parent.parent / "README.md").read_text().split())
     assert all(family.title in readme for family in FAMILIES.values())
-    assert len(FAMILIES) == 12
+    assert len(FAMILIES) == 15
 
 
 def test_settings_that_came_later_change_no_fingerprint():

@@ -132,12 +132,14 @@ def test_microbatches_on_a_mesh(variables, batches, expected):
     assert_same_run(seen, partitioner.to_host(state), expected)
 
 
-def test_a_norm_over_all_heads_does_not_see_that_they_are_apart(batches):
-    """OLMo 2 norms the queries of all heads together, and a mesh cuts them by head."""
-    model = make_model(decoder_config(hf_config("olmo2", kv_heads=4, **SIZES)))
+@pytest.mark.parametrize(("family", "microbatches"), [("olmo2", 1), ("mixtral", 2)])
+def test_what_a_mesh_cuts_apart_is_computed_as_a_whole(family, microbatches, batches):
+    """OLMo 2 norms the queries of all heads together, and a mesh cuts them by head. Mixtral sorts all tokens by expert."""
+    model = make_model(decoder_config(hf_config(family, kv_heads=4, **SIZES)))
     seen, variables = [], jax.jit(model.init)(jax.random.key(0))
-    for partitioner in (single_device(), on_mesh(fsdp=2, tensor=2, model=model)):
-        step = partitioner.compile_step(functools.partial(dpo_step, model=model, tx=TX, loss=LOSS))
+    for partitioner, parts in ((single_device(), 1), (on_mesh(fsdp=2, tensor=2, model=model), microbatches)):
+        dpo = functools.partial(dpo_step, model=model, tx=TX, loss=LOSS, microbatches=parts)
+        step = partitioner.compile_step(dpo)
         seen.append(run(step, start(partitioner, variables), batches, steps=3)[0])
     np.testing.assert_allclose(*seen, atol=1e-5, rtol=1e-5)
 

@@ -109,7 +109,7 @@ def read_adapter(folder: Path, config: DecoderConfig) -> Adapter:
             f"{folder} has no {WEIGHTS}; pickled adapters (adapter_model.bin) can run code and are not read"
         )
     handle = open_safetensors(file)
-    known = {t.name.format(i): t for t in tensors(config) for i in (range(config.layers) if t.stacked else [0])}
+    known = {name: t for t in tensors(config) for name, _ in t.of_layers(config.layers)}
     parts: dict[str, dict[str, np.ndarray]] = {}
     for stored in handle.keys():  # noqa: SIM118 (not a dict)
         found = _NAME.fullmatch(stored)

@@ -49,6 +49,9 @@ class DecoderConfig:
     init_std: float = 0.02
     pre_norms: bool = later(True)  # norms on what attention and MLP read (all but OLMo 2)
     qk_norm_whole: bool = later(False)  # qk_norm is of all heads together (OLMo 2)
+    experts: int = later(0)  # of each layer, in the place of its MLP (Mixtral); then `mlp_width` is that of an expert
+    experts_per_token: int = later(0)
+    norm_routes: bool = later(False)  # the shares of the experts that a token takes sum to one
     hf_json: str = "{}"  # the Hugging Face config.json it came from, canonical; `hf.save_hf` writes it back
 
     @property

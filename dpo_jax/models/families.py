@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.models.architectures.experts import MIXTRAL, OLMOE, QWEN3_MOE
 from dpo_jax.models.architectures.gemma import GEMMA2, GEMMA3_TEXT, text_part
 from dpo_jax.models.architectures.gpt2 import GPT2
 from dpo_jax.models.architectures.gpt_neox import GPT_NEOX
@@ -29,7 +30,8 @@ from dpo_jax.models.fields import Fields, shown
 from dpo_jax.models.hf_settings import Reader
 from dpo_jax.untrusted import LIMITS, Unreadable
 
-_KNOWN = (GPT2, GPTJ, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, OLMO2, SMOLLM3, PHI3)
+_DENSE = (GPT2, GPTJ, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, OLMO2, SMOLLM3, PHI3)
+_KNOWN = (*_DENSE, MIXTRAL, OLMOE, QWEN3_MOE)
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _KNOWN}
 _TEXT_PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {"gemma3": text_part}  # of multimodal models
 
@@ -69,8 +71,9 @@ def decoder_config(hf_config: Mapping[str, Any], *, where: str | Path = "config.
 def _billions(c: DecoderConfig) -> int:
     """About how many parameters a model has, in billions: its matrices."""
     attention = c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads)
+    mlp = c.width * c.mlp_width * (3 if c.gated_mlp else 2) * max(1, c.experts)
     tables = c.width * (c.vocab_size * (1 if c.tied else 2) + (0 if c.ropes else c.max_positions))
-    return (c.layers * (attention + c.width * c.mlp_width * (3 if c.gated_mlp else 2)) + tables) // 10**9
+    return (c.layers * (attention + mlp) + tables) // 10**9
 
 
 def hf_config(

@@ -52,7 +52,7 @@ def pair_flops(config: DecoderConfig, *, prompt: int, chosen: int, rejected: int
 
 
 def layer_weights(config: DecoderConfig) -> int:
-    """Weights in the matrices of one layer."""
+    """Weights in the matrices of one layer that a token meets; of experts those that it takes."""
     return sum(rows * columns for rows, columns in _matrices(config))
 
 
@@ -64,6 +64,8 @@ def layer_widths(config: DecoderConfig) -> int:
 def _matrices(c: DecoderConfig) -> list[tuple[int, int]]:
     queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
     mlp = [(c.width, c.mlp_width)] * (2 if c.gated_mlp else 1) + [(c.mlp_width, c.width)]
+    if c.experts:
+        mlp = mlp * c.experts_per_token + [(c.width, c.experts)]
     return [(c.width, queries), (c.width, keys), (c.width, keys), (queries, c.width), *mlp]
 
 

@@ -86,7 +86,8 @@ def variable_shapes(model: Model, dtype: Any = jnp.float32) -> Variables:
 def read_weights(path: str | Path, model: Model, *, digest: WeightsDigest | None = None, merge: bool = True) -> Iterator[Piece]:
     """The weights of a model folder, checkpoint tensor by checkpoint tensor, under our names and in our orientation.
 
-    No more than one tensor is in memory at a time. Names are checked before the first, and errors are those of `load_hf`.
+    No more than one tensor is in memory at a time; of a mixture of experts, those of one layer. Names are checked before the
+    first, and errors are those of `load_hf`.
     `digest` takes in what is read. Of an adapter's folder that is base and adapter: with `merge` they come as one model, else
     as the base and then the collection "lora" of `models.lora`. ValueError, at the end, where the base is not the one that the
     adapter was trained on, as far as its folder tells (ours do).
@@ -102,14 +103,15 @@ def read_weights(path: str | Path, model: Model, *, digest: WeightsDigest | None
             stack = [shapes[path] for path in paths]
             one = [shape[1:] for shape in stack] if tensor.stacked else stack
             for layer in range(stack[0][0]) if tensor.stacked else [None]:
-                name = tensor.name.format(layer)
-                loaded = checkpoint.get(name, tensor.layout.hf_shape(one))
+                names = tensor.names(layer)
+                loaded = [checkpoint.get(name, tensor.hf_shape(one)) for name in names]
                 if digest is not None:
-                    for path_, array in zip(paths, tensor.layout.to_ours(loaded), strict=True):
+                    for path_, array in zip(paths, tensor.loaded(loaded), strict=True):
                         digest.add(Piece(path_, layer, array))
                 if adapter is not None:
-                    loaded = adapter.applied(name, loaded, config) if merge else adapter.rounded(loaded)
-                for path_, array in zip(paths, tensor.layout.to_ours(loaded), strict=True):
+                    both = zip(names, loaded, strict=True)
+                    loaded = [adapter.applied(name, x, config) if merge else adapter.rounded(x) for name, x in both]
+                for path_, array in zip(paths, tensor.loaded(loaded), strict=True):
                     yield Piece(path_, layer, array)
         if config.tied:
             checkpoint.check_tied_head()
@@ -198,19 +200,19 @@ def _in_hf_form(
     table: list[Tensor], flat: Mapping[str, Any], dtype: np.dtype, fetch: Callable[[Any], np.ndarray]
 ) -> tuple[dict[str, int], Callable[[str], np.ndarray]]:
     """({name: bytes}, `get(name)`) of the checkpoint's tensors, in the order in which all hosts take them."""
-    lines: dict[str, tuple[Tensor, int | None]] = {}
+    lines: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
     sizes: dict[str, int] = {}
     for tensor in table:
-        for layer in range(flat[tensor.paths[0]].shape[0]) if tensor.stacked else [None]:
-            name = tensor.name.format(layer)
-            lines[name] = (tensor, layer)
-            stack = flat[tensor.paths[0]].shape[0] if tensor.stacked else 1
-            sizes[name] = sum(flat[p].size for p in tensor.paths) // stack * dtype.itemsize
+        layers = flat[tensor.paths[0]].shape[0] if tensor.stacked else 1
+        named = tensor.of_layers(layers)
+        for number, (name, layer) in enumerate(named):
+            expert = (number % tensor.experts,) if tensor.experts else ()
+            lines[name] = tensor, (() if layer is None else (layer, *expert))
+            sizes[name] = sum(flat[p].size for p in tensor.paths) // len(named) * dtype.itemsize
 
     def get(name: str) -> np.ndarray:
-        tensor, layer = lines[name]
-        ours = [_cast(fetch(flat[p] if layer is None else flat[p][layer]), dtype, name) for p in tensor.paths]
-        return tensor.layout.to_hf(ours)
+        tensor, place = lines[name]
+        return tensor.layout.to_hf([_cast(fetch(flat[p][place] if place else flat[p]), dtype, name) for p in tensor.paths])
 
     return sizes, get
 

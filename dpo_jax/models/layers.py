@@ -16,6 +16,7 @@ from dpo_jax.models.attention_lanes import LaneKeys, attend_lanes
 from dpo_jax.models.attention_paths import CHUNKED
 from dpo_jax.models.axes import as_stored, by_row
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.experts import Experts
 from dpo_jax.models.products import precision_of
 from dpo_jax.types import Array
 
@@ -241,15 +242,16 @@ class Block(nn.Module):
         def norm(name: str) -> Norm:
             return Norm(c.norm, c.norm_eps, name=name)
 
+        mlp = Experts(c, name="mlp") if c.experts else Mlp(c, name="mlp")
         normed = norm("attention_norm")(x) if c.pre_norms else x
         mixed, cache = Attention(c, self.attention_path, name="attention")(normed, cache, layer, shared)
         if c.post_norms:
             mixed = norm("post_attention_norm")(mixed)
         if c.parallel_residual:
             mlp_input = normed if c.shared_norm else norm("mlp_norm")(x)
-            x = x + mixed + Mlp(c, name="mlp")(mlp_input)
+            x = x + mixed + mlp(mlp_input)
         else:
             x = x + mixed
-            update = Mlp(c, name="mlp")(norm("mlp_norm")(x) if c.pre_norms else x)
+            update = mlp(norm("mlp_norm")(x) if c.pre_norms else x)
             x = x + (norm("post_mlp_norm")(update) if c.post_norms else update)
         return (by_row(x), cache), None

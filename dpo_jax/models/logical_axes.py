@@ -13,6 +13,7 @@ RULES: Mapping[str, str | None] = {
     "heads": "tensor",  # types.HEAD_AXIS
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "experts": None,
 }
 """The mesh axis of each logical axis that a parameter may name."""
 
@@ -26,6 +27,7 @@ def axis_lengths(config: DecoderConfig) -> dict[str, int]:
         "heads": config.heads * config.head_size,
         "kv_heads": config.kv_heads * config.head_size,
         "mlp": config.mlp_width,
+        "experts": config.experts,
     }
 
 

@@ -65,16 +65,19 @@ def lora_targets(names: str, config: DecoderConfig) -> tuple[str, ...]:
                 known.setdefault(key, []).append(kernel)
             known.setdefault(hf.rpartition(".")[2], []).append(kernel)
     asked = [name.strip() for name in names.split(",") if name.strip()]
-    wrong = [name for name in asked if name not in known]
+    wrong = [name for name in asked if not known.get(name)]
     if wrong or not asked:
         what = f"a {config.family} has no {', '.join(wrong)}" if wrong else "no target is named"
-        raise ValueError(f"{what}; it has {', '.join(known)}")
+        raise ValueError(f"{what}; it has {', '.join(name for name in known if known[name])}")
     chosen = {kernel for name in asked for kernel in known[name]}
     return tuple(kernel for kernel in known["all"] if kernel in chosen)
 
 
 def modules(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
-    """{name of a Hugging Face module, "{}" for the layer: our kernels in it}, of all linear layers but the head."""
+    """{name of a Hugging Face module, "{}" for the layer: our kernels in it}, of all linear layers but the head.
+
+    Routers and experts are none of them: adapters leave these as they are.
+    """
     kernels = (t for t in tensors(config) if t.stacked and t.name.endswith(".weight") and t.paths[0].endswith("/kernel"))
     return {
         t.name.removesuffix(".weight"): tuple(path.removeprefix("layers/").removesuffix("/kernel") for path in t.paths)

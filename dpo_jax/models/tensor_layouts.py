@@ -59,16 +59,40 @@ def stacked(*sizes: int) -> Layout:
 
 
 class Tensor(NamedTuple):
-    """One line of a family's table. `{}` in the name stands for the layer; `paths` under "layers/" are stacked over layers."""
+    """One line of a family's table. `{}` in the name stands for the layer; `paths` under "layers/" are stacked over layers.
+
+    Of a mixture of experts a layer has `experts` such tensors, stacked within the layer; `{expert}` stands for the expert.
+    """
 
     name: str
     paths: tuple[str, ...]
     layout: Layout = SAME
     alias: str | None = None  # another name for it that is met on the Hub
+    experts: int = 0
 
     @property
     def stacked(self) -> bool:
         return "{}" in self.name
+
+    def names(self, layer: int | None) -> list[str]:
+        """The names in a checkpoint: of each expert, or one."""
+        if not self.experts:
+            return [self.name.format(layer)]
+        return [self.name.format(layer, expert=expert) for expert in range(self.experts)]
+
+    def of_layers(self, layers: int) -> list[tuple[str, int | None]]:
+        """The names in a checkpoint of so many layers, each with its layer."""
+        return [(name, layer) for layer in (range(layers) if self.stacked else [None]) for name in self.names(layer)]
+
+    def loaded(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """What a checkpoint has under `names`, as our arrays of one layer."""
+        if not self.experts:
+            return list(self.layout.to_ours(arrays[0]))
+        return [np.stack(of_all) for of_all in zip(*map(self.layout.to_ours, arrays), strict=True)]
+
+    def hf_shape(self, ours: Sequence[Shape]) -> Shape:
+        """The shape of each of `names`, from those of our arrays of one layer."""
+        return self.layout.hf_shape([shape[1:] for shape in ours] if self.experts else ours)
 
 
 def linear(hf: str, ours: str, bias: bool, layout: Layout = TRANSPOSED) -> list[Tensor]:

@@ -30,7 +30,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, config: DecoderConfig):
         self.config = config
-        self.expected = {t.name.format(i): t for t in tensors(config) for i in (range(config.layers) if t.stacked else [0])}
+        self.expected = {name: t for t in tensors(config) for name, _ in t.of_layers(config.layers)}
         aliases = {t.alias: t.name for t in tensors(config) if t.alias}
         self.where: dict[str, tuple[Path, str]] = {}
         self.handles: dict[Path, Any] = {}

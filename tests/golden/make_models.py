@@ -82,6 +82,14 @@ CASES: dict[str, tuple[str, dict]] = {
         | {"sliding_window": 7, "original_max_position_embeddings": 32, "tie_word_embeddings": True}
         | {"rope_parameters": LONGROPE},
     ),
+    "mixtral": ("mixtral", LLAMA | {"num_local_experts": 5, "sliding_window": 7, "intermediate_size": 24}),
+    "olmoe": ("olmoe", LLAMA | {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 24}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        LLAMA
+        | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+        | {"head_dim": 12, "tie_word_embeddings": True},
+    ),
     "olmo2": ("olmo2", LLAMA | {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
 }
 

@@ -9,7 +9,21 @@ from typing import Literal
 from dpo_jax.cli.config.ranges import Problem, positive
 
 Family = Literal[
-    "gpt2", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3", "phi3"
+    "gpt2",
+    "gptj",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "smollm3",
+    "phi3",
+    "mixtral",
+    "olmoe",
+    "qwen3_moe",
 ]
 
 

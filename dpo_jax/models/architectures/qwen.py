@@ -25,7 +25,7 @@ def _qwen2(read: Reader) -> dict[str, Any]:
     return llama.shared_fields(read, sliding=_sliding(read)) | {"qkv_bias": True}
 
 
-def _qwen3(read: Reader) -> dict[str, Any]:
+def qwen3_fields(read: Reader) -> dict[str, Any]:
     return {**llama.shared_fields(read, sliding=_sliding(read)), **llama.attention_biases(read), "qk_norm": True}
 
 
@@ -43,7 +43,7 @@ QWEN3 = Family(
     title="Qwen3",
     architecture="Qwen3ForCausalLM",
     defaults={**_DEFAULTS, "head_dim": 128},
-    fields=_qwen3,
+    fields=qwen3_fields,
     tensors=llama.tensors,
     sizes=llama.sizes,
 )

@@ -1,0 +1,146 @@
+"""Matrix products in which each row has the matrix of its group: those of experts. No row is dropped, however groups differ.
+
+    groups = group_rows(chosen, experts)          where each row goes: rows of one group side by side, in whole blocks
+    x = to_groups(rows, groups)                   [slots, D]
+    y = grouped_product(x, kernels, groups)       [slots, F], with kernels [E, D, F]
+    z = from_groups(y, groups)                    [rows, F], in the order of `chosen`
+
+A group is padded to whole blocks of rows, so that a block has one matrix. On a CPU the product is a loop over blocks: there
+`jax.lax.ragged_dot` computes each row with every matrix. Elsewhere it is `ragged_dot`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.models.products import precision_of
+from dpo_jax.types import Array
+
+_SMALLEST, _LARGEST = 8, 128  # rows of a block
+
+
+class Groups(NamedTuple):
+    """Where rows lie. A slot is a place in the grouped order; some are empty."""
+
+    row: jax.Array  # int32[slots]  the row in each slot; the number of rows where it is empty
+    slot: jax.Array  # int32[rows]  the slot of each row
+    sizes: jax.Array  # int32[E]  slots of each group, whole blocks
+    of_block: jax.Array  # int32[blocks]  the group of each block
+
+
+def group_rows(chosen: Array, groups: int) -> Groups:
+    """`chosen[rows]` names the group of each row, 0 to `groups` - 1. The number of slots depends on shapes alone.
+
+    >>> found = group_rows(np.array([1, 0, 1]), 2)
+    >>> found.slot.tolist(), found.sizes.tolist()
+    ([8, 0, 9], [8, 8])
+    """
+    chosen = jnp.asarray(chosen, jnp.int32)
+    rows = len(chosen)
+    block = min(_LARGEST, max(_SMALLEST, 1 << max(rows // (4 * groups), 1).bit_length() - 1))
+    blocks = -(-(rows + groups * (block - 1)) // block)
+    counts = jnp.zeros(groups, jnp.int32).at[chosen].add(1)
+    sizes = -(-counts // block) * block
+    first_slot, first_row = jnp.cumsum(sizes) - sizes, jnp.cumsum(counts) - counts
+    order = jnp.argsort(chosen, stable=True)
+    group = chosen[order]
+    slots = first_slot[group] + jnp.arange(rows, dtype=jnp.int32) - first_row[group]
+    row = jnp.full(blocks * block, rows, jnp.int32).at[slots].set(order.astype(jnp.int32))
+    slot = jnp.zeros(rows, jnp.int32).at[order].set(slots)
+    begins = jnp.arange(blocks, dtype=jnp.int32) * block
+    of_block = jnp.minimum(jnp.searchsorted(jnp.cumsum(sizes), begins, side="right"), groups - 1)
+    return Groups(row, slot, sizes, of_block.astype(jnp.int32))
+
+
+def to_groups(x: jax.Array, groups: Groups) -> jax.Array:
+    """Rows [rows, D] in their slots [slots, D]; zeros in empty ones."""
+    return _permuted(x, groups.row, groups.slot)
+
+
+def from_groups(y: jax.Array, groups: Groups) -> jax.Array:
+    """Slots [slots, D] back in the order of the rows [rows, D]."""
+    return _permuted(y, groups.slot, groups.row)
+
+
+@jax.custom_vjp
+def _permuted(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+    """`x[index]`, zeros where that is outside. Its gradient is a permutation, too, and no sum of scattered rows."""
+    return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
+
+
+_permuted.defvjp(
+    lambda x, index, inverse: (_permuted(x, index, inverse), (index, inverse)),
+    lambda kept, g: (_permuted(g, kept[1], kept[0]), None, None),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_product(x: jax.Array, kernels: jax.Array, groups: Groups, transposed: bool = False) -> jax.Array:
+    """`x[s] @ kernels[group of s]` in each slot: [slots, D] and [E, D, F] give [slots, F].
+
+    `transposed`: `x[s] @ kernels[group of s].T`, [slots, F] to [slots, D].
+    """
+    return jax.lax.platform_dependent(
+        x,
+        kernels,
+        groups,
+        cpu=functools.partial(_in_blocks, transposed=transposed),
+        default=functools.partial(_ragged, transposed=transposed),
+    )
+
+
+def _forward(
+    x: jax.Array, kernels: jax.Array, groups: Groups, transposed: bool
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Groups]]:
+    product: Any = grouped_product(x, kernels, groups, transposed)
+    return product, (x, kernels, groups)
+
+
+def _backward(transposed: bool, kept: tuple[jax.Array, jax.Array, Groups], g: jax.Array) -> tuple[jax.Array, jax.Array, Groups]:
+    x, kernels, groups = kept
+    dx: Any = grouped_product(g, kernels, groups, not transposed)
+    left, right = (g, x) if transposed else (x, g)
+    dw = jax.lax.platform_dependent(left, right, kernels, groups, cpu=_outer_in_blocks, default=_ragged_outer)
+    return dx, dw, Groups(*(np.zeros(leaf.shape, jax.dtypes.float0) for leaf in groups))  # pyright: ignore[reportArgumentType]
+
+
+grouped_product.defvjp(_forward, _backward)
+
+
+def _in_blocks(x: jax.Array, kernels: jax.Array, groups: Groups, *, transposed: bool) -> jax.Array:
+    def one(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        rows, group = block
+        kernel = jax.lax.dynamic_index_in_dim(kernels, group, keepdims=False)
+        return jnp.dot(rows, kernel.T if transposed else kernel, precision=precision_of(x.dtype))
+
+    blocks = len(groups.of_block)
+    return jax.lax.map(one, (x.reshape(blocks, -1, x.shape[-1]), groups.of_block)).reshape(len(x), -1)
+
+
+def _outer_in_blocks(left: jax.Array, right: jax.Array, kernels: jax.Array, groups: Groups) -> jax.Array:
+    """The gradient of the kernels: the sum of `left[s]^T right[s]` over the slots of each group."""
+    blocks = len(groups.of_block)
+
+    def add(total: jax.Array, block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        a, b, group = block
+        product = jnp.dot(a.T, b, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
+        return total.at[group].add(product), None
+
+    parts = (left.reshape(blocks, -1, left.shape[-1]), right.reshape(blocks, -1, right.shape[-1]), groups.of_block)
+    total, _ = jax.lax.scan(add, jnp.zeros(kernels.shape, jnp.float32), parts)
+    return total.astype(kernels.dtype)
+
+
+def _ragged(x: jax.Array, kernels: jax.Array, groups: Groups, *, transposed: bool) -> jax.Array:
+    kernels = kernels.swapaxes(1, 2) if transposed else kernels
+    return jax.lax.ragged_dot(x, kernels, groups.sizes, precision=precision_of(x.dtype))
+
+
+def _ragged_outer(left: jax.Array, right: jax.Array, kernels: jax.Array, groups: Groups) -> jax.Array:
+    product = functools.partial(_ragged, left, groups=groups, transposed=False)
+    return jax.linear_transpose(product, kernels)(right)[0]
