@@ -73,7 +73,7 @@ def test_groups_are_whole_blocks_and_no_row_is_lost(rows):
 def test_many_small_experts_are_one_mlp():
     """Where every token takes all experts, and shares are equal, they are one wide MLP divided by their number."""
     few = hf_config("mixtral", mlp_width=8, **SIZES) | {"num_local_experts": 3, "num_experts_per_tok": 3}
-    wide = hf_config("llama", mlp_width=24, **SIZES) | {"rms_norm_eps": 1e-5}
+    wide = hf_config("llama", mlp_width=24, **SIZES) | {"rms_norm_eps": 1e-5, "rope_theta": 1e6}
     model, dense = make_model(decoder_config(few)), make_model(decoder_config(wide))
     variables = jax.jit(model.init)(jax.random.key(0))
     mlp = variables["params"]["layers"]["mlp"]

@@ -28,7 +28,7 @@ FLOORS = [
     (7, ["cli/"]),
 ]
 ONLY_IN = {
-    "flax": ["models/decoder.py", "models/layers.py"],
+    "flax": ["models/decoder.py", "models/experts.py", "models/layers.py"],
     "orbax": ["runtime/checkpoint.py"],
     "yaml": ["cli/config/file.py"],
     "tyro": ["cli/flags.py"],
