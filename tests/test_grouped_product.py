@@ -48,7 +48,7 @@ def test_each_row_meets_the_matrix_of_its_group(name):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_loop_and_ragged_product_are_the_same(transposed):
-    """A CPU takes the one, GPUs and TPUs the other."""
+    """TPUs take the second."""
     groups = group_rows(np.array(CHOSEN["mixed"]), GROUPS)
     x, kernels = inputs(CHOSEN["mixed"])
     slots = to_groups(x if not transposed else x[:, :F], groups)

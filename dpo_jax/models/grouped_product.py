@@ -5,8 +5,8 @@
     y = grouped_product(x, kernels, groups)       [slots, F], with kernels [E, D, F]
     z = from_groups(y, groups)                    [rows, F], in the order of `chosen`
 
-A group is padded to whole blocks of rows, so that a block has one matrix. On a CPU the product is a loop over blocks: there
-`jax.lax.ragged_dot` computes each row with every matrix. Elsewhere it is `ragged_dot`.
+A group is padded to whole blocks of rows, so that a block has one matrix. On TPUs the product is `jax.lax.ragged_dot`, which has
+a kernel there. Elsewhere it is a loop over blocks: XLA for CPUs and GPUs computes a `ragged_dot` with every matrix for each row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from dpo_jax.models.products import precision_of
 from dpo_jax.types import Array
 
-_SMALLEST, _LARGEST = 8, 128  # rows of a block
+_SMALLEST, _LARGEST = 8, 512  # rows of a block
 
 
 class Groups(NamedTuple):
@@ -89,8 +89,8 @@ def grouped_product(x: jax.Array, kernels: jax.Array, groups: Groups, transposed
         x,
         kernels,
         groups,
-        cpu=functools.partial(_in_blocks, transposed=transposed),
-        default=functools.partial(_ragged, transposed=transposed),
+        tpu=functools.partial(_ragged, transposed=transposed),
+        default=functools.partial(_in_blocks, transposed=transposed),
     )
 
 
@@ -105,7 +105,7 @@ def _backward(transposed: bool, kept: tuple[jax.Array, jax.Array, Groups], g: ja
     x, kernels, groups = kept
     dx: Any = grouped_product(g, kernels, groups, not transposed)
     left, right = (g, x) if transposed else (x, g)
-    dw = jax.lax.platform_dependent(left, right, kernels, groups, cpu=_outer_in_blocks, default=_ragged_outer)
+    dw = jax.lax.platform_dependent(left, right, kernels, groups, tpu=_ragged_outer, default=_outer_in_blocks)
     return dx, dw, Groups(*(np.zeros(leaf.shape, jax.dtypes.float0) for leaf in groups))  # pyright: ignore[reportArgumentType]
 
 
