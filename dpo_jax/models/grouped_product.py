@@ -5,8 +5,8 @@
     y = grouped_product(x, kernels, groups)       [slots, F], with kernels [E, D, F]
     z = from_groups(y, groups)                    [rows, F], in the order of `chosen`
 
-A group is padded to whole blocks of rows, so that a block has one matrix. On TPUs the product is `jax.lax.ragged_dot`, which has
-a kernel there. Elsewhere it is a loop over blocks: XLA for CPUs and GPUs computes a `ragged_dot` with every matrix for each row.
+A group is padded to whole blocks of rows, so that a block has one matrix. On TPUs the product is `jax.lax.ragged_dot`, which
+has a kernel there. Elsewhere it is a loop over blocks: XLA for CPUs and GPUs would multiply each row by every matrix.
 """
 
 from __future__ import annotations
