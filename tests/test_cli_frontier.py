@@ -334,7 +334,8 @@ def pieces(study):
     learned = ("--data.source", "files", "--data.path", labels)
     against = ("--ppo.reward-model", root / "run" / "reward-model" / "export")
     on_mesh = ("--run.devices", "mesh")  # and the sweep on one device: the numbers are the same
-    for command, *flags in (("label",), ("reward-model", *learned, *on_mesh), ("ppo", *against, *on_mesh), ("optimum",)):
+    ppo = ("ppo", *against, *on_mesh, "--run.save-every-steps", 1)
+    for command, *flags in (("label",), ("reward-model", *learned, *on_mesh), ppo, ("optimum",)):
         code, printed[command], err = call(command, root / "toy.yaml", *flags)
         assert code == 0, (command, err)
     return root / "run", printed
@@ -387,6 +388,27 @@ def test_ppo_against_that_reward_is_the_ppo_of_the_sweep(pieces):
     assert any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, weights), strict=True))
     sampled = call("sample", run.parent / "toy.yaml", "--sample.policy", run / "ppo" / "export", "--sample.max-new-tokens", 4)
     assert len([json.loads(line)["completion"] for line in sampled.out.splitlines()]) == 8
+
+
+def test_ppo_continues_from_its_last_checkpoint_and_refuses_other_settings(pieces):
+    run, _ = pieces
+    folder, against = run / "ppo", ("--ppo.reward-model", run / "reward-model" / "export", "--run.devices", "mesh")
+
+    def left():
+        weights = (folder / "export" / "model.safetensors").read_bytes()
+        return weights, (folder / "result.json").read_bytes(), read_metrics(folder / "metrics.jsonl")
+
+    before = left()
+    shutil.rmtree(folder / "checkpoints" / "2")  # as a run leaves it that was killed after its first rollout
+    code, out, err = call("ppo", run.parent / "toy.yaml", *against)
+    assert (code, f"continuing {folder} after 1 steps" in out) == (0, True), err
+    assert left() == before
+    config = (folder / "config.yaml").read_bytes()
+    code, _, err = call("ppo", run.parent / "toy.yaml", "--ppo.target-kl", 4)
+    assert code == 2
+    for line in ("ppo.target_kl: was 3.0, is 4.0", "ppo.reward_model: was '", "choose another --run.dir"):
+        assert line in err
+    assert (folder / "config.yaml").read_bytes() == config
 
 
 def test_the_optimum_is_that_of_the_samples(pieces):

@@ -328,7 +328,7 @@ def test_the_policy_may_be_the_model_itself(small, ran, capsys):
             "(dpo, plan, reward-model, ppo, online, frontier, robust, bench would)",
         ),
         (["reward-model", "SMALL", "--run.wandb", "x"], "--run.wandb: reward-model does not read this option ("),
-        (["ppo", "SMALL", "--run.save-every-steps", "5"], "--run.save-every-steps: ppo does not read this option ("),
+        (["ppo", "SMALL", "--run.wandb", "x"], "--run.wandb: ppo does not read this option ("),
         (["dpo", "SMALL", "--ref-model-sync-steps", "5"], "--ref-model-sync-steps: unknown option; instead: --dpo.refresh-ref"),
         (["sample", "SMALL", "--data.source", "tfds"], "data.path: source tfds needs"),
         (["dpo", "SMALL", "--learning-rate", "1e-6"], "--learning-rate: unknown option; instead: --dpo.lr\n"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tabular_model import CONTEXTS, NEW, WORDS, tabular_model
 
 from dpo_jax.data.layout import Layout, completion_rows
 from dpo_jax.logps import sequence_logps
@@ -39,7 +40,6 @@ from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
 from dpo_jax.sampling import generate
 from dpo_jax.step import init_state
-from dpo_jax.types import Model
 
 SIZES = {"vocab_size": 32, "width": 32, "layers": 1, "heads": 4, "max_positions": 64, "eos_token_id": 0}
 MODEL = with_scalar_head(make_model(decoder_config(hf_config("llama", **SIZES))))
@@ -50,43 +50,13 @@ CLIPS = {"clip": 0.2, "value_clip": 0.3, "value_weight": 0.5}
 
 # ---- a world that can be counted: two prompts, three words and EOS, at most two tokens
 
-WORDS, NEW = 4, 2
 COMPLETIONS = [[EOS], *([a, b] for a, b in itertools.product(range(1, WORDS), range(WORDS)))]
 REWARDS = np.random.default_rng(5).normal(0, 1, size=(2, len(COMPLETIONS)))
 REWARD_OF = {(p + 1, tuple(y)): r for p, row in enumerate(REWARDS) for y, r in zip(COMPLETIONS, row, strict=True)}
-CONTEXTS = (WORDS + 1) ** NEW  # of at most NEW tokens
 ALL = completion_rows([(np.array([p]), np.array(y)) for p in (1, 2) for y in COMPLETIONS], length=1 + NEW)
 
 
-def tabular_model():
-    """The hidden state is one-hot in the tokens seen, so that head and value function are free tables over contexts."""
-
-    def states(codes, k_start, k_end):
-        keys = jnp.arange(codes.shape[1], dtype=jnp.int32)[None, None, :]
-        seen = (keys >= k_start[:, :, None]) & (keys < k_end[:, :, None])
-        return jax.nn.one_hot(jnp.where(seen, codes[:, None, :], 0).sum(axis=-1), CONTEXTS)
-
-    def codes_of(rows):
-        return (jnp.asarray(rows.tokens) + 1) * (WORDS + 1) ** jnp.asarray(rows.positions)
-
-    def decode(variables, rows, cache):
-        codes = jax.lax.dynamic_update_slice(cache["codes"], codes_of(rows), (0, cache["length"]))
-        hidden = states(codes, rows.k_start, rows.k_end)
-        return hidden, {"codes": codes, "length": cache["length"] + jnp.int32(rows.tokens.shape[1])}
-
-    return with_scalar_head(
-        Model(
-            init=lambda key: {"params": {"table": jax.random.normal(key, (CONTEXTS, WORDS))}},
-            forward=lambda variables, rows: states(codes_of(rows), rows.k_start, rows.k_end),
-            unembed=lambda variables, hidden: hidden @ variables["params"]["table"],
-            init_cache=lambda batch, length, dtype: {"codes": jnp.zeros((batch, length), jnp.int32), "length": jnp.int32(0)},
-            decode=decode,
-            axes=lambda: {"params": {"table": jax.sharding.PartitionSpec(None, "vocab")}},
-        )
-    )
-
-
-TABULAR = tabular_model()
+TABULAR = with_scalar_head(tabular_model())
 LOGPS = jax.jit(functools.partial(sequence_logps, TABULAR))
 
 

@@ -25,7 +25,6 @@ def module_of(name: str) -> str:
 
 # Every step of a run takes the sections that describe it, so that one set of flags serves them all.
 _RUN = ("run", "mesh", "data", "tokenizer", "model")
-_CONTINUED = ("save_every_steps", "save_every_minutes", "max_to_keep", "checkpoints", "resume")
 _LOGGED = ("eval_every_examples", "tensorboard", "wandb", "trackio")
 
 
@@ -126,7 +125,7 @@ COMMANDS = {
     "ppo": Command(
         "train the policy by PPO against the true or a learned reward",
         (
-            *_run_without(*_CONTINUED, *_LOGGED),
+            *_run_without(*_LOGGED),
             "dpo.policy",
             "lora",
             *_SCHEDULE,

@@ -9,6 +9,7 @@ import importlib.metadata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config import Config, ConfigError, TrainingConfig
 from dpo_jax.data.chat_date import writes_date
 from dpo_jax.data.pairs import DataReport
@@ -31,6 +32,13 @@ def settings(config: Config, section: TrainingConfig) -> dict[str, Any]:
     lora = dataclasses.asdict(config.lora) if config.lora.rank is not None else {"rank": None}
     options |= {f"lora.{name}": value for name, value in lora.items()}
     return {**options, "seed": config.run.seed, "precision": config.run.precision}
+
+
+def settings_read(config: Config, command: str) -> dict[str, Any]:
+    """Of the options of DPO those that a command reads; seed, precision and adapter."""
+    read = {option.removeprefix("dpo.") for option in COMMANDS[command].reads} | {"seed", "precision"}
+    every = settings(config, config.dpo)
+    return {name: value for name, value in every.items() if name in read or name.startswith("lora.")}
 
 
 def data_record(config: Config, tokenizer: Any, reports: Sequence[DataReport], *, held_out: str) -> dict[str, Any]:

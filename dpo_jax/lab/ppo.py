@@ -1,8 +1,12 @@
-"""A policy trained by PPO in a world: rollouts, their rewards on the host, and a KL coefficient that seeks its target."""
+"""A policy trained by PPO in a world: rollouts, their rewards on the host, and a KL coefficient that seeks its target.
+
+A step of the training loop is a rollout. Its state, a `PpoState`, is all that the next rollout depends on besides its number.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -13,10 +17,13 @@ import jax
 import numpy as np
 import optax
 
+from dpo_jax.data.loader import round_up
 from dpo_jax.data.tokenizer import decode_completion
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.world import Points, World
 from dpo_jax.ppo import (
+    Collected,
+    Prompts,
     ScoreStats,
     advantages,
     collect,
@@ -30,9 +37,11 @@ from dpo_jax.ppo import (
 )
 from dpo_jax.reward_model import HEAD, scalar_head, with_scalar_head
 from dpo_jax.runtime.fit import fit
-from dpo_jax.runtime.metrics import MetricsLog
+from dpo_jax.runtime.metrics import MetricsLog, is_evaluation, read_metrics
 from dpo_jax.runtime.progress import reported
-from dpo_jax.types import TrainState, Variables
+from dpo_jax.runtime.rundir import RunDir
+from dpo_jax.training.run import train
+from dpo_jax.types import Array, Partitioner, TrainState, Variables
 
 
 class PpoOptions(NamedTuple):
@@ -51,13 +60,47 @@ class PpoOptions(NamedTuple):
     lam: float
 
 
-class PpoState(NamedTuple):
-    """What PPO carries from rollout to rollout. `step` counts these, `train.step` the optimizer steps."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PpoState:
+    """What PPO carries from rollout to rollout. `step` counts these, `train.step` the optimizer steps.
 
-    step: int
+    Only `train` lies on the devices. The rest stays on the host, as numpy arrays: in float64, which JAX would round.
+    """
+
+    step: Array  # int64[]
     train: TrainState
-    kl_coef: float
-    stats: ScoreStats  # of all rewards so far
+    kl_coef: Array  # float64[]
+    stats: ScoreStats  # of all rewards so far, float64[] each
+
+    @classmethod
+    def of(cls, step: int, train: TrainState, kl_coef: float, stats: ScoreStats) -> PpoState:
+        """From numbers."""
+        wide = functools.partial(np.array, dtype=np.float64)
+        return cls(np.array(step, np.int64), train, wide(kl_coef), jax.tree.map(wide, stats))
+
+    @property
+    def frozen(self) -> Variables:
+        """What is only read, which no checkpoint holds."""
+        return self.train.frozen
+
+    def replace(self, *, frozen: Variables) -> PpoState:
+        return dataclasses.replace(self, train=self.train.replace(frozen=frozen))
+
+
+def _placing(partitioner: Partitioner) -> Partitioner:
+    """`partitioner` for a `PpoState`, of which it places what is trained, and leaves the rest on the host."""
+
+    def get_state(state: Any) -> Any:
+        """Also of `state.step` alone."""
+        if not isinstance(state, PpoState):
+            return state
+        return dataclasses.replace(state, train=partitioner.get_state(state.train))
+
+    def put_state(state: Any) -> Any:
+        return dataclasses.replace(state, train=partitioner.put_state(state.train))
+
+    return partitioner._replace(get_state=get_state, put_state=put_state)
 
 
 class Draw(NamedTuple):
@@ -87,6 +130,26 @@ def _draws(prompts: int, *, size: int, epochs: int, seed: int) -> Callable[[int]
     return draw
 
 
+def collect_in_parts(
+    compiled: Callable[[Any, Prompts], Collected], variables: Any, prompts: Prompts, *, size: int
+) -> Collected:
+    """`compiled(variables, prompts)`, of `collect`, about `size` rows at a time: a large rollout does not fit at once.
+
+    Every part has the same number of rows: the last one is filled up with the first row. Samples are those of one call, as each
+    row has a key of its own.
+    """
+    rows = len(prompts.lengths)
+    parts = -(-rows // size)
+    if parts == 1:
+        return compiled(variables, prompts)
+    filled = np.resize(np.arange(rows), parts * size)
+    found = [
+        compiled(variables, Prompts(*(np.asarray(leaf)[members] for leaf in prompts))) for members in np.split(filled, parts)
+    ]
+    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:rows], *found)
+    return dataclasses.replace(whole, rows=whole.rows.replace(index=np.arange(rows, dtype=np.int32)))
+
+
 class PpoMethod:
     """PPO in a world. Reward and target KL are not part of its programs: runs that differ in them share these."""
 
@@ -111,7 +174,7 @@ class PpoMethod:
 
     def train(
         self,
-        folder: Path,
+        folder: Path | RunDir,
         *,
         reward: Reward,
         target_kl: float,
@@ -120,37 +183,52 @@ class PpoMethod:
         seed: int,
         say: Callable[[str], None] = lambda line: None,
         measure: Callable[[Variables], dict[str, float]] | None = None,
+        resumable: Mapping[str, Any] | None = None,
     ) -> tuple[Points, Variables]:
         """`evaluations` points of a run from the reference, equally far apart, and the final policy's variables on the host.
 
         `target_kl` is in nats a completion. `kl_coef`, at the start: rewards are normalised, so its unit is their standard
         deviation a nat. Also leaves `metrics.jsonl` in `folder`, with a row for each rollout. `say` is given a line for each
         point, which `measure` (default: `World.measure`) makes of a policy. Raises `NonFinite` for a loss that is not.
+
+        `resumable` are options of `training.run.train`, at least a `fingerprint` that holds the arguments above: a run in
+        `folder` that was killed then continues, and ends with the same bits. Without them nothing is saved on the way.
         """
-        o, world, partitioner = self.options, self.world, self.world.partitioner
-        points = Points()
+        o, world, partitioner = self.options, self.world, _placing(self.world.partitioner)
+        log_file = folder.metrics if isinstance(folder, RunDir) else folder / "metrics.jsonl"
 
         def evaluate(state: PpoState, done: int) -> Mapping[str, float]:
             measured = (measure or world.measure)(_policy(state.train))
-            points.append({"step": float(done * o.epochs * o.minibatches), **measured})
             say(f"rollout {done}/{o.iterations}: reward {measured['reward']:.2f} at KL {measured['kl']:.2f} nats")
             return measured
 
-        rollouts = reported("PPO", total=o.iterations, unit="rollouts", brief=True)
-        with MetricsLog(folder / "metrics.jsonl") as log, rollouts as task:
-            state = fit(
-                functools.partial(self._rollout, reward=reward, target_kl=target_kl, key=jax.random.key(seed)),
-                PpoState(0, self._begin(), kl_coef, ScoreStats()),
-                _draws(len(world.train.ids), size=o.batch, epochs=o.epochs, seed=seed),
-                total_steps=o.iterations,
-                log=log,
-                evaluate=evaluate,
-                eval_every=max(1, math.ceil(o.iterations / evaluations)),
-                check=lambda step, row: task.advance(
-                    note="reward {rollout/reward:.2f}, KL {rollout/kl:.2f} nats".format(**row)
-                ),
-            )
-        return points, partitioner.to_host(_policy(state.train))
+        step = functools.partial(self._rollout, reward=reward, target_kl=target_kl, key=jax.random.key(seed))
+        state = PpoState.of(0, self._begin(), kl_coef, ScoreStats())
+        draws = _draws(len(world.train.ids), size=o.batch, epochs=o.epochs, seed=seed)
+        every = max(1, math.ceil(o.iterations / evaluations))
+        with reported("PPO", total=o.iterations, unit="rollouts", brief=True) as task:
+            done = 0
+
+            def check(step: int, row: Mapping[str, float]) -> None:
+                nonlocal done
+                task.advance(step + 1 - done, note="reward {rollout/reward:.2f}, KL {rollout/kl:.2f} nats".format(**row))
+                done = step + 1
+
+            options: dict[str, Any] = {"total_steps": o.iterations, "evaluate": evaluate, "eval_every": every, "check": check}
+            if resumable is None:
+                with MetricsLog(log_file) as log:
+                    state = fit(step, state, draws, log=log, get_state=partitioner.get_state, **options)
+            else:
+                state = train(step, state, draws, folder=folder, partitioner=partitioner, say=say, **options, **resumable)
+        return self._points(log_file), partitioner.to_host(_policy(state.train))
+
+    def _points(self, log_file: Path) -> Points:
+        """Those of the log, as some may have been measured before the run was interrupted."""
+        points, each = Points(), self.options.epochs * self.options.minibatches
+        for row in filter(is_evaluation, read_metrics(log_file)):
+            measured = {name.removeprefix("eval/"): value for name, value in row.items() if name != "step"}
+            points.append({"step": float(row["step"] * each), **measured})
+        return points
 
     def _rollout(
         self, state: PpoState, draw: Draw, *, reward: Reward, target_kl: float, key: jax.Array
@@ -158,29 +236,31 @@ class PpoMethod:
         """Samples completions, scores them, and takes some epochs of optimizer steps on them."""
         o, world = self.options, self.world
         ids, texts = ([side[i] for i in draw.prompts] for side in (world.train.ids, world.train.texts))
-        prompts = prompt_batch(ids, jax.random.fold_in(key, state.step), length=world.width - world.max_new_tokens)
-        collected = self.collect((state.train.variables, world.reference), prompts)
+        number, kl_coef = int(state.step), float(state.kl_coef)
+        prompts = prompt_batch(ids, jax.random.fold_in(key, number), length=world.width - world.max_new_tokens)
+        at_once = round_up(min(world.batch, o.batch), world.partitioner.row_shards)
+        collected = collect_in_parts(self.collect, (state.train.variables, world.reference), prompts, size=at_once)
         completions = [
             decode_completion(world.tokenizer, prompt, completion, stop_ids=world.stop_ids)
             for prompt, completion in zip(ids, completion_ids(collected.rows), strict=True)
         ]
         scores = reward(texts, completions)
-        stats = observe(state.stats, scores)
+        stats = observe(ScoreStats(*map(float, state.stats)), scores)
         normal = normalised(stats, scores).astype(np.float32)
-        rollout, health = self.advantages(collected, normal, kl_coef=np.float32(state.kl_coef))
+        rollout, health = self.advantages(collected, normal, kl_coef=np.float32(kl_coef))
         rng, size, part = copy.deepcopy(draw.orders), o.batch // o.minibatches, world.partitioner.host_part
-        train, metrics = state.train, {}
+        trained, metrics = state.train, {}
         for _ in range(o.epochs):
             for rows in minibatches(rollout, size=size, rng=rng, part=part):
-                train, metrics = self.step(train, rows)
+                trained, metrics = self.step(trained, rows)
         row = {
             **{f"rollout/{name}": value for name, value in health.items()},
             **metrics,
             "rollout/reward": np.mean(scores),
-            "kl_coef": state.kl_coef,
+            "kl_coef": kl_coef,
         }
-        kl_coef = next_kl_coef(state.kl_coef, kl=float(health["kl"]), target=target_kl, horizon=o.horizon, samples=o.batch)
-        return PpoState(state.step + 1, train, kl_coef, stats), row
+        moved = next_kl_coef(kl_coef, kl=float(health["kl"]), target=target_kl, horizon=o.horizon, samples=o.batch)
+        return PpoState.of(number + 1, trained, moved, stats), row
 
     def _begin(self) -> TrainState:
         partitioner, head = self.world.partitioner, scalar_head(self.model.config.width)

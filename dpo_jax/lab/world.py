@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,10 @@ class Prompts(NamedTuple):
         """Those with the numbers `chosen`."""
         some = [int(number) for number in chosen]
         return Prompts([self.texts[number] for number in some], [self.ids[number] for number in some])
+
+    def digest(self) -> str:
+        """SHA-256 of the token ids, in order."""
+        return hashlib.sha256(b"".join(np.append(ids, -1).astype("<i4").tobytes() for ids in self.ids)).hexdigest()
 
 
 class Scored(NamedTuple):

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -35,11 +35,20 @@ from dpo_jax.training.fingerprint import (
 from dpo_jax.training.moving import Moving
 from dpo_jax.training.references import SAY
 from dpo_jax.training.stopping import EarlyStopping
-from dpo_jax.types import Partitioner, TrainState
+from dpo_jax.types import Partitioner, Variables
 from dpo_jax.writing import appending
 
 Evaluate = Callable[[Any, int], Mapping[str, Any]]
 """(state, steps taken) -> metrics."""
+
+
+@runtime_checkable
+class PartlyFrozen(Protocol):
+    """A state, such as `TrainState`, of which a part is only read."""
+
+    @property
+    def frozen(self) -> Variables: ...
+    def replace(self, *, frozen: Variables) -> Any: ...
 
 
 def train(
@@ -101,8 +110,8 @@ def train(
 
     Args:
       step: compiled `step(state, batch) -> (state, metrics)`, as `Partitioner.compile_step` gives it.
-      state: any tree of arrays with an integer `step`, as `partitioner` has placed it. Checkpoints leave out what a
-        `TrainState` holds as `frozen`: whoever continues gives that again, and its digest belongs into `fingerprint`.
+      state: any tree of arrays with an integer `step`, as `partitioner` has placed it. Checkpoints leave out what it holds as
+        `frozen`, if it is `PartlyFrozen`: whoever continues gives that again, and its digest belongs into `fingerprint`.
       stream: `stream(i)` is the batch of step `i`, a pure function of `i`; see `runtime.fit.fit`.
       fingerprint: JSON values that must not change when the run is continued: settings, and as `data` a digest of the data. A
         difference is a `RunMismatch` that names it. See `dpo_jax.training.fingerprint`.
@@ -143,6 +152,11 @@ def train(
             state = _at_its_reference(state, start, moving, store, partitioner)
         judge = None if evaluate is None else functools.partial(_finite, evaluate)
         log = held.enter_context(MetricsLog(run.metrics, writers=writers())) if hosts.is_first() else None
+        lost = judge is not None and _is_due(start, eval_every, total_steps)  # a signal may have come in its place
+        if lost and stopping is not None:
+            lost = stopping.last < start
+        elif lost:
+            lost = start < total_steps and not _is_evaluated(log, start)
         state = fit(
             step,
             state,
@@ -155,7 +169,7 @@ def train(
             progress=progress if hosts.is_first() else None,
             evaluate=judge,
             eval_every=eval_every,
-            evaluate_first=stopping is not None and stopping.last < start and _is_due(start, eval_every, total_steps),
+            evaluate_first=lost,
             watch=stopping.watching(store) if stopping is not None else None,
             save_every=save_every,
             save_every_minutes=save_every_minutes if hosts.is_first() else 0.0,
@@ -230,13 +244,18 @@ def _is_other_data(saved: SavedRun | None, data: Mapping[str, Any], total_steps:
     return other_held_out(saved, data) and saved is not None and saved.step == total_steps
 
 
+def _is_evaluated(log: MetricsLog | None, done: int) -> bool:
+    """Whether the log, which the first host has, holds an evaluation after `done` steps. All hosts call it."""
+    found = log is not None and any(is_evaluation(row) and row["step"] == done for row in read_metrics(log.path))
+    return hosts.anywhere(found)
+
+
 def _evaluate_last(evaluate: Evaluate, state: Any, done: int, *, log: MetricsLog | None, again: bool) -> None:
     """Evaluates the final state where the log has no such row yet, or `again`.
 
     A signal during the last step saves the state without evaluating it, and other held-out data need another evaluation.
     """
-    has_row = log is not None and any(is_evaluation(row) and row["step"] == done for row in read_metrics(log.path))
-    if hosts.anywhere(has_row and not again):
+    if _is_evaluated(log, done) and not again:
         return
     with reported("evaluating", brief=True):
         metrics = evaluate(state, done)
@@ -314,7 +333,7 @@ def _renew(moving: Moving, store: Checkpoints, state: Any, done: int, pause: Cal
 
 def _in_place_of(state: Any, restored: Any, partitioner: Partitioner) -> Any:
     """What was read, on the devices, with what is frozen. `state` is given back."""
-    if not isinstance(state, TrainState):
+    if not isinstance(state, PartlyFrozen):
         free(state)
         return partitioner.put_state(restored)
     free(state.replace(frozen={}))
@@ -323,7 +342,7 @@ def _in_place_of(state: Any, restored: Any, partitioner: Partitioner) -> Any:
 
 def _saved(partitioner: Partitioner, state: Any) -> Any:
     """A state in the form that is saved, without what is frozen; or a part of it."""
-    return partitioner.get_state(state.replace(frozen={}) if isinstance(state, TrainState) else state)
+    return partitioner.get_state(state.replace(frozen={}) if isinstance(state, PartlyFrozen) else state)
 
 
 def _read(store: Checkpoints, state: Any, partitioner: Partitioner, *, only: int | None = None) -> tuple[Any, Any] | None:

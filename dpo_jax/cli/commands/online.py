@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -156,7 +155,6 @@ def _rounds(config: Config, run: RunDir, world: World, digests: Mapping[str, str
 
 def _settings(config: Config, world: World) -> dict[str, Any]:
     """What samples, labels and pairs of a round depend on, besides the weights of policy and reference."""
-    pool = hashlib.sha256(b"".join(np.append(ids, -1).astype("<i4").tobytes() for ids in world.train.ids)).hexdigest()
     online = {name: value for name, value in dataclasses.asdict(config.online).items() if name not in NOT_OF_A_ROUND}
     return {
         **{f"online.{name}": value for name, value in online.items()},
@@ -168,7 +166,7 @@ def _settings(config: Config, world: World) -> dict[str, Any]:
         "precision": config.run.precision,
         "tokenizer": tokenizer_digest(world.tokenizer),
         "architecture": architecture(world.model),
-        "prompts": pool,
+        "prompts": world.train.digest(),
     }
 
 

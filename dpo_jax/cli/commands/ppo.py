@@ -1,37 +1,50 @@
 """`dpo-jax ppo`: one policy trained by PPO, from the starting policy, against the true reward or a learned one.
 
-In `<run.dir>/ppo`: `export/` (the policy), `metrics.jsonl` (a row for each rollout), `plots/` and `result.json` (true reward
-and KL on held-out prompts, on the way). It starts anew. Sizes and learning rate are the options `frontier.ppo_*`.
+In `<run.dir>/ppo`: `export/` (the policy), `checkpoints/`, `metrics.jsonl` (a row for each rollout), `plots/` and `result.json`
+(true reward and KL on held-out prompts, on the way). The same command continues a run that was killed, to the same bits. Sizes
+and learning rate are the options `frontier.ppo_*`; `run.save_every_steps` counts rollouts.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
-from dpo_jax.cli import build
+from dpo_jax.cli import build, identity
+from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.commands.export import write_model, writer
 from dpo_jax.cli.commands.frontier import first_kl_coef, ppo_method, refuse_bfloat16
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.experiment import has_true_reward, make_world, sized
+from dpo_jax.cli.frontier_runs import classifier_name
+from dpo_jax.cli.train import earlier_run
 from dpo_jax.cli.trained import planned
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.reward_model import RewardModel, load_head
-from dpo_jax.lab.world import LEARNED
+from dpo_jax.lab.world import LEARNED, World
+from dpo_jax.models.digest import files_digest
 from dpo_jax.models.hub import resolve
 from dpo_jax.plotting.training_curves import plot_training
 from dpo_jax.reward_model import HEAD, with_scalar_head
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.progress import reported
-from dpo_jax.runtime.rundir import write_json
+from dpo_jax.runtime.rundir import RunDir, write_json
+from dpo_jax.training.fingerprint import architecture, check_settings
 from dpo_jax.untrusted import Unreadable
 
 
 def run(config: Config) -> int:
     config = sized(config)
     refuse_bfloat16(config, "ppo")
-    with build.open_run(config, "ppo") as run_dir:
+    with build.open_run(config, "ppo", continues=True) as run_dir:
+        saved = earlier_run(config, "ppo", config.dpo)
         path = config.ppo.reward_model
         reward = learned_reward(config, path, name="ppo.reward_model", batch=config.frontier.sample_batch) if path else None
+        settings = _settings(config)
+        if saved is not None:
+            with identity.refusing_mismatch():
+                check_settings(saved.place, saved.fingerprint, settings)
         judge = None if has_true_reward(config) else reward
         if judge:
             print("the true reward of these data is not known: the policy is measured by the learned one, too", flush=True)
@@ -40,16 +53,17 @@ def run(config: Config) -> int:
             world.beside[LEARNED] = reward
         before = world.measure(world.reference)
         print(f"the reference: reward {before['reward']:.2f}", flush=True)
-        run_dir.metrics.unlink(missing_ok=True)
-        points, variables = ppo_method(config, world).train(
-            run_dir.path,
-            reward=reward or world.reward,
-            target_kl=config.ppo.target_kl,
-            kl_coef=first_kl_coef(config.ppo.target_kl),
-            evaluations=config.frontier.evaluations,
-            seed=config.run.seed,
-            say=functools.partial(print, flush=True),
-        )
+        with identity.refusing_mismatch():
+            points, variables = ppo_method(config, world).train(
+                run_dir,
+                reward=reward or world.reward,
+                target_kl=config.ppo.target_kl,
+                kl_coef=first_kl_coef(config.ppo.target_kl),
+                evaluations=config.frontier.evaluations,
+                seed=config.run.seed,
+                say=functools.partial(print, flush=True),
+                resumable=_resumable(config, run_dir, world, {**settings, **digests}) | {"saved": saved},
+            )
         with reported("exporting the policy"):
             model = build.policy_model(config, config.dpo_policy(), world.tokenizer, name="dpo.policy")
             part = planned(config, config.dpo, model)
@@ -64,6 +78,36 @@ def run(config: Config) -> int:
         )
         print(f"the policy is in {folder}")
     return 0
+
+
+def _resumable(config: Config, run_dir: RunDir, world: World, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `training.run.train`. `facts`: settings, and the digests of the weights."""
+    of_data = {"data": world.train.digest(), "architecture": architecture(world.model)}
+    return {
+        "fingerprint": {**facts, **of_data},
+        "data": identity.data_record(config, world.tokenizer, [], held_out=world.test.digest()),
+        "checkpoints": config.checkpoints_of("ppo") if config.run.checkpoints is not None else None,
+        "max_to_keep": config.run.max_to_keep,
+        "save_every": config.run.save_every_steps,
+        "save_every_minutes": config.run.save_every_minutes,
+        "begin": functools.partial(build.describe, run_dir, config),
+    }
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """The options that decide what is computed. Of sample_batch rows are independent; `sized` has taken account of fast."""
+    names = [option for option in COMMANDS["ppo"].reads if option.startswith("frontier.")]
+    found = {name: getattr(config.frontier, name.removeprefix("frontier.")) for name in names}
+    del found["frontier.fast"], found["frontier.sample_batch"]
+    if config.frontier.classifier is not None:
+        found["frontier.classifier"] = classifier_name(config.frontier.classifier)
+    path = config.ppo.reward_model
+    return {
+        **identity.settings_read(config, "ppo"),
+        **found,
+        "ppo.target_kl": config.ppo.target_kl,
+        "ppo.reward_model": None if path is None else files_digest(resolve(path))[0],
+    }
 
 
 def learned_reward(config: Config, path: str, *, name: str, batch: int) -> Reward:

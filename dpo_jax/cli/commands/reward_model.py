@@ -7,10 +7,8 @@ same command continues a run that was killed.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 from dpo_jax.cli import build, identity
-from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import earlier_run
@@ -49,7 +47,11 @@ def run(config: Config) -> int:
                 epochs=config.frontier.reward_model_epochs,
                 evaluations=config.frontier.evaluations,
                 seed=config.run.seed,
-                fingerprint={**_settings(config), **digests, "architecture": architecture(part.base)},
+                fingerprint={
+                    **identity.settings_read(config, "reward-model"),
+                    **digests,
+                    "architecture": architecture(part.base),
+                },
                 data=identity.data_record(config, tokenizer, [pairs.report, test.report], held_out=data_digest(test)),
                 microbatches=training.microbatches,
                 make_state=part.state,
@@ -73,10 +75,3 @@ def run(config: Config) -> int:
         )
         print(f"train a policy against it with dpo-jax ppo ... --ppo.reward-model {folder}")
     return 0
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """Of the options of DPO those that this command reads; seed, precision and adapter."""
-    read = {option.removeprefix("dpo.") for option in COMMANDS["reward-model"].reads} | {"seed", "precision"}
-    every = identity.settings(config, config.dpo)
-    return {name: value for name, value in every.items() if name in read or name.startswith("lora.")}

@@ -33,7 +33,7 @@ class RunConfig:
     """Type of activations. Optimizer state, log-softmax and sums are float32 either way, and parameters, unless
     param_dtype says otherwise."""
     save_every_steps: int = 200
-    """Save a checkpoint every this many optimizer steps, and at the end; 0: only at the end."""
+    """Save a checkpoint every this many optimizer steps (in ppo: rollouts), and at the end; 0: only at the end."""
     save_every_minutes: float = 0.0
     """Save also when the last checkpoint is this many minutes old; 0: never for that."""
     max_to_keep: int = 2
