@@ -1,11 +1,11 @@
-"""Contrastive Preference Learning (Hejna et al. 2023, arXiv 2310.13639): policies for control from preferred segments, without RL.
+"""Contrastive Preference Learning (Hejna et al. 2023, arXiv 2310.13639): policies from preferred segments, without RL.
 
     score(s) = sum_t gamma^t alpha log pi(a_t | s_t)          segment s = (s_0, a_0, ..., s_T-1, a_T-1)
     loss     = -log sigmoid(score(s+) - lambda score(s-))     eq. 5 with lambda 1; section 3.3, CPL(lambda)
 
 In maximum-entropy control alpha log pi*(a | s) is the optimal advantage, so the score is the negative regret of a segment, and
-the loss is the likelihood of preferences by regret. With lambda < 1 a shift of all log-probabilities is no longer free: the loss
-falls when segments of the data get likelier, which keeps the policy near them.
+the loss is the likelihood of preferences by regret. With lambda < 1 a shift of all log-probabilities is no longer free: the
+loss falls when segments of the data get likelier, which keeps the policy near them.
 
 States may be anything that the policy reads: vectors `[..., S]`, images `[..., H, W, C]`. The policy is a function
 `log_prob(variables, states, actions) -> float32[...]` over arbitrary leading axes; `dpo_jax.control.policies` makes some.
@@ -32,9 +32,9 @@ LogProb = Callable[[Variables, Array, Array], jax.Array]
 class SegmentPairs:
     """Pairs of segments of T steps, the preferred one first.
 
-        states   float32[P, 2, T, *S]
-        actions  float32[P, 2, T, A]
-        weight   float32[P]            1, or 0 for a pair that only fills up the batch
+    states   float32[P, 2, T, *S]
+    actions  float32[P, 2, T, A]
+    weight   float32[P]            1, or 0 for a pair that only fills up the batch
     """
 
     states: Array

@@ -1,9 +1,9 @@
 """P-IQL, the baseline of preference-based RL: a reward from preferences by partial return, then implicit Q-learning.
 
-    reward   -log sigmoid(sum_t gamma^t r(s+_t, a+_t) - sum_t gamma^t r(s-_t, a-_t))
-    V        |tau - 1[u < 0]| u^2,  u = min(Q1, Q2)(s, a) - V(s), of the targets            Kostrikov et al. 2021, eq. 5
-    Q        (r + gamma V(s') - Q(s, a))^2                                                  eq. 6
-    policy   -min(exp(beta u), 100) log pi(a | s)                                           eq. 7
+reward   -log sigmoid(sum_t gamma^t r(s+_t, a+_t) - sum_t gamma^t r(s-_t, a-_t))
+V        |tau - 1[u < 0]| u^2,  u = min(Q1, Q2)(s, a) - V(s), of the targets            Kostrikov et al. 2021, eq. 5
+Q        (r + gamma V(s') - Q(s, a))^2                                                  eq. 6
+policy   -min(exp(beta u), 100) log pi(a | s)                                           eq. 7
 """
 
 from __future__ import annotations

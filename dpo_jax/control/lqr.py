@@ -19,9 +19,12 @@ import numpy as np
 from dpo_jax.control.rollouts import Rollouts, discounts
 from dpo_jax.types import Variables
 
+WORST = 100.0
+"""How many times the optimal cost a policy counts at most: that of an unstable one is infinite."""
+
 
 class Optimum(NamedTuple):
-    """`P` [S, S]: value -s'P s + constant. `K` [A, S]: actions -K s. `M` [A, A]: regret of an action, (a + K s)' M (a + K s)."""
+    """`P` [S, S]: value -s'P s + constant. `K` [A, S]: actions -K s. `M` [A, A]: regret (a + K s)' M (a + K s) of an action."""
 
     P: np.ndarray
     K: np.ndarray
@@ -121,11 +124,11 @@ class LqrWorld:
         self, act: Callable[[Variables, Any], Any], variables: Variables, precision: np.ndarray | None = None
     ) -> Mapping[str, float]:
         """The return of the mean actions of an affine policy, exactly; `excess`: its cost over the optimal one, as a share; and
-        `kl`(pi* || pi) an action in nats, averaged over first states, given the precision of the policy."""
+        `kl`(pi* || pi) of an action in nats, averaged over first states, given the precision of the policy. See `WORST`."""
         # The policy is affine, so that it is known from its actions in 0 and in the unit states.
         found = np.asarray(act(variables, np.concatenate([np.zeros((1, self.state)), np.eye(self.state)])), np.float64)
         offset, gain = found[0], (found[1:] - found[0]).T
-        value = -self.lqr.cost(gain, offset)
+        value = max(-self.lqr.cost(gain, offset), WORST * self.optimal)
         point = {"return": value, "return_low": value, "return_high": value, "excess": value / self.optimal - 1}
         if precision is not None:
             apart = gain + self.best.K

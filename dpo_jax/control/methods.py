@@ -33,7 +33,7 @@ class Options(NamedTuple):
     """What training depends on. Steps are optimizer steps; batches count pairs of segments, or transitions."""
 
     hidden: tuple[int, ...] = (64, 64)
-    std: float | None = 0.3  # of the policy; None: learned
+    std: float | None = 0.7  # of the policy; None: learned
     alpha: float = 0.1
     lam: float = 0.5
     lr: float = 1e-3
@@ -53,9 +53,7 @@ class Learner:
 
     def __init__(self, world: World, options: Options, partitioner: Partitioner) -> None:
         self.world, self.options, self.partitioner = world, options, partitioner
-        self.policy = gaussian_policy(
-            [world.state], world.actions, hidden=options.hidden, bound=world.bound, std=options.std
-        )
+        self.policy = gaussian_policy([world.state], world.actions, hidden=options.hidden, bound=world.bound, std=options.std)
         # P-IQL has networks of the size of the policy; an affine policy leaves them at their default.
         hidden = options.hidden or Options().hidden
         self.reward, self.critics = Network(1, hidden), Critics(world.state, world.actions, hidden)
@@ -104,13 +102,14 @@ class Learner:
         points: Points | None = None,
         policy_of: Callable[[Variables], Variables] = lambda variables: variables,
     ) -> Variables:
-        """`steps` updates of `variables` by a compiled step; their values on the host. `points` gains measurements, so often that
-        the steps of the options have `evaluations` of them."""
+        """`steps` updates of `variables` by a compiled step; their values on the host.
+
+        `points` gains measurements, so often that all steps of the options have `evaluations` of them."""
         partitioner, o = self.partitioner, self.options
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             assert points is not None
-            points.append(self.measure(policy_of(partitioner.to_host(state.params)), done))
+            points.append(self.measure(policy_of(partitioner.to_host(partitioner.get_state(state).params)), done))
             return points[-1]
 
         begun = init_state(variables, self.tx).replace(step=np.int32(start))

@@ -24,8 +24,8 @@ from dpo_jax.types import Array, Variables
 
 
 class Policy(NamedTuple):
-    """`init(key) -> variables`, `log_prob` for `cpl_step` and `bc_step`, `act(variables, states) -> mean actions`, and `precision`
-    (variables) -> float32[A, A], the inverse covariance."""
+    """`init(key) -> variables`; `log_prob` as `cpl_step` and `bc_step` take it; `act(variables, states) -> mean actions`;
+    `precision(variables) -> float32[A, A]`, the inverse covariance."""
 
     init: Callable[[jax.Array], Variables]
     log_prob: LogProb
