@@ -35,6 +35,8 @@ class SegmentPairs:
     states   float32[P, 2, T, *S]
     actions  float32[P, 2, T, A]
     weight   float32[P]            1, or 0 for a pair that only fills up the batch
+
+    >>> pairs = SegmentPairs(states=jnp.ones((8, 2, 16, 3)), actions=jnp.zeros((8, 2, 16, 1)), weight=jnp.ones(8))
     """
 
     states: Array
@@ -45,7 +47,10 @@ class SegmentPairs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Transitions:
-    """States and the actions taken in them: states float32[N, *S], actions float32[N, A], weight float32[N] as above."""
+    """States and the actions taken in them: states float32[N, *S], actions float32[N, A], weight float32[N] as above.
+
+    >>> steps = Transitions(states=jnp.ones((64, 3)), actions=jnp.zeros((64, 1)), weight=jnp.ones(64))
+    """
 
     states: Array
     actions: Array

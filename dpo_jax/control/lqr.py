@@ -97,7 +97,8 @@ def masses(*, alpha: float = 0.1, gamma: float = 0.95) -> Lqr:
 class LqrWorld:
     """What the experiment needs of a world; see `Rollouts` and `methods`."""
 
-    name, bound = "lqr", None
+    name = "lqr"
+    bound: float | None = None
 
     def __init__(self, lqr: Lqr) -> None:
         self.lqr, self.best = lqr, lqr.optimum()

@@ -94,7 +94,8 @@ def _corners(angle: np.ndarray, speed: np.ndarray) -> tuple[np.ndarray, np.ndarr
 class PendulumWorld:
     """What the experiment needs of a world; see `Rollouts` and `methods`."""
 
-    name, state, actions, bound = "pendulum", 3, 1, 1.0
+    name, state, actions = "pendulum", 3, 1
+    bound: float | None = 1.0
 
     def __init__(self, *, gamma: float = 0.99, episodes: int = 100) -> None:
         self.gamma, self.episodes = gamma, episodes

@@ -41,8 +41,8 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """`points`: what was measured on the way, in order; each holds `step`, `reward`, `kl` and their intervals, or what `point` of
-    `sweep` says."""
+    """`points`: what was measured on the way, in order; each holds `step`, `reward`, `kl` and their intervals, or what
+    `sweep` was given as `point`."""
 
     run: Run
     points: list[dict[str, float]]
