@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 from dpo_jax.control.iql import Critics, iql_step, reward_of, segment_reward_step
 from dpo_jax.control.policies import Network, gaussian_policy
@@ -22,7 +21,7 @@ from dpo_jax.control.rollouts import Kind, Preferences, World, best_segments, dr
 from dpo_jax.cpl import bc_step, cpl_step
 from dpo_jax.runtime.fit import fit
 from dpo_jax.runtime.metrics import MetricsLog
-from dpo_jax.runtime.optim import linear_warmup
+from dpo_jax.runtime.optim import linear_warmup, make_optimizer
 from dpo_jax.step import init_state
 from dpo_jax.types import Partitioner, TrainState, Variables
 
@@ -57,7 +56,7 @@ class Learner:
         # P-IQL has networks of the size of the policy; an affine policy leaves them at their default.
         hidden = options.hidden or Options().hidden
         self.reward, self.critics = Network(1, hidden), Critics(world.state, world.actions, hidden)
-        self.tx = optax.adam(linear_warmup(options.lr, warmup_steps=100))
+        self.tx = make_optimizer(linear_warmup(options.lr, warmup_steps=100), name="adamw")
         self.act = jax.jit(self.policy.act)
 
     def compiled(self, step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
