@@ -154,7 +154,7 @@ def test_a_fixed_deviation_is_the_squared_error_of_the_paper():
 
 def test_cpl_learns_from_images():
     """The action is to be where the bright column is; segments are preferred whose actions were nearer."""
-    rng, count = np.random.default_rng(0), 32
+    rng, count = np.random.default_rng(0), 128
     column = rng.integers(0, 8, size=(count, 2, 3))
     images = np.broadcast_to(np.eye(8, dtype=np.float32)[column][..., None, :, None], (count, 2, 3, 8, 8, 1))
     aim = column[..., None] / 4 - 1
@@ -165,7 +165,7 @@ def test_cpl_learns_from_images():
     assert policy.act(state.params, batch.states).shape == (count, 2, 3, 1)
     step = jax.jit(functools.partial(cpl_step, log_prob=policy.log_prob, tx=tx, alpha=1.0))
     before = float(np.square(policy.act(state.params, batch.states) - aim).mean())
-    for _ in range(150):
+    for _ in range(80):
         state, metrics = step(state, batch)
     assert float(metrics["accuracy"]) > 0.95
-    assert np.square(policy.act(state.params, batch.states) - aim).mean() < before / 3
+    assert np.square(policy.act(state.params, batch.states) - aim).mean() < before / 2
