@@ -30,7 +30,7 @@ def plot_returns(
             values = np.array([[point["return"] for point in points] for points in runs])
             axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=style.color, alpha=0.15, linewidth=0)
             axes.plot(steps, values.mean(axis=0), marker=style.marker, linestyle=style.line, color=style.color, label=method)
-        axes.axhline(optimal, color=GUIDE.color, linestyle=GUIDE.line, linewidth=1.0, label="optimum")
+        axes.axhline(optimal, color=GUIDE.color, linestyle=GUIDE.line, linewidth=1.0, label="optimum or expert")
         axes.set_title(f"preferences by {kind}", loc="left", fontsize="medium", fontweight="bold")
         if lowest is not None:
             axes.set_ylim(bottom=lowest)
