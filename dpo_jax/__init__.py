@@ -16,6 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpo_jax.checks.model import check_model as check_model
+    from dpo_jax.cpl import SegmentPairs as SegmentPairs
+    from dpo_jax.cpl import Transitions as Transitions
+    from dpo_jax.cpl import bc_step as bc_step
+    from dpo_jax.cpl import cpl_loss as cpl_loss
+    from dpo_jax.cpl import cpl_step as cpl_step
     from dpo_jax.data.encode import Encoded as Encoded
     from dpo_jax.data.encode import encode as encode
     from dpo_jax.data.label import label as label
@@ -78,6 +83,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "checks.model": ("check_model",),
+    "cpl": ("SegmentPairs", "Transitions", "bc_step", "cpl_loss", "cpl_step"),
     "data.encode": ("Encoded", "encode"),
     "data.label": ("label",),
     "data.layout": (

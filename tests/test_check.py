@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import xla_flags
 
-from dpo_jax import check, head, step
+from dpo_jax import check, cpl, head, step
 from dpo_jax.checks import attention, bench, machine, training
 from dpo_jax.checks.report import Report, Result, Row
 from dpo_jax.cli.main import main as program
@@ -48,7 +48,9 @@ def checked(folder, only, *flags):
 
 def test_rows_pass_here(tmp_path, capsys):
     """All but those of several devices and of bfloat16, which take long to compile: CI runs the whole program."""
-    code, told = checked(tmp_path, "versions,memory,matmul,attention,start.float32,log_softmax,checkpoint,parallel.fsdp")
+    code, told = checked(
+        tmp_path, "versions,memory,matmul,attention,start.float32,log_softmax,control,checkpoint,parallel.fsdp"
+    )
     assert (code, told["ok"], told["failed"]) == (0, True, []), told
     shown = capsys.readouterr().out
     assert all(f"\n{row['name']} " in shown for row in told["rows"])
@@ -75,6 +77,11 @@ def test_a_mask_that_shows_one_key_too_many_is_found(tmp_path, monkeypatch, caps
 def test_a_log_softmax_in_bfloat16_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(head, "at_least_float32", lambda x: x.astype(jnp.bfloat16))
     assert checked(tmp_path, "log_softmax")[1]["failed"] == ["log_softmax"]
+
+
+def test_a_score_of_cpl_that_forgets_its_discount_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpl, "discounted", lambda values, gamma: values.sum(axis=-1))
+    assert checked(tmp_path, "control")[1]["failed"] == ["control.cpl"]
 
 
 def test_a_microbatch_that_is_dropped_is_found(tmp_path, monkeypatch):

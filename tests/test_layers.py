@@ -21,14 +21,15 @@ FLOORS = [
     (1, ["loss_table.py", "optimizer_table.py", "option.py"]),
     (2, ["losses/", "head.py", "logps.py", "step.py", "rounding.py", "sampling.py", "models/", "data/"]),
     (2, ["sampling_loop.py", "lanes.py", "token_draw.py"]),
-    (3, ["dpo.py", "sft.py", "reward_model.py", "ppo.py", "reference.py", "dataset_logps.py"]),
+    (3, ["dpo.py", "cpl.py", "sft.py", "reward_model.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),
     (5, ["training/"]),
-    (6, ["plotting/", "evals/", "judge/", "study/", "report/", "bench/", "lab/", "online/", "checks/", "check.py"]),
+    (6, ["plotting/", "evals/", "judge/", "study/", "report/", "bench/", "lab/", "online/", "control/", "checks/", "check.py"]),
     (7, ["cli/"]),
 ]
 ONLY_IN = {
-    "flax": ["models/decoder.py", "models/experts.py", "models/layers.py"],
+    "flax": ["models/decoder.py", "models/experts.py", "models/layers.py", "control/policies.py"],
+    "gymnasium": ["control/pendulum.py"],
     "orbax": ["runtime/checkpoint.py"],
     "yaml": ["cli/config/file.py"],
     "tyro": ["cli/flags.py"],
@@ -39,6 +40,7 @@ ONLY_IN = {
         "evals/frontier_panels.py",
         *("plotting/drawing.py", "plotting/training_curves.py", "evals/frontier_plot.py", "evals/calibration_plot.py"),
         "lab/robust_plot.py",
+        "control/figure.py",
         "judge/win_rates_plot.py",
         "bench/plots.py",
     ],
@@ -199,7 +201,7 @@ def test_help_imports_nothing_heavy():
 
 def test_optional_packages_wait_until_they_are_needed():
     for name, place, dotted in imports(at_import_only=True):
-        optional = {"sklearn", "vaderSentiment", "httpx2"} | (set() if name.startswith("bench/") else {"torch"})
+        optional = {"sklearn", "vaderSentiment", "httpx2", "gymnasium"} | (set() if name.startswith("bench/") else {"torch"})
         assert dotted.split(".")[0] not in optional, f"{place} imports {dotted} for everyone"
 
 

@@ -157,6 +157,10 @@ COMMANDS = {
         (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, *_SWEPT, *_PPO, "robust"),
         ("data", "model"),
     ),
+    "control": Command(
+        "control from preferred segments: SFT, CPL, P-IQL and percent-BC in a world with a known optimum, or a simulator",
+        ("run.dir", "run.seed", "run.devices", "mesh", "control"),
+    ),
     "study": Command(
         "make a page on which people compare two sets of completions",
         ("run.dir", "run.seed", "study"),

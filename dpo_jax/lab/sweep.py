@@ -19,7 +19,10 @@ from dpo_jax.writing import empty_folder
 
 RESULT = "result.json"
 POINT = {"step": float, **{name: float for value in ("reward", "kl") for name in (value, f"{value}_low", f"{value}_high")}}
-MEASURED = {"points": [{**POINT, str: (float, None)}], "seconds": float}
+
+
+def reward_at_kl(point: Mapping[str, float]) -> str:
+    return f"reward {point['reward']:6.2f} at KL {point['kl']:6.2f} nats"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """`points`: what was measured on the way, in order; each holds `step`, `reward`, `kl` and their intervals."""
+    """`points`: what was measured on the way, in order; each holds `step`, `reward`, `kl` and their intervals, or what
+    `sweep` was given as `point`."""
 
     run: Run
     points: list[dict[str, float]]
@@ -52,6 +56,8 @@ def sweep(
     shared: Mapping[str, Any],
     perform: Callable[[Run, Path], list[dict[str, float]]],
     jobs: int = 1,
+    point: Mapping[str, Any] = POINT,
+    words: Callable[[Mapping[str, float]], str] = reward_at_kl,
     say: Callable[[str], None] = print,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Result]:
@@ -60,6 +66,8 @@ def sweep(
     `shared` is what all runs depend on. A result made under other settings or another `shared` is made anew. A result is
     written after everything else of its run, in one piece: a sweep that was killed continues with the runs it was in.
 
+    `point`: the shape of a measured point (`dpo_jax.shapes`). `words` tells its last one on the line of a finished run.
+
     `jobs` runs are performed at a time, by threads: a small model leaves most of a processor idle. When one fails, those that
     have begun are brought to their end, no other begins, and its exception is raised.
     """
@@ -67,7 +75,7 @@ def sweep(
     names = [run.name for run in runs]
     if len(set(names)) != len(names):
         raise ValueError(f"two runs of a sweep have one name: {sorted(name for name in names if names.count(name) > 1)}")
-    results = {run.name: _finished(folder / run.name, run, shared, say) for run in runs}
+    results = {run.name: _finished(folder / run.name, run, shared, point, say) for run in runs}
     left = [run for run in runs if results[run.name] is None]
     if len(left) < len(runs):
         say(f"{len(runs) - len(left)} of {len(runs)} runs are finished already")
@@ -85,7 +93,8 @@ def sweep(
     begin = clock()
     for number, done in enumerate(_at_a_time(one, left, jobs), start=1):
         results[done.run.name] = done
-        say(_line(len(runs) - len(left) + number, len(runs), done, (clock() - begin) / number * (len(left) - number)))
+        seconds_left = (clock() - begin) / number * (len(left) - number)
+        say(_line(len(runs) - len(left) + number, len(runs), done, words(done.points[-1]), seconds_left))
     return [result for result in results.values() if result is not None]
 
 
@@ -114,14 +123,16 @@ def _digest(measured: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
 
 
-def _finished(folder: Path, run: Run, shared: Mapping[str, Any], say: Callable[[str], None]) -> Result | None:
+def _finished(
+    folder: Path, run: Run, shared: Mapping[str, Any], point: Mapping[str, Any], say: Callable[[str], None]
+) -> Result | None:
     """The result in a folder; None if there is none, or one of another run, or if it is damaged, which is said."""
     try:
         found = read_object(folder / RESULT)
         if {name: found.get(name) for name in ("run", "shared")} != _identity(run, shared):
             return None
         measured = found.get("measured", found)  # earlier versions had no digest, and both beside `run`
-        fit(measured, MEASURED, str(folder / RESULT))
+        fit(measured, {"points": [{**point, str: (float, None)}], "seconds": float}, str(folder / RESULT))
         if not measured["points"] or ("measured" in found and found.get("digest") != _digest(measured)):
             raise Unreadable(f"{folder / RESULT}: what was measured differs from its digest")
     except FileNotFoundError:
@@ -132,10 +143,7 @@ def _finished(folder: Path, run: Run, shared: Mapping[str, Any], say: Callable[[
     return Result(run, measured["points"], measured["seconds"])
 
 
-def _line(number: int, count: int, done: Result, seconds_left: float) -> str:
-    last = done.points[-1]
+def _line(number: int, count: int, done: Result, words: str, seconds_left: float) -> str:
     left = f"; about {max(1, round(seconds_left / 60))} min left" if seconds_left else ""
-    return (
-        f"{number:3}/{count}  {done.run.method:14} {done.run.label:14} seed {done.run.seed}  reward {last['reward']:6.2f} "
-        f"at KL {last['kl']:6.2f} nats  ({done.seconds:.0f} s{left})"
-    )
+    run = f"{done.run.method:14} {done.run.label:14} seed {done.run.seed}"
+    return f"{number:3}/{count}  {run}  {words}  ({done.seconds:.0f} s{left})"

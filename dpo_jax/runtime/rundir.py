@@ -42,7 +42,7 @@ OUTPUTS = (
     *("summary.json", "samples.jsonl", "rewards.jsonl", "reliability.png", "displacement.png", "pairs.jsonl", "win_rates.csv"),
     *("win_rates.png", "verdicts.jsonl", "study.html", "key.json", "agreement.json", "train.jsonl", "test.jsonl"),
     *("optimum.json", "optimum.png", "frontier.png", "race.png", "sampling.json", "reward_model", "runs", "references"),
-    *("robust.png", "pairs", "reward_models"),
+    *("robust.png", "control.png", "pairs", "reward_models"),
     *("rounds.jsonl", "labels.jsonl"),
 )
 """What runs write into their folders."""

@@ -8,6 +8,7 @@ so `--help` answers at once.
 from __future__ import annotations
 
 from dpo_jax.cli.config.bench import BenchConfig as BenchConfig
+from dpo_jax.cli.config.control import ControlConfig as ControlConfig
 from dpo_jax.cli.config.data import DataConfig as DataConfig
 from dpo_jax.cli.config.data import MixConfig as MixConfig
 from dpo_jax.cli.config.data import PrepareConfig as PrepareConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from dpo_jax.cli.config.bench import BenchConfig
+from dpo_jax.cli.config.control import ControlConfig
 from dpo_jax.cli.config.data import DataConfig, PrepareConfig, TokenizerConfig
 from dpo_jax.cli.config.dpo import DpoConfig, RefsConfig
 from dpo_jax.cli.config.evaluation import EvalConfig, SampleConfig
@@ -45,6 +46,7 @@ class Config:
     ppo: PpoConfig = PpoConfig()
     robust: RobustConfig = RobustConfig()
     online: OnlineConfig = OnlineConfig()
+    control: ControlConfig = ControlConfig()
     judge: JudgeConfig = JudgeConfig()
     study: StudyConfig = StudyConfig()
     agree: AgreeConfig = AgreeConfig()

@@ -1,8 +1,12 @@
-"""`--check` of the robustness experiments."""
+"""`--check` of the experiments on robustness and on control."""
 
 from __future__ import annotations
 
+import importlib.util
+
+from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.preflight.inputs import Check
+from dpo_jax.extras import install_command
 
 
 def robust(check: Check) -> None:
@@ -11,3 +15,18 @@ def robust(check: Check) -> None:
 
     runs = runs_of(check.config)
     check.tell("runs", f"{len(runs)} of experiment {check.config.robust.experiment}")
+
+
+def control(check: Check) -> None:
+    """The simulator, and how many runs there are."""
+    if check.scope.elsewhere is None:
+        check_simulator(check.config)
+    section = check.config.control
+    count = len(section.chosen("methods")) * len(section.chosen("preferences")) * section.seeds
+    check.tell("runs", f"{count} in the world {section.world}")
+
+
+def check_simulator(config: Config) -> None:
+    """Raises `ConfigError` where a world needs a package that is not installed."""
+    if config.control.world == "pendulum" and importlib.util.find_spec("gymnasium") is None:
+        raise ConfigError(f"control.world: pendulum needs the package gymnasium: {install_command('control')}, or take lqr")

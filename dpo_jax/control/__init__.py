@@ -1,0 +1,1 @@
+"""Control: policies, worlds with known optimum or a simulator, preferences between segments, CPL and its baselines."""
