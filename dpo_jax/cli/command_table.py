@@ -158,6 +158,10 @@ COMMANDS = {
         (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, *_SWEPT, *_PPO, "robust"),
         ("data", "model"),
     ),
+    "diffusion": Command(
+        "Diffusion-DPO on real digits: reward against path KL; or against an optimum in closed form",
+        ("run.dir", "run.seed", "diffusion"),
+    ),
     "study": Command(
         "make a page on which people compare two sets of completions",
         ("run.dir", "run.seed", "study"),

@@ -46,7 +46,7 @@ def denoise(schedule: Schedule, variables: Variables, x: jax.Array, t: jax.Array
     del label
     signal, noise = (jnp.asarray(table, x.dtype)[t][:, None] for table in (schedule.signal, schedule.noise))
     slope, offset = _line(signal, noise, variables["params"]["mean"], variables["params"]["log_std"])
-    return slope * x + offset
+    return jnp.asarray(slope * x + offset)
 
 
 def normal_of(variables: Variables) -> Normal:
@@ -66,7 +66,7 @@ def tilted(data: Normal, reward: Reward, *, beta: float) -> Normal:
 
 
 def sampled(schedule: Schedule, policy: Normal) -> Normal:
-    """What DDPM's T steps make of a policy's denoiser: its steps are linear, so the result is known. Near `policy` for large T."""
+    """What DDPM's T steps make of a policy's denoiser; they are linear, so it is known exactly. Near `policy` for large T."""
     signal, noise = schedule.signal, schedule.noise
     slope, offset = (np.asarray(part, np.float64) for part in _line(signal, noise, policy.mean, math.log(policy.std)))
     mean, variance = 0.0, 1.0

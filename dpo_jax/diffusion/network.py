@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -54,7 +55,8 @@ def make_dit(config: DitConfig, schedule: Schedule) -> tuple[Callable[[jax.Array
         signal, noise = (jnp.asarray(table, x.dtype)[t][:, None, None] for table in (schedule.signal, schedule.noise))
         # The network sees time as its log signal-to-noise ratio, so it does not depend on the number of steps.
         level = jnp.asarray(np.log(schedule.signal / schedule.noise), x.dtype)[t]
-        return signal * network.apply(variables, x, level, label) + noise * x
+        velocity: Any = network.apply(variables, x, level, label)
+        return signal * velocity + noise * x
 
     return init, predict
 
@@ -70,7 +72,9 @@ class _Dit(nn.Module):
         patches = x.reshape(-1, side, c.patch, side, c.patch).swapaxes(2, 3).reshape(-1, side**2, c.patch**2)
         place = self.param("place", nn.initializers.normal(0.02), (1, side**2, c.width))
         hidden = nn.Dense(c.width, name="patch")(patches) + place
-        condition = nn.Dense(c.width, name="time")(_waves(level, c.width)) + nn.Embed(c.classes + 1, c.width, name="label")(label)
+        condition = nn.Dense(c.width, name="time")(_waves(level, c.width)) + nn.Embed(c.classes + 1, c.width, name="label")(
+            label
+        )
         condition = nn.silu(condition)
         for number in range(c.layers):
             hidden = _Block(c, name=f"block_{number}")(hidden, condition)

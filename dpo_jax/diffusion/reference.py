@@ -81,10 +81,10 @@ def _chosen(pairs: ImagePairs, places: np.ndarray) -> ImagePairs:
 
 def _keys(pairs: ImagePairs, draws: int) -> list[Encoded]:
     """What stands for each (pair, epoch) in the cache: a ranking of 2 * draws "completions", the two images of each draw."""
-    sides = [np.int32([draw, side]) for draw in range(draws) for side in range(2)]
+    sides = [np.array([draw, side], np.int32) for draw in range(draws) for side in range(2)]
     found = []
     for digest, uid, epoch in zip(_digests(pairs.images, pairs.label), pairs.uid, pairs.epoch, strict=True):
-        words = np.concatenate([np.frombuffer(digest, "<i4"), np.int32([uid, epoch])]).astype(np.int32)
+        words = np.concatenate([np.frombuffer(digest, "<i4"), np.array([uid, epoch], np.int32)]).astype(np.int32)
         found.append(Encoded(words, sides[0], sides[-1], between=tuple(sides[1:-1]), uid=f"pair {uid}, epoch {epoch}"))
     return found
 

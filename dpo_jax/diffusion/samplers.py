@@ -28,7 +28,9 @@ def guided(predict: Denoiser, variables: Variables, label: Array, *, null: int =
         if guidance == 1:
             return predict(variables, x, times, label)
         both = jnp.concatenate([label, jnp.full_like(label, null)])
-        with_label, without = jnp.split(predict(variables, jnp.tile(x, (2, *(1 for _ in x.shape[1:]))), jnp.tile(times, 2), both), 2)
+        with_label, without = jnp.split(
+            predict(variables, jnp.tile(x, (2, *(1 for _ in x.shape[1:]))), jnp.tile(times, 2), both), 2
+        )
         return without + guidance * (with_label - without)
 
     return noise_of

@@ -29,11 +29,11 @@ Denoiser = Callable[[Variables, jax.Array, jax.Array, jax.Array], jax.Array]
 class Images:
     """A batch for `diffusion_sft_step`.
 
-        images  float32[E, ...]
-        label   int32[E]         class, or other condition
-        uid     int32[E]         with `epoch`, what the noise depends on (`image_uids`)
-        epoch   int32[E]
-        weight  float32[E]       1, or 0 for a filler
+    images  float32[E, ...]
+    label   int32[E]         class, or other condition
+    uid     int32[E]         with `epoch`, what the noise depends on (`image_uids`)
+    epoch   int32[E]
+    weight  float32[E]       1, or 0 for a filler
     """
 
     images: Array
@@ -48,12 +48,12 @@ class Images:
 class ImagePairs:
     """A batch for `diffusion_dpo_step`. Both images of a pair have one label, and get the same noise and time.
 
-        images      float32[P, 2, ...]  chosen first
-        label       int32[P]
-        uid         int32[P]            with `epoch`, what noise and time depend on (`image_uids`)
-        epoch       int32[P]
-        weight      float32[P]          1, or 0 for a filler
-        ref_errors  float32[P, 2, K]    squared errors of the reference (`pair_errors`) at K draws of noise and time; or None
+    images      float32[P, 2, ...]  chosen first
+    label       int32[P]
+    uid         int32[P]            with `epoch`, what noise and time depend on (`image_uids`)
+    epoch       int32[P]
+    weight      float32[P]          1, or 0 for a filler
+    ref_errors  float32[P, 2, K]    squared errors of the reference (`pair_errors`) at K draws of noise and time; or None
     """
 
     images: Array
@@ -80,7 +80,7 @@ def diffusion_dpo_step(
     microbatches: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step of Diffusion-DPO (eq. 14), for instance with `loss=partial(dpo_loss, beta=0.01)`. Pure, like `dpo_step`.
+    """One optimizer step of Diffusion-DPO (eq. 14), for instance with `loss=partial(dpo_loss, beta=0.01)`. Pure: jit or map it.
 
         -log sigmoid(-beta T w(t) [(|e - e_w|^2 - |e - e_w,ref|^2) - (|e - e_l|^2 - |e - e_l,ref|^2)])
 
@@ -117,7 +117,7 @@ def diffusion_dpo_objective(
     seed: int = 0,
     weighting: Weighting = "constant",
 ) -> tuple[jax.Array, Metrics]:
-    """Losses of the pairs, float32[P], and the metrics of each: what `diffusion_dpo_step` takes the mean and the gradient of."""
+    """Losses of the pairs, float32[P], and metrics of each: what `diffusion_dpo_step` takes the mean and the gradient of."""
     if pairs.ref_errors is None:
         raise ValueError("the batch carries no errors of the reference: pair_errors computes them, with the same seed")
     if names := sorted(asked(loss)):

@@ -6,6 +6,7 @@ import dataclasses
 
 from dpo_jax.cli.config.bench import BenchConfig
 from dpo_jax.cli.config.data import DataConfig, PrepareConfig, TokenizerConfig
+from dpo_jax.cli.config.diffusion import DiffusionConfig
 from dpo_jax.cli.config.dpo import DpoConfig, RefsConfig
 from dpo_jax.cli.config.evaluation import EvalConfig, SampleConfig
 from dpo_jax.cli.config.export import ExportConfig
@@ -44,6 +45,7 @@ class Config:
     frontier: FrontierConfig = FrontierConfig()
     ppo: PpoConfig = PpoConfig()
     robust: RobustConfig = RobustConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
     online: OnlineConfig = OnlineConfig()
     judge: JudgeConfig = JudgeConfig()
     study: StudyConfig = StudyConfig()
@@ -81,6 +83,9 @@ class Config:
 
     def robust_out(self) -> str:
         return f"{self.run.dir}/robust-{self.robust.experiment}"
+
+    def diffusion_out(self) -> str:
+        return f"{self.run.dir}/diffusion-{self.diffusion.experiment}"
 
     def sample_policy(self) -> str:
         return self.sample.policy or f"{self.run.dir}/dpo/export"
