@@ -29,7 +29,7 @@ def test_digits(tmp_path):
         *(("reference", seed) for seed in "01"),
         *((method, seed) for method in ("diffusion-dpo", "preferred-ft") for seed in "01" for _ in range(2)),
     ]
-    assert all(float(row["kl"]) == 0 for row in rows[:2])
+    assert all(float(row["kl"]) < 1e-6 for row in rows[:2])
     assert all(float(row["kl_low"]) <= float(row["kl"]) <= float(row["kl_high"]) for row in rows)
     assert all(float(row["kl"]) > 0 for row in rows[2:])
     assert {row["step"] for row in rows[2:]} == {"2.0", "3.0"}

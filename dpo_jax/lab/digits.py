@@ -26,6 +26,7 @@ from dpo_jax.losses import PreferenceLoss
 from dpo_jax.models.digest import weights_digest
 from dpo_jax.runtime.fit import fit
 from dpo_jax.runtime.metrics import MetricsLog
+from dpo_jax.runtime.optim import linear_warmup, make_optimizer, make_schedule
 from dpo_jax.runtime.parallel import single_device
 from dpo_jax.runtime.progress import reported
 from dpo_jax.step import init_state
@@ -123,14 +124,15 @@ class DigitsWorld:
         self.init, self.predict = make_dit(network, schedule)
         self.real, self.held_out = load_digits()
         self.judge = make_judge(self.real, self.held_out)
-        self._measured = jax.jit(self._path)
+        self._measured = jax.jit(self._path, static_argnums=4)
         self.reference: Variables = {}
 
     def pretrain(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
         """Sets the reference: denoising training on the real digits, continued from a checkpoint in `folder`."""
         sizes, partitioner = self.sizes, single_device()
         uids = image_uids(self.real.images, self.real.label)
-        rate = optax.warmup_cosine_decay_schedule(0.0, sizes.pretrain_lr, sizes.pretrain_steps // 20, sizes.pretrain_steps)
+        warmup = sizes.pretrain_steps // 20
+        rate = make_schedule("cosine", sizes.pretrain_lr, warmup_steps=warmup, total_steps=sizes.pretrain_steps)
         tx = _adam(rate)
         step = functools.partial(self._sft_step, tx=tx, dropout=sizes.dropout)
         variables = partitioner.make_variables(lambda: self.init(jax.random.key(self.seed)))
@@ -166,16 +168,18 @@ class DigitsWorld:
         count, size = self.sizes.pairs, self.network.size
         label = np.arange(2 * count, dtype=np.int32) // 2 % self.network.classes
         with reported("sampling pairs of the reference"):
-            images, _ = self.sample(self.reference, label, seed=2**20)
+            images, _ = self.sample(self.reference, label, seed=2**20, measure=False)
         return images.reshape(count, 2, size, size), label[::2]
 
-    def sample(self, variables: Variables, label: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """DDPM samples [n, 8, 8] of a policy at `label`, and the path KL of each to the reference, [n] nats."""
+    def sample(
+        self, variables: Variables, label: np.ndarray, *, seed: int, measure: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """DDPM samples [n, 8, 8] of a policy at `label`, and the path KL of each to the reference, [n] nats (or 0)."""
         found, several = [], self.sizes.sample_batch
         for start in range(0, len(label), several):
             part = np.resize(label[start : start + several], several)  # one shape: compiled once
             key = jax.random.fold_in(jax.random.key(seed), start)
-            found.append(jax.device_get(self._measured(variables, self.reference, part, key)))
+            found.append(jax.device_get(self._measured(variables, self.reference, part, key, measure)))
         images, kl = (np.concatenate(parts)[: len(label)] for parts in zip(*found, strict=True))
         return images, kl
 
@@ -256,11 +260,12 @@ class DigitsWorld:
         return jax.jit(functools.partial(pair_errors, **options))
 
     def _path(
-        self, variables: Variables, reference: Variables, label: jax.Array, key: jax.Array
+        self, variables: Variables, reference: Variables, label: jax.Array, key: jax.Array, measure: bool
     ) -> tuple[jax.Array, jax.Array]:
         options = {"null": self.network.null, "guidance": self.sizes.guidance}
         policy, before = (guided(self.predict, one, label, **options) for one in (variables, reference))
-        return ddpm_path(policy, before, self.schedule, key, (len(label), self.network.size, self.network.size))
+        shape = (len(label), self.network.size, self.network.size)
+        return ddpm_path(policy, before, self.schedule, key, shape, measure=measure)
 
     def _sft_step(self, state: TrainState, batch: Images, *, tx: Any, dropout: float) -> tuple[TrainState, Metrics]:
         options = {"predict": self.predict, "schedule": self.schedule, "null": self.network.null, "dropout": dropout}
@@ -277,7 +282,7 @@ class DigitsWorld:
     @functools.cache  # noqa: B019  one world lives as long as the program
     def _compiled(self, loss: Any, weighting: Weighting, lr: float) -> tuple[Callable[..., Any], Any]:
         """The step of DPO with a `loss`, or of Preferred-FT without one, and its optimizer."""
-        tx = _adam(optax.warmup_constant_schedule(0.0, lr, 10))
+        tx = _adam(linear_warmup(lr, warmup_steps=10))
         if loss is None:
             step = functools.partial(self._sft_step, tx=tx, dropout=0.0)
         else:
@@ -290,7 +295,7 @@ def _begin(variables: Variables, *, tx: Any, seed: int, beta: float = 0.0) -> Tr
 
 
 def _adam(rate: Any) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
+    return make_optimizer(rate, name="adamw", b2=0.99, max_grad_norm=1.0)
 
 
 def _batch_of(

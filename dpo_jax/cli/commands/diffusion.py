@@ -31,7 +31,7 @@ from dpo_jax.runtime.optim import make_optimizer, make_schedule
 from dpo_jax.runtime.rundir import write_json
 from dpo_jax.writing import writing
 
-EQUAL_KL = (1.0, 2.0, 5.0, 10.0)  # nats an image, of paths
+EQUAL_KL = (2.0, 5.0, 10.0, 20.0)  # nats an image, of paths
 SHOWN = 30  # samples of each kind in the picture
 REFERENCE, DPO, FT = "reference", "diffusion-dpo", "preferred-ft"
 COLUMNS = (

@@ -44,7 +44,7 @@ class DiffusionConfig:
     """Of the Bradley-Terry labels: nats for each standard deviation of ink that one sample has more."""
     loss: str = "dpo"
     """A loss of pairs by name, of those that need nothing but log-probabilities and beta."""
-    betas: str = "0.02,0.05,0.1,0.3"
+    betas: str = "0.005,0.02,0.05,0.1"
     """beta of the Diffusion-DPO runs. Squared errors are summed over the pixels, and times T."""
     weighting: Literal["constant", "elbo"] = "constant"
     """Weights of the errors over time: 1, as in the paper, or those of the evidence bound."""
@@ -54,11 +54,11 @@ class DiffusionConfig:
     """Pairs a step, and chosen images a step of Preferred-FT."""
     epochs: float = 4.0
     """How often each pair is seen."""
-    lr: float = 1e-3
+    lr: float = 1e-4
     """Learning rate of Diffusion-DPO."""
-    ft_lrs: str = "0.001,0.003"
+    ft_lrs: str = "0.00002,0.0001"
     """Learning rates of the Preferred-FT runs."""
-    evaluations: int = 4
+    evaluations: int = 2
     """How often each run is measured."""
     samples: int = 400
     """Samples that a policy is measured by."""
