@@ -95,12 +95,13 @@ def test_the_loss_is_the_papers_in_float64(weighting, draws):
             "weighting": weighting,
             "loss": functools.partial(dpo_loss, beta=0.02),
         }
-        losses, metrics = diffusion_dpo_objective(POLICY64, pairs, **options)
+        losses, metrics = jax.jit(functools.partial(diffusion_dpo_objective, **options))(POLICY64, pairs)
         weight = np.ones(20) if weighting == "constant" else SCHEDULE.elbo
         expected = published(pairs, weight, beta=0.02, draws=draws)
         np.testing.assert_allclose(losses, expected, rtol=1e-11)
         np.testing.assert_allclose(metrics["rewards/margins"], -np.log(np.expm1(expected)), rtol=1e-9)
 
+        @jax.jit
         def mean(scale):
             return diffusion_dpo_objective({**POLICY64, "scale": scale}, pairs, **options)[0].mean()
 
@@ -111,22 +112,19 @@ def test_the_loss_is_the_papers_in_float64(weighting, draws):
 
 
 def test_the_policy_starts_at_its_reference():
-    options = {"predict": predict, "schedule": SCHEDULE, "tx": optax.sgd(0.0)}
-    _, metrics = diffusion_dpo_step(
-        init_state(REFERENCE, optax.sgd(0.0)), with_errors(pairs_of(4)), loss=functools.partial(dpo_loss, beta=1.0), **options
-    )
-    np.testing.assert_allclose(metrics["loss"], np.log(2), rtol=1e-6)
-    assert metrics["rewards/accuracies"] == 0.5
-    _, metrics = diffusion_dpo_step(
-        init_state(REFERENCE, optax.sgd(0.0)), with_errors(pairs_of(4)), loss=functools.partial(ipo_loss, beta=0.5), **options
-    )
-    np.testing.assert_allclose(metrics["loss"], 1.0, rtol=1e-6)
+    pairs = with_errors(pairs_of(4))
+
+    def taken(loss, pairs=pairs):
+        options = {"predict": predict, "schedule": SCHEDULE, "tx": optax.sgd(0.0), "loss": loss}
+        return jax.jit(functools.partial(diffusion_dpo_step, **options))(init_state(REFERENCE, optax.sgd(0.0)), pairs)[1]
+
+    metrics = taken(functools.partial(dpo_loss, beta=1.0))
+    np.testing.assert_allclose([metrics["loss"], metrics["rewards/accuracies"]], [np.log(2), 0.5], rtol=1e-6)
+    np.testing.assert_allclose(taken(functools.partial(ipo_loss, beta=0.5))["loss"], 1.0, rtol=1e-6)
     with pytest.raises(ValueError, match="reads lengths"):
-        diffusion_dpo_step(
-            init_state(REFERENCE, optax.sgd(0.0)), with_errors(pairs_of(4)), loss=lambda logps, ref, *, lengths: 0, **options
-        )
+        taken(lambda logps, ref_logps, *, lengths: (lengths, lengths))
     with pytest.raises(ValueError, match="no errors of the reference"):
-        diffusion_dpo_step(init_state(REFERENCE, optax.sgd(0.0)), pairs_of(4), loss=dpo_loss, **options)
+        taken(dpo_loss, pairs_of(4))
 
 
 def test_noise_depends_on_seed_pair_and_epoch_alone():
@@ -238,7 +236,7 @@ def test_samplers_of_a_gaussian():
     last = jax.random.normal(jax.random.fold_in(jax.random.split(key)[1], 0), shape)
     np.testing.assert_allclose(drawn, ancestral + np.sqrt(schedule.variance[0]) * last, atol=1e-4)
     few = jax.jit(lambda key: ddim(noise_of, schedule, key, shape, steps=20))(key)
-    np.testing.assert_allclose([few.mean(), few.std()], one, atol=0.04)
+    np.testing.assert_allclose([few.mean(), few.std()], one, atol=0.06)
     exact = np.log(0.7 / 0.8) + (0.8**2 + 0.4**2) / (2 * 0.7**2) - 0.5  # KL of what both describe
     assert exact < kl.mean() < 1.25 * exact  # that of paths is above, and near for many steps
     with pytest.raises(ValueError, match="between 1 and the 40"):
@@ -255,7 +253,8 @@ def test_guidance_mixes_two_predictions():
 def test_the_network_starts_at_the_scaled_image_and_reads_labels():
     schedule, config = cosine_schedule(10), DitConfig(width=16, layers=1, heads=2)
     init, predict = make_dit(config, schedule)
-    variables, x = init(jax.random.key(0)), jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 8)), jnp.float32)
+    predict = jax.jit(predict)
+    variables, x = jax.jit(init)(jax.random.key(0)), jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 8)), jnp.float32)
     t, label = np.int32([0, 5, 9]), np.int32([1, 2, config.null])
     np.testing.assert_allclose(predict(variables, x, t, label), schedule.noise[t][:, None, None] * np.asarray(x), rtol=1e-5)
     rng = np.random.default_rng(1)
@@ -270,11 +269,11 @@ def test_the_network_starts_at_the_scaled_image_and_reads_labels():
 def test_training_ends_at_the_optimum_of_its_bound():
     data, reward, schedule = Normal(0.5, 0.8), Reward(1.0, -0.8), cosine_schedule(40)
     options = {"beta": 1.0, "schedule": schedule}
-    expected = bound_optimum(data, reward, nodes=12, iterations=30, **options)
+    expected = bound_optimum(data, reward, nodes=10, iterations=20, **options)
     tx = make_optimizer(
-        make_schedule("cosine", 0.03, warmup_steps=0, total_steps=700), name="adamw", max_grad_norm=None, b2=0.99
+        make_schedule("cosine", 0.04, warmup_steps=0, total_steps=500), name="adamw", max_grad_norm=None, b2=0.99
     )
-    found = train_gaussian(data, reward, tx=tx, steps=700, batch=1024, **options)
+    found = train_gaussian(data, reward, tx=tx, steps=500, batch=1024, **options)
     np.testing.assert_allclose([found.mean, found.std**2], [expected.mean, expected.std**2], rtol=0.02)
     aim = tilted(data, reward, beta=1.0)
     assert expected.std > 1.15 * aim.std  # the bound of one draw hardly moves the variance
@@ -283,10 +282,10 @@ def test_training_ends_at_the_optimum_of_its_bound():
 def test_the_bound_of_many_draws_nears_the_tilted_optimum():
     data, reward = Normal(0.5, 0.8), Reward(1.0, -0.8)
     aim = tilted(data, reward, beta=1.0)
-    for steps, within in ((20, 0.08), (160, 0.012)):
+    for steps, within in ((20, 0.08), (120, 0.015)):
         found = bound_optimum(data, reward, beta=1.0, schedule=cosine_schedule(steps), tight=True, nodes=10)
         np.testing.assert_allclose(found, aim, rtol=within)
-    assert abs(found.std / aim.std - 1) > 1e-3  # 160 steps are no integral yet
+    assert abs(found.std / aim.std - 1) > 1e-3  # 120 steps are no integral yet
     with pytest.raises(ValueError, match="no variance"):
         tilted(data, Reward(0.0, 2.0), beta=1.0)
 

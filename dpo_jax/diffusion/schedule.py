@@ -21,7 +21,7 @@ class Schedule(NamedTuple):
 
     >>> schedule = cosine_schedule(50)
     >>> schedule.steps, [round(float(value), 3) for value in schedule.signal[[0, 25, 49]]]
-    (50, [0.999, 0.679, 0.001])
+    (50, [0.999, 0.68, 0.001])
     """
 
     signal: np.ndarray

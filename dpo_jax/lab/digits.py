@@ -30,7 +30,8 @@ from dpo_jax.runtime.optim import linear_warmup, make_optimizer, make_schedule
 from dpo_jax.runtime.parallel import single_device
 from dpo_jax.runtime.progress import reported
 from dpo_jax.step import init_state
-from dpo_jax.training.run import train
+from dpo_jax.training.fingerprint import check_settings
+from dpo_jax.training.run import saved_run, train
 from dpo_jax.types import Metrics, TrainState, Variables
 
 SETTINGS = "settings"
@@ -130,6 +131,8 @@ class DigitsWorld:
     def pretrain(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
         """Sets the reference: denoising training on the real digits, continued from a checkpoint in `folder`."""
         sizes, partitioner = self.sizes, single_device()
+        if (saved := saved_run(folder / "checkpoints", place=str(folder))) is not None:
+            check_settings(saved.place, saved.fingerprint, fingerprint)
         uids = image_uids(self.real.images, self.real.label)
         warmup = sizes.pretrain_steps // 20
         rate = make_schedule("cosine", sizes.pretrain_lr, warmup_steps=warmup, total_steps=sizes.pretrain_steps)
@@ -246,12 +249,12 @@ class DigitsWorld:
     def references(self, folder: Path | None, seed: int) -> DiffusionReferences:
         """The reference's errors on the noise of `seed`, kept in `folder`."""
         compute = functools.partial(self._reference_errors, self.reference, seed=seed)
-        identity = {"weights": self._digest, "seed": seed, "network": dataclasses.asdict(self.network)}
+        identity = {"weights": self.digest, "seed": seed, "network": dataclasses.asdict(self.network)}
         identity["schedule"] = weights_digest({"signal": self.schedule.signal})
         return DiffusionReferences(folder, identity, compute, draws=self.sizes.draws, batch=256)
 
     @functools.cached_property
-    def _digest(self) -> str:
+    def digest(self) -> str:
         return weights_digest(self.reference)
 
     @functools.cached_property

@@ -67,7 +67,7 @@ def digits(config: Config, folder: Path) -> list[Grid]:
     loss = named_loss(section.loss)  # its beta is data of the program, given by keyword
     world = make_world(config)
     shared = shared_settings(config)
-    world.pretrain(folder / "pretrained", {name: shared[name] for name in shared if name in PRETRAINED})
+    world.pretrain(folder / "pretrained", {f"diffusion.{name}": shared[name] for name in PRETRAINED})
 
     def perform(run: Run, here: Path) -> list[dict[str, float]]:
         if run.method == REFERENCE:
@@ -90,7 +90,13 @@ def digits(config: Config, folder: Path) -> list[Grid]:
             np.save(file, images[:SHOWN])
         return points
 
-    results = sweep(runs_of(config), folder / "runs", shared=shared, perform=perform, say=functools.partial(print, flush=True))
+    results = sweep(
+        runs_of(config),
+        folder / "runs",
+        shared=shared | {"reference": world.digest},
+        perform=perform,
+        say=functools.partial(print, flush=True),
+    )
     rows = [
         {"method": r.run.method, "label": r.run.label, "seed": r.run.seed, "seconds": r.seconds, **point}
         for r in results
@@ -210,7 +216,7 @@ def gaussian(config: Config, folder: Path) -> list[Grid]:
         ]
         print(f"reward of {name}: optima found", flush=True)
         for draws in map(int, numbers(section.gaussian_draws)):
-            steps, batch = 3000 if draws < 16 else 1500, max(64, 1024 // max(1, draws // 32))
+            steps, batch = 3000 if draws < 16 else 1500, max(128, 1024 // max(1, draws // 32))
             rate = make_schedule("cosine", 0.02, warmup_steps=0, total_steps=steps)
             tx = make_optimizer(rate, name="adamw", max_grad_norm=None, b2=0.99)
             end = train_gaussian(DATA, reward, tx=tx, draws=draws, steps=steps, batch=batch, seed=config.run.seed, **options)

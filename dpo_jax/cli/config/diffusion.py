@@ -64,9 +64,9 @@ class DiffusionConfig:
     """Samples that a policy is measured by."""
     seeds: int = 3
     """Runs of every setting: other luck of the labels, order, noise and samples."""
-    gaussian_steps: int = 200
+    gaussian_steps: int = 500
     """Of gaussian: diffusion steps T."""
-    gaussian_draws: str = "1,512"
+    gaussian_draws: str = "1,1024"
     """Of gaussian: draws of the runs."""
 
     def check(self) -> Iterator[Problem]:
