@@ -89,9 +89,9 @@ def run(report: Report, asked: argparse.Namespace) -> None:
 
 
 def _rows(asked: argparse.Namespace) -> list[Row]:
-    from dpo_jax.checks import attention, control, devices, training
+    from dpo_jax.checks import attention, control, devices, diffusion, training
 
-    found = [*attention.rows(), *training.rows(), *control.rows(), *devices.rows()]
+    found = [*attention.rows(), *training.rows(), *control.rows(), *diffusion.rows(), *devices.rows()]
     if asked.bench or asked.profile:
         from dpo_jax.checks import bench
 

@@ -103,6 +103,7 @@ LONG = {
     "checkpoint": ("test_a_big_file_is_not_read_again",),
     "cli_frontier": ("test_",),
     "cli_robust": ("test_noise", "test_shift", "test_overoptimisation"),
+    "cli_diffusion": ("test_digits",),
     "cli_resume": (
         "test_sigterm_saves",
         "test_a_longer_run_continues",

@@ -21,14 +21,17 @@ FLOORS = [
     (1, ["loss_table.py", "optimizer_table.py", "option.py"]),
     (2, ["losses/", "head.py", "logps.py", "step.py", "rounding.py", "sampling.py", "models/", "data/"]),
     (2, ["sampling_loop.py", "lanes.py", "token_draw.py"]),
-    (3, ["dpo.py", "cpl.py", "sft.py", "reward_model.py", "ppo.py", "reference.py", "dataset_logps.py"]),
+    (3, ["diffusion/", "dpo.py", "cpl.py", "sft.py", "reward_model.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),
     (5, ["training/"]),
     (6, ["plotting/", "evals/", "judge/", "study/", "report/", "bench/", "lab/", "online/", "control/", "checks/", "check.py"]),
     (7, ["cli/"]),
 ]
 ONLY_IN = {
-    "flax": ["models/decoder.py", "models/experts.py", "models/layers.py", "control/policies.py"],
+    "flax": [
+        *("models/decoder.py", "models/experts.py", "models/layers.py"),
+        *("control/policies.py", "diffusion/network.py"),
+    ],
     "gymnasium": ["control/pendulum.py"],
     "orbax": ["runtime/checkpoint.py"],
     "yaml": ["cli/config/file.py"],
@@ -39,8 +42,7 @@ ONLY_IN = {
     "matplotlib": [
         "evals/frontier_panels.py",
         *("plotting/drawing.py", "plotting/training_curves.py", "evals/frontier_plot.py", "evals/calibration_plot.py"),
-        "lab/robust_plot.py",
-        "control/figure.py",
+        *("lab/robust_plot.py", "lab/digits_plot.py", "control/figure.py"),
         "judge/win_rates_plot.py",
         "bench/plots.py",
     ],
@@ -51,7 +53,7 @@ ONLY_IN = {
         *("bench/torch_loop.py", "bench/torch_sampler.py", "bench/trl_loop.py", "bench/matmul.py"),
         "evals/reward_functions.py",  # other people's classifiers
     ],
-    "sklearn": ["evals/reward_functions.py"],
+    "sklearn": ["evals/reward_functions.py", "lab/digits.py"],
     "vaderSentiment": ["evals/reward_functions.py"],
     "httpx2": ["judge/endpoint.py"],
     "trl": ["bench/trl_loop.py"],

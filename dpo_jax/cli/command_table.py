@@ -161,6 +161,10 @@ COMMANDS = {
         "control from preferred segments: SFT, CPL, P-IQL and percent-BC in a world with a known optimum, or a simulator",
         ("run.dir", "run.seed", "run.devices", "mesh", "control"),
     ),
+    "diffusion": Command(
+        "Diffusion-DPO on real digits: reward against path KL; or against an optimum in closed form",
+        ("run.dir", "run.seed", "diffusion"),
+    ),
     "study": Command(
         "make a page on which people compare two sets of completions",
         ("run.dir", "run.seed", "study"),

@@ -13,6 +13,7 @@ from dpo_jax.cli.config.data import DataConfig as DataConfig
 from dpo_jax.cli.config.data import MixConfig as MixConfig
 from dpo_jax.cli.config.data import PrepareConfig as PrepareConfig
 from dpo_jax.cli.config.data import TokenizerConfig as TokenizerConfig
+from dpo_jax.cli.config.diffusion import DiffusionConfig as DiffusionConfig
 from dpo_jax.cli.config.dpo import DpoConfig as DpoConfig
 from dpo_jax.cli.config.dpo import RefsConfig as RefsConfig
 from dpo_jax.cli.config.evaluation import EvalConfig as EvalConfig

@@ -7,6 +7,7 @@ import dataclasses
 from dpo_jax.cli.config.bench import BenchConfig
 from dpo_jax.cli.config.control import ControlConfig
 from dpo_jax.cli.config.data import DataConfig, PrepareConfig, TokenizerConfig
+from dpo_jax.cli.config.diffusion import DiffusionConfig
 from dpo_jax.cli.config.dpo import DpoConfig, RefsConfig
 from dpo_jax.cli.config.evaluation import EvalConfig, SampleConfig
 from dpo_jax.cli.config.export import ExportConfig
@@ -45,6 +46,7 @@ class Config:
     frontier: FrontierConfig = FrontierConfig()
     ppo: PpoConfig = PpoConfig()
     robust: RobustConfig = RobustConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
     online: OnlineConfig = OnlineConfig()
     control: ControlConfig = ControlConfig()
     judge: JudgeConfig = JudgeConfig()
@@ -83,6 +85,9 @@ class Config:
 
     def robust_out(self) -> str:
         return f"{self.run.dir}/robust-{self.robust.experiment}"
+
+    def diffusion_out(self) -> str:
+        return f"{self.run.dir}/diffusion-{self.diffusion.experiment}"
 
     def sample_policy(self) -> str:
         return self.sample.policy or f"{self.run.dir}/dpo/export"

@@ -1,4 +1,4 @@
-"""`--check` of the experiments on robustness and on control."""
+"""`--check` of the experiments on robustness, on control and on diffusion."""
 
 from __future__ import annotations
 
@@ -30,3 +30,11 @@ def check_simulator(config: Config) -> None:
     """Raises `ConfigError` where a world needs a package that is not installed."""
     if config.control.world == "pendulum" and importlib.util.find_spec("gymnasium") is None:
         raise ConfigError(f"control.world: pendulum needs the package gymnasium: {install_command('control')}, or take lqr")
+
+
+def diffusion(check: Check) -> None:
+    """Whether the digits are here."""
+    section = check.config.diffusion
+    if section.experiment == "digits" and check.scope.elsewhere is None and importlib.util.find_spec("sklearn") is None:
+        raise ConfigError(f"diffusion: the digits are those of scikit-learn: {install_command('lab')}")
+    check.tell("runs", f"experiment {section.experiment}, {section.seeds} seeds")

@@ -16,7 +16,7 @@ from dpo_jax.cli.commands.agree_files import judge_files, key_file, rating_files
 from dpo_jax.cli.commands.report_files import earlier_images
 from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.cli.preflight.devices import compiler, devices, plan, training
-from dpo_jax.cli.preflight.experiments import control, robust
+from dpo_jax.cli.preflight.experiments import control, diffusion, robust
 from dpo_jax.cli.preflight.inputs import Check, data, files, judged_files, model, most, prompts, tokenizer
 from dpo_jax.cli.preflight.online import rounds
 from dpo_jax.cli.preflight.packages import bench_packages, check_bucket, judge_packages, reward_packages, writers
@@ -55,6 +55,8 @@ def _run_dir(check: Check) -> None:
     folder = Path(check.config.judge_out() if name == "judge" else Path(config.run.dir, name))
     if name == "robust":
         folder = Path(config.robust_out())
+    if name == "diffusion":
+        folder = Path(config.diffusion_out())
     if name == "eval" and config.eval.rewards:
         folder = Path(config.eval.rewards_out or Path(config.run.dir, "rewards"))
     if check.unseen("run", str(folder)):
@@ -227,6 +229,7 @@ LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
     "frontier": _SWEEP,
     "robust": (robust, *_SWEEP),
     "control": (control, devices, _run_dir),
+    "diffusion": (diffusion, _run_dir),
     "study": (files(("study.a", lambda c: c.study.a), ("study.b", lambda c: c.study.b)), _run_dir),
     "agree": (_agreed, _run_dir),
     "report": (_run_folders,),

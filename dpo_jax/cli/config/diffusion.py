@@ -1,0 +1,96 @@
+"""Options of `diffusion`; a section of `Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+from dpo_jax.cli.config.lab import numbers
+from dpo_jax.cli.config.ranges import Problem, not_negative, positive
+
+LOSSES = ("dpo", "ipo", "hinge", "discopop", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """Diffusion-DPO on scikit-learn's digits (extra `lab`), or on one Gaussian number whose optimum is known."""
+
+    experiment: Literal["digits", "gaussian"] = "digits"
+    """Reward (stroke weight) against path KL on real digits; or the trained policy against optima in closed form."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """Noise schedule."""
+    steps: int = 50
+    """Diffusion steps T, of training and DDPM; the Gaussian has gaussian_steps."""
+    width: int = 48
+    """Width of the diffusion transformer."""
+    layers: int = 3
+    """Its layers."""
+    heads: int = 4
+    """Its attention heads."""
+    pretrain_steps: int = 2000
+    """Optimizer steps of denoising training on the real digits: the reference."""
+    pretrain_batch: int = 128
+    """Images of each."""
+    pretrain_lr: float = 3e-3
+    """Peak learning rate of it; warm-up and cosine decay."""
+    label_dropout: float = 0.1
+    """Share of labels left out in it, for classifier-free guidance."""
+    guidance: float = 1.0
+    """Classifier-free guidance of all samples; 1 is the conditional model, and takes half the time."""
+    pairs: int = 2048
+    """Pairs: two samples of the reference each, of one class."""
+    strength: float = 2.0
+    """Of the Bradley-Terry labels: nats for each standard deviation of ink that one sample has more."""
+    loss: str = "dpo"
+    """A loss of pairs by name, of those that need nothing but log-probabilities and beta."""
+    betas: str = "0.005,0.02,0.05,0.1"
+    """beta of the Diffusion-DPO runs. Squared errors are summed over the pixels, and times T."""
+    weighting: Literal["constant", "elbo"] = "constant"
+    """Weights of the errors over time: 1, as in the paper, or those of the evidence bound."""
+    draws: int = 1
+    """Draws of noise and time for each pair in a step; the paper has 1, more make the bound tighter."""
+    batch: int = 64
+    """Pairs a step, and chosen images a step of Preferred-FT."""
+    epochs: float = 4.0
+    """How often each pair is seen."""
+    lr: float = 1e-4
+    """Learning rate of Diffusion-DPO."""
+    ft_lrs: str = "0.00002,0.0001"
+    """Learning rates of the Preferred-FT runs."""
+    evaluations: int = 2
+    """How often each run is measured."""
+    samples: int = 400
+    """Samples that a policy is measured by."""
+    seeds: int = 3
+    """Runs of every setting: other luck of the labels, order, noise and samples."""
+    gaussian_steps: int = 500
+    """Of gaussian: diffusion steps T."""
+    gaussian_draws: str = "1,1024"
+    """Of gaussian: draws of the runs."""
+
+    def check(self) -> Iterator[Problem]:
+        counted = ("steps", "width", "layers", "heads", "pretrain_steps", "pretrain_batch", "pairs", "draws", "batch", "epochs")
+        yield from positive(
+            self, *counted, "lr", "pretrain_lr", "evaluations", "samples", "seeds", "strength", "gaussian_steps"
+        )
+        yield from not_negative(self, "guidance")
+        if not 0 <= self.label_dropout < 1:
+            yield "label_dropout", f"must be a share in [0, 1), got {self.label_dropout}"
+        if self.heads > 0 and self.width % (2 * self.heads):
+            yield "width", f"must be a multiple of twice the heads ({2 * self.heads}), got {self.width}"
+        if self.loss not in LOSSES:
+            yield "loss", f"must be one of {', '.join(LOSSES)}, got {self.loss!r}"
+        for field in ("betas", "ft_lrs", "gaussian_draws"):
+            values = _values(getattr(self, field))
+            whole = field != "gaussian_draws" or all(value == int(value) for value in values)
+            if not values or min(values) <= 0 or len(set(values)) < len(values) or not whole:
+                kind = "numbers" if field != "gaussian_draws" else "whole numbers"
+                yield field, f"must be different {kind} above 0, separated by commas, got {getattr(self, field)!r}"
+
+
+def _values(text: str) -> list[float]:
+    try:
+        return numbers(text)
+    except ValueError:
+        return []
