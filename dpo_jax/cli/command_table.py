@@ -158,6 +158,11 @@ COMMANDS = {
         (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, *_SWEPT, *_PPO, "robust"),
         ("data", "model"),
     ),
+    "dialogue": Command(
+        "preferences of whole conversations in a question game, against the enumerated optimum",
+        (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, "dialogue"),
+        ("data", "model"),
+    ),
     "study": Command(
         "make a page on which people compare two sets of completions",
         ("run.dir", "run.seed", "study"),

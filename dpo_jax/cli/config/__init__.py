@@ -8,10 +8,12 @@ so `--help` answers at once.
 from __future__ import annotations
 
 from dpo_jax.cli.config.bench import BenchConfig as BenchConfig
+from dpo_jax.cli.config.data import GENERATED as GENERATED
 from dpo_jax.cli.config.data import DataConfig as DataConfig
 from dpo_jax.cli.config.data import MixConfig as MixConfig
 from dpo_jax.cli.config.data import PrepareConfig as PrepareConfig
 from dpo_jax.cli.config.data import TokenizerConfig as TokenizerConfig
+from dpo_jax.cli.config.dialogue import DialogueConfig as DialogueConfig
 from dpo_jax.cli.config.dpo import DpoConfig as DpoConfig
 from dpo_jax.cli.config.dpo import RefsConfig as RefsConfig
 from dpo_jax.cli.config.evaluation import EvalConfig as EvalConfig

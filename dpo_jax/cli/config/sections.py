@@ -6,6 +6,7 @@ import dataclasses
 
 from dpo_jax.cli.config.bench import BenchConfig
 from dpo_jax.cli.config.data import DataConfig, PrepareConfig, TokenizerConfig
+from dpo_jax.cli.config.dialogue import DialogueConfig
 from dpo_jax.cli.config.dpo import DpoConfig, RefsConfig
 from dpo_jax.cli.config.evaluation import EvalConfig, SampleConfig
 from dpo_jax.cli.config.export import ExportConfig
@@ -44,6 +45,7 @@ class Config:
     frontier: FrontierConfig = FrontierConfig()
     ppo: PpoConfig = PpoConfig()
     robust: RobustConfig = RobustConfig()
+    dialogue: DialogueConfig = DialogueConfig()
     online: OnlineConfig = OnlineConfig()
     judge: JudgeConfig = JudgeConfig()
     study: StudyConfig = StudyConfig()

@@ -1,4 +1,4 @@
-"""`--check` of the robustness experiments."""
+"""`--check` of the experiments on robustness and on several turns."""
 
 from __future__ import annotations
 
@@ -11,3 +11,10 @@ def robust(check: Check) -> None:
 
     runs = runs_of(check.config)
     check.tell("runs", f"{len(runs)} of experiment {check.config.robust.experiment}")
+
+
+def dialogue(check: Check) -> None:
+    """The same of the question game."""
+    from dpo_jax.cli.dialogue_runs import runs_of
+
+    check.tell("runs", f"{len(runs_of(check.config))}")
