@@ -23,6 +23,8 @@ A pure function of (n, seed, split). A player's turn ends in the end-of-text tok
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -143,10 +145,17 @@ def written(turns: Sequence[Turn]) -> tuple[str, Spans]:
 def game_preferences(n: int, seed: int, *, split: Literal["train", "test"] = "train") -> list[Preference]:
     """`n` pairs of conversations of the weak player with the same opening, each about an object of its own.
 
-    The label is drawn with P(first chosen) = sigmoid(difference of rewards). `sft_target` is None: SFT learns the chosen one.
+    The label is drawn with P(first chosen) = sigmoid(difference of rewards). SFT learns the chosen one, as often as it comes:
+    uids count the copies of a text.
     """
     rng = random.Random(f"question game {split} {seed}")
-    return [_pair(rng, f"question_game/{split}/{seed}:{number}") for number in range(n)]
+    pairs, copies = [], collections.Counter()
+    for number in range(n):
+        pair = _pair(rng, f"question_game/{split}/{seed}:{number}")
+        copies[pair.prompt + pair.chosen] += 1
+        count = copies[pair.prompt + pair.chosen]
+        pairs.append(pair if count == 1 else dataclasses.replace(pair, uid=f"{pair.uid} ({count})"))
+    return pairs
 
 
 def _pair(rng: random.Random, uid: str) -> Preference:
