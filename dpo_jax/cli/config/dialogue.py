@@ -19,9 +19,9 @@ class DialogueConfig:
     methods: str = ",".join(METHODS)
     """Some of dpo (of conversations), online (the same, in rounds), preferred-ft, myopic (dpo of single turns, each by its own
     reward) and dpo-limit (what dpo tends to with endless pairs, computed)."""
-    betas: str = "0.05,0.1,0.2,0.5"
+    betas: str = "0.05,0.15,0.5"
     """beta of the runs of dpo, online, myopic and dpo-limit."""
-    starts: int = 96
+    starts: int = 64
     """Beginnings of every one of the twelve openings."""
     completions: int = 4
     """Conversations from each; the user thinks of another object in each."""
@@ -29,7 +29,7 @@ class DialogueConfig:
     """Pairs of them, as online.pairs; dpo-limit is that of bradley_terry."""
     rounds: int = 4
     """Rounds of online, which divide the starts and the steps of dpo among them."""
-    test: int = 480
+    test: int = 240
     """Conversations by which the exact measures are checked."""
     sample_batch: int = 256
     """Conversations drawn at a time, and texts scored at a time."""
