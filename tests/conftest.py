@@ -102,6 +102,7 @@ LONG = {
     ),
     "checkpoint": ("test_a_big_file_is_not_read_again",),
     "cli_frontier": ("test_",),
+    "cli_dialogue": ("test_dialogue",),
     "cli_robust": ("test_noise", "test_shift", "test_overoptimisation"),
     "cli_diffusion": ("test_digits",),
     "cli_resume": (

@@ -325,7 +325,7 @@ def test_the_policy_may_be_the_model_itself(small, ran, capsys):
         (
             ["refs", "SMALL", "--dpo.microbatches=2"],
             "--dpo.microbatches=2: refs does not read this option "
-            "(dpo, plan, reward-model, ppo, online, frontier, robust, bench would)",
+            "(dpo, plan, reward-model, ppo, online, frontier, robust, dialogue, bench would)",
         ),
         (["reward-model", "SMALL", "--run.wandb", "x"], "--run.wandb: reward-model does not read this option ("),
         (["ppo", "SMALL", "--run.wandb", "x"], "--run.wandb: ppo does not read this option ("),

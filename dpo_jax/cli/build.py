@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, dump_config
+from dpo_jax.cli.config import GENERATED, Config, ConfigError, DpoConfig, SftConfig, dump_config
 from dpo_jax.cli.data_sources import load_files
 from dpo_jax.cli.fixed import date_of, keep, pin_revisions
 from dpo_jax.cli.model_folders import check_fit, planned_hf_config, remedy, sized_hf_config
@@ -29,6 +29,7 @@ from dpo_jax.data.layout import Layout, Text, places_of
 from dpo_jax.data.loader import plan_layout
 from dpo_jax.data.pairs import Cause, DataError, DataReport, Preference, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet, encode_all
+from dpo_jax.data.question_game import game_preferences
 from dpo_jax.data.reviews import review_preferences
 from dpo_jax.data.row_kinds import Wanted, check_kind, split_pairs
 from dpo_jax.data.snippets import Snippet, load_snippets, snippets_of
@@ -130,8 +131,9 @@ def needs_tfds(option: str) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=1)  # a tokenizer is trained on what is then trained on
-def _reviews(count: int, seed: int, split: Literal["train", "test"]) -> tuple[Preference, ...]:
-    return tuple(review_preferences(count, seed, split=split))
+def _generated(source: str, count: int, seed: int, split: Literal["train", "test"]) -> tuple[Preference, ...]:
+    make = {"reviews": review_preferences, "question_game": game_preferences}[source]
+    return tuple(make(count, seed, split=split))
 
 
 def load_split(
@@ -140,11 +142,11 @@ def load_split(
     """The preferences of the train or the held-out split, read as `rows`. Raises `DataError` for bad data."""
     data = config.data
     limit = data.max_train if split == "train" else data.max_test
-    if data.source == "reviews":
+    if data.source in GENERATED:
         count = data.reviews_train if split == "train" else data.reviews_test
-        preferences = _reviews(count, config.run.seed, split)
-        report = DataReport(source="reviews", split=split, format="reviews", rows=count, read=count, kept=count)
-        check_kind("pairs", rows, where="data.source reviews")
+        preferences = _generated(data.source, count, config.run.seed, split)
+        report = DataReport(source=data.source, split=split, format=data.source, rows=count, read=count, kept=count)
+        check_kind("pairs", rows, where=f"data.source {data.source}")
         pairs = PreferenceSet(preferences, report)
         return (split_pairs(pairs) if rows == "unpaired" else pairs).take(limit)
     refuse_texts(config)

@@ -239,7 +239,8 @@ def _data_name(config: Config) -> str:
         if data.test_share is None:
             return named
         return f"{named}; {data.test_share:.1%} of the prompts of what has no {data.test_split} split are held out, by hash"
-    return f"generated film reviews ({data.reviews_train:,} training pairs)"
+    made = {"reviews": "film reviews", "question_game": "conversations of a question game"}[data.source]
+    return f"generated {made} ({data.reviews_train:,} training pairs)"
 
 
 def _part_name(part: MixConfig, source: str) -> str:

@@ -165,6 +165,11 @@ COMMANDS = {
         "Diffusion-DPO on real digits: reward against path KL; or against an optimum in closed form",
         ("run.dir", "run.seed", "diffusion"),
     ),
+    "dialogue": Command(
+        "preferences of whole conversations in a question game, against the enumerated optimum",
+        (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, "dialogue"),
+        ("data", "model"),
+    ),
     "study": Command(
         "make a page on which people compare two sets of completions",
         ("run.dir", "run.seed", "study"),

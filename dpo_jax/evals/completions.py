@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax.data.layout import completion_rows
+from dpo_jax.data.layout import Completion, completion_rows
 from dpo_jax.data.loader import round_up
 from dpo_jax.data.tokenizer import decode_completion
 from dpo_jax.runtime.progress import reported
@@ -159,16 +159,17 @@ def map_completions(
     prompts: Sequence[np.ndarray],
     completions: Sequence[np.ndarray],
     *,
+    scored: Sequence[np.ndarray | None] | None = None,
     batch: int = 64,
     length: int | None = None,
 ) -> Any:
     """`compiled(variables, rows)` of `Partitioner.compile_map`, over given completions: its arrays [B, ...], in their order.
 
-    About `batch` at a time, one completion a row, those of like length together: a program for each step of `WIDTHS` tokens, up
-    to `length`.
+    `scored`: of each completion bool[n], which of its tokens count (None: all). About `batch` at a time, one completion a row,
+    those of like length together: a program for each step of `WIDTHS` tokens, up to `length`.
     """
-    every = list(zip(prompts, completions, strict=True))
-    sizes = np.array([len(p) + len(c) for p, c in every])
+    every = [Completion(*text) for text in zip(prompts, completions, scored or [None] * len(prompts), strict=True)]
+    sizes = np.array([len(text.prompt) + len(text.completion) for text in every])
     order = np.argsort(sizes, kind="stable")
     batch = round_up(min(batch, len(every)), partitioner.row_shards)
     part, parts = partitioner.host_part

@@ -16,7 +16,7 @@ from dpo_jax.data.groups import PairGroup, group_pairs
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import in_order, plan_layout, skippable, stream, total_steps
 from dpo_jax.dpo import dpo_step
-from dpo_jax.lab.world import Points, World
+from dpo_jax.lab.world import Points, Trainable
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime.fit import fit
 from dpo_jax.runtime.metrics import MetricsLog
@@ -40,18 +40,31 @@ class PairData(NamedTuple):
         return total_steps(len(self.groups), batch=self.batch, epochs=epochs)
 
 
-def pair_data(world: World, pairs: Sequence[Encoded], *, batch: int, microbatches: int = 1) -> PairData:
+def pair_data(world: Trainable, pairs: Sequence[Encoded], *, batch: int, microbatches: int = 1) -> PairData:
     """`pairs` by prompt, about `batch` of them to a step: whole prompts."""
-    groups = group_pairs(pairs)
-    several = max(1, round(batch * len(groups) / len(pairs)))
+    return grouped_data(world, group_pairs(pairs), batch=batch, microbatches=microbatches)
+
+
+def grouped_data(
+    world: Trainable, groups: Sequence[PairGroup], *, batch: int, microbatches: int = 1, largest: Sequence[PairGroup] = ()
+) -> PairData:
+    """Pairs that are grouped already, about `batch` of them to a step: whole groups. Groups like `largest` fit, too."""
+    several = max(1, round(batch * len(groups) / sum(len(group.pairs) for group in groups)))
     # With as many shapes as a long run has, much of a short one would compile.
-    layout = plan_layout(groups, kind="packed", batch=several, shapes=2, **row_parts(world.partitioner, microbatches))
+    parts = row_parts(world.partitioner, microbatches)
+    layout = plan_layout([*groups, *largest], kind="packed", batch=several, shapes=2, **parts)
+    return in_layout(world, PairData(groups, np.zeros(0, np.float32), layout, several, microbatches), groups)
+
+
+def in_layout(world: Trainable, like: PairData, groups: Sequence[PairGroup]) -> PairData:
+    """`groups` with the reference's log-probabilities, in the shapes of `like`."""
+    layout, several = like.layout, like.batch
     score = world.partitioner.compile_map(functools.partial(reference_logps, world.model))
     ref_logps = np.zeros((len(groups), layout.pairs, 2), np.float32)
     for indices, batched in in_order(groups, layout=layout, batch=several, part=world.partitioner.host_part):
         found, place = score(world.reference, batched.rows), batched.index
         ref_logps[indices[0] :].reshape(-1, 2)[place[place >= 0]] = found[place >= 0]
-    return PairData(groups, ref_logps, layout, several, microbatches)
+    return like._replace(groups=groups, ref_logps=ref_logps)
 
 
 def row_parts(partitioner: Partitioner, microbatches: int) -> dict[str, int]:
@@ -68,7 +81,7 @@ class PairMethod:
     """
 
     def __init__(
-        self, world: World, data: PairData, *, loss: Callable[..., Any], tx: optax.GradientTransformation, epochs: float
+        self, world: Trainable, data: PairData, *, loss: Callable[..., Any], tx: optax.GradientTransformation, epochs: float
     ) -> None:
         self.world, self.data, self.tx, self.epochs = world, data, tx, epochs
         step = functools.partial(
@@ -80,6 +93,17 @@ class PairMethod:
             axis_name=world.partitioner.axis_name,
         )
         self.step = world.partitioner.compile_step(step)
+
+    def start(self, settings: Mapping[str, float]) -> TrainState:
+        """The state before the first step, from the reference."""
+        world, partitioner = self.world, self.world.partitioner
+
+        def begin(variables: Variables) -> TrainState:
+            state = world.begin(variables, tx=self.tx)
+            return state.replace(frozen={**state.frozen, SETTINGS: {k: np.float32(v) for k, v in settings.items()}})
+
+        # Training consumes what it starts from, so it is given a copy.
+        return partitioner.init_state(begin, partitioner.put_variables(partitioner.to_host(world.reference)))
 
     def train(
         self,
@@ -102,20 +126,14 @@ class PairMethod:
         points: Points = []
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
-            points.append({"step": float(done), **measure(_policy(state))})
+            points.append({"step": float(done), **measure(policy_of(state))})
             return points[-1]
 
-        def begin(variables: Variables) -> TrainState:
-            state = world.begin(variables, tx=self.tx)
-            return state.replace(frozen={**state.frozen, SETTINGS: {k: np.float32(v) for k, v in settings.items()}})
-
-        # Training consumes what it starts from, so it is given a copy.
-        start = partitioner.put_variables(partitioner.to_host(world.reference))
         steps_of_run = reported("training", total=steps, unit="steps", brief=True)
         with MetricsLog(folder / "metrics.jsonl") as log, steps_of_run as task:
             state = fit(
                 self.step,
-                partitioner.init_state(begin, start),
+                self.start(settings),
                 stream(
                     data.groups,
                     layout=data.layout,
@@ -132,10 +150,11 @@ class PairMethod:
                 check=lambda step, metrics: task.advance(note="loss {loss:.4f}".format(**metrics)),
                 get_state=partitioner.get_state,
             )
-        return points, partitioner.to_host(_policy(state))
+        return points, partitioner.to_host(policy_of(state))
 
 
-def _policy(state: TrainState) -> Variables:
+def policy_of(state: TrainState) -> Variables:
+    """What the model reads of a state of `PairMethod`."""
     return {name: collection for name, collection in state.variables.items() if name != SETTINGS}
 
 

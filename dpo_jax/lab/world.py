@@ -6,7 +6,7 @@ import copy
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -25,6 +25,17 @@ Points = list[dict[str, float]]
 
 SECOND, LEARNED = "second_reward", "learned_reward"
 """Names, in a point, of the reward that no policy trains on and of the one that is learned from the labelled pairs."""
+
+
+class Trainable(Protocol):
+    """What a method that learns from pairs knows of an experiment: `World`, or `dialogue.DialogueWorld` of several turns."""
+
+    partitioner: Partitioner
+    model: Model
+    reference: Variables
+    begin: Callable[..., TrainState]  # (variables, tx=...) -> the state before the first step: says what is trained
+
+    def measure(self, variables: Variables, /) -> dict[str, float]: ...
 
 
 class Prompts(NamedTuple):

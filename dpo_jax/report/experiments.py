@@ -1,4 +1,4 @@
-"""The sections of a report about experiments: sweeps of `dpo-jax frontier`, and those of `dpo-jax robust`."""
+"""The sections of a report about experiments: sweeps of `dpo-jax frontier`, `dpo-jax robust` and `dpo-jax dialogue`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpo_jax.lab.world import LEARNED, SECOND
 from dpo_jax.plotting.curves import KL_OF_SAMPLES
 from dpo_jax.report.page import Block, Figures, Section, Table, Text
 from dpo_jax.report.record_shapes import ROBUST, SUMMARY
-from dpo_jax.report.run_record import RunRecord, of, one_or_more, read_results
+from dpo_jax.report.run_record import RunRecord, Stage, of, one_or_more, read_results
 
 FIGURES = {
     "frontier.png": "reward against KL",
@@ -196,16 +196,7 @@ def robustness(runs: Sequence[RunRecord]) -> Section | None:
     """Figure and tables of each experiment, and one table of where the true reward falls."""
     blocks: list[Block] = []
     for run, stage in one_or_more(runs, "robust"):
-        experiment = stage.name.partition("-")[2]
-        if os.path.isfile(stage.path / "robust.png"):
-            caption = of(run, runs, f"{experiment}: gain in reward against KL")
-            blocks.append(Figures([(stage.path / "robust.png", caption)], size="wide"))
-        for table in stage.read_object("summary.json", ROBUST).get("tables", []):
-            columns, rows = [table["caption"], *table["columns"]], table["rows"]
-            if any(len(row) != len(columns) for row in rows):
-                stage.problems.append(f"summary.json: a row of {table['caption']!r} has more or fewer cells than the table")
-                continue
-            blocks.append(Table(columns, rows, caption=of(run, runs, experiment), note=table["note"]))
+        blocks += _experiment(stage, of(run, runs, stage.name.partition("-")[2]), "robust.png")
     falls = [[of(run, runs, what), *cells] for run in runs for what, *cells in _falls(run)]
     if falls:
         note = (
@@ -216,6 +207,27 @@ def robustness(runs: Sequence[RunRecord]) -> Section | None:
         )
     title = "Robustness" if one_or_more(runs, "robust") else "Over-optimisation"
     return Section(title, blocks) if blocks else None
+
+
+def dialogue(runs: Sequence[RunRecord]) -> Section | None:
+    """Figure and table of the question game."""
+    found = [(stage, of(run, runs, "question game")) for run, stage in one_or_more(runs, "dialogue")]
+    blocks = [block for stage, caption in found for block in _experiment(stage, caption, "dialogue.png")]
+    return Section("Several turns", blocks) if blocks else None
+
+
+def _experiment(stage: Stage, caption: str, figure: str) -> list[Block]:
+    """The figure of an experiment, and the tables of its summary."""
+    blocks: list[Block] = []
+    if os.path.isfile(stage.path / figure):
+        blocks.append(Figures([(stage.path / figure, f"{caption}: gain in reward against KL")], size="wide"))
+    for table in stage.read_object("summary.json", ROBUST).get("tables", []):
+        columns, rows = [table["caption"], *table["columns"]], table["rows"]
+        if any(len(row) != len(columns) for row in rows):
+            stage.problems.append(f"summary.json: a row of {table['caption']!r} has more or fewer cells than the table")
+            continue
+        blocks.append(Table(columns, rows, caption=caption, note=table["note"]))
+    return blocks
 
 
 def _falls(run: RunRecord) -> list[list[str]]:

@@ -117,7 +117,7 @@ ROBUST = {
     "tables": [{"caption": str, "columns": [str], "rows": [[str]], "note": str}],
     "falls?": [{"what": str, "words": str}],
 }
-"""Of the `summary.json` of an experiment of `dpo-jax robust`."""
+"""Of the `summary.json` of `dpo-jax dialogue`, and of an experiment of `dpo-jax robust`."""
 RESULTS = ("method", "label", "seed", "kl", "reward", "reward_low", "reward_high")
 """Columns of the frontier's `results.csv`; the last four are numbers."""
 

@@ -35,12 +35,13 @@ RESULT = {
     "optimum": "optimum.json",
     "frontier": "results.csv",
     "robust": "summary.json",
+    "dialogue": "summary.json",
     "study": "key.json",
     "agree": "agreement.json",
 }
 ORDER = (
     *("audit", "prepare", "sft", "refs", "dpo", "label", "reward-model", "ppo", "online", "optimum", "frontier"),
-    *("robust", "bench", "eval"),
+    *("robust", "dialogue", "bench", "eval"),
 )
 LATER = ("rewards", "judge", "study", "agree")
 MANY_FAILED = 0.05  # of a judge's pairs: enough to move a win rate by as much as is at stake

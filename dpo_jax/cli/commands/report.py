@@ -23,7 +23,7 @@ from dpo_jax.models.hf import read_weights
 from dpo_jax.plotting.curves import PANELS
 from dpo_jax.plotting.training_curves import plot_runs, plot_training
 from dpo_jax.report.audit import audited
-from dpo_jax.report.experiments import frontier, robustness
+from dpo_jax.report.experiments import dialogue, frontier, robustness
 from dpo_jax.report.first import first_things, moment
 from dpo_jax.report.judged import judged
 from dpo_jax.report.page import Block, Figures, Notice, Page, Section, Table, render_html, render_markdown
@@ -100,6 +100,7 @@ def _page(runs: Sequence[RunRecord], drawn: Path, *, samples: int, digests: bool
         _section("Win rates and ratings", lambda: judged(runs)),
         _section("Frontier", lambda: frontier(runs, drawn)),
         _section("Robustness", lambda: robustness(runs)),
+        _section("Several turns", lambda: dialogue(runs)),
         _section("Samples", lambda: sections.samples(runs, samples)),
         _section("Training", lambda: sections.training(runs, images, together)),
         weights,

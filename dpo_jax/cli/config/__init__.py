@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from dpo_jax.cli.config.bench import BenchConfig as BenchConfig
 from dpo_jax.cli.config.control import ControlConfig as ControlConfig
+from dpo_jax.cli.config.data import GENERATED as GENERATED
 from dpo_jax.cli.config.data import DataConfig as DataConfig
 from dpo_jax.cli.config.data import MixConfig as MixConfig
 from dpo_jax.cli.config.data import PrepareConfig as PrepareConfig
 from dpo_jax.cli.config.data import TokenizerConfig as TokenizerConfig
+from dpo_jax.cli.config.dialogue import DialogueConfig as DialogueConfig
 from dpo_jax.cli.config.diffusion import DiffusionConfig as DiffusionConfig
 from dpo_jax.cli.config.dpo import DpoConfig as DpoConfig
 from dpo_jax.cli.config.dpo import RefsConfig as RefsConfig

@@ -34,14 +34,18 @@ class MixConfig:
     """As `data.test_split`."""
 
 
+GENERATED = ("reviews", "question_game")
+"""Sources that are made, not read."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Which preference pairs, and how they become rows of tokens."""
 
-    source: Literal["reviews", "files", "tfds", "snippets", "imdb", "cnn_dailymail"] = "files"
-    """Generated reviews, files of preferences, a TFDS folder of ours; texts only: rt-polarity, TFDS's IMDb, CNN/DailyMail."""
+    source: Literal["reviews", "question_game", "files", "tfds", "snippets", "imdb", "cnn_dailymail"] = "files"
+    """Generated reviews or games, preference files, our TFDS folders; texts only: rt-polarity, TFDS's IMDb, CNN/DailyMail."""
     path: str | None = None
-    """File or folder with the data, or a data set of the Hugging Face Hub (organization/name); for all sources but reviews."""
+    """File or folder with the data, or a data set of the Hugging Face Hub (organization/name); if it is not generated."""
     config: str | None = None
     """Folder of the data with the files, or configuration of the Hub, where a data set has several; none: all of it."""
     revision: str | None = None
@@ -62,9 +66,9 @@ class DataConfig:
     max_test: int | None = None
     """Use only the first this many held-out pairs; none: all."""
     reviews_train: int = 8_000
-    """Training pairs to generate (source reviews)."""
+    """Training pairs to generate (sources reviews, question_game)."""
     reviews_test: int = 500
-    """Held-out pairs to generate (source reviews)."""
+    """Held-out pairs to generate (sources reviews, question_game)."""
     ranking_length: int | None = None
     """Keep the best so many completions of each ranking (loss plackett_luce); none: all must have the same number."""
     on_bad: Literal["refuse", "drop"] = "refuse"
@@ -126,8 +130,8 @@ class DataConfig:
             yield "reviews_train", "at most 10 million reviews are generated, for either split"
         if self.train_split == self.test_split:
             yield "test_split", f"must be another than train_split, got {self.test_split!r} for both"
-        if self.source == "reviews" and self.path is not None:
-            yield "path", "reviews are generated: leave path out, or set source to files or tfds"
+        if self.source in GENERATED and self.path is not None:
+            yield "path", f"{self.source} are generated: leave path out, or set source to files or tfds"
 
         if self.test_share is not None and not 0 < self.test_share < 1:
             yield "test_share", f"must be a share between 0 and 1, such as 0.05, got {self.test_share}"
@@ -151,7 +155,7 @@ class DataConfig:
             yield "mix", f"{path}{f' ({config})' if config else ''} stands there twice; give it once, with a higher weight"
 
     def missing(self) -> Iterator[Problem]:
-        if self.source != "reviews" and self.path is None and not self.mix:
+        if self.source not in GENERATED and self.path is None and not self.mix:
             yield "path", f"source {self.source} needs a file or folder: pass --data.path"
 
     def name(self) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 from dpo_jax.cli.config.bench import BenchConfig
 from dpo_jax.cli.config.control import ControlConfig
 from dpo_jax.cli.config.data import DataConfig, PrepareConfig, TokenizerConfig
+from dpo_jax.cli.config.dialogue import DialogueConfig
 from dpo_jax.cli.config.diffusion import DiffusionConfig
 from dpo_jax.cli.config.dpo import DpoConfig, RefsConfig
 from dpo_jax.cli.config.evaluation import EvalConfig, SampleConfig
@@ -47,6 +48,7 @@ class Config:
     ppo: PpoConfig = PpoConfig()
     robust: RobustConfig = RobustConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    dialogue: DialogueConfig = DialogueConfig()
     online: OnlineConfig = OnlineConfig()
     control: ControlConfig = ControlConfig()
     judge: JudgeConfig = JudgeConfig()

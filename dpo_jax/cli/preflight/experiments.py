@@ -1,4 +1,4 @@
-"""`--check` of the experiments on robustness, on control and on diffusion."""
+"""`--check` of the experiments on robustness, control, diffusion and several turns."""
 
 from __future__ import annotations
 
@@ -38,3 +38,10 @@ def diffusion(check: Check) -> None:
     if section.experiment == "digits" and check.scope.elsewhere is None and importlib.util.find_spec("sklearn") is None:
         raise ConfigError(f"diffusion: the digits are those of scikit-learn: {install_command('lab')}")
     check.tell("runs", f"experiment {section.experiment}, {section.seeds} seeds")
+
+
+def dialogue(check: Check) -> None:
+    """How many runs there are of the question game."""
+    from dpo_jax.cli.dialogue_runs import runs_of
+
+    check.tell("runs", f"{len(runs_of(check.config))}")

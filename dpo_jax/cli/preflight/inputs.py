@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_jax import loss_table
 from dpo_jax.cli import model_folders
-from dpo_jax.cli.config import Config, ConfigError, MixConfig
+from dpo_jax.cli.config import GENERATED, Config, ConfigError, MixConfig
 from dpo_jax.cli.preflight.scope import Scope
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.runtime.progress import reported
@@ -91,16 +91,16 @@ def data(*splits: str, preferences: bool = False) -> Callable[[Check], None]:
             refuse_texts(check.config)
         if check.name == "prepare":
             _need_tfds(check, "prepare")
-        if data.source == "reviews":
+        if data.source in GENERATED:
             from dpo_jax.data.row_kinds import check_kind
 
             wanted = rows_wanted(check)
-            check_kind("pairs", wanted, where="data.source reviews")
+            check_kind("pairs", wanted, where=f"data.source {data.source}")
             each, what = (2, "single completions") if wanted == "unpaired" else (1, "pairs")
             counts = {"train": each * data.reviews_train, "test": each * data.reviews_test}
             told = [f"{split} {most(counts[split], getattr(data, f'max_{split}')):,} {what}" for split in splits]
             check.rows = most(counts["train"], data.max_train) if each == 1 else None
-            check.tell("data", f"generated reviews: {', '.join(told)}")
+            check.tell("data", f"generated {data.source.replace('_', ' ')}: {', '.join(told)}")
             return
         for part in data.parts():
             _source(check, part, splits)

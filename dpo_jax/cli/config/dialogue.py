@@ -1,0 +1,59 @@
+"""Options of the experiment of several turns; a section of `Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+from dpo_jax.cli.config.lab import numbers
+from dpo_jax.cli.config.ranges import Problem, positive
+
+METHODS = ("dpo", "online", "preferred-ft", "myopic", "dpo-limit")
+
+
+@dataclasses.dataclass(frozen=True)
+class DialogueConfig:
+    """A question game of three turns: preferences of whole conversations against the enumerated optimum."""
+
+    methods: str = ",".join(METHODS)
+    """Some of dpo (of conversations), online (the same, in rounds), preferred-ft, myopic (dpo of single turns, each by its own
+    reward) and dpo-limit (what dpo tends to with endless pairs, computed)."""
+    betas: str = "0.05,0.15,0.5"
+    """beta of the runs of dpo, online, myopic and dpo-limit."""
+    starts: int = 64
+    """Beginnings of every one of the twelve openings."""
+    completions: int = 4
+    """Conversations from each; the user thinks of another object in each."""
+    pairs: Literal["best_worst", "all", "bradley_terry"] = "bradley_terry"
+    """Pairs of them, as online.pairs; dpo-limit is that of bradley_terry."""
+    rounds: int = 4
+    """Rounds of online, which divide the starts and the steps of dpo among them."""
+    test: int = 240
+    """Conversations by which the exact measures are checked."""
+    sample_batch: int = 256
+    """Conversations drawn at a time, and texts scored at a time."""
+    evaluations: int = 1
+    """How often each run is measured; online is measured after each round."""
+    seeds: int = 3
+    """Runs of every setting, each on conversations of its own."""
+    jobs: int = 1
+    """Runs at a time: as many as there are CPU cores; on an accelerator one."""
+
+    def check(self) -> Iterator[Problem]:
+        yield from positive(self, "starts", "rounds", "test", "sample_batch", "evaluations", "seeds", "jobs")
+        if self.completions < 2:
+            yield "completions", f"must be at least 2, as a pair needs two, got {self.completions}"
+        if not self.chosen() or set(self.chosen()) - set(METHODS):
+            yield "methods", f"must be some of {', '.join(METHODS)}, separated by commas, got {self.methods!r}"
+        if 0 < self.starts < self.rounds and "online" in self.chosen():
+            yield "rounds", f"cannot divide {self.starts} starts; lower it, or raise dialogue.starts"
+        try:
+            values = numbers(self.betas)
+        except ValueError:
+            values = []
+        if not values or min(values) <= 0 or len(set(values)) < len(values):
+            yield "betas", f"must be different numbers above 0, separated by commas, got {self.betas!r}"
+
+    def chosen(self) -> list[str]:
+        return [name.strip() for name in self.methods.split(",") if name.strip()]

@@ -1,0 +1,160 @@
+"""Pairs of conversations and of single turns, and online DPO on conversations. Offline methods are `PairMethod`'s."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.groups import PairGroup
+from dpo_jax.data.loader import stream
+from dpo_jax.lab.dialogue import Conversation, DialogueWorld
+from dpo_jax.lab.methods import PairData, PairMethod, grouped_data, in_layout, policy_of
+from dpo_jax.lab.world import Points
+from dpo_jax.online.batches import prompt_groups, worst_case
+from dpo_jax.online.choices import PairsHow, choose_pairs
+from dpo_jax.runtime.fit import fit
+from dpo_jax.runtime.metrics import MetricsLog
+from dpo_jax.runtime.progress import reported
+from dpo_jax.types import Variables
+
+
+class Sampling(NamedTuple):
+    """How conversations become pairs."""
+
+    starts: int  # of every opening
+    completions: int  # conversations of a start, each with a user who thinks of a thing of its own
+    pairs: PairsHow  # of these
+
+
+class Labelled(NamedTuple):
+    groups: list[PairGroup]
+    pairs: list[tuple[Conversation, Conversation]]  # chosen and rejected
+
+
+def converse(world: DialogueWorld, variables: Variables, how: Sampling, *, seed: int, number: int) -> list[Conversation]:
+    """`how.starts` times `how.completions` conversations of every opening, in this order. `number` is that of the round."""
+    users = world.users(how.starts, how.completions, np.random.default_rng([seed, number]))
+    return world.sample(variables, *users, jax.random.fold_in(jax.random.key(seed + 1), number))
+
+
+def label_conversations(conversations: Sequence[Conversation], how: Sampling, *, seed: int, name: str) -> Labelled:
+    """Pairs of conversations with one start, labelled by their rewards. Only the policy's tokens are scored."""
+    found = _choose([(one.prompt, one.ids, one.scored, one.reward) for one in conversations], how, seed=seed, name=name)
+    return Labelled(found.groups, [(conversations[a], conversations[b]) for a, b in found.pairs])
+
+
+def label_turns(conversations: Sequence[Conversation], how: Sampling, *, seed: int, name: str) -> list[PairGroup]:
+    """Pairs of single turns after the same words, labelled by the turn's own reward: what comes of it is not looked at."""
+    turns: dict[tuple[int, bytes], list[Any]] = {}
+    for one in conversations:
+        # The policy's turns are the runs of scored tokens.
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], one.scored, [False]])))
+        for turn, begin, end in zip(one.turns, edges[::2], edges[1::2], strict=True):
+            history = np.concatenate([one.prompt, one.ids[:begin]])
+            example = history, one.ids[begin:end], None, turn.answer.reward
+            turns.setdefault((one.opening, history.tobytes()), []).append(example)
+    several = how.completions
+    whole = [group[at : at + several] for group in turns.values() for at in range(0, len(group) - several + 1, several)]
+    return _choose(list(itertools.chain(*whole)), how, seed=seed, name=name).groups
+
+
+class _Chosen(NamedTuple):
+    groups: list[PairGroup]
+    pairs: list[tuple[int, int]]  # numbers of the examples
+
+
+def _choose(examples: Sequence[Any], how: Sampling, *, seed: int, name: str) -> _Chosen:
+    """Pairs of (prompt, ids, scored, reward), of which `how.completions` neighbours have one prompt."""
+    k = how.completions
+    # What tells texts apart. Reprs of tokens do, and are never blank.
+    texts = [[str(ids.tolist()) for _, ids, _, _ in examples[at : at + k]] for at in range(0, len(examples), k)]
+    rewards = np.array([reward for *_, reward in examples]).reshape(-1, k)
+    chosen, _ = choose_pairs(texts, rewards, how=how.pairs, seed=seed)
+    pairs = [(int(group * k + a), int(group * k + b)) for group, a, b in chosen]
+    encoded = []
+    for number, (a, b) in enumerate(pairs):
+        (prompt, chosen_ids, chosen_scored, _), (_, rejected_ids, rejected_scored, _) = examples[a], examples[b]
+        encoded.append(
+            Encoded(
+                prompt,
+                chosen_ids,
+                rejected_ids,
+                uid=f"{name}:{number}",
+                chosen_scored=chosen_scored,
+                rejected_scored=rejected_scored,
+            )
+        )
+    return _Chosen(prompt_groups(encoded, chosen[:, 0]), pairs)
+
+
+def trajectory_data(
+    world: DialogueWorld, groups: Sequence[PairGroup], how: Sampling, *, batch: int, microbatches: int
+) -> PairData:
+    """`groups` with the reference's log-probabilities, in shapes that those of every later policy fit."""
+    several = 2 if how.pairs == "best_worst" else how.completions
+    openings = [world.ids(game.opening.text) for game in world.trees]
+    tokens = world.width - min(map(len, openings))
+    largest = worst_case(openings, completions=several, tokens=tokens)
+    return grouped_data(world, groups, batch=batch, microbatches=microbatches, largest=[largest])
+
+
+def train_online(
+    world: DialogueWorld,
+    method: PairMethod,
+    folder: Path,
+    *,
+    how: Sampling,
+    rounds: int,
+    settings: Mapping[str, float],
+    seed: int,
+) -> Points:
+    """Rounds of conversations of the policy as it is, labels, and steps on their pairs. Points: after each round.
+
+    As many steps as `method.train` would take, divided among the rounds, with its optimizer and shapes; `how.starts` are those
+    of a round. The reference stays.
+    """
+    steps = method.data.steps(method.epochs)
+    state, points = method.start(settings), []
+    with MetricsLog(folder / "metrics.jsonl") as log, reported("rounds", total=rounds, unit="rounds", brief=True) as task:
+        for number in range(rounds):
+            policy = policy_of(state)
+            drawn = converse(world, policy, how, seed=seed, number=number)
+            labelled = label_conversations(drawn, how, seed=seed + number, name=f"round {number}")
+            data = in_layout(world, method.data, labelled.groups)
+            begin, end = (steps * n // rounds for n in (number, number + 1))
+            batches = stream(
+                data.groups,
+                layout=data.layout,
+                batch=data.batch,
+                seed=seed,
+                ref_logps=data.ref_logps,
+                part=world.partitioner.host_part,
+            )
+            state = fit(
+                method.step,
+                state,
+                lambda step, batches=batches, begin=begin: batches(step - begin),
+                total_steps=end,
+                log=log,
+                get_state=world.partitioner.get_state,
+            )
+            points.append({"step": float(end), **world.measure(policy_of(state))})
+            task.advance()
+    return points
+
+
+def messages(world: DialogueWorld, one: Conversation) -> list[dict[str, str]]:
+    """A conversation as preference data of several turns have it. Nonsense is a question mark."""
+    opening = world.trees[one.opening].opening.text
+    turns = [{"role": "user", "content": opening.split(":", 1)[1].split("\n")[0].strip()}]
+    for turn in one.turns:
+        turns.append({"role": "assistant", "content": (turn.said or "?").strip()})
+        if turn.answer.reply:
+            turns.append({"role": "user", "content": turn.answer.reply.split(":", 1)[1].split("\n")[0].strip()})
+    return turns
