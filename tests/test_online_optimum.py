@@ -39,7 +39,9 @@ def distance(*, online, seed):
     x, first, second = map(np.ravel, np.meshgrid(*(range(n) for n in (2, 15, 15)), indexing="ij"))
     better = world.rewards[x, first] > world.rewards[x, second]
     x, pairs = x[better], np.stack([first[better], second[better]], axis=1)  # each two completions, the better one first
-    encoded = [Encoded(world.prompts[i], world.completions[w], world.completions[l]) for i, (w, l) in zip(x, pairs, strict=True)]
+    encoded = [
+        Encoded(world.prompts[i], world.completions[w], world.completions[l]) for i, (w, l) in zip(x, pairs, strict=True)
+    ]
     rows = plain_rows(encoded, length=1 + world.length, ref_logps=world.ref_logps[x[:, None], pairs])
     tx = make_optimizer(lambda step: 0.1 * (1 - step / (ROUNDS * STEPS)), name="adamw", max_grad_norm=None)
     state, loss = init_state(world.reference, tx), functools.partial(dpo_loss, beta=world.beta)

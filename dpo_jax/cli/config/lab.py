@@ -8,15 +8,19 @@ from typing import Literal
 
 from dpo_jax.cli.config.file import is_count
 
-METHODS = ("preferred-ft", "unlikelihood", "dpo", "rdpo", "ipo", "cdpo", "ppo", "ppo-gt", "best-of-n")
+OFFLINE = ("preferred-ft", "unlikelihood", "dpo", "rdpo", "ipo", "cdpo", "ppo", "ppo-gt", "best-of-n")
+ONLINE = {"online": "uniform", "online-disagreement": "disagreement", "online-uncertainty": "uncertainty"}
+"""Methods that ask labels for samples of their own, and their `online.elicitation`."""
+METHODS = (*OFFLINE, *ONLINE)
 
 
 @dataclasses.dataclass(frozen=True)
 class FrontierConfig:
     """Every method of the paper against the best that is possible: true reward by KL to the reference (section 6.1)."""
 
-    methods: str = ",".join(METHODS)
-    """Which methods, separated by commas."""
+    methods: str = ",".join(OFFLINE)
+    """Which methods, separated by commas; also online, online-disagreement and online-uncertainty, by the options of online and
+    dpo.beta."""
     reward: Literal["exact", "linear", "hf"] = "exact"
     """The true reward: the rule of the generated reviews, a bag-of-words classifier (extra `lab`), or one from the Hub."""
     classifier: str | None = None
