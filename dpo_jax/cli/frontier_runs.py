@@ -106,8 +106,8 @@ class Kept(NamedTuple):
 
 
 def to_mix(results: Sequence[Result]) -> list[Kept]:
-    """Kept policies which, with the reference, cover what the optimum does up to the last of `MIX_AT`: none twice. An online run
-    keeps some on its way: points that have `kept`."""
+    """Kept policies which, with the reference, cover what the optimum does up to the last of `MIX_AT`: none twice. An online
+    run keeps some on its way: points that have `kept`."""
     ended = [result for result in results if result.run.method in TO_MIX]
     there = [Kept(r.run, "policy", r.points[-1]) for r in ended]
     there += [Kept(r.run, f"policy-{point['kept']:g}", point) for r in ended for point in r.points if "kept" in point]

@@ -51,11 +51,8 @@ def _columns(config: Config) -> Iterator[tuple[str, str]]:
     options = loss_table.LOSSES[dpo.loss].options if dpo.loss in loss_table.LOSSES else ()
     if section.beta_last is not None and "beta" not in options:
         yield "online.beta_last", f"loss {dpo.loss} takes no beta of each pair: use dpo or another loss with a beta"
-    if section.pairs == "soft" and loss_table.LOSSES.get(dpo.loss, loss_table.LOSSES["ipo"]).function != "margin.dpo_loss":
-        yield (
-            "online.pairs",
-            f"soft labels are the label_smoothing of dpo, which {dpo.loss} reads in another sense: use loss dpo",
-        )
+    if section.pairs == "soft" and dpo.loss not in ("dpo", "sigmoid"):
+        yield "online.pairs", f"soft labels are a label_smoothing of dpo for each pair, and dpo.loss is {dpo.loss}: use dpo"
     if section.pairs == "soft" and dpo.label_smoothing:
         yield "dpo.label_smoothing", "is the chance of the other label, which soft pairs bring: leave it out"
 
