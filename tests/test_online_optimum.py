@@ -1,4 +1,4 @@
-"""Online DPO in a world whose optimum pi* (eq. 4) is enumerated, beside offline DPO on as many labels of the reference's samples.
+"""Online DPO in a world whose optimum pi* (eq. 4) is enumerated, beside DPO on as many labels of the reference's samples.
 
 The reference puts 1 % of its mass on the two best of 15 completions, and pi* four fifths. A label is a Bradley-Terry draw. Both
 start from the reference and take as many steps of `dpo_step`; they differ in who draws the completions that are compared.

@@ -65,7 +65,7 @@ _ONLINE = (
 )
 
 _OF_ROUNDS = tuple(
-    f"online.{name}" for name in ("rounds", "prompts", "completions", "pairs", "steps", "beta_last", "candidates")
+    f"online.{name}" for name in ("rounds", "prompts", "completions", "pairs", "steps", "candidates")
 )
 
 

@@ -45,7 +45,11 @@ def runs_of(section: FrontierConfig, *, seed: int, online: Mapping[str, Any] | N
         "rdpo": of("rdpo", "beta", section.dpo_betas, length_penalty=section.length_penalty),
         **{method: of(method, "KL", section.ppo_kls, **of_ppo) for method in ("ppo", "ppo-gt")},
         **{
-            method: [Run(method, "", {**(online or {}), "elicitation": how}, s) for s in seeds]
+            method: [
+                Run(method, f"beta {beta:g}", {**(online or {}), "beta_last": beta, "elicitation": how}, s)
+                for beta in numbers(section.online_betas)
+                for s in seeds
+            ]
             for method, how in ONLINE.items()
         },
     }
@@ -54,7 +58,7 @@ def runs_of(section: FrontierConfig, *, seed: int, online: Mapping[str, Any] | N
 
 def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]:
     """What every result depends on; a change makes all runs anew. What PPO alone depends on stands with its runs."""
-    sweeps = {"methods", "dpo_betas", "unlikelihood_alphas", "length_penalty", "best_of", "seeds", "fast", "jobs"}
+    sweeps = {"methods", "dpo_betas", "online_betas", "unlikelihood_alphas", "length_penalty", "best_of", "seeds", "fast", "jobs"}
     others = {"optimum_prompts", "optimum_samples", *(k for k in dataclasses.asdict(config.frontier) if k.startswith("ppo_"))}
     options = {k: v for k, v in dataclasses.asdict(config.frontier).items() if k not in sweeps | others}
     if config.frontier.second_reward is None:  # named only where there is one: what was measured without stays valid
@@ -116,11 +120,11 @@ def to_mix(results: Sequence[Result]) -> list[Kept]:
 
 
 def online_settings(config: Config) -> dict[str, Any]:
-    """What a run of online DPO depends on, besides what all runs do, its elicitation and its seed."""
-    names = ("rounds", "prompts", "completions", "pairs", "beta_last", "candidates")
+    """What a run of online DPO depends on, besides what all runs do, beta of its last round, its elicitation and its seed."""
+    names = ("rounds", "prompts", "completions", "pairs", "candidates")
     options = {name: getattr(config.online, name) for name in names}
     steps, batch = config.online.steps_each(config.dpo.batch), config.online.batch(config.dpo.batch)
-    return {**options, "steps": steps, "batch": batch, "beta": config.dpo.beta}
+    return {**options, "steps": steps, "batch": batch, "beta": config.dpo.beta, "row_length": config.data.row_length}
 
 
 def loss_of(name: str, section: FrontierConfig) -> Callable[..., Any]:

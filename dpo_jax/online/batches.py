@@ -66,6 +66,7 @@ def plan_rows(
     kind: Literal["plain", "shared", "packed"],
     batch: int,
     microbatches: int,
+    length: int | None = None,
 ) -> Layout:
-    """A layout for batches of `batch` groups. `groups` hold the largest there will be."""
-    return plan_layout(groups, kind=kind, batch=batch, shapes=2, **row_parts(partitioner, microbatches))
+    """A layout for batches of `batch` groups. `groups` hold the largest there will be. `length`: see `plan_layout`."""
+    return plan_layout(groups, kind=kind, batch=batch, length=length, shapes=2, **row_parts(partitioner, microbatches))

@@ -119,7 +119,7 @@ def soft_labels(rewards: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """
     prompts, chosen, rejected = pairs.T
     gap = np.asarray(rewards, np.float64)[prompts, chosen] - np.asarray(rewards, np.float64)[prompts, rejected]
-    return np.float32((1 - np.tanh(gap / 2)) / 2)
+    return ((1 - np.tanh(gap / 2)) / 2).astype(np.float32)
 
 
 def beta_of_round(first: float, last: float | None, *, number: int, rounds: int) -> float:

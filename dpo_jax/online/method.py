@@ -23,6 +23,10 @@ Keep = Callable[[dict[str, float], Variables], None]
 """(a point of a run, its policy on the devices): may save the policy, and add to the point."""
 
 
+def _quiet(line: str) -> None:
+    """Rounds of runs side by side say nothing: the sweep has a line for each run."""
+
+
 class OnlineMethod:
     """Runs that differ in seed and elicitation alone, so that the step is compiled once.
 
@@ -43,7 +47,7 @@ class OnlineMethod:
         the host. `settings`: JSON values that the files of the rounds are bound to. Leaves `metrics.jsonl`, too."""
         world, partitioner, points = self.world, self.world.partitioner, []
         log = LabelLog(folder / "labels.jsonl", settings)
-        rounds = Rounds(world, folder, options, log=log, settings=settings, start="reference", reward=world.reward)
+        rounds = Rounds(world, folder, options, log=log, settings=settings, start="reference", reward=world.reward, say=_quiet)
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             labels = float(log.total((done - 1) // options.steps))

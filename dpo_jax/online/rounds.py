@@ -53,8 +53,8 @@ SCORE = {"number": int, "score": (float, None)}
 
 
 class RoundOptions(NamedTuple):
-    """What a round does. `beta` is that of the loss, in which implicit rewards are stated. The loss takes it, and with soft pairs
-    `label_smoothing`, of each pair by keyword where they are not the same for all (`PairBatches.columns`)."""
+    """What a round does. `beta` is that of the loss, in which implicit rewards are stated. With `beta_last` the loss takes it,
+    and with soft pairs `label_smoothing`, of each pair by keyword (`PairBatches.columns`)."""
 
     prompts: int  # labels are asked for
     completions: int  # of each
@@ -67,6 +67,7 @@ class RoundOptions(NamedTuple):
     elicitation: Elicitation = "uniform"
     refresh: int = 0  # the policy becomes the reference after so many rounds; 0: never
     layout: str = "packed"
+    row_length: int | None = None
     microbatches: int = 1
     beta_last: float | None = None  # of the last of so many `rounds`, see `beta_of_round`
     rounds: int = 1
@@ -280,7 +281,7 @@ class Rounds:
             several = 2 if self.options.pairs == "best_worst" else self.options.completions
             longest = worst_case(self.world.train.ids, completions=several, tokens=self.world.max_new_tokens)
             shape = {"kind": self.options.layout, "batch": self.options.batch, "microbatches": self.options.microbatches}
-            planned = plan_rows([*groups, longest], self.world.partitioner, **shape)
+            planned = plan_rows([*groups, longest], self.world.partitioner, **shape, length=self.options.row_length)
             self.record["layout"] = dataclasses.asdict(planned)
         # A run may go on with other devices: the number of rows divides among those that are here.
         parts = row_parts(self.world.partitioner, self.options.microbatches)

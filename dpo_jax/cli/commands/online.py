@@ -130,6 +130,7 @@ def _rounds(config: Config, run: RunDir, world: World, digests: Mapping[str, str
         elicitation=section.elicitation,
         refresh=section.refresh_reference_rounds or 0,
         layout=config.data.layout,
+        row_length=config.data.row_length,
         microbatches=dpo.microbatches,
         beta_last=section.beta_last,
         rounds=section.rounds,

@@ -47,6 +47,8 @@ class FrontierConfig:
     """How often each run is measured."""
     dpo_betas: str = "0.05,0.1,1,5"
     """beta of the runs of dpo, rdpo, ipo and cdpo."""
+    online_betas: str = "2,1,0.5"
+    """beta of the last round of the online runs (online.beta_last); that of the first is dpo.beta."""
     unlikelihood_alphas: str = "0.05,0.1,0.5,1"
     """alpha of the unlikelihood runs."""
     ppo_kls: str = "3,6,9,12"
@@ -89,7 +91,7 @@ class FrontierConfig:
         unknown = [name for name in self.chosen() if name not in METHODS]
         if unknown or not self.chosen():
             yield "methods", f"must be some of {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}"
-        for field in ("dpo_betas", "unlikelihood_alphas", "ppo_kls", "best_of"):
+        for field in ("dpo_betas", "online_betas", "unlikelihood_alphas", "ppo_kls", "best_of"):
             try:
                 values = numbers(getattr(self, field))
             except ValueError:
