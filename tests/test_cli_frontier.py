@@ -41,7 +41,7 @@ CONFIG = (
     TOY_WORLD
     + """\
 frontier:
-  methods: "unlikelihood,dpo,rdpo,ppo,ppo-gt,best-of-n"
+  methods: "unlikelihood,dpo,rdpo,ppo,ppo-gt,best-of-n,online"
   second_reward: vader
   unlikelihood_alphas: "0.5"
   prompts: 12
@@ -52,6 +52,7 @@ frontier:
   sample_batch: 16
   evaluations: 2
   dpo_betas: "0.5"
+  online_betas: "0.5"
   ppo_kls: "3"
   best_of: "1,4,64"
   ppo_iterations: 2
@@ -59,6 +60,7 @@ frontier:
   ppo_epochs: 1
   ppo_minibatches: 2
   jobs: 2
+online: {{rounds: 2, prompts: 6, completions: 3, pairs: soft, steps: 2}}
 """
 )
 
@@ -84,7 +86,9 @@ def test_every_run_is_measured_and_in_the_table(study):
         assert float(row["kl_low"]) <= float(row["kl"]) <= float(row["kl_high"])
         assert -20 <= float(row["reward"]) <= 20
     runs = ("unlikelihood", "alpha 0.5"), ("dpo", "beta 0.5"), ("rdpo", "beta 0.5"), ("ppo", "KL 3"), ("ppo-gt", "KL 3")
+    runs = *runs, ("online", "beta 0.5")
     trained = {(method, label, "0") for method, label in runs}
+    assert [float(row["labels"]) for row in table if row["method"] == "online"] == [18, 36]
     assert {key: points[key] for key in trained} == dict.fromkeys(trained, 2)
     best_of_n = {("best-of-n", f"N {n}", "0") for n in (1, 4)}  # 16 samples hold no 64
     assert {key for key in points if key not in trained} == {("reference", "", "0"), *best_of_n}
@@ -107,13 +111,13 @@ def test_what_is_finished_is_not_done_again_also_where_the_folder_was_moved(stud
     (moved / "frontier" / "runs" / "dpo-beta-0.5-seed0" / "result.json").unlink()
     kept = [*moved.rglob("result.json"), *(moved / "frontier" / "optimum").iterdir(), moved / "frontier" / "pairs.jsonl"]
     before = {path: path.stat().st_mtime_ns for path in kept if path.parent.name != "reward_model"}
-    assert len(before) == 5 + 2 + 1  # the reference's samples, and those of one policy
+    assert len(before) == 6 + 3 + 1  # the reference's samples, and those of one policy
     learned = [path for path in moved.glob("frontier/reward_model/checkpoints/*") if path.name.isdigit()]
     before |= {path: path.stat().st_mtime_ns for path in learned}
     assert learned
     code, out, err = call("frontier", root / "toy.yaml", "--run.dir", moved)
     assert code == 0, err
-    assert "5 of 6 runs are finished already" in out
+    assert "6 of 7 runs are finished already" in out
     assert {path: path.stat().st_mtime_ns for path in before} == before
     tables = [(run / "frontier" / "results.jsonl").read_text().splitlines() for run in (root / "run", moved)]
     first, again = ([json.loads(row) | {"seconds": 0} for row in rows] for rows in tables)
@@ -147,7 +151,7 @@ def test_every_policy_is_judged_by_both_other_rewards(study):
     assert (start["kl"], start["step"]) == (0, 0)
     summary = json.loads((root / "run" / "frontier" / "summary.json").read_text())["second_reward"]
     assert summary["name"] == "vader"
-    trained = ["unlikelihood", "dpo", "rdpo", "ppo", "ppo-gt"]
+    trained = ["unlikelihood", "dpo", "rdpo", "ppo", "ppo-gt", "online"]
     assert [row["method"] for row in summary["gains"]][: len(trained) + 1] == [*trained, "best-of-n"]
     assert summary["words"] in study[1]
     code, _, err = call("report", root / "run", "--report.out", root / "page")
@@ -469,10 +473,14 @@ def test_the_policies_mixed_into_the_optimum_are_those_nearest_to_its_reach():
         ended("ppo", 6.0),
         ended("ppo-gt", 8.0),
     ]
-    assert [result.name for result in to_mix(results)] == [
+    assert [kept.run.name for kept in to_mix(results)] == [
         "dpo-KL-1.4-seed0",
         "dpo-KL-5-seed0",
         "ppo-gt-KL-3.2-seed0",
         "ppo-gt-KL-8-seed0",
     ]
     assert to_mix([ended("ppo", 6.0)]) == []
+    # An online run keeps policies on its way.
+    points = [{"kl": 1.6, "kept": 1.5}, {"kl": 2.0}, {"kl": 3.1, "kept": 3.0}, {"kl": 4.0}]
+    kept = to_mix([Result(Run("online", "", {}, 0), points, 0.0)])
+    assert [one.folder for one in kept] == ["policy", "policy-1.5", "policy-3"]

@@ -9,6 +9,7 @@ import pytest
 
 from dpo_jax.evals.frontier import optimum
 from dpo_jax.lab import report
+from dpo_jax.lab.labels import label_table, label_words, shares_by_labels
 from dpo_jax.lab.sweep import Result, Run, sweep
 
 RUNS = [Run("dpo", f"beta {beta:g}", {"beta": beta}, 0) for beta in (0.1, 1.0, 5.0)]
@@ -34,6 +35,30 @@ def performing(done, *, killed_at=None):
         return [point(1, run.settings["beta"], 1 / run.settings["beta"])]
 
     return perform
+
+
+def test_labels_are_counted_to_where_a_share_of_the_gain_is_reached():
+    best = optimum(np.random.default_rng(0).normal(size=(50, 4000)), [np.inf, *np.geomspace(20, 0.25, 60)], seed=0)
+    gain = np.interp(np.sqrt(1.5), np.sqrt(best.kl), best.reward) - best.reference
+
+    def result(method, seed, *spent):
+        """Policies of KL 1.5, each after so many labels with a share of the possible gain; the last lies beyond."""
+        points = [point(n, 1.5, best.reference + share * gain) | {"labels": labels} for n, (labels, share) in enumerate(spent)]
+        return Result(Run(method, "", {}, seed), [*points, point(9, 30.0, 9.0) | {"labels": 1e6}], 0.0)
+
+    slow, fast = ((100, 0.2), (200, 0.6), (300, 0.4), (400, 0.7)), ((100, 0.8),)
+    offline = Result(RUNS[0], [point(1, 1.0, 1.0)], 0.0)
+    results = [result("a", 0, *slow), result("a", 1, *fast), result("b", 0, (100, 0.1)), offline]
+    a, b = label_table(results, best, share=0.4, at=1.5)
+    assert (a["method"], a["each"]) == ("a", pytest.approx([150.0, 50.0], rel=1e-2))
+    assert a["labels"] == pytest.approx(100.0, rel=1e-2)
+    assert a["labels_low"] < 0 < a["labels_high"]  # of two seeds little is known
+    assert (b["each"], b["labels"]) == ([None], None)
+    assert "not reached" in label_words([a, b])
+    assert label_table([offline], best) == []
+    _, shares = shares_by_labels(results[0].points, 1.5, best)
+    assert np.all(np.diff(shares) >= 0)
+    assert np.isnan(shares_by_labels(results[0].points, 1e3, best)[1]).all()
 
 
 def table_of(results):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dpo_jax
-from dpo_jax.online.choices import choose_pairs, choose_prompts, draw_prompts, shares_won
+from dpo_jax.online.choices import beta_of_round, choose_pairs, choose_prompts, draw_prompts, shares_won, soft_labels
 from dpo_jax.online.labels import LabelLog, compared, scored
 from dpo_jax.online.stage import Stage
 from dpo_jax.training.fingerprint import RunMismatch
@@ -48,10 +48,32 @@ def test_all_pairs_are_those_that_label_makes():
         found = [(f"{n}", TEXTS[n][chosen], TEXTS[n][rejected]) for n, chosen, rejected in pairs.tolist()]
         assert found == [(one.prompt, one.chosen, one.rejected) for one in expected]
         assert counts == its
-    with pytest.raises(ValueError, match="use 'best_worst', 'all' or 'bradley_terry'"):
+    with pytest.raises(ValueError, match="use 'best_worst', 'all', 'bradley_terry' or 'soft'"):
         choose_pairs(TEXTS, REWARDS, how="best")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="the reward is nan"):
         choose_pairs(TEXTS, np.where(REWARDS > 1, np.nan, REWARDS), how="all")
+
+
+def test_soft_pairs_have_the_expected_loss_of_bradley_terry_draws():
+    """Also where the better completion is the unlikely one, and rewards are far apart."""
+    rewards = np.array([[3.0, -1.0, 0.5], [700.0, 0.0, 699.0]])
+    pairs, counts = choose_pairs([[" a", " b", " c"]] * 2, rewards, how="soft")
+    assert pairs.tolist() == choose_pairs([[" a", " b", " c"]] * 2, rewards, how="all")[0].tolist()
+    assert counts.labelled == 6
+    logps, ref_logps = np.random.default_rng(0).normal(size=(2, 6, 2))
+    lost = soft_labels(rewards, pairs)
+    assert np.all((lost >= 0) & (lost < 0.5))
+    found, _ = dpo_jax.dpo_loss(logps, ref_logps, beta=0.7, label_smoothing=lost)
+    won, flipped = (dpo_jax.dpo_loss(x, y, beta=0.7)[0] for x, y in ((logps, ref_logps), (logps[:, ::-1], ref_logps[:, ::-1])))
+    chances = [1 / (1 + np.exp(-(rewards[n, w] - rewards[n, l]))) for n, w, l in pairs.tolist()]
+    np.testing.assert_allclose(found, [p * a + (1 - p) * b for p, a, b in zip(chances, won, flipped, strict=True)], rtol=1e-5)
+
+
+def test_beta_changes_in_equal_ratios():
+    betas = [beta_of_round(2.0, 0.5, number=number, rounds=5) for number in range(5)]
+    np.testing.assert_allclose(np.divide(betas[1:], betas[:-1]), 0.25**0.25)
+    assert (betas[0], betas[-1]) == (2.0, pytest.approx(0.5))
+    assert [beta_of_round(2.0, last, number=number, rounds=n) for last, number, n in ((None, 3, 5), (0.5, 0, 1))] == [2.0, 2.0]
 
 
 def test_prompts_come_in_passes_and_none_twice_in_a_round():

@@ -181,6 +181,8 @@ def test_rounds_by_a_judge_that_stops_at_its_cap(copy, monkeypatch):  # noqa: F8
         ({"reward": "reward-model"}, "reward_model: names the folder of online.reward reward-model"),
         ({"reward_model": "x"}, "reward_model: is read with online.reward reward-model or online.elicitation disagreement"),
         ({"completions": 1}, "completions: must be at least 2"),
+        ({"reward": "judge", "pairs": "soft"}, "pairs: a judge label says who won, and is no reward to draw by"),
+        ({"beta_last": 0.0}, "beta_last: must be greater than 0, got 0.0"),
         (
             {"label_budget": 100},
             "label_budget: 8 rounds x 256 prompts x 4 labels are 8,192, more than 100; lower online.prompts to 3",
@@ -202,6 +204,15 @@ def test_options_that_do_not_go_together_are_refused(section, message):
         (
             {"online": {"elicitation": "uncertainty", "prompts": 600}},
             "online.prompts: 600 x 4 candidates are more than the 2000",
+        ),
+        ({"dpo": {"loss": "ipo"}, "online": {"pairs": "soft"}}, "online.pairs: soft labels are a label_smoothing of dpo"),
+        (
+            {"dpo": {"label_smoothing": 0.1}, "online": {"pairs": "soft"}},
+            "dpo.label_smoothing: is the chance of the other label",
+        ),
+        (
+            {"dpo": {"loss": "dpo + 0.1 * sft"}, "online": {"beta_last": 0.1}},
+            "online.beta_last: loss dpo + 0.1 * sft takes no beta",
         ),
         ({"online": {"reward": "judge"}}, "judge.prompt: choose one, for example dialogue\njudge.model: name the judge"),
     ],

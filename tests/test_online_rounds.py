@@ -89,8 +89,8 @@ def online(parts, folder, *, reward=length_reward, tick=lambda: None, measured=l
         return _online(parts, run, reward=reward, tick=tick, measured=measured, rounds=rounds, **changes)
 
 
-def _online(parts, run, *, reward, tick, measured, rounds, **changes):
-    world, partitioner, folder = parts.world, parts.world.partitioner, run.path
+def rounds_of(parts, folder, changes, *, reward=length_reward, tick=lambda: None):
+    """The rounds of a run in `folder`, with `changes` of their options."""
     options: dict[str, Any] = {
         "prompts": 4,
         "completions": 3,
@@ -100,7 +100,7 @@ def _online(parts, run, *, reward, tick, measured, rounds, **changes):
         "beta": 0.1,
         "seed": 0,
     }
-    options = options | changes
+    options, partitioner = options | changes, parts.world.partitioner
 
     def save(path, variables):
         tick()
@@ -113,8 +113,8 @@ def _online(parts, run, *, reward, tick, measured, rounds, **changes):
         leaves = [np.asarray(leaf) for leaf in np.load(path / "weights.npz").values()]
         return partitioner.put_variables(jax.tree.unflatten(jax.tree.structure(parts.weights), leaves)), digest_of(leaves)
 
-    made = Rounds(
-        Ticking(world, tick),  # pyright: ignore[reportArgumentType]
+    return Rounds(
+        Ticking(parts.world, tick),  # pyright: ignore[reportArgumentType]
         folder,
         RoundOptions(**options),
         log=TickingLog(folder / "labels.jsonl", {}, tick),
@@ -124,6 +124,11 @@ def _online(parts, run, *, reward, tick, measured, rounds, **changes):
         references=KeptReferences(folder / "references", save=save, load=load),
         say=lambda line: None,
     )
+
+
+def _online(parts, run, *, reward, tick, measured, rounds, **changes):
+    world, partitioner, folder = parts.world, parts.world.partitioner, run.path
+    made = rounds_of(parts, folder, changes, reward=reward, tick=tick)
     saved = saved_run(folder / "checkpoints", place=str(folder))
     if saved is None or saved.step < STEPS:
         made.begin(world.reference)
@@ -296,6 +301,28 @@ def test_labels_are_spent_on_the_prompts_that_are_chosen(parts, tmp_path, elicit
         assert choose_prompts(estimates, [[" a", " b", " c"]] * 6, 3, how=elicitation).tolist() == chosen
         assert np.any(estimates) == (number > 0)
     assert sum(asked.values()) == len(asked) == 2 * 3 * 3
+
+
+def test_soft_pairs_bring_the_beta_of_their_round_and_how_sure_their_labels_are(parts, tmp_path):
+    options = {"pairs": "soft", "beta_last": 0.025, "rounds": 2}
+    with RunDir(tmp_path) as run:
+        made = rounds_of(parts, run.path, options)
+        for number, beta in enumerate((0.1, 0.025)):
+            made.move(number * STEPS, parts.world.reference, "weights")
+            batch = made.batch(number * STEPS)
+            extras, used = batch.rows.extras, batch.index >= 0
+            assert extras is not None
+            np.testing.assert_allclose(extras["beta"][used], beta)
+            samples, scores = (
+                [json.loads(line) for line in (tmp_path / f"round-00{number}" / name).read_text().splitlines()]
+                for name in ("samples.jsonl", "scores.jsonl")
+            )
+            score = {(n // 3, n % 3): row["score"] for n, row in enumerate(scores)}
+            assert len(samples) == len(score) == 12
+            places = [batch.uids[place].replace(":", "-").split("-")[1:] for place in batch.index[used]]
+            gaps = np.array([score[n, w] - score[n, l] for n, w, l in (map(int, place) for place in places)])
+            assert gaps.min() > 0
+            np.testing.assert_allclose(extras["label_smoothing"][used], 1 / (1 + np.exp(gaps)), rtol=1e-5)
 
 
 def test_a_round_without_a_pair_says_why(parts, tmp_path):

@@ -63,6 +63,10 @@ _ONLINE = (
     *("study.task", "study.question", "study.title"),
 )
 
+_OF_ROUNDS = tuple(
+    f"online.{name}" for name in ("rounds", "prompts", "completions", "pairs", "steps", "candidates")
+)
+
 
 def _experiment(*fields: str) -> tuple[str, ...]:
     """The options of `frontier` that a piece of it reads: those of sampling and of the true reward, and `fields`."""
@@ -149,7 +153,7 @@ COMMANDS = {
     ),
     "frontier": Command(
         "every method of the paper, by reward and KL, against the optimum",
-        (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, "frontier"),
+        (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, "frontier", "dpo.beta", *_OF_ROUNDS),
         ("data", "model"),
     ),
     "robust": Command(

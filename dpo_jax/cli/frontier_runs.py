@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpo_jax import optimizer_table
 from dpo_jax.cli.config import Config, DpoConfig
-from dpo_jax.cli.config.lab import FrontierConfig, numbers
+from dpo_jax.cli.config.lab import ONLINE, FrontierConfig, numbers
 from dpo_jax.data.encode import with_bos
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.lab.report import REFERENCE
@@ -22,12 +22,14 @@ from dpo_jax.lab.world import World
 from dpo_jax.losses import dpo_loss, ipo_loss, length_regularized_loss, unlikelihood_loss
 from dpo_jax.training.fingerprint import architecture
 
-TO_MIX = ("dpo", "ppo-gt")  # methods whose policies help to estimate the optimum:
+TO_MIX = ("dpo", "ppo-gt", "online")  # methods whose policies help to estimate the optimum:
 MIX_AT = (1.5, 3.0, 6.0, 9.0)  # nats, those nearest to which
 
 
-def runs_of(section: FrontierConfig, *, seed: int) -> list[Run]:
-    """The reference itself, and every setting of every method but Best-of-N, which nobody trains."""
+def runs_of(section: FrontierConfig, *, seed: int, online: Mapping[str, Any] | None = None) -> list[Run]:
+    """The reference itself, and every setting of every method but Best-of-N, which nobody trains.
+
+    `online` are the settings of the online runs (`online_settings`)."""
     seeds = range(seed, seed + section.seeds)
     of_preferred_ft = 1 if section.fast else max(3, section.seeds)
 
@@ -42,13 +44,21 @@ def runs_of(section: FrontierConfig, *, seed: int) -> list[Run]:
         **{method: of(method, "beta", section.dpo_betas) for method in ("dpo", "ipo", "cdpo")},
         "rdpo": of("rdpo", "beta", section.dpo_betas, length_penalty=section.length_penalty),
         **{method: of(method, "KL", section.ppo_kls, **of_ppo) for method in ("ppo", "ppo-gt")},
+        **{
+            method: [
+                Run(method, f"beta {beta:g}", {**(online or {}), "beta_last": beta, "elicitation": how}, s)
+                for beta in numbers(section.online_betas)
+                for s in seeds
+            ]
+            for method, how in ONLINE.items()
+        },
     }
     return [Run(REFERENCE, "", {}, seed), *(run for method in section.chosen() for run in settings.get(method, []))]
 
 
 def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]:
     """What every result depends on; a change makes all runs anew. What PPO alone depends on stands with its runs."""
-    sweeps = {"methods", "dpo_betas", "unlikelihood_alphas", "length_penalty", "best_of", "seeds", "fast", "jobs"}
+    sweeps = {"methods", "dpo_betas", "online_betas", "unlikelihood_alphas", "length_penalty", "best_of", "seeds", "fast", "jobs"}
     others = {"optimum_prompts", "optimum_samples", *(k for k in dataclasses.asdict(config.frontier) if k.startswith("ppo_"))}
     options = {k: v for k, v in dataclasses.asdict(config.frontier).items() if k not in sweeps | others}
     if config.frontier.second_reward is None:  # named only where there is one: what was measured without stays valid
@@ -91,11 +101,30 @@ def classifier_name(classifier: str) -> str:
     return f"sha256 {digest.hexdigest()}"
 
 
-def to_mix(results: Sequence[Result]) -> list[Run]:
-    """Runs whose final policies, with the reference, cover what the optimum does up to the last of `MIX_AT`: none twice."""
+class Kept(NamedTuple):
+    """A policy that a sweep has kept: `runs/<run.name>/<folder>`."""
+
+    run: Run
+    folder: str
+    point: Mapping[str, float]
+
+
+def to_mix(results: Sequence[Result]) -> list[Kept]:
+    """Kept policies which, with the reference, cover what the optimum does up to the last of `MIX_AT`: none twice. An online
+    run keeps some on its way: points that have `kept`."""
     ended = [result for result in results if result.run.method in TO_MIX]
-    nearest = [min(ended, key=lambda result: abs(result.points[-1]["kl"] - at)).run.name for at in MIX_AT if ended]
-    return [result.run for result in ended if result.run.name in nearest]
+    there = [Kept(r.run, "policy", r.points[-1]) for r in ended]
+    there += [Kept(r.run, f"policy-{point['kept']:g}", point) for r in ended for point in r.points if "kept" in point]
+    nearest = [min(there, key=lambda kept: abs(kept.point["kl"] - at)) for at in MIX_AT if there]
+    return [kept for kept in there if any(kept is one for one in nearest)]
+
+
+def online_settings(config: Config) -> dict[str, Any]:
+    """What a run of online DPO depends on, besides what all runs do, beta of its last round, its elicitation and its seed."""
+    names = ("rounds", "prompts", "completions", "pairs", "candidates")
+    options = {name: getattr(config.online, name) for name in names}
+    steps, batch = config.online.steps_each(config.dpo.batch), config.online.batch(config.dpo.batch)
+    return {**options, "steps": steps, "batch": batch, "beta": config.dpo.beta, "row_length": config.data.row_length}
 
 
 def loss_of(name: str, section: FrontierConfig) -> Callable[..., Any]:

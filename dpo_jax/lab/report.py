@@ -20,7 +20,7 @@ from dpo_jax.writing import writing
 EQUAL_KL = (1.0, 3.0, 6.0)  # nats, at which methods are compared
 COLUMNS = (
     *("method", "label", "seed", "step", "kl", "kl_low", "kl_high", "kl_sampled", "reward", "reward_low", "reward_high"),
-    *("regret", "trusted", "tokens", "seconds", "tokens_low", "tokens_high", "cut"),
+    *("regret", "trusted", "tokens", "seconds", "tokens_low", "tokens_high", "cut", "labels"),
     *(f"{name}{end}" for name in (SECOND, LEARNED) for end in ("", "_low", "_high")),
 )
 REFERENCE = "reference"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.groups import PairGroup, group_pairs
-from dpo_jax.data.layout import Layout
-from dpo_jax.data.loader import plan_layout
+from dpo_jax.data.layout import Layout, examples_to_rows
+from dpo_jax.data.loader import Batch, make_batch, plan_layout
 from dpo_jax.lab.methods import row_parts
 from dpo_jax.types import Partitioner
 
@@ -20,6 +20,23 @@ class PairBatches(NamedTuple):
     groups: Sequence[PairGroup]
     ref_logps: np.ndarray  # float32[groups, pairs, 2]
     layout: Layout
+    columns: Mapping[str, np.ndarray] = {}  # float32[groups, pairs] each: what else the loss takes of a pair, by keyword
+
+    def batch(self, indices: np.ndarray, *, size: int, part: tuple[int, int]) -> Batch:
+        """The groups `indices`, at most `size`, in rows."""
+        made = make_batch(self.groups, indices, layout=self.layout, batch=size, ref_logps=self.ref_logps, part=part)
+        if not self.columns:
+            return made
+        of_pairs = {name: values[indices].reshape(-1) for name, values in self.columns.items()}
+        return made._replace(rows=made.rows.replace(extras={k: examples_to_rows(v, made.rows) for k, v in of_pairs.items()}))
+
+
+def of_groups(groups: Sequence[PairGroup], values: np.ndarray, *, pairs: int) -> np.ndarray:
+    """Values of the caller's pairs, [P, ...], by the groups that hold them: float32[groups, pairs, ...], and 0 for no pair."""
+    found = np.zeros((len(groups), pairs, *values.shape[1:]), np.float32)
+    for place, group in zip(found, groups, strict=True):
+        place[: len(group.members)] = values[group.members]
+    return found
 
 
 def prompt_groups(pairs: Sequence[Encoded], prompts: Sequence[int] | np.ndarray) -> list[PairGroup]:
@@ -49,6 +66,7 @@ def plan_rows(
     kind: Literal["plain", "shared", "packed"],
     batch: int,
     microbatches: int,
+    length: int | None = None,
 ) -> Layout:
-    """A layout for batches of `batch` groups. `groups` hold the largest there will be."""
-    return plan_layout(groups, kind=kind, batch=batch, shapes=2, **row_parts(partitioner, microbatches))
+    """A layout for batches of `batch` groups. `groups` hold the largest there will be. `length`: see `plan_layout`."""
+    return plan_layout(groups, kind=kind, batch=batch, length=length, shapes=2, **row_parts(partitioner, microbatches))

@@ -10,7 +10,7 @@ import numpy as np
 from dpo_jax.data.label import LabelCounts, label
 from dpo_jax.data.loader import batch_indices
 
-PairsHow = Literal["best_worst", "all", "bradley_terry"]
+PairsHow = Literal["best_worst", "all", "bradley_terry", "soft"]
 Elicitation = Literal["uniform", "disagreement", "uncertainty"]
 
 
@@ -78,8 +78,8 @@ def choose_pairs(
     A row is (prompt, chosen, rejected). "best_worst" makes one pair a prompt, of the highest reward and the lowest, of equals
     the first and the last. "all" makes all K (K - 1) / 2, each with the higher reward chosen. "bradley_terry" draws the labels
     of all pairs, with P(first chosen) = sigmoid(r_first - r_second): `data.label.label`, which also says which pairs are left
-    out (ties, equal texts, blank ones, those that spell `eos`). ValueError for shapes that differ, and for rewards that are not
-    finite.
+    out (ties, equal texts, blank ones, those that spell `eos`). "soft" makes the pairs of "all", whose loss is then given this
+    probability instead of a draw (`soft_labels`). ValueError for shapes that differ, and for rewards that are not finite.
 
     >>> texts = [[" a delight.", " a bore.", " fine."]]
     >>> choose_pairs(texts, np.array([[2.0, -1.0, 0.5]]), how="best_worst")[0]
@@ -95,8 +95,8 @@ def choose_pairs(
         places = np.stack([rewards.argmax(axis=1), worst], axis=1)
         rewards = np.take_along_axis(rewards, places, axis=1)
         texts = [[row[int(best)], row[int(worst)]] for row, (best, worst) in zip(texts, places.tolist(), strict=True)]
-    elif how not in ("best_worst", "all", "bradley_terry"):
-        raise ValueError(f"how={how!r}: use 'best_worst', 'all' or 'bradley_terry'")
+    elif how not in ("best_worst", "all", "bradley_terry", "soft"):
+        raise ValueError(f"how={how!r}: use 'best_worst', 'all', 'bradley_terry' or 'soft'")
     labels = "bradley_terry" if how == "bradley_terry" else "argmax"
     preferences, counts = label([""] * len(texts), texts, rewards, how=labels, seed=seed, eos=eos)
     found = []
@@ -107,6 +107,28 @@ def choose_pairs(
             first, second = second, first
         found.append((number, places[number][first], places[number][second]))
     return np.array(found, np.int64).reshape(-1, 3), counts
+
+
+def soft_labels(rewards: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """The chance that a Bradley-Terry draw rejects the chosen completion of `pairs[P, 3]`, by `rewards[N, K]`: float32[P].
+
+    As `label_smoothing` of `dpo_loss` it makes the loss the expectation over draws: the same optimum, with less variance.
+
+    >>> soft_labels(np.array([[2.0, -1.0, 0.5]]), np.array([[0, 0, 1], [0, 2, 1]])).round(3).tolist()
+    [0.04699999839067459, 0.18199999630451202]
+    """
+    prompts, chosen, rejected = pairs.T
+    gap = np.asarray(rewards, np.float64)[prompts, chosen] - np.asarray(rewards, np.float64)[prompts, rejected]
+    return ((1 - np.tanh(gap / 2)) / 2).astype(np.float32)
+
+
+def beta_of_round(first: float, last: float | None, *, number: int, rounds: int) -> float:
+    """beta of round `number`: from `first` to `last` in equal ratios; `first` always where `last` is None.
+
+    >>> [beta_of_round(4.0, 1.0, number=number, rounds=3) for number in range(3)]
+    [4.0, 2.0, 1.0]
+    """
+    return first if last is None or rounds == 1 else first * (last / first) ** (number / (rounds - 1))
 
 
 def shares_won(outcomes: np.ndarray) -> np.ndarray:

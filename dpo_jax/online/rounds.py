@@ -23,14 +23,22 @@ import numpy as np
 
 from dpo_jax.data.label import LabelCounts
 from dpo_jax.data.layout import Layout
-from dpo_jax.data.loader import Batch, batch_indices, make_batch
+from dpo_jax.data.loader import Batch, batch_indices
 from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.methods import row_parts
 from dpo_jax.lab.world import World
-from dpo_jax.online.batches import PairBatches, plan_rows, prompt_groups, worst_case
-from dpo_jax.online.choices import Elicitation, PairsHow, choose_pairs, choose_prompts, draw_prompts
+from dpo_jax.online.batches import PairBatches, of_groups, plan_rows, prompt_groups, worst_case
+from dpo_jax.online.choices import (
+    Elicitation,
+    PairsHow,
+    beta_of_round,
+    choose_pairs,
+    choose_prompts,
+    draw_prompts,
+    soft_labels,
+)
 from dpo_jax.online.labels import Compare, LabelLog, compared, scored
 from dpo_jax.online.references import KeptReferences
 from dpo_jax.online.samples import ROW, Samples, encoded_pairs, read_samples, sample_completions
@@ -45,20 +53,27 @@ SCORE = {"number": int, "score": (float, None)}
 
 
 class RoundOptions(NamedTuple):
-    """What a round does. `beta` is that of the loss, in which implicit rewards are stated."""
+    """What a round does. `beta` is that of the loss, in which implicit rewards are stated. With `beta_last` the loss takes it,
+    and with soft pairs `label_smoothing`, of each pair by keyword (`PairBatches.columns`)."""
 
     prompts: int  # labels are asked for
     completions: int  # of each
     pairs: PairsHow
     steps: int  # optimizer steps
     batch: int  # prompts a step
-    beta: float
+    beta: float  # of the first round
     seed: int
     candidates: int = 1  # prompts that are sampled for each that is asked
     elicitation: Elicitation = "uniform"
     refresh: int = 0  # the policy becomes the reference after so many rounds; 0: never
     layout: str = "packed"
+    row_length: int | None = None
     microbatches: int = 1
+    beta_last: float | None = None  # of the last of so many `rounds`, see `beta_of_round`
+    rounds: int = 1
+
+    def beta_of(self, number: int) -> float:
+        return beta_of_round(self.beta, self.beta_last, number=number, rounds=self.rounds)
 
 
 class Labelled(NamedTuple):
@@ -167,8 +182,7 @@ class Rounds:
         pairs, size = self._current[1], self.options.batch
         seed = self.options.seed + 2**32 * (number + 1)  # another order for each round
         indices = batch_indices(len(pairs.groups), batch=size, seed=seed, step=within)
-        part = self.world.partitioner.host_part
-        return make_batch(pairs.groups, indices, layout=pairs.layout, batch=size, ref_logps=pairs.ref_logps, part=part)
+        return pairs.batch(indices, size=size, part=self.world.partitioner.host_part)
 
     # The parts of a round
 
@@ -197,7 +211,7 @@ class Rounds:
         options, world = self.options, self.world
         samples = self._samples(stage, number, variables)
         pause()
-        estimates = self._estimates(samples)
+        estimates = self._estimates(samples, number)
         chosen = choose_prompts(estimates, samples.texts, options.prompts, how=options.elicitation)
         stage.put("prompts.jsonl", _prompt_rows(samples, estimates, {*chosen.tolist()}))
         asked = samples.of(chosen)
@@ -234,10 +248,10 @@ class Rounds:
         stage.put("samples.jsonl", samples.rows())
         return samples
 
-    def _estimates(self, samples: Samples) -> np.ndarray:
+    def _estimates(self, samples: Samples, number: int) -> np.ndarray:
         """What elicitation knows of the rewards before any label is asked: float64[C, K]."""
         if self._estimate is None or self.options.elicitation != "disagreement":
-            return samples.implicit_rewards(self.options.beta)
+            return samples.implicit_rewards(self.options.beta_of(number))
         prompts = [prompt for prompt, its in zip(samples.prompts.texts, samples.texts, strict=True) for _ in its]
         return self._estimate(prompts, [text for its in samples.texts for text in its]).reshape(len(samples), -1)
 
@@ -267,16 +281,19 @@ class Rounds:
             several = 2 if self.options.pairs == "best_worst" else self.options.completions
             longest = worst_case(self.world.train.ids, completions=several, tokens=self.world.max_new_tokens)
             shape = {"kind": self.options.layout, "batch": self.options.batch, "microbatches": self.options.microbatches}
-            planned = plan_rows([*groups, longest], self.world.partitioner, **shape)
+            planned = plan_rows([*groups, longest], self.world.partitioner, **shape, length=self.options.row_length)
             self.record["layout"] = dataclasses.asdict(planned)
         # A run may go on with other devices: the number of rows divides among those that are here.
         parts = row_parts(self.world.partitioner, self.options.microbatches)
         here = {"rows_multiple": parts["multiple"], "microbatches": parts["microbatches"]}
         layout = Layout(**{**self.record["layout"], "row_counts": tuple(self.record["layout"]["row_counts"]), **here})
-        values = np.zeros((len(groups), layout.pairs, 2), np.float32)
-        for place, group in zip(values, groups, strict=True):
-            place[: len(group.members)] = ref_logps[group.members]
-        return PairBatches(groups, values, layout)
+        columns = {}
+        if self.options.beta_last is not None:
+            columns["beta"] = np.full(len(encoded), self.options.beta_of(number), np.float32)
+        if self.options.pairs == "soft":
+            columns["label_smoothing"] = soft_labels(labelled.rewards, labelled.pairs)
+        placed = {name: of_groups(groups, values, pairs=layout.pairs) for name, values in columns.items()}
+        return PairBatches(groups, of_groups(groups, ref_logps, pairs=layout.pairs), layout, placed)
 
     def _row(self, number: int, samples: Samples, labelled: Labelled) -> dict[str, Any]:
         """The row of a round in `rounds.jsonl`. The KL is to the first reference."""
@@ -285,7 +302,7 @@ class Rounds:
             prompts = samples.prompts.repeated(self.options.completions)
             ids = [ids for its in samples.ids for ids in its]
             first = self.world.logps(self.world.reference, prompts.ids, ids).reshape(samples.logps.shape)
-        implicit, pairs = labelled.samples.implicit_rewards(self.options.beta), labelled.pairs
+        implicit, pairs = labelled.samples.implicit_rewards(self.options.beta_of(number)), labelled.pairs
         margins = implicit[pairs[:, 0], pairs[:, 1]] - implicit[pairs[:, 0], pairs[:, 2]]
         counts = labelled.counts
         return {

@@ -22,7 +22,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli.commands import sft as sft_command
 from dpo_jax.cli.commands.export import write_lora
 from dpo_jax.cli.config import Config, ConfigError, LoraConfig
-from dpo_jax.cli.config.lab import numbers
+from dpo_jax.cli.config.lab import ONLINE, numbers
 from dpo_jax.cli.experiment import (
     encode_samples,
     keep_pairs,
@@ -33,13 +33,14 @@ from dpo_jax.cli.experiment import (
     prompts_of,
     sized,
 )
-from dpo_jax.cli.frontier_runs import TO_MIX, loss_of, runs_of, shared_settings, to_mix
+from dpo_jax.cli.frontier_runs import MIX_AT, TO_MIX, loss_of, online_settings, runs_of, shared_settings, to_mix
 from dpo_jax.cli.trained import planned
 from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.evals.frontier import Optimum
 from dpo_jax.evals.frontier_plot import plot_frontier
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab import report
+from dpo_jax.lab.labels import label_table, label_words
 from dpo_jax.lab.methods import PairData, PairMethod, pair_data
 from dpo_jax.lab.optimum import Drawn, estimate, kept_in, to_json
 from dpo_jax.lab.ppo import PpoMethod, PpoOptions
@@ -49,9 +50,12 @@ from dpo_jax.lab.second_reward import summary as second_summary
 from dpo_jax.lab.second_reward import words as second_words
 from dpo_jax.lab.sweep import Result, Run, sweep
 from dpo_jax.lab.world import LEARNED, SECOND, Points, World
+from dpo_jax.losses import dpo_loss
 from dpo_jax.models.adapter import read_adapter, resumed
 from dpo_jax.models.hf import assemble, save_hf
 from dpo_jax.models.lora import LORA, adapter_shapes
+from dpo_jax.online.method import OnlineMethod
+from dpo_jax.online.rounds import RoundOptions
 from dpo_jax.plotting.training_curves import plot_displacement, plot_training
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.optim import make_optimizer
@@ -71,7 +75,7 @@ def run(config: Config) -> int:
         world, digests = make_world(config, train="prompts", test="test_prompts")
         shared = shared_settings(config, digests["start"], world)
         study = _Study(config, world, run_dir, shared, digests)
-        runs = runs_of(config.frontier, seed=config.run.seed)
+        runs = runs_of(config.frontier, seed=config.run.seed, online=online_settings(config))
         print(f"{len(runs)} runs; the reference is {config.dpo_policy()}", flush=True)
         results = sweep(
             runs,
@@ -121,7 +125,8 @@ class _Study:
                 self.world.beside[LEARNED] = self.learned_reward
         if run.method == report.REFERENCE:
             return [{"step": 0.0, **self.world.measure(self.world.reference)}]
-        points, variables = (self._by_ppo if run.method.startswith("ppo") else self._on_pairs)(run, folder)
+        ways = {"ppo": self._by_ppo, "ppo-gt": self._by_ppo} | dict.fromkeys(ONLINE, self._by_online)
+        points, variables = ways.get(run.method, self._on_pairs)(run, folder)
         if run.method in TO_MIX:
             self._save(folder / "policy", variables)
         return points
@@ -153,6 +158,30 @@ class _Study:
             evaluations=self.config.frontier.evaluations,
             seed=run.seed,
         )
+
+    def _by_online(self, run: Run, folder: Path) -> tuple[Points, Variables]:
+        left = list(MIX_AT) if run.method in TO_MIX else []
+
+        def keep(point: dict[str, float], variables: Variables) -> None:
+            """Keeps the first policy beyond each of `MIX_AT`, for the optimum."""
+            while left and point["kl"] >= left[0]:
+                point["kept"] = left.pop(0)
+            if "kept" in point:
+                self._save(folder / f"policy-{point['kept']:g}", self.world.partitioner.to_host(variables))
+
+        names = {name: value for name, value in run.settings.items() if name in RoundOptions._fields}
+        options = RoundOptions(**names, seed=run.seed, layout="packed", microbatches=self.config.dpo.microbatches)
+        with self._making:
+            method = self.online
+        settings = {"shared": dict(self.shared), "run": dataclasses.asdict(run)}
+        return method.train(folder, options, settings=settings, evaluations=self.config.frontier.evaluations, keep=keep)
+
+    @functools.cached_property
+    def online(self) -> OnlineMethod:
+        training, settings = self.config.dpo, online_settings(self.config)
+        tx = build.make_tx(training, steps=settings["rounds"] * settings["steps"])
+        loss = functools.partial(dpo_loss, beta=settings["beta"])
+        return OnlineMethod(self.world, loss=loss, tx=tx, microbatches=training.microbatches)
 
     def _on_pairs(self, run: Run, folder: Path) -> tuple[Points, Variables]:
         with self._making:
@@ -213,12 +242,12 @@ class _Study:
     def optimum(self, results: Sequence[Result]) -> tuple[Optimum, Drawn]:
         section, config, world = self.config.frontier, self.config, self.world
         mixed = to_mix(results)
-        policies = [self._saved(self.run_dir.path / "runs" / run.name / "policy") for run in mixed]
+        policies = [self._saved(self.run_dir.path / "runs" / kept.run.name / kept.folder) for kept in mixed]
         prompts = prompts_of(config, "optimum_prompts", world.tokenizer)
         print(f"the optimum, from {section.optimum_samples} completions of each of {len(prompts.ids)} prompts", flush=True)
         sizes = {name: getattr(section, name) for name in ("optimum_prompts", "optimum_samples")}
-        ended = [result.points[-1] for run in mixed for result in results if result.run is run]
-        identity = {"shared": self.shared, **sizes, "mixed": [dataclasses.asdict(run) for run in mixed], "ended": ended}
+        ended, runs = [kept.point for kept in mixed], [dataclasses.asdict(kept.run) for kept in mixed]
+        identity = {"shared": self.shared, **sizes, "mixed": runs, "ended": ended}
         keep = kept_in(self.run_dir.path / "optimum", identity, say=functools.partial(print, flush=True))
         return estimate(world, prompts, samples=section.optimum_samples, policies=policies, seed=config.run.seed, keep=keep)
 
@@ -263,13 +292,15 @@ def first_kl_coef(target_kl: float) -> float:
 
 
 def _on_pairs(result: Result) -> bool:
-    return not result.run.method.startswith(("ppo", "best-of-n", report.REFERENCE))
+    return not result.run.method.startswith(("ppo", "best-of-n", report.REFERENCE, "online"))
 
 
 def _write(run_dir: RunDir, results: Sequence[Result], best: Optimum, *, second: str) -> None:
     report.write(run_dir.path, report.rows(results, best))
     write_json(run_dir.path / "optimum.json", to_json(best))
     summary: dict[str, Any] = {"at_equal_kl": report.at_equal_kl(results, best)}
+    spent = label_table(results, best)
+    summary |= {"labels": spent} if spent else {}
     gained = gains(results, best) if second else []
     if gained:
         summary[SECOND] = {"name": second, "gains": gained, "words": second_words(gained, name=second)}
@@ -279,6 +310,8 @@ def _write(run_dir: RunDir, results: Sequence[Result], best: Optimum, *, second:
     if on_pairs:
         plot_displacement(on_pairs, run_dir.path / "displacement.png")
     print(f"\n{report.summary(results, best)}\n\nfigure: {run_dir.path / 'frontier.png'}")
+    if spent:
+        print(f"\n{label_words(spent)}")
     if gained:
         print(f"\n{second_summary(gained, name=second)}")
         _plot_second(run_dir.path / "second_reward.png", results, best, name=second)

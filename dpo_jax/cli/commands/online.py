@@ -129,7 +129,10 @@ def _rounds(config: Config, run: RunDir, world: World, digests: Mapping[str, str
         elicitation=section.elicitation,
         refresh=section.refresh_reference_rounds or 0,
         layout=config.data.layout,
+        row_length=config.data.row_length,
         microbatches=dpo.microbatches,
+        beta_last=section.beta_last,
+        rounds=section.rounds,
     )
     part = _part(config, world)
 
@@ -156,7 +159,10 @@ def _rounds(config: Config, run: RunDir, world: World, digests: Mapping[str, str
 def _settings(config: Config, world: World) -> dict[str, Any]:
     """What samples, labels and pairs of a round depend on, besides the weights of policy and reference."""
     online = {name: value for name, value in dataclasses.asdict(config.online).items() if name not in NOT_OF_A_ROUND}
+    # With a beta that changes, what a round learns depends on how many there are.
+    length = {} if config.online.beta_last is None else {"online.rounds": config.online.rounds}
     return {
+        **length,
         **{f"online.{name}": value for name, value in online.items()},
         **{f"labels, {name}": value for name, value in label_settings(config).items()},
         "frontier.max_new_tokens": config.frontier.max_new_tokens,

@@ -8,15 +8,19 @@ from typing import Literal
 
 from dpo_jax.cli.config.file import is_count
 
-METHODS = ("preferred-ft", "unlikelihood", "dpo", "rdpo", "ipo", "cdpo", "ppo", "ppo-gt", "best-of-n")
+OFFLINE = ("preferred-ft", "unlikelihood", "dpo", "rdpo", "ipo", "cdpo", "ppo", "ppo-gt", "best-of-n")
+ONLINE = {"online": "uniform", "online-disagreement": "disagreement", "online-uncertainty": "uncertainty"}
+"""Methods that ask labels for samples of their own, and their `online.elicitation`."""
+METHODS = (*OFFLINE, *ONLINE)
 
 
 @dataclasses.dataclass(frozen=True)
 class FrontierConfig:
     """Every method of the paper against the best that is possible: true reward by KL to the reference (section 6.1)."""
 
-    methods: str = ",".join(METHODS)
-    """Which methods, separated by commas."""
+    methods: str = ",".join(OFFLINE)
+    """Which methods, separated by commas; also online, online-disagreement and online-uncertainty, by the options of online and
+    dpo.beta."""
     reward: Literal["exact", "linear", "hf"] = "exact"
     """The true reward: the rule of the generated reviews, a bag-of-words classifier (extra `lab`), or one from the Hub."""
     classifier: str | None = None
@@ -43,6 +47,8 @@ class FrontierConfig:
     """How often each run is measured."""
     dpo_betas: str = "0.05,0.1,1,5"
     """beta of the runs of dpo, rdpo, ipo and cdpo."""
+    online_betas: str = "2,1,0.5"
+    """beta of the last round of the online runs (online.beta_last); that of the first is dpo.beta."""
     unlikelihood_alphas: str = "0.05,0.1,0.5,1"
     """alpha of the unlikelihood runs."""
     ppo_kls: str = "3,6,9,12"
@@ -85,7 +91,7 @@ class FrontierConfig:
         unknown = [name for name in self.chosen() if name not in METHODS]
         if unknown or not self.chosen():
             yield "methods", f"must be some of {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}"
-        for field in ("dpo_betas", "unlikelihood_alphas", "ppo_kls", "best_of"):
+        for field in ("dpo_betas", "online_betas", "unlikelihood_alphas", "ppo_kls", "best_of"):
             try:
                 values = numbers(getattr(self, field))
             except ValueError:

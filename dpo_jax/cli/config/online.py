@@ -20,11 +20,14 @@ class OnlineConfig:
     """Prompts of a round for which labels are asked, of the frontier.prompts there are."""
     completions: int = 4
     """Completions of each."""
-    pairs: Literal["best_worst", "all", "bradley_terry"] = "best_worst"
-    """Pairs of them: the best against the worst; all, the better one chosen; or all, chosen with the probability that Bradley
-    and Terry give it (eq. 1)."""
+    pairs: Literal["best_worst", "all", "bradley_terry", "soft"] = "best_worst"
+    """Pairs of them: the best against the worst; all, the better one chosen; all, chosen with the probability that Bradley and
+    Terry give it (eq. 1); or soft: all, and the loss is given this probability instead of a draw, as label_smoothing."""
     steps: int | None = None
     """Optimizer steps a round; none: as many as read each of its prompts once."""
+    beta_last: float | None = None
+    """beta of the last round: from dpo.beta in the first one it changes in equal ratios, so that one run passes through the
+    policies of many KLs. None: dpo.beta throughout."""
     reward: Literal["known", "reward-model", "judge", "people"] = "known"
     """Who labels: frontier.reward (exact, linear, hf), a learned reward, the judge of section judge, or people on a page. The
     last two compare each two completions of a prompt, and a completion scores the share that it wins."""
@@ -46,6 +49,8 @@ class OnlineConfig:
         )
         if self.completions == 1:
             yield "completions", "must be at least 2: a pair needs two"
+        if self.beta_last is not None and not self.beta_last > 0:
+            yield "beta_last", f"must be greater than 0, got {self.beta_last}"
         yield from self._check_reward()
         if self.refresh_reference_rounds is not None and self.refresh_reference_rounds >= self.rounds > 0:
             yield "refresh_reference_rounds", f"there are {self.rounds} rounds, so the reference would never move: leave it out"
@@ -61,7 +66,7 @@ class OnlineConfig:
     def _check_reward(self) -> Iterator[Problem]:
         if self.reward == "people" and self.completions != 2:
             yield "completions", f"people compare one pair a prompt, so they need 2 completions, got {self.completions}"
-        if self.pairs == "bradley_terry" and self.compares():
+        if self.pairs in ("bradley_terry", "soft") and self.compares():
             yield "pairs", f"a {self.reward} label says who won, and is no reward to draw by: use best_worst or all"
         if self.reward == "reward-model" and self.reward_model is None:
             yield "reward_model", "names the folder of online.reward reward-model; dpo-jax reward-model writes one"

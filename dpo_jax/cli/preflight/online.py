@@ -33,6 +33,7 @@ def _problems(config: Config) -> Iterator[tuple[str, str]]:
         yield "dpo.patience", "online has a length of its own (online.rounds); leave it out"
     if section.refresh_reference_rounds is not None and not loss_table.uses_reference(dpo.loss):
         yield "online.refresh_reference_rounds", f"loss {dpo.loss} has no reference to refresh: leave it out"
+    yield from _columns(config)
     if section.sampled() > config.frontier.prompts:
         each = "" if section.elicitation == "uniform" else f" x {section.candidates} candidates"
         yield (
@@ -42,6 +43,18 @@ def _problems(config: Config) -> Iterator[tuple[str, str]]:
     if section.reward == "judge":
         remedies = {"prompt": "choose one, for example dialogue", "model": "name the judge, for example gpt-4-0314"}
         yield from ((f"judge.{name}", remedy) for name, remedy in remedies.items() if getattr(config.judge, name) is None)
+
+
+def _columns(config: Config) -> Iterator[tuple[str, str]]:
+    """Options whose value differs from pair to pair, which the loss must take and nothing else set."""
+    section, dpo = config.online, config.dpo
+    options = loss_table.LOSSES[dpo.loss].options if dpo.loss in loss_table.LOSSES else ()
+    if section.beta_last is not None and "beta" not in options:
+        yield "online.beta_last", f"loss {dpo.loss} takes no beta of each pair: use dpo or another loss with a beta"
+    if section.pairs == "soft" and dpo.loss not in ("dpo", "sigmoid"):
+        yield "online.pairs", f"soft labels are a label_smoothing of dpo for each pair, and dpo.loss is {dpo.loss}: use dpo"
+    if section.pairs == "soft" and dpo.label_smoothing:
+        yield "dpo.label_smoothing", "is the chance of the other label, which soft pairs bring: leave it out"
 
 
 def rounds(check: Check) -> None:

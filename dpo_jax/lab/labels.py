@@ -1,0 +1,75 @@
+"""How many labels a method needs: the share of the possible gain by the labels spent so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.evals.frontier import Optimum, envelope, regret
+from dpo_jax.lab.seeds import over_seeds
+from dpo_jax.lab.sweep import Result
+
+SHARE, WITHIN = 0.85, 3.0  # of the possible gain, within this KL in nats
+
+
+def shares_by_labels(points: Sequence[Mapping[str, float]], at: float, optimum: Optimum) -> tuple[np.ndarray, np.ndarray]:
+    """(labels, share of the optimum's gain at KL `at`) after each of `points`: by the best policy so far within that KL, or the
+    best mixture of two, one of which may be the reference. Labels and shares ascend. NaN beyond the optimum's reach."""
+    ordered = sorted(points, key=lambda point: point["labels"])
+    kls, rewards = np.array([[0.0, optimum.reference], *([p["kl"], p["reward"]] for p in ordered)]).T
+    best = [envelope(kls[: n + 1], rewards[: n + 1], at) for n in range(1, len(kls))]
+    shares = 1 - regret(np.array(best), at, optimum, optimum.reference)
+    return np.array([p["labels"] for p in ordered]), shares if at <= optimum.reach else np.full(len(best), math.nan)
+
+
+def labels_needed(labels: np.ndarray, shares: np.ndarray, share: float) -> float:
+    """The labels after which `share` is reached, between two points in proportion; infinity where it is not.
+
+    >>> labels_needed(np.array([100.0, 200.0]), np.array([0.4, 0.8]), 0.6)
+    150.0
+    """
+    reached = np.flatnonzero(shares >= share)
+    if not len(reached):
+        return math.inf
+    labels, shares = np.append(0.0, labels), np.append(0.0, shares)
+    last = int(reached[0]) + 1
+    return float(np.interp(share, shares[last - 1 : last + 1], labels[last - 1 : last + 1]))
+
+
+def label_table(
+    results: Sequence[Result], optimum: Optimum, *, share: float = SHARE, at: float = WITHIN
+) -> list[dict[str, Any]]:
+    """A row for each method whose points have `labels`: what each seed needs to reach `share` at KL `at`, their mean, and its
+    95 % interval over seeds (Student's t). `labels` is None where a seed does not reach it."""
+    spent = [result for result in results if "labels" in result.points[-1]]
+    rows = []
+    for method in dict.fromkeys(result.run.method for result in spent):
+        mine = [result for result in spent if result.run.method == method]
+        needed = [labels_needed(*shares_by_labels(result.points, at, optimum), share) for result in mine]
+        row: dict[str, Any] = {
+            "method": method,
+            "share": share,
+            "kl": at,
+            "each": [x if x < math.inf else None for x in needed],
+        }
+        if all(x < math.inf for x in needed):
+            found = over_seeds([dict.fromkeys(("x", "x_low", "x_high"), x) for x in needed], "x")
+        else:
+            found = dict.fromkeys(("", "_low", "_high"))
+        rows.append(row | {f"labels{end}": value for end, value in found.items()})
+    return rows
+
+
+def label_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table as text."""
+    lines = [f"labels for {rows[0]['share']:.0%} of the possible gain at KL {rows[0]['kl']:g} (95 % over seeds):"]
+    for row in rows:
+        some = ", ".join("not reached" if x is None else f"{x:,.0f}" for x in row["each"])
+        mean = (
+            "" if row["labels"] is None else f"{row['labels']:,.0f} ({row['labels_low']:,.0f} to {row['labels_high']:,.0f}); "
+        )
+        lines.append(f"{row['method']:22}{mean}each seed: {some}")
+    return "\n".join(lines)

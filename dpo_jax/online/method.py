@@ -1,0 +1,77 @@
+"""Online DPO as a method of a sweep: the rounds of one run in its folder, and what was measured on the way."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import optax
+
+from dpo_jax.dpo import dpo_step
+from dpo_jax.lab.world import Points, World
+from dpo_jax.losses import PreferenceLoss
+from dpo_jax.online.labels import LabelLog
+from dpo_jax.online.rounds import RoundOptions, Rounds
+from dpo_jax.runtime.fit import fit
+from dpo_jax.runtime.metrics import MetricsLog
+from dpo_jax.types import TrainState, Variables
+
+Keep = Callable[[dict[str, float], Variables], None]
+"""(a point of a run, its policy on the devices): may save the policy, and add to the point."""
+
+
+def _quiet(line: str) -> None:
+    """Rounds of runs side by side say nothing: the sweep has a line for each run."""
+
+
+class OnlineMethod:
+    """Runs that differ in seed and elicitation alone, so that the step is compiled once.
+
+    `loss` takes what differs from pair to pair by keyword (`RoundOptions`). The reference is that of the world. Unlike
+    `dpo-jax online` a run has no checkpoints: one that was cut off begins again.
+    """
+
+    def __init__(self, world: World, *, loss: PreferenceLoss, tx: optax.GradientTransformation, microbatches: int = 1) -> None:
+        self.world, self.tx = world, tx
+        options = {"model": world.model, "tx": tx, "loss": loss, "microbatches": microbatches}
+        step = functools.partial(dpo_step, **options, axis_name=world.partitioner.axis_name)
+        self.step = world.partitioner.compile_step(step)
+
+    def train(
+        self, folder: Path, options: RoundOptions, *, settings: Mapping[str, Any], evaluations: int, keep: Keep
+    ) -> tuple[Points, Variables]:
+        """About `evaluations` points of a run of `options.rounds` rounds, each with the `labels` so far; the final variables on
+        the host. `settings`: JSON values that the files of the rounds are bound to. Leaves `metrics.jsonl`, too."""
+        world, partitioner, points = self.world, self.world.partitioner, []
+        log = LabelLog(folder / "labels.jsonl", settings)
+        rounds = Rounds(world, folder, options, log=log, settings=settings, start="reference", reward=world.reward, say=_quiet)
+
+        def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
+            labels = float(log.total((done - 1) // options.steps))
+            points.append({"step": float(done), **world.measure(state.variables), "labels": labels})
+            keep(points[-1], state.variables)
+            return points[-1]
+
+        def renew(state: TrainState, done: int, pause: Callable[[], None]) -> None:
+            rounds.move(done, state.variables, f"step {done}", pause=pause)
+
+        rounds.begin(world.reference)
+        # Training consumes what it starts from, so it is given a copy.
+        start = partitioner.put_variables(partitioner.to_host(world.reference))
+        with MetricsLog(folder / "metrics.jsonl") as metrics:
+            state = fit(
+                self.step,
+                partitioner.init_state(functools.partial(world.begin, tx=self.tx), start),
+                rounds.batch,
+                total_steps=options.rounds * options.steps,
+                log=metrics,
+                evaluate=evaluate,
+                eval_every=options.steps * max(1, math.ceil(options.rounds / evaluations)),
+                renew=renew,
+                renew_every=options.steps,
+                get_state=partitioner.get_state,
+            )
+        return points, partitioner.to_host(state.variables)
