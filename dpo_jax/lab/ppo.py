@@ -135,8 +135,8 @@ def collect_in_parts(
 ) -> Collected:
     """`compiled(variables, prompts)`, of `collect`, about `size` rows at a time: a large rollout does not fit at once.
 
-    Every part has the same number of rows: the last one is filled up with the first row. Samples are those of one call, as each
-    row has a key of its own.
+    Every part has the same number of rows: the last one is filled up with the first rows. Samples are those of one call, as
+    each row has a key of its own.
     """
     rows = len(prompts.lengths)
     parts = -(-rows // size)
