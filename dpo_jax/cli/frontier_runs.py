@@ -46,7 +46,7 @@ def runs_of(section: FrontierConfig, *, seed: int, online: Mapping[str, Any] | N
         **{method: of(method, "KL", section.ppo_kls, **of_ppo) for method in ("ppo", "ppo-gt")},
         **{
             method: [
-                Run(method, f"beta {beta:g}", {**(online or {}), "beta_last": beta, "elicitation": how}, s)
+                Run(method, f"beta {beta:g}", _of_online(online or {}, beta, how), s)
                 for beta in numbers(section.online_betas)
                 for s in seeds
             ]
@@ -54,6 +54,11 @@ def runs_of(section: FrontierConfig, *, seed: int, online: Mapping[str, Any] | N
         },
     }
     return [Run(REFERENCE, "", {}, seed), *(run for method in section.chosen() for run in settings.get(method, []))]
+
+
+def _of_online(settings: Mapping[str, Any], beta: float, elicitation: str) -> dict[str, Any]:
+    unread = ("candidates",) if elicitation == "uniform" else ()
+    return {**{k: v for k, v in settings.items() if k not in unread}, "beta_last": beta, "elicitation": elicitation}
 
 
 def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]:
