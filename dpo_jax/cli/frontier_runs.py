@@ -63,7 +63,8 @@ def _of_online(settings: Mapping[str, Any], beta: float, elicitation: str) -> di
 
 def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]:
     """What every result depends on; a change makes all runs anew. What PPO alone depends on stands with its runs."""
-    sweeps = {"methods", "dpo_betas", "online_betas", "unlikelihood_alphas", "length_penalty", "best_of", "seeds", "fast", "jobs"}
+    betas = {"dpo_betas", "online_betas"}
+    sweeps = betas | {"methods", "unlikelihood_alphas", "length_penalty", "best_of", "seeds", "fast", "jobs"}
     others = {"optimum_prompts", "optimum_samples", *(k for k in dataclasses.asdict(config.frontier) if k.startswith("ppo_"))}
     options = {k: v for k, v in dataclasses.asdict(config.frontier).items() if k not in sweeps | others}
     if config.frontier.second_reward is None:  # named only where there is one: what was measured without stays valid
