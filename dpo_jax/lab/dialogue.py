@@ -109,14 +109,13 @@ class DialogueWorld:
         self._ids: dict[str, np.ndarray] = {}
         self._meant = [{tuple(self.ids(said + END).tolist()): said for said in utterances(turn)} for turn in range(TURNS)]
         self.new_tokens = max(len(ids) for meant in self._meant for ids in meant)
-        contexts = [(len(turns), len(self.history(game, turns))) for game in self.trees for turns in game.histories]
-        widths = [max(size for turn, size in contexts if turn == number) for number in range(TURNS)]
+        widths = [len(self.history(game, turns)) for game in self.trees for turns in game.histories]
         self.width = round_up(max(widths) + self.new_tokens, 8)
         if self.width > model.config.max_positions:
             raise ValueError(f"a conversation takes {self.width} positions, and the model has {model.config.max_positions}")
         options = {"stop_ids": [tokenizer.eos_token_id], "max_new_tokens": self.new_tokens, "batch": batch}
-        # One program a turn: a conversation that is over goes on as its opening, and what is drawn is thrown away.
-        self._complete = [Completer(partitioner, model, tokenizer, width=width, **options) for width in widths]
+        # One width for all turns, so that they are one program.
+        self._complete = Completer(partitioner, model, tokenizer, width=max(widths), **options)
         self._kl = partitioner.compile_map(functools.partial(_kl, model))
         self._logps = partitioner.compile_map(functools.partial(sequence_logps, model))
 
@@ -143,11 +142,12 @@ class DialogueWorld:
             for number, thing in zip(openings, things, strict=True)
         ]
         over = np.zeros(len(every), bool)
-        for turn, complete in enumerate(self._complete):
+        for turn in range(TURNS):
+            # A conversation that is over stays in the batch as its opening, and what is drawn is thrown away.
             so_far = [
                 one.prompt if done else np.concatenate([one.prompt, one.ids]) for one, done in zip(every, over, strict=True)
             ]
-            drawn = complete(variables, so_far, jax.random.fold_in(key, turn))
+            drawn = self._complete(variables, so_far, jax.random.fold_in(key, turn))
             for number in np.flatnonzero(~over):
                 one, new = every[number], drawn.ids[number]
                 said = self._meant[turn].get(tuple(new.tolist()))

@@ -19,7 +19,7 @@ class DialogueConfig:
     methods: str = ",".join(METHODS)
     """Some of dpo (of conversations), online (the same, in rounds), preferred-ft, myopic (dpo of single turns, each by its own
     reward) and dpo-limit (what dpo tends to with endless pairs, computed)."""
-    betas: str = "0.05,0.15,0.5"
+    betas: str = "0.1,0.3"
     """beta of the runs of dpo, online, myopic and dpo-limit."""
     starts: int = 64
     """Beginnings of every one of the twelve openings."""
@@ -33,7 +33,7 @@ class DialogueConfig:
     """Conversations by which the exact measures are checked."""
     sample_batch: int = 256
     """Conversations drawn at a time, and texts scored at a time."""
-    evaluations: int = 1
+    evaluations: int = 2
     """How often each run is measured; online is measured after each round."""
     seeds: int = 3
     """Runs of every setting, each on conversations of its own."""
