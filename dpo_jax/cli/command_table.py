@@ -63,9 +63,7 @@ _ONLINE = (
     *("study.task", "study.question", "study.title"),
 )
 
-_OF_ROUNDS = tuple(
-    f"online.{name}" for name in ("rounds", "prompts", "completions", "pairs", "steps", "candidates")
-)
+_OF_ROUNDS = tuple(f"online.{name}" for name in ("rounds", "prompts", "completions", "pairs", "steps", "candidates"))
 
 
 def _experiment(*fields: str) -> tuple[str, ...]:
