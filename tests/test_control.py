@@ -21,7 +21,7 @@ from dpo_jax.control.lqr import Lqr, LqrWorld, masses
 from dpo_jax.control.methods import METHODS, Learner, Options
 from dpo_jax.control.policies import gaussian_policy
 from dpo_jax.control.rollouts import Rollouts, best_segments, preferences
-from dpo_jax.runtime.parallel import single_device
+from dpo_jax.runtime.parallel import pmap_partitioner, single_device
 from dpo_jax.step import init_state
 
 
@@ -88,9 +88,11 @@ def test_costs_and_regrets_of_a_linear_policy():
     assert world.cost(np.zeros((2, 4)) + 9.0) == math.inf
 
 
-def learner(**options):
+def learner(partitioner=None, **options):
     base = {"hidden": (), "std": None, "alpha": 0.1, "lam": 1.0, "lr": 3e-2, "sft_steps": 100, "steps": 250}
-    return Learner(LqrWorld(masses()), Options(**{**base, "pairs": 256, "evaluations": 1, **options}), single_device())
+    return Learner(
+        LqrWorld(masses()), Options(**{**base, "pairs": 256, "evaluations": 1, **options}), partitioner or single_device()
+    )
 
 
 def test_cpl_on_preferences_by_exact_regret_finds_the_optimum(tmp_path):
@@ -102,6 +104,18 @@ def test_cpl_on_preferences_by_exact_regret_finds_the_optimum(tmp_path):
     assert start["excess"] > 0.1
     assert 0 <= end["excess"] < 0.02
     assert end["kl"] < 2 < start["kl"]
+
+
+def test_a_learner_takes_all_devices(tmp_path):
+    found = {}
+    for name, partitioner in (("one", single_device()), ("pmap", pmap_partitioner())):
+        here = learner(partitioner, transitions=jax.device_count())
+        segments = here.world.collect(8, 4, np.random.default_rng(0))
+        data = preferences(segments, "regret", gamma=0.9, temperature=0.0, comparisons=1, rng=np.random.default_rng(1))
+        points = []
+        variables = here.clone(data, data.order[:, 0], 0, tmp_path / f"{name}.jsonl", steps=2, points=points)
+        found[name] = (variables, len(points))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), found["pmap"], found["one"])
 
 
 # The Pendulum

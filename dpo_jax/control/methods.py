@@ -108,7 +108,7 @@ class Learner:
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             assert points is not None
-            points.append(self.measure(policy_of(partitioner.to_host(partitioner.get_state(state).params)), done))
+            points.append(self.measure(policy_of(partitioner.to_host(state.params)), done))
             return points[-1]
 
         begun = init_state(variables, self.tx).replace(step=np.int32(start))
@@ -123,7 +123,7 @@ class Learner:
                 eval_every=math.ceil((o.sft_steps + o.steps) / o.evaluations),
                 get_state=partitioner.get_state,
             )
-        return partitioner.to_host(partitioner.get_state(state).params)
+        return partitioner.to_host(state.params)
 
     def clone(self, prefs: Preferences, segments: np.ndarray, seed: int, log: Path, **options: Any) -> Variables:
         """Behaviour cloning of segments from a new policy."""
