@@ -119,8 +119,8 @@ def test_the_policy_starts_at_its_reference():
         return jax.jit(functools.partial(diffusion_dpo_step, **options))(init_state(REFERENCE, optax.sgd(0.0)), pairs)[1]
 
     metrics = taken(functools.partial(dpo_loss, beta=1.0))
-    np.testing.assert_allclose([metrics["loss"], metrics["rewards/accuracies"]], [np.log(2), 0.5], rtol=1e-6)
-    np.testing.assert_allclose(taken(functools.partial(ipo_loss, beta=0.5))["loss"], 1.0, rtol=1e-6)
+    np.testing.assert_allclose([metrics["loss"], metrics["rewards/accuracies"]], [np.log(2), 0.5], rtol=1e-5)
+    np.testing.assert_allclose(taken(functools.partial(ipo_loss, beta=0.5))["loss"], 1.0, rtol=1e-5)
     with pytest.raises(ValueError, match="reads lengths"):
         taken(lambda logps, ref_logps, *, lengths: (lengths, lengths))
     with pytest.raises(ValueError, match="no errors of the reference"):
@@ -298,6 +298,6 @@ def test_examples(module):
     from dpo_jax.diffusion.schedule import cosine_schedule
 
     names = {"np": np, "jnp": jnp, "optax": optax, "partial": functools.partial, "init_state": init_state}
-    names |= {"dpo_loss": dpo_loss, "image_uids": image_uids, "cosine_schedule": cosine_schedule}
+    names |= {"jax": jax, "dpo_loss": dpo_loss, "image_uids": image_uids, "cosine_schedule": cosine_schedule}
     found = doctest.testmod(module, extraglobs=names)
     assert (found.failed, found.attempted > 0) == (0, True)

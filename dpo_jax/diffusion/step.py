@@ -94,10 +94,11 @@ def diffusion_dpo_step(
     >>> predict = lambda variables, x, t, label: variables["scale"] * x
     >>> images, label = np.ones((4, 2, 8, 8), np.float32), np.zeros(4, np.int32)
     >>> pairs = ImagePairs(images, label, image_uids(images, label), np.zeros(4, np.int32), np.ones(4, np.float32))
-    >>> pairs = pairs.replace(ref_errors=pair_errors({"scale": 0.5}, pairs, predict=predict, schedule=schedule))
+    >>> given = {"predict": predict, "schedule": schedule}
+    >>> pairs = pairs.replace(ref_errors=jax.jit(partial(pair_errors, **given))({"scale": jnp.float32(0.5)}, pairs))
     >>> state = init_state({"scale": jnp.float32(0.5)}, optax.sgd(1.0))
     >>> loss = partial(dpo_loss, beta=0.01)
-    >>> after, metrics = diffusion_dpo_step(state, pairs, predict=predict, schedule=schedule, tx=optax.sgd(1.0), loss=loss)
+    >>> after, metrics = jax.jit(partial(diffusion_dpo_step, tx=optax.sgd(1.0), loss=loss, **given))(state, pairs)
     >>> print(f"{metrics['loss']:.4f}")  # the policy still is its reference
     0.6931
     """

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.cli import build
+from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.config.lab import numbers
 from dpo_jax.diffusion.gaussian import Normal, Reward, bound_optimum, tilted, train_gaussian
@@ -67,7 +67,8 @@ def digits(config: Config, folder: Path) -> list[Grid]:
     loss = named_loss(section.loss)  # its beta is data of the program, given by keyword
     world = make_world(config)
     shared = shared_settings(config)
-    world.pretrain(folder / "pretrained", {f"diffusion.{name}": shared[name] for name in PRETRAINED})
+    with identity.refusing_mismatch():
+        world.pretrain(folder / "pretrained", {f"diffusion.{name}": shared[name] for name in PRETRAINED})
 
     def perform(run: Run, here: Path) -> list[dict[str, float]]:
         if run.method == REFERENCE:
