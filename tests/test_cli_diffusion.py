@@ -38,7 +38,7 @@ def test_digits(tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert [table["caption"] for table in summary["tables"]] == ["gain at path KL", "where runs ended"]
     assert np.load(folder / "runs" / "reference-seed0" / "samples.npy").shape == (10, 8, 8)
-    refs = {path: path.stat().st_mtime_ns for path in (folder / "refs").rglob("logps-*.bin")}
+    refs = {path: path.stat().st_mtime_ns for path in (folder / "reference_errors").rglob("logps-*.bin")}
     assert len(refs) == 2
     again = diffusion(tmp_path)
     assert "6 of 6 runs are finished already" in again[1]

@@ -239,7 +239,7 @@ def _data_name(config: Config) -> str:
         if data.test_share is None:
             return named
         return f"{named}; {data.test_share:.1%} of the prompts of what has no {data.test_split} split are held out, by hash"
-    made = {"reviews": "film reviews", "question_game": "conversations of a question game"}[data.source]
+    made = "conversations of a question game" if data.source == "question_game" else "film reviews"
     return f"generated {made} ({data.reviews_train:,} training pairs)"
 
 

@@ -27,7 +27,7 @@ def axis_lengths(config: DecoderConfig) -> dict[str, int]:
         "heads": config.heads * config.head_size,
         "kv_heads": config.kv_heads * config.head_size,
         "mlp": config.mlp_width,
-        "experts": config.experts,
+        **({"experts": config.experts} if config.experts else {}),
     }
 
 

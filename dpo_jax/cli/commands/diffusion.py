@@ -83,7 +83,7 @@ def digits(config: Config, folder: Path) -> list[Grid]:
                 loss=loss,
                 beta=run.settings["beta"],
                 weighting=section.weighting,
-                refs=folder / "refs" / f"seed{run.seed}",
+                refs=folder / "reference_errors" / f"seed{run.seed}",
             )
         else:
             points, images = world.run("preferred-ft", here, seed=run.seed, lr=run.settings["lr"])
