@@ -58,7 +58,12 @@ def runs_of(section: FrontierConfig, *, seed: int, online: Mapping[str, Any] | N
 
 def _of_online(settings: Mapping[str, Any], beta: float, elicitation: str) -> dict[str, Any]:
     unread = ("candidates",) if elicitation == "uniform" else ()
-    return {**{k: v for k, v in settings.items() if k not in unread}, "beta": beta, "beta_last": beta, "elicitation": elicitation}
+    return {
+        **{k: v for k, v in settings.items() if k not in unread},
+        "beta": beta,
+        "beta_last": beta,
+        "elicitation": elicitation,
+    }
 
 
 def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]:
