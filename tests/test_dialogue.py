@@ -185,7 +185,7 @@ def test_a_conversation_scores_as_its_turns_one_by_one_and_has_their_gradient(wo
         )
 
     one, other = of(whole), of(alone)
-    assert one[0] == pytest.approx(other[0], abs=1e-4)
+    assert float(one[0]) == pytest.approx(float(other[0]), abs=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one[1], other[1])
     everything = completion_rows([(prompt, ids)], length=world.width)
     assert abs(sequence_logps(world.model, world.reference, everything)[0] - one[0]) > 1
