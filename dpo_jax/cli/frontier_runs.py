@@ -58,12 +58,27 @@ def runs_of(section: FrontierConfig, *, seed: int, online: Mapping[str, Any] | N
 
 def _of_online(settings: Mapping[str, Any], beta: float, elicitation: str) -> dict[str, Any]:
     unread = ("candidates",) if elicitation == "uniform" else ()
-    return {**{k: v for k, v in settings.items() if k not in unread}, "beta": beta, "beta_last": beta, "elicitation": elicitation}
+    return {
+        **{k: v for k, v in settings.items() if k not in unread},
+        "beta": beta,
+        "beta_last": beta,
+        "elicitation": elicitation,
+    }
 
 
 def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]:
     """What every result depends on; a change makes all runs anew. What PPO alone depends on stands with its runs."""
-    sweeps = {"methods", "dpo_betas", "online_betas", "unlikelihood_alphas", "length_penalty", "best_of", "seeds", "fast", "jobs"}
+    sweeps = {
+        "methods",
+        "dpo_betas",
+        "online_betas",
+        "unlikelihood_alphas",
+        "length_penalty",
+        "best_of",
+        "seeds",
+        "fast",
+        "jobs",
+    }
     others = {"optimum_prompts", "optimum_samples", *(k for k in dataclasses.asdict(config.frontier) if k.startswith("ppo_"))}
     options = {k: v for k, v in dataclasses.asdict(config.frontier).items() if k not in sweeps | others}
     if config.frontier.second_reward is None:  # named only where there is one: what was measured without stays valid
@@ -125,11 +140,11 @@ def to_mix(results: Sequence[Result]) -> list[Kept]:
 
 
 def online_settings(config: Config) -> dict[str, Any]:
-    """What a run of online DPO depends on, besides what all runs do, beta of its last round, its elicitation and its seed."""
+    """What a run of online DPO depends on, besides what all runs do, its beta, its elicitation and its seed."""
     names = ("rounds", "prompts", "completions", "pairs", "candidates")
     options = {name: getattr(config.online, name) for name in names}
     steps, batch = config.online.steps_each(config.dpo.batch), config.online.batch(config.dpo.batch)
-    return {**options, "steps": steps, "batch": batch, "beta": config.dpo.beta, "row_length": config.data.row_length}
+    return {**options, "steps": steps, "batch": batch, "row_length": config.data.row_length}
 
 
 def loss_of(name: str, section: FrontierConfig) -> Callable[..., Any]:
