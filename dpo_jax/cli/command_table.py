@@ -64,7 +64,9 @@ _ONLINE = (
     *("study.task", "study.question", "study.title"),
 )
 
-_OF_ROUNDS = tuple(f"online.{name}" for name in ("rounds", "prompts", "completions", "pairs", "steps", "candidates"))
+_OF_ROUNDS = tuple(
+    f"online.{name}" for name in ("rounds", "prompts", "completions", "pairs", "steps", "candidates", "reward_scale")
+)
 
 
 def _experiment(*fields: str) -> tuple[str, ...]:

@@ -144,7 +144,9 @@ def online_settings(config: Config) -> dict[str, Any]:
     names = ("rounds", "prompts", "completions", "pairs", "candidates")
     options = {name: getattr(config.online, name) for name in names}
     steps, batch = config.online.steps_each(config.dpo.batch), config.online.batch(config.dpo.batch)
-    return {**options, "steps": steps, "batch": batch, "row_length": config.data.row_length}
+    # Named only where it is set: what was computed without stays valid.
+    scale = {} if config.online.reward_scale == 1 else {"reward_scale": config.online.reward_scale}
+    return {**options, **scale, "steps": steps, "batch": batch, "row_length": config.data.row_length}
 
 
 def loss_of(name: str, section: FrontierConfig) -> Callable[..., Any]:
