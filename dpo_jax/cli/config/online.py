@@ -27,7 +27,7 @@ class OnlineConfig:
     """Optimizer steps a round; none: as many as read each of its prompts once."""
     reward_scale: float = 1.0
     """Of pairs that are drawn or soft: rewards times this are the logits of the labels. Labels of rewards that lie many logits
-    apart are all 0 or 1, and say nothing of how far. The optimum is that of the rewards at a beta of dpo.beta / reward_scale."""
+    apart are all 0 or 1, and say nothing of how far. The optimum is that of the rewards at beta dpo.beta / reward_scale."""
     beta_last: float | None = None
     """beta of the last round: from dpo.beta in the first one it changes in equal ratios, so that one run passes through the
     policies of many KLs. None: dpo.beta throughout."""
