@@ -182,6 +182,7 @@ def test_rounds_by_a_judge_that_stops_at_its_cap(copy, monkeypatch):  # noqa: F8
         ({"reward_model": "x"}, "reward_model: is read with online.reward reward-model or online.elicitation disagreement"),
         ({"completions": 1}, "completions: must be at least 2"),
         ({"reward": "judge", "pairs": "soft"}, "pairs: a judge label says who won, and is no reward to draw by"),
+        ({"reward_scale": 0.5}, "reward_scale: changes nothing with pairs best_worst"),
         ({"beta_last": 0.0}, "beta_last: must be greater than 0, got 0.0"),
         (
             {"label_budget": 100},

@@ -304,7 +304,7 @@ def test_labels_are_spent_on_the_prompts_that_are_chosen(parts, tmp_path, elicit
 
 
 def test_soft_pairs_bring_the_beta_of_their_round_and_how_sure_their_labels_are(parts, tmp_path):
-    options = {"pairs": "soft", "beta_last": 0.025, "rounds": 2}
+    options = {"pairs": "soft", "beta_last": 0.025, "rounds": 2, "reward_scale": 0.3}
     with RunDir(tmp_path) as run:
         made = rounds_of(parts, run.path, options)
         for number, beta in enumerate((0.1, 0.025)):
@@ -322,7 +322,7 @@ def test_soft_pairs_bring_the_beta_of_their_round_and_how_sure_their_labels_are(
             places = [batch.uids[place].replace(":", "-").split("-")[1:] for place in batch.index[used]]
             gaps = np.array([score[n, w] - score[n, l] for n, w, l in (map(int, place) for place in places)])
             assert gaps.min() > 0
-            np.testing.assert_allclose(extras["label_smoothing"][used], 1 / (1 + np.exp(gaps)), rtol=1e-5)
+            np.testing.assert_allclose(extras["label_smoothing"][used], 1 / (1 + np.exp(0.3 * gaps)), rtol=1e-5)
 
 
 def test_a_round_without_a_pair_says_why(parts, tmp_path):

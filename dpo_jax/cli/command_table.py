@@ -63,7 +63,9 @@ _ONLINE = (
     *("study.task", "study.question", "study.title"),
 )
 
-_OF_ROUNDS = tuple(f"online.{name}" for name in ("rounds", "prompts", "completions", "pairs", "steps", "candidates"))
+_OF_ROUNDS = tuple(
+    f"online.{name}" for name in ("rounds", "prompts", "completions", "pairs", "steps", "candidates", "reward_scale")
+)
 
 
 def _experiment(*fields: str) -> tuple[str, ...]:
@@ -151,7 +153,7 @@ COMMANDS = {
     ),
     "frontier": Command(
         "every method of the paper, by reward and KL, against the optimum",
-        (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, "frontier", "dpo.beta", *_OF_ROUNDS),
+        (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, "frontier", *_OF_ROUNDS),
         ("data", "model"),
     ),
     "robust": Command(

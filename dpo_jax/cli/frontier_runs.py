@@ -68,8 +68,17 @@ def _of_online(settings: Mapping[str, Any], beta: float, elicitation: str) -> di
 
 def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]:
     """What every result depends on; a change makes all runs anew. What PPO alone depends on stands with its runs."""
-    betas = {"dpo_betas", "online_betas"}
-    sweeps = betas | {"methods", "unlikelihood_alphas", "length_penalty", "best_of", "seeds", "fast", "jobs"}
+    sweeps = {
+        "methods",
+        "dpo_betas",
+        "online_betas",
+        "unlikelihood_alphas",
+        "length_penalty",
+        "best_of",
+        "seeds",
+        "fast",
+        "jobs",
+    }
     others = {"optimum_prompts", "optimum_samples", *(k for k in dataclasses.asdict(config.frontier) if k.startswith("ppo_"))}
     options = {k: v for k, v in dataclasses.asdict(config.frontier).items() if k not in sweeps | others}
     if config.frontier.second_reward is None:  # named only where there is one: what was measured without stays valid
@@ -131,11 +140,13 @@ def to_mix(results: Sequence[Result]) -> list[Kept]:
 
 
 def online_settings(config: Config) -> dict[str, Any]:
-    """What a run of online DPO depends on, besides what all runs do, beta of its last round, its elicitation and its seed."""
+    """What a run of online DPO depends on, besides what all runs do, its beta, its elicitation and its seed."""
     names = ("rounds", "prompts", "completions", "pairs", "candidates")
     options = {name: getattr(config.online, name) for name in names}
     steps, batch = config.online.steps_each(config.dpo.batch), config.online.batch(config.dpo.batch)
-    return {**options, "steps": steps, "batch": batch, "beta": config.dpo.beta, "row_length": config.data.row_length}
+    # Named only where it is set: what was computed without stays valid.
+    scale = {} if config.online.reward_scale == 1 else {"reward_scale": config.online.reward_scale}
+    return {**options, **scale, "steps": steps, "batch": batch, "row_length": config.data.row_length}
 
 
 def loss_of(name: str, section: FrontierConfig) -> Callable[..., Any]:

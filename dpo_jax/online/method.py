@@ -28,7 +28,7 @@ def _quiet(line: str) -> None:
 
 
 class OnlineMethod:
-    """Runs that differ in seed and elicitation alone, so that the step is compiled once.
+    """Runs that differ in beta, seed and elicitation alone, so that the step is compiled once.
 
     `loss` takes what differs from pair to pair by keyword (`RoundOptions`). The reference is that of the world. Unlike
     `dpo-jax online` a run has no checkpoints: one that was cut off begins again.

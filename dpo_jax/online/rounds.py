@@ -68,6 +68,7 @@ class RoundOptions(NamedTuple):
     refresh: int = 0  # the policy becomes the reference after so many rounds; 0: never
     layout: str = "packed"
     row_length: int | None = None
+    reward_scale: float = 1.0  # logits of a label per unit of reward, of pairs that are drawn or soft
     microbatches: int = 1
     beta_last: float | None = None  # of the last of so many `rounds`, see `beta_of_round`
     rounds: int = 1
@@ -266,7 +267,8 @@ class Rounds:
         decided = np.isfinite(rewards).all(axis=1)
         samples, rewards = samples.of(np.flatnonzero(decided)), rewards[decided]
         seed, eos = options.seed + number, self.world.tokenizer.eos_token
-        pairs, counts = choose_pairs(samples.texts, rewards, how=options.pairs, seed=seed, eos=eos)
+        logits = rewards * options.reward_scale
+        pairs, counts = choose_pairs(samples.texts, logits, how=options.pairs, seed=seed, eos=eos)
         if not len(pairs):
             dropped = {name: count for name, count in counts._asdict().items() if name not in ("pairs", "labelled", "against")}
             causes = ", ".join(f"{count:,} {name}" for name, count in dropped.items() if count) or "no prompt has scores"
@@ -291,7 +293,7 @@ class Rounds:
         if self.options.beta_last is not None:
             columns["beta"] = np.full(len(encoded), self.options.beta_of(number), np.float32)
         if self.options.pairs == "soft":
-            columns["label_smoothing"] = soft_labels(labelled.rewards, labelled.pairs)
+            columns["label_smoothing"] = soft_labels(labelled.rewards * self.options.reward_scale, labelled.pairs)
         placed = {name: of_groups(groups, values, pairs=layout.pairs) for name, values in columns.items()}
         return PairBatches(groups, of_groups(groups, ref_logps, pairs=layout.pairs), layout, placed)
 

@@ -180,8 +180,8 @@ class _Study:
     def online(self) -> OnlineMethod:
         training, settings = self.config.dpo, online_settings(self.config)
         tx = build.make_tx(training, steps=settings["rounds"] * settings["steps"])
-        loss = functools.partial(dpo_loss, beta=settings["beta"])
-        return OnlineMethod(self.world, loss=loss, tx=tx, microbatches=training.microbatches)
+        # beta comes with the batch, so that runs of all betas are one program.
+        return OnlineMethod(self.world, loss=dpo_loss, tx=tx, microbatches=training.microbatches)
 
     def _on_pairs(self, run: Run, folder: Path) -> tuple[Points, Variables]:
         with self._making:

@@ -132,6 +132,7 @@ def _rounds(config: Config, run: RunDir, world: World, digests: Mapping[str, str
         row_length=config.data.row_length,
         microbatches=dpo.microbatches,
         beta_last=section.beta_last,
+        reward_scale=section.reward_scale,
         rounds=section.rounds,
     )
     part = _part(config, world)

@@ -19,8 +19,7 @@ class FrontierConfig:
     """Every method of the paper against the best that is possible: true reward by KL to the reference (section 6.1)."""
 
     methods: str = ",".join(OFFLINE)
-    """Which methods, separated by commas; also online, online-disagreement and online-uncertainty, by the options of online and
-    dpo.beta."""
+    """Which methods, separated by commas; also online, online-disagreement and online-uncertainty, by the options of online."""
     reward: Literal["exact", "linear", "hf"] = "exact"
     """The true reward: the rule of the generated reviews, a bag-of-words classifier (extra `lab`), or one from the Hub."""
     classifier: str | None = None
@@ -48,7 +47,7 @@ class FrontierConfig:
     dpo_betas: str = "0.05,0.1,1,5"
     """beta of the runs of dpo, rdpo, ipo and cdpo."""
     online_betas: str = "2,1,0.5"
-    """beta of the last round of the online runs (online.beta_last); that of the first is dpo.beta."""
+    """beta of the online runs, the same in all rounds."""
     unlikelihood_alphas: str = "0.05,0.1,0.5,1"
     """alpha of the unlikelihood runs."""
     ppo_kls: str = "3,6,9,12"

@@ -25,6 +25,9 @@ class OnlineConfig:
     Terry give it (eq. 1); or soft: all, and the loss is given this probability instead of a draw, as label_smoothing."""
     steps: int | None = None
     """Optimizer steps a round; none: as many as read each of its prompts once."""
+    reward_scale: float = 1.0
+    """Of pairs that are drawn or soft: rewards times this are the logits of the labels. Labels of rewards that lie many logits
+    apart are all 0 or 1, and say nothing of how far. The optimum is that of the rewards at beta dpo.beta / reward_scale."""
     beta_last: float | None = None
     """beta of the last round: from dpo.beta in the first one it changes in equal ratios, so that one run passes through the
     policies of many KLs. None: dpo.beta throughout."""
@@ -49,6 +52,10 @@ class OnlineConfig:
         )
         if self.completions == 1:
             yield "completions", "must be at least 2: a pair needs two"
+        if not self.reward_scale > 0:
+            yield "reward_scale", f"must be greater than 0, got {self.reward_scale}"
+        if self.reward_scale != 1 and self.pairs not in ("bradley_terry", "soft"):
+            yield "reward_scale", f"changes nothing with pairs {self.pairs}: leave it out"
         if self.beta_last is not None and not self.beta_last > 0:
             yield "beta_last", f"must be greater than 0, got {self.beta_last}"
         yield from self._check_reward()
