@@ -23,7 +23,7 @@ def plot_samples(groups: Mapping[str, np.ndarray], path: str | os.PathLike[str],
         one.imshow(_tiled(images, columns), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
         one.set_title(figure_text(name), loc="left", fontsize="small")
         one.set_axis_off()
-    return save(figure, path, dpi=110)
+    return save(figure, path, dpi=130)
 
 
 def _tiled(images: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
@@ -59,4 +59,4 @@ def plot_points(
         bare(one)
     figure.supxlabel("path KL(policy || reference), nats per image (root scale)", fontsize="medium")
     figure.legend(loc="outside upper left", ncols=len(results), frameon=False)
-    return save(figure, path, dpi=110)
+    return save(figure, path, dpi=130)
