@@ -320,7 +320,7 @@ def test_the_policy_may_be_the_model_itself(small, ran, capsys):
         (["sft", "SMALL", "--model.family", "None"], "model.family: a new model needs it"),
         (
             ["audit", "SMALL", "--dpo.beta", "1"],
-            "--dpo.beta: audit does not read this option (dpo, eval, plan, online, frontier, bench would)",
+            "--dpo.beta: audit does not read this option (dpo, eval, plan, online, bench would)",
         ),
         (
             ["refs", "SMALL", "--dpo.microbatches=2"],
