@@ -16,7 +16,8 @@ tokenizer: {{vocab_size: 400}}
 model: {{family: gpt_neox, width: 32, layers: 1, heads: 2, max_positions: 96}}
 sft: {{batch: 16, lr: 1.0e-2, optimizer: adamw, warmup_steps: 2, epochs: 2}}
 dpo: {{batch: 24, lr: 3.0e-3, warmup_steps: 2, epochs: 2}}
-dialogue: {{methods: "dpo,online,myopic", betas: "0.3", starts: 2, rounds: 2, seeds: 1, test: 240, sample_batch: 96, evaluations: 1}}
+dialogue:
+  {{methods: "dpo,online,myopic", betas: "0.3", starts: 2, rounds: 2, seeds: 1, test: 240, sample_batch: 96, evaluations: 1}}
 """
 
 

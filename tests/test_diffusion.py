@@ -231,7 +231,7 @@ def test_samplers_of_a_gaussian():
     known = sampled(schedule, one)
     np.testing.assert_allclose([drawn.mean(), drawn.std()], known, atol=0.02)
     same, kl = jax.jit(lambda key: ddpm_path(noise_of, gaussian_noise(schedule, other), schedule, key, shape))(key)
-    np.testing.assert_array_equal(same, drawn)
+    np.testing.assert_allclose(same, drawn, atol=1e-5)  # two programs, rounded in their own ways
     ancestral = jax.jit(lambda key: ddim(noise_of, schedule, key, shape, eta=1.0))(key)
     last = jax.random.normal(jax.random.fold_in(jax.random.split(key)[1], 0), shape)
     np.testing.assert_allclose(drawn, ancestral + np.sqrt(schedule.variance[0]) * last, atol=1e-4)
