@@ -19,7 +19,7 @@ class DialogueConfig:
     methods: str = ",".join(METHODS)
     """Some of dpo (of conversations), online (the same, in rounds), preferred-ft, myopic (dpo of single turns, each by its own
     reward) and dpo-limit (what dpo tends to with endless pairs, computed)."""
-    betas: str = "0.1,0.3"
+    betas: str = "0.3,0.6"
     """beta of the runs of dpo, online, myopic and dpo-limit."""
     starts: int = 64
     """Beginnings of every one of the twelve openings."""
