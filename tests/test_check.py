@@ -17,9 +17,10 @@ import pytest
 from conftest import xla_flags
 
 from dpo_jax import check, cpl, head, step
-from dpo_jax.checks import attention, bench, machine, training
+from dpo_jax.checks import attention, bench, control, diffusion, machine, training
 from dpo_jax.checks.report import Report, Result, Row
 from dpo_jax.cli.main import main as program
+from dpo_jax.diffusion import step as diffusion_step
 from dpo_jax.models import attention_paths
 from dpo_jax.models.attention import AttentionPath, dense
 from dpo_jax.models.decoder import REMAT
@@ -82,6 +83,17 @@ def test_a_log_softmax_in_bfloat16_is_found(tmp_path, monkeypatch):
 def test_a_score_of_cpl_that_forgets_its_discount_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(cpl, "discounted", lambda values, gamma: values.sum(axis=-1))
     assert checked(tmp_path, "control")[1]["failed"] == ["control.cpl"]
+
+
+def test_noise_that_depends_on_the_seed_alone_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion_step, "_key", lambda seed, uid, epoch: jax.random.key(seed))
+    assert checked(tmp_path, "diffusion")[1]["failed"] == ["diffusion"]
+
+
+def test_steps_of_control_and_diffusion_repeat_their_stored_numbers(tmp_path):
+    code, told = checked(tmp_path, "control,diffusion")
+    assert (code, told["failed"], len(control.EXPECTED), len(diffusion.EXPECTED)) == (0, [], control.STEPS, diffusion.STEPS)
+    assert [row["name"] for row in told["rows"][-2:]] == ["control.cpl", "diffusion"]
 
 
 def test_a_microbatch_that_is_dropped_is_found(tmp_path, monkeypatch):
