@@ -48,7 +48,7 @@ class _LocalInfo(tfds.core.DatasetInfo):
     """The description of data that no public bucket holds."""
 
     def initialize_from_bucket(self) -> None:
-        """Does nothing. The library would ask a bucket on the network, and leave an empty folder in the system's temporary one."""
+        """Does nothing. The library would ask a bucket on the network, and leave an empty temporary folder behind."""
 
 
 class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
