@@ -64,7 +64,7 @@ _ONLINE = (
 )
 
 _OF_ROUNDS = tuple(
-    f"online.{name}" for name in ("rounds", "prompts", "completions", "pairs", "steps", "candidates", "reward_scale")
+    f"online.{name}" for name in ("rounds", "prompts", "completions", "pairs", "steps", "candidates", "reward_scale", "replay")
 )
 
 

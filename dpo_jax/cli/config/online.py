@@ -50,8 +50,8 @@ class OnlineConfig:
     """Refuse a run that could ask for more labels than this: rewards of completions, or comparisons; none: any number."""
 
     def check(self) -> Iterator[Problem]:
-        numbers = ("rounds", "prompts", "steps", "replay", "candidates", "refresh_reference_rounds", "label_budget", "completions")
-        yield from positive(self, *numbers)
+        numbers = ("rounds", "prompts", "steps", "replay", "candidates", "refresh_reference_rounds", "label_budget")
+        yield from positive(self, *numbers, "completions")
         if self.completions == 1:
             yield "completions", "must be at least 2: a pair needs two"
         if not self.reward_scale > 0:
