@@ -109,7 +109,10 @@ COMMANDS = {
     ),
     "plan": Command(
         "what training takes on TPUs or GPUs: memory, collectives, time (compiled without one)",
-        ("run.dir", "run.devices", "run.precision", "mesh", "data", "model", "lora", "dpo", "refs.batch", "plan"),
+        (
+            *("run.dir", "run.devices", "run.precision", "mesh", "data", "model", "tokenizer.vocab_size"),
+            *("lora", "dpo", "refs.batch", "plan"),
+        ),
         ("plan",),
     ),
     "export": Command(
