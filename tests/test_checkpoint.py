@@ -14,11 +14,13 @@ import numpy as np
 import optax
 import pytest
 from damage import FAULTS, damage
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.cli.model_folders import saved_steps
 from dpo_jax.runtime import optim, parallel, seal
 from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, StateMismatch, has_steps, newest_meta
+from dpo_jax.runtime.checkpoint_record import named
 from dpo_jax.runtime.fit import fit
 from dpo_jax.runtime.metrics import MetricsLog, read_metrics
 from dpo_jax.types import TrainState
@@ -366,9 +368,30 @@ def test_a_step_of_another_format_is_refused_and_stays(copy):
     record = json.loads(path.read_text()) | {"format": 1}
     del record["digest"]
     path.write_text(json.dumps(record | {"digest": seal.digest(record)}))
-    with Checkpoints(copy) as checkpoints, pytest.raises(StateMismatch, match="is in format 1, and this version reads 3"):
+    with Checkpoints(copy) as checkpoints, pytest.raises(StateMismatch, match="is in format 1, and this version reads 3 and 4"):
         checkpoints.restore_latest(abstract())
     assert quarantined(copy) == []
+
+
+def test_a_step_of_the_format_before_is_read_and_verified(copy):
+    """Format 3 had a SHA-256 of each whole array."""
+    path = copy / "20" / "record" / "metadata"
+    record = json.loads(path.read_text()) | {"format": 3}
+    for name, leaf in named(numbered(20)).items():
+        del record["leaves"][name]["tiles"]
+        record["leaves"][name]["sha256"] = hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
+
+    def put(record):
+        content = {name: value for name, value in record.items() if name != "digest"}
+        path.write_text(json.dumps(content | {"digest": seal.digest(content)}))
+        (copy / "20" / "files.json").unlink()
+        seal.write_seal(epath.Path(copy / "20"))
+
+    put(record)
+    assert digest(restored(copy)[0]) == digest(numbered(20))
+    record["leaves"]["step"]["sha256"] = "0" * 64
+    put(record)
+    assert restored(copy)[1]["step"] == 10
 
 
 def test_meta_must_be_json(tmp_path):

@@ -209,11 +209,11 @@ def lose(folder, *, victim, how, heartbeat):
 
 
 def leaf_hashes(folder):
-    """(last step, SHA-256 of every leaf of it)."""
+    """(last step, digest of every leaf of it)."""
     steps = [path for path in (folder / "run" / "dpo" / "checkpoints").iterdir() if path.name.isdigit()]
     last = max(steps, key=lambda path: int(path.name))
     leaves = json.loads((last / "record" / "metadata").read_text())["leaves"]
-    return int(last.name), {name: leaf["sha256"] for name, leaf in leaves.items()}
+    return int(last.name), {name: leaf["tiles"] for name, leaf in leaves.items()}
 
 
 def test_a_host_that_is_killed_ends_the_other_and_leaves_nothing_in_the_way(tmp_path):

@@ -1,10 +1,10 @@
 """Checkpoints that are either restored bit for bit or not at all.
 
 Orbax writes asynchronously and atomically, but restores a flipped bit or an array of another dtype without a word, and takes
-an empty folder for the latest step (seen with orbax 0.12.8). So each step also holds a record: shape, dtype and SHA-256 of
-every leaf, and a digest of the record itself. The hashes are of the logical arrays, not of files: they stay the same whatever
-devices a state is saved from or restored to. And once orbax has committed a step, it is sealed: the seal finds damage in those
-of orbax's files, too, that a restore does not read.
+an empty folder for the latest step (seen with orbax 0.12.8). So each step also holds a record: shape, dtype and digest of
+every leaf, and a digest of the record itself. The digests are of the logical arrays, not of files: they stay the same whatever
+devices a state is saved from or restored to, and are made of the pieces where they lie (`runtime.tiles`). And once orbax has
+committed a step, it is sealed: the seal finds damage in those of orbax's files, too, that a restore does not read.
 
     directory/120/state       orbax arrays, one flat dict: {"params.params.wte": ..., "opt_state.1.0.nu...": ..., "step": ...}
     directory/120/record      JSON: leaves, the caller's `meta`, digest
@@ -33,10 +33,10 @@ from etils import epath  # comes with orbax; pathlib that also reads gs://
 
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint_record import (
-    FORMAT,
+    READ,
     Leaves,
+    check_leaves,
     check_target,
-    hashes,
     make_record,
     named,
     read_record,
@@ -181,7 +181,7 @@ class Checkpoints:
                 damaged += self._set_aside(step, error)
                 continue
             check_target(record, wanted, f"{self.directory / str(step)}")
-            leaves, error = _attempt(lambda step=step, record=record: self._read_leaves(step, record["leaves"], wanted))
+            leaves, error = _attempt(lambda step=step, record=record: self._read_leaves(step, record, wanted))
             if error is not None:
                 damaged += self._set_aside(step, error)
                 continue
@@ -261,22 +261,20 @@ class Checkpoints:
         if record["step"] != step:
             raise ValueError(f"the record is of step {record['step']}")
         folder = self.directory / str(step)
-        if record["format"] == FORMAT and hosts.is_first() and (needs_seal or is_sealed(folder)):
+        if record["format"] in READ and hosts.is_first() and (needs_seal or is_sealed(folder)):
             check_seal(folder)
         return record
 
-    def _read_leaves(self, step: int, recorded: Mapping[str, Any], wanted: Leaves) -> Leaves:
+    def _read_leaves(self, step: int, record: Mapping[str, Any], wanted: Leaves) -> Leaves:
         # Stored shapes first: damaged metadata could ask for more memory than there is.
         stored = self._manager.item_metadata(step)["state"]
         found = {name: (list(stored[name].shape), str(np.dtype(stored[name].dtype))) for name in stored}
-        if found != {name: (leaf["shape"], leaf["dtype"]) for name, leaf in recorded.items()}:
+        if found != {name: (leaf["shape"], leaf["dtype"]) for name, leaf in record["leaves"].items()}:
             raise ValueError("shapes or dtypes of the stored arrays differ from the record")
         how = {name: _restore_args(leaf) for name, leaf in wanted.items()}
         arguments = ocp.args.PyTreeRestore(item={name: 0 for name in wanted}, restore_args=how)
         leaves = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
-        for name, sha in hashes(leaves).items():
-            if sha != recorded[name]["sha256"]:
-                raise ValueError(f"{name} differs from its SHA-256")
+        check_leaves(record, leaves)
         return leaves
 
     def _set_aside(self, step: int, error: Exception) -> list[int]:

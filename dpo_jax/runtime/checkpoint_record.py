@@ -1,11 +1,10 @@
-"""The record of a checkpoint: shape, dtype and SHA-256 of every leaf, the caller's `meta`, and a digest of the record."""
+"""The record of a checkpoint: shape, dtype and digest of every leaf, the caller's `meta`, and a digest of the record."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -14,9 +13,12 @@ from etils import epath
 
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.seal import digest
+from dpo_jax.runtime.tiles import tile_digests
 from dpo_jax.untrusted import parse_object
 
-FORMAT = 3  # 1 had no seals, 2 had kernels that write to the residual stream with D last
+FORMAT = 4  # 1 had no seals, 2 had kernels that write to the residual stream with D last
+WHOLE = 3  # had a SHA-256 of each whole array, in the place of digests of tiles
+READ = (WHOLE, FORMAT)
 Leaves = dict[str, Any]
 
 
@@ -27,7 +29,7 @@ class StateMismatch(ValueError):
 def read_record(step_folder: epath.Path) -> dict[str, Any]:
     """The record of a step, without its arrays. Raises OSError, ValueError, KeyError or TypeError where it is not whole."""
     record = parse_object((step_folder / "record" / "metadata").read_bytes(), f"checkpoint {step_folder.name}")
-    if record["format"] != FORMAT or record["digest"] != record_digest(record):
+    if record["format"] not in READ or record["digest"] != record_digest(record):
         raise ValueError("the record is of another format, or differs from its digest")
     return record
 
@@ -47,19 +49,20 @@ def named(state: Any) -> Leaves:
 
 def make_record(step: int, leaves: Leaves, meta: Mapping[str, Any]) -> dict[str, Any]:
     described = {
-        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": sha}
-        for (name, leaf), sha in zip(leaves.items(), hashes(leaves).values(), strict=True)
+        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "tiles": sums}
+        for (name, leaf), sums in zip(leaves.items(), tile_digests(leaves).values(), strict=True)
     }
     record = {"format": FORMAT, "step": step, "leaves": described, "meta": json.loads(json.dumps(meta))}
     return {**record, "digest": digest(record)}
 
 
-def hashes(leaves: Leaves) -> dict[str, str]:
-    if jax.process_count() > 1:  # to collect the pieces is a collective: leaf by leaf, in the same order everywhere
-        return {name: _sha256(leaf) for name, leaf in leaves.items()}
-    # hashlib lets go of the interpreter lock: eight threads hash several GB a second.
-    with ThreadPoolExecutor(8) as pool:
-        return dict(zip(leaves, pool.map(_sha256, leaves.values()), strict=True))
+def check_leaves(record: Mapping[str, Any], leaves: Leaves) -> None:
+    """Raises ValueError naming a leaf whose values are not those of the record. All hosts make this call."""
+    older = record["format"] == WHOLE
+    found = {name: _sha256(leaf) for name, leaf in leaves.items()} if older else tile_digests(leaves)
+    for name, digest_ in found.items():
+        if digest_ != record["leaves"][name]["sha256" if older else "tiles"]:
+            raise ValueError(f"{name} differs from its digest")
 
 
 def _sha256(leaf: Any) -> str:
@@ -71,10 +74,10 @@ def _sha256(leaf: Any) -> str:
 
 
 def check_target(record: Mapping[str, Any], wanted: Leaves, where: str) -> None:
-    if record["format"] != FORMAT:
+    if record["format"] not in READ:
         raise StateMismatch(
-            f"{where} is in format {record['format']}, and this version reads {FORMAT}: continue it with the version that "
-            "wrote it, or choose another directory"
+            f"{where} is in format {record['format']}, and this version reads {WHOLE} and {FORMAT}: continue it with the "
+            "version that wrote it, or choose another directory"
         )
     have = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in record["leaves"].items()}
     want = {name: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for name, leaf in wanted.items()}

@@ -116,15 +116,17 @@ def whole(leaf: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
-def gathered_chunks(leaf: Any, *, max_bytes: int = 256 << 20) -> Iterator[np.ndarray]:
+def gathered_chunks(leaf: Any, *, max_bytes: int = 256 << 20, multiple_of: int = 1) -> Iterator[np.ndarray]:
     """The whole array in chunks of at most about `max_bytes` along its first axis, one after the other, on every host.
+
+    All but the last have a length that is a `multiple_of`.
 
     All layers of a large parameter are more than one host should have to hold.
     """
     if not leaf.ndim or leaf.nbytes <= max_bytes:
         yield whole(leaf)
         return
-    run = max(1, leaf.shape[0] * max_bytes // leaf.nbytes)
+    run = max(1, leaf.shape[0] * max_bytes // leaf.nbytes // multiple_of) * multiple_of
     for first in range(0, leaf.shape[0], run):
         yield whole(leaf[first : first + run])
 
