@@ -89,7 +89,7 @@ def _sum(array: Any, box: list[tuple[int, int]], shape: tuple[int, ...]) -> int:
     run = max(1, CHUNK_BYTES * len(array) // max(1, array.nbytes) // lengths[0]) * lengths[0]
     total = 0
     for first in range(0, len(array), run):
-        chunk = np.asarray(array[first : first + run])
+        chunk = np.asarray(array if run >= len(array) else array[first : first + run])
         total += _sum_of_chunk(chunk, [(box[0][0] + first, box[0][0] + first + len(chunk)), *box[1:]], lengths)
     return total
 
