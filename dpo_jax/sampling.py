@@ -138,7 +138,7 @@ def generate(
     rows = _prompt_rows(jnp.asarray(prompts, jnp.int32), start)
     if images is not None:  # the tokens of an image see each other both ways
         tokens = model.config.image_tokens
-        last = jnp.arange(columns, dtype=jnp.int32) + tokens - jnp.asarray(images.index) % tokens
+        last = rows.k_end - 1 + tokens - jnp.asarray(images.index) % tokens
         rows = rows.replace(images=images, k_end=jnp.where(images.index < 0, rows.k_end, last))
     hidden, cache = decode(weights, rows, cache)
     source = Source(model, variables, weights, cache, columns, start, hidden[:, -1], keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from dpo_jax.models.checkpoint_stream import Piece, assemble, path_of
 from dpo_jax.models.folder import read_config
 from dpo_jax.models.hf import flatten, in_hf_form
 from dpo_jax.models.hub import model_folder
-from dpo_jax.models.siglip import VisionConfig, encoder_shapes, encoder_tensors, vision_settings
+from dpo_jax.models.siglip import ROOT, VisionConfig, encoder_shapes, encoder_tensors, vision_settings
 from dpo_jax.models.weights import open_safetensors, weight_files
 from dpo_jax.types import Variables
 
@@ -40,8 +41,9 @@ def _pieces(folder: Path, config: VisionConfig) -> Iterator[Piece]:
     for file in weight_files(folder):
         handle = open_safetensors(file)
         for name in handle.keys():  # noqa: SIM118 (not a dict)
-            known = name.removeprefix("model.")
-            if known.startswith("vision_tower."):
+            # transformers 4 and the official checkpoints have one more part in the name than transformers 5.
+            known = re.sub(r"^(model\.)?vision_tower\.(vision_model\.)?", f"{ROOT}.", name)
+            if known.startswith(ROOT):
                 where[known] = handle, name
     shapes = {path_of(path)[1:]: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(encoder_shapes(config))}
     for tensor in encoder_tensors(config):

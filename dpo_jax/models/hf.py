@@ -149,10 +149,10 @@ def save_hf(
     the folder, read back, compared and only then moved in, so that a kill leaves no half-written model. In a folder that holds
     an earlier model its files are replaced and others, such as a tokenizer, stay. Weights that lie in pieces on several hosts
     are collected tensor by tensor with `fetch`: all hosts call this, and one with `write`. `others` are tensors that go along
-    as they are: those of the vision encoder (`encoder_in_hf_form`), which a model that reads images needs. Raises FileExistsError
-    for a folder that holds something else; ValueError if the variables do not fit the model or hold more than "params", which
-    would be lost, and for a model of your own, which has no Hugging Face form; OverflowError, naming the tensor, for values too
-    large for `dtype`.
+    as they are: those of the vision encoder (`encoder_in_hf_form`), which a model that reads images needs. Raises
+    FileExistsError for a folder that holds something else; ValueError if the variables do not fit the model or hold more than
+    "params", which would be lost, and for a model of your own, which has no Hugging Face form; OverflowError, naming the
+    tensor, for values too large for `dtype`.
 
     >>> decoder, weights = load_hf(folder)
     >>> sorted(file.name for file in save_hf("copy", decoder, weights).iterdir())

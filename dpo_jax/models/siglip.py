@@ -1,7 +1,8 @@
 """SigLIP's vision encoder (Zhai et al. 2023, arXiv 2303.15343), as Gemma 3 has it: pixels to features of image tokens.
 
 It is frozen: what it gives is computed once for each image and cached. Its outputs, one for each patch, are averaged over
-squares of patches here, as this needs no weights. The norm and the matrix behind that belong to the decoder, and are trained with it.
+squares of patches here, as this needs no weights. The norm and the matrix behind that belong to the decoder, and are trained
+with it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from dpo_jax.models.products import precision_of
 from dpo_jax.models.tensor_layouts import Layout, Tensor, linear, norm
 from dpo_jax.types import Array, Variables
 
+ROOT = "vision_tower.vision_model"
+"""What the names of its tensors begin with in the official checkpoints of Gemma 3."""
 _DEFAULTS = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -95,7 +98,7 @@ def encode_images(variables: Variables, pixels: Array, *, config: VisionConfig) 
     if x.shape[1:] != (c.image_size, c.image_size, 3):
         raise ValueError(f"pixels have shape {x.shape}, and the encoder reads [B, {c.image_size}, {c.image_size}, 3]")
     patches = x.reshape(-1, c.side, c.patch_size, c.side, c.patch_size, 3).transpose(0, 1, 3, 5, 2, 4)  # torch's order
-    x = _linear(params["patches"], patches.reshape(len(x), c.side**2, -1)) + params["positions"]
+    x = _linear(params["patches"], patches.reshape(len(x), c.side**2, -1)) + params["positions"][None]
 
     def layer(x: jax.Array, own: Any) -> tuple[jax.Array, None]:
         x = x + _attention(own["attention"], _norm(own["attention_norm"], x, c.eps), heads=c.heads)
@@ -111,12 +114,13 @@ def encode_images(variables: Variables, pixels: Array, *, config: VisionConfig) 
 
 
 def _linear(own: Any, x: jax.Array) -> jax.Array:
-    return jnp.dot(x, own["kernel"], precision=precision_of(x.dtype)) + own["bias"]
+    return jnp.dot(x, own["kernel"], precision=precision_of(x.dtype)) + own["bias"][None, None]
 
 
 def _norm(own: Any, x: jax.Array, eps: float) -> jax.Array:
     x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * own["scale"] + own["bias"]
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+    return x * own["scale"][None, None] + own["bias"][None, None]
 
 
 def _attention(own: Any, x: jax.Array, *, heads: int) -> jax.Array:
@@ -178,18 +182,18 @@ def encoder_shapes(config: VisionConfig) -> Variables:
 
 def encoder_tensors(config: VisionConfig) -> list[Tensor]:
     """The encoder's tensors in a checkpoint, with the names of the official Gemma 3."""
-    root, c = "vision_tower.vision_model", config
-    layer = f"{root}.encoder.layers.{{}}"
+    c = config
+    layer = f"{ROOT}.encoder.layers.{{}}"
     convolution = Layout(
         lambda a: [a.reshape(len(a), -1).T],
         lambda ours: ours[0].T.reshape(c.width, 3, c.patch_size, c.patch_size),
         lambda shapes: (c.width, 3, c.patch_size, c.patch_size),
     )
     table = [
-        Tensor(f"{root}.embeddings.patch_embedding.weight", ("patches/kernel",), convolution),
-        Tensor(f"{root}.embeddings.patch_embedding.bias", ("patches/bias",)),
-        Tensor(f"{root}.embeddings.position_embedding.weight", ("positions",)),
-        *norm(f"{root}.post_layernorm", "final_norm", True),
+        Tensor(f"{ROOT}.embeddings.patch_embedding.weight", ("patches/kernel",), convolution),
+        Tensor(f"{ROOT}.embeddings.patch_embedding.bias", ("patches/bias",)),
+        Tensor(f"{ROOT}.embeddings.position_embedding.weight", ("positions",)),
+        *norm(f"{ROOT}.post_layernorm", "final_norm", True),
         *norm(f"{layer}.layer_norm1", "layers/attention_norm", True),
         *norm(f"{layer}.layer_norm2", "layers/mlp_norm", True),
         *linear(f"{layer}.mlp.fc1", "layers/up", True),
