@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from dpo_jax.models.attention import DENSE, AttentionPath
-from dpo_jax.models.attention_blocks import blocked
+from dpo_jax.models.attention_blocks import PARTIAL, blocked
 from dpo_jax.models.attention_chunked import chunked
 from dpo_jax.models.config import DecoderConfig
 
 CHUNKED = AttentionPath("chunked", chunked)
-BLOCKS = AttentionPath("blocks", blocked)
+BLOCKS = AttentionPath("blocks", blocked, partial=PARTIAL)
 AUTOMATIC = {"tpu": "splash", "gpu": "flash", "cpu": "blocks"}
 Refusals = Callable[[DecoderConfig, Any], Iterator[str]]
 
