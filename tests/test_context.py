@@ -1,5 +1,6 @@
 """Rows cut over the context axis of a mesh: the same numbers as on one device, and memory that does not grow with the row."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,9 @@ import pytest
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
 from dpo_jax.logps import completion_logps, scored_hidden
+from dpo_jax.models.attention_gpu import flash_path
 from dpo_jax.models.attention_paths import BLOCKS
+from dpo_jax.models.attention_tpu import splash_path
 from dpo_jax.models.context import from_pieces, to_pieces
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
@@ -29,7 +32,7 @@ def model_of(case):
     family, more = FAMILIES[case]
     config = decoder_config(hf_config(family, **{name: value for name, value in more.items() if name != "window"}, **SIZES))
     if "window" in more:
-        config = config._replace(windows=(more["window"], None)) if hasattr(config, "_replace") else config
+        config = dataclasses.replace(config, windows=(more["window"], None))
     dense, ring = make_model(config), make_model(config, attention=BLOCKS)
     return dense, ring, jax.jit(dense.init)(jax.random.key(1))
 
@@ -85,5 +88,17 @@ def test_log_probabilities_and_gradients_are_those_of_one_device(case, layout, m
     rows = LAYOUTS[layout].rows(pairs(4))
     expected = jax.jit(functools.partial(logps_and_gradient, dense))(variables, rows)
     partitioner = on_mesh(ring, **MESHES[mesh])
+    found = partitioner.compile_map(functools.partial(logps_and_gradient, ring))(partitioner.put_variables(variables), rows)
+    same(found, jax.device_get(expected))
+
+
+@pytest.mark.parametrize("case", ["grouped queries", "windows and a soft cap"])
+@pytest.mark.parametrize("kernel", [flash_path, splash_path])
+def test_the_kernels_go_round_as_well(kernel, case):
+    dense, _, variables = model_of(case)
+    ring = make_model(dense.config, attention=kernel(interpret=True), remat="save_attention")
+    rows = LAYOUTS["packed"].rows(pairs(4))
+    expected = jax.jit(functools.partial(logps_and_gradient, dense))(variables, rows)
+    partitioner = on_mesh(ring, context=2)
     found = partitioner.compile_map(functools.partial(logps_and_gradient, ring))(partitioner.put_variables(variables), rows)
     same(found, jax.device_get(expected))
