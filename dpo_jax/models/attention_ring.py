@@ -110,6 +110,8 @@ def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, spans: tuple[Span, ...], settings: _Settings
 ) -> tuple[jax.Array, Any]:
     q, k, v = (checkpoint_name(x, "kernel") for x in (q, k, v))  # see `decoder.REMAT`
+    # What follows from the intervals alone is the same in all layers, and JAX would compute it before them, for all turns.
+    q, spans = jax.lax.optimization_barrier((q, spans))
     rows, length, heads, _ = q.shape
 
     def turn(carry: Any, number: jax.Array) -> tuple[Any, None]:
