@@ -41,7 +41,7 @@ class _Settings(NamedTuple):
 
 
 def along_context(path: AttentionPath) -> AttentionPath:
-    """`path`, or, where the mesh of the program being traced cuts rows, the ring of its parts. Raises ValueError if it has none."""
+    """`path`, or a ring of its parts where the mesh of the program being traced cuts rows. ValueError where it has none."""
     if context_parts() == 1:
         return path
     if path.partial is None:
@@ -56,9 +56,7 @@ def _prepare(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> tup
     by_window = [_window_spans(jnp.asarray(k_start), jnp.asarray(k_end), window) for window in windows]
     number = max(map(len, by_window))
     nothing = (jnp.zeros_like(k_start), jnp.zeros_like(k_end))
-    pieces = [
-        [to_pieces(spans[of]) if of < len(spans) else to_pieces(nothing) for spans in by_window] for of in range(number)
-    ]
+    pieces = [[to_pieces(spans[of]) if of < len(spans) else to_pieces(nothing) for spans in by_window] for of in range(number)]
     return tuple((jnp.stack([start for start, _ in one]), jnp.stack([end for _, end in one])) for one in pieces)
 
 
@@ -76,7 +74,10 @@ def _window_spans(k_start: jax.Array, k_end: jax.Array, window: int | None) -> l
         return [(start, end)]
     backwards = end > x + 1
     prompt = jnp.take_along_axis(start, end - 1, axis=1)  # the prompt begins where its last token begins to see
-    near = jnp.where(backwards, x, jnp.maximum(start, x - window + 1)), jnp.where(backwards, jnp.minimum(prompt, x + window), end)
+    near = (
+        jnp.where(backwards, x, jnp.maximum(start, x - window + 1)),
+        jnp.where(backwards, jnp.minimum(prompt, x + window), end),
+    )
     far = jnp.maximum(prompt, end + prompt - x - window), end
     return [near, (jnp.where(backwards, far[0], 0), jnp.where(backwards, far[1], 0))]
 
@@ -106,9 +107,7 @@ def _ring(q: jax.Array, k: jax.Array, v: jax.Array, spans: tuple[Span, ...], set
     return _forward(q, k, v, spans, settings)[0]
 
 
-def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, spans: tuple[Span, ...], settings: _Settings
-) -> tuple[jax.Array, Any]:
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, spans: tuple[Span, ...], settings: _Settings) -> tuple[jax.Array, Any]:
     q, k, v = (checkpoint_name(x, "kernel") for x in (q, k, v))  # see `decoder.REMAT`
     # What follows from the intervals alone is the same in all layers, and JAX would compute it before them, for all turns.
     q, spans = jax.lax.optimization_barrier((q, spans))

@@ -32,7 +32,7 @@ def run_length(length: int, parts: int) -> int:
 
 
 def row_pieces(rows: Rows) -> Rows:
-    """`rows` with the pieces of tokens and positions; intervals are for `attention_ring`, which counts columns of whole rows."""
+    """`rows` with the pieces of tokens and positions. Intervals stay whole: `attention_ring` counts columns of the row."""
     tokens, positions = to_pieces((rows.tokens, rows.positions))
     return rows.replace(tokens=tokens, positions=positions)
 
@@ -77,8 +77,8 @@ def from_pieces(x: jax.Array, length: int) -> jax.Array:
 def hidden_at(hidden: jax.Array, source: Array) -> jax.Array:
     """Hidden states [R, L, D] at the columns `source` int32[R, S]: [R, S, D]; on a context axis cut along S.
 
-    There, sums of S / C positions go round the devices, and each adds the states that it has: no device holds more than its part
-    of L and of S.
+    There, sums of S / C positions go round the devices, and each adds the states that it has: no device holds more than its
+    part of L and of S.
     """
     parts, source = context_parts(), jnp.asarray(source)
     if parts == 1:
@@ -92,7 +92,7 @@ def hidden_at(hidden: jax.Array, source: Array) -> jax.Array:
 
         def found(turn: jax.Array) -> jax.Array:
             column = jnp.take(by_part, (here - turn - 1) % parts, axis=1) - here * columns
-            inside = (0 <= column) & (column < columns)
+            inside = (column >= 0) & (column < columns)
             states = jnp.take_along_axis(hidden, jnp.clip(column, 0, columns - 1)[:, :, None], axis=1)
             return jnp.where(inside[:, :, None], states, 0)
 

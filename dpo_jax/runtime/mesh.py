@@ -3,8 +3,8 @@
 A model names the axes of its parameters (`Model.axes`); `models.logical_axes.RULES` says over which axis of the mesh each is
 cut. Rows of a batch are cut over data and fsdp together. So along `data` parameters are replicated, along `fsdp` each device
 keeps a slice of each matrix and gathers it layer by layer (ZeRO-3), along `tensor` heads and MLP columns are cut (Megatron).
-Along `context` the positions of each row are cut (`models.context`): a batch comes whole to all devices along it, a few integers
-a token, and each computes its part of the positions. Parameters are replicated along it.
+Along `context` the positions of each row are cut (`models.context`): a batch comes whole to all devices along it, a few
+integers a token, and each computes its part of the positions. Parameters are replicated along it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def make_mesh(
     elif shape[0] % slices:
         raise MeshError(f"mesh data {shape[0]}: must be a multiple of the {slices} slices, which only data goes across")
     else:
-        grid = mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:])), devices)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:])), devices
+        )
     return Mesh(grid.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
