@@ -399,7 +399,8 @@ def test_pod(path):
     assert one.step.unknown_loops == 0
     assert one.step.logits_tokens <= one.step.head_chunk
     forward_kernels = 2 if config.model.remat == "full" else 1
-    assert one.step.kernels == (forward_kernels + 2) * config.model.layers * one.microbatches
+    turns = config.mesh.context * config.model.layers * one.microbatches  # of the ring in which rows in pieces are read
+    assert one.step.kernels == (forward_kernels + 2) * turns
     # Weights gathered and gradients summed in the notations that XLA has for it; nothing that only another mesh would need.
     kinds = set(one.step.collectives)
     assert "all-reduce" in kinds  # metrics, and along data what was summed along fsdp

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dpo_jax.models.checkpoint_stream import path_of
 from dpo_jax.models.logical_axes import RULES
 from dpo_jax.runtime.mesh_shape import MeshError, Units, mesh_shape, uneven
-from dpo_jax.types import ROW_AXES
+from dpo_jax.types import ROW_AXES, TOKEN_AXES
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 FEW = 32  # numbers of a leaf that is replicated though it belongs to no parameter: counts and constants of an optimizer
@@ -60,6 +60,11 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 def row_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are cut."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def token_shards(mesh: Mesh) -> int:
+    """Into how many parts the tokens of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
 
 
 def host_part(mesh: Mesh) -> tuple[int, int]:
