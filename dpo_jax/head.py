@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.axes import parts_of
-from dpo_jax.types import ROW_AXES, Array, Model, Variables
+from dpo_jax.types import CONTEXT_AXIS, ROW_AXES, Array, Model, Variables
 
 CHUNK = 1024  # scored tokens of a device per pass through the head, at least; see `token_logps`
 
@@ -62,18 +62,25 @@ def token_logps(
 
     chunk = chunk or head_chunk(hidden.shape[-1])
     rows, scored = target.shape
-    parts = math.gcd(rows, parts_of(ROW_AXES))  # each device sorts its own
-    each = rows // parts * scored
+    of_rows, of_scored = math.gcd(rows, parts_of(ROW_AXES)), math.gcd(scored, parts_of((CONTEXT_AXIS,)))
+    parts = of_rows * of_scored  # each device sorts its own
+    each = rows * scored // parts
     count = -(-each // chunk)
     if count == 1:
         return score(jnp.asarray(hidden), jnp.asarray(target))
     width = min(chunk, -(-each // count // 64) * 64)  # a CPU multiplies matrices of odd sizes a third slower
     used = jnp.ones(target.shape, bool) if used is None else jnp.asarray(used)
-    order = jnp.argsort(~used.reshape(parts, each), axis=1)
+
+    def by_device(x: Array) -> jax.Array:
+        """[R, S, ...] to [parts, each, ...]."""
+        x = jnp.asarray(x).reshape(of_rows, rows // of_rows, of_scored, scored // of_scored, *x.shape[2:])
+        return x.swapaxes(1, 2).reshape(parts, each, *x.shape[4:])
+
+    order = jnp.argsort(~by_device(used), axis=1)
 
     def split(x: Array) -> jax.Array:
         """[R, S, ...] to [count, parts, width, ...], what is used first."""
-        x = jnp.asarray(x).reshape(parts, each, *x.shape[2:])
+        x = by_device(x)
         x = jnp.take_along_axis(x, order.reshape(parts, each, *(1 for _ in x.shape[2:])), axis=1)
         x = jnp.pad(x, [(0, 0), (0, count * width - each)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(parts, count, width, *x.shape[2:]), 1, 0)
@@ -86,7 +93,8 @@ def token_logps(
         score_chunk = lambda hidden, target, _: jax.checkpoint(score)(hidden, target)  # noqa: E731
     logps = jnp.moveaxis(jax.lax.map(lambda chunk: score_chunk(*chunk), chunks), 0, 1)
     logps = logps.reshape(parts, count * width)[:, :each]
-    return jnp.take_along_axis(logps, jnp.argsort(order, axis=1), axis=1).reshape(rows, scored)
+    logps = jnp.take_along_axis(logps, jnp.argsort(order, axis=1), axis=1)
+    return logps.reshape(of_rows, of_scored, rows // of_rows, scored // of_scored).swapaxes(1, 2).reshape(rows, scored)
 
 
 def head_chunk(width: int) -> int:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.head import Read, log_probability, token_logps
+from dpo_jax.models.context import hidden_at
 from dpo_jax.types import Array, Model, Rows, Variables
 
 
@@ -83,7 +84,7 @@ def scored_hidden(model: Model, variables: Variables, rows: Rows) -> jax.Array:
             f"model.forward returns {found} for rows of {list(np.shape(rows.tokens))} tokens: hidden states [R, L, D] are "
             "expected; dpo_jax.check_model tells whether a model of your own is right"
         )
-    return jnp.take_along_axis(hidden, rows.source[:, :, None], axis=1)
+    return hidden_at(hidden, rows.source)
 
 
 def hidden_logps(

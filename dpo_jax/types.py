@@ -29,6 +29,10 @@ Variables = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
 ROW_AXES = ("data", "fsdp")
 """Axes of a device mesh over which the rows of a batch are cut."""
+CONTEXT_AXIS = "context"
+"""The axis over which the positions of each row are cut (`models.context`)."""
+TOKEN_AXES = (*ROW_AXES, CONTEXT_AXIS)
+"""Axes over which the tokens of a batch are cut."""
 HEAD_AXIS = "tensor"
 """The axis over which attention heads are cut."""
 

@@ -120,6 +120,13 @@ LONG = {
     "cli_dialogue": ("test_dialogue",),
     "cli_robust": ("test_noise", "test_shift", "test_overoptimisation"),
     "cli_diffusion": ("test_digits",),
+    "context": (
+        "test_every_layout_on_every_mesh",
+        "test_the_kernels_go_round_as_well",
+        "test_a_run_is_that_of_one_device",
+        *(f"test_log_probabilities_and_gradients_are_those_of_one_device[{case}" for case in ("llama", "gpt2", "mixtral")),
+        "test_log_probabilities_and_gradients_are_those_of_one_device[gemma2-odd",
+    ),
     "diffusion": (
         *("test_the_loss_is_the_papers_in_float64[elbo", "test_devices_and_microbatches_change_nothing[pmap"),
         *("test_training_ends", "test_the_bound_of_many_draws"),

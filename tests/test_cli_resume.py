@@ -203,7 +203,11 @@ def test_a_run_stopped_during_its_last_step_is_judged_when_it_is_started_again(d
     assert read_metrics(metrics) == read_metrics(done / "dpo" / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("devices", [("pmap",), ("mesh", "--mesh.fsdp", 2, "--mesh.tensor", 2)], ids=["pmap", "mesh"])
+@pytest.mark.parametrize(
+    "devices",
+    [("pmap",), ("mesh", "--mesh.fsdp", 2, "--mesh.tensor", 2), ("mesh", "--mesh.fsdp", 2, "--mesh.context", 2)],
+    ids=["pmap", "mesh", "context"],
+)
 def test_four_devices_give_the_same_metrics(devices, done, tmp_path):
     flags = ("--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs", "--run.devices", *devices)
     result = call("dpo", done.config, *flags, "--run.dir", tmp_path, "--data.layout", "plain", "--dpo.microbatches", 2)
@@ -218,10 +222,11 @@ def test_four_devices_give_the_same_metrics(devices, done, tmp_path):
         assert [r[name] for r in ours if name in r] == pytest.approx([r[name] for r in theirs if name in r], rel=1e-3)
 
 
-def test_a_run_continues_on_another_mesh(done, copy):
+@pytest.mark.parametrize("sizes", [("--mesh.data", 2), ("--mesh.context", 4)], ids=["data", "context"])
+def test_a_run_continues_on_another_mesh(sizes, done, copy):
     """Saved on one device, continued on four: the state is the same, the rest of the steps nearly so."""
     shutil.rmtree(copy / "dpo" / "checkpoints" / "8")
-    mesh = ("--run.devices", "mesh", "--mesh.data", 2, "--mesh.fsdp", -1)
+    mesh = ("--run.devices", "mesh", "--mesh.fsdp", -1, *sizes)
     result = call("dpo", copy.config, *mesh)
     assert result.code == 0, result.err
     assert "after 6 steps" in result.out
@@ -230,9 +235,21 @@ def test_a_run_continues_on_another_mesh(done, copy):
     assert [r["loss"] for r in ours if "loss" in r] == pytest.approx([r["loss"] for r in theirs if "loss" in r], rel=1e-3)
 
 
+def test_rows_in_pieces_are_refused_where_whole_ones_are_read(done, tmp_path):
+    here = ("--dpo.policy", done / "sft" / "export", "--run.dir", tmp_path, "--mesh.context", 2)
+    for more in ((), ("--check",)):
+        assert "mesh.context: sample needs whole rows on each device: set mesh.context 1" in refused(
+            2, "sample", done.config, "--run.devices", "mesh", *here[2:], *more
+        )
+        assert "mesh.context: run.devices pmap cuts no rows: set run.devices mesh, or mesh.context 1" in refused(
+            2, "dpo", done.config, "--run.devices", "pmap", *here, *more
+        )
+    assert "mesh.context: must be a number" in refused(2, "dpo", done.config, *here[:-1], -1)
+
+
 def test_a_mesh_that_does_not_fit_is_refused_before_any_weights_are_read(done, tmp_path):
     here = ("--dpo.policy", done / "sft" / "export", "--run.dir", tmp_path, "--run.devices", "mesh")
-    assert "mesh data 1 x fsdp -1 x tensor 3: 3 does not divide the 4" in refused(
+    assert "mesh data 1 x fsdp -1 x context 1 x tensor 3: 3 does not divide the 4" in refused(
         2, "dpo", done.config, *here, "--mesh.tensor", 3
     )
     assert (
@@ -240,8 +257,9 @@ def test_a_mesh_that_does_not_fit_is_refused_before_any_weights_are_read(done, t
         in refused(2, "dpo", done.config, *here, "--mesh.tensor", 4)
     )
     assert "mesh.fsdp: only one size can be -1" in refused(2, "dpo", done.config, *here, "--mesh.data", -1)
-    assert "data 3 x fsdp 1 x tensor 1: 3 does not equal the 4 devices; the nearest mesh is data 4 x fsdp 1" in refused(
-        2, "dpo", done.config, *here, "--mesh.data", 3, "--mesh.fsdp", 1
+    assert (
+        "data 3 x fsdp 1 x context 1 x tensor 1: 3 does not equal the 4 devices; the nearest mesh is data 4 x fsdp 1"
+        in refused(2, "dpo", done.config, *here, "--mesh.data", 3, "--mesh.fsdp", 1)
     )
     new = ("--run.dir", tmp_path, "--run.devices", "mesh", "--tokenizer.path", done / "tokenizer", "--model.vocab-size", 512)
     assert "axis 'kv_heads' of 2 x 16 does not divide among tensor 4; the nearest size that does is 2" in refused(

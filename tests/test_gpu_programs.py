@@ -65,9 +65,10 @@ def parts(name, *, path="flash", remat="none", microbatches=1, rows=8):
 
 
 @functools.cache
-def compiled(name, topology="h100:1", *, mesh=(1, -1, 1), **options):
+def compiled(name, topology="h100:1", *, mesh=(1, -1, 1), context=1, **options):
     step, make, model, rows = parts(name, **options)
-    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)), devices=slice_devices(topology))
+    sizes = {"context": context, **dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))}
+    mesh = make_mesh(**sizes, devices=slice_devices(topology))
     state, rows = abstract_state(mesh, model, make, rows)
     with jax.set_mesh(mesh):
         return jit_step(step, state, mesh).lower(state, rows).compile(compiler_options=COMPILER_OPTIONS)
@@ -116,6 +117,13 @@ def test_meshes_of_eight(name, mesh, path):
     if mesh == (1, 8, 1):
         parameters = 8 * program.memory_analysis().argument_size_in_bytes / 8
         assert found.collectives["all-reduce"].operand_bytes < parameters / 4
+
+
+def test_rows_in_pieces_go_round_eight():
+    """Keys and values forward, and back with their gradients; one kernel call in the code of a turn, and four turns."""
+    found = summarize(compiled("llama", "h100:8", mesh=(1, 2, 1), context=4).as_text())
+    assert found.kernels == 3 * LAYERS * 4
+    assert "collective-permute" in found.collectives
 
 
 @pytest.mark.parametrize("path", ["flash", "cudnn"])

@@ -289,7 +289,7 @@ def test_what_was_placed_survives_when_a_step_donates_it(variables, batches):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "shape"), [({}, (1, 4, 1)), ({"data": -1, "fsdp": 2}, (2, 2, 1)), ({"fsdp": 2, "tensor": 2}, (1, 2, 2))]
+    ("sizes", "shape"), [({}, (1, 4, 1, 1)), ({"data": -1, "fsdp": 2}, (2, 2, 1, 1)), ({"fsdp": 2, "context": 2}, (1, 2, 2, 1))]
 )
 def test_a_size_of_minus_one_takes_what_is_left(sizes, shape):
     assert mesh_shape(4, **sizes) == make_mesh(**sizes).devices.shape == shape
@@ -300,9 +300,12 @@ def test_a_size_of_minus_one_takes_what_is_left(sizes, shape):
     [
         (
             {"tensor": 3},
-            "fsdp -1 x tensor 3: 3 does not divide the 4 devices; the nearest mesh is data 1 x fsdp 1 x tensor 4",
+            "fsdp -1 x context 1 x tensor 3: 3 does not divide the 4 devices; the nearest mesh is .* x context 1 x tensor 4",
         ),
-        ({"fsdp": 2}, "fsdp 2 x tensor 1: 2 does not equal the 4 devices; the nearest mesh is data 2 x fsdp 2 x tensor 1"),
+        (
+            {"fsdp": 2},
+            "fsdp 2 x context 1 x tensor 1: 2 does not equal the 4 devices; the nearest mesh is data 2 x fsdp 2 x context 1",
+        ),
         ({"data": -1}, "one of them may be -1"),
         ({"fsdp": 0}, "sizes are at least 1"),
     ],

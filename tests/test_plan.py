@@ -357,7 +357,7 @@ def test_a_plan_from_the_command_line(tmp_path, capsys):
     assert "fits        yes" in printed
     assert "all-gather" in printed
     record = json.loads((tmp_path / "plan" / "plan.json").read_text())["plans"][0]
-    assert record["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert record["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
     assert record["step"]["kernels"] == 3 * 2  # one forward and two backward kernels of attention a layer
     assert record["label"] == "predicted, not measured"
 
@@ -365,7 +365,7 @@ def test_a_plan_from_the_command_line(tmp_path, capsys):
 @needs_libtpu
 def test_a_mesh_that_is_not_the_slice_is_refused(tmp_path, capsys):
     assert program.main(["plan", plan_file(tmp_path), "--mesh.fsdp", "3"]) == 2
-    assert "mesh data 1 x fsdp 3 x tensor 1: 3 does not equal the 4 devices" in capsys.readouterr().err
+    assert "mesh data 1 x fsdp 3 x context 1 x tensor 1: 3 does not equal the 4 devices" in capsys.readouterr().err
 
 
 @needs_libtpu
@@ -378,7 +378,8 @@ def test_libtpu_prints_nothing_about_a_machine_that_is_not_there():
 
 @needs_libtpu
 def test_a_mesh_may_share_an_axis_of_the_torus():
-    assert dict(make_mesh(fsdp=8, tensor=2, devices=slice_devices("v6e:4x4")).shape) == {"data": 1, "fsdp": 8, "tensor": 2}
+    sizes = make_mesh(fsdp=8, tensor=2, devices=slice_devices("v6e:4x4")).shape
+    assert dict(sizes) == {"data": 1, "fsdp": 8, "context": 1, "tensor": 2}
 
 
 @pytest.mark.plan
@@ -406,7 +407,8 @@ def test_pod(path):
     assert one.step.unknown_loops == 0
     assert one.step.logits_tokens <= one.step.head_chunk
     forward_kernels = 2 if config.model.remat == "full" else 1
-    assert one.step.kernels == (forward_kernels + 2) * config.model.layers * one.microbatches
+    turns = config.mesh.context * config.model.layers * one.microbatches  # of the ring in which rows in pieces are read
+    assert one.step.kernels == (forward_kernels + 2) * turns
     # Weights gathered and gradients summed in the notations that XLA has for it; nothing that only another mesh would need.
     kinds = set(one.step.collectives)
     assert "all-reduce" in kinds  # metrics, and along data what was summed along fsdp

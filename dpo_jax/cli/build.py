@@ -274,7 +274,8 @@ def _model(config: Config, hf: dict[str, Any], *, platform: str | None = None) -
     decoder, dtype = decoder_config(hf), PRECISIONS[config.run.precision]
     platform = platform or jax.default_backend()
     try:
-        path = attention_path(config.model.attention, platform=platform, config=decoder, dtype=dtype)
+        asked, pieces = config.model.attention, config.mesh.context
+        path = attention_path(asked, platform=platform, config=decoder, dtype=dtype, pieces=pieces)
     except ValueError as error:
         raise ConfigError(f"model.attention: {error}") from error
     return make_model(decoder, dtype=dtype, remat=config.model.remat, attention=path)
@@ -389,11 +390,9 @@ def make_loss(section: DpoConfig) -> PreferenceLoss:
 
 
 def pair_layout(config: Config, pairs: Sequence[Encoded], *, batch: int, parts: int, microbatches: int = 1) -> Layout:
-    """Rows for batches of pairs that divide into `parts` (devices times microbatches) without tearing a pair apart.
-
-    `microbatches`: see `plan_layout`.
-    """
+    """Rows for batches that divide into `parts` (devices times microbatches), pairs whole. The rest: see `plan_layout`."""
     kind, length = config.data.layout, config.data.row_length
-    multiple = parts * (places_of(pairs[0]) if kind == "plain" else 1)
+    parts *= places_of(pairs[0]) if kind == "plain" else 1
     with reported("planning the rows"):
-        return plan_layout(pairs, kind=kind, batch=batch, length=length, multiple=multiple, microbatches=microbatches)
+        cut = {"multiple": parts, "microbatches": microbatches, "pieces": config.mesh.context}
+        return plan_layout(pairs, kind=kind, batch=batch, length=length, **cut)

@@ -32,7 +32,7 @@ import traceback
 from types import ModuleType
 from typing import Any, NoReturn
 
-from dpo_jax.cli.command_table import COMMANDS, ON_MANY_HOSTS, TRAINING, WITHOUT_CONFIG, module_of
+from dpo_jax.cli.command_table import COMMANDS, ON_MANY_HOSTS, TRAINING, WHOLE_ROWS, WITHOUT_CONFIG, module_of
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.config.file import suggest
 from dpo_jax.cli.exit_codes import exit_code, message
@@ -102,6 +102,7 @@ def _run(args: list[str]) -> int:
     vars(LIMITS).update(dataclasses.asdict(config.limits))
     if config.run.distributed == "auto" and name not in ON_MANY_HOSTS:
         raise ConfigError(f"run.distributed: {name} runs on one host; only {', '.join(ON_MANY_HOSTS)} use several")
+    _refuse_pieces(name, config)
     if scope is not None:
         from dpo_jax.cli.preflight import run as preflight
 
@@ -114,6 +115,20 @@ def _run(args: list[str]) -> int:
     if config.run.distributed == "auto":
         return _on_many_hosts(name, config)
     return _execute(name, config)
+
+
+def _refuse_pieces(name: str, config: Config) -> None:
+    """Raises `ConfigError` where rows are to be cut over devices, and cannot be."""
+    if config.mesh.context == 1:
+        return
+    if name in WHOLE_ROWS:
+        raise ConfigError(
+            f"mesh.context: {name} needs whole rows on each device: set mesh.context 1, and mesh.fsdp or mesh.data"
+        )
+    if name in ("sft", "refs", "dpo", "eval") and config.run.devices != "mesh":
+        raise ConfigError(
+            f"mesh.context: run.devices {config.run.devices} cuts no rows: set run.devices mesh, or mesh.context 1"
+        )
 
 
 def _execute(name: str, config: Config) -> int:

@@ -107,6 +107,7 @@ def plan_training(
             length=config.data.row_length,
             multiple=parts * rows_each,
             microbatches=microbatches,
+            pieces=config.mesh.context,
         )
         return few_shapes(layout, examples=count, batch=section.batch)
 

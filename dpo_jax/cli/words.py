@@ -110,6 +110,7 @@ WORDS: Mapping[str, str] = {
     "fsdp": _SHARDED,
     "deepspeed": _SHARDED,
     "tensor_parallel_size": "mesh.tensor, with run.devices mesh",
+    **dict.fromkeys(("context_parallel_size", "cp_size", "sequence_parallel_size"), "mesh.context, with run.devices mesh"),
     "fsdp_policy_mp": "run.precision bfloat16",
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,

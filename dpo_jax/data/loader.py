@@ -140,6 +140,7 @@ def _uids(example: Example, *, other: str, places: int) -> list[str]:
 
 
 SHAPES = 5  # programs to compile at most
+BLOCK = 128  # queries or keys of a block of an attention kernel, at least
 LENGTHS = np.array([1.08, 1.17, 1.25, 1.33, 1.5, 2.0])
 """Lengths of packed rows that are tried, in units of the longest example."""
 
@@ -153,24 +154,28 @@ def plan_layout(
     multiple: int = 1,
     microbatches: int = 1,
     shapes: int = SHAPES,
+    pieces: int = 1,
 ) -> Layout:
     """The tightest shapes into which all `examples` fit: row length, scored positions, pairs per row, row counts.
 
     `length` is the row length: by default that of the longest example; packed, the one that leaves least padding.
     `multiple` is what the number of rows must be divisible by: devices times microbatches. `microbatches`: the same again, of
     one device, where those of empty rows cost nothing. `shapes`, at least 2, is how many row counts packed rows may have: fewer
-    are fewer programs to compile, and more padding.
+    are fewer programs to compile, and more padding. `pieces`: into how many a mesh cuts each row (its context axis); rows are
+    then long enough for whole blocks of the attention kernels in each.
     """
     sizes = np.array([_size(example, plain=kind == "plain") for example in examples])  # [E, (tokens, scored)]
     longest, most_scored = sizes.max(axis=0)
     image_shape = _image_shape(examples)
     groups = [example for example in examples if isinstance(example, PairGroup)]
     if kind != "packed" and not groups:
-        length, scored = length or round_up(longest, 32), round_up(most_scored, 32)
+        unit = 32 if pieces == 1 else pieces * BLOCK
+        length, scored = length or round_up(longest, unit), round_up(most_scored, math.lcm(32, pieces))
         parts = {"rows_multiple": multiple, "microbatches": microbatches, "image_shape": image_shape}
         return Layout(kind, length=length, scored=scored, **parts)
-    lengths = [length] if length else sorted({round_up(max(longest, x), 64) for x in (0, *(longest * LENGTHS), 1024)})
-    parts = {"multiple": multiple, "microbatches": microbatches}
+    unit = 64 if pieces == 1 else pieces * BLOCK
+    lengths = [length] if length else sorted({round_up(max(longest, x), unit) for x in (0, *(longest * LENGTHS), 1024)})
+    parts = {"multiple": multiple, "microbatches": microbatches, "pieces": pieces}
     layouts = [_packed(sizes, length, batch=batch, shapes=shapes, **parts) for length in lengths]
     least = min(positions for positions, _ in layouts)
     # The shortest of those that are about as good: attention is cheaper, and there is more to divide among devices.
@@ -210,7 +215,7 @@ def skippable(microbatches: int, row_shards: int) -> int:
 
 
 def _packed(
-    sizes: np.ndarray, length: int, *, batch: int, multiple: int, microbatches: int, shapes: int, tries: int = 64
+    sizes: np.ndarray, length: int, *, batch: int, multiple: int, microbatches: int, shapes: int, pieces: int, tries: int = 64
 ) -> tuple[float, Layout]:
     """Packed rows of `length`, and how many positions a batch of `batch` examples takes in them, padding included.
 
@@ -219,7 +224,7 @@ def _packed(
     most_scored = sizes.max(axis=0)[1]
     mean_tokens, mean_scored = sizes.mean(axis=0)
     # Scored positions and pairs are further capacities of a row: with some more than their mean share, rows still fill up.
-    scored = min(length, round_up(max(most_scored, 1.3 * length * mean_scored / mean_tokens), 32))
+    scored = min(length, round_up(max(most_scored, 1.3 * length * mean_scored / mean_tokens), math.lcm(32, pieces)))
     per_row = min(batch, max(2, math.ceil(3 * length / mean_tokens)))
     generator = np.random.default_rng(0)  # the same on all hosts, whatever the seed of the run
     sizes = np.column_stack([sizes, np.ones(len(sizes), np.int64)])

@@ -48,6 +48,19 @@ def dense(
     return jnp.einsum("rkglt,rtkh->rlkgh", weights, v, precision=precision_of(v.dtype)).reshape(rows, length, heads, size)
 
 
+class PartialAttention(NamedTuple):
+    """Attention to some of the keys, as `models.attention_ring` puts it together. Pure functions of the arrays of one device.
+
+    `forward(q, k, v, start, end, scale=..., softcap=...) -> (out[R, L, N, H], log_mass float32[R, N, L])`: the values mixed,
+    and the log of the sum of exponentials of scores. Where `end <= start` a query sees nothing, and what is returned of it
+    means nothing. `backward(q, k, v, start, end, out, log_mass, d_out, scale=..., softcap=...) -> (d_q, d_k, d_v)`, where
+    `out` and `log_mass` are those of all keys together.
+    """
+
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
 class AttentionPath(NamedTuple):
     """One way to compute attention; `models.attention_paths` lists them.
 
@@ -60,6 +73,7 @@ class AttentionPath(NamedTuple):
     name: str
     attend: Callable[..., jax.Array]
     prepare: Callable[..., Any] | None = None
+    partial: PartialAttention | None = None  # of rows that are cut over devices; None: they cannot be
 
 
 DENSE = AttentionPath("dense", dense)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax.models.attention import dense
+from dpo_jax.models.attention import PartialAttention, dense
 from dpo_jax.models.attention_common import on_each_device
 from dpo_jax.models.products import precision_of
 from dpo_jax.types import Array
@@ -111,7 +111,24 @@ def _forward(
     rows, heads, kv_heads = q.shape[0], q.shape[2], k.shape[2]
     # What the backward pass needs is named; see `decoder.REMAT`.
     queries, keys, values = (checkpoint_name(_cut(x, kv_heads), "kernel") for x in (q, k, v))
-    visits = _visits(tokens, rows)
+    mixed, log_mass = _mixed(queries, keys, values, tokens, window, scale, softcap, rows=rows)
+    out = checkpoint_name(_join(mixed, rows, heads).astype(v.dtype), "kernel")
+    return out, (queries, keys, values, tokens, window, out, checkpoint_name(log_mass, "kernel"))
+
+
+def _mixed(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    tokens: _Tokens,
+    window: Any,
+    scale: float,
+    softcap: float | None,
+    *,
+    rows: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Mixed values, float32, and the log of the sum of exponentials of the scores, by block."""
+    visits, group_size = _visits(tokens, rows), queries.shape[2] // BLOCK
 
     def group(of: _Visits) -> tuple[jax.Array, jax.Array]:
         here, seen_by = queries[of.block], tokens.of(of.block)
@@ -121,10 +138,10 @@ def _forward(
             there, inside = _partner(of, number)
             scores = _scores(_dot("bnqh,bnkh->bnqk", here, keys[there]), scale, softcap)
             seen = _seen(seen_by, tokens.of(there), inside, window)
-            scores = jnp.where(jnp.tile(seen, (1, heads // kv_heads, 1))[:, None], scores, LOWEST)
+            scores = jnp.where(jnp.tile(seen, (1, group_size, 1))[:, None], scores, LOWEST)
             new = jnp.maximum(largest, scores.max(-1))
             weights, shrink = jnp.exp(scores - new[..., None]), jnp.exp(largest - new)
-            mixed = _dot("bnqk,bnkh->bnqh", weights.astype(v.dtype), values[there])
+            mixed = _dot("bnqk,bnkh->bnqh", weights.astype(values.dtype), values[there])
             return total * shrink[..., None] + mixed, new, mass * shrink + weights.sum(-1)
 
         nothing = jnp.zeros(here.shape, jnp.float32)
@@ -134,8 +151,7 @@ def _forward(
         return total / mass[..., None], largest + jnp.log(mass)
 
     mixed, log_mass = (visits.collect(x) for x in jax.lax.map(group, visits._replace(place=visits.block)))
-    out = checkpoint_name(_join(mixed, rows, heads).astype(v.dtype), "kernel")
-    return out, (queries, keys, values, tokens, window, out, checkpoint_name(log_mass, "kernel"))
+    return mixed, log_mass
 
 
 def _backward(scale: float, softcap: float | None, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
@@ -178,6 +194,55 @@ def _backward(scale: float, softcap: float | None, kept: Any, d_out: jax.Array) 
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _partial_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array, *, scale: float, softcap: float | None
+) -> tuple[jax.Array, jax.Array]:
+    rows, length, heads = q.shape[:3]
+    queries, keys, values = (_cut(_whole_blocks(x), k.shape[2]) for x in (q, k, v))
+    mixed, log_mass = _mixed(queries, keys, values, _spans(start, end), None, scale, softcap, rows=rows)
+    log_mass = _join(log_mass[..., None], rows, heads)[:, :length, :, 0]
+    return _join(mixed, rows, heads)[:, :length], log_mass.swapaxes(1, 2)
+
+
+def _partial_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    end: jax.Array,
+    out: jax.Array,
+    log_mass: jax.Array,
+    d_out: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    length, kv_heads = q.shape[1], k.shape[2]
+    queries, keys, values = (_cut(_whole_blocks(x), kv_heads) for x in (q, k, v))
+    by_block = _cut(_whole_blocks(log_mass.swapaxes(1, 2)[..., None]), kv_heads)[..., 0]
+    kept = queries, keys, values, _spans(start, end), None, _whole_blocks(out), by_block
+    d_q, d_k, d_v, *_ = _backward(scale, softcap, kept, _whole_blocks(d_out))
+    return d_q[:, :length], d_k[:, :length], d_v[:, :length]
+
+
+def _whole_blocks(x: jax.Array) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, 0)))
+
+
+def _spans(start: jax.Array, end: jax.Array) -> _Tokens:
+    """Intervals of which some may be empty. What fills up the last block sees nothing."""
+    length = start.shape[1]
+    padding = ((0, 0), (0, -length % BLOCK))
+    nothing = end <= start
+    start = jnp.pad(jnp.where(nothing, length, start), padding, constant_values=length)
+    end = jnp.pad(jnp.where(nothing, 0, end), padding)
+    column = jnp.broadcast_to(jnp.arange(start.shape[1], dtype=jnp.int32), start.shape)
+    return _Tokens(*(x.reshape(-1, BLOCK) for x in (start, end, column, column)))
+
+
+PARTIAL = PartialAttention(_partial_forward, _partial_backward)
 
 
 def _visits(tokens: _Tokens, rows: int) -> _Visits:

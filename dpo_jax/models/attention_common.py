@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax.types import HEAD_AXIS, ROW_AXES, Array
+from dpo_jax.types import HEAD_AXIS, TOKEN_AXES, Array
 
 
 class KeySpans(NamedTuple):
@@ -82,7 +82,7 @@ def on_each_device(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]
     [R, ...].
     """
     mesh = jax.sharding.get_abstract_mesh()
-    rows = tuple(axis for axis in ROW_AXES if axis in mesh.auto_axes)
+    rows = tuple(axis for axis in TOKEN_AXES if axis in mesh.auto_axes)
     heads = HEAD_AXIS if HEAD_AXIS in mesh.auto_axes else None
     if not rows and heads is None:
         return kernel

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models import flash_kernels
-from dpo_jax.models.attention import AttentionPath
+from dpo_jax.models.attention import AttentionPath, PartialAttention
 from dpo_jax.models.attention_common import KeySpans, key_spans, keys_twice, of_window, on_each_device
-from dpo_jax.models.flash_kernels import BLOCK, LANES, LONGEST, Settings, Spans
+from dpo_jax.models.flash_kernels import BLOCK, LANES, LOG2E, LONGEST, Settings, Spans
 from dpo_jax.types import Array
 
 MOST = (1 << 31) - 1  # Triton counts the numbers of an array in int32
@@ -30,7 +30,9 @@ class Prepared(NamedTuple):
 
 def flash_path(*, interpret: bool = False) -> AttentionPath:
     """`interpret`: run the kernels step by step in ordinary operations, on any device. Far too slow for anything but a test."""
-    return AttentionPath("flash", functools.partial(_attend, interpret=interpret), _prepare)
+    how = {"interpret": interpret}
+    partial = PartialAttention(functools.partial(_partial_forward, **how), functools.partial(_partial_backward, **how))
+    return AttentionPath("flash", functools.partial(_attend, **how), _prepare, partial)
 
 
 def _prepare(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> Prepared:
@@ -73,17 +75,21 @@ def _attend(
 def _rows(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, *, settings: Settings) -> jax.Array:
     """The rows and heads of one device."""
     length, size = q.shape[1], q.shape[3]
+    _check_size(q, k)
+    mixed: jax.Array = _flash(*map(_whole_blocks, (q, k, v)), spans, settings)  # pyright: ignore[reportAssignmentType]
+    return mixed[:, :length, :, :size]
+
+
+def _check_size(q: jax.Array, k: jax.Array) -> None:
     if max(q.size, k.size) >= MOST:  # else they would be read from elsewhere, without a word
         raise ValueError(
             f"flash attention counts at most {MOST:,} numbers a device, and the queries or keys of a batch have "
             f"{max(q.size, k.size):,} there: use more microbatches"
         )
 
-    def whole_blocks(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LONGEST), (0, 0), (0, -size % LANES)))
 
-    mixed: jax.Array = _flash(*map(whole_blocks, (q, k, v)), spans, settings)  # pyright: ignore[reportAssignmentType]
-    return mixed[:, :length, :, :size]
+def _whole_blocks(x: jax.Array) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LONGEST), (0, 0), (0, -x.shape[3] % LANES)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -105,6 +111,55 @@ def _backward(settings: Settings, kept: Any, d_out: jax.Array) -> tuple[Any, ...
 
 
 _flash.defvjp(_forward, _backward)
+
+
+def _partial_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    end: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    _check_size(q, k)
+    spans, settings = _partial_spans(start, end), Settings(scale, softcap, interpret)
+    mixed, log_mass = flash_kernels.forward(*map(_whole_blocks, (q, k, v)), spans, settings)
+    return mixed[:, : q.shape[1], :, : q.shape[3]], log_mass[:, :, : q.shape[1]] / LOG2E
+
+
+def _partial_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    end: jax.Array,
+    out: jax.Array,
+    log_mass: jax.Array,
+    d_out: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    length, size = q.shape[1], q.shape[3]
+    spans, settings = _partial_spans(start, end), Settings(scale, softcap, interpret)
+    in_base_2 = jnp.pad(log_mass * LOG2E, ((0, 0), (0, 0), (0, -length % LONGEST)))
+    of_all = {"out": _whole_blocks(out), "log_mass": in_base_2, "d_out": _whole_blocks(d_out)}
+    gradients = flash_kernels.backward(*map(_whole_blocks, (q, k, v)), spans, settings, **of_all)
+    d_q, d_k, d_v = (x[:, :length, :, :size] for x in gradients)
+    return d_q, d_k, d_v
+
+
+def _partial_spans(start: jax.Array, end: jax.Array) -> Spans:
+    """Spans of intervals of which some may be empty: those make no block of queries meet more blocks of keys."""
+    nothing = end <= start
+    # What fills up the last tile sees nothing.
+    beyond = ((0, 0), (0, -start.shape[1] % LONGEST))
+    start = jnp.pad(jnp.where(nothing, start.shape[1], start), beyond, constant_values=start.shape[1])
+    return _spans(start, jnp.pad(jnp.where(nothing, 0, end), beyond), keys=start.shape[1])
 
 
 def cudnn_path(*, implementation: Any = "cudnn") -> AttentionPath:

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from dpo_jax.models.attention import DENSE, AttentionPath
-from dpo_jax.models.attention_blocks import blocked
+from dpo_jax.models.attention_blocks import PARTIAL, blocked
 from dpo_jax.models.attention_chunked import chunked
 from dpo_jax.models.config import DecoderConfig
 
 CHUNKED = AttentionPath("chunked", chunked)
-BLOCKS = AttentionPath("blocks", blocked)
+BLOCKS = AttentionPath("blocks", blocked, partial=PARTIAL)
 AUTOMATIC = {"tpu": "splash", "gpu": "flash", "cpu": "blocks"}
 Refusals = Callable[[DecoderConfig, Any], Iterator[str]]
 
@@ -36,8 +36,11 @@ def path_name(asked: str, platform: str) -> str:
     return AUTOMATIC.get(platform, CHUNKED.name) if asked == "auto" else asked
 
 
-def attention_path(asked: str, *, platform: str, config: DecoderConfig, dtype: Any) -> AttentionPath:
-    """The path named `asked`, or the automatic one of `platform`. Raises ValueError saying why a model cannot have it there."""
+def attention_path(asked: str, *, platform: str, config: DecoderConfig, dtype: Any, pieces: int = 1) -> AttentionPath:
+    """The path named `asked`, or the automatic one of `platform`. Raises ValueError saying why a model cannot have it there.
+
+    `pieces`: into how many the mesh will cut each row (its context axis).
+    """
     name = path_name(asked, platform)
     if name not in PATHS:
         raise ValueError(f"attention {asked!r} is unknown: choose auto, {', '.join(PATHS)}")
@@ -50,7 +53,10 @@ def attention_path(asked: str, *, platform: str, config: DecoderConfig, dtype: A
     if reasons:
         automatic = AUTOMATIC.get(platform, CHUNKED.name)
         raise ValueError(f"attention {name}: {reasons}; use {CHUNKED.name if name == automatic else automatic}")
-    return path.make()
+    made = path.make()
+    if pieces > 1 and made.partial is None:
+        raise ValueError(f"attention {name} reads whole rows, and mesh.context cuts them in {pieces}: use auto")
+    return made
 
 
 def _none(config: DecoderConfig, dtype: Any) -> Iterator[str]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
-from dpo_jax.models.attention import AttentionPath
+from dpo_jax.models.attention import AttentionPath, PartialAttention
 from dpo_jax.models.attention_common import key_spans, keys_twice, of_window, on_each_device
 from dpo_jax.models.axes import parts_of
 from dpo_jax.types import ROW_AXES, Array
@@ -55,7 +55,9 @@ class _InSpan:
 
 def splash_path(*, interpret: bool = False) -> AttentionPath:
     """`interpret`: run the kernel step by step in ordinary operations, on any device. Far too slow for anything but a test."""
-    return AttentionPath("splash", functools.partial(_attend, interpret=interpret), _prepare)
+    how = {"interpret": interpret}
+    partial = PartialAttention(functools.partial(_partial_forward, **how), functools.partial(_partial_backward, **how))
+    return AttentionPath("splash", functools.partial(_attend, **how), _prepare, partial)
 
 
 def _prepare(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> Prepared:
@@ -134,15 +136,24 @@ def _kernel(
     q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks, *, bits: int, softcap: float | None, interpret: bool
 ) -> jax.Array:
     """The rows and heads of one device."""
-    rows, length, heads, size = q.shape
-    (padded, block), (_, key_block) = _padded(length), _padded(k.shape[1])
-    span = blocks.span.reshape(-1)
+    kernel = splash.SplashAttentionKernel(
+        *_masks(blocks),
+        block_sizes=_block_sizes(q.shape[1], k.shape[1]),
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name="kernel",
+        mask_function=_InSpan(bits),
+        interpret=interpret,
+    )
+    mixed: Any = kernel(*map(_one_sequence, (q, k, v)))
+    return _rows_of(mixed, q)
 
-    def one_sequence(x: jax.Array) -> jax.Array:
-        """[R, L, N, H] to [N, R x L padded, H]."""
-        to = _padded(x.shape[1])[0]
-        x = jnp.pad(x, ((0, 0), (0, to - x.shape[1]), (0, 0), (0, 0)))
-        return x.transpose(2, 0, 1, 3).reshape(x.shape[2], rows * to, x.shape[3])
+
+def _masks(blocks: Blocks) -> tuple[mask_info.MaskInfo, mask_info.MaskInfo, mask_info.MaskInfo]:
+    """What the three kernels are told of the blocks of one device: forward, d_queries, d_keys."""
+    span = blocks.span.reshape(-1)
 
     def by_query(x: jax.Array) -> jax.Array:
         return x.reshape(1, -1, x.shape[2])
@@ -152,20 +163,91 @@ def _kernel(
 
     forward = mask_info.MaskInfo(by_query(blocks.keys), None, by_query(blocks.needed), None, span)  # pyright: ignore
     backward = mask_info.MaskInfo(by_key(blocks.queries), None, by_key(blocks.needing), None, span)  # pyright: ignore
+    return forward, forward, backward
+
+
+def _block_sizes(length: int, keys: int) -> splash.BlockSizes:
+    (_, block), (_, key_block) = _padded(length), _padded(keys)
     sizes: dict[str, Any] = {f"block_q{of}": block for of in ("", "_dq", "_dkv")}
     sizes |= {f"block_kv{of}": key_block for of in ("", "_dq", "_dkv")}
+    return splash.BlockSizes(**sizes)
+
+
+def _one_sequence(x: jax.Array) -> jax.Array:
+    """[R, L, N, H] to [N, R x L padded, H]."""
+    to = _padded(x.shape[1])[0]
+    x = jnp.pad(x, ((0, 0), (0, to - x.shape[1]), (0, 0), (0, 0)))
+    return x.transpose(2, 0, 1, 3).reshape(x.shape[2], -1, x.shape[3])
+
+
+def _rows_of(x: jax.Array, like: jax.Array) -> jax.Array:
+    """What `_one_sequence` laid end to end, [N, R x L padded, H], as rows [R, L, N, H]."""
+    rows, length = like.shape[:2]
+    return x.reshape(x.shape[0], rows, -1, x.shape[2])[:, :, :length].transpose(1, 2, 0, 3)
+
+
+def _partial_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    end: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
     kernel = splash.SplashAttentionKernel(
-        forward,
-        forward,
-        backward,
-        block_sizes=splash.BlockSizes(**sizes),
+        *_masks(_spans(start, end)),
+        block_sizes=_block_sizes(q.shape[1], k.shape[1]),
         is_mqa=False,
-        save_residuals=False,
+        save_residuals=True,
         mask_value=splash.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=softcap,
-        residual_checkpoint_name="kernel",
-        mask_function=_InSpan(bits),
+        residual_checkpoint_name=None,
+        mask_function=_InSpan(k.shape[1].bit_length()),
         interpret=interpret,
     )
-    mixed: Any = kernel(one_sequence(q), one_sequence(k), one_sequence(v))
-    return mixed.reshape(heads, rows, padded, size)[:, :, :length].transpose(1, 2, 0, 3)
+    found: Any = kernel(*map(_one_sequence, (q * jnp.asarray(scale, q.dtype), k, v)))
+    mixed, (log_mass,) = found
+    return _rows_of(mixed, q), _rows_of(log_mass[:, :, None], q)[..., 0].swapaxes(1, 2)
+
+
+def _partial_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    end: jax.Array,
+    out: jax.Array,
+    log_mass: jax.Array,
+    d_out: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    _, of_queries, of_keys = _masks(_spans(start, end))
+    sequences = map(_one_sequence, (q * jnp.asarray(scale, q.dtype), k, v))
+    mass = _one_sequence(log_mass.swapaxes(1, 2)[..., None])[:, :, 0]
+    kept: Any = (*sequences, None, None, _one_sequence(out), mass, of_queries, of_keys)
+    # The kernel has no public way to take statistics that are not its own: of all pieces of a row together.
+    _, _, _, d_q, d_k, d_v, *_ = splash._splash_attention_bwd(  # pyright: ignore[reportPrivateUsage]
+        False,
+        splash.DEFAULT_MASK_VALUE,
+        False,
+        _block_sizes(q.shape[1], k.shape[1]),
+        None,
+        _InSpan(k.shape[1].bit_length()),
+        softcap,
+        interpret,
+        kept,
+        _one_sequence(d_out),
+    )
+    return _rows_of(d_q, q) * jnp.asarray(scale, q.dtype), _rows_of(d_k, k), _rows_of(d_v, v)
+
+
+def _spans(start: jax.Array, end: jax.Array) -> Blocks:
+    """Blocks of intervals of which some may be empty."""
+    nothing = end <= start
+    return _blocks(jnp.where(nothing, 0, start), jnp.where(nothing, 0, end), keys=start.shape[1])

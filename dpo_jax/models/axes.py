@@ -14,7 +14,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from dpo_jax.models.logical_axes import RULES
-from dpo_jax.types import ROW_AXES
+from dpo_jax.types import TOKEN_AXES
 
 
 def parts_of(axes: Sequence[str]) -> int:
@@ -24,8 +24,11 @@ def parts_of(axes: Sequence[str]) -> int:
 
 
 def by_row(x: jax.Array) -> jax.Array:
-    """`x[R, ...]`, cut over the mesh by row, if there is a mesh. XLA may cut D as the weights are, not the batch."""
-    return _cut(x, ROW_AXES)
+    """`x[R, ...]`, cut over the mesh by row, if there is a mesh. XLA may cut D as the weights are, not the batch.
+
+    Along a context axis, rows are pieces of rows (`models.context`).
+    """
+    return _cut(x, TOKEN_AXES)
 
 
 def as_stored(parameter: jax.Array, axes: Sequence[str | None], *, gathered: Sequence[str] = ()) -> jax.Array:

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from dpo_jax.lanes import rows_of
 from dpo_jax.models.attention import DENSE, AttentionPath
 from dpo_jax.models.attention_lanes import lane_keys
+from dpo_jax.models.attention_ring import along_context
 from dpo_jax.models.axes import as_stored, by_row
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.context import context_parts, from_pieces, row_pieces
 from dpo_jax.models.layers import VOCABULARY, Block, LayerInput, Norm, Shared, declare, last_axis
 from dpo_jax.models.products import float32_product, precision_of
 from dpo_jax.types import ROW_AXES, Array, Model, RowImages, Rows, SharedCache, Variables
@@ -60,7 +62,7 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.attention_path)
+        )(c, self._path())
         self.final_norm = Norm(c.norm, c.norm_eps)
         if not c.tied:
             self.head_kernel = declare(self, "head_kernel", normal, (c.vocab_size, c.width), VOCABULARY)
@@ -70,7 +72,15 @@ class Decoder(nn.Module):
     def __call__(self, rows: Rows, cache: Any = None, layers: tuple[Variables, ...] | None = None) -> tuple[jax.Array, Any]:
         """`layers`: the variables of each layer, if they are apart (`make_model`); then so is the cache. Without a cache they
         are stacks of layers, one after the other."""
-        c = self.config
+        c, length, in_pieces = self.config, rows.tokens.shape[1], context_parts() > 1 and not self.is_initializing()
+        if in_pieces and cache is not None:
+            raise ValueError("mesh.context cuts rows into pieces, and a key/value cache has none: sample with mesh.context 1")
+        if in_pieces and rows.images is not None:
+            raise ValueError("mesh.context cuts rows into pieces, which rows with images do not have yet: use mesh.context 1")
+        prepared = None
+        if cache is None and self._path().prepare is not None and not self.is_initializing():
+            prepared = self._path().prepare(rows.k_start, rows.k_end, _windows(c))
+        rows = row_pieces(rows) if in_pieces else rows
         # An id or position outside its table reads NaN (jnp.take's rule), so that it is noticed; clamping would hide it.
         # Looked up in a table that is whole along D, its gradient is a sum of parts, as that of a matrix is.
         table = as_stored(as_stored(self.token_embedding, VOCABULARY), VOCABULARY, gathered=ROW_AXES)
@@ -81,15 +91,13 @@ class Decoder(nn.Module):
             x = x + jnp.take(table, jnp.asarray(rows.positions), axis=0).astype(self.dtype)
         x = by_row(self._with_images(x, rows))
         layer, angles = _per_layer(c, rows.positions)
-        k_positions, write_at, store, prepared, lanes, own = rows.positions, None, None, None, None, cache
+        k_positions, write_at, store, lanes, own = rows.positions, None, None, None, cache
         if isinstance(cache, SharedCache):
             (lanes, write_at), own = lane_keys(rows, cache), cache.own
             store, k_positions = (own["key"], own["value"]), own["positions"]  # of which the distances are known without
         elif cache is not None:
             write_at, store = cache["length"], (cache["key"], cache["value"])
             k_positions = jax.lax.dynamic_update_slice(cache["positions"], jnp.asarray(rows.positions), (0, write_at))
-        elif self.attention_path.prepare is not None and not self.is_initializing():
-            prepared = self.attention_path.prepare(rows.k_start, rows.k_end, _windows(c))
         shared = Shared(rows.k_start, rows.k_end, rows.positions, k_positions, angles, write_at, prepared, lanes)
         if layers is None:
             (x, store), _ = self.layers((x, store), layer, shared)
@@ -100,7 +108,11 @@ class Decoder(nn.Module):
         if own is not None and store is not None:
             new = own["length"] + jnp.int32(rows.tokens.shape[1])
             own = {"key": store[0], "value": store[1], "positions": k_positions, "length": new}
-        return self.final_norm(x), cache._replace(own=own) if isinstance(cache, SharedCache) else own
+        x = self.final_norm(x)
+        return from_pieces(x, length) if in_pieces else x, cache._replace(own=own) if isinstance(cache, SharedCache) else own
+
+    def _path(self) -> AttentionPath:
+        return self.attention_path if self.is_initializing() else along_context(self.attention_path)
 
     def _with_images(self, x: jax.Array, rows: Rows) -> jax.Array:
         """Image features, normed and projected to the width of the model, in the place of the embeddings of their tokens."""
@@ -132,7 +144,7 @@ class Decoder(nn.Module):
 
     def _in_stacks(self, stacks: tuple[Variables, ...], x: jax.Array, inputs: LayerInput, shared: Shared) -> jax.Array:
         """What the scan does, in several scans: no gradient goes into a stack before the first that is trained."""
-        block, first = Block(self.config, self.attention_path, parent=None), 0
+        block, first = Block(self.config, self._path(), parent=None), 0
 
         def one(x: jax.Array, layer: tuple[Variables, LayerInput]) -> tuple[jax.Array, None]:
             (x, _), _ = block.apply(layer[0], (x, None), layer[1], shared)

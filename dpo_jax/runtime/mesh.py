@@ -1,8 +1,10 @@
-"""The named device mesh `data x fsdp x tensor`, and which part of every array lies on which device.
+"""The named device mesh `data x fsdp x context x tensor`, and which part of every array lies on which device.
 
 A model names the axes of its parameters (`Model.axes`); `models.logical_axes.RULES` says over which axis of the mesh each is
 cut. Rows of a batch are cut over data and fsdp together. So along `data` parameters are replicated, along `fsdp` each device
 keeps a slice of each matrix and gathers it layer by layer (ZeRO-3), along `tensor` heads and MLP columns are cut (Megatron).
+Along `context` the positions of each row are cut (`models.context`): a batch comes whole to all devices along it, a few
+integers a token, and each computes its part of the positions. Parameters are replicated along it.
 """
 
 from __future__ import annotations
@@ -19,19 +21,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dpo_jax.models.checkpoint_stream import path_of
 from dpo_jax.models.logical_axes import RULES
 from dpo_jax.runtime.mesh_shape import MeshError, Units, mesh_shape, uneven
-from dpo_jax.types import ROW_AXES
+from dpo_jax.types import ROW_AXES, TOKEN_AXES
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 FEW = 32  # numbers of a leaf that is replicated though it belongs to no parameter: counts and constants of an optimizer
 
 
-def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+    *, data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
     """A mesh over `devices` (default: all of all hosts), fast links innermost. Slices of a pod lie along `data`.
 
     Raises `MeshError` where the sizes do not fit the number of devices or of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    shape = mesh_shape(len(devices), data=data, fsdp=fsdp, tensor=tensor)
+    shape = mesh_shape(len(devices), data=data, fsdp=fsdp, context=context, tensor=tensor)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         # Where no whole axis of the torus is as long as one of the mesh (8 of a 4 x 4 slice), two share it.
@@ -43,8 +47,10 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequen
     elif shape[0] % slices:
         raise MeshError(f"mesh data {shape[0]}: must be a multiple of the {slices} slices, which only data goes across")
     else:
-        grid = mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices)
-    return Mesh(grid.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:])), devices
+        )
+    return Mesh(grid.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
@@ -56,10 +62,15 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
+def token_shards(mesh: Mesh) -> int:
+    """Into how many parts the tokens of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
+
+
 def host_part(mesh: Mesh) -> tuple[int, int]:
     """(index, count): this host holds the `index`-th of `count` equal parts of the rows of a batch.
 
-    Hosts along the tensor axis hold the same part. Raises `MeshError` where a host's devices hold no such part.
+    Hosts along the context and tensor axes hold the same part. Raises `MeshError` where a host's devices hold no such part.
     """
     process = jax.process_index()
     grid = mesh.devices.reshape(row_shards(mesh), -1)

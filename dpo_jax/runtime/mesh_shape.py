@@ -16,9 +16,9 @@ class MeshError(ValueError):
     """The mesh does not fit the devices, or the parameters do not fit the mesh."""
 
 
-def mesh_shape(devices: int, *, data: int = 1, fsdp: int = -1, tensor: int = 1) -> tuple[int, int, int]:
+def mesh_shape(devices: int, *, data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 1) -> tuple[int, ...]:
     """Sizes of the axes, with one -1 filled in. Raises `MeshError` unless their product is `devices`."""
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
     asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -32,7 +32,7 @@ def mesh_shape(devices: int, *, data: int = 1, fsdp: int = -1, tensor: int = 1) 
             f"mesh {asked}: {fixed} does not {'divide' if free else 'equal'} the {devices} devices; "
             f"the nearest mesh is {nearest}"
         )
-    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+    return tuple(sizes.values())
 
 
 def _nearest_shape(devices: int, sizes: Mapping[str, int]) -> tuple[int, ...]:

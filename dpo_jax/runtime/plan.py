@@ -21,7 +21,7 @@ from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.flops import PairFlops, layer_weights, layer_widths
 from dpo_jax.runtime.chips import Chip
 from dpo_jax.runtime.hlo import Summary, shapes, summarize
-from dpo_jax.runtime.mesh import Units, row_shards
+from dpo_jax.runtime.mesh import Units, token_shards
 from dpo_jax.runtime.parallel import abstract_state, jit_map, jit_step
 from dpo_jax.types import Model, Rows, TrainState, Variables
 
@@ -136,7 +136,7 @@ class _Where:
 
 def _plan(compiled: Any, first: Any, rows: Rows, where: _Where) -> Program:
     begin, chip, mesh = time.perf_counter(), where.chip, where.mesh
-    scored = rows.source.shape[0] * rows.source.shape[1] // (row_shards(mesh) * where.work.microbatches)
+    scored = rows.source.shape[0] * rows.source.shape[1] // (token_shards(mesh) * where.work.microbatches)
     state = first if isinstance(first, TrainState) else TrainState(0, first, ())  # pyright: ignore[reportArgumentType]
     held = tree_bytes(state.variables), tree_bytes(state.opt_state)
     with jax.set_mesh(mesh):
@@ -210,7 +210,8 @@ def logits_tokens(text: str, config: DecoderConfig, mesh: Mesh) -> int:
 def _seconds(found: Summary, first: Any, rows: Rows, where: _Where) -> dict[str, float]:
     """Lower bounds in seconds; see `Program`."""
     chip, config, work = where.chip, where.config, where.work
-    calls = found.kernels / (config.layers * work.microbatches)
+    # Along a context axis a call is that of one turn, which meets a part of the keys.
+    calls = found.kernels / (config.layers * work.microbatches * where.mesh.shape["context"])
     # The forward kernel has two matrix products, the backward ones have seven: each computes the scores again.
     again = 0.0 if not calls else calls - 2 + 3.5 if where.backward else calls
     flops = found.matmul_flops + again * work.pairs * work.flops.attention / where.mesh.size
@@ -230,7 +231,7 @@ def _moved(first: Any, rows: Rows, where: _Where) -> float:
     and written once."""
     config, work, passes, tensor = where.config, where.work, 3 if where.backward else 1, where.mesh.shape["tensor"]
     weights = config.layers * layer_weights(config) / tensor * work.microbatches
-    tokens = rows.tokens.shape[0] * rows.tokens.shape[1] / row_shards(where.mesh)
+    tokens = rows.tokens.shape[0] * rows.tokens.shape[1] / token_shards(where.mesh)
     activations = tokens * config.layers * layer_widths(config) / tensor
     return passes * (work.item_bytes * (weights + activations) + tree_bytes(first))
 

@@ -79,6 +79,8 @@ class MeshConfig:
     """Copies of the parameters, each for its part of the batch."""
     fsdp: int = -1
     """Parts into which every matrix and its optimizer state are cut, each also for its part of the batch."""
+    context: int = 1
+    """Parts into which the positions of each row are cut, for rows of 32k tokens and more; devices along it share rows."""
     tensor: int = 1
     """Parts into which heads, MLP and vocabulary are divided; devices along it work on the same rows."""
 
@@ -87,6 +89,8 @@ class MeshConfig:
         for field, size in sizes.items():
             if size < 1 and size != -1:
                 yield field, f"must be at least 1, or -1 for what is left, got {size}"
+        if self.context == -1:
+            yield "context", "must be a number, which row lengths are rounded up to; only other sizes can be -1"
         free = [field for field, size in sizes.items() if size == -1]
         if len(free) > 1:
             yield free[1], f"only one size can be -1, and {free[0]} is; set one of them"

@@ -48,7 +48,7 @@ def nearest(config: Config, topology: str) -> list[Plan]:
         tried += [one] if one else []
         if one and one.step.fits:
             print(
-                f"fits: --mesh.data {one.mesh['data']} --mesh.fsdp {one.mesh['fsdp']} --mesh.tensor {one.mesh['tensor']}",
+                "fits: " + " ".join(f"--mesh.{axis} {size}" for axis, size in one.mesh.items()),
                 end=" ",
             )
             print(f"--model.remat {one.remat} --dpo.microbatches {one.microbatches}")
@@ -66,15 +66,16 @@ def _nearby(config: Config, place: tuple[Chip, int]) -> Iterator[Config]:
     while config.dpo.batch % (2 * micro) == 0 and len(_fitting(config, devices, mesh, 2 * micro)):
         micro *= 2
         yield _with(config, mesh=mesh, remat="full", microbatches=micro)
+    context = mesh["context"]
     for tensor in (mesh["tensor"], *(n for n in (2, 4, 8) if n > mesh["tensor"])):
-        cut = {"data": 1, "fsdp": devices // tensor, "tensor": tensor}
+        cut = {"data": 1, "fsdp": devices // (context * tensor), "context": context, "tensor": tensor}
         if cut != mesh and mesh["data"] * tensor > mesh["tensor"]:
             yield from (_with(config, mesh=cut, remat="full", microbatches=n) for n in _fitting(config, devices, cut, micro))
 
 
 def _fitting(config: Config, devices: int, mesh: dict[str, int], most: int) -> list[int]:
     """The largest number of microbatches up to `most` that leaves every device a pair in each; none if there is no such."""
-    shards = devices // mesh["tensor"]
+    shards = devices // (mesh["context"] * mesh["tensor"])
     return [n for n in (most, most // 2, 1) if n and config.dpo.batch % (shards * n) == 0][:1]
 
 
@@ -82,12 +83,12 @@ def sweep(config: Config, topology: str) -> list[Plan]:
     """Every mesh with at most four ways along data, and every remat policy, in one microbatch and in those of the
     configuration, best first."""
     chip, chips = slice_of(topology)
-    devices = chips * chip.cores
+    devices, context = chips * chip.cores, config.mesh.context
     plans = []
     for tensor, data in itertools.product((1, 2, 4, 8), (1, 2, 4)):
-        if devices % (tensor * data):
+        if devices % (tensor * data * context):
             continue
-        sizes = {"data": data, "fsdp": devices // (tensor * data), "tensor": tensor}
+        sizes = {"data": data, "fsdp": devices // (tensor * data * context), "context": context, "tensor": tensor}
         micros = {n for most in (1, config.dpo.microbatches) for n in _fitting(config, devices, sizes, most)}
         for remat in ("none", "save_attention", "full"):
             for micro in sorted(micros):
@@ -108,14 +109,12 @@ def scale(config: Config, topology: str) -> list[Plan]:
     plans: list[Plan] = []
     group = 0  # ways along fsdp
     for count, shape in _scaled_shapes(chip).items():
-        devices, tensor, batch = count * chip.cores, config.mesh.tensor, max(1, config.dpo.batch * count // chips)
-        if devices % tensor:
+        context, tensor, batch = config.mesh.context, config.mesh.tensor, max(1, config.dpo.batch * count // chips)
+        devices = count * chip.cores
+        if devices % (context * tensor):
             continue
-        sizes = {
-            "data": devices // ((group or devices // tensor) * tensor),
-            "fsdp": group or devices // tensor,
-            "tensor": tensor,
-        }
+        shards = devices // (context * tensor)
+        sizes = {"data": shards // (group or shards), "fsdp": group or shards, "context": context, "tensor": tensor}
         scaled = _with(config, mesh=sizes, remat=config.model.remat, microbatches=1, batch=batch)
         for micro in _fitting(scaled, devices, sizes, config.dpo.microbatches):
             scaled = _with(config, mesh=sizes, remat=config.model.remat, microbatches=micro, batch=batch)

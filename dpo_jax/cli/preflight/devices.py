@@ -76,8 +76,8 @@ def _row_shards(check: Check) -> int | None:
     mesh = config.mesh
     if -1 not in (mesh.data, mesh.fsdp):
         return mesh.data * mesh.fsdp
-    fixed = mesh.data * mesh.fsdp * mesh.tensor
-    return None if count is None or count % fixed else count // mesh.tensor
+    fixed = mesh.data * mesh.fsdp * mesh.context * mesh.tensor
+    return None if count is None or count % fixed else count // (mesh.context * mesh.tensor)
 
 
 def training(task: str) -> Callable[[Check], None]:

@@ -1,0 +1,177 @@
+"""Attention of rows that are cut over devices: keys and values go round in a ring (Liu et al. 2023, arXiv 2310.01889).
+
+Each device keeps its queries. In each of C turns it reads the keys and values that it has just then, while they are on their
+way to the next device, and puts what it finds together with what it has found before (the running softmax of Milakov and
+Gimelshein 2018, statistics and sums in float32). A turn without a key that is seen is left out. In the backward pass gradients
+of keys and values go round as well, one turn behind, and are at home after the last. So a device holds its part of a row, and
+one further part on its way, whatever the length of the row.
+
+Turns are computed by the attention path of the device (`attention.PartialAttention`), which skips blocks within them.
+
+A sliding window is one interval of keys, or two: of a chosen completion, which is stored backwards (`data.layout`), the window
+that reaches into the prompt covers the *end* of the prompt, while the completion lies before its beginning.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dpo_jax.models.attention import AttentionPath, PartialAttention
+from dpo_jax.models.attention_common import of_window, on_each_device
+from dpo_jax.models.context import context_parts, pass_on, to_pieces
+from dpo_jax.types import CONTEXT_AXIS, Array
+
+LOWEST = -1e30  # log of the sum of no exponentials: finite, so that differences of two are no NaN
+
+Span = tuple[jax.Array, jax.Array]
+"""First key and one after the last, in columns of the whole row: int32[W, R, L] by window, or int32[R, L] of a layer."""
+
+
+class _Settings(NamedTuple):
+    partial: PartialAttention
+    scale: float
+    softcap: float | None
+    parts: int
+
+
+def along_context(path: AttentionPath) -> AttentionPath:
+    """`path`, or a ring of its parts where the mesh of the program being traced cuts rows. ValueError where it has none."""
+    if context_parts() == 1:
+        return path
+    if path.partial is None:
+        raise ValueError(
+            f"attention {path.name} reads whole rows, and mesh.context cuts them over devices: use auto, or mesh.context 1"
+        )
+    return AttentionPath(f"{path.name} in a ring", functools.partial(_attend, partial=path.partial), _prepare)
+
+
+def _prepare(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> tuple[Span, ...]:
+    """From the intervals of whole rows those of their pieces, [W, R * C, L / C], one or two for each query."""
+    by_window = [_window_spans(jnp.asarray(k_start), jnp.asarray(k_end), window) for window in windows]
+    number = max(map(len, by_window))
+    nothing = (jnp.zeros_like(k_start), jnp.zeros_like(k_end))
+    pieces = [[to_pieces(spans[of]) if of < len(spans) else to_pieces(nothing) for spans in by_window] for of in range(number)]
+    return tuple((jnp.stack([start for start, _ in one]), jnp.stack([end for _, end in one])) for one in pieces)
+
+
+def _window_spans(k_start: jax.Array, k_end: jax.Array, window: int | None) -> list[Span]:
+    """The keys within `window` positions of each query, which sees `k_start` to `k_end`: int32[R, L] each.
+
+    Takes for granted what `attention_common.key_spans` does: positions are below L, and neighbours in the row are neighbours in
+    the text, forwards or, where a query sees keys on its right, backwards.
+    """
+    length = k_start.shape[1]
+    x = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), k_start.shape)
+    start = jnp.minimum(k_start, length - 1)
+    end = jnp.maximum(k_end, start + 1)  # a query that sees nothing sees one key: no softmax is empty
+    if window is None or window >= length:
+        return [(start, end)]
+    backwards = end > x + 1
+    prompt = jnp.take_along_axis(start, end - 1, axis=1)  # the prompt begins where its last token begins to see
+    near = (
+        jnp.where(backwards, x, jnp.maximum(start, x - window + 1)),
+        jnp.where(backwards, jnp.minimum(prompt, x + window), end),
+    )
+    far = jnp.maximum(prompt, end + prompt - x - window), end
+    return [near, (jnp.where(backwards, far[0], 0), jnp.where(backwards, far[1], 0))]
+
+
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    prepared: tuple[Span, ...],
+    *,
+    number: jax.Array | None,
+    scale: float,
+    softcap: float | None,
+    partial: PartialAttention,
+) -> jax.Array:
+    settings = _Settings(partial, scale, softcap, context_parts())
+    ring = on_each_device(functools.partial(_ring_of, settings=settings))
+    return ring(q, k, v, of_window(prepared, number))
+
+
+def _ring_of(q: jax.Array, k: jax.Array, v: jax.Array, spans: tuple[Span, ...], *, settings: _Settings) -> jax.Array:
+    return _ring(q, k, v, spans, settings)  # pyright: ignore[reportReturnType]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _ring(q: jax.Array, k: jax.Array, v: jax.Array, spans: tuple[Span, ...], settings: _Settings) -> jax.Array:
+    return _forward(q, k, v, spans, settings)[0]
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, spans: tuple[Span, ...], settings: _Settings) -> tuple[jax.Array, Any]:
+    q, k, v = (checkpoint_name(x, "kernel") for x in (q, k, v))  # see `decoder.REMAT`
+    # What follows from the intervals alone is the same in all layers, and JAX would compute it before them, for all turns.
+    q, spans = jax.lax.optimization_barrier((q, spans))
+    rows, length, heads, _ = q.shape
+
+    def turn(carry: Any, number: jax.Array) -> tuple[Any, None]:
+        keys, found = carry
+        ahead = pass_on(keys, settings.parts)
+        for start, end in _spans_of_turn(spans, number, settings):
+            found = jax.lax.cond((end > start).any(), _meet, lambda *met: met[0], found, q, *keys, start, end)
+        return (ahead, found), None
+
+    def _meet(found: Any, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array) -> Any:
+        mixed, log_mass = found
+        here, mass_here = settings.partial.forward(q, k, v, start, end, scale=settings.scale, softcap=settings.softcap)
+        seen = end > start
+        here = jnp.where(seen[:, :, None, None], here.astype(jnp.float32), 0)
+        mass_here = jnp.where(seen[:, None], mass_here, LOWEST)
+        both = jnp.logaddexp(log_mass, mass_here)
+        old, new = (jnp.exp(mass - both).swapaxes(1, 2)[..., None] for mass in (log_mass, mass_here))
+        return mixed * old + here * new, both
+
+    nothing = jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32), jnp.full((rows, heads, length), LOWEST)
+    (_, (mixed, log_mass)), _ = jax.lax.scan(turn, ((k, v), nothing), jnp.arange(settings.parts, dtype=jnp.int32))
+    out, log_mass = checkpoint_name(mixed.astype(v.dtype), "kernel"), checkpoint_name(log_mass, "kernel")
+    return out, (q, k, v, spans, out, log_mass)
+
+
+def _backward(settings: _Settings, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
+    q, k, v, spans, out, log_mass = kept
+
+    def turn(carry: Any, number: jax.Array) -> tuple[Any, None]:
+        keys, d_keys, d_q = carry
+        ahead, d_keys = pass_on(keys, settings.parts), pass_on(d_keys, settings.parts)
+        for start, end in _spans_of_turn(spans, number, settings):
+            found = d_q, *d_keys
+            d_q, *d_keys = jax.lax.cond((end > start).any(), meet, lambda *met: met[0], found, q, *keys, start, end)
+        return (ahead, tuple(d_keys), d_q), None
+
+    def meet(found: Any, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array) -> Any:
+        how = {"scale": settings.scale, "softcap": settings.softcap}
+        here = settings.partial.backward(q, k, v, start, end, out, log_mass, d_out, **how)
+        return tuple(old + new.astype(jnp.float32) for old, new in zip(found, here, strict=True))
+
+    d_q, d_k, d_v = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    turns = jnp.arange(settings.parts, dtype=jnp.int32)
+    (_, d_keys, d_q), _ = jax.lax.scan(turn, ((k, v), (d_k, d_v), d_q), turns)
+    d_k, d_v = pass_on(d_keys, settings.parts)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+_ring.defvjp(_forward, _backward)
+
+
+def _spans_of_turn(spans: tuple[Span, ...], number: jax.Array, settings: _Settings) -> list[Span]:
+    """`spans` in columns of the piece that a device reads in turn `number`: of the device so many places before it."""
+    holder = (jax.lax.axis_index(CONTEXT_AXIS) - number) % settings.parts
+    run = spans[0][0].shape[1] // 2
+
+    def columns(column: jax.Array) -> jax.Array:
+        """How many columns of that piece lie before `column` of the row."""
+        return sum(
+            (jnp.clip(column - begin * run, 0, run) for begin in (holder, 2 * settings.parts - 1 - holder)),
+            start=jnp.zeros_like(column),
+        )
+
+    return [(columns(start), columns(end)) for start, end in spans]

@@ -1,0 +1,125 @@
+"""Rows cut over the context axis of a mesh: pieces of rows, and the hidden states at scored positions.
+
+A decoder computes pieces: `[R * C, L / C, ...]`, a piece of each row on each of the `C` devices along the axis, all cut over
+`types.TOKEN_AXES` by their first axis. All but attention works token by token and does not see the difference.
+
+A row is cut into `2 C` runs of equal length, and device `i` has run `i` and run `2 C - 1 - i`. In causal rows late tokens see
+more keys than early ones: so each device has some of both, and as much to do as any other. The columns of a piece increase, so
+an interval of the row is an interval of each piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax.models.axes import parts_of
+from dpo_jax.types import CONTEXT_AXIS, ROW_AXES, Array, Rows
+
+
+def context_parts() -> int:
+    """Into how many pieces the mesh of the program being traced cuts each row."""
+    return parts_of((CONTEXT_AXIS,))
+
+
+def run_length(length: int, parts: int) -> int:
+    """Columns of each of the two runs of a piece. The last runs are filled up."""
+    return -(-length // (2 * parts))
+
+
+def row_pieces(rows: Rows) -> Rows:
+    """`rows` with the pieces of tokens and positions. Intervals stay whole: `attention_ring` counts columns of the row."""
+    tokens, positions = to_pieces((rows.tokens, rows.positions))
+    return rows.replace(tokens=tokens, positions=positions)
+
+
+def to_pieces(of_columns: Sequence[Array], fill: Sequence[int] | None = None) -> list[jax.Array]:
+    """Arrays [R, L] in pieces [R * C, L / C]. Each device has all columns and takes its own. `fill`: of what is beyond L."""
+    parts = context_parts()
+    run = run_length(of_columns[0].shape[1], parts)
+
+    def mine(*of_columns: jax.Array) -> list[jax.Array]:
+        here = jax.lax.axis_index(CONTEXT_AXIS)
+        runs = [x.reshape(x.shape[0], 2 * parts, run) for x in of_columns]
+        both = jnp.stack([here, 2 * parts - 1 - here])
+        return [jnp.take(x, both, axis=1).reshape(x.shape[0], -1) for x in runs]
+
+    rows, pieces = _specs()
+    filled = [
+        jnp.pad(jnp.asarray(x), ((0, 0), (0, 2 * parts * run - x.shape[1])), constant_values=value)
+        for x, value in zip(of_columns, fill or [0] * len(of_columns), strict=True)
+    ]
+    return _manual(mine, in_specs=(P(rows),) * len(filled), out_specs=[P(pieces)] * len(filled))(*filled)
+
+
+def from_pieces(x: jax.Array, length: int) -> jax.Array:
+    """Pieces [R * C, L / C, D] as rows [R, L, D] of `length`, cut over the context axis into runs of neighbours."""
+    parts = context_parts()
+
+    def neighbours(x: jax.Array) -> jax.Array:
+        low, high = jnp.split(x, 2, axis=1)
+        # Of the two runs of a device one has an even number and one an odd one: runs 2 i and 2 i + 1 are wanted on device i.
+        odd = jax.lax.axis_index(CONTEXT_AXIS) % 2 == 1
+        even_run, odd_run = jnp.where(odd, high, low), jnp.where(odd, low, high)
+        runs = [(i, 2 * parts - 1 - i) for i in range(parts)]
+        to = [[(i, next(run for run in pair if run % 2 == parity) // 2) for i, pair in enumerate(runs)] for parity in (0, 1)]
+        moved = (jax.lax.ppermute(x, CONTEXT_AXIS, to) for x, to in zip((even_run, odd_run), to, strict=True))
+        return jnp.concatenate([*moved], axis=1)
+
+    rows, pieces = _specs()
+    return _manual(neighbours, in_specs=P(pieces), out_specs=P(rows, CONTEXT_AXIS))(x)[:, :length]
+
+
+def hidden_at(hidden: jax.Array, source: Array) -> jax.Array:
+    """Hidden states [R, L, D] at the columns `source` int32[R, S]: [R, S, D]; on a context axis cut along S.
+
+    There, sums of S / C positions go round the devices, and each adds the states that it has: no device holds more than its
+    part of L and of S.
+    """
+    parts, source = context_parts(), jnp.asarray(source)
+    if parts == 1:
+        return jnp.take_along_axis(hidden, source[:, :, None], axis=1)
+    scored = source.shape[1]
+    hidden, source = (jnp.pad(x, [(0, 0), (0, -x.shape[1] % parts)] + [(0, 0)] * (x.ndim - 2)) for x in (hidden, source))
+
+    def mine(hidden: jax.Array, source: jax.Array) -> jax.Array:
+        here, (count, columns, _) = jax.lax.axis_index(CONTEXT_AXIS), hidden.shape
+        by_part = source.reshape(count, parts, -1)
+
+        def found(turn: jax.Array) -> jax.Array:
+            column = jnp.take(by_part, (here - turn - 1) % parts, axis=1) - here * columns
+            inside = (column >= 0) & (column < columns)
+            states = jnp.take_along_axis(hidden, jnp.clip(column, 0, columns - 1)[:, :, None], axis=1)
+            return jnp.where(inside[:, :, None], states, 0)
+
+        def add(sums: jax.Array, turn: jax.Array) -> tuple[jax.Array, None]:
+            return pass_on(sums, parts) + found(turn), None
+
+        return jax.lax.scan(add, found(jnp.int32(0)), jnp.arange(1, parts, dtype=jnp.int32))[0]
+
+    rows, _ = _specs()
+    of_columns = P(rows, CONTEXT_AXIS)
+    return _manual(mine, in_specs=(of_columns, P(rows)), out_specs=of_columns)(hidden, source)[:, :scored]
+
+
+def pass_on(tree: Any, parts: int) -> Any:
+    """Inside `shard_map`: each device's arrays to the next along the context axis, those of the last to the first."""
+    ring = [(number, (number + 1) % parts) for number in range(parts)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, CONTEXT_AXIS, ring), tree)
+
+
+def _specs() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Axes of the mesh over which rows are cut, and over which pieces are."""
+    auto = jax.sharding.get_abstract_mesh().auto_axes
+    rows = tuple(axis for axis in ROW_AXES if axis in auto)
+    return rows, (*rows, CONTEXT_AXIS)
+
+
+def _manual(work: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`shard_map` over the axes of tokens: heads and matrices stay as they are cut."""
+    _, pieces = _specs()
+    return jax.shard_map(work, in_specs=in_specs, out_specs=out_specs, axis_names=set(pieces), check_vma=False)
