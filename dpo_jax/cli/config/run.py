@@ -79,6 +79,8 @@ class MeshConfig:
     """Copies of the parameters, each for its part of the batch."""
     fsdp: int = -1
     """Parts into which every matrix and its optimizer state are cut, each also for its part of the batch."""
+    expert: int = 1
+    """Parts into which the experts of a mixture are divided, each also for its part of the batch; the rest is copied."""
     tensor: int = 1
     """Parts into which heads, MLP and vocabulary are divided; devices along it work on the same rows."""
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.plan.one import Plan, plan
-from dpo_jax.cli.plan.report import mesh_name
 from dpo_jax.runtime.chips import Chip, slice_of
+from dpo_jax.runtime.mesh_shape import mesh_words
 
 TRIES = 8  # programs compiled at most in search of one that fits
 
@@ -27,7 +27,7 @@ def _with(config: Config, *, mesh: dict[str, int], remat: str, microbatches: int
 def _tried(config: Config, topology: str) -> Plan | None:
     """The plan, announced in a line; None where mesh, batch and model do not go together."""
     sizes, section = dataclasses.asdict(config.mesh), config.dpo
-    name = f"{mesh_name(sizes)}, remat {config.model.remat}, microbatches {section.microbatches}"
+    name = f"{mesh_words(sizes)}, remat {config.model.remat}, microbatches {section.microbatches}"
     try:
         one = plan(config, topology)
     except ConfigError as error:
@@ -47,10 +47,7 @@ def nearest(config: Config, topology: str) -> list[Plan]:
         one = _tried(candidate, topology)
         tried += [one] if one else []
         if one and one.step.fits:
-            print(
-                f"fits: --mesh.data {one.mesh['data']} --mesh.fsdp {one.mesh['fsdp']} --mesh.tensor {one.mesh['tensor']}",
-                end=" ",
-            )
+            print("fits:", *(f"--mesh.{axis} {size}" for axis, size in one.mesh.items()), end=" ")
             print(f"--model.remat {one.remat} --dpo.microbatches {one.microbatches}")
             return tried
     print(f"none of {len(tried)} fits: take more chips, or chips with more memory")
@@ -67,7 +64,7 @@ def _nearby(config: Config, place: tuple[Chip, int]) -> Iterator[Config]:
         micro *= 2
         yield _with(config, mesh=mesh, remat="full", microbatches=micro)
     for tensor in (mesh["tensor"], *(n for n in (2, 4, 8) if n > mesh["tensor"])):
-        cut = {"data": 1, "fsdp": devices // tensor, "tensor": tensor}
+        cut = {"data": 1, "fsdp": devices // (tensor * mesh["expert"]), "expert": mesh["expert"], "tensor": tensor}
         if cut != mesh and mesh["data"] * tensor > mesh["tensor"]:
             yield from (_with(config, mesh=cut, remat="full", microbatches=n) for n in _fitting(config, devices, cut, micro))
 
@@ -82,12 +79,12 @@ def sweep(config: Config, topology: str) -> list[Plan]:
     """Every mesh with at most four ways along data, and every remat policy, in one microbatch and in those of the
     configuration, best first."""
     chip, chips = slice_of(topology)
-    devices = chips * chip.cores
+    devices, expert = chips * chip.cores, config.mesh.expert
     plans = []
     for tensor, data in itertools.product((1, 2, 4, 8), (1, 2, 4)):
-        if devices % (tensor * data):
+        if devices % (tensor * data * expert):
             continue
-        sizes = {"data": data, "fsdp": devices // (tensor * data), "tensor": tensor}
+        sizes = {"data": data, "fsdp": devices // (tensor * data * expert), "expert": expert, "tensor": tensor}
         micros = {n for most in (1, config.dpo.microbatches) for n in _fitting(config, devices, sizes, most)}
         for remat in ("none", "save_attention", "full"):
             for micro in sorted(micros):
@@ -108,14 +105,13 @@ def scale(config: Config, topology: str) -> list[Plan]:
     plans: list[Plan] = []
     group = 0  # ways along fsdp
     for count, shape in _scaled_shapes(chip).items():
-        devices, tensor, batch = count * chip.cores, config.mesh.tensor, max(1, config.dpo.batch * count // chips)
-        if devices % tensor:
+        devices, batch = count * chip.cores, max(1, config.dpo.batch * count // chips)
+        expert, tensor = config.mesh.expert, config.mesh.tensor
+        copies = expert * tensor
+        if devices % copies:
             continue
-        sizes = {
-            "data": devices // ((group or devices // tensor) * tensor),
-            "fsdp": group or devices // tensor,
-            "tensor": tensor,
-        }
+        fsdp = group or devices // copies
+        sizes = {"data": devices // (fsdp * copies), "fsdp": fsdp, "expert": expert, "tensor": tensor}
         scaled = _with(config, mesh=sizes, remat=config.model.remat, microbatches=1, batch=batch)
         for micro in _fitting(scaled, devices, sizes, config.dpo.microbatches):
             scaled = _with(config, mesh=sizes, remat=config.model.remat, microbatches=micro, batch=batch)
