@@ -33,7 +33,7 @@ def dpo_step(
     The reference model is not here: its log-probabilities come with the batch, `rows.ref_logps[P, 2]`. Metrics are float32
     scalars, means over the pairs of the global batch as the policy was *before* the update. Rankings (`ranking_rows`) go the
     same way, as [P, K] with `loss=partial(plackett_luce_loss, beta=0.1)`, and single completions with a label
-    (`Encoded.desirable`) with `loss=partial(kto_loss, beta=0.1)`. Under pmap or shard_map name their axis, or devices drift apart.
+    (`Encoded.desirable`) with `loss=partial(kto_loss, beta=0.1)`. Under pmap, name its axis, or devices drift apart.
 
     >>> step = jax.jit(partial(dpo_step, model=model, tx=tx, loss=partial(dpo_loss, beta=0.1)))
     >>> after, metrics = step(state, rows)

@@ -19,7 +19,7 @@ OfModel = Callable[..., tuple[jax.Array, Metrics]]
 def with_router(objective: OfModel, model: Model, *, coefficient: float = 0.0, axis_name: str | None = None) -> Objective[Rows]:
     """`objective` of `model` with the load-balancing loss on top, and metrics of the routers; as it is without experts.
 
-        router/balance   `balance_loss`: the number of experts that a token takes where all are used alike, more otherwise
+        router/balance   `balance_loss`: the number of experts that a token takes, where all experts are used alike
         router/aux_loss  `coefficient` times that, which is part of the loss; only with a coefficient
         router/load_max  tokens of the fullest expert of any layer, over those of an expert where all are used alike
         router/entropy   of the probabilities over experts, mean over tokens and layers, in nats; at most ln(experts)
@@ -67,13 +67,14 @@ def switched(routing: Routing, other: Routing) -> jax.Array:
     kept = (routing.chosen[..., :, None] == other.chosen[..., None, :]).any(axis=-1)
     gone = jnp.where(routing.counted[None, :, :, None], ~kept, False).sum(dtype=jnp.float32)
     layers, *_, taken = routing.chosen.shape
-    return gone / jnp.maximum(layers * taken * jnp.asarray(routing.counted).sum(), 1)
+    return _mean(gone, layers * taken * routing.counted.sum(dtype=jnp.float32))
 
 
 def counted_tokens(rows: Rows) -> jax.Array:
     """Which tokens of rows are no padding: bool[R, L]. A padding token sees itself alone, and neither neighbour sees it."""
-    x, k_start, k_end = jnp.arange(rows.tokens.shape[1], dtype=jnp.int32), jnp.asarray(rows.k_start), jnp.asarray(rows.k_end)
-    seen = jnp.pad(k_start[:, 1:] <= x[:-1], ((0, 0), (0, 1))) | jnp.pad(k_end[:, :-1] > x[1:], ((0, 0), (1, 0)))
+    k_start, k_end = jnp.asarray(rows.k_start), jnp.asarray(rows.k_end)
+    x = jnp.arange(k_start.shape[1], dtype=jnp.int32)[None]
+    seen = jnp.pad(k_start[:, 1:] <= x[:, :-1], ((0, 0), (0, 1))) | jnp.pad(k_end[:, :-1] > x[:, 1:], ((0, 0), (1, 0)))
     return seen | (k_start != x) | (k_end != x + 1)
 
 
@@ -88,7 +89,7 @@ class _Sums(NamedTuple):
 
 def _sums(routing: Routing, axis_name: str | None) -> _Sums:
     experts = jnp.arange(routing.probability.shape[-1], dtype=jnp.int32)
-    hits = (routing.chosen[..., None] == experts) & routing.counted[None, :, :, None, None]
+    hits = (routing.chosen[..., None] == experts[None, None, None, None]) & routing.counted[None, :, :, None, None]
     sums = _Sums(
         hits.sum(axis=(1, 2, 3), dtype=jnp.float32),
         routing.probability.sum(axis=(0, 1)),

@@ -11,7 +11,7 @@ import numpy as np
 
 from dpo_jax import loss_table
 from dpo_jax.cli import build, identity
-from dpo_jax.cli.balancing import router_aux_loss
+from dpo_jax.cli.balancing import router_aux_loss, tell_switches
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.commands.export import write_model, writer
 from dpo_jax.cli.commands.refs import cache_identity, check_reference, load_pairs, load_reference, reference_values
@@ -62,6 +62,9 @@ def run(config: Config) -> int:
             partitioner=partitioner,
             weights=reference,
         )
+        if saved is None:
+            _, first = next(iter(in_order(pairs, layout=plan.layout, batch=section.batch, part=partitioner.host_part)))
+            tell_switches(config, run_dir, model, variables, first.rows, partitioner=partitioner)
         if section.reference:
             build.free(variables)
             variables, digests = part.load(config.dpo_policy(), partitioner, name="dpo.policy")
