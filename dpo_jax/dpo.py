@@ -11,6 +11,7 @@ import optax
 from dpo_jax.head import aligned_log_probability
 from dpo_jax.logps import completion_lengths, hidden_logps, pair_sums, scored_hidden
 from dpo_jax.losses import PreferenceLoss, asked, desirable_share, right, unpaired_metrics
+from dpo_jax.routing import with_router
 from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
 
@@ -23,6 +24,7 @@ def dpo_step(
     tx: optax.GradientTransformation,
     loss: PreferenceLoss,
     ld_alpha: float = 1.0,
+    router_aux_loss: float = 0.0,
     microbatches: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -31,16 +33,14 @@ def dpo_step(
     The reference model is not here: its log-probabilities come with the batch, `rows.ref_logps[P, 2]`. Metrics are float32
     scalars, means over the pairs of the global batch as the policy was *before* the update. Rankings (`ranking_rows`) go the
     same way, as [P, K] with `loss=partial(plackett_luce_loss, beta=0.1)`, and single completions with a label
-    (`Encoded.desirable`) with `loss=partial(kto_loss, beta=0.1)`. Under pmap or shard_map name the mapped axis, `axis_name`:
-    without it each device takes a step of its own, and parameters drift apart without an error.
+    (`Encoded.desirable`) with `loss=partial(kto_loss, beta=0.1)`. Under pmap, name its axis, or devices drift apart.
 
     >>> step = jax.jit(partial(dpo_step, model=model, tx=tx, loss=partial(dpo_loss, beta=0.1)))
     >>> after, metrics = step(state, rows)
     >>> print(f"{metrics['loss']:.4f} {metrics['rewards/margins']:.1f}")  # the policy still is its reference
     0.6931 0.0
 
-    `ld_alpha` below 1 is LD-DPO: tokens beyond the length of the pair's shorter completion count so much (`logps.pair_sums`).
-    `rows.ref_logps` must be made with the same.
+    `ld_alpha` below 1 is LD-DPO (`logps.pair_sums`), also of `rows.ref_logps`. `router_aux_loss`: see `routing.with_router`.
 
     A loss of one's own is a function of arrays. It asks for what it needs besides log-probabilities by keyword: `lengths`, the
     scored tokens float32[P, K], or others of `losses.SIGNALS`. One that asks for `weight` looks across pairs, and is refused
@@ -65,7 +65,8 @@ def dpo_step(
         rows = rows.replace(extras={**rows.extras, "desirable_share": desirable_share(rows, axis_name)})
     if "mean_lengths" in signals:
         rows = rows.replace(extras={**(rows.extras or {}), "mean_lengths": _mean_lengths(rows, axis_name)})
-    objective = partial(dpo_objective, model=model, loss=loss, ld_alpha=ld_alpha)
+    objective = partial(dpo_objective, loss=loss, ld_alpha=ld_alpha)
+    objective = with_router(objective, model, coefficient=router_aux_loss, axis_name=axis_name)
     return train_step(state, rows, objective=objective, tx=tx, microbatches=microbatches, axis_name=axis_name)
 
 

@@ -6,6 +6,7 @@ import jax
 import optax
 
 from dpo_jax.logps import scored_tokens, sequence_logps
+from dpo_jax.routing import with_router
 from dpo_jax.step import train_step
 from dpo_jax.types import Metrics, Model, Rows, TrainState, Variables
 
@@ -16,13 +17,14 @@ def sft_step(
     *,
     model: Model,
     tx: optax.GradientTransformation,
+    router_aux_loss: float = 0.0,
     microbatches: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step of maximum likelihood on completions. Pure, like `dpo_step`; one completion slot is one example.
 
     The loss is the original's: the negative log-probability *summed* over a completion, averaged over completions.
-    `nll_per_token` is the same per scored token, in nats.
+    `nll_per_token` is the same per scored token, in nats. `router_aux_loss`: see `routing.with_router`.
 
     >>> texts = completion_rows([(pair.prompt, pair.chosen) for pair in encoded], length=64)
     >>> after, metrics = jax.jit(partial(sft_step, model=model, tx=tx))(state, texts)
@@ -30,9 +32,10 @@ def sft_step(
     (1, ['grad_norm', 'logps/chosen', 'loss', 'nll_per_token', 'tokens'])
     """
 
-    def objective(variables: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
+    def of_texts(variables: Variables, rows: Rows, *, model: Model) -> tuple[jax.Array, Metrics]:
         logps = sequence_logps(model, variables, rows)
         return -logps, {"logps/chosen": logps, "tokens": scored_tokens(rows)}
 
+    objective = with_router(of_texts, model, coefficient=router_aux_loss, axis_name=axis_name)
     state, metrics = train_step(state, rows, objective=objective, tx=tx, microbatches=microbatches, axis_name=axis_name)
-    return state, {**metrics, "nll_per_token": metrics["loss"] / metrics["tokens"]}
+    return state, {**metrics, "nll_per_token": -metrics["logps/chosen"] / metrics["tokens"]}

@@ -127,7 +127,7 @@ def mean_grads(
         return jax.lax.cond(part.weight.any(), add, lambda metrics, _: metrics, metrics, part)
 
     # Over several devices hardly a microbatch is without an example, and a condition would stand between collectives.
-    visit = add_if_used if parts_of(ROW_AXES) == 1 else add
+    visit = add_if_used if parts_of(ROW_AXES) == 1 and axis_name is None else add
     shapes = jax.eval_shape(weighted, params, _first(parts))[1]
     none = _of_each_device(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), axis_name)
     metrics, _ = jax.lax.scan(lambda metrics, part: (visit(metrics, part), None), none, parts)

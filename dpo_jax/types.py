@@ -27,7 +27,7 @@ Array = jax.Array | np.ndarray
 Variables = Mapping[str, Any]
 """Model parameters: a nested dict of arrays, `{"params": {...}}`."""
 Metrics = dict[str, jax.Array]
-ROW_AXES = ("data", "fsdp")
+ROW_AXES = ("data", "fsdp", "expert")
 """Axes of a device mesh over which the rows of a batch are cut."""
 CONTEXT_AXIS = "context"
 """The axis over which the positions of each row are cut (`models.context`)."""
@@ -114,6 +114,21 @@ class SharedCache(NamedTuple):
     own: Any  # cache of R rows and C columns
 
 
+class Routing(NamedTuple):
+    """Which experts the tokens of some rows took, in every layer of a mixture of experts. `Model.route` gives it.
+
+    chosen       int32[layers, R, L, taken]     the experts of each token
+    probability  float32[layers, R, experts]    the router's probabilities, summed over the tokens of a row that count
+    entropy      float32[layers, R]             their entropy in nats, likewise
+    counted      bool[R, L]                     which tokens count: all but padding
+    """
+
+    chosen: jax.Array
+    probability: jax.Array
+    entropy: jax.Array
+    counted: jax.Array
+
+
 class Model(NamedTuple):
     """What an algorithm may know about a language model: pure functions of its variables. The first three make a model.
 
@@ -131,6 +146,9 @@ class Model(NamedTuple):
     `by_layer(variables, cache) -> (variables, cache)` takes layers that are stacked apart, for `decode` only: on a CPU, what is
     cut out of a stack is copied, and in a loop over tokens for each of them.
 
+    `route(variables, rows) -> (hidden[R, L, D], Routing)` is `forward` that also tells what the routers did; a model without
+    experts has none.
+
     >>> model = Model(init, forward, unembed)  # of your own; `load_hf` gives one with all functions
     >>> model.forward(variables, rows).shape
     (2, 96, 32)
@@ -143,6 +161,7 @@ class Model(NamedTuple):
     decode: Callable[[Variables, Rows, Any], tuple[jax.Array, Any]] | None = None
     take_rows: Callable[..., Any] | None = None
     by_layer: Callable[[Variables, Any], tuple[Variables, Any]] | None = None
+    route: Callable[[Variables, Rows], tuple[jax.Array, Routing]] | None = None
     axes: Callable[[], Any] | None = None  # logical axis names, a tree like the variables
     config: Any = None  # static description (`models.decoder.DecoderConfig` for ours)
 

@@ -140,6 +140,10 @@ LONG = {
     ),
     "cli_runs": ("test_a_sum_of_losses", "test_several_temperatures", "test_a_run_in_steps_that_keeps"),
     "emitted": ("test_what_a_policy_samples_is_judged",),
+    "expert_mesh": (
+        *("test_steps_are_those_of_one_device[expert", "test_log_probabilities_and_gradients", "test_microbatches_on_a_mesh"),
+        *("test_a_run_continues_on_another_mesh", "test_an_adapter_beside_experts", "test_the_program_trains_experts"),
+    ),
     "faults": ("test_sigterm_saves", "test_a_host_that_is_killed", "test_a_full_disk_ends"),
     "flash": (
         "test_the_kernels_visit_the_blocks_in_which_somebody_sees_something[None",
@@ -226,6 +230,10 @@ LONG = {
         "test_a_run_that_was_killed",
     ),
     "rounding": ("test_it_is_the_same_on_one_device",),
+    "routing": (
+        *("test_the_loss_is_of_the_batch_on_all_devices", "test_microbatches_take_the_mean_of_theirs", "test_a_step_balances"),
+        "test_the_model_that_tells_its_routing",
+    ),
     "row_kind_runs": ("test_plackett_luce", "test_kto_from_audit"),
     "sampling": (
         "test_logps_are_those_of_the_forward_pass[gemma3",

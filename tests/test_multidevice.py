@@ -289,7 +289,13 @@ def test_what_was_placed_survives_when_a_step_donates_it(variables, batches):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "shape"), [({}, (1, 4, 1, 1)), ({"data": -1, "fsdp": 2}, (2, 2, 1, 1)), ({"fsdp": 2, "context": 2}, (1, 2, 2, 1))]
+    ("sizes", "shape"),
+    [
+        ({}, (1, 4, 1, 1, 1)),
+        ({"data": -1, "fsdp": 2}, (2, 2, 1, 1, 1)),
+        ({"fsdp": 2, "expert": -1}, (1, 2, 2, 1, 1)),
+        ({"fsdp": 2, "context": 2}, (1, 2, 1, 2, 1)),
+    ],
 )
 def test_a_size_of_minus_one_takes_what_is_left(sizes, shape):
     assert mesh_shape(4, **sizes) == make_mesh(**sizes).devices.shape == shape

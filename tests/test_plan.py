@@ -357,7 +357,7 @@ def test_a_plan_from_the_command_line(tmp_path, capsys):
     assert "fits        yes" in printed
     assert "all-gather" in printed
     record = json.loads((tmp_path / "plan" / "plan.json").read_text())["plans"][0]
-    assert record["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
+    assert record["mesh"] == {"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
     assert record["step"]["kernels"] == 3 * 2  # one forward and two backward kernels of attention a layer
     assert record["label"] == "predicted, not measured"
 
@@ -379,7 +379,7 @@ def test_libtpu_prints_nothing_about_a_machine_that_is_not_there():
 @needs_libtpu
 def test_a_mesh_may_share_an_axis_of_the_torus():
     sizes = make_mesh(fsdp=8, tensor=2, devices=slice_devices("v6e:4x4")).shape
-    assert dict(sizes) == {"data": 1, "fsdp": 8, "context": 1, "tensor": 2}
+    assert dict(sizes) == {"data": 1, "fsdp": 8, "expert": 1, "context": 1, "tensor": 2}
 
 
 @pytest.mark.plan

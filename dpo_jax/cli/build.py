@@ -258,7 +258,7 @@ def start_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> Model:
     """The model that SFT starts from, without weights: that of `model.path`, or a new one of the sizes in `model`."""
     if config.model.path is not None:
         return policy_model(config, config.model.path, tokenizer, name="model.path", expected=True)
-    return _model(config, new_hf_config(config, tokenizer))
+    return decoder_of(config, new_hf_config(config, tokenizer))
 
 
 def start_weights(config: Config, model: Model, partitioner: Partitioner) -> tuple[Variables, str]:
@@ -270,7 +270,7 @@ def start_weights(config: Config, model: Model, partitioner: Partitioner) -> tup
     return new, f"random, seed {config.run.seed}"
 
 
-def _model(config: Config, hf: dict[str, Any], *, platform: str | None = None) -> Model:
+def decoder_of(config: Config, hf: dict[str, Any], *, platform: str | None = None) -> Model:
     decoder, dtype = decoder_config(hf), PRECISIONS[config.run.precision]
     platform = platform or jax.default_backend()
     try:
@@ -302,7 +302,7 @@ def model_without_weights(config: Config, *, platform: str) -> tuple[Model, str]
     A folder of the starting policy or of `model.path` has the word, if it is here; else the sizes in `model`.
     """
     hf, source = planned_hf_config(config)
-    return _model(config, hf, platform=platform), source
+    return decoder_of(config, hf, platform=platform), source
 
 
 def policy_model(config: Config, path: str, tokenizer: PreTrainedTokenizerFast, *, name: str, expected: bool = False) -> Model:
@@ -318,7 +318,7 @@ def policy_model(config: Config, path: str, tokenizer: PreTrainedTokenizerFast, 
             tokenizer, decoder.vocab_size, eos_token_id=end_tokens(path) or None, pad_token_id=hf.get("pad_token_id")
         )
     check_fit(config, decoder, path, expected=expected)
-    return _model(config, hf)
+    return decoder_of(config, hf)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast, *paths: str) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from dpo_jax.data.prepare import data_digest
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import has_steps
 from dpo_jax.runtime.mesh import mesh_sizes
+from dpo_jax.runtime.mesh_shape import mesh_words
 from dpo_jax.runtime.metrics import Writer, read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
@@ -246,7 +247,7 @@ def _device_summary(config: Config, section: SftConfig | DpoConfig, state: Train
     devices, kind = jax.devices(), jax.devices()[0].device_kind
     pieces = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(state)]
     of_device = sum(math.prod(shape) * dtype.itemsize for shape, dtype in pieces)
-    mesh = " x ".join(f"{axis} {size}" for axis, size in mesh_sizes(state).items())
+    mesh = mesh_words(mesh_sizes(state))
     copies = jax.local_device_count() if config.run.devices == "pmap" else 1
     trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(part)) // copies for part in (state.params, state.frozen))
     used = {"single": "one device", "pmap": f"pmap over {partitioner.row_shards}", "mesh": mesh}[config.run.devices]

@@ -17,6 +17,11 @@ from dpo_jax.models.logical_axes import RULES
 from dpo_jax.types import TOKEN_AXES
 
 
+def auto_axes() -> frozenset[str]:
+    """The mesh axes over which XLA spreads the program being traced; none without a mesh and under pmap."""
+    return frozenset(jax.sharding.get_abstract_mesh().auto_axes)
+
+
 def parts_of(axes: Sequence[str]) -> int:
     """Into how many parts the mesh of the program being traced cuts something along `axes`; 1 without a mesh and under pmap."""
     mesh = jax.sharding.get_abstract_mesh()

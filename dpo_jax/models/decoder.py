@@ -20,9 +20,11 @@ from dpo_jax.models.attention_ring import along_context
 from dpo_jax.models.axes import as_stored, by_row
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.context import context_parts, from_pieces, row_pieces
+from dpo_jax.models.experts import Routed
 from dpo_jax.models.layers import VOCABULARY, Block, LayerInput, Norm, Shared, declare, last_axis
 from dpo_jax.models.products import float32_product, precision_of
-from dpo_jax.types import ROW_AXES, Array, Model, RowImages, Rows, SharedCache, Variables
+from dpo_jax.routing import counted_tokens
+from dpo_jax.types import ROW_AXES, Array, Model, Routing, RowImages, Rows, SharedCache, Variables
 
 NO_WINDOW = 1 << 30  # of a layer with full attention in a model that has windows elsewhere
 
@@ -69,9 +71,12 @@ class Decoder(nn.Module):
         if c.head_bias:
             self.head_bias = declare(self, "head_bias", nn.initializers.zeros, (c.vocab_size,), ("vocab",))
 
-    def __call__(self, rows: Rows, cache: Any = None, layers: tuple[Variables, ...] | None = None) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, rows: Rows, cache: Any = None, layers: tuple[Variables, ...] | None = None, counted: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
         """`layers`: the variables of each layer, if they are apart (`make_model`); then so is the cache. Without a cache they
-        are stacks of layers, one after the other."""
+        are stacks of layers, one after the other. With `counted`, which is without a cache, what the routers did comes in its
+        place, a `Routed` with the layers first."""
         c, length, in_pieces = self.config, rows.tokens.shape[1], context_parts() > 1 and not self.is_initializing()
         if in_pieces and cache is not None:
             raise ValueError("mesh.context cuts rows into pieces, and a key/value cache has none: sample with mesh.context 1")
@@ -98,18 +103,22 @@ class Decoder(nn.Module):
         elif cache is not None:
             write_at, store = cache["length"], (cache["key"], cache["value"])
             k_positions = jax.lax.dynamic_update_slice(cache["positions"], jnp.asarray(rows.positions), (0, write_at))
-        shared = Shared(rows.k_start, rows.k_end, rows.positions, k_positions, angles, write_at, prepared, lanes)
+        shared = Shared(rows.k_start, rows.k_end, rows.positions, k_positions, angles, write_at, prepared, lanes, counted)
+        routed: Routed | None = None
         if layers is None:
-            (x, store), _ = self.layers((x, store), layer, shared)
+            (x, store), routed = self.layers((x, store), layer, shared)
         elif cache is None:
-            x = self._in_stacks(layers, x, layer, shared)
+            x, routed = self._in_stacks(layers, x, layer, shared)
         else:
             x, store = self._one_by_one(layers, x, store, layer, shared)
         if own is not None and store is not None:
             new = own["length"] + jnp.int32(rows.tokens.shape[1])
             own = {"key": store[0], "value": store[1], "positions": k_positions, "length": new}
         x = self.final_norm(x)
-        return from_pieces(x, length) if in_pieces else x, cache._replace(own=own) if isinstance(cache, SharedCache) else own
+        x = from_pieces(x, length) if in_pieces else x
+        if counted is not None:
+            return x, routed
+        return x, cache._replace(own=own) if isinstance(cache, SharedCache) else own
 
     def _path(self) -> AttentionPath:
         return self.attention_path if self.is_initializing() else along_context(self.attention_path)
@@ -142,21 +151,24 @@ class Decoder(nn.Module):
             stores.append(of_layer)
         return x, tuple(zip(*stores, strict=True))
 
-    def _in_stacks(self, stacks: tuple[Variables, ...], x: jax.Array, inputs: LayerInput, shared: Shared) -> jax.Array:
+    def _in_stacks(
+        self, stacks: tuple[Variables, ...], x: jax.Array, inputs: LayerInput, shared: Shared
+    ) -> tuple[jax.Array, Routed | None]:
         """What the scan does, in several scans: no gradient goes into a stack before the first that is trained."""
-        block, first = Block(self.config, self._path(), parent=None), 0
+        block, first, found = Block(self.config, self._path(), parent=None), 0, []
 
-        def one(x: jax.Array, layer: tuple[Variables, LayerInput]) -> tuple[jax.Array, None]:
-            (x, _), _ = block.apply(layer[0], (x, None), layer[1], shared)
-            return x, None
+        def one(x: jax.Array, layer: tuple[Variables, LayerInput]) -> tuple[jax.Array, Routed | None]:
+            (x, _), routed = block.apply(layer[0], (x, None), layer[1], shared)
+            return x, routed
 
         one = jax.checkpoint(one, prevent_cse=False, policy=REMAT[self.remat])
         for stack in stacks:
             end = first + len(jax.tree.leaves(stack)[0])
             here = jax.tree.map(lambda array, first=first, end=end: array[first:end], inputs)
-            x, _ = jax.lax.scan(one, x, (stack, here))
+            x, routed = jax.lax.scan(one, x, (stack, here))
+            found.append(routed)
             first = end
-        return x
+        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         c = self.config
@@ -218,7 +230,7 @@ def make_model(
     forward pass and keeps only the layers' inputs. `attention`: see `attention_paths.attention_path`.
 
     `axes()` gives a tree like the variables of `jax.sharding.PartitionSpec`s over the logical axes "layers", "vocab", "embed"
-    (D), "heads" (N x H), "kv_heads" (K x H) and "mlp".
+    (D), "heads" (N x H), "kv_heads" (K x H), "mlp" and "experts".
 
     Cache (`init_cache(batch, length, dtype)`): `length` columns per row. A `decode` beyond the last column cannot be seen under
     jit: it is the caller's duty to make the cache long enough.
@@ -289,19 +301,25 @@ def make_model(
         of_layers = {name: {**tree, "layers": cut(tree["layers"])} for name, tree in variables.items() if "layers" in tree}
         return {**variables, **of_layers}, {**cache, "key": cut(cache["key"]), "value": cut(cache["value"])}
 
-    def forward(variables: Variables, rows: Rows) -> jax.Array:
+    def trunk(variables: Variables, rows: Rows, counted: jax.Array | None = None) -> Any:
         variables = _round_kernels(variables, dtype) if remat == "none" else variables
         layers = apart(variables) if isinstance(variables["params"]["layers"], tuple) else None
-        return module.apply(variables, rows, None, layers)[0]  # pyright: ignore[reportReturnType, reportIndexIssue]
+        return module.apply(variables, rows, None, layers, counted)
+
+    def route(variables: Variables, rows: Rows) -> tuple[jax.Array, Routing]:
+        counted = counted_tokens(rows)
+        hidden, routed = trunk(variables, rows, counted)
+        return hidden, Routing(*routed, counted)
 
     return Model(
         init=lambda key: nn.meta.unbox(boxed_init(key)),
-        forward=forward,
+        forward=lambda variables, rows: trunk(variables, rows)[0],
         unembed=lambda variables, hidden: module.apply(variables, hidden, method="unembed"),  # pyright: ignore[reportArgumentType]
         init_cache=init_cache,
         decode=decode,
         take_rows=take_rows,
         by_layer=by_layer,
+        route=route if config.experts else None,
         axes=lambda: nn.get_partition_spec(jax.eval_shape(lambda: boxed_init(jax.random.key(0)))),
         config=config,
     )

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax.models.activations import ACTIVATIONS
 from dpo_jax.models.axes import as_stored
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.models.grouped_product import from_groups, group_rows, grouped_product, to_groups
+from dpo_jax.models.expert_mixture import KERNEL, Kernels, mixture
 from dpo_jax.models.products import precision_of
 
-KERNEL = ("experts", "embed", "mlp")
+Axes = tuple[str | None, ...]
+
+
+class Routed(NamedTuple):
+    """What the router of one layer did; see `types.Routing`."""
+
+    chosen: jax.Array
+    probability: jax.Array
+    entropy: jax.Array
 
 
 class Experts(nn.Module):
@@ -28,35 +35,33 @@ class Experts(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, Routed | None]:
+        """x[R, L, D] to the same shape, and what the router did with the tokens that `counted` bool[R, L] marks."""
         c = self.config
-        tokens = x.reshape(-1, x.shape[-1])
-        shares, chosen = self._route(tokens)
-        groups = group_rows(chosen.reshape(-1), c.experts)
-        several = to_groups(jnp.repeat(tokens, c.experts_per_token, axis=0), groups)
-        gate, up = (
-            checkpoint_name(grouped_product(several, self._kernel(name, x), groups), "kernel") for name in ("gate", "up")
-        )
-        hidden = ACTIVATIONS[c.activation](gate) * up
-        down = checkpoint_name(grouped_product(hidden, self._kernel("down", x), groups, True), "kernel")
-        found = from_groups(down, groups).reshape(*shares.shape, -1)
-        return (found * shares.astype(x.dtype)[:, :, None]).sum(axis=1).reshape(x.shape)
+        # Each device keeps the whole router: its tokens may go to any expert.
+        router = _declared(self, "router", c.init_std, (c.width, c.experts), ("embed", None)).astype(x.dtype)
+        logits = jnp.dot(x.reshape(-1, c.width), router, precision=precision_of(x.dtype)).reshape(*x.shape[:2], -1)
+        log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+        probabilities = jnp.exp(log_probabilities)
+        shares, chosen = jax.lax.top_k(probabilities, c.experts_per_token)
+        shares = shares / shares.sum(axis=-1, keepdims=True) if c.norm_routes else shares
+        kernels = Kernels(*(self._kernel(name).astype(x.dtype) for name in Kernels._fields))
+        mixed = mixture(x, shares, chosen, kernels, activation=c.activation)
+        return mixed, None if counted is None else _routed(log_probabilities, probabilities, chosen, counted)
 
-    def _route(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(shares, experts) of each token: float32 and int32[T, experts_per_token]."""
-        c = self.config
-        router = _declared(self, "router", c.init_std, (c.width, c.experts), ("embed", "experts"))
-        logits = jnp.dot(tokens, router.astype(tokens.dtype), precision=precision_of(tokens.dtype))
-        shares, chosen = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32)), c.experts_per_token)
-        return shares / shares.sum(axis=-1, keepdims=True) if c.norm_routes else shares, chosen
-
-    def _kernel(self, name: str, x: jax.Array) -> jax.Array:
+    def _kernel(self, name: str) -> jax.Array:
         """The kernels of all experts, [E, D, F] each: D first within an expert, as in `layers.Linear`."""
         c = self.config
         std = c.init_std / math.sqrt(2 * c.layers) if name == "down" else c.init_std
-        return _declared(self, name, std, (c.experts, c.width, c.mlp_width), KERNEL).astype(x.dtype)
+        return _declared(self, name, std, (c.experts, c.width, c.mlp_width), KERNEL)
 
 
-def _declared(module: nn.Module, name: str, std: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+def _routed(logs: jax.Array, probabilities: jax.Array, chosen: jax.Array, counted: jax.Array) -> Routed:
+    entropy = -(logs * probabilities).sum(axis=-1)
+    weight = counted.astype(jnp.float32)
+    return Routed(chosen, (probabilities * weight[:, :, None]).sum(axis=1), (entropy * weight).sum(axis=1))
+
+
+def _declared(module: nn.Module, name: str, std: float, shape: tuple[int, ...], axes: Axes) -> jax.Array:
     value: jax.Array = module.param(name, nn.with_partitioning(nn.initializers.normal(std), axes), shape)  # pyright: ignore[reportAssignmentType]
     return value if module.is_initializing() else as_stored(value, axes)

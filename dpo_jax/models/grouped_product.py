@@ -21,7 +21,8 @@ import numpy as np
 from dpo_jax.models.products import precision_of
 from dpo_jax.types import Array
 
-_SMALLEST, _LARGEST = 8, 512  # rows of a block
+_COUNTED = 256  # rows that are counted together
+_SMALLEST, _LARGEST = 8, 2048  # rows of a block: long ones read the matrix of their group less often
 
 
 class Groups(NamedTuple):
@@ -31,30 +32,48 @@ class Groups(NamedTuple):
     slot: jax.Array  # int32[rows]  the slot of each row
     sizes: jax.Array  # int32[E]  slots of each group, whole blocks
     of_block: jax.Array  # int32[blocks]  the group of each block
+    used: jax.Array | None = None  # int32[]  blocks to visit, the first ones; None: all
 
 
-def group_rows(chosen: Array, groups: int) -> Groups:
+def group_rows(chosen: Array, groups: int, *, of: int | None = None) -> Groups:
     """`chosen[rows]` names the group of each row, 0 to `groups` - 1. The number of slots depends on shapes alone.
+
+    Where these are some of many groups (`of`), `groups` in `chosen` stands for all others. Their rows have no slot, and read as
+    zeros. `chosen[tokens, taken]` names different groups in each line, so that no more than `groups` of them are here.
 
     >>> found = group_rows(np.array([1, 0, 1]), 2)
     >>> found.slot.tolist(), found.sizes.tolist()
     ([8, 0, 9], [8, 8])
     """
-    chosen = jnp.asarray(chosen, jnp.int32)
-    rows = len(chosen)
-    block = min(_LARGEST, max(_SMALLEST, 1 << max(rows // (4 * groups), 1).bit_length() - 1))
-    blocks = -(-(rows + groups * (block - 1)) // block)
-    counts = jnp.zeros(groups, jnp.int32).at[chosen].add(1)
-    sizes = -(-counts // block) * block
-    first_slot, first_row = jnp.cumsum(sizes) - sizes, jnp.cumsum(counts) - counts
-    order = jnp.argsort(chosen, stable=True)
-    group = chosen[order]
-    slots = first_slot[group] + jnp.arange(rows, dtype=jnp.int32) - first_row[group]
-    row = jnp.full(blocks * block, rows, jnp.int32).at[slots].set(order.astype(jnp.int32))
-    slot = jnp.zeros(rows, jnp.int32).at[order].set(slots)
+    chosen, some = jnp.asarray(chosen, jnp.int32), of is not None and of > groups
+    rows = chosen.size
+    most = len(chosen) * min(groups, chosen.shape[1]) if some and chosen.ndim == 2 else rows
+    chosen = chosen.reshape(-1)
+    block = min(_LARGEST, max(_SMALLEST, 1 << max(rows // (4 * (of or groups)), 1).bit_length() - 1))
+    blocks = -(-(most + groups * (block - 1)) // block)
+    mine = chosen[None] == jnp.arange(groups, dtype=jnp.int32)[:, None]
+    running = _running_counts(mine)
+    sizes = -(-running[:, -1] // block) * block
+    slots = jnp.where(mine, (jnp.cumsum(sizes) - sizes)[:, None] + running - 1, 0).sum(axis=0, dtype=jnp.int32)
+    slot = jnp.where(chosen < groups, slots, blocks * block) if some else slots
+    row = jnp.full(blocks * block, rows, jnp.int32).at[slot].set(jnp.arange(rows, dtype=jnp.int32), mode="drop")
     begins = jnp.arange(blocks, dtype=jnp.int32) * block
     of_block = jnp.minimum(jnp.searchsorted(jnp.cumsum(sizes), begins, side="right"), groups - 1)
-    return Groups(row, slot, sizes, of_block.astype(jnp.int32))
+    # Of all rows nearly every block is used, and a loop of fixed length needs no word from the device.
+    return Groups(row, slot, sizes, of_block.astype(jnp.int32), sizes.sum() // block if some else None)
+
+
+def _running_counts(mine: jax.Array) -> jax.Array:
+    """How many of `mine` bool[groups, rows] are true up to each row: int32, of that shape.
+
+    In two steps: a TPU's compiler takes half a minute for a sort or a cumulative sum of a hundred thousand rows.
+    """
+    groups, rows = mine.shape
+    parts = jnp.pad(mine, ((0, 0), (0, -rows % _COUNTED))).reshape(groups, -1, _COUNTED)
+    inside = jnp.cumsum(parts, axis=2, dtype=jnp.int32)
+    ends = inside[:, :, -1]
+    before = jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends
+    return (inside + before[:, :, None]).reshape(groups, -1)[:, :rows]
 
 
 def to_groups(x: jax.Array, groups: Groups) -> jax.Array:
@@ -106,7 +125,7 @@ def _backward(transposed: bool, kept: tuple[jax.Array, jax.Array, Groups], g: ja
     dx: Any = grouped_product(g, kernels, groups, not transposed)
     left, right = (g, x) if transposed else (x, g)
     dw = jax.lax.platform_dependent(left, right, kernels, groups, tpu=_ragged_outer, default=_outer_in_blocks)
-    return dx, dw, Groups(*(np.zeros(leaf.shape, jax.dtypes.float0) for leaf in groups))  # pyright: ignore[reportArgumentType]
+    return dx, dw, jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), groups)
 
 
 grouped_product.defvjp(_forward, _backward)
@@ -118,8 +137,15 @@ def _in_blocks(x: jax.Array, kernels: jax.Array, groups: Groups, *, transposed: 
         kernel = jax.lax.dynamic_index_in_dim(kernels, group, keepdims=False)
         return jnp.dot(rows, kernel.T if transposed else kernel, precision=precision_of(x.dtype))
 
+    def put(number: jax.Array, found: jax.Array) -> jax.Array:
+        return found.at[number].set(one((parts[number], groups.of_block[number])))
+
     blocks = len(groups.of_block)
-    return jax.lax.map(one, (x.reshape(blocks, -1, x.shape[-1]), groups.of_block)).reshape(len(x), -1)
+    parts = x.reshape(blocks, -1, x.shape[-1])
+    if groups.used is None:
+        return jax.lax.map(one, (parts, groups.of_block)).reshape(len(x), -1)
+    none = jnp.zeros((*parts.shape[:2], kernels.shape[1 if transposed else 2]), x.dtype)
+    return jax.lax.fori_loop(0, groups.used, put, none).reshape(len(x), -1)
 
 
 def _outer_in_blocks(left: jax.Array, right: jax.Array, kernels: jax.Array, groups: Groups) -> jax.Array:
@@ -132,7 +158,10 @@ def _outer_in_blocks(left: jax.Array, right: jax.Array, kernels: jax.Array, grou
         return total.at[group].add(product), None
 
     parts = (left.reshape(blocks, -1, left.shape[-1]), right.reshape(blocks, -1, right.shape[-1]), groups.of_block)
-    total, _ = jax.lax.scan(add, jnp.zeros(kernels.shape, jnp.float32), parts)
+    none = jnp.zeros(kernels.shape, jnp.float32)
+    if groups.used is None:
+        return jax.lax.scan(add, none, parts)[0].astype(kernels.dtype)
+    total = jax.lax.fori_loop(0, groups.used, lambda i, total: add(total, tuple(part[i] for part in parts))[0], none)
     return total.astype(kernels.dtype)
 
 

@@ -16,7 +16,7 @@ from dpo_jax.models.attention_lanes import LaneKeys, attend_lanes
 from dpo_jax.models.attention_paths import CHUNKED
 from dpo_jax.models.axes import as_stored, by_row
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.models.experts import Experts
+from dpo_jax.models.experts import Experts, Routed
 from dpo_jax.models.products import precision_of
 from dpo_jax.types import Array
 
@@ -44,6 +44,7 @@ class Shared(NamedTuple):
     write_at: jax.Array | None  # cache column of the first new token
     prepared: Any = None
     lanes: LaneKeys | None = None  # of one token in each row against a `SharedCache`
+    counted: jax.Array | None = None  # bool[R, L], no padding: where it is asked what the routers do
 
     def of_layer(self, number: int) -> Shared:
         """With the prompts' keys and values of one layer alone, where layers are apart."""
@@ -229,29 +230,36 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The carry is the residual stream `x[R, L, D]` and the key/value cache (None without one)."""
+    """One layer. The carry is the residual stream `x[R, L, D]` and the key/value cache (None without one).
+
+    Beside it, what the router did, if `shared.counted` asks for that.
+    """
 
     config: DecoderConfig
     attention_path: AttentionPath
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, Any], layer: LayerInput, shared: Shared) -> tuple[tuple[jax.Array, Any], None]:
+    def __call__(
+        self, carry: tuple[jax.Array, Any], layer: LayerInput, shared: Shared
+    ) -> tuple[tuple[jax.Array, Any], Routed | None]:
         c = self.config
         x, cache = carry
 
         def norm(name: str) -> Norm:
             return Norm(c.norm, c.norm_eps, name=name)
 
-        mlp = Experts(c, name="mlp") if c.experts else Mlp(c, name="mlp")
+        def mlp(x: jax.Array) -> tuple[jax.Array, Routed | None]:
+            return Experts(c, name="mlp")(x, shared.counted) if c.experts else (Mlp(c, name="mlp")(x), None)
+
         normed = norm("attention_norm")(x) if c.pre_norms else x
         mixed, cache = Attention(c, self.attention_path, name="attention")(normed, cache, layer, shared)
         if c.post_norms:
             mixed = norm("post_attention_norm")(mixed)
         if c.parallel_residual:
-            mlp_input = normed if c.shared_norm else norm("mlp_norm")(x)
-            x = x + mixed + mlp(mlp_input)
+            update, routed = mlp(normed if c.shared_norm else norm("mlp_norm")(x))
+            x = x + mixed + update
         else:
             x = x + mixed
-            update = mlp(norm("mlp_norm")(x) if c.pre_norms else x)
+            update, routed = mlp(norm("mlp_norm")(x) if c.pre_norms else x)
             x = x + (norm("post_mlp_norm")(update) if c.post_norms else update)
-        return (by_row(x), cache), None
+        return (by_row(x), cache), routed

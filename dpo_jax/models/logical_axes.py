@@ -13,7 +13,7 @@ RULES: Mapping[str, str | None] = {
     "heads": "tensor",  # types.HEAD_AXIS
     "kv_heads": "tensor",
     "mlp": "tensor",
-    "experts": None,
+    "experts": "expert",
 }
 """The mesh axis of each logical axis that a parameter may name."""
 

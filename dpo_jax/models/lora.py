@@ -113,11 +113,12 @@ def lora_model(model: Model, lora: Lora) -> Model:
     def init(key: jax.Array) -> Variables:
         return {**model.init(key), LORA: new_adapter(model.config, lora, jax.random.fold_in(key, 1))}
 
-    decode, names = model.decode, model.axes
+    decode, route, names = model.decode, model.route, model.axes
     return model._replace(
         init=init,
         forward=lambda variables, rows: model.forward(scaled(variables), rows),
         decode=None if decode is None else lambda variables, rows, cache: decode(scaled(variables), rows, cache),
+        route=None if route is None else lambda variables, rows: route(scaled(variables), rows),
         axes=None if names is None else lambda: {**names(), LORA: _axes(lora)},
     )
 

@@ -59,7 +59,7 @@ def chosen_parameters(text: str, model: Model) -> Chosen:
 
 def partial_model(model: Model, chosen: Chosen) -> Model:
     """`model` whose variables are those of `split`. Variables of the whole model are read, too."""
-    decode, by_layer, names = model.decode, model.by_layer, model.axes
+    decode, by_layer, route, names = model.decode, model.by_layer, model.route, model.axes
 
     def of_axes() -> Variables:
         assert names is not None
@@ -75,6 +75,7 @@ def partial_model(model: Model, chosen: Chosen) -> Model:
         unembed=lambda variables, hidden: model.unembed(_in_stacks(variables), hidden),
         decode=None if decode is None else decoded,
         by_layer=None if by_layer is None else lambda variables, cache: by_layer(join(variables), cache),
+        route=None if route is None else lambda variables, rows: route(_in_stacks(variables), rows),
         axes=None if names is None else of_axes,
     )
 

@@ -1,10 +1,11 @@
-"""The named device mesh `data x fsdp x context x tensor`, and which part of every array lies on which device.
+"""The named device mesh `data x fsdp x expert x context x tensor`, and which part of every array lies on which device.
 
 A model names the axes of its parameters (`Model.axes`); `models.logical_axes.RULES` says over which axis of the mesh each is
-cut. Rows of a batch are cut over data and fsdp together. So along `data` parameters are replicated, along `fsdp` each device
-keeps a slice of each matrix and gathers it layer by layer (ZeRO-3), along `tensor` heads and MLP columns are cut (Megatron).
-Along `context` the positions of each row are cut (`models.context`): a batch comes whole to all devices along it, a few
-integers a token, and each computes its part of the positions. Parameters are replicated along it.
+cut. Rows of a batch are cut over data, fsdp and expert together. So along `data` parameters are replicated, along `fsdp` each
+device keeps a slice of each matrix and gathers it layer by layer (ZeRO-3), along `expert` it keeps some experts and the rest of
+the model whole (`models.expert_mixture`), along `tensor` heads and MLP columns are cut (Megatron). Along `context` the
+positions of each row are cut (`models.context`): a batch comes whole to all devices along it, a few integers a token, and each
+computes its part of the positions. Parameters are replicated along it.
 """
 
 from __future__ import annotations
@@ -20,22 +21,28 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.models.checkpoint_stream import path_of
 from dpo_jax.models.logical_axes import RULES
-from dpo_jax.runtime.mesh_shape import MeshError, Units, mesh_shape, uneven
+from dpo_jax.runtime.mesh_shape import MeshError, Units, mesh_shape, uneven, without_experts
 from dpo_jax.types import ROW_AXES, TOKEN_AXES
 
-MESH_AXES = ("data", "fsdp", "context", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 FEW = 32  # numbers of a leaf that is replicated though it belongs to no parameter: counts and constants of an optimizer
 
 
 def make_mesh(
-    *, data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+    *,
+    data: int = 1,
+    fsdp: int = -1,
+    expert: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh over `devices` (default: all of all hosts), fast links innermost. Slices of a pod lie along `data`.
 
     Raises `MeshError` where the sizes do not fit the number of devices or of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    shape = mesh_shape(len(devices), data=data, fsdp=fsdp, context=context, tensor=tensor)
+    shape = mesh_shape(len(devices), data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         # Where no whole axis of the torus is as long as one of the mesh (8 of a 4 x 4 slice), two share it.
@@ -85,12 +92,14 @@ def variable_shardings(variables: Any, axes: Any, mesh: Mesh, *, units: Units | 
     """{path: NamedSharding} of all variables (arrays or `ShapeDtypeStruct`s), by their logical `axes`.
 
     Raises `MeshError` naming parameter, axis and sizes: for a name without a rule, for two axes of one parameter on the same
-    mesh axis, and for a length that does not divide.
+    mesh axis, for a length that does not divide, and for an axis of experts where there are none.
     """
     specs = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, PartitionSpec))
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     if len(specs) != len(leaves):
         raise MeshError(f"the model names the axes of {len(specs)} parameters and has {len(leaves)}")
+    if problem := without_experts({axis for spec in specs for axis in spec}, mesh.shape):
+        raise MeshError(problem)
     return {
         path_of(path): NamedSharding(mesh, _spec(".".join(path_of(path)), leaf.shape, tuple(spec), mesh, units or {}))
         for (path, leaf), spec in zip(leaves, specs, strict=True)

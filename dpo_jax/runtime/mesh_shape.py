@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from dpo_jax.models.logical_axes import RULES
 
@@ -16,10 +16,21 @@ class MeshError(ValueError):
     """The mesh does not fit the devices, or the parameters do not fit the mesh."""
 
 
-def mesh_shape(devices: int, *, data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 1) -> tuple[int, ...]:
+def mesh_words(sizes: Mapping[str, int | str]) -> str:
+    """A mesh in words. The axes of experts and of context are named where they cut something.
+
+    >>> mesh_words({"data": 2, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1})
+    'data 2 x fsdp 4 x tensor 1'
+    """
+    return " x ".join(f"{name} {size}" for name, size in sizes.items() if name not in ("expert", "context") or size != 1)
+
+
+def mesh_shape(
+    devices: int, *, data: int = 1, fsdp: int = -1, expert: int = 1, context: int = 1, tensor: int = 1
+) -> tuple[int, ...]:
     """Sizes of the axes, with one -1 filled in. Raises `MeshError` unless their product is `devices`."""
-    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
-    asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
+    asked = mesh_words(sizes)
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise MeshError(f"mesh {asked}: sizes are at least 1, and one of them may be -1 (what is left)")
@@ -27,7 +38,7 @@ def mesh_shape(devices: int, *, data: int = 1, fsdp: int = -1, context: int = 1,
     if free and devices % fixed == 0:
         sizes[free[0]] = devices // fixed
     elif fixed != devices:
-        nearest = " x ".join(f"{name} {size}" for name, size in zip(sizes, _nearest_shape(devices, sizes), strict=True))
+        nearest = mesh_words(dict(zip(sizes, _nearest_shape(devices, sizes), strict=True)))
         raise MeshError(
             f"mesh {asked}: {fixed} does not {'divide' if free else 'equal'} the {devices} devices; "
             f"the nearest mesh is {nearest}"
@@ -38,7 +49,8 @@ def mesh_shape(devices: int, *, data: int = 1, fsdp: int = -1, context: int = 1,
 def _nearest_shape(devices: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of as many devices that is the fewest doublings and halvings away from `sizes`, of which -1 is any size."""
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
-    shapes = [shape for shape in itertools.product(divisors, repeat=len(sizes)) if math.prod(shape) == devices]
+    choices = ([1] if name in ("expert", "context") and size == 1 else divisors for name, size in sizes.items())
+    shapes = [shape for shape in itertools.product(*choices) if math.prod(shape) == devices]
     wanted = [(axis, size) for axis, size in enumerate(sizes.values()) if size != -1]
 
     def distance(shape: tuple[int, ...]) -> tuple[float, ...]:
@@ -62,5 +74,12 @@ def check_lengths(lengths: Mapping[str, int], sizes: Mapping[str, int], *, units
     devices = math.prod(sizes.values())
     cut = [(axis, length, over) for axis, length in lengths.items() if (over := RULES[axis]) is not None]
     found = (uneven(a, n, over=over, size=sizes[over], unit=units.get(a, 1), devices=devices) for a, n, over in cut)
-    if problems := [problem for problem in found if problem]:
+    if problems := [problem for problem in (without_experts(lengths, sizes), *found) if problem]:
         raise MeshError("; ".join(problems))
+
+
+def without_experts(axes: Container[str], sizes: Mapping[str, int]) -> str | None:
+    """Words on a mesh that cuts experts of a model whose logical axes name none; None where all is well."""
+    if sizes["expert"] == 1 or "experts" in axes:
+        return None
+    return f"expert {sizes['expert']} cuts the experts of a mixture, and this model has none: leave it 1, and take data or fsdp"

@@ -112,8 +112,8 @@ def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
 def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | None = None) -> Partitioner:
     """`jit` over a mesh of `runtime.mesh.make_mesh`: data, FSDP and tensor parallel, by the model's logical axes.
 
-    Rows are cut over data and fsdp; parameters by `models.axes.RULES`, the optimizer state like its parameters. Nothing of the
-    step changes: arrays are global, XLA inserts the collectives. Compiled steps have `lower(state, rows)`, as `jax.jit` has.
+    Rows are cut over data, fsdp and expert; parameters by `models.axes.RULES`, the optimizer state like its parameters. Nothing
+    of the step changes: arrays are global, XLA inserts the collectives. Compiled steps have `lower(state, rows)`.
     Without a model, or with one that names no axes (`Model.axes`), every device holds all parameters: plain data parallelism.
 
     Raises `MeshError`, before anything is computed, where a parameter does not fit the mesh. `units`: see there.

@@ -11,6 +11,7 @@ import numpy as np
 
 from dpo_jax import loss_table
 from dpo_jax.cli import build, identity
+from dpo_jax.cli.balancing import router_aux_loss, tell_switches
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.commands.export import write_model, writer
 from dpo_jax.cli.commands.refs import cache_identity, check_reference, load_pairs, load_reference, reference_values
@@ -41,6 +42,7 @@ def run(config: Config) -> int:
         model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy")
         check_reference(config, model, tokenizer)
         part = trained(config, section, model, config.dpo_policy())
+        balancing = router_aux_loss(config, section, model)
         partitioner = part.partitioner(config)
         pairs, held_out = load_pairs(config, tokenizer)
         check_repeats(config, pairs, held_out)
@@ -60,6 +62,9 @@ def run(config: Config) -> int:
             partitioner=partitioner,
             weights=reference,
         )
+        if saved is None:
+            _, first = next(iter(in_order(pairs, layout=plan.layout, batch=section.batch, part=partitioner.host_part)))
+            tell_switches(config, run_dir, model, variables, first.rows, partitioner=partitioner)
         if section.reference:
             build.free(variables)
             variables, digests = part.load(config.dpo_policy(), partitioner, name="dpo.policy")
@@ -102,7 +107,7 @@ def run(config: Config) -> int:
             run_dir,
             section,
             plan,
-            step=functools.partial(dpo_step, model=part.model, loss=loss, ld_alpha=section.ld_alpha),
+            step=functools.partial(dpo_step, model=part.model, loss=loss, ld_alpha=section.ld_alpha, router_aux_loss=balancing),
             part=part,
             variables=variables,
             weights={**digests, "reference": reference},
@@ -154,11 +159,12 @@ def starts_at_reference(
     if not (first if step == 0 else every and step % every == 0):
         return
     displaced = max(abs(metrics["displacement/chosen"]), abs(metrics["displacement/rejected"]))
-    off = 0.0 if expected_loss is None else abs(metrics["loss"] - expected_loss) / max(1.0, expected_loss)
+    loss = metrics["loss"] - metrics.get("router/aux_loss", 0.0)  # which balances experts, and knows no reference
+    off = 0.0 if expected_loss is None else abs(loss - expected_loss) / max(1.0, expected_loss)
     if displaced > tolerance or off > tolerance:
         remedy = "Delete the reference cache and run `dpo-jax refs` again." if step == 0 else "Delete the folder `references`."
         raise WrongStart(
-            f"step {step} has loss {metrics['loss']:.6f}"
+            f"step {step} has loss {loss:.6f}"
             + (f" where a policy equal to its reference has {expected_loss:.6f}" if expected_loss is not None else "")
             + f", and is {displaced:.4f} nats from its reference: the cached log-probabilities belong to other weights or "
             f"other code. {remedy}"

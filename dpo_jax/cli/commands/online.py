@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.cli import build, identity
+from dpo_jax.cli.balancing import router_aux_loss
 from dpo_jax.cli.card import online_card
 from dpo_jax.cli.commands.export import write_model, writer
 from dpo_jax.cli.commands.ppo import learned_reward
@@ -199,6 +200,7 @@ def _train(
             model=world.model,
             tx=tx,
             loss=build.make_loss(section),
+            router_aux_loss=router_aux_loss(config, section, world.model),
             microbatches=section.microbatches,
             axis_name=partitioner.axis_name,
         )

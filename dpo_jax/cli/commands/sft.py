@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.cli import build
+from dpo_jax.cli.balancing import router_aux_loss
 from dpo_jax.cli.card import sft_card
 from dpo_jax.cli.commands.export import write_exact, writer
 from dpo_jax.cli.config import Config, ConfigError
@@ -32,7 +33,7 @@ def run(config: Config) -> int:
         tokenizer = build.tokenizer_of(config, model_path=config.model.path)
         model = build.start_model(config, tokenizer)
         part = trained(config, section, model, config.model.path)
-        partitioner = part.partitioner(config)
+        partitioner, balancing = part.partitioner(config), router_aux_loss(config, section, model)
         data = (_plain_texts if config.data.source in build.TEXT_SOURCES else _targets)(config, tokenizer)
         plan = plan_training(config, section, data, tokenizer=tokenizer, partitioner=partitioner, saved=saved)
         if config.model.path is None:
@@ -57,7 +58,7 @@ def run(config: Config) -> int:
             run_dir,
             section,
             plan,
-            step=functools.partial(sft_step, model=part.model),
+            step=functools.partial(sft_step, model=part.model, router_aux_loss=balancing),
             part=part,
             variables=variables,
             weights=digests,

@@ -81,6 +81,8 @@ class MeshConfig:
     """Parts into which every matrix and its optimizer state are cut, each also for its part of the batch."""
     context: int = 1
     """Parts into which the positions of each row are cut, for rows of 32k tokens and more; devices along it share rows."""
+    expert: int = 1
+    """Parts into which the experts of a mixture are divided, each also for its part of the batch; the rest is copied."""
     tensor: int = 1
     """Parts into which heads, MLP and vocabulary are divided; devices along it work on the same rows."""
 

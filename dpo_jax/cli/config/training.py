@@ -48,6 +48,10 @@ class TrainingConfig(OptimizerConfig):
     """Train only these: last_layer, last_layers:N, or patterns of parameter names (final_norm.*, *.bias), with commas between;
     none: all of them."""
 
+    router_aux_loss: float | None = None
+    """Coefficient of the load-balancing loss of a mixture of experts; none: router_aux_loss_coef of the model's config.json, if
+    that has output_router_logits."""
+
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which trained parameters are kept. bfloat16 halves them; updates are rounded stochastically, and the optimizer's
     state stays float32."""
@@ -76,7 +80,7 @@ class TrainingConfig(OptimizerConfig):
 
     def check(self) -> Iterator[Problem]:
         yield from positive(self, "batch", "epochs", "steps", "lr", "max_grad_norm", "microbatches")
-        yield from not_negative(self, "warmup_steps", "patience")
+        yield from not_negative(self, "warmup_steps", "patience", "router_aux_loss")
         yield from optimizer_table.problems({"optimizer": self.optimizer, "schedule": self.schedule, **self._options()})
         yield from self._check_length()
         if self.trainable is not None and not all(term.strip() for term in self.trainable.split(",")):

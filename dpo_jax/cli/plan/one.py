@@ -11,6 +11,7 @@ import numpy as np
 
 from dpo_jax import loss_table
 from dpo_jax.cli import build
+from dpo_jax.cli.balancing import router_aux_loss
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.trained import planned
 from dpo_jax.data.encode import Encoded
@@ -79,6 +80,7 @@ def plan(config: Config, topology: str, *, refs: bool = False) -> Plan:
             tx=tx,
             loss=build.make_loss(section),
             ld_alpha=section.ld_alpha,
+            router_aux_loss=router_aux_loss(config, section, model),
             microbatches=section.microbatches,
         )
         where: dict[str, Any] = {"mesh": mesh, "chip": chip, "units": whole_heads(model.config)}

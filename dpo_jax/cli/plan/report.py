@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dpo_jax.cli.plan.one import Plan
 from dpo_jax.runtime.chips import Chip
+from dpo_jax.runtime.mesh_shape import mesh_words
 from dpo_jax.runtime.plan import HEADROOM
-
-
-def mesh_name(sizes: dict[str, int]) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in sizes.items())
 
 
 def report(one: Plan, chip: Chip) -> str:
@@ -17,7 +14,7 @@ def report(one: Plan, chip: Chip) -> str:
     memory, temporary = chip.hbm_bytes / chip.cores, step.temporary_bytes / gb
     rows, length, scored = one.row_shape
     lines = {
-        "mesh": f"{mesh_name(one.mesh)}, attention {one.attention}, remat {one.remat}, "
+        "mesh": f"{mesh_words(one.mesh)}, attention {one.attention}, remat {one.remat}, "
         f"{one.pairs} pairs a step in {one.microbatches} microbatches",
         "rows": f"{rows} of {length} tokens, {scored} of them scored",
         "parameters": f"{one.parameters:,}",
@@ -70,6 +67,6 @@ def print_ranking(plans: list[Plan]) -> None:
         low, high = one.pairs_per_second()
         rate = f"{low:8.3g} to {high:8.3g} pairs/s" if one.step.fits else "does not fit"
         print(
-            f"{number:3}  {mesh_name(one.mesh):28} remat {one.remat:14} microbatches {one.microbatches:<3} "
+            f"{number:3}  {mesh_words(one.mesh):28} remat {one.remat:14} microbatches {one.microbatches:<3} "
             f"peak {one.step.peak_bytes / 1e9:6.1f} GB  {rate}"
         )

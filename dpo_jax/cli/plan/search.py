@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.plan.one import Plan, plan
-from dpo_jax.cli.plan.report import mesh_name
 from dpo_jax.runtime.chips import Chip, slice_of
+from dpo_jax.runtime.mesh_shape import mesh_words
 
 TRIES = 8  # programs compiled at most in search of one that fits
 
@@ -27,7 +27,7 @@ def _with(config: Config, *, mesh: dict[str, int], remat: str, microbatches: int
 def _tried(config: Config, topology: str) -> Plan | None:
     """The plan, announced in a line; None where mesh, batch and model do not go together."""
     sizes, section = dataclasses.asdict(config.mesh), config.dpo
-    name = f"{mesh_name(sizes)}, remat {config.model.remat}, microbatches {section.microbatches}"
+    name = f"{mesh_words(sizes)}, remat {config.model.remat}, microbatches {section.microbatches}"
     try:
         one = plan(config, topology)
     except ConfigError as error:
@@ -47,10 +47,7 @@ def nearest(config: Config, topology: str) -> list[Plan]:
         one = _tried(candidate, topology)
         tried += [one] if one else []
         if one and one.step.fits:
-            print(
-                "fits: " + " ".join(f"--mesh.{axis} {size}" for axis, size in one.mesh.items()),
-                end=" ",
-            )
+            print("fits:", *(f"--mesh.{axis} {size}" for axis, size in one.mesh.items()), end=" ")
             print(f"--model.remat {one.remat} --dpo.microbatches {one.microbatches}")
             return tried
     print(f"none of {len(tried)} fits: take more chips, or chips with more memory")
@@ -68,7 +65,8 @@ def _nearby(config: Config, place: tuple[Chip, int]) -> Iterator[Config]:
         yield _with(config, mesh=mesh, remat="full", microbatches=micro)
     context = mesh["context"]
     for tensor in (mesh["tensor"], *(n for n in (2, 4, 8) if n > mesh["tensor"])):
-        cut = {"data": 1, "fsdp": devices // (context * tensor), "context": context, "tensor": tensor}
+        copies = mesh["expert"] * context * tensor
+        cut = {"data": 1, "fsdp": devices // copies, "expert": mesh["expert"], "context": context, "tensor": tensor}
         if cut != mesh and mesh["data"] * tensor > mesh["tensor"]:
             yield from (_with(config, mesh=cut, remat="full", microbatches=n) for n in _fitting(config, devices, cut, micro))
 
@@ -83,12 +81,13 @@ def sweep(config: Config, topology: str) -> list[Plan]:
     """Every mesh with at most four ways along data, and every remat policy, in one microbatch and in those of the
     configuration, best first."""
     chip, chips = slice_of(topology)
-    devices, context = chips * chip.cores, config.mesh.context
+    devices, expert, context = chips * chip.cores, config.mesh.expert, config.mesh.context
     plans = []
     for tensor, data in itertools.product((1, 2, 4, 8), (1, 2, 4)):
-        if devices % (tensor * data * context):
+        copies = data * expert * context * tensor
+        if devices % copies:
             continue
-        sizes = {"data": data, "fsdp": devices // (tensor * data * context), "context": context, "tensor": tensor}
+        sizes = {"data": data, "fsdp": devices // copies, "expert": expert, "context": context, "tensor": tensor}
         micros = {n for most in (1, config.dpo.microbatches) for n in _fitting(config, devices, sizes, most)}
         for remat in ("none", "save_attention", "full"):
             for micro in sorted(micros):
@@ -109,12 +108,13 @@ def scale(config: Config, topology: str) -> list[Plan]:
     plans: list[Plan] = []
     group = 0  # ways along fsdp
     for count, shape in _scaled_shapes(chip).items():
-        context, tensor, batch = config.mesh.context, config.mesh.tensor, max(1, config.dpo.batch * count // chips)
-        devices = count * chip.cores
-        if devices % (context * tensor):
+        devices, batch = count * chip.cores, max(1, config.dpo.batch * count // chips)
+        expert, context, tensor = config.mesh.expert, config.mesh.context, config.mesh.tensor
+        copies = expert * context * tensor
+        if devices % copies:
             continue
-        shards = devices // (context * tensor)
-        sizes = {"data": shards // (group or shards), "fsdp": group or shards, "context": context, "tensor": tensor}
+        fsdp = group or devices // copies
+        sizes = {"data": devices // (fsdp * copies), "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
         scaled = _with(config, mesh=sizes, remat=config.model.remat, microbatches=1, batch=batch)
         for micro in _fitting(scaled, devices, sizes, config.dpo.microbatches):
             scaled = _with(config, mesh=sizes, remat=config.model.remat, microbatches=micro, batch=batch)

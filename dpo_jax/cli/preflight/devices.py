@@ -11,7 +11,7 @@ from dpo_jax.cli.model_folders import planned_hf_config
 from dpo_jax.cli.preflight.inputs import Check
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.logical_axes import axis_lengths, whole_heads
-from dpo_jax.runtime.mesh_shape import MeshError, check_lengths, mesh_shape
+from dpo_jax.runtime.mesh_shape import MeshError, check_lengths, mesh_shape, mesh_words
 
 MOST_OF_A_HOST = 8  # devices, of any TPU or GPU machine that is sold
 
@@ -41,7 +41,7 @@ def devices(check: Check) -> None:
         sizes = dataclasses.asdict(config.mesh)
         if count is not None:
             sizes = _mesh(config, count)
-        check.tell("devices", " x ".join(f"{axis} {size if size > 0 else 'what is left'}" for axis, size in sizes.items()))
+        check.tell("devices", mesh_words({axis: size if size > 0 else "what is left" for axis, size in sizes.items()}))
         _refuse_uneven(check, sizes)
 
 
@@ -74,9 +74,9 @@ def _row_shards(check: Check) -> int | None:
     if config.run.devices == "pmap":
         return count
     mesh = config.mesh
-    if -1 not in (mesh.data, mesh.fsdp):
-        return mesh.data * mesh.fsdp
-    fixed = mesh.data * mesh.fsdp * mesh.context * mesh.tensor
+    if -1 not in (mesh.data, mesh.fsdp, mesh.expert):
+        return mesh.data * mesh.fsdp * mesh.expert
+    fixed = mesh.data * mesh.fsdp * mesh.expert * mesh.context * mesh.tensor
     return None if count is None or count % fixed else count // (mesh.context * mesh.tensor)
 
 
@@ -112,7 +112,7 @@ def plan(check: Check) -> None:
     check.decoders[source] = decoder_config(hf, where=source)
     if not config.plan.sweep:
         sizes = _mesh(config, chips * chip.cores)
-        batch_parts(config.dpo, sizes["data"] * sizes["fsdp"], layout=config.data.layout)
+        batch_parts(config.dpo, sizes["data"] * sizes["fsdp"] * sizes["expert"], layout=config.data.layout)
         _refuse_uneven(check, sizes)
 
 

@@ -26,6 +26,8 @@ def _routing(read: Reader, usual: int) -> dict[str, Any]:
     if taken > count:
         read.wrong("num_experts_per_tok", f"at most {experts} = {count}")
     LIMITS.check("layers", read.size("num_hidden_layers"), read.where, what="layers")
+    read.flag("output_router_logits")  # these two are read by `families.router_coefficient`
+    read.number("router_aux_loss_coef", least=0.0, right="a number of at least 0")
     return {"experts": count, "experts_per_token": taken}
 
 
@@ -83,6 +85,7 @@ MIXTRAL = Family(
         "rope_theta": 1e6,
         "sliding_window": None,
         "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
     },
     fields=_mixtral,
     tensors=lambda c: _tensors(c, f"{llama.LAYER}.block_sparse_moe", "w1", "w3", "w2"),
@@ -97,6 +100,7 @@ OLMOE = Family(
         "rms_norm_eps": 1e-5,
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.01,
     },
     fields=_olmoe,
     tensors=_qwen_like,
@@ -115,6 +119,7 @@ QWEN3_MOE = Family(
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,
         "decoder_sparse_step": 1,
+        "router_aux_loss_coef": 0.001,
         "mlp_only_layers": None,
     },
     fields=_qwen3_moe,

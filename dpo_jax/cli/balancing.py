@@ -1,0 +1,57 @@
+"""Mixtures of experts in training commands: the coefficient of the load-balancing loss, and what rounding does to routing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.cli import build
+from dpo_jax.cli.config import Config, ConfigError, TrainingConfig
+from dpo_jax.models.families import router_coefficient
+from dpo_jax.models.lora import LORA
+from dpo_jax.routing import switched
+from dpo_jax.runtime.hosts import is_first
+from dpo_jax.runtime.progress import reported
+from dpo_jax.runtime.rundir import RunDir, write_json
+from dpo_jax.types import Model, Partitioner, Rows, Variables
+
+
+def router_aux_loss(config: Config, section: TrainingConfig, model: Model) -> float:
+    """What `section` asks for, or else what the config.json of `model` does. Raises `ConfigError` without experts."""
+    asked = section.router_aux_loss
+    if asked and model.route is None:
+        name = "sft" if section is config.sft else "dpo"
+        raise ConfigError(f"{name}.router_aux_loss: a {model.config.family} has no experts to balance; leave it out")
+    return router_coefficient(model.config) if asked is None else asked
+
+
+def tell_switches(
+    config: Config, run: RunDir, model: Model, variables: Variables, rows: Rows, *, partitioner: Partitioner
+) -> None:
+    """Prints the share of (token, layer, expert) choices of `rows` that differ between float32 and a `model` in bfloat16, and
+    writes it to `routing.json`. Policy and reference both run in bfloat16 and route alike; this is how far from float32.
+
+    Nothing happens for a model without experts, in float32, and where an adapter is trained further.
+    """
+    if model.route is None or config.run.precision == "float32" or LORA in variables:
+        return
+    exact = build.decoder_of(
+        dataclasses.replace(config, run=dataclasses.replace(config.run, precision="float32")), model.config.hf
+    )
+
+    def of_rows(variables: Variables, rows: Rows) -> jax.Array:
+        assert model.route is not None
+        assert exact.route is not None
+        share = switched(exact.route(variables, rows)[1], model.route(variables, rows)[1])
+        return jnp.broadcast_to(share, rows.weight.shape)  # a value of each example, as results of a map are
+
+    with reported("comparing routes with float32", brief=True):
+        share = float(np.mean(partitioner.compile_map(of_rows)(variables, rows)))
+    if is_first():
+        print(
+            f"routing: {share:.2%} of the experts that tokens take in float32 are others in {config.run.precision}", flush=True
+        )
+        write_json(run.path / "routing.json", {"switched": share, "precision": config.run.precision})

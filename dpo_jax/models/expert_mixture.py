@@ -1,0 +1,85 @@
+"""What the experts of a layer make of its tokens, on one device or over a mesh.
+
+A mesh cuts the experts along its axis `expert`, their kernels along `fsdp` and `tensor`, and tokens by row. The devices along
+`expert` then gather the tokens of their rows, each computes what its own experts add to them, and the sums go back to the
+rows' devices (reduce-scatter). That drops no token, whichever experts are asked, and all shapes are static. It moves
+2 x (devices along `expert` - 1) x D numbers for a token, an exchange of the chosen ones alone 2 x experts per token x D.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax.models.activations import ACTIVATIONS
+from dpo_jax.models.axes import auto_axes, parts_of
+from dpo_jax.models.grouped_product import from_groups, group_rows, grouped_product, to_groups
+from dpo_jax.models.logical_axes import RULES
+from dpo_jax.types import ROW_AXES
+
+KERNEL = ("experts", "embed", "mlp")
+"""Logical axes of an expert's kernels."""
+_EXPERT, _EMBED, _MLP = (RULES[axis] for axis in KERNEL)
+
+
+class Kernels(NamedTuple):
+    """[E, D, F] each."""
+
+    gate: jax.Array
+    up: jax.Array
+    down: jax.Array
+
+
+def mixture(x: jax.Array, shares: jax.Array, chosen: jax.Array, kernels: Kernels, *, activation: str) -> jax.Array:
+    """The sum over a token's experts of `share * down(act(gate(x)) * up(x))`: x[R, L, D] to the same shape.
+
+    `shares` and `chosen` [R, L, taken] are the weights and numbers of each token's experts.
+    """
+    here = auto_axes()
+    if not here or x.shape[0] % parts_of(ROW_AXES):
+        return _of_experts(x, shares, chosen, kernels, experts=len(kernels.gate), activation=activation)
+    by_row = P(tuple(axis for axis in ROW_AXES if axis in here))
+    stored = P(*(axis if axis in here else None for axis in (_EXPERT, _EMBED, _MLP)))
+    on_device = functools.partial(_on_device, here=here, activation=activation)
+    # A sum over `tensor` and gathered rows are all that is replicated; the test against one device is what would find it wrong.
+    return jax.shard_map(
+        on_device, in_specs=(by_row, by_row, by_row, Kernels(stored, stored, stored)), out_specs=by_row, check_vma=False
+    )(x, shares, chosen, kernels)
+
+
+def _on_device(
+    x: jax.Array, shares: jax.Array, chosen: jax.Array, kernels: Kernels, *, here: frozenset[str], activation: str
+) -> jax.Array:
+    """The part of one device: its rows, its experts, its slice of their kernels."""
+    if _EMBED in here:
+        # The gradient of a gathered slice is summed straight into the slice.
+        kernels = Kernels(*(jax.lax.all_gather(kernel, _EMBED, axis=1, tiled=True) for kernel in kernels))
+    held = len(kernels.gate)
+    experts = held * jax.lax.axis_size(_EXPERT) if _EXPERT in here else held
+    if experts > held:
+        x, shares, chosen = (jax.lax.all_gather(y, _EXPERT, axis=0, tiled=True) for y in (x, shares, chosen))
+        chosen = chosen - held * jax.lax.axis_index(_EXPERT)
+        chosen = jnp.where((chosen >= 0) & (chosen < held), chosen, held)  # those of other devices
+    y = _of_experts(x, shares, chosen, kernels, experts=experts, activation=activation)
+    y = jax.lax.psum(y, _MLP) if _MLP in here else y
+    return jax.lax.psum_scatter(y, _EXPERT, scatter_dimension=0, tiled=True) if experts > held else y
+
+
+def _of_experts(
+    x: jax.Array, shares: jax.Array, chosen: jax.Array, kernels: Kernels, *, experts: int, activation: str
+) -> jax.Array:
+    """What the experts of `kernels`, some of `experts` or all, add to the tokens that chose them."""
+    taken, width = chosen.shape[-1], x.shape[-1]
+    tokens = x.reshape(-1, width)
+    groups = group_rows(chosen.reshape(-1, taken), len(kernels.gate), of=experts)
+    several = to_groups(jnp.repeat(tokens, taken, axis=0), groups)
+    gate, up = (checkpoint_name(grouped_product(several, kernel, groups), "kernel") for kernel in (kernels.gate, kernels.up))
+    hidden = ACTIVATIONS[activation](gate) * up
+    down = checkpoint_name(grouped_product(hidden, kernels.down, groups, True), "kernel")
+    found = from_groups(down, groups).reshape(*chosen.shape, width)
+    return (found * shares.astype(x.dtype)[..., None]).sum(axis=-2)
