@@ -34,13 +34,12 @@ def dpo_step(
     scalars, means over the pairs of the global batch as the policy was *before* the update. Rankings (`ranking_rows`) go the
     same way, as [P, K] with `loss=partial(plackett_luce_loss, beta=0.1)`, and single completions with a label
     (`Encoded.desirable`) with `loss=partial(kto_loss, beta=0.1)`. Under pmap, name its axis, or devices drift apart.
+    `ld_alpha` below 1 is LD-DPO (`logps.pair_sums`), also of `rows.ref_logps`. `router_aux_loss`: see `routing.with_router`.
 
     >>> step = jax.jit(partial(dpo_step, model=model, tx=tx, loss=partial(dpo_loss, beta=0.1)))
     >>> after, metrics = step(state, rows)
     >>> print(f"{metrics['loss']:.4f} {metrics['rewards/margins']:.1f}")  # the policy still is its reference
     0.6931 0.0
-
-    `ld_alpha` below 1 is LD-DPO (`logps.pair_sums`), also of `rows.ref_logps`. `router_aux_loss`: see `routing.with_router`.
 
     A loss of one's own is a function of arrays. It asks for what it needs besides log-probabilities by keyword: `lengths`, the
     scored tokens float32[P, K], or others of `losses.SIGNALS`. One that asks for `weight` looks across pairs, and is refused

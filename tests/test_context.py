@@ -89,6 +89,7 @@ def assert_as_on_one_device(family, layout, *, attention=BLOCKS, **sizes):
         ("gemma2", "odd", {"context": 2, "tensor": 2}),
         ("gpt2", "plain", {"fsdp": 2, "context": 2}),
         ("mixtral", "shared", {"context": 4}),
+        ("mixtral", "packed", {"expert": 2, "context": 2}),
     ],
     ids=str,
 )

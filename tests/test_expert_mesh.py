@@ -15,6 +15,7 @@ from dpo_jax.data.layout import Layout
 from dpo_jax.dpo import dpo_step
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
+from dpo_jax.models.attention_paths import BLOCKS
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.digest import weights_digest
 from dpo_jax.models.families import decoder_config, hf_config
@@ -239,3 +240,10 @@ def test_the_program_trains_experts_on_a_mesh(tmp_path):
     assert metrics[0]["router/aux_loss"] == pytest.approx(0.01 * metrics[0]["router/balance"], rel=1e-5)
     assert metrics[0]["loss"] - metrics[0]["router/aux_loss"] == pytest.approx(np.log(2), abs=1e-3)
     assert "dpo.router_aux_loss: must not be negative" in refused(2, "dpo", config, "--dpo.router-aux-loss", -1)
+
+
+def test_rows_in_pieces_route_as_whole_ones(variables, batches, expected):
+    """The load-balancing loss and the metrics of routers count each token once, also where a mesh cuts rows."""
+    model = make_model(MODEL.config, attention=BLOCKS)
+    partitioner = mesh_partitioner(make_mesh(fsdp=1, expert=2, context=2), model, units=UNITS)
+    assert_same_run(run(partitioner, variables, batches, model=model), expected, partitioner)

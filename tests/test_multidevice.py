@@ -306,11 +306,11 @@ def test_a_size_of_minus_one_takes_what_is_left(sizes, shape):
     [
         (
             {"tensor": 3},
-            "fsdp -1 x context 1 x tensor 3: 3 does not divide the 4 devices; the nearest mesh is .* x context 1 x tensor 4",
+            "fsdp -1 x tensor 3: 3 does not divide the 4 devices; the nearest mesh is .* x tensor 4",
         ),
         (
             {"fsdp": 2},
-            "fsdp 2 x context 1 x tensor 1: 2 does not equal the 4 devices; the nearest mesh is data 2 x fsdp 2 x context 1",
+            "fsdp 2 x tensor 1: 2 does not equal the 4 devices; the nearest mesh is data 2 x fsdp 2 x tensor 1",
         ),
         ({"data": -1}, "one of them may be -1"),
         ({"fsdp": 0}, "sizes are at least 1"),

@@ -43,7 +43,7 @@ def check_completions(completions: Any) -> None:
                 "completions must be (prompt ids, completion ids), got Encoded: give "
                 "[(pair.prompt, pair.chosen) for pair in encoded], or use plain_rows for pairs"
             )
-        if isinstance(pair, str | Mapping) or not hasattr(pair, "__len__") or len(pair) not in (2, 3):
+        if isinstance(pair, str | Mapping) or not hasattr(pair, "__len__") or len(pair) not in (2, 3, 4):
             raise TypeError(f"completions must be (prompt ids, completion ids), got {type(pair).__name__} as number {number}")
         prompt, completion, *scored = pair
         check_ids(prompt, f"text {number}: prompt", empty=True)

@@ -19,7 +19,7 @@ from dpo_jax.models.attention_lanes import lane_keys
 from dpo_jax.models.attention_ring import along_context
 from dpo_jax.models.axes import as_stored, by_row
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.models.context import context_parts, from_pieces, row_pieces
+from dpo_jax.models.context import context_parts, from_pieces, row_pieces, to_pieces
 from dpo_jax.models.experts import Routed
 from dpo_jax.models.layers import VOCABULARY, Block, LayerInput, Norm, Shared, declare, last_axis
 from dpo_jax.models.products import float32_product, precision_of
@@ -308,6 +308,7 @@ def make_model(
 
     def route(variables: Variables, rows: Rows) -> tuple[jax.Array, Routing]:
         counted = counted_tokens(rows)
+        counted = to_pieces([counted])[0] if context_parts() > 1 else counted
         hidden, routed = trunk(variables, rows, counted)
         return hidden, Routing(*routed, counted)
 

@@ -20,7 +20,7 @@ from dpo_jax.models.activations import ACTIVATIONS
 from dpo_jax.models.axes import auto_axes, parts_of
 from dpo_jax.models.grouped_product import from_groups, group_rows, grouped_product, to_groups
 from dpo_jax.models.logical_axes import RULES
-from dpo_jax.types import ROW_AXES
+from dpo_jax.types import TOKEN_AXES
 
 KERNEL = ("experts", "embed", "mlp")
 """Logical axes of an expert's kernels."""
@@ -41,9 +41,9 @@ def mixture(x: jax.Array, shares: jax.Array, chosen: jax.Array, kernels: Kernels
     `shares` and `chosen` [R, L, taken] are the weights and numbers of each token's experts.
     """
     here = auto_axes()
-    if not here or x.shape[0] % parts_of(ROW_AXES):
+    if not here or x.shape[0] % parts_of(TOKEN_AXES):
         return _of_experts(x, shares, chosen, kernels, experts=len(kernels.gate), activation=activation)
-    by_row = P(tuple(axis for axis in ROW_AXES if axis in here))
+    by_row = P(tuple(axis for axis in TOKEN_AXES if axis in here))
     stored = P(*(axis if axis in here else None for axis in (_EXPERT, _EMBED, _MLP)))
     on_device = functools.partial(_on_device, here=here, activation=activation)
     # A sum over `tensor` and gathered rows are all that is replicated; the test against one device is what would find it wrong.
