@@ -18,7 +18,7 @@ def _small_tiles(monkeypatch):
 
 
 def digest(array):
-    return tile_digests({"x": array})["x"]
+    return tile_digests({"x": array}, every_copy=True)["x"]
 
 
 def laid_out(shape, spec, array=ARRAY):
@@ -26,29 +26,84 @@ def laid_out(shape, spec, array=ARRAY):
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-def as_of_several_hosts(monkeypatch):
-    """Arrays on several devices look as if other processes held some of their pieces: what is not local is told by pieces."""
-    monkeypatch.setattr(tiles, "_addressable", lambda leaf: len(leaf.sharding.device_set) == 1)
+def over_hosts(array, count, *, every_copy=True, damaged=None):
+    """The digest as `count` hosts make it, each of which holds an equal run of the devices of `array`.
+
+    On host `damaged` one number is another.
+    """
+    process = {device: number * count // len(array.sharding.device_set) for number, device in enumerate(jax.devices())}
+    cut = array.sharding.devices_indices_map(array.shape)
+    boxes = {
+        number: {tiles._box(index, array.shape) for device, index in cut.items() if process[device] == number}
+        for number in range(count)
+    }
+    pieces, added = tiles._pieces, []
+    for number in range(count):
+        mine = {box: np.array(data) for box, data in pieces(array).items() if box in boxes[number]}
+        if number == damaged:
+            next(iter(mine.values())).flat[0] += 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "process_index", lambda number=number: number)
+            patch.setattr(tiles, "_pieces_by_process", lambda _: boxes)
+            patch.setattr(tiles, "_pieces", lambda _, mine=mine: mine)
+            patch.setattr(hosts, "whole", lambda leaf: pytest.fail("gathered"))
+            patch.setattr(tiles, "_over_hosts", lambda sums: added.append(sums[0]) or sums)
+            tile_digests({"x": array}, every_copy=every_copy)
+    return f"{sum(added) % tiles.MODULUS:064x}"
+
+
+LAYOUTS = [
+    ((1, 1), ()),
+    ((4, 1), (None, "a")),
+    ((2, 2), (None, "a", "b")),
+    ((2, 2), (None, "b")),
+    ((2, 2), ()),
+    ((2, 2), (None, "b", "a")),
+]
+
+
+@pytest.mark.parametrize(("shape", "spec"), LAYOUTS)
+def test_the_layout_does_not_matter(shape, spec):
+    assert digest(laid_out(shape, spec)) == digest(ARRAY)
+
+
+@pytest.mark.parametrize("every_copy", [True, False])
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(("shape", "spec"), LAYOUTS[1:])
+def test_hosts_add_up_their_own_parts(shape, spec, count, every_copy):
+    assert over_hosts(laid_out(shape, spec), count, every_copy=every_copy) == digest(ARRAY)
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2, 3])
+@pytest.mark.parametrize(("shape", "spec"), LAYOUTS[1:])
+def test_damage_on_any_host_is_found_also_in_a_copy(shape, spec, damaged):
+    assert over_hosts(laid_out(shape, spec), 4, damaged=damaged) != digest(ARRAY)
+
+
+def test_what_is_written_is_digested_also_where_another_copy_differs():
+    """The first host that holds a part writes it; a record of anything else would never verify."""
+    array = laid_out((2, 2), ())
+    assert over_hosts(array, 2, every_copy=False, damaged=1) == digest(ARRAY)
+    assert over_hosts(array, 2, every_copy=False, damaged=0) != digest(ARRAY)
 
 
 @pytest.mark.parametrize(
-    ("shape", "spec"), [((1, 1), ()), ((4, 1), (None, "a")), ((2, 2), (None, "a", "b")), ((2, 2), (None, "b")), ((2, 2), ())]
+    "boxes",
+    [
+        {0: {((0, 3), (0, 128), (0, 31))}, 1: {((0, 3), (0, 128), (31, 96))}},  # through tiles
+        {0: {((0, 3), (0, 128), (0, 96))}, 1: {((0, 3), (0, 128), (0, 48))}},  # one within the other
+        {
+            0: {((0, 3), (0, 64), (0, 48)), ((0, 3), (64, 128), (48, 96))},
+            1: {((0, 3), (0, 64), (48, 96)), ((0, 3), (64, 128), (0, 48))},
+        },
+    ],
 )
-def test_the_layout_does_not_matter(shape, spec, monkeypatch):
-    expected = digest(ARRAY)
-    assert digest(laid_out(shape, spec)) == expected
-    as_of_several_hosts(monkeypatch)
-    monkeypatch.setattr(hosts, "gathered_chunks", None)  # would raise
-    assert digest(laid_out(shape, spec)) == expected
-
-
-def test_pieces_that_are_no_whole_tiles_are_gathered(monkeypatch):
-    expected, calls = digest(ARRAY), []
-    as_of_several_hosts(monkeypatch)
-    chunks = hosts.gathered_chunks
-    monkeypatch.setattr(hosts, "gathered_chunks", lambda *of, **more: calls.append(of) or chunks(*of, **more, max_bytes=50_000))
-    assert digest(laid_out((3, 1), (None, None, "a"))) == expected
-    assert len(calls) == 1
+def test_parts_that_are_no_boxes_of_whole_tiles_are_gathered(boxes, monkeypatch):
+    expected, seen, chunks = digest(ARRAY), [], hosts.gathered_chunks
+    monkeypatch.setattr(tiles, "_pieces_by_process", lambda _: boxes)
+    monkeypatch.setattr(hosts, "gathered_chunks", lambda *of, **more: seen.append(of) or chunks(*of, **more, max_bytes=50_000))
+    assert digest(ARRAY) == expected
+    assert len(seen) == 1
 
 
 def test_chunks_do_not_matter(monkeypatch):
@@ -76,7 +131,7 @@ def test_every_kind_of_damage_changes_it():
     assert len(found) == 1 + len(damaged)
 
 
-@pytest.mark.parametrize("shape", [(), (0, 4), (5,), (5, 1), (7, 3)])
+@pytest.mark.parametrize("shape", [(), (0, 4), (4, 0), (5,), (5, 1), (7, 3), (2, 3, 2, 2)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
 def test_any_shape_and_type(shape, dtype):
     array = jnp.ones(shape, dtype)
@@ -85,13 +140,13 @@ def test_any_shape_and_type(shape, dtype):
 
 
 def test_the_order_of_names_stays():
-    found = tile_digests({"b": np.ones(3), "a": np.zeros(3)})
+    found = tile_digests({"b": np.ones(3), "a": np.zeros(3)}, every_copy=False)
     assert list(found) == ["b", "a"]
     assert found["a"] != found["b"]
 
 
 def test_halving_ends(monkeypatch):
-    monkeypatch.setattr(tiles, "TILE_BYTES", 16 << 10)
+    monkeypatch.setattr(tiles, "TILE_BYTES", 32 << 10)
     assert tile_shape((), 4) == ()
     assert tile_shape((30_001,), 4) == (30_001,)  # odd: it stays whole
-    assert tile_shape((80, 8192, 28672), 4) == (1, 64, 56)
+    assert tile_shape((80, 8192, 28672), 4) == (1, 64, 112)

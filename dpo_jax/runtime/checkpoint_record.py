@@ -50,7 +50,7 @@ def named(state: Any) -> Leaves:
 def make_record(step: int, leaves: Leaves, meta: Mapping[str, Any]) -> dict[str, Any]:
     described = {
         name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "tiles": sums}
-        for (name, leaf), sums in zip(leaves.items(), tile_digests(leaves).values(), strict=True)
+        for (name, leaf), sums in zip(leaves.items(), tile_digests(leaves, every_copy=False).values(), strict=True)
     }
     record = {"format": FORMAT, "step": step, "leaves": described, "meta": json.loads(json.dumps(meta))}
     return {**record, "digest": digest(record)}
@@ -59,7 +59,7 @@ def make_record(step: int, leaves: Leaves, meta: Mapping[str, Any]) -> dict[str,
 def check_leaves(record: Mapping[str, Any], leaves: Leaves) -> None:
     """Raises ValueError naming a leaf whose values are not those of the record. All hosts make this call."""
     older = record["format"] == WHOLE
-    found = {name: _sha256(leaf) for name, leaf in leaves.items()} if older else tile_digests(leaves)
+    found = {name: _sha256(leaf) for name, leaf in leaves.items()} if older else tile_digests(leaves, every_copy=True)
     for name, digest_ in found.items():
         if digest_ != record["leaves"][name]["sha256" if older else "tiles"]:
             raise ValueError(f"{name} differs from its digest")

@@ -1,132 +1,189 @@
-"""Digests of arrays that are cut over devices and hosts, of the pieces where they lie: nothing is gathered.
+"""Digests of arrays that are cut over devices and hosts, of the parts where they lie: nothing is gathered.
 
-An array is divided into tiles by a grid that depends on its shape and type alone. Its digest is the sum, modulo 2^256, of the
+An array is divided into tiles by a grid that depends on its shape and type alone. Its digest is the sum, modulo a prime, of the
 SHA-256 of each tile and its place. So it does not depend on who holds which tiles, nor on the order in which they are added
 (the incremental hash of Bellare and Micciancio 1997): each process adds up those it holds, and 32 bytes an array travel.
 
-The axes of a mesh are powers of two as a rule, and tiles come from halving, so pieces are made of whole tiles. Where they are
-not (a mesh of 3 devices, a piece smaller than a tile), an array is gathered instead, chunk by chunk; its digest is the same.
+The axes of a mesh are powers of two as a rule, and tiles come from halving, so the part of a process is made of whole tiles.
+Where it is not (three hosts, or a part smaller than a tile), the array is gathered, chunk by chunk; its digest is the same.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from dpo_jax.runtime import hosts
 
-TILE_BYTES = 16 << 10
-"""Tiles are halved until they have at most so many: a matrix of 1 MB may lie in 64 pieces."""
-CHUNK_BYTES = 64 << 20
+TILE_BYTES = 32 << 10
+"""Tiles are halved until they have at most so many: a matrix of 2 MB may lie on 64 hosts."""
+CHUNK_BYTES = 32 << 20  # eight threads copy as much at once
+MODULUS = 2**256 - 189  # a prime, so that a share of a tile can be added: see `_sum`
 Box = tuple[tuple[int, int], ...]
 """(first, end) along each axis."""
 
 
-def tile_digests(leaves: Mapping[str, Any]) -> dict[str, str]:
-    """The digest of each array, hexadecimal, in the order of `leaves`. Of several hosts all make this call."""
-    together = [name for name, leaf in leaves.items() if not _in_whole_tiles(leaf)]
-    # hashlib lets go of the interpreter lock: eight threads hash several GB a second.
+class Held(NamedTuple):
+    """The part of an array that this process holds."""
+
+    box: Box
+    copies: int  # the number of processes that hold it
+    is_first: bool  # this is the first of them
+
+
+def tile_digests(leaves: Mapping[str, Any], *, every_copy: bool) -> dict[str, str]:
+    """The digest of each array, hexadecimal, in the order of `leaves`. Of several hosts all make this call.
+
+    Where several hosts hold the same part, `every_copy` looks at all of them: one that differs changes the digest. Without it
+    each part is looked at once, by the first host that holds it.
+    """
+    parts = {name: held_part(leaf) for name, leaf in leaves.items()}
+
+    def add_up(name: str) -> int:
+        part = parts[name]
+        return 0 if part is None else _sum(leaves[name], part, every_copy=every_copy)
+
+    # hashlib lets go of the interpreter lock: threads hash at the same time.
     with ThreadPoolExecutor(8) as pool:
-        mine = dict(zip(leaves, pool.map(lambda name: 0 if name in together else _local(leaves[name]), leaves), strict=True))
-    for name in together:  # a collective: array by array, in the same order everywhere
-        total = _gathered(leaves[name])
+        mine = dict(zip(leaves, pool.map(add_up, leaves), strict=True))
+    for name in (name for name, part in parts.items() if part is None):  # a collective: in the same order everywhere
+        total = _sum_gathered(leaves[name])
         mine[name] = total if hosts.is_first() else 0
-    return {name: f"{total:064x}" for name, total in zip(leaves, _added_up([*mine.values()]), strict=True)}
+    return {name: f"{total:064x}" for name, total in zip(leaves, _over_hosts([*mine.values()]), strict=True)}
 
 
-def tile_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The lengths of a tile along each axis: layers apart, then the longest even axis halved until a tile is small.
+def tile_shape(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """The lengths of a tile, which divide `shape`: layers apart, then the longest even axis halved until a tile is small.
 
     >>> tile_shape((12, 1024, 768), 4)
-    (1, 64, 48)
+    (1, 64, 96)
     """
     lengths = [1] * (len(shape) - 2) + list(shape[-2:])
     while math.prod(lengths) * itemsize > TILE_BYTES:
         even = [axis for axis, length in enumerate(lengths) if length % 2 == 0]
         if not even:
             break
-        axis = max(even, key=lambda axis: lengths[axis])
-        lengths[axis] //= 2
+        lengths[max(even, key=lambda axis: lengths[axis])] //= 2
     return tuple(lengths)
 
 
-def _in_whole_tiles(leaf: Any) -> bool:
-    """Whether each process can digest what it holds. An array of one process needs no collective, however it is cut."""
-    if _addressable(leaf):
-        return True
-    tile, piece = tile_shape(leaf.shape, leaf.dtype.itemsize), leaf.sharding.shard_shape(leaf.shape)
-    return all(length == whole or length % part == 0 for length, whole, part in zip(piece, leaf.shape, tile, strict=True))
+def held_part(leaf: Any) -> Held | None:
+    """What this process holds of an array. None, and that on all hosts, where some host's part is not a box of whole tiles."""
+    pieces = _pieces_by_process(leaf)
+    boxes = {process: _around(found) for process, found in pieces.items()}
+    if any(sum(map(_size, found)) != _size(boxes[process]) for process, found in pieces.items()):
+        return None  # a process holds what is no box
+    if sum(map(_size, {*boxes.values()})) != leaf.size:
+        return None  # boxes overlap
+    lengths = tile_shape(leaf.shape, leaf.dtype.itemsize)
+    sides = (pair for box in boxes.values() for pair in zip(box, lengths, strict=True))
+    if any(length and (first % length or end % length) for (first, end), length in sides):
+        return None
+    mine = boxes[jax.process_index()]
+    holders = [process for process, box in boxes.items() if box == mine]
+    return Held(mine, len(holders), jax.process_index() == min(holders))
 
 
-def _addressable(leaf: Any) -> bool:
-    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+def _pieces_by_process(leaf: Any) -> dict[int, set[Box]]:
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:  # each process has a whole one of its own
+        whole = tuple((0, length) for length in leaf.shape)
+        return {process: {whole} for process in range(jax.process_count())}
+    pieces: dict[int, set[Box]] = {}
+    for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
+        pieces.setdefault(device.process_index, set()).add(_box(index, leaf.shape))
+    return pieces
 
 
-def _local(leaf: Any) -> int:
-    """The sum over the tiles that this process is the first to hold."""
-    if not _addressable(leaf):
-        mine = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
-        return sum(_sum(shard.data, _box(shard.index, leaf.shape), leaf.shape) for shard in mine)
-    return _sum(leaf, [(0, length) for length in leaf.shape], leaf.shape) if hosts.is_first() else 0
+def _box(index: Sequence[slice], shape: Sequence[int]) -> Box:
+    return tuple(along.indices(length)[:2] for along, length in zip(index, shape, strict=True))
 
 
-def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    return [along.indices(length)[:2] for along, length in zip(index, shape, strict=True)]
+def _around(boxes: set[Box]) -> Box:
+    return tuple((min(first for first, _ in ranges), max(end for _, end in ranges)) for ranges in zip(*boxes, strict=True))
 
 
-def _sum(array: Any, box: list[tuple[int, int]], shape: tuple[int, ...]) -> int:
-    """The sum over the tiles in `box` of an array of `shape`, of which `array` is that part. It is copied in chunks."""
-    lengths = tile_shape(tuple(shape), array.dtype.itemsize)
-    if not array.size or not shape:
-        return _sum_of_chunk(np.asarray(array), box, lengths)
-    run = max(1, CHUNK_BYTES * len(array) // max(1, array.nbytes) // lengths[0]) * lengths[0]
+def _size(box: Box) -> int:
+    return math.prod(end - first for first, end in box)
+
+
+def _sum(leaf: Any, part: Held, *, every_copy: bool) -> int:
+    """What this process adds to the digest of `leaf`.
+
+    With `every_copy` each of n copies adds an n-th: n equal ones make a whole. An n-th is the inverse of n modulo the prime.
+    """
+    if not leaf.size or not (every_copy or part.is_first):
+        return 0
+    lengths = tile_shape(leaf.shape, leaf.dtype.itemsize)
+    others = [begin for begin, _ in part.box[1:]]
+    total = sum(_sum_of_chunk(chunk, [first, *others][: leaf.ndim], lengths) for first, chunk in _chunks(leaf, part))
+    return total * pow(part.copies, -1, MODULUS) if every_copy else total
+
+
+def _chunks(leaf: Any, part: Held) -> Iterator[tuple[int, np.ndarray]]:
+    """(first, array): the part of an array from `first` along its first axis, in runs of whole tiles."""
+    if not leaf.ndim:
+        yield 0, np.asarray(leaf)
+        return
+    (begin, end), *rest = part.box
+    length = tile_shape(leaf.shape, leaf.dtype.itemsize)[0]
+    run = max(1, CHUNK_BYTES * (end - begin) // (_size(part.box) * leaf.dtype.itemsize) // length) * length
+    pieces = _pieces(leaf)
+    for first in range(begin, end, run):
+        last = min(first + run, end)
+        if len(pieces) == 1:
+            yield first, np.asarray(next(iter(pieces.values()))[first - begin : last - begin])
+            continue
+        chunk = np.empty((last - first, *(stop - start for start, stop in rest)), leaf.dtype)
+        for ((low, high), *others), data in pieces.items():
+            if (top := max(first, low)) < (bottom := min(last, high)):
+                to = [slice(a - start, b - start) for (a, b), (start, _) in zip(others, rest, strict=True)]
+                chunk[(slice(top - first, bottom - first), *to)] = data[top - low : bottom - low]
+        yield first, chunk
+
+
+def _pieces(leaf: Any) -> dict[Box, Any]:
+    """The arrays that make up the part of this process."""
+    if not isinstance(leaf, jax.Array):
+        return {tuple((0, length) for length in leaf.shape): leaf}
+    return {_box(shard.index, leaf.shape): shard.data for shard in leaf.addressable_shards}
+
+
+def _sum_of_chunk(array: np.ndarray, begin: Sequence[int], lengths: Sequence[int]) -> int:
+    """The sum over an array of whole tiles that lies at `begin`: SHA-256 of (place, row-major bytes), all little endian."""
+    counts = [size // length for size, length in zip(array.shape, lengths, strict=True)]
+    split = array.reshape([number for pair in zip(counts, lengths, strict=True) for number in pair])
+    axes = [*range(0, split.ndim, 2), *range(1, split.ndim, 2)]
+    tiles = np.ascontiguousarray(split.transpose(axes)).view(np.uint8).reshape(math.prod(counts), -1)
+    places = np.array([*np.ndindex(*counts)], "<u8").reshape(len(tiles), -1)
+    places = places * np.array(lengths, "<u8") + np.array(begin, "<u8")
     total = 0
-    for first in range(0, len(array), run):
-        chunk = np.asarray(array if run >= len(array) else array[first : first + run])
-        total += _sum_of_chunk(chunk, [(box[0][0] + first, box[0][0] + first + len(chunk)), *box[1:]], lengths)
-    return total
-
-
-def _sum_of_chunk(array: np.ndarray, box: list[tuple[int, int]], lengths: tuple[int, ...]) -> int:
-    total = 0
-    for part in _tiles(box, lengths):
-        here = tuple(slice(first - begin, end - begin) for (first, end), (begin, _) in zip(part, box, strict=True))
-        tile = np.ascontiguousarray(array[here])
-        sha = hashlib.sha256(np.array([first for first, _ in part], "<u8").tobytes())
-        sha.update(tile.view(np.uint8).reshape(-1).data if tile.size else b"")
+    for place, tile in zip(places, tiles, strict=True):
+        sha = hashlib.sha256(place.data)
+        sha.update(tile.data)
         total += int.from_bytes(sha.digest(), "little")
     return total
 
 
-def _tiles(box: list[tuple[int, int]], lengths: tuple[int, ...]) -> Iterator[Box]:
-    along = [
-        [(first, min(first + length, end)) for first in range(begin, end, max(1, length))]
-        for (begin, end), length in zip(box, lengths, strict=True)
-    ]
-    return itertools.product(*along)
-
-
-def _gathered(leaf: Any) -> int:
-    """The sum over all tiles of an array whose pieces are no whole tiles."""
+def _sum_gathered(leaf: Any) -> int:
+    """The sum over all tiles of an array of which some process does not hold whole tiles."""
+    lengths = tile_shape(leaf.shape, leaf.dtype.itemsize)
     total, first = 0, 0
-    for chunk in hosts.gathered_chunks(leaf, multiple_of=tile_shape(leaf.shape, leaf.dtype.itemsize)[0]):
-        box = [(first, first + len(chunk)), *((0, length) for length in leaf.shape[1:])]
-        total += _sum_of_chunk(chunk, box, tile_shape(leaf.shape, leaf.dtype.itemsize))
+    for chunk in hosts.gathered_chunks(leaf, multiple_of=lengths[0]):
+        total += _sum_of_chunk(chunk, [first, *(0 for _ in lengths[1:])], lengths)
         first += len(chunk)
     return total
 
 
-def _added_up(mine: list[int]) -> list[int]:
-    """The sums over all hosts, modulo 2^256."""
+def _over_hosts(mine: Sequence[int]) -> list[int]:
+    """The sums over all hosts, modulo the prime."""
     if jax.process_count() == 1:
-        return [total % 2**256 for total in mine]
-    own = np.frombuffer(b"".join((total % 2**256).to_bytes(32, "little") for total in mine), np.uint8)
+        return [total % MODULUS for total in mine]
+    own = np.frombuffer(b"".join((total % MODULUS).to_bytes(32, "little") for total in mine), np.uint8)
     everyones = hosts.joined(own.reshape(1, len(mine), 32))
-    return [sum(int.from_bytes(one.tobytes(), "little") for one in everyones[:, n]) % 2**256 for n in range(len(mine))]
+    return [sum(int.from_bytes(one.tobytes(), "little") for one in everyones[:, n]) % MODULUS for n in range(len(mine))]
