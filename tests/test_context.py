@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.layout import Layout
+from dpo_jax.data.layout import Layout, causal_rows
 from dpo_jax.data.loader import plan_layout
 from dpo_jax.dpo import dpo_step
 from dpo_jax.logps import completion_logps
@@ -19,7 +19,7 @@ from dpo_jax.models.attention_gpu import flash_path
 from dpo_jax.models.attention_paths import BLOCKS, attention_path
 from dpo_jax.models.attention_ring import along_context
 from dpo_jax.models.attention_tpu import splash_path
-from dpo_jax.models.context import from_pieces, hidden_at, to_pieces
+from dpo_jax.models.context import columns_before, from_pieces, hidden_at, rounds_of, to_pieces
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.runtime.mesh import make_mesh
@@ -113,7 +113,7 @@ def test_the_kernels_go_round_as_well(kernel, family):
     assert_as_on_one_device(family, "packed", attention=kernel(interpret=True), context=2)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, 3, 4])
 def test_a_row_is_cut_in_pieces_and_put_together_again(parts):
     column = np.arange(3 * 21, dtype=np.int32).reshape(3, 21)
     with jax.set_mesh(mesh_of(context=parts)):
@@ -121,13 +121,37 @@ def test_a_row_is_cut_in_pieces_and_put_together_again(parts):
         again = jax.jit(lambda x: from_pieces(x.astype(jnp.float32)[:, :, None], 21))(pieces)
         source = np.array([[20, 0, 5, 5, 1], [0, 1, 2, 3, 4], [13, 20, 20, 0, 7]], np.int32)
         read = jax.jit(lambda x, at: hidden_at(from_pieces(x.astype(jnp.float32)[:, :, None], 21), at))(pieces, source)
-    run = -(-21 // (2 * parts))
-    assert pieces.shape == (3 * parts, 2 * run)
-    np.testing.assert_array_equal(pieces[0, :run], column[0, :run])  # the first device has the first run,
-    last = np.asarray(pieces)[0, run:]
-    assert set(last[last > 0]) == set(range((2 * parts - 1) * run, 21))  # and what there is of the last one
+    rounds = rounds_of(parts)
+    run = -(-21 // (rounds * parts))
+    assert pieces.shape == (3 * parts, rounds * run)
+    period = parts * run  # the first device has the first run of the first round, and the last of the second
+    expected = [*range(run), *range(2 * period - run, 2 * period), *range(2 * period, 2 * period + run)]
+    np.testing.assert_array_equal(pieces[0, : 3 * run], expected)
     np.testing.assert_array_equal(again[..., 0], column)
     np.testing.assert_array_equal(read[..., 0], np.take_along_axis(column, source, axis=1))
+
+
+@pytest.mark.parametrize("kind", ["causal", "shared", "packed"])
+def test_devices_see_about_as_many_keys(kind):
+    """In each turn the ring waits for the device that sees most: of long rows, not much more than the others."""
+    parts, length = 4, 4096
+    sizes = {"shared": [(2048, 1024, 1024)], "packed": [(700, 300, 300)] * 3}
+    layout = Layout(kind, length=length, scored=length, per_row=3) if kind != "causal" else None
+    ids = [Encoded(*(np.ones(n, np.int32) for n in size)) for size in sizes.get(kind, ())]
+    rows = causal_rows(np.ones((1, length), np.int32)) if layout is None else layout.rows(ids)
+    spans = np.stack([rows.k_start[0], rows.k_end[0]])
+    run, own = length // (parts * rounds_of(parts)), np.zeros(length, np.int32)
+    seen = np.zeros((parts, parts))  # by device and turn
+    before = [np.asarray(columns_before(spans, holder=np.int32(h), run=run, parts=parts)) for h in range(parts)]
+    column = np.arange(length, dtype=np.int32)
+    for holder in range(parts):
+        of_holder = np.asarray(columns_before(column[None], holder=np.int32(holder), run=run, parts=parts))[0]
+        own[np.flatnonzero(np.diff(of_holder, append=length // parts))] = holder
+    for holder, (start, end) in enumerate(before):
+        for device in range(parts):
+            seen[device, (device - holder) % parts] = (end - start)[own == device].sum()
+    assert seen.sum() == (spans[1] - spans[0]).sum()  # each key is met in one turn
+    assert seen.max(axis=0).sum() < {"causal": 1.01, "shared": 1.2, "packed": 1.9}[kind] * seen.sum() / parts
 
 
 def test_a_run_is_that_of_one_device():

@@ -395,6 +395,11 @@ def test_what_does_not_fit_is_a_finding_and_something_near_is_found(tmp_path, ca
     assert "\nfits: --mesh.data 1 " in printed
 
 
+def in_products(flops):
+    """Operations of a pair outside of the attention kernels, which do not show theirs."""
+    return flops.training - 3 * flops.attention
+
+
 @pytest.mark.plan
 @needs_libtpu
 @pytest.mark.parametrize("path", PODS, ids=lambda path: path.stem)
@@ -419,5 +424,5 @@ def test_pod(path):
         assert one.step.collectives["all-reduce"]["operand_bytes"] < 2 * one.parameters / 4
     assert kinds <= {"all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all"}
     # The program multiplies what the formula says, each layer's forward pass twice but for what nobody reads again.
-    needed = one.pairs * one.flops_per_pair.training / (one.chips * slice_of(one.topology)[0].cores)
+    needed = one.pairs * in_products(one.flops_per_pair) / (one.chips * slice_of(one.topology)[0].cores)
     assert 1.0 < one.step.matmul_flops / needed < 1.6

@@ -126,7 +126,7 @@ def _partial_forward(
 ) -> tuple[jax.Array, jax.Array]:
     _check_size(q, k)
     spans, settings = _partial_spans(start, end), Settings(scale, softcap, interpret)
-    mixed, log_mass = flash_kernels.forward(*map(_whole_blocks, (q, k, v)), spans, settings)
+    mixed, log_mass = flash_kernels.forward(_whole_blocks(q), _whole_blocks(k), _whole_blocks(v), spans, settings)
     return mixed[:, : q.shape[1], :, : q.shape[3]], log_mass[:, :, : q.shape[1]] / LOG2E
 
 
@@ -148,7 +148,7 @@ def _partial_backward(
     spans, settings = _partial_spans(start, end), Settings(scale, softcap, interpret)
     in_base_2 = jnp.pad(log_mass * LOG2E, ((0, 0), (0, 0), (0, -length % LONGEST)))
     of_all = {"out": _whole_blocks(out), "log_mass": in_base_2, "d_out": _whole_blocks(d_out)}
-    gradients = flash_kernels.backward(*map(_whole_blocks, (q, k, v)), spans, settings, **of_all)
+    gradients = flash_kernels.backward(_whole_blocks(q), _whole_blocks(k), _whole_blocks(v), spans, settings, **of_all)
     d_q, d_k, d_v = (x[:, :length, :, :size] for x in gradients)
     return d_q, d_k, d_v
 

@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models.attention import AttentionPath, PartialAttention
 from dpo_jax.models.attention_common import of_window, on_each_device
-from dpo_jax.models.context import context_parts, pass_on, to_pieces
+from dpo_jax.models.context import columns_before, context_parts, pass_on, rounds_of, to_pieces
 from dpo_jax.types import CONTEXT_AXIS, Array
 
 LOWEST = -1e30  # log of the sum of no exponentials: finite, so that differences of two are no NaN
@@ -165,13 +165,6 @@ _ring.defvjp(_forward, _backward)
 def _spans_of_turn(spans: tuple[Span, ...], number: jax.Array, settings: _Settings) -> list[Span]:
     """`spans` in columns of the piece that a device reads in turn `number`: of the device so many places before it."""
     holder = (jax.lax.axis_index(CONTEXT_AXIS) - number) % settings.parts
-    run = spans[0][0].shape[1] // 2
-
-    def columns(column: jax.Array) -> jax.Array:
-        """How many columns of that piece lie before `column` of the row."""
-        return sum(
-            (jnp.clip(column - begin * run, 0, run) for begin in (holder, 2 * settings.parts - 1 - holder)),
-            start=jnp.zeros_like(column),
-        )
-
-    return [(columns(start), columns(end)) for start, end in spans]
+    run = spans[0][0].shape[1] // rounds_of(settings.parts)
+    before = functools.partial(columns_before, holder=holder, run=run, parts=settings.parts)
+    return [(before(start), before(end)) for start, end in spans]

@@ -3,9 +3,9 @@
 A decoder computes pieces: `[R * C, L / C, ...]`, a piece of each row on each of the `C` devices along the axis, all cut over
 `types.TOKEN_AXES` by their first axis. All but attention works token by token and does not see the difference.
 
-A row is cut into `2 C` runs of equal length, and device `i` has run `i` and run `2 C - 1 - i`. In causal rows late tokens see
-more keys than early ones: so each device has some of both, and as much to do as any other. The columns of a piece increase, so
-an interval of the row is an interval of each piece.
+A piece is not one run of neighbours. Some tokens see more keys than others: of causal rows the late ones, of shared rows those
+of the completions, at both ends. So a row is dealt out: in rounds, each of which gives every device a short run, up the devices
+and down again by turns. The columns of a piece increase, so an interval of the row is an interval of each piece.
 """
 
 from __future__ import annotations
@@ -20,15 +20,24 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax.models.axes import parts_of
 from dpo_jax.types import CONTEXT_AXIS, ROW_AXES, Array, Rows
 
+ROUNDS = 8  # at least. More of them divide the work better, and cut it into more blocks of kernels that are hardly used
+
 
 def context_parts() -> int:
     """Into how many pieces the mesh of the program being traced cuts each row."""
     return parts_of((CONTEXT_AXIS,))
 
 
-def run_length(length: int, parts: int) -> int:
-    """Columns of each of the two runs of a piece. The last runs are filled up."""
-    return -(-length // (2 * parts))
+def rounds_of(parts: int) -> int:
+    """Runs of a piece: a multiple of `parts`, so that `from_pieces` is one exchange."""
+    return parts * -(-ROUNDS // parts)
+
+
+def columns_before(column: jax.Array, *, holder: jax.Array, run: int, parts: int) -> jax.Array:
+    """How many columns of the piece of device `holder`, whose runs have `run` columns, lie before `column` of the row."""
+    rounds, within = jnp.divmod(column, jnp.asarray(run * parts, column.dtype))
+    place = jnp.where(rounds % 2 == 0, holder, parts - 1 - holder)
+    return rounds * run + jnp.clip(within - place * run, 0, run)
 
 
 def row_pieces(rows: Rows) -> Rows:
@@ -39,39 +48,43 @@ def row_pieces(rows: Rows) -> Rows:
 
 def to_pieces(of_columns: Sequence[Array], fill: Sequence[int] | None = None) -> list[jax.Array]:
     """Arrays [R, L] in pieces [R * C, L / C]. Each device has all columns and takes its own. `fill`: of what is beyond L."""
-    parts = context_parts()
-    run = run_length(of_columns[0].shape[1], parts)
+    parts, length = context_parts(), of_columns[0].shape[1]
+    rounds = rounds_of(parts)
+    padding = -length % (parts * rounds)
 
     def mine(*of_columns: jax.Array) -> list[jax.Array]:
         here = jax.lax.axis_index(CONTEXT_AXIS)
-        runs = [x.reshape(x.shape[0], 2 * parts, run) for x in of_columns]
-        both = jnp.stack([here, 2 * parts - 1 - here])
-        return [jnp.take(x, both, axis=1).reshape(x.shape[0], -1) for x in runs]
+        dealt = (_up_and_down(x.reshape(x.shape[0], rounds, parts, -1)) for x in of_columns)
+        return [jnp.take(x, here, axis=2).reshape(x.shape[0], -1) for x in dealt]
 
     rows, pieces = _specs()
     filled = [
-        jnp.pad(jnp.asarray(x), ((0, 0), (0, 2 * parts * run - x.shape[1])), constant_values=value)
+        jnp.pad(jnp.asarray(x), ((0, 0), (0, padding)), constant_values=value)
         for x, value in zip(of_columns, fill or [0] * len(of_columns), strict=True)
     ]
     return _manual(mine, in_specs=(P(rows),) * len(filled), out_specs=[P(pieces)] * len(filled))(*filled)
 
 
 def from_pieces(x: jax.Array, length: int) -> jax.Array:
-    """Pieces [R * C, L / C, D] as rows [R, L, D] of `length`, cut over the context axis into runs of neighbours."""
+    """Pieces [R * C, L / C, D] as rows [R, L, D] of `length`, cut over the context axis into neighbours."""
     parts = context_parts()
+    rounds = rounds_of(parts) // parts  # that a device will have, whole
 
     def neighbours(x: jax.Array) -> jax.Array:
-        low, high = jnp.split(x, 2, axis=1)
-        # Of the two runs of a device one has an even number and one an odd one: runs 2 i and 2 i + 1 are wanted on device i.
-        odd = jax.lax.axis_index(CONTEXT_AXIS) % 2 == 1
-        even_run, odd_run = jnp.where(odd, high, low), jnp.where(odd, low, high)
-        runs = [(i, 2 * parts - 1 - i) for i in range(parts)]
-        to = [[(i, next(run for run in pair if run % 2 == parity) // 2) for i, pair in enumerate(runs)] for parity in (0, 1)]
-        moved = (jax.lax.ppermute(x, CONTEXT_AXIS, to) for x, to in zip((even_run, odd_run), to, strict=True))
-        return jnp.concatenate([*moved], axis=1)
+        rows, columns, width = x.shape
+        x = x.reshape(rows, parts, rounds, columns // (parts * rounds), width)
+        # From the rounds of each device to the devices of each round: [R, parts, rounds, ...] means the opposite afterwards.
+        x = jax.lax.all_to_all(x, CONTEXT_AXIS, split_axis=1, concat_axis=1).swapaxes(1, 2)
+        return _up_and_down(x, first=jax.lax.axis_index(CONTEXT_AXIS) * rounds).reshape(rows, columns, width)
 
     rows, pieces = _specs()
     return _manual(neighbours, in_specs=P(pieces), out_specs=P(rows, CONTEXT_AXIS))(x)[:, :length]
+
+
+def _up_and_down(x: jax.Array, *, first: Array | int = 0) -> jax.Array:
+    """`x[R, rounds, parts, ...]` with the parts of odd rounds in reverse order; `first` is the number of the first round."""
+    odd = (jnp.arange(x.shape[1], dtype=jnp.int32) + first) % 2 == 1
+    return jnp.where(odd.reshape(1, -1, *(1 for _ in x.shape[2:])), jnp.flip(x, 2), x)
 
 
 def hidden_at(hidden: jax.Array, source: Array) -> jax.Array:

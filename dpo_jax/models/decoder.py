@@ -77,14 +77,14 @@ class Decoder(nn.Module):
         """`layers`: the variables of each layer, if they are apart (`make_model`); then so is the cache. Without a cache they
         are stacks of layers, one after the other. With `counted`, which is without a cache, what the routers did comes in its
         place, a `Routed` with the layers first."""
-        c, length, in_pieces = self.config, rows.tokens.shape[1], context_parts() > 1 and not self.is_initializing()
+        c, path, length, prepared = self.config, self._path(), rows.tokens.shape[1], None
+        in_pieces = context_parts() > 1 and not self.is_initializing()
         if in_pieces and cache is not None:
             raise ValueError("mesh.context cuts rows into pieces, and a key/value cache has none: sample with mesh.context 1")
         if in_pieces and rows.images is not None:
             raise ValueError("mesh.context cuts rows into pieces, which rows with images do not have yet: use mesh.context 1")
-        prepared = None
-        if cache is None and self._path().prepare is not None and not self.is_initializing():
-            prepared = self._path().prepare(rows.k_start, rows.k_end, _windows(c))
+        if path.prepare is not None and cache is None and not self.is_initializing():
+            prepared = path.prepare(rows.k_start, rows.k_end, _windows(c))
         rows = row_pieces(rows) if in_pieces else rows
         # An id or position outside its table reads NaN (jnp.take's rule), so that it is noticed; clamping would hide it.
         # Looked up in a table that is whole along D, its gradient is a sum of parts, as that of a matrix is.
@@ -121,6 +121,7 @@ class Decoder(nn.Module):
         return x, cache._replace(own=own) if isinstance(cache, SharedCache) else own
 
     def _path(self) -> AttentionPath:
+        """How attention is computed where the program being traced runs."""
         return self.attention_path if self.is_initializing() else along_context(self.attention_path)
 
     def _with_images(self, x: jax.Array, rows: Rows) -> jax.Array:
