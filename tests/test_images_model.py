@@ -17,7 +17,10 @@ from dpo_jax.data.loader import make_batch, plan_layout
 from dpo_jax.dpo import dpo_step
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
-from dpo_jax.models.attention_paths import attention_path
+from dpo_jax.models.attention import DENSE, attend
+from dpo_jax.models.attention_gpu import flash_path
+from dpo_jax.models.attention_paths import BLOCKS, attention_path
+from dpo_jax.models.attention_tpu import splash_path
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.encoder_folder import encoder_in_hf_form, load_encoder
 from dpo_jax.models.families import decoder_config
@@ -117,6 +120,40 @@ def pairs():
         pair(np.concatenate([text(1), soft(), text(2), soft(), text(1)]), shown([1, 7], ["image 1", "image 0"])),
         pair(np.concatenate([text(2), soft(), text(4)]), shown([2], ["image 0"])),
     ]
+
+
+WIDE = [(20, 30, 25), (3, 5, 60), (0, 50, 40)]  # tokens before the image, chosen, rejected
+
+
+def wide_rows(kind):
+    """Rows of several blocks, whose images begin in the middle, early, and at the very beginning of their prompts."""
+    rng, tokens = np.random.default_rng(0), 16
+    found = []
+    for number, (before, *sides) in enumerate(WIDE):
+        images = PromptImages(np.array([before]), (f"{number}",), tokens, {f"{number}": np.zeros((tokens, 2), np.float32)})
+        ids = (rng.integers(1, 60, n).astype(np.int32) for n in (before + tokens + 5, *sides))
+        found.append(Encoded(*ids, images=images))
+    length, per_row = (300, 2) if kind == "packed" else (130, 1)
+    return Layout(kind, length=length, scored=length, per_row=per_row, image_shape=(48, 2)).rows(found)
+
+
+@pytest.mark.parametrize("window", [None, 7, 25])
+@pytest.mark.parametrize("kind", ["shared", "packed"])
+@pytest.mark.parametrize("path", ["blocks", "flash", "splash"])
+def test_attention_sees_images_as_dense_does(path, kind, window):
+    """Of an image that a window cuts, too: each token sees those behind it in the image, however far."""
+    rows, rng = wide_rows(kind), np.random.default_rng(1)
+    count, length = rows.tokens.shape
+    q, k, v = (rng.standard_normal((count, length, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+    ranges = {"k_start": rows.k_start, "k_end": rows.k_end, "q_positions": rows.positions, "k_positions": rows.positions}
+    real = (rows.k_end - rows.k_start != 1) | (rows.positions == 0)
+
+    def of(path):
+        out = jax.jit(functools.partial(attend, **ranges, scale=0.3, window=window, path=path))(q, k, v)
+        return np.where(real[:, :, None, None], out, 0)
+
+    paths = {"blocks": BLOCKS, "flash": flash_path(interpret=True), "splash": splash_path(interpret=True)}
+    np.testing.assert_allclose(of(paths[path]), of(DENSE), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["shared", "packed"])

@@ -35,8 +35,8 @@ def key_spans(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> Ke
     """The ranges of `types.Rows` (int32[R, L] each) under each of `windows`, in positions; None is full attention.
 
     Takes two things from `types.Rows` and `dpo_jax.data.layout` for granted: positions are below L, so that a window of L or
-    more cuts nothing; and neighbours in the row are neighbours in the text, forwards or (where a query sees keys on its right)
-    backwards.
+    more cuts nothing; and neighbours in the row are neighbours in the text, forwards or (where a query sees keys on its right,
+    and the next one only its own) backwards.
     """
     length = k_start.shape[1]
     windows = [None if w is None or w >= length else w for w in windows]
@@ -45,7 +45,9 @@ def key_spans(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> Ke
     end = jnp.maximum(jnp.asarray(k_end), start + 1)
     if not any(windows):
         return KeySpans(start[None], end[None], None)
-    chosen = end > x + 1
+    # Tokens of an image see keys on their right, too; but then their neighbour there sees the same keys as they do.
+    own = jnp.concatenate([start[:, 1:], jnp.full_like(start[:, :1], length)], axis=1) > x
+    chosen = (end > x + 1) & (start == x) & own
     prompt_end = jax.lax.cummax(jnp.where(chosen, end, 0), axis=1)  # of the last chosen completion so far
     in_prompt = ~chosen & (x < prompt_end)
     second = jnp.where(in_prompt, start + prompt_end - 1 - x, x)
