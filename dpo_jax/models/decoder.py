@@ -125,8 +125,8 @@ class Decoder(nn.Module):
         block, first, found = Block(self.config, self.attention_path, parent=None), 0, []
 
         def one(x: jax.Array, layer: tuple[Variables, LayerInput]) -> tuple[jax.Array, Routed | None]:
-            (x, _), routed = block.apply(layer[0], (x, None), layer[1], shared)
-            return x, routed
+            (x, _), routed = block.apply(layer[0], (x, None), layer[1], shared)  # pyright: ignore[reportAssignmentType]
+            return x, routed  # pyright: ignore[reportReturnType]
 
         one = jax.checkpoint(one, prevent_cse=False, policy=REMAT[self.remat])
         for stack in stacks:
@@ -276,7 +276,7 @@ def make_model(
     def route(variables: Variables, rows: Rows) -> tuple[jax.Array, Routing]:
         counted = counted_tokens(rows)
         hidden, routed = trunk(variables, rows, counted)
-        return hidden, Routing(*routed, counted)
+        return hidden, Routing(routed.chosen, routed.probability, routed.entropy, counted)
 
     return Model(
         init=lambda key: nn.meta.unbox(boxed_init(key)),

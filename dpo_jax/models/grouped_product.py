@@ -163,12 +163,12 @@ def _outer_in_blocks(left: jax.Array, right: jax.Array, kernels: jax.Array, grou
         product = jnp.dot(a.T, b, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
         return total.at[group].add(product), None
 
-    parts = (left.reshape(blocks, -1, left.shape[-1]), right.reshape(blocks, -1, right.shape[-1]), groups.of_block)
+    a, b, of = left.reshape(blocks, -1, left.shape[-1]), right.reshape(blocks, -1, right.shape[-1]), groups.of_block
     none = jnp.zeros(kernels.shape, jnp.float32)
     if groups.used is None:
-        return jax.lax.scan(add, none, parts)[0].astype(kernels.dtype)
+        return jax.lax.scan(add, none, (a, b, of))[0].astype(kernels.dtype)
     with jax.named_scope(ROUTED_LOOP):
-        total = jax.lax.fori_loop(0, groups.used, lambda i, total: add(total, tuple(part[i] for part in parts))[0], none)
+        total = jax.lax.fori_loop(0, groups.used, lambda i, total: add(total, (a[i], b[i], of[i]))[0], none)
     return total.astype(kernels.dtype)
 
 
