@@ -44,6 +44,10 @@ DRY_RUNS = {
         ["slurm.sbatch", "sft", "configs/hh.yaml"],
         {"SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"},
     ),
+    "slurm_experts": (
+        ["slurm.sbatch", "dpo", "configs/gpu_mixtral_8x7b_h100.yaml", "--data.path", "DIR"],
+        {"SLURM_NTASKS": "16", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"},
+    ),
     "gcluster_submit": (
         shlex.split(
             "gcluster.sh submit hh --cluster c1 --location l1 --compute-type v6e-16 --image i:1"

@@ -159,8 +159,8 @@ class Decoder(nn.Module):
         block, first, found = Block(self.config, self._path(), parent=None), 0, []
 
         def one(x: jax.Array, layer: tuple[Variables, LayerInput]) -> tuple[jax.Array, Routed | None]:
-            (x, _), routed = block.apply(layer[0], (x, None), layer[1], shared)
-            return x, routed
+            (x, _), routed = block.apply(layer[0], (x, None), layer[1], shared)  # pyright: ignore[reportAssignmentType]
+            return x, routed  # pyright: ignore[reportReturnType]
 
         one = jax.checkpoint(one, prevent_cse=False, policy=REMAT[self.remat])
         for stack in stacks:
@@ -311,7 +311,7 @@ def make_model(
         counted = counted_tokens(rows)
         counted = to_pieces([counted])[0] if context_parts() > 1 else counted
         hidden, routed = trunk(variables, rows, counted)
-        return hidden, Routing(*routed, counted)
+        return hidden, Routing(routed.chosen, routed.probability, routed.entropy, counted)
 
     return Model(
         init=lambda key: nn.meta.unbox(boxed_init(key)),

@@ -47,9 +47,8 @@ def mixture(x: jax.Array, shares: jax.Array, chosen: jax.Array, kernels: Kernels
     stored = P(*(axis if axis in here else None for axis in (_EXPERT, _EMBED, _MLP)))
     on_device = functools.partial(_on_device, here=here, activation=activation)
     # A sum over `tensor` and gathered rows are all that is replicated; the test against one device is what would find it wrong.
-    return jax.shard_map(
-        on_device, in_specs=(by_row, by_row, by_row, Kernels(stored, stored, stored)), out_specs=by_row, check_vma=False
-    )(x, shares, chosen, kernels)
+    specs = (by_row, by_row, by_row, stored)  # the last one for each of the kernels
+    return jax.shard_map(on_device, in_specs=specs, out_specs=by_row, check_vma=False)(x, shares, chosen, kernels)
 
 
 def _on_device(

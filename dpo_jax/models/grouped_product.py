@@ -21,8 +21,12 @@ import numpy as np
 from dpo_jax.models.products import precision_of
 from dpo_jax.types import Array
 
+ROUTED_LOOP = "routed_loop"
+"""In the name of a loop over as many blocks as the router has filled: no program says how many."""
 _COUNTED = 256  # rows that are counted together
-_SMALLEST, _LARGEST = 8, 2048  # rows of a block: long ones read the matrix of their group less often
+_FEWEST_ROWS = 8
+MOST_ROWS = 2048
+"""Of a block. Long blocks read the matrix of their group less often."""
 
 
 class Groups(NamedTuple):
@@ -48,8 +52,9 @@ def group_rows(chosen: Array, groups: int, *, of: int | None = None) -> Groups:
     chosen, some = jnp.asarray(chosen, jnp.int32), of is not None and of > groups
     rows = chosen.size
     most = len(chosen) * min(groups, chosen.shape[1]) if some and chosen.ndim == 2 else rows
-    chosen = chosen.reshape(-1)
-    block = min(_LARGEST, max(_SMALLEST, 1 << max(rows // (4 * (of or groups)), 1).bit_length() - 1))
+    # Merged with what follows, the change of shape takes a TPU's compiler a minute.
+    chosen = jax.lax.optimization_barrier(chosen.reshape(-1))
+    block = min(MOST_ROWS, max(_FEWEST_ROWS, 1 << max(rows // (4 * (of or groups)), 1).bit_length() - 1))
     blocks = -(-(most + groups * (block - 1)) // block)
     mine = chosen[None] == jnp.arange(groups, dtype=jnp.int32)[:, None]
     running = _running_counts(mine)
@@ -145,7 +150,8 @@ def _in_blocks(x: jax.Array, kernels: jax.Array, groups: Groups, *, transposed: 
     if groups.used is None:
         return jax.lax.map(one, (parts, groups.of_block)).reshape(len(x), -1)
     none = jnp.zeros((*parts.shape[:2], kernels.shape[1 if transposed else 2]), x.dtype)
-    return jax.lax.fori_loop(0, groups.used, put, none).reshape(len(x), -1)
+    with jax.named_scope(ROUTED_LOOP):
+        return jax.lax.fori_loop(0, groups.used, put, none).reshape(len(x), -1)
 
 
 def _outer_in_blocks(left: jax.Array, right: jax.Array, kernels: jax.Array, groups: Groups) -> jax.Array:
@@ -157,11 +163,12 @@ def _outer_in_blocks(left: jax.Array, right: jax.Array, kernels: jax.Array, grou
         product = jnp.dot(a.T, b, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
         return total.at[group].add(product), None
 
-    parts = (left.reshape(blocks, -1, left.shape[-1]), right.reshape(blocks, -1, right.shape[-1]), groups.of_block)
+    a, b, of = left.reshape(blocks, -1, left.shape[-1]), right.reshape(blocks, -1, right.shape[-1]), groups.of_block
     none = jnp.zeros(kernels.shape, jnp.float32)
     if groups.used is None:
-        return jax.lax.scan(add, none, parts)[0].astype(kernels.dtype)
-    total = jax.lax.fori_loop(0, groups.used, lambda i, total: add(total, tuple(part[i] for part in parts))[0], none)
+        return jax.lax.scan(add, none, (a, b, of))[0].astype(kernels.dtype)
+    with jax.named_scope(ROUTED_LOOP):
+        total = jax.lax.fori_loop(0, groups.used, lambda i, total: add(total, (a[i], b[i], of[i]))[0], none)
     return total.astype(kernels.dtype)
 
 

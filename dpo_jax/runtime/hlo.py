@@ -25,6 +25,7 @@ class Summary:
     matmul_flops: float  # without those inside custom kernels
     unknown_loops: int
     kernels: float  # executions of custom kernels: Pallas, and cuDNN's attention
+    routed: float  # executions of products with experts whose length depends on routing: left out of all other numbers
     traffic_bytes: float  # through the memory, if each operation reads its operands and writes its results
 
 
@@ -33,7 +34,7 @@ def summarize(text: str, *, host_devices: int | None = None) -> Summary:
     between hosts matters."""
     computations, entry = parse(text)
     found: dict[str, Collective] = {}
-    flops = kernels = moved = 0.0
+    flops = kernels = moved = routed = 0.0
     unknown = 0
     seen: dict[tuple[str, str], int] = {}
     for execution in executions(computations, entry):
@@ -46,10 +47,13 @@ def summarize(text: str, *, host_devices: int | None = None) -> Summary:
                 seen[key] = times
         product = product_of(execution)
         flops += times * product.flops if product else 0.0
+        routed += times if execution.routed else 0
+        if execution.routed or one.name.startswith("ragged-dot"):
+            continue
         kernels += times if one.target.startswith(_KERNELS) else 0
         unknown += execution.endless
         moved += 0.0 if execution.fused else times * traffic(one, execution.body, computations)
-    return Summary(found, flops, unknown, kernels, moved)
+    return Summary(found, flops, unknown, kernels, routed, moved)
 
 
 def _transfer(execution: Execution) -> tuple[str, str]:

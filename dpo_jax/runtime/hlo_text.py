@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dpo_jax.models.grouped_product import ROUTED_LOOP
+
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*)[a-z0-9]*\[([\d,]*)\]")
@@ -46,7 +48,8 @@ class Execution(NamedTuple):
     """An instruction that runs `times` in one call of the program.
 
     `caller`: the innermost computation around it that is no fusion. `endless`: a loop that says nowhere how often it runs; its
-    body counts once.
+    body counts once. `routed`: a product whose length depends on the routing of tokens, a loop or a kernel of ragged products.
+    What such a loop holds is left out.
     """
 
     one: Instruction
@@ -56,6 +59,7 @@ class Execution(NamedTuple):
     caller: str
     fused: bool
     endless: bool = False
+    routed: bool = False
 
 
 def executions(computations: Computations, entry: str) -> Iterator[Execution]:
@@ -71,11 +75,13 @@ def _visit(computations: Computations, name: str, times: int, caller: str, fused
             trips = None
             if condition and loop:
                 trips = _trips(one, body, computations.get(condition[1], {}), computations.get(loop[1], {}))
-            yield Execution(one, body, name, times, caller, fused, endless=bool(loop) and trips is None)
-            if loop:
+            routed = trips is None and ROUTED_LOOP in one.attributes
+            yield Execution(one, body, name, times, caller, fused, bool(loop) and trips is None and not routed, routed)
+            if loop and not routed:
                 yield from _visit(computations, loop[1], times * (1 if trips is None else trips), loop[1], False)
             continue
-        yield Execution(one, body, name, times, caller, fused)
+        routed = one.name.startswith("ragged-dot") and one.target == "tpu_custom_call"
+        yield Execution(one, body, name, times, caller, fused, routed=routed and "metadata" not in one.name)
         for called in called_by(one):
             fusion = one.kind == "fusion"
             yield from _visit(computations, called, times, caller if fusion else called, fusion)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from dpo_jax.head import head_chunk
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.flops import PairFlops, layer_weights, layer_widths
+from dpo_jax.models.grouped_product import MOST_ROWS
 from dpo_jax.runtime.chips import Chip
 from dpo_jax.runtime.hlo import Summary, shapes, summarize
 from dpo_jax.runtime.mesh import Units, token_shards
@@ -151,6 +152,7 @@ def _plan(compiled: Any, first: Any, rows: Rows, where: _Where) -> Program:
             return Program(False, needed[0], *held, scored_tokens=scored, compile_seconds=seconds, problem=needed[1])
     seconds, memory, text = time.perf_counter() - begin, program.memory_analysis(), program.as_text()
     found, peak = summarize(text, host_devices=where.host_devices), float(memory.peak_memory_in_bytes)
+    found = _with_experts(found, rows, where)
     problem = _problem(peak, chip.hbm_bytes / chip.cores)
     return Program(
         not problem,
@@ -168,6 +170,20 @@ def _plan(compiled: Any, first: Any, rows: Rows, where: _Where) -> Program:
         seconds=_seconds(found, first, rows, where),
         compile_seconds=seconds,
         problem=problem,
+    )
+
+
+def _with_experts(found: Summary, rows: Rows, where: _Where) -> Summary:
+    """With the products whose length depends on routing, as if every expert had as many tokens: by formula, a block's matrix
+    read once for the rows of a block."""
+    c, mesh, parts = where.config, where.mesh, row_shards(where.mesh) * where.work.microbatches
+    tokens = rows.tokens.shape[0] * rows.tokens.shape[1] * c.experts_per_token / parts
+    kernel = c.width * c.mlp_width / mesh.shape["tensor"]
+    numbers = tokens * (c.width + c.mlp_width / mesh.shape["tensor"]) + max(1.0, tokens / MOST_ROWS) * kernel
+    return dataclasses.replace(
+        found,
+        matmul_flops=found.matmul_flops + found.routed * 2 * tokens * kernel,
+        traffic_bytes=found.traffic_bytes + found.routed * numbers * where.work.item_bytes,
     )
 
 
