@@ -124,13 +124,13 @@ def _beside(units: Sequence[Unit]) -> Unit:
         unit._replace(k_start=unit.k_start + at, k_end=unit.k_end + at, source=unit.source + at, slot=unit.slot + slot)
         for unit, at, slot in zip(units, begins, slots, strict=False)
     ]
-    joined = Unit(*map(np.concatenate, zip(*[unit[:-1] for unit in moved], strict=True)))
-    first = units[0].images
-    if first is None:
-        return joined
-    every = [_moved(unit.images, at) for unit, at in zip(units, begins, strict=False)]
-    starts, names = (np.concatenate([getattr(images, name) for images in every]) for name in ("starts", "names"))
-    return joined._replace(images=dataclasses.replace(first, starts=starts, names=tuple(names.tolist())))
+    names = (name for name in Unit._fields if name != "images")
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(unit, name) for unit in moved]) for name in names}
+    shown = [images for unit, at in zip(units, begins, strict=False) if (images := _moved(unit.images, at))]
+    if not shown:
+        return Unit(**arrays)
+    starts, names = np.concatenate([images.starts for images in shown]), tuple(name for one in shown for name in one.names)
+    return Unit(**arrays, images=dataclasses.replace(shown[0], starts=starts, names=names))
 
 
 def place_units(

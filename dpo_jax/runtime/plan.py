@@ -176,7 +176,7 @@ def _plan(compiled: Any, first: Any, rows: Rows, where: _Where) -> Program:
 def _with_experts(found: Summary, rows: Rows, where: _Where) -> Summary:
     """With the products whose length depends on routing, as if every expert had as many tokens: by formula, a block's matrix
     read once for the rows of a block."""
-    c, mesh, parts = where.config, where.mesh, row_shards(where.mesh) * where.work.microbatches
+    c, mesh, parts = where.config, where.mesh, token_shards(where.mesh) * where.work.microbatches
     tokens = rows.tokens.shape[0] * rows.tokens.shape[1] * c.experts_per_token / parts
     kernel = c.width * c.mlp_width / mesh.shape["tensor"]
     numbers = tokens * (c.width + c.mlp_width / mesh.shape["tensor"]) + max(1.0, tokens / MOST_ROWS) * kernel
