@@ -1,0 +1,180 @@
+"""Rendered scenes of coloured shapes with captions: images in which every hallucinated object can be counted.
+
+    There is a red circle, a blue square and a green cross.
+
+A scene holds two to four objects of 30 kinds (six colours, five shapes) on a noisy grey ground, `SIZE` x `SIZE` pixels of RGB. Some
+kinds go together (`companion`): where one is, the other often is, too. So a language model learns to expect it, which is where
+hallucinations of vision-language models come from (Rohrbach et al. 2018, whose measure CHAIR is `Count.hallucinated` over
+`Count.mentioned`).
+
+A pure function of (n, seed, split). The vocabulary is `WORDS`: a caption's token ids are the numbers of its words.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+COLOURS = {
+    "red": (0.9, 0.15, 0.15),
+    "green": (0.15, 0.75, 0.2),
+    "blue": (0.2, 0.3, 0.95),
+    "yellow": (0.95, 0.9, 0.2),
+    "purple": (0.65, 0.2, 0.8),
+    "white": (0.97, 0.97, 0.97),
+}
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+SIZE = 32  # pixels a side
+CELLS, CELL, DIAMETER = 3, 10, 8  # objects lie in a grid of CELLS x CELLS, moved by a pixel or two
+GROUND, NOISE = 0.35, 0.04
+FEWEST, MOST = 2, 4  # objects of a scene
+_TOGETHER = 0.35  # chance that the next object is the companion of the one before
+
+
+class Thing(NamedTuple):
+    """A kind of object."""
+
+    colour: str
+    shape: str
+
+
+THINGS = tuple(itertools.starmap(Thing, itertools.product(COLOURS, SHAPES)))
+END = "<end>"
+WORDS = (END, "There", "is", "a", ",", "and", ".", *COLOURS, *SHAPES)
+"""The vocabulary, by token id. A caption ends with END, which is no part of its text."""
+
+
+class Scene(NamedTuple):
+    """`things` are different kinds, in the order in which they were drawn; `image` float32[SIZE, SIZE, 3] in [0, 1]."""
+
+    things: tuple[Thing, ...]
+    image: np.ndarray
+
+
+class Count(NamedTuple):
+    """Kinds of objects of a caption, each counted once."""
+
+    mentioned: int
+    hallucinated: int  # mentioned, and not there
+    recalled: int  # mentioned, and there
+    there: int  # in the scene
+
+
+def scenes(n: int, seed: int, *, split: Literal["train", "pairs", "test"] = "train") -> list[Scene]:
+    """`n` scenes. Those of other splits and seeds are drawn apart."""
+    rng = np.random.default_rng([seed, ("train", "pairs", "test").index(split)])
+    return [_scene(rng) for _ in range(n)]
+
+
+def companion(thing: Thing) -> Thing:
+    """The kind that often lies beside `thing`: the next colour and the next shape."""
+    colours = tuple(COLOURS)
+    after = colours[(colours.index(thing.colour) + 1) % len(colours)]
+    return Thing(after, SHAPES[(SHAPES.index(thing.shape) + 1) % len(SHAPES)])
+
+
+def _scene(rng: np.random.Generator) -> Scene:
+    things: list[Thing] = []
+    for _ in range(rng.integers(FEWEST, MOST + 1)):
+        expected = companion(things[-1]) if things and rng.random() < _TOGETHER else None
+        things.append(expected if expected is not None and expected not in things else _other(things, rng))
+    return Scene(tuple(things), render(things, rng))
+
+
+def _other(things: Sequence[Thing], rng: np.random.Generator) -> Thing:
+    """A kind that is not among `things`."""
+    absent = [thing for thing in THINGS if thing not in things]
+    return absent[rng.integers(len(absent))]
+
+
+def render(things: Sequence[Thing], rng: np.random.Generator) -> np.ndarray:
+    """A picture of `things`, each in a cell of its own: float32[SIZE, SIZE, 3] in [0, 1]."""
+    image = np.full((SIZE, SIZE, 3), GROUND)
+    for thing, cell in zip(things, rng.permutation(CELLS * CELLS), strict=False):
+        corner = np.array(divmod(int(cell), CELLS)) * (CELL + 1) + rng.integers(0, CELL - DIAMETER + 1, 2)
+        top, left = corner.tolist()
+        image[top : top + DIAMETER, left : left + DIAMETER][_mask(thing.shape)] = COLOURS[thing.colour]
+    return np.clip(image + rng.normal(0, NOISE, image.shape), 0, 1).astype(np.float32)
+
+
+def _mask(shape: str) -> np.ndarray:
+    """Which of DIAMETER x DIAMETER pixels a shape covers."""
+    middle = (DIAMETER - 1) / 2
+    y, x = np.mgrid[:DIAMETER, :DIAMETER] - middle
+    radius = np.hypot(x, y)
+    masks = {
+        "circle": radius <= middle + 0.4,
+        "square": np.maximum(abs(x), abs(y)) <= middle - 0.5,
+        "triangle": 2 * abs(x) <= y + middle + 0.5,
+        "cross": np.minimum(abs(x), abs(y)) <= 1,
+        "ring": (radius <= middle + 0.4) & (radius >= middle - 1.6),
+    }
+    return masks[shape]
+
+
+# Captions
+
+
+def caption(things: Iterable[Thing]) -> str:
+    """The sentence that names `things`, one at least, in their order."""
+    *before, last = (f"a {thing.colour} {thing.shape}" for thing in things)
+    return f"There is {' and '.join(filter(None, [', '.join(before), last]))}."
+
+
+def careless(things: Sequence[Thing], rng: np.random.Generator, *, adds: float, omits: float) -> tuple[Thing, ...]:
+    """What a careless annotator names, in a random order: each of `things` is left out with chance `omits` (one stays), and
+    with chance `adds` something is named that is not there."""
+    kept = [thing for thing in things if rng.random() >= omits] or [things[rng.integers(len(things))]]
+    if rng.random() < adds:
+        kept.append(absent(things, rng))
+    return tuple(kept[number] for number in rng.permutation(len(kept)))
+
+
+def absent(things: Sequence[Thing], rng: np.random.Generator) -> Thing:
+    """A kind that is not there: every other time a companion of one that is, if there is one."""
+    expected = [one for thing in things if (one := companion(thing)) not in things]
+    return expected[rng.integers(len(expected))] if expected and rng.random() < 0.5 else _other(things, rng)
+
+
+def contrast(things: Sequence[Thing], rng: np.random.Generator, *, omits: float) -> tuple[tuple[Thing, ...], tuple[Thing, ...]]:
+    """What a true caption names, and one that is wrong in one place: something is named that is not there, or, with chance
+    `omits`, something is left out."""
+    chosen = [things[number] for number in rng.permutation(len(things))]
+    rejected = list(chosen)
+    if rng.random() < omits and len(things) > 1:
+        del rejected[rng.integers(len(rejected))]
+    else:
+        rejected.insert(rng.integers(len(rejected) + 1), absent(things, rng))
+    return tuple(chosen), tuple(rejected)
+
+
+def mentioned(text: str) -> tuple[Thing, ...]:
+    """The kinds that a text names, each once: a colour with a shape behind it. Anything else in it is passed over."""
+    words = re.findall(r"\w+", text)
+    pairs = (Thing(*pair) for pair in itertools.pairwise(words))
+    return tuple(dict.fromkeys(thing for thing in pairs if thing.colour in COLOURS and thing.shape in SHAPES))
+
+
+def count(text: str, things: Sequence[Thing]) -> Count:
+    """What a caption of a scene with `things` says of it."""
+    named = mentioned(text)
+    right = sum(thing in things for thing in named)
+    return Count(len(named), len(named) - right, right, len(things))
+
+
+def caption_ids(text: str) -> np.ndarray:
+    """Token ids of a caption, END behind: int32[n]. Raises ValueError for a word that is not in `WORDS`."""
+    words = re.findall(r"\w+|[^\w\s]", text)
+    if unknown := [word for word in words if word not in WORDS[1:]]:
+        raise ValueError(f"{unknown[0]!r} is no word of captions; they are {', '.join(WORDS[1:])}")
+    return np.array([*(WORDS.index(word) for word in words), 0], np.int32)
+
+
+def caption_text(ids: Iterable[int]) -> str:
+    """The text of token ids up to END. Ids beyond the vocabulary are '?'."""
+    words = [WORDS[number] if 0 <= number < len(WORDS) else "?" for number in itertools.takewhile(bool, map(int, ids))]
+    return re.sub(r" (?=[,.])", "", " ".join(words))
