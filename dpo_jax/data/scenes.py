@@ -2,9 +2,9 @@
 
     There is a red circle, a blue square and a green cross.
 
-A scene holds two to four objects of 30 kinds (six colours, five shapes) on a noisy grey ground, `SIZE` x `SIZE` pixels of RGB. Some
-kinds go together (`companion`): where one is, the other often is, too. So a language model learns to expect it, which is where
-hallucinations of vision-language models come from (Rohrbach et al. 2018, whose measure CHAIR is `Count.hallucinated` over
+A scene holds two to four objects of 30 kinds (six colours, five shapes) on a noisy grey ground, `SIZE` x `SIZE` pixels of RGB.
+Some kinds go together (`companion`): where one is, the other often is, too. So a language model learns to expect it, which is
+where hallucinations of vision-language models come from (Rohrbach et al. 2018, whose measure CHAIR is `Count.hallucinated` over
 `Count.mentioned`).
 
 A pure function of (n, seed, split). The vocabulary is `WORDS`: a caption's token ids are the numbers of its words.
