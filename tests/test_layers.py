@@ -33,6 +33,7 @@ ONLY_IN = {
         *("control/policies.py", "diffusion/network.py"),
     ],
     "gymnasium": ["control/pendulum.py"],
+    "PIL": ["data/images.py"],
     "orbax": ["runtime/checkpoint.py"],
     "yaml": ["cli/config/file.py"],
     "tyro": ["cli/flags.py"],

@@ -1,7 +1,8 @@
 """Images of preferences: read within limits, and turned into pixels as the Hugging Face processor of the model does it.
 
 Pillow (which matplotlib brings) reads PNG, JPEG, WebP, GIF and BMP; of several frames the first. An image is turned as its EXIF
-data say, becomes RGB, and is resized to the one size of the encoder, without regard to its proportions, as Gemma 3 has it.
+data say, becomes RGB (what is transparent, white), and is resized to the one size of the encoder, whatever its proportions, as
+Gemma 3 has it.
 """
 
 from __future__ import annotations
@@ -98,15 +99,21 @@ def _colours(value: Any) -> tuple[float, ...]:
 
 
 class ImageFile(NamedTuple):
-    """An image as it lies in its file. Equal bytes are one image."""
+    """An image that could be decoded. It is kept as the path of its file, where it has one, and read again when it is used."""
 
-    content: bytes
+    source: bytes | str
     size: tuple[int, int]  # height, width in pixels
+    digest: str  # SHA-256 of the file, hexadecimal: equal files are one image
 
     @property
-    def digest(self) -> str:
-        """SHA-256, hexadecimal."""
-        return hashlib.sha256(self.content).hexdigest()
+    def content(self) -> bytes:
+        """The bytes of its file. Raises `Unreadable` if they are others by now, or OSError if it is gone."""
+        if isinstance(self.source, bytes):
+            return self.source
+        content = read_bytes(self.source)
+        if hashlib.sha256(content).hexdigest() != self.digest:
+            raise Unreadable(f"{self.source}: the image has changed since the row was read; begin again")
+        return content
 
 
 def open_image(source: Source, *, root: str | os.PathLike[str] = ".", field: str = "image") -> ImageFile:
@@ -116,7 +123,10 @@ def open_image(source: Source, *, root: str | os.PathLike[str] = ".", field: str
     (`IMAGE_SIZE`). Nothing is fetched from other machines.
     """
     content = _content(source, Path(root), field)
-    return ImageFile(content, _decoded(content, field).size[::-1])
+    size = _decoded(content, field).size[::-1]
+    in_file = not isinstance(source, bytes) and not os.fspath(source).startswith("data:")
+    kept = str(Path(root) / source) if in_file else content
+    return ImageFile(kept, size, hashlib.sha256(content).hexdigest())
 
 
 def pixels(image: ImageFile, processing: Processing, *, field: str = "image") -> np.ndarray:
@@ -180,6 +190,10 @@ def _decoded(content: bytes, field: str) -> Any:
     if not 0 < width * height <= MAX_PIXELS:
         raise BadRow(Cause.IMAGE_SIZE, f"{width} x {height} pixels, where 1 to {MAX_PIXELS:,} are the limit", field=field)
     try:
-        return ImageOps.exif_transpose(found).convert("RGB")
+        upright = ImageOps.exif_transpose(found)
+        if "A" in upright.getbands() or upright.info.get("transparency") is not None:
+            white = pillow.new("RGBA", upright.size, (255, 255, 255, 255))
+            upright = pillow.alpha_composite(white, upright.convert("RGBA"))
+        return upright.convert("RGB")
     except Exception as error:  # whatever a decoder says of a damaged file
         raise BadRow(Cause.BAD_IMAGE, f"damaged: {cause_of(error)}", field=field) from error

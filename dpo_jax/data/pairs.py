@@ -104,6 +104,7 @@ class Preference:
     prompt_digest: str | None = None  # of a conversation: of its messages, whatever template and date wrote the prompt
     between: tuple[str, ...] = ()  # of a ranking: better ones first
     desirable: bool | None = None  # of a single completion
+    images: tuple[Any, ...] = ()  # that the prompt shows: `ImageFile` each, and what the row named until they are opened
 
 
 class BadRow(Unreadable):
