@@ -1,7 +1,7 @@
 """Features of images under a frozen encoder: computed once, kept on disk, and only ever used for what they were computed from.
 
 A cache is a folder, which lies well beside that of the reference's log-probabilities: `identity.json` says what the features
-belong to (encoder, processing of images, number format), and each image has a file of its own, named by the digest of the image.
+belong to (encoder, processing of images, number format), and each image has a file, named by its digest.
 A file has a checksum that also covers the identity. What is damaged is computed again. A cache of another encoder or processing
 is refused, and an image that changes is another image.
 """
@@ -61,7 +61,7 @@ class FeatureCache(Mapping[str, np.ndarray]):
         return sum(1 for _ in self)
 
     def add(self, digest: str, features: np.ndarray) -> None:
-        """Keeps the features of an image: they are on disk when this returns. Raises FloatingPointError for NaN and infinity."""
+        """Keeps the features of an image, on disk when this returns. Raises FloatingPointError for NaN and infinity."""
         values = np.ascontiguousarray(features, "<f4")
         if values.shape != self.shape:
             raise ValueError(f"features of shape {self.shape} are expected, got {values.shape}")
