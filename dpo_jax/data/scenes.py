@@ -1,8 +1,8 @@
 """Rendered scenes of coloured shapes with captions: images in which every hallucinated object can be counted.
 
-    There is a red circle, a blue square and a green cross.
+    a red circle, a blue square and a green cross.
 
-A scene holds two to four objects of 30 kinds (six colours, five shapes) on a noisy grey ground, `SIZE` x `SIZE` pixels of RGB.
+A scene holds two or three objects of 16 kinds (four colours, four shapes) on a noisy grey ground, `SIZE` x `SIZE` RGB pixels.
 Some kinds go together (`companion`): where one is, the other often is, too. So a language model learns to expect it, which is
 where hallucinations of vision-language models come from (Rohrbach et al. 2018, whose measure CHAIR is `Count.hallucinated` over
 `Count.mentioned`).
@@ -24,14 +24,12 @@ COLOURS = {
     "green": (0.15, 0.75, 0.2),
     "blue": (0.2, 0.3, 0.95),
     "yellow": (0.95, 0.9, 0.2),
-    "purple": (0.65, 0.2, 0.8),
-    "white": (0.97, 0.97, 0.97),
 }
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
-SIZE = 32  # pixels a side
-CELLS, CELL, DIAMETER = 3, 10, 8  # objects lie in a grid of CELLS x CELLS, moved by a pixel or two
+SHAPES = ("circle", "square", "triangle", "cross")
+CELLS, CELL, DIAMETER = 3, 8, 7  # objects lie in a grid of CELLS x CELLS, each moved by a pixel or not
+SIZE = CELLS * CELL  # pixels a side
 GROUND, NOISE = 0.35, 0.04
-FEWEST, MOST = 2, 4  # objects of a scene
+FEWEST, MOST = 2, 3  # objects of a scene
 _TOGETHER = 0.35  # chance that the next object is the companion of the one before
 
 
@@ -44,8 +42,9 @@ class Thing(NamedTuple):
 
 THINGS = tuple(itertools.starmap(Thing, itertools.product(COLOURS, SHAPES)))
 END = "<end>"
-WORDS = (END, "There", "is", "a", ",", "and", ".", *COLOURS, *SHAPES)
-"""The vocabulary, by token id. A caption ends with END, which is no part of its text."""
+MARKS = ("<start_of_image>", "<image_soft_token>", "<end_of_image>")
+WORDS = (END, "a", ",", "and", ".", *COLOURS, *SHAPES, *MARKS)
+"""The vocabulary, by token id. A caption ends with END, which is no part of its text; MARKS make the prompt (`prompt_ids`)."""
 
 
 class Scene(NamedTuple):
@@ -95,7 +94,7 @@ def render(things: Sequence[Thing], rng: np.random.Generator) -> np.ndarray:
     """A picture of `things`, each in a cell of its own: float32[SIZE, SIZE, 3] in [0, 1]."""
     image = np.full((SIZE, SIZE, 3), GROUND)
     for thing, cell in zip(things, rng.permutation(CELLS * CELLS), strict=False):
-        corner = np.array(divmod(int(cell), CELLS)) * (CELL + 1) + rng.integers(0, CELL - DIAMETER + 1, 2)
+        corner = np.array(divmod(int(cell), CELLS)) * CELL + rng.integers(0, CELL - DIAMETER + 1, 2)
         top, left = corner.tolist()
         image[top : top + DIAMETER, left : left + DIAMETER][_mask(thing.shape)] = COLOURS[thing.colour]
     return np.clip(image + rng.normal(0, NOISE, image.shape), 0, 1).astype(np.float32)
@@ -108,10 +107,9 @@ def _mask(shape: str) -> np.ndarray:
     radius = np.hypot(x, y)
     masks = {
         "circle": radius <= middle + 0.4,
-        "square": np.maximum(abs(x), abs(y)) <= middle - 0.5,
+        "square": np.maximum(abs(x), abs(y)) <= middle,
         "triangle": 2 * abs(x) <= y + middle + 0.5,
         "cross": np.minimum(abs(x), abs(y)) <= 1,
-        "ring": (radius <= middle + 0.4) & (radius >= middle - 1.6),
     }
     return masks[shape]
 
@@ -122,7 +120,7 @@ def _mask(shape: str) -> np.ndarray:
 def caption(things: Iterable[Thing]) -> str:
     """The sentence that names `things`, one at least, in their order."""
     *before, last = (f"a {thing.colour} {thing.shape}" for thing in things)
-    return f"There is {' and '.join(filter(None, [', '.join(before), last]))}."
+    return f"{' and '.join(filter(None, [', '.join(before), last]))}."
 
 
 def careless(things: Sequence[Thing], rng: np.random.Generator, *, adds: float, omits: float) -> tuple[Thing, ...]:
@@ -164,6 +162,12 @@ def count(text: str, things: Sequence[Thing]) -> Count:
     named = mentioned(text)
     right = sum(thing in things for thing in named)
     return Count(len(named), len(named) - right, right, len(things))
+
+
+def prompt_ids(tokens: int) -> np.ndarray:
+    """The prompt of every scene: the place of an image of so many tokens, int32[tokens + 2]."""
+    start, soft, end = map(WORDS.index, MARKS)
+    return np.array([start, *[soft] * tokens, end], np.int32)
 
 
 def caption_ids(text: str) -> np.ndarray:
