@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.data.encode import Encoded, Side, scored_bytes
+from dpo_jax.data.encode import Encoded, Side, image_bytes, scored_bytes
 from dpo_jax.data.loader import Batch
 from dpo_jax.locks import open_lock
 from dpo_jax.logps import completion_logps
@@ -77,16 +77,17 @@ def check_finite(pairs: Sequence[Encoded], logps: np.ndarray, *, numbers: Sequen
 
 
 def pair_key(pair: Encoded) -> tuple[bytes, ...]:
-    """The keys of a pair's records, 16 bytes each that stand for token ids, and for which of them are scored where not all
-    are: one. Of a ranking, one for each two completions in its order; an odd last one stands twice."""
+    """The keys of a pair's records, 16 bytes each that stand for token ids, for which of them are scored where not all are, and
+    for images: one. Of a ranking, one for each two completions in its order; an odd last one stands twice."""
     several = pair.sides
-    return tuple(_key(pair.prompt, several[k], several[min(k + 1, len(several) - 1)]) for k in range(0, len(several), 2))
+    places = range(0, len(several), 2)
+    return tuple(_key(pair, several[k], several[min(k + 1, len(several) - 1)]) for k in places)
 
 
-def _key(prompt: np.ndarray, *sides: Side) -> bytes:
-    parts = [np.asarray(part, "<i4") for part in (prompt, *(ids for ids, _ in sides))]
+def _key(pair: Encoded, *sides: Side) -> bytes:
+    parts = [np.asarray(part, "<i4") for part in (pair.prompt, *(ids for ids, _ in sides))]
     lengths = np.array([len(part) for part in parts], "<i4")
-    content = b"".join(part.tobytes() for part in (lengths, *parts)) + scored_bytes(*sides)
+    content = b"".join(part.tobytes() for part in (lengths, *parts)) + scored_bytes(*sides) + image_bytes(pair.images)
     return hashlib.blake2b(content, digest_size=16).digest()
 
 

@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from dpo_jax.data.encode import PromptImages
+from dpo_jax.data.segments import ImageRows
 from dpo_jax.sampling_loop import Options, Samples, Source, by_layer, draw_completions, rows_read
-from dpo_jax.types import Array, Model, Rows, Variables
+from dpo_jax.types import Array, Model, RowImages, Rows, Variables
 
 
 def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], *, multiple_of: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -43,6 +45,23 @@ def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], *, multiple_of: int 
     return tokens, lengths
 
 
+def left_pad_images(prompts: Sequence[PromptImages | None], lengths: Array, *, columns: int, most: int = 0) -> RowImages | None:
+    """The images of prompts that `left_pad` has put into `columns` columns; None where no prompt shows one.
+
+    `lengths` int32[B] as from `left_pad`. M is the most image tokens of a prompt, and at least `most`.
+    """
+    first = next((one for one in prompts if one is not None), None)
+    if first is None:
+        return None
+    most = max(most, *(len(set(one.names)) * one.tokens for one in prompts if one is not None))
+    width = first.features[first.names[0]].shape[1]
+    found = ImageRows(len(prompts), columns, most, width)
+    for row, (one, length) in enumerate(zip(prompts, np.asarray(lengths).tolist(), strict=True)):
+        if one is not None:
+            found.place(row, columns - length, one)
+    return found.rows
+
+
 def generate(
     model: Model,
     variables: Variables,
@@ -58,6 +77,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     cache_dtype: Any = jnp.float32,
+    images: RowImages | None = None,
 ) -> Samples:
     """Sample K = `completions` of every prompt (`prompts` int32[B, Lp] and `lengths` int32[B] from `left_pad`). Pure: jit it.
 
@@ -67,6 +87,8 @@ def generate(
     the likeliest ones that together reach probability `top_p` (1: all; nucleus sampling, Holtzman et al. 2019), as in
     transformers. Temperature 0 takes the likeliest token. A row ends with `eos_id`, or with any of several (-1: no token ends
     it), and after T = `max_new_tokens` tokens.
+
+    `images` are those of the prompts, whose columns `left_pad_images` counts.
 
     `lanes`: so many completions are drawn at a time, and one that has ended makes room for the next (continuous batching).
     None: all at once, until the last one ends. It saves time where lengths differ, and memory.
@@ -106,12 +128,19 @@ def generate(
     _check_prompts(prompts, lengths)
     keys, own = _keys_of_rows(key, prompts.shape[0] * completions), 0
     if model.take_rows is None:  # its cache is made for each completion, and holds the completion, too
-        prompts, lengths = (jnp.repeat(jnp.asarray(array), completions, axis=0) for array in (prompts, lengths))
+        prompts, lengths, images = jax.tree.map(
+            lambda array: jnp.repeat(jnp.asarray(array), completions, axis=0), (prompts, lengths, images)
+        )
         completions, lanes, own = 1, None, max_new_tokens - 1
     batch, columns = prompts.shape
     weights, cache = by_layer(model, variables, init_cache(batch, columns + own, cache_dtype))
     start = columns - jnp.asarray(lengths, jnp.int32)
-    hidden, cache = decode(weights, _prompt_rows(jnp.asarray(prompts, jnp.int32), start), cache)
+    rows = _prompt_rows(jnp.asarray(prompts, jnp.int32), start)
+    if images is not None:  # the tokens of an image see each other both ways
+        tokens = model.config.image_tokens
+        last = rows.k_end - 1 + tokens - jnp.asarray(images.index) % tokens
+        rows = rows.replace(images=images, k_end=jnp.where(images.index < 0, rows.k_end, last))
+    hidden, cache = decode(weights, rows, cache)
     source = Source(model, variables, weights, cache, columns, start, hidden[:, -1], keys)
     choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     return draw_completions(source, Options(completions, max_new_tokens, ends, cache_dtype, choice), lanes=lanes)

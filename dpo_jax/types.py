@@ -35,6 +35,21 @@ HEAD_AXIS = "tensor"
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class RowImages:
+    """The images in rows: features of their tokens, and which positions these take. M is fixed for all rows of a batch.
+
+        features  float[R, M, W]  outputs of the frozen vision encoder, a column for each token of an image; what is not used, 0
+        index     int32[R, L]     the column that a position reads in the place of its token's embedding; -1: text
+
+    The T tokens of an image are T neighbouring columns that begin at a multiple of T, and as many neighbouring positions.
+    """
+
+    features: Array
+    index: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Rows:
     """A batch of token rows, and what to read out of them. `dpo_jax.data.layout` builds it, from numpy arrays.
 
@@ -48,6 +63,7 @@ class Rows:
         ref_logps          float32[P, K]     reference log-probabilities in nats, summed; [P, 2] of pairs; or None
         pairs              int32[R, Q, 2]    slots of chosen and rejected in their row, where pairs share completions; or None
         extras             {name: [E, ...]}  what else the loss takes, by keyword (`dpo_step`); or None
+        images             RowImages         of models that read images; or None
         slots              int               completion slots of a row
 
     Attention: a token sees exactly its interval, and a padding token itself. Order inside a row carries no meaning beyond that:
@@ -75,6 +91,7 @@ class Rows:
     ref_logps: Array | None = None
     pairs: Array | None = None
     extras: Mapping[str, Array] | None = None
+    images: RowImages | None = None
     slots: int = dataclasses.field(default=1, metadata={"static": True})
 
     def replace(self, **changes: Any) -> Rows:

@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -36,6 +37,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 STARTED = time.monotonic()
+TEMPORARY: list[str] = []  # the temporary folder of this run, which goes with it
 
 
 def xla_flags(devices):
@@ -66,8 +68,21 @@ LONGEST = (
 )
 
 
-def pytest_configure():
+def pytest_configure(config):
     gc.set_threshold(50_000, 20, 20)  # tracing makes many objects: a sixth of its time would go into looking for garbage
+    if not hasattr(config, "workerinput"):  # processes of xdist, and those that tests start, inherit it
+        TEMPORARY.append(tempfile.mkdtemp(prefix="dpo-"))
+        os.environ["TMPDIR"], tempfile.tempdir = TEMPORARY[0], None
+
+
+def pytest_sessionfinish(exitstatus):
+    if exitstatus != pytest.ExitCode.OK:
+        TEMPORARY.clear()  # what failed can be looked at
+
+
+def pytest_unconfigure():
+    for folder in TEMPORARY:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_addoption(parser):

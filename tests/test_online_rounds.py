@@ -24,6 +24,7 @@ from dpo_jax.online.labels import LabelLog
 from dpo_jax.online.references import KeptReferences
 from dpo_jax.online.rounds import RoundOptions, Rounds
 from dpo_jax.online.samples import encoded_pairs, sample_completions
+from dpo_jax.runtime.checkpoint import CheckpointDamaged
 from dpo_jax.runtime.mesh import make_mesh
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
@@ -323,6 +324,49 @@ def test_soft_pairs_bring_the_beta_of_their_round_and_how_sure_their_labels_are(
             gaps = np.array([score[n, w] - score[n, l] for n, w, l in (map(int, place) for place in places)])
             assert gaps.min() > 0
             np.testing.assert_allclose(extras["label_smoothing"][used], 1 / (1 + np.exp(0.3 * gaps)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("refresh", "read"), [(0, [1, 2, 3]), (2, [2, 3])])
+def test_steps_read_the_newest_rounds_that_have_their_reference(parts, tmp_path, refresh, read):
+    with RunDir(tmp_path) as run:
+        made = rounds_of(parts, run.path, {"replay": 3, "steps": 6, "refresh": refresh})
+        for number in range(4):
+            made.move(6 * number, parts.world.reference, f"weights {number}")
+    uids = [uid for step in range(18, 24) for uid in uids_of(made.batch(step))]
+    pairs = {n: len((tmp_path / f"round-{n:03}" / "pairs.jsonl").read_text().splitlines()) for n in read}
+    seen = collections.Counter(int(uid.split(":")[0].removeprefix("round ")) for uid in set(uids))
+    assert dict(seen) == pairs
+
+
+def uids_of(batch):
+    return [batch.uids[place] for place in batch.index[batch.index >= 0]]
+
+
+def test_a_run_that_reads_earlier_rounds_ends_in_the_same_bits_after_kills(parts, tmp_path):
+    whole = weights_of(online(parts, tmp_path / "whole", replay=3))
+    assert whole != weights_of(online(parts, tmp_path / "newest"))
+    for number in itertools.count(2):
+        left = itertools.count(3 * number, -1)
+
+        def tick(left=left):
+            if next(left) == 0:
+                raise Killed
+
+        try:
+            assert weights_of(online(parts, tmp_path / "run", tick=tick, replay=3)) == whole
+            break
+        except Killed:
+            continue
+    assert number > 3
+
+
+def test_an_earlier_round_that_is_damaged_is_named(parts, tmp_path):
+    with RunDir(tmp_path) as run:
+        made = rounds_of(parts, run.path, {"replay": 2})
+        made.move(0, parts.world.reference, "weights 0")
+        (tmp_path / "round-000" / "scores.jsonl").write_text("")
+        with pytest.raises(CheckpointDamaged, match="round-000 is damaged, and round 1 learns from it, too"):
+            made.move(STEPS, parts.world.reference, "weights 1")
 
 
 def test_a_round_without_a_pair_says_why(parts, tmp_path):

@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec
 
 from dpo_jax.cli import main as program
 from dpo_jax.cli.commands import plan as planning
-from dpo_jax.cli.config import load_config
+from dpo_jax.cli.config import Config, ModelConfig, TokenizerConfig, load_config
+from dpo_jax.cli.model_folders import planned_hf_config
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import shared_rows
 from dpo_jax.dpo import dpo_step
@@ -337,6 +338,13 @@ def test_plan_needs_a_slice(tmp_path, capsys):
 def test_plan_needs_sizes_where_no_model_is(tmp_path, capsys):
     assert program.main(["plan", plan_file(tmp_path, model={"path": "nobody/nothing", "vocab_size": "null"})]) == 2
     assert "model.vocab_size: no model folder is here" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_will_be_trained_has_the_size_that_is_asked_for():
+    sizes = ModelConfig(family="llama", width=8, layers=1, heads=1, max_positions=512)
+    config = Config(model=sizes, tokenizer=TokenizerConfig(vocab_size=300))
+    hf, source = planned_hf_config(config)
+    assert (hf["vocab_size"], source) == (300, "the sizes in section model, and tokenizer.vocab_size")
 
 
 # With libtpu

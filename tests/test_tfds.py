@@ -57,6 +57,13 @@ assert "tensorflow" not in sys.modules
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    write_tfds({"test": TEST}, tmp_path, name="small")
+    assert not list((tmp_path / "temporary").iterdir())
+
+
 def test_a_folder_whose_name_is_not_utf_8_is_refused(tmp_path):
     """array_record, in C++, could not open its files."""
     for work in (lambda path: write_tfds({"train": TRAIN}, path), lambda path: read_tfds(path, "train")):

@@ -64,7 +64,7 @@ _ONLINE = (
 )
 
 _OF_ROUNDS = tuple(
-    f"online.{name}" for name in ("rounds", "prompts", "completions", "pairs", "steps", "candidates", "reward_scale")
+    f"online.{name}" for name in ("rounds", "prompts", "completions", "pairs", "steps", "candidates", "reward_scale", "replay")
 )
 
 
@@ -109,7 +109,10 @@ COMMANDS = {
     ),
     "plan": Command(
         "what training takes on TPUs or GPUs: memory, collectives, time (compiled without one)",
-        ("run.dir", "run.devices", "run.precision", "mesh", "data", "model", "lora", "dpo", "refs.batch", "plan"),
+        (
+            *("run.dir", "run.devices", "run.precision", "mesh", "data", "model", "tokenizer.vocab_size"),
+            *("lora", "dpo", "refs.batch", "plan"),
+        ),
         ("plan",),
     ),
     "export": Command(

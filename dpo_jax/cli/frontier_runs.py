@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax import optimizer_table
-from dpo_jax.cli.config import Config, DpoConfig
+from dpo_jax.cli.config import Config, DpoConfig, OnlineConfig
 from dpo_jax.cli.config.lab import ONLINE, FrontierConfig, numbers
 from dpo_jax.data.encode import with_bos
 from dpo_jax.data.tokenizer import tokenizer_digest
@@ -145,8 +145,9 @@ def online_settings(config: Config) -> dict[str, Any]:
     options = {name: getattr(config.online, name) for name in names}
     steps, batch = config.online.steps_each(config.dpo.batch), config.online.batch(config.dpo.batch)
     # Named only where it is set: what was computed without stays valid.
-    scale = {} if config.online.reward_scale == 1 else {"reward_scale": config.online.reward_scale}
-    return {**options, **scale, "steps": steps, "batch": batch, "row_length": config.data.row_length}
+    others = ("reward_scale", "replay")
+    others = {name: value for name in others if (value := getattr(config.online, name)) != getattr(OnlineConfig, name)}
+    return {**options, **others, "steps": steps, "batch": batch, "row_length": config.data.row_length}
 
 
 def loss_of(name: str, section: FrontierConfig) -> Callable[..., Any]:

@@ -141,12 +141,16 @@ def planned_hf_config(config: Config) -> tuple[dict[str, Any], str]:
             except ValueError as error:
                 raise ConfigError(f"{option}: {path}: {error}") from error
     sizes = dataclasses.replace(config.model, path=None)
-    absent = [field for field, _ in sizes.missing()] + (["vocab_size"] if sizes.vocab_size is None else [])
+    # A tokenizer that is trained for a new model has the entries that it is asked for, or fewer.
+    trained = config.model.path is None and config.tokenizer.path is None
+    vocab_size = sizes.vocab_size or (config.tokenizer.vocab_size if trained else None)
+    absent = [field for field, _ in sizes.missing()] + (["vocab_size"] if vocab_size is None else [])
     if absent:
         raise ConfigError(
             "\n".join(f"model.{field}: no model folder is here, so its sizes must be in the configuration" for field in absent)
         )
-    return sized_hf_config(config, vocab_size=sizes.vocab_size or 0, eos=0), "the sizes in section model"
+    source = "the sizes in section model" + ("" if sizes.vocab_size else ", and tokenizer.vocab_size")
+    return sized_hf_config(config, vocab_size=vocab_size or 0, eos=0), source
 
 
 def known_decoder(config: Config, path: str | None) -> DecoderConfig | None:

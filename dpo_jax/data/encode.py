@@ -20,6 +20,22 @@ class EosInText(ValueError):
     """A text contains the end-of-sequence token, which would end the completion before its end."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptImages:
+    """The images that a prompt shows. Their features are looked up when a batch is made.
+
+    starts    int32[I]                where in the prompt the `tokens` tokens of each image begin
+    names     I keys of `features`    equal ones are one image, which a row holds once
+    tokens    T                       of each image
+    features  {name: float32[T, W]}   outputs of the vision encoder; may read them from disk
+    """
+
+    starts: np.ndarray
+    names: tuple[str, ...]
+    tokens: int
+    features: Mapping[str, np.ndarray]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: arrays have no single truth value, and no hash
 class Encoded:
     """One preference as token ids. Completions end in EOS unless truncation cut it away.
@@ -33,6 +49,7 @@ class Encoded:
         between                                of a ranking: the completions between best (`chosen`) and worst (`rejected`)
         between_cut                            how many of their tokens truncation removed
         desirable                              of a single completion, `chosen`: its label; `rejected` is a mismatched one
+        images                                 that the prompt shows, or None
 
     `encode` makes one of texts; token ids of your own do as well:
 
@@ -53,6 +70,7 @@ class Encoded:
     between: tuple[np.ndarray, ...] = ()  # of a ranking: int32[n] each, better ones first
     between_cut: int = 0
     desirable: bool | None = None  # of a single completion (`data.unpaired`)
+    images: PromptImages | None = None
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -81,6 +99,13 @@ def scored_bytes(*sides: Side) -> bytes:
         return b""
     marks = (np.ones(len(ids), bool) if scored is None else np.asarray(scored, bool) for ids, scored in sides)
     return b"scored" + b"".join(np.packbits(mark).tobytes() for mark in marks)
+
+
+def image_bytes(images: PromptImages | None) -> bytes:
+    """Bytes that tell which images a prompt shows, for keys and digests; none where it shows none. Names are the images'."""
+    if images is None:
+        return b""
+    return b"images" + np.asarray(images.starts, "<i4").tobytes() + "\0".join(images.names).encode()
 
 
 def encode(

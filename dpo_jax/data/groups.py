@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_jax.data.encode import Encoded, Side, scored_bytes
+from dpo_jax.data.encode import Encoded, PromptImages, Side, scored_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +20,7 @@ class PairGroup:
     members: np.ndarray  # int64[Q]  which of the caller's pairs these are
     uids: tuple[str, ...]  # theirs
     scored: tuple[np.ndarray | None, ...] = ()  # bool[n] each: tokens that count, None for all; empty: all of all completions
+    images: PromptImages | None = None
 
     @property
     def sides(self) -> list[Side]:
@@ -34,9 +35,10 @@ def group_pairs(pairs: Sequence[Encoded]) -> list[PairGroup]:
     """
     if longer := next((pair for pair in pairs if pair.between), None):
         raise ValueError(f"{longer.uid or 'an example'} is a ranking of {len(longer.completions)} completions, and no pair")
-    by_prompt: dict[bytes, list[int]] = {}
+    by_prompt: dict[tuple[bytes, tuple[str, ...]], list[int]] = {}
     for number, pair in enumerate(pairs):
-        by_prompt.setdefault(pair.prompt.tobytes(), []).append(number)
+        shown = () if pair.images is None else pair.images.names
+        by_prompt.setdefault((pair.prompt.tobytes(), shown), []).append(number)
     return [_group(pairs, numbers) for numbers in by_prompt.values()]
 
 
@@ -54,6 +56,7 @@ def _group(pairs: Sequence[Encoded], members: Sequence[int]) -> PairGroup:
         pairs=np.array(numbered, np.int32),
         members=np.array(members, np.int64),
         uids=tuple(pairs[n].uid for n in members),
+        images=pairs[members[0]].images,
     )
 
 

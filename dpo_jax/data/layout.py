@@ -188,6 +188,7 @@ class Layout:
     pairs: int = 1  # and of its pairs
     rows_multiple: int = 1  # R is rounded up to a multiple of this with empty rows,
     row_counts: tuple[int, ...] = ()  # and to one of these, ascending, if one is large enough: each count compiles once
+    image_shape: tuple[int, int] = (0, 0)  # M and W of `RowImages`: columns for image tokens in a row, and their width
     microbatches: int = 1  # of one device: of so many equal parts `step.mean_grads` leaves out those of empty rows
 
     def rows(
@@ -224,7 +225,9 @@ class Layout:
         each = places if pairs and self.kind == "plain" else 1  # rows of an example
         sizes = np.array([size for example in examples for size in self._sizes(example)]).reshape(-1, 2)
         self._check(examples, sizes)
-        bins = self._bins(sizes, at_least=at_least)
+        shown = np.array([image_tokens(example) for example in examples for _ in self._sizes(example)], np.int64)
+        self._check_images(examples, shown)
+        bins = self._bins(sizes, shown, at_least=at_least)
         index = np.full((len(bins), self.per_row), -1, np.int32)
         for row, members in enumerate(bins):
             index[row, : len(members)] = members
@@ -233,7 +236,8 @@ class Layout:
         here = slice(part[0] * len(bins) // part[1], (part[0] + 1) * len(bins) // part[1])
         units = {member: self._unit(examples, member) for members in bins[here] for member in members}
         slots = self.completions if groups else places // each
-        rows = place_units(units, index[here], length=self.length, scored=self.scored, unit_slots=slots)
+        shape = {"length": self.length, "scored": self.scored, "image_shape": self.image_shape}
+        rows = place_units(units, index[here], unit_slots=slots, **shape)
         if groups:
             slots_of_pairs, index = self._pairs(groups, index)
             rows = rows.replace(pairs=slots_of_pairs[here])
@@ -303,17 +307,27 @@ class Layout:
         if self.kind == "plain" and isinstance(examples[0], Encoded):
             places = places_of(examples[0])
             pair = cast(Encoded, examples[number // places])
-            return completion_unit(pair.prompt, *pair.sides[number % places])
+            return completion_unit(pair.prompt, *pair.sides[number % places], pair.images)
         example = examples[number]
         if isinstance(example, PairGroup) or (isinstance(example, Encoded) and example.between):
             return group_unit(example, shared=self.kind != "plain")
         return shared_unit(example) if isinstance(example, Encoded) else completion_unit(*Completion.of(example))
 
-    def _bins(self, sizes: np.ndarray, *, at_least: int) -> list[list[int]]:
+    def _check_images(self, examples: Sequence[Example], shown: np.ndarray) -> None:
+        if shown.max(initial=0) <= self.image_shape[0]:
+            return
+        number = int(np.argmax(shown)) * len(examples) // len(shown)
+        name = getattr(examples[number], "uid", "") or f"example {number}"
+        raise ValueError(
+            f"{name}: its images take {shown.max()} tokens, and a row has columns for {self.image_shape[0]}: make the layout "
+            "with plan_layout, or give Layout(image_shape=(columns, width of the features))"
+        )
+
+    def _bins(self, sizes: np.ndarray, shown: np.ndarray, *, at_least: int) -> list[list[int]]:
         """The units of each row, in rows enough for all hosts and devices."""
         if self.per_row > 1:
-            sizes = np.column_stack([sizes, np.ones(len(sizes), np.int64)])
-            bins = first_fit_decreasing(sizes, capacity=(self.length, self.scored, self.per_row))
+            sizes = np.column_stack([sizes, np.ones(len(sizes), np.int64), shown])
+            bins = first_fit_decreasing(sizes, capacity=(self.length, self.scored, self.per_row, self.image_shape[0]))
         else:
             bins = [[i] for i in range(len(sizes))]
         count = max(len(bins), at_least)
@@ -331,6 +345,12 @@ def _check_alike(examples: Sequence[Example]) -> None:
             )
         if (getattr(example, "desirable", None) is None) != (getattr(examples[0], "desirable", None) is None):
             raise ValueError("some examples have a label (desirable) and some have none: a batch is of one kind")
+
+
+def image_tokens(example: Example) -> int:
+    """Columns of `RowImages` that an example takes: the tokens of its images, each image once."""
+    images = Completion.of(example).images if isinstance(example, tuple) else example.images
+    return 0 if images is None else len(set(images.names)) * images.tokens
 
 
 def places_of(example: Example | None) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dpo_jax.data.encode import Encoded, count_scored
 from dpo_jax.data.groups import PairGroup
-from dpo_jax.data.layout import Completion, Example, Layout, first_fit_decreasing, places_of
+from dpo_jax.data.layout import Completion, Example, Layout, first_fit_decreasing, image_tokens, places_of
 from dpo_jax.data.segments import group_size
 from dpo_jax.types import Array, Rows
 
@@ -163,20 +163,32 @@ def plan_layout(
     """
     sizes = np.array([_size(example, plain=kind == "plain") for example in examples])  # [E, (tokens, scored)]
     longest, most_scored = sizes.max(axis=0)
+    image_shape = _image_shape(examples)
     groups = [example for example in examples if isinstance(example, PairGroup)]
     if kind != "packed" and not groups:
         length, scored = length or round_up(longest, 32), round_up(most_scored, 32)
-        return Layout(kind, length=length, scored=scored, rows_multiple=multiple, microbatches=microbatches)
+        parts = {"rows_multiple": multiple, "microbatches": microbatches, "image_shape": image_shape}
+        return Layout(kind, length=length, scored=scored, **parts)
     lengths = [length] if length else sorted({round_up(max(longest, x), 64) for x in (0, *(longest * LENGTHS), 1024)})
     parts = {"multiple": multiple, "microbatches": microbatches}
     layouts = [_packed(sizes, length, batch=batch, shapes=shapes, **parts) for length in lengths]
     least = min(positions for positions, _ in layouts)
     # The shortest of those that are about as good: attention is cheaper, and there is more to divide among devices.
     layout = next(layout for positions, layout in layouts if positions <= 1.01 * least)
+    if image_shape[0]:  # of all examples of a row, as long as there is room for their tokens
+        columns = min(layout.length // image_shape[0], layout.per_row) * image_shape[0]
+        layout = dataclasses.replace(layout, image_shape=(columns, image_shape[1]))
     if not groups:
         return layout
     completions, pairs = (max(len(getattr(group, name)) for group in groups) for name in ("completions", "pairs"))
     return dataclasses.replace(layout, kind=kind, completions=completions, pairs=pairs)
+
+
+def _image_shape(examples: Sequence[Example]) -> tuple[int, int]:
+    """The most image tokens of an example, and the width of features; zeros without images."""
+    most = max(examples, key=image_tokens)
+    images = Completion.of(most).images if isinstance(most, tuple) else most.images
+    return (0, 0) if images is None else (image_tokens(most), images.features[images.names[0]].shape[1])
 
 
 WORTH_COMPILING = 500
@@ -277,7 +289,7 @@ def _size(example: Example, *, plain: bool) -> tuple[int, int]:
         return group_size(example, shared=not plain)
     if not isinstance(example, Encoded):
         text = Completion.of(example)
-        return text.size[0], count_scored(*text[1:])
+        return text.size[0], count_scored(text.completion, text.scored)
     if not plain:
         return group_size(example, shared=True)
     return len(example.prompt) + max(map(len, example.completions)), max(example.scored_tokens)

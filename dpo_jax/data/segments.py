@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.encode import Encoded, count_scored
+from dpo_jax.data.encode import Encoded, PromptImages, count_scored
 from dpo_jax.data.groups import PairGroup
-from dpo_jax.types import Rows
+from dpo_jax.types import RowImages, Rows
 
 
 class Unit(NamedTuple):
@@ -22,18 +23,21 @@ class Unit(NamedTuple):
     source: np.ndarray
     target: np.ndarray
     slot: np.ndarray
+    images: PromptImages | None = None  # those that it shows, with `starts` relative to its own beginning
 
 
 class Completion(NamedTuple):
-    """A text to learn: int32[n] ids of prompt and completion, and bool[n], which tokens of the completion count (None: all)."""
+    """A text to learn: int32[n] ids of prompt and completion, bool[n], which tokens of the completion count (None: all), and
+    the images that the prompt shows."""
 
     prompt: np.ndarray
     completion: np.ndarray
     scored: np.ndarray | None = None
+    images: PromptImages | None = None
 
     @classmethod
     def of(cls, text: Sequence[Any]) -> Completion:
-        """The same with the third field, where a tuple leaves it out."""
+        """The same with the last fields, where a tuple leaves them out."""
         return cls(*text)
 
     @property
@@ -43,13 +47,15 @@ class Completion(NamedTuple):
         return len(self.prompt) + len(self.completion), count_scored(self.completion, self.scored) - bool(first)
 
 
-def completion_unit(prompt: np.ndarray, completion: np.ndarray, scored: np.ndarray | None = None) -> Unit:
+def completion_unit(
+    prompt: np.ndarray, completion: np.ndarray, scored: np.ndarray | None = None, images: PromptImages | None = None
+) -> Unit:
     """A prompt and one completion. Without a prompt nothing predicts the first token, and it is not scored."""
     tokens = np.concatenate([prompt, completion])
     x = np.arange(len(tokens))
     scored = _places(completion, scored) + len(prompt)
     scored = scored[scored > 0]
-    return Unit(tokens, x, np.zeros_like(x), x + 1, scored - 1, tokens[scored], np.zeros_like(scored))
+    return Unit(tokens, x, np.zeros_like(x), x + 1, scored - 1, tokens[scored], np.zeros_like(scored), images)
 
 
 def shared_unit(pair: Encoded) -> Unit:
@@ -73,7 +79,12 @@ def shared_unit(pair: Encoded) -> Unit:
         source=np.concatenate([chosen_source[of_chosen], rejected_source[of_rejected]]),
         target=np.concatenate([pair.chosen[of_chosen], pair.rejected[of_rejected]]),
         slot=np.repeat([0, 1], [len(of_chosen), len(of_rejected)]),
+        images=_moved(pair.images, c),
     )
+
+
+def _moved(images: PromptImages | None, by: int) -> PromptImages | None:
+    return images and dataclasses.replace(images, starts=images.starts + by)
 
 
 def _places(ids: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
@@ -84,14 +95,14 @@ def _places(ids: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
 def group_unit(group: PairGroup | Encoded, *, shared: bool) -> Unit:
     """The completions of a group or a ranking, numbered as there: two by two around a prompt, or, if not `shared`, each after
     its own."""
-    p, several = group.prompt, group.sides
+    p, several, images = group.prompt, group.sides, group.images
     if not shared:
-        return _beside([completion_unit(p, *completion) for completion in several])
+        return _beside([completion_unit(p, *completion, images) for completion in several])
     units = [
-        shared_unit(Encoded(p, chosen, rejected, uid=_uid(group), chosen_scored=one, rejected_scored=other))
+        shared_unit(Encoded(p, chosen, rejected, uid=_uid(group), chosen_scored=one, rejected_scored=other, images=images))
         for (chosen, one), (rejected, other) in zip(several[::2], several[1::2], strict=False)
     ]
-    return _beside([*units, *[completion_unit(p, *odd) for odd in several[len(units) * 2 :]]])
+    return _beside([*units, *[completion_unit(p, *odd, images) for odd in several[len(units) * 2 :]]])
 
 
 def _uid(group: PairGroup | Encoded) -> str:
@@ -113,11 +124,28 @@ def _beside(units: Sequence[Unit]) -> Unit:
         unit._replace(k_start=unit.k_start + at, k_end=unit.k_end + at, source=unit.source + at, slot=unit.slot + slot)
         for unit, at, slot in zip(units, begins, slots, strict=False)
     ]
-    return Unit(*map(np.concatenate, zip(*moved, strict=True)))
+    joined = Unit(*map(np.concatenate, zip(*[unit[:-1] for unit in moved], strict=True)))
+    first = units[0].images
+    if first is None:
+        return joined
+    every = [_moved(unit.images, at) for unit, at in zip(units, begins, strict=False)]
+    starts, names = (np.concatenate([getattr(images, name) for images in every]) for name in ("starts", "names"))
+    return joined._replace(images=dataclasses.replace(first, starts=starts, names=tuple(names.tolist())))
 
 
-def place_units(units: Mapping[int, Unit], members: np.ndarray, *, length: int, scored: int, unit_slots: int) -> Rows:
-    """Write the units `members[R, per_row]` of each row (-1: none) one behind the other; what is left over becomes padding."""
+def place_units(
+    units: Mapping[int, Unit],
+    members: np.ndarray,
+    *,
+    length: int,
+    scored: int,
+    unit_slots: int,
+    image_shape: tuple[int, int] = (0, 0),
+) -> Rows:
+    """Write the units `members[R, per_row]` of each row (-1: none) one behind the other; what is left over becomes padding.
+
+    `image_shape`: M and W of `RowImages`; 0 for rows without images.
+    """
     count, per_row = members.shape
     slots = unit_slots * per_row
     x = np.broadcast_to(np.arange(length, dtype=np.int32), (count, length))
@@ -125,6 +153,7 @@ def place_units(units: Mapping[int, Unit], members: np.ndarray, *, length: int, 
     k_start, k_end = x.copy(), x + 1
     source, target = np.zeros((count, scored), np.int32), np.zeros((count, scored), np.int32)
     slot = np.full((count, scored), slots, np.int32)
+    images = ImageRows(count, length, *image_shape) if image_shape[0] else None
     for row in range(count):
         at, read = 0, 0
         for place, member in enumerate(members[row][members[row] >= 0]):
@@ -132,9 +161,33 @@ def place_units(units: Mapping[int, Unit], members: np.ndarray, *, length: int, 
             here, there = slice(at, at + len(unit.tokens)), slice(read, read + len(unit.target))
             tokens[row, here], positions[row, here] = unit.tokens, unit.positions
             k_start[row, here], k_end[row, here] = at + unit.k_start, at + unit.k_end
+            if images is not None and unit.images is not None:
+                for x in images.place(row, at, unit.images):  # the tokens of an image see each other both ways
+                    k_end[row, x] = x.stop
             source[row, there], target[row, there] = at + unit.source, unit.target
             slot[row, there] = place * unit_slots + unit.slot
             at, read = here.stop, there.stop
     index = members.reshape(-1)
     weight = (index >= 0).astype(np.float32)
-    return Rows(tokens, positions, k_start, k_end, source, target, slot, weight, index, slots=slots)
+    found = None if images is None else images.rows
+    return Rows(tokens, positions, k_start, k_end, source, target, slot, weight, index, images=found, slots=slots)
+
+
+class ImageRows:
+    """The images of rows while these are filled: `rows` is what was placed so far."""
+
+    def __init__(self, count: int, length: int, columns: int, width: int) -> None:
+        self.rows = RowImages(np.zeros((count, columns, width), np.float32), np.full((count, length), -1, np.int32))
+        self._held: list[dict[str, int]] = [{} for _ in range(count)]  # the first column of each image, by row
+
+    def place(self, row: int, at: int, images: PromptImages) -> list[slice]:
+        """Takes in the images of a text that begins at position `at` of a row; returns the positions of each."""
+        held, places = self._held[row], []
+        for start, name in zip(images.starts.tolist(), images.names, strict=True):
+            if name not in held:
+                held[name] = len(held) * images.tokens
+                self.rows.features[row, held[name] : held[name] + images.tokens] = images.features[name]
+            here = slice(at + start, at + start + images.tokens)
+            self.rows.index[row, here] = held[name] + np.arange(images.tokens)
+            places.append(here)
+        return places

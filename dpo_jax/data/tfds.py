@@ -44,6 +44,13 @@ _SPANS = ("chosen_spans", "rejected_spans")  # as JSON text
 _OPTIONAL = ("subset", "prompt_digest", *_SPANS)  # written where some row has one: most sets have none, older folders lack them
 
 
+class _LocalInfo(tfds.core.DatasetInfo):
+    """The description of data that no public bucket holds."""
+
+    def initialize_from_bucket(self) -> None:
+        """Does nothing. The library would ask a bucket on the network, and leave an empty temporary folder behind."""
+
+
 class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A tfds builder over preferences in memory. `write_tfds` is the short way to use it.
 
@@ -61,7 +68,8 @@ class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
 
     def _info(self) -> tfds.core.DatasetInfo:
         texts = {field: tfds.features.Text() for field in (*_TEXTS, *self._optional)}
-        return self.dataset_info_from_configs(
+        return _LocalInfo(
+            builder=self,
             description="Preference pairs: a prompt, a chosen and a rejected completion, and what SFT learns for the prompt.",
             features=tfds.features.FeaturesDict({**texts, "chat": tfds.features.Scalar(np.bool_)}),
             disable_shuffling=True,

@@ -52,6 +52,9 @@ class DecoderConfig:
     experts: int = later(0)  # of each layer, in the place of its MLP (Mixtral); then `mlp_width` is that of an expert
     experts_per_token: int = later(0)
     norm_routes: bool = later(False)  # the shares of the experts that a token takes sum to one
+    image_width: int = later(0)  # W of the vision encoder whose outputs the model reads (Gemma 3 with images); 0: none
+    image_tokens: int = later(0)  # T of an image
+    image_norm_eps: float = later(0.0)
     hf_json: str = "{}"  # the Hugging Face config.json it came from, canonical; `hf.save_hf` writes it back
 
     @property

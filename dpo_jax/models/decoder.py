@@ -19,8 +19,8 @@ from dpo_jax.models.attention_lanes import lane_keys
 from dpo_jax.models.axes import as_stored, by_row
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.layers import VOCABULARY, Block, LayerInput, Norm, Shared, declare, last_axis
-from dpo_jax.models.products import float32_product
-from dpo_jax.types import ROW_AXES, Array, Model, Rows, SharedCache, Variables
+from dpo_jax.models.products import float32_product, precision_of
+from dpo_jax.types import ROW_AXES, Array, Model, RowImages, Rows, SharedCache, Variables
 
 NO_WINDOW = 1 << 30  # of a layer with full attention in a model that has windows elsewhere
 
@@ -48,6 +48,9 @@ class Decoder(nn.Module):
         normal = nn.initializers.normal(c.init_std)
         # Only declared: trunk and head each touch what they use, or the head's gradient would carry zeros for the embedding.
         self.token_embedding = declare(self, "token_embedding", normal, (c.vocab_size, c.width), VOCABULARY)
+        if c.image_width:
+            self.image_norm = Norm("rms_plus_one", c.image_norm_eps)
+            self.image_kernel = declare(self, "image_kernel", normal, (c.image_width, c.width), (None, "embed"))
         if not c.ropes:
             self.position_embedding = declare(self, "position_embedding", normal, (c.max_positions, c.width), (None, "embed"))
         self.layers = nn.scan(
@@ -76,7 +79,7 @@ class Decoder(nn.Module):
         if not c.ropes:
             table = as_stored(self.position_embedding, (None, "embed"))
             x = x + jnp.take(table, jnp.asarray(rows.positions), axis=0).astype(self.dtype)
-        x = by_row(x)
+        x = by_row(self._with_images(x, rows))
         layer, angles = _per_layer(c, rows.positions)
         k_positions, write_at, store, prepared, lanes, own = rows.positions, None, None, None, None, cache
         if isinstance(cache, SharedCache):
@@ -98,6 +101,23 @@ class Decoder(nn.Module):
             new = own["length"] + jnp.int32(rows.tokens.shape[1])
             own = {"key": store[0], "value": store[1], "positions": k_positions, "length": new}
         return self.final_norm(x), cache._replace(own=own) if isinstance(cache, SharedCache) else own
+
+    def _with_images(self, x: jax.Array, rows: Rows) -> jax.Array:
+        """Image features, normed and projected to the width of the model, in the place of the embeddings of their tokens."""
+        images = rows.images
+        if images is None:
+            if not (self.config.image_width and self.is_initializing()):
+                return x
+            nothing = jnp.zeros((x.shape[0], 1, self.config.image_width), jnp.float32)
+            images = RowImages(nothing, jnp.full(x.shape[:2], -1, jnp.int32))
+        if images.features.shape[-1] != self.config.image_width:
+            reads = f"features of width {self.config.image_width}" if self.config.image_width else "no images"
+            raise ValueError(f"the rows have image features of width {images.features.shape[-1]}, and the model reads {reads}")
+        kernel = as_stored(self.image_kernel, (None, "embed")).astype(self.dtype)
+        soft = self.image_norm(jnp.asarray(images.features).astype(self.dtype))
+        soft = jnp.einsum("rmw,wd->rmd", soft, kernel, precision=precision_of(self.dtype))
+        index = jnp.asarray(images.index)[:, :, None]
+        return jnp.where(index >= 0, jnp.take_along_axis(soft, jnp.maximum(index, 0), axis=1), x)
 
     def _one_by_one(
         self, layers: tuple[Variables, ...], x: jax.Array, store: Any, inputs: LayerInput, shared: Shared

@@ -15,6 +15,7 @@ from typing import Any
 
 from dpo_jax.models.architectures.experts import MIXTRAL, OLMOE, QWEN3_MOE
 from dpo_jax.models.architectures.gemma import GEMMA2, GEMMA3_TEXT, text_part
+from dpo_jax.models.architectures.gemma_images import GEMMA3
 from dpo_jax.models.architectures.gpt2 import GPT2
 from dpo_jax.models.architectures.gpt_neox import GPT_NEOX
 from dpo_jax.models.architectures.gptj import GPTJ
@@ -34,14 +35,20 @@ _DENSE = (GPT2, GPTJ, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEX
 _KNOWN = (*_DENSE, MIXTRAL, OLMOE, QWEN3_MOE)
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _KNOWN}
 _TEXT_PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {"gemma3": text_part}  # of multimodal models
+_WITH_IMAGES: Mapping[str, Family] = {family.name: family for family in (GEMMA3,)}
 
 
-def decoder_config(hf_config: Mapping[str, Any], *, where: str | Path = "config.json") -> DecoderConfig:
+def family_of(config: DecoderConfig) -> Family:
+    """The record of a decoder's family."""
+    return (_WITH_IMAGES if config.image_width else FAMILIES)[config.family]
+
+
+def decoder_config(hf_config: Mapping[str, Any], *, where: str | Path = "config.json", images: bool = False) -> DecoderConfig:
     """Read a Hugging Face configuration (the content of `config.json`, of transformers 4 or 5), which came from `where`.
 
-    A multimodal "gemma3" configuration stands for its text model. Raises `Unreadable`, naming file, field and value, for a
-    missing or impossible one; ValueError for a family, an activation, a rotary scaling or another setting that the decoder does
-    not have.
+    A multimodal "gemma3" configuration stands for its text model, or with `images` for the one that reads images, too. Raises
+    `Unreadable`, naming file, field and value, for a missing or impossible one; ValueError for a family, an activation, a
+    rotary scaling or another setting that the decoder does not have.
 
     >>> sizes = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     >>> found = decoder_config({"model_type": "gpt2", **sizes})
@@ -50,19 +57,21 @@ def decoder_config(hf_config: Mapping[str, Any], *, where: str | Path = "config.
     """
     hf = dict(hf_config)
     family = Fields(hf, where).text("model_type")
-    if family in _TEXT_PARTS:
+    known = _WITH_IMAGES if images else FAMILIES
+    if family in _TEXT_PARTS and not images:
         hf = _TEXT_PARTS[family](hf, where)
         family = hf["model_type"]
-    if family not in FAMILIES:
-        raise ValueError(f"{where}: model_type {shown(family)} is not supported; supported: {', '.join(FAMILIES)}")
-    read = Reader(family, hf, where, defaults=FAMILIES[family].defaults)
-    for key in ("quantization_config", *FAMILIES[family].refused):
+    if family not in known:
+        what = " with images" if images else ""
+        raise ValueError(f"{where}: model_type {shown(family)} is not supported{what}; supported: {', '.join(known)}")
+    read = Reader(family, hf, where, defaults=known[family].defaults)
+    for key in ("quantization_config", *known[family].refused):
         if hf.get(key):
             read.refuse(key)
-    fields = FAMILIES[family].fields(read)
+    fields = known[family].fields(read)
     if fields["heads"] % fields["kv_heads"]:
         raise Unreadable(f"{where}: {fields['heads']} heads are not a multiple of {fields['kv_heads']} key/value heads")
-    init_std = read.number("initializer_range", least=0.0, right="a number of at least 0")
+    init_std = fields.pop("init_std", None) or read.number("initializer_range", least=0.0, right="a number of at least 0")
     config = DecoderConfig(family=family, init_std=init_std, hf_json=json.dumps(hf, sort_keys=True), **fields)
     LIMITS.check("model_b", _billions(config), where, what="billion parameters")
     return config

@@ -24,7 +24,7 @@ from dpo_jax.models.checkpoint_stream import Piece, assemble, path_of
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.digest import WeightsDigest
-from dpo_jax.models.families import FAMILIES, decoder_config
+from dpo_jax.models.families import decoder_config, family_of
 from dpo_jax.models.folder import ADAPTER, adapter_base, read_config
 from dpo_jax.models.generation import GENERATION, generation_config
 from dpo_jax.models.generation import end_tokens as end_tokens_of
@@ -55,11 +55,18 @@ def end_tokens(path: str | Path) -> list[int]:
 
 
 def load_hf(
-    path: str | Path, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, remat: str = "none", attention: str = "auto"
+    path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    remat: str = "none",
+    attention: str = "auto",
+    images: bool = False,
 ) -> tuple[Model, Variables]:
     """Load a Hugging Face model folder or Hub id. Returns `(model, variables)`; `dtype` and `remat` as in `make_model`.
 
     A folder of LoRA weights, as PEFT writes them, gives the model that they belong to, with the weights merged in.
+    Of a Gemma 3 with images it is the text model; with `images` the one that reads them, whose encoder `load_encoder` gives.
     Weights are converted to `param_dtype`. `attention` names a path of `attention_paths`, by default this platform's.
 
     Raises ValueError or FileNotFoundError naming file and tensor for an unsupported configuration, missing, unknown or
@@ -70,7 +77,7 @@ def load_hf(
     ('llama', ['params'])
     """
     folder = resolve(path)
-    config = decoder_config(load_config(folder), where=folder / "config.json")
+    config = decoder_config(load_config(folder), where=folder / "config.json", images=images)
     path_ = attention_path(attention, platform=jax.default_backend(), config=config, dtype=dtype)
     model = make_model(config, dtype=dtype, remat=remat, attention=path_)
     variables = assemble(variable_shapes(model, param_dtype), read_weights(folder, model), put=jnp.asarray)
@@ -133,6 +140,7 @@ def save_hf(
     max_shard_bytes: int = 5_000_000_000,
     fetch: Callable[[Any], np.ndarray] = np.asarray,
     write: bool = True,
+    others: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Write `config.json` and safetensors that Hugging Face's `AutoModelForCausalLM` loads. Returns the folder.
 
@@ -140,10 +148,11 @@ def save_hf(
     its `generation_config.json`, if it has one, is copied. `settings` go into `config.json` as well. Files are written next to
     the folder, read back, compared and only then moved in, so that a kill leaves no half-written model. In a folder that holds
     an earlier model its files are replaced and others, such as a tokenizer, stay. Weights that lie in pieces on several hosts
-    are collected tensor by tensor with `fetch`: all hosts call this, and one with `write`. Raises FileExistsError for a folder
-    that holds something else; ValueError if the variables do not fit the model or hold more than "params", which would be lost,
-    and for a model of your own, which has no Hugging Face form; OverflowError, naming the tensor, for values too large for
-    `dtype`.
+    are collected tensor by tensor with `fetch`: all hosts call this, and one with `write`. `others` are tensors that go along
+    as they are: those of the vision encoder (`encoder_in_hf_form`), which a model that reads images needs. Raises
+    FileExistsError for a folder that holds something else; ValueError if the variables do not fit the model or hold more than
+    "params", which would be lost, and for a model of your own, which has no Hugging Face form; OverflowError, naming the
+    tensor, for values too large for `dtype`.
 
     >>> decoder, weights = load_hf(folder)
     >>> sorted(file.name for file in save_hf("copy", decoder, weights).iterdir())
@@ -166,14 +175,16 @@ def save_hf(
             "{'params': variables['params']}"
         )
     config = model.config
-    expected = _flatten(variable_shapes(model)["params"])
-    flat = _flatten(variables["params"])
+    expected = flatten(variable_shapes(model)["params"])
+    flat = flatten(variables["params"])
     for name in sorted(expected.keys() | flat.keys()):
         found, asked = (_shape(tree, name) for tree in (flat, expected))
         if found != asked:
             raise ValueError(f"parameter {name} does not fit this {config.family}: {found} where {asked} is expected")
     dtype = np.dtype(dtype or flat["token_embedding"].dtype)
-    sizes, get = _in_hf_form(tensors(config), flat, dtype, fetch)
+    if config.image_width and not others:
+        raise ValueError("a model that reads images is written with its vision encoder: give others=encoder_in_hf_form(...)")
+    sizes, get = in_hf_form(tensors(config), flat, dtype, fetch)
     if not write:
         for name in sizes:
             get(name)
@@ -182,8 +193,9 @@ def save_hf(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         new = Path(temporary) / "model"
         new.mkdir()
-        older = older_rotary_keys(config.hf, FAMILIES[config.family].defaults)
-        content = older | config.hf | {"architectures": [FAMILIES[config.family].architecture], "dtype": dtype.name}
+        family = family_of(config)
+        older = older_rotary_keys(config.hf, family.defaults)
+        content = older | config.hf | {"architectures": [family.architecture], "dtype": dtype.name}
         content = {name: value for name, value in content.items() if name not in ("torch_dtype", "source_dtype")}
         content |= settings or {}
         write_text(new / "config.json", json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -191,12 +203,14 @@ def save_hf(
         generation = None if known is None or generation_config(known) is None else known / GENERATION
         if generation is not None:
             write_text(new / GENERATION, read_text(generation))
-        write_shards(new, sizes, get, max_shard_bytes=max_shard_bytes)
+        kept = {name: np.asarray(array, dtype) for name, array in (others or {}).items()}
+        sizes |= {name: array.nbytes for name, array in kept.items()}
+        write_shards(new, sizes, lambda name: kept[name] if name in kept else get(name), max_shard_bytes=max_shard_bytes)
         _move_in(new, folder, stale=() if source is None else (GENERATION,))
     return folder
 
 
-def _in_hf_form(
+def in_hf_form(
     table: list[Tensor], flat: Mapping[str, Any], dtype: np.dtype, fetch: Callable[[Any], np.ndarray]
 ) -> tuple[dict[str, int], Callable[[str], np.ndarray]]:
     """({name: bytes}, `get(name)`) of the checkpoint's tensors, in the order in which all hosts take them."""
@@ -248,7 +262,7 @@ def _shape(flat: Mapping[str, Any], path: str) -> str:
     return str(tuple(np.shape(flat[path]))) if path in flat else "nothing"
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, Mapping):
         return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}/{name}" if prefix else name).items()}
+    return {k: v for name, sub in tree.items() for k, v in flatten(sub, f"{prefix}/{name}" if prefix else name).items()}

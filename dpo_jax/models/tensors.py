@@ -8,19 +8,19 @@ from __future__ import annotations
 import re
 
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.models.families import FAMILIES
+from dpo_jax.models.families import family_of
 from dpo_jax.models.tensor_layouts import Tensor
 
 
 def tensors(config: DecoderConfig) -> list[Tensor]:
     """The table of a model: each of our parameters and each checkpoint tensor exactly once."""
-    table = FAMILIES[config.family].tensors(config)
+    table = family_of(config).tensors(config)
     return table + ([] if config.tied else [Tensor(head_name(config), ("head_kernel",), alias="lm_head.weight")])
 
 
 def head_name(config: DecoderConfig) -> str:
     """The name of the output head in a checkpoint."""
-    return FAMILIES[config.family].head
+    return family_of(config).head
 
 
 _BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$|\.embed_positions$")
@@ -34,7 +34,7 @@ def canonical_name(name: str, config: DecoderConfig) -> str | None:
     """
     if _BUFFERS.search(name):
         return None
-    family = FAMILIES[config.family]
+    family = family_of(config)
     known = family.rename(name)
     if known is None or known.startswith((family.trunk, "lm_head.", "embed_out.")):
         return known

@@ -34,7 +34,7 @@ class Checkpoint:
         aliases = {t.alias: t.name for t in tensors(config) if t.alias}
         self.where: dict[str, tuple[Path, str]] = {}
         self.handles: dict[Path, Any] = {}
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             self.handles[file] = open_safetensors(file)
             for name in self.handles[file].keys():  # noqa: SIM118 (not a dict)
                 known = canonical_name(name, config)
@@ -91,7 +91,7 @@ class Checkpoint:
                 raise ValueError(f"tensor {stored} in {file} differs from the embedding although config.json ties them")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         return [folder / name for name in _shards(index)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -39,11 +39,12 @@ def of_groups(groups: Sequence[PairGroup], values: np.ndarray, *, pairs: int) ->
     return found
 
 
-def prompt_groups(pairs: Sequence[Encoded], prompts: Sequence[int] | np.ndarray) -> list[PairGroup]:
-    """`pairs` by the number of their prompt, `prompts[P]`, in the order in which they first come. `members` count all pairs."""
-    members: dict[int, list[int]] = {}
+def prompt_groups(pairs: Sequence[Encoded], prompts: Iterable[Hashable]) -> list[PairGroup]:
+    """`pairs` by their prompt, of which `prompts[P]` are numbers or names, in the order in which they first come. `members`
+    count all pairs."""
+    members: dict[Hashable, list[int]] = {}
     for place, prompt in enumerate(prompts):
-        members.setdefault(int(prompt), []).append(place)
+        members.setdefault(prompt, []).append(place)
     groups = []
     for places in members.values():
         [group] = group_pairs([pairs[place] for place in places])

@@ -14,7 +14,7 @@ is one run, with one schedule and one optimizer state. Each round has a folder, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +72,7 @@ class RoundOptions(NamedTuple):
     microbatches: int = 1
     beta_last: float | None = None  # of the last of so many `rounds`, see `beta_of_round`
     rounds: int = 1
+    replay: int = 1  # steps read the pairs of the newest so many rounds
 
     def beta_of(self, number: int) -> float:
         return beta_of_round(self.beta, self.beta_last, number=number, rounds=self.rounds)
@@ -165,7 +166,9 @@ class Rounds:
             self._make(stage, number, variables, pause)
         labelled = self._labelled(stage, number)
         self.record |= {"step": step, "weights": weights}
-        self._current = number, self._batches(labelled, number)
+        policies = {**self.record.get("policies", {}), str(number): weights}
+        self.record["policies"] = {k: v for k, v in policies.items() if int(k) > number - self.options.replay}
+        self._current = number, self._batches([*self._earlier(number), (number, labelled)], number)
         self._write_rounds(number)
         if made:
             self._say(_words(stage.record))
@@ -276,9 +279,27 @@ class Rounds:
             raise DataError(f"round {number}: no pair is left, of {counts.pairs:,}: {causes}; {remedy}", causes=[Cause.NO_ROWS])
         return Labelled(samples, rewards, pairs, counts, int((~decided).sum()))
 
-    def _batches(self, labelled: Labelled, number: int) -> PairBatches:
-        encoded, ref_logps = encoded_pairs(labelled.samples, labelled.pairs, name=f"round {number}")
-        groups = prompt_groups(encoded, labelled.pairs[:, 0])
+    def _earlier(self, number: int) -> list[tuple[int, Labelled]]:
+        """The rounds before `number` that its steps read as well: as many as `replay` allows and have its reference."""
+        first = max(self._reference_round(number), number - self.options.replay + 1)
+        found = []
+        for earlier in range(first, number):
+            stage = self._stage(earlier, self.record["policies"][str(earlier)], say=self._say)
+            if not stage.finished:
+                words = f"{stage.folder} is damaged, and round {number} learns from it, too (online.replay)"
+                raise CheckpointDamaged(f"{words}: put its files back, or start over in another run.dir")
+            found.append((earlier, self._labelled(stage, earlier)))
+        return found
+
+    def _batches(self, learned: Sequence[tuple[int, Labelled]], number: int) -> PairBatches:
+        encoded, ref_logps, prompts, labels = [], [], [], []
+        for earlier, labelled in learned:
+            some, its = encoded_pairs(labelled.samples, labelled.pairs, name=f"round {earlier}")
+            encoded += some
+            ref_logps.append(its)
+            prompts += [(earlier, int(prompt)) for prompt in labelled.pairs[:, 0]]  # of each round by itself
+            labels.append(soft_labels(labelled.rewards * self.options.reward_scale, labelled.pairs))
+        groups = prompt_groups(encoded, prompts)
         if "layout" not in self.record:  # of all rounds: their batches are one program
             several = 2 if self.options.pairs == "best_worst" else self.options.completions
             longest = worst_case(self.world.train.ids, completions=several, tokens=self.world.max_new_tokens)
@@ -293,9 +314,9 @@ class Rounds:
         if self.options.beta_last is not None:
             columns["beta"] = np.full(len(encoded), self.options.beta_of(number), np.float32)
         if self.options.pairs == "soft":
-            columns["label_smoothing"] = soft_labels(labelled.rewards * self.options.reward_scale, labelled.pairs)
+            columns["label_smoothing"] = np.concatenate(labels)
         placed = {name: of_groups(groups, values, pairs=layout.pairs) for name, values in columns.items()}
-        return PairBatches(groups, of_groups(groups, ref_logps, pairs=layout.pairs), layout, placed)
+        return PairBatches(groups, of_groups(groups, np.concatenate(ref_logps), pairs=layout.pairs), layout, placed)
 
     def _row(self, number: int, samples: Samples, labelled: Labelled) -> dict[str, Any]:
         """The row of a round in `rounds.jsonl`. The KL is to the first reference."""

@@ -40,8 +40,8 @@ from dpo_jax.training.fingerprint import SavedRun, architecture, check_settings
 from dpo_jax.training.run import steps_of, train
 from dpo_jax.types import TrainState, Variables
 
-NOT_OF_A_ROUND = ("rounds", "label_budget", "steps", "reward_model")
-"""Options of `online` that change no round. The reward model counts by its weights."""
+NOT_OF_A_ROUND = ("rounds", "label_budget", "steps", "replay", "reward_model")
+"""Options of `online` that change no file of a round. The reward model counts by its weights."""
 
 
 def run(config: Config) -> int:
@@ -134,6 +134,7 @@ def _rounds(config: Config, run: RunDir, world: World, digests: Mapping[str, str
         beta_last=section.beta_last,
         reward_scale=section.reward_scale,
         rounds=section.rounds,
+        replay=section.replay,
     )
     part = _part(config, world)
 
@@ -184,7 +185,8 @@ def _train(
     partitioner, total = world.partitioner, section.steps or 0
     tx = build.make_tx(section, steps=total, seed=config.run.seed)
     of_data = {"start": start, "data.layout": config.data.layout}
-    facts = {**identity.settings(config, section), **_settings(config, world), **of_data}
+    replay = {} if config.online.replay == 1 else {"online.replay": config.online.replay}
+    facts = {**identity.settings(config, section), **_settings(config, world), **of_data, **replay}
     with identity.refusing_mismatch():
         if saved is not None:
             check_settings(saved.place, saved.fingerprint, facts)

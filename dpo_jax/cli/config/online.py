@@ -25,6 +25,9 @@ class OnlineConfig:
     Terry give it (eq. 1); or soft: all, and the loss is given this probability instead of a draw, as label_smoothing."""
     steps: int | None = None
     """Optimizer steps a round; none: as many as read each of its prompts once."""
+    replay: int = 1
+    """Steps of a round read the pairs of the newest so many rounds, as far back as the reference has not moved. The steps of a
+    round stay as many (online.steps): each pair is read in several rounds, and less often in each."""
     reward_scale: float = 1.0
     """Of pairs that are drawn or soft: rewards times this are the logits of the labels. Labels of rewards that lie many logits
     apart are all 0 or 1, and say nothing of how far. The optimum is that of the rewards at beta dpo.beta / reward_scale."""
@@ -47,9 +50,8 @@ class OnlineConfig:
     """Refuse a run that could ask for more labels than this: rewards of completions, or comparisons; none: any number."""
 
     def check(self) -> Iterator[Problem]:
-        yield from positive(
-            self, "rounds", "prompts", "steps", "candidates", "refresh_reference_rounds", "label_budget", "completions"
-        )
+        numbers = ("rounds", "prompts", "steps", "replay", "candidates", "refresh_reference_rounds", "label_budget")
+        yield from positive(self, *numbers, "completions")
         if self.completions == 1:
             yield "completions", "must be at least 2: a pair needs two"
         if not self.reward_scale > 0:
