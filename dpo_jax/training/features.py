@@ -1,14 +1,15 @@
 """Features of images under a frozen encoder: computed once, kept on disk, and only ever used for what they were computed from.
 
 A cache is a folder, which lies well beside that of the reference's log-probabilities: `identity.json` says what the features
-belong to (encoder, processing of images, number format), and each image has a file, named by its digest.
-A file has a checksum that also covers the identity. What is damaged is computed again. A cache of another encoder or processing
-is refused, and an image that changes is another image.
+belong to (encoder, processing of images), and files hold one record for each image, found by its digest. A record has a checksum
+that also covers the identity. What is damaged is computed again. A cache of another encoder or processing is refused, and an
+image that changes is another image.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import zlib
@@ -35,8 +36,8 @@ class FeatureCache(Mapping[str, np.ndarray]):
     """Features by the digest of their image, float32[T, W] each, read from `directory` when they are asked for.
 
     `identity` names all that they depend on, as JSON values (`feature_identity`). Raises `ForeignCache`, naming each field that
-    differs, if the folder belongs to something else. A damaged file counts as absent, and in `damaged`. Several processes may
-    use the folder at the same time: a file appears whole or not at all. `recent`: so many are kept in memory.
+    differs, if the folder belongs to something else. A damaged record counts as absent, and in `damaged`. Several processes may
+    use the folder at the same time: a file appears whole or not at all. `recent`: so many features are kept in memory.
     """
 
     def __init__(
@@ -46,51 +47,63 @@ class FeatureCache(Mapping[str, np.ndarray]):
         self.directory.mkdir(parents=True, exist_ok=True)
         self.identity = json.loads(json.dumps({"version": VERSION, **identity, "shape": shape}, sort_keys=True))
         self._seed = zlib.crc32(json.dumps(self.identity, sort_keys=True).encode())
+        self._record = np.dtype([("digest", "V32"), ("crc", "<u4"), ("values", "<f4", shape)])
         self._read = functools.lru_cache(maxsize=recent)(self._from_file)
-        for leftover in leftovers(self.directory, IDENTITY):
+        for leftover in leftovers(self.directory, IDENTITY, f"*{SUFFIX}"):
             leftover.unlink(missing_ok=True)
         self._claim()
+        self._places: dict[str, list[np.void]] = {}  # of each digest; there are several where one was damaged
+        for path in sorted(self.directory.glob(f"*{SUFFIX}")):
+            self._take(path)
 
     def __getitem__(self, digest: str) -> np.ndarray:
         return self._read(digest)
 
     def __iter__(self) -> Iterator[str]:
-        return (path.stem for path in sorted(self.directory.glob(f"??/*{SUFFIX}")))
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._places)
 
-    def add(self, digest: str, features: np.ndarray) -> None:
-        """Keeps the features of an image, on disk when this returns. Raises FloatingPointError for NaN and infinity."""
-        values = np.ascontiguousarray(features, "<f4")
-        if values.shape != self.shape:
-            raise ValueError(f"features of shape {self.shape} are expected, got {values.shape}")
+    def add(self, digests: Sequence[str], features: np.ndarray) -> None:
+        """Keeps the features of images, [n, T, W]: they are on disk when this returns, all of them or none.
+
+        Raises FloatingPointError for NaN and infinity.
+        """
+        values = np.asarray(features, np.float32)
+        if values.shape != (len(digests), *self.shape):
+            raise ValueError(f"features of shape {(len(digests), *self.shape)} are expected, got {values.shape}")
         if not np.isfinite(values).all():
-            raise FloatingPointError(f"image {digest[:12]}: the encoder gives NaN or infinity; nothing of it was kept")
-        path = self._path(digest)
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, self._checksum(digest, values.tobytes()) + values.tobytes())
+            raise FloatingPointError("the encoder gives NaN or infinity; nothing of this batch was kept")
+        records = np.zeros(len(digests), self._record)
+        for record, digest, one in zip(records, digests, values, strict=True):
+            record["digest"], record["values"] = bytes.fromhex(digest), one
+            record["crc"] = self._crc(record)
+        content = records.tobytes()
+        path = self.directory / f"{hashlib.sha256(content).hexdigest()[:32]}{SUFFIX}"
+        write_whole(path, content)
+        self._take(path)
 
     def missing(self, digests: Sequence[str]) -> list[str]:
         """Those of `digests`, each once, of which there are no sound features."""
         return [digest for digest in dict.fromkeys(digests) if digest not in self]
 
+    def _take(self, path: Path) -> None:
+        """Takes over the records of a file. They are read when they are asked for."""
+        count = path.stat().st_size // self._record.itemsize
+        records = np.memmap(path, self._record, "r", shape=(count,)) if count else ()
+        for record in records:
+            self._places.setdefault(record["digest"].tobytes().hex(), []).append(record)
+
     def _from_file(self, digest: str) -> np.ndarray:
-        try:
-            content = self._path(digest).read_bytes()
-        except FileNotFoundError:
-            raise KeyError(digest) from None
-        checksum, body = content[:4], content[4:]
-        if len(body) != 4 * self.shape[0] * self.shape[1] or checksum != self._checksum(digest, body):
+        for record in self._places.get(digest, ()):
+            if record["crc"] == self._crc(record):
+                return np.array(record["values"])
             self.damaged += 1
-            raise KeyError(digest)
-        return np.frombuffer(body, "<f4").reshape(self.shape)
+        raise KeyError(digest)
 
-    def _checksum(self, digest: str, body: bytes) -> bytes:
-        return zlib.crc32(body, zlib.crc32(digest.encode(), self._seed)).to_bytes(4, "little")
-
-    def _path(self, digest: str) -> Path:
-        return self.directory / digest[:2] / f"{digest}{SUFFIX}"
+    def _crc(self, record: np.void) -> int:
+        return zlib.crc32(record["values"].tobytes(), zlib.crc32(record["digest"].tobytes(), self._seed))
 
     def _claim(self) -> None:
         path = self.directory / IDENTITY
@@ -130,7 +143,7 @@ def image_features(
     by_digest = {image.digest: image for image in images}
     todo = cache.missing(list(by_digest))
     if cache.damaged:
-        say(f"{cache.directory}: {cache.damaged} files are damaged and computed again")
+        say(f"{cache.directory}: {cache.damaged} features are damaged and computed again")
     if len(todo) < len(by_digest):
         say(f"{cache.directory}: features of {len(by_digest) - len(todo):,} of {len(by_digest):,} images are there already")
     with reported("features of images", total=len(todo), unit="images") as task:
@@ -139,7 +152,6 @@ def image_features(
             read = np.stack([pixels(by_digest[digest], processing) for digest in part])
             padding = ((0, batch - len(part)), (0, 0), (0, 0), (0, 0))  # one shape: compiled once
             found = np.asarray(encode(np.pad(read, padding)))
-            for digest, features in zip(part, found, strict=False):
-                cache.add(digest, features)
+            cache.add(part, found[: len(part)])
             task.advance(len(part))
     return cache
