@@ -136,6 +136,15 @@ def pixels(image: ImageFile, processing: Processing, *, field: str = "image") ->
     return (values - np.array(processing.mean, np.float32)) / np.array(processing.std, np.float32)
 
 
+def as_png(image: np.ndarray) -> bytes:
+    """The file of a picture float[height, width, 3] in [0, 1]."""
+    from PIL import Image as pillow
+
+    file = io.BytesIO()
+    pillow.fromarray(np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
 def _content(source: Source, root: Path, field: str) -> bytes:
     if isinstance(source, bytes):
         return source

@@ -132,22 +132,23 @@ def careless(things: Sequence[Thing], rng: np.random.Generator, *, adds: float, 
     return tuple(kept[number] for number in rng.permutation(len(kept)))
 
 
-def absent(things: Sequence[Thing], rng: np.random.Generator) -> Thing:
-    """A kind that is not there: every other time a companion of one that is, if there is one."""
-    expected = [one for thing in things if (one := companion(thing)) not in things]
-    return expected[rng.integers(len(expected))] if expected and rng.random() < 0.5 else _other(things, rng)
+def absent(things: Sequence[Thing], rng: np.random.Generator, *, named: Sequence[Thing] = ()) -> Thing:
+    """A kind that is not there, nor `named` already: every other time a companion of one that is there, if there is one."""
+    taken = {*things, *named}
+    expected = [one for thing in things if (one := companion(thing)) not in taken]
+    return expected[rng.integers(len(expected))] if expected and rng.random() < 0.5 else _other(list(taken), rng)
 
 
-def contrast(things: Sequence[Thing], rng: np.random.Generator, *, omits: float) -> tuple[tuple[Thing, ...], tuple[Thing, ...]]:
-    """What a true caption names, and one that is wrong in one place: something is named that is not there, or, with chance
-    `omits`, something is left out."""
-    chosen = [things[number] for number in rng.permutation(len(things))]
-    rejected = list(chosen)
-    if rng.random() < omits and len(things) > 1:
-        del rejected[rng.integers(len(rejected))]
+def spoilt(named: Sequence[Thing], things: Sequence[Thing], rng: np.random.Generator, *, omits: float) -> tuple[Thing, ...]:
+    """What a caption names that is worse than one that names `named`, in one place: something is added that is not there or,
+    with chance `omits`, something is left out that is there."""
+    found = list(named)
+    right = [place for place, thing in enumerate(found) if thing in things]
+    if rng.random() < omits and right and len(found) > 1:
+        del found[right[rng.integers(len(right))]]
     else:
-        rejected.insert(rng.integers(len(rejected) + 1), absent(things, rng))
-    return tuple(chosen), tuple(rejected)
+        found.insert(rng.integers(len(found) + 1), absent(things, rng, named=named))
+    return tuple(found)
 
 
 def mentioned(text: str) -> tuple[Thing, ...]:

@@ -1,9 +1,9 @@
 """Features of images under a frozen encoder: computed once, kept on disk, and only ever used for what they were computed from.
 
 A cache is a folder, which lies well beside that of the reference's log-probabilities: `identity.json` says what the features
-belong to (encoder, processing of images), and files hold one record for each image, found by its digest. A record has a checksum
-that also covers the identity. What is damaged is computed again. A cache of another encoder or processing is refused, and an
-image that changes is another image.
+belong to (encoder, processing of images), and files hold one record for each image, found by its digest. A checksum
+covers the record and the identity. What is damaged is computed again. A cache of another encoder or processing is refused, and
+an image that changes is another image.
 """
 
 from __future__ import annotations
