@@ -22,6 +22,7 @@ from dpo_jax.lab.scene_encoder import encoder_config, train_encoder
 from dpo_jax.lab.world import Points, with_interval
 from dpo_jax.losses import dpo_loss, preferred_ft_loss
 from dpo_jax.models.decoder import make_model
+from dpo_jax.models.digest import weights_digest
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.siglip import encode_images
 from dpo_jax.runtime.optim import linear_warmup, make_optimizer, make_schedule
@@ -46,7 +47,6 @@ class Sizes:
     train: int
     test: int
     pairs: int
-    chosen: str
     adds: float
     omits: float
     pair_omits: float
@@ -156,6 +156,11 @@ class ScenesWorld:
         )
         self.reference = self._sft()
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the reference and the features that it reads."""
+        return weights_digest({"params": self.partitioner.to_host(self.reference)["params"], "features": dict(self.features)})
+
     def shown(self, scene: data.Scene) -> PromptImages:
         return PromptImages(np.array([1], np.int32), (self._images[id(scene)].digest,), PROCESSING.tokens, self.features)
 
@@ -189,10 +194,13 @@ class ScenesWorld:
             )
         return partitioner.put_variables({"params": partitioner.to_host(state.params)["params"]})
 
-    def groups(self, seed: int) -> list[PairGroup]:
-        """A pair of captions of each scene, the better one first; which ones, and where they differ, is `seed`'s luck."""
+    def groups(self, kind: str, seed: int) -> list[PairGroup]:
+        """A pair of captions of each scene, the better one first; which ones, and where they differ, is `seed`'s luck.
+
+        `kind`: the better caption has the mistakes of those of SFT ("careless"), or none ("true"). The worse has one more.
+        """
         sizes, rng, pairs = self.sizes, np.random.default_rng([seed, 11]), []
-        mistakes = {"adds": sizes.adds, "omits": sizes.omits} if sizes.chosen == "careless" else {"adds": 0.0, "omits": 0.0}
+        mistakes = {"adds": sizes.adds, "omits": sizes.omits} if kind == "careless" else {"adds": 0.0, "omits": 0.0}
         for number, scene in enumerate(self._paired):
             better = data.careless(scene.things, rng, **mistakes)
             worse = data.spoilt(better, scene.things, rng, omits=sizes.pair_omits)
@@ -200,11 +208,13 @@ class ScenesWorld:
             pairs.append(Encoded(self.prompt, chosen, rejected, uid=f"scene {number}", images=self.shown(scene)))
         return group_pairs(pairs)
 
-    def run(self, method: str, folder: Path, *, seed: int, lr: float, settings: Mapping[str, float]) -> Points:
-        """Points of a run of "dpo" or "preferred-ft" on the pairs of `seed`."""
+    def run(
+        self, method: str, folder: Path, *, kind: str, seed: int, lr: float, settings: Mapping[str, float]
+    ) -> tuple[Points, Variables]:
+        """Points of a run of "dpo" or "preferred-ft" on the pairs of `kind` and `seed`, and its policy."""
         trained = self._method(method, lr)
-        own = in_layout(self, trained.data, self.groups(seed))
-        points, _ = trained.train(
+        own = in_layout(self, trained.data, self.groups(kind, seed))
+        return trained.train(
             folder,
             settings=settings,
             evaluations=self.sizes.evaluations,
@@ -212,7 +222,6 @@ class ScenesWorld:
             data=own,
             measure=functools.partial(self.measure, seed=seed),
         )
-        return points
 
     def _method(self, method: str, lr: float) -> PairMethod:
         if (method, lr) not in self._methods:
@@ -222,7 +231,7 @@ class ScenesWorld:
 
     @functools.cached_property
     def _data(self) -> PairData:
-        return grouped_data(self, self.groups(self.seed), batch=self.sizes.batch)
+        return grouped_data(self, self.groups("careless", self.seed), batch=self.sizes.batch)
 
     def captions(self, variables: Variables, *, seed: int) -> list[str]:
         """A sampled caption of each test scene."""
