@@ -120,6 +120,7 @@ LONG = {
     "cli_dialogue": ("test_dialogue",),
     "cli_robust": ("test_noise", "test_shift", "test_overoptimisation"),
     "cli_diffusion": ("test_digits",),
+    "cli_scenes": ("test_scenes",),
     "diffusion": (
         *("test_the_loss_is_the_papers_in_float64[elbo", "test_devices_and_microbatches_change_nothing[pmap"),
         *("test_training_ends", "test_the_bound_of_many_draws"),

@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from dpo_jax.data.encode import encode
+from dpo_jax.data.image_prompts import encode_images
 from dpo_jax.data.image_rows import image_marks, image_starts
 from dpo_jax.data.images import Processing, load_processing, open_image, pixels
+from dpo_jax.data.loader import make_batch, plan_layout
 from dpo_jax.data.pairs import BadRow, Cause
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tfds import write_tfds
@@ -216,3 +218,20 @@ def test_images_in_parquet(tmp_path, tokenizer):
     parquet.write_table(pa.Table.from_pylist([given]), tmp_path / "train.parquet")
     found = load_preferences(tmp_path / "train.parquet", "train", tokenizer=tokenizer)
     assert found[0].images == (open_image(PNG),)
+
+
+def test_a_row_becomes_ids_with_features(files, tokenizer):
+    pair = load(files, [row(PLACE, {"type": "text", "text": " or "}, PLACE, images=["cat.png", "dog.jpg"])], tokenizer)[0]
+    features = {image.digest: np.full((3, 5), n, np.float32) for n, image in enumerate(pair.images, start=1)}
+    options = {"features": features, "tokens": 3, "max_length": 128}
+    found = encode_images(pair, tokenizer, max_prompt_length=100, **options)
+    text = tokenizer.decode(found.prompt)
+    assert text.count(f"<start_of_image>{'<image_soft_token>' * 3}<end_of_image>\n\n") == 2
+    layout = plan_layout([found], kind="shared", batch=1)
+    rows = make_batch([found], np.arange(1), layout=layout, batch=1).rows
+    soft = tokenizer.convert_tokens_to_ids("<image_soft_token>")
+    np.testing.assert_array_equal(rows.images.index[0] >= 0, rows.tokens[0] == soft)
+    shown = rows.images.features[0][rows.images.index[0][rows.tokens[0] == soft]]
+    np.testing.assert_array_equal(shown[:, 0], [1, 1, 1, 2, 2, 2])
+    with pytest.raises(BadRow, match="truncation cut one"):
+        encode_images(pair, tokenizer, max_prompt_length=20, **(options | {"max_length": 40}))
