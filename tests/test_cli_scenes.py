@@ -8,8 +8,8 @@ from tiny_run import _compilation_cache, call  # noqa: F401  the second is a fix
 CONFIG = """\
 run: {{dir: {dir}}}
 scenes:
-  {{train: 24, test: 12, pairs: 12, width: 8, layers: 1, encoder_width: 8, encoder_steps: 2, sft_steps: 2, sft_batch: 8, batch: 8,
-  epochs: 2, betas: "0.1", ft_lrs: "0.001", evaluations: 2, seeds: 2}}
+  {{train: 24, test: 12, pairs: 12, width: 8, layers: 1, encoder_width: 8, encoder_steps: 2, sft_steps: 2, sft_batch: 8,
+  batch: 8, epochs: 2, betas: "0.1", ft_lrs: "0.001", evaluations: 2, seeds: 2}}
 """
 
 
@@ -32,7 +32,7 @@ def test_scenes(tmp_path):
     assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("hallucinated", "recalled"))
     assert (folder / "scenes.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((folder / "summary.json").read_text())
-    assert [table["caption"] for table in summary["tables"]] == ["at SFT's recall or more", "where runs ended"]
+    assert [table["caption"] for table in summary["tables"]] == ["at equal recall", "where runs ended"]
     captions = (folder / "runs" / "sft-seed0" / "captions.txt").read_text().splitlines()
     assert len(captions) == 12
     features = {path: path.stat().st_mtime_ns for path in (folder / "features").glob("*.features")}

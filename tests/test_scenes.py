@@ -109,10 +109,10 @@ def test_shares_are_ratios_of_sums_with_intervals():
 
 def test_equal_recall_leaves_out_what_recalls_less():
     def setting(method, label, hallucinated, recalled):
-        values = {"hallucinated": {"": hallucinated}, "recalled": {"": recalled}}
+        values = {"hallucinated": {"": hallucinated}, "recalled": {"": recalled, "_low": recalled - 0.05}}
         return {"method": method, "chosen": "" if method == "sft" else "true", "label": label, **values}
 
-    settings = [setting("sft", "", 0.2, 0.8), setting("dpo", "a", 0.01, 0.7), setting("dpo", "b", 0.08, 0.8)]
+    settings = [setting("sft", "", 0.2, 0.8), setting("dpo", "a", 0.01, 0.7), setting("dpo", "b", 0.08, 0.76)]
     found = at_equal_recall([*settings, setting("preferred-ft", "c", 0.1, 0.5)])
     assert (found[0]["best"]["label"], found[0]["share"]) == ("b", pytest.approx(0.4))
     assert found[1]["best"] is None
