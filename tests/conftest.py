@@ -127,6 +127,7 @@ LONG = {
         *(f"test_log_probabilities_and_gradients_are_those_of_one_device[{case}" for case in ("llama", "gpt2", "mixtral")),
         "test_log_probabilities_and_gradients_are_those_of_one_device[gemma2-odd",
     ),
+    "cli_scenes": ("test_scenes",),
     "diffusion": (
         *("test_the_loss_is_the_papers_in_float64[elbo", "test_devices_and_microbatches_change_nothing[pmap"),
         *("test_training_ends", "test_the_bound_of_many_draws"),

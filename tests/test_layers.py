@@ -33,6 +33,7 @@ ONLY_IN = {
         *("control/policies.py", "diffusion/network.py"),
     ],
     "gymnasium": ["control/pendulum.py"],
+    "PIL": ["data/images.py"],
     "orbax": ["runtime/checkpoint.py"],
     "yaml": ["cli/config/file.py"],
     "tyro": ["cli/flags.py"],
@@ -42,7 +43,7 @@ ONLY_IN = {
     "matplotlib": [
         "evals/frontier_panels.py",
         *("plotting/drawing.py", "plotting/training_curves.py", "evals/frontier_plot.py", "evals/calibration_plot.py"),
-        *("lab/robust_plot.py", "lab/digits_plot.py", "control/figure.py"),
+        *("lab/robust_plot.py", "lab/digits_plot.py", "lab/scenes_report.py", "control/figure.py"),
         "judge/win_rates_plot.py",
         "bench/plots.py",
     ],

@@ -172,6 +172,10 @@ COMMANDS = {
         "Diffusion-DPO on real digits: reward against path KL; or against an optimum in closed form",
         ("run.dir", "run.seed", "diffusion"),
     ),
+    "scenes": Command(
+        "hallucination in captions of rendered scenes: DPO and Preferred-FT on a tiny model that reads images",
+        ("run.dir", "run.seed", "scenes"),
+    ),
     "dialogue": Command(
         "preferences of whole conversations in a question game, against the enumerated optimum",
         (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, "dialogue"),

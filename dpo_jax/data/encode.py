@@ -148,6 +148,10 @@ def encode(
         return preference.get(name, default) if isinstance(preference, Mapping) else getattr(preference, name, default)
 
     uid = get("uid", "") or ""
+    if get("images"):
+        raise ValueError(
+            f"{uid or 'encode'}: the prompt shows images; `encode_images` of `dpo_jax.data.image_prompts` reads them"
+        )
     if any(isinstance(get(field), list) for field in ("prompt", "chosen", "rejected")):
         from dpo_jax.data.chat import chat_preference  # here: plain texts need none of it
 

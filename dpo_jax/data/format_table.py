@@ -188,6 +188,8 @@ _FORMATS = (
             "rejected": _WORSE,
             "tools": Column("schemas of tools, for the chat template", needed=False),
             "chat_template_kwargs": Column("what else the chat template reads, such as `enable_thinking`", needed=False),
+            "images": Column("images of the prompt: paths, bytes, or {bytes, path} each", needed=False),
+            "image": Column("the only one of these", needed=False),
             "subset": _SUBSET,
         },
         ("chosen", "rejected"),

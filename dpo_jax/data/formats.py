@@ -16,6 +16,7 @@ from dpo_jax.data.chat import chat_completions, chat_preference
 from dpo_jax.data.columns import Row, column, number, text
 from dpo_jax.data.conversations import conversation, same_kind
 from dpo_jax.data.html import strip_html
+from dpo_jax.data.image_rows import take_images, with_images
 from dpo_jax.data.pairs import (
     MAX_CHARACTERS,
     BadRow,
@@ -43,14 +44,17 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
 
     As in TRL, a text in `prompt` beside conversations in `chosen` and `rejected` is a copy of what they hold, and is not used.
     Unlike in TRL, a prompt of messages may have answers that are texts, and the other way round (`conversations.conversation`).
+    Images of the prompt are those of `image_rows`.
     """
 
     def preference(uid: str, row: Row) -> Preference:
+        row, images = take_images(row, tokenizer)
         prompt, *sides = conversation(row)
         more = {name: column(row, name) for name in ("tools", "chat_template_kwargs") if name in row}
         if any(isinstance(side, list) for side in sides):
             turns = prompt if isinstance(prompt, list) else None
-            return chat_preference(turns, *sides, uid=uid, tokenizer=tokenizer, **more)
+            found = chat_preference(turns, *sides, uid=uid, tokenizer=tokenizer, **more)
+            return with_images(found, images, tokenizer) if images else found
         chosen, rejected = text(row, "chosen"), text(row, "rejected")
         for field in ("chosen", "rejected"):
             check_length(row[field], field=field)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo_jax.data.columns import check_text, text
+from dpo_jax.data.image_rows import Place
 from dpo_jax.data.pairs import BadRow, Cause, DataError, check_length
 from dpo_jax.data.rendering import Refused, render
 from dpo_jax.data.tokenizer import special_tokens
@@ -79,12 +80,14 @@ def _message(message: Any, place: str, tokenizer: Any) -> Message:
     calls = kept.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
         raise BadRow(Cause.WRONG_TYPE, "a list of tool calls (objects) is needed", field=f"{place}.tool_calls")
-    if isinstance(kept.get("content"), list):
-        kept["content"] = _joined(kept["content"], f"{place}.content")
-    elif not calls or "content" in kept:
+    joined = _joined(kept["content"], f"{place}.content") if isinstance(kept.get("content"), list) else None
+    if joined is None and (not calls or "content" in kept):
         text(message, "content", inside=f"{place}.")
-    for path, string in _strings(kept, place):
+    for path, string in _strings(kept, place):  # before images are written among its parts, as special tokens
         _check_string(string, path, tokenizer)
+    if joined is not None:
+        check_length(joined, field=f"{place}.content")
+        kept["content"] = joined
     if calls:
         form = _call_form(tokenizer, str(tokenizer.chat_template))
         if form is None:
@@ -99,16 +102,19 @@ def _message(message: Any, place: str, tokenizer: Any) -> Message:
 
 
 def _joined(parts: list[Any], place: str) -> str:
-    """The text of content parts `{"type": "text", "text": ...}`."""
+    """The text of content parts `{"type": "text", "text": ...}`, and of images that a format reads (`image_rows.Place`)."""
     texts = []
     for index, part in enumerate(parts):
         inside = f"{place}.{index}"
+        if isinstance(part, Place):
+            texts.append(part.mark)
+            continue
         if not isinstance(part, Mapping):
             raise BadRow(Cause.WRONG_TYPE, f"a content part is needed, this is {type(part).__name__}", field=inside)
         kind = text(part, "type", inside=f"{inside}.")
         if kind != "text":
             raise BadRow(
-                Cause.WRONG_TYPE, f"content parts of type {kind!r} are not read yet, only those of type 'text'", field=inside
+                Cause.WRONG_TYPE, f"content parts of type {kind!r} are not read here, only those of type 'text'", field=inside
             )
         texts.append(text(part, "text", inside=f"{inside}."))
     return "".join(texts)

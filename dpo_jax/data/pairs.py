@@ -45,6 +45,11 @@ class Cause(enum.StrEnum):
     DIFFERENT_PROMPTS = "different_prompts"
     CHAT_TEMPLATE = "chat_template"
     EOS_IN_TEXT = "eos_in_text"
+    # its images
+    NO_IMAGE = "no_image"  # a file that is not there, or an address elsewhere
+    BAD_IMAGE = "bad_image"  # no image of a known kind, or a damaged one
+    IMAGE_SIZE = "image_size"  # without pixels, or too large
+    IMAGE_COUNT = "image_count"  # more places for images than images, or fewer
     # its tokens
     NO_ROOM = "no_room"
     COMPLETION_CUT = "completion_cut"
@@ -99,6 +104,7 @@ class Preference:
     prompt_digest: str | None = None  # of a conversation: of its messages, whatever template and date wrote the prompt
     between: tuple[str, ...] = ()  # of a ranking: better ones first
     desirable: bool | None = None  # of a single completion
+    images: tuple[Any, ...] = ()  # that the prompt shows: `ImageFile` each, and what the row named until they are opened
 
 
 class BadRow(Unreadable):

@@ -113,7 +113,7 @@ def encode_targets(
     texts: list[Text] = []
     uids: list[str] = []
     for (prompt, target, spans, _), preference in seen.items():
-        record = {"prompt": prompt, "chosen": target, "rejected": target, "chat": preference.chat}
+        record = {"prompt": prompt, "chosen": target, "rejected": target, "chat": preference.chat, "images": preference.images}
         if spans is not None:
             record |= {"chosen_spans": spans, "rejected_spans": spans}
         pair = _encode_text(record, tokenizer, **limits)

@@ -22,6 +22,7 @@ from dpo_jax.data.column_map import ColumnMap
 from dpo_jax.data.columns import Row, shown_names
 from dpo_jax.data.files import check_head, read_rows
 from dpo_jax.data.format_table import FORMATS, FormatName, detect_format, format_of
+from dpo_jax.data.image_rows import open_images
 from dpo_jax.data.pairs import (
     BadRow,
     Cause,
@@ -97,7 +98,9 @@ def load_preferences(
         _refuse_system(str(source), mapped)
     reading = _Reading(DataReport(source=readable_name(source), split=split, format=format), mapped, on_bad)
     report, triage = reading.report, reading.triage
-    lines = reading.rows(find_files(source, split, report=report))
+    files = find_files(source, split, report=report)
+    folders = {name: path.parent for name, path in files}  # from which paths of images count
+    lines = reading.rows(files)
     stated = "pairs" if report.format == "auto" else FORMATS[report.format].rows
     check_kind(stated, rows, where=f"{report.source} [{split}] (format {report.format})")
     preferences: list[Preference] = []
@@ -106,10 +109,14 @@ def load_preferences(
             found = FORMATS[report.format].candidates(lines, tokenizer=tokenizer)
             for uid, candidate in preferences_of(found, rows, best=ranking_length):
                 report.read += 1
-                if isinstance(candidate, BadRow):
-                    triage.reject(uid, mapped.named(candidate))
-                else:
-                    preferences.append(candidate)
+                try:
+                    if isinstance(candidate, BadRow):
+                        raise candidate
+                    preferences.append(
+                        open_images(candidate, folders[uid.rpartition(":")[0]]) if candidate.images else candidate
+                    )
+                except BadRow as problem:
+                    triage.reject(uid, mapped.named(problem))
     except MemoryError:  # a small file may unpack to anything
         detail = f"needs more memory than this machine has, after {report.rows:,} rows; take fewer"
         raise DataError(f"{report.source} [{split}]: {detail}", causes=[Cause.OVER_LIMIT]) from None

@@ -97,6 +97,8 @@ def write_tfds(
     for split, preferences in preferences_by_split.items():
         if other := next((row for row in preferences if row.between or row.desirable is not None), None):
             refuse(Cause.NO_PAIR, other.uid or split, "a TFDS folder holds pairs, and this is a ranking or a single completion")
+        if other := next((row for row in preferences if row.images), None):
+            refuse(Cause.WRONG_TYPE, other.uid or split, "a TFDS folder holds texts, and this prompt shows images")
         triage = Triage(DataReport(source=name, split=split, read=len(preferences)), on_bad="refuse")
         kept = sum(_accept(triage, row.uid, row) for row in preferences)
         triage.finish(kept)

@@ -43,6 +43,7 @@ OUTPUTS = (
     *("win_rates.png", "verdicts.jsonl", "study.html", "key.json", "agreement.json", "train.jsonl", "test.jsonl"),
     *("optimum.json", "optimum.png", "frontier.png", "race.png", "sampling.json", "reward_model", "runs", "references"),
     *("robust.png", "control.png", "pairs", "reward_models"),
+    *("scenes.png", "encoder", "features", "sft"),
     *("digits.png", "diffusion.png", "pretrained", "reference_errors"),
     *("rounds.jsonl", "labels.jsonl"),
 )

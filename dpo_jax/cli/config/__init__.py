@@ -43,6 +43,7 @@ from dpo_jax.cli.config.report import ReportConfig as ReportConfig
 from dpo_jax.cli.config.robust import RobustConfig as RobustConfig
 from dpo_jax.cli.config.run import MeshConfig as MeshConfig
 from dpo_jax.cli.config.run import RunConfig as RunConfig
+from dpo_jax.cli.config.scenes import ScenesConfig as ScenesConfig
 from dpo_jax.cli.config.sections import Config as Config
 from dpo_jax.cli.config.study import AgreeConfig as AgreeConfig
 from dpo_jax.cli.config.study import StudyConfig as StudyConfig

@@ -22,6 +22,7 @@ from dpo_jax.cli.config.plan import PlanConfig
 from dpo_jax.cli.config.report import ReportConfig
 from dpo_jax.cli.config.robust import RobustConfig
 from dpo_jax.cli.config.run import MeshConfig, RunConfig
+from dpo_jax.cli.config.scenes import ScenesConfig
 from dpo_jax.cli.config.study import AgreeConfig, StudyConfig
 from dpo_jax.cli.config.training import SftConfig
 
@@ -48,6 +49,7 @@ class Config:
     ppo: PpoConfig = PpoConfig()
     robust: RobustConfig = RobustConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    scenes: ScenesConfig = ScenesConfig()
     dialogue: DialogueConfig = DialogueConfig()
     online: OnlineConfig = OnlineConfig()
     control: ControlConfig = ControlConfig()

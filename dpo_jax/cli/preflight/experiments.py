@@ -1,10 +1,11 @@
-"""`--check` of the experiments on robustness, control, diffusion and several turns."""
+"""`--check` of the experiments on robustness, control, diffusion, images and several turns."""
 
 from __future__ import annotations
 
 import importlib.util
 
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.config.lab import numbers
 from dpo_jax.cli.preflight.inputs import Check
 from dpo_jax.extras import install_command
 
@@ -38,6 +39,13 @@ def diffusion(check: Check) -> None:
     if section.experiment == "digits" and check.scope.elsewhere is None and importlib.util.find_spec("sklearn") is None:
         raise ConfigError(f"diffusion: the digits are those of scikit-learn: {install_command('lab')}")
     check.tell("runs", f"experiment {section.experiment}, {section.seeds} seeds")
+
+
+def scenes(check: Check) -> None:
+    """How many runs there are on scenes."""
+    section = check.config.scenes
+    settings = len(section.kinds()) * sum(len(numbers(values)) for values in (section.betas, section.ft_lrs))
+    check.tell("runs", f"{(settings + 1) * section.seeds}, of {section.seeds} seeds")
 
 
 def dialogue(check: Check) -> None:

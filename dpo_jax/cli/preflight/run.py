@@ -16,7 +16,7 @@ from dpo_jax.cli.commands.agree_files import judge_files, key_file, rating_files
 from dpo_jax.cli.commands.report_files import earlier_images
 from dpo_jax.cli.config import GENERATED, Config, ConfigError, load_config
 from dpo_jax.cli.preflight.devices import compiler, devices, plan, training
-from dpo_jax.cli.preflight.experiments import control, dialogue, diffusion, robust
+from dpo_jax.cli.preflight.experiments import control, dialogue, diffusion, robust, scenes
 from dpo_jax.cli.preflight.inputs import Check, data, files, judged_files, model, most, prompts, tokenizer
 from dpo_jax.cli.preflight.online import rounds
 from dpo_jax.cli.preflight.packages import bench_packages, check_bucket, judge_packages, reward_packages, writers
@@ -230,6 +230,7 @@ LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
     "robust": (robust, *_SWEEP),
     "control": (control, devices, _run_dir),
     "diffusion": (diffusion, _run_dir),
+    "scenes": (scenes, _run_dir),
     "dialogue": (dialogue, *_SWEEP[1:]),
     "study": (files(("study.a", lambda c: c.study.a), ("study.b", lambda c: c.study.b)), _run_dir),
     "agree": (_agreed, _run_dir),

@@ -1,0 +1,200 @@
+"""Rows with images: which image each place in a conversation shows, and the tokens it takes there.
+
+    {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}],
+     "chosen": ..., "rejected": ..., "images": ["cat.png"]}
+
+A content part of type image names its own image (`image`, `path`, `url`, `bytes` or `base64`), or takes the next of the column
+`images` (or `image`). Texts have no such places: there the images stand before the first message of a user, as in TRL. An image
+is bytes, a path from the folder of the data file, a `data:` address, or what `datasets` makes of it, `{"bytes", "path"}`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.data.columns import UNREAD, Row
+from dpo_jax.data.images import Source, from_base64, open_image
+from dpo_jax.data.pairs import BadRow, Cause, Preference
+
+COLUMNS = ("images", "image")
+MAX_IMAGES = 1000  # of a row
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A content part that shows an image, which the chat template writes as the text `mark`. No row can hold one."""
+
+    mark: str
+
+
+class Marks(NamedTuple):
+    """What stands for an image in a text: `place` before the tokens are known; then `place`, `soft` for each, and `end`."""
+
+    place: str
+    soft: str
+    end: str
+
+    def expanded(self, text: str, tokens: int) -> str:
+        """`text` with room for `tokens` tokens in each place, as Gemma 3's processor writes it."""
+        return text.replace(self.place, f"\n\n{self.place}{self.soft * tokens}{self.end}\n\n")
+
+
+def image_marks(tokenizer: Any) -> Marks:
+    """Those of a tokenizer with Gemma 3's special tokens for images. Raises `BadRow` for another one."""
+    names = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
+    found = [str(getattr(tokenizer, name, None) or usual) for name, usual in names.items()]
+    known = tokenizer.get_vocab() if tokenizer is not None else {}
+    if missing := [token for token in found if token not in known]:
+        detail = f"the tokenizer has no token {missing[0]!r} for images; take the one of a model that reads them (Gemma 3)"
+        raise BadRow(Cause.CHAT_TEMPLATE, detail)
+    return Marks(*found)
+
+
+def take_images(row: Row, tokenizer: Any) -> tuple[Row, tuple[Source, ...]]:
+    """A row whose places of images are `Place`s, and the images in their order; the row itself if it has none.
+
+    Raises `BadRow`: where there are more places than images or fewer, for an image in a completion, and for what is none.
+    """
+    column = _column(row)
+    if not column and not any(_is_image(part) for part in _parts(row.get("prompt"))):
+        for field in ("chosen", "rejected"):
+            _refuse_images(row.get(field), field, implicit="prompt" not in row)
+        return row, ()
+    mark = image_marks(tokenizer).place
+    prompt, row = _messages(row)
+    sources: list[Source] = []
+    waiting = list(column)
+    if not any(_is_image(part) for part in _parts(prompt)):
+        prompt = _before_first(prompt, len(column))
+    turns = [_with_places(turn, f"prompt.{number}", waiting, sources, mark) for number, turn in enumerate(prompt)]
+    if waiting:
+        detail = f"{len(column)} images, and places for {len(column) - len(waiting)} of them in the prompt"
+        raise BadRow(Cause.IMAGE_COUNT, detail, field="images")
+    return {**row, "prompt": turns}, tuple(sources)
+
+
+def open_images(preference: Preference, root: str | os.PathLike[str]) -> Preference:
+    """The preference with its images opened: each is decoded once to see that it can be. Raises `BadRow`, as `open_image`."""
+    found = (open_image(source, root=root, field=f"images.{number}") for number, source in enumerate(preference.images))
+    return dataclasses.replace(preference, images=tuple(found))
+
+
+def with_images(preference: Preference, sources: tuple[Source, ...], tokenizer: Any) -> Preference:
+    """The preference with images that are not opened yet. Raises `BadRow` where the chat template wrote another number."""
+    written = preference.prompt.count(image_marks(tokenizer).place)
+    if written != len(sources):
+        detail = f"the chat template writes {written} of the {len(sources)} images of the prompt"
+        raise BadRow(Cause.IMAGE_COUNT, detail, field="prompt")
+    return dataclasses.replace(preference, images=sources)
+
+
+def image_starts(ids: np.ndarray, *, soft: int, tokens: int, images: int) -> np.ndarray:
+    """Where in the prompt `ids` the tokens of each image begin: int32[images].
+
+    Raises `BadRow` where not all of them are there: truncation cut them off.
+    """
+    places = np.flatnonzero(np.asarray(ids) == soft)
+    starts = places[::tokens]
+    whole = (starts[:, None] + np.arange(tokens)).reshape(-1)
+    if len(places) != images * tokens or not np.array_equal(places, whole):
+        detail = f"{len(places)} of {images * tokens} tokens of images are left: truncation cut one; raise max_prompt_length"
+        raise BadRow(Cause.NO_ROOM, detail, field="prompt")
+    return starts.astype(np.int32)
+
+
+def _column(row: Row) -> list[Any]:
+    """The images of the row's column; [] without one."""
+    named = [name for name in COLUMNS if row.get(name) is not None and row[name] is not UNREAD]
+    if not named:
+        return []
+    if len(named) > 1:
+        raise BadRow(Cause.IMAGE_COUNT, "the row has both `images` and `image`; leave one out", field="image")
+    value = row[named[0]]
+    found = value if isinstance(value, list | tuple) else [value]
+    if len(found) > MAX_IMAGES:
+        raise BadRow(Cause.IMAGE_COUNT, f"{len(found):,} images, where {MAX_IMAGES:,} are the limit", field=named[0])
+    return [_source(one, f"{named[0]}.{number}") for number, one in enumerate(found)]
+
+
+def _source(value: Any, field: str) -> Source:
+    """Bytes or path of an image, of whatever form. Raises `BadRow`."""
+    if isinstance(value, bytes | str) and value:
+        return value
+    if isinstance(value, Mapping):
+        for name in ("bytes", "path", "image", "url", "base64"):
+            if (inside := value.get(name)) is None:
+                continue
+            if name == "base64" and isinstance(inside, str):
+                return from_base64(inside, f"{field}.base64")
+            return _source(inside, f"{field}.{name}")
+    detail = f"bytes, a path or {{'bytes', 'path'}} is needed, this is {type(value).__name__}"
+    raise BadRow(Cause.NO_IMAGE if not value else Cause.WRONG_TYPE, detail, field=field)
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "image"
+
+
+def _parts(messages: Any) -> Iterator[Any]:
+    """The content parts of messages."""
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, Mapping) else None
+        yield from content if isinstance(content, list) else ()
+
+
+def _refuse_images(side: Any, field: str, *, implicit: bool = False) -> None:
+    if any(_is_image(part) for part in _parts(side)):
+        remedy = "; give the messages before the answer in a column prompt" if implicit else ""
+        raise BadRow(Cause.WRONG_TYPE, f"images are read in the prompt only{remedy}", field=field)
+
+
+def _messages(row: Row) -> tuple[list[Any], dict[str, Any]]:
+    """The prompt as messages, and the row with its completions as messages."""
+    prompt, found = row.get("prompt"), dict(row)
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not all(isinstance(turn, Mapping) for turn in prompt):
+        raise BadRow(Cause.NO_PROMPT, "a row with images needs a prompt: a text, or messages", field="prompt")
+    for field in ("chosen", "rejected"):
+        _refuse_images(row.get(field), field)
+        if isinstance(row.get(field), str):
+            found[field] = [{"role": "assistant", "content": row[field]}]
+    return prompt, found
+
+
+def _before_first(prompt: list[Any], images: int) -> list[Any]:
+    """The messages with places for so many images before the text of the first user."""
+    first = next((number for number, turn in enumerate(prompt) if turn.get("role") == "user"), None)
+    if first is None:
+        raise BadRow(Cause.IMAGE_COUNT, "no message of a user could show the images", field="prompt")
+    content = prompt[first].get("content")
+    text = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    shown = {**prompt[first], "content": [*({"type": "image"} for _ in range(images)), *text]}
+    return [*prompt[:first], shown, *prompt[first + 1 :]]
+
+
+def _with_places(turn: Any, field: str, waiting: list[Source], sources: list[Source], mark: str) -> Any:
+    """A message with a `Place` for each image, which goes from `waiting`, or from the part itself, to `sources`."""
+    content = turn.get("content")
+    if not isinstance(content, list):
+        return turn
+    parts = []
+    for number, part in enumerate(content):
+        if not _is_image(part):
+            parts.append(part)
+            continue
+        own = {name: value for name, value in part.items() if name != "type" and value is not None}
+        if own:
+            sources.append(_source(own, f"{field}.content.{number}"))
+        elif waiting:
+            sources.append(waiting.pop(0))
+        else:
+            detail = f"a place for an image, and the row has no more than {len(sources)} images"
+            raise BadRow(Cause.IMAGE_COUNT, detail, field=f"{field}.content.{number}")
+        parts.append(Place(mark))
+    return {**turn, "content": parts}

@@ -1,0 +1,185 @@
+"""Rendered scenes of coloured shapes with captions: images in which every hallucinated object can be counted.
+
+    a red circle, a blue square and a green cross.
+
+A scene holds two or three objects of 16 kinds (four colours, four shapes) on a noisy grey ground, `SIZE` x `SIZE` RGB pixels.
+Some kinds go together (`companion`): where one is, the other often is, too. So a language model learns to expect it, which is
+where hallucinations of vision-language models come from (Rohrbach et al. 2018, whose measure CHAIR is `Count.hallucinated` over
+`Count.mentioned`).
+
+A pure function of (n, seed, split). The vocabulary is `WORDS`: a caption's token ids are the numbers of its words.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+COLOURS = {
+    "red": (0.9, 0.15, 0.15),
+    "green": (0.15, 0.75, 0.2),
+    "blue": (0.2, 0.3, 0.95),
+    "yellow": (0.95, 0.9, 0.2),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+CELLS, CELL, DIAMETER = 3, 8, 7  # objects lie in a grid of CELLS x CELLS, each moved by a pixel or not
+SIZE = CELLS * CELL  # pixels a side
+GROUND, NOISE = 0.35, 0.04
+FEWEST, MOST = 2, 3  # objects of a scene
+_TOGETHER = 0.35  # chance that the next object is the companion of the one before
+
+
+class Thing(NamedTuple):
+    """A kind of object."""
+
+    colour: str
+    shape: str
+
+
+THINGS = tuple(itertools.starmap(Thing, itertools.product(COLOURS, SHAPES)))
+END = "<end>"
+MARKS = ("<start_of_image>", "<image_soft_token>", "<end_of_image>")
+WORDS = (END, "a", ",", "and", ".", *COLOURS, *SHAPES, *MARKS)
+"""The vocabulary, by token id. A caption ends with END, which is no part of its text; MARKS make the prompt (`prompt_ids`)."""
+
+
+class Scene(NamedTuple):
+    """`things` are different kinds, in the order in which they were drawn; `image` float32[SIZE, SIZE, 3] in [0, 1]."""
+
+    things: tuple[Thing, ...]
+    image: np.ndarray
+
+
+class Count(NamedTuple):
+    """Kinds of objects of a caption, each counted once."""
+
+    mentioned: int
+    hallucinated: int  # mentioned, and not there
+    recalled: int  # mentioned, and there
+    there: int  # in the scene
+
+
+def scenes(n: int, seed: int, *, split: Literal["train", "pairs", "test"] = "train") -> list[Scene]:
+    """`n` scenes. Those of other splits and seeds are drawn apart."""
+    rng = np.random.default_rng([seed, ("train", "pairs", "test").index(split)])
+    return [_scene(rng) for _ in range(n)]
+
+
+def companion(thing: Thing) -> Thing:
+    """The kind that often lies beside `thing`: the next colour and the next shape."""
+    colours = tuple(COLOURS)
+    after = colours[(colours.index(thing.colour) + 1) % len(colours)]
+    return Thing(after, SHAPES[(SHAPES.index(thing.shape) + 1) % len(SHAPES)])
+
+
+def _scene(rng: np.random.Generator) -> Scene:
+    things: list[Thing] = []
+    for _ in range(rng.integers(FEWEST, MOST + 1)):
+        expected = companion(things[-1]) if things and rng.random() < _TOGETHER else None
+        things.append(expected if expected is not None and expected not in things else _other(things, rng))
+    return Scene(tuple(things), render(things, rng))
+
+
+def _other(things: Sequence[Thing], rng: np.random.Generator) -> Thing:
+    """A kind that is not among `things`."""
+    absent = [thing for thing in THINGS if thing not in things]
+    return absent[rng.integers(len(absent))]
+
+
+def render(things: Sequence[Thing], rng: np.random.Generator) -> np.ndarray:
+    """A picture of `things`, each in a cell of its own: float32[SIZE, SIZE, 3] in [0, 1]."""
+    image = np.full((SIZE, SIZE, 3), GROUND)
+    for thing, cell in zip(things, rng.permutation(CELLS * CELLS), strict=False):
+        corner = np.array(divmod(int(cell), CELLS)) * CELL + rng.integers(0, CELL - DIAMETER + 1, 2)
+        top, left = corner.tolist()
+        image[top : top + DIAMETER, left : left + DIAMETER][_mask(thing.shape)] = COLOURS[thing.colour]
+    return np.clip(image + rng.normal(0, NOISE, image.shape), 0, 1).astype(np.float32)
+
+
+def _mask(shape: str) -> np.ndarray:
+    """Which of DIAMETER x DIAMETER pixels a shape covers."""
+    middle = (DIAMETER - 1) / 2
+    y, x = np.mgrid[:DIAMETER, :DIAMETER] - middle
+    radius = np.hypot(x, y)
+    masks = {
+        "circle": radius <= middle + 0.4,
+        "square": np.maximum(abs(x), abs(y)) <= middle,
+        "triangle": 2 * abs(x) <= y + middle + 0.5,
+        "cross": np.minimum(abs(x), abs(y)) <= 1,
+    }
+    return masks[shape]
+
+
+# Captions
+
+
+def caption(things: Iterable[Thing]) -> str:
+    """The sentence that names `things`, one at least, in their order."""
+    *before, last = (f"a {thing.colour} {thing.shape}" for thing in things)
+    return f"{' and '.join(filter(None, [', '.join(before), last]))}."
+
+
+def careless(things: Sequence[Thing], rng: np.random.Generator, *, adds: float, omits: float) -> tuple[Thing, ...]:
+    """What a careless annotator names, in a random order: each of `things` is left out with chance `omits` (one stays), and
+    with chance `adds` something is named that is not there."""
+    kept = [thing for thing in things if rng.random() >= omits] or [things[rng.integers(len(things))]]
+    if rng.random() < adds:
+        kept.append(absent(things, rng))
+    return tuple(kept[number] for number in rng.permutation(len(kept)))
+
+
+def absent(things: Sequence[Thing], rng: np.random.Generator, *, named: Sequence[Thing] = ()) -> Thing:
+    """A kind that is not there, nor `named` already: every other time a companion of one that is there, if there is one."""
+    taken = {*things, *named}
+    expected = [one for thing in things if (one := companion(thing)) not in taken]
+    return expected[rng.integers(len(expected))] if expected and rng.random() < 0.5 else _other(list(taken), rng)
+
+
+def spoilt(named: Sequence[Thing], things: Sequence[Thing], rng: np.random.Generator, *, omits: float) -> tuple[Thing, ...]:
+    """What a caption names that is worse than one that names `named`, in one place: something is added that is not there or,
+    with chance `omits`, something is left out that is there."""
+    found = list(named)
+    right = [place for place, thing in enumerate(found) if thing in things]
+    if rng.random() < omits and right and len(found) > 1:
+        del found[right[rng.integers(len(right))]]
+    else:
+        found.insert(rng.integers(len(found) + 1), absent(things, rng, named=named))
+    return tuple(found)
+
+
+def mentioned(text: str) -> tuple[Thing, ...]:
+    """The kinds that a text names, each once: a colour with a shape behind it. Anything else in it is passed over."""
+    words = re.findall(r"\w+", text)
+    pairs = (Thing(*pair) for pair in itertools.pairwise(words))
+    return tuple(dict.fromkeys(thing for thing in pairs if thing.colour in COLOURS and thing.shape in SHAPES))
+
+
+def count(text: str, things: Sequence[Thing]) -> Count:
+    """What a caption of a scene with `things` says of it."""
+    named = mentioned(text)
+    right = sum(thing in things for thing in named)
+    return Count(len(named), len(named) - right, right, len(things))
+
+
+def prompt_ids(tokens: int) -> np.ndarray:
+    """The prompt of every scene: the place of an image of so many tokens, int32[tokens + 2]."""
+    start, soft, end = map(WORDS.index, MARKS)
+    return np.array([start, *[soft] * tokens, end], np.int32)
+
+
+def caption_ids(text: str) -> np.ndarray:
+    """Token ids of a caption, END behind: int32[n]. Raises ValueError for a word that is not in `WORDS`."""
+    words = re.findall(r"\w+|[^\w\s]", text)
+    if unknown := [word for word in words if word not in WORDS[1:]]:
+        raise ValueError(f"{unknown[0]!r} is no word of captions; they are {', '.join(WORDS[1:])}")
+    return np.array([*(WORDS.index(word) for word in words), 0], np.int32)
+
+
+def caption_text(ids: Iterable[int]) -> str:
+    """The text of token ids up to END. Ids beyond the vocabulary are '?'."""
+    words = [WORDS[number] if 0 <= number < len(WORDS) else "?" for number in itertools.takewhile(bool, map(int, ids))]
+    return re.sub(r" (?=[,.])", "", " ".join(words))

@@ -1,0 +1,157 @@
+"""Features of images under a frozen encoder: computed once, kept on disk, and only ever used for what they were computed from.
+
+A cache is a folder, which lies well beside that of the reference's log-probabilities: `identity.json` says what the features
+belong to (encoder, processing of images), and files hold one record for each image, found by its digest. A checksum
+covers the record and the identity. What is damaged is computed again. A cache of another encoder or processing is refused, and
+an image that changes is another image.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data.images import ImageFile, Processing, pixels
+from dpo_jax.models.digest import weights_digest
+from dpo_jax.reference import ForeignCache
+from dpo_jax.runtime.progress import reported
+from dpo_jax.types import Array, Variables
+from dpo_jax.untrusted import Unreadable, read_object
+from dpo_jax.writing import leftovers, write_whole
+
+VERSION = "dpo_jax image features 1"
+IDENTITY, SUFFIX = "identity.json", ".features"
+SAY = functools.partial(print, flush=True)
+
+
+class FeatureCache(Mapping[str, np.ndarray]):
+    """Features by the digest of their image, float32[T, W] each, read from `directory` when they are asked for.
+
+    `identity` names all that they depend on, as JSON values (`feature_identity`). Raises `ForeignCache`, naming each field that
+    differs, if the folder belongs to something else. A damaged record counts as absent, and in `damaged`. Several processes may
+    use the folder at the same time: a file appears whole or not at all. `recent`: so many features are kept in memory.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], identity: Mapping[str, Any], *, shape: tuple[int, int], recent: int = 4096
+    ) -> None:
+        self.directory, self.shape, self.damaged = Path(directory), shape, 0
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.identity = json.loads(json.dumps({"version": VERSION, **identity, "shape": shape}, sort_keys=True))
+        self._seed = zlib.crc32(json.dumps(self.identity, sort_keys=True).encode())
+        self._record = np.dtype([("digest", "V32"), ("crc", "<u4"), ("values", "<f4", shape)])
+        self._read = functools.lru_cache(maxsize=recent)(self._from_file)
+        for leftover in leftovers(self.directory, IDENTITY, f"*{SUFFIX}"):
+            leftover.unlink(missing_ok=True)
+        self._claim()
+        self._places: dict[str, list[np.void]] = {}  # of each digest; there are several where one was damaged
+        for path in sorted(self.directory.glob(f"*{SUFFIX}")):
+            self._take(path)
+
+    def __getitem__(self, digest: str) -> np.ndarray:
+        return self._read(digest)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def add(self, digests: Sequence[str], features: np.ndarray) -> None:
+        """Keeps the features of images, [n, T, W]: they are on disk when this returns, all of them or none.
+
+        Raises FloatingPointError for NaN and infinity.
+        """
+        values = np.asarray(features, np.float32)
+        if values.shape != (len(digests), *self.shape):
+            raise ValueError(f"features of shape {(len(digests), *self.shape)} are expected, got {values.shape}")
+        if not np.isfinite(values).all():
+            raise FloatingPointError("the encoder gives NaN or infinity; nothing of this batch was kept")
+        records = np.zeros(len(digests), self._record)
+        for record, digest, one in zip(records, digests, values, strict=True):
+            record["digest"], record["values"] = bytes.fromhex(digest), one
+            record["crc"] = self._crc(record)
+        content = records.tobytes()
+        path = self.directory / f"{hashlib.sha256(content).hexdigest()[:32]}{SUFFIX}"
+        write_whole(path, content)
+        self._take(path)
+
+    def missing(self, digests: Sequence[str]) -> list[str]:
+        """Those of `digests`, each once, of which there are no sound features."""
+        return [digest for digest in dict.fromkeys(digests) if digest not in self]
+
+    def _take(self, path: Path) -> None:
+        """Takes over the records of a file. They are read when they are asked for."""
+        count = path.stat().st_size // self._record.itemsize
+        records = np.memmap(path, self._record, "r", shape=(count,)) if count else ()
+        for record in records:
+            self._places.setdefault(record["digest"].tobytes().hex(), []).append(record)
+
+    def _from_file(self, digest: str) -> np.ndarray:
+        for record in self._places.get(digest, ()):
+            if record["crc"] == self._crc(record):
+                return np.array(record["values"])
+            self.damaged += 1
+        raise KeyError(digest)
+
+    def _crc(self, record: np.void) -> int:
+        return zlib.crc32(record["values"].tobytes(), zlib.crc32(record["digest"].tobytes(), self._seed))
+
+    def _claim(self) -> None:
+        path = self.directory / IDENTITY
+        try:
+            found = read_object(path)
+        except (FileNotFoundError, Unreadable):  # without it each file tells by its checksum whether it belongs here
+            found = None
+        if found is not None and found != self.identity:
+            names = sorted(name for name in {*found, *self.identity} if found.get(name) != self.identity.get(name))
+            lines = [f"  {name}: cached with {found.get(name)!r}, now {self.identity.get(name)!r}" for name in names]
+            raise ForeignCache(
+                f"{self.directory} holds image features of something else:\n" + "\n".join(lines) + "\nChoose another folder."
+            )
+        if found is None:
+            write_whole(path, (json.dumps(self.identity, indent=2, sort_keys=True) + "\n").encode())
+
+
+def feature_identity(encoder: Variables, description: str, processing: Processing) -> dict[str, Any]:
+    """What features depend on: a digest of the encoder's weights (host arrays), its configuration, the processing of images."""
+    return {"encoder": weights_digest(encoder), "configuration": description, "processing": processing.identity}
+
+
+def image_features(
+    images: Sequence[ImageFile],
+    *,
+    cache: FeatureCache,
+    encode: Callable[[np.ndarray], Array],
+    processing: Processing,
+    batch: int = 32,
+    say: Callable[[str], None] = SAY,
+) -> FeatureCache:
+    """`cache` with the features of all `images`: what it lacks is computed, each image once, however often it is shown.
+
+    `encode`: the compiled encoder, pixels float32[batch, height, width, 3] to float32[batch, T, W]. A killed pass continues
+    where it was.
+    """
+    by_digest = {image.digest: image for image in images}
+    todo = cache.missing(list(by_digest))
+    if cache.damaged:
+        say(f"{cache.directory}: {cache.damaged} features are damaged and computed again")
+    if len(todo) < len(by_digest):
+        say(f"{cache.directory}: features of {len(by_digest) - len(todo):,} of {len(by_digest):,} images are there already")
+    with reported("features of images", total=len(todo), unit="images") as task:
+        for start in range(0, len(todo), batch):
+            part = todo[start : start + batch]
+            read = np.stack([pixels(by_digest[digest], processing) for digest in part])
+            padding = ((0, batch - len(part)), (0, 0), (0, 0), (0, 0))  # one shape: compiled once
+            found = np.asarray(encode(np.pad(read, padding)))
+            cache.add(part, found[: len(part)])
+            task.advance(len(part))
+    return cache

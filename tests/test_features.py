@@ -1,0 +1,97 @@
+"""Cached features of images: computed once, and never those of another encoder, processing or image."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpo_jax.data.images import Processing, open_image
+from dpo_jax.reference import ForeignCache
+from dpo_jax.training.features import FeatureCache, feature_identity, image_features
+
+PROCESSING = Processing(height=4, width=4, tokens=2)
+ENCODER = {"params": {"w": np.ones((3,), np.float32)}}
+
+
+def image(seed):
+    values = np.random.default_rng(seed).integers(0, 256, (6, 5, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG")
+    return open_image(file.getvalue())
+
+
+IMAGES = [image(seed) for seed in (0, 1, 2, 1)]
+
+
+class Encoder:
+    """Mean colours of the upper and the lower half; counts the images that it was given."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def __call__(self, pixels):
+        self.seen += int((pixels != 0).any(axis=(1, 2, 3)).sum())
+        return pixels.reshape(len(pixels), 2, 8, 3).mean(axis=2)
+
+
+def cached(folder, encoder, *, weights=ENCODER, processing=PROCESSING, images=IMAGES, say=lambda words: None):
+    cache = FeatureCache(folder, feature_identity(weights, "toy", processing), shape=(2, 3))
+    return image_features(images, cache=cache, encode=encoder, processing=processing, batch=2, say=say)
+
+
+def test_each_image_is_computed_once(tmp_path):
+    encoder = Encoder()
+    found = cached(tmp_path, encoder)
+    assert (encoder.seen, len(found)) == (3, 3)
+    first = {digest: features.copy() for digest, features in found.items()}
+    told = []
+    again = cached(tmp_path, encoder, images=[*IMAGES, image(7)], say=told.append)
+    assert encoder.seen == 4
+    assert "3 of 4 images are there already" in told[0]
+    for digest, features in first.items():
+        np.testing.assert_array_equal(again[digest], features)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"weights": {"params": {"w": np.zeros((3,), np.float32)}}}, "encoder"),
+        ({"processing": PROCESSING._replace(resample=3)}, "processing"),
+    ],
+)
+def test_those_of_something_else_are_refused(tmp_path, changed, named):
+    cached(tmp_path, Encoder())
+    with pytest.raises(ForeignCache, match=f"{named}: cached with"):
+        cached(tmp_path, Encoder(), **changed)
+
+
+@pytest.mark.parametrize("damage", ["values", "name", "cut"])
+def test_damage_is_computed_again(tmp_path, damage):
+    encoder = Encoder()
+    found = {digest: features.copy() for digest, features in cached(tmp_path, encoder).items()}
+    path = max(tmp_path.glob("*.features"), key=lambda path: path.stat().st_size)  # of two images
+    content = bytearray(path.read_bytes())
+    content[{"values": -1, "name": 0, "cut": 0}[damage]] ^= 1 if damage != "cut" else 0
+    path.write_bytes(content[:-4] if damage == "cut" else content)
+    told = []
+    again = cached(tmp_path, encoder, say=told.append)
+    assert encoder.seen == 4
+    assert ("1 features are damaged" in told[0]) == (damage == "values")
+    for digest, features in found.items():
+        np.testing.assert_array_equal(again[digest], features)
+    assert cached(tmp_path, encoder).missing(list(found)) == []
+    assert encoder.seen == 4
+
+
+def test_a_cache_without_its_identity_takes_only_its_own(tmp_path):
+    encoder = Encoder()
+    cached(tmp_path, encoder)
+    (tmp_path / "identity.json").unlink()
+    assert cached(tmp_path, encoder, weights={"params": {"w": np.zeros((3,), np.float32)}}).damaged == 3
+    assert encoder.seen == 6
+
+
+def test_what_is_not_finite_is_not_kept(tmp_path):
+    with pytest.raises(FloatingPointError, match="NaN or infinity"):
+        cached(tmp_path, lambda pixels: np.full((len(pixels), 2, 3), np.nan))
