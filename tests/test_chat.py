@@ -377,6 +377,6 @@ def test_truncation_cuts_the_marks_with_the_tokens(chatty, tmp_path):
     late = PreferenceSet([dataclasses.replace(loaded[1], chosen="No. " + loaded[1].chosen)], DataReport(read=1))
     with pytest.raises(DataError, match=r"train.jsonl:2: chosen: completion_cut: .* leaves nothing that the assistant wrote"):
         encode_all(late, tokenizer, **short)
-    ((prompt, completion, scored), _), _ = encode_targets(loaded, tokenizer, **LIMITS)
+    ((prompt, completion, scored, _), _), _ = encode_targets(loaded, tokenizer, **LIMITS)
     assert completion.tolist() == whole.chosen.tolist()
     assert scored.tolist() == whole.chosen_scored.tolist()
