@@ -41,7 +41,7 @@ class Cloud:
         (self.clone / "configs").mkdir()
         for config in ROOT.glob("configs/hh_pythia28_*.yaml"):
             shutil.copy(config, self.clone / "configs")
-        for name in ("configs/hh.yaml", "c.yaml"):
+        for name in ("configs/hh.yaml", "configs/gpu_mixtral_8x7b_h100.yaml", "c.yaml"):
             (self.clone / name).touch()
         self.processes = []
         self.environment = {"PATH": str(self.bin), "HOME": str(path / "home"), "CLOUD": str(path)}
