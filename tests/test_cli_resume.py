@@ -249,7 +249,7 @@ def test_rows_in_pieces_are_refused_where_whole_ones_are_read(done, tmp_path):
 
 def test_a_mesh_that_does_not_fit_is_refused_before_any_weights_are_read(done, tmp_path):
     here = ("--dpo.policy", done / "sft" / "export", "--run.dir", tmp_path, "--run.devices", "mesh")
-    assert "mesh data 1 x fsdp -1 x context 1 x tensor 3: 3 does not divide the 4" in refused(
+    assert "mesh data 1 x fsdp -1 x tensor 3: 3 does not divide the 4" in refused(
         2, "dpo", done.config, *here, "--mesh.tensor", 3
     )
     assert (
@@ -257,9 +257,8 @@ def test_a_mesh_that_does_not_fit_is_refused_before_any_weights_are_read(done, t
         in refused(2, "dpo", done.config, *here, "--mesh.tensor", 4)
     )
     assert "mesh.fsdp: only one size can be -1" in refused(2, "dpo", done.config, *here, "--mesh.data", -1)
-    assert (
-        "data 3 x fsdp 1 x context 1 x tensor 1: 3 does not equal the 4 devices; the nearest mesh is data 4 x fsdp 1"
-        in refused(2, "dpo", done.config, *here, "--mesh.data", 3, "--mesh.fsdp", 1)
+    assert "data 3 x fsdp 1 x tensor 1: 3 does not equal the 4 devices; the nearest mesh is data 4 x fsdp 1" in refused(
+        2, "dpo", done.config, *here, "--mesh.data", 3, "--mesh.fsdp", 1
     )
     new = ("--run.dir", tmp_path, "--run.devices", "mesh", "--tokenizer.path", done / "tokenizer", "--model.vocab-size", 512)
     assert "axis 'kv_heads' of 2 x 16 does not divide among tensor 4; the nearest size that does is 2" in refused(

@@ -25,7 +25,8 @@ from dpo_jax.models.decoder import make_model
 from dpo_jax.models.encoder_folder import encoder_in_hf_form, load_encoder
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.hf import load_hf, save_hf
-from dpo_jax.models.siglip import encode_images, encoder_shapes, init_encoder, vision_settings
+from dpo_jax.models.siglip import encode_images, encoder_shapes, init_encoder
+from dpo_jax.models.vision_config import vision_settings
 from dpo_jax.reference import pair_key
 from dpo_jax.runtime.mesh import make_mesh
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device

@@ -88,7 +88,7 @@ def test_log_probabilities_are_equal_in_all_layouts_and_those_of_the_scored_toke
     of_tokens = jax.jit(lambda rows: jax.nn.log_softmax(MODEL.unembed(variables, MODEL.forward(variables, rows))))
     values = np.asarray(of_tokens(completion_rows([text[:2] for text in texts], length=32)))  # every token scored
     every = np.zeros(len(texts))
-    for number, (prompt, completion, marks) in enumerate(texts):
+    for number, (prompt, completion, marks, _) in enumerate(texts):
         counted = values[number, len(prompt) - 1 + np.arange(len(completion)), completion]
         every[number] = counted.sum() if marks is None else counted[marks].sum()
     every = every.reshape(-1, 2)

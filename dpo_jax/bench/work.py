@@ -112,7 +112,10 @@ def write_work(work: Work, pairs: Sequence[Encoded]) -> None:
 
 def read_work(folder: str | Path) -> Work:
     fields = json.loads((Path(folder) / "work.json").read_text())
-    layouts = {kind: layout | {"row_counts": tuple(layout["row_counts"])} for kind, layout in fields["layouts"].items()}
+    layouts = {
+        kind: {name: tuple(value) if isinstance(value, list) else value for name, value in layout.items()}
+        for kind, layout in fields["layouts"].items()
+    }
     return Work(**fields | {"matmuls": [tuple(shape) for shape in fields["matmuls"]], "layouts": layouts})
 
 

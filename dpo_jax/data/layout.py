@@ -15,8 +15,8 @@ The prompt passes through the model once, and both completions see it. `c_0` and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -190,6 +190,11 @@ class Layout:
     row_counts: tuple[int, ...] = ()  # and to one of these, ascending, if one is large enough: each count compiles once
     image_shape: tuple[int, int] = (0, 0)  # M and W of `RowImages`: columns for image tokens in a row, and their width
     microbatches: int = 1  # of one device: of so many equal parts `step.mean_grads` leaves out those of empty rows
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Layout:
+        """The layout whose fields these are, as JSON keeps them."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
     def rows(
         self,

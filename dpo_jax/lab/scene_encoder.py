@@ -18,7 +18,8 @@ import numpy as np
 
 from dpo_jax.data.loader import batch_indices
 from dpo_jax.data.scenes import CELL, CELLS, SIZE, THINGS, Scene
-from dpo_jax.models.siglip import VisionConfig, encode_images, init_encoder
+from dpo_jax.models.siglip import encode_images, init_encoder
+from dpo_jax.models.vision_config import VisionConfig
 from dpo_jax.runtime.optim import make_optimizer, make_schedule
 from dpo_jax.runtime.parallel import single_device
 from dpo_jax.runtime.progress import reported

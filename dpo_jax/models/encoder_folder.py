@@ -15,7 +15,8 @@ from dpo_jax.models.checkpoint_stream import Piece, assemble, path_of
 from dpo_jax.models.folder import read_config
 from dpo_jax.models.hf import flatten, in_hf_form
 from dpo_jax.models.hub import model_folder
-from dpo_jax.models.siglip import ROOT, VisionConfig, encoder_shapes, encoder_tensors, vision_settings
+from dpo_jax.models.siglip import ROOT, encoder_shapes, encoder_tensors
+from dpo_jax.models.vision_config import VisionConfig, vision_settings
 from dpo_jax.models.weights import open_safetensors, weight_files
 from dpo_jax.types import Variables
 

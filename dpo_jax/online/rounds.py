@@ -309,7 +309,7 @@ class Rounds:
         # A run may go on with other devices: the number of rows divides among those that are here.
         parts = row_parts(self.world.partitioner, self.options.microbatches)
         here = {"rows_multiple": parts["multiple"], "microbatches": parts["microbatches"]}
-        layout = Layout(**{**self.record["layout"], "row_counts": tuple(self.record["layout"]["row_counts"]), **here})
+        layout = Layout.of({**self.record["layout"], **here})
         columns = {}
         if self.options.beta_last is not None:
             columns["beta"] = np.full(len(encoded), self.options.beta_of(number), np.float32)

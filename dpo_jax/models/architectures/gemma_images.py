@@ -11,8 +11,8 @@ from typing import Any
 from dpo_jax.models.architectures.gemma import GEMMA3_TEXT, text_part
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.hf_settings import Reader
-from dpo_jax.models.siglip import vision_settings
 from dpo_jax.models.tensor_layouts import Tensor
+from dpo_jax.models.vision_config import vision_settings
 
 PROJECTOR = "multi_modal_projector."
 TEXT = "language_model."
