@@ -194,7 +194,8 @@ class Layout:
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Layout:
         """The layout whose fields these are, as JSON keeps them."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        read: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        return cls(**read)
 
     def rows(
         self,

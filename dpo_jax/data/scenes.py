@@ -126,7 +126,7 @@ def caption(things: Iterable[Thing]) -> str:
 def careless(things: Sequence[Thing], rng: np.random.Generator, *, adds: float, omits: float) -> tuple[Thing, ...]:
     """What a careless annotator names, in a random order: each of `things` is left out with chance `omits` (one stays), and
     with chance `adds` something is named that is not there."""
-    kept = [thing for thing in things if rng.random() >= omits] or [things[rng.integers(len(things))]]
+    kept = [thing for thing in things if rng.random() >= omits] or [things[int(rng.integers(len(things)))]]
     if rng.random() < adds:
         kept.append(absent(things, rng))
     return tuple(kept[number] for number in rng.permutation(len(kept)))
