@@ -122,7 +122,6 @@ LONG = {
     "cli_diffusion": ("test_digits",),
     "images_model": ("test_what_is_sampled", "test_devices_take_the_same_step[pmap"),
     "context": (
-        "test_every_layout_on_every_mesh",
         "test_memory_does_not_grow",
         "test_the_kernels_go_round_as_well",
         "test_a_run_is_that_of_one_device",

@@ -100,6 +100,7 @@ def test_log_probabilities_and_gradients_are_those_of_one_device(family, layout,
 MESHES = [{"context": 4}, {"data": 2, "context": 2}, {"fsdp": 2, "context": 2}, {"context": 2, "tensor": 2}]
 
 
+@pytest.mark.soak  # every combination; those above have each of its parts
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
