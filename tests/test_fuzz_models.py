@@ -32,6 +32,7 @@ from dpo_jax.models.families import decoder_config
 from dpo_jax.models.folder import read_config
 from dpo_jax.models.generation import GENERATION, end_tokens
 from dpo_jax.models.origin import License, model_origin
+from dpo_jax.models.tensors import contents
 from dpo_jax.models.weights import Checkpoint
 from dpo_jax.untrusted import LIMITS, Unreadable
 
@@ -187,7 +188,7 @@ def test_an_adapter_is_told_as_what_it_is(tmp_path):
     with pytest.raises(FileNotFoundError, match=told):
         read_config(tmp_path)
     with pytest.raises(FileNotFoundError, match=told):
-        Checkpoint(tmp_path, decoder_config(CONFIGS["llama"]))
+        Checkpoint(tmp_path, contents(decoder_config(CONFIGS["llama"])))
     (tmp_path / "adapter_config.json").write_bytes(b"\xff")
     with pytest.raises(FileNotFoundError, match="merge it into its base model "):
         load_tokenizer(tmp_path)

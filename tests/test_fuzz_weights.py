@@ -16,6 +16,7 @@ from dpo_jax.cli.config import ConfigError
 from dpo_jax.lab.reward_model import HEAD_FILE, load_head
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.folder import read_config
+from dpo_jax.models.tensors import contents
 from dpo_jax.models.weights import INDEX, Checkpoint
 from dpo_jax.untrusted import Unreadable
 
@@ -36,7 +37,7 @@ def llama(tmp_path_factory):
 
 
 def weights_of(folder, config, shapes):
-    with Checkpoint(folder, config) as checkpoint:
+    with Checkpoint(folder, contents(config)) as checkpoint:
         checkpoint.check_names()
         return {name: checkpoint.get(name, shapes[name]) for name in checkpoint.expected}
 
@@ -112,7 +113,7 @@ def test_files_of_another_kind_or_name_are_no_weights(llama, tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     os.mkfifo(tmp_path / "config.json")
     with time_limit():
-        assert "no weights" in str(read(lambda: Checkpoint(tmp_path, llama.config), tmp_path, str(tmp_path)))
+        assert "no weights" in str(read(lambda: Checkpoint(tmp_path, contents(llama.config)), tmp_path, str(tmp_path)))
         assert "does not exist" in str(read(lambda: read_config(tmp_path), tmp_path, str(tmp_path)))
     folder = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
     shutil.copytree(llama.folder, folder)

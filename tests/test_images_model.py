@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import GOLDEN
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from dpo_jax.data.encode import Encoded, PromptImages
 from dpo_jax.data.layout import Layout, causal_rows
@@ -33,6 +33,7 @@ from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_
 from dpo_jax.sampling import generate, left_pad, left_pad_images
 from dpo_jax.step import init_state
 from dpo_jax.types import RowImages
+from dpo_jax.untrusted import Unreadable
 
 FOLDER = GOLDEN / "gemma3_images"
 IMAGE, TOKENS = 60, 4
@@ -245,6 +246,39 @@ def test_a_folder_survives(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, there, here)
     with pytest.raises(ValueError, match="is written with its vision encoder"):
         save_hf(tmp_path / "other", model, variables)
+
+
+@pytest.mark.parametrize(
+    ("of", "change", "message"),
+    [
+        ("post_layernorm.bias", lambda array: None, "post_layernorm.bias missing in .*: not a complete vision encoder"),
+        ("q_proj.weight", lambda array: array.astype(np.int8), "q_proj.weight in .* is I8; expected one of"),
+        ("position", lambda array: array[:-1], r"has shape \(15, 16\); this config.json asks for \(16, 16\)"),
+    ],
+)
+def test_a_broken_encoder_is_named(of, change, message, tmp_path):
+    tensors = load_file(FOLDER / "model.safetensors")
+    changed = {name: change(array) if "vision_tower" in name and of in name else array for name, array in tensors.items()}
+    copied_with({name: array for name, array in changed.items() if array is not None}, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_encoder(tmp_path)
+    load_hf(tmp_path, images=True)  # which reads nothing of it
+
+
+def test_an_encoder_with_something_else_or_half_a_file_is_refused(tmp_path):
+    tensors = load_file(FOLDER / "model.safetensors")
+    copied_with(tensors | {"vision_tower.head.probe": np.zeros(3, np.float32)}, tmp_path)
+    with pytest.raises(ValueError, match="vision_tower.head.probe in .*: no such tensor in a vision encoder"):
+        load_encoder(tmp_path)
+    content = (FOLDER / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(Unreadable, match="is not a complete safetensors file"):
+        load_encoder(tmp_path)
+
+
+def copied_with(tensors, folder):
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((FOLDER / "config.json").read_bytes())
 
 
 @pytest.mark.parity

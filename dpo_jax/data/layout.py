@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from dpo_jax.data.arguments import check_completions, check_ids, check_pairs, check_ref_logps
-from dpo_jax.data.encode import Encoded
+from dpo_jax.data.encode import Encoded, PromptImages
 from dpo_jax.data.groups import PairGroup
 from dpo_jax.data.segments import Completion, Unit, completion_unit, group_size, group_unit, place_units, shared_unit
 from dpo_jax.types import Array, Rows
@@ -353,9 +353,14 @@ def _check_alike(examples: Sequence[Example]) -> None:
             raise ValueError("some examples have a label (desirable) and some have none: a batch is of one kind")
 
 
+def images_of(example: Example) -> PromptImages | None:
+    """The images that the prompt of an example shows."""
+    return Completion.of(example).images if isinstance(example, tuple) else example.images
+
+
 def image_tokens(example: Example) -> int:
     """Columns of `RowImages` that an example takes: the tokens of its images, each image once."""
-    images = Completion.of(example).images if isinstance(example, tuple) else example.images
+    images = images_of(example)
     return 0 if images is None else len(set(images.names)) * images.tokens
 
 

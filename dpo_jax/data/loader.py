@@ -13,7 +13,7 @@ import numpy as np
 
 from dpo_jax.data.encode import Encoded, count_scored
 from dpo_jax.data.groups import PairGroup
-from dpo_jax.data.layout import Completion, Example, Layout, first_fit_decreasing, image_tokens, places_of
+from dpo_jax.data.layout import Completion, Example, Layout, first_fit_decreasing, image_tokens, images_of, places_of
 from dpo_jax.data.segments import group_size
 from dpo_jax.types import Array, Rows
 
@@ -192,7 +192,7 @@ def plan_layout(
 def _image_shape(examples: Sequence[Example]) -> tuple[int, int]:
     """The most image tokens of an example, and the width of features; zeros without images."""
     most = max(examples, key=image_tokens)
-    images = Completion.of(most).images if isinstance(most, tuple) else most.images
+    images = images_of(most)
     return (0, 0) if images is None else (image_tokens(most), images.features[images.names[0]].shape[1])
 
 

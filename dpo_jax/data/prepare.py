@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.data.encode import Bos, Encoded, EosInText, Truncation, encode, image_bytes, scored_bytes
-from dpo_jax.data.layout import Completion, Text
+from dpo_jax.data.layout import Completion, Text, images_of
 from dpo_jax.data.mixture import copy_number
 from dpo_jax.data.pairs import BadRow, Cause, DataReport, OnBad, Preference, PreferenceSet, Spans, Triage
 from dpo_jax.data.segments import group_size
@@ -135,8 +135,7 @@ def data_digest(examples: Sequence[Encoded] | Sequence[Text]) -> str:
         parts = (prompt, *(ids for ids, _ in sides))
         digest.update(np.array([len(ids) for ids in parts], "<i4").tobytes())
         digest.update(np.concatenate(parts).astype("<i4").tobytes())
-        images = example.images if isinstance(example, Encoded) else Completion.of(example).images
-        digest.update(scored_bytes(*sides) + image_bytes(images))
+        digest.update(scored_bytes(*sides) + image_bytes(images_of(example)))
         if isinstance(example, Encoded) and example.desirable is not None:
             digest.update(b"desirable" if example.desirable else b"undesirable")
     return digest.hexdigest()

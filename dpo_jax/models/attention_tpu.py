@@ -136,19 +136,38 @@ def _kernel(
     q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks, *, bits: int, softcap: float | None, interpret: bool
 ) -> jax.Array:
     """The rows and heads of one device."""
+    mixed = _splash(q, k, v, blocks, bits=bits, softcap=softcap, interpret=interpret, name="kernel")
+    return _rows_of(mixed, q)
+
+
+def _splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    blocks: Blocks,
+    *,
+    bits: int,
+    softcap: float | None,
+    interpret: bool,
+    statistics: bool = False,
+    name: str | None = None,
+) -> Any:
+    """What the kernel gives for queries that are scaled already: [N, R x L padded, H], and with `statistics` those as well.
+
+    `name` is that of its results for `decoder.REMAT`.
+    """
     kernel = splash.SplashAttentionKernel(
         *_masks(blocks),
         block_sizes=_block_sizes(q.shape[1], k.shape[1]),
         is_mqa=False,
-        save_residuals=False,
+        save_residuals=statistics,
         mask_value=splash.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=softcap,
-        residual_checkpoint_name="kernel",
+        residual_checkpoint_name=name,
         mask_function=_InSpan(bits),
         interpret=interpret,
     )
-    mixed: Any = kernel(*map(_one_sequence, (q, k, v)))
-    return _rows_of(mixed, q)
+    return kernel(*map(_one_sequence, (q, k, v)))
 
 
 def _masks(blocks: Blocks) -> tuple[mask_info.MaskInfo, mask_info.MaskInfo, mask_info.MaskInfo]:
@@ -197,19 +216,9 @@ def _partial_forward(
     softcap: float | None,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    kernel = splash.SplashAttentionKernel(
-        *_masks(_spans(start, end)),
-        block_sizes=_block_sizes(q.shape[1], k.shape[1]),
-        is_mqa=False,
-        save_residuals=True,
-        mask_value=splash.DEFAULT_MASK_VALUE,
-        attn_logits_soft_cap=softcap,
-        residual_checkpoint_name=None,
-        mask_function=_InSpan(k.shape[1].bit_length()),
-        interpret=interpret,
-    )
-    found: Any = kernel(*map(_one_sequence, (q * jnp.asarray(scale, q.dtype), k, v)))
-    mixed, (log_mass,) = found
+    scaled, bits = q * jnp.asarray(scale, q.dtype), k.shape[1].bit_length()
+    how = {"softcap": softcap, "interpret": interpret}
+    mixed, (log_mass,) = _splash(scaled, k, v, _spans(start, end), bits=bits, statistics=True, **how)
     return _rows_of(mixed, q), _rows_of(log_mass[:, :, None], q)[..., 0].swapaxes(1, 2)
 
 

@@ -30,7 +30,7 @@ from dpo_jax.models.generation import GENERATION, generation_config
 from dpo_jax.models.generation import end_tokens as end_tokens_of
 from dpo_jax.models.hf_settings import older_rotary_keys
 from dpo_jax.models.hub import model_folder, resolve
-from dpo_jax.models.tensors import Tensor, tensors
+from dpo_jax.models.tensors import Tensor, contents, tensors
 from dpo_jax.models.weights import INDEX, Checkpoint, write_shards
 from dpo_jax.types import Model, Variables
 from dpo_jax.untrusted import read_text
@@ -103,7 +103,7 @@ def read_weights(path: str | Path, model: Model, *, digest: WeightsDigest | None
     adapter = None if adapter_base(folder) is None else read_adapter(folder, config)
     digest = WeightsDigest() if digest is None and adapter is not None else digest
     shapes = {path_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(variable_shapes(model))}
-    with Checkpoint(model_folder(path), config) as checkpoint:
+    with Checkpoint(model_folder(path), contents(config)) as checkpoint:
         checkpoint.check_names()
         for tensor in tensors(config):
             paths = [("params", *name.split("/")) for name in tensor.paths]
@@ -121,7 +121,7 @@ def read_weights(path: str | Path, model: Model, *, digest: WeightsDigest | None
                 for path_, array in zip(paths, tensor.loaded(loaded), strict=True):
                     yield Piece(path_, layer, array)
         if config.tied:
-            checkpoint.check_tied_head()
+            checkpoint.check_tied_head((config.vocab_size, config.width))
     if adapter is not None and digest is not None:
         adapter.check_base(digest.hexdigest())
         adapter.digest_into(digest)

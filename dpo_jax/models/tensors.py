@@ -5,11 +5,31 @@ The table of each family stands in its module of `architectures/`.
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.families import family_of
 from dpo_jax.models.tensor_layouts import Tensor
+
+
+class Contents(NamedTuple):
+    """What the files of a folder must hold of a model, or of a part of one."""
+
+    what: str  # in messages
+    table: Sequence[Tensor]
+    layers: int
+    known: Callable[[str], str | None]  # the name in `table` of a stored tensor; None for one of another part, or of none
+    spare: frozenset[str] = frozenset()  # names that may be there, too
+
+
+def contents(config: DecoderConfig) -> Contents:
+    """Those of a decoder. A tied head may be there, and is then checked (`Checkpoint.check_tied_head`)."""
+    spare = {head_name(config), "lm_head.weight"} if config.tied else set()
+    known = functools.partial(canonical_name, config=config)
+    return Contents(config.family, tensors(config), config.layers, known, frozenset(spare))
 
 
 def tensors(config: DecoderConfig) -> list[Tensor]:

@@ -11,10 +11,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.fields import shown
 from dpo_jax.models.folder import refuse_adapter
-from dpo_jax.models.tensors import canonical_name, head_name, tensors
+from dpo_jax.models.tensors import Contents
 from dpo_jax.untrusted import Unreadable, read_object, reading
 from dpo_jax.writing import naming, write_text
 
@@ -28,16 +27,16 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 class Checkpoint:
     """The tensors of a folder under the names of our tables, whatever files they are spread over."""
 
-    def __init__(self, folder: Path, config: DecoderConfig):
-        self.config = config
-        self.expected = {name: t for t in tensors(config) for name, _ in t.of_layers(config.layers)}
-        aliases = {t.alias: t.name for t in tensors(config) if t.alias}
+    def __init__(self, folder: Path, contents: Contents):
+        self.contents = contents
+        self.expected = {name: t for t in contents.table for name, _ in t.of_layers(contents.layers)}
+        aliases = {t.alias: t.name for t in contents.table if t.alias}
         self.where: dict[str, tuple[Path, str]] = {}
         self.handles: dict[Path, Any] = {}
-        for file in weight_files(folder):
+        for file in _weight_files(folder):
             self.handles[file] = open_safetensors(file)
             for name in self.handles[file].keys():  # noqa: SIM118 (not a dict)
-                known = canonical_name(name, config)
+                known = contents.known(name)
                 if known is None:
                     continue
                 known = aliases.get(known, known)
@@ -52,15 +51,15 @@ class Checkpoint:
         self.handles.clear()
 
     def check_names(self) -> None:
-        spare = {head_name(self.config), "lm_head.weight"} if self.config.tied else set()
+        what = self.contents.what
         missing = sorted(self.expected.keys() - self.where.keys())
-        unknown = sorted(self.where.keys() - self.expected.keys() - spare)
+        unknown = sorted(self.where.keys() - self.expected.keys() - self.contents.spare)
         files = ", ".join(str(file) for file in self.handles)
         if missing:
-            raise ValueError(f"{_some(missing)} missing in {files}: not a complete {self.config.family} of this config.json")
+            raise ValueError(f"{_some(missing)} missing in {files}: not a complete {what} of this config.json")
         if unknown:
             named = [f"{self.where[name][1]} in {self.where[name][0]}" for name in unknown]
-            raise ValueError(f"{_some(named)}: no such tensor in a {self.config.family} of this config.json")
+            raise ValueError(f"{_some(named)}: no such tensor in a {what} of this config.json")
 
     def check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises ValueError for a tensor of another shape, or of a type that is no floating point."""
@@ -81,17 +80,16 @@ class Checkpoint:
         with reading(f"{file}: tensor {stored}", remedy=_AGAIN):
             return self.handles[file].get_tensor(stored)
 
-    def check_tied_head(self) -> None:
+    def check_tied_head(self, shape: tuple[int, ...]) -> None:
         """Some checkpoints repeat the tied head. It must be the embedding: a different one would be lost without a word."""
-        embedding = tensors(self.config)[0].name
-        shape = (self.config.vocab_size, self.config.width)
-        for name in {head_name(self.config), "lm_head.weight"} & self.where.keys():
+        embedding = self.contents.table[0].name
+        for name in self.contents.spare & self.where.keys():
             if not np.array_equal(self.get(name, shape), self.get(embedding, shape)):
                 file, stored = self.where[name]
                 raise ValueError(f"tensor {stored} in {file} differs from the embedding although config.json ties them")
 
 
-def weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         return [folder / name for name in _shards(index)]

@@ -283,7 +283,7 @@ def _fits(check: Check, path: str, option: str, *, expected: bool) -> str:
     from dpo_jax.models.families import decoder_config
     from dpo_jax.models.folder import adapter_base, local_folder, read_config
     from dpo_jax.models.generation import end_tokens
-    from dpo_jax.models.tensors import tensors
+    from dpo_jax.models.tensors import contents
     from dpo_jax.models.weights import Checkpoint
 
     config = check.config
@@ -296,9 +296,9 @@ def _fits(check: Check, path: str, option: str, *, expected: bool) -> str:
             return f"an adapter of {base}, {_of_the_hub(check, base, option)}"
         hf = read_config(folder)
         decoder = decoder_config(hf, where=folder / "config.json")
-        with Checkpoint(folder, decoder) as checkpoint:
+        with Checkpoint(folder, contents(decoder)) as checkpoint:
             checkpoint.check_names()
-            checkpoint.check_tensor(tensors(decoder)[0].name, (decoder.vocab_size, decoder.width))
+            checkpoint.check_tensor(checkpoint.contents.table[0].name, (decoder.vocab_size, decoder.width))
         own = own if (own / "tokenizer.json").is_file() else folder
         _check_tokenizer(Path(config.tokenizer.path or own).expanduser(), hf, end_tokens(folder, hf), decoder.vocab_size)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -16,7 +16,6 @@ from dpo_jax.models.vision_config import vision_settings
 
 PROJECTOR = "multi_modal_projector."
 TEXT = "language_model."
-VISION = "vision_tower.vision_model."
 
 
 def _fields(read: Reader) -> dict[str, Any]:
@@ -53,7 +52,7 @@ def _tensors(c: DecoderConfig) -> list[Tensor]:
 def _rename(name: str) -> str | None:
     """Names of transformers 4.52 and later as those of the official checkpoints; None for the vision encoder's."""
     name = re.sub(r"^model\.(?=vision_tower|multi_modal_projector|language_model)", "", name)
-    if name.startswith(VISION.split(".")[0]):
+    if name.startswith("vision_tower."):
         return None
     name = re.sub(r"^language_model\.(?!model\.|lm_head\.)", f"{TEXT}model.", name)
     return re.sub(r"^lm_head\.", f"{TEXT}lm_head.", name)
