@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from test_step import random_pairs
 from tiny_run import call, refused
 
-from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
 from dpo_jax.dpo import dpo_step
 from dpo_jax.logps import completion_logps
@@ -43,12 +43,6 @@ MESHES = {
     "fsdp 2 x expert 2": {"fsdp": 2, "expert": 2},
     "expert 2 x tensor 2": {"fsdp": 1, "expert": 2, "tensor": 2},
 }
-
-
-def random_pairs(count, seed=0):
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(2, 10, size=(count, 3))
-    return [Encoded(*(rng.integers(1, 64, n).astype(np.int32) for n in sizes), uid=f"{i}") for i, sizes in enumerate(lengths)]
 
 
 def on(mesh, model=MODEL):

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from test_step import random_pairs
 
-from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.completions import Completer, map_completions
@@ -35,12 +35,6 @@ UNITS = {"heads": 8, "kv_heads": 8}
 LOSS = functools.partial(dpo_loss, beta=0.1)
 TX = make_optimizer(linear_warmup(1e-4, warmup_steps=3), max_grad_norm=1.0)
 STEPS = 20
-
-
-def random_pairs(count, seed):
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(2, 10, size=(count, 3))
-    return [Encoded(*(rng.integers(1, 64, n).astype(np.int32) for n in sizes), uid=f"{i}") for i, sizes in enumerate(lengths)]
 
 
 def on_mesh(data=1, fsdp=1, tensor=1, *, reverse=False, model=MODEL, units=UNITS):

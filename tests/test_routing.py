@@ -11,6 +11,7 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 from test_models import text_rows
+from test_step import random_pairs
 
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout, completion_rows, shared_rows
@@ -36,12 +37,6 @@ MODEL = make_model(CONFIG)
 LOSS = functools.partial(dpo_loss, beta=0.1)
 COEFFICIENT = 0.5
 ROUTER = {"router/balance", "router/load_max", "router/entropy"}
-
-
-def random_pairs(count, seed=0):
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(2, 10, size=(count, 3))
-    return [Encoded(*(rng.integers(1, 64, n).astype(np.int32) for n in sizes), uid=f"{i}") for i, sizes in enumerate(lengths)]
 
 
 @pytest.fixture(scope="module")
