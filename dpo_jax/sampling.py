@@ -45,17 +45,15 @@ def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], *, multiple_of: int 
     return tokens, lengths
 
 
-def left_pad_images(prompts: Sequence[PromptImages | None], lengths: Array, *, columns: int, most: int = 0) -> RowImages | None:
+def left_pad_images(prompts: Sequence[PromptImages | None], lengths: Array, *, columns: int) -> RowImages | None:
     """The images of prompts that `left_pad` has put into `columns` columns; None where no prompt shows one.
 
-    `lengths` int32[B] as from `left_pad`. M is the most image tokens of a prompt, and at least `most`.
+    `lengths` int32[B] as from `left_pad`. M is the most image tokens of a prompt.
     """
-    first = next((one for one in prompts if one is not None), None)
-    if first is None:
+    largest = max((one for one in prompts if one is not None), key=lambda one: one.columns, default=None)
+    if largest is None:
         return None
-    most = max(most, *(len(set(one.names)) * one.tokens for one in prompts if one is not None))
-    width = first.features[first.names[0]].shape[1]
-    found = ImageRows(len(prompts), columns, most, width)
+    found = ImageRows(len(prompts), columns, largest.columns, largest.width)
     for row, (one, length) in enumerate(zip(prompts, np.asarray(lengths).tolist(), strict=True)):
         if one is not None:
             found.place(row, columns - length, one)

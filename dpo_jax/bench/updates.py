@@ -16,6 +16,7 @@ import numpy as np
 
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.folder import read_config
+from dpo_jax.models.tensors import contents
 from dpo_jax.models.weights import Checkpoint
 
 BLOCK = 2**20  # numbers of a tensor that are read at a time, of each contender: 8 MiB in float64
@@ -41,11 +42,11 @@ def compare(start: Path, finals: Mapping[str, Path]) -> Updates:
     apart = np.zeros_like(largest)
     places = [[""] * len(names) for _ in names]
     with contextlib.ExitStack() as stack:
-        before, *after = [stack.enter_context(Checkpoint(folder, config)) for folder in (start, *finals.values())]
+        before, *after = [stack.enter_context(Checkpoint(folder, contents(config))) for folder in (start, *finals.values())]
         for checkpoint in (before, *after):
             checkpoint.check_names()
             if config.tied:
-                checkpoint.check_tied_head()
+                checkpoint.check_tied_head((config.vocab_size, config.width))
         for tensor in before.expected:
             here = np.zeros_like(apart)
             for updates in _blocks(tensor, before, after):

@@ -35,6 +35,16 @@ class PromptImages:
     tokens: int
     features: Mapping[str, np.ndarray]
 
+    @property
+    def columns(self) -> int:
+        """Columns of `RowImages` that it takes: the tokens of its images, each image once. Reads no features."""
+        return len(set(self.names)) * self.tokens
+
+    @property
+    def width(self) -> int:
+        """W. Reads the features of an image."""
+        return self.features[self.names[0]].shape[1]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: arrays have no single truth value, and no hash
 class Encoded:

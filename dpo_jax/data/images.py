@@ -124,8 +124,9 @@ def open_image(source: Source, *, root: str | os.PathLike[str] = ".", field: str
     """
     content = _content(source, Path(root), field)
     size = _decoded(content, field).size[::-1]
-    in_file = not isinstance(source, bytes) and not os.fspath(source).startswith("data:")
-    kept = str(Path(root) / source) if in_file else content
+    kept: bytes | str = content
+    if not isinstance(source, bytes) and not os.fspath(source).startswith("data:"):
+        kept = str(Path(root) / source)
     return ImageFile(kept, size, hashlib.sha256(content).hexdigest())
 
 

@@ -361,7 +361,7 @@ def images_of(example: Example) -> PromptImages | None:
 def image_tokens(example: Example) -> int:
     """Columns of `RowImages` that an example takes: the tokens of its images, each image once."""
     images = images_of(example)
-    return 0 if images is None else len(set(images.names)) * images.tokens
+    return 0 if images is None else images.columns
 
 
 def places_of(example: Example | None) -> int:

@@ -191,9 +191,8 @@ def plan_layout(
 
 def _image_shape(examples: Sequence[Example]) -> tuple[int, int]:
     """The most image tokens of an example, and the width of features; zeros without images."""
-    most = max(examples, key=image_tokens)
-    images = images_of(most)
-    return (0, 0) if images is None else (image_tokens(most), images.features[images.names[0]].shape[1])
+    images = images_of(max(examples, key=image_tokens))
+    return (0, 0) if images is None else (images.columns, images.width)
 
 
 WORTH_COMPILING = 500
