@@ -143,7 +143,7 @@ LONG = {
     "cli_runs": ("test_a_sum_of_losses", "test_several_temperatures", "test_a_run_in_steps_that_keeps"),
     "emitted": ("test_what_a_policy_samples_is_judged",),
     "expert_mesh": (
-        *("test_steps_are_those_of_one_device[expert", "test_log_probabilities_and_gradients", "test_microbatches_on_a_mesh"),
+        *("test_steps_are_those_of_one_device", "test_log_probabilities_and_gradients", "test_microbatches_on_a_mesh"),
         *("test_a_run_continues_on_another_mesh", "test_an_adapter_beside_experts", "test_the_program_trains_experts"),
     ),
     "faults": ("test_sigterm_saves", "test_a_host_that_is_killed", "test_a_full_disk_ends"),
