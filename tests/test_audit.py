@@ -11,7 +11,7 @@ import pytest
 from conftest import GOLDEN
 from tiny_run import call, refused
 
-from dpo_jax.cli import build
+from dpo_jax.cli import splits
 from dpo_jax.cli.commands.audit import longer_wins
 from dpo_jax.cli.config import load_config
 from dpo_jax.cli.experiment import prompts_of
@@ -265,26 +265,26 @@ def test_what_a_limit_allows_is_not_refused(config, tmp_path):
 
 
 def test_training_says_in_one_line_that_held_out_numbers_mean_less(config, capsys):
-    splits = [
+    both = [
         EncodedSet(pairs, DataReport(split=split))
         for pairs, split in (
             (pairs_of("p a b", "p b a", "q a b"), "train"),
             (pairs_of("q a b", "r a b"), "test"),
         )
     ]
-    check_repeats(load_config(config), *splits)
+    check_repeats(load_config(config), *both)
     assert capsys.readouterr().out == (
         "note: held-out numbers mean less: 1 of 3 train pairs contradict an earlier one, 1 of 2 test pairs have a prompt of "
         "train (1 the same pair); see dpo-jax audit\n"
     )
-    assert [len(split.report.notes) for split in splits] == [1, 1]
+    assert [len(split.report.notes) for split in both] == [1, 1]
     clean = [
         EncodedSet(pairs_of(text, text), DataReport(split=split)) for text, split in (("p a b", "train"), ("q a b", "test"))
     ]
     check_repeats(load_config(config), *clean)
     assert capsys.readouterr().out == ""
     with pytest.raises(DataError, match=r"--data.max-duplicates 0.4: 50.0% of the test pairs"):
-        check_repeats(build.with_data(load_config(config), max_duplicates=0.4), splits[0], clean[1])
+        check_repeats(splits.with_data(load_config(config), max_duplicates=0.4), both[0], clean[1])
 
 
 CHAT = [
@@ -324,9 +324,9 @@ def test_all_that_reads_prompts_gives_them_the_same_bos(config, tmp_path, monkey
         options = (*flags, "--data.bos", bos, "--data.max-prompt-length", 30)
         with pytest.raises(Seen) as seen:
             call("sample", config, *options)
-        changed = build.with_data(load_config(config), bos=bos, max_length=40, max_prompt_length=30)
+        changed = splits.with_data(load_config(config), bos=bos, max_length=40, max_prompt_length=30)
         tokenizer = load_tokenizer(GOLDEN / "tokenizer")
-        encoded = build.encode_split(changed, build.load_split(changed, "test", tokenizer), tokenizer)
+        encoded = splits.encode_split(changed, splits.load_split(changed, "test", tokenizer), tokenizer)
         trained = [pair.prompt.tolist() for pair in encoded]
         (sampled,) = seen.value.args
         assert sampled == trained == [ids.tolist() for ids in prompts_of(changed, "test_prompts", tokenizer).ids]

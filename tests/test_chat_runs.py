@@ -20,7 +20,7 @@ from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
 from dpo_jax.bench.work import read_pairs
-from dpo_jax.cli import build
+from dpo_jax.cli import build, splits
 from dpo_jax.cli.commands.bench import freeze
 from dpo_jax.cli.commands.bench_contenders import not_raced
 from dpo_jax.cli.commands.export import write_model
@@ -195,7 +195,7 @@ def test_the_race_takes_the_weights_and_the_tokens_of_the_folder(done, model, tm
     assert not_raced(lora) == ["dpo.trainable", "lora.rank"]
     tokenizer = load_tokenizer(model)
     expected = {
-        tuple(pair.prompt) for pair in build.encode_split(config, build.load_split(config, "train", tokenizer), tokenizer)
+        tuple(pair.prompt) for pair in splits.encode_split(config, splits.load_split(config, "train", tokenizer), tokenizer)
     }
     for number, lengths in enumerate((None, "9/3/5")):
         asked = dataclasses.replace(config, bench=dataclasses.replace(bench, lengths=lengths))

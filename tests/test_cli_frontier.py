@@ -18,7 +18,7 @@ import pytest
 from chat_templates import CHATML
 from tiny_run import TOY_WORLD, _compilation_cache, call  # noqa: F401  the second is a fixture
 
-from dpo_jax.cli import build
+from dpo_jax.cli import splits
 from dpo_jax.cli.commands.ppo import learned_reward
 from dpo_jax.cli.config import load_config
 from dpo_jax.cli.experiment import make_world, prompts_of
@@ -191,10 +191,10 @@ def test_a_chat_model_learns_plain_snippets_and_its_policies_are_adapters(study,
     assert code == 0, err
     assert json.loads((run / "eval" / "report.json").read_text())["pairs"] == 24
     assert {row["seeds"] for row in json.loads((run / "frontier" / "summary.json").read_text())["at_equal_kl"]} <= {0, 1, 2}
-    config = build.with_data(load_config(study[0] / "toy.yaml"), source="snippets", path=str(data))
+    config = splits.with_data(load_config(study[0] / "toy.yaml"), source="snippets", path=str(data))
     tokenizer = load_tokenizer(model)
-    texts = build.load_texts(config, "train")
-    learnt = [ids.tolist() for _, ids in build.encode_texts(config, texts, tokenizer)]
+    texts = splits.load_texts(config, "train")
+    learnt = [ids.tolist() for _, ids in splits.encode_texts(config, texts, tokenizer)]
     assert learnt == [[*tokenizer(text.text)["input_ids"], tokenizer.eos_token_id] for text in texts]
 
 
@@ -288,7 +288,7 @@ def world_and_pairs(study):
     config = load_config(study[0] / "toy.yaml")
     world, _ = make_world(config, train=None, test="test_prompts")
     preferences = load_preferences(study[0] / "run" / "frontier" / "pairs.jsonl", "train")
-    return world, build.encode_split(config, preferences, world.tokenizer)
+    return world, splits.encode_split(config, preferences, world.tokenizer)
 
 
 def test_other_options_of_ppo_are_no_reason_to_repeat_the_rest(study, world_and_pairs):
@@ -438,7 +438,7 @@ def test_the_optimum_is_that_of_the_samples(pieces):
 def test_a_prompt_that_is_cut_is_the_text_that_is_left(pieces, capsys):
     run, _ = pieces
     config, tokenizer = load_config(run.parent / "toy.yaml"), load_tokenizer(run / "sft" / "export")
-    whole, cut = (prompts_of(build.with_data(config, max_prompt_length=n), "test_prompts", tokenizer) for n in (48, 6))
+    whole, cut = (prompts_of(splits.with_data(config, max_prompt_length=n), "test_prompts", tokenizer) for n in (48, 6))
     assert capsys.readouterr().out == "8 of 8 prompts are cut to their last 6 tokens (data.max_prompt_length)\n"
     assert [ids[-6:].tolist() for ids in whole.ids] == [ids.tolist() for ids in cut.ids]
     assert all(text.endswith(left) and len(left) < len(text) for text, left in zip(whole.texts, cut.texts, strict=True))

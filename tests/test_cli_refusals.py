@@ -12,7 +12,7 @@ from tiny_run import _plots_once as _plots_once
 from tiny_run import copy as copy
 from tiny_run import done as done
 
-from dpo_jax.cli import build
+from dpo_jax.cli import build, splits
 from dpo_jax.cli.commands.dpo import TOLERANCE, WrongStart, loss_at_reference, starts_at_reference
 from dpo_jax.cli.config import DpoConfig, load_config
 from dpo_jax.evals.preference import preference_summary
@@ -124,7 +124,7 @@ def test_a_cache_that_lies_is_found_at_step_0(done, copy):
     identity = json.loads((copy / "refs" / "identity.json").read_text())["identity"]
     config = load_config(copy.config)
     tokenizer = build.load_tokenizer(copy / "tokenizer")
-    pairs = build.encode_split(config, build.load_split(config, "train"), tokenizer)
+    pairs = splits.encode_split(config, splits.load_split(config, "train"), tokenizer)
     identity = {name: value for name, value in identity.items() if name != "version"}
     values = ReferenceCache(copy / "refs", identity).lookup(pairs)
     shutil.rmtree(copy / "refs")

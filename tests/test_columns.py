@@ -10,7 +10,7 @@ import pytest
 from test_sources import load, turn, write
 from test_sources import tokenizer as tokenizer
 
-from dpo_jax.cli import build
+from dpo_jax.cli import splits
 from dpo_jax.cli.config import ConfigError, load_config
 from dpo_jax.cli.flags import parse
 from dpo_jax.cli.identity import data_record
@@ -261,14 +261,14 @@ def test_a_run_reads_the_mapped_columns_and_keeps_them_in_mind(tmp_path, tokeniz
     write(tmp_path / "train.jsonl", {"question": Q, **SIDES})
     path = tmp_path / "a.yaml"
     path.write_text(f"data: {{path: {tmp_path}, columns: {{prompt: question}}}}\n")
-    loaded = build.load_split(load_config(path), "train")
+    loaded = splits.load_split(load_config(path), "train")
     assert loaded[0].prompt == Q
     record = data_record(load_config(path), tokenizer, [loaded.report], held_out="")
     path.write_text(f"data: {{path: {tmp_path}, columns: {{prompt: other}}}}\n")
     [line] = data_changes(record, data_record(load_config(path), tokenizer, [loaded.report], held_out=""))
     assert line == "  data.columns: was 'prompt=question', is 'prompt=other'"
     with pytest.raises(DataError, match="question: missing_column|other: missing_column"):
-        build.load_split(load_config(path), "train")
+        splits.load_split(load_config(path), "train")
 
 
 @pytest.mark.parametrize("name", ["the question, please", "a+b", " question"])

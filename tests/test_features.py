@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from dpo_jax.data.images import Processing, open_image
+from dpo_jax.models.digest import weights_digest
 from dpo_jax.reference import ForeignCache
 from dpo_jax.training.features import FeatureCache, feature_identity, image_features
 
@@ -36,7 +37,7 @@ class Encoder:
 
 
 def cached(folder, encoder, *, weights=ENCODER, processing=PROCESSING, images=IMAGES, say=lambda words: None):
-    cache = FeatureCache(folder, feature_identity(weights, "toy", processing), shape=(2, 3))
+    cache = FeatureCache(folder, feature_identity(weights_digest(weights), "toy", processing), shape=(2, 3))
     return image_features(images, cache=cache, encode=encoder, processing=processing, batch=2, say=say)
 
 

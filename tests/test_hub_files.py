@@ -9,7 +9,7 @@ import pytest
 from conftest import GOLDEN
 from fake_hub import FakeHub, online
 
-from dpo_jax.cli import build, data_sources, fixed
+from dpo_jax.cli import data_sources, fixed, splits
 from dpo_jax.cli.config import Config, ConfigError, DataConfig, MixConfig, RunConfig
 from dpo_jax.cli.main import main
 from dpo_jax.data.hub_files import HubError, is_dataset_id, open_dataset
@@ -53,12 +53,12 @@ def config_of(tmp_path, path=NAME, **data):
 
 
 def chosen(config, split="train"):
-    return [pair.chosen.strip() for pair in build.load_split(config, split)]
+    return [pair.chosen.strip() for pair in splits.load_split(config, split)]
 
 
 def test_a_data_set_of_the_hub_is_read_by_its_name_and_only_the_split_is_fetched(hub, tmp_path):
     commit = hub.add(NAME, SHARDS)
-    loaded = build.load_split(config_of(tmp_path), "train")
+    loaded = splits.load_split(config_of(tmp_path), "train")
     assert [pair.chosen for pair in loaded] == [" a", " b", " c"]
     assert loaded.report.source == f"{NAME}@{commit}"
     assert [file["path"] for file in loaded.report.files] == [f"data/train-0000{i}-of-00002.parquet" for i in range(2)]
@@ -121,10 +121,10 @@ def test_a_run_stays_at_the_commit_at_which_it_began(hub, tmp_path):
 
 def test_both_splits_are_of_one_commit(hub, tmp_path):
     first = hub.add(NAME, SHARDS)
-    build.load_split(config_of(tmp_path), "train")
+    splits.load_split(config_of(tmp_path), "train")
     hub.add(NAME, {**SHARDS, "data/test-00000-of-00001.parquet": parquet("newer")})
     hub.datasets[NAME]["old"] = SHARDS
-    held_out = build.load_split(config_of(tmp_path), "test")
+    held_out = splits.load_split(config_of(tmp_path), "test")
     assert (held_out[0].chosen, held_out.report.source) == (" d", f"{NAME}@{first}")
 
 
@@ -148,7 +148,7 @@ def test_what_the_hub_converted_is_read_where_there_is_nothing_else(hub, tmp_pat
         chosen(config_of(tmp_path))
     data_sources._listing.cache_clear()
     hub.add(NAME, {"default/train/0000.parquet": parquet("x")}, revision="refs/convert/parquet")
-    loaded = build.load_split(config_of(tmp_path), "train")
+    loaded = splits.load_split(config_of(tmp_path), "train")
     assert [pair.chosen for pair in loaded] == [" x"]
     assert any(
         "parquet files that the Hub converted are read (refs/convert/parquet, default)" in n for n in loaded.report.notes
@@ -185,7 +185,7 @@ def test_without_a_network_the_cache_is_read_or_the_remedy_told(hub, tmp_path, m
     assert chosen(config_of(tmp_path)) == ["a", "b", "c"]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     data_sources._listing.cache_clear()
-    loaded = build.load_split(config_of(tmp_path), "train")
+    loaded = splits.load_split(config_of(tmp_path), "train")
     assert loaded.report.source == f"{NAME}@{commit}"
     assert any("the Hub was not asked (OfflineModeIsEnabled)" in note for note in loaded.report.notes)
     assert chosen(config_of(tmp_path, revision=commit)) == ["a", "b", "c"]

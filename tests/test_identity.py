@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import transformers.utils.chat_template_utils as templates
 
-from dpo_jax.cli import build, fixed, identity
+from dpo_jax.cli import build, fixed, identity, splits
 from dpo_jax.cli.config import (
     Config,
     ConfigError,
@@ -118,7 +118,7 @@ def prompts(config):
     config = fixed.fix(config)
     with build.open_run(config, "refs"):
         pass
-    return [p.prompt for p in build.load_split(config, "train", build.tokenizer_of(config, model_path=None))]
+    return [p.prompt for p in splits.load_split(config, "train", build.tokenizer_of(config, model_path=None))]
 
 
 def test_the_prompts_of_a_run_are_the_same_tomorrow(chat_run, monkeypatch):

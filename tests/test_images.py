@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dpo_jax.data.encode import encode
-from dpo_jax.data.image_prompts import encode_images
+from dpo_jax.data.image_prompts import ImageTokens, encode_images
 from dpo_jax.data.image_rows import image_marks, image_starts
 from dpo_jax.data.images import Processing, load_processing, open_image, pixels
 from dpo_jax.data.loader import make_batch, plan_layout
@@ -223,7 +223,7 @@ def test_images_in_parquet(tmp_path, tokenizer):
 def test_a_row_becomes_ids_with_features(files, tokenizer):
     pair = load(files, [row(PLACE, {"type": "text", "text": " or "}, PLACE, images=["cat.png", "dog.jpg"])], tokenizer)[0]
     features = {image.digest: np.full((3, 5), n, np.float32) for n, image in enumerate(pair.images, start=1)}
-    options = {"features": features, "tokens": 3, "max_length": 128}
+    options = {"images": ImageTokens(3, features), "max_length": 128}
     found = encode_images(pair, tokenizer, max_prompt_length=100, **options)
     text = tokenizer.decode(found.prompt)
     assert text.count(f"<start_of_image>{'<image_soft_token>' * 3}<end_of_image>\n\n") == 2

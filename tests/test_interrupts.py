@@ -80,7 +80,7 @@ def end(process):
 
 
 IMPORTING = ("audit", "dpo_jax.cli.main:_execute", 1)
-ENCODING = ("dpo", "dpo_jax.cli.build:encode_split", 2)
+ENCODING = ("dpo", "dpo_jax.cli.splits:encode_split", 2)
 COMPILING = ("refs", "compiling:reference_logps", 1)
 REFERENCE = ("refs", "dpo_jax.reference:ReferenceCache.add", 2)
 SAMPLING = ("sample", "compiling:draw", 1)

@@ -9,7 +9,7 @@ import pytest
 from conftest import GOLDEN
 from tiny_run import call
 
-from dpo_jax.cli import build, identity
+from dpo_jax.cli import identity, splits
 from dpo_jax.cli.config import Config, ConfigError, DataConfig, MixConfig, RunConfig, dump_config, load_config
 from dpo_jax.cli.data_sources import load_files, names_of
 from dpo_jax.cli.main import main
@@ -182,7 +182,7 @@ def test_neither_template_nor_date_moves_a_conversation_to_the_other_side():
 
 def test_sources_have_their_own_formats_and_only_those_without_held_out_pairs_are_cut(places):
     config = config_of(places)
-    train, test = (build.load_split(config, split) for split in ("train", "test"))
+    train, test = (splits.load_split(config, split) for split in ("train", "test"))
     assert names_of(config) == ["hh", "own"]
     assert {name: (one.format, one.weight) for name, one in train.report.sources.items()} == {
         "hh": ("hh", 2),
@@ -199,32 +199,32 @@ def test_sources_have_their_own_formats_and_only_those_without_held_out_pairs_ar
     (places / "hh" / "test.jsonl").rename(places / "hh" / "val.jsonl")
     renamed = (dataclasses.replace(config.data.mix[0], test_split="val"), config.data.mix[1])
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, mix=renamed))
-    assert build.load_split(other, "test").report.sources["hh"].kept == 6
+    assert splits.load_split(other, "test").report.sources["hh"].kept == 6
     few = dataclasses.replace(other, data=dataclasses.replace(config.data, max_train=7, max_test=3))
-    assert [len(build.load_split(few, split)) for split in ("train", "test")] == [7, 3]
+    assert [len(splits.load_split(few, split)) for split in ("train", "test")] == [7, 3]
 
 
 def test_a_single_source_is_cut_too_or_refused_if_it_has_both_splits(places):
     alone = Config(data=DataConfig(path=str(places / "own" / "train.jsonl"), test_share=0.2))
-    train, test = (build.load_split(alone, split) for split in ("train", "test"))
+    train, test = (splits.load_split(alone, split) for split in ("train", "test"))
     assert len(train) + len(test) == 60
     assert test.report.split == "test"
     both = DataConfig(path=str(places / "hh"), test_share=0.2)
     with pytest.raises(ConfigError, match="data.test_share: .*hh has a split 'test', and nothing is cut"):
-        build.load_split(Config(data=both), "train")
+        splits.load_split(Config(data=both), "train")
     asked = Config(data=dataclasses.replace(both, test_split="held_out"))
-    assert sum(len(build.load_split(asked, split)) for split in ("train", "test")) == 40
+    assert sum(len(splits.load_split(asked, split)) for split in ("train", "test")) == 40
     without = Config(data=DataConfig(path=str(places / "own")))
     with pytest.raises(DataError, match="hold out a part of the train split with --data.test-share 0.05"):
-        build.load_split(without, "test")
+        splits.load_split(without, "test")
 
 
 def test_a_bad_row_names_its_source(places):
     with (places / "own" / "train.jsonl").open("a") as file:
         file.write('{"prompt": "", "chosen": " a", "rejected": " b"}\n')
     with pytest.raises(DataError, match="data.mix, .*own: 1 of 61 rows cannot be used"):
-        build.load_split(config_of(places), "train")
-    report = build.load_split(config_of(places, on_bad="drop"), "train").report
+        splits.load_split(config_of(places), "train")
+    report = splits.load_split(config_of(places, on_bad="drop"), "train").report
     assert report.dropped["no_prompt"] == report.sources["own"].dropped["no_prompt"] == 1
     assert report.bad_share == 1 / report.read
 
@@ -233,7 +233,7 @@ def test_another_weight_is_another_run_and_is_named(places, tokenizer):
     was, now = (config_of(places, weights=weights) for weights in ((2.0, 0.5), (1.0, 0.5)))
     records = []
     for config in (was, now):
-        loaded = build.load_split(config, "train")
+        loaded = splits.load_split(config, "train")
         records.append(identity.data_record(config, tokenizer, [loaded.report], held_out="x"))
     lines = fingerprint.data_changes(*records)
     assert f"  data.mix, weight of {places}/hh: was 2.0, is 1.0" in lines

@@ -300,7 +300,7 @@ with progress.reported("waiting"):
         ("sample", "dpo_jax.cli.build", "load_tokenizer", ["--sample.policy", "policy"]),
         ("dpo", "dpo_jax.data.sources", "peek", ["--check", "--data.source", "files", "--data.path", "data"]),
         ("audit", "dpo_jax.cli.data_sources", "load_preferences", ["--data.source", "files", "--data.path", "data"]),
-        ("sft", "dpo_jax.cli.build", "load_snippets", ["--data.source", "snippets", "--data.path", "data"]),
+        ("sft", "dpo_jax.cli.splits", "load_snippets", ["--data.source", "snippets", "--data.path", "data"]),
     ],
 )
 def test_whatever_is_read_may_take_long_and_is_named(command, module, reader, flags, monkeypatch, tmp_path, capsys):

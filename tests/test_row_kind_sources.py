@@ -9,7 +9,7 @@ import pytest
 from chat_templates import CHATML, chat_tokenizer
 from test_row_kinds import BAD, FRUIT, GOOD, example, load
 
-from dpo_jax.cli import build
+from dpo_jax.cli import splits
 from dpo_jax.cli.config import Config, DataConfig, DpoConfig, MixConfig, RunConfig
 from dpo_jax.cli.preflight import inputs
 from dpo_jax.cli.preflight.scope import Scope
@@ -157,7 +157,7 @@ def mixture(tmp_path, *, loss_rows, **data):
 @pytest.mark.parametrize("rows", ["unpaired", "any"])
 def test_pairs_beside_single_completions_are_single_completions(rows, tmp_path):
     config = mixture(tmp_path, loss_rows={"singles": [GOOD, BAD], "pairs": [PAIR]})
-    loaded = build.load_split(config, "train", rows=rows)
+    loaded = splits.load_split(config, "train", rows=rows)
     assert sorted((one.uid.partition(":")[0], one.desirable) for one in loaded) == [
         *(("pairs", False), ("pairs", True), ("singles", False), ("singles", True)),
     ]
@@ -167,9 +167,9 @@ def test_pairs_beside_single_completions_are_single_completions(rows, tmp_path):
 def test_each_source_must_state_what_the_loss_reads(tmp_path):
     config = mixture(tmp_path, loss_rows={"pairs": [PAIR], "singles": [GOOD]})
     with pytest.raises(DataError, match=r"data\.mix, .*singles: .*pairs are needed here: set dpo\.loss to .*kto"):
-        build.load_split(config, "train")
+        splits.load_split(config, "train")
     with pytest.raises(DataError, match=r"data\.mix, .*pairs: .*rankings are needed here"):
-        build.load_split(config, "train", rows="rankings")
+        splits.load_split(config, "train", rows="rankings")
 
 
 @pytest.mark.parametrize(
@@ -198,9 +198,9 @@ def test_rankings_of_all_sources_have_one_length(tmp_path):
     shorter = FRUIT | {"completions": [" A pear.", " A wall."], "ranks": [1, 2]}
     config = mixture(tmp_path, loss_rows={"long": [FRUIT], "short": [shorter]})
     with pytest.raises(DataError, match=r"data\.mix: rankings of one run(.|\n)*2 completions: 1(.|\n)*3 completions: 1"):
-        build.load_split(config, "train", rows="rankings")
+        splits.load_split(config, "train", rows="rankings")
     cut = mixture(tmp_path, loss_rows={"long": [FRUIT], "short": [shorter]}, ranking_length=2)
-    assert [one.between for one in build.load_split(cut, "train", rows="rankings")] == [(), ()]
+    assert [one.between for one in splits.load_split(cut, "train", rows="rankings")] == [(), ()]
 
 
 def test_a_prompt_has_all_its_single_completions_on_one_side(tmp_path):
@@ -208,7 +208,7 @@ def test_a_prompt_has_all_its_single_completions_on_one_side(tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = Config(run=RunConfig(dir=str(tmp_path)), data=DataConfig(path=str(file), test_share=0.3))
-    train, test = (build.load_split(config, split, rows="unpaired") for split in ("train", "test"))
+    train, test = (splits.load_split(config, split, rows="unpaired") for split in ("train", "test"))
     assert len(train) + len(test) == 80
     assert test
     assert not {one.prompt for one in train} & {one.prompt for one in test}

@@ -8,9 +8,9 @@ import sys
 import pytest
 import tensorflow_datasets as tfds
 
-from dpo_jax.cli.build import load_split
 from dpo_jax.cli.config import Config, ConfigError, DataConfig
 from dpo_jax.cli.prompts import references
+from dpo_jax.cli.splits import load_split
 from dpo_jax.data.pairs import Cause, DataError, Preference
 from dpo_jax.data.snippets import Snippet
 from dpo_jax.data.sources import load_preferences

@@ -1,38 +1,29 @@
-"""Build what a configuration describes: run directory, data, tokenizer, model, optimizer."""
+"""Build what a configuration describes: run directory, tokenizer, model, optimizer. Its data are in `splits`."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from dpo_jax.cli.config import GENERATED, Config, ConfigError, DpoConfig, SftConfig, dump_config
-from dpo_jax.cli.data_sources import load_files
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, dump_config
 from dpo_jax.cli.fixed import date_of, keep, pin_revisions
 from dpo_jax.cli.model_folders import check_fit, planned_hf_config, remedy, sized_hf_config
 from dpo_jax.cli.preflight.devices import batch_parts as batch_parts
-from dpo_jax.cli.preflight.inputs import TEXT_SOURCES as TEXT_SOURCES
-from dpo_jax.cli.preflight.inputs import refuse_texts
 from dpo_jax.cli.preflight.packages import check_writers
+from dpo_jax.cli.splits import TEXT_SOURCES, load_split, load_texts
 from dpo_jax.data.chat_date import at_date
-from dpo_jax.data.encode import Encoded, token_ids, with_bos
-from dpo_jax.data.layout import Layout, Text, places_of
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.layout import Layout, places_of
 from dpo_jax.data.loader import plan_layout
-from dpo_jax.data.pairs import Cause, DataError, DataReport, Preference, PreferenceSet
-from dpo_jax.data.prepare import EncodedSet, encode_all
-from dpo_jax.data.question_game import game_preferences
-from dpo_jax.data.reviews import review_preferences
-from dpo_jax.data.row_kinds import Wanted, check_kind, split_pairs
-from dpo_jax.data.snippets import Snippet, load_snippets, snippets_of
+from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from dpo_jax.losses import PreferenceLoss, named_loss
 from dpo_jax.models.attention_paths import attention_path, path_name
@@ -116,103 +107,6 @@ def make_partitioner(config: Config, model: Model) -> Partitioner:
         return mesh_partitioner(mesh, model, units=whole_heads(model.config))
     except MeshError as error:
         raise ConfigError(f"mesh: {error}") from error
-
-
-@contextmanager
-def needs_tfds(option: str) -> Iterator[None]:
-    """Turns a missing tensorflow-datasets, which plain files do without, into a `ConfigError` that begins with `option`."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        package = {"tensorflow_datasets": "tensorflow-datasets"}.get(error.name or "", error.name)
-        if package not in ("tensorflow-datasets", "array_record", "importlib_resources"):
-            raise
-        raise ConfigError(f"{option}: needs the package {package}, which is not installed: pip install {package}") from error
-
-
-@functools.lru_cache(maxsize=1)  # a tokenizer is trained on what is then trained on
-def _generated(source: str, count: int, seed: int, split: Literal["train", "test"]) -> tuple[Preference, ...]:
-    make = {"reviews": review_preferences, "question_game": game_preferences}[source]
-    return tuple(make(count, seed, split=split))
-
-
-def load_split(
-    config: Config, split: Literal["train", "test"], tokenizer: Any = None, *, rows: Wanted = "pairs"
-) -> PreferenceSet:
-    """The preferences of the train or the held-out split, read as `rows`. Raises `DataError` for bad data."""
-    data = config.data
-    limit = data.max_train if split == "train" else data.max_test
-    if data.source in GENERATED:
-        count = data.reviews_train if split == "train" else data.reviews_test
-        preferences = _generated(data.source, count, config.run.seed, split)
-        report = DataReport(source=data.source, split=split, format=data.source, rows=count, read=count, kept=count)
-        check_kind("pairs", rows, where=f"data.source {data.source}")
-        pairs = PreferenceSet(preferences, report)
-        return (split_pairs(pairs) if rows == "unpaired" else pairs).take(limit)
-    refuse_texts(config)
-    # Files may be a TFDS folder, too.
-    with needs_tfds(f"data.source: {data.source}"):
-        return load_files(config, split, tokenizer, rows=rows).take(limit)
-
-
-def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]:
-    """The texts that a policy learns from, or those on which it is judged. Of snippets, the rest belongs to the reward."""
-    data = config.data
-    assert data.path is not None  # checked with the configuration
-    if data.source == "imdb":
-        with needs_tfds("data.source: imdb"):
-            from dpo_jax.data.tfds import read_texts
-        with reported(f"reading the {split} split"):
-            texts = read_texts(data.path, data.train_split if split == "train" else data.test_split)
-    else:
-        with reported("reading the snippets"):
-            texts = snippets_of(load_snippets(data.path), "policy" if split == "train" else "test")
-    return texts[: data.max_train if split == "train" else data.max_test]
-
-
-def encode_texts(config: Config, snippets: Sequence[Snippet], tokenizer: Any) -> list[Text]:
-    """Whole texts to learn, every token but the first one (BOS, if there is one) scored; cut to `data.max_length`, EOS too."""
-    ids = (with_bos(token_ids(snippet.text, tokenizer), tokenizer, bos=config.data.bos) for snippet in snippets)
-    ended = (np.append(x, np.int32(tokenizer.eos_token_id))[: config.data.max_length] for x in ids)
-    with reported(f"encoding {len(snippets):,} texts"):
-        return [(x[:0], x) for x in ended]
-
-
-def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any) -> EncodedSet:
-    """Token ids of a split. Raises `DataError` for pairs that are unusable, or if too large a share had to be dropped."""
-    data = config.data
-    with reported(f"encoding {len(preferences):,} pairs"):
-        encoded = encode_all(
-            preferences,
-            tokenizer,
-            max_length=data.max_length,
-            max_prompt_length=data.max_prompt_length,
-            truncation=data.truncation,
-            bos=data.bos,
-            on_bad=data.on_bad,
-            row_length=None if data.layout == "plain" else data.row_length,  # a plain row holds one side, within max_length
-        )
-    report = encoded.report
-    report.chat = sum(preference.chat for preference in only_kept(preferences, encoded))
-    if report.bad_share > data.max_dropped_share:
-        raise DataError(
-            f"{report.summary()}\n{report.reasons()}{report.bad_share:.1%} of the rows were dropped as bad, more than "
-            f"--data.max-dropped-share {data.max_dropped_share:.1%} allows: repair the data, or raise that limit",
-            causes=[Cause(cause) for cause in report.dropped],
-        )
-    if not len(encoded):
-        raise DataError(f"{report.summary()}\n{report.reasons()}no pair is left", causes=[Cause.NO_ROWS])
-    return encoded
-
-
-def only_kept(preferences: PreferenceSet, encoded: EncodedSet) -> list[Preference]:
-    """The preferences whose pair survived encoding."""
-    kept = {pair.uid for pair in encoded}
-    return [preference for preference in preferences if preference.uid in kept]
-
-
-def with_data(config: Config, **changes: Any) -> Config:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
 
 
 def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.path") -> PreTrainedTokenizerFast:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax
 
-from dpo_jax.cli import build
+from dpo_jax.cli import build, splits
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.trained import trained
 from dpo_jax.data.encode import Bos, cut_prompt, token_ids, with_bos
@@ -94,13 +94,13 @@ def prompts_of(config: Config, how_many: Count, tokenizer: Any, *, topics: Seque
     split, count = "train" if how_many == "prompts" else "test", getattr(config.frontier, how_many)
     if config.data.source == "reviews":
         prompts = dict.fromkeys(review_prompts(count, config.run.seed, split=split, topics=topics), False)
-    elif config.data.source in build.TEXT_SOURCES:
+    elif config.data.source in splits.TEXT_SOURCES:
         try:
-            prompts = dict.fromkeys(prefixes(build.load_texts(config, split), tokenizer, count, config.run.seed), False)
+            prompts = dict.fromkeys(prefixes(splits.load_texts(config, split), tokenizer, count, config.run.seed), False)
         except ValueError as error:
             raise ConfigError(f"frontier.{how_many}: {error}") from error
     else:
-        every = {p.prompt: p.chat for p in build.load_split(config, split, tokenizer, rows="any")}
+        every = {p.prompt: p.chat for p in splits.load_split(config, split, tokenizer, rows="any")}
         prompts = dict(itertools.islice(every.items(), count))
     return _within(config.data.max_prompt_length, prompts, tokenizer, bos=config.data.bos)
 
@@ -220,7 +220,7 @@ def encode_samples(config: Config, preferences: Sequence[Preference], tokenizer:
     """Labelled samples as tokens."""
     count = len(preferences)
     found = DataReport(source="samples", split="train", format="samples", rows=count, read=count, kept=count)
-    return build.encode_split(config, PreferenceSet(preferences, found), tokenizer)
+    return splits.encode_split(config, PreferenceSet(preferences, found), tokenizer)
 
 
 def of_training(config: Config) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_jax.cli import build
+from dpo_jax.cli import splits
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.data.chat import chat_prompt
 from dpo_jax.data.columns import check_text
@@ -35,12 +35,12 @@ def references(config: Config, tokenizer: Any, *, target: bool = False) -> list[
     data = config.data
     if data.source == "cnn_dailymail":
         assert data.path is not None  # checked with the configuration
-        with build.needs_tfds("data.source: cnn_dailymail"):
+        with splits.needs_tfds("data.source: cnn_dailymail"):
             from dpo_jax.data.tfds import read_articles
         with reported("reading the articles"):
             articles = read_articles(data.path, data.test_split)[: data.max_test]
         return [Reference(f"{article.text}{ARTICLE_CUE}", f" {article.summary}", article.uid) for article in articles]
-    rows = build.load_split(config, "test", tokenizer, rows="any")
+    rows = splits.load_split(config, "test", tokenizer, rows="any")
     good = [p for p in rows if p.desirable is not False] or rows  # without any good one their prompts are left
     return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid, p.chat) for p in good]
 

@@ -118,6 +118,11 @@ def image_bytes(images: PromptImages | None) -> bytes:
     return b"images" + np.asarray(images.starts, "<i4").tobytes() + "\0".join(images.names).encode()
 
 
+def prompt_key(pair: Encoded) -> bytes:
+    """What tells prompts apart: their ids, and the images that they show."""
+    return np.ascontiguousarray(pair.prompt, "<i4").tobytes() + image_bytes(pair.images)
+
+
 def encode(
     preference: Any,
     tokenizer: Any,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_jax.data.encode import Encoded, PromptImages, Side, scored_bytes
+from dpo_jax.data.encode import Encoded, PromptImages, Side, prompt_key, scored_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +35,9 @@ def group_pairs(pairs: Sequence[Encoded]) -> list[PairGroup]:
     """
     if longer := next((pair for pair in pairs if pair.between), None):
         raise ValueError(f"{longer.uid or 'an example'} is a ranking of {len(longer.completions)} completions, and no pair")
-    by_prompt: dict[tuple[bytes, tuple[str, ...]], list[int]] = {}
+    by_prompt: dict[bytes, list[int]] = {}
     for number, pair in enumerate(pairs):
-        shown = () if pair.images is None else pair.images.names
-        by_prompt.setdefault((pair.prompt.tobytes(), shown), []).append(number)
+        by_prompt.setdefault(prompt_key(pair), []).append(number)
     return [_group(pairs, numbers) for numbers in by_prompt.values()]
 
 

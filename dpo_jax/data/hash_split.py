@@ -1,7 +1,7 @@
 """Train and held-out pairs out of one split, by a hash of the prompt.
 
 Each prompt decides for itself: no prompt is on both sides, and neither the order of the rows nor other rows matter. Of a
-conversation its messages are hashed, so that template and date do not matter either.
+conversation its messages are hashed, so that template and date do not matter either; and the images that a prompt shows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def is_held_out(preference: Preference, share: float) -> bool:
     >>> sum(is_held_out(pair, 0.05) for pair in pairs)
     48
     """
-    key = preference.prompt_digest or preference.prompt
+    key = "\0".join([preference.prompt_digest or preference.prompt, *(image.digest for image in preference.images)])
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8, person=_PURPOSE).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 

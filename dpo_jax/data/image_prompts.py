@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpo_jax.data.encode import Bos, Encoded, PromptImages, Truncation, encode
 from dpo_jax.data.image_rows import image_marks, image_starts
+from dpo_jax.data.images import ImageFile
 from dpo_jax.data.pairs import Preference
+
+
+class ImageTokens(NamedTuple):
+    """What an image becomes for a model: `tokens` tokens, whose features a batch looks up by the image's digest."""
+
+    tokens: int
+    features: Mapping[str, np.ndarray]  # {digest: float32[tokens, W]}, such as `training.features.FeatureCache`
+
+    def shown(self, prompt: np.ndarray, images: Sequence[ImageFile], tokenizer: Any) -> PromptImages | None:
+        """The images of a prompt int32[n] whose text was `Marks.expanded`; None without any.
+
+        Raises `BadRow` where truncation has cut one.
+        """
+        if not images:
+            return None
+        soft, names = tokenizer.convert_tokens_to_ids(image_marks(tokenizer).soft), tuple(image.digest for image in images)
+        starts = image_starts(prompt, soft=soft, tokens=self.tokens, images=len(names))
+        return PromptImages(starts, names, self.tokens, self.features)
 
 
 def encode_images(
     preference: Preference,
     tokenizer: Any,
     *,
-    features: Mapping[str, np.ndarray],
-    tokens: int,
+    images: ImageTokens,
     max_length: int,
     max_prompt_length: int,
     truncation: Truncation = "keep_end",
@@ -26,10 +44,8 @@ def encode_images(
 ) -> Encoded:
     """Token ids of a preference with the images that its prompt shows (`Encoded.images`); without images as `encode`.
 
-    Each image takes `tokens` tokens between its marks, as the processor of Gemma 3 writes it. `features` are looked up by the
-    digests of the images when a batch is made (`training.features.FeatureCache`).
-
-    Raises `BadRow` where truncation cuts an image, and as `encode`.
+    Each image takes its tokens between its marks, as the processor of Gemma 3 writes it. Raises `BadRow` where truncation cuts
+    an image, and as `encode`.
     """
     limits: dict[str, Any] = {
         "max_length": max_length,
@@ -39,9 +55,6 @@ def encode_images(
     }
     if not preference.images:
         return encode(preference, tokenizer, **limits)
-    marks = image_marks(tokenizer)
-    text = dataclasses.replace(preference, prompt=marks.expanded(preference.prompt, tokens), images=())
-    pair = encode(text, tokenizer, **limits)
-    soft, names = tokenizer.convert_tokens_to_ids(marks.soft), tuple(image.digest for image in preference.images)
-    starts = image_starts(pair.prompt, soft=soft, tokens=tokens, images=len(names))
-    return dataclasses.replace(pair, images=PromptImages(starts, names, tokens, features))
+    expanded = image_marks(tokenizer).expanded(preference.prompt, images.tokens)
+    pair = encode(dataclasses.replace(preference, prompt=expanded, images=()), tokenizer, **limits)
+    return dataclasses.replace(pair, images=images.shown(pair.prompt, preference.images, tokenizer))

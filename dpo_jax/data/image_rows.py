@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -43,16 +44,26 @@ class Marks(NamedTuple):
         """`text` with room for `tokens` tokens in each place, as Gemma 3's processor writes it."""
         return text.replace(self.place, f"\n\n{self.place}{self.soft * tokens}{self.end}\n\n")
 
+    def collapsed(self, text: str) -> str:
+        """The text that `expanded` was made of, for people."""
+        tokens = f"{re.escape(self.place)}(?:{re.escape(self.soft)})+{re.escape(self.end)}"
+        return re.sub(f"\n\n{tokens}\n\n", lambda _: self.place, text)
+
 
 def image_marks(tokenizer: Any) -> Marks:
     """Those of a tokenizer with Gemma 3's special tokens for images. Raises `BadRow` for another one."""
     names = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
     found = [str(getattr(tokenizer, name, None) or usual) for name, usual in names.items()]
-    known = tokenizer.get_vocab() if tokenizer is not None else {}
-    if missing := [token for token in found if token not in known]:
+    if missing := [token for token in found if tokenizer is None or not _has_token(tokenizer, token)]:
         detail = f"the tokenizer has no token {missing[0]!r} for images; take the one of a model that reads them (Gemma 3)"
         raise BadRow(Cause.CHAT_TEMPLATE, detail)
     return Marks(*found)
+
+
+def _has_token(tokenizer: Any, token: str) -> bool:
+    """Looked up alone: each row asks, and a vocabulary as a dictionary takes longer than all else of the row."""
+    number = tokenizer.convert_tokens_to_ids(token)
+    return number is not None and tokenizer.convert_ids_to_tokens(number) == token
 
 
 def take_images(row: Row, tokenizer: Any) -> tuple[Row, tuple[Source, ...]]:

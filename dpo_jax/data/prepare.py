@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.data.encode import Bos, Encoded, EosInText, Truncation, encode, image_bytes, scored_bytes
+from dpo_jax.data.image_prompts import ImageTokens, encode_images
 from dpo_jax.data.layout import Completion, Text, images_of
 from dpo_jax.data.mixture import copy_number
 from dpo_jax.data.pairs import BadRow, Cause, DataReport, OnBad, Preference, PreferenceSet, Spans, Triage
@@ -41,8 +43,10 @@ def encode_all(
     bos: Bos = "auto",
     on_bad: OnBad = "refuse",
     row_length: int | None = None,
+    images: ImageTokens | None = None,
 ) -> EncodedSet:
-    """Encodes all pairs as `encode` does. Raises `DataError` for unusable ones, or drops and counts them with `on_bad="drop"`.
+    """Encodes all pairs as `encode` does, and with `images` as `encode_images`. Raises `DataError` for unusable ones, or drops
+    and counts them with `on_bad="drop"`.
 
     A pair whose `sft_target` cannot be learnt is unusable too, so that every task of a run has the same data.
 
@@ -58,7 +62,7 @@ def encode_all(
     sound: list[Encoded] = []
     for preference in preferences:
         try:
-            pair = _encode_text(preference, tokenizer, **limits)
+            pair = _encode_text(preference, tokenizer, images, **limits)
             _check(pair, tokenizer)
             _check_target(preference, tokenizer)
         except BadRow as problem:
@@ -93,35 +97,49 @@ def encode_targets(
     truncation: Truncation = "keep_end",
     bos: Bos = "auto",
     score_prompt: bool = False,
+    images: ImageTokens | None = None,
 ) -> tuple[list[Text], list[str]]:
     """What SFT learns: (prompt, completion) token ids of each distinct text, and their uids. `preferences` passed `encode_all`.
 
     The completion is the `sft_target` of a preference, or else its chosen side, cut like the original cuts it: against its own
     length only. Of a completion of several turns those of the assistant are scored. Undesirable completions are left out. With
-    `score_prompt` prompt and completion are one text, all of which is scored (but its first token).
+    `score_prompt` prompt and completion are one text, all of which is scored (but its first token, and images).
     """
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "truncation": truncation, "bos": bos}
     tokenizer = _Remembering(tokenizer)
-    seen: dict[tuple[str, str, Spans | None, int], Preference] = {}
+    seen: dict[tuple[str, tuple[str, ...], str, Spans | None, int], Preference] = {}
     for preference in preferences:
         if preference.desirable is False:
             continue
         spans = None if preference.sft_target else preference.chosen_spans
         # The second copy of a pair, which the weight of its source makes, is to be learnt twice.
-        key = preference.prompt, preference.sft_target or preference.chosen, spans, copy_number(preference.uid)
-        seen.setdefault(key, preference)
+        target, shown = preference.sft_target or preference.chosen, tuple(image.digest for image in preference.images)
+        seen.setdefault((preference.prompt, shown, target, spans, copy_number(preference.uid)), preference)
     texts: list[Text] = []
     uids: list[str] = []
-    for (prompt, target, spans, _), preference in seen.items():
-        record = {"prompt": prompt, "chosen": target, "rejected": target, "chat": preference.chat, "images": preference.images}
-        if spans is not None:
-            record |= {"chosen_spans": spans, "rejected_spans": spans}
-        pair = _encode_text(record, tokenizer, **limits)
-        text = np.concatenate([pair.prompt, pair.chosen])
-        whole = (text[:0], text) if score_prompt else (pair.prompt, pair.chosen)
-        texts.append(whole if score_prompt or pair.chosen_scored is None else Completion(*whole, pair.chosen_scored))
+    for (_, _, target, spans, _), preference in seen.items():
+        sides = {"chosen": target, "rejected": target, "chosen_spans": spans, "rejected_spans": spans}
+        record = dataclasses.replace(preference, **sides, between=(), desirable=None)
+        pair = _encode_text(record, tokenizer, images, **limits)
+        texts.append(_whole_text(pair) if score_prompt else _of_side(pair))
         uids.append(preference.uid)
     return texts, uids
+
+
+def _of_side(pair: Encoded) -> Text:
+    """Prompt and chosen completion of a pair."""
+    text = pair.prompt, pair.chosen
+    return text if pair.chosen_scored is None and pair.images is None else Completion(*text, pair.chosen_scored, pair.images)
+
+
+def _whole_text(pair: Encoded) -> Text:
+    """Prompt and chosen completion as one text, all of which is scored but the tokens of images: nothing predicts these."""
+    text, images = np.concatenate([pair.prompt, pair.chosen]), pair.images
+    if images is None:
+        return text[:0], text
+    scored = np.ones(len(text), bool)
+    scored[(images.starts[:, None] + np.arange(images.tokens)).reshape(-1)] = False
+    return Completion(text[:0], text, scored, images)
 
 
 def data_digest(examples: Sequence[Encoded] | Sequence[Text]) -> str:
@@ -195,9 +213,11 @@ def _literal_eos(tokenizer: Any) -> tuple[str, ...]:
     return (eos,) if normalizer is None else (eos, normalizer.normalize_str(eos))
 
 
-def _encode_text(preference: Any, tokenizer: Any, **limits: Any) -> Encoded:
+def _encode_text(preference: Preference, tokenizer: Any, images: ImageTokens | None, **limits: Any) -> Encoded:
     try:
-        return encode(preference, tokenizer, **limits)
+        if images is None:
+            return encode(preference, tokenizer, **limits)
+        return encode_images(preference, tokenizer, images=images, **limits)
     except EosInText as error:
         raise BadRow(Cause.EOS_IN_TEXT, str(error)) from error
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.encode import Encoded, Side, scored_bytes
+from dpo_jax.data.encode import Encoded, Side, prompt_key, scored_bytes
 from dpo_jax.data.mixture import copy_number
 
 EXAMPLES = 3
@@ -78,7 +78,8 @@ def find_overlap(held_out: Sequence[Encoded], train: Sequence[Encoded]) -> Overl
 
 def _key(pair: Encoded) -> Key:
     """Of a single completion one side is empty: the same one with the other label has its sides swapped."""
-    prompt, chosen, rejected = _digest(pair.prompt), _side(pair.sides[0]), _side(pair.sides[-1])
+    prompt = hashlib.blake2b(prompt_key(pair), digest_size=16).digest()
+    chosen, rejected = _side(pair.sides[0]), _side(pair.sides[-1])
     if pair.desirable is not None:
         return (prompt, chosen, b"") if pair.desirable else (prompt, b"", chosen)
     return prompt, chosen, rejected

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from dpo_jax.data.encode import Encoded
+from dpo_jax.data.encode import Encoded, prompt_key
 
 
 def mismatched(examples: Sequence[Encoded], *, max_length: int) -> list[Encoded]:
@@ -23,7 +23,7 @@ def mismatched(examples: Sequence[Encoded], *, max_length: int) -> list[Encoded]
     """
     count = len(examples)
     prompts, completions = (
-        [ids.tobytes() for ids in of] for of in zip(*((one.prompt, one.chosen) for one in examples), strict=True)
+        list(keys) for keys in zip(*((prompt_key(one), one.chosen.tobytes()) for one in examples), strict=True)
     )
     past_prompt, past_completion = _next_other(prompts), _next_other(completions)
     found = []
@@ -49,7 +49,7 @@ def mismatched(examples: Sequence[Encoded], *, max_length: int) -> list[Encoded]
 
 def one_prompt(examples: Sequence[Encoded]) -> bool:
     """Whether all have the same prompt: then no completion is mismatched."""
-    return len({one.prompt.tobytes() for one in examples}) == 1
+    return len({prompt_key(one) for one in examples}) == 1
 
 
 def _next_other(keys: Sequence[bytes]) -> list[int]:

@@ -24,14 +24,13 @@ from dpo_jax.losses import dpo_loss, preferred_ft_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.digest import weights_digest
 from dpo_jax.models.families import decoder_config
-from dpo_jax.models.siglip import encode_images
 from dpo_jax.runtime.optim import linear_warmup, make_optimizer, make_schedule
 from dpo_jax.runtime.parallel import single_device
 from dpo_jax.runtime.progress import reported
 from dpo_jax.sampling import generate, left_pad, left_pad_images
 from dpo_jax.sft import sft_step
 from dpo_jax.step import init_state
-from dpo_jax.training.features import FeatureCache, feature_identity, image_features
+from dpo_jax.training.features import image_features, on_devices, open_features
 from dpo_jax.training.run import train
 from dpo_jax.types import Metrics, Rows, TrainState, Variables
 
@@ -140,20 +139,10 @@ class ScenesWorld:
         read = np.stack([pixels(self._images[id(scene)], PROCESSING) for scene in taught])
         options = {"steps": sizes.encoder_steps, "lr": sizes.encoder_lr, "seed": self.seed}
         encoder = train_encoder(taught, read, self.folder / "encoder", config=config, fingerprint=self.fingerprint, **options)
-        cache = FeatureCache(
-            self.folder / "features",
-            feature_identity(encoder, repr(config), PROCESSING),
-            shape=(config.tokens, config.width),
-            recent=len(self._images),
-        )
-        encode = jax.jit(functools.partial(encode_images, config=config))
-        self.features = image_features(
-            list(self._images.values()),
-            cache=cache,
-            encode=lambda part: encode(encoder, part),
-            processing=PROCESSING,
-            batch=256,
-        )
+        cache = open_features(self.folder / "features", weights_digest(encoder), config, PROCESSING)
+        encode, batch = on_devices(encoder, config, jax.local_devices()[:1])
+        images = list(self._images.values())
+        self.features = image_features(images, cache=cache, encode=encode, processing=PROCESSING, batch=batch)
         self.reference = self._sft()
 
     @functools.cached_property

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.models.checkpoint_stream import Piece, assemble, path_of
+from dpo_jax.models.digest import WeightsDigest
 from dpo_jax.models.folder import read_config
 from dpo_jax.models.hf import flatten, in_hf_form
 from dpo_jax.models.hub import model_folder
@@ -29,6 +30,14 @@ def load_encoder(path: str | Path) -> tuple[VisionConfig, Variables]:
     folder = model_folder(path)
     config = vision_settings(read_config(folder), folder / "config.json")
     return config, assemble(encoder_shapes(config), _pieces(folder, config), put=jnp.asarray)
+
+
+def encoder_digest(path: str | Path) -> str:
+    """The `weights_digest` of what `load_encoder` gives, one tensor in memory at a time: whatever the type in the files."""
+    folder, digest = model_folder(path), WeightsDigest()
+    for piece in _pieces(folder, vision_settings(read_config(folder), folder / "config.json")):
+        digest.add(piece._replace(array=np.asarray(piece.array, np.float32)))
+    return digest.hexdigest()
 
 
 def encoder_in_hf_form(config: VisionConfig, variables: Variables) -> dict[str, np.ndarray]:

@@ -11,16 +11,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.data.images import ImageFile, Processing, pixels
-from dpo_jax.models.digest import weights_digest
+from dpo_jax.models.siglip import encode_images
+from dpo_jax.models.vision_config import VisionConfig
 from dpo_jax.reference import ForeignCache
 from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Array, Variables
@@ -29,6 +33,7 @@ from dpo_jax.writing import leftovers, write_whole
 
 VERSION = "dpo_jax image features 1"
 IDENTITY, SUFFIX = "identity.json", ".features"
+RECENT_BYTES, SCORES_BYTES = 2**30, 2**31
 SAY = functools.partial(print, flush=True)
 
 
@@ -121,9 +126,38 @@ class FeatureCache(Mapping[str, np.ndarray]):
             write_whole(path, (json.dumps(self.identity, indent=2, sort_keys=True) + "\n").encode())
 
 
-def feature_identity(encoder: Variables, description: str, processing: Processing) -> dict[str, Any]:
-    """What features depend on: a digest of the encoder's weights (host arrays), its configuration, the processing of images."""
-    return {"encoder": weights_digest(encoder), "configuration": description, "processing": processing.identity}
+def feature_identity(encoder: str, config: Any, processing: Processing) -> dict[str, Any]:
+    """What features depend on: the digest of the encoder's weights, its configuration, the processing of images."""
+    return {"encoder": encoder, "configuration": repr(config), "processing": processing.identity}
+
+
+def open_features(
+    directory: str | os.PathLike[str], encoder: str, config: VisionConfig, processing: Processing
+) -> FeatureCache:
+    """The cache of an encoder, of which `encoder` is the digest, in a folder of its own below `directory`.
+
+    The folder is named after all that features depend on, so another encoder or processing has another one. Features that
+    were read stay in memory, up to `RECENT_BYTES`.
+    """
+    identity, shape = feature_identity(encoder, config, processing), (config.tokens, config.width)
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    recent = max(64, RECENT_BYTES // (4 * math.prod(shape)))
+    return FeatureCache(Path(directory) / name, identity, shape=shape, recent=recent)
+
+
+def on_devices(
+    encoder: Variables, config: VisionConfig, devices: Sequence[jax.Device]
+) -> tuple[Callable[[np.ndarray], Array], int]:
+    """The compiled encoder on devices of this host, for `image_features`, and how many images it takes at a time.
+
+    These are as many for each device as keep its attention scores, which are not cut into blocks, within `SCORES_BYTES`.
+    """
+    each = min(64, max(1, SCORES_BYTES // (4 * config.heads * config.side**4)))
+    mesh = Mesh(np.array(devices), ("images",))
+    whole, cut = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("images")))
+    placed = jax.device_put(encoder, whole)
+    compiled = jax.jit(functools.partial(encode_images, config=config))
+    return lambda read: compiled(placed, jax.device_put(read, cut)), each * len(devices)
 
 
 def image_features(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dpo_jax import loss_table
-from dpo_jax.cli import build
+from dpo_jax.cli import build, splits
 from dpo_jax.cli.audit.notes import verdict
 from dpo_jax.cli.audit.page import page
 from dpo_jax.cli.config import Config
@@ -31,13 +31,13 @@ SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 def run(config: Config) -> int:
     """Prints and writes the report. What `data.on_bad` and the limits refuse is counted all the same, and then refused."""
     with build.open_run(config, "audit") as run_dir:
-        tolerant = build.with_data(config, on_bad="drop", max_dropped_share=1.0)
+        tolerant = splits.with_data(config, on_bad="drop", max_dropped_share=1.0)
         tokenizer = build.tokenizer_of(tolerant, model_path=config.model.path)
         rows = loss_table.rows_of(config.dpo.loss)
         rows = "any" if rows == "pairs" else rows  # files of single completions can be looked at, too
-        preferences = [build.load_split(tolerant, split, tokenizer, rows=rows) for split in SPLITS]
+        preferences = [splits.load_split(tolerant, split, tokenizer, rows=rows) for split in SPLITS]
         pin_revisions(config)  # what is trained on later is what was audited
-        train, test = (build.encode_split(tolerant, loaded, tokenizer) for loaded in preferences)
+        train, test = (splits.encode_split(tolerant, loaded, tokenizer) for loaded in preferences)
         found = look_for_repeats(train, test)
         reports = {
             split.report.split: split_report(config, loaded, split, tokenizer, repeats=repeats)
@@ -56,7 +56,7 @@ def run(config: Config) -> int:
         # The same checks as a training command makes, with the configured strictness.
         for name, split in zip(SPLITS, (train, test), strict=True):
             if split.report.bad_share:
-                build.encode_split(config, build.load_split(config, name, tokenizer, rows=rows), tokenizer)
+                splits.encode_split(config, splits.load_split(config, name, tokenizer, rows=rows), tokenizer)
         refuse_repeats(config, found)
     return 0
 
@@ -72,7 +72,7 @@ def split_report(
     labels = label_counts(encoded)
     return {
         **counted,
-        "conversations": sum(preference.chat for preference in build.only_kept(preferences, encoded)),
+        "conversations": sum(preference.chat for preference in splits.only_kept(preferences, encoded)),
         "repeats": plain(repeats),
         "lengths": length_table(encoded),
         "cut": cut_table(encoded),

@@ -31,7 +31,7 @@ from dpo_jax.bench.work import (
     write_sampling,
     write_work,
 )
-from dpo_jax.cli import build
+from dpo_jax.cli import build, splits
 from dpo_jax.cli.commands.bench_contenders import contenders, need, not_raced, torch_python
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.model_folders import sized_hf_config
@@ -140,7 +140,7 @@ def _work_folder(run_dir: RunDir) -> Path:
 def _from_data(config: Config) -> tuple[list[Encoded], Model]:
     """The train split, and the model that it would be trained on."""
     tokenizer = build.tokenizer_of(config, model_path=config.model.path)
-    encoded = build.encode_split(config, build.load_split(config, "train", tokenizer), tokenizer)
+    encoded = splits.encode_split(config, splits.load_split(config, "train", tokenizer), tokenizer)
     return list(encoded), build.start_model(config, tokenizer)
 
 

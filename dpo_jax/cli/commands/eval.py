@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dpo_jax import loss_table
-from dpo_jax.cli import build
+from dpo_jax.cli import build, splits
 from dpo_jax.cli.card import dpo_card, with_digest
 from dpo_jax.cli.commands.implicit_rewards import write_rewards
 from dpo_jax.cli.commands.refs import reference_values
@@ -55,8 +55,8 @@ def run(config: Config) -> int:
         rows = loss_table.rows_of(config.dpo.loss)
         if config.eval.rewards and rows != "pairs":
             raise ConfigError(f"eval.rewards: judges pairs, and loss {config.dpo.loss} reads {rows}; leave out dpo.loss")
-        preferences = build.load_split(config, "test", tokenizer, rows=rows)
-        held_out = build.encode_split(config, preferences, tokenizer)
+        preferences = splits.load_split(config, "test", tokenizer, rows=rows)
+        held_out = splits.encode_split(config, preferences, tokenizer)
         build.describe(run_dir, given, held_out.report)
         weights: dict[str, str] = {}
         reference, weights["reference"] = build.load_weights(
@@ -78,7 +78,7 @@ def run(config: Config) -> int:
         )
         if config.eval.rewards:
             if is_first():
-                kept = build.only_kept(preferences, held_out)
+                kept = splits.only_kept(preferences, held_out)
                 write_rewards(config, run_dir, kept, held_out, logps=logps, ref_logps=ref_logps, weights=weights)
             return 0
         summary = functools.partial(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax import loss_table
-from dpo_jax.cli import build
+from dpo_jax.cli import build, splits
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.trained import Trained, trained
@@ -55,7 +55,7 @@ def load_pairs(config: Config, tokenizer: Any) -> tuple[EncodedSet, EncodedSet]:
     """Token ids of the train and the held-out split, as the loss of `dpo` reads them."""
     rows = loss_table.rows_of(config.dpo.loss)
     train, test = (
-        build.encode_split(config, build.load_split(config, split, tokenizer, rows=rows), tokenizer)
+        splits.encode_split(config, splits.load_split(config, split, tokenizer, rows=rows), tokenizer)
         for split in ("train", "test")
     )
     check_ranking_lengths([*train, *test], where="the splits")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 
-from dpo_jax.cli import build, identity
+from dpo_jax.cli import build, identity, splits
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import earlier_run
@@ -30,7 +30,7 @@ def run(config: Config) -> int:
         part = trained(config, training, model, path)
         partitioner = part.partitioner(config, head=True)
         pairs, test = (
-            build.encode_split(config, build.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
+            splits.encode_split(config, splits.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
         )
         check_repeats(config, pairs, test)
         start, digests = part.load(path, partitioner, name="dpo.policy")

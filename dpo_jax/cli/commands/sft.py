@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.cli import build
+from dpo_jax.cli import build, splits
 from dpo_jax.cli.balancing import router_aux_loss
 from dpo_jax.cli.card import sft_card
 from dpo_jax.cli.commands.export import write_exact, writer
@@ -34,7 +34,7 @@ def run(config: Config) -> int:
         model = build.start_model(config, tokenizer)
         part = trained(config, section, model, config.model.path)
         partitioner, balancing = part.partitioner(config), router_aux_loss(config, section, model)
-        data = (_plain_texts if config.data.source in build.TEXT_SOURCES else _targets)(config, tokenizer)
+        data = (_plain_texts if config.data.source in splits.TEXT_SOURCES else _targets)(config, tokenizer)
         plan = plan_training(config, section, data, tokenizer=tokenizer, partitioner=partitioner, saved=saved)
         if config.model.path is None:
             variables, start = build.start_weights(config, model, partitioner)
@@ -78,12 +78,12 @@ def _targets(config: Config, tokenizer: Any) -> TrainingData:
     """The texts of preference data: their SFT targets, or else the chosen completions."""
     data = config.data
     # Whatever the loss of dpo reads of them, the best completions are the same.
-    train_set, test_set = (build.load_split(config, split, tokenizer, rows="any") for split in ("train", "test"))
+    train_set, test_set = (splits.load_split(config, split, tokenizer, rows="any") for split in ("train", "test"))
     # Encoding the pairs, too, makes SFT refuse the same bad rows as DPO: both see the same data.
-    pairs = [build.encode_split(config, preferences, tokenizer) for preferences in (train_set, test_set)]
+    pairs = [splits.encode_split(config, preferences, tokenizer) for preferences in (train_set, test_set)]
     check_repeats(config, *pairs)
     limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "truncation", "bos")}
-    kept = [build.only_kept(split, encoded) for split, encoded in zip((train_set, test_set), pairs, strict=True)]
+    kept = [splits.only_kept(split, encoded) for split, encoded in zip((train_set, test_set), pairs, strict=True)]
     with reported("encoding the texts to learn"):
         (texts, uids), (held_out, _) = (
             encode_targets(split, tokenizer, **limits, score_prompt=config.sft.scored == "all") for split in kept
@@ -97,8 +97,8 @@ def _plain_texts(config: Config, tokenizer: Any) -> TrainingData:
         raise ConfigError(f"sft.scored: {config.data.source} have no prompts, so all of their tokens are scored; set it to all")
     found, reports = [], []
     for split in ("train", "test"):
-        texts = build.load_texts(config, split)
-        encoded = build.encode_texts(config, texts, tokenizer)
+        texts = splits.load_texts(config, split)
+        encoded = splits.encode_texts(config, texts, tokenizer)
         found.append((encoded, [text.uid for text in texts]))
         count, cut = len(texts), sum(int(text[1][-1] != tokenizer.eos_token_id) for text in encoded)
         report = DataReport(source=str(config.data.path), split=split, format=config.data.source)
