@@ -45,15 +45,22 @@ def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], *, multiple_of: int 
     return tokens, lengths
 
 
-def left_pad_images(prompts: Sequence[PromptImages | None], lengths: Array, *, columns: int) -> RowImages | None:
+def left_pad_images(
+    prompts: Sequence[PromptImages | None],
+    lengths: Array,
+    *,
+    columns: int,
+    image_shape: tuple[int, int] | None = None,
+) -> RowImages | None:
     """The images of prompts that `left_pad` has put into `columns` columns; None where no prompt shows one.
 
-    `lengths` int32[B] as from `left_pad`. M is the most image tokens of a prompt.
+    `lengths` int32[B] as from `left_pad`. `image_shape`: M and W of `RowImages`, for batches of one shape; by default M is the
+    most image tokens of a prompt.
     """
     largest = max((one for one in prompts if one is not None), key=lambda one: one.columns, default=None)
-    if largest is None:
+    if largest is None and image_shape is None:
         return None
-    found = ImageRows(len(prompts), columns, largest.columns, largest.width)
+    found = ImageRows(len(prompts), columns, *(image_shape or (largest.columns, largest.width)))
     for row, (one, length) in enumerate(zip(prompts, np.asarray(lengths).tolist(), strict=True)):
         if one is not None:
             found.place(row, columns - length, one)

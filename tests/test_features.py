@@ -9,7 +9,7 @@ from PIL import Image
 from dpo_jax.data.images import Processing, open_image
 from dpo_jax.models.digest import weights_digest
 from dpo_jax.reference import ForeignCache
-from dpo_jax.training.features import FeatureCache, feature_identity, image_features
+from dpo_jax.training.features import Encoder, FeatureCache, feature_identity, image_features
 
 PROCESSING = Processing(height=4, width=4, tokens=2)
 ENCODER = {"params": {"w": np.ones((3,), np.float32)}}
@@ -25,7 +25,7 @@ def image(seed):
 IMAGES = [image(seed) for seed in (0, 1, 2, 1)]
 
 
-class Encoder:
+class Mean:
     """Mean colours of the upper and the lower half; counts the images that it was given."""
 
     def __init__(self):
@@ -38,11 +38,11 @@ class Encoder:
 
 def cached(folder, encoder, *, weights=ENCODER, processing=PROCESSING, images=IMAGES, say=lambda words: None):
     cache = FeatureCache(folder, feature_identity(weights_digest(weights), "toy", processing), shape=(2, 3))
-    return image_features(images, cache=cache, encode=encoder, processing=processing, batch=2, say=say)
+    return image_features(images, cache=cache, encoder=lambda: Encoder(encoder, 2), processing=processing, say=say)
 
 
 def test_each_image_is_computed_once(tmp_path):
-    encoder = Encoder()
+    encoder = Mean()
     found = cached(tmp_path, encoder)
     assert (encoder.seen, len(found)) == (3, 3)
     first = {digest: features.copy() for digest, features in found.items()}
@@ -62,14 +62,14 @@ def test_each_image_is_computed_once(tmp_path):
     ],
 )
 def test_those_of_something_else_are_refused(tmp_path, changed, named):
-    cached(tmp_path, Encoder())
+    cached(tmp_path, Mean())
     with pytest.raises(ForeignCache, match=f"{named}: cached with"):
-        cached(tmp_path, Encoder(), **changed)
+        cached(tmp_path, Mean(), **changed)
 
 
 @pytest.mark.parametrize("damage", ["values", "name", "cut"])
 def test_damage_is_computed_again(tmp_path, damage):
-    encoder = Encoder()
+    encoder = Mean()
     found = {digest: features.copy() for digest, features in cached(tmp_path, encoder).items()}
     path = max(tmp_path.glob("*.features"), key=lambda path: path.stat().st_size)  # of two images
     content = bytearray(path.read_bytes())
@@ -86,7 +86,7 @@ def test_damage_is_computed_again(tmp_path, damage):
 
 
 def test_a_cache_without_its_identity_takes_only_its_own(tmp_path):
-    encoder = Encoder()
+    encoder = Mean()
     cached(tmp_path, encoder)
     (tmp_path / "identity.json").unlink()
     assert cached(tmp_path, encoder, weights={"params": {"w": np.zeros((3,), np.float32)}}).damaged == 3

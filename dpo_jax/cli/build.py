@@ -117,7 +117,7 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     for path, option in ((config.tokenizer.path, "tokenizer.path"), (model_path, name)):
         if path is not None:
             with naming_option(option, path), reported("loading the tokenizer"):
-                folder = tokenizer_folder(_existing(config, path, option))
+                folder = tokenizer_folder(existing(config, path, option))
                 return _with_bos_token(config, at_date(load_tokenizer(folder), date_of(config)))
     if config.data.source in TEXT_SOURCES:
         texts = [snippet.text for snippet in load_texts(config, "train")]
@@ -148,10 +148,10 @@ def _with_bos_token(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTr
     return tokenizer
 
 
-def start_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> Model:
+def start_model(config: Config, tokenizer: PreTrainedTokenizerFast, *, images: bool = False) -> Model:
     """The model that SFT starts from, without weights: that of `model.path`, or a new one of the sizes in `model`."""
     if config.model.path is not None:
-        return policy_model(config, config.model.path, tokenizer, name="model.path", expected=True)
+        return policy_model(config, config.model.path, tokenizer, name="model.path", expected=True, images=images)
     return decoder_of(config, new_hf_config(config, tokenizer))
 
 
@@ -199,15 +199,24 @@ def model_without_weights(config: Config, *, platform: str) -> tuple[Model, str]
     return decoder_of(config, hf, platform=platform), source
 
 
-def policy_model(config: Config, path: str, tokenizer: PreTrainedTokenizerFast, *, name: str, expected: bool = False) -> Model:
+def policy_model(
+    config: Config,
+    path: str,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    name: str,
+    expected: bool = False,
+    images: bool = False,
+) -> Model:
     """The model of a folder, checked against tokenizer and length limits (and, if `expected`, the sizes in `model`).
 
-    `name` is the option that `path` comes from. Weights are not read yet: what does not fit is refused at once.
+    With `images` it is the one that reads them, without its vision encoder. `name` is the option that `path` comes from.
+    Weights are not read yet: what does not fit is refused at once.
     """
-    path = _existing(config, path, name)
+    path = existing(config, path, name)
     with naming_option(name, path):
         hf = load_config(path)
-        decoder = decoder_config(hf, where=Path(path, "config.json"))
+        decoder = decoder_config(hf, where=Path(path, "config.json"), images=images)
         check_tokenizer(
             tokenizer, decoder.vocab_size, eos_token_id=end_tokens(path) or None, pad_token_id=hf.get("pad_token_id")
         )
@@ -258,7 +267,7 @@ def naming_option(option: str, path: str) -> Iterator[None]:
         raise ConfigError(f"{option}: {path}: {error}") from error
 
 
-def _existing(config: Config, path: str, name: str) -> str:
+def existing(config: Config, path: str, name: str) -> str:
     """Raises `ConfigError` naming option and remedy, if `path` is neither a folder nor something the Hub knows."""
     try:
         return str(resolve(path))

@@ -126,14 +126,15 @@ def _card(
     tag: str,
     notes: str = "",
 ) -> str:
-    origin = model_origin(start)
+    origin, adapter = model_origin(start), config.lora.rank is not None
+    images = any(report.get("images") for report in _read(run.data_report, DATA).values())
     name = markdown_text(origin.hub_id.rpartition("/")[2]) if origin.hub_id else "A language model"
     parts = [
-        _header(origin, datasets=_datasets(config), tag=tag, adapter=config.lora.rank is not None),
+        _header(origin, datasets=_datasets(config), tag=tag, adapter=adapter, images=images),
         f"# {name} {title}",
         how,
         "\n".join(f"- {name}: {words}" for name, words in _made_of(config, run, start, origin, section)),
-        f"## Use\n\n{USE if config.lora.rank is None else USE_ADAPTER}",
+        f"## Use\n\n{USE_ADAPTER if adapter else USE_IMAGES if images else USE}",
         f"## Results\n\n{results}",
         f"## Health notes\n\n{notes}" if notes else "",
         f"## Training\n\n{_options(config, section)}",
@@ -149,6 +150,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 path = "."  # this folder, or its id on the Hub
 model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 ```"""
+
+
+USE_IMAGES = """```python
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+path = "."  # this folder, or its id on the Hub
+model, tokenizer = AutoModelForImageTextToText.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+```
+
+Images are read as by the model that training began with, whose vision encoder is here unchanged."""
 
 
 USE_ADAPTER = """This folder holds an adapter, which `peft` loads with its base model.
@@ -177,10 +188,11 @@ def _trained(config: Config, section: SftConfig | DpoConfig) -> str:
     return ""
 
 
-def _header(origin: Origin, *, datasets: list[str], tag: str, adapter: bool) -> str:
+def _header(origin: Origin, *, datasets: list[str], tag: str, adapter: bool, images: bool) -> str:
     """The YAML header. What is not known is left out: a wrong licence is worse than none."""
     library = "peft" if adapter else "transformers"
-    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
+    pipeline = "image-text-to-text" if images else "text-generation"
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": pipeline}
     if origin.hub_id:
         fields["base_model"] = origin.hub_id
     if datasets:

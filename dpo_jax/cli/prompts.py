@@ -10,6 +10,8 @@ from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.data.chat import chat_prompt
 from dpo_jax.data.columns import check_text
 from dpo_jax.data.display import Turn, chat_turns
+from dpo_jax.data.image_rows import COLUMNS, check_count, image_marks, take_images
+from dpo_jax.data.images import ImageFile, open_image
 from dpo_jax.data.messages import read_messages
 from dpo_jax.data.pairs import BadRow, Cause
 from dpo_jax.data.terminal import json_text
@@ -17,6 +19,7 @@ from dpo_jax.data.tokenizer import special_tokens
 from dpo_jax.runtime.progress import reported
 from dpo_jax.untrusted import Unreadable, cause_of, parse_json, read_object, read_text
 
+IMAGE = "[image]"
 ARTICLE_CUE = "\nTL;DR:"  # makes a policy of Reddit summaries summarise an article
 
 
@@ -25,9 +28,10 @@ class Reference(NamedTuple):
     completion: str
     where: str
     chat: bool = False  # the prompt was written by a chat template
+    images: tuple[ImageFile, ...] = ()
 
 
-def references(config: Config, tokenizer: Any, *, target: bool = False) -> list[Reference]:
+def references(config: Config, tokenizer: Any, *, target: bool = False, images: bool = False) -> list[Reference]:
     """Every pair's prompt and its chosen completion, or with `target` what SFT learns for it. Prompts may repeat.
 
     Of news articles (Table 1 of the paper): the article with `ARTICLE_CUE`, and its editors' summary.
@@ -40,31 +44,44 @@ def references(config: Config, tokenizer: Any, *, target: bool = False) -> list[
         with reported("reading the articles"):
             articles = read_articles(data.path, data.test_split)[: data.max_test]
         return [Reference(f"{article.text}{ARTICLE_CUE}", f" {article.summary}", article.uid) for article in articles]
-    rows = splits.load_split(config, "test", tokenizer, rows="any")
+    rows = splits.load_split(config, "test", tokenizer, rows="any", images=images)
     good = [p for p in rows if p.desirable is not False] or rows  # without any good one their prompts are left
-    return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid, p.chat) for p in good]
+    return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid, p.chat, p.images) for p in good]
 
 
 class Prompt(NamedTuple):
-    """What is completed: the text as the model reads it, and of a conversation its turns, for people."""
+    """What is completed: the text as the model reads it, but for images; and of a conversation its turns, for people."""
 
     text: str
     chat: bool = False  # written by a chat template
     turns: list[Turn] | None = None  # also None where the template does not tell them
+    images: tuple[ImageFile, ...] = ()
+    uid: str = ""  # where it comes from
 
 
 def held_out_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
     """The first distinct prompts of the held-out split, as in training: conversations are rendered already."""
-    every = {one.prompt: one.chat for one in references(config, tokenizer)}
-    first = list(every.items())[: config.sample.prompts]
-    return [Prompt(text, chat, chat_turns(text, tokenizer) if chat else None) for text, chat in first]
+    first: dict[tuple[str, ...], Reference] = {}
+    for one in references(config, tokenizer, images=True):
+        first.setdefault((one.prompt, *(image.digest for image in one.images)), one)
+    chosen = list(first.values())[: config.sample.prompts]
+    return [Prompt(one.prompt, one.chat, turns_of(one, tokenizer), one.images, one.where) for one in chosen]
+
+
+def turns_of(prompt: Reference, tokenizer: Any) -> list[Turn] | None:
+    """The turns of a prompt for people, an image in them as `IMAGE`; None where there are none, or nobody can tell."""
+    if not prompt.chat:
+        return None
+    text = prompt.prompt.replace(image_marks(tokenizer).place, IMAGE) if prompt.images else prompt.prompt
+    return chat_turns(text, tokenizer)
 
 
 def prompts_of_file(name: str, tokenizer: Any, *, chat: bool) -> list[Prompt]:
     """One prompt a line, or of each line of JSON Lines (.jsonl, .json) its "prompt" (a text, or messages) or its "messages".
 
-    Messages are rendered by the tokenizer's chat template with its generation prompt, and with `chat` a text is rendered as
-    what a user says. Raises `ConfigError` naming file, line and field.
+    A line of JSON may show images, as rows of preferences do; their paths count from the folder of the file. Messages are
+    rendered by the tokenizer's chat template with its generation prompt, and with `chat` a text is rendered as what a user
+    says. Raises `ConfigError` naming file, line and field.
     """
     prompts, rows = [], name.lower().endswith((".jsonl", ".json", ".ndjson"))
     try:
@@ -78,7 +95,9 @@ def prompts_of_file(name: str, tokenizer: Any, *, chat: bool) -> list[Prompt]:
         try:
             if "\0" in line:
                 raise BadRow(Cause.NUL, f"NUL at character {line.index(chr(0))} of the line: save the file as UTF-8")
-            prompts.append(_prompt(*(_field(line) if rows else ("", line, {})), tokenizer, chat=chat))
+            asked = _field(line) if rows else Asked("", line, {}, {})
+            found = _prompt(asked, tokenizer, chat=chat, root=Path(name).parent)
+            prompts.append(found._replace(uid=f"{name}:{number}"))
         except BadRow as problem:
             raise ConfigError(f"{name}:{number}: {problem}") from problem
     if not prompts:
@@ -86,8 +105,16 @@ def prompts_of_file(name: str, tokenizer: Any, *, chat: bool) -> list[Prompt]:
     return prompts
 
 
-def _field(line: str) -> tuple[str, Any, dict[str, Any]]:
-    """The field of a JSON line that holds the prompt, its value, and what else the chat template reads."""
+class Asked(NamedTuple):
+    """A line that asks for a completion."""
+
+    field: str  # that holds the prompt, and its value: a text, or messages
+    value: Any
+    more: dict[str, Any]  # what else the chat template reads
+    images: dict[str, Any]  # the column of images
+
+
+def _field(line: str) -> Asked:
     try:
         row = parse_json(line)
     except (ValueError, RecursionError) as error:
@@ -100,10 +127,14 @@ def _field(line: str) -> tuple[str, Any, dict[str, Any]]:
     if unread:
         detail = "would be part of the prompt, and is not read here; give the whole prompt as messages, or as the rendered text"
         raise BadRow(Cause.WRONG_TYPE, detail, field=unread[0])
-    return found[0], row[found[0]], {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
+    more, images = ({name: row[name] for name in of if row.get(name)} for of in (("tools", "chat_template_kwargs"), COLUMNS))
+    return Asked(found[0], row[found[0]], more, images)
 
 
-def _prompt(field: str, value: Any, more: dict[str, Any], tokenizer: Any, *, chat: bool) -> Prompt:
+def _prompt(asked: Asked, tokenizer: Any, *, chat: bool, root: Path) -> Prompt:
+    field, value, more, _ = asked
+    shown, sources = take_images({"prompt": value, **asked.images}, tokenizer) if field else ({}, ())
+    value = shown["prompt"] if sources else value
     if isinstance(value, str) and value.strip() and field != "messages":
         check_text(value, field=field)
         if not chat:
@@ -121,8 +152,13 @@ def _prompt(field: str, value: Any, more: dict[str, Any], tokenizer: Any, *, cha
             Cause.CHAT_TEMPLATE, "messages need a tokenizer with a chat template, and the policy's has none", field=field
         )
     text = chat_prompt(value, tokenizer=tokenizer, field=field, **more)
-    turns = read_messages(value, field, tokenizer)
-    return Prompt(text, True, [{"role": turn["role"], "content": _shown(turn)} for turn in turns])
+    turns = [{"role": turn["role"], "content": _shown(turn)} for turn in read_messages(value, field, tokenizer)]
+    if not sources:
+        return Prompt(text, True, turns)
+    place = image_marks(tokenizer).place
+    check_count(text, sources, tokenizer)
+    images = tuple(open_image(source, root=root, field=f"images.{number}") for number, source in enumerate(sources))
+    return Prompt(text, True, [{**turn, "content": turn["content"].replace(place, IMAGE)} for turn in turns], images)
 
 
 def _shown(turn: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from dpo_jax.cli.data_sources import load_files
 from dpo_jax.cli.preflight.inputs import TEXT_SOURCES as TEXT_SOURCES
 from dpo_jax.cli.preflight.inputs import refuse_texts
 from dpo_jax.data.encode import token_ids, with_bos
+from dpo_jax.data.image_prompts import ImageTokens
 from dpo_jax.data.layout import Text
 from dpo_jax.data.pairs import Cause, DataError, DataReport, Preference, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet, encode_all
@@ -23,6 +24,13 @@ from dpo_jax.data.reviews import review_preferences
 from dpo_jax.data.row_kinds import Wanted, check_kind, split_pairs
 from dpo_jax.data.snippets import Snippet, load_snippets, snippets_of
 from dpo_jax.runtime.progress import reported
+
+READ_IMAGES = ("audit", "sft", "refs", "dpo", "eval", "sample", "export")
+"""Commands that read prompts with images, or models trained on them."""
+NO_IMAGES = (
+    f"the prompt shows an image, and this command reads texts only ({', '.join(READ_IMAGES)} read images): leave out the "
+    "rows with images, or their content parts of type image and the column images"
+)
 
 
 @contextmanager
@@ -44,9 +52,12 @@ def _generated(source: str, count: int, seed: int, split: Literal["train", "test
 
 
 def load_split(
-    config: Config, split: Literal["train", "test"], tokenizer: Any = None, *, rows: Wanted = "pairs"
+    config: Config, split: Literal["train", "test"], tokenizer: Any = None, *, rows: Wanted = "pairs", images: bool = False
 ) -> PreferenceSet:
-    """The preferences of the train or the held-out split, read as `rows`. Raises `DataError` for bad data."""
+    """The preferences of the train or the held-out split, read as `rows`. Raises `DataError` for bad data.
+
+    Whoever reads prompts with `images` says so; others refuse the first one that shows some with a `ConfigError`.
+    """
     data = config.data
     limit = data.max_train if split == "train" else data.max_test
     if data.source in GENERATED:
@@ -59,7 +70,10 @@ def load_split(
     refuse_texts(config)
     # Files may be a TFDS folder, too.
     with needs_tfds(f"data.source: {data.source}"):
-        return load_files(config, split, tokenizer, rows=rows).take(limit)
+        found = load_files(config, split, tokenizer, rows=rows).take(limit)
+    if not images and (shown := next((one for one in found if one.images), None)):
+        raise ConfigError(f"{shown.uid}: {NO_IMAGES}")
+    return found
 
 
 def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]:
@@ -85,8 +99,11 @@ def encode_texts(config: Config, snippets: Sequence[Snippet], tokenizer: Any) ->
         return [(x[:0], x) for x in ended]
 
 
-def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any) -> EncodedSet:
-    """Token ids of a split. Raises `DataError` for pairs that are unusable, or if too large a share had to be dropped."""
+def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any, images: ImageTokens | None = None) -> EncodedSet:
+    """Token ids of a split. Raises `DataError` for pairs that are unusable, or if too large a share had to be dropped.
+
+    `images`: what those that prompts show become, for a model that reads them.
+    """
     data = config.data
     with reported(f"encoding {len(preferences):,} pairs"):
         encoded = encode_all(
@@ -98,9 +115,11 @@ def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any) -> 
             bos=data.bos,
             on_bad=data.on_bad,
             row_length=None if data.layout == "plain" else data.row_length,  # a plain row holds one side, within max_length
+            images=images,
         )
-    report = encoded.report
-    report.chat = sum(preference.chat for preference in only_kept(preferences, encoded))
+    report, kept = encoded.report, only_kept(preferences, encoded)
+    report.chat = sum(preference.chat for preference in kept)
+    report.images = len({image.digest for preference in kept for image in preference.images})
     if report.bad_share > data.max_dropped_share:
         raise DataError(
             f"{report.summary()}\n{report.reasons()}{report.bad_share:.1%} of the rows were dropped as bad, more than "

@@ -15,6 +15,7 @@ from dpo_jax import loss_table
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
 from dpo_jax.cli.config.training import HIGHER
+from dpo_jax.cli.images import Vision
 from dpo_jax.cli.preflight.packages import check_bucket
 from dpo_jax.cli.trained import Trained
 from dpo_jax.data.layout import Layout, places_of
@@ -47,6 +48,7 @@ class TrainingData(NamedTuple):
     held_out: Sequence[Any]
     reports: Sequence[DataReport]
     uids: Sequence[str] | None = None  # of texts, which have none of their own
+    vision: Vision | None = None  # reads the images that prompts show
 
 
 class TrainingPlan(NamedTuple):
@@ -93,7 +95,14 @@ def plan_training(
     partitioner: Partitioner,
     saved: SavedRun | None,
 ) -> TrainingPlan:
-    """Shapes and length of the run. Raises `ConfigError` where its data or length do not fit the run that it continues."""
+    """Shapes and length of the run. Raises `ConfigError` where its data or length do not fit the run that it continues.
+
+    Features of images are computed here: from their width follows the shape of batches.
+    """
+    if data.vision is not None:
+        with identity.refusing_mismatch():
+            fingerprint.check_weights(saved, encoder=data.vision.digest)
+        data.vision.compute(config)
     pairs = isinstance(section, DpoConfig)
     # A single completion shares its prompt with nobody.
     kind = "plain" if config.data.layout == "shared" and not pairs else config.data.layout
@@ -118,6 +127,7 @@ def plan_training(
         layout = plan(len(data.train), parts=parts, microbatches=skippable(section.microbatches, shards))
         held_out_layout = plan(len(data.held_out), parts=shards)
     record = identity.data_record(config, tokenizer, data.reports, held_out=data_digest(data.held_out))
+    record |= identity.images_record(data.train)
     digest = data_digest(data.train)
     behind = fingerprint.behind(saved, examples=len(data.train), batch=section.batch)
     epochs = None if section.steps else section.epochs
@@ -165,6 +175,7 @@ def train(
     facts = {
         **identity.settings(config, section),
         **weights,
+        **({} if data.vision is None else {"encoder": data.vision.digest}),
         "data": plan.digest,
         "architecture": fingerprint.architecture(part.base),
         "behind": plan.behind,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,11 +97,16 @@ def open_images(preference: Preference, root: str | os.PathLike[str]) -> Prefere
 
 def with_images(preference: Preference, sources: tuple[Source, ...], tokenizer: Any) -> Preference:
     """The preference with images that are not opened yet. Raises `BadRow` where the chat template wrote another number."""
-    written = preference.prompt.count(image_marks(tokenizer).place)
+    check_count(preference.prompt, sources, tokenizer)
+    return dataclasses.replace(preference, images=sources)
+
+
+def check_count(prompt: str, sources: Sequence[Source], tokenizer: Any) -> None:
+    """Raises `BadRow` where the chat template wrote another number of images into a prompt."""
+    written = prompt.count(image_marks(tokenizer).place)
     if written != len(sources):
         detail = f"the chat template writes {written} of the {len(sources)} images of the prompt"
         raise BadRow(Cause.IMAGE_COUNT, detail, field="prompt")
-    return dataclasses.replace(preference, images=sources)
 
 
 def image_starts(ids: np.ndarray, *, soft: int, tokens: int, images: int) -> np.ndarray:

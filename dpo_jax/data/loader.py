@@ -166,7 +166,7 @@ def plan_layout(
     """
     sizes = np.array([_size(example, plain=kind == "plain") for example in examples])  # [E, (tokens, scored)]
     longest, most_scored = sizes.max(axis=0)
-    image_shape = _image_shape(examples)
+    image_shape = image_shape_of(examples)
     groups = [example for example in examples if isinstance(example, PairGroup)]
     if kind != "packed" and not groups:
         unit = 32 if pieces == 1 else pieces * BLOCK
@@ -189,7 +189,7 @@ def plan_layout(
     return dataclasses.replace(layout, kind=kind, completions=completions, pairs=pairs)
 
 
-def _image_shape(examples: Sequence[Example]) -> tuple[int, int]:
+def image_shape_of(examples: Sequence[Example]) -> tuple[int, int]:
     """The most image tokens of an example, and the width of features; zeros without images."""
     images = images_of(max(examples, key=image_tokens))
     return (0, 0) if images is None else (images.columns, images.width)

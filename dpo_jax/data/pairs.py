@@ -196,6 +196,7 @@ class DataReport:
     read: int = 0
     kept: int = 0
     chat: int = 0  # of those kept: rendered by a chat template
+    images: int = 0  # different ones that the prompts of those kept show
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # cause -> candidates
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # cause -> its first five, "where: detail"
     truncated: dict[str, int] = dataclasses.field(default_factory=dict)  # what was cut -> pairs
@@ -251,6 +252,7 @@ class DataReport:
         counts = {"read": self.read, "kept": self.kept}
         counts |= {f"dropped, {cause}": count for cause, count in sorted(self.dropped.items())}
         counts |= {f"truncated, {what}": count for what, count in sorted(self.truncated.items())}
+        counts |= {"images": self.images} if self.images else {}
         width = max(map(len, counts))
         lines += [f"  {name:<{width}}  {count:>9,}" for name, count in counts.items()]
         for name, source in self.sources.items():

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax.data.layout import Completion, completion_rows
-from dpo_jax.data.loader import round_up
+from dpo_jax.data.encode import PromptImages, image_bytes
+from dpo_jax.data.layout import Completion, Layout
+from dpo_jax.data.loader import image_shape_of, round_up
 from dpo_jax.data.tokenizer import decode_completion
 from dpo_jax.runtime.progress import reported
-from dpo_jax.sampling import Samples, generate, left_pad
+from dpo_jax.sampling import Samples, generate, left_pad, left_pad_images
 from dpo_jax.types import Model, Partitioner, Variables
 
 WIDTHS = 16  # tokens by which the rows of given completions differ
@@ -57,9 +58,16 @@ class Completer:
         self.max_new_tokens, self.batch, self.width, self.sampling = max_new_tokens, batch, width, sampling
         self._compiled: dict[Any, Any] = {}
 
-    def __call__(self, variables: Variables, prompts: Sequence[np.ndarray], key: jax.Array) -> Completions:
-        """Raises ValueError where the longest prompt leaves no room in the position table."""
-        longest = max(prompts, key=len)
+    def __call__(
+        self,
+        variables: Variables,
+        prompts: Sequence[np.ndarray],
+        key: jax.Array,
+        *,
+        images: Sequence[PromptImages | None] | None = None,
+    ) -> Completions:
+        """`images`: those of each prompt. Raises ValueError where the longest prompt leaves no room in the position table."""
+        longest, images = max(prompts, key=len), images or [None] * len(prompts)
         room = self.model.config.max_positions - len(longest)
         if room < 1:
             raise ValueError(
@@ -67,18 +75,26 @@ class Completer:
             )
         new_tokens, columns = min(self.max_new_tokens, room), round_up(max(self.width, len(longest)), 8)
         shards, (part, parts) = self.partitioner.row_shards, self.partitioner.host_part
-        shape = call_shape(prompts, batch=self.batch, columns=columns, new_tokens=new_tokens, shards=shards)
+        told = [np.frombuffer(ids.tobytes() + image_bytes(one), np.uint8) for ids, one in zip(prompts, images, strict=True)]
+        shape = call_shape(told, batch=self.batch, columns=columns, new_tokens=new_tokens, shards=shards)
+        largest = max((one for one in images if one is not None), key=lambda one: one.columns, default=None)
         draw, size = self._draw(new_tokens, shape), shape.prompts * shape.completions
         keys = np.asarray(jax.random.key_data(jax.random.split(key, round_up(len(prompts), size))))
         mine = slice(part * shape.prompts // parts, (part + 1) * shape.prompts // parts)
         ids, logps = [], []
         with reported("sampling", total=len(prompts), unit="completions", brief=True) as task:
             for start in range(0, len(prompts), size):
-                here = prompts[start : start + size : shape.completions]
+                here = slice(start, start + size, shape.completions)
                 # Whole batches and one width, so that the loop compiles once; the fillers are thrown away.
-                tokens, lengths = left_pad([*here, *[longest] * (shape.prompts - len(here))], multiple_of=columns)
+                filled = [*prompts[here], *[longest] * shape.prompts][: shape.prompts]
+                tokens, lengths = left_pad(filled, multiple_of=columns)
                 of_prompt = keys[start : start + size].reshape(shape.prompts, shape.completions, -1)
-                samples = draw(variables, {"tokens": tokens[mine], "lengths": lengths[mine], "keys": of_prompt[mine]})
+                rows = {"tokens": tokens[mine], "lengths": lengths[mine], "keys": of_prompt[mine]}
+                if largest is not None:
+                    shown = [*images[here], *[None] * shape.prompts][: shape.prompts][mine]
+                    image_shape = largest.columns, largest.width
+                    rows["images"] = left_pad_images(shown, lengths[mine], columns=columns, image_shape=image_shape)
+                samples = draw(variables, rows)
                 count = min(size, len(prompts) - start)
                 ids += [samples.tokens[row, : int(samples.lengths[row])] for row in range(count)]
                 logps.append(samples.logps[:count])
@@ -104,6 +120,7 @@ class Completer:
                 eos_id=self.stop_ids,
                 completions=shape.completions,
                 lanes=max(1, shape.lanes * here // shape.prompts),
+                images=rows.get("images"),
                 **self.sampling,
             )
 
@@ -160,15 +177,18 @@ def map_completions(
     completions: Sequence[np.ndarray],
     *,
     scored: Sequence[np.ndarray | None] | None = None,
+    images: Sequence[PromptImages | None] | None = None,
     batch: int = 64,
     length: int | None = None,
 ) -> Any:
     """`compiled(variables, rows)` of `Partitioner.compile_map`, over given completions: its arrays [B, ...], in their order.
 
-    `scored`: of each completion bool[n], which of its tokens count (None: all). About `batch` at a time, one completion a row,
-    those of like length together: a program for each step of `WIDTHS` tokens, up to `length`.
+    `scored`: of each completion bool[n], which of its tokens count (None: all). `images`: those of each prompt. About `batch`
+    at a time, one completion a row, those of like length together: a program for each step of `WIDTHS` tokens, up to `length`.
     """
-    every = [Completion(*text) for text in zip(prompts, completions, scored or [None] * len(prompts), strict=True)]
+    none = [None] * len(prompts)
+    every = [Completion(*text) for text in zip(prompts, completions, scored or none, images or none, strict=True)]
+    image_shape = image_shape_of(every)
     sizes = np.array([len(text.prompt) + len(text.completion) for text in every])
     order = np.argsort(sizes, kind="stable")
     batch = round_up(min(batch, len(every)), partitioner.row_shards)
@@ -180,7 +200,8 @@ def map_completions(
             filled = [every[i] for i in (*here, *[here[0]] * (batch - len(here)))]
             mine = filled[part * batch // parts : (part + 1) * batch // parts]
             width = round_up(sizes[here].max(), WIDTHS)
-            rows = completion_rows(mine, length=width if length is None else min(width, length))
+            width = width if length is None else min(width, length)
+            rows = Layout("plain", length=width, scored=width, image_shape=image_shape).rows(mine)
             found.append(compiled(variables, rows))
             task.advance(len(here))
     back = np.argsort(order)

@@ -140,9 +140,8 @@ class ScenesWorld:
         options = {"steps": sizes.encoder_steps, "lr": sizes.encoder_lr, "seed": self.seed}
         encoder = train_encoder(taught, read, self.folder / "encoder", config=config, fingerprint=self.fingerprint, **options)
         cache = open_features(self.folder / "features", weights_digest(encoder), config, PROCESSING)
-        encode, batch = on_devices(encoder, config, jax.local_devices()[:1])
-        images = list(self._images.values())
-        self.features = image_features(images, cache=cache, encode=encode, processing=PROCESSING, batch=batch)
+        compiled = functools.partial(on_devices, encoder, config, jax.local_devices()[:1])
+        self.features = image_features(list(self._images.values()), cache=cache, encoder=compiled, processing=PROCESSING)
         self.reference = self._sft()
 
     @functools.cached_property

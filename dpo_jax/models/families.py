@@ -43,6 +43,11 @@ def family_of(config: DecoderConfig) -> Family:
     return (_WITH_IMAGES if config.image_width else FAMILIES)[config.family]
 
 
+def reads_images(hf_config: Mapping[str, Any]) -> bool:
+    """Whether a Hugging Face configuration is of a model with a vision encoder that is supported."""
+    return hf_config.get("model_type") in _WITH_IMAGES
+
+
 def decoder_config(hf_config: Mapping[str, Any], *, where: str | Path = "config.json", images: bool = False) -> DecoderConfig:
     """Read a Hugging Face configuration (the content of `config.json`, of transformers 4 or 5), which came from `where`.
 

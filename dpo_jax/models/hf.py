@@ -149,7 +149,8 @@ def save_hf(
     the folder, read back, compared and only then moved in, so that a kill leaves no half-written model. In a folder that holds
     an earlier model its files are replaced and others, such as a tokenizer, stay. Weights that lie in pieces on several hosts
     are collected tensor by tensor with `fetch`: all hosts call this, and one with `write`. `others` are tensors that go along
-    as they are: those of the vision encoder (`encoder_in_hf_form`), which a model that reads images needs. Raises
+    as they are, in a larger type where `dtype` would change their values: those of the vision encoder (`encoder_in_hf_form`),
+    which a model that reads images needs. Raises
     FileExistsError for a folder that holds something else; ValueError if the variables do not fit the model or hold more than
     "params", which would be lost, and for a model of your own, which has no Hugging Face form; OverflowError, naming the
     tensor, for values too large for `dtype`.
@@ -203,7 +204,7 @@ def save_hf(
         generation = None if known is None or generation_config(known) is None else known / GENERATION
         if generation is not None:
             write_text(new / GENERATION, read_text(generation))
-        kept = {name: np.asarray(array, dtype) for name, array in (others or {}).items()}
+        kept = {name: _unchanged(array, dtype) for name, array in (others or {}).items()}
         sizes |= {name: array.nbytes for name, array in kept.items()}
         write_shards(new, sizes, lambda name: kept[name] if name in kept else get(name), max_shard_bytes=max_shard_bytes)
         _move_in(new, folder, stale=() if source is None else (GENERATION,))
@@ -244,6 +245,13 @@ def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
             f"(its limit is {float(jnp.finfo(dtype).max):g}); use bfloat16 or float32"
         )
     return cast
+
+
+def _unchanged(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """An array in `dtype` where that holds its values exactly, else as it is."""
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    return cast if np.array_equal(cast.astype(array.dtype), array) else array
 
 
 def _move_in(new: Path, folder: Path, *, stale: Sequence[str] = ()) -> None:

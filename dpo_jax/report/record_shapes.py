@@ -24,6 +24,7 @@ SPLIT: dict[Any, Any] = {
     "kept": int,
     "dropped?": COUNTS,
     "truncated?": COUNTS,
+    "images?": int,
     "notes?": [str],
     "files?": [{"path": str, "bytes": int, "sha256": str}],
     "sources?": {str: _SOURCE},

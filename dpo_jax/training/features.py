@@ -16,7 +16,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -58,7 +58,12 @@ class FeatureCache(Mapping[str, np.ndarray]):
             leftover.unlink(missing_ok=True)
         self._claim()
         self._places: dict[str, list[np.void]] = {}  # of each digest; there are several where one was damaged
-        for path in sorted(self.directory.glob(f"*{SUFFIX}")):
+        self._taken: set[Path] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes over what other processes have added since."""
+        for path in sorted({*self.directory.glob(f"*{SUFFIX}")} - self._taken):
             self._take(path)
 
     def __getitem__(self, digest: str) -> np.ndarray:
@@ -95,6 +100,7 @@ class FeatureCache(Mapping[str, np.ndarray]):
 
     def _take(self, path: Path) -> None:
         """Takes over the records of a file. They are read when they are asked for."""
+        self._taken.add(path)
         count = path.stat().st_size // self._record.itemsize
         records = np.memmap(path, self._record, "r", shape=(count,)) if count else ()
         for record in records:
@@ -145,41 +151,49 @@ def open_features(
     return FeatureCache(Path(directory) / name, identity, shape=shape, recent=recent)
 
 
-def on_devices(
-    encoder: Variables, config: VisionConfig, devices: Sequence[jax.Device]
-) -> tuple[Callable[[np.ndarray], Array], int]:
-    """The compiled encoder on devices of this host, for `image_features`, and how many images it takes at a time.
+class Encoder(NamedTuple):
+    """A compiled encoder: pixels float32[batch, height, width, 3] to float32[batch, T, W]."""
 
-    These are as many for each device as keep its attention scores, which are not cut into blocks, within `SCORES_BYTES`.
+    encode: Callable[[np.ndarray], Array]
+    batch: int
+
+
+def on_devices(encoder: Variables, config: VisionConfig, devices: Sequence[jax.Device]) -> Encoder:
+    """The encoder on devices of this host.
+
+    It takes as many images at a time for each device as keep its attention scores, which are not cut into blocks, within
+    `SCORES_BYTES`.
     """
     each = min(64, max(1, SCORES_BYTES // (4 * config.heads * config.side**4)))
     mesh = Mesh(np.array(devices), ("images",))
     whole, cut = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("images")))
     placed = jax.device_put(encoder, whole)
     compiled = jax.jit(functools.partial(encode_images, config=config))
-    return lambda read: compiled(placed, jax.device_put(read, cut)), each * len(devices)
+    return Encoder(lambda read: compiled(placed, jax.device_put(read, cut)), each * len(devices))
 
 
 def image_features(
     images: Sequence[ImageFile],
     *,
     cache: FeatureCache,
-    encode: Callable[[np.ndarray], Array],
+    encoder: Callable[[], Encoder],
     processing: Processing,
-    batch: int = 32,
     say: Callable[[str], None] = SAY,
 ) -> FeatureCache:
     """`cache` with the features of all `images`: what it lacks is computed, each image once, however often it is shown.
 
-    `encode`: the compiled encoder, pixels float32[batch, height, width, 3] to float32[batch, T, W]. A killed pass continues
-    where it was.
+    `encoder` is called where something is lacking (`on_devices`). A killed pass continues where it was.
     """
     by_digest = {image.digest: image for image in images}
-    todo = cache.missing(list(by_digest))
+    with reported("reading the features of images"):
+        todo = cache.missing(list(by_digest))
     if cache.damaged:
         say(f"{cache.directory}: {cache.damaged} features are damaged and computed again")
     if len(todo) < len(by_digest):
         say(f"{cache.directory}: features of {len(by_digest) - len(todo):,} of {len(by_digest):,} images are there already")
+    if not todo:
+        return cache
+    encode, batch = encoder()
     with reported("features of images", total=len(todo), unit="images") as task:
         for start in range(0, len(todo), batch):
             part = todo[start : start + batch]

@@ -66,6 +66,8 @@ def _counts(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield row("kept", lambda report: f"{report['kept']:,}")
     for cause in sorted({cause for report in reports.values() for cause in report["dropped"]}):
         yield row(f"dropped, {cause}", lambda report, cause=cause: f"{report['dropped'].get(cause, 0):,}")
+    if any(report.get("images") for report in reports.values()):
+        yield row("different images in prompts", lambda report: f"{report['images']:,}")
     yield row("exact duplicates", finding("repeats", "duplicates"))
     yield row("contradictions: sides swapped", finding("repeats", "contradictions"))
     yield row("chosen here, rejected elsewhere", finding("repeats", "both_sides"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,8 +14,10 @@ from dpo_jax.cli.audit.notes import verdict
 from dpo_jax.cli.audit.page import page
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.fixed import pin_revisions
+from dpo_jax.cli.images import encoder_for
 from dpo_jax.cli.repeats import look_for_repeats, refuse_repeats
 from dpo_jax.data.encode import adds_bos
+from dpo_jax.data.image_prompts import ImageTokens
 from dpo_jax.data.lengths import cut_table, length_differences, length_table, parts_of, source_table
 from dpo_jax.data.loader import plan_layout, stream
 from dpo_jax.data.pairs import PreferenceSet
@@ -35,9 +38,10 @@ def run(config: Config) -> int:
         tokenizer = build.tokenizer_of(tolerant, model_path=config.model.path)
         rows = loss_table.rows_of(config.dpo.loss)
         rows = "any" if rows == "pairs" else rows  # files of single completions can be looked at, too
-        preferences = [splits.load_split(tolerant, split, tokenizer, rows=rows) for split in SPLITS]
+        preferences = [splits.load_split(tolerant, split, tokenizer, rows=rows, images=True) for split in SPLITS]
+        images = _image_tokens(config, tokenizer, preferences)
         pin_revisions(config)  # what is trained on later is what was audited
-        train, test = (splits.encode_split(tolerant, loaded, tokenizer) for loaded in preferences)
+        train, test = (splits.encode_split(tolerant, loaded, tokenizer, images) for loaded in preferences)
         found = look_for_repeats(train, test)
         reports = {
             split.report.split: split_report(config, loaded, split, tokenizer, repeats=repeats)
@@ -56,9 +60,22 @@ def run(config: Config) -> int:
         # The same checks as a training command makes, with the configured strictness.
         for name, split in zip(SPLITS, (train, test), strict=True):
             if split.report.bad_share:
-                splits.encode_split(config, splits.load_split(config, name, tokenizer, rows=rows), tokenizer)
+                again = splits.load_split(config, name, tokenizer, rows=rows, images=True)
+                splits.encode_split(config, again, tokenizer, images)
         refuse_repeats(config, found)
     return 0
+
+
+def _image_tokens(config: Config, tokenizer: Any, preferences: Sequence[PreferenceSet]) -> ImageTokens | None:
+    """What images become for the model of `model.path`, without features: nothing is computed here. None without images.
+
+    Raises `ConfigError` where prompts show images and that model has no encoder.
+    """
+    encoder = encoder_for(config, config.model.path, tokenizer, *preferences, name="model.path")
+    if encoder is None:
+        return None
+    nothing = np.zeros((encoder.tokens, 1), np.float32)
+    return ImageTokens(encoder.tokens, collections.defaultdict(lambda: nothing))
 
 
 def split_report(

@@ -39,14 +39,14 @@ def run(config: Config) -> int:
     with build.open_run(config, "dpo", continues=True) as run_dir:
         saved = earlier_run(config, "dpo", section)
         tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
-        model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy")
-        check_reference(config, model, tokenizer)
+        (pairs, held_out), vision = load_pairs(config, tokenizer)
+        check_repeats(config, pairs, held_out)
+        model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy", images=vision is not None)
+        check_reference(config, model, tokenizer, vision)
         part = trained(config, section, model, config.dpo_policy())
         balancing = router_aux_loss(config, section, model)
         partitioner = part.partitioner(config)
-        pairs, held_out = load_pairs(config, tokenizer)
-        check_repeats(config, pairs, held_out)
-        data = TrainingData(pairs, held_out, [pairs.report, held_out.report])
+        data = TrainingData(pairs, held_out, [pairs.report, held_out.report], vision=vision)
         # What does not fit is refused here, before the reference pass, which may take hours.
         plan = plan_training(config, section, data, tokenizer=tokenizer, partitioner=partitioner, saved=saved)
         variables, digests = load_reference(config, part, partitioner)
@@ -61,6 +61,7 @@ def run(config: Config) -> int:
             [pairs, held_out],
             partitioner=partitioner,
             weights=reference,
+            vision=vision,
         )
         if saved is None:
             _, first = next(iter(in_order(pairs, layout=plan.layout, batch=section.batch, part=partitioner.host_part)))
@@ -93,7 +94,7 @@ def run(config: Config) -> int:
                 layout=build.pair_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards),
                 batch=config.refs.batch,
                 part=partitioner.host_part,
-                identity=cache_identity(config, part.model, digests["start"], tokenizer) | {"start": digests["start"]},
+                identity=cache_identity(config, part.model, digests["start"], tokenizer, vision) | {"start": digests["start"]},
             )
         at_reference = functools.partial(
             starts_at_reference,

@@ -17,11 +17,15 @@ from dpo_jax.cli.card import dpo_card, with_digest
 from dpo_jax.cli.commands.implicit_rewards import write_rewards
 from dpo_jax.cli.commands.refs import reference_values
 from dpo_jax.cli.config import Config, ConfigError, load_config
+from dpo_jax.cli.images import Vision, check_same_encoder, encode_shown, has_encoder, open_vision, vision_of
 from dpo_jax.cli.model_folders import eval_reference
+from dpo_jax.cli.prompts import IMAGE
 from dpo_jax.data import reviews
 from dpo_jax.data.display import chat_turns
-from dpo_jax.data.encode import Encoded
+from dpo_jax.data.encode import Encoded, prompt_key
+from dpo_jax.data.image_rows import image_marks
 from dpo_jax.data.loader import in_order
+from dpo_jax.data.pairs import PreferenceSet
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.completions import Completer, map_completions
 from dpo_jax.evals.preference import completion_tokens, held_out_logps, labels_of, mean_with_error, preference_summary
@@ -45,19 +49,23 @@ def run(config: Config) -> int:
     of_run = Path(config.eval_policy()).resolve() == Path(config.run.dir, "dpo", "export").resolve()
     with build.open_run(given, "rewards" if config.eval.rewards else "eval", out=config.eval.rewards_out) as run_dir:
         tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
-        model = build.policy_model(config, config.dpo_reference(), tokenizer, name="eval.reference")
-        judged = build.policy_model(config, config.eval_policy(), tokenizer, name="eval.policy")
+        rows = loss_table.rows_of(config.dpo.loss)
+        if config.eval.rewards and rows != "pairs":
+            raise ConfigError(f"eval.rewards: judges pairs, and loss {config.dpo.loss} reads {rows}; leave out dpo.loss")
+        preferences = splits.load_split(config, "test", tokenizer, rows=rows, images=True)
+        vision = _vision(config, preferences, tokenizer)
+        images = vision is not None
+        model = build.policy_model(config, config.dpo_reference(), tokenizer, name="eval.reference", images=images)
+        judged = build.policy_model(config, config.eval_policy(), tokenizer, name="eval.policy", images=images)
         if architecture(judged) != architecture(model):
             raise ConfigError(
                 f"eval.reference: {config.dpo_reference()} is another model than the policy, not only other weights"
             )
         partitioner = build.make_partitioner(config, model)
-        rows = loss_table.rows_of(config.dpo.loss)
-        if config.eval.rewards and rows != "pairs":
-            raise ConfigError(f"eval.rewards: judges pairs, and loss {config.dpo.loss} reads {rows}; leave out dpo.loss")
-        preferences = splits.load_split(config, "test", tokenizer, rows=rows)
-        held_out = splits.encode_split(config, preferences, tokenizer)
+        held_out = encode_shown(config, preferences, tokenizer, vision)
         build.describe(run_dir, given, held_out.report)
+        if vision is not None:
+            vision.compute(config)
         weights: dict[str, str] = {}
         reference, weights["reference"] = build.load_weights(
             config.dpo_reference(), model, partitioner, name="eval.reference", dtype=config.kept_dtype()
@@ -66,9 +74,8 @@ def run(config: Config) -> int:
         if of_run and is_first():
             _note_other_reference(given, weights["reference"])
         loss = build.make_loss(config.dpo)
-        (ref_logps,) = reference_values(
-            config, model, reference, tokenizer, [held_out], partitioner=partitioner, weights=weights["reference"]
-        )
+        known = {"partitioner": partitioner, "weights": weights["reference"], "vision": vision}
+        (ref_logps,) = reference_values(config, model, reference, tokenizer, [held_out], **known)
         layout = build.pair_layout(config, held_out, batch=config.eval.batch, parts=partitioner.row_shards)
         compiled = partitioner.compile_map(functools.partial(reference_logps, model, ld_alpha=config.dpo.ld_alpha))
         logps = held_out_logps(
@@ -119,6 +126,23 @@ def run(config: Config) -> int:
     return 0
 
 
+def _vision(config: Config, preferences: PreferenceSet, tokenizer: Any) -> Vision | None:
+    """The encoder of policy and reference: where held-out prompts show images, and where both have one.
+
+    Then training may have read images although no held-out prompt shows any, and the reference cache is that of the same model.
+    """
+    both = {"eval.policy": config.eval_policy(), "eval.reference": config.dpo_reference()}
+    policy, reference = both.values()
+    if any(one.images for one in preferences):
+        vision = vision_of(config, policy, tokenizer, preferences, name="eval.policy")
+    elif all(has_encoder(config, path, name=name) for name, path in both.items()):
+        vision = open_vision(config, policy, tokenizer, name="eval.policy")
+    else:
+        vision = None
+    check_same_encoder(config, vision, reference, name="eval.reference")
+    return vision
+
+
 def sampled(
     config: Config,
     partitioner: Partitioner,
@@ -136,24 +160,23 @@ def sampled(
     those, and `repetition` the mean share of 4-grams that occurred before in their sample. Both stop at any of `stop_ids`. A
     chat prompt's line has its `turns` beside the `prompt` as the model read it.
     """
-    prompts, texts = _prompts(held_out, config.eval.samples, tokenizer)
-    lines: list[dict[str, Any]] = [{"prompt": text} for text in texts]
-    for line in lines:
-        if turns := chat_turns(line["prompt"], tokenizer):
-            line["turns"] = turns
+    shown = _distinct(held_out, config.eval.samples)
+    prompts, images = [pair.prompt for pair in shown], [pair.images for pair in shown]
+    lines = [_line(pair, tokenizer) for pair in shown]
     key = jax.random.key(config.run.seed)
     complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, max_new_tokens=config.eval.max_new_tokens)
     score = partitioner.compile_map(functools.partial(sequence_logps, model))
     summary = {}
     for number, (who, weights) in enumerate(variables.items()):
         try:
-            samples = complete(weights, prompts, jax.random.fold_in(key, number))
+            samples = complete(weights, prompts, jax.random.fold_in(key, number), images=images)
         except ValueError as error:
             raise ConfigError(f"eval.samples: {error}; lower --data.max-prompt-length, or set it to 0") from error
         finished = [bool(len(ids)) and int(ids[-1]) in stop_ids for ids in samples.ids]
         for line, sample, ended in zip(lines, samples.texts, finished, strict=True):
             line |= {who: sample, f"{who}_finished": ended}
-        log_ratio = samples.logps - map_completions(partitioner, score, variables["reference"], prompts, samples.ids)
+        of_reference = map_completions(partitioner, score, variables["reference"], prompts, samples.ids, images=images)
+        log_ratio = samples.logps - of_reference
         kl, error = mean_with_error(log_ratio)
         summary[who] = {
             "kl": kl,
@@ -163,15 +186,24 @@ def sampled(
             "repetition": float(np.mean([repetition(ids) for ids in samples.ids])),
         }
         if config.data.source == "reviews":
-            values = [reviews.reward(text + sample) for text, sample in zip(texts, samples.texts, strict=True)]
+            values = [reviews.reward(line["prompt"] + text) for line, text in zip(lines, samples.texts, strict=True)]
             summary[who]["true_reward"], summary[who]["true_reward_error"] = mean_with_error(np.array(values))
     return {"summary": summary, "texts": lines}
 
 
-def _prompts(held_out: list[Encoded], count: int, tokenizer: Any) -> tuple[list[np.ndarray], list[str]]:
-    """The first `count` distinct prompts: ids, and the text they stand for, without a BOS that the text does not hold."""
-    distinct = list({pair.prompt.tobytes(): pair for pair in held_out}.values())[:count]
-    return [pair.prompt for pair in distinct], [tokenizer.decode(pair.prompt[int(pair.bos_added) :]) for pair in distinct]
+def _distinct(held_out: Sequence[Encoded], count: int) -> list[Encoded]:
+    """The first `count` pairs whose prompts, or the images that these show, differ."""
+    return list({prompt_key(pair): pair for pair in held_out}.values())[:count]
+
+
+def _line(pair: Encoded, tokenizer: Any) -> dict[str, Any]:
+    """The prompt of a pair as text, without a BOS that its text does not hold; its turns, and digests of its images, if any."""
+    text = tokenizer.decode(pair.prompt[int(pair.bos_added) :])
+    images = {} if pair.images is None else {"images": list(pair.images.names)}
+    place = image_marks(tokenizer).place if images else ""
+    text = image_marks(tokenizer).collapsed(text) if images else text
+    turns = chat_turns(text.replace(place, IMAGE) if images else text, tokenizer)
+    return {"prompt": text} | ({"turns": turns} if turns else {}) | images
 
 
 def _note_other_reference(config: Config, digest: str) -> None:

@@ -24,6 +24,7 @@ from dpo_jax.models.adapter import write_adapter
 from dpo_jax.models.checkpoint_stream import assemble
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.digest import WeightsDigest, files_digest
+from dpo_jax.models.encoder_folder import encoder_in_hf_form, load_encoder
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.folder import adapter_base
 from dpo_jax.models.generation import eos_ids, float_type, generation_config
@@ -38,9 +39,11 @@ from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.types import Model, TrainState, Variables
-from dpo_jax.untrusted import check_name
+from dpo_jax.untrusted import check_name, read_text
 from dpo_jax.writing import write_text
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""What else a folder says of images, which an export keeps."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -59,7 +62,9 @@ def run(config: Config) -> int:
     start = original.model.path if task == "sft" else original.dpo_policy()
     tokenizer = build.tokenizer_of(original, model_path=start, name="model.path" if task == "sft" else "dpo.policy")
     hf = load_hf_config(start) if start is not None else build.new_hf_config(original, tokenizer)
-    model = make_model(decoder_config(hf, where=f"{start}/config.json"))
+    saved = newest_meta(directory)
+    images = saved is not None and "encoder" in saved[1]["fingerprint"]
+    model = make_model(decoder_config(hf, where=f"{start}/config.json", images=images))
     section = original.sft if task == "sft" else original.dpo
     part, tx = trained(original, section, model, start), build.make_tx(section)
     if config.export.merge and part.lora is None:
@@ -217,9 +222,20 @@ def source_type(source: str | None) -> str:
     return "float32" if source is None else float_type(load_hf_config(source))
 
 
-def _save(path: str | Path, model: Model, variables: Variables, *, dtype: str, **options: Any) -> Path:
+def _save(path: str | Path, model: Model, variables: Variables, *, dtype: str, source: str | None, **options: Any) -> Path:
     check_name(path)  # the tokenizer comes after the weights
-    return save_hf(path, model, variables, dtype=DTYPES[dtype], fetch=hosts.whole, write=hosts.is_first(), **options)
+    if not model.config.image_width:
+        others = None
+    else:
+        assert source is not None  # a new model reads no images
+        others = encoder_in_hf_form(*load_encoder(source))
+    options |= {"source": source, "others": others, "fetch": hosts.whole, "write": hosts.is_first()}
+    folder = save_hf(path, model, variables, dtype=DTYPES[dtype], **options)
+    if others and source is not None and hosts.is_first():
+        for name in PROCESSOR_FILES:
+            if (file := model_folder(source) / name).is_file():
+                write_text(folder / name, read_text(file))
+    return folder
 
 
 def _write_beside(folder: Path, tokenizer: Any, card: str | None) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from dpo_jax import loss_table
 from dpo_jax.cli import build, splits
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.images import Vision, check_same_encoder, encode_shown, vision_of
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.trained import Trained, trained
 from dpo_jax.data.chat_date import writes_date
@@ -27,22 +28,25 @@ SIDES = {"pairs": ("chosen", "rejected"), "rankings": ("best", "worst"), "unpair
 def run(config: Config) -> int:
     with build.open_run(config, "refs") as run_dir:
         tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
-        model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy")
-        check_reference(config, model, tokenizer)
+        both, vision = load_pairs(config, tokenizer)
+        check_repeats(config, *both)
+        model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy", images=vision is not None)
+        check_reference(config, model, tokenizer, vision)
         part = trained(config, config.dpo, model, config.dpo_policy())
         partitioner = part.partitioner(config)
-        splits = load_pairs(config, tokenizer)
-        check_repeats(config, *splits)
-        build.describe(run_dir, config, *(split.report for split in splits))
+        build.describe(run_dir, config, *(split.report for split in both))
+        if vision is not None:
+            vision.compute(config)
         variables, digests = load_reference(config, part, partitioner)
         values = reference_values(
             config,
             part.reader(variables),
             variables,
             tokenizer,
-            splits,
+            both,
             partitioner=partitioner,
             weights=digests["start"],
+            vision=vision,
         )
         for name, logps in zip(("train", "test"), values, strict=True):
             what, (one, other) = loss_table.example_word(config.dpo.loss), SIDES[loss_table.rows_of(config.dpo.loss)]
@@ -51,24 +55,25 @@ def run(config: Config) -> int:
     return 0
 
 
-def load_pairs(config: Config, tokenizer: Any) -> tuple[EncodedSet, EncodedSet]:
-    """Token ids of the train and the held-out split, as the loss of `dpo` reads them."""
+def load_pairs(config: Config, tokenizer: Any) -> tuple[tuple[EncodedSet, EncodedSet], Vision | None]:
+    """Token ids of the train and the held-out split, as the loss of `dpo` reads them; and what reads their images, if any."""
     rows = loss_table.rows_of(config.dpo.loss)
-    train, test = (
-        splits.encode_split(config, splits.load_split(config, split, tokenizer, rows=rows), tokenizer)
-        for split in ("train", "test")
-    )
+    loaded = [splits.load_split(config, split, tokenizer, rows=rows, images=True) for split in ("train", "test")]
+    vision = vision_of(config, config.dpo_policy(), tokenizer, *loaded, name="dpo.policy")
+    train, test = (encode_shown(config, preferences, tokenizer, vision) for preferences in loaded)
     check_ranking_lengths([*train, *test], where="the splits")
-    return train, test
+    return (train, test), vision
 
 
-def check_reference(config: Config, model: Model, tokenizer: Any) -> None:
-    """Raises `ConfigError` where `dpo.reference` is not the policy's model with other weights. Reads no weights."""
+def check_reference(config: Config, model: Model, tokenizer: Any, vision: Vision | None) -> None:
+    """Raises `ConfigError` where `dpo.reference` is not the policy's model with other weights. Reads none of the decoder."""
     if config.dpo.reference is None:
         return
-    reference = build.policy_model(config, config.dpo.reference, tokenizer, name="dpo.reference")
+    reading = {"name": "dpo.reference", "images": vision is not None}
+    reference = build.policy_model(config, config.dpo.reference, tokenizer, **reading)
     if architecture(reference) != architecture(model):
         raise ConfigError(f"dpo.reference: {config.dpo.reference} is another model than the policy, not only other weights")
+    check_same_encoder(config, vision, config.dpo.reference, name="dpo.reference")
 
 
 def load_reference(config: Config, part: Trained, partitioner: Partitioner) -> tuple[Variables, dict[str, str]]:
@@ -88,6 +93,7 @@ def reference_values(
     *,
     partitioner: Partitioner,
     weights: str,
+    vision: Vision | None,
 ) -> list[np.ndarray]:
     """log pi_ref of every pair of `splits`, float32[n, 2] each: read from the cache, after computing what it lacks.
     Of rankings [n, K].
@@ -101,7 +107,7 @@ def reference_values(
         variables,
         pairs,
         cache=config.refs_cache(),
-        identity=cache_identity(config, model, weights, tokenizer),
+        identity=cache_identity(config, model, weights, tokenizer, vision),
         partitioner=partitioner,
         layout=build.pair_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards),
         batch=config.refs.batch,
@@ -111,7 +117,7 @@ def reference_values(
     return np.split(values, np.cumsum([len(split) for split in splits])[:-1])
 
 
-def cache_identity(config: Config, model: Model, weights: str, tokenizer: Any) -> dict[str, Any]:
+def cache_identity(config: Config, model: Model, weights: str, tokenizer: Any, vision: Vision | None) -> dict[str, Any]:
     """Everything that reference log-probabilities depend on."""
     return {
         "weights": weights,
@@ -123,4 +129,5 @@ def cache_identity(config: Config, model: Model, weights: str, tokenizer: Any) -
         "dtype": config.run.precision,
         "kernel": build.attention_name(config),
         **({"ld_alpha": config.dpo.ld_alpha} if config.dpo.ld_alpha != 1 else {}),
+        **({} if vision is None else {"vision encoder": vision.digest}),
     }

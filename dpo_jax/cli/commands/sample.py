@@ -13,10 +13,11 @@ import numpy as np
 from dpo_jax.cli import build
 from dpo_jax.cli.commands.ppo import learned_reward
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.images import vision_of
 from dpo_jax.cli.model_folders import refuse_other_lines
 from dpo_jax.cli.prompts import ARTICLE_CUE, Prompt, held_out_prompts, is_chat, prompts_of_file
 from dpo_jax.data.display import shown_prompt
-from dpo_jax.data.encode import cut_prompt, token_ids, with_bos
+from dpo_jax.data.encode import PromptImages, cut_prompt, token_ids, with_bos
 from dpo_jax.data.terminal import json_text, printable, raw
 from dpo_jax.evals.completions import Completer
 from dpo_jax.evals.reward_functions import Reward, exact_reviews
@@ -34,13 +35,18 @@ def run(config: Config) -> int:
     with reported("reading the prompts"):
         given = _prompts(config, path, tokenizer)
     texts = [prompt.text for prompt in given]
-    model = build.policy_model(config, path, tokenizer, name="sample.policy")
+    vision = vision_of(config, path, tokenizer, given, name="sample.policy")
+    model = build.policy_model(config, path, tokenizer, name="sample.policy", images=vision is not None)
     partitioner = build.make_partitioner(config, model)
     variables, _ = build.load_weights(path, model, partitioner, name="sample.policy")
     cue = ARTICLE_CUE if config.data.source == "cnn_dailymail" and not section.prompts_file else ""
     bos, cue_ids = config.data.bos, token_ids(cue, tokenizer)
-    whole = [with_bos(token_ids(one.text, tokenizer), tokenizer, bos=bos, chat=one.chat) for one in given]
+    read = [one.text if vision is None or not one.images else vision.expanded(one.text, tokenizer) for one in given]
+    whole = [
+        with_bos(token_ids(text, tokenizer), tokenizer, bos=bos, chat=one.chat) for text, one in zip(read, given, strict=True)
+    ]
     prompts = [within(ids, config.data.max_prompt_length, tokenizer, cue=cue_ids) for ids in whole]
+    images = [None] * len(given) if vision is None else vision.shown(config, prompts, given, tokenizer)
     sampling = {name: getattr(section, name) for name in ("max_new_tokens", "top_k", "top_p")}
     temperatures = [float(part) for part in section.temperatures.split(",")] if section.temperatures else [section.temperature]
     best_of = sorted(int(part) for part in section.best_of.split(",")) if section.best_of else []
@@ -50,7 +56,7 @@ def run(config: Config) -> int:
     for temperature in temperatures:
         complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, temperature=temperature, **sampling)
         # The same key: more temperatures, or none but this one, change no sample.
-        drawn = _draw(complete, variables, prompts, jax.random.key(config.run.seed), repeats=most)
+        drawn = _draw(complete, variables, prompts, images, jax.random.key(config.run.seed), repeats=most)
         unfinished += sum(not row.pop("finished") for row in drawn)
         rows = [{**_of_prompt(given[i // most]), **row, "temperature": temperature} for i, row in enumerate(drawn)]
         lines += best_rows(rows, best_of, reward) if reward else rows
@@ -86,7 +92,8 @@ def _prompts(config: Config, policy: str, tokenizer: Any) -> list[Prompt]:
 
 
 def _of_prompt(prompt: Prompt) -> dict[str, Any]:
-    return {"prompt": prompt.text} | ({"turns": prompt.turns} if prompt.turns else {})
+    images = [one.source if isinstance(one.source, str) else one.digest for one in prompt.images]
+    return {"prompt": prompt.text} | ({"turns": prompt.turns} if prompt.turns else {}) | ({"images": images} if images else {})
 
 
 def for_terminal(line: Mapping[str, Any]) -> str:
@@ -105,11 +112,18 @@ def within(ids: np.ndarray, limit: int, tokenizer: Any, *, cue: np.ndarray) -> n
 
 
 def _draw(
-    complete: Completer, variables: Variables, prompts: Sequence[np.ndarray], key: jax.Array, *, repeats: int
+    complete: Completer,
+    variables: Variables,
+    prompts: Sequence[np.ndarray],
+    images: Sequence[PromptImages | None],
+    key: jax.Array,
+    *,
+    repeats: int,
 ) -> list[dict[str, Any]]:
     """`repeats` completions of each prompt, those of a prompt side by side."""
+    every, shown = ([one for one in of for _ in range(repeats)] for of in (prompts, images))
     try:
-        samples = complete(variables, [ids for ids in prompts for _ in range(repeats)], key)
+        samples = complete(variables, every, key, images=shown)
     except ValueError as error:
         raise ConfigError(f"sample: {error}") from error
     return [

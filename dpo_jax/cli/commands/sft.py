@@ -13,6 +13,7 @@ from dpo_jax.cli.balancing import router_aux_loss
 from dpo_jax.cli.card import sft_card
 from dpo_jax.cli.commands.export import write_exact, writer
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.images import encode_shown, vision_of
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
 from dpo_jax.cli.trained import trained
@@ -31,10 +32,10 @@ def run(config: Config) -> int:
     with build.open_run(config, "sft", continues=True) as run_dir:
         saved = earlier_run(config, "sft", section)
         tokenizer = build.tokenizer_of(config, model_path=config.model.path)
-        model = build.start_model(config, tokenizer)
+        data = (_plain_texts if config.data.source in splits.TEXT_SOURCES else _targets)(config, tokenizer)
+        model = build.start_model(config, tokenizer, images=data.vision is not None)
         part = trained(config, section, model, config.model.path)
         partitioner, balancing = part.partitioner(config), router_aux_loss(config, section, model)
-        data = (_plain_texts if config.data.source in splits.TEXT_SOURCES else _targets)(config, tokenizer)
         plan = plan_training(config, section, data, tokenizer=tokenizer, partitioner=partitioner, saved=saved)
         if config.model.path is None:
             variables, start = build.start_weights(config, model, partitioner)
@@ -78,17 +79,19 @@ def _targets(config: Config, tokenizer: Any) -> TrainingData:
     """The texts of preference data: their SFT targets, or else the chosen completions."""
     data = config.data
     # Whatever the loss of dpo reads of them, the best completions are the same.
-    train_set, test_set = (splits.load_split(config, split, tokenizer, rows="any") for split in ("train", "test"))
+    sets = [splits.load_split(config, split, tokenizer, rows="any", images=True) for split in ("train", "test")]
+    vision = vision_of(config, config.model.path, tokenizer, *sets, name="model.path")
     # Encoding the pairs, too, makes SFT refuse the same bad rows as DPO: both see the same data.
-    pairs = [splits.encode_split(config, preferences, tokenizer) for preferences in (train_set, test_set)]
+    pairs = [encode_shown(config, preferences, tokenizer, vision) for preferences in sets]
     check_repeats(config, *pairs)
     limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "truncation", "bos")}
-    kept = [splits.only_kept(split, encoded) for split, encoded in zip((train_set, test_set), pairs, strict=True)]
+    kept = [splits.only_kept(split, encoded) for split, encoded in zip(sets, pairs, strict=True)]
+    images = None if vision is None else vision.tokens
     with reported("encoding the texts to learn"):
         (texts, uids), (held_out, _) = (
-            encode_targets(split, tokenizer, **limits, score_prompt=config.sft.scored == "all") for split in kept
+            encode_targets(split, tokenizer, **limits, score_prompt=config.sft.scored == "all", images=images) for split in kept
         )
-    return TrainingData(texts, held_out, [encoded.report for encoded in pairs], uids)
+    return TrainingData(texts, held_out, [encoded.report for encoded in pairs], uids, vision)
 
 
 def _plain_texts(config: Config, tokenizer: Any) -> TrainingData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from dpo_jax.cli.config.bench import BenchConfig
 from dpo_jax.cli.config.control import ControlConfig
@@ -77,6 +78,10 @@ class Config:
 
     def refs_cache(self) -> str:
         return self.refs.cache or f"{self.run.dir}/refs"
+
+    def features_cache(self) -> str:
+        """Features of images, beside the reference log-probabilities: a folder for each encoder."""
+        return str(Path(self.refs_cache()).with_name("features"))
 
     def eval_policy(self) -> str:
         return self.eval.policy or f"{self.run.dir}/dpo/export"

@@ -1,0 +1,210 @@
+"""Images in prompts: which runs read them, and the frozen vision encoder of a model folder with cached features of images.
+
+A run reads images where its preferences show some. Then its model is the decoder with its projector, and the model's folder
+must have the encoder; where no prompt shows an image such a folder is its text model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from dpo_jax.cli import build, splits
+from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.data.encode import PromptImages
+from dpo_jax.data.image_prompts import ImageTokens
+from dpo_jax.data.image_rows import image_marks
+from dpo_jax.data.images import PROCESSOR, ImageFile, Processing, load_processing
+from dpo_jax.data.pairs import BadRow, PreferenceSet
+from dpo_jax.data.prepare import EncodedSet
+from dpo_jax.models.encoder_folder import encoder_digest, load_encoder
+from dpo_jax.models.families import reads_images
+from dpo_jax.models.hf import load_config
+from dpo_jax.models.hub import model_folder
+from dpo_jax.models.vision_config import VisionConfig, vision_settings
+from dpo_jax.runtime.hosts import first_goes_first, is_first
+from dpo_jax.runtime.progress import reported
+from dpo_jax.training.features import Encoder, FeatureCache, image_features, on_devices, open_features
+
+
+@dataclasses.dataclass
+class Vision:
+    """The frozen vision encoder of the folder `path`, and the features of the images in `waiting`, once `compute` has run."""
+
+    path: str
+    option: str  # that names it
+    config: VisionConfig
+    processing: Processing
+    cache: FeatureCache
+    waiting: dict[str, ImageFile] = dataclasses.field(default_factory=dict)  # by digest
+
+    @property
+    def digest(self) -> str:
+        """Of all that features depend on, for fingerprints: weights, configuration, processing."""
+        return hashlib.sha256(json.dumps(self.cache.identity, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def tokens(self) -> ImageTokens:
+        return ImageTokens(self.config.tokens, self.cache)
+
+    def take(self, images: Iterable[ImageFile]) -> None:
+        """Notes images whose features will be needed."""
+        self.waiting |= {image.digest: image for image in images}
+
+    def compute(self, config: Config) -> None:
+        """Computes the features that the cache lacks, on the devices of this host, and says what they take."""
+        images, each = list(self.waiting.values()), 4 * self.config.tokens * self.config.width
+        if not images:
+            return
+
+        def encoder() -> Encoder:
+            with build.naming_option(self.option, self.path), reported(f"loading the vision encoder of {self.path}"):
+                devices = jax.local_devices()[: 1 if config.run.devices == "single" else None]
+                return on_devices(load_encoder(self.path)[1], self.config, devices)
+
+        with first_goes_first("features of images"):
+            self.cache.refresh()
+            image_features(images, cache=self.cache, encoder=encoder, processing=self.processing)
+        self.waiting = {}
+        takes = f"{_bytes(each)} each, {_bytes(each * len(images))} in all"
+        print(f"features of {len(images):,} images: {takes}, in {self.cache.directory}", flush=True)
+
+    def expanded(self, text: str, tokenizer: Any) -> str:
+        """A prompt's text with room for the tokens of its images."""
+        return image_marks(tokenizer).expanded(text, self.config.tokens)
+
+    def shown(
+        self, config: Config, ids: Sequence[np.ndarray], prompts: Sequence[Shows], tokenizer: Any
+    ) -> list[PromptImages | None]:
+        """The images of each prompt, of whose `expanded` text `ids` are left, with their features.
+
+        Raises `ConfigError` naming a prompt of which truncation has cut an image.
+        """
+        found = []
+        for one, prompt in zip(ids, prompts, strict=True):
+            try:
+                found.append(self.tokens.shown(one, prompt.images, tokenizer))
+            except BadRow as problem:
+                raise ConfigError(f"{prompt.uid}: {problem} (data.max_prompt_length)") from problem
+            self.take(prompt.images)
+        self.compute(config)
+        return found
+
+
+def _bytes(count: int) -> str:
+    return next(
+        f"{count / size:.1f} {unit}"
+        for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+        if count >= size
+    )
+
+
+def has_encoder(config: Config, path: str, *, name: str) -> bool:
+    """Whether the model folder of the option `name`, or the base of an adapter, has a vision encoder. Raises `ConfigError`."""
+    path = build.existing(config, path, name)
+    with build.naming_option(name, path):
+        return reads_images(load_config(path))
+
+
+class Shows(Protocol):
+    """A prompt that may show images: a preference, or one that is to be completed."""
+
+    @property
+    def uid(self) -> str: ...
+    @property
+    def images(self) -> tuple[ImageFile, ...]: ...
+
+
+def encoder_for(config: Config, path: str | None, tokenizer: Any, *sets: Sequence[Shows], name: str) -> VisionConfig | None:
+    """The encoder that reads the images of prompts, in the folder `path` of the option `name`; None where none shows an image.
+
+    Says which it is. Reads no weights. Raises `ConfigError`, naming the first row with an image, where the folder has no encoder, and for what
+    rows with images cannot do yet.
+    """
+    prompts = [one for every in sets for one in every]
+    showing = [one for one in prompts if one.images]
+    there = path is not None and has_encoder(config, path, name=name)
+    if not showing:
+        if there and is_first():
+            print(f"no prompt shows an image: {path} is read as its text model, without its vision encoder", flush=True)
+        return None
+    if path is None or not there:
+        what = "a new model" if path is None else path
+        raise ConfigError(
+            f"{showing[0].uid}: the prompt shows an image, and {what} has no vision encoder: name a folder of a Gemma 3 with "
+            f"images in {name}, or leave out the rows with images"
+        )
+    found, _ = checked(config, path, tokenizer, name=name)
+    if is_first():
+        print(
+            f"{len(showing):,} of {len(prompts):,} prompts show images: {found.tokens} tokens each, read by the vision encoder "
+            f"of {path}, which stays as it is",
+            flush=True,
+        )
+    return found
+
+
+def vision_of(config: Config, path: str | None, tokenizer: Any, *sets: Sequence[Shows], name: str) -> Vision | None:
+    """As `encoder_for`, opened."""
+    if encoder_for(config, path, tokenizer, *sets, name=name) is None or path is None:
+        return None
+    return open_vision(config, path, tokenizer, name=name)
+
+
+def open_vision(config: Config, path: str, tokenizer: Any, *, name: str) -> Vision:
+    """The encoder of a model folder, checked against tokenizer and processing of images. Reads its weights once.
+
+    Raises `ConfigError` naming the option.
+    """
+    found, processing = checked(config, path, tokenizer, name=name)
+    with build.naming_option(name, path), reported(f"reading the vision encoder of {path}"):
+        digest = encoder_digest(path)
+    cache = open_features(config.features_cache(), digest, found, processing)
+    return Vision(path, name, found, processing, cache)
+
+
+def checked(config: Config, path: str, tokenizer: Any, *, name: str) -> tuple[VisionConfig, Processing]:
+    """Configuration of the encoder of a folder, and how images become its pixels. Reads no weights. Raises as `open_vision`."""
+    if config.mesh.context > 1 and config.run.devices == "mesh":
+        raise ConfigError(
+            f"mesh.context: {config.mesh.context} cuts rows into pieces, and rows with images are not cut yet; use 1"
+        )
+    with build.naming_option(name, path):
+        folder = model_folder(path)
+        hf = load_config(path)
+        found = vision_settings(hf, folder / "config.json")
+        processing = load_processing(folder, tokens=found.tokens)
+        if (processing.height, processing.width, processing.tokens) != (found.image_size, found.image_size, found.tokens):
+            raise ValueError(
+                f"an image becomes {processing.height} x {processing.width} pixels and {processing.tokens} tokens by "
+                f"{PROCESSOR}, and {found.image_size} x {found.image_size} and {found.tokens} by config.json"
+            )
+        marks = image_marks(tokenizer)
+        soft, known = tokenizer.convert_tokens_to_ids(marks.soft), hf.get("image_token_index", hf.get("image_token_id"))
+        if known is not None and known != soft:
+            raise ValueError(f"the tokenizer's {marks.soft} is {soft}, and config.json has image_token_index {known}")
+    return found, processing
+
+
+def check_same_encoder(config: Config, vision: Vision | None, path: str, *, name: str) -> None:
+    """Raises `ConfigError` where `path` has another encoder than the policy: rows hold the features of one."""
+    if vision is None:
+        return
+    there = has_encoder(config, path, name=name)
+    with build.naming_option(name, path), reported(f"reading the vision encoder of {path}"):
+        if not there or encoder_digest(path) != vision.cache.identity["encoder"]:
+            raise ConfigError(f"{name}: {path} has not the vision encoder of {vision.path}, and both must have the same one")
+
+
+def encode_shown(config: Config, preferences: PreferenceSet, tokenizer: Any, vision: Vision | None) -> EncodedSet:
+    """As `splits.encode_split`; `vision` takes note of the images of what is kept."""
+    encoded = splits.encode_split(config, preferences, tokenizer, None if vision is None else vision.tokens)
+    if vision is not None:
+        vision.take(image for one in splits.only_kept(preferences, encoded) for image in one.images)
+    return encoded
