@@ -164,8 +164,8 @@ def start_weights(config: Config, model: Model, partitioner: Partitioner) -> tup
     return new, f"random, seed {config.run.seed}"
 
 
-def decoder_of(config: Config, hf: dict[str, Any], *, platform: str | None = None) -> Model:
-    decoder, dtype = decoder_config(hf), PRECISIONS[config.run.precision]
+def decoder_of(config: Config, hf: dict[str, Any], *, platform: str | None = None, images: bool = False) -> Model:
+    decoder, dtype = decoder_config(hf, images=images), PRECISIONS[config.run.precision]
     platform = platform or jax.default_backend()
     try:
         asked, pieces = config.model.attention, config.mesh.context
@@ -221,7 +221,7 @@ def policy_model(
             tokenizer, decoder.vocab_size, eos_token_id=end_tokens(path) or None, pad_token_id=hf.get("pad_token_id")
         )
     check_fit(config, decoder, path, expected=expected)
-    return decoder_of(config, hf)
+    return decoder_of(config, hf, images=images)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast, *paths: str) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ ELSEWHERE = {"run.coordinator", "run.num_processes", "run.process_id"}  # which 
 
 class FinishedRun:
     """The record of one task's run. Make it before the run reads anything: what changes meanwhile must not be taken as read.
+    A run whose prompts show images has none.
 
     `sections` are those of the configuration that the task reads, or single options "section.option".
     """
@@ -71,7 +72,8 @@ class FinishedRun:
         if not self._usable:
             return
         with contextlib.suppress(OSError, RunLocked, Unreadable), RunDir(self._folder) as run:
-            if _stamps(self._inputs or ()) == self._before:
+            images = any(report.get("images") for report in read_object(run.data_report).values())
+            if _stamps(self._inputs or ()) == self._before and not images:  # these may lie anywhere, and change
                 write_json(self._folder / RECORD, self._present(run))
 
     def _present(self, run: RunDir) -> dict[str, Any]:

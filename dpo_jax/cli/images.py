@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -17,20 +17,27 @@ import numpy as np
 
 from dpo_jax.cli import build, splits
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.vision import check_mesh, encoder_settings, refuse_blind
 from dpo_jax.data.encode import PromptImages
 from dpo_jax.data.image_prompts import ImageTokens
 from dpo_jax.data.image_rows import image_marks
-from dpo_jax.data.images import PROCESSOR, ImageFile, Processing, load_processing
+from dpo_jax.data.images import ImageFile, Processing
 from dpo_jax.data.pairs import BadRow, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.models.encoder_folder import encoder_digest, load_encoder
 from dpo_jax.models.families import reads_images
 from dpo_jax.models.hf import load_config
 from dpo_jax.models.hub import model_folder
-from dpo_jax.models.vision_config import VisionConfig, vision_settings
+from dpo_jax.models.vision_config import VisionConfig
 from dpo_jax.runtime.hosts import first_goes_first, is_first
 from dpo_jax.runtime.progress import reported
 from dpo_jax.training.features import Encoder, FeatureCache, image_features, on_devices, open_features
+
+
+def of_first(words: str, *, file: Any = None) -> None:
+    """Says something once, on the first host: on standard output, or in `file`."""
+    if is_first():
+        print(words, file=file, flush=True)
 
 
 @dataclasses.dataclass
@@ -42,6 +49,7 @@ class Vision:
     config: VisionConfig
     processing: Processing
     cache: FeatureCache
+    say: Callable[[str], None]
     waiting: dict[str, ImageFile] = dataclasses.field(default_factory=dict)  # by digest
 
     @property
@@ -59,7 +67,7 @@ class Vision:
 
     def compute(self, config: Config) -> None:
         """Computes the features that the cache lacks, on the devices of this host, and says what they take."""
-        images, each = list(self.waiting.values()), 4 * self.config.tokens * self.config.width
+        images = list(self.waiting.values())
         if not images:
             return
 
@@ -70,10 +78,8 @@ class Vision:
 
         with first_goes_first("features of images"):
             self.cache.refresh()
-            image_features(images, cache=self.cache, encoder=encoder, processing=self.processing)
+            image_features(images, cache=self.cache, encoder=encoder, processing=self.processing, say=self.say)
         self.waiting = {}
-        takes = f"{_bytes(each)} each, {_bytes(each * len(images))} in all"
-        print(f"features of {len(images):,} images: {takes}, in {self.cache.directory}", flush=True)
 
     def expanded(self, text: str, tokenizer: Any) -> str:
         """A prompt's text with room for the tokens of its images."""
@@ -97,14 +103,6 @@ class Vision:
         return found
 
 
-def _bytes(count: int) -> str:
-    return next(
-        f"{count / size:.1f} {unit}"
-        for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
-        if count >= size
-    )
-
-
 def has_encoder(config: Config, path: str, *, name: str) -> bool:
     """Whether the model folder of the option `name`, or the base of an adapter, has a vision encoder. Raises `ConfigError`."""
     path = build.existing(config, path, name)
@@ -121,43 +119,41 @@ class Shows(Protocol):
     def images(self) -> tuple[ImageFile, ...]: ...
 
 
-def encoder_for(config: Config, path: str | None, tokenizer: Any, *sets: Sequence[Shows], name: str) -> VisionConfig | None:
+def encoder_for(
+    config: Config, path: str | None, tokenizer: Any, *sets: Sequence[Shows], name: str, say: Callable[[str], None] = of_first
+) -> VisionConfig | None:
     """The encoder that reads the images of prompts, in the folder `path` of the option `name`; None where none shows an image.
 
-    Says which it is. Reads no weights. Raises `ConfigError`, naming the first row with an image, where the folder has no encoder, and for what
-    rows with images cannot do yet.
+    Says which it is. Reads no weights. Raises `ConfigError`, naming the first row with an image, where the folder has no
+    encoder, and for what rows with images cannot do yet.
     """
     prompts = [one for every in sets for one in every]
     showing = [one for one in prompts if one.images]
     there = path is not None and has_encoder(config, path, name=name)
     if not showing:
-        if there and is_first():
-            print(f"no prompt shows an image: {path} is read as its text model, without its vision encoder", flush=True)
+        if there:
+            say(f"no prompt shows an image: {path} is read as its text model, without its vision encoder")
         return None
     if path is None or not there:
-        what = "a new model" if path is None else path
-        raise ConfigError(
-            f"{showing[0].uid}: the prompt shows an image, and {what} has no vision encoder: name a folder of a Gemma 3 with "
-            f"images in {name}, or leave out the rows with images"
-        )
+        raise ConfigError(f"{name}: {refuse_blind(showing[0].uid, path or 'a new model')}")
     found, _ = checked(config, path, tokenizer, name=name)
-    if is_first():
-        print(
-            f"{len(showing):,} of {len(prompts):,} prompts show images: {found.tokens} tokens each, read by the vision encoder "
-            f"of {path}, which stays as it is",
-            flush=True,
-        )
+    say(
+        f"{len(showing):,} of {len(prompts):,} prompts show images: {found.tokens} tokens each, read by the vision encoder of "
+        f"{path}, which stays as it is"
+    )
     return found
 
 
-def vision_of(config: Config, path: str | None, tokenizer: Any, *sets: Sequence[Shows], name: str) -> Vision | None:
+def vision_of(
+    config: Config, path: str | None, tokenizer: Any, *sets: Sequence[Shows], name: str, say: Callable[[str], None] = of_first
+) -> Vision | None:
     """As `encoder_for`, opened."""
-    if encoder_for(config, path, tokenizer, *sets, name=name) is None or path is None:
+    if encoder_for(config, path, tokenizer, *sets, name=name, say=say) is None or path is None:
         return None
-    return open_vision(config, path, tokenizer, name=name)
+    return open_vision(config, path, tokenizer, name=name, say=say)
 
 
-def open_vision(config: Config, path: str, tokenizer: Any, *, name: str) -> Vision:
+def open_vision(config: Config, path: str, tokenizer: Any, *, name: str, say: Callable[[str], None] = of_first) -> Vision:
     """The encoder of a model folder, checked against tokenizer and processing of images. Reads its weights once.
 
     Raises `ConfigError` naming the option.
@@ -166,25 +162,15 @@ def open_vision(config: Config, path: str, tokenizer: Any, *, name: str) -> Visi
     with build.naming_option(name, path), reported(f"reading the vision encoder of {path}"):
         digest = encoder_digest(path)
     cache = open_features(config.features_cache(), digest, found, processing)
-    return Vision(path, name, found, processing, cache)
+    return Vision(path, name, found, processing, cache, say)
 
 
 def checked(config: Config, path: str, tokenizer: Any, *, name: str) -> tuple[VisionConfig, Processing]:
     """Configuration of the encoder of a folder, and how images become its pixels. Reads no weights. Raises as `open_vision`."""
-    if config.mesh.context > 1 and config.run.devices == "mesh":
-        raise ConfigError(
-            f"mesh.context: {config.mesh.context} cuts rows into pieces, and rows with images are not cut yet; use 1"
-        )
+    check_mesh(config)
     with build.naming_option(name, path):
-        folder = model_folder(path)
         hf = load_config(path)
-        found = vision_settings(hf, folder / "config.json")
-        processing = load_processing(folder, tokens=found.tokens)
-        if (processing.height, processing.width, processing.tokens) != (found.image_size, found.image_size, found.tokens):
-            raise ValueError(
-                f"an image becomes {processing.height} x {processing.width} pixels and {processing.tokens} tokens by "
-                f"{PROCESSOR}, and {found.image_size} x {found.image_size} and {found.tokens} by config.json"
-            )
+        found, processing = encoder_settings(model_folder(path), hf)
         marks = image_marks(tokenizer)
         soft, known = tokenizer.convert_tokens_to_ids(marks.soft), hf.get("image_token_index", hf.get("image_token_id"))
         if known is not None and known != soft:

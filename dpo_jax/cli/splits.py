@@ -12,8 +12,8 @@ import numpy as np
 
 from dpo_jax.cli.config import GENERATED, Config, ConfigError
 from dpo_jax.cli.data_sources import load_files
+from dpo_jax.cli.preflight.inputs import NO_IMAGES, refuse_texts
 from dpo_jax.cli.preflight.inputs import TEXT_SOURCES as TEXT_SOURCES
-from dpo_jax.cli.preflight.inputs import refuse_texts
 from dpo_jax.data.encode import token_ids, with_bos
 from dpo_jax.data.image_prompts import ImageTokens
 from dpo_jax.data.layout import Text
@@ -24,13 +24,6 @@ from dpo_jax.data.reviews import review_preferences
 from dpo_jax.data.row_kinds import Wanted, check_kind, split_pairs
 from dpo_jax.data.snippets import Snippet, load_snippets, snippets_of
 from dpo_jax.runtime.progress import reported
-
-READ_IMAGES = ("audit", "sft", "refs", "dpo", "eval", "sample", "export")
-"""Commands that read prompts with images, or models trained on them."""
-NO_IMAGES = (
-    f"the prompt shows an image, and this command reads texts only ({', '.join(READ_IMAGES)} read images): leave out the "
-    "rows with images, or their content parts of type image and the column images"
-)
 
 
 @contextmanager

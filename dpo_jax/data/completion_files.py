@@ -35,10 +35,14 @@ def read_completions(path: str | Path, *, by: str | None = None, report: DataRep
         raise DataError(f"{path}: no such file; `dpo-jax sample --sample.out {path}` writes one", causes=[Cause.BAD_LAYOUT])
     report = report or DataReport(source=str(path), split="completions")
     columns = ["prompt", "completion", *([by] if by else [])]
-    for where, row in read_rows(path.name, path, report=report, columns=lambda names, texts: columns):
+    read = read_rows(path.name, path, report=report, columns=lambda names, _: [*columns, *({"images"} & {*names})])
+    for where, row in read:
         try:
             if isinstance(row, BadRow):
                 raise row
+            if row.get("images"):
+                detail = "the prompt shows images, and only texts are compared: leave the row out"
+                raise DataError(f"{path.parent / where}: images: {detail}", causes=[Cause.WRONG_TYPE])
             prompt, completion = text(row, "prompt"), text(row, "completion")
             for field, value in (("prompt", prompt), ("completion", completion)):
                 if len(value) > MAX_CHARACTERS:

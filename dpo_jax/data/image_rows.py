@@ -66,6 +66,12 @@ def _has_token(tokenizer: Any, token: str) -> bool:
     return number is not None and tokenizer.convert_ids_to_tokens(number) == token
 
 
+def names_images(row: Row) -> bool:
+    """Whether the prompt of a row shows an image, well or badly named."""
+    column = any(row.get(name) not in (None, [], UNREAD) for name in COLUMNS)
+    return column or any(_is_image(part) for part in _parts(row.get("prompt")))
+
+
 def take_images(row: Row, tokenizer: Any) -> tuple[Row, tuple[Source, ...]]:
     """A row whose places of images are `Place`s, and the images in their order; the row itself if it has none.
 

@@ -16,13 +16,13 @@ import itertools
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from dpo_jax.data.column_map import ColumnMap
 from dpo_jax.data.columns import Row, shown_names
 from dpo_jax.data.files import check_head, read_rows
 from dpo_jax.data.format_table import FORMATS, FormatName, detect_format, format_of
-from dpo_jax.data.image_rows import open_images
+from dpo_jax.data.image_rows import names_images, open_images
 from dpo_jax.data.pairs import (
     BadRow,
     Cause,
@@ -43,6 +43,7 @@ from dpo_jax.data.unread import refusal, suggestion, suspects, unread
 
 __all__ = ["PreferenceSet", "load_preferences", "peek"]
 
+_FIRST = 100  # rows by which a format is detected
 _SAMPLED = 2**24  # characters of the rows by which a format is detected
 _SHAPES = 1000  # sets of columns, beyond which none is looked at for the note on columns that are not read
 
@@ -140,16 +141,25 @@ def load_preferences(
     return split_pairs(kept) if rows == "unpaired" and stated == "pairs" else kept
 
 
+class Peeked(NamedTuple):
+    """What the first rows of a split tell."""
+
+    format: str
+    files: int
+    images: str | None  # "train.jsonl:3", the first of these rows that shows an image; None: none does
+
+
 def peek(
     source: str | Path, split: str, *, format: FormatName = "auto", columns: str | Mapping[str, str] | None = None
-) -> tuple[str, int]:
-    """Format and number of files of `split`, without reading more than the first 100 rows. Raises `DataError` as above."""
+) -> Peeked:
+    """What there is of `split`, without reading more than the first 100 rows. Raises `DataError` as above."""
     reading = _Reading(DataReport(source=readable_name(source), split=split, format=format), ColumnMap.of(columns), "drop")
     files = find_files(source, split, report=reading.report)
     for name, path in files:
         check_head(name, path)
-    reading.rows(files)
-    return reading.report.format, len(files)
+    first = itertools.islice(reading.rows(files), _FIRST)
+    images = next((where for where, row in first if reading.report.format == "trl" and names_images(row)), None)
+    return Peeked(reading.report.format, len(files), images)
 
 
 def _refuse_system(source: str, mapped: ColumnMap) -> NoReturn:
@@ -202,7 +212,7 @@ class _Reading:
         Raises `DataError` if they fit no format, or if most have a column that it should have read.
         """
         rows, sample, size = self._readable(files), list[tuple[str, Row]](), 0
-        for where, row in itertools.islice(rows, 100):
+        for where, row in itertools.islice(rows, _FIRST):
             sample.append((where, row))
             if (size := size + _size(row, _SAMPLED)) > _SAMPLED:
                 break

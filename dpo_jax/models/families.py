@@ -85,7 +85,7 @@ def decoder_config(hf_config: Mapping[str, Any], *, where: str | Path = "config.
 def router_coefficient(config: DecoderConfig) -> float:
     """The coefficient of the load-balancing loss that `config.json` asks for: 0 unless it has `output_router_logits`, as in
     transformers."""
-    read = Reader(config.family, config.hf, "config.json", defaults=FAMILIES[config.family].defaults)
+    read = Reader(config.family, config.hf, "config.json", defaults=family_of(config).defaults)
     if not (config.experts and read.flag("output_router_logits")):
         return 0.0
     return read.number("router_aux_loss_coef", least=0.0, right="a number of at least 0")

@@ -189,12 +189,15 @@ def image_features(
         todo = cache.missing(list(by_digest))
     if cache.damaged:
         say(f"{cache.directory}: {cache.damaged} features are damaged and computed again")
-    if len(todo) < len(by_digest):
-        say(f"{cache.directory}: features of {len(by_digest) - len(todo):,} of {len(by_digest):,} images are there already")
+    each, count = 4 * math.prod(cache.shape), len(by_digest)
+    say(
+        f"{cache.directory}: features of {count - len(todo):,} of {count:,} images are there already; all take "
+        f"{_bytes(each * count)}, {_bytes(each)} each, of which up to {_bytes(max(RECENT_BYTES, each))} stay in memory"
+    )
     if not todo:
         return cache
     encode, batch = encoder()
-    with reported("features of images", total=len(todo), unit="images") as task:
+    with reported("computing features of images", total=len(todo), unit="images") as task:
         for start in range(0, len(todo), batch):
             part = todo[start : start + batch]
             read = np.stack([pixels(by_digest[digest], processing) for digest in part])
@@ -203,3 +206,8 @@ def image_features(
             cache.add(part, found[: len(part)])
             task.advance(len(part))
     return cache
+
+
+def _bytes(count: int) -> str:
+    size, unit = next(one for one in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes")) if count >= one[0])
+    return f"{count / size:.3g} {unit}"

@@ -1,12 +1,12 @@
-"""`--check` of a command's inputs: data, single files, models, tokenizers."""
+"""`--check` of a command's inputs: data and single files."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from dpo_jax import loss_table
 from dpo_jax.cli import model_folders
@@ -32,6 +32,7 @@ class Check:
         self.warnings: list[str] = []
         self.rows: int | None = None  # of the train split
         self.train_files: dict[str, int] | None = None  # "file NAME, bytes", as `data_report.json` names them
+        self.images: str | None = None  # the first place of the data that shows an image, as far as they were looked at
         self.decoders: dict[str, DecoderConfig] = {}  # of the models that are known, by where they come from
 
     @contextmanager
@@ -67,6 +68,12 @@ class Check:
 
 
 TEXT_SOURCES = ("snippets", "imdb")
+READ_IMAGES = ("audit", "sft", "refs", "dpo", "eval", "sample")
+"""Commands that read prompts with images."""
+NO_IMAGES = (
+    f"the prompt shows an image, and this command reads texts only ({', '.join(READ_IMAGES)} read images): leave out the "
+    "rows with images, or their content parts of type image and the column images"
+)
 
 
 def refuse_texts(config: Config) -> None:
@@ -118,7 +125,7 @@ def _source(check: Check, part: MixConfig, splits: tuple[str, ...]) -> None:
     if check.unseen("data", part.path, made_by):
         return
     if data.source == "files" and is_dataset_id(part.path):
-        _note_misspelt(check, part.path, "data.mix" if data.mix else "data.path")
+        note_misspelt(check, part.path, "data.mix" if data.mix else "data.path")
         check.tell("data", f"{name}: from the Hub or its local cache; not looked at")
         return
     with reported("looking at the data"):
@@ -151,10 +158,14 @@ def _split(check: Check, part: MixConfig, path: str, split: str) -> str:
         kind, rows = "TFDS", _tfds_rows(path, name)
         check_kind(stated, wanted, where=f"{path} [{name}]")
     else:
-        format, files = peek(path, name, format=part.format or "auto", columns=part.columns)
+        format, files, shown = peek(path, name, format=part.format or "auto", columns=part.columns)
+        if shown is not None and check.name not in READ_IMAGES:
+            raise ConfigError(f"{shown}: {NO_IMAGES}")
+        check.images = check.images or shown
         stated = FORMATS[format].rows if format in FORMATS else "pairs"
         check_kind(stated, wanted, where=f"{path} [{name}] (format {format})")
-        kind, rows = f"{format}, {files} {'file' if files == 1 else 'files'}", _rows(path, name)
+        images = ", with images" if shown is not None else ""
+        kind, rows = f"{format}{images}, {files} {'file' if files == 1 else 'files'}", _rows(path, name)
         if split == "train" and not data.mix:
             check.train_files = {f"file {file}, bytes": where.stat().st_size for file, where in _files(path, name)}
     limit = getattr(data, f"max_{split}")
@@ -183,6 +194,12 @@ def _need_tfds(check: Check, option: str) -> None:
 
 def most(rows: int, limit: int | None) -> int:
     return rows if limit is None else min(rows, limit)
+
+
+def note_misspelt(check: Check, path: str, option: str) -> None:
+    first = path.partition("/")[0]
+    if Path(first).is_dir():
+        check.warn(f"{option}: there is no folder {path}, though there is {first}/: is it misspelt? It is taken for a Hub id")
 
 
 def _tfds_rows(path: str, split: str) -> int:
@@ -234,127 +251,6 @@ def files(*options: tuple[str, Callable[[Config], str | None]]) -> Callable[[Che
                 check.tell("file", path)
 
     return look
-
-
-# Models
-
-
-def model(option: str, value: Callable[[Config], str | None], *, expected: bool = False) -> Callable[[Check], None]:
-    def look(check: Check) -> None:
-        path = value(check.config)
-        if path is None:
-            if expected:  # the start of sft
-                check.tell("model", f"new: {_sizes(check.config.model)}")
-                _remember(check, None)
-            return
-        made_by = model_folders.maker(path)
-        own = made_by is not None and Path(path) == Path(check.config.run.dir, made_by, "export")
-        _remember(check, path)
-        if not check.unseen("model", path, made_by if own else None):
-            check.tell("model", f"{path}: {_fits(check, path, option, expected=expected)}")
-
-    return look
-
-
-def _remember(check: Check, path: str | None) -> None:
-    """A model for `devices`, which may have to divide it."""
-    if decoder := model_folders.known_decoder(check.config, path):
-        check.decoders[path or "section model"] = decoder
-
-
-def _note_misspelt(check: Check, path: str, option: str) -> None:
-    first = path.partition("/")[0]
-    if Path(first).is_dir():
-        check.warn(f"{option}: there is no folder {path}, though there is {first}/: is it misspelt? It is taken for a Hub id")
-
-
-def _of_the_hub(check: Check, path: str, option: str) -> str:
-    """Words on what is no folder here and looks like the id of a Hub model."""
-    _note_misspelt(check, path, option)
-    return "from the Hub or its local cache; not looked at"
-
-
-def _sizes(model: Any) -> str:
-    return f"{model.family}, {model.layers} layers x {model.width}"
-
-
-def _fits(check: Check, path: str, option: str, *, expected: bool) -> str:
-    """Words on a model folder, once its config, tokenizer and the names of its tensors are known to go together."""
-    from dpo_jax.models.families import decoder_config
-    from dpo_jax.models.folder import adapter_base, local_folder, read_config
-    from dpo_jax.models.generation import end_tokens
-    from dpo_jax.models.tensors import contents
-    from dpo_jax.models.weights import Checkpoint
-
-    config = check.config
-    try:
-        folder = local_folder(path)
-        if folder is None:
-            return _of_the_hub(check, path, option)
-        own, base = folder, adapter_base(folder)
-        if base is not None and (folder := local_folder(base)) is None:
-            return f"an adapter of {base}, {_of_the_hub(check, base, option)}"
-        hf = read_config(folder)
-        decoder = decoder_config(hf, where=folder / "config.json")
-        with Checkpoint(folder, contents(decoder)) as checkpoint:
-            checkpoint.check_names()
-            checkpoint.check_tensor(checkpoint.contents.table[0].name, (decoder.vocab_size, decoder.width))
-        own = own if (own / "tokenizer.json").is_file() else folder
-        _check_tokenizer(Path(config.tokenizer.path or own).expanduser(), hf, end_tokens(folder, hf), decoder.vocab_size)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ConfigError(f"{option}: {error}. {model_folders.remedy(config, path)}".rstrip()) from error
-    except Unreadable as error:
-        raise Unreadable(f"{option}: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{option}: {path}: {error}") from error
-    model_folders.check_fit(config, decoder, path, expected=expected)
-    return _sizes(decoder) if base is None else f"an adapter of {base}, {_sizes(decoder)}"
-
-
-class _TokenizerFiles(NamedTuple):
-    """What the files of a tokenizer say, for `check_tokenizer`."""
-
-    vocabulary: Mapping[str, int]
-    eos_token_id: int | None
-    pad_token_id: int | None
-
-    def get_vocab(self) -> Mapping[str, int]:
-        return self.vocabulary
-
-
-def _check_tokenizer(folder: Path, hf: Mapping[str, Any], ends: list[int], vocab_size: int) -> None:
-    if not folder.is_dir():
-        return  # of the Hub
-    from dpo_jax.data.tokenizer import check_files, check_tokenizer, vocabulary_of
-
-    stated = check_files(folder)
-    if not (folder / "tokenizer.json").is_file():
-        return  # an older form, which transformers converts
-    vocabulary = vocabulary_of(folder)
-    ids: dict[str, int | None] = {}
-    for name in ("eos_token", "pad_token"):
-        token = stated.get(name)
-        ids[name] = vocabulary.get(str(token.get("content") if isinstance(token, dict) else token))
-    if ids["eos_token"] is None:  # a class of transformers may have one of its own
-        ids["eos_token"] = ends[0] if ends else 0
-    files = _TokenizerFiles(vocabulary, ids["eos_token"], ids["pad_token"])
-    check_tokenizer(files, vocab_size, eos_token_id=ends or None, pad_token_id=hf.get("pad_token_id"))
-
-
-def tokenizer(check: Check) -> None:
-    path = check.config.tokenizer.path
-    if path is not None and not check.unseen("tokenizer", path):
-        from dpo_jax.models.folder import local_folder
-
-        try:
-            if (folder := local_folder(path)) is not None:
-                _check_tokenizer(folder, {}, [], vocab_size=10**9)
-            else:
-                _of_the_hub(check, path, "tokenizer.path")
-        except Unreadable as error:
-            raise Unreadable(f"tokenizer.path: {error}") from error
-        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-            raise ConfigError(f"tokenizer.path: {error}") from error
 
 
 def judged_files(check: Check) -> None:

@@ -17,7 +17,8 @@ from dpo_jax.cli.commands.report_files import earlier_images
 from dpo_jax.cli.config import GENERATED, Config, ConfigError, load_config
 from dpo_jax.cli.preflight.devices import compiler, devices, plan, training
 from dpo_jax.cli.preflight.experiments import control, dialogue, diffusion, robust, scenes
-from dpo_jax.cli.preflight.inputs import Check, data, files, judged_files, model, most, prompts, tokenizer
+from dpo_jax.cli.preflight.inputs import Check, data, files, judged_files, most, prompts
+from dpo_jax.cli.preflight.models import model, tokenizer
 from dpo_jax.cli.preflight.online import rounds
 from dpo_jax.cli.preflight.packages import bench_packages, check_bucket, judge_packages, reward_packages, writers
 from dpo_jax.cli.preflight.scope import Scope

@@ -1,0 +1,141 @@
+"""`--check` of a command's models and tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo_jax.cli import model_folders
+from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.preflight.inputs import Check, note_misspelt
+from dpo_jax.cli.vision import check_mesh, encoder_settings, refuse_blind
+from dpo_jax.untrusted import Unreadable
+
+
+def model(option: str, value: Callable[[Config], str | None], *, expected: bool = False) -> Callable[[Check], None]:
+    def look(check: Check) -> None:
+        path = value(check.config)
+        if path is None:
+            if expected and check.images is not None:
+                raise ConfigError(f"{option}: {refuse_blind(check.images, 'a new model')}")
+            if expected:  # the start of sft
+                check.tell("model", f"new: {_sizes(check.config.model)}")
+                _remember(check, None)
+            return
+        made_by = model_folders.maker(path)
+        own = made_by is not None and Path(path) == Path(check.config.run.dir, made_by, "export")
+        _remember(check, path)
+        if not check.unseen("model", path, made_by if own else None):
+            check.tell("model", f"{path}: {_fits(check, path, option, expected=expected)}")
+
+    return look
+
+
+def _remember(check: Check, path: str | None) -> None:
+    """A model for `devices`, which may have to divide it."""
+    if decoder := model_folders.known_decoder(check.config, path):
+        check.decoders[path or "section model"] = decoder
+
+
+def _of_the_hub(check: Check, path: str, option: str) -> str:
+    """Words on what is no folder here and looks like the id of a Hub model."""
+    note_misspelt(check, path, option)
+    return "from the Hub or its local cache; not looked at"
+
+
+def _sizes(model: Any) -> str:
+    return f"{model.family}, {model.layers} layers x {model.width}"
+
+
+def _fits(check: Check, path: str, option: str, *, expected: bool) -> str:
+    """Words on a model folder, once its config, tokenizer and the names of its tensors are known to go together."""
+    from dpo_jax.models.families import decoder_config
+    from dpo_jax.models.folder import adapter_base, local_folder, read_config
+    from dpo_jax.models.generation import end_tokens
+    from dpo_jax.models.tensors import contents
+    from dpo_jax.models.weights import Checkpoint
+
+    config = check.config
+    try:
+        folder = local_folder(path)
+        if folder is None:
+            return _of_the_hub(check, path, option)
+        own, base = folder, adapter_base(folder)
+        if base is not None and (folder := local_folder(base)) is None:
+            return f"an adapter of {base}, {_of_the_hub(check, base, option)}"
+        hf = read_config(folder)
+        images = check.images is not None
+        if images:
+            _check_encoder(check, folder, hf)
+        decoder = decoder_config(hf, where=folder / "config.json", images=images)
+        with Checkpoint(folder, contents(decoder)) as checkpoint:
+            checkpoint.check_names()
+            checkpoint.check_tensor(checkpoint.contents.table[0].name, (decoder.vocab_size, decoder.width))
+        own = own if (own / "tokenizer.json").is_file() else folder
+        _check_tokenizer(Path(config.tokenizer.path or own).expanduser(), hf, end_tokens(folder, hf), decoder.vocab_size)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"{option}: {error}. {model_folders.remedy(config, path)}".rstrip()) from error
+    except Unreadable as error:
+        raise Unreadable(f"{option}: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{option}: {path}: {error}") from error
+    model_folders.check_fit(config, decoder, path, expected=expected)
+    sizes = f"{_sizes(decoder)}{', with its vision encoder' if images else ''}"
+    return sizes if base is None else f"an adapter of {base}, {sizes}"
+
+
+def _check_encoder(check: Check, folder: Path, hf: Mapping[str, Any]) -> None:
+    """Raises ValueError where the model of a folder does not read the images of the data."""
+    from dpo_jax.models.families import reads_images
+
+    check_mesh(check.config)
+    if not reads_images(hf):
+        raise ValueError(refuse_blind(str(check.images), str(folder)))
+    encoder_settings(folder, hf)
+
+
+class _TokenizerFiles(NamedTuple):
+    """What the files of a tokenizer say, for `check_tokenizer`."""
+
+    vocabulary: Mapping[str, int]
+    eos_token_id: int | None
+    pad_token_id: int | None
+
+    def get_vocab(self) -> Mapping[str, int]:
+        return self.vocabulary
+
+
+def _check_tokenizer(folder: Path, hf: Mapping[str, Any], ends: list[int], vocab_size: int) -> None:
+    if not folder.is_dir():
+        return  # of the Hub
+    from dpo_jax.data.tokenizer import check_files, check_tokenizer, vocabulary_of
+
+    stated = check_files(folder)
+    if not (folder / "tokenizer.json").is_file():
+        return  # an older form, which transformers converts
+    vocabulary = vocabulary_of(folder)
+    ids: dict[str, int | None] = {}
+    for name in ("eos_token", "pad_token"):
+        token = stated.get(name)
+        ids[name] = vocabulary.get(str(token.get("content") if isinstance(token, dict) else token))
+    if ids["eos_token"] is None:  # a class of transformers may have one of its own
+        ids["eos_token"] = ends[0] if ends else 0
+    files = _TokenizerFiles(vocabulary, ids["eos_token"], ids["pad_token"])
+    check_tokenizer(files, vocab_size, eos_token_id=ends or None, pad_token_id=hf.get("pad_token_id"))
+
+
+def tokenizer(check: Check) -> None:
+    path = check.config.tokenizer.path
+    if path is not None and not check.unseen("tokenizer", path):
+        from dpo_jax.models.folder import local_folder
+
+        try:
+            if (folder := local_folder(path)) is not None:
+                _check_tokenizer(folder, {}, [], vocab_size=10**9)
+            else:
+                _of_the_hub(check, path, "tokenizer.path")
+        except Unreadable as error:
+            raise Unreadable(f"tokenizer.path: {error}") from error
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+            raise ConfigError(f"tokenizer.path: {error}") from error

@@ -1,0 +1,41 @@
+"""What a vision encoder in a model folder must fit: its processing of images, and the mesh. Without JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.data.images import PROCESSOR, Processing, load_processing
+from dpo_jax.models.vision_config import VisionConfig, vision_settings
+
+
+def encoder_settings(folder: Path, hf: Mapping[str, Any]) -> tuple[VisionConfig, Processing]:
+    """Configuration of the encoder of `folder`, whose config.json has the content `hf`, and how images become its pixels.
+
+    Raises ValueError where the two differ in pixels or tokens.
+    """
+    found = vision_settings(hf, folder / "config.json")
+    processing = load_processing(folder, tokens=found.tokens)
+    if (processing.height, processing.width, processing.tokens) != (found.image_size, found.image_size, found.tokens):
+        without = "" if (folder / PROCESSOR).is_file() else " (which is not there; these are Gemma 3's)"
+        raise ValueError(
+            f"an image becomes {processing.height} x {processing.width} pixels and {processing.tokens} tokens by {PROCESSOR}"
+            f"{without}, and {found.image_size} x {found.image_size} and {found.tokens} by config.json"
+        )
+    return found, processing
+
+
+def check_mesh(config: Config) -> None:
+    """Raises `ConfigError` for a mesh over which rows with images cannot be cut."""
+    if config.run.devices == "mesh" and config.mesh.context > 1:
+        raise ConfigError(f"mesh.context: {config.mesh.context} cuts rows into pieces, and rows with images stay whole: use 1")
+
+
+def refuse_blind(where: str, folder: str) -> str:
+    """Words on a model that has no encoder for the image that a row shows."""
+    return (
+        f"{where}: the prompt shows an image, and {folder} has no vision encoder: name the folder of a Gemma 3 that reads "
+        "images, or leave out the rows with images"
+    )
