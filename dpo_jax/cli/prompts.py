@@ -12,8 +12,8 @@ from dpo_jax.data.columns import check_text
 from dpo_jax.data.display import Turn, chat_turns
 from dpo_jax.data.messages import read_messages
 from dpo_jax.data.pairs import BadRow, Cause
+from dpo_jax.data.special_tokens import special_tokens
 from dpo_jax.data.terminal import json_text
-from dpo_jax.data.tokenizer import special_tokens
 from dpo_jax.runtime.progress import reported
 from dpo_jax.untrusted import Unreadable, cause_of, parse_json, read_object, read_text
 
