@@ -14,6 +14,7 @@ from dpo_jax.data.encode import encode
 from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport, PreferenceSet
 from dpo_jax.data.prepare import encode_all, encode_targets
 from dpo_jax.data.sources import load_preferences
+from dpo_jax.data.template import turn_end_token
 from dpo_jax.data.tfds import read_tfds, write_tfds
 
 LIMITS = {"max_length": 1000, "max_prompt_length": 600}
@@ -259,8 +260,32 @@ def test_a_template_that_marks_the_end_of_a_conversation(last):
     assert first == "Where to?<|begin|>"
     assert second.startswith("Take the night train.")
     ids = encode(ROWS["numbers of turns differ"][0], chat_tokenizer(template), **LIMITS).chosen
-    assert (ids == 0).sum() == (ids[-1] == 0) == 1  # EOS
+    assert (ids == 0).sum() == (ids[-1] == 0) == (last == "<|im_end|>")  # EOS, where the template writes it
     assert pair.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("written", "scored"),
+    {
+        "<|begin|>\n": "<|begin|>\n",  # Gemma: its end of a turn is not EOS, and no EOS follows
+        "<|begin|>\n<|im_end|>": "<|begin|>\n<|im_end|>",  # Phi 3
+        "<|im_end|>\n": "<|im_end|>",
+        "\n": "\n<|im_end|>",  # a template without an end: EOS is appended
+        "</think>": "</think><|im_end|>",  # no special token
+    }.items(),
+)
+def test_eos_is_appended_where_a_template_ends_a_turn_in_no_special_token(written, scored):
+    tokenizer = chat_tokenizer(
+        "{% for m in messages %}<|im_start|>{{ m.content + '" + written.encode("unicode_escape").decode() + "' }}{% endfor %}"
+    )
+    row = {"prompt": ASKED, "chosen": [said("Rain.")], "rejected": [said("Sun.")]}
+    pair = encode(row, tokenizer, **LIMITS)
+    assert tokenizer.decode(pair.chosen) == "<|im_start|>Rain." + scored
+    turns = {**row, "chosen": [said("Hm."), user("So?"), said("Rain.")]}
+    several = encode(turns, tokenizer, **LIMITS)
+    assert tokenizer.decode(several.chosen).endswith("Rain." + scored)
+    first = next((token for token in ("<|begin|>", "<|im_end|>") if written.startswith(token)), None)
+    assert turn_end_token(tokenizer) == (None if first is None else tokenizer.convert_tokens_to_ids(first))
 
 
 def test_a_message_that_the_template_leaves_out_is_told(chatty):

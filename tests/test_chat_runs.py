@@ -248,7 +248,7 @@ def test_the_audit_shows_the_turns_that_are_scored(done):
     tokens = "".join(line.strip() for line in lines).replace("·", "")
     head = "<|start_header_id|>{}<|end_header_id|>\\n\\n"
     assert tokens.startswith(f"[Look.<|eot_id|>]{head.format('user')}So?")
-    assert tokens.endswith(f"{head.format('assistant')}[Yes.<|eot_id|><|endoftext|>]")
+    assert tokens.endswith(f"{head.format('assistant')}[Yes.<|eot_id|>]")
 
 
 def test_ones_own_prompts_are_rendered_as_in_training(done, tmp_path):

@@ -1,7 +1,10 @@
 """The program on preferences whose prompts show images: every command in order, a kill, devices, and what is refused."""
 
+import dataclasses
 import io
 import json
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -12,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from test_images import MARKS, TEMPLATE
 from tiny_run import _compilation_cache as _compilation_cache
 from tiny_run import _plots_once as _plots_once
-from tiny_run import call
+from tiny_run import bytes_of, call, refused
 
 from dpo_jax.data.completion_files import read_completions
 from dpo_jax.data.hash_split import is_held_out
@@ -55,7 +58,7 @@ def base_model(folder):
     hf = json.loads((FOLDER / "config.json").read_text())
     start, soft, end = (tokenizer.convert_tokens_to_ids(MARKS[n]) for n in range(3))
     hf |= {"boi_token_index": start, "image_token_index": soft, "eoi_token_index": end}
-    hf["text_config"] |= {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    hf["text_config"] |= {"vocab_size": 296, "max_position_embeddings": 256}
     model = make_model(decoder_config(hf, images=True))
     variables = jax.jit(model.init)(jax.random.key(0))
     save_hf(folder, model, variables, others=encoder_in_hf_form(*load_encoder(FOLDER)))

@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.reviews import generate_reviews
+from dpo_jax.data.special_tokens import special_tokens
 from dpo_jax.data.tokenizer import (
     LONGEST_WORD,
     check_tokenizer,
     decode_completion,
     load_tokenizer,
     save_tokenizer,
-    special_tokens,
     tokenizer_digest,
     train_tokenizer,
 )

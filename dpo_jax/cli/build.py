@@ -24,6 +24,7 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout, places_of
 from dpo_jax.data.loader import plan_layout
 from dpo_jax.data.pairs import DataReport
+from dpo_jax.data.template import turn_end_token
 from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from dpo_jax.losses import PreferenceLoss, named_loss
 from dpo_jax.models.attention_paths import attention_path, path_name
@@ -225,10 +226,11 @@ def policy_model(
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast, *paths: str) -> tuple[int, ...]:
-    """Every token at which a completion ends: the tokenizer's EOS, with which training ends them, and those of the models."""
-    eos = tokenizer.eos_token_id
+    """Every token at which a completion ends: EOS, that of a turn of the chat template, and those of the models."""
+    eos, turn = tokenizer.eos_token_id, turn_end_token(tokenizer)
     assert isinstance(eos, int)  # `policy_model` has checked tokenizer and models
-    return tuple(dict.fromkeys([eos, *(one for path in paths for one in end_tokens(path))]))
+    own = [eos] if turn is None else [eos, turn]
+    return tuple(dict.fromkeys([*own, *(one for path in paths for one in end_tokens(path))]))
 
 
 def load_weights(

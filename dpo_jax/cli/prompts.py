@@ -14,8 +14,8 @@ from dpo_jax.data.image_rows import COLUMNS, check_count, image_marks, take_imag
 from dpo_jax.data.images import ImageFile, open_image
 from dpo_jax.data.messages import read_messages
 from dpo_jax.data.pairs import BadRow, Cause
+from dpo_jax.data.special_tokens import special_tokens
 from dpo_jax.data.terminal import json_text
-from dpo_jax.data.tokenizer import special_tokens
 from dpo_jax.runtime.progress import reported
 from dpo_jax.untrusted import Unreadable, cause_of, parse_json, read_object, read_text
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.data.messages import Message, Template, call_names, read_messages, read_template
 from dpo_jax.data.pairs import BadRow, Cause, Preference, Spans, check_completion, check_pair
+from dpo_jax.data.special_tokens import ends_in_special
 from dpo_jax.data.turns import assistant_spans, boundary, refuse_rewriting
 
 SIDES = ("chosen", "rejected")
@@ -31,7 +32,8 @@ def chat_preference(
 
     `prompt=None`: the prompt is implicit, the messages that both sides begin with. The prompt is rendered with the template's
     generation prompt; a completion is the rendered whole minus the rendered prompt. An EOS token that ends the completion is
-    taken off, together with what the template puts after it: encoding appends EOS itself.
+    taken off, together with what the template puts after it: encoding appends EOS itself. Behind another end token it stays
+    (Phi 3), as encoding appends no EOS to what ends in another one (Gemma).
 
     A completion may hold several turns. Those of the assistant are what it is judged by (`Preference.chosen_spans`), turns of
     users and tools are context. Turns after the assistant's last one are left off. Where the template writes an answer
@@ -210,9 +212,10 @@ def _rendered(
 
 
 def _without_end(completion: str, tokenizer: Any) -> str:
-    if tokenizer.eos_token and completion.rstrip().endswith(tokenizer.eos_token):
-        return completion.rstrip().removesuffix(tokenizer.eos_token)
-    return completion
+    if not tokenizer.eos_token or not completion.rstrip().endswith(tokenizer.eos_token):
+        return completion
+    rest = completion.rstrip().removesuffix(tokenizer.eos_token)
+    return completion if ends_in_special(rest, tokenizer) else rest
 
 
 def _parted(

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo_jax.data.rendering import render
+from dpo_jax.data.special_tokens import special_tokens
 from dpo_jax.data.terminal import printable
-from dpo_jax.data.tokenizer import special_tokens
 from dpo_jax.untrusted import Unreadable
 
 Turn = dict[str, str]

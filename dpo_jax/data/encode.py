@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dpo_jax.data.columns import text as text_in
+from dpo_jax.data.special_tokens import ends_in_special
 
 Truncation = Literal["keep_end", "keep_start"]
 Bos = Literal["auto", "always", "never"]
@@ -48,7 +49,8 @@ class PromptImages:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: arrays have no single truth value, and no hash
 class Encoded:
-    """One preference as token ids. Completions end in EOS unless truncation cut it away.
+    """One preference as token ids. Completions end in EOS, or in what their chat template ends a turn with, unless truncation
+    cut it away.
 
         prompt, chosen, rejected               int32[n] each
         uid                                    names the pair in messages
@@ -140,7 +142,7 @@ def encode(
     Where the prompt and the longer completion exceed `max_length` tokens, the prompt is cut to `max_prompt_length` (keeping BOS
     and its end, or its start), and if that is not enough both completions to `max_length - max_prompt_length`.
     Raises `EosInText` when a text contains EOS itself; only in a record marked `chat` may EOS end the turns of the prompt,
-    and a completion that its template already ended gets no second one.
+    and a completion that its template already ended, in EOS or in another special token, gets no EOS besides (as in TRL).
 
     Lists of messages `{"role", "content"}` are rendered by the chat template of `tokenizer`, as in `load_preferences`. Without
     `prompt`, it is the messages that both sides begin with. `tools` and `chat_template_kwargs` reach the template, too. Of a
@@ -263,12 +265,14 @@ def cut_prompt(ids: np.ndarray, limit: int, tokenizer: Any, *, truncation: Trunc
 
 
 def _completion_ids(tokenizer: Any, text: str, name: str, *, chat: bool) -> np.ndarray:
-    """The completion's ids with exactly one EOS, at the end."""
+    """The completion's ids with exactly one EOS, at the end; with none where a chat template ends it in another token."""
     ids = token_ids(text, tokenizer)
     if chat and tokenizer.eos_token_id in ids:
         end = int(np.argmax(ids == tokenizer.eos_token_id))
         if not tokenizer.decode(ids[end + 1 :]).strip():  # templates like to end a turn with EOS and a newline
             ids = ids[:end]
+    elif chat and ends_in_special(text, tokenizer):
+        return ids
     _refuse_eos(ids, tokenizer, name)
     return np.append(ids, np.int32(tokenizer.eos_token_id))
 
@@ -276,14 +280,15 @@ def _completion_ids(tokenizer: Any, text: str, name: str, *, chat: bool) -> np.n
 def _spans_ids(tokenizer: Any, text: str, name: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     """Ids of a completion of several turns, EOS at the end, and which are scored: those that begin in one of `spans`, and EOS.
 
-    EOS may end each turn: its template has written it there.
+    EOS may end each turn: its template has written it there. None is added where the template ends turns in another token.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{name}: of several turns only a fast tokenizer (tokenizer.json) can tell the assistant's tokens")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
     own = np.flatnonzero(ids == tokenizer.eos_token_id)
-    if len(own) and not tokenizer.decode(ids[own[-1] + 1 :]).strip():  # its template has ended it already
+    ended = bool(len(own)) and not tokenizer.decode(ids[own[-1] + 1 :]).strip()  # by its template
+    if ended:
         ids, offsets = ids[: own[-1]], offsets[: own[-1]]
     begins, ends = offsets.T
     # A blank token has no width with tokenizers that take blanks off: it begins where the one before it ends.
@@ -291,7 +296,9 @@ def _spans_ids(tokenizer: Any, text: str, name: str, spans: Sequence[tuple[int, 
     scored = np.zeros(len(ids), bool)
     for begin, end in spans:
         scored |= (begin <= begins) & (begins < end)
-    return np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(scored, True)
+    if ended or not ends_in_special(text, tokenizer):
+        return np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(scored, True)
+    return ids, scored
 
 
 def _refuse_eos(ids: np.ndarray, tokenizer: Any, name: str) -> None:

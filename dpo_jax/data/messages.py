@@ -13,7 +13,7 @@ from dpo_jax.data.columns import check_text, text
 from dpo_jax.data.image_rows import Place
 from dpo_jax.data.pairs import BadRow, Cause, DataError, check_length
 from dpo_jax.data.rendering import Refused, render
-from dpo_jax.data.tokenizer import special_tokens
+from dpo_jax.data.special_tokens import special_tokens
 from dpo_jax.untrusted import parse_json
 
 Message = dict[str, Any]

@@ -183,6 +183,9 @@ class _Remembering:
         self._plain = functools.lru_cache(maxsize=8)(plain)
         self._with_special = functools.lru_cache(maxsize=1)(tokenizer.__call__)  # `encode.adds_bos` always asks for one text
 
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
     def __call__(self, text: str, **options: Any) -> Any:
         if options == {"add_special_tokens": False}:
             return self._plain(text)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from dpo_jax.data import rendering
 from dpo_jax.data.chat_date import at_date
+from dpo_jax.data.special_tokens import special_tokens
 
 Handling = Literal["kept", "dropped", "refused"]
 
@@ -43,6 +44,16 @@ def template_parts(tokenizer: Any) -> TemplateParts | None:
         reasoning=_reasoning(render),
         trims=None if spaced is None else "  ASKED  " not in spaced,
     )
+
+
+def turn_end_token(tokenizer: Any) -> int | None:
+    """The special token with which the chat template ends an assistant's last turn; None if it does not, or there is none."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    answered = _Renderer(tokenizer)([_user("ASKED"), _assistant("ANSWERED")]) or ""
+    after = answered.rpartition("ANSWERED")[2].strip()
+    token = next((token for token in special_tokens(tokenizer) if after.startswith(token)), None)
+    return None if token is None else int(tokenizer.convert_tokens_to_ids(token))
 
 
 class _Renderer:

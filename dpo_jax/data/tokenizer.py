@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dpo_jax.data.special_tokens import special_tokens
 from dpo_jax.data.tokenizer_steps import check_steps
 from dpo_jax.models.folder import refuse_adapter
 from dpo_jax.untrusted import LIMITS, Unreadable, check_name, read_object, reading
@@ -197,18 +197,6 @@ def decode_completion(
     whole = tokenizer.decode(np.concatenate([prompt, completion]).astype(np.int32), **options)
     # A prompt may end, or a completion begin, inside a character.
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(completion, **options)
-
-
-def special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Every special token, also those without a role, such as Llama 3's `<|start_header_id|>`, which templates write."""
-    return _special_tokens(tokenizer, len(tokenizer), tuple(tokenizer.all_special_tokens))
-
-
-@functools.lru_cache(maxsize=8)
-def _special_tokens(tokenizer: Any, size: int, with_role: tuple[str, ...]) -> tuple[str, ...]:
-    # Cached: a list of some hundred tokens is asked for with every message. `size` and `with_role` notice an added token.
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(dict.fromkeys([*with_role, *added]))
 
 
 def check_files(folder: Path) -> dict[str, Any]:

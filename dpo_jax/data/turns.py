@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from dpo_jax.data.messages import Message, Template, call_names
 from dpo_jax.data.pairs import BadRow, Cause
-from dpo_jax.data.tokenizer import special_tokens
+from dpo_jax.data.special_tokens import special_tokens
 
 
 def assistant_spans(

@@ -19,6 +19,7 @@ from dpo_jax.cli.card import dpo_card, sft_card, with_digest
 from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.cli.model_folders import refuse_foreign
 from dpo_jax.cli.trained import Trained, trained
+from dpo_jax.data.template import turn_end_token
 from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.models.adapter import write_adapter
 from dpo_jax.models.checkpoint_stream import assemble
@@ -244,12 +245,15 @@ def _write_beside(folder: Path, tokenizer: Any, card: str | None) -> None:
     save_tokenizer(tokenizer, folder)
     served = generation_config(folder) or {}
     ends = eos_ids(served, folder)
-    if ends and tokenizer.eos_token_id not in ends:
-        print(
-            f"note: generation_config.json stops at {ends}, and not at {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), "
-            "with which training ends every completion: whoever serves the model must add it",
-            flush=True,
-        )
+    turn = turn_end_token(tokenizer)
+    for token, why in ((tokenizer.eos_token_id, "training ends completions"), (turn, "the chat template ends turns")):
+        if ends and token not in {None, *ends}:
+            name = tokenizer.convert_ids_to_tokens(token)
+            print(
+                f"note: generation_config.json stops at {ends}, and not at {name!r} ({token}), with which {why}: "
+                "whoever serves the model must add it",
+                flush=True,
+            )
     if card is not None:
         write_text(folder / "README.md", with_digest(card, folder))
 
