@@ -108,6 +108,8 @@ def check_fit(config: Config, decoder: DecoderConfig, path: str, *, expected: bo
         return
     for name in ("family", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "vocab_size"):
         want, have = getattr(config.model, name), getattr(decoder, name)
+        if name == "family" and decoder.image_width:
+            have = f"{have}_text"  # as the sizes in `model` call it, which are those of its text model
         if want is not None and want != have:
             raise ConfigError(f"model.{name}: {want} is expected, but {path} has {have}; correct one of them")
 
