@@ -120,6 +120,21 @@ LONG = {
     "cli_dialogue": ("test_dialogue",),
     "cli_robust": ("test_noise", "test_shift", "test_overoptimisation"),
     "cli_diffusion": ("test_digits",),
+    "image_runs": (
+        *(
+            "test_bad_images",
+            "test_a_run_starts",
+            "test_the_encoder_is_exported",
+            "test_prompts_with_images",
+            "test_prompts_of",
+        ),
+        *("test_a_killed_run", "test_an_image_that_changes", "test_however_it_is_run", "test_an_adapter", "test_sft_scores"),
+        *("test_a_model_without", "test_what_does_not_fit", "test_texts_alone"),
+        *(
+            f"test_commands_for_texts_refuse_the_first_image[{name}"
+            for name in ("ppo", "online", "frontier", "label", "reward")
+        ),
+    ),
     "images_model": ("test_what_is_sampled", "test_devices_take_the_same_step[pmap"),
     "context": (
         "test_memory_does_not_grow",

@@ -243,7 +243,7 @@ def test_however_it_is_run_it_is_one_run(done, tmp_path, way):
     result = call("dpo", folder / "images.yaml", "--run.dir", tmp_path, "--dpo.policy", folder / "run/sft/export", *WAYS[way])
     assert result.code == 0, result
     ours, theirs = (last_evaluation(run / "dpo") for run in (tmp_path, folder / "run"))
-    for name in ("eval/loss", "eval/margin", "eval/displacement/chosen"):
+    for name in ("eval/loss", "eval/rewards/margins", "eval/displacement/chosen"):
         assert ours[name] == pytest.approx(theirs[name], abs=2e-4), name
 
 
@@ -261,6 +261,23 @@ def test_an_adapter_is_trained_beside_what_reads_images(done, tmp_path):
     assert encoder_digest(tmp_path / "whole") == encoder_digest(folder / "base")
 
 
+def test_preferences_are_enough(made, tmp_path):
+    """A model and data are named, and no more: from the audit to the export."""
+    flags = ("--run.dir", tmp_path, "--dpo.policy", made / "base")
+    told = call("audit", made / "images.yaml", *flags[:2]).out
+    assert "dropped, bad_image" in told
+    assert "different images in prompts" in told
+    assert not (tmp_path / "features").exists()  # the audit reads no encoder
+    result = call("dpo", made / "images.yaml", *flags)
+    assert result.code == 0, result
+    assert "20 of 22 prompts show images: 4 tokens each" in result.out
+    rows = read_metrics(tmp_path / "dpo/metrics.jsonl")
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert encoder_digest(tmp_path / "dpo/export") == encoder_digest(made / "base")
+    before, after = (load_hf(path, images=True)[1]["params"] for path in (made / "base", tmp_path / "dpo/export"))
+    assert np.abs(before["image_kernel"] - after["image_kernel"]).max() > 1e-4
+
+
 def test_sft_scores_whole_texts_but_no_tokens_of_images(made, tmp_path):
     result = call("sft", made / "images.yaml", "--run.dir", tmp_path, "--sft.scored", "all")
     assert result.code == 0, result
@@ -271,10 +288,10 @@ def test_sft_scores_whole_texts_but_no_tokens_of_images(made, tmp_path):
 @pytest.mark.parametrize("command", ["ppo", "online", "frontier", "label", "reward-model", "prepare"])
 def test_commands_for_texts_refuse_the_first_image(made, tmp_path, command):
     flags = {
-        "ppo": ("--frontier.reward", "vader"),
-        "online": ("--frontier.reward", "vader"),
-        "label": ("--frontier.reward", "vader"),
-        "frontier": ("--frontier.reward", "vader"),
+        "ppo": ("--frontier.reward", "hf", "--frontier.classifier", "none"),
+        "online": ("--frontier.reward", "hf", "--frontier.classifier", "none"),
+        "label": ("--frontier.reward", "hf", "--frontier.classifier", "none"),
+        "frontier": ("--frontier.reward", "hf", "--frontier.classifier", "none"),
     }
     start = () if command == "prepare" else ("--dpo.policy", made / "base")
     options = ("--run.dir", tmp_path, *start, *flags.get(command, ()))
