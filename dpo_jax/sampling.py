@@ -58,9 +58,11 @@ def left_pad_images(
     most image tokens of a prompt.
     """
     largest = max((one for one in prompts if one is not None), key=lambda one: one.columns, default=None)
-    if largest is None and image_shape is None:
-        return None
-    found = ImageRows(len(prompts), columns, *(image_shape or (largest.columns, largest.width)))
+    if image_shape is None:
+        if largest is None:
+            return None
+        image_shape = largest.columns, largest.width
+    found = ImageRows(len(prompts), columns, *image_shape)
     for row, (one, length) in enumerate(zip(prompts, np.asarray(lengths).tolist(), strict=True)):
         if one is not None:
             found.place(row, columns - length, one)

@@ -89,7 +89,7 @@ class Completer:
                 filled = [*prompts[here], *[longest] * shape.prompts][: shape.prompts]
                 tokens, lengths = left_pad(filled, multiple_of=columns)
                 of_prompt = keys[start : start + size].reshape(shape.prompts, shape.completions, -1)
-                rows = {"tokens": tokens[mine], "lengths": lengths[mine], "keys": of_prompt[mine]}
+                rows: dict[str, Any] = {"tokens": tokens[mine], "lengths": lengths[mine], "keys": of_prompt[mine]}
                 if largest is not None:
                     shown = [*images[here], *[None] * shape.prompts][: shape.prompts][mine]
                     image_shape = largest.columns, largest.width

@@ -158,7 +158,7 @@ class Encoder(NamedTuple):
     batch: int
 
 
-def on_devices(encoder: Variables, config: VisionConfig, devices: Sequence[jax.Device]) -> Encoder:
+def on_devices(encoder: Variables, config: VisionConfig, devices: Sequence[Any]) -> Encoder:
     """The encoder on devices of this host.
 
     It takes as many images at a time for each device as keep its attention scores, which are not cut into blocks, within

@@ -123,9 +123,9 @@ def _draw(
     repeats: int,
 ) -> list[dict[str, Any]]:
     """`repeats` completions of each prompt, those of a prompt side by side."""
-    every, shown = ([one for one in of for _ in range(repeats)] for of in (prompts, images))
+    places = np.repeat(np.arange(len(prompts)), repeats)
     try:
-        samples = complete(variables, every, key, images=shown)
+        samples = complete(variables, [prompts[i] for i in places], key, images=[images[i] for i in places])
     except ValueError as error:
         raise ConfigError(f"sample: {error}") from error
     return [
