@@ -24,7 +24,7 @@ from dpo_jax.models.folder import ADAPTER
 from dpo_jax.models.generation import GENERATION, generation_config
 from dpo_jax.models.lora import LORA, WRITES, Lora, modules, outputs
 from dpo_jax.models.tensor_layouts import Layout
-from dpo_jax.models.tensors import canonical_name, tensors
+from dpo_jax.models.tensors import canonical_name, module_name, tensors
 from dpo_jax.models.weights import open_safetensors
 from dpo_jax.types import Variables
 from dpo_jax.untrusted import Unreadable, read_object, read_text, reading
@@ -256,7 +256,7 @@ def write_adapter(
         "bias": "none",
         "fan_in_fan_out": _is_transposed(config),
         "init_lora_weights": True,
-        "target_modules": sorted(ranks),
+        "target_modules": _targets(sorted(ranks), config),
         "rank_pattern": own,
         "alpha_pattern": {name: alphas[name] for name in own},
     }
@@ -302,7 +302,7 @@ def _in_peft_form(
                 blocks.append(block.T if kernel in WRITES else block)
             b = layouts[f"{hf}.weight"].to_hf(blocks)
             b = b.T if _is_transposed(config) else b
-            module = f"base_model.model.{hf.format(layer)}"
+            module = f"base_model.model.{module_name(hf.format(layer), config)}"
             for part, array in (("A", a), ("B", b)):
                 tensors_[f"{module}.lora_{part}.weight"] = np.ascontiguousarray(array.astype(dtype))
     return tensors_, ranks
@@ -313,6 +313,13 @@ def _short(hf: str, config: DecoderConfig) -> str:
     parts = hf.split(".")
     alone = sum(other.rpartition(".")[2] == parts[-1] for other in modules(config)) == 1
     return parts[-1] if alone else ".".join(parts[-2:])
+
+
+def _targets(names: list[str], config: DecoderConfig) -> list[str] | str:
+    """The modules that are adapted: ends of their names, or a pattern where a vision encoder has modules of the same names."""
+    if not config.image_width:
+        return names
+    return rf".*\.language_model\..*\.({'|'.join(map(re.escape, names))})"
 
 
 def _is_transposed(config: DecoderConfig) -> bool:

@@ -59,3 +59,8 @@ def canonical_name(name: str, config: DecoderConfig) -> str | None:
     if known is None or known.startswith((family.trunk, "lm_head.", "embed_out.")):
         return known
     return family.trunk + known
+
+
+def module_name(name: str, config: DecoderConfig) -> str:
+    """The name of a module as transformers 5 has it, of the one in a checkpoint: that of a Gemma 3 with images differs."""
+    return re.sub(r"^language_model\.model\.", "model.language_model.", name) if config.image_width else name

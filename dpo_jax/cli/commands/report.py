@@ -16,7 +16,7 @@ from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.data.terminal import printable
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.digest import WeightsDigest
-from dpo_jax.models.families import decoder_config
+from dpo_jax.models.families import decoder_config, reads_images
 from dpo_jax.models.folder import config_folder
 from dpo_jax.models.hf import load_config as load_model_config
 from dpo_jax.models.hf import read_weights
@@ -166,7 +166,8 @@ def _weights(runs: Sequence[RunRecord], *, digests: bool) -> tuple[list[str], Se
 
 def weights_digest_of(folder: Path) -> str:
     """The digest of a model folder, as `eval` writes it down. One tensor at a time is in memory."""
-    model, digest = make_model(decoder_config(load_model_config(folder), where=folder / "config.json")), WeightsDigest()
+    hf, digest = load_model_config(folder), WeightsDigest()
+    model = make_model(decoder_config(hf, where=folder / "config.json", images=reads_images(hf)))
     for _ in read_weights(folder, model, digest=digest):
         pass
     return digest.hexdigest()
