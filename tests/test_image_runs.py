@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_images import MARKS, TEMPLATE
 from tiny_run import _compilation_cache as _compilation_cache
@@ -165,6 +166,13 @@ def test_the_encoder_is_exported_as_it_was(done):
         assert 'pipeline_tag: "image-text-to-text"' in (export / "README.md").read_text()
 
 
+def test_the_report_knows_the_weights(done):
+    folder, _ = done
+    result = call("report", folder / "run")
+    assert result.code == 0, result
+    assert "as it lies here: it was trained" not in (folder / "run/report/report.md").read_text()
+
+
 def test_prompts_with_images_are_completed_and_shown(done):
     folder, printed = done
     lines = [json.loads(line) for line in printed["sample"].splitlines()]
@@ -256,6 +264,12 @@ def test_an_adapter_is_trained_beside_what_reads_images(done, tmp_path):
     judged = json.loads((tmp_path / "eval/report.json").read_text())["policy"]
     assert judged["loss"] == pytest.approx(last_evaluation(tmp_path / "dpo")["eval/loss"], abs=1e-4)
     assert abs(judged["loss"] - np.log(2)) > 1e-3
+    settings = json.loads((tmp_path / "dpo/export/adapter_config.json").read_text())
+    with safe_open(tmp_path / "dpo/export/adapter_model.safetensors", "np") as file:
+        modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in file.keys()}  # noqa: SIM118
+    assert modules == {name for name in modules if name.startswith("model.language_model.layers.")}
+    assert all(re.fullmatch(settings["target_modules"], name) for name in modules)  # as PEFT looks for them
+    assert not re.fullmatch(settings["target_modules"], "model.vision_tower.encoder.layers.0.self_attn.q_proj")
     merged = call("export", folder / "images.yaml", "--run.dir", tmp_path, "--export.merge", "--export.out", tmp_path / "whole")
     assert merged.code == 0, merged
     assert encoder_digest(tmp_path / "whole") == encoder_digest(folder / "base")
