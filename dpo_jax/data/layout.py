@@ -106,20 +106,23 @@ def packed_rows(encoded: Sequence[Encoded], *, length: int, pairs_per_row: int =
     return layout.rows(encoded, ref_logps=ref_logps)
 
 
-def completion_rows(completions: Sequence[Text], *, length: int, per_row: int = 1) -> Rows:
+def completion_rows(
+    completions: Sequence[Text], *, length: int, per_row: int = 1, image_shape: tuple[int, int] = (0, 0)
+) -> Rows:
     """Single completions after their prompts, `per_row` to a row at most: what supervised fine-tuning reads.
 
     `completions` are (prompt, completion), int32[n] token ids each, and where not all tokens of the completion count, bool[n].
     R rows of L = `length` tokens, one slot a completion. With `per_row` above 1, R is as few as fit, and `rows.index` int32[E]
-    tells the order. Without a prompt the first token is not scored. Raises ValueError for one that does not fit, has no tokens,
-    or holds what is no token id; TypeError for pairs.
+    tells the order. `image_shape` as in `Layout`, where prompts show images. Without a prompt the first token is not scored.
+    Raises ValueError for one that does not fit, has no tokens, or holds what is no token id; TypeError for pairs.
 
     >>> rows = completion_rows([(np.int32([5, 6]), np.int32([7, 0]))], length=8)
     >>> rows.tokens.tolist(), completion_lengths(rows).tolist()
     ([[5, 6, 7, 0, 0, 0, 0, 0]], [[2.0]])
     """
     check_completions(completions)
-    return Layout("packed" if per_row > 1 else "plain", length=length, scored=length, per_row=per_row).rows(completions)
+    kind = "packed" if per_row > 1 else "plain"
+    return Layout(kind, length=length, scored=length, per_row=per_row, image_shape=image_shape).rows(completions)
 
 
 def ranking_rows(rankings: Sequence[Ranking], *, length: int, ref_logps: Array | None = None, at_least: int = 0) -> Rows:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dpo_jax.data.encode import PromptImages, image_bytes
-from dpo_jax.data.layout import Completion, Layout
+from dpo_jax.data.layout import Completion, completion_rows
 from dpo_jax.data.loader import image_shape_of, round_up
 from dpo_jax.data.tokenizer import decode_completion
 from dpo_jax.runtime.progress import reported
@@ -201,7 +201,7 @@ def map_completions(
             mine = filled[part * batch // parts : (part + 1) * batch // parts]
             width = round_up(sizes[here].max(), WIDTHS)
             width = width if length is None else min(width, length)
-            rows = Layout("plain", length=width, scored=width, image_shape=image_shape).rows(mine)
+            rows = completion_rows(mine, length=width, image_shape=image_shape)
             found.append(compiled(variables, rows))
             task.advance(len(here))
     back = np.argsort(order)
