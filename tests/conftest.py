@@ -128,7 +128,14 @@ LONG = {
             "test_prompts_with_images",
             "test_prompts_of",
         ),
-        *("test_a_killed_run", "test_an_image_that_changes", "test_however_it_is_run", "test_an_adapter", "test_sft_scores"),
+        *(
+            "test_a_killed_run",
+            "test_an_image_that_changes",
+            "test_however_it_is_run",
+            "test_a_policy_is",
+            "test_an_adapter",
+            "test_sft_scores",
+        ),
         *("test_the_report", "test_a_model_without", "test_what_does_not_fit", "test_texts_alone"),
         *(
             f"test_commands_for_texts_refuse_the_first_image[{name}"

@@ -255,6 +255,21 @@ def test_however_it_is_run_it_is_one_run(done, tmp_path, way):
         assert ours[name] == pytest.approx(theirs[name], abs=2e-4), name
 
 
+@pytest.mark.parametrize("way", ["pmap", "mesh"])
+def test_a_policy_is_measured_and_sampled_on_devices(done, tmp_path, way):
+    folder, printed = done
+    named = ("--eval.policy", folder / "run/dpo/export", "--dpo.policy", folder / "run/sft/export")
+    result = call("eval", folder / "images.yaml", "--run.dir", tmp_path, *named, *WAYS[way])
+    assert result.code == 0, result
+    ours, theirs = (json.loads((run / "eval/report.json").read_text())["policy"] for run in (tmp_path, folder / "run"))
+    for name in ("loss", "kl"):
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-3), name
+    drawn = call("sample", folder / "images.yaml", "--sample.policy", folder / "run/dpo/export", *WAYS[way]).out
+    assert [json.loads(line)["completion"] for line in drawn.splitlines()] == [
+        json.loads(line)["completion"] for line in printed["sample"].splitlines()
+    ]
+
+
 def test_an_adapter_is_trained_beside_what_reads_images(done, tmp_path):
     folder, _ = done
     flags = ("--run.dir", tmp_path, "--dpo.policy", folder / "run/sft/export", "--lora.rank", 2, "--dpo.lr", 0.1)
