@@ -153,7 +153,7 @@ LONG = {
     "cli_scenes": ("test_scenes",),
     "diffusion": (
         *("test_the_loss_is_the_papers_in_float64[elbo", "test_devices_and_microbatches_change_nothing[pmap"),
-        *("test_training_ends", "test_the_bound_of_many_draws"),
+        *("test_training_ends", "test_with_eight_draws", "test_the_bound_of_many_draws"),
     ),
     "cli_resume": (
         "test_sigterm_saves",

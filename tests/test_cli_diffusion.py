@@ -56,6 +56,7 @@ def test_what_is_refused(tmp_path):
     for flag, value, words in (
         ("--diffusion.loss", "sft", "must be one of dpo"),
         ("--diffusion.betas", "0.1,x", "different numbers above 0"),
+        ("--diffusion.gaussian-draws", "1,3", "whole numbers, 1 or even, above 0"),
         ("--diffusion.width", "10", "multiple of twice the heads (4)"),
         ("--diffusion.label-dropout", "1", "a share in [0, 1)"),
     ):

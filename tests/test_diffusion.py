@@ -279,15 +279,55 @@ def test_training_ends_at_the_optimum_of_its_bound():
     assert expected.std > 1.15 * aim.std  # the bound of one draw hardly moves the variance
 
 
+def test_with_eight_draws_training_ends_within_two_percent_of_the_tilted_optimum():
+    data, reward = Normal(0.5, 0.8), Reward(1.0, -0.8)
+    tx = make_optimizer(
+        make_schedule("cosine", 0.04, warmup_steps=0, total_steps=500), name="adamw", max_grad_norm=None, b2=0.99
+    )
+    found = train_gaussian(data, reward, beta=1.0, schedule=cosine_schedule(500), tx=tx, draws=8, steps=500, batch=1024, seed=1)
+    aim = tilted(data, reward, beta=1.0)
+    np.testing.assert_allclose([found.mean, found.std**2], [aim.mean, aim.std**2], rtol=0.02)
+
+
 def test_the_bound_of_many_draws_nears_the_tilted_optimum():
     data, reward = Normal(0.5, 0.8), Reward(1.0, -0.8)
     aim = tilted(data, reward, beta=1.0)
-    for steps, within in ((20, 0.08), (120, 0.015)):
-        found = bound_optimum(data, reward, beta=1.0, schedule=cosine_schedule(steps), tight=True, nodes=10)
+    for steps, draws, within in ((20, 40, 0.08), (120, 8, 0.015), (120, 240, 0.015)):
+        found = bound_optimum(data, reward, beta=1.0, schedule=cosine_schedule(steps), draws=draws, nodes=10)
         np.testing.assert_allclose(found, aim, rtol=within)
     assert abs(found.std / aim.std - 1) > 1e-3  # 120 steps are no integral yet
     with pytest.raises(ValueError, match="no variance"):
         tilted(data, Reward(0.0, 2.0), beta=1.0)
+
+
+def test_draws_of_a_pair_are_antithetic_in_noise_and_systematic_in_time():
+    uid, epoch = np.arange(4000, dtype=np.int32), np.zeros(4000, np.int32)
+    noise, times = (np.asarray(part) for part in draw(uid, epoch, shape=(2,), steps=10, draws=5))
+    np.testing.assert_array_equal(noise[:, :4:2], -noise[:, 1::2])
+    np.testing.assert_array_equal((times - times[:, :1]) % 10, np.tile([0, 0, 3, 3, 6], (4000, 1)))
+    for each in times.T:  # so the mean over draws has no bias
+        np.testing.assert_allclose(np.bincount(each, minlength=10) / 4000, 0.1, atol=0.02)
+    np.testing.assert_allclose([noise.mean(), noise.std()], [0, 1], atol=0.02)
+
+
+def test_draws_at_all_times_leave_nothing_to_chance():
+    schedule, policy, data = cosine_schedule(12), Normal(0.9, 0.6), Normal(0.5, 0.8)
+    images, zeros = np.random.default_rng(0).normal(0.5, 0.8, (6, 2, 1)).astype(np.float32), np.zeros(6, np.int32)
+    pairs = ImagePairs(images, zeros, np.arange(6, dtype=np.int32), zeros, np.ones(6, np.float32))
+    options = {"predict": functools.partial(denoise, schedule), "schedule": schedule}
+
+    @functools.partial(jax.jit, static_argnames="draws")
+    def margins(epoch, draws):
+        given = pairs.replace(epoch=pairs.epoch + epoch)
+        given = given.replace(ref_errors=pair_errors(data.variables(), given, draws=draws, **options))
+        loss = functools.partial(dpo_loss, beta=1.0)
+        found = diffusion_dpo_objective(policy.variables(), given, loss=loss, weighting="elbo", **options)
+        return found[1]["rewards/margins"]
+
+    np.testing.assert_allclose(margins(0, 24), margins(1, 24), atol=1e-4)
+    assert not np.isclose(margins(0, 2), margins(1, 2), atol=1e-3).any()
+    with pytest.raises(ValueError, match="1 or an even number"):
+        bound_optimum(data, Reward(1.0), beta=1.0, schedule=schedule, draws=3)
 
 
 MODULES = [getattr(dpo_jax.diffusion, name) for name in ("gaussian", "samplers", "schedule", "step")]

@@ -23,7 +23,7 @@ from dpo_jax.losses import dpo_loss
 from dpo_jax.step import init_state
 
 STEPS, PAIRS = 4, 64
-EXPECTED = (0.69314748, 0.67253745, 0.65290809, 0.6341669)  # float32 on a CPU
+EXPECTED = (0.69314748, 0.66362429, 0.63694298, 0.61306965)  # float32 on a CPU
 BAR = 1e-5  # of losses in float32
 
 

@@ -86,14 +86,16 @@ def bound_loss(
     beta: float,
     schedule: Schedule,
     weighting: Weighting = "elbo",
-    tight: bool = False,
+    draws: int = 1,
     nodes: int = 24,
 ) -> jax.Array:
     """The expected loss of Diffusion-DPO at a policy `params` = (mean, log std), by Gauss-Hermite quadrature. float[].
 
-    Pairs are two draws of the data, labelled by Bradley and Terry; each has one noise and one time. `tight`: with the mean over
-    noise and time inside the log-sigmoid, the limit of many draws.
+    Pairs are two draws of the data, labelled by Bradley and Terry. `draws` is 1 or even, as `dpo_jax.diffusion.step.draw` makes
+    them. 2 T draws are at all T times: then nothing is left to chance, and the whole mean is inside the log-sigmoid.
     """
+    if draws != 1 and draws % 2:
+        raise ValueError(f"draws={draws}: 1 or an even number is expected, in which the noise cancels")
     points, weights = np.polynomial.hermite_e.hermegauss(nodes)
     weights = weights / weights.sum()
     first, second = (data.mean + data.std * grid for grid in np.meshgrid(points, points, indexing="ij"))
@@ -108,12 +110,13 @@ def bound_loss(
 
     scale = _wide(schedule.steps * schedule.weights(weighting))
     margins = -beta * scale * (apart(first) - apart(second))
-    if tight:
-        margins = (margins.mean(axis=0) * weights[:, None, None]).sum(axis=0)[None, None]
+    if draws > 1:  # that of e and -e is free of e: all that is even in e is the same for both images
+        free = (margins * weights[None, :, None, None]).sum(axis=1)
+        margins = jnp.tensordot(_spaced(schedule.steps, draws // 2), free, axes=1)[:, None]
     wins = jax.nn.sigmoid(jnp.asarray(_value(reward, first) - _value(reward, second)))[None, None]
     losses = -wins * jax.nn.log_sigmoid(margins) - (1 - wins) * jax.nn.log_sigmoid(-margins)
     over_pairs = (losses * (weights[:, None] * weights[None])[None, None]).sum(axis=(2, 3)).mean(axis=0)
-    return over_pairs[0] if tight else (over_pairs * weights).sum()
+    return over_pairs[0] if draws > 1 else (over_pairs * weights).sum()
 
 
 def bound_optimum(
@@ -123,13 +126,13 @@ def bound_optimum(
     beta: float,
     schedule: Schedule,
     weighting: Weighting = "elbo",
-    tight: bool = False,
+    draws: int = 1,
     nodes: int = 24,
     iterations: int = 60,
 ) -> Normal:
     """The policy that minimises `bound_loss`, by damped Newton steps in float64."""
     with jax.enable_x64(True):
-        options = {"beta": beta, "schedule": schedule, "weighting": weighting, "tight": tight, "nodes": nodes}
+        options = {"beta": beta, "schedule": schedule, "weighting": weighting, "draws": draws, "nodes": nodes}
         value = jax.jit(functools.partial(bound_loss, data=data, reward=reward, **options))
         gradient, curvature = jax.jit(jax.grad(value)), jax.jit(jax.hessian(value))
         params = np.array([data.mean, math.log(data.std)])
@@ -196,6 +199,14 @@ def _line(signal: Array, noise: Array, mean: Array | float, log_std: Array | flo
     """Slope and offset of the exact denoiser."""
     slope = noise / (signal**2 * jnp.exp(2 * log_std) + noise**2)
     return slope, -slope * signal * mean
+
+
+def _spaced(steps: int, count: int) -> np.ndarray:
+    """Means over `count` times at equal distances, from each start: float64[steps, steps]."""
+    means = np.zeros((steps, steps))
+    for apart in np.arange(count) * steps // count:
+        means[np.arange(steps), (np.arange(steps) + apart) % steps] += 1 / count
+    return means
 
 
 def _wide(values: Array) -> jax.Array:

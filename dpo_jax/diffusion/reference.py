@@ -47,7 +47,8 @@ class DiffusionReferences:
         batch: int = 256,
     ) -> None:
         self._compute, self._draws, self._batch = compute, draws, batch
-        named = {"what": "squared errors of diffusion noise", "draws": draws, **identity}
+        kind = draws if draws == 1 else f"{draws}, antithetic and systematic"
+        named = {"what": "squared errors of diffusion noise", "draws": kind, **identity}
         self._cache = None if folder is None else ReferenceCache(folder, named)
 
     def of(self, pairs: ImagePairs) -> ImagePairs:
