@@ -32,7 +32,7 @@ def chatty():
 def prompts(folder, tokenizer, *rows, chat=True, name="p.jsonl"):
     file = folder / name
     file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-    return prompts_of_file(str(file), tokenizer, chat=chat)
+    return [prompt._replace(uid="") for prompt in prompts_of_file(str(file), tokenizer, chat=chat)]
 
 
 def test_texts_are_turns_of_a_chat_model_and_messages_always(chatty, tmp_path):

@@ -12,8 +12,6 @@ from typing import Any
 from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config import Config, ConfigError, TrainingConfig
 from dpo_jax.data.chat_date import writes_date
-from dpo_jax.data.encode import image_bytes
-from dpo_jax.data.layout import Example, images_of
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.training.fingerprint import HELD_OUT, RunMismatch
@@ -58,12 +56,6 @@ def data_record(config: Config, tokenizer: Any, reports: Sequence[DataReport], *
     if writes_date(tokenizer):
         record["data.date (the chat template writes it)"] = config.data.date
     return record | {f"package {name}": importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")}
-
-
-def images_record(examples: Sequence[Example]) -> dict[str, str]:
-    """A digest of the images that prompts show, in their order, for a data record; empty where they show none."""
-    shown = b"\0".join(image_bytes(images) for example in examples if (images := images_of(example)) is not None)
-    return {"images": hashlib.sha256(shown).hexdigest()} if shown else {}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from dpo_jax.cli.config.training import HIGHER
 from dpo_jax.cli.images import Vision
 from dpo_jax.cli.preflight.packages import check_bucket
 from dpo_jax.cli.trained import Trained
-from dpo_jax.data.layout import Layout, places_of
+from dpo_jax.data.encode import image_bytes
+from dpo_jax.data.layout import Example, Layout, images_of, places_of
 from dpo_jax.data.loader import batch_indices, few_shapes, plan_layout, skippable, stream, total_steps
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.prepare import data_digest
@@ -127,7 +129,7 @@ def plan_training(
         layout = plan(len(data.train), parts=parts, microbatches=skippable(section.microbatches, shards))
         held_out_layout = plan(len(data.held_out), parts=shards)
     record = identity.data_record(config, tokenizer, data.reports, held_out=data_digest(data.held_out))
-    record |= identity.images_record(data.train)
+    record |= _images_record(data.train)
     digest = data_digest(data.train)
     behind = fingerprint.behind(saved, examples=len(data.train), batch=section.batch)
     epochs = None if section.steps else section.epochs
@@ -137,6 +139,12 @@ def plan_training(
     with identity.refusing_mismatch(identity.LONGER):
         fingerprint.check_length(saved, steps=steps)
     return TrainingPlan(data, saved, layout, held_out_layout, behind, steps, epochs, digest, record)
+
+
+def _images_record(examples: Sequence[Example]) -> dict[str, str]:
+    """A digest of the images that prompts show, in their order, for a data record; empty where they show none."""
+    shown = b"\0".join(image_bytes(images) for example in examples if (images := images_of(example)) is not None)
+    return {"images": hashlib.sha256(shown).hexdigest()} if shown else {}
 
 
 def train(
