@@ -315,7 +315,7 @@ def test_all_that_reads_prompts_gives_them_the_same_bos(config, tmp_path, monkey
     class Seen(Exception):
         pass
 
-    def look(complete, variables, prompts, key, *, repeats):
+    def look(complete, variables, prompts, images, key, *, repeats):
         raise Seen([ids.tolist() for ids in prompts])
 
     monkeypatch.setattr("dpo_jax.cli.commands.sample._draw", look)

@@ -72,8 +72,7 @@ class FinishedRun:
         if not self._usable:
             return
         with contextlib.suppress(OSError, RunLocked, Unreadable), RunDir(self._folder) as run:
-            images = any(report.get("images") for report in read_object(run.data_report).values())
-            if _stamps(self._inputs or ()) == self._before and not images:  # these may lie anywhere, and change
+            if _stamps(self._inputs or ()) == self._before and not _shows_images(run):
                 write_json(self._folder / RECORD, self._present(run))
 
     def _present(self, run: RunDir) -> dict[str, Any]:
@@ -89,6 +88,14 @@ class FinishedRun:
             "outputs": _identities(outputs),
             "cards": [path.is_file() for path in (run.card, run.export / run.card.name)],
         }
+
+
+def _shows_images(run: RunDir) -> bool:
+    """Whether prompts of a run show images: files that may lie anywhere, and change."""
+    try:
+        return any(report.get("images") for report in read_object(run.data_report).values())
+    except (OSError, Unreadable, AttributeError):  # damaged: then nothing is known of any
+        return False
 
 
 def recorded(task: str, config: Config, sections: Sequence[str]) -> bool:
