@@ -123,7 +123,7 @@ def _draw(
     repeats: int,
 ) -> list[dict[str, Any]]:
     """`repeats` completions of each prompt, those of a prompt side by side."""
-    places = np.repeat(np.arange(len(prompts)), repeats)
+    places = [number for number in range(len(prompts)) for _ in range(repeats)]
     try:
         samples = complete(variables, [prompts[i] for i in places], key, images=[images[i] for i in places])
     except ValueError as error:
