@@ -132,7 +132,7 @@ def _work(config: Config, flops: PairFlops, *, batch: int, parts: int, microbatc
     if config.data.layout != "plain" and row is not None and needed > row:
         raise ConfigError(
             f"data.row_length: a row of {row} tokens cannot hold an example of {needed} (a prompt of {len(prompt)}, "
-            f"completions of {len(completion)}); set it to {needed} or more, or plan for shorter ones with plan.prompt and plan.completion"
+            f"completions of {len(completion)}); set it to {needed} or more, or set plan.prompt and plan.completion"
         )
     label = True if kind == "unpaired" else None
     pairs = [Encoded(prompt, completion, completion, uid=str(number), desirable=label) for number in range(batch)]
