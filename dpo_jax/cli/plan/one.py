@@ -118,6 +118,12 @@ def _lengths(config: Config) -> tuple[int, int]:
         raise ConfigError(
             f"plan.prompt: {prompt} and {completion} tokens of a completion do not fit data.max_length {config.data.max_length}"
         )
+    sides, row = 1 if loss_table.rows_of(config.dpo.loss) == "unpaired" else 2, config.data.row_length
+    if config.data.layout != "plain" and row is not None and (needed := prompt + sides * completion) > row:
+        raise ConfigError(
+            f"data.row_length: a row of {row} tokens cannot hold an example of {needed} (a prompt of {prompt}, completions of "
+            f"{completion}); set it to {needed} or more, or set plan.prompt and plan.completion"
+        )
     return prompt, completion
 
 
@@ -127,12 +133,6 @@ def _work(config: Config, flops: PairFlops, *, batch: int, parts: int, microbatc
     if kind == "rankings":
         raise ConfigError(
             f"dpo.loss: plan counts two completions an example, and those of {config.dpo.loss} have more; take dpo"
-        )
-    needed, row = len(prompt) + len(completion) * (1 if kind == "unpaired" else 2), config.data.row_length
-    if config.data.layout != "plain" and row is not None and needed > row:
-        raise ConfigError(
-            f"data.row_length: a row of {row} tokens cannot hold an example of {needed} (a prompt of {len(prompt)}, "
-            f"completions of {len(completion)}); set it to {needed} or more, or set plan.prompt and plan.completion"
         )
     label = True if kind == "unpaired" else None
     pairs = [Encoded(prompt, completion, completion, uid=str(number), desirable=label) for number in range(batch)]
