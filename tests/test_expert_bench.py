@@ -1,6 +1,8 @@
 """`python -m dpo_jax.bench.expert_step`: a mixture's rate beside that of a dense model."""
 
+import itertools
 import re
+import types
 
 import pytest
 
@@ -32,8 +34,8 @@ def test_slower_steps_do_not_count(monkeypatch):
     monkeypatch.setattr(expert_step, "ROUNDS", 3)
     monkeypatch.setattr(expert_step, "_stepper", lambda config: lambda: None)
     monkeypatch.setattr(expert_step, "_flops", lambda config: 10.0)
-    monkeypatch.setattr(expert_step.time, "perf_counter", lambda: next(taken))
-    ticks = iter(range(0, 100, 2))
-    monkeypatch.setattr(expert_step.time, "process_time", lambda: float(next(ticks)))
+    ticks = itertools.count(step=2.0)
+    clocks = {"perf_counter": lambda: next(taken), "process_time": lambda: next(ticks)}
+    monkeypatch.setattr(expert_step, "time", types.SimpleNamespace(**clocks))
     [rate] = expert_step.rates(expert_step._config(4, 2))
     assert rate == pytest.approx((10.0, 5.0))
