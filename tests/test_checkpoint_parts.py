@@ -1,6 +1,7 @@
 """Parts of checkpoint tensors: read slice by slice they are the parts of the whole, and hosts share the digest."""
 
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +15,7 @@ from dpo_jax.models.digest import WeightsDigest, shares
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.hf import load_config, read_weights
 from dpo_jax.models.weights import Checkpoint
+from dpo_jax.untrusted import read_bytes
 
 MODELS = GOLDEN / "models"
 
@@ -82,6 +84,15 @@ def test_hosts_that_share_a_digest_come_to_that_of_one(case):
         assert {digest for digest, _, _ in found} == {alone.hexdigest()}
         assert sum(read for _, read, _ in found) == total  # each tensor by one of them
         assert all(same for *_, same in found)
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+    (tmp_path / "index.json").write_text("{}")
+    tracemalloc.start()
+    assert read_bytes(tmp_path / "index.json") == b"{}"
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
 
 
 def test_shares_are_even():

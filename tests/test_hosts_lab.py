@@ -24,6 +24,7 @@ CONFIG = """\
 run: {{dir: {dir}, devices: mesh, save_every_steps: 100}}
 mesh: {{fsdp: 2, tensor: 2}}
 data: {{source: reviews, reviews_train: 64, reviews_test: 24, max_length: 96, max_prompt_length: 48}}
+model: {{path: {policy}}}
 dpo: {{policy: {policy}, batch: 16, lr: 1.0e-3, warmup_steps: 2}}
 frontier:
   methods: "dpo,ppo,best-of-n"
