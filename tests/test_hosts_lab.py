@@ -126,7 +126,8 @@ def test_a_frontier_on_two_processes_is_that_of_one_also_when_they_were_killed(p
     until(lambda: len(list(runs.glob("*/result.json"))) >= 2, processes)
     for process in processes:
         process.kill()
-    assert -signal.SIGKILL in [code for code, _ in end(processes)]
+    ended = end(processes)
+    assert -signal.SIGKILL in [code for code, _ in ended], ended
     kept = {file: file.read_bytes() for file in runs.glob("*/result.json")}
     assert len(kept) >= 2
     said = finished("frontier", two)
