@@ -68,7 +68,7 @@ def rates(*configs: DecoderConfig) -> list[Rate]:
 
 def _config(experts: int, taken: int) -> DecoderConfig:
     family, mlp = ("mixtral", EXPERT) if experts else ("llama", EXPERT * taken)
-    sizes = {"vocab_size": VOCABULARY, "width": WIDTH, "layers": LAYERS, "heads": HEADS, "mlp_width": mlp}
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "width": WIDTH, "layers": LAYERS, "heads": HEADS, "mlp_width": mlp}
     settings = hf_config(family, **sizes, max_positions=512, eos_token_id=0)
     return decoder_config(settings | ({"num_local_experts": experts, "num_experts_per_tok": taken} if experts else {}))
 
