@@ -110,8 +110,10 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """All of a file that is not too large to be read whole. Raises `Unreadable`, or OSError naming the file."""
     path = Path(path)
     with path.open("rb") as file:
-        LIMITS.check("file_mb", os.fstat(file.fileno()).st_size, path, what="bytes")
-        content = file.read(LIMITS.file_mb * 2**20 + 1)  # a pipe, or a file of /proc, has no size
+        size = os.fstat(file.fileno()).st_size
+        LIMITS.check("file_mb", size, path, what="bytes")
+        # A pipe, or a file of /proc, has no size. With a limit Python reserves as much memory.
+        content = file.read(-1 if size else LIMITS.file_mb * 2**20 + 1)
     LIMITS.check("file_mb", len(content), path, what="bytes or more")
     return content
 

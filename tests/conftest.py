@@ -189,6 +189,7 @@ LONG = {
         "test_a_step_on_groups_is_that_on_pairs[pmap",
     ),
     "hosts": ("test_several_processes_take", "test_a_signal_to_one_process"),
+    "hosts_lab": ("test_ppo_on_two", "test_a_frontier_on_two"),
     "implicit_rewards": ("test_swapped_sides",),
     "interrupts": ("test_a_signal_outside_of_training",),
     "judge": ("test_a_thousand_pairs_through_faults[True",),

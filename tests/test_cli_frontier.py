@@ -213,7 +213,7 @@ def test_a_sweep_that_is_killed_ends_in_the_table_of_an_uninterrupted_one(study,
         process.wait()
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "of 6 runs are finished already" in done.stdout
+    assert "of 7 runs are finished already" in done.stdout
     results = [(folder / "frontier" / "results.jsonl").read_text().splitlines() for folder in (root / "run", run)]
     whole, pieced = ([json.loads(row) | {"seconds": 0} for row in rows] for rows in results)
     assert pieced == whole

@@ -20,8 +20,10 @@ from conftest import GOLDEN, xla_flags
 from dpo_jax.cli.main import main
 from dpo_jax.data.layout import Layout
 from dpo_jax.models.decoder import make_model
+from dpo_jax.models.digest import weights_digest
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.hf import load_hf, read_weights, save_hf, variable_shapes
+from dpo_jax.models.weights import Checkpoint
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import Checkpoints
@@ -146,9 +148,12 @@ def load_within_bounds(directory):
     wide = make_model(decoder_config(hf_config("llama", **WIDE)))
     local = mesh_partitioner(make_mesh(), wide, units={"heads": 64, "kv_heads": 64})
     tracemalloc.start()
-    loaded = local.load_variables(variable_shapes(wide), read_weights(directory / "wide", wide))
+    with pytest.MonkeyPatch.context() as patch:
+        read = counted_reads(patch)
+        loaded = local.load_variables(variable_shapes(wide), read_weights(directory / "wide", wide))
     kept, peak = tracemalloc.get_traced_memory()  # on CPU some of what is on the devices is counted
     tracemalloc.stop()
+    read_by_parts(loaded, local, wide, directory / "wide", sum(read))
     shapes = jax.tree.leaves(loaded["params"])
     part = max(sum(shard.data.nbytes for shard in leaf.addressable_shards) for leaf in shapes)
     tensor = WIDE["mlp_width"] * WIDE["width"] * 4
@@ -156,6 +161,36 @@ def load_within_bounds(directory):
     # On its way to a device a part is there twice, and so is a tensor on its way out of its file. Of both there is only one.
     assert peak - kept < 2 * part + 2 * tensor < sum(leaf.nbytes for leaf in shapes) / 3, (peak, kept, part, tensor)
     save_and_restore_in_parts(loaded, directory / "wide-saved")
+
+
+def counted_reads(patch):
+    """The bytes of each tensor, or part of one, that is read from a model's files from now on."""
+    read, original = [], Checkpoint.read
+
+    def counting(checkpoint, name, box=None):
+        read.append((found := original(checkpoint, name, box)).nbytes)
+        return found
+
+    patch.setattr(Checkpoint, "read", counting)
+    return read
+
+
+def read_by_parts(loaded, local, model, folder, read):
+    """A host reads its own part of the files, and for the digest its share of the rest. The weights are those of the files."""
+    whole = load_hf(folder)[1]
+    pairs = list(zip(jax.tree.leaves(loaded), jax.tree.leaves(whole), strict=True))
+    for leaf, expected in pairs:
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, np.asarray(expected)[shard.index])
+    mine = sum(sum({str(s.index): s.data.nbytes for s in leaf.addressable_shards}.values()) for leaf, _ in pairs)
+    total = sum(leaf.nbytes for leaf, _ in pairs)
+    assert mine <= read < 1.1 * mine < 0.6 * total, (read, mine, total)
+    digest = hosts.shared_digest()
+    with pytest.MonkeyPatch.context() as patch:
+        again = counted_reads(patch)
+        local.load_variables(variable_shapes(model), read_weights(folder, model, digest=digest))
+    assert digest.hexdigest() == weights_digest(whole)
+    assert sum(again) < 0.85 * total, (sum(again), total)
 
 
 def save_and_restore_in_parts(state, directory):
@@ -190,7 +225,8 @@ def test_several_processes_take_the_steps_of_one_device_and_save_for_it(tmp_path
     variables = jax.jit(table.MODEL.init)(jax.random.key(0))
     save_hf(tmp_path / "model", table.MODEL, variables)
     wide = make_model(decoder_config(hf_config("llama", **WIDE)))
-    save_hf(tmp_path / "wide", wide, jax.jit(wide.init)(jax.random.key(0)))
+    save_hf(tmp_path / "wide", wide, jax.jit(wide.init)(jax.random.key(0)), max_shard_bytes=9_000_000)
+    assert len(list((tmp_path / "wide").glob("*.safetensors"))) > 2
     four = table.on_mesh(fsdp=2, tensor=2)
     state = table.start(four, jax.tree.map(lambda x: x + 1, variables))
     with Checkpoints(tmp_path / "2x2") as checkpoints:
@@ -278,7 +314,7 @@ def test_one_process_needs_no_one():
         (("dpo", "--coordinator", "127.0.0.1:1"), "run.coordinator: needs run.distributed auto, which is off"),
         (
             ("audit", "--distributed", "auto"),
-            "audit runs on one host; only sft, refs, dpo, eval, sample use several",
+            "audit runs on one host; only sft, refs, dpo, ppo, eval, sample, frontier use several",
         ),
         (("refs", "--distributed", "auto", "--process-id", "0"), "run.distributed: coordinator, num_processes not given"),
     ],

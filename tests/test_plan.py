@@ -4,6 +4,7 @@
 test_plan_gpu.py.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -20,8 +21,9 @@ from jax.sharding import PartitionSpec
 
 from dpo_jax.cli import main as program
 from dpo_jax.cli.commands import plan as planning
-from dpo_jax.cli.config import Config, ModelConfig, TokenizerConfig, load_config
+from dpo_jax.cli.config import Config, ConfigError, ModelConfig, TokenizerConfig, load_config
 from dpo_jax.cli.model_folders import planned_hf_config
+from dpo_jax.cli.plan import search
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import shared_rows
 from dpo_jax.dpo import dpo_step
@@ -345,6 +347,28 @@ def test_a_tokenizer_that_will_be_trained_has_the_size_that_is_asked_for():
     config = Config(model=sizes, tokenizer=TokenizerConfig(vocab_size=300))
     hf, source = planned_hf_config(config)
     assert (hf["vocab_size"], source) == (300, "the sizes in section model, and tokenizer.vocab_size")
+
+
+def test_a_row_that_is_too_short_for_a_pair_is_refused(tmp_path):
+    data = {"max_length": 32, "max_prompt_length": 16, "layout": "packed", "row_length": 40}
+    config = load_config(plan_file(tmp_path, data=data))
+    message = r"data.row_length: a row of 40 tokens cannot hold an example of 48 \(a prompt of 16, completions of 16\); set it"
+    with pytest.raises(ConfigError, match=message):
+        planning.plan(config, "v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("family", "expert", "ways"), [("llama", 1, {1}), ("mixtral", 1, {1, 4, 8}), ("mixtral", 2, {1, 2, 4, 8})]
+)
+def test_a_sweep_varies_the_ways_along_expert_of_a_mixture(family, expert, ways, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "_tried", lambda config, topology: tried.append(dataclasses.asdict(config.mesh)))
+    tried = []
+    config = load_config(plan_file(tmp_path, model={"family": family}, mesh={"expert": expert}, dpo={"batch": 64}))
+    with pytest.raises(ConfigError, match="divides among no mesh"):  # as nothing was compiled
+        search.sweep(config, "h100:8")
+    assert {mesh["expert"] for mesh in tried} == ways
+    for mesh in tried:
+        assert np.prod(list(mesh.values())) == 8
 
 
 # With libtpu

@@ -37,7 +37,7 @@ from dpo_jax.models.hub import resolve, tokenizer_folder
 from dpo_jax.models.logical_axes import whole_heads
 from dpo_jax.rounding import stochastic_rounding
 from dpo_jax.runtime.compiling import keep_programs, report_compiling
-from dpo_jax.runtime.hosts import HostsError, first_goes_first, is_first, start
+from dpo_jax.runtime.hosts import HostsError, first_goes_first, is_first, shared_digest, start
 from dpo_jax.runtime.mesh import MeshError, make_mesh
 from dpo_jax.runtime.optim import Schedule, make_optimizer
 from dpo_jax.runtime.optim import make_schedule as named_schedule
@@ -240,7 +240,7 @@ def load_weights(
 
     They are kept in `dtype`; where their files are of another type, the digest says so. An adapter is merged into its base.
     """
-    digest = WeightsDigest()
+    digest = shared_digest()
     with naming_option(name, path), reported(f"loading the weights of {path}"):
         dtype = "float32" if adapter_base(resolve(path)) is not None else dtype
         shapes = variable_shapes(model, PRECISIONS[dtype])

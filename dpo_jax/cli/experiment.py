@@ -24,6 +24,7 @@ from dpo_jax.data.snippets import load_snippets, prefixes, snippets_of
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.reward_functions import Reward, exact_reviews, fit_linear, hf_classifier, sign_accuracy, vader_lexicon
 from dpo_jax.lab.world import SECOND, Prompts, World
+from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import write_json
 from dpo_jax.shapes import fit
@@ -176,14 +177,15 @@ def second_reward(config: Config) -> Reward | None:
 def labelled_samples(
     config: Config, world: World, prompts: Prompts, file: Path, *, key: jax.Array
 ) -> tuple[list[Preference], LabelCounts]:
-    """Pairs of the reference's completions of `prompts` (appendix C.1), also written to `file` as JSON Lines."""
+    """Pairs of the reference's completions of `prompts` (appendix C.1), which the first host writes to `file` as JSON Lines."""
     k = config.frontier.completions
     drawn = world.sample(world.reference, prompts.repeated(k), key)
     texts = [drawn.completions.texts[i : i + k] for i in range(0, len(drawn.rewards), k)]
     rewards = drawn.rewards.reshape(-1, k)
     how, eos = config.frontier.labels, world.tokenizer.eos_token
     preferences, counts = label(prompts.texts, texts, rewards, how=how, seed=config.run.seed, eos=eos)
-    _write(preferences, file)
+    if is_first():
+        _write(preferences, file)
     print(
         f"{counts.labelled:,} of {counts.pairs:,} pairs labelled ({counts.against:,} against the reward); "
         f"{counts.ties:,} ties, {counts.identical:,} identical, {counts.empty:,} empty"
@@ -198,7 +200,9 @@ MADE = {"shared": {str: object}, "sha256": str, "uids": [str]}
 
 
 def keep_pairs(file: Path, record: Path, shared: Mapping[str, Any], preferences: Sequence[Preference]) -> None:
-    """Notes in `record` what the pairs in `file` were made of, and their uids, for `kept_pairs`."""
+    """On the first host, notes in `record` what the pairs in `file` were made of, and their uids, for `kept_pairs`."""
+    if not is_first():
+        return
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     write_json(record, {"shared": dict(shared), "sha256": digest, "uids": [p.uid for p in preferences]})
 

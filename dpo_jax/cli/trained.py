@@ -12,13 +12,13 @@ import jax
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError, TrainingConfig
 from dpo_jax.models.adapter import read_adapter, resumed
-from dpo_jax.models.digest import WeightsDigest
 from dpo_jax.models.folder import adapter_base
 from dpo_jax.models.hf import read_weights, variable_shapes
 from dpo_jax.models.hub import resolve
 from dpo_jax.models.lora import LORA, Lora, adapter_shapes, lora_model, lora_targets, merge_adapter, new_adapter
 from dpo_jax.models.partial import TRAINED, Chosen, chosen_parameters, join, partial_model, split
 from dpo_jax.reward_model import with_scalar_head
+from dpo_jax.runtime.hosts import shared_digest
 from dpo_jax.runtime.progress import reported
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, TrainState, Variables
@@ -53,7 +53,7 @@ class Trained(NamedTuple):
     def load(self, path: str, partitioner: Partitioner, *, name: str) -> tuple[Variables, dict[str, str]]:
         """The weights of `path` on the devices, and two digests: "start" of all, and "base" of what an adapter is beside."""
         with build.naming_option(name, path), reported(f"loading the weights of {path}"):
-            digest = WeightsDigest()
+            digest = shared_digest()
             shapes = dict(variable_shapes(self.base, build.PRECISIONS[self.dtype]))
             if self.adapter and self.lora is not None:
                 shapes[LORA] = adapter_shapes(self.base.config, self.lora)

@@ -151,13 +151,22 @@ def _positions(config: Any) -> int:
     return limit - (config.pad_token_id or 0) - 1 if "roberta" in config.model_type else limit
 
 
-def learned(score: Callable[[Rows], Array], tokenizer: Any, *, length: int, batch: int, bos: Bos = "auto") -> Reward:
+def learned(
+    score: Callable[[Rows], Array],
+    tokenizer: Any,
+    *,
+    length: int,
+    batch: int,
+    bos: Bos = "auto",
+    host_part: tuple[int, int] = (0, 1),
+) -> Reward:
     """A reward model as a reward: `score(rows) -> [R]` reads plain rows of one completion each, ended by EOS.
 
     `bos` (`data.encode.with_bos`) is what the model was trained with.
 
     `score` is `reward.completion_rewards` with model and variables bound, compiled: `batch` rows each time, as long as the
-    longest text needs, in steps of 16 tokens. Raises `ValueError` for a text of more than `length` tokens.
+    longest text needs, in steps of 16 tokens; of several hosts each gives it its part (`Partitioner.host_part`), and it gives
+    the rewards of all. Raises `ValueError` for a text of more than `length` tokens.
     """
 
     def reward(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
@@ -173,7 +182,8 @@ def learned(score: Callable[[Rows], Array], tokenizer: Any, *, length: int, batc
             here = texts[start : start + batch]
             width = min(length, round_up(max(len(prompt) + len(completion) for prompt, completion in here), 16))
             layout = Layout("plain", length=width, scored=width)
-            values[start : start + len(here)] = np.asarray(score(layout.rows(here, at_least=batch)))[: len(here)]
+            rows = layout.rows(here, at_least=batch, part=host_part)
+            values[start : start + len(here)] = np.asarray(score(rows))[: len(here)]
         return values
 
     return reward

@@ -18,8 +18,8 @@ from dpo_jax.data.loader import in_order, plan_layout, skippable, stream, total_
 from dpo_jax.dpo import dpo_step
 from dpo_jax.lab.world import Points, Trainable
 from dpo_jax.reference import reference_logps
+from dpo_jax.runtime import hosts
 from dpo_jax.runtime.fit import fit
-from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Metrics, Partitioner, Rows, TrainState, Variables
 
@@ -130,7 +130,7 @@ class PairMethod:
             return points[-1]
 
         steps_of_run = reported("training", total=steps, unit="steps", brief=True)
-        with MetricsLog(folder / "metrics.jsonl") as log, steps_of_run as task:
+        with hosts.metrics_log(folder / "metrics.jsonl") as log, steps_of_run as task:
             state = fit(
                 self.step,
                 self.start(settings),
@@ -149,6 +149,7 @@ class PairMethod:
                 eval_every=max(1, math.ceil(steps / evaluations)),
                 check=lambda step, metrics: task.advance(note="loss {loss:.4f}".format(**metrics)),
                 get_state=partitioner.get_state,
+                agree=hosts.agreement(),
             )
         return points, partitioner.to_host(policy_of(state))
 

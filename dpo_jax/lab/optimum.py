@@ -13,6 +13,7 @@ import numpy as np
 
 from dpo_jax.evals.frontier import Optimum, mixture_log_ratios, optimum
 from dpo_jax.lab.world import SECOND, Prompts, World
+from dpo_jax.runtime import hosts
 from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Variables
 from dpo_jax.untrusted import Unreadable, reading
@@ -74,11 +75,13 @@ def estimate(
 
 
 def kept_in(folder: Path, identity: Mapping[str, Any], *, say: Callable[[str], None]) -> Keep:
-    """A `Keep` with a file for each policy in `folder`. One of another `identity` is made anew; so is a damaged one, said."""
+    """A `Keep` with a file for each policy in `folder`. One of another `identity` is made anew; so is a damaged one, said.
+
+    Of several hosts, which share the folder, the first one writes; where one cannot read, all draw again.
+    """
     known = json.dumps(identity, sort_keys=True)
 
-    def keep(number: int, draw: Callable[[], Drawn]) -> Drawn:
-        file = folder / f"{number}.npz"
+    def earlier(file: Path) -> Drawn | None:
         try:
             with reading(file), np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as found:
                 if str(found["identity"]) == known:
@@ -87,11 +90,19 @@ def kept_in(folder: Path, identity: Mapping[str, Any], *, say: Callable[[str], N
             pass
         except Unreadable as error:
             say(f"drawn again, as it is damaged: {error}")
+        return None
+
+    def keep(number: int, draw: Callable[[], Drawn]) -> Drawn:
+        file = folder / f"{number}.npz"
+        found = earlier(file)
+        if not hosts.anywhere(found is None) and found is not None:
+            return found
         drawn, buffer = draw(), io.BytesIO()
-        arrays = {name: array for name, array in drawn._asdict().items() if array is not None}
-        np.savez(buffer, identity=np.array(known), **arrays)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, buffer.getvalue())
+        if hosts.is_first():
+            arrays = {name: array for name, array in drawn._asdict().items() if array is not None}
+            np.savez(buffer, identity=np.array(known), **arrays)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(file, buffer.getvalue())
         return drawn
 
     return keep

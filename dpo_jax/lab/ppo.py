@@ -36,8 +36,9 @@ from dpo_jax.ppo import (
     prompt_batch,
 )
 from dpo_jax.reward_model import HEAD, scalar_head, with_scalar_head
+from dpo_jax.runtime import hosts
 from dpo_jax.runtime.fit import fit
-from dpo_jax.runtime.metrics import MetricsLog, is_evaluation, read_metrics
+from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.training.run import train
@@ -131,21 +132,25 @@ def _draws(prompts: int, *, size: int, epochs: int, seed: int) -> Callable[[int]
 
 
 def collect_in_parts(
-    compiled: Callable[[Any, Prompts], Collected], variables: Any, prompts: Prompts, *, size: int
+    compiled: Callable[[Any, Prompts], Collected],
+    variables: Any,
+    prompts: Prompts,
+    *,
+    size: int,
+    host_part: tuple[int, int] = (0, 1),
 ) -> Collected:
-    """`compiled(variables, prompts)`, of `collect`, about `size` rows at a time: a large rollout does not fit at once.
+    """`compiled(variables, prompts)`, of `collect`, `size` rows at a time: a large rollout does not fit at once.
 
     Every part has the same number of rows: the last one is filled up with the first rows. Samples are those of one call, as
-    each row has a key of its own.
+    each row has a key of its own. `compiled` is given the rows of this host (`Partitioner.host_part`), and gives all.
     """
-    rows = len(prompts.lengths)
+    rows, (host, hosts) = len(prompts.lengths), host_part
     parts = -(-rows // size)
-    if parts == 1:
-        return compiled(variables, prompts)
     filled = np.resize(np.arange(rows), parts * size)
-    found = [
-        compiled(variables, Prompts(*(np.asarray(leaf)[members] for leaf in prompts))) for members in np.split(filled, parts)
-    ]
+    found = []
+    for members in np.split(filled, parts):
+        mine = members[host * size // hosts : (host + 1) * size // hosts]
+        found.append(compiled(variables, Prompts(*(np.asarray(leaf)[mine] for leaf in prompts))))
     whole = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:rows], *found)
     return dataclasses.replace(whole, rows=whole.rows.replace(index=np.arange(rows, dtype=np.int32)))
 
@@ -216,8 +221,9 @@ class PpoMethod:
 
             options: dict[str, Any] = {"total_steps": o.iterations, "evaluate": evaluate, "eval_every": every, "check": check}
             if resumable is None:
-                with MetricsLog(log_file) as log:
-                    state = fit(step, state, draws, log=log, get_state=partitioner.get_state, **options)
+                with hosts.metrics_log(log_file) as log:
+                    of_hosts = {"get_state": partitioner.get_state, "agree": hosts.agreement()}
+                    state = fit(step, state, draws, log=log, **of_hosts, **options)
             else:
                 state = train(step, state, draws, folder=folder, partitioner=partitioner, say=say, **options, **resumable)
         return self._points(log_file), partitioner.to_host(_policy(state.train))
@@ -225,7 +231,7 @@ class PpoMethod:
     def _points(self, log_file: Path) -> Points:
         """Those of the log, as some may have been measured before the run was interrupted."""
         points, each = Points(), self.options.epochs * self.options.minibatches
-        for row in filter(is_evaluation, read_metrics(log_file)):
+        for row in hosts.of_first(lambda: list(filter(is_evaluation, read_metrics(log_file)))):
             measured = {name.removeprefix("eval/"): value for name, value in row.items() if name != "step"}
             points.append({"step": float(row["step"] * each), **measured})
         return points
@@ -239,16 +245,17 @@ class PpoMethod:
         number, kl_coef = int(state.step), float(state.kl_coef)
         prompts = prompt_batch(ids, jax.random.fold_in(key, number), length=world.width - world.max_new_tokens)
         at_once = round_up(min(world.batch, o.batch), world.partitioner.row_shards)
-        collected = collect_in_parts(self.collect, (state.train.variables, world.reference), prompts, size=at_once)
+        both, part = (state.train.variables, world.reference), world.partitioner.host_part
+        collected = collect_in_parts(self.collect, both, prompts, size=at_once, host_part=part)
         completions = [
             decode_completion(world.tokenizer, prompt, completion, stop_ids=world.stop_ids)
             for prompt, completion in zip(ids, completion_ids(collected.rows), strict=True)
         ]
-        scores = reward(texts, completions)
+        scores = hosts.from_first(np.asarray(reward(texts, completions)))  # hosts of other processors may round otherwise
         stats = observe(ScoreStats(*map(float, state.stats)), scores)
         normal = normalised(stats, scores).astype(np.float32)
         rollout, health = self.advantages(collected, normal, kl_coef=np.float32(kl_coef))
-        rng, size, part = copy.deepcopy(draw.orders), o.batch // o.minibatches, world.partitioner.host_part
+        rng, size = copy.deepcopy(draw.orders), o.batch // o.minibatches
         trained, metrics = state.train, {}
         for _ in range(o.epochs):
             for rows in minibatches(rollout, size=size, rng=rng, part=part):

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from dpo_jax.data.encode import Bos, Encoded
 from dpo_jax.data.groups import PairGroup, group_pairs
 from dpo_jax.data.layout import Layout
-from dpo_jax.data.loader import in_order, plan_layout, stream, total_steps
+from dpo_jax.data.loader import in_order, plan_layout, round_up, stream, total_steps
 from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.evals.reward_functions import Reward, learned
@@ -63,7 +63,8 @@ class RewardModel:
     def of_texts(self, variables: Variables, tokenizer: Any, *, batch: int, bos: Bos = "auto") -> Reward:
         """The reward of prompts and completions as texts, `batch` at a time, encoded with `bos` as the pairs were."""
         score = functools.partial(self.score_texts, variables)
-        return learned(score, tokenizer, length=self.model.config.max_positions, batch=batch, bos=bos)
+        batch, part = round_up(batch, self.partitioner.row_shards), self.partitioner.host_part
+        return learned(score, tokenizer, length=self.model.config.max_positions, batch=batch, bos=bos, host_part=part)
 
 
 def judged(rewards: np.ndarray) -> dict[str, float]:

@@ -12,6 +12,9 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from dpo_jax.runtime import hosts
 from dpo_jax.runtime.rundir import write_json
 from dpo_jax.shapes import fit
 from dpo_jax.untrusted import Unreadable, read_object
@@ -69,26 +72,32 @@ def sweep(
     `point`: the shape of a measured point (`dpo_jax.shapes`). `words` tells its last one on the line of a finished run.
 
     `jobs` runs are performed at a time, by threads: a small model leaves most of a processor idle. When one fails, those that
-    have begun are brought to their end, no other begins, and its exception is raised.
+    have begun are brought to their end, no other begins, and its exception is raised. Of several hosts all call this, and share
+    `folder`: each run is on all of them, one at a time, as threads would meet in other orders; the first one writes.
     """
     runs = list(runs)
     names = [run.name for run in runs]
     if len(set(names)) != len(names):
         raise ValueError(f"two runs of a sweep have one name: {sorted(name for name in names if names.count(name) > 1)}")
-    results = {run.name: _finished(folder / run.name, run, shared, point, say) for run in runs}
+    jobs = 1 if jax.process_count() > 1 else jobs
+    kept = hosts.of_first(lambda: [_finished(folder / run.name, run, shared, point, say) for run in runs])
+    results = {run.name: None if one is None else Result(run, *one) for run, one in zip(runs, kept, strict=True)}
     left = [run for run in runs if results[run.name] is None]
     if len(left) < len(runs):
         say(f"{len(runs) - len(left)} of {len(runs)} runs are finished already")
 
     def one(run: Run) -> Result:
         here = folder / run.name
-        empty_folder(here, ours=(RESULT, "metrics.jsonl"))
+        with hosts.first_goes_first("sweep"):
+            if hosts.is_first():
+                empty_folder(here, ours=(RESULT, "metrics.jsonl"))
         begin = clock()
         points = perform(run, here)
         seconds = clock() - begin
-        measured = {"points": points, "seconds": seconds}
-        write_json(here / RESULT, {**_identity(run, shared), "measured": measured, "digest": _digest(measured)})
-        return Result(run, points, seconds)
+        measured = hosts.of_first(lambda: {"points": points, "seconds": seconds})
+        if hosts.is_first():
+            write_json(here / RESULT, {**_identity(run, shared), "measured": measured, "digest": _digest(measured)})
+        return Result(run, **measured)
 
     begin = clock()
     for number, done in enumerate(_at_a_time(one, left, jobs), start=1):
@@ -125,8 +134,8 @@ def _digest(measured: Mapping[str, Any]) -> str:
 
 def _finished(
     folder: Path, run: Run, shared: Mapping[str, Any], point: Mapping[str, Any], say: Callable[[str], None]
-) -> Result | None:
-    """The result in a folder; None if there is none, or one of another run, or if it is damaged, which is said."""
+) -> tuple[list[dict[str, float]], float] | None:
+    """Points and seconds of the result in a folder; None if there is none, or one of another run, or a damaged one (said)."""
     try:
         found = read_object(folder / RESULT)
         if {name: found.get(name) for name in ("run", "shared")} != _identity(run, shared):
@@ -140,7 +149,7 @@ def _finished(
     except Unreadable as error:
         say(f"{run.name} is run again, as its result is damaged: {error}")
         return None
-    return Result(run, measured["points"], measured["seconds"])
+    return measured["points"], measured["seconds"]
 
 
 def _line(number: int, count: int, done: Result, words: str, seconds_left: float) -> str:

@@ -16,6 +16,7 @@ from dpo_jax.evals.completions import Completer, Completions, map_completions
 from dpo_jax.evals.frontier import bootstrap_interval, sequence_kl
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.logps import sequence_logps
+from dpo_jax.runtime import hosts
 from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, TrainState, Variables
 
@@ -109,7 +110,7 @@ class World:
 
     def sample(self, variables: Variables, prompts: Prompts, key: jax.Array) -> Scored:
         drawn = self.complete(variables, prompts.ids, key)
-        return Scored(drawn, self.reward(prompts.texts, drawn.texts))
+        return Scored(drawn, hosts.from_first(np.asarray(self.reward(prompts.texts, drawn.texts))))
 
     def kl(
         self, variables: Variables, prompts: Sequence[np.ndarray], ids: Sequence[np.ndarray]

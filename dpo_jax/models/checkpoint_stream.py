@@ -1,9 +1,9 @@
-"""Stream checkpoint tensors to devices one at a time, so that no host holds the whole model."""
+"""Stream checkpoint tensors to devices one at a time, so that no host holds or reads the whole model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -15,12 +15,23 @@ Part = tuple[tuple[int, int], ...]
 """A box of an array: (first, end) along each axis. Hashable, unlike a tuple of slices in Python 3.11."""
 
 
+class Sliceable(Protocol):
+    """An array, or one that is still in its file: `array[slices]` then reads that part, and `np.asarray(array)` all."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def __getitem__(self, box: tuple[slice, ...], /) -> np.ndarray: ...
+    def __array__(self) -> np.ndarray: ...
+
+
 class Piece(NamedTuple):
     """One array of one layer, or one that no layer has. The layers of a parameter come in order."""
 
     path: Path  # ("params", "layers", "mlp", "up", "kernel")
     layer: int | None
-    array: np.ndarray
+    array: Sliceable  # to be read before the next piece is asked for
 
 
 def pieces_of(variables: Variables) -> Iterator[Piece]:
@@ -80,7 +91,7 @@ def assemble_parts(
     return jax.tree.unflatten(jax.tree.structure(shapes), [done[path] for path in wanted])
 
 
-def _copy(array: np.ndarray, layer: int | None, part: Part, box: np.ndarray) -> None:
+def _copy(array: Sliceable, layer: int | None, part: Part, box: np.ndarray) -> None:
     if layer is None:
         box[...] = array[tuple(slice(*range_) for range_ in part)]
         return

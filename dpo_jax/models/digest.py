@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,15 @@ class WeightsDigest:
     """SHA-256 over names, shapes, types and bytes of all parameters: equal exactly when the weights are.
 
     `watch(pieces)` passes pieces on, so that a model is digested while it is loaded, however its pieces then lie on devices.
+    Several hosts may share the work: of `share=(n, hosts)` the n-th adds some parameters whole, `note`s the others, and
+    `joined` puts the arrays of all hosts one behind the other. All then call `hexdigest`.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, share: tuple[int, int] = (0, 1), joined: Callable[[np.ndarray], np.ndarray] = lambda mine: mine
+    ) -> None:
         self.base: str | None = None  # the digest of the base alone, where those of an adapter came after it
+        self.share, self._joined = share, joined
         self._leaves: dict[str, tuple[str, Any]] = {}  # {name: (name, shape and type so far, SHA-256 of the bytes so far)}
 
     def watch(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
@@ -31,20 +36,46 @@ class WeightsDigest:
     def add(self, piece: Piece) -> None:
         """Takes in one piece. The layers of a parameter come in order."""
         array = np.ascontiguousarray(piece.array)
-        name = ".".join(piece.path)
-        shape = array.shape if piece.layer is None else (piece.layer + 1, *array.shape)
-        _, sha = self._leaves.get(name, ("", None))
-        sha = sha or hashlib.sha256()
+        _, sha = self._leaves.get(".".join(piece.path), ("", None))
+        self.note(piece)
+        name, sha = ".".join(piece.path), sha or hashlib.sha256()
         sha.update(array.view(np.uint8).reshape(-1).data if array.size else b"")
-        self._leaves[name] = f"{name} {shape} {array.dtype}", sha
+        self._leaves[name] = self._leaves[name][0], sha
+
+    def note(self, piece: Piece) -> None:
+        """Takes in name, shape and type of a piece whose bytes another host adds."""
+        name, array = ".".join(piece.path), piece.array
+        shape = array.shape if piece.layer is None else (piece.layer + 1, *array.shape)
+        self._leaves[name] = f"{name} {shape} {array.dtype}", None
 
     def all_in(self, dtype: str) -> bool:
         """Whether every parameter is stored in `dtype`."""
         return all(described.endswith(f" {dtype}") for described, _ in self._leaves.values())
 
     def hexdigest(self) -> str:
-        lines = sorted(f"{described} {sha.hexdigest()}\n" for described, sha in self._leaves.values())
+        own = np.zeros((1, len(self._leaves), 33), np.uint8)  # whether it is here, and the SHA-256
+        for line, (_, sha) in zip(own[0], self._leaves.values(), strict=True):
+            line[:] = [sha is not None, *(bytes(32) if sha is None else sha.digest())]
+        every = self._joined(own)
+        found = every[every[:, :, 0].argmax(axis=0), np.arange(len(self._leaves))]
+        assert found[:, 0].all(), "every parameter is in the share of some host"
+        lines = sorted(
+            f"{described} {sha[1:].tobytes().hex()}\n" for (described, _), sha in zip(self._leaves.values(), found, strict=True)
+        )
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def shares(sizes: Sequence[int], hosts: int) -> list[int]:
+    """The host to whose share each thing of such a size belongs, so that all have about as much: the largest are dealt first.
+
+    >>> shares([8, 1, 4, 3], 2)
+    [0, 1, 1, 1]
+    """
+    filled, found = [0] * hosts, [0] * len(sizes)
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        found[number] = filled.index(min(filled))
+        filled[found[number]] += sizes[number]
+    return found
 
 
 def files_digest(folder: str | Path) -> tuple[str, str]:

@@ -7,6 +7,7 @@ checked; what is missing, left over or of the wrong shape is an error that names
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -18,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.models.adapter import read_adapter, resumed
+from dpo_jax.models.adapter import Adapter, read_adapter, resumed
 from dpo_jax.models.attention_paths import attention_path
 from dpo_jax.models.checkpoint_stream import Piece, assemble, path_of
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.decoder import make_model
-from dpo_jax.models.digest import WeightsDigest
+from dpo_jax.models.digest import WeightsDigest, shares
 from dpo_jax.models.families import decoder_config, family_of
 from dpo_jax.models.folder import ADAPTER, adapter_base, read_config
 from dpo_jax.models.generation import GENERATION, generation_config
@@ -31,7 +32,7 @@ from dpo_jax.models.generation import end_tokens as end_tokens_of
 from dpo_jax.models.hf_settings import older_rotary_keys
 from dpo_jax.models.hub import model_folder, resolve
 from dpo_jax.models.tensors import Tensor, contents, tensors
-from dpo_jax.models.weights import INDEX, Checkpoint, write_shards
+from dpo_jax.models.weights import INDEX, Checkpoint, StoredArray, write_shards
 from dpo_jax.types import Model, Variables
 from dpo_jax.untrusted import read_text
 from dpo_jax.writing import write_text
@@ -93,40 +94,69 @@ def variable_shapes(model: Model, dtype: Any = jnp.float32) -> Variables:
 def read_weights(path: str | Path, model: Model, *, digest: WeightsDigest | None = None, merge: bool = True) -> Iterator[Piece]:
     """The weights of a model folder, checkpoint tensor by checkpoint tensor, under our names and in our orientation.
 
-    No more than one tensor is in memory at a time; of a mixture of experts, those of one layer. Names are checked before the
-    first, and errors are those of `load_hf`.
-    `digest` takes in what is read. Of an adapter's folder that is base and adapter: with `merge` they come as one model, else
+    Arrays are still in their files (`weights.StoredArray`): whoever takes a part of one reads that part. Those that `digest`
+    takes in (of several hosts each a share) and those of an adapter's folder are read whole, and no more than one tensor is in
+    memory at a time; of a mixture of experts, those of one layer. Names are checked before the first, and errors are those of
+    `load_hf`. Of an adapter's folder `digest` takes in base and adapter: with `merge` they come as one model, else
     as the base and then the collection "lora" of `models.lora`. ValueError, at the end, where the base is not the one that the
     adapter was trained on, as far as its folder tells (ours do).
     """
     folder, config = resolve(path), model.config
     adapter = None if adapter_base(folder) is None else read_adapter(folder, config)
     digest = WeightsDigest() if digest is None and adapter is not None else digest
+    number, hosts = (0, 1) if digest is None else digest.share
     shapes = {path_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(variable_shapes(model))}
+    table = tensors(config)
+    sizes = [sum(math.prod(shapes[path_]) for path_ in _paths(tensor)) for tensor in table]
     with Checkpoint(model_folder(path), contents(config)) as checkpoint:
         checkpoint.check_names()
-        for tensor in tensors(config):
-            paths = [("params", *name.split("/")) for name in tensor.paths]
-            stack = [shapes[path] for path in paths]
+        for tensor, host in zip(table, shares(sizes, hosts), strict=True):
+            stack = [shapes[path_] for path_ in _paths(tensor)]
             one = [shape[1:] for shape in stack] if tensor.stacked else stack
             for layer in range(stack[0][0]) if tensor.stacked else [None]:
-                names = tensor.names(layer)
-                loaded = [checkpoint.get(name, tensor.hf_shape(one)) for name in names]
-                if digest is not None:
-                    for path_, array in zip(paths, tensor.loaded(loaded), strict=True):
-                        digest.add(Piece(path_, layer, array))
-                if adapter is not None:
-                    both = zip(names, loaded, strict=True)
-                    loaded = [adapter.applied(name, x, config) if merge else adapter.rounded(x) for name, x in both]
-                for path_, array in zip(paths, tensor.loaded(loaded), strict=True):
-                    yield Piece(path_, layer, array)
+                if adapter is not None or (digest is not None and host == number):
+                    yield from _read_whole(checkpoint, tensor, layer, one, config, digest=digest, adapter=adapter, merge=merge)
+                    continue
+                for which, path_ in enumerate(_paths(tensor)):
+                    piece = Piece(path_, layer, StoredArray(checkpoint, tensor, layer, which, one))
+                    if digest is not None:
+                        digest.note(piece)
+                    yield piece
         if config.tied:
-            checkpoint.check_tied_head((config.vocab_size, config.width))
+            checkpoint.check_tied_head((config.vocab_size, config.width), share=(number, hosts))
     if adapter is not None and digest is not None:
         adapter.check_base(digest.hexdigest())
         adapter.digest_into(digest)
         if not merge:
             yield from resumed(adapter, config)[1]
+
+
+def _paths(tensor: Tensor) -> list[tuple[str, ...]]:
+    return [("params", *name.split("/")) for name in tensor.paths]
+
+
+def _read_whole(
+    checkpoint: Checkpoint,
+    tensor: Tensor,
+    layer: int | None,
+    ours: Sequence[tuple[int, ...]],
+    config: DecoderConfig,
+    *,
+    digest: WeightsDigest | None,
+    adapter: Adapter | None,
+    merge: bool,
+) -> Iterator[Piece]:
+    """The arrays of one layer in a tensor, of which `digest` takes in what is stored; with what `adapter` adds."""
+    names, paths = tensor.names(layer), _paths(tensor)
+    loaded = [checkpoint.get(name, tensor.hf_shape(ours)) for name in names]
+    if digest is not None:
+        for path, array in zip(paths, tensor.loaded(loaded), strict=True):
+            digest.add(Piece(path, layer, array))
+    if adapter is not None:
+        both = zip(names, loaded, strict=True)
+        loaded = [adapter.applied(name, x, config) if merge else adapter.rounded(x) for name, x in both]
+    for path, array in zip(paths, tensor.loaded(loaded), strict=True):
+        yield Piece(path, layer, array)
 
 
 def save_hf(

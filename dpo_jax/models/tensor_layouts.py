@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 Shape = tuple[int, ...]
+Box = tuple[slice, ...]
+"""A slice with a beginning and an end for each axis."""
 
 
 class Layout(NamedTuple):
@@ -16,12 +18,26 @@ class Layout(NamedTuple):
     to_ours: Callable[[np.ndarray], Sequence[np.ndarray]]
     to_hf: Callable[[Sequence[np.ndarray]], np.ndarray]
     hf_shape: Callable[[Sequence[Shape]], Shape]  # of the tensor, from the shapes of our arrays
+    transposed: bool = False  # our last axis is the tensor's first
+
+    def part(self, read: Callable[[Box], np.ndarray], shape: Shape, which: int, box: Box) -> np.ndarray:
+        """The part `box` of `to_ours(tensor)[which]`, of a tensor of this shape of which `read(box)` gives parts.
+
+        Of one or two axes: our arrays are then the tensor itself, or runs of its outputs.
+        """
+        axes = list(reversed(box)) if self.transposed else list(box)
+        outputs = 0 if self.transposed else len(shape) - 1  # the axis on which several of ours may lie
+        wanted = self.to_ours(np.arange(shape[outputs]))[which][axes[outputs]]
+        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
+        cut = [(*axes[:outputs], slice(int(run[0]), int(run[-1]) + 1), *axes[outputs + 1 :]) for run in runs if len(run)]
+        found = np.concatenate([read(one) for one in cut], axis=outputs) if len(cut) != 1 else read(cut[0])
+        return found.T if self.transposed else found
 
 
 SAME = Layout(lambda a: [a], lambda ours: ours[0], lambda shapes: shapes[0])
 # torch.nn.Linear keeps [out, in], and GPT-2 [in, out]. Our kernels have D first: [in, out] those that read from the residual
 # stream, [out, in] those that write to it.
-TRANSPOSED = Layout(lambda a: [a.T], lambda ours: ours[0].T, lambda shapes: shapes[0][::-1])
+TRANSPOSED = Layout(lambda a: [a.T], lambda ours: ours[0].T, lambda shapes: shapes[0][::-1], transposed=True)
 # GPT-2 keeps query, key and value side by side on the last axis.
 SIDE_BY_SIDE = Layout(
     lambda a: np.split(a, 3, axis=-1),
@@ -42,7 +58,7 @@ def per_head(heads: int) -> Layout:
         stacked = np.stack(parts, axis=1)
         return stacked.reshape(-1, *stacked.shape[3:])
 
-    return Layout(to_ours, to_hf, lambda shapes: (3 * shapes[0][-1], *shapes[0][:-1]))
+    return Layout(to_ours, to_hf, lambda shapes: (3 * shapes[0][-1], *shapes[0][:-1]), transposed=True)
 
 
 def stacked(*sizes: int) -> Layout:
@@ -55,7 +71,7 @@ def stacked(*sizes: int) -> Layout:
     def to_hf(ours: Sequence[np.ndarray]) -> np.ndarray:
         return np.concatenate([a.T for a in ours])
 
-    return Layout(to_ours, to_hf, lambda shapes: (int(ends[-1]), *shapes[0][:-1]))
+    return Layout(to_ours, to_hf, lambda shapes: (int(ends[-1]), *shapes[0][:-1]), transposed=True)
 
 
 class Tensor(NamedTuple):

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dpo_jax.models.fields import shown
 from dpo_jax.models.folder import refuse_adapter
+from dpo_jax.models.tensor_layouts import Box, Tensor
 from dpo_jax.models.tensors import Contents
 from dpo_jax.untrusted import Unreadable, read_object, reading
 from dpo_jax.writing import naming, write_text
 
 INDEX = "model.safetensors.index.json"
 _AGAIN = "fetch or save it again"
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _SHOWN = 200  # characters of a name
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
@@ -61,8 +64,8 @@ class Checkpoint:
             named = [f"{self.where[name][1]} in {self.where[name][0]}" for name in unknown]
             raise ValueError(f"{_some(named)}: no such tensor in a {what} of this config.json")
 
-    def check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises ValueError for a tensor of another shape, or of a type that is no floating point."""
+    def check_tensor(self, name: str, shape: tuple[int, ...]) -> np.dtype:
+        """The type of a tensor. Raises ValueError for a tensor of another shape, or of a type that is no floating point."""
         file, stored = self.where[name]
         with reading(f"{file}: tensor {stored}", remedy=_AGAIN):
             header = self.handles[file].get_slice(stored)
@@ -73,20 +76,59 @@ class Checkpoint:
             )
         if found != shape:
             raise ValueError(f"tensor {stored} in {file} has shape {found}; this config.json asks for {shape}")
+        return np.dtype(_FLOATS[kind])
 
     def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         self.check_tensor(name, shape)
+        return self.read(name)
+
+    def read(self, name: str, box: Box | None = None) -> np.ndarray:
+        """A tensor that has been checked, or a part of it, of which no more is read."""
         file, stored = self.where[name]
         with reading(f"{file}: tensor {stored}", remedy=_AGAIN):
-            return self.handles[file].get_tensor(stored)
+            handle = self.handles[file]
+            return handle.get_tensor(stored) if box is None else handle.get_slice(stored)[box]
 
-    def check_tied_head(self, shape: tuple[int, ...]) -> None:
-        """Some checkpoints repeat the tied head. It must be the embedding: a different one would be lost without a word."""
-        embedding = self.contents.table[0].name
+    def check_tied_head(self, shape: tuple[int, ...], *, share: tuple[int, int] = (0, 1)) -> None:
+        """Some checkpoints repeat the tied head. It must be the embedding: a different one would be lost without a word.
+
+        Of `(n, hosts)` the n-th host looks at the n-th part.
+        """
+        embedding, (number, hosts) = self.contents.table[0].name, share
+        rows = slice(number * shape[0] // hosts, (number + 1) * shape[0] // hosts)
+        mine = (rows, slice(0, shape[1]))
         for name in self.contents.spare & self.where.keys():
-            if not np.array_equal(self.get(name, shape), self.get(embedding, shape)):
+            for one in (name, embedding):
+                self.check_tensor(one, shape)
+            if rows.start < rows.stop and not np.array_equal(self.read(name, mine), self.read(embedding, mine)):
                 file, stored = self.where[name]
                 raise ValueError(f"tensor {stored} in {file} differs from the embedding although config.json ties them")
+
+
+class StoredArray:
+    """One of our arrays of one layer that still lies in its file: `array[box]` reads that part, `np.asarray(array)` all of it.
+
+    It can be read as long as the checkpoint is open.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tensor: Tensor, layer: int | None, which: int, ours: Sequence[tuple[int, ...]]):
+        """`which` of the tensor's arrays, whose shapes are `ours`. Raises what `check_tensor` raises."""
+        self.shape = ours[which]
+        self._checkpoint, self._tensor, self._which = checkpoint, tensor, which
+        self._names, self._of_one = tensor.names(layer), tensor.hf_shape(ours)
+        [self.dtype] = {checkpoint.check_tensor(name, self._of_one) for name in self._names}
+
+    def __getitem__(self, box: Box) -> np.ndarray:
+        if not self._tensor.experts:
+            return self._part(self._names[0], box)
+        return np.stack([self._part(name, box[1:]) for name in self._names[box[0]]])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[tuple(slice(0, length) for length in self.shape)], dtype)
+
+    def _part(self, name: str, box: Box) -> np.ndarray:
+        read = functools.partial(self._checkpoint.read, name)
+        return self._tensor.layout.part(read, self._of_one, self._which, box)
 
 
 def _weight_files(folder: Path) -> list[Path]:

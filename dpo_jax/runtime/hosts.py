@@ -5,6 +5,8 @@ A host here is a process of `jax.distributed`. With a single one everything belo
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dpo_jax.models.digest import WeightsDigest
+from dpo_jax.runtime.metrics import MetricsLog
 
 # The first host may still be writing the exported model when the others are done.
 SHUTDOWN_SECONDS = 3600
@@ -109,6 +114,15 @@ def from_first(array: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(as_bytes)).view(array.dtype)
 
 
+def of_first(make: Callable[[], Any]) -> Any:
+    """What `make()` gives on the first host, where alone it is called: JSON values, which all hosts then have."""
+    if jax.process_count() == 1:
+        return make()
+    text = np.frombuffer(json.dumps(make()).encode(), np.uint8) if is_first() else np.zeros(0, np.uint8)
+    length = int(from_first(np.array([len(text)]))[0])
+    return json.loads(from_first(text if is_first() else np.zeros(length, np.uint8)).tobytes())
+
+
 def whole(leaf: Any) -> np.ndarray:
     """An array in pieces as one numpy array, on every host."""
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
@@ -134,6 +148,18 @@ def gathered_chunks(leaf: Any, *, max_bytes: int = 256 << 20, multiple_of: int =
 def joined(mine: np.ndarray) -> np.ndarray:
     """The arrays of all hosts, which have the same shape, one behind the other."""
     return np.asarray(multihost_utils.process_allgather(mine, tiled=True))
+
+
+def metrics_log(path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[MetricsLog | None]:
+    """`MetricsLog` on the first host; nothing on the others, whose metrics are the same."""
+    return MetricsLog(path) if is_first() else contextlib.nullcontext()
+
+
+def shared_digest() -> WeightsDigest:
+    """A digest of weights to which each host adds a share of the parameters. All hosts read the same weights."""
+    if jax.process_count() == 1:
+        return WeightsDigest()
+    return WeightsDigest(share=(jax.process_index(), jax.process_count()), joined=joined)
 
 
 def agreement() -> Callable[[int], int]:

@@ -138,7 +138,8 @@ def train(
     if moving is not None:
         meta["reference"] = moving.record
     with contextlib.ExitStack() as held:
-        run = folder if isinstance(folder, RunDir) else held.enter_context(RunDir(folder, lock=hosts.is_first()))
+        with hosts.first_goes_first("run directory"):  # which it would refuse with what others have written there
+            run = folder if isinstance(folder, RunDir) else held.enter_context(RunDir(folder, lock=hosts.is_first()))
         kept = {"max_to_keep": max_to_keep} | ({} if moving is None else {"origin": moving.origin})
         store = held.enter_context(_checkpoints(run, checkpoints, **kept))
         found = {"saved": saved, "total_steps": total_steps, "stopping": stopping, "moving": moving}

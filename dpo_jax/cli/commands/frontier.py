@@ -57,6 +57,7 @@ from dpo_jax.models.lora import LORA, adapter_shapes
 from dpo_jax.online.method import OnlineMethod
 from dpo_jax.online.rounds import RoundOptions
 from dpo_jax.plotting.training_curves import plot_displacement, plot_training
+from dpo_jax.runtime import hosts
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.rundir import RunDir, write_json
@@ -70,6 +71,8 @@ MAX_KL = 20.0  # nats, at which the figure ends
 def run(config: Config) -> int:
     config = sized(config)
     refuse_bfloat16(config, "frontier")
+    if config.run.distributed == "auto" and (online := sorted({*ONLINE} & {*config.frontier.chosen()})):
+        raise ConfigError(f"frontier.methods: {', '.join(online)} runs on one host; leave it out, or set run.distributed off")
     make_reference(config)
     with build.open_run(config, "frontier") as run_dir:
         world, digests = make_world(config, train="prompts", test="test_prompts")
@@ -89,7 +92,8 @@ def run(config: Config) -> int:
         if "best-of-n" in config.frontier.chosen():
             several = numbers(config.frontier.best_of)
             results += report.best_of_results(drawn.rewards, several, seed=config.run.seed, beside=drawn.beside)
-        _write(run_dir, results, best, second=config.frontier.second_reward or "")
+        if hosts.is_first():
+            _write(run_dir, results, best, second=config.frontier.second_reward or "")
     return 0
 
 
@@ -133,7 +137,7 @@ class _Study:
 
     def _save(self, folder: Path, variables: Variables) -> None:
         if self.part.lora is None:
-            save_hf(folder, self.part.base, self.part.merged(variables))
+            save_hf(folder, self.part.base, self.part.merged(variables), fetch=hosts.whole, write=hosts.is_first())
         else:
             write_lora(folder, self.part, variables, source=self.config.dpo_policy(), digests=self.digests)
 
@@ -188,7 +192,8 @@ class _Study:
             method = self.method(run.method)
         evaluations = self.config.frontier.evaluations
         found = method.train(folder, settings=run.settings, evaluations=evaluations, seed=run.seed)
-        plot_training(read_metrics(folder / "metrics.jsonl"), folder / "plots")
+        if hosts.is_first():
+            plot_training(read_metrics(folder / "metrics.jsonl"), folder / "plots")
         return found
 
     @functools.cached_property
@@ -197,7 +202,7 @@ class _Study:
         config, world = self.config, self.world
         file, record = self.run_dir.path / "pairs.jsonl", self.run_dir.path / "pairs.json"
         preferences = kept_pairs(file, record, self.shared)
-        if preferences is None:
+        if hosts.anywhere(preferences is None) or preferences is None:
             preferences, _ = labelled_samples(config, world, world.train, file, key=of_training(config))
             keep_pairs(file, record, self.shared, preferences)
         return encode_samples(config, preferences, world.tokenizer)
@@ -219,8 +224,9 @@ class _Study:
     @functools.cached_property
     def learned_reward(self) -> Reward:
         section, folder = self.config.frontier, self.run_dir.path / "reward_model"
-        if not _continues(folder, self.shared):
-            empty_folder(folder, ours=("result.json", "metrics.jsonl", "run.lock"))
+        with hosts.first_goes_first("reward model"):
+            if hosts.is_first() and not _continues(folder, self.shared):
+                empty_folder(folder, ours=("result.json", "metrics.jsonl", "run.lock"))
         reward, figures = learn_reward(
             self.world,
             self.encoded,
@@ -235,13 +241,15 @@ class _Study:
             microbatches=self.config.dpo.microbatches,
             bos=self.config.data.bos,
         )
-        write_json(folder / "result.json", figures)
+        if hosts.is_first():
+            write_json(folder / "result.json", figures)
         print(f"reward model: held-out accuracy {figures['accuracy']:.3f}, loss {figures['loss']:.3f}", flush=True)
         return reward
 
     def optimum(self, results: Sequence[Result]) -> tuple[Optimum, Drawn]:
         section, config, world = self.config.frontier, self.config, self.world
         mixed = to_mix(results)
+        hosts.barrier("policies")  # of the sweep, which the first host has written
         policies = [self._saved(self.run_dir.path / "runs" / kept.run.name / kept.folder) for kept in mixed]
         prompts = prompts_of(config, "optimum_prompts", world.tokenizer)
         print(f"the optimum, from {section.optimum_samples} completions of each of {len(prompts.ids)} prompts", flush=True)

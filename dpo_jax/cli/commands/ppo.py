@@ -27,6 +27,7 @@ from dpo_jax.models.digest import files_digest
 from dpo_jax.models.hub import resolve
 from dpo_jax.plotting.training_curves import plot_training
 from dpo_jax.reward_model import HEAD, with_scalar_head
+from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
@@ -69,8 +70,9 @@ def run(config: Config) -> int:
             part = planned(config, config.dpo, model)
             write = writer(part, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
             folder, _ = write(run_dir.export, model, part.whole(variables), world.tokenizer)
-        plot_training(read_metrics(run_dir.metrics), run_dir.plots)
-        write_json(run_dir.path / "result.json", {"points": [{"step": 0.0, **before}, *points]})
+        if is_first():
+            plot_training(read_metrics(run_dir.metrics), run_dir.plots)
+            write_json(run_dir.path / "result.json", {"points": [{"step": 0.0, **before}, *points]})
         last = points[-1]
         print(
             f"reward {before['reward']:.2f} -> {last['reward']:.2f} ({last['reward_low']:.2f} to {last['reward_high']:.2f}) "

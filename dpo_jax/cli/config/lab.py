@@ -73,7 +73,7 @@ class FrontierConfig:
     reward_model_epochs: int = 1
     """Passes over the labelled pairs to learn the reward that PPO is given."""
     jobs: int = 1
-    """Runs at a time. A small model keeps about one CPU core busy: as many as there are cores; on an accelerator one."""
+    """Runs at a time. A small model keeps about one CPU core busy: as many as cores; on an accelerator or several hosts one."""
     fast: bool = False
     """An eighth of the prompts, a quarter of the rest and one seed, for a first look (short: --fast)."""
 

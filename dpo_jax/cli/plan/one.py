@@ -118,6 +118,12 @@ def _lengths(config: Config) -> tuple[int, int]:
         raise ConfigError(
             f"plan.prompt: {prompt} and {completion} tokens of a completion do not fit data.max_length {config.data.max_length}"
         )
+    sides, row = 1 if loss_table.rows_of(config.dpo.loss) == "unpaired" else 2, config.data.row_length
+    if config.data.layout != "plain" and row is not None and (needed := prompt + sides * completion) > row:
+        raise ConfigError(
+            f"data.row_length: a row of {row} tokens cannot hold an example of {needed} (a prompt of {prompt}, completions of "
+            f"{completion}); set it to {needed} or more, or set plan.prompt and plan.completion"
+        )
     return prompt, completion
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.plan.one import Plan, plan
 from dpo_jax.runtime.chips import Chip, slice_of
@@ -79,11 +80,12 @@ def _fitting(config: Config, devices: int, mesh: dict[str, int], most: int) -> l
 
 def sweep(config: Config, topology: str) -> list[Plan]:
     """Every mesh with at most four ways along data, and every remat policy, in one microbatch and in those of the
-    configuration, best first."""
+    configuration, best first. Of a mixture every number of ways along expert that `_expert_ways` names, too."""
     chip, chips = slice_of(topology)
-    devices, expert, context = chips * chip.cores, config.mesh.expert, config.mesh.context
+    devices, context = chips * chip.cores, config.mesh.context
+    model, _ = build.model_without_weights(config, platform=chip.platform)
     plans = []
-    for tensor, data in itertools.product((1, 2, 4, 8), (1, 2, 4)):
+    for expert, tensor, data in itertools.product(_expert_ways(config, model.config.experts), (1, 2, 4, 8), (1, 2, 4)):
         copies = data * expert * context * tensor
         if devices % copies:
             continue
@@ -98,6 +100,11 @@ def sweep(config: Config, topology: str) -> list[Plan]:
             f"dpo.batch: {config.dpo.batch} divides among no mesh of {devices} devices; use a multiple of {devices}"
         )
     return sorted(plans, key=lambda one: (not one.step.fits, one.step.slowest, one.step.peak_bytes))
+
+
+def _expert_ways(config: Config, experts: int) -> list[int]:
+    """1, 4 and 8, as far as they divide the experts, and the number of the configuration; of a dense model that alone."""
+    return sorted({config.mesh.expert, *(n for n in (1, 4, 8) if experts and experts % n == 0)})
 
 
 def scale(config: Config, topology: str) -> list[Plan]:
