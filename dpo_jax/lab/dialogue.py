@@ -192,8 +192,9 @@ class DialogueWorld:
 
     def over(self, compiled: Any, variables: Any, prompts: Any, completions: Any, scored: Any = None) -> Any:
         """`compiled(variables, rows)` over completions, one a row."""
-        shape = {"batch": self.batch, "length": self.width}
-        return map_completions(self.partitioner, compiled, variables, prompts, completions, scored=scored, **shape)
+        return map_completions(
+            self.partitioner, compiled, variables, prompts, completions, scored=scored, batch=self.batch, length=self.width
+        )
 
     def kl(self, variables: Variables, conversations: Sequence[Conversation]) -> tuple[np.ndarray, np.ndarray]:
         """(exact per token, from the samples alone) of conversations of `variables`, the policy's tokens: float32[B], nats."""
