@@ -114,26 +114,27 @@ def train_online(
     settings: Mapping[str, float],
     seed: int,
 ) -> Points:
-    """Rounds of conversations of the policy as it is, labels, and steps on their pairs. Points: after each round.
+    """Rounds of conversations of the policy as it is, labels, and steps on all pairs so far. Points: after each round.
 
     As many steps as `method.train` would take, divided among the rounds, with its optimizer and shapes; `how.starts` are those
-    of a round. The reference stays.
+    of a round. The reference stays. Pairs of earlier rounds stay, too: they show turns that the policy has left.
     """
     steps = method.data.steps(method.epochs)
     state, points = method.start(settings), []
+    so_far: list[PairData] = []
     with MetricsLog(folder / "metrics.jsonl") as log, reported("rounds", total=rounds, unit="rounds", brief=True) as task:
         for number in range(rounds):
             policy = policy_of(state)
             drawn = converse(world, policy, how, seed=seed, number=number)
             labelled = label_conversations(drawn, how, seed=seed + number, name=f"round {number}")
-            data = in_layout(world, method.data, labelled.groups)
+            so_far.append(in_layout(world, method.data, labelled.groups))
             begin, end = (steps * n // rounds for n in (number, number + 1))
             batches = stream(
-                data.groups,
-                layout=data.layout,
-                batch=data.batch,
-                seed=seed,
-                ref_logps=data.ref_logps,
+                list(itertools.chain.from_iterable(data.groups for data in so_far)),
+                layout=method.data.layout,
+                batch=method.data.batch,
+                seed=seed + number,
+                ref_logps=np.concatenate([data.ref_logps for data in so_far]),
                 part=world.partitioner.host_part,
             )
             state = fit(
