@@ -151,8 +151,9 @@ LONG = {
         "test_log_probabilities_and_gradients_are_those_of_one_device[gemma2-odd",
     ),
     "cli_scenes": ("test_scenes",),
+    "control": ("test_the_command",),
     "diffusion": (
-        *("test_the_loss_is_the_papers_in_float64[elbo", "test_devices_and_microbatches_change_nothing[pmap"),
+        *("test_the_loss_is_the_papers_in_float64[elbo", "test_devices_and_microbatches_change_nothing"),
         *("test_training_ends", "test_with_eight_draws", "test_the_bound_of_many_draws"),
     ),
     "cli_resume": (
@@ -192,7 +193,7 @@ LONG = {
     "hosts": ("test_several_processes_take", "test_a_signal_to_one_process"),
     "hosts_lab": ("test_ppo_on_two", "test_a_frontier_on_two"),
     "implicit_rewards": ("test_swapped_sides",),
-    "interrupts": ("test_a_signal_outside_of_training",),
+    "interrupts": ("test_a_signal_outside_of_training", "test_an_interrupted_program_that_does_not_return"),
     "judge": ("test_a_thousand_pairs_through_faults[True",),
     "judge_program": ("test_a_kill_costs_no_second_question",),
     "lora": (
@@ -230,10 +231,12 @@ LONG = {
     "nodes": ("test_two_processes_find_each_other",),
     "notebook": ("test_",),
     "odd_files": ("test_few_rows_are_unpacked",),
-    "online_rounds": ("test_a_run_that_was_killed_again_and_again_ends_in_the_same_bits[1", "test_devices_do_not_matter"),
-    "optimizers": tuple(
-        f"test_on_a_mesh_it_is_the_same_and_its_state_is_cut_and_saved[{name}" for name in ("ada", "rms", "lion", "sgd")
+    "online_rounds": (
+        *("test_a_run_that_was_killed_again_and_again_ends_in_the_same_bits[1", "test_devices_do_not_matter"),
+        "test_labels_are_spent_on_the_prompts_that_are_chosen[disagreement",
     ),
+    "optimizers": ("test_on_a_mesh_it_is_the_same",),
+    "pipeline": ("test_what_was_asked_differently",),
     "plan": ("test_microbatches_take_less_memory", "test_a_step_planned_on_a_mesh"),
     "plots": (
         "test_no_name_of_a_curve",
