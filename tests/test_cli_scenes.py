@@ -35,7 +35,7 @@ def test_scenes(tmp_path):
     assert [table["caption"] for table in summary["tables"]] == ["at equal recall", "where runs ended"]
     captions = (folder / "runs" / "sft-seed0" / "captions.txt").read_text().splitlines()
     assert len(captions) == 12
-    features = {path: path.stat().st_mtime_ns for path in (folder / "features").glob("*.features")}
+    features = {path: path.stat().st_mtime_ns for path in (folder / "features").glob("*/*.features")}
     assert len(features) == 1
     code, out, err = scenes(tmp_path)
     assert code == 0, err
