@@ -65,10 +65,14 @@ class Result(NamedTuple):
 
 
 def call(command, config, *flags):
-    """`dpo-jax COMMAND CONFIG FLAGS` in this process."""
+    """`dpo-jax COMMAND CONFIG FLAGS` in this process. In a run that several processes of pytest look at, one after the other."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([command, str(config), *map(str, flags)])
+    shared = None if "--run.dir" in flags else next((p for p in Path(config).parents if (p / "lock").is_file()), None)
+    with contextlib.ExitStack() as held:
+        if shared is not None:
+            fcntl.flock(held.enter_context((shared / "calls").open("w")), fcntl.LOCK_EX)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([command, str(config), *map(str, flags)])
     return Result(code, out.getvalue(), err.getvalue())
 
 
