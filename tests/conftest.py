@@ -201,7 +201,7 @@ LONG = {
         *("test_gradients_of_an_adapter_follow_from_those_of_the_weights[gpt2", "test_an_adapter_survives_its_files[gpt"),
     ),
     "lora_runs": (
-        "test_eval_sample_and_export",
+        *("test_eval_sample_and_export", "test_an_interrupted_run_ends_exactly"),
         "test_only_the_last_layer",
         "test_an_adapter_is_trained_further",
         "test_a_reference_moves_to_base_and_adapter",
@@ -233,7 +233,7 @@ LONG = {
     "odd_files": ("test_few_rows_are_unpacked",),
     "online_rounds": (
         *("test_a_run_that_was_killed_again_and_again_ends_in_the_same_bits[1", "test_devices_do_not_matter"),
-        "test_labels_are_spent_on_the_prompts_that_are_chosen[disagreement",
+        *("test_labels_are_spent_on_the_prompts_that_are_chosen[disagreement", "test_a_run_that_reads_earlier_rounds_ends"),
     ),
     "optimizers": ("test_on_a_mesh_it_is_the_same",),
     "pipeline": ("test_what_was_asked_differently",),
@@ -264,7 +264,7 @@ LONG = {
     "rounding": ("test_it_is_the_same_on_one_device",),
     "routing": (
         *("test_the_loss_is_of_the_batch_on_all_devices", "test_microbatches_take_the_mean_of_theirs", "test_a_step_balances"),
-        "test_the_model_that_tells_its_routing",
+        *("test_the_model_that_tells_its_routing", "test_what_a_router_that_prefers_nobody"),
     ),
     "row_kind_runs": ("test_plackett_luce", "test_kto_from_audit"),
     "sampling": (
