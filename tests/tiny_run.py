@@ -65,7 +65,7 @@ class Result(NamedTuple):
 
 
 def call(command, config, *flags):
-    """`dpo-jax COMMAND CONFIG FLAGS` in this process. In a run that several processes of pytest look at, one after the other."""
+    """`dpo-jax COMMAND CONFIG FLAGS` in this process. In a run that several pytests look at, one after the other."""
     out, err = io.StringIO(), io.StringIO()
     shared = None if "--run.dir" in flags else next((p for p in Path(config).parents if (p / "lock").is_file()), None)
     with contextlib.ExitStack() as held:
