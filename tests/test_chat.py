@@ -288,6 +288,14 @@ def test_eos_is_appended_where_a_template_ends_a_turn_in_no_special_token(writte
     assert turn_end_token(tokenizer) == (None if first is None else tokenizer.convert_tokens_to_ids(first))
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ 'x' * 10**10 }}", "{% for", "{{ raise_exception('no') }}", "{{ messages[5].content }}"]
+)
+def test_a_template_that_cannot_be_rendered_has_no_end_of_a_turn(template):
+    """Sampling from plain texts and exports ask for it, and go on."""
+    assert turn_end_token(chat_tokenizer(template)) is None
+
+
 def test_a_message_that_the_template_leaves_out_is_told(chatty):
     row = {"prompt": [{"role": "system", "content": "Be terse."}, *ASKED], "chosen": [said("Yes.")], "rejected": [said("No.")]}
     assert preference(row, chatty["chatml"]).notes == ()

@@ -17,7 +17,7 @@ import numpy as np
 
 from dpo_jax.cli import build, splits
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.vision import check_mesh, encoder_settings, refuse_blind
+from dpo_jax.cli.vision import check_mesh, encoder_settings, no_encoder
 from dpo_jax.data.encode import PromptImages
 from dpo_jax.data.image_prompts import ImageTokens
 from dpo_jax.data.image_rows import image_marks
@@ -34,7 +34,7 @@ from dpo_jax.runtime.progress import reported
 from dpo_jax.training.features import Encoder, FeatureCache, image_features, on_devices, open_features
 
 
-def of_first(words: str, *, file: Any = None) -> None:
+def say_once(words: str, *, file: Any = None) -> None:
     """Says something once, on the first host: on standard output, or in `file`."""
     if is_first():
         print(words, file=file, flush=True)
@@ -120,7 +120,7 @@ class Shows(Protocol):
 
 
 def encoder_for(
-    config: Config, path: str | None, tokenizer: Any, *sets: Sequence[Shows], name: str, say: Callable[[str], None] = of_first
+    config: Config, path: str | None, tokenizer: Any, *sets: Sequence[Shows], name: str, say: Callable[[str], None] = say_once
 ) -> VisionConfig | None:
     """The encoder that reads the images of prompts, in the folder `path` of the option `name`; None where none shows an image.
 
@@ -135,7 +135,7 @@ def encoder_for(
             say(f"no prompt shows an image: {path} is read as its text model, without its vision encoder")
         return None
     if path is None or not there:
-        raise ConfigError(f"{name}: {refuse_blind(showing[0].uid, path or 'a new model')}")
+        raise ConfigError(f"{name}: {no_encoder(showing[0].uid, path or 'a new model')}")
     found, _ = checked(config, path, tokenizer, name=name)
     say(
         f"{len(showing):,} of {len(prompts):,} prompts show images: {found.tokens} tokens each, read by the vision encoder of "
@@ -145,7 +145,7 @@ def encoder_for(
 
 
 def vision_of(
-    config: Config, path: str | None, tokenizer: Any, *sets: Sequence[Shows], name: str, say: Callable[[str], None] = of_first
+    config: Config, path: str | None, tokenizer: Any, *sets: Sequence[Shows], name: str, say: Callable[[str], None] = say_once
 ) -> Vision | None:
     """As `encoder_for`, opened."""
     if encoder_for(config, path, tokenizer, *sets, name=name, say=say) is None or path is None:
@@ -153,7 +153,7 @@ def vision_of(
     return open_vision(config, path, tokenizer, name=name, say=say)
 
 
-def open_vision(config: Config, path: str, tokenizer: Any, *, name: str, say: Callable[[str], None] = of_first) -> Vision:
+def open_vision(config: Config, path: str, tokenizer: Any, *, name: str, say: Callable[[str], None] = say_once) -> Vision:
     """The encoder of a model folder, checked against tokenizer and processing of images. Reads its weights once.
 
     Raises `ConfigError` naming the option.

@@ -33,7 +33,7 @@ def check_mesh(config: Config) -> None:
         raise ConfigError(f"mesh.context: {config.mesh.context} cuts rows into pieces, and rows with images stay whole: use 1")
 
 
-def refuse_blind(where: str, folder: str) -> str:
+def no_encoder(where: str, folder: str) -> str:
     """Words on a model that has no encoder for the image that a row shows."""
     return (
         f"{where}: the prompt shows an image, and {folder} has no vision encoder: name the folder of a Gemma 3 that reads "

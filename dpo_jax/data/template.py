@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from dpo_jax.data import rendering
 from dpo_jax.data.chat_date import at_date
 from dpo_jax.data.special_tokens import special_tokens
+from dpo_jax.untrusted import Unreadable
 
 Handling = Literal["kept", "dropped", "refused"]
 
@@ -47,10 +48,16 @@ def template_parts(tokenizer: Any) -> TemplateParts | None:
 
 
 def turn_end_token(tokenizer: Any) -> int | None:
-    """The special token with which the chat template ends an assistant's last turn; None if it does not, or there is none."""
+    """The special token with which the chat template ends an assistant's last turn; None if it does not, or there is none.
+
+    None, too, for a template that goes beyond its limits: who asks may have nothing to render, as sampling from plain texts.
+    """
     if getattr(tokenizer, "chat_template", None) is None:
         return None
-    answered = _Renderer(tokenizer)([_user("ASKED"), _assistant("ANSWERED")]) or ""
+    try:
+        answered = _Renderer(tokenizer)([_user("ASKED"), _assistant("ANSWERED")]) or ""
+    except Unreadable:
+        return None
     after = answered.rpartition("ANSWERED")[2].strip()
     token = next((token for token in special_tokens(tokenizer) if after.startswith(token)), None)
     return None if token is None else int(tokenizer.convert_tokens_to_ids(token))

@@ -14,7 +14,7 @@ import numpy as np
 from dpo_jax.cli import build
 from dpo_jax.cli.commands.ppo import learned_reward
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.images import of_first, vision_of
+from dpo_jax.cli.images import say_once, vision_of
 from dpo_jax.cli.model_folders import refuse_other_lines
 from dpo_jax.cli.prompts import ARTICLE_CUE, Prompt, held_out_prompts, is_chat, prompts_of_file
 from dpo_jax.data.display import shown_prompt
@@ -36,7 +36,7 @@ def run(config: Config) -> int:
     with reported("reading the prompts"):
         given = _prompts(config, path, tokenizer)
     texts = [prompt.text for prompt in given]
-    say = functools.partial(of_first, file=sys.stderr)  # completions may go to standard output
+    say = functools.partial(say_once, file=sys.stderr)  # completions may go to standard output
     vision = vision_of(config, path, tokenizer, given, name="sample.policy", say=say)
     model = build.policy_model(config, path, tokenizer, name="sample.policy", images=vision is not None)
     partitioner = build.make_partitioner(config, model)

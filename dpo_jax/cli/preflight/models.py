@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from dpo_jax.cli import model_folders
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.preflight.inputs import Check, note_misspelt
-from dpo_jax.cli.vision import check_mesh, encoder_settings, refuse_blind
+from dpo_jax.cli.vision import check_mesh, encoder_settings, no_encoder
 from dpo_jax.untrusted import Unreadable
 
 
@@ -18,7 +18,7 @@ def model(option: str, value: Callable[[Config], str | None], *, expected: bool 
         path = value(check.config)
         if path is None:
             if expected and check.images is not None:
-                raise ConfigError(f"{option}: {refuse_blind(check.images, 'a new model')}")
+                raise ConfigError(f"{option}: {no_encoder(check.images, 'a new model')}")
             if expected:  # the start of sft
                 check.tell("model", f"new: {_sizes(check.config.model)}")
                 _remember(check, None)
@@ -91,7 +91,7 @@ def _check_encoder(check: Check, folder: Path, hf: Mapping[str, Any]) -> None:
 
     check_mesh(check.config)
     if not reads_images(hf):
-        raise ValueError(refuse_blind(str(check.images), str(folder)))
+        raise ValueError(no_encoder(str(check.images), str(folder)))
     encoder_settings(folder, hf)
 
 
