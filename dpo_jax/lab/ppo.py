@@ -144,12 +144,12 @@ def collect_in_parts(
     Every part has the same number of rows: the last one is filled up with the first rows. Samples are those of one call, as
     each row has a key of its own. `compiled` is given the rows of this host (`Partitioner.host_part`), and gives all.
     """
-    rows, (host, hosts) = len(prompts.lengths), host_part
+    rows, (host, of) = len(prompts.lengths), host_part
     parts = -(-rows // size)
     filled = np.resize(np.arange(rows), parts * size)
     found = []
     for members in np.split(filled, parts):
-        mine = members[host * size // hosts : (host + 1) * size // hosts]
+        mine = members[host * size // of : (host + 1) * size // of]
         found.append(compiled(variables, Prompts(*(np.asarray(leaf)[mine] for leaf in prompts))))
     whole = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:rows], *found)
     return dataclasses.replace(whole, rows=whole.rows.replace(index=np.arange(rows, dtype=np.int32)))

@@ -209,5 +209,5 @@ def image_features(
 
 
 def _bytes(count: int) -> str:
-    size, unit = next(one for one in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes")) if count >= one[0])
-    return f"{count / size:.3g} {unit}"
+    size, unit = next(one for one in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (0, "bytes")) if count >= one[0])
+    return f"{count / (size or 1):.3g} {unit}"
