@@ -20,7 +20,7 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
-from dpo_jax.models.attention import DENSE, AttentionPath, attend
+from dpo_jax.models.attention import DENSE, AttentionPath, Scoring, VisibleKeys, attend
 from dpo_jax.models.attention_chunked import chunked
 from dpo_jax.models.attention_gpu import cudnn_path, flash_path
 from dpo_jax.models.attention_paths import BLOCKS, CHUNKED, PATHS, attention_path, path_name
@@ -91,8 +91,14 @@ def attended(path, case):
     rows, q, k, v, cotangent, window, softcap = inputs(case)
 
     def mix(q, k, v):
-        ranges = {"k_start": rows.k_start, "k_end": rows.k_end, "q_positions": rows.positions, "k_positions": rows.positions}
-        return attend(q, k, v, **ranges, scale=0.4, window=window, softcap=softcap, path=path)
+        return attend(
+            q,
+            k,
+            v,
+            VisibleKeys.of(rows, window=window),
+            Scoring(0.4, softcap),
+            path=path,
+        )
 
     def with_gradients(q, k, v):
         mixed, back = jax.vjp(mix, q, k, v)
@@ -147,7 +153,7 @@ def test_splash_computes_exactly_the_blocks_in_which_somebody_sees_something(win
 def test_a_query_without_keys_is_finite_also_in_the_gradient(path):
     q = jnp.ones((1, 4, 1, 8))
     none = np.zeros((1, 4), np.int32)
-    gradient = jax.jit(jax.grad(lambda q: attend(q, q, q, k_start=none, k_end=none, scale=1.0, path=path).sum()))(q)
+    gradient = jax.jit(jax.grad(lambda q: attend(q, q, q, VisibleKeys(none, none), Scoring(1.0), path=path).sum()))(q)
     assert jnp.isfinite(gradient).all()
 
 
@@ -160,7 +166,7 @@ def test_splash_refuses_more_columns_than_it_can_count():
 def test_flash_refuses_more_numbers_than_it_can_count():
     q = jax.ShapeDtypeStruct((130, 4096, 32, 128), jnp.bfloat16)
     ends = jax.ShapeDtypeStruct((130, 4096), jnp.int32)
-    mix = lambda q, start, end: attend(q, q, q, k_start=start, k_end=end, scale=1.0, path=FLASH)  # noqa: E731
+    mix = lambda q, start, end: attend(q, q, q, VisibleKeys(start, end), Scoring(1.0), path=FLASH)  # noqa: E731
     with pytest.raises(ValueError, match=r"at most 2,147,483,647 numbers .* have 2,181,038,080 there: use more microbatches"):
         jax.eval_shape(mix, q, ends, ends)
 
@@ -173,7 +179,7 @@ def test_chunks_bound_the_memory_of_both_directions():
     def held(path):
         @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
         def mix(q, k, v):
-            return attend(q, k, v, k_start=column * 0, k_end=column + 1, scale=1.0, path=path)
+            return attend(q, k, v, VisibleKeys(column * 0, column + 1), Scoring(1.0), path=path)
 
         x = jax.ShapeDtypeStruct((1, 1024, 2, 8), jnp.float32)
         compiled = jax.jit(jax.grad(lambda *x: mix(*x).sum(), argnums=(0, 1, 2))).lower(x, x, x).compile()
@@ -255,10 +261,10 @@ def test_rows_and_heads_over_a_mesh(path):
 
 def test_blocks_are_cut_where_the_rows_lie():
     rows, q, k, v, _, window, softcap = inputs("packed, window")
-    ranges = {"k_start": rows.k_start, "k_end": rows.k_end, "q_positions": rows.positions, "k_positions": rows.positions}
+    keys = VisibleKeys.of(rows, window=window)
     mesh = make_mesh(fsdp=2, tensor=2)
     heads_cut = NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor"))
-    mix = jax.jit(functools.partial(attend, **ranges, scale=0.4, window=window, softcap=softcap, path=BLOCKS))
+    mix = jax.jit(functools.partial(attend, keys=keys, scoring=Scoring(0.4, softcap), path=BLOCKS))
     with jax.set_mesh(mesh):
         program = mix.lower(*(jax.device_put(x, heads_cut) for x in (q, k, v))).compile()
         mixed = program(*(jax.device_put(x, heads_cut) for x in (q, k, v)))
@@ -269,7 +275,8 @@ def test_blocks_are_cut_where_the_rows_lie():
 def test_blocks_hold_no_scores_of_whole_rows():
     rows = rows_of("packed", [(20, 90, 100), (70, 60, 5), (9, 80, 40), (30, 1, 33)] * 4, 2048)
     x = jax.ShapeDtypeStruct((*rows.tokens.shape, 2, 8), jnp.float32)
-    loss = lambda q: attend(q, q, q, k_start=rows.k_start, k_end=rows.k_end, scale=1.0, path=BLOCKS).sum()  # noqa: E731
+    keys = VisibleKeys.of(rows)
+    loss = lambda q: attend(q, q, q, keys, Scoring(1.0), path=BLOCKS).sum()  # noqa: E731
     held = jax.jit(jax.grad(loss)).lower(x).compile().memory_analysis().temp_size_in_bytes
     assert held < 2048 * 2048 * 4 / 2  # half of what one head's scores take
 
@@ -348,8 +355,8 @@ def test_splash_compiles_for_tpus(topology, heads, kv_heads, size, window, softc
     column = jax.ShapeDtypeStruct((4, length), jnp.int32, sharding=by_row)
 
     def loss(q, k, v, start, end):
-        ranges = {"k_start": start, "k_end": end}
-        return attend(q, k, v, **ranges, scale=0.1, window=window, softcap=softcap, path=splash_path()).sum()
+        keys = VisibleKeys(start, end, window=window)
+        return attend(q, k, v, keys, Scoring(0.1, softcap), path=splash_path()).sum()
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k, column, column).compile()
@@ -399,8 +406,12 @@ def compare_here():
     def run(path, dtype, window):
         @jax.jit
         def work(q, k, v):
-            ranges = {"k_start": rows.k_start, "k_end": rows.k_end, "q_positions": rows.positions}
-            mix = functools.partial(attend, **ranges, k_positions=rows.positions, scale=0.09, window=window, path=path)
+            mix = functools.partial(
+                attend,
+                keys=VisibleKeys.of(rows, window=window),
+                scoring=Scoring(0.09),
+                path=path,
+            )
             mixed, back = jax.vjp(mix, q, k, v)
             return mixed, *back(mixed)
 

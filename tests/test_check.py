@@ -65,8 +65,8 @@ def test_rows_pass_here(tmp_path, capsys):
 
 
 def test_a_mask_that_shows_one_key_too_many_is_found(tmp_path, monkeypatch, capsys):
-    def sees_more(q, k, v, *, k_end, **ranges):
-        return dense(q, k, v, k_end=jnp.minimum(k_end + 1, k.shape[1]), **ranges)
+    def sees_more(q, k, v, keys, scoring):
+        return dense(q, k, v, keys._replace(end=jnp.minimum(keys.end + 1, k.shape[1])), scoring)
 
     broken = attention_paths.PATHS["chunked"]._replace(make=lambda: AttentionPath("chunked", sees_more))
     monkeypatch.setitem(attention_paths.PATHS, "chunked", broken)

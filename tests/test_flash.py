@@ -14,7 +14,7 @@ from dpo_jax.data.loader import plan_layout
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models import flash_kernels
-from dpo_jax.models.attention import DENSE, attend
+from dpo_jax.models.attention import DENSE, Scoring, VisibleKeys, attend
 from dpo_jax.models.attention_gpu import flash_path
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.flash_kernels import BLOCK, LONGEST, Tiles
@@ -47,11 +47,11 @@ def attended(path, dtype, *, heads, kv_heads, size, window=None, softcap=None):
     shapes = ((*rows.tokens.shape, n, size) for n in (heads, kv_heads, kv_heads, heads))
     # The same numbers in both types.
     q, k, v, cotangent = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16).astype(dtype) for shape in shapes)
-    ranges = {"k_start": rows.k_start, "k_end": rows.k_end, "q_positions": rows.positions, "k_positions": rows.positions}
+    keys = VisibleKeys.of(rows, window=window)
 
     @functools.partial(jax.jit, compiler_options=FAST)
     def work(q, k, v):
-        mix = functools.partial(attend, **ranges, scale=size**-0.5, window=window, softcap=softcap, path=path)
+        mix = functools.partial(attend, keys=keys, scoring=Scoring(size**-0.5, softcap), path=path)
         mixed, back = jax.vjp(mix, q, k, v)
         return mixed, *back(cotangent)
 

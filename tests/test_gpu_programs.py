@@ -15,7 +15,7 @@ from dpo_jax.data.loader import plan_layout
 from dpo_jax.dpo import dpo_step
 from dpo_jax.head import head_chunk
 from dpo_jax.losses import dpo_loss
-from dpo_jax.models.attention import attend
+from dpo_jax.models.attention import Scoring, VisibleKeys, attend
 from dpo_jax.models.attention_paths import PATHS
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
@@ -152,7 +152,7 @@ def test_tiles_of_other_head_sizes_and_types(size, dtype, softcap):
     column = jax.ShapeDtypeStruct((2, 512), jnp.int32)
 
     def loss(q, k, v, start, end):
-        return attend(q, k, v, k_start=start, k_end=end, scale=0.1, softcap=softcap, path=PATHS["flash"].make()).sum()
+        return attend(q, k, v, VisibleKeys(start, end), Scoring(0.1, softcap), path=PATHS["flash"].make()).sum()
 
     with jax.set_mesh(make_mesh(devices=slice_devices("h100:1"))):
         lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k, column, column)

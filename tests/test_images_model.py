@@ -17,7 +17,7 @@ from dpo_jax.data.loader import make_batch, plan_layout
 from dpo_jax.dpo import dpo_step
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
-from dpo_jax.models.attention import DENSE, attend
+from dpo_jax.models.attention import DENSE, Scoring, VisibleKeys, attend
 from dpo_jax.models.attention_gpu import flash_path
 from dpo_jax.models.attention_paths import BLOCKS, attention_path
 from dpo_jax.models.attention_tpu import splash_path
@@ -147,11 +147,11 @@ def test_attention_sees_images_as_dense_does(path, kind, window):
     rows, rng = wide_rows(kind), np.random.default_rng(1)
     count, length = rows.tokens.shape
     q, k, v = (rng.standard_normal((count, length, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
-    ranges = {"k_start": rows.k_start, "k_end": rows.k_end, "q_positions": rows.positions, "k_positions": rows.positions}
+    keys = VisibleKeys.of(rows, window=window)
     real = (rows.k_end - rows.k_start != 1) | (rows.positions == 0)
 
     def of(path):
-        out = jax.jit(functools.partial(attend, **ranges, scale=0.3, window=window, path=path))(q, k, v)
+        out = jax.jit(functools.partial(attend, keys=keys, scoring=Scoring(0.3), path=path))(q, k, v)
         return np.where(real[:, :, None, None], out, 0)
 
     paths = {"blocks": BLOCKS, "flash": flash_path(interpret=True), "splash": splash_path(interpret=True)}

@@ -17,7 +17,7 @@ from dpo_jax.data.layout import packed_rows, plain_rows, shared_rows
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models import decoder
-from dpo_jax.models.attention import Rope, attend, rotate
+from dpo_jax.models.attention import Rope, Scoring, VisibleKeys, attend, rotate
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import FAMILIES, decoder_config, hf_config
 from dpo_jax.models.hf import load_config, load_hf
@@ -184,13 +184,8 @@ def test_attend_equals_a_loop_over_queries():
     k_positions[:, 3] = 8
     out = attend(
         *(jnp.asarray(a) for a in (q, k, v)),
-        k_start=k_start,
-        k_end=k_end,
-        scale=0.7,
-        q_positions=q_positions,
-        k_positions=k_positions,
-        window=3,
-        softcap=1.3,
+        VisibleKeys(k_start, k_end, q_positions, k_positions, window=3),
+        Scoring(0.7, softcap=1.3),
     )
     for r, i, n in np.ndindex(rows, length, heads):
         seen = [t for t in range(k_start[r, i], k_end[r, i]) if q_positions[r, i] - k_positions[r, t] < 3]
@@ -204,7 +199,7 @@ def test_a_query_without_keys_is_finite_also_in_the_gradient():
     none = np.zeros((1, 2), np.int32)
 
     def total(q):
-        return attend(q, q, q, k_start=none, k_end=none, scale=1.0).sum()
+        return attend(q, q, q, VisibleKeys(none, none), Scoring(1.0)).sum()
 
     assert jnp.isfinite(jax.grad(total)(q)).all()
 

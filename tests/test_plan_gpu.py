@@ -21,7 +21,7 @@ from dpo_jax.dpo import dpo_step
 from dpo_jax.extras import install_command
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
-from dpo_jax.models.attention import DENSE, AttentionPath, dense
+from dpo_jax.models.attention import DENSE, AttentionPath, VisibleKeys, dense
 from dpo_jax.models.attention_common import key_spans, of_window, on_each_device
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
@@ -301,9 +301,9 @@ def twice(x):
 twice.defvjp(lambda x: (twice(x), None), lambda _, cotangent: (twice(cotangent),))
 
 
-def attention_with_a_kernel(q, k, v, prepared, *, number, scale, softcap):
+def attention_with_a_kernel(q, k, v, prepared, number, scoring):
     def on_device(q, k, v, span):
-        return dense(twice(q), k, v, k_start=span[0], k_end=span[1], scale=scale)
+        return dense(twice(q), k, v, VisibleKeys(*span), scoring)
 
     return on_each_device(on_device)(q, k, v, of_window((prepared.k_start, prepared.k_end), number))
 

@@ -17,7 +17,7 @@ import numpy as np
 from dpo_jax.checks.report import Result, Row, first_line, skipped
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
-from dpo_jax.models.attention import DENSE, AttentionPath, attend
+from dpo_jax.models.attention import DENSE, AttentionPath, Scoring, VisibleKeys, attend
 from dpo_jax.models.attention_paths import PATHS, path_name
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.families import decoder_config, hf_config
@@ -161,17 +161,9 @@ def float32_is_float32(dtype: str) -> Any:
 def _program(path: AttentionPath, case: Case) -> Any:
     @jax.jit
     def work(q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array, rows: Rows) -> tuple[jax.Array, ...]:
-        mix = functools.partial(
-            attend,
-            k_start=rows.k_start,
-            k_end=rows.k_end,
-            q_positions=rows.positions,
-            k_positions=rows.positions,
-            scale=case.head_size**-0.5,
-            window=case.window,
-            softcap=case.softcap,
-            path=path,
-        )
+        keys = VisibleKeys.of(rows, window=case.window)
+        scoring = Scoring(case.head_size**-0.5, case.softcap)
+        mix = functools.partial(attend, keys=keys, scoring=scoring, path=path)
         mixed, back = jax.vjp(mix, q, k, v)
         return mixed, *back(cotangent)
 

@@ -10,37 +10,53 @@ import jax.numpy as jnp
 
 from dpo_jax.models.products import float32_product, precision_of
 from dpo_jax.models.rope import Rope as Rope
-from dpo_jax.types import Array
+from dpo_jax.types import Array, Rows
 
 
-def dense(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    k_start: Array,
-    k_end: Array,
-    scale: float,
-    q_positions: Array | None = None,
-    k_positions: Array | None = None,
-    window: int | jax.Array | None = None,
-    softcap: float | None = None,
-) -> jax.Array:
+class VisibleKeys(NamedTuple):
+    """Which keys each query sees: query `x` those at `start[x] <= t < end[x]`, int32[R, L] in `[0, T]`.
+
+    With a `window` (int32[], or None) a visible key must also satisfy `q_position - k_position < window`: a distance between
+    positions in the text (int32[R, L] and int32[R, T]), not between row columns, so it means the same in every row layout.
+    """
+
+    start: Array
+    end: Array
+    q_positions: Array | None = None
+    k_positions: Array | None = None
+    window: int | jax.Array | None = None
+
+    @classmethod
+    def of(cls, rows: Rows, *, window: int | jax.Array | None = None) -> VisibleKeys:
+        """Those of rows that attend to themselves."""
+        return cls(rows.k_start, rows.k_end, rows.positions, rows.positions, window)
+
+
+class Scoring(NamedTuple):
+    """The score of a query and a key: `scale` times their product, bounded by a `softcap`: `c * tanh(score / c)` (Gemma 2)."""
+
+    scale: float
+    softcap: float | None = None
+
+    def scores(self, products: jax.Array) -> jax.Array:
+        scores = products * self.scale
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+
+def dense(q: jax.Array, k: jax.Array, v: jax.Array, keys: VisibleKeys, scoring: Scoring) -> jax.Array:
     """`attend` with all scores of all heads in memory: the definition that the other paths are tested against."""
     rows, length, heads, size = q.shape
     kv_heads = k.shape[2]
     if heads % kv_heads:
         raise ValueError(f"{heads} attention heads cannot share {kv_heads} key/value heads evenly")
     grouped = q.reshape(rows, length, kv_heads, heads // kv_heads, size)
-    scores = float32_product("rlkgh,rtkh->rkglt", grouped, k) * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+    scores = scoring.scores(float32_product("rlkgh,rtkh->rkglt", grouped, k))
     column = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None, :]
-    visible = (jnp.asarray(k_start)[:, :, None] <= column) & (column < jnp.asarray(k_end)[:, :, None])
-    if window is not None:
-        if q_positions is None or k_positions is None:
+    visible = (jnp.asarray(keys.start)[:, :, None] <= column) & (column < jnp.asarray(keys.end)[:, :, None])
+    if keys.window is not None:
+        if keys.q_positions is None or keys.k_positions is None:
             raise ValueError("a sliding window needs q_positions and k_positions")
-        visible &= jnp.asarray(q_positions)[:, :, None] - jnp.asarray(k_positions)[:, None, :] < window
+        visible &= jnp.asarray(keys.q_positions)[:, :, None] - jnp.asarray(keys.k_positions)[:, None, :] < keys.window
     # The lowest finite number, not -inf: a query that sees no key then averages over all of them instead of becoming NaN,
     # and NaN in a row that nobody reads would still reach the gradient of the shared weights.
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
@@ -48,17 +64,31 @@ def dense(
     return jnp.einsum("rkglt,rtkh->rlkgh", weights, v, precision=precision_of(v.dtype)).reshape(rows, length, heads, size)
 
 
+class Span(NamedTuple):
+    """One interval of keys a query: the first and one after the last, int32[R, L] each. Empty where `end <= start`."""
+
+    start: jax.Array
+    end: jax.Array
+
+
+class Mixed(NamedTuple):
+    """Attention to some keys, with what it takes to add others. Both mean nothing where a query sees no key."""
+
+    out: jax.Array  # [R, L, N, H]  values, weighted
+    log_mass: jax.Array  # float32[R, N, L]  log of the sum of the exponentials of scores
+
+
 class PartialAttention(NamedTuple):
     """Attention to some of the keys, as `models.attention_ring` puts it together. Pure functions of the arrays of one device.
 
-    `forward(q, k, v, start, end, scale=..., softcap=...) -> (out[R, L, N, H], log_mass float32[R, N, L])`: the values mixed,
-    and the log of the sum of exponentials of scores. Where `end <= start` a query sees nothing, and what is returned of it
-    means nothing. `backward(q, k, v, start, end, out, log_mass, d_out, scale=..., softcap=...) -> (d_q, d_k, d_v)`, where
-    `out` and `log_mass` are those of all keys together.
+    `forward(q, k, v, span, scoring)` mixes the values of the keys in `span`, one interval a query. `backward(q, k, v, span,
+    mixed, d_out, scoring)` returns the gradients of q, k and v, where `mixed` is the result for all keys together.
     """
 
-    forward: Callable[..., tuple[jax.Array, jax.Array]]
-    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    forward: Callable[[jax.Array, jax.Array, jax.Array, Span, Scoring], Mixed]
+    backward: Callable[
+        [jax.Array, jax.Array, jax.Array, Span, Mixed, jax.Array, Scoring], tuple[jax.Array, jax.Array, jax.Array]
+    ]
 
 
 class AttentionPath(NamedTuple):
@@ -66,8 +96,8 @@ class AttentionPath(NamedTuple):
 
     Without `prepare`, `attend` takes what `dense` takes. A kernel that needs more of a batch than its intervals has
     `prepare(k_start, k_end, windows)`, called once for all layers with the distinct windows of the model (None: full
-    attention), and `attend(q, k, v, prepared, number=..., scale=..., softcap=...)`, where `number` says which of the windows
-    is the layer's. A kernel is for rows that attend to themselves, not for a cache.
+    attention), and `attend(q, k, v, prepared, number, scoring)`, where `number` says which of the windows is the layer's. A
+    kernel is for rows that attend to themselves, not for a cache.
     """
 
     name: str
@@ -83,42 +113,23 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    keys: VisibleKeys,
+    scoring: Scoring,
     *,
-    k_start: Array,
-    k_end: Array,
-    scale: float,
-    q_positions: Array | None = None,
-    k_positions: Array | None = None,
-    window: int | jax.Array | None = None,
-    softcap: float | None = None,
     path: AttentionPath = DENSE,
     prepared: Any = None,
     number: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention in which query `x` sees the keys `k_start[x] <= t < k_end[x]`. Returns `[R, L, N, H]`, typed as `v`.
+    """Softmax attention of each query to its visible keys. Returns `[R, L, N, H]`, typed as `v`.
 
     `q[R, L, N, H]`, `k[R, T, K, H]`, `v[R, T, K, H]`; head `n` reads key/value head `n // (N / K)` (grouped queries, Ainslie et
-    al. 2023). `k_start`, `k_end`: int32[R, L] in `[0, T]`. With a `window`, a visible key must also satisfy
-    `q_position - k_position < window`: a distance between positions in the text (`q_positions` int32[R, L], `k_positions`
-    int32[R, T]), not between row columns, so it means the same in every row layout. `softcap` bounds the scores:
-    `c * tanh(score / c)` (Gemma 2). Scores and softmax are float32 whatever the type of `q`. `path` says how it is computed;
-    a caller with many layers passes what its `prepare` returned, and in `number` which of the windows named there is meant.
+    al. 2023). Scores and softmax are float32 whatever the type of `q`. `path` chooses the implementation; a caller with many
+    layers passes what its `prepare` returned, and in `number` which of the windows named there is meant.
     """
-    if path.prepare is not None:
-        prepared = path.prepare(k_start, k_end, (window,)) if prepared is None else prepared
-        return path.attend(q, k, v, prepared, number=number, scale=scale, softcap=softcap)
-    return path.attend(
-        q,
-        k,
-        v,
-        k_start=k_start,
-        k_end=k_end,
-        scale=scale,
-        q_positions=q_positions,
-        k_positions=k_positions,
-        window=window,
-        softcap=softcap,
-    )
+    if path.prepare is None:
+        return path.attend(q, k, v, keys, scoring)
+    prepared = path.prepare(keys.start, keys.end, (keys.window,)) if prepared is None else prepared
+    return path.attend(q, k, v, prepared, number, scoring)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool) -> jax.Array:

@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax.models.attention import PartialAttention, dense
+from dpo_jax.models.attention import Mixed, PartialAttention, Scoring, Span, VisibleKeys, dense
 from dpo_jax.models.attention_common import on_each_device
 from dpo_jax.models.products import precision_of
-from dpo_jax.types import Array
 
 BLOCK = 64
 GROUP = 4
@@ -54,33 +53,20 @@ class _Visits(NamedTuple):
         return x.reshape(-1, *x.shape[2:])[self.place]
 
 
-def blocked(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    k_start: Array,
-    k_end: Array,
-    scale: float,
-    q_positions: Array | None = None,
-    k_positions: Array | None = None,
-    window: int | jax.Array | None = None,
-    softcap: float | None = None,
-) -> jax.Array:
+def blocked(q: jax.Array, k: jax.Array, v: jax.Array, keys: VisibleKeys, scoring: Scoring) -> jax.Array:
     """`attention.attend`, block by block. Short rows, and those that attend to a cache, whose queries are few, are dense."""
     if q.shape[1] != k.shape[1] or q.shape[1] <= 2 * BLOCK:
-        options = {"q_positions": q_positions, "k_positions": k_positions, "window": window, "softcap": softcap}
-        return dense(q, k, v, k_start=k_start, k_end=k_end, scale=scale, **options)
-    if window is not None and q_positions is None:
+        return dense(q, k, v, keys, scoring)
+    if keys.window is not None and keys.q_positions is None:
         raise ValueError("a sliding window needs q_positions and k_positions")
-    by_row = [jnp.asarray(k_start), jnp.asarray(k_end)]
-    if window is not None:
-        by_row += [jnp.asarray(q_positions), jnp.broadcast_to(jnp.asarray(window, jnp.int32), (q.shape[0], 1))]
+    by_row = [jnp.asarray(keys.start), jnp.asarray(keys.end)]
+    if keys.window is not None:
+        by_row += [jnp.asarray(keys.q_positions), jnp.broadcast_to(jnp.asarray(keys.window, jnp.int32), (q.shape[0], 1))]
     # On a mesh rows have to be cut into blocks where they lie.
-    return on_each_device(functools.partial(_rows, scale=scale, softcap=softcap))(q, k, v, by_row)
+    return on_each_device(functools.partial(_rows, scoring=scoring))(q, k, v, by_row)
 
 
-def _rows(q: jax.Array, k: jax.Array, v: jax.Array, by_row: Any, *, scale: float, softcap: float | None) -> jax.Array:
+def _rows(q: jax.Array, k: jax.Array, v: jax.Array, by_row: Any, *, scoring: Scoring) -> jax.Array:
     rows, length = q.shape[:2]
     padding = -length % BLOCK
     start, end, *windowed = by_row
@@ -94,24 +80,20 @@ def _rows(q: jax.Array, k: jax.Array, v: jax.Array, by_row: Any, *, scale: float
         pairs = ((start, beyond), (end, beyond + 1), (position, jnp.zeros_like(beyond)))
         start, end, position = (jnp.concatenate(pair, axis=1) for pair in pairs)
     tokens = _Tokens(*(x.reshape(-1, BLOCK) for x in (start, end, column, position)))
-    mixed: jax.Array = _attention(q, k, v, tokens, window, scale, softcap)  # pyright: ignore[reportAssignmentType]
+    mixed: jax.Array = _attention(q, k, v, tokens, window, scoring)  # pyright: ignore[reportAssignmentType]
     return mixed[:, :length]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens, window: Any, scale: float, softcap: float | None
-) -> jax.Array:
-    return _forward(q, k, v, tokens, window, scale, softcap)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens, window: Any, scoring: Scoring) -> jax.Array:
+    return _forward(q, k, v, tokens, window, scoring)[0]
 
 
-def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens, window: Any, scale: float, softcap: float | None
-) -> tuple[jax.Array, Any]:
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens, window: Any, scoring: Scoring) -> tuple[jax.Array, Any]:
     rows, heads, kv_heads = q.shape[0], q.shape[2], k.shape[2]
     # What the backward pass needs is named; see `decoder.REMAT`.
     queries, keys, values = (checkpoint_name(_cut(x, kv_heads), "kernel") for x in (q, k, v))
-    mixed, log_mass = _mixed(queries, keys, values, tokens, window, scale, softcap, rows=rows)
+    mixed, log_mass = _mixed(queries, keys, values, tokens, window, scoring, rows=rows)
     out = checkpoint_name(_join(mixed, rows, heads).astype(v.dtype), "kernel")
     return out, (queries, keys, values, tokens, window, out, checkpoint_name(log_mass, "kernel"))
 
@@ -122,8 +104,7 @@ def _mixed(
     values: jax.Array,
     tokens: _Tokens,
     window: Any,
-    scale: float,
-    softcap: float | None,
+    scoring: Scoring,
     *,
     rows: int,
 ) -> tuple[jax.Array, jax.Array]:
@@ -136,7 +117,7 @@ def _mixed(
         def visit(number: jax.Array, carry: Any) -> Any:
             total, largest, mass = carry
             there, inside = _partner(of, number)
-            scores = _scores(_dot("bnqh,bnkh->bnqk", here, keys[there]), scale, softcap)
+            scores = scoring.scores(_dot("bnqh,bnkh->bnqk", here, keys[there]))
             seen = _seen(seen_by, tokens.of(there), inside, window)
             scores = jnp.where(jnp.tile(seen, (1, group_size, 1))[:, None], scores, LOWEST)
             new = jnp.maximum(largest, scores.max(-1))
@@ -154,7 +135,7 @@ def _mixed(
     return mixed, log_mass
 
 
-def _backward(scale: float, softcap: float | None, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
+def _backward(scoring: Scoring, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
     queries, keys, values, tokens, window, out, log_mass = kept
     rows, heads, kv_heads = out.shape[0], out.shape[2], keys.shape[1]
     d_mixed = _cut(d_out, kv_heads)
@@ -170,13 +151,13 @@ def _backward(scale: float, softcap: float | None, kept: Any, d_out: jax.Array) 
             d_queries, d_keys, d_values = carry
             there, inside = _partner(of, number)
             # Keys before queries: so only one product in five has to turn round what it multiplies.
-            scores = _scores(_dot("bnkh,bnqh->bnkq", keys[there], here), scale, softcap)
+            scores = scoring.scores(_dot("bnkh,bnqh->bnkq", keys[there], here))
             seen = _seen(seen_by, tokens.of(there), inside, window).swapaxes(1, 2)
             seen = jnp.tile(seen, (1, 1, heads // kv_heads))[:, None]
             weights = jnp.where(seen, jnp.exp(scores - mass_here), 0.0)
-            slope = weights * (_dot("bnkh,bnqh->bnkq", values[there], d_here) - pull_here) * scale
-            if softcap is not None:
-                slope = slope * (1 - jnp.square(scores / softcap))
+            slope = weights * (_dot("bnkh,bnqh->bnkq", values[there], d_here) - pull_here) * scoring.scale
+            if scoring.softcap is not None:
+                slope = slope * (1 - jnp.square(scores / scoring.softcap))
             weights, slope = weights.astype(values.dtype), slope.astype(queries.dtype)
             d_queries = d_queries + _dot("bnkq,bnkh->bnqh", slope, keys[there])
             d_keys = d_keys.at[there].add(_dot("bnkq,bnqh->bnkh", slope, here))
@@ -196,34 +177,22 @@ def _backward(scale: float, softcap: float | None, kept: Any, d_out: jax.Array) 
 _attention.defvjp(_forward, _backward)
 
 
-def _partial_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array, *, scale: float, softcap: float | None
-) -> tuple[jax.Array, jax.Array]:
+def _partial_forward(q: jax.Array, k: jax.Array, v: jax.Array, span: Span, scoring: Scoring) -> Mixed:
     rows, length, heads = q.shape[:3]
     queries, keys, values = (_cut(_whole_blocks(x), k.shape[2]) for x in (q, k, v))
-    mixed, log_mass = _mixed(queries, keys, values, _spans(start, end), None, scale, softcap, rows=rows)
+    mixed, log_mass = _mixed(queries, keys, values, _tokens_of(span), None, scoring, rows=rows)
     log_mass = _join(log_mass[..., None], rows, heads)[:, :length, :, 0]
-    return _join(mixed, rows, heads)[:, :length], log_mass.swapaxes(1, 2)
+    return Mixed(_join(mixed, rows, heads)[:, :length], log_mass.swapaxes(1, 2))
 
 
 def _partial_backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    start: jax.Array,
-    end: jax.Array,
-    out: jax.Array,
-    log_mass: jax.Array,
-    d_out: jax.Array,
-    *,
-    scale: float,
-    softcap: float | None,
+    q: jax.Array, k: jax.Array, v: jax.Array, span: Span, mixed: Mixed, d_out: jax.Array, scoring: Scoring
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     length, kv_heads = q.shape[1], k.shape[2]
     queries, keys, values = (_cut(_whole_blocks(x), kv_heads) for x in (q, k, v))
-    by_block = _cut(_whole_blocks(log_mass.swapaxes(1, 2)[..., None]), kv_heads)[..., 0]
-    kept = queries, keys, values, _spans(start, end), None, _whole_blocks(out), by_block
-    d_q, d_k, d_v, *_ = _backward(scale, softcap, kept, _whole_blocks(d_out))
+    by_block = _cut(_whole_blocks(mixed.log_mass.swapaxes(1, 2)[..., None]), kv_heads)[..., 0]
+    kept = queries, keys, values, _tokens_of(span), None, _whole_blocks(mixed.out), by_block
+    d_q, d_k, d_v, *_ = _backward(scoring, kept, _whole_blocks(d_out))
     return d_q[:, :length], d_k[:, :length], d_v[:, :length]
 
 
@@ -231,8 +200,9 @@ def _whole_blocks(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, 0)))
 
 
-def _spans(start: jax.Array, end: jax.Array) -> _Tokens:
+def _tokens_of(span: Span) -> _Tokens:
     """Intervals of which some may be empty. What fills up the last block sees nothing."""
+    start, end = span
     length = start.shape[1]
     padding = ((0, 0), (0, -length % BLOCK))
     nothing = end <= start
@@ -270,11 +240,6 @@ def _seen(of_q: _Tokens, of_k: _Tokens, inside: jax.Array, window: Any) -> jax.A
     if window is not None:
         seen &= of_q.position[:, :, None] - of_k.position[:, None, :] < window
     return seen
-
-
-def _scores(products: jax.Array, scale: float, softcap: float | None) -> jax.Array:
-    scores = products * scale
-    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
 def _dot(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

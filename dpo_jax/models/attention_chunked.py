@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models.attention import dense
+from dpo_jax.models.attention import Scoring, VisibleKeys, dense
 from dpo_jax.models.axes import parts_of
-from dpo_jax.types import HEAD_AXIS, ROW_AXES, Array
+from dpo_jax.types import HEAD_AXIS, ROW_AXES
 
 SCORES = 1 << 28  # bytes of scores at a time, per device
 
@@ -21,14 +21,9 @@ def chunked(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    keys: VisibleKeys,
+    scoring: Scoring,
     *,
-    k_start: Array,
-    k_end: Array,
-    scale: float,
-    q_positions: Array | None = None,
-    k_positions: Array | None = None,
-    window: int | jax.Array | None = None,
-    softcap: float | None = None,
     limit: int = SCORES,
 ) -> jax.Array:
     """`dense` for as many queries at a time as keep the float32 scores below `limit` bytes a device; for all, if they fit.
@@ -39,15 +34,13 @@ def chunked(
     rows, length, heads, _ = q.shape
     here = rows * heads / parts_of((*ROW_AXES, HEAD_AXIS))
     count = math.ceil(length / max(1, min(length, limit // max(1, int(4 * here * k.shape[1])))))
-    of_chunk = functools.partial(dense, scale=scale, softcap=softcap)
-    ranges = {"k_start": k_start, "k_end": k_end, "q_positions": q_positions}, {"k_positions": k_positions, "window": window}
     if count == 1:
-        return of_chunk(q, k, v, **ranges[0], **ranges[1])  # pyright: ignore[reportArgumentType]
-    return _recomputed(functools.partial(_in_chunks, of_chunk, count), (q, k, v), ranges)
+        return dense(q, k, v, keys, scoring)
+    return _recomputed(functools.partial(_in_chunks, scoring, count), (q, k, v), keys)
 
 
-def _in_chunks(of_chunk: Callable[..., jax.Array], count: int, floats: Any, ranges: Any) -> jax.Array:
-    (q, k, v), (of_query, of_key) = floats, ranges
+def _in_chunks(scoring: Scoring, count: int, floats: Any, keys: VisibleKeys) -> jax.Array:
+    q, k, v = floats
     rows, length = q.shape[:2]
     size = -(-length // count)
 
@@ -58,28 +51,29 @@ def _in_chunks(of_chunk: Callable[..., jax.Array], count: int, floats: Any, rang
 
     @jax.checkpoint
     def one(part: Any) -> jax.Array:
-        return of_chunk(part[0], k, v, **part[1], **of_key)
+        queries, start, end, positions = part
+        return dense(queries, k, v, keys._replace(start=start, end=end, q_positions=positions), scoring)
 
-    mixed = jax.lax.map(one, jax.tree.map(chunks, (q, of_query)))
+    mixed = jax.lax.map(one, jax.tree.map(chunks, (q, keys.start, keys.end, keys.q_positions)))
     return mixed.swapaxes(0, 1).reshape(rows, count * size, *mixed.shape[3:])[:, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recomputed(work: Callable[..., jax.Array], floats: Any, ranges: Any) -> jax.Array:
-    """`work(floats, ranges)`, of which the backward pass keeps its arguments only.
+def _recomputed(work: Callable[..., jax.Array], floats: Any, keys: VisibleKeys) -> jax.Array:
+    """`work(floats, keys)`, of which the backward pass keeps its arguments only.
 
     `jax.checkpoint` says that too, but a policy around it that keeps matrix products would keep those inside it.
     """
-    return work(floats, ranges)
+    return work(floats, keys)
 
 
-def _recomputed_forward(work: Callable[..., jax.Array], floats: Any, ranges: Any) -> tuple[jax.Array, Any]:
-    return work(floats, ranges), (floats, ranges)
+def _recomputed_forward(work: Callable[..., jax.Array], floats: Any, keys: VisibleKeys) -> tuple[jax.Array, Any]:
+    return work(floats, keys), (floats, keys)
 
 
 def _recomputed_backward(work: Callable[..., jax.Array], kept: Any, cotangent: jax.Array) -> tuple[Any, None]:
-    floats, ranges = kept
-    return jax.vjp(lambda floats: work(floats, ranges), floats)[1](cotangent)[0], None
+    floats, keys = kept
+    return jax.vjp(lambda floats: work(floats, keys), floats)[1](cotangent)[0], None
 
 
 _recomputed.defvjp(_recomputed_forward, _recomputed_backward)

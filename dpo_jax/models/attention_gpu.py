@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models import flash_kernels
-from dpo_jax.models.attention import AttentionPath, PartialAttention
+from dpo_jax.models.attention import AttentionPath, Mixed, PartialAttention, Scoring, Span
 from dpo_jax.models.attention_common import KeySpans, key_spans, keys_twice, of_window, on_each_device
 from dpo_jax.models.flash_kernels import BLOCK, LANES, LOG2E, LONGEST, Settings, Spans
 from dpo_jax.types import Array
@@ -61,14 +61,13 @@ def _attend(
     k: jax.Array,
     v: jax.Array,
     prepared: Prepared,
-    *,
     number: jax.Array | None,
-    scale: float,
-    softcap: float | None,
+    scoring: Scoring,
+    *,
     interpret: bool,
 ) -> jax.Array:
     k, v = keys_twice(k, prepared.second), keys_twice(v, prepared.second)
-    kernel = functools.partial(_rows, settings=Settings(scale, softcap, interpret))
+    kernel = functools.partial(_rows, settings=Settings(*scoring, interpret))
     return on_each_device(kernel)(q, k, v, of_window(prepared.spans, number))
 
 
@@ -113,48 +112,36 @@ def _backward(settings: Settings, kept: Any, d_out: jax.Array) -> tuple[Any, ...
 _flash.defvjp(_forward, _backward)
 
 
-def _partial_forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    start: jax.Array,
-    end: jax.Array,
-    *,
-    scale: float,
-    softcap: float | None,
-    interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
+def _partial_forward(q: jax.Array, k: jax.Array, v: jax.Array, span: Span, scoring: Scoring, *, interpret: bool) -> Mixed:
     _check_size(q, k)
-    spans, settings = _partial_spans(start, end), Settings(scale, softcap, interpret)
+    spans, settings = _partial_spans(span), Settings(*scoring, interpret)
     mixed, log_mass = flash_kernels.forward(_whole_blocks(q), _whole_blocks(k), _whole_blocks(v), spans, settings)
-    return mixed[:, : q.shape[1], :, : q.shape[3]], log_mass[:, :, : q.shape[1]] / LOG2E
+    return Mixed(mixed[:, : q.shape[1], :, : q.shape[3]], log_mass[:, :, : q.shape[1]] / LOG2E)
 
 
 def _partial_backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    start: jax.Array,
-    end: jax.Array,
-    out: jax.Array,
-    log_mass: jax.Array,
+    span: Span,
+    mixed: Mixed,
     d_out: jax.Array,
+    scoring: Scoring,
     *,
-    scale: float,
-    softcap: float | None,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     length, size = q.shape[1], q.shape[3]
-    spans, settings = _partial_spans(start, end), Settings(scale, softcap, interpret)
-    in_base_2 = jnp.pad(log_mass * LOG2E, ((0, 0), (0, 0), (0, -length % LONGEST)))
-    of_all = {"out": _whole_blocks(out), "log_mass": in_base_2, "d_out": _whole_blocks(d_out)}
+    spans, settings = _partial_spans(span), Settings(*scoring, interpret)
+    in_base_2 = jnp.pad(mixed.log_mass * LOG2E, ((0, 0), (0, 0), (0, -length % LONGEST)))
+    of_all = {"out": _whole_blocks(mixed.out), "log_mass": in_base_2, "d_out": _whole_blocks(d_out)}
     gradients = flash_kernels.backward(_whole_blocks(q), _whole_blocks(k), _whole_blocks(v), spans, settings, **of_all)
     d_q, d_k, d_v = (x[:, :length, :, :size] for x in gradients)
     return d_q, d_k, d_v
 
 
-def _partial_spans(start: jax.Array, end: jax.Array) -> Spans:
+def _partial_spans(span: Span) -> Spans:
     """Spans of intervals of which some may be empty: those make no block of queries meet more blocks of keys."""
+    start, end = span
     nothing = end <= start
     # What fills up the last tile sees nothing.
     beyond = ((0, 0), (0, -start.shape[1] % LONGEST))
@@ -172,13 +159,12 @@ def _cudnn(
     k: jax.Array,
     v: jax.Array,
     prepared: KeySpans,
-    *,
     number: jax.Array | None,
-    scale: float,
-    softcap: float | None,
+    scoring: Scoring,
+    *,
     implementation: Any,
 ) -> jax.Array:
-    assert softcap is None, "attention_path refuses this"
+    assert scoring.softcap is None, "attention_path refuses this"
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, span: tuple[jax.Array, jax.Array]) -> jax.Array:
         length = q.shape[1]
@@ -187,7 +173,7 @@ def _cudnn(
         start, end = (jnp.pad(x, ((0, 0), (0, -length % 128)), mode="edge")[:, None, :, None] for x in span)
         column = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None, None, :]
         mask = (start <= column) & (column < end)
-        mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
+        mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scoring.scale, implementation=implementation)
         return mixed[:, :length]
 
     k, v = keys_twice(k, prepared.second), keys_twice(v, prepared.second)

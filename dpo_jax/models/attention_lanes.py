@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.models.attention import Scoring
 from dpo_jax.models.products import float32_product
 from dpo_jax.types import Rows, SharedCache
 
@@ -45,8 +46,7 @@ def attend_lanes(
     values: tuple[jax.Array, jax.Array],
     *,
     visible: jax.Array,
-    scale: float,
-    softcap: float | None = None,
+    scoring: Scoring,
 ) -> jax.Array:
     """Softmax attention of `q[R, 1, N, H]` over two stores, of the prompts [G, K, Lp, H] and of the rows [R, K, C, H].
 
@@ -65,9 +65,7 @@ def attend_lanes(
 
     q = q.reshape(lanes, kv_heads, share, size)
     on_prompt = by_row(float32_product("gkqh,gkth->gkqt", by_prompt(q), keys[0]))
-    scores = jnp.concatenate([on_prompt, float32_product("rkqh,rkth->rkqt", q, keys[1])], axis=-1) * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+    scores = scoring.scores(jnp.concatenate([on_prompt, float32_product("rkqh,rkth->rkqt", q, keys[1])], axis=-1))
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     mixed = by_row(float32_product("gkqt,gkth->gkqh", by_prompt(weights[..., :columns]), values[0]))

@@ -22,21 +22,17 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax.models.attention import AttentionPath, PartialAttention
+from dpo_jax.models.attention import AttentionPath, Mixed, PartialAttention, Scoring, Span
 from dpo_jax.models.attention_common import of_window, on_each_device
 from dpo_jax.models.context import columns_before, context_parts, pass_on, rounds_of, to_pieces
 from dpo_jax.types import CONTEXT_AXIS, Array
 
 LOWEST = -1e30  # log of the sum of no exponentials: finite, so that differences of two are no NaN
 
-Span = tuple[jax.Array, jax.Array]
-"""First key and one after the last, in columns of the whole row: int32[W, R, L] by window, or int32[R, L] of a layer."""
-
 
 class _Settings(NamedTuple):
     partial: PartialAttention
-    scale: float
-    softcap: float | None
+    scoring: Scoring
     parts: int
 
 
@@ -52,12 +48,15 @@ def along_context(path: AttentionPath) -> AttentionPath:
 
 
 def _prepare(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> tuple[Span, ...]:
-    """From the intervals of whole rows those of their pieces, [W, R * C, L / C], one or two for each query."""
+    """From the intervals of whole rows those of their pieces, by window [W, R * C, L / C], one or two for each query.
+
+    They are in columns of the whole row.
+    """
     by_window = [_window_spans(jnp.asarray(k_start), jnp.asarray(k_end), window) for window in windows]
     number = max(map(len, by_window))
     nothing = (jnp.zeros_like(k_start), jnp.zeros_like(k_end))
     pieces = [[to_pieces(spans[of]) if of < len(spans) else to_pieces(nothing) for spans in by_window] for of in range(number)]
-    return tuple((jnp.stack([start for start, _ in one]), jnp.stack([end for _, end in one])) for one in pieces)
+    return tuple(Span(jnp.stack([start for start, _ in one]), jnp.stack([end for _, end in one])) for one in pieces)
 
 
 def _window_spans(k_start: jax.Array, k_end: jax.Array, window: int | None) -> list[Span]:
@@ -71,15 +70,15 @@ def _window_spans(k_start: jax.Array, k_end: jax.Array, window: int | None) -> l
     start = jnp.minimum(k_start, length - 1)
     end = jnp.maximum(k_end, start + 1)  # a query that sees nothing sees one key: no softmax is empty
     if window is None or window >= length:
-        return [(start, end)]
+        return [Span(start, end)]
     backwards = end > x + 1
     prompt = jnp.take_along_axis(start, end - 1, axis=1)  # the prompt begins where its last token begins to see
-    near = (
+    near = Span(
         jnp.where(backwards, x, jnp.maximum(start, x - window + 1)),
         jnp.where(backwards, jnp.minimum(prompt, x + window), end),
     )
     far = jnp.maximum(prompt, end + prompt - x - window), end
-    return [near, (jnp.where(backwards, far[0], 0), jnp.where(backwards, far[1], 0))]
+    return [near, Span(jnp.where(backwards, far[0], 0), jnp.where(backwards, far[1], 0))]
 
 
 def _attend(
@@ -87,13 +86,12 @@ def _attend(
     k: jax.Array,
     v: jax.Array,
     prepared: tuple[Span, ...],
-    *,
     number: jax.Array | None,
-    scale: float,
-    softcap: float | None,
+    scoring: Scoring,
+    *,
     partial: PartialAttention,
 ) -> jax.Array:
-    settings = _Settings(partial, scale, softcap, context_parts())
+    settings = _Settings(partial, scoring, context_parts())
     ring = on_each_device(functools.partial(_ring_of, settings=settings))
     return ring(q, k, v, of_window(prepared, number))
 
@@ -116,40 +114,39 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, spans: tuple[Span, ...], 
     def turn(carry: Any, number: jax.Array) -> tuple[Any, None]:
         keys, found = carry
         ahead = pass_on(keys, settings.parts)
-        for start, end in _spans_of_turn(spans, number, settings):
-            found = jax.lax.cond((end > start).any(), _meet, lambda *met: met[0], found, q, *keys, start, end)
+        for span in _spans_of_turn(spans, number, settings):
+            found = jax.lax.cond(_any_seen(span), meet, lambda *met: met[0], found, q, *keys, span)
         return (ahead, found), None
 
-    def _meet(found: Any, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array) -> Any:
+    def meet(found: Mixed, q: jax.Array, k: jax.Array, v: jax.Array, span: Span) -> Mixed:
         mixed, log_mass = found
-        here, mass_here = settings.partial.forward(q, k, v, start, end, scale=settings.scale, softcap=settings.softcap)
-        seen = end > start
+        here, mass_here = settings.partial.forward(q, k, v, span, settings.scoring)
+        seen = span.end > span.start
         here = jnp.where(seen[:, :, None, None], here.astype(jnp.float32), 0)
         mass_here = jnp.where(seen[:, None], mass_here, LOWEST)
         both = jnp.logaddexp(log_mass, mass_here)
         old, new = (jnp.exp(mass - both).swapaxes(1, 2)[..., None] for mass in (log_mass, mass_here))
-        return mixed * old + here * new, both
+        return Mixed(mixed * old + here * new, both)
 
-    nothing = jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32), jnp.full((rows, heads, length), LOWEST)
+    nothing = Mixed(jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32), jnp.full((rows, heads, length), LOWEST))
     (_, (mixed, log_mass)), _ = jax.lax.scan(turn, ((k, v), nothing), jnp.arange(settings.parts, dtype=jnp.int32))
-    out, log_mass = checkpoint_name(mixed.astype(v.dtype), "kernel"), checkpoint_name(log_mass, "kernel")
-    return out, (q, k, v, spans, out, log_mass)
+    found = Mixed(checkpoint_name(mixed.astype(v.dtype), "kernel"), checkpoint_name(log_mass, "kernel"))
+    return found.out, (q, k, v, spans, found)
 
 
 def _backward(settings: _Settings, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
-    q, k, v, spans, out, log_mass = kept
+    q, k, v, spans, mixed = kept
 
     def turn(carry: Any, number: jax.Array) -> tuple[Any, None]:
         keys, d_keys, d_q = carry
         ahead, d_keys = pass_on(keys, settings.parts), pass_on(d_keys, settings.parts)
-        for start, end in _spans_of_turn(spans, number, settings):
+        for span in _spans_of_turn(spans, number, settings):
             found = d_q, *d_keys
-            d_q, *d_keys = jax.lax.cond((end > start).any(), meet, lambda *met: met[0], found, q, *keys, start, end)
+            d_q, *d_keys = jax.lax.cond(_any_seen(span), meet, lambda *met: met[0], found, q, *keys, span)
         return (ahead, tuple(d_keys), d_q), None
 
-    def meet(found: Any, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, end: jax.Array) -> Any:
-        how = {"scale": settings.scale, "softcap": settings.softcap}
-        here = settings.partial.backward(q, k, v, start, end, out, log_mass, d_out, **how)
+    def meet(found: Any, q: jax.Array, k: jax.Array, v: jax.Array, span: Span) -> Any:
+        here = settings.partial.backward(q, k, v, span, mixed, d_out, settings.scoring)
         return tuple(old + new.astype(jnp.float32) for old, new in zip(found, here, strict=True))
 
     d_q, d_k, d_v = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
@@ -162,9 +159,13 @@ def _backward(settings: _Settings, kept: Any, d_out: jax.Array) -> tuple[Any, ..
 _ring.defvjp(_forward, _backward)
 
 
+def _any_seen(span: Span) -> jax.Array:
+    return (span.end > span.start).any()
+
+
 def _spans_of_turn(spans: tuple[Span, ...], number: jax.Array, settings: _Settings) -> list[Span]:
     """`spans` in columns of the piece that a device reads in turn `number`: of the device so many places before it."""
     holder = (jax.lax.axis_index(CONTEXT_AXIS) - number) % settings.parts
     run = spans[0][0].shape[1] // rounds_of(settings.parts)
     before = functools.partial(columns_before, holder=holder, run=run, parts=settings.parts)
-    return [(before(start), before(end)) for start, end in spans]
+    return [Span(before(start), before(end)) for start, end in spans]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
-from dpo_jax.models.attention import AttentionPath, PartialAttention
+from dpo_jax.models.attention import AttentionPath, Mixed, PartialAttention, Scoring, Span
 from dpo_jax.models.attention_common import key_spans, keys_twice, of_window, on_each_device
 from dpo_jax.models.axes import parts_of
 from dpo_jax.types import ROW_AXES, Array
@@ -120,16 +120,15 @@ def _attend(
     k: jax.Array,
     v: jax.Array,
     prepared: Prepared,
-    *,
     number: jax.Array | None,
-    scale: float,
-    softcap: float | None,
+    scoring: Scoring,
+    *,
     interpret: bool,
 ) -> jax.Array:
     k, v = keys_twice(k, prepared.second), keys_twice(v, prepared.second)
     blocks: Blocks = of_window(prepared.blocks, number)
-    call = functools.partial(_kernel, bits=k.shape[1].bit_length(), softcap=softcap, interpret=interpret)
-    return on_each_device(call)(q * jnp.asarray(scale, q.dtype), k, v, blocks)
+    call = functools.partial(_kernel, bits=k.shape[1].bit_length(), softcap=scoring.softcap, interpret=interpret)
+    return on_each_device(call)(q * jnp.asarray(scoring.scale, q.dtype), k, v, blocks)
 
 
 def _kernel(
@@ -205,41 +204,28 @@ def _rows_of(x: jax.Array, like: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], rows, -1, x.shape[2])[:, :, :length].transpose(1, 2, 0, 3)
 
 
-def _partial_forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    start: jax.Array,
-    end: jax.Array,
-    *,
-    scale: float,
-    softcap: float | None,
-    interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
-    scaled, bits = q * jnp.asarray(scale, q.dtype), k.shape[1].bit_length()
-    how = {"softcap": softcap, "interpret": interpret}
-    mixed, (log_mass,) = _splash(scaled, k, v, _spans(start, end), bits=bits, statistics=True, **how)
-    return _rows_of(mixed, q), _rows_of(log_mass[:, :, None], q)[..., 0].swapaxes(1, 2)
+def _partial_forward(q: jax.Array, k: jax.Array, v: jax.Array, span: Span, scoring: Scoring, *, interpret: bool) -> Mixed:
+    scaled, bits = q * jnp.asarray(scoring.scale, q.dtype), k.shape[1].bit_length()
+    how = {"softcap": scoring.softcap, "interpret": interpret}
+    mixed, (log_mass,) = _splash(scaled, k, v, _blocks_of(span), bits=bits, statistics=True, **how)
+    return Mixed(_rows_of(mixed, q), _rows_of(log_mass[:, :, None], q)[..., 0].swapaxes(1, 2))
 
 
 def _partial_backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    start: jax.Array,
-    end: jax.Array,
-    out: jax.Array,
-    log_mass: jax.Array,
+    span: Span,
+    mixed: Mixed,
     d_out: jax.Array,
+    scoring: Scoring,
     *,
-    scale: float,
-    softcap: float | None,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    _, of_queries, of_keys = _masks(_spans(start, end))
-    sequences = map(_one_sequence, (q * jnp.asarray(scale, q.dtype), k, v))
-    mass = _one_sequence(log_mass.swapaxes(1, 2)[..., None])[:, :, 0]
-    kept: Any = (*sequences, None, None, _one_sequence(out), mass, of_queries, of_keys)
+    _, of_queries, of_keys = _masks(_blocks_of(span))
+    scale = jnp.asarray(scoring.scale, q.dtype)
+    mass = _one_sequence(mixed.log_mass.swapaxes(1, 2)[..., None])[:, :, 0]
+    kept: Any = (*map(_one_sequence, (q * scale, k, v)), None, None, _one_sequence(mixed.out), mass, of_queries, of_keys)
     # The kernel has no public way to take statistics that are not its own: of all pieces of a row together.
     _, _, _, d_q, d_k, d_v, *_ = splash._splash_attention_bwd(  # pyright: ignore[reportPrivateUsage]
         False,
@@ -248,15 +234,16 @@ def _partial_backward(
         _block_sizes(q.shape[1], k.shape[1]),
         None,
         _InSpan(k.shape[1].bit_length()),
-        softcap,
+        scoring.softcap,
         interpret,
         kept,
         _one_sequence(d_out),
     )
-    return _rows_of(d_q, q) * jnp.asarray(scale, q.dtype), _rows_of(d_k, k), _rows_of(d_v, v)
+    return _rows_of(d_q, q) * scale, _rows_of(d_k, k), _rows_of(d_v, v)
 
 
-def _spans(start: jax.Array, end: jax.Array) -> Blocks:
+def _blocks_of(span: Span) -> Blocks:
     """Blocks of intervals of which some may be empty."""
+    start, end = span
     nothing = end <= start
     return _blocks(jnp.where(nothing, 0, start), jnp.where(nothing, 0, end), keys=start.shape[1])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models.activations import ACTIVATIONS
-from dpo_jax.models.attention import AttentionPath, attend, rotate
+from dpo_jax.models.attention import AttentionPath, Scoring, VisibleKeys, attend, rotate
 from dpo_jax.models.attention_lanes import LaneKeys, attend_lanes
 from dpo_jax.models.attention_paths import CHUNKED
 from dpo_jax.models.axes import as_stored, by_row
@@ -155,21 +155,10 @@ class Attention(nn.Module):
         q, k, v = (checkpoint_name(y, "attention") for y in (q, k, v))
         # A kernel is for rows that attend to themselves. With a cache queries are few, and their scores small.
         path = CHUNKED if self.attention_path.prepare is not None and shared.prepared is None else self.attention_path
-        mixed = attend(
-            q,
-            k,
-            v,
-            k_start=shared.k_start,
-            k_end=shared.k_end,
-            scale=c.attention_scale,
-            q_positions=shared.q_positions,
-            k_positions=shared.k_positions,
-            window=c.windows[0] if c.windows and layer.window is None else layer.window,
-            softcap=c.attention_softcap,
-            path=path,
-            prepared=shared.prepared,
-            number=layer.window_number,
-        )
+        window = c.windows[0] if c.windows and layer.window is None else layer.window
+        keys = VisibleKeys(shared.k_start, shared.k_end, shared.q_positions, shared.k_positions, window)
+        scoring = Scoring(c.attention_scale, c.attention_softcap)
+        mixed = attend(q, k, v, keys, scoring, path=path, prepared=shared.prepared, number=layer.window_number)
         if path.prepare is None:
             mixed = checkpoint_name(mixed, "attention")  # a kernel names its own output, and both would be kept
         return out(mixed.reshape(*x.shape[:2], -1)), cache
@@ -183,7 +172,7 @@ class Attention(nn.Module):
         of_prompts = (store if store.ndim == 4 else _one_layer(store, layer.index) for store in lanes.prompts)
         pairs = zip(of_prompts, (k, v), strict=True)
         keys, values = ((prompts.astype(q.dtype), own.swapaxes(1, 2)) for prompts, own in pairs)
-        return attend_lanes(q, keys, values, visible=visible, scale=c.attention_scale, softcap=c.attention_softcap)
+        return attend_lanes(q, keys, values, visible=visible, scoring=Scoring(c.attention_scale, c.attention_softcap))
 
 
 def _update_cache(cache: Any, k: jax.Array, v: jax.Array, layer: jax.Array, write_at: Any) -> tuple[Any, jax.Array, jax.Array]:
