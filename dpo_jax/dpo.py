@@ -34,8 +34,7 @@ def dpo_step(
     scalars: means over the pairs of the global batch, for the policy *before* the update. Rankings (`ranking_rows`) work the
     same way, as [P, K] with `loss=partial(plackett_luce_loss, beta=0.1)`; so do single completions with a label
     (`Encoded.desirable`), with `loss=partial(kto_loss, beta=0.1)`. Under pmap, pass `axis_name`, or devices drift apart.
-    `ld_alpha` below 1 is LD-DPO (`logps.pair_sums`); `rows.ref_logps` must be computed with the same value.
-    `router_aux_loss`: see `routing.with_router`.
+    `ld_alpha` below 1 is LD-DPO (`logps.pair_sums`), also in `rows.ref_logps`. `router_aux_loss`: see `routing.with_router`.
 
     >>> step = jax.jit(partial(dpo_step, model=model, tx=tx, loss=partial(dpo_loss, beta=0.1)))
     >>> after, metrics = step(state, rows)
@@ -127,9 +126,8 @@ def preference_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array
     """Metrics per pair, {name: float[P]}, under TRL's usual names. For a ranking they compare its best and worst completions.
 
     `displacement/*` is log pi - log pi_ref in nats. DPO trains only the difference between chosen and rejected, so both may
-    fall. `kl_reference_policy` is the negative mean of log pi - log pi_ref over all completions: an estimate of
-    KL(pi_ref || pi), if the completions came from the reference. KL(pi || pi_ref) needs samples of the policy; evaluations
-    report it as `kl`.
+    fall. `kl_reference_policy` is minus their mean over all completions: an estimate of KL(pi_ref || pi), if the completions
+    came from the reference. KL(pi || pi_ref) needs samples of the policy; evaluations report it as `kl`.
 
     `logps`, `ref_logps` and `rewards` are float[P, K], as a loss takes and returns them.
 
