@@ -1,4 +1,4 @@
-"""Attention over key intervals, and the rotary position embedding. Axis letters: see `dpo_jax.types`; T counts keys."""
+"""Attention over key intervals, and rotary position embedding. Axis letters: see `dpo_jax.types`; T counts keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def dense(
     window: int | jax.Array | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
-    """`attend` with all scores of all heads in memory: the definition that the other paths are tested against."""
+    """`attend` with all scores of all heads in memory: the reference implementation that other paths are tested against."""
     rows, length, heads, size = q.shape
     kv_heads = k.shape[2]
     if heads % kv_heads:
@@ -41,7 +41,7 @@ def dense(
         if q_positions is None or k_positions is None:
             raise ValueError("a sliding window needs q_positions and k_positions")
         visible &= jnp.asarray(q_positions)[:, :, None] - jnp.asarray(k_positions)[:, None, :] < window
-    # The lowest finite number, not -inf: a query that sees no key then averages over all of them instead of becoming NaN,
+    # The lowest finite number, not -inf: a query that sees no key then averages over all keys instead of becoming NaN,
     # and NaN in a row that nobody reads would still reach the gradient of the shared weights.
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -49,12 +49,12 @@ def dense(
 
 
 class PartialAttention(NamedTuple):
-    """Attention to some of the keys, as `models.attention_ring` puts it together. Pure functions of the arrays of one device.
+    """Attention to a part of the keys, which `models.attention_ring` combines. Pure functions of the arrays of one device.
 
-    `forward(q, k, v, start, end, scale=..., softcap=...) -> (out[R, L, N, H], log_mass float32[R, N, L])`: the values mixed,
-    and the log of the sum of exponentials of scores. Where `end <= start` a query sees nothing, and what is returned of it
-    means nothing. `backward(q, k, v, start, end, out, log_mass, d_out, scale=..., softcap=...) -> (d_q, d_k, d_v)`, where
-    `out` and `log_mass` are those of all keys together.
+    `forward(q, k, v, start, end, scale=..., softcap=...) -> (out[R, L, N, H], log_mass float32[R, N, L])`: mixed values,
+    and the log-sum-exp of the scores. A query with `end <= start` sees nothing, and its results are
+    meaningless. `backward(q, k, v, start, end, out, log_mass, d_out, scale=..., softcap=...) -> (d_q, d_k, d_v)`, where
+    `out` and `log_mass` are those over all keys.
     """
 
     forward: Callable[..., tuple[jax.Array, jax.Array]]
@@ -62,18 +62,18 @@ class PartialAttention(NamedTuple):
 
 
 class AttentionPath(NamedTuple):
-    """One way to compute attention; `models.attention_paths` lists them.
+    """One attention implementation; `models.attention_paths` lists them.
 
-    Without `prepare`, `attend` takes what `dense` takes. A kernel that needs more of a batch than its intervals has
+    Without `prepare`, `attend` takes the arguments of `dense`. A kernel that needs more than a batch's intervals has
     `prepare(k_start, k_end, windows)`, called once for all layers with the distinct windows of the model (None: full
-    attention), and `attend(q, k, v, prepared, number=..., scale=..., softcap=...)`, where `number` says which of the windows
-    is the layer's. A kernel is for rows that attend to themselves, not for a cache.
+    attention), and `attend(q, k, v, prepared, number=..., scale=..., softcap=...)`, where `number` is the index of the layer's
+    window. Kernels are for rows that attend to themselves, not for a cache.
     """
 
     name: str
     attend: Callable[..., jax.Array]
     prepare: Callable[..., Any] | None = None
-    partial: PartialAttention | None = None  # of rows that are cut over devices; None: they cannot be
+    partial: PartialAttention | None = None  # for rows split over devices; None: not supported
 
 
 DENSE = AttentionPath("dense", dense)
@@ -95,14 +95,14 @@ def attend(
     prepared: Any = None,
     number: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention in which query `x` sees the keys `k_start[x] <= t < k_end[x]`. Returns `[R, L, N, H]`, typed as `v`.
+    """Softmax attention in which query `x` sees the keys `k_start[x] <= t < k_end[x]`. Returns `[R, L, N, H]`, typed like `v`.
 
     `q[R, L, N, H]`, `k[R, T, K, H]`, `v[R, T, K, H]`; head `n` reads key/value head `n // (N / K)` (grouped queries, Ainslie et
     al. 2023). `k_start`, `k_end`: int32[R, L] in `[0, T]`. With a `window`, a visible key must also satisfy
     `q_position - k_position < window`: a distance between positions in the text (`q_positions` int32[R, L], `k_positions`
     int32[R, T]), not between row columns, so it means the same in every row layout. `softcap` bounds the scores:
-    `c * tanh(score / c)` (Gemma 2). Scores and softmax are float32 whatever the type of `q`. `path` says how it is computed;
-    a caller with many layers passes what its `prepare` returned, and in `number` which of the windows named there is meant.
+    `c * tanh(score / c)` (Gemma 2). Scores and softmax are float32 whatever the type of `q`. `path` selects the
+    implementation; a caller with many layers passes the result of its `prepare`, and in `number` the index of the window.
     """
     if path.prepare is not None:
         prepared = path.prepare(k_start, k_end, (window,)) if prepared is None else prepared
@@ -122,7 +122,7 @@ def attend(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool) -> jax.Array:
-    """Rotate `x[R, L, heads, H]` by the angles of `Rope.angles`; entries beyond the rotated ones are passed through."""
+    """Rotate `x[R, L, heads, H]` by the angles of `Rope.angles`; entries beyond the rotated ones pass through unchanged."""
     size = 2 * cos.shape[-1]
     turned = x[..., :size].astype(jnp.float32)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]

@@ -1,13 +1,13 @@
-"""Attention in blocks, for CPUs: only blocks in which some query sees some key are computed, and scores stay in the cache.
+"""Block-sparse attention for CPUs: only blocks with visible keys are computed, and scores stay in the CPU cache.
 
-A packed row of 1,024 tokens holds three or four pairs that do not see each other. All its scores at once are 1,024 numbers a
-token and head, written and read some ten times; of these a token sees a tenth. So rows are cut into blocks of `BLOCK` tokens.
-The keys that a block of queries sees lie in neighbouring blocks (`types.Rows`: one interval a token), which a loop visits one
-after the other with a running softmax (Milakov and Gimelshein 2018), as FlashAttention does (Dao et al. 2022). The backward
-pass makes the same visits, computes the scores again, and adds to the gradients of the queries and of the keys and values met.
+A packed row of 1,024 tokens holds three or four pairs that do not see each other. Dense scores are 1,024 numbers per token and
+head, written and read some ten times, although a token sees only a tenth of them. Rows are therefore split into blocks of
+`BLOCK` tokens. The keys that a block of queries sees lie in neighbouring blocks (`types.Rows`: one interval per token). A loop
+visits these one after the other with a running softmax (Milakov and Gimelshein 2018), as FlashAttention does (Dao et al. 2022).
+The backward pass makes the same visits, recomputes the scores, and accumulates the gradients of queries, keys and values.
 
-Blocks are visited in groups, because XLA multiplies several small matrices at once faster than one. Blocks that see equally
-much are in one group, so that few of its visits are in vain.
+Blocks are visited in groups, because XLA multiplies several small matrices at once faster than one by one. Blocks that see
+about as many keys are grouped, so that few visits of a group are wasted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class _Tokens(NamedTuple):
-    """What decides who sees whom: int32[blocks, BLOCK] each. `window` is the layer's, int32[]."""
+    """Visibility of tokens: int32[blocks, BLOCK] each. `window` is the layer's, int32[]."""
 
     k_start: jax.Array
     k_end: jax.Array
@@ -42,15 +42,15 @@ class _Tokens(NamedTuple):
 
 
 class _Visits(NamedTuple):
-    """Every block's run of partners, for groups of blocks: int32[groups, GROUP] each. Blocks with long runs come first."""
+    """The run of key blocks that each query block visits, in groups, long runs first: int32[groups, GROUP] each."""
 
     block: jax.Array
     first: jax.Array
     count: jax.Array
-    place: jax.Array  # int32[blocks]: where in this order a block is
+    place: jax.Array  # int32[blocks]: position of each block in this order
 
     def collect(self, x: jax.Array) -> jax.Array:
-        """Results of the groups `[groups, GROUP, ...]` in the order of the blocks."""
+        """Results of the groups, `[groups, GROUP, ...]`, reordered by block."""
         return x.reshape(-1, *x.shape[2:])[self.place]
 
 
@@ -67,7 +67,7 @@ def blocked(
     window: int | jax.Array | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
-    """`attention.attend`, block by block. Short rows, and those that attend to a cache, whose queries are few, are dense."""
+    """`attention.attend`, block by block. Short rows, and rows that attend to a cache and have few queries, use `dense`."""
     if q.shape[1] != k.shape[1] or q.shape[1] <= 2 * BLOCK:
         options = {"q_positions": q_positions, "k_positions": k_positions, "window": window, "softcap": softcap}
         return dense(q, k, v, k_start=k_start, k_end=k_end, scale=scale, **options)
@@ -76,7 +76,7 @@ def blocked(
     by_row = [jnp.asarray(k_start), jnp.asarray(k_end)]
     if window is not None:
         by_row += [jnp.asarray(q_positions), jnp.broadcast_to(jnp.asarray(window, jnp.int32), (q.shape[0], 1))]
-    # On a mesh rows have to be cut into blocks where they lie.
+    # On a mesh each device splits its own rows into blocks.
     return on_each_device(functools.partial(_rows, scale=scale, softcap=softcap))(q, k, v, by_row)
 
 
@@ -109,7 +109,7 @@ def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens, window: Any, scale: float, softcap: float | None
 ) -> tuple[jax.Array, Any]:
     rows, heads, kv_heads = q.shape[0], q.shape[2], k.shape[2]
-    # What the backward pass needs is named; see `decoder.REMAT`.
+    # Names what the backward pass needs; see `decoder.REMAT`.
     queries, keys, values = (checkpoint_name(_cut(x, kv_heads), "kernel") for x in (q, k, v))
     mixed, log_mass = _mixed(queries, keys, values, tokens, window, scale, softcap, rows=rows)
     out = checkpoint_name(_join(mixed, rows, heads).astype(v.dtype), "kernel")
@@ -127,7 +127,7 @@ def _mixed(
     *,
     rows: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixed values, float32, and the log of the sum of exponentials of the scores, by block."""
+    """Mixed values, float32, and the log-sum-exp of the scores, by block."""
     visits, group_size = _visits(tokens, rows), queries.shape[2] // BLOCK
 
     def group(of: _Visits) -> tuple[jax.Array, jax.Array]:
@@ -147,7 +147,7 @@ def _mixed(
         nothing = jnp.zeros(here.shape, jnp.float32)
         none = jnp.full(here.shape[:-1], LOWEST)
         total, largest, mass = jax.lax.fori_loop(0, of.count.max(), visit, (nothing, none, jnp.zeros_like(none)))
-        mass = jnp.maximum(mass, jnp.finfo(jnp.float32).tiny)  # of a block that only fills up the group
+        mass = jnp.maximum(mass, jnp.finfo(jnp.float32).tiny)  # for a block that only pads the group
         return total / mass[..., None], largest + jnp.log(mass)
 
     mixed, log_mass = (visits.collect(x) for x in jax.lax.map(group, visits._replace(place=visits.block)))
@@ -169,7 +169,7 @@ def _backward(scale: float, softcap: float | None, kept: Any, d_out: jax.Array) 
         def visit(number: jax.Array, carry: Any) -> Any:
             d_queries, d_keys, d_values = carry
             there, inside = _partner(of, number)
-            # Keys before queries: so only one product in five has to turn round what it multiplies.
+            # Keys before queries: then only one product in five has to transpose its operands.
             scores = _scores(_dot("bnkh,bnqh->bnkq", keys[there], here), scale, softcap)
             seen = _seen(seen_by, tokens.of(there), inside, window).swapaxes(1, 2)
             seen = jnp.tile(seen, (1, 1, heads // kv_heads))[:, None]
@@ -232,7 +232,7 @@ def _whole_blocks(x: jax.Array) -> jax.Array:
 
 
 def _spans(start: jax.Array, end: jax.Array) -> _Tokens:
-    """Intervals of which some may be empty. What fills up the last block sees nothing."""
+    """Intervals, some of which may be empty. Padding of the last block sees nothing."""
     length = start.shape[1]
     padding = ((0, 0), (0, -length % BLOCK))
     nothing = end <= start
@@ -246,7 +246,7 @@ PARTIAL = PartialAttention(_partial_forward, _partial_backward)
 
 
 def _visits(tokens: _Tokens, rows: int) -> _Visits:
-    """The run of blocks of keys that each block of queries meets. Blocks are numbered through all rows."""
+    """The run of key blocks that each query block visits. Blocks are numbered through all rows."""
     start, end = (tokens.k_start.min(1) // BLOCK), -(-tokens.k_end.max(1) // BLOCK)
     blocks = len(start)
     of_row = jnp.arange(blocks, dtype=jnp.int32) // (blocks // rows) * (blocks // rows)
@@ -259,12 +259,12 @@ def _visits(tokens: _Tokens, rows: int) -> _Visits:
 
 
 def _partner(of: _Visits, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The block that each block of a group meets on visit `number`, and whether it still meets one."""
+    """The key block that each block of a group visits in step `number`, and whether it still visits one."""
     return of.first + jnp.clip(number, 0, jnp.maximum(of.count - 1, 0)), number < of.count
 
 
 def _seen(of_q: _Tokens, of_k: _Tokens, inside: jax.Array, window: Any) -> jax.Array:
-    """bool[blocks, BLOCK, BLOCK]: which query sees which key."""
+    """Mask of visible keys: bool[blocks, BLOCK, BLOCK]."""
     column = of_k.column[:, None, :]
     seen = (of_q.k_start[:, :, None] <= column) & (column < of_q.k_end[:, :, None]) & inside[:, None, None]
     if window is not None:
@@ -282,14 +282,14 @@ def _dot(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _cut(x: jax.Array, kv_heads: int) -> jax.Array:
-    """[R, L, N, H] to [blocks, K, N / K * BLOCK, H]: the queries of all heads that read one key/value head in one matrix."""
+    """[R, L, N, H] to [blocks, K, N / K * BLOCK, H]: all heads that share a key/value head in one matrix."""
     rows, length, heads, size = x.shape
     x = x.reshape(rows, length // BLOCK, BLOCK, kv_heads, heads // kv_heads, size)
     return x.transpose(0, 1, 3, 4, 2, 5).reshape(-1, kv_heads, heads // kv_heads * BLOCK, size)
 
 
 def _join(x: jax.Array, rows: int, heads: int) -> jax.Array:
-    """What `_cut` cuts."""
+    """The inverse of `_cut`."""
     blocks, kv_heads, _, size = x.shape
     x = x.reshape(rows, blocks // rows, kv_heads, heads // kv_heads, BLOCK, size)
     return x.transpose(0, 1, 4, 2, 3, 5).reshape(rows, -1, heads, size)
