@@ -1,11 +1,11 @@
 """Direct Preference Optimization (Rafailov et al. 2023) in JAX and Flax. The names below are the functional API.
 
-Nothing is imported until it is asked for (PEP 562): `import dpo_jax` is instant, and loads no JAX.
+Names are imported lazily (PEP 562): `import dpo_jax` is instant, and does not load JAX.
 
-Each name has an example in its docstring. There, `tokenizer`, `encoded`, `init`, `forward`, `unembed`, `model`, `variables`,
-`rows` and `tx` are those of the README's example ("Use the functions"), and `state` is that before its loop. `folder` holds a
-small Hugging Face model, such as `save_hf` writes of one of `make_model`. `collected` and `rollout` come from `collect` and
-`advantages`.
+Each name has an example in its docstring. In these, `tokenizer`, `encoded`, `init`, `forward`, `unembed`, `model`, `variables`,
+`rows` and `tx` come from the README's example ("Use the functions"), and `state` is the one before its loop. `folder` holds a
+small Hugging Face model, for example a model of `make_model` written by `save_hf`. `collected` and `rollout` come from
+`collect` and `advantages`.
 """
 
 from __future__ import annotations

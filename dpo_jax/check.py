@@ -1,7 +1,7 @@
 """Self-test of an accelerator: `python -m dpo_jax.check`, the first thing to run on a new card, machine or pod.
 
-It needs jax, flax, optax and numpy, and orbax for the row that saves; no network, data or model. On a pod, start it on every
-host: each tests the devices that it sees.
+It needs jax, flax, optax and numpy, and orbax for the test of saving; no network, data or model. On a pod, start it on every
+host: each host tests the devices that it sees.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from dpo_jax.checks.report import Report, Row
 
 UNTUNED = " ".join(f"--{option}={str(value).lower()}" for option, value in COMPILER_OPTIONS.items())
-"""To time every way of multiplying takes XLA minutes, and these rows are about numbers. `--bench` lets it."""
-GPU_MEMORY = "0.92"  # the share that JAX takes; its default of 0.75 leaves a fourth of a large card unused
+"""XLA's matmul autotuning takes minutes, and these tests are about numbers, so it is off. `--bench` turns it on."""
+GPU_MEMORY = "0.92"  # fraction of memory that JAX takes; its default of 0.75 leaves a quarter of a large card unused
 EXIT_CODES = """\
 exit codes: 0 all rows passed; 1 a row failed; 2 wrong flag; 74 the JSON file cannot be written; 130 interrupted"""
 
@@ -72,7 +72,7 @@ def main(args: list[str] | None = None, *, prog: str = "python -m dpo_jax.check"
 
 
 class UnknownRow(ValueError):
-    """`--only` names no row."""
+    """`--only` names an unknown row."""
 
 
 def run(report: Report, asked: argparse.Namespace) -> None:
@@ -80,7 +80,7 @@ def run(report: Report, asked: argparse.Namespace) -> None:
 
     names = [name.strip() for name in asked.only.split(",") if name.strip()]
     first, *others = machine.rows()
-    # Without a device nothing else can even be listed.
+    # Without a device the other rows cannot even be listed.
     if report.run(first).ok is False:
         return
     report.describe()

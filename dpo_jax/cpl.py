@@ -3,11 +3,11 @@
     score(s) = sum_t gamma^t alpha log pi(a_t | s_t)          segment s = (s_0, a_0, ..., s_T-1, a_T-1)
     loss     = -log sigmoid(score(s+) - lambda score(s-))     eq. 5 with lambda 1; section 3.3, CPL(lambda)
 
-In maximum-entropy control alpha log pi*(a | s) is the optimal advantage, so the score is the negative regret of a segment, and
-the loss is the likelihood of preferences by regret. With lambda < 1 a shift of all log-probabilities is no longer free: the
-loss falls when segments of the data get likelier, which keeps the policy near them.
+In maximum-entropy control alpha log pi*(a | s) is the optimal advantage. The score is then the negative regret of a segment,
+and the loss is the likelihood of preferences by regret. With lambda < 1 the loss is no longer invariant to a shift of all
+log-probabilities: it falls when segments of the data become more likely, which keeps the policy near them.
 
-States may be anything that the policy reads: vectors `[..., S]`, images `[..., H, W, C]`. The policy is a function
+States may be anything that the policy accepts: vectors `[..., S]`, images `[..., H, W, C]`. The policy is a function
 `log_prob(variables, states, actions) -> float32[...]` over arbitrary leading axes; `dpo_jax.control.policies` makes some.
 """
 
@@ -34,7 +34,7 @@ class SegmentPairs:
 
     states   float32[P, 2, T, *S]
     actions  float32[P, 2, T, A]
-    weight   float32[P]            1, or 0 for a pair that only fills up the batch
+    weight   float32[P]            1, or 0 for a filler pair
 
     >>> pairs = SegmentPairs(states=jnp.ones((8, 2, 16, 3)), actions=jnp.zeros((8, 2, 16, 1)), weight=jnp.ones(8))
     """
@@ -47,7 +47,7 @@ class SegmentPairs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Transitions:
-    """States and the actions taken in them: states float32[N, *S], actions float32[N, A], weight float32[N] as above.
+    """States and the actions taken in them: states float32[N, *S], actions float32[N, A], weight float32[N] as for pairs.
 
     >>> steps = Transitions(states=jnp.ones((64, 3)), actions=jnp.zeros((64, 1)), weight=jnp.ones(64))
     """
@@ -58,7 +58,7 @@ class Transitions:
 
 
 def discounted(values: Array, gamma: float) -> jax.Array:
-    """`sum_t gamma^t values[..., t]`: `[..., T]` -> `[...]`.
+    """Discounted sum `sum_t gamma^t values[..., t]`: `[..., T]` -> `[...]`.
 
     >>> print(discounted(jnp.ones((2, 3)), 0.5))
     [1.75 1.75]
@@ -67,7 +67,7 @@ def discounted(values: Array, gamma: float) -> jax.Array:
 
 
 def cpl_loss(scores: Array, *, lam: float = 1.0) -> jax.Array:
-    """`-log sigmoid(score+ - lambda score-)`: scores `[P, 2]`, preferred first -> losses `[P]`. CPL(lambda), 0 < lambda <= 1.
+    """The CPL(lambda) loss `-log sigmoid(score+ - lambda score-)`, 0 < lambda <= 1: scores `[P, 2]`, preferred first -> `[P]`.
 
     >>> print(cpl_loss(jnp.array([[-1.0, -2.0], [-2.0, -2.0]]), lam=0.5))
     [0.6931472 1.3132617]
@@ -92,13 +92,13 @@ def cpl_step(
     """One optimizer step of CPL on pairs of segments. Pure, like `dpo_step`.
 
     Metrics are means over the pairs of the global batch, before the update: `loss`, `accuracy` (a tie counts half), `margin`
-    (of scores, without lambda), `logps/chosen` and `logps/rejected` (log-density of an action, in nats), `grad_norm`.
+    (difference of scores, without lambda), `logps/chosen`, `logps/rejected` (log-density per action, nats), `grad_norm`.
 
     Args:
-      alpha: the temperature of maximum-entropy control; the paper has 0.1. With a policy of fixed standard deviation only
-        alpha / std^2 matters.
-      gamma: discount within a segment; the authors' code has 1.
-      lam: lambda, 0.5 in most of the paper. 1 is the likelihood of the preferences itself.
+      alpha: the temperature of maximum-entropy control; the paper uses 0.1. If the policy's standard deviation is fixed,
+        only alpha / std^2 matters.
+      gamma: discount within a segment; the authors' code uses 1.
+      lam: lambda, 0.5 in most of the paper; with 1 the loss is exactly the likelihood of the preferences.
 
     >>> def log_prob(variables, states, actions):  # a linear policy of standard deviation 1
     ...     return -((actions - states @ variables["gain"]) ** 2).sum(-1) / 2
@@ -135,7 +135,7 @@ def bc_step(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step of behaviour cloning: `loss = -log pi(a | s)`, the mean over transitions. Pure, like `cpl_step`.
 
-    On the steps of preferred segments it is SFT, with which CPL begins.
+    Applied to the steps of preferred segments it is SFT, the first phase of CPL.
 
     >>> def log_prob(variables, states, actions):
     ...     return -((actions - states @ variables["gain"]) ** 2).sum(-1) / 2

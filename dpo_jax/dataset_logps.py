@@ -28,22 +28,23 @@ def reference_logps_of(
     partitioner: Partitioner | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> np.ndarray:
-    """log pi(y|x) of all `pairs`: float32[n, 2] in nats, chosen first, in the order given. Lays out, compiles, runs, collects.
-    Of rankings: float32[n, K], best first.
+    """log pi(y|x) of all `pairs`: float32[n, 2] in nats, chosen first, in the order given (rankings: float32[n, K]).
 
-    Give the result to `shared_rows` and its like as `ref_logps`. With the variables of a policy it is what evaluation needs.
+    It lays out the pairs, compiles, runs and collects. Pass the result to `shared_rows` and the other layouts as `ref_logps`.
+    With a policy's variables it gives the log-probabilities that evaluation needs.
 
     Args:
-      pairs: what `encode` gives.
-      layout: how pairs lie in rows. "plain" is right for every causal model. "packed" is the fastest, and both it and "shared"
-        need a model that honours `k_start`, `k_end` and `positions`: those of `load_hf`, and your own if `check_model` says so.
-      batch: pairs at a time; bounds memory.
-      partitioner: where it runs; None: `jax.jit`, where `variables` lie. With one of `runtime.parallel`, they are its own.
-      progress: called with (pairs done, pairs in all) after every batch.
+      pairs: the result of `encode`.
+      layout: row layout. "plain" works with every causal model. "packed" is the fastest; "packed" and "shared" need a model
+        that honours `k_start`, `k_end` and `positions`: those of `load_hf` do, your own if `check_model` says so.
+      batch: pairs per forward pass; bounds memory.
+      partitioner: devices to run on; None: `jax.jit`, where `variables` are. For one of `runtime.parallel`, `variables` must
+        have been placed by it.
+      progress: called with (pairs done, all pairs) after every batch.
 
-    A second call with the same model and shapes compiles nothing. NaN or infinity is a `BrokenReference` naming the pair, as a
-    token id beyond the vocabulary gives it. TypeError for pairs that are not `Encoded`; ValueError for unusable token ids, an
-    unknown layout, a `batch` below 1, and variables of `load_hf` without their "params".
+    A second call with the same model and shapes compiles nothing. Raises `BrokenReference` naming the pair for NaN or infinity,
+    for example from a token id beyond the vocabulary; TypeError for pairs that are not `Encoded`; ValueError for unusable token
+    ids, an unknown layout, a `batch` below 1, and variables of `load_hf` without their "params".
 
     >>> ref_logps = reference_logps_of(model, variables, encoded)
     >>> ref_logps.shape

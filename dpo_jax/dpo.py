@@ -30,21 +30,21 @@ def dpo_step(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step of DPO (eq. 7), for instance with `loss=partial(dpo_loss, beta=0.1)`. Pure: jit, pmap or shard_map it.
 
-    The reference model is not here: its log-probabilities come with the batch, `rows.ref_logps[P, 2]`. Metrics are float32
-    scalars, means over the pairs of the global batch as the policy was *before* the update. Rankings (`ranking_rows`) go the
-    same way, as [P, K] with `loss=partial(plackett_luce_loss, beta=0.1)`, and single completions with a label
-    (`Encoded.desirable`) with `loss=partial(kto_loss, beta=0.1)`. Under pmap, name its axis, or devices drift apart.
-    `ld_alpha` below 1 is LD-DPO (`logps.pair_sums`), also of `rows.ref_logps`. `router_aux_loss`: see `routing.with_router`.
+    The step needs no reference model: the batch carries its log-probabilities, `rows.ref_logps[P, 2]`. Metrics are float32
+    scalars: means over the pairs of the global batch, for the policy *before* the update. Rankings (`ranking_rows`) work the
+    same way, as [P, K] with `loss=partial(plackett_luce_loss, beta=0.1)`; so do single completions with a label
+    (`Encoded.desirable`), with `loss=partial(kto_loss, beta=0.1)`. Under pmap, pass `axis_name`, or devices drift apart.
+    `ld_alpha` below 1 is LD-DPO (`logps.pair_sums`), also in `rows.ref_logps`. `router_aux_loss`: see `routing.with_router`.
 
     >>> step = jax.jit(partial(dpo_step, model=model, tx=tx, loss=partial(dpo_loss, beta=0.1)))
     >>> after, metrics = step(state, rows)
     >>> print(f"{metrics['loss']:.4f} {metrics['rewards/margins']:.1f}")  # the policy still is its reference
     0.6931 0.0
 
-    A loss of one's own is a function of arrays. It asks for what it needs besides log-probabilities by keyword: `lengths`, the
-    scored tokens float32[P, K], or others of `losses.SIGNALS`. One that asks for `weight` looks across pairs, and is refused
-    with microbatches or a mapped axis. Columns of the data come in `rows.extras`, by name, through `examples_to_rows`. Fillers
-    have length 0, so divide by at least 1: their weight of 0 does not undo a NaN. Here a loss with lengths and a quality gap:
+    A custom loss is a function of arrays. Its keyword arguments name what it needs besides log-probabilities: `lengths`, the
+    scored tokens float32[P, K], or others of `losses.SIGNALS`. A loss with the keyword `weight` looks across pairs, so it is
+    refused with microbatches or a mapped axis. Columns of the data go into `rows.extras` by name, through `examples_to_rows`.
+    Fillers have length 0, so divide by at least 1: their weight of 0 does not undo a NaN. A loss with lengths and a gap:
 
     >>> def loss(logps, ref_logps, *, lengths, gap):
     ...     ratios = (logps - ref_logps) / jnp.maximum(lengths, 1)
@@ -72,7 +72,7 @@ def dpo_step(
 def dpo_objective(
     variables: Variables, rows: Rows, *, model: Model, loss: PreferenceLoss, ld_alpha: float = 1.0
 ) -> tuple[jax.Array, Metrics]:
-    """Losses of the pairs, float32[P], and the metrics of each: what `dpo_step` takes the mean and the gradient of.
+    """The DPO objective: losses float32[P] and metrics of the pairs. `dpo_step` takes their mean and its gradient.
 
     >>> losses, metrics = jax.jit(partial(dpo_objective, model=model, loss=partial(dpo_loss, beta=0.1)))(variables, rows)
     >>> losses.shape, metrics["rewards/margins"].shape
@@ -103,19 +103,19 @@ def dpo_objective(
 
 
 def _signals(loss: PreferenceLoss, rows: Rows) -> frozenset[str]:
-    """What a loss asks for by keyword and the batch does not bring."""
+    """Keywords of a loss that name `SIGNALS` and are not columns of the batch (`Rows.extras`)."""
     return asked(loss) - {*(rows.extras or {})}
 
 
 def _aligned_logps(model: Model, variables: Variables, hidden: jax.Array, rows: Rows) -> jax.Array:
-    """What WPO weighs a completion by, see `losses.SIGNALS`: float32[P, K]. A second pass through the head, forward only."""
+    """WPO's log-weight of each completion (`losses.SIGNALS`): float32[P, K]. A second pass through the head, forward only."""
     variables, hidden = jax.lax.stop_gradient((variables, hidden))
     sums = pair_sums(hidden_logps(model, variables, hidden, rows, read=aligned_log_probability), rows)
     return sums / jnp.maximum(completion_lengths(rows), 1)
 
 
 def _mean_lengths(rows: Rows, axis_name: str | None) -> jax.Array:
-    """Mean scored tokens of the completions of the global batch, fillers left out: float32[P, K], all rows equal."""
+    """Mean number of scored tokens per completion over the global batch, without fillers: float32[P, K], all rows equal."""
     lengths, weight = completion_lengths(rows), jnp.asarray(rows.weight)
     sums = (lengths * weight[:, None]).sum(axis=0), weight.sum()
     total, pairs = sums if axis_name is None else jax.lax.psum(sums, axis_name)
@@ -123,11 +123,11 @@ def _mean_lengths(rows: Rows, axis_name: str | None) -> jax.Array:
 
 
 def preference_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array) -> Metrics:
-    """What to watch, per pair: {name: float[P]}, under the names TRL made common. Of a ranking: its best and its worst.
+    """Metrics per pair, {name: float[P]}, under TRL's usual names. For a ranking they compare its best and worst completions.
 
-    `displacement/*` is log pi - log pi_ref in nats: DPO trains the difference of the two, and both may fall.
-    `kl_reference_policy` is their mean over all completions with the sign turned: an estimate of KL(pi_ref || pi), if the
-    completions came from the reference. KL(pi || pi_ref), which needs samples of the policy, is `kl` in evaluations.
+    `displacement/*` is log pi - log pi_ref in nats. DPO trains only the difference between chosen and rejected, so both may
+    fall. `kl_reference_policy` is minus their mean over all completions: an estimate of KL(pi_ref || pi), if the completions
+    came from the reference. KL(pi || pi_ref) needs samples of the policy; evaluations report it as `kl`.
 
     `logps`, `ref_logps` and `rewards` are float[P, K], as a loss takes and returns them.
 

@@ -1,4 +1,4 @@
-"""The optional packages of pyproject.toml, and the command that installs them."""
+"""The optional dependencies (extras) of pyproject.toml, and the command that installs them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _CLONE = Path(__file__).resolve().parent.parent
 
 
 def install_command(extra: str) -> str:
-    """The command that adds an extra of dpo_jax. No package index has dpo_jax: extras are installed from a clone."""
-    pip = "pip" if importlib.util.find_spec("pip") else "uv pip"  # environments of uv have no pip of their own
+    """The command that installs an extra of dpo_jax. dpo_jax is on no package index, so extras are installed from a clone."""
+    pip = "pip" if importlib.util.find_spec("pip") else "uv pip"  # environments made by uv have no pip
     if not (_CLONE / "pyproject.toml").is_file():  # copied into site-packages
         return f"{pip} install -e '.[{extra}]' in a clone of dpo_jax"
     folder = "." if Path.cwd() == _CLONE else str(_CLONE)

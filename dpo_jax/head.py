@@ -1,4 +1,4 @@
-"""The head of the model: log-probabilities of tokens from hidden states, some positions at a time."""
+"""Chunked output head: log-probabilities of tokens from hidden states, without logits for all positions at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from dpo_jax.models.axes import parts_of
 from dpo_jax.types import CONTEXT_AXIS, ROW_AXES, Array, Model, Variables
 
-CHUNK = 1024  # scored tokens of a device per pass through the head, at least; see `token_logps`
+CHUNK = 1024  # least number of scored tokens per device and pass through the head; see `token_logps`
 
 Read = Callable[[jax.Array, jax.Array], jax.Array]
-"""(logits float32[..., V], target int32[...]) -> float32[...]: a number of each scored token."""
+"""(logits float32[..., V], target int32[...]) -> float32[...]: one number for each scored token."""
 
 
 def log_probability(logits: jax.Array, target: jax.Array) -> jax.Array:
@@ -25,7 +25,7 @@ def log_probability(logits: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def aligned_log_probability(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """log pi of the token `target` less that of a token of the policy's own: log sum_v pi(v)^2 (WPO, Zhou et al. 2024)."""
+    """log pi(target) - log sum_v pi(v)^2: relative to the expected probability of a sampled token (WPO, Zhou et al. 2024)."""
     own = jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
     return log_probability(logits, target) - own
 
@@ -44,26 +44,26 @@ def token_logps(
     chunk: int | None = None,
     read: Read = log_probability,
 ) -> jax.Array:
-    """log-probability of `target[R, S]` given `hidden[R, S, D]`: float32[R, S]. Where `used[R, S]` is false, it means nothing.
+    """log-probability of `target[R, S]` given `hidden[R, S, D]`: float32[R, S]. Meaningless where `used[R, S]` is false.
 
-    `read` may take another number from the logits.
+    `read` may compute another number from the logits.
 
-    The head runs over at most `chunk` positions of each device at a time: first those that are used, and on one device no chunk
-    in which none is. By default these are `CHUNK`, or D where that is more: each pass reads the head's weights and adds to
-    their gradient, V x D numbers, and so does most of its work on its chunk x V logits.
+    The head runs over at most `chunk` positions of each device at a time. Used positions come first, and on one device a chunk
+    without any is skipped. The default is `CHUNK`, or D if that is larger: each pass reads the head's weights and adds to their
+    gradient, V x D numbers, so a chunk must be large enough that most of the work is on its chunk x V logits.
 
-    With several chunks the backward pass computes the logits again instead of keeping them: no buffer of all positions times
-    the vocabulary exists in either direction.
+    With several chunks, the backward pass recomputes the logits instead of keeping them. No buffer of all positions times the
+    vocabulary exists in either direction.
     """
 
     def score(hidden: jax.Array, target: jax.Array) -> jax.Array:
-        # Whatever the model computes in: a reward is a small difference of large sums.
+        # float32 whatever the model's type: a reward is a small difference of large sums.
         return read(at_least_float32(model.unembed(variables, hidden)), target)
 
     chunk = chunk or head_chunk(hidden.shape[-1])
     rows, scored = target.shape
     of_rows, of_scored = math.gcd(rows, parts_of(ROW_AXES)), math.gcd(scored, parts_of((CONTEXT_AXIS,)))
-    parts = of_rows * of_scored  # each device sorts its own
+    parts = of_rows * of_scored  # each device sorts its own part
     each = rows * scored // parts
     count = -(-each // chunk)
     if count == 1:
@@ -79,7 +79,7 @@ def token_logps(
     order = jnp.argsort(~by_device(used), axis=1)
 
     def split(x: Array) -> jax.Array:
-        """[R, S, ...] to [count, parts, width, ...], what is used first."""
+        """[R, S, ...] to [count, parts, width, ...], used positions first."""
         x = by_device(x)
         x = jnp.take_along_axis(x, order.reshape(parts, each, *(1 for _ in x.shape[2:])), axis=1)
         x = jnp.pad(x, [(0, 0), (0, count * width - each)] + [(0, 0)] * (x.ndim - 2))
@@ -89,7 +89,7 @@ def token_logps(
     if parts == 1:
         score_chunk = _where_used(score, *(chunk[0] for chunk in chunks[:2]))
     else:
-        # A chunk is rarely unused on all devices, and inside a condition the head's gradient would be summed chunk by chunk.
+        # A chunk is rarely unused on all devices, and with a condition the head's gradient would be reduced chunk by chunk.
         score_chunk = lambda hidden, target, _: jax.checkpoint(score)(hidden, target)  # noqa: E731
     logps = jnp.moveaxis(jax.lax.map(lambda chunk: score_chunk(*chunk), chunks), 0, 1)
     logps = logps.reshape(parts, count * width)[:, :each]
@@ -98,14 +98,14 @@ def token_logps(
 
 
 def head_chunk(width: int) -> int:
-    """Scored tokens of a device per pass through the head, where nobody says otherwise. `width` is D."""
+    """Default number of scored tokens per device and pass through the head. `width` is D."""
     return max(CHUNK, width)
 
 
 def _where_used(score: Callable[..., jax.Array], *example: jax.Array) -> Callable[..., jax.Array]:
-    """`score(hidden, target)` as a function of `(hidden, target, used)` that computes nothing where nothing is used.
+    """`score(hidden, target)` as a function of `(hidden, target, used)` that skips chunks in which nothing is used.
 
-    The backward pass is written out, because what `jax.grad` makes of a condition keeps a copy of the head for each chunk. The
+    The backward pass is written by hand, because `jax.grad` of a condition keeps a copy of the head for each chunk. The
     gradient of a matrix leaves the condition in the type of `hidden`, which is the type of a product with `hidden`: a float32
     copy of it would be the largest buffer of a step.
     """

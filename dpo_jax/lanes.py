@@ -1,7 +1,7 @@
-"""Continuous batching: which completion each row of a decoding loop, a *lane*, draws; one that has ended takes the next one.
+"""Continuous batching: lanes (rows of a decoding loop) each draw one completion at a time; an idle lane takes the next one.
 
-K completions of each of B prompts are numbered prompt by prompt. On a mesh, prompts and lanes are cut into as many parts as
-rows are, D, and a lane draws completions of its own part only: nothing then moves between devices.
+K completions of each of B prompts are numbered prompt by prompt. On a mesh, prompts and lanes are split into D parts, as rows
+are, and a lane draws completions of its own part only. Nothing then moves between devices.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import jax.numpy as jnp
 
 
 class Lanes(NamedTuple):
-    """What each of `n` lanes of a part is at. Completions are numbered within their part."""
+    """State of the `n` lanes of each part. Completions are numbered within their part."""
 
     completion: jax.Array  # int32[D, n]
-    begun: jax.Array  # int32[D]  completions that were begun
-    busy: jax.Array  # bool[D, n]  it has not ended
+    begun: jax.Array  # int32[D]  completions started
+    busy: jax.Array  # bool[D, n]  whether it is still being drawn
 
 
 def idle(parts: int, lanes: int) -> Lanes:
-    """`lanes` in each part, before anything is begun."""
+    """The initial state: `lanes` idle lanes in each part."""
     none = jnp.zeros((parts, lanes), jnp.int32)
     return Lanes(none, none[:, 0], none > 0)
 
 
 def refill(lanes: Lanes, *, of: int) -> tuple[Lanes, jax.Array]:
-    """Gives idle lanes the next of the `of` completions of their part: (lanes, bool[D, n] of those that begin anew)."""
+    """Gives idle lanes the next of the `of` completions of their part: (lanes, bool[D, n] marking the refilled ones)."""
     number = lanes.begun[:, None] + jnp.cumsum(~lanes.busy, axis=-1, dtype=jnp.int32) - 1
     new = ~lanes.busy & (number < of)
     begun = lanes.begun + new.sum(axis=-1, dtype=jnp.int32)
@@ -35,12 +35,12 @@ def refill(lanes: Lanes, *, of: int) -> tuple[Lanes, jax.Array]:
 
 
 def waiting(lanes: Lanes, *, of: int) -> jax.Array:
-    """How many lanes `refill` would begin anew."""
+    """Number of lanes that `refill` would restart."""
     return jnp.minimum((~lanes.busy).sum(axis=-1, dtype=jnp.int32), of - lanes.begun).sum()
 
 
 def take(values: Any, index: jax.Array) -> Any:
-    """Arrays [D * m, ...] to [D * n, ...]: of each of D parts the rows `index[D, n]`, numbered within it."""
+    """Rows `index[D, n]`, numbered within each of D parts, of arrays [D * m, ...]: [D * n, ...]."""
     return jax.tree.map(lambda leaf: rows_of(leaf, index), values)
 
 
@@ -52,7 +52,7 @@ def rows_of(array: jax.Array, index: jax.Array, *, axis: int = 0) -> jax.Array:
 
 
 def put(results: Any, values: Any, index: jax.Array) -> Any:
-    """The reverse of `take`: `results` with `values` in the rows `index[D, n]`."""
+    """The inverse of `take`: `results` with `values` written to the rows `index[D, n]`."""
     parts = len(index)
 
     def one(result: jax.Array, value: jax.Array) -> jax.Array:

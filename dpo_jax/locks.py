@@ -1,4 +1,4 @@
-"""Lock files: the kernel's lock (flock) on a file that has the lock's name. It goes with its process, however that ends."""
+"""Lock files: the kernel's lock (flock) on a file with the lock's name. The lock ends with its process, however that ends."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dpo_jax.writing import naming
 
 
 def open_lock(path: str | os.PathLike[str], *, create: bool = True) -> int:
-    """The descriptor of a lock file, open to read and write; not locked yet.
+    """The descriptor of a lock file, open for reading and writing; not yet locked.
 
-    Raises `Unreadable` for anything but a file of its own: behind a link lies a file of somebody else's, whose content a lock
-    would overwrite.
+    Raises `Unreadable` for anything but a regular file: a link could lead to another file, whose content the lock would
+    overwrite.
     """
     path = Path(path)
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_CREAT if create else 0)

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions: only scored positions reach the head, and never all of them at once."""
+"""Log-probabilities of completions. Only scored positions go through the head, and only a chunk of them at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def completion_logps(
 ) -> jax.Array:
     """log pi(y|x) of each completion of each pair: float32[P, 2], in nats, summed over its tokens, chosen first.
 
-    Of rankings: float32[P, K], best first. Differentiable in `variables`; pure, so jit it. `ld_alpha`: see `pair_sums`.
+    For rankings: float32[P, K], best first. Differentiable in `variables`; pure, so jit it. `ld_alpha`: see `pair_sums`.
 
     >>> jax.jit(partial(completion_logps, model))(variables, rows).shape
     (2, 2)
@@ -26,10 +26,10 @@ def completion_logps(
 
 
 def pair_sums(values: Array, rows: Rows, *, ld_alpha: float = 1.0) -> jax.Array:
-    """Sums of a value of each scored token, float32[R, S], over the completions of each pair: float32[P, 2] (or [P, K]).
+    """Sums of per-token values, float32[R, S], over the completions of each pair: float32[P, 2] (rankings: [P, K]).
 
-    `ld_alpha` below 1 is that of LD-DPO (Liu et al. 2024, arXiv 2409.06411): the weight of the tokens beyond the length of
-    the pair's shorter completion.
+    `ld_alpha` is the weight of the tokens beyond the length of the pair's shorter completion (LD-DPO, Liu et al. 2024, arXiv
+    2409.06411); with 1 all tokens count alike.
     """
     if ld_alpha == 1:
         return slots_to_pairs(_slot_sums(values, rows), rows)
@@ -40,17 +40,17 @@ def pair_sums(values: Array, rows: Rows, *, ld_alpha: float = 1.0) -> jax.Array:
     in_completion = jnp.take_along_axis(in_slot, jnp.asarray(places)[:, None, :], axis=2)  # [R, S, completions of its pairs]
     lengths = completion_lengths(rows)
     shared = jnp.repeat(lengths.min(axis=1), lengths.shape[1]).reshape(count, 1, -1)
-    # The scored tokens of a completion come in the order of its text, also where shared rows hold it backwards.
+    # The scored tokens of a completion are in text order, even where shared rows store it backwards.
     weight = jnp.where(jnp.cumsum(in_completion, axis=1, dtype=shared.dtype) <= shared, 1.0, ld_alpha)
     sums = jnp.where(in_completion, jnp.asarray(values)[:, :, None] * weight, 0.0).sum(axis=1)
     return sums.reshape(lengths.shape)
 
 
 def slots_to_pairs(values: Array, rows: Rows) -> jax.Array:
-    """From a value of each completion slot, [R * slots], to those of each pair, [P, 2], chosen first (of rankings, [P, K]).
+    """Values of completion slots, [R * slots], regrouped by pair: [P, 2], chosen first (rankings: [P, K]).
 
-    What `completion_logps` does with `sequence_logps`: for other numbers of completions, such as rewards, and for pairs that
-    share completions.
+    `completion_logps` is this applied to `sequence_logps`. Use it for other values per completion, such as rewards, and for
+    pairs that share completions.
 
     >>> slots_to_pairs(np.array([-9.0, -8.0, -7.0, -6.0]), rows).tolist()  # of two pairs, a row each
     [[-9.0, -8.0], [-7.0, -6.0]]
@@ -90,20 +90,19 @@ def scored_hidden(model: Model, variables: Variables, rows: Rows) -> jax.Array:
 def hidden_logps(
     model: Model, variables: Variables, hidden: Array, rows: Rows, *, chunk: int | None = None, read: Read = log_probability
 ) -> jax.Array:
-    """log pi of each scored token from the `scored_hidden` states: float32[R, S]; of padding it means nothing."""
+    """log pi of each scored token from the `scored_hidden` states: float32[R, S]. Values at padding are meaningless."""
     return token_logps(model, variables, hidden, rows.target, used=rows.slot < rows.slots, chunk=chunk, read=read)
 
 
 def _slot_sums(values: Array, rows: Rows) -> jax.Array:
-    """float32[R, slots] from a value of each scored token, float32[R, S]. A slot without tokens has 0."""
+    """Sums of per-token values, float32[R, S], over completion slots: float32[R, slots]. A slot without tokens has 0."""
     return jnp.where(_in_slot(rows), jnp.asarray(values)[:, :, None], 0.0).sum(axis=1)
 
 
 def completion_lengths(rows: Rows) -> jax.Array:
-    """Scored tokens of each completion of each pair, its EOS included: float32[P, 2], chosen first (of rankings, [P, K]).
+    """Number of scored tokens of each completion, EOS included: float32[P, 2], chosen first (rankings: [P, K]).
 
-    A pair that only fills up the batch has 0: divide by `jnp.maximum(lengths, 1)`. Works on numpy rows and
-    inside a compiled step.
+    A filler pair has 0, so divide by `jnp.maximum(lengths, 1)`. Works on numpy rows and inside a compiled step.
 
     >>> print(completion_lengths(rows))
     [[5. 5.]
@@ -113,10 +112,10 @@ def completion_lengths(rows: Rows) -> jax.Array:
 
 
 def scored_tokens(rows: Rows) -> jax.Array:
-    """How many tokens each completion slot scores: float32[R * slots]."""
+    """Number of scored tokens in each completion slot: float32[R * slots]."""
     return _in_slot(rows).sum(axis=1).astype(jnp.float32).reshape(-1)
 
 
 def _in_slot(rows: Rows) -> jax.Array:
-    """Which slot each scored position belongs to: bool[R, S, slots]."""
+    """One-hot mask of the slot that each scored position belongs to: bool[R, S, slots]."""
     return jnp.asarray(rows.slot)[:, :, None] == jnp.arange(rows.slots, dtype=jnp.int32)[None, None, :]

@@ -1,7 +1,7 @@
 """The table of preference losses by name: function, options, paper. `--help`, checks and documentation are made from it.
 
-To add a loss, write its function in `dpo_jax/losses/` and add a line to `LOSSES`; a new option gets a line in `OPTIONS`. It
-imports neither JAX nor numpy, so that `--help` answers at once.
+To add a loss, write its function in `dpo_jax/losses/` and add a line to `LOSSES`; a new option gets a line in `OPTIONS`. This
+module imports neither JAX nor numpy, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any, Literal, NamedTuple
 from dpo_jax.option import Option
 
 RowKind = Literal["pairs", "unpaired", "rankings"]
-"""What an example of a loss is: two completions, a single one that is desirable or not, or K completions, best first."""
+"""The kind of example a loss takes: two completions, a single one that is desirable or not, or K completions, best first."""
 
 
 class Loss(NamedTuple):
-    """A loss: its function as "module.function" of `dpo_jax.losses`, the options it reads, and where it comes from.
+    """A loss: its function as "module.function" of `dpo_jax.losses`, the options it reads, its title and its paper.
 
-    `needs` are options that have no good default. `at_reference` is the loss of a policy that equals its reference, in Python;
-    empty where that depends on the data (K is the number of completions). `reference`: whether it compares with the reference
-    at all. `rows`: what an example is. `whole_batch`: it looks at all examples of a batch at once.
+    `needs`: options that have no good default. `at_reference`: the loss of a policy that equals its reference, as a Python
+    expression; empty where that depends on the data (K is the number of completions). `reference`: whether the loss uses the
+    reference at all. `rows`: the kind of example. `whole_batch`: the loss looks at all examples of a batch at once.
     """
 
     function: str
@@ -56,7 +56,7 @@ OPTIONS: Mapping[str, Option] = {
         0.1,
         lambda x: x > 0,
         "must be greater than 0",
-        "Weight of the KL constraint to the reference; the paper uses 0.1, and 0.5 for TL;DR. Means per token need more: "
+        "KL penalty coefficient beta; the paper uses 0.1, and 0.5 for TL;DR. Losses on means per token need more: "
         "sigmoid_norm 5, simpo 2.",
     ),
     "alpha": Option(
@@ -71,14 +71,14 @@ OPTIONS: Mapping[str, Option] = {
         0.0,
         lambda x: 0 <= x < 0.5,
         "must be at least 0 and below 0.5",
-        "Assumed share of swapped labels, 0 to below 0.5; exo_pair needs it, its paper takes 0.001.",
+        "Assumed share of swapped labels, 0 to below 0.5; required by exo_pair, whose paper uses 0.001.",
     ),
-    "reference_free": Option(bool, False, _any, "", "Take a uniform reference instead of the starting policy."),
+    "reference_free": Option(bool, False, _any, "", "Use a uniform reference in the loss instead of the reference model."),
     "f_divergence": Option(Divergence, "reverse_kl", _any, "", "Divergence from the reference (f-DPO)."),
     "f_alpha": Option(float, 0.5, _any, "", "Alpha of f_divergence alpha_divergence."),
-    "discopop_tau": Option(float, 0.05, lambda x: x > 0, "must be greater than 0", "Temperature of the mixture of two losses."),
+    "discopop_tau": Option(float, 0.05, lambda x: x > 0, "must be greater than 0", "Temperature in its mixture of two losses."),
     "length_penalty": Option(
-        float, 0.01, lambda x: x >= 0, "must not be negative", "Reward that a token costs (alpha of the paper)."
+        float, 0.01, lambda x: x >= 0, "must not be negative", "Reward penalty per token (alpha in the paper)."
     ),
     "gamma": Option(float, 0.5, _any, "", "Target margin."),
     "cpo_alpha": Option(float, 1.0, lambda x: x >= 0, "must not be negative", "Weight of the SFT term."),
@@ -87,14 +87,14 @@ OPTIONS: Mapping[str, Option] = {
         False,
         _any,
         "",
-        "Weigh pairs by how likely the policy is to write them (WPO); any loss of pairs but aot and aot_unpaired.",
+        "Weight pairs by how likely the policy is to generate them (WPO); for every pair loss except aot and aot_unpaired.",
     ),
     "desirable_weight": Option(
         float,
         1.0,
         lambda x: x >= 0,
         "must not be negative",
-        "Weight of desirable completions. Weight times number should be 1 to 4/3 times that of undesirable ones (KTO, eq. 8).",
+        "Weight of desirable completions. Weight times count should be 1 to 4/3 times that of undesirable ones (KTO, eq. 8).",
     ),
     "undesirable_weight": Option(float, 1.0, lambda x: x >= 0, "must not be negative", "Weight of undesirable completions."),
 }
@@ -205,21 +205,22 @@ _WORDS: Mapping[str, str] = {"pairs": "pairs", "unpaired": "single completions",
 
 
 def _of(option: str) -> str:
-    """Which losses read an option, unless most do."""
+    """A sentence naming the losses that read an option; empty if more than ten do."""
     names = [name for name, loss in LOSSES.items() if option in loss.options]
     return f" Read by {', '.join(names)}." if 0 < len(names) <= 10 else ""
 
 
 HELP: Mapping[str, str] = {
     "loss": f"One of {', '.join(LOSSES)}; or a weighted sum, such as dpo + 0.1*sft. ipo is the "
-    "paper's, with sums; TRL's ipo is ipo_per_token. kto reads single completions with a label, plackett_luce rankings.",
+    "paper's, on summed log-probabilities; TRL's ipo is ipo_per_token. kto reads labelled single completions, plackett_luce "
+    "reads rankings.",
     **{name: option.help + _of(name) for name, option in OPTIONS.items()},
 }
-"""The texts of `--help`."""
+"""The help texts of `--help`."""
 
 
 def terms(text: str) -> list[Term]:
-    """The weighted losses that a text names: "dpo", or a sum such as "dpo + 0.1*sft". ValueError: a name or weight is wrong.
+    """The weighted losses named by a text: "dpo", or a sum such as "dpo + 0.1*sft". ValueError: a name or weight is wrong.
 
     >>> terms("0.8*sigmoid + sft")
     [Term(weight=0.8, name='sigmoid'), Term(weight=1.0, name='sft')]
@@ -245,18 +246,18 @@ def terms(text: str) -> list[Term]:
 
 
 def reads(text: str) -> set[str]:
-    """The options that the losses of a text read."""
+    """The options read by the losses of a text."""
     found = {option for term in terms(text) for option in term.loss.options}
     return found if whole_batch(text) or rows_of(text) != "pairs" else found | {"wpo"}
 
 
 def uses_reference(text: str) -> bool:
-    """Whether any of the losses of a text compares with the reference."""
+    """Whether any of the losses of a text uses the reference."""
     return any(term.loss.reference for term in terms(text))
 
 
 def rows_of(text: str) -> RowKind:
-    """What an example of the losses of a text is; "pairs" for a text that is wrong.
+    """The kind of example that the losses of a text take; "pairs" for an invalid text.
 
     >>> rows_of("kto")
     'unpaired'
@@ -268,17 +269,17 @@ def rows_of(text: str) -> RowKind:
 
 
 def example_word(text: str) -> str:
-    """What an example of the losses of a text is called, in the plural, for people: "pairs", "completions", "rankings"."""
+    """The word for examples of the losses of a text, in messages: "pairs", "completions" or "rankings"."""
     return {"unpaired": "completions"}.get(rows := rows_of(text), rows)
 
 
 def names_of(rows: RowKind) -> str:
-    """The losses whose examples are such rows, for messages: "kto, apo_zero_unpaired"."""
+    """The losses that take this kind of example, for messages: "kto, apo_zero_unpaired"."""
     return ", ".join(name for name, loss in LOSSES.items() if loss.rows == rows)
 
 
 def whole_batch(text: str) -> bool:
-    """Whether any of the losses of a text looks at all examples of a batch at once. False for a text that is wrong."""
+    """Whether any of the losses of a text looks at all examples of a batch at once. False for an invalid text."""
     try:
         return any(term.loss.whole_batch for term in terms(text))
     except ValueError:
@@ -286,7 +287,7 @@ def whole_batch(text: str) -> bool:
 
 
 def problems(text: str, values: Mapping[str, Any], *, microbatches: int = 1) -> Iterator[tuple[str, str]]:
-    """What is wrong with the options `values` of the losses of a text: (option, what and what to do)."""
+    """Problems with the option values of the losses of a text, as (option, what is wrong and what to do)."""
     try:
         read = reads(text)
     except ValueError as error:

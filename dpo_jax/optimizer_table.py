@@ -1,7 +1,7 @@
-"""The table of optimizers and schedules by name: their options and where they come from. `--help` and checks are made from it.
+"""The table of optimizers and schedules by name: options and papers. `--help` and checks are made from it.
 
-`dpo_jax/runtime/optim.py` builds them, from optax. To add an optimizer, add a line to `OPTIMIZERS` and a branch there; a new
-option gets a line in `OPTIONS`. It imports neither JAX nor numpy, so that `--help` answers at once.
+`dpo_jax/runtime/optim.py` builds them with optax. To add an optimizer, add a line to `OPTIMIZERS` and a branch in that module;
+a new option gets a line in `OPTIONS`. This module imports neither JAX nor numpy, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Schedule = Literal["constant", "linear", "cosine", "wsd"]
 
 
 class Choice(NamedTuple):
-    """An optimizer or a schedule: the options that it reads with their values where None is given, and where it comes from."""
+    """An optimizer or a schedule: its title, the options it reads with their defaults, and its paper."""
 
     title: str
     options: Mapping[str, Any]
@@ -32,22 +32,22 @@ OPTIONS: Mapping[str, Option] = {
         0.0,
         lambda x: x >= 0,
         "must not be negative",
-        "Weight decay of all matrices; norms and biases have none. Times the learning rate, and decoupled; "
+        "Weight decay of all matrices; norms and biases have none. It is decoupled and multiplied by the learning rate; "
         "rmsprop and sgd add it to the gradient, as in torch.",
     ),
     "decay_embeddings": Option(
-        bool, True, lambda x: True, "", "Whether embeddings decay as well, as in transformers; those of muon never do."
+        bool, True, lambda x: True, "", "Also apply weight decay to embeddings, as in transformers; muon never does."
     ),
-    "b1": Option(float | None, None, _share, _SHARE, "Decay of the mean of gradients."),
-    "b2": Option(float | None, None, _share, _SHARE, "Decay of the mean of their squares (lion: of what is kept for later)."),
-    "eps": Option(float | None, None, lambda x: x > 0, "must be greater than 0", "Added to the root of the mean square."),
-    "momentum": Option(float | None, None, _share, _SHARE, "Share of the last update that is kept."),
+    "b1": Option(float | None, None, _share, _SHARE, "Decay rate of the gradient mean (beta1)."),
+    "b2": Option(float | None, None, _share, _SHARE, "Decay rate of the mean squared gradient (beta2; lion: of its momentum)."),
+    "eps": Option(float | None, None, lambda x: x > 0, "must be greater than 0", "Added to the root mean square of gradients."),
+    "momentum": Option(float | None, None, _share, _SHARE, "Momentum: fraction of the last update to keep."),
 }
 
 SCHEDULE_OPTIONS: Mapping[str, Option] = {
-    "min_lr_ratio": Option(float, 0.0, _share, _SHARE, "Share of lr that is left at the end of the run."),
+    "min_lr_ratio": Option(float, 0.0, _share, _SHARE, "Final learning rate, as a fraction of lr."),
     "decay_ratio": Option(
-        float, 0.1, lambda x: 0 < x <= 1, "must be above 0 and at most 1", "Share of the run in which the rate falls."
+        float, 0.1, lambda x: 0 < x <= 1, "must be above 0 and at most 1", "Fraction of the run in which the rate decays."
     ),
 }
 
@@ -88,31 +88,31 @@ def _all(table: Mapping[str, Choice]) -> str:
 
 
 def _of(name: str, table: Mapping[str, Choice]) -> str:
-    """Who reads an option, with the defaults where they differ."""
+    """A sentence naming the optimizers or schedules that read an option, with its default for each; empty if all do."""
     readers = {choice: found.options[name] for choice, found in table.items() if name in found.options}
     if len(readers) == len(table):
         return ""
     shown = [choice if isinstance(value, bool) else f"{choice} ({value:g})" for choice, value in readers.items()]
-    return f" Of {', '.join(shown)}."
+    return f" Read by {', '.join(shown)}."
 
 
 HELP: Mapping[str, str] = {
     "optimizer": _all(OPTIMIZERS),
-    "schedule": "The learning rate after warm-up. " + _all(SCHEDULES),
+    "schedule": "Learning rate after warm-up. " + _all(SCHEDULES),
     **{name: option.help + _of(name, OPTIMIZERS) for name, option in OPTIONS.items()},
     **{name: option.help + _of(name, SCHEDULES) for name, option in SCHEDULE_OPTIONS.items()},
 }
-"""The texts of `--help`."""
+"""The help texts of `--help`."""
 
 
 def options_of(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the options that an optimizer or a schedule reads, its own where None or nothing is given."""
+    """The options that an optimizer or a schedule reads, with its own defaults where `values` has None or nothing."""
     defaults = {**OPTIMIZERS, **SCHEDULES}[name].options
     return {option: default if values.get(option) is None else values[option] for option, default in defaults.items()}
 
 
 def problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is wrong with `values`, which hold `optimizer`, `schedule` and their options: (option, what and what to do)."""
+    """Problems with `values` of `optimizer`, `schedule` and their options, as (option, what is wrong and what to do)."""
     yield from _problems("optimizer", values, OPTIMIZERS, OPTIONS)
     yield from _problems("schedule", values, SCHEDULES, SCHEDULE_OPTIONS)
 

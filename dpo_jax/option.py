@@ -1,4 +1,4 @@
-"""An option of the tables of losses, optimizers and schedules."""
+"""One option in the tables of losses, optimizers and schedules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Option(NamedTuple):
-    """An option: its type and default (None: that of what it belongs to), which values it takes, and the text of `--help`."""
+    """An option: type, default (None: that of the loss or optimizer), a test of its values with its message, and help text."""
 
     type: Any
     default: Any

@@ -1,16 +1,16 @@
-"""Proximal Policy Optimization (Schulman et al. 2017) against a reward, held near a reference: what DPO is compared with.
+"""Proximal Policy Optimization (Schulman et al. 2017) with a KL penalty to a reference: the baseline that DPO is compared with.
 
 The setting is that of Ziegler et al. 2019 (arXiv 1909.08593): a token is an action, each token costs `kl_coef` times its
-log pi/pi_ref, and the reward of the text comes with its last token. So the optimum is the paper's eq. 4 with beta = `kl_coef`.
+log pi/pi_ref, and the reward of the text is added at its last token. The optimum is the paper's eq. 4 with beta = `kl_coef`.
 
-    collected = collect(model, (policy, reference), prompts, ...)   samples, and what is to be known of each token
+    collected = collect(model, (policy, reference), prompts, ...)   samples, with the statistics of each token
     scores = the reward of the texts, float[R]                      any function, on the host
-    rollout, health = advantages(collected, scores, ...)            of the whole rollout at once: whitening is global
-    state, metrics = ppo_step(state, part, ...)                     for `part` in `minibatches(rollout, ...)`, some epochs
-    kl_coef = next_kl_coef(kl_coef, kl=health["kl"], ...)           where the KL is given, and not its price
+    rollout, health = advantages(collected, scores, ...)            on the whole rollout at once: whitening is global
+    state, metrics = ppo_step(state, part, ...)                     for `part` in `minibatches(rollout, ...)`, several epochs
+    kl_coef = next_kl_coef(kl_coef, kl=health["kl"], ...)           if a target KL is set instead of a fixed coefficient
 
-Policy and value function share the trunk; `model` is one of `reward.with_scalar_head`. In the arrays [R, S] below `mask` is 1
-where position `s` scores a token and 0 in what follows the completion's last token.
+Policy and value function share the trunk; `model` comes from `reward_model.with_scalar_head`. In the arrays [R, S] below,
+`mask` is 1 where position `s` scores a token and 0 after the completion's last token.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
 
 KL_ERROR = 0.2
-"""A KL that misses its target by more than this share moves the adaptive coefficient as if it missed by this share."""
+"""Clipping of the adaptive KL controller: a larger relative error of the KL counts as this much."""
 
 
 class Prompts(NamedTuple):
-    """What `collect` continues; `prompt_batch` builds it."""
+    """Prompts for `collect` to continue; `prompt_batch` builds them."""
 
     tokens: Array  # int32[R, Lp], padded on the left
     lengths: Array  # int32[R]
@@ -46,19 +46,19 @@ class Prompts(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Collected:
-    """Samples of a policy and, for each token of them, what the policy and its reference said of it before any update."""
+    """Samples of a policy, with the policy's and the reference's statistics of each token before any update."""
 
     rows: Rows  # plain: one completion each, S = max_new_tokens
-    logps: Array  # float32[R, S]  log pi(token | those before it), in nats
-    ref_logps: Array  # float32[R, S]  the same of the reference
+    logps: Array  # float32[R, S]  log pi(token | preceding tokens), in nats
+    ref_logps: Array  # float32[R, S]  the same for the reference
     values: Array  # float32[R, S]  the value function before the token
-    entropy: Array  # float32[R, S]  of the policy's distribution of the token, in nats
+    entropy: Array  # float32[R, S]  entropy of the policy's distribution of the token, in nats
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """What `ppo_step` learns from. A batch of tokens, not of rows: `weight` is [R, S], so means are over the batch's tokens."""
+    """Training data of `ppo_step`. A batch of tokens, not of rows: `weight` is [R, S], so means are over the batch's tokens."""
 
     rows: Rows
     logps: Array  # float32[R, S]  of the policy that sampled
@@ -72,14 +72,14 @@ class Rollout:
 
 
 def token_mask(rows: Rows) -> Array:
-    """float32[R, S]: the row's weight where a token is scored, else 0."""
+    """The row's weight where a token is scored, else 0: float32[R, S]."""
     return (rows.slot == 0).astype(rows.weight.dtype) * rows.weight[:, None]
 
 
 def prompt_batch(prompts: Sequence[Sequence[int] | np.ndarray], key: jax.Array, *, length: int) -> Prompts:
-    """Token ids as `Prompts`, in columns for `length` tokens each; a longer prompt is a ValueError.
+    """Token ids as `Prompts`, padded on the left to `length` columns. ValueError for a longer prompt.
 
-    A completion depends on its row's own key, so on `key` and its number, not on the devices.
+    A completion depends on its row's own key, that is on `key` and the row's number, not on the devices.
 
     >>> prompts = prompt_batch([[5, 6, 7], [8]], jax.random.key(0), length=4)
     >>> prompts.tokens.tolist(), prompts.keys.shape
@@ -96,9 +96,8 @@ def collect(
 ) -> Collected:
     """Sample a completion of each prompt and score its tokens. Pure: jit it, or `Partitioner.compile_map` it.
 
-    `variables` are those of the policy and of its reference. `eos_id`: as in `generate`. Samples are drawn from
-    the policy as it is (temperature 1, nothing cut off): for another distribution neither the ratio of `ppo_step` nor the KL
-    estimate would be right.
+    `variables` are those of the policy and of its reference. `eos_id`: as in `generate`. Samples are drawn from the policy
+    itself (temperature 1, no top-k or top-p): otherwise the ratio of `ppo_step` and the KL estimate would be wrong.
 
     >>> decoder, weights = load_hf(folder)
     >>> actor = with_scalar_head(decoder)
@@ -120,7 +119,7 @@ def collect(
 def sampled_rows(prompts: Array, lengths: Array, *, samples: Samples) -> Rows:
     """`generate`'s input and output as plain rows, each completion scored (its EOS too): L = Lp + T, S = T. Works under jit.
 
-    The prompts stay padded on the left: then column Lp - 1 + s predicts completion token s in every row.
+    The prompts stay padded on the left, so that column Lp - 1 + s predicts completion token s in every row.
     """
     (rows, columns), new = prompts.shape, samples.tokens.shape[1]
     column = jnp.broadcast_to(jnp.arange(columns + new, dtype=jnp.int32), (rows, columns + new))
@@ -141,17 +140,17 @@ def sampled_rows(prompts: Array, lengths: Array, *, samples: Samples) -> Rows:
 
 
 def completion_ids(rows: Rows) -> list[np.ndarray]:
-    """The token ids of the completion in each plain row, its EOS included; for a tokenizer to decode."""
+    """The completion's token ids in each plain row, EOS included, for a tokenizer to decode."""
     return [target[slot == 0] for target, slot in zip(np.asarray(rows.target), np.asarray(rows.slot), strict=True)]
 
 
 def policy_and_values(
     model: Model, variables: Variables, rows: Rows, *, chunk: int = CHUNK
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(logps, values, entropy) at every scored position of plain rows: float32[R, S] each.
+    """Log-probabilities, values and entropies at every scored position of plain rows: float32[R, S] each.
 
-    The log-probability of the token (nats), the value function before it, and the entropy of the distribution it was drawn from
-    (nats, without gradient). Like `token_logps` it never has the logits of more than about `chunk` positions.
+    They are the log-probability of the token (nats), the value function before it, and the entropy of the distribution it was
+    drawn from (nats, without gradient). As in `token_logps`, logits exist for about `chunk` positions at a time.
     """
     hidden = _scored(model, variables, rows)
 
@@ -172,7 +171,7 @@ def policy_and_values(
 
 
 def _scored(model: Model, variables: Variables, rows: Rows) -> jax.Array:
-    """The hidden states from which the scored tokens are predicted: [R, S, D]."""
+    """The hidden states that predict the scored tokens: [R, S, D]."""
     if rows.slots != 1:
         raise ValueError(f"tokens are scored in rows of one completion each, and these hold {rows.slots}: lay them out plain")
     return jnp.take_along_axis(model.forward(variables, rows), rows.source[:, :, None], axis=1)
@@ -181,11 +180,11 @@ def _scored(model: Model, variables: Variables, rows: Rows) -> jax.Array:
 def advantages(
     collected: Collected, scores: Array, *, kl_coef: float | Array, gamma: float, lam: float
 ) -> tuple[Rollout, Metrics]:
-    """From the rewards of the completions, `scores[R]`, to what the policy learns from them, and how the rollout went. Pure.
+    """Advantages and returns of a rollout, from the rewards `scores[R]` of its completions, and rollout metrics. Pure.
 
-    Advantages are whitened over all tokens of `collected`, so give it the whole rollout: then they are the same on any number
-    of devices. Metrics are means over completions: `score`; `kl`, log pi/pi_ref summed over the completion, in nats: it
-    estimates the sequence KL; `penalised_score`, which PPO maximises: score - kl_coef * kl; `tokens`; `sequence_entropy`.
+    Advantages are whitened over all tokens of `collected`. Pass the whole rollout, so that they are the same on any number of
+    devices. Metrics are means over completions: `score`; `kl`, log pi/pi_ref summed over the completion, in nats, an estimate
+    of the sequence KL; `penalised_score`, the objective of PPO: score - kl_coef * kl; `tokens`; `sequence_entropy`.
 
     >>> rollout, health = advantages(collected, np.float32([1.0, -1.0]), kl_coef=0.1, gamma=1.0, lam=0.95)
     >>> rollout.advantages.shape, float(health["score"]), float(health["kl"])  # the policy is its reference
@@ -208,7 +207,7 @@ def advantages(
 
 
 def penalised_rewards(scores: Array, logps: Array, ref_logps: Array, mask: Array, *, kl_coef: float | Array) -> jax.Array:
-    """The reward of each token: float32[R, S], `-kl_coef * log pi/pi_ref`, and at the last token `scores[R]` besides.
+    """The reward of each token: `-kl_coef * log pi/pi_ref`, plus `scores[R]` at the last token: float32[R, S].
 
     Its sum over a completion is R(x, y) of Ziegler et al. 2019, section 2.2.
     """
@@ -220,8 +219,8 @@ def penalised_rewards(scores: Array, logps: Array, ref_logps: Array, mask: Array
 def gae(rewards: Array, values: Array, mask: Array, *, gamma: float, lam: float) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16): (advantages, returns), float32[R, S] each.
 
-    `returns = advantages + values`, what the value function is fitted to. After a completion's last token nothing follows: the
-    value there is 0, also where the completion was cut at its greatest length.
+    `returns = advantages + values` are the targets of the value function. After a completion's last token the value is 0, even
+    if the completion was cut off at the maximum length.
     """
     rewards, values = jnp.where(mask > 0, rewards, 0), jnp.where(mask > 0, values, 0)
     deltas = rewards + gamma * jnp.pad(values[:, 1:], ((0, 0), (0, 1))) - values
@@ -242,10 +241,10 @@ def whiten(x: Array, mask: Array) -> jax.Array:
 
 
 def minibatches(rollout: Rollout, *, size: int, rng: np.random.Generator, part: tuple[int, int] = (0, 1)) -> Iterator[Rollout]:
-    """One epoch: all rows in a random order, `size` at a time. A rest is a ValueError.
+    """Minibatches of one epoch: all rows in random order, `size` at a time. ValueError if rows are left over.
 
-    `part=(index, count)` (`Partitioner.host_part`) takes the `index`-th of `count` equal parts of each: what one host gives,
-    where all have the whole rollout and an equal `rng`.
+    `part=(index, count)` (`Partitioner.host_part`) takes the `index`-th of `count` equal parts of each minibatch, as one of
+    several hosts that all have the whole rollout and an equal `rng`.
 
     >>> parts = list(minibatches(rollout, size=1, rng=np.random.default_rng(0)))
     >>> len(parts), parts[0].advantages.shape
@@ -274,12 +273,13 @@ def ppo_step(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step of PPO (Schulman et al. 2017, eq. 7 and 9, without entropy bonus). Pure: jit, pmap or shard_map it.
 
-    `clip`: the ratio pi/pi_old earns nothing beyond 1 +- clip. `value_clip`: nor does a value further than that from its old
-    one (`math.inf`: anywhere). `value_weight` weighs half the squared error of the values.
+    `clip`: the ratio pi/pi_old is clipped to 1 +- clip. `value_clip`: values are clipped to this distance from their old ones
+    (`math.inf`: not at all). `value_weight`: weight of half the squared error of the values.
 
-    Metrics are means over the tokens of the global batch before the update: `ratio`; `clip_share` and `value_clip_share`, of
-    tokens where clipping took effect; `approx_kl`, (ratio - 1) - log ratio, an estimate of KL(pi_old || pi) per token that is
-    never negative (Schulman 2020's k3); `entropy`; `explained_variance`, 1 - Var(returns - values) / Var(returns).
+    Metrics are means over the tokens of the global batch before the update: `ratio`; `clip_share` and `value_clip_share`, the
+    fraction of tokens where clipping took effect; `approx_kl`, (ratio - 1) - log ratio, an estimate of KL(pi_old || pi) per
+    token that is never negative (Schulman 2020's k3); `entropy`; and `explained_variance`,
+    1 - Var(returns - values) / Var(returns).
 
     >>> actor = with_scalar_head(model)
     >>> state = init_state(actor.init(jax.random.key(0)), tx)
@@ -292,7 +292,7 @@ def ppo_step(
     def objective(variables: Variables, rollout: Rollout) -> tuple[jax.Array, Metrics]:
         logps, values, entropy = policy_and_values(model, variables, rollout.rows)
         gains, old_values, returns = (jnp.asarray(x) for x in (rollout.advantages, rollout.values, rollout.returns))
-        # What padding scores is arbitrary, and infinity times weight 0 is NaN.
+        # Values at padding are arbitrary, and infinity times weight 0 is NaN.
         log_ratio = jnp.where(rollout.weight > 0, logps - rollout.logps, 0)
         ratio = jnp.exp(log_ratio)
         surrogate, clipped = ratio * gains, jnp.clip(ratio, 1 - clip, 1 + clip) * gains
@@ -323,7 +323,7 @@ def ppo_step(
 def next_kl_coef(coef: float, *, kl: float, target: float, horizon: int, samples: int) -> float:
     """The KL coefficient after a rollout of `samples` completions of mean sequence KL `kl` (Ziegler et al. 2019, section 2.2).
 
-    It rises where the KL is above `target` (nats) and falls where it is below, by a fifth within `horizon` completions at most.
+    It rises if the KL is above `target` (nats) and falls if it is below, by at most a fifth within `horizon` completions.
 
     >>> next_kl_coef(0.1, kl=6.0, target=3.0, horizon=1000, samples=100)  # 0.1 * (1 + 0.2 * 100 / 1000)
     0.10200000000000001
@@ -346,7 +346,7 @@ class ScoreStats(NamedTuple):
 
 
 def observe(stats: ScoreStats, scores: Array) -> ScoreStats:
-    """`stats` with `scores[n]` counted in. In whatever parts scores come, the sum is the same (Chan, Golub, LeVeque 1979)."""
+    """`stats` updated with `scores[n]`; the result does not depend on how scores are split (Chan, Golub, LeVeque 1979)."""
     scores = np.asarray(scores, np.float64)
     count, mean = len(scores), float(scores.mean())
     total, gap = stats.count + count, mean - stats.mean
@@ -355,6 +355,6 @@ def observe(stats: ScoreStats, scores: Array) -> ScoreStats:
 
 
 def normalised(stats: ScoreStats, scores: Array) -> np.ndarray:
-    """`scores` minus the running mean, by the running standard deviation: float64[n]. `kl_coef` is then in its units, too."""
+    """`scores` minus the running mean, over the running standard deviation: float64[n]. `kl_coef` then has these units too."""
     deviation = math.sqrt(stats.squares / stats.count) if stats.count else 0.0
     return (np.asarray(scores, np.float64) - stats.mean) / max(deviation, 1e-8)

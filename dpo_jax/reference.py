@@ -1,10 +1,10 @@
-"""The reference model's log-probabilities: one pass, kept on disk, and only ever used for what they were computed from.
+"""The reference pass and its cache: log-probabilities under the reference model, kept on disk and tied to their inputs.
 
-A cache is a folder: `identity.json` says what the numbers belong to (weights, tokenizer, truncation, number format, kernel),
-and `logps-*.bin` hold one record per pair, keyed by a hash of its token ids (a ranking has one for every two completions).
-Keys do not mention order, so the cache survives reshuffling, repacking and another number of devices. Every record carries a
-checksum that also covers the identity, and `identity.json` counts the records of each file: a flipped bit, a lost tail or
-file, or one from another cache is detected. What is damaged is moved to `quarantine/`, and just those pairs are computed
+A cache is a folder. `identity.json` names what the numbers depend on (weights, tokenizer, truncation, number format, kernel).
+`logps-*.bin` hold one record per pair, keyed by a hash of its token ids (a ranking has one for every two completions). Keys do
+not depend on order, so the cache survives reshuffling, repacking and another number of devices. Every record carries a checksum
+that also covers the identity, and `identity.json` counts the records of each file. A flipped bit, a lost tail, a lost file or a
+file from another cache is therefore detected. Damaged records are moved to `quarantine/`, and only their pairs are computed
 again. (`cache.lock` has no content to be damaged.)
 """
 
@@ -40,17 +40,17 @@ RECORD = np.dtype([("key", "V16"), ("logps", "<f4", 2), ("crc", "<u4")])
 
 
 class ForeignCache(ValueError):
-    """The folder holds reference log-probabilities of another model, tokenizer or setting."""
+    """The folder holds reference log-probabilities for another model, tokenizer or setting."""
 
 
 class BrokenReference(FloatingPointError):
-    """The reference gives NaN or infinity for a pair: broken weights, or a text that it cannot read (vocabulary, positions)."""
+    """The reference gives NaN or infinity for a pair: damaged weights, or a text it cannot read (vocabulary, positions)."""
 
 
 def reference_logps(model: Model, variables: Variables, rows: Rows, *, ld_alpha: float = 1.0) -> jax.Array:
     """log pi_ref(y|x) of each completion of each pair: float32[P, 2], in nats. Forward only; pure, so compile and map it.
 
-    Of one batch of rows, in its order. `reference_logps_of` does it for all pairs of a data set. `ld_alpha`: as in
+    It covers one batch of rows, in its order; `reference_logps_of` covers all pairs of a data set. `ld_alpha`: as in
     `dpo_step`.
 
     >>> rows = rows.replace(ref_logps=jax.jit(partial(reference_logps, model))(variables, rows))
@@ -61,7 +61,7 @@ def reference_logps(model: Model, variables: Variables, rows: Rows, *, ld_alpha:
 def check_finite(pairs: Sequence[Encoded], logps: np.ndarray, *, numbers: Sequence[int] | np.ndarray | None = None) -> None:
     """Raises `BrokenReference` for the first of `logps[n, 2]` that is NaN or infinite, naming its pair.
 
-    `numbers` are those of `pairs` in the caller's data, for pairs without `uid`; by default they are counted from 0.
+    `numbers` are the positions of `pairs` in the caller's data, to name pairs without `uid`; by default they count from 0.
     """
     bad = np.flatnonzero(~np.isfinite(logps).all(axis=1))
     if len(bad):
@@ -77,8 +77,8 @@ def check_finite(pairs: Sequence[Encoded], logps: np.ndarray, *, numbers: Sequen
 
 
 def pair_key(pair: Encoded) -> tuple[bytes, ...]:
-    """The keys of a pair's records, 16 bytes each that stand for token ids, for which of them are scored where not all are, and
-    for images: one. Of a ranking, one for each two completions in its order; an odd last one stands twice."""
+    """The keys of a pair's records, 16 bytes each: hashes of token ids, of the scored-token mask (if not all are scored) and
+    of images. A pair has one key. A ranking has one for each two completions in its order; an odd last one appears twice."""
     several = pair.sides
     places = range(0, len(several), 2)
     return tuple(_key(pair, several[k], several[min(k + 1, len(several) - 1)]) for k in places)
@@ -92,18 +92,18 @@ def _key(pair: Encoded, *sides: Side) -> bytes:
 
 
 def _in_records(values: np.ndarray) -> np.ndarray:
-    """Log-probabilities [n, K] as those of the records of `pair_key`: [n, records, 2]."""
+    """Log-probabilities [n, K] grouped as the records of `pair_key`: [n, records, 2]."""
     odd = values[:, -1:] if values.shape[1] % 2 else values[:, :0]
     return np.concatenate([values, odd], axis=1).reshape(len(values), -(-values.shape[1] // 2), 2)
 
 
 class ReferenceCache:
-    """Opens the cache in `directory`, or begins one. `identity` names all that the numbers depend on, as JSON values.
+    """Opens the cache in `directory`, or creates one. `identity` names everything the numbers depend on, as JSON values.
 
-    Raises `ForeignCache`, naming each field that differs, if the folder belongs to something else. `damaged` counts records
-    that are lost or failed their checksum, and `damage` says it file by file. A host appends to one file, `logps-{shard}.bin`;
-    reading takes all files together. Several processes of a host may use the folder at the same time: whoever writes or repairs
-    holds its lock, and of two that compute the same pair the first gives both their number.
+    Raises `ForeignCache`, naming each field that differs, if the folder has another identity. `damaged` counts the records that
+    are lost or failed their checksum; `damage` describes it file by file. A host appends to one file, `logps-{shard}.bin`, and
+    reads all files. Several processes of a host may use the folder at the same time: a process holds its lock to write or
+    repair. If two compute the same pair, both use the number of the first.
     """
 
     def __init__(self, directory: str | os.PathLike[str], identity: Mapping[str, Any], *, shard: int = 0) -> None:
@@ -128,14 +128,14 @@ class ReferenceCache:
         return len(self._entries)
 
     def missing(self, pairs: Sequence[Encoded]) -> list[int]:
-        """Which of `pairs` have no entry; of pairs with equal tokens only the first."""
+        """The numbers of `pairs` without an entry; of pairs with equal tokens only the first."""
         first: dict[tuple[bytes, ...], int] = {}
         for number, pair in enumerate(pairs):
             first.setdefault(pair_key(pair), number)
         return [number for keys, number in first.items() if not self._entries.keys() >= set(keys)]
 
     def lookup(self, pairs: Sequence[Encoded]) -> np.ndarray:
-        """float32[len(pairs), 2], of rankings [.., K]. Raises KeyError naming the first pair without an entry."""
+        """Cached values: float32[len(pairs), 2] (rankings: [.., K]). Raises KeyError naming the first pair without an entry."""
         places = len(pairs[0].completions) if len(pairs) else 2
         logps = np.empty((len(pairs), places), np.float32)
         for number, pair in enumerate(pairs):
@@ -146,7 +146,7 @@ class ReferenceCache:
         return logps
 
     def add(self, pairs: Sequence[Encoded], logps: np.ndarray) -> None:
-        """Appends and syncs to disk: what is added survives a kill. What has an entry by now keeps it.
+        """Appends records and syncs them to disk, so that they survive a kill. Existing entries are kept.
 
         Raises `BrokenReference` for NaN or infinity.
         """
@@ -170,7 +170,7 @@ class ReferenceCache:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         with os.fdopen(open_lock(self.directory / "cache.lock"), "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, or with the process
+            fcntl.flock(file, fcntl.LOCK_EX)  # the lock ends with the file, or with the process
             yield
 
     def _crc(self, record: np.void) -> int:
@@ -180,7 +180,7 @@ class ReferenceCache:
         return sorted(self.directory.glob(FILES))
 
     def _read(self, path: Path, promised: int) -> int:
-        """Takes over the good records of a file, and leaves only those in it. Returns how many they are."""
+        """Loads the good records of a file, and removes all others from it. Returns the number of good ones."""
         content = path.read_bytes()
         good = self._believe(content)
         whole, torn = divmod(len(content), RECORD.itemsize)
@@ -193,7 +193,7 @@ class ReferenceCache:
         return len(good)
 
     def _believe(self, content: bytes) -> list[bytes]:
-        """Takes over the good records: those whose checksum fits and that contradict no earlier one of the same pair."""
+        """Loads good records: their checksum fits, and they contradict no earlier record of the same pair."""
         good = []
         for record in np.frombuffer(content[: len(content) // RECORD.itemsize * RECORD.itemsize], RECORD):
             if self._crc(record) == record["crc"]:
@@ -203,7 +203,7 @@ class ReferenceCache:
         return good
 
     def _catch_up(self) -> dict[str, int]:
-        """Takes over what other processes have added meanwhile. Returns the records of each file."""
+        """Loads what other processes have added meanwhile. Returns the records of each file."""
         stored = self._stored_identity()
         for path in self._files():
             size, start = path.stat().st_size, self._read_to.get(path.name, 0)
@@ -226,7 +226,7 @@ class ReferenceCache:
         return path.rename(target)
 
     def _claim(self) -> dict[str, int]:
-        """Makes the folder ours, or finds that it is. Returns how many records each file is to have."""
+        """Writes our identity to the folder, or checks it. Returns the expected number of records of each file."""
         path = self.directory / IDENTITY
         found = self._stored_identity()
         if found is None and (path.exists() or self._files()):
@@ -265,7 +265,7 @@ def _digest(identity: Mapping[str, Any], records: Mapping[str, int]) -> str:
 
 
 def _append(path: Path, content: bytes) -> int:
-    """Appends all of `content` or, on a full disk, nothing: half a record would be in the way of the next. Returns the size."""
+    """Appends all of `content` or, on a full disk, nothing: half a record would corrupt the next. Returns the size."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with appending(path, "ab") as file:
@@ -287,10 +287,10 @@ def fill_cache(
     logps: Callable[[Rows], np.ndarray],
     progress: Callable[[Batch], None] = lambda batch: None,
 ) -> int:
-    """Computes what the cache lacks of `pairs`, batch after batch, and returns how many pairs that were.
+    """Computes the entries of `pairs` that the cache lacks, batch by batch, and returns their number.
 
-    `batches(pairs)` lays pairs out (`loader.in_order`); `logps(rows) -> float32[P, 2]` is the compiled `reference_logps`.
-    Without a cache it computes all of `pairs` and keeps nothing: on a host that helps another one.
+    `batches(pairs)` lays out the pairs (`loader.in_order`); `logps(rows) -> float32[P, 2]` is the compiled `reference_logps`.
+    Without a cache it computes all of `pairs` and keeps nothing, as on a host that helps another one.
     """
     todo = list(pairs) if cache is None else [pairs[number] for number in cache.missing(pairs)]
     for indices, batch in batches(todo):

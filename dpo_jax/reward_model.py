@@ -1,8 +1,8 @@
-"""The reward model: a scalar head on the decoder, trained on preferences. PPO's value function is the same head, elsewhere.
+"""The reward model: a scalar head on the decoder, trained on preferences. PPO's value function uses the same kind of head.
 
     p(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l))      Bradley and Terry 1952; Rafailov et al. 2023, eq. 1
 
-Preferences say nothing of what is added to both rewards of a prompt, so `centred` fixes it afterwards.
+Preferences leave a constant per prompt undetermined; `centred` fixes the mean reward afterwards.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ HEAD = "head"
 
 
 def with_scalar_head(model: Model) -> Model:
-    """`model` with a second head that maps a hidden state to one number; its variables gain the collection "head".
+    """`model` with a second head, which maps a hidden state to one number; its variables gain the collection "head".
 
-    All functions but `init` and `axes` are those of `model`, which do not read the collection: `scalar` does.
+    All functions but `init` and `axes` are unchanged and do not read this collection; `scalar` does.
 
     >>> sorted(with_scalar_head(model).init(jax.random.key(0)))
     ['head', 'params']
@@ -41,22 +41,23 @@ def with_scalar_head(model: Model) -> Model:
 
 
 def scalar_head(width: int) -> dict[str, jax.Array]:
-    """A head of zeros for hidden states of `width`: {"kernel": float32[D], "bias": float32[]}. It says 0 of everything."""
+    """A head of zeros for hidden states of `width`: {"kernel": float32[D], "bias": float32[]}. Its output is 0 everywhere."""
     return {"kernel": jnp.zeros(width, jnp.float32), "bias": jnp.zeros((), jnp.float32)}
 
 
 def scalar(variables: Variables, hidden: Array) -> jax.Array:
-    """The head's number for each hidden state: `hidden[..., D]` -> float32[...]."""
+    """The scalar head's output for each hidden state: `hidden[..., D]` -> float32[...]."""
     head = variables[HEAD]
-    # An accelerator would multiply in bfloat16: rewards are compared, and values subtracted.
+    # An accelerator would multiply in bfloat16, too coarse for comparing rewards and subtracting values.
     return jnp.einsum("...d,d->...", at_least_float32(jnp.asarray(hidden)), head["kernel"], precision="highest") + head["bias"]
 
 
 def completion_rewards(model: Model, variables: Variables, rows: Rows) -> jax.Array:
-    """r(x, y) of every completion slot: float32[R * slots], the head at the last token. Pure: compile and map it.
+    """r(x, y) of every completion slot: float32[R * slots], the head's output at the last token. Pure: compile and map it.
 
-    `rows` hold each completion after a prompt of its own: `plain_rows`, `completion_rows`, a plain layout of groups. Pairs
-    around a shared prompt are a ValueError, or NaN where only the numbers tell. The number of an empty slot means nothing.
+    In `rows` each completion must follow its own prompt: `plain_rows`, `completion_rows`, or a plain layout of groups. Pairs
+    around a shared prompt raise ValueError, or give NaN if the shape of the rows does not show them. Values of empty slots are
+    meaningless.
 
     >>> judge = with_scalar_head(model)
     >>> rewards = jax.jit(partial(completion_rewards, judge))
@@ -84,8 +85,8 @@ def reward_step(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step of the reward model on pairs (Rafailov et al. 2023, eq. 2). Pure, like `dpo_step`.
 
-    `model` is one of `with_scalar_head`, `rows` are `plain_rows`, or a plain layout of groups. Metrics are means over the pairs
-    of the global batch, before the update; `accuracy` counts a tie as half: a new head has 0.5.
+    `model` comes from `with_scalar_head`; `rows` are `plain_rows` or a plain layout of groups. Metrics are means over the pairs
+    of the global batch, before the update; `accuracy` counts a tie as half, so a new head has 0.5.
 
     >>> judge = with_scalar_head(model)
     >>> state = init_state(judge.init(jax.random.key(0)), tx)
@@ -112,9 +113,9 @@ def reward_step(
 
 
 def centred(variables: Variables, rewards: Array) -> dict[str, Any]:
-    """`variables` with the head's bias moved such that the mean of `rewards`, which they gave, is 0.
+    """`variables` with the head's bias shifted so that the mean of `rewards`, which they gave, becomes 0.
 
-    Section 3 of the paper does so, over completions of the data or of the reference. No preference changes.
+    Section 3 of the paper does this, over completions of the data or of the reference. No preference changes.
     """
     head = variables[HEAD]
     return {**variables, HEAD: {**head, "bias": head["bias"] - jnp.mean(jnp.asarray(rewards, head["bias"].dtype))}}

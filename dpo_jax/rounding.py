@@ -1,8 +1,8 @@
-"""Parameters in bfloat16 that are updated in float32 and rounded stochastically.
+"""Stochastic rounding: parameters in bfloat16 that are updated in float32.
 
 bfloat16 has 8 significant bits. An update smaller than 1/256 of its parameter is lost when the sum is rounded to the nearest
-value, and with the learning rates of fine-tuning nearly all are. Rounding up with the probability of the part that is cut off
-keeps the expected value: many small updates add up.
+value, and at the learning rates of fine-tuning nearly all updates are that small. Stochastic rounding rounds up with a
+probability equal to the part that is cut off. This keeps the expected value, so many small updates add up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dpo_jax.types import Array
 
 
 class StochasticRounding(NamedTuple):
-    """An optax transformation with a third function: `apply(params, updates, step) -> params` in their own types."""
+    """An optax transformation with a third function, `apply(params, updates, step) -> params`, which keeps their types."""
 
     init: Any
     update: Any
@@ -26,15 +26,15 @@ class StochasticRounding(NamedTuple):
 
 
 Optimizer = optax.GradientTransformation | StochasticRounding
-"""What updates parameters in `train_step`."""
+"""The optimizers that `train_step` accepts."""
 
 
 def stochastic_rounding(tx: optax.GradientTransformation, *, seed: int = 0) -> StochasticRounding:
-    """`tx` for parameters in bfloat16, in the place of `tx` in `train_step` and the steps made from it.
+    """`tx` for parameters in bfloat16, to pass instead of `tx` to `train_step` and the steps built on it.
 
     The optimizer sees parameters and keeps its state in float32. Sums of parameters and updates are rounded by
-    `round_to_bfloat16`, with bits that depend on `seed`, the step and the name of the parameter alone: on any number of devices
-    they are the same, and a resumed run equals the uninterrupted one. Parameters of other types are updated as usual.
+    `round_to_bfloat16`, with random bits that depend only on `seed`, the step and the name of the parameter. They are the same
+    on any number of devices, and a resumed run equals the uninterrupted one. Parameters of other types are updated as usual.
 
     >>> tx = stochastic_rounding(optax.sgd(1e-3))
     >>> state = init_state({"w": jnp.ones(10_000, jnp.bfloat16)}, tx)
@@ -65,9 +65,9 @@ def stochastic_rounding(tx: optax.GradientTransformation, *, seed: int = 0) -> S
 
 
 def round_to_bfloat16(x: Array, key: Array) -> jax.Array:
-    """float32 `x` as one of its two neighbours in bfloat16, with the probability that makes the mean `x`.
+    """Stochastic rounding: float32 `x` as one of its two neighbours in bfloat16, with expected value `x`.
 
-    What bfloat16 holds exactly stays; infinities and NaN do, too. Numbers beyond its largest become infinite.
+    Values that bfloat16 holds exactly stay unchanged, and so do infinities and NaN. Numbers beyond its range become infinite.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     # bfloat16 is the upper half of a float32: a random number is added to the lower half, which is then cut off.

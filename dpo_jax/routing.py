@@ -1,4 +1,4 @@
-"""What the routers of a mixture of experts did in a batch: the load-balancing loss, and metrics. See `types.Routing`."""
+"""Load-balancing loss and router metrics of a mixture of experts. See `types.Routing`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from dpo_jax.step import Objective
 from dpo_jax.types import Metrics, Model, Routing, Rows, Variables
 
 OfModel = Callable[..., tuple[jax.Array, Metrics]]
-"""(variables, rows, model=...) -> losses and metrics of the examples, as `step.Objective`."""
+"""(variables, rows, model=...) -> losses and metrics of the examples, like `step.Objective`."""
 
 
 def with_router(objective: OfModel, model: Model, *, coefficient: float = 0.0, axis_name: str | None = None) -> Objective[Rows]:
-    """`objective` of `model` with the load-balancing loss on top, and metrics of the routers; as it is without experts.
+    """`objective` of `model` plus the load-balancing loss, and with router metrics; unchanged for a model without experts.
 
-        router/balance   `balance_loss`: the number of experts that a token takes, where all experts are used alike
-        router/aux_loss  `coefficient` times that, which is part of the loss; only with a coefficient
-        router/load_max  tokens of the fullest expert of any layer, over those of an expert where all are used alike
-        router/entropy   of the probabilities over experts, mean over tokens and layers, in nats; at most ln(experts)
+        router/balance   `balance_loss`; if all experts are used equally, the number of experts per token
+        router/aux_loss  `coefficient` times that, which is added to the loss; only with a coefficient
+        router/load_max  tokens of the fullest expert of any layer, relative to equal use of all experts
+        router/entropy   entropy of the probabilities over experts, mean over tokens and layers, nats; at most ln(experts)
 
-    All are of the tokens of the batch on all devices, a shared prompt counted once and padding left out, and the same for each
-    example; with microbatches, means over those. No token is dropped. The model's trunk runs once.
+    All are computed over the tokens of the batch on all devices, counting a shared prompt once and padding not at all. Every
+    example gets the same value; with microbatches, the mean over them. No token is dropped. The model's trunk runs once.
 
-    Raises ValueError for a coefficient and a model without routers.
+    Raises ValueError if a coefficient is given and the model has no routers.
     """
     route = model.route
     if route is None:
@@ -55,15 +55,15 @@ def with_router(objective: OfModel, model: Model, *, coefficient: float = 0.0, a
 def balance_loss(routing: Routing, *, axis_name: str | None = None) -> jax.Array:
     """The load-balancing loss of a batch (Fedus et al. 2021, eq. 4 to 6), as transformers computes it: a float32 scalar.
 
-    With E experts it is `E * sum_e f_e p_e`: f_e the share of tokens that take expert e, p_e the mean probability of e, each
-    over all tokens of all layers, padding left out. It is a product of means and not a mean of products, so it is that of the
+    With E experts it is `E * sum_e f_e p_e`: f_e is the fraction of tokens that take expert e and p_e the mean probability of
+    e, both over all tokens of all layers, without padding. It is a product of means, not a mean of products, so it needs the
     whole batch: `axis_name` sums over mapped devices. Differentiable in p; f has no gradient.
     """
     return _balance(_sums(routing, axis_name))
 
 
 def switched(routing: Routing, other: Routing) -> jax.Array:
-    """The share of (token, layer, expert) choices of `routing` that `other`, of the same rows, does not make: float32[]."""
+    """The fraction of (token, layer, expert) choices in `routing` that `other`, for the same rows, does not make: float32[]."""
     kept = (routing.chosen[..., :, None] == other.chosen[..., None, :]).any(axis=-1)
     gone = jnp.where(routing.counted[None, :, :, None], ~kept, False).sum(dtype=jnp.float32)
     layers, *_, taken = routing.chosen.shape
@@ -71,7 +71,7 @@ def switched(routing: Routing, other: Routing) -> jax.Array:
 
 
 def counted_tokens(rows: Rows) -> jax.Array:
-    """Which tokens of rows are no padding: bool[R, L]. A padding token sees itself alone, and neither neighbour sees it."""
+    """Mask of the tokens that are not padding: bool[R, L]. A padding token sees only itself, and neither neighbour sees it."""
     k_start, k_end = jnp.asarray(rows.k_start), jnp.asarray(rows.k_end)
     x = jnp.arange(k_start.shape[1], dtype=jnp.int32)[None]
     seen = jnp.pad(k_start[:, 1:] <= x[:, :-1], ((0, 0), (0, 1))) | jnp.pad(k_end[:, :-1] > x[:, 1:], ((0, 0), (1, 0)))
@@ -79,7 +79,7 @@ def counted_tokens(rows: Rows) -> jax.Array:
 
 
 class _Sums(NamedTuple):
-    """Over the rows of all mapped devices."""
+    """Sums over the rows of all mapped devices."""
 
     chosen: jax.Array  # [layers, experts]
     probability: jax.Array  # [experts], over layers, too
@@ -115,5 +115,5 @@ def _balance(sums: _Sums) -> jax.Array:
 
 
 def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
-    """0 where a microbatch holds nothing but padding."""
+    """Mean; 0 for a microbatch of nothing but padding."""
     return total / jnp.maximum(count, 1)

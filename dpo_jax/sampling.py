@@ -1,7 +1,7 @@
-"""Sampling completions: one pass over the prompts, then one token at a time against a key/value cache, in one compiled loop.
+"""Sampling completions in one compiled loop: one pass over the prompts, then one token at a time with a key/value cache.
 
-Prompts of unequal length are padded on the left. A prompt is read once for all of its completions, which share its keys and
-values and write those of their own tokens to a cache of their own (`types.SharedCache`):
+Prompts of unequal length are padded on the left. A prompt is read once for all of its completions. They share its keys and
+values, and write those of their own tokens to a separate cache (`types.SharedCache`):
 
     column     0    1    2    3      0    1
     prompt 0   .    .   p_0  p_1    y_0  y_1    completion 0
@@ -26,10 +26,10 @@ from dpo_jax.types import Array, Model, RowImages, Rows, Variables
 
 
 def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], *, multiple_of: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """`generate`'s input: int32[B, Lp] token ids ending in the last column, and int32[B] lengths.
+    """Input of `generate`: int32[B, Lp] token ids, padded on the left, and int32[B] lengths.
 
-    `Lp` is rounded up to `multiple_of`, so that a program compiles for few shapes. An empty prompt is a ValueError: something
-    must predict the first token (begin with BOS).
+    `Lp` is rounded up to `multiple_of`, so that few shapes are compiled. An empty prompt is a ValueError: something must
+    predict the first token (begin with BOS).
 
     >>> tokens, lengths = left_pad([[5, 6, 7], [8]], multiple_of=4)
     >>> tokens.tolist(), lengths.tolist()
@@ -52,10 +52,10 @@ def left_pad_images(
     columns: int,
     image_shape: tuple[int, int] | None = None,
 ) -> RowImages | None:
-    """The images of prompts that `left_pad` has put into `columns` columns; None where no prompt shows one.
+    """The images of prompts that `left_pad` has padded to `columns` columns; None if no prompt shows one.
 
-    `lengths` int32[B] as from `left_pad`. `image_shape`: M and W of `RowImages`, for batches of one shape; by default M is the
-    most image tokens of a prompt.
+    `lengths` int32[B] come from `left_pad`. `image_shape` is M and W of `RowImages`, for batches of one shape; by default M is
+    the largest number of image tokens in a prompt.
     """
     largest = max((one for one in prompts if one is not None), key=lambda one: one.columns, default=None)
     if image_shape is None:
@@ -90,28 +90,28 @@ def generate(
 
     Returns `Samples` of B * K rows, those of a prompt side by side. Each prompt is read once.
 
-    The distribution is `model`'s with logits divided by `temperature`, cut to the `top_k` likeliest tokens (0: all), then to
-    the likeliest ones that together reach probability `top_p` (1: all; nucleus sampling, Holtzman et al. 2019), as in
-    transformers. Temperature 0 takes the likeliest token. A row ends with `eos_id`, or with any of several (-1: no token ends
-    it), and after T = `max_new_tokens` tokens.
+    The distribution is `model`'s with logits divided by `temperature`, restricted to the `top_k` most likely tokens (0: all),
+    then to the most likely ones with total probability `top_p` (1: all; nucleus sampling, Holtzman et al. 2019), as in
+    transformers. Temperature 0 is greedy. A row ends with `eos_id`, or with any of several (-1: no token ends it), and after
+    T = `max_new_tokens` tokens.
 
-    `images` are those of the prompts, whose columns `left_pad_images` counts.
+    `images` are those of the prompts, from `left_pad_images`.
 
-    `lanes`: so many completions are drawn at a time, and one that has ended makes room for the next (continuous batching).
-    None: all at once, until the last one ends. It saves time where lengths differ, and memory.
+    `lanes`: number of completions drawn at a time; one that has ended makes room for the next (continuous batching). This saves
+    memory, and saves time if lengths differ. None: all at once, until the last one ends.
 
-    `key` is one key (`jax.random.key`, or the older `PRNGKey`), or keys [B * K], one for each completion: then a completion
-    does not depend on which others it shares a batch or a device with.
+    `key` is one key (`jax.random.key`, or the older `PRNGKey`), or keys [B * K], one per completion. With one key per
+    completion, it does not matter which others share its batch or device.
 
-    `Samples.token_logps` are under the model itself, before temperature and cuts: `Samples.logps`, their sums, equal what
-    `logps.sequence_logps` finds for the same tokens. They are NaN where a completion ran past the model's position table.
+    `Samples.token_logps` are those of the model itself, before temperature, top-k and top-p. `Samples.logps`, their sums, equal
+    `logps.sequence_logps` of the same tokens. They are NaN where a completion ran past the model's position table.
 
     Memory of the cache: a column takes `2 * layers * kv_heads * head_size` numbers of `cache_dtype`. There are `B * Lp` columns
-    of prompts, and `lanes * (T - 1)` of completions (without `lanes` B * K * (T - 1)). With `lanes` below B * K each lane has a
-    copy of its prompt's columns, `lanes * Lp` more.
+    for prompts and `lanes * (T - 1)` for completions (without `lanes` B * K * (T - 1)). With `lanes` below B * K, each lane
+    also copies its prompt's columns, `lanes * Lp` more.
 
-    Raises ValueError for options out of range, `lengths` of another shape than [B] or (outside of jit, where values are known)
-    not from 1 to Lp, and keys of another shape; TypeError for what is no key.
+    Raises ValueError for options out of range, `lengths` not of shape [B] or (outside jit, where values are known) not from 1
+    to Lp, and keys of another shape; TypeError if `key` is not a random key.
 
     >>> decoder, weights = load_hf(folder)
     >>> prompts, lengths = left_pad([pair.prompt for pair in encoded])
@@ -159,7 +159,7 @@ def _check_prompts(prompts: Array, lengths: Array) -> None:
             f"prompts have shape {np.shape(prompts)} and lengths {np.shape(lengths)}: [B, Lp] and [B] are expected, as "
             "left_pad gives them"
         )
-    if isinstance(lengths, Tracer):  # data of a compiled program, which cannot be asked
+    if isinstance(lengths, Tracer):  # traced values of a compiled program cannot be inspected
         return
     wrong = np.flatnonzero((np.asarray(lengths) < 1) | (np.asarray(lengths) > prompts.shape[1]))
     if len(wrong):
@@ -170,7 +170,7 @@ def _check_prompts(prompts: Array, lengths: Array) -> None:
 
 
 def _keys_of_rows(key: jax.Array, rows: int) -> jax.Array:
-    """A key for each completion, [B * K], of one key or as many."""
+    """One key per completion, [B * K], from one key or from as many."""
     dtype = getattr(key, "dtype", None)
     if dtype == np.uint32 and np.ndim(key):
         key = jax.random.wrap_key_data(jnp.asarray(key))  # of jax.random.PRNGKey

@@ -1,4 +1,4 @@
-"""The decoding loop of `sampling`: a token for each lane at a time; a lane whose completion has ended draws the next one."""
+"""The decoding loop of `sampling`: one token per lane at a time; a lane whose completion has ended starts the next one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dpo_jax.token_draw import choose
 from dpo_jax.types import ROW_AXES, Model, Rows, SharedCache, Variables
 
 REFILL = 8
-"""Ended lanes wait until they are one in so many, so that beginning anew costs little beside the tokens drawn."""
+"""Ended lanes wait until one in this many has ended, so that restarting them costs little compared with the tokens drawn."""
 
 
 class Samples(NamedTuple):
-    """Completions of a batch of prompts. A row that ended before `T` tokens is filled up with the first of the end tokens."""
+    """Completions of a batch of prompts. A row that ended before `T` tokens is padded with the first of the end tokens."""
 
     tokens: jax.Array  # int32[B, T]
-    lengths: jax.Array  # int32[B]  tokens of each completion, the one that ended it included
+    lengths: jax.Array  # int32[B]  tokens of each completion, including the end token
     token_logps: jax.Array  # float32[B, T]  log-probability of each token in nats; 0 after the end
 
     @property
@@ -31,15 +31,15 @@ class Samples(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What completions are drawn from: a model, and B prompts that it has read."""
+    """The source of completions: a model, and B prompts that it has read."""
 
     model: Model
     variables: Variables
     weights: Variables  # as `decode` takes them
-    cache: Any  # of the prompts; of a model that cannot share them with room for the completions
+    cache: Any  # cache of the prompts; with room for the completions, if the model cannot share it
     columns: int  # Lp
     start: jax.Array  # int32[B]  column of each prompt's first token
-    last: jax.Array  # [B, D]  the hidden state at its end, from which a completion's first token is drawn
+    last: jax.Array  # [B, D]  the hidden state at the prompt's end, from which a completion's first token is drawn
     keys: jax.Array  # [B * K]
 
 
@@ -52,16 +52,16 @@ class Options(NamedTuple):
 
 
 class _Loop(NamedTuple):
-    """What the loop carries from token to token."""
+    """State that the loop carries from token to token."""
 
     lanes: Lanes
-    samples: Samples  # of the completions the lanes are at
+    samples: Samples  # of the lanes' current completions
     token: jax.Array  # int32[R]  the last one drawn
     cache: Any
 
 
 class _Seats(NamedTuple):
-    """What each lane reads of its prompt, and the key of its completion."""
+    """Per lane: what it reads of its prompt, and the key of its completion."""
 
     start: jax.Array  # int32[R]
     last: jax.Array  # [R, D]
@@ -84,7 +84,7 @@ def draw_completions(source: Source, options: Options, *, lanes: int | None) -> 
 
 
 def _cache(source: Source, options: Options, lanes: Lanes) -> Any:
-    """The cache of the lanes before anything is drawn. Where all completions are drawn at once, those of a prompt share it."""
+    """The cache of the lanes before anything is drawn. If all completions are drawn at once, those of a prompt share one."""
     model, rows = source.model, lanes.busy.size
     if model.take_rows is None or model.init_cache is None:
         return source.cache
@@ -95,14 +95,14 @@ def _cache(source: Source, options: Options, lanes: Lanes) -> Any:
 
 
 def by_layer(model: Model, variables: Variables, cache: Any) -> tuple[Variables, Any]:
-    """Both with layers apart, where that is faster."""
+    """Variables and cache with layers unstacked, if that is faster."""
     if model.by_layer is not None and jax.default_backend() == "cpu":
         return model.by_layer(variables, cache)
     return variables, cache
 
 
 def _in_turns(source: Source, options: Options, loop: _Loop, *, of: int) -> Samples:
-    """Draws what is left, `of` completions in each part, in lanes that have ended. Each holds a copy of its prompt's cache."""
+    """Draws the remaining completions, `of` in each part, in lanes that have ended. Each lane copies its prompt's cache."""
     times, rows, take_rows = options.completions, loop.lanes.busy.size, source.model.take_rows
     assert take_rows is not None
 
@@ -133,7 +133,7 @@ def _in_turns(source: Source, options: Options, loop: _Loop, *, of: int) -> Samp
 
 
 def _until(stop: Callable[[_Loop], jax.Array], source: Source, options: Options, loop: _Loop, at: _Seats) -> _Loop:
-    """Feeds the last tokens drawn and draws the next ones, until `stop`. A completion's first is drawn from its prompt."""
+    """Feeds the last tokens and draws the next ones, until `stop`. The first token of a completion is drawn from its prompt."""
     decode = source.model.decode
     assert decode is not None
 
@@ -149,7 +149,7 @@ def _until(stop: Callable[[_Loop], jax.Array], source: Source, options: Options,
 
 
 def _draw(source: Source, options: Options, loop: _Loop, at: _Seats, hidden: jax.Array) -> _Loop:
-    """Draws a token of each lane from `hidden[R, D]`, the state before it. Lanes that have ended are left as they are."""
+    """Draws one token per lane from `hidden[R, D]`, the state before it. Lanes that have ended stay as they are."""
     logits = source.model.unembed(source.variables, hidden)
     (tokens, counts, logps), busy = loop.samples, loop.lanes.busy.reshape(-1)
     token = choose(logits, jax.vmap(jax.random.fold_in)(at.keys, counts), **options.choice)
@@ -175,7 +175,7 @@ def none_drawn(rows: int, options: Options) -> Samples:
 
 
 def rows_read(tokens: jax.Array, positions: jax.Array, k_start: jax.Array, k_end: jax.Array) -> Rows:
-    """Rows that are only read, `[B, L]` each: nothing in them is scored."""
+    """Input rows without scored positions, from arrays `[B, L]`."""
     batch, length = tokens.shape
     none = jnp.zeros((batch, 0), jnp.int32)
     keys = jnp.broadcast_to(k_start, (batch, length))

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the step that makes the reference (and Preferred-FT, when it trains on chosen completions)."""
+"""Supervised fine-tuning: the training step of the reference (and of Preferred-FT, on chosen completions)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sft_step(
 ) -> tuple[TrainState, Metrics]:
     """One step of maximum likelihood on completions. Pure, like `dpo_step`; one completion slot is one example.
 
-    The loss is the original's: the negative log-probability *summed* over a completion, averaged over completions.
+    The loss is that of the original code: the negative log-probability *summed* over a completion, averaged over completions.
     `nll_per_token` is the same per scored token, in nats. `router_aux_loss`: see `routing.with_router`.
 
     >>> texts = completion_rows([(pair.prompt, pair.chosen) for pair in encoded], length=64)

@@ -1,9 +1,9 @@
-"""Shapes of JSON values: what a record must hold for those who read it, checked once, where it is read.
+"""Shape checks of JSON values: each record is checked once, where it is read.
 
 A shape is `str`, `bool`, `int`, `float` (any number), `object` (anything), a tuple of alternatives such as `(float, None)`, a
-list of one shape (an array of such elements) or of several (exactly these), or a dict: `{"name": shape}` needs that entry,
-`{"name?": shape}` takes it where it is there, and `{str: shape}` is for all other names. Without the latter other names are
-free, so that a record of a later version fits.
+list of one shape (an array of such elements) or of several (exactly these), or a dict: `{"name": shape}` is a required entry,
+`{"name?": shape}` an optional one, and `{str: shape}` is for all other names. Without the latter, other names are unchecked, so
+that a record of a later version fits.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dpo_jax.untrusted import Unreadable, kind_of
 Shape = Any
 SHOWN = 60  # characters of a name
 MOST = 2**53
-"""Whole numbers above it are no counts: a float does not hold them exactly."""
+"""Largest whole number accepted: a float does not hold larger ones exactly."""
 
 
 def fit(value: Any, shape: Shape, where: str) -> Any:
-    """`value`, if it has the shape. Raises `Unreadable` naming the first place that does not."""
+    """`value`, if it has the shape. Raises `Unreadable` naming the first place that does not match."""
     if (wrong := misfit(value, shape)) is not None:
         place, what = wrong
         raise Unreadable(f"{where}: {place}: {what}" if place else f"{where}: {what}")
@@ -27,7 +27,7 @@ def fit(value: Any, shape: Shape, where: str) -> Any:
 
 
 def misfit(value: Any, shape: Shape) -> tuple[str, str] | None:
-    """(place, what is wrong there) of the first value that does not have its shape; None where all have."""
+    """(place, what is wrong there) of the first value that does not match its shape; None if all match."""
     if isinstance(shape, tuple):
         found = [misfit(value, one) for one in shape]
         return None if None in found else found[0]

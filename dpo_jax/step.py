@@ -1,4 +1,4 @@
-"""The training step: gradients of an objective, over microbatches and devices, and one optimizer update."""
+"""The training step: gradients of an objective over microbatches and devices, then one optimizer update."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpo_jax.types import ROW_AXES, Array, Metrics, TrainState, Variables
 
 
 class Weighted(Protocol):
-    """A batch: a pytree of arrays cut by rows, with the weight of each term of the mean (`Rows`, `ppo.Rollout`)."""
+    """A batch: a pytree of arrays that can be split by rows, with the weight of each example (`Rows`, `ppo.Rollout`)."""
 
     @property
     def weight(self) -> Array: ...
@@ -24,7 +24,7 @@ class Weighted(Protocol):
 
 Batch = TypeVar("Batch", bound=Weighted)
 Objective = Callable[[Variables, Batch], tuple[jax.Array, Metrics]]
-"""(variables, batch) -> losses of the shape of `batch.weight` (of `Rows`: float32[E]), and metrics of that shape."""
+"""(variables, batch) -> losses and metrics, all of the shape of `batch.weight` (for `Rows`: float32[E])."""
 
 
 def train_step(
@@ -38,12 +38,12 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on the weighted mean of `objective` over the global batch. Pure: jit, pmap or shard_map it.
 
-    `objective(variables, batch)` gets all variables, trained and frozen, and returns losses and metrics, one number for each
+    `objective(variables, batch)` takes all variables, trained and frozen, and returns losses and metrics, one number for each
     weight of the batch: float32[E] for `Rows`. The step returns their means, with `loss` and `grad_norm`, as float32 scalars.
-    `dpo_step`, `sft_step`, `reward_step` and `ppo_step` are this step with an objective of theirs.
+    `dpo_step`, `sft_step`, `reward_step` and `ppo_step` are this step with their own objectives.
 
     Args:
-      microbatches: gradients are accumulated over so many equal parts of the batch. The result is the same, with less memory.
+      microbatches: number of equal parts over which gradients are accumulated. The result is the same, with less memory.
       axis_name: the mapped axis under pmap or shard_map; None under jit, also over a sharded mesh.
 
     >>> def objective(variables, rows):
@@ -62,12 +62,12 @@ def train_step(
 
 
 def init_state(variables: Variables, tx: Optimizer, *, frozen: Variables | None = None) -> TrainState:
-    """The state before the first step: `variables` are trained, `frozen` are only read.
+    """The training state before the first step: `variables` are trained, `frozen` are only read.
 
-    Both are nested dicts {collection: {name: array[...]}}, as `Model.init` and `load_hf` give them, and must not share a
+    Both are nested dicts {collection: {name: array[...]}}, as `Model.init` and `load_hf` return them, and must not share a
     collection; `tx` is any optax transformation. Returns a `TrainState` with step int32[] 0. `model.forward` gets
     `{**frozen, **variables}`: for LoRA, freeze {"params": base} and train {"lora": ...}. The arrays are not copied: a step that
-    donates its state deletes `variables` as well, so give a copy (`jax.tree.map(jnp.copy, variables)`) to use them later.
+    donates its state deletes `variables` as well. To use them later, pass a copy (`jax.tree.map(jnp.copy, variables)`).
 
     >>> state = init_state(variables, tx)
     >>> int(state.step), state.variables.keys()
@@ -83,12 +83,12 @@ def mean_grads(
 ) -> tuple[Variables, Metrics]:
     """Gradient, loss and metrics of the weighted mean of `objective` over the *global* batch.
 
-    Every term is divided by the global weight first and summed afterwards, over microbatches (one after the other, in float32)
-    and over the devices of `axis_name`. So the result does not depend on how the batch is split, and a filler of weight 0
-    counts for nothing wherever it lies. On one device a microbatch of fillers takes no time either. With `axis_name=None` the
-    batch is global already (`jit`, also over a sharded mesh).
+    Every term is first divided by the global weight, then summed over microbatches (one after the other, in float32) and over
+    the devices of `axis_name`. The result therefore does not depend on how the batch is split, and a filler of weight 0 counts
+    for nothing wherever it lies. On one device a microbatch of fillers is skipped. With `axis_name=None` the batch is already
+    global (`jit`, also over a sharded mesh).
 
-    `train_step` is this and `apply_gradients`. Between the two, gradients can be changed or looked at:
+    `train_step` is this followed by `apply_gradients`. Between the two you can inspect or change gradients:
 
     >>> def objective(params, rows):  # losses [P], and metrics of that shape
     ...     logps = completion_logps(model, params, rows)
@@ -112,7 +112,7 @@ def mean_grads(
 
     wide = jax.tree.map(at_least_float32, params)
     parts = _split(rows, microbatches)
-    # The backward pass adds to these in place, layer by layer: no second copy of all gradients is ever there.
+    # The backward pass adds to these in place, layer by layer, so there is never a second copy of all gradients.
     sums = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), wide)
 
     def add(metrics: Metrics, part: Batch) -> Metrics:
@@ -126,7 +126,7 @@ def mean_grads(
     def add_if_used(metrics: Metrics, part: Batch) -> Metrics:
         return jax.lax.cond(part.weight.any(), add, lambda metrics, _: metrics, metrics, part)
 
-    # Over several devices hardly a microbatch is without an example, and a condition would stand between collectives.
+    # Over several devices a microbatch is rarely empty, and a condition would separate collectives.
     visit = add_if_used if parts_of(ROW_AXES) == 1 and axis_name is None else add
     shapes = jax.eval_shape(weighted, params, _first(parts))[1]
     none = _of_each_device(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), axis_name)
@@ -135,7 +135,7 @@ def mean_grads(
 
 
 def apply_gradients(state: TrainState, grads: Variables, metrics: Metrics, *, tx: Optimizer) -> tuple[TrainState, Metrics]:
-    """The next state, and the metrics with `grad_norm`: the global L2 norm before clipping (clipping is part of `tx`).
+    """The next state, and the metrics with `grad_norm` added: the global L2 norm before clipping (clipping is part of `tx`).
 
     >>> tx = optax.sgd(0.5)
     >>> state = init_state({"w": jnp.ones(4)}, tx)
@@ -157,12 +157,12 @@ def _psum(tree: Any, axis_name: str | None) -> Any:
 
 
 def _of_each_device(tree: Any, axis_name: str | None) -> Any:
-    """The same values, in `shard_map` as a copy of each device: the gradient of one that all share would be summed already."""
+    """The same values, but one copy per device under `shard_map`: the gradient of a shared copy would already be summed."""
     return tree if axis_name is None else jax.tree.map(lambda x: jax.lax.pcast(x, axis_name, to="varying"), tree)
 
 
 def _check_shapes(terms: Metrics, weight: Array) -> None:
-    """Raises ValueError for a term of another shape: broadcast with the weights, it would be a sum of other things."""
+    """Raises ValueError for a term whose shape is not that of `weight`: broadcasting would give a wrong sum."""
     for name, value in terms.items():
         if jnp.shape(value) != jnp.shape(weight):
             each = f"and one value for each of the {jnp.size(weight)} examples is expected"
@@ -170,11 +170,11 @@ def _check_shapes(terms: Metrics, weight: Array) -> None:
 
 
 def _split(rows: Batch, microbatches: int) -> Batch:
-    """Every leaf [n, ...] to [microbatches, n / microbatches, ...]; rows and their examples stay together.
+    """The batch in microbatches: every leaf [n, ...] as [microbatches, n / microbatches, ...]. Examples stay with their rows.
 
-    Where the rows are cut over devices, microbatch `i` takes every `microbatches`-th row (of plain pairs: both rows), from row
-    `i` on: each device takes part in every microbatch with rows that it already holds. On one device it takes neighbours: then
-    the empty rows, which come last, are together in microbatches of their own.
+    If the rows are sharded over devices, microbatch `i` takes every `microbatches`-th row (of plain pairs: both rows), starting
+    from row `i`. Each device then takes part in every microbatch with rows that it already holds. On one device a microbatch
+    takes neighbouring rows, so that the empty rows, which come last, fill microbatches of their own.
     """
     groups = min(x.shape[0] for x in jax.tree.leaves(rows))
     if groups % microbatches:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 SMALL = 1e-6
-"""Temperatures below this could make logits overflow. Those above are divided by as in transformers, to the last bit."""
+"""Smallest temperature that is divided by, as in transformers, to the last bit; below it logits could overflow."""
 
 
 def choose(logits: jax.Array, keys: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
@@ -31,10 +31,10 @@ def choose(logits: jax.Array, keys: jax.Array, *, temperature: float, top_k: int
 
 
 def _draw(weights: jax.Array, keys: jax.Array) -> jax.Array:
-    """An index per row with a probability proportional to `weights[B, V]`: first a block of them, then one in the block.
+    """An index per row, with probability proportional to `weights[B, V]`: first a block of entries, then one entry of it.
 
-    Two random numbers a row instead of one for each token of the vocabulary, which would take longer than a small model.
-    Sums over few numbers, too: a single running sum over a large vocabulary is too coarse in float32.
+    This takes two random numbers per row instead of one per vocabulary entry, which would take longer than a small model. Sums
+    are also short: a single running sum over a large vocabulary is too coarse in float32.
     """
     vocab = weights.shape[1]
     size = 1 << round(math.log2(vocab) / 2)
@@ -46,7 +46,7 @@ def _draw(weights: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The index at which the running sum of `weights[B, n]` passes the share `uniform[B]` of it, in [0, 1)."""
-    reached, possible = jnp.cumsum(weights, axis=-1), weights > 0  # a sum may grow by rounding where nothing is added
+    """The index where the running sum of `weights[B, n]` passes the fraction `uniform[B]`, in [0, 1), of its total."""
+    reached, possible = jnp.cumsum(weights, axis=-1), weights > 0  # rounding may increase a sum even where nothing is added
     target = uniform * jnp.where(possible, reached, 0).max(axis=-1)
     return jnp.argmax(possible & (reached > target[:, None]), axis=-1)

@@ -1,4 +1,4 @@
-"""The records that everything else is written against.
+"""The core records of the package: `Rows` (a batch), `Model`, `TrainState` and `Partitioner`.
 
 Axis letters, used in every docstring and einsum of this package:
 
@@ -8,9 +8,9 @@ Axis letters, used in every docstring and einsum of this package:
     P  preference pairs, rankings   H  head size
     E  examples (pairs or texts)    V  vocabulary
 
-In `[P, K]` the second letter is the number of completions of an example: 2 in a pair, more in a ranking.
+In `[P, K]`, K is instead the number of completions of an example: 2 in a pair, more in a ranking.
 
-A *row* is what the model reads: `L` tokens. A *completion slot* is what is read out of it: the summed log-probability of one
+A *row* is the model's input: `L` tokens. A *completion slot* is one output of a row: the summed log-probability of one
 completion. A *pair* is two neighbouring slots, chosen first, so log-probabilities of pairs are one array `[P, 2]`.
 """
 
@@ -28,24 +28,24 @@ Variables = Mapping[str, Any]
 """Model parameters: a nested dict of arrays, `{"params": {...}}`."""
 Metrics = dict[str, jax.Array]
 ROW_AXES = ("data", "fsdp", "expert")
-"""Axes of a device mesh over which the rows of a batch are cut."""
+"""Axes of a device mesh over which the rows of a batch are split."""
 CONTEXT_AXIS = "context"
-"""The axis over which the positions of each row are cut (`models.context`)."""
+"""The mesh axis over which the positions of each row are split (`models.context`)."""
 TOKEN_AXES = (*ROW_AXES, CONTEXT_AXIS)
-"""Axes over which the tokens of a batch are cut."""
+"""Mesh axes over which the tokens of a batch are split."""
 HEAD_AXIS = "tensor"
-"""The axis over which attention heads are cut."""
+"""The mesh axis over which attention heads are split."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowImages:
-    """The images in rows: features of their tokens, and which positions these take. M is fixed for all rows of a batch.
+    """The images of rows: features of the image tokens, and the positions that read them. M is fixed for all rows of a batch.
 
-        features  float[R, M, W]  outputs of the frozen vision encoder, a column for each token of an image; what is not used, 0
-        index     int32[R, L]     the column that a position reads in the place of its token's embedding; -1: text
+        features  float[R, M, W]  outputs of the frozen vision encoder, one column per image token; unused columns are 0
+        index     int32[R, L]     the column that a position reads instead of its token's embedding; -1: text
 
-    The T tokens of an image are T neighbouring columns that begin at a multiple of T, and as many neighbouring positions.
+    The T tokens of an image are T neighbouring columns, starting at a multiple of T, and T neighbouring positions.
     """
 
     features: Array
@@ -55,28 +55,28 @@ class RowImages:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A batch of token rows, and what to read out of them. `dpo_jax.data.layout` builds it, from numpy arrays.
+    """A batch of token rows, their attention intervals and their scored positions. `dpo_jax.data.layout` builds it, in numpy.
 
         tokens, positions  int32[R, L]       token ids; positions for the model's position embeddings
         k_start, k_end     int32[R, L]       the token at `x` sees the keys `k_start[x] <= k < k_end[x]` of its row
-        source             int32[R, S]       where in the row the hidden state lies that predicts `target`
+        source             int32[R, S]       position in the row of the hidden state that predicts `target`
         target             int32[R, S]       the token id that is scored
         slot               int32[R, S]       which completion of the row it belongs to; `slots` marks padding
-        weight             float32[E]        1, or 0 for an example that only fills up the batch
+        weight             float32[E]        1, or 0 for a filler: an example that only fills up the batch
         index              int32[E]          which of the caller's examples this is; -1 for a filler
         ref_logps          float32[P, K]     reference log-probabilities in nats, summed; [P, 2] of pairs; or None
         pairs              int32[R, Q, 2]    slots of chosen and rejected in their row, where pairs share completions; or None
-        extras             {name: [E, ...]}  what else the loss takes, by keyword (`dpo_step`); or None
-        images             RowImages         of models that read images; or None
+        extras             {name: [E, ...]}  further arguments of the loss, by keyword (`dpo_step`); or None
+        images             RowImages         for models that read images; or None
         slots              int               completion slots of a row
 
-    Attention: a token sees exactly its interval, and a padding token itself. Order inside a row carries no meaning beyond that:
-    position embeddings come from `positions`.
+    Attention: a token sees exactly its interval; a padding token sees only itself. The order of tokens in a row has no other
+    meaning: position embeddings come from `positions`.
 
-    Read-out: the slots of all rows, in order, are the completions of the batch: slot `j` of row `r` is completion
-    `r * slots + j`; completions `2p` and `2p + 1` are pair `p`, and those from `K * p` to `K * p + K - 1` ranking `p`. With
-    `pairs`, pair `q` of row `r` is pair `r * Q + q` of the batch. `slots_to_pairs` goes from completions to pairs,
-    `examples_to_rows` from the caller's order to that of the batch.
+    Outputs: the slots of all rows, in order, are the completions of the batch. Slot `j` of row `r` is completion
+    `r * slots + j`. Completions `2p` and `2p + 1` are pair `p`; completions `K * p` to `K * p + K - 1` are ranking `p`. With
+    `pairs`, pair `q` of row `r` is pair `r * Q + q` of the batch. `slots_to_pairs` regroups values of completions by pair;
+    `examples_to_rows` goes from the caller's order to that of the batch.
 
     >>> rows = shared_rows(encoded, length=96)  # two pairs, a row each
     >>> rows.tokens.shape, rows.slots, rows.index.tolist()
@@ -103,23 +103,23 @@ class Rows:
 
 
 class SharedCache(NamedTuple):
-    """A cache for several continuations of each prompt: the prompts' keys and values are there once, and are only read.
+    """A key-value cache for several continuations of each prompt. The prompts' keys and values are stored once, read-only.
 
-    Row `r` of R continues prompt `r // (R / G)`. Its `k_start` and `k_end` count the columns of `prompts`, then the tokens of
-    its own, the new one included. Rows may have begun at different times: `own` is a ring, in which all write their new token
-    to the same column, so that it holds the last C tokens of each.
+    Row `r` of R continues prompt `r // (R / G)`. Its `k_start` and `k_end` count the columns of `prompts` first, then its own
+    tokens, including the new one. Rows may have started at different times: `own` is a ring buffer in which all rows write
+    their new token to the same column, so it holds the last C tokens of each.
     """
 
-    prompts: Any  # cache of G rows, as many columns as tokens were read
+    prompts: Any  # cache of G rows, with one column per token read
     own: Any  # cache of R rows and C columns
 
 
 class Routing(NamedTuple):
-    """Which experts the tokens of some rows took, in every layer of a mixture of experts. `Model.route` gives it.
+    """Router decisions of a mixture of experts, for every layer and token. `Model.route` returns it.
 
     chosen       int32[layers, R, L, taken]     the experts of each token
-    probability  float32[layers, R, experts]    the router's probabilities, summed over the tokens of a row that count
-    entropy      float32[layers, R]             their entropy in nats, likewise
+    probability  float32[layers, R, experts]    the router's probabilities, summed over the counted tokens of a row
+    entropy      float32[layers, R]             their entropy in nats, summed likewise
     counted      bool[R, L]                     which tokens count: all but padding
     """
 
@@ -130,24 +130,24 @@ class Routing(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What an algorithm may know about a language model: pure functions of its variables. The first three make a model.
+    """The language model as algorithms see it: pure functions of its variables. Only the first three are required.
 
     `forward(variables, rows) -> hidden[R, L, D]` is the trunk; `unembed(variables, hidden[..., D]) -> float32[..., V]` is the
-    head, applied by the caller to the few positions that are scored.
+    head, which the caller applies to the few positions that are scored.
 
     `init_cache(batch, length, dtype=float32) -> cache` and `decode(variables, rows, cache) -> (hidden[R, L, D], cache)` are the
-    same trunk with memory: the `L` new tokens of each row are written to the next `L` columns of the cache, and `k_start`,
-    `k_end` of `rows` count cache columns. Prefill is a `decode` of the whole prompt, generation one of a single token.
+    same trunk with a key-value cache: the `L` new tokens of each row are written to the next `L` columns of the cache, and
+    `k_start` and `k_end` of `rows` count cache columns. Prefill decodes the whole prompt, generation one token at a time.
 
-    `take_rows(cache, index, held=None, moved=None) -> cache`: rows of a cache; `index` int32[D, n] numbers them within each of
-    D equal parts. `held`: what it returned before, if only rows `moved` bool[D, n] have changed since. The `decode` of a model
-    that has it also takes a `SharedCache` and rows of one token.
+    `take_rows(cache, index, held=None, moved=None) -> cache` selects rows of a cache; `index` int32[D, n] numbers them within
+    each of D equal parts. `held` is its previous result, if only the rows `moved` bool[D, n] have changed since. If a model has
+    `take_rows`, its `decode` also takes a `SharedCache` and rows of one token.
 
-    `by_layer(variables, cache) -> (variables, cache)` takes layers that are stacked apart, for `decode` only: on a CPU, what is
-    cut out of a stack is copied, and in a loop over tokens for each of them.
+    `by_layer(variables, cache) -> (variables, cache)` unstacks the scanned layers, for `decode` only: on a CPU, a slice of a
+    stack is copied, and a loop over tokens would copy it for each token.
 
-    `route(variables, rows) -> (hidden[R, L, D], Routing)` is `forward` that also tells what the routers did; a model without
-    experts has none.
+    `route(variables, rows) -> (hidden[R, L, D], Routing)` is `forward` that also returns the routers' decisions; None for a
+    model without experts.
 
     >>> model = Model(init, forward, unembed)  # of your own; `load_hf` gives one with all functions
     >>> model.forward(variables, rows).shape
@@ -172,8 +172,8 @@ class TrainState:
     """Everything an optimizer step reads and writes; `init_state` makes one.
 
         step       int32[]       optimizer steps taken
-        params     nested dict   what is trained
-        opt_state                the optimizer's
+        params     nested dict   trained parameters
+        opt_state                state of the optimizer
         frozen     nested dict   base weights that are only read; {} in full fine-tuning
 
     >>> state = init_state(variables, tx)
@@ -188,7 +188,7 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `Model.forward` takes."""
+        """The frozen and trained variables together, as `Model.forward` takes them."""
         return {**self.frozen, **self.params}
 
     def replace(self, **changes: Any) -> TrainState:
@@ -196,21 +196,20 @@ class TrainState:
 
 
 class Partitioner(NamedTuple):
-    """Where arrays live and how a pure function is compiled: the only thing that differs between one device, pmap and a mesh.
+    """Placement of arrays and compilation of pure functions: the only difference between one device, pmap and a mesh.
 
     `compile_step(step)` turns `step(state, rows) -> (state, metrics)` into a compiled function that donates `state`;
     `compile_map(fn)` turns `fn(variables, rows) -> [E, ...]` into a compiled function with the same result on the host.
 
-    Parameters come to the devices in three ways: `load_variables(shapes, pieces)` puts those of `models.checkpoint_stream`
-    where they belong, a tensor at a time; `make_variables(make)` runs a function without arguments; `put_variables(tree)`
-    copies whole arrays. `init_state(make, variables)` turns such parameters, which it consumes, into the state
-    `make(variables)`.
+    Parameters reach the devices in three ways. `load_variables(shapes, pieces)` streams those of `models.checkpoint_stream`
+    into their shards, one tensor at a time; `make_variables(make)` runs a function without arguments; `put_variables(tree)`
+    copies whole arrays. `init_state(make, variables)` consumes such parameters and returns the state `make(variables)`.
 
-    `get_state` gives the form that is saved and restored, with the shapes of one device (a mesh leaves it in pieces);
-    `put_state` lays a copy of that out on the devices; `to_host` gives whole numpy arrays, on every host.
+    `get_state` returns the form that is saved and restored, with the shapes of one device (on a mesh it stays sharded);
+    `put_state` places a copy of that on the devices; `to_host` returns whole numpy arrays, on every host.
 
-    A batch must hold a multiple of `row_shards` rows. `host_part` is (index, count): where there are several hosts, each
-    gives its part of the rows, the `index`-th of `count`; results of `compile_map` are those of all rows.
+    A batch must hold a multiple of `row_shards` rows. `host_part` is (index, count): with several hosts, each supplies its part
+    of the rows, the `index`-th of `count`; results of `compile_map` cover all rows.
     """
 
     axis_name: str | None

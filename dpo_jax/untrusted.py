@@ -1,8 +1,8 @@
-"""Untrusted input: files and replies that this program did not write, or that may be damaged.
+"""Readers of untrusted input: files and replies that this program did not write, or that may be damaged.
 
-Each kind has one reader (JSON here; data rows in `data`, model folders in `models`, replies of a judge in `judge`). A reader
-checks size and depth before the work, stands in `reading` where it calls a library, and raises `Unreadable` for whatever is
-wrong. Code behind a reader checks nothing again.
+Each kind of input has one reader (JSON here; data rows in `data`, model folders in `models`, replies of a judge in `judge`). A
+reader checks size and depth first, wraps library calls in `reading`, and raises `Unreadable` for anything that is wrong. Code
+that uses a reader's result does not check again.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ class Unreadable(ValueError):
 
 @dataclasses.dataclass
 class Limits:
-    """The most that is read of untrusted input. Each limit is an option `--limits.NAME` of the program."""
+    """Limits on untrusted input. Each is an option `--limits.NAME` of the program."""
 
-    line_mb: int = 64  # one line of a text file, unpacked
+    line_mb: int = 64  # one line of a text file, decompressed
     file_mb: int = 1024  # a file that is read whole
-    reply_kb: int = 1024  # what an endpoint sends
-    depth: int = 100  # objects in objects, elements in elements
+    reply_kb: int = 1024  # one reply of an endpoint
+    depth: int = 100  # nesting of JSON and HTML
     layers: int = 1000  # of a model
     model_b: int = 10_000  # parameters of a model, in billions
     template_s: float = 5  # a chat template over one conversation
-    template_mb: int = 1024  # what it may take of memory
-    growth: int = 100  # a text, by the steps of a tokenizer, in times its length
+    template_mb: int = 1024  # its memory
+    growth: int = 100  # growth factor of a text in a tokenizer's steps
     pattern_s: float = 5  # a tokenizer's regular expressions over some texts
 
     def check(self, name: str, found: float, where: str | Path, *, what: str) -> None:
-        """Raises `Unreadable` where `found` is more than the limit `name`. `what` was measured: "bytes in one line"."""
+        """Raises `Unreadable` if `found` exceeds the limit `name`. `what` names what was measured: "bytes in one line"."""
         units = {"mb": 2**20, "kb": 2**10}.get(name.rpartition("_")[2], 1)
         if found > getattr(self, name) * units:
             raise Unreadable(f"{where}: {found:,} {what}; {self.remedy(name)}")
 
     def remedy(self, name: str) -> str:
-        """What a message about the limit `name` ends with."""
+        """The remedy at the end of a message about the limit `name`."""
         unit = {"mb": " MB", "kb": " kB", "s": " s"}.get(name.rpartition("_")[2], "")
         return f"the limit is {getattr(self, name):,}{unit} (raise it with --limits.{name.replace('_', '-')})"
 
 
 LIMITS = Limits()
-"""The limits of this process, as `csv.field_size_limit` or `PIL.Image.MAX_IMAGE_PIXELS` are. The program sets them once."""
+"""The limits of this process, like `csv.field_size_limit` or `PIL.Image.MAX_IMAGE_PIXELS`. The program sets them once."""
 
 
 @contextlib.contextmanager
 def reading(where: object, *, remedy: str = "", error: Callable[[str], Exception] = Unreadable) -> Iterator[None]:
-    """Turns whatever a library raises about its input into one `error`: "where: cause; remedy".
+    """A context that turns whatever a library raises about its input into one `error`: "where: cause; remedy".
 
-    `Unreadable` and its kinds pass, and so do errors of the system that name a file (missing, no permission, disk full).
+    `Unreadable` and its subclasses pass unchanged, as do system errors that name a file (missing, no permission, disk full).
     """
     try:
         yield
@@ -84,7 +84,7 @@ def _message(where: object, problem: BaseException, remedy: str) -> str:
 
 
 def cause_of(problem: BaseException) -> str:
-    """What an exception of a library says, in one short line."""
+    """The message of a library's exception, in one short line."""
     match problem:
         case MemoryError():
             return "needs more memory than this machine has"
@@ -107,7 +107,7 @@ def cause_of(problem: BaseException) -> str:
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """All of a file that is not too large to be read whole. Raises `Unreadable`, or OSError naming the file."""
+    """The content of a file that is small enough to be read whole. Raises `Unreadable`, or OSError naming the file."""
     path = Path(path)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -119,7 +119,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """All of a UTF-8 text file. Raises `Unreadable`, or OSError naming the file."""
+    """The content of a UTF-8 text file. Raises `Unreadable`, or OSError naming the file."""
     with reading(Path(path), remedy="save it as UTF-8"):
         return read_bytes(path).decode("utf-8")
 
@@ -130,14 +130,14 @@ def read_object(path: str | os.PathLike[str], *, remedy: str = "") -> dict[str, 
 
 
 class Lines(NamedTuple):
-    """What a log holds: its sound rows, and what is wrong with each of the other lines ("line 3: ...")."""
+    """The content of a log: its valid rows, and what is wrong with each of the other lines ("line 3: ...")."""
 
     rows: list[dict[str, Any]]
     damaged: list[str]
 
     @property
     def words(self) -> str:
-        """What was left out, in one sentence; empty if nothing was."""
+        """The lines that were skipped, in one sentence; empty if there are none."""
         if not self.damaged:
             return ""
         more = f"; and {len(self.damaged) - 3} more" if len(self.damaged) > 3 else ""
@@ -147,9 +147,9 @@ class Lines(NamedTuple):
 
 
 def read_lines(path: str | os.PathLike[str], check: Callable[[dict[str, Any]], Any] = lambda row: None) -> Lines:
-    """The objects of a JSON Lines file, an object a line. `check(row)` raises `Unreadable` for one that is of no use.
+    """The objects of a JSON Lines file, one per line. `check(row)` raises `Unreadable` for an unusable one.
 
-    Raises OSError naming the file, and `Unreadable` for what is no file.
+    Raises OSError naming the file, and `Unreadable` if it is not a regular file.
     """
     found = Lines([], [])
     with regular(path).open("rb") as file:
@@ -166,9 +166,9 @@ def read_lines(path: str | os.PathLike[str], check: Callable[[dict[str, Any]], A
 
 
 def regular(path: str | os.PathLike[str]) -> Path:
-    """`path`, unless it is something else than a file: a pipe would be waited for. Raises `Unreadable`, or OSError.
+    """`path`, if it is a regular file; reading a pipe would block. Otherwise raises `Unreadable`, or OSError.
 
-    What a shell names /dev/fd/63 or /dev/stdin somebody has just given, and may be a pipe.
+    Names such as /dev/fd/63 and /dev/stdin, which a shell has just opened, may be pipes.
     """
     path = Path(path)
     if not stat.S_ISREG(path.stat().st_mode) and not str(path).startswith(("/dev/", "/proc/")):
@@ -177,13 +177,13 @@ def regular(path: str | os.PathLike[str]) -> Path:
 
 
 def special_kind(path: Path) -> str:
-    """What a path is called that is no file: "a folder", "a pipe", "a socket", "a device"."""
+    """The kind of a path that is not a regular file: "a folder", "a pipe", "a socket", "a device"."""
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(path.stat().st_mode), "a device")
 
 
 def check_name(path: str | os.PathLike[str]) -> None:
-    """Raises `Unreadable` where a library in Rust or C++ (tokenizers, TensorStore, TFDS) could not open `path`: not UTF-8."""
+    """Raises `Unreadable` if `path` is not UTF-8: Rust and C++ libraries (tokenizers, TensorStore, TFDS) could not open it."""
     name = os.fsencode(os.path.abspath(path))
     try:
         name.decode("utf-8")
@@ -204,13 +204,13 @@ def parse_object(content: bytes | str, where: str | os.PathLike[str], *, remedy:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """The value of a JSON text (RFC 8259): no NaN, no infinity, no key twice, no number too large for a float, not too deep.
+    """The value of a JSON text (RFC 8259). Errors: NaN, infinity, duplicate keys, too large numbers, too deep nesting.
 
-    A byte order mark, which editors of Windows put before it, is no part of it.
-    Raises ValueError (of which UnicodeDecodeError is one) or RecursionError; stand in `reading`.
+    A byte order mark at the start, as editors on Windows write it, is ignored.
+    Raises ValueError (including UnicodeDecodeError) or RecursionError; call it inside `reading`.
     """
     text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8") if isinstance(content, bytes) else content
-    # Counting is fast, and hardly any text has so many brackets; only then is the depth worth knowing.
+    # Counting is fast, and few texts have so many brackets; only for these is the depth measured.
     if text.count("[") + text.count("{") > LIMITS.depth and (deep := depth_of(text, LIMITS.depth)) > LIMITS.depth:
         raise TooDeep(f"at least {deep} levels deep; {LIMITS.remedy('depth')}")
     with without_garbage() if len(text) > _CHUNK else contextlib.nullcontext():
@@ -219,7 +219,7 @@ def parse_json(content: bytes | str) -> Any:
 
 @contextlib.contextmanager
 def without_garbage() -> Iterator[None]:
-    """Keeps Python from looking at many new objects for garbage again and again: of a large text that is most of the time."""
+    """A context without garbage collection: for a large text, most of the time would go into scanning the many new objects."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -230,8 +230,8 @@ def without_garbage() -> Iterator[None]:
 
 
 def depth_of(text: str, enough: float = float("inf")) -> int:
-    """How many brackets of a JSON text are open at most, those in strings not counted. Counting ends beyond `enough`."""
-    import numpy as np  # here: what reads no long text has no need of it
+    """Maximum nesting of brackets in a JSON text, ignoring those in strings. Counting stops beyond `enough`."""
+    import numpy as np  # imported here: only long texts need it
 
     plain = text.replace("\\\\", "").replace('\\"', "").encode("ascii", "replace")  # now each quote begins or ends a string
     step = np.zeros(256, np.int8)
@@ -261,7 +261,7 @@ class DuplicateKey(ValueError):
 
 
 class BadNumber(ValueError):
-    """A number of a JSON text is none (NaN), or too large for a float."""
+    """A number in a JSON text is not a number (NaN), or too large for a float."""
 
 
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def _float(literal: str) -> float:
 
 
 def kind_of(value: Any) -> str:
-    """What a value of JSON is called: "an array", "a number", "null"."""
+    """The name of a JSON value's type: "an array", "a number", "null"."""
     match value:
         case None:
             return "null"
@@ -313,9 +313,9 @@ class LongLine(Unreadable):
 
 
 def lines_of(file: IO[bytes]) -> Iterator[bytes | LongLine]:
-    """The lines of an open file, each with its newline. Of a line that is too long nothing is kept, and the next one follows.
+    """The lines of an open file, each with its newline. A line that is too long is skipped, and the next one follows.
 
-    Lines end at newlines only: U+2028 and friends may stand inside a JSON string.
+    Lines end at newlines only, because U+2028 and similar characters may occur inside a JSON string.
     """
     most = LIMITS.line_mb * 2**20
     while line := file.readline(most + 1):

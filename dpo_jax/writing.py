@@ -1,8 +1,8 @@
-"""Files being written, and the name in the error where that fails.
+"""Atomic file writing, with the file's name in every error.
 
-Python names a file that it cannot open, but not one whose write, flush or fsync fails on a full disk; libraries in Rust and C++
-raise errors of their own. Every writer of this package opens its file with `writing` (a log with
-`appending`, what a library writes with `placing`), or stands in `naming`.
+Python names a file that it cannot open, but not one whose write, flush or fsync fails on a full disk. Libraries in Rust and C++
+raise their own errors. Every writer of this package opens its file with `writing` (a log with `appending`, a library's file
+with `placing`), or runs inside `naming`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FULL = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota excee
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Gives an error of writing that names no file the name `path`; one of a library becomes an `OSError` with its number."""
+    """A context that adds the name `path` to write errors without one; a library's error becomes an `OSError` with number."""
     try:
         yield
     except OSError as error:
@@ -39,7 +39,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def naming_errors(file: IO[Any], name: str) -> None:
-    """Makes an open file name itself in its errors: standard output, say, which `print` writes."""
+    """Makes an open file add its name to its errors; for standard output, for example, to which `print` writes."""
 
     def named(work: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -53,7 +53,7 @@ def naming_errors(file: IO[Any], name: str) -> None:
 
 
 def error_number(text: str) -> int | None:
-    """The number of the system's error that the message of a library tells of, if it does."""
+    """The number of the system error that a library's message mentions, if any."""
     if match := re.search(r"\(os error (\d+)\)", text):  # Rust
         return int(match[1])
     return next((number for number, words in FULL.items() if words in text), None)  # TensorStore, array_record
@@ -61,11 +61,11 @@ def error_number(text: str) -> int | None:
 
 @contextmanager
 def writing(path: str | os.PathLike[str], mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
-    """A file open for writing, in UTF-8 if it is text, that appears under its name once it is complete and on disk.
+    """A file open for writing (text is UTF-8) that appears under its name once it is complete and on disk.
 
-    It is written beside and moved in: a reader sees all of the new file or all of the old, and after an error or a kill the old
-    one. A link in its place is replaced, and what it points to left alone. A terminal, a pipe or /dev/null is written directly.
-    With mode "x" FileExistsError is raised where there is a file. Errors name the file.
+    It is written beside its place and then moved in. A reader sees all of the new file or all of the old; after an error or a
+    kill the old one remains. A link is replaced, not its target. A terminal, a pipe or /dev/null is written directly. Mode "x"
+    raises FileExistsError if the file exists. Errors name the file.
     """
     path = Path(path)
     options = options if "b" in mode else {"encoding": "utf-8", **options}
@@ -82,7 +82,7 @@ def writing(path: str | os.PathLike[str], mode: str = "w", **options: Any) -> It
         temporary = path.with_name(f".{secrets.token_hex(4)}-{path.name[-60:]}")
         try:
             with open(temporary, mode.replace("w", "x"), **options) as file:
-                if before is not None:  # a file that only its owner may read stays one
+                if before is not None:  # a file that only its owner may read stays so
                     os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
                 yield file
                 file.flush()
@@ -98,7 +98,7 @@ def writing(path: str | os.PathLike[str], mode: str = "w", **options: Any) -> It
 
 @contextmanager
 def placing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """`writing` for a library that takes a path: one of the same name in a folder beside, whose file is moved in at the end."""
+    """`writing` for a library that takes a path: a file of the same name in a temporary folder beside, moved in at the end."""
     path = Path(path)
     folder = path.with_name(f".{secrets.token_hex(4)}-{path.name[-60:]}")
     with naming(path):
@@ -116,7 +116,7 @@ def placing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _to_be_replaced(path: Path) -> os.stat_result | None:
-    """What a file is to take the place of; None if that is nothing. Raises OSError where it may not."""
+    """The status of what a new file will replace; None if there is nothing. Raises OSError if it may not be replaced."""
     try:
         before = path.stat()
     except OSError:
@@ -129,7 +129,7 @@ def _to_be_replaced(path: Path) -> os.stat_result | None:
 
 
 def _check_reader(path: Path) -> None:
-    """Raises OSError for a pipe that nobody reads: opening it would wait for ever."""
+    """Raises OSError for a pipe without a reader: opening it would block for ever."""
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
     except OSError as error:
@@ -139,21 +139,21 @@ def _check_reader(path: Path) -> None:
 
 
 def _is_file(path: Path, status: os.stat_result) -> bool:
-    """Whether `path` is the name of a file: /dev/stdout is none, though a shell may have made it one (`> file`)."""
+    """Whether `path` is the name of a regular file. /dev/stdout is not, even where the shell redirects it to one (`> file`)."""
     return stat.S_ISREG(status.st_mode) and not str(path).startswith(("/dev/", "/proc/"))
 
 
 @contextmanager
 def appending(path: str | os.PathLike[str], mode: str = "a") -> Iterator[IO[Any]]:
-    """A log open for appending, in UTF-8 if it is text. Errors name it, those of closing it as well."""
+    """A log open for appending (text is UTF-8). All its errors name the file, including those on closing."""
     with naming(path), open(path, mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
 
 
 def leftovers(folder: str | os.PathLike[str], *names: str) -> list[Path]:
-    """What kills have left in `folder` of files that `writing` had begun. `names`: patterns (`fnmatch`) of those to look for.
+    """Unfinished files of `writing` that killed processes left in `folder`. `names`: patterns (`fnmatch`) to look for.
 
-    While another process may be writing one of them, they are not left but being written: hold a lock.
+    Hold a lock while calling this: a file that another process is still writing looks the same.
     """
     found = [(path, re.fullmatch(r"\.[0-9a-f]{8}-(.+)", path.name)) for path in sorted(Path(folder).iterdir())]
     return [path for path, name in found if name and any(fnmatch.fnmatchcase(name[1], pattern) for pattern in names)]
@@ -163,17 +163,17 @@ MARK = ".made_by_dpo_jax"
 
 
 def empty_folder(folder: str | os.PathLike[str], *, ours: Sequence[str] = ()) -> Path:
-    """An empty folder, made here. One that an earlier call made is deleted with all that lies in it.
+    """A new empty folder. One that an earlier call made is deleted first, with its content.
 
-    Raises FileExistsError for any other that holds something: only a folder with the mark of an earlier call, or with a file of
-    a name in `ours` (those that versions without marks left), is deleted.
+    Raises FileExistsError for any other folder that is not empty: only a folder with the mark of an earlier call is deleted, or
+    one with a file named in `ours` (left by versions without marks).
     """
     folder = Path(folder)
     if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or not _made_here(folder, ours)):
         words = "is there already, and dpo-jax has not made it; move it away, or choose another folder"
         raise FileExistsError(errno.EEXIST, words, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    # The mark comes first and stays: whatever a kill leaves here can be emptied again.
+    # The mark is written first and stays, so that a folder left by a kill can be emptied again.
     write_text(folder / MARK, "dpo-jax deletes this folder before it writes it anew\n")
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -186,18 +186,18 @@ def empty_folder(folder: str | os.PathLike[str], *, ours: Sequence[str] = ()) ->
 def _made_here(folder: Path, ours: Sequence[str]) -> bool:
     names = [
         name for name in os.listdir(folder) if not (name.startswith(".") and name.endswith(f"-{MARK}"))
-    ]  # a mark half written
+    ]  # a half-written mark
     return not names or bool({MARK, *ours} & set(names))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes all of a text file or nothing, in UTF-8."""
+    """Writes a UTF-8 text file, completely or not at all."""
     with writing(path) as file:
         file.write(text)
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """All of the new content or all of the old, also after a crash of the machine."""
+    """Replaces a file's content atomically, even if the machine crashes."""
     path = Path(path)
     with writing(path, "wb") as file:
         file.write(content)

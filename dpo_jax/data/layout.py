@@ -1,15 +1,15 @@
-"""How token ids lie in rows: one completion a row, one pair a row with its prompt shared, or several pairs a row.
+"""Row layouts: plain (one completion per row), shared (one pair per row, prompt stored once), packed (several pairs per row).
 
-The trick is in the shared layout, `[reversed(chosen) | prompt | rejected]`: with the chosen completion stored backwards, every
-token sees one contiguous range of keys, so two integers per token describe any packing:
+The shared layout is `[reversed(chosen) | prompt | rejected]`. With the chosen completion stored backwards, every token sees one
+contiguous range of keys, so two integers per token describe any packing:
 
     chosen c_j    (index x)   [x, end of prompt)     c_j, c_{j-1}, ..., c_0, then the whole prompt
     prompt p_i    (index x)   [start of prompt, x]
     rejected r_k  (index x)   [start of prompt, x]   the whole prompt, then r_0 ... r_k
     padding       (index x)   [x, x]                 itself, so that no softmax is empty
 
-The prompt passes through the model once, and both completions see it. `c_0` and `r_0` are predicted by the last prompt token,
-`c_j` by its neighbour on the right, `r_k` by its neighbour on the left.
+The prompt passes through the model once, and both completions attend to it. The last prompt token predicts `c_0` and `r_0`; the
+neighbour on the right predicts `c_j`, the neighbour on the left `r_k`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from dpo_jax.types import Array, Rows
 Ranking = tuple[np.ndarray, Sequence[np.ndarray]]
 """(prompt ids, [completion ids, ...] best first), int32 each."""
 Text = tuple[np.ndarray, np.ndarray] | Completion
-"""A text to learn: (prompt ids, completion ids), int32 each, or with a third field a `Completion`."""
+"""A training text: (prompt ids, completion ids), int32 each, or a `Completion`, which has further fields."""
 Example = Encoded | PairGroup | Text
 
 
 def causal_rows(tokens: Array | Sequence[Sequence[int]]) -> Rows:
-    """Plain language-model rows: every token of `tokens` int32[R, L] sees those before it; all but the first are scored.
+    """Plain language-model rows: each token of `tokens` int32[R, L] sees itself and those before it; all but the first score.
 
     >>> rows = causal_rows([[5, 6, 7], [8, 9, 4]])
     >>> rows.target.tolist(), rows.slots
@@ -57,13 +57,13 @@ def causal_rows(tokens: Array | Sequence[Sequence[int]]) -> Rows:
 
 
 def plain_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | None = None) -> Rows:
-    """Each completion in a row of its own, after its prompt: R = 2P rows of L = `length` tokens, chosen and rejected by turns.
+    """One completion per row, after its prompt: R = 2P rows of L = `length` tokens, alternating chosen and rejected.
 
-    For any causal model: padding is on the right, and a model may ignore `k_start` and `k_end`. `ref_logps` float[P, 2], in the
-    order of `encoded`, travels with the rows. Without a prompt nothing predicts the first token, and it is not scored.
+    Works with any causal model: padding is on the right, and a model may ignore `k_start` and `k_end`. `ref_logps` float[P, 2],
+    in the order of `encoded`, is stored in the rows. Without a prompt nothing predicts the first token, so it is not scored.
 
-    Raises ValueError for a row that needs more than `length`, a completion without tokens, negative or fractional ids, and
-    `ref_logps` of another shape; TypeError for pairs that are not `Encoded`.
+    Raises ValueError for a row that needs more than `length` tokens, a completion without tokens, negative or fractional ids,
+    and `ref_logps` of another shape; TypeError for pairs that are not `Encoded`.
 
     >>> rows = plain_rows(encoded, length=64)
     >>> rows.tokens.shape, rows.weight.shape
@@ -75,11 +75,11 @@ def plain_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | No
 
 
 def shared_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | None = None) -> Rows:
-    """Each pair in one row, `[reversed(chosen) | prompt | rejected]`: the prompt is computed once.
+    """One pair per row, `[reversed(chosen) | prompt | rejected]`: the prompt is computed once.
 
     R = P rows of L = `length` tokens, for models that honour `k_start`, `k_end` and `positions` (see `check_model`); for other
-    models use `plain_rows`. `ref_logps` float[P, 2], in the order of `encoded`, travels with the rows. A pair that needs more
-    than `length` tokens, or has no prompt, is a `ValueError`; other errors are those of `plain_rows`.
+    models use `plain_rows`. `ref_logps` float[P, 2], in the order of `encoded`, is stored in the rows. Raises ValueError for a
+    pair that needs more than `length` tokens or has no prompt; other errors are those of `plain_rows`.
 
     >>> rows = shared_rows(encoded, length=96, ref_logps=np.zeros((2, 2)))
     >>> rows.tokens.shape, rows.ref_logps.shape
@@ -91,11 +91,11 @@ def shared_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | N
 
 
 def packed_rows(encoded: Sequence[Encoded], *, length: int, pairs_per_row: int = 16, ref_logps: Array | None = None) -> Rows:
-    """Whole pairs, each as in `shared_rows`, packed into as few rows as first-fit decreasing finds.
+    """Several pairs per row, each laid out as in `shared_rows`, in as few rows as first-fit decreasing finds.
 
-    R rows of L = `length` tokens and at most `pairs_per_row` pairs. Pairs come out in another order than they went in:
-    `rows.index` int32[P] tells which is which, and -1 where a place is empty. `ref_logps`, in the order of `encoded`, follows
-    them. For columns of your own (`extras`, `weight`) do the same with `examples_to_rows`. Otherwise as `shared_rows`.
+    R rows of L = `length` tokens and at most `pairs_per_row` pairs. Packing reorders the pairs: `rows.index` int32[P] gives the
+    number of each, and -1 for an empty place. `ref_logps`, in the order of `encoded`, is reordered with them. Reorder columns
+    of your own (`extras`, `weight`) with `examples_to_rows`. Otherwise like `shared_rows`.
 
     >>> rows = packed_rows(encoded, length=128, pairs_per_row=2)
     >>> rows.tokens.shape, rows.index.tolist()
@@ -109,12 +109,13 @@ def packed_rows(encoded: Sequence[Encoded], *, length: int, pairs_per_row: int =
 def completion_rows(
     completions: Sequence[Text], *, length: int, per_row: int = 1, image_shape: tuple[int, int] = (0, 0)
 ) -> Rows:
-    """Single completions after their prompts, `per_row` to a row at most: what supervised fine-tuning reads.
+    """Single completions after their prompts, at most `per_row` per row: the rows of supervised fine-tuning.
 
-    `completions` are (prompt, completion), int32[n] token ids each, and where not all tokens of the completion count, bool[n].
-    R rows of L = `length` tokens, one slot a completion. With `per_row` above 1, R is as few as fit, and `rows.index` int32[E]
-    tells the order. `image_shape` as in `Layout`, where prompts show images. Without a prompt the first token is not scored.
-    Raises ValueError for one that does not fit, has no tokens, or holds what is no token id; TypeError for pairs.
+    `completions` are (prompt, completion), int32[n] token ids each, with a third field bool[n] if not all tokens of the
+    completion count. R rows of L = `length` tokens, one slot per completion. With `per_row` above 1, the rows are packed, and
+    `rows.index` int32[E] gives the order. `image_shape` is that of `Layout`, for prompts that show images. Without a prompt the
+    first token is not scored. Raises ValueError for a completion that does not fit, has no tokens or holds invalid token ids;
+    TypeError for pairs.
 
     >>> rows = completion_rows([(np.int32([5, 6]), np.int32([7, 0]))], length=8)
     >>> rows.tokens.tolist(), completion_lengths(rows).tolist()
@@ -126,10 +127,11 @@ def completion_rows(
 
 
 def ranking_rows(rankings: Sequence[Ranking], *, length: int, ref_logps: Array | None = None, at_least: int = 0) -> Rows:
-    """Rankings of K completions each, in rows of their own after the prompt: R = K * P rows, those of a ranking together.
+    """Rankings of K completions, one completion per row after its prompt: R = K * P rows, those of a ranking together.
 
-    `ref_logps[P, K]`, in the order of `rankings`, travels with the rows; `weight` and `index` count rankings, and empty ones of
-    weight 0 fill up to `at_least`. A ValueError: rankings of unequal or no length, and one that needs more than `length`.
+    `ref_logps[P, K]`, in the order of `rankings`, is stored in the rows. `weight` and `index` have one entry per ranking, and
+    fillers of weight 0 are added up to `at_least`. Raises ValueError if the rankings differ in length or are empty, or if one
+    needs more than `length` tokens.
 
     >>> prompt, completions = np.int32([5, 6]), [np.int32([7, 0]), np.int32([8, 0]), np.int32([9, 0])]
     >>> rows = ranking_rows([(prompt, completions)], length=8)
@@ -155,15 +157,15 @@ def ranking_rows(rankings: Sequence[Ranking], *, length: int, ref_logps: Array |
 
 
 def examples_to_rows(values: Array, rows: Rows) -> np.ndarray:
-    """From a value of each of the caller's examples, `values` [n, ...], to those of the batch: [E, ...], and 0 for a filler.
+    """Values of the caller's examples, `values` [n, ...], reordered to match the batch: [E, ...], with 0 for a filler.
 
-    Rows may hold examples in another order (`packed_rows`); this follows `rows.index`. On the host, before the step:
+    Rows may hold examples in another order (`packed_rows`); this follows `rows.index`. Use it on the host, before the step:
 
         rows.replace(extras={"gap": examples_to_rows(gap, rows)})    a column that the loss takes by keyword
         rows.replace(weight=examples_to_rows(weight, rows))          a weighted mean
-        rows.replace(ref_logps=examples_to_rows(ref_logps, rows))    references that were computed later
+        rows.replace(ref_logps=examples_to_rows(ref_logps, rows))    reference log-probabilities computed later
 
-    Raises ValueError where `rows` hold more examples than `values`.
+    Raises ValueError if `rows` hold more examples than `values`.
 
     >>> packed = packed_rows(encoded, length=128, pairs_per_row=3)
     >>> packed.index.tolist(), examples_to_rows(np.float32([0.5, 2.0]), packed).tolist()
@@ -178,25 +180,25 @@ def examples_to_rows(values: Array, rows: Rows) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A fixed shape for the batches of a run, so that it compiles few times.
+    """A fixed shape for the batches of a run, so that few programs are compiled.
 
-    Groups of pairs are laid out like pairs, but they lie in one row also when plain, each completion after its own prompt.
+    Groups of pairs are laid out like pairs. A group stays in one row even in kind plain, each completion after its own prompt.
     """
 
     kind: Literal["plain", "shared", "packed"]
     length: int  # L, tokens per row
     scored: int  # S, scored positions per row
-    per_row: int = 1  # pairs (groups, completions) per row at most; above 1 when packed, and for groups
-    completions: int = 2  # of a group at most,
-    pairs: int = 1  # and of its pairs
+    per_row: int = 1  # most pairs (groups, completions) per row; above 1 when packed, and for groups
+    completions: int = 2  # most completions of a group
+    pairs: int = 1  # most pairs of a group
     rows_multiple: int = 1  # R is rounded up to a multiple of this with empty rows,
     row_counts: tuple[int, ...] = ()  # and to one of these, ascending, if one is large enough: each count compiles once
     image_shape: tuple[int, int] = (0, 0)  # M and W of `RowImages`: columns for image tokens in a row, and their width
-    microbatches: int = 1  # of one device: of so many equal parts `step.mean_grads` leaves out those of empty rows
+    microbatches: int = 1  # on one device: equal parts of a batch, of which `step.mean_grads` skips those of empty rows
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Layout:
-        """The layout whose fields these are, as JSON keeps them."""
+        """The layout with these fields, as read from JSON."""
         read: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
         return cls(**read)
 
@@ -208,10 +210,10 @@ class Layout:
         at_least: int = 0,
         part: tuple[int, int] = (0, 1),
     ) -> Rows:
-        """Lay out `examples`: all pairs, all groups, or all completions. Nothing is cut: what does not fit is a `ValueError`.
+        """The rows of `examples`: all pairs, all groups, or all completions. ValueError if one is too long; none is truncated.
 
-        Empty rows fill up to `at_least`. `part=(index, count)` builds the `index`-th of `count` equal parts of the rows only:
-        what one host of several needs. The parts in order are the rows, whatever their number.
+        Empty rows are added up to `at_least`. `part=(index, count)` builds only the `index`-th of `count` equal parts of the
+        rows, as each of several hosts needs. All parts in order are the rows, whatever their number.
         """
         return self.place(examples, ref_logps=ref_logps, at_least=at_least, part=part)[0]
 
@@ -223,10 +225,10 @@ class Layout:
         at_least: int = 0,
         part: tuple[int, int] = (0, 1),
     ) -> tuple[Rows, np.ndarray]:
-        """What `rows` gives, and `index` int32[E] of all parts: which example each place of the batch holds, -1 for none.
+        """The result of `rows`, and `index` int32[E] over all parts: the example in each place of the batch, -1 for none.
 
-        A group has places for `pairs` pairs: `index` counts these, and `ref_logps` is [groups, pairs, 2]. Labels of single
-        completions come as the column `desirable` of `extras`.
+        A group has places for `pairs` pairs: `index` numbers these, and `ref_logps` is [groups, pairs, 2]. Labels of single
+        completions become the column `desirable` of `extras`.
         """
         first = examples[0] if examples else None
         pairs, places = isinstance(first, Encoded), places_of(first)
@@ -268,7 +270,7 @@ class Layout:
         return rows, index.reshape(-1)
 
     def _pairs(self, groups: Sequence[PairGroup], members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of the groups `members[R, per_row]`: slots of their pairs, int32[R, per_row * pairs, 2], and `index` of `place`."""
+        """Slots of the pairs of the groups `members[R, per_row]`, int32[R, per_row * pairs, 2], and the `index` of `place`."""
         slots = np.zeros((*members.shape, self.pairs, 2), np.int32)
         index = np.full((*members.shape, self.pairs), -1, np.int32)
         for row, place in np.argwhere(members >= 0).tolist():
@@ -333,7 +335,7 @@ class Layout:
         )
 
     def _bins(self, sizes: np.ndarray, shown: np.ndarray, *, at_least: int) -> list[list[int]]:
-        """The units of each row, in rows enough for all hosts and devices."""
+        """The units of each row, with empty rows added for `at_least`, `row_counts` and `rows_multiple`."""
         if self.per_row > 1:
             sizes = np.column_stack([sizes, np.ones(len(sizes), np.int64), shown])
             bins = first_fit_decreasing(sizes, capacity=(self.length, self.scored, self.per_row, self.image_shape[0]))
@@ -345,7 +347,7 @@ class Layout:
 
 
 def _check_alike(examples: Sequence[Example]) -> None:
-    """Raises ValueError unless all have as many completions as the first, and all have a label or none."""
+    """Raises ValueError unless all examples have as many completions as the first, and either all or none have a label."""
     for example in examples:
         if isinstance(example, Encoded) and places_of(example) != places_of(examples[0]):
             raise ValueError(
@@ -362,18 +364,21 @@ def images_of(example: Example) -> PromptImages | None:
 
 
 def image_tokens(example: Example) -> int:
-    """Columns of `RowImages` that an example takes: the tokens of its images, each image once."""
+    """Number of `RowImages` columns that an example takes: the tokens of its images, each image counted once."""
     images = images_of(example)
     return 0 if images is None else images.columns
 
 
 def places_of(example: Example | None) -> int:
-    """How many completions an example has: 2 of a pair, K of a ranking, 1 of a text. (A group has places of its own.)"""
+    """Number of completions of an example: 2 for a pair, K for a ranking, 1 for a text. Groups are handled separately."""
     return len(example.completions) if isinstance(example, Encoded) else 1
 
 
 def first_fit_decreasing(sizes: np.ndarray, *, capacity: tuple[int, ...]) -> list[list[int]]:
-    """Bins of item numbers such that every column of `sizes[n, k]` sums to at most `capacity[k]`; longest (column 0) first."""
+    """First-fit decreasing bin packing: bins of item numbers, longest (column 0) first.
+
+    In each bin, column k of `sizes[n, k]` sums to at most `capacity[k]`.
+    """
     bins: list[list[int]] = []
     room = np.empty((0, len(capacity)), np.int64)
     for item in np.argsort(-sizes[:, 0], kind="stable"):

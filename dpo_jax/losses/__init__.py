@@ -1,14 +1,14 @@
-"""Preference losses: from log-probabilities of pairs, or of rankings, to one loss each.
+"""Preference losses: functions from log-probabilities of pairs or rankings to one loss per example.
 
-All take `logps` and `ref_logps`, float[P, 2]: log pi(y|x) and log pi_ref(y|x), natural logarithm, summed over the completion's
-tokens, chosen first; `plackett_luce_loss` takes rankings, float[P, K], best first, and `kto_loss` single completions with a
-mismatched one each. All return `(losses[P], rewards[P, K])`; the rewards are the implicit rewards of Rafailov et al. 2023
-(arXiv 2305.18290), eq. 5, up to the prompt's partition function, and carry no gradient. `beta`, `alpha` and `label_smoothing`
-are one number, or float[P] with one for each example.
+All losses take `logps` and `ref_logps`, float[P, 2]: log pi(y|x) and log pi_ref(y|x), natural logarithm, summed over the
+completion's tokens, chosen first. `plackett_luce_loss` takes rankings, float[P, K], best first; `kto_loss` takes single
+completions, each with a mismatched one. All return `(losses[P], rewards[P, K])`. The rewards are the implicit rewards of
+Rafailov et al. 2023 (arXiv 2305.18290), eq. 5, up to the prompt's partition function, and carry no gradient. `beta`, `alpha`
+and `label_smoothing` are one number, or float[P] with one for each example.
 
-A loss that needs more asks for it by keyword: `lengths` float[P, 2], `mean_lengths` float[P, 2] (of the whole batch), `weight`
-float[P] (0 marks fillers), `desirable` float[P] (labels, of the data). `dpo_step` supplies what a loss names. A loss that asks
-for `weight` looks across the batch, and `dpo_step` refuses to cut that into parts.
+A loss that needs more names it as a keyword argument: `lengths` float[P, 2], `mean_lengths` float[P, 2] (over the whole
+batch), `weight` float[P] (0 marks fillers), `desirable` float[P] (labels from the data). `dpo_step` supplies these. A loss with
+the keyword `weight` looks across the batch, so `dpo_step` refuses to split that batch.
 """
 
 from dpo_jax.losses.combine import SIGNALS as SIGNALS

@@ -1,4 +1,4 @@
-"""Losses by name, sums of losses, and what a loss asks for besides two log-probabilities of each completion."""
+"""Losses by name, sums of losses, and the inputs a loss takes besides the two log-probabilities of each completion."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dpo_jax.types import Array
 
 PreferenceLoss = Callable[..., tuple[jax.Array, jax.Array]]
 """(logps[P, K], ref_logps[P, K], **signals) -> (losses[P], rewards[P, K]): a function of `dpo_jax.losses`, its options bound. K
-is 2, or the length of a ranking. `signals` are the keywords that it names without a value, such as `lengths` (`SIGNALS`), and
-what the batch carries besides (`Rows.extras`)."""
+is 2, or the length of a ranking. `signals` are its keyword arguments without a default, such as `lengths` (`SIGNALS`), and the
+extra columns of the batch (`Rows.extras`)."""
 
 SIGNALS = ("lengths", "mean_lengths", "weight", "aligned_logps", "desirable")
-"""What `dpo_step` supplies to a loss that names it, from the batch:
+"""Inputs that `dpo_step` supplies from the batch to a loss with a keyword of that name:
 
     lengths        float32[P, K]  scored tokens of each completion; 0 in fillers
     mean_lengths   float32[P, K]  their mean over the pairs of the global batch; all rows are equal
@@ -32,7 +32,7 @@ SIGNALS = ("lengths", "mean_lengths", "weight", "aligned_logps", "desirable")
 
 
 def asked(loss: Callable[..., Any]) -> frozenset[str]:
-    """Which of `SIGNALS` a loss asks for: the keywords of those names that have no value yet.
+    """The `SIGNALS` that a loss takes: its keyword arguments of those names without a default.
 
     >>> sorted(asked(partial(length_normalized_loss, beta=5.0)))
     ['lengths']
@@ -42,10 +42,10 @@ def asked(loss: Callable[..., Any]) -> frozenset[str]:
 
 
 def named_loss(text: str, **options: Any) -> PreferenceLoss:
-    """The loss of a name, or of a weighted sum of names, with `options` bound to those that read them.
+    """The loss with this name, or the weighted sum of several names, with `options` bound to the losses that read them.
 
-    Options that none reads, unknown names and values out of range are refused by a ValueError. `dpo_jax/losses/README.md` has
-    the table.
+    ValueError: an unknown name, an option that none of the losses reads, or a value out of range. `dpo_jax/losses/README.md`
+    has the table.
 
     >>> loss = named_loss("dpo + 0.1*sft", beta=0.1)
     >>> losses, _ = loss(np.full((1, 2), -12.0), np.full((1, 2), -12.0), mean_lengths=np.full((1, 2), 4.0))
@@ -73,7 +73,7 @@ def _function(name: str) -> PreferenceLoss:
 def sum_of_losses(parts: Sequence[tuple[float, PreferenceLoss]]) -> PreferenceLoss:
     """A weighted sum of losses, such as MPO's (Wang et al. 2024, arXiv 2411.10442). The rewards are those of the first.
 
-    `parts` are (weight, loss). It asks for what its parts ask for.
+    `parts` are (weight, loss). The sum takes the signals that its parts take.
 
     >>> loss = sum_of_losses([(0.5, partial(dpo_loss, beta=0.1)), (2.0, partial(ipo_loss, beta=0.5))])
     >>> print(loss(np.zeros((1, 2)), np.zeros((1, 2)))[0])  # log(2) / 2 + 2
@@ -94,7 +94,7 @@ def sum_of_losses(parts: Sequence[tuple[float, PreferenceLoss]]) -> PreferenceLo
 
 
 def weighted_by_policy(loss: PreferenceLoss) -> PreferenceLoss:
-    """WPO: a loss with each pair weighed by how likely the policy is to write it (Zhou et al. 2024, arXiv 2406.11827, eq. 2).
+    """WPO: a loss with each pair weighted by how likely the policy is to generate it (Zhou et al. 2024, 2406.11827, eq. 2).
 
     The weight is the product of both completions' `exp(aligned_logps)`, without gradient.
 
@@ -113,7 +113,7 @@ def weighted_by_policy(loss: PreferenceLoss) -> PreferenceLoss:
 
 
 def _asking(loss: PreferenceLoss, *names: Iterable[str]) -> PreferenceLoss:
-    """Gives a loss the signature of one that asks for `names`."""
+    """`loss` with a signature whose keyword arguments are `names`."""
     keywords = sorted(frozenset().union(*names))
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("logps", "ref_logps")]
     parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in keywords]
@@ -124,10 +124,10 @@ def _asking(loss: PreferenceLoss, *names: Iterable[str]) -> PreferenceLoss:
 def whole_set_signals(
     loss: Callable[..., Any], lengths: Array | None, *, pairs: int, desirable: Array | None = None
 ) -> Mapping[str, Array]:
-    """What a loss asks for, of a whole set of pairs that are there at once, as in an evaluation. `lengths`: float[P, K].
-    `desirable` float[P] are the labels of single completions.
+    """The signals that a loss takes, for a whole set of pairs at once, as in an evaluation.
 
-    `aligned_logps` are 0: WPO's weights belong to training, and held-out pairs count alike.
+    `lengths` is float[P, K]; `desirable` float[P] holds the labels of single completions. `aligned_logps` are 0: WPO's weights
+    belong to training, and held-out pairs count alike.
     """
     names = asked(loss)
     if "desirable" in names and desirable is None:

@@ -1,4 +1,4 @@
-"""Checks of what a loss takes, and the rewards that all losses return."""
+"""Checks of the arguments of losses, and the rewards and accuracies that all losses share."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from dpo_jax.types import Array
 
 
 def implicit_rewards(logps: Array, ref_logps: Array, *, beta: float | Array) -> jax.Array:
-    """The reward that a policy is optimal for: `beta * log(pi / pi_ref)` (eq. 5), float[P, K], without gradient.
+    """The implicit reward, for which the policy is optimal: `beta * log(pi / pi_ref)` (eq. 5), float[P, K], without gradient.
 
-    `logps` and `ref_logps` are float[P, K] in nats. A prompt's rewards are known up to a constant: compare them within it.
+    `logps` and `ref_logps` are float[P, K] in nats. Rewards are known up to a constant per prompt: compare them only within a
+    prompt.
 
     >>> print(implicit_rewards(np.array([[-12.0, -15.0]]), np.array([[-14.0, -13.0]]), beta=0.5))
     [[ 1. -1.]]
@@ -25,11 +26,12 @@ def implicit_rewards(logps: Array, ref_logps: Array, *, beta: float | Array) -> 
 
 
 def right(rewards: Array, logps: Array, ref_logps: Array) -> Any:
-    """1 where the chosen completion has the higher reward, 0 where it has the lower one, 1/2 in a tie: float[P].
+    """Accuracy per pair: 1 if the chosen completion has the higher reward, 0 if the lower one, 1/2 for a tie: float[P].
 
-    Of `[P, K]` the first and the last column are compared. A tie is also where the four log-probabilities differ by no more
-    than their rounding. So a policy that still is its reference has accuracy 1/2, also where the cached log-probabilities come
-    from rows of another shape; computed in bfloat16 they may differ by more, and then the side is chance. numpy or JAX.
+    The first and the last column of `[P, K]` are compared. It is also a tie if the four log-probabilities differ by no more
+    than their rounding error. A policy that still equals its reference therefore has accuracy 1/2, even if the cached
+    log-probabilities come from rows of another shape. In bfloat16 they may differ by more, and then the outcome is chance.
+    Works on numpy and JAX arrays.
     """
     margins = rewards[:, 0] - rewards[:, -1]
     tie = (tied(logps, ref_logps) | (margins == 0)).astype(margins.dtype)
@@ -37,8 +39,9 @@ def right(rewards: Array, logps: Array, ref_logps: Array) -> Any:
 
 
 def right_label(logps: Array, ref_logps: Array, desirable: Array) -> Any:
-    """1 where the policy writes a desirable completion more often than the reference, or an undesirable one less often, 0 where
-    it is the other way round, and 1/2 where it is the same up to rounding: float[P]. Of [P, 2] the first column counts."""
+    """Accuracy per single completion, float[P]: 1 if the policy gives a desirable completion a higher probability than the
+    reference does, or an undesirable one a lower one; 0 if it is the other way round; 1/2 if they are equal up to rounding.
+    Only the first column of [P, 2] is read."""
     ratios = logps[:, 0] - ref_logps[:, 0]
     rounding = 2 * float(np.finfo(ratios.dtype).eps) * (abs(logps[:, 0]) + abs(ref_logps[:, 0]))
     tie = (abs(ratios) <= rounding).astype(ratios.dtype)
@@ -47,14 +50,14 @@ def right_label(logps: Array, ref_logps: Array, desirable: Array) -> Any:
 
 
 def tied(logps: Array, ref_logps: Array) -> Any:
-    """Where chosen and rejected differ by no more than the rounding of their log-probabilities `[P, K]`: bool[P]."""
+    """Whether the log-ratios of chosen and rejected differ by no more than the rounding error of `[P, K]`: bool[P]."""
     ratios = logps - ref_logps
     rounding = 2 * float(np.finfo(ratios.dtype).eps) * sum(abs(x[:, 0]) + abs(x[:, -1]) for x in (logps, ref_logps))
     return abs(ratios[:, 0] - ratios[:, -1]) <= rounding
 
 
 def pairs_of(logps: Array, ref_logps: Array) -> tuple[jax.Array, jax.Array]:
-    """Both as arrays of one shape [P, 2]. ValueError for another one."""
+    """Both as arrays of one shape [P, 2]. ValueError for another shape."""
     logps, ref_logps = arrays_of(logps, ref_logps)
     if logps.shape[1] != 2:
         raise ValueError(f"this loss is for pairs, and each example has {logps.shape[1]} completions: use plackett_luce_loss")
@@ -62,7 +65,7 @@ def pairs_of(logps: Array, ref_logps: Array) -> tuple[jax.Array, jax.Array]:
 
 
 def arrays_of(logps: Array, ref_logps: Array) -> tuple[jax.Array, jax.Array]:
-    """Both as arrays, after the one check of shapes: what broadcasts by accident would be a wrong loss in silence."""
+    """Both as arrays of one shape [P, K]. The shapes are checked, because accidental broadcasting would give a wrong loss."""
     if np.ndim(logps) != 2:
         raise ValueError(
             f"logps has shape {np.shape(logps)}; a loss takes log-probabilities [P, 2], one row for each pair, chosen first: "
@@ -74,7 +77,7 @@ def arrays_of(logps: Array, ref_logps: Array) -> tuple[jax.Array, jax.Array]:
 
 
 def lengths_of(lengths: Array, logps: jax.Array) -> jax.Array:
-    """Lengths [P, K] to divide by: those of fillers, which are 0, count as 1."""
+    """Lengths [P, K] as divisors: the 0 of fillers becomes 1."""
     if np.shape(lengths) != logps.shape:
         raise ValueError(f"lengths has shape {np.shape(lengths)} and logps {logps.shape}: they must be equal")
     return jnp.maximum(jnp.asarray(lengths, logps.dtype), 1)
@@ -89,15 +92,15 @@ def check_smoothing(value: float | Array, logps: jax.Array) -> Any:
 
 
 def check_option(name: str, value: float | Array, logps: jax.Array, inside: Callable[[Any], Any], expected: str) -> Any:
-    """`value` after a check: a scalar, or float[P], and in its range."""
+    """`value`, checked to be a scalar or float[P], and in its range."""
     if np.shape(value) not in ((), logps.shape[:1]):
         raise ValueError(f"{name} has shape {np.shape(value)}; give one number, or one for each of the {len(logps)} examples")
-    # Under jit or vmap it is data of the program, which cannot be asked.
+    # Under jit or vmap the value is traced and cannot be inspected.
     if not isinstance(value, Tracer) and not np.all(inside(np.asarray(value))):
         raise ValueError(f"{name}={value}: {expected} is expected")
     return value
 
 
 def column(value: float | Array) -> Any:
-    """One number as it is; float[P] as [P, 1], to be multiplied with [P, K]."""
+    """A scalar unchanged; float[P] as [P, 1], so that it multiplies [P, K]."""
     return jnp.asarray(value)[:, None] if np.ndim(value) else value

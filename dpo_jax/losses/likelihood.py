@@ -1,4 +1,4 @@
-"""Losses of the policy's own log-probabilities. The reference only measures the rewards that they return."""
+"""Losses without a reference: they use only the policy's log-probabilities. The reference serves only the returned rewards."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def unlikelihood_loss(logps: Array, ref_logps: Array, *, alpha: float | Array) -
 
     `logps` and `ref_logps` are float[P, 2], nats, chosen first; returns `(losses float[P], rewards float[P, 2])`.
 
-    `alpha` in [0, 1] weighs the second term; with 0 the loss is the paper's Preferred-FT. Nothing holds the policy to its
-    reference: the loss has no lower bound once a completion is rejected more than 1 / alpha times as often as it is chosen.
-    There is no beta either, and the rewards are `log(pi / pi_ref)` in nats.
+    `alpha` in [0, 1] is the weight of the second term; with 0 the loss is the paper's Preferred-FT. Nothing holds the policy
+    near its reference: the loss has no lower bound once a completion is rejected more than 1 / alpha times as often as it is
+    chosen. There is no beta either, so the rewards are `log(pi / pi_ref)` in nats.
 
     >>> losses, rewards = unlikelihood_loss(np.array([[-12.0, -15.0]]), np.array([[-14.0, -13.0]]), alpha=0.5)
     >>> print(losses, rewards)
@@ -44,12 +44,12 @@ def preferred_ft_loss(logps: Array, ref_logps: Array) -> Result:
 def sft_loss(logps: Array, ref_logps: Array, *, mean_lengths: Array) -> Result:
     """Negative log-likelihood of the chosen completions per token: `-log pi(y_w) / (mean |y_w| of the batch)`.
 
-    Its mean over a batch is the mean over all chosen tokens, as TRL's `sft` computes it. Add it to a preference loss to keep
-    the chosen completions likely (RPO, Pang et al. 2024, arXiv 2404.19733; there every pair is divided by its own length).
+    Its mean over a batch is the mean over all chosen tokens, as in TRL's `sft`. Add it to a preference loss to keep the chosen
+    completions likely (RPO, Pang et al. 2024, arXiv 2404.19733; RPO divides every pair by its own length).
 
     `logps`, `ref_logps` and `mean_lengths` are float[P, 2]; all rows of `mean_lengths` are equal (`dpo_step` takes the mean
-    over the whole batch, whatever microbatches and devices it is cut into). Returns `(losses float[P], rewards float[P, 2])`,
-    rewards in nats.
+    over the whole batch, however it is split into microbatches and over devices). Returns
+    `(losses float[P], rewards float[P, 2])`, rewards in nats.
 
     >>> losses, _ = sft_loss(np.array([[-12.0, -15.0]]), np.array([[-14.0, -13.0]]), mean_lengths=np.array([[4.0, 6.0]]))
     >>> print(losses)
@@ -93,10 +93,10 @@ def cpo_loss(
     cpo_alpha: float | Array = 1.0,
     label_smoothing: float | Array = 0.0,
 ) -> Result:
-    """Contrastive preference optimization: DPO with a uniform reference, and an SFT term (Xu et al. 2024, arXiv 2401.08417).
+    """Contrastive preference optimization: DPO with a uniform reference, plus an SFT term (Xu et al. 2024, arXiv 2401.08417).
 
     `-log sigmoid(beta * (log pi(y_w) - log pi(y_l))) + cpo_alpha * sft`; the second term is `sft_loss`, as in TRL. Arguments
-    and results as there; rewards are `beta * log(pi / pi_ref)`.
+    and results are those of `sft_loss`, except that rewards are `beta * log(pi / pi_ref)`.
 
     >>> losses, _ = cpo_loss(np.array([[-12.0, -12.0]]), np.zeros((1, 2)), mean_lengths=np.array([[4.0, 4.0]]), beta=0.1)
     >>> print(f"{losses[0]:.4f}")  # log(2) + 3
@@ -113,7 +113,7 @@ def orpo_loss(logps: Array, ref_logps: Array, *, lengths: Array, mean_lengths: A
     """Odds ratio preference optimization: `sft - beta * log sigmoid(log(odds_w / odds_l))` (Hong et al. 2024, 2403.07691).
 
     odds = p / (1 - p), where log p is the mean log-probability per token; `beta` is the paper's lambda. The first term is
-    `sft_loss`, of the completion alone as in the paper; TRL's counts the prompt's tokens, too. `logps`, `ref_logps`, `lengths`
+    `sft_loss` on the completion alone, as in the paper; TRL also counts the prompt's tokens. `logps`, `ref_logps`, `lengths`
     and `mean_lengths` are float[P, 2]; returns `(losses float[P], rewards float[P, 2])`, rewards `beta * log(pi / pi_ref)`.
 
     >>> lengths = np.array([[4.0, 4.0]])
@@ -131,6 +131,6 @@ def orpo_loss(logps: Array, ref_logps: Array, *, lengths: Array, mean_lengths: A
 
 
 def _log_odds(log_p: jax.Array) -> jax.Array:
-    """log(p / (1 - p)) for log p < 0. At log p = 0, which fillers have, the odds of the largest number below 1 are taken."""
+    """log(p / (1 - p)) for log p < 0. At log p = 0, which fillers have, p is taken as the largest number below 1."""
     log_p = jnp.minimum(log_p, -jnp.finfo(log_p.dtype).eps)
     return log_p - jnp.log(-jnp.expm1(log_p))

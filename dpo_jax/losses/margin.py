@@ -1,7 +1,7 @@
-"""Losses of the margin: how much more than the reference the policy prefers the chosen completion.
+"""Losses of the margin: the chosen minus the rejected log-ratio, `u_w - u_l` with `u = log(pi / pi_ref)`.
 
-`f_divergence` replaces the log-ratio `u = log(pi / pi_ref)` of these losses (f-DPO, Wang et al. 2023, arXiv 2309.16240): the
-constraint is then another divergence than KL(pi || pi_ref), and the reward is `beta * f'(exp(u))`.
+`f_divergence` replaces the log-ratio u in these losses (f-DPO, Wang et al. 2023, arXiv 2309.16240). The constraint is then
+another divergence than KL(pi || pi_ref), and the reward is `beta * f'(exp(u))`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def dpo_loss(
 
     Args:
       logps: float[P, 2], log pi(y|x) in nats, chosen first.
-      ref_logps: float[P, 2], the same of the reference.
-      beta: weight of the KL constraint, float or float[P]: the smaller, the further the policy may leave the reference.
+      ref_logps: float[P, 2], the same for the reference.
+      beta: KL penalty coefficient, float or float[P]; a smaller beta lets the policy move further from the reference.
       label_smoothing: assumed share of flipped labels in [0, 0.5), float or float[P] (conservative DPO, Mitchell 2023).
-      reference_free: the loss takes a uniform reference. Rewards are still measured against `ref_logps`, as in the original.
+      reference_free: the loss uses a uniform reference. Rewards are still measured against `ref_logps`, as in the original.
       f_divergence, f_alpha: the divergence from the reference, see `divergence_scores`.
 
     Returns `(losses float[P], rewards float[P, 2])`. ValueError: a wrong shape, `beta` not above 0, or `label_smoothing` out of
@@ -60,8 +60,9 @@ def ipo_loss(
 ) -> Result:
     """Identity Preference Optimization: `(margin - 1 / (2 beta))^2` (Azar et al. 2023, arXiv 2310.12036, eq. 17; tau = beta).
 
-    `logps` and `ref_logps` are float[P, 2], nats, chosen first; returns `(losses float[P], rewards float[P, 2])`. They are
-    summed log-probabilities, as in the paper's formula and in the original implementation; `ipo_per_token_loss` takes means.
+    `logps` and `ref_logps` are float[P, 2], nats, chosen first; returns `(losses float[P], rewards float[P, 2])`. The
+    log-probabilities are sums over tokens, as in the paper's formula and the original implementation; `ipo_per_token_loss`
+    uses means.
 
     >>> losses, rewards = ipo_loss(np.array([[-12.0, -15.0]]), np.array([[-14.0, -13.0]]), beta=0.1)
     >>> print(losses)  # the margin is 4 nats, and 5 is wanted
@@ -84,8 +85,8 @@ def ipo_per_token_loss(
 ) -> Result:
     """IPO with means per token: `(u_w / |y_w| - u_l / |y_l| - 1 / (2 beta))^2`; u is the log-ratio.
 
-    What TRL calls `ipo`. The paper's formula (`ipo_loss`) has sums; TRL reports that the authors confirmed means. `logps`,
-    `ref_logps` and `lengths` (scored tokens) are float[P, 2]; returns `(losses float[P], rewards float[P, 2])`.
+    TRL's `ipo`. The paper's formula (`ipo_loss`) has sums; TRL reports that the authors confirmed means. `logps`, `ref_logps`
+    and `lengths` (scored tokens) are float[P, 2]; returns `(losses float[P], rewards float[P, 2])`.
 
     >>> lengths = np.array([[4.0, 8.0]])
     >>> losses, _ = ipo_per_token_loss(np.array([[-12.0, -15.0]]), np.array([[-14.0, -13.0]]), lengths=lengths, beta=0.5)
@@ -110,8 +111,9 @@ def length_normalized_loss(
 ) -> Result:
     """Length-normalised DPO: `-log sigmoid(beta * (u_w / |y_w| - u_l / |y_l|))` (Tulu 3, arXiv 2411.15124, eq. 6).
 
-    u is the log-ratio. TRL's `sigmoid_norm`. A mean per token is small: Tulu 3 uses beta 5. `logps`, `ref_logps` and `lengths`
-    (scored tokens) are float[P, 2]; returns `(losses float[P], rewards float[P, 2])`; rewards are `beta * u`, not normalised.
+    u is the log-ratio. TRL's `sigmoid_norm`. Means per token are small, so beta must be larger: Tulu 3 uses 5. `logps`,
+    `ref_logps` and `lengths` (scored tokens) are float[P, 2]; returns `(losses float[P], rewards float[P, 2])`. Rewards are
+    `beta * u`, not normalised.
 
     >>> lengths = np.array([[4.0, 8.0]])
     >>> losses, _ = length_normalized_loss(np.array([[-12.0, -15.0]]), np.array([[-14.0, -13.0]]), lengths=lengths, beta=4.0)
@@ -130,8 +132,8 @@ def length_regularized_loss(
 ) -> Result:
     """Length-regularised DPO: `-log sigmoid(beta * margin + length_penalty * (|y_w| - |y_l|))` (Park et al. 2024, 2403.19159).
 
-    DPO of the reward `r - length_penalty * |y|`: what length explains of a preference, the policy need not learn. `logps`,
-    `ref_logps` and `lengths` (scored tokens) are float[P, 2]; returns `(losses float[P], rewards float[P, 2])`.
+    DPO for the reward `r - length_penalty * |y|`: the policy need not learn the part of a preference that length explains.
+    `logps`, `ref_logps` and `lengths` (scored tokens) are float[P, 2]; returns `(losses float[P], rewards float[P, 2])`.
 
     >>> lengths = np.array([[9.0, 4.0]])
     >>> losses, _ = length_regularized_loss(np.zeros((1, 2)), np.zeros((1, 2)), lengths=lengths, beta=0.1, length_penalty=0.2)
@@ -171,7 +173,7 @@ def exo_pair_loss(
     f_divergence: str = "reverse_kl",
     f_alpha: float = 0.5,
 ) -> Result:
-    """Efficient Exact Optimization: KL of the pair's probabilities to smoothed labels (Ji et al. 2024, 2402.00856, eq. 16).
+    """Efficient Exact Optimization: KL from the pair's probabilities to smoothed labels (Ji et al. 2024, 2402.00856, eq. 16).
 
     With q = sigmoid(beta * margin) and e = `label_smoothing`: `q log(q / (1 - e)) + (1 - q) log((1 - q) / e)`. e must be above
     0; the paper uses 1e-3. `logps` and `ref_logps` are float[P, 2]; returns `(losses float[P], rewards float[P, 2])`.
@@ -198,7 +200,7 @@ def robust_loss(
     f_divergence: str = "reverse_kl",
     f_alpha: float = 0.5,
 ) -> Result:
-    """Robust DPO: an unbiased DPO loss where labels are flipped with a known rate (Chowdhury et al. 2024, arXiv 2403.00409).
+    """Robust DPO: an unbiased DPO loss for labels flipped at a known rate (Chowdhury et al. 2024, arXiv 2403.00409).
 
     `(-(1 - e) log sigmoid(beta * margin) + e log sigmoid(-beta * margin)) / (1 - 2 e)`, e = `label_smoothing`. It is not
     bounded below. `logps` and `ref_logps` are float[P, 2]; returns `(losses float[P], rewards float[P, 2])`.
@@ -246,10 +248,11 @@ def discopop_loss(
 def divergence_scores(
     logps: jax.Array, ref_logps: jax.Array, *, f_divergence: str = "reverse_kl", f_alpha: float = 0.5
 ) -> jax.Array:
-    """f'(pi / pi_ref) of every completion, up to a constant: float[P, 2]. With u = log(pi / pi_ref):
+    """f'(pi / pi_ref) of every completion, up to a constant: float[P, 2].
 
-    `reverse_kl`: u, which is DPO. `forward_kl`: 1 - exp(-u). `js_divergence`: log(2 e^u / (1 + e^u)). `alpha_divergence`:
-    (e^((a - 1) u) - 1) / (a - 1), a = `f_alpha`; a = 1 is reverse_kl. Its exponent is limited to 80, as in TRL.
+    With u = log(pi / pi_ref): `reverse_kl` gives u, which is DPO; `forward_kl` 1 - exp(-u); `js_divergence`
+    log(2 e^u / (1 + e^u)); `alpha_divergence` (e^((a - 1) u) - 1) / (a - 1) with a = `f_alpha`, where a = 1 is reverse_kl and
+    the exponent is limited to 80, as in TRL.
     """
     ratios = logps - ref_logps
     if f_divergence == "reverse_kl" or (f_divergence == "alpha_divergence" and abs(f_alpha - 1) < 1e-6):
@@ -264,7 +267,7 @@ def divergence_scores(
 
 
 def log_loss(margins: Any, label_smoothing: Any) -> jax.Array:
-    """`-log sigmoid(margins)`, of which a share `label_smoothing` counts with the sign turned."""
+    """`-log sigmoid(margins)` with label smoothing: a share `label_smoothing` of the labels counts as flipped."""
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(margins) - label_smoothing * jax.nn.log_sigmoid(-margins)
 
 

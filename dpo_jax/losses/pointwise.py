@@ -1,4 +1,4 @@
-"""Losses that judge each completion of a pair by itself: by its own log-ratio `u = log(pi / pi_ref)`, and not by the margin."""
+"""Pointwise losses: each completion of a pair counts by its own log-ratio `u = log(pi / pi_ref)`, not only by the margin."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def nca_pair_loss(logps: Array, ref_logps: Array, *, beta: float | Array) -> Res
 def bco_pair_loss(logps: Array, ref_logps: Array, *, beta: float | Array) -> Result:
     """Binary classifier optimization of a pair: `-log sigmoid(r_w) - log sigmoid(-r_l)`, r = beta * u.
 
-    Jung et al. 2024, arXiv 2404.04656. The paper shifts both rewards by a running mean; TRL's `bco_pair` leaves the shift out,
-    and so does this. `logps` and `ref_logps` are float[P, 2]; returns `(losses float[P], rewards float[P, 2])`.
+    Jung et al. 2024, arXiv 2404.04656. The paper shifts both rewards by a running mean; like TRL's `bco_pair`, this loss leaves
+    the shift out. `logps` and `ref_logps` are float[P, 2]; returns `(losses float[P], rewards float[P, 2])`.
 
     >>> losses, _ = bco_pair_loss(np.zeros((1, 2)), np.zeros((1, 2)), beta=0.1)
     >>> print(f"{losses[0]:.4f}")  # 2 log(2)
@@ -60,7 +60,7 @@ def sppo_hard_loss(logps: Array, ref_logps: Array, *, beta: float | Array) -> Re
 def apo_zero_loss(logps: Array, ref_logps: Array, *, beta: float | Array) -> Result:
     """Anchored preference optimization, zero: `1 - sigmoid(r_w) + sigmoid(r_l)`, r = beta * u (arXiv 2408.06266, eq. 7).
 
-    D'Oosterlinck et al. 2024: for chosen completions that are better than what the model writes. `logps` and `ref_logps` are
+    D'Oosterlinck et al. 2024: for chosen completions that are better than the model's own. `logps` and `ref_logps` are
     float[P, 2]; returns `(losses float[P], rewards float[P, 2])`.
 
     >>> losses, _ = apo_zero_loss(np.array([[-12.0, -15.0]]), np.array([[-14.0, -13.0]]), beta=0.5)
@@ -75,7 +75,7 @@ def apo_zero_loss(logps: Array, ref_logps: Array, *, beta: float | Array) -> Res
 def apo_down_loss(logps: Array, ref_logps: Array, *, beta: float | Array) -> Result:
     """Anchored preference optimization, down: `sigmoid(r_w) + 1 - sigmoid(r_w - r_l)`, r = beta * u (arXiv 2408.06266, eq. 8).
 
-    For chosen completions that are worse than what the model writes: both become less likely, the rejected one more so.
+    For chosen completions that are worse than the model's own: both become less likely, the rejected one more so.
     `logps` and `ref_logps` are float[P, 2]; returns `(losses float[P], rewards float[P, 2])`.
 
     >>> losses, _ = apo_down_loss(np.zeros((1, 2)), np.zeros((1, 2)), beta=0.1)

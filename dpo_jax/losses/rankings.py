@@ -1,4 +1,4 @@
-"""The loss of rankings of more than two completions."""
+"""The Plackett-Luce loss, DPO on rankings of K completions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpo_jax.types import Array
 def plackett_luce_loss(logps: Array, ref_logps: Array, *, beta: float | Array) -> tuple[jax.Array, jax.Array]:
     """DPO on rankings: the negative log-likelihood of float[P, K], best first, under Plackett-Luce (appendix A.3, eq. 20).
 
-    In turn each completion is the first choice among those not placed yet. K = 2 is `dpo_loss`, bit for bit. Returns
+    Each completion in turn is the first choice among those not yet placed. K = 2 equals `dpo_loss` bit for bit. Returns
     `(losses float[P], rewards float[P, K])`.
 
     >>> losses, _ = plackett_luce_loss(np.zeros((1, 3)), np.zeros((1, 3)), beta=0.1)
@@ -28,6 +28,6 @@ def plackett_luce_loss(logps: Array, ref_logps: Array, *, beta: float | Array) -
     losses = []
     for k in range(completions - 1):
         rest = jax.nn.logsumexp(column(beta) * (log_ratios[:, k + 1 :] - log_ratios[:, k, None]), axis=1)
-        # log(1 + exp(rest)) is -log(exp(r_k) / sum_{j >= k} exp(r_j)), and keeps its digits where the choice is near certain.
+        # log(1 + exp(rest)) is -log(exp(r_k) / sum_{j >= k} exp(r_j)), and stays accurate where the choice is near certain.
         losses.append(jax.nn.softplus(rest))
     return jnp.stack(losses).sum(axis=0), implicit_rewards(logps, ref_logps, beta=beta)

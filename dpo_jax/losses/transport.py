@@ -1,6 +1,6 @@
-"""Alignment via optimal transport: losses that sort over the batch, and so ask for `weight` to leave fillers out.
+"""Alignment via optimal transport (AOT): losses that sort all pairs of a batch. They take `weight`, to leave fillers out.
 
-The pairs of one step are sorted together. `dpo_step` refuses microbatches and mapped devices, which would sort parts of them.
+`dpo_step` refuses microbatches and mapped devices for them, because each would sort only its part of the pairs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Result = tuple[jax.Array, jax.Array]
 def aot_loss(
     logps: Array, ref_logps: Array, *, weight: Array, beta: float | Array, label_smoothing: float | Array = 0.0
 ) -> Result:
-    """Alignment via optimal transport, paired (Melnyk et al. 2024, arXiv 2406.05882): quantiles of margins are compared.
+    """Alignment via optimal transport, paired (Melnyk et al. 2024, arXiv 2406.05882): compares quantiles of the margins.
 
-    The policy's `log pi(y_w) - log pi(y_l)` of all pairs are sorted, and so are the reference's; the k-th smallest of each make
-    one term `-log sigmoid(beta * difference)`. `logps` and `ref_logps` are float[P, 2], `weight` float[P] is 0 for fillers.
-    Returns `(losses float[P], rewards float[P, 2])`; a term stands at the place of the policy's pair. TRL's `aot`.
+    The margins `log pi(y_w) - log pi(y_l)` of all pairs are sorted, for the policy and for the reference. The k-th smallest of
+    each give one term `-log sigmoid(beta * difference)`. `logps` and `ref_logps` are float[P, 2], `weight` float[P] is 0 for
+    fillers. Returns `(losses float[P], rewards float[P, 2])`; a term has the index of the policy's pair. TRL's `aot`.
 
     >>> losses, _ = aot_loss(np.array([[1.0, 0], [4, 0]]), np.array([[2.0, 0], [0, 0]]), weight=np.ones(2), beta=1.0)
     >>> print(f"{losses[0]:.4f} {losses[1]:.4f}")  # -log sigmoid(1 - 0), -log sigmoid(4 - 2)
@@ -39,8 +39,8 @@ def aot_unpaired_loss(
 ) -> Result:
     """Alignment via optimal transport, unpaired: quantiles of the chosen log-ratios against those of the rejected ones.
 
-    Melnyk et al. 2024, arXiv 2406.05882. As `aot_loss`, of `log(pi / pi_ref)` of chosen and of rejected completions, each
-    sorted by itself. Returns `(losses float[P], rewards float[P, 2])`; a term stands at the place of the chosen one's pair.
+    Melnyk et al. 2024, arXiv 2406.05882. Like `aot_loss`, for `log(pi / pi_ref)` of the chosen and of the rejected completions,
+    each sorted separately. Returns `(losses float[P], rewards float[P, 2])`; a term has the index of the chosen one's pair.
 
     >>> losses, _ = aot_unpaired_loss(np.array([[1.0, 0], [0, 1]]), np.zeros((2, 2)), weight=np.ones(2), beta=1.0)
     >>> print(losses)  # both have the log-ratios 0 and 1
@@ -56,7 +56,7 @@ def aot_unpaired_loss(
 def _quantile_loss(
     upper: jax.Array, lower: jax.Array, weight: Array, beta: float | Array, label_smoothing: float | Array
 ) -> jax.Array:
-    """The k-th smallest of `upper` against that of `lower`, at the place where the former stood. Fillers come last in both."""
+    """Log loss of the k-th smallest of `upper` against that of `lower`, at the index of the former. Fillers sort last."""
     real = jnp.asarray(weight) > 0
     places, others = (jnp.argsort(jnp.where(real, x, jnp.inf)) for x in jax.lax.stop_gradient((upper, lower)))
     opposite = jnp.zeros_like(lower).at[places].set(lower[others])

@@ -1,7 +1,7 @@
-"""Losses of single completions that are desirable or undesirable: no pair is compared.
+"""Losses of single completions labelled desirable or undesirable (KTO), instead of pairs.
 
-An example has two columns: its completion, and a *mismatched* one, which answers another prompt (`data.unpaired`). KTO
-estimates from the mismatched ones, which carry no gradient, how far the policy as a whole is from the reference.
+An example has two columns: its completion, and a *mismatched* one, which answers another prompt (`data.unpaired`). From the
+mismatched ones, which carry no gradient, KTO estimates the KL between policy and reference.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def apo_zero_unpaired_loss(
     desirable_weight: float | Array = 1.0,
     undesirable_weight: float | Array = 1.0,
 ) -> Result:
-    """Anchored preference optimization, zero, of single completions: KTO with z0 = 0 (arXiv 2408.06266, eq. 7).
+    """Anchored preference optimization, zero, for single completions: KTO with z0 = 0 (arXiv 2408.06266, eq. 7).
 
     Arguments and results are those of `kto_loss`; the mismatched completions are not read. TRL's `apo_zero_unpaired`.
 
@@ -72,7 +72,7 @@ def apo_zero_unpaired_loss(
 def _value_loss(
     logps: jax.Array, ref_logps: jax.Array, desirable: Array, z0: float | jax.Array, beta: float | Array
 ) -> jax.Array:
-    """1 - sigmoid(x) is sigmoid(-x), which keeps its digits."""
+    """1 - sigmoid(x), computed as sigmoid(-x), which is more accurate."""
     sign = 2 * jnp.asarray(desirable, logps.dtype) - 1
     return jax.nn.sigmoid(-sign * beta * (logps[:, 0] - ref_logps[:, 0] - z0))
 
@@ -86,7 +86,7 @@ def _weights(desirable: Array, of_desirable: float | Array, of_undesirable: floa
 
 
 def desirable_share(rows: Rows, axis_name: str | None) -> jax.Array:
-    """Share of desirable completions in the global batch, fillers left out: float32[P], all equal."""
+    """Fraction of desirable completions in the global batch, without fillers: float32[P], all equal."""
     weight, desirable = jnp.asarray(rows.weight), jnp.asarray((rows.extras or {})["desirable"])
     sums = (desirable * weight).sum(), weight.sum()
     of_desirable, total = sums if axis_name is None else jax.lax.psum(sums, axis_name)
@@ -94,12 +94,12 @@ def desirable_share(rows: Rows, axis_name: str | None) -> jax.Array:
 
 
 def unpaired_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array, desirable: Array, share: Array) -> Metrics:
-    """What to watch of single completions, {name: float[P]}: the names of `preference_metrics`, chosen for desirable.
+    """Metrics of single completions, {name: float[P]}, named as in `preference_metrics`: chosen means desirable.
 
-    Their means over the batch are those over desirable ones (chosen) and over undesirable ones (rejected); of a batch without
-    any, 0. An example counts as right where desirable and of a reward above 0, or undesirable and below. `kl` is that of the
-    mismatched completions: KTO's z0 is its mean, or 0 where that is negative. Arrays are float[P, 2] as in `kto_loss`;
-    `desirable` and `share`, its mean over the batch, float[P].
+    Values are scaled so that their mean over the batch is the mean over the desirable (chosen) or undesirable (rejected)
+    completions, or 0 if the batch has none. An example counts as right if it is desirable and its reward is above 0, or
+    undesirable and below. `kl` is the log-ratio of the mismatched completions: KTO's z0 is its mean, or 0 if that is negative.
+    Arrays are float[P, 2] as in `kto_loss`; `desirable` and `share`, its mean over the batch, are float[P].
 
     >>> logps, ref_logps = jnp.array([[-12.0, -9.0], [-15.0, -8.0]]), jnp.array([[-14.0, -9.0], [-13.0, -10.0]])
     >>> labels = {"desirable": jnp.array([1.0, 0]), "share": jnp.array([0.5, 0.5])}

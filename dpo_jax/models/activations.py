@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 
 def _gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution function. `jax.nn.gelu` computes it with erfc, on a CPU in more passes over memory."""
-    y = x.astype(jnp.float32)  # 1 + erf cancels on the left
+    """x times the normal distribution function. `jax.nn.gelu` uses erfc, which takes more passes over memory on a CPU."""
+    y = x.astype(jnp.float32)  # 1 + erf loses precision on the left by cancellation
     return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
 

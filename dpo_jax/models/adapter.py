@@ -1,7 +1,7 @@
-"""LoRA adapters as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors` in a folder without their model.
+"""LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, in a folder without the base model.
 
-Hugging Face fuses query, key and value of GPT-2, GPT-NeoX and Phi-3 into one module; ours are three. A fused module's adapter
-of rank `n r` holds `n` of ours of rank `r` exactly: A is stacked, and B has a block for each and zeros elsewhere.
+Hugging Face fuses query, key and value of GPT-2, GPT-NeoX and Phi-3 into one module; we keep three. A fused adapter of rank
+`n r` represents `n` of our adapters of rank `r` exactly: A is stacked, and B has a block for each and zeros elsewhere.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from dpo_jax.writing import write_text, write_whole
 
 WEIGHTS = "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
-_MADE = "dpo_jax."  # in front of what our files also say: the base's digest and type, and the kernels that are adapted
+_MADE = "dpo_jax."  # prefix of our additional metadata: the base's digest and type, and the adapted kernels
 _MUST_BE_OFF = (
     *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"),
     *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
 )
-_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # values of init_lora_weights that do
+_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # values of init_lora_weights that change the base
 
 
 class Delta(NamedTuple):
-    """What is added to one module's weight: `scale * b @ a`."""
+    """The update of one module's weight: `scale * b @ a`."""
 
     a: np.ndarray  # [rank, in]
     b: np.ndarray  # [out, rank]
@@ -49,22 +49,22 @@ class Delta(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """The content of an adapter folder. `deltas`: by the name of the Hugging Face weight that each changes."""
+    """The content of an adapter folder. `deltas`: updates by the name of the Hugging Face weight that each changes."""
 
     folder: Path
     base: str
     deltas: Mapping[str, Delta]
     settings: Fields
-    base_digest: str | None  # where we wrote it
+    base_digest: str | None  # if we wrote it
     base_dtype: str
     targets: tuple[str, ...] | None
 
     def rounded(self, weight: np.ndarray) -> np.ndarray:
-        """A weight of the base, of the type in which the adapter was trained on it."""
+        """A base weight, rounded to the type in which the adapter was trained on it."""
         return weight if self.base_dtype == "float32" else weight.astype(np.dtype(self.base_dtype))
 
     def applied(self, name: str, weight: np.ndarray, config: DecoderConfig) -> np.ndarray:
-        """The checkpoint tensor `name` with what the adapter adds, in float32; as it is where that is nothing."""
+        """The checkpoint tensor `name` plus the adapter's update, in float32; unchanged if there is none."""
         weight, delta = self.rounded(weight), self.deltas.get(name)
         if delta is None:
             return weight
@@ -77,7 +77,7 @@ class Adapter(NamedTuple):
         return weight.astype(np.float32) + change
 
     def check_base(self, digest: str) -> None:
-        """Raises ValueError where `digest` is not that of the base that the adapter was trained on."""
+        """Raises ValueError unless `digest` is that of the base on which the adapter was trained."""
         if self.base_digest not in (None, digest):
             raise ValueError(
                 f"{self.folder} is an adapter of other weights than {self.base} has now (SHA-256 "
@@ -98,8 +98,8 @@ class Adapter(NamedTuple):
 def read_adapter(folder: Path, config: DecoderConfig) -> Adapter:
     """The adapter in `folder`, for a base of this `config`.
 
-    Raises ValueError or FileNotFoundError for one of another kind (DoRA, other trained modules, an initialization that
-    changes the base) or of another model; `Unreadable` for damaged files, naming file and field.
+    Raises ValueError or FileNotFoundError for an adapter of another kind (DoRA, other trained modules, an initialization that
+    changes the base) or for another model; `Unreadable` for damaged files, naming file and field.
     """
     settings = Fields(read_object(folder / ADAPTER), folder / ADAPTER)
     _refuse_other_kinds(settings)
@@ -157,7 +157,7 @@ def _delta(file: Path, name: str, both: Mapping[str, np.ndarray], settings: Fiel
 
 
 def _of_module(settings: Fields, key: str, pattern: str, module: str) -> float:
-    """A number of `settings`, or what its patterns say of a module: the first that matches its end, as in PEFT."""
+    """A numeric setting of one module: the first pattern that matches the end of its name, as in PEFT, or the general value."""
     patterns = settings.part(pattern)
     for name in patterns.all:
         try:
@@ -170,9 +170,9 @@ def _of_module(settings: Fields, key: str, pattern: str, module: str) -> float:
 
 
 def resumed(adapter: Adapter, config: DecoderConfig) -> tuple[Lora, Iterator[Piece]]:
-    """The adapter as ours, to be trained further: its size, and the arrays of the collection "lora".
+    """The adapter in our form, to be trained further: its size, and the arrays of the collection "lora".
 
-    Raises ValueError for what ours cannot be: several ranks or scales, or a module that is not adapted in every layer.
+    Raises ValueError for what our form cannot represent: several ranks or scales, or a module not adapted in every layer.
     """
     layouts = {t.name: t.layout for t in tensors(config)}
     adapted = {hf: kernels for hf, kernels in modules(config).items() if f"{hf}.weight".format(0) in adapter.deltas}
@@ -203,9 +203,9 @@ def resumed(adapter: Adapter, config: DecoderConfig) -> tuple[Lora, Iterator[Pie
 def _ours(
     delta: Delta, ours: list[str], kernels: tuple[str, ...], layout: Layout, rank: int, config: DecoderConfig, blocks: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A and B of each of our kernels in a module."""
+    """A and B of each of our kernels in a Hugging Face module."""
     parts = layout.to_ours(delta.b.T if _is_transposed(config) else delta.b)
-    count = len(ours) if blocks else 1  # of A; a fused module of PEFT has one for all three
+    count = len(ours) if blocks else 1  # for A; a fused module of PEFT has one for all three
     if delta.a.shape[0] != count * rank:
         raise ValueError(f"{', '.join(ours)}: rank {delta.a.shape[0]} where {count * rank} is expected (rank_pattern)")
     for number, kernel in enumerate(ours):
@@ -228,11 +228,11 @@ def write_adapter(
     fetch: Callable[[Any], np.ndarray] = np.asarray,
     write: bool = True,
 ) -> Path:
-    """Write the collection "lora" as PEFT does. Returns the folder.
+    """Writes the collection "lora" in PEFT's format. Returns the folder.
 
-    `base` names the model as others shall load it, `source` is its folder. The digest and the type of the base's
-    weights, which PEFT does not ask about, are in the metadata of the adapter's: `hf.read_weights` refuses another base. All
-    hosts call this, one with `write`. Raises FileExistsError for a folder that holds a whole model.
+    `base` is the name under which others load the base model, `source` its folder. The digest and type of the base's weights,
+    which PEFT does not use, go into the adapter's metadata, so that `hf.read_weights` can refuse another base. All hosts call
+    this, one with `write`. Raises FileExistsError for a folder that holds a whole model.
     """
     tensors_, ranks = _in_peft_form(config, lora, adapter["layers"], np.dtype(dtype), fetch)
     if not write:
@@ -240,7 +240,7 @@ def write_adapter(
     if folder.is_dir() and any(f for f in folder.glob("*.safetensors") if f.name != WEIGHTS):
         raise FileExistsError(f"{folder} holds a whole model; choose another place for the adapter")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).unlink(missing_ok=True)  # the weights come last: without them a folder is refused
+    (folder / WEIGHTS).unlink(missing_ok=True)  # the weights are written last: a folder without them is refused
     alphas = {name: lora.scale * (math.sqrt(rank) if lora.rslora else rank) for name, rank in ranks.items()}
     own = {name: rank for name, rank in ranks.items() if rank != lora.rank}
     settings = {
@@ -270,7 +270,7 @@ def write_adapter(
 
 
 def _in_order(content: bytes) -> bytes:
-    """A safetensors file whose header says the same in the same order each time: safetensors itself shuffles the metadata."""
+    """A safetensors file with its header in a fixed order: safetensors itself shuffles the metadata."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -280,7 +280,7 @@ def _in_order(content: bytes) -> bytes:
 def _in_peft_form(
     config: DecoderConfig, lora: Lora, layers: Any, dtype: np.dtype, fetch: Callable[[Any], np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Tensors by name, and the rank of each adapted module."""
+    """Tensors by PEFT's names, and the rank of each adapted module."""
     layouts = {t.name: t.layout for t in tensors(config)}
     tensors_: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -309,19 +309,19 @@ def _in_peft_form(
 
 
 def _short(hf: str, config: DecoderConfig) -> str:
-    """The end of a module's name by which PEFT knows it from all others."""
+    """The shortest end of a module's name that distinguishes it from all others in PEFT."""
     parts = hf.split(".")
     alone = sum(other.rpartition(".")[2] == parts[-1] for other in modules(config)) == 1
     return parts[-1] if alone else ".".join(parts[-2:])
 
 
 def _targets(names: list[str], config: DecoderConfig) -> list[str] | str:
-    """The modules that are adapted: ends of their names, or a pattern where a vision encoder has modules of the same names."""
+    """The adapted modules: ends of their names, or a pattern if a vision encoder has modules with the same names."""
     if not config.image_width:
         return names
     return rf".*\.language_model\..*\.({'|'.join(map(re.escape, names))})"
 
 
 def _is_transposed(config: DecoderConfig) -> bool:
-    """Whether Hugging Face keeps linear weights as [in, out]: those of GPT-2 do (`Conv1D`)."""
+    """Whether Hugging Face stores linear weights as [in, out], as GPT-2 does (`Conv1D`)."""
     return config.family == "gpt2"

@@ -1,4 +1,4 @@
-"""Attention over key intervals, and the rotary position embedding. Axis letters: see `dpo_jax.types`; T counts keys."""
+"""Attention over key intervals, and rotary position embedding. Axis letters: see `dpo_jax.types`; T counts keys."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Mixed(NamedTuple):
 
 
 class PartialAttention(NamedTuple):
-    """Attention to some of the keys, as `models.attention_ring` puts it together. Pure functions of the arrays of one device.
+    """Attention to a part of the keys, which `models.attention_ring` combines. Pure functions of the arrays of one device.
 
     `forward(q, k, v, span, scoring)` mixes the values of the keys in `span`, one interval a query. `backward(q, k, v, span,
     mixed, d_out, scoring)` returns the gradients of q, k and v, where `mixed` is the result for all keys together.
@@ -92,9 +92,9 @@ class PartialAttention(NamedTuple):
 
 
 class AttentionPath(NamedTuple):
-    """One way to compute attention; `models.attention_paths` lists them.
+    """One attention implementation; `models.attention_paths` lists them.
 
-    Without `prepare`, `attend` takes what `dense` takes. A kernel that needs more of a batch than its intervals has
+    Without `prepare`, `attend` takes the arguments of `dense`. A kernel that needs more than a batch's intervals has
     `prepare(k_start, k_end, windows)`, called once for all layers with the distinct windows of the model (None: full
     attention), and `attend(q, k, v, prepared, number, scoring)`, where `number` says which of the windows is the layer's. A
     kernel is for rows that attend to themselves, not for a cache.
@@ -103,7 +103,7 @@ class AttentionPath(NamedTuple):
     name: str
     attend: Callable[..., jax.Array]
     prepare: Callable[..., Any] | None = None
-    partial: PartialAttention | None = None  # of rows that are cut over devices; None: they cannot be
+    partial: PartialAttention | None = None  # for rows split over devices; None: not supported
 
 
 DENSE = AttentionPath("dense", dense)
@@ -133,7 +133,7 @@ def attend(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool) -> jax.Array:
-    """Rotate `x[R, L, heads, H]` by the angles of `Rope.angles`; entries beyond the rotated ones are passed through."""
+    """Rotate `x[R, L, heads, H]` by the angles of `Rope.angles`; entries beyond the rotated ones pass through unchanged."""
     size = 2 * cos.shape[-1]
     turned = x[..., :size].astype(jnp.float32)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]

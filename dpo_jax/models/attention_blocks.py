@@ -1,13 +1,13 @@
-"""Attention in blocks, for CPUs: only blocks in which some query sees some key are computed, and scores stay in the cache.
+"""Block-sparse attention for CPUs: only blocks with visible keys are computed, and scores stay in the CPU cache.
 
-A packed row of 1,024 tokens holds three or four pairs that do not see each other. All its scores at once are 1,024 numbers a
-token and head, written and read some ten times; of these a token sees a tenth. So rows are cut into blocks of `BLOCK` tokens.
-The keys that a block of queries sees lie in neighbouring blocks (`types.Rows`: one interval a token), which a loop visits one
-after the other with a running softmax (Milakov and Gimelshein 2018), as FlashAttention does (Dao et al. 2022). The backward
-pass makes the same visits, computes the scores again, and adds to the gradients of the queries and of the keys and values met.
+A packed row of 1,024 tokens holds three or four pairs that do not see each other. Dense scores are 1,024 numbers per token and
+head, written and read some ten times, although a token sees only a tenth of them. Rows are therefore split into blocks of
+`BLOCK` tokens. The keys that a block of queries sees lie in neighbouring blocks (`types.Rows`: one interval per token). A loop
+visits these one after the other with a running softmax (Milakov and Gimelshein 2018), as FlashAttention does (Dao et al. 2022).
+The backward pass makes the same visits, recomputes the scores, and accumulates the gradients of queries, keys and values.
 
-Blocks are visited in groups, because XLA multiplies several small matrices at once faster than one. Blocks that see equally
-much are in one group, so that few of its visits are in vain.
+Blocks are visited in groups, because XLA multiplies several small matrices at once faster than one by one. Blocks that see
+about as many keys are grouped, so that few visits of a group are wasted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class _Tokens(NamedTuple):
-    """What decides who sees whom: int32[blocks, BLOCK] each. `window` is the layer's, int32[]."""
+    """Visibility of tokens: int32[blocks, BLOCK] each. `window` is the layer's, int32[]."""
 
     k_start: jax.Array
     k_end: jax.Array
@@ -41,15 +41,15 @@ class _Tokens(NamedTuple):
 
 
 class _Visits(NamedTuple):
-    """Every block's run of partners, for groups of blocks: int32[groups, GROUP] each. Blocks with long runs come first."""
+    """The run of key blocks that each query block visits, in groups, long runs first: int32[groups, GROUP] each."""
 
     block: jax.Array
     first: jax.Array
     count: jax.Array
-    place: jax.Array  # int32[blocks]: where in this order a block is
+    place: jax.Array  # int32[blocks]: position of each block in this order
 
     def collect(self, x: jax.Array) -> jax.Array:
-        """Results of the groups `[groups, GROUP, ...]` in the order of the blocks."""
+        """Results of the groups, `[groups, GROUP, ...]`, reordered by block."""
         return x.reshape(-1, *x.shape[2:])[self.place]
 
 
@@ -91,7 +91,7 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens, window
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, tokens: _Tokens, window: Any, scoring: Scoring) -> tuple[jax.Array, Any]:
     rows, heads, kv_heads = q.shape[0], q.shape[2], k.shape[2]
-    # What the backward pass needs is named; see `decoder.REMAT`.
+    # Names what the backward pass needs; see `decoder.REMAT`.
     queries, keys, values = (checkpoint_name(_cut(x, kv_heads), "kernel") for x in (q, k, v))
     mixed, log_mass = _mixed(queries, keys, values, tokens, window, scoring, rows=rows)
     out = checkpoint_name(_join(mixed, rows, heads).astype(v.dtype), "kernel")
@@ -108,7 +108,7 @@ def _mixed(
     *,
     rows: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixed values, float32, and the log of the sum of exponentials of the scores, by block."""
+    """Mixed values, float32, and the log-sum-exp of the scores, by block."""
     visits, group_size = _visits(tokens, rows), queries.shape[2] // BLOCK
 
     def group(of: _Visits) -> tuple[jax.Array, jax.Array]:
@@ -128,7 +128,7 @@ def _mixed(
         nothing = jnp.zeros(here.shape, jnp.float32)
         none = jnp.full(here.shape[:-1], LOWEST)
         total, largest, mass = jax.lax.fori_loop(0, of.count.max(), visit, (nothing, none, jnp.zeros_like(none)))
-        mass = jnp.maximum(mass, jnp.finfo(jnp.float32).tiny)  # of a block that only fills up the group
+        mass = jnp.maximum(mass, jnp.finfo(jnp.float32).tiny)  # for a block that only pads the group
         return total / mass[..., None], largest + jnp.log(mass)
 
     mixed, log_mass = (visits.collect(x) for x in jax.lax.map(group, visits._replace(place=visits.block)))
@@ -216,7 +216,7 @@ PARTIAL = PartialAttention(_partial_forward, _partial_backward)
 
 
 def _visits(tokens: _Tokens, rows: int) -> _Visits:
-    """The run of blocks of keys that each block of queries meets. Blocks are numbered through all rows."""
+    """The run of key blocks that each query block visits. Blocks are numbered through all rows."""
     start, end = (tokens.k_start.min(1) // BLOCK), -(-tokens.k_end.max(1) // BLOCK)
     blocks = len(start)
     of_row = jnp.arange(blocks, dtype=jnp.int32) // (blocks // rows) * (blocks // rows)
@@ -229,12 +229,12 @@ def _visits(tokens: _Tokens, rows: int) -> _Visits:
 
 
 def _partner(of: _Visits, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The block that each block of a group meets on visit `number`, and whether it still meets one."""
+    """The key block that each block of a group visits in step `number`, and whether it still visits one."""
     return of.first + jnp.clip(number, 0, jnp.maximum(of.count - 1, 0)), number < of.count
 
 
 def _seen(of_q: _Tokens, of_k: _Tokens, inside: jax.Array, window: Any) -> jax.Array:
-    """bool[blocks, BLOCK, BLOCK]: which query sees which key."""
+    """Mask of visible keys: bool[blocks, BLOCK, BLOCK]."""
     column = of_k.column[:, None, :]
     seen = (of_q.k_start[:, :, None] <= column) & (column < of_q.k_end[:, :, None]) & inside[:, None, None]
     if window is not None:
@@ -247,14 +247,14 @@ def _dot(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _cut(x: jax.Array, kv_heads: int) -> jax.Array:
-    """[R, L, N, H] to [blocks, K, N / K * BLOCK, H]: the queries of all heads that read one key/value head in one matrix."""
+    """[R, L, N, H] to [blocks, K, N / K * BLOCK, H]: all heads that share a key/value head in one matrix."""
     rows, length, heads, size = x.shape
     x = x.reshape(rows, length // BLOCK, BLOCK, kv_heads, heads // kv_heads, size)
     return x.transpose(0, 1, 3, 4, 2, 5).reshape(-1, kv_heads, heads // kv_heads * BLOCK, size)
 
 
 def _join(x: jax.Array, rows: int, heads: int) -> jax.Array:
-    """What `_cut` cuts."""
+    """The inverse of `_cut`."""
     blocks, kv_heads, _, size = x.shape
     x = x.reshape(rows, blocks // rows, kv_heads, heads // kv_heads, BLOCK, size)
     return x.transpose(0, 1, 4, 2, 3, 5).reshape(rows, -1, heads, size)

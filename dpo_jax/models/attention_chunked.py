@@ -1,4 +1,4 @@
-"""Attention for some queries at a time, in plain XLA: runs on any device, and is what a key/value cache is read with."""
+"""Attention for a chunk of queries at a time, in plain XLA. It runs on any device, and is used with key/value caches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpo_jax.models.attention import Scoring, VisibleKeys, dense
 from dpo_jax.models.axes import parts_of
 from dpo_jax.types import HEAD_AXIS, ROW_AXES
 
-SCORES = 1 << 28  # bytes of scores at a time, per device
+SCORES = 1 << 28  # bytes of scores per chunk and device
 
 
 def chunked(
@@ -26,9 +26,9 @@ def chunked(
     *,
     limit: int = SCORES,
 ) -> jax.Array:
-    """`dense` for as many queries at a time as keep the float32 scores below `limit` bytes a device; for all, if they fit.
+    """`dense` for chunks of queries whose float32 scores fit into `limit` bytes per device; for all at once, if they fit.
 
-    The backward pass computes the scores of a chunk again, so no buffer of L x T scores exists in it either. Masked blocks are
+    The backward pass recomputes the scores of each chunk, so it has no buffer of L x T scores either. Masked blocks are
     computed like any other.
     """
     rows, length, heads, _ = q.shape
@@ -45,7 +45,7 @@ def _in_chunks(scoring: Scoring, count: int, floats: Any, keys: VisibleKeys) -> 
     size = -(-length // count)
 
     def chunks(x: jax.Array) -> jax.Array:
-        """[R, L, ...] to [count, R, size, ...]; what is added at the end repeats the last query, so that it sees something."""
+        """[R, L, ...] to [count, R, size, ...]; padding repeats the last query, so that every query sees something."""
         x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2), mode="edge")
         return x.reshape(rows, count, size, *x.shape[2:]).swapaxes(0, 1)
 
@@ -62,7 +62,7 @@ def _in_chunks(scoring: Scoring, count: int, floats: Any, keys: VisibleKeys) -> 
 def _recomputed(work: Callable[..., jax.Array], floats: Any, keys: VisibleKeys) -> jax.Array:
     """`work(floats, keys)`, of which the backward pass keeps its arguments only.
 
-    `jax.checkpoint` says that too, but a policy around it that keeps matrix products would keep those inside it.
+    `jax.checkpoint` does that too, but an enclosing policy that saves matrix products would save those inside it.
     """
     return work(floats, keys)
 

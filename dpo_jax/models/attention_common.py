@@ -1,14 +1,14 @@
 """Helpers of the fused attention kernels: sliding windows as key intervals, and one call per device of a mesh.
 
-A kernel sees one contiguous range of keys for every query. A sliding window counts positions, and only in the reversed layout
-does that matter (`dpo_jax.data.layout`): the window of a chosen token that reaches into the prompt covers the prompt's *end*,
-while the completion lies before the prompt's beginning, so that there are two ranges:
+A kernel takes one contiguous range of keys for every query. A sliding window counts positions. This matters only in the
+reversed layout (`dpo_jax.data.layout`): if the window of a chosen token reaches into the prompt, it covers the prompt's *end*,
+while the completion lies before the prompt's beginning. The visible keys are then two ranges:
 
     row           c_2  c_1  c_0 | p_0  p_1  p_2  p_3 | r_0 ...       window of c_1, 4 positions: c_1, c_0, p_3, p_2
     second copy   c_2  c_1  c_0 | p_3  p_2  p_1  p_0 | r_0 ...       the same keys, in one piece
 
-So the keys are given twice, the second time with every such prompt turned round, and chosen tokens read the second copy. No
-score is computed twice, linear layers still run once, and a model without windows that bite has one copy only.
+The keys are therefore passed twice, the second time with every such prompt reversed, and chosen tokens read the second copy. No
+score is computed twice, linear layers still run once, and a model whose windows hide nothing has only one copy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dpo_jax.types import HEAD_AXIS, TOKEN_AXES, Array
 
 
 class KeySpans(NamedTuple):
-    """Key ranges with their window applied, for each of the W distinct windows of a model (W = 1 if none bites)."""
+    """Key ranges with windows applied, for each of the W distinct windows of a model (W = 1 if they hide nothing)."""
 
     k_start: jax.Array  # int32[W, R, L]
     k_end: jax.Array  # int32[W, R, L]  above k_start: no softmax is empty
@@ -34,9 +34,9 @@ class KeySpans(NamedTuple):
 def key_spans(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> KeySpans:
     """The ranges of `types.Rows` (int32[R, L] each) under each of `windows`, in positions; None is full attention.
 
-    Takes two things from `types.Rows` and `dpo_jax.data.layout` for granted: positions are below L, so that a window of L or
-    more cuts nothing; and neighbours in the row are neighbours in the text, forwards or (where a query sees keys on its right,
-    and the next one only its own) backwards.
+    Two properties of `types.Rows` and `dpo_jax.data.layout` are assumed. Positions are below L, so that a window of L or more
+    hides nothing. Neighbours in the row are neighbours in the text, either forwards or backwards; they run backwards where a
+    query sees keys on its right, and the next one only its own.
     """
     length = k_start.shape[1]
     windows = [None if w is None or w >= length else w for w in windows]
@@ -45,7 +45,7 @@ def key_spans(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> Ke
     end = jnp.maximum(jnp.asarray(k_end), start + 1)
     if not any(windows):
         return KeySpans(start[None], end[None], None)
-    # Tokens of an image see keys on their right, too; but then their neighbour there sees the same keys as they do.
+    # Image tokens also see keys on their right, but then their right neighbour sees the same keys.
     own = jnp.concatenate([start[:, 1:], jnp.full_like(start[:, :1], length)], axis=1) > x
     chosen = (end > x + 1) & (start == x) & own
     prompt_end = jax.lax.cummax(jnp.where(chosen, end, 0), axis=1)  # of the last chosen completion so far
@@ -72,16 +72,15 @@ def keys_twice(x: jax.Array, second: jax.Array | None) -> jax.Array:
 
 
 def of_window(stacked: Any, number: jax.Array | None) -> Any:
-    """Entry `number` of arrays stacked by window; the only one, where there is one."""
+    """Entry `number` of arrays stacked by window; the only entry, if there is one window."""
     one = all(leaf.shape[0] == 1 for leaf in jax.tree.leaves(stacked))
     return jax.tree.map(lambda leaf: leaf[0 if one or number is None else number], stacked)
 
 
 def on_each_device(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`kernel(q, k, v, by_row) -> [R, L, N, H]` on the rows and heads of each device of the mesh, if there is a mesh.
+    """`kernel(q, k, v, by_row) -> [R, L, N, H]` run on each device's rows and heads, if there is a mesh.
 
-    A compiler that spreads ordinary operations over devices by itself does not see into a kernel. `by_row` is a tree of arrays
-    [R, ...].
+    The compiler partitions ordinary operations by itself, but cannot look into a kernel. `by_row` is a tree of arrays [R, ...].
     """
     mesh = jax.sharding.get_abstract_mesh()
     rows = tuple(axis for axis in TOKEN_AXES if axis in mesh.auto_axes)
@@ -89,5 +88,5 @@ def on_each_device(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]
     if not rows and heads is None:
         return kernel
     of_heads, of_rows = P(rows or None, None, heads), P(rows or None)
-    # Nothing here is replicated over an axis by a collective, which is all that check_vma could find wrong.
+    # check_vma only checks replication over an axis by collectives, and there is none here.
     return jax.shard_map(kernel, in_specs=(of_heads, of_heads, of_heads, of_rows), out_specs=of_heads, check_vma=False)

@@ -1,7 +1,7 @@
-"""Attention on GPUs: our flash kernels, which `auto` takes, and cuDNN's, which skip no block.
+"""Attention on GPUs: our flash kernels, the default, and cuDNN's, which skip no blocks.
 
-`python -m dpo_jax.check` compares both with the dense path. So do tests in the interpreter of Pallas, and
-those marked `plan` compile them for GPUs that are not there.
+`python -m dpo_jax.check` compares both with the dense path, as do tests in the Pallas interpreter. Tests marked `plan` compile
+them for GPUs that are not present.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dpo_jax.models.attention_common import KeySpans, key_spans, keys_twice, of_
 from dpo_jax.models.flash_kernels import BLOCK, LANES, LOG2E, LONGEST, Settings, Spans
 from dpo_jax.types import Array
 
-MOST = (1 << 31) - 1  # Triton counts the numbers of an array in int32
+MOST = (1 << 31) - 1  # Triton indexes arrays in int32
 
 
 class Prepared(NamedTuple):
@@ -29,7 +29,7 @@ class Prepared(NamedTuple):
 
 
 def flash_path(*, interpret: bool = False) -> AttentionPath:
-    """`interpret`: run the kernels step by step in ordinary operations, on any device. Far too slow for anything but a test."""
+    """Our flash kernels. `interpret`: run them step by step in ordinary operations, on any device; slow, for tests only."""
     how = {"interpret": interpret}
     partial = PartialAttention(functools.partial(_partial_forward, **how), functools.partial(_partial_backward, **how))
     return AttentionPath("flash", functools.partial(_attend, **how), _prepare, partial)
@@ -44,7 +44,7 @@ def _prepare(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> Pre
 
 def _spans(start: jax.Array, end: jax.Array, *, keys: int) -> Spans:
     rows, length = start.shape
-    # A query that only fills up the last tile does as its neighbour, which needs no block more.
+    # A padding query of the last tile copies its neighbour's interval, so it needs no further blocks.
     start, end = (jnp.pad(x, ((0, 0), (0, -length % LONGEST)), mode="edge") for x in (start, end))
     key_first = start.reshape(rows, -1, BLOCK).min(axis=2) // BLOCK
     key_last = -(-end.reshape(rows, -1, BLOCK).max(axis=2) // BLOCK)
@@ -72,7 +72,7 @@ def _attend(
 
 
 def _rows(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, *, settings: Settings) -> jax.Array:
-    """The rows and heads of one device."""
+    """The kernel on the rows and heads of one device."""
     length, size = q.shape[1], q.shape[3]
     _check_size(q, k)
     mixed: jax.Array = _flash(*map(_whole_blocks, (q, k, v)), spans, settings)  # pyright: ignore[reportAssignmentType]
@@ -80,7 +80,7 @@ def _rows(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, *, settings: S
 
 
 def _check_size(q: jax.Array, k: jax.Array) -> None:
-    if max(q.size, k.size) >= MOST:  # else they would be read from elsewhere, without a word
+    if max(q.size, k.size) >= MOST:  # otherwise out-of-range keys would be read silently
         raise ValueError(
             f"flash attention counts at most {MOST:,} numbers a device, and the queries or keys of a batch have "
             f"{max(q.size, k.size):,} there: use more microbatches"
@@ -97,8 +97,8 @@ def _flash(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, settings: Set
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, settings: Settings) -> tuple[jax.Array, Any]:
-    # What the backward pass needs of the kernel is named; see `decoder.REMAT`. Rotated queries and keys take the place of the
-    # projections that they were made from, and are not made again.
+    # Names what the backward pass needs of the kernel; see `decoder.REMAT`. Rotated queries and keys are kept instead of the
+    # projections that they come from, and are not recomputed.
     q, k, v = (checkpoint_name(x, "kernel") for x in (q, k, v))
     out, log_mass = (checkpoint_name(x, "kernel") for x in flash_kernels.forward(q, k, v, spans, settings))
     return out, (q, k, v, spans, out, log_mass)
@@ -143,14 +143,14 @@ def _partial_spans(span: Span) -> Spans:
     """Spans of intervals of which some may be empty: those make no block of queries meet more blocks of keys."""
     start, end = span
     nothing = end <= start
-    # What fills up the last tile sees nothing.
+    # Padding of the last tile sees nothing.
     beyond = ((0, 0), (0, -start.shape[1] % LONGEST))
     start = jnp.pad(jnp.where(nothing, start.shape[1], start), beyond, constant_values=start.shape[1])
     return _spans(start, jnp.pad(jnp.where(nothing, 0, end), beyond), keys=start.shape[1])
 
 
 def cudnn_path(*, implementation: Any = "cudnn") -> AttentionPath:
-    """cuDNN's flash attention through `jax.nn.dot_product_attention`. A mask reaches it as a bias, so it skips no block."""
+    """cuDNN's flash attention through `jax.nn.dot_product_attention`. Its mask is passed as a bias, so it skips no block."""
     return AttentionPath("cudnn", functools.partial(_cudnn, implementation=implementation), key_spans)
 
 

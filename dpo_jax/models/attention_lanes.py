@@ -1,4 +1,4 @@
-"""Attention of one new token per row against the keys of a prompt that several rows share, and a ring of columns of its own."""
+"""Attention of one new token per row: to a prompt's keys, which several rows share, and to the row's own ring of columns."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from dpo_jax.types import Rows, SharedCache
 
 
 class LaneKeys(NamedTuple):
-    """Which keys the new token of each row sees: columns of its prompt first, then its own. Computed once for all layers."""
+    """Keys visible to the new token of each row: columns of its prompt, then its own. Computed once for all layers."""
 
     visible: jax.Array  # bool[R, Lp + C]
-    distance: jax.Array  # int32[R, Lp + C]  from the token back to the key, in positions of the text
+    distance: jax.Array  # int32[R, Lp + C]  distance from the token back to the key, in text positions
     prompts: tuple[Any, Any]  # keys and values of the prompts in all layers
 
 
 def lane_keys(rows: Rows, cache: SharedCache) -> tuple[LaneKeys, jax.Array]:
-    """The keys that `rows` of one token each see, and the column of the ring they are written to.
+    """The keys that `rows` of one token each see, and the ring column they write to.
 
-    All rows write to the same column, the one behind that of the last token, whenever they began: a row's own tokens are the
-    newest `k_end - Lp` columns, counted back from there around the ring.
+    All rows write to the same column, the next after the last token's, whenever they started. A row's own tokens are the newest
+    `k_end - Lp` columns, counted backwards around the ring.
     """
     of_prompt, ring = cache.prompts["positions"], cache.own["positions"].shape[1]
     (prompts, columns), lanes = of_prompt.shape, rows.tokens.shape[0]
@@ -48,10 +48,10 @@ def attend_lanes(
     visible: jax.Array,
     scoring: Scoring,
 ) -> jax.Array:
-    """Softmax attention of `q[R, 1, N, H]` over two stores, of the prompts [G, K, Lp, H] and of the rows [R, K, C, H].
+    """Softmax attention of `q[R, 1, N, H]` to two stores: prompts [G, K, Lp, H] and the rows' own [R, K, C, H].
 
-    Row `r` reads prompt `r // (R / G)`. The queries of the rows that share a prompt are multiplied with its keys as one matrix,
-    so these are read once. `visible[R, Lp + C]`. Returns [R, 1, N, H], typed as `q`.
+    Row `r` reads prompt `r // (R / G)`. The queries of all rows that share a prompt are multiplied with its keys as
+    one matrix, so the keys are read once. `visible[R, Lp + C]`. Returns [R, 1, N, H], typed like `q`.
     """
     (lanes, _, heads, size), (groups, kv_heads, columns, _) = q.shape, keys[0].shape
     width, share = lanes // groups, heads // kv_heads

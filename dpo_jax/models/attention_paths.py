@@ -2,15 +2,15 @@
 
 | name | runs on | what it is |
 |---|---|---|
-| dense | any | all scores at once, (N x L x L) float32 a row: the definition, and for short rows |
-| blocks | any | plain XLA for the blocks in which somebody sees something: what a CPU gets by itself |
-| chunked | any | plain XLA for some queries at a time; also what reads a key/value cache |
-| splash | TPU | JAX's Pallas kernel, which skips masked blocks: what a TPU gets by itself |
-| flash | GPU | our Pallas kernels, which skip masked blocks in both directions: what a GPU gets by itself |
+| dense | any | all scores at once, (N x L x L) float32 per row: the reference implementation, and for short rows |
+| blocks | any | plain XLA, only blocks with visible keys: the default on CPUs |
+| chunked | any | plain XLA, a chunk of queries at a time; also used with key/value caches |
+| splash | TPU | JAX's Pallas kernel, which skips masked blocks: the default on TPUs |
+| flash | GPU | our Pallas kernels, which skip masked blocks, forward and backward: the default on GPUs |
 | cudnn | GPU | cuDNN's fused kernel with the mask as a bias: it skips no block |
 
-What cannot be done as asked is refused with its reason; nothing falls back to another path because rows are long. The kernels
-are for rows that attend to themselves: a pass against a key/value cache (sampling) is chunked where the name says a kernel.
+Unsupported combinations raise an error that explains why; no path falls back to another because rows are long. The kernels are
+for rows that attend to themselves: with a kernel's name, a pass against a key/value cache (sampling) uses chunked.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Refusals = Callable[[DecoderConfig, Any], Iterator[str]]
 
 
 def path_name(asked: str, platform: str) -> str:
-    """The path that "auto" stands for on `platform` ("cpu", "gpu", "tpu"); any other name is itself."""
+    """The path that "auto" stands for on `platform` ("cpu", "gpu", "tpu"); other names are returned unchanged."""
     return AUTOMATIC.get(platform, CHUNKED.name) if asked == "auto" else asked
 
 
 def attention_path(asked: str, *, platform: str, config: DecoderConfig, dtype: Any, pieces: int = 1) -> AttentionPath:
-    """The path named `asked`, or the automatic one of `platform`. Raises ValueError saying why a model cannot have it there.
+    """The path named `asked`, or the default of `platform`. Raises ValueError if a model cannot use it there, with the reason.
 
-    `pieces`: into how many the mesh will cut each row (its context axis).
+    `pieces`: number of pieces into which the mesh will split each row (its context axis).
     """
     name = path_name(asked, platform)
     if name not in PATHS:
@@ -79,7 +79,7 @@ def _flash_refusals(config: DecoderConfig, dtype: Any) -> Iterator[str]:
         yield "it computes in float32 or less, not float64"
 
 
-# The kernels, and Pallas with them, are imported where they run: a CPU would wait for them at every start.
+# The kernels, and Pallas with them, are imported only where they run, to keep start-up on a CPU fast.
 def _splash() -> AttentionPath:
     from dpo_jax.models.attention_tpu import splash_path
 

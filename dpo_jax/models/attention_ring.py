@@ -1,15 +1,15 @@
-"""Attention of rows that are cut over devices: keys and values go round in a ring (Liu et al. 2023, arXiv 2310.01889).
+"""Ring attention for rows split over devices: keys and values go round in a ring (Liu et al. 2023, arXiv 2310.01889).
 
-Each device keeps its queries. In each of C turns it reads the keys and values that it has just then, while they are on their
-way to the next device, and puts what it finds together with what it has found before (the running softmax of Milakov and
-Gimelshein 2018, statistics and sums in float32). A turn without a key that is seen is left out. In the backward pass gradients
-of keys and values go round as well, one turn behind, and are at home after the last. So a device holds its part of a row, and
-one further part on its way, whatever the length of the row.
+Each device keeps its queries. In each of C turns it attends to the keys and values that it currently holds, while they are
+being sent to the next device, and combines the result with the earlier ones (the running softmax of Milakov and Gimelshein
+2018, statistics and sums in float32). A turn without visible keys is skipped. In the backward pass the gradients of keys and
+values go round as well, one turn behind, and reach their own device after the last turn. A device therefore holds its part of a
+row, and one more part in transit, whatever the length of the row.
 
-Turns are computed by the attention path of the device (`attention.PartialAttention`), which skips blocks within them.
+Each turn is computed by the device's attention path (`attention.PartialAttention`), which skips blocks within it.
 
-A sliding window is one interval of keys, or two: of a chosen completion, which is stored backwards (`data.layout`), the window
-that reaches into the prompt covers the *end* of the prompt, while the completion lies before its beginning.
+A sliding window is one interval of keys, or two. A chosen completion is stored backwards (`data.layout`): if its window reaches
+into the prompt, it covers the *end* of the prompt, while the completion lies before the prompt's beginning.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dpo_jax.models.attention_common import of_window, on_each_device
 from dpo_jax.models.context import columns_before, context_parts, pass_on, rounds_of, to_pieces
 from dpo_jax.types import CONTEXT_AXIS, Array
 
-LOWEST = -1e30  # log of the sum of no exponentials: finite, so that differences of two are no NaN
+LOWEST = -1e30  # log-sum-exp of nothing: finite, so that the difference of two is not NaN
 
 
 class _Settings(NamedTuple):
@@ -37,7 +37,7 @@ class _Settings(NamedTuple):
 
 
 def along_context(path: AttentionPath) -> AttentionPath:
-    """`path`, or a ring of its parts where the mesh of the program being traced cuts rows. ValueError where it has none."""
+    """`path`, or a ring of it if the mesh of the program being traced splits rows. ValueError if the path cannot do that."""
     if context_parts() == 1:
         return path
     if path.partial is None:
@@ -62,8 +62,8 @@ def _prepare(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> tup
 def _window_spans(k_start: jax.Array, k_end: jax.Array, window: int | None) -> list[Span]:
     """The keys within `window` positions of each query, which sees `k_start` to `k_end`: int32[R, L] each.
 
-    Takes for granted what `attention_common.key_spans` does: positions are below L, and neighbours in the row are neighbours in
-    the text, forwards or, where a query sees keys on its right, backwards.
+    Assumes the same as `attention_common.key_spans`: positions are below L, and neighbours in the row are neighbours in the
+    text, forwards or, where a query sees keys on its right, backwards.
     """
     length = k_start.shape[1]
     x = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), k_start.shape)
@@ -107,7 +107,7 @@ def _ring(q: jax.Array, k: jax.Array, v: jax.Array, spans: tuple[Span, ...], set
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, spans: tuple[Span, ...], settings: _Settings) -> tuple[jax.Array, Any]:
     q, k, v = (checkpoint_name(x, "kernel") for x in (q, k, v))  # see `decoder.REMAT`
-    # What follows from the intervals alone is the same in all layers, and JAX would compute it before them, for all turns.
+    # Results that depend on the intervals alone are the same in all layers, and JAX would hoist them, for all turns at once.
     q, spans = jax.lax.optimization_barrier((q, spans))
     rows, length, heads, _ = q.shape
 
@@ -164,7 +164,7 @@ def _any_seen(span: Span) -> jax.Array:
 
 
 def _spans_of_turn(spans: tuple[Span, ...], number: jax.Array, settings: _Settings) -> list[Span]:
-    """`spans` in columns of the piece that a device reads in turn `number`: of the device so many places before it."""
+    """`spans` in columns of the piece held in turn `number`: that of the device `number` places before this one."""
     holder = (jax.lax.axis_index(CONTEXT_AXIS) - number) % settings.parts
     run = spans[0][0].shape[1] // rounds_of(settings.parts)
     before = functools.partial(columns_before, holder=holder, run=run, parts=settings.parts)

@@ -1,9 +1,9 @@
-"""Attention on TPUs: JAX's splash kernel, which computes only the blocks of the score matrix in which somebody sees something.
+"""Attention on TPUs: JAX's splash kernel, which computes only the blocks of the score matrix that contain visible keys.
 
-The rows of a device are laid end to end as one long sequence, so that one call of the kernel does them all; the list of blocks
-of a query block only names blocks of its own row. That list is made from the batch's intervals, inside the compiled step and
-before the layers, which share it. Scores, softmax and sums are float32; the matrix products are of the type of `q`. Of float32
-the kernel makes bfloat16 products, unless `jax_default_matmul_precision` is "highest".
+The rows of a device are laid end to end as one long sequence, so that one kernel call handles them all. Each query block has a
+list of key blocks, all in its own row. The lists are made from the batch's intervals, inside the compiled step and before the
+layers, which share them. Scores, softmax and sums are float32; the matrix products have the type of `q`. For float32 the kernel
+uses bfloat16 products, unless `jax_default_matmul_precision` is "highest".
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from dpo_jax.models.axes import parts_of
 from dpo_jax.types import ROW_AXES, Array
 
 LANES = 128  # the kernel's blocks are multiples of it
-BLOCK = 512  # queries and keys of a block at most; chosen without a chip at hand
+BLOCK = 512  # most queries and keys in a block; chosen without a TPU at hand
 
 
 class Blocks(NamedTuple):
-    """The intervals of a batch as the kernel reads them. Q and T: query and key blocks of a row."""
+    """A batch's intervals in the kernel's form. Q and T: query and key blocks of a row."""
 
-    span: jax.Array  # int32[R, L padded]  first key in the device's long sequence, and how many: `_InSpan`
-    keys: jax.Array  # int32[R, Q, T]  the key blocks that a query block needs, first; then the last of them again
+    span: jax.Array  # int32[R, L padded]  first key in the device's long sequence, and number of keys: `_InSpan`
+    keys: jax.Array  # int32[R, Q, T]  the key blocks that a query block needs, then repeats of the last one
     needed: jax.Array  # int32[R, Q, T]  1 for those
     queries: jax.Array  # int32[R, Q, T]  the query blocks that need a key block, along Q
     needing: jax.Array  # int32[R, Q, T]  1 for those
@@ -44,7 +44,7 @@ class Prepared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _InSpan:
-    """The kernel's mask: which of the columns `k` are in the span packed into one int32 per query, length in the low bits."""
+    """The kernel's mask: columns `k` inside the span, which is packed into one int32 per query, length in the low bits."""
 
     bits: int
 
@@ -54,7 +54,7 @@ class _InSpan:
 
 
 def splash_path(*, interpret: bool = False) -> AttentionPath:
-    """`interpret`: run the kernel step by step in ordinary operations, on any device. Far too slow for anything but a test."""
+    """JAX's splash kernel. `interpret`: run it step by step in ordinary operations, on any device; slow, for tests only."""
     how = {"interpret": interpret}
     partial = PartialAttention(functools.partial(_partial_forward, **how), functools.partial(_partial_backward, **how))
     return AttentionPath("splash", functools.partial(_attend, **how), _prepare, partial)
@@ -73,7 +73,7 @@ def _blocks(k_start: jax.Array, k_end: jax.Array, *, keys: int) -> Blocks:
     rows_here = rows // parts_of(ROW_AXES)
     (padded, block), (padded_keys, key_block) = _padded(length), _padded(keys)
     bits = _span_bits(keys, rows_here * padded_keys)
-    # A query that only fills up the last block does as its neighbour, which needs no block more.
+    # A padding query of the last block copies its neighbour's interval, so it needs no further blocks.
     start, end = (jnp.pad(x, ((0, 0), (0, padded - length)), mode="edge") for x in (k_start, k_end))
     offset = (jnp.arange(rows, dtype=jnp.int32) % rows_here)[:, None]
     span = jnp.left_shift(start + offset * padded_keys, bits) | (end - start)
@@ -87,9 +87,9 @@ def _blocks(k_start: jax.Array, k_end: jax.Array, *, keys: int) -> Blocks:
 
 
 def _first(active: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Along `axis`: the numbers of the active entries, in order, then the last one again; and 1 for those, 0 for its copies.
+    """Indices of the active entries along `axis`, in order, then repeats of the last one; and 1 for active, 0 for repeats.
 
-    A copy is skipped, and because its number does not change the kernel fetches nothing for it either.
+    Repeats are skipped, and because the index does not change, the kernel fetches nothing for them.
     """
     order = jnp.argsort(~active, axis=axis, stable=True).astype(jnp.int32)
     count = active.sum(axis=axis, keepdims=True, dtype=jnp.int32)
@@ -99,13 +99,13 @@ def _first(active: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _padded(length: int) -> tuple[int, int]:
-    """(length rounded up to whole blocks, size of a block)."""
+    """(length rounded up to whole blocks, block size)."""
     padded = -(-length // LANES) * LANES
     return padded, next(size for size in range(BLOCK, 0, -LANES) if padded % size == 0)
 
 
 def _span_bits(keys: int, total: int) -> int:
-    """Bits for the length of a span. Raises ValueError where a span of `keys` within `total` columns does not fit 32 bits."""
+    """Number of bits for the length of a span. ValueError if a span of `keys` within `total` columns does not fit 32 bits."""
     bits = keys.bit_length()
     if total > 1 << (32 - bits):
         raise ValueError(
@@ -134,7 +134,7 @@ def _attend(
 def _kernel(
     q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks, *, bits: int, softcap: float | None, interpret: bool
 ) -> jax.Array:
-    """The rows and heads of one device."""
+    """The kernel on the rows and heads of one device."""
     mixed = _splash(q, k, v, blocks, bits=bits, softcap=softcap, interpret=interpret, name="kernel")
     return _rows_of(mixed, q)
 
@@ -151,9 +151,9 @@ def _splash(
     statistics: bool = False,
     name: str | None = None,
 ) -> Any:
-    """What the kernel gives for queries that are scaled already: [N, R x L padded, H], and with `statistics` those as well.
+    """The kernel's result for queries that are already scaled: [N, R x L padded, H]; with `statistics`, those as well.
 
-    `name` is that of its results for `decoder.REMAT`.
+    `name` is the name of its results for `decoder.REMAT`.
     """
     kernel = splash.SplashAttentionKernel(
         *_masks(blocks),
@@ -170,7 +170,7 @@ def _splash(
 
 
 def _masks(blocks: Blocks) -> tuple[mask_info.MaskInfo, mask_info.MaskInfo, mask_info.MaskInfo]:
-    """What the three kernels are told of the blocks of one device: forward, d_queries, d_keys."""
+    """Block lists of one device for the three kernels: forward, d_queries, d_keys."""
     span = blocks.span.reshape(-1)
 
     def by_query(x: jax.Array) -> jax.Array:
@@ -199,7 +199,7 @@ def _one_sequence(x: jax.Array) -> jax.Array:
 
 
 def _rows_of(x: jax.Array, like: jax.Array) -> jax.Array:
-    """What `_one_sequence` laid end to end, [N, R x L padded, H], as rows [R, L, N, H]."""
+    """The inverse of `_one_sequence`: [N, R x L padded, H] as rows [R, L, N, H]."""
     rows, length = like.shape[:2]
     return x.reshape(x.shape[0], rows, -1, x.shape[2])[:, :, :length].transpose(1, 2, 0, 3)
 

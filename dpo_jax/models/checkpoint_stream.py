@@ -16,7 +16,7 @@ Part = tuple[tuple[int, int], ...]
 
 
 class Sliceable(Protocol):
-    """An array, or one that is still in its file: `array[slices]` then reads that part, and `np.asarray(array)` all."""
+    """An array, or one still in its file: `array[slices]` reads that part, and `np.asarray(array)` all of it."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -27,7 +27,7 @@ class Sliceable(Protocol):
 
 
 class Piece(NamedTuple):
-    """One array of one layer, or one that no layer has. The layers of a parameter come in order."""
+    """One array of one layer, or one outside the layers. The layers of a parameter come in order."""
 
     path: Path  # ("params", "layers", "mlp", "up", "kernel")
     layer: int | None
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 
 
 def pieces_of(variables: Variables) -> Iterator[Piece]:
-    """All leaves of a tree, whole."""
+    """All leaves of a tree, as whole pieces."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         yield Piece(path_of(path), None, np.asarray(leaf))
 
@@ -45,7 +45,7 @@ def path_of(keys: Sequence[Any]) -> Path:
 
 
 def assemble(shapes: Variables, pieces: Iterable[Piece], *, put: Callable[[np.ndarray], Any]) -> Variables:
-    """As `assemble_parts`, of whole arrays: `put(array)` gives the leaf."""
+    """`assemble_parts` for whole arrays: `put(array)` returns the leaf."""
     return assemble_parts(
         shapes,
         pieces,
@@ -61,10 +61,10 @@ def assemble_parts(
     parts: Callable[[Path, tuple[int, ...]], Iterable[Part]],
     place: Callable[[Path, Mapping[Part, np.ndarray]], Any],
 ) -> Variables:
-    """A tree like `shapes` (of `ShapeDtypeStruct`s) out of `pieces`.
+    """A tree like `shapes` (of `ShapeDtypeStruct`s), assembled from `pieces`.
 
-    `parts(path, shape)` names the boxes of a parameter that are wanted here. As soon as they are complete,
-    `place(path, {part: array})` gives the leaf, and they are forgotten. Arrays are converted to the types of `shapes`.
+    `parts(path, shape)` returns the boxes of a parameter that are needed here. As soon as they are complete,
+    `place(path, {part: array})` returns the leaf, and they are freed. Arrays are converted to the types of `shapes`.
 
     Raises ValueError for a parameter that is unknown, incomplete or of another shape.
     """
@@ -84,7 +84,7 @@ def assemble_parts(
         begun[path] = boxes, missing - 1
         if missing == 1:
             done[path] = place(path, begun.pop(path)[0])
-        del boxes  # or the next parameter would begin beside this one
+        del boxes  # otherwise the next parameter would be loaded beside this one
     absent = [".".join(path) for path in wanted if path not in done]
     if absent:
         raise ValueError(f"{', '.join(absent[:5])}: {len(absent)} parameters are incomplete")

@@ -10,13 +10,13 @@ from dpo_jax.models.rope import Rope
 
 
 def later(default: Any) -> Any:
-    """A field that was added when runs were under way: at its default it changes none of their fingerprints."""
+    """A field added after runs had started: at its default it does not change their fingerprints."""
     return dataclasses.field(default=default, metadata={"later": True})
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Everything that fixes a decoder's arithmetic. Static and hashable; made by `families.decoder_config`."""
+    """Everything that determines a decoder's arithmetic. Static and hashable; made by `families.decoder_config`."""
 
     family: str
     vocab_size: int
@@ -26,7 +26,7 @@ class DecoderConfig:
     kv_heads: int  # K
     head_size: int  # H
     mlp_width: int
-    max_positions: int  # rows of the position table; with rotary positions only the length the model was trained for
+    max_positions: int  # rows of the position table; with rotary positions, the context length of training
     activation: str  # a key of activations.ACTIVATIONS
     norm: str  # "layer" (mean and variance, bias), "rms", or "rms_plus_one" (the scale is 1 + weight)
     norm_eps: float
@@ -37,7 +37,7 @@ class DecoderConfig:
     gated_mlp: bool = False
     parallel_residual: bool = False  # attention and MLP both read the layer's input
     shared_norm: bool = False  # with parallel_residual: both read the same normed input (GPT-J)
-    post_norms: bool = False  # norms on what attention and MLP add to the stream (Gemma, OLMo 2)
+    post_norms: bool = False  # norms on the outputs of attention and MLP (Gemma, OLMo 2)
     qk_norm: bool = False  # RMS norm of every query and key head (Qwen 3, Gemma 3)
     qkv_bias: bool = False
     out_bias: bool = False
@@ -47,11 +47,11 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     init_std: float = 0.02
-    pre_norms: bool = later(True)  # norms on what attention and MLP read (all but OLMo 2)
-    qk_norm_whole: bool = later(False)  # qk_norm is of all heads together (OLMo 2)
-    experts: int = later(0)  # of each layer, in the place of its MLP (Mixtral); then `mlp_width` is that of an expert
+    pre_norms: bool = later(True)  # norms on the inputs of attention and MLP (all but OLMo 2)
+    qk_norm_whole: bool = later(False)  # qk_norm is over all heads together (OLMo 2)
+    experts: int = later(0)  # per layer, instead of its MLP (Mixtral); `mlp_width` is then that of one expert
     experts_per_token: int = later(0)
-    norm_routes: bool = later(False)  # the shares of the experts that a token takes sum to one
+    norm_routes: bool = later(False)  # normalise the routing weights of a token's experts to sum to one
     image_width: int = later(0)  # W of the vision encoder whose outputs the model reads (Gemma 3 with images); 0: none
     image_tokens: int = later(0)  # T of an image
     image_norm_eps: float = later(0.0)

@@ -1,11 +1,12 @@
-"""Rows cut over the context axis of a mesh: pieces of rows, and the hidden states at scored positions.
+"""Context parallelism: rows split over the context axis of a mesh, and hidden states at scored positions.
 
-A decoder computes pieces: `[R * C, L / C, ...]`, a piece of each row on each of the `C` devices along the axis, all cut over
-`types.TOKEN_AXES` by their first axis. All but attention works token by token and does not see the difference.
+A decoder computes pieces: `[R * C, L / C, ...]`, one piece of each row on each of the `C` devices along the axis, all sharded
+over `types.TOKEN_AXES` along their first axis. All but attention works token by token and does not see the difference.
 
-A piece is not one run of neighbours. Some tokens see more keys than others: of causal rows the late ones, of shared rows those
-of the completions, at both ends. So a row is dealt out: in rounds, each of which gives every device a short run, up the devices
-and down again by turns. The columns of a piece increase, so an interval of the row is an interval of each piece.
+A piece is not one contiguous run. Some tokens see more keys than others: in causal rows the late ones, in shared rows those of
+the completions, at both ends. To balance the work, a row is dealt out in rounds. Each round gives every device a short run, in
+ascending and descending order of devices by turns. The columns of a piece increase, so an interval of the row is an interval of
+each piece.
 """
 
 from __future__ import annotations
@@ -20,34 +21,34 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax.models.axes import parts_of
 from dpo_jax.types import CONTEXT_AXIS, ROW_AXES, Array, Rows
 
-ROUNDS = 8  # at least. More of them divide the work better, and cut it into more blocks of kernels that are hardly used
+ROUNDS = 8  # at least. More rounds balance the work better, but leave more kernel blocks nearly empty
 
 
 def context_parts() -> int:
-    """Into how many pieces the mesh of the program being traced cuts each row."""
+    """Number of pieces into which the mesh of the program being traced splits each row."""
     return parts_of((CONTEXT_AXIS,))
 
 
 def rounds_of(parts: int) -> int:
-    """Runs of a piece: a multiple of `parts`, so that `from_pieces` is one exchange."""
+    """Number of runs in a piece: a multiple of `parts`, so that `from_pieces` is one exchange."""
     return parts * -(-ROUNDS // parts)
 
 
 def columns_before(column: jax.Array, *, holder: jax.Array, run: int, parts: int) -> jax.Array:
-    """How many columns of the piece of device `holder`, whose runs have `run` columns, lie before `column` of the row."""
+    """Number of columns before `column` of the row in the piece of device `holder`, whose runs have `run` columns."""
     rounds, within = jnp.divmod(column, jnp.asarray(run * parts, column.dtype))
     place = jnp.where(rounds % 2 == 0, holder, parts - 1 - holder)
     return rounds * run + jnp.clip(within - place * run, 0, run)
 
 
 def row_pieces(rows: Rows) -> Rows:
-    """`rows` with the pieces of tokens and positions. Intervals stay whole: `attention_ring` counts columns of the row."""
+    """`rows` with tokens and positions in pieces. Intervals stay whole: `attention_ring` counts columns of the row."""
     tokens, positions = to_pieces((rows.tokens, rows.positions))
     return rows.replace(tokens=tokens, positions=positions)
 
 
 def to_pieces(of_columns: Sequence[Array], fill: Sequence[int] | None = None) -> list[jax.Array]:
-    """Arrays [R, L] in pieces [R * C, L / C]. Each device has all columns and takes its own. `fill`: of what is beyond L."""
+    """Arrays [R, L] as pieces [R * C, L / C]. Each device has all columns and takes its own. `fill`: value beyond L."""
     parts, length = context_parts(), of_columns[0].shape[1]
     rounds = rounds_of(parts)
     padding = -length % (parts * rounds)
@@ -66,14 +67,14 @@ def to_pieces(of_columns: Sequence[Array], fill: Sequence[int] | None = None) ->
 
 
 def from_pieces(x: jax.Array, length: int) -> jax.Array:
-    """Pieces [R * C, L / C, D] as rows [R, L, D] of `length`, cut over the context axis into neighbours."""
+    """Pieces [R * C, L / C, D] as rows [R, L, D] of `length`, sharded over the context axis into contiguous parts."""
     parts = context_parts()
-    rounds = rounds_of(parts) // parts  # that a device will have, whole
+    rounds = rounds_of(parts) // parts  # whole rounds that a device will hold
 
     def neighbours(x: jax.Array) -> jax.Array:
         rows, columns, width = x.shape
         x = x.reshape(rows, parts, rounds, columns // (parts * rounds), width)
-        # From the rounds of each device to the devices of each round: [R, parts, rounds, ...] means the opposite afterwards.
+        # From the rounds of each device to the devices of each round: the axes of [R, parts, rounds, ...] swap meaning.
         x = jax.lax.all_to_all(x, CONTEXT_AXIS, split_axis=1, concat_axis=1).swapaxes(1, 2)
         return _up_and_down(x, first=jax.lax.axis_index(CONTEXT_AXIS) * rounds).reshape(rows, columns, width)
 
@@ -88,10 +89,10 @@ def _up_and_down(x: jax.Array, *, first: Array | int = 0) -> jax.Array:
 
 
 def hidden_at(hidden: jax.Array, source: Array) -> jax.Array:
-    """Hidden states [R, L, D] at the columns `source` int32[R, S]: [R, S, D]; on a context axis cut along S.
+    """Hidden states [R, L, D] at the columns `source` int32[R, S]: [R, S, D]; on a context axis sharded along S.
 
-    There, sums of S / C positions go round the devices, and each adds the states that it has: no device holds more than its
-    part of L and of S.
+    On a context axis, sums of S / C positions go round the devices, and each device adds the states that it has. No device
+    holds more than its part of L and of S.
     """
     parts, source = context_parts(), jnp.asarray(source)
     if parts == 1:
@@ -120,19 +121,19 @@ def hidden_at(hidden: jax.Array, source: Array) -> jax.Array:
 
 
 def pass_on(tree: Any, parts: int) -> Any:
-    """Inside `shard_map`: each device's arrays to the next along the context axis, those of the last to the first."""
+    """Inside `shard_map`: passes each device's arrays to the next along the context axis, those of the last to the first."""
     ring = [(number, (number + 1) % parts) for number in range(parts)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, CONTEXT_AXIS, ring), tree)
 
 
 def _specs() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Axes of the mesh over which rows are cut, and over which pieces are."""
+    """Partition specs of rows, and of pieces."""
     auto = jax.sharding.get_abstract_mesh().auto_axes
     rows = tuple(axis for axis in ROW_AXES if axis in auto)
     return rows, (*rows, CONTEXT_AXIS)
 
 
 def _manual(work: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`shard_map` over the axes of tokens: heads and matrices stay as they are cut."""
+    """`shard_map` over the axes of tokens; heads and matrices keep their sharding."""
     _, pieces = _specs()
     return jax.shard_map(work, in_specs=in_specs, out_specs=out_specs, axis_names=set(pieces), check_vma=False)

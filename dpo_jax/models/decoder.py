@@ -1,8 +1,7 @@
 """One decoder for every supported family: GPT-2 to Gemma 3 differ only in the static fields of `DecoderConfig`.
 
-`make_model` is the way in; everything else in this package meets the decoder as a `types.Model` of pure functions. Only this
-file and `models.layers` import Flax. Layers are stacked on a leading axis and scanned, so the compile time does not depend on
-the depth.
+`make_model` is the entry point; the rest of the package sees the decoder as a `types.Model` of pure functions. Only this file
+and `models.layers` import Flax. Layers are stacked on a leading axis and scanned, so compile time does not depend on depth.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from dpo_jax.models.products import float32_product, precision_of
 from dpo_jax.routing import counted_tokens
 from dpo_jax.types import ROW_AXES, Array, Model, Routing, RowImages, Rows, SharedCache, Variables
 
-NO_WINDOW = 1 << 30  # of a layer with full attention in a model that has windows elsewhere
+NO_WINDOW = 1 << 30  # for a full-attention layer in a model with windows elsewhere
 
 
 # What the backward pass keeps of a layer; the rest it computes again. Keeping all matrix products takes less than half of the
@@ -50,7 +49,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         normal = nn.initializers.normal(c.init_std)
-        # Only declared: trunk and head each touch what they use, or the head's gradient would carry zeros for the embedding.
+        # Only declared here: trunk and head each use their part, or the head's gradient would carry zeros for the embedding.
         self.token_embedding = declare(self, "token_embedding", normal, (c.vocab_size, c.width), VOCABULARY)
         if c.image_width:
             self.image_norm = Norm("rms_plus_one", c.image_norm_eps)
@@ -74,9 +73,9 @@ class Decoder(nn.Module):
     def __call__(
         self, rows: Rows, cache: Any = None, layers: tuple[Variables, ...] | None = None, counted: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """`layers`: the variables of each layer, if they are apart (`make_model`); then so is the cache. Without a cache they
-        are stacks of layers, one after the other. With `counted`, which is without a cache, what the routers did comes in its
-        place, a `Routed` with the layers first."""
+        """`layers`: the variables of each layer, if unstacked (`make_model`); then so is the cache. Without a cache they
+        are stacks of layers, one after the other. With `counted`, which excludes a cache, the routers' decisions are
+        returned in place of the cache: a `Routed` with a leading layer axis."""
         c, path, length, prepared = self.config, self._path(), rows.tokens.shape[1], None
         in_pieces = context_parts() > 1 and not self.is_initializing()
         if in_pieces and cache is not None:
@@ -86,8 +85,8 @@ class Decoder(nn.Module):
         if path.prepare is not None and cache is None and not self.is_initializing():
             prepared = path.prepare(rows.k_start, rows.k_end, _windows(c))
         rows = row_pieces(rows) if in_pieces else rows
-        # An id or position outside its table reads NaN (jnp.take's rule), so that it is noticed; clamping would hide it.
-        # Looked up in a table that is whole along D, its gradient is a sum of parts, as that of a matrix is.
+        # An id or position outside its table reads NaN (jnp.take's rule), so that it is noticed; clamping would hide the error.
+        # If the table is not sharded along D for the lookup, its gradient is a sum of parts, like that of a matrix.
         table = as_stored(as_stored(self.token_embedding, VOCABULARY), VOCABULARY, gathered=ROW_AXES)
         x = jnp.take(table, jnp.asarray(rows.tokens), axis=0).astype(self.dtype)
         x = x if c.embedding_scale == 1.0 else x * c.embedding_scale
@@ -99,7 +98,7 @@ class Decoder(nn.Module):
         k_positions, write_at, store, lanes, own = rows.positions, None, None, None, cache
         if isinstance(cache, SharedCache):
             (lanes, write_at), own = lane_keys(rows, cache), cache.own
-            store, k_positions = (own["key"], own["value"]), own["positions"]  # of which the distances are known without
+            store, k_positions = (own["key"], own["value"]), own["positions"]  # distances of the others are known without it
         elif cache is not None:
             write_at, store = cache["length"], (cache["key"], cache["value"])
             k_positions = jax.lax.dynamic_update_slice(cache["positions"], jnp.asarray(rows.positions), (0, write_at))
@@ -121,11 +120,11 @@ class Decoder(nn.Module):
         return x, cache._replace(own=own) if isinstance(cache, SharedCache) else own
 
     def _path(self) -> AttentionPath:
-        """How attention is computed where the program being traced runs."""
+        """The attention path for the device on which the program being traced runs."""
         return self.attention_path if self.is_initializing() else along_context(self.attention_path)
 
     def _with_images(self, x: jax.Array, rows: Rows) -> jax.Array:
-        """Image features, normed and projected to the width of the model, in the place of the embeddings of their tokens."""
+        """Token embeddings, in which features, normed and projected to the model's width, replace those of image tokens."""
         images = rows.images
         if images is None:
             if not (self.config.image_width and self.is_initializing()):
@@ -144,7 +143,7 @@ class Decoder(nn.Module):
     def _one_by_one(
         self, layers: tuple[Variables, ...], x: jax.Array, store: Any, inputs: LayerInput, shared: Shared
     ) -> tuple[jax.Array, Any]:
-        """What the scan does, each layer by itself."""
+        """The same as the scan, one layer at a time."""
         block, stores = Block(self.config, self.attention_path, parent=None), []
         for number, (variables, *of_layer) in enumerate(zip(layers, *store, strict=True)):
             layer = jax.tree.map(lambda array, number=number: array[number], inputs)
@@ -155,7 +154,7 @@ class Decoder(nn.Module):
     def _in_stacks(
         self, stacks: tuple[Variables, ...], x: jax.Array, inputs: LayerInput, shared: Shared
     ) -> tuple[jax.Array, Routed | None]:
-        """What the scan does, in several scans: no gradient goes into a stack before the first that is trained."""
+        """The same as the scan, in several scans: no gradient flows into stacks before the first trained one."""
         block, first, found = Block(self.config, self._path(), parent=None), 0, []
 
         def one(x: jax.Array, layer: tuple[Variables, LayerInput]) -> tuple[jax.Array, Routed | None]:
@@ -184,7 +183,7 @@ class Decoder(nn.Module):
 
 
 def _per_layer(c: DecoderConfig, positions: Array) -> tuple[LayerInput, tuple[jax.Array, jax.Array] | None]:
-    """Arrays to scan over, and the rotary angles, computed once per distinct `Rope` and not once per layer."""
+    """Per-layer arrays to scan over, and the rotary angles, computed once per distinct `Rope` instead of once per layer."""
     window = number = rope = angles = None
     if len(_windows(c)) > 1:
         window = jnp.array([NO_WINDOW if w is None else w for w in c.windows], jnp.int32)
@@ -204,11 +203,11 @@ def _windows(c: DecoderConfig) -> list[int | None]:
 
 
 def _round_kernels(variables: Variables, dtype: Any) -> Variables:
-    """The kernels of all layers in the type that they are multiplied in, rounded once for the forward and the backward pass.
+    """The kernels of all layers, rounded to the compute type once for both the forward and the backward pass.
 
-    Their gradients are then stacked in that type, which is the type of the products that made them: nothing else is rounded.
-    This takes memory for the copy, so only `remat="none"` does it; otherwise a layer rounds its own, as often as it runs.
-    Narrower ones stay as they are: a wider copy of frozen weights would be all that their type saved.
+    Their gradients are then stacked in that type, which is the type of the products that made them, so nothing else is rounded.
+    The copy takes memory, so only `remat="none"` does this; otherwise a layer rounds its own kernels each time it runs.
+    Narrower kernels stay as they are: a wider copy of frozen weights would undo the memory that their type saves.
     """
 
     def rounded(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
@@ -225,18 +224,18 @@ def make_model(
 ) -> Model:
     """The decoder as pure functions (`types.Model`).
 
-    `dtype` is the type of activations and matrix products; `init` makes float32 parameters whatever it is, norms, softmax and
-    logits are always float32. `remat="none"`: the backward pass repeats no matrix product; `"save_attention"`: it
-    repeats all but the projections to queries, keys and values and the mixing of values; `"full"`: it repeats each layer's
-    forward pass and keeps only the layers' inputs. `attention`: see `attention_paths.attention_path`.
+    `dtype` is the type of activations and matrix products. `init` always makes float32 parameters; norms, softmax and logits
+    are always float32. `remat` is what the backward pass recomputes: `"none"`, no matrix product; `"save_attention"`, all but
+    the projections to queries, keys and values and the mixing of values; `"full"`, each layer's forward pass, keeping only the
+    layers' inputs. `attention`: see `attention_paths.attention_path`.
 
-    `axes()` gives a tree like the variables of `jax.sharding.PartitionSpec`s over the logical axes "layers", "vocab", "embed"
-    (D), "heads" (N x H), "kv_heads" (K x H), "mlp" and "experts".
+    `axes()` returns a tree like the variables, of `jax.sharding.PartitionSpec`s over the logical axes "layers", "vocab",
+    "embed" (D), "heads" (N x H), "kv_heads" (K x H), "mlp" and "experts".
 
-    Cache (`init_cache(batch, length, dtype)`): `length` columns per row. A `decode` beyond the last column cannot be seen under
-    jit: it is the caller's duty to make the cache long enough.
+    Cache (`init_cache(batch, length, dtype)`): `length` columns per row. A `decode` beyond the last column cannot be detected
+    under jit: the caller must make the cache long enough.
 
-    A small model for a trial, without a download:
+    A small model to try, without a download:
 
     >>> sizes = {"vocab_size": len(tokenizer), "width": 32, "layers": 2, "heads": 4, "max_positions": 128}
     >>> decoder = make_model(decoder_config(hf_config("llama", **sizes, eos_token_id=tokenizer.eos_token_id)))
@@ -263,13 +262,13 @@ def make_model(
         }
 
     def apart(variables: Variables) -> tuple[Variables, ...]:
-        """The variables of each layer, or of each stack of layers, where they are apart."""
+        """The variables of each layer, or of each stack of layers, if they are unstacked."""
         of_layers = {name: tree["layers"] for name, tree in variables.items() if "layers" in tree}
         return tuple(dict(zip(of_layers, one, strict=True)) for one in zip(*of_layers.values(), strict=True))
 
     def take_rows(cache: Any, index: jax.Array, held: Any = None, moved: jax.Array | None = None) -> Any:
         stores = {name: cache[name] for name in ("key", "value", "positions")}
-        axes = jax.tree.map(lambda leaf: int(leaf.ndim == 5), stores)  # layers come first, unless they are apart
+        axes = jax.tree.map(lambda leaf: int(leaf.ndim == 5), stores)  # layers first, unless unstacked
         if held is None or moved is None or len(index) > 1:
             return {**cache, **jax.tree.map(lambda leaf, axis: rows_of(leaf, index, axis=axis), stores, axes)}
         order, index = jnp.argsort(~moved[0]), index[0]

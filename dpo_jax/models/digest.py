@@ -1,4 +1,4 @@
-"""The identity of weights: one SHA-256 over a model's parameters, taken while they are read."""
+"""The identity of weights: one SHA-256 over a model's parameters, computed while they are read."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from dpo_jax.types import Variables
 
 
 class WeightsDigest:
-    """SHA-256 over names, shapes, types and bytes of all parameters: equal exactly when the weights are.
+    """SHA-256 over names, shapes, types and bytes of all parameters: equal exactly when the weights are equal.
 
-    `watch(pieces)` passes pieces on, so that a model is digested while it is loaded, however its pieces then lie on devices.
-    Several hosts may share the work: of `share=(n, hosts)` the n-th adds some parameters whole, `note`s the others, and
-    `joined` puts the arrays of all hosts one behind the other. All then call `hexdigest`.
+    `watch(pieces)` passes pieces through, so that a model is digested while it is loaded, however it is then sharded. Several
+    hosts may share the work: with `share=(n, hosts)` the n-th host adds some parameters whole and `note`s the others, and
+    `joined` concatenates the arrays of all hosts. All then call `hexdigest`.
     """
 
     def __init__(
         self, *, share: tuple[int, int] = (0, 1), joined: Callable[[np.ndarray], np.ndarray] = lambda mine: mine
     ) -> None:
-        self.base: str | None = None  # the digest of the base alone, where those of an adapter came after it
+        self.base: str | None = None  # the digest of the base alone, if an adapter's weights follow it
         self.share, self._joined = share, joined
         self._leaves: dict[str, tuple[str, Any]] = {}  # {name: (name, shape and type so far, SHA-256 of the bytes so far)}
 
@@ -34,7 +34,7 @@ class WeightsDigest:
             yield piece
 
     def add(self, piece: Piece) -> None:
-        """Takes in one piece. The layers of a parameter come in order."""
+        """Adds one piece. The layers of a parameter come in order."""
         array = np.ascontiguousarray(piece.array)
         _, sha = self._leaves.get(".".join(piece.path), ("", None))
         self.note(piece)
@@ -43,7 +43,7 @@ class WeightsDigest:
         self._leaves[name] = self._leaves[name][0], sha
 
     def note(self, piece: Piece) -> None:
-        """Takes in name, shape and type of a piece whose bytes another host adds."""
+        """Adds only name, shape and type of a piece; another host adds its bytes."""
         name, array = ".".join(piece.path), piece.array
         shape = array.shape if piece.layer is None else (piece.layer + 1, *array.shape)
         self._leaves[name] = f"{name} {shape} {array.dtype}", None
@@ -53,7 +53,7 @@ class WeightsDigest:
         return all(described.endswith(f" {dtype}") for described, _ in self._leaves.values())
 
     def hexdigest(self) -> str:
-        own = np.zeros((1, len(self._leaves), 33), np.uint8)  # whether it is here, and the SHA-256
+        own = np.zeros((1, len(self._leaves), 33), np.uint8)  # whether this host has it, and the SHA-256
         for line, (_, sha) in zip(own[0], self._leaves.values(), strict=True):
             line[:] = [sha is not None, *(bytes(32) if sha is None else sha.digest())]
         every = self._joined(own)
@@ -66,7 +66,7 @@ class WeightsDigest:
 
 
 def shares(sizes: Sequence[int], hosts: int) -> list[int]:
-    """The host to whose share each thing of such a size belongs, so that all have about as much: the largest are dealt first.
+    """The host that takes each item of the given sizes, so that all hosts have about the same total: the largest go first.
 
     >>> shares([8, 1, 4, 3], 2)
     [0, 1, 1, 1]
@@ -79,9 +79,9 @@ def shares(sizes: Sequence[int], hosts: int) -> list[int]:
 
 
 def files_digest(folder: str | Path) -> tuple[str, str]:
-    """The identity of the weights in a Hugging Face folder that anybody can check: a SHA-256, and words on what it is of.
+    """A digest of the weights in a Hugging Face folder that anybody can check: a SHA-256, and a description of what it covers.
 
-    Of one file its own, which the Hub shows, too; of several that of what `sha256sum *.safetensors` prints.
+    For one file it is the file's own, as the Hub shows it; for several, that of the output of `sha256sum *.safetensors`.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     found = []

@@ -1,4 +1,4 @@
-"""The vision encoder in a Hugging Face folder of a model that reads images: read it, and write it beside the decoder."""
+"""The vision encoder in a model's Hugging Face folder: read it, and write it beside the decoder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def load_encoder(path: str | Path) -> tuple[VisionConfig, Variables]:
 
 
 def encoder_digest(path: str | Path) -> str:
-    """The `weights_digest` of what `load_encoder` gives, one tensor in memory at a time: whatever the type in the files."""
+    """The `weights_digest` of the result of `load_encoder`, whatever the type in the files; one tensor in memory at a time."""
     folder, digest = model_folder(path), WeightsDigest()
     for piece in _pieces(folder, vision_settings(read_config(folder), folder / "config.json")):
         digest.add(piece._replace(array=np.asarray(piece.array, np.float32)))
@@ -41,13 +41,13 @@ def encoder_digest(path: str | Path) -> str:
 
 
 def encoder_in_hf_form(config: VisionConfig, variables: Variables) -> dict[str, np.ndarray]:
-    """The encoder's tensors under the names of a checkpoint, for `save_hf(others=...)`."""
+    """The encoder's tensors under their checkpoint names, for `save_hf(others=...)`."""
     sizes, get = in_hf_form(encoder_tensors(config), flatten(variables["params"]), np.dtype(np.float32), np.asarray)
     return {name: get(name) for name in sizes}
 
 
 def _known(name: str) -> str | None:
-    """The official name of a tensor; transformers 5 leaves one part out. None for one of the language model."""
+    """The official name of a tensor, of which transformers 5 omits a part; None for one of the language model."""
     known = re.sub(r"^(model\.)?vision_tower\.(vision_model\.)?", f"{ROOT}.", name)
     return known if known.startswith(ROOT) else None
 

@@ -1,9 +1,10 @@
-"""What the experts of a layer make of its tokens, on one device or over a mesh.
+"""The computation of a layer's experts, on one device or over a mesh.
 
-A mesh cuts the experts along its axis `expert`, their kernels along `fsdp` and `tensor`, and tokens by row. The devices along
-`expert` then gather the tokens of their rows, each computes what its own experts add to them, and the sums go back to the
-rows' devices (reduce-scatter). That drops no token, whichever experts are asked, and all shapes are static. It moves
-2 x (devices along `expert` - 1) x D numbers for a token, an exchange of the chosen ones alone 2 x experts per token x D.
+A mesh shards the experts along its axis `expert`, their kernels along `fsdp` and `tensor`, and tokens by row. The devices along
+`expert` gather the tokens of their rows; each computes its own experts' contributions; the sums return to the rows' devices
+(reduce-scatter). No token is dropped, whichever experts are chosen, and all shapes are static. This moves
+2 x (devices along `expert` - 1) x D numbers per token; an exchange of only the chosen tokens would move
+2 x experts per token x D.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _EXPERT, _EMBED, _MLP = (RULES[axis] for axis in KERNEL)
 
 
 class Kernels(NamedTuple):
-    """[E, D, F] each."""
+    """Kernels of the experts: [E, D, F] each."""
 
     gate: jax.Array
     up: jax.Array
@@ -36,9 +37,9 @@ class Kernels(NamedTuple):
 
 
 def mixture(x: jax.Array, shares: jax.Array, chosen: jax.Array, kernels: Kernels, *, activation: str) -> jax.Array:
-    """The sum over a token's experts of `share * down(act(gate(x)) * up(x))`: x[R, L, D] to the same shape.
+    """The weighted sum over a token's experts, `share * down(act(gate(x)) * up(x))`: x[R, L, D] to the same shape.
 
-    `shares` and `chosen` [R, L, taken] are the weights and numbers of each token's experts.
+    `shares` and `chosen` [R, L, taken] are the weights and indices of each token's experts.
     """
     here = auto_axes()
     if not here or x.shape[0] % parts_of(TOKEN_AXES):
@@ -46,7 +47,7 @@ def mixture(x: jax.Array, shares: jax.Array, chosen: jax.Array, kernels: Kernels
     by_row = P(tuple(axis for axis in TOKEN_AXES if axis in here))
     stored = P(*(axis if axis in here else None for axis in (_EXPERT, _EMBED, _MLP)))
     on_device = functools.partial(_on_device, here=here, activation=activation)
-    # A sum over `tensor` and gathered rows are all that is replicated; the test against one device is what would find it wrong.
+    # Only the sum over `tensor` and the gathered rows are replicated; the test against one device would find an error in them.
     specs = (by_row, by_row, by_row, stored)  # the last one for each of the kernels
     return jax.shard_map(on_device, in_specs=specs, out_specs=by_row, check_vma=False)(x, shares, chosen, kernels)
 
@@ -54,9 +55,9 @@ def mixture(x: jax.Array, shares: jax.Array, chosen: jax.Array, kernels: Kernels
 def _on_device(
     x: jax.Array, shares: jax.Array, chosen: jax.Array, kernels: Kernels, *, here: frozenset[str], activation: str
 ) -> jax.Array:
-    """The part of one device: its rows, its experts, its slice of their kernels."""
+    """The computation of one device: its rows, its experts, its slices of their kernels."""
     if _EMBED in here:
-        # The gradient of a gathered slice is summed straight into the slice.
+        # The gradient of a gathered slice is reduce-scattered into the slice.
         kernels = Kernels(*(jax.lax.all_gather(kernel, _EMBED, axis=1, tiled=True) for kernel in kernels))
     held = len(kernels.gate)
     experts = held * jax.lax.axis_size(_EXPERT) if _EXPERT in here else held
@@ -72,7 +73,7 @@ def _on_device(
 def _of_experts(
     x: jax.Array, shares: jax.Array, chosen: jax.Array, kernels: Kernels, *, experts: int, activation: str
 ) -> jax.Array:
-    """What the experts of `kernels`, some of `experts` or all, add to the tokens that chose them."""
+    """Contributions of the experts in `kernels`, which are some or all of `experts`, to the tokens that chose them."""
     taken, width = chosen.shape[-1], x.shape[-1]
     tokens = x.reshape(-1, width)
     groups = group_rows(chosen.reshape(-1, taken), len(kernels.gate), of=experts)

@@ -1,4 +1,4 @@
-"""A mixture of experts in the place of a layer's MLP (Shazeer et al. 2017), as Mixtral, Qwen3-MoE and OLMoE compute it."""
+"""A mixture of experts in place of a layer's MLP (Shazeer et al. 2017), as in Mixtral, Qwen3-MoE and OLMoE."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Axes = tuple[str | None, ...]
 
 
 class Routed(NamedTuple):
-    """What the router of one layer did; see `types.Routing`."""
+    """Router decisions of one layer; see `types.Routing`."""
 
     chosen: jax.Array
     probability: jax.Array
@@ -26,19 +26,20 @@ class Routed(NamedTuple):
 
 
 class Experts(nn.Module):
-    """Each token goes through the `experts_per_token` experts that the router gives most, weighed by what it gives them.
+    """Each token goes through its `experts_per_token` most probable experts, weighted by the router's probabilities.
 
-    No token is dropped: experts take as many as come. Probabilities are those of a softmax over all experts, in float32;
-    `norm_routes` makes those that are taken sum to one. Padding is routed as well: it costs, and changes nothing.
+    No token is dropped: experts have no capacity limit. Probabilities come from a softmax over all experts, in float32;
+    `norm_routes` normalises those of the chosen experts to sum to one. Padding is routed as well, which costs time but changes
+    nothing.
     """
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, Routed | None]:
-        """x[R, L, D] to the same shape, and what the router did with the tokens that `counted` bool[R, L] marks."""
+        """x[R, L, D] to the same shape, and the router's decisions for the tokens marked by `counted` bool[R, L]."""
         c = self.config
-        # Each device keeps the whole router: its tokens may go to any expert.
+        # Each device holds the whole router: its tokens may go to any expert.
         router = _declared(self, "router", c.init_std, (c.width, c.experts), ("embed", None)).astype(x.dtype)
         logits = jnp.dot(x.reshape(-1, c.width), router, precision=precision_of(x.dtype)).reshape(*x.shape[:2], -1)
         log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))

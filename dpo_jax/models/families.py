@@ -1,9 +1,9 @@
-"""The table of families: how a Hugging Face `config.json` becomes a `DecoderConfig`, and how one for a new model is written.
+"""The table of model families: reads a Hugging Face `config.json` into a `DecoderConfig`, and writes one for a new model.
 
 To add a family, write its settings and tensor names in `architectures/` and add a line to `FAMILIES`.
 
-Dropout settings are read by nobody: a policy and its reference must agree exactly at step 0, so this package never drops out.
-Settings that would change the arithmetic and that the decoder does not have are refused by name.
+Dropout settings are ignored: a policy and its reference must agree exactly at step 0, so this package never uses dropout.
+Settings that would change the arithmetic and that the decoder does not support are refused by name.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ _WITH_IMAGES: Mapping[str, Family] = {family.name: family for family in (GEMMA3,
 
 
 def family_of(config: DecoderConfig) -> Family:
-    """The record of a decoder's family."""
+    """The family record of a decoder."""
     return (_WITH_IMAGES if config.image_width else FAMILIES)[config.family]
 
 
 def reads_images(hf_config: Mapping[str, Any]) -> bool:
-    """Whether a Hugging Face configuration is of a model with a vision encoder that is supported."""
+    """Whether a Hugging Face configuration describes a supported model with a vision encoder."""
     return hf_config.get("model_type") in _WITH_IMAGES
 
 
 def decoder_config(hf_config: Mapping[str, Any], *, where: str | Path = "config.json", images: bool = False) -> DecoderConfig:
     """Read a Hugging Face configuration (the content of `config.json`, of transformers 4 or 5), which came from `where`.
 
-    A multimodal "gemma3" configuration stands for its text model, or with `images` for the one that reads images, too. Raises
-    `Unreadable`, naming file, field and value, for a missing or impossible one; ValueError for a family, an activation, a
-    rotary scaling or another setting that the decoder does not have.
+    A multimodal "gemma3" configuration gives its text model, or with `images` the model that also reads images. Raises
+    `Unreadable`, naming file, field and value, for a missing or impossible value; ValueError for a family, an activation, a
+    rotary scaling or another setting that the decoder does not support.
 
     >>> sizes = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     >>> found = decoder_config({"model_type": "gpt2", **sizes})
@@ -92,7 +92,7 @@ def router_coefficient(config: DecoderConfig) -> float:
 
 
 def _billions(c: DecoderConfig) -> int:
-    """About how many parameters a model has, in billions: its matrices."""
+    """Approximate number of parameters of a model, in billions, counting matrices only."""
     attention = c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads)
     mlp = c.width * c.mlp_width * (3 if c.gated_mlp else 2) * max(1, c.experts)
     tables = c.width * (c.vocab_size * (1 if c.tied else 2) + (0 if c.ropes else c.max_positions))
@@ -115,7 +115,7 @@ def hf_config(
     bos_token_id: int | None = None,
     pad_token_id: int | None = None,
 ) -> dict[str, Any]:
-    """A Hugging Face `config.json` for a new model; everything not asked for is the family's habit.
+    """A Hugging Face `config.json` for a new model; everything not given takes the family's default.
 
     `mlp_width` defaults to 4 x width, with a gated MLP to 8/3 x width rounded up to a multiple of 8 (about as many parameters).
     Raises ValueError for an unknown family and for a size the family has no setting for.

@@ -1,4 +1,4 @@
-"""The record of a family of models: settings, tensor names and sizes together. `families.FAMILIES` lists them."""
+"""The record of a model family: settings, tensor names and sizes. `families.FAMILIES` lists them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dpo_jax.models.tensor_layouts import Tensor
 
 
 class Sizes(NamedTuple):
-    """What is asked of a new model; None for the family's habit."""
+    """Requested sizes of a new model; None for the family's default."""
 
     width: int
     layers: int
@@ -23,33 +23,32 @@ class Sizes(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Everything that tells one family from another; its decoder is that of all others, with these settings."""
+    """Everything that distinguishes one family from another. All families share one decoder."""
 
     name: str
     """`model_type` of its `config.json`."""
     title: str
-    """As people write it."""
+    """Its name in prose."""
     architecture: str
-    """Hugging Face's class."""
+    """Hugging Face's class name."""
     defaults: Mapping[str, Any]
-    """What a key means where a `config.json` leaves it out (the defaults of Hugging Face's class). A key without an entry must
-    be there."""
+    """Value of a key that a `config.json` omits (the default of Hugging Face's class). A key without an entry is required."""
     fields: Callable[[Reader], dict[str, Any]]
     """`config.json` -> fields of `DecoderConfig`."""
     tensors: Callable[[DecoderConfig], list[Tensor]]
-    """The tensors of a checkpoint, the embedding first, without an output head of its own."""
+    """The tensors of a checkpoint, embedding first, without a separate output head."""
     sizes: Callable[[Sizes], dict[str, Any]]
-    """Keys of the `config.json` of a new model."""
+    """The keys of the `config.json` of a new model."""
     refused: tuple[str, ...] = ()
-    """Keys that must be absent, null or false: the decoder does not have them."""
+    """Keys that must be absent, null or false, because the decoder does not support them."""
     trunk: str = "model."
-    """What the names of all tensors but the head begin with."""
+    """Prefix of the names of all tensors but the head."""
     head: str = "lm_head.weight"
     rename: Callable[[str], str | None] = lambda name: name
-    """The usual name of a tensor that also goes by others; None for one of no language model."""
+    """The usual name of a tensor that also has others; None for one outside the language model."""
 
 
 def without_own_heads(asked: Sizes, family: str) -> None:
-    """Raises ValueError for sizes of heads that the family has no setting for."""
+    """Raises ValueError for head sizes that the family has no setting for."""
     if asked.kv_heads not in (None, asked.heads) or asked.head_size not in (None, asked.width // asked.heads):
         raise ValueError(f"{family} has neither key/value heads of its own nor a head size other than width / heads")

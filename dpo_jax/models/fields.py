@@ -1,4 +1,4 @@
-"""A typed reader of one JSON object: each field is asked for by the type that it must have."""
+"""A typed reader of one JSON object: each field is read with the type that it must have."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SHOWN = 80  # characters of a wrong value
 
 
 class Fields:
-    """The fields of an object that stands in `where`; what is wrong is an `Unreadable` naming file, field and value.
+    """The fields of an object found in `where`; errors are `Unreadable` and name file, field and value.
 
-    A field that the object leaves out has its value in `defaults`, and without one it must be there. null stands for "none",
-    not for the default, as in transformers.
+    A field that the object omits takes its value from `defaults`; without a default it is required. null means "none", not the
+    default, as in transformers.
     """
 
     def __init__(self, content: Mapping[str, Any], where: str | Path, *, defaults: Mapping[str, Any] | None = None):
@@ -30,13 +30,13 @@ class Fields:
         return self.all.get(key) is not None
 
     def wrong(self, key: str, right: str) -> NoReturn:
-        """Raises `Unreadable`: the value of a field is not `right`."""
+        """Raises `Unreadable`: a field's value is not `right`."""
         if key not in self.all:
             raise Unreadable(f"{self.where}: {key} is missing; it must be {right}")
         raise Unreadable(f"{self.where}: {key} = {shown(self.all[key])} is not {right}")
 
     def size(self, key: str, default: int | None = None, *, least: int = 1, right: str = "a positive integer") -> int:
-        """An integer from `least` to that of int32; `default` where the field is absent or null."""
+        """An integer from `least` to the largest int32; `default` if the field is absent or null."""
         value = self.all.get(key)
         value = default if value is None else value
         if type(value) is not int or value < least:
@@ -46,7 +46,7 @@ class Fields:
         return value
 
     def number(self, key: str, *, least: float = _SMALLEST_FLOAT, right: str = "a number above 0") -> float:
-        """A number that float32 holds, by default above 0."""
+        """A number that float32 holds, above 0 unless stated otherwise."""
         value = self.all.get(key)
         if not _is_number(value, least=least):
             self.wrong(key, right)
@@ -64,7 +64,7 @@ class Fields:
         return bool(value)
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A text; `default` where the field is absent or null."""
+        """A text; `default` if the field is absent or null."""
         value = self.all.get(key)
         value = default if value is None else value
         if not isinstance(value, str):
@@ -86,14 +86,14 @@ class Fields:
         return [float(x) for x in value]
 
     def part(self, key: str) -> Fields:
-        """The object in a field. Absent, null and the empty object are alike."""
+        """The object in a field. Absent, null and the empty object are treated alike."""
         value = {} if self.all.get(key) is None else self.all[key]
         if not isinstance(value, Mapping):
             self.wrong(key, "an object")
         return Fields(value, f"{self.where}: {key}")
 
     def token_ids(self, key: str) -> list[int]:
-        """One token id or an array of them, as a list; empty where the field is absent or null."""
+        """One token id or an array of them, as a list; empty if the field is absent or null."""
         value = self.all.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(one) is int and 0 <= one <= LARGEST for one in ids):
@@ -106,6 +106,6 @@ def _is_number(value: Any, *, least: float) -> TypeGuard[int | float]:
 
 
 def shown(value: Any) -> str:
-    """A value as the file writes it, if it is short."""
+    """A value as written in the file, shortened if long."""
     text = json.dumps(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

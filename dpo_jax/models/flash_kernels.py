@@ -1,12 +1,12 @@
-"""Flash attention over key intervals in Pallas (Triton): a forward kernel, and one each for dq and for dk and dv.
+"""Flash attention over key intervals in Pallas (Triton): a forward kernel, one for dq, and one for dk and dv.
 
-The algorithm is FlashAttention-2 (Dao 2023): a program holds one tile of queries (or of keys), meets the tiles of the other
+The algorithm is FlashAttention-2 (Dao 2023): a program holds one tile of queries (or of keys), visits the tiles of the other
 side one after the other, and keeps scores on the chip. The mask is an interval of keys for each query. In all three kernels a
-program meets only the blocks from `first` to `last`, which `attention_gpu` computes once per step. Statistics and sums are
+program visits only the blocks from `first` to `last`, which `attention_gpu` computes once per step. Statistics and sums are
 float32; no sum is atomic, so two runs give the same bits.
 
-Arrays here are padded: lengths are multiples of `LONGEST`, head sizes multiples of `LANES`. Tiles have lengths that are powers
-of two, because Triton has no others; a head of 80 entries is read as 64 and 16.
+Arrays here are padded: lengths are multiples of `LONGEST`, head sizes multiples of `LANES`. Tile lengths are powers of two, as
+Triton requires; a head of 80 entries is read as 64 and 16.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from jax.experimental.pallas import triton as plgpu
 
 from dpo_jax.models.products import precision_of
 
-BLOCK = 64  # queries and keys of a block: the unit of `Spans.first` and the like
+BLOCK = 64  # queries and keys in a block: the unit of `Spans.first` and similar fields
 LONGEST = 128  # length of the longest tile
 LANES = 16  # the least that a tensor core multiplies
-LOWEST = -1e30  # of a masked score: its exponential is 0, and differences of two are no NaN
+LOWEST = -1e30  # value of a masked score: its exponential is 0, and the difference of two is not NaN
 LOG2E = math.log2(math.e)
 
 
 class Spans(NamedTuple):
-    """Who sees whom. A block is `BLOCK` queries or keys of one row; `last` is not visited."""
+    """Visible keys of each query, and blocks to visit. A block is `BLOCK` queries or keys of one row; `last` is exclusive."""
 
     start: jax.Array  # int32[R, L]  first key of a query
     end: jax.Array  # int32[R, L]  one after its last key
@@ -52,16 +52,16 @@ class Tiles(NamedTuple):
     """Sizes of a kernel's tiles and its launch options."""
 
     own: int  # length of the tile a program holds: a divisor of LONGEST
-    met: int  # length of the tiles it meets: a divisor of BLOCK
+    met: int  # length of the tiles it visits: a divisor of BLOCK
     warps: int = 4
     stages: int = 2
 
 
 def tiles_of(kernel: str, head_size: int, dtype: Any) -> Tiles:
-    """Tiles whose sums stay in registers: compiled for an H100, no kernel spills.
+    """Tile sizes whose sums stay in registers: compiled for an H100, no kernel spills.
 
-    Those of head size 80 in bfloat16 are the fastest of 16 choices on an H100 (`bench.kernel_tiles`); the others are chosen by
-    registers. The gradients of keys and values hold two sums, and so meet shorter tiles where heads are large.
+    Those for head size 80 in bfloat16 are the fastest of 16 choices on an H100 (`bench.kernel_tiles`); the others are chosen by
+    register use. The gradients of keys and values hold two sums, so they visit shorter tiles if heads are large.
     """
     if dtype == jnp.float32:  # no tensor cores: more registers per product
         if head_size <= 96:
@@ -77,9 +77,9 @@ def tiles_of(kernel: str, head_size: int, dtype: Any) -> Tiles:
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, settings: Settings, *, tiles: Tiles | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixed values [R, L, N, H], typed as `v`, and the log-sum-exp of each query in base 2, float32[R, N, L].
+    """Mixed values [R, L, N, H], typed like `v`, and the log-sum-exp of each query in base 2, float32[R, N, L].
 
-    `tiles` replaces the ones chosen for this head size and type, to time others.
+    `tiles` overrides the sizes chosen for this head size and type, to time others.
     """
     rows, length, heads, size = q.shape
     tiles = tiles or tiles_of("forward", size, q.dtype)
@@ -107,8 +107,8 @@ def backward(
     log_mass: jax.Array,
     d_out: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v, of their shapes and types."""
-    # Plain XLA: one pass over two arrays, which it fuses with what made the second.
+    """Gradients of q, k and v, with their shapes and types."""
+    # Plain XLA: one pass over two arrays, fused with the producer of the second.
     pull = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     d_q = d_queries(q, k, v, spans, settings, log_mass=log_mass, pull=pull, d_out=d_out)
     d_k, d_v = d_keys(q, k, v, spans, settings, log_mass=log_mass, pull=pull, d_out=d_out)
@@ -140,7 +140,7 @@ def d_keys(
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
     tiles = tiles or tiles_of("d_keys", size, q.dtype)
-    # A program has one head of keys and all heads of queries that read it: their gradients are summed in order.
+    # A program handles one key head and all query heads that read it, so their gradients are summed in order.
     of_query = pl.BlockSpec((None, length, group, size), lambda j, n, r: (r, 0, n, 0))
     of_key = pl.BlockSpec((None, tiles.own, None, size), lambda j, n, r: (r, j, n, 0))
     ranges = pl.BlockSpec((None, length), lambda j, n, r: (r, 0))
@@ -158,7 +158,7 @@ def d_keys(
 
 
 def _specs_by_query(q: jax.Array, k: jax.Array, tiles: Tiles) -> tuple[pl.BlockSpec, ...]:
-    """What a program with a tile of queries reads: of arrays by query, by key, of intervals, and of statistics [R, N, L]."""
+    """Block specs of a program with a query tile: arrays by query, by key, intervals, and statistics [R, N, L]."""
     size, keys, group = q.shape[3], k.shape[1], q.shape[2] // k.shape[2]
     return (
         pl.BlockSpec((None, tiles.own, None, size), lambda i, n, r: (r, i, n, 0)),
@@ -192,7 +192,7 @@ def _forward(q_ref, k_ref, v_ref, start_ref, end_ref, first_ref, last_ref, out_r
         new = jnp.maximum(largest, scores.max(axis=1))
         shrink, weights = jnp.exp2(largest - new), jnp.exp2(scores - new[:, None])
         met = (_dot(weights.astype(v_ref.dtype), values) for values in _load(v_ref, at))
-        # A query that has seen nothing yet counts masked keys, which the first key it sees multiplies by 0.
+        # A query that has seen no key yet sums masked keys; the first visible key rescales that sum by 0.
         mixed = tuple(old * shrink[:, None] + x for old, x in zip(mixed, met, strict=True))
         return mixed, new, mass * shrink + weights.sum(axis=1)
 
@@ -250,7 +250,7 @@ def _backward_keys(
             d_keys, d_values = carry
             at = pl.ds(number * tiles.met, tiles.met)
             queries, d_out = _load(q_ref, at, head), _load(d_out_ref, at, head)
-            # Keys before queries: no tile has to be turned round.
+            # Keys before queries: no tile has to be transposed.
             scores, slope = _scores(keys, queries, settings)
             seen = _seen(start_ref[at][None, :], end_ref[at][None, :], own, tiles, own_keys=True)
             weights = jnp.where(seen, jnp.exp2(scores * LOG2E - log_mass_ref[head, at][None, :]), 0.0)
@@ -270,7 +270,7 @@ def _backward_keys(
 
 
 def _lanes(size: int) -> list[pl.Slice]:
-    """A head cut into slices whose lengths are powers of two: 80 is 64 and 16."""
+    """Slices of a head whose lengths are powers of two: 80 is 64 and 16."""
     cut, begin = [], 0
     for length in (256, 128, 64, 32, 16):
         if size - begin >= length:
@@ -293,7 +293,7 @@ def _zeros(ref: Any, tiles: Tiles) -> tuple[jax.Array, ...]:
 
 
 def _visits(first_ref: Any, last_ref: Any, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
-    """The tiles that the tile of this program meets."""
+    """The tiles that this program's tile visits."""
     blocks, in_block = max(1, tiles.own // BLOCK), BLOCK // tiles.met
     begin = jax.lax.div(pl.program_id(0) * tiles.own, jnp.int32(BLOCK))
     first, last = first_ref[begin], last_ref[begin]
@@ -303,7 +303,7 @@ def _visits(first_ref: Any, last_ref: Any, tiles: Tiles) -> tuple[jax.Array, jax
 
 
 def _seen(start: jax.Array, end: jax.Array, tile: jax.Array, tiles: Tiles, *, own_keys: bool = False) -> jax.Array:
-    """Which query sees which key of a tile of keys: bool[queries, keys], or with `own_keys` bool[keys, queries]."""
+    """Mask of the keys that each query of a tile sees: bool[queries, keys], or with `own_keys` bool[keys, queries]."""
     length = tiles.own if own_keys else tiles.met
     key = tile * length + jnp.arange(length, dtype=jnp.int32)
     key = key[:, None] if own_keys else key[None, :]
@@ -311,7 +311,7 @@ def _seen(start: jax.Array, end: jax.Array, tile: jax.Array, tiles: Tiles, *, ow
 
 
 def _scores(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...], settings: Settings) -> tuple[jax.Array, Any]:
-    """Scores of `a` with `b`, and the derivative of the soft cap there (1 without one)."""
+    """Scores of `a` with `b`, and the derivative of the soft cap at them (1 without one)."""
     scores = _dots(a, b) * settings.scale
     if settings.softcap is None:
         return scores, 1.0

@@ -1,4 +1,4 @@
-"""Floating-point operations of a preference pair, by formula: what is needed, whatever a program computes twice or pads."""
+"""Floating-point operations of a preference pair by formula: those required, whatever a program recomputes or pads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dpo_jax.models.config import DecoderConfig
 
 
 class PairFlops(NamedTuple):
-    """Forward operations of one pair. Training takes three times as many: the backward pass is two products for each one.
+    """Forward operations of one pair. Training takes three times as many: the backward pass has two products for each one.
 
-    Matrices that are `frozen` need only one of them. The few operations of an adapter beside them are left out.
+    For `frozen` matrices it has only one. The few operations of an adapter beside them are not counted.
     """
 
     trunk: float
@@ -28,7 +28,7 @@ class PairFlops(NamedTuple):
 
     @property
     def passes(self) -> float:
-        """Products of training for each product with a matrix in the forward pass."""
+        """Products in training for each product with a matrix in the forward pass."""
         return 2.0 if self.frozen else 3.0
 
 
@@ -39,7 +39,7 @@ def pair_flops(config: DecoderConfig, *, prompt: int, chosen: int, rejected: int
         attention  4 x N x H x (visible query-key pairs), summed over the layers; a window hides those further away
         head       2 x D x V x (C + R)
 
-    Norms, activations, rotations and softmax are left out, as is usual.
+    Norms, activations, rotations and softmax are not counted, as is usual.
     """
     c = config
     windows = c.windows or (None,) * c.layers
@@ -52,12 +52,12 @@ def pair_flops(config: DecoderConfig, *, prompt: int, chosen: int, rejected: int
 
 
 def layer_weights(config: DecoderConfig) -> int:
-    """Weights in the matrices of one layer that a token meets; of experts those that it takes."""
+    """Number of matrix weights in one layer that a token uses; of experts, those of its own."""
     return sum(rows * columns for rows, columns in _matrices(config))
 
 
 def layer_widths(config: DecoderConfig) -> int:
-    """Numbers per token that go into the matrix products of one layer and come out of them."""
+    """Numbers per token that go into and come out of the matrix products of one layer."""
     return sum(rows + columns for rows, columns in _matrices(config))
 
 
@@ -71,7 +71,7 @@ def _matrices(c: DecoderConfig) -> list[tuple[int, int]]:
 
 def _visible(prompt: int, chosen: int, rejected: int, window: int | None) -> int:
     def up_to(length: int) -> int:
-        """Pairs among the first `length` positions of a text."""
+        """Visible pairs among the first `length` positions of a text."""
         near = length if window is None else min(length, window)
         return near * (near + 1) // 2 + (length - near) * near
 

@@ -1,4 +1,4 @@
-"""A model folder on this machine and its `config.json`. Needs no JAX, no weights and no network."""
+"""A model folder on this machine and its `config.json`. Needs no JAX, weights or network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_hub_id(path: str | Path) -> bool:
 
 
 def local_folder(path: str | Path) -> Path | None:
-    """The folder `path`, or None for what looks like a Hub id ("organization/name"). Raises FileNotFoundError for neither."""
+    """The folder `path`, or None for a Hub id ("organization/name"). Raises FileNotFoundError if it is neither."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -40,7 +40,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def adapter_base(folder: Path) -> str | None:
-    """The model that the adapter (LoRA) in `folder` belongs to, as its `adapter_config.json` names it; None for no adapter.
+    """The base model of the adapter (LoRA) in `folder`, as named in its `adapter_config.json`; None if it is not an adapter.
 
     Raises `Unreadable` naming the file.
     """
@@ -50,7 +50,7 @@ def adapter_base(folder: Path) -> str | None:
 
 
 def config_folder(path: str | Path) -> Path | None:
-    """The folder on this machine with a model's `config.json`: `path`, or of an adapter that of its base; None for none."""
+    """The local folder with a model's `config.json`: `path`, or that of an adapter's base; None if there is none."""
     folder = Path(path).expanduser()
     base = adapter_base(folder)
     folder = folder if base is None else Path(base).expanduser()

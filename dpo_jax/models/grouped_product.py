@@ -1,12 +1,12 @@
-"""Matrix products in which each row has the matrix of its group: those of experts. No row is dropped, however groups differ.
+"""Grouped matrix products for mixtures of experts: each row is multiplied by the matrix of its group. No row is dropped.
 
-    groups = group_rows(chosen, experts)          where each row goes: rows of one group side by side, in whole blocks
+    groups = group_rows(chosen, experts)          slots of the rows: rows of one group side by side, in whole blocks
     x = to_groups(rows, groups)                   [slots, D]
     y = grouped_product(x, kernels, groups)       [slots, F], with kernels [E, D, F]
     z = from_groups(y, groups)                    [rows, F], in the order of `chosen`
 
-A group is padded to whole blocks of rows, so that a block has one matrix. On TPUs the product is `jax.lax.ragged_dot`, which
-has a kernel there. Elsewhere it is a loop over blocks: XLA for CPUs and GPUs would multiply each row by every matrix.
+A group is padded to whole blocks of rows, so that a block uses one matrix. On TPUs the product is `jax.lax.ragged_dot`, which
+has a kernel there. Elsewhere it is a loop over blocks, because XLA for CPUs and GPUs would multiply each row by every matrix.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from dpo_jax.models.products import precision_of
 from dpo_jax.types import Array
 
 ROUTED_LOOP = "routed_loop"
-"""In the name of a loop over as many blocks as the router has filled: no program says how many."""
+"""Part of the name of a loop over the blocks that the router has filled; their number is not in the program."""
 _COUNTED = 256  # rows that are counted together
 _FEWEST_ROWS = 8
 MOST_ROWS = 2048
-"""Of a block. Long blocks read the matrix of their group less often."""
+"""Largest number of rows in a block. Long blocks read their group's matrix less often."""
 
 
 class Groups(NamedTuple):
-    """Where rows lie. A slot is a place in the grouped order; some are empty."""
+    """Placement of rows in the grouped order. A slot is a place in that order; some slots are empty."""
 
     row: jax.Array  # int32[slots]  the row in each slot; the number of rows where it is empty
     slot: jax.Array  # int32[rows]  the slot of each row
@@ -40,10 +40,10 @@ class Groups(NamedTuple):
 
 
 def group_rows(chosen: Array, groups: int, *, of: int | None = None) -> Groups:
-    """`chosen[rows]` names the group of each row, 0 to `groups` - 1. The number of slots depends on shapes alone.
+    """Slots for rows by group: `chosen[rows]` is the group of each row, 0 to `groups` - 1. Shapes alone fix how many slots.
 
-    Where these are some of many groups (`of`), `groups` in `chosen` stands for all others. Their rows have no slot, and read as
-    zeros. `chosen[tokens, taken]` names different groups in each line, so that no more than `groups` of them are here.
+    If these are only some of `of` groups, the value `groups` in `chosen` stands for all others. Their rows have no slot, and
+    read as zeros. Each line of `chosen[tokens, taken]` names different groups, so at most `groups` of them are here.
 
     >>> found = group_rows(np.array([1, 0, 1]), 2)
     >>> found.slot.tolist(), found.sizes.tolist()
@@ -64,14 +64,14 @@ def group_rows(chosen: Array, groups: int, *, of: int | None = None) -> Groups:
     row = jnp.full(blocks * block, rows, jnp.int32).at[slot].set(jnp.arange(rows, dtype=jnp.int32), mode="drop")
     begins = jnp.arange(blocks, dtype=jnp.int32) * block
     of_block = jnp.minimum(jnp.searchsorted(jnp.cumsum(sizes), begins, side="right"), groups - 1)
-    # Of all rows nearly every block is used, and a loop of fixed length needs no word from the device.
+    # With all groups here, nearly every block is used, and a loop of fixed length needs no count from the device.
     return Groups(row, slot, sizes, of_block.astype(jnp.int32), sizes.sum() // block if some else None)
 
 
 def _running_counts(mine: jax.Array) -> jax.Array:
-    """How many of `mine` bool[groups, rows] are true up to each row: int32, of that shape.
+    """Running counts along the rows of `mine` bool[groups, rows]: int32, of that shape.
 
-    In two steps: a TPU's compiler takes half a minute for a sort or a cumulative sum of a hundred thousand rows.
+    Computed in two steps, because a TPU's compiler takes half a minute for a sort or cumulative sum of a hundred thousand rows.
     """
     groups, rows = mine.shape
     parts = jnp.pad(mine, ((0, 0), (0, -rows % _COUNTED))).reshape(groups, -1, _COUNTED)
@@ -87,13 +87,13 @@ def to_groups(x: jax.Array, groups: Groups) -> jax.Array:
 
 
 def from_groups(y: jax.Array, groups: Groups) -> jax.Array:
-    """Slots [slots, D] back in the order of the rows [rows, D]."""
+    """The inverse of `to_groups`: slots [slots, D] in the order of the rows, [rows, D]."""
     return _permuted(y, groups.slot, groups.row)
 
 
 @jax.custom_vjp
 def _permuted(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
-    """`x[index]`, zeros where that is outside. Its gradient is a permutation, too, and no sum of scattered rows."""
+    """`x[index]`, zeros for indices out of range. Its gradient is also a permutation, not a scatter-add."""
     return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
 
@@ -105,7 +105,7 @@ _permuted.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_product(x: jax.Array, kernels: jax.Array, groups: Groups, transposed: bool = False) -> jax.Array:
-    """`x[s] @ kernels[group of s]` in each slot: [slots, D] and [E, D, F] give [slots, F].
+    """`x[s] @ kernels[group of s]` in each slot s: [slots, D] and [E, D, F] to [slots, F].
 
     `transposed`: `x[s] @ kernels[group of s].T`, [slots, F] to [slots, D].
     """
@@ -155,7 +155,7 @@ def _in_blocks(x: jax.Array, kernels: jax.Array, groups: Groups, *, transposed: 
 
 
 def _outer_in_blocks(left: jax.Array, right: jax.Array, kernels: jax.Array, groups: Groups) -> jax.Array:
-    """The gradient of the kernels: the sum of `left[s]^T right[s]` over the slots of each group."""
+    """Gradient of the kernels: the sum of `left[s]^T right[s]` over the slots of each group."""
     blocks = len(groups.of_block)
 
     def add(total: jax.Array, block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:

@@ -1,7 +1,7 @@
 """Read and write Hugging Face model folders: `config.json` and safetensors, one file or sharded with an index.
 
-Nothing but safetensors is read: pickled weights can run code. Every tensor of a checkpoint is used exactly once, with its shape
-checked; what is missing, left over or of the wrong shape is an error that names it.
+Only safetensors is read, because pickled weights can run code. Every tensor of a checkpoint is used exactly once, with its
+shape checked; a tensor that is missing, unused or of the wrong shape is an error that names it.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def load_config(path: str | Path) -> dict[str, Any]:
 
 
 def end_tokens(path: str | Path) -> list[int]:
-    """Every token that ends a text of the model by its `config.json` or its `generation_config.json`, in ascending order.
+    """All stop tokens of the model, from its `config.json` and `generation_config.json`, in ascending order.
 
-    Chat models have several: of the end of a turn (`<end_of_turn>`, `<|eot_id|>`), and of the whole text. Raises `Unreadable`
-    naming the file.
+    Chat models have several: for the end of a turn (`<end_of_turn>`, `<|eot_id|>`) and for the end of the text. Raises
+    `Unreadable` naming the file.
     """
     folder = model_folder(path)
     return end_tokens_of(folder, read_config(folder))
@@ -66,9 +66,9 @@ def load_hf(
 ) -> tuple[Model, Variables]:
     """Load a Hugging Face model folder or Hub id. Returns `(model, variables)`; `dtype` and `remat` as in `make_model`.
 
-    A folder of LoRA weights, as PEFT writes them, gives the model that they belong to, with the weights merged in.
-    Of a Gemma 3 with images it is the text model; with `images` the one that reads them, whose encoder `load_encoder` gives.
-    Weights are converted to `param_dtype`. `attention` names a path of `attention_paths`, by default this platform's.
+    A folder of LoRA weights, as PEFT writes them, gives its base model with the adapter merged in. A Gemma 3 with a vision
+    encoder gives the text model; with `images`, the model that reads images, whose encoder `load_encoder` loads. Weights are
+    converted to `param_dtype`. `attention` names a path of `attention_paths`, by default this platform's.
 
     Raises ValueError or FileNotFoundError naming file and tensor for an unsupported configuration, missing, unknown or
     mis-shaped tensors, pickled weights, and git-lfs pointers; `Unreadable`, a ValueError, for damaged files.
@@ -92,14 +92,14 @@ def variable_shapes(model: Model, dtype: Any = jnp.float32) -> Variables:
 
 
 def read_weights(path: str | Path, model: Model, *, digest: WeightsDigest | None = None, merge: bool = True) -> Iterator[Piece]:
-    """The weights of a model folder, checkpoint tensor by checkpoint tensor, under our names and in our orientation.
+    """The weights of a model folder, one checkpoint tensor at a time, under our names and in our layout.
 
-    Arrays are still in their files (`weights.StoredArray`): whoever takes a part of one reads that part. Those that `digest`
-    takes in (of several hosts each a share) and those of an adapter's folder are read whole, and no more than one tensor is in
-    memory at a time; of a mixture of experts, those of one layer. Names are checked before the first, and errors are those of
-    `load_hf`. Of an adapter's folder `digest` takes in base and adapter: with `merge` they come as one model, else
-    as the base and then the collection "lora" of `models.lora`. ValueError, at the end, where the base is not the one that the
-    adapter was trained on, as far as its folder tells (ours do).
+    Arrays are still in their files (`weights.StoredArray`): taking a part of one reads only that part. Tensors that `digest`
+    covers (with several hosts, a share for each) and those of an adapter's folder are read whole. Only one tensor is in memory
+    at a time; for a mixture of experts, the tensors of one layer. Names are checked before the first is read, and errors are
+    those of `load_hf`. For an adapter's folder `digest` covers base and adapter. With `merge` they come as one model, otherwise
+    as the base and then the collection "lora" of `models.lora`. Raises ValueError at the end if the base is not the one on
+    which the adapter was trained, provided that its folder records it (ours do).
     """
     folder, config = resolve(path), model.config
     adapter = None if adapter_base(folder) is None else read_adapter(folder, config)
@@ -146,7 +146,7 @@ def _read_whole(
     adapter: Adapter | None,
     merge: bool,
 ) -> Iterator[Piece]:
-    """The arrays of one layer in a tensor, of which `digest` takes in what is stored; with what `adapter` adds."""
+    """The arrays of one layer in a tensor, with the update of `adapter`; `digest` covers what is stored."""
     names, paths = tensor.names(layer), _paths(tensor)
     loaded = [checkpoint.get(name, tensor.hf_shape(ours)) for name in names]
     if digest is not None:
@@ -174,16 +174,15 @@ def save_hf(
 ) -> Path:
     """Write `config.json` and safetensors that Hugging Face's `AutoModelForCausalLM` loads. Returns the folder.
 
-    `dtype` converts the weights (None: as they are). `source` is the folder or Hub id of the model that they were trained from:
-    its `generation_config.json`, if it has one, is copied. `settings` go into `config.json` as well. Files are written next to
-    the folder, read back, compared and only then moved in, so that a kill leaves no half-written model. In a folder that holds
-    an earlier model its files are replaced and others, such as a tokenizer, stay. Weights that lie in pieces on several hosts
-    are collected tensor by tensor with `fetch`: all hosts call this, and one with `write`. `others` are tensors that go along
-    as they are, in a larger type where `dtype` would change their values: those of the vision encoder (`encoder_in_hf_form`),
-    which a model that reads images needs. Raises
-    FileExistsError for a folder that holds something else; ValueError if the variables do not fit the model or hold more than
-    "params", which would be lost, and for a model of your own, which has no Hugging Face form; OverflowError, naming the
-    tensor, for values too large for `dtype`.
+    `dtype` converts the weights (None: as they are). `source` is the folder or Hub id of the model that they were trained from;
+    its `generation_config.json`, if any, is copied. `settings` are added to `config.json`. Files are written next to the
+    folder, read back, compared and only then moved in, so that a kill leaves no half-written model. In a folder that holds an
+    earlier model, its files are replaced and others, such as a tokenizer, stay. Weights that are sharded over several hosts are
+    collected tensor by tensor with `fetch`: all hosts call this, one with `write`. `others` are further tensors to store
+    unchanged, in a larger type where `dtype` would change their values: those of the vision encoder (`encoder_in_hf_form`),
+    which a model that reads images needs. Raises FileExistsError for a folder that holds something else; ValueError if the
+    variables do not fit the model or hold more than "params", which would be lost, and for a model of your own, which has no
+    Hugging Face form; OverflowError, naming the tensor, for values too large for `dtype`.
 
     >>> decoder, weights = load_hf(folder)
     >>> sorted(file.name for file in save_hf("copy", decoder, weights).iterdir())
@@ -244,7 +243,7 @@ def save_hf(
 def in_hf_form(
     table: list[Tensor], flat: Mapping[str, Any], dtype: np.dtype, fetch: Callable[[Any], np.ndarray]
 ) -> tuple[dict[str, int], Callable[[str], np.ndarray]]:
-    """({name: bytes}, `get(name)`) of the checkpoint's tensors, in the order in which all hosts take them."""
+    """({name: bytes}, `get(name)`) of the checkpoint's tensors, in an order that is the same on all hosts."""
     lines: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
     sizes: dict[str, int] = {}
     for tensor in table:
@@ -278,7 +277,7 @@ def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def _unchanged(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """An array in `dtype` where that holds its values exactly, else as it is."""
+    """An array in `dtype` if that holds its values exactly, else unchanged."""
     with np.errstate(over="ignore"):
         cast = array.astype(dtype)
     return cast if np.array_equal(cast.astype(array.dtype), array) else array

@@ -1,4 +1,4 @@
-"""A reader of the settings of a Hugging Face `config.json` that families share."""
+"""A reader for the Hugging Face `config.json` settings that families share."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _ACTIVATIONS = {
 class Reader(Fields):
     """The fields of a `config.json`, with the defaults of its family.
 
-    A value that no model of the family can have is `Unreadable`. One that transformers knows and the decoder does not is a
-    plain ValueError.
+    A value that no model of the family can have raises `Unreadable`. One that transformers supports and the decoder does not
+    raises a plain ValueError.
     """
 
     def __init__(self, family: str, hf: Mapping[str, Any], where: str | Path, *, defaults: Mapping[str, Any]):
@@ -34,12 +34,12 @@ class Reader(Fields):
         self.family = family
 
     def refuse(self, key: str, supported: str = "") -> NoReturn:
-        """Raises ValueError: the decoder does not have this setting."""
+        """Raises ValueError: the decoder does not support this setting."""
         what = f"; supported: {supported}" if supported else ""
         raise ValueError(f"{self.where}: {key} = {shown(self.all[key])} is not supported in a {self.family}{what}")
 
     def layers(self, key: str) -> int:
-        """The number of layers. Whatever is made for each layer is made after this."""
+        """The number of layers. It is checked before anything is made per layer."""
         layers = self.size(key)
         LIMITS.check("layers", layers, self.where, what=f"layers ({key})")
         return layers
@@ -56,11 +56,11 @@ class Reader(Fields):
         return width // heads
 
     def rope_settings(self) -> Fields:
-        """The rotary object, under whichever key and age of transformers it was written."""
+        """The rotary settings, under whichever key a version of transformers wrote them."""
         return self.part("rope_scaling" if self.all.get("rope_scaling") else "rope_parameters")
 
     def rope(self, size: int, *, theta: str | float, settings: Fields, interleaved: bool = False) -> Rope:
-        """`theta` is the field that holds it where `settings` does not, or the value."""
+        """`theta` is the name of the field that holds the base if `settings` does not, or the value itself."""
         kind = settings.text("rope_type" if settings.has("rope_type") else "type", "default")
         if size < 2 or size % 2:
             raise Unreadable(f"{self.where}: rotary size {size} is not a positive even number")
@@ -69,7 +69,7 @@ class Reader(Fields):
         else:
             base = self.number(theta) if isinstance(theta, str) else theta
         kind = _OLDER_KINDS.get(kind, kind)
-        if kind in ("default", "dynamic"):  # dynamic: a change for texts that are longer than any we read
+        if kind in ("default", "dynamic"):  # dynamic: only changes texts longer than any we read
             return Rope(base, size, interleaved)
         if kind not in _SCALINGS:
             raise ValueError(
@@ -138,10 +138,10 @@ _SCALINGS: Mapping[str, Callable[..., Rope]] = {"linear": _linear, "llama3": _ll
 
 
 def older_rotary_keys(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers 5 keeps in `rope_parameters`, under the keys of transformers 4; those that `hf` has are left out.
+    """The rotary settings of transformers 5 (`rope_parameters`) under the keys of transformers 4, except those `hf` has.
 
-    Programs that know only these would take the default base for the model's, without a word. transformers 5 reads both.
-    `defaults`: those of the family, whose keys these are.
+    Programs that know only the older keys would silently use the default base. transformers 5 reads both. `defaults` are those
+    of the family, which has these keys.
     """
     now = hf.get("rope_parameters")
     if not isinstance(now, Mapping):

@@ -1,4 +1,4 @@
-"""Models by name: a folder, or a Hub id "organization/name", with "@revision" where a certain one is meant; and back there."""
+"""Models by name: a folder, or a Hub id "organization/name", optionally with "@revision"; and uploads to the Hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja", "*.model
 
 
 def resolve(path: str | Path) -> Path:
-    """The folder of a model: `path` itself, or a download of a Hub id (safetensors, JSON, tokenizer files and the card).
+    """The local folder of a model: `path` itself, or a download of a Hub id (safetensors, JSON, tokenizer files and the card).
 
     Raises FileNotFoundError if it is neither a folder nor an id that can be fetched, NotADirectoryError for a file.
     """
@@ -18,14 +18,14 @@ def resolve(path: str | Path) -> Path:
         return folder
     try:
         return _snapshot(str(path))
-    except Exception as error:  # the hub client raises its own, requests' and OSError's kinds
+    except Exception as error:  # the hub client raises its own errors, those of requests, and OSError
         raise FileNotFoundError(f"{path} is no folder here and could not be fetched from the Hub: {error}") from error
 
 
 def model_folder(path: str | Path) -> Path:
-    """The folder with the weights and `config.json` of a model: of an adapter (LoRA), that of its base.
+    """The folder with a model's weights and `config.json`; for an adapter (LoRA), its base's.
 
-    Raises what `resolve` raises, naming the adapter if it is its base that is not found.
+    Raises what `resolve` raises, naming the adapter if its base is not found.
     """
     folder = resolve(path)
     base = adapter_base(folder)
@@ -43,17 +43,17 @@ def model_folder(path: str | Path) -> Path:
 
 
 def tokenizer_folder(folder: str | Path) -> Path:
-    """`folder`, or that of its base for an adapter without a tokenizer of its own."""
+    """`folder`, or its base's folder for an adapter without its own tokenizer."""
     own = any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
     return Path(folder) if own else model_folder(folder)
 
 
 class PushError(Exception):
-    """A folder could not be put on the Hub. The message says why, and the remedy."""
+    """A folder could not be uploaded to the Hub. The message says why, and gives the remedy."""
 
 
 def check_push(name: str) -> None:
-    """Raises `PushError` where nothing can be pushed to the repository `name` from here: no such id, no token, no network."""
+    """Raises `PushError` if nothing can be pushed to the repository `name` from here: no such id, no token, no network."""
     from huggingface_hub import constants, get_token
 
     if not is_hub_id(name) or "@" in name:
@@ -65,8 +65,7 @@ def check_push(name: str) -> None:
 
 
 def push(folder: str | Path, name: str, *, message: str, public: bool = False) -> str:
-    """Uploads a model folder as one commit, and returns its address. A repository that is not there is made, unless `public` a
-    private one.
+    """Uploads a model folder as one commit, and returns its address. A missing repository is created, private unless `public`.
 
     Raises `PushError`; the folder stays as it is.
     """
@@ -85,12 +84,12 @@ def push(folder: str | Path, name: str, *, message: str, public: bool = False) -
             403: "the token may not write there; take one with write permission, or another organization",
         }.get(status, f"the Hub refuses it: {' '.join(str(error).split())[:300]}")
         raise PushError(f"{name}: {why}; {later}") from error
-    except Exception as error:  # of the network: the HTTP library below raises its own
+    except Exception as error:  # network errors: the underlying HTTP library raises its own
         raise PushError(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}; {later}") from error
 
 
 def cached_revision(path: str) -> str | None:
-    """The commit of a Hub id that was downloaded to this machine, or None. Uses no network."""
+    """The commit of a Hub id already downloaded to this machine, or None. Uses no network."""
     try:
         return _snapshot(path, local_files_only=True).name
     except Exception:  # not downloaded, or no cache at all

@@ -22,18 +22,18 @@ from dpo_jax.types import Array
 
 
 class LayerInput(NamedTuple):
-    """What differs from layer to layer: int32[layers] each, or None where the layers agree."""
+    """Settings that differ from layer to layer: int32[layers] each, or None if all layers agree."""
 
     index: jax.Array
     window: jax.Array | None
-    window_number: jax.Array | None  # which of the distinct windows that is
+    window_number: jax.Array | None  # index among the distinct windows
     rope: jax.Array | None
 
 
 class Shared(NamedTuple):
-    """What every layer reads: the key intervals, and the rotary angles of each distinct `Rope`, stacked.
+    """Inputs shared by all layers: the key intervals, and the rotary angles of each distinct `Rope`, stacked.
 
-    `prepared` is what the attention path has made of the intervals: the list of blocks of the kernel is the same in all layers.
+    `prepared` is the attention path's result of `prepare`: the kernel's block lists are the same in all layers.
     """
 
     k_start: Array
@@ -43,11 +43,11 @@ class Shared(NamedTuple):
     angles: tuple[jax.Array, jax.Array] | None  # float32[ropes, R, L, size / 2] each
     write_at: jax.Array | None  # cache column of the first new token
     prepared: Any = None
-    lanes: LaneKeys | None = None  # of one token in each row against a `SharedCache`
-    counted: jax.Array | None = None  # bool[R, L], no padding: where it is asked what the routers do
+    lanes: LaneKeys | None = None  # for one token per row with a `SharedCache`
+    counted: jax.Array | None = None  # bool[R, L], not padding; given if router decisions are requested
 
     def of_layer(self, number: int) -> Shared:
-        """With the prompts' keys and values of one layer alone, where layers are apart."""
+        """The same with the prompts' keys and values of one layer only, if layers are unstacked."""
         if self.lanes is None:
             return self
         keys, values = self.lanes.prompts
@@ -59,12 +59,12 @@ VOCABULARY: Axes = ("vocab", "embed")  # of the token embedding and of the head
 
 
 def declare(module: nn.Module, name: str, first: Any, shape: tuple[int, ...], axes: Axes) -> jax.Array:
-    """A parameter with its logical axes beside it; `Model.axes` collects them. Its user calls `as_stored`."""
+    """A parameter with its logical axes; `Model.axes` collects them. Its user calls `as_stored`."""
     return module.param(name, nn.with_partitioning(first, axes), shape)  # pyright: ignore[reportReturnType]
 
 
 def _param(module: nn.Module, name: str, first: Any, shape: tuple[int, ...], axes: Axes) -> jax.Array:
-    """A parameter that is declared where it is used."""
+    """A parameter declared where it is used."""
     value = declare(module, name, first, shape, axes)
     return value if module.is_initializing() else as_stored(value, axes)
 
@@ -81,8 +81,8 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         first = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
         scale = _param(self, "scale", first, (x.shape[-1],), (None,))
-        # Statistics in float32: squares of bfloat16 activations lose the small ones.
-        # Rows behind each other: over three axes XLA sums the gradient of the scale many times slower on a CPU. Heads stay
+        # Statistics in float32: a sum of squares in bfloat16 loses the small ones.
+        # Rows flattened: over three axes XLA sums the gradient of the scale many times slower on a CPU. Heads stay
         # apart, as they may be on different devices.
         y = x.reshape(-1, *x.shape[2:]).astype(jnp.float32)
         if self.kind == "layer":
@@ -97,9 +97,9 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A kernel with D first, whether it reads from the residual stream or, with `axes` that end in "embed", writes to it.
+    """A linear map whose kernel has D first, whether it reads the residual stream or (`axes` ending in "embed") writes to it.
 
-    So those of an MLP are never taller than wide: a CPU computes the gradient of a tall one a third slower, or turns it over.
+    MLP kernels are then never taller than wide: a CPU computes the gradient of a tall one a third slower, or transposes it.
     """
 
     features: int
@@ -112,7 +112,7 @@ class Linear(nn.Module):
         width, writes = x.shape[-1], self.axes[1] == "embed"
         shape, axes = ((self.features, width), self.axes[::-1]) if writes else ((width, self.features), self.axes)
         kernel = _param(self, "kernel", nn.initializers.normal(self.std), shape, axes).astype(x.dtype)
-        # Flat, because the gradient of the kernel is then one plain product: XLA turns round what has more axes first.
+        # Flat, so that the kernel's gradient is one plain product: XLA transposes operands with more axes first.
         y = jnp.dot(x.reshape(-1, width), kernel.T if writes else kernel, precision=precision_of(x.dtype))
         y = y.reshape(*x.shape[:-1], self.features)
         if self.bias:
@@ -121,7 +121,7 @@ class Linear(nn.Module):
         return y + self._low_rank(x) if self.has_variable("lora", "a") else y
 
     def _low_rank(self, x: jax.Array) -> jax.Array:
-        """The adapter of `models.lora` beside the kernel: `x A B`, of which B comes scaled."""
+        """The adapter of `models.lora` beside the kernel: `x A B`; B is already scaled."""
         a = as_stored(self.get_variable("lora", "a"), (self.axes[0], None)).astype(x.dtype)
         b = as_stored(self.get_variable("lora", "b"), (None, self.axes[1])).astype(x.dtype)
         precision = precision_of(x.dtype)
@@ -153,18 +153,18 @@ class Attention(nn.Module):
         if shared.lanes is not None:
             return out(self._of_lanes(q, k, v, layer, shared.lanes).reshape(*x.shape[:2], -1)), cache
         q, k, v = (checkpoint_name(y, "attention") for y in (q, k, v))
-        # A kernel is for rows that attend to themselves. With a cache queries are few, and their scores small.
+        # Kernels are for rows that attend to themselves. With a cache there are few queries, and few scores.
         path = CHUNKED if self.attention_path.prepare is not None and shared.prepared is None else self.attention_path
         window = c.windows[0] if c.windows and layer.window is None else layer.window
         keys = VisibleKeys(shared.k_start, shared.k_end, shared.q_positions, shared.k_positions, window)
         scoring = Scoring(c.attention_scale, c.attention_softcap)
         mixed = attend(q, k, v, keys, scoring, path=path, prepared=shared.prepared, number=layer.window_number)
         if path.prepare is None:
-            mixed = checkpoint_name(mixed, "attention")  # a kernel names its own output, and both would be kept
+            mixed = checkpoint_name(mixed, "attention")  # a kernel names its own output already, and both would be kept
         return out(mixed.reshape(*x.shape[:2], -1)), cache
 
     def _of_lanes(self, q: jax.Array, k: jax.Array, v: jax.Array, layer: LayerInput, lanes: LaneKeys) -> jax.Array:
-        """Attention of new tokens [R, 1, N, H] to their prompts and to their own `k`, `v` [R, C, K, H]."""
+        """Attention of new tokens [R, 1, N, H] to their prompts and to their own keys and values `k`, `v` [R, C, K, H]."""
         c, visible = self.config, lanes.visible
         window = c.windows[0] if c.windows and layer.window is None else layer.window
         if window is not None:
@@ -178,8 +178,8 @@ class Attention(nn.Module):
 def _update_cache(cache: Any, k: jax.Array, v: jax.Array, layer: jax.Array, write_at: Any) -> tuple[Any, jax.Array, jax.Array]:
     """Write one layer's new keys and values; return the cache and that layer's full keys and values, typed as `k`.
 
-    `cache` is that of all layers, or of this one alone. Heads come before columns, as the products with queries and weights
-    have them: otherwise each token would turn round the whole cache.
+    `cache` holds all layers, or only this one. Heads come before columns, the order in which the products with queries and
+    weights read them; otherwise the whole cache would be transposed for each token.
     """
     alone = cache[0].ndim == 4
     at = (0, 0, write_at, 0) if alone else (layer, 0, 0, write_at, 0)
@@ -199,7 +199,7 @@ def _one_layer(store: jax.Array, layer: jax.Array) -> jax.Array:
 
 
 def _residual_std(c: DecoderConfig) -> float:
-    # GPT-2's rule: the variance of the residual stream shall not grow with depth.
+    # GPT-2's rule: keeps the variance of the residual stream from growing with depth.
     return c.init_std / math.sqrt(2 * c.layers)
 
 
@@ -219,9 +219,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The carry is the residual stream `x[R, L, D]` and the key/value cache (None without one).
+    """One decoder layer. The scan carry is the residual stream `x[R, L, D]` and the key/value cache (None without one).
 
-    Beside it, what the router did, if `shared.counted` asks for that.
+    It also returns the router's decisions, if `shared.counted` is given.
     """
 
     config: DecoderConfig

@@ -1,4 +1,4 @@
-"""The logical axes of a decoder's parameters: how long each is, and over which axis of a mesh it is cut. Needs no JAX."""
+"""Logical axes of a decoder's parameters: their lengths, and the mesh axes that shard them. Needs no JAX."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def axis_lengths(config: DecoderConfig) -> dict[str, int]:
 
 
 def whole_heads(config: DecoderConfig) -> dict[str, int]:
-    """{logical axis: unit}: a head is not cut in two."""
+    """{logical axis: unit}: sizes that must not be split, so that no head is cut in two."""
     return dict.fromkeys(("heads", "kv_heads"), config.head_size)

@@ -1,6 +1,6 @@
-"""LoRA (Hu et al. 2021): a trained product of two thin matrices beside each frozen kernel, `x W + scale x A B`.
+"""LoRA (Hu et al. 2021): a trained product of two low-rank matrices beside each frozen kernel, `x W + scale x A B`.
 
-`lora_model` makes of a decoder a model whose variables are `{"params": base, "lora": adapter}`. Freeze the first and train the
+`lora_model` turns a decoder into a model with variables `{"params": base, "lora": adapter}`. Freeze the first and train the
 second (`step.init_state(..., frozen=...)`): gradients and optimizer state then exist for the adapter alone.
 """
 
@@ -32,7 +32,7 @@ KERNELS: Mapping[str, tuple[str, str]] = {
     "mlp/down": ("mlp", "embed"),
 }
 WRITES = tuple(name for name, axes in KERNELS.items() if axes[1] == "embed")
-"""Those that write to the residual stream, whose kernels are [out, in], as `layers.Linear` keeps them."""
+"""Kernels that write to the residual stream; these are [out, in], as in `layers.Linear`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What the product is multiplied by: alpha / rank, or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)."""
+        """The adapter's scale: alpha / rank, or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
@@ -74,9 +74,9 @@ def lora_targets(names: str, config: DecoderConfig) -> tuple[str, ...]:
 
 
 def modules(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
-    """{name of a Hugging Face module, "{}" for the layer: our kernels in it}, of all linear layers but the head.
+    """{name of a Hugging Face module, "{}" for the layer: our kernels in it}, for all linear layers but the head.
 
-    Routers and experts are none of them: adapters leave these as they are.
+    Routers and experts are not included: adapters do not change them.
     """
     kernels = (t for t in tensors(config) if t.stacked and t.name.endswith(".weight") and t.paths[0].endswith("/kernel"))
     return {
@@ -92,7 +92,8 @@ def outputs(config: DecoderConfig, kernel: str) -> int:
 
 def lora_model(model: Model, lora: Lora) -> Model:
     """`model` with an adapter: its variables gain the collection "lora", `{"layers": {...: {"a": [layers, in, rank], "b":
-    [layers, rank, out]}}}`. B starts at zero, so that the adapted model is the base. Variables without it are read as the base.
+    [layers, rank, out]}}}`. B starts at zero, so that the adapted model equals the base. Variables without "lora" give the
+    base.
 
     >>> adapted = lora_model(decoder, Lora(4, 8.0, lora_targets("attention", decoder.config)))
     >>> sorted(adapted.init(jax.random.key(0)))
@@ -124,7 +125,7 @@ def lora_model(model: Model, lora: Lora) -> Model:
 
 
 def merge_adapter(variables: Variables, lora: Lora) -> Variables:
-    """`variables` with the collection "lora", if there is one, added to its kernels, of which float32 copies are made."""
+    """`variables` with the collection "lora", if any, merged into its kernels, which become float32 copies."""
     if LORA not in variables:
         return variables
     layers = {room: dict(parts) for room, parts in variables["params"]["layers"].items()}
@@ -150,7 +151,7 @@ def adapter_shapes(config: DecoderConfig, lora: Lora) -> Variables:
 
 
 def new_adapter(config: DecoderConfig, lora: Lora, key: jax.Array) -> Variables:
-    """A new collection "lora": A uniform between +-1/sqrt(in), as PEFT draws it (Kaiming uniform with a = sqrt(5)); B zero."""
+    """A new collection "lora": A uniform in +-1/sqrt(in), as PEFT draws it (Kaiming uniform with a = sqrt(5)); B zero."""
 
     def of(path: Sequence[Any], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if path[-1].key == "b":
@@ -163,7 +164,7 @@ def new_adapter(config: DecoderConfig, lora: Lora, key: jax.Array) -> Variables:
 
 
 def _axes(lora: Lora) -> Variables:
-    """Logical axes of the adapter: those of the kernel, and the rank along none."""
+    """Logical axes of the adapter: those of the kernel, and none for the rank."""
 
     def of(target: str) -> dict[str, PartitionSpec]:
         inputs, outputs = KERNELS[target]

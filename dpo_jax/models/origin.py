@@ -1,6 +1,6 @@
-"""Where a model or a data set comes from, as far as the files here say: its id on the Hub, and the licence of a model.
+"""The origin of a model or data set, as recorded in local files: its Hub id, and the licence of a model.
 
-Nothing is guessed and no network is used: what the files do not say is None.
+Nothing is guessed and no network is used; anything the files do not record is None.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dpo_jax.models.folder import is_hub_id
 from dpo_jax.untrusted import Unreadable, read_object, read_text
 
 LONGEST = 500  # characters of a value in a model card
-PARENTS = 3  # folders above a named one in which its clone or snapshot may begin
+PARENTS = 3  # how many parent folders to search for the root of a clone or snapshot
 
 
 class License(NamedTuple):
@@ -31,7 +31,7 @@ class Origin(NamedTuple):
 
 
 def model_origin(path: str | None) -> Origin:
-    """Of a Hub id or a model folder. A folder without an id of its own has the base model that its card names, if any."""
+    """The origin of a Hub id or model folder. A folder without its own id gets the base model that its card names, if any."""
     if path is None:
         return Origin()
     folder = Path(path).expanduser()
@@ -48,7 +48,7 @@ def model_origin(path: str | None) -> Origin:
 
 
 def hub_id_of_folder(path: str | Path, kind: Literal["models", "datasets"]) -> str | None:
-    """The id of a snapshot in the Hub's cache, or of a clone of a Hub repository, that `path` is or lies in."""
+    """The Hub id of the cache snapshot or repository clone that `path` is or lies in."""
     folder = Path(path).expanduser().absolute()
     for place in (folder, *list(folder.parents)[:PARENTS]):
         cached = re.fullmatch(rf"{kind}--([\w.-]+?)--([\w.-]+)", place.name)
@@ -62,13 +62,13 @@ def hub_id_of_folder(path: str | Path, kind: Literal["models", "datasets"]) -> s
 
 
 def license_of(header: dict[str, str]) -> License | None:
-    """The licence that the header of a model card states."""
+    """The licence stated in the header of a model card."""
     stated = header.get("license")
     return License(stated, header.get("license_name"), header.get("license_link")) if stated else None
 
 
 def _header(card: str | None) -> dict[str, str]:
-    """The one-line values of a card's YAML header. Lists, nested values and what cannot be printed are left out."""
+    """The one-line values of a card's YAML header. Lists, nested values and unprintable ones are left out."""
     block = re.match(r"---\r?\n(.*?)\r?\n---", card or "", re.S)
     found = re.findall(r"^(\w+):[ \t]*([^\s#\[{|>-][^\n]*)$", block[1], re.M) if block else []
     values = {name: value.strip().strip("\"'") for name, value in found}
@@ -76,10 +76,10 @@ def _header(card: str | None) -> dict[str, str]:
 
 
 def _cached_card(hub_id: str, revision: str | None) -> str | None:
-    """The model card of a Hub id that was downloaded before."""
+    """The model card of a Hub id already downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
-    with contextlib.suppress(ValueError):  # the client finds that this is no id after all
+    with contextlib.suppress(ValueError):  # the client finds that this is not a valid id
         path = try_to_load_from_cache(hub_id, "README.md", revision=revision)
         return _read(Path(path)) if isinstance(path, str) else None
     return None

@@ -1,7 +1,7 @@
-"""A model of which only some parameters are trained: the last layers, or those whose names match a pattern.
+"""Partial training: a model of which only the last layers, or parameters matching a pattern, are trained.
 
-`partial_model` moves the trained parameters into a collection of their own, `{"params": frozen, "trained": trained}`. Freeze
-the first (`step.init_state(..., frozen=...)`): gradients and optimizer state then exist for the second alone.
+`partial_model` moves the trained parameters into a separate collection, `{"params": frozen, "trained": trained}`. Freeze the
+first (`step.init_state(..., frozen=...)`): gradients and optimizer state then exist for the second alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Tree = dict[str, Any]
 
 
 class Chosen(NamedTuple):
-    """Which parameters are trained: whole ones by dotted name, and those of the last `layers` layers."""
+    """The trained parameters: whole ones by dotted name, and those of the last `layers` layers."""
 
     names: frozenset[str]
     layers: int
@@ -58,7 +58,7 @@ def chosen_parameters(text: str, model: Model) -> Chosen:
 
 
 def partial_model(model: Model, chosen: Chosen) -> Model:
-    """`model` whose variables are those of `split`. Variables of the whole model are read, too."""
+    """`model` for variables as `split` returns them. It also accepts variables of the whole model."""
     decode, by_layer, route, names = model.decode, model.by_layer, model.route, model.axes
 
     def of_axes() -> Variables:
@@ -83,7 +83,7 @@ def partial_model(model: Model, chosen: Chosen) -> Model:
 def split(
     variables: Variables, chosen: Chosen, *, cut: Callable[[Any, slice], Any] = lambda leaf, part: leaf[part]
 ) -> Variables:
-    """`variables` of the whole model with what is trained in the collection "trained"; of `layers`, the last ones."""
+    """`variables` of the whole model, with the trained ones in the collection "trained"; for `layers`, the last ones."""
     if TRAINED in variables:
         return variables
     frozen, trained = {}, {}
@@ -99,7 +99,7 @@ def split(
 
 
 def join(variables: Variables) -> Variables:
-    """The variables of the whole model, `split` undone; as they are where they were not split."""
+    """The inverse of `split`: variables of the whole model; unchanged if they were not split."""
     if TRAINED not in variables:
         return variables
 
@@ -114,7 +114,7 @@ def join(variables: Variables) -> Variables:
 
 
 def _in_stacks(variables: Variables) -> Variables:
-    """As `join`, but with the frozen and the trained layers as two stacks, which the decoder goes through without a copy."""
+    """Like `join`, but frozen and trained layers stay two stacks, which the decoder runs through without a copy."""
 
     def both(frozen: Any, trained: Any, name: str = "") -> Any:
         return (frozen, trained) if name == "layers" and _same_tree(frozen, trained) else _united(frozen, trained, both)

@@ -1,4 +1,4 @@
-"""Matrix products that are as exact as their type says, and no slower than that on an accelerator, in both directions."""
+"""Matrix products that have the precision of their type, at full accelerator speed for it, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import jax.numpy as jnp
 
 
 def precision_of(dtype: Any) -> jax.lax.Precision | None:
-    """What a product of arrays of this type must ask for. By default GPUs multiply float32 in TF32, TPUs in bfloat16."""
+    """The `precision` argument for a product of this type. By default GPUs multiply float32 in TF32, TPUs in bfloat16."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def float32_product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`einsum` of two arrays of one type, with a result that is not rounded to it: float32 (float64 of float64).
+    """`einsum` of two arrays of one type, with an unrounded result: float32 (float64 for float64).
 
-    Of bfloat16 arrays, all three products have bfloat16 operands: the gradient of the result is rounded first. Left alone it
-    is float32, and so then are both products of the backward pass, at half of a tensor core's rate or less.
+    For bfloat16 arrays all three products, forward and backward, have bfloat16 operands, because the gradient of the result is
+    rounded first. Otherwise it would be float32, and so would both products of the backward pass, at half of a tensor core's
+    rate or less.
     """
     if jnp.finfo(a.dtype).bits < 32:
         return _of_few_bits(subscripts, a, b)

@@ -14,9 +14,9 @@ class Rope:
     """Rotary position embedding (Su et al. 2021) of the first `size` entries of every head.
 
     `interleaved`: entries (0, 1), (2, 3), ... form the rotated pairs (GPT-J); otherwise `i` pairs with `i + size / 2`.
-    `scaling`: "default"; "none" turns nothing (a layer without positions); "linear" divides every frequency by `factor`;
+    `scaling`: "default"; "none" rotates nothing (a layer without positions); "linear" divides every frequency by `factor`;
     "llama3" divides only those whose wavelength is long compared with `original_max_positions`, with a smooth transition (Llama
-    3.1). `Yarn` and `LongRope` are further scalings, with settings of their own.
+    3.1). `Yarn` and `LongRope` are further scalings, with their own settings.
     """
 
     theta: float
@@ -30,7 +30,7 @@ class Rope:
 
     @property
     def amplitude(self) -> float:
-        """What cosine and sine are multiplied by."""
+        """Factor on cosine and sine."""
         return 1.0
 
     def frequencies(self) -> np.ndarray:
@@ -51,8 +51,9 @@ class Rope:
         return frequency
 
     def angles(self, positions: Any) -> tuple[Any, Any]:
-        """cos and sin of every angle: two float32[R, L, size / 2], always: bfloat16 cannot count positions above 256."""
-        import jax.numpy as jnp  # a decoder is described, and checked, without it
+        """cos and sin of every angle: two float32[R, L, size / 2], always float32: bfloat16 cannot count positions above
+        256."""
+        import jax.numpy as jnp  # imported here: describing and checking a decoder need no JAX
 
         angle = jnp.asarray(positions).astype(jnp.float32)[:, :, None] * self.frequencies()[None, None, :]
         return jnp.cos(angle) * self.amplitude, jnp.sin(angle) * self.amplitude
@@ -60,10 +61,10 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class Yarn(Rope):
-    """YaRN (Peng et al. 2023, arXiv 2309.00071): fast frequencies stay, slow ones are divided by `factor`, between is a ramp.
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): high frequencies stay, low ones are divided by `factor`, with a ramp between.
 
-    The ramp is over the number of a frequency, from the one that turns `beta_fast` times within `original_max_positions` to the
-    one that turns `beta_slow` times; both are rounded outwards where `truncate`. `attention_factor` multiplies cosine and sine.
+    The ramp is over the index of a frequency, from the one that turns `beta_fast` times within `original_max_positions` to the
+    one that turns `beta_slow` times; with `truncate` both are rounded outwards. `attention_factor` multiplies cosine and sine.
     """
 
     beta_fast: float = 32.0
@@ -84,7 +85,7 @@ class Yarn(Rope):
         return frequency * (1 - ramp) + frequency / self.factor * ramp
 
     def _number(self, turns: float) -> float:
-        """The number of the frequency, not rounded, that turns so often within `original_max_positions`."""
+        """The fractional index of the frequency that turns so often within `original_max_positions`."""
         return self.size * math.log(self.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
 
@@ -92,8 +93,8 @@ class Yarn(Rope):
 class LongRope(Rope):
     """LongRoPE (Ding et al. 2024, arXiv 2402.13753) for texts of at most `original_max_positions` tokens.
 
-    Each frequency is divided by a number of its own, and `attention_factor` multiplies cosine and sine. The other divisors, for
-    longer texts, are not here: a family with these positions reads no longer texts.
+    Each frequency has its own divisor, and `attention_factor` multiplies cosine and sine. The divisors for longer texts are not
+    implemented: families with these positions read no longer texts.
     """
 
     divisors: tuple[float, ...] = ()

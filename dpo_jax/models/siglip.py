@@ -1,8 +1,8 @@
-"""SigLIP's vision encoder (Zhai et al. 2023, arXiv 2303.15343), as Gemma 3 has it: pixels to features of image tokens.
+"""SigLIP's vision encoder (Zhai et al. 2023, arXiv 2303.15343), as in Gemma 3: from pixels to features of image tokens.
 
-It is frozen: what it gives is computed once for each image and cached. Its outputs, one for each patch, are averaged over
-squares of patches here, as this needs no weights. The norm and the matrix behind that belong to the decoder, and are trained
-with it.
+It is frozen: features are computed once for each image and cached. Its outputs, one for each patch, are averaged over squares
+of patches here, because this needs no weights. The norm and the matrix after that belong to the decoder and are trained with
+it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from dpo_jax.models.vision_config import VisionConfig
 from dpo_jax.types import Array, Variables
 
 ROOT = "vision_tower.vision_model"
-"""What the names of its tensors begin with in the official checkpoints of Gemma 3."""
+"""Prefix of the encoder's tensor names in the official checkpoints of Gemma 3."""
 
 
 def encode_images(variables: Variables, pixels: Array, *, config: VisionConfig) -> jax.Array:
     """Features of the image tokens: `pixels` float32[B, size, size, 3] to float32[B, T, W]. Pure: jit it.
 
-    Pixels are normalised as the model's processor does it. T tokens are the averages of as many squares of patches, row by row.
+    Pixels are normalised as by the model's processor. The T tokens are averages over T squares of patches, row by row.
     """
     c, params = config, variables["params"]
     x = jnp.asarray(pixels, jnp.float32)
@@ -67,7 +67,7 @@ def _attention(own: Any, x: jax.Array, *, heads: int) -> jax.Array:
 
 
 def init_encoder(key: jax.Array, config: VisionConfig) -> Variables:
-    """New weights of the encoder, float32: {"params": {...}}."""
+    """New weights for the encoder, float32: {"params": {...}}."""
     shapes = encoder_shapes(config)
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     keys = jax.random.split(key, len(leaves))
@@ -116,7 +116,7 @@ def encoder_shapes(config: VisionConfig) -> Variables:
 
 
 def encoder_tensors(config: VisionConfig) -> list[Tensor]:
-    """The encoder's tensors in a checkpoint, with the names of the official Gemma 3."""
+    """The encoder's tensors in a checkpoint, under the names of the official Gemma 3."""
     c = config
     layer = f"{ROOT}.encoder.layers.{{}}"
     convolution = Layout(

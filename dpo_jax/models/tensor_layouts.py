@@ -1,4 +1,4 @@
-"""Lines of a family's table of tensors: a name in the checkpoint, our parameters, and how the one is laid out in the other."""
+"""Entries of a family's tensor table: a name in the checkpoint, our parameters, and the layout that relates them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Box = tuple[slice, ...]
 
 
 class Layout(NamedTuple):
-    """How one checkpoint tensor relates to our arrays of one layer. `to_hf` undoes `to_ours` exactly; nothing is computed."""
+    """How one checkpoint tensor relates to our arrays of one layer. `to_hf` inverts `to_ours` exactly; nothing is computed."""
 
     to_ours: Callable[[np.ndarray], Sequence[np.ndarray]]
     to_hf: Callable[[Sequence[np.ndarray]], np.ndarray]
-    hf_shape: Callable[[Sequence[Shape]], Shape]  # of the tensor, from the shapes of our arrays
+    hf_shape: Callable[[Sequence[Shape]], Shape]  # shape of the tensor, from those of our arrays
     transposed: bool = False  # our last axis is the tensor's first
 
     def part(self, read: Callable[[Box], np.ndarray], shape: Shape, which: int, box: Box) -> np.ndarray:
-        """The part `box` of `to_ours(tensor)[which]`, of a tensor of this shape of which `read(box)` gives parts.
+        """The part `box` of `to_ours(tensor)[which]`, for a tensor of this shape whose parts `read(box)` returns.
 
-        Of one or two axes: our arrays are then the tensor itself, or runs of its outputs.
+        For one or two axes: our arrays are then the tensor itself, or runs of its outputs.
         """
         axes = list(reversed(box)) if self.transposed else list(box)
-        outputs = 0 if self.transposed else len(shape) - 1  # the axis on which several of ours may lie
+        outputs = 0 if self.transposed else len(shape) - 1  # the axis along which several of our arrays may be concatenated
         wanted = self.to_ours(np.arange(shape[outputs]))[which][axes[outputs]]
         runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
         cut = [(*axes[:outputs], slice(int(run[0]), int(run[-1]) + 1), *axes[outputs + 1 :]) for run in runs if len(run)]
@@ -35,8 +35,8 @@ class Layout(NamedTuple):
 
 
 SAME = Layout(lambda a: [a], lambda ours: ours[0], lambda shapes: shapes[0])
-# torch.nn.Linear keeps [out, in], and GPT-2 [in, out]. Our kernels have D first: [in, out] those that read from the residual
-# stream, [out, in] those that write to it.
+# torch.nn.Linear keeps [out, in], and GPT-2 [in, out]. Our kernels have D first: [in, out] for those that read the residual
+# stream, [out, in] for those that write to it.
 TRANSPOSED = Layout(lambda a: [a.T], lambda ours: ours[0].T, lambda shapes: shapes[0][::-1], transposed=True)
 # GPT-2 keeps query, key and value side by side on the last axis.
 SIDE_BY_SIDE = Layout(
@@ -62,7 +62,7 @@ def per_head(heads: int) -> Layout:
 
 
 def stacked(*sizes: int) -> Layout:
-    """Phi-3: several `torch.nn.Linear` of so many outputs each, one after the other on the output axis, `[sum, D]`."""
+    """Phi-3 layout: several `torch.nn.Linear`s with these numbers of outputs, concatenated on the output axis, `[sum, D]`."""
     ends = np.cumsum(sizes)
 
     def to_ours(a: np.ndarray) -> list[np.ndarray]:
@@ -75,15 +75,15 @@ def stacked(*sizes: int) -> Layout:
 
 
 class Tensor(NamedTuple):
-    """One line of a family's table. `{}` in the name stands for the layer; `paths` under "layers/" are stacked over layers.
+    """One entry of a family's table. `{}` in the name stands for the layer; `paths` under "layers/" are stacked over layers.
 
-    Of a mixture of experts a layer has `experts` such tensors, stacked within the layer; `{expert}` stands for the expert.
+    In a mixture of experts a layer has `experts` such tensors, stacked within the layer; `{expert}` stands for the expert.
     """
 
     name: str
     paths: tuple[str, ...]
     layout: Layout = SAME
-    alias: str | None = None  # another name for it that is met on the Hub
+    alias: str | None = None  # another name used on the Hub
     experts: int = 0
 
     @property
@@ -91,17 +91,17 @@ class Tensor(NamedTuple):
         return "{}" in self.name
 
     def names(self, layer: int | None) -> list[str]:
-        """The names in a checkpoint: of each expert, or one."""
+        """Its names in a checkpoint: one, or one per expert."""
         if not self.experts:
             return [self.name.format(layer)]
         return [self.name.format(layer, expert=expert) for expert in range(self.experts)]
 
     def of_layers(self, layers: int) -> list[tuple[str, int | None]]:
-        """The names in a checkpoint of so many layers, each with its layer."""
+        """Its names in a checkpoint with this many layers, each with its layer."""
         return [(name, layer) for layer in (range(layers) if self.stacked else [None]) for name in self.names(layer)]
 
     def loaded(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """What a checkpoint has under `names`, as our arrays of one layer."""
+        """The checkpoint's tensors under `names`, as our arrays of one layer."""
         if not self.experts:
             return list(self.layout.to_ours(arrays[0]))
         return [np.stack(of_all) for of_all in zip(*map(self.layout.to_ours, arrays), strict=True)]
@@ -112,7 +112,7 @@ class Tensor(NamedTuple):
 
 
 def linear(hf: str, ours: str, bias: bool, layout: Layout = TRANSPOSED) -> list[Tensor]:
-    """A `torch.nn.Linear` named `hf`: its weight is our kernel `ours`. SAME for one that writes to the residual stream."""
+    """A `torch.nn.Linear` named `hf`, whose weight is our kernel `ours`. SAME for one that writes to the residual stream."""
     weight = Tensor(f"{hf}.weight", (f"{ours}/kernel",), layout)
     return [weight, Tensor(f"{hf}.bias", (f"{ours}/bias",))] if bias else [weight]
 
@@ -128,6 +128,6 @@ def fused(hf: str, bias: bool, layout: Layout) -> list[Tensor]:
 
 
 def norm(hf: str, ours: str, bias: bool) -> list[Tensor]:
-    """A norm named `hf`: its weight is our scale."""
+    """A norm named `hf`, whose weight is our scale."""
     weight = Tensor(f"{hf}.weight", (f"{ours}/scale",))
     return [weight, Tensor(f"{hf}.bias", (f"{ours}/bias",))] if bias else [weight]

@@ -1,6 +1,6 @@
-"""Where every tensor of a Hugging Face checkpoint lives among our parameters, and in which orientation.
+"""The mapping from Hugging Face checkpoint tensors to our parameters, with their layouts.
 
-The table of each family stands in its module of `architectures/`.
+The table of each family is in its module of `architectures/`.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from dpo_jax.models.tensor_layouts import Tensor
 
 
 class Contents(NamedTuple):
-    """What the files of a folder must hold of a model, or of a part of one."""
+    """The tensors that a folder's files must hold for a model, or for a part of one."""
 
     what: str  # in messages
     table: Sequence[Tensor]
     layers: int
-    known: Callable[[str], str | None]  # the name in `table` of a stored tensor; None for one of another part, or of none
-    spare: frozenset[str] = frozenset()  # names that may be there, too
+    known: Callable[[str], str | None]  # the name in `table` of a stored tensor; None if it belongs to another part or to none
+    spare: frozenset[str] = frozenset()  # optional names
 
 
 def contents(config: DecoderConfig) -> Contents:
-    """Those of a decoder. A tied head may be there, and is then checked (`Checkpoint.check_tied_head`)."""
+    """The contents for a decoder. A tied head may be present, and is then checked (`Checkpoint.check_tied_head`)."""
     spare = {head_name(config), "lm_head.weight"} if config.tied else set()
     known = functools.partial(canonical_name, config=config)
     return Contents(config.family, tensors(config), config.layers, known, frozenset(spare))
 
 
 def tensors(config: DecoderConfig) -> list[Tensor]:
-    """The table of a model: each of our parameters and each checkpoint tensor exactly once."""
+    """The tensor table of a model: each of our parameters and each checkpoint tensor exactly once."""
     table = family_of(config).tensors(config)
     return table + ([] if config.tied else [Tensor(head_name(config), ("head_kernel",), alias="lm_head.weight")])
 
@@ -47,10 +47,10 @@ _BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$|\.rotary_emb
 
 
 def canonical_name(name: str, config: DecoderConfig) -> str | None:
-    """The name a checkpoint tensor has in our tables, or None for one that holds no weight of the language model.
+    """The name of a checkpoint tensor in our tables, or None for one that holds no weight of the language model.
 
-    None: the causal mask and rotary buffers that older transformers saved, and the image side of a Gemma 3. Checkpoints saved
-    from the bare trunk lack its prefix (the official GPT-2 is one); multimodal ones have one more.
+    None stands for the causal mask and rotary buffers that older transformers saved, and for the image part of a Gemma 3.
+    Checkpoints saved from the bare trunk lack its prefix (such as the official GPT-2); multimodal ones have an additional one.
     """
     if _BUFFERS.search(name):
         return None
@@ -62,5 +62,5 @@ def canonical_name(name: str, config: DecoderConfig) -> str | None:
 
 
 def module_name(name: str, config: DecoderConfig) -> str:
-    """The name of a module as transformers 5 has it, of the one in a checkpoint: that of a Gemma 3 with images differs."""
+    """The name of a module in transformers 5, from that in a checkpoint; they differ for a Gemma 3 with images."""
     return re.sub(r"^language_model\.model\.", "model.language_model.", name) if config.image_width else name

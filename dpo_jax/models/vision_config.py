@@ -26,13 +26,13 @@ _DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Everything that fixes the encoder's arithmetic."""
+    """Everything that determines the encoder's arithmetic."""
 
     width: int  # W
     layers: int
     heads: int
     mlp_width: int
-    image_size: int  # pixels of a side
+    image_size: int  # pixels per side
     patch_size: int
     activation: str  # a key of activations.ACTIVATIONS
     eps: float
@@ -40,14 +40,14 @@ class VisionConfig:
 
     @property
     def side(self) -> int:
-        """Patches along a side."""
+        """Patches per side."""
         return self.image_size // self.patch_size
 
 
 def vision_settings(hf: Mapping[str, Any], where: str | Path = "config.json") -> VisionConfig:
-    """The encoder in the `config.json` of a `Gemma3ForConditionalGeneration`.
+    """The encoder's settings in the `config.json` of a `Gemma3ForConditionalGeneration`.
 
-    Raises `Unreadable` for a missing or impossible value, ValueError for one that the encoder does not have.
+    Raises `Unreadable` for a missing or impossible value, ValueError for one that the encoder does not support.
     """
     whole = Fields(hf, where, defaults={"mm_tokens_per_image": 256})
     read = Reader("siglip_vision_model", whole.part("vision_config").all, f"{where}: vision_config", defaults=_DEFAULTS)

@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder: which tensor is where, and writing that is checked."""
+"""The safetensors files of a model folder: index, checked reading and verified writing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
 class Checkpoint:
-    """The tensors of a folder under the names of our tables, whatever files they are spread over."""
+    """The tensors of a folder under the names of our tables, across all its files."""
 
     def __init__(self, folder: Path, contents: Contents):
         self.contents = contents
@@ -65,7 +65,7 @@ class Checkpoint:
             raise ValueError(f"{_some(named)}: no such tensor in a {what} of this config.json")
 
     def check_tensor(self, name: str, shape: tuple[int, ...]) -> np.dtype:
-        """The type of a tensor. Raises ValueError for a tensor of another shape, or of a type that is no floating point."""
+        """The type of a tensor. ValueError if its shape is wrong or its type is not floating point."""
         file, stored = self.where[name]
         with reading(f"{file}: tensor {stored}", remedy=_AGAIN):
             header = self.handles[file].get_slice(stored)
@@ -83,16 +83,16 @@ class Checkpoint:
         return self.read(name)
 
     def read(self, name: str, box: Box | None = None) -> np.ndarray:
-        """A tensor that has been checked, or a part of it, of which no more is read."""
+        """A checked tensor, or a part of it, reading no more than that."""
         file, stored = self.where[name]
         with reading(f"{file}: tensor {stored}", remedy=_AGAIN):
             handle = self.handles[file]
             return handle.get_tensor(stored) if box is None else handle.get_slice(stored)[box]
 
     def check_tied_head(self, shape: tuple[int, ...], *, share: tuple[int, int] = (0, 1)) -> None:
-        """Some checkpoints repeat the tied head. It must be the embedding: a different one would be lost without a word.
+        """Checks a repeated tied head: it must equal the embedding, because a different one would be lost silently.
 
-        Of `(n, hosts)` the n-th host looks at the n-th part.
+        With `(n, hosts)` the n-th host checks the n-th part.
         """
         embedding, (number, hosts) = self.contents.table[0].name, share
         rows = slice(number * shape[0] // hosts, (number + 1) * shape[0] // hosts)
@@ -106,13 +106,13 @@ class Checkpoint:
 
 
 class StoredArray:
-    """One of our arrays of one layer that still lies in its file: `array[box]` reads that part, `np.asarray(array)` all of it.
+    """One of our arrays of one layer, still in its file: `array[box]` reads that part, `np.asarray(array)` all of it.
 
-    It can be read as long as the checkpoint is open.
+    It can be read while the checkpoint is open.
     """
 
     def __init__(self, checkpoint: Checkpoint, tensor: Tensor, layer: int | None, which: int, ours: Sequence[tuple[int, ...]]):
-        """`which` of the tensor's arrays, whose shapes are `ours`. Raises what `check_tensor` raises."""
+        """`which` is its index among the tensor's arrays, whose shapes are `ours`. Raises what `check_tensor` raises."""
         self.shape = ours[which]
         self._checkpoint, self._tensor, self._which = checkpoint, tensor, which
         self._names, self._of_one = tensor.names(layer), tensor.hf_shape(ours)
@@ -150,7 +150,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names, all of them in its folder."""
+    """The files named in an index, all in its folder."""
     weight_map = read_object(index, remedy=_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise Unreadable(f"{index}: weight_map = {shown(weight_map)} is not an object of tensors and their files; {_AGAIN}")
@@ -165,7 +165,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def open_safetensors(file: Path) -> Any:
-    """A safetensors file, whose header is read and checked. Raises `Unreadable`, and ValueError for a git-lfs pointer."""
+    """A safetensors file with its header checked. Raises `Unreadable`, and ValueError for a git-lfs pointer."""
     with file.open("rb") as stream:
         if stream.read(42).startswith(b"version https://git-lfs.github.com"):
             raise ValueError(f"{file} is a git-lfs pointer, not weights; fetch them with: git lfs pull")
@@ -179,9 +179,9 @@ def _some(names: list[str]) -> str:
 
 
 def write_shards(folder: Path, sizes: Mapping[str, int], get: Callable[[str], np.ndarray], *, max_shard_bytes: int) -> None:
-    """Write tensors (bytes by name; `get` makes one) as model.safetensors, or as numbered shards with an index above the limit.
+    """Write tensors (bytes by name; `get` makes one) as model.safetensors, or above the limit as numbered shards with an index.
 
-    Every file is read back and compared bit by bit. Raises OSError naming the tensor that did not survive.
+    Every file is read back and compared bit by bit. Raises OSError naming a tensor that differs.
     """
     shards: list[list[str]] = [[]]
     filled = 0
@@ -202,7 +202,7 @@ def write_shards(folder: Path, sizes: Mapping[str, int], get: Callable[[str], np
         batch = {name: np.ascontiguousarray(get(name)) for name in names}
         with naming(folder / file):
             (folder / file).touch()
-            mode = (folder / file).stat().st_mode  # what the umask makes of a new file; safetensors lets only the owner read
+            mode = (folder / file).stat().st_mode  # permissions as by the umask; safetensors lets only the owner read
             save_file(batch, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(mode)
         with safe_open(folder / file, framework="np") as written:

@@ -1,4 +1,4 @@
-"""`dpo-jax dpo`: train the policy on preferences, against the cached log-probabilities of where it started."""
+"""`dpo-jax dpo`: train the policy on preferences, against the cached log-probabilities of the reference."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(config: Config) -> int:
         balancing = router_aux_loss(config, section, model)
         partitioner = part.partitioner(config)
         data = TrainingData(pairs, held_out, [pairs.report, held_out.report], vision=vision)
-        # What does not fit is refused here, before the reference pass, which may take hours.
+        # A run that does not fit is refused here, before the reference pass, which may take hours.
         plan = plan_training(config, section, data, tokenizer=tokenizer, partitioner=partitioner, saved=saved)
         variables, digests = load_reference(config, part, partitioner)
         reference = digests["start"]
@@ -126,20 +126,20 @@ def run(config: Config) -> int:
 
 
 def loss_at_reference(section: DpoConfig, *, completions: int = 2) -> float | None:
-    """The loss of a policy that is its reference: ln 2 for DPO. None where that depends on the data."""
+    """The loss of a policy that equals its reference: ln 2 for DPO. None where that depends on the data."""
     if section.desirable_weight != 1 or section.undesirable_weight != 1:
         return None
     if section.reference_free or section.wpo or not all(term.loss.at_reference for term in loss_table.terms(section.loss)):
         return None
     same, loss = np.zeros((1, completions), np.float32), build.make_loss(section)
     signals = whole_set_signals(loss, np.ones_like(same), pairs=1, desirable=np.ones(1, np.float32))
-    # One program, and not one for each operation.
+    # jit compiles one program instead of one for each operation.
     losses, _ = jax.jit(loss)(same, same, **signals)
     return float(np.asarray(losses)[0])
 
 
-# How far, in nats, a policy may seem to be from its own cached log-probabilities because rows of another shape are summed in
-# another order. In bfloat16 a completion's log-probability moves by some tenths of a nat.
+# Tolerance in nats between a policy and its own cached log-probabilities: rows of another shape are summed in another order.
+# In bfloat16 a completion's log-probability moves by some tenths of a nat.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
 
@@ -152,15 +152,15 @@ def starts_at_reference(
     first: bool = True,
     every: int = 0,
 ) -> None:
-    """Raises `WrongStart` unless the policy is its reference: at step 0, if it is at `first`, and after every `every` steps.
+    """Raises `WrongStart` unless the policy equals its reference: at step 0 if `first` is set, and after every `every` steps.
 
-    Then the displacement is 0, and the loss (DPO: ln 2) as expected. `expected_loss` is that of equal log-probabilities; None
-    where the loss knows no reference.
+    A policy that equals its reference has displacement 0 and the loss `expected_loss` (DPO: ln 2). `expected_loss` is None
+    where the loss uses no reference.
     """
     if not (first if step == 0 else every and step % every == 0):
         return
     displaced = max(abs(metrics["displacement/chosen"]), abs(metrics["displacement/rejected"]))
-    loss = metrics["loss"] - metrics.get("router/aux_loss", 0.0)  # which balances experts, and knows no reference
+    loss = metrics["loss"] - metrics.get("router/aux_loss", 0.0)  # load balancing does not depend on the reference
     off = 0.0 if expected_loss is None else abs(loss - expected_loss) / max(1.0, expected_loss)
     if displaced > tolerance or off > tolerance:
         remedy = "Delete the reference cache and run `dpo-jax refs` again." if step == 0 else "Delete the folder `references`."

@@ -1,8 +1,8 @@
-"""Every option of every command: a module for each subject, with defaults, units, and the help that `--help` prints.
+"""Every option of every command: one module per section, with defaults, units, and the texts that `--help` prints.
 
-One YAML file has these sections and may serve all commands; what it leaves out keeps the default written there. Relative paths
-count from the folder in which the command is started. "none" is `null` in YAML and `None` in a flag. Nothing here imports JAX,
-so `--help` answers at once.
+One YAML file holds these sections and can serve all commands; options left out keep their defaults. Relative paths are relative
+to the folder in which the command is started. "none" is `null` in YAML and `None` in a flag. Nothing here imports JAX, so
+`--help` answers at once.
 """
 
 from __future__ import annotations

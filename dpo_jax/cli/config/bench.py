@@ -1,4 +1,4 @@
-"""Options of the race against PyTorch."""
+"""Options of `bench`, the benchmark against PyTorch."""
 
 from __future__ import annotations
 
@@ -11,36 +11,38 @@ from dpo_jax.cli.config.ranges import Problem, positive
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig:
-    """The race against PyTorch: same weights, same pairs in every step, contenders in turns (needs the `bench` extra)."""
+    """Benchmark against PyTorch: same weights, same pairs in every step, contenders run in turn (needs the `bench` extra)."""
 
     contenders: str | None = None
-    """Only these, separated by commas: torch-live, torch-cached, trl, trl-best, jax-live ... jax-attention; none: all."""
+    """Run only these, separated by commas: torch-live, torch-cached, trl, trl-best, jax-live ... jax-attention; none: all."""
     lengths: str | None = None
-    """Random tokens of exactly PROMPT/CHOSEN/REJECTED length, such as 400/500/500, instead of data; none: the train split."""
+    """Use random tokens of exactly PROMPT/CHOSEN/REJECTED length, such as 400/500/500, instead of data; none: the train
+    split."""
     lengths_vary: bool = False
-    """Lengths are spread around bench.lengths (gamma distributed, as in Anthropic HH), and are up to four times as long."""
+    """Vary the lengths around bench.lengths (gamma distributed, as in Anthropic HH), up to four times as long."""
     rounds: int = 3
-    """How often all contenders run. The first round also gives the loss curves and fills the compilation caches."""
+    """Rounds, in each of which all contenders run. The first also gives the loss curves and fills the compilation caches."""
     steps: int = 4
-    """Timed optimizer steps (or batches of completions) of a contender in a round, after one that is not timed."""
+    """Timed optimizer steps (or batches of completions) per contender and round, after one untimed step."""
     gate_steps: int = 20
-    """Steps over which losses, gradient norms and then the weights must agree before any speed is compared."""
+    """Steps over which losses, gradient norms and the final weights must agree before any speeds are compared."""
     groups: int = 4
-    """Microbatches of similar length into which contenders that group by length (trl-best among them) divide a batch."""
+    """Microbatches of similar length into which contenders that group by length (such as trl-best) split a batch."""
     torch_microbatches: int = 1
-    """Equal parts into which the other contenders in PyTorch divide a batch, if it does not fit into memory."""
+    """Equal parts into which the other PyTorch contenders split a batch, if it does not fit into memory."""
     torch_python: str | None = None
-    """Python that has torch and trl, if they cannot live in one environment with JAX; none: the one that runs this."""
+    """Python interpreter with torch and trl, if they cannot share an environment with JAX; none: the one running this."""
     sampling: str | None = None
-    """Race samplers instead: 32/64/128 completes 32 prompts of up to 64 tokens by 128, ours against transformers.generate."""
+    """Benchmark sampling instead: 32/64/128 completes 32 prompts of up to 64 tokens by 128 tokens, against
+    transformers.generate."""
     completions: int = 1
-    """Completions of each prompt in the race of samplers."""
+    """Completions per prompt in the sampling benchmark."""
     ending: float = 0.0
-    """Share of completions that end before their last token in the race of samplers, of a model with random weights."""
+    """Fraction of completions that end before their last token in the sampling benchmark, for a model with random weights."""
     scaling: bool = False
-    """Afterwards time our step at 1, 2, 4 and 8 times the tokens, by batch and by length, and fit the exponents."""
+    """Then also time our step at 1, 2, 4 and 8 times the tokens, by batch size and by length, and fit the exponents."""
     profile: bool = False
-    """Afterwards record one more run of ours, print its slowest operations, and keep the trace (short: --profile)."""
+    """Then also profile one more run of ours, print its slowest operations and keep the trace (short: --profile)."""
 
     def check(self) -> Iterator[Problem]:
         yield from positive(self, "rounds", "steps", "gate_steps", "groups", "torch_microbatches", "completions")

@@ -1,4 +1,4 @@
-"""Options of `dpo-jax control`; a section of `Config`."""
+"""Options of `control`, preference learning for control; a section of `Config`."""
 
 from __future__ import annotations
 
@@ -15,56 +15,57 @@ PREFERENCES = ("regret", "return")
 
 @dataclasses.dataclass(frozen=True)
 class ControlConfig:
-    """Contrastive Preference Learning and its baselines: a Gaussian policy from preferences between segments of behaviour."""
+    """Contrastive Preference Learning (CPL) and baselines: a Gaussian policy from preferences between trajectory segments."""
 
     world: Literal["lqr", "pendulum"] = "lqr"
-    """Linear-quadratic control, whose optimum is exact; or Gymnasium's Pendulum-v1 (extra `control`)."""
+    """Environment: lqr, linear-quadratic control with an exact optimum; or pendulum, Gymnasium's Pendulum-v1 (extra
+    `control`)."""
     methods: str = ",".join(METHODS)
-    """Some of sft, cpl, p-iql and percent-bc, separated by commas."""
+    """Methods to run, separated by commas: sft, cpl, p-iql, percent-bc."""
     preferences: str = ",".join(PREFERENCES)
-    """Preferences by regret, by the return of a segment, or both, separated by a comma."""
+    """Preferences by regret, by the return of a segment, or by each in turn, separated by a comma."""
     temperature: float = 1.0
-    """A segment is preferred with probability sigmoid(difference of scores / temperature); 0: always the better one."""
+    """A segment is preferred with probability sigmoid(difference of scores / temperature); 0: the better one always is."""
     segments: int = 8000
-    """Segments of behaviour."""
+    """Number of trajectory segments."""
     length: int = 16
-    """Steps of a segment."""
+    """Steps per segment."""
     comparisons: int = 1
-    """With how many others each segment is compared."""
+    """How many other segments each segment is compared with."""
     discount: float = 0.95
-    """gamma of the world, of regret and of the scores of CPL."""
+    """Discount factor gamma of the environment, of regret and of CPL's scores."""
     hidden: str | None = None
-    """Widths of the policy's hidden layers, separated by commas; none: an affine policy, the only kind that lqr takes."""
+    """Sizes of the policy's hidden layers, separated by commas; none: an affine policy, the only kind that lqr takes."""
     std: float | None = None
-    """Standard deviation of the policy; none: a covariance is learned. Actions of pendulum are within [-1, 1]."""
+    """Standard deviation of the policy; none: a covariance is learned. Actions of pendulum lie within [-1, 1]."""
     alpha: float = 0.1
     """Temperature of CPL, and of the maximum-entropy optimum of lqr."""
     lam: float = 1.0
-    """lambda of CPL(lambda), the weight of the rejected segment: 1, or less to stay near the data."""
+    """lambda of CPL(lambda): weight of the rejected segment; 1, or less to stay near the data."""
     lr: float = 3e-3
     """Learning rate of all methods (Adam)."""
     sft_steps: int = 500
-    """Steps of SFT with which CPL begins."""
+    """Steps of SFT before CPL."""
     steps: int = 2000
-    """Steps of CPL after these; the other methods take as many steps as both together."""
+    """Steps of CPL after its SFT; the other methods take as many steps as both together."""
     reward_steps: int = 1000
-    """Steps of the reward model of P-IQL, before the rest."""
+    """Steps of P-IQL's reward model, before the rest."""
     batch: int = 128
-    """Pairs of segments a step, of CPL and of the reward model."""
+    """Pairs of segments per step, for CPL and the reward model."""
     transitions: int = 512
-    """Transitions a step, of SFT, percent-BC and P-IQL."""
+    """Transitions per step, for SFT, percent-BC and P-IQL."""
     expectile: float = 0.7
-    """Of the value in P-IQL."""
+    """Expectile of P-IQL's value function."""
     beta: float = 3.0
     """Inverse temperature of the policy's weights in P-IQL."""
     share: float = 0.1
-    """Share of the segments that percent-BC clones: the best by true score."""
+    """Fraction of the segments that percent-BC clones: the best by true score."""
     evaluations: int = 5
-    """How often each run is measured."""
+    """Number of evaluations per run."""
     episodes: int = 100
-    """Of pendulum: episodes of a measurement."""
+    """pendulum: episodes per evaluation."""
     seeds: int = 3
-    """Runs of every method, each with behaviour and preferences of its own."""
+    """Runs per method, each with its own segments and preferences."""
     jobs: int = 2
     """Runs at a time; on several devices always one."""
 

@@ -1,4 +1,4 @@
-"""Options of the data: preference pairs, tokenizer, and the TFDS folder that `prepare` writes."""
+"""Options of the data: preference pairs, the tokenizer, and the TFDS folder that `prepare` writes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dpo_jax.data.format_table import FormatName
 
 @dataclasses.dataclass(frozen=True)
 class MixConfig:
-    """One of several sources of preferences. What is left out is that of section `data`."""
+    """One of several preference sources. Options left out are taken from section `data`."""
 
     path: str = ""
-    """File, folder or data set of the Hub, as `data.path`."""
+    """File, folder or Hub data set, as in `data.path`."""
     weight: float = 1.0
-    """How often each of its training rows is seen in an epoch: 2 twice, 0.5 a fixed half of them."""
+    """How often each training row appears in an epoch: 2 means twice, 0.5 means a fixed half of the rows."""
     format: FormatName | None = None
     """As `data.format`."""
     columns: TextMap | None = None
@@ -35,66 +35,71 @@ class MixConfig:
 
 
 GENERATED = ("reviews", "question_game")
-"""Sources that are made, not read."""
+"""Sources that are generated, not read from files."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which preference pairs, and how they become rows of tokens."""
+    """Where preference pairs come from, and how they become rows of tokens."""
 
     source: Literal["reviews", "question_game", "files", "tfds", "snippets", "imdb", "cnn_dailymail"] = "files"
-    """Generated reviews or games, preference files, our TFDS folders; texts only: rt-polarity, TFDS's IMDb, CNN/DailyMail."""
+    """files; generated: reviews, question_game; tfds: folders that prepare writes; texts only: snippets (rt-polarity), imdb
+    (that of TFDS), cnn_dailymail."""
     path: str | None = None
-    """File or folder with the data, or a data set of the Hugging Face Hub (organization/name); if it is not generated."""
+    """File or folder of the data, or a Hugging Face Hub data set (organization/name). Generated sources have none."""
     config: str | None = None
-    """Folder of the data with the files, or configuration of the Hub, where a data set has several; none: all of it."""
+    """Subfolder of the data, or configuration of a Hub data set, if there are several; none: all of it."""
     revision: str | None = None
-    """Branch, tag or commit of a Hub data set; none: main when the run directory is begun, and the same commit ever after."""
+    """Branch, tag or commit of a Hub data set; none: main when the run directory is created. The run keeps that commit."""
     mix: tuple[MixConfig, ...] = ()
-    """In the place of path: several sources, a list of {path, weight} with format, config, ... where they differ; in a file."""
+    """Several sources instead of path: a list of {path, weight}, with format, config, ... where they differ. Only in the
+    YAML file."""
     test_share: float | None = None
-    """Hold out this share of the train split (0 to 1), by a hash of the prompt, where the data have no held-out split."""
+    """Hold out this fraction of the train split (0 to 1), by a hash of the prompt, if the data have no held-out split."""
     format: FormatName = "auto"  # its help is that of the table
     columns: TextMap | None = None
-    """Columns that go by other names in the files: prompt=question, prompt=instruction+input (joined); system= reads none."""
+    """Column names, if the files use others: prompt=question, or prompt=instruction+input (joined); system= reads no column."""
     train_split: str = "train"
     """Name of the split to train on."""
     test_split: str = "test"
     """Name of the held-out split."""
     max_train: int | None = None
-    """Use only the first this many training pairs; none: all."""
+    """Use only the first N training pairs; none: all."""
     max_test: int | None = None
-    """Use only the first this many held-out pairs; none: all."""
+    """Use only the first N held-out pairs; none: all."""
     reviews_train: int = 8_000
     """Training pairs to generate (sources reviews, question_game)."""
     reviews_test: int = 500
     """Held-out pairs to generate (sources reviews, question_game)."""
     ranking_length: int | None = None
-    """Keep the best so many completions of each ranking (loss plackett_luce); none: all must have the same number."""
+    """Keep the best N completions of each ranking (loss plackett_luce); none: all rankings must have the same number."""
     on_bad: Literal["refuse", "drop"] = "refuse"
-    """A bad row stops the command with its file, line and cause, or is dropped and counted by cause."""
+    """refuse: a bad row stops the command, which names its file, line and cause; drop: skip bad rows and count them by
+    cause."""
     max_dropped_share: float = 0.05
-    """With on_bad drop, stop all the same if more than this share of a split is dropped (0 to 1)."""
+    """With on_bad drop: stop if more than this fraction of a split is dropped (0 to 1)."""
     max_length: int = 512
-    """Longest prompt plus completion, in tokens; what is longer is cut and counted."""
+    """Maximum length of prompt plus completion, in tokens; longer ones are truncated and counted."""
     max_prompt_length: int = 256
-    """Length, in tokens, to which the prompt is cut when prompt plus completion exceed max_length."""
+    """Prompts are truncated to this many tokens when prompt plus completion exceed max_length."""
     truncation: Literal["keep_end", "keep_start"] = "keep_end"
-    """Which end of an over-long prompt is kept."""
+    """Which end of an over-long prompt to keep."""
     date: str | None = None
-    """Day that a chat template takes for today, such as 2026-11-27; none: the day on which the run directory was begun."""
+    """Date that chat templates see as today, such as 2026-11-27; none: the day the run directory was created."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """Begin prompts with BOS, once. auto: a text if the tokenizer does so itself, a conversation if its template does."""
+    """Start prompts with one BOS token. auto: for texts, if the tokenizer adds it; for conversations, if the template does."""
     max_duplicates: float | None = None
-    """Refuse a split of which a larger share repeats an earlier pair (0 to 1); none: only say so."""
+    """Refuse a split if more than this fraction repeats an earlier pair (0 to 1); none: only report it."""
     max_contradictions: float | None = None
-    """Refuse a split of which a larger share is an earlier pair with its sides swapped (0 to 1); none: only say so."""
+    """Refuse a split if more than this fraction repeats an earlier pair with its sides swapped (0 to 1); none: only report
+    it."""
     max_overlap: float | None = None
-    """Refuse held-out data of which a larger share has a prompt of the train split (0 to 1); none: only say so."""
+    """Refuse held-out data if more than this fraction has a prompt of the train split (0 to 1); none: only report it."""
     layout: Literal["packed", "shared", "plain"] = "packed"
-    """Several pairs a row, one pair a row with its prompt read once, or one completion a row. Same numbers, less padding."""
+    """packed: several pairs per row; shared: one pair per row, its prompt computed once; plain: one completion per row. The
+    numbers are the same; packing saves padding."""
     row_length: int | None = None
-    """Length of a row, in tokens; none: the shortest that fits the data in this layout."""
+    """Row length in tokens; none: the shortest that fits the data in this layout."""
 
     def check(self) -> Iterator[Problem]:
         yield from positive(self, "max_train", "max_test", "reviews_train", "reviews_test", "max_length", "max_prompt_length")
@@ -159,11 +164,11 @@ class DataConfig:
             yield "path", f"source {self.source} needs a file or folder: pass --data.path"
 
     def name(self) -> str:
-        """What the data are, for people."""
+        """A readable name of the data."""
         return " + ".join(part.path for part in self.mix) or self.path or self.source
 
     def parts(self) -> tuple[MixConfig, ...]:
-        """The sources of `mix`, or `path` as the only one."""
+        """The sources of `mix`, or `path` as the only source."""
         alone = MixConfig(self.path or "", config=self.config, revision=self.revision)
 
         def filled(part: MixConfig) -> MixConfig:
@@ -175,12 +180,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """The tokenizer. Without a path: that of the model; for a new model one is trained on the train split."""
+    """The tokenizer. Without a path, it is the model's own; for a new model, one is trained on the train split."""
 
     path: str | None = None
-    """Hugging Face folder or Hub id to load it from."""
+    """Hugging Face folder or Hub id to load the tokenizer from."""
     vocab_size: int = 8_000
-    """Entries of a trained byte-level BPE vocabulary."""
+    """Vocabulary size of a byte-level BPE tokenizer that is trained."""
 
     def check(self) -> Iterator[Problem]:
         if self.vocab_size < 257:
@@ -189,10 +194,10 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-    """Checked preferences as a TFDS folder, which `data.source: tfds` reads."""
+    """Checked preferences written as a TFDS folder, which `data.source: tfds` reads."""
 
     out: str | None = None
-    """Folder to write; none: tfds/ in the run directory. It must not hold the data set yet."""
+    """Folder to write; none: tfds/ in the run directory. It must not already contain the data set."""
 
     def check(self) -> Iterator[Problem]:
         yield from ()

@@ -1,4 +1,4 @@
-"""Options of the experiment of several turns; a section of `Config`."""
+"""Options of `dialogue`, the multi-turn experiment; a section of `Config`."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ METHODS = ("dpo", "online", "preferred-ft", "myopic", "dpo-limit")
 
 @dataclasses.dataclass(frozen=True)
 class DialogueConfig:
-    """A question game of three turns: preferences of whole conversations against the enumerated optimum."""
+    """A question game of three turns: preferences between whole conversations, compared with the enumerated optimum."""
 
     methods: str = ",".join(METHODS)
-    """Some of dpo (of conversations), online (the same, in rounds), preferred-ft, myopic (dpo of single turns, each by its own
-    reward) and dpo-limit (what dpo tends to with endless pairs, computed)."""
+    """Methods to run, separated by commas: dpo (on conversations); online (the same, in rounds); preferred-ft; myopic (dpo
+    on single turns, each by its own reward); dpo-limit (the limit of dpo with endless pairs, computed)."""
     betas: str = "0.3,0.6"
-    """beta of the runs of dpo, online, myopic and dpo-limit."""
+    """beta of the dpo, online, myopic and dpo-limit runs."""
     starts: int = 64
-    """Beginnings of every one of the twelve openings."""
+    """Starts from each of the twelve openings."""
     completions: int = 4
-    """Conversations from each; the user thinks of another object in each."""
+    """Conversations from each start; the user thinks of a different object in each."""
     pairs: Literal["best_worst", "all", "bradley_terry"] = "bradley_terry"
-    """Pairs of them, as online.pairs; dpo-limit is that of bradley_terry."""
+    """How pairs are formed from them, as in online.pairs; dpo-limit always takes bradley_terry."""
     rounds: int = 4
-    """Rounds of online, which divide the starts and the steps of dpo among them."""
+    """Rounds of online; they share the starts and the steps of dpo."""
     test: int = 240
-    """Conversations by which the exact measures are checked."""
+    """Sampled conversations that check the exact measures."""
     sample_batch: int = 256
     """Conversations drawn at a time, and texts scored at a time."""
     evaluations: int = 2
-    """How often each run is measured; online is measured after each round."""
+    """Number of evaluations per run; online is evaluated after each round."""
     seeds: int = 3
-    """Runs of every setting, each on conversations of its own."""
+    """Runs per setting, each on its own conversations."""
     jobs: int = 1
     """Runs at a time: as many as there are CPU cores; on an accelerator one."""
 

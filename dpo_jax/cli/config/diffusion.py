@@ -1,4 +1,4 @@
-"""Options of `diffusion`; a section of `Config`."""
+"""Options of `diffusion`, the Diffusion-DPO experiments; a section of `Config`."""
 
 from __future__ import annotations
 
@@ -14,60 +14,61 @@ LOSSES = ("dpo", "ipo", "hinge", "discopop", "nca_pair", "bco_pair", "sppo_hard"
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """Diffusion-DPO on scikit-learn's digits (extra `lab`), or on one Gaussian number whose optimum is known."""
+    """Diffusion-DPO on scikit-learn's digits (extra `lab`), or on a one-dimensional Gaussian with a known optimum."""
 
     experiment: Literal["digits", "gaussian"] = "digits"
-    """Reward (stroke weight) against path KL on real digits; or the trained policy against optima in closed form."""
+    """digits: reward (stroke weight) against path KL on real digits; gaussian: the trained policy against closed-form
+    optima."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """Noise schedule."""
     steps: int = 50
-    """Diffusion steps T, of training and DDPM; the Gaussian has gaussian_steps."""
+    """Diffusion steps T, in training and in DDPM sampling; the Gaussian has gaussian_steps."""
     width: int = 48
-    """Width of the diffusion transformer."""
+    """Hidden size of the diffusion transformer."""
     layers: int = 3
-    """Its layers."""
+    """Layers of the diffusion transformer."""
     heads: int = 4
-    """Its attention heads."""
+    """Attention heads of the diffusion transformer."""
     pretrain_steps: int = 2000
-    """Optimizer steps of denoising training on the real digits: the reference."""
+    """Optimizer steps of denoising pretraining on the real digits, which gives the reference."""
     pretrain_batch: int = 128
-    """Images of each."""
+    """Images per pretraining step."""
     pretrain_lr: float = 3e-3
-    """Peak learning rate of it; warm-up and cosine decay."""
+    """Peak learning rate of pretraining; warm-up and cosine decay."""
     label_dropout: float = 0.1
-    """Share of labels left out in it, for classifier-free guidance."""
+    """Fraction of labels dropped in pretraining, for classifier-free guidance."""
     guidance: float = 1.0
-    """Classifier-free guidance of all samples; 1 is the conditional model, and takes half the time."""
+    """Classifier-free guidance scale of all samples; 1 is the conditional model and takes half the time."""
     pairs: int = 2048
-    """Pairs: two samples of the reference each, of one class."""
+    """Number of pairs, each of two samples of the reference from one class."""
     strength: float = 2.0
-    """Of the Bradley-Terry labels: nats for each standard deviation of ink that one sample has more."""
+    """Bradley-Terry labels: logit in nats per standard deviation of ink that one sample has more than the other."""
     loss: str = "dpo"
-    """A loss of pairs by name, of those that need nothing but log-probabilities and beta."""
+    """Pair loss by name; it must need only log-probabilities and beta."""
     betas: str = "0.005,0.02,0.05,0.1"
-    """beta of the Diffusion-DPO runs. Squared errors are summed over the pixels, and times T."""
+    """beta of the Diffusion-DPO runs. Squared errors are summed over the pixels and multiplied by T."""
     weighting: Literal["constant", "elbo"] = "constant"
-    """Weights of the errors over time: 1, as in the paper, or those of the evidence bound."""
+    """Weights of the errors over time: constant, 1 as in the paper; or elbo, those of the evidence lower bound."""
     draws: int = 1
-    """Draws of noise and time for each pair in a step; the paper has 1, more (antithetic) make the bound tighter."""
+    """Draws of noise and time per pair and step. The paper has 1; more (antithetic) make the bound tighter."""
     batch: int = 64
-    """Pairs a step, and chosen images a step of Preferred-FT."""
+    """Pairs per step; for Preferred-FT, chosen images per step."""
     epochs: float = 4.0
-    """How often each pair is seen."""
+    """Passes over the pairs."""
     lr: float = 1e-4
     """Learning rate of Diffusion-DPO."""
     ft_lrs: str = "0.00002,0.0001"
     """Learning rates of the Preferred-FT runs."""
     evaluations: int = 2
-    """How often each run is measured."""
+    """Number of evaluations per run."""
     samples: int = 400
-    """Samples that a policy is measured by."""
+    """Samples per evaluation."""
     seeds: int = 3
-    """Runs of every setting: other luck of the labels, order, noise and samples."""
+    """Runs per setting, each with its own random labels, order, noise and samples."""
     gaussian_steps: int = 500
-    """Of gaussian: diffusion steps T."""
+    """gaussian: diffusion steps T."""
     gaussian_draws: str = "1,2,4,8"
-    """Of gaussian: draws of the runs; 1 or even, as the optimum of the bound is computed for these."""
+    """gaussian: values of draws to run; each 1 or even, because the optimum of the bound is computed for these."""
 
     def check(self) -> Iterator[Problem]:
         counted = ("steps", "width", "layers", "heads", "pretrain_steps", "pretrain_batch", "pairs", "draws", "batch", "epochs")

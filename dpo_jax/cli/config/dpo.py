@@ -14,18 +14,18 @@ from dpo_jax.cli.config.training import HIGHER, TrainingConfig
 
 @dataclasses.dataclass(frozen=True)
 class RefsConfig:
-    """The reference pass: log-probabilities of the frozen starting policy, computed once and cached."""
+    """The reference pass: log-probabilities under the frozen reference model, computed once and cached."""
 
     batch: int = 64
-    """Pairs a forward pass."""
+    """Pairs per forward pass."""
     cache: str | None = None
-    """Folder of the cache; none: refs/ in the run directory."""
+    """Cache folder; none: refs/ in the run directory."""
 
     def check(self) -> Iterator[Problem]:
         yield from positive(self, "batch")
 
 
-# The options of losses, with the defaults and texts of their table.
+# All loss options, with the defaults and help texts of `loss_table`.
 LossConfig: Any = dataclasses.make_dataclass(
     "LossConfig",
     [("loss", str, "dpo"), *((name, option.type, option.default) for name, option in loss_table.OPTIONS.items())],
@@ -38,19 +38,19 @@ class DpoConfig(LossConfig, TrainingConfig):
     """Direct Preference Optimization (Rafailov et al. 2023) and other preference losses. Defaults are the paper's."""
 
     policy: str | None = None
-    """Folder or Hub id of the starting policy; model: that of model.path; none: sft/export in the run directory."""
+    """Starting policy, a folder or Hub id; "model": the one at model.path; none: sft/export in the run directory."""
     reference: str | None = None
-    """Folder or Hub id of the reference; none: the starting policy. A second round may keep the reference of the first."""
+    """Reference model, a folder or Hub id; none: the starting policy. A second round can keep the reference of the first."""
 
     ld_alpha: float = 1.0
-    """LD-DPO: weight, 0 to 1, of the tokens beyond the length of the pair's shorter completion; 1: all count alike."""
+    """LD-DPO: weight (0 to 1) of tokens beyond the length of the pair's shorter completion; 1: all tokens count alike."""
 
     refresh_reference_steps: int | None = None
-    """TR-DPO, hard update: after every so many steps the policy of that step becomes the reference of training. Held-out pairs
-    are measured against the first reference."""
+    """TR-DPO, hard update: every N steps the current policy becomes the reference for training. Held-out pairs are still
+    measured against the first reference."""
 
     def loss_options(self) -> dict[str, Any]:
-        """The values of all options of losses."""
+        """The values of all loss options."""
         return {name: getattr(self, name) for name in loss_table.OPTIONS}
 
     def stops_on(self) -> tuple[str, ...]:

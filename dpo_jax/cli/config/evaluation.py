@@ -18,17 +18,17 @@ class EvalConfig:
     policy: str | None = None
     """Folder or Hub id of the policy; none: dpo/export in the run directory."""
     reference: str | None = None
-    """Folder or Hub id of the reference; none: that of dpo."""
+    """Folder or Hub id of the reference; none: the reference of dpo."""
     batch: int = 64
-    """Pairs a forward pass."""
+    """Pairs per forward pass."""
     samples: int = 64
-    """Held-out prompts to sample from for the KL to the reference; 0: leave it out."""
+    """Held-out prompts to sample from, to estimate the KL to the reference; 0: skip it."""
     max_new_tokens: int = 128
-    """Longest sample, in tokens."""
+    """Maximum length of a sample, in tokens."""
     rewards: bool = False
-    """Instead judge the implicit reward on the test split: by subset, calibration, length (short: --rewards)."""
+    """Evaluate the implicit reward on the test split instead: by subset, calibration, length (short: --rewards)."""
     rewards_out: str | None = None
-    """Folder of --rewards; none: rewards/ in the run directory. `report` shows each whose name begins with rewards-."""
+    """Output folder of --rewards; none: rewards/ in the run directory. `report` shows every folder named rewards-..."""
 
     def check(self) -> Iterator[Problem]:
         if self.rewards_out is not None and not self.rewards:
@@ -39,34 +39,35 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """Completions of held-out prompts, or of your own."""
+    """Completions of held-out prompts, or of prompts of your own."""
 
     policy: str | None = None
     """Folder or Hub id of the policy; none: dpo/export in the run directory."""
     prompts: int = 8
-    """Held-out prompts to complete."""
+    """Number of held-out prompts to complete."""
     prompts_file: str | None = None
-    """Complete these prompts instead: a text file with one a line, or .jsonl with a field "prompt" (a text, or messages) or
-    "messages"."""
+    """Complete these prompts instead: a text file with one prompt per line, or .jsonl with a field "prompt" (text or
+    messages) or "messages"."""
     chat: Literal["auto", "on", "off"] = "auto"
-    """Whether the chat template renders a text of prompts_file as a user's turn; auto: if there is a template, and the policy
-    does not lie in a run that was trained on plain texts. Messages are always rendered."""
+    """Render plain-text prompts of prompts_file with the chat template, as a user turn. auto: if there is a template,
+    unless the policy lies in a run that was trained on plain texts. Messages are always rendered."""
     max_new_tokens: int = 128
-    """Longest completion, in tokens."""
+    """Maximum length of a completion, in tokens."""
     temperature: float = 1.0
-    """0 takes the likeliest token each time."""
+    """Sampling temperature; 0: greedy."""
     temperatures: str | None = None
-    """Several instead, separated by commas, such as 0,0.25,0.5,0.75,1: one after the other into one file."""
+    """Several temperatures instead, separated by commas, such as 0,0.25,0.5,0.75,1; all samples go into one file."""
     best_of: str | None = None
-    """Keep the best of so many completions by a reward; several, such as 1,4,16: draw the most, and keep one for each."""
+    """Best-of-N: keep the best of N completions by a reward. Several values, such as 1,4,16: draw the largest N, and keep
+    one for each."""
     reward_model: str | None = None
-    """The reward of best_of: a folder that reward-model wrote; none: the true one (source reviews)."""
+    """Reward for best_of: a folder written by reward-model; none: the true reward (source reviews)."""
     top_k: int = 0
-    """Sample among this many likeliest tokens; 0: all."""
+    """Sample among the k most likely tokens; 0: all."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that together have this probability; 1: all."""
+    """Nucleus sampling: sample among the most likely tokens with this total probability; 1: all."""
     out: str | None = None
-    """Write JSON Lines here instead of printing."""
+    """Write JSON Lines to this file instead of printing."""
 
     def check(self) -> Iterator[Problem]:
         yield from positive(self, "prompts", "max_new_tokens")

@@ -12,24 +12,24 @@ from dpo_jax.cli.config.ranges import Problem, not_negative
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """A checkpoint as a Hugging Face folder (config.json, safetensors, tokenizer)."""
+    """Writes a checkpoint as a Hugging Face folder (config.json, safetensors, tokenizer)."""
 
     checkpoint: str | None = None
-    """Checkpoints of a training run, such as runs/hh/sft/checkpoints; none: those of dpo."""
+    """Checkpoint folder of a training run, such as runs/hh/sft/checkpoints; none: that of dpo."""
     step: int | None = None
-    """The step to take (run.max_to_keep says how many are kept); none: the newest good one."""
+    """Step to export (run.max_to_keep says how many are kept); none: the newest good one."""
     out: str | None = None
-    """Folder to write, new or of an export; none: export/ beside the checkpoints, or export-STEP/ for a step."""
+    """Folder to write: a new one, or an earlier export; none: export/ beside the checkpoints, or export-STEP/ for a step."""
     merge: bool = False
-    """Of an adapter (lora), write the whole model with the adapter added in, by default to export-merged/."""
+    """For an adapter (lora): write the whole model with the adapter merged in, by default to export-merged/."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the weights that export, dpo and ppo write; none: that of the model that training began with, float32 for a new
-    one. sft writes float32: dpo starts from exactly these weights."""
+    """Type of the weights that export, dpo and ppo write; none: that of the model that training began with, float32 for a
+    new one. sft always writes float32, so that dpo starts from exactly these weights."""
 
     push: str | None = None
-    """Also upload the folder to this repository of the Hugging Face Hub, organization/name (short: --push); made if absent."""
+    """Also upload the folder to this Hugging Face Hub repository, organization/name (short: --push); created if absent."""
     public: bool = False
-    """A repository that is made is public; otherwise private. One that is there stays what it is."""
+    """Create the repository as public; otherwise it is private. An existing repository stays as it is."""
 
     def check(self) -> Iterator[Problem]:
         yield from not_negative(self, "step")

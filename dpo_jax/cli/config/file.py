@@ -1,8 +1,8 @@
 """Strict YAML for nested dataclasses: every mistake is reported with its file, line, field and remedy.
 
-Knows nothing about the options themselves (the other modules here do). The document is composed into nodes with PyYAML's safe
-loader and never constructed, so no tag can run code and nothing is converted behind the reader's back: `no` is not a string,
-`1e-6` (which YAML 1.1 takes for text) is a number, `true` is not 1.
+This module knows nothing about the options themselves (the other modules here do). The document is composed into nodes with
+PyYAML's safe loader and never constructed. Therefore no tag can run code, and nothing is converted silently: `no` is not a
+string, `1e-6` (which YAML 1.1 takes for text) is a number, `true` is not 1.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dpo_jax.untrusted import Unreadable, reading, regular
 
 T = TypeVar("T")
 TextMap = typing.NewType("TextMap", str)
-"""Names and texts, written `a=b,c=d`, and in YAML also as a mapping."""
+"""A map from names to texts, written `a=b,c=d`; in YAML also as a mapping."""
 LARGEST = 2**18
-"""Bytes of a configuration: PyYAML takes a second for each 100 kB."""
+"""Maximum size of a configuration, in bytes: PyYAML takes a second for each 100 kB."""
 BRACKETS = 1000
 SHOWN = 100  # characters of a wrong value
 _DEEP = "nested too deeply; a configuration has sections and options, and nothing below"
@@ -34,11 +34,11 @@ _WORDS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "o
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run. The message names the field, and the file and line where there is one."""
+    """A configuration that cannot be run. The message names the field, and the file and line if there is one."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the text None, which `read` takes for a slip of the pen."""
+    """A YAML dumper that quotes the text None, because `read` takes an unquoted None for a slip of the pen."""
 
 
 _Dumper.add_implicit_resolver(_SCALAR + "null", re.compile("^None$"), ["N"])
@@ -47,9 +47,9 @@ _Dumper.add_implicit_resolver(_SCALAR + "null", re.compile("^None$"), ["N"])
 def read(
     path: str | Path, cls: type[T], *, instead: Callable[[str], str | None] = lambda key: None
 ) -> tuple[T, dict[str, int]]:
-    """Returns an instance of `cls` (a dataclass, possibly of dataclasses) and the line of every dotted field the file sets.
+    """An instance of `cls` (a dataclass, possibly nested) read from YAML, and the line of every dotted field the file sets.
 
-    Fields that the file leaves out keep their defaults. `instead` may say what replaces an unknown dotted key. Raises
+    Fields that the file leaves out keep their defaults. `instead` may return the replacement for an unknown dotted key. Raises
     `ConfigError` for an unreadable file, an unknown or repeated key, and a value of the wrong type.
     """
     try:
@@ -67,10 +67,10 @@ def read(
 
 
 def _compose(content: bytes, path: str) -> yaml.Node | None:
-    if (brackets := content.count(b"[") + content.count(b"{")) > BRACKETS:  # PyYAML looks at all that are open for each token
+    if (brackets := content.count(b"[") + content.count(b"{")) > BRACKETS:  # for each token, PyYAML visits all open ones
         raise ConfigError(f"{path}: {_DEEP} ({brackets:,} brackets)")
     try:
-        # Aliases are not followed before the reader asks, and it asks for sections and options only: none multiplies.
+        # Aliases are followed only when the reader asks, and it asks for sections and options only: they cannot multiply.
         with reading(path, error=ConfigError):
             return yaml.compose(content.decode("utf-8"), Loader=yaml.SafeLoader)
     except ConfigError as problem:
@@ -89,7 +89,7 @@ def _compose(content: bytes, path: str) -> yaml.Node | None:
 
 
 def text(instance: Any) -> str:
-    """YAML of every field of a dataclass of dataclasses. `read` gives an equal instance back."""
+    """YAML of every field of a nested dataclass. `read` of it gives an equal instance."""
     return yaml.dump(dataclasses.asdict(instance), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -181,7 +181,7 @@ class _Reader:
         self.fail(node, f"{name}: expected {wanted}, got {_describe(node)}{advice}")
 
     def entry(self, key: Any, value: Any, name: str) -> str:
-        """A line of a mapping of texts, as `key=text`; null is an empty text."""
+        """One entry of a mapping of texts, as `key=text`; null is an empty text."""
         for node in (key, value):
             if not isinstance(node, yaml.ScalarNode):
                 self.fail(node, f"{name}: expected a name and a text, got {_describe(node)}")
@@ -196,7 +196,7 @@ def _convert(node: yaml.ScalarNode, hint: Any) -> tuple[bool, Any]:
     if hint is type(None):
         return tag == "null", None
     if typing.get_origin(hint) is typing.Literal:
-        # YAML takes the word off for a truth value; where it is a choice it is one.
+        # YAML reads the word off as a boolean; among these choices it is a word.
         return tag in ("str", "bool") and node.value in typing.get_args(hint), node.value
     if hint is str or hint is TextMap:
         return tag in ("str", "timestamp"), node.value  # a day is written without quotes

@@ -16,66 +16,70 @@ METHODS = (*OFFLINE, *ONLINE)
 
 @dataclasses.dataclass(frozen=True)
 class FrontierConfig:
-    """Every method of the paper against the best that is possible: true reward by KL to the reference (section 6.1)."""
+    """Reward-KL frontier (section 6.1): true reward by KL to the reference, for every method of the paper and the optimum."""
 
     methods: str = ",".join(OFFLINE)
-    """Which methods, separated by commas; also online, online-disagreement and online-uncertainty, by the options of online."""
+    """Methods to run, separated by commas; also online, online-disagreement and online-uncertainty, which read section
+    online."""
     reward: Literal["exact", "linear", "hf"] = "exact"
-    """The true reward: the rule of the generated reviews, a bag-of-words classifier (extra `lab`), or one from the Hub."""
+    """True reward: exact, the rule of the generated reviews; linear, a bag-of-words classifier (extra `lab`); hf, one from
+    the Hub."""
     classifier: str | None = None
     """Folder or Hub id of a text-classification model, for reward hf (needs torch)."""
     second_reward: Literal["vader"] | None = None
     """A reward that no policy trains on, measured beside the first: vader, a published sentiment lexicon (extra `lab`)."""
     prompts: int = 2000
-    """Prompts whose completions by the reference are labelled; PPO trains on the same ones."""
+    """Prompts for which the reference writes completions that are labelled; PPO trains on the same prompts."""
     completions: int = 4
-    """Completions of each, all pairs of which are labelled."""
+    """Completions per prompt; all their pairs are labelled."""
     labels: Literal["argmax", "bradley_terry"] = "bradley_terry"
-    """The better completion is chosen always, or with the probability that Bradley and Terry give it (eq. 1)."""
+    """argmax: the better completion is always chosen; bradley_terry: with its Bradley-Terry probability (eq. 1)."""
     test_prompts: int = 256
-    """Prompts on which policies are measured."""
+    """Prompts on which policies are evaluated."""
     optimum_prompts: int = 48
-    """Prompts on which the best possible frontier is estimated."""
+    """Prompts on which the optimal frontier is estimated."""
     optimum_samples: int = 512
-    """Completions by the reference of each of them: the more, the further out the optimum can be trusted."""
+    """Reference completions for each of these prompts; more of them extend the KL range in which the estimate can be
+    trusted."""
     max_new_tokens: int = 32
-    """Longest completion, in tokens."""
+    """Maximum length of a completion, in tokens."""
     sample_batch: int = 256
     """Completions drawn at a time."""
     evaluations: int = 6
-    """How often each run is measured."""
+    """Number of evaluations per run."""
     dpo_betas: str = "0.05,0.1,1,5"
-    """beta of the runs of dpo, rdpo, ipo and cdpo."""
+    """beta of the dpo, rdpo, ipo and cdpo runs."""
     online_betas: str = "2,1,0.5"
     """beta of the online runs, the same in all rounds."""
     unlikelihood_alphas: str = "0.05,0.1,0.5,1"
     """alpha of the unlikelihood runs."""
     ppo_kls: str = "3,6,9,12"
-    """Target KL of the ppo and ppo-gt runs, in nats a completion."""
+    """Target KL of the ppo and ppo-gt runs, in nats per completion."""
     best_of: str = "1,4,16,64,128"
-    """N of best-of-n."""
+    """Values of N for best-of-n."""
     seeds: int = 1
-    """Runs of every setting; Preferred-FT has three in any case, but for --fast."""
+    """Runs per setting; Preferred-FT always has three, except with --fast."""
     label_smoothing: float = 0.1
-    """Assumed share of swapped labels, of cdpo."""
+    """cdpo: assumed fraction of swapped labels."""
     length_penalty: float = 0.01
-    """alpha of rdpo, length-regularised DPO: nats that a token more of a completion costs in the margin."""
+    """alpha of rdpo (length-regularised DPO): penalty in the margin, in nats per token."""
     ppo_iterations: int = 40
-    """Rollouts of a PPO run."""
+    """PPO: rollouts per run."""
     ppo_batch: int = 256
-    """Completions of a rollout."""
+    """PPO: completions per rollout."""
     ppo_epochs: int = 4
-    """Passes over a rollout."""
+    """PPO: passes over a rollout."""
     ppo_minibatches: int = 4
-    """Optimizer steps of such a pass."""
+    """PPO: optimizer steps per pass."""
     ppo_lr: float = 5e-4
-    """Learning rate of PPO."""
+    """PPO: learning rate."""
     reward_model_epochs: int = 1
-    """Passes over the labelled pairs to learn the reward that PPO is given."""
+    """Epochs of the learned reward for PPO, over the labelled pairs."""
     jobs: int = 1
-    """Runs at a time. A small model keeps about one CPU core busy: as many as cores; on an accelerator or several hosts one."""
+    """Runs at a time. A small model keeps about one CPU core busy, so as many as cores; on an accelerator or several hosts
+    one."""
     fast: bool = False
-    """An eighth of the prompts, a quarter of the rest and one seed, for a first look (short: --fast)."""
+    """Quick first look: an eighth of the prompts, a quarter of the rest and one seed (short: --fast)."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         for field in dataclasses.fields(self):
@@ -116,12 +120,12 @@ class FrontierConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PpoConfig:
-    """One policy by PPO. Its sizes and its learning rate are the options frontier.ppo_*."""
+    """Trains one policy with PPO. Sizes and learning rate are the options frontier.ppo_*."""
 
     target_kl: float = 3.0
-    """KL to the reference that the KL coefficient seeks, in nats a completion."""
+    """KL to the reference that the adaptive KL coefficient aims for, in nats per completion."""
     reward_model: str | None = None
-    """Learned reward to train against: a folder that reward-model wrote, such as reward-model/export; none: the true one."""
+    """Learned reward to train against: a folder written by reward-model, such as reward-model/export; none: the true reward."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.target_kl <= 0:
@@ -129,5 +133,5 @@ class PpoConfig:
 
 
 def numbers(text: str) -> list[float]:
-    """Raises ValueError where one of them is none."""
+    """The numbers in a text, separated by commas. Raises ValueError where one is not a number."""
     return [float(part) for part in text.split(",")]

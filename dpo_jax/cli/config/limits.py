@@ -1,4 +1,4 @@
-"""Limits on untrusted input, as options. `dpo_jax.untrusted` enforces them."""
+"""Limits on untrusted input; a section of `Config`. `dpo_jax.untrusted` enforces them."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from collections.abc import Iterator
 
 @dataclasses.dataclass(frozen=True)
 class LimitsConfig:
-    """The most that is read of files and replies from elsewhere, so that a damaged or hostile one ends in a message."""
+    """Limits on files and replies from elsewhere, so that a damaged or hostile one ends in an error message."""
 
     line_mb: int = 64
-    """MB of one line of a text file (data, completions, logs), unpacked."""
+    """Longest line of a text file (data, completions, logs), decompressed, in MB."""
     file_mb: int = 1024
-    """MB of a file that is read whole (JSON, completions, logs, tokenizers)."""
+    """Largest file that is read whole (JSON, completions, logs, tokenizers), in MB."""
     reply_kb: int = 1024
-    """kB of one reply of a judge's endpoint."""
+    """Largest reply of a judge's endpoint, in kB."""
     depth: int = 100
-    """How deep JSON and HTML may be nested."""
+    """Deepest nesting of JSON and HTML."""
     layers: int = 1000
-    """Layers of a model."""
+    """Most layers of a model."""
     model_b: int = 10_000
-    """Parameters of a model, in billions."""
+    """Most parameters of a model, in billions."""
     template_s: int = 5
-    """Seconds that a chat template may take for one conversation."""
+    """Longest time that a chat template may take for one conversation, in seconds."""
     template_mb: int = 1024
-    """MB of memory that a chat template may take for one conversation."""
+    """Most memory that a chat template may take for one conversation, in MB."""
     growth: int = 100
-    """How many times as long a tokenizer's normalizer, pre-tokenizer, post-processor or decoder may make a text."""
+    """Largest factor by which a tokenizer's normalizer, pre-tokenizer, post-processor or decoder may lengthen a text."""
     pattern_s: int = 5
-    """Seconds that the regular expressions of a tokenizer may take for some texts of 10,000 characters."""
+    """Longest time for a tokenizer's regular expressions on some texts of 10,000 characters, in seconds."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         for name, value in dataclasses.asdict(self).items():

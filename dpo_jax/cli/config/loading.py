@@ -1,4 +1,4 @@
-"""Read, check and write a configuration, and the help text of its options."""
+"""Reading, checking and writing a configuration, and the help texts of its options."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HOME = re.compile(r"~[\w.-]*(/|\Z)")
 
 
 def load_config(path: str | Path) -> Config:
-    """The config in a YAML file. Raises `ConfigError` with file, line, field and remedy."""
+    """The config read from a YAML file. Raises `ConfigError` with file, line, field and remedy."""
     return load_config_with_lines(path)[0]
 
 
@@ -42,9 +42,9 @@ def load_config_with_lines(path: str | Path) -> tuple[Config, dict[str, int]]:
 def check(
     config: Config, *, lines: Mapping[str, int] | None = None, path: str | Path = "", needs: tuple[str, ...] = ()
 ) -> None:
-    """Raises `ConfigError` with every problem, and every value that is missing in the sections that a command `needs`.
+    """Raises `ConfigError` that lists every problem, and every missing value in the sections that a command `needs`.
 
-    `lines` (of `load_config_with_lines`) and `path` let a message point into the file.
+    `lines` (from `load_config_with_lines`) and `path` let messages point into the file.
     """
     found = problems(config)
     for name in needs:
@@ -55,7 +55,7 @@ def check(
 
 
 _NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
-_BYTES = re.compile(r"[\udc80-\udcff]")  # of a file name that is not UTF-8, as Python writes them (PEP 383)
+_BYTES = re.compile(r"[\udc80-\udcff]")  # bytes of a file name that is not UTF-8, as Python represents them (PEP 383)
 _FILES = frozenset(
     (
         *("run.dir", "run.checkpoints", "data.path", "tokenizer.path", "model.path", "refs.cache", "dpo.policy"),
@@ -78,7 +78,7 @@ def _not_text(option: str, value: str) -> str | None:
 
 
 def problems(config: Config) -> list[Problem]:
-    """Every value out of range, as (dotted field, what is wrong)."""
+    """Every value that is out of range, as (dotted field, what is wrong)."""
     found = []
     for section, name in ((getattr(config, field.name), field.name) for field in dataclasses.fields(config)):
         for field, value in vars(section).items():
@@ -112,7 +112,7 @@ def problems(config: Config) -> list[Problem]:
 
 
 def at_home(config: Config) -> Config:
-    """`config` with the home folder in the place of each `~` or `~user` that a path begins with, as a shell does it."""
+    """`config` with each `~` or `~user` at the start of a path replaced by the home folder, as a shell does."""
 
     def expanded(section: Any) -> Any:
         texts = {field: value for field, value in vars(section).items() if isinstance(value, str) and _HOME.match(value)}
@@ -123,7 +123,7 @@ def at_home(config: Config) -> Config:
 
 
 def with_policy(config: Config) -> Config:
-    """`config` with the path of the model in the place of `dpo.policy: model`, if there is such a path."""
+    """`config` with `dpo.policy: model` replaced by `model.path`, if that is set."""
     if config.dpo.policy != "model" or config.model.path is None:
         return config
     return dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, policy=config.model.path))
@@ -136,19 +136,20 @@ def dump_config(config: Config) -> str:
 
 @functools.cache
 def every_option() -> tuple[str, ...]:
-    """The dotted name of each option, such as "dpo.beta"."""
+    """The dotted names of all options, such as "dpo.beta"."""
     return tuple(f"{section}.{field}" for section, cls in types_of(Config).items() for field in types_of(cls))
 
 
 def help_text(section: type, option: str) -> str:
-    """The text written under an option where its section is defined, also where a section inherits it."""
+    """The help text of an option: the docstring below it in its section's class, or in the class the section inherits it
+    from."""
     texts = _texts()
     return next(texts[cls.__name__, option] for cls in section.__mro__ if (cls.__name__, option) in texts)
 
 
 @functools.cache
 def _texts() -> dict[tuple[str, str], str]:
-    """The text under each option, by the name of its section's class and its own."""
+    """The help texts of all options, keyed by (name of the section's class, name of the option)."""
     texts = {}
     modules = {cls.__module__ for section in types_of(Config).values() for cls in section.__mro__ if cls is not object}
     sources = (inspect.getsource(sys.modules[module]) for module in modules)

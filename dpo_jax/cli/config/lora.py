@@ -9,18 +9,18 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Train a low-rank adapter beside frozen weights (LoRA, Hu et al. 2021) instead of the weights. Off without a rank."""
+    """Low-rank adaptation (LoRA, Hu et al. 2021): train an adapter beside frozen weights. Off unless rank is set."""
 
     rank: int | None = None
-    """Rank of the adapter, for example 16; none: train the weights themselves."""
+    """Rank of the adapter, for example 16; none: no adapter, train the weights themselves."""
     alpha: float = 16.0
-    """The adapter is multiplied by alpha / rank."""
+    """LoRA scaling: the adapter is multiplied by alpha / rank."""
     targets: str = "all"
-    """Linear layers with an adapter, separated by commas: all, attention, mlp, or names such as query or q_proj."""
+    """Linear layers that get an adapter, separated by commas: all, attention, mlp, or names such as query or q_proj."""
     rslora: bool = False
-    """Multiply by alpha / sqrt(rank) instead (rsLoRA)."""
+    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which the frozen weights are kept. bfloat16 halves them, and is exact where their files are bfloat16."""
+    """Type of the frozen weights. bfloat16 halves their memory, and is exact if their files are bfloat16."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         for field in ("rank", "alpha"):

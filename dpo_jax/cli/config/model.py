@@ -29,34 +29,35 @@ Family = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The language model. Without a path the sizes describe a new one; with a path they are what is expected of it."""
+    """The language model. Without a path, the sizes define a new model; with a path, the model is checked against them."""
 
     path: str | None = None
     """Hugging Face folder with .safetensors, or Hub id such as EleutherAI/pythia-2.8b; none: new random weights."""
     family: Family | None = None
-    """Architecture, as Hugging Face names it."""
+    """Architecture, by its Hugging Face name."""
     width: int | None = None
-    """Width of the residual stream."""
+    """Hidden size (width of the residual stream)."""
     layers: int | None = None
-    """Transformer layers."""
+    """Number of transformer layers."""
     heads: int | None = None
-    """Attention heads."""
+    """Number of attention heads."""
     kv_heads: int | None = None
-    """Key/value heads (grouped-query attention); none: the family's default."""
+    """Number of key/value heads (grouped-query attention); none: the family's default."""
     head_size: int | None = None
-    """Width of one head; none: width / heads."""
+    """Size of one attention head; none: width / heads."""
     mlp_width: int | None = None
-    """Hidden width of the feed-forward layers; none: the family's default."""
+    """Hidden size of the feed-forward layers; none: the family's default."""
     max_positions: int | None = None
-    """Longest text the model can read, in tokens."""
+    """Longest sequence the model can read, in tokens."""
     tie: bool | None = None
-    """Use the input embeddings as output head; none: the family's default."""
+    """Tie the output head to the input embeddings; none: the family's default."""
     vocab_size: int | None = None
-    """Rows of the embedding table; none: as many as the tokenizer has entries."""
+    """Rows of the embedding table; none: the size of the tokenizer's vocabulary."""
     remat: Literal["none", "save_attention", "full"] = "none"
-    """What the backward pass computes again: no matrix product, all but attention, or whole layers (a third more time)."""
+    """What the backward pass recomputes: no matrix product (none), all but attention (save_attention), or whole layers
+    (full; a third more time)."""
     attention: Literal["auto", "dense", "blocks", "chunked", "splash", "flash", "cudnn"] = "auto"
-    """auto: splash on TPUs, flash on GPUs, blocks on CPUs."""
+    """Attention implementation. auto: splash on TPUs, flash on GPUs, blocks on CPUs."""
 
     def check(self) -> Iterator[Problem]:
         sizes = ("width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "max_positions", "vocab_size")

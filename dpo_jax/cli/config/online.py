@@ -12,42 +12,46 @@ from dpo_jax.cli.config.ranges import Problem, positive
 
 @dataclasses.dataclass(frozen=True)
 class OnlineConfig:
-    """Online and iterative DPO: rounds of samples of the present policy, labels, pairs and optimizer steps."""
+    """Online and iterative DPO: rounds of sampling from the current policy, labelling, pairing and optimizer steps."""
 
     rounds: int = 8
-    """Rounds. Iterative DPO is a few long ones."""
+    """Number of rounds. Iterative DPO has a few long ones."""
     prompts: int = 256
-    """Prompts of a round for which labels are asked, of the frontier.prompts there are."""
+    """Prompts per round for which labels are requested, out of the frontier.prompts available."""
     completions: int = 4
-    """Completions of each."""
+    """Completions per prompt."""
     pairs: Literal["best_worst", "all", "bradley_terry", "soft"] = "best_worst"
-    """Pairs of them: the best against the worst; all, the better one chosen; all, chosen with the probability that Bradley and
-    Terry give it (eq. 1); or soft: all, and the loss is given this probability instead of a draw, as label_smoothing."""
+    """How pairs are formed. best_worst: the best against the worst completion; all: all pairs, the better one chosen;
+    bradley_terry: all pairs, chosen with their Bradley-Terry probability (eq. 1); soft: all pairs, with this probability
+    passed to the loss as label_smoothing instead of a draw."""
     steps: int | None = None
-    """Optimizer steps a round; none: as many as read each of its prompts once."""
+    """Optimizer steps per round; none: as many as read each of its prompts once."""
     replay: int = 1
-    """Steps of a round read the pairs of the newest so many rounds, as far back as the reference has not moved. The steps of a
-    round stay as many (online.steps): each pair is read in several rounds, and less often in each."""
+    """Replay buffer in rounds: each round trains on the pairs of the newest N rounds since the reference last moved. The
+    number of steps per round (online.steps) stays the same, so each pair is read in several rounds, and less often in each."""
     reward_scale: float = 1.0
-    """Of pairs that are drawn or soft: rewards times this are the logits of the labels. Labels of rewards that lie many logits
-    apart are all 0 or 1, and say nothing of how far. The optimum is that of the rewards at beta dpo.beta / reward_scale."""
+    """Scale of the rewards behind bradley_terry and soft labels: reward times this is the logit. If rewards lie many logits
+    apart, all labels are 0 or 1 and carry no information about distance. The optimum is that of the rewards at beta
+    dpo.beta / reward_scale."""
     beta_last: float | None = None
-    """beta of the last round: from dpo.beta in the first one it changes in equal ratios, so that one run passes through the
-    policies of many KLs. None: dpo.beta throughout."""
+    """beta of the last round. beta changes geometrically from dpo.beta in the first round, so that one run passes through
+    policies at many KLs; none: dpo.beta throughout."""
     reward: Literal["known", "reward-model", "judge", "people"] = "known"
-    """Who labels: frontier.reward (exact, linear, hf), a learned reward, the judge of section judge, or people on a page. The
-    last two compare each two completions of a prompt, and a completion scores the share that it wins."""
+    """Source of labels: known, frontier.reward (exact, linear, hf); reward-model, a learned reward; judge, as in section
+    judge; people, on a web page. Judge and people compare every two completions of a prompt; a completion's score is its
+    share of wins."""
     reward_model: str | None = None
-    """Folder of reward-model: the reward, if that is reward-model; else the estimate of elicitation disagreement."""
+    """Folder written by reward-model: the reward, if online.reward is reward-model; otherwise the estimate for elicitation
+    disagreement."""
     elicitation: Literal["uniform", "disagreement", "uncertainty"] = "uniform"
-    """Which prompts are asked next: any; those whose completions' estimated rewards scatter most; or those whose completions
-    the policy's implicit reward cannot tell apart."""
+    """Which prompts to label next. uniform: any; disagreement: those whose completions' estimated rewards vary most;
+    uncertainty: those whose completions the policy's implicit reward separates least."""
     candidates: int = 4
-    """Prompts that are sampled for each that is asked, where elicitation is not uniform."""
+    """Prompts sampled for each prompt labelled, if elicitation is not uniform."""
     refresh_reference_rounds: int | None = None
-    """The policy becomes the reference after every so many rounds; none: it is fixed. KL is measured to the first."""
+    """The policy becomes the reference every N rounds; none: the reference is fixed. KL is always measured to the first one."""
     label_budget: int | None = None
-    """Refuse a run that could ask for more labels than this: rewards of completions, or comparisons; none: any number."""
+    """Refuse a run that could request more labels than this (rewards of completions, or comparisons); none: no limit."""
 
     def check(self) -> Iterator[Problem]:
         numbers = ("rounds", "prompts", "steps", "replay", "candidates", "refresh_reference_rounds", "label_budget")
@@ -83,25 +87,25 @@ class OnlineConfig:
             yield "reward_model", "is read with online.reward reward-model or online.elicitation disagreement: leave it out"
 
     def compares(self) -> bool:
-        """Whether labels are comparisons of two completions, and no rewards of one."""
+        """Whether labels compare two completions, rather than score one."""
         return self.reward in ("judge", "people")
 
     def labels_each(self) -> int:
-        """Labels that a prompt takes at most."""
+        """The most labels that one prompt takes."""
         return math.comb(self.completions, 2) if self.compares() else self.completions
 
     def pairs_each(self) -> int:
-        """Pairs that a prompt gives at most."""
+        """The most pairs that one prompt gives."""
         return 1 if self.pairs == "best_worst" else math.comb(self.completions, 2)
 
     def sampled(self) -> int:
-        """Prompts that a round samples completions of."""
+        """Prompts per round for which completions are sampled."""
         return self.prompts * (1 if self.elicitation == "uniform" else self.candidates)
 
     def batch(self, pairs: int) -> int:
-        """Prompts a step, for about so many pairs."""
+        """Prompts per step, for about `pairs` pairs per step."""
         return max(1, round(pairs / self.pairs_each()))
 
     def steps_each(self, pairs: int) -> int:
-        """Optimizer steps of a round, with about so many pairs a step."""
+        """Optimizer steps per round, with about `pairs` pairs per step."""
         return self.steps or math.ceil(self.prompts / self.batch(pairs))

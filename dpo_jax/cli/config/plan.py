@@ -10,21 +10,22 @@ from dpo_jax.cli.config.ranges import Problem, positive
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-    """What training would take on TPUs or GPUs that are not here, without weights or data: the real step is compiled."""
+    """Plan training on TPUs or GPUs that are not here: the real step is compiled for them, without weights or data."""
 
     topology: str | None = None
-    """TPU slice as GENERATION:SHAPE in chips (v5e:4x4, v5p:4x4x8), or GPUs as CHIP:GPUS or CHIP:HOSTSxGPUS (h100:8, h100:4x8;
-    a100, h100, h200, b200) (short: --topology)."""
+    """Target devices (short: --topology). A TPU slice as GENERATION:SHAPE in chips (v5e:4x4, v5p:4x4x8), or GPUs as
+    CHIP:GPUS or CHIP:HOSTSxGPUS (h100:8, h100:4x8; a100, h100, h200, b200)."""
     prompt: int | None = None
     """Tokens in the prompt of every pair; none: data.max_prompt_length."""
     completion: int | None = None
-    """Tokens in each of its completions; none: data.max_length less the prompt."""
+    """Tokens in each completion; none: data.max_length minus the prompt."""
     sweep: bool = False
-    """Try meshes and remat policies and rank them (short: --sweep)."""
+    """Try several meshes and remat policies, and rank them (short: --sweep)."""
     scale: bool = False
-    """Also plan 4, 16, 64 and 256 chips (GPUs: 8, 16, 32 and 64) with as many pairs per chip (short: --scale)."""
+    """Also plan for 4, 16, 64 and 256 chips (GPUs: 8, 16, 32 and 64) with the same number of pairs per chip (short:
+    --scale)."""
     json: str | None = None
-    """File to write the figures to; none: plan/plan.json in the run directory."""
+    """Output file for the figures; none: plan/plan.json in the run directory."""
 
     def check(self) -> Iterator[Problem]:
         yield from positive(self, "prompt", "completion")

@@ -1,4 +1,4 @@
-"""Checks of numbers that several sections share. Each yields the fields that are out of range, and the remedy."""
+"""Range checks that several sections share. Each yields the fields that are out of range, with the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of `dpo-jax report`; a section of `Config`."""
+"""Options of `report`; a section of `Config`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections.abc import Iterator
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    """One page about one or several runs: data, curves, evaluation, samples, failures, and which weights were scored."""
+    """One page about one or more runs: data, curves, evaluation, samples, failures, and which weights were scored."""
 
     runs: str | None = None
-    """Run directories, separated by commas (short: their names right after `report`, separated by blanks)."""
+    """Run directories, separated by commas (short: name them right after `report`, separated by spaces)."""
     out: str | None = None
-    """Folder for report.html, report.md and images/; none: report/ in the first run directory. Only a report is replaced."""
+    """Folder for report.html, report.md and images/; none: report/ in the first run directory. Only an earlier report is
+    replaced."""
     samples: int = 6
-    """Prompts of which samples are shown; 0: none."""
+    """Number of prompts to show samples of; 0: none."""
     digests: bool = True
-    """Read the exported weights again, to see that they are those that were evaluated."""
+    """Read the exported weights again, to verify that they are the ones that were evaluated."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.samples < 0:

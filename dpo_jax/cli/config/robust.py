@@ -1,4 +1,4 @@
-"""Options of the robustness experiments; a section of `Config`. Sizes and sweeps are those of section frontier."""
+"""Options of the robustness experiments; a section of `Config`. Sizes and sweeps come from section frontier."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ LOSSES = ("dpo", "cdpo", "robust", "ipo")
 
 @dataclasses.dataclass(frozen=True)
 class RobustConfig:
-    """What goes wrong with preferences: flipped labels, other prompts than those trained on, too much optimisation."""
+    """What goes wrong with preferences: label noise, prompt shift (test prompts unlike the training ones),
+    over-optimisation."""
 
     experiment: Literal["noise", "shift", "overoptimisation"] = "noise"
-    """Flipped labels; other prompts in testing; or true and learned reward as KL grows."""
+    """noise: flipped labels; shift: other prompts in testing; overoptimisation: true and learned reward as KL grows."""
     flip_rates: str = "0,0.1,0.2,0.3"
-    """Of noise: shares of the training labels that are flipped."""
+    """noise: fractions of the training labels that are flipped."""
     losses: str = ",".join(LOSSES)
-    """Of noise: some of dpo, cdpo (conservative), robust, ipo, at every beta. cdpo and robust are told the share of flips."""
+    """noise: losses to run at every beta: dpo, cdpo (conservative), robust, ipo. cdpo and robust are given the flip rate."""
     topics: str = "acting,plot"
-    """Of shift: what prompts of the first family are about; those of the second are about the other topics."""
+    """shift: topics of the first family of prompts; the second family has the other topics."""
     widths: str = "64,96"
-    """Of overoptimisation: widths of the models, each with its own SFT; the rest of section model is theirs, too."""
+    """overoptimisation: hidden sizes of the models, each with its own SFT; the rest of section model applies to all of them."""
     train_prompts: str = "1000,4000,16000"
-    """Of overoptimisation: prompts whose labelled pairs are learned from, the first of those that frontier.prompts counts."""
+    """overoptimisation: numbers of prompts whose labelled pairs are trained on, the first ones of frontier.prompts."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         try:

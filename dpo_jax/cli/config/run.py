@@ -1,4 +1,4 @@
-"""Options of every run: where it lives, on which devices it runs, what it writes."""
+"""Options of every run: run directory, devices, checkpoints and logs."""
 
 from __future__ import annotations
 
@@ -11,37 +11,39 @@ from dpo_jax.cli.config.ranges import Problem, not_negative, positive
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives, on what it runs, and what it writes."""
+    """Run directory, devices, precision, checkpoints and logs."""
 
     dir: str = "runs/default"
-    """Run directory. Every command has a folder of its own in it, and continues what it finds there."""
+    """Run directory. Each command has its own folder in it, and continues what it finds there."""
     seed: int = 0
-    """Seed of everything random: new weights, order of the examples, samples."""
+    """Random seed: new weights, order of the examples, samples."""
     devices: Literal["single", "pmap", "mesh"] = "single"
-    """One device; all devices with the batch split among them (pmap); or all devices as the section mesh lays them out."""
+    """single: one device; pmap: all devices, with the batch split among them; mesh: all devices, as section mesh lays them
+    out."""
     distributed: Literal["off", "auto"] = "off"
-    """auto joins the processes of a TPU pod, SLURM or Kubernetes job, or those of the next three (short: --distributed)."""
+    """auto: join the processes of a TPU pod, SLURM or Kubernetes job, or those given by the next three options (short:
+    --distributed)."""
     coordinator: str | None = None
-    """HOST:PORT of the first process (short: --coordinator); none: JAX_COORDINATOR_ADDRESS, or found by JAX."""
+    """HOST:PORT of the first process (short: --coordinator); none: JAX_COORDINATOR_ADDRESS, or detected by JAX."""
     num_processes: int | None = None
-    """How many processes there are (short: --num-processes); none: JAX_NUM_PROCESSES, or found by JAX."""
+    """Number of processes (short: --num-processes); none: JAX_NUM_PROCESSES, or detected by JAX."""
     process_id: int | None = None
-    """Which of them this one is, from 0 (short: --process-id); none: JAX_PROCESS_ID, or found by JAX."""
+    """Index of this process, from 0 (short: --process-id); none: JAX_PROCESS_ID, or detected by JAX."""
     heartbeat_seconds: int = 100
-    """A process that is silent for this long is taken for dead, and the others end."""
+    """A process that is silent for this long counts as dead, and the others exit."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations. Optimizer state, log-softmax and sums are float32 either way, and parameters, unless
-    param_dtype says otherwise."""
+    """Type of activations. Optimizer state, log-softmax and sums stay float32; so do parameters, unless param_dtype is set."""
     save_every_steps: int = 200
-    """Save a checkpoint every this many optimizer steps (in ppo: rollouts), and at the end; 0: only at the end."""
+    """Save a checkpoint every N optimizer steps (ppo: rollouts), and at the end; 0: only at the end."""
     save_every_minutes: float = 0.0
-    """Save also when the last checkpoint is this many minutes old; 0: never for that."""
+    """Also save when the last checkpoint is this many minutes old; 0: off."""
     max_to_keep: int = 2
-    """Checkpoints kept; older ones are deleted."""
+    """Number of checkpoints to keep; older ones are deleted."""
     checkpoints: str | None = None
-    """Folder for checkpoints, of this run alone, also in a bucket: gs://bucket/hh (needs the `gcs` extra); none: in run.dir."""
+    """Folder for the checkpoints of this run alone, possibly in a bucket: gs://bucket/hh (needs the `gcs` extra); none: in
+    run.dir."""
     eval_every_examples: int = 0
-    """Evaluate on the test split after this many training examples, and at the end; 0: only at the end."""
+    """Evaluate on the test split every N training examples, and at the end; 0: only at the end."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the `writers` extra)."""
     wandb: str | None = None
@@ -49,7 +51,7 @@ class RunConfig:
     trackio: str | None = None
     """Also log to this Trackio project (needs the `writers` extra)."""
     resume: bool = True
-    """Continue from the newest good checkpoint of the run directory; otherwise refuse a directory that has one."""
+    """Continue from the newest good checkpoint in the run directory; otherwise refuse a directory that has one."""
 
     def check(self) -> Iterator[Problem]:
         if not self.dir.strip():
@@ -73,18 +75,21 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How run.devices mesh lays out all devices of all hosts. The product is their number; -1 takes what is left."""
+    """Device mesh of run.devices mesh, over all devices of all hosts. The product of its sizes is their number; -1 takes
+    the rest."""
 
     data: int = 1
-    """Copies of the parameters, each for its part of the batch."""
+    """Data parallelism: copies of the parameters, each with its own part of the batch."""
     fsdp: int = -1
-    """Parts into which every matrix and its optimizer state are cut, each also for its part of the batch."""
+    """FSDP: parts into which every matrix and its optimizer state are split, each with its own part of the batch."""
     context: int = 1
-    """Parts into which the positions of each row are cut, for rows of 32k tokens and more; devices along it share rows."""
+    """Context parallelism: parts into which the positions of each row are split, for rows of 32k tokens and more. These
+    devices share rows."""
     expert: int = 1
-    """Parts into which the experts of a mixture are divided, each also for its part of the batch; the rest is copied."""
+    """Expert parallelism: parts into which the experts of a mixture are split, each with its own part of the batch. Other
+    parameters are copied."""
     tensor: int = 1
-    """Parts into which heads, MLP and vocabulary are divided; devices along it work on the same rows."""
+    """Tensor parallelism: parts into which heads, MLP and vocabulary are split. These devices work on the same rows."""
 
     def check(self) -> Iterator[Problem]:
         sizes = dataclasses.asdict(self)

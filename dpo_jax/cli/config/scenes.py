@@ -1,4 +1,4 @@
-"""Options of `scenes`; a section of `Config`."""
+"""Options of `scenes`, the image-captioning experiment; a section of `Config`."""
 
 from __future__ import annotations
 
@@ -13,42 +13,43 @@ CHOSEN = ("careless", "true")
 
 @dataclasses.dataclass(frozen=True)
 class ScenesConfig:
-    """Hallucination in captions of rendered scenes, by a tiny Gemma 3 that reads images."""
+    """Hallucination in captions of rendered scenes, with a tiny Gemma 3 that reads images."""
 
     train: int = 4000
-    """Scenes with a caption each, for the encoder and SFT."""
+    """Scenes with one caption each, for the encoder and SFT."""
     test: int = 400
-    """Scenes that policies caption when they are measured."""
+    """Scenes that policies caption in each evaluation."""
     pairs: int = 1024
-    """Scenes with a pair of captions each."""
+    """Scenes with one pair of captions each."""
     chosen: str = "careless,true"
-    """Better captions of the pairs: with the mistakes that captions of SFT have, or without any. The worse one has one more."""
+    """Chosen captions of the pairs: careless, with the mistakes that SFT captions have; true, without any. The rejected one
+    has one more."""
     adds: float = 0.5
-    """Share of careless captions that name an object that is not there."""
+    """Fraction of careless captions that name an object that is not there."""
     omits: float = 0.1
-    """Share of objects that careless captions leave out."""
+    """Fraction of objects that careless captions leave out."""
     pair_omits: float = 0.3
-    """Share of pairs whose worse caption leaves out an object that is there; the others add one that is not."""
+    """Fraction of pairs whose rejected caption omits an object that is there; the others add one that is not."""
     width: int = 64
-    """Width of the language model, with two attention heads."""
+    """Hidden size of the language model, which has two attention heads."""
     layers: int = 2
-    """Its layers."""
+    """Layers of the language model."""
     encoder_width: int = 64
-    """Width of the vision encoder: one layer, four heads, nine patches."""
+    """Hidden size of the vision encoder: one layer, four heads, nine patches."""
     encoder_steps: int = 400
-    """Steps of its training, which tells the objects of an image. It is frozen from then on."""
+    """Training steps of the encoder, which learns to recognize the objects of an image. It is frozen afterwards."""
     encoder_lr: float = 2e-3
-    """Peak learning rate of it; warm-up and cosine decay."""
+    """Peak learning rate of the encoder; warm-up and cosine decay."""
     sft_steps: int = 1000
-    """Steps of SFT on careless captions: the reference."""
+    """Steps of SFT on careless captions, which gives the reference."""
     sft_batch: int = 64
-    """Captions of each."""
+    """Captions per SFT step."""
     sft_lr: float = 4e-3
-    """Peak learning rate of it; warm-up and cosine decay."""
+    """Peak learning rate of SFT; warm-up and cosine decay."""
     batch: int = 64
-    """Pairs a step."""
+    """Pairs per step."""
     epochs: float = 3.0
-    """How often each pair is seen."""
+    """Passes over the pairs."""
     betas: str = "0.1,0.3"
     """beta of the DPO runs."""
     lr: float = 3e-4
@@ -56,9 +57,9 @@ class ScenesConfig:
     ft_lrs: str = "0.0003,0.001"
     """Learning rates of the Preferred-FT runs."""
     evaluations: int = 3
-    """How often each run is measured."""
+    """Number of evaluations per run."""
     seeds: int = 3
-    """Runs of every setting: other pairs of captions, order and samples, from the same reference."""
+    """Runs per setting, from the same reference, each with its own pairs of captions, order and samples."""
 
     def check(self) -> Iterator[Problem]:
         yield from positive(

@@ -1,4 +1,4 @@
-"""The whole configuration: all sections, and the paths that follow from several of them."""
+"""The whole configuration: all sections, and the paths derived from them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from dpo_jax.cli.config.training import SftConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All sections. `None` paths have defaults inside the run directory: read them through the methods below."""
+    """All sections of the configuration. `None` paths have defaults inside the run directory: read them through the methods
+    below."""
 
     run: RunConfig = RunConfig()
     mesh: MeshConfig = MeshConfig()
@@ -62,15 +63,15 @@ class Config:
     lora: LoraConfig = LoraConfig()
 
     def checkpoints_of(self, task: str) -> str:
-        """Where the training of `sft` or `dpo` saves to: a folder, or `gs://...`, exactly as it was given."""
+        """Checkpoint folder of `sft` or `dpo`: a local folder or `gs://...`, exactly as given."""
         return f"{self.run.checkpoints}/{task}" if self.run.checkpoints else f"{self.run.dir}/{task}/checkpoints"
 
     def dpo_policy(self) -> str:
-        """The starting policy of DPO, which is the reference too, unless another one is named."""
+        """The starting policy of DPO; it is also the reference, unless another one is named."""
         return self.dpo.policy or f"{self.run.dir}/sft/export"
 
     def kept_dtype(self) -> str:
-        """Type in which DPO keeps the weights that it starts from, and those of the reference."""
+        """Type in which DPO keeps its starting weights and those of the reference."""
         return self.dpo.param_dtype if self.lora.rank is None else self.lora.base_dtype
 
     def dpo_reference(self) -> str:
@@ -80,7 +81,7 @@ class Config:
         return self.refs.cache or f"{self.run.dir}/refs"
 
     def features_cache(self) -> str:
-        """Features of images, beside the reference log-probabilities: a folder for each encoder."""
+        """Cache folder for image features, beside the reference log-probabilities: one folder per encoder."""
         return str(Path(self.refs_cache()).with_name("features"))
 
     def eval_policy(self) -> str:

@@ -9,28 +9,29 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
-    """A web page on which people say which of two completions is better, without knowing whose it is."""
+    """A web page for blind human ratings: people say which of two completions is better."""
 
     a: str | None = None
     """Completions of the first method: JSON Lines with "prompt" and "completion", as sample.out writes them."""
     b: str | None = None
-    """Completions of the same prompts by the second method."""
+    """Completions of the second method for the same prompts."""
     name_a: str = "policy"
-    """What the first method is called in the key and in the table; raters never see it."""
+    """Name of the first method in the key and in the table; raters never see it."""
     name_b: str = "baseline"
-    """What the second method is called there."""
+    """Name of the second method."""
     task: Literal["summary", "dialogue"] = "summary"
-    """What is compared. It gives the question, that of appendix C.2, and the names of prompt and completions."""
+    """What is compared. It sets the question (from appendix C.2), and the names of prompt and completions on the page."""
     question: str | None = None
-    """Ask this instead."""
+    """Ask this question instead."""
     title: str = "Which one is better?"
-    """Title of the page. It should not tell what is studied."""
+    """Title of the page. It should not reveal what is studied."""
     items: int | None = None
-    """Comparisons, drawn at random from all; none: all."""
+    """Number of comparisons, drawn at random; none: all."""
     raters: int = 1
-    """Lists of comparisons, one a person. With one list, any number of people may rate it."""
+    """Number of lists of comparisons, one per person. If there is only one list, any number of people may rate it."""
     twice: float | None = None
-    """Share of the comparisons that two lists have (0 to 1), so that people can agree; none: all, where there are two lists."""
+    """Fraction of the comparisons (0 to 1) that appear in two lists, to measure agreement; none: all, if there are two
+    lists."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.raters < 1:
@@ -59,16 +60,16 @@ class StudyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AgreeConfig:
-    """Table 2 of the paper: win rates by people and by judges, and how far they agree with each other."""
+    """Table 2 of the paper: win rates by people and by judges, and how often they agree."""
 
     key: str | None = None
-    """Key of the study; none: study/key.json in the run directory."""
+    """Key file of the study; none: study/key.json in the run directory."""
     ratings: str | None = None
-    """What raters saved: files separated by commas, or a folder of them; none: study/ratings in the run directory."""
+    """Saved ratings: files separated by commas, or a folder of them; none: study/ratings in the run directory."""
     judge: str | None = None
-    """Verdicts of judges: FILE or NAME=FILE, separated by commas; none: judge/pairs.jsonl in the run directory, if there."""
+    """Judge verdicts: FILE or NAME=FILE, separated by commas; none: judge/pairs.jsonl in the run directory, if it exists."""
     beside: str | None = None
-    """Run directories, separated by commas, whose agree/agreement.json is printed beside this one, a column each."""
+    """Run directories, separated by commas, whose agree/agreement.json is printed beside this one, one column each."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         for field in ("key", "ratings", "judge", "beside"):

@@ -1,4 +1,4 @@
-"""Options that every training command has, and those of supervised fine-tuning."""
+"""Options shared by all training commands, and the options of supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from dpo_jax import optimizer_table
 from dpo_jax.cli.config.ranges import Problem, not_negative, positive
 
-# Optimizer, schedule and their options, with the defaults and texts of their table.
+# Optimizer, schedule and their options, with the defaults and help texts of `optimizer_table`.
 _OPTIONS = {**optimizer_table.OPTIONS, **optimizer_table.SCHEDULE_OPTIONS}
 OptimizerConfig: Any = dataclasses.make_dataclass(
     "OptimizerConfig",
@@ -21,49 +21,50 @@ OptimizerConfig: Any = dataclasses.make_dataclass(
     frozen=True,
 )
 HIGHER = ("rewards/accuracies", "rewards/margins")
-"""Held-out metrics of which more is better."""
+"""Held-out metrics for which higher is better."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(OptimizerConfig):
-    """What every training command has. Defaults are the paper's."""
+    """Options shared by all training commands. Defaults are the paper's."""
 
     batch: int = 64
-    """Texts (sft) or pairs (dpo) an optimizer step."""
+    """Texts (sft) or pairs (dpo) per optimizer step."""
     epochs: int = 1
     """Passes over the train split."""
     steps: int | None = None
-    """Optimizer steps of the run, in the place of epochs; the train split is read again as often as it takes."""
+    """Number of optimizer steps, instead of epochs; the train split is repeated as often as needed."""
     lr: float = 1e-6
-    """Learning rate after warm-up."""
+    """Peak learning rate, reached after warm-up."""
     warmup_steps: int = 150
     """Optimizer steps of linear warm-up from 0."""
     warmup_ratio: float | None = None
-    """Warm-up as a share of the run, in the place of warmup_steps; rounded up to whole steps."""
+    """Warm-up as a fraction of the run, instead of warmup_steps; rounded up to whole steps."""
     max_grad_norm: float = 10.0
-    """Gradients are scaled down to this global L2 norm."""
+    """Clip gradients to this global L2 norm."""
     microbatches: int = 1
-    """Parts into which a batch is split to save memory; the result is the same. On one device parts of padding cost nothing."""
+    """Gradient accumulation: parts into which a batch is split to save memory. The result is the same. On one device, parts
+    that hold only padding are skipped."""
     trainable: str | None = None
-    """Train only these: last_layer, last_layers:N, or patterns of parameter names (final_norm.*, *.bias), with commas between;
+    """Train only these parameters: last_layer, last_layers:N, or name patterns (final_norm.*, *.bias), separated by commas;
     none: all of them."""
 
     router_aux_loss: float | None = None
-    """Coefficient of the load-balancing loss of a mixture of experts; none: router_aux_loss_coef of the model's config.json, if
-    that has output_router_logits."""
+    """Coefficient of the load-balancing loss for mixture-of-experts models; none: router_aux_loss_coef from the model's
+    config.json, if that turns on output_router_logits."""
 
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which trained parameters are kept. bfloat16 halves them; updates are rounded stochastically, and the optimizer's
-    state stays float32."""
+    """Type of the trained parameters. bfloat16 halves their memory; updates are then rounded stochastically, and the
+    optimizer state stays float32."""
 
     patience: int = 0
-    """Stop after so many evaluations in a row without a better stop_on, and keep the weights of the best; 0: never. Evaluations
-    come by run.eval_every_examples."""
+    """Early stopping: stop after this many evaluations in a row without a better stop_on, and keep the best weights; 0:
+    off. run.eval_every_examples sets how often evaluations run."""
     stop_on: Literal["loss", "nll_per_token", "rewards/accuracies", "rewards/margins"] = "loss"
-    """The held-out metric of patience; nll_per_token is of sft, rewards/... are of dpo."""
+    """Held-out metric for early stopping (patience). nll_per_token is for sft only, rewards/... for dpo only."""
 
     def optimizer_options(self) -> dict[str, Any]:
-        """The values of all options of optimizers."""
+        """The values of all optimizer options."""
         return {name: getattr(self, name) for name in optimizer_table.OPTIONS}
 
     def schedule_options(self) -> dict[str, Any]:
@@ -71,11 +72,11 @@ class TrainingConfig(OptimizerConfig):
         return {name: getattr(self, name) for name in optimizer_table.SCHEDULES[self.schedule].options}
 
     def warmup(self, steps: int) -> int:
-        """Steps of warm-up in a run of `steps` steps."""
+        """Number of warm-up steps in a run of `steps` steps."""
         return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * steps)
 
     def stops_on(self) -> tuple[str, ...]:
-        """Metrics of its evaluations that `stop_on` may name."""
+        """The evaluation metrics that `stop_on` may name."""
         return ("loss", "nll_per_token")
 
     def check(self) -> Iterator[Problem]:
@@ -112,10 +113,10 @@ class TrainingConfig(OptimizerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig(TrainingConfig):
-    """Supervised fine-tuning: the policy, and the reference of DPO."""
+    """Supervised fine-tuning. It gives DPO its starting policy and its reference."""
 
     scored: Literal["completion", "all"] = "completion"
-    """Tokens the loss counts: those of the completion, or all (plain language modelling)."""
+    """Tokens that count in the loss: those of the completion, or all (plain language modelling)."""
 
 
 def divisors(number: int) -> list[int]:

@@ -15,7 +15,7 @@ _LIMIT = 4096  # experts of a layer
 
 
 def _routing(read: Reader, usual: int) -> dict[str, Any]:
-    """Experts, and how many a token takes. transformers writes their number under one of two names; `usual`: under none."""
+    """Number of experts, and of those per token. transformers uses two names for it; `usual`: the value if neither is there."""
     named = [name for name in ("num_local_experts", "num_experts") if read.has(name)]
     experts = named[0] if named else "num_experts"
     count, taken = read.size(experts, usual), read.size("num_experts_per_tok")
@@ -49,7 +49,7 @@ def _qwen3_moe(read: Reader) -> dict[str, Any]:
 
 
 def _tensors(c: DecoderConfig, room: str, gate: str, up: str, down: str) -> list[Tensor]:
-    """`room`: what holds router and experts in a checkpoint; `gate`, `up`, `down`: names of an expert's matrices."""
+    """`room`: prefix of router and experts in a checkpoint; `gate`, `up`, `down`: names of an expert's matrices."""
 
     def expert(hf: str, ours: str, layout: Layout) -> Tensor:
         return Tensor(f"{room}.experts.{{expert}}.{hf}.weight", (f"layers/mlp/{ours}",), layout, experts=c.experts)

@@ -45,7 +45,7 @@ def _fields(read: Reader, sliding: list[bool], **options: Any) -> dict[str, Any]
 
 
 def _sliding(read: Reader, every: int | None) -> list[bool]:
-    """Which layers have a sliding window: all but one in `every`, by default as `sliding_window_pattern` says."""
+    """Which layers have a sliding window: all but one in `every`, by default as in `sliding_window_pattern`."""
     layers = read.layers("num_hidden_layers")
     if not read.has("sliding_window"):
         return [False] * layers
@@ -75,7 +75,7 @@ def _gemma3(read: Reader) -> dict[str, Any]:
 
 
 def text_part(hf: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
-    """The configuration of the language model in that of a multimodal Gemma 3."""
+    """The language model's configuration inside that of a multimodal Gemma 3."""
     text = hf.get("text_config")
     if not isinstance(text, Mapping):
         Fields(hf, where).wrong("text_config", "an object with the language model's settings")
@@ -87,7 +87,7 @@ def _tensors(c: DecoderConfig) -> list[Tensor]:
     return [
         *llama.matrices(c),
         *norm(f"{llama.LAYER}.input_layernorm", "layers/attention_norm", False),
-        # "post_attention" norms what attention adds; in Llama the same name is the norm before the MLP.
+        # "post_attention" is the norm of attention's output; in Llama the same name is the norm before the MLP.
         *norm(f"{llama.LAYER}.post_attention_layernorm", "layers/post_attention_norm", False),
         *norm(f"{llama.LAYER}.pre_feedforward_layernorm", "layers/mlp_norm", False),
         *norm(f"{llama.LAYER}.post_feedforward_layernorm", "layers/post_mlp_norm", False),
@@ -98,7 +98,7 @@ _OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower."
 
 
 def _rename(name: str) -> str | None:
-    """Names in a multimodal checkpoint; those of its image side are None."""
+    """Names in a multimodal checkpoint; None for those of its image part."""
     if name.startswith(_OTHER_PARTS):
         return None
     name = re.sub(r"^(language_model\.model\.|model\.language_model\.)", "model.", name)

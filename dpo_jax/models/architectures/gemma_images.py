@@ -1,4 +1,4 @@
-"""Gemma 3 with images (Kamath et al. 2025, arXiv 2503.19786): the text model, and what brings image features into it.
+"""Gemma 3 with images (Kamath et al. 2025, arXiv 2503.19786): the text model, and the projector of image features.
 
 The vision encoder is `models.siglip`; its outputs, pooled to `mm_tokens_per_image` tokens, are inputs of this decoder.
 """
@@ -50,7 +50,7 @@ def _tensors(c: DecoderConfig) -> list[Tensor]:
 
 
 def _rename(name: str) -> str | None:
-    """Names of transformers 4.52 and later as those of the official checkpoints; None for the vision encoder's."""
+    """Names of transformers 4.52 and later mapped to those of the official checkpoints; None for the vision encoder's."""
     name = re.sub(r"^model\.(?=vision_tower|multi_modal_projector|language_model)", "", name)
     if name.startswith("vision_tower."):
         return None

@@ -1,4 +1,4 @@
-"""Llama (2023), and what the families that follow it have in common: RMS norms, rotary positions, a gated MLP."""
+"""Llama (2023), and what its successors share: RMS norms, rotary positions, a gated MLP."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def shared_fields(
     sliding: Sequence[bool] = (),
     ropes: Callable[[Reader, int, int], tuple[Rope, ...]] = _one_rope,
 ) -> dict[str, Any]:
-    """Fields of Llama and its followers, without biases.
+    """Fields of Llama and its successors, without biases.
 
-    `sliding`: which layers see a sliding window only; empty for none. `ropes`: (reader, size of a head, layers) -> one a layer.
+    `sliding`: which layers have a sliding window; empty for none. `ropes`: (reader, head size, layers) -> one per layer.
     """
     width, heads, layers = read.size("hidden_size"), read.size("num_attention_heads"), read.layers("num_hidden_layers")
     head_size = read.size("head_dim") if read.has("head_dim") else read.head_size(width, heads)
@@ -68,7 +68,7 @@ def shared_fields(
 
 
 def attention_biases(read: Reader) -> dict[str, bool]:
-    """Fields of families in which one setting gives all four projections of attention a bias."""
+    """Fields of families in which one setting gives a bias to all four projections of attention."""
     bias = read.flag("attention_bias")
     return {"qkv_bias": bias, "out_bias": bias}
 
@@ -81,7 +81,7 @@ def _refuse_partial_ropes(read: Reader) -> None:
 
 
 def named_layers(read: Reader, layers: int) -> list[bool]:
-    """Which layers `layer_types` says have a sliding window."""
+    """Which layers have a sliding window according to `layer_types`."""
     named = read.texts("layer_types")
     if set(named) - {"full_attention", "sliding_attention"} or len(named) != layers:
         read.wrong("layer_types", f'"full_attention" or "sliding_attention" for each of {layers} layers')
@@ -89,7 +89,7 @@ def named_layers(read: Reader, layers: int) -> list[bool]:
 
 
 def matrices(c: DecoderConfig) -> list[Tensor]:
-    """Embedding, attention, MLP and final norm; of the norms of a layer only those of queries and keys."""
+    """Embedding, attention, MLP and final norm; of a layer's norms only those of queries and keys."""
     table = [
         Tensor("model.embed_tokens.weight", ("token_embedding",)),
         *linear(f"{LAYER}.self_attn.q_proj", "layers/attention/query", c.qkv_bias),
@@ -117,7 +117,7 @@ def tensors(c: DecoderConfig) -> list[Tensor]:
 
 
 def sizes(asked: Sizes) -> dict[str, Any]:
-    """Sizes of Llama and its followers."""
+    """Sizes of Llama and its successors."""
     return {
         "hidden_size": asked.width,
         "num_hidden_layers": asked.layers,

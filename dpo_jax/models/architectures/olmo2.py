@@ -1,4 +1,4 @@
-"""OLMo 2 (2024): norms after attention and MLP and none before; one norm of all queries, and one of all keys."""
+"""OLMo 2 (2024): norms after attention and MLP, none before; one norm over all query heads, and one over all key heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phi-3 (2024) and Phi-4 (2025): Llama with queries, keys and values in one tensor of a checkpoint, gate and up in another."""
+"""Phi-3 (2024) and Phi-4 (2025): Llama with query, key and value in one checkpoint tensor, and gate and up in another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpo_jax.models.tensor_layouts import SAME, Tensor, linear, norm, stacked
 
 def _fields(read: Reader) -> dict[str, Any]:
     fields = llama.shared_fields(read, sliding=[read.has("sliding_window")] * read.layers("num_hidden_layers"), ropes=_ropes)
-    # Longer texts have other positions, which the decoder does not know: see `LongRope`.
+    # Longer texts use other positions, which the decoder does not support: see `LongRope`.
     longest = [rope.original_max_positions for rope in fields["ropes"][:1] if isinstance(rope, LongRope)]
     fields["max_positions"] = min([fields["max_positions"], *longest])
     if fields["windows"] and fields["windows"][0] >= fields["max_positions"]:  # no text is as long
@@ -23,7 +23,7 @@ def _fields(read: Reader) -> dict[str, Any]:
 
 
 def _ropes(read: Reader, head_size: int, layers: int) -> tuple[Rope, ...]:
-    """Positions in part of each head, where `partial_rotary_factor` says so (Phi-4-mini: three quarters)."""
+    """Positions in part of each head, if `partial_rotary_factor` says so (Phi-4-mini: three quarters)."""
     settings, key = read.rope_settings(), "partial_rotary_factor"
     part = settings if settings.has(key) else read
     if (share := part.number(key)) > 1:

@@ -1,4 +1,4 @@
-"""Qwen2 (2024), with biases of queries, keys and values, and Qwen3 (2025), with a norm of each query and key head."""
+"""Qwen2 (2024), with biases on queries, keys and values, and Qwen3 (2025), with a norm of each query and key head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmolLM3 (2025): Llama in which every fourth layer, or those named, has no positions."""
+"""SmolLM3 (2025): Llama in which every fourth layer, or each named one, has no positions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _ropes(read: Reader, head_size: int, layers: int) -> tuple[Rope, ...]:
 
 
 def _sliding(read: Reader) -> list[bool]:
-    """Only layers without positions have windows, where `layer_types` does not say."""
+    """If `layer_types` does not say, only layers without positions have windows."""
     layers = read.layers("num_hidden_layers")
     if read.has("layer_types"):
         return llama.named_layers(read, layers)
