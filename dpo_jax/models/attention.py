@@ -14,7 +14,7 @@ from dpo_jax.types import Array, Rows
 
 
 class VisibleKeys(NamedTuple):
-    """Which keys each query sees: query `x` those at `start[x] <= t < end[x]`, int32[R, L] in `[0, T]`.
+    """Which keys each query sees: query `x` sees those at `start[x] <= t < end[x]`, int32[R, L] in `[0, T]`.
 
     With a `window` (int32[], or None) a visible key must also satisfy `q_position - k_position < window`: a distance between
     positions in the text (int32[R, L] and int32[R, T]), not between row columns, so it means the same in every row layout.
@@ -28,7 +28,7 @@ class VisibleKeys(NamedTuple):
 
     @classmethod
     def of(cls, rows: Rows, *, window: int | jax.Array | None = None) -> VisibleKeys:
-        """Those of rows that attend to themselves."""
+        """The keys visible in rows that attend to themselves."""
         return cls(rows.k_start, rows.k_end, rows.positions, rows.positions, window)
 
 
@@ -44,7 +44,7 @@ class Scoring(NamedTuple):
 
 
 def dense(q: jax.Array, k: jax.Array, v: jax.Array, keys: VisibleKeys, scoring: Scoring) -> jax.Array:
-    """`attend` with all scores of all heads in memory: the definition that the other paths are tested against."""
+    """`attend` with all scores of all heads in memory: the reference implementation that other paths are tested against."""
     rows, length, heads, size = q.shape
     kv_heads = k.shape[2]
     if heads % kv_heads:
@@ -57,7 +57,7 @@ def dense(q: jax.Array, k: jax.Array, v: jax.Array, keys: VisibleKeys, scoring: 
         if keys.q_positions is None or keys.k_positions is None:
             raise ValueError("a sliding window needs q_positions and k_positions")
         visible &= jnp.asarray(keys.q_positions)[:, :, None] - jnp.asarray(keys.k_positions)[:, None, :] < keys.window
-    # The lowest finite number, not -inf: a query that sees no key then averages over all of them instead of becoming NaN,
+    # The lowest finite number, not -inf: a query that sees no key then averages over all keys instead of becoming NaN,
     # and NaN in a row that nobody reads would still reach the gradient of the shared weights.
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -72,17 +72,17 @@ class Span(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """Attention to some keys, with what it takes to add others. Both mean nothing where a query sees no key."""
+    """Attention to some keys, and the statistics to combine it with others. Meaningless for a query that sees no key."""
 
-    out: jax.Array  # [R, L, N, H]  values, weighted
-    log_mass: jax.Array  # float32[R, N, L]  log of the sum of the exponentials of scores
+    out: jax.Array  # [R, L, N, H]  mixed values
+    log_mass: jax.Array  # float32[R, N, L]  log-sum-exp of the scores
 
 
 class PartialAttention(NamedTuple):
     """Attention to a part of the keys, which `models.attention_ring` combines. Pure functions of the arrays of one device.
 
-    `forward(q, k, v, span, scoring)` mixes the values of the keys in `span`, one interval a query. `backward(q, k, v, span,
-    mixed, d_out, scoring)` returns the gradients of q, k and v, where `mixed` is the result for all keys together.
+    `forward(q, k, v, span, scoring)` mixes the values of the keys in `span`, one interval per query. `backward(q, k, v, span,
+    mixed, d_out, scoring)` returns the gradients of q, k and v, where `mixed` is the result over all keys.
     """
 
     forward: Callable[[jax.Array, jax.Array, jax.Array, Span, Scoring], Mixed]
@@ -96,8 +96,8 @@ class AttentionPath(NamedTuple):
 
     Without `prepare`, `attend` takes the arguments of `dense`. A kernel that needs more than a batch's intervals has
     `prepare(k_start, k_end, windows)`, called once for all layers with the distinct windows of the model (None: full
-    attention), and `attend(q, k, v, prepared, number, scoring)`, where `number` says which of the windows is the layer's. A
-    kernel is for rows that attend to themselves, not for a cache.
+    attention), and `attend(q, k, v, prepared, number, scoring)`, where `number` is the index of the layer's window. Kernels
+    are for rows that attend to themselves, not for a cache.
     """
 
     name: str
@@ -120,11 +120,11 @@ def attend(
     prepared: Any = None,
     number: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention of each query to its visible keys. Returns `[R, L, N, H]`, typed as `v`.
+    """Softmax attention of each query to its visible keys. Returns `[R, L, N, H]`, typed like `v`.
 
     `q[R, L, N, H]`, `k[R, T, K, H]`, `v[R, T, K, H]`; head `n` reads key/value head `n // (N / K)` (grouped queries, Ainslie et
-    al. 2023). Scores and softmax are float32 whatever the type of `q`. `path` chooses the implementation; a caller with many
-    layers passes what its `prepare` returned, and in `number` which of the windows named there is meant.
+    al. 2023). Scores and softmax are float32 whatever the type of `q`. `path` selects the implementation; a caller with many
+    layers passes the result of its `prepare`, and in `number` the index of the window.
     """
     if path.prepare is None:
         return path.attend(q, k, v, keys, scoring)

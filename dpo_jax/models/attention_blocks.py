@@ -54,7 +54,7 @@ class _Visits(NamedTuple):
 
 
 def blocked(q: jax.Array, k: jax.Array, v: jax.Array, keys: VisibleKeys, scoring: Scoring) -> jax.Array:
-    """`attention.attend`, block by block. Short rows, and those that attend to a cache, whose queries are few, are dense."""
+    """`attention.attend`, block by block. Short rows, and rows that attend to a cache and have few queries, use `dense`."""
     if q.shape[1] != k.shape[1] or q.shape[1] <= 2 * BLOCK:
         return dense(q, k, v, keys, scoring)
     if keys.window is not None and keys.q_positions is None:
@@ -62,7 +62,7 @@ def blocked(q: jax.Array, k: jax.Array, v: jax.Array, keys: VisibleKeys, scoring
     by_row = [jnp.asarray(keys.start), jnp.asarray(keys.end)]
     if keys.window is not None:
         by_row += [jnp.asarray(keys.q_positions), jnp.broadcast_to(jnp.asarray(keys.window, jnp.int32), (q.shape[0], 1))]
-    # On a mesh rows have to be cut into blocks where they lie.
+    # On a mesh each device splits its own rows into blocks.
     return on_each_device(functools.partial(_rows, scoring=scoring))(q, k, v, by_row)
 
 
@@ -150,7 +150,7 @@ def _backward(scoring: Scoring, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
         def visit(number: jax.Array, carry: Any) -> Any:
             d_queries, d_keys, d_values = carry
             there, inside = _partner(of, number)
-            # Keys before queries: so only one product in five has to turn round what it multiplies.
+            # Keys before queries: then only one product in five has to transpose its operands.
             scores = scoring.scores(_dot("bnkh,bnqh->bnkq", keys[there], here))
             seen = _seen(seen_by, tokens.of(there), inside, window).swapaxes(1, 2)
             seen = jnp.tile(seen, (1, 1, heads // kv_heads))[:, None]
@@ -201,7 +201,7 @@ def _whole_blocks(x: jax.Array) -> jax.Array:
 
 
 def _tokens_of(span: Span) -> _Tokens:
-    """Intervals of which some may be empty. What fills up the last block sees nothing."""
+    """Intervals, some of which may be empty. Padding of the last block sees nothing."""
     start, end = span
     length = start.shape[1]
     padding = ((0, 0), (0, -length % BLOCK))

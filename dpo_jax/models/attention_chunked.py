@@ -60,7 +60,7 @@ def _in_chunks(scoring: Scoring, count: int, floats: Any, keys: VisibleKeys) -> 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recomputed(work: Callable[..., jax.Array], floats: Any, keys: VisibleKeys) -> jax.Array:
-    """`work(floats, keys)`, of which the backward pass keeps its arguments only.
+    """`work(floats, keys)`, for which the backward pass keeps only its arguments.
 
     `jax.checkpoint` does that too, but an enclosing policy that saves matrix products would save those inside it.
     """

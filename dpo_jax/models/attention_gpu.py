@@ -140,7 +140,7 @@ def _partial_backward(
 
 
 def _partial_spans(span: Span) -> Spans:
-    """Spans of intervals of which some may be empty: those make no block of queries meet more blocks of keys."""
+    """Spans of intervals, some of which may be empty; empty ones do not make a block of queries visit more blocks of keys."""
     start, end = span
     nothing = end <= start
     # Padding of the last tile sees nothing.

@@ -48,9 +48,9 @@ def along_context(path: AttentionPath) -> AttentionPath:
 
 
 def _prepare(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> tuple[Span, ...]:
-    """From the intervals of whole rows those of their pieces, by window [W, R * C, L / C], one or two for each query.
+    """Intervals of the pieces from those of whole rows: [W, R * C, L / C], one or two for each query.
 
-    They are in columns of the whole row.
+    They stay in columns of the whole row.
     """
     by_window = [_window_spans(jnp.asarray(k_start), jnp.asarray(k_end), window) for window in windows]
     number = max(map(len, by_window))
@@ -72,7 +72,7 @@ def _window_spans(k_start: jax.Array, k_end: jax.Array, window: int | None) -> l
     if window is None or window >= length:
         return [Span(start, end)]
     backwards = end > x + 1
-    prompt = jnp.take_along_axis(start, end - 1, axis=1)  # the prompt begins where its last token begins to see
+    prompt = jnp.take_along_axis(start, end - 1, axis=1)  # the prompt begins at the first key that its last token sees
     near = Span(
         jnp.where(backwards, x, jnp.maximum(start, x - window + 1)),
         jnp.where(backwards, jnp.minimum(prompt, x + window), end),

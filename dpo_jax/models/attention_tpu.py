@@ -226,7 +226,7 @@ def _partial_backward(
     scale = jnp.asarray(scoring.scale, q.dtype)
     mass = _one_sequence(mixed.log_mass.swapaxes(1, 2)[..., None])[:, :, 0]
     kept: Any = (*map(_one_sequence, (q * scale, k, v)), None, None, _one_sequence(mixed.out), mass, of_queries, of_keys)
-    # The kernel has no public way to take statistics that are not its own: of all pieces of a row together.
+    # The kernel has no public way to take statistics from outside: here those of all pieces of a row together.
     _, _, _, d_q, d_k, d_v, *_ = splash._splash_attention_bwd(  # pyright: ignore[reportPrivateUsage]
         False,
         splash.DEFAULT_MASK_VALUE,
@@ -243,7 +243,7 @@ def _partial_backward(
 
 
 def _blocks_of(span: Span) -> Blocks:
-    """Blocks of intervals of which some may be empty."""
+    """Blocks for intervals, some of which may be empty."""
     start, end = span
     nothing = end <= start
     return _blocks(jnp.where(nothing, 0, start), jnp.where(nothing, 0, end), keys=start.shape[1])
