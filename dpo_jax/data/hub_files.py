@@ -62,8 +62,9 @@ class HubData:
         return sum(self.sizes[name] or 0 for name in self._files(split))
 
     def fetch(self, split: str, *, progress: Callable[[int], None] = lambda count: None) -> tuple[Path, str]:
-        """The folder with the files of `split`, and the commit. `progress(n)` is called for every n bytes received. Raises
-        `HubError`.
+        """The folder with the files of `split`, and the commit.
+
+        `progress(n)` is called for every n bytes received. Raises `HubError`.
         """
         from huggingface_hub import snapshot_download
 

@@ -1,7 +1,7 @@
-"""How token ids lie in rows: one completion a row, one pair a row with its prompt shared, or several pairs a row.
+"""Row layouts: one completion per row, one pair per row with a shared prompt, or several pairs per row.
 
-The trick is in the shared layout, `[reversed(chosen) | prompt | rejected]`: with the chosen completion stored backwards, every
-token sees one contiguous range of keys, so two integers per token describe any packing:
+The shared layout is `[reversed(chosen) | prompt | rejected]`. Because the chosen completion is stored backwards, every token
+sees one contiguous range of keys, so two integers per token describe any packing:
 
     chosen c_j    (index x)   [x, end of prompt)     c_j, c_{j-1}, ..., c_0, then the whole prompt
     prompt p_i    (index x)   [start of prompt, x]
@@ -29,12 +29,12 @@ from dpo_jax.types import Array, Rows
 Ranking = tuple[np.ndarray, Sequence[np.ndarray]]
 """(prompt ids, [completion ids, ...] best first), int32 each."""
 Text = tuple[np.ndarray, np.ndarray] | Completion
-"""A text to learn: (prompt ids, completion ids), int32 each, or with a third field a `Completion`."""
+"""A training text: (prompt ids, completion ids), int32 each, or a `Completion` with further fields."""
 Example = Encoded | PairGroup | Text
 
 
 def causal_rows(tokens: Array | Sequence[Sequence[int]]) -> Rows:
-    """Plain language-model rows: every token of `tokens` int32[R, L] sees those before it; all but the first are scored.
+    """Causal language-model rows: every token of `tokens` int32[R, L] sees those before it; all but the first are scored.
 
     >>> rows = causal_rows([[5, 6, 7], [8, 9, 4]])
     >>> rows.target.tolist(), rows.slots
@@ -57,10 +57,11 @@ def causal_rows(tokens: Array | Sequence[Sequence[int]]) -> Rows:
 
 
 def plain_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | None = None) -> Rows:
-    """Each completion in a row of its own, after its prompt: R = 2P rows of L = `length` tokens, chosen and rejected by turns.
+    """One row per completion, after its prompt: R = 2P rows of L = `length` tokens, chosen and rejected alternating.
 
-    For any causal model: padding is on the right, and a model may ignore `k_start` and `k_end`. `ref_logps` float[P, 2], in the
-    order of `encoded`, travels with the rows. Without a prompt nothing predicts the first token, and it is not scored.
+    These work with any causal model: padding is on the right, and the model may ignore `k_start` and `k_end`. `ref_logps`
+    float[P, 2], in the order of `encoded`, is stored in the rows. Without a prompt nothing predicts the first token, so it is
+    not scored.
 
     Raises ValueError for a row that needs more than `length`, a completion without tokens, negative or fractional ids, and
     `ref_logps` of another shape; TypeError for pairs that are not `Encoded`.
@@ -75,11 +76,11 @@ def plain_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | No
 
 
 def shared_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | None = None) -> Rows:
-    """Each pair in one row, `[reversed(chosen) | prompt | rejected]`: the prompt is computed once.
+    """One row per pair, `[reversed(chosen) | prompt | rejected]`: the prompt is computed once.
 
     R = P rows of L = `length` tokens, for models that honour `k_start`, `k_end` and `positions` (see `check_model`); for other
-    models use `plain_rows`. `ref_logps` float[P, 2], in the order of `encoded`, travels with the rows. A pair that needs more
-    than `length` tokens, or has no prompt, is a `ValueError`; other errors are those of `plain_rows`.
+    models use `plain_rows`. `ref_logps` float[P, 2], in the order of `encoded`, is stored in the rows. Raises `ValueError` for
+    a pair that needs more than `length` tokens or has no prompt, and otherwise as `plain_rows` does.
 
     >>> rows = shared_rows(encoded, length=96, ref_logps=np.zeros((2, 2)))
     >>> rows.tokens.shape, rows.ref_logps.shape
@@ -91,11 +92,11 @@ def shared_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | N
 
 
 def packed_rows(encoded: Sequence[Encoded], *, length: int, pairs_per_row: int = 16, ref_logps: Array | None = None) -> Rows:
-    """Whole pairs, each as in `shared_rows`, packed into as few rows as first-fit decreasing finds.
+    """Pairs laid out as in `shared_rows`, packed into rows by first-fit decreasing.
 
-    R rows of L = `length` tokens and at most `pairs_per_row` pairs. Pairs come out in another order than they went in:
-    `rows.index` int32[P] tells which is which, and -1 where a place is empty. `ref_logps`, in the order of `encoded`, follows
-    them. For columns of your own (`extras`, `weight`) do the same with `examples_to_rows`. Otherwise as `shared_rows`.
+    R rows of L = `length` tokens and at most `pairs_per_row` pairs. The order of pairs changes: `rows.index` int32[P] gives
+    each place's pair, -1 for an empty place. `ref_logps`, given in the order of `encoded`, is reordered accordingly; reorder
+    your own columns (`extras`, `weight`) with `examples_to_rows`. Otherwise as `shared_rows`.
 
     >>> rows = packed_rows(encoded, length=128, pairs_per_row=2)
     >>> rows.tokens.shape, rows.index.tolist()
@@ -109,12 +110,13 @@ def packed_rows(encoded: Sequence[Encoded], *, length: int, pairs_per_row: int =
 def completion_rows(
     completions: Sequence[Text], *, length: int, per_row: int = 1, image_shape: tuple[int, int] = (0, 0)
 ) -> Rows:
-    """Single completions after their prompts, `per_row` to a row at most: what supervised fine-tuning reads.
+    """Single completions after their prompts, at most `per_row` per row, for supervised fine-tuning.
 
-    `completions` are (prompt, completion), int32[n] token ids each, and where not all tokens of the completion count, bool[n].
-    R rows of L = `length` tokens, one slot a completion. With `per_row` above 1, R is as few as fit, and `rows.index` int32[E]
-    tells the order. `image_shape` as in `Layout`, where prompts show images. Without a prompt the first token is not scored.
-    Raises ValueError for one that does not fit, has no tokens, or holds what is no token id; TypeError for pairs.
+    `completions` are (prompt, completion), int32[n] token ids each, with a third field bool[n] if only some tokens of the
+    completion are scored. Gives R rows of L = `length` tokens, one slot per completion. With `per_row` above 1 the rows are
+    packed, and `rows.index` int32[E] gives the order. `image_shape` is as in `Layout`, for prompts with images. Without a
+    prompt the first token is not scored. Raises ValueError for a completion that does not fit, has no tokens or has invalid
+    token ids; TypeError for pairs.
 
     >>> rows = completion_rows([(np.int32([5, 6]), np.int32([7, 0]))], length=8)
     >>> rows.tokens.tolist(), completion_lengths(rows).tolist()
@@ -126,10 +128,11 @@ def completion_rows(
 
 
 def ranking_rows(rankings: Sequence[Ranking], *, length: int, ref_logps: Array | None = None, at_least: int = 0) -> Rows:
-    """Rankings of K completions each, in rows of their own after the prompt: R = K * P rows, those of a ranking together.
+    """Rankings of K completions each, one row per completion after its prompt: R = K * P rows, grouped by ranking.
 
-    `ref_logps[P, K]`, in the order of `rankings`, travels with the rows; `weight` and `index` count rankings, and empty ones of
-    weight 0 fill up to `at_least`. A ValueError: rankings of unequal or no length, and one that needs more than `length`.
+    `ref_logps[P, K]`, in the order of `rankings`, is stored in the rows. `weight` and `index` have one entry per ranking; empty
+    rankings of weight 0 fill up to `at_least`. Raises ValueError for rankings of unequal length or none, and for one that needs
+    more than `length`.
 
     >>> prompt, completions = np.int32([5, 6]), [np.int32([7, 0]), np.int32([8, 0]), np.int32([9, 0])]
     >>> rows = ranking_rows([(prompt, completions)], length=8)
@@ -155,13 +158,13 @@ def ranking_rows(rankings: Sequence[Ranking], *, length: int, ref_logps: Array |
 
 
 def examples_to_rows(values: Array, rows: Rows) -> np.ndarray:
-    """From a value of each of the caller's examples, `values` [n, ...], to those of the batch: [E, ...], and 0 for a filler.
+    """Reorder per-example `values` [n, ...] of the caller to the places of the batch: [E, ...], 0 for a filler.
 
-    Rows may hold examples in another order (`packed_rows`); this follows `rows.index`. On the host, before the step:
+    Rows may hold examples in another order (`packed_rows`), which `rows.index` gives. Use on the host, before the step:
 
-        rows.replace(extras={"gap": examples_to_rows(gap, rows)})    a column that the loss takes by keyword
+        rows.replace(extras={"gap": examples_to_rows(gap, rows)})    a column that the loss takes as a keyword
         rows.replace(weight=examples_to_rows(weight, rows))          a weighted mean
-        rows.replace(ref_logps=examples_to_rows(ref_logps, rows))    references that were computed later
+        rows.replace(ref_logps=examples_to_rows(ref_logps, rows))    reference log-probs computed later
 
     Raises ValueError where `rows` hold more examples than `values`.
 
@@ -178,25 +181,25 @@ def examples_to_rows(values: Array, rows: Rows) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A fixed shape for the batches of a run, so that it compiles few times.
+    """The fixed batch shape of a run, so that few programs are compiled.
 
-    Groups of pairs are laid out like pairs, but they lie in one row also when plain, each completion after its own prompt.
+    Groups of pairs are laid out like pairs, but each group is in one row even when plain, each completion after its own prompt.
     """
 
     kind: Literal["plain", "shared", "packed"]
     length: int  # L, tokens per row
     scored: int  # S, scored positions per row
     per_row: int = 1  # pairs (groups, completions) per row at most; above 1 when packed, and for groups
-    completions: int = 2  # of a group at most,
-    pairs: int = 1  # and of its pairs
-    rows_multiple: int = 1  # R is rounded up to a multiple of this with empty rows,
-    row_counts: tuple[int, ...] = ()  # and to one of these, ascending, if one is large enough: each count compiles once
-    image_shape: tuple[int, int] = (0, 0)  # M and W of `RowImages`: columns for image tokens in a row, and their width
-    microbatches: int = 1  # of one device: of so many equal parts `step.mean_grads` leaves out those of empty rows
+    completions: int = 2  # per group at most
+    pairs: int = 1  # per group at most
+    rows_multiple: int = 1  # empty rows round R up to a multiple of this
+    row_counts: tuple[int, ...] = ()  # and to one of these (ascending), if large enough: each count compiles once
+    image_shape: tuple[int, int] = (0, 0)  # M and W of `RowImages`: image-token columns per row, and their width
+    microbatches: int = 1  # on one device; `step.mean_grads` skips those with only empty rows
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Layout:
-        """The layout whose fields these are, as JSON keeps them."""
+        """The layout with these fields, as read from JSON."""
         read: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
         return cls(**read)
 
@@ -208,10 +211,11 @@ class Layout:
         at_least: int = 0,
         part: tuple[int, int] = (0, 1),
     ) -> Rows:
-        """Lay out `examples`: all pairs, all groups, or all completions. Nothing is cut: what does not fit is a `ValueError`.
+        """Lay out `examples`: all pairs, all groups, or all completions. Raises `ValueError` if one does not fit; nothing is
+        cut.
 
-        Empty rows fill up to `at_least`. `part=(index, count)` builds the `index`-th of `count` equal parts of the rows only:
-        what one host of several needs. The parts in order are the rows, whatever their number.
+        Empty rows fill up to `at_least`. `part=(index, count)` builds only the `index`-th of `count` equal parts of the rows,
+        as needed by one of several hosts. The concatenated parts equal the whole, for any `count`.
         """
         return self.place(examples, ref_logps=ref_logps, at_least=at_least, part=part)[0]
 
@@ -223,15 +227,15 @@ class Layout:
         at_least: int = 0,
         part: tuple[int, int] = (0, 1),
     ) -> tuple[Rows, np.ndarray]:
-        """What `rows` gives, and `index` int32[E] of all parts: which example each place of the batch holds, -1 for none.
+        """As `rows`, with `index` int32[E] over all parts: the example at each place of the batch, -1 for none.
 
-        A group has places for `pairs` pairs: `index` counts these, and `ref_logps` is [groups, pairs, 2]. Labels of single
-        completions come as the column `desirable` of `extras`.
+        A group has places for `pairs` pairs: `index` counts pairs, and `ref_logps` is [groups, pairs, 2]. Labels of single
+        completions become the column `desirable` of `extras`.
         """
         first = examples[0] if examples else None
         pairs, places = isinstance(first, Encoded), places_of(first)
         groups = [example for example in examples if isinstance(example, PairGroup)]
-        each = places if pairs and self.kind == "plain" else 1  # rows of an example
+        each = places if pairs and self.kind == "plain" else 1  # rows per example
         sizes = np.array([size for example in examples for size in self._sizes(example)]).reshape(-1, 2)
         self._check(examples, sizes)
         shown = np.array([image_tokens(example) for example in examples for _ in self._sizes(example)], np.int64)
@@ -268,7 +272,8 @@ class Layout:
         return rows, index.reshape(-1)
 
     def _pairs(self, groups: Sequence[PairGroup], members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of the groups `members[R, per_row]`: slots of their pairs, int32[R, per_row * pairs, 2], and `index` of `place`."""
+        """For the groups `members[R, per_row]`: slots of their pairs, int32[R, per_row * pairs, 2], and `index` as in
+        `place`."""
         slots = np.zeros((*members.shape, self.pairs, 2), np.int32)
         index = np.full((*members.shape, self.pairs), -1, np.int32)
         for row, place in np.argwhere(members >= 0).tolist():
@@ -333,7 +338,7 @@ class Layout:
         )
 
     def _bins(self, sizes: np.ndarray, shown: np.ndarray, *, at_least: int) -> list[list[int]]:
-        """The units of each row, in rows enough for all hosts and devices."""
+        """The units of each row, with enough rows for all hosts and devices."""
         if self.per_row > 1:
             sizes = np.column_stack([sizes, np.ones(len(sizes), np.int64), shown])
             bins = first_fit_decreasing(sizes, capacity=(self.length, self.scored, self.per_row, self.image_shape[0]))
@@ -345,7 +350,7 @@ class Layout:
 
 
 def _check_alike(examples: Sequence[Example]) -> None:
-    """Raises ValueError unless all have as many completions as the first, and all have a label or none."""
+    """Raises ValueError unless all have as many completions as the first, and either all or none have a label."""
     for example in examples:
         if isinstance(example, Encoded) and places_of(example) != places_of(examples[0]):
             raise ValueError(
@@ -357,18 +362,18 @@ def _check_alike(examples: Sequence[Example]) -> None:
 
 
 def images_of(example: Example) -> PromptImages | None:
-    """The images that the prompt of an example shows."""
+    """The images in the prompt of an example."""
     return Completion.of(example).images if isinstance(example, tuple) else example.images
 
 
 def image_tokens(example: Example) -> int:
-    """Columns of `RowImages` that an example takes: the tokens of its images, each image once."""
+    """Columns of `RowImages` that an example needs: the tokens of its distinct images."""
     images = images_of(example)
     return 0 if images is None else images.columns
 
 
 def places_of(example: Example | None) -> int:
-    """How many completions an example has: 2 of a pair, K of a ranking, 1 of a text. (A group has places of its own.)"""
+    """Number of completions of an example: 2 for a pair, K for a ranking, 1 for a text. (Groups are counted differently.)"""
     return len(example.completions) if isinstance(example, Encoded) else 1
 
 
