@@ -211,8 +211,7 @@ class Layout:
         at_least: int = 0,
         part: tuple[int, int] = (0, 1),
     ) -> Rows:
-        """Lay out `examples`: all pairs, all groups, or all completions. Raises `ValueError` if one does not fit; nothing is
-        cut.
+        """Lay out `examples`: all pairs, groups or completions. Raises `ValueError` if one does not fit; nothing is cut.
 
         Empty rows fill up to `at_least`. `part=(index, count)` builds only the `index`-th of `count` equal parts of the rows,
         as needed by one of several hosts. The concatenated parts equal the whole, for any `count`.
