@@ -162,9 +162,7 @@ def _chosen(wanted: Collection[str], names: Collection[str], leaves: Collection[
             leaf for leaf in leaves if f"{leaf}.".startswith(f"{column}.") and not any(leaf.startswith(o) for o in others)
         ]
         inside = [leaf for leaf in of_column if field in leaf.split(".")[1:]]
-        found |= dict.fromkeys(
-            inside or of_column
-        )  # field missing: the column has another type, as its rows will say
+        found |= dict.fromkeys(inside or of_column)  # field missing: the column has another type, as its rows will say
     return list(found)
 
 
