@@ -14,8 +14,7 @@ class Spikes:
     """Reports each spike of the metrics `names` once, at the step where it begins.
 
     A value is a spike if it exceeds `TIMES_MEDIAN` times the median of the last `WINDOW` steps and `TIMES_LARGEST` times the
-    largest normal value among them. The spike ends with the next normal value. A metric whose median is not positive has no
-    spikes.
+    largest recent normal value. The spike ends with the next normal value. A metric whose median is not positive has no spikes.
     """
 
     def __init__(self, *names: str):
