@@ -1,11 +1,12 @@
 """Hardware data of TPU chips and GPUs, and parsing of topologies such as v5e:4x4, h100:8, h100:4x8.
 
 Sources. TPUs: the tables "System architecture" of docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. Link rates
-there are the sum of both directions; here it is what a chip can send over all its links. GPUs: NVIDIA's data sheets of A100
-80GB SXM, H100 SXM, H200 SXM and HGX B200: dense bfloat16 without sparsity, NVLink in one direction (half of the printed value).
-Memory is what CUDA reports (H200: the data sheet's value). The rest of the description for the compiler is from openxla/xla,
-xla/backends/gpu/target_config/specs. The network is that of NVIDIA's DGX systems: one card per GPU, 400 Gb/s (DGX A100: 200
-Gb/s).
+there are the sum of both directions; here the rate is what a chip can send over all its links.
+
+GPUs: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200: dense bfloat16 without sparsity, NVLink in one
+direction (half of the printed value). Memory is what CUDA reports (H200: what is printed on it). The rest of the description for
+the compiler is from openxla/xla, xla/backends/gpu/target_config/specs. The network is that of NVIDIA's DGX systems: one card
+per GPU, 400 Gb/s (DGX A100: 200 Gb/s).
 """
 
 from __future__ import annotations

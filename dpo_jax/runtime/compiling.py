@@ -35,7 +35,7 @@ def keep_programs(folder: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def without_kept_programs() -> Iterator[None]:
-    """Context manager without the cache: JAX cannot read programs for absent chips back from it."""
+    """Context manager that disables the cache: JAX cannot read programs for absent chips back from it."""
     before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     try:
         jax.config.update("jax_enable_compilation_cache", False)
