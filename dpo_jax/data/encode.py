@@ -53,18 +53,14 @@ class Encoded:
 
         prompt, chosen, rejected               int32[n] each
         uid                                    identifies the pair in messages
-
         prompt_cut, chosen_cut, rejected_cut   number of tokens removed by truncation
-
         bos_added                              the first token of the prompt is a BOS that is not in its text
-
         chosen_scored, rejected_scored         bool[n]: the scored tokens of a completion; None: all. The others are
                                                context, such as a user's turns
         between                                rankings only: the completions between best (`chosen`) and worst (`rejected`)
         between_cut                            number of their tokens removed by truncation
         desirable                              single completions only: the label of `chosen`; `rejected` is a mismatched one
         images                                 images in the prompt, or None
-
 
     `encode` makes one from texts; your own token ids work as well:
 

@@ -19,7 +19,6 @@ class PairGroup:
     pairs: np.ndarray  # int32[Q, 2]  indices of chosen and rejected
     members: np.ndarray  # int64[Q]  indices of these pairs in the caller's list
     uids: tuple[str, ...]  # of these pairs
-
     scored: tuple[np.ndarray | None, ...] = ()  # bool[n] each: scored tokens, None for all; empty: all scored
     images: PromptImages | None = None
 

@@ -104,7 +104,6 @@ class Preference:
     prompt_digest: str | None = None  # conversations: digest of the messages, independent of template and date
     between: tuple[str, ...] = ()  # rankings only: best first
     desirable: bool | None = None  # single completions only
-
     images: tuple[Any, ...] = ()  # images of the prompt: `ImageFile` each; before opening, what the row named
 
 

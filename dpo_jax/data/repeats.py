@@ -22,7 +22,6 @@ Key = tuple[bytes, bytes, bytes]  # hashes of prompt, chosen, rejected (for a ra
 
 class Finding(NamedTuple):
     pairs: int  # count
-
     share: float  # of all pairs of the split, 0 to 1
     examples: list[str]  # the first three, "train.jsonl:9 with train.jsonl:8": the pair, and the one that it matches
 

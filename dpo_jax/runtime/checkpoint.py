@@ -57,7 +57,6 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 logging.getLogger("absl").addFilter(_is_news)  # orbax's logger
 
-
 DELETING, QUARANTINE, UNSEALED = "deleting", "quarantine", "unsealed"
 
 

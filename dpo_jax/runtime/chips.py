@@ -4,9 +4,9 @@ Sources. TPUs: the tables "System architecture" of docs.cloud.google.com/tpu/doc
 there are the sum of both directions; here the rate is what a chip can send over all its links.
 
 GPUs: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200: dense bfloat16 without sparsity, NVLink in one
-direction (half of the printed value). Memory is what CUDA reports (H200: what is printed on it). The rest of the description for
-the compiler is from openxla/xla, xla/backends/gpu/target_config/specs. The network is that of NVIDIA's DGX systems: one card
-per GPU, 400 Gb/s (DGX A100: 200 Gb/s).
+direction (half of the printed value). Memory is what CUDA reports (H200: what is printed on it). The rest of the description
+for the compiler is from openxla/xla, xla/backends/gpu/target_config/specs. The network is that of NVIDIA's DGX systems: one
+card per GPU, 400 Gb/s (DGX A100: 200 Gb/s).
 """
 
 from __future__ import annotations

@@ -89,7 +89,6 @@ class Board:
         self.quiet = False  # True on all hosts but the first
         self.compiled = 0.0  # seconds of compilation in this process so far
         self._compiling: float | None = None  # start time of the current compilation
-
         self._tasks: list[Shown] = []
         self._lock = threading.RLock()
         self._drawn, self._last = False, clock()
