@@ -195,7 +195,7 @@ class Layout:
     rows_multiple: int = 1  # empty rows round R up to a multiple of this
     row_counts: tuple[int, ...] = ()  # and to one of these (ascending), if large enough: each count compiles once
     image_shape: tuple[int, int] = (0, 0)  # M and W of `RowImages`: image-token columns per row, and their width
-    microbatches: int = 1  # on one device; `step.mean_grads` skips those with only empty rows
+    microbatches: int = 1  # equal parts on one device; `step.mean_grads` skips those with only empty rows
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Layout:
