@@ -1,4 +1,4 @@
-"""Checks of the pairs, completions and token ids that callers hand to the public functions."""
+"""Argument checks of the public functions: pairs, completions and token ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LARGEST_ID = np.iinfo(np.int32).max
 def check_pairs(pairs: Any, *, name: str = "pairs") -> None:
     """Raises TypeError unless `pairs` is a sequence of `Encoded`, and ValueError naming the pair whose token ids are unusable.
 
-    A completion needs at least one token, EOS as a rule. An empty prompt is fine here: the layouts know whether they need one.
+    A completion needs at least one token, usually EOS. An empty prompt passes: each layout checks whether it needs one.
     """
     _check_sequence(pairs, "Encoded (token ids)", name=name)
     for number, pair in enumerate(pairs):
@@ -52,7 +52,8 @@ def check_completions(completions: Any) -> None:
 
 
 def check_scored(scored: Any, ids: Any, label: str) -> None:
-    """Raises ValueError, beginning with `label`, unless `scored` is None, or bool [n] like `ids` and somewhere true."""
+    """Raises ValueError, beginning with `label`, unless `scored` is None, or bool [n] like `ids` with at least one true
+    entry."""
     if scored is None:
         return
     if np.shape(scored) != np.shape(ids) or np.asarray(scored).dtype != bool:
@@ -63,11 +64,11 @@ def check_scored(scored: Any, ids: Any, label: str) -> None:
 
 
 def check_ids(ids: Any, label: str, *, empty: bool = False) -> None:
-    """Raises ValueError, beginning with `label`, unless `ids` are integers [n] that int32 holds, none negative, and n > 0."""
+    """Raises ValueError, beginning with `label`, unless `ids` are non-negative integers [n] that fit in int32, and n > 0."""
     ids = np.asarray(ids)
     if ids.ndim != 1:
         raise ValueError(f"{label} has shape {ids.shape}; token ids [n] are expected")
-    if not ids.size:  # of any type: a list without items has none
+    if not ids.size:  # of any dtype: an empty list has no integer one
         if empty:
             return
         raise ValueError(f"{label} has no tokens, not even EOS")
@@ -78,7 +79,7 @@ def check_ids(ids: Any, label: str, *, empty: bool = False) -> None:
 
 
 def check_ref_logps(ref_logps: Any, expected: tuple[int, ...], *, of: str) -> None:
-    """Raises ValueError unless `ref_logps` has the shape `expected`: reshaping it would give pairs the numbers of others."""
+    """Raises ValueError unless `ref_logps` has the shape `expected`: reshaping would assign values to the wrong pairs."""
     if np.shape(ref_logps) != expected:
         raise ValueError(f"ref_logps has shape {np.shape(ref_logps)}, and {list(expected)} is expected: {of}")
 

@@ -1,4 +1,4 @@
-"""From rows to candidates: the preference that a row states, or the reason why it states none."""
+"""Candidates of rows: the preference that a row states, or the reason why it states none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rankings = Iterator[tuple[str, Ranking | BadRow]]
 
 
 def one_each(rows: Rows, preference: Callable[[str, Row], Stated]) -> Iterator[tuple[str, Stated | BadRow]]:
-    """`preference(uid, row)` of each row, with the subset that the row names, or the `BadRow` that it raised."""
+    """`(uid, preference(uid, row))` of each row, with the row's subset, or the `BadRow` that it raised."""
     for uid, row in rows:
         try:
             yield uid, with_subset(preference(uid, row), row)
@@ -26,7 +26,7 @@ def one_each(rows: Rows, preference: Callable[[str, Row], Stated]) -> Iterator[t
 
 
 def with_subset(preference: Stated, row: Row) -> Stated:
-    """The preference as part of the data set that the row's column `subset` names; as it is without one."""
+    """The preference with the subset named in the row's column `subset`; unchanged without that column."""
     subset = row.get("subset")
     if subset is None or subset == "":
         return preference
@@ -36,11 +36,11 @@ def with_subset(preference: Stated, row: Row) -> Stated:
 
 
 def checked(preference: Preference) -> Preference:
-    """The preference itself, or `BadRow` as `check_pair`."""
+    """The preference itself. Raises `BadRow` as `check_pair` does."""
     check_pair(preference.prompt, preference.chosen, preference.rejected)
     return preference
 
 
 def with_target(preference: Preference, target: str) -> Preference:
-    """The preference with the text that supervised fine-tuning learns from, if that is not the chosen completion."""
+    """The preference with `target` as its SFT text, if that differs from the chosen completion."""
     return preference if target == preference.chosen else dataclasses.replace(preference, sft_target=target)

@@ -1,4 +1,4 @@
-"""Conversational preferences: messages rendered by the tokenizer's chat template, and what the assistant wrote in them."""
+"""Conversational preferences: messages rendered by the tokenizer's chat template, and the spans that the assistant wrote."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpo_jax.data.special_tokens import ends_in_special
 from dpo_jax.data.turns import assistant_spans, boundary, refuse_rewriting
 
 SIDES = ("chosen", "rejected")
-MAX_TURNS = 500  # of a completion: each is found by rendering all before it
+MAX_TURNS = 500  # of a completion: each turn is found by rendering all turns before it
 
 
 def chat_preference(
@@ -28,25 +28,25 @@ def chat_preference(
     tools: Any = None,
     chat_template_kwargs: Any = None,
 ) -> Preference:
-    """The preference that three lists of messages `{"role", "content"}` make, rendered as text.
+    """A preference from three lists of messages `{"role", "content"}`, rendered as text.
 
-    `prompt=None`: the prompt is implicit, the messages that both sides begin with. The prompt is rendered with the template's
-    generation prompt; a completion is the rendered whole minus the rendered prompt. An EOS token that ends the completion is
-    taken off, together with what the template puts after it: encoding appends EOS itself. Behind another end token it stays
-    (Phi 3), as encoding appends no EOS to what ends in another one (Gemma).
+    With `prompt=None` the prompt is implicit: the messages that both sides begin with. The prompt is rendered with the
+    template's generation prompt; a completion is the rendered whole minus the rendered prompt. An EOS token at the end of the
+    completion is removed, with what the template writes after it, because encoding appends EOS. After another end token EOS
+    stays (Phi 3), because encoding appends none to a completion that ends in another one (Gemma).
 
-    A completion may hold several turns. Those of the assistant are what it is judged by (`Preference.chosen_spans`), turns of
-    users and tools are context. Turns after the assistant's last one are left off. Where the template writes an answer
-    otherwise than its generation prompt begins it, the prompt ends where they part. Both is told in `Preference.notes`.
+    A completion may have several turns. The assistant's turns are scored (`Preference.chosen_spans`); turns of users and tools
+    are context. Turns after the assistant's last one are dropped. If the template does not begin an answer with its generation
+    prompt, the prompt ends where the two diverge. `Preference.notes` records both.
 
-    `tools` and `chat_template_kwargs` are what the template reads besides (also as JSON text). Raises `BadRow`, `DataError` if
-    the tokenizer has no chat template, and `Unreadable` if it does not end (`data.rendering`).
+    `tools` and `chat_template_kwargs` are passed to the template (JSON text is accepted). Raises `BadRow`, `DataError` if the
+    tokenizer has no chat template, and `Unreadable` if the template exceeds its limits (`data.rendering`).
     """
     template = read_template(tokenizer, tools=tools, variables=chat_template_kwargs, where=uid)
     sides = [read_messages(side, name, tokenizer) for side, name in zip((chosen, rejected), SIDES, strict=True)]
     if sides[0] == sides[1]:
         raise BadRow(Cause.IDENTICAL, "chosen and rejected are the same messages")
-    context = 0  # turns at the beginning of both completions that are no part of the preference
+    context = 0  # turns that both completions begin with and that are not compared
     if prompt is None:
         turns, sides, context = _implicit(*sides)
     else:
@@ -69,7 +69,7 @@ def chat_preference(
 
 
 class Conversation(NamedTuple):
-    """A prompt and completions of it as a chat template writes them."""
+    """A prompt and its completions, rendered by a chat template."""
 
     prompt: str
     completions: list[str]
@@ -79,7 +79,7 @@ class Conversation(NamedTuple):
 
 
 def chat_completions(prompt: list[Any], completions: Mapping[str, Any], *, uid: str, tokenizer: Any) -> Conversation:
-    """Any number of completions of one prompt, lists of messages by name, rendered as in `chat_preference`."""
+    """Render one prompt and any number of completions (lists of messages by name), as `chat_preference` does."""
     template = read_template(tokenizer, where=uid)
     turns = read_messages(prompt, "prompt", tokenizer)
     sides = {name: read_messages(side, name, tokenizer) for name, side in completions.items()}
@@ -92,7 +92,7 @@ def chat_completions(prompt: list[Any], completions: Mapping[str, Any], *, uid: 
 def _conversation(
     template: Template, turns: list[Message], sides: Mapping[str, list[Message]], *, context: int = 0
 ) -> Conversation:
-    """Prompt and completions, checked and rendered. Turns after the assistant's last one are left off."""
+    """Check and render prompt and completions. Turns after the assistant's last one are dropped."""
     notes = template.notes()
     ended = {name: _until_the_assistant(side) for name, side in sides.items()}
     for name, side in ended.items():
@@ -105,7 +105,7 @@ def _conversation(
 
 
 def _digest(messages: list[Message]) -> str:
-    """Names a prompt apart from what a template makes of it. (`default`: whatever a parquet file has for a value.)"""
+    """Identifies a prompt independently of how a template renders it. (`default=str`: parquet values can have any type.)"""
     text = json.dumps(messages, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
@@ -115,7 +115,7 @@ def chat_prompt(
 ) -> str:
     """Messages `{"role", "content"}` rendered as a prompt, with the generation prompt, as `chat_preference` does it.
 
-    Raises `BadRow`, also where the assistant has the last word.
+    Raises `BadRow`, also if the last message is the assistant's.
     """
     template = read_template(tokenizer, tools=tools, variables=chat_template_kwargs, where=field)
     turns = read_messages(messages, field, tokenizer)
@@ -124,10 +124,10 @@ def chat_prompt(
 
 
 def _implicit(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[list[Message]], int]:
-    """The prompt that both sides begin with, the completions, and how many turns of these are shared, too.
+    """The prompt that both sides begin with, the completions, and how many turns at the start of these are shared as well.
 
-    A prompt ends with a turn that the assistant answers: where the sides part behind a turn of the assistant, that turn, which
-    is context there, begins both completions.
+    A prompt must end with a turn that the assistant answers. If the sides diverge after an assistant's turn, that turn begins
+    both completions, as context.
     """
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
@@ -167,7 +167,7 @@ def _check_completion(messages: list[Message], field: str, *, context: int) -> N
 
 
 def _asked(template: Template, turns: list[Message]) -> str:
-    """The prompt with the generation prompt. Raises `BadRow` where the template leaves tools or tool calls out."""
+    """The rendered prompt with the generation prompt. Raises `BadRow` if the template omits tools or tool calls."""
     text = template.render(turns, generate=True)
     if template.tools and text == template.render(turns, generate=True, tools=False):
         detail = "the chat template does not write tools; take a tokenizer whose template does, or leave the column out"
@@ -186,7 +186,7 @@ def _check_calls(text: str, turns: list[Message]) -> None:
 def _rendered(
     template: Template, turns: list[Message], sides: Mapping[str, list[Message]], context: int
 ) -> tuple[list[str], list[Spans | None], list[str]]:
-    """Texts of prompt and completions, spans of the completions, and what there is to say about them."""
+    """Texts of prompt and completions, spans of the completions, and notes."""
     asked = _asked(template, turns)
     wholes = [template.render(turns + side) for side in sides.values()]
     for whole, side in zip(wholes, sides.values(), strict=True):
@@ -221,10 +221,11 @@ def _without_end(completion: str, tokenizer: Any) -> str:
 def _parted(
     template: Template, turns: list[Message], sides: Mapping[str, list[Message]], asked: str, wholes: list[str]
 ) -> tuple[str, list[str], int, list[str]]:
-    """Prompt, wholes, where the prompt ends in them, and notes, where an answer does not go on as the generation prompt begins.
+    """Prompt, whole texts, end of the prompt in them, and notes, for templates whose answers do not begin with the generation
+    prompt.
 
-    Some templates open `<think>` in the generation prompt and take the reasoning off each answer that they render: there the
-    completion is what the assistant wrote. Others begin an answer otherwise: there the prompt ends where the two part.
+    Some templates open `<think>` in the generation prompt and remove the reasoning from each answer that they render: then the
+    completion is what the assistant wrote. Others begin an answer differently: then the prompt ends where the two diverge.
     """
     bare = template.render(turns)
     before = len(os.path.commonprefix([asked, bare]))  # where the generation prompt begins
@@ -249,9 +250,9 @@ def _parted(
 
 
 def _with_reasoning(side: list[Message], rendered: str, tag: str, space: str) -> str | None:
-    """What an assistant wrote after a generation prompt that ends with `<tag>` and `space`, and the turn's end of `rendered`.
+    """The assistant's text after a generation prompt that ends with `<tag>` and `space`, plus the turn's end from `rendered`.
 
-    None if there is no reasoning in it, or the template has kept it.
+    None if the text has no reasoning, or if the template kept it.
     """
     content, opening, closing = side[0]["content"] or "", f"<{tag}>", f"</{tag}>"
     if content.lstrip().startswith(opening):

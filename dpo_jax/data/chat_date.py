@@ -1,6 +1,6 @@
-"""The date in a chat template: found, and fixed, so that a prompt has the same tokens tomorrow.
+"""Detect and fix the date in a chat template, so that a prompt has the same tokens tomorrow.
 
-Templates such as those of Llama 3.2 and Granite write today's date into every prompt by `strftime_now(format)`.
+Templates such as those of Llama 3.2 and Granite write today's date into every prompt with `strftime_now(format)`.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ import copy
 import datetime
 from typing import Any
 
-# All that Python's strftime knows on every platform, and glibc's forms without padding, which templates use.
+# All directives that Python's strftime supports on every platform, and glibc's unpadded forms, which templates use.
 DIRECTIVES = (*(f"%-{letter}" for letter in "dmyHIMSj"), *(f"%{letter}" for letter in "aAwdbBmyYHIpMSfjUWVGuzZcxX"))
 
 
 def writes_date(tokenizer: Any) -> bool:
-    """Whether the tokenizer's chat template, or one of them, asks for today's date."""
+    """Whether the tokenizer's chat template (any of them, if there are several) uses today's date."""
     template = getattr(tokenizer, "chat_template", None) or ""
     return "strftime_now" in (str(template) if isinstance(template, str | dict) else "")
 
 
 def at_date(tokenizer: Any, moment: datetime.datetime) -> Any:
-    """A tokenizer like this one whose chat template takes `moment` for the present.
+    """A copy of the tokenizer whose chat template uses `moment` as the current time.
 
-    `apply_chat_template` of the copy renders with a fixed clock. `chat_template` itself stays as it is: saved, the tokenizer
-    writes the date of the day again. Returns `tokenizer` where no template asks for the date.
+    `apply_chat_template` of the copy renders with a fixed clock. `chat_template` itself is unchanged, so a saved tokenizer
+    writes the current date again. Returns `tokenizer` if no template uses the date.
     """
     if not writes_date(tokenizer):
         return tokenizer
@@ -39,11 +39,11 @@ def at_date(tokenizer: Any, moment: datetime.datetime) -> Any:
 
 
 def _fixed_clock(moment: datetime.datetime) -> str:
-    """A Jinja macro `strftime_now` to put before a template.
+    """A Jinja macro `strftime_now` to prepend to a template.
 
-    A function passed as a variable of the template would not do: transformers turns variables into text.
+    A function passed as a template variable would not work: transformers turns variables into text.
     """
     replaced = "".join(f' | replace("{name}", {moment.strftime(name)!r})' for name in DIRECTIVES)
     text = 'format | replace("%%", "\\0")' + replaced + ' | replace("\\0", "%")'
-    # The line break is taken away with the tag (`trim_blocks`), and the template still begins at the start of a line.
+    # The tag removes its line break (`trim_blocks`), so the template still begins at the start of a line.
     return "{%- macro strftime_now(format) -%}{{ " + text + " }}{%- endmacro %}\n"

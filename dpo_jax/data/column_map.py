@@ -2,7 +2,7 @@
 
     prompt=instruction+input,system=
 
-The prompt is the text in `instruction` and, below it, that in `input`; no column is read as `system`, on purpose.
+The prompt is the text in `instruction` and, on the next line, the text in `input`; `system=` deliberately reads no column.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HOW = "write it as prompt=question,chosen=answer_a; texts are joined by prompt=i
 
 @dataclasses.dataclass(frozen=True)
 class ColumnMap:
-    """`columns["prompt"]`: the columns of the file that are read as `prompt`, joined by newlines; an empty tuple: none is."""
+    """`columns["prompt"]`: the columns of the file that are read as `prompt`, joined by newlines; an empty tuple means none."""
 
     columns: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
@@ -45,7 +45,7 @@ class ColumnMap:
         return ",".join(f"{key}={'+'.join(names)}" for key, names in self.columns.items())
 
     def check(self, format: str) -> None:
-        """Raises `ValueError` for a name that `format` (auto: no format) reads."""
+        """Raises `ValueError` for a name that `format` (auto: any format) does not read."""
         formats = [FORMATS[format]] if format in FORMATS else list(FORMATS.values())
         known = list(dict.fromkeys(name.partition(".")[0] for one in formats for name in one.reads))
         for key in self.columns:
@@ -59,7 +59,7 @@ class ColumnMap:
         return {name for names in self.columns.values() for name in names}
 
     def names(self, where: str, names: Sequence[str]) -> list[str]:
-        """What the columns `names` of a file are called after mapping. Raises `DataError` where a mapped one is missing."""
+        """The column names of a file after mapping. Raises `DataError` if a mapped column is missing."""
         for key, sources in self.columns.items():
             for source in sources:
                 if source not in names and source.partition(".")[0] not in names:
@@ -76,7 +76,7 @@ class ColumnMap:
         return list(found)
 
     def row(self, row: Row) -> Row:
-        """The row under the names of the format; the other columns stay. Raises `BadRow` where a mapped one is missing."""
+        """The row with the format's column names; other columns stay. Raises `BadRow` if a mapped column is missing."""
         if not self.columns:
             return row
         sources = self._sources
@@ -84,7 +84,7 @@ class ColumnMap:
         return kept | {key: _joined(row, names, key) for key, names in self.columns.items() if names}
 
     def named(self, problem: BadRow) -> BadRow:
-        """A problem of a mapped row, with the name that its column has in the file."""
+        """The problem of a mapped row, naming the column as the file does."""
         head = problem.field.partition(".")[0]
         names = self.columns.get(head, (head,))
         if names in ((), (head,)):
@@ -105,11 +105,11 @@ def _joined(row: Row, names: Collection[str], key: str) -> Any:
 
 
 def _value(row: Row, name: str, key: str) -> Any:
-    """What stands under a name of a row, "info.title" and "output.0" being inside a column. `BadRow` if nothing does."""
+    """The value under a name of a row; "info.title" and "output.0" are inside a column. Raises `BadRow` if there is none."""
     value, rest = row, name
     while rest:
         head, dot, more = rest.partition(".")
-        if isinstance(value, Mapping) and rest in value:  # a name may hold a dot
+        if isinstance(value, Mapping) and rest in value:  # a name may contain a dot
             return value[rest]
         if isinstance(value, Mapping) and dot and head in value:
             value, rest = value[head], more

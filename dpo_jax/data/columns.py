@@ -12,7 +12,7 @@ from dpo_jax.data.pairs import BadRow, Cause
 
 Row = Mapping[str, Any]
 Columns = Callable[[Sequence[str], Collection[str]], Collection[str]]
-"""(names of all columns, those that hold texts) -> those that are read. "info.title" stands for a field inside a column."""
+"""(names of all columns, names of text columns) -> names of the columns to read. "info.title" is a field inside a column."""
 
 _LISTED = 20  # names in a message
 
@@ -22,18 +22,19 @@ class _Unread(enum.Enum):
 
 
 UNREAD: Final = _Unread.UNREAD
-"""The value of a column that was not decoded, because the format that its file fits does not read it."""
+"""The value of a column that was not decoded because the format does not read it."""
 
 
 def shown_names(names: Iterable[str]) -> str:
-    """Names of columns for a message, in quotes: the first few, each with its first characters."""
+    """Quoted column names for a message: the first few, each shortened."""
     names = list(names)
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(repr(name[:60]) for name in names[:_LISTED]) + more or "no columns"
 
 
 def column(row: Row, field: str, *, inside: str = "") -> Any:
-    """The value in a column, whatever it is; `BadRow` if there is no such column. `inside`: path to `row`, for the message."""
+    """The value in a column, of any type. Raises `BadRow` if there is no such column. `inside`: path to `row`, for the
+    message."""
     if field not in row:
         raise BadRow(Cause.MISSING_COLUMN, f"the row has {shown_names(row)}", field=inside + field)
     if row[field] is UNREAD:
@@ -43,7 +44,7 @@ def column(row: Row, field: str, *, inside: str = "") -> Any:
 
 
 def text(row: Row, field: str, *, inside: str = "") -> str:
-    """The text in a column; `BadRow` if it is missing, no text, or holds what no tokenizer can take."""
+    """The text in a column. Raises `BadRow` if it is missing, not a text, or contains what no tokenizer accepts."""
     value = column(row, field, inside=inside)
     if isinstance(value, float) and math.isnan(value):
         raise BadRow(Cause.NAN, "NaN where a text is needed", field=inside + field)
@@ -54,9 +55,9 @@ def text(row: Row, field: str, *, inside: str = "") -> str:
 
 
 def check_text(value: str, *, field: str) -> None:
-    """Raises `BadRow` for a lone surrogate (JSON's `"\\ud800"`), which UTF-8 cannot encode, nor any tokenizer.
+    """Raises `BadRow` for a lone surrogate (JSON's `"\\ud800"`), which neither UTF-8 nor any tokenizer can encode.
 
-    NUL is a character like others: a byte-level policy writes it. Bytes of value 0 in a text file are damage (`files`).
+    NUL is allowed: a byte-level policy can write it. Zero bytes in a text file are damage (`files`).
     """
     try:
         value.encode("utf-8")
@@ -65,9 +66,9 @@ def check_text(value: str, *, field: str) -> None:
 
 
 def number(row: Row, field: str, *, inside: str = "") -> float:
-    """The finite number in a column, else `BadRow`."""
+    """The number in a column. Raises `BadRow` unless it is finite."""
     value = column(row, field, inside=inside)
-    if isinstance(value, Decimal):  # of parquet
+    if isinstance(value, Decimal):  # from parquet
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(Cause.WRONG_TYPE, f"a number is needed, this is {type(value).__name__}", field=inside + field)

@@ -1,4 +1,4 @@
-"""Read files of completions, as `dpo-jax sample --sample.out` writes them."""
+"""Reader for files of completions, as written by `dpo-jax sample --sample.out`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dpo_jax.data.files import read_rows
 from dpo_jax.data.pairs import HH_ASSISTANT, MAX_CHARACTERS, BadRow, Cause, DataError, DataReport
 from dpo_jax.untrusted import LongLine, Unreadable, lines_of, parse_object
 
-REMEDIES = {  # of what `dpo-jax sample` may write, too
+REMEDIES = {  # for rows that `dpo-jax sample` can produce itself
     Cause.NO_PROMPT: "leave the row out: nobody can judge an answer to nothing",
     Cause.TOO_LONG: "leave the row out, or lower --sample.max-new-tokens",
 }
-CUES = ("TL;DR:", HH_ASSISTANT)  # what prompts end with to make a policy answer; no part of what was asked
+CUES = ("TL;DR:", HH_ASSISTANT)  # what prompts end with to make a policy answer; not part of the question
 
 
 class Completion(NamedTuple):
@@ -25,10 +25,10 @@ class Completion(NamedTuple):
 
 
 def read_completions(path: str | Path, *, by: str | None = None, report: DataReport | None = None) -> list[Completion]:
-    """The rows of a JSON Lines file (also .gz) with a `prompt` and a `completion`, and a number in the column `by`, if given.
+    """The rows of a JSON Lines file (also .gz) with `prompt`, `completion` and, if `by` is given, a number in that column.
 
-    `report` takes note of the file. Raises `DataError`, naming file, line and field, for a row that nobody can judge: what is
-    said about half of a file is not about a policy.
+    The file is recorded in `report`. Raises `DataError`, naming file, line and field, for a row that cannot be judged: results
+    on part of a file would not describe the policy.
     """
     path, found = Path(path), []
     if not path.is_file():
@@ -57,7 +57,7 @@ def read_completions(path: str | Path, *, by: str | None = None, report: DataRep
 
 
 def without_cue(prompt: str) -> str:
-    """The prompt as a reader knows it: without white space at its ends, and without the words that ask for a completion."""
+    """The prompt as shown to a reader: stripped, and without the cue that asks for a completion."""
     prompt = prompt.rstrip()
     for cue in CUES:
         prompt = prompt.removesuffix(cue)
@@ -65,7 +65,7 @@ def without_cue(prompt: str) -> str:
 
 
 def holds_others(path: Path) -> bool:
-    """Whether `path` is a file with something else than completions: what must not be replaced by them."""
+    """Whether `path` is a file with other content than completions, which must not be overwritten."""
     if not path.is_file() or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:

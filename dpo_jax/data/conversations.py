@@ -1,4 +1,5 @@
-"""Rows of which a part is a conversation, as lists of messages: texts become turns, ShareGPT's words those of templates."""
+"""Rows that are partly conversations, converted to lists of messages: texts become turns, ShareGPT roles become template
+roles."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # of Sha
 
 
 def conversation(row: Row) -> tuple[Any, Any, Any]:
-    """Prompt, chosen and rejected of a row. Where one is a list of messages, or the row has `system`, all are.
+    """Prompt, chosen and rejected of a row. If one is a list of messages, or the row has `system`, all become lists of
+    messages.
 
-    A text prompt beside messages is a copy of what they hold, as in UltraFeedback, and left as it is, unless they begin with
-    the assistant's answer. Raises `BadRow` for a missing side, a system text without a prompt, and one beside another.
+    A text prompt beside messages is a copy of their content, as in UltraFeedback, and is left as it is, unless the messages
+    begin with the assistant's answer. Raises `BadRow` for a missing side, a system text without a prompt, and a second system
+    text.
     """
     prompt, *sides = (_messages(value) for value in (row.get("prompt"), column(row, "chosen"), column(row, "rejected")))
     if all(isinstance(side, str) for side in sides) and ("system" in row or isinstance(prompt, list)):
@@ -36,9 +39,9 @@ def conversation(row: Row) -> tuple[Any, Any, Any]:
 
 
 def same_kind(row: Row, completions: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The prompt of a row and completions of it, by name: all messages where one is a list of them, or the row has `system`.
+    """A row's prompt and completions by name. If one is a list of messages, or the row has `system`, all become messages.
 
-    Others stay as they are.
+    Otherwise they stay as they are.
     """
     named = {name: _messages(value) for name, value in {"prompt": column(row, "prompt"), **completions}.items()}
     system = text(row, "system") if row.get("system") is not None else ""
@@ -52,7 +55,7 @@ def same_kind(row: Row, completions: Mapping[str, Any]) -> tuple[Any, dict[str, 
 
 
 def _messages(value: Any) -> Any:
-    """Messages `{"role", "content"}`, where the value is one of these, or are those of ShareGPT, `{"from", "value"}`."""
+    """The value as messages `{"role", "content"}` if it is a list of these or of ShareGPT's `{"from", "value"}`."""
     if isinstance(value, Mapping) and value.keys() & {"role", "from"}:
         value = [value]
     if not isinstance(value, list) or not all(isinstance(one, Mapping) and one.keys() >= {"from", "value"} for one in value):

@@ -1,4 +1,4 @@
-"""Prompts for people: rendered conversations as turns."""
+"""Prompts shown to people: rendered conversations split into turns."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from dpo_jax.data.terminal import printable
 from dpo_jax.untrusted import Unreadable
 
 Turn = dict[str, str]
-# Words that no template changes: not trimmed, not escaped, not split into thought and answer.
+# Placeholder words that no template changes: not trimmed, not escaped, not split into thought and answer.
 _SYSTEM, _FIRST, _ANSWER, _SECOND = (f"XQ{name}QX" for name in ("SYSTEM", "FIRST", "ANSWER", "SECOND"))
 
 
 def as_text(turns: Sequence[Mapping[str, str]]) -> str:
-    """A conversation for people, a turn a line: `user: ...`."""
+    """A conversation as readable text, one turn per line: `user: ...`."""
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 def shown_prompt(sample: Mapping[str, Any]) -> str:
-    """The prompt of a sample for people: its `turns`, where it has them, else its text. Control characters are written out."""
+    """The prompt of a sample as readable text: its `turns` if it has them, else its text. Control characters are escaped."""
     return printable(as_text(sample["turns"]) if sample.get("turns") else str(sample.get("prompt", "")))
 
 
 def chat_turns(prompt: str, tokenizer: Any) -> list[Turn] | None:
-    """The turns of a prompt that the tokenizer's chat template rendered, or None where it did not, or not only from such turns.
+    """The turns of a prompt rendered by the tokenizer's chat template; None if it was not, or not from such turns alone.
 
-    The template's own text between turns is found by rendering words that stand in no prompt. A prompt that was cut at its
-    start begins with "...", and a system text of the template itself may stand among the turns.
+    The template's own text between turns is found by rendering placeholder words. A prompt truncated at its start begins with
+    "...". A system text that the template adds may appear among the turns.
     """
     marks = _marks(tokenizer, str(tokenizer.chat_template)) if getattr(tokenizer, "chat_template", None) else None
     if marks is None or not prompt.endswith(marks.to_answer):
@@ -45,12 +45,12 @@ def chat_turns(prompt: str, tokenizer: Any) -> list[Turn] | None:
 
 
 class _Marks(NamedTuple):
-    """What a template writes around contents."""
+    """The text that a template writes around the contents of turns."""
 
     head: str  # before a first user turn
-    before: dict[str, str]  # role -> between the turn of the other role and one of this
-    to_answer: str  # behind the last user turn
-    system_head: str | None  # before a system turn; None: the template has none
+    before: dict[str, str]  # role -> text between a turn of the other role and one of this role
+    to_answer: str  # after the last user turn
+    system_head: str | None  # before a system turn; None: no system role
     after_system: str  # between a system turn and the first user turn
 
 
@@ -66,7 +66,7 @@ def _marks(tokenizer: Any, template: str) -> _Marks | None:
         to_user, last = between.split(_SECOND)
     except Unreadable:
         raise
-    except ValueError:  # refused, or one that repeats a turn: it has no such marks
+    except ValueError:  # the template refuses, or repeats a turn: no such marks
         return None
     if (first, last) != (head, to_answer) or not (to_answer and to_assistant and to_user):
         return None
@@ -86,12 +86,12 @@ def _render(messages: list[Turn], tokenizer: Any) -> str:
 
 
 def _first_turns(text: str, role: str, marks: _Marks) -> list[Turn]:
-    """What stands before the first mark between turns: a turn of `role`, or the system's, behind the template's head."""
+    """The turns before the first separator: a turn of `role`, or the system's, after the template's head."""
     if role == "user" and text.startswith(marks.head):
         return [{"role": "user", "content": text.removeprefix(marks.head)}]
     if marks.system_head is not None and text.startswith(marks.system_head):
         content, found, user = text.removeprefix(marks.system_head), "", ""
-        if role == "user":  # a template may part system and user by words of its own
+        if role == "user":  # a template may separate system and user by words of its own
             content, found, user = content.partition(marks.after_system)
         turns = [{"role": "system", "content": content}, {"role": "user", "content": user}]
         return [turn for turn, there in zip(turns, (content.strip(), found), strict=True) if there]

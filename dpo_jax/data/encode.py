@@ -1,4 +1,4 @@
-"""From text to token ids, truncated exactly as the original implementation does it."""
+"""Tokenization of preferences, with the truncation of the original implementation."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from dpo_jax.data.special_tokens import ends_in_special
 Truncation = Literal["keep_end", "keep_start"]
 Bos = Literal["auto", "always", "never"]
 Side = tuple[np.ndarray, np.ndarray | None]
-"""A completion: int32[n] ids, and bool[n], which of them are scored (None: all)."""
+"""A completion: ids int32[n], and bool[n] marking the scored ones (None: all)."""
 
 
 class EosInText(ValueError):
-    """A text contains the end-of-sequence token, which would end the completion before its end."""
+    """A text contains the end-of-sequence token, which would end the completion early."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptImages:
-    """The images that a prompt shows. Their features are looked up when a batch is made.
+    """The images in a prompt. Their features are looked up when a batch is built.
 
-    starts    int32[I]                where in the prompt the `tokens` tokens of each image begin
-    names     I keys of `features`    equal ones are one image, which a row holds once
+    starts    int32[I]                position in the prompt where the `tokens` tokens of each image begin
+    names     I keys of `features`    equal names are one image, stored once per row
     tokens    T                       of each image
-    features  {name: float32[T, W]}   outputs of the vision encoder; may read them from disk
+    features  {name: float32[T, W]}   outputs of the vision encoder; may be read from disk on access
     """
 
     starts: np.ndarray
@@ -38,7 +38,7 @@ class PromptImages:
 
     @property
     def columns(self) -> int:
-        """Columns of `RowImages` that it takes: the tokens of its images, each image once. Reads no features."""
+        """Columns of `RowImages` needed: the tokens of its distinct images. Reads no features."""
         return len(set(self.names)) * self.tokens
 
     @property
@@ -47,23 +47,22 @@ class PromptImages:
         return self.features[self.names[0]].shape[1]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: arrays have no single truth value, and no hash
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: arrays have no single truth value and no hash
 class Encoded:
-    """One preference as token ids. Completions end in EOS, or in what their chat template ends a turn with, unless truncation
-    cut it away.
+    """One preference as token ids. Completions end in EOS, or in the chat template's end of turn, unless truncated.
 
         prompt, chosen, rejected               int32[n] each
-        uid                                    names the pair in messages
-        prompt_cut, chosen_cut, rejected_cut   how many tokens truncation removed
-        bos_added                              the first token of the prompt is a BOS that its text does not hold
-        chosen_scored, rejected_scored         bool[n]: which tokens of a completion count; None: all of them. The others are
-                                               context, such as turns of a user: the model reads them
-        between                                of a ranking: the completions between best (`chosen`) and worst (`rejected`)
-        between_cut                            how many of their tokens truncation removed
-        desirable                              of a single completion, `chosen`: its label; `rejected` is a mismatched one
-        images                                 that the prompt shows, or None
+        uid                                    identifies the pair in messages
+        prompt_cut, chosen_cut, rejected_cut   number of tokens removed by truncation
+        bos_added                              the first token of the prompt is a BOS that is not in its text
+        chosen_scored, rejected_scored         bool[n]: the scored tokens of a completion; None: all. The others are
+                                               context, such as a user's turns
+        between                                rankings only: the completions between best (`chosen`) and worst (`rejected`)
+        between_cut                            number of their tokens removed by truncation
+        desirable                              single completions only: the label of `chosen`; `rejected` is a mismatched one
+        images                                 images in the prompt, or None
 
-    `encode` makes one of texts; token ids of your own do as well:
+    `encode` makes one from texts; your own token ids work as well:
 
     >>> Encoded(prompt=np.int32([5, 6]), chosen=np.int32([7, 0]), rejected=np.int32([8, 9, 0])).rejected
     array([8, 9, 0], dtype=int32)
@@ -73,20 +72,20 @@ class Encoded:
     chosen: np.ndarray
     rejected: np.ndarray
     uid: str = ""
-    prompt_cut: int = 0  # tokens that truncation removed
+    prompt_cut: int = 0  # tokens removed by truncation
     chosen_cut: int = 0
     rejected_cut: int = 0
-    bos_added: bool = False  # the prompt's first token is a BOS that its text does not hold
+    bos_added: bool = False  # the prompt's first token is a BOS that is not in its text
     chosen_scored: np.ndarray | None = None  # bool[n]
     rejected_scored: np.ndarray | None = None
-    between: tuple[np.ndarray, ...] = ()  # of a ranking: int32[n] each, better ones first
+    between: tuple[np.ndarray, ...] = ()  # rankings only: int32[n] each, best first
     between_cut: int = 0
-    desirable: bool | None = None  # of a single completion (`data.unpaired`)
+    desirable: bool | None = None  # single completions only (`data.unpaired`)
     images: PromptImages | None = None
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """Ids, and which of them are scored, of all completions, best first: two of a pair, all of a ranking."""
+        """(ids, scored) of all completions, best first: two for a pair, all for a ranking."""
         return (self.chosen, self.chosen_scored), *((ids, None) for ids in self.between), (self.rejected, self.rejected_scored)
 
     @property
@@ -96,17 +95,17 @@ class Encoded:
 
     @property
     def scored_tokens(self) -> tuple[int, ...]:
-        """How many tokens of each completion count, best first."""
+        """Number of scored tokens of each completion, best first."""
         return tuple(count_scored(*side) for side in self.sides)
 
 
 def count_scored(ids: np.ndarray, scored: np.ndarray | None) -> int:
-    """How many of a completion's tokens count."""
+    """Number of scored tokens of a completion."""
     return len(ids) if scored is None else int(np.count_nonzero(scored))
 
 
 def scored_bytes(*sides: Side) -> bytes:
-    """Bytes that tell which tokens of completions (ids, scored) count, for keys and digests; none where all of them do."""
+    """The scored-token masks of completions as bytes, for keys and digests; empty if all tokens are scored."""
     if all(count_scored(*side) == len(side[0]) for side in sides):
         return b""
     marks = (np.ones(len(ids), bool) if scored is None else np.asarray(scored, bool) for ids, scored in sides)
@@ -114,14 +113,14 @@ def scored_bytes(*sides: Side) -> bytes:
 
 
 def image_bytes(images: PromptImages | None) -> bytes:
-    """Bytes that tell which images a prompt shows, for keys and digests; none where it shows none. Names are the images'."""
+    """The images of a prompt as bytes, for keys and digests; empty without images. Images are identified by name."""
     if images is None:
         return b""
     return b"images" + np.asarray(images.starts, "<i4").tobytes() + "\0".join(images.names).encode()
 
 
 def prompt_key(pair: Encoded) -> bytes:
-    """What tells prompts apart: their ids, and the images that they show."""
+    """The identity of a prompt: its ids and images."""
     return np.ascontiguousarray(pair.prompt, "<i4").tobytes() + image_bytes(pair.images)
 
 
@@ -134,22 +133,24 @@ def encode(
     truncation: Truncation = "keep_end",
     bos: Bos = "auto",
 ) -> Encoded:
-    """Token ids of one preference: a mapping or record with `prompt`, `chosen`, `rejected` (and `uid`, if it has one).
-    A ranking has the texts `between`, too, and a single completion a label, `desirable`; its chosen and rejected are one.
+    """Token ids of one preference: a mapping or record with `prompt`, `chosen`, `rejected` (and optionally `uid`).
 
-    As `tokenize_batch_element` of the original: prompt and completions are tokenized apart, without special tokens, and EOS is
-    appended to the completions. The prompt begins with BOS where `bos` says so (`with_bos`).
-    Where the prompt and the longer completion exceed `max_length` tokens, the prompt is cut to `max_prompt_length` (keeping BOS
-    and its end, or its start), and if that is not enough both completions to `max_length - max_prompt_length`.
-    Raises `EosInText` when a text contains EOS itself; only in a record marked `chat` may EOS end the turns of the prompt,
-    and a completion that its template already ended, in EOS or in another special token, gets no EOS besides (as in TRL).
+    A ranking also has the texts `between`. A single completion has a label, `desirable`; its text is both chosen and rejected.
+
+    Like `tokenize_batch_element` of the original: prompt and completions are tokenized separately, without special tokens, and
+    EOS is appended to the completions. `bos` decides whether the prompt begins with BOS (`with_bos`). If the prompt and the
+    longer completion exceed `max_length` tokens, the prompt is cut to `max_prompt_length` (keeping BOS and its end, or its
+    start). If that is not enough, both completions are cut to `max_length - max_prompt_length`. Raises `EosInText` if a text
+    contains EOS. Only in a record marked `chat` may EOS end the turns of the prompt. There a completion that the template
+    already ended, with EOS or another special token, gets no further EOS (as in TRL).
 
     Lists of messages `{"role", "content"}` are rendered by the chat template of `tokenizer`, as in `load_preferences`. Without
-    `prompt`, it is the messages that both sides begin with. `tools` and `chat_template_kwargs` reach the template, too. Of a
-    completion of several turns those of the assistant are scored. A tokenizer without a template is a ValueError that says so.
+    `prompt`, the prompt is the messages that both sides begin with. `tools` and `chat_template_kwargs` are passed to the
+    template. In a completion of several turns, the assistant's turns are scored. Raises ValueError for a tokenizer without a
+    template.
 
-    Raises `BadRow`, a ValueError, naming a field that is missing or holds no text. Empty completions and equal ones are encoded
-    like any others: `load_preferences` and the program refuse them.
+    Raises `BadRow`, a ValueError, naming a field that is missing or is not a text. Empty and equal completions are encoded like
+    any others; `load_preferences` and the program refuse them.
 
     >>> pair = {"prompt": "The film was", "chosen": " a delight.", "rejected": " a bore."}
     >>> ids = encode(pair, tokenizer, max_length=64, max_prompt_length=32)
@@ -170,7 +171,7 @@ def encode(
             f"{uid or 'encode'}: the prompt shows images; `encode_images` of `dpo_jax.data.image_prompts` reads them"
         )
     if any(isinstance(get(field), list) for field in ("prompt", "chosen", "rejected")):
-        from dpo_jax.data.chat import chat_preference  # here: plain texts need none of it
+        from dpo_jax.data.chat import chat_preference  # imported here: plain texts do not need it
 
         sides = get("chosen"), get("rejected")
         more = {name: get(name) for name in ("tools", "chat_template_kwargs")}
@@ -233,16 +234,17 @@ def token_ids(text: str, tokenizer: Any) -> np.ndarray:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself begins a plain text with BOS, as those of Llama, Mistral and Gemma do."""
+    """Whether the tokenizer itself begins a plain text with BOS, as Llama's, Mistral's and Gemma's do."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos is not None and tokenizer("hello")["input_ids"][:1] == [bos]
 
 
 def with_bos(ids: np.ndarray, tokenizer: Any, *, bos: Bos = "auto", chat: bool = False) -> np.ndarray:
-    """The ids of a text (int32[n]) with BOS in front. Whatever encodes a prompt, or a whole text to learn, calls this.
+    """The ids of a text (int32[n]) with BOS prepended if `bos` asks for it. All encoding of prompts and whole texts uses this.
 
-    "auto" adds BOS to a text where the tokenizer itself does (`adds_bos`), and leaves a conversation (`chat`) as its template
-    wrote it. "always" adds it to both, "never" to neither. Ids that already begin with BOS get no second one.
+    "auto" adds BOS to a text if the tokenizer itself does (`adds_bos`), and leaves a conversation (`chat`) as its template
+    wrote it. "always" adds it to both, "never" to neither. Ids that already begin with BOS are unchanged.
+
     Raises ValueError for "always" if the tokenizer has no BOS.
     """
     if bos not in ("auto", "always", "never"):
@@ -255,7 +257,7 @@ def with_bos(ids: np.ndarray, tokenizer: Any, *, bos: Bos = "auto", chat: bool =
 
 
 def cut_prompt(ids: np.ndarray, limit: int, tokenizer: Any, *, truncation: Truncation = "keep_end") -> np.ndarray:
-    """At most `limit` of a prompt's tokens: its first ones, or its last ones after the BOS that it begins with, if it does."""
+    """A prompt cut to `limit` tokens: its first ones, or its last ones with a leading BOS kept."""
     if len(ids) <= limit:
         return ids
     if truncation == "keep_start":
@@ -265,11 +267,11 @@ def cut_prompt(ids: np.ndarray, limit: int, tokenizer: Any, *, truncation: Trunc
 
 
 def _completion_ids(tokenizer: Any, text: str, name: str, *, chat: bool) -> np.ndarray:
-    """The completion's ids with exactly one EOS, at the end; with none where a chat template ends it in another token."""
+    """The completion's ids with exactly one EOS, at the end; with none if a chat template ends it with another token."""
     ids = token_ids(text, tokenizer)
     if chat and tokenizer.eos_token_id in ids:
         end = int(np.argmax(ids == tokenizer.eos_token_id))
-        if not tokenizer.decode(ids[end + 1 :]).strip():  # templates like to end a turn with EOS and a newline
+        if not tokenizer.decode(ids[end + 1 :]).strip():  # templates often end a turn with EOS and a newline
             ids = ids[:end]
     elif chat and ends_in_special(text, tokenizer):
         return ids
@@ -278,20 +280,20 @@ def _completion_ids(tokenizer: Any, text: str, name: str, *, chat: bool) -> np.n
 
 
 def _spans_ids(tokenizer: Any, text: str, name: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of a completion of several turns, EOS at the end, and which are scored: those that begin in one of `spans`, and EOS.
+    """Ids of a completion of several turns, EOS at the end, and the scored ones: those that begin in one of `spans`, and EOS.
 
-    EOS may end each turn: its template has written it there. None is added where the template ends turns in another token.
+    The template may have ended each turn with EOS. None is added if it ends turns with another token.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{name}: of several turns only a fast tokenizer (tokenizer.json) can tell the assistant's tokens")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
     own = np.flatnonzero(ids == tokenizer.eos_token_id)
-    ended = bool(len(own)) and not tokenizer.decode(ids[own[-1] + 1 :]).strip()  # by its template
+    ended = bool(len(own)) and not tokenizer.decode(ids[own[-1] + 1 :]).strip()  # by the template
     if ended:
         ids, offsets = ids[: own[-1]], offsets[: own[-1]]
     begins, ends = offsets.T
-    # A blank token has no width with tokenizers that take blanks off: it begins where the one before it ends.
+    # With tokenizers that strip blanks, a blank token has no width: it begins where the token before it ends.
     begins = np.where(begins == ends, np.append(0, ends[:-1])[: len(ends)], begins)
     scored = np.zeros(len(ids), bool)
     for begin, end in spans:

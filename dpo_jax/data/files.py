@@ -1,7 +1,7 @@
-"""Rows of data files, each with the place it stands at: JSON Lines, also in gzip, and parquet.
+"""Readers of data files (JSON Lines, also gzipped, and parquet): each row with its place, `file:line`.
 
-A bad row is handed on as a `BadRow` and may be dropped. A bad file (cut off, not fetched, not what its name says) is always a
-`DataError`: nobody can count the rows that are missing from it.
+A bad row is passed on as a `BadRow` and may be dropped. A bad file (truncated, not fetched, mislabelled) is always a
+`DataError`, because its missing rows cannot be counted.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ _GZIP = b"\x1f\x8b"
 _PARQUET = b"PAR1"
 _BAD_GZIP = "the gzip stream is damaged or cut off here"
 BOM = b"\xef\xbb\xbf"
-_HUNTED = 2**20  # bytes of a line in which the place of a bad number is looked for
+_HUNTED = 2**20  # bytes; the place of a bad number is looked for in shorter lines only
 
 
 def read_rows(
     name: str, path: Path, *, report: DataReport, columns: Columns | None = None
 ) -> Iterator[tuple[str, Row | BadRow]]:
-    """The rows of one file as `(where, row)`, `where` being "name:line" counted from 1; notes and digest go to the report.
+    """The rows of one file as `(where, row)`, `where` being "name:line" counted from 1; notes and digest are added to the
+    report.
 
-    `columns`: which columns of a parquet file are decoded, by the names of all of them; None: all. The others are `UNREAD`.
-    Raises `DataError` for a git-lfs pointer, a damaged or mislabelled file, and a file without a single row.
+    `columns`: chooses the columns of a parquet file to decode, given all names; None: all. The others are `UNREAD`. Raises
+    `DataError` for a git-lfs pointer, a damaged or mislabelled file, and a file without a single row.
     """
     check_head(name, path)
     rows = 0
     if name.endswith(".parquet"):
-        from dpo_jax.data.parquet import parquet_rows  # here: pyarrow takes its time, and JSON Lines need none of it
+        from dpo_jax.data.parquet import parquet_rows  # imported here: pyarrow is slow to import, and JSON Lines do not need it
 
         reader = parquet_rows(name, path, columns=columns)
     else:
@@ -59,13 +60,13 @@ def read_rows(
 
 
 def fingerprint(name: str, path: Path) -> dict[str, Any]:
-    """How a report names a file: {"path", "bytes", "sha256"}."""
+    """The entry of a file in a report: {"path", "bytes", "sha256"}."""
     with path.open("rb") as file:
         return {"path": name, "bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def check_head(name: str, path: Path) -> None:
-    """Raises `DataError` for a file that its first bytes show to be a git-lfs pointer or not what its name says."""
+    """Raises `DataError` if the first bytes of a file show a git-lfs pointer or contradict its name."""
     with naming(path), path.open("rb") as file:
         head = file.read(len(_LFS))
     if head.startswith(_LFS):
@@ -105,7 +106,7 @@ def _json_rows(name: str, path: Path, *, report: DataReport) -> Iterator[tuple[s
 def _lines(name: str, path: Path) -> Iterator[bytes | LongLine]:
     place = Place(name, Cause.BAD_GZIP, _BAD_GZIP)
     with place.reading(), path.open("rb") as packed:
-        # GzipFile's own readline is Python; a buffer's is not.
+        # GzipFile's own readline is in Python, the buffer's is in C.
         file = io.BufferedReader(gzip.GzipFile(fileobj=packed), 2**17) if name.endswith(".gz") else packed
         for line in lines_of(file):
             place.number += 1
@@ -113,7 +114,7 @@ def _lines(name: str, path: Path) -> Iterator[bytes | LongLine]:
 
 
 def _parse(line: bytes) -> Row | BadRow:
-    """The object that a line of JSON holds, or what is wrong with it."""
+    """The JSON object in a line, or the `BadRow` that says what is wrong with it."""
     if (nul := line.find(b"\0")) >= 0:
         return BadRow(Cause.NUL, f"NUL at byte {nul} of the line")
     try:
@@ -135,7 +136,7 @@ def _parse(line: bytes) -> Row | BadRow:
 
 
 def _place_of_bad_number(line: bytes) -> str:
-    """The path to the first number that no float can hold, such as "answers.0.pm_score"; "" in a long line, or none of JSON."""
+    """The path to the first number too large for a float, such as "answers.0.pm_score"; "" for a long or invalid line."""
     stack: list[tuple[str, Any]] = []
     if len(line) > _HUNTED:
         return ""

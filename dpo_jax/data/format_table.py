@@ -1,7 +1,7 @@
 """The table of data formats: columns, what they hold, an example. Detection, `--help`, messages and the README come from it.
 
-To add a format, write its function in `formats.py`, under the format's name, and add a line to `FORMATS`. This module imports
-nothing of weight, so that `--help` answers at once.
+To add a format, write its function in `formats.py`, under the format's name, and add a line to `FORMATS`. Imports are
+light, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dpo_jax.loss_table import RowKind
 
 
 class Column(NamedTuple):
-    """What a column holds; whether every row must have it."""
+    """A column of a format: what it holds, and whether every row must have it."""
 
     holds: str
     needed: bool = True
@@ -23,11 +23,11 @@ class Column(NamedTuple):
 class Format(NamedTuple):
     """A public format of preferences.
 
-    reads      the columns that its function reads; "info.title" is a field inside one
-    told_by    a row with these columns is of this format (none: only data.format says so) ...
-    lacks      ... unless it has one of these ...
-    begins     ... or the text in these does not begin so, white space left out
-    rows       what a row states
+    reads      the columns that its function reads; "info.title" is a field inside a column
+    told_by    columns by which the format is detected (none: only data.format selects it) ...
+    lacks      ... provided that the row has none of these ...
+    begins     ... and that the texts in these begin so, leading white space ignored
+    rows       the kind of example in a row
     """
 
     name: str
@@ -53,17 +53,17 @@ class Format(NamedTuple):
 
 
 _PROMPT = Column("the prompt, a text or messages")
-_SYSTEM = Column("a system text, if `data.columns` names its column", needed=False)
-_SUBSET = Column("part of the data set, by which evaluation also reports", needed=False)
+_SYSTEM = Column("a system message, if `data.columns` names its column", needed=False)
+_SUBSET = Column("subset of the data; evaluation also reports by subset", needed=False)
 _BETTER, _WORSE = Column("the better completion"), Column("the worse one")
 
-# The first that fits is taken.
+# Detection takes the first that fits.
 _FORMATS = (
     Format(
         "tldr",
         "TL;DR comparisons of OpenAI (`summarize_from_feedback`)",
         {
-            "info.subreddit": Column("where the post stood"),
+            "info.subreddit": Column("the subreddit of the post"),
             "info.title": Column("its title"),
             "info.post": Column("its text"),
             "summaries.text": Column("two summaries"),
@@ -110,11 +110,11 @@ _FORMATS = (
         "helpsteer3",
         "HelpSteer3 of NVIDIA; rendered with the tokenizer's chat template",
         {
-            "context": Column("messages, the last of the user"),
+            "context": Column("messages, the last by the user"),
             "response1": Column("an answer"),
             "response2": Column("another"),
-            "overall_preference": Column("-3 (the first is much better) to 3 (the second is), 0 forms no pair"),
-            "domain": Column("taken as the subset", needed=False),
+            "overall_preference": Column("-3 (the first is much better) to 3 (the second is); 0 gives no pair"),
+            "domain": Column("used as the subset", needed=False),
         },
         ("context", "response1", "response2", "overall_preference"),
         {
@@ -134,12 +134,12 @@ _FORMATS = (
     ),
     Format(
         "openai",
-        "the file of OpenAI's preference fine-tuning; rendered with the tokenizer's chat template",
+        "OpenAI's preference fine-tuning format; rendered with the tokenizer's chat template",
         {
-            "input.messages": Column("messages, the last of the user"),
+            "input.messages": Column("messages, the last by the user"),
             "input.tools": Column("tools that the assistant may call", needed=False),
-            "preferred_output": Column("messages of the assistant"),
-            "non_preferred_output": Column("the same, worse"),
+            "preferred_output": Column("the better completion: messages of the assistant"),
+            "non_preferred_output": Column("the worse one"),
             "subset": _SUBSET,
         },
         ("input", "preferred_output", "non_preferred_output"),
@@ -164,8 +164,8 @@ _FORMATS = (
     ),
     Format(
         "hh",
-        "Anthropic HH: two transcripts that part after their last `Assistant:`",
-        {"chosen": Column("the transcript with the better end"), "rejected": Column("that with the worse"), "subset": _SUBSET},
+        "Anthropic HH: two transcripts that differ after their last `Assistant:`",
+        {"chosen": Column("the better transcript"), "rejected": Column("the worse one"), "subset": _SUBSET},
         ("chosen", "rejected"),
         {side: f"\n\nHuman: Hello\n\nAssistant:{text}" for side, text in (("chosen", " Hi!"), ("rejected", " What?"))},
         lacks=("prompt",),
@@ -173,23 +173,23 @@ _FORMATS = (
     ),
     Format(
         "hh_chat",
-        "Anthropic HH as chats, rendered with the tokenizer's chat template; only where it is named",
-        {"chosen": Column("the transcript with the better end"), "rejected": Column("that with the worse"), "subset": _SUBSET},
+        "Anthropic HH as chats, rendered with the tokenizer's chat template; only if named",
+        {"chosen": Column("the better transcript"), "rejected": Column("the worse one"), "subset": _SUBSET},
         (),
         {side: f"\n\nHuman: Hello\n\nAssistant:{text}" for side, text in (("chosen", " Hi!"), ("rejected", " What?"))},
     ),
     Format(
         "trl",
-        "TRL's four forms: texts or messages, the prompt in its own column or as the common beginning",
+        "TRL's four forms: texts or messages, the prompt in its own column or implicit",
         {
             "prompt": Column("the prompt, a text or messages", needed=False),
             "system": _SYSTEM,
             "chosen": _BETTER,
             "rejected": _WORSE,
             "tools": Column("schemas of tools, for the chat template", needed=False),
-            "chat_template_kwargs": Column("what else the chat template reads, such as `enable_thinking`", needed=False),
+            "chat_template_kwargs": Column("other variables of the chat template, such as `enable_thinking`", needed=False),
             "images": Column("images of the prompt: paths, bytes, or {bytes, path} each", needed=False),
-            "image": Column("the only one of these", needed=False),
+            "image": Column("a single image", needed=False),
             "subset": _SUBSET,
         },
         ("chosen", "rejected"),
@@ -202,7 +202,7 @@ _FORMATS = (
             "prompt": _PROMPT,
             "system": _SYSTEM,
             "completion": Column("a completion, a text or messages"),
-            "label": Column("true if it is desirable, false if not; or 1 and 0"),
+            "label": Column("true if it is desirable, false if not (or 1 and 0)"),
             "subset": _SUBSET,
         },
         ("prompt", "completion", "label"),
@@ -215,9 +215,7 @@ _FORMATS = (
         {
             "prompt": _PROMPT,
             "system": _SYSTEM,
-            "completions": Column(
-                "two or more completions, texts or messages; best first unless ranks or scores say otherwise"
-            ),
+            "completions": Column("two or more completions, texts or messages; best first unless ranks or scores are given"),
             "ranks": Column("their ranks, 1 is the best", needed=False),
             "scores": Column("their scores, more is better", needed=False),
             "subset": _SUBSET,
@@ -236,7 +234,7 @@ else:
 """The values of `data.format`."""
 
 _NEEDED = "; ".join(f"{format.name}: {', '.join(format.needs)}" for format in _FORMATS)
-HELP = f"Layout of the files. auto tells it from column names, and the audit report says what was found. Columns: {_NEEDED}"
+HELP = f"Format of the files. auto detects it from the column names; the audit report shows it. Columns: {_NEEDED}"
 """The text of `--help`."""
 
 
@@ -252,9 +250,9 @@ def _fits(format: Format, row: Mapping[str, Any]) -> bool:
 
 
 def format_of(format: str, names: Sequence[str]) -> str | None:
-    """The format by which columns `names` are read: `format`, or with "auto" the one that they fit; None: none.
+    """The format used to read columns `names`: `format`, or with "auto" the one that they fit; None if none fits.
 
-    A format that is told by its texts has the columns of another, which reads no fewer.
+    Formats that are also detected by their texts are skipped: another format with the same columns reads at least as many.
     """
     if format != "auto":
         return format
@@ -263,7 +261,7 @@ def format_of(format: str, names: Sequence[str]) -> str | None:
 
 def markdown() -> str:
     """The table as Markdown, for the README."""
-    lines = ["| `data.format` | what it is | columns, those in brackets may be left out | a line |", "|---|---|---|---|"]
+    lines = ["| `data.format` | what it is | columns (in brackets: optional) | example line |", "|---|---|---|---|"]
     for format in sorted(_FORMATS, key=lambda one: one.name):
         columns = (f"`{name}`: {column.holds}" for name, column in format.reads.items())
         shown = "; ".join(

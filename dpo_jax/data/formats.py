@@ -1,6 +1,6 @@
-"""What a row of each public preference format means: a function for each line of `format_table.FORMATS`, of the same name.
+"""Parsers of the public preference formats: one function for each line of `format_table.FORMATS`, of the same name.
 
-It takes `(where, row)` tuples and yields `(uid, Preference)`, or `(uid, BadRow)` with the reason why that candidate states no
+Each takes `(where, row)` tuples and yields `(uid, Preference)`, or `(uid, BadRow)` with the reason why the candidate states no
 usable preference. SHP and StackExchange follow the original implementation (eric-mitchell/direct-preference-optimization,
 `preference_datasets.py`), the chat forms follow TRL.
 """
@@ -36,15 +36,15 @@ from dpo_jax.untrusted import TooDeep
 
 SHP_MIN_RATIO = 2.0
 MAX_MARKUP = 4 * MAX_CHARACTERS
-MAX_ANSWERS = 1000  # of a question: they form half a million pairs
+MAX_ANSWERS = 1000  # per question: they form half a million pairs
 
 
 def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """TRL's four forms: standard (texts) or conversational (messages), with a `prompt` column or with the prompt implicit.
 
-    As in TRL, a text in `prompt` beside conversations in `chosen` and `rejected` is a copy of what they hold, and is not used.
-    Unlike in TRL, a prompt of messages may have answers that are texts, and the other way round (`conversations.conversation`).
-    Images of the prompt are those of `image_rows`.
+    As in TRL, a text in `prompt` beside conversations in `chosen` and `rejected` is a copy of their content and is not used.
+    Unlike in TRL, a prompt of messages may have answers that are texts, and vice versa (`conversations.conversation`). Images
+    of the prompt are read by `image_rows`.
     """
 
     def preference(uid: str, row: Row) -> Preference:
@@ -68,10 +68,10 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
 
 
 def common_prompt(chosen: str, rejected: str) -> int:
-    """Length of the prompt that two texts share, cut back to the start of a word; a space before it goes to the completions.
+    """Length of the prompt that two texts share, cut back to the start of a word; the space before it goes to the completions.
 
-    Like TRL's `extract_prompt`, which however cuts "the blue" and "the black" inside the word, at "bl", and goes wrong where
-    one text is the beginning of the other.
+    Like TRL's `extract_prompt`, which however cuts "the blue" and "the black" inside the word, at "bl", and fails if one text
+    is a prefix of the other.
     """
     if chosen == rejected:
         raise BadRow(Cause.IDENTICAL, "chosen and rejected are the same text")
@@ -83,10 +83,10 @@ def common_prompt(chosen: str, rejected: str) -> int:
 
 
 def rewardbench(rows: Rows, *, tokenizer: Any = None) -> Candidates:
-    """RewardBench (Lambert et al. 2024, arXiv 2403.13787): one question and two answers, as bare texts.
+    """RewardBench (Lambert et al. 2024, arXiv 2403.13787): one question and two answers, as plain texts.
 
-    They are turns of a chat, so the tokenizer's chat template renders them. A tokenizer without one gets the form of Anthropic
-    HH, as the other questions here do; the report says which it was (`_answered`).
+    They are chat turns, rendered with the tokenizer's chat template. Without a template the form of Anthropic HH is used, as
+    for the other questions here; the report says which (`_answered`).
     """
 
     def preference(uid: str, row: Row) -> Preference:
@@ -97,7 +97,7 @@ def rewardbench(rows: Rows, *, tokenizer: Any = None) -> Candidates:
 
 
 def pku(rows: Rows, *, tokenizer: Any = None) -> Candidates:
-    """PKU-SafeRLHF: a question and two answers, of which `better_response_id` is the more helpful. Rendered as RewardBench."""
+    """PKU-SafeRLHF: a question and two answers; `better_response_id` is the more helpful one. Rendered like RewardBench."""
 
     def preference(uid: str, row: Row) -> Preference:
         question, answers = text(row, "prompt"), [text(row, side) for side in ("response_0", "response_1")]
@@ -110,7 +110,7 @@ def pku(rows: Rows, *, tokenizer: Any = None) -> Candidates:
 
 
 def _answered(question: str, chosen: str, rejected: str, *, uid: str, tokenizer: Any) -> Preference:
-    """A question and two answers as turns of a chat; in the form of Anthropic HH for a tokenizer without a chat template."""
+    """A question and two answers as chat turns; in the form of Anthropic HH if the tokenizer has no chat template."""
     if getattr(tokenizer, "chat_template", None) is None:
         return checked(Preference(as_transcript(question), " " + chosen, " " + rejected, uid))
     sides = ([{"role": "assistant", "content": answer}] for answer in (chosen, rejected))
@@ -118,7 +118,7 @@ def _answered(question: str, chosen: str, rejected: str, *, uid: str, tokenizer:
 
 
 def openai(rows: Rows, *, tokenizer: Any = None) -> Candidates:
-    """The file of OpenAI's preference fine-tuning: messages in `input`, then `preferred_output` and `non_preferred_output`."""
+    """OpenAI's preference fine-tuning format: messages in `input`, then `preferred_output` and `non_preferred_output`."""
     names = {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"}
 
     def preference(uid: str, row: Row) -> Preference:
@@ -137,7 +137,7 @@ def openai(rows: Rows, *, tokenizer: Any = None) -> Candidates:
 
 
 def helpsteer3(rows: Rows, *, tokenizer: Any = None) -> Candidates:
-    """HelpSteer3 preferences of NVIDIA: a conversation and two answers, preferred from -3 to 3."""
+    """HelpSteer3 preferences of NVIDIA: a conversation and two answers, with a preference from -3 to 3."""
 
     def preference(uid: str, row: Row) -> Preference:
         context, preferred = column(row, "context"), number(row, "overall_preference")
@@ -173,9 +173,9 @@ def tldr(rows: Rows, *, tokenizer: Any = None) -> Candidates:
 
 
 def shp(rows: Rows, *, tokenizer: Any = None) -> Candidates:
-    """Stanford Human Preferences as the original reads it: pairs whose scores are at least a factor of two apart.
+    """Stanford Human Preferences as in the original implementation: pairs whose scores are at least a factor of two apart.
 
-    `sft_target` is the best-scored response among all such pairs of the same prompt, the first of equals.
+    `sft_target` is the best-scored response among all such pairs of the same prompt; of equal ones the first.
     """
     best: dict[str, tuple[float, str]] = {}
 
@@ -204,10 +204,10 @@ def shp(rows: Rows, *, tokenizer: Any = None) -> Candidates:
 
 
 def stack_exchange(rows: Rows, *, tokenizer: Any = None) -> Candidates:
-    """StackExchange preferences as the original reads them: every two answers of a question form a pair, by `pm_score`.
+    """StackExchange preferences as in the original implementation: every two answers of a question form a pair, by `pm_score`.
 
-    `sft_target` is the best-scored answer. HTML is reduced as in the original (`strip_html`). Unlike the original, answers of
-    equal score form no pair (it takes the later one as chosen): such pairs are counted as `tie`.
+    `sft_target` is the best-scored answer. HTML is stripped as in the original (`strip_html`). The original takes the later of
+    two answers of equal score as chosen; here they form no pair and are counted as `tie`.
     """
     for where, row in rows:
         try:
@@ -220,7 +220,7 @@ def stack_exchange(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         except BadRow as problem:
             yield where, problem
             continue
-        # What takes time and memory is done once for each text: they may form half a million pairs.
+        # Expensive work is done once per text: the texts may form half a million pairs.
         best = max(answers, key=lambda answer: answer.score).text
         for (i, first), (j, second) in combinations(enumerate(answers), 2):
             uid = f"{where}#{i}-{j}"
@@ -237,7 +237,7 @@ def stack_exchange(rows: Rows, *, tokenizer: Any = None) -> Candidates:
 
 
 def unpaired(rows: Rows, *, tokenizer: Any = None) -> Candidates:
-    """Single completions with a label, as KTO reads them: `prompt`, `completion`, and whether that is desirable."""
+    """Single completions with a label, as used by KTO: `prompt`, `completion`, and whether it is desirable."""
 
     def preference(uid: str, row: Row) -> Preference:
         label = column(row, "label")
@@ -252,7 +252,7 @@ def unpaired(rows: Rows, *, tokenizer: Any = None) -> Candidates:
 
 
 def ranked(rows: Rows, *, tokenizer: Any = None) -> Rankings:
-    """Rankings: `completions`, the best first; or in any order with their `ranks` (1 is the best) or `scores`."""
+    """Rankings: `completions`, best first, or in any order with `ranks` (1 is the best) or `scores`."""
 
     def ranking(uid: str, row: Row) -> Ranking:
         several = column(row, "completions")
@@ -281,7 +281,7 @@ def ranked(rows: Rows, *, tokenizer: Any = None) -> Rankings:
 
 
 def _ranks(row: Row, count: int) -> list[float]:
-    """The rank of each completion, less is better: by `ranks`, by `scores`, or by their order."""
+    """The rank of each completion (lower is better): by `ranks`, by `scores`, or by order."""
     found: dict[str, list[float]] = {}
     for field, sign in (("ranks", 1), ("scores", -1)):
         values = row.get(field)
@@ -302,7 +302,7 @@ def _ranks(row: Row, count: int) -> list[float]:
 def _completions(
     row: Row, completions: list[tuple[str, Any]], uid: str, tokenizer: Any
 ) -> tuple[str, list[str], list[Spans | None], dict[str, Any]]:
-    """Prompt, completions, spans of these and what else the template said, of texts or of messages, given with their names."""
+    """Prompt, completions, their spans and further fields of the preference, from named texts or messages."""
     prompt, sides = same_kind(row, dict(completions))
     if isinstance(prompt, list):
         found = chat_completions(prompt, sides, uid=uid, tokenizer=tokenizer)
@@ -328,7 +328,7 @@ def _without_html(row: Row, field: str, *, inside: str = "") -> str:
 class _Answer(NamedTuple):
     score: float
     text: str
-    problem: BadRow | None  # why it is no side of a pair
+    problem: BadRow | None  # why it cannot be a side of a pair
 
 
 def _answers(row: Row) -> list[_Answer]:
@@ -352,5 +352,5 @@ def _answer(answer: Row, place: str) -> _Answer:
 
 
 def _spaced(summary: str) -> str:
-    # The published summaries start with a space, which makes the first word the token it is elsewhere in a text.
+    # The published summaries start with a space, so that their first word gets the same token as inside a text.
     return summary if summary[:1].isspace() else " " + summary

@@ -1,4 +1,4 @@
-"""Group pairs that share completions, so that each completion of a prompt passes through the model once."""
+"""Groups of pairs that share completions, so that each completion of a prompt passes through the model once."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from dpo_jax.data.encode import Encoded, PromptImages, Side, prompt_key, scored_
 
 @dataclasses.dataclass(frozen=True)
 class PairGroup:
-    """Distinct completions of one prompt, and which was preferred to which: for six pairs 4 of them, not 12."""
+    """The distinct completions of one prompt and the preferences among them: 4 completions for six pairs, not 12."""
 
     prompt: np.ndarray  # int32[n]
     completions: tuple[np.ndarray, ...]  # int32[n] each
-    pairs: np.ndarray  # int32[Q, 2]  numbers of chosen and rejected
-    members: np.ndarray  # int64[Q]  which of the caller's pairs these are
-    uids: tuple[str, ...]  # theirs
-    scored: tuple[np.ndarray | None, ...] = ()  # bool[n] each: tokens that count, None for all; empty: all of all completions
+    pairs: np.ndarray  # int32[Q, 2]  indices of chosen and rejected
+    members: np.ndarray  # int64[Q]  indices of these pairs in the caller's list
+    uids: tuple[str, ...]  # of these pairs
+    scored: tuple[np.ndarray | None, ...] = ()  # bool[n] each: scored tokens, None for all; empty: all scored
     images: PromptImages | None = None
 
     @property
     def sides(self) -> list[Side]:
-        """Ids, and which of them are scored, of each completion."""
+        """(ids, scored) of each completion."""
         return list(zip(self.completions, self.scored or [None] * len(self.completions), strict=True))
 
 
 def group_pairs(pairs: Sequence[Encoded]) -> list[PairGroup]:
-    """All `pairs`, by prompt, in the order in which prompts first come. Each is in one group, also one that comes twice.
+    """All `pairs` grouped by prompt, in order of first appearance. Each pair is in one group; duplicates are kept.
 
     Raises ValueError for rankings of more than two completions.
     """

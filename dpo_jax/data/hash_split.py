@@ -1,7 +1,7 @@
-"""Train and held-out pairs out of one split, by a hash of the prompt.
+"""Train and held-out pairs from one split, divided by a hash of the prompt.
 
-Each prompt decides for itself: no prompt is on both sides, and neither the order of the rows nor other rows matter. Of a
-conversation its messages are hashed, so that template and date do not matter either; and the images that a prompt shows.
+The side depends on the prompt alone: no prompt is on both sides, and neither the order of the rows nor other rows matter. The
+hash covers the messages of a conversation, so template and date do not matter, and the images of the prompt.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _PURPOSE = b"dpo_jax held out"  # at most 16 bytes
 
 
 def is_held_out(preference: Preference, share: float) -> bool:
-    """Whether the prompt of a pair belongs to the held-out `share` (0 to 1). A smaller share is a part of a larger one.
+    """Whether the prompt of a pair belongs to the held-out `share` (0 to 1). A smaller share is a subset of a larger one.
 
     >>> from dpo_jax.data.pairs import Preference
     >>> pairs = [Preference(f"question {i}", " yes", " no", uid=str(i)) for i in range(1000)]
@@ -28,7 +28,7 @@ def is_held_out(preference: Preference, share: float) -> bool:
 
 
 def take_side(preferences: PreferenceSet, side: Literal["train", "test"], *, share: float, split: str) -> PreferenceSet:
-    """The pairs of one side, as the split called `split`. Those of the other side are counted as dropped (`other_split`)."""
+    """The pairs of one side, named `split` in the report. Pairs of the other side are counted as dropped (`other_split`)."""
     report, kept = preferences.report.copy(), []
     report.notes.append(
         f"{report.split!r} is the only split: {share:.1%} of its prompts are held out, by a hash of each (data.test_share)"

@@ -1,4 +1,4 @@
-"""StackExchange HTML to text, as the original implementation does it."""
+"""StackExchange HTML to text, as in the original implementation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dpo_jax.untrusted import LIMITS, TooDeep
 
 _VOID = frozenset(["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"])
-_RAW = {name: re.compile(rf"</{name}(?=[\s/>])", re.IGNORECASE) for name in ("script", "style")}  # they hold no markup
+_RAW = {name: re.compile(rf"</{name}(?=[\s/>])", re.IGNORECASE) for name in ("script", "style")}  # they contain no markup
 
-# What begins at a "<", and where it ends. Each of these takes linear time, and what never ends is looked for once.
+# Constructs that begin with "<". Each pattern takes linear time, and a missing end is searched for only once.
 _COMMENT, _CDATA = re.compile(r"<!--(?:-?>|.*?--\s*+>)", re.DOTALL), re.compile(r"<!\[CDATA\[.*?\]\]>", re.DOTALL)
 _TAG = re.compile(
     r"""<(?P<close>/?)(?P<name>[a-zA-Z][^\s/>\0]*+)
@@ -27,12 +27,12 @@ _OTHER = re.compile(r"<[!?/][^>]*+>")  # <!DOCTYPE html>, <![if IE]>, <?xml ?>, 
 def strip_html(markup: str) -> str:
     """Paragraphs and code of a post, joined by blank lines; code stays between `<code>` tags.
 
-    Equal to `strip_html_tags` of eric-mitchell/direct-preference-optimization on well-formed markup (but for white space), with
-    its gaps: of a paragraph only the text directly inside `<p>` stays (links, emphasis and inline code go), and lists, quotes
-    and headings go. A "<" that begins no markup, or some that never ends, is text. Raises ValueError for elements that are
-    nested deeper than `limits.depth`.
+    Equals `strip_html_tags` of eric-mitchell/direct-preference-optimization on well-formed markup (except for white space),
+    including its gaps: of a paragraph only the text directly inside `<p>` is kept (links, emphasis and inline code are lost),
+    and lists, quotes and headings are lost. A "<" that begins no markup, or markup that never ends, is text. Raises ValueError
+    for elements nested deeper than `limits.depth`.
     """
-    # Not html.parser, which takes quadratic time for several kinds of damaged markup, and raises AssertionError for others.
+    # Not html.parser: it takes quadratic time on some damaged markup and raises AssertionError on other.
     reader = _Reader()
     for text, tag in _pieces(markup):
         if text:
@@ -52,8 +52,8 @@ def strip_html(markup: str) -> str:
 class _Reader:
     def __init__(self) -> None:
         self.blocks: list[list[str]] = []
-        self._open: list[str] = []  # elements around the current place, outermost first
-        self._count: collections.Counter[str] = collections.Counter()  # of these
+        self._open: list[str] = []  # open elements, outermost first
+        self._count: collections.Counter[str] = collections.Counter()  # open elements by name
 
     def open(self, name: str) -> None:
         if len(self._open) >= LIMITS.depth:
@@ -80,7 +80,7 @@ class _Reader:
 
 
 def _pieces(markup: str) -> Iterator[tuple[str, re.Match[str] | None]]:
-    """Each text, and the tag behind it: None for a comment and the like, and at the end."""
+    """Each text and the tag after it; None for comments and the like, and at the end."""
     done, at = 0, markup.find("<")
     while at >= 0:
         comment = _COMMENT if markup.startswith("<!--", at) else _CDATA if markup.startswith("<![CDATA[", at) else None
@@ -93,7 +93,7 @@ def _pieces(markup: str) -> Iterator[tuple[str, re.Match[str] | None]]:
                 closing = _RAW[raw].search(markup, done)
                 at = closing.start() if closing else len(markup)
         elif _BEGUN.match(markup, at):
-            break  # and never ends; the next one would not either
+            break  # it never ends, and neither would the next one
         else:
             at += 1
         at = markup.find("<", at)
@@ -101,7 +101,7 @@ def _pieces(markup: str) -> Iterator[tuple[str, re.Match[str] | None]]:
 
 
 def _unescaped(text: str) -> str:
-    """`text` without character references, also those whose number has more digits than Python reads."""
+    """`text` with character references resolved, even those with more digits than Python parses."""
     if "&" not in text:
         return text
     text = re.sub(r"&#0+(?=[0-9])", "&#", text)

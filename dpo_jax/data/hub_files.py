@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face Hub by name: the files of one split, downloaded to the Hub's cache at one commit.
+"""Hugging Face Hub data sets by name: downloads the files of one split, at one commit, to the Hub's cache.
 
-Only the files of the split are fetched. A repository without JSON Lines or parquet (a loading script, CSV, ...) is read from
-the parquet files into which the Hub converts every public data set (branch `refs/convert/parquet`).
+Only the files of the split are fetched. For a repository without JSON Lines or parquet (a loading script, CSV, ...) the Hub's
+own parquet conversion is read (branch `refs/convert/parquet`).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from dpo_jax.models.folder import is_hub_id
 CONVERTED = "refs/convert/parquet"
 _DESCRIBES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "features.json"}
 _COMMIT = re.compile("[0-9a-f]{40}")
-_SECONDS = 20.0  # for the answer to what files there are
+_SECONDS = 20.0  # timeout for listing the files
 
 
 class HubError(Exception):
-    """A data set of the Hub cannot be had. The message names it and the remedy."""
+    """A Hub data set is not available. The message names it and the remedy."""
 
 
 def is_dataset_id(path: str | Path) -> bool:
-    """Whether `path` is no file or folder here and looks like "organization/name" on the Hub.
+    """Whether `path` looks like "organization/name" on the Hub and is no local file or folder.
 
-    A name in a folder that is here ("data/hh" beside `data/`) is a file that is missing.
+    A name inside an existing local folder ("data/hh" if there is `data/`) is a missing file instead.
     """
     folder = Path(path).expanduser().parent
     here = folder.is_dir() or folder.name in ("data", "runs")
@@ -41,30 +41,30 @@ def is_dataset_id(path: str | Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class HubData:
-    """What a repository holds at one commit. `open_dataset` makes it."""
+    """The data files of a repository at one commit, as listed by `open_dataset`."""
 
     name: str  # "organization/name"
-    revision: str  # the commit, or where there is no network the name of it that the cache knows
-    config: str  # the folder of the repository with the files; "" for all of it
-    sizes: Mapping[str, int | None]  # bytes of each data file, by its path in `config`
-    asked: str | None = None  # the name of the commit: by a branch or tag the cache finds it where there is no network
-    note: str | None = None  # for people: where the files come from, if that is not as usual
+    revision: str  # the commit, or without a network its name in the cache
+    config: str  # the folder of the repository with the files; "": the whole repository
+    sizes: Mapping[str, int | None]  # bytes of each data file, by path relative to `config`
+    asked: str | None = None  # the requested branch or tag, by which the cache finds the commit without a network
+    note: str | None = None  # tells the user where the files come from, if not from the usual place
 
     def splits(self) -> list[str]:
-        """The splits that the names of the files tell of."""
+        """The splits found in the file names."""
         return splits_of(PurePosixPath(name) for name in self.sizes)
 
     def has_split(self, split: str) -> bool:
         return bool(find_names([PurePosixPath(name) for name in self.sizes], split))
 
     def bytes_of(self, split: str) -> int:
-        """How many bytes `fetch` downloads at most; 0 where that is not known."""
+        """The most bytes that `fetch` downloads; 0 if not known."""
         return sum(self.sizes[name] or 0 for name in self._files(split))
 
     def fetch(self, split: str, *, progress: Callable[[int], None] = lambda count: None) -> tuple[Path, str]:
-        """The folder with the files of `split`, and the commit. `progress` is told of each number of bytes that arrives.
+        """The folder with the files of `split`, and the commit.
 
-        Raises `HubError`.
+        `progress(n)` is called for every n bytes received. Raises `HubError`.
         """
         from huggingface_hub import snapshot_download
 
@@ -73,7 +73,7 @@ class HubData:
         with _explained(self.name, self.revision):
             options: dict[str, Any] = {"allow_patterns": wanted, "tqdm_class": _counting(progress)}
             folder = Path(snapshot_download(self.name, repo_type="dataset", revision=self.asked, **options))
-            if _COMMIT.fullmatch(self.revision) and folder.name != self.revision:  # the branch has moved since
+            if _COMMIT.fullmatch(self.revision) and folder.name != self.revision:  # the branch has moved in the meantime
                 folder = Path(snapshot_download(self.name, repo_type="dataset", revision=self.revision, **options))
         return folder / self.config, folder.name
 
@@ -91,10 +91,10 @@ class HubData:
 
 
 def open_dataset(name: str, *, revision: str | None = None, config: str | None = None) -> HubData:
-    """Lists the data files of a repository: of `revision` (a branch, tag or commit), in the folder `config`, or `data/config`.
+    """List the data files of a repository at `revision` (a branch, tag or commit), in the folder `config` or `data/config`.
 
-    Where it has none, and no `revision` is named, those of `refs/convert/parquet`, where `config` is a configuration of the
-    data set. Without a network the cache is asked. Raises `HubError`.
+    If there are none and no `revision` is given, lists `refs/convert/parquet`, where `config` is a configuration of the data
+    set. Without a network, the cache is used. Raises `HubError`.
 
     >>> open_dataset("HuggingFaceH4/ultrafeedback_binarized").splits()  # doctest: +SKIP
     ['test_gen', 'test_prefs', 'test_sft', 'train_gen', 'train_prefs', 'train_sft']
@@ -120,7 +120,7 @@ def open_dataset(name: str, *, revision: str | None = None, config: str | None =
 
 
 def _within(sizes: Mapping[str, int | None], folder: str) -> dict[str, int | None]:
-    """The data files in a folder, by their paths in it."""
+    """The data files in a folder, by path relative to it."""
     prefix = f"{folder}/" if folder else ""
     inside = {path.removeprefix(prefix): size for path, size in sizes.items() if path.startswith(prefix)}
     return {
@@ -129,7 +129,7 @@ def _within(sizes: Mapping[str, int | None], folder: str) -> dict[str, int | Non
 
 
 def _list_files(name: str, revision: str | None) -> tuple[str, Mapping[str, int | None], str | None]:
-    """(commit, bytes of each file, a note) of a revision; without a network what was listed when it was downloaded."""
+    """(commit, bytes of each file, a note) of a revision; without a network, as listed at download time."""
     import huggingface_hub
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -142,7 +142,7 @@ def _list_files(name: str, revision: str | None) -> tuple[str, Mapping[str, int 
             files, commit = {file.rfilename: file.size for file in found.siblings or ()}, str(found.sha)
         except (RepositoryNotFoundError, RevisionNotFoundError):
             raise
-        except Exception as error:  # of the network: the HTTP library below raises its own
+        except Exception as error:  # a network error: the underlying HTTP library raises its own types
             try:
                 cached = huggingface_hub.get_cached_repo_tree(name, revision=revision, repo_type="dataset")
             except Exception:
@@ -157,7 +157,7 @@ def _list_files(name: str, revision: str | None) -> tuple[str, Mapping[str, int 
 
 @contextlib.contextmanager
 def _explained(name: str, revision: str | None) -> Iterator[None]:
-    """Turns what the client of the Hub raises into a `HubError` with the remedy."""
+    """Turn exceptions of the Hub client into a `HubError` with a remedy."""
     from huggingface_hub import errors
 
     token = "`hf auth login`, or the variable HF_TOKEN"
@@ -191,12 +191,12 @@ def _short(error: BaseException) -> str:
 
 
 def _counting(progress: Callable[[int], None]) -> type:
-    """A progress bar of the Hub's client that shows nothing and tells `progress` of the bytes."""
+    """A silent progress bar for the Hub client that reports bytes to `progress`."""
     from huggingface_hub.utils import tqdm
 
     class Counting(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
-            # One bar counts files, and with Xet storage another what crosses the network: compressed, or parts of it.
+            # One bar counts files; with Xet storage another counts network traffic, which is compressed or partial.
             self._bytes = options.get("unit") == "B" and not str(options.get("name") or "").endswith(".transfer")
             super().__init__(*args, **{**options, "disable": True})
 

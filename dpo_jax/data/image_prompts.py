@@ -1,4 +1,5 @@
-"""From preferences whose prompts show images to token ids: each image takes its tokens, and its features are named."""
+"""Tokenization of preferences with images in the prompt: each image becomes image tokens, with its features referenced by
+name."""
 
 from __future__ import annotations
 
@@ -15,15 +16,15 @@ from dpo_jax.data.pairs import Preference
 
 
 class ImageTokens(NamedTuple):
-    """What an image becomes for a model: `tokens` tokens, whose features a batch looks up by the image's digest."""
+    """Image settings of a model: `tokens` tokens per image; batches look up features by image digest."""
 
     tokens: int
     features: Mapping[str, np.ndarray]  # {digest: float32[tokens, W]}, such as `training.features.FeatureCache`
 
     def shown(self, prompt: np.ndarray, images: Sequence[ImageFile], tokenizer: Any) -> PromptImages | None:
-        """The images of a prompt int32[n] whose text was `Marks.expanded`; None without any.
+        """The images of a prompt int32[n] whose text was `Marks.expanded`; None without images.
 
-        Raises `BadRow` where truncation has cut one.
+        Raises `BadRow` if truncation cut one.
         """
         if not images:
             return None
@@ -42,10 +43,10 @@ def encode_images(
     truncation: Truncation = "keep_end",
     bos: Bos = "auto",
 ) -> Encoded:
-    """Token ids of a preference with the images that its prompt shows (`Encoded.images`); without images as `encode`.
+    """Token ids of a preference with its prompt's images (`Encoded.images`); like `encode` if there are none.
 
-    Each image takes its tokens between its marks, as the processor of Gemma 3 writes it. Raises `BadRow` where truncation cuts
-    an image, and as `encode`.
+    Each image becomes image tokens between start and end marks, as in Gemma 3's processor. Raises `BadRow` if truncation cuts
+    an image, and as `encode` does.
     """
     limits: dict[str, Any] = {
         "max_length": max_length,

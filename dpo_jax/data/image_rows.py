@@ -1,11 +1,11 @@
-"""Rows with images: which image each place in a conversation shows, and the tokens it takes there.
+"""Rows with images: the image shown at each place of a conversation, and its tokens in the text.
 
     {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}],
      "chosen": ..., "rejected": ..., "images": ["cat.png"]}
 
-A content part of type image names its own image (`image`, `path`, `url`, `bytes` or `base64`), or takes the next of the column
-`images` (or `image`). Texts have no such places: there the images stand before the first message of a user, as in TRL. An image
-is bytes, a path from the folder of the data file, a `data:` address, or what `datasets` makes of it, `{"bytes", "path"}`.
+A content part of type image names its own image (`image`, `path`, `url`, `bytes` or `base64`), or takes the next image of the
+column `images` (or `image`). Without such parts, the images come before the first user's message, as in TRL. An image is bytes,
+a path relative to the folder of the data file, a `data:` URL, or the form of `datasets`, `{"bytes", "path"}`.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from dpo_jax.data.images import Source, from_base64, open_image
 from dpo_jax.data.pairs import BadRow, Cause, Preference
 
 COLUMNS = ("images", "image")
-MAX_IMAGES = 1000  # of a row
+MAX_IMAGES = 1000  # per row
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A content part that shows an image, which the chat template writes as the text `mark`. No row can hold one."""
+    """A content part that shows an image; the chat template writes it as the text `mark`. Rows cannot contain this type."""
 
     mark: str
 
 
 class Marks(NamedTuple):
-    """What stands for an image in a text: `place` before the tokens are known; then `place`, `soft` for each, and `end`."""
+    """The text marks of an image: `place` before the token count is known; then `place`, `soft` for each token, and `end`."""
 
     place: str
     soft: str
     end: str
 
     def expanded(self, text: str, tokens: int) -> str:
-        """`text` with room for `tokens` tokens in each place, as Gemma 3's processor writes it."""
+        """`text` with `tokens` image tokens at each place, as in Gemma 3's processor."""
         return text.replace(self.place, f"\n\n{self.place}{self.soft * tokens}{self.end}\n\n")
 
     def collapsed(self, text: str) -> str:
-        """The text that `expanded` was made of, for people."""
+        """The inverse of `expanded`, for display."""
         tokens = f"{re.escape(self.place)}(?:{re.escape(self.soft)})+{re.escape(self.end)}"
         return re.sub(f"\n\n{tokens}\n\n", lambda _: self.place, text)
 
 
 def image_marks(tokenizer: Any) -> Marks:
-    """Those of a tokenizer with Gemma 3's special tokens for images. Raises `BadRow` for another one."""
+    """The marks of a tokenizer with Gemma 3's special image tokens. Raises `BadRow` for any other tokenizer."""
     names = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
     found = [str(getattr(tokenizer, name, None) or usual) for name, usual in names.items()]
     if missing := [token for token in found if tokenizer is None or not _has_token(tokenizer, token)]:
@@ -61,21 +61,21 @@ def image_marks(tokenizer: Any) -> Marks:
 
 
 def _has_token(tokenizer: Any, token: str) -> bool:
-    """Looked up alone: each row asks, and a vocabulary as a dictionary takes longer than all else of the row."""
+    """A single look-up: building the vocabulary dictionary for every row would take longer than the rest of the row."""
     number = tokenizer.convert_tokens_to_ids(token)
     return number is not None and tokenizer.convert_ids_to_tokens(number) == token
 
 
 def names_images(row: Row) -> bool:
-    """Whether the prompt of a row shows an image, well or badly named."""
+    """Whether the prompt of a row shows an image, valid or not."""
     column = any(row.get(name) not in (None, [], UNREAD) for name in COLUMNS)
     return column or any(_is_image(part) for part in _parts(row.get("prompt")))
 
 
 def take_images(row: Row, tokenizer: Any) -> tuple[Row, tuple[Source, ...]]:
-    """A row whose places of images are `Place`s, and the images in their order; the row itself if it has none.
+    """The row with its image parts replaced by `Place`s, and the images in order; the row itself if it has none.
 
-    Raises `BadRow`: where there are more places than images or fewer, for an image in a completion, and for what is none.
+    Raises `BadRow` if the numbers of places and images differ, for an image in a completion, and for a value that is no image.
     """
     column = _column(row)
     if not column and not any(_is_image(part) for part in _parts(row.get("prompt"))):
@@ -96,19 +96,20 @@ def take_images(row: Row, tokenizer: Any) -> tuple[Row, tuple[Source, ...]]:
 
 
 def open_images(preference: Preference, root: str | os.PathLike[str]) -> Preference:
-    """The preference with its images opened: each is decoded once to see that it can be. Raises `BadRow`, as `open_image`."""
+    """The preference with its images opened: each is decoded once as a check. Raises `BadRow` as `open_image` does."""
     found = (open_image(source, root=root, field=f"images.{number}") for number, source in enumerate(preference.images))
     return dataclasses.replace(preference, images=tuple(found))
 
 
 def with_images(preference: Preference, sources: tuple[Source, ...], tokenizer: Any) -> Preference:
-    """The preference with images that are not opened yet. Raises `BadRow` where the chat template wrote another number."""
+    """The preference with its images, not opened yet. Raises `BadRow` if the chat template wrote a different number of
+    images."""
     check_count(preference.prompt, sources, tokenizer)
     return dataclasses.replace(preference, images=sources)
 
 
 def check_count(prompt: str, sources: Sequence[Source], tokenizer: Any) -> None:
-    """Raises `BadRow` where the chat template wrote another number of images into a prompt."""
+    """Raises `BadRow` if the chat template wrote a different number of images into the prompt."""
     written = prompt.count(image_marks(tokenizer).place)
     if written != len(sources):
         detail = f"the chat template writes {written} of the {len(sources)} images of the prompt"
@@ -116,9 +117,9 @@ def check_count(prompt: str, sources: Sequence[Source], tokenizer: Any) -> None:
 
 
 def image_starts(ids: np.ndarray, *, soft: int, tokens: int, images: int) -> np.ndarray:
-    """Where in the prompt `ids` the tokens of each image begin: int32[images].
+    """Positions in the prompt `ids` where the tokens of each image begin: int32[images].
 
-    Raises `BadRow` where not all of them are there: truncation cut them off.
+    Raises `BadRow` if truncation cut some of them off.
     """
     places = np.flatnonzero(np.asarray(ids) == soft)
     starts = places[::tokens]
@@ -130,7 +131,7 @@ def image_starts(ids: np.ndarray, *, soft: int, tokens: int, images: int) -> np.
 
 
 def _column(row: Row) -> list[Any]:
-    """The images of the row's column; [] without one."""
+    """The images in the row's column; [] without that column."""
     named = [name for name in COLUMNS if row.get(name) is not None and row[name] is not UNREAD]
     if not named:
         return []
@@ -144,7 +145,7 @@ def _column(row: Row) -> list[Any]:
 
 
 def _source(value: Any, field: str) -> Source:
-    """Bytes or path of an image, of whatever form. Raises `BadRow`."""
+    """Bytes or path of an image given in any of the accepted forms. Raises `BadRow`."""
     if isinstance(value, bytes | str) and value:
         return value
     if isinstance(value, Mapping):
@@ -190,7 +191,7 @@ def _messages(row: Row) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _before_first(prompt: list[Any], images: int) -> list[Any]:
-    """The messages with places for so many images before the text of the first user."""
+    """The messages with places for `images` images before the first user's text."""
     first = next((number for number, turn in enumerate(prompt) if turn.get("role") == "user"), None)
     if first is None:
         raise BadRow(Cause.IMAGE_COUNT, "no message of a user could show the images", field="prompt")
@@ -201,7 +202,7 @@ def _before_first(prompt: list[Any], images: int) -> list[Any]:
 
 
 def _with_places(turn: Any, field: str, waiting: list[Source], sources: list[Source], mark: str) -> Any:
-    """A message with a `Place` for each image, which goes from `waiting`, or from the part itself, to `sources`."""
+    """A message with a `Place` for each image; the image is moved from `waiting`, or from the part itself, to `sources`."""
     content = turn.get("content")
     if not isinstance(content, list):
         return turn

@@ -1,8 +1,8 @@
-"""Images of preferences: read within limits, and turned into pixels as the Hugging Face processor of the model does it.
+"""Images of preferences: read within limits and processed to pixels like the model's Hugging Face processor.
 
-Pillow (which matplotlib brings) reads PNG, JPEG, WebP, GIF and BMP; of several frames the first. An image is turned as its EXIF
-data say, becomes RGB (what is transparent, white), and is resized to the one size of the encoder, whatever its proportions, as
-Gemma 3 has it.
+Pillow (a dependency of matplotlib) reads PNG, JPEG, WebP, GIF and BMP; of several frames, the first. An image is rotated
+according to its EXIF data, converted to RGB (transparent areas become white), and resized to the fixed size of the encoder
+regardless of its aspect ratio, as in Gemma 3.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from dpo_jax.untrusted import LIMITS, Unreadable, cause_of, read_bytes, read_obj
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 2**26
-"""Pixels of the largest image that is read: 8,192 a side."""
+"""Largest number of pixels of an image: a square of side 8,192."""
 PROCESSOR = "preprocessor_config.json"
 Source = bytes | str | os.PathLike[str]
-"""An image: the bytes of a file, its path, or a `data:` address that holds it."""
+"""An image: the bytes of a file, its path, or a `data:` URL."""
 
 
 class Processing(NamedTuple):
-    """How images become the pixels that an encoder reads: those of Gemma 3 by default.
+    """Image preprocessing of an encoder; the defaults are Gemma 3's.
 
-    A pixel from 0 to 255 becomes `(pixel * scale - mean) / std`, for each of red, green and blue.
+    A pixel from 0 to 255 becomes `(pixel * scale - mean) / std`, per colour channel.
     """
 
     height: int = 896
     width: int = 896
-    resample: int = 2  # Pillow's number of the filter; 2 is bilinear
+    resample: int = 2  # Pillow's filter number; 2 is bilinear
     scale: float = 1 / 255
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    tokens: int = 256  # places that an image takes in the text
+    tokens: int = 256  # tokens that an image takes in the text
 
     @property
     def identity(self) -> str:
-        """What names it in keys and digests."""
+        """Its identity in keys and digests."""
         return json.dumps(self._asdict(), sort_keys=True)
 
 
 def load_processing(folder: str | os.PathLike[str], *, tokens: int | None = None) -> Processing:
-    """That of a model's folder: `preprocessor_config.json`, or Gemma 3's without one. `tokens`: those of its config.json
-    (`mm_tokens_per_image`), where the processor does not say.
+    """The preprocessing of a model folder: its `preprocessor_config.json`, or Gemma 3's if it has none.
 
-    Raises `Unreadable` for a damaged file, and for a processing that is another one than `Processing` can say.
+    `tokens` is from the model's config.json (`mm_tokens_per_image`), used if the processor does not state it. Raises
+    `Unreadable` for a damaged file, and for preprocessing that `Processing` cannot express.
     """
     path = Path(folder) / PROCESSOR
     default = Processing() if tokens is None else Processing(tokens=tokens)
@@ -99,15 +99,15 @@ def _colours(value: Any) -> tuple[float, ...]:
 
 
 class ImageFile(NamedTuple):
-    """An image that could be decoded. It is kept as the path of its file, where it has one, and read again when it is used."""
+    """An image that decodes. If it has a file, only the path is kept and the file is read again on use."""
 
     source: bytes | str
     size: tuple[int, int]  # height, width in pixels
-    digest: str  # SHA-256 of the file, hexadecimal: equal files are one image
+    digest: str  # SHA-256 of the file in hexadecimal: equal files are one image
 
     @property
     def content(self) -> bytes:
-        """The bytes of its file. Raises `Unreadable` if they are others by now, or OSError if it is gone."""
+        """The bytes of its file. Raises `Unreadable` if they have changed, and OSError if the file is gone."""
         if isinstance(self.source, bytes):
             return self.source
         content = read_bytes(self.source)
@@ -117,9 +117,9 @@ class ImageFile(NamedTuple):
 
 
 def open_image(source: Source, *, root: str | os.PathLike[str] = ".", field: str = "image") -> ImageFile:
-    """The image of a row, decoded once to see that it can be. Paths count from `root`, the folder of the data file.
+    """The image of a row, decoded once as a check. Paths are relative to `root`, the folder of the data file.
 
-    Raises `BadRow`: for a missing file (`NO_IMAGE`), what is no image (`BAD_IMAGE`), and one without pixels or with too many
+    Raises `BadRow` for a missing file (`NO_IMAGE`), a value that is no image (`BAD_IMAGE`), and no or too many pixels
     (`IMAGE_SIZE`). Nothing is fetched from other machines.
     """
     content = _content(source, Path(root), field)
@@ -131,14 +131,14 @@ def open_image(source: Source, *, root: str | os.PathLike[str] = ".", field: str
 
 
 def pixels(image: ImageFile, processing: Processing, *, field: str = "image") -> np.ndarray:
-    """What the encoder reads: float32[height, width, 3]."""
+    """The encoder's input: float32[height, width, 3]."""
     decoded = _decoded(image.content, field).resize((processing.width, processing.height), processing.resample)
     values = np.asarray(decoded, np.float32) * np.float32(processing.scale)
     return (values - np.array(processing.mean, np.float32)) / np.array(processing.std, np.float32)
 
 
 def as_png(image: np.ndarray) -> bytes:
-    """The file of a picture float[height, width, 3] in [0, 1]."""
+    """A picture float[height, width, 3] in [0, 1], encoded as PNG."""
     from PIL import Image as pillow
 
     file = io.BytesIO()
@@ -156,14 +156,14 @@ def _content(source: Source, root: Path, field: str) -> bytes:
         raise BadRow(Cause.NO_IMAGE, f"{name[:100]!r} is elsewhere; fetch it, and name the file", field=field)
     try:
         path = root / name
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # reading a pipe would block
             raise BadRow(Cause.NO_IMAGE, f"there is no file {str(path)!r}", field=field)
         return read_bytes(path)
     except BadRow:
         raise
     except Unreadable as error:
         raise BadRow(Cause.IMAGE_SIZE, str(error), field=field) from error
-    except (OSError, ValueError) as error:  # a name too long, without permission, or with a NUL
+    except (OSError, ValueError) as error:  # name too long, no permission, or a NUL in the name
         raise BadRow(Cause.NO_IMAGE, cause_of(error), field=field) from error
 
 
@@ -175,7 +175,7 @@ def _address(name: str, field: str) -> bytes:
 
 
 def from_base64(body: str, field: str) -> bytes:
-    """The bytes that a text stands for. Raises `BadRow`."""
+    """The bytes encoded by a base64 text. Raises `BadRow`."""
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -183,7 +183,7 @@ def from_base64(body: str, field: str) -> bytes:
 
 
 def _decoded(content: bytes, field: str) -> Any:
-    """Pillow's image, in RGB."""
+    """The image decoded by Pillow, in RGB."""
     from PIL import Image as pillow
     from PIL import ImageOps
 
@@ -205,5 +205,5 @@ def _decoded(content: bytes, field: str) -> Any:
             white = pillow.new("RGBA", upright.size, (255, 255, 255, 255))
             upright = pillow.alpha_composite(white, upright.convert("RGBA"))
         return upright.convert("RGB")
-    except Exception as error:  # whatever a decoder says of a damaged file
+    except Exception as error:  # decoders raise anything on a damaged file
         raise BadRow(Cause.BAD_IMAGE, f"damaged: {cause_of(error)}", field=field) from error

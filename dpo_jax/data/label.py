@@ -1,4 +1,4 @@
-"""Preferences from samples (appendix C.1 of the paper): completions of one prompt, compared pair by pair by a reward."""
+"""Preferences from samples (appendix C.1 of the paper): all pairs of a prompt's completions, labelled by a reward."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ How = Literal["argmax", "bradley_terry"]
 
 
 class LabelCounts(NamedTuple):
-    """What became of the pairs. Always: `labelled + ties + identical + empty + eos == pairs`."""
+    """Numbers of labelled and dropped pairs. Always: `labelled + ties + identical + empty + eos == pairs`."""
 
     pairs: int  # all K (K - 1) / 2 of every prompt
     labelled: int
     ties: int  # equal rewards: no preference
     identical: int  # equal texts: nothing to learn
-    empty: int  # a side without any text, which no data set may hold
-    eos: int  # a side that spells the EOS token, which no data set may hold either
-    against: int  # of those labelled: the lower reward was chosen
+    empty: int  # a side without text, which no data set may contain
+    eos: int  # a side that contains the EOS token, which no data set may contain either
+    against: int  # labelled pairs whose chosen side has the lower reward
 
 
 def label(
@@ -35,11 +35,11 @@ def label(
     name: str = "samples",
     eos: str | None = None,
 ) -> tuple[list[Preference], LabelCounts]:
-    """All pairs of the K completions of each of P prompts, labelled by `rewards[P, K]`: 6 pairs of 4 completions.
+    """All pairs of the K completions of each of P prompts, labelled by `rewards[P, K]`: 6 pairs for 4 completions.
 
-    "argmax" chooses the higher reward. "bradley_terry" draws the label, with P(first chosen) = sigmoid(r_first - r_second)
-    (eq. 1): the unit of the rewards is then one logit, so scale them first. Pairs come in the order of prompts, with the uids
-    "name:prompt:first-second"; the same `seed` draws the same labels. Completions that spell `eos` are in no pair.
+    "argmax" chooses the higher reward. "bradley_terry" draws the label, with P(first chosen) = sigmoid(r_first - r_second) (eq.
+    1); rewards are then in logits, so scale them first. Pairs are in prompt order, with uids "name:prompt:first-second". The
+    same `seed` draws the same labels. Completions that contain `eos` are in no pair.
 
     Raises `ValueError` for shapes that do not agree, and for a reward that is not finite.
 
@@ -67,14 +67,14 @@ def label(
     for number, (prompt, texts) in enumerate(zip(prompts, completions, strict=True)):
         for first, second in itertools.combinations(range(len(texts)), 2):
             pairs += 1
-            # Drawn for every pair: what one pair is dropped for does not change the labels of the others.
+            # Drawn for every pair: dropping a pair does not change the labels of the others.
             chance = rng.random()
             gap = rewards[number, first] - rewards[number, second]
             cause = _cause(texts[first], texts[second], gap, eos)
             if cause:
                 dropped[cause] += 1
                 continue
-            # sigmoid(gap), without overflow.
+            # sigmoid(gap) without overflow.
             wins = gap > 0 if how == "argmax" else chance < (1 + np.tanh(gap / 2)) / 2
             against += bool(wins) != (gap > 0)
             chosen, rejected = (texts[first], texts[second]) if wins else (texts[second], texts[first])
@@ -83,7 +83,7 @@ def label(
 
 
 def _cause(first: str, second: str, gap: float, eos: str | None) -> Literal["identical", "empty", "eos", "ties", ""]:
-    """Why a pair states no preference; of several causes the first in this order."""
+    """Why a pair states no preference; of several causes, the first in this order."""
     if first == second:
         return "identical"
     if not (first.strip() and second.strip()):

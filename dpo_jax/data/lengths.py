@@ -1,4 +1,4 @@
-"""Token lengths of a split: percentiles, what truncation removed, and how far the longer answer is the better one."""
+"""Token lengths of a split: percentiles, truncation, and length differences between chosen and rejected."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.data.pairs import source_of
 
 Part = tuple[tuple[np.ndarray, ...], int]
-"""Texts as token ids, and how many of their tokens truncation removed."""
+"""Texts as token ids, and the number of their tokens removed by truncation."""
 
 
 def parts_of(pair: Encoded) -> Mapping[str, Part]:
-    """The texts of an example by name: prompt, chosen, rejected; of a ranking best, between, worst; of one its completion."""
+    """The texts of an example by name: prompt, chosen, rejected; for a ranking best, between, worst; or a single completion."""
     prompt, chosen = ((pair.prompt,), pair.prompt_cut), ((pair.chosen,), pair.chosen_cut)
     rejected = (pair.rejected,), pair.rejected_cut
     if pair.desirable is not None:
@@ -40,9 +40,9 @@ def length_table(pairs: Sequence[Encoded]) -> dict[str, dict[str, float]]:
 
 
 def cut_table(pairs: Sequence[Encoded]) -> dict[str, dict[str, float]]:
-    """What truncation removed: pairs that lost tokens, these tokens, and their share of all tokens, by part.
+    """Truncation by part: pairs that lost tokens, tokens lost, and their share of all tokens.
 
-    "completions" are all of them together: a pair that lost the end of any counts once.
+    "completions" combines all completions: a pair that lost the end of any counts once.
     """
     table = {}
     parts = [parts_of(pair) for pair in pairs]
@@ -59,7 +59,7 @@ def cut_table(pairs: Sequence[Encoded]) -> dict[str, dict[str, float]]:
 
 
 def source_table(pairs: Sequence[Encoded]) -> dict[str, dict[str, float]]:
-    """Pairs and tokens of each source of a mixture, copies included, and their shares of all (0 to 1)."""
+    """Pairs and tokens of each source of a mixture, copies included, and their shares of the total (0 to 1)."""
     table: dict[str, dict[str, float]] = {}
     for pair in pairs:
         row = table.setdefault(source_of(pair.uid), {"pairs": 0, "tokens": 0})
@@ -70,5 +70,6 @@ def source_table(pairs: Sequence[Encoded]) -> dict[str, dict[str, float]]:
 
 
 def length_differences(pairs: Sequence[Encoded]) -> np.ndarray:
-    """Scored tokens of chosen less those of rejected: int64[P]. Their signs are the votes of the rule "the longer one wins"."""
+    """Scored tokens of chosen minus those of rejected: int64[P]. The signs are the predictions of the rule "the longer one
+    wins"."""
     return np.array([best - worst for best, *_, worst in (pair.scored_tokens for pair in pairs)], np.int64)

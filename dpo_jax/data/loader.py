@@ -1,4 +1,4 @@
-"""The training stream: a pure function of (data, seed, step). Resuming needs one integer."""
+"""Batches and their shapes: the training stream is a pure function of (data, seed, step), so resuming needs one integer."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from dpo_jax.types import Array, Rows
 
 
 class Batch(NamedTuple):
-    """What one step reads, on the host. All but `rows` is of the whole batch, also where `rows` is the part of one host."""
+    """The input of one step, on the host. All fields but `rows` describe the whole batch, even if `rows` is one host's part."""
 
     rows: Rows
-    index: np.ndarray  # int32[E]  which of `uids` each place of the batch holds; -1 for a filler
-    uids: list[str]  # of the examples in it
-    stats: dict[str, float]  # pairs or texts; positions that are computed, and tokens in them; scored_tokens; padding (0 to 1)
+    index: np.ndarray  # int32[E]  position in `uids` of the example at each place; -1 for a filler
+    uids: list[str]  # of the examples in the batch
+    stats: dict[str, float]  # pairs or texts; computed positions, tokens in them; scored_tokens; padding (0 to 1)
 
 
 def total_steps(examples: int, *, batch: int, epochs: float, behind: int = 0) -> int:
-    """Optimizer steps until every example was seen `epochs` times; the last step may be a partial batch."""
+    """Optimizer steps until every example has been seen `epochs` times; the last step may be a partial batch."""
     return math.ceil((round(examples * epochs) + behind) / batch)
 
 
@@ -37,9 +37,9 @@ def batch_indices(
 ) -> np.ndarray:
     """The examples of step `step`: int64[<= batch], a pure function of the arguments.
 
-    Epochs follow each other without a gap, so a batch may end one and begin the next; within an epoch each example comes once.
-    `epochs` ends the stream: the last batch is cut there. `behind`: how many examples fewer than `step * batch` came before,
-    in a stream that once ended earlier, with such a smaller batch.
+    Epochs follow each other without a gap, so a batch may end one and begin the next; each epoch contains each example once.
+    `epochs` ends the stream, and the last batch may be smaller. `behind` is for a stream that once ended earlier with such a
+    smaller batch: the number of examples by which it is behind `step * batch`.
     """
     last = math.inf if epochs is None else round(examples * epochs)
     places = np.arange(step * batch - behind, min((step + 1) * batch - behind, last), dtype=np.int64)
@@ -71,7 +71,7 @@ def stream(
     """`stream(step) -> Batch`: shuffled training batches. `ref_logps[E, K]` is in the order of `examples` (of groups,
     [E, pairs, 2]). `epochs`, `behind`: as in `batch_indices`.
 
-    `part` (`Partitioner.host_part`) builds only the rows of one host; the batch does not depend on how many there are.
+    `part` (`Partitioner.host_part`) builds only the rows of one host; the batch does not depend on the number of hosts.
     """
 
     def at(step: int) -> Batch:
@@ -107,7 +107,7 @@ def make_batch(
     uids: Sequence[str] | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> Batch:
-    """The rows of `examples[indices]`. `index` counts within the batch. A short batch is filled with empty rows."""
+    """The rows of `examples[indices]`. `index` counts within the batch. A short batch is padded with empty rows."""
     chosen = [examples[i] for i in indices]
     pairs = not isinstance(chosen[0], tuple)
     at_least = 0 if layout.per_row > 1 else batch * (places_of(chosen[0]) if layout.kind == "plain" else 1)
@@ -133,16 +133,16 @@ def make_batch(
 
 
 def _uids(example: Example, *, other: str, places: int) -> list[str]:
-    """One for each place of `example` in the index of a batch; those that no pair takes are empty."""
+    """One uid for each place of `example` in the index of a batch; empty for unused places."""
     if isinstance(example, PairGroup):
         return [*example.uids, *[""] * (places - len(example.uids))]
     return [example.uid if isinstance(example, Encoded) else other]
 
 
-SHAPES = 5  # programs to compile at most
-BLOCK = 128  # queries or keys of a block of an attention kernel, at least
+SHAPES = 5  # most programs to compile
+BLOCK = 128  # least queries or keys per block of an attention kernel
 LENGTHS = np.array([1.08, 1.17, 1.25, 1.33, 1.5, 2.0])
-"""Lengths of packed rows that are tried, in units of the longest example."""
+"""Candidate lengths of packed rows, in units of the longest example."""
 
 
 def plan_layout(
@@ -158,11 +158,11 @@ def plan_layout(
 ) -> Layout:
     """The tightest shapes into which all `examples` fit: row length, scored positions, pairs per row, row counts.
 
-    `length` is the row length: by default that of the longest example; packed, the one that leaves least padding.
-    `multiple` is what the number of rows must be divisible by: devices times microbatches. `microbatches`: the same again, of
-    one device, where those of empty rows cost nothing. `shapes`, at least 2, is how many row counts packed rows may have: fewer
-    are fewer programs to compile, and more padding. `pieces`: into how many a mesh cuts each row (its context axis); rows are
-    then long enough for whole blocks of the attention kernels in each.
+    `length` is the row length; the default is that of the longest example, or for packed rows the one with the least padding.
+    The number of rows is a multiple of `multiple`: devices times microbatches. `microbatches` is their number again if there is
+    one device, where empty ones cost nothing. `shapes`, at least 2, limits the row counts of packed rows: fewer mean fewer
+    programs to compile and more padding. `pieces` is the number of parts into which a mesh splits each row (its context axis);
+    each part then fits whole blocks of the attention kernels.
     """
     sizes = np.array([_size(example, plain=kind == "plain") for example in examples])  # [E, (tokens, scored)]
     longest, most_scored = sizes.max(axis=0)
@@ -178,9 +178,9 @@ def plan_layout(
     parts = {"multiple": multiple, "microbatches": microbatches, "pieces": pieces}
     layouts = [_packed(sizes, length, batch=batch, shapes=shapes, **parts) for length in lengths]
     least = min(positions for positions, _ in layouts)
-    # The shortest of those that are about as good: attention is cheaper, and there is more to divide among devices.
+    # The shortest of about equally good lengths: attention is cheaper, and there are more rows to divide among devices.
     layout = next(layout for positions, layout in layouts if positions <= 1.01 * least)
-    if image_shape[0]:  # of all examples of a row, as long as there is room for their tokens
+    if image_shape[0]:  # for all examples of a row, as far as their tokens fit
         columns = min(layout.length // image_shape[0], layout.per_row) * image_shape[0]
         layout = dataclasses.replace(layout, image_shape=(columns, image_shape[1]))
     if not groups:
@@ -190,49 +190,49 @@ def plan_layout(
 
 
 def image_shape_of(examples: Sequence[Example]) -> tuple[int, int]:
-    """The most image tokens of an example, and the width of features; zeros without images."""
+    """The largest number of image tokens of an example, and the feature width; zeros without images."""
     images = images_of(max(examples, key=image_tokens))
     return (0, 0) if images is None else (images.columns, images.width)
 
 
 WORTH_COMPILING = 500
-"""Batches of a pass from which on a few percent less padding saves more than several programs take to compile."""
+"""Number of batches above which a few percent less padding saves more time than compiling several programs takes."""
 
 
 def few_shapes(layout: Layout, *, examples: int, batch: int) -> Layout:
-    """`layout` for passes over so many `examples`: short ones have two row counts, of which they compile one as a rule.
+    """`layout` for a pass over `examples` examples: short passes get only two row counts, of which usually one is compiled.
 
-    The row length stays, so each row is computed as before; a sum over the rows of a batch may round otherwise. It does not
-    depend on the number of epochs: a run that becomes longer keeps its shapes.
+    The row length is unchanged, so each row is computed as before; a sum over the rows of a batch may round differently. The
+    number of epochs does not matter, so an extended run keeps its shapes.
     """
     return layout if examples > WORTH_COMPILING * batch else dataclasses.replace(layout, row_counts=layout.row_counts[-2:])
 
 
 def skippable(microbatches: int, row_shards: int) -> int:
-    """Microbatches that are left out where they hold empty rows only (`step.mean_grads`): those of one device."""
+    """Number of microbatches that can be skipped if they have only empty rows (`step.mean_grads`): those of a single device."""
     return microbatches if row_shards == 1 else 1
 
 
 def _packed(
     sizes: np.ndarray, length: int, *, batch: int, multiple: int, microbatches: int, shapes: int, pieces: int, tries: int = 64
 ) -> tuple[float, Layout]:
-    """Packed rows of `length`, and how many positions a batch of `batch` examples takes in them, padding included.
+    """(positions, layout) of packed rows of `length`: positions per batch of `batch` examples, padding included.
 
-    The layout has at most `shapes` row counts: few programs to compile, few empty rows.
+    The layout has at most `shapes` row counts, chosen so that few rows are empty.
     """
     most_scored = sizes.max(axis=0)[1]
     mean_tokens, mean_scored = sizes.mean(axis=0)
-    # Scored positions and pairs are further capacities of a row: with some more than their mean share, rows still fill up.
+    # Scored positions and pairs also limit a row: capacities somewhat above their mean share still let rows fill up.
     scored = min(length, round_up(max(most_scored, 1.3 * length * mean_scored / mean_tokens), math.lcm(32, pieces)))
     per_row = min(batch, max(2, math.ceil(3 * length / mean_tokens)))
-    generator = np.random.default_rng(0)  # the same on all hosts, whatever the seed of the run
+    generator = np.random.default_rng(0)  # the same on all hosts, independent of the run's seed
     sizes = np.column_stack([sizes, np.ones(len(sizes), np.int64)])
     drawn = [
         len(first_fit_decreasing(generator.permutation(sizes)[:batch], capacity=(length, scored, per_row)))
         for _ in range(tries)
     ]
     counts, rows = _few(drawn, shapes - 1, multiple=multiple, microbatches=microbatches)
-    # The last is for a batch that is larger than any of these.
+    # The last count is for a batch larger than all of these.
     counts = (*counts, counts[-1] + round_up(counts[-1] / 16, multiple))
     layout = Layout(
         "packed",
@@ -247,9 +247,9 @@ def _packed(
 
 
 def _few(needed: Sequence[int], most: int, *, multiple: int, microbatches: int) -> tuple[tuple[int, ...], float]:
-    """At most `most` counts such that rounding each of `needed` up to one of them adds least, and the mean of computed rows.
+    """At most `most` counts that minimize the rows added when `needed` is rounded up to them, and the mean of computed rows.
 
-    Where empty microbatches are left out, the fewest counts that are about as good.
+    If empty microbatches are skipped, the fewest counts that are about as good.
     """
     distinct = sorted({round_up(count, multiple) for count in needed})
     most = min(most, len(distinct))
@@ -274,14 +274,14 @@ def round_up(x: float, multiple: int) -> int:
 
 
 def _tokens(example: Example, *, plain: bool) -> int:
-    """Positions that `example` takes up in all its rows."""
+    """Positions that `example` occupies in all its rows."""
     if isinstance(example, PairGroup | Encoded):
         return group_size(example, shared=not plain)[0]
     return Completion.of(example).size[0]
 
 
 def _scored(example: Example) -> int:
-    """Positions of `example` that are scored."""
+    """Scored positions of `example`."""
     if isinstance(example, PairGroup | Encoded):
         return sum(count_scored(*side) for side in example.sides)
     return Completion.of(example).size[1]

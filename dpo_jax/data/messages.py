@@ -1,4 +1,4 @@
-"""Messages, tools and template options of a conversation, checked and in the form that the chat template reads."""
+"""Messages, tools and template options of a conversation, checked and converted to the form that the chat template reads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_MESSAGES = 10_000
 
 
 class Template(NamedTuple):
-    """The chat template of `tokenizer`, with what else than messages it reads: tool schemas, and variables of its own."""
+    """The chat template of `tokenizer` with its further inputs: tool schemas and template variables."""
 
     tokenizer: Any
     tools: list[Any] | None
@@ -37,20 +37,20 @@ class Template(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The text of the template, or of all that the tokenizer has."""
+        """The source of the template, or of all templates of the tokenizer."""
         template: Any = self.tokenizer.chat_template
         return "\n".join(map(str, template.values())) if isinstance(template, Mapping) else str(template)
 
     def notes(self) -> list[str]:
-        """What the template leaves out, for the report."""
+        """Notes for the report on what the template omits."""
         unread = [name for name in self.variables if not re.search(rf"\b{re.escape(name)}\b", self.source)]
         return [f"chat_template_kwargs: the chat template does not read {name[:60]!r}" for name in unread]
 
 
 def read_template(tokenizer: Any, *, tools: Any = None, variables: Any = None, where: str) -> Template:
-    """The template with the columns `tools` and `chat_template_kwargs` of a row, either of them also as JSON text.
+    """The template with the columns `tools` and `chat_template_kwargs` of a row; each may be JSON text.
 
-    Raises `DataError` for a tokenizer without a template, and `BadRow` for columns that it cannot take.
+    Raises `DataError` for a tokenizer without a template, and `BadRow` for invalid columns.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
@@ -61,8 +61,10 @@ def read_template(tokenizer: Any, *, tools: Any = None, variables: Any = None, w
 
 
 def read_messages(value: Any, field: str, tokenizer: Any) -> list[Message]:
-    """Messages `{"role", "content", ...}` as new dictionaries: without nulls, content parts joined, tool calls in the
-    template's form. No text of them holds a special token. Raises `BadRow`."""
+    """Messages `{"role", "content", ...}` as new dictionaries: nulls removed, content parts joined, tool calls in the
+    template's form.
+
+    Raises `BadRow`, also for a text that contains a special token."""
     if not isinstance(value, list) or not value:
         detail = "a list of messages is needed, " + ("this one is empty" if value == [] else f"this is {type(value).__name__}")
         raise BadRow(Cause.EMPTY if value == [] else Cause.WRONG_TYPE, detail, field=field)
@@ -83,7 +85,7 @@ def _message(message: Any, place: str, tokenizer: Any) -> Message:
     joined = _joined(kept["content"], f"{place}.content") if isinstance(kept.get("content"), list) else None
     if joined is None and (not calls or "content" in kept):
         text(message, "content", inside=f"{place}.")
-    for path, string in _strings(kept, place):  # before images are written among its parts, as special tokens
+    for path, string in _strings(kept, place):  # before images are inserted as special tokens
         _check_string(string, path, tokenizer)
     if joined is not None:
         check_length(joined, field=f"{place}.content")
@@ -94,7 +96,7 @@ def _message(message: Any, place: str, tokenizer: Any) -> Message:
             detail = "the chat template does not write tool calls; take a tokenizer whose template does, or drop such rows"
             raise BadRow(Cause.CHAT_TEMPLATE, detail, field=f"{place}.tool_calls")
         kept["tool_calls"] = [_call(call, as_text=form.arguments_as_text) for call in calls]
-        if not kept.get("content"):  # null, absent and empty say the same
+        if not kept.get("content"):  # null, absent and empty mean the same
             kept["content"] = form.content
     elif calls is not None:
         del kept["tool_calls"]
@@ -102,7 +104,7 @@ def _message(message: Any, place: str, tokenizer: Any) -> Message:
 
 
 def _joined(parts: list[Any], place: str) -> str:
-    """The text of content parts `{"type": "text", "text": ...}`, and of images that a format reads (`image_rows.Place`)."""
+    """The joined text of content parts `{"type": "text", "text": ...}` and of images (`image_rows.Place`)."""
     texts = []
     for index, part in enumerate(parts):
         inside = f"{place}.{index}"
@@ -127,16 +129,16 @@ def call_names(message: Message) -> list[str]:
 
 
 class _CallForm(NamedTuple):
-    content: str | None  # of a message that has tool calls and no text
+    content: str | None  # of a message with tool calls and no text
     arguments_as_text: bool  # as JSON text, not as an object
 
 
 @functools.lru_cache(maxsize=8)
 def _call_form(tokenizer: Any, template: str) -> _CallForm | None:
-    """The form of a tool call with which the template writes name and argument; None if it writes it in no form.
+    """The form of a tool call for which the template writes name and argument; None if there is none.
 
-    Some templates write null as "None", others write a call only where the content is null; some take arguments as JSON text
-    only, and others would write such a text as a JSON string, in quotes. Templates say nothing of it: this tries them.
+    Some templates write null as "None"; others write a call only if the content is null. Some take arguments only as JSON text;
+    others would write such a text as a quoted JSON string. Templates do not declare this, so all forms are tried.
     """
     arguments = {"key": "VALUE"}
     for form in (_CallForm(content, as_text) for as_text in (False, True) for content in (None, "")):
@@ -161,7 +163,7 @@ def _call(call: Mapping[str, Any], *, as_text: bool) -> Message:
     if not as_text and isinstance(arguments, str):
         try:
             parsed = parse_json(arguments)
-        except (ValueError, RecursionError):  # what a model wrote need not be JSON
+        except (ValueError, RecursionError):  # a model's output may not be JSON
             return dict(call)
         return {**call, "arguments": parsed} if isinstance(parsed, Mapping) else dict(call)
     return dict(call)
@@ -196,14 +198,14 @@ def _variables(value: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def _reserved(tokenizer: Any) -> set[str]:
-    """Names that `apply_chat_template` and `render` take themselves, and the special tokens that a template reads."""
+    """Reserved names: parameters of `apply_chat_template` and `render`, and the special tokens that a template reads."""
     own = {"messages", "tokenizer", "generate", "strftime_now", "raise_exception"}
     taken = set(inspect.signature(type(tokenizer).apply_chat_template).parameters) - {"documents", "kwargs"}
     return own | taken | set(tokenizer.special_tokens_map)
 
 
 def _parsed(value: Any, field: str) -> Any:
-    """What a JSON text says; any other value as it is."""
+    """The value of a JSON text; any other value unchanged."""
     if not isinstance(value, str) or not value.strip():
         return value or None
     try:
@@ -213,7 +215,7 @@ def _parsed(value: Any, field: str) -> Any:
 
 
 def _strings(value: Any, place: str) -> Iterator[tuple[str, str]]:
-    """Every text inside a value, names of fields included, with its path."""
+    """Every text inside a value, field names included, with its path."""
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, Mapping):
@@ -226,7 +228,7 @@ def _strings(value: Any, place: str) -> Iterator[tuple[str, str]]:
 
 
 def _check_string(string: str, place: str, tokenizer: Any) -> None:
-    # A special token written out by a user would end or fake a turn.
+    # A special token in a user's text would end or fake a turn.
     check_text(string, field=place)
     check_length(string, field=place)
     for token in special_tokens(tokenizer):

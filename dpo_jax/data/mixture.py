@@ -1,7 +1,7 @@
-"""Several sets of preferences as one, each with a weight: how often its rows are seen in an epoch.
+"""Mixtures of preference sets. The weight of a set is how often its rows are seen in an epoch.
 
-A weight of 2 takes each pair twice, 0.5 the half that a hash of its uid chooses, 2.5 both. Neither a seed nor the other sources
-matter. The uid of a pair is "SOURCE: UID", of its second copy "SOURCE: UID (2)".
+A weight of 2 takes each pair twice, 0.5 takes the half chosen by a hash of the uid, 2.5 does both. Neither a seed nor the other
+sources matter. The uid of a pair is "SOURCE: UID", that of its second copy "SOURCE: UID (2)".
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _COPY = re.compile(r" \((\d+)\)\Z")
 
 
 def copy_number(uid: str) -> int:
-    """1 for a pair as it was read; 2, 3, ... for its further copies."""
+    """1 for a pair as read; 2, 3, ... for its further copies."""
     found = _COPY.search(uid)
     return int(found[1]) if found else 1
 
 
 def mix(sets: Mapping[str, PreferenceSet], weights: Mapping[str, float], *, source: str = "data.mix") -> PreferenceSet:
-    """The pairs of all `sets` (name -> set of one split), each as often as its weight says, ordered by a hash of their uids.
+    """The pairs of all `sets` (name -> set of one split), repeated by weight and ordered by a hash of their uids.
 
-    So the first n pairs are a fair sample of all sources. `subset` is the source's name where a row states none. The report
-    counts each copy as read, and has the sources one by one, too: kept + dropped = read for each and for all.
+    The first n pairs are therefore a fair sample of all sources. `subset` is the source's name if a row has none. The report
+    counts each copy as read and also lists each source; kept + dropped = read for each source and in total.
 
-    Raises ValueError for a weight that is not above 0, and for a name that uids cannot begin with.
+    Raises ValueError for a weight that is not above 0, and for a name that cannot begin a uid.
     """
     (split,) = {loaded.report.split for loaded in sets.values()}
     report = DataReport(source=source, split=split, format=" + ".join(dict.fromkeys(s.report.format for s in sets.values())))
@@ -63,7 +63,8 @@ def mix(sets: Mapping[str, PreferenceSet], weights: Mapping[str, float], *, sour
 
 
 def source_names(paths: Iterable[str]) -> list[str]:
-    """A short name for each path: its last part, or where two have the same, all of it. Raises ValueError for equal paths."""
+    """A short name for each path: its last part, or the whole path if two last parts are equal. Raises ValueError for equal
+    paths."""
     paths = list(paths)
     if twice := [path for path in dict.fromkeys(paths) if paths.count(path) > 1]:
         raise ValueError(f"{twice[0]} stands there twice; give it once, with a higher weight")
@@ -72,7 +73,7 @@ def source_names(paths: Iterable[str]) -> list[str]:
 
 
 def _copies(uid: str, weight: float) -> int:
-    """How often a pair is taken: the whole part of the weight, and once more if a hash of its uid falls into the rest."""
+    """Number of copies of a pair: the integer part of the weight, plus one if a hash of the uid falls into the fraction."""
     whole = int(weight)
     return whole + (_hash(uid) < (weight - whole) * 2**64)
 

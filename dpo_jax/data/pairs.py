@@ -1,7 +1,7 @@
 """Preference pairs as text, and the report of rows read, kept and dropped by cause.
 
-Nothing is repaired or lost silently. Code that finds a row unusable raises `BadRow`; a `Triage` turns that into a refusal of
-the whole data set (the default) or into a counted drop, and keeps the books: rows kept plus rows dropped is rows read.
+Nothing is repaired or lost silently. Code that finds a row unusable raises `BadRow`. A `Triage` turns that into a refusal of
+the whole data set (the default) or a counted drop, and ensures that rows kept plus rows dropped equal rows read.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Cause(enum.StrEnum):
     """Why a row, or a whole file, cannot be used. The values are the names in `data_report.json`."""
 
     # the row as bytes
-    INVALID_UTF8 = "invalid_utf8"  # also lone surrogates, which no tokenizer can encode
-    NUL = "nul"  # bytes of value 0 in a text file, as a crash leaves them; in JSON a text may hold \u0000
+    INVALID_UTF8 = "invalid_utf8"  # also lone surrogates, which no tokenizer encodes
+    NUL = "nul"  # zero bytes in a text file, as left by a crash; a JSON text may contain \u0000
     INVALID_JSON = "invalid_json"
     DUPLICATE_KEY = "duplicate_key"
     NAN = "nan"
@@ -34,7 +34,7 @@ class Cause(enum.StrEnum):
     TOO_DEEP = "too_deep"  # JSON and HTML
     # its columns
     MISSING_COLUMN = "missing_column"
-    UNREAD_COLUMN = "unread_column"  # it may hold the prompt or a system text, and the format does not read it
+    UNREAD_COLUMN = "unread_column"  # it may hold the prompt or a system text, but the format does not read it
     WRONG_TYPE = "wrong_type"
     OUT_OF_RANGE = "out_of_range"
     # the pair
@@ -46,22 +46,22 @@ class Cause(enum.StrEnum):
     CHAT_TEMPLATE = "chat_template"
     EOS_IN_TEXT = "eos_in_text"
     # its images
-    NO_IMAGE = "no_image"  # a file that is not there, or an address elsewhere
-    BAD_IMAGE = "bad_image"  # no image of a known kind, or a damaged one
-    IMAGE_SIZE = "image_size"  # without pixels, or too large
-    IMAGE_COUNT = "image_count"  # more places for images than images, or fewer
+    NO_IMAGE = "no_image"  # a missing file, or a remote address
+    BAD_IMAGE = "bad_image"  # unknown image type, or damaged
+    IMAGE_SIZE = "image_size"  # no pixels, or too many
+    IMAGE_COUNT = "image_count"  # numbers of places and images differ
     # its tokens
     NO_ROOM = "no_room"
     COMPLETION_CUT = "completion_cut"
     IDENTICAL_AFTER_TRUNCATION = "identical_after_truncation"
-    # a row that is sound but states no preference
+    # a valid row that states no preference
     TIE = "tie"
     NO_PAIR = "no_pair"
     SCORE_RATIO = "score_ratio"
     OVER_LIMIT = "over_limit"
-    OTHER_SPLIT = "other_split"  # one file holds both, cut by a hash of the prompt
-    WEIGHT = "weight"  # of its source, below 1
-    # the file: how many rows are lost is not known, so a file is never dropped
+    OTHER_SPLIT = "other_split"  # one file holds both splits, divided by a hash of the prompt
+    WEIGHT = "weight"  # left out by its source's weight, below 1
+    # the file: the number of lost rows is unknown, so a file is never dropped
     GIT_LFS_POINTER = "git_lfs_pointer"
     BAD_GZIP = "bad_gzip"
     BAD_PARQUET = "bad_parquet"
@@ -76,42 +76,42 @@ FILTERED = frozenset(
         *(Cause.OTHER_SPLIT, Cause.WEIGHT),
     )
 )
-"""Causes by which a sound row is left out by definition of the task. They are counted, and never refused."""
+"""Causes that leave out a valid row by definition of the task. They are counted and never refused."""
 
 
 Spans = tuple[tuple[int, int], ...]
-"""Characters [begin, end) of a text, ascending and apart."""
+"""Character ranges [begin, end) of a text, ascending and disjoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """A prompt and two completions of it. `prompt + chosen` is the text as it was written: nothing is stripped or added.
+    """A prompt and two completions of it. `prompt + chosen` is the original text: nothing is stripped or added.
 
-    A ranking of more than two has the others `between`. Of a single completion, which is `desirable` or not, both `chosen` and
-    `rejected` are its text.
+    A ranking of more than two has the others in `between`. A single completion has a label `desirable` and its text as both
+    `chosen` and `rejected`.
     """
 
     prompt: str
     chosen: str
     rejected: str
-    uid: str  # unique in its set, and names the place: "harmless-base/train.jsonl.gz:17"
-    sft_target: str | None = None  # what SFT learns for this prompt where that is not `chosen`
-    chat: bool = False  # rendered by a chat template: special tokens (EOS after each turn) are meant to stand in the prompt
-    subset: str | None = None  # what its set calls the part it belongs to; only results are told apart by it
-    chosen_spans: Spans | None = None  # what the assistant wrote, where turns of others stand in between; None: all of it
+    uid: str  # unique in its set; names the place: "harmless-base/train.jsonl.gz:17"
+    sft_target: str | None = None  # SFT target for this prompt, if not `chosen`
+    chat: bool = False  # rendered by a chat template: its special tokens (EOS after each turn) belong in the prompt
+    subset: str | None = None  # name of its subset; used only to report results
+    chosen_spans: Spans | None = None  # the assistant's text, if others' turns are in between; None: all
     rejected_spans: Spans | None = None
-    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # how it was rendered; the report counts them
-    prompt_digest: str | None = None  # of a conversation: of its messages, whatever template and date wrote the prompt
-    between: tuple[str, ...] = ()  # of a ranking: better ones first
-    desirable: bool | None = None  # of a single completion
-    images: tuple[Any, ...] = ()  # that the prompt shows: `ImageFile` each, and what the row named until they are opened
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # how it was rendered; counted in the report
+    prompt_digest: str | None = None  # conversations: digest of the messages, independent of template and date
+    between: tuple[str, ...] = ()  # rankings only: best first
+    desirable: bool | None = None  # single completions only
+    images: tuple[Any, ...] = ()  # images of the prompt: `ImageFile` each; before opening, what the row named
 
 
 class BadRow(Unreadable):
-    """One row cannot be used: `cause`, the `field` at fault ("" if the row as a whole) and a `detail` for people."""
+    """An unusable row: `cause`, the `field` at fault ("" for the whole row) and a readable `detail`."""
 
     def __init__(self, cause: Cause, detail: str, *, field: str = "") -> None:
-        # Both may quote the data: texts without end, or half characters that no report can be written with.
+        # Both may quote the data, which may be very long or contain half characters that cannot be written.
         detail, field = _shortened(detail, 240), _shortened(field, 80)
         super().__init__(f"{field}: {cause}: {detail}" if field else f"{cause}: {detail}")
         self.cause, self.detail, self.field = cause, detail, field
@@ -132,23 +132,23 @@ def refuse(cause: Cause, where: str | os.PathLike[str], detail: str) -> NoReturn
 
 @dataclasses.dataclass
 class Place:
-    """Where a reader stands in a file, for the message of an error that a library raises there: "name:line: cause: detail"."""
+    """The position of a reader in a file, for error messages of libraries: "name:line: cause: detail"."""
 
     name: str
     cause: Cause
     detail: str
-    number: int = 0  # of the last line or row that was read
+    number: int = 0  # of the last line or row read
 
     def __str__(self) -> str:
         return f"{self.name}:{self.number + 1}: {self.cause}: {self.detail}"
 
     def reading(self) -> contextlib.AbstractContextManager[None]:
-        """Turns whatever a library raises into a `DataError`."""
+        """Turn any exception of a library into a `DataError`."""
         return reading(self, error=lambda words: DataError(words, causes=[self.cause]))
 
 
 def readable_name(path: str | os.PathLike[str]) -> str:
-    """The name of a file as text that can be written down: bytes that are not UTF-8 as `\\xe9`, and a backslash twice."""
+    """A file name as encodable text: non-UTF-8 bytes as `\\xe9`, backslashes doubled."""
     return os.fsencode(path).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
 
 
@@ -159,7 +159,7 @@ def _shortened(text: str, most: int) -> str:
 
 @dataclasses.dataclass
 class SourceReport:
-    """What became of the rows of one of several sources; as `DataReport` counts."""
+    """Rows read, kept and dropped of one of several sources, counted as in `DataReport`."""
 
     path: str
     format: str
@@ -177,16 +177,16 @@ class SourceReport:
 
 
 def source_of(uid: str) -> str:
-    """The source that the uid of a pair names, of several: "hh" of "hh: train.jsonl:3"."""
+    """The source in the uid of a pair, for several sources: "hh" in "hh: train.jsonl:3"."""
     return uid.partition(": ")[0]
 
 
 @dataclasses.dataclass
 class DataReport:
-    """What was read and what became of it.
+    """Report on a data set: candidates read, kept, and dropped by cause.
 
-    `read` counts candidate pairs. A row is one candidate, except where a format forms several pairs of one row; a row that
-    forms none counts as one, so that it shows up among the dropped. Always: `kept + sum(dropped.values()) == read`.
+    `read` counts candidate pairs. A row is one candidate, unless the format forms several pairs from it. A row that forms none
+    counts as one dropped candidate. Always: `kept + sum(dropped.values()) == read`.
     """
 
     source: str = ""
@@ -195,14 +195,14 @@ class DataReport:
     rows: int = 0  # lines or records in the files
     read: int = 0
     kept: int = 0
-    chat: int = 0  # of those kept: rendered by a chat template
-    images: int = 0  # different ones that the prompts of those kept show
+    chat: int = 0  # kept ones rendered by a chat template
+    images: int = 0  # distinct images in the prompts of kept ones
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # cause -> candidates
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # cause -> its first five, "where: detail"
-    truncated: dict[str, int] = dataclasses.field(default_factory=dict)  # what was cut -> pairs
+    truncated: dict[str, int] = dataclasses.field(default_factory=dict)  # part that was cut -> pairs
     notes: list[str] = dataclasses.field(default_factory=list)
     files: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # {"path", "bytes", "sha256"}
-    sources: dict[str, SourceReport] = dataclasses.field(default_factory=dict)  # of several: by the name that uids begin with
+    sources: dict[str, SourceReport] = dataclasses.field(default_factory=dict)  # several sources: by the name that begins uids
 
     def add(self, where: str, problem: BadRow) -> None:
         """Counts one candidate as dropped."""
@@ -216,12 +216,12 @@ class DataReport:
 
     @property
     def bad_share(self) -> float:
-        """Share of the candidates dropped as bad, in [0, 1]; those filtered out by definition (`FILTERED`) do not count."""
+        """Share of candidates dropped as bad, in [0, 1]; those left out by definition (`FILTERED`) do not count."""
         bad = sum(count for cause, count in self.dropped.items() if cause not in FILTERED)
         return bad / self.read if self.read else 0.0
 
     def check(self) -> None:
-        """Raises `AssertionError` if a row went missing between reading and keeping: a bug of this package, not of the data."""
+        """Raises `AssertionError` if kept + dropped is not read: a bug in this package, not in the data."""
         total = self.kept + sum(self.dropped.values())
         if total != self.read:
             raise AssertionError(f"{self.source}: read {self.read} candidates, but kept + dropped = {total}: {self.dropped}")
@@ -243,11 +243,11 @@ class DataReport:
         return copy.deepcopy(self)
 
     def reasons(self, each: int = 3) -> str:
-        """Lines with the first `each` dropped candidates of every cause: where, and why."""
+        """Lines with place and reason of the first `each` dropped candidates of every cause."""
         return printable("".join(f"    {line}\n" for lines in self.examples.values() for line in lines[:each]))
 
     def summary(self) -> str:
-        """The report as a small table for the screen."""
+        """The report as a small text table."""
         lines = [f"{self.source} [{self.split}] as {self.format}: {self.rows} rows in {len(self.files)} files"]
         counts = {"read": self.read, "kept": self.kept}
         counts |= {f"dropped, {cause}": count for cause, count in sorted(self.dropped.items())}
@@ -262,7 +262,7 @@ class DataReport:
 
 
 class Triage:
-    """Sorts rows into kept and dropped. Report each bad one to `reject`, then call `finish` with the number kept."""
+    """Handling of bad rows: call `reject` for each one, then `finish` with the number kept."""
 
     def __init__(self, report: DataReport, *, on_bad: OnBad) -> None:
         if on_bad not in ("refuse", "drop"):
@@ -272,7 +272,7 @@ class Triage:
         self._first: list[str] = []
 
     def reject(self, where: str, problem: BadRow) -> None:
-        """Counts one candidate at `where` as dropped and, unless it is merely filtered, remembers it for the refusal."""
+        """Counts one candidate at `where` as dropped and, unless it is left out by definition, records it for the refusal."""
         self.report.add(where, problem)
         if self.on_bad == "refuse" and problem.cause not in FILTERED:
             self._refused[problem.cause] = self._refused.get(problem.cause, 0) + 1
@@ -280,7 +280,8 @@ class Triage:
                 self._first.append(f"{where}: {problem}")
 
     def finish(self, kept: int) -> None:
-        """Closes the books. Raises `DataError` listing the first ten bad rows and counts by cause if `on_bad` is "refuse"."""
+        """Checks the counts. Raises `DataError`, listing the first ten bad rows and counts by cause, if `on_bad` is
+        "refuse"."""
         self.report.kept = kept
         self.report.check()
         if not self._refused:
@@ -297,7 +298,7 @@ class Triage:
 
 
 class PreferenceSet(Sequence[Preference]):
-    """Preferences in the order of their files, and the `report` of how they came to be. Their uids are unique."""
+    """Preferences in the order of their files, with their `report`. Uids are unique."""
 
     def __init__(self, preferences: Iterable[Preference], report: DataReport) -> None:
         self._preferences = tuple(preferences)
@@ -316,7 +317,7 @@ class PreferenceSet(Sequence[Preference]):
         return self._preferences[index]
 
     def take(self, limit: int | None) -> PreferenceSet:
-        """The first `limit` preferences (`None`: all), with the rest counted as dropped, so that the books stay closed."""
+        """The first `limit` preferences (`None`: all); the rest is counted as dropped in the report."""
         report = self.report.copy()
         if limit is None or limit >= len(self):
             return PreferenceSet(self, report)
@@ -328,17 +329,17 @@ class PreferenceSet(Sequence[Preference]):
 
 
 MAX_CHARACTERS = 1_000_000
-"""Longest text of a pair: hundreds of times what a model reads, and what a tokenizer still gets through in reasonable time."""
+"""Longest text of a pair: hundreds of times a model's context, yet tokenized in reasonable time."""
 
 
 def check_length(text: str, *, field: str, most: int = MAX_CHARACTERS) -> None:
-    """Raises `BadRow` for a text that is longer than anybody can use."""
+    """Raises `BadRow` for a text longer than `most` characters."""
     if len(text) > most:
         raise BadRow(Cause.TOO_LONG, f"{len(text):,} characters, where {most:,} are the limit", field=field)
 
 
 def check_pair(prompt: str, chosen: str, rejected: str) -> None:
-    """Raises `BadRow` if the texts do not make a preference: blank prompt, blank or endless completion, or no difference."""
+    """Raises `BadRow` if the texts form no preference: blank prompt, blank or overlong completion, or equal completions."""
     check_prompt(prompt)
     check_completion(chosen, field="chosen")
     check_completion(rejected, field="rejected")
@@ -346,20 +347,20 @@ def check_pair(prompt: str, chosen: str, rejected: str) -> None:
 
 
 def check_prompt(prompt: str) -> None:
-    """Raises `BadRow` for a prompt that is endless or blank."""
+    """Raises `BadRow` for a blank or overlong prompt."""
     check_length(prompt, field="prompt")
     if not prompt.strip():
         raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt")
 
 
 def check_completion(text: str, *, field: str) -> None:
-    """Raises `BadRow` for a completion that is endless or blank."""
+    """Raises `BadRow` for a blank or overlong completion."""
     check_length(text, field=field)
     if not text.strip():
         raise BadRow(Cause.EMPTY, "the completion is empty or blank", field=field)
 
 
 def check_different(chosen: str, rejected: str) -> None:
-    """Raises `BadRow` for completions between which nobody can choose."""
+    """Raises `BadRow` for completions that cannot be distinguished."""
     if chosen == rejected:
         raise BadRow(Cause.IDENTICAL, "chosen and rejected are the same text")

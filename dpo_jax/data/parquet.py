@@ -1,4 +1,5 @@
-"""Rows of a parquet file. Only the columns that are asked for are read and decoded: the others may hold what Python cannot."""
+"""Reader of parquet rows. Only the requested columns are decoded; the others may contain values that Python cannot
+represent."""
 
 from __future__ import annotations
 
@@ -16,21 +17,21 @@ from dpo_jax.data.pairs import BadRow, Cause, Place, refuse
 from dpo_jax.untrusted import LIMITS, cause_of
 
 _BATCH = 1024  # rows,
-_MEMORY = 2**28  # and bytes that they may unpack to
-_FEW = 16  # rows, where a row group unpacks to more
-_PLAIN = 2**20  # bytes of a dictionary as writers make them: they give it up once it is larger
+_MEMORY = 2**28  # and most bytes that they may unpack to
+_FEW = 16  # rows per batch if a row group unpacks to more
+_PLAIN = 2**20  # usual limit of a dictionary in bytes: writers abandon a larger one
 Row = dict[str, Any]
 
 
 def parquet_rows(name: str, path: Path, *, columns: Columns | None = None) -> Iterator[tuple[str, Row | BadRow]]:
     """The rows of a parquet file as `(where, row)`, `where` being "name:row" counted from 1.
 
-    `columns` chooses among the names of all columns; "info.title" is a field inside a column. Columns that were not chosen are
-    `UNREAD`. A cell that cannot be decoded makes its row a `BadRow` naming the column. Raises `DataError` for a damaged file.
+    `columns` chooses from all column names; "info.title" is a field inside a column. Other columns are `UNREAD`. A cell that
+    cannot be decoded makes its row a `BadRow` naming the column. Raises `DataError` for a damaged file.
     """
     number = 0
     for batch, unread in _batches(name, path, columns):
-        large = batch.nbytes > LIMITS.line_mb * 2**20  # else no row is
+        large = batch.nbytes > LIMITS.line_mb * 2**20  # otherwise no row can be
         rows = None if large else _rows(batch, unread)
         for index in range(batch.num_rows):
             number += 1
@@ -39,7 +40,7 @@ def parquet_rows(name: str, path: Path, *, columns: Columns | None = None) -> It
 
 
 def _size(values: Any, index: int) -> int:
-    """Bytes of one value, unpacked."""
+    """Unpacked bytes of one value."""
     if hasattr(values, "dictionary"):
         place = values.indices[index].as_py()
         return 0 if place is None else _size(values.dictionary, place)
@@ -47,20 +48,20 @@ def _size(values: Any, index: int) -> int:
 
 
 def _too_long(size: int) -> BadRow | None:
-    """What is wrong with a row of `size` bytes, as with a line of a text file: a small file may unpack to anything."""
+    """The `BadRow` for a row of `size` bytes, if above the limit of a text line: a small file may unpack to any size."""
     if size <= LIMITS.line_mb * 2**20:
         return None
     return BadRow(Cause.LINE_TOO_LONG, f"a row of {size:,} bytes; {LIMITS.remedy('line_mb')}")
 
 
 def declared_rows(path: Path) -> int:
-    """How many rows a parquet file says that it has. Raises `DataError` for a damaged file."""
+    """The row count that a parquet file declares. Raises `DataError` for a damaged file."""
     with Place(str(path), Cause.BAD_PARQUET, "the file is damaged or cut off").reading():
         return pq.read_metadata(path).num_rows
 
 
 def _batches(name: str, path: Path, columns: Columns | None) -> Iterator[tuple[Any, Row]]:
-    """The batches of the file, and a row in which every column is `UNREAD`."""
+    """The batches of the file, each with a row in which every column is `UNREAD`."""
     place = Place(name, Cause.BAD_PARQUET, "the file is damaged or cut off")
     with place.reading():
         file = _File(path, page_checksum_verification=True)
@@ -83,16 +84,16 @@ def _batches(name: str, path: Path, columns: Columns | None) -> Iterator[tuple[A
 
 
 def _rows_at_a_time(file: pq.ParquetFile, name: str, path: Path, chosen: Collection[str]) -> int:
-    """How many rows unpack to an amount that memory holds. Equal values take no space in a file, but each its own in memory.
+    """Number of rows whose unpacked size fits in memory. Equal values are stored once in a file, but separately in memory.
 
-    Raises `DataError` for a file of which a single row may unpack to more than a line may hold.
+    Raises `DataError` if a single row may unpack to more than the limit of a line.
     """
     rows, wanted = _BATCH, [index for index, leaf in _leaves(file.metadata.schema) if leaf in chosen]
     with path.open("rb") as raw:
         for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
             for chunk in map(group.column, wanted):
                 largest = _dictionary_bytes(raw, chunk)
-                # Every row has at least one value, so no row has more than these.
+                # Every row has at least one value, so this bounds the values of one row.
                 row = largest * (chunk.num_values - group.num_rows + 1)
                 if chunk.num_values > group.num_rows and largest > _FEW * _PLAIN and (long := _too_long(row)):
                     refuse(Cause.LINE_TOO_LONG, name, long.detail)
@@ -103,7 +104,7 @@ def _rows_at_a_time(file: pq.ParquetFile, name: str, path: Path, chosen: Collect
 
 
 def _dictionary_bytes(raw: IO[bytes], chunk: Any) -> int:
-    """Bytes of the dictionary of a column: no value that stands in it is longer. 0 without one.
+    """Bytes of a column's dictionary, an upper bound for the values in it; 0 without one.
 
     Its page begins with the type and the unpacked size, as `PageHeader` of parquet.thrift in Thrift's compact protocol.
     """
@@ -123,18 +124,18 @@ def _dictionary_bytes(raw: IO[bytes], chunk: Any) -> int:
 
 
 class _File(pq.ParquetFile):
-    """A parquet file whose columns may have names that are not UTF-8. Such a column is passed over, as if it were not there."""
+    """A parquet file whose column names may not be UTF-8. Such columns are ignored."""
 
     def _build_nested_paths(self) -> dict[str, list[int]]:
-        # pyarrow's own raises for a name that it cannot decode, whichever columns are asked for.
+        # pyarrow raises for an undecodable name, whichever columns are requested.
         paths = collections.defaultdict(list)
         for index, leaf in _leaves(self.reader.metadata.schema):
             paths[leaf].append(index)
         return paths
 
     def column_names(self) -> tuple[list[str], list[str]]:
-        """The names of all columns, and of those that hold texts."""
-        names, texts, schema = [], [], self.schema_arrow  # which is made anew each time
+        """The names of all columns, and of the text columns."""
+        names, texts, schema = [], [], self.schema_arrow  # which pyarrow rebuilds on each access
         for index in range(len(schema)):
             with contextlib.suppress(UnicodeDecodeError):
                 field = schema.field(index)
@@ -145,7 +146,7 @@ class _File(pq.ParquetFile):
 
 
 def _leaves(schema: pq.ParquetSchema) -> Iterator[tuple[int, str]]:
-    """Number and path, such as "answers.list.element.text", of every column of values that has a name in UTF-8."""
+    """Number and path, such as "answers.list.element.text", of every leaf column with a UTF-8 name."""
     for index in range(len(schema)):
         with contextlib.suppress(UnicodeDecodeError):
             yield index, schema.column(index).path
@@ -161,19 +162,19 @@ def _chosen(wanted: Collection[str], names: Collection[str], leaves: Collection[
             leaf for leaf in leaves if f"{leaf}.".startswith(f"{column}.") and not any(leaf.startswith(o) for o in others)
         ]
         inside = [leaf for leaf in of_column if field in leaf.split(".")[1:]]
-        found |= dict.fromkeys(inside or of_column)  # without the field, the column has another type, as its rows will say
+        found |= dict.fromkeys(inside or of_column)  # field missing: the column has another type, as its rows will say
     return list(found)
 
 
 def _rows(batch: Any, unread: Row) -> list[Row] | None:
-    """All rows of a batch, in half the time that `_row` takes; None where a cell cannot be decoded, or may be much larger."""
+    """All rows of a batch, in half the time of `_row`; None if a cell cannot be decoded or may unpack to much more."""
     if any(getattr(values, "dictionary", values).nbytes > _PLAIN for values in batch.columns if hasattr(values, "dictionary")):
         return None
     columns = []
     for values in batch.columns:
         try:
             cells = values.to_pylist()
-        except Exception:  # `_row` says of which cell
+        except Exception:  # `_row` finds the cell
             return None
         nested = any(isinstance(cell, list | dict) for cell in cells)
         columns.append([_without_nulls(cell) if isinstance(cell, list | dict) else cell for cell in cells] if nested else cells)
@@ -188,14 +189,14 @@ def _row(batch: Any, index: int, unread: Row) -> Row | BadRow:
             value = values[index].as_py()
         except UnicodeDecodeError as error:
             return BadRow(Cause.INVALID_UTF8, f"byte {error.start} of the text: {error.reason}", field=column)
-        except Exception as error:  # pyarrow raises anything for what Python has no value for
+        except Exception as error:  # pyarrow may raise anything for values that Python cannot represent
             return BadRow(Cause.WRONG_TYPE, f"{values.type} cannot be read: {cause_of(error)}", field=column)
         row[column] = _without_nulls(value) if isinstance(value, list | dict) else value
     return row
 
 
 def _without_nulls(value: Any) -> Any:
-    """A nested value without the keys that are null: parquet gives every object the keys that any object of the column has."""
+    """A nested value without null keys: parquet gives every object the union of the column's keys."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

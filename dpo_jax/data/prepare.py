@@ -1,4 +1,4 @@
-"""From preferences as text to encoded pairs a run can use, with every one that falls out counted by cause."""
+"""Encode preferences as token ids for a run; every dropped pair is counted by cause."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dpo_jax.untrusted import reading
 
 
 class EncodedSet(Sequence[Encoded]):
-    """Encoded pairs in the order of their files, with the completed `report`."""
+    """Encoded pairs in the order of their files, with the complete `report`."""
 
     def __init__(self, encoded: Sequence[Encoded], report: DataReport) -> None:
         self._encoded, self.report = list(encoded), report
@@ -45,15 +45,14 @@ def encode_all(
     row_length: int | None = None,
     images: ImageTokens | None = None,
 ) -> EncodedSet:
-    """Encodes all pairs as `encode` does, and with `images` as `encode_images`. Raises `DataError` for unusable ones, or drops
-    and counts them with `on_bad="drop"`.
+    """Encode all pairs as `encode` does, or with `images` as `encode_images` does.
 
-    A pair whose `sft_target` cannot be learnt is unusable too, so that every task of a run has the same data.
+    Raises `DataError` for unusable ones, or drops and counts them with `on_bad="drop"`.
 
-    Single completions get a mismatched one each (`data.unpaired`).
-
-    `row_length` is the longest row a pair may need in the shared layout, in tokens. Truncations are counted in the report, and
-    a pair that truncation makes identical carries no preference any more: it is always dropped, and counted.
+    A pair with an unusable `sft_target` is unusable too, so that every task of a run has the same data. Each single completion
+    gets a mismatched one (`data.unpaired`). `row_length` is the longest row that a pair may need in the shared layout, in
+    tokens. Truncations are counted in the report. A pair that truncation makes identical states no preference: it is always
+    dropped and counted.
     """
     report = preferences.report.copy()
     triage = Triage(report, on_bad=on_bad)
@@ -99,11 +98,12 @@ def encode_targets(
     score_prompt: bool = False,
     images: ImageTokens | None = None,
 ) -> tuple[list[Text], list[str]]:
-    """What SFT learns: (prompt, completion) token ids of each distinct text, and their uids. `preferences` passed `encode_all`.
+    """SFT training texts: (prompt, completion) token ids of each distinct text, and their uids. `preferences` passed
+    `encode_all`.
 
-    The completion is the `sft_target` of a preference, or else its chosen side, cut like the original cuts it: against its own
-    length only. Of a completion of several turns those of the assistant are scored. Undesirable completions are left out. With
-    `score_prompt` prompt and completion are one text, all of which is scored (but its first token, and images).
+    The completion is the `sft_target` of a preference, or else its chosen side, truncated as in the original: by its own length
+    only. In a completion of several turns, the assistant's turns are scored. Undesirable completions are left out. With
+    `score_prompt`, prompt and completion are one fully scored text (except its first token and images).
     """
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "truncation": truncation, "bos": bos}
     tokenizer = _Remembering(tokenizer)
@@ -112,7 +112,7 @@ def encode_targets(
         if preference.desirable is False:
             continue
         spans = None if preference.sft_target else preference.chosen_spans
-        # The second copy of a pair, which the weight of its source makes, is to be learnt twice.
+        # A second copy of a pair, made by the weight of its source, is trained on twice.
         target, shown = preference.sft_target or preference.chosen, tuple(image.digest for image in preference.images)
         seen.setdefault((preference.prompt, shown, target, spans, copy_number(preference.uid)), preference)
     texts: list[Text] = []
@@ -133,7 +133,7 @@ def _of_side(pair: Encoded) -> Text:
 
 
 def _whole_text(pair: Encoded) -> Text:
-    """Prompt and chosen completion as one text, all of which is scored but the tokens of images: nothing predicts these."""
+    """Prompt and chosen completion as one text, fully scored except image tokens, which nothing predicts."""
     text, images = np.concatenate([pair.prompt, pair.chosen]), pair.images
     if images is None:
         return text[:0], text
@@ -143,7 +143,7 @@ def _whole_text(pair: Encoded) -> Text:
 
 
 def data_digest(examples: Sequence[Encoded] | Sequence[Text]) -> str:
-    """SHA-256 over all token ids, in order, which are scored, and labels: what a resumed run must find unchanged."""
+    """SHA-256 over all token ids in order, scored masks and labels; a resumed run must find it unchanged."""
     digest = hashlib.sha256()
     for example in examples:
         if isinstance(example, Encoded):
@@ -160,19 +160,19 @@ def data_digest(examples: Sequence[Encoded] | Sequence[Text]) -> str:
 
 
 class _Remembering:
-    """A tokenizer that remembers the ids of the last few texts: several checks ask for those of one preference.
+    """A tokenizer that caches the ids of recent texts, because several checks need those of one preference.
 
-    Of a plain fast tokenizer it asks the library below transformers, whose own way takes twice the time for the same ids.
+    A plain fast tokenizer is called through the tokenizers library, in half the time of transformers.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self.eos_token_id = tokenizer.eos_token_id  # transformers takes its time to look it up
-        from transformers import PreTrainedTokenizerFast  # here: after what `data.tokenizer` tells it
+        self.eos_token_id = tokenizer.eos_token_id  # slow to look up in transformers
+        from transformers import PreTrainedTokenizerFast  # imported here, after the settings of `data.tokenizer`
 
         self._eos = _literal_eos(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerFast) else ()
         if type(tokenizer) is PreTrainedTokenizerFast:
-            tokenizer("", add_special_tokens=False)  # takes off truncation and padding that another call has left there
+            tokenizer("", add_special_tokens=False)  # resets truncation and padding left by another call
             below = tokenizer.backend_tokenizer
 
             def plain(text: str) -> Any:
@@ -181,7 +181,7 @@ class _Remembering:
         else:
             plain = functools.partial(tokenizer, add_special_tokens=False)
         self._plain = functools.lru_cache(maxsize=8)(plain)
-        self._with_special = functools.lru_cache(maxsize=1)(tokenizer.__call__)  # `encode.adds_bos` always asks for one text
+        self._with_special = functools.lru_cache(maxsize=1)(tokenizer.__call__)  # `encode.adds_bos` always uses the same text
 
     def __len__(self) -> int:
         return len(self._tokenizer)
@@ -192,7 +192,7 @@ class _Remembering:
         return self._with_special(text) if not options else self._tokenizer(text, **options)
 
     def may_hold_eos(self, text: str) -> bool:
-        """Whether the ids of a text may hold EOS. False only where that is certain without tokenizing it."""
+        """Whether the ids of a text may contain EOS. False only if that is certain without tokenizing."""
         if not self._eos or any(spelling in text for spelling in self._eos):
             return True
         normalizer = self._tokenizer.backend_tokenizer.normalizer
@@ -203,9 +203,9 @@ class _Remembering:
 
 
 def _literal_eos(tokenizer: Any) -> tuple[str, ...]:
-    """The spellings, one of which a text holds if its ids hold EOS. None where EOS may come from other text, too.
+    """The spellings of EOS, one of which is in every text whose ids contain EOS; None if EOS may come from other text.
 
-    A BPE token is a run of the text, unless it stands for what is unknown. Spaces and other letters may be spelled differently.
+    A BPE token is a run of the text, unless it is the unknown token. Spaces and other letters may be spelled differently.
     """
     model, normalizer, eos = tokenizer.backend_tokenizer.model, tokenizer.backend_tokenizer.normalizer, tokenizer.eos_token
     if type(model).__name__ != "BPE" or model.continuing_subword_prefix or model.end_of_word_suffix:
@@ -226,7 +226,7 @@ def _encode_text(preference: Preference, tokenizer: Any, images: ImageTokens | N
 
 
 def _check_target(preference: Preference, tokenizer: _Remembering) -> None:
-    """Raises `BadRow` if SFT has a text of its own to learn here, and it is blank or holds EOS."""
+    """Raises `BadRow` if the preference has its own SFT target and that is blank or contains EOS."""
     target = preference.sft_target
     if target is None:
         return
@@ -242,7 +242,7 @@ def _check_target(preference: Preference, tokenizer: _Remembering) -> None:
 
 
 def _check(pair: Encoded, tokenizer: Any) -> None:
-    """Raises `BadRow` if the token ids do not make a usable pair, although the texts did."""
+    """Raises `BadRow` if the token ids form no usable pair although the texts did."""
     single = pair.desirable is not None
     if not single and len({ids.tobytes() for ids in pair.completions}) < len(pair.completions):
         if pair.chosen_cut or pair.rejected_cut or pair.between_cut:

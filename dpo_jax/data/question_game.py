@@ -1,4 +1,4 @@
-"""A generated question game of three turns whose reward is exact: conversations to train on, and a test bed for several turns.
+"""A synthetic question game of three turns with an exact reward: training data and a test bed for multi-turn preferences.
 
     User: I am thinking of something small.
     Player: Is it alive?
@@ -7,18 +7,18 @@
     User: No.
     Player: It is the snail.
 
-The user thinks of one of eight objects, told apart by three attributes (`ATTRIBUTES`); the opening names one of the three. In
-turns 1 and 2 the player asks for an attribute or how the user is, in turn 3 it guesses. The user is truthful; what is random is
-the object, drawn evenly among those that fit the opening.
+The user thinks of one of eight objects, distinguished by three attributes (`ATTRIBUTES`); the opening names one of the three.
+In turns 1 and 2 the player asks about an attribute or how the user is; in turn 3 it guesses. The user is truthful. The object
+is random, uniform among those that fit the opening.
 
     asking how the user is   +1      the guess is right   +8
     asking for an attribute  -0.5    the guess is wrong    0      anything else  -2, and the user ends the conversation
 
-The courtesy is the best single turn. A question costs, and only both unknown attributes together give the object away: a player
-that guesses well expects 4 points after two courtesies, 4.5 after one and a question, and 7 after both questions. So credit has
-to travel from the guess to the questions.
+A courtesy is the best single turn. A question costs points, and only the two unknown attributes together identify the object. A
+player that guesses well expects 4 points after two courtesies, 4.5 after one courtesy and one question, and 7 after both
+questions. So credit must be assigned from the guess back to the questions.
 
-A pure function of (n, seed, split). A player's turn ends in the end-of-text token, as chat templates do it.
+A pure function of (n, seed, split). A player's turn ends in the end-of-text token, as with chat templates.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ _PLAYER = "\nPlayer:"
 _OPENINGS = ("User: I am thinking of something {}.", "User: Guess what I have in mind. It is {}.")
 _QUESTIONS = {f" Is it {yes}?": yes for yes, _ in ATTRIBUTES}
 _GUESSES = {f" It is the {thing}.": thing for thing in THINGS}
-_TALKS, _KNOWS = 0.55, 0.5  # chances that the weak player is courteous, and that it heeds what it was told when it guesses
+_TALKS, _KNOWS = 0.55, 0.5  # probabilities that the weak player is courteous, and that its guess uses the answers
 
 
 class Opening(NamedTuple):
-    """How a conversation begins: the text up to the player's first turn, and the objects that the user may think of."""
+    """The start of a conversation: the text up to the player's first turn, and the objects that the user may think of."""
 
     text: str
     things: tuple[str, ...]
 
 
 class Answer(NamedTuple):
-    """What a player's turn brings: reward, and the user's reply, with the words that the player's next turn begins after.
+    """The result of a player's turn: reward, and the user's reply up to where the player's next turn begins.
 
-    An empty reply: the conversation is over.
+    An empty reply ends the conversation.
     """
 
     reward: float
@@ -72,12 +72,12 @@ class Answer(NamedTuple):
 
 
 class Turn(NamedTuple):
-    said: str | None  # by the player; None: nonsense
+    said: str | None  # the player's utterance; None: nonsense
     answer: Answer
 
 
 def openings() -> list[Opening]:
-    """All twelve: six hints, each put in two ways. Each leaves four objects."""
+    """All twelve openings: six hints, each in two wordings. Each leaves four objects."""
     hints = [hint for pair in ATTRIBUTES for hint in pair]
     return [
         Opening(form.format(hint) + _PLAYER, tuple(thing for thing, has in THINGS.items() if hint in has))
@@ -92,7 +92,7 @@ def utterances(turn: int) -> tuple[str, ...]:
 
 
 def answer(thing: str, turn: int, said: str | None) -> Answer:
-    """The user's answer, who thinks of `thing`. `said` None: nonsense."""
+    """The answer of a user who thinks of `thing`. `said` None: nonsense."""
     if said not in utterances(turn):
         return Answer(NONSENSE)
     if said in _GUESSES:
@@ -103,7 +103,8 @@ def answer(thing: str, turn: int, said: str | None) -> Answer:
 
 
 def answers(things: Sequence[str], turn: int, said: str | None) -> dict[Answer, tuple[str, ...]]:
-    """Every answer that a user gives who thinks of one of `things`, and of which. Their shares are its probabilities."""
+    """Every possible answer if the user thinks of one of `things`, with the things that give it. Their shares are its
+    probability."""
     found: dict[Answer, tuple[str, ...]] = {}
     for thing in things:
         given = answer(thing, turn, said)
@@ -112,7 +113,7 @@ def answers(things: Sequence[str], turn: int, said: str | None) -> dict[Answer, 
 
 
 def weak_play(opening: Opening, thing: str, rng: random.Random) -> list[Turn]:
-    """A conversation of a player that mostly makes conversation, asks at random, and often forgets what it was told."""
+    """A conversation of a player that mostly makes small talk, asks at random, and often ignores the answers."""
     turns: list[Turn] = []
     left = opening.things
     for number in range(TURNS - 1):
@@ -126,13 +127,13 @@ def weak_play(opening: Opening, thing: str, rng: random.Random) -> list[Turn]:
 
 
 def reward(turns: Sequence[Turn]) -> float:
-    """What a conversation is worth."""
+    """The reward of a conversation."""
     return sum(turn.answer.reward for turn in turns)
 
 
 def written(turns: Sequence[Turn]) -> tuple[str, Spans]:
-    """The conversation after its opening, and which characters are the player's, ends of turns included. The last end is left
-    out, as in every completion: encoding appends it."""
+    """The conversation after its opening, and the character spans of the player, ends of turns included. The last end is left
+    out, as in every completion, because encoding appends it."""
     text, spans = "", []
     for turn in turns:
         begin = len(text)
@@ -143,10 +144,10 @@ def written(turns: Sequence[Turn]) -> tuple[str, Spans]:
 
 
 def game_preferences(n: int, seed: int, *, split: Literal["train", "test"] = "train") -> list[Preference]:
-    """`n` pairs of conversations of the weak player with the same opening, each about an object of its own.
+    """`n` pairs of conversations of the weak player with the same opening, each about its own object.
 
-    The label is drawn with P(first chosen) = sigmoid(difference of rewards). SFT learns the chosen one, as often as it comes:
-    uids count the copies of a text.
+    The label is drawn with P(first chosen) = sigmoid(difference of rewards). SFT trains on the chosen one, as often as it
+    occurs: uids count the copies of a text.
     """
     rng = random.Random(f"question game {split} {seed}")
     pairs, copies = [], collections.Counter()
@@ -172,7 +173,7 @@ def _pair(rng: random.Random, uid: str) -> Preference:
 
 
 def histories(opening: Opening) -> Iterator[tuple[list[Turn], tuple[str, ...]]]:
-    """Every conversation that waits for a player's turn, shorter ones first, and the objects that its answers leave."""
+    """Every conversation that awaits a player's turn, shorter ones first, with the objects that its answers leave possible."""
     waiting: list[tuple[list[Turn], tuple[str, ...]]] = [([], opening.things)]
     while waiting:
         turns, left = waiting.pop(0)

@@ -1,4 +1,4 @@
-"""Rendering of conversations by a chat template, which is a program from outside: bounded in time and memory."""
+"""Rendering of conversations by a chat template, an untrusted program bounded in time and memory."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _ONE = threading.Lock()
 
 
 class Refused(ValueError):
-    """A chat template does not take a conversation. Others it may take."""
+    """A chat template rejects a conversation. It may accept others."""
 
 
 class _Late(BaseException):
-    """The time is over. No Exception: Jinja catches those where it computes constants."""
+    """The time limit is exceeded. Not an Exception: Jinja catches those while it folds constants."""
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generate: bool = False, **options: Any) -> str:
-    """A conversation as the chat template of `tokenizer` writes it, with the generation prompt if asked to `generate`.
+    """A conversation as the chat template of `tokenizer` writes it, with the generation prompt if `generate`.
 
-    `options` are those of `apply_chat_template`. Raises `Refused` where the template raises anything or writes nothing, and
-    `Unreadable` where it takes longer, or more memory, than the limits allow. Both name it.
+    `options` are those of `apply_chat_template`. Raises `Refused` if the template raises anything or writes nothing, and
+    `Unreadable` if it exceeds the limits of time or memory. Both messages name it.
     """
     where = f"chat template of {getattr(tokenizer, 'name_or_path', '') or 'the tokenizer'}"
     with reading(where, error=Refused), bounded(where):
@@ -40,10 +40,10 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generate: b
 
 @contextlib.contextmanager
 def bounded(where: str) -> Iterator[None]:
-    """Ends what exceeds `limits.template_s` or `limits.template_mb`, with an `Unreadable`. Other errors pass.
+    """Aborts the block with `Unreadable` if it exceeds `limits.template_s` or `limits.template_mb`. Other errors pass through.
 
-    Time is limited in the main thread, where Python handles signals, and memory on Linux, for the whole process: whatever
-    another thread allocates meanwhile counts.
+    Time is limited in the main thread only, where Python handles signals. Memory is limited on Linux only, for the whole
+    process, so allocations of other threads count.
     """
     try:
         with _ONE, _memory_limit(LIMITS.template_mb * 2**20), _time_limit(LIMITS.template_s):
@@ -56,7 +56,7 @@ def bounded(where: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises `_Late` after so long, and again each second: once it may fall where Python ignores it, such as a finalizer."""
+    """Raises `_Late` after `seconds`, and again each second, because Python may ignore it once, in a finalizer for example."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -66,7 +66,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         if running:
             raise _Late
 
-    # The timer before the handler, which must not hear somebody else's timer.
+    # Set the timer before the handler, which must not catch someone else's timer.
     left, every = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     handler = signal.signal(signal.SIGALRM, ring)
     try:
@@ -75,13 +75,13 @@ def _time_limit(seconds: float) -> Iterator[None]:
         running = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
-        if left or every:  # one that has just rung, and that the kernel has not started again yet, has nothing left
+        if left or every:  # a timer that has just fired and that the kernel has not restarted yet has nothing left
             signal.setitimer(signal.ITIMER_REAL, max(1e-6, left - (time.monotonic() - start)), every)
 
 
 @contextlib.contextmanager
 def _memory_limit(more: int) -> Iterator[None]:
-    """Lets this process take so many bytes more than it has."""
+    """Limits this process to `more` bytes above its current size."""
     used = _memory()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if used is None or (soft != resource.RLIM_INFINITY and soft <= used + more):
@@ -95,7 +95,7 @@ def _memory_limit(more: int) -> Iterator[None]:
 
 
 def _memory() -> int | None:
-    """Bytes of address space that this process has; None where the system is no Linux."""
+    """Address space of this process in bytes; None if the system is not Linux."""
     try:
         file = os.open("/proc/self/statm", os.O_RDONLY)
     except OSError:

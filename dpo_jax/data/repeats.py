@@ -1,8 +1,8 @@
-"""Duplicate and contradictory pairs within a split, and pairs that the held-out split shares with the train split.
+"""Duplicate and contradictory pairs within a split, and overlap between the held-out and train splits.
 
-Pairs are compared by hashes of their token ids, so as a model reads them: texts that truncation makes equal are equal here.
-A ranking is a duplicate where all of its completions are equal, and contradicts one whose best and worst are swapped; a single
-completion contradicts itself with the other label.
+Pairs are compared by hashes of their token ids, as the model reads them, so texts that truncation makes equal are equal here. A
+ranking is a duplicate if all its completions are equal, and contradicts one with best and worst swapped. A single completion
+contradicts the same completion with the other label.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from dpo_jax.data.encode import Encoded, Side, prompt_key, scored_bytes
 from dpo_jax.data.mixture import copy_number
 
 EXAMPLES = 3
-Key = tuple[bytes, bytes, bytes]  # hashes of prompt, chosen, rejected (of a ranking: best and worst)
+Key = tuple[bytes, bytes, bytes]  # hashes of prompt, chosen, rejected (for a ranking: best and worst)
 
 
 class Finding(NamedTuple):
-    pairs: int  # how many
+    pairs: int  # count
     share: float  # of all pairs of the split, 0 to 1
-    examples: list[str]  # the first three, "train.jsonl:9 with train.jsonl:8": the pair, and the one that it is compared with
+    examples: list[str]  # the first three, "train.jsonl:9 with train.jsonl:8": the pair, and the one that it matches
 
 
 class Repeats(NamedTuple):
-    """Within one split."""
+    """Repeats within one split."""
 
     duplicates: Finding  # pairs that repeat an earlier one: same prompt, chosen and rejected
-    contradictions: Finding  # pairs that are an earlier one with chosen and rejected swapped
-    both_sides: Finding  # pairs whose chosen answer is rejected in another pair of the prompt; rankings of 3 answers have these
+    contradictions: Finding  # pairs that equal an earlier one with chosen and rejected swapped
+    both_sides: Finding  # pairs whose chosen answer is rejected in another pair of the prompt, as in rankings of 3
 
 
 class Overlap(NamedTuple):
-    """Held-out pairs that are in the train split, too."""
+    """Held-out pairs that are also in the train split."""
 
     pairs: Finding  # same prompt, chosen and rejected
     swapped: Finding  # the same with chosen and rejected swapped
-    prompts: Finding  # the same prompt, whatever the answers; the pairs above are among these
+    prompts: Finding  # same prompt, any answers; includes the pairs above
 
 
 def find_repeats(pairs: Sequence[Encoded]) -> Repeats:
-    """What a split says twice, and where it contradicts itself. Copies that the weight of a source asks for are left out."""
+    """Duplicates and contradictions in a split. Copies made by the weight of a source are left out."""
     pairs = [pair for pair in pairs if copy_number(pair.uid) == 1]
     keys = [_key(pair) for pair in pairs]
     rejected = {(prompt, no): pair.uid for (prompt, _, no), pair in zip(keys, pairs, strict=True) if no}
@@ -59,7 +59,7 @@ def find_repeats(pairs: Sequence[Encoded]) -> Repeats:
 
 
 def find_overlap(held_out: Sequence[Encoded], train: Sequence[Encoded]) -> Overlap:
-    """Which held-out pairs and prompts were trained on: what is measured on them is memory, too."""
+    """Held-out pairs and prompts that were trained on, where results include memorization."""
     seen: dict[tuple[Key, bytes], str] = {}
     sides: dict[Key, str] = {}
     prompts: dict[bytes, str] = {}
@@ -77,7 +77,7 @@ def find_overlap(held_out: Sequence[Encoded], train: Sequence[Encoded]) -> Overl
 
 
 def _key(pair: Encoded) -> Key:
-    """Of a single completion one side is empty: the same one with the other label has its sides swapped."""
+    """Hashes of a pair. A single completion has one empty side, so that the other label means swapped sides."""
     prompt = hashlib.blake2b(prompt_key(pair), digest_size=16).digest()
     chosen, rejected = _side(pair.sides[0]), _side(pair.sides[-1])
     if pair.desirable is not None:

@@ -1,29 +1,27 @@
-"""A generated language of short film reviews whose sentiment is known exactly: embedded data, and a test bed for preferences.
+"""A synthetic language of short film reviews with exactly known sentiment: built-in data and a test bed for preferences.
 
     prompt      We saw The Silent Harbor on Friday. For me the script is
     completion   rather clever, but the music grates. Not worth the ticket.
 
-The setting is the paper's controlled sentiment generation (Rafailov et al. 2023, section 6.1): a prompt is the neutral
-beginning of a review, a completion takes it either way, and a known reward tells which of two completions is better.
-Here the reward is not a classifier's opinion but a rule over the grammar's own words:
+The setting is the paper's controlled sentiment generation (Rafailov et al. 2023, section 6.1). A prompt is the neutral
+beginning of a review, a completion makes it positive or negative, and a known reward compares two completions. Here the reward
+is not a classifier but a rule over the words of the grammar:
 
     reward(text) = sum of the points of its opinions, limited to [-20, 20]
 
-An *opinion* is a sentiment word that the text has not used before. Its points are its strength (1, 2 or 3; negative for
-blame), times 1.5 after an intensifier ("very", "utterly") or 0.5 after a softener ("rather", "slightly"), times -0.5
-after a negator ("not", "never", "hardly"):
+An *opinion* is the first use of a sentiment word in the text. Its points are its strength (1, 2 or 3; negative for blame),
+times 1.5 after an intensifier ("very", "utterly") or 0.5 after a softener ("rather", "slightly"), times -0.5 after a negator
+("not", "never", "hardly"):
 
     superb +3     very dull -3     rather clever +1     never dull +1     not very funny -1.5
 
-Modifiers and negators act on the next sentiment word of their clause, across at most three other words; of several
-modifiers the nearest counts, and a second negator changes nothing. Points are multiples of 1/4, so rewards are exact in
-floating point. Any text has a reward: words outside the lexicon count nothing, the empty text is worth 0, and repeating
-a word earns nothing.
+Modifiers and negators act on the next sentiment word of their clause, across at most three other words. The nearest of several
+modifiers counts, and a second negator changes nothing. Points are multiples of 1/4, so rewards are exact in floating point.
+Every text has a reward: words outside the lexicon count 0, the empty text has reward 0, and repeating a word adds nothing.
 
-The reward is graded: strong words, modifiers and further opinions are each rarer than mild ones, so a policy must move
-several nats away from the language to come near the best rewards, rather than flip one bit of sentiment. Everything is
-a pure function of (n, seed, split), the first items do not depend on n, and the prompts of the two splits are disjoint
-whatever the seeds.
+The reward is graded: strong words, modifiers and further opinions are each rarer than mild ones. So a policy cannot just flip
+one bit of sentiment: to approach the best rewards it must move several nats away from the language. Everything is a pure
+function of (n, seed, split), the first items do not depend on n, and the prompts of the two splits are disjoint for any seeds.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ _T = TypeVar("_T")
 
 MAX_REWARD = 20.0
 NEGATION = -0.5
-REACH = 3  # neutral words that a modifier or negator may look across
+REACH = 3  # most neutral words between a modifier or negator and its sentiment word
 
 INTENSIFIERS = ("very", "truly", "really", "utterly", "absolutely", "simply")
 SOFTENERS = ("rather", "fairly", "slightly", "somewhat")
@@ -51,7 +49,7 @@ _CLAUSE_ENDS = frozenset((*".,;:!?", "and", "or", "but", "yet", "though", "altho
 
 
 class _Topic(NamedTuple):
-    """What a clause can be about, and what can be said of it: adjectives and verbs by strength 1, 2, 3."""
+    """A topic of a clause, with its adjectives and verbs by strength 1, 2, 3."""
 
     name: str
     subjects: str
@@ -97,7 +95,7 @@ _TOPICS = (
 )
 
 TOPICS = tuple(topic.name for topic in _TOPICS)
-"""What prompts can be about. Most name a topic, whose words praise or blame it; some leave it open."""
+"""The topics of prompts. Most prompts name one, which its words praise or blame; some leave it open."""
 
 # Closing sentences: strength, the sentiment words in them, the sentences.
 _VERDICTS = (
@@ -147,11 +145,11 @@ _LEAD_INS = "For me/I think/This time/I must say/In the end/I found that/To my e
 _COPULAS = ("is", "is", "is", "feels", "seems")
 _DEGREES = (("very", "truly", "really"), ("very", "truly", "really", "utterly"), ("utterly", "absolutely", "simply", "truly"))
 _STRENGTHS = (1, 1, 1, 2, 2, 3)
-_MOODS = (0.9, 0.9, 0.5, 0.1, 0.1)  # chance that an opinion is praise, in a good, mixed and bad review
+_MOODS = (0.9, 0.9, 0.5, 0.1, 0.1)  # probability that an opinion is praise, in good, mixed and bad reviews
 
 
 def _lexicon() -> dict[str, float]:
-    """Every sentiment word and its points. A word has one meaning wherever it is used."""
+    """Every sentiment word with its points. A word has the same points everywhere."""
     entries = [(word, float(strength)) for strength, words, _ in _VERDICTS for word in words.split("/")]
     for topic in _TOPICS:
         for words, sign in ((topic.praise, 1), (topic.praise_verbs, 1), (topic.blame, -1), (topic.blame_verbs, -1)):
@@ -172,7 +170,7 @@ class Opinion(NamedTuple):
 
 
 def opinions(text: str) -> list[Opinion]:
-    """The opinions of any text, in order. Their points add up to its reward (rules in the module docstring)."""
+    """The opinions in any text, in order. Their points add up to its reward (rules in the module docstring)."""
     found: dict[str, float] = {}
     modifier, negated, reach = 1.0, False, 0
     for token in re.findall(r"[a-z]+|[.,;:!?]", text.lower()):
@@ -196,7 +194,7 @@ def reward(text: str) -> float:
 
 
 class _Prefix(NamedTuple):
-    """A prompt, and what its last sentence has already said."""
+    """A prompt, and the state of its last sentence."""
 
     text: str
     used: frozenset[str]
@@ -205,7 +203,7 @@ class _Prefix(NamedTuple):
 
 
 class _Writer:
-    """Draws from the grammar. `phrase` gives none of its alternatives twice in one review while there are others."""
+    """Random draws from the grammar. `phrase` repeats an alternative in one review only when all are used."""
 
     def __init__(self, rng: random.Random, used: frozenset[str] = frozenset()) -> None:
         self.rng, self.used = rng, set(used)
@@ -214,7 +212,7 @@ class _Writer:
         return self.rng.random() < probability
 
     def pick(self, options: Sequence[_T]) -> _T:
-        # Not `rng.choice`: only `random()` is promised to give the same numbers in every Python version.
+        # Not `rng.choice`: only `random()` is guaranteed to be stable across Python versions.
         return options[int(self.rng.random() * len(options))]
 
     def phrase(self, alternatives: str) -> str:
@@ -252,7 +250,7 @@ class _Writer:
         return f"{self.phrase(topic.subjects)} {self.predicate(topic, praise)}"
 
     def verdict(self, score: float) -> str:
-        """A closing sentence, mostly of the sign of what was said before."""
+        """A closing sentence, mostly with the sign of `score`."""
         if self.chance(0.25):
             return self.phrase(_OTHER_VERDICTS)
         sign = 1 if self.chance(0.5 if score == 0 else 0.93 if score > 0 else 0.07) else -1
@@ -260,7 +258,7 @@ class _Writer:
         return self.phrase("/".join(sentences for points, _, sentences in _VERDICTS if points == strength))
 
     def completion(self, prefix: _Prefix) -> str:
-        """The rest of a review, with the space it begins with: one to three clauses and perhaps a verdict."""
+        """The rest of a review, with its leading space: one to three clauses and perhaps a verdict."""
         mood = self.pick(_MOODS)
         praise = self.chance(mood)
         if prefix.topic:
@@ -283,7 +281,7 @@ def _capital(text: str) -> str:
 
 
 def _prefix(rng: random.Random) -> _Prefix:
-    """A neutral beginning: an opening sentence, mostly with the first words of an opinion."""
+    """A neutral beginning: an opening sentence, mostly followed by the first words of an opinion."""
     writer = _Writer(rng)
     text = writer.pick(_OPENINGS).format(
         title=f"The {writer.phrase(_TITLE_FIRST)} {writer.phrase(_TITLE_SECOND)}",
@@ -300,7 +298,7 @@ def _prefix(rng: random.Random) -> _Prefix:
 
 
 def _prefixes(n: int, seed: int, split: Split, topics: Sequence[str] | None = None) -> Iterator[tuple[int, _Prefix]]:
-    """The first `n` prefixes of a split. A prompt's split follows from its text alone, so that no prompt is in both."""
+    """The first `n` prefixes of a split. The split of a prompt depends on its text alone, so no prompt is in both."""
     if topics is not None and (not topics or set(topics) - set(TOPICS)):
         raise ValueError(f"topics of reviews are {', '.join(TOPICS)}, got {', '.join(topics) or 'none'}")
     if split not in ("train", "test"):
@@ -318,7 +316,7 @@ def _prefixes(n: int, seed: int, split: Split, topics: Sequence[str] | None = No
 def review_prompts(n: int, seed: int, *, split: Split = "train", topics: Sequence[str] | None = None) -> list[str]:
     """`n` neutral beginnings of reviews (reward 0). A completion begins with a space. Prompts may repeat, very rarely.
 
-    With `topics` (of `TOPICS`), only those that end in the first words on one of them: those of the split without the others.
+    With `topics` (from `TOPICS`), only prompts that end in the first words about one of them.
 
     >>> review_prompts(1, 0, topics=["craft"])
     ['I went to The Iron Witness with the kids. For me the set design']
@@ -327,17 +325,18 @@ def review_prompts(n: int, seed: int, *, split: Split = "train", topics: Sequenc
 
 
 def generate_reviews(n: int, seed: int, *, split: Split = "train") -> list[str]:
-    """`n` whole reviews of mixed sentiment on the prompts of `review_prompts(n, seed)`: text to train a language model on."""
+    """`n` whole reviews of mixed sentiment on the prompts of `review_prompts(n, seed)`, to train a language model."""
     rng = random.Random(f"reviews {split} {seed}")
     return [prefix.text + _Writer(rng, prefix.used).completion(prefix) for _, prefix in _prefixes(n, seed, split)]
 
 
 def review_preferences(n: int, seed: int, *, split: Split = "train", min_gap: float = 1.0) -> list[Preference]:
-    """`n` pairs on the prompts of `review_prompts(n, seed)`: two completions drawn alike, the one of higher reward chosen.
+    """`n` pairs on the prompts of `review_prompts(n, seed)`: two independent completions, the one with the higher reward
+    chosen.
 
-    The rewards of a pair differ by at least `min_gap` points, in (0, 4]; closer pairs are drawn anew (one in ten with the
-    default, and 0.25 would exclude ties only). `sft_target` is a third, independent draw: SFT learns the language with its
-    mixed sentiment, not the preferences.
+    The rewards of a pair differ by at least `min_gap` points, in (0, 4]; closer pairs are redrawn (one in ten with the default;
+    0.25 would exclude only ties). `sft_target` is a third, independent draw: SFT learns the language with its mixed sentiment,
+    not the preferences.
     """
     if not 0 < min_gap <= 4:
         raise ValueError(f"min_gap must be in (0, 4] points, got {min_gap}: a tie states no preference, and wide gaps are rare")

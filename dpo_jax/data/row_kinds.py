@@ -1,6 +1,6 @@
-"""What a row states: a pair, a ranking or a single completion; and one as another, for the loss that reads it.
+"""Kinds of examples in rows (pair, ranking, single completion), and their conversion to the kind that the loss reads.
 
-A ranking of K completions is all of its pairs, and a pair is two single completions. Nothing else can be turned into another.
+A ranking of K completions converts to all of its pairs, and a pair to two single completions. There are no other conversions.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, PreferenceS
 from dpo_jax.loss_table import RowKind, names_of
 
 Wanted = RowKind | Literal["any"]
-"""What is to be read. "any": what the files state, rankings as pairs."""
+"""The kind to read. "any": whatever the files contain, rankings as pairs."""
 _STATES = {"pairs": "pairs", "unpaired": "single completions with labels", "rankings": "rankings"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """A prompt and its completions in the order of `ranks`, the best first; a smaller rank is better, equal ones are ties."""
+    """A prompt and its completions, best first, with `ranks`: a smaller rank is better, equal ranks are ties."""
 
     prompt: str
     completions: tuple[str, ...]
@@ -30,7 +30,7 @@ class Ranking:
     uid: str
     chat: bool = False
     subset: str | None = None
-    notes: tuple[str, ...] = ()  # as those of `Preference`, like the next
+    notes: tuple[str, ...] = ()  # as in `Preference`, like the next field
     prompt_digest: str | None = None
 
 
@@ -38,7 +38,7 @@ Candidates = Iterable[tuple[str, Preference | Ranking | BadRow]]
 
 
 def check_kind(stated: RowKind, wanted: Wanted, *, where: str) -> None:
-    """Raises `DataError` where rows that state `stated` cannot be read as `wanted`. It names the losses that read them."""
+    """Raises `DataError`, naming the losses that read such rows, if rows of kind `stated` cannot be read as `wanted`."""
     if wanted in (stated, "any") or (stated, wanted) in (("rankings", "pairs"), ("pairs", "unpaired")):
         return
     remedy = f"set dpo.loss to one that reads them ({names_of(stated)})"
@@ -52,7 +52,7 @@ def check_kind(stated: RowKind, wanted: Wanted, *, where: str) -> None:
 def preferences_of(
     candidates: Candidates, wanted: Wanted, *, best: int | None = None
 ) -> Iterator[tuple[str, Preference | BadRow]]:
-    """Candidates of a format as preferences: a ranking as one of its `best` completions, or else as all pairs."""
+    """Candidates of a format as preferences: a ranking of its `best` completions, or else all its pairs."""
     for uid, candidate in candidates:
         if not isinstance(candidate, Ranking):
             yield uid, candidate
@@ -66,12 +66,12 @@ def preferences_of(
 
 
 def whole_ranking(ranking: Ranking, *, best: int | None = None) -> Preference:
-    """A ranking as one preference with `between`, of its `best` completions. `BadRow` for ties and for one that is shorter."""
+    """A ranking as one preference with `between`, of its `best` completions. Raises `BadRow` for ties and shorter rankings."""
     several, keep = ranking.completions, best or len(ranking.completions)
     if len(several) < keep:
         detail = f"{len(several)} completions, where the best {keep} are wanted (--data.ranking-length)"
         raise BadRow(Cause.OUT_OF_RANGE, detail, field="completions")
-    compared = ranking.ranks[: keep + 1]  # of a tie at the end either might be kept
+    compared = ranking.ranks[: keep + 1]  # with a tie at the end, either could be kept
     if len(set(compared)) < len(compared):
         raise BadRow(Cause.TIE, "two completions have the same rank, so this is no ranking", field="completions")
     chosen, *between, rejected = several[:keep]
@@ -79,7 +79,7 @@ def whole_ranking(ranking: Ranking, *, best: int | None = None) -> Preference:
 
 
 def pairs_of_ranking(ranking: Ranking) -> Iterator[tuple[str, Preference | BadRow]]:
-    """Every two completions as a pair; those of equal rank form none. SFT learns the best one."""
+    """Every two completions of different rank as a pair. SFT trains on the best one."""
     several, ranks = ranking.completions, ranking.ranks
     for i, j in combinations(range(len(several)), 2):
         uid = f"{ranking.uid}#{i}-{j}"
@@ -95,7 +95,7 @@ def _shared(ranking: Ranking) -> dict[str, Any]:
 
 
 def split_pairs(pairs: PreferenceSet) -> PreferenceSet:
-    """Each pair as two single completions: the chosen one is desirable, the rejected one is not. The books count these."""
+    """Each pair as two single completions: chosen is desirable, rejected is not. The report counts completions."""
     report = pairs.report.copy()
     report.read, report.kept = report.read + len(pairs), report.kept + len(pairs)
     report.notes.append("each pair is read as two single completions, one desirable and one not")
@@ -122,7 +122,7 @@ def split_pairs(pairs: PreferenceSet) -> PreferenceSet:
 
 
 def check_ranking_lengths(rankings: Iterable[Preference | Encoded], *, where: str) -> None:
-    """Raises `DataError`, with counts and the first place of each number, unless all have as many completions."""
+    """Raises `DataError`, with counts and the first place of each length, unless all have the same number of completions."""
     first: dict[int, str] = {}
     counts: collections.Counter[int] = collections.Counter()
     for ranking in rankings:

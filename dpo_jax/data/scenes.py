@@ -1,13 +1,13 @@
-"""Rendered scenes of coloured shapes with captions: images in which every hallucinated object can be counted.
+"""Synthetic scenes of coloured shapes with captions, in which every hallucinated object can be counted.
 
     a red circle, a blue square and a green cross.
 
 A scene holds two or three objects of 16 kinds (four colours, four shapes) on a noisy grey ground, `SIZE` x `SIZE` RGB pixels.
-Some kinds go together (`companion`): where one is, the other often is, too. So a language model learns to expect it, which is
-where hallucinations of vision-language models come from (Rohrbach et al. 2018, whose measure CHAIR is `Count.hallucinated` over
+Some kinds often occur together (`companion`). A language model learns to expect the companion, which is a source of
+hallucinations in vision-language models (Rohrbach et al. 2018; their measure CHAIR is `Count.hallucinated` over
 `Count.mentioned`).
 
-A pure function of (n, seed, split). The vocabulary is `WORDS`: a caption's token ids are the numbers of its words.
+A pure function of (n, seed, split). The vocabulary is `WORDS`: the token ids of a caption are word indices.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ COLOURS = {
     "yellow": (0.95, 0.9, 0.2),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-CELLS, CELL, DIAMETER = 3, 8, 7  # objects lie in a grid of CELLS x CELLS, each moved by a pixel or not
-SIZE = CELLS * CELL  # pixels a side
+CELLS, CELL, DIAMETER = 3, 8, 7  # objects are in a grid of CELLS x CELLS, each shifted by at most one pixel
+SIZE = CELLS * CELL  # pixels per side
 GROUND, NOISE = 0.35, 0.04
-FEWEST, MOST = 2, 3  # objects of a scene
-_TOGETHER = 0.35  # chance that the next object is the companion of the one before
+FEWEST, MOST = 2, 3  # objects per scene
+_TOGETHER = 0.35  # probability that the next object is the companion of the previous one
 
 
 class Thing(NamedTuple):
-    """A kind of object."""
+    """A kind of object: colour and shape."""
 
     colour: str
     shape: str
@@ -44,33 +44,33 @@ THINGS = tuple(itertools.starmap(Thing, itertools.product(COLOURS, SHAPES)))
 END = "<end>"
 MARKS = ("<start_of_image>", "<image_soft_token>", "<end_of_image>")
 WORDS = (END, "a", ",", "and", ".", *COLOURS, *SHAPES, *MARKS)
-"""The vocabulary, by token id. A caption ends with END, which is no part of its text; MARKS make the prompt (`prompt_ids`)."""
+"""The vocabulary, by token id. A caption ends with END, which is not part of its text; MARKS form the prompt (`prompt_ids`)."""
 
 
 class Scene(NamedTuple):
-    """`things` are different kinds, in the order in which they were drawn; `image` float32[SIZE, SIZE, 3] in [0, 1]."""
+    """A scene: `things` are distinct kinds in the order drawn; `image` is float32[SIZE, SIZE, 3] in [0, 1]."""
 
     things: tuple[Thing, ...]
     image: np.ndarray
 
 
 class Count(NamedTuple):
-    """Kinds of objects of a caption, each counted once."""
+    """Counts of the object kinds in a caption, each kind once."""
 
     mentioned: int
-    hallucinated: int  # mentioned, and not there
-    recalled: int  # mentioned, and there
+    hallucinated: int  # mentioned but absent
+    recalled: int  # mentioned and present
     there: int  # in the scene
 
 
 def scenes(n: int, seed: int, *, split: Literal["train", "pairs", "test"] = "train") -> list[Scene]:
-    """`n` scenes. Those of other splits and seeds are drawn apart."""
+    """`n` scenes; other splits and seeds are drawn independently."""
     rng = np.random.default_rng([seed, ("train", "pairs", "test").index(split)])
     return [_scene(rng) for _ in range(n)]
 
 
 def companion(thing: Thing) -> Thing:
-    """The kind that often lies beside `thing`: the next colour and the next shape."""
+    """The kind that often occurs with `thing`: the next colour and the next shape."""
     colours = tuple(COLOURS)
     after = colours[(colours.index(thing.colour) + 1) % len(colours)]
     return Thing(after, SHAPES[(SHAPES.index(thing.shape) + 1) % len(SHAPES)])
@@ -91,7 +91,7 @@ def _other(things: Sequence[Thing], rng: np.random.Generator) -> Thing:
 
 
 def render(things: Sequence[Thing], rng: np.random.Generator) -> np.ndarray:
-    """A picture of `things`, each in a cell of its own: float32[SIZE, SIZE, 3] in [0, 1]."""
+    """A picture of `things`, each in its own cell: float32[SIZE, SIZE, 3] in [0, 1]."""
     image = np.full((SIZE, SIZE, 3), GROUND)
     for thing, cell in zip(things, rng.permutation(CELLS * CELLS), strict=False):
         corner = np.array(divmod(int(cell), CELLS)) * CELL + rng.integers(0, CELL - DIAMETER + 1, 2)
@@ -101,7 +101,7 @@ def render(things: Sequence[Thing], rng: np.random.Generator) -> np.ndarray:
 
 
 def _mask(shape: str) -> np.ndarray:
-    """Which of DIAMETER x DIAMETER pixels a shape covers."""
+    """The mask of a shape, bool[DIAMETER, DIAMETER]."""
     middle = (DIAMETER - 1) / 2
     y, x = np.mgrid[:DIAMETER, :DIAMETER] - middle
     radius = np.hypot(x, y)
@@ -118,14 +118,14 @@ def _mask(shape: str) -> np.ndarray:
 
 
 def caption(things: Iterable[Thing]) -> str:
-    """The sentence that names `things`, one at least, in their order."""
+    """The sentence that names `things` (at least one) in order."""
     *before, last = (f"a {thing.colour} {thing.shape}" for thing in things)
     return f"{' and '.join(filter(None, [', '.join(before), last]))}."
 
 
 def careless(things: Sequence[Thing], rng: np.random.Generator, *, adds: float, omits: float) -> tuple[Thing, ...]:
-    """What a careless annotator names, in a random order: each of `things` is left out with chance `omits` (one stays), and
-    with chance `adds` something is named that is not there."""
+    """What a careless annotator names, in random order: each of `things` is omitted with probability `omits` (one always
+    stays), and with probability `adds` an absent kind is named."""
     kept = [thing for thing in things if rng.random() >= omits] or [things[int(rng.integers(len(things)))]]
     if rng.random() < adds:
         kept.append(absent(things, rng))
@@ -133,15 +133,15 @@ def careless(things: Sequence[Thing], rng: np.random.Generator, *, adds: float, 
 
 
 def absent(things: Sequence[Thing], rng: np.random.Generator, *, named: Sequence[Thing] = ()) -> Thing:
-    """A kind that is not there, nor `named` already: every other time a companion of one that is there, if there is one."""
+    """A kind that is neither present nor already `named`: half of the time a companion of a present one, if possible."""
     taken = {*things, *named}
     expected = [one for thing in things if (one := companion(thing)) not in taken]
     return expected[rng.integers(len(expected))] if expected and rng.random() < 0.5 else _other(list(taken), rng)
 
 
 def spoilt(named: Sequence[Thing], things: Sequence[Thing], rng: np.random.Generator, *, omits: float) -> tuple[Thing, ...]:
-    """What a caption names that is worse than one that names `named`, in one place: something is added that is not there or,
-    with chance `omits`, something is left out that is there."""
+    """A worse version of `named`, with one error: an absent kind is added or, with probability `omits`, a present one is left
+    out."""
     found = list(named)
     right = [place for place, thing in enumerate(found) if thing in things]
     if rng.random() < omits and right and len(found) > 1:
@@ -152,27 +152,27 @@ def spoilt(named: Sequence[Thing], things: Sequence[Thing], rng: np.random.Gener
 
 
 def mentioned(text: str) -> tuple[Thing, ...]:
-    """The kinds that a text names, each once: a colour with a shape behind it. Anything else in it is passed over."""
+    """The distinct kinds that a text names: a colour followed by a shape. Anything else is ignored."""
     words = re.findall(r"\w+", text)
     pairs = (Thing(*pair) for pair in itertools.pairwise(words))
     return tuple(dict.fromkeys(thing for thing in pairs if thing.colour in COLOURS and thing.shape in SHAPES))
 
 
 def count(text: str, things: Sequence[Thing]) -> Count:
-    """What a caption of a scene with `things` says of it."""
+    """The counts for a caption of a scene with `things`."""
     named = mentioned(text)
     right = sum(thing in things for thing in named)
     return Count(len(named), len(named) - right, right, len(things))
 
 
 def prompt_ids(tokens: int) -> np.ndarray:
-    """The prompt of every scene: the place of an image of so many tokens, int32[tokens + 2]."""
+    """The prompt of every scene: the place of an image of `tokens` tokens, int32[tokens + 2]."""
     start, soft, end = map(WORDS.index, MARKS)
     return np.array([start, *[soft] * tokens, end], np.int32)
 
 
 def caption_ids(text: str) -> np.ndarray:
-    """Token ids of a caption, END behind: int32[n]. Raises ValueError for a word that is not in `WORDS`."""
+    """Token ids of a caption followed by END: int32[n]. Raises ValueError for a word that is not in `WORDS`."""
     words = re.findall(r"\w+|[^\w\s]", text)
     if unknown := [word for word in words if word not in WORDS[1:]]:
         raise ValueError(f"{unknown[0]!r} is no word of captions; they are {', '.join(WORDS[1:])}")
@@ -180,6 +180,6 @@ def caption_ids(text: str) -> np.ndarray:
 
 
 def caption_text(ids: Iterable[int]) -> str:
-    """The text of token ids up to END. Ids beyond the vocabulary are '?'."""
+    """The text of token ids up to END. Ids outside the vocabulary become '?'."""
     words = [WORDS[number] if 0 <= number < len(WORDS) else "?" for number in itertools.takewhile(bool, map(int, ids))]
     return re.sub(r" (?=[,.])", "", " ".join(words))

@@ -14,7 +14,7 @@ from dpo_jax.types import RowImages, Rows
 
 
 class Unit(NamedTuple):
-    """Tokens that belong together, with key ranges and sources relative to their own beginning."""
+    """A segment: tokens with key ranges and sources relative to its first token."""
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -23,12 +23,12 @@ class Unit(NamedTuple):
     source: np.ndarray
     target: np.ndarray
     slot: np.ndarray
-    images: PromptImages | None = None  # those that it shows, with `starts` relative to its own beginning
+    images: PromptImages | None = None  # its images, with `starts` relative to its first token
 
 
 class Completion(NamedTuple):
-    """A text to learn: int32[n] ids of prompt and completion, bool[n], which tokens of the completion count (None: all), and
-    the images that the prompt shows."""
+    """A training text: int32[n] ids of prompt and completion, bool[n] marking the scored tokens of the completion (None: all),
+    and the images of the prompt."""
 
     prompt: np.ndarray
     completion: np.ndarray
@@ -37,12 +37,12 @@ class Completion(NamedTuple):
 
     @classmethod
     def of(cls, text: Sequence[Any]) -> Completion:
-        """The same with the last fields, where a tuple leaves them out."""
+        """From a tuple, which may omit the last fields."""
         return cls(*text)
 
     @property
     def size(self) -> tuple[int, int]:
-        """(tokens, scored positions). Without a prompt nothing predicts the first token, and it is not scored."""
+        """(tokens, scored positions). Without a prompt nothing predicts the first token, so it is not scored."""
         first = not len(self.prompt) and len(self.completion) and (self.scored is None or self.scored[0])
         return len(self.prompt) + len(self.completion), count_scored(self.completion, self.scored) - bool(first)
 
@@ -50,7 +50,7 @@ class Completion(NamedTuple):
 def completion_unit(
     prompt: np.ndarray, completion: np.ndarray, scored: np.ndarray | None = None, images: PromptImages | None = None
 ) -> Unit:
-    """A prompt and one completion. Without a prompt nothing predicts the first token, and it is not scored."""
+    """A prompt and one completion. Without a prompt nothing predicts the first token, so it is not scored."""
     tokens = np.concatenate([prompt, completion])
     x = np.arange(len(tokens))
     scored = _places(completion, scored) + len(prompt)
@@ -59,7 +59,7 @@ def completion_unit(
 
 
 def shared_unit(pair: Encoded) -> Unit:
-    """`[reversed(chosen) | prompt | rejected]`, the layout at the head of `layout.py`."""
+    """`[reversed(chosen) | prompt | rejected]`, the shared layout described in `layout.py`."""
     c, p, r = len(pair.chosen), len(pair.prompt), len(pair.rejected)
     if c == 0:
         raise ValueError(f"{pair.uid or 'pair'}: its chosen completion has no tokens, not even EOS")
@@ -88,13 +88,13 @@ def _moved(images: PromptImages | None, by: int) -> PromptImages | None:
 
 
 def _places(ids: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
-    """Which tokens of a completion are scored, in the order of its text."""
+    """Indices of the scored tokens of a completion, in text order."""
     return np.arange(len(ids)) if scored is None else np.flatnonzero(scored)
 
 
 def group_unit(group: PairGroup | Encoded, *, shared: bool) -> Unit:
-    """The completions of a group or a ranking, numbered as there: two by two around a prompt, or, if not `shared`, each after
-    its own."""
+    """The completions of a group or ranking, with the same indices: two per shared prompt or, if not `shared`, each after its
+    own prompt."""
     p, several, images = group.prompt, group.sides, group.images
     if not shared:
         return _beside([completion_unit(p, *completion, images) for completion in several])
@@ -117,7 +117,7 @@ def group_size(group: PairGroup | Encoded, *, shared: bool) -> tuple[int, int]:
 
 
 def _beside(units: Sequence[Unit]) -> Unit:
-    """One unit of several. Their slots are numbered through."""
+    """Several units concatenated into one, with consecutive slots."""
     begins = np.cumsum([0, *[len(unit.tokens) for unit in units]])
     slots = np.cumsum([0, *[unit.slot.max() + 1 for unit in units]])
     moved = [
@@ -142,7 +142,7 @@ def place_units(
     unit_slots: int,
     image_shape: tuple[int, int] = (0, 0),
 ) -> Rows:
-    """Write the units `members[R, per_row]` of each row (-1: none) one behind the other; what is left over becomes padding.
+    """Rows with the units `members[R, per_row]` (-1: none) written one after the other; the rest is padding.
 
     `image_shape`: M and W of `RowImages`; 0 for rows without images.
     """
@@ -162,7 +162,7 @@ def place_units(
             tokens[row, here], positions[row, here] = unit.tokens, unit.positions
             k_start[row, here], k_end[row, here] = at + unit.k_start, at + unit.k_end
             if images is not None and unit.images is not None:
-                for x in images.place(row, at, unit.images):  # the tokens of an image see each other both ways
+                for x in images.place(row, at, unit.images):  # the tokens of an image see each other in both directions
                     k_end[row, x] = x.stop
             source[row, there], target[row, there] = at + unit.source, unit.target
             slot[row, there] = place * unit_slots + unit.slot
@@ -174,14 +174,14 @@ def place_units(
 
 
 class ImageRows:
-    """The images of rows while these are filled: `rows` is what was placed so far."""
+    """Builder for the images of rows; `rows` is the result so far."""
 
     def __init__(self, count: int, length: int, columns: int, width: int) -> None:
         self.rows = RowImages(np.zeros((count, columns, width), np.float32), np.full((count, length), -1, np.int32))
-        self._held: list[dict[str, int]] = [{} for _ in range(count)]  # the first column of each image, by row
+        self._held: list[dict[str, int]] = [{} for _ in range(count)]  # first column of each image, by row
 
     def place(self, row: int, at: int, images: PromptImages) -> list[slice]:
-        """Takes in the images of a text that begins at position `at` of a row; returns the positions of each."""
+        """Adds the images of a text that begins at position `at` of a row. Returns the positions of each image."""
         held, places = self._held[row], []
         for start, name in zip(images.starts.tolist(), images.names, strict=True):
             if name not in held:

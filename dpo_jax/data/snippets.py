@@ -1,10 +1,10 @@
-"""One-line film reviews with a sentiment label: the two files of rt-polarity (Pang and Lee 2005), one snippet a line.
+"""One-line film reviews with a sentiment label: the two files of rt-polarity (Pang and Lee 2005), one snippet per line.
 
     rt-polarity.pos    emerges as something rare , an issue movie that's so honest and keenly observed ...
     rt-polarity.neg    simplistic , silly and tedious .
 
-A snippet belongs to one of three parts by its text alone, so that no text is in two of them: a policy and its reference learn
-from "policy", the classifier that rewards them from "reward", and both are judged on "test".
+The text alone assigns a snippet to one of three parts, so no text is in two of them. A policy and its reference train on
+"policy", the reward classifier on "reward", and both are evaluated on "test".
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PREFIX_TOKENS = (2, 8)  # the paper's (section 6.1), both included
 
 
 class Snippet(NamedTuple):
-    text: str  # without white space at its ends
+    text: str  # stripped
     label: int  # 1 positive, 0 negative
     uid: str  # "rt-polarity.pos:17": file and line
 
@@ -71,7 +71,7 @@ def _text(line: bytes | LongLine, where: str) -> str:
 
 
 def part_of(text: str) -> Part:
-    """Which part a text is in. It depends on nothing else: not on the other texts, and not on a seed."""
+    """The part of a text. It depends only on the text, not on other texts or a seed."""
     tenth = _number("part", text) % 10
     for part, tenths in TENTHS:
         if tenth < tenths:
@@ -81,7 +81,7 @@ def part_of(text: str) -> Part:
 
 
 def snippets_of(snippets: Sequence[Snippet], part: Part) -> list[Snippet]:
-    """Those of `part`, in their order: about 50 % for "policy", 40 % for "reward", 10 % for "test"."""
+    """The snippets of `part`, in order: about 50 % for "policy", 40 % for "reward", 10 % for "test"."""
     if part not in dict(TENTHS):
         raise ValueError(f"the snippets have the parts {', '.join(dict(TENTHS))}, not {part!r}")
     return [snippet for snippet in snippets if part_of(snippet.text) == part]
@@ -90,9 +90,9 @@ def snippets_of(snippets: Sequence[Snippet], part: Part) -> list[Snippet]:
 def prefixes(snippets: Sequence[Snippet], tokenizer: Any, n: int, seed: int) -> list[str]:
     """`n` beginnings of snippets, 2 to 8 tokens long: distinct prompts for continuations.
 
-    One of each snippet, then a second one of each, of another length, and so on. Which, and how long, follows from `seed` and
-    the texts alone: the first prompts do not depend on `n`. A beginning is the whole snippet never, and left out if its text
-    has other tokens than those it was cut from. Raises `ValueError` if there are fewer than `n`.
+    First one of each snippet, then a second one of each with another length, and so on. Choice and lengths depend only on
+    `seed` and the texts: the first prompts do not depend on `n`. A beginning is never the whole snippet, and is left out if its
+    text does not tokenize to the tokens it was cut from. Raises `ValueError` if there are fewer than `n`.
     """
     order = sorted(snippets, key=lambda snippet: (_number(f"order {seed}", snippet.text), snippet.uid))
     encoded = [list(tokenizer(snippet.text, add_special_tokens=False)["input_ids"]) for snippet in order]
@@ -112,5 +112,5 @@ def prefixes(snippets: Sequence[Snippet], tokenizer: Any, n: int, seed: int) -> 
 
 
 def _number(what: str, text: str) -> int:
-    """A number that looks random and never changes: Python's own generators do not promise that for everything they draw."""
+    """A stable pseudo-random number: Python's generators do not guarantee stability for everything they draw."""
     return int.from_bytes(hashlib.blake2b(f"{what}\0{text}".encode(), digest_size=8).digest(), "big")

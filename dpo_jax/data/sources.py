@@ -1,10 +1,10 @@
-"""Preferences from files, in whatever public format they are: the one entry to the data.
+"""Loader of preferences from files in any supported public format: the single entry point to the data.
 
     load_preferences("hh-rlhf/", "train").report.summary()
 
-reads every row of the split, turns each into a `Preference` or a counted, named reason why not, and by default refuses the
-whole set if any row is bad. `files` finds and reads, `format_table` lists the formats, `formats` says what a row means,
-`pairs` keeps the books.
+reads every row of the split and turns each into a `Preference` or a counted, named reason why not. By default any bad row
+refuses the whole set. `splits` finds the files, `files` reads them, `format_table` lists the formats, `formats` parses rows,
+and `pairs` has the records and the report.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = ["PreferenceSet", "load_preferences", "peek"]
 
 _FIRST = 100  # rows by which a format is detected
 _SAMPLED = 2**24  # characters of the rows by which a format is detected
-_SHAPES = 1000  # sets of columns, beyond which none is looked at for the note on columns that are not read
+_SHAPES = 1000  # most distinct sets of columns examined for the note on unread columns
 
 
 def load_preferences(
@@ -59,23 +59,23 @@ def load_preferences(
     rows: Wanted = "pairs",
     ranking_length: int | None = None,
 ) -> PreferenceSet:
-    """The preferences of `split` under `source`: a sequence of `Preference` with the `report` of how it came to be.
+    """The preferences of `split` under `source`: a sequence of `Preference` with its `report`.
 
     Args:
       source: a JSON Lines (`.jsonl`, `.jsonl.gz`, `.json`, `.json.gz`) or parquet file, a folder of them in one of the layouts
-        of `files.find_files`, or a folder written by `tfds.write_tfds`.
+        of `splits.find_files`, or a folder written by `tfds.write_tfds`.
       split: "train", "test", ...: part of the file names.
-      format: what a row means, one of `format_table.FORMATS`, or "tfds"; "auto" decides by the columns of the first 100 rows
-        and says so in the report.
-      columns: the columns of the file that are read under other names (`column_map`), such as "prompt=question,system=" or
+      format: one of `format_table.FORMATS`, or "tfds"; "auto" detects it from the columns of the first 100 rows and
+        states it in the report.
+      columns: a map from the format's column names to the file's (`column_map`), such as "prompt=question,system=" or
         `{"prompt": "instruction+input"}`.
-      on_bad: "refuse" raises `DataError` listing the bad rows; "drop" leaves them out and counts them by cause.
-      tokenizer: needed for conversational rows only, for its chat template.
-      rows: what is read: "pairs", also of rankings; "unpaired", single completions, also of pairs; "rankings"; or "any".
-      ranking_length: how many completions of each ranking are kept, the best ones; None: all have the same number.
+      on_bad: "refuse" raises `DataError` listing the bad rows; "drop" drops them and counts them by cause.
+      tokenizer: for its chat template; needed for conversational rows only.
+      rows: the kind to read: "pairs" (also from rankings), "unpaired" (also from pairs), "rankings", or "any".
+      ranking_length: number of best completions kept of each ranking; None: all must have the same number.
 
-    Raises `DataError` for bad rows, for a file that is damaged, missing or not what its name says, and if nothing is left;
-    ValueError for an unknown format, or columns that no format reads.
+    Raises `DataError` for bad rows, for a damaged, missing or mislabelled file, and if nothing is left; ValueError for an
+    unknown format, or columns that no format reads.
 
     >>> file = Path("pairs.jsonl")
     >>> _ = file.write_text('{"prompt": "The film was", "chosen": " a delight.", "rejected": " a bore."}')
@@ -100,7 +100,7 @@ def load_preferences(
     reading = _Reading(DataReport(source=readable_name(source), split=split, format=format), mapped, on_bad)
     report, triage = reading.report, reading.triage
     files = find_files(source, split, report=report)
-    folders = {name: path.parent for name, path in files}  # from which paths of images count
+    folders = {name: path.parent for name, path in files}  # image paths are relative to these
     lines = reading.rows(files)
     stated = "pairs" if report.format == "auto" else FORMATS[report.format].rows
     check_kind(stated, rows, where=f"{report.source} [{split}] (format {report.format})")
@@ -118,7 +118,7 @@ def load_preferences(
                     )
                 except BadRow as problem:
                     triage.reject(uid, mapped.named(problem))
-    except MemoryError:  # a small file may unpack to anything
+    except MemoryError:  # a small file may unpack to any size
         detail = f"needs more memory than this machine has, after {report.rows:,} rows; take fewer"
         raise DataError(f"{report.source} [{split}]: {detail}", causes=[Cause.OVER_LIMIT]) from None
     if report.format == "trl":
@@ -142,17 +142,17 @@ def load_preferences(
 
 
 class Peeked(NamedTuple):
-    """What the first rows of a split tell."""
+    """Properties of the first rows of a split."""
 
     format: str
     files: int
-    images: str | None  # "train.jsonl:3", the first of these rows that shows an image; None: none does
+    images: str | None  # "train.jsonl:3", the first of these rows with an image; None: none
 
 
 def peek(
     source: str | Path, split: str, *, format: FormatName = "auto", columns: str | Mapping[str, str] | None = None
 ) -> Peeked:
-    """What there is of `split`, without reading more than the first 100 rows. Raises `DataError` as above."""
+    """A look at `split` that reads at most the first 100 rows. Raises `DataError` as above."""
     reading = _Reading(DataReport(source=readable_name(source), split=split, format=format), ColumnMap.of(columns), "drop")
     files = find_files(source, split, report=reading.report)
     for name, path in files:
@@ -173,7 +173,7 @@ def _refuse_system(source: str, mapped: ColumnMap) -> NoReturn:
 
 
 def _with_prompt_once(preferences: list[Preference], triage: Triage) -> list[Preference]:
-    """Without the prompt at the beginning of completions, if all texts of a set have it there: its columns hold whole texts."""
+    """The preferences without a repeated prompt at the start of completions, if all completions of the set begin with it."""
     repeats = [not p.chat and all(_begins(side, p.prompt) for side in (p.chosen, p.rejected)) for p in preferences]
     report, count = triage.report, sum(repeats)
     if not count:
@@ -198,18 +198,19 @@ def _begins(completion: str, prompt: str) -> bool:
 
 
 class _Reading:
-    """The rows of a split under the names of its format, which the report tells once they are looked at."""
+    """The rows of a split with the column names of its format. Detection sets the format in the report."""
 
     def __init__(self, report: DataReport, mapped: ColumnMap, on_bad: OnBad) -> None:
         self.report, self.mapped = report, mapped
         self.triage = Triage(report, on_bad=on_bad)
-        self.ignored: dict[str, None] = {}  # columns that the format does not read
+        self.ignored: dict[str, None] = {}  # columns not read by the format
         self._seen: set[tuple[str, ...]] = set()
 
     def rows(self, files: list[tuple[str, Path]]) -> Iterator[tuple[str, Row]]:
-        """The rows of all files, once the first 100 have told the format: fewer where they are large, as all are kept.
+        """The rows of all files, after the format is detected from the first 100 (fewer if they are large, as they are kept in
+        memory).
 
-        Raises `DataError` if they fit no format, or if most have a column that it should have read.
+        Raises `DataError` if they fit no format, or if most have a column that should have been read.
         """
         rows, sample, size = self._readable(files), list[tuple[str, Row]](), 0
         for where, row in itertools.islice(rows, _FIRST):
@@ -221,7 +222,7 @@ class _Reading:
         if self.report.format != "auto":
             found = [(where, row, names) for where, row in sample if (names := unread(row, self.report.format, self.mapped))]
             if 2 * len(found) > len(sample):
-                where, row, names = max(found, key=lambda one: len(one[2]))  # its system text may be blank in some
+                where, row, names = max(found, key=lambda one: len(one[2]))  # the system text may be blank in some
                 refuse(Cause.UNREAD_COLUMN, where, refusal(names, row, self.mapped))
         return self._checked(itertools.chain(sample, rows))
 
@@ -245,7 +246,7 @@ class _Reading:
                     self._reject(where, problem)
 
     def _columns(self, file: str, names: Sequence[str], texts: Collection[str]) -> Collection[str]:
-        """The columns of a parquet file that are read."""
+        """The columns of a parquet file to read."""
         called = self.mapped.names(file, names)
         format = format_of(self.report.format, called)
         wanted = [*FORMATS[format].reads] if format else []
@@ -254,7 +255,7 @@ class _Reading:
         return self.mapped.sources_of([*wanted, *(suspects(called, texts, format) if format else ())])
 
     def _checked(self, rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
-        """The rows without those that have a column which should have been read."""
+        """The rows except those with a column that should have been read."""
         reads = {name.partition(".")[0] for name in FORMATS[self.report.format].reads} if self.report.format in FORMATS else {}
         for where, row in rows:
             if (names := tuple(row)) not in self._seen and len(self._seen) < _SHAPES:
@@ -263,7 +264,7 @@ class _Reading:
             if found := unread(row, self.report.format, self.mapped):
                 self._reject(where, BadRow(Cause.UNREAD_COLUMN, refusal(found, row, self.mapped)))
                 continue
-            if "system" in row and "system" not in self.mapped.columns:  # blank, or a copy of what the messages say
+            if "system" in row and "system" not in self.mapped.columns:  # blank, or a copy of text in the messages
                 row = {name: value for name, value in row.items() if name != "system"}
             yield where, row
 
@@ -287,7 +288,7 @@ class _Reading:
 
 
 def _size(row: Row, enough: int) -> int:
-    """About how many characters and values a row holds. Counting ends beyond `enough`."""
+    """Approximate number of characters and values in a row. Counting stops above `enough`."""
     found, stack = 0, [row]
     while stack and found <= enough:
         values = stack.pop()

@@ -1,4 +1,4 @@
-"""Which files make up a split of a data set."""
+"""Discovery of the files of a data set's split."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]{
 def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tuple[str, Path]]:
     """The files of `split` under `source` as `(name, path)`, names relative to `source`, in the order of their names.
 
-    A file is taken as it is for the split "train", and for a split that stands in its name; asking one file for another split
-    would train and test on the same rows. In a folder exactly one of these layouts may hold the split:
-    `{split}.jsonl`, `{split}/*.jsonl`, `{split}-00000-of-00002.parquet` (a content hash may follow, and the files may lie one
-    folder below, such as the `data/` of a repository of the Hugging Face Hub), `*/{split}.jsonl` (one folder per subset, as in
-    Anthropic HH and SHP), each with any of `SUFFIXES`. Raises `DataError` saying what was found otherwise.
+    A single file is used for the split "train" and for a split in its name; using it for another split would train and test on
+    the same rows. In a folder, exactly one of these layouts may hold the split: `{split}.jsonl`, `{split}/*.jsonl`,
+    `{split}-00000-of-00002.parquet` (a content hash may follow, and the files may lie one folder below, such as the `data/` of
+    a repository of the Hugging Face Hub), `*/{split}.jsonl` (one folder per subset, as in Anthropic HH and SHP), each with any
+    of `SUFFIXES`. Otherwise raises `DataError` saying what was found.
     """
     source = Path(source)
     if source.is_file():
@@ -56,12 +56,12 @@ def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tu
 
 
 def split_names(source: str | Path) -> list[str]:
-    """The splits that the names of files in the folder `source` tell of, for messages."""
+    """The splits found in the file names of the folder `source`, for messages."""
     return splits_of(_names(Path(source)))
 
 
 def splits_of(names: Iterable[PurePath]) -> list[str]:
-    """The splits that names of files tell of."""
+    """The splits found in file names."""
     data = (path for path in names if path.name.endswith(SUFFIXES) and not path.name.startswith("."))
     return sorted({_split_of(_stem(path)) for path in data})
 
@@ -79,7 +79,7 @@ def _what_is_there(source: Path, split: str) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names for a message, of many only the first."""
+    """Names for a message; only the first if there are many."""
     names = list(names)
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
@@ -94,7 +94,7 @@ def _of_the_hub(source: Path) -> str:
 
 
 def has_split(source: str | Path, split: str) -> bool:
-    """Whether `find_files` finds files of `split` under `source`, in whatever layout."""
+    """Whether `find_files` finds files of `split` under `source`, in any layout."""
     source = Path(source)
     if source.is_file():
         return split == "train" or _says(source.name, split)
@@ -106,7 +106,7 @@ def _says(name: str, split: str) -> bool:
 
 
 def _names(folder: Path) -> list[PurePath]:
-    """The files in a folder and one below, relative to it."""
+    """The files in a folder and one level below, relative to it."""
     return [path.relative_to(folder) for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file()]
 
 
@@ -124,7 +124,7 @@ def find_names(names: Iterable[PurePath], split: str) -> dict[str, list[PurePath
         f"{split}-*-of-*": [path for path in top if is_shard(path)],
         f"*/{split}": [path for path in below if _stem(path) == split and path.parent.name != split],
     }
-    # Each folder on its own: those of two configurations of a data set must not be mixed.
+    # Each folder separately: two configurations of a data set must not be mixed.
     for path in below:
         if path.parent.name != split and is_shard(path):
             layouts.setdefault(f"{path.parent.name}/{split}-*-of-*", []).append(path)
@@ -139,7 +139,7 @@ def _stem(path: PurePath) -> str:
 
 
 def _split_of(stem: str) -> str:
-    """The split that a file tells of: a shard is a part of its split, never a split of its own."""
+    """The split named by a file stem; a shard belongs to its split."""
     shard = _SHARD.fullmatch(stem)
     return shard["split"] if shard else stem
 
@@ -154,7 +154,7 @@ def _check_shards(source: Path, paths: list[Path]) -> None:
     numbered = [shard for path in paths if (shard := _SHARD.fullmatch(_stem(path)))]
     if numbered:
         there, count = {int(shard["number"]) for shard in numbered}, numbered[0]["count"]
-        # The count is only what a name says: it may be huge.
+        # The count comes from a file name only, and may be huge.
         missing = list(itertools.islice((number for number in range(int(count)) if number not in there), _LISTED))
         if missing or len({shard["count"] for shard in numbered}) != 1:
             refuse(Cause.BAD_LAYOUT, source, f"shards {missing} of {count} are missing, or two sets of shards are mixed")

@@ -1,4 +1,4 @@
-"""Moving parts of a chat template, found by rendering small conversations with it."""
+"""Properties of a chat template, found by rendering small conversations."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ Handling = Literal["kept", "dropped", "refused"]
 
 
 class TemplateParts(NamedTuple):
-    """What a template does. Texts are as it writes them; `None` where it refused the conversation that would tell."""
+    """Properties of a template. Texts are as it writes them; `None` if it refused the conversation that would show the
+    property."""
 
     date: str | None  # the current date as the template writes it; None: the prompt does not depend on the date
-    generation_prompt: str | None  # what makes the assistant answer; "" if the template has none
-    turn_end: str | None  # what follows the text of an assistant's last turn
+    generation_prompt: str | None  # the text that starts the assistant's answer; "" if there is none
+    turn_end: str | None  # the text after an assistant's last turn
     system: Handling  # a system message
     earlier_turns: Handling  # texts of the turns before the last
     reasoning: Literal["kept", "dropped", "dropped in earlier turns", "refused"]  # <think>...</think> of the assistant
@@ -28,7 +29,7 @@ class TemplateParts(NamedTuple):
 
 
 def template_parts(tokenizer: Any) -> TemplateParts | None:
-    """The moving parts of the tokenizer's chat template; None if it has none."""
+    """The properties of the tokenizer's chat template; None if it has no template."""
     if getattr(tokenizer, "chat_template", None) is None:
         return None
     render = _Renderer(tokenizer)
@@ -48,9 +49,10 @@ def template_parts(tokenizer: Any) -> TemplateParts | None:
 
 
 def turn_end_token(tokenizer: Any) -> int | None:
-    """The special token with which the chat template ends an assistant's last turn; None if it does not, or there is none.
+    """The special token with which the chat template ends an assistant's last turn; None if there is none.
 
-    None, too, for a template that goes beyond its limits: who asks may have nothing to render, as sampling from plain texts.
+    Also None for a template that exceeds its limits, because callers such as sampling from plain texts may have nothing to
+    render.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return None
@@ -76,8 +78,8 @@ class _Renderer:
 
 
 def _date(tokenizer: Any) -> str | None:
-    """What the tokenizer's `strftime_now` gives, if the same conversation is another text on another day."""
-    # All of year, month, day, weekday and hour differ.
+    """The date that the template writes, if the rendered conversation depends on the day."""
+    # Year, month, day, weekday and hour all differ.
     days = datetime.datetime(2001, 2, 3, 4, 5, 6), datetime.datetime(2010, 11, 12, 13, 14, 15)
     turns = _turns("ANSWERED", None)
     first, second = (_Renderer(at_date(tokenizer, day))(turns, generate=True) for day in days)

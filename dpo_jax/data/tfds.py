@@ -1,6 +1,6 @@
-"""Validated preferences as a TensorFlow Datasets data set, written and read without TensorFlow; labelled texts, read.
+"""TensorFlow Datasets without TensorFlow: writer and reader of preferences, reader of labelled texts and articles.
 
-Always array_record: tfds also offers parquet without TensorFlow, but loses rows there without a word.
+The file format is always array_record: tfds also offers parquet without TensorFlow, but silently loses rows there.
 """
 
 from __future__ import annotations
@@ -41,26 +41,30 @@ from dpo_jax.writing import naming
 _TEXTS = ("prompt", "chosen", "rejected", "uid", "sft_target")
 _FIELDS = {*_TEXTS, "chat"}
 _SPANS = ("chosen_spans", "rejected_spans")  # as JSON text
-_OPTIONAL = ("subset", "prompt_digest", *_SPANS)  # written where some row has one: most sets have none, older folders lack them
+_OPTIONAL = (
+    "subset",
+    "prompt_digest",
+    *_SPANS,
+)  # written if some row has one: most sets have none, older folders lack them
 
 
 class _LocalInfo(tfds.core.DatasetInfo):
-    """The description of data that no public bucket holds."""
+    """Description of a data set that is in no public bucket."""
 
     def initialize_from_bucket(self) -> None:
-        """Does nothing. The library would ask a bucket on the network, and leave an empty temporary folder behind."""
+        """Does nothing. The library would query a network bucket and leave an empty temporary folder behind."""
 
 
 class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A tfds builder over preferences in memory. `write_tfds` is the short way to use it.
+    """A tfds builder of preferences in memory; see `write_tfds`.
 
-    The rows keep their order, so that the training stream is the same from files and from tfds, and carry a SHA-256 per split.
+    Rows keep their order, so that the training stream is the same from files and from tfds. Each split has a SHA-256.
     """
 
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, *, preferences: Mapping[str, Sequence[Preference]], name: str, data_dir: str | Path) -> None:
-        self.name = name  # pyright: ignore[reportAttributeAccessIssue] (tfds would take the name of the class)
+        self.name = name  # pyright: ignore[reportAttributeAccessIssue] (tfds would use the class name)
         self._preferences = preferences
         every = [row for rows in preferences.values() for row in rows]
         self._optional = [field for field in _OPTIONAL if any(getattr(row, field) is not None for row in every)]
@@ -80,7 +84,7 @@ class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         return {split: self._generate_examples(rows) for split, rows in self._preferences.items()}
 
     def _generate_examples(self, rows: Iterable[Preference]) -> Iterator[tuple[int, dict[str, Any]]]:
-        # The key is the row number: equal rows are kept, and tfds can report an equal key only with TensorFlow installed.
+        # The key is the row number: equal rows are kept, and tfds can report equal keys only if TensorFlow is installed.
         for index, row in enumerate(rows):
             yield index, dict.fromkeys(self._optional, "") | _record(row)
 
@@ -90,7 +94,7 @@ def write_tfds(
 ) -> Path:
     """Writes `{split: preferences}` under `data_dir/name/1.0.0` and returns that folder, after reading every record back.
 
-    Raises `DataError` if a preference would be refused on reading, and `FileExistsError` rather than mixing in or reusing data;
+    Raises `DataError` if a preference would be refused on reading, `FileExistsError` if the folder already has data, and
     `Unreadable` for a folder whose name is not UTF-8.
     """
     check_name(data_dir)
@@ -130,7 +134,7 @@ def read_tfds(data_dir: str | Path, split: str, *, on_bad: OnBad = "refuse") -> 
     preferences: list[Preference] = []
     triage = Triage(report, on_bad=on_bad)
     uids: set[str] = set()
-    digest = hashlib.sha256()  # of all records, those included that are dropped
+    digest = hashlib.sha256()  # over all records, including dropped ones
     for where, record in _records(builder, split, folder):
         report.rows += 1
         report.read += 1
@@ -152,7 +156,7 @@ def read_tfds(data_dir: str | Path, split: str, *, on_bad: OnBad = "refuse") -> 
 
 
 def read_texts(data_dir: str | Path, split: str) -> list[Snippet]:
-    """Texts with a label, such as those of TFDS's imdb_reviews: any data set with the features "text" and "label" (0 or 1).
+    """Labelled texts, such as those of TFDS's imdb_reviews: any data set with the features "text" and "label" (0 or 1).
 
     `data_dir`: the folder of the data set, or one above it; it must be in array_record. Raises `DataError` as `read_tfds` does.
     """
@@ -161,32 +165,32 @@ def read_texts(data_dir: str | Path, split: str) -> list[Snippet]:
 
 
 class Article(NamedTuple):
-    text: str  # without white space at its ends, as the next
+    text: str  # stripped, like the next field
     summary: str
     uid: str  # "cnn_dailymail/test:17"
 
 
 def read_articles(data_dir: str | Path, split: str) -> list[Article]:
-    """News articles with the summary that their editors wrote: TFDS's cnn_dailymail (features "article" and "highlights").
+    """News articles with the editors' summaries: TFDS's cnn_dailymail (features "article" and "highlights").
 
-    `data_dir` and what is raised as in `read_texts`.
+    `data_dir` and exceptions are as in `read_texts`.
     """
     records = _foreign(data_dir, split, {"article", "highlights"})
     return [Article(_text(record, "article", where), _text(record, "highlights", where), where) for where, record in records]
 
 
 def _foreign(data_dir: str | Path, split: str, features: set[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The records of a data set that others have written."""
+    """The records of a data set written by other programs."""
     folder = find_tfds(Path(data_dir))
     check_folder(folder, split)
     return _records(_builder(folder, features), split, folder)
 
 
 def _builder(folder: Path, needed: set[str], hint: str = "") -> tfds.core.DatasetBuilder:
-    """The library's reader of a data set that has the needed features."""
+    """The library's reader of a data set, checked for the needed features."""
     with _reading(folder):
         builder = tfds.builder_from_directory(folder)
-        features = set(builder.info.features)  # pyright: ignore[reportArgumentType] (a FeaturesDict, or else not of use)
+        features = set(builder.info.features)  # pyright: ignore[reportArgumentType] (a FeaturesDict, or else unusable)
     if missing := needed - features:
         refuse(Cause.MISSING_COLUMN, folder, f"{hint}no feature {', '.join(sorted(missing))}")
     return builder
@@ -212,7 +216,7 @@ def _records(builder: tfds.core.DatasetBuilder, split: str, folder: Path) -> Ite
     with _reading(folder):
         declared = builder.info.splits[split].num_examples
         for file in map(Path, builder.info.splits[split].filepaths):
-            if not file.is_file():  # the library would wait for a pipe
+            if not file.is_file():  # the library would block on a pipe
                 refuse(Cause.BAD_ARRAY_RECORD, file, "no such file")
         source = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue] (its decorator hides the signature)
         held = len(source)
@@ -232,10 +236,10 @@ def _reading(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _record(row: Preference) -> dict[str, Any]:
-    # tfds has no missing text: "nothing else than `chosen`" is written as `chosen`, and read back as None.
+    # tfds has no missing texts: a missing `sft_target` is written as `chosen` and read back as None.
     record = dataclasses.asdict(row) | {"sft_target": row.chosen if row.sft_target is None else row.sft_target}
     record |= {field: json.dumps(record[field]) for field in _SPANS if record[field] is not None}
-    kept = {*_FIELDS, *(field for field in _OPTIONAL if record[field] is not None)}  # `between`, `desirable`: pairs have none
+    kept = {*_FIELDS, *(field for field in _OPTIONAL if record[field] is not None)}  # pairs have no `between` or `desirable`
     return {field: value for field, value in record.items() if field in kept}
 
 

@@ -1,6 +1,6 @@
-"""Folders of TFDS data sets and the JSON files in them, checked before tensorflow_datasets reads them.
+"""Discovery of TFDS data set folders, and checks of their JSON files before tensorflow_datasets reads them.
 
-The library imports whatever module `features.json` names, and tries again for seconds to read a file that is not UTF-8.
+The library imports any module that `features.json` names, and retries for seconds on a file that is not UTF-8.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def tfds_folders(source: Path) -> list[Path]:
 
 
 def find_tfds(source: Path) -> Path:
-    """The one tfds data set at or below `source`. Raises `DataError` if there is none, or another; `Unreadable` for a name."""
+    """The one tfds data set at or below `source`. Raises `DataError` if there is none or several; `Unreadable` for a name that
+    is not UTF-8."""
     check_name(source)
     folders = tfds_folders(source)
     if len(folders) != 1:
@@ -50,7 +51,7 @@ def split_rows(folder: Path) -> dict[str, int]:
 def check_folder(folder: Path, split: str) -> dict[str, Any]:
     """Checks the JSON files of a data set and returns its metadata, {} if it has none.
 
-    Raises `DataError` for a file that is damaged, for a split that is not there, and for features of foreign code.
+    Raises `DataError` for a damaged file, a missing split, and features that need other code.
     """
     rows = split_rows(folder)
     if split not in rows:
@@ -65,7 +66,7 @@ def check_folder(folder: Path, split: str) -> dict[str, Any]:
 
 
 def _classes(node: Any) -> Iterator[Any]:
-    """The names of all classes that features are made of, also in the older forms of the file."""
+    """The names of all feature classes, also in older forms of the file."""
     if isinstance(node, dict):
         for key, value in node.items():
             if key in ("pythonClassName", "python_class_name") or (key == "type" and isinstance(value, str)):

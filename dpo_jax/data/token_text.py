@@ -1,4 +1,4 @@
-"""Tokens as strings that are safe to print: no escape sequence of a text reaches the terminal."""
+"""Tokens as strings that are safe to print: no escape sequence in a text reaches the terminal."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from dpo_jax.data.encode import token_ids
 from dpo_jax.data.terminal import one_line
 
 SEPARATOR = "·"
-RUNS = 7  # of scored tokens and others, by turns, that are shown
-_OTHER_SPACE = re.compile(rf"[^\S ]|{SEPARATOR}")  # what looks like a space and is another token; and the mark of ours
+RUNS = 7  # most runs shown, of scored and other tokens alternating
+_OTHER_SPACE = re.compile(rf"[^\S ]|{SEPARATOR}")  # characters that look like a space but are other tokens, and our separator
 
 
 def token_strings(ids: Sequence[int] | np.ndarray, tokenizer: Any) -> list[str]:
-    """Each token as its part of the text, printable, its space included.
+    """Each token as its printable part of the text, including its space.
 
-    A token that is only part of a character is shown as the tokenizer's file writes it.
+    A token that is only part of a character is shown as in the tokenizer's file.
     """
-    anchor = token_ids("a", tokenizer).tolist()  # behind another token, one keeps the space that it begins with
+    anchor = token_ids("a", tokenizer).tolist()  # after another token, a token keeps its leading space
     before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
     strings = []
     for token in map(int, ids):
@@ -40,7 +40,7 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def shortened(strings: Sequence[str], most: int) -> list[str]:
-    """`strings`, or if they have more than `most` characters those of both ends, with the number of the others in between."""
+    """`strings`; if they exceed `most` characters, those at both ends with the number of omitted ones between."""
     if sum(map(len, strings)) + len(strings) <= most:
         return list(strings)
     front, back = _leading(strings, most // 2), _leading(strings[::-1], most // 2)
@@ -59,7 +59,7 @@ def _leading(strings: Sequence[str], most: int) -> list[str]:
 
 
 def marked(tokens: Sequence[str], scored: bool | Sequence[bool], most: int | None = None) -> list[str]:
-    """The tokens, each run of scored ones in brackets. `most` shortens each run; of many runs only the first are shown then."""
+    """The tokens, with each scored run in brackets. `most` shortens each run, and then only the first runs are shown."""
     flags = [scored] * len(tokens) if isinstance(scored, bool) else scored
     runs = [(flag, [token for token, _ in run]) for flag, run in groupby(zip(tokens, flags, strict=True), key=itemgetter(1))]
     shown: list[str] = []
@@ -75,7 +75,7 @@ def marked(tokens: Sequence[str], scored: bool | Sequence[bool], most: int | Non
 
 
 def rows_of(strings: Sequence[str], width: int) -> list[str]:
-    """`strings`, parted by `SEPARATOR`, in lines of at most `width` characters; only a longer one is broken."""
+    """`strings` joined by `SEPARATOR`, in lines of at most `width` characters; only a longer string is broken."""
     lines = [""]
     for number, string in enumerate(strings):
         part = string + SEPARATOR * (number < len(strings) - 1)

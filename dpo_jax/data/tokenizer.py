@@ -1,4 +1,4 @@
-"""Tokenizers: train one on the fly, load one, tell two apart, and check that one fits a model."""
+"""Tokenizers: training, loading, saving, digests, and checks against a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-# Whenever transformers is imported first from here, it does not advise to install PyTorch, which this package has no use for.
+# Silences transformers' advice to install PyTorch, which this package does not use.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -34,15 +34,16 @@ _AGAIN = "save or fetch it again"
 
 LONGEST_WORD = 1000  # characters
 LARGEST_ID = 10_000_000
-_LONG = re.compile(rf"(?<!\S)\S{{{LONGEST_WORD}}}|(?<!\s)\s{{{LONGEST_WORD}}}")  # a word is longer only in such a run
+_LONG = re.compile(rf"(?<!\S)\S{{{LONGEST_WORD}}}|(?<!\s)\s{{{LONGEST_WORD}}}")  # a longer word contains such a run
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eos: str = "<|endoftext|>") -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as GPT-2's: any text has tokens and is decoded back exactly. The same texts give the same tokenizer.
+    """Train a byte-level BPE as in GPT-2: every text can be encoded and decoded exactly. The same texts give the same
+    tokenizer.
 
-    `vocab_size` is an upper bound in tokens (few texts have few merges), at least 257: the bytes, and `eos`, which is token 0,
-    also the BOS, and never added by encoding. There is no padding token: masks are made from lengths. A word of more than
-    `LONGEST_WORD` characters counts as several.
+    `vocab_size` is an upper bound (few texts have few merges), at least 257: the bytes, and `eos`, which is token 0, also the
+    BOS, and never added by encoding. There is no padding token, because masks are made from lengths. A word of more than
+    `LONGEST_WORD` characters is split into several.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -61,7 +62,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eos: str = "<|endo
 
 
 def _with_short_words(text: str, words: Any) -> list[str]:
-    """The text, cut inside the words that are too long. Merging tokens in a word takes quadratic time in its length."""
+    """The text, split inside overlong words: merging takes quadratic time in the length of a word."""
     if not _LONG.search(text):
         return [text]
     cuts = [at for _, (start, end) in words.pre_tokenize_str(text) for at in range(start + LONGEST_WORD, end, LONGEST_WORD)]
@@ -69,18 +70,17 @@ def _with_short_words(text: str, words: Any) -> list[str]:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder, or of a Hugging Face model such as "org/name". Code that comes with a model is never run.
+    """The tokenizer in a folder, or of a Hugging Face model such as "org/name". Code in a model folder is never run.
 
-    It encodes and decodes, and its special tokens are in its vocabulary: both are tried. Raises ValueError where there is none,
-    and where it has no `tokenizer.json`: a slow tokenizer has nothing to fingerprint. `Unreadable`, a ValueError, for a folder
-    with damaged files.
+    Checked: it encodes and decodes, and its special tokens are in its vocabulary. Raises ValueError if there is no tokenizer,
+    or no `tokenizer.json`, because a slow tokenizer cannot be fingerprinted; `Unreadable`, a ValueError, for damaged files.
     """
     from transformers import PreTrainedTokenizerFast
     from transformers.utils.hub import cached_file
 
     check_name(path)
     settings = check_files(Path(path)) if Path(path).is_dir() else {}
-    # A tokenizer with code of its own, or in an older form, may be sound and yet nothing for this package.
+    # A tokenizer with its own code, or in an older form, may be intact and still unsupported here.
     damaged = (Path(path) / "tokenizer.json").is_file() and "auto_map" not in settings
     where = f"no tokenizer could be loaded from {str(path)!r}"
     with reading(where, remedy=_AGAIN if damaged else "", error=Unreadable if damaged else ValueError):
@@ -95,11 +95,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def _as_written(tokenizer: Any, written: Tokenizer | None, path: str | Path) -> Any:
-    """`tokenizer`, or where its class splits text in another way than `tokenizer.json` says, one that does as it says.
+    """`tokenizer`, or if its class splits text differently from `tokenizer.json`, one that follows the file.
 
-    Classes of transformers 5 (those of Llama and Qwen2, say) put in their own normalizer and pre-tokenizer, though a model was
-    trained with those of the file; and what they put in is another one once the tokenizer was saved. Of the class remain the
-    special tokens that no file names, such as the EOS of GPT-2.
+    Some classes of transformers 5 (Llama's and Qwen2's, for example) use their own normalizer and pre-tokenizer although the
+    model was trained with the file's, and they use others once the tokenizer has been saved. Special tokens that no file names,
+    such as the EOS of GPT-2, are still taken from the class.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -113,7 +113,7 @@ def _as_written(tokenizer: Any, written: Tokenizer | None, path: str | Path) -> 
 
 
 def _read(file: str) -> Tokenizer:
-    """A `tokenizer.json`. Raises where two tokens have one id, and for steps and ids with which the library takes minutes."""
+    """Read a `tokenizer.json`. Raises if two tokens have one id, and for steps and ids that take the library minutes."""
     check_steps(file)
     tokenizer = Tokenizer.from_file(file)
     vocabulary = tokenizer.get_vocab()
@@ -129,18 +129,18 @@ def _check_distinct(vocabulary: Mapping[str, int]) -> None:
 
 
 def _splitting(tokenizer: Tokenizer) -> dict[str, Any]:
-    """All of a tokenizer that decides which tokens a text has, special tokens aside, and which text tokens have."""
+    """The parts of a tokenizer that determine encoding and decoding, except special tokens."""
     content = json.loads(tokenizer.to_str())
     return {part: content[part] for part in ("model", "normalizer", "pre_tokenizer", "decoder")}
 
 
 def _try(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raises where a tokenizer does not do what everything behind `load_tokenizer` takes for granted."""
-    _check_distinct(tokenizer.get_vocab())  # added tokens are numbered from the number of tokens on, whatever ids these have
+    """Raises if a tokenizer lacks what the rest of the package assumes after `load_tokenizer`."""
+    _check_distinct(tokenizer.get_vocab())  # added tokens are numbered from the vocabulary size on, whatever ids exist
     for special in (True, False):
         tokenizer.decode(tokenizer("Hello, world", add_special_tokens=special)["input_ids"])
     shortest = min(tokenizer.get_vocab().items(), key=lambda item: len(item[0]), default=("", 0))[1]
-    tokenizer.decode([shortest, shortest])  # a decoder may take off more characters than it has
+    tokenizer.decode([shortest, shortest])  # a decoder may strip more characters than there are
     if not all(isinstance(token, str) for token in special_tokens(tokenizer)):
         raise ValueError("a special token is no text")
     for name in ("eos_token", "bos_token", "pad_token"):
@@ -154,16 +154,16 @@ def _try(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
-    """Write the tokenizer's files, so that transformers 4 and 5 load them alike: special tokens and chat template included.
+    """Write the tokenizer's files, with special tokens and chat template, so that transformers 4 and 5 load them alike.
 
-    transformers 5 names a class that version 4 does not have, and writes a list where version 4 expects an object. Raises
-    `Unreadable` for a folder whose name is not UTF-8.
+    transformers 5 names a class that version 4 lacks, and writes a list where version 4 expects an object. Raises `Unreadable`
+    for a folder whose name is not UTF-8.
     """
     check_name(folder)
     folder = Path(folder)
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        # The library would follow links, and wait for the reader of a pipe.
+        # The library would follow links and block on a pipe.
         with tempfile.TemporaryDirectory(prefix=".tokenizer.", dir=folder) as beside:
             new = Path(beside)
             tokenizer.save_pretrained(new)
@@ -186,24 +186,24 @@ def _for_every_version(file: Path) -> None:
 def decode_completion(
     tokenizer: Any, prompt: Sequence[int] | np.ndarray, completion: Sequence[int] | np.ndarray, *, stop_ids: Sequence[int] = ()
 ) -> str:
-    """The text that a completion adds to its prompt: special tokens, and the one of `stop_ids` that ends it, left out.
+    """The text that a completion adds to its prompt, without special tokens and without the final one of `stop_ids`.
 
-    Both are decoded together, because a tokenizer of the SentencePiece kind takes off the first space of what it decodes.
+    Both are decoded together, because SentencePiece tokenizers strip the first space of a decoded text.
     """
     if len(completion) and int(completion[-1]) in stop_ids:
         completion = completion[:-1]
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     before = tokenizer.decode(prompt, **options)
     whole = tokenizer.decode(np.concatenate([prompt, completion]).astype(np.int32), **options)
-    # A prompt may end, or a completion begin, inside a character.
+    # The boundary between prompt and completion may be inside a character.
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(completion, **options)
 
 
 def check_files(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `tokenizer_config.json`, {} without one, after a look at the other files of the tokenizer.
+    """The content of a folder's `tokenizer_config.json` ({} without one), after a check of the other tokenizer files.
 
-    Raises ValueError for a folder without a tokenizer: transformers would make one up that knows no text. `Unreadable` for a
-    file that is too large, and for JSON that is damaged; of the large `tokenizer.json` only its library can tell.
+    Raises ValueError for a folder without a tokenizer, where transformers would invent an empty one; `Unreadable` for a file
+    that is too large, and for damaged JSON. The large `tokenizer.json` is left to its library.
     """
     files = [folder / name for name in (*_FILES, *_SETTINGS) if (folder / name).is_file()]
     if not any(file.name in _FILES for file in files):
@@ -213,13 +213,13 @@ def check_files(folder: Path) -> dict[str, Any]:
         LIMITS.check("file_mb", file.stat().st_size, file, what="bytes")
     settings = {file.name: read_object(file, remedy=_AGAIN) for file in files if file.name in _SETTINGS}
     for name, content in settings.items():
-        with reading(folder / name, remedy=_AGAIN):  # half a surrogate pair, which is not UTF-8, could not be saved again
+        with reading(folder / name, remedy=_AGAIN):  # half a surrogate pair is not UTF-8 and could not be saved again
             json.dumps(content, ensure_ascii=False).encode()
     return settings.get("tokenizer_config.json", {})
 
 
 def vocabulary_of(folder: Path) -> Mapping[str, int]:
-    """Ids by token of a folder's `tokenizer.json`. Raises `Unreadable`."""
+    """Token -> id, from a folder's `tokenizer.json`. Raises `Unreadable`."""
     file = folder / "tokenizer.json"
     check_name(file)
     with reading(file, remedy=_AGAIN):
@@ -227,10 +227,11 @@ def vocabulary_of(folder: Path) -> Mapping[str, int]:
 
 
 def _class_of(settings: Mapping[str, Any]) -> Any:
-    """What loads a tokenizer with this `tokenizer_config.json`: transformers' plain fast tokenizer where one was saved.
+    """The class that loads a tokenizer with this `tokenizer_config.json`: transformers' plain fast tokenizer if it was saved as
+    one.
 
-    Otherwise `AutoTokenizer`. It takes half a second to import, and beside the config.json of a Qwen2 it would load our own
-    tokenizer as Qwen2's class, which normalizes text and so gives other ids than those that were saved.
+    Otherwise `AutoTokenizer`. It takes half a second to import, and next to a Qwen2 config.json it would load our own tokenizer
+    as Qwen2's class, which normalizes text and so gives different ids.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -243,9 +244,9 @@ def _class_of(settings: Mapping[str, Any]) -> Any:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 (hex) of all that decides which ids a text or a conversation gets. Saving and loading do not change it."""
+    """SHA-256 (hex) of everything that determines the ids of a text or conversation. Saving and loading do not change it."""
     serialized: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Left behind by the last call that asked for them; this package asks for neither.
+    # Left behind by the last call that used them; this package uses neither.
     del serialized["truncation"], serialized["padding"]
     identity = {
         "tokenizer": serialized,
@@ -262,11 +263,13 @@ def check_tokenizer(
     eos_token_id: int | Sequence[int] | None,
     pad_token_id: int | None = None,
 ) -> None:
-    """Refuse a tokenizer that does not fit a model, before anything is compiled. The ids are those of the model's config.json;
-    of the tokenizer only `get_vocab()`, `eos_token_id` and `pad_token_id` are read.
+    """Raises ValueError if a tokenizer does not fit a model, before anything is compiled.
 
-    Raises ValueError: a token id outside the model's vocabulary, no EOS, or another EOS or padding token than the model's
-    (where both state one). A model may have more embeddings than the tokenizer has tokens: tables are often rounded up.
+    The ids are those of the model's config.json; only `get_vocab()`, `eos_token_id` and `pad_token_id` of the tokenizer are
+    used.
+
+    Errors are a token id outside the model's vocabulary, no EOS, or an EOS or padding token different from the model's (if both
+    state one). A model may have more embeddings than the tokenizer has tokens: tables are often rounded up.
     """
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= model_vocab_size:

@@ -1,7 +1,7 @@
-"""Bounds on the steps of a `tokenizer.json` (normalizer, pre-tokenizer, post-processor, decoder), checked before one runs.
+"""Limits on the steps of a `tokenizer.json` (normalizer, pre-tokenizer, post-processor, decoder), checked before any runs.
 
-Steps may be declared that make a text a thousand times longer, again and again, and regular expressions may take exponential
-time. Neither can be interrupted: the library in Rust returns when it is done.
+A file may declare steps that repeatedly make a text a thousand times longer, and regular expressions may take exponential time.
+Neither can be interrupted, because the Rust library returns only when done.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 from dpo_jax.untrusted import LIMITS, read_bytes
 
 STEPS = 100
-TRIED = 10_000  # characters of a text that is tried
+TRIED = 10_000  # characters of each test text
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
-_LONGER = {"ByteLevel": 2, "Metaspace": 2, "BertNormalizer": 3}  # characters of one character
+_LONGER = {"ByteLevel": 2, "Metaspace": 2, "BertNormalizer": 3}  # most characters made from one
 
-# Splits each text by each pattern, as tokenizers does. Exits with 3 where its engine gives up.
+# Splits each text by each pattern, as tokenizers does. Exits with 3 if its engine gives up.
 _TRIAL = """
 import json, sys
 from tokenizers import Regex, pre_tokenizers
@@ -41,7 +41,7 @@ for pattern, texts in json.load(sys.stdin):
 
 
 def check_steps(file: str | os.PathLike[str]) -> None:
-    """Raises ValueError for a `tokenizer.json` with steps that take more than the limits `growth` and `pattern_s`."""
+    """Raises ValueError for a `tokenizer.json` whose steps exceed the limits `growth` and `pattern_s`."""
     content = json.loads(read_bytes(file))
     if not isinstance(content, dict):
         raise ValueError("a JSON object is needed")
@@ -58,7 +58,7 @@ def check_steps(file: str | os.PathLike[str]) -> None:
 
 
 def _steps(step: Any) -> Iterator[Mapping[str, Any]]:
-    """A step, or those of a sequence."""
+    """A step, or the steps of a sequence."""
     stack = [step]
     while stack:
         step = stack.pop()
@@ -71,11 +71,11 @@ def _steps(step: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _growth(step: Mapping[str, Any]) -> float:
-    """How many characters, or tokens, this step may make of one."""
+    """Most characters or tokens that this step may make from one."""
     match step.get("type"):
         case "Replace":
             content, pattern = _length(step.get("content")), _length(_of(step.get("pattern"), "String"))
-            return max(1.0, content / pattern) if pattern else 1.0 + content  # a pattern may match between all characters
+            return max(1.0, content / pattern) if pattern else 1.0 + content  # a pattern may match between any two characters
         case "Prepend":
             return 1.0 + _length(step.get("prepend"))
         case "TemplateProcessing":
@@ -102,7 +102,7 @@ def _length(value: Any) -> int:
 
 
 def _try_patterns(patterns: list[str]) -> None:
-    """Raises ValueError where splitting texts that are likely to be slow takes a process of its own longer than allowed."""
+    """Raises ValueError if splitting test texts that are likely to be slow takes a subprocess longer than allowed."""
     cases = json.dumps([(pattern, _texts(pattern)) for pattern in patterns])
     shown = ", ".join(repr(pattern[:60]) for pattern in patterns[:3])
     try:
@@ -117,7 +117,8 @@ def _try_patterns(patterns: list[str]) -> None:
 
 
 def _texts(pattern: str) -> list[str]:
-    """Repetitions of what a pattern may look for, each also with another end: where many ways to match come to nothing."""
+    """Test texts: repetitions of what a pattern may match, each also with a different end, so that many partial matches
+    fail."""
     letters = dict.fromkeys(["a", "A", "1", " ", "\n", "é", "中", "!", *pattern[:40]])
     words = dict.fromkeys(re.findall(r"\w{2,20}", pattern)[:10])
     runs = [(unit * TRIED)[:TRIED].encode("utf-8", "replace").decode() for unit in (*letters, *words)]

@@ -1,4 +1,4 @@
-"""Anthropic HH: dialogues as one text each, cut into a prompt and two answers, or into the messages of a chat."""
+"""Anthropic HH: dialogues as single texts, split into a prompt and two answers, or into chat messages."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dpo_jax.data.columns import Row, text
 from dpo_jax.data.pairs import HH_ASSISTANT, BadRow, Cause, Preference
 
 HH_HUMAN = "\n\nHuman:"
-# Also in a file that went through Windows.
+# Also with Windows line ends.
 _ANSWERS = re.compile(r"\r?\n\r?\nAssistant:")
 _TURNS = re.compile(r"\r?\n\r?\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def hh(rows: Rows, *, tokenizer: Any = None) -> Candidates:
-    """Anthropic HH: two transcripts, `chosen` and `rejected`, that part after their last "\\n\\nAssistant:"."""
+    """Anthropic HH: two transcripts, `chosen` and `rejected`, that differ after their last "\\n\\nAssistant:"."""
 
     def preference(uid: str, row: Row) -> Preference:
         chosen, rejected = text(row, "chosen"), text(row, "rejected")
@@ -29,7 +29,7 @@ def hh(rows: Rows, *, tokenizer: Any = None) -> Candidates:
 
 
 def hh_chat(rows: Rows, *, tokenizer: Any = None) -> Candidates:
-    """As `hh`, but the turns become messages, which the tokenizer's chat template renders: for a model that knows chats."""
+    """As `hh`, but the turns become messages rendered by the tokenizer's chat template, for chat models."""
 
     def preference(uid: str, row: Row) -> Preference:
         transcripts = [text(row, "chosen"), text(row, "rejected")]
@@ -45,8 +45,8 @@ def hh_chat(rows: Rows, *, tokenizer: Any = None) -> Candidates:
 def split_hh(chosen: str, rejected: str) -> str:
     """The prompt of a pair of Anthropic HH transcripts, up to and including its last "\\n\\nAssistant:".
 
-    As `extract_anthropic_prompt` of the original implementation, which takes the chosen side's prompt for both. Where the two
-    sides have different prompts that cuts the rejected answer at a meaningless place, so such a pair raises `BadRow` here.
+    Like `extract_anthropic_prompt` of the original implementation, which uses the chosen side's prompt for both. If the two
+    sides have different prompts, that cuts the rejected answer at a meaningless place, so such a pair raises `BadRow` here.
     """
     prompts = []
     for field, transcript in (("chosen", chosen), ("rejected", rejected)):
@@ -61,7 +61,7 @@ def split_hh(chosen: str, rejected: str) -> str:
 
 
 def messages_of(transcript: str, *, field: str) -> list[dict[str, str]]:
-    """The turns of a transcript as messages `{"role", "content"}`, without white space around their texts.
+    """The turns of a transcript as messages `{"role", "content"}` with stripped texts.
 
     Raises `BadRow`, naming the column `field`, for a transcript with text before its first turn, and for a blank turn.
 
@@ -79,5 +79,5 @@ def messages_of(transcript: str, *, field: str) -> list[dict[str, str]]:
 
 
 def as_transcript(question: str) -> str:
-    """A prompt of one question in the form of HH."""
+    """A one-question prompt in the form of HH."""
     return f"{HH_HUMAN} {question}{HH_ASSISTANT}"

@@ -1,4 +1,4 @@
-"""Where in a rendered conversation the assistant's turns stand, found by rendering its beginnings."""
+"""Spans of the assistant's turns in a rendered conversation, found by rendering its prefixes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dpo_jax.data.special_tokens import special_tokens
 def assistant_spans(
     template: Template, prompt: list[Message], side: list[Message], whole: str, *, start: int, context: int, field: str
 ) -> list[tuple[int, int]]:
-    """Characters [begin, end) of `whole` that the assistant wrote.
+    """Character ranges [begin, end) of `whole` that the assistant wrote.
 
-    `whole` is `prompt + side` rendered; the completion begins at `start`, and its first `context` turns do not count. A turn
-    begins where the turns before it end with the generation prompt, and ends with what the template puts behind it, such as
-    EOS, less the white space after that. Raises `BadRow` for a template that rewrites the turns before an answer.
+    `whole` is `prompt + side` rendered; the completion begins at `start`, and its first `context` turns are not scored. A turn
+    begins after the previous turns and the generation prompt. It includes what the template writes after it, such as EOS, but
+    not the following white space. Raises `BadRow` for a template that rewrites the turns before an answer.
     """
     spans = []
     for index in range(context, len(side)):
@@ -47,10 +47,10 @@ def _begin(template: Template, before: list[Message], whole: str, field: str) ->
 
 
 def _end(template: Template, alone: str, whole: str, begin: int, turn: Message, field: str) -> int:
-    """Where a turn ends in `whole` that is written otherwise as the last one, in `alone`.
+    """The end in `whole` of a turn that is rendered differently as the last turn, in `alone`.
 
-    It begins otherwise, where reasoning is taken off earlier turns: then the turn is what `alone` ends with. Or it ends
-    otherwise, where the end of a conversation is marked: then its text is followed by a special token.
+    If its beginning differs (reasoning removed from earlier turns), the turn is the end of `alone`. If its end differs (the end
+    of a conversation is marked), its text is followed by a special token.
     """
     names = call_names(turn)
     last_word = re.search(r"[^\s>]+>*\s*$", turn["content"] or "")
@@ -74,7 +74,7 @@ def _without_space(whole: str, begin: int, end: int, tokenizer: Any) -> int:
 
 
 def boundary(asked: str, whole: str, tokenizer: Any) -> int:
-    """The last place up to which two texts are equal, in characters and in tokens: no token of either reaches across it."""
+    """The last position up to which two texts are equal and which no token of either crosses."""
     common = len(os.path.commonprefix([asked, whole]))
     starts = [_starts(text, tokenizer) for text in (asked, whole)]
     places = sorted(set(starts[0]) & set(starts[1]))
@@ -87,6 +87,6 @@ def _starts(text: str, tokenizer: Any) -> list[int]:
 
 
 def refuse_rewriting(field: str) -> NoReturn:
-    """Raises `BadRow`: what was rendered before is no beginning of the rendered conversation."""
+    """Raises `BadRow`: the rendered prompt is not a prefix of the rendered conversation."""
     detail = "the rendered conversation does not begin with the rendered prompt; the template rewrites earlier turns"
     raise BadRow(Cause.CHAT_TEMPLATE, detail, field=field)

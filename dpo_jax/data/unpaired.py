@@ -1,4 +1,4 @@
-"""Single completions with labels, and a mismatched completion for each, from which KTO estimates a divergence."""
+"""Mismatched completions for single labelled completions, from which KTO estimates a KL divergence."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from dpo_jax.data.encode import Encoded, prompt_key
 
 
 def mismatched(examples: Sequence[Encoded], *, max_length: int) -> list[Encoded]:
-    """Single completions with that of another example as `rejected`, in the order given.
+    """Single completions, in the order given, with a completion of another example as `rejected`.
 
-    It is that of the next example, the last one followed by the first, that has another prompt and another completion; cut to
-    `max_length` tokens with this prompt. Those of its tokens are scored that are scored there. Where all have one prompt or one
-    completion it is that of the next example. A fixed rule of the order of the data: a run that is continued finds the same,
-    and so does the cache of the reference.
+    It is that of the next example (cyclically) with a different prompt and a different completion, cut to `max_length` tokens
+    with this prompt. Its scored tokens stay the same. If all have one prompt or one completion, it is that of the next example.
+    The rule depends only on the order of the data, so a resumed run and the reference cache find the same.
 
     >>> ids = [np.int32([i, 0]) for i in range(1, 9)]
     >>> one, two, three = (Encoded(ids[p], ids[c], ids[c], desirable=True) for p, c in ((0, 4), (0, 5), (1, 6)))
@@ -41,19 +40,19 @@ def mismatched(examples: Sequence[Encoded], *, max_length: int) -> list[Encoded]
             place = number + 1
         other, scored = examples[place % count].sides[0]
         end = max(1, max_length - len(example.prompt))
-        # Where the cut leaves none of its own tokens, such as behind turns of context, all that is left counts.
+        # If the cut leaves no scored token, for example after context turns, everything left is scored.
         scored = None if scored is None or not scored[:end].any() else scored[:end]
         found.append(dataclasses.replace(example, rejected=other[:end], rejected_scored=scored))
     return found
 
 
 def one_prompt(examples: Sequence[Encoded]) -> bool:
-    """Whether all have the same prompt: then no completion is mismatched."""
+    """Whether all have the same prompt, so that no completion is mismatched."""
     return len({prompt_key(one) for one in examples}) == 1
 
 
 def _next_other(keys: Sequence[bytes]) -> list[int]:
-    """Of each place of the sequence written twice: the next place that has another key, or the end."""
+    """For each place of the doubled sequence: the next place with a different key, or the end."""
     count = len(keys)
     following = [2 * count] * (2 * count)
     for place in range(2 * count - 2, -1, -1):

@@ -1,7 +1,7 @@
-"""Columns that a format does not read: which may hold the prompt or a system text, and the option that reads them.
+"""Columns that a format does not read but that may hold the prompt or a system text, and the option to read them.
 
-TRL's implicit prompt is what chosen and rejected begin with. Where the prompt stands in a column of its own, that would be the
-first words of the answers; so a text in a column that nobody reads refuses the row.
+TRL's implicit prompt is the common beginning of chosen and rejected. If the prompt is really in another column, that would be
+the first words of the answers, so a text in an unread column refuses the row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dpo_jax.data.column_map import ColumnMap
 from dpo_jax.data.columns import Row, shown_names
 from dpo_jax.data.format_table import FORMATS
 
-# Words of column names, the likeliest first.
+# Words in column names, most likely first.
 _PROMPT = (
     *("prompt", "prompts", "instruction", "instructions", "question", "questions", "query", "queries", "problem", "request"),
     *("conversations", "conversation", "messages", "dialogue", "dialog", "history", "turns", "user", "human"),
@@ -27,7 +27,7 @@ _CHOSEN = {"chosen", "preferred", "better", "accepted", "accept", "winner", "win
 _REJECTED = {"rejected", "reject", "dispreferred", "worse", "loser", "losing", "lose", "negative", "neg", "bad"}
 _ANSWER = {"answer", "response", "completion", "output", "reply", "text", "message", "messages", "content", "summary", "side"}
 _OTHER_SIDES = _CHOSEN | _REJECTED | _ANSWER - {"text", "messages", "message", "content"}
-# Columns about a row, not of its conversation: `prompt_id`, `chosen_model`, `score_a`.
+# Metadata columns: `prompt_id`, `chosen_model`, `score_a`.
 _ABOUT = {
     *("id", "ids", "uid", "uuid", "idx", "index", "hash", "key", "name", "dataset", "model", "models", "url", "link", "path"),
     *("score", "scores", "rating", "ratings", "rank", "margin", "reward", "quality", "confidence", "weight", "num", "count"),
@@ -43,7 +43,7 @@ _TRL = FORMATS["trl"].reads
 
 
 def unread(row: Row, format: str, mapped: ColumnMap) -> list[str]:
-    """Columns of a mapped row that hold a system text, or perhaps the prompt, and that `format` does not read."""
+    """Columns of a mapped row that hold a system text, or possibly the prompt, and that `format` does not read."""
     reads = FORMATS[format].reads
     if "system" not in reads or not row.keys() >= {*FORMATS[format].told_by}:
         return []
@@ -55,7 +55,7 @@ def unread(row: Row, format: str, mapped: ColumnMap) -> list[str]:
 
 
 def suspects(names: Sequence[str], texts: Collection[str], format: str) -> list[str]:
-    """Of the columns of a file those that must be decoded to know whether they hold a prompt or a system text."""
+    """The columns of a file that must be decoded to know whether they hold a prompt or a system text."""
     if "system" not in FORMATS[format].reads:
         return []
     implicit = "prompt" not in names
@@ -64,14 +64,14 @@ def suspects(names: Sequence[str], texts: Collection[str], format: str) -> list[
 
 
 def refusal(found: Sequence[str], row: Row, mapped: ColumnMap) -> str:
-    """Why a row with the `unread` columns `found` is no preference, and which option reads them."""
+    """Message: why a row with the `unread` columns `found` is refused, and the option that reads them."""
     systems = {name for name in found if _is_system(name)}
     prompts = [name for name in found if name not in systems]
     none = {"prompt": ""} if prompts else {}
     none |= {"system": ""} if systems else {}
     what = " and ".join([*(["the prompt"] if prompts else []), *(["a system text"] if systems else [])])
     option = suggestion(row, mapped)
-    if "chosen" not in row and systems == {found[0]} and not set(",+") & set(found[0]):  # rows that are no pairs
+    if "chosen" not in row and systems == {found[0]} and not set(",+") & set(found[0]):  # rows that are not pairs
         option = _option(mapped, {"system": found[0]})
     reads = f"{option} reads" if option else "rename the column to read"
     it = "it" if len(found) == 1 else "them"
@@ -80,12 +80,12 @@ def refusal(found: Sequence[str], row: Row, mapped: ColumnMap) -> str:
 
 
 def suggestion(row: Row, mapped: ColumnMap) -> str | None:
-    """The option `--data.columns` that reads the columns of a mapped row as a preference; None where they show none."""
+    """The value of `--data.columns` that reads a mapped row as a preference; None if its columns suggest none."""
     found: dict[str, str] = {}
     for key, words in (("chosen", _CHOSEN), ("rejected", _REJECTED)):
         if key not in row and (name := _side(row, words)):
             found[key] = name
-    if not found and row.keys() >= {"response_j", "response_k"}:  # of StackExchange in pairs
+    if not found and row.keys() >= {"response_j", "response_k"}:  # StackExchange pairs
         found = {"chosen": "response_j", "rejected": "response_k"}
     if not {*row, *found} >= {"chosen", "rejected"}:
         return None
@@ -108,14 +108,14 @@ def _option(mapped: ColumnMap, more: Mapping[str, str]) -> str:
 
 
 def _systems(row: Row, mapped: ColumnMap) -> list[str]:
-    """The columns with a system text, unless one is mapped, or the text is in the conversation as well."""
+    """The columns with a system text, unless one is mapped or the text is also in the conversation."""
     if "system" in mapped.columns:
         return []
     return [name for name in row if _is_system(name) and _filled(row[name]) and not _said(row, row[name])]
 
 
 def _side(row: Row, words: Collection[str]) -> str | None:
-    """The column that is called chosen, or rejected, in other words: `Chosen`, `answer_chosen`, `non_preferred_output`."""
+    """The column whose name is a variant of chosen or rejected: `Chosen`, `answer_chosen`, `non_preferred_output`."""
     for name, value in row.items():
         told = set(_words(name))
         negated = bool(told & {"non", "not"})
@@ -126,7 +126,7 @@ def _side(row: Row, words: Collection[str]) -> str | None:
 
 
 def _prompt(row: Row) -> str | None:
-    """The columns that hold the prompt, as an option names them: `instruction+input`."""
+    """The columns that hold the prompt, as written in the option: `instruction+input`."""
     names = [name for name in row if name not in _TRL and not _is_system(name) and not _is_about(name)]
     ranked = sorted((rank, name) for name in names if (rank := _rank(name)) is not None and _filled(row[name]))
     if not ranked:
@@ -140,7 +140,7 @@ def _prompt(row: Row) -> str | None:
     return "+".join([*before[:1], best, *after[:1]])
 
 
-@functools.lru_cache(maxsize=2**14)  # asked of every row
+@functools.lru_cache(maxsize=2**14)  # called for every row
 def _words(name: str) -> tuple[str, ...]:
     """The words of a column's name in lower case: `promptText`, `prompt-text` and `Prompt Text` have two."""
     return tuple(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_a-zA-Z]+", name[:200]))
@@ -167,7 +167,7 @@ def _filled(value: Any) -> bool:
 
 
 def _may_be_prompt(name: str, value: Any) -> bool:
-    """Whether a cell may be a prompt: any text where its column is called so, else one of several words, or messages."""
+    """Whether a cell may be a prompt: any text if its column is named so, otherwise a text of several words, or messages."""
     if not _filled(value) or _rank(name) is not None:
         return _filled(value)
     if isinstance(value, str):
@@ -176,7 +176,7 @@ def _may_be_prompt(name: str, value: Any) -> bool:
 
 
 def _implicit(row: Row) -> bool:
-    """Whether chosen and rejected have to tell the prompt, and no user speaks in them."""
+    """Whether the prompt must be inferred from chosen and rejected, and no user turn is in them."""
     sides = [row.get(side) for side in ("chosen", "rejected")]
     firsts = [side[0] if isinstance(side, list) and side else side for side in sides]
     roles = [first.get("role", first.get("from")) if isinstance(first, Mapping) else None for first in firsts]
@@ -184,7 +184,7 @@ def _implicit(row: Row) -> bool:
 
 
 def _said(row: Row, system: Any) -> bool:
-    """Whether the messages or the prompt of a row hold its system text."""
+    """Whether the messages or the prompt of a row contain its system text."""
     prompt = row.get("prompt")
     if isinstance(prompt, str) and isinstance(system, str) and system.strip() in prompt:
         return True

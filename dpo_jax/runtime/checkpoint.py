@@ -1,20 +1,20 @@
 """Checkpoints that are either restored bit for bit or not at all.
 
-Orbax writes asynchronously and atomically, but restores a flipped bit or an array of another dtype without a word, and takes
-an empty folder for the latest step (seen with orbax 0.12.8). So each step also holds a record: shape, dtype and digest of
-every leaf, and a digest of the record itself. The digests are of the logical arrays, not of files: they stay the same whatever
-devices a state is saved from or restored to, and are made of the pieces where they lie (`runtime.tiles`). And once orbax has
-committed a step, it is sealed: the seal finds damage in those of orbax's files, too, that a restore does not read.
+Orbax writes asynchronously and atomically, but it silently restores a flipped bit or an array of another dtype, and takes an
+empty folder for the latest step (seen with orbax 0.12.8). So each step also has a record: shape, dtype and digest of every
+leaf, and a digest of the record itself. The digests are of the logical arrays, not of files. They do not depend on the devices
+a state is saved from or restored to, and each host computes its part locally (`runtime.tiles`). Once orbax has committed a
+step, it is sealed: the seal also finds damage in files of orbax that a restore does not read.
 
     directory/120/state       orbax arrays, one flat dict: {"params.params.wte": ..., "opt_state.1.0.nu...": ..., "step": ...}
     directory/120/record      JSON: leaves, the caller's `meta`, digest
     directory/120/files.json  the seal (`runtime.seal`)
-    directory/unsealed        the number of the step that is being saved: after a kill between its commit and its seal it needs
-                              no seal, its leaves alone verify it. Any other step without a seal is damaged.
+    directory/unsealed        the number of the step being saved: after a kill between its commit and its seal it needs
+                              no seal, because its leaves verify it. Any other step without a seal is damaged.
     directory/quarantine      steps that did not verify; nothing is deleted from here
-    directory/deleting        steps on their way out: orbax renames them here, which a kill cannot leave half done
+    directory/deleting        steps being deleted: orbax renames them here, which a kill cannot leave half done
 
-`directory` may be in a bucket (`gs://...`, with the package gcsfs); orbax then deletes old steps there and then.
+`directory` may be in a bucket (`gs://...`, with the package gcsfs); orbax then deletes old steps immediately.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ logger = logging.getLogger(__name__)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for the tracebacks that orbax logs, one for each of its threads: it raises the same, and here it is caught."""
+    """False for the tracebacks that orbax logs, one per thread: it also raises them, and they are caught here."""
     return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
 
 
-logging.getLogger("absl").addFilter(_is_news)  # that of orbax
+logging.getLogger("absl").addFilter(_is_news)  # orbax's logger
 
 DELETING, QUARANTINE, UNSEALED = "deleting", "quarantine", "unsealed"
 
 
 class CheckpointDamaged(RuntimeError):
-    """There were checkpoints and none of them verified. They are in `quarantine/`; run again to train from the beginning."""
+    """There were checkpoints, but none verified. They are in `quarantine/`; run again to train from the beginning."""
 
 
 class CheckpointWriteError(OSError):
@@ -81,13 +81,13 @@ def _steps_in(folder: epath.Path) -> list[int]:
 
 
 def has_steps(directory: str | os.PathLike[str]) -> bool:
-    """Whether anything was saved to `directory`, of whatever kind and state."""
+    """Whether `directory` contains any saved step, complete or not."""
     folder = epath.Path(directory)
     return bool(_steps_in(folder))
 
 
 def newest_meta(directory: str | os.PathLike[str]) -> tuple[int, dict[str, Any]] | None:
-    """(step, meta) of the newest checkpoint, read without its arrays: for a quick look. None if there is none that is whole."""
+    """(step, meta) of the newest complete checkpoint, read without its arrays; None if there is none."""
     folder = epath.Path(directory)
     for step in sorted(_steps_in(folder), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -96,13 +96,13 @@ def newest_meta(directory: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]
 
 
 class Checkpoints:
-    """The checkpoints of one run in `directory`, of which the newest `max_to_keep` are kept. Use it as a context manager.
+    """The checkpoints of one run in `directory`; the newest `max_to_keep` are kept. A context manager.
 
-    Where there are several hosts they share the directory, and all of them make every call. Of each step that is kept as one of
-    the newest, step `origin(step)` is kept as well.
+    Several hosts share the directory, and all of them make every call. For each of the newest steps, step `origin(step)` is
+    kept as well.
 
-    Without `read_only` it is the only one to use the directory (`RunDir` holds the lock): what a killed process has left half
-    written or half deleted is removed at the start. With it nothing is changed, and a run may be writing meanwhile.
+    Without `read_only` it must be the only user of the directory (`RunDir` holds the lock), and leftovers of a killed process
+    are removed at the start. With `read_only` nothing is changed, and a run may be writing at the same time.
     """
 
     def __init__(
@@ -134,12 +134,12 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def save(self, step: int | Array, state: Any, meta: Mapping[str, Any]) -> None:
-        """Starts to save any tree of arrays, and returns once the arrays may be donated. `meta` is JSON: config, versions, ...
+        """Starts saving a tree of arrays, and returns once the arrays may be donated. `meta` is JSON: config, versions, ...
 
-        A save counts only when `wait` or a later `check_errors` has not raised. Raises CheckpointWriteError if this save or the
-        one before it failed, and ValueError where the directory already holds `step` or a later one.
+        A save counts only if `wait` or a later `check_errors` did not raise. Raises CheckpointWriteError if this save or the
+        one before it failed, and ValueError if the directory already has `step` or a later one.
         """
-        step = int(step)  # `state.step` is an array, which orbax and JSON do not take
+        step = int(step)  # `state.step` is an array, which orbax and JSON reject
         leaves = named(state)
         record = make_record(step, leaves, meta)
         self.wait()
@@ -155,7 +155,7 @@ class Checkpoints:
             self._unsealed = step
 
     def pin(self, step: int) -> None:
-        """Keeps `step`, however many come after it, in the place of the one that was pinned before."""
+        """Keeps `step` regardless of later ones, and unpins the step pinned before."""
         self._pinned[:] = [step]
 
     def restore_latest(self, abstract_state: Any, *, only: int | None = None) -> tuple[Any, dict[str, Any]] | None:
@@ -164,14 +164,14 @@ class Checkpoints:
         abstract_state: the tree to fill, as from `jax.eval_shape`. A leaf with a sharding becomes a `jax.Array` laid out that
             way, any other a numpy array.
 
-        A damaged step is moved to `quarantine/` with a warning, and the next older one is tried. Raises CheckpointDamaged when
-        none is left, and StateMismatch, before any array is read, naming each leaf that the checkpoint has otherwise.
-        With `only` that step is tried and no other; LookupError if it is not there.
+        A damaged step is moved to `quarantine/` with a warning, and the next older one is tried. Raises CheckpointDamaged if
+        none is left, and StateMismatch, before any array is read, naming each leaf that differs in the checkpoint. With `only`,
+        just that step is tried; LookupError if it does not exist.
         """
         self.wait()
         wanted = named(abstract_state)
         damaged: list[int] = []
-        committed = self._last_begun()  # read before any seal: a run that is being watched seals, and then forgets this
+        committed = self._last_begun()  # read before any seal: a running process seals a step and then clears this
         steps = sorted(self._manager.all_steps(), reverse=True)
         if only is not None and only not in steps:
             raise LookupError(f"{self.directory} has no step {only}, but {', '.join(map(str, steps[::-1])) or 'none'}")
@@ -199,7 +199,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def params_digest(self, step: int) -> str:
-        """A digest of what is trained as it was after `step` steps, from the record alone. LookupError where there is none."""
+        """A digest of the trained parameters after `step` steps, from the record alone. Raises LookupError if there is none."""
         try:
             leaves = read_record(self.directory / str(step))["leaves"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -211,7 +211,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def wait(self) -> None:
-        """Returns once everything saved is on disk, and sealed. Raises CheckpointWriteError otherwise."""
+        """Returns once everything saved is on disk and sealed. Raises CheckpointWriteError otherwise."""
         with _writing(self.directory):
             step, self._unsealed = self._unsealed, None
             self._manager.wait_until_finished()
@@ -222,13 +222,13 @@ class Checkpoints:
             (self.directory / UNSEALED).unlink(missing_ok=True)
 
     def check_errors(self) -> None:
-        """Raises CheckpointWriteError if a save in the background has failed by now. Does not wait for it."""
-        # Not manager.check_for_errors(): its own finishing thread takes the error first, and only waiting hands it out.
+        """Raises CheckpointWriteError if a background save has failed so far. Does not wait."""
+        # Not manager.check_for_errors(): orbax's finishing thread takes the error first, and only waiting raises it.
         if not self._manager.is_saving_in_progress():
             self.wait()
 
     def close(self) -> None:
-        """Waits for what is being saved, then lets go of the directory."""
+        """Waits for running saves, then releases the directory."""
         self.wait()
         with _writing(self.directory):
             self._manager.close()
@@ -244,11 +244,11 @@ class Checkpoints:
         except CheckpointWriteError as second:
             if error is None:
                 raise
-            if not isinstance(error, OSError):  # on a full disk nothing can be written, and one message says so
-                logger.error("%s", second)  # and let the first error be the one that is seen
+            if not isinstance(error, OSError):  # on a full disk nothing can be written, and one message is enough
+                logger.error("%s", second)  # and let the first error propagate
 
     def _last_begun(self) -> int | None:
-        """The step that was being saved when the directory was last written to, if that was not to the end."""
+        """The step whose save was not finished when the directory was last written to, if any."""
         try:
             return int((self.directory / UNSEALED).read_text())
         except (FileNotFoundError, ValueError):
@@ -266,7 +266,7 @@ class Checkpoints:
         return record
 
     def _read_leaves(self, step: int, record: Mapping[str, Any], wanted: Leaves) -> Leaves:
-        # Stored shapes first: damaged metadata could ask for more memory than there is.
+        # Check stored shapes first: damaged metadata could request more memory than there is.
         stored = self._manager.item_metadata(step)["state"]
         found = {name: (list(stored[name].shape), str(np.dtype(stored[name].dtype))) for name in stored}
         if found != {name: (leaf["shape"], leaf["dtype"]) for name, leaf in record["leaves"].items()}:
@@ -278,9 +278,9 @@ class Checkpoints:
         return leaves
 
     def _set_aside(self, step: int, error: Exception) -> list[int]:
-        """Moves a step that did not verify to quarantine. Returns the steps lost by it: none if the folder was empty."""
+        """Moves a step that did not verify to quarantine. Returns the steps lost: none if the folder was empty."""
         if isinstance(error, (MemoryError, PermissionError, ConnectionError, TimeoutError, jax.errors.JaxRuntimeError)):
-            raise error  # a full device, for instance, or a network that is down says nothing about the checkpoint
+            raise error  # errors such as a full device or a broken network do not mean a damaged checkpoint
         source = self.directory / str(step)
         lost = [step] if source.exists() and any(source.iterdir()) else []
         done = "left where it is"
@@ -298,15 +298,15 @@ class Checkpoints:
         leftovers = self.directory / DELETING
         if hosts.is_first() and leftovers.is_dir():
             for folder in leftovers.iterdir():
-                if re.match(r"\d", folder.name) and folder.is_dir():  # orbax names it after its step; all else is somebody's
+                if re.match(r"\d", folder.name) and folder.is_dir():  # orbax names it after its step; else it is foreign
                     folder.rmtree()
-            if leftovers.is_dir() and not any(leftovers.iterdir()):  # in a bucket, a folder is gone with its last file
+            if leftovers.is_dir() and not any(leftovers.iterdir()):  # in a bucket, a folder disappears with its last file
                 leftovers.rmdir()
         hosts.barrier("purge")
 
 
 class _Keep:
-    """A policy of orbax: the newest `count` steps stay, their origins, and those in `pinned`, a list that changes."""
+    """Preservation policy for orbax: keeps the newest `count` steps, their origins, and those in `pinned`, a mutable list."""
 
     def __init__(self, count: int, pinned: Sequence[int], origin: Callable[[int], int]):
         self._count, self._pinned, self._origin = count, pinned, origin
@@ -326,7 +326,7 @@ def _writing(directory: epath.Path) -> Iterator[None]:
 
 
 def _attempt(read: Any) -> tuple[Any, Exception | None]:
-    """(result, None), or (None, error) on all hosts where it failed on any: each host reads other pieces of the files."""
+    """(result, None), or (None, error) on all hosts if any failed: each host reads different parts of the files."""
     result, error = None, None
     try:
         result = read()
@@ -339,7 +339,7 @@ def _attempt(read: Any) -> tuple[Any, Exception | None]:
 
 def _free_name(folder: epath.Path, name: str) -> epath.Path:
     folder.mkdir(parents=True, exist_ok=True)
-    if is_remote(folder):  # in a bucket a folder is there when something is in it
+    if is_remote(folder):  # in a bucket a folder exists if it contains something
         write_whole(folder / "README", "Steps that did not verify. Nothing reads them.\n")
     count = 0
     while (folder / f"{name}-{count}").exists():

@@ -17,17 +17,17 @@ from dpo_jax.runtime.tiles import tile_digests
 from dpo_jax.untrusted import parse_object
 
 FORMAT = 4  # 1 had no seals, 2 had kernels that write to the residual stream with D last
-WHOLE = 3  # had a SHA-256 of each whole array, in the place of digests of tiles
+WHOLE = 3  # had a SHA-256 of each whole array instead of digests of tiles
 READ = (WHOLE, FORMAT)
 Leaves = dict[str, Any]
 
 
 class StateMismatch(ValueError):
-    """The checkpoint is sound, but of another model or optimizer than the state that is to be filled."""
+    """The checkpoint is intact, but belongs to a different model or optimizer than the state to be filled."""
 
 
 def read_record(step_folder: epath.Path) -> dict[str, Any]:
-    """The record of a step, without its arrays. Raises OSError, ValueError, KeyError or TypeError where it is not whole."""
+    """The record of a step, without its arrays. Raises OSError, ValueError, KeyError or TypeError if it is incomplete."""
     record = parse_object((step_folder / "record" / "metadata").read_bytes(), f"checkpoint {step_folder.name}")
     if record["format"] not in READ or record["digest"] != record_digest(record):
         raise ValueError("the record is of another format, or differs from its digest")
@@ -39,7 +39,8 @@ def record_digest(record: Mapping[str, Any]) -> str:
 
 
 def named(state: Any) -> Leaves:
-    """Leaves by dotted path, in tree order. Containers without leaves (`optax.EmptyState`) come back from the target tree."""
+    """Leaves by dotted path, in tree order. Containers without leaves (`optax.EmptyState`) are restored from the target
+    tree."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(named) != len(leaves):
@@ -57,7 +58,7 @@ def make_record(step: int, leaves: Leaves, meta: Mapping[str, Any]) -> dict[str,
 
 
 def check_leaves(record: Mapping[str, Any], leaves: Leaves) -> None:
-    """Raises ValueError naming a leaf whose values are not those of the record. All hosts make this call."""
+    """Raises ValueError naming a leaf whose values differ from the record. All hosts must call it."""
     older = record["format"] == WHOLE
     found = {name: _sha256(leaf) for name, leaf in leaves.items()} if older else tile_digests(leaves, every_copy=True)
     for name, digest_ in found.items():
@@ -66,7 +67,7 @@ def check_leaves(record: Mapping[str, Any], leaves: Leaves) -> None:
 
 
 def _sha256(leaf: Any) -> str:
-    """Of the logical array in row-major order, little endian, whatever its layout on devices."""
+    """SHA-256 of the logical array, row-major and little endian, independent of its device layout."""
     sha = hashlib.sha256()
     for piece in hosts.gathered_chunks(leaf):
         sha.update(np.ascontiguousarray(piece).view(np.uint8).data)

@@ -1,11 +1,12 @@
-"""What a TPU chip or a GPU has, and the slices and hosts that can be named: v5e:4x4, h100:8, h100:4x8.
+"""Hardware data of TPU chips and GPUs, and parsing of topologies such as v5e:4x4, h100:8, h100:4x8.
 
-Sources. TPUs: the tables "System architecture" of docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. The rate of
-the links there is the sum of both directions; here it is what a chip can send, over all its links together.
+Sources. TPUs: the tables "System architecture" of docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. Link rates
+there are the sum of both directions; here the rate is what a chip can send over all its links.
+
 GPUs: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and HGX B200: dense bfloat16 without sparsity, NVLink in one
-direction (half of what they print). Memory is what CUDA shows (H200: what is printed on it), and the rest of the description
-for the compiler is that of openxla/xla, xla/backends/gpu/target_config/specs. The network is that of NVIDIA's DGX systems: a
-card for each GPU, 400 Gb/s (DGX A100: 200 Gb/s).
+direction (half of the printed value). Memory is what CUDA reports (H200: what is printed on it). The rest of the description
+for the compiler is from openxla/xla, xla/backends/gpu/target_config/specs. The network is that of NVIDIA's DGX systems: one
+card per GPU, 400 Gb/s (DGX A100: 200 Gb/s).
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ GIB = 1 << 30
 
 
 class TopologyError(ValueError):
-    """A slice or a set of hosts that does not exist, or that cannot be described here."""
+    """A slice or set of hosts that does not exist or cannot be described here."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak rates of a whole chip. `cores`: how many devices JAX sees in it, each with its share.
+    """Peak rates of a whole chip. `cores` is the number of JAX devices in it, each with its share.
 
-    Bytes leave the chip at `link_bandwidth`: to the other chips of a TPU slice, or over NVLink to the GPUs of the same host.
-    `network` is what a GPU has to those of other hosts.
+    `link_bandwidth` is the send rate to the other chips of a TPU slice, or over NVLink to GPUs of the same host; `network` is a
+    GPU's rate to other hosts.
     """
 
     name: str
     hbm_bytes: float
-    flops: float  # bfloat16, a second
-    hbm_bandwidth: float  # bytes a second
+    flops: float  # bfloat16, per second
+    hbm_bandwidth: float  # bytes per second
     link_bandwidth: float
     slices: tuple[str, ...]
     cores: int = 1
@@ -87,7 +88,7 @@ CHIPS = {
 
 
 def slice_of(topology: str) -> tuple[Chip, int]:
-    """The chip, and how many of them, of "v5e:4x4" or "h100:8". Raises `TopologyError` with what there is."""
+    """(chip, number of chips) of a topology such as "v5e:4x4" or "h100:8". Raises `TopologyError`, listing the known ones."""
     name, _, shape = topology.partition(":")
     chip = CHIPS.get(name)
     if chip is None or not re.fullmatch(r"\d+(x\d+)*", shape):
@@ -101,7 +102,7 @@ def slice_of(topology: str) -> tuple[Chip, int]:
 
 
 def _is_slice(chip: Chip, sizes: list[int]) -> bool:
-    """Whether these TPUs come in this shape. In three dimensions there are more than are listed, of hosts of 2 x 2 chips."""
+    """Whether these TPUs exist in this shape. In three dimensions there are more shapes than listed, built of 2 x 2 hosts."""
     if chip.slices == _FLAT:
         return "x".join(map(str, sizes)) in _FLAT
     return len(sizes) == 3 and all(sizes) and not (sizes[0] % 2 or sizes[1] % 2)
@@ -112,13 +113,13 @@ def known_slices() -> str:
 
 
 def host_devices(topology: str) -> int | None:
-    """GPUs of one host. None for TPUs, whose links do not end at a host."""
+    """GPUs per host; None for TPUs, whose links cross hosts."""
     chip, _ = slice_of(topology)
     return int(topology.rpartition(":")[2].split("x")[-1]) if chip.gpu else None
 
 
 def check_compiler(chip: Chip) -> str:
-    """What compiles for `chip`: libtpu, or JAX's CUDA plugin. Raises `TopologyError` where it is not installed."""
+    """The compiler for `chip`: libtpu or JAX's CUDA plugin. Raises `TopologyError` if it is not installed."""
     needed, found = ("JAX's CUDA plugin", plugin_is_here()) if chip.gpu else ("libtpu", importlib.util.find_spec("libtpu"))
     if not found:
         extra = "cuda13" if chip.gpu else "tpu"
@@ -130,9 +131,9 @@ def check_compiler(chip: Chip) -> str:
 
 
 def slice_devices(topology: str) -> list[Any]:
-    """Devices that need not be here, for which programs can be compiled. Needs libtpu or JAX's CUDA plugin, and no chip.
+    """Virtual devices for which programs can be compiled. Needs libtpu or JAX's CUDA plugin, but no chip.
 
-    Raises `TopologyError` where that is missing or knows no such slice. For GPUs `jax_platforms` must be "cpu".
+    Raises `TopologyError` if that is missing or does not know the slice. For GPUs `jax_platforms` must be "cpu".
     """
     chip, count = slice_of(topology)
     needed = check_compiler(chip)
@@ -141,21 +142,21 @@ def slice_devices(topology: str) -> list[Any]:
             per_host = host_devices(topology) or 1
             return gpu_devices(chip.gpu, hosts=count // per_host, per_host=per_host)
         return _tpu_devices(chip, topology)
-    except Exception as error:  # of XLA, as whatever class it has today
+    except Exception as error:  # XLA's, of whatever class
         raise TopologyError(
             f"{topology!r}: {needed} does not know this slice ({str(error).splitlines()[0]}); there are {known_slices()}"
         ) from error
 
 
 def _tpu_devices(chip: Chip, topology: str) -> list[Any]:
-    # libtpu asks the cloud's metadata server which TPU it is on, and wants to be the only one on the machine.
+    # libtpu asks the cloud's metadata server for the TPU type, and wants to be the only one on the machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # Else it prints six lines about the machine that it has not found. What is planned for does not depend on them.
+    # Otherwise it prints six lines about the missing machine. The plan does not depend on this.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
-    # The two cores of a v4 chip work as one device, as they do where JAX finds them.
+    # The two cores of a v4 chip form one device, as on real hardware.
     options = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)

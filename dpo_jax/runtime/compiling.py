@@ -14,29 +14,28 @@ from jax.experimental.compilation_cache import compilation_cache
 from dpo_jax.runtime.progress import BOARD
 
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
-"""What JAX tells its listeners last before it compiles a program."""
+"""The last event that JAX reports before it compiles a program."""
 COMPILED = "/jax/core/compile/backend_compile_duration"
-"""What JAX tells its listeners when a program is compiled, or read from the cache: before it runs."""
+"""The event that JAX reports when a program has been compiled or read from the cache, before it runs."""
 
 
 def keep_programs(folder: str | os.PathLike[str]) -> None:
-    """Compiled programs are kept in `folder`, so that no other process compiles them again; and the compiler's memory is not.
+    """Cache compiled programs in `folder` for other processes, and return the compiler's memory to the system.
 
-    Where JAX_COMPILATION_CACHE_DIR names a folder, they are kept there. Small programs are kept, too: a run has a dozen.
-
-    glibc holds on to what the compiler has freed, some 300 MB, while the program takes its own memory beside it.
+    JAX_COMPILATION_CACHE_DIR takes precedence. Small programs are cached too: a run has a dozen. Without the trimming, glibc
+    keeps the memory that the compiler has freed, some 300 MB, in addition to that of the program.
     """
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.abspath(folder)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()  # JAX asks once whether there is a cache, and remembers the answer
+    compilation_cache.reset_cache()  # JAX checks once whether there is a cache and remembers the answer
     report_compiling()
     _return_memory()
 
 
 @contextlib.contextmanager
 def without_kept_programs() -> Iterator[None]:
-    """Compiles anew, and keeps nothing: JAX cannot read a program for a chip that is not here back from its cache."""
+    """Context manager that disables the cache: JAX cannot read programs for absent chips back from it."""
     before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     try:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -47,9 +46,9 @@ def without_kept_programs() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-@functools.cache  # a listener stays, and one is enough
+@functools.cache  # a listener is permanent, and one is enough
 def report_compiling() -> None:
-    """From now on `progress.BOARD` knows what is compiled: it can say so, and no speed is reckoned with that time."""
+    """Report compilations to `progress.BOARD` from now on, so that it can show them and leave their time out of speeds."""
 
     def heard(event: str, duration_secs: float, **_: object) -> None:
         if event == LOWERED:
@@ -67,7 +66,7 @@ def _return_memory() -> None:
         return
 
     def returned(event: str, duration_secs: float, **_: object) -> None:
-        if event == COMPILED and duration_secs > 0.1:  # it takes milliseconds itself
+        if event == COMPILED and duration_secs > 0.1:  # trimming itself takes milliseconds
             trim(ctypes.c_size_t(0))
 
     jax.monitoring.register_event_duration_secs_listener(returned)

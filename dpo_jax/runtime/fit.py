@@ -1,4 +1,4 @@
-"""The one training loop, for any step `(state, batch) -> (state, metrics)`. It knows nothing of the algorithm."""
+"""The training loop for any step `(state, batch) -> (state, metrics)`, independent of the algorithm."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dpo_jax.runtime.steplog import StepLog
 from dpo_jax.runtime.training_progress import Progress
 
 EXIT_PREEMPTED = 143
-"""Exit code of a process that saved and stopped because of SIGTERM. Run it again to continue. After SIGINT it is 130."""
+"""Exit code of a process that saved and stopped after SIGTERM. Run it again to continue. After SIGINT it is 130."""
 
 SAVE = 1
-"""The request to save, as a number that hosts agree on: smaller than the numbers of signals, which take precedence."""
+"""The number by which hosts agree to save; smaller than signal numbers, which take precedence."""
 
 
 class Preempted(RuntimeError):
-    """Stopped by a signal, after `step` steps. End the process with `EXIT_PREEMPTED`, for launchers that start it again."""
+    """Stopped by a signal after `step` steps. End the process with `EXIT_PREEMPTED`, so that launchers restart it."""
 
     def __init__(self, message: str, *, step: int):
         super().__init__(message)
@@ -36,14 +36,14 @@ class Preempted(RuntimeError):
 
 
 class Verdict(NamedTuple):
-    """What follows from an evaluation: whether the state is saved at once, and whether the run ends with it."""
+    """Decision after an evaluation: whether to save the state at once, and whether to end the run."""
 
     save: bool = False
     stop: bool = False
 
 
 class Interrupted(Preempted):
-    """Stopped by SIGINT: by a person at the keyboard, whom no launcher should contradict. End the process with 130."""
+    """Stopped by SIGINT, by a person at the keyboard. End the process with 130, so that no launcher restarts it."""
 
 
 def fit(
@@ -72,31 +72,31 @@ def fit(
     agree: Callable[[int], int] = lambda number: number,
     clock: Callable[[], float] = time.monotonic,
 ) -> Any:
-    """Takes steps `state.step` to `total_steps - 1` and returns the state after the last. The given state is donated.
+    """Run steps `state.step` to `total_steps - 1` and return the state after the last. The given state is donated.
 
     Args:
       step: compiled `step(state, batch) -> (state, metrics)`; metrics are float32[] by name. `state` is any tree of arrays with
         an attribute `step`, an integer.
-      stream: `stream(i)` is the batch of step `i`: what `step` takes, or a `data.loader.Batch`, of which it takes the `rows`;
-        `uids` and `stats` (examples, tokens) go to the log. A thread calls it, one batch ahead. It must be a pure function of
-        `i`: then a resumed run equals the uninterrupted one.
+      stream: `stream(i)` is the batch of step `i`: the input of `step`, or a `data.loader.Batch`, whose `rows` are the input;
+        `uids` and `stats` (examples, tokens) are logged. A thread calls it, one batch ahead. It must be a pure function of `i`,
+        so that a resumed run equals the uninterrupted one.
       lr: the schedule, logged as `lr`.
       checkpoints: `runtime.checkpoint.Checkpoints`. The state is saved with `meta` every `save_every` steps, at the end, and on
         a signal.
-      save_every_minutes: also save when the last save (or the start) is this long ago by `clock`, which gives seconds. With
-        several hosts, the first one keeps the time; the others get 0, and learn of it through `agree`.
+      save_every_minutes: also save if the last save (or the start) was this long ago by `clock` (in seconds). With several
+        hosts, the first one keeps the time; the others get 0 and learn of it through `agree`.
       evaluate: `evaluate(state, steps taken) -> metrics`, every `eval_every` steps and at the end, logged under `eval/`.
-      evaluate_first: also evaluate the given state: a signal may have come before that was done.
-      watch: `watch(steps taken, metrics)` after each evaluation says whether to save, and whether to end the run early.
-      renew: `renew(state, steps taken, pause)` after every `renew_every` steps, once the state is saved, changes what `stream`
-        reads; not after the last. It calls `pause()` now and then, which raises `Preempted` after a signal.
+      evaluate_first: also evaluate the given state, if a signal came before its evaluation.
+      watch: `watch(steps taken, metrics)`, called after each evaluation, decides whether to save and whether to end the run.
+      renew: `renew(state, steps taken, pause)`, called after every `renew_every` steps once the state is saved, changes what
+        `stream` reads; not called after the last step. It calls `pause()` regularly, which raises `Preempted` after a signal.
       check: `check(step, metrics)` may raise to stop the run, for instance when the loss of step 0 is not ln 2.
-      unit: which of `stats` counts examples.
-      shapes: how many shapes the batches can have, for the progress display; 0 if unknown. Each shape is compiled once.
-      get_state: from the form that `step` works on to the form that is saved; `Partitioner.get_state` where they differ.
-      agree: `hosts.agreement()`, where several hosts must save or stop after the same step.
+      unit: the entry of `stats` that counts examples.
+      shapes: number of possible batch shapes, for the progress display; 0 if unknown. Each shape is compiled once.
+      get_state: converts the state from the form used by `step` to the form saved; `Partitioner.get_state` if they differ.
+      agree: `hosts.agreement()`, if several hosts must save or stop after the same step.
 
-    Metrics of a step are read while the device computes the next one, and always before anything is saved.
+    The metrics of a step are read while the device computes the next one, and always before anything is saved.
 
     Raises NonFinite (and writes `bad_batch.json` beside the log), Preempted, and whatever stream, check and evaluate raise.
     """
@@ -126,7 +126,7 @@ def fit(
             batch = _parts(prefetcher.get(index))
             with compilations.named(batch.inputs):
                 state, metrics = step(state, batch.inputs)
-            rows.flush()  # the metrics of the step before, while this one is computed
+            rows.flush()  # the metrics of the previous step, while this one is computed
             if checkpoints is not None:
                 checkpoints.check_errors()
             rows.add(index, metrics if lr is None else {**metrics, "lr": lr(index)}, uids=batch.uids, stats=batch.stats)
@@ -140,7 +140,7 @@ def fit(
             renewing = _is_due(done, every) and not (stop or last)
             if request or last or renewing or verdict.save or _is_due(done, save_every):
                 rows.flush()
-                rows.sync()  # a checkpoint of step n promises that the rows of all steps before n are on disk
+                rows.sync()  # a checkpoint of step n guarantees that the rows of all steps before n are on disk
                 if checkpoints is not None:
                     with reported(f"saving step {done}"):
                         checkpoints.save(done, get_state(state), dict(meta or {}))
@@ -162,7 +162,7 @@ def fit(
 
 
 class _Parts(NamedTuple):
-    """A batch: what the step takes, and what the log is told of it."""
+    """A batch: the input of the step, and its log entries."""
 
     inputs: Any
     uids: Sequence[str]
@@ -188,7 +188,7 @@ def _stopped(number: int, done: int, *, saved: bool) -> Preempted:
 
 
 class _SaveTimer:
-    """Requests a save once `minutes` have passed, and then not again until `restart`: hosts may agree one step later."""
+    """Requests a save once `minutes` have passed, then none until `restart`, because hosts may agree one step later."""
 
     def __init__(self, minutes: float, clock: Callable[[], float]):
         self._seconds, self._clock = 60 * minutes, clock
@@ -205,7 +205,7 @@ class _SaveTimer:
 
 
 class _Compilations:
-    """Reports the compilation of each new shape of batches as progress."""
+    """Reports the compilation of each new batch shape as progress."""
 
     def __init__(self, shapes: int):
         self._shapes, self._known = shapes, set()

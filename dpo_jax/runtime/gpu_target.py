@@ -1,4 +1,4 @@
-"""Describe a GPU to XLA, which then compiles for it where none is. Needs the wheels of JAX's CUDA plugin, and no driver."""
+"""GPU descriptions for XLA, to compile without a GPU. Needs the wheels of JAX's CUDA plugin, but no driver."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import importlib.util
 import os
 from typing import Any
 
-# Nothing can be timed here, so XLA chooses kernels by rules. Products in Triton are off, because choosing their tiles asks
-# cuBLAS for its candidates, which it cannot list without a GPU. A run on a GPU may choose others.
+# Nothing can be timed here, so XLA chooses kernels by rules. Triton products are off: choosing their tiles needs cuBLAS's list
+# of candidates, which requires a GPU. A run on a GPU may choose other kernels.
 COMPILER_OPTIONS: dict[str, bool | int] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
 @dataclasses.dataclass(frozen=True)
 class GpuTarget:
-    """What XLA asks of a GPU. Sizes in bytes, of one GPU or of one of its `cores` (streaming multiprocessors)."""
+    """GPU properties that XLA needs. Sizes in bytes, of one GPU or of one of its `cores` (streaming multiprocessors)."""
 
-    name: str  # as the driver gives it: JAX's device_kind
+    name: str  # as reported by the driver: JAX's device_kind
     capability: tuple[int, int]
     cores: int
     fpus_per_core: int
@@ -26,12 +26,12 @@ class GpuTarget:
     memory_bandwidth: int
     l2_cache: int
     shared_memory_per_core: int
-    shared_memory_per_block: int  # at most, if a kernel asks for it
+    shared_memory_per_block: int  # the most that a kernel can request
 
     def textproto(self) -> str:
-        """`stream_executor.GpuTargetConfigProto`. What all of these GPUs have in common is written out here."""
+        """`stream_executor.GpuTargetConfigProto`. Values common to all of these GPUs are constants here."""
         major, minor = self.capability
-        # "sm_90a": the instructions of tensor cores that are of one generation only (wgmma, tcgen05).
+        # "sm_90a": tensor core instructions specific to one generation (wgmma, tcgen05).
         extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
         return f"""gpu_device_info {{
   threads_per_block_limit: 1024
@@ -65,11 +65,11 @@ def plugin_is_here() -> bool:
 
 
 def gpu_devices(target: GpuTarget, *, hosts: int, per_host: int) -> list[Any]:
-    """Devices of as many described GPUs, numbered host by host. JAX must have been told to run on the CPU (`jax_platforms`):
-    else the plugin looks for a driver, and JAX forgets it where there is none."""
+    """Virtual devices of such GPUs, numbered host by host. JAX must be set to run on the CPU (`jax_platforms`); otherwise the
+    plugin looks for a driver, and JAX drops the plugin if there is none."""
     from jax.experimental import topologies
 
-    # XLA warns of every program that takes more than 80 % of the memory. JAX asks for warnings unless somebody asked otherwise.
+    # XLA warns of every program that uses more than 80 % of the memory. JAX enables warnings by default.
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     shape = f"1x{hosts}x{per_host}"  # slices (groups of hosts with NVLink between them), hosts, GPUs

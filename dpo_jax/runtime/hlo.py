@@ -1,6 +1,6 @@
-"""What a compiled program does, read from its text: collectives, matrix products, kernels and memory traffic.
+"""Costs of a compiled program, read from its text: collectives, matrix products, kernels and memory traffic.
 
-Each counts as often as the loops around it run it.
+Each instruction is counted as often as its enclosing loops run it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "__cudnn$fm
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Of one device and one call of the program. `unknown_loops` counted once: nothing says how often they run."""
+    """Costs of one device and one call of the program. `unknown_loops` have an unknown trip count and are counted once."""
 
     collectives: dict[str, Collective]
-    matmul_flops: float  # without those inside custom kernels
+    matmul_flops: float  # without FLOPs inside custom kernels
     unknown_loops: int
     kernels: float  # executions of custom kernels: Pallas, and cuDNN's attention
-    routed: float  # executions of products with experts whose length depends on routing: left out of all other numbers
-    traffic_bytes: float  # through the memory, if each operation reads its operands and writes its results
+    routed: float  # executions of expert products whose length depends on routing; excluded from all other numbers
+    traffic_bytes: float  # memory traffic if each operation reads its operands and writes its results
 
 
 def summarize(text: str, *, host_devices: int | None = None) -> Summary:
-    """Reads `compiled.as_text()`, of one device after partitioning. `host_devices`: how many devices a host has, if the network
+    """Summarize `compiled.as_text()`, of one device after partitioning. `host_devices`: devices per host, if the network
     between hosts matters."""
     computations, entry = parse(text)
     found: dict[str, Collective] = {}
@@ -57,7 +57,7 @@ def summarize(text: str, *, host_devices: int | None = None) -> Summary:
 
 
 def _transfer(execution: Execution) -> tuple[str, str]:
-    """Pieces of one transfer, spread over several fusions so that it overlaps them, share a channel."""
+    """Key of a transfer: its parts, spread over several fusions to overlap with them, share a channel."""
     channel = re.search(r"channel_id=(\d+)", execution.one.attributes)
     name = channel[1] if channel and execution.fused else f"{execution.computation}/{execution.one.name}"
     return execution.caller, name

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program: how often, how many bytes, and which of them leave the host."""
+"""Collectives of a compiled program: counts, bytes, and the bytes that leave the host."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 @dataclasses.dataclass
 class Collective:
-    """`count` executions a step; `operand_bytes` that a device puts in, `moved_bytes` that leave it on a ring.
+    """`count` executions per step; `operand_bytes` that a device contributes, `moved_bytes` that it sends on a ring.
 
-    `crossing_bytes` are those of `moved_bytes` in groups with devices of several hosts. A ring leaves each host once, and NCCL
-    makes as many rings as a group has devices on a host, each through another network card. So `network_bytes`, those through
-    the card of one device, are `crossing_bytes` over the devices that a group has on a host.
+    `crossing_bytes` are the `moved_bytes` of groups with devices of several hosts. A ring leaves each host once, and NCCL makes
+    as many rings as a group has devices on a host, each through a different network card. So `network_bytes`, through the card
+    of one device, are `crossing_bytes` divided by the group's devices per host.
     """
 
     kind: str
@@ -31,14 +31,14 @@ class Collective:
 
 
 def kind_of(execution: Execution) -> str:
-    """The operation without its asynchronous form. TPUs run a reduce-scatter as a fusion of an all-reduce and a slice of it."""
+    """The operation without its asynchronous form. TPUs run a reduce-scatter as a fusion of an all-reduce and a slice."""
     kind = execution.one.kind
     scattered = kind == "all-reduce" and execution.computation.startswith("all-reduce-scatter")
     return "reduce-scatter" if scattered else kind
 
 
 def add(total: Collective, one: Instruction, body: Body, times: int, *, host_devices: int | None) -> None:
-    """Counts a collective that runs `times`. `host_devices`: devices of one host, numbered in a row; None: all on one."""
+    """Adds a collective that runs `times`. `host_devices`: consecutively numbered devices per host; None: one host."""
     operand = sum(array_bytes(body[name].type) for name in one.operands if name in body)
     size = _group_size(one.attributes)
     ring = (size - 1) / size
@@ -54,7 +54,7 @@ def add(total: Collective, one: Instruction, body: Body, times: int, *, host_dev
 
 
 def _rings(attributes: str, host_devices: int) -> int | None:
-    """Devices that a group has on one of its hosts, where some group is on several hosts; else None."""
+    """Devices of a group on one of its hosts, if some group spans several hosts; otherwise None."""
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
     if pairs:
         sent = re.findall(r"\{(\d+),(\d+)", pairs[1])
@@ -86,8 +86,8 @@ def device_groups(attributes: str) -> np.ndarray | None:
 
 
 def _mesh(attributes: str) -> tuple[list[int], list[int]] | None:
-    """(sizes, axes of the group) of the notation mesh['data'=2,'fsdp'=4] {'fsdp'}. 'fsdp':(2)2 is a part of an axis: 2 places
-    of it, 2 of the axis before it; the axis is written as three then."""
+    """(sizes, axes of the group) of the notation mesh['data'=2,'fsdp'=4] {'fsdp'}. 'fsdp':(2)2 is part of an axis: 2 places,
+    after 2 in front of it; the axis is then split into three."""
     found = re.search(r"replica_groups=\S*?mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
     if not found:
         return None

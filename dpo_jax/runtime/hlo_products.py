@@ -1,4 +1,4 @@
-"""Matrix products of a compiled program: as `dot`, as the convolutions of TPUs, and as the cuBLAS calls of GPUs."""
+"""Matrix products of a compiled program: `dot`, convolutions on TPUs, and cuBLAS calls on GPUs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dpo_jax.runtime.hlo_text import Body, Execution, Instruction, executions, p
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """One matrix product of one device, which runs `times` in a call of the program. Types are XLA's: bf16, f32.
+    """A matrix product of one device, run `times` in a call of the program. Types are XLA's: bf16, f32.
 
-    `how` is "dot", "convolution" or the cuBLAS function. `operands` are the types that go in as XLA multiplies them: a `dot` in
-    a fusion may convert its operands first. `source` is the place in the model, from JAX's name stack.
+    `how` is "dot", "convolution" or the cuBLAS function. `operands` are the types that XLA multiplies: a `dot` in a fusion may
+    convert its operands first. `source` is the place in the model, from JAX's name stack.
     """
 
     how: str
@@ -52,12 +52,12 @@ def product_of(execution: Execution) -> Product | None:
 
 
 def _operand_arrays(one: Instruction, body: Body) -> int:
-    """How many arrays of the type of an asynchronous operation are its operands: they come before its results."""
+    """Number of arrays in the type of an asynchronous operation that are operands; they precede the results."""
     return sum(len(shapes(body[name].type)) for name in one.operands if name in body)
 
 
 def _dot(one: Instruction, left: tuple[int, ...], result: tuple[int, ...]) -> float:
-    """Two for each multiplication with an addition."""
+    """FLOPs: two per multiply-add."""
     plain = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
     cublas = re.search(r'"lhs_contracting_dimensions":\[([\d,"]*)\]', one.attributes)
     dims = (plain or cublas or ("", ""))[1].replace('"', "")
@@ -65,7 +65,7 @@ def _dot(one: Instruction, left: tuple[int, ...], result: tuple[int, ...]) -> fl
 
 
 def _convolution(one: Instruction, left: tuple[int, ...], right: tuple[int, ...], result: tuple[int, ...]) -> float:
-    """As for a product. What lies in the padding does not count."""
+    """FLOPs as for a product, without positions in the padding."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
     if labels is None or not left or not right:
         return 0.0
@@ -83,7 +83,7 @@ def _braces(attributes: str, word: str) -> str:
 
 
 def _valid(length: int, outputs: int, size: int, window: dict[str, list[str]], axis: int) -> int:
-    """Pairs of an output and a kernel position that meet an input along one spatial axis."""
+    """Number of (output, kernel position) pairs that hit an input along one spatial axis."""
 
     def of(word: str, default: str) -> str:
         return window.get(word, [default] * (axis + 1))[axis]

@@ -1,6 +1,6 @@
-"""Parse the text of a compiled program, and walk through it with how often each instruction runs.
+"""Parser of the text of a compiled program, with the execution count of each instruction.
 
-XLA's own `cost_analysis` counts the body of a loop once, and layers, microbatches and chunks of the head are all loops.
+XLA's own `cost_analysis` counts a loop body once, but layers, microbatches and chunks of the head are all loops.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*)[a-z0-9]*\[([\d,]*)\]")
 _CALLS = re.compile(r"(?:calls|to_apply|branch_computations|called_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?")
-# The scalar function of a reduction, and of the sum of an all-reduce, is no work worth counting.
+# The scalar function of a reduction or all-reduce is not worth counting.
 _CALLING = ("fusion", "call", "conditional", "async")
 
 
@@ -47,9 +47,9 @@ Computations = dict[str, Body]
 class Execution(NamedTuple):
     """An instruction that runs `times` in one call of the program.
 
-    `caller`: the innermost computation around it that is no fusion. `endless`: a loop that says nowhere how often it runs; its
-    body counts once. `routed`: a product whose length depends on the routing of tokens, a loop or a kernel of ragged products.
-    What such a loop holds is left out.
+    `caller`: the innermost enclosing computation that is not a fusion. `endless`: a loop with unknown trip count; its body
+    counts once. `routed`: a product whose length depends on the routing of tokens: a loop or a kernel of ragged products. The
+    body of such a loop is left out.
     """
 
     one: Instruction
@@ -63,7 +63,7 @@ class Execution(NamedTuple):
 
 
 def executions(computations: Computations, entry: str) -> Iterator[Execution]:
-    """All instructions that run, those inside of loops, calls, branches and fusions too."""
+    """All executed instructions, including those inside loops, calls, branches and fusions."""
     yield from _visit(computations, entry, 1, entry, False)
 
 
@@ -115,7 +115,7 @@ def _until_closed(line: str, start: int) -> tuple[str, str]:
 
 
 def called_by(one: Instruction) -> Iterator[str]:
-    """The computations that an instruction runs once; loops are not meant."""
+    """The computations that an instruction runs once, loops excluded."""
     if one.kind in _CALLING:
         for names in _CALLS.findall(one.attributes):
             yield from (name.strip().lstrip("%") for name in names.split(",") if name.strip())
@@ -123,7 +123,7 @@ def called_by(one: Instruction) -> Iterator[str]:
 
 
 def shapes(type_: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(element type, lengths) of every array in the text of a type."""
+    """(element type, shape) of every array in the text of a type."""
     return [(name, tuple(int(n) for n in dims.split(",") if n)) for name, dims in _SHAPE.findall(type_)]
 
 
@@ -138,7 +138,7 @@ def _item_bytes(name: str) -> float:
 
 
 def _trips(loop: Instruction, around: Body, condition: Body, body: Body) -> int | None:
-    """How often a loop runs; None where that is not written down."""
+    """Trip count of a loop; None if unknown."""
     known = re.search(r'known_trip_count"?[:=]\s*\{"?n"?:"?(\d+)', loop.attributes)
     if known:
         return int(known[1])

@@ -1,24 +1,24 @@
-"""Memory traffic of a compiled program: what each operation reads and writes, if caches keep nothing between operations.
+"""Memory traffic of a compiled program: bytes read and written per operation, assuming no caching between operations.
 
-On GPUs an operation of the outer computations is one kernel, and its operands and results lie in memory. A fusion reads of a
-large array only what it slices out of it (the weights of a layer), and writes into a large array only what it updates.
+On GPUs an operation of the outer computations is one kernel, and its operands and results are in memory. A fusion reads only
+the slice that it uses of a large array (the weights of a layer), and writes only the part of a large array that it updates.
 """
 
 from __future__ import annotations
 
 from dpo_jax.runtime.hlo_text import Body, Computations, Instruction, array_bytes, called_by, shapes
 
-# Names for what is there already, and operations whose parts are counted one by one.
+# Operations without traffic of their own, and those whose parts are counted separately.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "async", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "add-dependency"),
 }
 _SLICES = ("dynamic-slice", "slice", "gather")
-_SAME = ("bitcast", "reshape", "copy", "convert")  # between a parameter and the operation that slices it
+_SAME = ("bitcast", "reshape", "copy", "convert")  # allowed between a parameter and the operation that slices it
 
 
 def traffic(one: Instruction, body: Body, computations: Computations) -> float:
-    """Bytes that one execution of an instruction outside of fusions reads and writes."""
+    """Bytes read and written by one execution of an instruction outside fusions."""
     if one.op.endswith(("-done", "-update")) or one.kind in _FREE:
         return 0.0
     if one.kind == "fusion":
@@ -30,11 +30,11 @@ def traffic(one: Instruction, body: Body, computations: Computations) -> float:
         return 2 * _written(one, body)
     read = sum(array_bytes(body[name].type) for name in dict.fromkeys(one.operands) if name in body)
     written = array_bytes(one.type) - (_scratch(one.type) if one.kind == "custom-call" else 0.0)
-    return read + (max(0.0, written - read) if one.op.endswith("-start") else written)  # whose type names the operands again
+    return read + (max(0.0, written - read) if one.op.endswith("-start") else written)  # its type repeats the operands
 
 
 def _scratch(type_: str) -> float:
-    """Bytes of the scratch memory among the results of a library call, which it need not touch."""
+    """Bytes of scratch memory among the results of a library call, which it may not use."""
     return float(sum(dims[0] for name, dims in shapes(type_) if name == "s8" and len(dims) == 1))
 
 

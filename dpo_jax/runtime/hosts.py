@@ -1,6 +1,6 @@
 """Multi-host helpers: every process runs the same program, and the first one writes shared files.
 
-A host here is a process of `jax.distributed`. With a single one everything below is free and does nothing.
+A host here is a process of `jax.distributed`. With a single one, everything below is a no-op.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dpo_jax.models.digest import WeightsDigest
 from dpo_jax.runtime.metrics import MetricsLog
 
-# The first host may still be writing the exported model when the others are done.
+# The first host may still be exporting the model when the others are done.
 SHUTDOWN_SECONDS = 3600
 
 
 class HostsError(ValueError):
-    """The hosts cannot find each other with these settings."""
+    """The hosts cannot connect with these settings."""
 
 
 def start(
@@ -36,13 +36,13 @@ def start(
     *,
     heartbeat_seconds: int = 100,
 ) -> None:
-    """Joins `jax.distributed`. Comes before anything else that asks JAX for its devices.
+    """Joins `jax.distributed`. Call it before anything that queries JAX's devices.
 
-    What is None is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and what is not there either is
-    left to JAX, which knows TPU pods, SLURM, Kubernetes and Open MPI. On a machine of which it knows nothing: one process.
-    When a host is not heard of for `heartbeat_seconds`, the others end.
+    Arguments that are None come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. If these are unset too, JAX
+    detects TPU pods, SLURM, Kubernetes and Open MPI; on any other machine there is one process. If a host sends no heartbeat
+    for `heartbeat_seconds`, the others end.
 
-    Raises `HostsError` for half of the three settings.
+    Raises `HostsError` if only some of the three are set.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     num_processes = _from_environment("JAX_NUM_PROCESSES") if num_processes is None else num_processes
@@ -53,7 +53,7 @@ def start(
         raise HostsError(f"{', '.join(missing)} not given, but {', '.join(given.keys() - missing)}: give all three or none")
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise HostsError(f"process_id {process_id} is not one of the {num_processes} processes 0 to {num_processes - 1}")
-    # `agreement` tells all hosts of a signal. JAX's own service would take the signal for itself.
+    # `agreement` spreads a signal to all hosts. JAX's own service would intercept the signal.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
@@ -66,7 +66,7 @@ def start(
         )
     except ValueError as error:
         if missing and "coordinator_address should be defined" in str(error):
-            return  # one process on a machine of its own
+            return  # a single process
         raise HostsError(f"jax.distributed does not start: {error}") from error
 
 
@@ -84,14 +84,14 @@ def is_first() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Returns once every host has come here."""
+    """Returns once every host has called it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 @contextmanager
 def first_goes_first(name: str) -> Iterator[None]:
-    """The others begin when the first host is done, and find what it has written (where they share a disk)."""
+    """Context in which the first host runs first. The others start when it is done, and see its files if they share a disk."""
     if not is_first():
         barrier(name)
     try:
@@ -107,15 +107,15 @@ def anywhere(flag: bool) -> bool:
 
 
 def from_first(array: np.ndarray) -> np.ndarray:
-    """The first host's array, bit for bit. The others give one of the same shape and type."""
+    """The first host's array, bit for bit. The others pass one of the same shape and dtype."""
     if jax.process_count() == 1:
         return array
-    as_bytes = np.ascontiguousarray(array).view(np.uint8)  # sums of numbers would lose the sign of zero
+    as_bytes = np.ascontiguousarray(array).view(np.uint8)  # a sum of floats would lose the sign of zero
     return np.asarray(multihost_utils.broadcast_one_to_all(as_bytes)).view(array.dtype)
 
 
 def of_first(make: Callable[[], Any]) -> Any:
-    """What `make()` gives on the first host, where alone it is called: JSON values, which all hosts then have."""
+    """The result of `make()`, called on the first host only and sent to all: JSON values."""
     if jax.process_count() == 1:
         return make()
     text = np.frombuffer(json.dumps(make()).encode(), np.uint8) if is_first() else np.zeros(0, np.uint8)
@@ -124,18 +124,17 @@ def of_first(make: Callable[[], Any]) -> Any:
 
 
 def whole(leaf: Any) -> np.ndarray:
-    """An array in pieces as one numpy array, on every host."""
+    """A sharded array as one numpy array on every host."""
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
         return np.asarray(leaf)
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def gathered_chunks(leaf: Any, *, max_bytes: int = 256 << 20, multiple_of: int = 1) -> Iterator[np.ndarray]:
-    """The whole array in chunks of at most about `max_bytes` along its first axis, one after the other, on every host.
+    """Successive chunks of the whole array along its first axis, each of about `max_bytes` at most, on every host.
 
-    All but the last have a length that is a `multiple_of`.
-
-    All layers of a large parameter are more than one host should have to hold.
+    The length of all but the last is a multiple of `multiple_of`. A host should not have to hold all layers of a large
+    parameter.
     """
     if not leaf.ndim or leaf.nbytes <= max_bytes:
         yield whole(leaf)
@@ -146,26 +145,26 @@ def gathered_chunks(leaf: Any, *, max_bytes: int = 256 << 20, multiple_of: int =
 
 
 def joined(mine: np.ndarray) -> np.ndarray:
-    """The arrays of all hosts, which have the same shape, one behind the other."""
+    """The equally shaped arrays of all hosts, concatenated."""
     return np.asarray(multihost_utils.process_allgather(mine, tiled=True))
 
 
 def metrics_log(path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[MetricsLog | None]:
-    """`MetricsLog` on the first host; nothing on the others, whose metrics are the same."""
+    """`MetricsLog` on the first host; None on the others, whose metrics are the same."""
     return MetricsLog(path) if is_first() else contextlib.nullcontext()
 
 
 def shared_digest() -> WeightsDigest:
-    """A digest of weights to which each host adds a share of the parameters. All hosts read the same weights."""
+    """A digest of weights, computed by the hosts in shares of the parameters. All hosts read the same weights."""
     if jax.process_count() == 1:
         return WeightsDigest()
     return WeightsDigest(share=(jax.process_index(), jax.process_count()), joined=joined)
 
 
 def agreement() -> Callable[[int], int]:
-    """`agree(number)`: the largest number given by any host, so that all hosts act on a signal in the same step.
+    """`agree(number)`: the largest number passed by any host, so that all hosts act on a signal in the same step.
 
-    With several hosts it answers with the numbers of the call before: those have travelled while the device was computing.
+    With several hosts it returns the result of the previous call, exchanged while the device was computing.
     """
     if jax.process_count() == 1:
         return lambda number: number

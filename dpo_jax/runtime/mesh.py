@@ -1,11 +1,11 @@
-"""The named device mesh `data x fsdp x expert x context x tensor`, and which part of every array lies on which device.
+"""The named device mesh `data x fsdp x expert x context x tensor`, and the sharding of every array on it.
 
-A model names the axes of its parameters (`Model.axes`); `models.logical_axes.RULES` says over which axis of the mesh each is
-cut. Rows of a batch are cut over data, fsdp and expert together. So along `data` parameters are replicated, along `fsdp` each
-device keeps a slice of each matrix and gathers it layer by layer (ZeRO-3), along `expert` it keeps some experts and the rest of
-the model whole (`models.expert_mixture`), along `tensor` heads and MLP columns are cut (Megatron). Along `context` the
-positions of each row are cut (`models.context`): a batch comes whole to all devices along it, a few integers a token, and each
-computes its part of the positions. Parameters are replicated along it.
+A model names the logical axes of its parameters (`Model.axes`); `models.logical_axes.RULES` maps each to a mesh axis. The rows
+of a batch are sharded over data, fsdp and expert together. Parameters are replicated along `data`. Along `fsdp` each device
+keeps a slice of each matrix and gathers it layer by layer (ZeRO-3). Along `expert` it keeps some experts and a full copy of the
+rest (`models.expert_mixture`). Along `tensor` heads and MLP columns are sharded (Megatron). Along `context` the positions of
+each row are sharded (`models.context`) and parameters are replicated: all devices along it receive the whole batch, a few
+integers per token, and each computes its part of the positions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dpo_jax.runtime.mesh_shape import MeshError, Units, mesh_shape, uneven, wit
 from dpo_jax.types import ROW_AXES, TOKEN_AXES
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
-FEW = 32  # numbers of a leaf that is replicated though it belongs to no parameter: counts and constants of an optimizer
+FEW = 32  # largest size of a leaf replicated although it belongs to no parameter: counts and constants of an optimizer
 
 
 def make_mesh(
@@ -37,15 +37,15 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh over `devices` (default: all of all hosts), fast links innermost. Slices of a pod lie along `data`.
+    """A mesh over `devices` (default: all of all hosts), fast links innermost. Pod slices are along `data`.
 
-    Raises `MeshError` where the sizes do not fit the number of devices or of slices.
+    Raises `MeshError` if the sizes do not fit the number of devices or slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(len(devices), data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        # Where no whole axis of the torus is as long as one of the mesh (8 of a 4 x 4 slice), two share it.
+        # If a mesh axis is longer than every torus axis (8 on a 4 x 4 slice), two torus axes share it.
         grid = (
             mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
             if devices[0].platform == "tpu"
@@ -65,19 +65,19 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are cut."""
+    """Number of shards of the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def token_shards(mesh: Mesh) -> int:
-    """Into how many parts the tokens of a batch are cut."""
+    """Number of shards of the tokens of a batch."""
     return math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
 
 
 def host_part(mesh: Mesh) -> tuple[int, int]:
     """(index, count): this host holds the `index`-th of `count` equal parts of the rows of a batch.
 
-    Hosts along the context and tensor axes hold the same part. Raises `MeshError` where a host's devices hold no such part.
+    Hosts along the context and tensor axes hold the same part. Raises `MeshError` if a host's devices hold no such part.
     """
     process = jax.process_index()
     grid = mesh.devices.reshape(row_shards(mesh), -1)
@@ -91,8 +91,8 @@ def host_part(mesh: Mesh) -> tuple[int, int]:
 def variable_shardings(variables: Any, axes: Any, mesh: Mesh, *, units: Units | None = None) -> dict[tuple[str, ...], Any]:
     """{path: NamedSharding} of all variables (arrays or `ShapeDtypeStruct`s), by their logical `axes`.
 
-    Raises `MeshError` naming parameter, axis and sizes: for a name without a rule, for two axes of one parameter on the same
-    mesh axis, for a length that does not divide, and for an axis of experts where there are none.
+    Raises `MeshError`, naming parameter, axis and sizes, for a name without a rule, two axes of one parameter on the same mesh
+    axis, a length that does not divide, and an expert axis for a model without experts.
     """
     specs = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, PartitionSpec))
     leaves = jax.tree_util.tree_leaves_with_path(variables)
@@ -128,11 +128,11 @@ def _spec(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh:
 
 
 def tree_shardings(tree: Any, variables: Mapping[tuple[str, ...], Any] | None, mesh: Mesh) -> Any:
-    """Shardings of a state (or of variables) by those of its parameters: a tree like `tree`. All replicated where that is None.
+    """Shardings of a state (or of variables) derived from those of its parameters, as a tree like `tree`; None: all replicated.
 
-    A leaf whose path ends in the path of a parameter lies like that one: gradients, moments, averages. One that lacks an axis
-    of its parameter (Adafactor's means by row and column) lies like the axes that are left. A few numbers are replicated.
-    Raises `MeshError` for any other leaf.
+    A leaf whose path ends in the path of a parameter (gradients, moments, averages) is sharded like it. If it lacks one axis of
+    the parameter (Adafactor's row and column means), it is sharded like the remaining axes. Small leaves are replicated. Raises
+    `MeshError` for any other leaf.
     """
     shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
 
@@ -153,7 +153,7 @@ def tree_shardings(tree: Any, variables: Mapping[tuple[str, ...], Any] | None, m
 
 
 def _without_axis(spec: PartitionSpec, shape: tuple[int, ...], left: tuple[int, ...]) -> PartitionSpec | None:
-    """How an array lies whose shape `left` is `shape` without one axis (of equal axes the last); None if it is not."""
+    """The spec of an array with shape `left`, if that is `shape` without one axis (the last of equal ones); otherwise None."""
     axes = [*spec, *[None] * (len(shape) - len(spec))]
     for axis in reversed(range(len(shape))):
         if (*shape[:axis], *shape[axis + 1 :]) == left:
@@ -162,6 +162,6 @@ def _without_axis(spec: PartitionSpec, shape: tuple[int, ...], left: tuple[int, 
 
 
 def mesh_sizes(tree: Any) -> dict[str, int]:
-    """{axis: size} of the mesh on which `tree` lies; {} where there is none."""
+    """{axis: size} of the mesh of `tree`; {} if it has none."""
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
     return next((dict(s.mesh.shape) for s in shardings if isinstance(s, NamedSharding)), {})

@@ -1,4 +1,4 @@
-"""Sizes of a mesh, and whether they divide the devices and the axes of a model. Needs no JAX and no device."""
+"""Mesh sizes, and checks that they fit the devices and the axes of a model. Needs no JAX and no device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Container, Mapping
 from dpo_jax.models.logical_axes import RULES
 
 Units = Mapping[str, int]
-"""Logical axes that may be cut at multiples of a size only: `{"heads": 64}` keeps heads of 64 entries whole."""
+"""Granularity of logical axes: `{"heads": 64}` shards only at multiples of 64, which keeps heads whole."""
 
 
 class MeshError(ValueError):
@@ -17,7 +17,7 @@ class MeshError(ValueError):
 
 
 def mesh_words(sizes: Mapping[str, int | str]) -> str:
-    """A mesh in words. The axes of experts and of context are named where they cut something.
+    """A mesh in words. The expert and context axes are named only if larger than 1.
 
     >>> mesh_words({"data": 2, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1})
     'data 2 x fsdp 4 x tensor 1'
@@ -47,7 +47,7 @@ def mesh_shape(
 
 
 def _nearest_shape(devices: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of as many devices that is the fewest doublings and halvings away from `sizes`, of which -1 is any size."""
+    """The shape with `devices` devices that is the fewest doublings and halvings from `sizes`, where -1 is any size."""
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
     choices = ([1] if name in ("expert", "context") and size == 1 else divisors for name, size in sizes.items())
     shapes = [shape for shape in itertools.product(*choices) if math.prod(shape) == devices]
@@ -60,7 +60,7 @@ def _nearest_shape(devices: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def uneven(axis: str, length: int, *, over: str, size: int, unit: int, devices: int) -> str | None:
-    """Words on a logical axis that does not divide among `size` devices along `over`; None where it does."""
+    """Message on a logical axis that does not divide among `size` devices along `over`; None if it does."""
     count = length // unit
     if count % size == 0:
         return None
@@ -70,7 +70,7 @@ def uneven(axis: str, length: int, *, over: str, size: int, unit: int, devices: 
 
 
 def check_lengths(lengths: Mapping[str, int], sizes: Mapping[str, int], *, units: Units) -> None:
-    """Raises `MeshError` for logical axes of these `lengths` that do not divide along their axis of a mesh of these `sizes`."""
+    """Raises `MeshError` for logical axes of these `lengths` that do not divide along their mesh axis of these `sizes`."""
     devices = math.prod(sizes.values())
     cut = [(axis, length, over) for axis, length in lengths.items() if (over := RULES[axis]) is not None]
     found = (uneven(a, n, over=over, size=sizes[over], unit=units.get(a, 1), devices=devices) for a, n, over in cut)
@@ -79,7 +79,7 @@ def check_lengths(lengths: Mapping[str, int], sizes: Mapping[str, int], *, units
 
 
 def without_experts(axes: Container[str], sizes: Mapping[str, int]) -> str | None:
-    """Words on a mesh that cuts experts of a model whose logical axes name none; None where all is well."""
+    """Message on a mesh with an expert axis for a model without experts; None if all is well."""
     if sizes["expert"] == 1 or "experts" in axes:
         return None
     return f"expert {sizes['expert']} cuts the experts of a mixture, and this model has none: leave it 1, and take data or fsdp"

@@ -1,8 +1,8 @@
-"""Where metrics go: `metrics.jsonl`, which is the record. (`writers` shows it in TensorBoard and elsewhere.)
+"""Metrics log `metrics.jsonl`, the record of a run. (`writers` copies it to TensorBoard and others.)
 
 A row's `step` is the number of optimizer steps taken before it was measured. A training row `step: 7` is therefore the loss of
-the eighth batch before its update, and an evaluation row `step: 7` judges those same parameters. The last entry of a line,
-`crc32`, is the checksum of the others; `read_metrics` gives the rows without it.
+the eighth batch before its update, and an evaluation row `step: 7` is for those same parameters. The last entry of a line,
+`crc32`, is the checksum of the others; `read_metrics` returns the rows without it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ Row = Mapping[str, float]
 
 
 class Writer(Protocol):
-    """A second place for metrics. `resume` comes first, with the number of steps taken so far and the rows up to there.
+    """A further destination of metrics. `resume` is called first, with the number of steps taken so far and the rows up to
+    there.
 
-    What it raises stops the training; `writers.Delivery` raises nothing.
+    Its exceptions stop the training; `writers.Delivery` raises none.
     """
 
     def resume(self, step: int, rows: Sequence[Row]) -> None: ...
@@ -39,24 +40,23 @@ class Writer(Protocol):
 
 
 class MetricsLog:
-    """Appends one JSON object per row to `path`. A value that JSON has no word for (NaN, infinity) is written as null.
+    """Appends one JSON object per row to `path`. NaN and infinity, which JSON lacks, are written as null.
 
-    Each line ends with `crc32`, of the object without it: of a line that is damaged later no number is believed.
+    Each line ends with `crc32` of the object without it, so that a line damaged later is not trusted.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, writers: Sequence[Writer] = ()):
         self.path = Path(path)
         self._writers = writers
         if self.path.exists():
-            regular(self.path)  # a pipe would be waited for
+            regular(self.path)  # opening a pipe would block
         self._file = open(self.path, "ab")  # noqa: SIM115  closed by `close`
 
     def resume(self, step: int, *, evaluated: bool = True) -> None:
-        """Forgets what was measured after `step` steps, so that the file holds each step once. Comes before the first `write`.
+        """Drops the rows after `step` steps, so that the file has each step once. Called before the first `write`.
 
-        Without `evaluated`, an evaluation after `step` steps is forgotten, too.
-
-        A line that is damaged is left out, with a warning that names it; the file as it was is then kept in `quarantine/`.
+        Without `evaluated`, an evaluation after `step` steps is dropped too. A damaged line is dropped with a warning that
+        names it, and the original file is then kept in `quarantine/`.
         """
         found = _read(self.path)
         kept = [line for line in found.lines if line.row["step"] < step or (evaluated and _is_before(line.row, step))]
@@ -72,7 +72,7 @@ class MetricsLog:
             writer.resume(step, [line.row for line in kept])
 
     def write(self, row: Row) -> None:
-        """`row` holds `step` and the metrics. Raises OSError, for instance when the disk is full."""
+        """Append `row`: `step` and the metrics. Raises OSError, for example on a full disk."""
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         with naming(self.path):
             self._file.write(_sealed(finite))
@@ -81,7 +81,7 @@ class MetricsLog:
             writer.write(row)
 
     def sync(self) -> None:
-        """Returns once the rows written so far survive a crash of the machine."""
+        """Returns once the rows written so far would survive a machine crash."""
         with naming(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -100,9 +100,9 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`, training (`loss`, ...) and evaluation (`eval/...`) in the order they were measured.
+    """The rows of a `metrics.jsonl`, training (`loss`, ...) and evaluation (`eval/...`), in the order measured.
 
-    Of damaged lines there is a warning, and no row.
+    Damaged lines are skipped with a warning.
     """
     found = read_metrics_lines(path)
     if found.damaged:
@@ -111,7 +111,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_metrics_lines(path: str | os.PathLike[str]) -> Lines:
-    """The rows as `read_metrics` gives them, and what is wrong with the other lines."""
+    """The rows as in `read_metrics`, and the problems of the other lines."""
     found = _read(Path(path))
     return Lines([line.row for line in found.lines], found.damaged)
 
@@ -121,7 +121,7 @@ def is_evaluation(row: Mapping[str, Any]) -> bool:
 
 
 def _is_before(row: Row, step: int) -> bool:
-    """Whether a row was measured up to the moment when `step` steps had been taken."""
+    """Whether a row was measured no later than after `step` steps."""
     return row["step"] < step or (row["step"] == step and is_evaluation(row))
 
 
@@ -149,9 +149,9 @@ def _sealed(row: Mapping[str, Any]) -> bytes:
 
 
 def _read(path: Path) -> _Found:
-    """The sound lines of a log, and what is wrong with the others; a last line that a crash has torn is neither.
+    """The valid lines of a log, and the problems of the others; a last line torn by a crash is neither.
 
-    Where any line has a checksum, one without is damaged. (Earlier versions wrote none; `resume` adds them.)
+    If any line has a checksum, a line without one is damaged. (Earlier versions wrote none; `resume` adds them.)
     """
     lines: list[_Line] = []
     damaged: dict[int, str] = {}
@@ -161,7 +161,7 @@ def _read(path: Path) -> _Found:
         for number, line in enumerate(lines_of(file), start=1):
             if not isinstance(line, LongLine) and not line.endswith(b"\n"):
                 break
-            with_checksums |= isinstance(line, bytes) and b"crc32" in line  # be it a damaged one
+            with_checksums |= isinstance(line, bytes) and b"crc32" in line  # even if damaged
             try:
                 lines.append(_Line(file.tell(), *_row(line)))
                 numbers.append(number)
@@ -174,7 +174,7 @@ def _read(path: Path) -> _Found:
 
 
 def _row(line: bytes | LongLine) -> tuple[dict[str, Any], bool]:
-    """(row, whether it has a checksum, which then fits)."""
+    """(row, whether it has a checksum). Raises if the checksum is wrong."""
     if isinstance(line, LongLine):
         raise line
     if seal := _SEAL.search(line):
@@ -191,7 +191,7 @@ _NUMBERS = {int, float, type(None)}
 
 
 def _set_aside(path: Path) -> Path:
-    """A copy of a file in `quarantine/`, where nothing is deleted."""
+    """Copies a file to `quarantine/`, where nothing is deleted."""
     folder = path.with_name("quarantine")
     folder.mkdir(exist_ok=True)
     copy = next(free for n in itertools.count() if not os.path.lexists(free := folder / f"{path.name}-{n}"))

@@ -22,8 +22,8 @@ def linear_warmup(peak: float, *, warmup_steps: int, decay_steps: int | None = N
     """Learning rate `peak * min(1, (step + 1) / (warmup_steps + 1))`: never zero, and at `peak` from step `warmup_steps` on.
 
     Source: `LambdaLR` in trainers.py of github.com/eric-mitchell/direct-preference-optimization. With `decay_steps`, which the
-    original has not, the rate is also at most `peak * (1 - step / decay_steps)`: it falls on a line from the first step on, and
-    the last of `decay_steps` steps still has a part of it.
+    original lacks, the rate is also at most `peak * (1 - step / decay_steps)`: linear decay from the first step on, and still
+    above 0 in the last of `decay_steps` steps.
 
     >>> rate = linear_warmup(1e-6, warmup_steps=3)
     >>> [f"{rate(step):.2e}" for step in range(5)]
@@ -37,7 +37,7 @@ def linear_warmup(peak: float, *, warmup_steps: int, decay_steps: int | None = N
         raise ValueError(f"decay_steps must be at least 1, or None for no decay, got {decay_steps}")
 
     def schedule(step):
-        if isinstance(step, int):  # what the log shows: the same float32, without a program to compile for it
+        if isinstance(step, int):  # for the log: the same float32, without compiling a program
             falling = 1.0 if decay_steps is None else max(0.0, 1 - step / decay_steps)
             exact = min(1.0, (step + 1) / (warmup_steps + 1), falling)
             return np.float32(peak) * np.float32(exact)
@@ -59,9 +59,9 @@ def make_schedule(
     """The learning rate of a run of `total_steps`: after linear warm-up `constant`, `linear`, `cosine` or `wsd`.
 
     Warm-up is that of `linear_warmup`. `cosine` then falls to `min_lr_ratio * peak`, which step `total_steps` would have. `wsd`
-    stays at `peak` and falls there on a line, in the last `decay_ratio` of all steps.
+    stays at `peak` and falls linearly to the same value in the last `decay_ratio` of all steps.
 
-    Raises ValueError for an unknown name, a setting out of range, and one that the schedule does not read.
+    Raises ValueError for an unknown name, a setting out of range, and one that the schedule does not use.
 
     >>> rate = make_schedule("wsd", 1.0, warmup_steps=1, total_steps=8, decay_ratio=0.5)
     >>> [float(rate(step)) for step in range(8)]
@@ -74,7 +74,7 @@ def make_schedule(
         return linear_warmup(peak, warmup_steps=warmup_steps, decay_steps=total_steps if name == "linear" else None)
     if total_steps < 1:
         raise ValueError(f"total_steps must be at least 1, got {total_steps}")
-    linear_warmup(peak, warmup_steps=warmup_steps)  # checks both
+    linear_warmup(peak, warmup_steps=warmup_steps)  # checks both arguments
     low = options["min_lr_ratio"] * peak
     if name == "cosine":
         falling = max(1, total_steps - warmup_steps)
@@ -90,9 +90,9 @@ def make_schedule(
 
 
 def _with_log(schedule: Schedule, total_steps: int) -> Schedule:
-    """`schedule`, which answers an int from a table, so that what the log shows is no program for each step."""
+    """`schedule` with a look-up table for ints, so that logging the rate runs no program per step."""
 
-    def promoting(step):  # optax takes the minimum of a float and an int32
+    def promoting(step):  # optax mixes a float and an int32 in a minimum
         with jax.numpy_dtype_promotion("standard"):
             return schedule(step)
 
@@ -112,13 +112,14 @@ def make_optimizer(
     eps: float | None = None,
     momentum: float | None = None,
 ) -> optax.GradientTransformation:
-    """Clip by global norm (`None`: do not), then an optimizer of `dpo_jax.optimizer_table` by name; `rmsprop` is the paper's.
+    """Clip by global norm (`None`: no clipping), then apply an optimizer of `dpo_jax.optimizer_table`; `rmsprop` is the
+    paper's.
 
-    The options are those of the table; None is the optimizer's own value. RMSprop is torch's: decay 0.99, epsilon outside of
-    the square root, where optax has it inside by default. Weight decay is for matrices: not for norms and biases, nor, without
-    `decay_embeddings`, for embeddings. It is an L2 term in the gradient (rmsprop, sgd: as torch), or decoupled.
+    The options are those of the table; None is the optimizer's default. RMSprop is torch's: decay 0.99, epsilon outside the
+    square root (optax's default is inside). Weight decay applies to matrices, not to norms and biases nor, without
+    `decay_embeddings`, to embeddings. It is an L2 term in the gradient (rmsprop, sgd, as in torch) or decoupled.
 
-    Raises ValueError for an unknown name, a setting out of range, and an option that the optimizer does not read.
+    Raises ValueError for an unknown name, a setting out of range, and an option that the optimizer does not use.
 
     >>> tx = make_optimizer(linear_warmup(1e-6, warmup_steps=150), max_grad_norm=10.0)
     >>> params = {"w": jnp.ones(2)}
@@ -126,7 +127,7 @@ def make_optimizer(
     >>> print(f"{updates['w'][0]:.3e}")  # the rate of step 0, divided by sqrt(0.01)
     -6.623e-08
     """
-    # One that is traced cannot be asked.
+    # A traced value cannot be checked.
     if isinstance(learning_rate, int | float | np.number) and not 0 <= learning_rate < np.inf:
         raise ValueError(f"learning_rate must be a finite number, at least 0, got {learning_rate}")
     if max_grad_norm is not None and not max_grad_norm > 0:
@@ -147,7 +148,7 @@ def make_optimizer(
     elif name == "lion":
         last = optax.lion(rate, weight_decay=decay, mask=mask, **options)
     elif name == "adafactor":
-        # optax takes the decay of a whole step, where everybody else multiplies it by the learning rate.
+        # optax expects the decay per step; others multiply it by the learning rate.
         each: Any = (lambda step: decay * rate(step)) if callable(learning_rate) else decay * rate
         last = optax.adafactor(
             rate,
@@ -168,13 +169,13 @@ def _muon(rate: Any, decay: float, *, momentum: float, eps: float, b1: float, b2
         adam_b1=b1,
         adam_b2=b2,
         weight_decay=decay,
-        consistent_rms=0.2,  # the size of AdamW's updates, so that both parts can have one learning rate
+        consistent_rms=0.2,  # updates as large as AdamW's, so that both parts can share a learning rate
         muon_weight_dimension_numbers=orthogonalized,
     )
 
 
 def decayed(params: Any, *, embeddings: bool = True) -> Any:
-    """Which leaves have weight decay: a tree of bools like `params`. Norms and biases have none, embeddings if asked for.
+    """Mask of leaves with weight decay: a tree of bools like `params`. Norms and biases have none, embeddings optionally.
 
     >>> decayed({"norm": {"scale": 0}, "up": {"kernel": 0, "bias": 0}, "token_embedding": 0}, embeddings=False)
     {'norm': {'scale': False}, 'token_embedding': False, 'up': {'bias': False, 'kernel': True}}
@@ -188,9 +189,9 @@ def decayed(params: Any, *, embeddings: bool = True) -> Any:
 
 
 def orthogonalized(params: Any) -> Any:
-    """The axes of each matrix that Muon orthogonalizes, None for what AdamW updates: embeddings, heads, norms and biases.
+    """The axes of each matrix that Muon orthogonalizes; None for leaves updated by AdamW: embeddings, heads, norms and biases.
 
-    The last two axes are the matrix; those before it (layers) count matrices.
+    The last two axes form the matrix; axes before them (layers) are batch axes.
     """
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
@@ -207,7 +208,7 @@ def _name(path: Any) -> str:
 
 
 def _is_vector(name: str) -> bool:
-    """Whether it is a norm or a bias: with the layers stacked, the number of axes does not say so."""
+    """Whether a leaf is a norm or a bias; with stacked layers the number of axes does not show it."""
     last = name.rpartition(".")[2]
     return last in ("bias", "scale") or any(part.endswith("norm") for part in name.split("."))
 
@@ -219,7 +220,7 @@ def _check(**values: Any) -> None:
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """torch's `clip_grad_norm_`. The norm is in float32 whatever the gradients are; optax sums squares in their own type."""
+    """torch's `clip_grad_norm_`. The norm is always computed in float32; optax uses the gradients' dtype."""
 
     def update(updates, state, params=None):
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(updates)))

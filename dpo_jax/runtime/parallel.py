@@ -1,4 +1,4 @@
-"""Where arrays live and how a pure function is compiled: one `Partitioner` (see `dpo_jax.types`) per form of parallelism."""
+"""Placement of arrays and compilation of pure functions: one `Partitioner` (see `dpo_jax.types`) per form of parallelism."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dpo_jax.types import Model, Partitioner, Rows, TrainState, Variables
 
 
 def single_device(device: Any = None) -> Partitioner:
-    """Everything on one device (default: the first). `put_*` copy: what they were given survives when a step donates it."""
+    """Everything on one device (default: the first). `put_*` copies, so the original survives when a step donates its state."""
     target = jax.local_devices()[0] if device is None else device
 
     def put(tree):
@@ -54,11 +54,11 @@ def single_device(device: Any = None) -> Partitioner:
 
 
 def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
-    """Data parallel through `jax.pmap` over `devices` (default: all of all hosts): rows are split, the rest is replicated.
+    """Data parallelism by `jax.pmap` over `devices` (default: all of all hosts): rows are split, the rest is replicated.
 
-    Each device holds all parameters and all optimizer state, so the model must fit into one. A step must be written with
-    `axis_name="data"` (`dpo_step(..., axis_name=partitioner.axis_name)`): it sums gradients and metrics over that axis itself.
-    State and variables on the devices have a leading axis of length `devices`; `get_state` takes it off again.
+    Each device holds all parameters and the whole optimizer state, so the model must fit on one. A step needs
+    `axis_name="data"` (`dpo_step(..., axis_name=partitioner.axis_name)`) and sums gradients and metrics over that axis itself.
+    State and variables on the devices have a leading axis of length `devices`; `get_state` removes it.
     """
     part = (jax.process_index(), jax.process_count()) if devices is None else (0, 1)
     mine = jax.local_devices() if devices is None else list(devices)
@@ -110,13 +110,14 @@ def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
 
 
 def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | None = None) -> Partitioner:
-    """`jit` over a mesh of `runtime.mesh.make_mesh`: data, FSDP and tensor parallel, by the model's logical axes.
+    """`jit` over a mesh of `runtime.mesh.make_mesh`: data, FSDP and tensor parallelism by the model's logical axes.
 
-    Rows are cut over data, fsdp and expert; parameters by `models.axes.RULES`, the optimizer state like its parameters. Nothing
-    of the step changes: arrays are global, XLA inserts the collectives. Compiled steps have `lower(state, rows)`.
-    Without a model, or with one that names no axes (`Model.axes`), every device holds all parameters: plain data parallelism.
+    Rows are sharded over data, fsdp and expert, parameters by `models.logical_axes.RULES`, the optimizer state like its
+    parameters. The step itself is unchanged: arrays are global, and XLA inserts the collectives. Compiled steps have
+    `lower(state, rows)`. Without a model, or with one that names no axes (`Model.axes`), every device holds all parameters:
+    plain data parallelism.
 
-    Raises `MeshError`, before anything is computed, where a parameter does not fit the mesh. `units`: see there.
+    Raises `MeshError`, before anything is computed, if a parameter does not fit the mesh. `units`: see `mesh_shape.Units`.
     """
     _, of_variables = ({}, None) if model is None else _variables_on(mesh, model, units)
     by_row, shards, part = row_sharding(mesh), row_shards(mesh), host_part(mesh)
@@ -125,7 +126,7 @@ def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | N
         return jax.tree.map(_place, tree, tree_shardings(tree, of_variables, mesh))
 
     def init_state(make, variables):
-        # Under jit, so that no device ever holds a whole moment, and the parameters are taken over and not copied.
+        # Under jit, so that no device holds a whole moment and the parameters are reused without a copy.
         shardings = tree_shardings(jax.eval_shape(make, variables), of_variables, mesh)
         return jax.jit(make, out_shardings=shardings, donate_argnums=0)(variables)
 
@@ -178,7 +179,7 @@ def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | N
 
 
 def jit_step(step: Callable[..., Any], state: Any, mesh: Mesh) -> Any:
-    """`jax.jit` of a step that donates its state and leaves the new one where `state` (arrays, or their shapes) lies."""
+    """`jax.jit` of a step that donates its state and shards the new one like `state` (arrays or their shapes)."""
     out = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 
@@ -191,10 +192,10 @@ def jit_map(fn: Callable[..., Any], mesh: Mesh) -> Any:
 def abstract_state(
     mesh: Mesh, model: Model, make: Callable[[Variables], TrainState], rows: Rows, *, units: Units | None = None
 ) -> tuple[TrainState, Rows]:
-    """State `make(variables)` and rows as `ShapeDtypeStruct`s that lie as `mesh_partitioner` lays them: nothing is computed.
+    """State `make(variables)` and rows as `ShapeDtypeStruct`s sharded as by `mesh_partitioner`. Nothing is computed.
 
-    The devices of `mesh` need not be here. Raises `MeshError` where a parameter does not fit the mesh, `ValueError` where the
-    rows do not divide.
+    The devices of `mesh` may be virtual. Raises `MeshError` if a parameter does not fit the mesh, and `ValueError` if the rows
+    do not divide.
     """
     shapes, of_variables = _variables_on(mesh, model, units)
     state = jax.eval_shape(make, shapes)
@@ -204,7 +205,7 @@ def abstract_state(
 
 
 def _variables_on(mesh: Mesh, model: Model, units: Units | None) -> tuple[Variables, dict[tuple[str, ...], Any] | None]:
-    """Shapes of the variables, and {path: where it lies}; None where the model names no axes, and all are replicated."""
+    """Shapes of the variables, and {path: sharding}; None if the model names no axes, so that all are replicated."""
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     if model.axes is None:
         return shapes, None
@@ -212,7 +213,7 @@ def _variables_on(mesh: Mesh, model: Model, units: Units | None) -> tuple[Variab
 
 
 class _MeshStep:
-    """A step compiled for a mesh: the new state lies, and is stored, where the old one was."""
+    """A step compiled for a mesh: the new state has the old one's sharding and reuses its memory."""
 
     def __init__(self, step: Callable[..., Any], mesh: Mesh, put_rows: Callable[[Any], Any]):
         self._step, self._mesh, self._put_rows, self._jit = step, mesh, put_rows, None
@@ -234,17 +235,17 @@ class _MeshStep:
 def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:
     on_devices = isinstance(leaf, jax.Array)
     if jax.process_count() > 1 and not (on_devices and not leaf.is_fully_addressable):
-        # Every host has the whole array and takes its pieces; device_put would first compare all hosts' copies.
+        # Every host has the whole array and takes its shards; device_put would first compare the copies of all hosts.
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index]).copy()
     if on_devices and not leaf.sharding.device_set.isdisjoint(sharding.device_set):
-        # device_put shares the buffer of a device that has the piece already, whatever may_alias says (jax 0.10.2).
+        # device_put reuses the buffer of a device that already has the shard, whatever may_alias says (jax 0.10.2).
         return jax.device_put(leaf, sharding).copy()
     return jax.device_put(leaf, sharding, may_alias=False)
 
 
 def _local_parts(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[Any, Part]:
-    """{device of this host: the box of the array that lies there}."""
+    """{device of this host: its box of the array}."""
     indices = sharding.addressable_devices_indices_map(shape)
     return {
         device: tuple(range_.indices(length)[:2] for range_, length in zip(index or (), shape, strict=True))
@@ -255,15 +256,15 @@ def _local_parts(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[Any, P
 def _from_parts(sharding: NamedSharding, shape: tuple[int, ...], parts: Mapping[Part, np.ndarray]) -> jax.Array:
     on_devices = []
     for device, part in _local_parts(sharding, shape).items():
-        # Until it has arrived, the host holds it, too.
+        # The host also holds it until it has arrived.
         on_devices.append(jax.block_until_ready(jax.device_put(parts[part], device, may_alias=False)))
     return jax.make_array_from_single_device_arrays(shape, sharding, on_devices)
 
 
 def split_rows(rows: Rows, parts: int) -> Rows:
-    """Leaves `[n, ...]` to `[parts, n / parts, ...]`: part `i` holds the `i`-th run of rows with their examples.
+    """Reshape leaves `[n, ...]` to `[parts, n / parts, ...]`: part `i` holds the `i`-th run of rows with their examples.
 
-    Raises ValueError, naming the field and both numbers, where `n` is no multiple of `parts`.
+    Raises ValueError, naming the field and both numbers, if `n` is not a multiple of `parts`.
     """
     _check_rows(rows, parts)
     return jax.tree.map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), rows)
@@ -277,7 +278,7 @@ def _check_rows(rows: Any, parts: int) -> None:
 
 
 def _first_shard(leaf: jax.Array) -> Any:
-    # Replicas are equal. Indexing `leaf[0]` would be a computation over all devices, and across hosts an error.
+    # Replicas are equal. `leaf[0]` would be a computation over all devices, and an error across hosts.
     shard = leaf.addressable_shards[0].data
     return shard.reshape(shard.shape[1:])
 

@@ -1,7 +1,7 @@
-"""Compile a training step for TPUs or GPUs that are not here, and say what it takes: memory, collectives, time.
+"""Compile a training step for absent TPUs or GPUs, and report its memory, collectives and time.
 
-The programs are the real ones, with the shardings of `runtime.parallel.mesh_partitioner`; arguments are only shapes, so no
-weight ever exists. Memory is the compiler's own account. Times are bounds computed from the table of `runtime.chips`.
+The programs are the real ones, with the shardings of `runtime.parallel.mesh_partitioner`. Arguments are only shapes, so no
+weights are allocated. Memory is as reported by the compiler. Times are bounds from the table of `runtime.chips`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from dpo_jax.runtime.mesh import Units, token_shards
 from dpo_jax.runtime.parallel import abstract_state, jit_map, jit_step
 from dpo_jax.types import Model, Rows, TrainState, Variables
 
-# Of the memory. The rest is for the next batch, for what another version of the compiler does otherwise, and on GPUs for CUDA
-# itself and the buffers of NCCL (1 to 2 GB) and for holes between buffers: JAX takes `check.GPU_MEMORY` of a GPU.
+# Usable share of the memory. The rest is for the next batch, differences between compiler versions, and on GPUs for CUDA, the
+# buffers of NCCL (1 to 2 GB) and fragmentation: JAX reserves `check.GPU_MEMORY` of a GPU.
 HEADROOM = 0.9
-# What libtpu says, in its two ways. The second leaves out the arguments: parameters and optimizer state come on top.
+# libtpu's two messages. The second excludes the arguments: parameters and optimizer state come on top.
 _OUT_OF_MEMORY = (
     r"Ran out of memory in memory space hbm. Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
     r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
@@ -38,12 +38,12 @@ _OUT_OF_MEMORY = (
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One compiled program. Bytes, operations and seconds are of one device and one call.
+    """A compiled program. Bytes, operations and seconds are for one device and one call.
 
-    `seconds` are lower bounds, each as if it were alone, at peak rates: "compute" (matrix products found in the program, and
-    those inside attention kernels by formula), "memory" (TPUs: weights, activations and optimizer state, by formula; GPUs:
-    what every operation of the program reads and writes), "links" (bytes that the collectives send: over all links of the chip,
-    between hosts of GPUs over the network).
+    `seconds` are separate lower bounds at peak rates: "compute" (matrix products found in the program, and those inside
+    attention kernels by formula), "memory" (TPUs: weights, activations and optimizer state, by formula; GPUs: what every
+    operation of the program reads and writes), "links" (bytes that the collectives send over all links of the chip, and for
+    GPUs over the network between hosts).
     """
 
     fits: bool
@@ -53,12 +53,12 @@ class Program:
     temporary_bytes: float = 0.0
     matmul_flops: float = 0.0
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    logits_tokens: int = 0  # most tokens for which a buffer holds a number per vocabulary entry
-    head_chunk: int = 0  # tokens that should pass through the head at a time
-    scored_tokens: int = 0  # on this device at a time: as many, and all logits are in memory at once
+    logits_tokens: int = 0  # most tokens of a buffer with a number per vocabulary entry
+    head_chunk: int = 0  # intended tokens per chunk of the head
+    scored_tokens: int = 0  # on this device at a time; if `logits_tokens` equals this, all logits are in memory at once
     kernels: float = 0.0
     unknown_loops: int = 0
-    traffic_bytes: float = 0.0  # see `hlo.Summary`; on TPUs only an upper bound, as fusions there keep more on the chip
+    traffic_bytes: float = 0.0  # see `hlo.Summary`; on TPUs an upper bound only, because fusions keep more on the chip
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     compile_seconds: float = 0.0
     problem: str = ""
@@ -76,13 +76,13 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What the devices of a mesh share: one optimizer step, or one batch of the reference pass."""
+    """The work of a mesh: one optimizer step, or one batch of the reference pass."""
 
     rows: Rows  # shapes are enough
     pairs: int
     flops: PairFlops
     microbatches: int = 1
-    item_bytes: int = 2  # of an activation
+    item_bytes: int = 2  # bytes per activation
 
 
 def plan_step(
@@ -96,8 +96,8 @@ def plan_step(
     units: Units | None = None,
     host_devices: int | None = None,
 ) -> Program:
-    """The training step `step(state, rows)`, whose state is `make(variables)`. Raises `MeshError` where a parameter does not
-    divide among the mesh."""
+    """Plan the training step `step(state, rows)` with state `make(variables)`. Raises `MeshError` if a parameter does not fit
+    the mesh."""
     state, rows = abstract_state(mesh, model, make, work.rows, units=units)
     where = _Where(model.config, mesh, chip, work, host_devices, backward=True)
     return _plan(jit_step(step, state, mesh), state, rows, where)
@@ -113,7 +113,7 @@ def plan_map(
     units: Units | None = None,
     host_devices: int | None = None,
 ) -> Program:
-    """A forward pass `fn(variables, rows)`."""
+    """Plan a forward pass `fn(variables, rows)`."""
     state, rows = abstract_state(mesh, model, _only_variables, work.rows, units=units)
     where = _Where(model.config, mesh, chip, work, host_devices, backward=False)
     return _plan(jit_map(fn, mesh), state.variables, rows, where)
@@ -125,7 +125,7 @@ def _only_variables(variables: Variables) -> TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class _Where:
-    """What a program computes, and on what. `host_devices`: GPUs of a host; None: links do not end at hosts."""
+    """The work and hardware of a program. `host_devices`: GPUs per host; None: links cross hosts."""
 
     config: DecoderConfig
     mesh: Mesh
@@ -174,8 +174,8 @@ def _plan(compiled: Any, first: Any, rows: Rows, where: _Where) -> Program:
 
 
 def _with_experts(found: Summary, rows: Rows, where: _Where) -> Summary:
-    """With the products whose length depends on routing, as if every expert had as many tokens: by formula, a block's matrix
-    read once for the rows of a block."""
+    """Adds the products whose length depends on routing, by formula, as if every expert had the same number of tokens; a
+    block's matrix is read once for the rows of a block."""
     c, mesh, parts = where.config, where.mesh, token_shards(where.mesh) * where.work.microbatches
     tokens = rows.tokens.shape[0] * rows.tokens.shape[1] * c.experts_per_token / parts
     kernel = c.width * c.mlp_width / mesh.shape["tensor"]
@@ -195,7 +195,7 @@ def _problem(peak: float, memory: float) -> str:
 
 
 def out_of_memory(message: str) -> tuple[float, str] | None:
-    """(bytes needed on one device, one sentence), of the compiler's error; None for any other error."""
+    """(bytes needed on one device, one sentence) from the compiler's error; None for any other error."""
     for pattern in _OUT_OF_MEMORY:
         found = re.search(pattern, message)
         if found is not None:
@@ -209,7 +209,7 @@ def _size(number: str, unit: str) -> float:
 
 
 def logits_tokens(text: str, config: DecoderConfig, mesh: Mesh) -> int:
-    """Tokens of the largest buffer that holds a number per token and vocabulary entry; parameters are not meant."""
+    """Tokens of the largest buffer with a number per token and vocabulary entry, parameters excluded."""
     vocab = {config.vocab_size, -(-config.vocab_size // mesh.shape["tensor"])}
     widths = {config.width, -(-config.width // mesh.shape["fsdp"])}
     most = 0
@@ -226,9 +226,9 @@ def logits_tokens(text: str, config: DecoderConfig, mesh: Mesh) -> int:
 def _seconds(found: Summary, first: Any, rows: Rows, where: _Where) -> dict[str, float]:
     """Lower bounds in seconds; see `Program`."""
     chip, config, work = where.chip, where.config, where.work
-    # Along a context axis a call is that of one turn, which meets a part of the keys.
+    # Along a context axis each call is one turn of the ring, with a part of the keys.
     calls = found.kernels / (config.layers * work.microbatches * where.mesh.shape["context"])
-    # The forward kernel has two matrix products, the backward ones have seven: each computes the scores again.
+    # The forward kernel has two matrix products, the backward ones have seven, because each recomputes the scores.
     again = 0.0 if not calls else calls - 2 + 3.5 if where.backward else calls
     flops = found.matmul_flops + again * work.pairs * work.flops.attention / where.mesh.size
     moved = found.traffic_bytes if chip.gpu else _moved(first, rows, where)
@@ -242,9 +242,8 @@ def _seconds(found: Summary, first: Any, rows: Rows, where: _Where) -> dict[str,
 
 
 def _moved(first: Any, rows: Rows, where: _Where) -> float:
-    """Bytes through the memory by formula: the layers' weights, as they are after gathering, once forward and twice backward
-    for each microbatch; what goes in and out of matrix products, likewise; parameters, gradients and optimizer state, each read
-    and written once."""
+    """Memory traffic in bytes by formula: the layers' gathered weights, once forward and twice backward per microbatch; inputs
+    and outputs of matrix products, likewise; parameters, gradients and optimizer state, each read and written once."""
     config, work, passes, tensor = where.config, where.work, 3 if where.backward else 1, where.mesh.shape["tensor"]
     weights = config.layers * layer_weights(config) / tensor * work.microbatches
     tokens = rows.tokens.shape[0] * rows.tokens.shape[1] / token_shards(where.mesh)
@@ -253,5 +252,5 @@ def _moved(first: Any, rows: Rows, where: _Where) -> float:
 
 
 def tree_bytes(tree: Any) -> float:
-    """Bytes of one device's part of a tree of sharded arrays, or of their shapes."""
+    """Bytes of one device's part of a tree of sharded arrays or their shapes."""
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))

@@ -1,4 +1,4 @@
-"""The next batch is prepared in a background thread while the current step is computed."""
+"""Prefetching: the next batch is prepared in a background thread while the current step is computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 class Prefetcher:
     """Calls `batches(i)` for `i` from `start` to `stop - 1`, in order and one ahead, in a single thread. A context manager.
 
-    Not ahead where `i` is a multiple of `renew_every`: what `batches` reads changes after the step before it.
+    It does not run ahead if `i` is a multiple of `renew_every`, because the inputs of `batches` change after the previous step.
     """
 
     def __init__(self, batches: Callable[[int], Any], start: int, stop: int, *, renew_every: int = 0) -> None:
@@ -19,7 +19,7 @@ class Prefetcher:
         self._next = self._pool.submit(batches, start) if start < stop else None
 
     def get(self, index: int) -> Any:
-        """The batch of step `index`, after which the next one is begun. Raises what `batches` has raised."""
+        """The batch of step `index`; starts preparing the next one. Re-raises exceptions of `batches`."""
         batch = (self._next or self._pool.submit(self._batches, index)).result()
         waits = self._renew_every > 0 and (index + 1) % self._renew_every == 0
         self._next = self._pool.submit(self._batches, index + 1) if index + 1 < self._stop and not waits else None

@@ -1,7 +1,7 @@
-"""What a command is doing, for people: one changing line on a terminal, lines that stand alone in a log file.
+"""Progress display of commands: one updating line on a terminal, separate lines in a log file.
 
 `reported` names anything that may take long; `training_progress` does the same for training. Both write to standard error. A
-thread reports when nothing was said for `SILENCE_SECONDS`, so no phase is silent for longer, whatever it waits for.
+thread reports after `SILENCE_SECONDS` without output, so no phase is silent for longer, whatever it waits for.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from typing import Protocol, TextIO
 from dpo_jax.data.terminal import one_line, printable
 
 SILENCE_SECONDS = 10.0
-FIRST_WORD_SECONDS = 4.0  # of silence, after which a log file hears what is going on
-NOTABLE_SECONDS = 2.0  # what took less is not mentioned afterwards
+FIRST_WORD_SECONDS = 4.0  # of silence before the first line in a log file
+NOTABLE_SECONDS = 2.0  # shorter tasks get no line at their end
 REDRAW_SECONDS = 0.5
-NARROW = 80  # columns, where nobody knows them
+NARROW = 80  # columns if the terminal's width is unknown
 
 
 class Shown(Protocol):
-    """What a board shows: a line of at most `width` characters (None: no limit), and when a log file is to hear of it."""
+    """Something that a board shows: a line of at most `width` characters (None: no limit), and when to write it to a log
+    file."""
 
     began: float
 
@@ -33,7 +34,7 @@ class Shown(Protocol):
 
 
 class Task:
-    """One thing that takes time, and how far it is. With `total` 0 only its seconds are known."""
+    """A task and its progress. With `total` 0 only its duration is shown."""
 
     def __init__(self, board: Board, what: str, *, total: int = 0, unit: str = "") -> None:
         self._board, self.what, self.total, self.unit = board, what, total, unit
@@ -41,7 +42,7 @@ class Task:
         self._pace = Pace(board)
 
     def advance(self, count: int = 1, *, note: str = "") -> None:
-        """`count` more of `total` are done. `note` is shown behind the numbers."""
+        """`count` more of `total` are done. `note` is shown after the numbers."""
         self.done, self.note = self.done + count, note
         self._pace.tick(count)
 
@@ -70,10 +71,10 @@ class Task:
 
 
 class Board:
-    """The tasks that are under way, the innermost last. One line of a terminal, or a log file, shows the innermost.
+    """The running tasks, innermost last. One line of a terminal, or a log file, shows the innermost.
 
-    `file` defaults to standard error as it is at the time. Times are seconds of `clock`. With `alone` no thread is started, and
-    `tick` is left to the caller.
+    `file` defaults to the current standard error. Times are seconds of `clock`. With `alone` no thread is started, and the
+    caller must call `tick`.
     """
 
     def __init__(
@@ -85,9 +86,9 @@ class Board:
         alone: bool = False,
     ) -> None:
         self._file, self._columns, self._alone, self.clock = file, columns, alone, clock
-        self.quiet = False  # on the hosts for which the first one speaks
-        self.compiled = 0.0  # seconds, by this process so far
-        self._compiling: float | None = None  # since when
+        self.quiet = False  # True on all hosts but the first
+        self.compiled = 0.0  # seconds of compilation in this process so far
+        self._compiling: float | None = None  # start time of the current compilation
         self._tasks: list[Shown] = []
         self._lock = threading.RLock()
         self._drawn, self._last = False, clock()
@@ -109,14 +110,14 @@ class Board:
             self._erase()
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         with self._lock:
             self._erase()
             self._write(f"{printable(line)}\n")
             self._last = self.clock()
 
     def draw(self) -> None:
-        """Shows the innermost task on a terminal, as it is now."""
+        """Redraw the innermost task on a terminal."""
         with self._lock:
             if self._tasks and self.terminal:
                 line = one_line(self._tasks[-1].line(self.columns - 1))
@@ -124,7 +125,7 @@ class Board:
                 self._drawn = True
 
     def tick(self) -> None:
-        """What is due now: on a terminal the line as it is, in a log file a line where it was silent for too long."""
+        """Periodic update: redraw on a terminal, or a line in a log file after too long a silence."""
         with self._lock:
             if not self._tasks:
                 return
@@ -154,11 +155,11 @@ class Board:
 
     def compile_ended(self, seconds: float) -> None:
         self._compiling = None
-        if seconds > 0.1:  # single operations outside of programs are compiled in less
+        if seconds > 0.1:  # single operations outside of programs compile faster
             self.compiled += seconds
 
     def compilation(self) -> str:
-        """What to say of a compilation that is under way; nothing of a short one."""
+        """Text about a running compilation; empty for a short one."""
         since = self._compiling
         if since is None or self.clock() - since < NOTABLE_SECONDS:
             return ""
@@ -174,7 +175,7 @@ class Board:
             self._drawn = False
 
     def _write(self, text: str) -> None:
-        # Progress is not worth a run: whoever reads it may be gone.
+        # A run must not fail because its progress output cannot be written.
         if not self.quiet:
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 self._to.write(text)
@@ -191,15 +192,15 @@ class Board:
 
 
 BOARD = Board()
-"""That of this process."""
+"""The board of this process."""
 
 
 @contextlib.contextmanager
 def reported(what: str, *, total: int = 0, unit: str = "", brief: bool = False, board: Board | None = None) -> Iterator[Task]:
-    """Names what happens inside, such as "loading weights": shown while it lasts, and with its seconds if it took some.
+    """Context manager that shows a task such as "loading weights" while it runs, and its duration at the end unless short.
 
-    With a `total`, `advance` counts, and speed and remaining time are shown once there are steady parts to judge by. `brief`
-    leaves out the line at the end: where something else is printed then, or where the same comes again and again.
+    With a `total`, `advance` counts, and speed and remaining time are shown once they are steady. `brief` omits the line at the
+    end, for tasks that print something else or repeat often.
     """
     board = board or BOARD
     task = Task(board, what, total=total, unit=unit)
@@ -215,7 +216,7 @@ def reported(what: str, *, total: int = 0, unit: str = "", brief: bool = False, 
 
 
 class Pace:
-    """Seconds that one of many equal parts takes. The first part, and parts in which something was compiled, do not count."""
+    """Duration of one of many equal parts. The first part, and parts with a compilation, are ignored."""
 
     def __init__(self, board: Board) -> None:
         self._board = board
@@ -235,11 +236,11 @@ class Pace:
 
     @property
     def each(self) -> float | None:
-        """None until two steady parts are done."""
+        """Seconds per part; None until two steady parts are done."""
         return self._spent / self._count if self._steady >= 2 else None
 
     def seconds(self, count: int) -> float | None:
-        """For `count` more."""
+        """Estimated seconds for `count` more parts."""
         return None if self.each is None else self.each * count
 
 

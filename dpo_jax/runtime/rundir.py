@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, the names of what lies in it, and the record of where it ran."""
+"""Run directory: its lock, the names of its files, and the record of the environment."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OUTPUTS = (
     *("digits.png", "diffusion.png", "pretrained", "reference_errors"),
     *("rounds.jsonl", "labels.jsonl"),
 )
-"""What runs write into their folders."""
+"""Names that runs write in their folders."""
 
 
 class RunLocked(RuntimeError):
@@ -55,11 +55,11 @@ class RunLocked(RuntimeError):
 
 
 class RunDir:
-    """Creates `path` and holds its lock until `close`, the end of the `with` block, or the end of the process, however it dies.
+    """Creates `path` and holds its lock until `close`, the end of the `with` block, or the end of the process, even by a kill.
 
-    Raises RunLocked, naming the other process, while another one holds the lock, and FileExistsError for a folder that no run
-    has made, but that holds a file of a name in `writes`, which a run would replace. With `lock=False` it only names things:
-    for the hosts that share the run of another.
+    Raises RunLocked, naming the other process, if another one holds the lock, and FileExistsError for a folder that no run
+    created but that has a file named in `writes`, which a run would replace. With `lock=False` there is no lock, only names:
+    for the other hosts of a run.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, lock: bool = True, writes: Sequence[str] = OUTPUTS):
@@ -96,7 +96,7 @@ class RunDir:
 def _refuse_foreign(path: Path, writes: Sequence[str]) -> None:
     if any(os.path.lexists(path / mark) for mark in ("run.lock", "env.json")):
         return
-    if any(step.name.isdigit() for step in (path / "checkpoints").glob("*/")):  # copied from elsewhere, to be continued
+    if any(step.name.isdigit() for step in (path / "checkpoints").glob("*/")):  # a copied run, to be continued
         return
     if foreign := [path / name for name in writes if os.path.lexists(path / name)]:
         words = "is there already, in a folder that no run has made; move it away, or choose another folder"
@@ -104,7 +104,7 @@ def _refuse_foreign(path: Path, writes: Sequence[str]) -> None:
 
 
 def check_unlocked(path: str | os.PathLike[str]) -> None:
-    """Raises RunLocked if another process uses the run directory `path`. Nothing is written, and no lock is kept."""
+    """Raises RunLocked if another process uses the run directory `path`. Writes nothing and keeps no lock."""
     lock = Path(path) / "run.lock"
     if os.path.lexists(lock):
         os.close(_hold(lock, open_lock(lock, create=False), fcntl.LOCK_SH))
@@ -116,7 +116,7 @@ def _locked(lock: Path, holder: bytes) -> RunLocked:
 
 
 def _acquire(path: Path) -> int:
-    # The lock is the kernel's (flock), not the file: it goes with its process, so a kill leaves nothing stale behind.
+    # The lock is the kernel's (flock), not the file. It ends with its process, so a kill leaves no stale lock.
     descriptor = _hold(path, open_lock(path), fcntl.LOCK_EX)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     try:
@@ -130,7 +130,7 @@ def _acquire(path: Path) -> int:
 
 
 def _hold(path: Path, descriptor: int, kind: int) -> int:
-    """Takes the lock, or closes the file and raises RunLocked, or OSError where the file system has no locks."""
+    """Takes the lock, or closes the file and raises RunLocked, or OSError if the file system has no locks."""
     try:
         with naming(path):
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -145,11 +145,11 @@ def _hold(path: Path, descriptor: int, kind: int) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers of a run depend on besides its configuration: versions, devices, platform, command line, XLA flags.
+    """The environment on which a run's numbers depend: versions, devices, platform, command line, XLA flags.
 
-    `git` is `checkout` of this package: null where it runs from an installed package.
+    `git` is `checkout` of this package: null for an installed package.
     """
-    import jax  # here, so that a lock or a look at a finished run needs none
+    import jax  # imported here: locks and finished runs do not need it
 
     devices = jax.devices()
     return {
@@ -171,12 +171,12 @@ def environment() -> dict[str, Any]:
 def checkout(package: Path) -> dict[str, Any] | None:
     """The commit of the git checkout that tracks `package`, and whether files of the package differ from it (`dirty`).
 
-    None without git, and for a package installed into another project's checkout: that commit would say nothing about it.
+    None without git, and for a package installed inside another project's checkout, whose commit is unrelated.
     """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(package.parent), *arguments]
-        quiet = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # hosts of one run look at the same checkout at once
+        quiet = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # the hosts of a run query the same checkout at once
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20, env=quiet).stdout.strip()
 
     try:
@@ -189,7 +189,7 @@ def checkout(package: Path) -> dict[str, Any] | None:
 
 
 def packages() -> dict[str, str | None]:
-    """{package: installed version} of those that decide what a run computes."""
+    """{package: installed version} of the packages that affect a run's numbers."""
     return {name: _version(name) for name in PACKAGES}
 
 
@@ -201,9 +201,9 @@ def _version(name: str) -> str | None:
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Writes all of the file or nothing: a reader never sees half of it, also after a crash of the machine.
+    """Write a JSON file atomically: readers never see a partial file, even after a machine crash.
 
-    What JSON has no word for (NaN, infinity) is written as null.
+    NaN and infinity, which JSON lacks, are written as null.
     """
     write_whole(path, (json_text(_finite(content), indent=2) + "\n").encode())
 

@@ -1,8 +1,8 @@
-"""A seal lists the files of a folder, so that one that is changed, gone or too many is found, also one that nobody reads.
+"""Seals: lists of the files in a folder, which reveal changed, missing and extra files, including files that nobody reads.
 
-It is the file `files.json` in that folder: {"files": {path: {"bytes": size, "sha256": of the content}}, "digest": of that}. Of
-files above `HASHED_BYTES` it has the size only: array data are not read again to be sealed, since every array has a SHA-256 of
-its own. A flipped bit in such a file is therefore found where it lies in an array; between arrays nobody reads it.
+It is the file `files.json` in that folder: {"files": {path: {"bytes": size, "sha256": of the content}}, "digest": of that}. For
+files above `HASHED_BYTES` it has only the size: array data are not read again for the seal, because every array has its own
+digest. A flipped bit in such a file is therefore found if it is in an array; nobody reads the bytes between arrays.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HASHED_BYTES = 16 * 2**20
 
 
 def write_seal(folder: epath.Path) -> None:
-    """Seals all files that are in `folder` now, or leaves it without a seal."""
+    """Seal all files now in `folder`, or leave it without a seal on failure."""
     files = _describe(folder)
     write_whole(folder / SEAL, json.dumps({"files": files, "digest": digest(files)}, indent=1))
 
@@ -33,7 +33,7 @@ def is_sealed(folder: epath.Path) -> bool:
 
 
 def check_seal(folder: epath.Path) -> None:
-    """Raises ValueError, naming a file, if `folder` is not as it was sealed. Reads the small files, lists the others."""
+    """Raises ValueError, naming a file, if `folder` has changed since it was sealed. Reads small files, lists the others."""
     if not is_sealed(folder):
         raise ValueError(f"{SEAL} is missing")
     seal = json.loads((folder / SEAL).read_text())
@@ -51,14 +51,14 @@ def check_seal(folder: epath.Path) -> None:
 
 
 def digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON object, whatever the order of its names."""
+    """SHA-256 of a JSON object, independent of key order."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-    """Writes all of a file or nothing, on a disk or in a bucket."""
+    """Write a file atomically, on a disk or in a bucket."""
     if is_remote(path):
-        path.write_text(text)  # an object appears when it is complete
+        path.write_text(text)  # an object appears only when complete
         return
     temporary = path.with_name(f".{path.name}")
     with naming(path), temporary.open("w") as file:
@@ -69,24 +69,24 @@ def write_whole(path: epath.Path, text: str) -> None:
 
 
 def is_remote(path: object) -> bool:
-    """Whether this is `gs://...` or the like, and no path of this machine."""
+    """Whether this is a remote path such as `gs://...`."""
     return "://" in str(path)
 
 
 def _describe(folder: epath.Path) -> dict[str, Any]:
-    own = {SEAL, f".{SEAL}"}  # the second is what a kill has left of a first attempt
+    own = {SEAL, f".{SEAL}"}  # the second is left by a killed attempt
     files = {name: path for name, path in _walk(folder, "") if name not in own}
 
     def describe(path: epath.Path) -> dict[str, Any]:
         size = path.stat().length
         return {"bytes": size} | ({"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} if size <= HASHED_BYTES else {})
 
-    with ThreadPoolExecutor(16) as pool:  # a bucket answers slowly, but to many at once
+    with ThreadPoolExecutor(16) as pool:  # a bucket is slow, but serves many requests at once
         return dict(zip(files, pool.map(describe, files.values()), strict=True))
 
 
 def _walk(folder: epath.Path, prefix: str) -> list[tuple[str, epath.Path]]:
-    # Not Path.walk: in a bucket its folders come without their gs://.
+    # Not Path.walk: in a bucket it yields folders without gs://.
     found = []
     for path in folder.iterdir():
         name = f"{prefix}{path.name}"

@@ -1,7 +1,7 @@
-"""SIGINT and SIGTERM: noticed at once, also while the main thread is in compiled code, and always the same exit codes.
+"""Handling of SIGINT and SIGTERM: immediate, even while the main thread is in compiled code, with consistent exit codes.
 
 Python runs its signal handlers between bytecodes of the main thread. A compilation or a long computation is one call, so a
-handler alone would answer minutes later. `Listener` therefore hears of signals in a thread.
+handler alone would react minutes later. `Listener` therefore receives signals in a thread.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from typing import NoReturn
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
 ECHO_SECONDS = 0.3
-"""A machine that shuts down, or a terminal with a script in between, may deliver one wish twice: so soon is the same wish."""
+"""A shutdown, or a terminal with a script in between, may deliver a signal twice: within this time it counts once."""
 
 PATIENCE_SECONDS = 5.0
-"""How long an interrupted command may take to end by itself. Compiled code does not return sooner because of a signal."""
+"""Time that an interrupted command has to end by itself. A signal does not interrupt compiled code."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came. A `KeyboardInterrupt`, so that whatever cleans up after Ctrl-C cleans up after it."""
+    """SIGTERM was received. A `KeyboardInterrupt`, so that cleanup for Ctrl-C also runs for it."""
 
 
 def exit_code(number: int) -> int:
-    """What a shell says of a process that a signal has ended: 130 for SIGINT, 143 for SIGTERM."""
+    """The shell's exit code for a process ended by a signal: 130 for SIGINT, 143 for SIGTERM."""
     return 128 + number
 
 
 class Listener:
     """Calls `heard(number)` in a thread for each SIGINT and SIGTERM, before Python's handlers run. Main thread only.
 
-    Listeners nest: the newest one hears, until it is stopped.
+    Listeners nest: the newest one receives signals until it is stopped.
     """
 
     def __init__(self, heard: Callable[[int], None]) -> None:
@@ -53,7 +53,7 @@ class Listener:
         self._thread.start()
 
     def drain(self) -> None:
-        """Returns when `heard` has been called for every signal so far."""
+        """Returns once `heard` has been called for every signal so far."""
         self._drained.clear()
         os.write(self._write, b"\0")
         self._drained.wait(timeout=1.0)
@@ -74,7 +74,7 @@ class Listener:
 
 
 class _Interruption:
-    """Ends the process for a signal: after the command has cleaned up, or after `PATIENCE_SECONDS`, or at the second signal."""
+    """Ends the process on a signal: after the command's cleanup, after `PATIENCE_SECONDS`, or at the second signal."""
 
     def __init__(self) -> None:
         self.received, self._since = 0, 0.0
@@ -89,7 +89,7 @@ class _Interruption:
             timer.daemon = True
             try:
                 timer.start()
-            except RuntimeError:  # the process is ending anyhow
+            except RuntimeError:  # the process is ending anyway
                 leave(exit_code(number))
         elif time.monotonic() - self._since > ECHO_SECONDS:
             leave(exit_code(number))
@@ -100,9 +100,9 @@ class _Interruption:
 
 
 class StopSignals:
-    """While training: the first SIGTERM or SIGINT sets `received`, a second one ends the process at once.
+    """Signal handling during training: the first SIGTERM or SIGINT sets `received`, a second one ends the process at once.
 
-    A context manager; the handlers that were there before come back at its end.
+    A context manager that restores the previous handlers.
     """
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ class StopSignals:
         self._previous = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             self._previous = {number: signal.signal(number, self._handle) for number in NUMBERS}
             self._listener = Listener(self._heard)
             self._listener.start()
@@ -126,13 +126,13 @@ class StopSignals:
         self.received = self.received or number
 
     def _heard(self, number: int) -> None:
-        """In a thread: a step that is being compiled hears of no signal."""
+        """Called in a thread, because a running compilation blocks Python's handlers."""
         if self._first:
             if time.monotonic() - self._since > ECHO_SECONDS:
                 os._exit(exit_code(number))
             return
         self._first, self._since = number, time.monotonic()
-        # Not print(): the signal may have interrupted a print, and buffered files are not re-entrant.
+        # Not print(): the signal may have interrupted a print, and buffered files are not reentrant.
         text = f"\n{signal.Signals(number).name}: finishing this step, then saving. A second signal stops at once.\n"
         os.write(2, text.encode())
 
@@ -142,13 +142,13 @@ _at_once = False
 
 @contextlib.contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Where nothing has begun that must be cleaned up: a signal ends the process, without an exception in the main thread.
+    """Context manager in which a signal ends the process at once, without an exception in the main thread.
 
-    For importing: an exception that is raised inside the initialization of an extension module can crash it.
+    For imports, which need no cleanup: an exception during the initialization of an extension module can crash it.
     """
     global _at_once
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not _terminate:
-        yield  # not in `run_program`
+        yield  # outside of `run_program`
         return
     before = {number: signal.signal(number, lambda number, frame: None) for number in NUMBERS}
     _at_once = True
@@ -161,17 +161,17 @@ def ending_at_once() -> Iterator[None]:
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
-    """Ends the process with the exit code of `main()`; with 130 or 143 if SIGINT or SIGTERM came, with 1 for an exception.
+    """Run `main()` and end the process with its exit code; with 130 or 143 after SIGINT or SIGTERM, with 1 for an exception.
 
-    The last steps of a Python process, in which modules are torn down, are left out: threads of XLA still run then, and now and
-    then they crash (139). What is registered with `atexit` is done before, except after a signal: it may wait for other hosts.
+    Python's module teardown is skipped, because XLA's threads still run then and sometimes crash (139). `atexit` callbacks are
+    run before, except after a signal, because they may wait for other hosts.
     """
     code = 1
-    atexit.register(lambda: leave(code))  # the first to be registered is the last to be called
+    atexit.register(lambda: leave(code))  # the first one registered is called last
     interruption = _Interruption()
     listener = Listener(interruption.heard)
     listener.start()
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # not where the parent had it ignored
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # not if the parent ignored it
         signal.signal(signal.SIGTERM, _terminate)
     try:
         code = main()
@@ -179,9 +179,9 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         pass
     except BaseException:
         listener.drain()
-        if not interruption.received:  # C code may answer a signal with an error of its own
+        if not interruption.received:  # C code may turn a signal into its own error
             traceback.print_exc()
-    # An interrupt can also be lost, in a callback of C code.
+    # An interrupt can also be lost in a C callback.
     with contextlib.suppress(KeyboardInterrupt):
         listener.drain()
     if interruption.received:
@@ -194,14 +194,14 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process now, with what was printed. A success whose output could not be written becomes 74."""
+    """End the process now, after flushing output. If a successful command's output cannot be written, the code becomes 74."""
     failed: list[OSError] = []
-    # In a thread: an interrupted print may hold the lock of its file.
+    # In a thread, because an interrupted print may hold the lock of its file.
     flush = threading.Thread(target=_flush, args=(failed,), daemon=True)
     try:
         flush.start()
         flush.join(timeout=1.0)
-    except RuntimeError:  # Python 3.12 starts no thread once it is on its way out
+    except RuntimeError:  # Python 3.12 starts no threads during shutdown
         _flush(failed)
     if code == 0 and failed:
         os.write(2, f"dpo-jax: standard output: {failed[0].strerror}\n".encode())
@@ -214,7 +214,7 @@ def _flush(failed: list[OSError]) -> None:
         try:
             file.flush()
         except OSError as error:
-            if error.errno != errno.EPIPE:  # the reader has seen enough
+            if error.errno != errno.EPIPE:  # EPIPE: the reader has closed the pipe
                 failed.append(error)
         except (AttributeError, ValueError):  # None, or closed
             pass

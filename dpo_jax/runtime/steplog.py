@@ -1,7 +1,7 @@
-"""The metrics rows of a training loop: read from the device one step late, checked, and written before any checkpoint.
+"""Metrics rows of a training loop: read from the device one step late, checked, and written before any checkpoint.
 
-A step is dispatched and computed in the background. Reading its metrics at once would wait for it, and the device would then
-wait for the next batch. So `StepLog` keeps the metrics of the last step, and `flush` reads them when the next one is under way.
+A step is dispatched and runs in the background. Reading its metrics at once would block, and the device would then wait for the
+next batch. So `StepLog` keeps the metrics of the last step, and `flush` reads them while the next one runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class NonFinite(ArithmeticError):
-    """A loss or gradient norm is NaN or infinite. `step`, `uids`: the batch. No state that has seen it was saved."""
+    """A loss or gradient norm is NaN or infinite. `step`, `uids`: the batch. No state after it was saved."""
 
     def __init__(self, message: str, *, step: int, uids: Sequence[str]):
         super().__init__(message)
@@ -31,7 +31,7 @@ class NonFinite(ArithmeticError):
 
 
 class _Step(NamedTuple):
-    """A step whose metrics are still on the device, perhaps not computed yet."""
+    """A step whose metrics are still on the device, possibly not computed yet."""
 
     index: int
     uids: Sequence[str]
@@ -40,10 +40,10 @@ class _Step(NamedTuple):
 
 
 class StepLog:
-    """Metrics rows of steps and evaluations, to the log and to the display. A context manager, from step `start` to `stop`.
+    """Writes the rows of steps and evaluations to log and display. A context manager, for steps `start` to `stop`.
 
-    `check(step, metrics)` sees each row first, and may raise. `unit` is which of a batch's `stats` counts examples. Without
-    `evaluated`, an evaluation of the state at `start` will come, in the place of one that the log may have.
+    `check(step, metrics)` sees each row first, and may raise. `unit` is the entry of a batch's `stats` that counts examples.
+    Without `evaluated`, the state at `start` will be evaluated again, which replaces such a row in the log.
     """
 
     def __init__(
@@ -75,12 +75,13 @@ class StepLog:
             self._progress.close()
 
     def add(self, index: int, metrics: Mapping[str, Any], *, uids: Sequence[str], stats: Mapping[str, float]) -> None:
-        """Takes the metrics of step `index` as they are, on the device; `flush` comes before the next `add`."""
+        """Takes the metrics of step `index`, still on the device; call `flush` before the next `add`."""
         assert self._last is None
         self._last = _Step(index, uids, stats, metrics)
 
     def flush(self) -> None:
-        """Waits for the metrics of the last step, checks them, writes their row. Raises `NonFinite`, and what `check` does."""
+        """Waits for the metrics of the last step, checks them and writes their row. Raises `NonFinite`, and exceptions of
+        `check`."""
         step, self._last = self._last, None
         if step is None:
             return
@@ -101,7 +102,7 @@ class StepLog:
             self._progress.step(row)
 
     def add_evaluation(self, done: int, metrics: Mapping[str, Any]) -> None:
-        """Writes the row of an evaluation after `done` steps, each name with `eval/` in front."""
+        """Writes the row of an evaluation after `done` steps, with the prefix `eval/`."""
         row = {"step": done, **{f"eval/{name}": float(value) for name, value in metrics.items()}}
         if self._log is not None:
             self._log.write(row)
@@ -114,7 +115,7 @@ class StepLog:
             self._log.sync()
 
     def restart_clock(self) -> None:
-        """What happened since the last row is not part of the time of the next step."""
+        """Excludes the time since the last row from the next step."""
         self._clock = time.perf_counter()
 
     def _non_finite(self, step: _Step, values: dict[str, float]) -> NonFinite:

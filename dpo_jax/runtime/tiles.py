@@ -1,11 +1,11 @@
-"""Digests of arrays that are cut over devices and hosts, of the parts where they lie: nothing is gathered.
+"""Digests of sharded arrays, computed by each host on its own part without gathering.
 
-An array is divided into tiles by a grid that depends on its shape and type alone. Its digest is the sum, modulo a prime, of the
-SHA-256 of each tile and its place. So it does not depend on who holds which tiles, nor on the order in which they are added
-(the incremental hash of Bellare and Micciancio 1997): each process adds up those it holds, and 32 bytes an array travel.
+An array is divided into tiles by a grid that depends only on its shape and dtype. Its digest is the sum, modulo a prime, of the
+SHA-256 of each tile with its place. So it does not depend on which process holds which tiles or on the order of addition (the
+incremental hash of Bellare and Micciancio 1997): each process adds the tiles it holds, and exchanges 32 bytes per array.
 
-The axes of a mesh are powers of two as a rule, and tiles come from halving, so the part of a process is made of whole tiles.
-Where it is not (three hosts, or a part smaller than a tile), the array is gathered, chunk by chunk; its digest is the same.
+Mesh axes are usually powers of two, and tiles are made by halving, so the part of a process consists of whole tiles. Otherwise
+(three hosts, or a part smaller than a tile) the array is gathered in chunks; its digest is the same.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy as np
 from dpo_jax.runtime import hosts
 
 TILE_BYTES = 32 << 10
-"""Tiles are halved until they have at most so many: a matrix of 2 MB may lie on 64 hosts."""
-CHUNK_BYTES = 32 << 20  # eight threads copy as much at once
-MODULUS = 2**256 - 189  # a prime, so that a share of a tile can be added: see `_sum`
+"""Largest tile: a matrix of 2 MB can be on 64 hosts."""
+CHUNK_BYTES = 32 << 20  # per thread, of eight that copy at once
+MODULUS = 2**256 - 189  # a prime, so that fractions of a tile can be added: see `_sum`
 Box = tuple[tuple[int, int], ...]
 """(first, end) along each axis."""
 
@@ -38,10 +38,10 @@ class Held(NamedTuple):
 
 
 def tile_digests(leaves: Mapping[str, Any], *, every_copy: bool) -> dict[str, str]:
-    """The digest of each array, hexadecimal, in the order of `leaves`. Of several hosts all make this call.
+    """The hexadecimal digest of each array, in the order of `leaves`. All hosts must call it.
 
-    Where several hosts hold the same part, `every_copy` looks at all of them: one that differs changes the digest. Without it
-    each part is looked at once, by the first host that holds it.
+    If several hosts hold the same part, `every_copy` includes all copies, so that a differing one changes the digest. Otherwise
+    only the first host that holds the part reads it.
     """
     parts = {name: held_part(leaf) for name, leaf in leaves.items()}
 
@@ -49,17 +49,17 @@ def tile_digests(leaves: Mapping[str, Any], *, every_copy: bool) -> dict[str, st
         part = parts[name]
         return 0 if part is None else _sum(leaves[name], part, every_copy=every_copy)
 
-    # hashlib lets go of the interpreter lock: threads hash at the same time.
+    # hashlib releases the interpreter lock, so threads hash in parallel.
     with ThreadPoolExecutor(8) as pool:
         mine = dict(zip(leaves, pool.map(add_up, leaves), strict=True))
-    for name in (name for name, part in parts.items() if part is None):  # a collective: in the same order everywhere
+    for name in (name for name, part in parts.items() if part is None):  # a collective: the same order on all hosts
         total = _sum_gathered(leaves[name])
         mine[name] = total if hosts.is_first() else 0
     return {name: f"{total:064x}" for name, total in zip(leaves, _over_hosts([*mine.values()]), strict=True)}
 
 
 def tile_shape(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
-    """The lengths of a tile, which divide `shape`: layers apart, then the longest even axis halved until a tile is small.
+    """The shape of a tile, which divides `shape`: one layer, then the longest even axis is halved until the tile is small.
 
     >>> tile_shape((12, 1024, 768), 4)
     (1, 64, 96)
@@ -74,11 +74,11 @@ def tile_shape(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
 
 
 def held_part(leaf: Any) -> Held | None:
-    """What this process holds of an array. None, and that on all hosts, where some host's part is not a box of whole tiles."""
+    """The part of an array that this process holds; None on all hosts if some host's part is not a box of whole tiles."""
     pieces = _pieces_by_process(leaf)
     boxes = {process: _around(found) for process, found in pieces.items()}
     if any(sum(map(_size, found)) != _size(boxes[process]) for process, found in pieces.items()):
-        return None  # a process holds what is no box
+        return None  # the part of some process is no box
     if sum(map(_size, {*boxes.values()})) != leaf.size:
         return None  # boxes overlap
     lengths = tile_shape(leaf.shape, leaf.dtype.itemsize)
@@ -91,7 +91,7 @@ def held_part(leaf: Any) -> Held | None:
 
 
 def _pieces_by_process(leaf: Any) -> dict[int, set[Box]]:
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:  # each process has a whole one of its own
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:  # each process has its own whole copy
         whole = tuple((0, length) for length in leaf.shape)
         return {process: {whole} for process in range(jax.process_count())}
     pieces: dict[int, set[Box]] = {}
@@ -113,9 +113,9 @@ def _size(box: Box) -> int:
 
 
 def _sum(leaf: Any, part: Held, *, every_copy: bool) -> int:
-    """What this process adds to the digest of `leaf`.
+    """The contribution of this process to the digest of `leaf`.
 
-    With `every_copy` each of n copies adds an n-th: n equal ones make a whole. An n-th is the inverse of n modulo the prime.
+    With `every_copy` each of n copies adds 1/n, the inverse of n modulo the prime: n equal copies add up to the whole.
     """
     if not leaf.size or not (every_copy or part.is_first):
         return 0
@@ -126,7 +126,7 @@ def _sum(leaf: Any, part: Held, *, every_copy: bool) -> int:
 
 
 def _chunks(leaf: Any, part: Held) -> Iterator[tuple[int, np.ndarray]]:
-    """(first, array): the part of an array from `first` along its first axis, in runs of whole tiles."""
+    """(first, array): the held part in runs of whole tiles, each starting at `first` along the first axis."""
     if not leaf.ndim:
         yield 0, np.asarray(leaf)
         return
@@ -155,7 +155,7 @@ def _pieces(leaf: Any) -> dict[Box, Any]:
 
 
 def _sum_of_chunk(array: np.ndarray, begin: Sequence[int], lengths: Sequence[int]) -> int:
-    """The sum over an array of whole tiles that lies at `begin`: SHA-256 of (place, row-major bytes), all little endian."""
+    """The sum over an array of whole tiles at `begin`: SHA-256 of (place, row-major bytes), all little endian."""
     counts = [size // length for size, length in zip(array.shape, lengths, strict=True)]
     split = array.reshape([number for pair in zip(counts, lengths, strict=True) for number in pair])
     axes = [*range(0, split.ndim, 2), *range(1, split.ndim, 2)]
@@ -171,7 +171,7 @@ def _sum_of_chunk(array: np.ndarray, begin: Sequence[int], lengths: Sequence[int
 
 
 def _sum_gathered(leaf: Any) -> int:
-    """The sum over all tiles of an array of which some process does not hold whole tiles."""
+    """The sum over all tiles of an array that some process does not hold in whole tiles."""
     lengths = tile_shape(leaf.shape, leaf.dtype.itemsize)
     total, first = 0, 0
     for chunk in hosts.gathered_chunks(leaf, multiple_of=lengths[0]):

@@ -1,4 +1,4 @@
-"""Training as people follow it: the line of a step and the line of an evaluation, each readable in 80 columns."""
+"""Progress display of training: a line per step and per evaluation, readable in 80 columns."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dpo_jax.runtime.progress import BOARD, SILENCE_SECONDS, Board, Pace, cut, d
 Row = Mapping[str, float]
 
 FIRST_STEPS = 5  # a log file gets each of them
-WIDE, BAR = 100, (10, 40)  # columns of a terminal that has room for a bar; of the bar, at least and at most
+WIDE, BAR = 100, (10, 40)  # columns of a terminal with room for a bar; least and most columns of the bar
 
 
 class Progress:
-    """Loss, accuracy and margin of the last step first, then speed and the time that is left.
+    """Progress line: loss, accuracy and margin of the last step, then speed and remaining time.
 
-    A terminal has one line that changes. A log file gets the first steps, and then a line every `SILENCE_SECONDS`; a step that
-    takes long is mentioned while it lasts. `epochs` is how many there are in all.
+    A terminal has one updating line. A log file gets the first steps, then a line every `SILENCE_SECONDS`, and a note during a
+    long step. `epochs` is the total number.
     """
 
     def __init__(self, *, epochs: float = 0.0, board: Board | None = None) -> None:
@@ -32,11 +32,11 @@ class Progress:
         self._board.push(self)
 
     def step(self, row: Row) -> None:
-        """Takes the row of one training step, with its throughput."""
+        """Shows the row of one training step, with its throughput."""
         self._done, self._row = int(row["step"]) + 1, row
         if not self._pace.compiled():
             for name, value in row.items():
-                if name.endswith("_per_second"):  # single steps differ much
+                if name.endswith("_per_second"):  # single steps vary a lot
                     self._rates[name] = 0.8 * self._rates.get(name, value) + 0.2 * value
         self._pace.tick()
         self._step_began = self._board.clock()
@@ -55,13 +55,13 @@ class Progress:
             self._board.say(self.line(self._board.columns - 1))
 
     def due(self, silent: float) -> bool:
-        # Of steps that are all long, each has its own line; only one that is longer than the others is news.
+        # If all steps are long, each has its own line; only an unusually long one is reported.
         return silent >= max(SILENCE_SECONDS, 2 * (self._pace.each or 0.0))
 
     def line(self, width: int | None = None) -> str:
         waited, left = self._board.clock() - self._step_began, self._pace.seconds(self._total - self._done)
         examples, tokens = (self._rates.get(f"{name}_per_second") for name in (self._unit, "scored_tokens"))
-        fields = [  # text, and a rank: the highest is left out first where there is little room
+        fields = [  # (text, rank): the highest rank is omitted first if space is short
             (f"step {self._done}/{self._total}", 0),
             (f"epoch {self._epochs * self._done / max(1, self._total):.2f}" if self._epochs else "", 6),
             *_measured(self._row),
@@ -82,7 +82,7 @@ class Progress:
 
 
 def _measured(row: Row) -> list[tuple[str, int]]:
-    """What a step found, with the ranks of `Progress.line`."""
+    """The metrics of a step, with the ranks used by `Progress.line`."""
     forms = {
         "loss": ("loss {}", digits, 1),
         "nll_per_token": ("{} per token", digits, 2),
@@ -96,8 +96,8 @@ def _measured(row: Row) -> list[tuple[str, int]]:
 def evaluation_line(row: Row, *, width: int | None = None) -> str:
     """An evaluation as one line: `eval @16: loss 0.021  acc 1.00 [0.93, 1.00]  margin 3.90  chosen +10.9  rejected -28.0`.
 
-    `row` has `step` and names that begin with `eval/`. `chosen` and `rejected` are the mean log pi - log pi_ref, in nats. What
-    has no form of its own follows by name. Where `width` columns are too few, it has less space and fewer digits.
+    `row` has `step` and names that begin with `eval/`. `chosen` and `rejected` are the mean log pi - log pi_ref, in nats. Other
+    metrics follow by name. If `width` columns are too few, spaces and digits are reduced.
     """
     lines = [_evaluation(row, gap=gap, places=places) for gap, places in ((2, 1), (1, 1), (1, 0))]
     return next((line for line in lines if width is None or len(line) <= width), lines[-1])
@@ -105,7 +105,7 @@ def evaluation_line(row: Row, *, width: int | None = None) -> str:
 
 def _evaluation(row: Row, *, gap: int, places: int) -> str:
     values = {name.removeprefix("eval/"): value for name, value in row.items() if name != "step"}
-    for side in ("chosen", "rejected"):  # the displacement times beta; metrics.jsonl has it
+    for side in ("chosen", "rejected"):  # rewards: displacement times beta, in metrics.jsonl
         values.pop(f"rewards/{side}", None)
     parts = []
     if (loss := values.pop("loss", None)) is not None:
@@ -127,7 +127,7 @@ def _evaluation(row: Row, *, gap: int, places: int) -> str:
 
 
 def digits(value: float) -> str:
-    """About four significant ones."""
+    """A number with about four significant digits."""
     size = abs(value)
     if size >= 1e6 or 0 < size < 5e-4:
         return f"{value:.1e}"
@@ -135,11 +135,11 @@ def digits(value: float) -> str:
 
 
 def _hundredths(value: float) -> str:
-    return f"{round(value, 2) + 0.0:.2f}"  # without the sign of a zero
+    return f"{round(value, 2) + 0.0:.2f}"  # avoids -0
 
 
 def _fitting(fields: list[tuple[str, int]], width: int | None) -> str:
-    """As many fields as fit, those of the lowest rank first, in their order."""
+    """As many fields as fit, lowest ranks first, in order."""
     kept = sorted(range(len(fields)), key=lambda number: (fields[number][1], number))
     while width is not None and len(kept) > 1 and sum(len(fields[number][0]) + 2 for number in kept) - 2 > width:
         kept.pop()
@@ -147,7 +147,7 @@ def _fitting(fields: list[tuple[str, int]], width: int | None) -> str:
 
 
 def _with_bar(text: str, share: float, width: int) -> str:
-    """A bar before the text, where there is room for one."""
+    """A bar before the text, if there is room."""
     room = min(width - len(text) - 4, BAR[1])
     if width < WIDE - 1 or room < BAR[0]:
         return text

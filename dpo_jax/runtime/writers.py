@@ -1,7 +1,7 @@
-"""Further places for metrics: TensorBoard, Weights & Biases, Trackio. `metrics.jsonl` is the record, and these only show it.
+"""Further metrics destinations: TensorBoard, Weights & Biases, Trackio. `metrics.jsonl` is the record; these are copies.
 
-`Delivery` brings rows to one of them, each once, also when a run continues. What fails there stops no training: it is told
-once, and the rows wait.
+`Delivery` sends each row to one of them once, even when a run is resumed. A failure does not stop training: it is reported
+once, and the rows are sent later.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from dpo_jax.untrusted import Unreadable, read_object, read_text, regular
 from dpo_jax.writing import naming, write_text
 
 logger = logging.getLogger(__name__)
-RETRY = 100  # rows after which a place that failed is tried again
+RETRY = 100  # rows until a failed destination is tried again
 
 
 _NOTHING = (-1, True)  # comes before each row
 
 
 def _key(row: Row) -> tuple[int, bool]:
-    """(step, whether it is of training): rows are measured in the order of their keys."""
+    """(step, whether it is a training row): rows are measured in the order of their keys."""
     return int(row["step"]), not is_evaluation(row)
 
 
 class Place(Protocol):
-    """A package that shows metrics. `open` comes first, with the number of steps taken so far. Any method may raise."""
+    """Interface to a metrics package. `open` is called first, with the number of steps taken so far. Any method may raise."""
 
     def open(self, step: int) -> None: ...
     def write(self, row: Row) -> None: ...
@@ -43,24 +43,24 @@ class Place(Protocol):
 
 
 class Delivery:
-    """Brings the rows of a metrics log to the place that `make` opens, which `name` names for people.
+    """Sends the rows of a metrics log to the destination opened by `make`; `name` is used in messages.
 
-    `record` is the file that says which row it has got last. A continued run so gives it no row twice, and those that it
-    lacks: a process was killed, the place failed, or was not asked for at first. A place that `forgets` drops what it has of
-    step `step` and later when it is opened there, and gets that again.
+    `record` is the file that stores the last row sent. A resumed run therefore sends no row twice, and sends missing rows
+    (after a kill or a failure, or if the destination was added later). A destination that `forgets` drops its rows from `step`
+    on when opened there, and gets them again.
     """
 
     def __init__(self, name: str, make: Callable[[], Place], *, record: Path, forgets: bool = False) -> None:
         self._name, self._make, self._record, self._forgets = name, make, record, forgets
         self._place: Place | None = None
         self._step, self._wait, self._failed = 0, 0, False
-        self._last = _NOTHING  # the key of the last row that is there
+        self._last = _NOTHING  # the key of the last row sent
         self._queue: collections.deque[Row] = collections.deque()
 
     def resume(self, step: int, rows: Sequence[Row]) -> None:
-        """`rows`: all that the log holds after `step` steps. Comes before the first `write`."""
+        """`rows`: all rows of the log after `step` steps. Called before the first `write`."""
         self._step = step
-        # At step 0 it is another run than the one that may have begun here.
+        # At step 0 this is a new run, not one that may have begun here before.
         self._last = self._recorded(rows) if step else _NOTHING
         if self._forgets:
             self._last = min(self._last, (step - 1, True))
@@ -94,7 +94,7 @@ class Delivery:
                 self._place.write(self._queue[0])
                 self._last = _key(self._queue.popleft())
                 self._record.parent.mkdir(exist_ok=True)
-                with naming(self._record):  # for each row: it need not survive a crash of the machine
+                with naming(self._record):  # once per row: it need not survive a machine crash
                     self._record.write_text(json.dumps(dict(zip(("step", "training"), self._last, strict=True))))
         except Exception as error:
             self._fail(error)
@@ -105,7 +105,7 @@ class Delivery:
             return found["step"], found["training"]
         except FileNotFoundError:
             return _NOTHING
-        except (OSError, Unreadable):  # cut off by a crash of the machine: rather a row too few than one twice
+        except (OSError, Unreadable):  # truncated by a machine crash: rather lose a row than send it twice
             return _key(rows[-1]) if rows else _NOTHING
 
     def _fail(self, error: Exception) -> None:
@@ -133,7 +133,7 @@ class TensorBoard:
         self._make, self._directory, self._writer = tensorboardX.SummaryWriter, str(directory), None
 
     def open(self, step: int) -> None:
-        # Its own name of a file has the second, and a process that starts in the same one would overwrite it.
+        # Its file names have a resolution of one second, so a process started in the same second would overwrite the file.
         self._writer = self._make(self._directory, purge_step=step, filename_suffix=f".{os.getpid()}")
 
     def write(self, row: Row) -> None:
@@ -149,7 +149,7 @@ class TensorBoard:
 
 
 class _RunElsewhere:
-    """A run at a package that takes the numbers of a step at a time. `open` of a subclass begins or continues it."""
+    """A run of a package that logs the numbers of one step at a time. `open` of a subclass starts or resumes it."""
 
     _run: Any = None
 
@@ -166,7 +166,7 @@ class _RunElsewhere:
 
 
 class Wandb(_RunElsewhere):
-    """Weights & Biases; a continued run has its own page again. The key comes from the environment (`WANDB_API_KEY`).
+    """Weights & Biases; a resumed run keeps its page. The key is read from the environment (`WANDB_API_KEY`).
 
     Raises ModuleNotFoundError, naming the extra, without wandb.
     """
@@ -185,7 +185,7 @@ class Wandb(_RunElsewhere):
 
 
 class Trackio(_RunElsewhere):
-    """Trackio, on this machine or where `TRACKIO_SPACE_ID` says; a continued run is the same run there.
+    """Trackio, local or at `TRACKIO_SPACE_ID`; a resumed run keeps its identity there.
 
     Raises ModuleNotFoundError, naming the extra, without trackio.
     """
@@ -208,7 +208,7 @@ def _values(row: Row) -> dict[str, float]:
 
 
 def _run_name(file: Path, step: int) -> str:
-    """The name of the run elsewhere that a file keeps; at step 0 a new one."""
+    """The remote run name stored in a file; a new one at step 0."""
     known = ""
     if step and file.exists():
         try:

@@ -1,9 +1,8 @@
-"""Features of images under a frozen encoder: computed once, kept on disk, and only ever used for what they were computed from.
+"""Image features of a frozen encoder, computed once and cached on disk, with checks that they belong to the image and encoder.
 
-A cache is a folder, which lies well beside that of the reference's log-probabilities: `identity.json` says what the features
-belong to (encoder, processing of images), and files hold one record for each image, found by its digest. A checksum
-covers the record and the identity. What is damaged is computed again. A cache of another encoder or processing is refused, and
-an image that changes is another image.
+A cache is a folder, preferably next to that of the reference log-probabilities. `identity.json` names encoder and image
+preprocessing; other files hold one record per image, found by its digest. A checksum covers the record and the identity.
+Damaged records are recomputed. A cache of another encoder or preprocessing is refused. A changed image is a different image.
 """
 
 from __future__ import annotations
@@ -38,11 +37,12 @@ SAY = functools.partial(print, flush=True)
 
 
 class FeatureCache(Mapping[str, np.ndarray]):
-    """Features by the digest of their image, float32[T, W] each, read from `directory` when they are asked for.
+    """Mapping from image digest to features, float32[T, W], read lazily from `directory`.
 
-    `identity` names all that they depend on, as JSON values (`feature_identity`). Raises `ForeignCache`, naming each field that
-    differs, if the folder belongs to something else. A damaged record counts as absent, and in `damaged`. Several processes may
-    use the folder at the same time: a file appears whole or not at all. `recent`: so many features are kept in memory.
+    `identity` names everything that the features depend on, as JSON values (`feature_identity`). Raises `ForeignCache`, naming
+    each differing field, if the folder has another identity. A damaged record counts as missing, and is counted in `damaged`.
+    Several processes may use the folder at once, because files appear atomically. `recent` is the number of features kept in
+    memory.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class FeatureCache(Mapping[str, np.ndarray]):
         for leftover in leftovers(self.directory, IDENTITY, f"*{SUFFIX}"):
             leftover.unlink(missing_ok=True)
         self._claim()
-        self._places: dict[str, list[np.void]] = {}  # of each digest; there are several where one was damaged
+        self._places: dict[str, list[np.void]] = {}  # by digest; several if one was damaged
         self._taken: set[Path] = set()
         self.refresh()
 
     def refresh(self) -> None:
-        """Takes over what other processes have added since."""
+        """Adds the records that other processes have written since."""
         for path in sorted({*self.directory.glob(f"*{SUFFIX}")} - self._taken):
             self._take(path)
 
@@ -76,7 +76,7 @@ class FeatureCache(Mapping[str, np.ndarray]):
         return len(self._places)
 
     def add(self, digests: Sequence[str], features: np.ndarray) -> None:
-        """Keeps the features of images, [n, T, W]: they are on disk when this returns, all of them or none.
+        """Stores the features of images, [n, T, W]; on return they are on disk, all or none.
 
         Raises FloatingPointError for NaN and infinity.
         """
@@ -95,11 +95,11 @@ class FeatureCache(Mapping[str, np.ndarray]):
         self._take(path)
 
     def missing(self, digests: Sequence[str]) -> list[str]:
-        """Those of `digests`, each once, of which there are no sound features."""
+        """The distinct `digests` without valid features."""
         return [digest for digest in dict.fromkeys(digests) if digest not in self]
 
     def _take(self, path: Path) -> None:
-        """Takes over the records of a file. They are read when they are asked for."""
+        """Adds the records of a file, which are read lazily."""
         self._taken.add(path)
         count = path.stat().st_size // self._record.itemsize
         records = np.memmap(path, self._record, "r", shape=(count,)) if count else ()
@@ -120,7 +120,7 @@ class FeatureCache(Mapping[str, np.ndarray]):
         path = self.directory / IDENTITY
         try:
             found = read_object(path)
-        except (FileNotFoundError, Unreadable):  # without it each file tells by its checksum whether it belongs here
+        except (FileNotFoundError, Unreadable):  # without it, the checksum shows whether a record belongs here
             found = None
         if found is not None and found != self.identity:
             names = sorted(name for name in {*found, *self.identity} if found.get(name) != self.identity.get(name))
@@ -133,17 +133,17 @@ class FeatureCache(Mapping[str, np.ndarray]):
 
 
 def feature_identity(encoder: str, config: Any, processing: Processing) -> dict[str, Any]:
-    """What features depend on: the digest of the encoder's weights, its configuration, the processing of images."""
+    """The identity of features: digest of the encoder's weights, its configuration, image preprocessing."""
     return {"encoder": encoder, "configuration": repr(config), "processing": processing.identity}
 
 
 def open_features(
     directory: str | os.PathLike[str], encoder: str, config: VisionConfig, processing: Processing
 ) -> FeatureCache:
-    """The cache of an encoder, of which `encoder` is the digest, in a folder of its own below `directory`.
+    """The feature cache of the encoder with digest `encoder`, in its own folder below `directory`.
 
-    The folder is named after all that features depend on, so another encoder or processing has another one. Features that
-    were read stay in memory, up to `RECENT_BYTES`.
+    The folder is named by the features' identity, so another encoder or preprocessing has another folder. Features that were
+    read stay in memory, up to `RECENT_BYTES`.
     """
     identity, shape = feature_identity(encoder, config, processing), (config.tokens, config.width)
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -159,10 +159,9 @@ class Encoder(NamedTuple):
 
 
 def on_devices(encoder: Variables, config: VisionConfig, devices: Sequence[Any]) -> Encoder:
-    """The encoder on devices of this host.
+    """The encoder compiled for devices of this host.
 
-    It takes as many images at a time for each device as keep its attention scores, which are not cut into blocks, within
-    `SCORES_BYTES`.
+    The batch per device is limited so that the attention scores, which are not computed blockwise, fit in `SCORES_BYTES`.
     """
     each = min(64, max(1, SCORES_BYTES // (4 * config.heads * config.side**4)))
     mesh = Mesh(np.array(devices), ("images",))
@@ -180,9 +179,9 @@ def image_features(
     processing: Processing,
     say: Callable[[str], None] = SAY,
 ) -> FeatureCache:
-    """`cache` with the features of all `images`: what it lacks is computed, each image once, however often it is shown.
+    """`cache` with the features of all `images`; missing ones are computed, each distinct image once.
 
-    `encoder` is called where something is lacking (`on_devices`). A killed pass continues where it was.
+    `encoder` is called only if some are missing (`on_devices`). A killed pass continues where it was.
     """
     by_digest = {image.digest: image for image in images}
     with reported("reading the features of images"):

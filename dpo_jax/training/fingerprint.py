@@ -1,8 +1,8 @@
-"""Run fingerprints: what must be the same for a run to be continued. Saved with each checkpoint and compared on resume.
+"""Run fingerprints: values that must not change when a run is resumed. Saved with each checkpoint and compared on resume.
 
-A fingerprint is a flat dict of JSON values: settings, digests of data and weights. These names have a meaning here: `data`, a
-digest of the token ids; `epochs`, `steps`, `schedule` and `warmup_ratio`, as a run whose learning rate does not depend on its
-length may become longer; `behind`, see there.
+A fingerprint is a flat dict of JSON values: settings, digests of data and weights. Some names have a special meaning: `data`, a
+digest of the token ids; `epochs`, `steps`, `schedule` and `warmup_ratio`, because a run whose learning rate does not depend on
+its length may be extended; `behind`, see the function.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from dpo_jax.types import Model
 
 HELD_OUT = "token ids held out"
-"""The name in a data record under which the digest of the held-out data is kept."""
+"""The key of the held-out data's digest in a data record."""
 
 
 class RunMismatch(ValueError):
-    """The folder holds a run with other settings, data or weights than the one that is to continue it."""
+    """The folder holds a run with different settings, data or weights."""
 
 
 class SavedRun(NamedTuple):
-    """The run that a folder holds: where that is, the step of its newest checkpoint, and the `meta` saved with it."""
+    """The run in a folder: its place, the step of its newest checkpoint, and the `meta` saved with it."""
 
     place: str
     step: int
@@ -41,9 +41,9 @@ class SavedRun(NamedTuple):
 
 
 def architecture(model: Model) -> str:
-    """A digest of everything but the weights that decides what a decoder computes: rotary base, window, epsilon, ..."""
+    """A digest of everything that determines a decoder's output except the weights: rotary base, window, epsilon, ..."""
     config = model.config
-    fields = dataclasses.asdict(config) | {"hf_json": ""}  # which also says who saved it, and in which version
+    fields = dataclasses.asdict(config) | {"hf_json": ""}  # it also names the library and version that saved it
     for field in dataclasses.fields(config):
         if field.metadata.get("later") and fields[field.name] == field.default:
             del fields[field.name]
@@ -51,27 +51,27 @@ def architecture(model: Model) -> str:
 
 
 def behind(saved: SavedRun | None, *, examples: int, batch: int) -> int:
-    """How many examples fewer than `step * batch` a saved run has seen: the last batch of its epochs may have been smaller.
+    """The number of examples by which a saved run is behind `step * batch`, because its last batch may have been smaller.
 
-    A run that becomes longer after its end continues with the next example, so none is left out.
+    An extended run continues with the next example, so none is left out.
     """
     if saved is None:
         return 0
     was = saved.fingerprint
-    if was.get("steps"):  # batches were whole
+    if was.get("steps"):  # all batches were full
         return was.get("behind", 0)
     seen = min(saved.step * batch - was.get("behind", 0), round(examples * was["epochs"]))
     return saved.step * batch - seen
 
 
 def run_length(fingerprint: Mapping[str, Any]) -> str:
-    """How long the run was meant to be, in words."""
+    """The planned length of the run, in words."""
     steps = fingerprint.get("steps")
     return f"{fingerprint.get('epochs')} epochs" if steps is None else f"{steps} steps"
 
 
 def check_length(saved: SavedRun | None, *, steps: int) -> None:
-    """Raises `RunMismatch` for a run that would become shorter than it is already."""
+    """Raises `RunMismatch` if the run would be shorter than it already is."""
     if saved is not None and steps < saved.step:
         raise RunMismatch(
             f"{saved.place} has taken {saved.step} steps, and is to have {steps}: a run can become longer, not shorter"
@@ -79,13 +79,14 @@ def check_length(saved: SavedRun | None, *, steps: int) -> None:
 
 
 def check_weights(saved: SavedRun | None, **digests: str) -> None:
-    """Raises `RunMismatch` where weights differ from those of the saved run. `start`, `reference`: their digests."""
+    """Raises `RunMismatch` if weights differ from those of the saved run. `digests`: by name, such as `start` and
+    `reference`."""
     if saved is not None:
         check_settings(saved.place, saved.fingerprint, digests)
 
 
 def check_data(saved: SavedRun | None, digest: str, data: Mapping[str, Any]) -> None:
-    """Raises `RunMismatch` saying what about the training data changed. `data`: a record of what the token ids are made of."""
+    """Raises `RunMismatch` saying how the training data changed. `data`: a record of the sources of the token ids."""
     if saved is not None and saved.fingerprint.get("data") != digest:
         lines = data_changes(saved.data, data) if saved.data else []
         words = lines or ["  the token ids differ, and nothing else that is recorded"]
@@ -93,19 +94,19 @@ def check_data(saved: SavedRun | None, digest: str, data: Mapping[str, Any]) -> 
 
 
 def other_held_out(saved: SavedRun | None, data: Mapping[str, Any]) -> bool:
-    """Whether the held-out data differ from those that a saved run was evaluated on."""
+    """Whether the held-out data differ from those used to evaluate a saved run."""
     return saved is not None and bool(saved.data) and saved.data.get(HELD_OUT) != data.get(HELD_OUT)
 
 
 def check_settings(place: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises `RunMismatch` naming each setting that differs from that of the run in `place`. `saved`, `now`: fingerprints.
+    """Raises `RunMismatch`, naming each setting that differs from the run in `place`. `saved`, `now`: fingerprints.
 
-    Only what is in both is compared, so that settings can be refused before any data are read. A run may become longer where
-    its learning rate does not depend on its length.
+    Only common names are compared, so that settings can be checked before any data are read. A run may be extended if its
+    learning rate does not depend on its length.
     """
     differing = {name: (saved[name], now[name]) for name in now if name in saved and saved[name] != now[name]}
     differing.pop("behind", None)
-    differing.pop("data", None)  # `check_data` says more
+    differing.pop("data", None)  # `check_data` gives details
     constant = now.get("schedule") == saved.get("schedule") == "constant"
     if constant and now.get("warmup_ratio") is None and saved.get("warmup_ratio") is None:
         for name in ("epochs", "steps"):
@@ -120,13 +121,14 @@ def check_settings(place: str, saved: Mapping[str, Any], now: Mapping[str, Any])
 
 
 def check_same_data(place: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises `RunMismatch` naming what differs from the data of the run in `place`. `saved`, `now`: parts of data records."""
+    """Raises `RunMismatch`, naming the differences from the data of the run in `place`. `saved`, `now`: parts of data
+    records."""
     if lines := data_changes(saved, now):
         raise RunMismatch(_message(place, "data", lines))
 
 
 def data_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What about the data changed, a line each. `saved`, `now`: data records."""
+    """Changes of the data, one line each. `saved`, `now`: data records."""
     lines = []
     for name in sorted({*saved, *now}):
         old, new = saved.get(name), now.get(name)
@@ -140,7 +142,7 @@ def data_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    # Enough of a digest to tell two apart.
+    # Enough of a digest to distinguish two.
     return repr(f"{value[:12]}…") if isinstance(value, str) and len(value) == 64 else repr(value)
 
 

@@ -1,8 +1,8 @@
-"""Moving references: the policy itself becomes the reference after every so many steps (TR-DPO's hard update).
+"""Moving references: the policy becomes the new reference every N steps (TR-DPO's hard update).
 
-Gorbatovski et al. 2024, "Learn Your Reference Model for Real Good Alignment", arXiv 2404.09656. No weights of a reference are
-kept: what training reads of it are log-probabilities, which one pass computes from the policy of that step, for the pairs that
-the steps up to the next update read.
+Gorbatovski et al. 2024, "Learn Your Reference Model for Real Good Alignment", arXiv 2404.09656. No reference weights are kept.
+Training needs only the reference log-probabilities, which one pass computes from the policy of that step, for the pairs that
+are read before the next update.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from dpo_jax.types import Array, Rows, Variables
 
 
 class Moving(Protocol):
-    """What training reads and makes from the policy after every `every` steps: log-probabilities here, whole rounds of
-    samples in `dpo_jax.online`. `train` saves the state first, and keeps that of step `origin(done)` while it is needed.
+    """Training inputs computed from the policy after every `every` steps: log-probabilities here, whole rounds of samples in
+    `dpo_jax.online`. `train` saves the state first, and keeps that of step `origin(done)` while it is needed.
     """
 
     every: int
     record: dict[str, Any]
-    """Saved with each checkpoint, and given to `resume`."""
+    """Saved with each checkpoint and passed to `resume`."""
 
     def origin(self, done: int) -> int: ...
     def resume(self, record: Mapping[str, Any]) -> None: ...
@@ -45,20 +45,20 @@ class Moving(Protocol):
 
 
 class MovingReference:
-    """The reference log-probabilities of a run whose reference moves to the policy after every `every` steps.
+    """The reference log-probabilities of a run whose reference becomes the policy after every `every` steps.
 
     Args:
       pairs: the training pairs.
-      values: float32[n, 2], those of the first reference (of rankings [n, K]). Steps below `every` are trained against it. The
-        attribute `values` is a copy that changes in place: give it to `stream` as `ref_logps`. What the next steps do not read
-        becomes NaN in it, so that nothing stale can be used.
-      total_steps: of the run. Pairs that only later steps would read are left out.
-      read_by: `read_by(step)` are the numbers of the pairs that a step reads, also beyond `total_steps`.
-      score: compiled `score(variables, rows) -> float32[P, K]`; that of `reference_logps`.
-      folder: gets a cache for each update, `step-N-...`. A killed pass continues there.
-      layout, batch, part: how pairs lie in rows, how many at a time, and `Partitioner.host_part`.
-      identity: what the numbers depend on beside the weights, as for `cached_reference_logps`. The step and a digest of the
-        weights of that step are added.
+      values: float32[n, 2], those of the first reference (rankings: [n, K]), used by steps below `every`. The attribute
+        `values` is a copy that changes in place: pass it to `stream` as `ref_logps`. Entries that the next steps do not read
+        become NaN, so that no stale value can be used.
+      total_steps: of the run. Pairs that only later steps would read are skipped.
+      read_by: `read_by(step)` gives the indices of the pairs that a step reads, also beyond `total_steps`.
+      score: compiled `score(variables, rows) -> float32[P, K]`, as for `reference_logps`.
+      folder: for one cache per update, `step-N-...`. A killed pass continues there.
+      layout, batch, part: row layout, pairs per batch, and `Partitioner.host_part`.
+      identity: what the values depend on besides the weights, as for `cached_reference_logps`. The step and a digest of its
+        weights are added.
     """
 
     def __init__(
@@ -91,22 +91,22 @@ class MovingReference:
         return done - done % self.every
 
     def lacks(self, step: int, weights: str) -> bool:
-        """Whether the weights of `step`, whose digest is `weights`, are needed to complete its log-probabilities."""
+        """Whether the weights of `step`, with digest `weights`, are needed to complete its log-probabilities."""
         return bool(self._lacking(self._open(step, weights), self._to_compute(step)).any())
 
     def move(
         self, step: int, variables: Variables, weights: str, *, steps: Iterable[int], pause: Callable[[], None] = lambda: None
     ) -> None:
-        """Makes the policy of `step` the reference. `variables` are read only where the cache lacks something.
+        """Makes the policy of `step` the reference. `variables` are used only if the cache is incomplete.
 
-        `weights`: their digest. `steps`: the steps at which a run may be resumed, whose caches stay. `pause()` is called after
+        `weights` is their digest. The caches of `steps`, at which a run may be resumed, are kept. `pause()` is called after
         each batch and may raise.
         """
         distinct, store = self._to_compute(step), self._open(step, weights)
         for what in store.damage if store is not None else ():
             self._say(f"{self.folder}: {what}; what is lacking is computed again")
         lacking = self._lacking(store, distinct)
-        # Always the same batches: the last bits of a sum may depend on what else lies in a batch.
+        # Always the same batches, because the last bits of a sum may depend on the rest of the batch.
         batches = [range(first, min(first + self._batch, len(distinct))) for first in range(0, len(distinct), self._batch)]
         todo = [distinct[batch.start : batch.stop] for batch in batches if lacking[batch.start : batch.stop].any()]
         with reported(f"reference pass of step {step}", total=sum(map(len, todo)), unit="pairs") as task:
@@ -128,16 +128,16 @@ class MovingReference:
         self._say(f"reference from step {step}: log-probabilities of the {len(numbers):,} pairs of the next steps")
 
     def resume(self, record: Mapping[str, Any]) -> None:
-        """Goes on from the `record` of a checkpoint."""
+        """Continues from the `record` of a checkpoint."""
         self.record.clear()
         self.record |= record
 
     def _numbers(self, first: int, last: int) -> np.ndarray:
-        """The pairs that steps `first` to `last - 1` read, each once."""
+        """The distinct indices of pairs read by steps `first` to `last - 1`."""
         return np.array(list(dict.fromkeys(int(i) for step in range(first, last) for i in self._read_by(step))), np.int64)
 
     def _to_compute(self, step: int) -> np.ndarray:
-        """The distinct pairs that are read from `step` on, in whole batches, so that a run that becomes longer has the same."""
+        """The distinct pairs read from `step` on, in full batches, so that an extended run has the same ones."""
         first: dict[tuple[bytes, ...], int] = {}
         for number in self._numbers(step, step + self.every):
             first.setdefault(pair_key(self._pairs[number]), int(number))
@@ -145,7 +145,7 @@ class MovingReference:
         return np.array(list(first.values()), np.int64)[: round_up(len(read), self._batch)]
 
     def _open(self, step: int, weights: str) -> ReferenceCache | None:
-        """The cache of `step`, on the first host, which alone has it."""
+        """The cache of `step`, which only the first host has."""
         if not is_first():
             return None
         identity = {**self._identity, "step": step, "weights": weights}
@@ -159,7 +159,7 @@ class MovingReference:
         return from_first(lacking)
 
     def _forget(self, steps: set[int], *, keep: Path | None) -> None:
-        """Deletes caches of other steps than `steps`, and of the same step with other weights than those in `keep`."""
+        """Deletes the caches of steps not in `steps`, and caches of the same step with other weights than in `keep`."""
         if keep is None:
             return
         for folder in self.folder.glob("step-*-*"):

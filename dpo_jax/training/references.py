@@ -1,4 +1,4 @@
-"""The cached reference pass: reference log-probabilities of a data set are computed once, and read from disk afterwards."""
+"""The cached reference pass: reference log-probabilities of a data set are computed once and then read from disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Model, Partitioner, Variables
 
 SAY = functools.partial(print, flush=True)
-"""Where messages of a run go by default: standard output, a line each."""
+"""Default output of a run's messages: standard output, one line each."""
 
 
 def cached_reference_logps(
@@ -37,22 +37,22 @@ def cached_reference_logps(
     other_data: str = "other data",
 ) -> np.ndarray:
     """log pi_ref(y|x) of all `pairs`, in order: float32[n, 2] in nats, chosen first (rankings: [n, K], best first). Computes
-    what the cache lacks.
+    only values missing in the cache.
 
-    A killed pass continues where it was. Several hosts may call it together: they share the work, and the first one has the
+    A killed pass continues where it was. Several hosts may call it together: they share the work, and the first one holds the
     cache. `reference_logps_of` does the same without a cache.
 
     Args:
-      variables: the reference's, as `partitioner` has placed them.
-      cache: a folder, made if it is absent.
-      identity: JSON values that the numbers depend on, such as a digest of the weights, the precision and the kernel. By
-        default `weights_digest` of the whole weights, for which each host collects them, and the model's `config`. A cache with
-        another identity is a `ForeignCache` error that names what differs. Pairs are found by their token ids.
-      layout: how pairs lie in rows, from `plan_layout`; by default plain rows, which are right for every causal model.
-      batch: pairs at a time.
-      ld_alpha: that of `dpo_step`. An `identity` of your own must hold it.
-      say: gets a line on what the cache holds, if there is something to say.
-      other_data: the reason given where the cache has pairs and none of these.
+      variables: those of the reference, placed by `partitioner`.
+      cache: a folder, created if missing.
+      identity: JSON values that the log-probabilities depend on, such as a digest of the weights, the precision and the kernel.
+        The default is the `weights_digest` of the whole weights, which each host gathers, and the model's `config`. A cache
+        with another identity raises `ForeignCache`, naming the differences. Pairs are found by their token ids.
+      layout: row layout from `plan_layout`; by default plain rows, which are correct for every causal model.
+      batch: pairs per batch.
+      ld_alpha: as in `dpo_step`. Your own `identity` must include it.
+      say: called with a line about the contents of the cache, if relevant.
+      other_data: the reason stated if the cache has pairs but none of these.
 
     Raises `BrokenReference`, naming the pair, for NaN and infinity.
 
@@ -68,7 +68,7 @@ def cached_reference_logps(
     if identity is None:
         identity = {"weights": weights_digest(partitioner.to_host(variables)), "model": repr(model.config)}
         identity |= {"ld_alpha": ld_alpha} if ld_alpha != 1 else {}
-    # The first host has the cache; the others hear from it what it lacks, and in the end all values.
+    # The first host holds the cache and tells the others what is missing, and in the end all values.
     with reported("reading the reference cache"):
         store = ReferenceCache(cache, identity) if is_first() else None
     for what in store.damage if store is not None else ():

@@ -1,4 +1,4 @@
-"""A training run in a folder: resumed from its newest checkpoint, logged, evaluated and saved. It knows no configuration."""
+"""A training run in a folder: resumed from its newest checkpoint, logged, evaluated and saved. It needs no configuration."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Evaluate = Callable[[Any, int], Mapping[str, Any]]
 
 @runtime_checkable
 class PartlyFrozen(Protocol):
-    """A state, such as `TrainState`, of which a part is only read."""
+    """A state with a part that is only read, such as `TrainState`."""
 
     @property
     def frozen(self) -> Variables: ...
@@ -81,10 +81,9 @@ def train(
 ) -> Any:
     """Trains from `state` (consumed), or from the newest good checkpoint in `folder`, to `total_steps`. Returns the last state.
 
-    The returned state lies on the devices; `Partitioner.get_state` gives its form on the host. A run that was killed continues
-    when the same call is made again, and ends with the same bits as an uninterrupted one. SIGTERM and SIGINT save, then raise
-    `Preempted`.
-    `folder` gets `checkpoints/`, `metrics.jsonl` (a row per step) and `resumes.jsonl`, and is locked meanwhile.
+    The returned state is on the devices; `Partitioner.get_state` gives its form on the host. The same call resumes a killed
+    run, which ends bit for bit like an uninterrupted one. SIGTERM and SIGINT save, then raise `Preempted`. `checkpoints/`,
+    `metrics.jsonl` (one row per step) and `resumes.jsonl` are written to `folder`, which is locked meanwhile.
 
     A whole run of DPO over all devices, with a cached reference pass. Run it again after a kill, on any number of devices:
 
@@ -109,24 +108,24 @@ def train(
     run/export
 
     Args:
-      step: compiled `step(state, batch) -> (state, metrics)`, as `Partitioner.compile_step` gives it.
-      state: any tree of arrays with an integer `step`, as `partitioner` has placed it. Checkpoints leave out what it holds as
-        `frozen`, if it is `PartlyFrozen`: whoever continues gives that again, and its digest belongs into `fingerprint`.
+      step: compiled `step(state, batch) -> (state, metrics)`, from `Partitioner.compile_step`.
+      state: any tree of arrays with an integer `step`, placed by `partitioner`. If it is `PartlyFrozen`, checkpoints leave out
+        its `frozen` part: pass it again to resume, and include its digest in `fingerprint`.
       stream: `stream(i)` is the batch of step `i`, a pure function of `i`; see `runtime.fit.fit`.
-      fingerprint: JSON values that must not change when the run is continued: settings, and as `data` a digest of the data. A
-        difference is a `RunMismatch` that names it. See `dpo_jax.training.fingerprint`.
-      data: JSON values that the data are made of (files, limits, ...), so that a message can say which of them changed.
-      saved: what `saved_run` found before the arguments were made, if they depend on it (`behind`).
+      fingerprint: JSON values that must not change when the run is resumed: settings, and as `data` a digest of the data. A
+        difference raises `RunMismatch`, which names it. See `dpo_jax.training.fingerprint`.
+      data: JSON values that describe the sources of the data (files, limits, ...), so that a message can name what changed.
+      saved: the result of `saved_run`, if other arguments depend on it (`behind`).
       partitioner: one of `runtime.parallel`; by default `single_device()`.
-      checkpoints: another place for them, which may be a bucket (`gs://...`).
-      stopping: ends the run early, by what `evaluate` finds. The state that is returned is then the best, not the last.
-      moving: moves the reference that `stream` reads to the policy, every so many steps (`MovingReference`), or makes all that
-        it reads (`online.Rounds`). The state of such a step is saved first, and kept until the next.
-      begin: called once the run is known to be new or the same as the one that is continued.
-      writers: makes further places for metrics, on the first host (`runtime.metrics`).
+      checkpoints: another directory for them, possibly a bucket (`gs://...`).
+      stopping: ends the run early, based on `evaluate`. The returned state is then the best one, not the last.
+      moving: every N steps, makes the policy the reference of `stream` (`MovingReference`), or produces all its data
+        (`online.Rounds`). The state of such a step is saved first, and kept until the next such step.
+      begin: called once the run is known to be new, or to match the one being resumed.
+      writers: creates further metrics destinations, on the first host (`runtime.metrics`).
 
-    The other arguments are those of `fit`. `evaluate` also runs after the last step, whatever `eval_every`; a value that is not
-    finite is a `NonFinite` error.
+    The other arguments are those of `fit`. `evaluate` also runs after the last step, for any `eval_every`; a value that is not
+    finite raises `NonFinite`.
     """
     partitioner = partitioner or single_device()
     versions = {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax")}
@@ -138,7 +137,7 @@ def train(
     if moving is not None:
         meta["reference"] = moving.record
     with contextlib.ExitStack() as held:
-        with hosts.first_goes_first("run directory"):  # which it would refuse with what others have written there
+        with hosts.first_goes_first("run directory"):  # other hosts must not write there before its check
             run = folder if isinstance(folder, RunDir) else held.enter_context(RunDir(folder, lock=hosts.is_first()))
         kept = {"max_to_keep": max_to_keep} | ({} if moving is None else {"origin": moving.origin})
         store = held.enter_context(_checkpoints(run, checkpoints, **kept))
@@ -153,7 +152,7 @@ def train(
             state = _at_its_reference(state, start, moving, store, partitioner)
         judge = None if evaluate is None else functools.partial(_finite, evaluate)
         log = held.enter_context(MetricsLog(run.metrics, writers=writers())) if hosts.is_first() else None
-        lost = judge is not None and _is_due(start, eval_every, total_steps)  # a signal may have come in its place
+        lost = judge is not None and _is_due(start, eval_every, total_steps)  # a signal may have prevented it
         if lost and stopping is not None:
             lost = stopping.last < start
         elif lost:
@@ -190,7 +189,7 @@ def train(
 
 
 def saved_run(checkpoints: str | os.PathLike[str], *, place: str) -> SavedRun | None:
-    """The run that left `checkpoints`, read without its arrays; None if there is none. `place` names it in messages."""
+    """The run saved in `checkpoints`, read without its arrays; None if there is none. `place` names it in messages."""
     found = newest_meta(checkpoints)
     return None if found is None else SavedRun(place, *found)
 
@@ -199,23 +198,23 @@ def saved_run(checkpoints: str | os.PathLike[str], *, place: str) -> SavedRun | 
 def _checkpoints(run: RunDir, elsewhere: str | os.PathLike[str] | None, **kept: Any) -> Iterator[Checkpoints]:
     with contextlib.ExitStack() as held:
         if elsewhere is not None and not is_remote(elsewhere):
-            held.enter_context(RunDir(elsewhere, lock=hosts.is_first()))  # for its lock: runs elsewhere may name it, too
+            held.enter_context(RunDir(elsewhere, lock=hosts.is_first()))  # locked: other runs may name it, too
         yield held.enter_context(Checkpoints(elsewhere or run.path / "checkpoints", **kept))
 
 
 def steps_of(state: Any, partitioner: Partitioner) -> int:
-    """How many steps a state on the devices has taken."""
+    """The number of steps that a state on the devices has taken."""
     step: Any = partitioner.get_state(state.step)
     return int(step)
 
 
 def _is_due(done: int, eval_every: int, total_steps: int) -> bool:
-    """Whether an evaluation belongs to the state after `done` steps; a signal then comes first, and saves without it."""
+    """Whether the state after `done` steps is to be evaluated. A signal takes precedence and saves without evaluation."""
     return done > 0 and (done == total_steps or (eval_every > 0 and done % eval_every == 0))
 
 
 def _best(state: Any, store: Checkpoints, partitioner: Partitioner, stopping: EarlyStopping, say: Callable[[str], None]) -> Any:
-    """The state whose evaluation was best, on the devices, in the place of the last."""
+    """The state with the best evaluation, on the devices, in place of the last one."""
     done, best = steps_of(state, partitioner), stopping.best
     if best is None:
         return state
@@ -231,7 +230,8 @@ def _best(state: Any, store: Checkpoints, partitioner: Partitioner, stopping: Ea
 
 
 def _finite(evaluate: Evaluate, state: Any, done: int) -> Mapping[str, Any]:
-    """Raises `NonFinite`. The loss of a step judges the weights before its update; only this judges those after the last."""
+    """Evaluation that raises `NonFinite`. A step's loss is for the weights before its update, so only this checks the last
+    update."""
     metrics = evaluate(state, done)
     for name, value in metrics.items():
         if not math.isfinite(value):
@@ -246,15 +246,15 @@ def _is_other_data(saved: SavedRun | None, data: Mapping[str, Any], total_steps:
 
 
 def _is_evaluated(log: MetricsLog | None, done: int) -> bool:
-    """Whether the log, which the first host has, holds an evaluation after `done` steps. All hosts call it."""
+    """Whether the log, held by the first host, has an evaluation after `done` steps. All hosts must call it."""
     found = log is not None and any(is_evaluation(row) and row["step"] == done for row in read_metrics(log.path))
     return hosts.anywhere(found)
 
 
 def _evaluate_last(evaluate: Evaluate, state: Any, done: int, *, log: MetricsLog | None, again: bool) -> None:
-    """Evaluates the final state where the log has no such row yet, or `again`.
+    """Evaluates the final state if the log has no such row yet, or if `again`.
 
-    A signal during the last step saves the state without evaluating it, and other held-out data need another evaluation.
+    A signal during the last step saves the state without evaluation, and changed held-out data need a new evaluation.
     """
     if _is_evaluated(log, done) and not again:
         return
@@ -299,15 +299,15 @@ def _resume(
         moving.resume(meta_of_saved.get("reference", {}))
     _say_what_changed(here, meta, say)
     say(f"continuing {run.path} after {here.step} steps")
-    if run_length(here.fingerprint) == run_length(is_now):  # otherwise it was lengthened, which is no interruption
+    if run_length(here.fingerprint) == run_length(is_now):  # otherwise it was extended, not interrupted
         _note_resumption(run, here.step, total_steps)
     return _in_place_of(state, restored, partitioner)
 
 
 def _at_its_reference(state: Any, done: int, moving: Moving, store: Checkpoints, partitioner: Partitioner) -> Any:
-    """The state after `done` steps, with the reference that the next step is trained against.
+    """The state after `done` steps, with the reference of the next step in `moving`.
 
-    Where its log-probabilities are not complete, the checkpoint of the step that made them is read in between.
+    If its log-probabilities are incomplete, the checkpoint of the step that defines them is read in between.
     """
     made = moving.origin(done)
     if made == 0:
@@ -333,7 +333,7 @@ def _renew(moving: Moving, store: Checkpoints, state: Any, done: int, pause: Cal
 
 
 def _in_place_of(state: Any, restored: Any, partitioner: Partitioner) -> Any:
-    """What was read, on the devices, with what is frozen. `state` is given back."""
+    """The restored state on the devices, with the frozen part of `state`; the rest of `state` is released."""
     if not isinstance(state, PartlyFrozen):
         free(state)
         return partitioner.put_state(restored)
@@ -342,12 +342,12 @@ def _in_place_of(state: Any, restored: Any, partitioner: Partitioner) -> Any:
 
 
 def _saved(partitioner: Partitioner, state: Any) -> Any:
-    """A state in the form that is saved, without what is frozen; or a part of it."""
+    """A state, or a part of it, in the saved form, without the frozen part."""
     return partitioner.get_state(state.replace(frozen={}) if isinstance(state, PartlyFrozen) else state)
 
 
 def _read(store: Checkpoints, state: Any, partitioner: Partitioner, *, only: int | None = None) -> tuple[Any, Any] | None:
-    """(state as it is saved, meta) of the newest good checkpoint, or of step `only`, in the form of `state`."""
+    """(state in saved form, meta) of the newest good checkpoint, or of step `only`, structured like `state`."""
     with reported("reading the checkpoint"):
         return store.restore_latest(jax.tree.map(_as_saved, _saved(partitioner, state)), only=only)
 
@@ -362,7 +362,7 @@ def _say_what_changed(saved: SavedRun, meta: Mapping[str, Any], say: Callable[[s
 
 
 def _note_resumption(run: RunDir, step: int, total_steps: int) -> None:
-    """Adds to `resumes.jsonl` that an interrupted run goes on after `step` steps, for whoever reads the run later."""
+    """Records in `resumes.jsonl` that an interrupted run resumes after `step` steps."""
     if hosts.is_first() and 0 < step < total_steps:
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         with appending(run.resumes) as file:
@@ -370,12 +370,12 @@ def _note_resumption(run: RunDir, step: int, total_steps: int) -> None:
 
 
 def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
-    """A sharded leaf is read in its shards: a host never holds all of it."""
+    """The abstract form of a leaf. A sharded leaf is read into its shards, so no host holds all of it."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
 def free(tree: Any) -> None:
-    """Releases the device memory of arrays that nobody will read again."""
+    """Releases the device memory of arrays that are no longer needed."""
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array):
             leaf.delete()

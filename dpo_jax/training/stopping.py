@@ -1,4 +1,4 @@
-"""Early stopping: a run ends when a held-out metric has stopped to become better, with the weights of the best evaluation."""
+"""Early stopping: a run ends when a held-out metric stops improving, with the weights of the best evaluation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dpo_jax.runtime.fit import Verdict
 
 
 class EarlyStopping:
-    """Ends a run after `patience` evaluations in a row without a better `metric`. One object for each run.
+    """Ends a run after `patience` evaluations in a row without improvement of `metric`. One object per run.
 
-    Lower is better, unless `higher`. An equal value is not better. `record` is saved with each checkpoint, so that a run that
-    was killed stops where it would have.
+    Lower is better, unless `higher`. An equal value is not better. `record` is saved with each checkpoint, so that a killed and
+    resumed run stops at the same step.
 
     >>> stopping = EarlyStopping("loss", patience=2)
     >>> [stopping.observe(step, {"loss": loss}).stop for step, loss in ((4, 0.6), (8, 0.5), (12, 0.7), (16, 0.5))]
@@ -30,12 +30,12 @@ class EarlyStopping:
 
     @property
     def best(self) -> int | None:
-        """After how many steps the metric was best; None before the first evaluation."""
+        """The step count of the best evaluation; None before the first."""
         return self.record.get("best")
 
     @property
     def last(self) -> int:
-        """After how many steps the last evaluation was; -1 before the first."""
+        """The step count of the last evaluation; -1 before the first."""
         return self.record.get("last", -1)
 
     @property
@@ -43,7 +43,7 @@ class EarlyStopping:
         return self.record.get("worse", 0) >= self.patience
 
     def observe(self, done: int, metrics: Mapping[str, Any]) -> Verdict:
-        """Takes the evaluation after `done` steps. Raises ValueError where it has no such metric."""
+        """Takes the evaluation after `done` steps. Raises ValueError if it lacks the metric."""
         if self.metric not in metrics:
             raise ValueError(f"the evaluation has no {self.metric!r} to stop on, but {', '.join(metrics)}")
         value = float(metrics[self.metric])
@@ -54,7 +54,7 @@ class EarlyStopping:
         return Verdict(save=better, stop=self.stopped)
 
     def watching(self, store: Checkpoints) -> Callable[[int, Mapping[str, Any]], Verdict]:
-        """`observe`, after which `store` keeps the best step."""
+        """`observe`, which also pins the best step in `store`."""
 
         def watch(done: int, metrics: Mapping[str, Any]) -> Verdict:
             verdict = self.observe(done, metrics)
@@ -65,11 +65,11 @@ class EarlyStopping:
         return watch
 
     def resume(self, record: Mapping[str, Any]) -> None:
-        """Goes on from the `record` of a checkpoint."""
+        """Continues from the `record` of a checkpoint."""
         self.record.clear()
         self.record |= record
 
     def words(self, done: int) -> str:
-        """How the run ended, after `done` steps."""
+        """Message on how the run ended, after `done` steps."""
         why = f"stopped after {done} steps: {self.patience} evaluations without a better" if self.stopped else "the best"
         return f"{why} {self.metric}; the weights are those of step {self.best}, where it was {self.record['value']:.4f}"
