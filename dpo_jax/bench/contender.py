@@ -1,7 +1,7 @@
-"""One contender in a process of its own: `python -m dpo_jax.bench.contender FOLDER NAME STEPS STARTED OUT`.
+"""Runs one contender in its own process: `python -m dpo_jax.bench.contender FOLDER NAME STEPS STARTED OUT`.
 
-STARTED is the time at which the process was asked for (seconds since 1970), OUT the JSON file with what it measured. With
-`--trace FOLDER` a contender of ours is profiled, and with `--weights FOLDER` one that trains writes the model it ends with.
+STARTED is the time at which the process was requested (seconds since 1970), OUT the JSON file for its measurements. With
+`--trace FOLDER` a contender of ours is profiled; with `--weights FOLDER` a contender that trains writes its final model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(args: list[str]) -> None:
     elif name in CONTENDERS:
         run = importlib.import_module(f"dpo_jax.bench.{CONTENDERS[name].module}").run
         result = run(read_work(folder), name, steps=int(asked.steps), trace=asked.trace, weights=asked.weights)
-        # Without the reference pass: rounds differ in length, and it has a figure of its own.
+        # The reference pass is excluded: rounds differ in length, and the pass is reported separately.
         waited = result.pop("first_step_at") - float(asked.started)
         result["seconds_to_first_step"] = waited - sum(result["reference_seconds"] or ())
     else:

@@ -1,8 +1,8 @@
-"""A DPO step of a toy mixture against that of a dense model of the same FLOPs: `python -m dpo_jax.bench.expert_step`.
+"""Times a DPO step of a toy mixture of experts against a dense model of equal FLOPs: `python -m dpo_jax.bench.expert_step`.
 
-The dense model (Llama) has one MLP as wide as the experts that a token takes together. FLOPs are those of `models.flops`, which
-count neither routing nor padding. The two take turns, and of each the fastest step counts, by the clock and by processor time:
-on a machine that others use, the second.
+The MLP of the dense model (Llama) is as wide as all experts of one token together. FLOPs come from `models.flops`, which counts
+neither routing nor padding. The two models take turns; the fastest step of each counts, by wall clock and by processor time.
+On a machine that others use, processor time is the one to trust.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def rates(*configs: DecoderConfig) -> list[Rate]:
-    """The rates of steps of these models, which take turns."""
+    """FLOP/s of a step of each model. The models take turns."""
     steps, flops = [_stepper(config) for config in configs], [_flops(config) for config in configs]
     least = np.full((len(configs), 2), np.inf)
     for _ in range(ROUNDS):
@@ -78,7 +78,7 @@ def _flops(config: DecoderConfig) -> float:
 
 
 def _stepper(config: DecoderConfig) -> Callable[[], Any]:
-    """Takes a step on random tokens, compiled and with its state on the device, and waits for it."""
+    """Returns a function that takes one compiled step on random tokens and waits for it. The state stays on the device."""
     model, tx, rng = make_model(config), make_optimizer(1e-6), np.random.default_rng(0)
     texts = [rng.integers(1, VOCABULARY, PROMPT + 2 * COMPLETION).astype(np.int32) for _ in range(PAIRS)]
     pairs = [Encoded(*np.split(text, [PROMPT, PROMPT + COMPLETION]), uid=str(n)) for n, text in enumerate(texts)]

@@ -26,16 +26,16 @@ PEAK_BFLOAT16 = (
 
 
 def step_flops(config: DecoderConfig, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
-    """FLOPs of forward and backward pass per pair, float64[pairs], from the lengths of its parts in tokens: `pair_flops`.
+    """FLOPs of the forward and backward pass per pair, float64[pairs], from token counts (see `pair_flops`).
 
-    Not counted: prompts read twice, padding, a reference model, recomputation, and everything that is no matrix product.
+    Not counted: prompts read twice, padding, a reference model, recomputation, and anything but matrix products.
     """
     lengths = zip(prompt, chosen, rejected, strict=True)
     return np.array([pair_flops(config, prompt=int(p), chosen=int(w), rejected=int(l)).training for p, w, l in lengths])
 
 
 def device_peak(name: str) -> float | None:
-    """bfloat16 FLOP/s of an accelerator by its data sheet; None for one that is not in the table."""
+    """bfloat16 FLOP/s of an accelerator by its data sheet; None if it is not in the table."""
     return next((peak for part, peak in PEAK_BFLOAT16 if part in name), None)
 
 

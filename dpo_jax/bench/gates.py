@@ -1,4 +1,4 @@
-"""Checks that all contenders compute the same thing, without which no ratio is reported."""
+"""Checks that all contenders compute the same thing. Unless they agree, no ratio is reported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpo_jax.bench.updates import Updates
 from dpo_jax.bench.work import OURS
 
 YARDSTICKS = ("torch-live", "torch-cached", OURS)
-"""Updates are measured by that of the first of these that takes part."""
+"""Updates are compared with that of the yardstick: the first of these that takes part."""
 
 
 class GateFailed(RuntimeError):
@@ -20,20 +20,20 @@ class GateFailed(RuntimeError):
 
 
 class Tolerance(NamedTuple):
-    logps: float  # of a completion's log-probability at step 0, relative to its size or, if that is larger, the mean size
+    logps: float  # of a completion's log-probability at step 0, relative to its size or, if larger, the mean size
     start: float  # of the loss at step 0, against ln 2
     curve: float  # of the loss at every later step
     grad_norm: float  # of every step, before clipping, relative to its size
     update: float  # L2 norm of the difference of two updates (final weights minus start), relative to that of the yardstick's
 
 
-# In bfloat16 a completion's log-probability moves by some tenths of a nat with the order of summation.
+# In bfloat16 a completion's log-probability varies by some tenths of a nat with the order of summation.
 #
-# RMSprop divides a gradient by sqrt(v) + 1e-8. From the first step, 10 * lr * sign(g) for all but the tiniest, an entry moves
-# equally far whether its gradient is large or nearly cancels; and a gradient no larger than the rounding error of the sums that
-# it comes from has an arbitrary sign. Such an entry moves by up to 20 * lr in one library against the other. So updates
-# agree far less closely than losses and norms, in which those entries count for nothing. Measured in float32: 5e-6 on small
-# random models (4 to 20 steps), and 1.3e-4 (PyTorch) and 1.7e-4 (ours) from float64 in the first step of SmolLM2.
+# RMSprop divides a gradient by sqrt(v) + 1e-8. The first step is 10 * lr * sign(g) for all but the tiniest gradients, so an
+# entry moves equally far whether its gradient is large or nearly cancels. A gradient below the rounding error of its own sums
+# has an arbitrary sign: its entry may differ by up to 20 * lr between two libraries. Updates therefore agree far less closely
+# than losses and norms, where such entries do not matter. Measured in float32: 5e-6 on small random models (4 to 20 steps);
+# 1.3e-4 (PyTorch) and 1.7e-4 (ours) from float64 in the first step of SmolLM2.
 TOLERANCES = {
     "float32": Tolerance(1e-5, 1e-5, 1e-4, 1e-4, 1e-3),
     "bfloat16": Tolerance(1e-2, 2e-2, 5e-2, 5e-2, 5e-1),
@@ -43,15 +43,15 @@ TOLERANCES = {
 def check(results: Mapping[str, Mapping[str, Any]], *, precision: str, updates: Updates | None = None) -> dict[str, Any]:
     """The largest difference between any two contenders in each measure. Raises `GateFailed` naming both and the place.
 
-    `results[name]` has `first_logps` [pairs, 2], of the policy before the first step, `losses` [steps] and `grad_norms`
-    [steps]. Curves are compared over the steps that all have taken. With `updates`, weights are compared as well, of contenders
-    that took equally many steps; `updates` of the result is then, by contender, how far it is from the `yardstick`.
+    `results[name]` has `first_logps` [pairs, 2] (the policy before the first step), `losses` [steps] and `grad_norms` [steps].
+    Curves are compared over the steps that all have taken. With `updates`, weights are compared too; all must have taken
+    equally many steps. The result's `updates` is then the distance of each contender from the `yardstick`.
     """
     names = list(results)
     tolerance = TOLERANCES[precision]
     logps = [np.asarray(results[name]["first_logps"], np.float64) for name in names]
     size = np.abs(logps).max(axis=0)
-    # Rounding errors grow with the number of tokens, also where these are nearly certain.
+    # Rounding errors grow with the number of tokens, even where the tokens are nearly certain and the sum is small.
     scale = np.maximum(1.0, np.maximum(size, size[np.isfinite(size)].mean() if np.isfinite(size).any() else 0.0))
     found: dict[str, Any] = {
         "first_logps": _largest(names, [x / scale for x in logps], tolerance.logps, "log-probabilities at step 0")
@@ -72,7 +72,7 @@ def check(results: Mapping[str, Mapping[str, Any]], *, precision: str, updates: 
 
 
 def _curves(results: Mapping[str, Mapping[str, Any]], key: str) -> np.ndarray:
-    """float64[contenders, steps], of the steps that all have taken."""
+    """float64[contenders, steps], over the steps that all have taken."""
     steps = min(len(result[key]) for result in results.values())
     return np.array([result[key][:steps] for result in results.values()], np.float64)
 
@@ -92,7 +92,7 @@ def _check_updates(results: Mapping[str, Mapping[str, Any]], updates: Updates, t
             "is reported."
         )
     relative = updates.distances / updates.norms[by]
-    # The yardstick comes first: of what is off, it tells which contender.
+    # Compare with the yardstick first: this tells which contender is off.
     worst = max(range(len(relative)), key=lambda i: _or_infinite(relative[by, i]))
     one, other = by, worst
     if relative[one, other] <= tolerance:

@@ -1,8 +1,8 @@
-"""Times of the flash kernels with other tiles: `python -m dpo_jax.bench.kernel_tiles`, on a GPU.
+"""Times the flash kernels with other tile sizes: `python -m dpo_jax.bench.kernel_tiles`, on a GPU.
 
-`models.flash_kernels.tiles_of` holds what was fastest. Run this where a chip, a head size or a compiler is new, and write the
-winners there. Each line is one kernel with one choice of tiles: microseconds, and the share of the data sheet's rate that the
-products of the visited blocks make up. A choice whose result differs from that of the present one is not listed as a time.
+`models.flash_kernels.tiles_of` holds the fastest tiles. Run this for a new chip, head size or compiler, and enter the winners
+there. Each line is one kernel with one choice of tiles: microseconds, and FLOP/s of the matrix products of the visited blocks.
+A choice whose result differs from that of the present tiles is reported instead of timed.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from dpo_jax.models.attention_gpu import flash_path
 from dpo_jax.models.flash_kernels import BLOCK, Settings, Spans, Tiles, tiles_of
 from dpo_jax.writing import write_text
 
-PRODUCTS = {"forward": 2, "d_queries": 3, "d_keys": 4}  # of [tile, head] and [tile, tile], for each pair of tiles
-CALLS = 20  # in a row, so that the host is never waited for
+PRODUCTS = {"forward": 2, "d_queries": 3, "d_keys": 4}  # matrix products per pair of tiles
+CALLS = 20  # in a row, so that the device never waits for the host
 
 
 class Shape(NamedTuple):
-    """Rows and heads of one layer. `packed`: rows of many short pairs like those of Anthropic HH; else one text a row."""
+    """Sizes of one attention layer. `packed`: rows of many short pairs like those of Anthropic HH; else one text a row."""
 
     name: str
     length: int
@@ -53,11 +53,11 @@ SHAPES = (
 
 
 def choices(kernel: str, head_size: int) -> Iterator[Tiles]:
-    """The present choice first, then its neighbours."""
+    """The present tiles first, then their neighbours."""
     present = tiles_of(kernel, head_size, jnp.bfloat16)
     yield present
     for own, met, warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (2, 3)):
-        # Two sums of a long tile do not fit in the registers of few warps.
+        # The two accumulators of a long tile do not fit in the registers of few warps.
         if (tiles := Tiles(own, met, warps, stages)) != present and own * head_size <= 128 * 32 * warps:
             yield tiles
 
@@ -94,7 +94,7 @@ def _told(seconds: float | str, rate: float | None) -> str:
 
 
 def measure(shape: Shape, kernels: list[str], *, deadline: float) -> Iterator[tuple[str, Tiles, float | str, float | None]]:
-    """(kernel, tiles, seconds or why there are none, FLOP/s of the blocks that 64 x 64 tiles visit)."""
+    """(kernel, tiles, seconds or why there are none, FLOP/s counted over the 64 x 64 blocks that are visited)."""
     spans = _spans(shape)
     keys = jax.random.split(jax.random.key(0), 4)
     heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
@@ -123,7 +123,7 @@ def measure(shape: Shape, kernels: list[str], *, deadline: float) -> Iterator[tu
                 program = jax.jit(make(tiles)).lower(q, k, v, spans).compile()
                 result = jax.device_get(program(q, k, v, spans))
                 seconds = _seconds(lambda program=program: program(q, k, v, spans))
-            except Exception as error:  # too many registers or too much shared memory: the others are worth knowing
+            except Exception as error:  # too many registers or too much shared memory: go on with the others
                 yield kernel, tiles, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}", None
                 continue
             expected = expected if expected is not None else result
@@ -141,7 +141,7 @@ def _float(x: Any) -> np.ndarray:
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    """Median seconds of a call, of `CALLS` in a row."""
+    """Median seconds per call, from series of `CALLS` calls."""
     times = []
     for _ in range(5):
         begin = time.perf_counter()

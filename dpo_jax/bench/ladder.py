@@ -1,7 +1,8 @@
-"""Our DPO, from the literal step to the one that `dpo-jax dpo` runs: each rung removes one kind of work that does not train.
+"""Ablation ladder of our DPO step, from the literal step to that of `dpo-jax dpo`: each rung removes one kind of wasted work.
 
-The last rung is the product's code and settings. What the rungs below lack is taken away here, on top of the same public
-functions: a live reference is `reference_logps` called in the step, a head over all positions is rows that score them all.
+The last rung is the product's code and settings. The rungs below it undo optimizations here, on top of the same public
+functions: a live reference calls `reference_logps` in the step, and a head over all positions comes from rows that score all
+positions.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ RUNGS = {
 
 
 class Compiled:
-    """`jax.jit` that compiles each shape once, when told to, so that the time is known and no timed step pays for it.
+    """`jax.jit` that compiles each shape ahead of time, so that compilation is timed and no timed step pays for it.
 
-    `last` are arguments of every call, after the others.
+    `last` are arguments appended to every call.
     """
 
     def __init__(self, function: Callable[..., Any], *, donate: tuple[int, ...] = (), last: tuple[Any, ...] = ()) -> None:
@@ -79,8 +80,8 @@ class Compiled:
 
 
 def run(work: Work, name: str, *, steps: int, trace: str | None = None, weights: Path | None = None) -> dict[str, Any]:
-    """Takes `steps` optimizer steps with `runtime.fit.fit`, the product's loop. Returns the same as `torch_loop.run`, and
-    seconds of compiling, compiled shapes, and seconds the loader needs per batch when nothing else runs.
+    """Takes `steps` optimizer steps with `runtime.fit.fit`, the product's loop. Returns the same as `torch_loop.run`, plus
+    compile seconds, the number of compiled shapes, and the loader's seconds per batch when nothing else runs.
     """
     keep_programs(work.compiled(name))
     rung, pairs = RUNGS[name], read_pairs(work)
@@ -100,9 +101,9 @@ def run(work: Work, name: str, *, steps: int, trace: str | None = None, weights:
         return make(step, ref_logps=None if rung.live else refs)
 
     step_function = make_step(rung, model=model, tx=tx, loss=loss, work=work, reference=variables)
-    # The step donates its state: only a live reference needs the starting weights once more.
+    # The step donates its state, so a live reference needs a copy of the starting weights.
     state = init_state(jax.tree.map(jnp.copy, variables) if rung.live else variables, tx)
-    # All shapes of the frozen pairs, also those of steps that this round does not take: each round compiles the same.
+    # All shapes of the frozen pairs, including those of steps that this round does not take: every round compiles the same.
     filler = np.zeros((len(pairs), 2), np.float32)
     for step in range(work.longest_run):
         step_function.prepare(state, make(step, ref_logps=None if rung.live else filler).rows)
@@ -151,9 +152,9 @@ def step_batch(
     layouts: dict[str, Layout],
     ref_logps: np.ndarray | None = None,
 ) -> Batch:
-    """The batch of optimizer step `step` as the rung lays it out. `ref_logps` is in the order of `pairs`.
+    """The batch of optimizer step `step` in the rung's layout. `ref_logps` is in the order of `pairs`.
 
-    Of a rung that groups by length `rows` is a tuple, one per microbatch. `index` counts within the pairs of the step.
+    For a rung that groups by length, `rows` is a tuple with one entry per microbatch. `index` counts within the step's pairs.
     """
     first = step * work.batch
     groups = by_length(work, pairs_of_step(work, pairs, step)) if rung.grouped else [list(range(work.batch))]
@@ -179,9 +180,9 @@ def _bucket(rung: Rung, pairs: Sequence[Encoded]) -> Layout:
 
 
 def score_all_positions(rows: Rows, *, pairs_per_row: int) -> Rows:
-    """The same rows with a head over every position, as trainers have it that score first and mask afterwards.
+    """The same rows with the head applied at every position, as in trainers that score first and mask afterwards.
 
-    Positions that nothing is read from are added as padding of the read-out. The last prompt token of a pair may be read twice.
+    Positions without a label are added as padding of the read-out. The last prompt token of a pair may be read twice.
     """
     count, length = rows.tokens.shape
     width = length + (pairs_per_row if rows.slots > 1 else 0)
@@ -198,7 +199,7 @@ def score_all_positions(rows: Rows, *, pairs_per_row: int) -> Rows:
 
 
 def reference_pass(reference: Compiled, variables: Variables, batches: Sequence[Batch]) -> tuple[list[np.ndarray], list[float]]:
-    """log pi_ref [pairs, 2] of each batch in the order of its pairs, and seconds per batch. Compiles first."""
+    """log pi_ref [pairs, 2] of each batch in the order of its pairs, and seconds per batch, compilation excluded."""
     for batch in batches:
         for rows in _parts(batch.rows):
             reference.prepare(variables, rows)
@@ -221,7 +222,7 @@ def make_step(rung: Rung, *, model: Model, tx: Any, loss: PreferenceLoss, work: 
     if not rung.live:
         return Compiled(step, donate=(0,))
 
-    # The reference weights are an argument: closed over, they would be constants of the program.
+    # The reference weights are an argument: captured by closure, they would be constants of the program.
     def live(state: TrainState, rows: Rows, reference: Variables) -> tuple[TrainState, Metrics]:
         return step(state, rows.replace(ref_logps=reference_logps(model, reference, rows)))
 
@@ -257,7 +258,7 @@ class GroupedStep:
 
 
 def describe() -> dict[str, Any]:
-    """Peak memory and what ran: the process on a CPU, the device elsewhere."""
+    """Peak memory (of the process on a CPU, of the device elsewhere), device and versions."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     return {
@@ -269,7 +270,7 @@ def describe() -> dict[str, Any]:
 
 @contextmanager
 def _traced(step: Any, folder: str) -> Iterator[None]:
-    """A trace in `folder`, and the compiled programs, without which its operations are only numbers."""
+    """Writes a trace to `folder`, with the compiled programs that map its operations to parts of the model."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for number, program in enumerate(step.programs.values()):
         write_text(Path(folder) / f"hlo-{number}.txt", program.as_text())

@@ -1,4 +1,4 @@
-"""How fast each library multiplies matrices on this machine: a ratio divided by this is the merit of the trainer alone."""
+"""Matrix product rate of each library on this machine; dividing a ratio by it leaves the contribution of the trainer alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from dpo_jax.bench.work import LIBRARIES, Work
 
-SECONDS = 0.5  # of measuring per shape, after two products that are not counted
+SECONDS = 0.5  # of measuring per shape, after two warm-up products
 
 
 def run(work: Work, name: str) -> dict[str, Any]:
-    """FLOP/s over the products `work.matmuls`, each at the median of its times. Random numbers: zeros multiply faster."""
+    """FLOP/s over the products `work.matmuls`, each at its median time. Inputs are random: zeros multiply faster."""
     make = _torch if name == LIBRARIES["torch"] else _jax
     rng = np.random.default_rng(0)
     flops, seconds = 0.0, 0.0

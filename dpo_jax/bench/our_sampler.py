@@ -1,4 +1,4 @@
-"""Our sampler in the race of samplers."""
+"""Our contender in the sampling race."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpo_jax.bench.work import SamplingWork, read_prompts
 from dpo_jax.models.hf import load_hf
 from dpo_jax.sampling import generate
 
-SHARES = (1, 2, 4)  # of the completions, drawn at a time
+SHARES = (1, 2, 4)  # all, half or a quarter of the completions are drawn at a time
 NEVER = -1  # no token has this id, so none ends a completion
 
 
@@ -23,8 +23,8 @@ def run(work: SamplingWork) -> dict[str, Any]:
     """Completes the prompts greedily (for the gate), and `1 + work.batches` times by sampling. Returns
 
     `greedy` [B * K][T] token ids, `nats` [B * K] mean log-probability of the tokens sampled in each row, `batch_seconds` of the
-    timed batches, `batch_tokens` that were drawn in each, `first_seconds` of the batch before them, `compile_seconds` of
-    sampling, `variant`, how many completions at a time were the fastest in one batch, and what `ladder.describe` gives.
+    timed batches, `batch_tokens` drawn in each, `first_seconds` of the batch before them, `compile_seconds` of sampling,
+    `variant` (how many completions at a time were the fastest in one batch), and the fields of `ladder.describe`.
     """
     jax.config.update("jax_compilation_cache_dir", str(work.compiled("jax-generate").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -37,7 +37,7 @@ def run(work: SamplingWork) -> dict[str, Any]:
     best = functools.partial(generate, model, **options, eos_id=NEVER, temperature=0.0)
     greedy = Compiled(best)(variables, prompts, lengths, key)
     samplers = {}
-    for share in SHARES if work.ends else SHARES[:1]:  # where all are equally long, none makes room before the others
+    for share in SHARES if work.ends else SHARES[:1]:  # without early ends no completion frees its lane before the others
         lanes = max(1, every // share)
         samplers[lanes] = Compiled(functools.partial(generate, model, **options, eos_id=work.ends or NEVER, lanes=lanes))
         samplers[lanes].prepare(variables, prompts, lengths, key)

@@ -1,4 +1,4 @@
-"""One image of a race: how fast, how much memory, and that all learn the same."""
+"""Figure of a race: pairs/s, peak memory and loss curves of all contenders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLORS = {"jax": CHOSEN.color, "torch": REJECTED.color}
 
 
 def plot_race(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Draws the value of `report.summarize` as a PNG file."""
+    """Plots the result of `report.summarize` to a PNG file."""
     figure = Figure(figsize=(14, 4.2), layout="constrained")
     speed, memory, curves = figure.subplots(1, 3)
     contenders = summary["contenders"]

@@ -1,4 +1,4 @@
-"""A JAX trace as a table of where the step's time went: what to look at before opening a trace viewer."""
+"""Step time by operation, as a text table from a JAX trace."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 
 OPERATIONS = 12  # listed one by one
 TRACEABLE = "--xla_gpu_enable_command_buffer="
-"""The flag of XLA with which a GPU starts each operation by itself: else a trace names only the CUDA graphs that hold them."""
+"""XLA flag that turns CUDA graphs off, so that a trace names single operations and not only whole graphs."""
 _NAMED = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{op_name="([^"]*)"', re.MULTILINE)
 
 
 def slowest_operations(folder: Path) -> str:
     """Milliseconds by part of the model and direction, then the slowest operations of the compiled step.
 
-    `folder` is what `jax.profiler.trace` wrote (if more than once: the last time), with the compiled programs (`hlo-*.txt`)
-    beside it, which say where in the model an operation comes from. An operation's time is its own, without those that it
-    contains. Where several shapes ran, operations of one name count together.
+    `folder` holds the output of `jax.profiler.trace` (the newest, if there are several) and the compiled programs
+    (`hlo-*.txt`), which tell the part of the model that an operation comes from. An operation's time excludes the operations
+    nested in it. If several shapes ran, operations of the same name are added up.
     """
     origin = {name: scope for text in sorted(folder.glob("hlo-*.txt")) for name, scope in _NAMED.findall(text.read_text())}
     files = sorted(folder.rglob("*.trace.json.gz"))  # in a folder named after the time, for each call of the profiler
@@ -42,13 +42,13 @@ def slowest_operations(folder: Path) -> str:
 
 
 def own_times(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Microseconds of each operation, without those inside of it: trace events of one thread nest."""
+    """Microseconds of each operation, excluding nested operations: trace events of one thread nest."""
     threads: dict[Any, list[Mapping[str, Any]]] = collections.defaultdict(list)
     for event in events:
         threads[event["pid"], event["tid"]].append(event)
     spent: dict[str, float] = collections.defaultdict(float)
     for found in threads.values():
-        open_: list[tuple[float, str]] = []  # (end, operation) of those that the current one is inside of
+        open_: list[tuple[float, str]] = []  # (end, operation) of the operations that enclose the current one
         for event in sorted(found, key=lambda event: (event["ts"], -event["dur"])):
             while open_ and open_[-1][0] <= event["ts"]:
                 open_.pop()

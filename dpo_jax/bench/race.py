@@ -1,4 +1,4 @@
-"""Runs the contenders against each other: alternating, each in a process of its own, and judged before anything is compared."""
+"""Runs the contenders alternately, each in its own process, and checks that they agree before it compares speeds."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from dpo_jax.bench.work import CONTENDERS, LIBRARIES, SAMPLERS, SamplingWork, Wo
 from dpo_jax.runtime.progress import reported
 
 Results = dict[str, list[dict[str, Any]]]
-"""What each contender (and each library's matrix product) measured, one entry per round."""
+"""Measurements of each contender (and of each library's matrix product), one entry per round."""
 
 
 _REMEDY = "Leave it out with --bench.contenders, or divide its batches (--bench.torch-microbatches, --dpo.microbatches)."
 
 
 class ContenderFailed(RuntimeError):
-    """The process of a contender ended with an error."""
+    """A contender's process ended with an error."""
 
 
 def race(
@@ -40,11 +40,11 @@ def race(
     python: str = sys.executable,
     say: Callable[[str], None] = print,
 ) -> tuple[Results, dict[str, Any]]:
-    """All contenders one after the other, `rounds` times. Returns what they measured, and how far they differ (`gates.check`).
+    """Runs all contenders in turn, `rounds` times. Returns their measurements, and how far they differ (`gates.check`).
 
-    The first round is longer (loss curves and updated weights), starts with empty compilation caches, and ends with the gates:
-    `GateFailed` comes before the hours of the other rounds. `python` is the interpreter of the PyTorch contenders. Raises
-    `ContenderFailed` with the end of a contender's error output.
+    The first round is longer (loss curves and updated weights), starts with empty compilation caches, and ends with the gates,
+    so that `GateFailed` is raised before the hours of the other rounds. `python` is the interpreter of the PyTorch contenders.
+    Raises `ContenderFailed` with the end of a contender's error output.
     """
     order = [LIBRARIES[kind] for kind in LIBRARIES if any(library(name) == kind for name in names)] + list(names)
     results: Results = {name: [] for name in order}
@@ -72,7 +72,7 @@ def race(
 
 
 def _judge(work: Work, results: dict[str, dict[str, Any]], compared: Sequence[str]) -> dict[str, Any]:
-    """The gates of the first round. The weights that it left are deleted: as many models as contenders."""
+    """Checks the gates of the first round, then deletes the weights it left: one model per contender."""
     found = updates.compare(work.model, {name: work.weights(name) for name in compared}) if compared else None
     shutil.rmtree(work.all_weights, ignore_errors=True)
     return gates.check(results, precision=work.precision, updates=found)
@@ -88,7 +88,7 @@ def run_one(
     trace: str | None = None,
     weights: bool = False,
 ) -> dict[str, Any]:
-    """One contender, once, in a new process. Its output is kept in `<folder>/logs`, and its final `weights` if asked."""
+    """Runs one contender once, in a new process. Keeps its output in `<folder>/logs`, and with `weights` its final model."""
     folder = Path(work.folder)
     out = folder / "rounds" / f"{name}-{round_number}.json"
     log = folder / "logs" / f"{name}-{round_number}.log"
@@ -98,7 +98,7 @@ def run_one(
     package = str(Path(dpo_jax.__file__).parent.parent)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "HF_HUB_OFFLINE": "1",  # the model is a local folder; nothing is to be fetched or reported while a clock runs
+        "HF_HUB_OFFLINE": "1",  # the model is a local folder; no network traffic while a clock runs
         "TOKENIZERS_PARALLELISM": "false",
     }
     if trace is not None:
@@ -121,7 +121,7 @@ def run_one(
 
 
 def pairs_per_second(work: Work, result: dict[str, Any]) -> float:
-    """Over the timed steps, which are the same in every round: all but the first, in which caches are filled."""
+    """Pairs per second over the timed steps: all but the first, which fills caches. They are the same in every round."""
     return work.steps * work.batch / sum(result["step_seconds"][1 : work.steps + 1])
 
 
@@ -132,7 +132,7 @@ def _headline(work: Work, result: dict[str, Any]) -> str:
 
 
 class _Neighbours:
-    """How much of the cores others used meanwhile, 0 to 1: a race on a busy machine says little. Known on Linux, else 0."""
+    """Share of the cores that other processes used during the race, 0 to 1; always 0 outside Linux. It should be small."""
 
     share = 0.0
 
@@ -159,7 +159,7 @@ class _Neighbours:
 
 @contextmanager
 def _stopped_by_signals():
-    """SIGTERM ends this process as Ctrl-C does, so that `subprocess.run` takes the contender with it."""
+    """Makes SIGTERM end this process as Ctrl-C does, so that `subprocess.run` ends the contender too."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -172,7 +172,7 @@ def _stopped_by_signals():
 
 
 def installed(packages: Sequence[str], *, python: str = sys.executable) -> bool:
-    """Whether the interpreter `python` has all of `packages`. Raises OSError if there is no such interpreter."""
+    """Whether all of `packages` are installed for the interpreter `python`. Raises OSError if there is no such interpreter."""
     code = "import sys, importlib.util as u; sys.exit(any(u.find_spec(p) is None for p in sys.argv[1:]))"
     return subprocess.run([python, "-c", code, *packages], check=False).returncode == 0
 

@@ -1,4 +1,4 @@
-"""From what contenders measured to the figures that are published: medians with spread, ratios, and where we lose."""
+"""Published figures of a race: medians with spread, ratios, and every figure in which we lose."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOADER_BAR = 0.1  # loader time per batch, as a share of the step
 def summarize(
     work: Work, config: DecoderConfig, pairs: Sequence[Encoded], results: Results, differences: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All figures of a race as one JSON value; `differences` are those of the gates, which have been passed."""
+    """All figures of a race as one JSON value; `differences` are those measured by the gates, which have passed."""
     timed = [pair for step in range(1, work.steps + 1) for pair in pairs_of_step(work, pairs, step)]
     lengths = np.array([[len(getattr(pair, side)) for side in SIDES] for pair in timed], np.float64)
     flops = float(step_flops(config, *lengths.T).mean())
@@ -67,7 +67,7 @@ def summarize(
 
 
 def contender_figures(work: Work, rounds: Sequence[Mapping[str, Any]], *, flops: float, useful: float) -> dict[str, Any]:
-    """Medians over the rounds of one contender. The first round alone starts with empty compilation caches ("cold")."""
+    """Medians over the rounds of one contender. Only the first round starts with empty compilation caches ("cold")."""
     first, later = rounds[0], rounds[1:]
     speed = _spread([pairs_per_second(work, dict(result)) for result in rounds])
     reference = _reference_seconds(work, rounds)
@@ -100,7 +100,7 @@ def _reference_seconds(work: Work, rounds: Sequence[Mapping[str, Any]]) -> float
 
 
 def ratios(contenders: Mapping[str, Any], rates: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Ours against each rival that ran, in pairs/s (medians, and the worst case of the spread) and peak memory.
+    """Ratios of ours to each rival that ran, in pairs/s (medians, and the worst case of the spread) and peak memory.
 
     `over_matmul` divides by how much faster our library multiplies matrices on this machine.
     """
@@ -131,7 +131,7 @@ def ratios(contenders: Mapping[str, Any], rates: Mapping[str, Mapping[str, float
 
 
 def lost(contenders: Mapping[str, Any]) -> list[str]:
-    """Every figure in which a contender in PyTorch beats ours, in words: the best of them."""
+    """Every figure in which a PyTorch contender beats ours, as text naming the best of them."""
     if OURS not in contenders:
         return []
     ours, found = contenders[OURS], []
@@ -163,7 +163,7 @@ def scaling(points: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The figures as Markdown, and below it the ratios, the gates and what we lose."""
+    """The figures as a Markdown table, followed by the ratios, the gates and the figures in which we lose."""
     gates = summary["gates"]
     head = (
         "contender",

@@ -1,4 +1,4 @@
-"""Our sampler against `transformers.generate`: same weights, same prompts, as many new tokens, in turns, and judged first."""
+"""Races our sampler against `transformers.generate`: same weights, prompts and number of new tokens, checked for agreement."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dpo_jax.bench.report import QUIET
 from dpo_jax.bench.work import SAMPLERS, SamplingWork, library, read_prompts
 
 THEIRS, OURS = SAMPLERS
-# Of the logits of two tokens between which greedy decoding may choose either way.
+# Largest difference of two logits between which greedy decoding may choose either way.
 NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.1}
 DEVIATIONS = 5.0  # standard errors between the mean log-probabilities of two batches from one distribution
 
 
 def random_prompts(count: int, longest: int, *, vocab_size: int, seed: int) -> list[np.ndarray]:
-    """Prompts of random tokens but token 0, half as long as `longest` and longer; one has exactly that length."""
+    """Prompts of random tokens other than 0, from half of `longest` to `longest` long; one has exactly that length."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(max(1, longest // 2), longest + 1, count)
     lengths[0] = longest
@@ -32,7 +32,7 @@ def random_prompts(count: int, longest: int, *, vocab_size: int, seed: int) -> l
 
 
 def end_tokens(share: float, *, new_tokens: int, vocab_size: int) -> tuple[int, ...]:
-    """As many tokens as end about `share` of the completions before token `new_tokens`, where all tokens are equally likely."""
+    """End tokens, enough to end about `share` of the completions before token `new_tokens` if all tokens are equally likely."""
     each = 1 - (1 - share) ** (1 / max(1, new_tokens - 1))
     return tuple(range(1, 1 + max(1, round(each * vocab_size)))) if share else ()
 
@@ -40,8 +40,8 @@ def end_tokens(share: float, *, new_tokens: int, vocab_size: int) -> tuple[int, 
 def race(
     work: SamplingWork, *, rounds: int, python: str = sys.executable, say: Callable[[str], None] = print
 ) -> tuple[Results, dict[str, float]]:
-    """Both samplers, one after the other, `rounds` times. As `race.race`: the first round starts with empty compilation caches
-    and ends with the gates, and `python` is the interpreter that has torch and transformers.
+    """Runs both samplers in turn, `rounds` times. As in `race.race`, the first round starts with empty compilation caches and
+    ends with the gates, and `python` is the interpreter that has torch and transformers.
     """
     results: Results = {name: [] for name in SAMPLERS}
     shutil.rmtree(work.compiled(OURS), ignore_errors=True)
@@ -60,11 +60,11 @@ def race(
 
 
 def check(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, precision: str) -> dict[str, float]:
-    """Do both draw from one distribution? Raises `GateFailed` saying where not.
+    """Checks that both samplers draw from one distribution. Raises `GateFailed` naming the place where they do not.
 
-    Greedy continuations must agree, or part at a near-tie, where ours takes their second choice; what follows is not compared.
-    All of ours of a prompt are compared with theirs.
-    What was sampled must be equally likely on average: a sampler that cuts the distribution draws likelier tokens.
+    Greedy continuations must agree, or part at a near-tie where ours takes their second choice; what follows is not compared.
+    All of our continuations of a prompt are compared with theirs. Sampled tokens must be equally likely on average: a sampler
+    that truncates the distribution draws likelier tokens.
     """
     mine = np.asarray(ours["greedy"])
     times = max(1, len(mine) // len(theirs["greedy"]))
@@ -96,7 +96,7 @@ def check(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, precision: str)
 
 
 def tokens_per_second(result: Mapping[str, Any]) -> list[float]:
-    """New tokens of all rows, per second of each timed batch, the pass over the prompts included."""
+    """New tokens of all rows per second, for each timed batch, with the pass over the prompts included."""
     return [drawn / seconds for drawn, seconds in zip(result["batch_tokens"], result["batch_seconds"], strict=True)]
 
 

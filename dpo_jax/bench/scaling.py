@@ -1,4 +1,4 @@
-"""Scaling of our step's time with batch size and row length, as fitted exponents."""
+"""Scaling of our step time with batch size and row length, as fitted exponents."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from dpo_jax.runtime.optim import linear_warmup, make_optimizer
 from dpo_jax.step import init_state
 
 FACTORS = (1, 2, 4, 8)
-TIMED = 3  # steps per point, after one that is not counted
+TIMED = 3  # steps per point, after a warm-up step
 
 
 def run(work: Work, name: str, *, factors: Sequence[int] = FACTORS) -> dict[str, Any]:
-    """Points of two sweeps over random pairs: a quarter of the batch and multiples of it, an eighth of the longest text
-    and multiples of it. Half of a text's tokens are its prompt, a quarter each its completions.
+    """Points of two sweeps over random pairs: over multiples of a quarter of the batch, and over multiples of an eighth of the
+    longest text. Half of a text's tokens are its prompt, a quarter each its completions.
     """
     model, variables = load_hf(work.model, dtype=jnp.dtype(work.precision), remat=work.remat)
     tx = make_optimizer(linear_warmup(work.lr, warmup_steps=work.warmup_steps), max_grad_norm=work.max_grad_norm)
@@ -64,6 +64,6 @@ def run(work: Work, name: str, *, factors: Sequence[int] = FACTORS) -> dict[str,
 
 
 def exponents(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """x in time = constant * tokens^x, fitted to the points, and the same of the FLOPs: what attention alone explains."""
+    """Exponents x of time = constant * tokens^x, fitted to the points, and of FLOPs: the growth due to attention alone."""
     tokens, seconds, flops = (np.log([point[key] for point in points]) for key in ("tokens", "seconds", "flops"))
     return {"seconds": float(np.polyfit(tokens, seconds, 1)[0]), "flops": float(np.polyfit(tokens, flops, 1)[0])}

@@ -1,7 +1,7 @@
-"""DPO in PyTorch as the paper's appendix B has it, over Hugging Face transformers: the literal loop that we measure against.
+"""The literal PyTorch loop: DPO as in appendix B of the paper, on Hugging Face transformers.
 
-As the original code does, chosen and rejected of a batch become one tensor, padded to the longest row of the whole batch, whose
-logits are all computed in float32; the reference model runs in every step, unless its log-probabilities are cached.
+As in the original code, the chosen and rejected rows of a batch form one tensor, padded to the longest row of the whole batch,
+and all its logits are computed in float32. The reference model runs in every step, unless its log-probabilities are cached.
 """
 
 # pyright: reportMissingImports=false
@@ -24,7 +24,7 @@ IGNORED = -100
 
 
 class Batch(NamedTuple):
-    """All chosen rows, then all rejected rows: [2 x pairs, length] each. `labels` are IGNORED where nothing is scored."""
+    """All chosen rows, then all rejected rows: [2 x pairs, length] each. `labels` are IGNORED at unscored positions."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -39,8 +39,8 @@ class Batch(NamedTuple):
 
 
 def run(work: Work, name: str, *, steps: int, trace: str | None, weights: Path | None) -> dict[str, Any]:
-    """Takes `steps` optimizer steps. Returns losses, norms of the gradients before clipping, times, log-probabilities of the
-    first batch, and what they cost. Then, with all measured, the policy goes into the model folder `weights`, if there is one.
+    """Takes `steps` optimizer steps. Returns losses, gradient norms before clipping, times, log-probabilities of the first
+    batch, and their cost. After all measurements it saves the policy to the model folder `weights`, if given.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pairs = read_pairs(work)
@@ -93,9 +93,9 @@ def run(work: Work, name: str, *, steps: int, trace: str | None, weights: Path |
 
 
 def load(work: Work, device: str, **options: Any) -> Any:
-    """The model in evaluation mode, which only means that nothing is dropped out: gradients flow all the same."""
+    """The model in evaluation mode, which only turns dropout off: gradients still flow."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32, **options)
-    # Of token `pad_token_id` nn.Embedding drops the gradient, also where it is no padding: chat models end turns with it.
+    # nn.Embedding drops the gradient of token `pad_token_id`, even where it is not padding: chat models end turns with it.
     model.get_input_embeddings().padding_idx = None
     return model.to(device).eval()
 
@@ -106,7 +106,7 @@ def save(model: Any, folder: Path) -> None:
 
 
 def make_optimizer(work: Work, model: Any) -> tuple[torch.optim.Optimizer, Any]:
-    """The original's: RMSprop with torch's defaults, and its linear warm-up."""
+    """The original code's optimizer: RMSprop with torch's defaults, and linear warm-up."""
     optimizer = torch.optim.RMSprop(model.parameters(), lr=work.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (work.warmup_steps + 1)))
     return optimizer, schedule
@@ -137,8 +137,9 @@ def sequence_logps(model: Any, batch: Batch) -> torch.Tensor:
     logits = model(batch.ids, attention_mask=batch.mask, use_cache=False).logits[:, :-1].float()
     labels = batch.labels[:, 1:]
     scored = labels != IGNORED
-    # The original's log_softmax, more exactly: where one logit dominates, PyTorch's own loses up to 2e-5 nats a token on a CPU,
-    # always to one side: on SmolLM2 6e-6 of a log-probability, 7e-5 of the gradient and 1.4e-3 of RMSprop's first step.
+    # The original's log_softmax, computed more exactly. Where one logit dominates, PyTorch's own loses up to 2e-5 nats a token
+    # on a CPU, always to one side: on SmolLM2 6e-6 of a log-probability, 7e-5 of the gradient and 1.4e-3 of RMSprop's first
+    # step.
     picked = logits.gather(2, labels.masked_fill(~scored, 0).unsqueeze(2)).squeeze(2) - logits.logsumexp(-1)
     return (picked * scored).sum(-1)
 
@@ -161,7 +162,7 @@ def dpo_loss(logps: torch.Tensor, ref_logps: torch.Tensor, *, beta: float) -> to
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Peak memory and what ran: the process on a CPU, the device on a GPU."""
+    """Peak memory (of the process on a CPU, of the device on a GPU), device, threads and versions."""
     gpu = device == "cuda"
     return {
         "peak_bytes": torch.cuda.max_memory_allocated() if gpu else peak_memory(),

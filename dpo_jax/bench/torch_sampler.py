@@ -1,4 +1,4 @@
-"""`transformers.generate` in the race of samplers, with the attention and the cache that are fastest here, not compiled."""
+"""`transformers.generate` in the sampling race: the fastest attention and cache on this machine, not compiled."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -13,13 +13,13 @@ import transformers
 from dpo_jax.bench.torch_loop import describe
 from dpo_jax.bench.work import SamplingWork, read_prompts
 
-VARIANTS = ("sdpa", "sdpa static", "eager")  # attention, and the cache if it is not the usual, growing one
+VARIANTS = ("sdpa", "sdpa static", "eager")  # attention, and the cache if it is not the default, growing one
 
 
 def run(work: SamplingWork) -> dict[str, Any]:
-    """As `our_sampler.run`; nothing is compiled, and there is one greedy completion of each prompt. For the gate also the
-    second likeliest token of each greedy step, `runner_up` [B][T], and how far its logit is below that of the token taken,
-    `gap` [B][T]. `variant`: the attention and the cache; each is tried on one batch, and the fastest is taken.
+    """As `our_sampler.run`, but nothing is compiled, and there is one greedy completion of each prompt. For the gate it also
+    returns the second likeliest token of each greedy step, `runner_up` [B][T], and how far its logit is below that of the
+    token taken, `gap` [B][T]. `variant` is the attention and the cache: each is tried on one batch, and the fastest is used.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(work.seed)
@@ -29,7 +29,7 @@ def run(work: SamplingWork) -> dict[str, Any]:
             work.model, dtype=getattr(torch, work.precision), attn_implementation=attention
         )
         models[attention] = model.to(device).eval()
-        models[attention].generation_config.eos_token_id = None  # completions are as long as asked, unless `work.ends` says
+        models[attention].generation_config.eos_token_id = None  # completions have full length, unless `work.ends` ends them
     prompts, lengths = (torch.from_numpy(array).to(device) for array in read_prompts(work))
     columns = torch.arange(prompts.shape[1], device=device)
     inputs = {"inputs": prompts.long(), "attention_mask": (columns >= prompts.shape[1] - lengths[:, None]).long()}
@@ -70,7 +70,7 @@ def run(work: SamplingWork) -> dict[str, Any]:
 
 
 def drawn(tokens: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
-    """bool[B, T]: which tokens were drawn, that which ended the row included."""
+    """bool[B, T]: which tokens were drawn, including the one that ended the row."""
     ended = torch.isin(tokens, torch.tensor(ends, dtype=tokens.dtype, device=tokens.device))
     return ended.cumsum(1) - ended.long() == 0
 

@@ -1,9 +1,9 @@
-"""TRL's DPOTrainer on the frozen pairs: as it comes, and at its best.
+"""TRL's DPOTrainer on the frozen pairs: with its defaults, and at its best.
 
-What is ours is only what the comparison needs: token ids instead of texts, the frozen order, the optimizer, and clocks. Speed
+We change only what the comparison needs: token ids instead of texts, the frozen order, the optimizer, and clocks. Speed
 settings are TRL's defaults (`trl`), or the best we know of (`trl-best`): reference log-probabilities precomputed, batches
-divided into microbatches of similar length, no recomputation of activations, and the fastest attention that is installed.
-Its `padding_free` only warns and does nothing since TRL 1.0; its fused head is always on (on a CPU it scores every position).
+divided into microbatches of similar length, no recomputation of activations, and the fastest attention installed. TRL's
+`padding_free` only warns and does nothing since TRL 1.0; its fused head is always on (on a CPU it scores every position).
 """
 
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
@@ -26,7 +26,7 @@ from dpo_jax.bench.work import Work, by_length, pairs_of_step, read_pairs
 
 
 class Trainer(trl.DPOTrainer):
-    """DPOTrainer on token ids, which keeps losses of microbatches, norms of gradients and the time of the reference pass."""
+    """DPOTrainer on token ids that records microbatch losses, gradient norms and the time of the reference pass."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.losses: list[torch.Tensor] = []
@@ -43,7 +43,7 @@ class Trainer(trl.DPOTrainer):
         self.accelerator.clip_grad_norm_ = clip_and_keep
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
-        return dataset  # it would tokenize
+        return dataset  # the original would tokenize
 
     def _precompute_ref_logps(self, *args: Any) -> Any:
         start = time.perf_counter()
@@ -58,11 +58,11 @@ class Trainer(trl.DPOTrainer):
 
 
 class Collator:
-    """TRL's own, counting positions."""
+    """TRL's own collator, with a count of positions."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
-        self.sizes: list[tuple[int, int]] = []  # (positions, real ones) of each microbatch
+        self.sizes: list[tuple[int, int]] = []  # (positions, those without padding) of each microbatch
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = self.inner(examples)
@@ -71,7 +71,7 @@ class Collator:
 
 
 class Clock(transformers.TrainerCallback):
-    """When each optimizer step was done."""
+    """Records the time at which each optimizer step ended."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -148,7 +148,7 @@ def settings(work: Work, folder: str, *, steps: int, parts: int, best: bool) -> 
         beta=work.beta,
         max_grad_norm=work.max_grad_norm,
         bf16=work.precision == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),  # bf16 without a GPU is refused unless a CPU is asked for
+        use_cpu=not torch.cuda.is_available(),  # without a GPU, bf16 is refused unless the CPU is requested
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
@@ -157,7 +157,7 @@ def settings(work: Work, folder: str, *, steps: int, parts: int, best: bool) -> 
 
 
 def best_attention() -> str:
-    """FlashAttention where it is installed, else PyTorch's own fused attention."""
+    """FlashAttention if it is installed, else PyTorch's own fused attention."""
     if torch.cuda.is_available():
         for package, choice in (("flash_attn_interface", "flash_attention_3"), ("flash_attn", "flash_attention_2")):
             if importlib.util.find_spec(package) is not None:
@@ -166,7 +166,7 @@ def best_attention() -> str:
 
 
 def _first_logps(trainer: Trainer, place: list[int], size: int) -> list[list[float]]:
-    """Log-probabilities of the first optimizer step's pairs as the policy in the trainer has them, in their frozen order."""
+    """Log-probabilities of the first optimizer step's pairs under the trainer's policy, in their frozen order."""
     found: list[list[float]] = [[]] * len(place)
     dataset, collate = trainer.train_dataset, trainer.data_collator
     for start in range(0, len(place), size):
@@ -178,7 +178,7 @@ def _first_logps(trainer: Trainer, place: list[int], size: int) -> list[list[flo
 
 
 def _tokenizer(vocab_size: int) -> transformers.PreTrainedTokenizerFast:
-    """The trainer wants one, if only to pad with its EOS, token 0."""
+    """A tokenizer, which the trainer requires if only to pad with its EOS, token 0."""
     words = {f"<{number}>": number for number in range(vocab_size)}
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<0>")), eos_token="<0>", pad_token="<0>"

@@ -1,7 +1,7 @@
-"""What training changed in the weights: the update (final minus start) of each contender against that of every other.
+"""Weight updates (final minus start) of the contenders, compared pairwise.
 
-All read one start and write Hugging Face folders, so that a tensor has one name and one orientation, whoever wrote it. Names
-are looked up as `load_hf` does, and a tied head counts once.
+All contenders start from one model and write Hugging Face folders, so a tensor has the same name and orientation in each. Names
+are resolved as in `load_hf`, and a tied head counts once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dpo_jax.models.folder import read_config
 from dpo_jax.models.tensors import contents
 from dpo_jax.models.weights import Checkpoint
 
-BLOCK = 2**20  # numbers of a tensor that are read at a time, of each contender: 8 MiB in float64
+BLOCK = 2**20  # elements of a tensor read at a time from each contender: 8 MiB in float64
 
 
 class Updates(NamedTuple):
@@ -32,9 +32,9 @@ class Updates(NamedTuple):
 
 
 def compare(start: Path, finals: Mapping[str, Path]) -> Updates:
-    """The updates of model folders `finals`, by contender, from the folder `start`.
+    """Compares the updates of the model folders `finals`, by contender, relative to the folder `start`.
 
-    A block of rows of one tensor is in memory at a time. Raises ValueError or FileNotFoundError naming file and tensor, as
+    Only a block of rows of one tensor is in memory at a time. Raises ValueError or FileNotFoundError naming file and tensor, as
     `load_hf` does, for a folder that does not hold the same tensors.
     """
     config, names = decoder_config(read_config(start), where=start / "config.json"), tuple(finals)
@@ -56,7 +56,7 @@ def compare(start: Path, finals: Mapping[str, Path]) -> Updates:
                         difference = mine - updates[j]
                         here[i, j] += difference @ difference
             apart += here
-            # Not finite is the largest, where it first is.
+            # The first non-finite difference counts as the largest.
             for i, j in zip(*np.nonzero(~(here <= largest) & np.isfinite(largest)), strict=True):
                 places[i][j] = places[j][i] = tensor
                 largest[i, j] = here[i, j]

@@ -1,6 +1,6 @@
-"""What all contenders of a race work on: the same model folder, the same pairs in every optimizer step, the same settings.
+"""Shared input of all contenders of a race: model folder, pairs of every optimizer step, settings.
 
-The PyTorch contenders read this file too, in processes of their own: nothing here may import JAX, which would count as their
+The PyTorch contenders import this module too, in their own processes. It must not import JAX, which would count as their
 memory.
 """
 
@@ -21,7 +21,7 @@ SIDES = ("prompt", "chosen", "rejected")
 
 
 class Contender(NamedTuple):
-    module: str  # of dpo_jax.bench; its `run(work, name, *, steps, trace, weights)` does the work
+    module: str  # of dpo_jax.bench, with `run(work, name, *, steps, trace, weights)`
     what: str
 
 
@@ -44,30 +44,30 @@ SAMPLERS = {
     ),
     "jax-generate": Contender("our_sampler", "dpo_jax.sampling.generate: what `dpo-jax sample` runs"),
 }
-"""The other race (`sampling_race`), which is about completing prompts. `run(work)` of each takes a `SamplingWork`."""
+"""Contenders of the sampling race (`sampling_race`). `run(work)` of each takes a `SamplingWork`."""
 OURS = "jax-attention"
-"""The last rung of the ladder is the product; the others exist to show what each idea is worth."""
+"""The last rung of the ladder is the product; the others show the gain of each optimization."""
 LIBRARIES = {"torch": "matmul-torch", "jax": "matmul-jax"}
 MEASUREMENTS = {"matmul-torch": "matmul", "matmul-jax": "matmul", "scaling": "scaling"}
-"""What else runs in a process of its own, and its module: `run(work, name)`."""
+"""Other measurements that run in their own process, and their modules: `run(work, name)`."""
 
 
 def library(name: str) -> str:
-    """Which library a contender, a sampler or a measurement runs in, and so which Python."""
+    """The library that a contender, sampler or measurement runs in; it decides the Python interpreter."""
     return "torch" if "torch" in name or name.startswith("trl") else "jax"
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Everything a contender is told. It is written to `<folder>/work.json`, beside `model/` and `pairs.npz`."""
+    """All settings of a contender, written to `<folder>/work.json` beside `model/` and `pairs.npz`."""
 
     folder: str
     batch: int  # pairs per optimizer step
-    steps: int  # timed optimizer steps per round, after one that is not
-    gate_steps: int  # after which loss curves and weights are compared, unless `steps` are more
+    steps: int  # timed optimizer steps per round, after an untimed one
+    gate_steps: int  # steps after which loss curves and weights are compared, or `steps` if larger
     groups: int  # microbatches of similar length, for contenders that group by length
-    torch_microbatches: int  # equal parts into which the other PyTorch contenders divide a batch
-    microbatches: int  # the same for ours (except those that group)
+    torch_microbatches: int  # equal parts of a batch, for the other PyTorch contenders
+    microbatches: int  # equal parts of a batch, for ours (except those that group)
     beta: float
     lr: float
     warmup_steps: int
@@ -75,7 +75,7 @@ class Work:
     precision: Literal["float32", "bfloat16"]
     remat: str
     layouts: dict[str, dict[str, Any]]  # fields of `data.layout.Layout` per kind
-    matmuls: list[tuple[int, int, int]]  # (m, k, n): products that are typical for the model at this batch
+    matmuls: list[tuple[int, int, int]]  # (m, k, n) of matrix products typical of the model at this batch size
 
     @property
     def model(self) -> Path:
@@ -90,17 +90,17 @@ class Work:
         return Path(self.folder) / "weights"
 
     def weights(self, name: str) -> Path:
-        """The model with which a contender ends the first round, until it has been compared."""
+        """Folder of a contender's model after the first round, kept until it has been compared."""
         return self.all_weights / name
 
     @property
     def longest_run(self) -> int:
-        """Optimizer steps of the first round: it also gives the loss curves and the weights."""
+        """Optimizer steps of the first round, which also gives the loss curves and the weights."""
         return max(self.gate_steps, self.steps + 1)
 
 
 def write_work(work: Work, pairs: Sequence[Encoded]) -> None:
-    """`pairs` in the order in which they are trained on: pairs `[s * batch, (s + 1) * batch)` are optimizer step `s`."""
+    """Writes work and `pairs`, in training order: pairs `[s * batch, (s + 1) * batch)` are optimizer step `s`."""
     arrays = {}
     for side in SIDES:
         ids = [getattr(pair, side) for pair in pairs]
@@ -121,15 +121,15 @@ def read_work(folder: str | Path) -> Work:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingWork:
-    """What both samplers are told: `<folder>/sampling.json`, beside `model/` and `prompts.npz`."""
+    """All settings of both samplers, written to `<folder>/sampling.json` beside `model/` and `prompts.npz`."""
 
     folder: str
-    new_tokens: int  # of every completion that no token ends
-    batches: int  # timed in a round, all of the same prompts, after one that is not
+    new_tokens: int  # of every completion without an end token
+    batches: int  # timed batches in a round, all of the same prompts, after an untimed one
     precision: Literal["float32", "bfloat16"]
     seed: int
     completions: int = 1  # of each prompt
-    ends: tuple[int, ...] = ()  # tokens that end a completion, except in the greedy ones that are compared
+    ends: tuple[int, ...] = ()  # tokens that end a completion; ignored by the greedy ones of the gate
 
     @property
     def model(self) -> Path:
@@ -140,7 +140,7 @@ class SamplingWork:
 
 
 def write_sampling(work: SamplingWork, prompts: np.ndarray, lengths: np.ndarray) -> None:
-    """`prompts` int32[B, Lp] end in the last column, `lengths` int32[B]: what `sampling.left_pad` gives."""
+    """Writes work and prompts: `prompts` int32[B, Lp], left-padded (`sampling.left_pad`), and `lengths` int32[B]."""
     np.savez(Path(work.folder) / "prompts.npz", prompts=prompts, lengths=lengths)
     write_text(Path(work.folder) / "sampling.json", json.dumps(dataclasses.asdict(work), indent=2))
 
@@ -170,19 +170,19 @@ def longer_side(pair: Encoded) -> int:
 
 
 def by_length(work: Work, pairs: Sequence[Encoded]) -> list[list[int]]:
-    """The pairs of one step, by number, in `work.groups` equal parts of similar length, longest first."""
+    """Numbers of the pairs of one step, in `work.groups` equal parts of similar length, longest first."""
     order = sorted(range(len(pairs)), key=lambda number: -longer_side(pairs[number]))
     size = len(pairs) // work.groups
     return [order[start : start + size] for start in range(0, len(pairs), size)]
 
 
-LONGEST = 4  # times the mean: of lengths that vary
+LONGEST = 4  # times the mean: the limit of varying lengths
 
 
 def spread_lengths(rng: Any, count: int, *, means: Sequence[int], most: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Lengths (prompt, chosen, rejected), spread roughly as those of Anthropic HH are: gamma of shape 2. int[count, 3].
+    """Lengths (prompt, chosen, rejected) spread roughly like those of Anthropic HH: gamma of shape 2. int[count, 3].
 
-    `rng` is any of numpy's generators.
+    `rng` is any numpy generator.
     """
     return np.clip(rng.gamma(2.0, np.array(means) / 2, (count, 3)), 2, most).astype(int)
 
@@ -190,7 +190,7 @@ def spread_lengths(rng: Any, count: int, *, means: Sequence[int], most: Sequence
 def random_pairs(count: int, *, lengths: tuple[int, int, int], vocab_size: int, seed: int, vary: bool = False) -> list[Encoded]:
     """Pairs of random tokens of the given (prompt, chosen, rejected) lengths. Completions end in EOS, which is token 0.
 
-    `vary`: the lengths are means of `spread_lengths`, which are at most `LONGEST` times as long.
+    `vary`: the given lengths are means for `spread_lengths`, limited to `LONGEST` times the mean.
     """
     rng = np.random.default_rng(seed)
 
@@ -209,7 +209,7 @@ def random_pairs(count: int, *, lengths: tuple[int, int, int], vocab_size: int, 
 
 
 def peak_memory() -> int:
-    """Bytes: the largest resident set that this process ever had, interpreter and libraries included."""
+    """Peak resident set of this process in bytes, interpreter and libraries included."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024

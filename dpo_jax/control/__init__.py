@@ -1,1 +1,1 @@
-"""Control: policies, worlds with known optimum or a simulator, preferences between segments, CPL and its baselines."""
+"""Control from preferences: policies, environments, preferences between segments, CPL and its baselines."""

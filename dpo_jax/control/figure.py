@@ -1,4 +1,4 @@
-"""The figure of `dpo-jax control`: return over training, a panel for each kind of preferences."""
+"""Figure of `dpo-jax control`: return over training, with a panel for each kind of preferences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dpo_jax.plotting.palette import GUIDE, STYLES
 def plot_returns(
     results: Sequence[Result], path: str | os.PathLike[str], *, optimal: float, lowest: float | None = None
 ) -> Path:
-    """One PNG: the mean over seeds, and from the lowest to the highest seed. `lowest` cuts the axis."""
+    """One PNG: the mean over seeds, with the range from the lowest to the highest seed. `lowest` limits the axis."""
     kinds = list(dict.fromkeys(result.run.settings["preferences"] for result in results))
     styles = dict(zip(dict.fromkeys(result.run.method for result in results), STYLES, strict=False))
     figure = Figure(figsize=(4.6 * len(kinds), 3.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""P-IQL, the baseline of preference-based RL: a reward from preferences by partial return, then implicit Q-learning.
+"""P-IQL, the preference-based RL baseline: a reward learned from preferences by partial return, then implicit Q-learning.
 
 reward   -log sigmoid(sum_t gamma^t r(s+_t, a+_t) - sum_t gamma^t r(s-_t, a-_t))
 V        |tau - 1[u < 0]| u^2,  u = min(Q1, Q2)(s, a) - V(s), of the targets            Kostrikov et al. 2021, eq. 5
@@ -27,7 +27,7 @@ HIGHEST_WEIGHT = 100.0
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Experience:
-    """Transitions with where they led: states, after float32[N, *S]; actions float32[N, A]; rewards, weight float32[N]."""
+    """Transitions: states and next states `after` float32[N, *S]; actions float32[N, A]; rewards, weight float32[N]."""
 
     states: Array
     actions: Array
@@ -66,7 +66,7 @@ def segment_reward_step(
 
 
 class Critics:
-    """V and two Q of MLPs; `init(key, policy)` gives all variables of `iql_step`, the targets of Q among them."""
+    """MLPs for V and two Q; `init(key, policy)` gives all variables of `iql_step`, including the targets of Q."""
 
     def __init__(self, state: int, actions: int, hidden: Sequence[int]) -> None:
         self.value, self.q = Network(1, tuple(hidden)), Network(2, tuple(hidden))
@@ -93,10 +93,10 @@ def iql_step(
     microbatches: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step of implicit Q-learning on V, Q and the policy at once; then the targets move by `target_rate`. Pure.
+    """One optimizer step of implicit Q-learning on V, Q and the policy together; then targets move by `target_rate`. Pure.
 
-    `tx` must leave alone what has no gradient (no weight decay): the targets are among the trained variables, so that a
-    checkpoint holds them.
+    `tx` must not change variables without a gradient (no weight decay): the targets are among the trained variables, so that
+    checkpoints contain them.
     """
     stop = jax.lax.stop_gradient
 

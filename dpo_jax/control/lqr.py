@@ -20,7 +20,7 @@ from dpo_jax.control.rollouts import Rollouts, discounts
 from dpo_jax.types import Variables
 
 WORST = 100.0
-"""How many times the optimal cost a policy counts at most: that of an unstable one is infinite."""
+"""Limit of a policy's cost, in multiples of the optimal cost: the cost of an unstable policy is infinite."""
 
 
 class Optimum(NamedTuple):
@@ -32,7 +32,7 @@ class Optimum(NamedTuple):
 
 
 class Lqr(NamedTuple):
-    """A world. All in float64; `start` is the standard deviation of the first state."""
+    """A linear-quadratic environment, in float64; `start` is the standard deviation of the initial state."""
 
     A: np.ndarray
     B: np.ndarray
@@ -62,10 +62,10 @@ class Lqr(NamedTuple):
         raise ValueError("the Riccati equation has no fixed point: (A, B) cannot be stabilised at this discount")
 
     def cost(self, gain: np.ndarray, offset: np.ndarray | None = None) -> float:
-        """Expected discounted cost of the actions `gain s + offset`, exactly; infinite where the policy is unstable."""
+        """Exact expected discounted cost of the actions `gain s + offset`; infinite if the policy is unstable."""
         size = len(self.A)
         offset = np.zeros(len(gain)) if offset is None else offset
-        # With a constant as one more state, an affine policy is linear.
+        # With a constant as an additional state, an affine policy is linear.
         acting = np.concatenate([gain, offset[:, None]], axis=1)
         flow = np.block([[self.A + self.B @ gain, (self.B @ offset)[:, None]], [np.zeros((1, size)), np.ones((1, 1))]])
         if self.gamma * np.abs(np.linalg.eigvals(flow)).max() ** 2 >= 1:
@@ -86,7 +86,7 @@ class Lqr(NamedTuple):
 
 
 def masses(*, alpha: float = 0.1, gamma: float = 0.95) -> Lqr:
-    """Two masses on a line, joined by a spring, a force on each: states (positions, velocities), actions (forces)."""
+    """Two masses on a line, joined by a spring, with a force on each: states (positions, velocities), actions (forces)."""
     step, spring = 0.2, 0.5
     force = spring * np.array([[-1.0, 1.0], [1.0, -1.0]])
     A = np.eye(4) + step * np.block([[np.zeros((2, 2)), np.eye(2)], [force, -0.1 * np.eye(2)]])
@@ -106,7 +106,7 @@ class LqrWorld:
         self.gamma, self.optimal = lqr.gamma, -lqr.cost(-self.best.K)
 
     def collect(self, count: int, length: int, rng: np.random.Generator) -> Rollouts:
-        """Segments of as many controllers: each with 0.4 of the optimal gain, disturbed, and noise on its actions."""
+        """Segments, each by its own controller: 0.4 of the optimal gain, perturbed, with noise on the actions."""
         lqr, scale = self.lqr, np.abs(self.best.K).max()
         gains = -0.4 * self.best.K + 0.1 * scale * rng.standard_normal((count, *self.best.K.shape))
         states = [lqr.start * rng.standard_normal((count, self.state))]
@@ -124,9 +124,9 @@ class LqrWorld:
     def measure(
         self, act: Callable[[Variables, Any], Any], variables: Variables, precision: np.ndarray | None = None
     ) -> Mapping[str, float]:
-        """The return of the mean actions of an affine policy, exactly; `excess`: its cost over the optimal one, as a share; and
-        `kl`(pi* || pi) of an action in nats, averaged over first states, given the precision of the policy. See `WORST`."""
-        # The policy is affine, so that it is known from its actions in 0 and in the unit states.
+        """Exact return of the mean actions of an affine policy; `excess`, its cost above the optimal one, as a share; and,
+        given the precision of the policy, `kl`(pi* || pi) of an action in nats, averaged over initial states. See `WORST`."""
+        # The policy is affine, so its actions at 0 and at the unit states determine it.
         found = np.asarray(act(variables, np.concatenate([np.zeros((1, self.state)), np.eye(self.state)])), np.float64)
         offset, gain = found[0], (found[1:] - found[0]).T
         value = max(-self.lqr.cost(gain, offset), WORST * self.optimal)

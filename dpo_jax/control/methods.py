@@ -1,7 +1,7 @@
-"""SFT, CPL, P-IQL and percent-BC on preferences between segments: the same policy, the same number of its updates.
+"""SFT, CPL, P-IQL and percent-BC on preferences between segments, with the same policy network and number of policy updates.
 
-A method is a function `(learner, preferences, kind, seed, folder) -> points`, with a line in `METHODS`. The points are what the
-world measured on the way; metrics of all steps are left in `folder`.
+A method is a function `(learner, preferences, kind, seed, folder) -> points`, with a line in `METHODS`. The points are the
+world's measurements during training; metrics of all steps are written to `folder`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Points = list[dict[str, float]]
 
 
 class Options(NamedTuple):
-    """What training depends on. Steps are optimizer steps; batches count pairs of segments, or transitions."""
+    """Training settings. Steps are optimizer steps; batch sizes count pairs of segments, or transitions."""
 
     hidden: tuple[int, ...] = (64, 64)
     std: float | None = 0.7  # of the policy; None: learned
@@ -48,12 +48,12 @@ class Options(NamedTuple):
 
 
 class Learner:
-    """A world, a policy for it, and the compiled steps that all runs share."""
+    """An environment, a policy for it, and the compiled steps shared by all runs."""
 
     def __init__(self, world: World, options: Options, partitioner: Partitioner) -> None:
         self.world, self.options, self.partitioner = world, options, partitioner
         self.policy = gaussian_policy([world.state], world.actions, hidden=options.hidden, bound=world.bound, std=options.std)
-        # P-IQL has networks of the size of the policy; an affine policy leaves them at their default.
+        # P-IQL's networks have the size of the policy; with an affine policy they have the default size.
         hidden = options.hidden or Options().hidden
         self.reward, self.critics = Network(1, hidden), Critics(world.state, world.actions, hidden)
         self.tx = make_optimizer(linear_warmup(options.lr, warmup_steps=100), name="adamw")
@@ -101,9 +101,9 @@ class Learner:
         points: Points | None = None,
         policy_of: Callable[[Variables], Variables] = lambda variables: variables,
     ) -> Variables:
-        """`steps` updates of `variables` by a compiled step; their values on the host.
+        """Updates `variables` by `steps` calls of a compiled step, and returns them on the host.
 
-        `points` gains measurements, so often that all steps of the options have `evaluations` of them."""
+        Measurements are appended to `points`, `evaluations` of them over all steps of the options."""
         partitioner, o = self.partitioner, self.options
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
@@ -137,7 +137,7 @@ def _take(data: Any, index: np.ndarray) -> Any:
 
 
 def sft(learner: Learner, prefs: Preferences, kind: Kind, seed: int, folder: Path) -> Points:
-    """Cloning of all preferred segments."""
+    """SFT: behaviour cloning of all preferred segments."""
     points: Points = []
     steps = learner.options.sft_steps + learner.options.steps
     learner.clone(prefs, prefs.order[:, 0], seed, folder / "metrics.jsonl", steps=steps, points=points)
@@ -145,7 +145,7 @@ def sft(learner: Learner, prefs: Preferences, kind: Kind, seed: int, folder: Pat
 
 
 def percent_bc(learner: Learner, prefs: Preferences, kind: Kind, seed: int, folder: Path) -> Points:
-    """An oracle: cloning of the best segments by true score, which the others never see."""
+    """Percent-BC, an oracle: clones the best segments by true score, which the other methods never see."""
     points: Points = []
     best = best_segments(prefs.rollouts, kind, gamma=prefs.gamma, share=learner.options.share)
     steps = learner.options.sft_steps + learner.options.steps
@@ -154,7 +154,7 @@ def percent_bc(learner: Learner, prefs: Preferences, kind: Kind, seed: int, fold
 
 
 def cpl(learner: Learner, prefs: Preferences, kind: Kind, seed: int, folder: Path) -> Points:
-    """SFT, then CPL(lambda). The first point is where SFT has come."""
+    """SFT, then CPL(lambda). The first point is the policy after SFT."""
     o, points = learner.options, Points()
     variables = learner.clone(prefs, prefs.order[:, 0], seed, folder / "sft.jsonl", steps=o.sft_steps)
     points.append(learner.measure(variables, o.sft_steps))
@@ -172,7 +172,7 @@ def cpl(learner: Learner, prefs: Preferences, kind: Kind, seed: int, folder: Pat
 
 
 def p_iql(learner: Learner, prefs: Preferences, kind: Kind, seed: int, folder: Path) -> Points:
-    """A reward from the preferences, then implicit Q-learning on all segments. The reward is scaled to a deviation of 1."""
+    """P-IQL: learns a reward, scales it to standard deviation 1, then runs implicit Q-learning on all segments."""
     o, points, world = learner.options, Points(), learner.world
     of_step = draws(len(prefs.order), o.pairs, seed)
     for_reward, for_iql = jax.random.split(jax.random.key(seed))

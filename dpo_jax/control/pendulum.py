@@ -1,9 +1,9 @@
-"""Gymnasium's Pendulum-v1: the simulator, an expert by value iteration, behaviour of mixed skill.
+"""Gymnasium's Pendulum-v1: the simulator, an expert by value iteration, and behaviour of mixed skill.
 
-States are what the environment shows, (cos, sin, speed / 8), and actions torques over the largest one, so both are within
-[-1, 1]. Behaviour and returns come from the environment itself (`pip install gymnasium`, extra `control`). The expert and its
-values come from the same equations over many states at once (`advance`; a test compares the two): the dynamics are
-deterministic, so V of the expert at any state is one rollout from it, and the advantages of a segment add up to
+States are the environment's observations, (cos, sin, speed / 8), and actions are torques divided by the largest one, so both
+are within [-1, 1]. Behaviour and returns come from the environment itself (`pip install gymnasium`, extra `control`). The
+expert and its values come from the same equations, vectorised over states (`advance`; a test compares the two). The dynamics
+are deterministic, so the expert's V at a state is one rollout from it, and the advantages of a segment add up to
 
     sum_t gamma^t A(s_t, a_t) = sum_t gamma^t r_t + gamma^T V(s_T) - V(s_0).
 """
@@ -28,7 +28,7 @@ TORQUES = np.linspace(-TORQUE, TORQUE, 15)
 
 
 class MissingGymnasium(RuntimeError):
-    """Pendulum was asked for, and the package is not installed. The message says how to install it."""
+    """The gymnasium package is required but not installed. The message says how to install it."""
 
 
 def _gymnasium() -> Any:
@@ -49,7 +49,7 @@ def advance(angle: np.ndarray, speed: np.ndarray, torque: np.ndarray) -> tuple[n
 
 
 class Expert:
-    """Greedy torques of a value function on a grid, found by value iteration."""
+    """Expert that takes greedy torques under a value function on a grid, found by value iteration."""
 
     def __init__(self, gamma: float) -> None:
         self.gamma = gamma
@@ -66,13 +66,13 @@ class Expert:
         self.values = values
 
     def torque(self, angle: np.ndarray, speed: np.ndarray) -> np.ndarray:
-        """The torque with the best reward and value after it."""
+        """The torque with the best reward plus next value."""
         after = advance(angle[..., None], speed[..., None], np.broadcast_to(TORQUES, (*angle.shape, len(TORQUES))))
         corners, weights = _corners(after[0], after[1])
         return TORQUES[(after[2] + self.gamma * (self.values[corners] * weights).sum(axis=0)).argmax(axis=-1)]
 
     def value(self, angle: np.ndarray, speed: np.ndarray) -> np.ndarray:
-        """Discounted return of the expert from each state: a rollout of `STEPS` steps, and the grid's value after it."""
+        """Discounted return of the expert from each state: a rollout of `STEPS` steps, then the grid's value."""
         total, factor = np.zeros_like(angle), 1.0
         for _ in range(STEPS):
             angle, speed, reward = advance(angle, speed, self.torque(angle, speed))
@@ -122,15 +122,15 @@ class PendulumWorld:
         states, actions, rewards = [shown / [1, 1, SPEED]], [], []
         for step in range(STEPS):
             actions.append(np.clip(act(step, states[-1]), -1.0, 1.0))
-            # As floats: a torque of float32 would make the environment compute in float32.
+            # In float64: a float32 torque would make the environment compute in float32.
             found = [one.step(TORQUE * np.float64(a)) for one, a in zip(environments, actions[-1], strict=True)]
             states.append(np.array([one[0] for one in found]) / [1, 1, SPEED])
             rewards.append([one[1] for one in found])
         return np.stack(states, axis=1), np.stack(actions, axis=1), np.array(rewards).T
 
     def collect(self, count: int, length: int, rng: np.random.Generator) -> Rollouts:
-        """Segments of episodes by controllers of different skill: the expert's torque with some probability, else one that was
-        drawn a while ago, and noise on both."""
+        """Segments of episodes by controllers of different skill. They take the expert's torque with some probability, else a
+        random torque that is kept for a while, both with noise."""
         each = STEPS // length
         episodes = -(-count // each)
         skill = rng.uniform(0.0, 1.0, size=(episodes, 1))
@@ -151,7 +151,7 @@ class PendulumWorld:
         within, over = cut + np.arange(length), cut + np.arange(length + 1)
         s, a, r = states[:, over], actions[:, within], rewards[:, within]
         s, a, r = (x.reshape(episodes * each, *x.shape[2:]) for x in (s, a, r))
-        chosen = rng.permutation(episodes * each)[:count]  # neighbours in a pair are of different episodes
+        chosen = rng.permutation(episodes * each)[:count]  # shuffled: neighbours mostly come from different episodes
         s, a, r = s[chosen], a[chosen], r[chosen]
         first, last = (self.expert.value(*angle_and_speed(s[:, place])) for place in (0, -1))
         advantages = r @ discounts(length, self.gamma) + self.gamma**length * last - first
@@ -160,7 +160,7 @@ class PendulumWorld:
     def measure(
         self, act: Callable[[Variables, Any], Any], variables: Variables, precision: np.ndarray | None = None
     ) -> Mapping[str, float]:
-        """The undiscounted return of an episode, over the same first states for every policy."""
+        """The undiscounted return of an episode, from the same initial states for every policy."""
         _, _, rewards = self._episodes(
             self.episodes, 0, lambda _, states: np.asarray(act(variables, states.astype(np.float32)), np.float64)
         )

@@ -1,12 +1,12 @@
-"""Gaussian policies and the networks of P-IQL, in Flax: an MLP for states, convolutions before it for images.
+"""Gaussian policies and the networks of P-IQL, in Flax: an MLP for states, preceded by convolutions for images.
 
-A policy is N(mean(s), (U' U)^-1). `std` fixed: U = I / std, and up to a constant log pi = -||a - mean||^2 / (2 std^2). The
-authors' networks are deterministic and take -||a - mean||^2: ours with std^2 = 1/2, or any other with alpha rescaled. Without
-`std`, U is learned, an upper triangle with positive diagonal and the same in all states: maximum-entropy control of a
-linear-quadratic world has a Gaussian optimum with such a covariance.
+A policy is N(mean(s), (U' U)^-1). With a fixed `std`, U = I / std, and log pi = -||a - mean||^2 / (2 std^2) up to a constant.
+The authors' networks are deterministic and use -||a - mean||^2: ours with std^2 = 1/2, or any other std with alpha rescaled.
+Without `std`, U is learned, upper triangular with positive diagonal and the same in all states: in maximum-entropy
+linear-quadratic control the optimum is Gaussian with such a covariance.
 
-With `bound` the mean is `bound tanh(...)`, so that it is an action the world accepts. Only the mean is squashed and not the
-distribution: log pi stays finite at the bound, where many actions of the data lie.
+With `bound` the mean is `bound tanh(...)`, so that it is a valid action. Only the mean is squashed, not the distribution: log
+pi stays finite at the bound, where many actions of the data lie.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dpo_jax.types import Array, Variables
 
 
 class Policy(NamedTuple):
-    """`init(key) -> variables`; `log_prob` as `cpl_step` and `bc_step` take it; `act(variables, states) -> mean actions`;
-    `precision(variables) -> float32[A, A]`, the inverse covariance."""
+    """Functions of a policy: `init(key) -> variables`; `log_prob` for `cpl_step` and `bc_step`; `act(variables, states) -> mean
+    actions`; `precision(variables) -> float32[A, A]`, the inverse covariance."""
 
     init: Callable[[jax.Array], Variables]
     log_prob: LogProb
@@ -34,7 +34,7 @@ class Policy(NamedTuple):
 
 
 class Network(nn.Module):
-    """Convolutions of stride 2 over images [..., H, W, C] (`filters`, may be none), then dense layers; float32[..., outputs].
+    """Convolutions of stride 2 over images [..., H, W, C] (`filters`, may be empty), then dense layers; float32[..., outputs].
 
     Without `hidden` and `filters` it is an affine map.
     """

@@ -1,4 +1,4 @@
-"""Segments of behaviour, and preferences between them by regret or by partial return."""
+"""Segments of behaviour, and preferences between them by regret or partial return."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Rollouts(NamedTuple):
 
     states      [N, T + 1, S]
     actions     [N, T, A]
-    rewards     [N, T]          the true ones, which only judges see
+    rewards     [N, T]          true rewards, used only to label preferences
     advantages  [N]             sum_t gamma^t A*(s_t, a_t): the negative regret
     """
 
@@ -29,12 +29,12 @@ class Rollouts(NamedTuple):
     advantages: np.ndarray
 
     def scores(self, kind: Kind, gamma: float) -> np.ndarray:
-        """What preferences go by, float64[N]: advantages, or discounted sums of rewards (partial returns)."""
+        """Scores that decide preferences, float64[N]: advantages, or discounted sums of rewards (partial returns)."""
         return self.advantages if kind == "regret" else self.rewards @ discounts(self.rewards.shape[1], gamma)
 
 
 class World(Protocol):
-    """Where policies act: sizes of states and actions, a `bound` of the latter or None, and the return of the optimum."""
+    """An environment: sizes of states and actions, a `bound` of the actions or None, and the return of the optimum."""
 
     name: str
     state: int
@@ -48,7 +48,7 @@ class World(Protocol):
     def measure(
         self, act: Callable[[Variables, Any], Any], variables: Variables, precision: np.ndarray | None = None
     ) -> Mapping[str, float]:
-        """The return of a policy with its 95 % interval: `return`, `return_low`, `return_high`; and what the world adds."""
+        """The return of a policy with its 95 % interval: `return`, `return_low`, `return_high`; and values of the world."""
         ...
 
 
@@ -58,14 +58,14 @@ def discounts(length: int, gamma: float) -> np.ndarray:
 
 
 class Preferences(NamedTuple):
-    """Segments by pairs: `order[p]` are the numbers of the preferred and of the other segment of pair `p`."""
+    """Pairs of segments: `order[p]` are the numbers of the preferred and the other segment of pair `p`."""
 
     rollouts: Rollouts
     order: np.ndarray  # int[P, 2]
     gamma: float
 
     def pairs(self, index: np.ndarray) -> SegmentPairs:
-        """Pairs of these numbers, for `cpl_step`."""
+        """The pairs with these numbers, for `cpl_step`."""
         segments = self.order[index]
         states = self.rollouts.states[segments, :-1].astype(np.float32)
         weight = np.ones(len(index), np.float32)
@@ -88,8 +88,8 @@ class Preferences(NamedTuple):
 def preferences(
     rollouts: Rollouts, kind: Kind, *, gamma: float, temperature: float, comparisons: int, rng: np.random.Generator
 ) -> Preferences:
-    """Every segment compared with `comparisons` others, drawn at random. The first of a pair is preferred with probability
-    sigmoid((score_1 - score_2) / temperature); at temperature 0 always the better.
+    """Compares every segment with `comparisons` others, drawn at random. The first of a pair is preferred with probability
+    sigmoid((score_1 - score_2) / temperature); at temperature 0 the better one always is.
 
     >>> segments = Rollouts(np.zeros((4, 3, 1)), np.zeros((4, 2, 1)), np.zeros((4, 2)), np.array([1.0, 2.0, 4.0, 3.0]))
     >>> rng = np.random.default_rng(0)
@@ -107,11 +107,11 @@ def preferences(
 
 
 def best_segments(rollouts: Rollouts, kind: Kind, *, gamma: float, share: float) -> np.ndarray:
-    """Numbers of the `share` of segments with the highest true scores: what percent-BC clones."""
+    """Numbers of the `share` of segments with the highest true scores, which percent-BC clones."""
     scores = rollouts.scores(kind, gamma)
     return np.argsort(-scores, kind="stable")[: max(1, round(share * len(scores)))]
 
 
 def draws(count: int, batch: int, seed: int) -> Callable[[int], np.ndarray]:
-    """The numbers below `count` that are in the batch of a step: a pure function of the step. Drawn with replacement."""
+    """Function that gives the example numbers of a step's batch: pure in the step, drawn below `count` with replacement."""
     return lambda step: np.random.default_rng((seed, step)).integers(0, count, size=batch)

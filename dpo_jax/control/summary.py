@@ -1,4 +1,4 @@
-"""What the runs of `dpo-jax control` found: returns over seeds, and by how much CPL is ahead of each method."""
+"""Summary of `dpo-jax control`: returns over seeds, and CPL's lead over each method."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POINT = {name: float for name in ("step", "return", "return_low", "return_high")
 
 
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """One row a measured point: `COLUMNS`."""
+    """One row per measured point: `COLUMNS`."""
     return [
         {
             "method": r.run.method,
@@ -32,8 +32,10 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def summarised(results: Sequence[Result], optimal: float) -> dict[str, Any]:
-    """`returns` of each method and kind of preferences: mean of the last points over seeds, 95 % interval, standard error over
-    seeds; `ahead`: CPL's return minus that of each other method, by pairs of one seed, with the 95 % interval (Student's t)."""
+    """Summary with `returns` of each method and kind of preferences (mean of the last points over seeds, 95 % interval,
+    standard error over seeds) and `ahead`, CPL's return minus that of each other method, paired by seed, with the 95 %
+    interval (Student's t).
+    """
     by_run = {key: [of[seed] for seed in sorted(of)] for key, of in last_points(results).items()}
     kinds = {r.run.label: r.run.settings["preferences"] for r in results}
     returns, ahead = [], []
@@ -68,7 +70,7 @@ def _error(values: np.ndarray) -> float | None:
 
 
 def tables(summary: Mapping[str, Any]) -> list[Grid]:
-    """What is printed: returns, and what CPL is ahead."""
+    """The printed tables: returns, and CPL's lead."""
     kinds = list(dict.fromkeys(row["preferences"] for row in summary["returns"]))
     methods = list(dict.fromkeys(row["method"] for row in summary["returns"]))
     returns = {(row["method"], row["preferences"]): row for row in summary["returns"]}

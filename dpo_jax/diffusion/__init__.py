@@ -1,1 +1,1 @@
-"""Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908): steps, samplers, a small network and a world with a known optimum."""
+"""Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908): steps, samplers, a small network, a Gaussian with known optimum."""

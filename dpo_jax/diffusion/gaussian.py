@@ -1,8 +1,8 @@
-"""A diffusion of one Gaussian number, where everything is known: denoiser, tilted optimum, and the optimum of the bound.
+"""Diffusion of a one-dimensional Gaussian, with exact denoiser, tilted optimum and optimum of the bound.
 
 Data are N(mean, std^2), rewards `r(x) = linear * x + curved * x^2 / 2`, and a policy is the exact denoiser of another Gaussian.
-What DPO aims at is the tilted optimum, proportional to `N(x; mean, std^2) exp(r(x) / beta)`, which is Gaussian as well. What
-Diffusion-DPO minimises is a bound (`bound_loss`), whose own minimum (`bound_optimum`) is elsewhere.
+DPO aims at the tilted optimum, proportional to `N(x; mean, std^2) exp(r(x) / beta)`, which is Gaussian as well. Diffusion-DPO
+minimises a bound (`bound_loss`), whose minimum (`bound_optimum`) is a different policy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Normal(NamedTuple):
     std: float
 
     def variables(self) -> Variables:
-        """The exact denoiser of this distribution, as `denoise` reads it: float32[] each."""
+        """The exact denoiser of this distribution, as variables of `denoise`: float32[] each."""
         return {"params": {"mean": jnp.float32(self.mean), "log_std": jnp.float32(math.log(self.std))}}
 
 
@@ -54,7 +54,7 @@ def normal_of(variables: Variables) -> Normal:
 
 
 def tilted(data: Normal, reward: Reward, *, beta: float) -> Normal:
-    """The optimum of reward under a KL constraint, p(x) exp(r(x) / beta) up to a factor (eq. 4 of DPO).
+    """The optimum of reward under a KL constraint, proportional to p(x) exp(r(x) / beta) (eq. 4 of DPO).
 
     >>> tilted(Normal(0.0, 1.0), Reward(1.0), beta=2.0)
     Normal(mean=0.5, std=1.0)
@@ -66,7 +66,7 @@ def tilted(data: Normal, reward: Reward, *, beta: float) -> Normal:
 
 
 def sampled(schedule: Schedule, policy: Normal) -> Normal:
-    """What DDPM's T steps make of a policy's denoiser; they are linear, so it is known exactly. Near `policy` for large T."""
+    """Exact distribution of DDPM samples from a policy's denoiser: the T steps are linear. Close to `policy` for large T."""
     signal, noise = schedule.signal, schedule.noise
     slope, offset = (np.asarray(part, np.float64) for part in _line(signal, noise, policy.mean, math.log(policy.std)))
     mean, variance = 0.0, 1.0
@@ -91,8 +91,8 @@ def bound_loss(
 ) -> jax.Array:
     """The expected loss of Diffusion-DPO at a policy `params` = (mean, log std), by Gauss-Hermite quadrature. float[].
 
-    Pairs are two draws of the data, labelled by Bradley and Terry. `draws` is 1 or even, as `dpo_jax.diffusion.step.draw` makes
-    them. 2 T draws are at all T times: then nothing is left to chance, and the whole mean is inside the log-sigmoid.
+    Pairs are two draws of the data with a Bradley-Terry label. `draws` is 1 or even, as in `dpo_jax.diffusion.step.draw`. 2 T
+    draws cover all T times: then nothing is random, and the whole mean is inside the log-sigmoid.
     """
     if draws != 1 and draws % 2:
         raise ValueError(f"draws={draws}: 1 or an even number is expected, in which the noise cancels")
@@ -103,14 +103,14 @@ def bound_loss(
     slope, offset = _line(signal, noise, data.mean, math.log(data.std))
     own_slope, own_offset = _line(signal, noise, params[0], params[1])
 
-    def apart(x: np.ndarray) -> jax.Array:  # squared error over that of the reference, [T, noise, first, second]
+    def apart(x: np.ndarray) -> jax.Array:  # squared error minus that of the reference, [T, noise, first, second]
         x_t = _wide(signal) * x[None, None] + _wide(noise) * points[None, :, None, None]
         e = jnp.asarray(points)[None, :, None, None]
         return jnp.square(_wide(own_slope) * x_t + _wide(own_offset) - e) - jnp.square(_wide(slope) * x_t + _wide(offset) - e)
 
     scale = _wide(schedule.steps * schedule.weights(weighting))
     margins = -beta * scale * (apart(first) - apart(second))
-    if draws > 1:  # that of e and -e is free of e: all that is even in e is the same for both images
+    if draws > 1:  # the mean over e and -e is free of e: the part even in e is the same for both images
         free = (margins * weights[None, :, None, None]).sum(axis=1)
         margins = jnp.tensordot(_spaced(schedule.steps, draws // 2), free, axes=1)[:, None]
     wins = jax.nn.sigmoid(jnp.asarray(_value(reward, first) - _value(reward, second)))[None, None]
@@ -150,7 +150,7 @@ def bound_optimum(
 
 
 def draw_pairs(data: Normal, reward: Reward, count: int, key: jax.Array) -> jax.Array:
-    """Pairs of draws of the data, the one that Bradley and Terry prefer first: float32[count, 2, 1]."""
+    """Pairs of draws of the data, the one preferred by a Bradley-Terry label first: float32[count, 2, 1]."""
     values, luck = jax.random.split(key)
     x = data.mean + data.std * jax.random.normal(values, (count, 2))
     rewards = _value(reward, x)
@@ -171,9 +171,9 @@ def train_gaussian(
     batch: int = 1024,
     seed: int = 0,
 ) -> Normal:
-    """Where `diffusion_dpo_step` leads from the data's own denoiser, with fresh pairs in each step.
+    """Trains the data's own denoiser with `diffusion_dpo_step`, on fresh pairs in each step, and returns the final policy.
 
-    `tx` should let its rate fall to 0, and not clip: clipped gradients have another mean, and so another end.
+    `tx` should decay its learning rate to 0 and not clip: clipped gradients have a different mean, and so a different optimum.
     """
     predict = functools.partial(denoise, schedule)
     loss = functools.partial(dpo_loss, beta=beta)
@@ -202,7 +202,7 @@ def _line(signal: Array, noise: Array, mean: Array | float, log_std: Array | flo
 
 
 def _spaced(steps: int, count: int) -> np.ndarray:
-    """Means over `count` times at equal distances, from each start: float64[steps, steps]."""
+    """Matrix that averages over `count` equally spaced times, from each start: float64[steps, steps]."""
     means = np.zeros((steps, steps))
     for apart in np.arange(count) * steps // count:
         means[np.arange(steps), (np.arange(steps) + apart) % steps] += 1 / count

@@ -42,8 +42,8 @@ class DitConfig:
 def make_dit(config: DitConfig, schedule: Schedule) -> tuple[Callable[[jax.Array], Variables], Denoiser]:
     """`init(key) -> variables` and `predict(variables, x_t[B, size, size], t, label) -> noise[B, size, size]`.
 
-    The network's output v is read as velocity (Salimans and Ho 2022, arXiv 2202.00512): `noise = signal[t] v + noise[t] x_t`.
-    At the start v is 0, and the error small where the image is almost all noise.
+    The network's output v is the velocity (Salimans and Ho 2022, arXiv 2202.00512): `noise = signal[t] v + noise[t] x_t`. At
+    initialization v is 0, so the error is small where the image is almost all noise.
     """
     network = _Dit(config)
 
@@ -53,7 +53,7 @@ def make_dit(config: DitConfig, schedule: Schedule) -> tuple[Callable[[jax.Array
 
     def predict(variables: Variables, x: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
         signal, noise = (jnp.asarray(table, x.dtype)[t][:, None, None] for table in (schedule.signal, schedule.noise))
-        # The network sees time as its log signal-to-noise ratio, so it does not depend on the number of steps.
+        # Time enters as the log signal-to-noise ratio, so the network does not depend on the number of steps.
         level = jnp.asarray(np.log(schedule.signal / schedule.noise), x.dtype)[t]
         velocity: Any = network.apply(variables, x, level, label)
         return signal * velocity + noise * x
@@ -85,7 +85,7 @@ class _Dit(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero): the identity at the start."""
+    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero): the identity at initialization."""
 
     config: DitConfig
 
@@ -103,7 +103,7 @@ class _Block(nn.Module):
 
 
 def _modulation(condition: jax.Array, parts: int, width: int, *, name: str) -> list[jax.Array]:
-    """`parts` arrays [B, 1, width] of the condition [B, width]; all 0 at the start."""
+    """`parts` arrays [B, 1, width] from the condition [B, width]; all 0 at initialization."""
     found = nn.Dense(parts * width, kernel_init=nn.initializers.zeros, name=name)(condition)
     return jnp.split(found[:, None], parts, axis=-1)
 

@@ -1,7 +1,8 @@
 """The reference's errors, computed once for each (pair, epoch) and kept on disk: the reference pass of Diffusion-DPO.
 
-Noise and time are a function of (seed, pair, epoch), so the errors are as good as data. They are kept in the cache of
-`dpo_jax.reference`, whose records have checksums and belong to an identity: other weights, schedule or seed are refused.
+Noise and time are a function of (seed, pair, epoch), so the errors are data. They are kept in the cache of `dpo_jax.reference`,
+whose records have checksums and are bound to an identity: a cache of other weights, another schedule or another seed is
+refused.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ def image_uids(images: Array, label: Array) -> np.ndarray:
 
 
 class DiffusionReferences:
-    """Errors of the reference for pairs of images: `errors(pairs, draws) -> [P, 2, draws]`, computed or from `folder`.
+    """Errors of the reference for pairs of images, [P, 2, draws], computed or read from `folder`.
 
     Args:
-      folder: of the cache; None keeps nothing.
+      folder: of the cache; None: errors are not kept.
       identity: JSON values that the errors depend on: a digest of the reference's weights, schedule, seed, network.
       compute: compiled `compute(pairs) -> float32[P, 2, draws]`: `pair_errors` with the reference's variables. It gets batches
-        of `batch` pairs, the last one filled up with pairs of weight 0.
+        of `batch` pairs, the last one padded with pairs of weight 0.
       draws: draws of noise and time for each pair and epoch.
 
-    Raises `dpo_jax.reference.ForeignCache` for a folder of something else, `BrokenReference` where an error is not finite.
+    Raises `dpo_jax.reference.ForeignCache` for a cache of another identity, `BrokenReference` if an error is not finite.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class DiffusionReferences:
         self._cache = None if folder is None else ReferenceCache(folder, named)
 
     def of(self, pairs: ImagePairs) -> ImagePairs:
-        """`pairs` (host arrays) with `ref_errors`; what is not in the cache is computed, and kept."""
+        """`pairs` (host arrays) with `ref_errors`. Errors that are not in the cache are computed and added to it."""
         if self._cache is None:
             return pairs.replace(ref_errors=self._all(pairs))
         keys = _keys(pairs, self._draws)
@@ -81,7 +82,7 @@ def _chosen(pairs: ImagePairs, places: np.ndarray) -> ImagePairs:
 
 
 def _keys(pairs: ImagePairs, draws: int) -> list[Encoded]:
-    """What stands for each (pair, epoch) in the cache: a ranking of 2 * draws "completions", the two images of each draw."""
+    """Cache keys of each (pair, epoch): a ranking of 2 * draws "completions", the two images of each draw."""
     sides = [np.array([draw, side], np.int32) for draw in range(draws) for side in range(2)]
     found = []
     for digest, uid, epoch in zip(_digests(pairs.images, pairs.label), pairs.uid, pairs.epoch, strict=True):

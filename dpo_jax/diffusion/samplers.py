@@ -19,7 +19,7 @@ NoiseOf = Callable[[jax.Array, jax.Array], jax.Array]
 def guided(predict: Denoiser, variables: Variables, label: Array, *, null: int = 0, guidance: float = 1.0) -> NoiseOf:
     """The denoiser at labels int32[B], with classifier-free guidance: `e(null) + guidance * (e(label) - e(null))`.
 
-    `guidance` 1 is the conditional model, and takes half the time (Ho and Salimans 2022, arXiv 2207.12598).
+    `guidance` 1 is the conditional model alone, at half the cost (Ho and Salimans 2022, arXiv 2207.12598).
     """
     label = jnp.asarray(label)
 
@@ -37,9 +37,9 @@ def guided(predict: Denoiser, variables: Variables, label: Array, *, null: int =
 
 
 def ddpm(noise_of: NoiseOf, schedule: Schedule, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Ancestral samples [B, ...] of all T steps (Ho et al. 2020, algorithm 2). `shape` is theirs.
+    """Ancestral samples [B, ...] with all T steps (Ho et al. 2020, algorithm 2). `shape` is that of the samples.
 
-    The last step adds noise of variance `schedule.variance[0]`, too, so that samples have a density.
+    The last step also adds noise, of variance `schedule.variance[0]`, so that samples have a density.
 
     >>> schedule = cosine_schedule(100)
     >>> normal = lambda x, t: jnp.asarray(schedule.noise)[t] * x  # exact for data N(0, 1)
@@ -56,8 +56,8 @@ def ddpm_path(
     """Samples [B, ...] of DDPM, and the path KL of each, float32[B], in nats. Its mean estimates the path KL to the reference.
 
     Both models have Gaussian transitions of the same variance, so along a path of the policy
-    `KL = sum over t of |mean - mean_ref|^2 / (2 variance[t])`, exact given x_t. It is KL between the joint distributions of
-    x_0 to x_{T-1}: an upper bound of the KL between images.
+    `KL = sum over t of |mean - mean_ref|^2 / (2 variance[t])`, exact given x_t. It is the KL between the joint distributions of
+    x_0 to x_{T-1}, an upper bound of the KL between images.
     """
     tables = [jnp.asarray(table, jnp.float32) for table in (schedule.beta, schedule.noise, schedule.variance, schedule.elbo)]
     start, walk = jax.random.split(key)
@@ -68,7 +68,7 @@ def ddpm_path(
         found = noise_of(x, t)
         if measure:
             apart = jnp.square(found - reference(x, t)).reshape(shape[0], -1).sum(axis=1)
-            kl = kl + weight * apart  # the means differ by beta / (sqrt(1 - beta) noise[t]) of that
+            kl = kl + weight * apart  # the means differ by beta / (sqrt(1 - beta) noise[t]) times the predictions' difference
         mean = (x - beta / sigma * found) / jnp.sqrt(1 - beta)
         return (mean + jnp.sqrt(variance) * jax.random.normal(jax.random.fold_in(walk, t), shape), kl), None
 
@@ -79,9 +79,9 @@ def ddpm_path(
 def ddim(
     noise_of: NoiseOf, schedule: Schedule, key: jax.Array, shape: tuple[int, ...], *, steps: int | None = None, eta: float = 0.0
 ) -> jax.Array:
-    """Samples [B, ...] in `steps` of the T steps (Song et al. 2020, arXiv 2010.02502, eq. 12); by default all.
+    """DDIM samples [B, ...] in `steps` of the T steps, by default all (Song et al. 2020, arXiv 2010.02502, eq. 12).
 
-    `eta` 0 is deterministic given the first noise; `eta` 1 with all steps is DDPM without its last noise.
+    `eta` 0 is deterministic given the initial noise; `eta` 1 with all steps is DDPM without the noise of the last step.
     """
     steps = schedule.steps if steps is None else steps
     if not 1 <= steps <= schedule.steps:

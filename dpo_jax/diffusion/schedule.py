@@ -1,4 +1,4 @@
-"""Noise schedules: cosine and linear, the weights of the evidence bound, and the variances of the reverse process."""
+"""Noise schedules (cosine and linear), ELBO weights, and variances of the reverse process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Schedule(NamedTuple):
         signal    float64[T]  sqrt of the product of (1 - beta), Ho et al. 2020 (arXiv 2006.11239)
         noise     float64[T]  sqrt(1 - signal^2)
         beta      float64[T]  variance that step t adds
-        variance  float64[T]  of the reverse step: that of q(x_{t-1} | x_t, x_0); of the last one (t = 0), beta[0]
-        elbo      float64[T]  weight of the squared error of the noise in the evidence bound, see `weights`
+        variance  float64[T]  of the reverse step: that of q(x_{t-1} | x_t, x_0); for the last step (t = 0), beta[0]
+        elbo      float64[T]  weight of the squared noise error in the ELBO, see `weights`
 
     >>> schedule = cosine_schedule(50)
     >>> schedule.steps, [round(float(value), 3) for value in schedule.signal[[0, 25, 49]]]
@@ -35,10 +35,10 @@ class Schedule(NamedTuple):
         return len(self.beta)
 
     def weights(self, weighting: Weighting) -> np.ndarray:
-        """w(t) of the squared errors of the noise: float64[T].
+        """Weights w(t) of the squared noise errors: float64[T].
 
-        `elbo`: `beta^2 / (2 variance (1 - beta) noise^2)`, with which the sum over t is the evidence bound in nats (Ho et al.,
-        eq. 12). `constant`: 1, as Wallace et al. take it.
+        `elbo`: `beta^2 / (2 variance (1 - beta) noise^2)`, so that the sum over t is the ELBO in nats (Ho et al., eq. 12).
+        `constant`: 1, as in Wallace et al.
         """
         if weighting not in ("constant", "elbo"):
             raise ValueError(f"weighting={weighting}: constant or elbo is expected")
@@ -57,7 +57,7 @@ def cosine_schedule(steps: int) -> Schedule:
 
 
 def linear_schedule(steps: int) -> Schedule:
-    """The linear schedule of Ho et al. 2020: beta from 1e-4 to 0.02 for 1000 steps, and as much noise in all for others.
+    """The linear schedule of Ho et al. 2020: beta from 1e-4 to 0.02 for 1000 steps; the same total noise for other numbers.
 
     >>> linear_schedule(1000).beta[[0, -1]].tolist()
     [0.0001, 0.02]
@@ -77,7 +77,7 @@ def schedule_of(beta: np.ndarray) -> Schedule:
     kept = np.cumprod(1 - beta)  # alpha bar
     before = np.concatenate([[1.0], kept[:-1]])
     variance = beta * (1 - before) / (1 - kept)
-    variance[0] = beta[0]  # a step without noise would have no density
+    variance[0] = beta[0]  # a last step without noise would have no density
     elbo = beta**2 / (2 * variance * (1 - beta) * (1 - kept))
     return Schedule(np.sqrt(kept), np.sqrt(1 - kept), beta, variance, elbo)
 

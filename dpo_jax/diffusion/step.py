@@ -1,4 +1,4 @@
-"""Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908): the training step, and denoising training before it.
+"""Training steps of Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908), and of the denoising training before it.
 
 A denoiser is any function `predict(variables, x_t[B, ...], t int32[B], label int32[B]) -> noise[B, ...]`. Images may be arrays
 of any shape: [8, 8], [H, W, C], latents, or a single number.
@@ -32,9 +32,9 @@ class Images:
 
     images  float32[E, ...]
     label   int32[E]         class, or other condition
-    uid     int32[E]         with `epoch`, what the noise depends on (`image_uids`)
+    uid     int32[E]         determines the noise, together with `epoch` (`image_uids`)
     epoch   int32[E]
-    weight  float32[E]       1, or 0 for a filler
+    weight  float32[E]       1, or 0 for padding
     """
 
     images: Array
@@ -47,13 +47,13 @@ class Images:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ImagePairs:
-    """A batch for `diffusion_dpo_step`. Both images of a pair have one label, and get the same noise and time.
+    """A batch for `diffusion_dpo_step`. Both images of a pair share a label, and get the same noise and time.
 
     images      float32[P, 2, ...]  chosen first
     label       int32[P]
-    uid         int32[P]            with `epoch`, what noise and time depend on (`image_uids`)
+    uid         int32[P]            determines noise and time, together with `epoch` (`image_uids`)
     epoch       int32[P]
-    weight      float32[P]          1, or 0 for a filler
+    weight      float32[P]          1, or 0 for padding
     ref_errors  float32[P, 2, K]    squared errors of the reference (`pair_errors`) at K draws of noise and time; or None
     """
 
@@ -85,11 +85,12 @@ def diffusion_dpo_step(
 
         -log sigmoid(-beta T w(t) [(|e - e_w|^2 - |e - e_w,ref|^2) - (|e - e_l|^2 - |e - e_l,ref|^2)])
 
-    e is the noise, e_w and e_l what the policy predicts of it from the noisy chosen and rejected image, at one time t that is
-    uniform over the T steps. Squares are summed over the image. The reference's weights are not here: its errors come with the
-    batch. In the place of `dpo_loss` any loss of `dpo_jax.losses` stands that takes two numbers of each image: it gets
-    `-T w(t) |e - e_theta|^2` as log-probability. With `weighting="elbo"` that is an unbiased estimate of the evidence bound in
-    nats. K draws are averaged before the loss: K = 1 is the paper's; more make its bound tighter (dpo_jax/diffusion/README.md).
+    e is the noise; e_w and e_l are the policy's predictions of it from the noisy chosen and rejected image, at one time t,
+    uniform over the T steps. Squares are summed over the image. The reference's weights are not needed: its errors come with
+    the batch. `dpo_loss` can be replaced by any loss of `dpo_jax.losses` that needs only the policy's and the reference's
+    log-probability of each image: it gets `-T w(t) |e - e_theta|^2` as log-probability. With `weighting="elbo"` that is an
+    unbiased estimate of the ELBO in nats. K draws are averaged before the loss: the paper has K = 1; more make its bound
+    tighter (dpo_jax/diffusion/README.md).
 
     >>> schedule = cosine_schedule(20)
     >>> predict = lambda variables, x, t, label: variables["scale"] * x
@@ -119,7 +120,7 @@ def diffusion_dpo_objective(
     seed: int = 0,
     weighting: Weighting = "constant",
 ) -> tuple[jax.Array, Metrics]:
-    """Losses of the pairs, float32[P], and metrics of each: what `diffusion_dpo_step` takes the mean and the gradient of."""
+    """Losses of the pairs, float32[P], and metrics of each; `diffusion_dpo_step` takes their mean and its gradient."""
     if pairs.ref_errors is None:
         raise ValueError("the batch carries no errors of the reference: pair_errors computes them, with the same seed")
     if names := sorted(asked(loss)):
@@ -138,7 +139,7 @@ def diffusion_dpo_objective(
         "rewards/accuracies": right(rewards, logps, ref_logps),
         "errors/chosen": errors[:, 0].mean(axis=1),
         "errors/rejected": errors[:, 1].mean(axis=1),
-        "errors/chosen_over_reference": apart[:, 0],  # both may rise, as both log-probabilities fall in DPO
+        "errors/chosen_over_reference": apart[:, 0],  # both may rise, as both log-probabilities may fall in DPO
         "errors/rejected_over_reference": apart[:, 1],
     }
 
@@ -152,7 +153,7 @@ def pair_errors(
     seed: int = 0,
     draws: int = 1,
 ) -> jax.Array:
-    """|e - e_theta(x_t, t)|^2, summed over the image, of both images of each pair at `draws` draws: float32[P, 2, draws].
+    """|e - e_theta(x_t, t)|^2, summed over the image, for both images of each pair at `draws` draws: float32[P, 2, draws].
 
     With the reference's variables this is the reference pass; `DiffusionReferences` keeps its results. No gradient.
     """
@@ -175,10 +176,10 @@ def diffusion_sft_step(
     microbatches: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One step of denoising training: the mean squared error of the noise at a random time (Ho et al. 2020, eq. 14). Pure.
+    """One step of denoising training on the mean squared noise error at a random time (Ho et al. 2020, eq. 14). Pure.
 
-    It makes the reference, and on chosen images it is Preferred-FT. For classifier-free guidance (Ho and Salimans 2022, arXiv
-    2207.12598) a share `dropout` of the labels is replaced by `null`. The loss is a mean over the numbers of an image.
+    It trains the reference; on chosen images it is Preferred-FT. For classifier-free guidance (Ho and Salimans 2022, arXiv
+    2207.12598) a share `dropout` of the labels is replaced by `null`. The loss is a mean over the elements of an image.
     """
 
     def objective(variables: Variables, batch: Images) -> tuple[jax.Array, Metrics]:
@@ -194,13 +195,13 @@ def diffusion_sft_step(
 def draw(
     uid: Array, epoch: Array, *, shape: tuple[int, ...], steps: int, draws: int = 1, seed: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """Noise float32[P, draws, *shape] and times int32[P, draws]: a pure function of (seed, uid, epoch), and of nothing else.
+    """Noise float32[P, draws, *shape] and times int32[P, draws]: a pure function of (seed, uid, epoch) only.
 
-    So the reference's errors can be computed once, in any order and batch, and kept. Several draws of a pair are antithetic in
-    noise, e and -e at one time, and systematic in time: one random start, then equal distances round the T steps. Each draw
-    alone is normal and uniform, so their mean has the same expectation as that of independent draws, and less variance.
+    The reference's errors can therefore be computed once, in any order and batch, and kept. Several draws of a pair are
+    antithetic in noise (e and -e at one time) and systematic in time (a random start, then equal spacing around the T steps).
+    Each single draw is normal and uniform, so their mean has the expectation of independent draws, with less variance.
     """
-    own = -(-draws // 2)  # times with a noise of their own
+    own = -(-draws // 2)  # number of times, each with its own noise
     apart = (np.arange(own) * steps // own).astype(np.int32)
 
     def one(uid: jax.Array, epoch: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -214,7 +215,7 @@ def draw(
 
 
 def drop_labels(label: Array, uid: Array, epoch: Array, *, null: int, dropout: float, seed: int = 0) -> jax.Array:
-    """Labels of which a share `dropout` is `null`: int32[E], a pure function of (seed, uid, epoch)."""
+    """Labels with a share `dropout` replaced by `null`: int32[E], a pure function of (seed, uid, epoch)."""
     if dropout == 0:
         return jnp.asarray(label)
     chance = jax.vmap(lambda uid, epoch: jax.random.uniform(jax.random.split(_key(seed, uid, epoch), 3)[2]))
@@ -235,7 +236,7 @@ def _errors(
     predict: Denoiser,
     schedule: Schedule,
 ) -> jax.Array:
-    """Squared errors [P, N, K] of the noise in `images` [P, N, ...] at noise [P, K, ...] and times [P, K]."""
+    """Squared noise errors [P, N, K] for `images` [P, N, ...] at noise [P, K, ...] and times [P, K]."""
     images = jnp.asarray(images)
     shape = (images.shape[0], images.shape[1], times.shape[1])
     tail = images.shape[2:]

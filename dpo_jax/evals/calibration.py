@@ -1,11 +1,12 @@
 """Accuracy, calibration and length bias of implicit rewards on preference pairs.
 
-The reward of eq. 5, r = beta log(pi / pi_ref), says by eq. 6 with what probability people prefer the chosen completion: the
-logistic function of the margin. So a policy can be asked not only whether it ranks a pair as people did, but also whether it is
-right as often as it believes. Margins are float[P], reward of the chosen completion less that of the rejected one.
+The reward of eq. 5, r = beta log(pi / pi_ref), gives by eq. 6 the probability that people prefer the chosen completion: the
+logistic function of the margin. We can therefore measure not only whether a policy ranks a pair as people did, but also
+whether it is right as often as it believes. Margins are float[P], the reward of the chosen completion minus that of the
+rejected one.
 
-Intervals are 95 %. Shares have Wilson's (`score_interval`), correlations a percentile bootstrap (Efron 1979). Pairs are taken
-to be independent: several pairs of one prompt make intervals too narrow.
+Intervals are 95 %. Shares have Wilson's (`score_interval`), correlations a percentile bootstrap (Efron 1979). Pairs are assumed
+independent: several pairs of one prompt make the intervals too narrow.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from dpo_jax.types import Array
 BINS = 10
 RESAMPLES = 1000
 CHUNK = 2**22
-"""Weights of a bootstrap that are in memory at a time."""
+"""Number of bootstrap weights in memory at a time."""
 
 
 def reward_variants(logps: Array, ref_logps: Array, tokens: Array, *, beta: float) -> dict[str, np.ndarray]:
     """Four rewards of each completion, float64[P, 2] each, from log pi and log pi_ref in nats and lengths in tokens.
 
-    "implicit" is eq. 5. "per_token" divides it by the length, "reference_free" leaves the reference out, and the fourth does
-    both. Only the first belongs to the Bradley-Terry model that DPO fits; the others show what reference and length contribute.
+    "implicit" is eq. 5, "per_token" divides it by the length, "reference_free" omits the reference, and the fourth does both.
+    Only the first belongs to the Bradley-Terry model that DPO fits; the others show the effect of reference and length.
     """
     logps, ref_logps, tokens = (_pairs(x, name) for x, name in ((logps, "logps"), (ref_logps, "ref_logps"), (tokens, "tokens")))
     if not len(logps) == len(ref_logps) == len(tokens):
@@ -47,9 +48,9 @@ def reward_variants(logps: Array, ref_logps: Array, tokens: Array, *, beta: floa
 
 
 def margins_of(rewards: Mapping[str, np.ndarray], logps: Array, ref_logps: Array) -> dict[str, np.ndarray]:
-    """The margins float64[P] of `reward_variants`, whose log-probabilities are given again, in the type they were computed in.
+    """Margins float64[P] of `reward_variants`, given also the log-probabilities, in the dtype in which they were computed.
 
-    "implicit" is 0 where `losses.right` counts a tie, so that its accuracy is that of training and of `preference_summary`.
+    "implicit" is 0 where `losses.right` counts a tie, so that its accuracy equals that of training and of `preference_summary`.
     """
     margins = {name: values[:, 0] - values[:, 1] for name, values in rewards.items()}
     tie = tied(np.asarray(logps), np.asarray(ref_logps))
@@ -57,7 +58,7 @@ def margins_of(rewards: Mapping[str, np.ndarray], logps: Array, ref_logps: Array
 
 
 def accuracy(margins: Array) -> dict[str, float]:
-    """Share of pairs whose margin is positive, a tie counted half, with its interval: pairs, accuracy, low, high, margin."""
+    """Share of pairs with a positive margin, ties counted half, with its interval: pairs, accuracy, low, high, margin."""
     margins = _finite(margins)
     scores = (1 + np.sign(margins)) / 2
     low, high = score_interval(scores)
@@ -71,7 +72,7 @@ def accuracy(margins: Array) -> dict[str, float]:
 
 
 def accuracy_by(margins: Array, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """`accuracy` of the pairs of each label, in the order of their names; the label is under "subset"."""
+    """`accuracy` of the pairs of each label, sorted by label; the label is under "subset"."""
     margins, places = _finite(margins), np.asarray(labels)
     if len(places) != len(margins):
         raise ValueError(f"{len(margins)} margins and {len(places)} labels")
@@ -79,12 +80,12 @@ def accuracy_by(margins: Array, labels: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def mean_share(rows: Sequence[Mapping[str, Any]], weights: Sequence[float] | None = None) -> dict[str, float]:
-    """Weighted mean of independent shares, such as accuracies by subset: accuracy, low, high. Without weights: all equal.
+    """Weighted mean of independent shares, such as accuracies by subset: accuracy, low, high. Default weights are equal.
 
-    Each row has "accuracy" and "pairs". The interval is Wilson's for as many pairs as would give the mean the same variance
-    (as for surveys, Korn and Graubard 1998), with half a right and half a wrong pair added to each row for that variance: a
-    small subset without an error is not certain. Of a single row it is Wilson's own. A tie is taken for half a pair that is
-    right and half a pair that is wrong, which makes the interval wider than need be where there are many.
+    Each row has "accuracy" and "pairs". The interval is Wilson's for the effective number of pairs, which gives the mean the
+    same variance (as in surveys, Korn and Graubard 1998). For this variance half a right and half a wrong pair are added to
+    each row: a small subset without errors is not certain. For a single row it is Wilson's own interval. A tie counts as half
+    a right and half a wrong pair, which makes the interval too wide if there are many.
     """
     weights_ = np.ones(len(rows)) if weights is None else np.asarray(weights, np.float64)
     if len(weights_) != len(rows) or not len(rows) or (weights_ < 0).any() or not weights_.sum() > 0:
@@ -93,33 +94,35 @@ def mean_share(rows: Sequence[Mapping[str, Any]], weights: Sequence[float] | Non
     share, pairs = (np.array([row[name] for row in rows], np.float64) for name in ("accuracy", "pairs"))
     likely = (share * pairs + 0.5) / (pairs + 1)
     effective = (weights_ @ likely) * (1 - weights_ @ likely) / (weights_**2 @ (likely * (1 - likely) / pairs))
-    mean = float(np.clip(weights_ @ share, 0.0, 1.0))  # rounding may go beyond
+    mean = float(np.clip(weights_ @ share, 0.0, 1.0))  # rounding may leave the range
     low, high = wilson_interval(mean * effective, effective)
     return {"accuracy": mean, "low": low, "high": high}
 
 
 class Reliability(NamedTuple):
-    """Belief against truth. Belief is the logistic function of |margin|: how sure the reward is of the side it takes."""
+    """Calibration of beliefs. Belief is the logistic function of |margin|: the reward's confidence in its preferred side."""
 
-    bins: list[dict[str, float]]  # as `accuracy`, and the mean belief; as many pairs each, belief ascending
+    bins: list[dict[str, float]]  # `accuracy` with the mean belief; equally many pairs each, belief ascending
     ece: float  # mean over pairs of |share right - belief| of their bin
     ece_interval: Interval
-    expected_ece: float  # mean ECE of as many pairs with these beliefs, if every belief were right
-    expected_ece_high: float  # which it then exceeds once in 20 times
-    overconfidence: float  # mean belief less share right: without bins, and not biased
+    expected_ece: float  # mean ECE of equally many pairs with these beliefs, if every belief were correct
+    expected_ece_high: float  # exceeded in that case once in 20 times
+    overconfidence: float  # mean belief minus share right: needs no bins, unbiased
     overconfidence_interval: Interval
 
 
 def reliability(margins: Array, *, seed: int, bins: int = BINS, resamples: int = RESAMPLES) -> Reliability:
-    """Are pairs with a belief of 80 % right in 80 % of the cases? (Guo et al. 2017; bins of equal mass as Nguyen et al. 2015.)
+    """Reliability of beliefs: are pairs with a belief of 80 % right in 80 % of the cases?
 
-    The chosen completion is always the first of a pair, so beliefs below one half would say nothing new: the margin's sign is
-    the side that the reward takes, and its size how sure it is.
+    Guo et al. 2017, with bins of equal mass as in Nguyen et al. 2015.
 
-    ECE is biased upward: even perfect beliefs leave a gap in a bin of few pairs. Read it beside `expected_ece`; a value within
-    what perfect beliefs would give is no sign of miscalibration. A percentile interval would add the same bias once more and
-    never hold the 0 of perfect beliefs: here the bootstrap gives bias and error, its lower bound is lowered by the bias, and is
-    0 up to `expected_ece_high`.
+    The chosen completion is always the first of a pair, so beliefs below one half would add nothing: the sign of the margin is
+    the preferred side, its size the confidence.
+
+    ECE is biased upward: even perfect beliefs leave a gap in a bin of few pairs. Compare it with `expected_ece`; a value that
+    perfect beliefs would also give is no sign of miscalibration. A percentile interval would add the same bias again and never
+    contain the 0 of perfect beliefs. Here the bootstrap estimates bias and error; the lower bound is reduced by the bias, and
+    is 0 for an ECE up to `expected_ece_high`.
     """
     margins = _finite(margins)
     order = np.argsort(np.abs(margins), kind="stable")
@@ -145,10 +148,10 @@ def reliability(margins: Array, *, seed: int, bins: int = BINS, resamples: int =
 
 
 def overconfidence_interval(gaps: np.ndarray, belief: np.ndarray) -> Interval:
-    """95 % interval of mean belief less share right, from `gaps[P]` (right less belief) and `belief[P]`.
+    """95 % interval of mean belief minus share right, from `gaps[P]` (right minus belief) and `belief[P]`.
 
-    Normal, with `PRIOR` pairs that are right and as many that are wrong added at the mean belief, as in `score_interval`:
-    a policy that is sure and has made no mistake yet is not known to make none.
+    A normal interval, with `PRIOR` right and as many wrong pairs added at the mean belief, as in `score_interval`: a confident
+    policy without a mistake so far may still make some.
     """
     sure = float(belief.mean())
     times = np.append(np.ones(len(gaps)), [PRIOR, PRIOR])
@@ -159,7 +162,7 @@ def overconfidence_interval(gaps: np.ndarray, belief: np.ndarray) -> Interval:
 
 
 def _starts(count: int, bins: int) -> np.ndarray:
-    """Where each bin of sorted pairs begins; as many pairs in each as possible."""
+    """Start of each bin of sorted pairs; bins are as equal in size as possible."""
     bins = min(bins, count)
     return np.arange(bins) * count // bins
 
@@ -183,9 +186,9 @@ def _perfect_eces(belief: np.ndarray, tied: np.ndarray, starts: np.ndarray, *, s
 
 
 def correlations(margins: Array, differences: Array, *, seed: int, resamples: int = RESAMPLES) -> dict[str, float | None]:
-    """Pearson's and Spearman's correlation of two values of each pair, with intervals: pearson, pearson_low, ...
+    """Pearson and Spearman correlation of two values per pair, with intervals: pearson, pearson_low, ...
 
-    None where one of the two is the same for every pair. In a resample, ranks are taken anew.
+    None if one of the two is constant. Ranks are recomputed in each resample.
     """
     x, y = _finite(margins), _finite(differences)
     if len(x) != len(y):
@@ -205,7 +208,7 @@ def correlations(margins: Array, differences: Array, *, seed: int, resamples: in
 
 
 def _pearson(weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Correlation under each row of `weights` [R, P]; `x` and `y` are [P] or [R, P]. NaN where one does not vary."""
+    """Correlation under each row of `weights` [R, P]; `x` and `y` are [P] or [R, P]. NaN if one is constant."""
     total = weights.sum(axis=1, keepdims=True)
     x, y = (values - (weights * values).sum(axis=1, keepdims=True) / total for values in (x, y))
     xx, yy, xy = ((weights * product).sum(axis=1) for product in (x * x, y * y, x * y))
@@ -214,7 +217,7 @@ def _pearson(weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _ranking(values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from weights [R, P] to the ranks [R, P] of `values` among themselves, each taken weight times; ties: mean."""
+    """Function from weights [R, P] to ranks [R, P] of `values`, each repeated weight times; ties get their mean rank."""
     _, group = np.unique(values, return_inverse=True)
     order = np.argsort(group, kind="stable")
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
@@ -227,9 +230,9 @@ def _ranking(values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def length_bias(margins: Array, tokens: Array, *, seed: int, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """How far the reward is a ruler: correlation of margin and length difference, and accuracy by which side is longer.
+    """Length bias of the reward: correlation of margin and length difference, and accuracy by the longer side.
 
-    `tokens` are lengths [P, 2], chosen first. A reward that only measures length is right exactly where the chosen is longer.
+    `tokens` are lengths [P, 2], chosen first. A reward that only measures length is right exactly if the chosen one is longer.
     """
     lengths = _pairs(tokens, "tokens")
     differences = lengths[:, 0] - lengths[:, 1]
@@ -243,12 +246,12 @@ def length_bias(margins: Array, tokens: Array, *, seed: int, resamples: int = RE
 
 
 def _bootstrap(measure: Callable[[np.ndarray], np.ndarray], count: int, seed: int, resamples: int) -> np.ndarray:
-    """`measure` of weights [R, P] -> [R], over resampled pairs."""
+    """Values of `measure` (weights [R, P] -> [R]) over resampled pairs."""
     return np.concatenate([measure(weights) for weights in _weights(count, seed, resamples)])
 
 
 def _weights(count: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
-    """How often each of `count` pairs is drawn in each resample: float64[R, P] in pieces that fit into memory."""
+    """Number of draws of each of `count` pairs in each resample: float64[R, P], in chunks that fit in memory."""
     rng = np.random.default_rng(seed)
     for rows in _chunks(count, resamples):
         drawn = rng.integers(0, count, size=(rows, count)) + count * np.arange(rows)[:, None]

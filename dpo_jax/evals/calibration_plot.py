@@ -17,7 +17,7 @@ COLOR, GUIDE = CHOSEN.color, "#777777"
 
 
 def plot_reliability(found: Reliability, margins: Array, path: str | os.PathLike[str], *, title: str) -> Path:
-    """Share of right pairs by belief with Wilson intervals, and below it how many pairs have that belief: one PNG."""
+    """Plots to one PNG the share of right pairs by belief with Wilson intervals, and below it the number of pairs."""
     figure = Figure(figsize=(6.4, 6.4), layout="constrained")
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     belief, right, low, high = (np.array([row[name] for row in found.bins]) for name in ("belief", "accuracy", "low", "high"))

@@ -1,4 +1,4 @@
-"""Sample completions of many prompts in batches of one compiled shape."""
+"""Sampling of completions for many prompts in batches of one compiled shape."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from dpo_jax.runtime.progress import reported
 from dpo_jax.sampling import Samples, generate, left_pad, left_pad_images
 from dpo_jax.types import Model, Partitioner, Variables
 
-WIDTHS = 16  # tokens by which the rows of given completions differ
-QUEUE = 8  # times the completions drawn at a time: so many wait for their turn in one call
-COLUMNS = 1 << 15  # of cache, beyond which none waits
+WIDTHS = 16  # rows of given completions have lengths in steps of so many tokens
+QUEUE = 8  # completions per call, as a multiple of those drawn at a time: the rest queue for a free lane
+COLUMNS = 1 << 15  # columns of cache beyond which no completions are queued
 
 
 class Completions(NamedTuple):
-    ids: list[np.ndarray]  # without what comes after a stop token; that itself included where it was drawn
-    texts: list[str]  # what each adds to its prompt's text; without the stop token
+    ids: list[np.ndarray]  # up to and including the stop token, if one was drawn
+    texts: list[str]  # the text added to the prompt, without the stop token
     finished: np.ndarray  # bool[B]  a stop token was drawn
     logps: np.ndarray  # float32[B], in nats
 
@@ -34,12 +34,13 @@ class Completions(NamedTuple):
 class Completer:
     """`complete(variables, prompts, key) -> Completions`, about `batch` completions at a time.
 
-    Equal neighbours among the prompts are completions of one prompt, which is read once. A completion that has ended makes room
-    for the next one (`sampling.generate`). It depends on `key` and its number in `prompts` alone, not on batches.
+    Consecutive equal prompts are several completions of one prompt, with a single prefill. A completion that has ended frees
+    its lane for the next one (`sampling.generate`). A completion depends only on `key` and its number in `prompts`, not on
+    batches.
 
     `variables` are the partitioner's. `stop_ids` are the tokens that end a completion: `models.hf.end_tokens` and the
-    tokenizer's EOS. `width`: columns for prompts, if they are not longer; else as many as the longest one takes, and there is a
-    program for each number. `sampling`: `temperature`, `top_k` and `top_p` of `sampling.generate`.
+    tokenizer's EOS. `width`: columns for prompts. Longer prompts take the columns they need, with a program for each number.
+    `sampling`: `temperature`, `top_k` and `top_p` of `sampling.generate`.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Completer:
         *,
         images: Sequence[PromptImages | None] | None = None,
     ) -> Completions:
-        """`images`: those of each prompt. Raises ValueError where the longest prompt leaves no room in the position table."""
+        """`images`: those of each prompt. Raises ValueError if the longest prompt leaves no room in the position table."""
         longest, images = max(prompts, key=len), images or [None] * len(prompts)
         room = self.model.config.max_positions - len(longest)
         if room < 1:
@@ -85,7 +86,7 @@ class Completer:
         with reported("sampling", total=len(prompts), unit="completions", brief=True) as task:
             for start in range(0, len(prompts), size):
                 here = slice(start, start + size, shape.completions)
-                # Whole batches and one width, so that the loop compiles once; the fillers are thrown away.
+                # Full batches and one width, so that the loop compiles once; the padding is discarded.
                 filled = [*prompts[here], *[longest] * shape.prompts][: shape.prompts]
                 tokens, lengths = left_pad(filled, multiple_of=columns)
                 of_prompt = keys[start : start + size].reshape(shape.prompts, shape.completions, -1)
@@ -108,7 +109,7 @@ class Completer:
 
     def _draw(self, new_tokens: int, shape: CallShape) -> Any:
         def draw(variables: Variables, rows: dict[str, Any]) -> Samples:
-            here = rows["tokens"].shape[0]  # under pmap those of one device
+            here = rows["tokens"].shape[0]  # under pmap, the rows of one device
             keys = jax.random.wrap_key_data(rows["keys"].reshape(here * shape.completions, -1))
             return generate(
                 self.model,
@@ -138,10 +139,10 @@ class CallShape(NamedTuple):
 
 
 def call_shape(prompts: Sequence[np.ndarray], *, batch: int, columns: int, new_tokens: int, shards: int) -> CallShape:
-    """How to cut `prompts`, with those of several completions repeated, into calls of one shape.
+    """Shape of the calls into which `prompts`, repeated for several completions, are cut.
 
-    About `batch` completions are drawn at a time, up to `QUEUE` times as many in a call: the others wait. None does where the
-    columns of their prompts would make the cache larger than `COLUMNS`.
+    About `batch` completions are drawn at a time, and up to `QUEUE` times as many are in a call: the others are queued. None
+    are queued if the columns of their prompts would make the cache larger than `COLUMNS`.
     """
     lanes, rest = round_up(min(batch, len(prompts)), shards), len(prompts)
     times, most = repeats(prompts), max(1, min(rest, QUEUE * lanes) // shards)
@@ -158,7 +159,7 @@ def call_shape(prompts: Sequence[np.ndarray], *, batch: int, columns: int, new_t
 
 
 def repeats(prompts: Sequence[np.ndarray]) -> int:
-    """The largest K for which `prompts` consist of runs of K equal ones.
+    """The largest K for which `prompts` consist of runs of K equal prompts.
 
     >>> repeats([np.array([5]), np.array([5]), np.array([6]), np.array([6])])
     2
@@ -181,10 +182,10 @@ def map_completions(
     batch: int = 64,
     length: int | None = None,
 ) -> Any:
-    """`compiled(variables, rows)` of `Partitioner.compile_map`, over given completions: its arrays [B, ...], in their order.
+    """Applies `compiled(variables, rows)` of `Partitioner.compile_map` to given completions: arrays [B, ...], in their order.
 
-    `scored`: of each completion bool[n], which of its tokens count (None: all). `images`: those of each prompt. About `batch`
-    at a time, one completion a row, those of like length together: a program for each step of `WIDTHS` tokens, up to `length`.
+    `scored`: for each completion bool[n], its scored tokens (None: all). `images`: those of each prompt. About `batch`
+    completions at a time, one per row, grouped by length: a program for each step of `WIDTHS` tokens, up to `length`.
     """
     none = [None] * len(prompts)
     every = [Completion(*text) for text in zip(prompts, completions, scored or none, images or none, strict=True)]

@@ -1,11 +1,12 @@
-"""The reward-KL frontier: sequence KL of a policy, the optimal frontier (eq. 4), regret, and Best-of-N.
+"""Reward-KL frontier: sequence KL of a policy, the optimal frontier (eq. 4), regret, and Best-of-N.
 
-Eq. 4 of the paper says what the best policy is: pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x). So samples of the reference,
-weighted by exp(r / beta), show what pi* earns and how far it has gone, for every beta and without training anything:
+By eq. 4 of the paper the best policy is pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x). Samples of the reference, weighted
+by exp(r / beta), therefore give the reward and the KL of pi*, for every beta and without training anything:
 
     reward(beta) = E_w[r]        KL(beta) = E_w[r] / beta - log Z        w = exp(r / beta), normalised over a prompt's samples
 
-No policy of the same KL earns more (eq. 3). Rewards are in their own unit, KL in nats per completion; means are over prompts.
+No policy of the same KL has a higher reward (eq. 3). Rewards are in their own unit, KL in nats per completion; means are over
+prompts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dpo_jax.head import CHUNK, at_least_float32
 from dpo_jax.types import Array, Model, Rows, Variables
 
 TRUSTED_SAMPLES = 30
-"""The self-normalised mean is biased by about one part in the effective sample size: below this, by more than 3 %."""
+"""Least effective sample size: the self-normalised mean is biased by about one over it, so by more than 3 % below this."""
 RESAMPLES = 1000
 TINY = float(np.finfo(np.float64).tiny)
 
@@ -35,9 +36,9 @@ def sequence_kl(
     """KL(policy || reference) on completions that the policy drew: (exact, sampled), float32[R * slots] each, in nats.
 
     `exact` sums, over the tokens of a completion, the KL of the two next-token distributions over the whole vocabulary;
-    `sampled` is log pi(y|x) - log pi_ref(y|x). Over completions drawn from the policy at temperature 1, both have the sequence
-    KL as their mean, and `exact` scatters less: it takes the mean over each next token, and leaves only the prefixes to chance.
-    A completion cut at some length counts as far as it goes. As in `logps`, at most `chunk` positions meet the head at a time.
+    `sampled` is log pi(y|x) - log pi_ref(y|x). Over completions drawn from the policy at temperature 1 the mean of both is the
+    sequence KL. `exact` has less variance: it averages over each next token, and only the prefixes are random. A truncated
+    completion counts up to its end. As in `logps`, the head is applied to at most `chunk` positions at a time.
 
     >>> exact, sampled = jax.jit(partial(sequence_kl, model))(variables, variables, rows)  # of a policy to itself
     >>> exact.shape, float(exact.sum()), float(sampled.sum())
@@ -70,16 +71,16 @@ def sequence_kl(
 
 
 class Point(NamedTuple):
-    """One policy on the plane. Intervals are 95 %, over prompts."""
+    """One policy in the reward-KL plane. Intervals are 95 %, over prompts."""
 
     method: str  # "DPO"
-    setting: str  # what tells the runs of a method apart: "0.1"
+    setting: str  # distinguishes the runs of a method: "0.1"
     kl: float  # nats per completion
     reward: float
     kl_interval: Interval | None = None
     reward_interval: Interval | None = None
-    kl_bound: float | None = None  # best-of-N: its analytic bound beside the estimate
-    seed: str = ""  # of a run that is one of several of its setting; "" where there is one, and for their mean
+    kl_bound: float | None = None  # for best-of-N: the analytic bound, in addition to the estimate
+    seed: str = ""  # of one of several runs of a setting; "" for a single run, and for their mean
 
 
 def measured(method: str, setting: str, *, rewards: Array, kls: Array, seed: int, kl_bound: float | None = None) -> Point:
@@ -89,9 +90,9 @@ def measured(method: str, setting: str, *, rewards: Array, kls: Array, seed: int
 
 
 def bootstrap_interval(values: Array, seed: int, *, resamples: int = RESAMPLES, confidence: float = 0.95) -> Interval:
-    """Percentile interval of the mean of `values[P]` over resampled prompts (Efron 1979). A single prompt has no width.
+    """Percentile interval of the mean of `values[P]` over resampled prompts (Efron 1979). Its width is 0 for a single prompt.
 
-    Several completions of one prompt are not independent: give their mean, one value a prompt.
+    Several completions of one prompt are not independent: pass their mean, one value per prompt.
     """
     values = _finite(values, "values", axes=1)
     means = _resampling(len(values), seed, resamples) @ values
@@ -101,23 +102,23 @@ def bootstrap_interval(values: Array, seed: int, *, resamples: int = RESAMPLES, 
 
 @dataclasses.dataclass(frozen=True)
 class Optimum:
-    """The best frontier there is, beta descending, so KL ascending: float64[B] each; 95 % intervals [2, B] over prompts."""
+    """The optimal frontier, with beta descending and so KL ascending: float64[B] each; 95 % intervals [2, B] over prompts."""
 
     beta: np.ndarray
     kl: np.ndarray
     reward: np.ndarray
-    ess: np.ndarray  # effective share of the samples, in (0, 1]: harmonic mean over prompts, as the bias goes with its inverse
-    band: np.ndarray  # of the reward at this KL; of KL or reward at this beta there is none: there both estimates are biased
-    samples: int  # M, of each prompt
+    ess: np.ndarray  # effective share of the samples, in (0, 1]: harmonic mean over prompts, since the bias is inverse to it
+    band: np.ndarray  # of the reward at this KL; there is none of KL or reward at this beta, where both estimates are biased
+    samples: int  # M, per prompt
     reference: float  # mean reward of the reference itself
     prompt_kl: np.ndarray  # [P, B]
     prompt_reward: np.ndarray  # [P, B]
     prompt_reference: np.ndarray  # [P]
-    beside: Beside | None = None  # what pi* earns in another reward
+    beside: Beside | None = None  # another reward of pi*
 
     @property
     def trusted(self) -> np.ndarray:
-        """bool[B]: where at least `TRUSTED_SAMPLES` samples of a prompt carry the weight. Elsewhere the curve is too low."""
+        """bool[B]: where the effective sample size per prompt is at least `TRUSTED_SAMPLES`. Elsewhere the curve is too low."""
         return np.logical_and.accumulate(self.ess * self.samples >= TRUSTED_SAMPLES)
 
     @property
@@ -127,11 +128,11 @@ class Optimum:
 
 
 class Beside(NamedTuple):
-    """Another reward of the policies on the optimal frontier of the first: what maximising that one does to this one."""
+    """Another reward of the policies on the optimal frontier of the first: the effect of maximising the first on this one."""
 
     reward: np.ndarray  # float64[B]
     band: np.ndarray  # [2, B], 95 %, over prompts
-    reference: float  # its mean of the reference itself
+    reference: float  # its mean for the reference itself
 
 
 def optimum(
@@ -143,12 +144,12 @@ def optimum(
     beside: Array | None = None,
     resamples: int = RESAMPLES,
 ) -> Optimum:
-    """The curve of pi* (eq. 4) from `rewards[P, M]` of M completions of each of P prompts, by self-normalised weights.
+    """The curve of pi* (eq. 4) from `rewards[P, M]` of M completions of each of P prompts, with self-normalised weights.
 
-    The completions are the reference's own, which reach about log M nats. To go further, draw them from any distribution q
-    that covers the reference, such as a mixture of it with trained policies, and give `log_ratios[P, M]` = log pi_ref - log q
-    (`mixture_log_ratios`). `betas` are positive, and may include `math.inf` (the reference itself). `beside[P, M]` is another
-    reward of the same completions.
+    By default the completions are the reference's own, which reach about log M nats. To go further, draw them from any
+    distribution q that covers the reference, such as a mixture of it with trained policies, and pass `log_ratios[P, M]` = log
+    pi_ref - log q (`mixture_log_ratios`). `betas` are positive, and may include `math.inf` (the reference itself). `beside[P,
+    M]` is another reward of the same completions.
 
     >>> rewards = np.random.default_rng(0).normal(size=(100, 256))  # of the reference's samples, standard normal
     >>> best = optimum(rewards, [math.inf, 1.0], seed=0)
@@ -192,7 +193,7 @@ def optimum(
 
 
 def _tilted(rewards: np.ndarray, log_ratios: np.ndarray, beta: float, beside: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Reward, KL, inverse effective sample size and the reward `beside` of pi* on each prompt: float64[P] each."""
+    """Reward, KL, inverse effective sample size and second reward `beside` of pi* on each prompt: float64[P] each."""
     scores = rewards / beta + log_ratios
     log_z = _logsumexp(scores) - _logsumexp(log_ratios)
     weights = np.exp(scores - _logsumexp(scores)[:, None])
@@ -203,8 +204,8 @@ def _tilted(rewards: np.ndarray, log_ratios: np.ndarray, beta: float, beside: np
 def mixture_log_ratios(logps: Array, shares: Sequence[float]) -> np.ndarray:
     """log pi_ref - log q of samples from a mixture q: `logps[..., C]` under each of its C policies -> float64[...].
 
-    The reference is policy 0, policy c gave `shares[c]` of each prompt's samples, and every sample is scored by all of them:
-    the balance heuristic (Veach and Guibas 1995). Weights are then never above 1 / shares[0].
+    The reference is policy 0, policy c contributed `shares[c]` of each prompt's samples, and every sample is scored under all
+    of them: the balance heuristic (Veach and Guibas 1995). Weights then never exceed 1 / shares[0].
     """
     logps, shares = np.asarray(logps, np.float64), list(shares)
     if logps.shape[-1] != len(shares) or not all(share > 0 for share in shares) or not math.isclose(sum(shares), 1):
@@ -213,10 +214,10 @@ def mixture_log_ratios(logps: Array, shares: Sequence[float]) -> np.ndarray:
 
 
 def regret(point_reward: Array | float, point_kl: Array | float, optimum: Optimum, ref_reward: float) -> np.ndarray:
-    """What a policy misses, as a share of what was to be gained at its KL: 0 on the optimum, 1 at the reference's reward.
+    """Regret: the missed share of the possible gain at the policy's KL, 0 on the optimum, 1 at the reference's reward.
 
-    Above 1 the policy is worse than its reference; below 0 the curve is too low (see `Optimum.reach`) or the numbers scatter.
-    NaN where nothing is to be gained (KL 0), and where the policy lies beyond the end of the curve. Arrays go through.
+    Above 1 the policy is worse than its reference; below 0 the curve is too low (see `Optimum.reach`) or the estimates are
+    noisy. NaN if no gain is possible (KL 0), and if the policy lies beyond the end of the curve. Broadcasts over arrays.
 
     >>> best = optimum(np.random.default_rng(0).normal(size=(100, 256)), [math.inf, 2.0, 1.0], seed=0)
     >>> print(regret(best.reward[1], best.kl[1], best, best.reference))
@@ -228,9 +229,9 @@ def regret(point_reward: Array | float, point_kl: Array | float, optimum: Optimu
 
 
 def regret_interval(rewards: Array, kls: Array, optimum: Optimum, *, seed: int, resamples: int = RESAMPLES) -> Interval:
-    """95 % interval of the regret of a policy with `rewards[P]` and `kls[P]` on the very prompts of `optimum`, in its order.
+    """95 % interval of the regret of a policy with `rewards[P]` and `kls[P]` on the prompts of `optimum`, in the same order.
 
-    Policy, optimum and reference are resampled together, as they share the prompts: what is hard for one is hard for all.
+    Policy, optimum and reference are resampled together because they share the prompts: a prompt hard for one is hard for all.
     """
     rewards, kls = _finite(rewards, "rewards", axes=1), _finite(kls, "kls", axes=1)
     if len(rewards) != len(optimum.prompt_kl) or len(kls) != len(rewards):
@@ -248,7 +249,7 @@ def regret_interval(rewards: Array, kls: Array, optimum: Optimum, *, seed: int, 
 
 
 def _reward_at(kl: Array | float, curve_kl: np.ndarray, curve_reward: np.ndarray, ref_reward: float) -> np.ndarray:
-    """The curve's reward at `kl`. Between its points it goes with the root of KL, as it does near the reference."""
+    """The curve's reward at `kl`, interpolated linearly in sqrt(KL), in which it is linear near the reference."""
     x, y = np.sqrt(curve_kl), curve_reward
     if curve_kl[0] > 0:
         x, y = np.append(0.0, x), np.append(ref_reward, y)
@@ -261,10 +262,10 @@ def _share_missed(reward: np.ndarray, best: np.ndarray, ref_reward: float) -> np
 
 
 def envelope(kls: Array, rewards: Array, at: float) -> float:
-    """The most reward that mixing policies of `kls[n]`, `rewards[n]` gives at a KL of at most `at`; NaN where all lie beyond.
+    """The highest reward of a mixture of policies with `kls[n]`, `rewards[n]` at a KL of at most `at`; NaN if all lie beyond.
 
-    To draw each completion from one of two policies, by a coin, has the mean of their rewards and at most the mean of their KLs
-    (KL is convex): what lies under a line between two points is within reach. Include the reference, with KL 0.
+    Drawing each completion from one of two policies, by a coin flip, gives the mean of their rewards and at most the mean of
+    their KLs (KL is convex): everything below a line between two points can be reached. Include the reference, with KL 0.
     """
     kls, rewards = _finite(kls, "kls", axes=1), _finite(rewards, "rewards", axes=1)
     near, far = kls <= at, kls > at
@@ -280,19 +281,19 @@ class BestOfN(NamedTuple):
 
     n: int
     reward: np.ndarray  # float64[P]  expected reward, unbiased
-    kl: np.ndarray  # float64[P]  estimated, in nats: ties make it less than the bound
+    kl: np.ndarray  # float64[P]  estimated, in nats; below the bound if there are ties
     kl_bound: float  # log n - (n - 1) / n
-    beside: np.ndarray | None = None  # float64[P]  expected other reward of the sample that is best by the first
+    beside: np.ndarray | None = None  # float64[P]  expected second reward of the sample that is best by the first
 
 
 def best_of_n(rewards: Array, n: int, *, beside: Array | None = None) -> BestOfN:
-    """Best-of-n over `rewards[P, M]` of the reference's samples, n at most M.
+    """Best-of-n by `rewards[P, M]` of the reference's samples, for n at most M.
 
-    The reward is the mean over all subsets of n samples, by order statistics: of M values in order, the i-th (from 1) is the
-    best of C(i-1, n-1) of the C(M, n) subsets. The KL is that of best-of-n on the M samples taken as the whole distribution:
-    equal rewards count as one outcome, of which any is taken. It never exceeds the bound (Beirami et al. 2024), which is
-    exact without ties, and it is too low where n is not small against M. `beside[P, M]` is another reward of the samples, by
-    which none is chosen.
+    The reward is the mean over all subsets of n samples, by order statistics: of M sorted values, the i-th (from 1) is the
+    best of C(i-1, n-1) of the C(M, n) subsets. The KL is that of best-of-n on the distribution of the M samples: equal rewards
+    count as one outcome, with a random choice among them. It never exceeds the bound (Beirami et al. 2024), which is exact
+    without ties, and it is too low unless n is small compared with M. `beside[P, M]` is another reward of the samples, which
+    is not used for selection.
 
     >>> best = best_of_n(np.array([[1.0, 2.0, 3.0]]), 2)  # the best of two is 3, 3 or 2
     >>> best.reward.round(3), round(best.kl_bound, 3)
@@ -303,7 +304,7 @@ def best_of_n(rewards: Array, n: int, *, beside: Array | None = None) -> BestOfN
     prompts, samples = ordered.shape
     if not 1 <= n <= samples:
         raise ValueError(f"best of n={n} needs 1 <= n <= {samples}, the samples of each prompt")
-    # From the largest value down: C(i-2, n-1) / C(i-1, n-1) = (i - n) / (i - 1).
+    # Downwards from the largest value: C(i-2, n-1) / C(i-1, n-1) = (i - n) / (i - 1).
     i = np.arange(samples, n, -1, dtype=np.float64)
     chances = n / samples * np.append(1.0, np.cumprod((i - n) / (i - 1)))
     kl = np.empty(prompts)
@@ -318,12 +319,12 @@ def best_of_n(rewards: Array, n: int, *, beside: Array | None = None) -> BestOfN
     beside = _finite(beside, "beside", axes=2)
     if beside.shape != rewards.shape:
         raise ValueError(f"beside has shape {beside.shape}, and rewards {rewards.shape}")
-    chance = np.append(np.zeros(samples - len(chances)), chances[::-1])  # of each place, the largest last
+    chance = np.append(np.zeros(samples - len(chances)), chances[::-1])  # of each rank, the largest last
     return BestOfN(n, reward, kl, bound, np.array([_of_the_best(*both, chance) for both in zip(rewards, beside, strict=True)]))
 
 
 def _of_the_best(rewards: np.ndarray, beside: np.ndarray, chance: np.ndarray) -> float:
-    """The mean of `beside[M]` where the sample of i-th smallest reward is taken with `chance[i]`; of equal rewards any."""
+    """The mean of `beside[M]` if the sample of i-th smallest reward is chosen with probability `chance[i]`; ties at random."""
     _, ranks, counts = np.unique(rewards, return_inverse=True, return_counts=True)
     of_rank = np.add.reduceat(chance, np.append(0, np.cumsum(counts)[:-1])) / counts
     return float(of_rank[ranks] @ beside)
@@ -339,7 +340,7 @@ def _finite(values: Array, name: str, *, axes: int) -> np.ndarray:
 
 
 def _resampling(prompts: int, seed: int, resamples: int) -> np.ndarray:
-    """Weights of the prompts in each resample: float64[resamples, P], rows sum to 1."""
+    """Weights of the prompts in each resample: float64[resamples, P]; rows sum to 1."""
     return np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
 
 

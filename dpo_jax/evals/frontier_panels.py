@@ -1,4 +1,4 @@
-"""Plots beside the frontier: how long the samples of its policies are, and what a learned reward says of them."""
+"""Additional frontier plots: lengths of the policies' samples, and learned against true reward."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def plot_lengths(
     *,
     reference: float,
 ) -> Path:
-    """Mean tokens of samples against KL (root scale) and against beta (log scale), a line for each method: one PNG.
+    """Plots to one PNG mean tokens of samples against KL (sqrt scale) and beta (log scale), with a line for each method.
 
-    `reference` is the mean of the reference's samples, a dashed line. Panels without spots are left out.
+    `reference` is the mean of the reference's samples, drawn as a dashed line. Panels without spots are left out.
     """
     panels = [(by_kl, "KL(policy || reference), nats per completion (root scale)"), (by_beta, "beta (log scale)")]
     panels = [(spots, name) for spots, name in panels if spots]
@@ -55,9 +55,9 @@ def plot_lengths(
 
 
 def plot_learned(spots: Mapping[str, Sequence[Spot]], path: str | os.PathLike[str]) -> Path:
-    """The gain in the true reward (y) by the gain in a learned one (x), both over the reference: one PNG.
+    """Plots to one PNG the gain in true reward (y) against the gain in a learned reward (x), both over the reference.
 
-    On the dashed diagonal the learned reward is right; below it, it promises more than is there.
+    On the dashed diagonal the learned reward is right; below it the learned reward is too optimistic.
     """
     figure = Figure(figsize=(6.0, 4.6), layout="constrained")
     axes = figure.add_subplot()
@@ -72,7 +72,7 @@ def plot_learned(spots: Mapping[str, Sequence[Spot]], path: str | os.PathLike[st
 
 
 def _draw(axes: Axes, spots: Mapping[str, Sequence[Spot]], names: Mapping[str, object]) -> list[End]:
-    """A line for each method, in the order of x, with bars for the intervals. Styles go by the place in `names`."""
+    """Draws a line for each method, ordered by x, with bars for the intervals. Styles are assigned by position in `names`."""
     ends = []
     for method, of in spots.items():
         style: Style = STYLES[list(names).index(method) % len(STYLES)]

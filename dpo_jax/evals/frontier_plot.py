@@ -20,7 +20,7 @@ from dpo_jax.plotting.palette import STYLES, Style
 
 OPTIMUM = Style("", "-", "#000000")
 KL_TICKS = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 30.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
-SIDES = ((4, -9, "left"), (4, 4, "left"), (-4, 4, "right"), (-4, -9, "right"))  # of a marker, for its label: points
+SIDES = ((4, -9, "left"), (4, 4, "left"), (-4, 4, "right"), (-4, -9, "right"))  # sides of a marker for its label, in points
 
 
 def plot_frontier(
@@ -32,13 +32,13 @@ def plot_frontier(
     reward: str = "true reward",
     curve: str = "optimum (eq. 4)",
 ) -> Path:
-    """Draws the points of all methods and the curve of pi* as a PNG file.
+    """Plots the points of all methods and the curve of pi* to a PNG file.
 
-    Several points of one method, setting and seed are one run over time, in order: small and faint. The last point of a
-    setting, which of several seeds is their mean, is drawn in full. The last points of the settings of a method, in the order
-    of their KL, are joined by its line. Points beyond `max_kl` nats (default: none is) stand at the edge, with their KL beside.
-    The axis goes with the root of KL, which makes the optimum a straight line near the reference. `reward` and `curve` name the
-    rewards and the curve of `optimum`.
+    Several points of one method, setting and seed are one run over time, drawn small and faint. The last point of a setting
+    (with several seeds, their mean) is drawn in full. A line joins the last points of a method's settings, ordered by KL.
+    Points beyond `max_kl` nats (default: no limit) are placed at the edge and labelled with their KL. The KL axis is scaled by
+    its square root, which makes the optimum a straight line near the reference. `reward` and `curve` name the rewards and the
+    curve of `optimum`.
     """
     max_kl = max_kl or 1.04 * max([float(optimum.kl[-1]), *(p.kl for p in points), *(p.kl_bound or 0.0 for p in points)])
     figure = Figure(figsize=(10.5, 6.4), layout="constrained")
@@ -68,10 +68,10 @@ def plot_frontier(
 
 
 def plot_trajectories(runs: Mapping[RunName, Sequence[Measured]], path: str | os.PathLike[str]) -> Path:
-    """True reward against KL over the training of each run, a panel for each method: one PNG.
+    """Plots to one PNG true reward against KL over the training of each run, with a panel for each method.
 
-    A run begins at its small end and is marked where it is best (full) and where it ends (hollow): reward that falls on the way
-    to the right is over-optimisation. The axes go with the root of KL, as in `plot_frontier`.
+    A run starts at its thin end, with its best point marked (filled) and its last (hollow): reward that falls to the right is
+    over-optimisation. KL axes are scaled by the square root, as in `plot_frontier`.
     """
     methods = list(dict.fromkeys(method for method, _, _ in runs))
     columns = min(3, len(methods))
@@ -109,7 +109,7 @@ def plot_trajectories(runs: Mapping[RunName, Sequence[Measured]], path: str | os
 
 
 def _draw_optimum(axes: Axes, optimum: Optimum, max_kl: float) -> tuple[float, float]:
-    """The curve from the reference on, dashed grey where too few samples carry it; returns where its label belongs."""
+    """Draws the curve from the reference on, dashed grey where it rests on too few samples. Returns the place of its label."""
     kl, reward, trusted = optimum.kl, optimum.reward, optimum.trusted
     low, high = optimum.band
     if kl[0] > 0:
@@ -130,7 +130,7 @@ def _draw_optimum(axes: Axes, optimum: Optimum, max_kl: float) -> tuple[float, f
 
 
 def _draw_method(axes: Axes, points: Sequence[Point], style: Style, max_kl: float) -> tuple[float, float]:
-    """All runs of one method; returns where its label belongs: its last point, in the order of KL."""
+    """Draws all runs of one method. Returns the place of its label: its last point, ordered by KL."""
     finals = []
     for setting in dict.fromkeys(point.setting for point in points):
         run = [point for point in points if point.setting == setting]
@@ -162,7 +162,7 @@ def _draw_method(axes: Axes, points: Sequence[Point], style: Style, max_kl: floa
 
 
 def _draw_details(axes: Axes, point: Point, style: Style, max_kl: float) -> None:
-    """Intervals as thin bars, the setting beside the marker, and for best-of-N the bound to the right of the estimate."""
+    """Draws intervals as thin bars, the setting beside the marker, and for best-of-N the bound to the right of the estimate."""
     x = min(point.kl, max_kl)
     if point.reward_interval:
         axes.vlines(x, *point.reward_interval, color=style.color, linewidth=0.9, zorder=4)
@@ -187,8 +187,8 @@ def _draw_details(axes: Axes, point: Point, style: Style, max_kl: float) -> None
 
 
 def _set_apart(axes: Axes, labels: Sequence[Text]) -> None:
-    """Moves labels to a side of their markers that is free of others. One that finds none goes: the table of results has it."""
-    half = 3.5 * axes.figure.dpi / 72  # a marker's, in pixels
+    """Moves labels to a free side of their markers. A label without one is removed: the table of results has its value."""
+    half = 3.5 * axes.figure.dpi / 72  # half of a marker, in pixels
     notes = [label for label in labels if isinstance(label, Annotation)]
     markers = [axes.transData.transform(note.xy) for note in notes]
     taken = [Bbox([marker - half, marker + half]) for marker in markers]

@@ -1,8 +1,8 @@
 """Over-optimisation: where the true reward of a training run peaks and falls as KL grows.
 
-A policy that follows its implicit reward, or a learned one, moves ever further from the reference; beyond some KL the true
-reward may fall (Gao et al. 2023 for reward models; Rafailov et al. 2024, arXiv 2406.02900, for DPO). That shows only where the
-true reward is known, as in the experiments of `dpo-jax frontier`.
+A policy that follows its implicit reward, or a learned one, moves further and further from the reference; beyond some KL the
+true reward may fall (Gao et al. 2023 for reward models; Rafailov et al. 2024, arXiv 2406.02900, for DPO). This can be seen
+only if the true reward is known, as in the experiments of `dpo-jax frontier`.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ class Decline(NamedTuple):
     best_reward: float
     last_kl: float
     last_reward: float
-    fall: float  # of the reward; 0 where the last point is the best
+    fall: float  # of the reward; 0 if the last point is the best
     interval: Interval  # 95 %
-    overoptimised: bool  # further out, and worse beyond what the prompts' scatter explains
+    overoptimised: bool  # the last point has a larger KL, and is worse by more than the variance over prompts explains
 
 
 def declines(rows: Iterable[Mapping[str, Any]]) -> list[Decline]:
-    """One `Decline` for each run of a `results.csv` of `frontier` that was measured more than once.
+    """One `Decline` for each run in a `results.csv` of `frontier` that was measured more than once.
 
     The rows of a run (same method, label and seed) are in the order of training, with kl, reward, reward_low and reward_high.
-    The interval takes the two points as independent, though they share their prompts: it is rather too wide. The best of
-    several points is chosen for its height, which makes a small fall look real: only one that its interval bears out counts.
+    The interval treats the two points as independent, though they share their prompts, so it is rather too wide. The best of
+    several points is selected for its height, which makes a small fall look real: only a fall that its interval confirms
+    counts.
     """
     return [_decline(key, points) for key, points in trajectories(rows).items()]
 
 
 def trajectories(rows: Iterable[Mapping[str, Any]]) -> dict[RunName, list[Measured]]:
-    """The points of each run that was measured more than once, in the order of training: kl, reward and its bounds."""
+    """Points of each run that was measured more than once, in the order of training: kl, reward and its bounds."""
     runs: dict[RunName, list[Measured]] = {}
     for row in rows:
         point = {name: float(row[name]) for name in ("kl", "reward", "reward_low", "reward_high")}
@@ -77,7 +78,7 @@ def _decline(key: RunName, numbers: list[Measured]) -> Decline:
 
 
 FORMS = {"bon": "d (a - b d)", "rl": "d (a - b log d)"}
-"""R(d), the gain in true reward at d = sqrt(KL): of Best-of-N by a learned reward, and of a policy that is trained on one."""
+"""R(d), the gain in true reward at d = sqrt(KL), for Best-of-N by a learned reward and for a policy trained on one."""
 RESAMPLES = 1000
 
 
@@ -89,20 +90,20 @@ class GainFit(NamedTuple):
     a_interval: Interval
     b: float
     b_interval: Interval
-    falls_after: float  # where the curve has its maximum; inf where it has none
+    falls_after: float  # KL of the curve's maximum; inf if it has none
     falls_interval: Interval
-    reach: float  # the largest KL that was measured
-    rms: float  # root of the mean squared residual, in units of the reward
+    reach: float  # the largest measured KL
+    rms: float  # root mean squared residual, in units of the reward
     points: int
 
     @property
     def falls(self) -> bool:
-        """Whether the true reward certainly falls within what was measured."""
+        """Whether the true reward certainly falls within the measured range."""
         return self.falls_interval[1] <= self.reach
 
     @property
     def words(self) -> str:
-        """Where the true reward begins to fall, for a table."""
+        """Text for a table: where the true reward begins to fall."""
         if not self.falls:
             return f"not seen up to KL {self.reach:.2f}"
         return f"after KL {self.falls_after:.2f} ({self.falls_interval[0]:.2f} to {self.falls_interval[1]:.2f})"
@@ -111,11 +112,11 @@ class GainFit(NamedTuple):
 def fit_gains(
     kl: Array, gains: Array, *, form: str, seed: int, runs: Sequence[int] | Array | None = None, resamples: int = RESAMPLES
 ) -> GainFit:
-    """Least squares of R(d) through the origin to the mean over prompts of `gains[P, n]` at `kl[n]` nats.
+    """Fits R(d) through the origin, by least squares, to the mean over prompts of `gains[P, n]` at `kl[n]` nats.
 
-    `gains` are true rewards less the reference's on the same prompt. The bootstrap draws prompts and, where `runs[n]` tells
-    which run (or seed) each point is of, runs as well: points of one run share what chance did to it. KL is taken as measured.
-    Points at KL 0 say nothing and are left out. Raises ValueError for another form, shapes that do not agree, or fewer than
+    `gains` are true rewards minus the reference's on the same prompt. The bootstrap resamples prompts and, if `runs[n]` gives
+    the run (or seed) of each point, also runs, because points of one run share its noise. KL is taken as exact. Points at KL 0
+    carry no information and are left out. Raises ValueError for another form, for shapes that do not agree, or for fewer than
     two points beyond KL 0.
 
     >>> d = np.sqrt(kl := np.array([1.0, 4.0, 9.0]))
@@ -141,7 +142,7 @@ def fit_gains(
         weights = rng.multinomial(several, np.full(several, 1 / several))[of]
         drawn.append(_least_squares(columns, prompts @ gains, weights))
     ends = np.nanquantile(np.array(drawn), [0.025, 0.975], axis=0)
-    # Quantiles between a number and infinity are infinite: they are taken of what was drawn.
+    # Interpolating a quantile between a number and infinity would give infinity, so quantiles are drawn values.
     falls = np.quantile([_maximum(one[0], one[1], form) for one in drawn], [0.025, 0.975], method="nearest")
     residuals = gains.mean(axis=0) - np.array([a, b]) @ columns
     return GainFit(
@@ -170,7 +171,7 @@ def _least_squares(columns: np.ndarray, values: np.ndarray, weights: np.ndarray)
 
 
 def _maximum(a: float, b: float, form: str) -> float:
-    """The KL at which the curve is highest: inf where it rises for ever; 0 where it falls from the start."""
+    """KL of the curve's maximum: inf if it rises for ever, 0 if it falls from the start."""
     if b <= 0:
         return math.inf
     # d = a / (2 b), or log d = a / b - 1
@@ -179,10 +180,10 @@ def _maximum(a: float, b: float, form: str) -> float:
 
 
 def best_by(proxy: Array, rewards: Array, n: int) -> np.ndarray:
-    """Mean true reward of Best-of-`n` by another reward: `proxy[P, M]` and `rewards[P, M]` of M samples of each prompt.
+    """Mean true reward of Best-of-`n` by a proxy reward, from `proxy[P, M]` and `rewards[P, M]` of M samples per prompt.
 
-    float64[P]: the mean over all subsets of n samples. Of M in the order of `proxy`, the i-th (from 1) is the best of
-    C(i-1, n-1) of the C(M, n) subsets. Samples of equal `proxy` count in the order in which they come.
+    float64[P]: the mean over all subsets of n samples. Of M samples sorted by `proxy`, the i-th (from 1) is the best of
+    C(i-1, n-1) of the C(M, n) subsets. Samples with equal `proxy` keep their order.
 
     >>> best_by(np.array([[1.0, 2.0, 3.0]]), np.array([[5.0, 0.0, 6.0]]), 2)  # the third twice, the second once
     array([4.])

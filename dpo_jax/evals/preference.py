@@ -16,21 +16,21 @@ from dpo_jax.types import Array
 
 Interval = tuple[float, float]
 PRIOR = 0.9
-"""Wins, and as many losses, that the variance of scores counts besides the data. Bonett and Price take 1, and Agresti and Min
-(2005) 1/2. Enumerated exactly, 1/2 lets the coverage fall to 87 %, and 1 covers 98 % where 0.9 covers 96 %."""
+"""Number of wins, and of losses, added to the data for the variance of scores. Bonett and Price use 1, Agresti and Min (2005)
+1/2. By exact enumeration, with 1/2 the coverage falls to 87 %, and 1 covers 98 % where 0.9 covers 96 %."""
 
 
 class NonFiniteLogps(FloatingPointError):
-    """The policy gives NaN or infinity for a held-out pair: an accuracy of such numbers would look like one."""
+    """The policy gives NaN or infinity for a held-out pair; an accuracy computed from this would look valid."""
 
 
 def held_out_logps(
     logps: Callable[[Any], np.ndarray], batches: Iterable[tuple[np.ndarray, Batch]], *, pairs: int
 ) -> np.ndarray:
-    """float32[pairs, 2] in the order of the data: `logps(rows) -> float32[P, 2]` over every batch of `loader.in_order`.
-    Of rankings [.., K].
+    """Log-probabilities float32[pairs, 2] in data order: `logps(rows) -> float32[P, 2]` over all batches of `loader.in_order`.
+    For rankings [.., K].
 
-    Raises `NonFiniteLogps`, naming the first pair for which a value is NaN or infinite.
+    Raises `NonFiniteLogps`, naming the first pair with a value that is NaN or infinite.
     """
     result = np.zeros((0, 2), np.float32)
     with reported("evaluating", total=pairs, unit="pairs", brief=True) as task:
@@ -48,13 +48,13 @@ def held_out_logps(
 
 
 def completion_tokens(pairs: Iterable[Encoded]) -> np.ndarray:
-    """How many tokens each completion scores: float32[P, 2], chosen first; of rankings [P, K]."""
+    """Number of scored tokens of each completion: float32[P, 2], chosen first; for rankings [P, K]."""
     lengths = [pair.scored_tokens for pair in pairs]
     return np.array(lengths, np.float32).reshape(-1, len(lengths[0]) if lengths else 2)
 
 
 def labels_of(examples: Sequence[Encoded]) -> np.ndarray | None:
-    """The labels of single completions: float32[P], 1 for desirable ones. None of pairs and rankings."""
+    """Labels of single completions: float32[P], 1 for desirable ones. None for pairs and rankings."""
     if not len(examples) or examples[0].desirable is None:
         return None
     return np.array([one.desirable is True for one in examples], np.float32)
@@ -70,11 +70,11 @@ def preference_summary(
 ) -> dict[str, float]:
     """Loss, accuracy with its 95 % interval, margin and displacement, over `[P, 2]` log-probabilities of held-out pairs.
 
-    `lengths` float[P, 2] are the completions' scored tokens, for a loss that asks for them. Of rankings, [P, K], best and worst
-    count. With the labels `desirable` float[P] it is a summary of single completions (`losses.unpaired_metrics`).
+    `lengths` float[P, 2] are the numbers of scored tokens, for a loss that takes them. For rankings, [P, K], the best and the
+    worst completion count. With the labels `desirable` float[P] it summarises single completions (`losses.unpaired_metrics`).
 
-    A pair counts as right where the implicit reward of the chosen completion is the higher one, and as half right in a tie
-    (`losses.right`): a policy that still is its reference has accuracy 0.5.
+    A pair counts as right if the implicit reward of the chosen completion is higher, and as half right in a tie
+    (`losses.right`): a policy equal to its reference has accuracy 0.5.
     """
     logps, ref_logps = np.asarray(logps), np.asarray(ref_logps)
     signals = whole_set_signals(loss, lengths, pairs=len(logps), desirable=desirable)
@@ -88,7 +88,7 @@ def preference_summary(
         scores = right_label(logps, ref_logps, np.asarray(desirable))
     scores = np.asarray(scores, np.float64)
     low, high = score_interval(scores)
-    # Single completions may all be of one side.
+    # Single completions may all have the same label.
     (chosen, moved), (rejected, moved_rejected) = ([float(x.mean()) if len(x) else 0.0 for x in side] for side in sides)
     return {
         "loss": float(losses.mean()),
@@ -104,25 +104,25 @@ def preference_summary(
 
 
 def wilson_interval(successes: float, trials: float, *, z: float = 1.959964) -> Interval:
-    """Interval of a share at the confidence of `z` (95 %). Wilson 1927: unlike the normal one it stays within [0, 1]."""
+    """Wilson interval (1927) of a share at the confidence of `z` (95 %). Unlike the normal interval it stays within [0, 1]."""
     if trials <= 0:
         raise ValueError(f"an interval needs at least one trial, got {trials}")
     share, square = successes / trials, z * z / trials
     middle = (share + square / 2) / (1 + square)
     half = z / (1 + square) * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
-    # At the ends the bounds are 0 and 1 exactly; rounding would put them a little beside.
+    # At the ends the bounds are exactly 0 and 1; rounding would miss them slightly.
     return middle - half if share > 0 else 0.0, middle + half if share < 1 else 1.0
 
 
 def score_interval(scores: Array, sizes: Array | None = None) -> Interval:
-    """95 % interval of the mean of `scores[n]` in [0, 1]: 1 for a win, 1/2 for a tie, 0 for a loss. One score at least.
+    """95 % interval of the mean of `scores[n]` in [0, 1]: 1 for a win, 1/2 for a tie, 0 for a loss. Needs at least one score.
 
-    Wilson's interval with the effective sample size (Korn and Graubard 1998): that of as many wins and losses as would have
-    the variance of these scores. Ties vary less, so they narrow it. The variance also counts `PRIOR` wins and as many losses
-    (as in Bonett and Price 2012): a few scores that happen to be equal are no certainty. Without ties it is Wilson's own.
+    Wilson's interval with the effective sample size (Korn and Graubard 1998): the number of wins and losses with the variance
+    of these scores. Ties have less variance, so they narrow it. The variance also counts `PRIOR` wins and as many losses (as
+    in Bonett and Price 2012): a few equal scores are not certainty. Without ties it is Wilson's own interval.
 
-    Scores may be means of several statements each: `sizes[n]` are their numbers, positive, and weigh the mean. What is
-    independent are the scores, not the statements.
+    Each score may be a mean of several ratings: `sizes[n]`, positive, are their numbers, which weight the mean. The scores are
+    assumed independent, not the ratings.
 
     >>> [round(end, 3) for end in score_interval([1, 1, 0.5, 0.5, 0.5, 0])]
     [0.298, 0.822]

@@ -19,8 +19,8 @@ from dpo_jax.types import Array, Rows
 from dpo_jax.untrusted import reading
 
 Reward = Callable[[Sequence[str], Sequence[str]], np.ndarray]
-"""(prompts, completions), as many of each -> float64[n], higher is better. A text is a prompt with its completion."""
-UNLIMITED = 10**9  # tokens; tokenizers that know no limit state an even larger one
+"""(prompts, completions), n of each -> float64[n], higher is better. A text is a prompt with its completion."""
+UNLIMITED = 10**9  # tokens; tokenizers without a limit state an even larger number
 
 
 def exact_reviews(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
@@ -30,28 +30,28 @@ def exact_reviews(prompts: Sequence[str], completions: Sequence[str]) -> np.ndar
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words, apostrophes kept inside them; marks that may carry feeling count as words."""
+    """Lower-case words, with apostrophes kept inside them; punctuation that may carry sentiment counts as words."""
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*|[!?]", text.lower())
 
 
 class LinearReward(NamedTuple):
-    """The log-odds, in nats, that a bag of words is positive. A word counts once however often it is used."""
+    """Log-odds, in nats, that a bag of words is positive. A word counts once however often it occurs."""
 
     bias: float
     weights: dict[str, float]
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        # Sorted: a sum of floats depends on its order, and the order of a set on the process.
+        # Sorted, because a float sum depends on its order, and the order of a set on the process.
         found = [(self.weights.get(word, 0.0) for word in sorted(set(words(text)))) for text in texts]
         return np.array([self.bias + sum(weights) for weights in found], np.float64)
 
 
 def fit_linear(texts: Sequence[str], labels: Sequence[int], *, inverse_penalty: float, min_texts: int = 2) -> LinearReward:
-    """Logistic regression on the words that at least `min_texts` of `texts` use; `labels` are 1 for positive, else 0.
+    """Logistic regression on the words that occur in at least `min_texts` of `texts`; `labels` are 1 for positive, else 0.
 
-    `inverse_penalty` is scikit-learn's C: smaller means a stronger L2 penalty. Needs scikit-learn (extra `lab`) to be fitted,
-    and nothing to be used. The same texts give the same weights.
+    `inverse_penalty` is scikit-learn's C: smaller means a stronger L2 penalty. Fitting needs scikit-learn (extra `lab`); the
+    fitted reward does not. The same texts give the same weights.
     """
     try:
         from sklearn.feature_extraction.text import CountVectorizer
@@ -60,7 +60,7 @@ def fit_linear(texts: Sequence[str], labels: Sequence[int], *, inverse_penalty: 
         raise ImportError(f"the linear reward is fitted with scikit-learn: {install_command('lab')}") from error
     if len(texts) != len(labels) or set(labels) != {0, 1}:
         raise ValueError(f"{len(texts)} texts and {len(labels)} labels {sorted(set(labels))}: need as many, both 0 and 1")
-    analyzer: Any = words  # scikit-learn takes a function too, its annotations do not say so
+    analyzer: Any = words  # scikit-learn also takes a function, though its annotations do not say so
     bags: Any = CountVectorizer(analyzer=analyzer, binary=True, min_df=min_texts)
     model: Any = LogisticRegression(C=inverse_penalty, solver="lbfgs", max_iter=1000)
     model.fit(bags.fit_transform(texts), np.asarray(labels))
@@ -71,7 +71,7 @@ def fit_linear(texts: Sequence[str], labels: Sequence[int], *, inverse_penalty: 
 def vader_lexicon() -> Reward:
     """The compound score of VADER, a published lexicon of rated words with rules for negation and emphasis: -1 to 1.
 
-    Hutto and Gilbert 2014. Needs vaderSentiment (extra `lab`). Nothing is fitted: a second opinion on any English text.
+    Hutto and Gilbert 2014. Needs vaderSentiment (extra `lab`). It needs no fitting and can score any English text.
     """
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -87,7 +87,7 @@ def vader_lexicon() -> Reward:
 
 
 def sign_accuracy(reward: Reward, texts: Sequence[str], labels: Sequence[int]) -> tuple[float, Interval]:
-    """How often the sign of a reward tells positive (1) from negative (0) texts, and the 95 % interval. Zero is half right."""
+    """Accuracy of a reward's sign on positive (1) and negative (0) texts, with its 95 % interval. Zero is half right."""
     values = reward([""] * len(texts), texts)
     signs = np.where(np.asarray(labels) > 0, 1, -1) * np.sign(values)
     scores = (1 + signs) / 2
@@ -95,12 +95,12 @@ def sign_accuracy(reward: Reward, texts: Sequence[str], labels: Sequence[int]) -
 
 
 def hf_classifier(path: str, label: str | None = None, *, batch: int = 64, device: str | None = None) -> Reward:
-    """The log-odds, in nats, of one label of a Hugging Face text classifier, a folder or an "org/name"; computed by torch.
+    """Log-odds, in nats, of one label of a Hugging Face text classifier (a folder or an "org/name"), computed by torch.
 
-    The paper's is "siebert/sentiment-roberta-large-english" with the label "POSITIVE". A classifier with a single output is a
-    reward model: its output is the reward, and it takes no label. Texts are cut to what the model reads, at their end. `device`
-    is torch's name for one; by default a GPU if torch sees one. Needs torch (extra `classifier`). Raises `Unreadable` for a
-    classifier that cannot be loaded, or that gives a short text no reward.
+    The paper uses "siebert/sentiment-roberta-large-english" with the label "POSITIVE". A classifier with a single output is a
+    reward model: its output is the reward, and it takes no label. Texts that are too long for the model are truncated at the
+    end. `device` is a torch device name; by default a GPU if torch sees one. Needs torch (extra `classifier`). Raises
+    `Unreadable` for a classifier that cannot be loaded, or that gives no reward for a short text.
     """
     try:
         import torch
@@ -113,7 +113,7 @@ def hf_classifier(path: str, label: str | None = None, *, batch: int = 64, devic
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         options: Any = {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
         model, report = AutoModelForSequenceClassification.from_pretrained(path, **options)
-        if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
+        if missing := sorted(report["missing_keys"]):  # transformers would initialize them at random
             raise ValueError(f"the weights lack {', '.join(missing[:5])}: no trained classifier")
         labels = [str(model.config.id2label[number]) for number in range(model.config.num_labels)]
         limit = min(int(tokenizer.model_max_length), _positions(model.config))
@@ -146,7 +146,7 @@ def hf_classifier(path: str, label: str | None = None, *, batch: int = 64, devic
 
 
 def _positions(config: Any) -> int:
-    """Tokens a classifier can read. RoBERTa's table begins behind its padding token, and holds two more than it can use."""
+    """Number of tokens a classifier can read. RoBERTa's position table starts after its padding token: two rows are unused."""
     limit = getattr(config, "max_position_embeddings", None) or UNLIMITED
     return limit - (config.pad_token_id or 0) - 1 if "roberta" in config.model_type else limit
 
@@ -160,13 +160,13 @@ def learned(
     bos: Bos = "auto",
     host_part: tuple[int, int] = (0, 1),
 ) -> Reward:
-    """A reward model as a reward: `score(rows) -> [R]` reads plain rows of one completion each, ended by EOS.
+    """A reward model as a reward function: `score(rows) -> [R]` reads plain rows of one completion each, ended by EOS.
 
-    `bos` (`data.encode.with_bos`) is what the model was trained with.
+    `bos` (`data.encode.with_bos`) must be the setting that the model was trained with.
 
-    `score` is `reward.completion_rewards` with model and variables bound, compiled: `batch` rows each time, as long as the
-    longest text needs, in steps of 16 tokens; of several hosts each gives it its part (`Partitioner.host_part`), and it gives
-    the rewards of all. Raises `ValueError` for a text of more than `length` tokens.
+    `score` is `reward_model.completion_rewards` with model and variables bound, compiled. It gets `batch` rows at a time, as
+    long as the longest text needs, in steps of 16 tokens. With several hosts, each passes its part (`Partitioner.host_part`)
+    and gets all rewards. Raises `ValueError` for a text of more than `length` tokens.
     """
 
     def reward(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:

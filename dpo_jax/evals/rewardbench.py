@@ -1,8 +1,8 @@
-"""RewardBench's scores (Lambert et al. 2024, arXiv 2403.13787, section 4): subsets make sections, sections make one number.
+"""RewardBench scores (Lambert et al. 2024, arXiv 2403.13787, section 4): subsets form sections, sections form one score.
 
-A section is the mean over its pairs, so a subset counts by its size. Mathematics is the exception: `math-prm` weighs as much as
-the six code subsets together (984 pairs instead of 447). The score is the plain mean of the four sections; the older public
-preference sets that the first leaderboard added as a fifth are not part of this data set.
+A section's score is the mean over its pairs, so subsets are weighted by size. Mathematics is the exception: `math-prm` has the
+weight of the six code subsets together (984 pairs instead of 447). The score is the plain mean of the four sections. The older
+public preference sets that the first leaderboard added as a fifth section are not part of this data set.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ SUBSETS = frozenset(name for names in SECTIONS.values() for name in names)
 
 
 def is_rewardbench(subsets: Collection[str]) -> bool:
-    """Whether these are subsets of RewardBench and nothing else."""
+    """Whether all of these are subsets of RewardBench."""
     return bool(subsets) and SUBSETS.issuperset(subsets)
 
 
 def section_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """{"sections": rows, "score": row, "missing": names}, from the rows of `calibration.accuracy_by`.
 
-    A section is scored on those of its subsets that are there, and left out if none is; "missing" says which are not. Ties
-    count half, where the original counts them as wrong.
+    A section is scored on its available subsets, and left out if there are none; "missing" names the missing ones. Ties count
+    half; the original counts them as wrong.
     """
     found = {row["subset"]: row for row in rows}
     code = sum(found[name]["pairs"] for name in CODE if name in found)

@@ -1,7 +1,7 @@
-"""Ask a judge many questions concurrently: retries, and caps on requests, tokens and cost.
+"""Asks a judge many questions concurrently, with retries and caps on requests, tokens and cost.
 
-Retries are made here, because only here is the budget known, is every request written down before it is sent, and can all
-questions be paused when one of them is told to wait.
+Retries are made here and not in the client, because this module knows the budget, logs every request before it is sent, and can
+pause all questions when one of them is told to wait.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dpo_jax.judge.questions import Messages, Question, choice_of
 from dpo_jax.judge.verdict_lines import FAILURES
 from dpo_jax.judge.verdicts import Tokens, VerdictLog
 
-LONGEST_WAIT = 600.0  # seconds; whoever asks us to wait for longer is left alone, and the command can be started again later
-GIVE_UP = 10  # questions in a row without an answer, after all their tries
-ENVELOPE = 64  # tokens that a chat adds to the texts, at most
+LONGEST_WAIT = 600.0  # seconds; if the endpoint asks for more, the command stops and can be started again later
+GIVE_UP = 10  # stop after so many questions in a row without an answer, each after all its tries
+ENVELOPE = 64  # upper bound on the tokens that a chat adds to the texts
 
 
 class Unfinished(RuntimeError):
@@ -29,7 +29,7 @@ class Unfinished(RuntimeError):
 
 
 class Budget(NamedTuple):
-    """Caps on everything that the log has seen, earlier starts included; infinity: none. Prices are per token."""
+    """Caps on all requests in the log, earlier starts included; infinity means no cap. Prices are per token."""
 
     requests: float = math.inf
     tokens: float = math.inf
@@ -41,7 +41,7 @@ class Budget(NamedTuple):
         return tokens.read * self.price_read + tokens.written * self.price_written
 
     def exceeded_by(self, requests: int, tokens: Tokens) -> str | None:
-        """The cap that so many requests and tokens would break, in words."""
+        """The cap that so many requests and tokens would exceed, in words; None if none."""
         if requests > self.requests:
             return f"{self.requests:,.0f} requests"
         if sum(tokens) > self.tokens:
@@ -50,7 +50,7 @@ class Budget(NamedTuple):
 
 
 def failures_of(counts: Mapping[str, int]) -> str:
-    """`counts` by the keys of `FAILURES`, in words."""
+    """`counts` (keyed as `FAILURES`) in words."""
     return ", ".join(f"{count:,} {FAILURES[cause]}" for cause, count in sorted(counts.items()))
 
 
@@ -67,12 +67,12 @@ async def ask_all(
     settled: Callable[[], object] = lambda: None,
     first_wait: float = 1.0,
 ) -> None:
-    """Puts an answer to every question into `log`, but for those it has. They are made of `judge.PROMPTS[prompt]`.
+    """Asks every question without an answer in `log` and adds the answers. Questions are made from `questions.PROMPTS[prompt]`.
 
     A question is tried up to `tries` times, after waits of `first_wait` seconds, twice that, and so on, each multiplied by a
-    random number: clients that failed together should not return together. `settled()` is called after each answer and each
-    fault. Raises `Unfinished` where a cap of `budget` would be broken, the endpoint refuses everything or stays silent, or a
-    question is left without an answer; what is on its way is waited for first.
+    random number, so that clients that failed together do not retry together. `settled()` is called after each answer and each
+    fault. Raises `Unfinished` if a cap of `budget` would be exceeded, if the endpoint refuses everything or stays silent, or
+    if a question is left without an answer; it waits for requests in flight first.
     """
     todo = {question.key: question for question in questions if question.key not in log.verdicts}
     asker = _Asker(ask, log, prompt, max_tokens, tries, budget, settled, first_wait)
@@ -83,7 +83,7 @@ async def ask_all(
 
 
 class _Asker:
-    """What the questions that are asked at the same time share."""
+    """State shared by the questions in flight."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class _Asker:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(concurrency, len(todo))):
                     group.create_task(work())
-        except ExceptionGroup as errors:  # a full disk, say: what ends one ends all
+        except ExceptionGroup as errors:  # a full disk, for example, ends all of them
             raise errors.exceptions[0] from None
 
     async def decide(self, question: Question) -> None:
@@ -146,7 +146,7 @@ class _Asker:
             self.stop(f"{left}: is the address right, the endpoint well, and does it take these options?")
 
     def faults(self) -> str:
-        """How many of which kind, and the last words of the endpoint."""
+        """Counts of faults by kind, and the endpoint's last message."""
         counts = ", ".join(f"{count:,} {cause}" for cause, count in self.log.faults.items())
         return f"faults: {counts}" + (f"; the endpoint said: {self.said}" if self.said else "")
 
@@ -155,7 +155,7 @@ class _Asker:
         self.over.set()
 
     async def pause(self) -> None:
-        """While the endpoint wants to be left alone."""
+        """Waits as long as the endpoint has asked for."""
         while (left := self.not_before - time.monotonic()) > 0 and not self.stopped:
             await self.rest(left)
 
@@ -164,7 +164,7 @@ class _Asker:
             await asyncio.wait_for(self.over.wait(), seconds)
 
     async def affordable(self, most: Tokens) -> bool:
-        """Whether one more request fits the budget, at its worst. What others may still give back is waited for."""
+        """Whether one more request fits the budget at its maximal cost. Waits for requests in flight that may free some."""
         async with self.landed:
             while not self.stopped:
                 cap = self.budget.exceeded_by(self.log.requests + 1, self.log.committed.plus(most))

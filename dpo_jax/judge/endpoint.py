@@ -1,7 +1,7 @@
-"""Client of an OpenAI-compatible endpoint: one question over HTTP, and the parser of replies and errors.
+"""Client of an OpenAI-compatible endpoint: sends one question over HTTP, and parses replies and errors.
 
-The HTTP client is used bare. It follows no redirect, keeps no cookie and sends only the headers that HTTP needs, and the key.
-The bytes of a reply are counted while they arrive, and again unpacked: none takes more memory than `limits.reply_kb`. Proxies
+The HTTP client follows no redirects, keeps no cookies and sends only the headers that HTTP needs, and the key. The bytes of a
+reply are counted as they arrive, and again when unpacked, so that no reply takes more memory than `limits.reply_kb`. Proxies
 and certificates come from the environment, as usual.
 """
 
@@ -22,25 +22,25 @@ from dpo_jax.judge.redaction import Redactor
 from dpo_jax.judge.verdicts import Tokens
 from dpo_jax.untrusted import LIMITS, Unreadable, kind_of, parse_object, reading
 
-MOST_TOKENS = 10**9  # of one reply; a larger number is no count
+MOST_TOKENS = 10**9  # of one reply; a larger number is not a valid count
 FAILED = {"length": "length", "max_tokens": "length", "content_filter": "content_filter", "error": "error"}
-"""`finish_reason`, up to a colon ("content_filter: SAFETY") -> why what was written is no answer."""
-SHOWN = 300  # characters of what an endpoint says that are repeated
+"""`finish_reason`, up to a colon ("content_filter: SAFETY") -> why the reply is not an answer."""
+SHOWN = 300  # characters of an endpoint's message that are shown
 ADVICE = "check judge.model, judge.base_url, the key and what it may do"
 
 
 class Reply(NamedTuple):
-    """What the judge wrote. `failure`: why it is no answer whatever it says ("refusal", "length", "content_filter"), or ""."""
+    """A reply of the judge. `failure`: why it cannot count as an answer ("refusal", "length", "content_filter"), or ""."""
 
     text: str
     failure: str
-    model: str  # that the endpoint says it is
-    tokens: Tokens | None  # None: the endpoint does not count
-    said: str | None = None  # the text as it came, with the key if it repeats it: to read the choice in, never to be written
+    model: str  # as named by the endpoint
+    tokens: Tokens | None  # None: the endpoint gives no counts
+    said: str | None = None  # the raw text, which may repeat the key: only for parsing the choice, never written
 
 
 class Fault(Exception):
-    """A request that brought no reply. `wait`: seconds that the endpoint asked for; `said`: its words, if it has any."""
+    """A request without a usable reply. `wait`: seconds that the endpoint asks to wait; `said`: its message, if any."""
 
     def __init__(
         self,
@@ -54,17 +54,17 @@ class Fault(Exception):
     ) -> None:
         super().__init__(cause)
         self.cause, self.wait, self.said = cause, wait, said
-        self.paid = paid  # the endpoint may have worked, and charge for it
+        self.paid = paid  # the endpoint may have done the work and charge for it
         self.hopeless = hopeless  # this question cannot be answered
-        self.stop = stop  # no question can be, and what to do
+        self.stop = stop  # no question can be answered; the text says what to do
 
 
 class Endpoint:
     """`await endpoint(messages) -> Reply` by the client `httpx2` (extra `judge`: ImportError without it). Raises `Fault`.
 
-    `timeout` is for the whole reply, in seconds: a server that sends a byte now and then does not keep a place for ever. `key`
-    is in no error and in no text to be written, even where the server repeats it, shortened or encoded (`Redactor`); None: the
-    endpoint wants none. Raises `Unreadable` for proxies and certificates of the environment that are none.
+    `timeout` is for the whole reply, in seconds, so that a server that sends a byte now and then cannot hold a slot for ever.
+    `key` appears in no error and in no text to be written, even if the server repeats it, shortened or encoded (`Redactor`);
+    None: the endpoint needs no key. Raises `Unreadable` for invalid proxies or certificates in the environment.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class Endpoint:
             "headers": headers | ({"authorization": f"Bearer {key}"} if key else {}),
             "cookies": http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[])),
             "follow_redirects": False,
-            "timeout": None,  # ours is for the whole of it
-            "limits": httpx2.Limits(max_connections=None),  # whoever asks knows how many at a time
+            "timeout": None,  # our own covers the whole reply
+            "limits": httpx2.Limits(max_connections=None),  # the caller limits concurrency
         }
         with reading("the environment", remedy="check its proxies (HTTPS_PROXY, ALL_PROXY) and certificates (SSL_CERT_FILE)"):
             self._client: Any = httpx2.AsyncClient(**options)
@@ -100,9 +100,10 @@ class Endpoint:
         try:
             async with asyncio.timeout(self._timeout):
                 answer = await self._post(messages)
-        except Exception as error:  # whatever a library raises, this question has no reply
+        except Exception as error:  # whatever a library raises, this question got no reply
             answer = self._broken(error)
-        # Not raised from the error, which holds the request, and with it the key. Read aside: other questions go on meanwhile.
+        # Not raised from the error, which holds the request and thus the key. Parsed in a thread, so that other questions go
+        # on.
         outcome = answer if isinstance(answer, Fault) else await asyncio.to_thread(self._read, *answer)
         if isinstance(outcome, Fault):
             raise outcome
@@ -120,7 +121,7 @@ class Endpoint:
         http = self._http
         if isinstance(error, TimeoutError):
             return Fault("timeout", paid=True)
-        # A connection that was never made costs nothing; one that broke may have been worked on.
+        # A connection that was never made costs nothing; a broken one may have been charged.
         never = (http.ConnectError, http.ConnectTimeout, http.ProxyError, http.UnsupportedProtocol, http.InvalidURL)
         known = isinstance(error, http.TransportError | http.InvalidURL)
         return Fault("connection" if known else f"connection ({type(error).__name__})", paid=not isinstance(error, never))
@@ -150,7 +151,7 @@ class Endpoint:
         return Fault(str(status), wait=wait_of(headers), hopeless=hopeless, said=said)
 
     def hide(self, text: object) -> str:
-        """What the endpoint says, fit for a file: without the key, and without halves of characters."""
+        """An endpoint's message made safe for a file: without the key, and without incomplete characters."""
         return self._redacted(str(text).encode("utf-8", "replace").decode())
 
     async def close(self) -> None:
@@ -158,10 +159,10 @@ class Endpoint:
 
 
 async def _body(response: Any) -> bytes:
-    """The body of a reply, unpacked. Raises `Unreadable` once there are more bytes than the limit, packed or unpacked."""
+    """The unpacked body of a reply. Raises `Unreadable` once it exceeds the byte limit, packed or unpacked."""
     most, arrived, body = LIMITS.reply_kb * 2**10, 0, bytearray()
     coding = response.headers.get("content-encoding", "identity").strip().lower()
-    if coding not in ("", "identity", "utf-8", "gzip", "x-gzip"):  # none was asked for; gzip some proxies add all the same
+    if coding not in ("", "identity", "utf-8", "gzip", "x-gzip"):  # we ask for none, but some proxies add gzip
         raise Unreadable("reply compressed in a way that was not asked for (Content-Encoding)")
     unzip = zlib.decompressobj(zlib.MAX_WBITS | 16) if "gzip" in coding else None
     async for chunk in response.aiter_raw():
@@ -183,10 +184,10 @@ async def _body(response: Any) -> bytes:
 
 
 def read_reply(body: bytes) -> Reply:
-    """The reply in the body of an answer of status 200. Raises `Unreadable`; nothing of the body is in its message.
+    """Parses the reply in the body of a response with status 200. Raises `Unreadable`, with nothing of the body in its message.
 
-    The text may be given in parts, of which those of the type "text" are taken. A provider that failed in the middle says so in
-    the `finish_reason` "error": what it wrote until then is no reply.
+    The text may come in parts, of which those of type "text" are used. A provider that failed midway reports `finish_reason`
+    "error": the text until then does not count as a reply.
     """
     try:
         found = parse_object(body, "reply")
@@ -197,7 +198,7 @@ def read_reply(body: bytes) -> Reply:
     finish = choice.get("finish_reason") if isinstance(choice, dict) else None
     failure = FAILED.get(finish.partition(":")[0], "") if isinstance(finish, str) else ""
     message = choice.get("message") if isinstance(choice, dict) else None
-    if message is None and failure:  # of what was held back some send nothing
+    if message is None and failure:  # some endpoints send no message for withheld content
         message = {}
     if failure == "error" or (found.get("error") and not choices):
         raise Unreadable("an error in a reply of status 200")
@@ -214,7 +215,7 @@ def read_reply(body: bytes) -> Reply:
 
 
 def _text_of(content: Any) -> Any:
-    """The text of parts such as {"type": "text", "text": "..."} (thoughts are others); any other content as it is."""
+    """The text of parts such as {"type": "text", "text": "..."} (reasoning has other types); any other content unchanged."""
     if not isinstance(content, list) or not all(
         isinstance(part, dict) and isinstance(part.get("type"), str) for part in content
     ):
@@ -230,9 +231,9 @@ def _tokens(usage: Any) -> Tokens | None:
 
 
 def read_error(body: bytes) -> tuple[str, object]:
-    """What the body of an answer without a reply says, in one line, and its error code, if it has one.
+    """The message of an error response in one line, and its error code, if any.
 
-    Read are {"error": {"message": "...", "code": ...}}, the same in an array, {"error": "..."} and {"message": "..."}.
+    Understands {"error": {"message": "...", "code": ...}}, the same in an array, {"error": "..."} and {"message": "..."}.
     """
     try:
         found = parse_object(body.strip().removeprefix(b"[").removesuffix(b"]"), "reply")
@@ -246,9 +247,9 @@ def read_error(body: bytes) -> tuple[str, object]:
 
 
 def wait_of(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a reply asks to wait for: `retry-after-ms`, or `Retry-After` in seconds or as a date.
+    """Seconds that a response asks to wait: `retry-after-ms`, or `Retry-After` in seconds or as a date.
 
-    A date is one of the endpoint's clock, and is compared with that: the `Date` of the reply.
+    A date refers to the endpoint's clock, so it is compared with the `Date` of the response.
     """
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         try:
@@ -264,9 +265,9 @@ def wait_of(headers: Mapping[str, str]) -> float | None:
 
 
 def _seconds_of(date: str) -> float | None:
-    """A date of HTTP as seconds since 1970; None where it is none."""
+    """An HTTP date as seconds since 1970; None if it is invalid."""
     try:
         parts = email.utils.parsedate_tz(date[:100])
         return None if parts is None else float(email.utils.mktime_tz(parts))
-    except Exception:  # of the 31st of February, of the year 99999: several kinds
+    except Exception:  # several kinds: the 31st of February, the year 99999
         return None

@@ -1,6 +1,6 @@
-"""Join completions of a policy and of a baseline by their prompt.
+"""Joins the completions of a policy and of a baseline by prompt.
 
-Completions kept plus completions dropped is completions read, and every dropped one is named.
+Completions kept plus completions dropped equals completions read, and every dropped one is listed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ OVER_LIMIT = "over judge.limit"
 
 @dataclasses.dataclass
 class RowCounts:
-    """What became of every completion of one side."""
+    """Account of one side's completions: kept, and dropped by cause."""
 
     read: int
     kept: int
@@ -39,10 +39,10 @@ class Paired(NamedTuple):
 def pair_up(
     policies: Mapping[str, Sequence[Completion]], baseline: Sequence[Completion], *, limit: int | None = None
 ) -> Paired:
-    """Every completion of `policies` (by the name of their series) with that of the baseline of the same prompt.
+    """Pairs every completion of `policies` (keyed by series) with the baseline's completion of the same prompt.
 
-    Of the baseline the first completion of a prompt counts, and of its prompts the first `limit` that a policy has.
-    Raises `DataError` where a policy has two completions of a prompt at one point, and where no pair is left.
+    For the baseline, the first completion of a prompt is used, and the first `limit` of its prompts that a policy has. Raises
+    `DataError` if a policy has two completions of a prompt at one point, and if no pair is left.
     """
     completed = {one.prompt for completions in policies.values() for one in completions}
     answers: dict[str, Completion] = {}

@@ -1,7 +1,7 @@
 """Prompts for a judge (Rafailov et al. 2023, appendix C.2, word for word), and the parser of its answers.
 
-A judge is shown two texts, A and B. Who of policy and baseline is A is its *order*; in both orders there are two questions a
-pair. Nothing here talks to anybody: `judging` does.
+A judge is shown two texts, A and B. The *order* says whether the policy or the baseline is A; with both orders there are two
+questions a pair. No question is sent from here; `asking` does that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Side = Literal["policy", "baseline"]
 Outcome = Literal["won", "lost", "flipped", "failed", "unanswered"]
 Messages = list[dict[str, str]]
 
-# Backslashes as in the paper: they join the lines that it had to break.
+# The backslashes join lines that the paper had to break.
 _SIMPLE = """\
 Which of the following summaries does a better job of summarizing the most \
 important points in the given forum post?
@@ -77,7 +77,7 @@ More helpful: <"A" or "B">"""
 PROMPTS = {
     "summary-simple": _SIMPLE,
     "summary-concise": _CONCISE,
-    # Section 6.3: on news articles these words are replaced, and no others.
+    # Section 6.3: for news articles only these words are replaced.
     "article-simple": _SIMPLE.replace("forum post", "news article"),
     "article-concise": _CONCISE.replace("forum post", "news article"),
     "dialogue": _DIALOGUE,
@@ -90,7 +90,7 @@ FENCE_RULE = (
 
 
 class Pair(NamedTuple):
-    """A completion of the policy and one of the baseline, of the same prompt."""
+    """A completion of the policy and one of the baseline for the same prompt."""
 
     uid: str  # "dpo:0.25:17": series, its point, and the number of the prompt
     series: str
@@ -103,11 +103,12 @@ class Pair(NamedTuple):
 class Question(NamedTuple):
     key: str  # SHA-256 of the messages: equal questions of two pairs are asked once
     messages: Messages
-    a: Side  # who is shown as A
+    a: Side  # the side shown as A
 
 
 def question_of(pair: Pair, *, prompt: str, a: Side, fence: bool) -> Question:
-    """`prompt` is a key of `PROMPTS`. With `fence` texts stand between marks that none of them holds; else as in the paper."""
+    """The question for a pair. `prompt` is a key of `PROMPTS`. `fence` encloses the texts in marks that none of them contains;
+    otherwise the question is as in the paper."""
     first, second = (pair.policy, pair.baseline) if a == "policy" else (pair.baseline, pair.policy)
     texts = (_sendable(text) for text in (without_cue(pair.prompt), first.strip(), second.strip()))
     asked = messages(prompt, *texts, fence=fence)
@@ -115,7 +116,7 @@ def question_of(pair: Pair, *, prompt: str, a: Side, fence: bool) -> Question:
 
 
 def _sendable(text: str) -> str:
-    """With NUL written out: some servers end a text there, others refuse it."""
+    """The text with NUL escaped: some servers end a text there, others refuse it."""
     return text.replace("\0", "\\x00")
 
 
@@ -133,7 +134,7 @@ def messages(prompt: str, post: str, a: str, b: str, *, fence: bool) -> Messages
 
 
 def _mark(texts: Iterable[str]) -> str:
-    """A name that no text holds, and whose writer could not foresee it: it depends on all texts together."""
+    """A mark that no text contains or could have anticipated: it depends on all texts together."""
     joined = "\0".join(texts)
     digest = joined
     while True:
@@ -143,17 +144,18 @@ def _mark(texts: Iterable[str]) -> str:
 
 
 def label_of(prompt: str) -> str:
-    """What stands before the letter in an answer: "Preferred" or "More helpful"."""
+    """The words before the letter in an answer: "Preferred" or "More helpful"."""
     return PROMPTS[prompt].rpartition("\n")[2].partition(":")[0]
 
 
 def choice_of(prompt: str, answer: str) -> Literal["A", "B"] | None:
-    """The letter of an answer in the format that was asked for, and None for any other answer.
+    """The letter of an answer in the requested format; None for any other answer.
 
-    Exactly one line `Comparison: ...`, then one line `Preferred: A` or `More helpful: A`, blank lines apart; the letter may be
-    in quotes, as the prompt shows it. A judge that hedges, adds a line or chooses neither has not answered.
+    The format is exactly one line `Comparison: ...`, then one line `Preferred: A` or `More helpful: A`; blank lines are
+    ignored. The letter may be in quotes, as in the prompt. An answer that hedges, adds a line or chooses neither does not
+    count.
     """
-    # Line by line: one pattern for both takes time quadratic in an answer of many characters.
+    # Line by line: a single pattern for both would take time quadratic in the length of the answer.
     comparison, _, verdict = answer.replace("\r\n", "\n").strip().partition("\n")
     if not comparison.startswith("Comparison:") or not comparison.removeprefix("Comparison:").strip():
         return None
@@ -162,7 +164,7 @@ def choice_of(prompt: str, answer: str) -> Literal["A", "B"] | None:
 
 
 def orders(pair: Pair, *, one_order: bool, seed: int) -> Iterator[Side]:
-    """Who is shown as A in the questions of a pair: each once; or, as in the paper, one of them by a lot, which stays."""
+    """The side shown as A in each question of a pair: both in turn or, as in the paper, one of them, drawn once by `seed`."""
     if not one_order:
         yield from ("policy", "baseline")
         return
@@ -171,9 +173,10 @@ def orders(pair: Pair, *, one_order: bool, seed: int) -> Iterator[Side]:
 
 
 def outcome_of(winners: Sequence[Side | Literal["failed"] | None]) -> Outcome:
-    """What became of a pair: `winners` has one entry a question, None where there is no answer (yet).
+    """The outcome of a pair. `winners` has one entry per question, None if there is no answer (yet).
 
-    In both orders a win needs both answers. Answers that prefer the same letter have flipped: they say nothing of the texts.
+    With both orders a win needs both answers. Answers that prefer the same letter have flipped: they say nothing about the
+    texts.
     """
     if None in winners:
         return "unanswered"
@@ -185,7 +188,7 @@ def outcome_of(winners: Sequence[Side | Literal["failed"] | None]) -> Outcome:
 
 
 def winner_of(question: Question, verdict: Mapping[str, object] | None) -> Side | Literal["failed"] | None:
-    """Who won by the verdict that the log holds for a question; None if it holds none."""
+    """The winner by the logged verdict on a question; None if there is no verdict."""
     if verdict is None:
         return None
     other: Side = "baseline" if question.a == "policy" else "policy"

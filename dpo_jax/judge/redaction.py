@@ -1,7 +1,7 @@
 """Redaction of a secret (an API key) from texts that are shown or written.
 
-A server may repeat the key it was sent, whole, shortened ("sk-ab...yz") or encoded. An endpoint that wants to give the key away
-can spell it as it likes, and no filter would know; what servers do by themselves is removed.
+A server may repeat the key it was sent, whole, shortened ("sk-ab...yz") or encoded; these forms are removed. No filter can
+stop an endpoint that deliberately leaks the key in a spelling of its own.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from collections.abc import Iterator
 from urllib.parse import quote
 
 REDACTED = "[key]"
-PIECE = 8  # characters of the secret in a row that are a trace of it
-LEAST = 4  # a shorter word is no secret: to remove it would garble texts
+PIECE = 8  # consecutive characters of the secret that count as a trace of it
+LEAST = 4  # a shorter word is not treated as a secret: removing it would garble texts
 _LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)  # keeps the length, as str.lower() does not
-_DOTS = "[.*\u2022\u00b7\u2026#x]"  # what stands for the middle of a shortened key
+_DOTS = "[.*\u2022\u00b7\u2026#x]"  # characters that replace the middle of a shortened key
 
 
 class Redactor:
-    """`redactor(text)` is `text` with "[key]" for every trace of `secret`; None, or one of 3 characters or less: all of `text`.
+    """`redactor(text)` is `text` with "[key]" in place of every trace of `secret`.
 
-    A trace is `PIECE` characters in a row (all of a shorter secret), in upper or lower case, as they are or in base64, hex or
-    percent-encoding; or what is left of a shortened one: 3 characters or more of its beginning before dots, asterisks or x,
-    or 4 or more of its end after them. Takes time linear in the text.
+    With `secret` None or of 3 characters or fewer the text is unchanged.
+
+    A trace is `PIECE` consecutive characters (all of a shorter secret), in upper or lower case, plain or in base64, hex or
+    percent-encoding; or a shortened form: at least 3 characters of its beginning before dots, asterisks or x, or at least 4 of
+    its end after them. Takes time linear in the text.
     """
 
     def __init__(self, secret: str | None) -> None:
@@ -33,7 +35,7 @@ class Redactor:
         if secret is None or len(secret) < LEAST:
             return
         for form in map(_lower, _forms(secret)):
-            if len(form) < len(secret):  # of a short secret base64 leaves a letter or two that no neighbour decides
+            if len(form) < len(secret):  # for a short secret, base64 has only a letter or two that do not depend on neighbours
                 continue
             size = min(PIECE, len(form))
             self._pieces.setdefault(size, set()).update(form[i : i + size] for i in range(len(form) - size + 1))
@@ -61,7 +63,7 @@ def _lower(text: str) -> str:
 
 
 def _forms(secret: str) -> Iterator[str]:
-    """The secret as it is and encoded. In base64, its letters depend on where it begins within a group of three bytes."""
+    """The secret plain and encoded. In base64, its letters depend on its offset within a group of three bytes."""
     content = secret.encode("utf-8", "replace")
     yield secret
     yield quote(secret, safe="")
@@ -74,7 +76,7 @@ def _forms(secret: str) -> Iterator[str]:
 
 
 def _shortened(secret: str) -> re.Pattern[str]:
-    """Beginning, dots, end; or dots and end."""
+    """Pattern of shortened forms: beginning, dots, end; or dots and end."""
 
     def any_of(parts: list[str]) -> str:
         return "|".join(re.escape(part) for part in sorted(parts, key=len, reverse=True))

@@ -2,9 +2,9 @@
 
     {"line": 3, "sent": "5e1f...", "tokens_in": 300, "tokens_out": 200, "check": "0123456789abcdef"}
 
-The checksum is of the bytes before it, the number included, under the settings of the log. So each line stands for itself: one
-that is damaged costs no other one, and one that was doubled, removed or taken from elsewhere is noticed. It is no
-signature: who changes a line on purpose can compute it anew.
+The checksum covers the bytes before it, the number included, and the settings of the log. Each line is thus checked on its
+own: a damaged line does not affect the others, and a duplicated, removed or foreign line is noticed. It is not a signature:
+whoever changes a line on purpose can compute a new checksum.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.untrusted import Unreadable, parse_object
 
-FAILURES = {  # why an answer is no verdict
+FAILURES = {  # why an answer is not a verdict
     "content_filter": "held back by the endpoint's filter",
     "empty": "empty",
     "format": "not in the format that was asked for",
@@ -24,7 +24,7 @@ FAILURES = {  # why an answer is no verdict
     "refusal": "refused",
 }
 MOST_TOKENS = 10**12  # of one request
-MOST_DAMAGED = 100_000  # lines; a file of more is something else, and to list them all takes minutes
+MOST_DAMAGED = 100_000  # lines; a file with more is not a log, and listing them all would take minutes
 _COUNTS = {"tokens_in": int, "tokens_out": int}
 _TEXTS = {"failure": str, "text": str, "model": str}
 GRAMMAR: dict[str, dict[str, type | tuple[type, ...]]] = {
@@ -33,15 +33,15 @@ GRAMMAR: dict[str, dict[str, type | tuple[type, ...]]] = {
     "fault": {"fault": str, "cause": str, **_COUNTS},
     "answered": {"answered": str, "choice": (str, type(None)), **_TEXTS, **_COUNTS},
 }
-"""Kind of a record -> its fields, all of them, and their types."""
+"""Kind of a record -> all its fields and their types."""
 _KINDS = {frozenset(fields): kind for kind, fields in GRAMMAR.items()}
-_BEGINNING = b'{"line": '  # no text can say this: its quotes are escaped
+_BEGINNING = b'{"line": '  # cannot occur inside a text, whose quotes are escaped
 _CHECK = b', "check": "%s"}'
 _SIZE = len(_CHECK % bytes(16))
 
 
 def kind_of_record(record: Mapping[str, Any]) -> str:
-    """One of `GRAMMAR`. Raises `Unreadable` for a record that says anything else than a log can say."""
+    """The kind of a record, a key of `GRAMMAR`. Raises `Unreadable` for a record that does not match the grammar."""
     kind = _KINDS.get(frozenset(record))
     if kind is None:
         raise Unreadable("its fields are not those of a verdict log")
@@ -63,18 +63,18 @@ class Seal:
         self._key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode()).digest()
 
     def close(self, number: int, record: Mapping[str, Any]) -> bytes:
-        """The line that says `record` at place `number`, from 1. Raises `Unreadable` for what `open` would not take."""
+        """The sealed line of `record` as line `number`, from 1. Raises `Unreadable` for a record that `open` would refuse."""
         kind_of_record(record)
         body = json.dumps({"line": number, **record}, ensure_ascii=False).encode()[:-1]
         return body + _CHECK % self._sum(body) + b"\n"
 
     def open(self, line: bytes) -> tuple[int, dict[str, Any]]:
-        """Number and record of a line without its newline. Raises `Unreadable` for one that `close` has not written."""
+        """Number and record of a line without its newline. Raises `Unreadable` for a line not written by `close`."""
         body, check = line[:-_SIZE], line[-_SIZE:]
         if check != _CHECK % self._sum(body):
             raise Unreadable("its checksum is not that of its content")
         try:
-            record = json.loads(body + b"}")  # proven to be ours: the reader of foreign JSON takes four times as long
+            record = json.loads(body + b"}")  # verified as ours: the parser for untrusted JSON takes four times as long
             number = record.pop("line", None)
         except (ValueError, RecursionError, AttributeError):
             raise Unreadable("no JSON object") from None
@@ -88,7 +88,7 @@ class Seal:
 
 
 class Damaged(NamedTuple):
-    """A line of the file that is not used. `place`: as an editor counts lines."""
+    """A damaged line of the file, which is not used. `place`: its line number in an editor."""
 
     place: int
     cause: str
@@ -96,27 +96,26 @@ class Damaged(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What a log holds."""
+    """The content of a log."""
 
     settings: dict[str, Any]
-    records: list[dict[str, Any]]  # without the settings, by their numbers
+    records: list[dict[str, Any]]  # without the settings, ordered by line number
     damaged: list[Damaged]
-    lost: int  # lines that were written and are not in `records`, as far as numbers tell; and those of one number
+    lost: int  # lines that were written but are not in `records`, judged by line numbers; repeated numbers included
     following: int  # the number of the next line
 
 
 def read_lines(lines: Sequence[bytes], settings: Mapping[str, Any]) -> Content:
-    """The content of a log's whole lines, without their newlines. `settings` are expected, for a log whose first line is lost.
+    """Reads a log's complete lines, given without newlines. `settings` are used if the log's first line is lost.
 
-    Lines that were cut off at the end leave no trace. Raises `Unreadable` where not one line is sound, or the only one is the
-    first.
+    Lines lost at the end of the file cannot be noticed. Raises `Unreadable` if no line is sound, or only the first.
     """
     head = settings_of(lines[0])
     seal = Seal(settings if head is None else head)
     sound: dict[int, dict[str, Any]] = {}
     damaged, trailing, again = [], 0, 0
     for place, line in enumerate(lines, start=1):
-        if not line:  # an editor's: nothing was written there
+        if not line:  # added by an editor: the log writes no empty lines
             continue
         if len(damaged) > MOST_DAMAGED:
             raise Unreadable(f"more than {MOST_DAMAGED:,} damaged lines")
@@ -124,9 +123,9 @@ def read_lines(lines: Sequence[bytes], settings: Mapping[str, Any]) -> Content:
             number, record = seal.open(line)
         except Unreadable as error:
             damaged.append(Damaged(place, str(error), line))
-            trailing += max(1, line.count(_BEGINNING))  # lines whose newlines are lost stand in one
+            trailing += max(1, line.count(_BEGINNING))  # lines whose newlines are lost are joined into one
             continue
-        if number in sound:  # of two logs in one file, say, or of two processes at one log: both have paid
+        if number in sound:  # two logs in one file, for example, or two processes on one log: both were paid for
             damaged.append(Damaged(place, f"line number {number} a second time", line))
             again += 1
         else:
@@ -140,7 +139,7 @@ def read_lines(lines: Sequence[bytes], settings: Mapping[str, Any]) -> Content:
 
 
 def settings_of(line: bytes) -> dict[str, Any] | None:
-    """The settings in the first line of a log; None where it is none, or damaged."""
+    """The settings in the first line of a log; None if the line is not a first line, or damaged."""
     try:
         settings = parse_object(line, "line 1").get("settings")
         if not isinstance(settings, dict) or Seal(settings).open(line) != (1, {"settings": settings}):
@@ -151,9 +150,9 @@ def settings_of(line: bytes) -> dict[str, Any] | None:
 
 
 def unchecked(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
-    """The records of a log as versions without checksums wrote it; None where the first line is none of such a log.
+    """The records of a log written by a version without checksums; None if the first line does not belong to such a log.
 
-    Raises `Unreadable` for a line that is not sound: where one is damaged, nothing tells whether the others are.
+    Raises `Unreadable` for any damaged line: without checksums, one damaged line casts doubt on all others.
     """
     try:
         first = parse_object(lines[0], "line 1")
@@ -161,7 +160,7 @@ def unchecked(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
         return None
     if list(first) != ["settings"] or not isinstance(first["settings"], dict):
         return None
-    if any(b'"check": "' in line for line in lines):  # no text can say this: its quotes are escaped
+    if any(b'"check": "' in line for line in lines):  # cannot occur inside a text, whose quotes are escaped
         return None
     records = []
     for place, line in enumerate(lines, start=1):

@@ -1,17 +1,17 @@
-"""Append-only log of a judge: every question sent and every answer, so that a kill loses no paid answer.
+"""Append-only log of a judge's questions and answers, so that a kill loses no paid answer.
 
     {"line": 1, "settings": {...}, ...}                   what all verdicts depend on
-    {"line": 2, "sent": KEY, "tokens_in": 300, ...}       before a request, with the most it can cost
-    {"line": 3, "fault": KEY, "cause": "429", ...}        it brought no answer, and what that may have cost
+    {"line": 2, "sent": KEY, "tokens_in": 300, ...}       written before a request, with its maximal cost
+    {"line": 3, "fault": KEY, "cause": "429", ...}        the request failed, with what that may have cost
     {"line": 4, "answered": KEY, "choice": "A", ...}      the verdict, which is final
 
-Guarantee: a question whose answer has arrived is never sent again, also after a SIGKILL (a line is one write) and, from the
-moment that `answered` returns, after the loss of the machine (fsync). At a kill at most as many questions are on their way as
-are asked at a time. Nobody can know whether the endpoint has answered those; they alone are sent again, and count as paid.
+Guarantee: a question whose answer has arrived is never sent again. This holds after a SIGKILL (a line is one write) and, once
+`answered` has returned, after the loss of the machine (fsync). A kill interrupts only the questions in flight, at most as many
+as are asked at a time. Whether the endpoint has answered those cannot be known; only they are sent again, and they count as
+paid.
 
-Guarantee: a verdict that is read is the one that was written. Every line ends with a checksum (`verdict_lines`); of a line that
-is damaged nothing is used, its question is asked again, and what it may have cost counts as spent. The file is only ever
-appended to.
+Guarantee: a verdict that is read is the one that was written. Every line ends with a checksum (`verdict_lines`). A damaged
+line is not used, its question is asked again, and what it may have cost counts as spent. The file is only ever appended to.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _REMEDY = "restore it, or move it away to judge anew"
 
 
 class ForeignVerdicts(ValueError):
-    """The log was made under other settings, or holds verdicts on other texts."""
+    """The log was made with other settings, or holds verdicts on other texts."""
 
 
 class Tokens(NamedTuple):
-    """Read and written by the judge."""
+    """Token counts: read and written by the judge."""
 
     read: int = 0
     written: int = 0
@@ -49,18 +49,18 @@ class Tokens(NamedTuple):
 class VerdictLog:
     """The log at `path`, new or continued: `verdicts` by question, `requests` sent and `spent` tokens so far.
 
-    A last line that was cut off by a crash is removed. Lines that are `damaged` are not used, and copied to a file beside. Each
-    of them, and each that is missing, counts as a request of the largest size in the log. A log of a version without checksums
-    is taken if all of it is sound, and written anew. Raises `ForeignVerdicts`, naming what differs, for a log of other
-    `settings`, and `Unreadable` for a file that is no log, or of which nothing is sound. Use it in one process at a time, as
-    the lock of a run directory ensures.
+    A last line that was truncated by a crash is removed. `damaged` lines are not used, and copied to a separate file. Each
+    damaged or missing line counts as a request of the largest size in the log. A log of a version without checksums is
+    accepted if all of it is sound, and rewritten with checksums. Raises `ForeignVerdicts`, naming the difference, for a log
+    with other `settings`, and `Unreadable` for a file that is not a log or has no sound line. Only one process may use it at a
+    time; the lock of the run directory ensures this.
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.verdicts: dict[str, dict[str, Any]] = {}
         self.requests, self.faults, self.spent = 0, {}, Tokens()
-        self._open: dict[str, Tokens] = {}  # sent, and no word since
+        self._open: dict[str, Tokens] = {}  # sent, without answer or fault yet
         self._largest = Tokens()
         content = self._read(settings)
         self.damaged, self.lost = content.damaged, content.lost
@@ -76,12 +76,12 @@ class VerdictLog:
         self.interrupted = len(self._open)
         self.spent = self.committed
         self._open.clear()
-        # A lost line may have been a request without a word since. There was none larger than this.
+        # A lost line may have been a request without an answer, at most as large as the largest in the log.
         self.requests += self.lost
         self.spent = self.spent.plus(Tokens(*(self.lost * most for most in self._largest)))
 
     def _read(self, settings: Mapping[str, Any]) -> Content:
-        """What is there. Sets how many bytes of the file are whole lines; the rest was cut off by a crash."""
+        """Reads the file. Sets how many of its bytes are complete lines; the rest was truncated by a crash."""
         if self.path.exists() and not self.path.is_file():
             raise Unreadable(f"{self.path}: not a file; {_REMEDY}")
         content = read_bytes(self.path) if self.path.exists() else b""
@@ -103,7 +103,7 @@ class VerdictLog:
         return found
 
     def _sealed(self, records: list[dict[str, Any]], settings: Mapping[str, Any]) -> Content:
-        """Writes a log that had no checksums anew, with them."""
+        """Rewrites a log without checksums, adding them."""
         first = records[0]["settings"]
         self._check(first, settings)
         content = b"".join(Seal(first).close(number, record) for number, record in enumerate(records, start=1))
@@ -113,7 +113,7 @@ class VerdictLog:
 
     @property
     def set_aside(self) -> Path:
-        """The file with the lines that are damaged."""
+        """Path of the file for copies of the damaged lines."""
         return self.path.with_name(f"{self.path.stem}.damaged{self.path.suffix}")
 
     def _check(self, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -126,7 +126,7 @@ class VerdictLog:
         tokens = Tokens(record["tokens_in"], record["tokens_out"])
         if "sent" in record:
             self.requests += 1
-            # Sent before and no word since: that one was on its way at a kill, and may have been paid.
+            # Sent earlier without an answer: it was in flight at a kill and may have been paid.
             self.spent = self.spent.plus(self._open.pop(record["sent"], Tokens()))
             self._open[record["sent"]] = tokens
             self._largest = Tokens(*map(max, self._largest, tokens))
@@ -141,14 +141,14 @@ class VerdictLog:
 
     @property
     def committed(self) -> Tokens:
-        """Tokens spent, and those that what is on its way can cost at most."""
+        """Tokens spent, plus the maximal cost of requests in flight."""
         total = self.spent
         for tokens in self._open.values():
             total = total.plus(tokens)
         return total
 
     def only_of(self, keys: Collection[str]) -> None:
-        """Raises `ForeignVerdicts` if the log holds a verdict on another question than `keys`. There may be new ones."""
+        """Raises `ForeignVerdicts` if the log has a verdict on a question that is not in `keys`. New questions are allowed."""
         foreign = [key for key in self.verdicts if key not in keys]
         if foreign:
             raise ForeignVerdicts(
@@ -157,14 +157,14 @@ class VerdictLog:
             )
 
     def sent(self, key: str, most: Tokens) -> None:
-        """To be called before a request."""
+        """Logs a request; must be called before it is sent."""
         self._add({"sent": key, "tokens_in": most.read, "tokens_out": most.written})
 
     def fault(self, key: str, cause: str, tokens: Tokens) -> None:
         self._add({"fault": key, "cause": cause, "tokens_in": tokens.read, "tokens_out": tokens.written})
 
     async def answered(self, key: str, tokens: Tokens, **verdict: Any) -> None:
-        """Returns once the verdict is on disk; questions that are answered at the same time share the wait for it."""
+        """Logs a verdict and returns once it is on disk. Questions answered at the same time share one fsync."""
         self._add({"answered": key, **verdict, "tokens_in": tokens.read, "tokens_out": tokens.written})
         mine = self._appended
         async with self._lock:
@@ -179,14 +179,14 @@ class VerdictLog:
         self._take(record)
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        # One write for a line: no other process can see, and no kill can leave, half of it.
+        # A line is one write, so that no other process can see half of it and no kill can leave half of it.
         line = self._seal.close(self._following, record)
         try:
             with naming(self.path):
                 if os.write(self._file, line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
-            with contextlib.suppress(OSError):  # no other question may write behind half a line
+            with contextlib.suppress(OSError):  # other questions must not write after half a line
                 os.ftruncate(self._file, self._size)
             raise
         self._size += len(line)

@@ -1,6 +1,6 @@
-"""Win rates of a policy against its baseline with intervals, and an estimate at equal length.
+"""Win rates of a policy against a baseline with intervals, and an estimate at equal length.
 
-Every function takes any number of studies at once, along leading axes: the simulations that test the intervals rely on it.
+Functions accept any number of studies at once, along leading axes, for the simulations that test the intervals.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dpo_jax.evals.preference import score_interval
 from dpo_jax.judge.questions import Outcome, Pair
 
 Z = 1.959964  # of a 95 % interval
-EQUAL_LENGTH = 0.1  # lengths that differ by at most this share of the longer one are equal
-EDGE = 0.05  # where fewer pairs than this share have the longer, or the shorter text, equal length lies outside of the data
-RIDGE = 0.1  # of a standardised slope: keeps it finite where length separates wins from losses. 0.5 hides a part of a steep one
+EQUAL_LENGTH = 0.1  # lengths that differ by at most this share of the longer one count as equal
+EDGE = 0.05  # if the policy's text is longer, or shorter, in fewer pairs than this share, equal length is outside the data
+RIDGE = 0.1  # on the standardised slope: keeps it finite where length separates wins from losses. 0.5 would flatten steep ones
 OUTCOMES: tuple[Outcome, ...] = ("won", "lost", "flipped", "failed", "unanswered")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """A share, its 95 % interval and the number of pairs behind it. NaN where there are none."""
+    """A share, its 95 % interval and the number of pairs behind it. NaN if there are none."""
 
     value: float
     low: float
@@ -42,11 +42,11 @@ def rate(values: Sequence[float] | np.ndarray) -> Rate:
 def length_controlled(values: np.ndarray, log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The mean of `values[..., n]` (1 won, 0.5 flipped, 0 lost) at equal length, and its 95 % interval: three arrays [...].
 
-    Logistic regression of the values on `log_ratios[..., n]`, the log of the policy's length over the baseline's; the estimate
-    is at ratio 1 (compare Dubois et al. 2024). Newton's method; the interval is that of the intercept, with Huber and White's
-    variance, which holds for halves too. Half a win and half a loss at equal length are added for it (as Gart 1966 does for
-    log-odds): where nearly all values are equal the variance would be near 0. NaN where all values, or all ratios, are the
-    same: there is nothing to tell apart.
+    Logistic regression of the values on `log_ratios[..., n]`, the log of the policy's length over the baseline's, by Newton's
+    method. The estimate is at ratio 1 (compare Dubois et al. 2024). The interval is that of the intercept, with the
+    Huber-White variance, which is valid for halves too. For the variance, half a win and half a loss at equal length are added
+    (as Gart 1966 does for log-odds): without them it would be near 0 if nearly all values are equal. NaN if all values, or all
+    ratios, are the same, because nothing can be estimated then.
     """
     values, ratios = np.asarray(values, np.float64), np.asarray(log_ratios, np.float64)
     n, ends = values.shape[-1], [(0, 0)] * (values.ndim - 1)
@@ -65,7 +65,7 @@ def length_controlled(values: np.ndarray, log_ratios: np.ndarray) -> tuple[np.nd
 
 
 def _logistic(values: np.ndarray, x: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The intercept and its standard error, [...] each, of `values[..., n]` on `x[..., n, 2]`, each counted `times[n]`."""
+    """Intercept and its standard error, [...] each, of `values[..., n]` regressed on `x[..., n, 2]` with weights `times[n]`."""
     penalty = np.diag([0.0, RIDGE])
 
     def inverse(chance: np.ndarray) -> np.ndarray:
@@ -92,7 +92,7 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class WinRate:
-    """One point of a figure. Lengths are in characters. Pairs that failed are in no rate but `lowest` and `highest`."""
+    """One point of a figure. Lengths are in characters. Failed pairs enter only `lowest` and `highest`."""
 
     series: str
     at: float | None
@@ -100,18 +100,18 @@ class WinRate:
     won: Rate  # in both orders
     lost: Rate
     flipped: Rate
-    win_rate: Rate  # a flipped pair is half a win: what one question in random order gives on average, as in the paper
-    lowest: float  # win_rate, if every pair without a verdict had been lost
-    highest: float  # and if it had been won
+    win_rate: Rate  # a flipped pair is half a win, the average of one question in random order, as in the paper
+    lowest: float  # win_rate if every pair without a verdict had been lost
+    highest: float  # win_rate if every pair without a verdict had been won
     policy_length: float
     baseline_length: float
-    win_rate_at_equal_length: Rate  # of the pairs whose lengths differ by at most EQUAL_LENGTH
+    win_rate_at_equal_length: Rate  # over the pairs whose lengths differ by at most EQUAL_LENGTH
     win_rate_length_controlled: Rate
-    extrapolated: bool  # nearly all texts of one side are longer: what would be at equal length hangs on the assumed curve
+    extrapolated: bool  # nearly all texts of one side are longer, so the estimate at equal length depends on the assumed curve
 
 
 def win_rate(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> WinRate:
-    """Of the pairs of one point, at least one."""
+    """The win rate of the pairs of one point; needs at least one pair."""
     counts: dict[Outcome, int] = {name: sum(outcome == name for outcome in outcomes) for name in OUTCOMES}
     decided = [(p, o) for p, o in zip(pairs, outcomes, strict=True) if o in ("won", "lost", "flipped")]
     values = np.array([{"won": 1.0, "flipped": 0.5}.get(outcome, 0.0) for _, outcome in decided])
@@ -143,7 +143,7 @@ def win_rate(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> WinRate:
 
 
 def win_rates(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> list[WinRate]:
-    """One for each series and point of it, series in the order of their first pair, points in their own."""
+    """One `WinRate` for each series and point: series in the order of their first pair, points in ascending order."""
     groups: dict[tuple[str, float | None], list[int]] = {}
     for number, pair in enumerate(pairs):
         groups.setdefault((pair.series, pair.at), []).append(number)
@@ -153,7 +153,7 @@ def win_rates(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> list[WinRat
 
 
 def columns(point: WinRate) -> dict[str, object]:
-    """A row of `win_rates.csv`: numbers by name, an empty cell for what cannot be known."""
+    """A row of `win_rates.csv`: numbers by name, with an empty cell for unknown values."""
     row: dict[str, object] = {"series": point.series, "at": point.at, "pairs": sum(point.counts.values()), **point.counts}
     for field in dataclasses.fields(point):
         value = getattr(point, field.name)

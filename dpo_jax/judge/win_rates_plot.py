@@ -1,4 +1,4 @@
-"""The figure of win rates: a line for each policy over temperature, training step or N, and lengths below."""
+"""Figure of win rates: a line for each policy over temperature, training step or N, with lengths below."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from dpo_jax.plotting.palette import STYLES, Style
 
 
 def plot_win_rates(points: Sequence[WinRate], path: str | os.PathLike[str], *, x: str | None, baseline: str) -> Path:
-    """Win rates with their 95 % intervals above, length-controlled ones hollow; mean lengths below. `x` names the x-axis.
+    """Plots win rates with 95 % intervals above (hollow: length-controlled) and mean lengths below. `x` names the x-axis.
 
-    Series without points stand beside each other. Estimates at equal length that are extrapolated are left out. Raises
-    ValueError for more series than styles.
+    Series without points are placed side by side. Extrapolated estimates at equal length are left out. Raises ValueError for
+    more series than styles.
     """
     names = list(dict.fromkeys(point.series for point in points))
     if len(names) > len(STYLES):

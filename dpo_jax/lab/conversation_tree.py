@@ -1,23 +1,24 @@
-"""Enumerated conversations: exact reward and KL of a policy, the best policy at every beta, and what trajectory DPO tends to.
+"""Enumerated conversations: exact reward and KL of a policy, the best policy at every beta, and the limit of trajectory DPO.
 
-A *node* is a conversation h that waits for the policy. An *edge* is something that the policy can say there. An *outcome* of an
-edge is an answer of the user, with its probability; it pays a reward and leads to another node, or ends the conversation.
+A *node* is a conversation h in which the policy speaks next. An *edge* is an utterance available to the policy there. An
+*outcome* of an edge is an answer of the user, with its probability; it pays a reward and leads to another node, or ends the
+conversation.
 
-The objective is that of the paper (eq. 3) with a whole conversation as the completion, where only the policy's turns can be
-chosen: E[R] - beta * E[sum over turns of KL(pi(.|h) || ref(.|h))]. Soft dynamic programming solves it backwards over the turns:
+The objective is that of the paper (eq. 3) with a whole conversation as the completion, of which the policy chooses only its own
+turns: E[R] - beta * E[sum over turns of KL(pi(.|h) || ref(.|h))]. Soft dynamic programming solves it backwards over the turns:
 
     Q(h, a) = E_answer[reward + V(next h)]      V(h) = beta log sum_a ref(a|h) exp(Q(h, a) / beta)
     pi*(a|h) = ref(a|h) exp((Q(h, a) - V(h)) / beta)                                                      (`optimum`)
 
 Trajectory DPO fits its implicit reward f = beta * sum_t log pi(a_t|h_t) / ref(a_t|h_t) to the rewards R of conversations. The
-probabilities of the user's answers are the same in policy and reference and cancel. From pi* above,
+probabilities of the user's answers are the same under policy and reference and cancel. From pi* above,
 
     f*(conversation) = R - V(first h) - sum_t (reward_t + V(h_t+1) - Q(h_t, a_t))
 
-With a user whose answers are certain the last sum is 0: then f* = R - const., as of single completions, DPO's minimum is pi*,
-and pi* = ref exp(R / beta) / Z over whole conversations (`tilted`). With a user whose answers are not, that sum is the luck of
-the conversation. No policy has an f that follows it, and DPO, which regresses on R, luck included, through a sigmoid, ends at
-another policy than pi*: `dpo_limit` computes it. `tilted` is then no policy, as it would choose the user's answers, too.
+If the user's answers are deterministic, the last sum is 0. Then f* = R - const., as for single completions, DPO's minimum is
+pi*, and pi* = ref exp(R / beta) / Z over whole conversations (`tilted`). If they are random, that sum is the luck of the
+conversation. No policy's f can represent it. DPO regresses on R, luck included, through a sigmoid, and ends at a policy other
+than pi*, which `dpo_limit` computes. `tilted` is then not a policy, because it would have to choose the user's answers too.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ import numpy as np
 
 
 class Tree(NamedTuple):
-    """Conversations with one opening. Nodes are numbered parents first, from 0; edges by node, outcomes by edge."""
+    """Conversations with one opening. Nodes are numbered from 0, parents first; edges are sorted by node, outcomes by edge."""
 
-    node: np.ndarray  # int64[E]  where each edge begins, ascending; every node has one
+    node: np.ndarray  # int64[E]  where each edge begins, ascending; every node has an edge
     edge: np.ndarray  # int64[O]  of each outcome, ascending
-    probability: np.ndarray  # float64[O]  of an edge's outcomes they sum to 1
+    probability: np.ndarray  # float64[O]  sums to 1 over the outcomes of an edge
     reward: np.ndarray  # float64[O]
     next: np.ndarray  # int64[O]  node; -1: the conversation is over
     turns: int  # of the longest conversation
@@ -51,7 +52,7 @@ class Tree(NamedTuple):
         return np.bincount(self.edge, self.probability * of_outcomes, len(self.node))
 
     def reached(self, policy: np.ndarray) -> np.ndarray:
-        """float64[E]: how often a conversation takes each edge under `policy[E]`, probabilities that sum to 1 at each node."""
+        """float64[E]: probability that a conversation takes each edge under `policy[E]`, which sums to 1 at each node."""
         inside = self.next >= 0
         at = np.eye(1, self.nodes)[0]
         for _ in range(self.turns):
@@ -63,7 +64,7 @@ class Tree(NamedTuple):
 
 class Measured(NamedTuple):
     reward: float  # of a conversation
-    kl: float  # to the reference, the policy's turns alone; nats a conversation
+    kl: float  # to the reference, over the policy's turns only; nats a conversation
 
 
 def evaluate(tree: Tree, policy: np.ndarray, reference: np.ndarray) -> Measured:
@@ -74,7 +75,7 @@ def evaluate(tree: Tree, policy: np.ndarray, reference: np.ndarray) -> Measured:
 
 def optimum(tree: Tree, reference: np.ndarray, beta: float) -> np.ndarray:
     """pi*[E], by soft dynamic programming."""
-    value = np.zeros(tree.nodes + 1)  # the last: of a conversation that is over
+    value = np.zeros(tree.nodes + 1)  # the last entry is for conversations that are over
     policy = reference
     for _ in range(tree.turns):
         policy, value[:-1] = _tilt(tree, reference, tree.expected(tree.reward + value[tree.next]), beta)
@@ -82,12 +83,12 @@ def optimum(tree: Tree, reference: np.ndarray, beta: float) -> np.ndarray:
 
 
 def myopic(tree: Tree, reference: np.ndarray, beta: float) -> np.ndarray:
-    """float64[E]: the policy to which each turn's own reward is all there is."""
+    """float64[E]: the myopic policy, which maximises only the reward of the current turn."""
     return _tilt(tree, reference, tree.expected(tree.reward), beta)[0]
 
 
 def _tilt(tree: Tree, reference: np.ndarray, q: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:
-    """reference * exp(q / beta), normalised at each node, and beta times the logarithm of what it was divided by."""
+    """reference * exp(q / beta), normalised at each node, and beta times the log of the normaliser."""
     top = np.maximum.reduceat(q, tree.starts)
     weight = reference * np.exp((q - top[tree.node]) / beta)
     total = np.add.reduceat(weight, tree.starts)
@@ -110,7 +111,7 @@ def leaves(tree: Tree) -> Leaves:
     edges, luck, reward = np.full((1, 0), -1), np.ones(1), np.zeros(1)
     at, ended = np.zeros(1, np.int64), []
     for turn in range(tree.turns):
-        # Every outcome at the node where each conversation stands.
+        # Every outcome at the current node of each conversation.
         begun, outcome = np.nonzero(tree.node[tree.edge][None, :] == at[:, None])
         edges = np.column_stack([edges[begun], tree.edge[outcome]])
         luck, reward = luck[begun] * tree.probability[outcome], reward[begun] + tree.reward[outcome]
@@ -131,18 +132,18 @@ def tilted(tree: Tree, reference: np.ndarray, beta: float) -> Measured:
 
 
 def dpo_limit(tree: Tree, reference: np.ndarray, beta: float, *, iterations: int = 400) -> np.ndarray:
-    """float64[E]: the policy of least expected DPO loss, over pairs of conversations that the reference has with this user,
-    labelled with P(first chosen) = sigmoid(R_first - R_second). A table has a number for each edge: no network is in between.
+    """float64[E]: the policy of least expected DPO loss, over pairs of conversations between the reference and this user,
+    labelled with P(first chosen) = sigmoid(R_first - R_second). The policy is a table with one logit per edge, not a network.
     """
     from scipy.optimize import minimize  # JAX brings it
 
     every = leaves(tree)
     likely = every.luck * np.exp(every.sums(np.log(reference)))
-    first, second = np.triu_indices(len(likely), 1)  # each two once; a conversation beside itself teaches nothing
+    first, second = np.triu_indices(len(likely), 1)  # each pair once; a conversation against itself teaches nothing
     pairs = 2 * likely[first] * likely[second]
     wins = _sigmoid(every.reward[first] - every.reward[second])
     place, inside = np.append(np.arange(len(tree.node)), 0)[every.edges], every.edges >= 0
-    # Steps of like size in the loss: rarely taken edges would otherwise hardly move.
+    # Rescales the logits so that steps have similar effect on the loss: rarely taken edges would otherwise hardly move.
     scale = 1 / np.sqrt(np.maximum(tree.reached(reference), 1e-12))
 
     def logits_to_policy(x: np.ndarray) -> np.ndarray:
@@ -174,5 +175,5 @@ def _log(x: np.ndarray) -> np.ndarray:
 
 
 def _log_ratio(policy: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """log(policy / reference); 0 where the policy has none."""
+    """log(policy / reference); 0 where the policy has no probability."""
     return np.where(policy > 0, _log(policy) - _log(reference), 0.0)

@@ -1,4 +1,4 @@
-"""Question game as an experiment: sample whole conversations, enumerate them, measure a policy exactly.
+"""Question game experiment: samples whole conversations, enumerates them, measures a policy exactly.
 
 `DialogueWorld` is to conversations what `World` is to completions, so `PairMethod` trains on it unchanged.
 """
@@ -38,20 +38,20 @@ from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, TrainState, Variables
 
 LEAST = 1e-9
-"""Probability of nonsense that is told from 0: less than what float32 loses in the sum of the others."""
+"""Smallest probability of nonsense: below the float32 rounding error of the sum of the others."""
 
 
 class GameTree(NamedTuple):
-    """All conversations with one opening, and what is said at each edge."""
+    """All conversations with one opening, and the utterance of each edge."""
 
     opening: Opening
     tree: Tree
     histories: list[list[Turn]]  # of each node
-    said: list[str | None]  # of each edge; None: nonsense, all of it as one edge
+    said: list[str | None]  # of each edge; None: nonsense, all of it in one edge
 
 
 def game_tree(opening: Opening) -> GameTree:
-    """The user may think of any of `opening.things`. Of a single one, the user's answers are certain."""
+    """The tree of an opening. The user thinks of any of `opening.things`; with a single one the answers are deterministic."""
     every = list(histories(opening))
     number = {tuple(turns): node for node, (turns, _) in enumerate(every)}
     nodes, said, outcomes = [], [], []
@@ -67,13 +67,13 @@ def game_tree(opening: Opening) -> GameTree:
 
 
 class Conversation(NamedTuple):
-    """A conversation that a policy had with a user."""
+    """A sampled conversation between a policy and a user."""
 
     opening: int  # number of the opening
-    thing: str  # what the user thought of
-    turns: list[Turn]  # `said` is None where it was nonsense
+    thing: str  # the object the user thought of
+    turns: list[Turn]  # `said` is None for nonsense
     prompt: np.ndarray  # int32[n], the opening
-    ids: np.ndarray  # int32[n], all turns of both; the last answer, which no turn follows, is left out
+    ids: np.ndarray  # int32[n], all turns of both; the last answer, after which the policy says nothing, is left out
     scored: np.ndarray  # bool[n], the policy's tokens
 
     @property
@@ -84,7 +84,7 @@ class Conversation(NamedTuple):
 class DialogueWorld:
     """The fixed part of an experiment with the question game. All `variables` are the partitioner's.
 
-    Raises ValueError for a tokenizer whose end of text is another than the game's, and for a model with too few positions.
+    Raises ValueError for a tokenizer whose end of text differs from the game's, and for a model with too few positions.
     """
 
     def __init__(
@@ -114,13 +114,13 @@ class DialogueWorld:
         if self.width > model.config.max_positions:
             raise ValueError(f"a conversation takes {self.width} positions, and the model has {model.config.max_positions}")
         options = {"stop_ids": [tokenizer.eos_token_id], "max_new_tokens": self.new_tokens, "batch": batch}
-        # One width for all turns, so that they are one program.
+        # One width for all turns, so that they share one program.
         self._complete = Completer(partitioner, model, tokenizer, width=max(widths), **options)
         self._kl = partitioner.compile_map(functools.partial(_kl, model))
         self._logps = partitioner.compile_map(functools.partial(sequence_logps, model))
 
     def ids(self, text: str) -> np.ndarray:
-        """Tokens of an opening, a turn or a reply: int32[n]. A conversation's are these, one behind the other."""
+        """Tokens of an opening, a turn or a reply: int32[n]. The tokens of a conversation are their concatenation."""
         if text not in self._ids:
             self._ids[text] = token_ids(text, self.tokenizer)
         return self._ids[text]
@@ -133,9 +133,9 @@ class DialogueWorld:
     def sample(
         self, variables: Variables, openings: Sequence[int], things: Sequence[str], key: jax.Array
     ) -> list[Conversation]:
-        """A conversation with each of B users, who begin with an opening (its number) and think of a thing.
+        """A conversation with each of B users, given the number of the opening and the object each user thinks of.
 
-        Equal neighbours among the openings are read once. All B take every turn together.
+        Consecutive equal openings share one prefill. All B conversations take each turn together.
         """
         every = [
             Conversation(number, thing, [], start := self.ids(self.trees[number].opening.text), start[:0], np.zeros(0, bool))
@@ -143,7 +143,7 @@ class DialogueWorld:
         ]
         over = np.zeros(len(every), bool)
         for turn in range(TURNS):
-            # A conversation that is over stays in the batch as its opening, and what is drawn is thrown away.
+            # A finished conversation stays in the batch as its opening, and its samples are discarded.
             so_far = [
                 one.prompt if done else np.concatenate([one.prompt, one.ids]) for one, done in zip(every, over, strict=True)
             ]
@@ -162,12 +162,12 @@ class DialogueWorld:
         return every
 
     def users(self, starts: int, times: int, rng: np.random.Generator) -> tuple[list[int], list[str]]:
-        """`starts` of every opening, and `times` users for each start, each with a thing of its own: openings and things."""
+        """Openings and objects: `starts` of every opening, and for each start `times` users, each with its own object."""
         openings = np.repeat(np.arange(len(self.trees)), starts * times).tolist()
         return openings, [str(rng.choice(self.trees[number].opening.things)) for number in openings]
 
     def policy(self, variables: Variables) -> list[np.ndarray]:
-        """What `variables` say at each edge of each tree: probabilities, float64[E]. What is not an utterance is nonsense."""
+        """Probabilities of each edge of each tree under `variables`, float64[E]. Anything but an utterance is nonsense."""
         texts = [
             (self.history(game, game.histories[node]), self.ids(said + END))
             for game in self.trees
@@ -182,7 +182,7 @@ class DialogueWorld:
             policy = np.zeros(len(known))
             policy[known] = found[at : (at := at + int(known.sum()))]
             total = np.bincount(game.tree.node, policy)
-            policy[~known] = np.maximum(1 - total, LEAST)  # one at each node
+            policy[~known] = np.maximum(1 - total, LEAST)  # one nonsense edge at each node
             policies.append(policy / np.bincount(game.tree.node, policy)[game.tree.node])
         return policies
 
@@ -197,17 +197,17 @@ class DialogueWorld:
         )
 
     def kl(self, variables: Variables, conversations: Sequence[Conversation]) -> tuple[np.ndarray, np.ndarray]:
-        """(exact per token, from the samples alone) of conversations of `variables`, the policy's tokens: float32[B], nats."""
+        """KL over the policy's tokens (exact per token, and from the samples alone) of its conversations: float32[B], nats."""
         both = {"policy": variables, "reference": self.reference}
         columns = zip(*((one.prompt, one.ids, one.scored) for one in conversations), strict=True)
         return self.over(self._kl, both, *columns)
 
     def measure(self, variables: Variables, /) -> dict[str, float]:
-        """Exact reward and KL of a policy, means over openings, and how often it guesses right, is courteous, talks nonsense.
+        """Exact reward and KL of a policy, averaged over openings, and its right guesses, courtesies and nonsense.
 
         `reward_sampled` and `kl_sampled` are from `test` conversations, with 95 % intervals; they check the first two.
-        The exact ones have none: there is nothing left to chance but what the policy was trained on. KL counts nonsense as one
-        thing to say, so it is a lower bound, and `kl_sampled`, over all texts, is none.
+        The exact ones need no interval: only the training of the policy is random. The exact KL counts all nonsense as one
+        utterance, so it is a lower bound; `kl_sampled`, over all texts, is not.
         """
         point = self.exact(self.policy(variables))
         openings, things = self.users(max(1, self.test // len(self.trees)), 1, np.random.default_rng(self.seed))
@@ -216,7 +216,7 @@ class DialogueWorld:
         return point | with_interval("kl_sampled", self.kl(variables, drawn)[0], self.seed)
 
     def exact(self, policies: Sequence[np.ndarray]) -> dict[str, float]:
-        """`measure` of policies that are given as probabilities at each edge of each tree, without what is sampled."""
+        """`measure` without the sampled figures, for policies given as probabilities at each edge of each tree."""
         found = []
         for game, policy, reference in zip(self.trees, policies, self.reference_policy, strict=True):
             tree, taken = game.tree, game.tree.reached(policy)
@@ -227,7 +227,7 @@ class DialogueWorld:
 
 
 _PAID = {"right": RIGHT, "courtesies": COURTESY, "nonsense": NONSENSE}
-"""What `exact` counts, by the reward that tells it."""
+"""The events that `exact` counts, each identified by its reward."""
 
 
 def _kl(model: Model, both: Any, rows: Any) -> tuple[jax.Array, jax.Array]:

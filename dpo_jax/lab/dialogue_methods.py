@@ -1,4 +1,4 @@
-"""Pairs of conversations and of single turns, and online DPO on conversations. Offline methods are `PairMethod`'s."""
+"""Preference pairs of conversations and of single turns, and online DPO on conversations. Offline methods use `PairMethod`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from dpo_jax.types import Variables
 
 
 class Sampling(NamedTuple):
-    """How conversations become pairs."""
+    """Settings for sampling conversations and forming pairs."""
 
     starts: int  # of every opening
-    completions: int  # conversations of a start, each with a user who thinks of a thing of its own
+    completions: int  # conversations of a start, each with a user who thinks of its own object
     pairs: PairsHow  # of these
 
 
@@ -38,19 +38,19 @@ class Labelled(NamedTuple):
 
 
 def converse(world: DialogueWorld, variables: Variables, how: Sampling, *, seed: int, number: int) -> list[Conversation]:
-    """`how.starts` times `how.completions` conversations of every opening, in this order. `number` is that of the round."""
+    """`how.starts` times `how.completions` conversations of every opening, in this order. `number`: of the round."""
     users = world.users(how.starts, how.completions, np.random.default_rng([seed, number]))
     return world.sample(variables, *users, jax.random.fold_in(jax.random.key(seed + 1), number))
 
 
 def label_conversations(conversations: Sequence[Conversation], how: Sampling, *, seed: int, name: str) -> Labelled:
-    """Pairs of conversations with one start, labelled by their rewards. Only the policy's tokens are scored."""
+    """Pairs of conversations with the same start, labelled by their rewards. Only the policy's tokens are scored."""
     found = _choose([(one.prompt, one.ids, one.scored, one.reward) for one in conversations], how, seed=seed, name=name)
     return Labelled(found.groups, [(conversations[a], conversations[b]) for a, b in found.pairs])
 
 
 def label_turns(conversations: Sequence[Conversation], how: Sampling, *, seed: int, name: str) -> list[PairGroup]:
-    """Pairs of single turns after the same words, labelled by the turn's own reward: what comes of it is not looked at."""
+    """Pairs of single turns with the same history, labelled by the turn's own reward, whatever follows from it."""
     turns: dict[tuple[int, bytes], list[Any]] = {}
     for one in conversations:
         # The policy's turns are the runs of scored tokens.
@@ -70,9 +70,9 @@ class _Chosen(NamedTuple):
 
 
 def _choose(examples: Sequence[Any], how: Sampling, *, seed: int, name: str) -> _Chosen:
-    """Pairs of (prompt, ids, scored, reward), of which `how.completions` neighbours have one prompt."""
+    """Pairs of (prompt, ids, scored, reward) examples, where `how.completions` consecutive ones share a prompt."""
     k = how.completions
-    # What tells texts apart. Reprs of tokens do, and are never blank.
+    # Keys that tell texts apart: reprs of token ids, which are never blank.
     texts = [[str(ids.tolist()) for _, ids, _, _ in examples[at : at + k]] for at in range(0, len(examples), k)]
     rewards = np.array([reward for *_, reward in examples]).reshape(-1, k)
     chosen, _ = choose_pairs(texts, rewards, how=how.pairs, seed=seed)
@@ -96,7 +96,7 @@ def _choose(examples: Sequence[Any], how: Sampling, *, seed: int, name: str) -> 
 def trajectory_data(
     world: DialogueWorld, groups: Sequence[PairGroup], how: Sampling, *, batch: int, microbatches: int
 ) -> PairData:
-    """`groups` with the reference's log-probabilities, in shapes that those of every later policy fit."""
+    """`groups` with the reference's log-probabilities, in shapes large enough for the pairs of every later policy."""
     several = 2 if how.pairs == "best_worst" else how.completions
     openings = [world.ids(game.opening.text) for game in world.trees]
     tokens = world.width - min(map(len, openings))
@@ -114,10 +114,11 @@ def train_online(
     settings: Mapping[str, float],
     seed: int,
 ) -> Points:
-    """Rounds of conversations of the policy as it is, labels, and steps on all pairs so far. Points: after each round.
+    """Online DPO: each round samples conversations from the current policy, labels them, and trains on all pairs so far.
 
-    As many steps as `method.train` would take, divided among the rounds, with its optimizer and shapes; `how.starts` are those
-    of a round. The reference stays. Pairs of earlier rounds stay, too: they show turns that the policy has left.
+    Returns a point after each round. The steps of `method.train` are divided among the rounds, with its optimizer and shapes;
+    `how.starts` counts the starts of a round. The reference does not change. Pairs of earlier rounds are kept, because they
+    show turns that the policy no longer takes.
     """
     steps = method.data.steps(method.epochs)
     state, points = method.start(settings), []
@@ -151,7 +152,7 @@ def train_online(
 
 
 def messages(world: DialogueWorld, one: Conversation) -> list[dict[str, str]]:
-    """A conversation as preference data of several turns have it. Nonsense is a question mark."""
+    """A conversation as messages, the format of multi-turn preference data. Nonsense becomes a question mark."""
     opening = world.trees[one.opening].opening.text
     turns = [{"role": "user", "content": opening.split(":", 1)[1].split("\n")[0].strip()}]
     for turn in one.turns:

@@ -1,4 +1,4 @@
-"""What the question game showed: each method's gain at equal KL beside the enumerated optimum, as a table and a figure."""
+"""Report of the question game: each method's gain at equal KL against the enumerated optimum, as a table and a figure."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Frontier = tuple[np.ndarray, np.ndarray]
 
 
 def frontiers(world: DialogueWorld) -> dict[str, Frontier]:
-    """What is computed from the reference's probabilities alone, means over openings."""
+    """Frontiers computed from the reference's probabilities alone, averaged over openings."""
     policies = world.reference_policy
     base = _mean([evaluate(game.tree, of, of) for game, of in zip(world.trees, policies, strict=True)]).reward
 
@@ -57,7 +57,7 @@ def _mean(every: Sequence[Measured]) -> Measured:
 
 
 def summary(results: Sequence[Result], curves: Mapping[str, Frontier], *, reference: str) -> dict[str, Any]:
-    """Gains at equal KL: of what is computed, and of every method, each with its share of the optimum's."""
+    """Gains at equal KL of the computed frontiers and of every method, each with its share of the optimum's gain."""
     (start,) = (r for r in results if r.run.method == reference)
     base, rows = start.points[-1]["reward"], []
     best = {at: curve_at(*curves[OPTIMUM], at) for at in EQUAL_KL}
@@ -81,7 +81,7 @@ def _row(name: str, at: float, gain: Value | None, best: float | None) -> dict[s
 
 
 def table(found: Mapping[str, Any]) -> Grid:
-    """What is printed."""
+    """The printed table."""
     names = dict.fromkeys(row["name"] for row in found["gains"])
     cells = {(row["name"], row["kl"]): row for row in found["gains"]}
     rows = [[name, *(_cell(cells[name, at]) for at in EQUAL_KL)] for name in names]
@@ -101,10 +101,10 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 
 def drawn(results: Sequence[Result], curves: Mapping[str, Frontier], *, base: float, most: float) -> list[Curve]:
-    """Lines of what is computed up to KL `most`, and the last points of every setting, means over seeds."""
+    """The computed frontiers up to KL `most` as lines, and the last points of every setting, averaged over seeds."""
     panel, found = "question game of three turns", []
     for name, (kl, gain) in curves.items():
-        if name != TILTED:  # it would take the figure's upper half
+        if name != TILTED:  # it would take up the upper half of the figure
             found.append(Curve(panel, name, [], kl[kl <= most], gain[kl <= most]))
     for method, name in NAMES.items():
         mine, points = [r for r in results if r.run.method == method], []

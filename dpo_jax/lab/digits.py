@@ -1,4 +1,4 @@
-"""Diffusion-DPO on scikit-learn's digits: real images, a known reward (stroke weight), and labels by Bradley and Terry."""
+"""Diffusion-DPO on scikit-learn's digits: real images, a known reward (stroke weight), and Bradley-Terry labels."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from dpo_jax.training.run import saved_run, train
 from dpo_jax.types import Metrics, TrainState, Variables
 
 SETTINGS = "settings"
-"""The collection of a state, read but not trained, that holds beta and seed: all runs share one compiled program."""
+"""Non-trained collection of the state that holds beta and seed, so that all runs share one compiled program."""
 HELD_OUT = 360
-"""Real digits that neither network nor classifier sees."""
+"""Number of real digits that neither network nor classifier is trained on."""
 
 
 class Digits(NamedTuple):
@@ -48,7 +48,7 @@ class Digits(NamedTuple):
 
 
 def load_digits() -> tuple[Digits, Digits]:
-    """The 1,797 digits of scikit-learn (extra `lab`; nothing is downloaded), and of these `HELD_OUT` apart."""
+    """The 1,797 digits of scikit-learn (extra `lab`; nothing is downloaded), split into training and `HELD_OUT` digits."""
     try:
         from sklearn import datasets
     except ImportError as error:
@@ -60,9 +60,9 @@ def load_digits() -> tuple[Digits, Digits]:
 
 
 class Judge(NamedTuple):
-    """What is known of an image: its stroke weight, and what digit an independent classifier reads.
+    """Measures of an image: its stroke weight, and the digit that an independent classifier reads.
 
-    The reward is the mean ink of the visible image, in standard deviations of that of the real digits.
+    The reward is the mean ink of the visible image, in standard deviations over the real digits.
     """
 
     mean: float
@@ -75,12 +75,12 @@ class Judge(NamedTuple):
         return (_ink(images) - self.mean) / self.std
 
     def right(self, images: np.ndarray, label: np.ndarray) -> np.ndarray:
-        """Whether the classifier reads the digit that was asked for: float64[n]."""
+        """Whether the classifier reads the requested digit: float64[n]."""
         return (self.classifier.predict(_flat(images)) == label).astype(np.float64)
 
 
 def make_judge(seen: Digits, held_out: Digits) -> Judge:
-    """A support vector machine on the real digits, and the scale of their ink."""
+    """Fits a support vector machine and the scale of ink on the real digits."""
     from sklearn.svm import SVC
 
     width: Any = 0.05  # its annotation knows only names
@@ -100,7 +100,7 @@ def _flat(images: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How much is trained and sampled. `guidance` is that of all samples, of reference and policies."""
+    """Sizes of training and sampling. `guidance` applies to all samples, of reference and policies."""
 
     batch: int = 64  # pairs a step, or images of Preferred-FT
     pretrain_batch: int = 128
@@ -109,7 +109,7 @@ class Sizes:
     dropout: float = 0.1
     guidance: float = 1.0
     pairs: int = 2048
-    strength: float = 2.0  # of Bradley and Terry: nats for each standard deviation of ink
+    strength: float = 2.0  # of the Bradley-Terry labels: nats for each standard deviation of ink
     samples: int = 400
     sample_batch: int = 400
     epochs: float = 4.0
@@ -118,7 +118,7 @@ class Sizes:
 
 
 class DigitsWorld:
-    """A pretrained class-conditional diffusion of digits, and everything that policies are trained on and measured by."""
+    """A pretrained class-conditional diffusion model of digits, with the data and measures of its policies."""
 
     def __init__(self, network: DitConfig, schedule: Schedule, sizes: Sizes, *, seed: int) -> None:
         self.network, self.schedule, self.sizes, self.seed = network, schedule, sizes, seed
@@ -129,7 +129,7 @@ class DigitsWorld:
         self.reference: Variables = {}
 
     def pretrain(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
-        """Sets the reference: denoising training on the real digits, continued from a checkpoint in `folder`."""
+        """Trains the reference by denoising on the real digits, resuming from a checkpoint in `folder`."""
         sizes, partitioner = self.sizes, single_device()
         if (saved := saved_run(folder / "checkpoints", place=str(folder))) is not None:
             check_settings(saved.place, saved.fingerprint, fingerprint)
@@ -157,7 +157,7 @@ class DigitsWorld:
         self.reference = {"params": partitioner.to_host(state.params)["params"]}
 
     def pairs(self, seed: int) -> ImagePairs:
-        """Two samples of the reference at each label, the one first that Bradley and Terry prefer (their luck is `seed`'s)."""
+        """Two samples of the reference at each label, the preferred one first (a Bradley-Terry draw by `seed`)."""
         images, label = self._candidates
         rewards = self.judge.reward(images.reshape(-1, *images.shape[2:])).reshape(-1, 2)
         margin = self.sizes.strength * (rewards[:, 0] - rewards[:, 1])
@@ -187,7 +187,7 @@ class DigitsWorld:
         return images, kl
 
     def measure(self, variables: Variables, *, seed: int) -> tuple[dict[str, float], np.ndarray]:
-        """A point of a sweep (reward, path KL, accuracy of the classifier, with intervals over samples), and the samples."""
+        """A measured point (reward, path KL, accuracy of the classifier, with intervals over samples), and the samples."""
         label = np.arange(self.sizes.samples, dtype=np.int32) % self.network.classes
         images, kl = self.sample(variables, label, seed=seed)
         values = {"reward": self.judge.reward(images), "kl": kl, "accuracy": self.judge.right(images, label)}
@@ -208,7 +208,7 @@ class DigitsWorld:
         weighting: Weighting = "constant",
         refs: Path | None = None,
     ) -> tuple[Points, np.ndarray]:
-        """Points of a run of "dpo" (with `loss(logps, ref_logps, beta=)`) or "preferred-ft", and the samples at its end."""
+        """Points of a run of "dpo" (with `loss(logps, ref_logps, beta=)`) or "preferred-ft", and its final samples."""
         sizes, partitioner, pairs = self.sizes, single_device(), self.pairs(seed)
         count = len(pairs.label)
         steps = total_steps(count, batch=sizes.batch, epochs=sizes.epochs)
@@ -247,7 +247,7 @@ class DigitsWorld:
         return points, drawn[-1]
 
     def references(self, folder: Path | None, seed: int) -> DiffusionReferences:
-        """The reference's errors on the noise of `seed`, kept in `folder`."""
+        """The reference's errors on the noise of `seed`, cached in `folder`."""
         compute = functools.partial(self._reference_errors, self.reference, seed=seed)
         identity = {"weights": self.digest, "seed": seed, "network": dataclasses.asdict(self.network)}
         identity["schedule"] = weights_digest({"signal": self.schedule.signal})
@@ -282,9 +282,9 @@ class DigitsWorld:
         options = {"predict": self.predict, "schedule": self.schedule, "weighting": weighting}
         return diffusion_dpo_step(state, pairs, loss=bound, tx=tx, seed=settings["seed"], **options)
 
-    @functools.cache  # noqa: B019  one world lives as long as the program
+    @functools.cache  # noqa: B019  the world lives as long as the program
     def _compiled(self, loss: Any, weighting: Weighting, lr: float) -> tuple[Callable[..., Any], Any]:
-        """The step of DPO with a `loss`, or of Preferred-FT without one, and its optimizer."""
+        """The compiled step (DPO with a `loss`, else Preferred-FT) and its optimizer."""
         tx = _adam(linear_warmup(lr, warmup_steps=10))
         if loss is None:
             step = functools.partial(self._sft_step, tx=tx, dropout=0.0)
@@ -304,7 +304,7 @@ def _adam(rate: Any) -> optax.GradientTransformation:
 def _batch_of(
     count: int, *, batch: int, seed: int, step: int, epochs: float | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Examples, their epochs and weights of a step: [batch] each, the last batch filled up."""
+    """Examples of a step with their epochs and weights: [batch] each; the last batch is padded."""
     found = batch_indices(count, batch=batch, seed=seed, step=step, epochs=epochs)
     epoch = (np.arange(step * batch, step * batch + len(found)) // count).astype(np.int32)
     weight = (np.arange(batch) < len(found)).astype(np.float32)

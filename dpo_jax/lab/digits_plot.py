@@ -1,4 +1,4 @@
-"""Figures of the digits: samples before and after, and reward and legibility against path KL."""
+"""Figures of the digits experiment: samples before and after training, and reward and accuracy against path KL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpo_jax.plotting.palette import GUIDE, STYLES
 
 
 def plot_samples(groups: Mapping[str, np.ndarray], path: str | os.PathLike[str], *, columns: int = 10) -> Path:
-    """One PNG: images [n, 8, 8] in [-1, 1] of each name, in rows of `columns`; names stand above."""
+    """One PNG: images [n, 8, 8] in [-1, 1] of each name, in rows of `columns`, with the names above."""
     rows = [-(-len(images) // columns) for images in groups.values()]
     figure = Figure(figsize=(0.34 * columns * len(groups) + 0.3, 0.34 * max(rows) + 0.45), layout="constrained")
     axes = figure.subplots(1, len(groups), squeeze=False)[0]

@@ -1,4 +1,4 @@
-"""How many labels a method needs: the share of the possible gain by the labels spent so far."""
+"""Label efficiency of a method: the share of the possible gain against the number of labels used."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ SHARE, WITHIN = 0.85, 3.0  # of the possible gain, within this KL in nats
 
 
 def shares_by_labels(points: Sequence[Mapping[str, float]], at: float, optimum: Optimum) -> tuple[np.ndarray, np.ndarray]:
-    """(labels, share of the optimum's gain at KL `at`) after each of `points`: by the best policy so far within that KL, or the
-    best mixture of two, one of which may be the reference. Labels and shares ascend. NaN beyond the optimum's reach."""
+    """(labels, share of the optimum's gain at KL `at`) after each of `points`.
+
+    The share is that of the best policy so far within that KL, or of the best mixture of two, one of which may be the
+    reference. Labels and shares ascend. Shares are NaN beyond the optimum's reach."""
     ordered = sorted(points, key=lambda point: point["labels"])
     kls, rewards = np.array([[0.0, optimum.reference], *([p["kl"], p["reward"]] for p in ordered)]).T
     best = [envelope(kls[: n + 1], rewards[: n + 1], at) for n in range(1, len(kls))]
@@ -26,7 +28,7 @@ def shares_by_labels(points: Sequence[Mapping[str, float]], at: float, optimum: 
 
 
 def labels_needed(labels: np.ndarray, shares: np.ndarray, share: float) -> float:
-    """The labels after which `share` is reached, between two points in proportion; infinity where it is not.
+    """Number of labels after which `share` is reached, interpolated linearly; infinity if it is not reached.
 
     >>> labels_needed(np.array([100.0, 200.0]), np.array([0.4, 0.8]), 0.6)
     150.0
@@ -42,8 +44,8 @@ def labels_needed(labels: np.ndarray, shares: np.ndarray, share: float) -> float
 def label_table(
     results: Sequence[Result], optimum: Optimum, *, share: float = SHARE, at: float = WITHIN
 ) -> list[dict[str, Any]]:
-    """A row for each method whose points have `labels`: what each seed needs to reach `share` at KL `at`, their mean, and its
-    95 % interval over seeds (Student's t). `labels` is None where a seed does not reach it."""
+    """A row for each method whose points have `labels`: the labels each seed needs to reach `share` at KL `at`, their mean, and
+    its 95 % interval over seeds (Student's t). `labels` is None where a seed does not reach it."""
     spent = [result for result in results if "labels" in result.points[-1]]
     rows = []
     for method in dict.fromkeys(result.run.method for result in spent):

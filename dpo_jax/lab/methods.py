@@ -1,4 +1,4 @@
-"""Training a policy by each method of the paper's section 6.1, from the same reference, and measuring it on the way."""
+"""Trains a policy from pairs by each method of the paper's section 6.1, from the same reference, with regular measurements."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Metrics, Partitioner, Rows, TrainState, Variables
 
 SETTINGS = "settings"
-"""The collection of a state, read but not trained, that holds a method's settings."""
+"""Non-trained collection of the state that holds a method's settings."""
 
 
 class PairData(NamedTuple):
-    """Preference pairs with the reference's log-probabilities: what every method but PPO and Best-of-N learns from."""
+    """Preference pairs with the reference's log-probabilities: the data of every method but PPO and Best-of-N."""
 
     groups: Sequence[PairGroup]
     ref_logps: np.ndarray  # float32[groups, pairs, 2]
@@ -41,16 +41,16 @@ class PairData(NamedTuple):
 
 
 def pair_data(world: Trainable, pairs: Sequence[Encoded], *, batch: int, microbatches: int = 1) -> PairData:
-    """`pairs` by prompt, about `batch` of them to a step: whole prompts."""
+    """`pairs` grouped by prompt, about `batch` of them a step, in whole prompts."""
     return grouped_data(world, group_pairs(pairs), batch=batch, microbatches=microbatches)
 
 
 def grouped_data(
     world: Trainable, groups: Sequence[PairGroup], *, batch: int, microbatches: int = 1, largest: Sequence[PairGroup] = ()
 ) -> PairData:
-    """Pairs that are grouped already, about `batch` of them to a step: whole groups. Groups like `largest` fit, too."""
+    """Pairs that are already grouped, about `batch` of them a step, in whole groups. Shapes also fit groups like `largest`."""
     several = max(1, round(batch * len(groups) / sum(len(group.pairs) for group in groups)))
-    # With as many shapes as a long run has, much of a short one would compile.
+    # Few shapes: with as many as in a long run, a short run would spend much of its time compiling.
     parts = row_parts(world.partitioner, microbatches)
     layout = plan_layout([*groups, *largest], kind="packed", batch=several, shapes=2, **parts)
     return in_layout(world, PairData(groups, np.zeros(0, np.float32), layout, several, microbatches), groups)
@@ -68,7 +68,7 @@ def in_layout(world: Trainable, like: PairData, groups: Sequence[PairGroup]) -> 
 
 
 def row_parts(partitioner: Partitioner, microbatches: int) -> dict[str, int]:
-    """What `plan_layout` is told of the parts into which a batch is cut."""
+    """Arguments of `plan_layout` for the parts into which a batch is cut."""
     shards = partitioner.row_shards
     return {"multiple": shards * microbatches, "microbatches": skippable(microbatches, shards)}
 
@@ -76,8 +76,8 @@ def row_parts(partitioner: Partitioner, microbatches: int) -> dict[str, int]:
 class PairMethod:
     """DPO, IPO, unlikelihood or Preferred-FT on the pairs of a world: `dpo_step` with their loss.
 
-    `loss(logps, ref_logps, **settings)`. The settings (beta, alpha) are data of the program and not part of it: with all of
-    them it is compiled once, where each would take as long as a quarter of a short run.
+    `loss(logps, ref_logps, **settings)`. The settings (beta, alpha) are inputs of the program, so it is compiled once for all
+    of them. Compiling it for each would take as long as a quarter of a short run.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class PairMethod:
             state = world.begin(variables, tx=self.tx)
             return state.replace(frozen={**state.frozen, SETTINGS: {k: np.float32(v) for k, v in settings.items()}})
 
-        # Training consumes what it starts from, so it is given a copy.
+        # Training donates its initial state, so it gets a copy.
         return partitioner.init_state(begin, partitioner.put_variables(partitioner.to_host(world.reference)))
 
     def train(
@@ -115,10 +115,10 @@ class PairMethod:
         data: PairData | None = None,
         measure: Callable[[Variables], dict[str, float]] | None = None,
     ) -> tuple[Points, Variables]:
-        """`evaluations` points of a run from the reference, equally far apart, and the final variables on the host.
+        """`evaluations` equally spaced points of a run from the reference, and the final variables on the host.
 
-        `data` are other pairs of the same shapes than those of the method, such as the same ones with other labels. `measure`
-        (default: `World.measure`) makes a point of a policy. Also leaves `metrics.jsonl` in `folder`.
+        `data` replaces the method's pairs by others of the same shapes, such as the same pairs with other labels. `measure`
+        (default: `World.measure`) measures a policy. Also writes `metrics.jsonl` to `folder`.
         """
         world, partitioner = self.world, self.world.partitioner
         data, measure = data or self.data, measure or world.measure
@@ -155,7 +155,7 @@ class PairMethod:
 
 
 def policy_of(state: TrainState) -> Variables:
-    """What the model reads of a state of `PairMethod`."""
+    """The model's variables in a state of `PairMethod`."""
     return {name: collection for name, collection in state.variables.items() if name != SETTINGS}
 
 

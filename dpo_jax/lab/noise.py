@@ -1,12 +1,13 @@
-"""Label noise: flipped preferences, and what they do to DPO, conservative DPO, robust DPO and IPO in theory.
+"""Label noise: flipped preferences, and their effect on DPO, conservative DPO, robust DPO and IPO in theory.
 
-Two completions of one prompt differ by r in their true rewards, and the first is preferred with the chance sigmoid(r) (eq. 1).
-When a share e of the labels is flipped, that chance becomes
+Two completions of one prompt differ by r in their true rewards, and the first is preferred with probability sigmoid(r) (eq. 1).
+When a share e of the labels is flipped, that probability becomes
 
     p_e(r) = (1 - e) sigmoid(r) + e sigmoid(-r) = (1 - 2 e) sigmoid(r) + e.
 
-A loss sees the pair through m = beta (u_1 - u_2), where u = log(pi / pi_ref). Let l(m) = -log sigmoid(m), and a the rate that a
-method assumes. The expected loss of the pair, and the m that minimises it, the difference of rewards that the policy implies:
+A loss depends on the pair through m = beta (u_1 - u_2), where u = log(pi / pi_ref). Let l(m) = -log sigmoid(m), and a the flip
+rate that a method assumes. The expected loss of the pair, and its minimiser m, which is the policy's implied difference of
+rewards:
 
     DPO            p_e l(m) + (1 - p_e) l(-m), whose slope in m is sigmoid(m) - p_e.         m = logit p_e(r)
     conservative   A label counts as 1 - a of one and a of its opposite. That is DPO
@@ -15,11 +16,11 @@ method assumes. The expected loss of the pair, and the m that minimises it, the 
                    opposite. That is DPO with c = (e - a) / (1 - 2 a): none where a = e.     m = logit p_c(r), or r
     IPO            p_e (m / beta - 1 / (2 beta))^2 + (1 - p_e) (m / beta + 1 / (2 beta))^2.  m = (1 - 2 e) tanh(r / 2) / 2
 
-So flips bound the rewards that DPO implies: they stay within logit(1 - e), 2.2 points where e = 0.1. Those of IPO shrink by one
-factor, as if beta were beta / (1 - 2 e): its policies at equal KL are the same at every rate. All of this is about the expected
-loss: in a sample, flips also make the estimates scatter, and robust DPO scatters most, by about 1 / (1 - 2 e).
+Flips therefore bound the rewards that DPO implies to logit(1 - e), 2.2 points where e = 0.1. Those of IPO shrink by a constant
+factor, as if beta were beta / (1 - 2 e): its policies at equal KL are the same at every rate. All of this holds for the
+expected loss. In a sample, flips also add variance, most for robust DPO, by about 1 / (1 - 2 e).
 
-With more than two completions the differences m are those of one score per completion, s = beta u. logit p_e is no such
+With more than two completions the differences m come from one score per completion, s = beta u. logit p_e is not such a
 difference, so `implied_scores` minimises the mean over all pairs. The policy is then pi_ref exp(s / beta) / Z, as in eq. 4.
 """
 
@@ -38,9 +39,9 @@ NEWTON_STEPS = 200
 
 
 def flips(pairs: int, rate: float, *, seed: int) -> np.ndarray:
-    """Which of so many pairs are flipped: bool[pairs], True for the nearest whole number to `rate * pairs` of them.
+    """Mask of flipped pairs: bool[pairs], True for `rate * pairs` of them, rounded to the nearest whole number.
 
-    With one `seed`, those of a lower rate are among those of a higher one.
+    With the same `seed`, the flips of a lower rate are a subset of those of a higher one.
 
     >>> [int(flips(10, rate, seed=0).sum()) for rate in (0.0, 0.2, 0.3)]
     [0, 2, 3]
@@ -53,7 +54,7 @@ def flips(pairs: int, rate: float, *, seed: int) -> np.ndarray:
 
 
 def flipped(data: PairData, rate: float, *, seed: int) -> tuple[PairData, int]:
-    """`data` with a share of its labels flipped, and how many those are. Shapes stay, so compiled steps serve both."""
+    """`data` with a share of its labels flipped, and the number of flips. Shapes do not change, so compiled steps fit both."""
     chosen = flips(sum(len(group.pairs) for group in data.groups), rate, seed=seed)
     groups, ref_logps, done = [], data.ref_logps.copy(), 0
     for number, group in enumerate(data.groups):
@@ -68,15 +69,15 @@ def flipped(data: PairData, rate: float, *, seed: int) -> tuple[PairData, int]:
 
 
 def flipped_chance(r: Array | float, rate: float) -> np.ndarray:
-    """p_e(r), the chance that a label prefers the first of two completions, whose true rewards differ by `r`."""
+    """p_e(r), the probability that a label prefers the first of two completions whose true rewards differ by `r`."""
     return (1 - 2 * rate) * _sigmoid(np.asarray(r, np.float64)) + rate
 
 
 def implied_margin(method: str, r: Array | float, *, rate: float, assumed: float | None = None) -> np.ndarray:
     """beta (u_1 - u_2) of the policy of least expected loss, for two completions whose true rewards differ by `r`: float64.
 
-    `rate` is the share of flipped labels, `assumed` what conservative and robust DPO take it for (default: the truth). Raises
-    ValueError for another method, and where robust DPO has no minimiser: it assumed more flips than the labels can hold.
+    `rate` is the share of flipped labels, `assumed` the rate that conservative and robust DPO assume (default: the true one).
+    Raises ValueError for another method, and where robust DPO has no minimiser because it assumes more flips than there can be.
 
     >>> [float(implied_margin(method, 4.0, rate=0.2).round(2)) for method in METHODS]
     [1.32, 0.72, 4.0, 0.29]
@@ -84,7 +85,7 @@ def implied_margin(method: str, r: Array | float, *, rate: float, assumed: float
     if method == "ipo":
         return (1 - 2 * rate) * np.tanh(np.asarray(r, np.float64) / 2) / 2
     net = net_rate(method, rate=rate, assumed=assumed)
-    if net == 0:  # also where the chance rounds to 1
+    if net == 0:  # exact even where the probability rounds to 1
         return np.asarray(r, np.float64)
     chance = flipped_chance(r, net)
     if not ((chance > 0) & (chance < 1)).all():
@@ -95,7 +96,7 @@ def implied_margin(method: str, r: Array | float, *, rate: float, assumed: float
 
 
 def net_rate(method: str, *, rate: float, assumed: float | None = None) -> float:
-    """The share of flips at which DPO implies the same rewards; below 0 where robust DPO assumes too many."""
+    """The flip rate at which DPO implies the same rewards; below 0 where robust DPO assumes too high a rate."""
     assumed = rate if assumed is None else assumed
     match method:
         case "dpo":
@@ -110,14 +111,14 @@ def net_rate(method: str, *, rate: float, assumed: float | None = None) -> float
 def implied_scores(method: str, rewards: Array, *, rate: float, assumed: float | None = None) -> np.ndarray:
     """beta u of the policy of least expected loss over all pairs of completions with these true `rewards[M]`: float64[M].
 
-    Pairs of equal rewards are in no data. Scores have mean 0: the policy is unchanged by a constant.
+    Pairs of equal rewards are left out. Scores are centred to mean 0: a constant does not change the policy.
 
     >>> implied_scores("robust", [0.0, 1.0, 5.0], rate=0.3).round(6)
     array([-2., -1.,  3.])
     """
     values, of, counts = np.unique(np.asarray(rewards, np.float64), return_inverse=True, return_counts=True)
     margins = implied_margin(method, values[:, None] - values[None, :], rate=rate, assumed=assumed)
-    if method == "ipo":  # least squares over a complete graph: the mean of each one's margins
+    if method == "ipo":  # least squares over a complete graph: the mean margin of each completion
         return (margins @ counts / counts.sum())[of]
     mean = values @ counts / counts.sum()
     scores = implied_margin(method, values - mean, rate=rate, assumed=assumed)
@@ -127,7 +128,7 @@ def implied_scores(method: str, rewards: Array, *, rate: float, assumed: float |
         found = _sigmoid(scores[:, None] - scores[None, :])
         slope = (weights * (found - wanted)).sum(axis=1)
         curvature = weights * found * (1 - found)
-        # The loss does not change with the mean, which the last term holds still.
+        # The loss does not depend on the mean of the scores; the last term keeps it fixed.
         hessian = np.diag(curvature.sum(axis=1)) - curvature + curvature.sum() / len(values) ** 2 + 1e-300
         step = np.linalg.lstsq(hessian, slope, rcond=None)[0]
         step *= min(1.0, 1.0 / max(np.abs(step).max(), 1e-300))
@@ -142,8 +143,8 @@ def predicted_curve(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(KL in nats, mean true reward) of the policy of least expected loss at each beta: float64[B] each.
 
-    `rewards[P, M]` are the true ones of M completions by the reference of each of P prompts, which stand for all completions:
-    the curve can be trusted as far as that of `evals.frontier.optimum` on them, about log M nats.
+    `rewards[P, M]` are the true rewards of M completions, drawn from the reference, of each of P prompts. The curve can be
+    trusted as far as that of `evals.frontier.optimum` on the same completions, about log M nats.
     """
     rewards = np.asarray(rewards, np.float64)
     scores = np.stack([implied_scores(method, row, rate=rate, assumed=assumed) for row in rewards])

@@ -1,4 +1,4 @@
-"""The best frontier there is, estimated on the prompts of a world from completions of the reference and of trained policies."""
+"""The optimal reward-KL frontier, estimated on a world's prompts from completions of the reference and of trained policies."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ BETAS = tuple(float(beta) for beta in np.geomspace(100.0, 0.05, 118))
 
 
 class Drawn(NamedTuple):
-    """Completions that one policy drew, M of each of P prompts, as scores."""
+    """Scores of completions drawn from one policy, M for each of P prompts."""
 
     rewards: np.ndarray  # float64[P, M]
     logps: np.ndarray  # float64[P, M, C], nats, under each policy of the mixture
-    beside: np.ndarray | None  # float64[P, M], the second reward, if there is one
+    beside: np.ndarray | None  # float64[P, M], the second reward, if any
 
 
 Keep = Callable[[int, Callable[[], Drawn]], Drawn]
-"""(number of the policy, what draws and scores its completions) -> its result, or that of an earlier time."""
+"""(number of the policy, function that draws and scores its completions) -> the result, new or kept from before."""
 
 
 def estimate(
@@ -45,8 +45,8 @@ def estimate(
 ) -> tuple[Optimum, Drawn]:
     """The optimum, and the scores of the reference's own completions, for Best-of-N.
 
-    Half of the completions are the reference's, the others come in equal parts from `policies`: the reference alone reaches
-    about log M nats. Each is weighed by what the reference would have drawn. `keep`: see `kept_in`.
+    Half of the completions come from the reference, the others in equal parts from `policies`: the reference alone reaches only
+    about log M nats. Importance weights correct for the mixture. `keep`: see `kept_in`.
     """
     drawn_from = [world.reference, *policies]
     counts = [samples, *[max(1, samples // len(policies))] * len(policies)] if policies else [samples]
@@ -57,7 +57,7 @@ def estimate(
         repeated = prompts.repeated(count)
         scored = world.sample(variables, repeated, jax.random.fold_in(jax.random.key(seed), number))
         drawn, shape = scored.completions, (len(prompts.ids), count)
-        under = [  # what drew them knows their log-probabilities already
+        under = [  # the policy that drew them already gave their log-probabilities
             drawn.logps.astype(np.float64) if policy is variables else world.logps(policy, repeated.ids, drawn.ids)
             for policy in drawn_from
         ]
@@ -75,9 +75,9 @@ def estimate(
 
 
 def kept_in(folder: Path, identity: Mapping[str, Any], *, say: Callable[[str], None]) -> Keep:
-    """A `Keep` with a file for each policy in `folder`. One of another `identity` is made anew; so is a damaged one, said.
+    """A `Keep` with a file for each policy in `folder`. Files with another `identity` or with damage (reported) are made again.
 
-    Of several hosts, which share the folder, the first one writes; where one cannot read, all draw again.
+    With several hosts, which share the folder, the first one writes; if any host cannot read a file, all draw again.
     """
     known = json.dumps(identity, sort_keys=True)
 

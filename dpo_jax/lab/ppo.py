@@ -1,6 +1,6 @@
-"""A policy trained by PPO in a world: rollouts, their rewards on the host, and a KL coefficient that seeks its target.
+"""PPO training of a policy in a world: rollouts, rewards computed on the host, and an adaptive KL coefficient.
 
-A step of the training loop is a rollout. Its state, a `PpoState`, is all that the next rollout depends on besides its number.
+A step of the training loop is a rollout. The next rollout depends only on the state, a `PpoState`, and its own number.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PpoOptions(NamedTuple):
     epochs: int
     minibatches: int
     microbatches: int
-    horizon: int  # completions within which the coefficient can change by a fifth
+    horizon: int  # completions in which the coefficient can change by a fifth
     clip: float
     value_clip: float
     value_weight: float
@@ -64,9 +64,9 @@ class PpoOptions(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PpoState:
-    """What PPO carries from rollout to rollout. `step` counts these, `train.step` the optimizer steps.
+    """PPO state carried from rollout to rollout. `step` counts rollouts, `train.step` optimizer steps.
 
-    Only `train` lies on the devices. The rest stays on the host, as numpy arrays: in float64, which JAX would round.
+    Only `train` is on the devices. The rest stays on the host as float64 numpy arrays, which JAX would round.
     """
 
     step: Array  # int64[]
@@ -82,7 +82,7 @@ class PpoState:
 
     @property
     def frozen(self) -> Variables:
-        """What is only read, which no checkpoint holds."""
+        """The variables that are not trained and not in checkpoints."""
         return self.train.frozen
 
     def replace(self, *, frozen: Variables) -> PpoState:
@@ -90,10 +90,10 @@ class PpoState:
 
 
 def _placing(partitioner: Partitioner) -> Partitioner:
-    """`partitioner` for a `PpoState`, of which it places what is trained, and leaves the rest on the host."""
+    """`partitioner` for a `PpoState`: places the trained part on devices and leaves the rest on the host."""
 
     def get_state(state: Any) -> Any:
-        """Also of `state.step` alone."""
+        """Works on a whole state, and on `state.step` alone."""
         if not isinstance(state, PpoState):
             return state
         return dataclasses.replace(state, train=partitioner.get_state(state.train))
@@ -105,14 +105,14 @@ def _placing(partitioner: Partitioner) -> Partitioner:
 
 
 class Draw(NamedTuple):
-    """The random choices of a rollout: which prompts, and in which order its rows are learnt from."""
+    """The random choices of a rollout: its prompts, and the order in which its rows are trained on."""
 
     prompts: np.ndarray  # int64[B]
     orders: np.random.Generator
 
 
 def _draws(prompts: int, *, size: int, epochs: int, seed: int) -> Callable[[int], Draw]:
-    """`draw(i) -> Draw` of rollout `i`, a pure function of `i` that is quick when asked in order."""
+    """`draw(i) -> Draw` of rollout `i`: a pure function of `i`, fast when called in order."""
     drawn, rng = 0, np.random.default_rng(seed)
 
     def draw(number: int) -> Draw:
@@ -122,7 +122,7 @@ def _draws(prompts: int, *, size: int, epochs: int, seed: int) -> Callable[[int]
         while True:
             chosen = rng.choice(prompts, size, replace=prompts < size)
             orders = copy.deepcopy(rng)
-            for _ in range(epochs):  # as `minibatches` will
+            for _ in range(epochs):  # as `minibatches` does
                 rng.permutation(size)
             drawn += 1
             if drawn > number:
@@ -139,10 +139,10 @@ def collect_in_parts(
     size: int,
     host_part: tuple[int, int] = (0, 1),
 ) -> Collected:
-    """`compiled(variables, prompts)`, of `collect`, `size` rows at a time: a large rollout does not fit at once.
+    """Runs a compiled `collect`, `compiled(variables, prompts)`, on `size` rows at a time: a large rollout would not fit.
 
-    Every part has the same number of rows: the last one is filled up with the first rows. Samples are those of one call, as
-    each row has a key of its own. `compiled` is given the rows of this host (`Partitioner.host_part`), and gives all.
+    Every part has the same number of rows: the last one is padded with the first rows. Samples equal those of a single call,
+    because each row has its own key. `compiled` takes the rows of this host (`Partitioner.host_part`) and returns all rows.
     """
     rows, (host, of) = len(prompts.lengths), host_part
     parts = -(-rows // size)
@@ -156,7 +156,7 @@ def collect_in_parts(
 
 
 class PpoMethod:
-    """PPO in a world. Reward and target KL are not part of its programs: runs that differ in them share these."""
+    """PPO in a world. Reward and target KL are not compiled in: runs that differ in them share the programs."""
 
     def __init__(self, world: World, *, tx: optax.GradientTransformation, options: PpoOptions) -> None:
         self.world, self.tx, self.options = world, tx, options
@@ -190,14 +190,14 @@ class PpoMethod:
         measure: Callable[[Variables], dict[str, float]] | None = None,
         resumable: Mapping[str, Any] | None = None,
     ) -> tuple[Points, Variables]:
-        """`evaluations` points of a run from the reference, equally far apart, and the final policy's variables on the host.
+        """`evaluations` equally spaced points of a run from the reference, and the final policy's variables on the host.
 
-        `target_kl` is in nats a completion. `kl_coef`, at the start: rewards are normalised, so its unit is their standard
-        deviation a nat. Also leaves `metrics.jsonl` in `folder`, with a row for each rollout. `say` is given a line for each
-        point, which `measure` (default: `World.measure`) makes of a policy. Raises `NonFinite` for a loss that is not.
+        `target_kl` is in nats a completion. `kl_coef` is the initial coefficient; rewards are normalised, so its unit is their
+        standard deviation per nat. Also writes `metrics.jsonl` to `folder`, with a row for each rollout. `say` gets a line for
+        each point; `measure` (default: `World.measure`) measures a policy. Raises `NonFinite` for a non-finite loss.
 
-        `resumable` are options of `training.run.train`, at least a `fingerprint` that holds the arguments above: a run in
-        `folder` that was killed then continues, and ends with the same bits. Without them nothing is saved on the way.
+        `resumable` are options of `training.run.train`, at least a `fingerprint` that covers the arguments above. With them a
+        killed run in `folder` continues, and ends bit for bit the same. Without them no checkpoint is saved.
         """
         o, world, partitioner = self.options, self.world, _placing(self.world.partitioner)
         log_file = folder.metrics if isinstance(folder, RunDir) else folder / "metrics.jsonl"
@@ -229,7 +229,7 @@ class PpoMethod:
         return self._points(log_file), partitioner.to_host(_policy(state.train))
 
     def _points(self, log_file: Path) -> Points:
-        """Those of the log, as some may have been measured before the run was interrupted."""
+        """All points, read from the log: some may have been measured before an interruption."""
         points, each = Points(), self.options.epochs * self.options.minibatches
         for row in hosts.of_first(lambda: list(filter(is_evaluation, read_metrics(log_file)))):
             measured = {name.removeprefix("eval/"): value for name, value in row.items() if name != "step"}
@@ -251,7 +251,7 @@ class PpoMethod:
             decode_completion(world.tokenizer, prompt, completion, stop_ids=world.stop_ids)
             for prompt, completion in zip(ids, completion_ids(collected.rows), strict=True)
         ]
-        scores = hosts.from_first(np.asarray(reward(texts, completions)))  # hosts of other processors may round otherwise
+        scores = hosts.from_first(np.asarray(reward(texts, completions)))  # other hosts may round differently
         stats = observe(ScoreStats(*map(float, state.stats)), scores)
         normal = normalised(stats, scores).astype(np.float32)
         rollout, health = self.advantages(collected, normal, kl_coef=np.float32(kl_coef))

@@ -1,4 +1,4 @@
-"""What a sweep found: every point of every run in one table, and how far each method is from the optimum at equal KL."""
+"""Results of a sweep: every point of every run in one table, and each method's distance from the optimum at equal KL."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.lab.world import LEARNED, SECOND
 from dpo_jax.writing import writing
 
-EQUAL_KL = (1.0, 3.0, 6.0)  # nats, at which methods are compared
+EQUAL_KL = (1.0, 3.0, 6.0)  # KL in nats at which methods are compared
 COLUMNS = (
     *("method", "label", "seed", "step", "kl", "kl_low", "kl_high", "kl_sampled", "reward", "reward_low", "reward_high"),
     *("regret", "trusted", "tokens", "seconds", "tokens_low", "tokens_high", "cut", "labels"),
     *(f"{name}{end}" for name in (SECOND, LEARNED) for end in ("", "_low", "_high")),
 )
 REFERENCE = "reference"
-"""The method of the result that is the reference itself."""
+"""Method name of the result for the reference itself."""
 
 
 def rows(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
-    """One row a point: `COLUMNS`, where known. `regret` is the share of the possible gain that is missed at this KL; it is too
-    low where `trusted` is false, as few samples carry the optimum there."""
+    """One row per point: `COLUMNS`, where known. `regret` is the share of the possible gain that is missed at this KL. It is
+    too low where `trusted` is false, because the optimum rests on few samples there."""
     found = []
     for result in results:
         run = {"method": result.run.method, "label": result.run.label, "seed": result.run.seed, "seconds": result.seconds}
@@ -41,7 +41,7 @@ def rows(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
 
 
 def write(folder: Path, table: Sequence[Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
-    """`results.jsonl`, with all that the rows hold, and `results.csv`, with `columns`."""
+    """Writes `results.jsonl`, with everything in the rows, and `results.csv`, with `columns`."""
     with writing(folder / "results.jsonl") as file:
         file.writelines(json_text(row) + "\n" for row in table)
     with writing(folder / "results.csv", newline="") as file:
@@ -51,8 +51,8 @@ def write(folder: Path, table: Sequence[Mapping[str, Any]], columns: Sequence[st
 
 
 def points(results: Sequence[Result], *, reward: str = "reward") -> list[Point]:
-    """What the figure shows: every measured point of every run that has this `reward`, and of several seeds of a setting the
-    mean of their last ones. Preferred-FT has no setting to tell runs apart: each of its seeds is named, and none averaged."""
+    """Points of the figure: every measured point of every run that has this `reward`; for a setting with several seeds, the
+    mean of their last points. Preferred-FT has no setting that tells runs apart: its seeds are named, not averaged."""
     trained = [result for result in results if result.run.method != REFERENCE and reward in result.points[-1]]
     found = []
     for (method, label), runs in last_points(trained).items():
@@ -76,7 +76,7 @@ def _point(method: str, setting: str, point: Mapping[str, float], reward: str, *
 
 
 def best_of(rewards: np.ndarray, n: int, *, seed: int, beside: np.ndarray | None = None) -> dict[str, float]:
-    """Best-of-`n` as a point. Its KL is the estimate, with the bound beside it. `beside`: the second reward, of the same."""
+    """Best-of-`n` as a point, with its estimated KL and the analytic bound. `beside`: second reward of the same completions."""
     found = best_of_n(rewards, n, beside=beside)
     values = {"reward": found.reward, "kl": found.kl} | ({} if found.beside is None else {SECOND: found.beside})
     point = {"step": float(n), "kl_bound": found.kl_bound}
@@ -89,16 +89,18 @@ def best_of(rewards: np.ndarray, n: int, *, seed: int, beside: np.ndarray | None
 def best_of_results(
     rewards: np.ndarray, several: Sequence[float], *, seed: int, beside: np.ndarray | None = None
 ) -> list[Result]:
-    """Best-of-N from `rewards[P, M]` of the reference for each N of `several` up to M: there is no best of more than M."""
+    """Best-of-N from the reference's `rewards[P, M]`, for each N of `several` that is at most M."""
     points = {int(n): best_of(rewards, int(n), seed=seed, beside=beside) for n in several if n <= rewards.shape[1]}
     return [Result(Run("best-of-n", f"N {n}", {"n": n}, seed), [point], 0.0) for n, point in points.items()]
 
 
 def at_equal_kl(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
-    """For each method and KL of `EQUAL_KL`: the reward of the best policy, or mixture of two, within that KL, and what share it
-    is of what the optimum gains there. `_low` and `_high`: had all its rewards been at that end of their 95 % intervals; of
-    several seeds, each of which is such a mixture of its own policies, the mean and the interval of `over_seeds`. `seeds`: how
-    many have a policy that far. None where none has, or where the optimum cannot be trusted that far."""
+    """For each method and KL of `EQUAL_KL`: the reward of the best policy, or mixture of two, within that KL, and its share of
+    the optimum's gain there.
+
+    `_low` and `_high`: the same with all rewards at that end of their 95 % intervals. With several seeds, each seed mixes its
+    own policies, and these are the mean and the interval of `over_seeds`. `seeds`: how many seeds have a policy that reaches
+    this KL. Values are None where no seed reaches it, or where the optimum cannot be trusted."""
     found = []
     for method in dict.fromkeys(result.run.method for result in results if result.run.method != REFERENCE):
         seeds = dict.fromkeys(result.run.seed for result in results if result.run.method == method)
@@ -115,7 +117,7 @@ def at_equal_kl(results: Sequence[Result], optimum: Optimum) -> list[dict[str, A
 
 
 def _mixed(points: Sequence[Mapping[str, float]], at: float, optimum: Optimum) -> dict[str, float]:
-    """The reward of the best mixture of two of `points`, or of one and the reference, within a KL of `at`."""
+    """Reward of the best mixture of two of `points`, or of one and the reference, within a KL of `at`."""
     kls = np.array([0.0, *(p["kl"] for p in points)])
     ends = [f"reward{end}" for end in ("", "_low", "_high")]
     return {end: envelope(kls, np.array([optimum.reference, *(p[end] for p in points)]), at) for end in ends}
@@ -126,7 +128,7 @@ def _known(value: float) -> float | None:
 
 
 def summary(results: Sequence[Result], optimum: Optimum) -> str:
-    """Methods by KL, as text: reward, and the share of the possible gain."""
+    """Table of methods by KL as text: reward, and share of the possible gain."""
     table = at_equal_kl(results, optimum)
     lines = [f"{'at equal KL (nats):':22}" + "".join(f"{at:>24g}" for at in EQUAL_KL)]
     best = [float(np.interp(at, optimum.kl, optimum.reward)) for at in EQUAL_KL]

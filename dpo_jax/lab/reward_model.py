@@ -1,4 +1,4 @@
-"""A Bradley-Terry reward model learned from pairs, as a folder to keep and as a reward that PPO can be given."""
+"""Bradley-Terry reward model learned from pairs, as a saved folder and as a reward function for PPO."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from dpo_jax.types import Model, Partitioner, Rows, TrainState, Variables
 from dpo_jax.untrusted import reading
 from dpo_jax.writing import write_whole
 
-HELD_OUT = 10  # prompts: the pairs of one in this many choose the checkpoint
+HELD_OUT = 10  # the pairs of one prompt in ten are held out to choose the checkpoint
 HEAD_FILE = "reward_head.safetensors"
 
 
 class RewardModel:
-    """A decoder with a scalar head, and where it is computed. `variables` are the partitioner's, with the collection "head"."""
+    """A decoder with a scalar head, run by a partitioner. `variables` are the partitioner's, with the collection "head"."""
 
     def __init__(self, partitioner: Partitioner, model: Model) -> None:
         self.partitioner, self.model = partitioner, with_scalar_head(model)
@@ -49,7 +49,7 @@ class RewardModel:
         self.score_texts = partitioner.compile_map(functools.partial(completion_rewards, self.model))
 
     def of_pairs(self, variables: Variables, pairs: Sequence[Encoded], *, batch: int) -> np.ndarray:
-        """The rewards of chosen and rejected: float64[P, 2]. About `batch` pairs at a time."""
+        """Rewards of chosen and rejected completions: float64[P, 2]. About `batch` pairs at a time."""
         groups = group_pairs(pairs)
         several, layout = plain_layout(groups, len(pairs), batch=batch, partitioner=self.partitioner)
         rewards = np.full((len(groups), layout.pairs, 2), np.nan)
@@ -61,7 +61,7 @@ class RewardModel:
         return found
 
     def of_texts(self, variables: Variables, tokenizer: Any, *, batch: int, bos: Bos = "auto") -> Reward:
-        """The reward of prompts and completions as texts, `batch` at a time, encoded with `bos` as the pairs were."""
+        """Reward function of prompt and completion texts, `batch` at a time, encoded with `bos` like the pairs."""
         score = functools.partial(self.score_texts, variables)
         batch, part = round_up(batch, self.partitioner.row_shards), self.partitioner.host_part
         return learned(score, tokenizer, length=self.model.config.max_positions, batch=batch, bos=bos, host_part=part)
@@ -80,7 +80,7 @@ def _of_pairs(model: Model, variables: Variables, rows: Rows) -> jax.Array:
 def plain_layout(
     groups: Sequence[PairGroup], pairs: int, *, batch: int, partitioner: Partitioner, microbatches: int = 1
 ) -> tuple[int, Layout]:
-    """How many groups hold about `batch` of their `pairs`, and where each completion of them follows its own prompt."""
+    """Number of groups that hold about `batch` of their `pairs`, and their layout with a copy of the prompt per completion."""
     several = max(1, round(batch * len(groups) / pairs))
     return several, plan_layout(groups, kind="plain", batch=several, shapes=2, **row_parts(partitioner, microbatches))
 
@@ -101,14 +101,14 @@ def fit_reward_model(
     make_state: Callable[..., TrainState] = init_state,
     **options: Any,
 ) -> tuple[Variables, dict[str, float]]:
-    """The variables with the lowest validation loss, on the host, and their figures. Training starts from a policy's `start`.
+    """Trains a reward model. Returns the variables with the lowest validation loss, on the host, and their figures.
 
-    A run in `folder` that was killed continues, if it has the same `fingerprint` (JSON values: settings and digests; those that
-    this function is given are added), as `training.run.train` does, which takes the other `options`. Whole prompts are kept for
-    validation: pairs of one prompt may share their completions. The rewards have mean 0 over all completions of `pairs`
-    (section 3 of the paper). Raises `DataError` for pairs that have a single prompt, and `NonFinite` where the validation loss
-    is not finite. `make_tx(steps=n)` is the optimizer of a run of `n` steps. `make_state(variables, tx=...)` makes the state
-    before the first step: it says what is trained.
+    Training starts from a policy's variables `start`. A killed run in `folder` continues if it has the same `fingerprint` (JSON
+    values: settings and digests, to which this function's own are added); `training.run.train` does this and takes the other
+    `options`. Validation holds out whole prompts, because pairs of one prompt may share completions. The rewards have mean 0
+    over all completions of `pairs` (section 3 of the paper). `make_tx(steps=n)` makes the optimizer of a run of `n` steps.
+    `make_state(variables, tx=...)` makes the state before the first step and thus selects what is trained. Raises `DataError`
+    if all pairs have a single prompt, and `NonFinite` where the validation loss is not finite.
     """
     partitioner = judge.partitioner
     groups = group_pairs(pairs)
@@ -124,7 +124,7 @@ def fit_reward_model(
     head = scalar_head(judge.model.config.width)
     placed = partitioner.put_variables({**partitioner.to_host(start), HEAD: jax.device_get(head)})
     steps = total_steps(len(learnt), batch=several, epochs=epochs)
-    tx, best = make_tx(steps=steps), EarlyStopping("loss", patience=steps + 1)  # it goes on to the end, and returns the best
+    tx, best = make_tx(steps=steps), EarlyStopping("loss", patience=steps + 1)  # runs to the end and returns the best
     step = functools.partial(reward_step, model=judge.model, tx=tx, microbatches=microbatches, axis_name=partitioner.axis_name)
     own = {"batch": batch, "passes": epochs, "evaluations": evaluations, "seed": seed, "data": data_digest(pairs)}
     state = train(
@@ -150,9 +150,9 @@ def fit_reward_model(
 def learn_reward(
     world: World, pairs: Sequence[Encoded], folder: Path, *, bos: Bos = "auto", **options: Any
 ) -> tuple[Reward, dict[str, float]]:
-    """A reward learned from pairs of a world by `fit_reward_model`, which takes the `options`; and its figures.
+    """Learns a reward from pairs of a world with `fit_reward_model`, which takes the `options`. Returns it with its figures.
 
-    `bos` is what the pairs were encoded with.
+    `bos` must be the setting that the pairs were encoded with.
     """
     judge = RewardModel(world.partitioner, world.model)
     variables, figures = fit_reward_model(judge, world.reference, pairs, folder, **options)
@@ -161,8 +161,8 @@ def learn_reward(
 
 
 def save_reward_model(path: Path, model: Model, variables: Variables) -> Path:
-    """Writes the decoder as a Hugging Face folder, and the head beside it. `variables` are on the host."""
-    (path / HEAD_FILE).unlink(missing_ok=True)  # a kill must not leave it beside other weights
+    """Writes the decoder as a Hugging Face folder, with the head in a file of its own. `variables` are on the host."""
+    (path / HEAD_FILE).unlink(missing_ok=True)  # a kill must not leave an old head beside new weights
     folder = save_hf(path, model, {"params": variables["params"]})
     head = {name: np.asarray(array, np.float32) for name, array in variables[HEAD].items()}
     write_whole(folder / HEAD_FILE, save(head))
@@ -170,9 +170,9 @@ def save_reward_model(path: Path, model: Model, variables: Variables) -> Path:
 
 
 def load_head(path: Path, *, width: int) -> dict[str, np.ndarray]:
-    """The head in a folder of `save_reward_model`. Raises ValueError where there is none, or one of another width.
+    """The head in a folder of `save_reward_model`. Raises ValueError if it is missing or has another width.
 
-    `Unreadable`, a ValueError, where the file is damaged.
+    Raises `Unreadable`, a ValueError, for a damaged file.
     """
     file = path / HEAD_FILE
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Tables of the robustness experiments: gains in true reward at equal KL, each beside what it is compared with."""
+"""Tables of the robustness experiments: gains in true reward at equal KL, with the values they are compared with."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 
 def gain_at_kl(by_seed: Iterable[Points], at: float, *, reference: float) -> Value | None:
-    """Gain in true reward over the `reference` of the best policy, or mixture of two, within a KL of `at`.
+    """Gain in true reward over the `reference` by the best policy, or mixture of two, within a KL of `at`.
 
-    `by_seed`: the policies of each seed. A seed none of which went that far is left out; None if all are.
+    `by_seed`: the policies of each seed. A seed without a policy that reaches this KL is left out; None if all seeds are.
     """
     mixed = []
     for points in by_seed:
@@ -72,7 +72,7 @@ def by_seed(results: Iterable[Result]) -> list[Points]:
 
 
 def difference(one: Value, other: Value) -> Value:
-    """`one - other`. The intervals add up in squares, as if the two were independent: it is rather too wide."""
+    """`one - other`. The intervals add in quadrature, as if the two were independent, so the result is rather too wide."""
     mean = one[""] - other[""]
     below = math.hypot(one[""] - one["_low"], other["_high"] - other[""])
     above = math.hypot(one["_high"] - one[""], other[""] - other["_low"])
@@ -80,21 +80,21 @@ def difference(one: Value, other: Value) -> Value:
 
 
 def curve_at(kl: np.ndarray, reward: np.ndarray, at: float) -> float | None:
-    """The reward at a KL of a curve that begins at KL 0; None beyond its end. It goes with the root of KL."""
+    """Reward at a KL of a curve that begins at KL 0, interpolated linearly in sqrt(KL); None beyond its end."""
     return float(np.interp(math.sqrt(at), np.sqrt(kl), reward)) if at <= kl.max() else None
 
 
 def cell(value: Value | None, *, beside: float | None = None) -> str:
-    """A value with its interval for a printed table, and in square brackets what it is compared with."""
+    """A value with its interval for a printed table, and the value it is compared with in square brackets."""
     words = "-" if value is None else f"{value['']:.2f} ({value['_low']:.2f} to {value['_high']:.2f})"
     return words if beside is None else f"{words} [{beside:.2f}]"
 
 
 class Grid(NamedTuple):
-    """A table for people: `summary.json` keeps it, `dpo-jax report` shows it. The first cell of a row names it."""
+    """A printable table, stored in `summary.json` and shown by `dpo-jax report`. The first cell of a row is its name."""
 
     caption: str
-    columns: list[str]  # of all cells but the first
+    columns: list[str]  # headings of all cells but the first
     rows: list[list[str]]
     note: str = ""
 

@@ -1,4 +1,4 @@
-"""Figures of the robustness experiments: gain in reward against KL, measured points beside curves, in several panels."""
+"""Figures of the robustness experiments: gain in reward against KL, measured points and curves, in several panels."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ KL_TICKS = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0, 6.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100
 
 
 class Curve(NamedTuple):
-    """Points and a line of one name in one panel. The same name has the same style in every panel."""
+    """Points and a line with one name in one panel. The same name has the same style in every panel."""
 
     panel: str
     name: str
     points: Sequence[tuple[float, float, float, float]]  # KL in nats, gain, and the ends of its interval
-    line_kl: np.ndarray  # what theory or a fit says; may be empty
+    line_kl: np.ndarray  # of a theoretical or fitted curve; may be empty
     line_gain: np.ndarray
-    proxy: Sequence[tuple[float, float]] = ()  # KL and gain in a learned reward, hollow
+    proxy: Sequence[tuple[float, float]] = ()  # KL and gain in a learned reward, as hollow markers
 
 
 def plot_curves(curves: Sequence[Curve], path: str | os.PathLike[str], *, line: str) -> Path:
-    """One PNG. The axes go with the root of KL, in which the optimum begins as a straight line.
+    """Plots to one PNG. The KL axis is scaled by its square root, in which the optimum begins as a straight line.
 
-    `line` says what the lines are; it is empty where there are none.
+    `line` describes the lines; it is empty if there are none.
     """
     panels = list(dict.fromkeys(curve.panel for curve in curves))
     styles = dict(zip(dict.fromkeys(curve.name for curve in curves), itertools.cycle(STYLES), strict=False))

@@ -1,7 +1,8 @@
-"""Vision encoder of the scenes: SigLIP's architecture, trained to tell which kinds of objects an image shows, then frozen.
+"""Vision encoder of the scenes: SigLIP's architecture, trained to classify which kinds of objects an image shows, then frozen.
 
-The loss is SigLIP's sigmoid loss with one text for each kind (Zhai et al. 2023, arXiv 2303.15343): text vectors, trained beside
-the encoder and left behind. So the features tell what is there, and a language model has to find it out from them.
+The loss is SigLIP's sigmoid loss with one text for each kind (Zhai et al. 2023, arXiv 2303.15343). The text vectors are trained
+with the encoder and then dropped. The features therefore contain which objects are there; the language model must learn to
+read it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from dpo_jax.types import Array, Metrics, TrainState, Variables
 
 
 def encoder_config(width: int) -> VisionConfig:
-    """A small one that reads a scene as CELLS x CELLS patches, each of which is an image token."""
+    """A small encoder that reads a scene as CELLS x CELLS patches, each of which is an image token."""
     return VisionConfig(
         width=width,
         layers=1,
@@ -46,7 +47,7 @@ def encoder_config(width: int) -> VisionConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """pixels float32[E, SIZE, SIZE, 3]; present float32[E, kinds], 1 for a kind that is there; weight float32[E]."""
+    """Labelled images: pixels float32[E, SIZE, SIZE, 3]; present float32[E, kinds], 1 if shown; weight float32[E]."""
 
     pixels: Array
     present: Array
@@ -54,12 +55,12 @@ class Labelled:
 
 
 def presence(scenes: Sequence[Scene]) -> np.ndarray:
-    """Which kinds each scene shows: float32[n, kinds]."""
+    """Indicators of the kinds that each scene shows: float32[n, kinds]."""
     return np.array([[thing in scene.things for thing in THINGS] for scene in scenes], np.float32)
 
 
 def presence_logits(variables: Variables, pixels: Array, *, config: VisionConfig) -> jax.Array:
-    """Log-odds that a kind is somewhere in the image: float32[E, kinds]. A soft maximum over the image tokens."""
+    """Log-odds that the image shows a kind: float32[E, kinds]. A soft maximum over the image tokens."""
     features = encode_images({"params": variables["params"]["encoder"]}, pixels, config=config)
     return jax.nn.logsumexp(features @ variables["params"]["texts"], axis=1) - 2.0
 
@@ -76,7 +77,7 @@ def train_encoder(
     fingerprint: Mapping[str, Any],
     batch: int = 64,
 ) -> Variables:
-    """The encoder's variables (host arrays) after `steps` on `pixels` of `scenes`, continued from a checkpoint in `folder`."""
+    """The encoder's variables (host arrays) after `steps` on `pixels` of `scenes`, resumed from a checkpoint in `folder`."""
     partitioner, present = single_device(), presence(scenes)
     rate = make_schedule("cosine", lr, warmup_steps=steps // 10, total_steps=steps)
     tx = make_optimizer(rate, name="adamw", b2=0.99, max_grad_norm=1.0)

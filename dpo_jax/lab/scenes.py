@@ -34,14 +34,14 @@ from dpo_jax.training.features import image_features, on_devices, open_features
 from dpo_jax.training.run import train
 from dpo_jax.types import Metrics, Rows, TrainState, Variables
 
-NEW_TOKENS = 24  # of a sampled caption at most; a true one of three objects takes 15
+NEW_TOKENS = 24  # limit for a sampled caption; a true one of three objects takes 15
 PROCESSING = Processing(height=data.SIZE, width=data.SIZE, tokens=data.CELLS**2)
 LOSSES: Mapping[str, Callable[..., Any]] = {"dpo": dpo_loss, "preferred-ft": preferred_ft_loss}
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Section `scenes` of the configuration, as far as the experiment itself reads it."""
+    """The part of configuration section `scenes` that the experiment itself reads."""
 
     train: int
     test: int
@@ -108,12 +108,12 @@ def gemma(width: int, layers: int, *, encoder_width: int) -> dict[str, Any]:
 
 
 def image_of(scene: data.Scene) -> ImageFile:
-    """The scene as a PNG, which goes the way of every image from there."""
+    """The scene as a PNG, read like any other image from then on."""
     return open_image(as_png(scene.image))
 
 
 class ScenesWorld:
-    """The model, its reference (after SFT), and what policies are trained on and measured by. A `lab.world.Trainable`."""
+    """The model, its reference (after SFT), and the data and measures of its policies. A `lab.world.Trainable`."""
 
     def __init__(self, sizes: Sizes, folder: Path, *, seed: int, fingerprint: Mapping[str, Any]) -> None:
         self.sizes, self.seed, self.partitioner, self.begin = sizes, seed, single_device(), init_state
@@ -128,7 +128,7 @@ class ScenesWorld:
         self.reference: Variables = {}
 
     def prepare(self) -> None:
-        """Trains the encoder, caches features of all images, and sets the reference by SFT. What is done is not repeated."""
+        """Trains the encoder, caches features of all images, trains the reference by SFT. Finished parts are not repeated."""
         sizes = self.sizes
         with reported("drawing scenes"):
             taught = data.scenes(sizes.train, self.seed, split="train")
@@ -146,7 +146,7 @@ class ScenesWorld:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the reference and the features that it reads."""
+        """Digest of the reference and of the features that it reads."""
         return weights_digest({"params": self.partitioner.to_host(self.reference)["params"], "features": dict(self.features)})
 
     def shown(self, scene: data.Scene) -> PromptImages:
@@ -183,9 +183,9 @@ class ScenesWorld:
         return partitioner.put_variables({"params": partitioner.to_host(state.params)["params"]})
 
     def groups(self, kind: str, seed: int) -> list[PairGroup]:
-        """A pair of captions of each scene, the better one first; which ones, and where they differ, is `seed`'s luck.
+        """A pair of captions of each scene, the better one first, drawn by `seed`.
 
-        `kind`: the better caption has the mistakes of those of SFT ("careless"), or none ("true"). The worse has one more.
+        `kind`: the better caption has mistakes like the SFT captions ("careless"), or none ("true"). The worse has one more.
         """
         sizes, rng, pairs = self.sizes, np.random.default_rng([seed, 11]), []
         mistakes = {"adds": sizes.adds, "omits": sizes.omits} if kind == "careless" else {"adds": 0.0, "omits": 0.0}
@@ -235,16 +235,16 @@ class ScenesWorld:
         return generate(self.model, variables, rows["tokens"], rows["lengths"], key, images=rows["images"], **options)
 
     def measure(self, variables: Variables, /, *, seed: int = 0) -> dict[str, float]:
-        """Of sampled captions of the test scenes, with 95 % intervals over scenes.
+        """Hallucination and recall of sampled captions of the test scenes, with 95 % intervals over scenes.
 
-        `hallucinated`: share of the mentioned objects that are not there (CHAIR); `recalled`: share of the objects there that
-        are mentioned; `mentioned`: objects of a caption.
+        `hallucinated`: share of the mentioned objects that are not there (CHAIR); `recalled`: share of the present objects that
+        are mentioned; `mentioned`: number of objects in a caption.
         """
         return point_of(self.captions(variables, seed=seed), self.test, seed=self.seed)
 
 
 def point_of(captions: Sequence[str], scenes: Sequence[data.Scene], *, seed: int) -> dict[str, float]:
-    """A measured point of captions, see `ScenesWorld.measure`."""
+    """The measured point of captions; see `ScenesWorld.measure`."""
     counts = np.array([data.count(text, scene.things) for text, scene in zip(captions, scenes, strict=True)], np.float64)
     mentioned, hallucinated, recalled, there = counts.T
     return {
@@ -255,7 +255,7 @@ def point_of(captions: Sequence[str], scenes: Sequence[data.Scene], *, seed: int
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Values [n] whose mean is sum(part) / sum(whole), and whose scatter is that of the ratio (linearised)."""
+    """Values [n] whose mean is sum(part) / sum(whole), and whose variance is that of the ratio (linearised)."""
     if not whole.any():
         return np.zeros(len(whole))
     share = part.sum() / whole.sum()

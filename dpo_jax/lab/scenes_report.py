@@ -1,4 +1,4 @@
-"""What the runs on scenes found: hallucination at equal recall, and a figure of one against the other."""
+"""Report of the scenes experiment: hallucination at equal recall, and a figure of hallucination against recall."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def words(point: Mapping[str, float]) -> str:
 
 
 def ended(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Where the runs of each setting ended: means over seeds, with intervals over scenes and seeds."""
+    """Final results of each setting: means over seeds, with intervals over scenes and seeds."""
     kinds = {(r.run.method, r.run.label): r.run.settings.get("chosen", "") for r in results}
     return [
         {
@@ -42,8 +42,8 @@ def ended(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def at_equal_recall(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each method and kind of pairs the setting with the fewest hallucinations among those that recall as much as SFT does
-    (not below its interval), and `share`, its hallucinations over SFT's; without a setting where none does."""
+    """For each method and kind of pairs, the setting with the fewest hallucinations among those whose recall is not below SFT's
+    interval, and `share`, its hallucinations over SFT's. Without a setting if none qualifies."""
     reference = next(one for one in settings if one["method"] == REFERENCE)
     rows = []
     for method, kind in dict.fromkeys((one["method"], one["chosen"]) for one in settings if one["method"] != REFERENCE):
@@ -56,7 +56,7 @@ def at_equal_recall(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def tables(settings: Sequence[Mapping[str, Any]]) -> list[Grid]:
-    """Hallucination at a recall not below SFT's interval, and where all settings ended."""
+    """Tables of hallucination at a recall not below SFT's interval, and of the final results of all settings."""
     reference = next(one for one in settings if one["method"] == REFERENCE)
     rows = [["SFT", cell(reference["hallucinated"]), cell(reference["recalled"]), "1.00"]]
     for one in at_equal_recall(settings):
@@ -77,7 +77,7 @@ def tables(settings: Sequence[Mapping[str, Any]]) -> list[Grid]:
 
 
 def plot_recall(results: Sequence[Result], path: str | os.PathLike[str]) -> Path:
-    """One PNG: share hallucinated against share recalled, of every measured point; a panel for each kind of pairs."""
+    """One PNG: share hallucinated against share recalled for every measured point, with a panel for each kind of pairs."""
     kinds = list(dict.fromkeys(r.run.settings["chosen"] for r in results if r.run.method != REFERENCE))
     reference = [point for r in results if r.run.method == REFERENCE for point in r.points]
     figure = Figure(figsize=(4.3 * len(kinds), 3.4), layout="constrained")

@@ -1,4 +1,4 @@
-"""What policies gain in the reward that they were optimised for, beside what they gain in one that none was trained on."""
+"""Over-optimisation check: gains in the optimised reward compared with gains in a second reward that no policy trains on."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ENDS = ("", "_low", "_high")
 
 
 def gains(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
-    """For each method, its setting of the highest true reward at the end of training: `gain` over the reference and
-    `second_gain`, the gain in the second reward, with 95 % intervals (`_low`, `_high`), and `reading`.
+    """For each method, its setting with the highest final true reward: `gain` over the reference and `second_gain`, the gain in
+    the second reward, with 95 % intervals (`_low`, `_high`), and `reading`.
 
-    The intervals take policy and reference as independent, though they share their prompts: they are rather too wide. `turned`
-    names the setting of the method whose second reward was higher by more than these intervals at a smaller KL, or is "". The
-    optimum is read at the largest KL at which it can be trusted.
+    The intervals treat policy and reference as independent, though they share their prompts, so they are rather too wide.
+    `turned` names the method's setting of smaller KL whose second reward was higher by more than these intervals, or is "".
+    The optimum is read at the largest KL at which it can be trusted.
     """
     ended = {key: list(seeds.values()) for key, seeds in last_points(results).items()}
     (start,) = ended.get((REFERENCE, ""), [None])
@@ -39,7 +39,7 @@ def gains(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
         }
         if settings:
             label = max(settings, key=lambda label: settings[label]["reward"][""])
-            own = method != "best-of-n"  # which is of other prompts, with a reference of theirs
+            own = method != "best-of-n"  # measured on other prompts, with its own reference value
             before = start if own else _reference_of(optimum)
             rows.append(_row(method, label, settings[label], before) | {"turned": _turned(settings, label)})
     if optimum.beside is not None and optimum.trusted.any():
@@ -73,7 +73,7 @@ def _row(method: str, label: str, found: Mapping[str, Mapping[str, float]], star
 
 
 def _turned(settings: Mapping[str, Mapping[str, Mapping[str, float]]], label: str) -> str:
-    """The setting nearer to the reference whose second reward is higher than that of `label` beyond their intervals."""
+    """The setting closer to the reference whose second reward exceeds that of `label` by more than their intervals."""
     here = settings[label]
     nearer = [other for other, its in settings.items() if its["kl"][""] < here["kl"][""]]
     best = max(nearer, key=lambda other: settings[other][SECOND][""], default=label)
@@ -83,13 +83,13 @@ def _turned(settings: Mapping[str, Mapping[str, Mapping[str, float]]], label: st
 
 
 def over_optimised(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    """The methods whose second reward falls while the first rises, and those that show no gain in the second."""
+    """Methods whose second reward falls while the first rises, and methods that show no gain in the second."""
     falls = [row["method"] for row in rows if row["reading"] == FALLS or row["turned"]]
     return falls, [row["method"] for row in rows if row["reading"] == ONE and not row["turned"]]
 
 
 def summary(rows: Sequence[Mapping[str, Any]], *, name: str) -> str:
-    """`gains` as text, with the reading of it in words."""
+    """`gains` as text, with an interpretation in words."""
     lines = [f"{f'beside {name}:':14}{'at':>16}{'KL':>8}{'gain in reward':>26}{f'in {name}':>28}  "]
     for row in rows:
         cells = [f"{row[g]:.2f} ({row[f'{g}_low']:.2f} to {row[f'{g}_high']:.2f})" for g in ("gain", "second_gain")]
@@ -101,7 +101,7 @@ def summary(rows: Sequence[Mapping[str, Any]], *, name: str) -> str:
 
 
 def words(rows: Sequence[Mapping[str, Any]], *, name: str) -> str:
-    """What the two rewards say together, in a few sentences."""
+    """Interpretation of the two rewards in a few sentences."""
     said = [
         f"No policy was trained on {name}.",
         "What a policy gains in the trained-on reward but not in the second is over-optimisation of the scorer.",

@@ -1,4 +1,4 @@
-"""Many short runs, one or a few at a time, none of them twice: what is finished is read, what was cut off starts again."""
+"""Sweep of many short runs, one or a few at a time. Finished runs are read from disk, interrupted ones start again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def reward_at_kl(point: Mapping[str, float]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One point or curve of the figure. `settings` is everything that its result depends on and other runs do not share."""
+    """One point or curve of the figure. `settings` is everything that its result depends on, except what all runs share."""
 
     method: str
     label: str  # "beta 0.1"
@@ -44,8 +44,8 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """`points`: what was measured on the way, in order; each holds `step`, `reward`, `kl` and their intervals, or what
-    `sweep` was given as `point`."""
+    """Result of a run. `points` are its measurements in order; each has `step`, `reward`, `kl` and their intervals, or the
+    fields given to `sweep` as `point`."""
 
     run: Run
     points: list[dict[str, float]]
@@ -64,16 +64,18 @@ def sweep(
     say: Callable[[str], None] = print,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Result]:
-    """`perform(run, its folder)` for every run whose result is not in `folder` yet. Results in the order of `runs`.
+    """Calls `perform(run, its folder)` for every run without a result in `folder`. Returns results in the order of `runs`.
 
-    `shared` is what all runs depend on. A result made under other settings or another `shared` is made anew. A result is
-    written after everything else of its run, in one piece: a sweep that was killed continues with the runs it was in.
+    `shared` is what all runs depend on. A result made with other settings or another `shared` is replaced. A result is written
+    atomically, after everything else of its run: a killed sweep continues with the runs that were in progress.
 
-    `point`: the shape of a measured point (`dpo_jax.shapes`). `words` tells its last one on the line of a finished run.
+    `point`: the shape of a measured point (`dpo_jax.shapes`). `words` describes the last point on a finished run's progress
+    line.
 
-    `jobs` runs are performed at a time, by threads: a small model leaves most of a processor idle. When one fails, those that
-    have begun are brought to their end, no other begins, and its exception is raised. Of several hosts all call this, and share
-    `folder`: each run is on all of them, one at a time, as threads would meet in other orders; the first one writes.
+    `jobs` threads perform runs at the same time, because a small model leaves most of a processor idle. When a run fails, the
+    runs in progress finish, no other starts, and its exception is raised. With several hosts all call this and share `folder`.
+    Each run then uses all hosts, one run at a time, because threads would meet in different orders on different hosts; the
+    first one writes.
     """
     runs = list(runs)
     names = [run.name for run in runs]
@@ -108,13 +110,13 @@ def sweep(
 
 
 def _at_a_time(one: Callable[[Run], Result], runs: Sequence[Run], jobs: int) -> Iterator[Result]:
-    """`one(run)` of all runs, as they end."""
-    if jobs == 1:  # in the main thread, where signals are heard
+    """Yields `one(run)` for all runs, in the order in which they end."""
+    if jobs == 1:  # in the main thread, which receives signals
         yield from map(one, runs)
         return
     ahead = iter(runs)
     with ThreadPoolExecutor(jobs) as pool:
-        # No more is handed over than is performed: what has not begun needs not be taken back.
+        # Only as many runs are submitted as are performed, so none that has not started needs cancelling.
         going = {pool.submit(one, run) for run in itertools.islice(ahead, jobs)}
         while going:
             ended, going = wait(going, return_when=FIRST_COMPLETED)
@@ -124,7 +126,7 @@ def _at_a_time(one: Callable[[Run], Result], runs: Sequence[Run], jobs: int) -> 
 
 
 def _identity(run: Run, shared: Mapping[str, Any]) -> dict[str, Any]:
-    # As it reads after a round trip through the file.
+    # In the form it has after a round trip through the file.
     return json.loads(json.dumps({"run": dataclasses.asdict(run), "shared": dict(shared)}))
 
 
@@ -135,7 +137,7 @@ def _digest(measured: Mapping[str, Any]) -> str:
 def _finished(
     folder: Path, run: Run, shared: Mapping[str, Any], point: Mapping[str, Any], say: Callable[[str], None]
 ) -> tuple[list[dict[str, float]], float] | None:
-    """Points and seconds of the result in a folder; None if there is none, or one of another run, or a damaged one (said)."""
+    """Points and seconds of the result in a folder; None if it is missing, of another run, or damaged (which is reported)."""
     try:
         found = read_object(folder / RESULT)
         if {name: found.get(name) for name in ("run", "shared")} != _identity(run, shared):

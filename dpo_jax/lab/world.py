@@ -1,4 +1,4 @@
-"""What all methods of an experiment share: the reference, the prompts, the true reward, and how a policy is measured."""
+"""Experiment setup shared by all methods: the reference, the prompts, the true reward, and the measurement of a policy."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, TrainState, Variables
 
 Points = list[dict[str, float]]
-"""What `World.measure` found on the way of a run, in order, each with the `step` after which."""
+"""Measurements of a run by `World.measure`, in order, each with its `step`."""
 
 
 SECOND, LEARNED = "second_reward", "learned_reward"
-"""Names, in a point, of the reward that no policy trains on and of the one that is learned from the labelled pairs."""
+"""Names in a point: the reward that no policy trains on, and the reward learned from the labelled pairs."""
 
 
 class Trainable(Protocol):
-    """What a method that learns from pairs knows of an experiment: `World`, or `dialogue.DialogueWorld` of several turns."""
+    """Interface of an experiment for methods that learn from pairs: `World`, or `dialogue.DialogueWorld` for several turns."""
 
     partitioner: Partitioner
     model: Model
@@ -44,11 +44,11 @@ class Prompts(NamedTuple):
     ids: list[np.ndarray]  # int32[n] each
 
     def repeated(self, times: int) -> Prompts:
-        """Each prompt `times` times, one behind the other."""
+        """Each prompt repeated `times` times in a row."""
         return Prompts([text for text in self.texts for _ in range(times)], [x for x in self.ids for _ in range(times)])
 
     def of(self, chosen: Iterable[int]) -> Prompts:
-        """Those with the numbers `chosen`."""
+        """The prompts with the numbers `chosen`."""
         some = [int(number) for number in chosen]
         return Prompts([self.texts[number] for number in some], [self.ids[number] for number in some])
 
@@ -65,7 +65,7 @@ class Scored(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """What a policy does with each of P prompts: a completion drawn from it, and KL(policy || reference) in nats."""
+    """A completion sampled from a policy for each of P prompts, and KL(policy || reference) in nats."""
 
     completions: Completions
     rewards: np.ndarray  # float64[P], true ones
@@ -74,10 +74,10 @@ class Observed(NamedTuple):
 
 
 class World:
-    """An experiment's fixed part. All `variables` are the partitioner's.
+    """The fixed part of an experiment. All `variables` are the partitioner's.
 
-    `width` is the row length into which every prompt with its longest completion fits. Programs are compiled once and shared by
-    all methods, so that a sweep of many short runs is not a sweep of compilations.
+    `width` is a row length that fits every prompt with its longest completion. Programs are compiled once and shared by all
+    methods, so that a sweep of many short runs does not spend its time compiling.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class World:
         self.reward, self.train, self.test = reward, train, test
         self.stop_ids, self.max_new_tokens, self.batch, self.seed = tuple(stop_ids), max_new_tokens, batch, seed
         self.begin = begin  # (variables, tx=...) -> the state before the first step: says what is trained
-        self.beside = dict(beside or {})  # rewards that are measured beside the true one, by their names in a point
+        self.beside = dict(beside or {})  # rewards measured in addition to the true one, by their names in a point
         self.width = round_up(max(map(len, [*train.ids, *test.ids])) + max_new_tokens, 8)
         sizes = {"max_new_tokens": max_new_tokens, "batch": batch, "width": self.width - max_new_tokens}
         self.complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, **sizes)
@@ -115,7 +115,7 @@ class World:
     def kl(
         self, variables: Variables, prompts: Sequence[np.ndarray], ids: Sequence[np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(exact per step, from the samples alone) of completions drawn from `variables`: float32[B] each, in nats."""
+        """KL (exact per step, and from the samples alone) of completions drawn from `variables`: float32[B] each, in nats."""
         both = {"policy": variables, "reference": self.reference}
         return self.over(self._kl, both, prompts, ids)
 
@@ -128,9 +128,9 @@ class World:
         return map_completions(self.partitioner, compiled, variables, prompts, ids, batch=self.batch, length=self.width)
 
     def with_prompts(self, *, train: Prompts, test: Prompts) -> World:
-        """The same experiment on other prompts. Compiled programs are shared, as far as the prompts are no longer.
+        """The same experiment on other prompts. Compiled programs are shared if the prompts are not longer.
 
-        Raises ValueError for prompts that, with a completion, do not fit the model's positions.
+        Raises ValueError for prompts that exceed the model's positions together with a completion.
         """
         other = copy.copy(self)
         other.train, other.test = train, test
@@ -141,15 +141,15 @@ class World:
         return other
 
     def observe(self, variables: Variables, *, draw: int = 0) -> Observed:
-        """A completion of each test prompt. The same `draw` has the same random numbers for all policies."""
+        """Samples a completion of each test prompt. The same `draw` uses the same random numbers for all policies."""
         scored = self.sample(variables, self.test, jax.random.fold_in(jax.random.key(self.seed), draw))
         return Observed(*scored, *self.kl(variables, self.test.ids, scored.completions.ids))
 
     def measure(self, variables: Variables, *, draw: int = 0) -> dict[str, float]:
         """True reward, KL to the reference and mean tokens of a policy on the test prompts, with 95 % intervals over prompts.
 
-        Rewards of `beside` are measured on the same completions; `cut` is the share that no stop token ended. The same prompts
-        and the same random numbers for all policies: differences between them are less noisy than each.
+        Rewards of `beside` are measured on the same completions; `cut` is the share of completions without a stop token. All
+        policies get the same prompts and random numbers, so their differences are less noisy than the values.
         """
         return self.point(self.observe(variables, draw=draw))
 
@@ -167,6 +167,6 @@ def _kl(model: Model, both: Mapping[str, Variables], rows: Any) -> tuple[jax.Arr
 
 
 def with_interval(name: str, values: np.ndarray, seed: int) -> dict[str, float]:
-    """The mean of values `[P]` under `name`, and its 95 % interval over prompts under `name`_low and `name`_high."""
+    """The mean of values `[P]` as `name`, with its 95 % interval over prompts as `name`_low and `name`_high."""
     low, high = bootstrap_interval(values, seed=seed)
     return {name: float(np.mean(values, dtype=np.float64)), f"{name}_low": low, f"{name}_high": high}

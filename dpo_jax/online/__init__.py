@@ -1,1 +1,1 @@
-"""Online and iterative DPO: rounds of samples of the present policy, labels, pairs and optimizer steps."""
+"""Online and iterative DPO: rounds of sampling from the current policy, labelling, pairing and optimizer steps."""

@@ -1,4 +1,4 @@
-"""Pairs of a round as groups of one prompt each, and one row layout for the batches of all rounds."""
+"""Batches of a round: pairs grouped by prompt, in one row layout for all rounds."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class PairBatches(NamedTuple):
     groups: Sequence[PairGroup]
     ref_logps: np.ndarray  # float32[groups, pairs, 2]
     layout: Layout
-    columns: Mapping[str, np.ndarray] = {}  # float32[groups, pairs] each: what else the loss takes of a pair, by keyword
+    columns: Mapping[str, np.ndarray] = {}  # float32[groups, pairs] each: further inputs of the loss per pair, by keyword
 
     def batch(self, indices: np.ndarray, *, size: int, part: tuple[int, int]) -> Batch:
-        """The groups `indices`, at most `size`, in rows."""
+        """Rows of the groups `indices`, at most `size`."""
         made = make_batch(self.groups, indices, layout=self.layout, batch=size, ref_logps=self.ref_logps, part=part)
         if not self.columns:
             return made
@@ -32,7 +32,7 @@ class PairBatches(NamedTuple):
 
 
 def of_groups(groups: Sequence[PairGroup], values: np.ndarray, *, pairs: int) -> np.ndarray:
-    """Values of the caller's pairs, [P, ...], by the groups that hold them: float32[groups, pairs, ...], and 0 for no pair."""
+    """Values of the caller's pairs, [P, ...], arranged by group: float32[groups, pairs, ...], 0 where there is no pair."""
     found = np.zeros((len(groups), pairs, *values.shape[1:]), np.float32)
     for place, group in zip(found, groups, strict=True):
         place[: len(group.members)] = values[group.members]
@@ -40,8 +40,8 @@ def of_groups(groups: Sequence[PairGroup], values: np.ndarray, *, pairs: int) ->
 
 
 def prompt_groups(pairs: Sequence[Encoded], prompts: Iterable[Hashable]) -> list[PairGroup]:
-    """`pairs` by their prompt, of which `prompts[P]` are numbers or names, in the order in which they first come. `members`
-    count all pairs."""
+    """`pairs` grouped by prompt, in order of first appearance; `prompts[P]` are numbers or names of prompts. `members` index
+    all pairs."""
     members: dict[Hashable, list[int]] = {}
     for place, prompt in enumerate(prompts):
         members.setdefault(prompt, []).append(place)
@@ -53,7 +53,7 @@ def prompt_groups(pairs: Sequence[Encoded], prompts: Iterable[Hashable]) -> list
 
 
 def worst_case(prompts: Sequence[np.ndarray], *, completions: int, tokens: int) -> PairGroup:
-    """A group as large as any: the longest prompt, so many completions of so many tokens, and all pairs of them."""
+    """The largest possible group: the longest prompt, `completions` of `tokens` tokens each, and all pairs of them."""
     several = tuple(np.full(tokens, number, np.int32) for number in range(completions))
     pairs = np.stack(np.triu_indices(completions, 1), axis=1).astype(np.int32)
     members = np.arange(len(pairs), dtype=np.int64)
@@ -69,5 +69,5 @@ def plan_rows(
     microbatches: int,
     length: int | None = None,
 ) -> Layout:
-    """A layout for batches of `batch` groups. `groups` hold the largest there will be. `length`: see `plan_layout`."""
+    """A layout for batches of `batch` groups. `groups` must include the largest group to come. `length`: see `plan_layout`."""
     return plan_layout(groups, kind=kind, batch=batch, length=length, shapes=2, **row_parts(partitioner, microbatches))

@@ -1,4 +1,4 @@
-"""Which prompts a round asks about, and which of their completions become pairs. Pure functions of arrays."""
+"""Selection of the prompts that a round labels, and of the completions that become pairs. Pure functions of arrays."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Elicitation = Literal["uniform", "disagreement", "uncertainty"]
 def draw_prompts(prompts: int, count: int, *, seed: int, number: int) -> np.ndarray:
     """The prompts of round `number`: int64[count], distinct numbers below `prompts`.
 
-    Rounds follow each other through shuffled passes over all prompts. Where a pass ends within a round, a prompt that would
-    come twice is replaced by another. Raises ValueError where there are fewer than `count` prompts.
+    Successive rounds go through shuffled passes over all prompts. If a pass ends within a round, a prompt that would come twice
+    is replaced by another. Raises ValueError if there are fewer than `count` prompts.
 
     >>> draw_prompts(5, 3, seed=0, number=0)
     array([2, 4, 3])
@@ -33,12 +33,12 @@ def draw_prompts(prompts: int, count: int, *, seed: int, number: int) -> np.ndar
 def choose_prompts(
     estimates: np.ndarray, texts: Sequence[Sequence[str]], count: int, *, how: Elicitation = "uniform"
 ) -> np.ndarray:
-    """Which of C candidate prompts to ask labels for: int64[count], ascending, by `estimates[C, K]` of their K completions.
+    """Numbers of the candidate prompts to label: int64[count], ascending, chosen by `estimates[C, K]` of their K completions.
 
-    "uniform" takes the first ones, which were drawn at random. "disagreement" takes those whose estimated rewards scatter most
-    (standard deviation). "uncertainty" takes those whose completions the estimate cannot tell apart: the smallest mean
-    distance of two completions. Completions of the same text tell nothing: they do not count as two, and prompts with one text
-    come last. Of equal values the earlier prompt is taken.
+    "uniform" takes the first ones, which were drawn at random. "disagreement" takes those whose estimated rewards have the
+    largest standard deviation. "uncertainty" takes those whose completions the estimate cannot tell apart: the smallest mean
+    distance of two completions. Completions with the same text count once, and prompts with a single text come last. Ties go to
+    the earlier prompt.
 
     >>> estimates = np.array([[0.0, 4.0], [0.0, 0.1], [0.0, 1.0]])
     >>> texts = [[" a", " b"]] * 3
@@ -56,7 +56,7 @@ def choose_prompts(
 
 
 def _distinct(estimates: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """The estimates of completions with different texts, the first of each."""
+    """The estimates of distinct texts: the first of each."""
     return np.array([estimates[texts.index(text)] for text in dict.fromkeys(texts)])
 
 
@@ -73,13 +73,13 @@ def _mean_distance(values: np.ndarray) -> float:
 def choose_pairs(
     texts: Sequence[Sequence[str]], rewards: np.ndarray, *, how: PairsHow, seed: int = 0, eos: str | None = None
 ) -> tuple[np.ndarray, LabelCounts]:
-    """Preference pairs of the K completions of each of N prompts, by `rewards[N, K]`: int64[P, 3], and what became of the rest.
+    """Preference pairs of the K completions of each of N prompts by `rewards[N, K]`: int64[P, 3], and counts of the rest.
 
-    A row is (prompt, chosen, rejected). "best_worst" makes one pair a prompt, of the highest reward and the lowest, of equals
-    the first and the last. "all" makes all K (K - 1) / 2, each with the higher reward chosen. "bradley_terry" draws the labels
-    of all pairs, with P(first chosen) = sigmoid(r_first - r_second): `data.label.label`, which also says which pairs are left
-    out (ties, equal texts, blank ones, those that spell `eos`). "soft" makes the pairs of "all", whose loss is then given this
-    probability instead of a draw (`soft_labels`). ValueError for shapes that differ, and for rewards that are not finite.
+    A row is (prompt, chosen, rejected). "best_worst" makes one pair per prompt, of the highest and the lowest reward (the first
+    and the last of equal ones). "all" makes all K (K - 1) / 2 pairs, with the higher reward chosen. "bradley_terry" draws the
+    labels of all pairs, with P(first chosen) = sigmoid(r_first - r_second): `data.label.label`, which also says which pairs are
+    left out (ties, equal texts, blank ones, those that spell `eos`). "soft" makes the pairs of "all"; their loss takes this
+    probability instead of a draw (`soft_labels`). Raises ValueError for shapes that differ and for rewards that are not finite.
 
     >>> texts = [[" a delight.", " a bore.", " fine."]]
     >>> choose_pairs(texts, np.array([[2.0, -1.0, 0.5]]), how="best_worst")[0]
@@ -90,7 +90,7 @@ def choose_pairs(
     rewards = np.asarray(rewards, np.float64)
     places = np.tile(np.arange(rewards.shape[-1]), (len(rewards), 1))
     if how == "best_worst" and rewards.shape == (len(texts), rewards.shape[-1]) and len(texts):
-        # The last of the lowest: where all are equal they are a tie, and not one completion twice.
+        # The last of the lowest: if all rewards are equal this is a tie of two completions, not one completion twice.
         worst = rewards.shape[1] - 1 - rewards[:, ::-1].argmin(axis=1)
         places = np.stack([rewards.argmax(axis=1), worst], axis=1)
         rewards = np.take_along_axis(rewards, places, axis=1)
@@ -103,14 +103,14 @@ def choose_pairs(
     for preference in preferences:
         _, prompt, pair = preference.uid.split(":")
         number, (first, second) = int(prompt), map(int, pair.split("-"))
-        if preference.chosen != texts[number][first]:  # equal texts are no pair
+        if preference.chosen != texts[number][first]:  # equal texts are not a pair
             first, second = second, first
         found.append((number, places[number][first], places[number][second]))
     return np.array(found, np.int64).reshape(-1, 3), counts
 
 
 def soft_labels(rewards: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """The chance that a Bradley-Terry draw rejects the chosen completion of `pairs[P, 3]`, by `rewards[N, K]`: float32[P].
+    """Probability that a Bradley-Terry draw rejects the chosen completion of `pairs[P, 3]`, by `rewards[N, K]`: float32[P].
 
     As `label_smoothing` of `dpo_loss` it makes the loss the expectation over draws: the same optimum, with less variance.
 
@@ -123,7 +123,7 @@ def soft_labels(rewards: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 
 
 def beta_of_round(first: float, last: float | None, *, number: int, rounds: int) -> float:
-    """beta of round `number`: from `first` to `last` in equal ratios; `first` always where `last` is None.
+    """beta of round `number`: a geometric sequence from `first` to `last`; constant if `last` is None.
 
     >>> [beta_of_round(4.0, 1.0, number=number, rounds=3) for number in range(3)]
     [4.0, 2.0, 1.0]
@@ -132,10 +132,10 @@ def beta_of_round(first: float, last: float | None, *, number: int, rounds: int)
 
 
 def shares_won(outcomes: np.ndarray) -> np.ndarray:
-    """Scores of completions from comparisons of each two: `outcomes[N, K, K]` -> float64[N, K].
+    """Scores of completions from pairwise comparisons: `outcomes[N, K, K]` -> float64[N, K].
 
-    `outcomes[n, i, j]` for i < j is 1 where completion i won, 0 where j did, 1/2 for a tie, NaN where nobody decided. The score
-    is the share that a completion won of its decided comparisons, NaN where there is none.
+    `outcomes[n, i, j]` for i < j is 1 if completion i won, 0 if j did, 1/2 for a tie, NaN if undecided. The score is the share
+    of decided comparisons that a completion won; NaN without any.
 
     >>> shares_won(np.array([[[np.nan, 1.0], [np.nan, np.nan]]]))
     array([[1., 0.]])

@@ -1,12 +1,12 @@
-"""Append-only log of the labels of a run, so that none is asked twice; and scores of completions from it.
+"""Append-only log of the labels of a run, so that none is requested twice, and scores of completions from it.
 
     {"settings": {...}, "check": "..."}                                              what all labels depend on
     {"round": 0, "prompt": "The film", "completions": [" was fine."], "label": 3.0, "check": "..."}
     {"round": 0, "prompt": "The film", "completions": [" a", " b"], "label": 0.5, "check": "..."}
 
-One completion: the label is its reward. Two: 1 where the first won, 0 where the second did, 1/2 for a tie, null where nobody
-decided. Each line ends with a checksum under the settings of the log. A line that a kill has cut off, or that was damaged, is
-left out, and its label is asked again.
+With one completion the label is its reward. With two it is 1 if the first won, 0 if the second did, 1/2 for a tie, null if
+undecided. Each line ends with a checksum that covers the settings of the log. A truncated or damaged line is dropped, and its
+label is requested again.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ LINE = {"round": int, "prompt": str, "completions": [str], "label": (float, None
 
 
 class Asked(NamedTuple):
-    """Two completions of one prompt that somebody compares."""
+    """Two completions of one prompt to compare."""
 
     prompt: str
     completions: tuple[str, str]
 
 
 Compare = Callable[[int, Sequence[Asked]], Sequence[Label]]
-"""(number of the round, comparisons) -> labels in their order. It may raise where some have no answer yet; asked again with the
-same comparisons, it goes on."""
+"""(number of the round, comparisons) -> labels in their order. It may raise while answers are missing; called again with the
+same comparisons, it continues."""
 
 
 class LabelLog:
     """The log at `path`, new or continued. `settings`: JSON values that every label depends on.
 
-    Raises `RunMismatch`, naming what differs, for a log of other settings, and `Unreadable` for a file that is none. One
-    process at a time may use it, as the lock of a run directory ensures.
+    Raises `RunMismatch`, naming the difference, for a log with other settings, and `Unreadable` for a file that is not a log.
+    Only one process may use it at a time; the lock of the run directory ensures this.
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, say: Callable[[str], None] = SAY) -> None:
@@ -72,15 +72,15 @@ class LabelLog:
         return self._labels[key]
 
     def count(self, number: int) -> int:
-        """The labels that were asked in round `number`; those that nobody decided are among them."""
+        """Number of labels requested in round `number`, undecided ones included."""
         return sum(its == number for its in self._rounds.values())
 
     def total(self, number: int) -> int:
-        """The labels that were asked up to and with round `number`."""
+        """Number of labels requested up to and including round `number`."""
         return sum(its <= number for its in self._rounds.values())
 
     def add(self, number: int, labels: Mapping[Key, Label]) -> None:
-        """Appends labels of round `number`. They are on disk when this returns. ValueError for one that is not finite."""
+        """Appends labels of round `number`; they are on disk when this returns. Raises ValueError for a non-finite label."""
         lines = []
         for key, label in labels.items():
             if label is not None and not np.isfinite(label):
@@ -119,7 +119,7 @@ class LabelLog:
             say(f"{self.path}: damaged lines are left out: {words}")
 
     def _line(self, number: int, line: bytes | LongLine) -> dict[str, Any]:
-        """Takes over a line. Raises `Unreadable` for one that is torn or damaged."""
+        """Adds a line to the log in memory. Raises `Unreadable` if it is truncated or damaged."""
         if isinstance(line, LongLine):
             raise line
         record = parse_object(line, "no JSON object")
@@ -145,7 +145,7 @@ def scored(
     batch: int = 64,
     pause: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Rewards of the K completions of each of N prompts: float64[N, K]. What `log` has is not asked again.
+    """Rewards of the K completions of each of N prompts: float64[N, K]. Labels already in `log` are not requested again.
 
     About `batch` completions are scored at a time, and logged before the next. `pause()` is called in between, and may raise.
     """
@@ -164,9 +164,9 @@ def scored(
 def compared(
     prompts: Sequence[str], texts: Sequence[Sequence[str]], compare: Compare, log: LabelLog, *, number: int
 ) -> np.ndarray:
-    """Scores of the K completions of each of N prompts by comparing each two: float64[N, K], as `choices.shares_won`.
+    """Scores of the K completions of each of N prompts by pairwise comparison: float64[N, K], as `choices.shares_won`.
 
-    Equal texts are a tie, and blank ones undecided: nobody is asked. Nor is anybody where `log` has the label.
+    Equal texts are a tie and blank ones undecided, without a request. Labels already in `log` are not requested again.
     """
     several = len(texts[0]) if texts else 0
     outcomes = np.full((len(texts), several, several), np.nan)

@@ -1,4 +1,4 @@
-"""Online DPO as a method of a sweep: the rounds of one run in its folder, and what was measured on the way."""
+"""Online DPO as a method of a sweep: the rounds of one run in its folder, and its measurements."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.types import TrainState, Variables
 
 Keep = Callable[[dict[str, float], Variables], None]
-"""(a point of a run, its policy on the devices): may save the policy, and add to the point."""
+"""Callback (point of a run, its policy on the devices): may save the policy and add to the point."""
 
 
 def _quiet(line: str) -> None:
-    """Rounds of runs side by side say nothing: the sweep has a line for each run."""
+    """Suppresses the output of rounds: the sweep prints a line for each run."""
 
 
 class OnlineMethod:
-    """Runs that differ in beta, seed and elicitation alone, so that the step is compiled once.
+    """Online runs that differ only in beta, seed and elicitation, so that the step is compiled once.
 
-    `loss` takes what differs from pair to pair by keyword (`RoundOptions`). The reference is that of the world. Unlike
-    `dpo-jax online` a run has no checkpoints: one that was cut off begins again.
+    `loss` takes per-pair inputs by keyword (`RoundOptions`). The reference is the world's. Unlike `dpo-jax online` a run has no
+    checkpoints: an interrupted run begins again.
     """
 
     def __init__(self, world: World, *, loss: PreferenceLoss, tx: optax.GradientTransformation, microbatches: int = 1) -> None:
@@ -43,8 +43,8 @@ class OnlineMethod:
     def train(
         self, folder: Path, options: RoundOptions, *, settings: Mapping[str, Any], evaluations: int, keep: Keep
     ) -> tuple[Points, Variables]:
-        """About `evaluations` points of a run of `options.rounds` rounds, each with the `labels` so far; the final variables on
-        the host. `settings`: JSON values that the files of the rounds are bound to. Leaves `metrics.jsonl`, too."""
+        """About `evaluations` points of a run of `options.rounds` rounds, each with the `labels` used so far, and the final
+        variables on the host. `settings`: JSON values that the files of the rounds depend on. Also writes `metrics.jsonl`."""
         world, partitioner, points = self.world, self.world.partitioner, []
         log = LabelLog(folder / "labels.jsonl", settings)
         rounds = Rounds(world, folder, options, log=log, settings=settings, start="reference", reward=world.reward, say=_quiet)
@@ -59,7 +59,7 @@ class OnlineMethod:
             rounds.move(done, state.variables, f"step {done}", pause=pause)
 
         rounds.begin(world.reference)
-        # Training consumes what it starts from, so it is given a copy.
+        # Training donates its initial state, so it gets a copy.
         start = partitioner.put_variables(partitioner.to_host(world.reference))
         with MetricsLog(folder / "metrics.jsonl") as metrics:
             state = fit(

@@ -1,4 +1,4 @@
-"""Policies that became the reference of an online run, kept as model folders: rounds to come read their log-probabilities."""
+"""Policies that became the reference of an online run, kept as model folders for the log-probabilities of later rounds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dpo_jax.shapes import fit
 from dpo_jax.types import Variables
 from dpo_jax.untrusted import Unreadable, read_object
 
-KEPT = 2  # a damaged checkpoint sends a run back behind the last move
+KEPT = 2  # a damaged checkpoint can send a run back to before the last change of the reference
 
 
 class KeptReferences:
-    """References in `folder`, one for each round at whose beginning the policy became the reference.
+    """References in `folder`: one for each round at whose beginning the policy became the reference.
 
-    `save(path, variables)` writes a model folder. `load(path) -> (variables, digest)` reads one onto the devices. A policy is
-    used as it is read back, so that a run that was killed has the same numbers.
+    `save(path, variables)` writes a model folder; `load(path) -> (variables, digest)` reads one onto the devices. A policy is
+    always used as read back from disk, so that a resumed run has the same numbers.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class KeptReferences:
         return "" if found is None else found["weights"]
 
     def keep(self, number: int, variables: Variables, weights: str) -> None:
-        """Keeps the policy of round `number`, unless it is there. Older ones, but for the last, are deleted."""
+        """Saves the policy of round `number`, unless it is there. Deletes older ones except the last."""
         if not self.has(number, weights):
             path = self._path(number)
             self._file(number).unlink(missing_ok=True)
@@ -53,9 +53,9 @@ class KeptReferences:
             shutil.rmtree(self._path(old), ignore_errors=True)
 
     def load(self, number: int) -> Variables:
-        """The reference of round `number`, on the devices. Raises `Unreadable` where it is gone or damaged."""
+        """The reference of round `number`, on the devices. Raises `Unreadable` if it is missing or damaged."""
         if self._current is None or self._current[0] != number:
-            self._current = None  # two of them need not be there at a time
+            self._current = None  # frees the old one first: two need not fit in memory
             record, remedy = self._record(number), "restore it, or choose another run.dir"
             if record is None:
                 raise Unreadable(f"{self._path(number)}: the reference of these rounds is gone; {remedy}")

@@ -1,12 +1,12 @@
-"""The rounds of an online run: what training reads of a step is made from the policy at the beginning of its round.
+"""Rounds of an online run: the data of a round's steps are sampled from the policy at the beginning of the round.
 
-`Rounds` is given to `training.run.train` as `moving`, and its `batch` as the stream. After the last step of a round training
-saves the state and calls `move`, which samples, asks for labels, makes pairs and reads the reference; then it goes on. So there
-is one run, with one schedule and one optimizer state. Each round has a folder, `round-003`:
+`Rounds` is the argument `moving` of `training.run.train`, and its `batch` is the stream. After the last step of a round,
+training saves the state and calls `move`, which samples, requests labels, makes pairs and scores them under the reference.
+Then training continues: it is one run, with one schedule and one optimizer state. Each round has a folder, `round-003`:
 
     samples.jsonl   completions of every candidate prompt: texts, token ids, log-probabilities of policy and reference
-    prompts.jsonl   the candidates, and which of them labels were asked for
-    scores.jsonl    what their completions scored
+    prompts.jsonl   the candidates, and which of them were selected for labelling
+    scores.jsonl    the scores of their completions
     pairs.jsonl     prompt, chosen, rejected: preferences that `dpo-jax dpo --data.path` reads
     stage.json      which of these are finished, what they depend on, and the row of the round in rounds.jsonl
 """
@@ -53,52 +53,52 @@ SCORE = {"number": int, "score": (float, None)}
 
 
 class RoundOptions(NamedTuple):
-    """What a round does. `beta` is that of the loss, in which implicit rewards are stated. With `beta_last` the loss takes it,
-    and with soft pairs `label_smoothing`, of each pair by keyword (`PairBatches.columns`)."""
+    """Settings of a round. `beta` is that of the loss and of the implicit rewards. With `beta_last` the loss takes beta for
+    each pair by keyword, and with soft pairs `label_smoothing` (`PairBatches.columns`)."""
 
-    prompts: int  # labels are asked for
+    prompts: int  # labelled in a round
     completions: int  # of each
     pairs: PairsHow
     steps: int  # optimizer steps
     batch: int  # prompts a step
     beta: float  # of the first round
     seed: int
-    candidates: int = 1  # prompts that are sampled for each that is asked
+    candidates: int = 1  # prompts sampled for each one labelled
     elicitation: Elicitation = "uniform"
     refresh: int = 0  # the policy becomes the reference after so many rounds; 0: never
     layout: str = "packed"
     row_length: int | None = None
-    reward_scale: float = 1.0  # logits of a label per unit of reward, of pairs that are drawn or soft
+    reward_scale: float = 1.0  # logits of a label per unit of reward, for drawn or soft pairs
     microbatches: int = 1
-    beta_last: float | None = None  # of the last of so many `rounds`, see `beta_of_round`
+    beta_last: float | None = None  # of the last of `rounds` rounds, see `beta_of_round`
     rounds: int = 1
-    replay: int = 1  # steps read the pairs of the newest so many rounds
+    replay: int = 1  # number of newest rounds whose pairs the steps read
 
     def beta_of(self, number: int) -> float:
         return beta_of_round(self.beta, self.beta_last, number=number, rounds=self.rounds)
 
 
 class Labelled(NamedTuple):
-    """What a round learns from: the samples that were asked for, their rewards [N, K], and pairs [P, 3] of `choose_pairs`."""
+    """Training data of a round: the labelled samples, their rewards [N, K], and pairs [P, 3] of `choose_pairs`."""
 
     samples: Samples
     rewards: np.ndarray
     pairs: np.ndarray
     counts: LabelCounts
-    undecided: int  # prompts left out, as a completion of theirs has no score
+    undecided: int  # prompts left out because one of their completions has no score
 
 
 class Rounds:
-    """Makes or reads the rounds of a run in `folder`; see the module.
+    """Makes or reads the rounds of a run in `folder`; see the module docstring.
 
     Args:
       world: prompts (`train`), the policy's model and partitioner, and the first reference.
-      reward, compare: one of them: a function of texts, or who compares each two completions.
+      reward, compare: exactly one of them: a reward function of texts, or a function that compares two completions.
       log: the labels of the run.
-      estimate: a learned reward for `elicitation` "disagreement"; none: the implicit reward of the policy.
+      estimate: a learned reward for `elicitation` "disagreement"; None: the implicit reward of the policy.
       settings: JSON values on which samples, labels and pairs depend.
-      start: digest of the weights that the run starts from, which are the first reference.
-      references: where the policies that became the reference are kept; needed with `refresh`.
+      start: digest of the initial weights, which are the first reference.
+      references: store of the policies that became the reference; needed with `refresh`.
     """
 
     def __init__(
@@ -126,14 +126,14 @@ class Rounds:
         self._settings, self._start, self._references, self._say = dict(settings), start, references, say
         self._current: tuple[int, PairBatches] | None = None
 
-    # What `train` asks for
+    # The interface that `train` calls
 
     def origin(self, done: int) -> int:
-        """The step whose policy made what step `done` reads."""
+        """The step whose policy sampled the data of step `done`."""
         return done - done % self.every
 
     def resume(self, record: Mapping[str, Any]) -> None:
-        """Goes on from the `record` of a checkpoint."""
+        """Continues from the `record` of a checkpoint."""
         self.record.clear()
         self.record |= record
 
@@ -153,9 +153,9 @@ class Rounds:
         steps: Iterable[int] = (),
         pause: Callable[[], None] = lambda: None,
     ) -> None:
-        """Makes the round that begins with `step`, or reads it. `variables` are the policy's, `weights` their digest.
+        """Makes or reads the round that begins with `step`. `variables` are the policy's, `weights` their digest.
 
-        `pause()` is called between batches of labels, and may raise. Raises `DataError` where no pair is left.
+        `pause()` is called between batches of labels, and may raise. Raises `DataError` if no pair is left.
         """
         number = step // self.every
         if self._refreshes(number):
@@ -174,7 +174,7 @@ class Rounds:
             self._say(_words(stage.record))
 
     def begin(self, variables: Variables) -> None:
-        """Makes or reads the first round, of the policy that the run starts from."""
+        """Makes or reads the first round, sampled from the initial policy."""
         self.move(0, variables, self._start)
 
     def batch(self, step: int) -> Batch:
@@ -184,7 +184,7 @@ class Rounds:
             place = f"the newest checkpoint of {self.folder} was damaged and set aside"
             raise CheckpointDamaged(f"{place}; run the same command again")
         pairs, size = self._current[1], self.options.batch
-        seed = self.options.seed + 2**32 * (number + 1)  # another order for each round
+        seed = self.options.seed + 2**32 * (number + 1)  # a different order in each round
         indices = batch_indices(len(pairs.groups), batch=size, seed=seed, step=within)
         return pairs.batch(indices, size=size, part=self.world.partitioner.host_part)
 
@@ -237,7 +237,7 @@ class Rounds:
         count = options.prompts * (1 if options.elicitation == "uniform" else options.candidates)
         numbers = draw_prompts(len(world.train.ids), count, seed=options.seed, number=number)
         made = self._reference_round(number)
-        # A policy that has just become the reference is read from where it is kept, as it is after a kill.
+        # A policy that has just become the reference is read back from disk, as it is after a kill.
         reference = self._kept().load(made) if made else world.reference
         samples = sample_completions(
             world.complete,
@@ -253,14 +253,14 @@ class Rounds:
         return samples
 
     def _estimates(self, samples: Samples, number: int) -> np.ndarray:
-        """What elicitation knows of the rewards before any label is asked: float64[C, K]."""
+        """Reward estimates for elicitation, before any label is requested: float64[C, K]."""
         if self._estimate is None or self.options.elicitation != "disagreement":
             return samples.implicit_rewards(self.options.beta_of(number))
         prompts = [prompt for prompt, its in zip(samples.prompts.texts, samples.texts, strict=True) for _ in its]
         return self._estimate(prompts, [text for its in samples.texts for text in its]).reshape(len(samples), -1)
 
     def _labelled(self, stage: Stage, number: int) -> Labelled:
-        """What the files of a stage say."""
+        """The training data in the files of a stage."""
         options = self.options
         samples = read_samples(stage.rows("samples.jsonl", ROW), completions=options.completions)
         asked = [row["asked"] for row in stage.rows("prompts.jsonl", ASKED)]
@@ -280,7 +280,7 @@ class Rounds:
         return Labelled(samples, rewards, pairs, counts, int((~decided).sum()))
 
     def _earlier(self, number: int) -> list[tuple[int, Labelled]]:
-        """The rounds before `number` that its steps read as well: as many as `replay` allows and have its reference."""
+        """The earlier rounds that the steps of round `number` also read: within `replay`, and with the same reference."""
         first = max(self._reference_round(number), number - self.options.replay + 1)
         found = []
         for earlier in range(first, number):
@@ -297,16 +297,16 @@ class Rounds:
             some, its = encoded_pairs(labelled.samples, labelled.pairs, name=f"round {earlier}")
             encoded += some
             ref_logps.append(its)
-            prompts += [(earlier, int(prompt)) for prompt in labelled.pairs[:, 0]]  # of each round by itself
+            prompts += [(earlier, int(prompt)) for prompt in labelled.pairs[:, 0]]  # separately for each round
             labels.append(soft_labels(labelled.rewards * self.options.reward_scale, labelled.pairs))
         groups = prompt_groups(encoded, prompts)
-        if "layout" not in self.record:  # of all rounds: their batches are one program
+        if "layout" not in self.record:  # for all rounds: their batches share one program
             several = 2 if self.options.pairs == "best_worst" else self.options.completions
             longest = worst_case(self.world.train.ids, completions=several, tokens=self.world.max_new_tokens)
             shape = {"kind": self.options.layout, "batch": self.options.batch, "microbatches": self.options.microbatches}
             planned = plan_rows([*groups, longest], self.world.partitioner, **shape, length=self.options.row_length)
             self.record["layout"] = dataclasses.asdict(planned)
-        # A run may go on with other devices: the number of rows divides among those that are here.
+        # A run may continue on other devices: the number of rows must divide among the present ones.
         parts = row_parts(self.world.partitioner, self.options.microbatches)
         here = {"rows_multiple": parts["multiple"], "microbatches": parts["microbatches"]}
         layout = Layout.of({**self.record["layout"], **here})

@@ -1,4 +1,4 @@
-"""Completions that a policy drew for the prompts of a round, with their log-probabilities; and their file."""
+"""Completions sampled from a policy for the prompts of a round, with log-probabilities, and their file format."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dpo_jax.types import Variables
 from dpo_jax.untrusted import Unreadable
 
 ROW = {"number": int, "prompt": str, "prompt_ids": [int], "completion": str, "ids": [int], "logp": float, "ref_logp": float}
-"""A line of `samples.jsonl`; those of a prompt follow each other."""
+"""A line of `samples.jsonl`; lines of the same prompt are consecutive."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
     """K completions of each of N prompts, drawn from a policy at temperature 1.
 
-    numbers             int64[N]     which prompts of the pool these are
+    numbers             int64[N]     numbers of these prompts in the pool
     prompts             N texts, and their token ids
-    ids, texts          [N][K]       token ids as they were drawn, with the stop token if there was one; texts without it
+    ids, texts          [N][K]       token ids as sampled, with the stop token if there was one; texts without it
     logps, ref_logps    float32[N, K]  log pi(y|x) of the policy that drew them, and of the reference, in nats
     """
 
@@ -39,13 +39,13 @@ class Samples:
         return len(self.ids)
 
     def of(self, chosen: Sequence[int] | np.ndarray) -> Samples:
-        """Those of the prompts at the places `chosen`."""
+        """The samples of the prompts at positions `chosen`."""
         some = [int(i) for i in chosen]
         ids, texts = [self.ids[i] for i in some], [self.texts[i] for i in some]
         return Samples(self.numbers[some], self.prompts.of(some), ids, texts, self.logps[some], self.ref_logps[some])
 
     def implicit_rewards(self, beta: float) -> np.ndarray:
-        """beta log(pi / pi_ref) of the policy that drew them: float64[N, K]; eq. 5 up to a constant of the prompt."""
+        """beta log(pi / pi_ref) of the policy that drew them: float64[N, K]; eq. 5 up to a constant per prompt."""
         return beta * (self.logps.astype(np.float64) - self.ref_logps.astype(np.float64))
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -84,10 +84,11 @@ def sample_completions(
     reference: Variables,
     numbers: np.ndarray | None = None,
 ) -> Samples:
-    """K = `completions` of each prompt drawn from the policy `variables`, with log-probabilities of policy and reference.
+    """Samples K = `completions` of each prompt from the policy `variables`, with log-probabilities of policy and reference.
 
-    `complete(variables, ids, key)` is a `Completer`, `logps(variables, prompt_ids, ids) -> [B]` as `World.logps`. Both numbers
-    come from the same program: of a policy that is its reference they are equal to the last bit. `numbers` names the prompts.
+    `complete(variables, ids, key)` is a `Completer`, `logps(variables, prompt_ids, ids) -> [B]` as `World.logps`. Both
+    log-probabilities come from the same program, so they are equal to the last bit if the policy equals its reference.
+    `numbers` are the numbers of the prompts in the pool.
     """
     repeated = prompts.repeated(completions)
     drawn = complete(variables, repeated.ids, key)
@@ -102,9 +103,9 @@ def sample_completions(
 
 
 def encoded_pairs(samples: Samples, pairs: np.ndarray, *, name: str = "samples") -> tuple[list[Encoded], np.ndarray]:
-    """`pairs[P, 3]` of `choose_pairs` as token ids, exactly as they were drawn, and their ref_logps, float32[P, 2].
+    """`pairs[P, 3]` of `choose_pairs` as token ids, exactly as sampled, and their ref_logps, float32[P, 2].
 
-    A completion without a stop token, cut off at the longest length, gets none: its probability is that of what was drawn.
+    A completion that was truncated at the longest length gets no stop token: its probability is that of the sampled tokens.
     """
     encoded = [
         Encoded(samples.prompts.ids[n], samples.ids[n][chosen], samples.ids[n][rejected], uid=f"{name}:{n}:{chosen}-{rejected}")

@@ -1,7 +1,7 @@
-"""The folder of a round: files that are finished or made again, bound by digests to the settings and weights they are of.
+"""Folder of a round: its files are either finished or made again, and bound by digests to their settings and weights.
 
-`stage.json` names each finished file with its SHA-256, and what all of them depend on. Whatever it does not vouch for is made
-again. It is written last: a kill leaves a file that is not vouched for, and never one that is wrong.
+`stage.json` lists each finished file with its SHA-256, and what all of them depend on. Files it does not list are made again.
+It is written last, so a kill may leave a file unlisted, but never a wrong file listed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ CONTENT = {"settings": {}, "weights": {str: str}, "files": {str: str}, "record":
 
 
 class Stage:
-    """The stage in `folder`, new or continued. `settings` and `weights` (digests by name) are what its files depend on.
+    """The stage in `folder`, new or continued. Its files depend on `settings` and `weights` (digests by name).
 
-    One of other settings is a `RunMismatch` that names them: what was asked for it may have been paid. One of other weights is
-    begun anew, which `say` is told: they are what training made of the same settings on other devices, say. So is one whose
-    `stage.json` is damaged.
+    Raises `RunMismatch`, naming the settings that differ, for a stage with other settings, because its labels may have been
+    paid for. A stage with other weights is started again and reported to `say`: training with the same settings on other
+    devices, for example, gives other weights. So is a stage with a damaged `stage.json`.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Stage:
         say: Callable[[str], None] = SAY,
     ) -> None:
         self.folder, self._say = folder, say
-        self._settings = json.loads(json.dumps(dict(settings)))  # as they read after a round trip through the file
+        self._settings = json.loads(json.dumps(dict(settings)))  # in the form they have after a round trip through the file
         self._weights = dict(weights)
         self._files: dict[str, str] = {}
         self._record: dict[str, Any] = {}
@@ -55,7 +55,7 @@ class Stage:
         self._files, self._record = found["files"], found["record"]
 
     def has(self, name: str) -> bool:
-        """Whether file `name` is finished, and as it was left."""
+        """Whether file `name` is finished and unchanged."""
         if name not in self._files:
             return False
         try:
@@ -67,7 +67,7 @@ class Stage:
         return whole
 
     def put(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes file `name`, a row a line, and vouches for it."""
+        """Writes file `name`, one row per line, and lists it as finished."""
         content = "".join(json_text(dict(row)) + "\n" for row in rows).encode()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / name, content)
@@ -75,14 +75,14 @@ class Stage:
         self._write()
 
     def rows(self, name: str, shape: Shape) -> list[dict[str, Any]]:
-        """The rows of file `name`, which `has` has found whole. Raises `Unreadable` for rows of another shape."""
+        """The rows of file `name`, which must have passed `has`. Raises `Unreadable` for rows of another shape."""
         found = read_lines(self.folder / name, lambda row: fit(row, shape, "no such row"))
         if found.damaged:
             raise Unreadable(f"{self.folder / name}: {found.words}")
         return found.rows
 
     def finish(self, record: Mapping[str, Any]) -> None:
-        """Vouches for the round as a whole. `record`: JSON values about it."""
+        """Marks the whole round as finished. `record`: JSON values about it."""
         self._record = dict(record)
         self._write()
 
@@ -92,7 +92,7 @@ class Stage:
 
     @property
     def record(self) -> Mapping[str, Any]:
-        """What `finish` was given; empty before."""
+        """The record given to `finish`; empty before."""
         return self._record
 
     def _write(self) -> None:
@@ -102,7 +102,7 @@ class Stage:
 
 
 def read_stage(folder: Path, *, say: Callable[[str], None] = SAY) -> dict[str, Any] | None:
-    """The content of the `stage.json` in `folder`; None where there is none, or one that is damaged, which `say` is told."""
+    """The content of the `stage.json` in `folder`; None if it is missing, or damaged (reported to `say`)."""
     try:
         found = fit(read_object(folder / STAGE), CONTENT, str(folder / STAGE))
         digest = found.pop("digest")

@@ -1,4 +1,4 @@
-"""The section of a report about what `dpo-jax audit` found in the data."""
+"""Report section on the findings of `dpo-jax audit`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SERIOUS = (
 
 
 def verdict_sentences(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The notes on all splits, most serious first. Those about one thing that have one remedy are one sentence."""
+    """Notes on all splits, most serious first. Notes with the same subject and remedy are merged into one sentence."""
     found: dict[tuple[str, str], list[str]] = {}
     for report in reports.values():
         for note in report["verdict"]:
@@ -46,10 +46,10 @@ def verdict_sentences(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def audited(runs: Sequence[RunRecord]) -> Section | None:
-    """The verdict, what was counted of each split, and one pair in tokens; of the runs that were audited."""
+    """The verdict, the counts of each split, and one pair as tokens, for the audited runs."""
     blocks: list[Block] = []
     for run, stage in one_or_more(runs, "audit"):
-        splits = {split: report for split, report in stage.data.items() if "verdict" in report}  # older ones have none
+        splits = {split: report for split, report in stage.data.items() if "verdict" in report}  # older reports have none
         if not splits:
             continue
         blocks += [Notice(of(run, runs, words)) for words in verdict_sentences(splits)]

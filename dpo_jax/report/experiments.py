@@ -1,4 +1,4 @@
-"""The sections of a report about experiments: sweeps of `dpo-jax frontier`, `dpo-jax robust` and `dpo-jax dialogue`."""
+"""Report sections on experiments: sweeps of `dpo-jax frontier`, `dpo-jax robust` and `dpo-jax dialogue`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ FIGURES = {
 }
 BETA = "beta "
 Ended = dict[tuple[str, str], dict[str, float]]
-"""By method and setting: a value where training ended, `{"": mean over seeds, "_low": ..., "_high": ...}`."""
+"""By method and setting: a value at the end of training, `{"": mean over seeds, "_low": ..., "_high": ...}`."""
 
 
 def frontier(runs: Sequence[RunRecord], drawn: Path) -> Section | None:
-    """Reward against KL: the figures, methods at equal KL, and what goes wrong: over-optimisation of the true reward over
-    training, of the scorer (a second reward), of a learned reward, and lengths. What is drawn goes to `drawn`."""
+    """Reward against KL: the figures, methods at equal KL, and failures: over-optimisation during training (true reward), of
+    the scorer (second reward) and of a learned reward, and lengths. New figures are written to `drawn`."""
     blocks: list[Block] = []
     for run, stage in one_or_more(runs, "frontier"):
         for file, caption in FIGURES.items():
@@ -91,7 +91,7 @@ def _overoptimised(caption: str, results: Sequence[Mapping[str, str]]) -> list[B
 
 
 def _second(caption: str, found: Mapping[str, Any] | None) -> list[Block]:
-    """What each method gained in both rewards, and the reading of it that the sweep wrote down."""
+    """Each method's gains in both rewards, and the sweep's own interpretation of them."""
     if not found:
         return []
     rows = [
@@ -108,7 +108,7 @@ def _second(caption: str, found: Mapping[str, Any] | None) -> list[Block]:
 
 
 def _ended(results: Sequence[Mapping[str, str]], name: str) -> Ended:
-    """Of every setting whose runs have the value `name` with its interval at their last points."""
+    """The value `name` at the end of training, for every setting whose runs have it with an interval."""
     last = {(row["method"], row["label"], row["seed"]): row for row in results}
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     for (method, label, _), row in last.items():
@@ -124,7 +124,7 @@ def _cell(value: Mapping[str, float], form: str) -> str:
 
 
 def _spots(x: Mapping[tuple[str, str], float], y: Ended) -> dict[str, list[Spot]]:
-    """By method, of the settings that have both."""
+    """Points by method, for the settings that have both values."""
     found: dict[str, list[Spot]] = {}
     for (method, label), value in y.items():
         if (method, label) in x:
@@ -133,7 +133,7 @@ def _spots(x: Mapping[tuple[str, str], float], y: Ended) -> dict[str, list[Spot]
 
 
 def _lengths(caption: str, results: Sequence[Mapping[str, str]], path: Path) -> list[Block]:
-    """Tokens of the samples of every policy where training ended, as a table, and against KL and beta."""
+    """Tokens of the samples of every policy at the end of training, as a table, and against KL and beta."""
     tokens, kl = _ended(results, "tokens"), _ended(results, "kl")
     start = tokens.pop(("reference", ""), None)
     if start is None or not tokens:
@@ -160,7 +160,7 @@ def _percent(share: str | None) -> str:
 
 
 def _learned(caption: str, results: Sequence[Mapping[str, str]], path: Path) -> list[Block]:
-    """The reward learned from the pairs beside the true one, as gains over the reference: it has no zero of its own."""
+    """The learned reward compared with the true one, as gains over the reference: a learned reward has no absolute zero."""
     learned, true = _ended(results, LEARNED), _ended(results, "reward")
     start, truly = learned.pop(("reference", ""), None), true.get(("reference", ""))
     learned = {key: value for key, value in learned.items() if key in true}
@@ -193,7 +193,7 @@ POLICIES = ("dpo", "ppo", "online")  # stages that move a policy away from its r
 
 
 def robustness(runs: Sequence[RunRecord]) -> Section | None:
-    """Figure and tables of each experiment, and one table of where the true reward falls."""
+    """Figure and tables of each experiment, and one table of the KLs after which the true reward falls."""
     blocks: list[Block] = []
     for run, stage in one_or_more(runs, "robust"):
         blocks += _experiment(stage, of(run, runs, stage.name.partition("-")[2]), "robust.png")
@@ -231,7 +231,7 @@ def _experiment(stage: Stage, caption: str, figure: str) -> list[Block]:
 
 
 def _falls(run: RunRecord) -> list[list[str]]:
-    """What is known of each policy of a run: its name, the KL after which its true reward falls, and how that is known."""
+    """For each policy of a run: its name, the KL after which its true reward falls, and the evidence for it."""
     rows = []
     for _, stage in one_or_more([run], "robust"):
         found = stage.read_object("summary.json", ROBUST).get("falls", [])

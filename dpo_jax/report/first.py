@@ -1,4 +1,4 @@
-"""The first section of a report: warnings, headline numbers, and the health of a run."""
+"""First section of a report: warnings, headline numbers, and the health of a run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ TITLE = "Read this first"
 
 
 def first_things(runs: Sequence[RunRecord], alarms: Sequence[str], *, weights_checked: bool) -> Section:
-    """What a reader must know before any number: alarms, failures, health, what is not there, and how far each stage came."""
-    healths = [health_of(run) for run in runs]  # first: what it cannot read becomes a problem of its stage
+    """Everything to know before the numbers: alarms, failures, health, missing results, and the progress of each stage."""
+    healths = [health_of(run) for run in runs]  # first, because unreadable files become problems of their stage
     blocks: list[Block] = [Notice(words, "alarm") for words in alarms]
     for run in runs:
         for stage in run.stages.values():
@@ -35,7 +35,7 @@ def first_things(runs: Sequence[RunRecord], alarms: Sequence[str], *, weights_ch
 
 
 def _health(runs: Sequence[RunRecord], healths: Sequence[Health], fine: Sequence[str]) -> list[Block]:
-    """A notice for each unusual thing, with the runs that have it, and one for all that was looked at without finding any."""
+    """A notice for each unusual finding, with the runs that have it, and one for all checks without findings."""
     found: dict[str, list[tuple[RunRecord, Note]]] = {}
     looked_at, not_measured = [", ".join(fine)], []
     for run, health in zip(runs, healths, strict=True):
@@ -57,7 +57,7 @@ def _health(runs: Sequence[RunRecord], healths: Sequence[Health], fine: Sequence
 
 
 def health_of(run: RunRecord) -> Health:
-    """The health notes of a run with preference training or an evaluation; no notes and nothing looked at for another."""
+    """Health notes of a run with preference training or an evaluation; empty for other runs."""
     dpo, evaluated = run.stages.get("dpo"), run.stages.get("eval")
     if not dpo and not (evaluated and evaluated.report):
         return Health([], [], [])
@@ -79,7 +79,7 @@ HEADLINES = (
 
 
 def _tiles(run: RunRecord) -> Tiles | None:
-    """What a reader looks for first, with the value of the reference where that is not 0 by definition."""
+    """Headline numbers, with the value of the reference where that is not 0 by definition."""
     report = run.stages["eval"].report if "eval" in run.stages else {}
     policy, reference = report.get("policy", {}), report.get("reference", {})
     forms = {measure.key: measure.form for measure in MEASURES}
@@ -95,5 +95,5 @@ def _tiles(run: RunRecord) -> Tiles | None:
 
 
 def moment(written: str) -> str:
-    """A time in UTC as `env.json` has it, for people."""
+    """A UTC time from `env.json` in readable form."""
     return written.replace("T", " ").replace("+00:00", " UTC")

@@ -1,16 +1,17 @@
 """Health notes of a preference run: what is unusual in its evaluation, why it matters, and what to try.
 
-Each check reads the policy's and the reference's columns of `eval/report.json` and the training rows of `metrics.jsonl`, and
-answers with a `Note`, with None (nothing unusual), or with `NOT_MEASURED`. The thresholds are rules of thumb, and stand in the
-notes themselves. Sources:
+Each check reads the policy's and the reference's columns of `eval/report.json` and the training rows of `metrics.jsonl`. It
+returns a `Note`, None (nothing unusual), or `NOT_MEASURED`. The thresholds are rules of thumb, and are stated in the notes.
+Sources:
 
-- Displacement: preference training can lower the likelihood of the chosen completions, and move probability to others that
+- Displacement: preference training can lower the likelihood of the chosen completions, and move probability to completions that
   nobody preferred. Razin et al. 2024, "Unintentional Unalignment: Likelihood Displacement in DPO", arXiv 2410.08847; Pal et al.
   2024, "Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive", arXiv 2402.13228.
-- KL: the true reward stops to improve, then falls, as the KL grows. Gao et al. 2023, "Scaling Laws for Reward Model
+- KL: the true reward stops improving, then falls, as the KL grows. Gao et al. 2023, "Scaling Laws for Reward Model
   Overoptimization", arXiv 2210.10760; Rafailov et al. 2024, arXiv 2406.02900, for DPO. Best-of-N has a KL of at most
   log N - (N - 1)/N.
-- Length: DPO tends to longer texts. Park et al. 2024, "Disentangling Length from Quality in Direct Preference Optimization",
+- Length: DPO tends towards longer texts. Park et al. 2024, "Disentangling Length from Quality in Direct Preference
+Optimization",
   arXiv 2403.19159. The DPO paper finds that GPT-4 as a judge prefers longer, more repetitive summaries than people do.
 - Repetition: seq-rep-4 of Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training", arXiv 1908.04319.
 """
@@ -28,17 +29,17 @@ from dpo_jax.plotting.curves import EVAL, KL_OF_SAMPLES, series
 Values = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 NOT_MEASURED = "not measured"
-DISPLACED = 1.0  # nats by which the chosen may become less likely
-CUT = 0.1  # share of the samples
-FAR = 10.0  # nats
-LONGER, SHORTER = 1.25, 0.5  # times the reference
-GAP = 0.1  # of accuracy
-RISE = 1.05  # times the lowest held-out loss
-REPEATED, REPEATED_MORE = 0.1, 0.05  # share of 4-grams; and more than the reference
+DISPLACED = 1.0  # nats by which the log-probability of the chosen may fall
+CUT = 0.1  # share of truncated samples
+FAR = 10.0  # KL in nats
+LONGER, SHORTER = 1.25, 0.5  # length relative to the reference
+GAP = 0.1  # between training and held-out accuracy
+RISE = 1.05  # relative to the lowest held-out loss
+REPEATED, REPEATED_MORE = 0.1, 0.05  # share of repeated 4-grams, and excess over the reference
 
 
 class Note(NamedTuple):
-    """What was found, with its number and threshold, what it means, and what to try."""
+    """A finding with its number and threshold, its meaning, and what to try."""
 
     name: str
     found: str
@@ -51,7 +52,7 @@ class Note(NamedTuple):
 
 
 class Health(NamedTuple):
-    """`fine`: checks that found nothing. `not_measured`: checks whose numbers are not in the run."""
+    """Result of the health checks. `fine`: checks without a finding; `not_measured`: checks without numbers in the run."""
 
     notes: list[Note]
     fine: list[str]
@@ -59,7 +60,7 @@ class Health(NamedTuple):
 
     @property
     def summary(self) -> str:
-        """What was looked at without a note, in one sentence."""
+        """The checks without a note, in one sentence."""
         words = f"Nothing unusual in: {', '.join(self.fine)}." if self.fine else ""
         left = f"Not measured: {', '.join(self.not_measured)}." if self.not_measured else ""
         return f"{words} {left}".strip()
@@ -69,7 +70,7 @@ Finding = Note | None | Literal["not measured"]
 
 
 def examine(policy: Values, reference: Values, training: Rows = ()) -> Health:
-    """All checks. `policy` and `reference` are those of `eval/report.json`, `training` the rows of `metrics.jsonl`."""
+    """Runs all checks. `policy` and `reference` come from `eval/report.json`, `training` are the rows of `metrics.jsonl`."""
     notes, fine, not_measured = [], [], []
     for name, check in CHECKS.items():
         found = check(policy, reference, training)
@@ -81,7 +82,7 @@ def examine(policy: Values, reference: Values, training: Rows = ()) -> Health:
 
 
 def examine_run(report: Mapping[str, Any], training: Rows = ()) -> Health:
-    """`examine` for an evaluation report; without one (`{}`) for the last evaluation during training."""
+    """`examine` for an evaluation report or, without one (`{}`), for the last evaluation during training."""
     if {"policy", "reference"} <= set(report):
         return examine(report["policy"], report["reference"], training)
     last = [row for row in training if any(name.startswith(EVAL) for name in row)][-1:]
@@ -246,6 +247,6 @@ CHECKS: dict[str, Callable[[Values, Values, Rows], Finding]] = {
 
 
 def repetition(ids: Sequence[int] | np.ndarray, n: int = 4) -> float:
-    """Share of the n-grams of a sequence that occurred before in it, in [0, 1] (seq-rep-n); 0 where it is shorter than n."""
+    """Share of a sequence's n-grams that occurred earlier in it, in [0, 1] (seq-rep-n); 0 if it is shorter than n."""
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

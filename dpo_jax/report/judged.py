@@ -1,4 +1,4 @@
-"""Win rates by a judge and Table 2 by people, as a report shows them."""
+"""Report section on win rates by a judge, and on Table 2 by people."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COUNTS = ("won", "lost", "flipped", "failed")
 
 
 def judged(runs: Sequence[RunRecord]) -> Section | None:
-    """Of each folder of a judge its figure, tables and books; of people the table of `dpo-jax agree`."""
+    """Figure, tables and counts for each judge folder; for ratings by people, the table of `dpo-jax agree`."""
     blocks: list[Block] = []
     for run, stage in one_or_more(runs, "judge"):
         if stage.report:
@@ -69,7 +69,7 @@ def _judge(name: str, stage: Stage) -> list[Block]:
 
 
 def _table(report: Mapping[str, Any], columns: list[str], rows: list[list[str]], *, caption: str) -> Table:
-    """Rows of the points, each with its policy and its place on the x-axis, where there is one."""
+    """Rows of the points, each with its policy and its position on the x-axis, if any."""
     points = report["points"]
     places = any(point["at"] is not None for point in points)
     heads = ["policy", report["by"].replace("_", " ")] if places else ["policy"]
@@ -83,7 +83,7 @@ def _rate(point: Mapping[str, Any], name: str) -> str:
 
 
 def _books(report: Mapping[str, Any]) -> str:
-    """What was asked and what became of it, in words."""
+    """Counts of questions and their outcomes, in words."""
     settings, first = report["settings"], report["first_preferred"]
     order = "in one order each, drawn by lot" if settings["one_order"] else "in both orders"
     fence = "texts fenced as data" if settings["fence"] else "texts not fenced"
@@ -98,7 +98,7 @@ def _books(report: Mapping[str, Any]) -> str:
         words.append(f"faults of the endpoint, asked again: {_counts(report['faults'])}")
     if first:
         words.append(f"the text shown first was preferred in {first['value']:.1%} ({first['low']:.1%} to {first['high']:.1%})")
-    _, *policies = report["books"].items()  # that the baseline has more prompts is no loss
+    _, *policies = report["books"].items()  # extra prompts of the baseline do not count as dropped
     left = {name: sum(map(len, books["dropped"].values())) for name, books in policies}
     words += [f"{count:,} completions of {name} were left out" for name, count in left.items() if count]
     cost = f", cost {report['cost']:,.2f}" if report["cost"] else ""

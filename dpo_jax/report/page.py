@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from dpo_jax.data.terminal import one_line, printable
 
 LEVELS = {"alarm": "Careful", "warning": "Note", "health": "Unusual", "fine": "Nothing unusual in"}
-LITTLE = 60  # characters that nobody needs to unfold
+LITTLE = 60  # characters too few to be worth folding away
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -27,9 +27,9 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Notice:
-    """One thing to know before reading on. An alarm: the numbers below may not mean what they seem to.
+    """A notice to read first. Level "alarm": the numbers below may be misleading.
 
-    `title` stands before the words, by default what the level is called; `advice`, what to try, behind them.
+    `title` comes before the words (default: the name of the level), `advice`, what to try, after them.
     """
 
     words: str
@@ -47,7 +47,7 @@ class Notice:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The few numbers that a reader looks for first: (what, value, how sure)."""
+    """Headline numbers: (name, value, uncertainty)."""
 
     items: Sequence[tuple[str, str, str]]
     kind: str = "tiles"
@@ -55,7 +55,7 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Cells as text; the first of a row names it. `caption` says what it is, `note` how to read it."""
+    """Table of text cells; the first cell of a row is its name. `caption` says what the table is, `note` how to read it."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -65,13 +65,13 @@ class Table:
 
     @property
     def right(self) -> list[bool]:
-        """Which columns are numbers, and stand to the right."""
+        """Mask of numeric columns, which are right-aligned."""
         return [_is_numeric([row[place] for row in self.rows]) for place in range(len(self.columns))]
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """PNG or SVG files with their captions, side by side where there is room. Small ones have their title in the image."""
+    """PNG or SVG files with captions, side by side where there is room. Small ones have their title in the image."""
 
     images: Sequence[tuple[Path, str]]
     caption: str = ""
@@ -80,7 +80,7 @@ class Figures:
 
 
 class Side(NamedTuple):
-    """What one policy made of a prompt. `mark`: what to know of the text, such as that it was cut."""
+    """One policy's completion of a prompt. `mark`: a remark on the text, such as that it was truncated."""
 
     who: str
     text: str
@@ -89,7 +89,7 @@ class Side(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A prompt and what several policies made of it."""
+    """A prompt and the completions of several policies."""
 
     prompt: str
     sides: Sequence[Side]
@@ -123,7 +123,7 @@ class Page:
 
 
 def render_html(page: Page) -> str:
-    """A page that needs nothing else: its images are data URIs, and it has no script. A figure that is clicked fills it."""
+    """A self-contained page: images are data URIs, and there is no script. A click on a figure enlarges it to the full page."""
     environment = _environment(autoescape=True, finalize=html_text)
     environment.filters |= {"attribute": attribute_text, "whole": _whole_interval, "options": _whole_options}
     environment.filters |= {"beginning": beginning, "ending": ending}
@@ -133,7 +133,7 @@ def render_html(page: Page) -> str:
 
 
 def render_markdown(page: Page, *, link: Callable[[Path], str]) -> str:
-    """The same as Markdown; `link(image)` is where its image lies, relative to the file."""
+    """The same page as Markdown; `link(image)` gives the path of an image relative to the file."""
     environment = _environment(autoescape=False, finalize=markdown_text)
     return environment.get_template("report.md.j2").render(page=page, link=lambda image: Markup(link(image)))
 
@@ -149,7 +149,7 @@ def _data_uri(image: Path) -> str:
 
 
 def beginning(text: str, limit: int) -> tuple[str, str]:
-    """The text up to about `limit` characters, and the rest; all of it where little would be left."""
+    """The text up to about `limit` characters, and the rest. Not split if little would be left."""
     if len(text) <= limit + LITTLE:
         return text, ""
     at = max(text.rfind(" ", limit - LITTLE, limit), text.rfind("\n", limit - LITTLE, limit))
@@ -158,19 +158,19 @@ def beginning(text: str, limit: int) -> tuple[str, str]:
 
 
 def ending(text: str, limit: int) -> tuple[str, str]:
-    """What comes before about the last `limit` characters, and those: of a dialogue, the last turn is the question."""
+    """The text before about the last `limit` characters, and these: in a dialogue, the last turn is the question."""
     rest, last = beginning(text[::-1], limit)
     return last[::-1], rest[::-1]
 
 
 def _whole_interval(cell: str) -> Markup:
-    """A number with its interval may be broken before the bracket, and nowhere else."""
+    """A number with its interval, which may wrap only before the bracket."""
     number, bracket, rest = cell.partition(" (")
     return html_text(number) + (Markup(' <span class="whole">({}</span>').format(html_text(rest)) if bracket else "")
 
 
 def _whole_options(words: str) -> Markup:
-    """Words in which no --option is broken over two lines."""
+    """Words in which no --option wraps over two lines."""
     parts = re.split(r"(--[\w.-]*\w)", words)
     return Markup("").join(
         Markup('<span class="whole">{}</span>').format(part) if place % 2 else html_text(part)
@@ -186,15 +186,15 @@ def _is_numeric(cells: Sequence[str]) -> bool:
     return bool(filled) and all(_NUMBER.fullmatch(cell) for cell in filled)
 
 
-# Letters of scripts that run to the left, and what changes the direction: such a text could turn around what stands beside it.
+# Letters of right-to-left scripts, and direction controls: such a text could reverse the text next to it.
 _TURNING = re.compile(
     r"[\u0590-\u08ff\u200e\u200f\u202a-\u202e\u2066-\u2069\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]"
 )
 
 
 def html_text(value: object) -> Markup:
-    """Any text as HTML that shows exactly this text: no markup, what nobody would see written out (`terminal.HIDDEN`), and
-    isolated where it could turn around what stands beside it.
+    """Any text as HTML that shows exactly this text: without markup, with invisible characters escaped (`terminal.HIDDEN`), and
+    isolated if it could reverse the direction of the text next to it.
     """
     if isinstance(value, Markup):
         return value
@@ -203,19 +203,19 @@ def html_text(value: object) -> Markup:
 
 
 def attribute_text(value: object) -> Markup:
-    """Any text as the value of an attribute, or a title: where no markup can stand."""
+    """Any text as an attribute value or a title, where markup is not possible."""
     return escape(one_line(str(value)))
 
 
 _INLINE = re.compile(r"([\\`*_\[\]<>&|~$@])")
-# What begins a heading, a list or a line under a heading: of a line that is a number, nothing does.
+# Beginnings of a Markdown heading, list, or heading underline; a line that is a number has none.
 _BLOCK = re.compile(r"^(\d*)([.)](?=\s|$)|[-+](?=[\s-]|$)|[#=])")
 
 
 def markdown_text(value: object) -> str:
     """Any text as one line of Markdown that shows exactly this text: no heading, link, image, HTML, table cell or mention.
 
-    As on the page (`html_text`), what nobody would see is written out, and what could turn its surroundings is isolated.
+    As in `html_text`, invisible characters are escaped, and text that could reverse its surroundings is isolated.
     """
     if isinstance(value, Markup):
         return str(value)
@@ -226,7 +226,7 @@ def markdown_text(value: object) -> str:
 
 
 def markdown_code(text: str) -> str:
-    """Any text as a code span of Markdown, which nothing in it can end. Not for cells of tables, where `|` would end it."""
+    """Any text as a Markdown code span that its content cannot end. Not for table cells, where `|` would end it."""
     shown = one_line(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
     space = " " if shown.startswith("`") or shown.endswith("`") else ""

@@ -101,7 +101,7 @@ JUDGED = {
     **dict.fromkeys(("questions", "answers", "requests"), int),
 }
 REPORTS: dict[str, Any] = {"eval": EVALUATION, "rewards": REWARDS, "judge": JUDGED}
-"""Of `report.json`, by the kind of the stage."""
+"""Schema of `report.json`, by kind of stage."""
 
 _TURN = {"role": str, "content": str}
 SAMPLE = {"prompt": str, "turns?": [_TURN], **{f"{who}?": str for who in ("reference", "policy")}}
@@ -118,7 +118,7 @@ ROBUST = {
     "tables": [{"caption": str, "columns": [str], "rows": [[str]], "note": str}],
     "falls?": [{"what": str, "words": str}],
 }
-"""Of the `summary.json` of `dpo-jax dialogue`, and of an experiment of `dpo-jax robust`."""
+"""Schema of the `summary.json` of `dpo-jax dialogue`, and of an experiment of `dpo-jax robust`."""
 RESULTS = ("method", "label", "seed", "kl", "reward", "reward_low", "reward_high")
 """Columns of the frontier's `results.csv`; the last four are numbers."""
 

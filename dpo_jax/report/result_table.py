@@ -1,4 +1,4 @@
-"""The table of `dpo-jax eval`: policy beside reference, in a terminal of 80 columns, and the names of its measures."""
+"""The table of `dpo-jax eval`: policy and reference side by side in 80 columns, and the names of its measures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ READING = f"{KL_OF_SAMPLES} is per completion, from samples of the policy. ±: o
 
 
 def result_table(report: Mapping[str, Any], *, samples: int = 3) -> str:
-    """Policy against reference, one line a measure, and the first samples of each. No line is longer than 80 columns."""
+    """Policy against reference, one line per measure, and the first samples of each. No line is longer than 80 columns."""
     reference, policy = report["reference"], report["policy"]
     title = f"{report['pairs']:,} held-out {report.get('examples', 'pairs')}"
     lines = [f"{title:<{LABEL}}{'reference':>{NUMBER}}{'policy':>{NUMBER}}"]
@@ -66,7 +66,7 @@ def _uncertainty(values: Mapping[str, Any], key: str, form: str) -> str:
 
 
 def with_interval(values: Mapping[str, Any], name: str, form: str) -> str:
-    """A value as a cell of the report: with its 95 % interval in brackets, or its standard error."""
+    """A value as a cell of the report, with its 95 % interval in brackets or its standard error."""
     if values.get(name) is None:
         return "-"
     text = format(values[name], f"z{form}")

@@ -1,6 +1,6 @@
-"""Read a run directory: its stages, the progress of each, failures, and missing files.
+"""Reader of a run directory: its stages, the progress of each, failures, and missing files.
 
-Reads only. A file that is damaged is a problem of its stage to report, and no reason to stop.
+Nothing is written. A damaged file is reported as a problem of its stage and does not stop the report.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dpo_jax.untrusted import Lines, Unreadable, read_lines, read_object, read_t
 
 T = TypeVar("T")
 TRAINING = ("sft", "dpo", "ppo", "online")
-# A stage is done when this lies in its folder.
+# A stage is done when this file is in its folder.
 RESULT = {
     **{name: "export/config.json" for name in TRAINING},
     **{name: "report.json" for name in ("eval", "rewards", "judge")},
@@ -44,8 +44,8 @@ ORDER = (
     *("robust", "dialogue", "bench", "eval"),
 )
 LATER = ("rewards", "judge", "study", "agree")
-MANY_FAILED = 0.05  # of a judge's pairs: enough to move a win rate by as much as is at stake
-# What a reader may look for: the stage, what it would tell, and the command that makes it.
+MANY_FAILED = 0.05  # share of a judge's pairs that is enough to change the conclusion of a win rate
+# Stages that a reader may look for: what they would tell, and the command that makes them.
 EXPECTED = {
     "eval": ("held-out evaluation", "dpo-jax eval"),
     "rewards": ("implicit-reward tables", "dpo-jax eval --rewards"),
@@ -57,7 +57,7 @@ EXPECTED = {
 
 @dataclasses.dataclass
 class Stage:
-    """One folder of a run: what a command wrote."""
+    """One folder of a run, written by a command."""
 
     name: str
     path: Path
@@ -70,7 +70,7 @@ class Stage:
     metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def read(self, file: str, reader: Callable[[Path], T], otherwise: T) -> T:
-        """`reader(path)`, or `otherwise` where there is no such file, or where it is damaged: then that is a problem."""
+        """`reader(path)`, or `otherwise` if the file is missing or damaged; damage is recorded as a problem."""
         path = self.path / file
         if not os.path.lexists(path):
             return otherwise
@@ -82,11 +82,11 @@ class Stage:
             return otherwise
 
     def read_object(self, file: str, shape: Shape) -> dict[str, Any]:
-        """The JSON object in a file; an empty one where there is none or, as a problem, one of another shape."""
+        """The JSON object in a file; empty if it is missing or has another shape, which is recorded as a problem."""
         return self.read(file, lambda path: fit(read_object(path), shape, str(path)), {})
 
     def read_lines(self, file: str, shape: Shape) -> list[dict[str, Any]]:
-        """The objects in a JSON Lines file. Damaged lines are a problem, and left out."""
+        """The objects in a JSON Lines file. Damaged lines are left out and recorded as a problem."""
         return self._sound(file, lambda path: read_lines(path, lambda row: fit(row, shape, "no such row")))
 
     def _sound(self, file: str, reader: Callable[[Path], Lines]) -> list[dict[str, Any]]:
@@ -95,12 +95,12 @@ class Stage:
         return found.rows
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl`. Damaged lines are a problem, and left out."""
+        """The rows of `metrics.jsonl`. Damaged lines are left out and recorded as a problem."""
         return self._sound("metrics.jsonl", read_metrics_lines)
 
     @contextlib.contextmanager
     def showing(self, file: str) -> Iterator[None]:
-        """Around code that shows what a file says: whatever is raised there is a problem of that file."""
+        """Context for code that shows the content of a file: an exception there is recorded as a problem of the file."""
         try:
             with reading(self.path / file):
                 yield
@@ -110,7 +110,7 @@ class Stage:
 
 @dataclasses.dataclass
 class RunRecord:
-    """A run directory. `name` tells it from the others of a report."""
+    """A run directory. `name` distinguishes it from the other runs of a report."""
 
     name: str
     path: Path
@@ -118,29 +118,29 @@ class RunRecord:
 
     @property
     def missing(self) -> list[str]:
-        """What is not there, in words, with the command that would make it."""
+        """The missing results in words, each with the command that makes it."""
         kinds = {kind_of(stage) for stage in self.stages}
         return [f"{what} ({command})" for stage, (what, command) in EXPECTED.items() if stage not in kinds]
 
 
 def kind_of(stage: str) -> str:
-    """A run may be judged in several ways, each in a folder of its own: judge, judge-steps, judge-news, rewards-bench."""
+    """The kind of a stage, which may have several folders in a run: judge, judge-steps, judge-news, rewards-bench."""
     kind, dash, _ = stage.partition("-")
     return kind if dash and kind in ("judge", "rewards", "robust") else stage
 
 
 def one_or_more(runs: Sequence[RunRecord], kind: str) -> list[tuple[RunRecord, Stage]]:
-    """Each stage of a kind, with its run."""
+    """All stages of a kind, each with its run."""
     return [(run, stage) for run in runs for stage in run.stages.values() if kind_of(stage.name) == kind]
 
 
 def of(run: RunRecord, runs: Sequence[RunRecord], what: str) -> str:
-    """`what`, with the name of the run where there are several."""
+    """`what`, followed by the name of the run if there are several runs."""
     return f"{run.name}: {what}" if len(runs) > 1 else what
 
 
 def read_run(path: Path, *, name: str) -> RunRecord:
-    """Raises ValueError if the folder holds no stage of a run, or is itself one."""
+    """Reads a run directory. Raises ValueError if the folder contains no stage of a run, or is itself a stage."""
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder")
     if (path / "config.yaml").is_file():
@@ -154,7 +154,7 @@ def read_run(path: Path, *, name: str) -> RunRecord:
 
 
 def shown_path(name: str | os.PathLike[str]) -> str:
-    """A name of a file as text. What is not UTF-8 in it is written out, as `\\xff`."""
+    """A file name as text. Bytes that are not UTF-8 are escaped, as `\\xff`."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -179,7 +179,7 @@ def _read_stage(path: Path) -> Stage:
 
 
 def read_results(path: Path) -> list[dict[str, str]]:
-    """The rows of the frontier's `results.csv`. Raises `Unreadable`, naming the line, for one without its numbers."""
+    """The rows of the frontier's `results.csv`. Raises `Unreadable`, naming the line, for a row without its numbers."""
     with reading(path):
         lines = csv.DictReader(io.StringIO(read_text(regular(path)), newline=""))
         rows = [(lines.line_num, row) for row in lines]
@@ -204,12 +204,12 @@ def _state(stage: Stage) -> str:
 
 
 def _outcomes(stage: Stage) -> dict[str, int]:
-    """What became of a judge's pairs; nothing for another stage."""
+    """Outcome counts of a judge's pairs; empty for another stage."""
     return stage.report.get("outcomes", {}) if kind_of(stage.name) == "judge" else {}
 
 
 def _undecided(stage: Stage) -> int:
-    """Pairs that a judge was not asked about before it stopped."""
+    """Number of pairs that a judge was not asked about before it stopped."""
     return _outcomes(stage).get("unanswered", 0)
 
 
@@ -247,8 +247,8 @@ def _failures(stage: Stage) -> list[str]:
 
 
 def _misleading(stage: Stage) -> list[str]:
-    """What the audit found that makes held-out numbers mean less than they seem to."""
-    # Only the audit's reports have a verdict; its shape was checked.
+    """Findings of the audit that make held-out numbers less meaningful than they seem."""
+    # Only reports of the audit have a verdict; its shape has been checked.
     notes = [note for report in stage.data.values() for note in report.get("verdict", ()) if stage.name == "audit"]
     return [f"{note['found']}: {note['remedy']}" for note in notes if note["about"] in ("overlap", "contradictions")]
 

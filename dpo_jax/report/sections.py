@@ -1,4 +1,4 @@
-"""The sections of a report after the first, built from one or several run directories."""
+"""Sections of a report after the first, built from one or several run directories."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REWARDS = {
 
 
 def evaluation(runs: Sequence[RunRecord]) -> Section | None:
-    """The table of `dpo-jax eval`: policy beside reference, a pair of columns for each run. And what SFT came to."""
+    """The table of `dpo-jax eval` with policy and reference columns for each run, and the result of SFT."""
     found = [(run, stage.report) for run, stage in one_or_more(runs, "eval") if {"policy", "reference"} <= set(stage.report)]
     blocks: list[Block] = []
     if found:
@@ -51,7 +51,7 @@ def evaluation(runs: Sequence[RunRecord]) -> Section | None:
 
 
 def _sft_row(name: str, stage: Stage) -> list[str]:
-    """The last evaluation of SFT; nothing if it has none per token."""
+    """The last evaluation of SFT; empty if it has no value per token."""
     last = {metric: series(stage.metrics, f"eval/{metric}") for metric in ("loss", "nll_per_token")}
     (steps, losses), (_, per_token) = last.values()
     if not len(losses) or not len(per_token):
@@ -60,7 +60,7 @@ def _sft_row(name: str, stage: Stage) -> list[str]:
 
 
 def implicit_rewards(runs: Sequence[RunRecord]) -> Section | None:
-    """What `dpo-jax eval --rewards` found: accuracy, calibration and length, and every subset."""
+    """Results of `dpo-jax eval --rewards`: accuracy, calibration and length, and every subset."""
     found = [(run, stage) for run, stage in one_or_more(runs, "rewards") if "rewards" in stage.report]
     if not found:
         return None
@@ -129,7 +129,7 @@ def _correlation(row: Mapping[str, Any]) -> str:
 def training(
     runs: Sequence[RunRecord], images: Mapping[tuple[str, str], Sequence[Path]], together: Mapping[str, Sequence[Path]]
 ) -> Section | None:
-    """The curves: all runs in the same axes where there are several, then each stage's own."""
+    """Training curves: all runs in the same axes if there are several, then those of each stage."""
     titles = {panel.file: panel.title for panel in PANELS}
     blocks: list[Block] = []
     for name, paths in together.items():
@@ -145,7 +145,7 @@ def training(
 
 
 def samples(runs: Sequence[RunRecord], count: int) -> Section | None:
-    """What reference and policy make of the same prompts; of several runs, prompts that they share stand together."""
+    """Samples of reference and policy for the same prompts; prompts shared by several runs are shown together."""
     by_prompt: dict[str, dict[tuple[str, str, str], list[str]]] = {}  # the runs that gave each text
     for run, stage in one_or_more(runs, "eval"):
         limit = stage.report.get("sampling", {}).get("max_new_tokens")
@@ -156,7 +156,7 @@ def samples(runs: Sequence[RunRecord], count: int) -> Section | None:
                 if who in line:
                     cut = "" if line.get(f"{who}_finished", True) else mark
                     sides.setdefault((who, str(line[who]), cut), []).append(run.name)
-    # Prompts that most runs have come first; otherwise the order of the files.
+    # Prompts shared by most runs come first, otherwise in file order.
     chosen = sorted(by_prompt.items(), key=lambda item: -sum(map(len, item[1].values())))[:count]
     if not chosen:
         return None
@@ -165,13 +165,13 @@ def samples(runs: Sequence[RunRecord], count: int) -> Section | None:
 
 
 def _sides(sides: Mapping[tuple[str, str, str], Sequence[str]], runs: Sequence[RunRecord]) -> list[Side]:
-    """What several runs gave word for word, as runs with one reference do, is shown once."""
+    """Texts of a prompt. A text that several runs gave word for word (such as runs with one reference) is shown once."""
     ordered = sorted(sides.items(), key=lambda side: side[0][0] != "reference")
     return [Side(f"{who} of {', '.join(names)}" if len(runs) > 1 else who, text, mark) for (who, text, mark), names in ordered]
 
 
 def data(runs: Sequence[RunRecord]) -> Section | None:
-    """What became of every row that was read."""
+    """Account of all rows that were read: kept, and dropped by cause."""
     rows, notes = [], []
     for run in runs:
         reports = next(

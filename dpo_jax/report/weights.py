@@ -1,4 +1,4 @@
-"""Check that the weights that were scored are those of the run, and not the base model's."""
+"""Check that the scored weights are those of the run, and not the base model's."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dpo_jax.report.run_record import RunRecord
 
 START = "sft/export"
-SHOWN = 12  # of the 64 digits of a SHA-256
+SHOWN = 12  # digits shown of the 64 of a SHA-256
 
 
 def scored_weights(run: RunRecord, lying: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
-    """Alarms, and rows (what, digest, where such weights lie) for each policy and reference that a stage says it has scored.
+    """Alarms, and rows (name, digest, where such weights are) for each policy and reference that a stage reports as scored.
 
-    `lying` are the digests of the model folders of this run, by their names ("dpo/export"); empty if they were not read.
+    `lying` are the digests of the run's model folders, by name ("dpo/export"); empty if they were not read.
     """
     alarms, rows = [], [[f"{folder}, as it lies here", digest[:SHOWN], "-"] for folder, digest in lying.items()]
     trained = {folder: digest for folder, digest in lying.items() if folder != START}

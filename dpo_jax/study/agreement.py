@@ -1,12 +1,12 @@
-"""Table 2 of the paper: how often people and judges prefer a method, and how far they agree (section 6.4, appendix D.3).
+"""Table 2 of the paper: win rates by people and judges, and their agreement (section 6.4, appendix D.3).
 
-As there, statements that two texts are nearly identical are set aside, and agreement is counted by the statement: each of a
-person with the judge's on the same item, and each with those of the other people. Beside the shares stands Cohen's kappa
-(1960), (agreement - e) / (1 - e), e being what the two would agree by chance: a judge and a person who both prefer one method
-nine times in ten agree in 82 % of the items without looking at them.
+As in the paper, ratings that two texts are nearly identical are set aside, and agreement is counted per rating: each rating of
+a person is compared with the judge's on the same item, and with those of the other people. Shares are reported together with
+Cohen's kappa (1960), (agreement - e) / (1 - e), where e is the agreement by chance: a judge and a person who both prefer one
+method nine times in ten agree on 82 % of the items without looking at them.
 
-Items are what was sampled: two statements on one item are not independent. Shares have the interval of the items' scores
-(`score_interval`: Wilson's, where every item counts once); that of kappa resamples items (`kappa_interval`).
+The sampling unit is the item: two ratings of one item are not independent. Shares have the interval of the items' scores
+(`score_interval`: Wilson's, if every item counts once); that of kappa resamples items (`kappa_interval`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dpo_jax.evals.preference import score_interval
 from dpo_jax.study.ratings import Judgment, Winner
 
 RESAMPLES = 4000
-Votes = Mapping[str, Mapping[str, Winner]]  # item -> rater -> who won
-Verdicts = Mapping[str, Winner | None]  # item -> who won; None where the judge did not decide
+Votes = Mapping[str, Mapping[str, Winner]]  # item -> rater -> winner
+Verdicts = Mapping[str, Winner | None]  # item -> winner; None if the judge did not decide
 
 
 class Estimate(NamedTuple):
-    """A figure and its 95 % interval; NaN where the data do not say. `trials`: statements, or pairs of them, behind it."""
+    """A figure and its 95 % interval; NaN if the data do not determine it. `trials`: number of ratings, or pairs, behind it."""
 
     value: float
     low: float
@@ -37,20 +37,20 @@ class Estimate(NamedTuple):
 
 
 def share(counts: np.ndarray) -> np.ndarray:
-    """The first of two counts `[..., 2]` as a share of both; NaN where there are none."""
+    """The first of two counts `[..., 2]` as a share of their sum; NaN if both are 0."""
     counts = np.asarray(counts, np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         return counts[..., 0] / counts.sum(axis=-1)
 
 
 def raw_agreement(table: np.ndarray) -> np.ndarray:
-    """Share of the diagonal of `table[..., 2, 2]`, counts of what one says (rows) and the other (columns)."""
+    """Share on the diagonal of `table[..., 2, 2]`: counts by the rating of one (rows) and of the other (columns)."""
     total = np.asarray(table, np.float64).sum(axis=(-2, -1))
     return share(np.stack([np.trace(table, axis1=-2, axis2=-1), total - np.trace(table, axis1=-2, axis2=-1)], axis=-1))
 
 
 def chance_agreement(table: np.ndarray) -> np.ndarray:
-    """Agreement of two who say what they say as often as in `table[..., 2, 2]`, but independently of each other."""
+    """Agreement by chance: of two independent raters with the marginals of `table[..., 2, 2]`."""
     table = np.asarray(table, np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         rows, columns = (table.sum(axis=axis) / table.sum(axis=(-2, -1))[..., None] for axis in (-1, -2))
@@ -58,7 +58,7 @@ def chance_agreement(table: np.ndarray) -> np.ndarray:
 
 
 def cohen_kappa(table: np.ndarray) -> np.ndarray:
-    """Cohen's kappa of `table[..., 2, 2]`: 1 for full agreement, 0 for that of chance. NaN where both always say the same."""
+    """Cohen's kappa of `table[..., 2, 2]`: 1 for full agreement, 0 for chance. NaN if both always give the same rating."""
     chance = chance_agreement(table)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(chance < 1, (raw_agreement(table) - chance) / (1 - chance), math.nan)
@@ -67,10 +67,10 @@ def cohen_kappa(table: np.ndarray) -> np.ndarray:
 def kappa_interval(tables: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> tuple[np.ndarray, np.ndarray]:
     """95 % interval of Cohen's kappa of `tables[I, ..., 2, 2]` summed over items: low and high, [...] each.
 
-    Bayesian bootstrap (Rubin 1981): each resample weighs the items anew. Half an item more is in each cell, which is Jeffreys'
-    prior where every item counts once: items that nearly all went one way are no certainty. A kappa below that of chance is
-    covered less often, down to 77 %: the prior moves the interval towards 0. The estimate is always inside; where it is NaN, so
-    is the interval.
+    Bayesian bootstrap (Rubin 1981): each resample draws new weights of the items. Half an item is added to each cell, which is
+    Jeffreys' prior if every item counts once: nearly unanimous items are not certainty. A kappa below 0 is covered less often,
+    down to 77 %, because the prior moves the interval towards 0. The estimate is always inside; if it is NaN, so is the
+    interval.
     """
     rng, items = np.random.default_rng(seed), len(tables)
     estimate = cohen_kappa(tables.sum(axis=0))
@@ -105,7 +105,7 @@ def agreement_over_items(tables: np.ndarray, *, seed: int) -> dict[str, Estimate
 
 
 def votes_of(judgments: Sequence[Judgment]) -> dict[str, dict[str, Winner]]:
-    """Item -> rater -> who won. Raises `DataError` where a rater judges an item twice."""
+    """Item -> rater -> winner. Raises `DataError` if a rater rates an item twice."""
     votes: dict[str, dict[str, Winner]] = {}
     for judgment in judgments:
         of_item = votes.setdefault(judgment.item, {})
@@ -119,13 +119,13 @@ def votes_of(judgments: Sequence[Judgment]) -> dict[str, dict[str, Winner]]:
 
 
 def counted(votes: Votes) -> np.ndarray:
-    """Statements for a and for b on each item, ties set aside: float64[I, 2], in the order of `votes`."""
+    """Number of ratings for a and for b on each item, ties set aside: float64[I, 2], in the order of `votes`."""
     said = [list(of_item.values()) for of_item in votes.values()]
     return np.array([[winners.count("a"), winners.count("b")] for winners in said], np.float64).reshape(-1, 2)
 
 
 def with_judge(votes: Votes, verdicts: Verdicts) -> np.ndarray:
-    """What the judge says (rows) and people say (columns), float64[I, 2, 2]: each statement of a person is one count."""
+    """Counts by the judge's verdict (rows) and people's ratings (columns), float64[I, 2, 2]: one count per rating."""
     tables = np.zeros((len(votes), 2, 2))
     for table, item, people in zip(tables, votes, counted(votes), strict=True):
         if (winner := verdicts.get(item)) in ("a", "b"):
@@ -134,10 +134,10 @@ def with_judge(votes: Votes, verdicts: Verdicts) -> np.ndarray:
 
 
 def among_people(votes: Votes) -> np.ndarray:
-    """What two people say of an item, float64[I, 2, 2]: each pair of statements is one count.
+    """Counts by the ratings of two people on an item, float64[I, 2, 2]: one count per pair of ratings.
 
-    Of two people in all, the first (by name) is in the rows. Of more, who is first in a pair means nothing: each pair counts
-    half in either order, and their kappa is that of two people who are drawn (Scott's pi).
+    With two people in all, the first (by name) is in the rows. With more, the order within a pair has no meaning: each pair
+    counts half in either order, and the kappa is that of two people drawn at random (Scott's pi).
     """
     tables = np.zeros((len(votes), 2, 2))
     for table, of_item in zip(tables, votes.values(), strict=True):
@@ -149,16 +149,16 @@ def among_people(votes: Votes) -> np.ndarray:
 
 
 def majority(votes: Votes) -> dict[str, Winner]:
-    """Who won each item by most statements, ties set aside; "tie" where neither has more."""
+    """Winner of each item by majority of ratings, ties set aside; "tie" if neither has a majority."""
     sides: tuple[Winner, ...] = ("b", "tie", "a")
     return {item: sides[int(np.sign(a - b)) + 1] for item, (a, b) in zip(votes, counted(votes), strict=True)}
 
 
 def table_2(judgments: Sequence[Judgment], judges: Mapping[str, Verdicts], *, seed: int) -> dict[str, Any]:
-    """One column of Table 2, a dictionary of plain numbers and `Estimate`s, with the books of what was counted.
+    """One column of Table 2: a dictionary of plain numbers and `Estimate`s, with an account of what was counted.
 
-    `judgments`: those of people; `judges`: by the name to show. Of people read = kept + ties. Of a judge, items = decided +
-    undecided + unjudged, and the people's statements that are kept = compared + not compared.
+    `judgments` are those of people; `judges` maps the name to show to verdicts. For people, read = kept + ties. For a judge,
+    items = decided + undecided + unjudged, and the people's kept ratings = compared + not compared.
     """
     votes = votes_of(judgments)
     counts = counted(votes)
@@ -199,7 +199,7 @@ def _judge(votes: Votes, overall: Mapping[str, Winner], verdicts: Verdicts, seed
 
 
 def _positions(judgments: Sequence[Judgment]) -> np.ndarray:
-    """How often what stood first was preferred, and what stood second, on each item, where that is known: float64[I, 2]."""
+    """How often the text shown first, and the one shown second, was preferred on each item, if known: float64[I, 2]."""
     items = {item: place for place, item in enumerate(dict.fromkeys(judgment.item for judgment in judgments))}
     counts = np.zeros((len(items), 2))
     for judgment in judgments:

@@ -10,7 +10,7 @@ INTERVALS = "95 % intervals over items: Wilson's of shares, bootstrap of kappa"
 
 
 def table_rows(columns: Sequence[Column]) -> list[list[str]]:
-    """The rows of the paper, and what was set aside: a label, then a cell for each study. The first row names the methods."""
+    """Rows of the paper's table, and counts of what was set aside: a label, then a cell per study. Row 0 names the methods."""
     judges = list(dict.fromkeys(name for column in columns for name in column["judges"]))
     rows = [["", *(f"{column['names']['a']} / {column['names']['b']}" for column in columns)]]
 
@@ -19,7 +19,7 @@ def table_rows(columns: Sequence[Column]) -> list[list[str]]:
 
     def of_judge(name: str, shown: Callable[[Column], str], *measure: str) -> Callable[[Column], str]:
         def cell(column: Column) -> str:
-            found = column["judges"].get(name)  # a study may have had no such judge
+            found = column["judges"].get(name)  # None if the study did not use this judge
             for part in measure if found else ():
                 found = found[part]
             return shown(found) if found else "-"

@@ -1,8 +1,8 @@
-"""The page of a blind study with people (appendix D.3): two completions of a prompt side by side.
+"""Web page of a blind study with people (appendix D.3): two completions of a prompt side by side.
 
-`make_study` gives a page, which is sent to raters, and a key, which is not: the page holds texts in an order drawn for each
-comparison, and ids that say nothing; the key says which method wrote which text. What the raters' files hold can be read with
-the key only (`study.ratings`).
+`make_study` makes a page, which is sent to raters, and a key, which is not. The page holds the texts in a random order per
+comparison, with ids that reveal nothing; the key says which method wrote which text. The raters' files can be read only with
+the key (`study.ratings`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ METHODS = ("a", "b")
 
 
 class Wording(NamedTuple):
-    """What raters read: the question (those of appendix C.2), and what prompt and completion are called."""
+    """Wording of the page: the question (as in appendix C.2), and the names for prompt and completion."""
 
     question: str
     prompt: str
@@ -50,15 +50,15 @@ class Comparison(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """`page` is what raters may see, `key` what they may not. Both are plain JSON, and carry the same digest as "study"."""
+    """`page` is for raters, `key` must be kept from them. Both are plain JSON, with the same digest under "study"."""
 
     page: dict[str, Any]
     key: dict[str, Any]
 
 
 def one_each(completions: Sequence[Completion]) -> dict[str, str]:
-    """Prompt -> completion. Raises `DataError` for a prompt that comes twice: nobody could say which of its completions
-    belongs beside which of the other file.
+    """Prompt -> completion. Raises `DataError` for a prompt that comes twice, because its completions could not be matched with
+    those of the other file.
     """
     found: dict[str, Completion] = {}
     for one in completions:
@@ -72,10 +72,10 @@ def one_each(completions: Sequence[Completion]) -> dict[str, str]:
 
 
 def join(a: Mapping[str, str], b: Mapping[str, str], *, report: DataReport) -> list[Comparison]:
-    """Comparisons of the prompts that both have, in the order of `a`. What is left out is counted in `report`, by cause.
+    """Comparisons for the prompts that both have, in the order of `a`. `report` counts what is left out, by cause.
 
-    Completions that differ in white space at most are left out: raters see the same text twice. Raises `DataError` if nothing
-    is left.
+    Completions that differ only in white space are left out: raters would see the same text twice. Raises `DataError` if
+    nothing is left.
     """
     kept = []
     for prompt in dict(a) | dict(b):
@@ -99,7 +99,7 @@ def join(a: Mapping[str, str], b: Mapping[str, str], *, report: DataReport) -> l
 
 
 def draw(comparisons: Sequence[Comparison], limit: int, *, seed: int, report: DataReport) -> list[Comparison]:
-    """`limit` of the comparisons, drawn at random (the paper took 150); the others are counted in `report`."""
+    """Draws `limit` of the comparisons at random (150 in the paper); `report` counts the others."""
     taken = np.sort(np.random.default_rng(seed).permutation(len(comparisons))[:limit])
     for number in np.setdiff1d(np.arange(len(comparisons)), taken):
         where = repr(comparisons[number].prompt[:60])
@@ -119,14 +119,14 @@ def make_study(
     twice: float,
     seed: int,
 ) -> Study:
-    """The page and the key of a study: the same arguments give the same one.
+    """The page and the key of a study. The same arguments give the same study.
 
-    `names`: the two methods, for the key alone. `raters`: how many lists of comparisons there are, one a person (or any number
-    of persons, if there is one list). `twice`: share of the comparisons that are on two lists, so that people can be compared
-    with each other. Comparisons are shuffled for each list, and method a stands first in half of it. The page shows prompts as
-    a judge is shown them, and writes out what nobody could see; the key keeps all texts whole, to find the verdicts on them.
+    `names`: the two methods, for the key only. `raters`: number of lists of comparisons, one per person (a single list may be
+    used by any number of people). `twice`: share of the comparisons that are on two lists, so that people can be compared with
+    each other. Comparisons are shuffled for each list, and method a stands first in half of each list. The page shows prompts
+    as a judge sees them, and escapes invisible characters; the key keeps the exact texts, to match verdicts on them.
     """
-    # The seed alone would let whoever has this program repeat the draw. The order of the files is not on the page.
+    # With the seed alone, anyone with this program could repeat the draw. The order of the files is not on the page.
     order = json.dumps([list(names), [list(comparison) for comparison in comparisons]])
     rng = np.random.default_rng([seed, *hashlib.sha256(order.encode()).digest()])
     width = max(3, len(str(len(comparisons))))
@@ -150,9 +150,9 @@ def make_study(
 
 
 def deal(items: int, raters: int, *, twice: float, rng: np.random.Generator) -> list[list[int]]:
-    """The items of each rater, shuffled: a share `twice` of them goes to two raters, the others to one.
+    """Assigns items to raters, shuffled: a share `twice` of the items goes to two raters, the others to one.
 
-    Lists differ by one item at most, and whom a rater shares items with is spread evenly.
+    The lists' lengths differ by at most one item, and shared items are spread evenly over pairs of raters.
     """
     doubled = round(twice * items)
     if doubled and raters < 2:
@@ -173,9 +173,9 @@ def deal(items: int, raters: int, *, twice: float, rng: np.random.Generator) -> 
 
 
 def render(page: Mapping[str, Any]) -> str:
-    """The page as one HTML file that needs nothing else. Its own policy (CSP) forbids it to load or to send anything.
+    """The page as one self-contained HTML file. Its content security policy (CSP) forbids it to load or send anything.
 
-    Texts are embedded as JSON, in which no character can end the element they stand in, and shown as text, never as HTML.
+    Texts are embedded as JSON, escaped so that they cannot end the surrounding element, and shown as text, never as HTML.
     """
     template = importlib.resources.files("dpo_jax.study").joinpath("templates", "study.html").read_text(encoding="utf-8")
     [style], [script] = (re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL) for tag in ("style", "script"))
@@ -186,7 +186,7 @@ def render(page: Mapping[str, Any]) -> str:
     embedded = json_text(page)
     for character in "<>&":
         embedded = embedded.replace(character, f"\\u{ord(character):04x}")
-    # One pass: what is put in for one mark is not searched for the other.
+    # A single pass, so that text inserted for one placeholder is not searched for the other.
     values = {"POLICY": policy, "STUDY": embedded}
     return re.sub(r"\{\{(POLICY|STUDY)\}\}", lambda mark: values[mark[1]], template)
 

@@ -1,8 +1,8 @@
-"""Read ratings of people and verdicts of judges: each is kept, or refused by file, line, field and remedy.
+"""Reads ratings by people and verdicts of judges. A bad one is refused with file, line, field and remedy.
 
 Three kinds of files:
 
-    .json     what a rater saved on the page of `study.page`. It can be read with the key of its study only.
+    .json     saved by a rater on the page of `study.page`; readable only with the key of its study
     .jsonl    records of any origin: {"item": "017", "winner": "a", "rater": "ann"}; a winner is "a", "b" or "tie"
     .jsonl    the pairs of a judge, as `dpo-jax judge` writes them: {"prompt": "...", "policy": "...", "baseline": "...",
               "outcome": "won"}, with the texts that were compared
@@ -27,11 +27,11 @@ T = TypeVar("T", list[Any], dict[str, Any])
 
 Winner = Literal["a", "b", "tie"]
 WINNERS: tuple[Winner, ...] = ("a", "b", "tie")
-KIND = "dpo_jax ratings"  # what the page writes at the head of a file
+KIND = "dpo_jax ratings"  # written by the page at the head of a file
 CHOICES = ("A", "B", "same")
-LONGEST_NAME = 80  # of a rater, in characters: the page takes no longer one
+LONGEST_NAME = 80  # characters of a rater's name, as limited by the page
 KEY_FIELDS = {"study", "names", "seed", "items", "raters", "files"}  # and its checksum
-# The judge's policy won or lost; or it named both by turns, gave no verdict, or was not asked yet.
+# The judge's policy won or lost; or the judge changed its choice with the order, gave no verdict, or was not asked yet.
 OUTCOMES: dict[str, Winner | None] = {"won": "a", "lost": "b", "flipped": None, "failed": None, "unanswered": None}
 
 
@@ -39,7 +39,7 @@ class Judgment(NamedTuple):
     item: str
     rater: str
     winner: Winner
-    leading: bool | None = None  # whether method a stood first; None where that is not known
+    leading: bool | None = None  # whether method a stood first; None if unknown
 
 
 class RaterFile(NamedTuple):
@@ -54,7 +54,7 @@ class RaterFile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """Which method wrote what, of one study."""
+    """Key of a study: which method wrote which text."""
 
     study: str
     names: dict[str, str]  # method a or b -> its name
@@ -64,7 +64,7 @@ class Key:
 
 
 def sealed(key: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a `key.json` with the checksum that `read_key` looks for: a letter of it decides who won."""
+    """The content of a `key.json` with the checksum that `read_key` verifies: a single changed letter could change who won."""
     return {**key, "check": _check_of(key)}
 
 
@@ -73,9 +73,9 @@ def _check_of(key: Mapping[str, Any]) -> str:
 
 
 def read_key(path: str | Path) -> Key:
-    """The `key.json` of `dpo-jax study`. Raises `DataError` for a file that is none, or damaged.
+    """Reads the `key.json` of `dpo-jax study`. Raises `DataError` for a file that is not a key, or damaged.
 
-    A key of a version without checksums is taken as it is.
+    A key written by a version without checksums is accepted as it is.
     """
     content = _json(path, "key.json of dpo-jax study")
     try:
@@ -127,15 +127,15 @@ def _list_of(assigned: Any, methods: Mapping[str, Any], field: str) -> dict[str,
 
 
 def read_raters(paths: Sequence[str | Path], *, key: Key) -> list[RaterFile]:
-    """What raters saved on the page of the study of `key`.
+    """Reads the files that raters saved on the page of the study of `key`.
 
-    Raises `DataError` for a file of another study, for one that is damaged or was edited, and for two files of one rater: by
-    name, or of one sitting that was saved twice.
+    Raises `DataError` for a file of another study, for a damaged or edited file, and for two files of one rater: with the same
+    name, or saved twice in one session.
     """
     files = [_rater_file(path, key) for path in paths]
     seen: dict[tuple[str, str], RaterFile] = {}
     for file in files:
-        # As people write a name, not as machines encode it: case, spaces and the two encodings of an accent are the same.
+        # Names are compared as people read them: case, spaces and the two encodings of an accent do not matter.
         name = "".join(unicodedata.normalize("NFKC", file.rater).casefold().split())
         for what in (("rater", name), ("session", file.session)):
             other = seen.setdefault(what, file)
@@ -197,7 +197,7 @@ def _judgment(rating: Any, rater: str, assigned: Mapping[str, int], key: Key) ->
 
 
 def read_records(path: str | Path, *, key: Key | None = None) -> list[Judgment]:
-    """Records of the second kind. With a `key`, their items must be its. Raises `DataError`; a rater rates an item once."""
+    """Reads records of the second kind. With a `key`, items must be in it. `DataError` also if a rater rates an item twice."""
     found: dict[tuple[str, str], tuple[str, Judgment]] = {}
     for where, row in _rows(path):
         item, winner, rater = (_text(where, row, field) for field in ("item", "winner", "rater"))
@@ -214,18 +214,18 @@ def read_records(path: str | Path, *, key: Key | None = None) -> list[Judgment]:
 
 
 class Verdicts(NamedTuple):
-    """What one judge said about the items of a study. Lines read = items + `repeated` + `foreign`."""
+    """A judge's verdicts on the items of a study. Lines read = items + `repeated` + `foreign`."""
 
-    winners: dict[str, Winner | None]  # item -> who won; None where the judge did not decide
-    repeated: int  # verdicts on the same two texts, in another series of the judge's, that say the same
+    winners: dict[str, Winner | None]  # item -> winner; None if the judge did not decide
+    repeated: int  # equal verdicts on the same two texts, in another series of the judge's
     foreign: int  # verdicts on other texts
 
 
 def read_verdicts(path: str | Path, *, key: Key | None = None) -> Verdicts:
-    """A judge's pairs, of the third kind, which need the `key`; or records of the second kind, all of one rater.
+    """Reads a judge's pairs (third kind, needs the `key`), or records of the second kind, all of one rater.
 
-    Verdicts on other texts than those of the study are counted, not refused: a judge may have been asked for more. Raises
-    `DataError` for a bad line, for two verdicts on one item that differ, and for a file of which nothing is about this study.
+    Verdicts on texts outside the study are counted, not refused: a judge may have been asked about more. Raises `DataError`
+    for a bad line, for two different verdicts on one item, and for a file without a verdict on this study.
     """
     winners: dict[str, Winner | None] = {}
     lines: dict[str, str] = {}
@@ -250,9 +250,9 @@ def read_verdicts(path: str | Path, *, key: Key | None = None) -> Verdicts:
 
 
 def _verdict(where: str, row: dict[str, Any], key: Key | None) -> tuple[str | None, Winner | None]:
-    """The item of a study that a line of a judge's file is about (None: of other texts), and who won it.
+    """The item of a study that a line of a judge's file is about (None for other texts), and its winner.
 
-    The one place that knows what `dpo-jax judge` writes.
+    Only this function knows the format that `dpo-jax judge` writes.
     """
     if "item" in row:
         item, winner = _text(where, row, "item"), _text(where, row, "winner")
@@ -293,13 +293,13 @@ def _refuse(where: str, problem: BadRow) -> NoReturn:
 
 
 def _short(value: object) -> str:
-    """In a message, which may quote a text of the file."""
+    """A value shortened for a message, which may quote a text of the file."""
     said = str(value)
     return said if len(said) <= 400 else said[:400] + "..."
 
 
 def _typed(row: Mapping[str, Any], field: str, kind: type[T], *, inside: str = "") -> T:
-    """The list or object in a column, else `BadRow`."""
+    """The list or object in a column. Raises `BadRow` for another type."""
     value = column(row, field, inside=inside)
     if not isinstance(value, kind):
         needed = "a list" if kind is list else "an object"
