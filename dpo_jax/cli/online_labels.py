@@ -43,8 +43,7 @@ def label_settings(config: Config) -> dict[str, Any]:
 
 
 def compare_of(config: Config, run: RunDir) -> Compare | None:
-    """The function that compares completions in this run; None: a reward labels. `ConfigError`: judge without package or
-    key."""
+    """The function that compares completions in a run; None: a reward labels. `ConfigError`: judge without package or key."""
     if config.online.reward == "judge":
         if importlib.util.find_spec("httpx2") is None:
             raise ConfigError(f"online.reward: judge needs the package httpx2: {install_command('judge')}")

@@ -28,7 +28,7 @@ from dpo_jax.runtime.progress import reported
 
 @contextmanager
 def needs_tfds(option: str) -> Iterator[None]:
-    """A context that turns a missing tensorflow-datasets (plain files do not need it) into a `ConfigError` starting with
+    """A context that turns a missing tensorflow-datasets, unneeded for plain files, into a `ConfigError` starting with
     `option`."""
     try:
         yield

@@ -69,8 +69,7 @@ class Experiment:
         return points
 
     def summary(self, results: Sequence[Result]) -> tuple[dict[str, Any], list[Curve]]:
-        """For each width, number of prompts and method: both fitted forms, and the final gain that the learned reward
-        promised."""
+        """For each width, number of prompts and method: both fitted forms, and the final gain by the learned reward."""
         section, seed = self.config.robust, self.config.run.seed
         found, curves = [], []
         for width, method, count in itertools.product(section.counts("widths"), FORM, section.counts("train_prompts")):
