@@ -1,4 +1,4 @@
-"""Rows about attention: every path that can run here against dense attention, forward and backward."""
+"""Attention checks: every path that can run here, compared with dense attention, forward and backward."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.types import Rows
 
 FLOAT32_BAR = 1e-5  # largest error of an entry, relative to the largest entry or 1
-BFLOAT16_BAR = 2.0  # times the root mean square error that dense attention has in bfloat16,
+BFLOAT16_BAR = 2.0  # times the root mean square error of dense attention in bfloat16,
 BFLOAT16_LARGEST = 4.0  # and times its largest error
-DENSE_BFLOAT16_BAR = 0.02  # of dense attention itself, relative to the size of what it computes
+DENSE_BFLOAT16_BAR = 0.02  # of dense attention itself, relative to the size of its result
 OUTPUTS = ("values", "grad q", "grad k", "grad v")
 
 
 class Case(NamedTuple):
-    """Rows with (prompt, chosen, rejected) lengths, filled up with rows of nothing but padding, and the shape of a layer."""
+    """Rows with (prompt, chosen, rejected) lengths, plus rows of padding only, and the shape of a layer."""
 
     name: str
     kind: str
@@ -55,13 +55,13 @@ SMALL = (  # also on a CPU
 )
 LARGE = (
     Case("packed, window, soft cap, head size 256", "packed", _PACKED * 2, 777, 3, 4, 1, 256, window=64, softcap=50.0),
-    Case("one long row, head size 128", "packed", _PACKED * 6, 4096, 1, 8, 2, 128),  # in chunks, where the path has them
+    Case("one long row, head size 128", "packed", _PACKED * 6, 4096, 1, 8, 2, 128),  # in chunks, if the path has them
 )
-LONGEST_EXACT = 1024  # tokens: numpy takes too long for more
+LONGEST_EXACT = 1024  # tokens; numpy takes too long for more
 
 
 def rows() -> Iterator[Row]:
-    """Float32 and bfloat16 of each path. The automatic one comes first after dense, which the others are compared with."""
+    """float32 and bfloat16 checks of each path. The default path comes first after dense, the reference for all others."""
     platform = jax.default_backend()
     first = ("dense", path_name("auto", platform))
     for name in sorted(PATHS, key=lambda name: first.index(name) if name in first else len(first)):
@@ -81,14 +81,14 @@ def _failure(name: str, dtype: str) -> str:
 
 
 def _compare(name: str, dtype: str) -> Result:
-    """The worst case of a path; those that the path refuses are named."""
+    """The worst case of a path; cases that the path refuses are named."""
     cases = SMALL if jax.default_backend() == "cpu" else SMALL + LARGE
     cases = [case for case in cases if name != "dense" or case.length <= LONGEST_EXACT]
     refused = {case: "; ".join(PATHS[name].refusals(_config(case), jnp.dtype(dtype))) for case in cases}
     tried = [case for case in cases if not refused[case]]
     if not tried:
         return skipped(refused[cases[0]])
-    with ThreadPoolExecutor(min(len(tried), os.cpu_count() or 1)) as pool:  # most of the time is compiling
+    with ThreadPoolExecutor(min(len(tried), os.cpu_count() or 1)) as pool:  # most of the time goes into compiling
         shares = list(pool.map(functools.partial(_share_or_error, name, dtype), tried))
     worst, where = _largest([(share, f"{case.name}: {what}") for case, (share, what) in zip(tried, shares, strict=True)])
     values: dict[str, Any] = {case.name: f"refused: {why}" for case, why in refused.items() if why}
@@ -100,7 +100,7 @@ def _compare(name: str, dtype: str) -> Result:
 def _share_or_error(name: str, dtype: str, case: Case) -> tuple[float, str]:
     try:
         return _share_of_bar(name, dtype, case)
-    except Exception as error:  # the other cases are worth knowing
+    except Exception as error:  # the results of the other cases are still useful
         return float("inf"), f"{type(error).__name__}: {first_line(error)}"
 
 
@@ -111,7 +111,7 @@ def _bar(name: str, dtype: str) -> str:
 
 
 def _share_of_bar(name: str, dtype: str, case: Case) -> tuple[float, str]:
-    """(error as a share of the bar, which error it is): above 1 the path fails."""
+    """(error relative to the bar, which error it is): above 1 the path fails."""
     path = PATHS[name].make()
     ours, shares = attended(path, case, dtype), []
     if dtype == "float32":
@@ -141,9 +141,8 @@ def _rms(x: np.ndarray) -> float:
 
 
 def attended(path: AttentionPath, case: Case, dtype: str, *, compute: str | None = None) -> list[np.ndarray]:
-    """The mixed values of a case and the gradients of q, k and v, float64. Inputs are rounded to `dtype`; `compute` is the type
-    they are then computed in, by default the same.
-    """
+    """Mixed values of a case and gradients of q, k and v, float64. Inputs are rounded to `dtype`; `compute` is the type of
+    the computation, by default the same."""
     rows, floats = inputs(case)
     compute = compute or dtype
     arrays = (jnp.asarray(x).astype(dtype).astype(compute) for x in floats)
@@ -152,7 +151,7 @@ def attended(path: AttentionPath, case: Case, dtype: str, *, compute: str | None
 
 
 def float32_is_float32(dtype: str) -> Any:
-    """The context in which float32 is compared. Our products ask for float32 themselves; the kernel of TPUs has to be told."""
+    """A context for float32 comparisons. Our own products request float32; the TPU kernel needs this setting."""
     told = dtype == "float32" and jax.default_backend() == "tpu"
     return jax.default_matmul_precision("highest") if told else contextlib.nullcontext()
 
@@ -193,7 +192,7 @@ def random_pair(rng: np.random.RandomState, lengths: Sequence[int], *, vocab_siz
 
 
 def _config(case: Case) -> DecoderConfig:
-    """A model with the case's layer, for a path to refuse."""
+    """A model with the case's layer, for a path to accept or refuse."""
     width = case.heads * case.head_size
     sizes: dict[str, Any] = {"vocab_size": 64, "width": width, "layers": 1, "heads": case.heads, "max_positions": case.length}
     config = decoder_config(hf_config("llama", kv_heads=case.kv_heads, eos_token_id=0, **sizes))
@@ -202,7 +201,7 @@ def _config(case: Case) -> DecoderConfig:
 
 
 def _exact(case: Case) -> list[np.ndarray]:
-    """What `attended` gives, in float64 and by the definition: one row and one head at a time, in numpy."""
+    """The result of `attended` in float64, straight from the definition: one row and one head at a time, in numpy."""
     rows, floats = inputs(case)
     q, k, v, cotangent = (x.astype(np.float64) for x in floats)
     out = [np.zeros_like(x) for x in (q, q, k, v)]

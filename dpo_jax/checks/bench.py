@@ -1,7 +1,7 @@
-"""Rows of `--bench`: full DPO and SFT steps of Pythia-2.8B with every attention, and a trace of the fastest.
+"""The benchmark of `--bench`: full DPO and SFT steps of Pythia-2.8B with every attention path, and a trace of the fastest.
 
-Time, pairs a second, model FLOPs utilization (`models.flops`: only necessary operations) and memory. Weights are random and
-made on the devices. On a CPU, and where 2.8B parameters do not fit, smaller shapes run, and the rows say so.
+It reports time, pairs per second, model FLOPs utilization (`models.flops`: only necessary operations) and memory. Weights are
+random and made on the devices. On a CPU, and where 2.8B parameters do not fit, a smaller shape is used and named.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from dpo_jax.step import init_state
 from dpo_jax.types import Rows, TrainState
 from dpo_jax.writing import write_text
 
-SHAPES = {  # width, layers, heads, vocabulary: the largest that fits is taken
+SHAPES = {  # width, layers, heads, vocabulary: the largest that fits is used
     "Pythia-2.8B": (2560, 32, 32, 50304),
     "Pythia-1B": (2048, 16, 8, 50304),
     "Pythia-410M": (1024, 24, 16, 50304),
     "Pythia-160M": (768, 12, 12, 50304),
 }
 TINY = "a tiny shape, whose figures mean nothing"
-BYTES = 14.0  # of devices per parameter: weights, moments and gradients in float32, and something for activations
-REMATS = tuple(REMAT)  # from the fastest, which takes most memory
+BYTES = 14.0  # device bytes per parameter: weights, moments and gradients in float32, and some for activations
+REMATS = tuple(REMAT)  # from the fastest, which takes the most memory
 MEANS = (105, 45, 50)  # tokens of prompt, chosen and rejected: like Anthropic HH
 TX = make_optimizer(linear_warmup(1e-6, warmup_steps=150), max_grad_norm=10.0)
-STEPS, SECONDS = 6, 6.0  # timed steps of a setting at most, and about how long
+STEPS, SECONDS = 6, 6.0  # most timed steps per setting, and their approximate duration
 NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
 
 
@@ -69,7 +69,7 @@ class Setting(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """A step that was compiled and timed, so that it can be traced."""
+    """A compiled and timed step, kept so that it can be traced."""
 
     seconds: float
     setting: Setting
@@ -78,7 +78,7 @@ class Timed(NamedTuple):
 
 
 def rows(*, seconds: float, profile: Path | None, everything: bool) -> Iterator[Row]:
-    """The automatic attention comes first, and alone unless `everything` is asked for."""
+    """The default attention path comes first; the others follow only with `everything`."""
     bench = _Bench(seconds)
     failure = "this step does not run here, though the rows above passed: do not train with this setting, and report it"
     for setting in settings() if everything else settings()[:1]:
@@ -88,12 +88,12 @@ def rows(*, seconds: float, profile: Path | None, everything: bool) -> Iterator[
 
 
 def settings() -> list[Setting]:
-    """All settings, what one wants to know first first."""
+    """All settings, the most informative first."""
     platform = jax.default_backend()
     dpo, *sft = (256, 128, 256) if platform == "cpu" else (1024, 2048, 4096)
     automatic = path_name("auto", platform)
     others = [name for name, path in PATHS.items() if path.platform in (None, platform) and name != automatic]
-    # Kernels first. Dense last: it is what runs out of memory, and to compile three times for that takes long.
+    # Kernels first. Dense last, because it runs out of memory, and compiling three times for that takes long.
     others.sort(key=lambda name: (name == "dense", PATHS[name].platform is None))
     first, *remats = (Setting("dpo", dpo, automatic, remat) for remat in REMATS)
     return [
@@ -106,7 +106,7 @@ def settings() -> list[Setting]:
 
 
 def model_shape() -> tuple[str, DecoderConfig]:
-    """The largest of `SHAPES` whose training fits the local devices together."""
+    """The largest of `SHAPES` whose training fits on the local devices together."""
     if jax.default_backend() == "cpu":
         return TINY, _pythia(128, 2, 2, 512)
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
@@ -126,14 +126,14 @@ def _parameters(config: DecoderConfig) -> int:
 
 
 def hh_like_pairs(count: int, *, vocab_size: int, longest: int) -> list[Encoded]:
-    """Pairs of random tokens whose lengths are gamma distributed around `MEANS`, and which fit a row of `longest`."""
+    """Pairs of random tokens, with lengths gamma distributed around `MEANS`, that fit into a row of `longest` tokens."""
     rng = np.random.RandomState(0)
     lengths = spread_lengths(rng, count, means=MEANS, most=3 * (longest // 4,))
     return [random_pair(rng, sizes, vocab_size=vocab_size) for sizes in lengths.tolist()]
 
 
 class _Bench:
-    """What the rows share: devices, model shape, the training state, which is made once, and the time that is left."""
+    """State shared by the benchmark rows: devices, model shape, a training state made once, and the remaining time."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.deadline = seconds, float("inf")
@@ -234,7 +234,7 @@ class _Bench:
         return self._state
 
     def _forget(self) -> None:
-        """Gives back what a step that ran out of memory may have left half donated."""
+        """Frees a half-donated state that an out-of-memory step may have left."""
         if self._state is None:
             return
         for leaf in jax.tree.leaves(self._state):
@@ -265,7 +265,7 @@ class _Bench:
         return Result(", ".join(told), None, values=values | {"compile_seconds": compiling, "shape": self.shape[0]})
 
     def trace(self, folder: Path) -> Result:
-        """Two steps of the fastest DPO setting under JAX's profiler, and a table of what took the time."""
+        """Two steps of the fastest DPO setting under JAX's profiler, and a table of the slowest operations."""
         if self.fastest is None:
             return skipped("no DPO step was timed")
         folder.mkdir(parents=True, exist_ok=True)
@@ -278,7 +278,7 @@ class _Bench:
 
 
 def _memory_of(compiled: Any) -> float:
-    """Bytes of a device that a program holds at most."""
+    """Peak device memory of a program, in bytes."""
     stats = compiled.memory_analysis()
     sizes = (getattr(stats, f"{kind}_size_in_bytes") for kind in ("argument", "output", "temp"))
     return float(sum(sizes) - stats.alias_size_in_bytes)

@@ -1,4 +1,4 @@
-"""A row about control: a linear policy takes steps of CPL, which must repeat numbers that a CPU has computed.
+"""Control check: CPL steps of a linear policy must repeat numbers computed on a CPU.
 
 `python -m dpo_jax.checks.control` prints those numbers again, for `EXPECTED`.
 """
@@ -40,7 +40,7 @@ def rows() -> Iterator[Row]:
 
 def steps() -> list[list[float]]:
     """`WATCHED` of each step."""
-    rng = np.random.RandomState(0)  # whose numbers are the same in all versions of numpy
+    rng = np.random.RandomState(0)  # its numbers are the same in all versions of numpy
     states, actions = (rng.standard_normal((15, 2, 8, size)).astype(np.float32) for size in (4, 2))
     pairs = SegmentPairs(states, actions, np.array([1] * 14 + [0], np.float32))  # the last is a filler
 

@@ -1,4 +1,4 @@
-"""Rows about several devices: every way to run repeats the steps of one device; a state in pieces is saved and restored."""
+"""Multi-device checks: every device setup repeats the steps of one device; a sharded state is saved and restored."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner
 
 RUN_BAR = 1e-5  # losses and margins in nats, gradient norms relative
-PARAMETERS_BAR = 1e-3  # of the way that the parameters have gone
+PARAMETERS_BAR = 1e-3  # relative to the distance that the parameters have moved
 UNITS = {"heads": SIZES["head_size"], "kv_heads": SIZES["head_size"]}
 
 
 def ways(count: int) -> dict[str, dict[str, int]]:
-    """{name: sizes of the mesh} over `count` devices. Two key/value heads divide in two at most."""
+    """{name: sizes of the mesh} over `count` devices. The two key/value heads allow at most two tensor shards."""
     if count == 1:
         return {"mesh": {"data": 1}}
     found = {"data": {"data": count}, "fsdp": {"data": 1, "fsdp": count}}
@@ -79,7 +79,7 @@ def _same_run(make: Callable[[Model], Partitioner], told: str) -> Result:
 
 
 def _saved_and_restored() -> Result:
-    """A state cut over all local devices, with numbers in every leaf, through a folder that is deleted afterwards."""
+    """Saves and restores a state sharded over all local devices, in a folder that is deleted afterwards."""
     if importlib.util.find_spec("orbax") is None:
         return skipped("orbax is missing: pip install orbax-checkpoint")
     if jax.process_count() > 1:

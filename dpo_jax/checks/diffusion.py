@@ -1,4 +1,4 @@
-"""Row about diffusion: steps of Diffusion-DPO of a linear denoiser, against numbers that a CPU has computed.
+"""Diffusion check: Diffusion-DPO steps of a linear denoiser must repeat numbers computed on a CPU.
 
 `python -m dpo_jax.checks.diffusion` prints those numbers again, for `EXPECTED`.
 """
@@ -36,7 +36,7 @@ def rows() -> Iterator[Row]:
 
 
 def losses() -> list[float]:
-    """The loss of each step. Before the first the policy is its reference: ln 2."""
+    """The loss of each step. Before the first, the policy equals its reference: ln 2."""
     rng, schedule = np.random.RandomState(0), cosine_schedule(20)
     predict, reference, tx = functools.partial(denoise, schedule), Normal(0.3, 0.7).variables(), optax.sgd(0.05)
     images, label = rng.standard_normal((PAIRS, 2, 1)).astype(np.float32), np.zeros(PAIRS, np.int32)

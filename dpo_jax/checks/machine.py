@@ -1,4 +1,4 @@
-"""Rows about the machine: devices, versions, memory, and how fast and how exactly it multiplies matrices."""
+"""Machine checks: devices, versions, memory, and the speed and precision of matrix products."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from dpo_jax.checks.report import Result, Row
 
 OLDEST = {"jax": "0.10.1", "flax": "0.12.8", "optax": "0.2.8", "numpy": "2.0", "orbax-checkpoint": "0.12.4"}  # pyproject.toml's
 OPTIONAL = ("orbax-checkpoint",)  # only the row that saves needs it
-LEAST_SHARE = 0.4  # of the data sheet's bfloat16 rate, below which a chip is shared, throttled, or not the chip it says
+LEAST_SHARE = 0.4  # of the data sheet's bfloat16 rate; below it a chip is shared, throttled, or not what it claims to be
 SIZES = {"bfloat16": (8192, 512), "float32": (4096, 512)}  # side of the timed matrices: on accelerators, on a CPU
-EXACT_SIDE = 1024  # of the matrices that are compared with float64
+EXACT_SIDE = 1024  # side of the matrices that are compared with float64
 
-# Relative error (root mean square) of a product of normal numbers, below which the arithmetic has that name.
+# Largest relative error (root mean square) of a product of normal numbers in each arithmetic.
 ARITHMETIC = ((2e-6, "float32"), (5e-5, "three bfloat16 passes"), (1e-3, "TF32"), (1e-2, "one bfloat16 pass"))
 
 
@@ -112,7 +112,7 @@ def _matmul(dtype: str) -> Result:
     error = matmul_error(jnp.bfloat16, "default")
     told += f", {share:.0%} of {peak / 1e12:,.0f} on the data sheet" if peak and share else ", data sheet not known"
     bar = f"{LEAST_SHARE:.0%} of the data sheet" if peak else ""
-    # bfloat16 in, float32 inside: what is left is the rounding of the result.
+    # bfloat16 inputs, float32 sums: only the rounding of the result remains.
     good = error < 4e-3 and (share is None or share >= LEAST_SHARE)
     return Result(f"{told}, error {error:.0e}", good, bar=bar, values=values | {"share": share, "error": error})
 
@@ -125,7 +125,7 @@ def matmul_rate(dtype: str) -> float:
     keys = jax.random.split(jax.random.key(0), 2)
     x, y = (jax.random.normal(key, (side, side), jnp.dtype(dtype)) for key in keys)
     product = jax.jit(functools.partial(jnp.matmul, precision="highest" if dtype == "float32" else None))
-    calls = 1 if on_cpu else 10  # in a row, or the host's part of a call would count as the chip's
+    calls = 1 if on_cpu else 10  # several in a row, so that the host's overhead is not counted as the chip's time
 
     def several() -> None:
         jax.block_until_ready([product(x, y) for _ in range(calls)])
@@ -134,7 +134,7 @@ def matmul_rate(dtype: str) -> float:
 
 
 def median_seconds(work: Callable[[], object], *, limit: float, least: int = 3, most: int = 20) -> float:
-    """The median of repeated calls that take about `limit` seconds together, after two that are not counted."""
+    """The median of repeated calls that take about `limit` seconds together, after two untimed ones."""
     work()
     work()
     times, end = [], time.perf_counter() + limit
@@ -155,5 +155,5 @@ def matmul_error(dtype: Any, precision: str) -> float:
 
 
 def arithmetic(error: float) -> str:
-    """What a product of float32 matrices was computed in, by its error."""
+    """The arithmetic in which a product of float32 matrices was computed, inferred from its error."""
     return next((name for bound, name in ARITHMETIC if error < bound), "less than one bfloat16 pass")

@@ -20,14 +20,14 @@ MARGIN = 4  # padding at the end of every row, so that there is some
 
 
 class WrongModel(ValueError):
-    """The model does not read some layout right. The message names layout, error and likely cause."""
+    """The model reads some layout wrongly. The message names layout, error and likely cause."""
 
 
 class Agreement(NamedTuple):
-    """How far a layout is from plain rows."""
+    """The difference between a layout and plain rows."""
 
     nats: float  # largest difference of a completion's log-probability
-    gradients: float | None  # norm of the difference of the gradients, as a share of their norm
+    gradients: float | None  # norm of the difference of the gradients, relative to their norm
 
 
 def check_model(
@@ -39,16 +39,16 @@ def check_model(
     tolerance: float | None = None,
     gradients: bool = True,
 ) -> dict[str, Agreement]:
-    """Test that a model of your own reads plain, shared and packed rows alike: {layout: Agreement} if it does.
+    """Test that a model of your own gives the same results for plain, shared and packed rows: {layout: Agreement} if so.
 
-    First texts are changed where a token must not look: in padding, in other rows, outside of `[k_start, k_end)`. Its hidden
-    state must not move. Then log-probabilities and gradients of `layouts` are compared with those of plain rows.
+    First, tokens are changed in places that a given token must not see: padding, other rows, outside `[k_start, k_end)`. Its
+    hidden state must not change. Then log-probabilities and gradients of `layouts` are compared with those of plain rows.
 
     Args:
-      encoded: some pairs of your data, two or more; eight do. All rows of them are in memory at once.
-      layouts: of "plain", "shared" and "packed", those that you mean to use. A plain causal model passes with ("plain",).
-      tolerance: of log-probabilities, as a share of their size; None: 2e-5 where hidden states are float32, 2e-2 where they are
-        bfloat16 or float16. A wrong mask can be less than that in 16 bits: check in float32.
+      encoded: two or more pairs of your data; eight are enough. All their rows are in memory at once.
+      layouts: those of "plain", "shared" and "packed" that you intend to use. A plain causal model passes with ("plain",).
+      tolerance: relative error of log-probabilities; None: 2e-5 for float32 hidden states, 2e-2 for bfloat16 or float16. In
+        16 bits the effect of a wrong mask can be smaller than that, so check in float32.
       gradients: also compare gradients, which takes the memory of two copies of the parameters.
 
     Raises `WrongModel`, a ValueError, naming each layout that is wrong, by how much, and the likely cause.
@@ -68,7 +68,7 @@ def check_model(
     if len(encoded) < 2 or not {*layouts} <= {*LAYOUTS}:
         raise ValueError(f"give two pairs or more, and layouts of {', '.join(LAYOUTS)}; got {len(encoded)} and {list(layouts)}")
     rows = {name: _rows(encoded, name) for name in dict.fromkeys(("plain", *layouts))}
-    # An accelerator would multiply float32 coarsely, and differently for each shape.
+    # By default an accelerator would multiply float32 coarsely, and differently for each shape.
     with jax.default_matmul_precision("highest"):
         dtype = _check_shapes(model, variables, rows["plain"])
         share = tolerance if tolerance is not None else 2e-5 if jnp.finfo(dtype).bits >= 32 else 2e-2
@@ -100,7 +100,7 @@ def _rows(encoded: Sequence[Encoded], layout: str) -> Rows:
 
 
 def _check_shapes(model: Model, variables: Variables, rows: Rows) -> Any:
-    """The type of the hidden states, after a check of what the two functions return."""
+    """The type of the hidden states, after checking the results of the two functions."""
     hidden = jax.eval_shape(model.forward, variables, rows)
     shape = tuple(getattr(hidden, "shape", ()))  # a tuple of outputs has none
     if len(shape) != 3 or shape[:2] != rows.tokens.shape:
@@ -117,11 +117,11 @@ def _check_shapes(model: Model, variables: Variables, rows: Rows) -> Any:
 
 
 def _leaks(forward: Callable[..., jax.Array], variables: Variables, rows: Rows) -> list[str]:
-    """What a token sees and must not, in words; nothing if that is right."""
+    """A description of tokens seen that must not be; empty if there are none."""
     x, k_start, k_end = np.arange(rows.tokens.shape[1]), np.asarray(rows.k_start), np.asarray(rows.k_end)
     padding = np.asarray((k_start == x) & (k_end == x + 1) & (rows.positions == 0) & (rows.tokens == 0))
     before = np.asarray(forward(variables, rows), np.float32)
-    scale = np.abs(before[~padding]).max()  # what a model makes of padding means nothing
+    scale = np.abs(before[~padding]).max()  # a model's output at padding is meaningless
     if not np.isfinite(scale):
         return ["hidden states are NaN or infinite"]
     rng = np.random.default_rng(0)
@@ -135,7 +135,7 @@ def _leaks(forward: Callable[..., jax.Array], variables: Variables, rows: Rows) 
         (somewhere, "tokens see others outside of [k_start, k_end): later ones, the other completion, or another pair"),
     ):
         moved = np.abs(np.asarray(forward(variables, _with_other_tokens(rows, changed)), np.float32) - before).max(axis=-1)
-        # Whoever sees a changed token may move; visibility is transitive in every layout, so nobody else may.
+        # Tokens that see a changed token may change; visibility is transitive in every layout, so no others may.
         total = np.pad(np.cumsum(changed, axis=1), ((0, 0), (1, 0)))
         sees = np.take_along_axis(total, k_end, axis=1) > np.take_along_axis(total, k_start, axis=1)
         if (moved > 1e-5 * scale)[~sees & ~padding].any():
@@ -155,7 +155,7 @@ def _measurer(model: Model, *, gradients: bool) -> Callable[[Variables, Rows], t
 
     def total(variables: Variables, rows: Rows) -> tuple[jax.Array, jax.Array]:
         logps = completion_logps(model, variables, rows)
-        # Chosen minus rejected, as DPO has it, and each pair by a weight of its own: a swap would show.
+        # Chosen minus rejected, as in DPO, with a different weight for each pair, so that a swap would show.
         weight = jnp.where(rows.weight > 0, 1 + 0.1 * jnp.asarray(rows.index, jnp.float32), 0)
         return ((logps[:, 0] - logps[:, 1]) * weight.astype(logps.dtype)).sum(), logps
 
@@ -189,7 +189,7 @@ def _causes(
     leaks: list[str],
     allowed: tuple[float, float],
 ) -> list[str]:
-    """Why a layout is wrong: it leaks, or differs from plain rows by more than `allowed` (nats, share of the gradients)."""
+    """Why a layout is wrong: it leaks, or differs from plain rows by more than `allowed` (nats, relative gradient error)."""
     agrees = found.nats <= allowed[0]  # NaN does not
     if agrees and not leaks:
         right = found.gradients is None or found.gradients <= allowed[1]

@@ -1,4 +1,4 @@
-"""Rows of the self-test: what one is, the table on the screen, and the JSON file."""
+"""The self-test's report: its rows, the table on the screen, and the JSON file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 
 from dpo_jax.runtime.rundir import environment, write_json
 
-SILENCE = 8.0  # seconds without a printed line after which a row says that it is still running
+SILENCE = 8.0  # seconds of silence after which a row reports that it is still running
 _INDENT = " " * 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a row found. `ok` is None where there was nothing to decide: an informative row, or one that was skipped."""
+    """The result of a row. `ok` is None if nothing was decided: an informative row, or one that was skipped."""
 
     figure: str
     ok: bool | None = True
@@ -34,10 +34,10 @@ def skipped(reason: str) -> Result:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One check. Names are dotted, so that `--only attention` takes all that begin with it."""
+    """One check. Names are dotted, so that `--only attention` selects all that begin with it."""
 
     name: str
-    failure: str  # what a failure means, and what to do
+    failure: str  # what a failure means and what to do
     run: Callable[[], Result]
 
     def chosen(self, names: list[str]) -> bool:
@@ -45,18 +45,18 @@ class Row:
 
 
 class Report:
-    """Runs rows, prints each when it is done, and rewrites the file: after a crash it says in which row that was."""
+    """Runs rows, prints each when it is done, and rewrites the file, which after a crash names the row that was running."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.rows, self.begun = path, [], time.perf_counter()
         self.environment: dict[str, Any] = {}
-        self.write()  # a file that cannot be written is told now, not after three minutes
+        self.write()  # an unwritable file is reported now, not after three minutes
         print(f"{'row':<32} {'result':<7} {'seconds':>7}  figure", flush=True)
 
     failed = property(lambda self: [row["name"] for row in self.rows if row["ok"] is False])
 
     def run(self, row: Row) -> Result:
-        """The result of a row. One that raises has failed, with the first line of its exception."""
+        """The result of a row. A row that raises has failed; its result is the first line of the exception."""
         begin = time.perf_counter()
         self.write(running=row.name)
         error = None
@@ -84,7 +84,7 @@ class Report:
         write_json(self.path, {**done, **extra, "environment": self.environment, "rows": self.rows})
 
     def describe(self) -> None:
-        """Adds versions and devices to the file: once it is known that JAX finds a device."""
+        """Adds versions and devices to the file, once JAX is known to find a device."""
         self.environment = environment()
 
     def summary(self) -> str:
@@ -100,7 +100,7 @@ def first_line(error: BaseException, *, most: int = 300) -> str:
 
 @contextlib.contextmanager
 def _heartbeat(name: str) -> Iterator[None]:
-    """Prints a line every `SILENCE` seconds: compiling may take longer than that."""
+    """Prints a line every `SILENCE` seconds, because compiling may take longer than that."""
     done, begin = threading.Event(), time.perf_counter()
 
     def beat() -> None:

@@ -1,4 +1,4 @@
-"""Rows about training: a small model takes DPO steps, which must start at ln 2 and repeat numbers that a CPU has computed.
+"""Training checks: DPO steps of a small model must start at ln 2 and repeat numbers computed on a CPU.
 
 `python -m dpo_jax.checks.training` prints those numbers again, for `EXPECTED`.
 """
@@ -86,7 +86,7 @@ def rows() -> Iterator[Row]:
 
 
 def small_model(dtype: str) -> tuple[Model, str]:
-    """A small Llama with the automatic attention of this platform, and the name of that. What it refuses is chunked."""
+    """A small Llama with this platform's default attention path, and the name of the path; chunked if that is refused."""
     config, platform = decoder_config(hf_config("llama", eos_token_id=0, **SIZES)), jax.default_backend()
     try:
         path = attention_path("auto", platform=platform, config=config, dtype=jnp.dtype(dtype))
@@ -97,7 +97,7 @@ def small_model(dtype: str) -> tuple[Model, str]:
 
 @functools.cache
 def small_variables() -> Variables:
-    """The same weights on every machine: RandomState keeps its numbers in all versions of numpy."""
+    """The same weights on every machine: RandomState gives the same numbers in all versions of numpy."""
     shapes = jax.eval_shape(small_model("float32")[0].init, jax.random.key(0))
     rng = np.random.RandomState(0)
     leaves = []
@@ -124,7 +124,7 @@ def layout_of(kind: str, *, rows_multiple: int = 16) -> Layout:
 
 
 def in_order(values: Array, index: Array) -> np.ndarray:
-    """From the order of a batch, with its fillers, to that of the pairs."""
+    """Values in the order of the pairs, from the order of a batch with fillers."""
     ordered = np.zeros((PAIRS, 2), np.float32)
     ordered[np.asarray(index)[np.asarray(index) >= 0]] = np.asarray(values)[np.asarray(index) >= 0]
     return ordered
@@ -132,7 +132,7 @@ def in_order(values: Array, index: Array) -> np.ndarray:
 
 @functools.cache
 def references(dtype: str, kind: str) -> np.ndarray:
-    """Reference log-probabilities [PAIRS, 2] by a pass of their own."""
+    """Reference log-probabilities [PAIRS, 2] from a separate pass."""
     model, variables = small_model(dtype)[0], small_variables()
     rows = layout_of(kind).rows(small_pairs())
     with float32_is_float32(dtype):
@@ -145,7 +145,7 @@ def batch_of(kind: str, *, dtype: str = "float32", reference: str = "plain", row
 
 
 def objective(model: Model) -> Any:
-    """The objective of `dpo_step`, for those who want its gradient."""
+    """The objective of `dpo_step`, for callers that need its gradient."""
 
     def of_rows(variables: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
         logps = completion_logps(model, variables, rows)
@@ -157,7 +157,7 @@ def objective(model: Model) -> Any:
 
 
 def _start(dtype: str) -> Result:
-    """The policy over packed rows against a reference pass over plain ones (in bfloat16, where rows differ, over the same)."""
+    """The policy over packed rows against a reference pass over plain rows (in bfloat16, where rows differ, over packed)."""
     model, path = small_model(dtype)
     rows = batch_of("packed", dtype=dtype, reference="plain" if dtype == "float32" else "packed")
 
@@ -167,7 +167,7 @@ def _start(dtype: str) -> Result:
             losses, metrics = objective(model)(variables, rows)
             return jnp.sum(losses * rows.weight) / rows.weight.sum(), metrics
 
-        return jax.value_and_grad(mean, has_aux=True)(variables)  # as in a step: the forward pass of a gradient
+        return jax.value_and_grad(mean, has_aux=True)(variables)  # as in a training step: the forward pass of a gradient
 
     with float32_is_float32(dtype):
         (loss, metrics), _ = jax.device_get(start(small_variables(), rows))
@@ -183,7 +183,7 @@ def _start(dtype: str) -> Result:
 
 def take_steps(partitioner: Partitioner, dtype: str) -> tuple[np.ndarray, Variables]:
     """`WATCHED` of every step, float64[STEPS, 3], and the parameters after them."""
-    # Sixteen rows divide over most numbers of devices.
+    # Sixteen rows divide among most numbers of devices.
     rows = batch_of("shared", dtype=dtype, reference="shared", rows_multiple=math.lcm(16, partitioner.row_shards))
     model = small_model(dtype)[0]
     step = functools.partial(dpo_step, model=model, tx=TX, loss=LOSS, axis_name=partitioner.axis_name)
@@ -202,7 +202,7 @@ def on_one_device(dtype: str) -> tuple[np.ndarray, Variables]:
 
 
 def apart(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest difference of two runs, of gradient norms relative to them."""
+    """The largest difference between two runs; that of gradient norms is relative."""
     scale = np.maximum(1.0, np.abs(theirs) * (np.arange(len(WATCHED)) == WATCHED.index("grad_norm")))
     return float(np.max(np.abs(ours - theirs) / scale))
 
@@ -216,9 +216,9 @@ def _steps(dtype: str) -> Result:
 
 
 def _log_softmax() -> Result:
-    """`token_logps` of a head that gives bfloat16 logits of hundreds, against numpy in float64, in one chunk and in several."""
+    """`token_logps` for a head with bfloat16 logits in the hundreds, against numpy in float64, in one chunk and in several."""
     rng = np.random.RandomState(2)
-    # Each position picks a column of the table: so the logits are the same numbers however the product is computed.
+    # Each position picks a column of the table, so the logits are the same however the product is computed.
     picked, target = rng.randint(0, 64, (2, 96)), rng.randint(0, 512, (2, 96)).astype(np.int32)
     hidden = jax.nn.one_hot(picked, 64, dtype=jnp.bfloat16)
     table = jnp.asarray(rng.standard_normal((512, 64)) * 150, jnp.bfloat16)
@@ -237,7 +237,7 @@ def _log_softmax() -> Result:
 
 
 def _microbatches() -> Result:
-    """Gradient and loss of a batch at once, in 4 parts, the last of which holds the filler."""
+    """Gradient and loss of a whole batch against those of 4 parts, the last of which holds the filler."""
     model, rows = small_model("float32")[0], batch_of("shared")
 
     @functools.partial(jax.jit, static_argnums=2)

@@ -1,4 +1,4 @@
-"""Mixtures of experts in training commands: the coefficient of the load-balancing loss, and what rounding does to routing."""
+"""Mixture-of-experts options of training commands: the load-balancing coefficient, and the effect of rounding on routing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dpo_jax.types import Model, Partitioner, Rows, Variables
 
 
 def router_aux_loss(config: Config, section: TrainingConfig, model: Model) -> float:
-    """What `section` asks for, or else what the config.json of `model` does. Raises `ConfigError` without experts."""
+    """The coefficient in `section`, or else in the config.json of `model`. Raises `ConfigError` for a model without experts."""
     asked = section.router_aux_loss
     if asked and model.route is None:
         name = "sft" if section is config.sft else "dpo"
@@ -32,9 +32,10 @@ def tell_switches(
     config: Config, run: RunDir, model: Model, variables: Variables, rows: Rows, *, partitioner: Partitioner
 ) -> None:
     """Prints the share of (token, layer, expert) choices of `rows` that differ between float32 and a `model` in bfloat16, and
-    writes it to `routing.json`. Policy and reference both run in bfloat16 and route alike; this is how far from float32.
+    writes it to `routing.json`. Policy and reference both run in bfloat16 and route alike; this shows how far that is from
+    float32.
 
-    Nothing happens for a model without experts, in float32, and where an adapter is trained further.
+    Does nothing for a model without experts, in float32, or when the training of an adapter continues.
     """
     if model.route is None or config.run.precision == "float32" or LORA in variables:
         return
@@ -46,7 +47,7 @@ def tell_switches(
         assert model.route is not None
         assert exact.route is not None
         share = switched(exact.route(variables, rows)[1], model.route(variables, rows)[1])
-        return jnp.broadcast_to(share, rows.weight.shape)  # a value of each example, as results of a map are
+        return jnp.broadcast_to(share, rows.weight.shape)  # one value per example, as `compile_map` requires
 
     with reported("comparing routes with float32", brief=True):
         share = float(np.mean(partitioner.compile_map(of_rows)(variables, rows)))

@@ -1,4 +1,4 @@
-"""Build what a configuration describes: run directory, tokenizer, model, optimizer. Its data are in `splits`."""
+"""Builds what a configuration describes: run directory, tokenizer, model, optimizer. Data are built in `splits`."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def join_hosts(config: Config) -> bool:
 def open_run(config: Config, task: str, *, continues: bool = False, out: str | None = None) -> Iterator[RunDir]:
     """The locked directory of a task, `out` or `<run.dir>/<task>`, with resolved configuration and environment written down.
 
-    A task that `continues` what it finds may yet be refused for other settings: the records of an earlier run stay as they are
-    until `train` calls `describe`.
+    A task that `continues` an earlier run may still be refused for different settings, so the earlier run's records stay until
+    `train` calls `describe`.
     """
     check_writers(config)
     with RunDir(out or Path(config.run.dir) / task, lock=is_first()) as run:
         if is_first():
             keep(config)
-        # The next task and a resumed run should not compile the same program again.
+        # So that the next task and a resumed run need not compile the same program again.
         keep_programs(Path(config.run.dir) / "compiled")
         if not (continues and run.config.is_file()):
             describe(run, config)
@@ -81,10 +81,10 @@ def open_run(config: Config, task: str, *, continues: bool = False, out: str | N
 
 
 def describe(run: RunDir, config: Config, *reports: DataReport) -> None:
-    """Writes down what a run is made of: the resolved configuration, the environment, and what became of the data."""
+    """Writes the record of a run: the resolved configuration, the environment, and the data report."""
     if not is_first():
         return
-    # Which process this was is no part of what can be run again.
+    # The process number is not part of a reproducible configuration.
     anywhere = dataclasses.replace(config.run, coordinator=None, num_processes=None, process_id=None)
     if reports:
         config = pin_revisions(config)
@@ -95,7 +95,7 @@ def describe(run: RunDir, config: Config, *reports: DataReport) -> None:
 
 
 def make_partitioner(config: Config, model: Model) -> Partitioner:
-    """Raises `ConfigError` where mesh, devices and model do not fit each other."""
+    """The partitioner of `run.devices`. Raises `ConfigError` if mesh, devices and model do not fit together."""
     report_compiling()
     if config.run.devices == "single" and jax.process_count() > 1:
         raise ConfigError(f"run.devices: single is one device, and there are {jax.process_count()} hosts; use mesh or pmap")
@@ -111,7 +111,7 @@ def make_partitioner(config: Config, model: Model) -> Partitioner:
 
 
 def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.path") -> PreTrainedTokenizerFast:
-    """The tokenizer that is named, else the model's, else one trained on the train split and kept in the run directory.
+    """The tokenizer: the one in the configuration, else the model's, else one trained on the train split and kept.
 
     `name` is the option that `model_path` comes from.
     """
@@ -131,12 +131,12 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     with first_goes_first("tokenizer"), reported("training the tokenizer"):
         if _record(record) != made_from:
             save_tokenizer(train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size), kept)
-            write_json(record, made_from)  # last: a folder without it is made anew
+            write_json(record, made_from)  # written last: a folder without it is made again
         return _with_bos_token(config, load_tokenizer(kept))
 
 
 def _record(file: Path) -> dict[str, Any] | None:
-    """What the run directory says of its tokenizer; None where it says nothing, or is damaged."""
+    """The run directory's record of its tokenizer; None if it is missing or damaged."""
     try:
         return read_object(file)
     except (OSError, Unreadable):
@@ -157,7 +157,7 @@ def start_model(config: Config, tokenizer: PreTrainedTokenizerFast, *, images: b
 
 
 def start_weights(config: Config, model: Model, partitioner: Partitioner) -> tuple[Variables, str]:
-    """Those of `model.path`, or new random ones; and a name for them: a digest, or where the random ones come from."""
+    """The weights of `model.path`, or new random ones; and their name: a digest, or how the random ones were drawn."""
     if config.model.path is not None:
         return load_weights(config.model.path, model, partitioner, name="model.path")
     with reported("drawing random weights"):
@@ -192,9 +192,9 @@ def new_hf_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[st
 
 
 def model_without_weights(config: Config, *, platform: str) -> tuple[Model, str]:
-    """The policy as it would be on `platform`, and where its sizes come from. Neither weights, tokenizer nor network are used.
+    """The policy on `platform`, and where its sizes come from. Needs no weights, tokenizer or network.
 
-    A folder of the starting policy or of `model.path` has the word, if it is here; else the sizes in `model`.
+    Sizes come from the local folder of the starting policy or of `model.path`, if present; else from section `model`.
     """
     hf, source = planned_hf_config(config)
     return decoder_of(config, hf, platform=platform), source
@@ -211,8 +211,8 @@ def policy_model(
 ) -> Model:
     """The model of a folder, checked against tokenizer and length limits (and, if `expected`, the sizes in `model`).
 
-    With `images` it is the one that reads them, without its vision encoder. `name` is the option that `path` comes from.
-    Weights are not read yet: what does not fit is refused at once.
+    With `images` it is the model that reads images, without its vision encoder. `name` is the option that `path` comes from.
+    Weights are not read yet, so a model that does not fit is refused at once.
     """
     path = existing(config, path, name)
     with naming_option(name, path):
@@ -226,7 +226,7 @@ def policy_model(
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast, *paths: str) -> tuple[int, ...]:
-    """Every token at which a completion ends: EOS, that of a turn of the chat template, and those of the models."""
+    """All tokens that end a completion: EOS, the end of turn of the chat template, and those of the models."""
     eos, turn = tokenizer.eos_token_id, turn_end_token(tokenizer)
     assert isinstance(eos, int)  # `policy_model` has checked tokenizer and models
     own = [eos] if turn is None else [eos, turn]
@@ -236,9 +236,9 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast, *paths: str) -> tuple[int, ...]
 def load_weights(
     path: str, model: Model, partitioner: Partitioner, *, name: str, dtype: str = "float32"
 ) -> tuple[Variables, str]:
-    """The weights in a folder whose model `policy_model` has checked, on the devices, and their digest.
+    """The weights in a folder whose model `policy_model` has checked, placed on the devices, and their digest.
 
-    They are kept in `dtype`; where their files are of another type, the digest says so. An adapter is merged into its base.
+    They are kept in `dtype`; if their files have another type, the digest records that. An adapter is merged into its base.
     """
     digest = shared_digest()
     with naming_option(name, path), reported(f"loading the weights of {path}"):
@@ -249,15 +249,15 @@ def load_weights(
 
 
 def digest_in(digest: WeightsDigest, dtype: str) -> str:
-    """The name of weights that are kept in `dtype`: rounded ones are other weights."""
+    """The digest of weights kept in `dtype`: rounded weights are different weights."""
     return digest.hexdigest() if dtype == "float32" or digest.all_in(dtype) else f"{digest.hexdigest()} in {dtype}"
 
 
 @contextmanager
 def naming_option(option: str, path: str) -> Iterator[None]:
-    """Names the option of a model folder with which something is wrong.
+    """A context that names the option of a model folder in its errors.
 
-    Damaged files stay `Unreadable`. What is sound and does not fit (another tensor, a git-lfs pointer, ...) is a `ConfigError`.
+    Damaged files stay `Unreadable`. Intact files that do not fit (another tensor, a git-lfs pointer, ...) raise `ConfigError`.
     """
     try:
         yield
@@ -270,7 +270,7 @@ def naming_option(option: str, path: str) -> Iterator[None]:
 
 
 def existing(config: Config, path: str, name: str) -> str:
-    """Raises `ConfigError` naming option and remedy, if `path` is neither a folder nor something the Hub knows."""
+    """`path`, if it is a folder or a Hub id that exists. Otherwise raises `ConfigError` with option and remedy."""
     try:
         return str(resolve(path))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -278,13 +278,13 @@ def existing(config: Config, path: str, name: str) -> str:
 
 
 def make_schedule(section: SftConfig | DpoConfig, *, steps: int) -> Schedule:
-    """The learning rate of a run of `steps` steps."""
+    """The learning rate schedule of a run of `steps` steps."""
     options = section.schedule_options()
     return named_schedule(section.schedule, section.lr, warmup_steps=section.warmup(steps), total_steps=steps, **options)
 
 
 def make_tx(section: SftConfig | DpoConfig, *, steps: int = 1, seed: int = 0) -> Any:
-    """The optimizer of a run of `steps` steps, on which its state does not depend. `seed`: of rounding to bfloat16."""
+    """The optimizer of a run of `steps` steps; its state does not depend on `steps`. `seed` is for rounding to bfloat16."""
     schedule, options = make_schedule(section, steps=steps), section.optimizer_options()
     tx = make_optimizer(schedule, name=section.optimizer, max_grad_norm=section.max_grad_norm, **options)
     return tx if section.param_dtype == "float32" else stochastic_rounding(tx, seed=seed)
@@ -295,7 +295,7 @@ def make_loss(section: DpoConfig) -> PreferenceLoss:
 
 
 def pair_layout(config: Config, pairs: Sequence[Encoded], *, batch: int, parts: int, microbatches: int = 1) -> Layout:
-    """Rows for batches that divide into `parts` (devices times microbatches), pairs whole. The rest: see `plan_layout`."""
+    """Layout for batches that divide into `parts` (devices times microbatches) without splitting pairs. See `plan_layout`."""
     kind, length = config.data.layout, config.data.row_length
     parts *= places_of(pairs[0]) if kind == "plain" else 1
     with reported("planning the rows"):

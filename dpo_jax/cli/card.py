@@ -1,4 +1,4 @@
-"""The model card of a training run: a header that the Hub reads, and for people how the model was made and how good it is."""
+"""The model card of a training run: a header for the Hub, and how the model was made and how good it is."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 PAPER = "[Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)"
 TRAINING = ("epochs", "batch", "microbatches", "optimizer", "lr", "warmup_steps", "schedule", "max_grad_norm")
 OTHERS = ("steps", "warmup_ratio", *optimizer_table.OPTIONS, *optimizer_table.SCHEDULE_OPTIONS, "patience", "stop_on")
-"""Options that are shown where they are set."""
+"""Options that are shown if they are set."""
 
 
 def sft_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
-    """The card of an SFT run, after its last step or after `step`."""
+    """The card of an SFT run, for its final weights or those after `step`."""
     scored = "prompts and completions" if config.sft.scored == "all" else "completions"
     return _card(
         config,
@@ -51,7 +51,7 @@ def sft_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
 
 
 def dpo_card(config: Config, run: RunDir, *, report: Mapping[str, Any] | None = None, step: int | None = None) -> str:
-    """The card of a DPO run after its last step or after `step`, with the table of `dpo-jax eval` once there is one."""
+    """The card of a DPO run, for its final weights or those after `step`, with `dpo-jax eval`'s table once there is one."""
     section = config.dpo
     is_dpo = loss_table.uses_reference(section.loss) and loss_table.rows_of(section.loss) != "unpaired"
     tag = "dpo" if is_dpo else loss_table.terms(section.loss)[0].name
@@ -69,7 +69,7 @@ def dpo_card(config: Config, run: RunDir, *, report: Mapping[str, Any] | None = 
 
 
 def online_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
-    """The card of an online run, with a line for each of its rounds."""
+    """The card of an online run, with one line per round."""
     section, columns = config.online, ("round", "labels_so_far", "pairs", "reward", "kl", "accuracy")
     heads = ["round", "labels so far", "pairs", "mean reward of samples", "KL (nats)", "agreement before training"]
     rows = read_lines(run.path / "rounds.jsonl").rows
@@ -93,7 +93,7 @@ def online_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
 
 
 def _held_out_points(run: RunDir, step: int | None) -> str:
-    """Reward and KL of the last evaluation, or of that after `step`."""
+    """Reward and KL at the last evaluation, or at the one after `step`."""
     judged = [row for row in read_metrics(run.metrics) if is_evaluation(row) and step in (None, row["step"])]
     names = {"eval/reward": "reward", "eval/kl": "KL to the reference (nats)"}
     rows = [[label, f"{judged[-1][name]:.3f}"] for name, label in names.items() if judged and name in judged[-1]]
@@ -176,7 +176,7 @@ model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(path), AutoTokenizer
 
 
 def _trained(config: Config, section: SftConfig | DpoConfig) -> str:
-    """A sentence on what was trained, if that is not everything in float32."""
+    """A sentence on the trained parameters, unless all are trained in float32."""
     lora = config.lora
     if lora.rank is not None:
         scale = ", rank-stabilized" if lora.rslora else ""
@@ -189,7 +189,7 @@ def _trained(config: Config, section: SftConfig | DpoConfig) -> str:
 
 
 def _header(origin: Origin, *, datasets: list[str], tag: str, adapter: bool, images: bool) -> str:
-    """The YAML header. What is not known is left out: a wrong licence is worse than none."""
+    """The YAML header. Unknown values are left out: a wrong licence is worse than none."""
     library = "peft" if adapter else "transformers"
     pipeline = "image-text-to-text" if images else "text-generation"
     fields: dict[str, Any] = {"library_name": library, "pipeline_tag": pipeline}
@@ -218,7 +218,7 @@ def _made_of(
 
 
 def _start(config: Config, path: str | None, origin: Origin) -> str:
-    """What training started from: a Hub id, or a local folder by its last names, which say nothing about this machine."""
+    """The starting model: a Hub id, or the last parts of a local path, which reveal nothing about this machine."""
     if path is None:
         return f"new weights ({config.model.family}), seed {config.run.seed}"
     name, _, revision = path.partition("@")
@@ -230,12 +230,12 @@ def _start(config: Config, path: str | None, origin: Origin) -> str:
 
 
 def _hub_link(name: str, *, kind: str = "") -> str:
-    """A link to what the Hub calls `name`; only its name where that is no id, as the header of somebody's card may say."""
+    """A link to `name` on the Hub; plain text if it is not an id, which the header of another card may contain."""
     return f"[{name}](https://huggingface.co/{kind}{name})" if is_hub_id(name) else markdown_text(name)
 
 
 def _datasets(config: Config) -> list[str]:
-    """The ids of the data that are of the Hub."""
+    """The Hub ids of the data."""
     found = (_hub_id(part) for part in config.data.parts() if part.path)
     return list(dict.fromkeys(name for name in found if name))
 
@@ -282,7 +282,7 @@ def _made_with(run: RunDir) -> str:
 
 
 def _loss_options(section: DpoConfig) -> list[str]:
-    """The loss, beta if it has one, and what else is not as by default."""
+    """The loss, its beta if it has one, and all options that differ from their defaults."""
     beta = ["beta"] if "beta" in loss_table.reads(section.loss) else []
     others = [name for name in (*loss_table.OPTIONS, "ld_alpha") if getattr(section, name) != getattr(DpoConfig, name)]
     return ["loss", *beta, *(name for name in others if name not in beta)]
@@ -305,7 +305,7 @@ def _options(config: Config, section: SftConfig | DpoConfig) -> str:
 
 
 def _data_table(run: RunDir) -> str:
-    """What became of every row that was read."""
+    """Counts of rows read, kept and dropped."""
     rows = []
     for split, report in _read(run.data_report, DATA).items():
         dropped = ", ".join(f"{count:,} {cause}" for cause, count in report.get("dropped", {}).items()) or "none"
@@ -315,18 +315,18 @@ def _data_table(run: RunDir) -> str:
 
 
 def yaml_value(value: str | list[str]) -> str:
-    """Any text, or list of texts, as a value of YAML in one line that gives it back exactly."""
+    """A text, or list of texts, as a one-line YAML value that reads back exactly."""
     return one_line(json.dumps(value, ensure_ascii=False))  # JSON is YAML, and so are Python's escapes
 
 
 def _fenced(text: str) -> str:
-    """A code block that no text in it can end."""
+    """A code block that its text cannot close."""
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
     return f"{fence}\n{text}\n{fence}"
 
 
 def _held_out(run: RunDir, step: int | None) -> str:
-    """The last evaluation during training, or that after `step`."""
+    """The last evaluation during training, or the one after `step`."""
     rows = read_metrics(run.metrics) if run.metrics.is_file() else []
     judged = [row for row in rows if is_evaluation(row) and step in (None, row["step"])]
     if not judged:
@@ -343,7 +343,7 @@ def _held_out(run: RunDir, step: int | None) -> str:
 
 
 def _notes(report: Mapping[str, Any], run: RunDir) -> str:
-    """What is unusual in the evaluation. Before `dpo-jax eval`, what training itself measured."""
+    """Unusual results of the evaluation; before `dpo-jax eval`, of training's own measurements."""
     health = examine_run(report, read_metrics(run.metrics))
     lines = [f"- **{note.name}**: {markdown_text(note.words)}" for note in health.notes]
     return "\n".join(lines) + ("\n\n" if lines else "") + markdown_text(health.summary)
@@ -355,7 +355,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _read(path: Path, shape: Shape) -> dict[str, Any]:
-    """A record of the run; with a warning nothing where it is damaged."""
+    """A record of the run; empty, with a warning, if it is damaged."""
     try:
         return fit(read_object(path), shape, str(path))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The commands of the program on one page: what each does, and which options it reads.
+"""The table of commands: what each does, and which options it reads.
 
 Command `NAME` is the function `run(config) -> exit code` in `dpo_jax.cli.commands.NAME` (a hyphen becomes an underscore).
 """
@@ -23,13 +23,13 @@ def module_of(name: str) -> str:
     return f"dpo_jax.cli.commands.{name.replace('-', '_')}"
 
 
-# Every step of a run takes the sections that describe it, so that one set of flags serves them all.
+# Every stage of a run takes the sections that describe it, so that one set of flags serves all stages.
 _RUN = ("run", "mesh", "data", "tokenizer", "model")
 _LOGGED = ("eval_every_examples", "tensorboard", "wandb", "trackio")
 
 
 def _run_without(*fields: str) -> tuple[str, ...]:
-    """`_RUN`, for commands that do not read these options of `run`."""
+    """`_RUN` without these options of `run`."""
     return (*(f"run.{field}" for field in types_of(options.RunConfig) if field not in fields), *_RUN[1:])
 
 
@@ -54,7 +54,7 @@ _REWARD_MODEL = (
 )
 
 
-# Its length is that of its rounds, and each of them is measured.
+# Its length is set by its rounds, and each round is evaluated.
 _UNREAD = ("reference", "epochs", "steps", "patience", "stop_on", "ld_alpha", "param_dtype", "refresh_reference_steps")
 _ONLINE = (
     *(f"dpo.{name}" for name in types_of(types_of(options.Config)["dpo"]) if name not in _UNREAD),
@@ -69,7 +69,7 @@ _OF_ROUNDS = tuple(
 
 
 def _experiment(*fields: str) -> tuple[str, ...]:
-    """The options of `frontier` that a piece of it reads: those of sampling and of the true reward, and `fields`."""
+    """The options of `frontier` that a part of it reads: those of sampling and of the true reward, and `fields`."""
     return tuple(f"frontier.{field}" for field in ("reward", "classifier", "max_new_tokens", "sample_batch", "fast", *fields))
 
 
@@ -198,17 +198,17 @@ COMMANDS = {
     "bench": Command("race our training against PyTorch", _BENCH, ("data", "model")),
 }
 
-# Every command reads what somebody else may have written.
+# Every command reads files that may come from elsewhere.
 COMMANDS = {name: command._replace(reads=(*command.reads, "limits")) for name, command in COMMANDS.items()}
 
-# Their flags are their own: "module:function", called with the arguments and the name of the program.
+# Commands with their own flags: "module:function", called with the arguments and the name of the program.
 WITHOUT_CONFIG = {
     "init": ("write a configuration to fill in, for data of your own: dpo-jax init my.yaml", "dpo_jax.cli.commands.init:main"),
     "check": ("test this machine's accelerator: dpo-jax check (no configuration needed)", "dpo_jax.check:main"),
 }
 
-TRAINING = ("sft", "dpo")  # a finished run of these has nothing to do
-# They sample, or read rewards from whole rows: neither is done with rows in pieces.
+TRAINING = ("sft", "dpo")  # commands whose finished runs are detected
+# They sample, or read rewards from whole rows; neither works with rows split over devices.
 WHOLE_ROWS = ("sample", "label", "reward-model", "ppo", "online", "optimum", "frontier", "robust", "control", "dialogue")
 ON_MANY_HOSTS = ("sft", "refs", "dpo", "ppo", "eval", "sample", "frontier")
 SHORT = {f"--{name}": f"--run.{name}" for name in ("distributed", "coordinator", "num-processes", "process-id")}

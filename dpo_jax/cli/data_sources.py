@@ -1,4 +1,4 @@
-"""Preferences of the files that section `data` names: local ones, data sets of the Hub, several with weights, cut by hash."""
+"""Loads the preferences that section `data` names: local files, Hub data sets, weighted mixtures, hash splits."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _COMMITS: dict[tuple[str, str | None], str] = {}  # (Hub id, revision) -> the co
 
 
 def read_commit(path: str, revision: str | None) -> str | None:
-    """The commit at which this process has read a data set of the Hub; None for any other."""
+    """The commit at which this process has read a Hub data set; None for any other source."""
     return _COMMITS.get((path, revision))
 
 
 def load_files(config: Config, side: Side, tokenizer: Any = None, *, rows: Wanted = "pairs") -> PreferenceSet:
     """The preferences of one side, from all sources, read as `rows`.
 
-    Raises `DataError` for bad data, also where one source does not state `rows`, and `ConfigError` for what is not there.
+    Raises `DataError` for bad data, including a source whose rows are not of the kind `rows`; `ConfigError` for missing data.
     """
     data = config.data
     options = {"on_bad": data.on_bad, "tokenizer": tokenizer, "rows": rows, "ranking_length": data.ranking_length}
@@ -53,7 +53,7 @@ def load_files(config: Config, side: Side, tokenizer: Any = None, *, rows: Wante
     if not data.mix:
         return sets[names[0]]
     labelled = {name for name, loaded in sets.items() if any(one.desirable is not None for one in loaded)}
-    if labelled:  # with "any" others may be pairs, which can be read as single completions, too
+    if labelled:  # with "any" the others may be pairs, which can also be read as single completions
         sets = {name: loaded if name in labelled else split_pairs(loaded) for name, loaded in sets.items()}
     if rows == "rankings":
         check_ranking_lengths(itertools.chain(*sets.values()), where="data.mix")
@@ -61,15 +61,15 @@ def load_files(config: Config, side: Side, tokenizer: Any = None, *, rows: Wante
 
 
 def names_of(config: Config) -> list[str]:
-    """The name of each source, with which the uids of a mixture begin."""
+    """The name of each source, the prefix of its uids in a mixture."""
     parts = config.data.parts()
     return source_names(f"{part.path.rstrip('/')}/{part.config}" if part.config else part.path.rstrip("/") for part in parts)
 
 
 def sources_to_cut(config: Config) -> set[str]:
-    """The names of the sources out of whose train split `data.test_share` cuts the held-out pairs: those that have none.
+    """Names of the sources without a held-out split, from whose train split `data.test_share` takes held-out pairs.
 
-    Raises `ConfigError` where each has a held-out split of its own.
+    Raises `ConfigError` if all sources have one.
     """
     data = config.data
     if data.test_share is None:
@@ -85,7 +85,7 @@ def sources_to_cut(config: Config) -> set[str]:
 
 
 def folder_of(part: MixConfig) -> Path:
-    """The file or folder of a source on this machine. Raises `ConfigError` naming the option."""
+    """The local file or folder of a source. Raises `ConfigError` naming the option."""
     path = Path(part.path)
     if part.revision is not None and path.exists():
         raise ConfigError(
@@ -102,7 +102,7 @@ def folder_of(part: MixConfig) -> Path:
 def _load(config: Config, part: MixConfig, side: Side, *, cut: bool, **options: Any) -> PreferenceSet:
     data = config.data
     split = part.train_split if side == "train" or cut else part.test_split
-    assert part.format is not None  # `DataConfig.parts` fills in what a source leaves out
+    assert part.format is not None  # `DataConfig.parts` fills in what a source omits
     assert split is not None
     folder, commit, note = folder_of(part), None, None
     if is_dataset_id(part.path):
@@ -114,7 +114,7 @@ def _load(config: Config, part: MixConfig, side: Side, *, cut: bool, **options: 
     loaded.report.notes += [note] if note else []
     wanted = data.train_split if side == "train" else data.test_split
     if not cut:
-        loaded.report.split = wanted  # of a mixture, whose sources call it as they like
+        loaded.report.split = wanted  # in a mixture, each source may name its splits differently
         return loaded
     assert data.test_share is not None
     return take_side(loaded, side, share=data.test_share, split=wanted)
@@ -131,7 +131,7 @@ def _has_split(config: Config, part: MixConfig, split: str | None) -> bool:
 
 
 def _fetch(config: Config, part: MixConfig, split: str) -> tuple[Path, str, str | None]:
-    """(folder, commit, note) of a data set of the Hub, once the files of `split` are in the cache."""
+    """(folder, commit, note) of a Hub data set, once the files of `split` are in the cache."""
     found = _opened(config, part)
     try:
         size = found.bytes_of(split)
@@ -151,7 +151,7 @@ def _fetch(config: Config, part: MixConfig, split: str) -> tuple[Path, str, str 
 
 
 def _opened(config: Config, part: MixConfig) -> HubData:
-    """What a data set of the Hub holds: both splits, and all hosts, see the same commit of it."""
+    """The content of a Hub data set; both splits and all hosts see the same commit."""
     try:
         with reported(f"asking the Hub for {part.path}"):
             found = _listing(part.path, part.revision, part.config)

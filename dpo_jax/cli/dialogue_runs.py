@@ -1,4 +1,4 @@
-"""The runs of `dpo-jax dialogue`, and what is refused before any of them: no JAX is needed for either."""
+"""The runs of `dpo-jax dialogue`, and checks before any of them starts. Needs no JAX."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ REFERENCE = "reference"
 
 
 def runs_of(config: Config) -> list[Run]:
-    """The reference itself, and every setting of every method. Raises `ConfigError` for options that do not go together."""
+    """The runs: the reference itself, and every setting of every method. Raises `ConfigError` for inconsistent options."""
     if config.data.source != "question_game":
         raise ConfigError(f"data.source: dialogue plays the question game; set it to question_game, not {config.data.source}")
     if config.data.bos == "always":
@@ -30,6 +30,6 @@ def runs_of(config: Config) -> list[Run]:
             Run(method, f"beta {of['beta']:g}" if "beta" in of else "", of, seed)
             for method in section.chosen()
             for of in settings[method]
-            for seed in (seeds if method != "dpo-limit" else [first])  # it is computed from all conversations there are
+            for seed in (seeds if method != "dpo-limit" else [first])  # it is computed from all possible conversations
         ),
     ]

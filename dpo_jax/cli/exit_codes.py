@@ -1,4 +1,4 @@
-"""Errors that a command is expected to raise: the exit code and the one message of each."""
+"""Expected errors of commands: the exit code and the one-line message of each."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ EXIT_CODES = (
 
 
 def exit_code(error: BaseException) -> int:
-    """The documented exit code of an exception; 1 if it is not one that a command is expected to raise."""
+    """The documented exit code of an exception; 1 for an unexpected one."""
     for module, name, code in EXIT_CODES:
-        # A class whose module was never imported cannot have been raised; importing it now would load JAX for nothing.
+        # A class whose module was never imported cannot have been raised; importing it now would load JAX needlessly.
         kind = getattr(sys.modules.get(module), name, None)
         if kind is not None and isinstance(error, kind):
             return code
@@ -43,7 +43,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def _os_error(error: BaseException) -> OSError | None:
-    """The file error behind an exception: a full disk reaches us wrapped by whoever was writing."""
+    """The file error behind an exception: a full disk arrives wrapped in the writer's own exception."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
@@ -56,7 +56,7 @@ def _os_error(error: BaseException) -> OSError | None:
 
 
 def message(error: Exception) -> str:
-    """What an expected error says: printable, though it may quote a text of the data or a file's name."""
+    """The message of an expected error, made printable, because it may quote data or a file name."""
     cause = _os_error(error)
     if cause is None or exit_code(error) != 74:
         return printable(str(error))

@@ -32,13 +32,13 @@ from dpo_jax.untrusted import Unreadable, read_object
 from dpo_jax.writing import writing
 
 FAST = {"prompts": 8, "test_prompts": 4, "optimum_prompts": 4, "optimum_samples": 4, "ppo_iterations": 4}
-"""By what `frontier.fast` divides."""
+"""Divisors of the sizes under `frontier.fast`."""
 Count = Literal["prompts", "test_prompts", "optimum_prompts"]
-"""The options that say how many prompts there are: those of the train split, and of the held-out one for two purposes."""
+"""Options that set numbers of prompts: of the train split, and of the held-out split for two purposes."""
 
 
 def sized(config: Config) -> Config:
-    """`config` with the smaller sizes of `frontier.fast`, if that is on."""
+    """`config` with the smaller sizes of `frontier.fast`, if set."""
     if not config.frontier.fast:
         return config
     smaller = {name: max(1, getattr(config.frontier, name) // part) for name, part in FAST.items()}
@@ -48,15 +48,15 @@ def sized(config: Config) -> Config:
 def make_world(
     config: Config, *, train: Count | None, test: Count, reward: Reward | None = None
 ) -> tuple[World, dict[str, str]]:
-    """A world of so many prompts around the policy `dpo.policy`, and the digests of its weights (`Trained.load`).
+    """The experiment world around the policy `dpo.policy`, and the digests of its weights (`Trained.load`).
 
-    `reward` is the true one; none: that of `true_reward`.
+    `reward` is the true reward; none: the result of `true_reward`.
     """
     section, path = config.frontier, config.dpo_policy()
     tokenizer = build.tokenizer_of(config, model_path=path, name="dpo.policy")
     model = build.policy_model(config, path, tokenizer, name="dpo.policy")
     part = trained(config, dataclasses.replace(config.dpo, param_dtype="float32"), model, path)
-    # The head is that of a reward model or value function, which lies on the mesh with the rest.
+    # The head of a reward model or value function, which is placed on the mesh with the rest.
     partitioner = part.partitioner(config, head=True)
     learnt = prompts_of(config, train, tokenizer) if train else Prompts([], [])
     judged = prompts_of(config, test, tokenizer)
@@ -88,9 +88,9 @@ def make_world(
 
 
 def prompts_of(config: Config, how_many: Count, tokenizer: Any, *, topics: Sequence[str] | None = None) -> Prompts:
-    """The first distinct prompts of the split, at most as many as the option `how_many` says; of texts, beginnings.
+    """The first distinct prompts of the split, as many as the option `how_many` allows; for plain texts, their beginnings.
 
-    Of generated reviews only those on `topics`, if these are given.
+    For generated reviews only those on `topics`, if given.
     """
     split, count = "train" if how_many == "prompts" else "test", getattr(config.frontier, how_many)
     if config.data.source == "reviews":
@@ -107,9 +107,9 @@ def prompts_of(config: Config, how_many: Count, tokenizer: Any, *, topics: Seque
 
 
 def _within(limit: int, prompts: Mapping[str, bool], tokenizer: Any, *, bos: Bos) -> Prompts:
-    """Texts (and whether a chat template wrote each) as prompts, of which BOS and the last tokens are kept, `limit` in all.
+    """Prompts from texts (with whether a chat template wrote each), truncated to BOS and the last tokens, `limit` in all.
 
-    The text of one that was cut is what is left of it.
+    The text of a truncated prompt is truncated as well.
     """
     texts, ids, cut = [], [], 0
     for text, chat in prompts.items():
@@ -126,12 +126,12 @@ def _within(limit: int, prompts: Mapping[str, bool], tokenizer: Any, *, bos: Bos
 
 
 def has_true_reward(config: Config) -> bool:
-    """Whether `frontier.reward` can judge these data. A classifier can judge any."""
+    """Whether `frontier.reward` can score these data. A classifier can score any."""
     return {"exact": "reviews", "linear": "snippets"}.get(config.frontier.reward) in (None, config.data.source)
 
 
 def true_reward(config: Config) -> Reward:
-    """The reward that `frontier.reward` names. Raises `ConfigError` where it cannot judge these data."""
+    """The reward that `frontier.reward` names. Raises `ConfigError` if it cannot score these data."""
     section = config.frontier
     if section.reward == "exact":
         if not has_true_reward(config):
@@ -165,7 +165,7 @@ def true_reward(config: Config) -> Reward:
 
 
 def second_reward(config: Config) -> Reward | None:
-    """The reward that `frontier.second_reward` names. Raises `ConfigError` where its package is missing."""
+    """The reward that `frontier.second_reward` names. Raises `ConfigError` if its package is missing."""
     if config.frontier.second_reward is None:
         return None
     try:
@@ -177,7 +177,7 @@ def second_reward(config: Config) -> Reward | None:
 def labelled_samples(
     config: Config, world: World, prompts: Prompts, file: Path, *, key: jax.Array
 ) -> tuple[list[Preference], LabelCounts]:
-    """Pairs of the reference's completions of `prompts` (appendix C.1), which the first host writes to `file` as JSON Lines."""
+    """Labelled pairs of the reference's completions of `prompts` (appendix C.1); also written to `file` by the first host."""
     k = config.frontier.completions
     drawn = world.sample(world.reference, prompts.repeated(k), key)
     texts = [drawn.completions.texts[i : i + k] for i in range(0, len(drawn.rewards), k)]
@@ -196,11 +196,11 @@ def labelled_samples(
 
 
 MADE = {"shared": {str: object}, "sha256": str, "uids": [str]}
-"""What `keep_pairs` writes."""
+"""The record that `keep_pairs` writes."""
 
 
 def keep_pairs(file: Path, record: Path, shared: Mapping[str, Any], preferences: Sequence[Preference]) -> None:
-    """On the first host, notes in `record` what the pairs in `file` were made of, and their uids, for `kept_pairs`."""
+    """On the first host, writes to `record` the settings and uids of the pairs in `file`, for `kept_pairs`."""
     if not is_first():
         return
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -208,7 +208,7 @@ def keep_pairs(file: Path, record: Path, shared: Mapping[str, Any], preferences:
 
 
 def kept_pairs(file: Path, record: Path, shared: Mapping[str, Any]) -> list[Preference] | None:
-    """The pairs in `file`, if `record` says that they were made under these settings, and both are whole."""
+    """The pairs in `file`, if `record` has these settings and both files are complete."""
     try:
         found, content = fit(read_object(record), MADE, str(record)), file.read_bytes()
     except (FileNotFoundError, Unreadable):
@@ -228,7 +228,7 @@ def encode_samples(config: Config, preferences: Sequence[Preference], tokenizer:
 
 
 def of_training(config: Config) -> jax.Array:
-    """The key with which the completions of the training prompts are drawn."""
+    """The random key for completions of the training prompts."""
     return jax.random.key(config.run.seed + 1)
 
 

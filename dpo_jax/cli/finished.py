@@ -1,10 +1,10 @@
 """Detect a finished training run from its files, without JAX, encoding data or restoring a checkpoint.
 
-`finished.json` in the directory of the task says what a run was made of (settings, code and packages, data, starting model)
-and what it left (checkpoints, export, metrics, plots). Where all of that is as it was, the same command has nothing to do.
-Where anything differs, the training command runs as ever: it refuses, continues, or writes again what is lost.
+`finished.json` in the task's directory records the inputs of a run (settings, code and packages, data, starting model) and its
+outputs (checkpoints, export, metrics, plots). If all of these are unchanged, the same command has nothing to do. If anything
+differs, the training command runs as usual: it refuses, continues, or writes lost files again.
 
-Files are told apart by their SHA-256, and above `HASHED_BYTES` by size and time of the last change.
+Files are compared by SHA-256, and above `HASHED_BYTES` by size and modification time.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ RECORD = "finished.json"
 VERSION = 1
 HASHED_BYTES = 256 * 2**20
 MOST_FILES = 10_000
-# Model cards say what was measured since (`dpo-jax eval`); locks and these two are no result of training.
+# Model cards change when `dpo-jax eval` runs; locks and these two are not results of training.
 NOT_COMPARED = {"README.md", "run.lock", RECORD}
 ELSEWHERE = {"run.coordinator", "run.num_processes", "run.process_id"}  # which process this was
 
 
 class FinishedRun:
-    """The record of one task's run. Make it before the run reads anything: what changes meanwhile must not be taken as read.
-    A run whose prompts show images has none.
+    """The record of one task's finished run; runs whose prompts show images have none. Make it before the run reads any input,
+    so that later changes are noticed.
 
-    `sections` are those of the configuration that the task reads, or single options "section.option".
+    `sections` are the configuration sections that the task reads, or single options "section.option".
     """
 
     def __init__(self, task: str, config: Config, sections: Sequence[str]):
         self._task, self._config, self._sections = task, config, sections
         self._folder = Path(config.run.dir) / task
         self._inputs = _inputs(task, config, sections)
-        # Several hosts would have to agree, and what lies in a bucket or on the Hub cannot be looked at in a moment.
+        # Several hosts would have to agree, and files in a bucket or on the Hub cannot be checked quickly.
         local = config.run.distributed == "off" and "://" not in config.checkpoints_of(task)
         self._usable = local and config.run.resume and self._inputs is not None
         try:
             self._before = _stamps(self._inputs or ())
-        except OSError:  # a link to nothing, or too many files: what is wrong with it, if anything, is for training to say
+        except OSError:  # a broken link, or too many files: training reports what is wrong, if anything
             self._usable = False
 
     def steps(self) -> int | None:
-        """How many steps it took, if it is finished and nothing has changed since. Raises `RunLocked` while it is training."""
+        """The run's number of steps, if it is finished and nothing has changed. Raises `RunLocked` while it is training."""
         if not (self._usable and (self._folder / RECORD).is_file()):
             return None
         with RunDir(self._folder) as run:
@@ -65,9 +65,9 @@ class FinishedRun:
                 return None
 
     def record(self) -> None:
-        """Writes the record of a run that has just ended well, unless a file was changed while it was running.
+        """Writes the record of a run that has just ended successfully, unless a file was changed while it was running.
 
-        The run is done with or without a record: where it cannot be written, there is none.
+        A record that cannot be written is left out: the run is finished without it.
         """
         if not self._usable:
             return
@@ -76,7 +76,7 @@ class FinishedRun:
                 write_json(self._folder / RECORD, self._present(run))
 
     def _present(self, run: RunDir) -> dict[str, Any]:
-        """Everything as it is now, as JSON values. Raises `OSError` for what is not there."""
+        """The current state of everything recorded, as JSON values. Raises `OSError` for a missing file."""
         kept = [run.config, run.env, run.data_report, run.metrics, run.plots, run.export]
         own_tokenizer = Path(self._config.run.dir) / "tokenizer"
         outputs = [*kept, Path(self._config.checkpoints_of(self._task)), *([own_tokenizer] if own_tokenizer.exists() else [])]
@@ -91,15 +91,15 @@ class FinishedRun:
 
 
 def _shows_images(run: RunDir) -> bool:
-    """Whether prompts of a run show images: files that may lie anywhere, and change."""
+    """Whether the prompts of a run show images: those files may be anywhere, and may change."""
     try:
         return any(report.get("images") for report in read_object(run.data_report).values())
-    except (OSError, Unreadable, AttributeError):  # damaged: then nothing is known of any
+    except (OSError, Unreadable, AttributeError):  # damaged: then nothing is known about images
         return False
 
 
 def recorded(task: str, config: Config, sections: Sequence[str]) -> bool:
-    """Whether the run directory holds the record of a run of these settings that has ended. No other file is looked at."""
+    """Whether the run directory holds the record of a finished run with these settings. No other file is read."""
     try:
         record = read_object(Path(config.run.dir) / task / RECORD)
     except (OSError, Unreadable):
@@ -113,14 +113,14 @@ def _settings(config: Config, sections: Sequence[str]) -> dict[str, Any]:
 
 
 def _options(config: Config, sections: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
-    """(section, option, value) of all options of `sections`, which are names, or single options "section.option"."""
-    for section, _, single in (name.partition(".") for name in sections if name != "limits"):  # which decide no result
+    """(section, option, value) of all options of `sections`, which are section names or single options "section.option"."""
+    for section, _, single in (name.partition(".") for name in sections if name != "limits"):  # which do not affect any result
         values = dataclasses.asdict(getattr(config, section))
         yield from ((section, name, value) for name, value in values.items() if single in ("", name))
 
 
 def _inputs(task: str, config: Config, sections: Sequence[str]) -> list[Path] | None:
-    """The files and folders that the settings name. None if one of them is not here: it may be on the Hub."""
+    """The files and folders that the settings name. None if one of them is not local: it may be on the Hub."""
     named = [config.dpo_policy()] if task == "dpo" else []
     for section, name, value in _options(config, sections):
         if section in ("run", "refs"):  # where results go
@@ -156,7 +156,7 @@ def _stamps(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
 
 def _identities(paths: Iterable[Path]) -> dict[str, str]:
     files = list(_files(paths))
-    with ThreadPoolExecutor(8) as pool:  # hashlib lets go of the interpreter lock
+    with ThreadPoolExecutor(8) as pool:  # hashlib releases the interpreter lock
         return dict(zip(map(str, files), pool.map(_identity, files), strict=True))
 
 
@@ -169,7 +169,7 @@ def _identity(file: Path) -> str:
 
 
 def _code() -> str:
-    """SHA-256 of this package's modules: another version may read the same data otherwise."""
+    """SHA-256 of this package's modules: another version may read the same data differently."""
     root = Path(__file__).parent.parent
     lines: Mapping[str, str] = {str(file.relative_to(root)): _identity(file) for file in sorted(root.rglob("*.py"))}
     return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Values that a run pins in its run directory: the date of chat templates, and revisions of Hub models and data sets.
 
-The first command that opens the run directory writes `fixed.json`; all later ones take over what it says, so that a run which
-goes on tomorrow has the prompts and the models of today:
+The first command that opens the run directory writes `fixed.json`, and all later ones use its values. A run that continues
+tomorrow then has the prompts and models of today:
 
     {"date": "2026-11-27", "revisions": {"org/name": "0f1e2d3c...", "datasets/org/pairs": "4b5a6978..."}}
 """
@@ -31,7 +31,7 @@ MODELS = (
 
 
 def fix(config: Config) -> Config:
-    """`config` with the date and the revisions that its run directory keeps; in a new one, with the date of today."""
+    """`config` with the date and the revisions pinned in its run directory; in a new one, with today's date."""
     record = _read(Path(config.run.dir) / NAME) or {"date": datetime.date.today().isoformat(), "revisions": {}}
     if config.data.date is None:
         several = config.run.distributed == "auto"
@@ -43,13 +43,13 @@ def fix(config: Config) -> Config:
 
 
 def keep(config: Config) -> None:
-    """Writes what `fix` has fixed to the run directory, if it keeps nothing yet."""
+    """Writes the pins made by `fix` to the run directory, if it has none yet."""
     if config.data.date is not None and not (Path(config.run.dir) / NAME).exists():
         _write(config, {"date": config.data.date, "revisions": {}})
 
 
 def pin_revisions(config: Config) -> Config:
-    """`config` with the revision of every Hub model and data set that was loaded, also written to the run directory."""
+    """`config` with the loaded revision of every Hub model and data set, also written to the run directory."""
     from dpo_jax.cli.data_sources import read_commit
     from dpo_jax.models.hub import cached_revision
 
@@ -63,17 +63,17 @@ def pin_revisions(config: Config) -> Config:
 
 
 def date_of(config: Config) -> datetime.datetime:
-    """The date that chat templates write. Today's where the configuration fixes none."""
+    """The date that chat templates see; today's if the configuration pins none."""
     return datetime.datetime.fromisoformat(config.data.date) if config.data.date else datetime.datetime.now()
 
 
 def check(config: Config) -> None:
-    """Raises `ConfigError` for a `fixed.json` that is damaged."""
+    """Raises `ConfigError` for a damaged `fixed.json`."""
     _read(Path(config.run.dir) / NAME)
 
 
 def of_first_host(text: str) -> str:
-    """The text of the first host: those without a shared disk may have begun on two sides of midnight, or of a commit."""
+    """The first host's text: hosts without a shared disk may have started on two sides of midnight, or of a commit."""
     from dpo_jax.runtime.hosts import of_first
 
     return of_first(lambda: text)
@@ -101,7 +101,7 @@ def _write(config: Config, record: Mapping[str, Any]) -> None:
 
 
 def _hub_ids(config: Config) -> Iterator[tuple[str, str]]:
-    """(option, id) of every Hub model that is named without a revision."""
+    """(option, id) of every Hub model named without a revision."""
     from dpo_jax.models.folder import is_hub_id
 
     for option in MODELS:
@@ -112,7 +112,7 @@ def _hub_ids(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _data_key(part: DataConfig | MixConfig) -> str | None:
-    """The name in `fixed.json` of a Hub data set that is read at no certain commit; None for any other source."""
+    """The key in `fixed.json` of a Hub data set that is read without a fixed commit; None for any other source."""
     from dpo_jax.data.hub_files import is_dataset_id
 
     if not part.path or not is_dataset_id(part.path) or re.fullmatch("[0-9a-f]{40}", part.revision or ""):
@@ -121,7 +121,7 @@ def _data_key(part: DataConfig | MixConfig) -> str | None:
 
 
 def _with_commits(config: Config, revisions: Mapping[str, str]) -> Config:
-    """`config` with the kept commit of each data set of the Hub."""
+    """`config` with the pinned commit of each Hub data set."""
 
     def at_commit(part: T) -> T:
         commit = revisions.get(_data_key(part) or "")

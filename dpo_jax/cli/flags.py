@@ -1,4 +1,4 @@
-"""From the command line to a checked configuration: a YAML file, or run directories, and flags that override it."""
+"""Parses the command line into a checked configuration: a YAML file, or run directories, overridden by flags."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpo_jax.data.terminal import raw
 
 
 def parse(name: str, args: list[str]) -> Config:
-    """The config of command `name`: the YAML file that `args` begins with, overridden by the flags after it, checked."""
+    """The checked config of command `name`: the YAML file at the start of `args`, overridden by the flags after it."""
     command = COMMANDS[name]
     args = ["".join((SHORT.get(name, name), equals, value)) for name, equals, value in (arg.partition("=") for arg in args)]
     if name == "report" and args and not args[0].startswith("-") and not Path(args[0]).is_file():
@@ -44,7 +44,7 @@ def parse(name: str, args: list[str]) -> Config:
 
 
 def _of_runs(args: list[str]) -> tuple[list[str], Config]:
-    """The flags after the run directories that `args` begins with, and a config that names those."""
+    """The flags after the run directories at the start of `args`, and a config that names these directories."""
     count = next((number for number, arg in enumerate(args) if arg.startswith("-")), len(args))
     if bad := [folder for folder in args[:count] if "," in folder]:
         raise ConfigError(f"report.runs: {bad[0]}: a run directory whose name has a comma cannot be named")
@@ -52,7 +52,7 @@ def _of_runs(args: list[str]) -> tuple[list[str], Config]:
 
 
 def _brings_its_data(name: str, config: Config) -> bool:
-    """Whether a command that works on the data is asked to work on prompts or tokens of its own."""
+    """Whether a command that works on the data is asked to use its own prompts or tokens instead."""
     bench = config.bench.lengths or config.bench.sampling
     own = {"sample": config.sample.prompts_file, "bench": bench, "judge": config.judge.baseline_file()}
     return own.get(name) is not None
@@ -66,7 +66,7 @@ def _get(config: Config, dotted: str) -> Any:
 
 
 def _override(name: str, command: Command, config: Config, path: str, flags: list[str]) -> Config:
-    """Applies flags. tyro gets classes with only the options that the command reads, and today's values as defaults."""
+    """Applies flags. tyro gets classes with only the options that the command reads, and the current values as defaults."""
     if not flags:
         return config
     try:
@@ -124,7 +124,7 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
     )
 
 
-_ONLY_IN_FILES = None | str  # how the help shows a list
+_ONLY_IN_FILES = None | str  # how `--help` shows a list
 
 
 def _is_list(config: Config, section: str, field: str) -> bool:
@@ -132,7 +132,7 @@ def _is_list(config: Config, section: str, field: str) -> bool:
 
 
 def _refuse_foreign_words(flags: list[str], shown: dict[str, list[str]]) -> None:
-    """Raises `ConfigError` for flags that other trainers have, with those of ours. Other unknown flags are left to tyro."""
+    """Raises `ConfigError` for other trainers' flags, naming ours instead. Other unknown flags are left to tyro."""
     known = [f"{section}.{field}" for section, fields in shown.items() for field in fields]
     answers = []
     for flag in (flag.partition("=")[0] for flag in flags if flag.startswith("--")):

@@ -1,4 +1,4 @@
-"""The runs of `dpo-jax frontier`, and what their results depend on."""
+"""The runs of `dpo-jax frontier`, and the settings on which their results depend."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from dpo_jax.lab.world import World
 from dpo_jax.losses import dpo_loss, ipo_loss, length_regularized_loss, unlikelihood_loss
 from dpo_jax.training.fingerprint import architecture
 
-TO_MIX = ("dpo", "ppo-gt", "online")  # methods whose policies help to estimate the optimum:
-MIX_AT = (1.5, 3.0, 6.0, 9.0)  # nats, those nearest to which
+TO_MIX = ("dpo", "ppo-gt", "online")  # methods whose policies help to estimate the optimum,
+MIX_AT = (1.5, 3.0, 6.0, 9.0)  # and KLs in nats near which their policies are chosen
 
 
 def runs_of(section: FrontierConfig, *, seed: int, online: Mapping[str, Any] | None = None) -> list[Run]:
-    """The reference itself, and every setting of every method but Best-of-N, which nobody trains.
+    """The runs: the reference itself, and every setting of every method but Best-of-N, which needs no training.
 
     `online` are the settings of the online runs (`online_settings`)."""
     seeds = range(seed, seed + section.seeds)
@@ -67,7 +67,7 @@ def _of_online(settings: Mapping[str, Any], beta: float, elicitation: str) -> di
 
 
 def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]:
-    """What every result depends on; a change makes all runs anew. What PPO alone depends on stands with its runs."""
+    """Settings on which all results depend; a change repeats all runs. Settings of PPO alone are listed with its runs."""
     sweeps = {
         "methods",
         "dpo_betas",
@@ -81,7 +81,7 @@ def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]
     }
     others = {"optimum_prompts", "optimum_samples", *(k for k in dataclasses.asdict(config.frontier) if k.startswith("ppo_"))}
     options = {k: v for k, v in dataclasses.asdict(config.frontier).items() if k not in sweeps | others}
-    if config.frontier.second_reward is None:  # named only where there is one: what was measured without stays valid
+    if config.frontier.second_reward is None:  # included only if there is one, so that results without it stay valid
         del options["second_reward"]
     if config.frontier.classifier is not None:
         options["classifier"] = classifier_name(config.frontier.classifier)
@@ -89,11 +89,11 @@ def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]
         name: getattr(config.dpo, name)
         for name in ("batch", "epochs", "lr", "optimizer", "warmup_steps", "schedule", "max_grad_norm")
     }
-    # Named only where they are set: what was computed without stays valid.
+    # Included only if set, so that results without them stay valid.
     others = ("warmup_ratio", "trainable", *optimizer_table.OPTIONS, *optimizer_table.SCHEDULE_OPTIONS)
     training |= {name: value for name in others if (value := getattr(config.dpo, name)) != getattr(DpoConfig, name)}
     lora = {"lora": dataclasses.asdict(config.lora)} if config.lora.rank is not None else {}
-    # Named only where prompts begin with BOS: what was computed without stays valid.
+    # Included only if prompts begin with BOS, so that results without it stay valid.
     bos = {"bos": True} if len(with_bos(np.zeros(0, np.int32), world.tokenizer, bos=config.data.bos)) else {}
     return {
         "reference": digest,
@@ -109,7 +109,7 @@ def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]
 
 
 def classifier_name(classifier: str) -> str:
-    """A name of a classifier that is the same on every machine: its Hub id, or the SHA-256 of a folder's files."""
+    """A machine-independent name of a classifier: its Hub id, or the SHA-256 of a folder's files."""
     folder = Path(classifier)
     if not folder.is_dir():
         return classifier
@@ -130,8 +130,8 @@ class Kept(NamedTuple):
 
 
 def to_mix(results: Sequence[Result]) -> list[Kept]:
-    """Kept policies which, with the reference, cover what the optimum does up to the last of `MIX_AT`: none twice. An online
-    run keeps some on its way: points that have `kept`."""
+    """Kept policies, without repeats, which with the reference cover the optimum up to the last of `MIX_AT`. An online run
+    keeps some along the way: points that have `kept`."""
     ended = [result for result in results if result.run.method in TO_MIX]
     there = [Kept(r.run, "policy", r.points[-1]) for r in ended]
     there += [Kept(r.run, f"policy-{point['kept']:g}", point) for r in ended for point in r.points if "kept" in point]
@@ -140,18 +140,18 @@ def to_mix(results: Sequence[Result]) -> list[Kept]:
 
 
 def online_settings(config: Config) -> dict[str, Any]:
-    """What a run of online DPO depends on, besides what all runs do, its beta, its elicitation and its seed."""
+    """Settings of an online run besides the shared ones, its beta, its elicitation and its seed."""
     names = ("rounds", "prompts", "completions", "pairs", "candidates")
     options = {name: getattr(config.online, name) for name in names}
     steps, batch = config.online.steps_each(config.dpo.batch), config.online.batch(config.dpo.batch)
-    # Named only where it is set: what was computed without stays valid.
+    # Included only if set, so that results without it stay valid.
     others = ("reward_scale", "replay")
     others = {name: value for name in others if (value := getattr(config.online, name)) != getattr(OnlineConfig, name)}
     return {**options, **others, "steps": steps, "batch": batch, "row_length": config.data.row_length}
 
 
 def loss_of(name: str, section: FrontierConfig) -> Callable[..., Any]:
-    """The loss of a method, whose settings are its keywords. Preferred-FT is unlikelihood training whose alpha is 0."""
+    """The loss of a method, with its settings as keywords. Preferred-FT is unlikelihood training with alpha 0."""
     match name:
         case "dpo":
             return dpo_loss

@@ -1,4 +1,4 @@
-"""What a configuration adds to the fingerprint of a training run, and mismatches as configuration errors."""
+"""The configuration's part of a training run's fingerprint, and mismatches as configuration errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.training.fingerprint import HELD_OUT, RunMismatch
 
 NEITHER = {"policy", "reference", "microbatches"}
-"""Options of a section that are no setting: paths, whose weights have digests, and what does not change a result."""
+"""Options of a section that are not settings: paths, whose weights have digests, and options that do not change results."""
 LIMITS = (
     *("max_length", "max_prompt_length", "truncation", "bos", "format", "columns", "on_bad", "max_train", "config"),
     *("test_share", "ranking_length"),
@@ -27,7 +27,7 @@ LONGER = "Choose another --run.dir, or export an earlier step (--export.step)."
 
 
 def settings(config: Config, section: TrainingConfig) -> dict[str, Any]:
-    """The options that decide what a training run computes; where it runs and what it logs is left out."""
+    """The options that determine the result of a training run, without devices and logging."""
     options = {name: value for name, value in dataclasses.asdict(section).items() if name not in NEITHER}
     lora = dataclasses.asdict(config.lora) if config.lora.rank is not None else {"rank": None}
     options |= {f"lora.{name}": value for name, value in lora.items()}
@@ -35,14 +35,14 @@ def settings(config: Config, section: TrainingConfig) -> dict[str, Any]:
 
 
 def settings_read(config: Config, command: str) -> dict[str, Any]:
-    """Of the options of DPO those that a command reads; seed, precision and adapter."""
+    """Of the DPO options, those that a command reads; also seed, precision and adapter."""
     read = {option.removeprefix("dpo.") for option in COMMANDS[command].reads} | {"seed", "precision"}
     every = settings(config, config.dpo)
     return {name: value for name, value in every.items() if name in read or name.startswith("lora.")}
 
 
 def data_record(config: Config, tokenizer: Any, reports: Sequence[DataReport], *, held_out: str) -> dict[str, Any]:
-    """All that token ids are made of, a field each: where two digests of data differ, this says why. `held_out`: a digest."""
+    """Everything that determines the token ids, one field each, to explain differing digests. `held_out`: a digest."""
     record: dict[str, Any] = {HELD_OUT: held_out}
     for report in reports:
         record |= {f"{report.split} split, {name}": getattr(report, name) for name in ("rows", "read", "kept")}
@@ -60,7 +60,7 @@ def data_record(config: Config, tokenizer: Any, reports: Sequence[DataReport], *
 
 @contextlib.contextmanager
 def refusing_mismatch(remedy: str = CONTINUE) -> Iterator[None]:
-    """Turns a `RunMismatch` into a `ConfigError` that ends with the options that help."""
+    """A context that turns a `RunMismatch` into a `ConfigError` that ends with the relevant options."""
     try:
         yield
     except RunMismatch as error:

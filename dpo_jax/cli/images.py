@@ -1,7 +1,7 @@
-"""Images in prompts: which runs read them, and the frozen vision encoder of a model folder with cached features of images.
+"""Images in prompts: which runs read them, and a model folder's frozen vision encoder with its cached features.
 
-A run reads images where its preferences show some. Then its model is the decoder with its projector, and the model's folder
-must have the encoder; where no prompt shows an image such a folder is its text model.
+A run reads images if its preferences show any. Its model is then the decoder with its projector, and the model's folder must
+have the encoder. If no prompt shows an image, such a folder gives its text model.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from dpo_jax.training.features import Encoder, FeatureCache, image_features, on_
 
 
 def say_once(words: str, *, file: Any = None) -> None:
-    """Says something once, on the first host: on standard output, or in `file`."""
+    """Prints a message once, on the first host: to standard output, or to `file`."""
     if is_first():
         print(words, file=file, flush=True)
 
 
 @dataclasses.dataclass
 class Vision:
-    """The frozen vision encoder of the folder `path`, and the features of the images in `waiting`, once `compute` has run."""
+    """The frozen vision encoder of the folder `path`, and, after `compute`, the features of the images in `waiting`."""
 
     path: str
     option: str  # that names it
@@ -54,7 +54,7 @@ class Vision:
 
     @property
     def digest(self) -> str:
-        """Of all that features depend on, for fingerprints: weights, configuration, processing."""
+        """Digest of everything the features depend on, for fingerprints: weights, configuration, processing."""
         return hashlib.sha256(json.dumps(self.cache.identity, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -62,11 +62,11 @@ class Vision:
         return ImageTokens(self.config.tokens, self.cache)
 
     def take(self, images: Iterable[ImageFile]) -> None:
-        """Notes images whose features will be needed."""
+        """Registers images whose features will be needed."""
         self.waiting |= {image.digest: image for image in images}
 
     def compute(self, config: Config) -> None:
-        """Computes the features that the cache lacks, on the devices of this host, and says what they take."""
+        """Computes the features missing from the cache, on this host's devices, and reports their size."""
         images = list(self.waiting.values())
         if not images:
             return
@@ -82,15 +82,15 @@ class Vision:
         self.waiting = {}
 
     def expanded(self, text: str, tokenizer: Any) -> str:
-        """A prompt's text with room for the tokens of its images."""
+        """A prompt's text with placeholders for the tokens of its images."""
         return image_marks(tokenizer).expanded(text, self.config.tokens)
 
     def shown(
         self, config: Config, ids: Sequence[np.ndarray], prompts: Sequence[Shows], tokenizer: Any
     ) -> list[PromptImages | None]:
-        """The images of each prompt, of whose `expanded` text `ids` are left, with their features.
+        """The images of each prompt with their features; `ids` are the remaining token ids of its `expanded` text.
 
-        Raises `ConfigError` naming a prompt of which truncation has cut an image.
+        Raises `ConfigError` naming a prompt in which truncation has cut an image.
         """
         found = []
         for one, prompt in zip(ids, prompts, strict=True):
@@ -111,7 +111,7 @@ def has_encoder(config: Config, path: str, *, name: str) -> bool:
 
 
 class Shows(Protocol):
-    """A prompt that may show images: a preference, or one that is to be completed."""
+    """A prompt that may show images: a preference, or a prompt to be completed."""
 
     @property
     def uid(self) -> str: ...
@@ -122,10 +122,10 @@ class Shows(Protocol):
 def encoder_for(
     config: Config, path: str | None, tokenizer: Any, *sets: Sequence[Shows], name: str, say: Callable[[str], None] = say_once
 ) -> VisionConfig | None:
-    """The encoder that reads the images of prompts, in the folder `path` of the option `name`; None where none shows an image.
+    """The encoder that reads images in prompts, in the folder `path` of the option `name`; None if no prompt shows an image.
 
-    Says which it is. Reads no weights. Raises `ConfigError`, naming the first row with an image, where the folder has no
-    encoder, and for what rows with images cannot do yet.
+    Prints which case applies. Reads no weights. Raises `ConfigError`, naming the first row with an image, if the folder has no
+    encoder, and for options that do not support rows with images yet.
     """
     prompts = [one for every in sets for one in every]
     showing = [one for one in prompts if one.images]
@@ -147,14 +147,14 @@ def encoder_for(
 def vision_of(
     config: Config, path: str | None, tokenizer: Any, *sets: Sequence[Shows], name: str, say: Callable[[str], None] = say_once
 ) -> Vision | None:
-    """As `encoder_for`, opened."""
+    """The encoder of `encoder_for`, opened."""
     if encoder_for(config, path, tokenizer, *sets, name=name, say=say) is None or path is None:
         return None
     return open_vision(config, path, tokenizer, name=name, say=say)
 
 
 def open_vision(config: Config, path: str, tokenizer: Any, *, name: str, say: Callable[[str], None] = say_once) -> Vision:
-    """The encoder of a model folder, checked against tokenizer and processing of images. Reads its weights once.
+    """The encoder of a model folder, checked against the tokenizer and the image processing. Reads its weights once.
 
     Raises `ConfigError` naming the option.
     """
@@ -166,7 +166,7 @@ def open_vision(config: Config, path: str, tokenizer: Any, *, name: str, say: Ca
 
 
 def checked(config: Config, path: str, tokenizer: Any, *, name: str) -> tuple[VisionConfig, Processing]:
-    """Configuration of the encoder of a folder, and how images become its pixels. Reads no weights. Raises as `open_vision`."""
+    """Configuration of a folder's encoder, and its image processing. Reads no weights. Raises like `open_vision`."""
     check_mesh(config)
     with build.naming_option(name, path):
         hf = load_config(path)
@@ -179,7 +179,7 @@ def checked(config: Config, path: str, tokenizer: Any, *, name: str) -> tuple[Vi
 
 
 def check_same_encoder(config: Config, vision: Vision | None, path: str, *, name: str) -> None:
-    """Raises `ConfigError` where `path` has another encoder than the policy: rows hold the features of one."""
+    """Raises `ConfigError` if `path` has another encoder than the policy: rows hold the features of only one."""
     if vision is None:
         return
     there = has_encoder(config, path, name=name)
@@ -189,7 +189,7 @@ def check_same_encoder(config: Config, vision: Vision | None, path: str, *, name
 
 
 def encode_shown(config: Config, preferences: PreferenceSet, tokenizer: Any, vision: Vision | None) -> EncodedSet:
-    """As `splits.encode_split`; `vision` takes note of the images of what is kept."""
+    """Like `splits.encode_split`; `vision` registers the images of the kept rows."""
     encoded = splits.encode_split(config, preferences, tokenizer, None if vision is None else vision.tokens)
     if vision is not None:
         vision.take(image for one in splits.only_kept(preferences, encoded) for image in one.images)

@@ -54,7 +54,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _ended(args: list[str]) -> int:
-    """The exit code of a command, however it ends; raises what is a bug."""
+    """The exit code of a command, however it ends; unexpected exceptions propagate."""
     try:
         return _run(args)
     except SystemExit as stop:  # from tyro: --help (0) or a wrong flag (2)
@@ -107,7 +107,7 @@ def _run(args: list[str]) -> int:
         from dpo_jax.cli.preflight import run as preflight
 
         return preflight.run(name, config, scope, path=rest[0])
-    # transformers advises to install PyTorch, which this program has no use for.
+    # transformers recommends installing PyTorch, which this program does not need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from dpo_jax.check import GPU_MEMORY
 
@@ -118,7 +118,7 @@ def _run(args: list[str]) -> int:
 
 
 def _refuse_pieces(name: str, config: Config) -> None:
-    """Raises `ConfigError` where rows are to be cut over devices, and cannot be."""
+    """Raises `ConfigError` for a context mesh with a command that cannot split rows."""
     if config.mesh.context == 1:
         return
     if name in WHOLE_ROWS:
@@ -151,7 +151,7 @@ def _execute(name: str, config: Config) -> int:
 
 
 def _imported(module: str) -> ModuleType:
-    """A module, imported without Python searching its many new objects for garbage again and again: a sixth of the time."""
+    """A module, imported with garbage collection off: scanning its many new objects takes a sixth of the time."""
     if module in sys.modules or not gc.isenabled():
         return importlib.import_module(module)
     gc.disable()
@@ -159,7 +159,7 @@ def _imported(module: str) -> ModuleType:
         with reported("loading libraries"), ending_at_once():
             return importlib.import_module(module)
     finally:
-        gc.freeze()  # what was imported stays
+        gc.freeze()  # imported objects stay alive
         gc.enable()
 
 
@@ -169,7 +169,7 @@ def _on_many_hosts(name: str, config: Config) -> int:
     with reported("waiting for the other hosts"):
         is_first = join_hosts(config)
     with contextlib.ExitStack() as quiet:
-        if not is_first:  # who speaks for all
+        if not is_first:  # the host that prints for all
             quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
             BOARD.quiet = True
         try:
@@ -178,7 +178,7 @@ def _on_many_hosts(name: str, config: Config) -> int:
             code = exit_code(error)
             if code in (130, 143):  # agreed between all hosts
                 raise
-            # Others may wait for this one in a collective, and an orderly exit would wait for them. Gone, it is missed.
+            # Others may wait for this host in a collective, and an orderly exit would wait for them. Once gone, it is missed.
             if code == 1 or _traceback_wanted():
                 traceback.print_exception(error)
             print(f"dpo-jax: {message(error)}", file=sys.stderr)
@@ -228,7 +228,7 @@ def _version() -> str:
 
 
 def program() -> NoReturn:
-    """The process `dpo-jax`: `main` with the command line, and the end of the process with its exit code."""
+    """Entry point of `dpo-jax`: runs `main` on the command line and ends the process with its exit code."""
     sys.excepthook = _uncaught
     if sys.stdout is not None:
         naming_errors(sys.stdout, "standard output")
@@ -236,7 +236,7 @@ def program() -> NoReturn:
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Of threads in C++: after a failed write, which is raised, TensorStore still calls an event loop that orbax has closed."""
+    """Ignores one error of C++ threads: after a failed write, TensorStore still calls an event loop that orbax has closed."""
     if not (kind is RuntimeError and str(error) == "Event loop is closed"):
         sys.__excepthook__(kind, error, trace)
 

@@ -1,4 +1,4 @@
-"""Model folders that a configuration names: which command makes a missing one, and whether they fit. Without JAX."""
+"""Model folders named in a configuration: which command makes a missing one, and whether they fit. Needs no JAX."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from dpo_jax.models.folder import config_folder, read_config
 from dpo_jax.untrusted import Unreadable, read_text, regular
 
 MAKERS = ("sft", "dpo", "ppo", "reward-model")
-"""Commands that leave a model in a folder of their own in the run directory: RUN/sft/export."""
+"""Commands that export a model to their own folder in the run directory: RUN/sft/export."""
 
 
 def maker(path: str) -> str | None:
-    """The command that writes the model folder `path`, judged by its name: "RUN/sft/export" is of sft."""
+    """The command that writes the model folder `path`, inferred from its name: sft for "RUN/sft/export"."""
     parts = Path(path).parts
     return parts[-2] if len(parts) > 1 and parts[-1] == "export" and parts[-2] in MAKERS else None
 
 
 def saved_steps(checkpoints: str) -> list[int]:
-    """The steps in a folder of checkpoints on this machine, ascending. Empty for a bucket, which is not looked into."""
+    """The steps in a local checkpoint folder, ascending. Empty for a bucket, which is not read."""
     folder = Path(checkpoints)
     if "://" in checkpoints or not folder.is_dir():
         return []
@@ -34,7 +34,7 @@ def saved_steps(checkpoints: str) -> list[int]:
 
 
 def remedy(config: Config, path: str) -> str:
-    """What to do about a model folder that is not there, as a sentence, by what its run directory holds; "" for any other."""
+    """A sentence on what to do about a missing model folder, depending on its run directory; "" for other paths."""
     task = maker(path)
     if task is None:
         return ""
@@ -58,7 +58,7 @@ def remedy(config: Config, path: str) -> str:
 
 
 def eval_reference(config: Config) -> str:
-    """The reference of an evaluation: the one that is named, else the one that the run's own policy was trained against."""
+    """The reference of an evaluation: the one named, else the one that the run's own policy was trained against."""
     named = (config.eval.policy, config.eval.reference, config.dpo.policy, config.dpo.reference)
     written = Path(config.run.dir, "dpo", "config.yaml")
     if any(name is not None for name in named) or not written.is_file():
@@ -74,9 +74,9 @@ _TAGGED = re.compile(r"\A---\n(?:(?!---\n).*\n)*?(?:tags: *\[|[ -]*- )[\"']?dpo_
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raises `ConfigError` for a folder whose files an export would replace though no export has written them.
+    """Raises `ConfigError` if an export would replace files in a folder that no export has written.
 
-    An export writes a model card with the tag of this program, also if a person or a tool has edited the card since.
+    An export's model card has this program's tag, which is recognised even if the card has been edited since.
     """
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -93,13 +93,13 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def refuse_other_lines(out: str | None) -> None:
-    """Raises `ConfigError` where `sample.out` would replace a file that holds no completions, or a folder."""
+    """Raises `ConfigError` if `sample.out` would replace a folder, or a file that does not hold completions."""
     if out is not None and (Path(out).is_dir() or holds_others(Path(out))):
         raise ConfigError(f"sample.out: {out} is there already, and dpo-jax sample has not written it: choose another file")
 
 
 def check_fit(config: Config, decoder: DecoderConfig, path: str, *, expected: bool = False) -> None:
-    """Raises `ConfigError` where the lengths of the data, or with `expected` the sizes in `model`, are not those of a model."""
+    """Raises `ConfigError` if a model does not fit the lengths of the data or, with `expected`, the sizes in `model`."""
     if config.data.max_length > decoder.max_positions:
         raise ConfigError(
             f"data.max_length: {config.data.max_length} tokens do not fit the {decoder.max_positions} positions of {path}"
@@ -109,13 +109,13 @@ def check_fit(config: Config, decoder: DecoderConfig, path: str, *, expected: bo
     for name in ("family", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "vocab_size"):
         want, have = getattr(config.model, name), getattr(decoder, name)
         if name == "family" and decoder.image_width:
-            have = f"{have}_text"  # as the sizes in `model` call it, which are those of its text model
+            have = f"{have}_text"  # its name in section `model`, whose sizes are those of the text model
         if want is not None and want != have:
             raise ConfigError(f"model.{name}: {want} is expected, but {path} has {have}; correct one of them")
 
 
 def sized_hf_config(config: Config, *, vocab_size: int, eos: int) -> dict[str, Any]:
-    """The Hugging Face configuration of a new model of the sizes in `model`, for a vocabulary that is known."""
+    """The Hugging Face configuration of a new model with the sizes in `model`, for a known vocabulary size."""
     sizes = config.model
     asked = {name: getattr(sizes, name) for name in ("width", "layers", "heads", "max_positions")}
     options = {name: getattr(sizes, name) for name in ("kv_heads", "head_size", "mlp_width", "tie")}
@@ -129,8 +129,8 @@ def sized_hf_config(config: Config, *, vocab_size: int, eos: int) -> dict[str, A
 def planned_hf_config(config: Config) -> tuple[dict[str, Any], str]:
     """The Hugging Face configuration of the policy, and where it comes from, before any model is made or fetched.
 
-    A folder of the starting policy or of `model.path` has the word, if it is here; else the sizes in `model`. Raises
-    `ConfigError` where neither says everything.
+    Sizes come from the local folder of the starting policy or of `model.path`, if present; else from section `model`. Raises
+    `ConfigError` if neither is complete.
     """
     for option, path in (("dpo.policy", config.dpo_policy()), ("model.path", config.model.path)):
         if path is not None and (folder := config_folder(path)) is not None:
@@ -143,7 +143,7 @@ def planned_hf_config(config: Config) -> tuple[dict[str, Any], str]:
             except ValueError as error:
                 raise ConfigError(f"{option}: {path}: {error}") from error
     sizes = dataclasses.replace(config.model, path=None)
-    # A tokenizer that is trained for a new model has the entries that it is asked for, or fewer.
+    # A tokenizer trained for a new model has at most the requested number of entries.
     trained = config.model.path is None and config.tokenizer.path is None
     vocab_size = sizes.vocab_size or (config.tokenizer.vocab_size if trained else None)
     absent = [field for field, _ in sizes.missing()] + (["vocab_size"] if vocab_size is None else [])
@@ -156,15 +156,15 @@ def planned_hf_config(config: Config) -> tuple[dict[str, Any], str]:
 
 
 def known_decoder(config: Config, path: str | None) -> DecoderConfig | None:
-    """The decoder of a model folder, which need not be there yet, or of a new model (None); None where it is not known.
+    """The decoder of a model folder, which need not exist yet, or of a new model (None); None if it is not known.
 
-    What `sft` and `dpo` will make has the sizes of what they start from, at last those in `model`. Where these leave out the
-    vocabulary, it is 1.
+    The models that `sft` and `dpo` will make have the sizes of their starting models, ultimately those in `model`. If these
+    omit the vocabulary size, it is 1.
     """
     if path is not None and (folder := config_folder(path)) is not None:
         try:
             return decoder_config(read_config(folder))
-        except ValueError:  # told where the folder itself is looked at
+        except ValueError:  # reported where the folder itself is checked
             return None
     task = None if path is None else maker(path)
     if task is not None and path is not None and Path(path) == Path(config.run.dir, task, "export"):

@@ -1,4 +1,4 @@
-"""Who labels the rounds of `online`: a reward, a judge behind an endpoint, or people on a page."""
+"""Sources of labels for the rounds of `online`: a reward, a judge behind an endpoint, or people on a page."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from dpo_jax.untrusted import Unreadable, read_object
 from dpo_jax.writing import write_text
 
 LABELS: dict[str, Label] = {"won": 1.0, "lost": 0.0, "flipped": 0.5, "failed": None}
-"""What a judge found of a comparison -> its label. In both orders the same letter says nothing of the texts: a tie."""
+"""A judge's verdict on a comparison -> its label. The same letter in both orders says nothing about the texts: a tie."""
 RATED: dict[str, float] = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
 def label_settings(config: Config) -> dict[str, Any]:
-    """What every label depends on, besides its texts."""
+    """Settings on which every label depends, besides the texts."""
     section, found = config.online, {"reward": config.online.reward}
     if section.reward == "known":
         return found | {"name": config.frontier.reward, "classifier": config.frontier.classifier}
@@ -43,7 +43,7 @@ def label_settings(config: Config) -> dict[str, Any]:
 
 
 def compare_of(config: Config, run: RunDir) -> Compare | None:
-    """Who compares completions in this run; None: a reward labels. Raises `ConfigError` for a judge without package or key."""
+    """The function that compares completions in a run; None: a reward labels. `ConfigError`: judge without package or key."""
     if config.online.reward == "judge":
         if importlib.util.find_spec("httpx2") is None:
             raise ConfigError(f"online.reward: judge needs the package httpx2: {install_command('judge')}")
@@ -52,7 +52,7 @@ def compare_of(config: Config, run: RunDir) -> Compare | None:
 
 
 def by_judge(config: Config, path: Path, key: str | None, number: int, comparisons: Sequence[Asked]) -> list[Label]:
-    """Asks the judge; the log at `path` is that of all rounds, as are its caps. Raises `Unfinished` where one is reached."""
+    """Asks the judge. The log at `path` and the caps are shared by all rounds. Raises `Unfinished` if a cap is reached."""
     asked = [
         questions_of(config, Pair(f"round {number}:{place}", "online", None, prompt, first, second))
         for place, (prompt, (first, second)) in enumerate(comparisons)
@@ -65,16 +65,16 @@ def by_judge(config: Config, path: Path, key: str | None, number: int, compariso
 
 
 def wording(config: Config) -> Wording:
-    """What raters read."""
+    """The texts that raters read."""
     section = config.study
     found = WORDINGS[section.task]
     return found._replace(question=section.question) if section.question else found
 
 
 def by_people(config: Config, folder: Path, number: int, comparisons: Sequence[Asked]) -> list[Label]:
-    """Reads what people rated on the page of the round. Raises `Unfinished`, saying what to do, while a rating is missing."""
+    """Reads people's ratings of the round's page. Raises `Unfinished`, with instructions, while a rating is missing."""
     here = folder / f"round-{number:03}" / "study"
-    # A study has one comparison a prompt. Prompts that were cut to the same text are two: the second stays undecided.
+    # A study has one comparison per prompt. Of prompts truncated to the same text, the second stays undecided.
     first = {comparison.prompt: comparison for comparison in reversed(comparisons)}
     study = make_study(
         [Comparison(*comparison) for comparison in comparisons if first[comparison.prompt] == comparison],
@@ -115,7 +115,7 @@ def _study_in(file: Path) -> str | None:
 
 
 def _judgments(ratings: Path, file: Path) -> list[Judgment]:
-    """Ratings of all files in a folder: those that the page saves, and records (`study.ratings`)."""
+    """Ratings in all files of a folder: those saved by the page, and records (`study.ratings`)."""
     files = sorted(ratings.glob("[!.]*"))
     saved = [path for path in files if path.name.endswith(".json")]
     records = [path for path in files if path.name.endswith((".jsonl", ".jsonl.gz"))]

@@ -1,4 +1,4 @@
-"""Prompts: those of the held-out data with their reference completions, and those of a file."""
+"""Prompts: those of the held-out data, with reference completions, and those of a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dpo_jax.runtime.progress import reported
 from dpo_jax.untrusted import Unreadable, cause_of, parse_json, read_object, read_text
 
 IMAGE = "[image]"
-ARTICLE_CUE = "\nTL;DR:"  # makes a policy of Reddit summaries summarise an article
+ARTICLE_CUE = "\nTL;DR:"  # makes a policy trained on Reddit summaries summarise an article
 
 
 class Reference(NamedTuple):
@@ -32,9 +32,9 @@ class Reference(NamedTuple):
 
 
 def references(config: Config, tokenizer: Any, *, target: bool = False, images: bool = False) -> list[Reference]:
-    """Every pair's prompt and its chosen completion, or with `target` what SFT learns for it. Prompts may repeat.
+    """Every pair's prompt with its chosen completion, or with `target`, with its SFT target. Prompts may repeat.
 
-    Of news articles (Table 1 of the paper): the article with `ARTICLE_CUE`, and its editors' summary.
+    For news articles (Table 1 of the paper): the article with `ARTICLE_CUE`, and the editors' summary.
     """
     data = config.data
     if data.source == "cnn_dailymail":
@@ -45,18 +45,18 @@ def references(config: Config, tokenizer: Any, *, target: bool = False, images: 
             articles = read_articles(data.path, data.test_split)[: data.max_test]
         return [Reference(f"{article.text}{ARTICLE_CUE}", f" {article.summary}", article.uid) for article in articles]
     rows = splits.load_split(config, "test", tokenizer, rows="any", images=images)
-    good = [p for p in rows if p.desirable is not False] or rows  # without any good one their prompts are left
+    good = [p for p in rows if p.desirable is not False] or rows  # without a good completion their prompts remain
     return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid, p.chat, p.images) for p in good]
 
 
 class Prompt(NamedTuple):
-    """What is completed: the text as the model reads it, but for images; and of a conversation its turns, for people."""
+    """A prompt to complete: the text as the model reads it, without images; and for a conversation its turns, for display."""
 
     text: str
     chat: bool = False  # written by a chat template
-    turns: list[Turn] | None = None  # also None where the template does not tell them
+    turns: list[Turn] | None = None  # also None if the template does not show them
     images: tuple[ImageFile, ...] = ()
-    uid: str = ""  # where it comes from
+    uid: str = ""  # its source
 
 
 def held_out_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
@@ -69,7 +69,7 @@ def held_out_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
 
 
 def turns_of(prompt: Reference, tokenizer: Any) -> list[Turn] | None:
-    """The turns of a prompt for people, an image in them as `IMAGE`; None where there are none, or nobody can tell."""
+    """The turns of a prompt for display, with an image as `IMAGE`; None if there are none, or they cannot be recovered."""
     if not prompt.chat:
         return None
     text = prompt.prompt.replace(image_marks(tokenizer).place, IMAGE) if prompt.images else prompt.prompt
@@ -77,18 +77,18 @@ def turns_of(prompt: Reference, tokenizer: Any) -> list[Turn] | None:
 
 
 def prompts_of_file(name: str, tokenizer: Any, *, chat: bool) -> list[Prompt]:
-    """One prompt a line, or of each line of JSON Lines (.jsonl, .json) its "prompt" (a text, or messages) or its "messages".
+    """Prompts of a file: one per line, or in JSON Lines (.jsonl, .json) each line's "prompt" (text, or messages) or "messages".
 
-    A line of JSON may show images, as rows of preferences do; their paths count from the folder of the file. Messages are
-    rendered by the tokenizer's chat template with its generation prompt, and with `chat` a text is rendered as what a user
-    says. Raises `ConfigError` naming file, line and field.
+    A line of JSON may show images, as rows of preferences do; their paths are relative to the file's folder. Messages are
+    rendered by the tokenizer's chat template with its generation prompt; with `chat`, a text is rendered as a user turn. Raises
+    `ConfigError` naming file, line and field.
     """
     prompts, rows = [], name.lower().endswith((".jsonl", ".json", ".ndjson"))
     try:
         content = read_text(name).removeprefix("\ufeff")  # a byte order mark, as some editors write one
     except (OSError, Unreadable) as error:
         raise ConfigError(f"sample.prompts_file: {error}") from error
-    for number, line in enumerate(content.split("\n"), start=1):  # not splitlines(): JSON may hold U+2028 as it is
+    for number, line in enumerate(content.split("\n"), start=1):  # not splitlines(): JSON may contain U+2028 unescaped
         line = line.removesuffix("\r")
         if not line.strip():
             continue
@@ -106,12 +106,12 @@ def prompts_of_file(name: str, tokenizer: Any, *, chat: bool) -> list[Prompt]:
 
 
 class Asked(NamedTuple):
-    """A line that asks for a completion."""
+    """One line of a prompts file."""
 
-    field: str  # that holds the prompt, and its value: a text, or messages
+    field: str  # field that holds the prompt, and its value: a text, or messages
     value: Any
-    more: dict[str, Any]  # what else the chat template reads
-    images: dict[str, Any]  # the column of images
+    more: dict[str, Any]  # further fields that the chat template reads
+    images: dict[str, Any]  # column of images
 
 
 def _field(line: str) -> Asked:
@@ -162,15 +162,15 @@ def _prompt(asked: Asked, tokenizer: Any, *, chat: bool, root: Path) -> Prompt:
 
 
 def _shown(turn: dict[str, Any]) -> str:
-    """The text of a message for people, its tool calls as JSON."""
+    """The text of a message for display, its tool calls as JSON."""
     calls = [json_text(call.get("function", call)) for call in turn.get("tool_calls", ())]
     return "\n".join([*filter(None, [turn["content"]]), *calls])
 
 
 def is_chat(config: Config, policy: str, tokenizer: Any) -> bool:
-    """Whether a text of `sample.prompts_file` is a user's turn: as `sample.chat` says, or by how the policy was trained.
+    """Whether a text of `sample.prompts_file` is a user turn: as set in `sample.chat`, or by how the policy was trained.
 
-    A policy in a run directory was trained on conversations where the run's data report counts some. Another one is a chat
+    A policy in a run directory was trained on conversations if the run's data report counts any. Any other policy is a chat
     model if its tokenizer has a chat template. Raises `ConfigError` for `sample.chat: on` without a template.
     """
     asked, template = config.sample.chat, tokenizer.chat_template is not None
@@ -181,6 +181,6 @@ def is_chat(config: Config, policy: str, tokenizer: Any) -> bool:
     record = Path(policy).expanduser().resolve().parent / "data_report.json"
     try:
         known = [report["chat"] for report in read_object(record).values()]
-    except (OSError, Unreadable, KeyError, TypeError):  # no run, or one of an older version
+    except (OSError, Unreadable, KeyError, TypeError):  # not a run, or one of an older version
         return True
     return any(known)

@@ -1,4 +1,4 @@
-"""Report duplicates, contradictions and train/test overlap, and enforce the limits of section `data` on them."""
+"""Reports duplicates, contradictions and train/test overlap, and enforces their limits in section `data`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def look_for_repeats(train: EncodedSet, test: EncodedSet) -> Found:
 
 
 def check_repeats(config: Config, train: EncodedSet, test: EncodedSet) -> None:
-    """Prints one line if held-out numbers will not mean what they seem to, and notes it in the report of each split.
+    """Prints one line if repeats distort held-out numbers, and notes it in the report of each split.
 
-    Raises `DataError` where more is found than the limits allow.
+    Raises `DataError` if the limits are exceeded.
     """
     found = look_for_repeats(train, test)
     refuse_repeats(config, found)

@@ -1,4 +1,4 @@
-"""The train and the held-out split that a configuration names: read, counted, and encoded as token ids."""
+"""The train and held-out splits of a configuration: read, counted, and encoded as token ids."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from dpo_jax.runtime.progress import reported
 
 @contextmanager
 def needs_tfds(option: str) -> Iterator[None]:
-    """Turns a missing tensorflow-datasets, which plain files do without, into a `ConfigError` that begins with `option`."""
+    """A context that turns a missing tensorflow-datasets, unneeded for plain files, into a `ConfigError` starting with
+    `option`."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -38,7 +39,7 @@ def needs_tfds(option: str) -> Iterator[None]:
         raise ConfigError(f"{option}: needs the package {package}, which is not installed: pip install {package}") from error
 
 
-@functools.lru_cache(maxsize=1)  # a tokenizer is trained on what is then trained on
+@functools.lru_cache(maxsize=1)  # a tokenizer is trained on the same texts as the model
 def _generated(source: str, count: int, seed: int, split: Literal["train", "test"]) -> tuple[Preference, ...]:
     make = {"reviews": review_preferences, "question_game": game_preferences}[source]
     return tuple(make(count, seed, split=split))
@@ -49,7 +50,7 @@ def load_split(
 ) -> PreferenceSet:
     """The preferences of the train or the held-out split, read as `rows`. Raises `DataError` for bad data.
 
-    Whoever reads prompts with `images` says so; others refuse the first one that shows some with a `ConfigError`.
+    With `images` prompts may show images; otherwise the first that shows one raises `ConfigError`.
     """
     data = config.data
     limit = data.max_train if split == "train" else data.max_test
@@ -61,7 +62,7 @@ def load_split(
         pairs = PreferenceSet(preferences, report)
         return (split_pairs(pairs) if rows == "unpaired" else pairs).take(limit)
     refuse_texts(config)
-    # Files may be a TFDS folder, too.
+    # Files may also be a TFDS folder.
     with needs_tfds(f"data.source: {data.source}"):
         found = load_files(config, split, tokenizer, rows=rows).take(limit)
     if not images and (shown := next((one for one in found if one.images), None)):
@@ -70,7 +71,7 @@ def load_split(
 
 
 def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]:
-    """The texts that a policy learns from, or those on which it is judged. Of snippets, the rest belongs to the reward."""
+    """The texts for training, or for evaluation. Of snippets, the rest belongs to the reward."""
     data = config.data
     assert data.path is not None  # checked with the configuration
     if data.source == "imdb":
@@ -85,7 +86,7 @@ def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]
 
 
 def encode_texts(config: Config, snippets: Sequence[Snippet], tokenizer: Any) -> list[Text]:
-    """Whole texts to learn, every token but the first one (BOS, if there is one) scored; cut to `data.max_length`, EOS too."""
+    """Whole texts as examples: every token scored but the first (BOS, if any); truncated to `data.max_length`, EOS included."""
     ids = (with_bos(token_ids(snippet.text, tokenizer), tokenizer, bos=config.data.bos) for snippet in snippets)
     ended = (np.append(x, np.int32(tokenizer.eos_token_id))[: config.data.max_length] for x in ids)
     with reported(f"encoding {len(snippets):,} texts"):
@@ -93,9 +94,9 @@ def encode_texts(config: Config, snippets: Sequence[Snippet], tokenizer: Any) ->
 
 
 def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any, images: ImageTokens | None = None) -> EncodedSet:
-    """Token ids of a split. Raises `DataError` for pairs that are unusable, or if too large a share had to be dropped.
+    """Token ids of a split. Raises `DataError` for unusable pairs, or if too large a share had to be dropped.
 
-    `images`: what those that prompts show become, for a model that reads them.
+    `images`: how images in prompts become tokens, for a model that reads them.
     """
     data = config.data
     with reported(f"encoding {len(preferences):,} pairs"):

@@ -1,4 +1,4 @@
-"""What `sft` and `dpo` share: the plan of a run, the table of devices, and the files that a finished run leaves."""
+"""Training shared by `sft` and `dpo`: the plan of a run, the device summary, and the output files of a finished run."""
 
 from __future__ import annotations
 
@@ -44,38 +44,38 @@ from dpo_jax.writing import write_text
 
 
 class TrainingData(NamedTuple):
-    """Token ids to learn and to evaluate on, and what became of the rows that were read."""
+    """Token ids for training and evaluation, and the reports of the rows that were read."""
 
     train: Sequence[Any]  # pairs, or texts of `encode_targets`
     held_out: Sequence[Any]
     reports: Sequence[DataReport]
-    uids: Sequence[str] | None = None  # of texts, which have none of their own
-    vision: Vision | None = None  # reads the images that prompts show
+    uids: Sequence[str] | None = None  # for texts, which have none of their own
+    vision: Vision | None = None  # reads images in prompts
 
 
 class TrainingPlan(NamedTuple):
-    """What is known of a run before weights are read: its data, the shapes of its batches, its length, and its identity."""
+    """Facts of a run known before weights are read: data, batch shapes, length and identity."""
 
     data: TrainingData
-    saved: SavedRun | None  # the run that it continues
+    saved: SavedRun | None  # the run that is continued
     layout: Layout  # of training batches
     held_out_layout: Layout
     behind: int  # see `fingerprint.behind`
     steps: int
-    epochs: int | None  # after which the stream ends; None where the run is counted in steps
+    epochs: int | None  # after which the stream ends; None if the length is given in steps
     digest: str  # of the training data
-    record: Mapping[str, Any]  # what the data are made of
+    record: Mapping[str, Any]  # everything that determines the data
 
     def read_by(self, step: int, *, batch: int, seed: int) -> np.ndarray:
-        """The numbers of the examples of a step; beyond the end of the run, those that a longer one would have."""
+        """The numbers of a step's examples; beyond the end of the run, those that a longer run would have."""
         return batch_indices(len(self.data.train), batch=batch, seed=seed, step=step, behind=self.behind)
 
 
 def earlier_run(config: Config, task: str, section: SftConfig | DpoConfig) -> SavedRun | None:
-    """The run that this one continues; None for a new run.
+    """The run to be continued; None for a new run.
 
-    Raises `ConfigError` before any data are read: for a bucket that cannot be reached, an old run not to resume, and one with
-    other settings.
+    Raises `ConfigError` before any data are read: for a bucket that cannot be reached, an earlier run without run.resume, and
+    one with other settings.
     """
     directory = config.checkpoints_of(task)
     check_bucket(config, directory)
@@ -97,21 +97,21 @@ def plan_training(
     partitioner: Partitioner,
     saved: SavedRun | None,
 ) -> TrainingPlan:
-    """Shapes and length of the run. Raises `ConfigError` where its data or length do not fit the run that it continues.
+    """Batch shapes and length of the run. Raises `ConfigError` if its data or length do not fit the run that it continues.
 
-    Features of images are computed here: from their width follows the shape of batches.
+    Features of images are computed here, because their width determines the shape of batches.
     """
     if data.vision is not None:
         with identity.refusing_mismatch():
             fingerprint.check_weights(saved, encoder=data.vision.digest)
         data.vision.compute(config)
     pairs = isinstance(section, DpoConfig)
-    # A single completion shares its prompt with nobody.
+    # A single completion shares its prompt with no other.
     kind = "plain" if config.data.layout == "shared" and not pairs else config.data.layout
     rows_each = places_of(data.train[0]) if kind == "plain" and pairs else 1
 
     def plan(count: int, *, parts: int, microbatches: int = 1) -> Layout:
-        """Parts: into how many a batch is cut; rows divide into them without tearing a pair apart."""
+        """`parts`: number of parts into which a batch is split; rows divide into them without splitting a pair."""
         layout = plan_layout(
             [*data.train, *data.held_out],
             kind=kind,
@@ -142,7 +142,7 @@ def plan_training(
 
 
 def _images_record(examples: Sequence[Example]) -> dict[str, str]:
-    """A digest of the images that prompts show, in their order, for a data record; empty where they show none."""
+    """A digest of the images in prompts, in order, for a data record; empty if there are none."""
     shown = b"\0".join(image_bytes(images) for example in examples if (images := images_of(example)) is not None)
     return {"images": hashlib.sha256(shown).hexdigest()} if shown else {}
 
@@ -166,8 +166,8 @@ def train(
 ) -> TrainState:
     """Trains `part` from `variables` (consumed) or from the newest good checkpoint. Returns the final state on the devices.
 
-    `step` is `dpo_step` or `sft_step` without optimizer, microbatches and axis. `weights`: digests of where the run starts
-    (`start`, `base`, `reference`), which a continued run must have in common with the one before.
+    `step` is `dpo_step` or `sft_step` without optimizer, microbatches and axis. `weights` are digests of the starting weights
+    (`start`, `base`, `reference`), which must be the same when a run continues.
     """
     data, tx = plan.data, build.make_tx(section, steps=plan.steps, seed=config.run.seed)
     step = functools.partial(step, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name)
@@ -245,7 +245,7 @@ def _note_long_warmup(section: SftConfig | DpoConfig, steps: int, lr: Callable[[
 
 
 def metrics_writers(config: Config, run: RunDir, facts: Mapping[str, Any]) -> list[Writer]:
-    """Further places for metrics that the configuration asks for. `facts`: what they are told of the run."""
+    """Additional metrics writers of the configuration. `facts`: settings of the run to pass to them."""
     section, options = config.run, {"directory": run.path, "config": facts}
     places: dict[str, Callable[[], Place]] = {}
     if section.tensorboard:
@@ -262,7 +262,7 @@ def metrics_writers(config: Config, run: RunDir, facts: Mapping[str, Any]) -> li
 
 
 def _device_summary(config: Config, section: SftConfig | DpoConfig, state: TrainState, partitioner: Partitioner) -> str:
-    """A table of hosts, devices, how they are used, and what one of them holds."""
+    """A table of hosts, devices, how they are used, and the memory that one of them needs."""
     devices, kind = jax.devices(), jax.devices()[0].device_kind
     pieces = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(state)]
     of_device = sum(math.prod(shape) * dtype.itemsize for shape, dtype in pieces)
@@ -294,14 +294,14 @@ def write_outputs(
 ) -> None:
     """Writes the plots, the model card, and by `write` (of `export`) the model or adapter as a Hugging Face folder.
 
-    All hosts call it, with `variables` as `Trained.written` gives them.
+    All hosts call it, with `variables` as returned by `Trained.written`.
     """
     text = card() if hosts.is_first() else None
     with reported("exporting the policy"):
         folder, dtype = write(run.export, model, variables, tokenizer, card=text)
     if text is None:
         return
-    from dpo_jax.plotting.training_curves import plot_training  # matplotlib: 0.4 s that the first step need not wait for
+    from dpo_jax.plotting.training_curves import plot_training  # matplotlib: 0.4 s that need not delay the first step
 
     with reported("drawing plots"):
         plot_training(read_metrics(run.metrics), run.plots)

@@ -1,4 +1,4 @@
-"""What a training command trains: all weights, some of them (`trainable`), or a low-rank adapter beside them (`lora`)."""
+"""The trained parameters of a command: all weights, some of them (`trainable`), or a low-rank adapter beside them (`lora`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dpo_jax.types import Model, Partitioner, TrainState, Variables
 
 
 class Trained(NamedTuple):
-    """What of a model is trained. `model` reads the variables of a training state; `base` those of the whole model."""
+    """The trained part of a model. `model` reads the variables of a training state; `base` those of the whole model."""
 
     base: Model
     model: Model
@@ -33,10 +33,10 @@ class Trained(NamedTuple):
     lora: Lora | None = None
     chosen: Chosen | None = None
     adapter: bool = False  # training continues the adapter of a folder
-    dtype: str = "float32"  # of the frozen weights; of all, where all are trained
+    dtype: str = "float32"  # type of the frozen weights; of all, if all are trained
 
     def partitioner(self, config: Config, *, head: bool = False) -> Partitioner:
-        """Where all of this lies, with a scalar `head` if so. Whole models lie as `base` does, states as `model` does."""
+        """The partitioner, with a scalar `head` if there is one. Whole models are placed like `base`, states like `model`."""
         model, base = (with_scalar_head(one) if head else one for one in (self.model, self.base))
         found = build.make_partitioner(config, model)
         if self.chosen is None:
@@ -51,7 +51,7 @@ class Trained(NamedTuple):
         )
 
     def load(self, path: str, partitioner: Partitioner, *, name: str) -> tuple[Variables, dict[str, str]]:
-        """The weights of `path` on the devices, and two digests: "start" of all, and "base" of what an adapter is beside."""
+        """The weights of `path` on the devices, and two digests: "start" of all, and "base" of those beside an adapter."""
         with build.naming_option(name, path), reported(f"loading the weights of {path}"):
             digest = shared_digest()
             shapes = dict(variable_shapes(self.base, build.PRECISIONS[self.dtype]))
@@ -63,21 +63,21 @@ class Trained(NamedTuple):
         return variables, {"start": start} | ({} if self.lora is None else {"base": digest.base or digest.hexdigest()})
 
     def reader(self, variables: Variables) -> Model:
-        """The model that reads `variables` as `load` gives them: with the adapter, if they have one already."""
+        """The model that reads `variables` as returned by `load`: with the adapter, if they already have one."""
         return self.model if LORA in variables else self.base
 
     def stored(self) -> Model:
-        """`base`, with new weights of the type in which they are kept."""
+        """`base`, with new weights in the type in which they are kept."""
         kept = functools.partial(jax.tree.map, lambda x: x.astype(build.PRECISIONS[self.dtype]))
         return self.base._replace(init=lambda key: kept(self.base.init(key)))
 
     def begin(self, partitioner: Partitioner, variables: Variables, tx: Any) -> TrainState:
-        """The state before the first step. `variables`, of `load`, are consumed: a large model does not fit beside itself."""
+        """The state before the first step. `variables`, from `load`, are consumed: a large model does not fit twice."""
         with reported("placing weights and optimizer"):
             return partitioner.init_state(functools.partial(self.state, tx=tx), variables)
 
     def state(self, variables: Variables, *, tx: Any) -> TrainState:
-        """As `begin`, but pure."""
+        """Like `begin`, but pure."""
         if self.lora is not None and LORA not in variables:
             variables = {**variables, LORA: new_adapter(self.base.config, self.lora, jax.random.key(self.seed))}
         if self.chosen is not None:
@@ -88,29 +88,29 @@ class Trained(NamedTuple):
         return init_state({name: tree for name, tree in variables.items() if name != "params"}, tx, frozen=kept)
 
     def written(self, partitioner: Partitioner, state: TrainState) -> Variables:
-        """What an export writes, in the form of `get_state`: the variables of the whole model, or the adapter alone."""
+        """The weights to export, in the form of `get_state`: the variables of the whole model, or the adapter alone."""
         if self.lora is not None:
             return partitioner.get_state(state.replace(frozen={})).variables
         return self.whole(partitioner.get_state(state).variables)
 
     def whole(self, variables: Variables) -> Variables:
-        """The variables of the whole model from those that `model` reads; an adapter stays beside it."""
+        """The variables of the whole model from those that `model` reads; an adapter stays separate."""
         return join(variables)
 
     def merged(self, variables: Variables) -> Variables:
-        """As `whole`, of an adapter as well, which is added to its base."""
+        """Like `whole`, with an adapter merged into its base."""
         return self.whole(variables) if self.lora is None else merge_adapter(variables, self.lora)
 
 
 def planned(config: Config, section: TrainingConfig, model: Model) -> Trained:
-    """What `section` trains of `model`, whatever that starts from: no file is read. Raises `ConfigError`."""
+    """The parameters of `model` that `section` trains, whatever they start from: no file is read. Raises `ConfigError`."""
     name = "sft" if section is config.sft else "dpo"
     if section.trainable is not None:
         try:
             chosen = chosen_parameters(section.trainable, model)
         except ValueError as error:
             raise ConfigError(f"{name}.trainable: {error}") from error
-        # Layers that are cut off their stack are copied, when the state is made.
+        # Layers separated from their stack are copied when the state is made.
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         return Trained(model, partial_model(model, chosen), chosen=chosen)
     if config.lora.rank is None:
@@ -124,7 +124,7 @@ def planned(config: Config, section: TrainingConfig, model: Model) -> Trained:
 
 
 def trained(config: Config, section: TrainingConfig, model: Model, path: str | None) -> Trained:
-    """What `section` trains of `model`, which starts from the folder `path`. Raises `ConfigError`."""
+    """The parameters of `model` that `section` trains, starting from the folder `path`. Raises `ConfigError`."""
     part, options = planned(config, section, model), config.lora
     if part.lora is None:
         return part

@@ -1,4 +1,4 @@
-"""What a vision encoder in a model folder must fit: its processing of images, and the mesh. Without JAX."""
+"""Checks of a model folder's vision encoder against its image processing and the mesh. Needs no JAX."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dpo_jax.models.vision_config import VisionConfig, vision_settings
 
 
 def encoder_settings(folder: Path, hf: Mapping[str, Any]) -> tuple[VisionConfig, Processing]:
-    """Configuration of the encoder of `folder`, whose config.json has the content `hf`, and how images become its pixels.
+    """Configuration of the encoder in `folder`, whose config.json has the content `hf`, and its image processing.
 
-    Raises ValueError where the two differ in pixels or tokens.
+    Raises ValueError if the two differ in pixels or tokens.
     """
     found = vision_settings(hf, folder / "config.json")
     processing = load_processing(folder, tokens=found.tokens)
@@ -28,13 +28,13 @@ def encoder_settings(folder: Path, hf: Mapping[str, Any]) -> tuple[VisionConfig,
 
 
 def check_mesh(config: Config) -> None:
-    """Raises `ConfigError` for a mesh over which rows with images cannot be cut."""
+    """Raises `ConfigError` for a mesh over which rows with images cannot be sharded."""
     if config.run.devices == "mesh" and config.mesh.context > 1:
         raise ConfigError(f"mesh.context: {config.mesh.context} cuts rows into pieces, and rows with images stay whole: use 1")
 
 
 def no_encoder(where: str, folder: str) -> str:
-    """Words on a model that has no encoder for the image that a row shows."""
+    """A message about a model that has no encoder for the image in a row."""
     return (
         f"{where}: the prompt shows an image, and {folder} has no vision encoder: name the folder of a Gemma 3 that reads "
         "images, or leave out the rows with images"

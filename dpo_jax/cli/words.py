@@ -1,7 +1,7 @@
-"""Options of TRL, transformers, PEFT and the original DPO code, and what this program has instead.
+"""Option names of TRL, transformers, PEFT and the original DPO code, and their equivalents here.
 
-A flag or a key of a file that is no option here is looked up in `WORDS`, in any spelling: `--learning-rate`, `learning_rate:`,
-`--training.learning_rate`. A name of ours without its section (`--beta`) is found as well.
+An unknown flag or key of a file is looked up in `WORDS`, in any spelling: `--learning-rate`, `learning_rate:`,
+`--training.learning_rate`. An option of ours without its section (`--beta`) is found as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KERNEL = "model.attention; auto takes the fastest for the device"
 _STEPS = "sft.steps, dpo.steps, sft.epochs, dpo.epochs, data.max_train"
 _NOTHING = "nothing has to be set for that here"
 
-# Words of others -> options of ours, separated by commas, or a sentence. A command is told only of the options that it reads.
+# Other programs' names -> our options, separated by commas, or a sentence. Answers for a command name only options it reads.
 WORDS: Mapping[str, str] = {
     "learning_rate": "sft.lr, dpo.lr, frontier.ppo_lr",
     "lr_scheduler_type": "sft.schedule, dpo.schedule",
@@ -143,9 +143,9 @@ WORDS: Mapping[str, str] = {
 
 
 def instead(word: str, options: Collection[str]) -> str | None:
-    """What there is instead of a flag or key `word`, or None for a word that is not known.
+    """The equivalent of an unknown flag or key `word`, or None if there is none.
 
-    `options` are the dotted options to choose among, such as "dpo.lr": those that a command reads, or all.
+    `options` are the dotted options to choose from, such as "dpo.lr": those that a command reads, or all.
     """
     name = word.lstrip("-").replace("-", "_").lower()
     last = name.rpartition(".")[2]
@@ -167,7 +167,7 @@ def as_flags(answer: str, options: Collection[str]) -> str:
 
 
 def _told(answer: str, options: Iterable[str], *, section: str) -> str:
-    """An answer that is a list of options: those among `options`, and of these those of `section`, unless none is."""
+    """The options in an answer that are among `options`; of these, those of `section`, if any."""
     listed, _, rest = answer.partition(":")
     named = listed.split(", ")
     if not all(part.replace(".", "").replace("_", "").isalnum() and part.count(".") == 1 for part in named):

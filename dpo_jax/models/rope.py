@@ -51,8 +51,7 @@ class Rope:
         return frequency
 
     def angles(self, positions: Any) -> tuple[Any, Any]:
-        """cos and sin of every angle: two float32[R, L, size / 2], always float32: bfloat16 cannot count positions above
-        256."""
+        """cos and sin of all angles: two float32[R, L, size / 2]. Not bfloat16, which cannot count positions above 256."""
         import jax.numpy as jnp  # imported here: describing and checking a decoder need no JAX
 
         angle = jnp.asarray(positions).astype(jnp.float32)[:, :, None] * self.frequencies()[None, None, :]

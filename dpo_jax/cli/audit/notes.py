@@ -1,4 +1,4 @@
-"""Notes of the audit: findings to look into before training, each with a remedy."""
+"""Audit notes: findings to look into before training, each with a remedy."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dpo_jax.data.terminal import one_line
 
 Note = dict[str, str]  # {"about", "found", "remedy"}, printable
 MANY_DUPLICATES = 0.01  # of a split
-MANY_CUT = 0.05  # pairs whose completion lost its end
-LENGTH_DECIDES = 0.6  # lower bound of the accuracy of "the longer one wins", or of the shorter one
-FEW_HELD_OUT = 100  # pairs: below, the interval of an accuracy is wider than 0.2
+MANY_CUT = 0.05  # pairs with a truncated completion
+LENGTH_DECIDES = 0.6  # lower bound of the accuracy of "the longer one wins", or "the shorter one wins"
+FEW_HELD_OUT = 100  # pairs; with fewer, the interval of an accuracy is wider than 0.2
 
 
 def verdict(config: Config, reports: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Note]]:
@@ -90,7 +90,7 @@ def _cut_ends(report: Mapping[str, Any], split: str) -> Iterator[Note]:
 
 
 def _labels(config: Config, report: Mapping[str, Any]) -> Iterator[Note]:
-    """Of single completions: whether the loss reads them, and whether the two sides weigh about the same."""
+    """Notes on single completions: whether the loss reads them, and whether both sides have about the same total weight."""
     labels = report.get("labels")
     if labels is None:
         return

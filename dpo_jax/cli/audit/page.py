@@ -13,11 +13,11 @@ from dpo_jax.report.audit import verdict_sentences
 
 WIDTH = 80
 REASONS = 6  # dropped rows that are shown
-EXAMPLE = {"prompt": 180}  # characters of the example; 120 of completions
+EXAMPLE = {"prompt": 180}  # characters of the example's prompt; 120 of its completions
 
 
 def page(config: Config, reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """What `dpo-jax audit` prints of its report. Safe to print: escape sequences of the data stand as text."""
+    """The printed report of `dpo-jax audit`. Safe to print: escape sequences in the data are shown as text."""
     train = reports[config.data.train_split]
     notes = verdict_sentences(reports)
     lines = [
@@ -49,7 +49,7 @@ def _cut(line: str) -> str:
 
 
 def _counts(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """A column for each split."""
+    """Row counts, one column per split."""
 
     def row(name: str, cell: Callable[[Mapping[str, Any]], str]) -> str:
         return f"  {name:<42}" + "".join(f"{cell(report):>18}" for report in reports.values())
@@ -83,7 +83,7 @@ def _counts(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _sources(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What each source of a mixture gives to a split, once the weights are applied."""
+    """What each source of a mixture contributes to a split, with weights applied."""
     for split, report in reports.items():
         for name, one in report.get("sources", {}).items():
             words = f"weight {one['weight']:g}, as {one['format']}: {one['read']:,} read, {one['kept']:,} kept"
@@ -103,7 +103,7 @@ EXAMPLES_OF = {
 
 
 def _examples(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """The first three places of each kind that was found; those that are of a worse kind, too, only there."""
+    """The first three places of each kind of finding. A place with several is listed only under the worst kind."""
     for split, report in reports.items():
         found = report["repeats"] | report.get("overlap", {})
         shown: set[frozenset[str]] = set()
@@ -115,7 +115,7 @@ def _examples(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _reasons(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Where rows were dropped, and what the reader of the files has to say."""
+    """Where rows were dropped, and the notes of the file readers."""
     told = [line for report in reports.values() for lines in report["examples"].values() for line in lines[:2]]
     yield from (_cut(one_line(f"  {line}")) for line in told[:REASONS])
     notes = dict.fromkeys(note for report in reports.values() for note in report["notes"])
@@ -141,7 +141,7 @@ def _lengths(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _template(report: Mapping[str, Any]) -> Iterator[str]:
-    """BOS, and what the chat template does, if it is used."""
+    """BOS handling, and the chat template's effect, if it is used."""
     bos, kept = report["bos"], report["kept"]
     begin = f"{bos['pairs']:,} of {kept:,} prompts begin" if 0 < bos["pairs"] < kept else "prompts begin"
     yield f"  {begin} with BOS, {bos['token']!r}" if bos["pairs"] else "  prompts do not begin with BOS"
@@ -161,7 +161,7 @@ def _template(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _example(example: Mapping[str, Any]) -> Iterator[str]:
-    """Prompt, chosen and rejected as tokens. What the loss counts stands in brackets."""
+    """Prompt, chosen and rejected as tokens. Tokens that the loss counts are in brackets."""
     label = "" if "desirable" not in example else f", {'' if example['desirable'] else 'un'}desirable"
     yield _cut(one_line(f"  {example['uid']}{label}, tokens parted by {SEPARATOR}, scored ones in [ ]"))
     for name in (name for name, part in example.items() if isinstance(part, Mapping)):

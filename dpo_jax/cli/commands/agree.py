@@ -1,6 +1,6 @@
-"""`dpo-jax agree`: Table 2 of the paper from what raters saved and what judges said.
+"""`dpo-jax agree`: Table 2 of the paper, from raters' files and judges' verdicts.
 
-In `<run.dir>/agree`: `agreement.json`, the figures of the printed column with their intervals and counts.
+Writes `<run.dir>/agree/agreement.json`: the figures of the printed column with their intervals and counts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WIDTH = 26  # of a column
 
 def run(config: Config) -> int:
     section = config.agree
-    jax.config.update("jax_platforms", "cpu")  # a training may hold the chips
+    jax.config.update("jax_platforms", "cpu")  # a training run may hold the accelerator
     saved, records = rating_files(config)
     file = key_file(config, needed=bool(saved))
     with reported("reading the ratings"):
@@ -54,7 +54,7 @@ def run(config: Config) -> int:
 
 
 def _verdicts(config: Config, key: Key | None) -> tuple[dict[str, Verdicts], list[str]]:
-    """By the judge's name, and notes. The judge of the run may have compared other texts; one that is named may not."""
+    """Verdicts by judge name, and notes. The run's own judge may have compared other texts; an explicitly named one may not."""
     try:
         return {name: read_verdicts(path, key=key) for name, path in judge_files(config).items()}, []
     except DataError as error:
@@ -64,12 +64,12 @@ def _verdicts(config: Config, key: Key | None) -> tuple[dict[str, Verdicts], lis
 
 
 def _column(run: str) -> dict[str, Any]:
-    """The table of another run. Raises `ConfigError` for one that cannot be shown."""
+    """Another run's column of the table. Raises `ConfigError` for one that cannot be shown."""
     path = Path(run, RESULT)
     try:
         column = read_object(path)
         with reading(path):
-            table_rows([column])  # whatever it lacks, the table would lack
+            table_rows([column])  # a field missing here would be missing from the table
     except (OSError, Unreadable) as error:
         said = str(error) if isinstance(error, Unreadable) else f"{path}: {error.strerror}"
         raise ConfigError(f"agree.beside: {said}; run dpo-jax agree --run.dir {run} first") from error
@@ -84,7 +84,7 @@ def plain(value: Any) -> Any:
 
 
 def text_of(columns: list[dict[str, Any]]) -> str:
-    """The table for the screen: a column a study."""
+    """The table for the screen: one column per study."""
     rows = table_rows(columns)
     width = max(len(label) for label, *_ in rows)
     lines = [f"{label:{width}}" + "".join(f"{cell:>{WIDTH}}" for cell in cells) for label, *cells in rows]
@@ -92,7 +92,7 @@ def text_of(columns: list[dict[str, Any]]) -> str:
 
 
 def _notes(raters: list[RaterFile], judgments: list[Judgment], judges: Mapping[str, Verdicts], key: Key | None) -> list[str]:
-    """What a reader of the table should know: who has not finished, which lists were taken twice, what judges left out."""
+    """Notes on the table: unfinished raters, lists rated twice, comparisons that judges left out."""
     notes = [f"{file.rater} has rated {len(file.judgments)} of {file.assigned}" for file in raters]
     notes = [note for note, file in zip(notes, raters, strict=True) if len(file.judgments) < file.assigned]
     lists: dict[int, list[str]] = {}

@@ -1,4 +1,4 @@
-"""The files that `dpo-jax agree` reads: ratings of people, the key of the study, verdicts of judges. Without JAX."""
+"""The files that `dpo-jax agree` reads: people's ratings, the key of the study, judges' verdicts. Needs no JAX."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dpo_jax.cli.config import Config, ConfigError
 
 
 def rating_files(config: Config) -> tuple[list[Path], list[Path]]:
-    """The files of the page and those of records. A folder stands for all of both in it."""
+    """The files saved by the page, and the records. A folder stands for all such files in it."""
     folder = Path(config.run.dir, "study", "ratings")
     given = [Path(part.strip()) for part in config.agree.ratings.split(",")] if config.agree.ratings else [folder]
     found = [sorted(path.glob("[!.]*")) if path.is_dir() or path == folder else [path] for path in given]
@@ -25,7 +25,7 @@ def rating_files(config: Config) -> tuple[list[Path], list[Path]]:
 
 
 def key_file(config: Config, *, needed: bool) -> Path | None:
-    """The key of the study; None where there is none and none is `needed`."""
+    """The key of the study; None if there is none and none is `needed`."""
     path = Path(config.agree.key or Path(config.run.dir, "study", "key.json"))
     if path.exists():
         return path
@@ -35,7 +35,7 @@ def key_file(config: Config, *, needed: bool) -> Path | None:
 
 
 def judge_files(config: Config) -> dict[str, Path]:
-    """{name of a judge: its verdicts}: those that are named, else those of the run, if it has any."""
+    """{judge name: its verdicts}: the named ones, else those of the run, if any."""
     found = Path(config.run.dir, "judge", "pairs.jsonl")
     if config.agree.judge is None:
         return {"judge": found} if found.exists() else {}

@@ -1,4 +1,4 @@
-"""`dpo-jax audit`: should one train on these data? Counts and prints before any training; the report page shows it, too."""
+"""`dpo-jax audit`: counts and checks the data before any training, as a printed page. The report page shows it, too."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 
 
 def run(config: Config) -> int:
-    """Prints and writes the report. What `data.on_bad` and the limits refuse is counted all the same, and then refused."""
+    """Prints and writes the report. Whatever `data.on_bad` and the limits refuse is counted first, and refused afterwards."""
     with build.open_run(config, "audit") as run_dir:
         tolerant = splits.with_data(config, on_bad="drop", max_dropped_share=1.0)
         tokenizer = build.tokenizer_of(tolerant, model_path=config.model.path)
         rows = loss_table.rows_of(config.dpo.loss)
-        rows = "any" if rows == "pairs" else rows  # files of single completions can be looked at, too
+        rows = "any" if rows == "pairs" else rows  # files of single completions can be audited, too
         preferences = [splits.load_split(tolerant, split, tokenizer, rows=rows, images=True) for split in SPLITS]
         images = _image_tokens(config, tokenizer, preferences)
-        pin_revisions(config)  # what is trained on later is what was audited
+        pin_revisions(config)  # later training uses the audited data
         train, test = (splits.encode_split(tolerant, loaded, tokenizer, images) for loaded in preferences)
         found = look_for_repeats(train, test)
         reports = {
@@ -67,9 +67,9 @@ def run(config: Config) -> int:
 
 
 def _image_tokens(config: Config, tokenizer: Any, preferences: Sequence[PreferenceSet]) -> ImageTokens | None:
-    """What images become for the model of `model.path`, without features: nothing is computed here. None without images.
+    """How images become tokens for the model of `model.path`, without computing features. None if there are no images.
 
-    Raises `ConfigError` where prompts show images and that model has no encoder.
+    Raises `ConfigError` if prompts show images and that model has no encoder.
     """
     encoder = encoder_for(config, config.model.path, tokenizer, *preferences, name="model.path")
     if encoder is None:
@@ -81,7 +81,7 @@ def _image_tokens(config: Config, tokenizer: Any, preferences: Sequence[Preferen
 def split_report(
     config: Config, preferences: PreferenceSet, encoded: EncodedSet, tokenizer: Any, *, repeats: Repeats
 ) -> dict[str, Any]:
-    """All that is counted of one split, as JSON values."""
+    """All counts of one split, as JSON values."""
     bos: int | None = tokenizer.bos_token_id
     counted = encoded.report.to_json()
     for name, found in source_table(encoded).items() if "sources" in counted else ():
@@ -106,12 +106,12 @@ def split_report(
 
 
 def plain(found: Repeats | Overlap) -> dict[str, Any]:
-    """As JSON values."""
+    """A report as JSON values."""
     return {name: finding._asdict() for name, finding in found._asdict().items()}
 
 
 def longer_wins(differences: np.ndarray) -> dict[str, float]:
-    """How often chosen has more tokens, and how often the rule "the longer one wins" is right (ties half; 95 % interval)."""
+    """How often chosen has more tokens, and the accuracy of "the longer one wins" (ties count half; 95 % interval)."""
     longer, equal = int((differences > 0).sum()), int((differences == 0).sum())
     scores, pairs = (1 + np.sign(differences)) / 2, len(differences)
     low, high = score_interval(scores)
@@ -122,8 +122,8 @@ def longer_wins(differences: np.ndarray) -> dict[str, float]:
 def example(encoded: Sequence[Any], tokenizer: Any) -> dict[str, Any]:
     """The first pair as the model reads it: ids and strings of its tokens, and which of them the loss counts.
 
-    "scored" is true, false, or a list with a value for each token. Of the completions between best and worst of a ranking the
-    first one is shown.
+    "scored" is true, false, or a list with a value for each token. For a ranking, only the first
+    completion between best and worst is shown.
     """
     pair = encoded[0]
     label = {} if pair.desirable is None else {"desirable": pair.desirable}
@@ -139,7 +139,7 @@ def example(encoded: Sequence[Any], tokenizer: Any) -> dict[str, Any]:
 
 
 def label_counts(encoded: Sequence[Any]) -> dict[str, int] | None:
-    """How many single completions are desirable, and how many are not; None of pairs and rankings."""
+    """Numbers of desirable and undesirable single completions; None for pairs and rankings."""
     if encoded[0].desirable is None:
         return None
     desirable = sum(pair.desirable for pair in encoded)
@@ -147,7 +147,7 @@ def label_counts(encoded: Sequence[Any]) -> dict[str, int] | None:
 
 
 def row_statistics(config: Config, encoded: EncodedSet, *, batches: int = 8) -> dict[str, Any]:
-    """How the configured layout fills its rows, over the first batches of `dpo`."""
+    """How full the rows of the configured layout are, over the first batches of `dpo`."""
     batch = config.dpo.batch
     layout = plan_layout(encoded, kind=config.data.layout, batch=batch, length=config.data.row_length)
     at = stream(encoded, layout=layout, batch=min(batch, len(encoded)), seed=config.run.seed)

@@ -1,10 +1,10 @@
-"""`dpo-jax bench`: our training against PyTorch, on the same weights and the same pairs in every optimizer step.
+"""`dpo-jax bench`: benchmarks our training against PyTorch, on the same weights and the same pairs in every optimizer step.
 
-Beside the table it leaves in `<run.dir>/bench`: `results.json` (all figures), `race.png`, `work/` (the model and the frozen
-pairs, what each contender measured in each round, and its output), and with `--profile` `trace/`. With `--bench.sampling`
-another race is run, of our sampler against `transformers.generate`; its figures are in `sampling.json`.
+It prints a table and writes to `<run.dir>/bench`: `results.json` (all figures), `race.png`, `work/` (the model, the frozen
+pairs, each contender's measurements in each round, and its output), and with `--profile` `trace/`. `--bench.sampling` instead
+compares our sampler with `transformers.generate`; its figures are in `sampling.json`.
 
-How to read a profile: see HOW_TO_READ, which is printed with it.
+HOW_TO_READ explains the profile, and is printed with it.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ come from; a fusion is named after its last one. The whole picture: open perfett
 https://ui.perfetto.dev, or the folder in XProf or TensorBoard. There a gap on the device's line is time spent waiting for the
 host, and the first step in the trace may still fill caches."""
 RACED = "All contenders train all weights, of model.path or random ones, by RMSprop on the loss of the paper."
-MATMUL_TOKENS = 16_384  # rows of the matrix products that are timed, at most
+MATMUL_TOKENS = 16_384  # most rows of the timed matrix products
 
 
 def run(config: Config) -> int:
     if config.bench.sampling is not None:
         return _sampling(config)
     names = contenders(config)
-    jax.config.update("jax_platforms", "cpu")  # an accelerator belongs to one process at a time: that of the contender
+    jax.config.update("jax_platforms", "cpu")  # an accelerator belongs to one process at a time: the contender's
     with build.open_run(config, "bench") as run_dir:
         if ignored := not_raced(config):
             print(f"not read: {', '.join(ignored)}. {RACED}", flush=True)
@@ -86,7 +86,7 @@ def run(config: Config) -> int:
 
 
 def _plot(summary: dict[str, Any], path: Path) -> None:
-    """The race as a picture, unless this is an image of a GPU machine without the package for it."""
+    """The benchmark as a figure, unless the plotting package is missing, as in an image for GPU machines."""
     if importlib.util.find_spec("matplotlib") is None:
         print(f"{path}: left out, the package matplotlib is missing")
         return
@@ -96,7 +96,7 @@ def _plot(summary: dict[str, Any], path: Path) -> None:
 
 
 def freeze(config: Config, run_dir: RunDir) -> Work:
-    """Writes down what the contenders share: new weights, the pairs of every optimizer step, the settings."""
+    """Writes the shared inputs of the contenders: new weights, the pairs of every optimizer step, the settings."""
     bench, section = config.bench, config.dpo
     folder = _work_folder(run_dir)
     longest_run = max(bench.gate_steps, bench.steps + 1)
@@ -138,14 +138,14 @@ def _work_folder(run_dir: RunDir) -> Path:
 
 
 def _from_data(config: Config) -> tuple[list[Encoded], Model]:
-    """The train split, and the model that it would be trained on."""
+    """The train split, and the model to train on it."""
     tokenizer = build.tokenizer_of(config, model_path=config.model.path)
     encoded = splits.encode_split(config, splits.load_split(config, "train", tokenizer), tokenizer)
     return list(encoded), build.start_model(config, tokenizer)
 
 
 def _check_scored(pairs: list[Encoded]) -> None:
-    """Raises `ConfigError` for a completion of which some tokens are only read: the other contenders would score them all."""
+    """Raises `ConfigError` for a completion with unscored tokens: the other contenders would score them all."""
     partly = [pair.uid for pair in pairs if any(scored is not None and not scored.all() for _, scored in pair.sides)]
     if partly:
         raise ConfigError(
@@ -166,7 +166,7 @@ def _random(config: Config, count: int) -> tuple[list[Encoded], Model]:
 
 
 def _model_for_random(config: Config, *, option: str, longest: int) -> Model:
-    """The model that is asked for, without a tokenizer. It must read rows of `longest` tokens, as `option` says."""
+    """The configured model, without a tokenizer. It must read rows of `longest` tokens, as `option` requires."""
     if config.model.path is not None:
         with build.naming_option("model.path", config.model.path):
             decoder = decoder_config(load_config(config.model.path), where=f"{config.model.path}/config.json")
@@ -183,7 +183,7 @@ def _model_for_random(config: Config, *, option: str, longest: int) -> Model:
 
 
 def _layouts(config: Config, pairs: list[Encoded]) -> dict[str, dict[str, Any]]:
-    """Rows of each kind as a run of `dpo` plans them for all its data, and those of its reference pass if it packs."""
+    """Row layouts of each kind, as a `dpo` run plans them for all its data; with packing, also those of its reference pass."""
     section, layouts = config.dpo, {}
     for kind in ("plain", "packed"):
         multiple = section.microbatches * (2 if kind == "plain" else 1)
@@ -196,7 +196,7 @@ def _layouts(config: Config, pairs: list[Encoded]) -> dict[str, dict[str, Any]]:
 
 
 def _sampling(config: Config) -> int:
-    """The race of samplers."""
+    """The sampling benchmark."""
     assert config.bench.sampling is not None
     count, longest, new_tokens = (int(part) for part in config.bench.sampling.split("/"))
     need(config, ["torch"], option="bench.sampling")
@@ -224,7 +224,7 @@ def _sampling(config: Config) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on besides the work."""
+    """Facts of the machine on which the figures depend."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

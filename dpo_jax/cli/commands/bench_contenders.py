@@ -1,4 +1,4 @@
-"""The contenders of `dpo-jax bench`, and the Python and packages that they need. Without JAX."""
+"""The contenders of `dpo-jax bench`, and the Python and packages they need. Needs no JAX."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpo_jax.extras import install_command
 
 
 def contenders(config: Config) -> list[str]:
-    """The names in `bench.contenders`. Raises `ConfigError` for one that is not known, lacks a package, or does not divide."""
+    """The names in `bench.contenders`. Raises `ConfigError` for one that is unknown, lacks a package, or does not divide."""
     try:
         names = race.check_names(config.bench.contenders)
     except ValueError as error:
@@ -33,7 +33,7 @@ def contenders(config: Config) -> list[str]:
 
 
 def not_raced(config: Config) -> list[str]:
-    """What the configuration says of training, in sections `dpo` and `lora`, and all contenders leave out: dotted options."""
+    """Training options of sections `dpo` and `lora` that are set but ignored by all contenders: dotted options."""
     reads = COMMANDS["bench"].reads
     return [
         f"{name}.{field.name}"
@@ -44,7 +44,7 @@ def not_raced(config: Config) -> list[str]:
 
 
 def need(config: Config, packages: list[str], *, option: str, otherwise: str = "") -> None:
-    """Raises `ConfigError` naming `option`, where the Python of the PyTorch contenders lacks one of `packages`."""
+    """Raises `ConfigError` naming `option`, if the PyTorch contenders' Python lacks one of `packages`."""
     python = torch_python(config)
     if not race.installed(packages, python=python):
         raise ConfigError(
@@ -54,7 +54,7 @@ def need(config: Config, packages: list[str], *, option: str, otherwise: str = "
 
 
 def torch_python(config: Config) -> str:
-    """The interpreter of the PyTorch contenders."""
+    """The Python interpreter of the PyTorch contenders."""
     python = config.bench.torch_python
     if python is not None and shutil.which(python) is None:
         raise ConfigError(f"bench.torch_python: {python} is no program that can be run")

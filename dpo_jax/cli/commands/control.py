@@ -1,7 +1,7 @@
 """`dpo-jax control`: Contrastive Preference Learning and its baselines, on preferences by regret and by partial return.
 
-In `<run.dir>/control`: `control.png`, `results.csv` and `.jsonl` (every measured point), `summary.json` (what is printed) and
-`runs/`, a folder for each run. Finished runs are not repeated.
+Writes to `<run.dir>/control`: `control.png`, `results.csv` and `.jsonl` (every measured point), `summary.json` (the printed
+figures) and `runs/`, a folder for each run. Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import write_json
 from dpo_jax.types import Partitioner
 
-UNSHARED = ("methods", "preferences", "seeds", "jobs")  # of the options: what no single run depends on
+UNSHARED = ("methods", "preferences", "seeds", "jobs")  # options on which no single run depends
 
 
 def run(config: Config) -> int:
@@ -81,7 +81,7 @@ def make_world(config: Config) -> World:
 
 
 class Experiment:
-    """What runs share: the learner, and for each seed behaviour and preferences, made when a run first asks."""
+    """State shared by runs: the learner, and for each seed the segments and preferences, made when a run first needs them."""
 
     def __init__(self, config: Config, world: World, partitioner: Partitioner) -> None:
         section = config.control
@@ -108,7 +108,7 @@ class Experiment:
 
 
 def _partitioner(config: Config) -> Partitioner:
-    """The devices. Raises `ConfigError` where batches do not divide among them."""
+    """The partitioner. Raises `ConfigError` if batches do not divide among the devices."""
     if config.run.devices == "single":
         return single_device()
     try:

@@ -1,6 +1,6 @@
-"""`dpo-jax dialogue`: preferences of whole conversations in a question game, against the enumerated optimum.
+"""`dpo-jax dialogue`: preferences between whole conversations in a question game, compared with the enumerated optimum.
 
-In `<run.dir>/dialogue`: `dialogue.png`, `results.csv` and `.jsonl` (every measured point), `summary.json` (what is printed),
+Writes to `<run.dir>/dialogue`: `dialogue.png`, `results.csv` and `.jsonl` (every point), `summary.json` (the printed figures),
 `pairs/` (the labelled conversations of each seed, as messages) and `runs/` (a folder for each run).
 """
 
@@ -43,7 +43,7 @@ from dpo_jax.runtime.rundir import write_json
 from dpo_jax.training.fingerprint import architecture
 from dpo_jax.writing import writing
 
-_UNSHARED = {"methods", "betas", "seeds", "jobs", "rounds"}  # they are named in the settings of runs, or change no result
+_UNSHARED = {"methods", "betas", "seeds", "jobs", "rounds"}  # they are in the settings of runs, or do not change results
 
 
 def run(config: Config) -> int:
@@ -91,7 +91,7 @@ def _world(config: Config) -> tuple[DialogueWorld, dict[str, str]]:
 
 
 def _shared(config: Config, world: DialogueWorld, digest: str) -> dict[str, Any]:
-    """What every result depends on; a change makes all runs anew."""
+    """Settings on which all results depend; a change repeats all runs."""
     training = [option.removeprefix("dpo.") for option in COMMANDS["dialogue"].reads if option.startswith("dpo.")]
     return {
         "reference": digest,
@@ -105,7 +105,7 @@ def _shared(config: Config, world: DialogueWorld, digest: str) -> dict[str, Any]
 
 
 class _Experiment:
-    """Performs the runs. What several of them need is made when the first one asks, and kept; others wait meanwhile."""
+    """Performs the runs. Results shared by several runs are made by the first one that needs them; others wait."""
 
     def __init__(self, config: Config, world: DialogueWorld, folder: Path) -> None:
         self.config, self.world, self.folder = config, world, folder
@@ -135,7 +135,7 @@ class _Experiment:
         return method.train(folder, settings=settings, evaluations=evaluations, seed=run.seed, data=data)[0]
 
     def _method(self, kind: str, name: str) -> PairMethod:
-        """That of a loss and of pairs of one kind; its settings are data, so that it is compiled once."""
+        """The method for a loss and pairs of one kind; its settings are traced, so that it is compiled once."""
         key = f"{kind} {name if name == 'preferred-ft' else 'dpo'}"
         if key not in self._methods:
             data, training = self._pairs(kind, self.config.run.seed), self.config.dpo
@@ -145,7 +145,7 @@ class _Experiment:
         return self._methods[key]
 
     def _pairs(self, kind: str, seed: int) -> PairData:
-        """Pairs of the reference's conversations, all seeds in the shapes of the first one."""
+        """Pairs of the reference's conversations; all seeds have the shapes of the first one."""
         first = self.config.run.seed
         if (kind, seed) in self._data:
             return self._data[kind, seed]

@@ -1,8 +1,8 @@
-"""`dpo-jax diffusion`: Diffusion-DPO on real digits (reward against path KL), or against an optimum in closed form.
+"""`dpo-jax diffusion`: Diffusion-DPO on real digits (reward against path KL), or against a closed-form optimum.
 
-In `<run.dir>/diffusion-<experiment>`: `results.csv` and `.jsonl` (every measured point), `summary.json` (what is printed); of
-the digits also `digits.png` (samples before and after), `diffusion.png` (reward against KL), `pretrained/` (the reference),
-`refs/` (its errors) and `runs/`.
+Writes to `<run.dir>/diffusion-<experiment>`: `results.csv` and `.jsonl` (every measured point), `summary.json` (the printed
+figures); for the digits also `digits.png` (samples before and after), `diffusion.png` (reward against KL), `pretrained/` (the
+reference), `refs/` (its errors) and `runs/`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from dpo_jax.runtime.optim import make_optimizer, make_schedule
 from dpo_jax.runtime.rundir import write_json
 from dpo_jax.writing import writing
 
-EQUAL_KL = (2.0, 5.0, 10.0, 20.0)  # nats an image, of paths
-SHOWN = 30  # samples of each kind in the picture
+EQUAL_KL = (2.0, 5.0, 10.0, 20.0)  # path KL in nats per image
+SHOWN = 30  # samples of each kind in the figure
 REFERENCE, DPO, FT = "reference", "diffusion-dpo", "preferred-ft"
 COLUMNS = (
     *("method", "label", "seed", "step", "kl", "kl_low", "kl_high", "reward", "reward_low", "reward_high"),
     *("accuracy", "accuracy_low", "accuracy_high", "seconds"),
 )
-# Of gaussian: data, a reward of their mean and one of their spread as well.
+# gaussian: the data, and a reward on both their mean and their spread.
 DATA = Normal(0.5, 0.8)
 REWARDS = {"a shift": Reward(1.0), "a shift, narrower": Reward(1.0, -0.8)}
 BETA = 1.0
@@ -65,7 +65,7 @@ def runs_of(config: Config) -> list[Run]:
 
 def digits(config: Config, folder: Path) -> list[Grid]:
     section = config.diffusion
-    loss = named_loss(section.loss)  # its beta is data of the program, given by keyword
+    loss = named_loss(section.loss)  # beta is traced, and passed by keyword
     world = make_world(config)
     shared = shared_settings(config)
     with identity.refusing_mismatch():
@@ -141,7 +141,7 @@ SHARED = (
 
 
 def shared_settings(config: Config) -> dict[str, Any]:
-    """What all runs depend on."""
+    """Settings on which all runs depend."""
     return {name: getattr(config.diffusion, name) for name in SHARED} | {"seed": config.run.seed}
 
 
@@ -163,14 +163,14 @@ def make_world(config: Config) -> DigitsWorld:
 
 
 def over(results: Sequence[Result], method: str, label: str = "") -> dict[str, dict[str, float]]:
-    """Mean over seeds of reward, KL and accuracy where the runs of a setting ended, with intervals over samples and seeds."""
+    """Means over seeds of the final reward, KL and accuracy of each setting, with intervals over samples and seeds."""
     last = [r.points[-1] for r in results if (r.run.method, r.run.label) == (method, label)]
     return {name: over_seeds(last, name) for name in ("reward", "kl", "accuracy")}
 
 
 def shown(results: Sequence[Result], accuracy: float) -> dict[str, Run]:
-    """Whose samples are shown, of the first seed: the reference, and of each method the setting with the highest reward among
-    those whose samples are read nearly as well as the reference's."""
+    """The policies whose samples are shown, of the first seed: the reference, and of each method the setting with the
+    highest reward among those whose samples are recognised nearly as well as the reference's."""
     found = {"the reference": next(r.run for r in results if r.run.method == REFERENCE)}
     for method, name in ((DPO, "Diffusion-DPO"), (FT, "Preferred-FT")):
         labels = dict.fromkeys(r.run.label for r in results if r.run.method == method)
@@ -183,7 +183,7 @@ def shown(results: Sequence[Result], accuracy: float) -> dict[str, Run]:
 
 
 def tables_of(results: Sequence[Result], reference: float, *, judge: float) -> list[Grid]:
-    """Gain at equal path KL, and where each setting ended."""
+    """Tables of the gain at equal path KL, and of the final point of each setting."""
     methods = {"Diffusion-DPO": DPO, "Preferred-FT": FT}
     found: dict[str, list[Any]] = {}
     for name, method in methods.items():
@@ -204,7 +204,7 @@ def tables_of(results: Sequence[Result], reference: float, *, judge: float) -> l
 
 
 def gaussian(config: Config, folder: Path) -> list[Grid]:
-    """The trained policy beside the optimum of its bound, and the tilted optimum that DPO aims at."""
+    """Compares the trained policy with the optimum of its bound, and with the tilted optimum that DPO aims at."""
     section, found = config.diffusion, []
     schedule = SCHEDULES[section.schedule](section.gaussian_steps)
     options = {"beta": BETA, "schedule": schedule, "weighting": "elbo"}
@@ -244,7 +244,7 @@ def gaussian(config: Config, folder: Path) -> list[Grid]:
 
 
 def _trained(reward: Reward, draws: int, *, seed: int, **options: Any) -> Normal:
-    """Policy after GAUSSIAN_STEPS steps, each with GAUSSIAN_ERRORS errors: as many pairs as draws leave room for."""
+    """The policy after GAUSSIAN_STEPS steps, each with GAUSSIAN_ERRORS errors: the more draws, the fewer pairs."""
     rate = make_schedule("cosine", 0.02, warmup_steps=0, total_steps=GAUSSIAN_STEPS)
     tx = make_optimizer(rate, name="adamw", max_grad_norm=None, b2=0.99)
     batch = max(64, GAUSSIAN_ERRORS // draws)

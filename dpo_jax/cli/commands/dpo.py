@@ -31,7 +31,7 @@ from dpo_jax.types import TrainState
 
 
 class WrongStart(RuntimeError):
-    """The policy is not its reference at step 0."""
+    """The policy does not equal its reference where it should, such as at step 0."""
 
 
 def run(config: Config) -> int:

@@ -1,4 +1,4 @@
-"""`dpo-jax eval`: what training changed, on pairs and prompts never seen in training."""
+"""`dpo-jax eval`: evaluates a policy on held-out pairs and prompts, against its reference."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from dpo_jax.writing import write_text, writing
 
 def run(config: Config) -> int:
     given = config
-    # The reference of the table is also the reference of the rewards.
+    # The table and the rewards use the same reference.
     config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, reference=eval_reference(config)))
     of_run = Path(config.eval_policy()).resolve() == Path(config.run.dir, "dpo", "export").resolve()
     with build.open_run(given, "rewards" if config.eval.rewards else "eval", out=config.eval.rewards_out) as run_dir:
@@ -127,9 +127,10 @@ def run(config: Config) -> int:
 
 
 def _vision(config: Config, preferences: PreferenceSet, tokenizer: Any) -> Vision | None:
-    """The encoder of policy and reference: where held-out prompts show images, and where both have one.
+    """The encoder of policy and reference: if held-out prompts show images, and if both models have one.
 
-    Then training may have read images although no held-out prompt shows any, and the reference cache is that of the same model.
+    In the latter case training may have read images although no held-out prompt shows any, and the reference cache belongs to
+    the same model.
     """
     both = {"eval.policy": config.eval_policy(), "eval.reference": config.dpo_reference()}
     policy, reference = both.values()
@@ -155,10 +156,10 @@ def sampled(
 ) -> dict[str, Any]:
     """Completions of held-out prompts by policy and reference, with the sequence KL of each to the reference.
 
-    `kl` is the mean over samples y ~ pi(.|x) of log pi(y|x) - log pi_ref(y|x), in nats per completion: unbiased, also for
-    completions that were cut at `eval.max_new_tokens`, of which it measures the part that was written. `cut` is the share of
-    those, and `repetition` the mean share of 4-grams that occurred before in their sample. Both stop at any of `stop_ids`. A
-    chat prompt's line has its `turns` beside the `prompt` as the model read it.
+    `kl` is the mean over samples y ~ pi(.|x) of log pi(y|x) - log pi_ref(y|x), in nats per completion. It is unbiased; for
+    completions truncated at `eval.max_new_tokens` it measures the part that was generated. `cut` is the share of truncated
+    ones, `repetition` the mean share of 4-grams that occurred before in their sample. Both models stop at any of `stop_ids`.
+    The line of a chat prompt has its `turns` beside the `prompt` as the model read it.
     """
     shown = _distinct(held_out, config.eval.samples)
     prompts, images = [pair.prompt for pair in shown], [pair.images for pair in shown]
@@ -192,12 +193,12 @@ def sampled(
 
 
 def _distinct(held_out: Sequence[Encoded], count: int) -> list[Encoded]:
-    """The first `count` pairs whose prompts, or the images that these show, differ."""
+    """The first `count` pairs that differ in prompt or images."""
     return list({prompt_key(pair): pair for pair in held_out}.values())[:count]
 
 
 def _line(pair: Encoded, tokenizer: Any) -> dict[str, Any]:
-    """The prompt of a pair as text, without a BOS that its text does not hold; its turns, and digests of its images, if any."""
+    """A pair's prompt as text, without a BOS that the text does not contain; its turns, and digests of its images, if any."""
     text = tokenizer.decode(pair.prompt[int(pair.bos_added) :])
     images = {} if pair.images is None else {"images": list(pair.images.names)}
     place = image_marks(tokenizer).place if images else ""
@@ -207,7 +208,7 @@ def _line(pair: Encoded, tokenizer: Any) -> dict[str, Any]:
 
 
 def _note_other_reference(config: Config, digest: str) -> None:
-    """Says when the run's policy was trained against other weights than those it is compared with."""
+    """Prints a note if the run's policy was trained against other weights than those it is compared with."""
     found = newest_meta(config.checkpoints_of("dpo"))
     trained = found[1]["fingerprint"].get("reference", digest) if found else digest
     if trained != digest:
@@ -219,7 +220,7 @@ def _note_other_reference(config: Config, digest: str) -> None:
 
 
 def _update_card(config: Config, report: dict[str, Any]) -> None:
-    """The model card of the run that was evaluated gets the table, if that was measured with the run's own settings."""
+    """Adds the table to the model card of the evaluated run, if it was measured with the run's own settings."""
     try:
         with RunDir(Path(config.run.dir) / "dpo") as run_dir:
             trained = load_config(run_dir.config)
@@ -229,12 +230,12 @@ def _update_card(config: Config, report: dict[str, Any]) -> None:
             card = with_digest(dpo_card(trained, run_dir, report=report), run_dir.export)
             write_text(run_dir.card, card)
             write_text(run_dir.export / "README.md", card)
-    except (RunLocked, ConfigError) as error:  # training again just now, or a folder that was copied here
+    except (RunLocked, ConfigError) as error:  # a run that is training again, or a copied folder
         print(f"the model card is left as it is: {error}")
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """What the figures of the table depend on besides weights and data."""
+    """Settings on which the table depends, besides weights and data."""
     return {
         "loss": config.dpo.loss,
         "ld_alpha": config.dpo.ld_alpha,

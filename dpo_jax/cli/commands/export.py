@@ -1,4 +1,4 @@
-"""`dpo-jax export`: a checkpoint of a run as a Hugging Face folder; and how every command writes such a folder."""
+"""`dpo-jax export`: writes a run's checkpoint as a Hugging Face folder; also the writers that other commands use."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from dpo_jax.untrusted import check_name, read_text
 from dpo_jax.writing import write_text
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-"""What else a folder says of images, which an export keeps."""
+"""Image-processing files of a model folder that an export copies."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -71,7 +71,7 @@ def run(config: Config) -> int:
     if config.export.merge and part.lora is None:
         raise ConfigError(f"export.merge: {folder} trained no adapter, and its export is the whole model; leave it out")
     abstract = jax.eval_shape(lambda: part.state(model.init(jax.random.key(0)), tx=tx).replace(frozen={}))
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is asked for: that it will write nothing
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns that it will write nothing, which is intended
     with Checkpoints(directory, read_only=True) as checkpoints, reported("reading the checkpoint"):
         found = _restored(checkpoints, abstract, _step(config, directory))
     if found is None:
@@ -102,7 +102,7 @@ def run(config: Config) -> int:
 
 @contextlib.contextmanager
 def _pushing() -> Iterator[None]:
-    """Turns a `PushError` into a `ConfigError` naming the option."""
+    """A context that turns a `PushError` into a `ConfigError` naming the option."""
     try:
         yield
     except PushError as error:
@@ -110,11 +110,11 @@ def _pushing() -> Iterator[None]:
 
 
 def _whole(part: Trained, state: TrainState, start: str | None, meta: Mapping[str, Any]) -> Variables:
-    """What an export writes of the trained weights in a checkpoint: with those that were frozen, but for an adapter."""
+    """The weights to export from the trained ones in a checkpoint: frozen ones are added, except for an adapter."""
     if part.chosen is None:
         return state.variables
     digest = WeightsDigest()
-    assert start is not None  # a new model, of which a part is trained, is refused
+    assert start is not None  # a new model that is only partly trained is refused
     base = assemble(variable_shapes(part.base), read_weights(start, part.base, digest=digest), put=np.asarray)
     if digest.hexdigest() != (known := meta["fingerprint"]["start"]):
         raise ConfigError(f"{start} holds other weights than training began with ({digest.hexdigest()[:12]}, not {known[:12]})")
@@ -122,7 +122,7 @@ def _whole(part: Trained, state: TrainState, start: str | None, meta: Mapping[st
 
 
 def _merged(part: Trained, state: TrainState, start: str | None, meta: Mapping[str, Any]) -> Variables:
-    """The whole model, on the host. Raises `ConfigError` where the base is not the one that the adapter was trained on."""
+    """The whole model, on the host. Raises `ConfigError` if the base is not the one on which the adapter was trained."""
     with tempfile.TemporaryDirectory() as folder, build.naming_option("export.merge", str(start)):
         write_lora(Path(folder), part, state.variables, source=start, digests=meta["fingerprint"])
         return assemble(variable_shapes(part.base), read_weights(folder, part.base), put=np.asarray)
@@ -131,9 +131,9 @@ def _merged(part: Trained, state: TrainState, start: str | None, meta: Mapping[s
 def writer(
     part: Trained, write: Callable[..., tuple[Path, str]], *, source: str | None, dtype: str | None, digests: Mapping[str, str]
 ) -> Callable[..., tuple[Path, str]]:
-    """`write` (`write_model` or `write_exact`) of what is trained: of an adapter, its folder in PEFT's form.
+    """The write function (`write_model` or `write_exact`) for the trained part; an adapter is written in PEFT's format.
 
-    `source` is the model that training began with, `digests` those of its weights (`Trained.load`).
+    `source` is the starting model of training, `digests` those of its weights (`Trained.load`).
     """
     if part.lora is None:
         options = {"source": source} if dtype is None and write is write_exact else {"source": source, "dtype": dtype}
@@ -186,9 +186,9 @@ def write_model(
 ) -> tuple[Path, str]:
     """Write model, tokenizer and model card as a Hugging Face folder. Returns the folder, and the type of the weights.
 
-    `source` is the model that training began with, None for a new one: its `generation_config.json` is kept, and `dtype=None`
-    is its type, or float32 where that is float16 and too small for these weights. All hosts call this; the first one writes.
-    Raises `ConfigError` where the weights do not fit the `dtype` that was asked for.
+    `source` is the starting model of training, None for a new one. Its `generation_config.json` is copied; `dtype=None` means
+    its type, or float32 if that is float16 and too small for these weights. All hosts call this; the first one writes. Raises
+    `ConfigError` if the weights do not fit the requested `dtype`.
     """
     wanted = dtype or source_type(source)
     try:
@@ -207,9 +207,9 @@ def write_model(
 def write_exact(
     path: str | Path, model: Model, variables: Variables, tokenizer: Any, *, source: str | None, card: str | None = None
 ) -> tuple[Path, str]:
-    """As `write_model`, but the float32 weights of training as they are, for a next stage that starts from them.
+    """Like `write_model`, but keeps training's float32 weights unchanged, for a next stage that starts from them.
 
-    `config.json` also says the source's type, which the next stage's own export will have.
+    `config.json` also records the source's type, which the next stage's own export will have.
     """
     known = source_type(source)
     settings = {"source_dtype": known} if known != "float32" else {}
@@ -219,7 +219,7 @@ def write_exact(
 
 
 def source_type(source: str | None) -> str:
-    """The type of the weights of the model that training began with; float32 for a new one."""
+    """The weight type of the starting model of training; float32 for a new model."""
     return "float32" if source is None else float_type(load_hf_config(source))
 
 
@@ -259,7 +259,7 @@ def _write_beside(folder: Path, tokenizer: Any, card: str | None) -> None:
 
 
 def _card_of(original: Config, run: RunDir, task: str, step: int) -> str:
-    """The card of the run, which may hold the table of `eval`, if these are its final weights; else one for this step."""
+    """The card of the run, which may include the table of `eval`, if these are its final weights; else one for this step."""
     judged = [row["step"] for row in read_metrics(run.metrics) if is_evaluation(row)] if run.metrics.is_file() else []
     if run.card.is_file() and judged and judged[-1] == step:
         return run.card.read_text(encoding="utf-8")
@@ -274,7 +274,7 @@ def _restored(checkpoints: Checkpoints, abstract: TrainState, step: int | None) 
 
 
 def _step(config: Config, directory: str) -> int | None:
-    """The step that is asked for, or the best of a run that stops early; None for the newest."""
+    """The requested step, or the best of a run with early stopping; None for the newest."""
     if config.export.step is not None:
         return config.export.step
     newest = newest_meta(directory)
@@ -282,7 +282,7 @@ def _step(config: Config, directory: str) -> int | None:
 
 
 def _run_of(config: Config, directory: str) -> Path:
-    """The folder of the run that wrote these checkpoints: they lie in it, unless `run.checkpoints` put them elsewhere."""
+    """The folder of the run that wrote these checkpoints: they are inside it, unless `run.checkpoints` put them elsewhere."""
     for task in ("sft", "dpo"):
         if config.run.checkpoints is not None and directory == config.checkpoints_of(task):
             return Path(config.run.dir) / task

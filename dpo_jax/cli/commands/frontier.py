@@ -1,8 +1,8 @@
-"""`dpo-jax frontier`: the paper's controlled experiment (section 6.1), with the best frontier that is possible beside it.
+"""`dpo-jax frontier`: the paper's controlled experiment (section 6.1), compared with the optimal frontier.
 
-In `<run.dir>/frontier`: `frontier.png`, `results.csv` and `.jsonl` (every measured point), `summary.json`, `optimum.json`,
+Writes to `<run.dir>/frontier`: `frontier.png`, `results.csv` and `.jsonl` (every point), `summary.json`, `optimum.json`,
 `pairs.jsonl` (the labelled pairs, as preferences that `data.source: files` reads), `runs/` (a folder for each run), and with a
-second reward `second_reward.png`. The policies of dpo and ppo-gt are kept: as adapters where section lora has a rank.
+second reward `second_reward.png`. The policies of dpo and ppo-gt are kept, as adapters if lora.rank is set.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ from dpo_jax.training.run import saved_run
 from dpo_jax.types import Variables
 from dpo_jax.writing import empty_folder
 
-MAX_KL = 20.0  # nats, at which the figure ends
+MAX_KL = 20.0  # KL in nats at which the figure ends
 
 
 def run(config: Config) -> int:
@@ -98,19 +98,19 @@ def run(config: Config) -> int:
 
 
 def make_reference(config: Config) -> None:
-    """The starting policy by SFT, unless there is one. It is trained whole: methods may train adapters beside it."""
+    """The starting policy from SFT, unless it exists. It is trained whole; methods may train adapters beside it."""
     if config.dpo.policy is None and not Path(config.dpo_policy()).is_dir():
         sft_command.run(dataclasses.replace(config, lora=LoraConfig()))
 
 
 def refuse_bfloat16(config: Config, command: str) -> None:
-    """Raises `ConfigError` for parameters that are to be kept in bfloat16."""
+    """Raises `ConfigError` for trained parameters in bfloat16."""
     if config.dpo.param_dtype != "float32":
         raise ConfigError(f"dpo.param_dtype: {command} keeps parameters in float32; leave it out")
 
 
 class _Study:
-    """Performs the runs. What several of them need is made when the first one asks, and kept; others wait meanwhile."""
+    """Performs the runs. Results shared by several runs are made by the first one that needs them; others wait."""
 
     def __init__(
         self, config: Config, world: World, run_dir: RunDir, shared: Mapping[str, Any], digests: Mapping[str, str]
@@ -120,11 +120,11 @@ class _Study:
         self.part = planned(config, config.dpo, model)
         self._making = threading.Lock()
         self._methods: dict[str, PairMethod] = {}
-        # Made at once: what cannot be is refused here, and not when the sweep has come to it.
+        # Made at once, so that an impossible one is refused here, not in the middle of the sweep.
         self.ppo = ppo_method(config, world) if {"ppo", "ppo-gt"} & {*config.frontier.chosen()} else None
 
     def perform(self, run: Run, folder: Path) -> list[dict[str, float]]:
-        if "ppo" in self.config.frontier.chosen():  # then what is learned from the pairs judges every policy, too
+        if "ppo" in self.config.frontier.chosen():  # then the reward learned from the pairs also scores every policy
             with self._making:
                 self.world.beside[LEARNED] = self.learned_reward
         if run.method == report.REFERENCE:
@@ -142,7 +142,7 @@ class _Study:
             write_lora(folder, self.part, variables, source=self.config.dpo_policy(), digests=self.digests)
 
     def _saved(self, folder: Path) -> Variables:
-        """On the devices. An adapter is put beside the weights of the reference, wherever its base lies now."""
+        """A saved policy on the devices. An adapter is put beside the reference's weights, wherever its base is now."""
         base, partitioner = self.part.base, self.world.partitioner
         if self.part.lora is None:
             return build.load_weights(str(folder), base, partitioner, name="frontier")[0]
@@ -167,7 +167,7 @@ class _Study:
         left = list(MIX_AT) if run.method in TO_MIX else []
 
         def keep(point: dict[str, float], variables: Variables) -> None:
-            """Keeps the first policy beyond each of `MIX_AT`, for the optimum."""
+            """Keeps the first policy beyond each KL in `MIX_AT`, for the optimum."""
             while left and point["kl"] >= left[0]:
                 point["kept"] = left.pop(0)
             if "kept" in point:
@@ -184,7 +184,7 @@ class _Study:
     def online(self) -> OnlineMethod:
         training, settings = self.config.dpo, online_settings(self.config)
         tx = build.make_tx(training, steps=settings["rounds"] * settings["steps"])
-        # beta comes with the batch, so that runs of all betas are one program.
+        # beta comes with the batch, so that one program serves all betas.
         return OnlineMethod(self.world, loss=dpo_loss, tx=tx, microbatches=training.microbatches)
 
     def _on_pairs(self, run: Run, folder: Path) -> tuple[Points, Variables]:
@@ -198,7 +198,7 @@ class _Study:
 
     @functools.cached_property
     def encoded(self) -> EncodedSet:
-        """The labelled pairs (appendix C.1): those in `pairs.jsonl`, or new ones, written there."""
+        """The labelled pairs (appendix C.1): those in `pairs.jsonl`, or new ones, which are written there."""
         config, world = self.config, self.world
         file, record = self.run_dir.path / "pairs.jsonl", self.run_dir.path / "pairs.json"
         preferences = kept_pairs(file, record, self.shared)
@@ -213,7 +213,7 @@ class _Study:
         return pair_data(self.world, self.encoded, batch=training.batch, microbatches=training.microbatches)
 
     def method(self, name: str) -> PairMethod:
-        """The one of this name, made once."""
+        """The method of this name, made once."""
         name, training = "unlikelihood" if name == "preferred-ft" else name, self.config.dpo
         if name not in self._methods:
             tx = build.make_tx(training, steps=self.pairs.steps(training.epochs))
@@ -249,7 +249,7 @@ class _Study:
     def optimum(self, results: Sequence[Result]) -> tuple[Optimum, Drawn]:
         section, config, world = self.config.frontier, self.config, self.world
         mixed = to_mix(results)
-        hosts.barrier("policies")  # of the sweep, which the first host has written
+        hosts.barrier("policies")  # settings of the sweep, written by the first host
         policies = [self._saved(self.run_dir.path / "runs" / kept.run.name / kept.folder) for kept in mixed]
         prompts = prompts_of(config, "optimum_prompts", world.tokenizer)
         print(f"the optimum, from {section.optimum_samples} completions of each of {len(prompts.ids)} prompts", flush=True)
@@ -261,14 +261,14 @@ class _Study:
 
 
 def _continues(folder: Path, shared: Mapping[str, Any]) -> bool:
-    """Whether the folder holds a reward model of these settings, finished or not."""
+    """Whether the folder holds a reward model with these settings, finished or not."""
     saved = saved_run(folder / "checkpoints", place=str(folder))
     expected = json.loads(json.dumps(dict(shared)))  # as it reads after a round trip through a file
     return saved is not None and saved.fingerprint.get("sweep") == expected
 
 
 def ppo_method(config: Config, world: World) -> PpoMethod:
-    """PPO with the options of section frontier. Also what `dpo-jax ppo` runs."""
+    """PPO with the options of section frontier; also used by `dpo-jax ppo`."""
     section, parts = config.frontier, config.dpo.microbatches * world.partitioner.row_shards
     options = PpoOptions(
         iterations=section.ppo_iterations,
@@ -295,7 +295,7 @@ def ppo_method(config: Config, world: World) -> PpoMethod:
 
 
 def first_kl_coef(target_kl: float) -> float:
-    """If rewards were normal, the optimum of this KL would have this price of a nat, in standard deviations of the reward."""
+    """Initial KL coefficient: that of the optimum at this KL if rewards were normal, in standard deviations of the reward."""
     return 1 / math.sqrt(2 * target_kl)
 
 
@@ -326,7 +326,7 @@ def _write(run_dir: RunDir, results: Sequence[Result], best: Optimum, *, second:
 
 
 def _plot_second(path: Path, results: Sequence[Result], best: Optimum, *, name: str) -> None:
-    """The frontier in the second reward: its points, and what the optimum of the first reward has of it."""
+    """The frontier in the second reward: its points, and the second reward of the first reward's optimum."""
     assert best.beside is not None
     curve = dataclasses.replace(best, reward=best.beside.reward, band=best.beside.band, reference=best.beside.reference)
     points = report.points(results, reward=SECOND)

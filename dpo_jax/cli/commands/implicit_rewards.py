@@ -1,4 +1,4 @@
-"""`dpo-jax eval --rewards`: the implicit reward as a judge of any preference set."""
+"""`dpo-jax eval --rewards`: evaluates the implicit reward as a reward model on any preference set."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_rewards(
 ) -> None:
     """Writes `rewards.jsonl`, `report.json` and `reliability.png`, and prints the tables.
 
-    `preferences` are those of `held_out`, in its order; log-probabilities are float32[P, 2].
+    `preferences` are those of `held_out`, in the same order; log-probabilities are float32[P, 2].
     """
     beta = beta_of(config.dpo)
     tokens = np.array([pair.scored_tokens for pair in held_out])
@@ -94,18 +94,18 @@ def write_rewards(
 
 
 def beta_of(section: DpoConfig) -> float:
-    """The beta of the rewards. Some losses have none: their rewards are in nats, here as in the table of `eval`."""
+    """The beta of the rewards. For losses without beta, rewards are in nats, as in the table of `eval`."""
     return section.beta if "beta" in loss_table.terms(section.loss)[0].loss.options else 1.0
 
 
 def subset_names(preferences: Sequence[Preference]) -> list[str]:
-    """The subset of each pair: as its row says, or else the folder of its file. Empty if that does not tell any two apart."""
+    """The subset of each pair, from its row, or else the folder of its file. Empty if that does not distinguish any two."""
     names = [preference.subset or preference.uid.rpartition("/")[0].partition("/")[0] or "none" for preference in preferences]
     return names if len(set(names)) > 1 else []
 
 
 def _judged(margins: np.ndarray, tokens: np.ndarray, subsets: list[str], *, by_subset: bool, seed: int) -> dict[str, Any]:
-    """What one reward is worth: overall, as a mean over subsets, and how it goes with length."""
+    """Metrics of one reward: overall, as a mean over subsets, and its dependence on length."""
     differences = tokens[:, 0] - tokens[:, 1]
     found: dict[str, Any] = {**accuracy(margins), "length": correlations(margins, differences, seed=seed)}
     if subsets:
@@ -129,7 +129,7 @@ def rewards_table(report: Mapping[str, Any]) -> str:
     implicit = report["rewards"]["implicit"]
     if "subsets" in implicit:
         lines += ["", f"{'implicit reward by subset':<34}{columns}{'pairs':>9}"]
-        for row in implicit["subsets"]:  # they have the names that the data give them
+        for row in implicit["subsets"]:  # subset names come from the data
             name = one_line(row["subset"])[:33]
             lines.append(f"{name:<34}{_share(row)}{row['margin']:>12.4f}{row['pairs']:>9,}")
         lines.append(f"{'mean over subsets':<34}{_share(implicit['macro'])}")

@@ -1,4 +1,4 @@
-"""`dpo-jax init [FILE]`: a configuration for data of one's own, to be filled in."""
+"""`dpo-jax init [FILE]`: writes a configuration for your own data, to be filled in."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ dpo: # then: prefer them
 
 
 def main(args: list[str], *, prog: str) -> int:
-    """Writes the file that `args` names. Raises `ConfigError` for one that is there, and for anything but one name."""
+    """Writes the file that `args` names. Raises `ConfigError` if it exists, and for anything but one name."""
     if {"-h", "--help"} & set(args):
         print(USAGE)
         return 0

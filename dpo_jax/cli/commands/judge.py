@@ -1,7 +1,7 @@
-"""`dpo-jax judge`: how often a policy's completions beat a baseline's, asked of a judge (sections 6.2 to 6.4, appendix C.2).
+"""`dpo-jax judge`: win rates of a policy's completions against a baseline, by an LLM judge (sections 6.2 to 6.4, appendix C.2).
 
-In `<run.dir>/judge`: `verdicts.jsonl` (every question and answer), `pairs.jsonl` (texts and outcome of every pair),
-`report.json`, `win_rates.csv`, `win_rates.png`. Started again, it asks only what has no answer yet.
+Writes to `<run.dir>/judge`: `verdicts.jsonl` (every question and answer), `pairs.jsonl` (texts and outcome of every pair),
+`report.json`, `win_rates.csv`, `win_rates.png`. If started again, it asks only unanswered questions.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.writing import writing
 
 SETTINGS = ("model", "prompt", "fence", "temperature", "max_tokens", "one_order")
-"""What a verdict depends on besides its texts. Not the address: the same model may move."""
+"""Settings on which a verdict depends, besides its texts. The address is not one: the same model may move."""
 BASELINES = {"chosen": "the chosen completions of the data", "sft_target": "what SFT learned"}
-PER = 1e-6  # prices are of a million tokens
+PER = 1e-6  # prices are per million tokens
 
 
 def run(config: Config) -> int:
     if importlib.util.find_spec("httpx2") is None:
         raise ConfigError(f"judge: needs the package httpx2: {install_command('judge')}")
     section, key = config.judge, api_key(config)
-    jax.config.update("jax_platforms", "cpu")  # judging computes nothing, and may run beside a training that holds the chips
+    jax.config.update("jax_platforms", "cpu")  # judging needs no accelerator, and may run beside a training run that holds it
     with reported("reading the completions"):
         paired = pair_up(_policies(config), _baseline(config), limit=section.limit)
     asked = [questions_of(config, pair) for pair in paired.pairs]
@@ -81,7 +81,7 @@ async def _judge(
         tried = _probes(config, pairs, [outcome_in(both, log) for both in asked])
         tries = [questions_of(config, probe.pair) for probe in tried]
         await ask(config, [question for both in tries for question in both], log, key)
-    except Unfinished as stopped:  # what there is, is worth reporting
+    except Unfinished as stopped:  # a partial result is worth reporting
         unfinished = stopped
     return [outcome_in(both, log) for both in asked], achieved(tried, [outcome_in(both, log) for both in tries]), unfinished
 
@@ -95,7 +95,7 @@ def _refuse_foreign(config: Config, pairs: list[Pair], questions: list[Question]
 
 
 def _probes(config: Config, pairs: list[Pair], outcomes: list[Outcome]) -> list[Probe]:
-    """The first pairs that the policy lost, with injections. Those of one series say enough: it is the judge that is tried."""
+    """The first pairs that the policy lost, with injections. One series is enough, because it is the judge that is tested."""
     lost = [pair for pair, outcome in zip(pairs, outcomes, strict=True) if outcome == "lost"]
     if config.judge.injections and not lost:
         print("injections: the policy lost no pair, so there is no text to put them behind")
@@ -103,7 +103,7 @@ def _probes(config: Config, pairs: list[Pair], outcomes: list[Outcome]) -> list[
 
 
 def verdict_settings(config: Config) -> dict[str, Any]:
-    """What the verdicts of a log depend on."""
+    """Settings on which the verdicts of a log depend."""
     section = config.judge
     return {name: getattr(section, name) for name in SETTINGS} | ({"seed": config.run.seed} if section.one_order else {})
 
@@ -114,7 +114,7 @@ def _prompt(config: Config) -> str:
 
 
 def api_key(config: Config) -> str | None:
-    """The key, from the environment. An endpoint of one's own may want none."""
+    """The API key, from the environment. A local endpoint may need none."""
     section = config.judge
     if key := os.environ.get(section.key_env, "").strip():
         if not re.fullmatch(r"[!-~]+", key):
@@ -126,7 +126,7 @@ def api_key(config: Config) -> str | None:
 
 
 def _policies(config: Config) -> dict[str, list[Completion]]:
-    """Completions by series. Files that are all named by numbers are the points of one series."""
+    """Completions by series. If all files are named by numbers, they are the points of one series."""
     section = config.judge
     found = {name: read_completions(file, by=section.by) for name, file in section.series()}
     if section.by is not None or not all(re.fullmatch(r"\d+(\.\d+)?", name) for name in found):
@@ -238,7 +238,7 @@ def _write(
         writer.writeheader()
         writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     keys = {question.key for question in questions}
-    verdicts = [verdict for key, verdict in log.verdicts.items() if key in keys]  # without those on injections
+    verdicts = [verdict for key, verdict in log.verdicts.items() if key in keys]  # without verdicts on injections
     letters = [verdict["choice"] for verdict in verdicts if verdict["choice"]]
     files = [file for _, file in section.series()] + ([section.b] if section.baseline_file() else [])
     report = {

@@ -1,7 +1,7 @@
-"""`dpo-jax label`: preferences from samples (appendix C.1). The reference completes prompts, a known reward labels all pairs.
+"""`dpo-jax label`: preferences from samples (appendix C.1). The reference completes prompts; a known reward labels all pairs.
 
-In `<run.dir>/label`: a file for each split, such as `train.jsonl` and `test.jsonl`, which `data.source: files` reads with
-`data.path` set to the folder; and `data_report.json`, where kept + dropped = read for each.
+Writes to `<run.dir>/label`: a file for each split, such as `train.jsonl` and `test.jsonl`, which `data.source: files` reads
+with `data.path` set to the folder; and `data_report.json`, in which kept + dropped = read for each split.
 """
 
 from __future__ import annotations

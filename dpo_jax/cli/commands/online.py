@@ -1,8 +1,9 @@
-"""`dpo-jax online`: online and iterative DPO, in rounds of samples, labels, pairs and optimizer steps.
+"""`dpo-jax online`: online and iterative DPO, in rounds of sampling, labelling, pairing and optimizer steps.
 
-In `<run.dir>/online`: `round-000/`, ... (`dpo_jax.online.rounds`), `rounds.jsonl` (a row a round), `labels.jsonl` (every label,
-so that none is asked twice; of a judge also `verdicts.jsonl`), `metrics.jsonl`, `plots/`, `result.json` (reward and KL on
-held-out prompts after each round) and `export/`. The same command continues a run that was cut off, to the same bits.
+Writes to `<run.dir>/online`: `round-000/`, ... (`dpo_jax.online.rounds`), `rounds.jsonl` (one row per round), `labels.jsonl`
+(every label, so that none is requested twice; for a judge also `verdicts.jsonl`), `metrics.jsonl`, `plots/`, `result.json`
+(reward and KL on held-out prompts after each round) and `export/`. The same command continues an interrupted run, with
+bit-identical results.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from dpo_jax.training.run import steps_of, train
 from dpo_jax.types import TrainState, Variables
 
 NOT_OF_A_ROUND = ("rounds", "label_budget", "steps", "replay", "reward_model")
-"""Options of `online` that change no file of a round. The reward model counts by its weights."""
+"""Options of `online` that do not change the files of a round. The reward model is identified by its weights."""
 
 
 def run(config: Config) -> int:
@@ -84,13 +85,13 @@ def run(config: Config) -> int:
 
 
 def _training(config: Config) -> DpoConfig:
-    """Section dpo, with the length of all rounds together."""
+    """Section dpo, with the total length of all rounds."""
     section = config.online
     return dataclasses.replace(config.dpo, steps=section.rounds * section.steps_each(config.dpo.batch), epochs=1)
 
 
 def _learned(config: Config) -> Reward | None:
-    """The reward model that is named: the reward, or the estimate of elicitation."""
+    """The learned reward in the configuration: the label source, or the estimate for elicitation."""
     path = config.online.reward_model
     if path is None:
         return None
@@ -102,7 +103,7 @@ def _unknown(prompts: Any, completions: Any) -> np.ndarray:
 
 
 def _measured(world: World, variables: Variables) -> dict[str, float]:
-    """Held-out reward, where one is known, and KL."""
+    """Held-out reward, if one is known, and KL."""
     found = world.measure(variables)
     return {name: value for name, value in found.items() if world.reward is not _unknown or not name.startswith("reward")}
 
@@ -160,9 +161,9 @@ def _rounds(config: Config, run: RunDir, world: World, digests: Mapping[str, str
 
 
 def _settings(config: Config, world: World) -> dict[str, Any]:
-    """What samples, labels and pairs of a round depend on, besides the weights of policy and reference."""
+    """Settings on which samples, labels and pairs of a round depend, besides the weights of policy and reference."""
     online = {name: value for name, value in dataclasses.asdict(config.online).items() if name not in NOT_OF_A_ROUND}
-    # With a beta that changes, what a round learns depends on how many there are.
+    # If beta changes, training in a round depends on the number of rounds.
     length = {} if config.online.beta_last is None else {"online.rounds": config.online.rounds}
     return {
         **length,
@@ -182,7 +183,7 @@ def _settings(config: Config, world: World) -> dict[str, Any]:
 def _train(
     config: Config, section: DpoConfig, run: RunDir, world: World, rounds: Rounds, *, saved: SavedRun | None, start: str
 ) -> TrainState:
-    """The rounds and their steps, from the newest checkpoint if there is one. Returns the final state on the devices."""
+    """Runs the rounds and their steps, from the newest checkpoint if there is one. Returns the final state on the devices."""
     partitioner, total = world.partitioner, section.steps or 0
     tx = build.make_tx(section, steps=total, seed=config.run.seed)
     of_data = {"start": start, "data.layout": config.data.layout}
@@ -193,7 +194,7 @@ def _train(
             check_settings(saved.place, saved.fingerprint, facts)
         if saved is None or saved.step < rounds.every:
             rounds.begin(world.reference)
-        # Training consumes what it starts from, so it is given a copy.
+        # Training consumes its starting weights, so it gets a copy.
         copy = partitioner.put_variables(partitioner.to_host(world.reference))
         step = functools.partial(
             dpo_step,

@@ -1,7 +1,7 @@
-"""`dpo-jax optimum`: the best that any policy can reach (eq. 4), and Best-of-N, from samples of the reference alone.
+"""`dpo-jax optimum`: the optimal reward-KL frontier (eq. 4) and Best-of-N, estimated from samples of the reference alone.
 
-In `<run.dir>/optimum`: `optimum.json` and `optimum.png`. M samples of a prompt reach about log M nats; `dpo-jax frontier` sees
-further, as it samples its trained policies, too.
+Writes `optimum.json` and `optimum.png` to `<run.dir>/optimum`. With M samples per prompt the estimate reaches about log M nats;
+`dpo-jax frontier` reaches further, because it also samples its trained policies.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dpo_jax.lab.optimum import estimate, to_json
 from dpo_jax.lab.sweep import Result
 from dpo_jax.runtime.rundir import write_json
 
-KLS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)  # nats, of the printed table
+KLS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)  # KLs of the printed table, in nats
 
 
 def run(config: Config) -> int:
@@ -41,7 +41,7 @@ def run(config: Config) -> int:
 
 
 def _curve(best: Optimum) -> str:
-    """Reward, its interval and effective samples of the optimum by KL, as far as the curve goes."""
+    """Reward, its interval and effective sample size of the optimum by KL, as far as the curve goes."""
     lines = [f"{'KL (nats)':>12}{'optimum':>10}{'95 % interval':>20}{'effective samples':>20}"]
     for at in (kl for kl in KLS if kl <= best.kl[-1]):
         reward, low, high, ess = (

@@ -1,4 +1,4 @@
-"""`dpo-jax plan`: what training would take on TPUs or GPUs. Nothing is trained, and neither weights nor data are read."""
+"""`dpo-jax plan`: memory and time of training on TPUs or GPUs. Nothing is trained; neither weights nor data are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["plan", "report", "run"]
 
 
 def run(config: Config) -> int:
-    jax.config.update("jax_platforms", "cpu")  # constants; what is planned for is never touched
+    jax.config.update("jax_platforms", "cpu")  # constants; the planned devices are never used
     topology = config.plan.topology
     assert topology is not None  # checked with the configuration
     chip, chips = slice_of(topology)
@@ -49,7 +49,7 @@ def run(config: Config) -> int:
 
 
 def _refuse_foreign(out: Path) -> None:
-    """Raises `ConfigError` for a file that holds no plans."""
+    """Raises `ConfigError` for a file that does not hold plans."""
     if not out.is_file():
         return
     with contextlib.suppress(Unreadable):

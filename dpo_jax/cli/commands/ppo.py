@@ -1,8 +1,8 @@
-"""`dpo-jax ppo`: one policy trained by PPO, from the starting policy, against the true reward or a learned one.
+"""`dpo-jax ppo`: trains one policy with PPO, from the starting policy, on the true reward or a learned one.
 
-In `<run.dir>/ppo`: `export/` (the policy), `checkpoints/`, `metrics.jsonl` (a row for each rollout), `plots/` and `result.json`
-(true reward and KL on held-out prompts, on the way). The same command continues a run that was killed, to the same bits. Sizes
-and learning rate are the options `frontier.ppo_*`; `run.save_every_steps` counts rollouts.
+Writes to `<run.dir>/ppo`: `export/` (the policy), `checkpoints/`, `metrics.jsonl` (one row per rollout), `plots/` and
+`result.json` (true reward and KL on held-out prompts during the run). The same command continues a run that was killed, with
+bit-identical results. Sizes and learning rate are the options `frontier.ppo_*`; `run.save_every_steps` counts rollouts.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _resumable(config: Config, run_dir: RunDir, world: World, facts: Mapping[str
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """The options that decide what is computed. Of sample_batch rows are independent; `sized` has taken account of fast."""
+    """The options that determine the result. sample_batch does not, because rows are independent; `sized` has applied fast."""
     names = [option for option in COMMANDS["ppo"].reads if option.startswith("frontier.")]
     found = {name: getattr(config.frontier, name.removeprefix("frontier.")) for name in names}
     del found["frontier.fast"], found["frontier.sample_batch"]
@@ -113,7 +113,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def learned_reward(config: Config, path: str, *, name: str, batch: int) -> Reward:
-    """The reward of a folder of `dpo-jax reward-model`. `name` is the option that `path` comes from."""
+    """The reward in a folder of `dpo-jax reward-model`. `name` is the option that `path` comes from."""
     tokenizer = build.tokenizer_of(config, model_path=path, name=name)
     model = build.policy_model(config, path, tokenizer, name=name)
     try:

@@ -1,4 +1,4 @@
-"""`dpo-jax prepare`: the preferences of a configuration, checked, as a TFDS data set in array_record files."""
+"""`dpo-jax prepare`: writes a configuration's checked preferences as a TFDS data set in array_record files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dpo_jax.runtime.progress import reported
 
 
 def run(config: Config) -> int:
-    """Texts are checked, not yet cut or tokenized, so the folder serves any model. Chats are rendered by the chat template."""
+    """Texts are checked, but not truncated or tokenized, so the folder serves any model. The chat template renders chats."""
     with splits.needs_tfds("prepare"):
         from dpo_jax.data.tfds import write_tfds
     with build.open_run(config, "prepare") as run_dir:

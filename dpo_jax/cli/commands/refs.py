@@ -1,4 +1,4 @@
-"""`dpo-jax refs`: the reference pass. `dpo` and `eval` call the same functions, so they build what is absent."""
+"""`dpo-jax refs`: the reference pass. `dpo` and `eval` call the same functions, so they compute missing values themselves."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(config: Config) -> int:
 
 
 def load_pairs(config: Config, tokenizer: Any) -> tuple[tuple[EncodedSet, EncodedSet], Vision | None]:
-    """Token ids of the train and the held-out split, as the loss of `dpo` reads them; and what reads their images, if any."""
+    """Token ids of the train and held-out splits, as the loss of `dpo` reads them, and the vision encoder, if any."""
     rows = loss_table.rows_of(config.dpo.loss)
     loaded = [splits.load_split(config, split, tokenizer, rows=rows, images=True) for split in ("train", "test")]
     vision = vision_of(config, config.dpo_policy(), tokenizer, *loaded, name="dpo.policy")
@@ -66,7 +66,7 @@ def load_pairs(config: Config, tokenizer: Any) -> tuple[tuple[EncodedSet, Encode
 
 
 def check_reference(config: Config, model: Model, tokenizer: Any, vision: Vision | None) -> None:
-    """Raises `ConfigError` where `dpo.reference` is not the policy's model with other weights. Reads none of the decoder."""
+    """Raises `ConfigError` unless `dpo.reference` has the policy's architecture. Reads none of the decoder's weights."""
     if config.dpo.reference is None:
         return
     reading = {"name": "dpo.reference", "images": vision is not None}
@@ -77,7 +77,7 @@ def check_reference(config: Config, model: Model, tokenizer: Any, vision: Vision
 
 
 def load_reference(config: Config, part: Trained, partitioner: Partitioner) -> tuple[Variables, dict[str, str]]:
-    """The reference's weights on the devices, and their digests (`Trained.load`): the start of training, or the one named."""
+    """The reference's weights on the devices, and their digests (`Trained.load`): the starting policy's, or the named one's."""
     if config.dpo.reference is None:
         return part.load(config.dpo_policy(), partitioner, name="dpo.policy")
     variables, digest = build.load_weights(config.dpo.reference, part.base, partitioner, name="dpo.reference", dtype=part.dtype)
@@ -95,10 +95,9 @@ def reference_values(
     weights: str,
     vision: Vision | None,
 ) -> list[np.ndarray]:
-    """log pi_ref of every pair of `splits`, float32[n, 2] each: read from the cache, after computing what it lacks.
-    Of rankings [n, K].
+    """log pi_ref of every pair of `splits`, float32[n, 2] each (rankings [n, K]), from the cache; missing ones are computed.
 
-    `variables` are the partitioner's, `weights` is their digest.
+    `variables` are placed by the partitioner; `weights` is their digest.
     """
     dated = f", or the date in the chat template (data.date is {config.data.date} here)" if writes_date(tokenizer) else ""
     pairs = [pair for split in splits for pair in split]
@@ -118,7 +117,7 @@ def reference_values(
 
 
 def cache_identity(config: Config, model: Model, weights: str, tokenizer: Any, vision: Vision | None) -> dict[str, Any]:
-    """Everything that reference log-probabilities depend on."""
+    """Everything on which reference log-probabilities depend."""
     return {
         "weights": weights,
         "architecture": architecture(model),

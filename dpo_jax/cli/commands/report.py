@@ -1,4 +1,4 @@
-"""`dpo-jax report RUN...`: what lies in one or several run directories, as a page to read."""
+"""`dpo-jax report RUN...`: one page about one or several run directories."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from dpo_jax.untrusted import Unreadable, read_bytes, reading
 from dpo_jax.writing import write_whole, writing
 
 EXPORTS = tuple(f"{stage}/export" for stage in TRAINING)
-BASES = ("dpo", "frontier", "ppo", "sft")  # whose configuration is that of the run
-OWN = ("eval", "judge", "study", "agree", "report")  # sections that say how a run was looked at; its commands tell them
+BASES = ("dpo", "frontier", "ppo", "sft")  # stages whose configuration is the run's
+OWN = ("eval", "judge", "study", "agree", "report")  # sections about evaluation of a run; its commands list them
 
 
 def run(config: Config) -> int:
@@ -56,21 +56,21 @@ def run(config: Config) -> int:
 
 
 def terminal(words: str) -> str:
-    """Words that quote a file, for the screen: a lone surrogate is written out, too."""
+    """Text that quotes a file, made safe for the screen: a lone surrogate is escaped, too."""
     return printable(words).encode("utf-8", "backslashreplace").decode()
 
 
 def write_page(out: Path, page: Page) -> None:
-    """The page as HTML and as Markdown with its images, in the place of an earlier report's.
+    """The page as HTML and as Markdown with its images, replacing those of an earlier report.
 
-    Images that an earlier report's Markdown names are deleted before it is replaced, and written after: whenever this is
-    killed, `report.md` names all images that lie there, so that the next report knows them.
+    Images named in an earlier report's Markdown are deleted before the Markdown is replaced, and new ones written after it. If
+    this is killed at any point, `report.md` names all images that are there, so that the next report recognises them.
     """
     images = {path: f"{number:02d}-{path.name}" for number, path in enumerate(page.images, start=1)}
     contents = {path: path.read_bytes() for path in images}
     for name in sorted(earlier_images(out) - set(images.values())):
         (out / IMAGES / name).unlink()
-    with writing(out / MARKDOWN, errors="backslashreplace") as file:  # a text of JSON may hold half a surrogate pair
+    with writing(out / MARKDOWN, errors="backslashreplace") as file:  # a JSON text may contain half a surrogate pair
         file.write(render_markdown(page, link=lambda path: f"{IMAGES}/{images[path]}"))
     (out / IMAGES).mkdir(exist_ok=True)
     for path, name in images.items():
@@ -109,7 +109,7 @@ def _page(runs: Sequence[RunRecord], drawn: Path, *, samples: int, digests: bool
         _configuration(runs),
         _section("Made with", lambda: _made_with(runs)),
     ]
-    # Last, as what the others could not read has become a problem of its stage.
+    # Last, because files that the other sections could not read are problems of their stage.
     scored = [stage for run in runs for stage in run.stages.values() if "weights" in stage.report]
     first = first_things(runs, alarms, weights_checked=digests and bool(scored))
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
@@ -118,7 +118,7 @@ def _page(runs: Sequence[RunRecord], drawn: Path, *, samples: int, digests: bool
 
 
 def _section(title: str, build: Callable[[], Section | None]) -> Section | None:
-    """The section, or the reason why there is none: what one file holds must not hide the rest."""
+    """The section, or the reason why there is none: a bad file must not hide the other sections."""
     try:
         with reading("this part could not be shown"):
             return build()
@@ -127,7 +127,7 @@ def _section(title: str, build: Callable[[], Section | None]) -> Section | None:
 
 
 def _with_readable_images(section: Section) -> Section:
-    """The section with a notice in the place of each image that cannot be read."""
+    """The section with a notice in place of each image that cannot be read."""
     blocks: list[Block] = []
     for block in section.blocks:
         if isinstance(block, Figures):
@@ -165,7 +165,7 @@ def _weights(runs: Sequence[RunRecord], *, digests: bool) -> tuple[list[str], Se
 
 
 def weights_digest_of(folder: Path) -> str:
-    """The digest of a model folder, as `eval` writes it down. One tensor at a time is in memory."""
+    """The digest of a model folder, as recorded by `eval`. Only one tensor at a time is in memory."""
     hf, digest = load_model_config(folder), WeightsDigest()
     model = make_model(decoder_config(hf, where=folder / "config.json", images=reads_images(hf)))
     for _ in read_weights(folder, model, digest=digest):
@@ -174,9 +174,9 @@ def weights_digest_of(folder: Path) -> str:
 
 
 def _curves(runs: Sequence[RunRecord], drawn: Path) -> tuple[dict[tuple[str, str], list[Path]], dict[str, list[Path]]]:
-    """Images of each stage that trained, and by the name of the stage those that show all runs.
+    """Training curves of each stage, and by the stage's name those that show all runs.
 
-    They are drawn anew, as SVG: sharp at any size. A run that has lost its metrics shows the PNG files that it has.
+    They are redrawn as SVG, sharp at any size. A run without its metrics shows its PNG files.
     """
     images: dict[tuple[str, str], list[Path]] = {}
     together: dict[str, list[Path]] = {}
@@ -196,7 +196,7 @@ def _curves(runs: Sequence[RunRecord], drawn: Path) -> tuple[dict[tuple[str, str
 
 
 def _configuration(runs: Sequence[RunRecord]) -> Section | None:
-    """Options that differ between the runs, those that all set to something else than the default, and those of a stage."""
+    """Options that differ between the runs, those that all set to the same non-default value, and those of a stage."""
     blocks: list[Block] = []
     bases: dict[str, dict[str, Any]] = {}
     default = _flat(Config())

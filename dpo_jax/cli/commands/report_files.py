@@ -1,4 +1,4 @@
-"""The files of a report, and whether those in its folder are an earlier report's: only these are replaced or deleted."""
+"""The files of a report, and whether files in its folder belong to an earlier report: only these are replaced or deleted."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dpo_jax.untrusted import read_bytes
 from dpo_jax.writing import leftovers
 
 HTML, MARKDOWN, IMAGES = "report.html", "report.md", "images"
-# As the Markdown links them; in texts of models the bracket is escaped.
+# Image links as in our Markdown; in models' texts the bracket is escaped.
 _LINK = re.compile(r"^!\[.*\]\(images/(\d\d+-[^)/]+)\)$", re.MULTILINE)
 
 
 def earlier_images(out: Path) -> set[str]:
-    """Names of the images in `out` that an earlier report has written: all that lie there.
+    """Names of the images in `out` that an earlier report has written; they must be all there are.
 
-    Raises `ConfigError` where `out` holds a page or images that no report has written, which another one would replace.
+    Raises `ConfigError` if `out` holds a page or images that no report has written and that this one would replace.
     """
     known: set[str] = set()
     for name in (HTML, MARKDOWN):

@@ -1,7 +1,7 @@
-"""`dpo-jax reward-model`: the Bradley-Terry reward model (eq. 2) of the configuration's preferences, on the starting policy.
+"""`dpo-jax reward-model`: trains the Bradley-Terry reward model (eq. 2) on the configuration's preferences.
 
-In `<run.dir>/reward-model`: `export/` (which `ppo.reward_model` names), `checkpoints/`, `metrics.jsonl` and `result.json`. The
-same command continues a run that was killed.
+It starts from the starting policy and writes to `<run.dir>/reward-model`: `export/` (for `ppo.reward_model`), `checkpoints/`,
+`metrics.jsonl` and `result.json`. The same command continues a run that was killed.
 """
 
 from __future__ import annotations

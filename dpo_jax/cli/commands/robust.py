@@ -1,10 +1,10 @@
-"""`dpo-jax robust`: flipped labels, a shift of prompts, and over-optimisation, by the true reward at equal KL.
+"""`dpo-jax robust`: label noise, prompt shift and over-optimisation, measured by true reward at equal KL.
 
-One command on top of `lab.sweep`, as the three experiments share everything but what is varied: the reference, the labelled
-pairs, the methods, and that finished runs are not repeated. `--robust.experiment` names one; each is a module of `cli/robust/`.
+One command on top of `lab.sweep`: the three experiments differ only in what is varied. They share the reference, the labelled
+pairs and the methods, and do not repeat finished runs. `--robust.experiment` selects one; each is a module of `cli/robust/`.
 
-In `<run.dir>/robust-<experiment>`: `robust.png`, `results.csv` and `.jsonl` (every measured point), `summary.json` (what is
-printed), `pairs/`, `reward_models/` and `runs/` (a folder for each run).
+Writes to `<run.dir>/robust-<experiment>`: `robust.png`, `results.csv` and `.jsonl` (every measured point), `summary.json` (the
+printed figures), `pairs/`, `reward_models/` and `runs/` (a folder for each run).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run(config: Config) -> int:
 
 
 def _sized(config: Config) -> Config:
-    """With the smaller sizes of `frontier.fast`, of which the numbers of prompts that are learned from are a part."""
+    """The configuration with the smaller sizes of `frontier.fast`, including the numbers of training prompts."""
     if not config.frontier.fast:
         return config
     counts = dict.fromkeys(str(max(1, n // FAST["prompts"])) for n in config.robust.counts("train_prompts"))

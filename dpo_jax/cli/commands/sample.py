@@ -57,7 +57,7 @@ def run(config: Config) -> int:
     lines, unfinished = [], 0
     for temperature in temperatures:
         complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, temperature=temperature, **sampling)
-        # The same key: more temperatures, or none but this one, change no sample.
+        # The same key for each temperature, so that other temperatures in the list do not change samples.
         drawn = _draw(complete, variables, prompts, images, jax.random.key(config.run.seed), repeats=most)
         unfinished += sum(not row.pop("finished") for row in drawn)
         rows = [{**_of_prompt(given[i // most]), **row, "temperature": temperature} for i, row in enumerate(drawn)]
@@ -99,14 +99,14 @@ def _of_prompt(prompt: Prompt) -> dict[str, Any]:
 
 
 def for_terminal(line: Mapping[str, Any]) -> str:
-    """A prompt and its completion, in bold: of a conversation as turns. Control characters of the texts are written out."""
+    """A prompt and its completion, in bold; a conversation as turns. Control characters in the texts are escaped."""
     answer = "\nassistant: " if line.get("turns") else ""
     return f"\n{shown_prompt(line)}{answer}\033[1m{printable(line['completion'])}\033[0m"
 
 
 def within(ids: np.ndarray, limit: int, tokenizer: Any, *, cue: np.ndarray) -> np.ndarray:
-    """At most `limit` of the tokens of a prompt: BOS, if it has one, and the last ones. An article, which has a `cue`, loses
-    its end instead: news say first what matters, and without the cue no policy would summarise.
+    """At most `limit` tokens of a prompt: BOS, if it has one, and the last ones. An article, which has a `cue`, is truncated at
+    its end instead: news articles put the essentials first, and without the cue no policy would summarise.
     """
     if len(ids) <= limit or not len(cue):
         return cut_prompt(ids, limit, tokenizer)
@@ -131,7 +131,7 @@ def _draw(
     return [
         {
             "completion": text,
-            "logp": float(logp) if np.isfinite(logp) else None,  # JSON has no other word for NaN
+            "logp": float(logp) if np.isfinite(logp) else None,  # null, because JSON has no NaN
             "tokens": len(ids),
             "finished": bool(finished),
         }
@@ -140,7 +140,7 @@ def _draw(
 
 
 def reward_of(config: Config) -> Reward:
-    """What `sample.best_of` chooses by: the learned reward that is named, or the true one of generated reviews."""
+    """The reward for `sample.best_of`: the named learned reward, or the true one of generated reviews."""
     section = config.sample
     if jax.process_count() > 1:
         raise ConfigError("sample.best_of: runs on one host")
@@ -152,9 +152,9 @@ def reward_of(config: Config) -> Reward:
 
 
 def best_rows(rows: Sequence[dict[str, Any]], best_of: Sequence[int], reward: Reward) -> list[dict[str, Any]]:
-    """For each n of `best_of` (ascending) the best by `reward` of the first n rows of each prompt, told in two more columns.
+    """For each n of `best_of` (ascending), the best by `reward` of the first n rows of each prompt, with two more columns.
 
-    `rows` has as many for each prompt as the last n says, side by side.
+    `rows` holds the largest n rows for each prompt, side by side.
     """
     values = reward([row["prompt"] for row in rows], [row["completion"] for row in rows]).reshape(-1, best_of[-1])
     found = []

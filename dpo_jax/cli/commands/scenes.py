@@ -1,6 +1,6 @@
-"""`dpo-jax scenes`: hallucination in captions before and after DPO, at equal recall, with Preferred-FT as the baseline.
+"""`dpo-jax scenes`: hallucination in image captions before and after DPO, at equal recall, with Preferred-FT as the baseline.
 
-In `<run.dir>/scenes`: `results.csv` and `.jsonl` (every measured point), `summary.json` (what is printed), `scenes.png`,
+Writes to `<run.dir>/scenes`: `results.csv` and `.jsonl` (every point), `summary.json` (the printed figures), `scenes.png`,
 `encoder/`, `features/` (cached, by image) and `sft/` (the reference), and `runs/`, with captions of each run.
 """
 
@@ -28,9 +28,9 @@ PREPARED = (
     *("train", "adds", "omits", "width", "layers", "encoder_width", "encoder_steps", "encoder_lr"),
     *("sft_steps", "sft_batch", "sft_lr"),
 )
-"""Options that the encoder and the reference depend on."""
+"""Options on which the encoder and the reference depend."""
 SHARED = (*PREPARED, "test", "pairs", "pair_omits", "batch", "epochs", "evaluations")
-"""Options that all runs depend on."""
+"""Options on which all runs depend."""
 
 
 def run(config: Config) -> int:

@@ -76,12 +76,12 @@ def run(config: Config) -> int:
 
 
 def _targets(config: Config, tokenizer: Any) -> TrainingData:
-    """The texts of preference data: their SFT targets, or else the chosen completions."""
+    """The texts to learn from preference data: their SFT targets, or else the chosen completions."""
     data = config.data
-    # Whatever the loss of dpo reads of them, the best completions are the same.
+    # The best completions do not depend on what the loss of dpo reads.
     sets = [splits.load_split(config, split, tokenizer, rows="any", images=True) for split in ("train", "test")]
     vision = vision_of(config, config.model.path, tokenizer, *sets, name="model.path")
-    # Encoding the pairs, too, makes SFT refuse the same bad rows as DPO: both see the same data.
+    # Encoding the pairs as well makes SFT refuse the same bad rows as DPO, so that both see the same data.
     pairs = [encode_shown(config, preferences, tokenizer, vision) for preferences in sets]
     check_repeats(config, *pairs)
     limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "truncation", "bos")}
@@ -95,7 +95,7 @@ def _targets(config: Config, tokenizer: Any) -> TrainingData:
 
 
 def _plain_texts(config: Config, tokenizer: Any) -> TrainingData:
-    """Plain texts, which are scored as a whole: they have no prompts."""
+    """Plain texts, which have no prompts and are scored as a whole."""
     if config.sft.scored != "all":
         raise ConfigError(f"sft.scored: {config.data.source} have no prompts, so all of their tokens are scored; set it to all")
     found, reports = [], []

@@ -1,7 +1,7 @@
-"""`dpo-jax study`: a page for raters from two sets of completions (appendix D.3).
+"""`dpo-jax study`: makes a page for blind human ratings of two sets of completions (appendix D.3).
 
-In `<run.dir>/study`: `study.html`, to give to the raters; `key.json`, to keep from them; `ratings/`, for the files they save,
-which `dpo-jax agree` reads; and `data_report.json`, where kept + dropped = read.
+Writes to `<run.dir>/study`: `study.html`, to give to the raters; `key.json`, to keep from them; `ratings/`, for the files they
+save, which `dpo-jax agree` reads; and `data_report.json`, in which kept + dropped = read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dpo_jax.writing import write_text
 
 def run(config: Config) -> int:
     section = config.study
-    jax.config.update("jax_platforms", "cpu")  # a training may hold the chips
+    jax.config.update("jax_platforms", "cpu")  # a training run may hold the accelerator
     with build.open_run(config, "study") as run_dir:
         with reported("reading the completions"):
             comparisons, report = _comparisons(config)
@@ -70,9 +70,9 @@ def _comparisons(config: Config) -> tuple[list[Comparison], DataReport]:
 
 
 def _refuse_other(key: Path, study: str) -> None:
-    """Raises `ConfigError` where `key` is of another study: without it, what its raters saved could not be read any more.
+    """Raises `ConfigError` if `key` belongs to another study: without its key, that study's saved ratings could not be read.
 
-    Raises `Unreadable` where nobody can say of which study it is.
+    Raises `Unreadable` if the key's study cannot be determined.
     """
     if not key.exists():
         return

@@ -29,7 +29,7 @@ from dpo_jax.runtime.progress import reported
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A configuration on a slice or on hosts of GPUs: its training step and, where it was asked for, its reference pass."""
+    """A configuration on a TPU slice or GPU hosts: its training step and, if requested, its reference pass."""
 
     topology: str
     chips: int
@@ -37,7 +37,7 @@ class Plan:
     attention: str
     remat: str
     microbatches: int
-    pairs: int  # a step
+    pairs: int  # per step
     row_shape: tuple[int, ...]  # rows, tokens and scored positions of each
     parameters: int
     flops_per_pair: PairFlops
@@ -45,11 +45,11 @@ class Plan:
     refs: Program | None = None
 
     def pairs_per_second(self) -> tuple[float, float]:
-        """(nothing overlaps, everything overlaps)."""
+        """(if nothing overlaps, if everything overlaps)."""
         return self.pairs / self.step.slowest, self.pairs / self.step.fastest
 
     def mfu(self) -> tuple[float, float]:
-        """Needed operations over what the chips could do in that time: the shared prompt once, nothing computed again."""
+        """Necessary operations relative to what the chips could do in that time: shared prompt once, no recomputation."""
         peak = self.chips * slice_of(self.topology)[0].flops
         low, high = (rate * self.flops_per_pair.training / peak for rate in self.pairs_per_second())
         return low, high
@@ -61,7 +61,7 @@ class Plan:
 
 
 def plan(config: Config, topology: str, *, refs: bool = False) -> Plan:
-    """Compiles the step of a configuration. Raises `ConfigError` where mesh, topology, batch and model do not go together."""
+    """Compiles the step of a configuration. Raises `ConfigError` if mesh, topology, batch and model do not fit together."""
     chip, chips = slice_of(topology)
     model, _ = build.model_without_weights(config, platform=chip.platform)
     section, sizes = config.dpo, dataclasses.asdict(config.mesh)
@@ -111,7 +111,7 @@ def plan(config: Config, topology: str, *, refs: bool = False) -> Plan:
 
 
 def _lengths(config: Config) -> tuple[int, int]:
-    """Tokens of the prompt and of each completion of the pairs that are planned for."""
+    """Tokens of the prompt and of each completion of the planned pairs."""
     prompt = config.plan.prompt or config.data.max_prompt_length
     completion = config.plan.completion or config.data.max_length - prompt
     if completion < 1 or prompt + completion > config.data.max_length:

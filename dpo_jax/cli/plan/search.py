@@ -1,4 +1,4 @@
-"""Compile variants of a configuration: the nearest that fits, a ranking of meshes, and weak scaling."""
+"""Compiles variants of a configuration: the nearest that fits, a ranking of meshes, and weak scaling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpo_jax.cli.plan.one import Plan, plan
 from dpo_jax.runtime.chips import Chip, slice_of
 from dpo_jax.runtime.mesh_shape import mesh_words
 
-TRIES = 8  # programs compiled at most in search of one that fits
+TRIES = 8  # most programs compiled in search of one that fits
 
 
 def _with(config: Config, *, mesh: dict[str, int], remat: str, microbatches: int, batch: int | None = None) -> Config:
@@ -26,7 +26,7 @@ def _with(config: Config, *, mesh: dict[str, int], remat: str, microbatches: int
 
 
 def _tried(config: Config, topology: str) -> Plan | None:
-    """The plan, announced in a line; None where mesh, batch and model do not go together."""
+    """The plan, announced in a line; None if mesh, batch and model do not fit together."""
     sizes, section = dataclasses.asdict(config.mesh), config.dpo
     name = f"{mesh_words(sizes)}, remat {config.model.remat}, microbatches {section.microbatches}"
     try:
@@ -41,7 +41,7 @@ def _tried(config: Config, topology: str) -> Plan | None:
 
 
 def nearest(config: Config, topology: str) -> list[Plan]:
-    """Plans tried, up to the first that fits: keep less, then smaller microbatches, then more cuts of the parameters."""
+    """Plans tried, up to the first that fits: more remat, then smaller microbatches, then more shards of the parameters."""
     print("it does not fit; trying what is near:", flush=True)
     tried: list[Plan] = []
     for candidate in itertools.islice(_nearby(config, slice_of(topology)), TRIES):
@@ -73,14 +73,14 @@ def _nearby(config: Config, place: tuple[Chip, int]) -> Iterator[Config]:
 
 
 def _fitting(config: Config, devices: int, mesh: dict[str, int], most: int) -> list[int]:
-    """The largest number of microbatches up to `most` that leaves every device a pair in each; none if there is no such."""
+    """The largest number of microbatches up to `most` that leaves every device a pair in each; none if there is none."""
     shards = devices // (mesh["context"] * mesh["tensor"])
     return [n for n in (most, most // 2, 1) if n and config.dpo.batch % (shards * n) == 0][:1]
 
 
 def sweep(config: Config, topology: str) -> list[Plan]:
-    """Every mesh with at most four ways along data, and every remat policy, in one microbatch and in those of the
-    configuration, best first. Of a mixture every number of ways along expert that `_expert_ways` names, too."""
+    """Plans for meshes (at most four ways along data) and all remat policies, in one microbatch and in the configured
+    number, best first. For a mixture of experts also every number of ways along expert that `_expert_ways` returns."""
     chip, chips = slice_of(topology)
     devices, context = chips * chip.cores, config.mesh.context
     model, _ = build.model_without_weights(config, platform=chip.platform)
@@ -103,13 +103,13 @@ def sweep(config: Config, topology: str) -> list[Plan]:
 
 
 def _expert_ways(config: Config, experts: int) -> list[int]:
-    """1, 4 and 8, as far as they divide the experts, and the number of the configuration; of a dense model that alone."""
+    """1, 4 and 8, if they divide the experts, and the configured number; for a dense model only the latter."""
     return sorted({config.mesh.expert, *(n for n in (1, 4, 8) if experts and experts % n == 0)})
 
 
 def scale(config: Config, topology: str) -> list[Plan]:
-    """Weak scaling: as many pairs a chip on 4 to 256 chips, or on 1 to 8 hosts of GPUs. Parameters stay cut as on the smallest
-    number of chips that holds them."""
+    """Weak scaling: the same number of pairs per chip on 4 to 256 chips, or on 1 to 8 hosts of GPUs. Parameters stay sharded
+    as on the smallest number of chips that holds them."""
     chip, chips = slice_of(topology)
     print("\nweak scaling, predicted and not measured:")
     plans: list[Plan] = []
@@ -135,7 +135,7 @@ def scale(config: Config, topology: str) -> list[Plan]:
 
 
 def _scaled_shapes(chip: Chip) -> dict[int, str]:
-    """{chips: shape} of the sizes that `scale` plans."""
+    """{chips: shape} of the sizes for which `scale` plans."""
     if chip.gpu:
         return {8: "8", 16: "2x8", 32: "4x8", 64: "8x8"}
     if chip.slices[0].count("x") == 1:

@@ -1,4 +1,4 @@
-"""`--check` of devices: whether mesh, batch and model divide among them. Without JAX."""
+"""`--check` of devices: whether mesh, batch and model divide among them. Needs no JAX."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dpo_jax.models.families import decoder_config
 from dpo_jax.models.logical_axes import axis_lengths, whole_heads
 from dpo_jax.runtime.mesh_shape import MeshError, check_lengths, mesh_shape, mesh_words
 
-MOST_OF_A_HOST = 8  # devices, of any TPU or GPU machine that is sold
+MOST_OF_A_HOST = 8  # most devices of any TPU or GPU machine on the market
 
 
 def batch_parts(section: TrainingConfig, row_shards: int, *, layout: str) -> int:
-    """Into how many parts the rows of a batch are divided. Raises `ConfigError` where the batch does not divide."""
+    """Number of parts into which the rows of a batch are split. Raises `ConfigError` if the batch does not divide."""
     parts = row_shards * section.microbatches
     name = "sft" if isinstance(section, SftConfig) else "dpo"
     if layout != "packed" and section.batch % parts:
@@ -46,7 +46,7 @@ def devices(check: Check) -> None:
 
 
 def _mesh(config: Config, count: int) -> dict[str, int]:
-    """{axis: size} of the mesh over `count` devices. Raises `ConfigError` where they do not divide."""
+    """{axis: size} of the mesh over `count` devices. Raises `ConfigError` if they do not divide."""
     asked = dataclasses.asdict(config.mesh)
     try:
         return dict(zip(asked, mesh_shape(count, **asked), strict=True))
@@ -55,10 +55,10 @@ def _mesh(config: Config, count: int) -> dict[str, int]:
 
 
 def _refuse_uneven(check: Check, sizes: Mapping[str, int]) -> None:
-    """Raises `ConfigError` where a model does not divide among the devices. Sizes below 1 are not known, and let pass."""
+    """Raises `ConfigError` if a model does not divide among the devices. Sizes below 1 are unknown, and pass."""
     for path, decoder in check.decoders.items():
         lengths = axis_lengths(decoder)
-        if decoder.vocab_size == 1:  # of a tokenizer that is not made yet
+        if decoder.vocab_size == 1:  # for a tokenizer that does not exist yet
             del lengths["vocab"]
         try:
             check_lengths(lengths, {axis: max(size, 1) for axis, size in sizes.items()}, units=whole_heads(decoder))
@@ -67,7 +67,7 @@ def _refuse_uneven(check: Check, sizes: Mapping[str, int]) -> None:
 
 
 def _row_shards(check: Check) -> int | None:
-    """Into how many parts the rows of a batch are cut; None where that depends on how many devices there are."""
+    """Number of parts into which the rows of a batch are sharded; None if that depends on the number of devices."""
     config, count = check.config, check.scope.devices
     if config.run.devices == "single":
         return 1
@@ -102,7 +102,7 @@ def training(task: str) -> Callable[[Check], None]:
 
 
 def plan(check: Check) -> None:
-    """What `plan` compiles for: the chips, and one mesh over them, unless it tries many."""
+    """The target of `plan`: the chips, and one mesh over them, unless it tries many."""
     from dpo_jax.runtime.chips import slice_of
 
     config = check.config
@@ -117,7 +117,7 @@ def plan(check: Check) -> None:
 
 
 def compiler(check: Check) -> None:
-    """What `plan` compiles with."""
+    """The compiler that `plan` uses."""
     from dpo_jax.runtime.chips import check_compiler, slice_of
 
     check_compiler(slice_of(check.config.plan.topology or "")[0])

@@ -1,4 +1,4 @@
-"""`--check` of the experiments on robustness, control, diffusion, images and several turns."""
+"""`--check` of the experiments on robustness, control, diffusion, images and multi-turn dialogue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dpo_jax.extras import install_command
 
 
 def robust(check: Check) -> None:
-    """Options that do not go together, and how many runs there are."""
+    """Inconsistent options, and the number of runs."""
     from dpo_jax.cli.robust.runs import runs_of
 
     runs = runs_of(check.config)
@@ -19,7 +19,7 @@ def robust(check: Check) -> None:
 
 
 def control(check: Check) -> None:
-    """The simulator, and how many runs there are."""
+    """The simulator, and the number of runs."""
     if check.scope.elsewhere is None:
         check_simulator(check.config)
     section = check.config.control
@@ -28,13 +28,13 @@ def control(check: Check) -> None:
 
 
 def check_simulator(config: Config) -> None:
-    """Raises `ConfigError` where a world needs a package that is not installed."""
+    """Raises `ConfigError` if a world needs a package that is not installed."""
     if config.control.world == "pendulum" and importlib.util.find_spec("gymnasium") is None:
         raise ConfigError(f"control.world: pendulum needs the package gymnasium: {install_command('control')}, or take lqr")
 
 
 def diffusion(check: Check) -> None:
-    """Whether the digits are here."""
+    """Whether the package with the digits is installed."""
     section = check.config.diffusion
     if section.experiment == "digits" and check.scope.elsewhere is None and importlib.util.find_spec("sklearn") is None:
         raise ConfigError(f"diffusion: the digits are those of scikit-learn: {install_command('lab')}")
@@ -42,14 +42,14 @@ def diffusion(check: Check) -> None:
 
 
 def scenes(check: Check) -> None:
-    """How many runs there are on scenes."""
+    """The number of runs on scenes."""
     section = check.config.scenes
     settings = len(section.kinds()) * sum(len(numbers(values)) for values in (section.betas, section.ft_lrs))
     check.tell("runs", f"{(settings + 1) * section.seeds}, of {section.seeds} seeds")
 
 
 def dialogue(check: Check) -> None:
-    """How many runs there are of the question game."""
+    """The number of runs of the question game."""
     from dpo_jax.cli.dialogue_runs import runs_of
 
     check.tell("runs", f"{len(runs_of(check.config))}")

@@ -19,11 +19,11 @@ from dpo_jax.untrusted import Unreadable
 if TYPE_CHECKING:
     from dpo_jax.data.row_kinds import Wanted
 
-LINES_BYTES = 64 * 2**20  # files of more than this are not read only to count their rows
+LINES_BYTES = 64 * 2**20  # larger files are not read just to count their rows
 
 
 class Check:
-    """One command's check: what was found, and what is wrong."""
+    """One command's check: its findings, and what is wrong."""
 
     def __init__(self, name: str, config: Config, scope: Scope):
         self.name, self.config, self.scope = name, config, scope
@@ -32,8 +32,8 @@ class Check:
         self.warnings: list[str] = []
         self.rows: int | None = None  # of the train split
         self.train_files: dict[str, int] | None = None  # "file NAME, bytes", as `data_report.json` names them
-        self.images: str | None = None  # the first place of the data that shows an image, as far as they were looked at
-        self.decoders: dict[str, DecoderConfig] = {}  # of the models that are known, by where they come from
+        self.images: str | None = None  # the first place with an image in the data that were read
+        self.decoders: dict[str, DecoderConfig] = {}  # of the models that are known, by origin
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -54,11 +54,11 @@ class Check:
         self.warnings.append(words)
 
     def unseen(self, what: str, path: str, made_by: str | None = None) -> bool:
-        """Whether a path need not be there now; then it is told why."""
+        """Whether a path need not exist now; if so, the reason is reported."""
         if self.scope.hides(path):
             self.tell(what, f"{path}: on the hosts, not seen from here")
             return True
-        if made_by in self.scope.after:  # also where something lies there: an interrupted run, say
+        if made_by in self.scope.after:  # even if something is there, such as an interrupted run
             self.tell(what, f"{path}: will be made by: dpo-jax {made_by}")
             return True
         return False
@@ -77,7 +77,7 @@ NO_IMAGES = (
 
 
 def refuse_texts(config: Config) -> None:
-    """Raises `ConfigError` for data that are no preferences."""
+    """Raises `ConfigError` for data that are not preferences."""
     if config.data.source == "cnn_dailymail":
         raise ConfigError(
             "data.source: cnn_dailymail are articles with a summary and no preferences; sample and judge use them"
@@ -90,7 +90,7 @@ def refuse_texts(config: Config) -> None:
 
 
 def data(*splits: str, preferences: bool = False) -> Callable[[Check], None]:
-    """The splits of the data; with `preferences` they must be pairs."""
+    """Checks the splits of the data; with `preferences` they must be pairs."""
 
     def look(check: Check) -> None:
         data = check.config.data
@@ -116,7 +116,7 @@ def data(*splits: str, preferences: bool = False) -> Callable[[Check], None]:
 
 
 def _source(check: Check, part: MixConfig, splits: tuple[str, ...]) -> None:
-    """Tells of one source of the data. Raises `DataError`, and `ConfigError` naming an option."""
+    """Reports on one source of the data. Raises `DataError`, and `ConfigError` naming an option."""
     from dpo_jax.cli.data_sources import folder_of, names_of, sources_to_cut
     from dpo_jax.data.hub_files import is_dataset_id
 
@@ -142,7 +142,7 @@ def _source(check: Check, part: MixConfig, splits: tuple[str, ...]) -> None:
 
 
 def _split(check: Check, part: MixConfig, path: str, split: str) -> str:
-    """Words on one split of a source. Raises `DataError`."""
+    """A description of one split of a source. Raises `DataError`."""
     from dpo_jax.data.format_table import FORMATS
     from dpo_jax.data.row_kinds import check_kind
     from dpo_jax.data.snippets import load_snippets
@@ -169,7 +169,7 @@ def _split(check: Check, part: MixConfig, path: str, split: str) -> str:
         if split == "train" and not data.mix:
             check.train_files = {f"file {file}, bytes": where.stat().st_size for file, where in _files(path, name)}
     limit = getattr(data, f"max_{split}")
-    # A row may state several examples.
+    # A row may hold several examples.
     several = kind.startswith("stack_exchange") or (stated, wanted) == ("pairs", "unpaired")
     several = several or (stated == "rankings" and wanted != "rankings")
     if split == "train" and rows is not None and not several:
@@ -179,7 +179,7 @@ def _split(check: Check, part: MixConfig, path: str, split: str) -> str:
 
 
 def rows_wanted(check: Check) -> Wanted:
-    """What a command reads rows as, see `row_kinds.Wanted`."""
+    """The kind of rows that a command reads, see `row_kinds.Wanted`."""
     if check.name in ("refs", "dpo", "eval"):
         return loss_table.rows_of(check.config.dpo.loss)
     return "pairs" if check.name in ("prepare", "reward-model", "bench") else "any"
@@ -203,7 +203,7 @@ def note_misspelt(check: Check, path: str, option: str) -> None:
 
 
 def _tfds_rows(path: str, split: str) -> int:
-    """Rows of a split of a TFDS folder, by its `dataset_info.json`."""
+    """Number of rows in a split of a TFDS folder, from its `dataset_info.json`."""
     from dpo_jax.data.pairs import Cause, refuse
     from dpo_jax.data.tfds_folder import find_tfds, split_rows
 
@@ -222,7 +222,7 @@ def _files(path: str, split: str) -> list[tuple[str, Path]]:
 
 
 def _rows(path: str, split: str) -> int | None:
-    """Rows of a split of plain files; None where counting would take long."""
+    """Number of rows in a split of plain files; None if counting would take long."""
     files = [file for _, file in _files(path, split)]
     if all(file.suffix == ".parquet" for file in files):
         from dpo_jax.data.parquet import declared_rows
@@ -254,7 +254,7 @@ def files(*options: tuple[str, Callable[[Config], str | None]]) -> Callable[[Che
 
 
 def judged_files(check: Check) -> None:
-    """What `judge` reads."""
+    """The files that `judge` reads."""
     section = check.config.judge
     named = [("judge.a", path) for _, path in section.series()] + [("judge.b", section.baseline_file())]
     files(*((option, lambda _, path=path: path) for option, path in named))(check)
@@ -263,7 +263,7 @@ def judged_files(check: Check) -> None:
 
 
 def prompts(check: Check) -> None:
-    """What `sample` completes, and where it writes."""
+    """The prompts that `sample` completes, and where it writes."""
     model_folders.refuse_other_lines(check.config.sample.out)
     if check.config.sample.prompts_file is None:
         data("test")(check)

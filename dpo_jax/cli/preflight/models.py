@@ -33,13 +33,13 @@ def model(option: str, value: Callable[[Config], str | None], *, expected: bool 
 
 
 def _remember(check: Check, path: str | None) -> None:
-    """A model for `devices`, which may have to divide it."""
+    """Records a model for `devices`, which may have to split it."""
     if decoder := model_folders.known_decoder(check.config, path):
         check.decoders[path or "section model"] = decoder
 
 
 def _of_the_hub(check: Check, path: str, option: str) -> str:
-    """Words on what is no folder here and looks like the id of a Hub model."""
+    """A description of a path that is not a local folder but looks like a Hub model id."""
     note_misspelt(check, path, option)
     return "from the Hub or its local cache; not looked at"
 
@@ -49,7 +49,7 @@ def _sizes(model: Any) -> str:
 
 
 def _fits(check: Check, path: str, option: str, *, expected: bool) -> str:
-    """Words on a model folder, once its config, tokenizer and the names of its tensors are known to go together."""
+    """A description of a model folder whose config, tokenizer and tensor names are consistent."""
     from dpo_jax.models.families import decoder_config
     from dpo_jax.models.folder import adapter_base, local_folder, read_config
     from dpo_jax.models.generation import end_tokens
@@ -86,7 +86,7 @@ def _fits(check: Check, path: str, option: str, *, expected: bool) -> str:
 
 
 def _check_encoder(check: Check, folder: Path, hf: Mapping[str, Any]) -> None:
-    """Raises ValueError where the model of a folder does not read the images of the data."""
+    """Raises ValueError if a folder's model cannot read the images of the data."""
     from dpo_jax.models.families import reads_images
 
     check_mesh(check.config)
@@ -96,7 +96,7 @@ def _check_encoder(check: Check, folder: Path, hf: Mapping[str, Any]) -> None:
 
 
 class _TokenizerFiles(NamedTuple):
-    """What the files of a tokenizer say, for `check_tokenizer`."""
+    """The content of a tokenizer's files, for `check_tokenizer`."""
 
     vocabulary: Mapping[str, int]
     eos_token_id: int | None
@@ -119,7 +119,7 @@ def _check_tokenizer(folder: Path, hf: Mapping[str, Any], ends: list[int], vocab
     for name in ("eos_token", "pad_token"):
         token = stated.get(name)
         ids[name] = vocabulary.get(str(token.get("content") if isinstance(token, dict) else token))
-    if ids["eos_token"] is None:  # a class of transformers may have one of its own
+    if ids["eos_token"] is None:  # a class of transformers may have its own
         ids["eos_token"] = ends[0] if ends else 0
     files = _TokenizerFiles(vocabulary, ids["eos_token"], ids["pad_token"])
     check_tokenizer(files, vocab_size, eos_token_id=ends or None, pad_token_id=hf.get("pad_token_id"))

@@ -1,4 +1,4 @@
-"""What `online` cannot do, refused by `--check` and by the command alike; and what a run of it will ask."""
+"""Checks of `online`, shared by `--check` and the command: unsupported options, and the labels a run will request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dpo_jax.cli.preflight.packages import judge_packages, reward_packages
 
 
 def refuse_unfit(config: Config) -> None:
-    """Raises `ConfigError` with all that does not fit together."""
+    """Raises `ConfigError` that lists all options that do not fit together."""
     if problems := list(_problems(config)):
         raise ConfigError("\n".join(f"{option}: {words}" for option, words in problems))
 
@@ -46,7 +46,7 @@ def _problems(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _columns(config: Config) -> Iterator[tuple[str, str]]:
-    """Options whose value differs from pair to pair, which the loss must take and nothing else set."""
+    """Options that differ from pair to pair; the loss must take them, and nothing else may set them."""
     section, dpo = config.online, config.dpo
     options = loss_table.LOSSES[dpo.loss].options if dpo.loss in loss_table.LOSSES else ()
     if section.beta_last is not None and "beta" not in options:

@@ -11,7 +11,7 @@ from dpo_jax.extras import install_command
 
 
 def check_writers(config: Config) -> None:
-    """Raises `ConfigError` for a metrics writer whose package is missing: now, and not after the reference pass."""
+    """Raises `ConfigError` for a metrics writer whose package is missing: now, not after the reference pass."""
     wanted = {"tensorboard": "tensorboardX" if config.run.tensorboard else ""}
     wanted |= {name: name if getattr(config.run, name) else "" for name in ("wandb", "trackio")}
     for option, package in wanted.items():
@@ -20,7 +20,7 @@ def check_writers(config: Config) -> None:
 
 
 def check_bucket(config: Config, directory: str) -> None:
-    """Raises `ConfigError` for checkpoints in a bucket that no package here can reach."""
+    """Raises `ConfigError` for checkpoints in a bucket that no installed package can reach."""
     if directory.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
         raise ConfigError(f"run.checkpoints: gs:// needs the package gcsfs: {install_command('gcs')}")
 
@@ -39,7 +39,7 @@ def judge_packages(check: Check) -> None:
 
 
 def reward_packages(check: Check) -> None:
-    """Of the rewards of `label`, `ppo`, `optimum` and `frontier`."""
+    """Packages needed by the rewards of `label`, `ppo`, `optimum` and `frontier`."""
     needed = {
         "linear": ("sklearn", "scikit-learn", "lab"),
         "hf": ("torch", "torch", "classifier"),
@@ -52,7 +52,7 @@ def reward_packages(check: Check) -> None:
 
 
 def bench_packages(check: Check) -> None:
-    """Of the contenders of `bench`."""
+    """Packages needed by the contenders of `bench`."""
     from dpo_jax.cli.commands.bench_contenders import contenders, need
 
     if check.config.bench.sampling is not None:

@@ -1,7 +1,8 @@
-"""`dpo-jax COMMAND CONFIG --check`: whether a command could run, told in seconds and before any machine is rented.
+"""`dpo-jax COMMAND CONFIG --check`: reports whether a command could run, in seconds and before any machine is rented.
 
-Data, models, devices, packages and the run directory are looked at, weights and most rows are not read, and nothing is written.
-No network, accelerator or JAX is needed. What a command refuses before it computes is refused here by the same functions.
+It checks data, models, devices, packages and the run directory. Weights and most rows are not read, and nothing is written. No
+network, accelerator or JAX is needed. The functions with which a command refuses a configuration before computing also run
+here.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _run_dir(check: Check) -> None:
 
 
 def _progress(check: Check, task: str, folder: Path) -> str:
-    """Words on what a training would continue. Raises `ConfigError` where it would be refused."""
+    """A description of what a training run would continue. Raises `ConfigError` if it would be refused."""
     config = check.config
     directory = config.checkpoints_of(task)
     check_bucket(config, directory)
@@ -84,14 +85,14 @@ def _progress(check: Check, task: str, folder: Path) -> str:
     if not config.run.resume:
         raise ConfigError(f"run.resume: is off, and {directory} holds checkpoints; turn it on, or choose another --run.dir")
     _refuse_another_run(check, task, folder)
-    # Several hosts keep no such record. The date of the run is among its settings.
+    # Several hosts keep no such record. The run's date is one of its settings.
     if config.run.distributed == "off" and finished.recorded(task, fixed.fix(config), COMMANDS[task].reads):
         return f", finished after step {steps[-1]:,}: nothing is left to do, unless a file has changed since"
     return f", continues after step {steps[-1]:,}"
 
 
 def _refuse_another_run(check: Check, task: str, folder: Path) -> None:
-    """Raises `ConfigError` for a run of other settings or, where that is seen without reading them, of other data."""
+    """Raises `ConfigError` for a run with other settings or, if that can be seen without reading them, other data."""
     try:
         before = load_config(folder / "config.yaml")
     except ConfigError:  # none, or of another version
@@ -101,7 +102,7 @@ def _refuse_another_run(check: Check, task: str, folder: Path) -> None:
         check_settings(str(folder), was, now)
     try:
         report = fit(read_object(folder / "data_report.json"), TRAINED_ON, "data_report.json")["train"]
-    except (OSError, Unreadable):  # none yet, or damaged: nothing is computed from it
+    except (OSError, Unreadable):  # missing or damaged: nothing is computed from it
         return
     was, now = {ROWS: most(report["rows"], before.data.max_train)}, {ROWS: check.rows}
     files = {f"file {file['path']}, bytes": file["bytes"] for file in report["files"]}
@@ -119,14 +120,14 @@ def _refuse_another_run(check: Check, task: str, folder: Path) -> None:
 
 
 def _fixed(check: Check) -> None:
-    """What the run directory keeps for all commands that make token ids."""
+    """The values pinned in the run directory for all commands that make token ids."""
     reads = COMMANDS[check.name].reads
     if any(option.startswith("tokenizer") for option in reads) and not check.scope.hides(check.config.run.dir):
         fixed.check(check.config)
 
 
 def _checkpoints(check: Check) -> None:
-    """What `export` reads."""
+    """The checkpoints that `export` reads."""
     config = check.config
     directory = config.export.checkpoint or config.checkpoints_of("dpo")
     if config.export.out is not None and not check.unseen("writes", config.export.out):
@@ -143,7 +144,7 @@ def _checkpoints(check: Check) -> None:
 
 
 def _run_folders(check: Check) -> None:
-    """What `report` reads."""
+    """The run directories that `report` reads."""
     for folder in check.config.report.folders():
         if not Path(folder).is_dir():
             raise ConfigError(f"report.runs: {folder}: no such run directory")
@@ -153,7 +154,7 @@ def _run_folders(check: Check) -> None:
 
 
 def _agreed(check: Check) -> None:
-    """What `agree` reads."""
+    """The files that `agree` reads."""
     people, records = rating_files(check.config)
     for file in filter(None, (*people, *records, key_file(check.config, needed=bool(people)))):
         if not file.is_file():
@@ -166,7 +167,7 @@ def _agreed(check: Check) -> None:
 
 
 def _raced(check: Check) -> None:
-    """What `bench` computes with."""
+    """The contenders and inputs of `bench`."""
     if check.config.bench.lengths or check.config.bench.sampling:
         check.tell("data", "random tokens")
     else:
@@ -181,7 +182,7 @@ _SWEEP = (
     *(reward_packages, data("train", "test"), tokenizer, _START),
     *(model("dpo.policy", lambda c: c.dpo.policy), devices, *_RUNS),
 )
-# What is looked at for each command, in the order in which it is told.
+# The checks of each command, in the order in which they are reported.
 LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
     "audit": (data("train", "test", preferences=True), tokenizer, *_RUNS),
     "prepare": (data("train", "test", preferences=True), tokenizer, *_RUNS),

@@ -1,4 +1,4 @@
-"""The flags of `--check`: what it may take for granted."""
+"""The flags of `--check`: what it may assume."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ OPTIONS = """\
 
 
 class Scope(NamedTuple):
-    """What a check may take for granted."""
+    """Assumptions of a check."""
 
     after: tuple[str, ...] = ()  # commands that will have run before in the same run directory
-    devices: int | None = None  # of all hosts; None: not known
-    elsewhere: str | None = None  # a folder of other machines
+    devices: int | None = None  # over all hosts; None: unknown
+    elsewhere: str | None = None  # a folder on other machines
 
     def hides(self, path: str) -> bool:
-        """Whether a path lies where it cannot be seen from here."""
+        """Whether a path is in a place that cannot be seen from here."""
         return self.elsewhere is not None and Path(path).is_relative_to(self.elsewhere)
 
 
 def scope_of(args: list[str]) -> tuple[list[str], Scope | None]:
-    """The arguments without those of `OPTIONS`, and what these say: None if there are none."""
+    """The arguments without those in `OPTIONS`, and the scope that these give; None if there are none."""
     rest = [arg for arg in args if arg != "--check" and not arg.startswith("--check-")]
     found: dict[str, Any] = {}
     for arg in (arg for arg in args if arg.startswith("--check-")):

@@ -1,4 +1,4 @@
-"""Label noise: DPO, conservative DPO, robust DPO and IPO on pairs of which a known share is flipped, beside the theory."""
+"""Label noise: DPO, conservative DPO, robust DPO and IPO on pairs with a known flip rate, compared with theory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dpo_jax.writing import writing
 
 NAMES = {"dpo": "DPO", "cdpo": "conservative DPO", "robust": "robust DPO", "ipo": "IPO"}
 LOSSES = {"dpo": dpo_loss, "cdpo": dpo_loss, "robust": robust_loss, "ipo": ipo_loss}
-REWARDS = "rewards.jsonl"  # in the folder of the reference's run: true rewards of its samples, a line for each prompt
+REWARDS = "rewards.jsonl"  # in the folder of the reference's run: true rewards of its samples, one line per prompt
 LINES = "what the expected loss predicts"
 prepare = make_reference
 
@@ -50,7 +50,7 @@ class Experiment:
         with self.setup.making:
             method = self._method(run.method)
         data, count = flipped(self.data, rate, seed=run.seed)
-        # What conservative and robust DPO assume is true; DPO knows of no flips, and IPO has no such option.
+        # Conservative and robust DPO are given the true flip rate; DPO assumes no flips, and IPO has no such option.
         assumed = {"dpo": {"label_smoothing": 0.0}, "ipo": {}}.get(run.method, {"label_smoothing": rate})
         points, _ = method.train(folder, settings={"beta": beta, **assumed}, evaluations=1, seed=run.seed, data=data)
         pairs = sum(len(group.pairs) for group in data.groups)
@@ -67,8 +67,8 @@ class Experiment:
         return self._methods[loss]
 
     def summary(self, results: Sequence[Result]) -> tuple[dict[str, Any], list[Curve]]:
-        """For each share of flips and loss: gain at equal KL, the predicted one and that of eq. 4; and its best beta. And what
-        the figure shows."""
+        """For each flip rate and loss: measured gain at equal KL, predicted gain, and that of eq. 4; and the best beta. Also
+        the figure's data."""
         (start,) = (r for r in results if r.run.method == REFERENCE)
         reference, rewards = start.points[-1]["reward"], self._rewards(start.run)
         best = optimum(rewards, BETAS, seed=self.config.run.seed)
@@ -100,7 +100,7 @@ class Experiment:
         return np.array([row["rewards"] for row in found.rows])
 
     def tables(self, summary: Mapping[str, Any]) -> list[Grid]:
-        """What is printed."""
+        """The printed tables."""
         rates, losses = self.config.robust.rates(), self.config.robust.chosen()
         cells = {(row["rate"], row["loss"], row["kl"]): row for row in summary["gains"]}
         columns, found = [f"{rate:.0%} flipped" for rate in rates], []
@@ -131,5 +131,5 @@ def _curve(
 
 
 def _best(best: Mapping[str, Any]) -> str:
-    """The gain at the best beta, and where that is."""
+    """The gain at the best beta, and that beta."""
     return f"{cell(best['gain'])}, {best['label'][best['label'].index('beta') :]}, KL {best['kl']:.2f}"

@@ -1,4 +1,4 @@
-"""Over-optimisation: true and learned reward as KL grows, for sizes of model and data, with the fits of Gao et al. 2022."""
+"""Over-optimisation: true and learned reward as KL grows, by model and data size, with the fits of Gao et al. 2022."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from dpo_jax.types import Variables
 from dpo_jax.untrusted import Unreadable, read_lines
 from dpo_jax.writing import writing
 
-PROMPTS = "prompts.jsonl"  # in the folder of a run: values of every prompt, of the reference and then of each point of the run
+PROMPTS = "prompts.jsonl"  # in a run's folder: values for every prompt, of the reference and then of each point of the run
 ROW = {"reward": [float], "proxy": [float], "kl": [float]}
 FORM = {"best-of-n": "bon", "dpo": "rl", "ppo": "rl"}  # as Gao et al. fit them; the other form is fitted, too
 LINES = "fits to the true reward; hollow: the learned one"
-POINTS = 40  # of a drawn curve
+POINTS = 40  # points of a drawn curve
 Row = dict[str, np.ndarray]
 """True reward, learned reward and KL in nats of each prompt: float64[P] each."""
 
 
 class Measured(NamedTuple):
-    """What is fitted: n points of several runs (seeds), as gains over the reference."""
+    """Data of a fit: n points of several runs (seeds), as gains over the reference."""
 
     kl: np.ndarray  # float64[n], nats
     gains: np.ndarray  # float64[P, n], in true reward
     proxy: np.ndarray  # float64[n], in the learned one
-    runs: np.ndarray  # int64[n], of which run each point is
+    runs: np.ndarray  # int64[n], the run of each point
 
 
 def prepare(config: Config) -> None:
@@ -69,7 +69,7 @@ class Experiment:
         return points
 
     def summary(self, results: Sequence[Result]) -> tuple[dict[str, Any], list[Curve]]:
-        """For each width, number of prompts and method: both forms, fitted, and what the learned reward promised at the end."""
+        """For each width, number of prompts and method: both fitted forms, and the final gain by the learned reward."""
         section, seed = self.config.robust, self.config.run.seed
         found, curves = [], []
         for width, method, count in itertools.product(section.counts("widths"), FORM, section.counts("train_prompts")):
@@ -104,7 +104,7 @@ class Experiment:
         return found.rows
 
     def tables(self, summary: Mapping[str, Any]) -> list[Grid]:
-        """What is printed."""
+        """The printed tables."""
         rows = []
         for row in summary["fits"]:
             one, end = row["fits"][row["form"]], row["furthest"]
@@ -117,7 +117,7 @@ class Experiment:
 
 
 def _marks(fitted: GainFit) -> dict[str, Any]:
-    """A fit for a JSON file, where None stands for a curve that rises for ever."""
+    """A fit for a JSON file, where None stands for a curve that never stops rising."""
     peak, ends = ([x if math.isfinite(x) else None for x in some] for some in ([fitted.falls_after], fitted.falls_interval))
     return {**fitted._asdict(), "falls_after": peak[0], "falls_interval": ends, "falls": fitted.falls, "words": fitted.words}
 
@@ -127,7 +127,7 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 class Size:
-    """All that depends on the width of the model. Made when a run first asks."""
+    """Everything that depends on the model's width. Made when a run first needs it."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.setup = Setup(config, folder)
@@ -141,7 +141,7 @@ class Size:
         return self.setup.labelled(self.setup.world, "train")
 
     def first(self, count: int) -> list[Encoded]:
-        """The pairs of the first `count` prompts, whose numbers are in the uids that `data.label` gives: "samples:7:0-2"."""
+        """The pairs of the first `count` prompts; prompt numbers are in the uids of `data.label`: "samples:7:0-2"."""
         return [pair for pair in self.pairs if int(pair.uid.split(":")[1]) < count]
 
     def reward(self, count: int) -> Reward:
@@ -160,7 +160,7 @@ class Size:
         return self._dpo[count]
 
     def perform(self, run: Run, folder: Path) -> tuple[list[dict[str, float]], list[Row]]:
-        """The points of a run, and the values of every prompt: of the reference, and then of each point."""
+        """The points of a run, and the values for every prompt: of the reference, then of each point."""
         count = run.settings["prompts"]
         with self.setup.making:
             reward = self.reward(count)
@@ -188,7 +188,7 @@ class Size:
         return {"reward": found.rewards, "proxy": proxy, "kl": np.asarray(found.kl, np.float64)}
 
     def _best_of(self, run: Run, reward: Reward) -> tuple[list[dict[str, float]], list[Row]]:
-        """Best-of-N by a learned reward, from samples of the reference."""
+        """Best-of-N under a learned reward, from samples of the reference."""
         if self._drawn is None:
             self._drawn = self.setup.reference_samples(self.setup.world)
         prompts, scored = self._drawn

@@ -1,4 +1,4 @@
-"""The runs of each robustness experiment, and what is refused before any of them: no JAX is needed for either."""
+"""The runs of each robustness experiment, and checks before any of them starts. Needs no JAX."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dpo_jax.cli.config.lab import numbers
 from dpo_jax.data.reviews import TOPICS
 from dpo_jax.lab.sweep import Run
 
-REFERENCE = "reference"  # the method of the run that measures the reference itself
+REFERENCE = "reference"  # the method of the run that evaluates the reference itself
 FAMILIES = ("first", "second")
 
 
 def runs_of(config: Config) -> list[Run]:
-    """Every run of `robust.experiment`. Raises `ConfigError` for options that do not go together."""
+    """Every run of `robust.experiment`. Raises `ConfigError` for inconsistent options."""
     experiments = {"noise": noise, "shift": shift, "overoptimisation": overoptimisation}
     return experiments[config.robust.experiment](config)
 
 
 def noise(config: Config) -> list[Run]:
-    """Every loss at every beta and share of flips. Without flips cdpo and robust are dpo, and are not run again."""
+    """Every loss at every beta and flip rate. Without flips cdpo and robust equal dpo, and are not run again."""
     section = config.robust
     if config.frontier.labels != "bradley_terry":
         raise ConfigError("frontier.labels: the theory of label noise is that of bradley_terry labels; leave it out")
@@ -39,7 +39,7 @@ def noise(config: Config) -> list[Run]:
 
 
 def unflipped(loss: str) -> str:
-    """The loss that this one is where no label is flipped."""
+    """The loss that this one equals if no label is flipped."""
     return loss if loss == "ipo" else "dpo"
 
 
@@ -70,7 +70,7 @@ def shift(config: Config) -> list[Run]:
 
 
 def overoptimisation(config: Config) -> list[Run]:
-    """For each size of model and data Best-of-N, and the runs that go furthest: DPO's least beta, PPO's largest target KL."""
+    """For each model and data size: Best-of-N, and the runs that go furthest (DPO's smallest beta, PPO's largest KL)."""
     if config.dpo.policy is not None or config.model.path is not None:
         name = "dpo.policy" if config.dpo.policy is not None else "model.path"
         raise ConfigError(f"{name}: models of several widths are trained from section model; leave it out")
@@ -107,7 +107,7 @@ def overoptimisation(config: Config) -> list[Run]:
 
 
 def at_width(config: Config, width: int) -> Config:
-    """`config` with a model of another width, and a run directory of its own inside."""
+    """`config` with a model of another width, and its own run directory inside the run directory."""
     model, run = (
         dataclasses.replace(config.model, width=width),
         dataclasses.replace(config.run, dir=f"{config.run.dir}/width-{width}"),
@@ -120,13 +120,13 @@ def _seeds(config: Config) -> range:
 
 
 def _sampled(config: Config) -> dict[str, Any]:
-    """What results of the reference's own samples depend on."""
+    """Settings on which results from the reference's own samples depend."""
     section = config.frontier
     best_of = {"best_of": section.best_of} if config.robust.experiment == "overoptimisation" else {}
     return {"samples": section.optimum_samples, "sampled_prompts": section.optimum_prompts, **best_of}
 
 
 def _ppo(config: Config) -> dict[str, Any]:
-    """The options of PPO, on which no other run depends."""
+    """The options of PPO, which affect no other run."""
     section = dataclasses.asdict(config.frontier)
     return {name: value for name, value in section.items() if name.startswith("ppo_") and name != "ppo_kls"}

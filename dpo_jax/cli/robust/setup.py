@@ -1,4 +1,4 @@
-"""What the robustness experiments share: the world, labelled pairs, learned rewards, and the methods that train on them."""
+"""Setup of the robustness experiments: the world, labelled pairs, learned rewards, and the training methods."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _SHARED_DATA = ("source", "max_length", "max_prompt_length", "truncation", "bos"
 
 
 class Setup:
-    """A world, and where its experiment lies (`folder`). What several runs need is made once, under `making`."""
+    """A world and its experiment's `folder`. Results shared by several runs are made once, under `making`."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder, self.making = config, folder, threading.RLock()
@@ -64,7 +64,7 @@ class Setup:
         return PairMethod(world, data, loss=loss, tx=tx, epochs=training.epochs)
 
     def reward_model(self, world: World, pairs: Sequence[Encoded], name: str) -> Reward:
-        """A reward learned from pairs. It lies in `reward_models/<name>-<digest>`; one that was cut off goes on."""
+        """A reward learned from pairs, kept in `reward_models/<name>-<digest>`; an interrupted training continues."""
         section = self.config.frontier
         fingerprint = {**self.shared, "pairs": name}
         digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
@@ -91,20 +91,20 @@ class Setup:
     def train_ppo(
         self, method: PpoMethod, run: Run, folder: Path, reward: Reward, *, evaluations: int, measure: Measure | None = None
     ) -> tuple[Points, Variables]:
-        """PPO against a reward at the target `run.settings["KL"]`."""
+        """PPO on a reward with the target KL `run.settings["KL"]`."""
         target = run.settings["KL"]
         options = {"target_kl": target, "kl_coef": first_kl_coef(target), "evaluations": evaluations, "seed": run.seed}
         return method.train(folder, reward=reward, measure=measure, **options)
 
     def reference_samples(self, world: World) -> tuple[Prompts, Scored]:
-        """`frontier.optimum_samples` completions by the reference of each of `frontier.optimum_prompts` held-out prompts."""
+        """`frontier.optimum_samples` reference completions for each of `frontier.optimum_prompts` held-out prompts."""
         prompts = prompts_of(self.config, "optimum_prompts", world.tokenizer).repeated(self.config.frontier.optimum_samples)
-        # Another key than that of the training samples, and of those that policies are measured by.
+        # A different key from those of the training samples and of the evaluation samples.
         return prompts, world.sample(world.reference, prompts, jax.random.key(self.config.run.seed + 2))
 
 
 def _shared(config: Config, digest: str, world: World) -> dict[str, Any]:
-    """What every result depends on; a change makes all runs anew. What only some depend on stands with the runs."""
+    """Settings on which all results depend; a change repeats all runs. Settings of single runs are listed with the runs."""
     training = [option.removeprefix("dpo.") for option in COMMANDS["robust"].reads if option.startswith("dpo.")]
     options = {name: getattr(config.frontier, name) for name in _SHARED}
     if config.frontier.classifier is not None:
@@ -123,5 +123,5 @@ def _shared(config: Config, digest: str, world: World) -> dict[str, Any]:
 
 
 def per_prompt(values: np.ndarray, samples: int) -> np.ndarray:
-    """Values of so many samples of each prompt, one behind the other, as float64[P, samples]."""
+    """Values of concatenated samples, the same number for each prompt, as float64[P, samples]."""
     return np.asarray(values, np.float64).reshape(-1, samples)

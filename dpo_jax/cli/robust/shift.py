@@ -1,6 +1,6 @@
-"""A shift of prompts: policies trained on one family of reviews, tested on it and on the other.
+"""Prompt shift: policies trained on one family of reviews, tested on it and on the other.
 
-A method joins by a line in `METHODS`, and one in `runs.shift` for its settings. It is a function
+To add a method, add a line to `METHODS`, and one to `runs.shift` for its settings. A method is a function
 `(experiment, run, folder) -> (its point on the family that it was trained on, final variables on the host)`.
 """
 
@@ -59,7 +59,7 @@ class Experiment:
         return [{**points[name], "tested": float(number)} for number, name in enumerate(FAMILIES)]
 
     def summary(self, results: Sequence[Result]) -> tuple[dict[str, Any], list[Curve]]:
-        """For each tested family, method and KL: the gain after training on it, on the other, and what the shift costs."""
+        """For each tested family, method and KL: the gain after training on it, on the other, and the cost of the shift."""
         found, curves = [], []
         base = {
             number: r.points[number]["reward"] for r in results if r.run.method == REFERENCE for number in range(len(FAMILIES))
@@ -84,7 +84,7 @@ class Experiment:
         return {"families": {name: list(f.topics) for name, f in self.families.items()}, "gains": found}, curves
 
     def tables(self, summary: Mapping[str, Any]) -> list[Grid]:
-        """What is printed."""
+        """The printed tables."""
         found = []
         for tested, topics in summary["families"].items():
             for at in EQUAL_KL:
@@ -99,7 +99,7 @@ class Experiment:
 
 
 class Family:
-    """Prompts about some topics, with what is learned from pairs on them. Made when a run first asks."""
+    """Prompts about some topics, and what is learned from pairs on them. Made when a run first needs it."""
 
     def __init__(self, setup: Setup, world: World, name: str, topics: Sequence[str]) -> None:
         self.setup, self.name, self.topics = setup, name, topics
@@ -143,5 +143,5 @@ METHODS: Mapping[str, Callable[[Experiment, Run, Path], Trained]] = {"dpo": _by_
 
 
 def _tested(result: Result, number: int) -> Result:
-    """A result with its points on one family alone."""
+    """A result with its points on one family only."""
     return Result(result.run, [p for p in result.points if not math.isclose(p["tested"], 1 - number)], result.seconds)
