@@ -95,7 +95,7 @@ def masses(*, alpha: float = 0.1, gamma: float = 0.95) -> Lqr:
 
 
 class LqrWorld:
-    """What the experiment needs of a world; see `Rollouts` and `methods`."""
+    """Linear-quadratic control as a `World` of the experiment (`rollouts.World`)."""
 
     name = "lqr"
     bound: float | None = None

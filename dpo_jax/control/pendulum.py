@@ -92,7 +92,7 @@ def _corners(angle: np.ndarray, speed: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 class PendulumWorld:
-    """What the experiment needs of a world; see `Rollouts` and `methods`."""
+    """Pendulum as a `World` of the experiment (`rollouts.World`)."""
 
     name, state, actions = "pendulum", 3, 1
     bound: float | None = 1.0

@@ -194,7 +194,7 @@ def _set_apart(axes: Axes, labels: Sequence[Text]) -> None:
     taken = [Bbox([marker - half, marker + half]) for marker in markers]
     for note in notes:
         for x, y, side in SIDES:
-            if side == "left" and note.xy[0] >= axes.get_xlim()[1]:  # beside are the names
+            if side == "left" and note.xy[0] >= axes.get_xlim()[1]:  # the names are there
                 continue
             note.set(horizontalalignment=side)
             note.xyann = x, y

@@ -21,7 +21,7 @@ Measured = dict[str, float]
 
 
 class Decline(NamedTuple):
-    """From the best point of a run to its last. Rewards in their own unit; KL(policy || reference) in nats per completion."""
+    """Decline of a run from its best point to its last. Rewards in their own unit; KL(policy || reference) in nats."""
 
     method: str
     setting: str

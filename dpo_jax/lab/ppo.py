@@ -76,7 +76,7 @@ class PpoState:
 
     @classmethod
     def of(cls, step: int, train: TrainState, kl_coef: float, stats: ScoreStats) -> PpoState:
-        """From numbers."""
+        """A `PpoState` from plain numbers."""
         wide = functools.partial(np.array, dtype=np.float64)
         return cls(np.array(step, np.int64), train, wide(kl_coef), jax.tree.map(wide, stats))
 

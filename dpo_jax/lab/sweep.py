@@ -142,7 +142,7 @@ def _finished(
         found = read_object(folder / RESULT)
         if {name: found.get(name) for name in ("run", "shared")} != _identity(run, shared):
             return None
-        measured = found.get("measured", found)  # earlier versions had no digest, and both beside `run`
+        measured = found.get("measured", found)  # earlier versions had no digest, and stored these keys next to `run`
         fit(measured, {"points": [{**point, str: (float, None)}], "seconds": float}, str(folder / RESULT))
         if not measured["points"] or ("measured" in found and found.get("digest") != _digest(measured)):
             raise Unreadable(f"{folder / RESULT}: what was measured differs from its digest")

@@ -135,7 +135,7 @@ def one_or_more(runs: Sequence[RunRecord], kind: str) -> list[tuple[RunRecord, S
 
 
 def of(run: RunRecord, runs: Sequence[RunRecord], what: str) -> str:
-    """`what`, followed by the name of the run if there are several runs."""
+    """`what`, preceded by the name of the run if there are several runs."""
     return f"{run.name}: {what}" if len(runs) > 1 else what
 
 
