@@ -158,7 +158,7 @@ def _texts() -> dict[tuple[str, str], str]:
         for field, text in itertools.pairwise(body):
             match field, text:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
-                    texts[typing.cast(ast.ClassDef, node).name, name] = inspect.cleandoc(words)
+                    texts[typing.cast(ast.ClassDef, node).name, name] = " ".join(words.split())
     texts["DataConfig", "format"] = format_table.HELP
     texts |= {("OptimizerConfig", name): words for name, words in optimizer_table.HELP.items()}
     return texts | {("LossConfig", name): words for name, words in loss_table.HELP.items()}
