@@ -134,7 +134,7 @@ def generate(
         raise ValueError("eos_id names no token; -1 lets no token end a row")
     _check_prompts(prompts, lengths)
     keys, own = _keys_of_rows(key, prompts.shape[0] * completions), 0
-    if model.take_rows is None:  # its cache is made for each completion, and holds the completion, too
+    if model.take_rows is None:  # it has one cache per completion, with room for the completion
         prompts, lengths, images = jax.tree.map(
             lambda array: jnp.repeat(jnp.asarray(array), completions, axis=0), (prompts, lengths, images)
         )

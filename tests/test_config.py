@@ -120,7 +120,7 @@ def error_of(tmp_path, text):
         ('run:\n  dir: "\\ud800"', "bad.yaml:2: run.dir: the text holds half a surrogate pair, which no path can"),
         ('judge: {model: "m\\udc80"}', "bad.yaml:1: judge.model: the text holds a byte that is not UTF-8, which no name can"),
         ("run: " + 5000 * "[", "bad.yaml: nested too deeply"),
-        ("data: {test_split: train}", "bad.yaml:1: data.test_split: must be another than train_split, got 'train' for both"),
+        ("data: {test_split: train}", "bad.yaml:1: data.test_split: must differ from train_split, got 'train' for both"),
         ("dpo:\n\n  beta: -3", "bad.yaml:3: dpo.beta: must be greater than 0, got -3"),
         ("dpo: {lr: nan}", "bad.yaml:1: dpo.lr: must be a finite number"),
         ("dpo: {batch: 10, microbatches: 4}", "dpo.microbatches: must divide batch: 10 do not split into 4 equal parts"),

@@ -167,10 +167,10 @@ def config(tmp_path):
     [
         (["--bench.sampling", "4/8"], "bench.sampling: must be a number of prompts, the longest prompt"),
         (["--bench.sampling", "4/8/0"], "bench.sampling: must be a number of prompts, the longest prompt"),
-        (["--bench.sampling", "4/8/8", "--bench.lengths", "1/2/3"], "bench.lengths: belongs to the race of trainers"),
-        (["--bench.completions", "4"], "bench.completions: belongs to the race of samplers"),
+        (["--bench.sampling", "4/8/8", "--bench.lengths", "1/2/3"], "bench.lengths: belongs to the training benchmark"),
+        (["--bench.completions", "4"], "bench.completions: belongs to the sampling benchmark"),
         (["--bench.sampling", "4/8/8", "--bench.ending", "1"], "bench.ending: must be a share, at least 0 and less than 1"),
-        (["--bench.sampling", "4/8/8", "--profile"], "bench.profile: belongs to the race of trainers"),
+        (["--bench.sampling", "4/8/8", "--profile"], "bench.profile: belongs to the training benchmark"),
         (["--bench.sampling", "4/8/8", "--bench.torch-python", "false"], "bench.sampling: false has no torch"),
     ],
 )

@@ -80,7 +80,7 @@ _SWEPT = (
 
 COMMANDS = {
     "audit": Command(
-        "should one train on these data? one page of counts and notes",
+        "check the data before training: one page of counts and notes",
         (*_RUN, "dpo.loss", "dpo.desirable_weight", "dpo.undesirable_weight"),
         ("data",),
     ),
@@ -108,7 +108,7 @@ COMMANDS = {
         ("judge", "data"),
     ),
     "plan": Command(
-        "what training takes on TPUs or GPUs: memory, collectives, time (compiled without one)",
+        "memory, collectives and time of training on TPUs or GPUs (compiled without any)",
         (
             *("run.dir", "run.devices", "run.precision", "mesh", "data", "model", "tokenizer.vocab_size"),
             *("lora", "dpo", "refs.batch", "plan"),
@@ -120,7 +120,7 @@ COMMANDS = {
         ("run.dir", "run.checkpoints", "export"),
     ),
     "label": Command(
-        "make preferences of the policy's samples by a known reward",
+        "make preferences by labelling the policy's samples with a known reward",
         (*_RUN, "dpo.policy", *_experiment("prompts", "test_prompts", "completions", "labels")),
         ("data",),
     ),
@@ -130,7 +130,7 @@ COMMANDS = {
         ("data",),
     ),
     "ppo": Command(
-        "train the policy by PPO against the true or a learned reward",
+        "train the policy with PPO on the true reward or a learned one",
         (
             *_run_without(*_LOGGED),
             "dpo.policy",
@@ -145,12 +145,12 @@ COMMANDS = {
         ("data",),
     ),
     "online": Command(
-        "rounds of samples of the policy, labels by a reward, a judge or people, and DPO on them",
+        "online DPO: rounds of sampling, labels from a reward, a judge or people, and training",
         (*_run_without("eval_every_examples"), "lora", *_ONLINE, "online", "export.dtype"),
         ("data",),
     ),
     "optimum": Command(
-        "the best reward that is possible at every KL, and Best-of-N",
+        "the optimal reward at every KL, and Best-of-N",
         (*_RUN, "dpo.policy", *_experiment("optimum_prompts", "optimum_samples", "best_of", "second_reward")),
         ("data",),
     ),
@@ -160,16 +160,16 @@ COMMANDS = {
         ("data", "model"),
     ),
     "robust": Command(
-        "flipped labels, a shift of prompts, over-optimisation: what they do to true reward at equal KL",
+        "effect of flipped labels, prompt shift and over-optimisation on true reward at equal KL",
         (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, *_SWEPT, *_PPO, "robust"),
         ("data", "model"),
     ),
     "control": Command(
-        "control from preferred segments: SFT, CPL, P-IQL and percent-BC in a world with a known optimum, or a simulator",
+        "control from preferences between segments: SFT, CPL, P-IQL and percent-BC, with a known optimum or in a simulator",
         ("run.dir", "run.seed", "run.devices", "mesh", "control"),
     ),
     "diffusion": Command(
-        "Diffusion-DPO on real digits: reward against path KL; or against an optimum in closed form",
+        "Diffusion-DPO on real digits (reward against path KL), or against a closed-form optimum",
         ("run.dir", "run.seed", "diffusion"),
     ),
     "scenes": Command(
@@ -177,7 +177,7 @@ COMMANDS = {
         ("run.dir", "run.seed", "scenes"),
     ),
     "dialogue": Command(
-        "preferences of whole conversations in a question game, against the enumerated optimum",
+        "preferences between whole conversations in a question game, against the enumerated optimum",
         (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, "dialogue"),
         ("data", "model"),
     ),
@@ -195,7 +195,7 @@ COMMANDS = {
         ("report",),
         ("report",),
     ),
-    "bench": Command("race our training against PyTorch", _BENCH, ("data", "model")),
+    "bench": Command("benchmark our training against PyTorch", _BENCH, ("data", "model")),
 }
 
 # Every command reads files that may come from elsewhere.

@@ -112,7 +112,7 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
             dataclasses.make_dataclass("Options", views, frozen=True),
             prog=f"dpo-jax {name} {path}",
             description=f"{command.help[0].upper()}{command.help[1:]}. Flags override the values of {path}. With --check it "
-            "only tells whether it could run, and what (dpo-jax help).",
+            "only reports whether it could run, and what would run (see dpo-jax help).",
             args=flags,
         )
     changes = {

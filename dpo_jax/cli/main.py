@@ -205,7 +205,7 @@ examples:
   dpo-jax dpo configs/quickstart.yaml --check            could this run? In seconds, without an accelerator
   dpo-jax init my.yaml                                   a configuration for data of your own
 
-before money is spent:
+before spending money:
 {check_scope.OPTIONS}
 
 exit codes:

@@ -80,7 +80,7 @@ def _rows(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, *, settings: S
 
 
 def _check_size(q: jax.Array, k: jax.Array) -> None:
-    if max(q.size, k.size) >= MOST:  # otherwise out-of-range keys would be read silently
+    if max(q.size, k.size) >= MOST:  # beyond this, wrong elements would be read silently
         raise ValueError(
             f"flash attention counts at most {MOST:,} numbers a device, and the queries or keys of a batch have "
             f"{max(q.size, k.size):,} there: use more microbatches"

@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         k_positions, write_at, store, lanes, own = rows.positions, None, None, None, cache
         if isinstance(cache, SharedCache):
             (lanes, write_at), own = lane_keys(rows, cache), cache.own
-            store, k_positions = (own["key"], own["value"]), own["positions"]  # distances of the others are known without it
+            store, k_positions = (own["key"], own["value"]), own["positions"]  # their distances are in `lanes`
         elif cache is not None:
             write_at, store = cache["length"], (cache["key"], cache["value"])
             k_positions = jax.lax.dynamic_update_slice(cache["positions"], jnp.asarray(rows.positions), (0, write_at))

@@ -79,7 +79,7 @@ def shares(sizes: Sequence[int], hosts: int) -> list[int]:
 
 
 def files_digest(folder: str | Path) -> tuple[str, str]:
-    """A digest of the weights in a Hugging Face folder that anybody can check: a SHA-256, and a description of what it covers.
+    """A digest of a Hugging Face folder's weights that anybody can check: a SHA-256, and a description of what it covers.
 
     For one file it is the file's own, as the Hub shows it; for several, that of the output of `sha256sum *.safetensors`.
     """

@@ -83,7 +83,7 @@ def decoder_config(hf_config: Mapping[str, Any], *, where: str | Path = "config.
 
 
 def router_coefficient(config: DecoderConfig) -> float:
-    """The coefficient of the load-balancing loss that `config.json` asks for: 0 unless it has `output_router_logits`, as in
+    """The coefficient of the load-balancing loss in `config.json`: 0 unless it has `output_router_logits`, as in
     transformers."""
     read = Reader(config.family, config.hf, "config.json", defaults=family_of(config).defaults)
     if not (config.experts and read.flag("output_router_logits")):

@@ -34,7 +34,7 @@ class Family(NamedTuple):
     defaults: Mapping[str, Any]
     """Value of a key that a `config.json` omits (the default of Hugging Face's class). A key without an entry is required."""
     fields: Callable[[Reader], dict[str, Any]]
-    """`config.json` -> fields of `DecoderConfig`."""
+    """Function from `config.json` to the fields of `DecoderConfig`."""
     tensors: Callable[[DecoderConfig], list[Tensor]]
     """The tensors of a checkpoint, embedding first, without a separate output head."""
     sizes: Callable[[Sizes], dict[str, Any]]

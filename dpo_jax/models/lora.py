@@ -51,7 +51,7 @@ class Lora:
 
 
 def lora_targets(names: str, config: DecoderConfig) -> tuple[str, ...]:
-    """The kernels that `names`, separated by commas, stand for: "all", "attention", "mlp", ours ("query"), or Hugging Face's
+    """The kernels named in `names`, separated by commas: "all", "attention", "mlp", ours ("query"), or Hugging Face's
     ("q_proj"; a fused "query_key_value" is three of ours). Raises ValueError for a name that this model does not have.
 
     >>> lora_targets("attention", decoder.config)

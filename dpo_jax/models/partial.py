@@ -30,8 +30,8 @@ class Chosen(NamedTuple):
 
 
 def chosen_parameters(text: str, model: Model) -> Chosen:
-    """What `text` names, separated by commas: "last_layer", "last_layers:N", or patterns of dotted names such as "final_norm.*"
-    or "*.bias". Raises ValueError for a pattern that matches nothing, and for too many layers.
+    """The parameters named in `text`, separated by commas: "last_layer", "last_layers:N", or patterns of dotted names such as
+    "final_norm.*" or "*.bias". Raises ValueError for a pattern that matches nothing, and for too many layers.
 
     >>> chosen_parameters("last_layer,final_norm.*", decoder)
     Chosen(names=frozenset({'final_norm.scale'}), layers=1)

@@ -99,7 +99,7 @@ def problems(config: Config) -> list[Problem]:
         if config.lora.rank is not None and getattr(config, name).trainable is not None:
             found.append((f"{name}.trainable", "an adapter is trained (lora.rank) and no other weights; leave one of them out"))
         if getattr(config, name).param_dtype != "float32" and (config.lora.rank or getattr(config, name).trainable):
-            what = "is read where all weights are trained: leave it out (lora.base_dtype is the type of a frozen base)"
+            what = "applies only if all weights are trained: leave it out (lora.base_dtype is the type of a frozen base)"
             found.append((f"{name}.param_dtype", what))
         if getattr(config, name).patience and not config.run.eval_every_examples:
             found.append(
@@ -158,7 +158,7 @@ def _texts() -> dict[tuple[str, str], str]:
         for field, text in itertools.pairwise(body):
             match field, text:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
-                    texts[typing.cast(ast.ClassDef, node).name, name] = inspect.cleandoc(words)
+                    texts[typing.cast(ast.ClassDef, node).name, name] = " ".join(words.split())
     texts["DataConfig", "format"] = format_table.HELP
     texts |= {("OptimizerConfig", name): words for name, words in optimizer_table.HELP.items()}
     return texts | {("LossConfig", name): words for name, words in loss_table.HELP.items()}

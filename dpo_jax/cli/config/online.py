@@ -31,8 +31,7 @@ class OnlineConfig:
     number of steps per round (online.steps) stays the same, so each pair is read in several rounds, and less often in each."""
     reward_scale: float = 1.0
     """Scale of the rewards behind bradley_terry and soft labels: reward times this is the logit. If rewards lie many logits
-    apart, all labels are 0 or 1 and carry no information about distance. The optimum is that of the rewards at beta
-    dpo.beta / reward_scale."""
+    apart, all labels are 0 or 1 and do not say how far. The optimum is that of the rewards at beta dpo.beta / reward_scale."""
     beta_last: float | None = None
     """beta of the last round. beta changes geometrically from dpo.beta in the first round, so that one run passes through
     policies at many KLs; none: dpo.beta throughout."""
@@ -80,7 +79,10 @@ class OnlineConfig:
         if self.reward == "people" and self.completions != 2:
             yield "completions", f"people compare one pair a prompt, so they need 2 completions, got {self.completions}"
         if self.pairs in ("bradley_terry", "soft") and self.compares():
-            yield "pairs", f"a {self.reward} label says who won, and is no reward to draw by: use best_worst or all"
+            yield (
+                "pairs",
+                f"a {self.reward} label says who won, and gives no reward to draw by: use best_worst or all",
+            )
         if self.reward == "reward-model" and self.reward_model is None:
             yield "reward_model", "names the folder of online.reward reward-model; dpo-jax reward-model writes one"
         if self.reward_model is not None and self.reward != "reward-model" and self.elicitation != "disagreement":

@@ -14,8 +14,7 @@ LOSSES = ("dpo", "cdpo", "robust", "ipo")
 
 @dataclasses.dataclass(frozen=True)
 class RobustConfig:
-    """What goes wrong with preferences: label noise, prompt shift (test prompts unlike the training ones),
-    over-optimisation."""
+    """Robustness experiments: label noise, prompt shift (test prompts unlike the training prompts), over-optimisation."""
 
     experiment: Literal["noise", "shift", "overoptimisation"] = "noise"
     """noise: flipped labels; shift: other prompts in testing; overoptimisation: true and learned reward as KL grows."""
