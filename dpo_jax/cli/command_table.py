@@ -210,7 +210,7 @@ WITHOUT_CONFIG = {
 TRAINING = ("sft", "dpo")  # a finished run of these has nothing to do
 # They sample, or read rewards from whole rows: neither is done with rows in pieces.
 WHOLE_ROWS = ("sample", "label", "reward-model", "ppo", "online", "optimum", "frontier", "robust", "control", "dialogue")
-ON_MANY_HOSTS = ("sft", "refs", "dpo", "ppo", "eval", "sample", "frontier")
+ON_MANY_HOSTS = ("sft", "refs", "dpo", "eval", "sample", "label", "reward-model", "ppo", "online", "optimum", "frontier")
 SHORT = {f"--{name}": f"--run.{name}" for name in ("distributed", "coordinator", "num-processes", "process-id")}
 SHORT |= {
     "--profile": "--bench.profile",
