@@ -314,7 +314,7 @@ def test_one_process_needs_no_one():
         (("dpo", "--coordinator", "127.0.0.1:1"), "run.coordinator: needs run.distributed auto, which is off"),
         (
             ("audit", "--distributed", "auto"),
-            "audit runs on one host; only sft, refs, dpo, ppo, eval, sample, frontier use several",
+            "audit runs on one host; only sft, refs, dpo, eval, sample, label, reward-model, ppo, online, optimum, frontier",
         ),
         (("refs", "--distributed", "auto", "--process-id", "0"), "run.distributed: coordinator, num_processes not given"),
     ],

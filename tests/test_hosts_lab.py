@@ -1,23 +1,29 @@
-"""PPO and the frontier on two processes of two CPU devices each: the numbers of one process on the same mesh, killed or not."""
+"""The laboratory, PPO and online DPO on two processes of two CPU devices each: the numbers of one process on the same mesh,
+killed or not."""
 
-import dataclasses
 import json
 import signal
+import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from fake_judge import Say, fake_judge
 from test_hosts import LIMIT, begin, end, free_port
+from test_judge import KEY, A
+from test_models import logits_of, text_rows
 from tiny_run import TOY_WORLD, call
 
-from dpo_jax.cli.commands import frontier
-from dpo_jax.cli.config import ConfigError, RunConfig, load_config
 from dpo_jax.cli.main import main
 from dpo_jax.data.tokenizer import load_tokenizer, save_tokenizer
-from dpo_jax.lab.reward_model import save_reward_model
+from dpo_jax.lab.reward_model import load_head, save_reward_model
 from dpo_jax.models.hf import load_hf
+from dpo_jax.online.labels import LabelLog
+from dpo_jax.online.stage import Stage
 from dpo_jax.reward_model import HEAD
+from dpo_jax.runtime import hosts
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 
 CONFIG = """\
@@ -27,7 +33,7 @@ data: {{source: reviews, reviews_train: 64, reviews_test: 24, max_length: 96, ma
 model: {{path: {policy}}}
 dpo: {{policy: {policy}, batch: 16, lr: 1.0e-3, warmup_steps: 2}}
 frontier:
-  methods: "dpo,ppo,best-of-n"
+  methods: "dpo,ppo,online,best-of-n"
   prompts: 12
   test_prompts: 8
   optimum_prompts: 4
@@ -36,12 +42,14 @@ frontier:
   sample_batch: 16
   evaluations: 2
   dpo_betas: "0.5"
+  online_betas: "0.5"
   ppo_kls: "3"
   best_of: "1,4"
   ppo_iterations: {rollouts}
   ppo_batch: 8
   ppo_epochs: 1
   ppo_minibatches: 2
+online: {{rounds: 3, prompts: 4, completions: 3, candidates: 2, steps: 2}}
 """
 
 
@@ -76,10 +84,10 @@ def until(happened, processes):
 
 
 def finished(command, config, *flags):
-    """What the first process says of a run that both bring to its end; of the other one only the library for links is heard."""
+    """What the first process says of a run that both end; the other one is heard only before it knows its number."""
     (first, said), (second, heard) = end(both(command, config, *flags))
     assert (first, second) == (0, 0), f"{said}\n{heard}"
-    assert [line for line in heard.splitlines() if not line.startswith("[Gloo]")] == []
+    assert [line for line in heard.splitlines() if not line.startswith(("[Gloo]", "waiting for the other hosts"))] == []
     return said
 
 
@@ -90,6 +98,29 @@ def assert_close(found, expected):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
         else:
             assert one == other
+
+
+def assert_same_run(found, expected, *, steps):
+    """Two folders of a run: results, metrics and logits to 1e-5, each step once. Returns rows of metrics, and weights."""
+    runs, timed = (found, expected), ("seconds", "per_second", "_s", "time")
+    assert_close(*(json.loads((run / "result.json").read_text()) for run in runs))
+    rows, others = (read_metrics(run / "metrics.jsonl") for run in runs)
+    assert [row["step"] for row in rows if not is_evaluation(row)] == list(range(steps))
+    for row, other in zip(rows, others, strict=True):
+        assert_close(*({k: v for k, v in each.items() if not k.endswith(timed)} for each in (row, other)))
+    assert_same_model(*(run / "export" for run in runs))
+    return rows, load_hf(found / "export")[1]
+
+
+def assert_same_model(found, expected):
+    """By logits: no probability depends on a bias of keys, so its gradient is rounding errors, of which RMSprop makes steps."""
+    rows = text_rows(np.arange(40, dtype=np.int32).reshape(2, 20) * 11 % 450)
+    logits = [logits_of(*load_hf(folder), rows) for folder in (found, expected)]
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
+
+
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_ppo_on_two_processes_is_that_of_one_also_when_one_of_them_was_stopped(policy, tmp_path):
@@ -106,17 +137,9 @@ def test_ppo_on_two_processes_is_that_of_one_also_when_one_of_them_was_stopped(p
     assert (first, second) == (143, 143), f"{said}\n{heard}"
     said = finished("ppo", two, *learned)
     assert f"continuing {tmp_path / 'two' / 'ppo'} after" in said
-    runs = [tmp_path / name / "ppo" for name in ("two", "one")]
-    assert_close(*(json.loads((run / "result.json").read_text()) for run in runs))
-    found, expected = (read_metrics(run / "metrics.jsonl") for run in runs)
-    assert [row["step"] for row in found if not is_evaluation(row)] == list(range(6))
-    timed = ("seconds", "per_second", "_s", "time")
-    for row, other in zip(found, expected, strict=True):
-        assert_close(*({k: v for k, v in each.items() if not k.endswith(timed)} for each in (row, other)))
-    exports = [load_hf(run / "export")[1] for run in runs]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *exports)
-    assert len({row["rollout/reward"] for row in expected if not is_evaluation(row)}) > 3
-    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), exports[0], start))) > 1e-3
+    rows, export = assert_same_run(*(tmp_path / name / "ppo" for name in ("two", "one")), steps=6)
+    assert len({row["rollout/reward"] for row in rows if not is_evaluation(row)}) > 3
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), export, start))) > 1e-3
 
 
 def test_a_frontier_on_two_processes_is_that_of_one_also_when_they_were_killed(policy, tmp_path):
@@ -131,7 +154,7 @@ def test_a_frontier_on_two_processes_is_that_of_one_also_when_they_were_killed(p
     kept = {file: file.read_bytes() for file in runs.glob("*/result.json")}
     assert len(kept) >= 2
     said = finished("frontier", two)
-    assert "of 3 runs are finished already" in said
+    assert "of 4 runs are finished already" in said
     assert kept == {file: file.read_bytes() for file in kept}
     for name in ("results.jsonl", "pairs.jsonl"):
         lines = [(tmp_path / run / "frontier" / name).read_text().splitlines() for run in ("two", "one")]
@@ -139,13 +162,78 @@ def test_a_frontier_on_two_processes_is_that_of_one_also_when_they_were_killed(p
     assert_close(*(json.loads((tmp_path / run / "frontier" / "optimum.json").read_text()) for run in ("two", "one")))
     for name in ("frontier.png", "displacement.png", "reward_model/result.json", "runs/dpo-beta-0.5-seed0/policy/config.json"):
         assert (tmp_path / "two" / "frontier" / name).is_file()
-    assert "2 of 3" in said or "3 of 3" in said
 
 
-@pytest.mark.parametrize("methods", ["online", "dpo,online-uncertainty"])
-def test_online_runs_of_a_frontier_are_refused_on_several_hosts(methods, tmp_path):
-    _, config = written(tmp_path, tmp_path)
-    refused = dataclasses.replace(load_config(config), run=RunConfig(dir=str(tmp_path), distributed="auto"))
-    refused = dataclasses.replace(refused, frontier=dataclasses.replace(refused.frontier, methods=methods))
-    with pytest.raises(ConfigError, match=f"frontier.methods: {methods.split(',')[-1]} runs on one host"):
-        frontier.run(refused)
+def test_online_on_two_processes_is_that_of_one_also_when_one_of_them_was_killed(policy, tmp_path):
+    one, two = written(tmp_path, policy)
+    flags = ("--online.elicitation", "uncertainty", "--online.refresh-reference-rounds", "2", "--online.rounds", "4")
+    assert main(["online", str(one), *flags]) == 0
+    processes, folder = both("online", two, *flags), tmp_path / "two" / "online"
+    until((folder / "round-001" / "samples.jsonl").is_file, processes)
+    processes[1].kill()
+    (first, said), (second, heard) = end(processes)
+    assert second == -signal.SIGKILL, f"{said}\n{heard}"
+    assert first != 0, said
+    assert not (folder / "result.json").exists()
+    said = finished("online", two, *flags)
+    assert f"continuing {folder} after" in said
+    once = tmp_path / "one" / "online"
+    assert_same_run(folder, once, steps=8)
+    assert (folder / "labels.jsonl").read_bytes() == (once / "labels.jsonl").read_bytes()  # none was asked twice
+    assert_close(*(lines_of(run / "rounds.jsonl") for run in (folder, once)))
+    for name in ("samples.jsonl", "prompts.jsonl", "scores.jsonl", "pairs.jsonl"):
+        assert_close(*(lines_of(run / "round-003" / name) for run in (folder, once)))
+    assert_same_model(*(run / "references" / "round-002" for run in (folder, once)))
+
+
+def test_labels_a_learned_reward_and_the_optimum_on_two_processes_are_those_of_one(policy, tmp_path, monkeypatch):
+    """One pair of processes makes all calls."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    one, two = written(tmp_path, policy)
+
+    def lab(config, run):
+        learned = ("--data.source", "files", "--data.path", str(tmp_path / run / "label"))
+        calls = (("label", config), ("reward-model", config, *learned), ("optimum", config))
+        return [[name, str(file), *rest] for name, file, *rest in calls]
+
+    assert [main(arguments) for arguments in lab(one, "one")] == [0, 0, 0]
+    with fake_judge(lambda asked, number: Say(A)) as judge:
+        flags = ("--online.reward", "judge", "--online.completions", "2", "--online.rounds", "1", "--judge.model", "m")
+        judged = ["online", str(two), *flags, "--judge.prompt", "summary-simple", "--judge.base-url", judge.url]
+        calls = [*lab(two, "two"), [*judged, "--judge.max-requests", "5"]]
+        (tmp_path / "calls.json").write_text(json.dumps(calls))
+        port = free_port()
+        ended = end([begin([__file__, tmp_path / "calls.json"], process=number, port=port) for number in range(2)])
+        assert [code for code, _ in ended] == [0, 0], ended
+        codes = [json.loads((tmp_path / f"codes-{number}.json").read_text()) for number in range(2)]
+        assert codes == [[0, 0, 0, 75]] * 2, ended
+        assert sum(judge.asked.values()) == 5  # the other host asked nobody, and ended like the first one
+    for split in ("train", "test"):
+        assert_close(*(lines_of(tmp_path / run / "label" / f"{split}.jsonl") for run in ("two", "one")))
+    assert_same_run(*(tmp_path / run / "reward-model" for run in ("two", "one")), steps=2)
+    heads = [load_head(tmp_path / run / "reward-model" / "export", width=32) for run in ("two", "one")]
+    np.testing.assert_allclose(heads[0]["kernel"], heads[1]["kernel"], rtol=1e-5, atol=1e-5)
+    assert abs(heads[0]["kernel"]).max() > 1e-3
+    assert_close(*(json.loads((tmp_path / run / "optimum" / "optimum.json").read_text()) for run in ("two", "one")))
+    assert (tmp_path / "two" / "optimum" / "optimum.png").is_file()
+
+
+def test_only_the_first_host_writes_labels_and_rounds(tmp_path, monkeypatch):
+    for module in ("labels", "stage", "references"):
+        monkeypatch.setattr(f"dpo_jax.online.{module}.is_first", lambda: False)
+    log = LabelLog(tmp_path / "labels.jsonl", {})
+    log.add(0, {("prompt", "text"): 1.0})
+    assert (log["prompt", "text"], log.count(0)) == (1.0, 1)
+    stage = Stage(tmp_path / "round-000", settings={}, weights={"policy": "a"})
+    stage.put("scores.jsonl", [{"number": 0, "score": 1.0}])
+    stage.finish({"labels": 1})
+    assert stage.record == {"labels": 1}
+    assert list(tmp_path.iterdir()) == []
+
+
+if __name__ == "__main__":
+    calls, _, address, _, count, _, number = sys.argv[1:]
+    hosts.start(address, int(count), int(number), heartbeat_seconds=20)
+    codes = [main(arguments) for arguments in json.loads(Path(calls).read_text())]
+    Path(calls).with_name(f"codes-{number}.json").write_text(json.dumps(codes))

@@ -176,7 +176,7 @@ def _on_many_hosts(name: str, config: Config) -> int:
             return _execute(name, config)
         except Exception as error:
             code = exit_code(error)
-            if code in (130, 143):  # agreed between all hosts
+            if code in (75, 130, 143):  # agreed between all hosts
                 raise
             # Others may wait for this host in a collective, and an orderly exit would wait for them. Once gone, it is missed.
             if code == 1 or _traceback_wanted():

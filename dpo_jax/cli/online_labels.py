@@ -18,6 +18,7 @@ from dpo_jax.judge.verdicts import VerdictLog
 from dpo_jax.models.digest import files_digest
 from dpo_jax.models.hub import resolve
 from dpo_jax.online.labels import Asked, Compare, Label
+from dpo_jax.runtime.hosts import is_first, of_first
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.study.page import WORDINGS, Comparison, Wording, make_study, render
 from dpo_jax.study.ratings import Judgment, read_key, read_raters, read_records, sealed
@@ -47,8 +48,27 @@ def compare_of(config: Config, run: RunDir) -> Compare | None:
     if config.online.reward == "judge":
         if importlib.util.find_spec("httpx2") is None:
             raise ConfigError(f"online.reward: judge needs the package httpx2: {install_command('judge')}")
-        return functools.partial(by_judge, config, run.path / "verdicts.jsonl", api_key(config))
-    return functools.partial(by_people, config, run.path) if config.online.reward == "people" else None
+        key = api_key(config) if is_first() else None  # the others ask nobody, and need none
+        return by_first(functools.partial(by_judge, config, run.path / "verdicts.jsonl", key))
+    return by_first(functools.partial(by_people, config, run.path)) if config.online.reward == "people" else None
+
+
+def by_first(compare: Compare) -> Compare:
+    """`compare` on the first of several hosts, which tells the others its labels, or why there are none yet."""
+
+    def ask_first(number: int, comparisons: Sequence[Asked]) -> Sequence[Label]:
+        def make() -> dict[str, Any]:
+            try:
+                return {"labels": list(compare(number, comparisons))}
+            except Unfinished as stopped:
+                return {"unfinished": str(stopped)}
+
+        found = of_first(make)
+        if "unfinished" in found:
+            raise Unfinished(found["unfinished"])
+        return found["labels"]
+
+    return ask_first
 
 
 def by_judge(config: Config, path: Path, key: str | None, number: int, comparisons: Sequence[Asked]) -> list[Label]:

@@ -27,6 +27,7 @@ from dpo_jax.logps import slots_to_pairs
 from dpo_jax.models.hf import save_hf
 from dpo_jax.models.weights import open_safetensors
 from dpo_jax.reward_model import HEAD, centred, completion_rewards, reward_step, scalar_head, with_scalar_head
+from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.step import init_state
@@ -161,7 +162,12 @@ def learn_reward(
 
 
 def save_reward_model(path: Path, model: Model, variables: Variables) -> Path:
-    """Writes the decoder as a Hugging Face folder, with the head in a file of its own. `variables` are on the host."""
+    """Writes the decoder as a Hugging Face folder, with the head in a file of its own. `variables` are on the host.
+
+    If there are several hosts, only the first one writes.
+    """
+    if not is_first():
+        return path
     (path / HEAD_FILE).unlink(missing_ok=True)  # a kill must not leave an old head beside new weights
     folder = save_hf(path, model, {"params": variables["params"]})
     head = {name: np.asarray(array, np.float32) for name, array in variables[HEAD].items()}

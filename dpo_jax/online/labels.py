@@ -7,6 +7,8 @@
 With one completion the label is its reward. With two it is 1 if the first won, 0 if the second did, 1/2 for a tie, null if
 undecided. Each line ends with a checksum that covers the settings of the log. A truncated or damaged line is dropped, and its
 label is requested again.
+
+With several hosts, all of them have the labels; the first one reads and writes the file.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import numpy as np
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.online.choices import shares_won
+from dpo_jax.runtime.hosts import from_first, is_first, of_first
 from dpo_jax.runtime.progress import reported
 from dpo_jax.shapes import fit
 from dpo_jax.training.fingerprint import check_settings
@@ -46,7 +49,7 @@ class Asked(NamedTuple):
 
 Compare = Callable[[int, Sequence[Asked]], Sequence[Label]]
 """(number of the round, comparisons) -> labels in their order. It may raise while answers are missing; called again with the
-same comparisons, it continues."""
+same comparisons, it continues. Several hosts all call it, and must get the same labels."""
 
 
 class LabelLog:
@@ -60,10 +63,13 @@ class LabelLog:
         self.path, self._labels, self._rounds = Path(path), {}, {}
         self._settings = json.loads(json.dumps(dict(settings), sort_keys=True))
         self._key = hashlib.blake2b(json.dumps(self._settings, sort_keys=True).encode()).digest()
-        if not self.path.exists():
-            write_whole(self.path, self._sealed({"settings": self._settings}))
-            return
-        self._read(say)
+        if is_first():
+            self._open(say)
+        for number, label, *key in of_first(self._known):
+            self._labels[tuple(key)], self._rounds[tuple(key)] = label, number
+
+    def _known(self) -> list[Any]:
+        return [[self._rounds[key], label, *key] for key, label in self._labels.items()]
 
     def __contains__(self, key: Key) -> bool:
         return key in self._labels
@@ -88,10 +94,11 @@ class LabelLog:
             prompt, *completions = key
             value = None if label is None else float(label)
             lines.append(self._sealed({"round": number, "prompt": prompt, "completions": completions, "label": value}))
-        with appending(self.path, "ab") as file:
-            file.write(b"".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
+        if is_first():
+            with appending(self.path, "ab") as file:
+                file.write(b"".join(lines))
+                file.flush()
+                os.fsync(file.fileno())
         self._labels |= labels
         self._rounds |= dict.fromkeys(labels, number)
 
@@ -101,7 +108,10 @@ class LabelLog:
     def _sum(self, record: Mapping[str, Any]) -> str:
         return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), key=self._key, digest_size=8).hexdigest()
 
-    def _read(self, say: Callable[[str], None]) -> None:
+    def _open(self, say: Callable[[str], None]) -> None:
+        if not self.path.exists():
+            write_whole(self.path, self._sealed({"settings": self._settings}))
+            return
         sound, damaged = [], []
         with regular(self.path).open("rb") as file:
             for number, line in enumerate(lines_of(file), start=1):
@@ -148,13 +158,14 @@ def scored(
     """Rewards of the K completions of each of N prompts: float64[N, K]. Labels already in `log` are not requested again.
 
     About `batch` completions are scored at a time, and logged before the next. `pause()` is called in between, and may raise.
+    Several hosts all score them, because a learned reward may be sharded over their devices; the first host's scores count.
     """
     keys = [(prompt, text) for prompt, its in zip(prompts, texts, strict=True) for text in its]
     todo = list(dict.fromkeys(key for key in keys if key not in log))
     with reported("labels", total=len(todo), unit="completions", brief=True) as task:
         for start in range(0, len(todo), batch):
             here = todo[start : start + batch]
-            values = np.asarray(reward([prompt for prompt, _ in here], [text for _, text in here]), np.float64)
+            values = from_first(np.asarray(reward([prompt for prompt, _ in here], [text for _, text in here]), np.float64))
             log.add(number, dict(zip(here, values.tolist(), strict=True)))
             task.advance(len(here))
             pause()

@@ -15,8 +15,8 @@ from dpo_jax.lab.world import Points, World
 from dpo_jax.losses import PreferenceLoss
 from dpo_jax.online.labels import LabelLog
 from dpo_jax.online.rounds import RoundOptions, Rounds
+from dpo_jax.runtime import hosts
 from dpo_jax.runtime.fit import fit
-from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.types import TrainState, Variables
 
 Keep = Callable[[dict[str, float], Variables], None]
@@ -51,7 +51,9 @@ class OnlineMethod:
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             labels = float(log.total((done - 1) // options.steps))
-            points.append({"step": float(done), **world.measure(state.variables), "labels": labels})
+            measured = world.measure(state.variables)
+            # On it depends what is kept, which all hosts save together.
+            points.append(hosts.of_first(lambda: {"step": float(done), **measured, "labels": labels}))
             keep(points[-1], state.variables)
             return points[-1]
 
@@ -61,7 +63,7 @@ class OnlineMethod:
         rounds.begin(world.reference)
         # Training donates its initial state, so it gets a copy.
         start = partitioner.put_variables(partitioner.to_host(world.reference))
-        with MetricsLog(folder / "metrics.jsonl") as metrics:
+        with hosts.metrics_log(folder / "metrics.jsonl") as metrics:
             state = fit(
                 self.step,
                 partitioner.init_state(functools.partial(world.begin, tx=self.tx), start),
@@ -73,5 +75,6 @@ class OnlineMethod:
                 renew=renew,
                 renew_every=options.steps,
                 get_state=partitioner.get_state,
+                agree=hosts.agreement(),
             )
         return points, partitioner.to_host(state.variables)

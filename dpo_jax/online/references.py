@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from dpo_jax.runtime.hosts import barrier, is_first, of_first
 from dpo_jax.runtime.rundir import write_json
 from dpo_jax.shapes import fit
 from dpo_jax.types import Variables
@@ -18,7 +19,8 @@ class KeptReferences:
     """References in `folder`: one for each round at whose beginning the policy became the reference.
 
     `save(path, variables)` writes a model folder; `load(path) -> (variables, digest)` reads one onto the devices. A policy is
-    always used as read back from disk, so that a resumed run has the same numbers.
+    always used as read back from disk, so that a resumed run has the same numbers. Several hosts share
+    `folder` and all make the same calls: the first one writes in `save`, and all of them read.
     """
 
     def __init__(
@@ -41,12 +43,19 @@ class KeptReferences:
         """Saves the policy of round `number`, unless it is there. Deletes older ones except the last."""
         if not self.has(number, weights):
             path = self._path(number)
-            self._file(number).unlink(missing_ok=True)
+            if is_first():
+                self._file(number).unlink(missing_ok=True)
             self._current = None
             self._save(path, variables)
+            barrier("a kept reference")  # which the first host has written
             variables, digest = self._load(path)
             self._current = number, variables
-            write_json(self._file(number), {"weights": weights, "digest": digest})
+            if is_first():
+                write_json(self._file(number), {"weights": weights, "digest": digest})
+        if is_first():
+            self._forget(number)
+
+    def _forget(self, number: int) -> None:
         kept = sorted(int(file.stem.split("-")[1]) for file in self.folder.glob("round-*.json"))
         for old in [one for one in kept if one <= number][:-KEPT]:
             self._file(old).unlink()
@@ -66,10 +75,13 @@ class KeptReferences:
         return self._current[1]
 
     def _record(self, number: int) -> dict[str, str] | None:
-        try:
-            return fit(read_object(self._file(number)), {"weights": str, "digest": str}, str(self._file(number)))
-        except (OSError, Unreadable):
-            return None
+        def read() -> dict[str, str] | None:
+            try:
+                return fit(read_object(self._file(number)), {"weights": str, "digest": str}, str(self._file(number)))
+            except (OSError, Unreadable):
+                return None
+
+        return of_first(read)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"round-{number:03}"

@@ -9,6 +9,8 @@ Then training continues: it is one run, with one schedule and one optimizer stat
     scores.jsonl    the scores of their completions
     pairs.jsonl     prompt, chosen, rejected: preferences that `dpo-jax dpo --data.path` reads
     stage.json      which of these are finished, what they depend on, and the row of the round in rounds.jsonl
+
+Several hosts all make the same calls: they sample and score on the devices of all, and the first one has the files.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from dpo_jax.online.references import KeptReferences
 from dpo_jax.online.samples import ROW, Samples, encoded_pairs, read_samples, sample_completions
 from dpo_jax.online.stage import Stage, read_stage
 from dpo_jax.runtime.checkpoint import CheckpointDamaged
+from dpo_jax.runtime.hosts import from_first, is_first
 from dpo_jax.training.references import SAY
 from dpo_jax.types import Variables
 from dpo_jax.writing import write_whole
@@ -216,7 +219,8 @@ class Rounds:
         samples = self._samples(stage, number, variables)
         pause()
         estimates = self._estimates(samples, number)
-        chosen = choose_prompts(estimates, samples.texts, options.prompts, how=options.elicitation)
+        # Where processors differ, so may the last bits of what the choice depends on.
+        chosen = from_first(choose_prompts(estimates, samples.texts, options.prompts, how=options.elicitation))
         stage.put("prompts.jsonl", _prompt_rows(samples, estimates, {*chosen.tolist()}))
         asked = samples.of(chosen)
         texts = asked.prompts.texts, asked.texts
@@ -345,6 +349,8 @@ class Rounds:
         }
 
     def _write_rounds(self, number: int) -> None:
+        if not is_first():
+            return
         folders = (self.folder / f"round-{one:03}" for one in range(number + 1))
         stages = (read_stage(folder, say=lambda words: None) for folder in folders)
         rows = [stage["record"] for stage in stages if stage and stage["record"]]

@@ -2,6 +2,8 @@
 
 `stage.json` lists each finished file with its SHA-256, and what all of them depend on. Files it does not list are made again.
 It is written last, so a kill may leave a file unlisted, but never a wrong file listed.
+
+Several hosts all make the same calls. The first one reads and writes, and passes on what it has read.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.data.terminal import json_text
+from dpo_jax.runtime.hosts import is_first, of_first
 from dpo_jax.runtime.rundir import write_json
 from dpo_jax.shapes import Shape, fit
 from dpo_jax.training.fingerprint import check_settings
@@ -45,7 +48,7 @@ class Stage:
         self._weights = dict(weights)
         self._files: dict[str, str] = {}
         self._record: dict[str, Any] = {}
-        found = read_stage(folder, say=say)
+        found = of_first(lambda: read_stage(folder, say=say))
         if found is None:
             return
         check_settings(str(folder), found["settings"], self._settings)
@@ -58,10 +61,7 @@ class Stage:
         """Whether file `name` is finished and unchanged."""
         if name not in self._files:
             return False
-        try:
-            whole = hashlib.sha256(read_bytes(regular(self.folder / name))).hexdigest() == self._files[name]
-        except (OSError, Unreadable):
-            whole = False
+        whole = of_first(lambda: self._is_whole(name))
         if not whole:
             self._say(f"{self.folder / name}: damaged or changed; it is made again")
         return whole
@@ -69,17 +69,22 @@ class Stage:
     def put(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes file `name`, one row per line, and lists it as finished."""
         content = "".join(json_text(dict(row)) + "\n" for row in rows).encode()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / name, content)
+        if is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / name, content)
         self._files[name] = hashlib.sha256(content).hexdigest()
         self._write()
 
     def rows(self, name: str, shape: Shape) -> list[dict[str, Any]]:
         """The rows of file `name`, which must have passed `has`. Raises `Unreadable` for rows of another shape."""
-        found = read_lines(self.folder / name, lambda row: fit(row, shape, "no such row"))
-        if found.damaged:
-            raise Unreadable(f"{self.folder / name}: {found.words}")
-        return found.rows
+
+        def read() -> list[dict[str, Any]]:
+            found = read_lines(self.folder / name, lambda row: fit(row, shape, "no such row"))
+            if found.damaged:
+                raise Unreadable(f"{self.folder / name}: {found.words}")
+            return found.rows
+
+        return of_first(read)
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Marks the whole round as finished. `record`: JSON values about it."""
@@ -95,7 +100,15 @@ class Stage:
         """The record given to `finish`; empty before."""
         return self._record
 
+    def _is_whole(self, name: str) -> bool:
+        try:
+            return hashlib.sha256(read_bytes(regular(self.folder / name))).hexdigest() == self._files[name]
+        except (OSError, Unreadable):
+            return False
+
     def _write(self) -> None:
+        if not is_first():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {"settings": self._settings, "weights": self._weights, "files": self._files, "record": self._record}
         write_json(self.folder / STAGE, {**content, "digest": _digest(content)})

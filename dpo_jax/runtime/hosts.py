@@ -118,9 +118,10 @@ def of_first(make: Callable[[], Any]) -> Any:
     """The result of `make()`, called on the first host only and sent to all: JSON values."""
     if jax.process_count() == 1:
         return make()
-    text = np.frombuffer(json.dumps(make()).encode(), np.uint8) if is_first() else np.zeros(0, np.uint8)
-    length = int(from_first(np.array([len(text)]))[0])
-    return json.loads(from_first(text if is_first() else np.zeros(length, np.uint8)).tobytes())
+    text = json.dumps(make()).encode() if is_first() else b""
+    # Blanks make it a power of two long: each length is a program that is compiled.
+    length = int(from_first(np.array([1 << len(text).bit_length()]))[0])
+    return json.loads(from_first(np.frombuffer(text.ljust(length), np.uint8)).tobytes())
 
 
 def whole(leaf: Any) -> np.ndarray:

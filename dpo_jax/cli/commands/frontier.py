@@ -71,8 +71,6 @@ MAX_KL = 20.0  # KL in nats at which the figure ends
 def run(config: Config) -> int:
     config = sized(config)
     refuse_bfloat16(config, "frontier")
-    if config.run.distributed == "auto" and (online := sorted({*ONLINE} & {*config.frontier.chosen()})):
-        raise ConfigError(f"frontier.methods: {', '.join(online)} runs on one host; leave it out, or set run.distributed off")
     make_reference(config)
     with build.open_run(config, "frontier") as run_dir:
         world, digests = make_world(config, train="prompts", test="test_prompts")

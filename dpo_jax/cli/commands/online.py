@@ -35,6 +35,7 @@ from dpo_jax.models.hf import save_hf
 from dpo_jax.online.labels import LabelLog
 from dpo_jax.online.references import KeptReferences
 from dpo_jax.online.rounds import RoundOptions, Rounds
+from dpo_jax.runtime import hosts
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.runtime.training_progress import Progress
@@ -71,9 +72,10 @@ def run(config: Config) -> int:
         before = _measured(world, world.reference)
         print(f"the reference: {_words(before)}", flush=True)
         state = _train(config, section, run_dir, world, rounds, saved=saved, start=digests["start"])
-        points = [row for row in read_metrics(run_dir.metrics) if is_evaluation(row)]
+        points = hosts.of_first(lambda: list(filter(is_evaluation, read_metrics(run_dir.metrics))))
         named = [{name.removeprefix("eval/"): value for name, value in row.items()} for row in points]
-        write_json(run_dir.path / "result.json", {"points": [{"step": 0, **before}, *named]})
+        if hosts.is_first():
+            write_json(run_dir.path / "result.json", {"points": [{"step": 0, **before}, *named]})
         part = _part(config, world)
         write = writer(part, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
         as_run = dataclasses.replace(config, dpo=section)
@@ -140,8 +142,10 @@ def _rounds(config: Config, run: RunDir, world: World, digests: Mapping[str, str
     )
     part = _part(config, world)
 
-    def save(path: Path, variables: Variables) -> object:
-        return save_hf(path, part.base, part.merged(world.partitioner.to_host(variables)))
+    def save(path: Path, variables: Variables) -> None:
+        whole = part.merged(world.partitioner.to_host(variables))
+        if hosts.is_first():
+            save_hf(path, part.base, whole)
 
     def load(path: Path) -> tuple[Variables, str]:
         return build.load_weights(str(path), part.base, world.partitioner, name="online.refresh_reference_rounds")

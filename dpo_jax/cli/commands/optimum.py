@@ -19,6 +19,7 @@ from dpo_jax.evals.frontier_plot import plot_frontier
 from dpo_jax.lab import report
 from dpo_jax.lab.optimum import estimate, to_json
 from dpo_jax.lab.sweep import Result
+from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.rundir import write_json
 
 KLS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)  # KLs of the printed table, in nats
@@ -33,6 +34,8 @@ def run(config: Config) -> int:
         best, drawn = estimate(world, world.test, samples=section.optimum_samples, policies=[], seed=config.run.seed)
         several = numbers(section.best_of)
         best_of_n = report.best_of_results(drawn.rewards, several, seed=config.run.seed, beside=drawn.beside)
+        if not is_first():
+            return 0
         points = [{"n": result.run.settings["n"], **result.points[0]} for result in best_of_n]
         write_json(run_dir.path / "optimum.json", {**to_json(best), "best_of_n": points})
         figure = plot_frontier(report.points(best_of_n), best, run_dir.path / "optimum.png")

@@ -17,6 +17,7 @@ from dpo_jax.data.prepare import data_digest
 from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.evals.calibration import accuracy
 from dpo_jax.lab.reward_model import RewardModel, fit_reward_model, judged, save_reward_model
+from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.rundir import write_json
 from dpo_jax.training.fingerprint import architecture
 
@@ -65,9 +66,10 @@ def run(config: Config) -> int:
         figures, margins = judged(rewards), rewards[:, 0] - rewards[:, 1]
         low, high = (accuracy(margins)[end] for end in ("low", "high"))
         folder = save_reward_model(run_dir.export, model, part.merged(variables))
-        save_tokenizer(tokenizer, folder)
         found = {**figures, "accuracy_low": low, "accuracy_high": high, "pairs": len(test)}
-        write_json(run_dir.path / "result.json", {"validation": validation, "test": found})
+        if is_first():
+            save_tokenizer(tokenizer, folder)
+            write_json(run_dir.path / "result.json", {"validation": validation, "test": found})
         print(f"the checkpoint of step {validation['step']:g} has the lowest validation loss: {validation['loss']:.4f}")
         print(
             f"on the test split: loss {figures['loss']:.4f} (no preference learnt: 0.6931), "
