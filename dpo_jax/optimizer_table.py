@@ -62,7 +62,7 @@ OPTIMIZERS: Mapping[str, Choice] = {
         _DECAY,
         "1804.04235",
     ),
-    "lion": Choice("Lion; lr 3 to 10 times below that of AdamW", {**_DECAY, "b1": 0.9, "b2": 0.99}, "2302.06675"),
+    "lion": Choice("Lion; use an lr 3 to 10 times lower than for AdamW", {**_DECAY, "b1": 0.9, "b2": 0.99}, "2302.06675"),
     "muon": Choice(
         "Muon for the matrices of layers, with updates of AdamW's size; AdamW with Nesterov momentum for the rest",
         {"weight_decay": 0.0, **_ADAM, "momentum": 0.95},
@@ -72,11 +72,11 @@ OPTIMIZERS: Mapping[str, Choice] = {
 }
 
 SCHEDULES: Mapping[str, Choice] = {
-    "constant": Choice("stays at lr, as in the original", {}, "2305.18290"),
-    "linear": Choice("falls on a line that ends at 0 with the run", {}, ""),
-    "cosine": Choice("falls on half a cosine", {"min_lr_ratio": 0.0}, "1608.03983"),
+    "constant": Choice("constant lr, as in the original", {}, "2305.18290"),
+    "linear": Choice("linear decay to 0 at the end of the run", {}, ""),
+    "cosine": Choice("cosine decay to min_lr_ratio", {"min_lr_ratio": 0.0}, "1608.03983"),
     "wsd": Choice(
-        "warm-up, stable, decay: falls on a line in the last part of the run",
+        "warm-up, stable, decay: linear decay in the last part of the run",
         {"min_lr_ratio": 0.0, "decay_ratio": 0.1},
         "2404.06395",
     ),
