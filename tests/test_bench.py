@@ -355,10 +355,10 @@ def test_the_command_leaves_table_figures_and_plot(config, tmp_path, capsys):
     ("flags", "expected"),
     [
         (["--bench.contenders", "jax-hed"], "bench.contenders: 'jax-hed' is none of torch-live"),
-        (["--bench.groups", "3"], "bench.groups: 3 equal parts do not make up a batch of 4 pairs"),
-        (["--bench.lengths", "100/50/50"], "bench.lengths: 100/50/50 makes rows of 150 tokens, and the model reads 128"),
+        (["--bench.groups", "3"], "bench.groups: dpo.batch, 4 pairs, cannot be split into 3 equal parts"),
+        (["--bench.lengths", "100/50/50"], "bench.lengths: 100/50/50 makes rows of 150 tokens, but the model has 128"),
         (["--bench.lengths", "1/2"], "bench.lengths: must be three lengths in tokens"),
-        (["--bench.torch-python", "no-such-python"], "bench.torch_python: no-such-python is no program"),
+        (["--bench.torch-python", "no-such-python"], "bench.torch_python: no-such-python cannot be run as a program"),
         (["--bench.contenders", "trl", "--bench.torch-python", "false"], "bench.contenders: false has no torch or no trl"),
         (["--dpo.epochs", "2"], "--dpo.epochs: bench does not read this option"),
         (["--lora.rank", "8"], "--lora.rank: bench does not read this option"),

@@ -203,7 +203,7 @@ def test_a_model_folder_that_is_no_model_is_refused_by_its_option(done, tmp_path
 def test_impossible_sizes_are_refused_before_compiling(done, tmp_path):
     here = ("--run.dir", tmp_path, "--dpo.policy", done / "sft" / "export")
     pmap = ("--run.devices", "pmap", "--dpo.batch", 6)
-    assert "dpo.batch: 6 does not divide among 4 devices x 1 microbatches; the nearest batch that does is 8" in refused(
+    assert "dpo.batch: 6 cannot be split over 4 devices x 1 microbatches; the nearest batch that can is 8" in refused(
         2, "dpo", done.config, *here, *pmap
     )
     assert "dpo.microbatches: must divide batch: 16 do not split into 3 equal parts; the nearest is 2" in refused(

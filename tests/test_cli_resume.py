@@ -169,7 +169,7 @@ def test_another_model_is_refused_before_anything_is_read(done, tmp_path):
 
 def test_a_run_not_to_resume_is_refused_before_anything_is_computed(done, tmp_path):
     message = refused(2, "dpo", done.config, "--run.no-resume", "--dpo.policy", tmp_path / "nothing")
-    assert "run.resume: is off, and " in message
+    assert "run.resume: is off, but " in message
     assert "dpo/checkpoints holds checkpoints; turn it on, or choose another --run.dir" in message
 
 
@@ -241,7 +241,7 @@ def test_rows_in_pieces_are_refused_where_whole_ones_are_read(done, tmp_path):
         assert "mesh.context: sample needs whole rows on each device: set mesh.context 1" in refused(
             2, "sample", done.config, "--run.devices", "mesh", *here[2:], *more
         )
-        assert "mesh.context: run.devices pmap cuts no rows: set run.devices mesh, or mesh.context 1" in refused(
+        assert "mesh.context: run.devices pmap does not split rows: set run.devices mesh, or mesh.context 1" in refused(
             2, "dpo", done.config, "--run.devices", "pmap", *here, *more
         )
     assert "mesh.context: must be a number" in refused(2, "dpo", done.config, *here[:-1], -1)
@@ -253,7 +253,7 @@ def test_a_mesh_that_does_not_fit_is_refused_before_any_weights_are_read(done, t
         2, "dpo", done.config, *here, "--mesh.tensor", 3
     )
     assert (
-        "head_kernel (450, 32): axis 'vocab' of 450 does not divide among tensor 4; the nearest size that does is 2"
+        "head_kernel (450, 32): axis 'vocab' of 450 cannot be split over tensor 4; the nearest size that can is 2"
         in refused(2, "dpo", done.config, *here, "--mesh.tensor", 4)
     )
     assert "mesh.fsdp: only one size can be -1" in refused(2, "dpo", done.config, *here, "--mesh.data", -1)
@@ -261,7 +261,7 @@ def test_a_mesh_that_does_not_fit_is_refused_before_any_weights_are_read(done, t
         2, "dpo", done.config, *here, "--mesh.data", 3, "--mesh.fsdp", 1
     )
     new = ("--run.dir", tmp_path, "--run.devices", "mesh", "--tokenizer.path", done / "tokenizer", "--model.vocab-size", 512)
-    assert "axis 'kv_heads' of 2 x 16 does not divide among tensor 4; the nearest size that does is 2" in refused(
+    assert "axis 'kv_heads' of 2 x 16 cannot be split over tensor 4; the nearest size that can is 2" in refused(
         2, "sft", done.config, *new, "--mesh.tensor", 4
     )
     assert not list(tmp_path.glob("*/checkpoints"))

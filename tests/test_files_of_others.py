@@ -60,7 +60,7 @@ def test_a_report_into_a_folder_of_somebody_elses_is_refused_and_changes_nothing
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     (out / name).write_text("![x](images/holiday.jpg)\n# Results\n")
     before = tree(out)
-    words = f"report.out: {out} holds {'/'.join(name.split('/')[:2])}, which no report has written there"
+    words = f"report.out: {out} holds {'/'.join(name.split('/')[:2])}, which was not written by a report"
     for work in (earlier_images, lambda out: write_page(out, page)):
         with pytest.raises(ConfigError, match=re.escape(words)):
             work(out)
@@ -72,7 +72,7 @@ def test_the_command_and_its_check_refuse_before_anything_is_written(finished, t
     (tmp_path / "images" / "01-a.png").write_bytes(b"mine")
     for flags in ((), ("--check",)):
         words = refused(2, "report", finished, "--report.out", tmp_path, "--report.no-digests", *flags)
-        assert "holds images/01-a.png, which no report has written there: choose another --report.out" in words
+        assert "holds images/01-a.png, which was not written by a report: choose another --report.out" in words
     assert tree(tmp_path) == {"images": None, "images/01-a.png": b"mine"}
     assert not (tmp_path / "run.lock").exists()
 
@@ -83,7 +83,7 @@ def test_images_behind_a_link_are_not_deleted(tmp_path):
     write_page(out, page)
     (out / "images").rename(tmp_path / "photos")
     (out / "images").symlink_to(tmp_path / "photos")
-    with pytest.raises(ConfigError, match="holds images, which no report has written"):
+    with pytest.raises(ConfigError, match="holds images, which was not written by a report"):
         write_page(out, page)
     assert (tmp_path / "photos" / "01-loss.png").read_bytes() == PIXEL
 
@@ -171,11 +171,11 @@ def test_an_export_replaces_only_what_an_export_has_written(tmp_path):
     model, variables = load_hf(GOLDEN / "gpt2" / "init")
     save_hf(folder, model, variables)
     (folder / "model_ema.safetensors").write_bytes(b"mine")
-    with pytest.raises(ConfigError, match="export.out: .*model is there already, and dpo-jax export has not written it"):
+    with pytest.raises(ConfigError, match="export.out: .*model already exists and was not written by dpo-jax export"):
         refuse_foreign(folder)
     for others in ("How I compared trl with dpo_jax\n", "---\ntags: [trl]\n---\n- dpo_jax\ntags: [dpo_jax]\n"):
         (folder / "README.md").write_text(others)
-        with pytest.raises(ConfigError, match="dpo-jax export has not written it"):
+        with pytest.raises(ConfigError, match="was not written by dpo-jax export"):
             refuse_foreign(folder)
     for ours in ("---\nlicense: mit\ntags: [dpo_jax, dpo]\n---\n", "---\ntags:\n- other\n- dpo_jax\n---\nMine."):
         (folder / "README.md").write_text(ours)
@@ -326,7 +326,7 @@ def test_completions_replace_only_completions(tmp_path):
     for others in ("run: {dir: a}\n", '{"prompt": "a"}\n', "\n", "\0"):
         out.write_text(others)
         with pytest.raises(
-            ConfigError, match="sample.out: .*out.jsonl is there already, and dpo-jax sample has not written it"
+            ConfigError, match="sample.out: .*out.jsonl already exists and was not written by dpo-jax sample"
         ):
             refuse_other_lines(str(out))
     with pytest.raises(ConfigError, match="sample.out"):

@@ -207,5 +207,5 @@ def test_a_file_outside_of_its_repository_is_refused(hub):
 def test_check_tells_of_a_data_set_of_the_hub_without_asking(hub, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("data: {path: org/pairs}\nmodel: {width: 16, layers: 1, heads: 1}\n")
     assert main(["audit", "c.yaml", "--run.dir", "r", "--check"]) == 0
-    assert "org/pairs: from the Hub or its local cache; not looked at" in capsys.readouterr().out
+    assert "org/pairs: from the Hub or its local cache; not checked" in capsys.readouterr().out
     assert not hub.asked

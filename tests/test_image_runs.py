@@ -326,7 +326,7 @@ def test_commands_for_texts_refuse_the_first_image(made, tmp_path, command):
     options = ("--run.dir", tmp_path, *start, *flags.get(command, ()))
     for check in ((), ("--check",)):
         message = refused(2, command, made / "images.yaml", *options, *check)
-        assert "train.jsonl:1: the prompt shows an image, and this command reads texts only" in message
+        assert "train.jsonl:1: the prompt shows an image, but this command reads only texts" in message
 
 
 def test_a_model_without_an_encoder_is_refused_by_row_and_option(done, tmp_path):
@@ -350,7 +350,7 @@ def test_a_model_without_an_encoder_is_refused_by_row_and_option(done, tmp_path)
     save_file({**tensors, name: tensors[name] + 1}, other / "model.safetensors")
     flags = ("--run.dir", tmp_path, "--dpo.policy", folder / "base", "--dpo.reference", other)
     assert "dpo.reference: " in (message := refused(2, "dpo", folder / "images.yaml", *flags))
-    assert "and both must have the same one" in message
+    assert "have different vision encoders, but must share one" in message
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_computed(made, tmp_path):
@@ -358,9 +358,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(made, tmp_path
     shutil.copytree(made / "base", tmp_path / "base")
     (tmp_path / "base" / "preprocessor_config.json").unlink()
     for flags in ((), ("--check",)):
-        assert "mesh.context: 2 cuts rows into pieces" in refused(2, "sft", made / "images.yaml", *context, *flags)
+        assert "mesh.context: 2 splits rows, but rows with images must stay whole" in refused(2, "sft", made / "images.yaml", *context, *flags)
         message = refused(2, "sft", made / "images.yaml", "--run.dir", tmp_path, "--model.path", tmp_path / "base", *flags)
-        assert "an image becomes 896 x 896 pixels and 4 tokens by preprocessor_config.json (which is not there" in message
+        assert "an image becomes 896 x 896 pixels and 4 tokens by preprocessor_config.json (missing; these are Gemma 3's)" in message
     short = ("--run.dir", tmp_path, "--data.max-prompt-length", 20, "--data.max-length", 40, "--data.max-dropped-share", 0.1)
     message = refused(65, "sft", made / "images.yaml", *short)
     assert "tokens of images are left: truncation cut one; raise max_prompt_length" in message

@@ -352,9 +352,9 @@ def toy(axes, shape=(8, 6)):
         (
             toy(("embed", "mlp")),
             {},
-            r"params.kernel \(8, 6\): axis 'mlp' of 6 does not divide among tensor 4; the nearest .* is 2",
+            r"params.kernel \(8, 6\): axis 'mlp' of 6 cannot be split over tensor 4; the nearest .* is 2",
         ),
-        (toy(("embed", "heads"), (8, 16)), {"heads": 8}, r"axis 'heads' of 2 x 8 does not divide among tensor 4; .* is 2"),
+        (toy(("embed", "heads"), (8, 16)), {"heads": 8}, r"axis 'heads' of 2 x 8 cannot be split over tensor 4; .* is 2"),
         (toy(("mlp", "vocab")), {}, r"params.kernel \(8, 6\): its axes 'mlp' and 'vocab' would both lie along tensor"),
         (toy(("embed", "time")), {}, r"params.kernel: no rule says where its axis 'time' \(length 6\) lies"),
         (toy(("embed",)), {}, r"params.kernel: 1 axes \('embed',\) are named, its shape is \(8, 6\)"),

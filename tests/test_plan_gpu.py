@@ -340,7 +340,7 @@ def test_a_plan_for_gpus_from_the_command_line(tmp_path, capfd):
     assert not noise  # of XLA; the progress of a slow compilation is ours
     assert printed.startswith("h100:2x4: 8 chips of 85 GB; model: the sizes in section model\n")
     assert "fits        yes" in printed
-    assert "of it in groups across hosts" in printed
+    assert "of it between hosts" in printed
     assert "at peak     989 TFLOP/s dense bfloat16, 3.35 TB/s memory, 450 GB/s links, 50 GB/s network a GPU\n" in printed
     record = json.loads((tmp_path / "plan" / "plan.json").read_text())["plans"][0]
     assert record["mesh"] == {"data": 1, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}

@@ -207,4 +207,4 @@ def test_the_command_leaves_table_and_figures(config, tmp_path, capsys, torch_py
     assert 1 <= results["work"]["mean_tokens"] <= 6
     assert results["ratio"]["tokens_per_second"] > 0
     assert main(["bench", config, "--bench.sampling", "5/30/6", "--bench.torch-python", torch_python]) == 2
-    assert "bench.sampling: 5/30/6 makes rows of 36 tokens, and the model reads 32" in capsys.readouterr().err
+    assert "bench.sampling: 5/30/6 makes rows of 36 tokens, but the model has 32" in capsys.readouterr().err

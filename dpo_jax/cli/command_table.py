@@ -108,7 +108,7 @@ COMMANDS = {
         ("judge", "data"),
     ),
     "plan": Command(
-        "what training takes on TPUs or GPUs: memory, collectives, time (compiled without one)",
+        "memory, collectives and time of training on TPUs or GPUs (compiled without one)",
         (
             *("run.dir", "run.devices", "run.precision", "mesh", "data", "model", "tokenizer.vocab_size"),
             *("lora", "dpo", "refs.batch", "plan"),
@@ -120,7 +120,7 @@ COMMANDS = {
         ("run.dir", "run.checkpoints", "export"),
     ),
     "label": Command(
-        "make preferences of the policy's samples by a known reward",
+        "label samples of the policy by a known reward",
         (*_RUN, "dpo.policy", *_experiment("prompts", "test_prompts", "completions", "labels")),
         ("data",),
     ),
@@ -145,12 +145,12 @@ COMMANDS = {
         ("data",),
     ),
     "online": Command(
-        "rounds of samples of the policy, labels by a reward, a judge or people, and DPO on them",
+        "online DPO: rounds of sampling, labels by a reward, a judge or people, and training",
         (*_run_without("eval_every_examples"), "lora", *_ONLINE, "online", "export.dtype"),
         ("data",),
     ),
     "optimum": Command(
-        "the best reward that is possible at every KL, and Best-of-N",
+        "the optimal reward at every KL, and Best-of-N",
         (*_RUN, "dpo.policy", *_experiment("optimum_prompts", "optimum_samples", "best_of", "second_reward")),
         ("data",),
     ),
@@ -160,7 +160,7 @@ COMMANDS = {
         ("data", "model"),
     ),
     "robust": Command(
-        "flipped labels, a shift of prompts, over-optimisation: what they do to true reward at equal KL",
+        "effect of flipped labels, prompt shift and over-optimisation on true reward at equal KL",
         (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, *_SWEPT, *_PPO, "robust"),
         ("data", "model"),
     ),
@@ -182,7 +182,7 @@ COMMANDS = {
         ("data", "model"),
     ),
     "study": Command(
-        "make a page on which people compare two sets of completions",
+        "make a page where people compare two sets of completions",
         ("run.dir", "run.seed", "study"),
         ("study",),
     ),
@@ -195,7 +195,7 @@ COMMANDS = {
         ("report",),
         ("report",),
     ),
-    "bench": Command("race our training against PyTorch", _BENCH, ("data", "model")),
+    "bench": Command("benchmark our training against PyTorch", _BENCH, ("data", "model")),
 }
 
 # Every command reads files that may come from elsewhere.

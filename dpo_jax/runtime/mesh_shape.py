@@ -66,7 +66,7 @@ def uneven(axis: str, length: int, *, over: str, size: int, unit: int, devices: 
         return None
     nearest = next(smaller for smaller in range(size, 0, -1) if count % smaller == 0 and devices % smaller == 0)
     what = f"axis {axis!r} of {count}" + (f" x {unit}" if unit > 1 else "")
-    return f"{what} does not divide among {over} {size}; the nearest size that does is {nearest}"
+    return f"{what} cannot be split over {over} {size}; the nearest size that can is {nearest}"
 
 
 def check_lengths(lengths: Mapping[str, int], sizes: Mapping[str, int], *, units: Units) -> None:

@@ -119,6 +119,6 @@ def _partitioner(config: Config) -> Partitioner:
     for name in ("batch", "transitions"):
         if getattr(config.control, name) % partitioner.row_shards:
             raise ConfigError(
-                f"control.{name}: does not divide among {partitioner.row_shards} devices; take a multiple of that"
+                f"control.{name}: cannot be split over {partitioner.row_shards} devices; use a multiple of that"
             )
     return partitioner

@@ -9,10 +9,10 @@ from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config.file import ConfigError, is_count, suggest
 
 OPTIONS = """\
-  --check                   check data, models, devices and the run directory, say what would run, and end
-  --check-after=CMD,CMD     the same, taking for granted what these commands of the same run directory will make
-  --check-devices=N         the same, for N devices: whether the batch and the mesh divide
-  --check-elsewhere=FOLDER  the same, for hosts that have a disk at FOLDER: what lies there is not looked for here"""
+  --check                   check data, models, devices and the run directory, say what would run, and exit
+  --check-after=CMD,CMD     the same, assuming the outputs of these commands in the same run directory
+  --check-devices=N         the same, for N devices: whether the batch and the mesh fit them
+  --check-elsewhere=FOLDER  the same, for hosts that have a disk at FOLDER: paths below it are not looked for here"""
 
 
 class Scope(NamedTuple):
