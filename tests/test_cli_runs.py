@@ -204,7 +204,7 @@ def test_several_temperatures_and_the_best_of_several_in_one_file(done, tmp_path
     assert [row["temperature"] for row in both] == [0, 0, 0.8, 0.8]
     assert both[:2] == [json.loads(line) for line in done.printed["sample"].splitlines()]
     assert both[2]["completion"] != both[0]["completion"]
-    assert "2 of 2 completions were completions were cut off" in sampled("--sample.max-new-tokens", 1)[1]
+    assert "2 of 2 completions were cut off" in sampled("--sample.max-new-tokens", 1)[1]
     own = tmp_path / "p.txt"
     own.write_text("A film " * 60 + "\nA film\n")
     best, told = sampled("--sample.prompts-file", own, "--sample.best-of", "1,4", "--sample.temperature", 0.8)

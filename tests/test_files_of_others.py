@@ -325,9 +325,7 @@ def test_completions_replace_only_completions(tmp_path):
     refuse_other_lines("/dev/stdout")
     for others in ("run: {dir: a}\n", '{"prompt": "a"}\n', "\n", "\0"):
         out.write_text(others)
-        with pytest.raises(
-            ConfigError, match="sample.out: .*out.jsonl already exists and was not written by dpo-jax sample"
-        ):
+        with pytest.raises(ConfigError, match="sample.out: .*out.jsonl already exists and was not written by dpo-jax sample"):
             refuse_other_lines(str(out))
     with pytest.raises(ConfigError, match="sample.out"):
         refuse_other_lines(str(tmp_path))

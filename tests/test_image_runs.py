@@ -358,9 +358,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(made, tmp_path
     shutil.copytree(made / "base", tmp_path / "base")
     (tmp_path / "base" / "preprocessor_config.json").unlink()
     for flags in ((), ("--check",)):
-        assert "mesh.context: 2 splits rows, but rows with images must stay whole" in refused(2, "sft", made / "images.yaml", *context, *flags)
+        assert "mesh.context: 2 splits rows, but rows with images must stay whole" in refused(
+            2, "sft", made / "images.yaml", *context, *flags
+        )
         message = refused(2, "sft", made / "images.yaml", "--run.dir", tmp_path, "--model.path", tmp_path / "base", *flags)
-        assert "an image becomes 896 x 896 pixels and 4 tokens by preprocessor_config.json (missing; these are Gemma 3's)" in message
+        assert (
+            "an image becomes 896 x 896 pixels and 4 tokens by preprocessor_config.json (missing; these are Gemma 3's)"
+            in message
+        )
     short = ("--run.dir", tmp_path, "--data.max-prompt-length", 20, "--data.max-length", 40, "--data.max-dropped-share", 0.1)
     message = refused(65, "sft", made / "images.yaml", *short)
     assert "tokens of images are left: truncation cut one; raise max_prompt_length" in message

@@ -206,7 +206,10 @@ def test_options_that_do_not_go_together_are_refused(section, message):
             {"online": {"elicitation": "uncertainty", "prompts": 600}},
             "online.prompts: 600 x 4 candidates are more than the 2000",
         ),
-        ({"dpo": {"loss": "ipo"}, "online": {"pairs": "soft"}}, "online.pairs: soft labels are dpo's label_smoothing per pair, but dpo.loss is ipo"),
+        (
+            {"dpo": {"loss": "ipo"}, "online": {"pairs": "soft"}},
+            "online.pairs: soft labels are dpo's label_smoothing per pair, but dpo.loss is ipo",
+        ),
         (
             {"dpo": {"label_smoothing": 0.1}, "online": {"pairs": "soft"}},
             "dpo.label_smoothing: is set per pair by soft labels",

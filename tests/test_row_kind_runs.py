@@ -72,7 +72,10 @@ def test_kto_from_audit_to_evaluation_and_after_a_kill(folder):
     assert "train.jsonl:1, desirable, tokens" in printed
     assert "desirable completions weigh 5 (weight times number)" not in printed  # 5 of 4: between 1 and 4/3
     printed = " ".join(call("audit", config, "--dpo.desirable-weight", 2).out.split())
-    assert "desirable completions weigh 10 (weight times number) and undesirable ones 4: the KTO paper recommends a ratio of 1 to 4/3" in printed
+    assert (
+        "desirable completions weigh 10 (weight times number) and undesirable ones 4: the KTO paper recommends a ratio"
+        in printed
+    )
     result = call("dpo", config)
     assert result.code == 0, result
     assert "9 completions to train on, 4 held out" in result.out

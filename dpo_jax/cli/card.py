@@ -250,7 +250,9 @@ def _data_name(config: Config) -> str:
         named = ", ".join(_part_name(part, data.source) for part in data.parts())
         if data.test_share is None:
             return named
-        return f"{named}; {data.test_share:.1%} of the prompts of sources without a {data.test_split} split are held out, by hash"
+        return (
+            f"{named}; {data.test_share:.1%} of the prompts of sources without a {data.test_split} split are held out, by hash"
+        )
     made = "conversations of a question game" if data.source == "question_game" else "film reviews"
     return f"generated {made} ({data.reviews_train:,} training pairs)"
 

@@ -149,7 +149,7 @@ def planned_hf_config(config: Config) -> tuple[dict[str, Any], str]:
     absent = [field for field, _ in sizes.missing()] + (["vocab_size"] if vocab_size is None else [])
     if absent:
         raise ConfigError(
-            "\n".join(f"model.{field}: there is no model folder here, so the configuration must give its sizes" for field in absent)
+            "\n".join(f"model.{field}: there is no model folder here, so its sizes must be configured" for field in absent)
         )
     source = "the sizes in section model" + ("" if sizes.vocab_size else ", and tokenizer.vocab_size")
     return sized_hf_config(config, vocab_size=vocab_size or 0, eos=0), source

@@ -41,7 +41,7 @@ WORDS: Mapping[str, str] = {
     "batch_size": "sft.batch, dpo.batch",
     "per_device_eval_batch_size": "eval.batch",
     "eval_batch_size": "eval.batch",
-    "gradient_accumulation_steps": "sft.microbatches, dpo.microbatches: parts of a batch; sft.batch and dpo.batch are of a whole step",
+    "gradient_accumulation_steps": "sft.microbatches, dpo.microbatches: parts of a batch; sft.batch is of a whole step",
     "num_train_epochs": "sft.epochs, dpo.epochs",
     "n_epochs": "sft.epochs, dpo.epochs",
     "max_steps": "sft.steps, dpo.steps",

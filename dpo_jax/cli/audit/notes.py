@@ -135,9 +135,7 @@ def _template(config: Config, report: Mapping[str, Any]) -> Iterator[Note]:
         yield _note("date", found, "this run keeps it (--data.date sets another); a server will write its current date")
     if template["generation_prompt"] == "":
         found = "the template has no generation prompt"
-        yield _note(
-            "generation prompt", found, "completions begin with the assistant's header, and sampling must generate it"
-        )
+        yield _note("generation prompt", found, "completions begin with the assistant's header, and sampling must generate it")
     if template["reasoning"] == "dropped":
         found = "the template drops <think>...</think> from completions"
         yield _note("reasoning", found, "reasoning is not trained on; to train on it, use a template that keeps it")

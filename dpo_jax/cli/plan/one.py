@@ -131,9 +131,7 @@ def _work(config: Config, flops: PairFlops, *, batch: int, parts: int, microbatc
     prompt, completion = (np.zeros(length, np.int32) for length in _lengths(config))
     kind = loss_table.rows_of(config.dpo.loss)
     if kind == "rankings":
-        raise ConfigError(
-            f"dpo.loss: plan counts two completions an example, but {config.dpo.loss} has more; use dpo"
-        )
+        raise ConfigError(f"dpo.loss: plan counts two completions an example, but {config.dpo.loss} has more; use dpo")
     label = True if kind == "unpaired" else None
     pairs = [Encoded(prompt, completion, completion, uid=str(number), desirable=label) for number in range(batch)]
     layout = build.pair_layout(config, pairs, batch=batch, parts=parts)

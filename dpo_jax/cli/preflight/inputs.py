@@ -79,9 +79,7 @@ NO_IMAGES = (
 def refuse_texts(config: Config) -> None:
     """Raises `ConfigError` for data that are not preferences."""
     if config.data.source == "cnn_dailymail":
-        raise ConfigError(
-            "data.source: cnn_dailymail holds articles and summaries, not preferences; sample and judge use them"
-        )
+        raise ConfigError("data.source: cnn_dailymail holds articles and summaries, not preferences; sample and judge use them")
     if config.data.source in TEXT_SOURCES:
         raise ConfigError(
             f"data.source: {config.data.source} holds texts, not preferences; sft, ppo, optimum and frontier can use them, and "
