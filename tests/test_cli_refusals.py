@@ -117,7 +117,7 @@ def test_a_cache_of_another_reference_is_refused_by_what_differs(done, tmp_path)
 
 def test_attention_that_this_machine_does_not_have(done):
     message = refused(2, "refs", done.config, "--model.attention", "splash")
-    assert "model.attention: attention splash runs on a TPU, and this is a CPU" in message
+    assert "model.attention: attention splash runs on a TPU, but this is a CPU" in message
 
 
 def test_a_cache_that_lies_is_found_at_step_0(done, copy):

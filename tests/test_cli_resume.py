@@ -97,7 +97,7 @@ def test_other_data_in_the_same_directory_are_refused_for_what_changed(done):
 def test_a_longer_run_continues_and_is_as_if_it_had_always_been_longer(done, copy, tmp_path):
     result = call("dpo", copy.config, "--dpo.epochs", 3)
     assert (result.code, f"continuing {copy / 'dpo'} after {STEPS} steps" in result.out) == (0, True), result
-    assert "the run is of 3 epochs now; it was of 2" in result.out
+    assert "the length of the run is now 3 epochs; it was 2" in result.out
     at_once = ("--run.dir", tmp_path / "at-once", "--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs")
     assert call("dpo", done.config, *at_once, "--dpo.epochs", 3).code == 0
     assert bytes_of(copy / "dpo" / "export") == bytes_of(tmp_path / "at-once" / "dpo" / "export")
@@ -129,7 +129,7 @@ def test_other_held_out_pairs_judge_a_finished_run_anew(copy):
 def test_a_run_does_not_become_shorter_than_it_is(done):
     before = bytes_of(done / "dpo" / "export")
     message = refused(2, "dpo", done.config, "--dpo.epochs", 1)
-    assert f"has taken {STEPS} steps, and is to have 4: a run can become longer, not shorter" in message
+    assert f"has taken {STEPS} steps, but 4 are asked for: a run can be made longer, not shorter" in message
     assert bytes_of(done / "dpo" / "export") == before
 
 
@@ -148,7 +148,7 @@ def test_a_second_round_may_keep_the_first_reference(done, tmp_path):
     second = ("--run.dir", tmp_path, "--dpo.policy", done / "dpo" / "export", "--dpo.reference", done / "sft" / "export")
     result = call("dpo", done.config, *second, "--refs.cache", done / "refs")
     assert result.code == 0, result
-    assert "88 of 88 pairs are there already" in result.out  # those of the first round
+    assert "88 of 88 pairs are already cached" in result.out  # those of the first round
     first_step = next(row for row in read_metrics(tmp_path / "dpo" / "metrics.jsonl") if row["step"] == 0)
     assert abs(first_step["displacement/chosen"]) > 0.01  # it starts elsewhere, and that is no error
     evaluated = call("eval", done.config, *second, "--refs.cache", done / "refs", "--eval.samples", 0)
@@ -212,7 +212,7 @@ def test_four_devices_give_the_same_metrics(devices, done, tmp_path):
     flags = ("--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs", "--run.devices", *devices)
     result = call("dpo", done.config, *flags, "--run.dir", tmp_path, "--data.layout", "plain", "--dpo.microbatches", 2)
     assert result.code == 0, result.err
-    assert f"{done / 'refs'}: 88 of 88 pairs are there already" in result.out
+    assert f"{done / 'refs'}: 88 of 88 pairs are already cached" in result.out
     ours, theirs = ([row for row in read_metrics(run / "dpo" / "metrics.jsonl")] for run in (tmp_path, done))
     for name in ("eval/loss", "eval/rewards/margins", "eval/displacement/chosen"):
         assert [row[name] for row in ours if name in row] == pytest.approx(
@@ -322,7 +322,7 @@ def test_sigterm_saves_and_the_same_command_continues(copy):
     assert "SIGTERM: finishing this step, then saving" in err
     assert "the state is saved" in err
     assert "PyTorch" not in err
-    assert "88 of 88 pairs are there already" in out
+    assert "88 of 88 pairs are already cached" in out
     (saved,) = (int(path.name) for path in (copy / "dpo" / "checkpoints").iterdir())
     assert 2 <= saved < 120
     assert [row["step"] for row in read_metrics(metrics)] == list(range(saved))

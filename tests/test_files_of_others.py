@@ -129,7 +129,7 @@ def test_a_folder_is_emptied_only_if_it_was_made_here(tmp_path):
     for foreign in ("photos", "link"):
         with pytest.raises(FileExistsError) as caught:
             empty_folder(tmp_path / foreign, ours=("work.json",))
-        assert message(caught.value).startswith(f"{tmp_path / foreign}: is there already, and dpo-jax has not made it")
+        assert message(caught.value).startswith(f"{tmp_path / foreign}: already exists and was not made by dpo-jax")
     assert (tmp_path / "photos" / "a.jpg").read_text() == "mine"
 
 
@@ -160,7 +160,7 @@ def test_a_sweep_deletes_no_folder_of_somebody_elses(tmp_path):
     run = Run("dpo", "beta 1", {}, 0)
     (tmp_path / run.name).mkdir()
     (tmp_path / run.name / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="dpo-jax has not made it"):
+    with pytest.raises(FileExistsError, match="was not made by dpo-jax"):
         sweep([run], tmp_path, shared={}, perform=lambda *_: pytest.fail("performed"), say=lambda _: None)
     assert (tmp_path / run.name / "notes.txt").read_text() == "mine"
 
@@ -207,7 +207,7 @@ def test_a_lock_follows_no_link(tmp_path):
         (folder / lock).symlink_to(mine)
         opened = [lambda: RunDir(folder), lambda: check_unlocked(folder)] if lock == "run.lock" else []  # noqa: B023
         for work in opened or [lambda: ReferenceCache(folder, {})]:  # noqa: B023
-            error = outcome(work, names=f"{folder / lock}: is a link, and a lock is a file that nothing else uses")
+            error = outcome(work, names=f"{folder / lock}: is a link, but a lock must be a file that nothing else uses")
             assert isinstance(error, Unreadable)
         assert mine.read_text() == "mine"
 
@@ -349,7 +349,7 @@ def test_a_tokenizer_is_written_over_no_link_and_into_no_pipe(tmp_path):
 def test_no_pipe_is_waited_for(tmp_path):
     os.mkfifo(tmp_path / "data_report.json")
     for write in (lambda path: write_json(path, {}), lambda path: write_text(path, "")):
-        with time_limit(), pytest.raises(OSError, match=r"is a pipe that nobody reads; remove it: .*data_report.json"):
+        with time_limit(), pytest.raises(OSError, match=r"is a pipe without a reader; remove it: .*data_report.json"):
             write(tmp_path / "data_report.json")
 
 

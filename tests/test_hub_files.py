@@ -187,14 +187,14 @@ def test_without_a_network_the_cache_is_read_or_the_remedy_told(hub, tmp_path, m
     data_sources._listing.cache_clear()
     loaded = splits.load_split(config_of(tmp_path), "train")
     assert loaded.report.source == f"{NAME}@{commit}"
-    assert any("the Hub was not asked (OfflineModeIsEnabled)" in note for note in loaded.report.notes)
+    assert any("the Hub could not be reached (OfflineModeIsEnabled)" in note for note in loaded.report.notes)
     assert chosen(config_of(tmp_path, revision=commit)) == ["a", "b", "c"]
-    with pytest.raises(ConfigError, match=r"data.path: org/pairs: .*HF_HUB_OFFLINE forbids to ask the Hub; .*hf download"):
+    with pytest.raises(ConfigError, match=r"data.path: org/pairs: .*HF_HUB_OFFLINE forbids asking the Hub; .*hf download"):
         chosen(config_of(tmp_path), "test")  # that split was never fetched, and a part of one is none
     (tmp_path / "c.yaml").write_text("data: {path: org/other}\nmodel: {width: 16, layers: 1, heads: 1}\n")
     assert main(["audit", "c.yaml", "--run.dir", "r"]) == 2
     told = capsys.readouterr().err
-    assert "data.path: org/other: no file or folder here, and HF_HUB_OFFLINE forbids to ask the Hub" in told
+    assert "data.path: org/other: no file or folder here, and HF_HUB_OFFLINE forbids asking the Hub" in told
     assert "hf download org/other --repo-type dataset --local-dir data/other, then --data.path data/other" in told
 
 

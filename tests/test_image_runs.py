@@ -137,9 +137,9 @@ def test_bad_images_and_what_reads_the_others_is_told(done):
     assert "20 of 22 prompts show images: 4 tokens each, read by the vision encoder of" in printed["audit"]
     report = json.loads((folder / "run/audit/data_report.json").read_text())["train"]
     assert (report["read"], report["kept"], report["dropped"], report["images"]) == (17, 16, {"bad_image": 1}, 16)
-    assert "features of 0 of 22 images are there already; all take 5.5 KiB, 256 bytes each" in printed["sft"]
-    assert "features of 22 of 22 images are there already" in printed["dpo"]
-    assert "21 of 21 pairs are there already" in printed["dpo"]  # a text of the train split is held out, too
+    assert "features of 0 of 22 images are already cached; all take 5.5 KiB, 256 bytes each" in printed["sft"]
+    assert "features of 22 of 22 images are already cached" in printed["dpo"]
+    assert "21 of 21 pairs are already cached" in printed["dpo"]  # a text of the train split is held out, too
     assert json.loads((folder / "run/dpo/data_report.json").read_text())["test"]["dropped"] == {"bad_image": 1}
 
 
@@ -170,7 +170,7 @@ def test_the_report_knows_the_weights(done):
     folder, _ = done
     result = call("report", folder / "run")
     assert result.code == 0, result
-    assert "as it lies here: it was trained" not in (folder / "run/report/report.md").read_text()
+    assert "as it is now: it was trained" not in (folder / "run/report/report.md").read_text()
 
 
 def test_prompts_with_images_are_completed_and_shown(done):
@@ -368,7 +368,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(made, tmp_path
         )
     short = ("--run.dir", tmp_path, "--data.max-prompt-length", 20, "--data.max-length", 40, "--data.max-dropped-share", 0.1)
     message = refused(65, "sft", made / "images.yaml", *short)
-    assert "tokens of images are left: truncation cut one; raise max_prompt_length" in message
+    assert "image tokens are left: truncation cut an image; raise max_prompt_length" in message
 
 
 def test_texts_alone_train_the_text_model(made, tmp_path):
@@ -389,7 +389,7 @@ def test_a_check_says_that_images_are_read(made, tmp_path):
 def test_completions_of_prompts_with_images_are_not_compared(tmp_path):
     line = {"prompt": "What?", "completion": "red", "images": ["a.png"]}
     (tmp_path / "c.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(DataError, match=r"c\.jsonl:1: images: the prompt shows images, and only texts are compared"):
+    with pytest.raises(DataError, match=r"c\.jsonl:1: images: the prompt shows images, but only texts are compared"):
         read_completions(tmp_path / "c.jsonl")
 
 

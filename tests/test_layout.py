@@ -99,7 +99,7 @@ def test_values_of_the_caller_follow_the_pairs(name):
     assert weighted.dtype == np.float32
     assert weighted.sum() == weight.sum()  # fillers have none
     assert examples_to_rows(weight > 3, rows).dtype == bool
-    with pytest.raises(ValueError, match="10 values, and the rows hold example number 10"):
+    with pytest.raises(ValueError, match="10 values, but the rows hold example number 10"):
         examples_to_rows(REF[:-1], rows)
 
 
@@ -176,8 +176,8 @@ def test_what_are_no_pairs_of_token_ids_is_refused(rows):
         rows(pair for pair in PAIRS)
     for ids, message in (
         (np.array([5, 6.7]), "has values of type float64; token ids are integers"),
-        (np.int32([5, -100]), "holds -100, which is no token id"),
-        (np.array([2**32 + 5]), "holds 4294967301, which is no token id"),
+        (np.int32([5, -100]), "holds -100, which is not a token id"),
+        (np.array([2**32 + 5]), "holds 4294967301, which is not a token id"),
         (np.int32([[5]]), r"has shape \(1, 1\); token ids \[n\] are expected"),
     ):
         for side in ("prompt", "chosen", "rejected"):
@@ -243,7 +243,7 @@ def test_rankings_that_make_no_batch_are_refused():
     rankings = random_rankings(3, 4)
     longest = max(len(prompt) + len(completion) for prompt, ranked in rankings for completion in ranked)
     assert ranking_rows(rankings, length=longest).ref_logps is None
-    with pytest.raises(ValueError, match=rf"ranking [0-2]: needs rows of {longest} tokens, and they hold {longest - 1}"):
+    with pytest.raises(ValueError, match=rf"ranking [0-2]: needs rows of {longest} tokens, but they hold {longest - 1}"):
         ranking_rows(rankings, length=longest - 1)
     with pytest.raises(ValueError, match=r"the same number of completions, two or more; these have \[2, 4\]"):
         ranking_rows([*rankings, *random_rankings(1, 2)], length=20)

@@ -134,7 +134,7 @@ def test_another_base_or_another_adapter_is_refused(done, copy, tmp_path):
     shutil.copytree(done / "run/dpo/export", moved)
     content = json.loads((moved / "adapter_config.json").read_text())
     (moved / "adapter_config.json").write_text(json.dumps(content | {"base_model_name_or_path": str(tmp_path / "other")}))
-    assert "is an adapter of other weights than" in refused(2, "sample", *copy, "--sample.policy", moved)
+    assert "was trained on different weights from those of" in refused(2, "sample", *copy, "--sample.policy", moved)
 
 
 def test_eval_sample_and_export_read_an_adapter_with_its_base(copy, tmp_path):

@@ -97,7 +97,7 @@ def test_the_books_of_a_mixture_are_closed_for_each_source_and_for_all():
     assert taken.report.kept == 15 == sum(source.kept for source in taken.report.sources.values())
     assert taken.report.to_json()["sources"]["b"]["kept"] == taken.report.sources["b"].kept
     taken.report.sources["a"].dropped["weight"] += 1
-    with pytest.raises(AssertionError, match="the sources keep other numbers"):
+    with pytest.raises(AssertionError, match="the pairs kept by the sources do not add up"):
         taken.report.check()
 
 
@@ -120,7 +120,7 @@ def test_uids_are_unique_and_subsets_are_the_sources():
 def test_names_are_short_where_they_can_be():
     assert source_names(["x/hh", "org/pairs", "own.jsonl"]) == ["hh", "pairs", "own.jsonl"]
     assert source_names(["x/hh", "y/hh", "z"]) == ["x/hh", "y/hh", "z"]
-    with pytest.raises(ValueError, match="stands there twice"):
+    with pytest.raises(ValueError, match="is listed twice"):
         source_names(["a", "a"])
 
 
@@ -279,7 +279,7 @@ WRONG = {
     "{path: A, mix: [{path: B}]}": "data.path: stands beside data.mix",
     "{mix: [{weight: 2}]}": "data.mix: entry 1 has no path",
     "{mix: [{path: A, weight: 0}]}": r"data.mix: entry 1 \(A\): weight must be above 0",
-    "{mix: [{path: A}, {path: A}]}": "data.mix: A stands there twice; give it once, with a higher weight",
+    "{mix: [{path: A}, {path: A}]}": "data.mix: A is listed twice; give it once, with a higher weight",
     "{mix: A}": "data.mix must be a list of `- path, weight, format, .*` entries, not the text 'A'",
     "{mix: [{path: A, wieght: 2}]}": r'data.mix\[1\].wieght: unknown key; did you mean "weight"',
     "{mix: [A]}": r"entry data.mix\[1\] must be `key: value` lines, not the text 'A'",

@@ -269,8 +269,8 @@ def test_microbatches_take_less_memory_and_as_many_operations():
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
-        ("v9:2x2", "'v9:2x2' is no slice of TPUs and no set of GPUs; there are v4: 2x2x1, .*v5e: 1x1, 2x2, .*tpu7x: "),
-        ("v5e", "'v5e' is no slice of TPUs and no set of GPUs"),
+        ("v9:2x2", "'v9:2x2' is neither a TPU slice nor a set of GPUs; there are v4: 2x2x1, .*v5e: 1x1, 2x2, .*tpu7x: "),
+        ("v5e", "'v5e' is neither a TPU slice nor a set of GPUs"),
         ("v5e:2x2x2", "'v5e:2x2x2': slices of v5e are 1x1, 2x2, "),
         ("v5p:4x4", "'v5p:4x4': slices of v5p are 2x2x1, "),
         ("v5e:3x5", "'v5e:3x5': slices of v5e are 1x1, 2x2, "),

@@ -62,7 +62,7 @@ def test_hosts_that_do_not_exist_are_refused(shape):
 
 def test_an_unknown_chip_is_refused_with_those_there_are():
     with pytest.raises(
-        TopologyError, match=r"^'h900:8' is no slice of TPUs and no set of GPUs; there are v4: .*; h100: 1, 2, 4"
+        TopologyError, match=r"^'h900:8' is neither a TPU slice nor a set of GPUs; there are v4: .*; h100: 1, 2, 4"
     ):
         slice_devices("h900:8")
 
@@ -71,7 +71,7 @@ def test_a_wrong_topology_is_all_that_is_printed(capfd):
     assert program.main(["plan", str(CONFIGS[0]), "--topology", "h900:8"]) == 2
     out, error = capfd.readouterr()
     assert not out
-    assert error.startswith("dpo-jax: 'h900:8' is no slice of TPUs and no set of GPUs; there are ")
+    assert error.startswith("dpo-jax: 'h900:8' is neither a TPU slice nor a set of GPUs; there are ")
 
 
 @pytest.mark.skipif(plugin_is_here(), reason="JAX's CUDA plugin is here")

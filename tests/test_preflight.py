@@ -262,7 +262,7 @@ NEW = {"family": "gpt_neox", "width": 32, "layers": 1, "heads": 2, "max_position
 UNEVEN = {
     "embed": (6, ["--mesh.fsdp", "6"], "axis 'embed' of 32 cannot be split over fsdp 6; the nearest size that can is 2"),
     "heads": (4, ["--mesh.fsdp", "1", "--mesh.tensor", "4"], "axis 'kv_heads' of 2 x 16 cannot be split over tensor 4; "),
-    "vocabulary": (4, ["--mesh.fsdp", "1", "--mesh.tensor", "4", "--model.vocab-size", "515"], "axis 'vocab' of 515 does not"),
+    "vocabulary": (4, ["--mesh.fsdp", "1", "--mesh.tensor", "4", "--model.vocab-size", "515"], "axis 'vocab' of 515 cannot"),
 }
 
 

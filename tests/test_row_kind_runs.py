@@ -89,7 +89,7 @@ def test_kto_from_audit_to_evaluation_and_after_a_kill(folder):
         shutil.rmtree(run / "dpo" / gone)
     result = call("dpo", config)
     assert f"continuing {run / 'dpo'} after 2 steps" in result.out
-    assert "refs: 13 of 13 pairs are there already" in result.out
+    assert "refs: 13 of 13 pairs are already cached" in result.out
     assert bytes_of(run / "dpo" / "export") == bytes_of(whole / "dpo" / "export")
     assert timeless(read_metrics(run / "dpo" / "metrics.jsonl")) == timeless(rows)
     result = call("eval", config)
@@ -118,7 +118,7 @@ def test_plackett_luce_from_a_file_of_rankings(folder):
 @pytest.mark.parametrize(
     ("kind", "loss", "told"),
     [
-        ("unpaired", "dpo", "holds single completions with labels, and pairs are needed here: set dpo.loss .*kto"),
+        ("unpaired", "dpo", "holds single completions with labels, but pairs are needed here: set dpo.loss .*kto"),
         ("ranked", "kto", r"holds rankings, and single completions .*\(plackett_luce\)"),
     ],
 )

@@ -82,7 +82,7 @@ def test_lines_of_another_log_are_no_lines_of_this_one(tmp_path):
     with VerdictLog(tmp_path / "m", {"model": "m"}) as log:
         assert (list(log.verdicts), log.lost) == (["b"], 1)
     (tmp_path / "m").write_bytes(b"".join([mine[0], *other[1:]]))
-    with pytest.raises(Unreadable, match="m: line 2: its checksum is not that .*, and no other line of it is sound"):
+    with pytest.raises(Unreadable, match="m: line 2: its checksum is not that .*, and no other line is valid"):
         VerdictLog(tmp_path / "m", {"model": "m"})
 
 
@@ -90,7 +90,7 @@ def test_lines_of_another_log_are_no_lines_of_this_one(tmp_path):
 def test_what_is_no_log_is_left_alone(tmp_path, content):
     path = tmp_path / "verdicts.jsonl"
     path.write_bytes(content)
-    with pytest.raises(Unreadable, match="verdicts.jsonl: .*; restore it, or move it away to judge anew"):
+    with pytest.raises(Unreadable, match="verdicts.jsonl: .*; restore it, or move it away to judge again"):
         VerdictLog(path, {"model": "m"})
     assert path.read_bytes() == content
     path.unlink()

@@ -117,8 +117,8 @@ def test_what_fails_is_told_once_stops_nothing_and_is_made_good(tmp_path, caplog
                 assert len(shelf.rows) == (2 if when == "later" else 0)
     assert shelf.rows == rows
     assert [record.getMessage() for record in caplog.records] == [
-        "Shelf: OSError: [Errno 28] No space left on device; training goes on. metrics.jsonl has every row, and what is "
-        "lacking there is brought when it works again, or when the run continues"
+        "Shelf: OSError: [Errno 28] No space left on device; training goes on. metrics.jsonl has every row, and missing "
+        "rows are sent when it works again, or when the run continues"
     ]
 
 

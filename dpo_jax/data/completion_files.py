@@ -41,12 +41,12 @@ def read_completions(path: str | Path, *, by: str | None = None, report: DataRep
             if isinstance(row, BadRow):
                 raise row
             if row.get("images"):
-                detail = "the prompt shows images, and only texts are compared: leave the row out"
+                detail = "the prompt shows images, but only texts are compared: leave the row out"
                 raise DataError(f"{path.parent / where}: images: {detail}", causes=[Cause.WRONG_TYPE])
             prompt, completion = text(row, "prompt"), text(row, "completion")
             for field, value in (("prompt", prompt), ("completion", completion)):
                 if len(value) > MAX_CHARACTERS:
-                    raise BadRow(Cause.TOO_LONG, f"{len(value):,} characters are more than anybody reads", field=field)
+                    raise BadRow(Cause.TOO_LONG, f"{len(value):,} characters are too long to be read", field=field)
             if not without_cue(prompt):
                 raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt")
             found.append(Completion(prompt, completion, number(row, by) if by else None, where))
