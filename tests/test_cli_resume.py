@@ -139,7 +139,7 @@ def test_a_policy_is_not_silently_measured_against_another_reference(copy):
     name = next(iter(tensors))
     save_file({**tensors, name: tensors[name] * 1.5}, weights, metadata={"format": "pt"})
     told = call("eval", copy.config, "--eval.samples", 0, "--refs.cache", copy / "other-refs").out
-    assert "note: the policy was trained against another reference" in told
+    assert "note: the policy was trained against a different reference" in told
     message = refused(2, "dpo", copy.config, "--refs.cache", copy / "other-refs")
     assert "reference: was '" in message  # before the reference pass
 

@@ -250,7 +250,7 @@ def test_the_option_is_a_mapping_in_yaml_and_a_flag(tmp_path):
         ("{prompt: 'a,b'}", "a name with ',' cannot be given: rename 'a,b'"),
         ("[a]", "expected a mapping of texts"),
         ("{promt: a}", "a.yaml:1: data.columns: 'promt' is no column that any format reads; did you mean 'prompt'"),
-        ("{prompt: a}, source: reviews", "only files have columns of other names, and source is reviews"),
+        ("{prompt: a}, source: reviews", "only files have columns to map, but source is reviews"),
     ):
         path.write_text(f"data: {{columns: {text}}}\n")
         with pytest.raises(ConfigError, match=re.escape(words)):

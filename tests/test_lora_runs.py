@@ -202,7 +202,7 @@ def test_a_reference_moves_to_base_and_adapter(done, tmp_path):
 def test_only_the_last_layer_is_trained(done, tmp_path):
     flags = (done / "lora.yaml", "--lora.rank", "None", "--lora.alpha", 16, "--run.dir", tmp_path / "run")
     part = ("--dpo.trainable", "last_layer,final_norm.*")
-    assert "dpo.trainable: an adapter is trained" in refused(2, "dpo", done / "lora.yaml", *part)
+    assert "dpo.trainable: with lora.rank only the adapter is trained" in refused(2, "dpo", done / "lora.yaml", *part)
     assert "no parameter matches 'head'" in refused(2, "dpo", *flags, "--dpo.trainable", "head")
     result = call("dpo", *flags, *part)
     assert result.code == 0, result

@@ -276,7 +276,7 @@ def test_a_mixture_is_audited_by_source(places, capsys):
 
 
 WRONG = {
-    "{path: A, mix: [{path: B}]}": "data.path: stands beside data.mix",
+    "{path: A, mix: [{path: B}]}": "data.path: cannot be combined with data.mix",
     "{mix: [{weight: 2}]}": "data.mix: entry 1 has no path",
     "{mix: [{path: A, weight: 0}]}": r"data.mix: entry 1 \(A\): weight must be above 0",
     "{mix: [{path: A}, {path: A}]}": "data.mix: A is listed twice; give it once, with a higher weight",
@@ -284,7 +284,7 @@ WRONG = {
     "{mix: [{path: A, wieght: 2}]}": r'data.mix\[1\].wieght: unknown key; did you mean "weight"',
     "{mix: [A]}": r"entry data.mix\[1\] must be `key: value` lines, not the text 'A'",
     "{path: A, test_share: 1.5}": "data.test_share: must be a share between 0 and 1",
-    "{source: tfds, path: A, test_share: 0.1}": "data.test_share: is read with source files only",
+    "{source: tfds, path: A, test_share: 0.1}": "data.test_share: is read only with source files",
 }
 
 

@@ -177,11 +177,11 @@ def test_rounds_by_a_judge_that_stops_at_its_cap(copy, monkeypatch):  # noqa: F8
     ("section", "message"),
     [
         ({"reward": "people"}, "completions: people compare one pair a prompt, so they need 2 completions, got 4"),
-        ({"reward": "judge", "pairs": "bradley_terry"}, "pairs: a judge label says who won, and is no reward to draw by"),
+        ({"reward": "judge", "pairs": "bradley_terry"}, "pairs: a judge label says who won and is not a reward to sample by"),
         ({"reward": "reward-model"}, "reward_model: names the folder of online.reward reward-model"),
         ({"reward_model": "x"}, "reward_model: is read with online.reward reward-model or online.elicitation disagreement"),
         ({"completions": 1}, "completions: must be at least 2"),
-        ({"reward": "judge", "pairs": "soft"}, "pairs: a judge label says who won, and is no reward to draw by"),
+        ({"reward": "judge", "pairs": "soft"}, "pairs: a judge label says who won and is not a reward to sample by"),
         ({"reward_scale": 0.5}, "reward_scale: changes nothing with pairs best_worst"),
         ({"beta_last": 0.0}, "beta_last: must be greater than 0, got 0.0"),
         (

@@ -72,5 +72,5 @@ def test_what_cannot_work_is_known_before_anything_is_exported(hub, monkeypatch)
     assert not hub.asked
     with pytest.raises(ConfigError, match="export.push: must be a repository of the Hub, organization/name, got 'name'"):
         check(Config(export=ExportConfig(push="name")))
-    with pytest.raises(ConfigError, match="export.public: says how a pushed repository is made, and nothing is pushed"):
+    with pytest.raises(ConfigError, match="export.public: is for a pushed repository, but nothing is pushed"):
         check(Config(export=ExportConfig(public=True)))

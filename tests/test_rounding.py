@@ -157,5 +157,5 @@ def test_it_is_of_training_all_weights():
         Config(dpo=DpoConfig(param_dtype="bfloat16", trainable="last_layer")),
         Config(dpo=DpoConfig(param_dtype="bfloat16"), lora=LoraConfig(rank=4)),
     ):
-        assert "is read where all weights are trained" in dict(problems(config))["dpo.param_dtype"]
+        assert "is read only if all weights are trained" in dict(problems(config))["dpo.param_dtype"]
     assert "dpo.param_dtype" not in dict(problems(Config(dpo=DpoConfig(param_dtype="bfloat16"))))

@@ -151,7 +151,7 @@ def test_a_check_counts_no_steps_where_a_row_is_several_pairs(folder):
 def test_options_that_do_not_fit_the_rows_are_refused(folder):
     config = configured(folder, "unpaired", "kto", "options")
     message = refused(2, "dpo", config, "--dpo.ld-alpha", 0.5, "--dpo.microbatches", 2, "--data.ranking-length", 1)
-    assert "dpo.ld_alpha: cuts to the shorter completion of a pair, and loss kto has none" in message
+    assert "dpo.ld_alpha: depends on the shorter completion of a pair, but loss kto reads no pairs" in message
     assert "dpo.microbatches: loss kto looks at all examples of a batch at once" in message
     assert "data.ranking_length: a ranking has at least 2 completions, got 1" in message
     assert "run.devices: loss kto looks at all examples" in refused(2, "dpo", config, "--run.devices", "pmap")

@@ -141,7 +141,7 @@ def test_report_arithmetic(work):
     assert summary["ratio"] == pytest.approx({"tokens_per_second": 24 / 10.5, "at_least": 2, "at_most": 24 / 9})
     shown = sampling_race.table(summary)
     assert "| `jax-generate` | 24 (24 to 24) | 4.0 s / 1.0 s |" in shown
-    assert "1 of 2 equal, the others part between logits at most 1.0e-04 apart" in shown
+    assert "1 of 2 equal, the others diverge between logits at most 1.0e-04 apart" in shown
     assert "2.29x the tokens/s (2.00 to 2.67)" in shown
     assert "30% of the cores: TOO BUSY" in shown
 
@@ -167,10 +167,10 @@ def config(tmp_path):
     [
         (["--bench.sampling", "4/8"], "bench.sampling: must be a number of prompts, the longest prompt"),
         (["--bench.sampling", "4/8/0"], "bench.sampling: must be a number of prompts, the longest prompt"),
-        (["--bench.sampling", "4/8/8", "--bench.lengths", "1/2/3"], "bench.lengths: belongs to the race of trainers"),
-        (["--bench.completions", "4"], "bench.completions: belongs to the race of samplers"),
+        (["--bench.sampling", "4/8/8", "--bench.lengths", "1/2/3"], "bench.lengths: belongs to the benchmark of training"),
+        (["--bench.completions", "4"], "bench.completions: needs bench.sampling"),
         (["--bench.sampling", "4/8/8", "--bench.ending", "1"], "bench.ending: must be a share, at least 0 and less than 1"),
-        (["--bench.sampling", "4/8/8", "--profile"], "bench.profile: belongs to the race of trainers"),
+        (["--bench.sampling", "4/8/8", "--profile"], "bench.profile: belongs to the benchmark of training"),
         (["--bench.sampling", "4/8/8", "--bench.torch-python", "false"], "bench.sampling: false has no torch"),
     ],
 )

@@ -213,7 +213,7 @@ def _note_other_reference(config: Config, digest: str) -> None:
     trained = found[1]["fingerprint"].get("reference", digest) if found else digest
     if trained != digest:
         print(
-            f"note: the policy was trained against another reference ({trained[:12]}…) than this one ({digest[:12]}…): "
+            f"note: the policy was trained against a different reference ({trained[:12]}…) than this one ({digest[:12]}…): "
             "accuracy, margin and KL are not those of its training",
             flush=True,
         )

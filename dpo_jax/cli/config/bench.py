@@ -50,7 +50,7 @@ class BenchConfig:
             yield "ending", f"must be a share, at least 0 and less than 1, got {self.ending}"
         for field, usual in (("completions", 1), ("ending", 0.0)):
             if self.sampling is None and getattr(self, field) != usual:
-                yield field, "belongs to the race of samplers, bench.sampling, which is not given"
+                yield field, "needs bench.sampling (the benchmark of samplers), which is not set"
         if self.lengths is not None:
             parts = self.lengths.split("/")
             if len(parts) != 3 or not all(is_count(part) for part in parts):
@@ -59,7 +59,7 @@ class BenchConfig:
                     f"must be three lengths in tokens, prompt/chosen/rejected such as 400/500/500, got {self.lengths!r}",
                 )
         if self.lengths_vary and self.lengths is None:
-            yield "lengths_vary", "spreads bench.lengths, which is not given; data has lengths of its own"
+            yield "lengths_vary", "spreads bench.lengths, which is not set; data has its own lengths"
         if self.sampling is not None:
             parts = self.sampling.split("/")
             if len(parts) != 3 or not all(is_count(part) for part in parts):
@@ -70,4 +70,4 @@ class BenchConfig:
                 )
             for field in ("contenders", "lengths", "scaling", "profile"):
                 if getattr(self, field):
-                    yield field, "belongs to the race of trainers; leave it out, or bench.sampling"
+                    yield field, "belongs to the benchmark of training; leave it out, or bench.sampling"

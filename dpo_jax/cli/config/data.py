@@ -117,7 +117,7 @@ class DataConfig:
             except ValueError as error:
                 yield "columns", str(error)
             if self.source != "files":
-                yield "columns", f"only files have columns of other names, and source is {self.source}: leave it out"
+                yield "columns", f"only files have columns to map, but source is {self.source}: leave it out"
         for field in ("max_duplicates", "max_contradictions", "max_overlap"):
             if (share := getattr(self, field)) is not None and not 0 <= share <= 1:
                 yield field, f"must be a share between 0 and 1, or null for no limit, got {share}"
@@ -134,7 +134,7 @@ class DataConfig:
         if max(self.reviews_train, self.reviews_test) > 10_000_000:
             yield "reviews_train", "at most 10 million reviews are generated, for either split"
         if self.train_split == self.test_split:
-            yield "test_split", f"must be another than train_split, got {self.test_split!r} for both"
+            yield "test_split", f"must differ from train_split, got {self.test_split!r} for both"
         if self.source in GENERATED and self.path is not None:
             yield "path", f"{self.source} are generated: leave path out, or set source to files or tfds"
 
@@ -143,13 +143,13 @@ class DataConfig:
         if self.source != "files":
             for field in ("config", "revision", "mix", "test_share"):
                 if getattr(self, field):
-                    yield field, f"is read with source files only, and not with {self.source}; leave it out"
+                    yield field, f"is read only with source files, not with {self.source}; leave it out"
         yield from self._check_mix()
 
     def _check_mix(self) -> Iterator[Problem]:
         for field in ("path", "config", "revision"):
             if self.mix and getattr(self, field) is not None:
-                yield field, f"stands beside data.mix, whose entries have a {field} each; leave one of them out"
+                yield field, f"cannot be combined with data.mix, whose entries each have a {field}; leave one of them out"
         for number, source in enumerate(self.mix, 1):
             if not source.path.strip():
                 yield "mix", f"entry {number} has no path"
@@ -157,7 +157,7 @@ class DataConfig:
                 yield "mix", f"entry {number} ({source.path}): weight must be above 0, and at most 1000, got {source.weight:g}"
         places = [(source.path.rstrip("/"), source.config) for source in self.mix]
         for path, config in dict.fromkeys(place for place in places if places.count(place) > 1):
-            yield "mix", f"{path}{f' ({config})' if config else ''} stands there twice; give it once, with a higher weight"
+            yield "mix", f"{path}{f' ({config})' if config else ''} is listed twice; give it once, with a higher weight"
 
     def missing(self) -> Iterator[Problem]:
         if self.source not in GENERATED and self.path is None and not self.mix:

@@ -61,7 +61,7 @@ class DpoConfig(LossConfig, TrainingConfig):
         if not 0 <= self.ld_alpha <= 1:
             yield "ld_alpha", f"must be between 0 and 1, got {self.ld_alpha}"
         if self.ld_alpha != 1 and loss_table.rows_of(self.loss) != "pairs":
-            yield "ld_alpha", f"cuts to the shorter completion of a pair, and loss {self.loss} has none: leave it at 1"
+            yield "ld_alpha", f"depends on the shorter completion of a pair, but loss {self.loss} reads no pairs: leave it at 1"
         yield from positive(self, "refresh_reference_steps")
         yield from self._check_moving()
         yield from loss_table.problems(self.loss, self.loss_options(), microbatches=self.microbatches)

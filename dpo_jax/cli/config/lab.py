@@ -112,7 +112,7 @@ class FrontierConfig:
         if not 0 <= self.label_smoothing < 0.5:
             yield "label_smoothing", f"must be at least 0 and below 0.5, got {self.label_smoothing}"
         if (self.reward == "hf") != (self.classifier is not None):
-            yield "classifier", "names the model of frontier.reward hf, and goes with no other"
+            yield "classifier", "names the model of frontier.reward hf; leave it out for other rewards"
 
     def chosen(self) -> list[str]:
         return [name.strip() for name in self.methods.split(",") if name.strip()]

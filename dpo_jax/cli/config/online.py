@@ -80,7 +80,7 @@ class OnlineConfig:
         if self.reward == "people" and self.completions != 2:
             yield "completions", f"people compare one pair a prompt, so they need 2 completions, got {self.completions}"
         if self.pairs in ("bradley_terry", "soft") and self.compares():
-            yield "pairs", f"a {self.reward} label says who won, and is no reward to draw by: use best_worst or all"
+            yield "pairs", f"a {self.reward} label says who won and is not a reward to sample by: use best_worst or all"
         if self.reward == "reward-model" and self.reward_model is None:
             yield "reward_model", "names the folder of online.reward reward-model; dpo-jax reward-model writes one"
         if self.reward_model is not None and self.reward != "reward-model" and self.elicitation != "disagreement":
