@@ -174,7 +174,7 @@ def empty_folder(folder: str | os.PathLike[str], *, ours: Sequence[str] = ()) ->
         raise FileExistsError(errno.EEXIST, words, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     # The mark is written first and stays, so that a folder left by a kill can be emptied again.
-    write_text(folder / MARK, "dpo-jax deletes this folder before it writes it anew\n")
+    write_text(folder / MARK, "dpo-jax deletes this folder before it writes it again\n")
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

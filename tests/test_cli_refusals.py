@@ -206,7 +206,7 @@ def test_impossible_sizes_are_refused_before_compiling(done, tmp_path):
     assert "dpo.batch: 6 cannot be split over 4 devices x 1 microbatches; the nearest batch that can is 8" in refused(
         2, "dpo", done.config, *here, *pmap
     )
-    assert "dpo.microbatches: must divide batch: 16 do not split into 3 equal parts; the nearest is 2" in refused(
+    assert "dpo.microbatches: must divide batch (16), got 3; the nearest is 2" in refused(
         2, "dpo", done.config, *here, "--dpo.microbatches", 3
     )
     # The model of the config file is described as it is; only the folder that is loaded knows that 129 is too much for it.

@@ -230,13 +230,13 @@ def test_a_map_of_columns_is_checked_at_once(tmp_path):
         ("prompt", "'prompt' has no ="),
         ("prompt=a,prompt=b", "prompt is mapped twice"),
         ("prompt=a+", "a + without a name"),
-        ("promt=a", "no column that any format reads; did you mean 'prompt'"),
+        ("promt=a", "not a column that any format reads; did you mean 'prompt'"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             load(tmp_path, columns=wrong)
     with pytest.raises(DataError, match="a TFDS folder has its own columns: leave out --data.columns prompt=a"):
         load(tmp_path, columns="prompt=a", format="tfds")
-    with pytest.raises(ValueError, match=r"'prompt' is no column that format shp reads \(history"):
+    with pytest.raises(ValueError, match=r"'prompt' is not a column that format shp reads \(history"):
         load(tmp_path, columns="prompt=a", format="shp")
 
 
@@ -249,7 +249,7 @@ def test_the_option_is_a_mapping_in_yaml_and_a_flag(tmp_path):
         ("{prompt: [a, b]}", "a.yaml:1: data.columns: expected a name and a text, got a list"),
         ("{prompt: 'a,b'}", "a name with ',' cannot be given: rename 'a,b'"),
         ("[a]", "expected a mapping of texts"),
-        ("{promt: a}", "a.yaml:1: data.columns: 'promt' is no column that any format reads; did you mean 'prompt'"),
+        ("{promt: a}", "a.yaml:1: data.columns: 'promt' is not a column that any format reads; did you mean 'prompt'"),
         ("{prompt: a}, source: reviews", "only files have columns to map, but source is reviews"),
     ):
         path.write_text(f"data: {{columns: {text}}}\n")

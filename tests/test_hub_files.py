@@ -165,7 +165,7 @@ def test_what_the_hub_converted_is_read_where_there_is_nothing_else(hub, tmp_pat
 REFUSALS = {
     (404, "RepoNotFound"): "no file or folder here, and no data set of the Hub; if it is private: `hf auth login`",
     (403, "GatedRepo"): "gated: accept its terms at https://huggingface.co/datasets/org/pairs",
-    (404, "RevisionNotFound"): "has no revision v9; take a branch, tag or commit",
+    (404, "RevisionNotFound"): "has no revision v9; use a branch, tag or commit",
     (500, ""): "could not be fetched from the Hub: .*500.*hf download org/pairs --repo-type dataset --local-dir data/pairs",
 }
 

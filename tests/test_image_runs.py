@@ -336,7 +336,7 @@ def test_a_model_without_an_encoder_is_refused_by_row_and_option(done, tmp_path)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (folder / "base" / file).is_file():
             shutil.copy(folder / "base" / file, tmp_path / "text")
-    blind = "train.jsonl:1: the prompt shows an image, and .*/text has no vision encoder"
+    blind = "train.jsonl:1: the prompt shows an image, but .*/text has no vision encoder"
     for flags in ((), ("--check",)):
         for command, option in (("sft", "model.path"), ("dpo", "dpo.policy")):
             message = refused(

@@ -352,12 +352,12 @@ def test_a_run_on_other_data_is_refused_or_told(place, capsys):
     a_run(place)
     assert "warning" not in check("dpo", "--check", capsys=capsys)[1]
     assert (
-        "data.max_length: was 32, is 30: the run goes on"
+        "data.max_length: was 32, is 30: the run continues"
         in check("dpo", "--data.max-length", "30", "--check", capsys=capsys)[1]
     )
     write_rows(place / "pairs/train.jsonl", ROWS * 2)
     told = check("dpo", "--check", capsys=capsys)[1]
-    assert "train.jsonl, bytes: has other contents; train split, rows: was 10, is 20: the run goes on only if" in told
+    assert "train.jsonl, bytes: has other contents; train split, rows: was 10, is 20: the run continues only if" in told
 
 
 def test_a_finished_run_is_told(place, capsys):

@@ -118,7 +118,7 @@ def test_a_log_without_checksums_is_taken_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"".join(sealed)
     for field, value in (("choice", "C"), ("tokens_in", 10**400), ("tokens_in", True), ("failure", "x"), ("extra", 1)):
         path.write_text("".join(json.dumps(record) + "\n" for record in [*old[:2], old[2] | {field: value}, *old[3:]]))
-        with pytest.raises(Unreadable, match="log: line 3: .*, and this log of an earlier version has no checksums"):
+        with pytest.raises(Unreadable, match="log: line 3: .*, but this log of an earlier version has no checksums"):
             VerdictLog(path, {})
     path.write_text("".join(json.dumps(record) + "\n" for record in old))
     with pytest.raises(ForeignVerdicts, match="model was None and is 'm'"):

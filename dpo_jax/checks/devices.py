@@ -51,7 +51,7 @@ def rows() -> Iterator[Row]:
         told = what.get(name, f"pmap {count}") + (": only one device here, so nothing was split" if count == 1 else "")
         yield Row(
             f"parallel.{name}",
-            f"{name} over several devices trains another model than one device: check the links between the devices (NCCL, "
+            f"{name} over several devices gives a different model from one device: check the links between the devices (NCCL, "
             "ICI), train with another --run.devices or mesh, and report it",
             functools.partial(_same_run, make, told),
         )

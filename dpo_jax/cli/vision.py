@@ -36,6 +36,6 @@ def check_mesh(config: Config) -> None:
 def no_encoder(where: str, folder: str) -> str:
     """A message about a model that has no encoder for the image in a row."""
     return (
-        f"{where}: the prompt shows an image, and {folder} has no vision encoder: name the folder of a Gemma 3 that reads "
+        f"{where}: the prompt shows an image, but {folder} has no vision encoder: name the folder of a Gemma 3 that reads "
         "images, or leave out the rows with images"
     )

@@ -36,7 +36,7 @@ WORDS: Mapping[str, str] = {
     "metric_for_best_model": "sft.stop_on, dpo.stop_on",
     "load_best_model_at_end": "sft.patience, dpo.patience: the weights of the best evaluation are then exported",
     "gradient_clipping": "sft.max_grad_norm, dpo.max_grad_norm",
-    "per_device_train_batch_size": "the batch of a step over all devices is sft.batch or dpo.batch; microbatches divides it",
+    "per_device_train_batch_size": "the batch of a step over all devices is sft.batch or dpo.batch; microbatches splits it",
     "train_batch_size": "sft.batch, dpo.batch",
     "batch_size": "sft.batch, dpo.batch",
     "per_device_eval_batch_size": "eval.batch",

@@ -52,7 +52,7 @@ class ColumnMap:
             if key not in known:
                 whose = f"format {format} reads ({', '.join(known)})" if format in FORMATS else "any format reads"
                 close = difflib.get_close_matches(key, known, n=1)
-                raise ValueError(f"{key!r} is no column that {whose}; " + (f"did you mean {close[0]!r}?" if close else HOW))
+                raise ValueError(f"{key!r} is not a column that {whose}; " + (f"did you mean {close[0]!r}?" if close else HOW))
 
     @property
     def _sources(self) -> set[str]:

@@ -11,7 +11,7 @@ from dpo_jax.data.pairs import HH_ASSISTANT, MAX_CHARACTERS, BadRow, Cause, Data
 from dpo_jax.untrusted import LongLine, Unreadable, lines_of, parse_object
 
 REMEDIES = {  # for rows that `dpo-jax sample` can produce itself
-    Cause.NO_PROMPT: "leave the row out: nobody can judge an answer to nothing",
+    Cause.NO_PROMPT: "leave the row out: an answer to an empty prompt cannot be judged",
     Cause.TOO_LONG: "leave the row out, or lower --sample.max-new-tokens",
 }
 CUES = ("TL;DR:", HH_ASSISTANT)  # what prompts end with to make a policy answer; not part of the question

@@ -171,7 +171,7 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
     except errors.RepositoryNotFoundError as error:
         raise HubError(f"{name}: no file or folder here, and no data set of the Hub; if it is private: {token}") from error
     except errors.RevisionNotFoundError as error:
-        raise HubError(f"{name}: has no revision {revision or 'main'}; take a branch, tag or commit of the data set") from error
+        raise HubError(f"{name}: has no revision {revision or 'main'}; use a branch, tag or commit of the data set") from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         offline = isinstance(error, errors.OfflineModeIsEnabled) or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
         why = "HF_HUB_OFFLINE forbids asking the Hub" if offline else f"the Hub does not answer ({_short(error)})"

@@ -52,7 +52,7 @@ def kind_of_record(record: Mapping[str, Any]) -> str:
     if kind == "answered":
         verdict = record["choice"], record["failure"]
         if verdict not in (("A", ""), ("B", ""), *((None, failure) for failure in FAILURES)):
-            raise Unreadable("choice and failure are no verdict")
+            raise Unreadable("choice and failure do not form a verdict")
     return kind
 
 
@@ -171,5 +171,5 @@ def unchecked(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
             if (kind_of_record(records[-1]) == "settings") != (place == 1):
                 raise Unreadable("settings that are not in the first line")
         except Unreadable as error:
-            raise Unreadable(f"line {place}: {error}, and this log of an earlier version has no checksums") from None
+            raise Unreadable(f"line {place}: {error}, but this log of an earlier version has no checksums") from None
     return records

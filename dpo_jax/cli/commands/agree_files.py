@@ -30,7 +30,7 @@ def key_file(config: Config, *, needed: bool) -> Path | None:
     if path.exists():
         return path
     if needed or config.agree.key:
-        raise ConfigError(f"agree.key: {path} does not exist; it is the file that dpo-jax study wrote beside the page")
+        raise ConfigError(f"agree.key: {path} does not exist; it is the file that dpo-jax study wrote next to the page")
     return None
 
 

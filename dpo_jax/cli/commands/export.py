@@ -250,7 +250,7 @@ def _write_beside(folder: Path, tokenizer: Any, card: str | None) -> None:
         if ends and token not in {None, *ends}:
             name = tokenizer.convert_ids_to_tokens(token)
             print(
-                f"note: generation_config.json stops at {ends}, but not at {name!r} ({token}), with which {why}: "
+                f"note: generation_config.json stops at {ends}, but not at {name!r} ({token}), although {why} with it: "
                 "the server of the model must add it",
                 flush=True,
             )

@@ -43,7 +43,7 @@ class StudyConfig:
         if self.twice is not None and self.raters == 1:
             yield "twice", "needs several lists: set study.raters to at least 2, or leave it out"
         if self.name_a == self.name_b:
-            yield "name_b", f"must be another name than name_a, got {self.name_b!r} for both"
+            yield "name_b", f"must differ from name_a, got {self.name_b!r} for both"
         for field in ("name_a", "name_b", "title", "question"):
             value = getattr(self, field)
             if value is not None and not value.strip():

@@ -197,7 +197,9 @@ def most(rows: int, limit: int | None) -> int:
 def note_misspelt(check: Check, path: str, option: str) -> None:
     first = path.partition("/")[0]
     if Path(first).is_dir():
-        check.warn(f"{option}: there is no folder {path}, though there is {first}/: is it misspelt? It is taken for a Hub id")
+        check.warn(
+            f"{option}: there is no folder {path}, though there is {first}/: is it misspelt? It would be read as a Hub id"
+        )
 
 
 def _tfds_rows(path: str, split: str) -> int:

@@ -116,7 +116,7 @@ def _refuse_another_run(check: Check, task: str, folder: Path) -> None:
     if check.rows is None:
         del was[ROWS], now[ROWS]
     if lines := data_changes(was, now):
-        check.warn("; ".join(line.strip() for line in lines) + ": the run goes on only if no token of its data has changed")
+        check.warn("; ".join(line.strip() for line in lines) + ": the run continues only if no token of its data has changed")
 
 
 def _fixed(check: Check) -> None:
