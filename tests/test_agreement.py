@@ -182,7 +182,7 @@ def test_rater_files_give_back_what_was_meant(study, key, tmp_path):
     [
         (
             {"study": "0123456789abcdef"},
-            r"r.json: study: bad_layout: of the study 0123456789abcdef, and the key is of \w+; give",
+            r"r.json: study: bad_layout: of the study 0123456789abcdef, but the key is of \w+; give",
         ),
         ({"kind": "something"}, "r.json: kind: bad_layout: not 'dpo_jax ratings'"),
         ({"rater": " "}, "r.json: rater: empty: the rater has no name"),

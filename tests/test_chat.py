@@ -381,7 +381,7 @@ BAD = {
     ),
     "the prompt twice": (Cause.DIFFERENT_PROMPTS, "chatml", TWO_PROMPTS, "both begin with the messages of the prompt"),
     "too many turns": (Cause.TOO_LONG, "chatml", {"chosen": [said("a"), user("b")] * 250 + [said("a")]}, "501 turns"),
-    "only a tool answers": (Cause.DIFFERENT_PROMPTS, "chatml", {"chosen": [TOLD]}, "one of 'tool'"),
+    "only a tool answers": (Cause.DIFFERENT_PROMPTS, "chatml", {"chosen": [TOLD]}, "a turn of 'tool'"),
 }
 
 

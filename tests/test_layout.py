@@ -157,9 +157,9 @@ ALL_ROWS = [functools.partial(rows, length=64) for rows in (plain_rows, shared_r
 @pytest.mark.parametrize("rows", ALL_ROWS)
 @pytest.mark.parametrize("shape", [(2,), (4,), (3, 2), (2, 3), (2, 2, 1), (4, 2), (2, 1), (1, 4)])
 def test_references_of_another_shape_would_be_those_of_other_pairs(rows, shape):
-    with pytest.raises(ValueError, match=rf"ref_logps has shape \({', '.join(map(str, shape))},?\), and \[2, 2\] is expected"):
+    with pytest.raises(ValueError, match=rf"ref_logps has shape \({', '.join(map(str, shape))},?\), but \[2, 2\] is expected"):
         rows(PAIRS[:2], ref_logps=np.zeros(shape))
-    with pytest.raises(ValueError, match=r"shape \(2, 3\), and \[3, 2\] is expected: one row for each pair, chosen first"):
+    with pytest.raises(ValueError, match=r"shape \(2, 3\), but \[3, 2\] is expected: one row for each pair, chosen first"):
         rows(PAIRS[:3], ref_logps=np.stack(REF[:3], axis=1))
 
 
@@ -251,5 +251,5 @@ def test_rankings_that_make_no_batch_are_refused():
         ranking_rows(random_rankings(3, 1), length=20)
     with pytest.raises(ValueError, match="these have none"):
         ranking_rows([], length=20)
-    with pytest.raises(ValueError, match=r"\(3, 2\), and \[3, 4\] is expected: there are 3 rankings of 4 completions"):
+    with pytest.raises(ValueError, match=r"\(3, 2\), but \[3, 4\] is expected: there are 3 rankings of 4 completions"):
         ranking_rows(rankings, length=20, ref_logps=np.zeros((3, 2)))

@@ -153,7 +153,7 @@ def test_bad_rows_name_line_field_and_cause(row, told, tmp_path):
             r"unpaired\) holds single completions with labels, but pairs are needed here: set dpo.loss to .*\(kto,",
         ),
         (GOOD, "rankings", "holds single completions with labels, but rankings are needed here: set dpo.loss"),
-        (FRUIT, "unpaired", r"ranked\) holds rankings, and single .* needed here: .*reads them \(plackett_luce\)"),
+        (FRUIT, "unpaired", r"ranked\) holds rankings, but single .* needed here: .*reads them \(plackett_luce\)"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "rankings", "holds pairs, but rankings .* use the loss dpo"),
     ],
 )

@@ -175,7 +175,7 @@ def is_chat(config: Config, policy: str, tokenizer: Any) -> bool:
     """
     asked, template = config.sample.chat, tokenizer.chat_template is not None
     if asked == "on" and not template:
-        raise ConfigError(f"sample.chat: is on, and the tokenizer of {policy} has no chat template")
+        raise ConfigError(f"sample.chat: is on, but the tokenizer of {policy} has no chat template")
     if asked != "auto" or not template:
         return asked == "on"
     record = Path(policy).expanduser().resolve().parent / "data_report.json"

@@ -147,7 +147,7 @@ def _lengths(caption: str, results: Sequence[Mapping[str, str]], path: Path) -> 
     figure = plot_lengths(
         _spots({key: value[""] for key, value in kl.items()}, tokens), _spots(betas, tokens), path, reference=start[""]
     )
-    columns = ["policy", "KL", "mean tokens of a sample", "less the reference's", "cut by the limit"]
+    columns = ["policy", "KL", "mean tokens of a sample", "minus the reference's", "cut by the limit"]
     note = "At the end of training; 95 % intervals. A sample cut by the limit counts with the length of the limit."
     blocks: list[Block] = [Table(columns, rows, caption=caption, note=note)]
     return [*blocks, Figures([(figure, "tokens of samples against KL and beta")], size="wide")]
@@ -179,7 +179,7 @@ def _learned(caption: str, results: Sequence[Mapping[str, str]], path: Path) -> 
         ]
         for key in learned
     ]
-    columns = ["policy", "gain in the learned reward", "gain in the true reward", "promised too much"]
+    columns = ["policy", "gain in the learned reward", "gain in the true reward", "overestimate"]
     note = "At the end of training, over the reference; 95 % intervals of the policy. The reward model judges every policy."
     figure = plot_learned(_spots({key: value[""] for key, value in promised.items()}, real), path)
     blocks: list[Block] = [Table(columns, rows, caption=caption, note=note)]

@@ -41,7 +41,7 @@ def devices(check: Check) -> None:
         sizes = dataclasses.asdict(config.mesh)
         if count is not None:
             sizes = _mesh(config, count)
-        check.tell("devices", mesh_words({axis: size if size > 0 else "what is left" for axis, size in sizes.items()}))
+        check.tell("devices", mesh_words({axis: size if size > 0 else "the rest" for axis, size in sizes.items()}))
         _refuse_uneven(check, sizes)
 
 
