@@ -303,7 +303,7 @@ def test_what_failed_is_told(copy, tmp_path):
     ):
         assert f"note: {words}" in out
         assert words in Seen(page).text
-    assert "passed" not in out
+    assert "passed that step" not in out
     assert {path.name[3:] for path in (tmp_path / "out" / "images").iterdir()} >= {"rewards.svg", "accuracies.svg"}
     assert "Held-out evaluation" not in page
 
