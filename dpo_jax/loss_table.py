@@ -308,7 +308,7 @@ def problems(text: str, values: Mapping[str, Any], *, microbatches: int = 1) -> 
             if values[name] == OPTIONS[name].default:
                 yield name, f"loss {term.name} needs it: {OPTIONS[name].help[0].lower()}{OPTIONS[name].help[1:]}"
     if microbatches > 1 and whole_batch(text):
-        why = "looks at all examples of a batch at once, which microbatches split"
+        why = "looks at all examples of a batch at once, but microbatches split it"
         yield "microbatches", f"loss {text} {why}: leave it at 1"
     if values["f_alpha"] != OPTIONS["f_alpha"].default and values["f_divergence"] != "alpha_divergence":
         yield "f_alpha", "belongs to f_divergence alpha_divergence: set that, or leave it out"

@@ -111,7 +111,7 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
         chosen = tyro.cli(
             dataclasses.make_dataclass("Options", views, frozen=True),
             prog=f"dpo-jax {name} {path}",
-            description=f"{command.help[0].upper()}{command.help[1:]}. Flags override the values of {path}. With --check it it "
+            description=f"{command.help[0].upper()}{command.help[1:]}. Flags override the values of {path}. With --check it "
             "only says whether it could run, and what would run (dpo-jax help).",
             args=flags,
         )

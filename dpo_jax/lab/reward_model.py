@@ -182,7 +182,7 @@ def load_head(path: Path, *, width: int) -> dict[str, np.ndarray]:
         parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
         found = {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in parts.items()}
         if found != {"kernel": ("F32", (width,)), "bias": ("F32", ())}:
-            raise ValueError(f"{str(found)[:300]} , but F32 of ({width},) as kernel and of () as bias are expected")
+            raise ValueError(f"{str(found)[:300]}, but F32 of ({width},) as kernel and of () as bias are expected")
         head = {name: opened.get_tensor(name) for name in found}
         if not all(np.isfinite(array).all() for array in head.values()):
             raise ValueError("holds numbers that are not finite")
