@@ -57,7 +57,7 @@ def dpo_step(
     signals = _signals(loss, rows)
     if "weight" in signals and (microbatches > 1 or axis_name is not None):
         raise ValueError(
-            "this loss looks at all pairs of a batch at once, and microbatches or a mapped axis cut the batch into parts: "
+            "this loss looks at all pairs of a batch at once, but microbatches or a mapped axis split the batch into parts: "
             "use one microbatch, and one device or a mesh"
         )
     if rows.extras and "desirable" in rows.extras:
@@ -89,12 +89,12 @@ def dpo_objective(
     }
     signals, columns = _signals(loss, rows), dict(rows.extras or {})
     if "desirable" in signals:
-        raise ValueError("this loss reads single completions with labels, and the batch has none (Encoded.desirable)")
+        raise ValueError("this loss reads single completions with labels, but the batch has none (Encoded.desirable)")
     share = columns.pop("desirable_share", None)
     extras = {name: make() for name, make in supplied.items() if name in signals} | columns
     found = loss(logps, rows.ref_logps, **extras)
     if not (isinstance(found, tuple) and len(found) == 2):
-        raise TypeError(f"a loss returns (losses [P], rewards [P, K]), this one {type(found).__name__}")
+        raise TypeError(f"a loss returns (losses [P], rewards [P, K]), but this one returns {type(found).__name__}")
     losses, rewards = found
     if "desirable" in columns:
         share = desirable_share(rows, None) if share is None else share

@@ -34,4 +34,4 @@ def open_lock(path: str | os.PathLike[str], *, create: bool = True) -> int:
 
 def _message(path: Path) -> str:
     kind = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "no regular file"
-    return f"{path}: is {kind}, and a lock is a file that nothing else uses; remove it, or choose another folder"
+    return f"{path}: is {kind}, but a lock must be a file that nothing else uses; remove it, or choose another folder"

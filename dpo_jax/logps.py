@@ -82,7 +82,7 @@ def scored_hidden(model: Model, variables: Variables, rows: Rows) -> jax.Array:
         found = f"an array {list(shape)}" if hasattr(hidden, "shape") else type(hidden).__name__
         raise ValueError(
             f"model.forward returns {found} for rows of {list(np.shape(rows.tokens))} tokens: hidden states [R, L, D] are "
-            "expected; dpo_jax.check_model tells whether a model of your own is right"
+            "expected; dpo_jax.check_model checks a model of your own"
         )
     return hidden_at(hidden, rows.source)
 

@@ -295,7 +295,7 @@ def problems(text: str, values: Mapping[str, Any], *, microbatches: int = 1) -> 
         return
     if len(kinds := {term.loss.rows: term.name for term in terms(text)}) > 1:
         kinds = ", ".join(f"{name} of {_WORDS[rows]}" for rows, name in kinds.items())
-        yield "loss", f"the losses of a sum read the same examples, and these do not: {kinds}"
+        yield "loss", f"the losses of a sum must read the same examples, but these do not: {kinds}"
     for name, option in OPTIONS.items():
         value = values[name]
         if name not in read and value != option.default:
@@ -308,7 +308,7 @@ def problems(text: str, values: Mapping[str, Any], *, microbatches: int = 1) -> 
             if values[name] == OPTIONS[name].default:
                 yield name, f"loss {term.name} needs it: {OPTIONS[name].help[0].lower()}{OPTIONS[name].help[1:]}"
     if microbatches > 1 and whole_batch(text):
-        why = "looks at all examples of a batch at once, which microbatches cut into parts"
+        why = "looks at all examples of a batch at once, but microbatches split it"
         yield "microbatches", f"loss {text} {why}: leave it at 1"
     if values["f_alpha"] != OPTIONS["f_alpha"].default and values["f_divergence"] != "alpha_divergence":
         yield "f_alpha", "belongs to f_divergence alpha_divergence: set that, or leave it out"

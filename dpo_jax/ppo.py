@@ -87,7 +87,7 @@ def prompt_batch(prompts: Sequence[Sequence[int] | np.ndarray], key: jax.Array, 
     """
     tokens, lengths = left_pad(prompts, multiple_of=length)
     if tokens.shape[1] > length:
-        raise ValueError(f"prompt {int(np.argmax(lengths))} has {lengths.max()} tokens, and there is room for {length}")
+        raise ValueError(f"prompt {int(np.argmax(lengths))} has {lengths.max()} tokens, but there is room for {length}")
     return Prompts(tokens, lengths, np.asarray(jax.random.key_data(jax.random.split(key, len(prompts)))))
 
 
@@ -173,7 +173,7 @@ def policy_and_values(
 def _scored(model: Model, variables: Variables, rows: Rows) -> jax.Array:
     """The hidden states that predict the scored tokens: [R, S, D]."""
     if rows.slots != 1:
-        raise ValueError(f"tokens are scored in rows of one completion each, and these hold {rows.slots}: lay them out plain")
+        raise ValueError(f"tokens are scored in rows of one completion each, but these hold {rows.slots}: use the layout plain")
     return jnp.take_along_axis(model.forward(variables, rows), rows.source[:, :, None], axis=1)
 
 
@@ -253,7 +253,7 @@ def minibatches(rollout: Rollout, *, size: int, rng: np.random.Generator, part: 
     whole = jax.device_get(rollout)
     rows = len(whole.logps)
     if rows % size or size % part[1]:
-        raise ValueError(f"a rollout of {rows} rows does not divide into minibatches of {size} rows for {part[1]} hosts")
+        raise ValueError(f"a rollout of {rows} rows cannot be split into minibatches of {size} rows for {part[1]} hosts")
     order = rng.permutation(rows).reshape(-1, part[1], size // part[1])[:, part[0]]
     for members in order:
         yield jax.tree.map(lambda x, members=members: x[members], whole)

@@ -231,7 +231,7 @@ class ReferenceCache:
         found = self._stored_identity()
         if found is None and (path.exists() or self._files()):
             where = f"is damaged; it is now {self._set_aside(path)}" if path.exists() else "is gone"
-            self._report(0, f"{path.name} {where}; each record tells by its checksum whether it belongs here")
+            self._report(0, f"{path.name} {where}; the checksum of each record shows whether it belongs here")
         if found is None:
             return {}
         if found["identity"] != self.identity:
@@ -239,8 +239,8 @@ class ReferenceCache:
             names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
             lines = [f"  {name}: cached with {before.get(name)!r}, now {now.get(name)!r}" for name in names]
             raise ForeignCache(
-                f"{self.directory} holds reference log-probabilities of something else:\n" + "\n".join(lines) + "\n"
-                "Choose another folder with --refs.cache. Delete this one only if no policy that was trained against that "
+                f"{self.directory} holds reference log-probabilities with a different origin:\n" + "\n".join(lines) + "\n"
+                "Choose another folder with --refs.cache. Delete this one only if no policy trained against that "
                 "reference is to be continued or evaluated."
             )
         return found["records"]

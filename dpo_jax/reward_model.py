@@ -65,7 +65,7 @@ def completion_rewards(model: Model, variables: Variables, rows: Rows) -> jax.Ar
     [0. 0. 0. 0.]
     """
     if rows.slots == 2 and rows.pairs is None:
-        raise ValueError("rewards are read from completions after their prompts, not from pairs around one: lay them out plain")
+        raise ValueError("rewards are read from plain rows, not from pairs that share a prompt: use the layout plain")
     hidden = model.forward(variables, rows)
     in_slot = rows.slot[:, :, None] == jnp.arange(rows.slots, dtype=jnp.int32)[None, None, :]
     last = jnp.where(in_slot, rows.source[:, :, None] + 1, 0).max(axis=1)  # [R, slots]

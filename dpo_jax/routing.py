@@ -32,14 +32,14 @@ def with_router(objective: OfModel, model: Model, *, coefficient: float = 0.0, a
     route = model.route
     if route is None:
         if coefficient:
-            raise ValueError(f"router_aux_loss is {coefficient}, and the model has no router (Model.route): leave it out")
+            raise ValueError(f"router_aux_loss is {coefficient}, but the model has no router (Model.route): leave it out")
         return functools.partial(objective, model=model)
 
     def routed(variables: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
         hidden, routing = route(variables, rows)
 
         def forward(_: Variables, again: Rows) -> jax.Array:
-            assert again.tokens is rows.tokens, "an objective reads the rows that it was given"
+            assert again.tokens is rows.tokens, "an objective must read the rows that it was given"
             return hidden
 
         losses, metrics = objective(variables, rows, model=model._replace(forward=forward))

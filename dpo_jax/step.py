@@ -178,7 +178,7 @@ def _split(rows: Batch, microbatches: int) -> Batch:
     """
     groups = min(x.shape[0] for x in jax.tree.leaves(rows))
     if groups % microbatches:
-        raise ValueError(f"a batch of {groups} rows does not divide into {microbatches} microbatches of equal size")
+        raise ValueError(f"a batch of {groups} rows cannot be split into {microbatches} microbatches of equal size")
 
     def split(x: Array) -> Array:
         if parts_of(ROW_AXES) == 1:

@@ -273,7 +273,7 @@ def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(literal: str) -> NoReturn:
-    raise BadNumber(f"{literal} is not a number of JSON")
+    raise BadNumber(f"{literal} is not a JSON number")
 
 
 def _integer(literal: str) -> int:

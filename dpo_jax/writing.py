@@ -135,7 +135,7 @@ def _check_reader(path: Path) -> None:
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
-        raise OSError(errno.ENXIO, "is a pipe that nobody reads; remove it", str(path)) from None
+        raise OSError(errno.ENXIO, "is a pipe without a reader; remove it", str(path)) from None
 
 
 def _is_file(path: Path, status: os.stat_result) -> bool:
@@ -170,11 +170,11 @@ def empty_folder(folder: str | os.PathLike[str], *, ours: Sequence[str] = ()) ->
     """
     folder = Path(folder)
     if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or not _made_here(folder, ours)):
-        words = "is there already, and dpo-jax has not made it; move it away, or choose another folder"
+        words = "already exists and was not made by dpo-jax; move it away, or choose another folder"
         raise FileExistsError(errno.EEXIST, words, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     # The mark is written first and stays, so that a folder left by a kill can be emptied again.
-    write_text(folder / MARK, "dpo-jax deletes this folder before it writes it anew\n")
+    write_text(folder / MARK, "dpo-jax deletes this folder before it writes it again\n")
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -156,7 +156,7 @@ look_for_files() {
     return
   fi
   [ -f "${3:-}" ] || die "${3:-no configuration given}: no such file"
-  [ "$told" = yes ] || say "only the configuration is looked for; options, data and models are not checked, for want of dpo-jax (./launch/env.sh brings it)"
+  [ "$told" = yes ] || say "only the presence of the configuration is checked, not options, data and models: dpo-jax is missing (./launch/env.sh installs it)"
   told=yes
 }
 

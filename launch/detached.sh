@@ -124,7 +124,7 @@ case ${1:-} in
   start | record) "$@" ;;
   follow | status | stop | keys)
     [ "$dry_run" = no ] || die "--dry-run is for start only"
-    [ $# = 1 ] || die "$1 knows no $2 (--help explains)"
+    [ $# = 1 ] || die "$1 takes no arguments, but got $2 (--help explains)"
     "$1"
     ;;
   *) usage >&2 && exit 2 ;;

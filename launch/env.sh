@@ -102,7 +102,7 @@ else
   make_venv
 fi
 if command -v "${DPO_JAX_PYTHON:-}" >/dev/null && [ "$("$venv/bin/python" -V)" != "$("$DPO_JAX_PYTHON" -V)" ]; then
-  say "$venv has $("$venv/bin/python" -V), asked for $("$DPO_JAX_PYTHON" -V): making it anew"
+  say "$venv has $("$venv/bin/python" -V), asked for $("$DPO_JAX_PYTHON" -V): recreating it"
   had_extras=''
   make_venv
 fi

@@ -41,7 +41,7 @@ case ${1:-} in
   -h | --help) usage ;;
   start) start "${@:2}" ;;
   follow | status | stop)
-    [ $# = 1 ] || die "$1 knows no $2 (--help explains)"
+    [ $# = 1 ] || die "$1 takes no arguments, but got $2 (--help explains)"
     run ./launch/detached.sh "$1"
     ;;
   *) usage >&2 && exit 2 ;;

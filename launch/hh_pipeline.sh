@@ -125,8 +125,8 @@ take() {
 . launch/common.bash
 steps='' run_dir='' many_hosts=no check_only=no check_options=() options=() program=()
 read_arguments "$@"
-[ "$dry_run" = yes ] || [ "$check_only" = yes ] || [ -x "$dpo_jax" ] || die "$dpo_jax is not there: run ./launch/env.sh first" 1
-[ "$check_only" = no ] || [ -n "$(dpo_jax_here)" ] || die "there is no dpo-jax here, which checks: run ./launch/env.sh first" 1
+[ "$dry_run" = yes ] || [ "$check_only" = yes ] || [ -x "$dpo_jax" ] || die "$dpo_jax is missing: run ./launch/env.sh first" 1
+[ "$check_only" = no ] || [ -n "$(dpo_jax_here)" ] || die "there is no dpo-jax here to check with: run ./launch/env.sh first" 1
 for step in $steps; do command_of "$step"; done # a wrong name is refused before any work
 [ "$dry_run" = yes ] || [ "$check_only" = yes ] || quiet=yes
 check_steps

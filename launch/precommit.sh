@@ -101,7 +101,7 @@ code=0
 if [ ${#tests[@]} != 0 ]; then
   run "$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --within "${DPO_JAX_SECONDS:-25}" "${tests[@]}" || code=$?
 else
-  say "no test is named like what changed, or imports it"
+  say "no test is named after a changed file or imports it"
 fi
 [ -z "$types" ] || wait "$types" || code=$?
 exit "$code"

@@ -75,7 +75,7 @@ check_arguments() {
   [ -n "$verb" ] || { usage >&2 && exit 2; }
   case $verb in
     run | create | wait | install | start | follow | status | stop | delete) ;;
-    *) die "$verb: no such verb (run, create, wait, install, start, follow, status, stop, delete)" ;;
+    *) die "$verb: unknown verb (run, create, wait, install, start, follow, status, stop, delete)" ;;
   esac
   case $name in '' | -*) die "$verb: a NAME for the slice comes next" ;; esac
   [ -n "$zone" ] || die "--zone is missing"
@@ -104,7 +104,7 @@ check_arguments() {
       ;;
     install) check_sent ;;
   esac
-  [ "$dry_run" = yes ] || command -v gcloud >/dev/null || die "gcloud is not there: install the Google Cloud CLI" 1
+  [ "$dry_run" = yes ] || command -v gcloud >/dev/null || die "gcloud is missing: install the Google Cloud CLI" 1
 }
 
 # Before anything costs. What lies on the shared disk only the workers can see.
@@ -126,13 +126,13 @@ check_here() {
 
 # Workers get HEAD: what was checked here must be what they read.
 check_committed() {
-  git cat-file -e "HEAD:./$1" 2>/dev/null || die "$1 is not committed, and only committed files are sent: git add $1, then git commit"
-  git diff --quiet HEAD -- "$1" || die "$1 has changes that are not committed, and only committed files are sent: git commit $1"
+  git cat-file -e "HEAD:./$1" 2>/dev/null || die "$1 is not committed, but only committed files are sent: git add $1, then git commit"
+  git diff --quiet HEAD -- "$1" || die "$1 has changes that are not committed, but only committed files are sent: git commit $1"
 }
 
 check_sent() {
   local changed
-  git rev-parse --quiet --verify HEAD >/dev/null 2>&1 || die "only what is committed is sent to the workers, and this is no git repository with a commit"
+  git rev-parse --quiet --verify HEAD >/dev/null 2>&1 || die "only committed files are sent to the workers, but this is not a git repository with a commit"
   changed=$(git diff --name-only HEAD)
   [ -z "$changed" ] || say "uncommitted changes are not sent: ${changed//$'\n'/, }"
 }
@@ -165,7 +165,7 @@ look() {
     say "could not ask for the state of $name (try $tries): $(<"$errors")"
     sleep "$poll"
   done
-  die "gcloud does not answer; the run, if there is one, goes on. The same command comes back to it" 1
+  die "gcloud does not answer; the run, if there is one, continues. Run the same command again to follow it" 1
 }
 
 wait_for_slice() {

@@ -182,12 +182,12 @@ def test_rater_files_give_back_what_was_meant(study, key, tmp_path):
     [
         (
             {"study": "0123456789abcdef"},
-            r"r.json: study: bad_layout: of the study 0123456789abcdef, and the key is of \w+; give",
+            r"r.json: study: bad_layout: of the study 0123456789abcdef, but the key is of \w+; give",
         ),
         ({"kind": "something"}, "r.json: kind: bad_layout: not 'dpo_jax ratings'"),
         ({"rater": " "}, "r.json: rater: empty: the rater has no name"),
         ({"rater": 7}, "r.json: rater: wrong_type"),
-        ({"number": 13}, "r.json: number: out_of_range: 13 is none of the 12 lists"),
+        ({"number": 13}, "r.json: number: out_of_range: 13 is not one of the 12 lists"),
         ({"ratings": {}}, "r.json: ratings: wrong_type: a list is needed"),
         ({"ratings": [7]}, r"r.json: ratings\[0\].item: wrong_type: an object is needed"),
     ],
@@ -226,7 +226,7 @@ def test_an_edited_rating_is_refused(study, key, tmp_path, place, change, expect
         ("\udcff", "r.json: not UTF-8: byte 0xff at byte 0"),
         ("[" * 20000, r"r.json: \w+: at least 101 levels deep; the limit is 100"),
         ('{"kind": 1, "kind": 2}', "r.json: \\w+: the key 'kind' occurs twice"),
-        ('{"number": NaN}', "r.json: \\w+: NaN is not a number of JSON"),
+        ('{"number": NaN}', "r.json: \\w+: NaN is not a JSON number"),
     ],
 )
 def test_a_damaged_file_is_named(key, tmp_path, text, expected):

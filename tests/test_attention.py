@@ -309,17 +309,17 @@ def test_automatic_choice(platform, name):
 @pytest.mark.parametrize(
     ("asked", "platform", "family", "dtype", "message"),
     [
-        ("splash", "cpu", "llama", "float32", "splash runs on a TPU, and this is a CPU; auto fits here"),
-        ("cudnn", "tpu", "llama", "bfloat16", "cudnn runs on a GPU, and this is a TPU"),
+        ("splash", "cpu", "llama", "float32", "splash runs on a TPU, but this is a CPU; auto fits here"),
+        ("cudnn", "tpu", "llama", "bfloat16", "cudnn runs on a GPU, but this is a TPU"),
         (
             "cudnn",
             "gpu",
             "gemma2",
             "bfloat16",
-            "no soft cap on scores, which gemma2 needs; .* multiples of 8, and these have 12; use flash",
+            "no soft cap on scores, which gemma2 needs; .* multiples of 8, but these have 12; use flash",
         ),
         ("cudnn", "gpu", "llama", "float32", "computes in bfloat16, not float32: set run.precision"),
-        ("flash", "cpu", "llama", "float32", "flash runs on a GPU, and this is a CPU; auto fits here"),
+        ("flash", "cpu", "llama", "float32", "flash runs on a GPU, but this is a CPU; auto fits here"),
         ("flash", "gpu", "llama", "float64", "computes in float32 or less, not float64; use chunked"),
         ("flush", "gpu", "llama", "float32", "'flush' is unknown: choose auto, dense, blocks, chunked, splash, flash, cudnn"),
     ],

@@ -212,8 +212,8 @@ def test_the_audit_is_one_page_of_what_to_look_into(config):
         "test, also in train: test.jsonl:2 with train.jsonl:6",
         "prompts do not begin with BOS",
         "note: 1 of 3 test pairs have a prompt that is also in train, 1 with the same answers: held-out accuracy is partly",
-        "note: 2 of 52 train pairs repeat an earlier one with chosen and rejected swapped: keep the right one",
-        "note: 10 of 52 train pairs repeat an earlier one, and weigh more for it: keep each pair once",
+        "note: 2 of 52 train pairs repeat an earlier one with chosen and rejected swapped: keep the right pair",
+        "note: 10 of 52 train pairs repeat an earlier one and count more than once: keep each pair once",
         'note: the rule "the longer one wins" alone has accuracy 0.96 on train',
         "note: 3 test pairs are too few",
     ):
@@ -335,7 +335,7 @@ def test_all_that_reads_prompts_gives_them_the_same_bos(config, tmp_path, monkey
         assert all(0 not in ids[1:] for ids in sampled)
     page = " ".join(call("audit", config, "--run.dir", tmp_path, "--data.bos", "always").out.split())
     assert "prompts begin with BOS, '<|endoftext|>'" in page
-    assert "note: the tokenizer does not begin a text with BOS, and prompts do (--data.bos always)" in page
+    assert "note: the tokenizer does not begin a text with BOS, but prompts do (--data.bos always)" in page
 
 
 def test_bos_always_needs_a_tokenizer_that_has_it(config, tokenizer, tmp_path):

@@ -291,7 +291,7 @@ def test_a_busy_machine_or_a_slow_loader_is_told(work):
         "jax-attention": [measured(0.5, peak=1, reference_seconds=[0.1], loader_seconds=0.1)],
     }
     shown = report.table(report.summarize(work[0], config, work[1], rounds, GATE))
-    assert "the update of all weights not compared, there is no other" in shown
+    assert "the update of all weights not compared: there is only one" in shown
     assert "up to 30% of the cores: TOO BUSY" in shown
     assert "20.00% of a step: MORE THAN 10%" in shown
 
@@ -354,11 +354,11 @@ def test_the_command_leaves_table_figures_and_plot(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--bench.contenders", "jax-hed"], "bench.contenders: 'jax-hed' is none of torch-live"),
-        (["--bench.groups", "3"], "bench.groups: 3 equal parts do not make up a batch of 4 pairs"),
-        (["--bench.lengths", "100/50/50"], "bench.lengths: 100/50/50 makes rows of 150 tokens, and the model reads 128"),
+        (["--bench.contenders", "jax-hed"], "bench.contenders: 'jax-hed' is not one of torch-live"),
+        (["--bench.groups", "3"], "bench.groups: dpo.batch, 4 pairs, cannot be split into 3 equal parts"),
+        (["--bench.lengths", "100/50/50"], "bench.lengths: 100/50/50 makes rows of 150 tokens, but the model has 128"),
         (["--bench.lengths", "1/2"], "bench.lengths: must be three lengths in tokens"),
-        (["--bench.torch-python", "no-such-python"], "bench.torch_python: no-such-python is no program"),
+        (["--bench.torch-python", "no-such-python"], "bench.torch_python: no-such-python cannot be run as a program"),
         (["--bench.contenders", "trl", "--bench.torch-python", "false"], "bench.contenders: false has no torch or no trl"),
         (["--dpo.epochs", "2"], "--dpo.epochs: bench does not read this option"),
         (["--lora.rank", "8"], "--lora.rank: bench does not read this option"),

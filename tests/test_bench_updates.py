@@ -148,7 +148,7 @@ def test_the_first_round_compares_weights_and_deletes_them(folders, monkeypatch,
         assert differences["updates"] == {"jax-head": 0, "jax-attention": 0}
         wrote = [(number, name) for number, name, weights in asked if weights]
         assert wrote == [(0, "jax-head"), (0, "jax-attention")]
-        assert "updates" not in race.race(work, ["jax-attention"], **quiet)[1], "there is no other"
+        assert "updates" not in race.race(work, ["jax-attention"], **quiet)[1], "there is only one"
     assert not work.all_weights.exists()
 
 

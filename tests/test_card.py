@@ -213,7 +213,7 @@ def test_a_card_names_each_source_with_its_revision_and_weight(run, tmp_path, mo
     assert ModelCard(card).data.to_dict()["datasets"] == ["org/one", "org/two"]
     link = "[{0}](https://huggingface.co/datasets/{0})"
     told = [f"{link.format('org/one')}, revision `{'0f' * 20}`, weight 2", f"{link.format('org/two')}, `en`, revision `v1`"]
-    assert f"- data: {', '.join(told)}, `own` (files); 5.0% of the prompts of what has no test split are held out" in card
+    assert f"- data: {', '.join(told)}, `own` (files); 5.0% of the prompts of sources without a test split are held out" in card
 
 
 def test_a_card_names_the_digest_of_the_weights_beside_it(run, tmp_path):

@@ -327,14 +327,14 @@ def test_turns_behind_the_last_answer_are_left_off(chatty):
     wanted = preference(row, chatty["chatml"])
     pair = preference(row, chatty["chatml"], chosen=[*row["chosen"], user("Thanks.")])
     assert pair == wanted
-    assert pair.notes == ("turns after the assistant's last one are left off",)
+    assert pair.notes == ("turns after the assistant's last one are left out",)
 
 
 def test_texts_are_not_rendered_and_leave_tools_unread(tmp_path):
     rows = [{"prompt": "a", "chosen": " b", "rejected": " c", "tools": tools} for tools in (TOOLS, [], None)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     notes = load_preferences(tmp_path, "train").report.notes
-    assert notes[1:] == ["tools: not read beside texts, only beside messages (1 of 3 pairs)"]
+    assert notes[1:] == ["tools: not read with texts, only with messages (1 of 3 pairs)"]
 
 
 TWICE = said(None, tool_calls=[call("A"), call("B")])
@@ -381,7 +381,7 @@ BAD = {
     ),
     "the prompt twice": (Cause.DIFFERENT_PROMPTS, "chatml", TWO_PROMPTS, "both begin with the messages of the prompt"),
     "too many turns": (Cause.TOO_LONG, "chatml", {"chosen": [said("a"), user("b")] * 250 + [said("a")]}, "501 turns"),
-    "only a tool answers": (Cause.DIFFERENT_PROMPTS, "chatml", {"chosen": [TOLD]}, "one of 'tool'"),
+    "only a tool answers": (Cause.DIFFERENT_PROMPTS, "chatml", {"chosen": [TOLD]}, "a turn of 'tool'"),
 }
 
 

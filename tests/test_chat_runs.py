@@ -179,7 +179,7 @@ def test_every_end_token_of_the_model_stops_it(done, model):
     assert report["policy"]["tokens"] == report["reference"]["tokens"] == 1
     lines = [json.loads(line) for line in printed["sample"].out.splitlines()]
     assert [(line["completion"], line["tokens"]) for line in lines] == [("", 1)] * 2
-    assert "stopped before their end" not in printed["sample"].err
+    assert "completions were cut off" not in printed["sample"].err
 
 
 def test_the_race_takes_the_weights_and_the_tokens_of_the_folder(done, model, tmp_path):
@@ -212,7 +212,7 @@ def test_the_race_takes_the_weights_and_the_tokens_of_the_folder(done, model, tm
         else:
             assert {(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs} == {(9, 3, 5)}
     (tmp_path / "train.jsonl").write_text("".join(rows))
-    with pytest.raises(ConfigError, match=r"train.jsonl:1\S* and \d other pairs of the race have turns"):
+    with pytest.raises(ConfigError, match=r"train.jsonl:1\S* and \d other pairs of the benchmark have unscored turns"):
         freeze(config, types.SimpleNamespace(path=tmp_path / "turns"))
 
 

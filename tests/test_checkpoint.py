@@ -368,7 +368,7 @@ def test_a_step_of_another_format_is_refused_and_stays(copy):
     record = json.loads(path.read_text()) | {"format": 1}
     del record["digest"]
     path.write_text(json.dumps(record | {"digest": seal.digest(record)}))
-    with Checkpoints(copy) as checkpoints, pytest.raises(StateMismatch, match="is in format 1, and this version reads 3 and 4"):
+    with Checkpoints(copy) as checkpoints, pytest.raises(StateMismatch, match="is in format 1, but this version reads 3 and 4"):
         checkpoints.restore_latest(abstract())
     assert quarantined(copy) == []
 

@@ -233,7 +233,7 @@ def test_a_sweep_that_is_killed_ends_in_the_table_of_an_uninterrupted_one(study,
         (("--frontier.max-new-tokens", "120"), "frontier.max_new_tokens: 120 more than the longest prompt"),
         (
             ("--dpo.microbatches", "8"),
-            "frontier.ppo_batch: 8 completions in 2 minibatches do not divide among",
+            "frontier.ppo_batch: 8 completions in 2 minibatches cannot be split over",
         ),
     ],
 )
@@ -448,14 +448,17 @@ def test_a_prompt_that_is_cut_is_the_text_that_is_left(pieces, capsys):
     ("flags", "message"),
     [
         (("ppo", "--ppo.target-kl", "0"), "ppo.target_kl: must be greater than 0"),
-        (("ppo", "--ppo.reward-model", "{run}/sft/export"), "sft/export: holds no reward_head.safetensors, so it is no reward"),
+        (
+            ("ppo", "--ppo.reward-model", "{run}/sft/export"),
+            "sft/export: holds no reward_head.safetensors, so it is not a reward",
+        ),
         (("ppo", "--ppo.reward-model", "nowhere"), "ppo.reward_model: no model folder nowhere"),
         (("label", "--data.source", "files", "--data.path", "{run}/label"), "frontier.reward: exact is the reward of the gen"),
         (
             ("label", "--frontier.ppo-lr", "1"),
             "--frontier.ppo-lr: label does not read this option (ppo, frontier, robust would)",
         ),
-        (("reward-model", "--data.source", "imdb", "--data.path", "x"), "texts and no preferences; sft, ppo, optimum and fron"),
+        (("reward-model", "--data.source", "imdb", "--data.path", "x"), "texts, not preferences; sft, ppo, optimum and fron"),
         (("optimum", "--dpo.policy", "{run}/no/sft/export"), "dpo.policy: no model folder"),
     ],
 )

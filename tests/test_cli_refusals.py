@@ -117,7 +117,7 @@ def test_a_cache_of_another_reference_is_refused_by_what_differs(done, tmp_path)
 
 def test_attention_that_this_machine_does_not_have(done):
     message = refused(2, "refs", done.config, "--model.attention", "splash")
-    assert "model.attention: attention splash runs on a TPU, and this is a CPU" in message
+    assert "model.attention: attention splash runs on a TPU, but this is a CPU" in message
 
 
 def test_a_cache_that_lies_is_found_at_step_0(done, copy):
@@ -203,10 +203,10 @@ def test_a_model_folder_that_is_no_model_is_refused_by_its_option(done, tmp_path
 def test_impossible_sizes_are_refused_before_compiling(done, tmp_path):
     here = ("--run.dir", tmp_path, "--dpo.policy", done / "sft" / "export")
     pmap = ("--run.devices", "pmap", "--dpo.batch", 6)
-    assert "dpo.batch: 6 does not divide among 4 devices x 1 microbatches; the nearest batch that does is 8" in refused(
+    assert "dpo.batch: 6 cannot be split over 4 devices x 1 microbatches; the nearest batch that can is 8" in refused(
         2, "dpo", done.config, *here, *pmap
     )
-    assert "dpo.microbatches: must divide batch: 16 do not split into 3 equal parts; the nearest is 2" in refused(
+    assert "dpo.microbatches: must divide batch (16), got 3; the nearest is 2" in refused(
         2, "dpo", done.config, *here, "--dpo.microbatches", 3
     )
     # The model of the config file is described as it is; only the folder that is loaded knows that 129 is too much for it.

@@ -97,7 +97,7 @@ def test_other_data_in_the_same_directory_are_refused_for_what_changed(done):
 def test_a_longer_run_continues_and_is_as_if_it_had_always_been_longer(done, copy, tmp_path):
     result = call("dpo", copy.config, "--dpo.epochs", 3)
     assert (result.code, f"continuing {copy / 'dpo'} after {STEPS} steps" in result.out) == (0, True), result
-    assert "the run is of 3 epochs now; it was of 2" in result.out
+    assert "the length of the run is now 3 epochs; it was 2" in result.out
     at_once = ("--run.dir", tmp_path / "at-once", "--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs")
     assert call("dpo", done.config, *at_once, "--dpo.epochs", 3).code == 0
     assert bytes_of(copy / "dpo" / "export") == bytes_of(tmp_path / "at-once" / "dpo" / "export")
@@ -129,7 +129,7 @@ def test_other_held_out_pairs_judge_a_finished_run_anew(copy):
 def test_a_run_does_not_become_shorter_than_it_is(done):
     before = bytes_of(done / "dpo" / "export")
     message = refused(2, "dpo", done.config, "--dpo.epochs", 1)
-    assert f"has taken {STEPS} steps, and is to have 4: a run can become longer, not shorter" in message
+    assert f"has taken {STEPS} steps, but 4 are asked for: a run can be made longer, not shorter" in message
     assert bytes_of(done / "dpo" / "export") == before
 
 
@@ -139,7 +139,7 @@ def test_a_policy_is_not_silently_measured_against_another_reference(copy):
     name = next(iter(tensors))
     save_file({**tensors, name: tensors[name] * 1.5}, weights, metadata={"format": "pt"})
     told = call("eval", copy.config, "--eval.samples", 0, "--refs.cache", copy / "other-refs").out
-    assert "note: the policy was trained against another reference" in told
+    assert "note: the policy was trained against a different reference" in told
     message = refused(2, "dpo", copy.config, "--refs.cache", copy / "other-refs")
     assert "reference: was '" in message  # before the reference pass
 
@@ -148,7 +148,7 @@ def test_a_second_round_may_keep_the_first_reference(done, tmp_path):
     second = ("--run.dir", tmp_path, "--dpo.policy", done / "dpo" / "export", "--dpo.reference", done / "sft" / "export")
     result = call("dpo", done.config, *second, "--refs.cache", done / "refs")
     assert result.code == 0, result
-    assert "88 of 88 pairs are there already" in result.out  # those of the first round
+    assert "88 of 88 pairs are already cached" in result.out  # those of the first round
     first_step = next(row for row in read_metrics(tmp_path / "dpo" / "metrics.jsonl") if row["step"] == 0)
     assert abs(first_step["displacement/chosen"]) > 0.01  # it starts elsewhere, and that is no error
     evaluated = call("eval", done.config, *second, "--refs.cache", done / "refs", "--eval.samples", 0)
@@ -169,7 +169,7 @@ def test_another_model_is_refused_before_anything_is_read(done, tmp_path):
 
 def test_a_run_not_to_resume_is_refused_before_anything_is_computed(done, tmp_path):
     message = refused(2, "dpo", done.config, "--run.no-resume", "--dpo.policy", tmp_path / "nothing")
-    assert "run.resume: is off, and " in message
+    assert "run.resume: is off, but " in message
     assert "dpo/checkpoints holds checkpoints; turn it on, or choose another --run.dir" in message
 
 
@@ -212,7 +212,7 @@ def test_four_devices_give_the_same_metrics(devices, done, tmp_path):
     flags = ("--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs", "--run.devices", *devices)
     result = call("dpo", done.config, *flags, "--run.dir", tmp_path, "--data.layout", "plain", "--dpo.microbatches", 2)
     assert result.code == 0, result.err
-    assert f"{done / 'refs'}: 88 of 88 pairs are there already" in result.out
+    assert f"{done / 'refs'}: 88 of 88 pairs are already cached" in result.out
     ours, theirs = ([row for row in read_metrics(run / "dpo" / "metrics.jsonl")] for run in (tmp_path, done))
     for name in ("eval/loss", "eval/rewards/margins", "eval/displacement/chosen"):
         assert [row[name] for row in ours if name in row] == pytest.approx(
@@ -241,7 +241,7 @@ def test_rows_in_pieces_are_refused_where_whole_ones_are_read(done, tmp_path):
         assert "mesh.context: sample needs whole rows on each device: set mesh.context 1" in refused(
             2, "sample", done.config, "--run.devices", "mesh", *here[2:], *more
         )
-        assert "mesh.context: run.devices pmap cuts no rows: set run.devices mesh, or mesh.context 1" in refused(
+        assert "mesh.context: run.devices pmap does not split rows: set run.devices mesh, or mesh.context 1" in refused(
             2, "dpo", done.config, "--run.devices", "pmap", *here, *more
         )
     assert "mesh.context: must be a number" in refused(2, "dpo", done.config, *here[:-1], -1)
@@ -253,7 +253,7 @@ def test_a_mesh_that_does_not_fit_is_refused_before_any_weights_are_read(done, t
         2, "dpo", done.config, *here, "--mesh.tensor", 3
     )
     assert (
-        "head_kernel (450, 32): axis 'vocab' of 450 does not divide among tensor 4; the nearest size that does is 2"
+        "head_kernel (450, 32): axis 'vocab' of 450 cannot be split over tensor 4; the nearest size that can is 2"
         in refused(2, "dpo", done.config, *here, "--mesh.tensor", 4)
     )
     assert "mesh.fsdp: only one size can be -1" in refused(2, "dpo", done.config, *here, "--mesh.data", -1)
@@ -261,7 +261,7 @@ def test_a_mesh_that_does_not_fit_is_refused_before_any_weights_are_read(done, t
         2, "dpo", done.config, *here, "--mesh.data", 3, "--mesh.fsdp", 1
     )
     new = ("--run.dir", tmp_path, "--run.devices", "mesh", "--tokenizer.path", done / "tokenizer", "--model.vocab-size", 512)
-    assert "axis 'kv_heads' of 2 x 16 does not divide among tensor 4; the nearest size that does is 2" in refused(
+    assert "axis 'kv_heads' of 2 x 16 cannot be split over tensor 4; the nearest size that can is 2" in refused(
         2, "sft", done.config, *new, "--mesh.tensor", 4
     )
     assert not list(tmp_path.glob("*/checkpoints"))
@@ -322,7 +322,7 @@ def test_sigterm_saves_and_the_same_command_continues(copy):
     assert "SIGTERM: finishing this step, then saving" in err
     assert "the state is saved" in err
     assert "PyTorch" not in err
-    assert "88 of 88 pairs are there already" in out
+    assert "88 of 88 pairs are already cached" in out
     (saved,) = (int(path.name) for path in (copy / "dpo" / "checkpoints").iterdir())
     assert 2 <= saved < 120
     assert [row["step"] for row in read_metrics(metrics)] == list(range(saved))

@@ -119,7 +119,7 @@ def test_overoptimisation(place):
             ("--robust.experiment", "shift", "--robust.topics", "plots"),
             "robust.topics: must be some but not all of acting, plot",
         ),
-        (("--robust.experiment", "overoptimisation", "--robust.widths", "33"), "robust.widths: 33 does not divide among"),
+        (("--robust.experiment", "overoptimisation", "--robust.widths", "33"), "robust.widths: 33 is not divisible by"),
         (("--robust.experiment", "overoptimisation", "--frontier.prompts", "8"), "robust.train_prompts: 24 are more than"),
         (("--frontier.methods", "dpo"), "--frontier.methods: robust does not read this option"),
     ],

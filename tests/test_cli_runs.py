@@ -200,15 +200,15 @@ def test_several_temperatures_and_the_best_of_several_in_one_file(done, tmp_path
         return [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()], result.err
 
     both, told = sampled("--sample.temperatures", "0,0.8")
-    assert "longer than the policy was shown" not in told
+    assert "prompts are too long" not in told
     assert [row["temperature"] for row in both] == [0, 0, 0.8, 0.8]
     assert both[:2] == [json.loads(line) for line in done.printed["sample"].splitlines()]
     assert both[2]["completion"] != both[0]["completion"]
-    assert "2 of 2 completions were stopped before their end" in sampled("--sample.max-new-tokens", 1)[1]
+    assert "2 of 2 completions were cut off" in sampled("--sample.max-new-tokens", 1)[1]
     own = tmp_path / "p.txt"
     own.write_text("A film " * 60 + "\nA film\n")
     best, told = sampled("--sample.prompts-file", own, "--sample.best-of", "1,4", "--sample.temperature", 0.8)
-    assert "1 of 2 prompts are longer than the policy was shown: their last 48 tokens" in told
+    assert "1 of 2 prompts are too long, and the policy was shown only their last 48 tokens" in told
     assert [row["best_of"] for row in best] == [1, 1, 4, 4]
     assert [row["prompt"] for row in best] == 2 * own.read_text().splitlines()
     assert [row["reward"] for row in best] == [reward(row["prompt"] + row["completion"]) for row in best]

@@ -206,9 +206,9 @@ def test_names_inside_columns_and_what_is_not_there(tmp_path):
             load(path, columns=columns | {"prompt": "infos.title"})
     with pytest.raises(DataError, match=r"prompt: wrong_type: a text is needed, this is int \(read from 'info.id'\)"):
         load(tmp_path / "train.jsonl", columns=columns | {"prompt": "info.id"})
-    with pytest.raises(DataError, match="output.2: missing_column: --data.columns reads it as chosen, and here is a list"):
+    with pytest.raises(DataError, match="output.2: missing_column: --data.columns reads it as chosen, but here is a list"):
         load(tmp_path / "train.jsonl", columns=columns | {"chosen": "output.2"})
-    with pytest.raises(DataError, match="output: wrong_type: a text is needed to join it, this is list"):
+    with pytest.raises(DataError, match="output: wrong_type: a text is needed to join it, but this is list"):
         load(tmp_path / "train.jsonl", columns=columns | {"prompt": "info.title+output"})
 
 
@@ -230,13 +230,13 @@ def test_a_map_of_columns_is_checked_at_once(tmp_path):
         ("prompt", "'prompt' has no ="),
         ("prompt=a,prompt=b", "prompt is mapped twice"),
         ("prompt=a+", "a + without a name"),
-        ("promt=a", "no column that any format reads; did you mean 'prompt'"),
+        ("promt=a", "not a column that any format reads; did you mean 'prompt'"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             load(tmp_path, columns=wrong)
     with pytest.raises(DataError, match="a TFDS folder has its own columns: leave out --data.columns prompt=a"):
         load(tmp_path, columns="prompt=a", format="tfds")
-    with pytest.raises(ValueError, match=r"'prompt' is no column that format shp reads \(history"):
+    with pytest.raises(ValueError, match=r"'prompt' is not a column that format shp reads \(history"):
         load(tmp_path, columns="prompt=a", format="shp")
 
 
@@ -301,10 +301,10 @@ def test_a_prompt_that_its_completions_repeat_is_read_once(tmp_path, tokenizer):
     ]
     loaded = load(write(tmp_path / "train.jsonl", *whole))
     assert [(p.prompt, p.chosen, p.rejected) for p in loaded] == [tuple(row.values()) for row in rows]
-    assert "the prompt is taken off the completions of all 3 rows, which repeat it" in loaded.report.notes
+    assert "the prompt is removed from the completions of all 3 rows, which repeat it" in loaded.report.notes
     some = load(write(tmp_path / "train.jsonl", *whole[:2], rows[2]))
     assert some[0].chosen == whole[0]["chosen"]
-    assert "2 of 3 rows repeat their prompt in both completions; they are left so" in some.report.notes
+    assert "2 of 3 rows repeat their prompt in both completions; they are left unchanged" in some.report.notes
     only = write(tmp_path / "train.jsonl", whole[0], {**whole[1], "chosen": whole[1]["prompt"]})
     assert load(only, on_bad="drop").report.dropped == {"empty": 1}
     chat = write(tmp_path / "train.jsonl", {"prompt": [ASKED], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]})
@@ -346,4 +346,4 @@ def test_pku(tmp_path, tokenizer):
     assert loaded.report.dropped == {"out_of_range": 1}
     plain = load(path, on_bad="drop")
     assert (plain[0].prompt, plain[0].chosen) == (f"\n\nHuman: {Q}\n\nAssistant:", " An apple.")
-    assert "for want of a chat template" in plain.report.notes[-1]
+    assert "as there is no chat template" in plain.report.notes[-1]

@@ -116,14 +116,14 @@ def error_of(tmp_path, text):
         ("dpo: {}\n---\nrun: {}", "bad.yaml:2: not valid YAML: but found another document"),
         (b"run: {dir: \xff}", "bad.yaml: not UTF-8 text"),
         ("run: {dir: a\0b}", "bad.yaml: not valid YAML"),
-        ('run: {dir: "a\\0b"}', "bad.yaml:1: run.dir: the text holds a NUL, which no path can; write it in whole characters"),
+        ('run: {dir: "a\\0b"}', "bad.yaml:1: run.dir: the text holds a NUL, which no path can; write it in valid UTF-8"),
         ('run:\n  dir: "\\ud800"', "bad.yaml:2: run.dir: the text holds half a surrogate pair, which no path can"),
         ('judge: {model: "m\\udc80"}', "bad.yaml:1: judge.model: the text holds a byte that is not UTF-8, which no name can"),
         ("run: " + 5000 * "[", "bad.yaml: nested too deeply"),
         ("data: {test_split: train}", "bad.yaml:1: data.test_split: must differ from train_split, got 'train' for both"),
         ("dpo:\n\n  beta: -3", "bad.yaml:3: dpo.beta: must be greater than 0, got -3"),
         ("dpo: {lr: nan}", "bad.yaml:1: dpo.lr: must be a finite number"),
-        ("dpo: {batch: 10, microbatches: 4}", "dpo.microbatches: must divide batch: 10 do not split into 4 equal parts"),
+        ("dpo: {batch: 10, microbatches: 4}", "dpo.microbatches: must divide batch (10), got 4"),
         ("data: {reviews_test: 1000000000}", "data.reviews_train: at most 10 million reviews"),
         ("dpo: {label_smoothing: 0.5}", "dpo.label_smoothing: must be at least 0 and below 0.5"),
         (
@@ -477,7 +477,7 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     config = parse("sft", [str(file), "--model.path=~/models/b"])
     assert (config.run.dir, config.model.path) == ("/home/ada/runs/a", "/home/ada/models/b")
     file.write_text("run: {dir: ~nobody-here/a}\ndata: {source: reviews}\n")
-    with pytest.raises(ConfigError, match=r"a.yaml:1: run.dir: ~nobody-here/a: no such home folder is known here"):
+    with pytest.raises(ConfigError, match=r"a.yaml:1: run.dir: ~nobody-here/a: unknown home folder"):
         parse("sft", [str(file)])
 
 

@@ -195,11 +195,11 @@ def test_what_reads_whole_rows_is_refused():
     _, ring, variables = model_of("llama")
     rows = LAYOUTS["shared"].rows(pairs(1))
     with jax.set_mesh(mesh_of(context=2)):
-        with pytest.raises(ValueError, match=r"attention dense reads whole rows, and mesh\.context cuts them .* use auto"):
+        with pytest.raises(ValueError, match=r"attention dense reads whole rows, but mesh\.context splits them .* use auto"):
             along_context(DENSE)
-        with pytest.raises(ValueError, match=r"a key/value cache has none: sample with mesh\.context 1"):
+        with pytest.raises(ValueError, match=r"a key/value cache cannot be split: sample with mesh\.context 1"):
             jax.eval_shape(lambda: ring.decode(variables, rows, ring.init_cache(1, 256)))
     where = {"platform": "cpu", "config": ring.config, "dtype": jnp.float32}
     assert attention_path("auto", pieces=2, **where) is BLOCKS
-    with pytest.raises(ValueError, match=r"attention chunked reads whole rows, and mesh\.context cuts them in 2: use auto"):
+    with pytest.raises(ValueError, match=r"attention chunked reads whole rows, but mesh\.context splits them in 2: use auto"):
         attention_path("chunked", pieces=2, **where)

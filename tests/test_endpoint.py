@@ -146,7 +146,7 @@ def test_what_was_held_back_or_cut_off_is_no_answer(choice, failure):
 def test_a_provider_that_failed_has_not_answered(body):
     """Also where it had written all or some of an answer: nobody knows whether it would have gone on."""
     fault, _ = asked_once(Raw(body))
-    assert (fault.cause, fault.paid, fault.stop) == ("an error in a reply of status 200", True, None)
+    assert (fault.cause, fault.paid, fault.stop) == ("an error in a reply with status 200", True, None)
     assert fault.said == "upstream [key] is down"
 
 

@@ -197,13 +197,13 @@ def test_rows_of_groups_elsewhere_have_no_slot():
 
 def test_a_mesh_that_does_not_fit_the_experts_is_refused():
     dense = make_model(decoder_config(hf_config("llama", eos_token_id=0, **SIZES)))
-    with pytest.raises(MeshError, match="expert 2 cuts the experts of a mixture, and this model has none"):
+    with pytest.raises(MeshError, match="expert 2 shards the experts of a mixture, but this model has none"):
         mesh_partitioner(make_mesh(fsdp=2, expert=2), dense, units=UNITS).put_variables(dense.init(jax.random.key(0)))
     three = make_model(decoder_config(HF | {"num_experts": 6}))
-    with pytest.raises(MeshError, match="'experts' of 6 does not divide among expert 4; the nearest size that does is 2"):
+    with pytest.raises(MeshError, match="'experts' of 6 cannot be split over expert 4; the nearest size that can is 2"):
         mesh_partitioner(make_mesh(fsdp=1, expert=4), three, units=UNITS)
     sizes = {"data": 1, "fsdp": 1, "expert": 2, "tensor": 1}
-    with pytest.raises(MeshError, match="expert 2 cuts the experts"):
+    with pytest.raises(MeshError, match="expert 2 shards the experts"):
         check_lengths(axis_lengths(dense.config), sizes, units=UNITS)
     assert mesh_words(sizes) == "data 1 x fsdp 1 x expert 2 x tensor 1"
 
@@ -228,7 +228,7 @@ def test_the_program_trains_experts_on_a_mesh(tmp_path):
     assert done.code == 0
     assert "data 1 x fsdp 2 x expert 2 x tensor 1" in done.out
     told = json.loads((tmp_path / "run" / "dpo" / "routing.json").read_text())
-    assert f"routing: {told['switched']:.2%} of the experts that tokens take in float32 are others in bfloat16" in done.out
+    assert f"routing: {told['switched']:.2%} of the expert choices differ between float32 and bfloat16" in done.out
     assert 0 <= told["switched"] < 0.2
     metrics = [json.loads(line) for line in (tmp_path / "run" / "dpo" / "metrics.jsonl").read_text().splitlines()]
     assert metrics[0]["router/aux_loss"] == pytest.approx(0.01 * metrics[0]["router/balance"], rel=1e-5)

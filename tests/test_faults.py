@@ -437,7 +437,7 @@ for leave in (4, None):
         fill(small, leave)
     process = begin("refs", "--run.dir", folder / "c", "--refs.cache", small / "refs", "--data.reviews-train", 600)
     out = process.communicate()[0]
-    there = [line.split(": ")[1] for line in out.splitlines() if "there already" in line]
+    there = [line.split(": ")[1] for line in out.splitlines() if "already cached" in line]
     print("cache", process.returncode, out.splitlines()[-1], *there, sep="|")
     (small / "ballast").unlink(missing_ok=True)
 """

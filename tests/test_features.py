@@ -49,11 +49,11 @@ def test_each_image_is_computed_once(tmp_path):
     told = []
     again = cached(tmp_path, encoder, images=[*IMAGES, image(7)], say=told.append)
     assert encoder.seen == 4
-    assert "3 of 4 images are there already" in told[0]
+    assert "3 of 4 images are already cached" in told[0]
     for digest, features in first.items():
         np.testing.assert_array_equal(again[digest], features)
     assert len(cached(tmp_path / "none", encoder, images=[], say=told.append)) == 0
-    assert "0 of 0 images are there already; all take 0 bytes, 24 bytes each" in told[1]
+    assert "0 of 0 images are already cached; all take 0 bytes, 24 bytes each" in told[1]
 
 
 @pytest.mark.parametrize(

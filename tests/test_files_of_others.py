@@ -60,7 +60,7 @@ def test_a_report_into_a_folder_of_somebody_elses_is_refused_and_changes_nothing
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     (out / name).write_text("![x](images/holiday.jpg)\n# Results\n")
     before = tree(out)
-    words = f"report.out: {out} holds {'/'.join(name.split('/')[:2])}, which no report has written there"
+    words = f"report.out: {out} holds {'/'.join(name.split('/')[:2])}, which was not written by a report"
     for work in (earlier_images, lambda out: write_page(out, page)):
         with pytest.raises(ConfigError, match=re.escape(words)):
             work(out)
@@ -72,7 +72,7 @@ def test_the_command_and_its_check_refuse_before_anything_is_written(finished, t
     (tmp_path / "images" / "01-a.png").write_bytes(b"mine")
     for flags in ((), ("--check",)):
         words = refused(2, "report", finished, "--report.out", tmp_path, "--report.no-digests", *flags)
-        assert "holds images/01-a.png, which no report has written there: choose another --report.out" in words
+        assert "holds images/01-a.png, which was not written by a report: choose another --report.out" in words
     assert tree(tmp_path) == {"images": None, "images/01-a.png": b"mine"}
     assert not (tmp_path / "run.lock").exists()
 
@@ -83,7 +83,7 @@ def test_images_behind_a_link_are_not_deleted(tmp_path):
     write_page(out, page)
     (out / "images").rename(tmp_path / "photos")
     (out / "images").symlink_to(tmp_path / "photos")
-    with pytest.raises(ConfigError, match="holds images, which no report has written"):
+    with pytest.raises(ConfigError, match="holds images, which was not written by a report"):
         write_page(out, page)
     assert (tmp_path / "photos" / "01-loss.png").read_bytes() == PIXEL
 
@@ -129,7 +129,7 @@ def test_a_folder_is_emptied_only_if_it_was_made_here(tmp_path):
     for foreign in ("photos", "link"):
         with pytest.raises(FileExistsError) as caught:
             empty_folder(tmp_path / foreign, ours=("work.json",))
-        assert message(caught.value).startswith(f"{tmp_path / foreign}: is there already, and dpo-jax has not made it")
+        assert message(caught.value).startswith(f"{tmp_path / foreign}: already exists and was not made by dpo-jax")
     assert (tmp_path / "photos" / "a.jpg").read_text() == "mine"
 
 
@@ -160,7 +160,7 @@ def test_a_sweep_deletes_no_folder_of_somebody_elses(tmp_path):
     run = Run("dpo", "beta 1", {}, 0)
     (tmp_path / run.name).mkdir()
     (tmp_path / run.name / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="dpo-jax has not made it"):
+    with pytest.raises(FileExistsError, match="was not made by dpo-jax"):
         sweep([run], tmp_path, shared={}, perform=lambda *_: pytest.fail("performed"), say=lambda _: None)
     assert (tmp_path / run.name / "notes.txt").read_text() == "mine"
 
@@ -171,11 +171,11 @@ def test_an_export_replaces_only_what_an_export_has_written(tmp_path):
     model, variables = load_hf(GOLDEN / "gpt2" / "init")
     save_hf(folder, model, variables)
     (folder / "model_ema.safetensors").write_bytes(b"mine")
-    with pytest.raises(ConfigError, match="export.out: .*model is there already, and dpo-jax export has not written it"):
+    with pytest.raises(ConfigError, match="export.out: .*model already exists and was not written by dpo-jax export"):
         refuse_foreign(folder)
     for others in ("How I compared trl with dpo_jax\n", "---\ntags: [trl]\n---\n- dpo_jax\ntags: [dpo_jax]\n"):
         (folder / "README.md").write_text(others)
-        with pytest.raises(ConfigError, match="dpo-jax export has not written it"):
+        with pytest.raises(ConfigError, match="was not written by dpo-jax export"):
             refuse_foreign(folder)
     for ours in ("---\nlicense: mit\ntags: [dpo_jax, dpo]\n---\n", "---\ntags:\n- other\n- dpo_jax\n---\nMine."):
         (folder / "README.md").write_text(ours)
@@ -207,7 +207,7 @@ def test_a_lock_follows_no_link(tmp_path):
         (folder / lock).symlink_to(mine)
         opened = [lambda: RunDir(folder), lambda: check_unlocked(folder)] if lock == "run.lock" else []  # noqa: B023
         for work in opened or [lambda: ReferenceCache(folder, {})]:  # noqa: B023
-            error = outcome(work, names=f"{folder / lock}: is a link, and a lock is a file that nothing else uses")
+            error = outcome(work, names=f"{folder / lock}: is a link, but a lock must be a file that nothing else uses")
             assert isinstance(error, Unreadable)
         assert mine.read_text() == "mine"
 
@@ -325,9 +325,7 @@ def test_completions_replace_only_completions(tmp_path):
     refuse_other_lines("/dev/stdout")
     for others in ("run: {dir: a}\n", '{"prompt": "a"}\n', "\n", "\0"):
         out.write_text(others)
-        with pytest.raises(
-            ConfigError, match="sample.out: .*out.jsonl is there already, and dpo-jax sample has not written it"
-        ):
+        with pytest.raises(ConfigError, match="sample.out: .*out.jsonl already exists and was not written by dpo-jax sample"):
             refuse_other_lines(str(out))
     with pytest.raises(ConfigError, match="sample.out"):
         refuse_other_lines(str(tmp_path))
@@ -351,7 +349,7 @@ def test_a_tokenizer_is_written_over_no_link_and_into_no_pipe(tmp_path):
 def test_no_pipe_is_waited_for(tmp_path):
     os.mkfifo(tmp_path / "data_report.json")
     for write in (lambda path: write_json(path, {}), lambda path: write_text(path, "")):
-        with time_limit(), pytest.raises(OSError, match=r"is a pipe that nobody reads; remove it: .*data_report.json"):
+        with time_limit(), pytest.raises(OSError, match=r"is a pipe without a reader; remove it: .*data_report.json"):
             write(tmp_path / "data_report.json")
 
 

@@ -152,5 +152,5 @@ def test_the_reward_model_learns_the_same_from_plain_groups(variables):
 
 def test_a_group_too_large_for_its_layout_is_refused():
     small = dataclasses.replace(LAYOUTS["packed"], pairs=3)
-    with pytest.raises(ValueError, match="its prompt has 4 completions and 6 pairs, and the layout is for 4 and 3"):
+    with pytest.raises(ValueError, match="its prompt has 4 completions and 6 pairs, but the layout is for 4 and 3"):
         small.rows(GROUPS)

@@ -165,7 +165,7 @@ def test_what_the_hub_converted_is_read_where_there_is_nothing_else(hub, tmp_pat
 REFUSALS = {
     (404, "RepoNotFound"): "no file or folder here, and no data set of the Hub; if it is private: `hf auth login`",
     (403, "GatedRepo"): "gated: accept its terms at https://huggingface.co/datasets/org/pairs",
-    (404, "RevisionNotFound"): "has no revision v9; take a branch, tag or commit",
+    (404, "RevisionNotFound"): "has no revision v9; use a branch, tag or commit",
     (500, ""): "could not be fetched from the Hub: .*500.*hf download org/pairs --repo-type dataset --local-dir data/pairs",
 }
 
@@ -187,14 +187,14 @@ def test_without_a_network_the_cache_is_read_or_the_remedy_told(hub, tmp_path, m
     data_sources._listing.cache_clear()
     loaded = splits.load_split(config_of(tmp_path), "train")
     assert loaded.report.source == f"{NAME}@{commit}"
-    assert any("the Hub was not asked (OfflineModeIsEnabled)" in note for note in loaded.report.notes)
+    assert any("the Hub could not be reached (OfflineModeIsEnabled)" in note for note in loaded.report.notes)
     assert chosen(config_of(tmp_path, revision=commit)) == ["a", "b", "c"]
-    with pytest.raises(ConfigError, match=r"data.path: org/pairs: .*HF_HUB_OFFLINE forbids to ask the Hub; .*hf download"):
+    with pytest.raises(ConfigError, match=r"data.path: org/pairs: .*HF_HUB_OFFLINE forbids asking the Hub; .*hf download"):
         chosen(config_of(tmp_path), "test")  # that split was never fetched, and a part of one is none
     (tmp_path / "c.yaml").write_text("data: {path: org/other}\nmodel: {width: 16, layers: 1, heads: 1}\n")
     assert main(["audit", "c.yaml", "--run.dir", "r"]) == 2
     told = capsys.readouterr().err
-    assert "data.path: org/other: no file or folder here, and HF_HUB_OFFLINE forbids to ask the Hub" in told
+    assert "data.path: org/other: no file or folder here, and HF_HUB_OFFLINE forbids asking the Hub" in told
     assert "hf download org/other --repo-type dataset --local-dir data/other, then --data.path data/other" in told
 
 
@@ -207,5 +207,5 @@ def test_a_file_outside_of_its_repository_is_refused(hub):
 def test_check_tells_of_a_data_set_of_the_hub_without_asking(hub, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("data: {path: org/pairs}\nmodel: {width: 16, layers: 1, heads: 1}\n")
     assert main(["audit", "c.yaml", "--run.dir", "r", "--check"]) == 0
-    assert "org/pairs: from the Hub or its local cache; not looked at" in capsys.readouterr().out
+    assert "org/pairs: from the Hub or its local cache; not checked" in capsys.readouterr().out
     assert not hub.asked

@@ -266,7 +266,7 @@ def test_another_data_set_is_refused_for_what_changed(tokenizer):
     fingerprint.check_data(None, "y", now)
     with pytest.raises(RunMismatch, match=r"holds a run with other data:\n  train split, kept: was 3, is 2$"):
         fingerprint.check_data(before, "y", now)
-    with pytest.raises(RunMismatch, match="the token ids differ, and nothing else that is recorded"):
+    with pytest.raises(RunMismatch, match="the token ids differ, but nothing else that is recorded"):
         fingerprint.check_data(earlier(), "y", now)  # a checkpoint of an older version
 
 
@@ -279,7 +279,7 @@ def test_other_weights_are_refused_by_name():
 
 def test_a_run_cannot_become_shorter_than_it_is():
     fingerprint.check_length(earlier(4), steps=4)
-    with pytest.raises(RunMismatch, match="runs/x/dpo has taken 4 steps, and is to have 3: .* longer, not shorter"):
+    with pytest.raises(RunMismatch, match="runs/x/dpo has taken 4 steps, but 3 are asked for: .* longer, not shorter"):
         fingerprint.check_length(earlier(4), steps=3)
 
 

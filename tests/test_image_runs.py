@@ -137,9 +137,9 @@ def test_bad_images_and_what_reads_the_others_is_told(done):
     assert "20 of 22 prompts show images: 4 tokens each, read by the vision encoder of" in printed["audit"]
     report = json.loads((folder / "run/audit/data_report.json").read_text())["train"]
     assert (report["read"], report["kept"], report["dropped"], report["images"]) == (17, 16, {"bad_image": 1}, 16)
-    assert "features of 0 of 22 images are there already; all take 5.5 KiB, 256 bytes each" in printed["sft"]
-    assert "features of 22 of 22 images are there already" in printed["dpo"]
-    assert "21 of 21 pairs are there already" in printed["dpo"]  # a text of the train split is held out, too
+    assert "features of 0 of 22 images are already cached; all take 5.5 KiB, 256 bytes each" in printed["sft"]
+    assert "features of 22 of 22 images are already cached" in printed["dpo"]
+    assert "21 of 21 pairs are already cached" in printed["dpo"]  # a text of the train split is held out, too
     assert json.loads((folder / "run/dpo/data_report.json").read_text())["test"]["dropped"] == {"bad_image": 1}
 
 
@@ -170,7 +170,7 @@ def test_the_report_knows_the_weights(done):
     folder, _ = done
     result = call("report", folder / "run")
     assert result.code == 0, result
-    assert "as it lies here: it was trained" not in (folder / "run/report/report.md").read_text()
+    assert "as it is now: it was trained" not in (folder / "run/report/report.md").read_text()
 
 
 def test_prompts_with_images_are_completed_and_shown(done):
@@ -326,7 +326,7 @@ def test_commands_for_texts_refuse_the_first_image(made, tmp_path, command):
     options = ("--run.dir", tmp_path, *start, *flags.get(command, ()))
     for check in ((), ("--check",)):
         message = refused(2, command, made / "images.yaml", *options, *check)
-        assert "train.jsonl:1: the prompt shows an image, and this command reads texts only" in message
+        assert "train.jsonl:1: the prompt shows an image, but this command reads only texts" in message
 
 
 def test_a_model_without_an_encoder_is_refused_by_row_and_option(done, tmp_path):
@@ -336,7 +336,7 @@ def test_a_model_without_an_encoder_is_refused_by_row_and_option(done, tmp_path)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (folder / "base" / file).is_file():
             shutil.copy(folder / "base" / file, tmp_path / "text")
-    blind = "train.jsonl:1: the prompt shows an image, and .*/text has no vision encoder"
+    blind = "train.jsonl:1: the prompt shows an image, but .*/text has no vision encoder"
     for flags in ((), ("--check",)):
         for command, option in (("sft", "model.path"), ("dpo", "dpo.policy")):
             message = refused(
@@ -350,7 +350,7 @@ def test_a_model_without_an_encoder_is_refused_by_row_and_option(done, tmp_path)
     save_file({**tensors, name: tensors[name] + 1}, other / "model.safetensors")
     flags = ("--run.dir", tmp_path, "--dpo.policy", folder / "base", "--dpo.reference", other)
     assert "dpo.reference: " in (message := refused(2, "dpo", folder / "images.yaml", *flags))
-    assert "and both must have the same one" in message
+    assert "have different vision encoders, but must share one" in message
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_computed(made, tmp_path):
@@ -358,12 +358,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(made, tmp_path
     shutil.copytree(made / "base", tmp_path / "base")
     (tmp_path / "base" / "preprocessor_config.json").unlink()
     for flags in ((), ("--check",)):
-        assert "mesh.context: 2 cuts rows into pieces" in refused(2, "sft", made / "images.yaml", *context, *flags)
+        assert "mesh.context: 2 splits rows, but rows with images must stay whole" in refused(
+            2, "sft", made / "images.yaml", *context, *flags
+        )
         message = refused(2, "sft", made / "images.yaml", "--run.dir", tmp_path, "--model.path", tmp_path / "base", *flags)
-        assert "an image becomes 896 x 896 pixels and 4 tokens by preprocessor_config.json (which is not there" in message
+        assert (
+            "an image becomes 896 x 896 pixels and 4 tokens by preprocessor_config.json (missing; these are Gemma 3's)"
+            in message
+        )
     short = ("--run.dir", tmp_path, "--data.max-prompt-length", 20, "--data.max-length", 40, "--data.max-dropped-share", 0.1)
     message = refused(65, "sft", made / "images.yaml", *short)
-    assert "tokens of images are left: truncation cut one; raise max_prompt_length" in message
+    assert "image tokens are left: truncation cut an image; raise max_prompt_length" in message
 
 
 def test_texts_alone_train_the_text_model(made, tmp_path):
@@ -384,7 +389,7 @@ def test_a_check_says_that_images_are_read(made, tmp_path):
 def test_completions_of_prompts_with_images_are_not_compared(tmp_path):
     line = {"prompt": "What?", "completion": "red", "images": ["a.png"]}
     (tmp_path / "c.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(DataError, match=r"c\.jsonl:1: images: the prompt shows images, and only texts are compared"):
+    with pytest.raises(DataError, match=r"c\.jsonl:1: images: the prompt shows images, but only texts are compared"):
         read_completions(tmp_path / "c.jsonl")
 
 

@@ -205,7 +205,7 @@ def test_tokens_of_an_image(tokenizer):
     soft = tokenizer.convert_tokens_to_ids(marks.soft)
     starts = image_starts(ids, soft=soft, tokens=3, images=2)
     assert all((ids[start : start + 3] == soft).all() for start in starts)
-    with pytest.raises(BadRow, match="truncation cut one"):
+    with pytest.raises(BadRow, match="truncation cut an image"):
         image_starts(ids[: starts[1] + 1], soft=soft, tokens=3, images=2)
 
 
@@ -233,5 +233,5 @@ def test_a_row_becomes_ids_with_features(files, tokenizer):
     np.testing.assert_array_equal(rows.images.index[0] >= 0, rows.tokens[0] == soft)
     shown = rows.images.features[0][rows.images.index[0][rows.tokens[0] == soft]]
     np.testing.assert_array_equal(shown[:, 0], [1, 1, 1, 2, 2, 2])
-    with pytest.raises(BadRow, match="truncation cut one"):
+    with pytest.raises(BadRow, match="truncation cut an image"):
         encode_images(pair, tokenizer, max_prompt_length=20, **(options | {"max_length": 40}))

@@ -99,7 +99,7 @@ def test_without_images_it_is_the_text_model():
     rows = causal_rows(expected["input_ids"][2:])
     np.testing.assert_allclose(logits_of(text, its, rows), expected["logits"][2:], rtol=0, atol=1e-5)
     assert "image_kernel" not in its["params"]
-    with pytest.raises(ValueError, match="features of width 16, and the model reads no images"):
+    with pytest.raises(ValueError, match="features of width 16, but the model reads no images"):
         logits_of(text, its, golden_rows())
 
 

@@ -141,7 +141,7 @@ def test_rewardbench_is_read_as_it_is(root, tmp_path):
     assert result.code == 0, result.err
     data = json.loads((tmp_path / "run" / "rewards-bench" / "data_report.json").read_text())["filtered"]
     assert data["format"] == "rewardbench"
-    assert "questions and answers are rendered with Human: and Assistant:, for want of a chat template" in data["notes"]
+    assert "questions and answers are rendered with Human: and Assistant:, as there is no chat template" in data["notes"]
     bench = report_of(tmp_path / "run", "rewards-bench")["rewards"]["implicit"]["rewardbench"]
     assert [row["section"] for row in bench["sections"]] == ["Chat", "Safety", "Reasoning"]
     assert len(bench["missing"]) == 19

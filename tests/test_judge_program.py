@@ -68,7 +68,7 @@ def test_from_files_to_win_rates(tmp_path, monkeypatch):
         assert (outcomes["unanswered"] >= 116, sum(outcomes.values())) == (True, 120)
         code, out = call(*flags, "--base-url", judge.url, "--judge.price-in", 10, "--judge.price-out", 30)
         assert code == 0, out
-        assert "7 have an answer already" in out
+        assert "7 already have an answer" in out
         assert "cost 0.38" in out
         assert len(judge.headers) == 240
         assert judge.headers[0]["authorization"] == f"Bearer {KEY}"
@@ -103,7 +103,7 @@ def test_from_files_to_win_rates(tmp_path, monkeypatch):
     with fake_judge(prefers("dpo")) as judge:
         code, out = call(*flags, "--base-url", judge.url)
         assert (code, len(judge.headers)) == (0, 1), out
-    assert f"{log}: not used, and copied to verdicts.damaged.jsonl: line {place}; what it answered is asked again" in out
+    assert f"{log}: not used, and copied to verdicts.damaged.jsonl: line {place}; its questions are asked again" in out
     assert "1 lines are damaged or missing; each counts as a request of the largest size" in out
     again = json.loads((folder / "report.json").read_text())
     assert (again["outcomes"], again["requests"], again["lost_lines"]) == (report["outcomes"], 242, 1)
@@ -189,8 +189,8 @@ def test_injections_are_tried_on_the_judge_that_is_asked(tmp_path, monkeypatch, 
         (("--judge.concurrency", "0"), 2, "judge.concurrency: must be greater than 0"),
         (("--judge.max-tokens", str(10**13)), 2, "judge.max_tokens: must be at most 1,000,000,000"),
         (("--judge.a", "a/x.jsonl,b/x.jsonl"), 2, "judge.a: two files are named 'x'"),
-        (("--judge.key-env", "ODD_KEY"), 2, "judge.key_env: the variable ODD_KEY holds characters that no key can have"),
-        ((), 2, "judge.key_env: https://api.openai.com/v1 wants a key, and the variable OPENAI_API_KEY is empty"),
+        (("--judge.key-env", "ODD_KEY"), 2, "judge.key_env: the variable ODD_KEY contains characters that no key can have"),
+        ((), 2, "judge.key_env: https://api.openai.com/v1 needs a key, but the variable OPENAI_API_KEY is empty"),
     ],
 )
 def test_wrong_use_is_told_and_no_key_shown(tmp_path, monkeypatch, flags, code, expected):

@@ -141,7 +141,7 @@ def test_env_makes_the_environment_anew_for_another_python(machine):
     machine.add_python("python3.13", 13)
     machine.run("launch/env.sh")
     done = machine.run("launch/env.sh", DPO_JAX_PYTHON="python3.13")
-    assert "making it anew" in done.stderr
+    assert "recreating it" in done.stderr
     assert machine.called("-m pip install")
     assert machine.run("launch/env.sh", DPO_JAX_PYTHON="python3.13").stderr == ""
 
@@ -196,7 +196,7 @@ def test_a_dry_run_of_the_quickstart_installs_nothing(machine):
     assert lines[5] == ".venv/bin/dpo-jax eval configs/hh_small.yaml --data.path 'a b'"
     assert machine.calls.read_text() == ""
     assert not (machine.repository / ".venv").exists()
-    assert "data and models are not checked, for want of dpo-jax" in done.stderr
+    assert "not options, data and models: dpo-jax is missing" in done.stderr
     for words, message in ((["configs/nope.yaml"], "configs/nope.yaml: no such file"), (["--run.seed", "1"], "comes first")):
         refused = machine.run("launch/quickstart.sh", "--dry-run", *words)
         assert (refused.returncode, refused.stdout) == (2, "")

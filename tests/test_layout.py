@@ -99,7 +99,7 @@ def test_values_of_the_caller_follow_the_pairs(name):
     assert weighted.dtype == np.float32
     assert weighted.sum() == weight.sum()  # fillers have none
     assert examples_to_rows(weight > 3, rows).dtype == bool
-    with pytest.raises(ValueError, match="10 values, and the rows hold example number 10"):
+    with pytest.raises(ValueError, match="10 values, but the rows hold example number 10"):
         examples_to_rows(REF[:-1], rows)
 
 
@@ -157,9 +157,9 @@ ALL_ROWS = [functools.partial(rows, length=64) for rows in (plain_rows, shared_r
 @pytest.mark.parametrize("rows", ALL_ROWS)
 @pytest.mark.parametrize("shape", [(2,), (4,), (3, 2), (2, 3), (2, 2, 1), (4, 2), (2, 1), (1, 4)])
 def test_references_of_another_shape_would_be_those_of_other_pairs(rows, shape):
-    with pytest.raises(ValueError, match=rf"ref_logps has shape \({', '.join(map(str, shape))},?\), and \[2, 2\] is expected"):
+    with pytest.raises(ValueError, match=rf"ref_logps has shape \({', '.join(map(str, shape))},?\), but \[2, 2\] is expected"):
         rows(PAIRS[:2], ref_logps=np.zeros(shape))
-    with pytest.raises(ValueError, match=r"shape \(2, 3\), and \[3, 2\] is expected: one row for each pair, chosen first"):
+    with pytest.raises(ValueError, match=r"shape \(2, 3\), but \[3, 2\] is expected: one row for each pair, chosen first"):
         rows(PAIRS[:3], ref_logps=np.stack(REF[:3], axis=1))
 
 
@@ -176,8 +176,8 @@ def test_what_are_no_pairs_of_token_ids_is_refused(rows):
         rows(pair for pair in PAIRS)
     for ids, message in (
         (np.array([5, 6.7]), "has values of type float64; token ids are integers"),
-        (np.int32([5, -100]), "holds -100, which is no token id"),
-        (np.array([2**32 + 5]), "holds 4294967301, which is no token id"),
+        (np.int32([5, -100]), "holds -100, which is not a token id"),
+        (np.array([2**32 + 5]), "holds 4294967301, which is not a token id"),
         (np.int32([[5]]), r"has shape \(1, 1\); token ids \[n\] are expected"),
     ):
         for side in ("prompt", "chosen", "rejected"):
@@ -243,7 +243,7 @@ def test_rankings_that_make_no_batch_are_refused():
     rankings = random_rankings(3, 4)
     longest = max(len(prompt) + len(completion) for prompt, ranked in rankings for completion in ranked)
     assert ranking_rows(rankings, length=longest).ref_logps is None
-    with pytest.raises(ValueError, match=rf"ranking [0-2]: needs rows of {longest} tokens, and they hold {longest - 1}"):
+    with pytest.raises(ValueError, match=rf"ranking [0-2]: needs rows of {longest} tokens, but they hold {longest - 1}"):
         ranking_rows(rankings, length=longest - 1)
     with pytest.raises(ValueError, match=r"the same number of completions, two or more; these have \[2, 4\]"):
         ranking_rows([*rankings, *random_rankings(1, 2)], length=20)
@@ -251,5 +251,5 @@ def test_rankings_that_make_no_batch_are_refused():
         ranking_rows(random_rankings(3, 1), length=20)
     with pytest.raises(ValueError, match="these have none"):
         ranking_rows([], length=20)
-    with pytest.raises(ValueError, match=r"\(3, 2\), and \[3, 4\] is expected: there are 3 rankings of 4 completions"):
+    with pytest.raises(ValueError, match=r"\(3, 2\), but \[3, 4\] is expected: there are 3 rankings of 4 completions"):
         ranking_rows(rankings, length=20, ref_logps=np.zeros((3, 2)))

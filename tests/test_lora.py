@@ -239,7 +239,7 @@ def test_names_of_targets_and_of_parameters():
     for text, words in (
         ("last_layers:2", "the model has 2 layers; name 1 to 1"),
         ("lm_head", "no parameter matches 'lm_head'; there are last_layer"),
-        ("last_layer,layers.mlp.*", "do not go together"),
+        ("last_layer,layers.mlp.*", "cannot be combined"),
         ("*", "all parameters are named"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -335,11 +335,11 @@ def renamed(folder):
         (lambda f: changed(f / "adapter", base_model_name_or_path=str(f / "none")), r"its base model is not here"),
         (lambda f: changed(f / "adapter", base_model_name_or_path=str(f / "adapter")), r"an adapter itself"),
         (lambda f: without(f / "adapter", "layers.1.mlp.up_proj.lora_B.weight"), r"lora_B of .*up_proj.weight is missing"),
-        (lambda f: renamed(f / "adapter"), r"qq_proj.lora_A.weight is no LoRA weight of a linear layer"),
+        (lambda f: renamed(f / "adapter"), r"qq_proj.lora_A.weight is not a LoRA weight of a linear layer"),
         (lambda f: (f / "adapter" / WEIGHTS).unlink(), r"has no adapter_model.safetensors"),
         (
             lambda f: save_hf(f / "base", MODEL, jax.jit(MODEL.init)(jax.random.key(7))),
-            r"is an adapter of other weights than .*base has now \(SHA-256",
+            r"was trained on different weights from those of .*base now \(SHA-256",
         ),
     ],
 )

@@ -134,7 +134,7 @@ def test_another_base_or_another_adapter_is_refused(done, copy, tmp_path):
     shutil.copytree(done / "run/dpo/export", moved)
     content = json.loads((moved / "adapter_config.json").read_text())
     (moved / "adapter_config.json").write_text(json.dumps(content | {"base_model_name_or_path": str(tmp_path / "other")}))
-    assert "is an adapter of other weights than" in refused(2, "sample", *copy, "--sample.policy", moved)
+    assert "was trained on different weights from those of" in refused(2, "sample", *copy, "--sample.policy", moved)
 
 
 def test_eval_sample_and_export_read_an_adapter_with_its_base(copy, tmp_path):
@@ -202,7 +202,7 @@ def test_a_reference_moves_to_base_and_adapter(done, tmp_path):
 def test_only_the_last_layer_is_trained(done, tmp_path):
     flags = (done / "lora.yaml", "--lora.rank", "None", "--lora.alpha", 16, "--run.dir", tmp_path / "run")
     part = ("--dpo.trainable", "last_layer,final_norm.*")
-    assert "dpo.trainable: an adapter is trained" in refused(2, "dpo", done / "lora.yaml", *part)
+    assert "dpo.trainable: with lora.rank only the adapter is trained" in refused(2, "dpo", done / "lora.yaml", *part)
     assert "no parameter matches 'head'" in refused(2, "dpo", *flags, "--dpo.trainable", "head")
     result = call("dpo", *flags, *part)
     assert result.code == 0, result

@@ -97,7 +97,7 @@ def test_the_books_of_a_mixture_are_closed_for_each_source_and_for_all():
     assert taken.report.kept == 15 == sum(source.kept for source in taken.report.sources.values())
     assert taken.report.to_json()["sources"]["b"]["kept"] == taken.report.sources["b"].kept
     taken.report.sources["a"].dropped["weight"] += 1
-    with pytest.raises(AssertionError, match="the sources keep other numbers"):
+    with pytest.raises(AssertionError, match="the pairs kept by the sources do not add up"):
         taken.report.check()
 
 
@@ -120,7 +120,7 @@ def test_uids_are_unique_and_subsets_are_the_sources():
 def test_names_are_short_where_they_can_be():
     assert source_names(["x/hh", "org/pairs", "own.jsonl"]) == ["hh", "pairs", "own.jsonl"]
     assert source_names(["x/hh", "y/hh", "z"]) == ["x/hh", "y/hh", "z"]
-    with pytest.raises(ValueError, match="stands there twice"):
+    with pytest.raises(ValueError, match="is listed twice"):
         source_names(["a", "a"])
 
 
@@ -210,7 +210,7 @@ def test_a_single_source_is_cut_too_or_refused_if_it_has_both_splits(places):
     assert len(train) + len(test) == 60
     assert test.report.split == "test"
     both = DataConfig(path=str(places / "hh"), test_share=0.2)
-    with pytest.raises(ConfigError, match="data.test_share: .*hh has a split 'test', and nothing is cut"):
+    with pytest.raises(ConfigError, match="data.test_share: .*hh has a split 'test', so nothing is held out"):
         splits.load_split(Config(data=both), "train")
     asked = Config(data=dataclasses.replace(both, test_split="held_out"))
     assert sum(len(splits.load_split(asked, split)) for split in ("train", "test")) == 40
@@ -299,4 +299,4 @@ def test_a_wrong_mixture_is_told_with_its_line(data, tmp_path):
 def test_a_list_is_no_flag(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("data: {path: x}\n")
     assert main(["audit", str(tmp_path / "c.yaml"), "--data.mix", "a"]) == 2
-    assert "--data.mix: a list, which no flag can hold; write it in" in capsys.readouterr().err
+    assert "--data.mix: a list, which cannot be given as a flag; write it in" in capsys.readouterr().err

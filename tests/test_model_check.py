@@ -162,7 +162,7 @@ def test_an_error_of_the_model_says_which_rows_it_was_given():
 
     with pytest.raises(Exception) as error:
         CHECK(Model(init, stubborn, unembed), VARIABLES, PAIRS)
-    assert "check_model was reading shared rows, tokens[R, L] = (5, " in "".join(error.value.__notes__)
+    assert "check_model failed on shared rows, tokens[R, L] = (5, " in "".join(error.value.__notes__)
 
 
 def test_nan_is_named():

@@ -189,7 +189,7 @@ def test_lost_log_probabilities_are_made_again_by_the_weights_of_their_step(setu
     (cache,) = (tmp_path / "run" / "references").iterdir()
     (cache / "logps-00000.bin").write_bytes(b"")
     origin = (tmp_path / "run" / "checkpoints" / "3").rename(tmp_path / "3")
-    with pytest.raises(CheckpointDamaged, match="what step 3 made is incomplete, and its weights are gone"):
+    with pytest.raises(CheckpointDamaged, match="the output of step 3 is incomplete, and its weights are gone"):
         run(setup, tmp_path / "run")
     origin.rename(tmp_path / "run" / "checkpoints" / "3")
     same(setup, tmp_path / "run", run(setup, tmp_path / "run"), whole)

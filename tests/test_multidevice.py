@@ -333,7 +333,7 @@ def test_only_data_goes_across_slices(sizes):
     assert sorted(device.id for device in grid.ravel()) == list(range(8))
     for part in range(sizes["data"]):
         assert {device.slice_index for device in grid[part].ravel()} == {part * 2 // sizes["data"]}
-    with pytest.raises(MeshError, match="mesh data 1: must be a multiple of the 2 slices, which only data goes across"):
+    with pytest.raises(MeshError, match="mesh data 1: must be a multiple of the 2 slices; only data can span slices"):
         make_mesh(fsdp=8, devices=devices)
 
 
@@ -352,12 +352,12 @@ def toy(axes, shape=(8, 6)):
         (
             toy(("embed", "mlp")),
             {},
-            r"params.kernel \(8, 6\): axis 'mlp' of 6 does not divide among tensor 4; the nearest .* is 2",
+            r"params.kernel \(8, 6\): axis 'mlp' of 6 cannot be split over tensor 4; the nearest .* is 2",
         ),
-        (toy(("embed", "heads"), (8, 16)), {"heads": 8}, r"axis 'heads' of 2 x 8 does not divide among tensor 4; .* is 2"),
-        (toy(("mlp", "vocab")), {}, r"params.kernel \(8, 6\): its axes 'mlp' and 'vocab' would both lie along tensor"),
-        (toy(("embed", "time")), {}, r"params.kernel: no rule says where its axis 'time' \(length 6\) lies"),
-        (toy(("embed",)), {}, r"params.kernel: 1 axes \('embed',\) are named, its shape is \(8, 6\)"),
+        (toy(("embed", "heads"), (8, 16)), {"heads": 8}, r"axis 'heads' of 2 x 8 cannot be split over tensor 4; .* is 2"),
+        (toy(("mlp", "vocab")), {}, r"params.kernel \(8, 6\): its axes 'mlp' and 'vocab' would both be sharded over tensor"),
+        (toy(("embed", "time")), {}, r"params.kernel: no rule places its axis 'time' \(length 6\)"),
+        (toy(("embed",)), {}, r"params.kernel: 1 axes \('embed',\) are named, but its shape is \(8, 6\)"),
     ],
 )
 def test_a_parameter_that_does_not_fit_the_mesh_is_refused_by_name(model, units, message):
@@ -382,7 +382,7 @@ def test_the_lengths_of_axes_are_known_without_the_model(family):
 def test_a_batch_that_does_not_fit_the_mesh_is_refused(variables, batches):
     partitioner = on_mesh(fsdp=4)
     rows = jax.tree.map(lambda x: x[:6], batches[0])
-    with pytest.raises(ValueError, match=r"rows.tokens has length 6, which 4 devices cannot share"):
+    with pytest.raises(ValueError, match=r"rows.tokens has length 6, which cannot be split equally over 4 devices"):
         partitioner.compile_map(functools.partial(reference_logps, MODEL))(variables, rows)
 
 

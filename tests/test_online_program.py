@@ -104,7 +104,7 @@ def test_people_are_given_a_page_and_the_round_waits_for_their_ratings(tmp_path)
     again = Asked(COMPARISONS[0].prompt, (" other", " texts"))  # of a prompt that was cut to the same text
     assert by_people(config, tmp_path, 3, [*COMPARISONS, again]) == [0.5] * 6 + [None]
     assert (folder / "study.html").read_bytes() == page
-    with pytest.raises(ConfigError, match="holds ratings of another study than this round's"):
+    with pytest.raises(ConfigError, match="holds ratings of a different study, not of this round"):
         by_people(config, tmp_path, 3, COMPARISONS[:5])
 
 
@@ -137,7 +137,7 @@ def test_rounds_by_an_exact_reward(copy):  # noqa: F811
     assert (again.code, "continuing" in again.out, bytes_of(folder / "export")) == (0, True, before), again
     assert "online.completions: was 4, is 3" in refused(2, "online", copy.config, *flags, "--online.completions", 3)
     more = call("online", copy.config, *flags[:-2], "--online.rounds", 3)
-    assert (more.code, "the run is of 6 steps now; it was of 4 steps" in more.out) == (0, True), more
+    assert (more.code, "the length of the run is now 6 steps; it was 4 steps" in more.out) == (0, True), more
     assert len((folder / "rounds.jsonl").read_text().splitlines()) == 3
 
 
@@ -204,7 +204,7 @@ def test_options_that_do_not_go_together_are_refused(section, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dpo": {"loss": "kto"}}, "dpo.loss: kto learns from completions, and rounds make pairs"),
+        ({"dpo": {"loss": "kto"}}, "dpo.loss: kto learns from completions, but rounds make pairs"),
         ({"dpo": {"ld_alpha": 0.5}}, "dpo.ld_alpha: depends on both completions of a pair"),
         ({"dpo": {"refresh_reference_steps": 5}}, "dpo.refresh_reference_steps: is counted in rounds here"),
         ({"online": {"prompts": 3000}}, "online.prompts: 3000 are more than the 2000 of frontier.prompts"),
@@ -212,10 +212,13 @@ def test_options_that_do_not_go_together_are_refused(section, message):
             {"online": {"elicitation": "uncertainty", "prompts": 600}},
             "online.prompts: 600 x 4 candidates are more than the 2000",
         ),
-        ({"dpo": {"loss": "ipo"}, "online": {"pairs": "soft"}}, "online.pairs: soft labels are a label_smoothing of dpo"),
+        (
+            {"dpo": {"loss": "ipo"}, "online": {"pairs": "soft"}},
+            "online.pairs: soft labels are dpo's label_smoothing per pair, but dpo.loss is ipo",
+        ),
         (
             {"dpo": {"label_smoothing": 0.1}, "online": {"pairs": "soft"}},
-            "dpo.label_smoothing: is the chance of the other label",
+            "dpo.label_smoothing: is set per pair by soft labels",
         ),
         (
             {"dpo": {"loss": "dpo + 0.1 * sft"}, "online": {"beta_last": 0.1}},

@@ -365,7 +365,7 @@ def test_an_earlier_round_that_is_damaged_is_named(parts, tmp_path):
         made = rounds_of(parts, run.path, {"replay": 2})
         made.move(0, parts.world.reference, "weights 0")
         (tmp_path / "round-000" / "scores.jsonl").write_text("")
-        with pytest.raises(CheckpointDamaged, match="round-000 is damaged, and round 1 learns from it, too"):
+        with pytest.raises(CheckpointDamaged, match="round-000 is damaged, but round 1 also learns from it"):
             made.move(STEPS, parts.world.reference, "weights 1")
 
 

@@ -76,7 +76,7 @@ def test_parquet_that_lacks_rows_is_refused(tmp_path):
     start = len(good) - 8 - footer
     at = next(i for i in range(start, len(good)) if good[i : i + 2] == b"\x16\x06" and changed(good, i) == 63)
     (tmp_path / "train.parquet").write_bytes(good[: at + 1] + b"\x7e" + good[at + 2 :])
-    with pytest.raises(DataError, match="train.parquet: bad_parquet: the file declares 63 rows and holds 3"):
+    with pytest.raises(DataError, match="train.parquet: bad_parquet: the file declares 63 rows but holds 3"):
         load_preferences(tmp_path, "train", on_bad="drop")
 
 

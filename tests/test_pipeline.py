@@ -121,10 +121,10 @@ def test_a_check_that_cannot_check_says_so(chain):
     nothing = {"DPO_JAX_VENV": "/nowhere", "PATH": "/usr/bin:/bin"}
     alone = chain("--check", **nothing)
     assert alone.returncode == 1
-    assert "there is no dpo-jax here, which checks: run ./launch/env.sh first" in alone.stderr
+    assert "there is no dpo-jax here to check with: run ./launch/env.sh first" in alone.stderr
     printed = chain("--dry-run", **nothing)
     assert (printed.returncode, len(printed.stdout.splitlines())) == (0, len(STEPS))
-    assert printed.stderr.count("are not checked, for want of dpo-jax") == 1
+    assert printed.stderr.count("not options, data and models: dpo-jax is missing") == 1
 
 
 def test_what_was_asked_differently_is_done_again(chain):

@@ -269,8 +269,8 @@ def test_microbatches_take_less_memory_and_as_many_operations():
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
-        ("v9:2x2", "'v9:2x2' is no slice of TPUs and no set of GPUs; there are v4: 2x2x1, .*v5e: 1x1, 2x2, .*tpu7x: "),
-        ("v5e", "'v5e' is no slice of TPUs and no set of GPUs"),
+        ("v9:2x2", "'v9:2x2' is neither a TPU slice nor a set of GPUs; there are v4: 2x2x1, .*v5e: 1x1, 2x2, .*tpu7x: "),
+        ("v5e", "'v5e' is neither a TPU slice nor a set of GPUs"),
         ("v5e:2x2x2", "'v5e:2x2x2': slices of v5e are 1x1, 2x2, "),
         ("v5p:4x4", "'v5p:4x4': slices of v5p are 2x2x1, "),
         ("v5e:3x5", "'v5e:3x5': slices of v5e are 1x1, 2x2, "),
@@ -339,7 +339,7 @@ def test_plan_needs_a_slice(tmp_path, capsys):
 
 def test_plan_needs_sizes_where_no_model_is(tmp_path, capsys):
     assert program.main(["plan", plan_file(tmp_path, model={"path": "nobody/nothing", "vocab_size": "null"})]) == 2
-    assert "model.vocab_size: no model folder is here" in capsys.readouterr().err
+    assert "model.vocab_size: there is no model folder here" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_will_be_trained_has_the_size_that_is_asked_for():
@@ -364,7 +364,7 @@ def test_a_sweep_varies_the_ways_along_expert_of_a_mixture(family, expert, ways,
     monkeypatch.setattr(search, "_tried", lambda config, topology: tried.append(dataclasses.asdict(config.mesh)))
     tried = []
     config = load_config(plan_file(tmp_path, model={"family": family}, mesh={"expert": expert}, dpo={"batch": 64}))
-    with pytest.raises(ConfigError, match="divides among no mesh"):  # as nothing was compiled
+    with pytest.raises(ConfigError, match="cannot be split over any mesh"):  # as nothing was compiled
         search.sweep(config, "h100:8")
     assert {mesh["expert"] for mesh in tried} == ways
     for mesh in tried:
@@ -415,7 +415,7 @@ def test_what_does_not_fit_is_a_finding_and_something_near_is_found(tmp_path, ca
     assert program.main(["plan", path]) == 2
     printed = capsys.readouterr().out
     assert "fits        NO: needs " in printed
-    assert "trying what is near" in printed
+    assert "trying nearby settings" in printed
     assert "\nfits: --mesh.data 1 " in printed
 
 

@@ -62,7 +62,7 @@ def test_hosts_that_do_not_exist_are_refused(shape):
 
 def test_an_unknown_chip_is_refused_with_those_there_are():
     with pytest.raises(
-        TopologyError, match=r"^'h900:8' is no slice of TPUs and no set of GPUs; there are v4: .*; h100: 1, 2, 4"
+        TopologyError, match=r"^'h900:8' is neither a TPU slice nor a set of GPUs; there are v4: .*; h100: 1, 2, 4"
     ):
         slice_devices("h900:8")
 
@@ -71,7 +71,7 @@ def test_a_wrong_topology_is_all_that_is_printed(capfd):
     assert program.main(["plan", str(CONFIGS[0]), "--topology", "h900:8"]) == 2
     out, error = capfd.readouterr()
     assert not out
-    assert error.startswith("dpo-jax: 'h900:8' is no slice of TPUs and no set of GPUs; there are ")
+    assert error.startswith("dpo-jax: 'h900:8' is neither a TPU slice nor a set of GPUs; there are ")
 
 
 @pytest.mark.skipif(plugin_is_here(), reason="JAX's CUDA plugin is here")
@@ -340,7 +340,7 @@ def test_a_plan_for_gpus_from_the_command_line(tmp_path, capfd):
     assert not noise  # of XLA; the progress of a slow compilation is ours
     assert printed.startswith("h100:2x4: 8 chips of 85 GB; model: the sizes in section model\n")
     assert "fits        yes" in printed
-    assert "of it in groups across hosts" in printed
+    assert "of it between hosts" in printed
     assert "at peak     989 TFLOP/s dense bfloat16, 3.35 TB/s memory, 450 GB/s links, 50 GB/s network a GPU\n" in printed
     record = json.loads((tmp_path / "plan" / "plan.json").read_text())["plans"][0]
     assert record["mesh"] == {"data": 1, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}

@@ -94,7 +94,7 @@ def test_the_frontier_names_every_method_once(tmp_path, monkeypatch, max_kl):
 def test_the_frontier_can_tell_so_many_methods_apart_and_no_more(tmp_path):
     many = [Point(f"method {number}", "", 1.0, float(number)) for number in range(len(STYLES) + 1)]
     assert len({style.marker for style in STYLES}) == len({style.line for style in STYLES}) == len(STYLES)
-    with pytest.raises(ValueError, match="styles that can be told apart"):
+    with pytest.raises(ValueError, match="distinct styles"):
         plot_frontier(many, CURVE, tmp_path / "frontier.png")
 
 

@@ -253,7 +253,7 @@ def test_a_slice_is_checked_with_its_devices(cloud, kind, chips):
 def test_only_a_configuration_that_workers_have_is_taken(pod):
     (pod.clone / "configs" / "mine.yaml").touch()
     for config, message in (
-        ("configs/mine.yaml", "configs/mine.yaml is not committed, and only committed files are sent"),
+        ("configs/mine.yaml", "configs/mine.yaml is not committed, but only committed files are sent"),
         ("/tmp/mine.yaml", "/tmp/mine.yaml is not on a worker"),
     ):
         words = [config if word == "configs/hh.yaml" else word for word in pod.command]
@@ -272,7 +272,7 @@ def test_a_configuration_is_taken_only_as_it_is_committed(pod, how):
         (pod.clone / config).write_text(text + "# edited\n")
         done = pod.run(*command)
         assert (done.returncode, done.stdout, pod.calls()) == (2, "", [])
-        assert f"{config} has changes that are not committed, and only committed files are sent" in done.stderr
+        assert f"{config} has changes that are not committed, but only committed files are sent" in done.stderr
         (pod.clone / config).write_text(text)
     (pod.clone / "pyproject.toml").write_text("# edited\n")
     done = pod.run(words[0], "--dry-run", *pod.command[1:])
@@ -283,7 +283,7 @@ def test_a_configuration_is_taken_only_as_it_is_committed(pod, how):
 def test_without_a_commit_there_is_nothing_to_send(cloud):
     done = cloud.run(*POD, f"--run.dir={cloud.share}/hh")
     assert (done.returncode, cloud.calls()) == (2, [])
-    assert "this is no git repository with a commit" in done.stderr
+    assert "this is not a git repository with a commit" in done.stderr
 
 
 @pytest.mark.parametrize("script", ["tpu_pod", "gcluster"])
@@ -336,7 +336,7 @@ def test_half_a_request_is_refused(cloud):
         (["install", "hh", "--zone=z1", "--nfs=nas:vol1"], "--nfs nas:vol1: must be HOST:/EXPORT"),
         (["run", "hh", "--zone", "z1", *run], "--accelerator-type is missing"),
         (["delete", "hh", "--zone", "z1", "--spot"], "delete does not know --spot"),
-        (["remove", "hh", "--zone", "z1"], "remove: no such verb"),
+        (["remove", "hh", "--zone", "z1"], "remove: unknown verb"),
     ):
         done = cloud.run("launch/tpu_pod.sh", *words)
         assert (done.returncode, cloud.calls()) == (2, []), words

@@ -239,7 +239,7 @@ def test_collecting_does_not_depend_on_devices(way, table):
 
 
 def test_prompts_that_are_too_long_are_refused():
-    with pytest.raises(ValueError, match="prompt 1 has 5 tokens, and there is room for 4"):
+    with pytest.raises(ValueError, match="prompt 1 has 5 tokens, but there is room for 4"):
         prompt_batch([[1], [1, 2, 3, 4, 5]], jax.random.key(0), length=4)
 
 
@@ -341,7 +341,7 @@ def test_an_epoch_visits_every_row_once(rollout):
     assert visited() != rollout.rows.index.tolist()
     halves = [np.reshape(visited(part=(index, 2)), (2, 7)) for index in (0, 1)]
     np.testing.assert_array_equal(np.concatenate(halves, axis=1).reshape(-1), visited())
-    with pytest.raises(ValueError, match="28 rows does not divide into minibatches of 3 rows for 1 hosts"):
+    with pytest.raises(ValueError, match="28 rows cannot be split into minibatches of 3 rows for 1 hosts"):
         next(minibatches(rollout, size=3, rng=np.random.default_rng(0)))
 
 

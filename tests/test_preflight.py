@@ -133,7 +133,7 @@ FAULTS = {
         65,
         "no known format has the columns 'a'",
     ),
-    "texts": (lambda p: None, ["--data.source", "snippets"], 2, "snippets are texts and no preferences"),
+    "texts": (lambda p: None, ["--data.source", "snippets"], 2, "snippets holds texts, not preferences"),
     "no model": (lambda p: shutil.rmtree(p / "runs/one/sft"), [], 2, "Run `dpo-jax sft` first"),
     "no weights": (lambda p: (p / "runs/one/sft/export/model.safetensors").unlink(), [], 2, "holds no weights"),
     "no tokenizer": (no_tokenizer, [], 2, "tokenizer"),
@@ -148,7 +148,7 @@ FAULTS = {
     "other weights": (another_config, [], 2, "missing in .*model.safetensors: not a complete gpt_neox"),
     "other vocabulary": (half_a_vocabulary, [], 2, "vocab|shape"),
     "too long": (lambda p: None, ["--data.max-length", "4096"], 2, "4096 tokens do not fit the"),
-    "batch": (lambda p: None, ["--run.devices", "pmap", "--dpo.batch", "6"], 2, "dpo.batch: 6 does not divide among 4 devices"),
+    "batch": (lambda p: None, ["--run.devices", "pmap", "--dpo.batch", "6"], 2, "dpo.batch: 6 cannot be split over 4 devices"),
     "mesh": (lambda p: None, ["--run.devices", "mesh", "--mesh.fsdp", "3"], 2, "3 does not equal the 4 devices"),
     "a file in the way": (lambda p: (p / "runs/one/dpo").touch(), [], 74, "runs/one/dpo"),
     "an old run": (
@@ -199,10 +199,10 @@ def test_a_disk_of_other_machines_is_not_looked_for(place, capsys):
     far = ["--run.dir", "/mnt/far/hh", "--data.path", "/mnt/far/data"]
     code, told = check("dpo", *far, "--check-elsewhere=/mnt/far", capsys=capsys)
     assert code == 0, told
-    assert told.count("on the hosts, not seen from here") == 3
+    assert told.count("on the hosts, not visible from here") == 3
     wrong = check("dpo", *far, "--check-elsewhere=/mnt/far", "--check-devices=6", "--run.devices", "mesh", capsys=capsys)
     assert wrong[0] == 2
-    assert "dpo.batch: 4 does not divide among 6 devices" in wrong[1]
+    assert "dpo.batch: 4 cannot be split over 6 devices" in wrong[1]
 
 
 def test_a_run_that_is_there_is_continued_or_refused(place, capsys):
@@ -235,7 +235,7 @@ def test_a_check_that_is_not_understood_is_refused(place, capsys, flag):
 def test_one_device_of_many_is_told_or_refused(place, capsys):
     assert "one of 4: run.devices mesh or pmap takes all" in check("dpo", "--check-devices=4", capsys=capsys)[1]
     code, told = check("dpo", "--check-devices=16", "--distributed", "auto", capsys=capsys)
-    assert (code, "single is one device, and 16 are on several hosts" in told) == (2, True)
+    assert (code, "single uses one device, but 16 are on several hosts" in told) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -260,9 +260,9 @@ def test_what_brings_its_own_data_needs_none(place, capsys, monkeypatch, name, f
 
 NEW = {"family": "gpt_neox", "width": 32, "layers": 1, "heads": 2, "max_positions": 64}
 UNEVEN = {
-    "embed": (6, ["--mesh.fsdp", "6"], "axis 'embed' of 32 does not divide among fsdp 6; the nearest size that does is 2"),
-    "heads": (4, ["--mesh.fsdp", "1", "--mesh.tensor", "4"], "axis 'kv_heads' of 2 x 16 does not divide among tensor 4; "),
-    "vocabulary": (4, ["--mesh.fsdp", "1", "--mesh.tensor", "4", "--model.vocab-size", "515"], "axis 'vocab' of 515 does not"),
+    "embed": (6, ["--mesh.fsdp", "6"], "axis 'embed' of 32 cannot be split over fsdp 6; the nearest size that can is 2"),
+    "heads": (4, ["--mesh.fsdp", "1", "--mesh.tensor", "4"], "axis 'kv_heads' of 2 x 16 cannot be split over tensor 4; "),
+    "vocabulary": (4, ["--mesh.fsdp", "1", "--mesh.tensor", "4", "--model.vocab-size", "515"], "axis 'vocab' of 515 cannot"),
 }
 
 
@@ -294,7 +294,7 @@ def test_a_plan_is_checked_with_its_mesh_and_its_compiler(place, capsys, monkeyp
     plan = ["--dpo.policy", "org/name", "--check"]
     monkeypatch.setattr("dpo_jax.runtime.chips.plugin_is_here", lambda: True)
     code, told = check("plan", *plan, "--topology", "h100:6", capsys=capsys)
-    assert (code, "axis 'embed' of 32 does not divide among fsdp 6" in told) == (2, True), told
+    assert (code, "axis 'embed' of 32 cannot be split over fsdp 6" in told) == (2, True), told
     assert check("plan", *plan, "--topology", "h100:4", capsys=capsys)[0] == 0
     code, told = check("plan", *plan, "--topology", "h100:4", "--mesh.fsdp", "3", capsys=capsys)
     assert (code, "3 does not equal the 4 devices" in told) == (2, True), told
@@ -309,7 +309,7 @@ def test_devices_that_get_nothing_are_told(place, capsys):
     code, told = check("dpo", *packed, "--check-devices=8", capsys=capsys)
     assert code == 0
     assert told.startswith("dpo c.yaml: no error, 1 warning\n")
-    assert "  warning  dpo.batch: of 4 examples a step at least 4 of the 8 devices compute nothing\n" in told
+    assert "  warning  dpo.batch: with 4 examples a step, at least 4 of the 8 devices are idle\n" in told
     assert "warning" not in check("dpo", *packed, "--check-devices=4", capsys=capsys)[1]
 
 
@@ -352,12 +352,12 @@ def test_a_run_on_other_data_is_refused_or_told(place, capsys):
     a_run(place)
     assert "warning" not in check("dpo", "--check", capsys=capsys)[1]
     assert (
-        "data.max_length: was 32, is 30: the run goes on"
+        "data.max_length: was 32, is 30: the run continues"
         in check("dpo", "--data.max-length", "30", "--check", capsys=capsys)[1]
     )
     write_rows(place / "pairs/train.jsonl", ROWS * 2)
     told = check("dpo", "--check", capsys=capsys)[1]
-    assert "train.jsonl, bytes: has other contents; train split, rows: was 10, is 20: the run goes on only if" in told
+    assert "train.jsonl, bytes: has other contents; train split, rows: was 10, is 20: the run continues only if" in told
 
 
 def test_a_finished_run_is_told(place, capsys):
@@ -481,7 +481,7 @@ def test_the_file_to_fill_in_passes_its_check_once_the_data_are_there(place, cap
     commands = re.findall(r"^  (dpo-jax .*?)(?:  |$)", told, flags=re.MULTILINE)
     assert [words.split()[1] for words in commands] == ["dpo", "audit", "sft", "dpo", "eval"]
     assert program.main(["init", "new/mine.yaml"]) == 2
-    assert "new/mine.yaml is there already, and is left as it is" in capsys.readouterr().err
+    assert "new/mine.yaml already exists and is left as it is" in capsys.readouterr().err
     assert check("sft", "--check", config="new/mine.yaml", capsys=capsys)[0] == 65
     shutil.move(place / "pairs", place / "data" / "mine")
     for name, after in (("sft", ""), ("dpo", "-after=sft"), ("eval", "-after=sft,dpo")):

@@ -49,7 +49,7 @@ CAUSES = {
     Cause.COMPLETION_CUT: ({"chosen": "\n \t" * 60 + "Hello"}, {}, "truncation to 16 tokens leaves only blanks"),
     Cause.NO_ROOM: ({"chosen": " abcdefgh" * 3}, {"row_length": 24}, "rows hold 24 \\(--data.row-length\\)"),
     Cause.NO_PROMPT: ({"prompt": ""}, {}, "the prompt has no tokens"),
-    Cause.EMPTY: ({"sft_target": " \n"}, {}, "the completion to learn is empty"),
+    Cause.EMPTY: ({"sft_target": " \n"}, {}, "the completion to train on is empty"),
 }
 
 

@@ -108,7 +108,7 @@ def test_what_makes_a_chat_model(chatty, tokenizer, tmp_path):
     assert found(chatty)
     assert not found(tokenizer)
     assert not found(chatty, "off")
-    with pytest.raises(ConfigError, match="sample.chat: is on, and the tokenizer of .* has no chat template"):
+    with pytest.raises(ConfigError, match="sample.chat: is on, but the tokenizer of .* has no chat template"):
         found(tokenizer, "on")
     record = tmp_path / "data_report.json"  # of the run that the policy lies in
     for counts, expected in (((5, 1), True), ((0, 0), False)):

@@ -35,8 +35,8 @@ def test_a_folder_is_one_commit_in_a_private_repository(hub, folder):
 
 
 REFUSALS = {
-    (401, ""): "the Hub does not know this token; log in with `hf auth login`, or set HF_TOKEN",
-    (403, ""): "the token may not write there; take one with write permission, or another organization",
+    (401, ""): "the Hub rejects this token; log in with `hf auth login`, or set HF_TOKEN",
+    (403, ""): "the token has no write permission there; use one that has, or another organization",
     (507, "Quota"): "the Hub refuses it: .*507",
 }
 
@@ -63,7 +63,7 @@ def test_what_cannot_work_is_known_before_anything_is_exported(hub, monkeypatch)
 
     check_push(NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(PushError, match="HF_HUB_OFFLINE forbids to ask the Hub; unset it"):
+    with pytest.raises(PushError, match="HF_HUB_OFFLINE forbids asking the Hub; unset it"):
         check_push(NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN")
@@ -72,5 +72,5 @@ def test_what_cannot_work_is_known_before_anything_is_exported(hub, monkeypatch)
     assert not hub.asked
     with pytest.raises(ConfigError, match="export.push: must be a repository of the Hub, organization/name, got 'name'"):
         check(Config(export=ExportConfig(push="name")))
-    with pytest.raises(ConfigError, match="export.public: says how a pushed repository is made, and nothing is pushed"):
+    with pytest.raises(ConfigError, match="export.public: is for a pushed repository, but nothing is pushed"):
         check(Config(export=ExportConfig(public=True)))

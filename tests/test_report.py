@@ -227,7 +227,7 @@ def test_several_runs_stand_side_by_side(finished, tmp_path):
     assert "| dpo.beta | 0.1 | 0.5 | 0.1 |" in shown
     assert "| measure | first: reference | first: policy |" in shown
     assert "dpo: all runs" in Seen(page).text
-    assert "Nothing unusual in: weights (those that were scored lie here); first: accuracy, KL." in Seen(page).text
+    assert "Nothing unusual in: weights (the scored ones are in this run); first: accuracy, KL." in Seen(page).text
     assert "second: accuracy, displacement of the chosen" in Seen(page).text  # not measured there
     twins = tmp_path / "elsewhere" / "first"
     shutil.copytree(finished, twins)
@@ -249,8 +249,8 @@ def test_the_base_model_scored_by_mistake_is_told(copy, tmp_path):
     for weights, words in (
         ({"reference": start, "policy": start}, "policy and reference are the same weights"),
         ({"reference": policy, "policy": start}, "is sft/export, the starting policy"),
-        ({"reference": start, "policy": "f" * 64}, "is not dpo/export as it lies here"),
-        ({"reference": "e" * 64, "policy": policy}, "the reference (eeeeeeeeeeee) is not sft/export as it lies here"),
+        ({"reference": start, "policy": "f" * 64}, "is not dpo/export as it is now"),
+        ({"reference": "e" * 64, "policy": policy}, "the reference (eeeeeeeeeeee) is not sft/export as it is now"),
     ):
         change(file, weights=weights)
         out, page, _ = report(copy, out=tmp_path / "out")
@@ -267,7 +267,7 @@ def test_an_export_that_was_written_anew_is_told(copy, tmp_path):
     shutil.copytree(copy / "sft" / "export", copy / "dpo" / "export")
     out, _, _ = report(copy, out=tmp_path / "out")
     assert "careful: dpo/export holds the same weights as sft/export" in out
-    assert "is not dpo/export as it lies here" in out
+    assert "is not dpo/export as it is now" in out
     (copy / "dpo" / "export" / "model.safetensors").write_bytes(b"short")
     out, _, _ = report(copy, out=tmp_path / "out")
     assert "careful: dpo/export cannot be read" in out
@@ -277,7 +277,7 @@ def test_the_digest_is_that_which_eval_writes_down():
     folder = GOLDEN / "gpt_neox" / "init"
     assert weights_digest_of(folder) == weights_digest(load_hf(folder)[1])
     alarms, rows = scored_weights(RunRecord("r", GOLDEN, {}), {"sft/export": "a" * 64})
-    assert (alarms, rows) == ([], [["sft/export, as it lies here", "a" * 12, "-"]])
+    assert (alarms, rows) == ([], [["sft/export, as it is now", "a" * 12, "-"]])
 
 
 def test_what_failed_is_told(copy, tmp_path):
@@ -293,7 +293,7 @@ def test_what_failed_is_told(copy, tmp_path):
     (copy / "sft" / "config.yaml").write_text("nonsense: 1\n")
     out, page, _ = report(copy, out=tmp_path / "out")
     for words in (
-        "dpo: not finished, 7 steps so far: export/config.json is not there; the same command again continues it",
+        "dpo: not finished, 7 steps so far: export/config.json is missing; run the same command again to continue it",
         "dpo: stopped at step 6 because of loss nan, grad_norm inf, in a batch of 2: a:1, a:2.",
         "dpo: was interrupted, and continued after 3 steps (2026-01-02)",
         "dpo: checkpoints/quarantine/ holds what was found damaged: 4",
@@ -303,7 +303,7 @@ def test_what_failed_is_told(copy, tmp_path):
     ):
         assert f"note: {words}" in out
         assert words in Seen(page).text
-    assert "got past" not in out
+    assert "passed that step" not in out
     assert {path.name[3:] for path in (tmp_path / "out" / "images").iterdir()} >= {"rewards.svg", "accuracies.svg"}
     assert "Held-out evaluation" not in page
 
@@ -324,7 +324,7 @@ def test_a_report_of_another_version_does_not_hide_the_rest(copy, tmp_path):
 def test_what_is_no_run_is_refused(finished, tmp_path):
     assert "no such folder" in refused(2, "report", tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    assert "no run directory" in refused(2, "report", tmp_path / "empty")
+    assert "not a run directory" in refused(2, "report", tmp_path / "empty")
     assert f"one stage of a run; give its run directory, {finished}" in refused(2, "report", finished / "dpo")
     assert "is named twice" in refused(2, "report", finished, finished)
     assert "report needs run directories first" in refused(2, "report", "--report.samples", 1)
@@ -387,8 +387,8 @@ def test_every_folder_of_a_judge_is_shown_and_an_unfinished_one_told(copy, tmp_p
         (copy / name / "win_rates.png").write_bytes(PIXEL)
     out, page, markdown = report(copy, out=tmp_path / "out")
     shown = markdown.replace("\\", "")
-    assert "note: judge-steps: not finished: 7 pairs have no verdict yet; the same command again continues it" in out
-    assert "note: judge: the judge gave no answer in the format on 2 of 20 pairs: its win rates are of the others" in out
+    assert "note: judge-steps: not finished: 7 pairs have no verdict yet; run the same command again to continue it" in out
+    assert "note: judge: the judge gave no answer in the format on 2 of 20 pairs: its win rates are over the others" in out
     assert "win rates by a judge (dpo-jax judge)" not in shown
     for words in (
         "**judge: against sft.jsonl, by gpt-4 (summary-simple)**",
@@ -453,7 +453,7 @@ def test_a_cut_text_is_whole_when_unfolded(text):
 
 def test_fine_is_said_of_what_was_looked_at_and_not_above_a_sick_policy(copy, tmp_path):
     out, page, _ = report(copy, out=tmp_path / "out")
-    assert "Nothing unusual in: weights (those that were scored lie here), accuracy, KL." in Seen(page).text
+    assert "Nothing unusual in: weights (the scored ones are in this run), accuracy, KL." in Seen(page).text
     assert "Not measured: displacement of the chosen, samples cut, length" in Seen(page).text
     assert not re.search(r"\bFine\b", page)
     values = json.loads((copy / "eval" / "report.json").read_text())["policy"] | {"kl": 16.7, "displacement/chosen": -8.2}
@@ -462,7 +462,7 @@ def test_fine_is_said_of_what_was_looked_at_and_not_above_a_sick_policy(copy, tm
     assert "note: KL: KL(policy || reference) is 16.7 nats" in out
     assert 'class="notice health"' in page
     assert "The chosen completions became less likely, by 8.2 nats each" in Seen(page).text
-    assert "Nothing unusual in: weights (those that were scored lie here), accuracy." in Seen(page).text
+    assert "Nothing unusual in: weights (the scored ones are in this run), accuracy." in Seen(page).text
     assert "Try a larger beta" in markdown
 
 

@@ -170,7 +170,7 @@ def test_however_it_is_run_it_is_one_step(way, variables):
 
 def test_rows_from_which_no_reward_can_be_read_are_refused(variables):
     state = init_state(variables, optax.sgd(0.1))
-    with pytest.raises(ValueError, match="not from pairs around one: lay them out plain"):
+    with pytest.raises(ValueError, match="not from pairs that share a prompt: use the layout plain"):
         completion_rewards(MODEL, variables, shared_rows(random_pairs(2, 0), length=32))
     texts = [(pair.prompt, pair.chosen) for pair in random_pairs(2, 0)]
     with pytest.raises(ValueError, match="2 rows with 2 examples are not plain rows of pairs"):

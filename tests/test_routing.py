@@ -197,5 +197,5 @@ def test_the_coefficient_is_that_of_config_json():
 
 def test_a_coefficient_without_experts_is_refused(rows):
     dense = make_model(decoder_config(hf_config("llama", eos_token_id=0, **SIZES)))
-    with pytest.raises(ValueError, match=r"router_aux_loss is 0.1, and the model has no router \(Model.route\)"):
+    with pytest.raises(ValueError, match=r"router_aux_loss is 0.1, but the model has no router \(Model.route\)"):
         dpo_step(None, rows, model=dense, tx=None, loss=LOSS, router_aux_loss=0.1)

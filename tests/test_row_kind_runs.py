@@ -72,7 +72,10 @@ def test_kto_from_audit_to_evaluation_and_after_a_kill(folder):
     assert "train.jsonl:1, desirable, tokens" in printed
     assert "desirable completions weigh 5 (weight times number)" not in printed  # 5 of 4: between 1 and 4/3
     printed = " ".join(call("audit", config, "--dpo.desirable-weight", 2).out.split())
-    assert "desirable completions weigh 10 (weight times number) and undesirable ones 4: the paper of KTO wants" in printed
+    assert (
+        "desirable completions weigh 10 (weight times number) and undesirable ones 4: the KTO paper recommends a ratio"
+        in printed
+    )
     result = call("dpo", config)
     assert result.code == 0, result
     assert "9 completions to train on, 4 held out" in result.out
@@ -86,7 +89,7 @@ def test_kto_from_audit_to_evaluation_and_after_a_kill(folder):
         shutil.rmtree(run / "dpo" / gone)
     result = call("dpo", config)
     assert f"continuing {run / 'dpo'} after 2 steps" in result.out
-    assert "refs: 13 of 13 pairs are there already" in result.out
+    assert "refs: 13 of 13 pairs are already cached" in result.out
     assert bytes_of(run / "dpo" / "export") == bytes_of(whole / "dpo" / "export")
     assert timeless(read_metrics(run / "dpo" / "metrics.jsonl")) == timeless(rows)
     result = call("eval", config)
@@ -98,7 +101,7 @@ def test_kto_from_audit_to_evaluation_and_after_a_kill(folder):
     assert report["policy"]["rewards/margins"] == pytest.approx(last["eval/rewards/margins"], rel=1e-4)
     assert refs == {path: path.read_bytes() for path in (run / "refs").glob("logps-*")}
     assert call("report", run).code == 0
-    assert "eval.rewards: judges pairs, and loss kto reads unpaired" in refused(2, "eval", config, "--rewards")
+    assert "eval.rewards: judges pairs, but loss kto reads unpaired" in refused(2, "eval", config, "--rewards")
 
 
 def test_plackett_luce_from_a_file_of_rankings(folder):
@@ -115,7 +118,7 @@ def test_plackett_luce_from_a_file_of_rankings(folder):
 @pytest.mark.parametrize(
     ("kind", "loss", "told"),
     [
-        ("unpaired", "dpo", "holds single completions with labels, and pairs are needed here: set dpo.loss .*kto"),
+        ("unpaired", "dpo", "holds single completions with labels, but pairs are needed here: set dpo.loss .*kto"),
         ("ranked", "kto", r"holds rankings, and single completions .*\(plackett_luce\)"),
     ],
 )

@@ -62,7 +62,7 @@ def counted(tokenizer, ids, scored):
 
 def test_of_a_single_completion_the_turns_of_the_assistant_count_and_of_a_mismatched_one_as_well(tmp_path, chatty):
     read = load(tmp_path, *ROWS, rows="unpaired", tokenizer=chatty)
-    assert any("turns after the assistant's last one are left off (1 of 3 pairs)" in note for note in read.report.notes)
+    assert any("turns after the assistant's last one are left out (1 of 3 pairs)" in note for note in read.report.notes)
     own = [["4<|im_end|>", "6, not 7<|im_end|>"], ["10<|im_end|>"], ["Ha<|im_end|>", "Ho<|im_end|>"]]
     encoded = encode_all(read, chatty, **LIMITS)
     assert [counted(chatty, one.chosen, one.chosen_scored) for one in encoded] == own
@@ -138,7 +138,7 @@ def test_rows_are_planned_for_masks_and_any_number_of_completions(kind):
 
 
 def test_groups_are_of_pairs():
-    with pytest.raises(ValueError, match="7 is a ranking of 3 completions, and no pair"):
+    with pytest.raises(ValueError, match="7 is a ranking of 3 completions, not a pair"):
         group_pairs([example(2, 1), example(3, 7)])
 
 
@@ -197,7 +197,10 @@ def test_a_check_counts_no_pairs_as_single_completions(loss, rows, tmp_path):
 def test_rankings_of_all_sources_have_one_length(tmp_path):
     shorter = FRUIT | {"completions": [" A pear.", " A wall."], "ranks": [1, 2]}
     config = mixture(tmp_path, loss_rows={"long": [FRUIT], "short": [shorter]})
-    with pytest.raises(DataError, match=r"data\.mix: rankings of one run(.|\n)*2 completions: 1(.|\n)*3 completions: 1"):
+    with pytest.raises(
+        DataError,
+        match=r"data\.mix: the rankings of a run must have the same number(.|\n)*2 completions: 1(.|\n)*3 completions: 1",
+    ):
         splits.load_split(config, "train", rows="rankings")
     cut = mixture(tmp_path, loss_rows={"long": [FRUIT], "short": [shorter]}, ranking_length=2)
     assert [one.between for one in splits.load_split(cut, "train", rows="rankings")] == [(), ()]

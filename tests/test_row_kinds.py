@@ -150,11 +150,11 @@ def test_bad_rows_name_line_field_and_cause(row, told, tmp_path):
         (
             GOOD,
             "pairs",
-            r"unpaired\) holds single completions with labels, and pairs are needed here: set dpo.loss to .*\(kto,",
+            r"unpaired\) holds single completions with labels, but pairs are needed here: set dpo.loss to .*\(kto,",
         ),
-        (GOOD, "rankings", "holds single completions with labels, and rankings are needed here: set dpo.loss"),
-        (FRUIT, "unpaired", r"ranked\) holds rankings, and single .* needed here: .*reads them \(plackett_luce\)"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "rankings", "holds pairs, and rankings .* use the loss dpo"),
+        (GOOD, "rankings", "holds single completions with labels, but rankings are needed here: set dpo.loss"),
+        (FRUIT, "unpaired", r"ranked\) holds rankings, but single .* needed here: .*reads them \(plackett_luce\)"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "rankings", "holds pairs, but rankings .* use the loss dpo"),
     ],
 )
 def test_a_loss_that_reads_other_rows_is_refused(row, rows, told, tmp_path):
@@ -172,7 +172,7 @@ def test_rankings_of_several_lengths(tmp_path):
     assert "--data.ranking-length 3 keeps the best 3 of each" in str(caught.value)
     read = load(tmp_path, FRUIT, longer, rows="rankings", ranking_length=3)
     assert [p.rejected for p in read] == [" A brick.", " A stone."]
-    with pytest.raises(DataError, match="train.jsonl:1: completions: out_of_range: 3 completions, where the best 4 are wanted"):
+    with pytest.raises(DataError, match="train.jsonl:1: completions: out_of_range: 3 completions, but the best 4 are wanted"):
         load(tmp_path, FRUIT, longer, rows="rankings", ranking_length=4)
     tied = FRUIT | {"ranks": [1, 2, 2]}  # of the last two either might be kept
     read = load(tmp_path, FRUIT, tied, rows="rankings", ranking_length=2)
@@ -279,7 +279,7 @@ def test_every_completion_of_a_ranking_sees_its_prompt_and_itself(kind, completi
             assert rows.ref_logps is not None
             np.testing.assert_array_equal(rows.ref_logps[place], ref[indices[number]] if number >= 0 else 0)
         assert len(found) == completions * len(indices)
-    with pytest.raises(ValueError, match="odd has 6 completions, and the first example has"):
+    with pytest.raises(ValueError, match="odd has 6 completions, but the first example has"):
         layout.rows([rankings[0], dataclasses.replace(example(6, "odd"))])
 
 
@@ -394,7 +394,7 @@ def test_rows_and_loss_that_do_not_fit_are_refused(state):
         stepped(functools.partial(dpo_loss, beta=0.1), state, rows)
     with pytest.raises(TypeError, match="none of these losses reads desirable"):
         stepped(named_loss("dpo + 0.1*hinge"), state, rows)
-    with pytest.raises(ValueError, match="reads single completions with labels, and the batch has none"):
+    with pytest.raises(ValueError, match="reads single completions with labels, but the batch has none"):
         stepped(named_loss("apo_zero_unpaired"), state, rows.replace(extras=None))
     with pytest.raises(ValueError, match="some examples have a label"):
         KINDS["shared"].rows([SINGLES[0], dataclasses.replace(SINGLES[1], desirable=None)])

@@ -113,7 +113,7 @@ def test_gates_let_near_ties_pass_and_nothing_else():
 def test_a_sampler_that_cuts_the_distribution_is_caught():
     equal = [[1, 2, 3], [4, 5, 6]]
     for nats in ((-2.0, -2.2), (float("nan"), -4.0)):
-        with pytest.raises(GateFailed, match="two distributions"):
+        with pytest.raises(GateFailed, match="the distributions differ"):
             sampling_race.check(result(equal, nats=nats), theirs(), precision="float32")
 
 
@@ -141,7 +141,7 @@ def test_report_arithmetic(work):
     assert summary["ratio"] == pytest.approx({"tokens_per_second": 24 / 10.5, "at_least": 2, "at_most": 24 / 9})
     shown = sampling_race.table(summary)
     assert "| `jax-generate` | 24 (24 to 24) | 4.0 s / 1.0 s |" in shown
-    assert "1 of 2 equal, the others part between logits at most 1.0e-04 apart" in shown
+    assert "1 of 2 equal, the others diverge between logits at most 1.0e-04 apart" in shown
     assert "2.29x the tokens/s (2.00 to 2.67)" in shown
     assert "30% of the cores: TOO BUSY" in shown
 
@@ -207,4 +207,4 @@ def test_the_command_leaves_table_and_figures(config, tmp_path, capsys, torch_py
     assert 1 <= results["work"]["mean_tokens"] <= 6
     assert results["ratio"]["tokens_per_second"] > 0
     assert main(["bench", config, "--bench.sampling", "5/30/6", "--bench.torch-python", torch_python]) == 2
-    assert "bench.sampling: 5/30/6 makes rows of 36 tokens, and the model reads 32" in capsys.readouterr().err
+    assert "bench.sampling: 5/30/6 makes rows of 36 tokens, but the model has 32" in capsys.readouterr().err

@@ -75,7 +75,7 @@ def test_captions_survive_their_tokens():
         text = caption(scene.things)
         assert mentioned(text) == scene.things
         assert caption_text(caption_ids(text)) == text
-    with pytest.raises(ValueError, match="'purple' is no word"):
+    with pytest.raises(ValueError, match="'purple' is not a word"):
         caption_ids("a purple circle.")
     assert caption_text([99, *caption_ids("a red circle.")]) == "? a red circle."
     assert len(prompt_ids(9)) == 11

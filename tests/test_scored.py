@@ -125,7 +125,7 @@ def test_layouts_are_planned_for_scored_tokens(kind, examples):
     assert batch.stats["scored_tokens"] == (batch.rows.slot < batch.rows.slots).sum()
     whole = plan_layout([Completion(ids(8), ids(40), np.arange(40) < 5)], kind="plain", batch=1)
     assert (whole.length, whole.scored) == (64, 32)
-    with pytest.raises(ValueError, match="8 of them scored, and rows hold 16 and 7"):
+    with pytest.raises(ValueError, match="8 of them scored, but rows hold 16 and 7"):
         Layout("shared", length=16, scored=7).rows([Encoded(ids(4), ids(6), ids(6), chosen_scored=np.arange(6) < 2)])
 
 

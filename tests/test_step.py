@@ -353,9 +353,9 @@ def test_frozen_weights_are_read_and_not_changed(variables, tx):
 
 def test_a_batch_that_does_not_divide_is_refused(variables, tx):
     step = functools.partial(dpo_step, model=MODEL, tx=tx, loss=LOSS, microbatches=3)
-    with pytest.raises(ValueError, match="8 rows does not divide into 3"):
+    with pytest.raises(ValueError, match="8 rows cannot be split into 3"):
         step(init_state(variables, tx), rows_of("shared"))
-    with pytest.raises(ValueError, match="3 devices cannot share"):
+    with pytest.raises(ValueError, match="cannot be split equally over 3 devices"):
         split_rows(rows_of("shared"), 3)
 
 

@@ -111,7 +111,7 @@ def test_a_run_that_is_not_stopped_ends_with_its_best_too(tmp_path):
 def test_what_cannot_stop_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="patience must be at least 1"):
         EarlyStopping(patience=0)
-    with pytest.raises(ValueError, match="has no 'margin' to stop on, but loss"):
+    with pytest.raises(ValueError, match="has no 'margin' to stop on; it has loss"):
         EarlyStopping("margin", patience=1).observe(1, {"loss": 1.0})
     with pytest.raises(ValueError, match="stopping needs evaluate"):
         train(COUNT, None, None, folder=tmp_path, total_steps=1, fingerprint={}, stopping=EarlyStopping(patience=1))

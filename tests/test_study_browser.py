@@ -293,7 +293,7 @@ def test_two_people_and_two_tabs_in_one_browser(chromium, tmp_path):
         "2 identical",
         "3 open",
     ]
-    ann.press("Start as somebody else")
+    ann.press("Start as another person")
     ann.start("ann", 1)
     assert ann.page.get_by_role("alert").inner_text() == "Ann has begun with number 2 in this browser."
     ann.start("Bob", 1)
@@ -301,7 +301,7 @@ def test_two_people_and_two_tabs_in_one_browser(chromium, tmp_path):
     ann.choose("Summary A")
     ann.press("Review and save")
     files = [ann.save(tmp_path)]
-    ann.press("Start as somebody else")
+    ann.press("Start as another person")
     ann.start("Ann", 2)
     assert ann.place().startswith("3 of")
     ann.press("Review and save")
@@ -316,7 +316,7 @@ def test_a_browser_that_keeps_nothing_says_so_and_saves_all_the_same(rater, tmp_
     ann = rater()
     ann.context.add_init_script("Object.defineProperty(window, 'localStorage', { get() { throw new Error('denied'); } });")
     ann.page = ann.open()
-    assert ann.page.get_by_text("does not keep anything").first.is_visible()
+    assert ann.page.get_by_text("cannot store your answers").first.is_visible()
     ann.start()
     assert "Not kept" in ann.page.locator("#kept").inner_text()
     ann.choose("Summary A")

@@ -229,5 +229,5 @@ def test_articles_as_in_cnn_dailymail(tmp_path):
     data = DataConfig(source="cnn_dailymail", path=str(tmp_path / "cnn"), max_test=1)
     (reference,) = references(Config(data=data), None)
     assert reference == ("News.\nTL;DR:", " It happened.", "articles/test:1", False, ())
-    with pytest.raises(ConfigError, match="cnn_dailymail are articles with a summary"):
+    with pytest.raises(ConfigError, match="cnn_dailymail holds articles and summaries, not preferences"):
         load_split(Config(data=data), "test")

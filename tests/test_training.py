@@ -101,7 +101,7 @@ def test_a_killed_run_continues_to_the_same_bits(names, whole, tmp_path, capsys)
     capsys.readouterr()
     scope = run(names, tmp_path, train=counting(second))
     said = capsys.readouterr().out
-    assert said == "run/refs: 6 of 6 pairs are there already\ncontinuing run after 6 steps\nrun/export\n"
+    assert said == "run/refs: 6 of 6 pairs are already cached\ncontinuing run after 6 steps\nrun/export\n"
     assert first + second == list(range(STEPS))
     jax.tree.map(np.testing.assert_array_equal, scope["state"], whole[1]["state"])
     assert rows_of(tmp_path) == rows_of(whole[0])
@@ -125,7 +125,7 @@ def test_another_run_is_refused_by_what_differs(tmp_path):
     small(tmp_path / "run")
     with pytest.raises(RunMismatch, match=r"run holds a run with other settings:\n  by: was 1.0, is 2.0"):
         small(tmp_path / "run", fingerprint={"by": 2.0})
-    with pytest.raises(RunMismatch, match="has taken 3 steps, and is to have 2: a run can become longer, not shorter"):
+    with pytest.raises(RunMismatch, match="has taken 3 steps, but 2 are asked for: a run can be made longer, not shorter"):
         small(tmp_path / "run", 2)
     said = []
     assert float(small(tmp_path / "run", 5, say=said.append).params) == 5

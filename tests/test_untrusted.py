@@ -64,7 +64,7 @@ def test_json_is_read_as_it_was_written_or_refused_by_name():
     ("text", "expected"),
     [
         ("[1]", "a.json: ValueError: a JSON object is needed, this is an array; write an object"),
-        ('{"a": NaN}', "NaN is not a number of JSON"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
         ('{"a": 1e999}', "1e999 is too large a number"),
         ('{"a": ' + "9" * 400 + "}", "a number of 400 digits"),
         ('{"a": 1, "a": 1}', "the key 'a' occurs twice"),

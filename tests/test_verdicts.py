@@ -82,7 +82,7 @@ def test_lines_of_another_log_are_no_lines_of_this_one(tmp_path):
     with VerdictLog(tmp_path / "m", {"model": "m"}) as log:
         assert (list(log.verdicts), log.lost) == (["b"], 1)
     (tmp_path / "m").write_bytes(b"".join([mine[0], *other[1:]]))
-    with pytest.raises(Unreadable, match="m: line 2: its checksum is not that .*, and no other line of it is sound"):
+    with pytest.raises(Unreadable, match="m: line 2: its checksum is not that .*, and no other line is valid"):
         VerdictLog(tmp_path / "m", {"model": "m"})
 
 
@@ -90,7 +90,7 @@ def test_lines_of_another_log_are_no_lines_of_this_one(tmp_path):
 def test_what_is_no_log_is_left_alone(tmp_path, content):
     path = tmp_path / "verdicts.jsonl"
     path.write_bytes(content)
-    with pytest.raises(Unreadable, match="verdicts.jsonl: .*; restore it, or move it away to judge anew"):
+    with pytest.raises(Unreadable, match="verdicts.jsonl: .*; restore it, or move it away to judge again"):
         VerdictLog(path, {"model": "m"})
     assert path.read_bytes() == content
     path.unlink()
@@ -118,7 +118,7 @@ def test_a_log_without_checksums_is_taken_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"".join(sealed)
     for field, value in (("choice", "C"), ("tokens_in", 10**400), ("tokens_in", True), ("failure", "x"), ("extra", 1)):
         path.write_text("".join(json.dumps(record) + "\n" for record in [*old[:2], old[2] | {field: value}, *old[3:]]))
-        with pytest.raises(Unreadable, match="log: line 3: .*, and this log of an earlier version has no checksums"):
+        with pytest.raises(Unreadable, match="log: line 3: .*, but this log of an earlier version has no checksums"):
             VerdictLog(path, {})
     path.write_text("".join(json.dumps(record) + "\n" for record in old))
     with pytest.raises(ForeignVerdicts, match="model was None and is 'm'"):

@@ -196,7 +196,7 @@ def test_points_in_order_and_drawn(tmp_path):
         path = plot_win_rates(shown, tmp_path / f"{number}.png", x="temperature", baseline="chosen")
         images.append(path.read_bytes())
     assert len(set(images)) == 3
-    with pytest.raises(ValueError, match="styles that can be told apart"):
+    with pytest.raises(ValueError, match="distinct styles"):
         plot_win_rates(
             win_rates([pair(0, "a", "b", str(i)) for i in range(99)], ["won"] * 99), tmp_path / "x", x=None, baseline="b"
         )

@@ -117,8 +117,8 @@ def test_what_fails_is_told_once_stops_nothing_and_is_made_good(tmp_path, caplog
                 assert len(shelf.rows) == (2 if when == "later" else 0)
     assert shelf.rows == rows
     assert [record.getMessage() for record in caplog.records] == [
-        "Shelf: OSError: [Errno 28] No space left on device; training goes on. metrics.jsonl has every row, and what is "
-        "lacking there is brought when it works again, or when the run continues"
+        "Shelf: OSError: [Errno 28] No space left on device; training continues. metrics.jsonl has every row, and missing "
+        "rows are sent when it works again, or when the run continues"
     ]
 
 
@@ -225,7 +225,7 @@ def continued(kind, folder):
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        assert "training goes on" not in done.stderr, done.stderr
+        assert "training continues" not in done.stderr, done.stderr
 
 
 LOSSES = [(step, step / 2) for step in range(5)]

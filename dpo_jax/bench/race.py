@@ -182,5 +182,5 @@ def check_names(text: str | None) -> list[str]:
     asked = list(CONTENDERS) if text is None else [name.strip() for name in text.split(",")]
     unknown = [name for name in asked if name not in CONTENDERS]
     if unknown or not asked:
-        raise ValueError(f"{unknown[0]!r} is none of {', '.join(CONTENDERS)}")
+        raise ValueError(f"{unknown[0]!r} is not one of {', '.join(CONTENDERS)}")
     return [name for name in CONTENDERS if name in asked]

@@ -203,7 +203,7 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
     tokens = " + ".join(f"{count:.0f}" for count in work["mean_tokens"].values())
     matmuls = summary["matmul_flops_per_second"].items()
     rates = ", ".join(f"{kind} {rate['median'] / 1e9:,.0f} GFLOP/s" for kind, rate in matmuls)
-    updates = f"{gates['update']:.1e} (L2)" if "update" in gates else "not compared, there is no other"
+    updates = f"{gates['update']:.1e} (L2)" if "update" in gates else "not compared: there is only one"
     notes = [
         f"work         {work['batch']} pairs a step, prompt + chosen + rejected {tokens} tokens, {work['precision']}; "
         f"{work['rounds']} rounds of {work['steps']} timed steps",

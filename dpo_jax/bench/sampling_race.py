@@ -90,7 +90,7 @@ def check(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, precision: str)
     if not difference <= DEVIATIONS * error + 1e-3:
         raise GateFailed(
             f"{OURS} samples tokens of {nats[0].mean():.3f} nats on average and {THEIRS} of {nats[1].mean():.3f} (standard "
-            f"error of the difference {error:.3f}): these are two distributions. No ratio is reported."
+            f"error of the difference {error:.3f}): the distributions differ. No ratio is reported."
         )
     return {"rows": len(mine), "parted": parted, "gap": largest, "nats": float(difference), "nats_error": error}
 
@@ -155,7 +155,7 @@ def table(summary: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     work, gates, ratio = summary["work"], summary["gates"], summary["ratio"]
     busy = ": TOO BUSY to rely on" if summary["neighbours"] > QUIET else ""
-    apart = f", the others part between logits at most {gates['gap']:.1e} apart" if gates["parted"] else ""
+    apart = f", the others diverge between logits at most {gates['gap']:.1e} apart" if gates["parted"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     return "\n".join(
         [

@@ -48,7 +48,7 @@ SHAPES = {  # width, layers, heads, vocabulary: the largest that fits is used
     "Pythia-410M": (1024, 24, 16, 50304),
     "Pythia-160M": (768, 12, 12, 50304),
 }
-TINY = "a tiny shape, whose figures mean nothing"
+TINY = "a tiny shape; its figures mean nothing"
 BYTES = 14.0  # device bytes per parameter: weights, moments and gradients in float32, and some for activations
 REMATS = tuple(REMAT)  # from the fastest, which takes the most memory
 MEANS = (105, 45, 50)  # tokens of prompt, chosen and rejected: like Anthropic HH

@@ -33,7 +33,7 @@ BAR = 1e-5
 def rows() -> Iterator[Row]:
     yield Row(
         "control.cpl",
-        "CPL gives other numbers here than on a CPU: do not trust a policy for control; report this file",
+        "CPL differs here from a CPU's: do not trust a policy for control; report this file",
         _steps,
     )
 

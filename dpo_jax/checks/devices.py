@@ -48,16 +48,16 @@ def rows() -> Iterator[Row]:
     made |= {name: functools.partial(_on_mesh, sizes=sizes) for name, sizes in ways(count).items()}
     what = {name: " x ".join(f"{axis} {size}" for axis, size in sizes.items()) for name, sizes in ways(count).items()}
     for name, make in made.items():
-        told = what.get(name, f"pmap {count}") + (": one device here, so nothing was divided" if count == 1 else "")
+        told = what.get(name, f"pmap {count}") + (": only one device here, so nothing was split" if count == 1 else "")
         yield Row(
             f"parallel.{name}",
-            f"{name} over several devices trains another model than one device: check the links between the devices (NCCL, "
+            f"{name} over several devices gives a different model from one device: check the links between the devices (NCCL, "
             "ICI), train with another --run.devices or mesh, and report it",
             functools.partial(_same_run, make, told),
         )
     yield Row(
         "checkpoint",
-        "what was saved is not what comes back: do not start a long run; check the disk (df, dmesg) and the orbax version",
+        "restored values differ from the saved ones: do not start a long run; check the disk (df, dmesg) and the orbax version",
         _saved_and_restored,
     )
 

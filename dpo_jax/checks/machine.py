@@ -106,7 +106,7 @@ def _matmul(dtype: str) -> Result:
         told = f"{told} at highest precision, which is {highest} (error {errors['highest']:.0e})"
         if default != "float32":
             told += f"; by default float32 here means {default} (error {errors['default']:.0e}): "
-            told += "dpo_jax asks for the highest, code of your own has to"
+            told += "dpo_jax requests the highest, and so must your own code"
         return Result(told, highest == "float32", bar=f"error {ARITHMETIC[0][0]:.0e}", values=values | {"errors": errors})
     share = rate / peak if peak else None
     error = matmul_error(jnp.bfloat16, "default")

@@ -82,7 +82,7 @@ def check_model(
                 allowed = share * float(np.abs(plain[0]).max()), 50 * share
                 causes[name] = _causes(forward, variables, laid_out, agreements[name], leaks=leaks, allowed=allowed)
             except Exception as error:
-                error.add_note(f"check_model was reading {name} rows, tokens[R, L] = {laid_out.tokens.shape}")
+                error.add_note(f"check_model failed on {name} rows, tokens[R, L] = {laid_out.tokens.shape}")
                 raise
     if any(causes.values()):
         raise WrongModel(_message(causes, agreements))

@@ -69,7 +69,7 @@ def rows() -> Iterator[Row]:
     for dtype in ("float32", "bfloat16"):
         yield Row(
             f"steps.{dtype}",
-            "training gives other numbers here than on a CPU: do not trust a run; report this file, and the failed rows above",
+            "training differs here from a CPU's: do not trust a run; report this file, and the failed rows above",
             functools.partial(_steps, dtype),
         )
     yield Row(

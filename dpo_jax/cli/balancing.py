@@ -52,7 +52,5 @@ def tell_switches(
     with reported("comparing routes with float32", brief=True):
         share = float(np.mean(partitioner.compile_map(of_rows)(variables, rows)))
     if is_first():
-        print(
-            f"routing: {share:.2%} of the experts that tokens take in float32 are others in {config.run.precision}", flush=True
-        )
+        print(f"routing: {share:.2%} of the expert choices differ between float32 and {config.run.precision}", flush=True)
         write_json(run.path / "routing.json", {"switched": share, "precision": config.run.precision})

@@ -98,7 +98,7 @@ def make_partitioner(config: Config, model: Model) -> Partitioner:
     """The partitioner of `run.devices`. Raises `ConfigError` if mesh, devices and model do not fit together."""
     report_compiling()
     if config.run.devices == "single" and jax.process_count() > 1:
-        raise ConfigError(f"run.devices: single is one device, and there are {jax.process_count()} hosts; use mesh or pmap")
+        raise ConfigError(f"run.devices: single uses one device, but there are {jax.process_count()} hosts; use mesh or pmap")
     if config.run.devices == "pmap":
         return pmap_partitioner()
     if config.run.devices == "single":

@@ -77,8 +77,8 @@ def online_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
     known = {"known": f"the reward {config.frontier.reward}", "reward-model": "a reward model", "judge": "a judge"}
     who = known.get(section.reward, section.reward)
     how = (
-        f"{_objective(config.dpo)} Online: {section.rounds} rounds of {section.completions} completions of each of "
-        f"{section.prompts} prompts, drawn from the policy as it was, labelled by {who}."
+        f"{_objective(config.dpo)} Online: {section.rounds} rounds, each with {section.completions} completions of each of "
+        f"{section.prompts} prompts, sampled from the current policy and labelled by {who}."
     )
     return _card(
         config,
@@ -159,7 +159,7 @@ path = "."  # this folder, or its id on the Hub
 model, tokenizer = AutoModelForImageTextToText.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 ```
 
-Images are read as by the model that training began with, whose vision encoder is here unchanged."""
+Images are processed as by the base model; its vision encoder is included unchanged."""
 
 
 USE_ADAPTER = """This folder holds an adapter, which `peft` loads with its base model.
@@ -182,7 +182,7 @@ def _trained(config: Config, section: SftConfig | DpoConfig) -> str:
         scale = ", rank-stabilized" if lora.rslora else ""
         return f" LoRA of rank {lora.rank}, alpha {lora.alpha:g}{scale}, on {markdown_text(lora.targets)} of the frozen start."
     if section.trainable is not None:
-        return f" Trained were only {markdown_code(section.trainable)}."
+        return f" Only {markdown_code(section.trainable)} were trained."
     if section.param_dtype != "float32":
         return f" Parameters were kept in {section.param_dtype}, and rounded stochastically."
     return ""
@@ -250,7 +250,9 @@ def _data_name(config: Config) -> str:
         named = ", ".join(_part_name(part, data.source) for part in data.parts())
         if data.test_share is None:
             return named
-        return f"{named}; {data.test_share:.1%} of the prompts of what has no {data.test_split} split are held out, by hash"
+        return (
+            f"{named}; {data.test_share:.1%} of the prompts of sources without a {data.test_split} split are held out, by hash"
+        )
     made = "conversations of a question game" if data.source == "question_game" else "film reviews"
     return f"generated {made} ({data.reviews_train:,} training pairs)"
 
@@ -361,5 +363,5 @@ def _read(path: Path, shape: Shape) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, Unreadable) as error:
-        logger.warning("the model card lacks what is in %s: %s", path.name, error)
+        logger.warning("the model card omits the contents of %s: %s", path.name, error)
         return {}

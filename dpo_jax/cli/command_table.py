@@ -182,7 +182,7 @@ COMMANDS = {
         ("data", "model"),
     ),
     "study": Command(
-        "make a page on which people compare two sets of completions",
+        "make a page where people compare two sets of completions",
         ("run.dir", "run.seed", "study"),
         ("study",),
     ),

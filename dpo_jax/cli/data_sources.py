@@ -78,8 +78,8 @@ def sources_to_cut(config: Config) -> set[str]:
     cut = {name for name, part in named if not _has_split(config, part, part.test_split)}
     if not cut:
         raise ConfigError(
-            f"data.test_share: {data.name()} has a split {data.test_split!r}, and nothing is cut from the train split; leave "
-            "it out, or to cut by hash all the same name a split that is not there yet, such as --data.test-split held_out"
+            f"data.test_share: {data.name()} has a split {data.test_split!r}, so nothing is held out of the train "
+            "split; leave it out, or name a split that does not exist yet, such as --data.test-split held_out"
         )
     return cut
 
@@ -89,7 +89,7 @@ def folder_of(part: MixConfig) -> Path:
     path = Path(part.path)
     if part.revision is not None and path.exists():
         raise ConfigError(
-            f"data.revision: {path} is on this machine, and only data sets of the Hub have revisions; leave it out"
+            f"data.revision: {path} is on this machine, but only data sets of the Hub have revisions; leave it out"
         )
     if part.config is None or not path.exists():
         return path

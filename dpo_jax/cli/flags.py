@@ -82,7 +82,7 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
     for flag in (flag for flag in flags if flag.startswith("--")):
         section, _, field = flag[2:].partition("=")[0].replace("-", "_").partition(".")
         if hasattr(config, section) and _is_list(config, section, field):
-            raise ConfigError(f"{flag}: a list, which no flag can hold; write it in {path}")
+            raise ConfigError(f"{flag}: a list, which cannot be given as a flag; write it in {path}")
         if hasattr(config, section) and field not in shown.get(section, ()) and hasattr(getattr(config, section), field):
             readers = [other for other, spec in COMMANDS.items() if {section, f"{section}.{field}"} & set(spec.reads)]
             raise ConfigError(f"{flag}: {name} does not read this option ({', '.join(readers)} would)")

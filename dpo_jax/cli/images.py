@@ -139,7 +139,7 @@ def encoder_for(
     found, _ = checked(config, path, tokenizer, name=name)
     say(
         f"{len(showing):,} of {len(prompts):,} prompts show images: {found.tokens} tokens each, read by the vision encoder of "
-        f"{path}, which stays as it is"
+        f"{path}, which stays frozen"
     )
     return found
 
@@ -185,7 +185,7 @@ def check_same_encoder(config: Config, vision: Vision | None, path: str, *, name
     there = has_encoder(config, path, name=name)
     with build.naming_option(name, path), reported(f"reading the vision encoder of {path}"):
         if not there or encoder_digest(path) != vision.cache.identity["encoder"]:
-            raise ConfigError(f"{name}: {path} has not the vision encoder of {vision.path}, and both must have the same one")
+            raise ConfigError(f"{name}: {path} and {vision.path} have different vision encoders, but must share one")
 
 
 def encode_shown(config: Config, preferences: PreferenceSet, tokenizer: Any, vision: Vision | None) -> EncodedSet:

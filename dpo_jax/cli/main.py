@@ -127,7 +127,7 @@ def _refuse_pieces(name: str, config: Config) -> None:
         )
     if name in ("sft", "refs", "dpo", "eval") and config.run.devices != "mesh":
         raise ConfigError(
-            f"mesh.context: run.devices {config.run.devices} cuts no rows: set run.devices mesh, or mesh.context 1"
+            f"mesh.context: run.devices {config.run.devices} does not split rows: set run.devices mesh, or mesh.context 1"
         )
 
 

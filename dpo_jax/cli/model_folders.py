@@ -87,7 +87,7 @@ def refuse_foreign(folder: Path) -> None:
         ours = False
     if not ours:
         raise ConfigError(
-            f"export.out: {folder} is there already, and dpo-jax export has not written it (it would have a README.md "
+            f"export.out: {folder} already exists and was not written by dpo-jax export (it would have a README.md "
             "tagged dpo_jax): choose another folder, or move it away"
         )
 
@@ -95,7 +95,7 @@ def refuse_foreign(folder: Path) -> None:
 def refuse_other_lines(out: str | None) -> None:
     """Raises `ConfigError` if `sample.out` would replace a folder, or a file that does not hold completions."""
     if out is not None and (Path(out).is_dir() or holds_others(Path(out))):
-        raise ConfigError(f"sample.out: {out} is there already, and dpo-jax sample has not written it: choose another file")
+        raise ConfigError(f"sample.out: {out} already exists and was not written by dpo-jax sample: choose another file")
 
 
 def check_fit(config: Config, decoder: DecoderConfig, path: str, *, expected: bool = False) -> None:
@@ -149,7 +149,7 @@ def planned_hf_config(config: Config) -> tuple[dict[str, Any], str]:
     absent = [field for field, _ in sizes.missing()] + (["vocab_size"] if vocab_size is None else [])
     if absent:
         raise ConfigError(
-            "\n".join(f"model.{field}: no model folder is here, so its sizes must be in the configuration" for field in absent)
+            "\n".join(f"model.{field}: there is no model folder here, so its sizes must be configured" for field in absent)
         )
     source = "the sizes in section model" + ("" if sizes.vocab_size else ", and tokenizer.vocab_size")
     return sized_hf_config(config, vocab_size=vocab_size or 0, eos=0), source

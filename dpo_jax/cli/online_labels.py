@@ -79,7 +79,7 @@ def by_judge(config: Config, path: Path, key: str | None, number: int, compariso
     ]
     with VerdictLog(path, verdict_settings(config)) as log:
         if log.interrupted:
-            print(f"{log.interrupted} questions were on their way when the run last ended: asked again, and counted as paid")
+            print(f"{log.interrupted} questions were in flight when the run last ended: asked again, and counted as paid")
         asyncio.run(ask(config, [question for both in asked for question in both], log, key))
         return [LABELS[outcome_in(both, log)] for both in asked]
 
@@ -109,7 +109,7 @@ def by_people(config: Config, folder: Path, number: int, comparisons: Sequence[A
     ratings.mkdir(parents=True, exist_ok=True)
     if _study_in(file) != study.key["study"]:
         if any(ratings.iterdir()):
-            raise ConfigError(f"{ratings}: holds ratings of another study than this round's; move that folder away")
+            raise ConfigError(f"{ratings}: holds ratings of a different study, not of this round; move that folder away")
         write_json(file, sealed(study.key))
         write_text(page, render(study.page))
     found = _judgments(ratings, file)
@@ -120,7 +120,7 @@ def by_people(config: Config, folder: Path, number: int, comparisons: Sequence[A
     missing = sum(item not in rated for item in items.values())
     if missing:
         raise Unfinished(
-            f"round {number}: {missing:,} of {len(items):,} comparisons have no rating yet. Give people {page}, keep {file} "
+            f"round {number}: {missing:,} of {len(items):,} comparisons have no rating yet. Give people {page}, hide {file} "
             f"from them, and put the files they save into {ratings}; then run the same command again: it continues"
         )
     shares = {prompt: sum(rated[item]) / len(rated[item]) for prompt, item in items.items()}

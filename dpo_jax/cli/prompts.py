@@ -125,7 +125,7 @@ def _field(line: str) -> Asked:
         raise BadRow(Cause.MISSING_COLUMN, f'needs an object with a "prompt" or "messages", this has {what}')
     unread = [name for name in ("system", "instruction", "input") if row.get(name)]
     if unread:
-        detail = "would be part of the prompt, and is not read here; give the whole prompt as messages, or as the rendered text"
+        detail = "would be part of the prompt, but is not read here; give the whole prompt as messages, or as the rendered text"
         raise BadRow(Cause.WRONG_TYPE, detail, field=unread[0])
     more, images = ({name: row[name] for name in of if row.get(name)} for of in (("tools", "chat_template_kwargs"), COLUMNS))
     return Asked(found[0], row[found[0]], more, images)
@@ -146,7 +146,7 @@ def _prompt(asked: Asked, tokenizer: Any, *, chat: bool, root: Path) -> Prompt:
             raise BadRow(Cause.EOS_IN_TEXT, detail, field=field)
         value = [{"role": "user", "content": value}]
     elif not isinstance(value, list) or not value:
-        raise BadRow(Cause.WRONG_TYPE, "a text that is not empty or a list of messages is needed", field=field)
+        raise BadRow(Cause.WRONG_TYPE, "a non-empty text or a list of messages is needed", field=field)
     if tokenizer.chat_template is None:
         raise BadRow(
             Cause.CHAT_TEMPLATE, "messages need a tokenizer with a chat template, and the policy's has none", field=field
@@ -175,7 +175,7 @@ def is_chat(config: Config, policy: str, tokenizer: Any) -> bool:
     """
     asked, template = config.sample.chat, tokenizer.chat_template is not None
     if asked == "on" and not template:
-        raise ConfigError(f"sample.chat: is on, and the tokenizer of {policy} has no chat template")
+        raise ConfigError(f"sample.chat: is on, but the tokenizer of {policy} has no chat template")
     if asked != "auto" or not template:
         return asked == "on"
     record = Path(policy).expanduser().resolve().parent / "data_report.json"

@@ -80,7 +80,7 @@ def earlier_run(config: Config, task: str, section: SftConfig | DpoConfig) -> Sa
     directory = config.checkpoints_of(task)
     check_bucket(config, directory)
     if not config.run.resume and has_steps(directory):
-        raise ConfigError(f"run.resume: is off, and {directory} holds checkpoints; turn it on, or choose another --run.dir")
+        raise ConfigError(f"run.resume: is off, but {directory} holds checkpoints; turn it on, or choose another --run.dir")
     saved = saved_run(directory, place=f"{config.run.dir}/{task}")
     if saved is not None:
         with identity.refusing_mismatch():
@@ -173,7 +173,7 @@ def train(
     step = functools.partial(step, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name)
     lr = build.make_schedule(section, steps=plan.steps)
     state = part.begin(partitioner, variables, tx)
-    words = f"{loss_table.example_word(section.loss)} to train on" if isinstance(section, DpoConfig) else f"{unit} to learn"
+    words = f"{loss_table.example_word(section.loss)} to train on" if isinstance(section, DpoConfig) else f"{unit} to train on"
     print(
         f"{len(data.train):,} {words}, {len(data.held_out):,} held out; "
         f"rows of {plan.layout.length} tokens\n{_device_summary(config, section, state, partitioner)}",

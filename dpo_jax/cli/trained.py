@@ -129,14 +129,14 @@ def trained(config: Config, section: TrainingConfig, model: Model, path: str | N
     if part.lora is None:
         return part
     if path is None:
-        raise ConfigError("lora.rank: an adapter needs a model to be trained beside, and this one is new; set model.path")
+        raise ConfigError("lora.rank: an adapter needs a pretrained model, but this one is new; set model.path")
     folder = resolve(path)
     if adapter_base(folder) is None:
         return part
     found, dtype = _adapter_of(folder, model, path=path)
     if found != part.lora:
         raise ConfigError(
-            f"lora: {path} is an adapter of {_words(found)}, and {_words(part.lora)} is asked for. Give the section lora the "
+            f"lora: {path} is an adapter of {_words(found)}, but {_words(part.lora)} is requested. Give the section lora the "
             "same to train it further, or merge it (dpo-jax export --export.merge) and start from the result."
         )
     if dtype != options.base_dtype:

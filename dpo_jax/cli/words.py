@@ -11,16 +11,16 @@ from collections.abc import Collection, Iterable, Mapping
 
 _LORA = "an adapter is trained where lora.rank is given"
 _QUANTIZED = "weights are not quantized; run.precision bfloat16, run.devices mesh and model.remat save memory"
-_SHARDED = "parameters are cut among devices with run.devices mesh and mesh.fsdp"
-_SAVES = "checkpoints come by run.save_every_steps or run.save_every_minutes, and at the end"
-_EVALS = "evaluation comes by run.eval_every_examples, and at the end"
+_SHARDED = "parameters are sharded with run.devices mesh and mesh.fsdp"
+_SAVES = "checkpoints are saved by run.save_every_steps or run.save_every_minutes, and at the end"
+_EVALS = "evaluation runs by run.eval_every_examples, and at the end"
 _HUB = "training uploads nothing; afterwards: dpo-jax export CONFIG --push NAME"
 _DATA = "data.path, a local file or folder, or a data set of the Hub by its name; data.mix for several"
 _HALF = "float16 is not offered; run.precision bfloat16"
 _LENGTH = "data.max_length (prompt and completion) and data.max_prompt_length"
 _KERNEL = "model.attention; auto takes the fastest for the device"
 _STEPS = "sft.steps, dpo.steps, sft.epochs, dpo.epochs, data.max_train"
-_NOTHING = "nothing has to be set for that here"
+_NOTHING = "nothing needs to be set for that here"
 
 # Other programs' names -> our options, separated by commas, or a sentence. Answers for a command name only options it reads.
 WORDS: Mapping[str, str] = {
@@ -34,14 +34,14 @@ WORDS: Mapping[str, str] = {
     "lr_scheduler_kwargs": "min_lr_ratio and decay_ratio of section sft or dpo, with schedule cosine or wsd",
     "early_stopping_patience": "sft.patience, dpo.patience",
     "metric_for_best_model": "sft.stop_on, dpo.stop_on",
-    "load_best_model_at_end": "sft.patience, dpo.patience: the weights of the best evaluation are then those that are exported",
+    "load_best_model_at_end": "sft.patience, dpo.patience: the weights of the best evaluation are then exported",
     "gradient_clipping": "sft.max_grad_norm, dpo.max_grad_norm",
-    "per_device_train_batch_size": "the batch of a step over all devices is sft.batch or dpo.batch; microbatches divides it",
+    "per_device_train_batch_size": "the batch of a step over all devices is sft.batch or dpo.batch; microbatches splits it",
     "train_batch_size": "sft.batch, dpo.batch",
     "batch_size": "sft.batch, dpo.batch",
     "per_device_eval_batch_size": "eval.batch",
     "eval_batch_size": "eval.batch",
-    "gradient_accumulation_steps": "sft.microbatches, dpo.microbatches: parts of the batch, which is that of a whole step",
+    "gradient_accumulation_steps": "sft.microbatches, dpo.microbatches: parts of a batch; sft.batch is of a whole step",
     "num_train_epochs": "sft.epochs, dpo.epochs",
     "n_epochs": "sft.epochs, dpo.epochs",
     "max_steps": "sft.steps, dpo.steps",
@@ -61,9 +61,9 @@ WORDS: Mapping[str, str] = {
     "ref_model": "dpo.reference; without it the reference is the starting policy, dpo.policy",
     "ref_model_name_or_path": "dpo.reference; without it the reference is the starting policy, dpo.policy",
     "precompute_ref_log_probs": "always so: the reference pass is cached (dpo-jax refs)",
-    "sync_ref_model": "dpo.refresh_reference_steps, by which the policy becomes the reference; weights are not mixed",
+    "sync_ref_model": "dpo.refresh_reference_steps, which replaces the reference by the policy; weights are not mixed",
     "ref_model_sync_steps": "dpo.refresh_reference_steps",
-    "ref_model_mixup_alpha": "dpo.refresh_reference_steps makes the policy the reference as it is: an alpha of 1",
+    "ref_model_mixup_alpha": "dpo.refresh_reference_steps replaces the reference by the policy: an alpha of 1",
     "model_name_or_path": "model.path (the start of sft), dpo.policy (the start of dpo), eval.policy, sample.policy",
     "name_or_path": "model.path (the start of sft), dpo.policy (the start of dpo)",
     "archive": "dpo.policy, a Hugging Face folder",

@@ -31,7 +31,9 @@ def check_pairs(pairs: Any, *, name: str = "pairs") -> None:
             check_ids(ids, f"{label}: completion {place + 1}")
         if len(pair.between) != len(pairs[0].between):
             few, many = len(pairs[0].completions), len(pair.completions)
-            raise ValueError(f"{label}: has {many} completions, and the first of {name} {few}: they must have the same number")
+            raise ValueError(
+                f"{label}: has {many} completions, but the first of {name} has {few}: all must have the same number"
+            )
 
 
 def check_completions(completions: Any) -> None:
@@ -75,13 +77,13 @@ def check_ids(ids: Any, label: str, *, empty: bool = False) -> None:
     if ids.dtype.kind not in "iu":
         raise ValueError(f"{label} has values of type {ids.dtype}; token ids are integers")
     if ids.min() < 0 or ids.max() > LARGEST_ID:
-        raise ValueError(f"{label} holds {ids.min() if ids.min() < 0 else ids.max()}, which is no token id")
+        raise ValueError(f"{label} holds {ids.min() if ids.min() < 0 else ids.max()}, which is not a token id")
 
 
 def check_ref_logps(ref_logps: Any, expected: tuple[int, ...], *, of: str) -> None:
     """Raises ValueError unless `ref_logps` has the shape `expected`: reshaping would assign values to the wrong pairs."""
     if np.shape(ref_logps) != expected:
-        raise ValueError(f"ref_logps has shape {np.shape(ref_logps)}, and {list(expected)} is expected: {of}")
+        raise ValueError(f"ref_logps has shape {np.shape(ref_logps)}, but {list(expected)} is expected: {of}")
 
 
 def _check_sequence(value: Any, items: str, *, name: str) -> None:

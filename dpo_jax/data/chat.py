@@ -98,7 +98,7 @@ def _conversation(
     for name, side in ended.items():
         _check_completion(side, name, context=context)
     if ended != sides:
-        notes.append("turns after the assistant's last one are left off")
+        notes.append("turns after the assistant's last one are left out")
     _check_prompt(turns, "prompt")
     (text, *texts), spans, found = _rendered(template, turns, ended, context)
     return Conversation(text, texts, spans, (*notes, *found), _digest(turns))
@@ -151,16 +151,16 @@ def _check_prompt(turns: list[Message], field: str) -> None:
 
 def _check_apart(prompt: list[Message], sides: list[list[Message]]) -> None:
     if all(side[: len(prompt)] == prompt for side in sides):
-        detail = "both begin with the messages of the prompt: leave these, or the column prompt, out"
+        detail = "both begin with the messages of the prompt: leave these out, or the column prompt"
         raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field="chosen, rejected")
 
 
 def _check_completion(messages: list[Message], field: str, *, context: int) -> None:
     if messages and messages[0]["role"] != "assistant":
-        detail = f"a completion begins with a turn of the assistant, this one with one of {messages[0]['role']!r}"
+        detail = f"a completion begins with a turn of the assistant, but this one with a turn of {messages[0]['role']!r}"
         raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field=field)
     if len(messages) > MAX_TURNS:
-        raise BadRow(Cause.TOO_LONG, f"a completion of {len(messages):,} turns, where {MAX_TURNS:,} are the limit", field=field)
+        raise BadRow(Cause.TOO_LONG, f"a completion of {len(messages):,} turns, but the limit is {MAX_TURNS:,}", field=field)
     own = [message for message in messages[context:] if message["role"] == "assistant"]
     if not any((message["content"] or "").strip() or message.get("tool_calls") for message in own):
         raise BadRow(Cause.EMPTY, "the completion is empty or blank", field=field)
@@ -170,7 +170,7 @@ def _asked(template: Template, turns: list[Message]) -> str:
     """The rendered prompt with the generation prompt. Raises `BadRow` if the template omits tools or tool calls."""
     text = template.render(turns, generate=True)
     if template.tools and text == template.render(turns, generate=True, tools=False):
-        detail = "the chat template does not write tools; take a tokenizer whose template does, or leave the column out"
+        detail = "the chat template does not write tools; use a tokenizer whose template does, or leave the column out"
         raise BadRow(Cause.CHAT_TEMPLATE, detail, field="tools")
     _check_calls(text, turns)
     return text
@@ -207,7 +207,7 @@ def _rendered(
         notes.append("the chat template leaves out or changes part of a system's or user's message in the prompt")
     own = ((turn, whole) for side, whole in zip(sides.values(), wholes, strict=True) for turn in side[context:])
     if any((turn["content"] or "").strip() not in whole for turn, whole in own):
-        notes.append("the chat template leaves out or changes part of what the assistant wrote, its reasoning for example")
+        notes.append("the chat template leaves out or changes part of what the assistant wrote, for example its reasoning")
     return texts, spans, notes
 
 
@@ -245,7 +245,7 @@ def _parted(
             detail = f"one side has reasoning after '<{tag}>' and the other has none, and the chat template leaves it out"
             raise BadRow(Cause.CHAT_TEMPLATE, detail)
     start = min(boundary(asked, whole, template.tokenizer) for whole in wholes)
-    note = f"the generation prompt {asked[before:]!r} is not the beginning of rendered answers: scored from where they part"
+    note = f"the generation prompt {asked[before:]!r} is not the beginning of rendered answers: scored from where they diverge"
     return asked, wholes, start, [note]
 
 

@@ -37,7 +37,7 @@ class ColumnMap:
                 raise ValueError(f"{key.strip()} is mapped twice; keep one of them")
             parts = [name.strip() for name in (names or "").split("+")]
             if parts != [""] and "" in parts:
-                raise ValueError(f"{names!r} has a + without a name beside it; {HOW}")
+                raise ValueError(f"{names!r} has a + without a name next to it; {HOW}")
             columns[key.strip()] = tuple(name for name in parts if name)
         return cls(columns)
 
@@ -52,7 +52,7 @@ class ColumnMap:
             if key not in known:
                 whose = f"format {format} reads ({', '.join(known)})" if format in FORMATS else "any format reads"
                 close = difflib.get_close_matches(key, known, n=1)
-                raise ValueError(f"{key!r} is no column that {whose}; " + (f"did you mean {close[0]!r}?" if close else HOW))
+                raise ValueError(f"{key!r} is not a column that {whose}; " + (f"did you mean {close[0]!r}?" if close else HOW))
 
     @property
     def _sources(self) -> set[str]:
@@ -99,7 +99,7 @@ def _joined(row: Row, names: Collection[str], key: str) -> Any:
         return value
     for name, value in values.items():
         if value is not None and not isinstance(value, str):
-            raise BadRow(Cause.WRONG_TYPE, f"a text is needed to join it, this is {type(value).__name__}", field=name)
+            raise BadRow(Cause.WRONG_TYPE, f"a text is needed to join it, but this is {type(value).__name__}", field=name)
         check_text(value or "", field=name)
     return "\n".join(value for value in values.values() if value and value.strip())
 
@@ -117,5 +117,5 @@ def _value(row: Row, name: str, key: str) -> Any:
             value, rest = value[int(head)], more
         else:
             has = shown_names(value) if isinstance(value, Mapping) else f"a {type(value).__name__}"
-            raise BadRow(Cause.MISSING_COLUMN, f"--data.columns reads it as {key}, and here is {has}", field=name)
+            raise BadRow(Cause.MISSING_COLUMN, f"--data.columns reads it as {key}, but here is {has}", field=name)
     return value

@@ -11,7 +11,7 @@ from dpo_jax.data.pairs import HH_ASSISTANT, MAX_CHARACTERS, BadRow, Cause, Data
 from dpo_jax.untrusted import LongLine, Unreadable, lines_of, parse_object
 
 REMEDIES = {  # for rows that `dpo-jax sample` can produce itself
-    Cause.NO_PROMPT: "leave the row out: nobody can judge an answer to nothing",
+    Cause.NO_PROMPT: "leave the row out: an answer to an empty prompt cannot be judged",
     Cause.TOO_LONG: "leave the row out, or lower --sample.max-new-tokens",
 }
 CUES = ("TL;DR:", HH_ASSISTANT)  # what prompts end with to make a policy answer; not part of the question
@@ -41,12 +41,12 @@ def read_completions(path: str | Path, *, by: str | None = None, report: DataRep
             if isinstance(row, BadRow):
                 raise row
             if row.get("images"):
-                detail = "the prompt shows images, and only texts are compared: leave the row out"
+                detail = "the prompt shows images, but only texts are compared: leave the row out"
                 raise DataError(f"{path.parent / where}: images: {detail}", causes=[Cause.WRONG_TYPE])
             prompt, completion = text(row, "prompt"), text(row, "completion")
             for field, value in (("prompt", prompt), ("completion", completion)):
                 if len(value) > MAX_CHARACTERS:
-                    raise BadRow(Cause.TOO_LONG, f"{len(value):,} characters are more than anybody reads", field=field)
+                    raise BadRow(Cause.TOO_LONG, f"{len(value):,} characters are too long to be read", field=field)
             if not without_cue(prompt):
                 raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt")
             found.append(Completion(prompt, completion, number(row, by) if by else None, where))

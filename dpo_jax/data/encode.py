@@ -221,9 +221,7 @@ def _check_texts(preference: Any) -> None:
     if all(isinstance(texts.get(field), str) for field in fields):
         return
     if not texts and not isinstance(preference, Mapping):
-        raise TypeError(
-            f"encode takes one preference with prompt, chosen and rejected, and this is {type(preference).__name__}"
-        )
+        raise TypeError(f"encode takes one preference with prompt, chosen and rejected, not {type(preference).__name__}")
     for field in fields:
         text_in(texts, field)
 

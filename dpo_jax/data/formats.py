@@ -58,7 +58,7 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         chosen, rejected = text(row, "chosen"), text(row, "rejected")
         for field in ("chosen", "rejected"):
             check_length(row[field], field=field)
-        unread = tuple(f"{name}: not read beside texts, only beside messages" for name, value in more.items() if value)
+        unread = tuple(f"{name}: not read with texts, only with messages" for name, value in more.items() if value)
         if "prompt" in row:
             return checked(Preference(text(row, "prompt"), chosen, rejected, uid, notes=unread))
         cut = common_prompt(chosen, rejected)
@@ -187,7 +187,7 @@ def shp(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         if label not in (0, 1):
             raise BadRow(Cause.OUT_OF_RANGE, f"0 or 1 is needed, this is {label}", field="labels")
         if min(scores) <= 0:
-            raise BadRow(Cause.OUT_OF_RANGE, f"positive scores have a ratio, these are {scores}", field="score_A, score_B")
+            raise BadRow(Cause.OUT_OF_RANGE, f"positive scores are needed, these are {scores}", field="score_A, score_B")
         if max(scores) / min(scores) < SHP_MIN_RATIO:
             raise BadRow(Cause.SCORE_RATIO, f"the scores {scores} are less than a factor of {SHP_MIN_RATIO:g} apart")
         chosen, rejected = responses if label == 1 else responses[::-1]
@@ -260,17 +260,19 @@ def ranked(rows: Rows, *, tokenizer: Any = None) -> Rankings:
             detail = f"a list of completions is needed, this is {type(several).__name__}"
             raise BadRow(Cause.WRONG_TYPE, detail, field="completions")
         if len(several) < 2:
-            raise BadRow(Cause.NO_PAIR, f"a ranking has at least two completions, this one {len(several)}", field="completions")
+            raise BadRow(
+                Cause.NO_PAIR, f"a ranking has at least two completions, but this one has {len(several)}", field="completions"
+            )
         if len(several) > MAX_ANSWERS:
             raise BadRow(
-                Cause.OUT_OF_RANGE, f"{len(several):,} completions, and {MAX_ANSWERS:,} are the limit", field="completions"
+                Cause.OUT_OF_RANGE, f"{len(several):,} completions, but the limit is {MAX_ANSWERS:,}", field="completions"
             )
         ranks = _ranks(row, len(several))
         named = [(f"completions.{i}", completion) for i, completion in enumerate(several)]
         prompt, texts, spans, more = _completions(row, named, uid, tokenizer)
         for (name, _), parts in zip(named, spans, strict=True):
             if parts is not None:
-                detail = "a completion of several turns, where those of a ranking have one, the assistant's answer"
+                detail = "a completion of several turns, but in a ranking each has one, the assistant's answer"
                 raise BadRow(Cause.TOO_LONG, detail, field=name)
         order = sorted(range(len(texts)), key=lambda i: ranks[i])
         if len(set(texts)) < len(texts):
@@ -338,7 +340,7 @@ def _answers(row: Row) -> list[_Answer]:
     if len(answers) < 2:
         raise BadRow(Cause.NO_PAIR, f"{len(answers)} answers form no pair", field="answers")
     if len(answers) > MAX_ANSWERS:
-        raise BadRow(Cause.OUT_OF_RANGE, f"{len(answers):,} answers, and {MAX_ANSWERS:,} are the limit", field="answers")
+        raise BadRow(Cause.OUT_OF_RANGE, f"{len(answers):,} answers, but the limit is {MAX_ANSWERS:,}", field="answers")
     return [_answer(answer, f"answers.{i}.") for i, answer in enumerate(answers)]
 
 

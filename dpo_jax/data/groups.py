@@ -34,7 +34,7 @@ def group_pairs(pairs: Sequence[Encoded]) -> list[PairGroup]:
     Raises ValueError for rankings of more than two completions.
     """
     if longer := next((pair for pair in pairs if pair.between), None):
-        raise ValueError(f"{longer.uid or 'an example'} is a ranking of {len(longer.completions)} completions, and no pair")
+        raise ValueError(f"{longer.uid or 'an example'} is a ranking of {len(longer.completions)} completions, not a pair")
     by_prompt: dict[bytes, list[int]] = {}
     for number, pair in enumerate(pairs):
         by_prompt.setdefault(prompt_key(pair), []).append(number)

@@ -148,7 +148,7 @@ def _list_files(name: str, revision: str | None) -> tuple[str, Mapping[str, int 
             except Exception:
                 raise error from None
             files, commit = {file.path: file.size for file in cached}, revision or "main"
-            note = f"{name}: the Hub was not asked ({type(error).__name__}); its copy in the cache is read"
+            note = f"{name}: the Hub could not be reached ({type(error).__name__}); the cached copy is read"
     unsafe = [path for path in files if path.startswith("/") or ".." in PurePosixPath(path).parts]
     if unsafe:
         raise HubError(f"{name}: holds a file {unsafe[0]!r}, which lies outside of it")
@@ -171,10 +171,10 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
     except errors.RepositoryNotFoundError as error:
         raise HubError(f"{name}: no file or folder here, and no data set of the Hub; if it is private: {token}") from error
     except errors.RevisionNotFoundError as error:
-        raise HubError(f"{name}: has no revision {revision or 'main'}; take a branch, tag or commit of the data set") from error
+        raise HubError(f"{name}: has no revision {revision or 'main'}; use a branch, tag or commit of the data set") from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         offline = isinstance(error, errors.OfflineModeIsEnabled) or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-        why = "HF_HUB_OFFLINE forbids to ask the Hub" if offline else f"the Hub does not answer ({_short(error)})"
+        why = "HF_HUB_OFFLINE forbids asking the Hub" if offline else f"the Hub does not answer ({_short(error)})"
         raise HubError(f"{name}: no file or folder here, and {why}; {_by_hand(name)}") from error
     except Exception as error:
         raise HubError(f"{name}: could not be fetched from the Hub: {_short(error)}; {_by_hand(name)}") from error
@@ -182,7 +182,9 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
 
 def _by_hand(name: str) -> str:
     folder = f"data/{name.rpartition('/')[2]}"
-    return f"where there is a network: hf download {name} --repo-type dataset --local-dir {folder}, then --data.path {folder}"
+    return (
+        f"on a machine with a network: hf download {name} --repo-type dataset --local-dir {folder}, then --data.path {folder}"
+    )
 
 
 def _short(error: BaseException) -> str:

@@ -55,7 +55,7 @@ def image_marks(tokenizer: Any) -> Marks:
     names = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
     found = [str(getattr(tokenizer, name, None) or usual) for name, usual in names.items()]
     if missing := [token for token in found if tokenizer is None or not _has_token(tokenizer, token)]:
-        detail = f"the tokenizer has no token {missing[0]!r} for images; take the one of a model that reads them (Gemma 3)"
+        detail = f"the tokenizer has no token {missing[0]!r} for images; use the tokenizer of a model that reads them (Gemma 3)"
         raise BadRow(Cause.CHAT_TEMPLATE, detail)
     return Marks(*found)
 
@@ -90,7 +90,7 @@ def take_images(row: Row, tokenizer: Any) -> tuple[Row, tuple[Source, ...]]:
         prompt = _before_first(prompt, len(column))
     turns = [_with_places(turn, f"prompt.{number}", waiting, sources, mark) for number, turn in enumerate(prompt)]
     if waiting:
-        detail = f"{len(column)} images, and places for {len(column) - len(waiting)} of them in the prompt"
+        detail = f"{len(column)} images, but the prompt has places for {len(column) - len(waiting)}"
         raise BadRow(Cause.IMAGE_COUNT, detail, field="images")
     return {**row, "prompt": turns}, tuple(sources)
 
@@ -125,7 +125,7 @@ def image_starts(ids: np.ndarray, *, soft: int, tokens: int, images: int) -> np.
     starts = places[::tokens]
     whole = (starts[:, None] + np.arange(tokens)).reshape(-1)
     if len(places) != images * tokens or not np.array_equal(places, whole):
-        detail = f"{len(places)} of {images * tokens} tokens of images are left: truncation cut one; raise max_prompt_length"
+        detail = f"{len(places)} of {images * tokens} image tokens are left: truncation cut an image; raise max_prompt_length"
         raise BadRow(Cause.NO_ROOM, detail, field="prompt")
     return starts.astype(np.int32)
 
@@ -140,7 +140,7 @@ def _column(row: Row) -> list[Any]:
     value = row[named[0]]
     found = value if isinstance(value, list | tuple) else [value]
     if len(found) > MAX_IMAGES:
-        raise BadRow(Cause.IMAGE_COUNT, f"{len(found):,} images, where {MAX_IMAGES:,} are the limit", field=named[0])
+        raise BadRow(Cause.IMAGE_COUNT, f"{len(found):,} images, but the limit is {MAX_IMAGES:,}", field=named[0])
     return [_source(one, f"{named[0]}.{number}") for number, one in enumerate(found)]
 
 
@@ -194,7 +194,7 @@ def _before_first(prompt: list[Any], images: int) -> list[Any]:
     """The messages with places for `images` images before the first user's text."""
     first = next((number for number, turn in enumerate(prompt) if turn.get("role") == "user"), None)
     if first is None:
-        raise BadRow(Cause.IMAGE_COUNT, "no message of a user could show the images", field="prompt")
+        raise BadRow(Cause.IMAGE_COUNT, "the images need a message of a user", field="prompt")
     content = prompt[first].get("content")
     text = content if isinstance(content, list) else [{"type": "text", "text": content}]
     shown = {**prompt[first], "content": [*({"type": "image"} for _ in range(images)), *text]}
@@ -217,7 +217,7 @@ def _with_places(turn: Any, field: str, waiting: list[Source], sources: list[Sou
         elif waiting:
             sources.append(waiting.pop(0))
         else:
-            detail = f"a place for an image, and the row has no more than {len(sources)} images"
+            detail = f"a place for an image, but the row has only {len(sources)} images"
             raise BadRow(Cause.IMAGE_COUNT, detail, field=f"{field}.content.{number}")
         parts.append(Place(mark))
     return {**turn, "content": parts}

@@ -153,7 +153,7 @@ def _content(source: Source, root: Path, field: str) -> bytes:
     if name.startswith("data:"):
         return _address(name, field)
     if "://" in name:
-        raise BadRow(Cause.NO_IMAGE, f"{name[:100]!r} is elsewhere; fetch it, and name the file", field=field)
+        raise BadRow(Cause.NO_IMAGE, f"{name[:100]!r} is not a local file; fetch it, and name the file", field=field)
     try:
         path = root / name
         if not path.is_file():  # reading a pipe would block
@@ -170,7 +170,7 @@ def _content(source: Source, root: Path, field: str) -> bytes:
 def _address(name: str, field: str) -> bytes:
     head, comma, body = name.partition(",")
     if not comma or not head.endswith(";base64"):
-        raise BadRow(Cause.BAD_IMAGE, "a data: address needs ;base64 and a comma before its content", field=field)
+        raise BadRow(Cause.BAD_IMAGE, "a data: URL needs ;base64 and a comma before its content", field=field)
     return from_base64(body, field)
 
 
@@ -198,7 +198,7 @@ def _decoded(content: bytes, field: str) -> Any:
         raise BadRow(Cause.BAD_IMAGE, f"not a readable {', '.join(FORMATS)}", field=field) from error
     width, height = found.size
     if not 0 < width * height <= MAX_PIXELS:
-        raise BadRow(Cause.IMAGE_SIZE, f"{width} x {height} pixels, where 1 to {MAX_PIXELS:,} are the limit", field=field)
+        raise BadRow(Cause.IMAGE_SIZE, f"{width} x {height} pixels, but the limits are 1 to {MAX_PIXELS:,}", field=field)
     try:
         upright = ImageOps.exif_transpose(found)
         if "A" in upright.getbands() or upright.info.get("transparency") is not None:

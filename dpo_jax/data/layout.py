@@ -148,7 +148,7 @@ def ranking_rows(rankings: Sequence[Ranking], *, length: int, ref_logps: Array |
             check_ids(completion, f"ranking {number}: completion {place}")
         longest = len(prompt) + max(len(completion) for completion in completions)
         if longest > length:
-            raise ValueError(f"ranking {number}: needs rows of {longest} tokens, and they hold {length}; raise the row length")
+            raise ValueError(f"ranking {number}: needs rows of {longest} tokens, but they hold {length}; raise the row length")
     if ref_logps is not None:
         check_ref_logps(ref_logps, (len(rankings), places), of=f"there are {len(rankings)} rankings of {places} completions")
     encoded = [Encoded(prompt, best, worst, between=tuple(between)) for prompt, (best, *between, worst) in rankings]
@@ -173,7 +173,7 @@ def examples_to_rows(values: Array, rows: Rows) -> np.ndarray:
     """
     values, index = np.asarray(values), np.asarray(rows.index)
     if index.max(initial=-1) >= len(values):
-        raise ValueError(f"{len(values)} values, and the rows hold example number {index.max()}: give one for each example")
+        raise ValueError(f"{len(values)} values, but the rows hold example number {index.max()}: give one for each example")
     used = (index >= 0).reshape(-1, *(1 for _ in values.shape[1:]))
     return np.where(used, values[index], values.dtype.type(0))
 
@@ -243,7 +243,7 @@ class Layout:
         for row, members in enumerate(bins):
             index[row, : len(members)] = members
         if len(bins) % part[1]:
-            raise ValueError(f"{len(bins)} rows do not divide into {part[1]} equal parts: raise rows_multiple")
+            raise ValueError(f"{len(bins)} rows cannot be split into {part[1]} equal parts: raise rows_multiple")
         here = slice(part[0] * len(bins) // part[1], (part[0] + 1) * len(bins) // part[1])
         units = {member: self._unit(examples, member) for members in bins[here] for member in members}
         slots = self.completions if groups else places // each
@@ -297,7 +297,7 @@ class Layout:
                 break
             if len(group.completions) > self.completions or len(group.pairs) > self.pairs:
                 raise ValueError(
-                    f"{group.uids[0]}: its prompt has {len(group.completions)} completions and {len(group.pairs)} pairs, and "
+                    f"{group.uids[0]}: its prompt has {len(group.completions)} completions and {len(group.pairs)} pairs, but "
                     f"the layout is for {self.completions} and {self.pairs}"
                 )
         bad = np.flatnonzero((sizes > (self.length, self.scored)).any(axis=1))
@@ -310,7 +310,7 @@ class Layout:
         names = ("chosen", "rejected") if places == 2 else [f"completion {place}" for place in range(places)]
         side = f" ({names[number % places]})" if places > 1 else ""
         raise ValueError(
-            f"{name}{side}: needs a row of {sizes[number][0]} tokens, {sizes[number][1]} of them scored, and rows hold "
+            f"{name}{side}: needs a row of {sizes[number][0]} tokens, {sizes[number][1]} of them scored, but rows hold "
             f"{self.length} and {self.scored}; raise the row length or lower max_length"
         )
 
@@ -351,11 +351,11 @@ def _check_alike(examples: Sequence[Example]) -> None:
     for example in examples:
         if isinstance(example, Encoded) and places_of(example) != places_of(examples[0]):
             raise ValueError(
-                f"{example.uid or 'an example'} has {places_of(example)} completions, and the first example has "
-                f"{places_of(examples[0])}: those of a batch have the same number"
+                f"{example.uid or 'an example'} has {places_of(example)} completions, but the first example has "
+                f"{places_of(examples[0])}: all of a batch must have the same number"
             )
         if (getattr(example, "desirable", None) is None) != (getattr(examples[0], "desirable", None) is None):
-            raise ValueError("some examples have a label (desirable) and some have none: a batch is of one kind")
+            raise ValueError("some examples have a label (desirable) and some have none: a batch must be of one kind")
 
 
 def images_of(example: Example) -> PromptImages | None:

@@ -69,7 +69,7 @@ def read_messages(value: Any, field: str, tokenizer: Any) -> list[Message]:
         detail = "a list of messages is needed, " + ("this one is empty" if value == [] else f"this is {type(value).__name__}")
         raise BadRow(Cause.EMPTY if value == [] else Cause.WRONG_TYPE, detail, field=field)
     if len(value) > MAX_MESSAGES:
-        raise BadRow(Cause.TOO_LONG, f"{len(value):,} messages, where {MAX_MESSAGES:,} are the limit", field=field)
+        raise BadRow(Cause.TOO_LONG, f"{len(value):,} messages, but the limit is {MAX_MESSAGES:,}", field=field)
     return [_message(message, f"{field}.{index}", tokenizer) for index, message in enumerate(value)]
 
 
@@ -93,7 +93,7 @@ def _message(message: Any, place: str, tokenizer: Any) -> Message:
     if calls:
         form = _call_form(tokenizer, str(tokenizer.chat_template))
         if form is None:
-            detail = "the chat template does not write tool calls; take a tokenizer whose template does, or drop such rows"
+            detail = "the chat template does not write tool calls; use a tokenizer whose template does, or drop such rows"
             raise BadRow(Cause.CHAT_TEMPLATE, detail, field=f"{place}.tool_calls")
         kept["tool_calls"] = [_call(call, as_text=form.arguments_as_text) for call in calls]
         if not kept.get("content"):  # null, absent and empty mean the same
@@ -191,7 +191,7 @@ def _variables(value: Any, tokenizer: Any) -> dict[str, Any]:
         raise BadRow(Cause.WRONG_TYPE, f"an object is needed, this is {type(value).__name__}", field=field)
     for name in value:
         if name in _reserved(tokenizer):
-            raise BadRow(Cause.WRONG_TYPE, f"{name!r} is not for a row to set", field=field)
+            raise BadRow(Cause.WRONG_TYPE, f"{name!r} cannot be set by a row", field=field)
     for path, string in _strings(value, field):
         _check_string(string, path, tokenizer)
     return {name: item for name, item in value.items() if item is not None}  # parquet gives every row every name

@@ -50,7 +50,7 @@ def mix(sets: Mapping[str, PreferenceSet], weights: Mapping[str, float], *, sour
             copies = _copies(preference.uid, weights[name])
             uid = f"{name}: {preference.uid}"
             if not copies:
-                report.add(uid, BadRow(Cause.WEIGHT, f"not in the {weights[name]:g} of its source that is taken"))
+                report.add(uid, BadRow(Cause.WEIGHT, f"not in the share {weights[name]:g} of its source that is used"))
             subset = preference.subset or name
             for number in range(1, copies + 1):
                 numbered = uid if number == 1 else f"{uid} ({number})"
@@ -67,7 +67,7 @@ def source_names(paths: Iterable[str]) -> list[str]:
     paths."""
     paths = list(paths)
     if twice := [path for path in dict.fromkeys(paths) if paths.count(path) > 1]:
-        raise ValueError(f"{twice[0]} stands there twice; give it once, with a higher weight")
+        raise ValueError(f"{twice[0]} is listed twice; give it once, with a higher weight")
     last = [path.rstrip("/").rpartition("/")[2] for path in paths]
     return [(one if last.count(one) == 1 else path).replace(": ", ":_") for one, path in zip(last, paths, strict=True)]
 

@@ -226,9 +226,7 @@ class DataReport:
         if total != self.read:
             raise AssertionError(f"{self.source}: read {self.read} candidates, but kept + dropped = {total}: {self.dropped}")
         if self.sources and sum(source.kept for source in self.sources.values()) != self.kept:
-            raise AssertionError(
-                f"{self.source}: the sources keep other numbers of pairs than all of them together: {self.sources}"
-            )
+            raise AssertionError(f"{self.source}: the pairs kept by the sources do not add up to the total: {self.sources}")
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -335,7 +333,7 @@ MAX_CHARACTERS = 1_000_000
 def check_length(text: str, *, field: str, most: int = MAX_CHARACTERS) -> None:
     """Raises `BadRow` for a text longer than `most` characters."""
     if len(text) > most:
-        raise BadRow(Cause.TOO_LONG, f"{len(text):,} characters, where {most:,} are the limit", field=field)
+        raise BadRow(Cause.TOO_LONG, f"{len(text):,} characters, but the limit is {most:,}", field=field)
 
 
 def check_pair(prompt: str, chosen: str, rejected: str) -> None:

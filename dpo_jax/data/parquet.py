@@ -70,7 +70,7 @@ def _batches(name: str, path: Path, columns: Columns | None) -> Iterator[tuple[A
     with file:
         chosen = leaves if columns is None else _chosen(columns(names, texts), names, leaves)
         if not chosen:
-            refuse(Cause.MISSING_COLUMN, name, f"none of its columns is one that is read: it has {shown_names(names)}")
+            refuse(Cause.MISSING_COLUMN, name, f"it has no column that is read, only {shown_names(names)}")
         with place.reading():
             rows = _rows_at_a_time(file, name, path, chosen)
             for batch in file.iter_batches(batch_size=rows, columns=chosen):
@@ -80,7 +80,7 @@ def _batches(name: str, path: Path, columns: Columns | None) -> Iterator[tuple[A
                 yield batch, dict.fromkeys(names, UNREAD)
                 place.number += batch.num_rows
         if place.number != file.metadata.num_rows:
-            refuse(Cause.BAD_PARQUET, name, f"the file declares {file.metadata.num_rows} rows and holds {place.number}")
+            refuse(Cause.BAD_PARQUET, name, f"the file declares {file.metadata.num_rows} rows but holds {place.number}")
 
 
 def _rows_at_a_time(file: pq.ParquetFile, name: str, path: Path, chosen: Collection[str]) -> int:

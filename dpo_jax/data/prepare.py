@@ -70,7 +70,9 @@ def encode_all(
         sound.append(pair)
     if any(pair.desirable is not None for pair in sound):
         if one_prompt(sound):
-            report.notes.append("all completions have one prompt: none is mismatched, and KTO's z0 is that of the completions")
+            report.notes.append(
+                "all completions have one prompt: none can be mismatched, and KTO's z0 is that of the completions"
+            )
         sound = mismatched(sound, max_length=max_length)
     kept = []
     for pair in sound:
@@ -176,7 +178,7 @@ class _Remembering:
             below = tokenizer.backend_tokenizer
 
             def plain(text: str) -> Any:
-                with reading("the tokenizer", remedy="it cannot encode a text of the data; take another one"):
+                with reading("the tokenizer", remedy="it cannot encode a text of the data; use another one"):
                     return {"input_ids": below.encode(text, add_special_tokens=False).ids}
         else:
             plain = functools.partial(tokenizer, add_special_tokens=False)
@@ -231,7 +233,7 @@ def _check_target(preference: Preference, tokenizer: _Remembering) -> None:
     if target is None:
         return
     if not target.strip():
-        raise BadRow(Cause.EMPTY, "the completion to learn is empty or blank", field="sft_target")
+        raise BadRow(Cause.EMPTY, "the completion to train on is empty or blank", field="sft_target")
     if not tokenizer.may_hold_eos(target):
         return
     record = {"prompt": preference.prompt, "chosen": target, "rejected": target, "chat": preference.chat}

@@ -45,7 +45,7 @@ def check_kind(stated: RowKind, wanted: Wanted, *, where: str) -> None:
     if stated == "pairs":
         remedy = "use the loss dpo, which is the same for two completions"
     raise DataError(
-        f"{where} holds {_STATES[stated]}, and {_STATES[wanted]} are needed here: {remedy}", causes=[Cause.MISSING_COLUMN]
+        f"{where} holds {_STATES[stated]}, but {_STATES[wanted]} are needed here: {remedy}", causes=[Cause.MISSING_COLUMN]
     )
 
 
@@ -69,11 +69,11 @@ def whole_ranking(ranking: Ranking, *, best: int | None = None) -> Preference:
     """A ranking as one preference with `between`, of its `best` completions. Raises `BadRow` for ties and shorter rankings."""
     several, keep = ranking.completions, best or len(ranking.completions)
     if len(several) < keep:
-        detail = f"{len(several)} completions, where the best {keep} are wanted (--data.ranking-length)"
+        detail = f"{len(several)} completions, but the best {keep} are wanted (--data.ranking-length)"
         raise BadRow(Cause.OUT_OF_RANGE, detail, field="completions")
     compared = ranking.ranks[: keep + 1]  # with a tie at the end, either could be kept
     if len(set(compared)) < len(compared):
-        raise BadRow(Cause.TIE, "two completions have the same rank, so this is no ranking", field="completions")
+        raise BadRow(Cause.TIE, "two completions have the same rank, so this is not a ranking", field="completions")
     chosen, *between, rejected = several[:keep]
     return Preference(ranking.prompt, chosen, rejected, ranking.uid, between=tuple(between), **_shared(ranking))
 
@@ -134,8 +134,8 @@ def check_ranking_lengths(rankings: Iterable[Preference | Encoded], *, where: st
             f"  {number} completions: {counts[number]:,} rankings, first {first[number]}" for number in sorted(counts)
         )
         raise DataError(
-            f"{where}: rankings of one run have the same number of completions, and these have not:\n{found}\n"
-            f"--data.ranking-length {min(counts)} keeps the best {min(counts)} of each; more leave out the shorter ones "
+            f"{where}: the rankings of a run must have the same number of completions:\n{found}\n"
+            f"--data.ranking-length {min(counts)} keeps the best {min(counts)} of each; a larger number drops the shorter ones "
             "(--data.on-bad drop).",
             causes=[Cause.OUT_OF_RANGE],
         )

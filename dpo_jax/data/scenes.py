@@ -175,7 +175,7 @@ def caption_ids(text: str) -> np.ndarray:
     """Token ids of a caption followed by END: int32[n]. Raises ValueError for a word that is not in `WORDS`."""
     words = re.findall(r"\w+|[^\w\s]", text)
     if unknown := [word for word in words if word not in WORDS[1:]]:
-        raise ValueError(f"{unknown[0]!r} is no word of captions; they are {', '.join(WORDS[1:])}")
+        raise ValueError(f"{unknown[0]!r} is not a word of captions; they are {', '.join(WORDS[1:])}")
     return np.array([*(WORDS.index(word) for word in words), 0], np.int32)
 
 

@@ -40,7 +40,7 @@ def load_snippets(folder: str | Path) -> list[Snippet]:
     for name, label in FILES.items():
         path, before = Path(folder) / name, len(snippets)
         if path.exists() and not path.is_file():
-            raise DataError(f"{path}: is no file", causes=[Cause.BAD_LAYOUT])
+            raise DataError(f"{path}: is not a file", causes=[Cause.BAD_LAYOUT])
         try:
             with path.open("rb") as lines:
                 for number, line in enumerate(lines_of(lines), start=1):

@@ -129,7 +129,7 @@ def load_preferences(
     if reading.ignored:
         report.notes.append(f"columns that are not read: {shown_names(reading.ignored)}")
     if report.format in ("rewardbench", "pku") and preferences:
-        form = "the tokenizer's chat template" if preferences[0].chat else "Human: and Assistant:, for want of a chat template"
+        form = "the tokenizer's chat template" if preferences[0].chat else "Human: and Assistant:, as there is no chat template"
         report.notes.append(f"questions and answers are rendered with {form}")
     if not preferences:
         raise DataError(
@@ -179,9 +179,11 @@ def _with_prompt_once(preferences: list[Preference], triage: Triage) -> list[Pre
     if not count:
         return preferences
     if count < len(preferences):
-        report.notes.append(f"{count} of {len(preferences)} rows repeat their prompt in both completions; they are left so")
+        report.notes.append(
+            f"{count} of {len(preferences)} rows repeat their prompt in both completions; they are left unchanged"
+        )
         return preferences
-    report.notes.append(f"the prompt is taken off the completions of all {count} rows, which repeat it")
+    report.notes.append(f"the prompt is removed from the completions of all {count} rows, which repeat it")
     kept = []
     for pair in preferences:
         chosen, rejected = (side.lstrip()[len(pair.prompt.lstrip()) :] for side in (pair.chosen, pair.rejected))
@@ -281,9 +283,7 @@ class _Reading:
         option = suggestion(row, self.mapped) if format in ("auto", "trl") else None
         needs += f"read them with {option}; " if option else ""
         remedy = f"{needs}if the first rows are bad, name the format with --data.format ({', '.join(FORMATS)})"
-        remedy += (
-            "" if option else "; if they go by other names, say which: --data.columns prompt=NAME,chosen=NAME,rejected=NAME"
-        )
+        remedy += "" if option else "; if they have other names, map them: --data.columns prompt=NAME,chosen=NAME,rejected=NAME"
         refuse(Cause.MISSING_COLUMN, where, f"{what} the columns {shown_names(row)}; {remedy}")
 
 

@@ -100,9 +100,9 @@ def write_tfds(
     check_name(data_dir)
     for split, preferences in preferences_by_split.items():
         if other := next((row for row in preferences if row.between or row.desirable is not None), None):
-            refuse(Cause.NO_PAIR, other.uid or split, "a TFDS folder holds pairs, and this is a ranking or a single completion")
+            refuse(Cause.NO_PAIR, other.uid or split, "a TFDS folder holds pairs, but this is a ranking or a single completion")
         if other := next((row for row in preferences if row.images), None):
-            refuse(Cause.WRONG_TYPE, other.uid or split, "a TFDS folder holds texts, and this prompt shows images")
+            refuse(Cause.WRONG_TYPE, other.uid or split, "a TFDS folder holds texts, but this prompt shows images")
         triage = Triage(DataReport(source=name, split=split, read=len(preferences)), on_bad="refuse")
         kept = sum(_accept(triage, row.uid, row) for row in preferences)
         triage.finish(kept)
@@ -208,7 +208,7 @@ def _text(record: Mapping[str, Any], field: str, where: str) -> str:
 
 def _label(record: Mapping[str, Any], where: str) -> int:
     if not isinstance(record["label"], int | np.integer):
-        refuse(Cause.WRONG_TYPE, where, "the label is no number")
+        refuse(Cause.WRONG_TYPE, where, "the label is not a number")
     return int(record["label"])
 
 
@@ -221,7 +221,7 @@ def _records(builder: tfds.core.DatasetBuilder, split: str, folder: Path) -> Ite
         source = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue] (its decorator hides the signature)
         held = len(source)
     if held != declared:
-        refuse(Cause.BAD_ARRAY_RECORD, folder, f"split {split!r} declares {declared} records and holds {held}")
+        refuse(Cause.BAD_ARRAY_RECORD, folder, f"split {split!r} declares {declared} records but holds {held}")
     place = Place(f"{readable_name(folder.parent.name)}/{split}", Cause.BAD_ARRAY_RECORD, "the record cannot be read")
     with place.reading():
         for index in range(declared):
@@ -260,7 +260,7 @@ def _spans(text: str, field: str) -> Spans:
     try:
         return tuple((int(begin), int(end)) for begin, end in parse_json(text))
     except (ValueError, TypeError) as error:
-        raise BadRow(Cause.WRONG_TYPE, f"no spans of characters: {error}", field=field) from error
+        raise BadRow(Cause.WRONG_TYPE, f"not spans of characters: {error}", field=field) from error
 
 
 def _decoded(record: Mapping[str, Any], field: str) -> str:

@@ -43,7 +43,7 @@ def split_rows(folder: Path) -> dict[str, int]:
         for entry in info.get("splits", ()):
             lengths = [int(length) for length in entry.get("shardLengths", ())]
             if not isinstance(entry["name"], str) or any(not 0 <= length < 2**63 for length in lengths):
-                raise ValueError(f"the split {str(entry['name'])[:60]!r} has no sound name or shardLengths")
+                raise ValueError(f"the split {str(entry['name'])[:60]!r} has no valid name or shardLengths")
             rows[entry["name"]] = sum(lengths)
     return rows
 

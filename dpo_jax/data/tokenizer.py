@@ -142,7 +142,7 @@ def _try(tokenizer: PreTrainedTokenizerFast) -> None:
     shortest = min(tokenizer.get_vocab().items(), key=lambda item: len(item[0]), default=("", 0))[1]
     tokenizer.decode([shortest, shortest])  # a decoder may strip more characters than there are
     if not all(isinstance(token, str) for token in special_tokens(tokenizer)):
-        raise ValueError("a special token is no text")
+        raise ValueError("a special token is not a text")
     for name in ("eos_token", "bos_token", "pad_token"):
         token, number = getattr(tokenizer, name), getattr(tokenizer, f"{name}_id")
         if token is not None and (number is None or tokenizer.backend_tokenizer.id_to_token(number) != str(token)):
@@ -150,7 +150,7 @@ def _try(tokenizer: PreTrainedTokenizerFast) -> None:
     template: Any = tokenizer.chat_template
     texts = template.values() if isinstance(template, dict) else [] if template is None else [template]
     if template == {} or not all(isinstance(text, str) for text in texts):
-        raise ValueError("the chat template is no text")
+        raise ValueError("the chat template is not a text")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:

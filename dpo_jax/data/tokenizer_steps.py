@@ -49,7 +49,7 @@ def check_steps(file: str | os.PathLike[str]) -> None:
     for part in _PARTS:
         steps = list(_steps(content.get(part)))
         if len(steps) > STEPS:
-            raise ValueError(f"{part}: {len(steps):,} steps, and {STEPS} are the limit")
+            raise ValueError(f"{part}: {len(steps):,} steps, but the limit is {STEPS}")
         if (growth := math.prod(map(_growth, steps))) > LIMITS.growth:
             raise ValueError(f"{part}: makes a text up to {growth:,.0f} times as long; {LIMITS.remedy('growth')}")
         patterns |= {step["pattern"]["Regex"]: None for step in steps if isinstance(_of(step.get("pattern"), "Regex"), str)}

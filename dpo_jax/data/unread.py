@@ -75,7 +75,7 @@ def refusal(found: Sequence[str], row: Row, mapped: ColumnMap) -> str:
         option = _option(mapped, {"system": found[0]})
     reads = f"{option} reads" if option else "rename the column to read"
     it = "it" if len(found) == 1 else "them"
-    then = " (the prompt is then what chosen and rejected begin with)" if prompts else ""
+    then = " (the prompt is then the common beginning of chosen and rejected)" if prompts else ""
     return f"not read, and may hold {what}: {shown_names(found)}; {reads} {it}, {_option(mapped, none)} goes without{then}"
 
 

@@ -95,7 +95,7 @@ def bound_loss(
     draws cover all T times: then nothing is random, and the whole mean is inside the log-sigmoid.
     """
     if draws != 1 and draws % 2:
-        raise ValueError(f"draws={draws}: 1 or an even number is expected, in which the noise cancels")
+        raise ValueError(f"draws={draws}: 1 or an even number is expected, so that the noise cancels")
     points, weights = np.polynomial.hermite_e.hermegauss(nodes)
     weights = weights / weights.sum()
     first, second = (data.mean + data.std * grid for grid in np.meshgrid(points, points, indexing="ij"))

@@ -37,7 +37,9 @@ def reward_variants(logps: Array, ref_logps: Array, tokens: Array, *, beta: floa
     if not len(logps) == len(ref_logps) == len(tokens):
         raise ValueError(f"{len(logps)} log-probabilities, {len(ref_logps)} of the reference and {len(tokens)} lengths")
     if (tokens < 1).any():
-        raise ValueError(f"a completion has at least one token, pair {int(np.argmin(tokens.min(axis=1)))} has one of none")
+        raise ValueError(
+            f"a completion has at least one token, but pair {int(np.argmin(tokens.min(axis=1)))} has one without tokens"
+        )
     implicit, free = beta * (logps - ref_logps), beta * logps
     return {
         "implicit": implicit,
@@ -89,7 +91,9 @@ def mean_share(rows: Sequence[Mapping[str, Any]], weights: Sequence[float] | Non
     """
     weights_ = np.ones(len(rows)) if weights is None else np.asarray(weights, np.float64)
     if len(weights_) != len(rows) or not len(rows) or (weights_ < 0).any() or not weights_.sum() > 0:
-        raise ValueError(f"{len(rows)} shares need as many weights, none negative and not all 0, got {list(weights_)}")
+        raise ValueError(
+            f"{len(rows)} shares need the same number of weights, none negative and not all 0, got {list(weights_)}"
+        )
     weights_ = weights_ / weights_.sum()
     share, pairs = (np.array([row[name] for row in rows], np.float64) for name in ("accuracy", "pairs"))
     likely = (share * pairs + 0.5) / (pairs + 1)

@@ -21,7 +21,7 @@ def plot_reliability(found: Reliability, margins: Array, path: str | os.PathLike
     figure = Figure(figsize=(6.4, 6.4), layout="constrained")
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     belief, right, low, high = (np.array([row[name] for row in found.bins]) for name in ("belief", "accuracy", "low", "high"))
-    top.plot([0.5, 1], [0.5, 1], color=GUIDE, linewidth=1.0, linestyle=(0, (6, 4)), label="as sure as it is right")
+    top.plot([0.5, 1], [0.5, 1], color=GUIDE, linewidth=1.0, linestyle=(0, (6, 4)), label="perfect calibration")
     top.vlines(belief, low, high, color=COLOR, linewidth=1.4)
     top.plot(belief, right, "o", color=COLOR, markersize=6, markeredgecolor="white", label="pairs of a bin, 95 % interval")
     top.set_ylim(min(0.5, float(low.min())) - 0.03, 1.02)

@@ -72,7 +72,7 @@ class Completer:
         room = self.model.config.max_positions - len(longest)
         if room < 1:
             raise ValueError(
-                f"the longest prompt has {len(longest)} tokens, and the model reads {self.model.config.max_positions}"
+                f"the longest prompt has {len(longest)} tokens, but the model reads {self.model.config.max_positions}"
             )
         new_tokens, columns = min(self.max_new_tokens, room), round_up(max(self.width, len(longest)), 8)
         shards, (part, parts) = self.partitioner.row_shards, self.partitioner.host_part

@@ -159,10 +159,10 @@ def optimum(
     rewards = _finite(rewards, "rewards", axes=2)
     log_ratios = np.zeros_like(rewards) if log_ratios is None else _finite(log_ratios, "log_ratios", axes=2)
     if log_ratios.shape != rewards.shape:
-        raise ValueError(f"log_ratios has shape {log_ratios.shape}, and rewards {rewards.shape}")
+        raise ValueError(f"log_ratios has shape {log_ratios.shape}, but rewards {rewards.shape}")
     beside = rewards if beside is None else _finite(beside, "beside", axes=2)
     if beside.shape != rewards.shape:
-        raise ValueError(f"beside has shape {beside.shape}, and rewards {rewards.shape}")
+        raise ValueError(f"beside has shape {beside.shape}, but rewards {rewards.shape}")
     if not len(betas) or not all(beta > 0 for beta in betas):
         raise ValueError(f"betas must be positive, and at least one, got {list(betas)}")
     beta = np.array(sorted(betas, reverse=True), np.float64)
@@ -318,7 +318,7 @@ def best_of_n(rewards: Array, n: int, *, beside: Array | None = None) -> BestOfN
         return BestOfN(n, reward, kl, bound)
     beside = _finite(beside, "beside", axes=2)
     if beside.shape != rewards.shape:
-        raise ValueError(f"beside has shape {beside.shape}, and rewards {rewards.shape}")
+        raise ValueError(f"beside has shape {beside.shape}, but rewards {rewards.shape}")
     chance = np.append(np.zeros(samples - len(chances)), chances[::-1])  # of each rank, the largest last
     return BestOfN(n, reward, kl, bound, np.array([_of_the_best(*both, chance) for both in zip(rewards, beside, strict=True)]))
 

@@ -49,7 +49,7 @@ def plot_frontier(
     axes.xaxis.set_major_formatter("{x:g}")
     methods = list(dict.fromkeys(point.method for point in points))
     if len(methods) > len(STYLES):
-        raise ValueError(f"{len(methods)} methods, and only {len(STYLES)} styles that can be told apart")
+        raise ValueError(f"{len(methods)} methods, but only {len(STYLES)} distinct styles")
     ends = [End(*_draw_optimum(axes, optimum, max_kl), curve, OPTIMUM, bold=True)]
     notes = len(axes.texts)
     for method, style in zip(methods, STYLES, strict=False):

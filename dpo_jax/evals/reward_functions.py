@@ -59,7 +59,9 @@ def fit_linear(texts: Sequence[str], labels: Sequence[int], *, inverse_penalty: 
     except ImportError as error:
         raise ImportError(f"the linear reward is fitted with scikit-learn: {install_command('lab')}") from error
     if len(texts) != len(labels) or set(labels) != {0, 1}:
-        raise ValueError(f"{len(texts)} texts and {len(labels)} labels {sorted(set(labels))}: need as many, both 0 and 1")
+        raise ValueError(
+            f"{len(texts)} texts and {len(labels)} labels {sorted(set(labels))}: need equally many, with both 0 and 1"
+        )
     analyzer: Any = words  # scikit-learn also takes a function, though its annotations do not say so
     bags: Any = CountVectorizer(analyzer=analyzer, binary=True, min_df=min_texts)
     model: Any = LogisticRegression(C=inverse_penalty, solver="lbfgs", max_iter=1000)

@@ -143,7 +143,7 @@ class _Asker:
         self.in_a_row += 1
         if self.in_a_row >= GIVE_UP:
             left = f"{GIVE_UP} questions in a row have no answer ({self.faults()})"
-            self.stop(f"{left}: is the address right, the endpoint well, and does it take these options?")
+            self.stop(f"{left}: is the address right, is the endpoint up, and does it take these options?")
 
     def faults(self) -> str:
         """Counts of faults by kind, and the endpoint's last message."""

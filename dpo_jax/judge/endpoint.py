@@ -26,7 +26,7 @@ MOST_TOKENS = 10**9  # of one reply; a larger number is not a valid count
 FAILED = {"length": "length", "max_tokens": "length", "content_filter": "content_filter", "error": "error"}
 """`finish_reason`, up to a colon ("content_filter: SAFETY") -> why the reply is not an answer."""
 SHOWN = 300  # characters of an endpoint's message that are shown
-ADVICE = "check judge.model, judge.base_url, the key and what it may do"
+ADVICE = "check judge.model, judge.base_url, the key and its permissions"
 
 
 class Reply(NamedTuple):
@@ -201,7 +201,7 @@ def read_reply(body: bytes) -> Reply:
     if message is None and failure:  # some endpoints send no message for withheld content
         message = {}
     if failure == "error" or (found.get("error") and not choices):
-        raise Unreadable("an error in a reply of status 200")
+        raise Unreadable("an error in a reply with status 200")
     if not isinstance(message, dict):
         raise Unreadable("malformed reply (no choices[0].message)")
     text, refusal = _text_of(message.get("content")), message.get("refusal") or None

@@ -48,11 +48,11 @@ def kind_of_record(record: Mapping[str, Any]) -> str:
     for field, types in GRAMMAR[kind].items():
         value = record[field]
         if not isinstance(value, types) or isinstance(value, bool) or (types is int and not 0 <= value < MOST_TOKENS):
-            raise Unreadable(f"{field} is not what a verdict log holds there")
+            raise Unreadable(f"{field} is not valid in a verdict log")
     if kind == "answered":
         verdict = record["choice"], record["failure"]
         if verdict not in (("A", ""), ("B", ""), *((None, failure) for failure in FAILURES)):
-            raise Unreadable("choice and failure are no verdict")
+            raise Unreadable("choice and failure do not form a verdict")
     return kind
 
 
@@ -132,7 +132,7 @@ def read_lines(lines: Sequence[bytes], settings: Mapping[str, Any]) -> Content:
             sound[number], trailing = record, 0
     records = [record for _, record in sorted(sound.items()) if "settings" not in record]
     if damaged and not records:
-        raise Unreadable(f"line {damaged[0].place}: {damaged[0].cause}, and no other line of it is sound")
+        raise Unreadable(f"line {damaged[0].place}: {damaged[0].cause}, and no other line is valid")
     following = max(sound) + trailing + 1
     lost = following - 1 - len(sound) - (1 not in sound) + again
     return Content(dict(settings if head is None else head), records, damaged, lost, following)
@@ -171,5 +171,5 @@ def unchecked(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
             if (kind_of_record(records[-1]) == "settings") != (place == 1):
                 raise Unreadable("settings that are not in the first line")
         except Unreadable as error:
-            raise Unreadable(f"line {place}: {error}, and this log of an earlier version has no checksums") from None
+            raise Unreadable(f"line {place}: {error}, but this log of an earlier version has no checksums") from None
     return records

@@ -29,7 +29,7 @@ from dpo_jax.judge.verdict_lines import Content, Damaged, Seal, read_lines, unch
 from dpo_jax.untrusted import Unreadable, read_bytes
 from dpo_jax.writing import naming, write_whole
 
-_REMEDY = "restore it, or move it away to judge anew"
+_REMEDY = "restore it, or move it away to judge again"
 
 
 class ForeignVerdicts(ValueError):

@@ -24,7 +24,7 @@ def plot_win_rates(points: Sequence[WinRate], path: str | os.PathLike[str], *, x
     """
     names = list(dict.fromkeys(point.series for point in points))
     if len(names) > len(STYLES):
-        raise ValueError(f"{len(names)} series, and only {len(STYLES)} styles that can be told apart")
+        raise ValueError(f"{len(names)} series, but only {len(STYLES)} distinct styles")
     figure = Figure(figsize=(7.2, 6.0), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     single = all(point.at is None for point in points)

@@ -112,7 +112,7 @@ class DialogueWorld:
         widths = [len(self.history(game, turns)) for game in self.trees for turns in game.histories]
         self.width = round_up(max(widths) + self.new_tokens, 8)
         if self.width > model.config.max_positions:
-            raise ValueError(f"a conversation takes {self.width} positions, and the model has {model.config.max_positions}")
+            raise ValueError(f"a conversation takes {self.width} positions, but the model has {model.config.max_positions}")
         options = {"stop_ids": [tokenizer.eos_token_id], "max_new_tokens": self.new_tokens, "batch": batch}
         # One width for all turns, so that they share one program.
         self._complete = Completer(partitioner, model, tokenizer, width=max(widths), **options)

@@ -89,7 +89,7 @@ def kept_in(folder: Path, identity: Mapping[str, Any], *, say: Callable[[str], N
         except FileNotFoundError:
             pass
         except Unreadable as error:
-            say(f"drawn again, as it is damaged: {error}")
+            say(f"sampled again, as it is damaged: {error}")
         return None
 
     def keep(number: int, draw: Callable[[], Drawn]) -> Drawn:

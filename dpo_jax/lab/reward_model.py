@@ -182,13 +182,13 @@ def load_head(path: Path, *, width: int) -> dict[str, np.ndarray]:
     """
     file = path / HEAD_FILE
     if not file.is_file():
-        raise ValueError(f"holds no {HEAD_FILE}, so it is no reward model; `dpo-jax reward-model` writes one")
+        raise ValueError(f"holds no {HEAD_FILE}, so it is not a reward model; `dpo-jax reward-model` writes one")
     opened = open_safetensors(file)
     with reading(file, remedy="write it again with `dpo-jax reward-model`"):
         parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
         found = {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in parts.items()}
         if found != {"kernel": ("F32", (width,)), "bias": ("F32", ())}:
-            raise ValueError(f"{str(found)[:300]} where F32 of ({width},) as kernel and of () as bias are expected")
+            raise ValueError(f"{str(found)[:300]}, but F32 of ({width},) as kernel and of () as bias are expected")
         head = {name: opened.get_tensor(name) for name in found}
         if not all(np.isfinite(array).all() for array in head.values()):
             raise ValueError("holds numbers that are not finite")

@@ -136,7 +136,9 @@ class World:
         other.train, other.test = train, test
         longest, positions = max(map(len, [*train.ids, *test.ids])), self.model.config.max_positions
         if longest + self.max_new_tokens > positions:
-            raise ValueError(f"a prompt of {longest} tokens and {self.max_new_tokens} more do not fit {positions} positions")
+            raise ValueError(
+                f"a prompt of {longest} tokens and {self.max_new_tokens} new ones do not fit {positions} positions"
+            )
         other.width = max(self.width, round_up(longest + self.max_new_tokens, 8))
         return other
 

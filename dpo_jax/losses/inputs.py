@@ -60,7 +60,7 @@ def pairs_of(logps: Array, ref_logps: Array) -> tuple[jax.Array, jax.Array]:
     """Both as arrays of one shape [P, 2]. ValueError for another shape."""
     logps, ref_logps = arrays_of(logps, ref_logps)
     if logps.shape[1] != 2:
-        raise ValueError(f"this loss is for pairs, and each example has {logps.shape[1]} completions: use plackett_luce_loss")
+        raise ValueError(f"this loss is for pairs, but each example has {logps.shape[1]} completions: use plackett_luce_loss")
     return logps, ref_logps
 
 

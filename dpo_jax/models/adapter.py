@@ -72,7 +72,7 @@ class Adapter(NamedTuple):
         change = change.T if _is_transposed(config) else change
         if change.shape != weight.shape:
             raise ValueError(
-                f"{self.folder}: the adapter of {name} is of shape {change.shape}, and its base has {weight.shape}"
+                f"{self.folder}: the adapter of {name} is of shape {change.shape}, but its base has {weight.shape}"
             )
         return weight.astype(np.float32) + change
 
@@ -80,7 +80,7 @@ class Adapter(NamedTuple):
         """Raises ValueError unless `digest` is that of the base on which the adapter was trained."""
         if self.base_digest not in (None, digest):
             raise ValueError(
-                f"{self.folder} is an adapter of other weights than {self.base} has now (SHA-256 "
+                f"{self.folder} was trained on different weights from those of {self.base} now (SHA-256 "
                 f"{self.base_digest[:12]}, and not {digest[:12]}): give it the base that it was trained on"
             )
 
@@ -115,7 +115,7 @@ def read_adapter(folder: Path, config: DecoderConfig) -> Adapter:
         found = _NAME.fullmatch(stored)
         name = canonical_name(f"{found['module']}.weight", config) if found else None
         if found is None or name not in known or not known[name].paths[0].endswith("/kernel"):
-            raise ValueError(f"{file}: {stored[:200]} is no LoRA weight of a linear layer of a {config.family}")
+            raise ValueError(f"{file}: {stored[:200]} is not a LoRA weight of a linear layer of a {config.family}")
         with reading(f"{file}: tensor {stored}", remedy="fetch or save it again"):
             parts.setdefault(name, {})[found["part"]] = np.asarray(handle.get_tensor(stored))
     if not parts:
@@ -163,7 +163,7 @@ def _of_module(settings: Fields, key: str, pattern: str, module: str) -> float:
         try:
             matches = re.fullmatch(rf"(.*\.)?({name})", module)
         except re.error as error:
-            raise Unreadable(f"{patterns.where}: {shown(name)} is no regular expression: {error}") from error
+            raise Unreadable(f"{patterns.where}: {shown(name)} is not a regular expression: {error}") from error
         if matches:
             return patterns.number(name)
     return settings.number(key)

@@ -47,7 +47,7 @@ def attention_path(asked: str, *, platform: str, config: DecoderConfig, dtype: A
     path = PATHS[name]
     if path.platform not in (None, platform):
         raise ValueError(
-            f"attention {name} runs on a {path.platform.upper()}, and this is a {platform.upper()}; auto fits here"
+            f"attention {name} runs on a {path.platform.upper()}, but this is a {platform.upper()}; auto fits here"
         )
     reasons = "; ".join(path.refusals(config, jnp.dtype(dtype)))
     if reasons:
@@ -55,7 +55,7 @@ def attention_path(asked: str, *, platform: str, config: DecoderConfig, dtype: A
         raise ValueError(f"attention {name}: {reasons}; use {CHUNKED.name if name == automatic else automatic}")
     made = path.make()
     if pieces > 1 and made.partial is None:
-        raise ValueError(f"attention {name} reads whole rows, and mesh.context cuts them in {pieces}: use auto")
+        raise ValueError(f"attention {name} reads whole rows, but mesh.context splits them in {pieces}: use auto")
     return made
 
 
@@ -67,14 +67,14 @@ def _cudnn_refusals(config: DecoderConfig, dtype: Any) -> Iterator[str]:
     if config.attention_softcap is not None:
         yield f"it has no soft cap on scores, which {config.family} needs"
     if config.head_size % 8 or config.head_size > 256:
-        yield f"it takes heads of at most 256 entries, in multiples of 8, and these have {config.head_size}"
+        yield f"it takes heads of at most 256 entries, in multiples of 8, but these have {config.head_size}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         yield f"it computes in bfloat16, not {dtype}: set run.precision"
 
 
 def _flash_refusals(config: DecoderConfig, dtype: Any) -> Iterator[str]:
     if config.head_size > 256:
-        yield f"it takes heads of at most 256 entries, and these have {config.head_size}"
+        yield f"it takes heads of at most 256 entries, but these have {config.head_size}"
     if dtype == jnp.float64:
         yield "it computes in float32 or less, not float64"
 

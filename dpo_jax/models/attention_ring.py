@@ -42,7 +42,7 @@ def along_context(path: AttentionPath) -> AttentionPath:
         return path
     if path.partial is None:
         raise ValueError(
-            f"attention {path.name} reads whole rows, and mesh.context cuts them over devices: use auto, or mesh.context 1"
+            f"attention {path.name} reads whole rows, but mesh.context splits them over devices: use auto, or mesh.context 1"
         )
     return AttentionPath(f"{path.name} in a ring", functools.partial(_attend, partial=path.partial), _prepare)
 

@@ -79,9 +79,9 @@ class Decoder(nn.Module):
         c, path, length, prepared = self.config, self._path(), rows.tokens.shape[1], None
         in_pieces = context_parts() > 1 and not self.is_initializing()
         if in_pieces and cache is not None:
-            raise ValueError("mesh.context cuts rows into pieces, and a key/value cache has none: sample with mesh.context 1")
+            raise ValueError("mesh.context splits rows, but a key/value cache cannot be split: sample with mesh.context 1")
         if in_pieces and rows.images is not None:
-            raise ValueError("mesh.context cuts rows into pieces, which rows with images do not have yet: use mesh.context 1")
+            raise ValueError("mesh.context splits rows, which is not supported for rows with images: use mesh.context 1")
         if path.prepare is not None and cache is None and not self.is_initializing():
             prepared = path.prepare(rows.k_start, rows.k_end, _windows(c))
         rows = row_pieces(rows) if in_pieces else rows
@@ -133,7 +133,7 @@ class Decoder(nn.Module):
             images = RowImages(nothing, jnp.full(x.shape[:2], -1, jnp.int32))
         if images.features.shape[-1] != self.config.image_width:
             reads = f"features of width {self.config.image_width}" if self.config.image_width else "no images"
-            raise ValueError(f"the rows have image features of width {images.features.shape[-1]}, and the model reads {reads}")
+            raise ValueError(f"the rows have image features of width {images.features.shape[-1]}, but the model reads {reads}")
         kernel = as_stored(self.image_kernel, (None, "embed")).astype(self.dtype)
         soft = self.image_norm(jnp.asarray(images.features).astype(self.dtype))
         soft = jnp.einsum("rmw,wd->rmd", soft, kernel, precision=precision_of(self.dtype))

@@ -190,7 +190,7 @@ def save_hf(
     """
     if not isinstance(model.config, DecoderConfig):
         raise ValueError(
-            "save_hf writes the model families that load_hf reads, and this model has no such config: it is not theirs. Save "
+            "save_hf writes the model families that load_hf reads, but this model has no such config. Save "
             "its variables as they are, for instance with orbax.checkpoint or numpy.savez"
         )
     folder = Path(path).expanduser()
@@ -210,7 +210,7 @@ def save_hf(
     for name in sorted(expected.keys() | flat.keys()):
         found, asked = (_shape(tree, name) for tree in (flat, expected))
         if found != asked:
-            raise ValueError(f"parameter {name} does not fit this {config.family}: {found} where {asked} is expected")
+            raise ValueError(f"parameter {name} does not fit this {config.family}: {found}, but {asked} is expected")
     dtype = np.dtype(dtype or flat["token_embedding"].dtype)
     if config.image_width and not others:
         raise ValueError("a model that reads images is written with its vision encoder: give others=encoder_in_hf_form(...)")

@@ -19,7 +19,7 @@ def resolve(path: str | Path) -> Path:
     try:
         return _snapshot(str(path))
     except Exception as error:  # the hub client raises its own errors, those of requests, and OSError
-        raise FileNotFoundError(f"{path} is no folder here and could not be fetched from the Hub: {error}") from error
+        raise FileNotFoundError(f"{path} is not a local folder and could not be fetched from the Hub: {error}") from error
 
 
 def model_folder(path: str | Path) -> Path:
@@ -59,7 +59,7 @@ def check_push(name: str) -> None:
     if not is_hub_id(name) or "@" in name:
         raise PushError(f"{name}: not an id of the Hub (organization/name)")
     if constants.is_offline_mode():
-        raise PushError(f"{name}: HF_HUB_OFFLINE forbids to ask the Hub; unset it")
+        raise PushError(f"{name}: HF_HUB_OFFLINE forbids asking the Hub; unset it")
     if get_token() is None:
         raise PushError(f"{name}: no token for the Hub; log in with `hf auth login`, or set HF_TOKEN (with write permission)")
 
@@ -80,8 +80,8 @@ def push(folder: str | Path, name: str, *, message: str, public: bool = False) -
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         why = {
-            401: "the Hub does not know this token; log in with `hf auth login`, or set HF_TOKEN",
-            403: "the token may not write there; take one with write permission, or another organization",
+            401: "the Hub rejects this token; log in with `hf auth login`, or set HF_TOKEN",
+            403: "the token has no write permission there; use one that has, or another organization",
         }.get(status, f"the Hub refuses it: {' '.join(str(error).split())[:300]}")
         raise PushError(f"{name}: {why}; {later}") from error
     except Exception as error:  # network errors: the underlying HTTP library raises its own

@@ -51,7 +51,7 @@ def chosen_parameters(text: str, model: Model) -> Chosen:
             raise ValueError(f"no parameter matches {term!r}; there are last_layer, last_layers:N, {', '.join(every)}")
         names |= set(matching)
     if layers and any(name.startswith("layers.") for name in names):
-        raise ValueError("last layers and a pattern that matches parameters of all layers do not go together")
+        raise ValueError("last layers cannot be combined with a pattern that matches parameters of all layers")
     if len(names) == len(every):
         raise ValueError("all parameters are named: leave it out to train all")
     return Chosen(frozenset(names), layers)

@@ -31,7 +31,7 @@ def encode_images(variables: Variables, pixels: Array, *, config: VisionConfig) 
     c, params = config, variables["params"]
     x = jnp.asarray(pixels, jnp.float32)
     if x.shape[1:] != (c.image_size, c.image_size, 3):
-        raise ValueError(f"pixels have shape {x.shape}, and the encoder reads [B, {c.image_size}, {c.image_size}, 3]")
+        raise ValueError(f"pixels have shape {x.shape}, but the encoder reads [B, {c.image_size}, {c.image_size}, 3]")
     patches = x.reshape(-1, c.side, c.patch_size, c.side, c.patch_size, 3).transpose(0, 1, 3, 5, 2, 4)  # torch's order
     x = _linear(params["patches"], patches.reshape(len(x), c.side**2, -1)) + params["positions"][None]
 

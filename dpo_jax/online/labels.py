@@ -125,7 +125,7 @@ class LabelLog:
             head = self._sealed({"settings": self._settings})
             write_whole(self.path, head + b"".join(self._sealed(record) for record in sound if "settings" not in record))
             more = f"; and {len(damaged) - 3} more" if len(damaged) > 3 else ""
-            words = f"{'; '.join(damaged[:3])}{more}; what they said is asked again. The file as it was is {kept.name}"
+            words = f"{'; '.join(damaged[:3])}{more}; their questions are asked again. The file as it was is {kept.name}"
             say(f"{self.path}: damaged lines are left out: {words}")
 
     def _line(self, number: int, line: bytes | LongLine) -> dict[str, Any]:

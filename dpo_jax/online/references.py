@@ -70,7 +70,7 @@ class KeptReferences:
                 raise Unreadable(f"{self._path(number)}: the reference of these rounds is gone; {remedy}")
             variables, digest = self._load(self._path(number))
             if digest != record["digest"]:
-                raise Unreadable(f"{self._path(number)}: holds other weights than were kept; {remedy}")
+                raise Unreadable(f"{self._path(number)}: holds different weights from those kept; {remedy}")
             self._current = number, variables
         return self._current[1]
 

@@ -120,9 +120,9 @@ class Rounds:
         say: Callable[[str], None] = SAY,
     ) -> None:
         if (reward is None) == (compare is None):
-            raise ValueError("give a reward or somebody who compares, one of them")
+            raise ValueError("give either a reward or a comparison function")
         if options.refresh and references is None:
-            raise ValueError("a reference that moves must be kept somewhere: give references")
+            raise ValueError("a moving reference must be stored: give references")
         self.world, self.folder, self.options, self.log = world, folder, options, log
         self.every, self.record = options.steps, {}
         self._reward, self._compare, self._estimate = reward, compare, estimate
@@ -290,7 +290,7 @@ class Rounds:
         for earlier in range(first, number):
             stage = self._stage(earlier, self.record["policies"][str(earlier)], say=self._say)
             if not stage.finished:
-                words = f"{stage.folder} is damaged, and round {number} learns from it, too (online.replay)"
+                words = f"{stage.folder} is damaged, but round {number} also learns from it (online.replay)"
                 raise CheckpointDamaged(f"{words}: put its files back, or start over in another run.dir")
             found.append((earlier, self._labelled(stage, earlier)))
         return found

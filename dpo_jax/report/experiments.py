@@ -43,9 +43,7 @@ def frontier(runs: Sequence[RunRecord], drawn: Path) -> Section | None:
             cells = {(row["method"], row["kl"]): row for row in table}
             methods = dict.fromkeys(row["method"] for row in table)
             rows = [[method, *(_at_kl(cells.get((method, kl))) for kl in kls)] for method in methods]
-            note = (
-                f"True reward of the best mixture within that {KL_OF_SAMPLES}; in brackets its share of what was to be gained."
-            )
+            note = f"True reward of the best mixture within that {KL_OF_SAMPLES}; in brackets: share of the possible gain."
             columns = ["method", *(f"KL {kl:g} nats" for kl in kls)]
             blocks.append(Table(columns, rows, caption=of(run, runs, "Methods at equal KL"), note=note))
         blocks += _second(of(run, runs, "Beside a second reward"), summary.get(SECOND))
@@ -149,8 +147,8 @@ def _lengths(caption: str, results: Sequence[Mapping[str, str]], path: Path) -> 
     figure = plot_lengths(
         _spots({key: value[""] for key, value in kl.items()}, tokens), _spots(betas, tokens), path, reference=start[""]
     )
-    columns = ["policy", "KL", "mean tokens of a sample", "less the reference's", "cut by the limit"]
-    note = "At the end of training; 95 % intervals. A sample that the limit cuts counts as long as the limit."
+    columns = ["policy", "KL", "mean tokens of a sample", "minus the reference's", "cut by the limit"]
+    note = "At the end of training; 95 % intervals. A sample cut by the limit counts with the length of the limit."
     blocks: list[Block] = [Table(columns, rows, caption=caption, note=note)]
     return [*blocks, Figures([(figure, "tokens of samples against KL and beta")], size="wide")]
 
@@ -181,11 +179,11 @@ def _learned(caption: str, results: Sequence[Mapping[str, str]], path: Path) -> 
         ]
         for key in learned
     ]
-    columns = ["policy", "gain in the learned reward", "gain in the true reward", "promised too much"]
+    columns = ["policy", "gain in the learned reward", "gain in the true reward", "overestimate"]
     note = "At the end of training, over the reference; 95 % intervals of the policy. The reward model judges every policy."
     figure = plot_learned(_spots({key: value[""] for key, value in promised.items()}, real), path)
     blocks: list[Block] = [Table(columns, rows, caption=caption, note=note)]
-    return [*blocks, Figures([(figure, "below the diagonal the learned reward promises too much")], size="half")]
+    return [*blocks, Figures([(figure, "below the diagonal the learned reward overestimates the gain")], size="half")]
 
 
 UNKNOWN = "unknown: no true reward was measured"

@@ -21,7 +21,7 @@ def first_things(runs: Sequence[RunRecord], alarms: Sequence[str], *, weights_ch
         for stage in run.stages.values():
             blocks += [Notice(of(run, runs, f"{stage.name}: {problem}")) for problem in stage.problems]
     fine = [] if blocks else ["stages (none failed, stopped or dropped bad pairs)"]
-    fine += ["weights (those that were scored lie here)"] if weights_checked and not alarms else []
+    fine += ["weights (the scored ones are in this run)"] if weights_checked and not alarms else []
     if len(runs) == 1 and (tiles := _tiles(runs[0])):
         blocks.append(tiles)
     blocks += _health(runs, healths, fine)

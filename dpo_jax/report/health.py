@@ -101,13 +101,13 @@ def _accuracy(policy: Values, reference: Values, training: Rows) -> Finding:
             "accuracy",
             f"{shown} is below chance, 0.5.",
             "The policy prefers the rejected completions.",
-            "Look whether chosen and rejected are swapped in one of the splits, or whether the splits differ in kind.",
+            "Check whether chosen and rejected are swapped in one of the splits, or whether the splits differ in kind.",
         )
     return Note(
         "accuracy",
         f"{shown}: the interval includes 0.5, chance.",
         "These pairs do not show that the policy learned the preference.",
-        "Take more held-out pairs for a narrower interval, or more training: pairs, epochs, a higher learning rate.",
+        "Use more held-out pairs for a narrower interval, or more training: pairs, epochs, a higher learning rate.",
     )
 
 
@@ -120,7 +120,7 @@ def _displacement(policy: Values, reference: Values, training: Rows) -> Finding:
     return Note(
         "displacement of the chosen",
         f"The chosen completions became less likely, by {-moved:.1f} nats each (noted from {DISPLACED:g} nat on).",
-        "Likelihood displacement: the loss asks for a margin only, and the probability goes to texts that nobody preferred "
+        "Likelihood displacement: the loss asks for a margin only, and the probability moves to texts that nobody preferred "
         "(Razin et al. 2024). Read the samples.",
         "Try a larger beta, a lower learning rate or fewer steps, SFT on the chosen completions first, and fewer pairs whose "
         "two completions are nearly alike.",
@@ -136,7 +136,7 @@ def _kl(policy: Values, reference: Values, training: Rows) -> Finding:
     return Note(
         "KL",
         f"{KL_OF_SAMPLES} is {kl:.1f} nats per completion (noted above {FAR:g}; best-of-60,000 of the reference reaches 10).",
-        "So far out the implicit reward is no longer a guide: quality may fall while it rises (Gao et al. 2023).",
+        "At this KL the implicit reward is no longer a guide: quality may fall while it rises (Gao et al. 2023).",
         "Try a larger beta, a lower learning rate or fewer steps; compare samples of earlier checkpoints.",
     )
 
@@ -154,9 +154,9 @@ def _cut(policy: Values, reference: Values, training: Rows) -> Finding:
         + (f", {before:.0%} of the reference's" if before is not None else "")
         + f" (noted above {CUT:.0%}).",
         "KL, rewards and lengths are of the written part only."
-        + (" The policy stops less often than the reference: it may have unlearned to end its texts." if lost else ""),
+        + (" The policy stops less often than the reference: it may have unlearned how to end its texts." if lost else ""),
         "Raise --eval.max-new-tokens"
-        + ("; look whether chosen completions are truncated in training, so that they lack their end." if lost else "."),
+        + ("; check whether chosen completions are truncated in training and so lack their end." if lost else "."),
     )
 
 
@@ -172,14 +172,14 @@ def _length(policy: Values, reference: Values, training: Rows) -> Finding:
         return Note(
             "length",
             f"{found} (noted below {SHORTER:g}).",
-            "Texts that end too early.",
-            "Look whether chosen completions are the shorter ones in the data, and whether EOS follows them as it should.",
+            "Texts end too early.",
+            "Check whether chosen completions are the shorter ones in the data, and whether EOS follows them.",
         )
     return Note(
         "length",
         f"{found} (noted above {LONGER:g}).",
-        "DPO tends to longer texts (Park et al. 2024), and judges prefer them: a win rate may be a matter of length.",
-        "Look how often chosen is the longer side (dpo-jax audit); compare at equal length (dpo-jax judge); try a larger beta.",
+        "DPO tends to longer texts (Park et al. 2024), and judges prefer them: length may explain a win rate.",
+        "See how often chosen is the longer side (dpo-jax audit); compare at equal length (dpo-jax judge); try a larger beta.",
     )
 
 
@@ -212,7 +212,7 @@ def _gap(policy: Values, reference: Values, training: Rows) -> Finding:
         "train/held-out gap",
         f"Accuracy is {seen:.3f} on the training pairs of the last {len(last)} steps and {held_out:.3f} on held-out ones "
         f"(noted from a gap of {GAP:g} on, if it is outside the 95 % interval).",
-        "The policy knows its training pairs by heart, or the held-out ones are of another kind.",
+        "The policy has memorised its training pairs, or the held-out ones are of a different kind.",
         "Try fewer epochs, more pairs, a larger beta.",
     )
 
@@ -229,7 +229,7 @@ def _held_out_loss(policy: Values, reference: Values, training: Rows) -> Finding
         "held-out loss",
         f"The held-out loss was lowest after {steps[best]:,.0f} steps, {losses[best]:.4f}, and ended at {losses[-1]:.4f} "
         f"(noted from {RISE - 1:.0%} on).",
-        "Training went on after it had stopped to help on pairs that it does not see.",
+        "Training continued after it had stopped helping on held-out pairs.",
         "Try fewer steps or a lower learning rate, or take the checkpoint of that step (dpo-jax export --export.step).",
     )
 

@@ -63,7 +63,7 @@ def _judge(name: str, stage: Stage) -> list[Block]:
     blocks += [_table(report, columns, rows, caption=f"{name}: length"), Text(_books(report))]
     if report["injections"]:
         rows = [[str(cell) for cell in row.values()] for row in report["injections"]]
-        caption = f"{name}: words to the judge, put behind texts that had lost"
+        caption = f"{name}: instructions to the judge, appended to texts that had lost"
         blocks.append(Table(list(report["injections"][0]), rows, caption=caption))
     return blocks
 
@@ -85,13 +85,13 @@ def _rate(point: Mapping[str, Any], name: str) -> str:
 def _books(report: Mapping[str, Any]) -> str:
     """Counts of questions and their outcomes, in words."""
     settings, first = report["settings"], report["first_preferred"]
-    order = "in one order each, drawn by lot" if settings["one_order"] else "in both orders"
+    order = "in one random order each" if settings["one_order"] else "in both orders"
     fence = "texts fenced as data" if settings["fence"] else "texts not fenced"
     words = [
         f"{report['questions']:,} questions, {order}, {fence}; {report['answers']:,} answered by {', '.join(report['models'])}"
     ]
     if undecided := report["outcomes"]["unanswered"]:
-        words.append(f"{undecided:,} pairs have no verdict yet, and count in no rate")
+        words.append(f"{undecided:,} pairs have no verdict yet and count in no rate")
     if report["failures"]:
         words.append(f"answers without a verdict: {failures_of(report['failures'])}")
     if report["faults"]:

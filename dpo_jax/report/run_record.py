@@ -147,7 +147,7 @@ def read_run(path: Path, *, name: str) -> RunRecord:
         raise ValueError(f"{path}: this is one stage of a run; give its run directory, {path.parent}")
     found = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and os.path.lexists(folder / "config.yaml")]
     if not found:
-        raise ValueError(f"{path}: no run directory: no folder in it has a config.yaml, as each command leaves one")
+        raise ValueError(f"{path}: not a run directory: no folder in it has the config.yaml that each command writes")
     known = (*ORDER, *LATER)
     found.sort(key=lambda folder: known.index(kind) if (kind := kind_of(folder.name)) in known else len(ORDER))
     return RunRecord(name, path, {shown_path(folder.name): _read_stage(folder) for folder in found})
@@ -219,19 +219,19 @@ def _failures(stage: Stage) -> list[str]:
         lacking = (
             f"{left:,} pairs have no verdict yet"
             if (left := _undecided(stage))
-            else f"{RESULT[kind_of(stage.name)]} is not there"
+            else f"{RESULT[kind_of(stage.name)]} is missing"
         )
-        found.append(f"{stage.state}: {lacking}; the same command again continues it")
+        found.append(f"{stage.state}: {lacking}; run the same command again to continue it")
     failed, pairs = _outcomes(stage).get("failed", 0), sum(_outcomes(stage).values())
     if failed > MANY_FAILED * pairs:
         found.append(
-            f"the judge gave no answer in the format on {failed:,} of {pairs:,} pairs: its win rates are of the others"
+            f"the judge gave no answer in the format on {failed:,} of {pairs:,} pairs: its win rates are over the others"
         )
     if bad := stage.read_object("bad_batch.json", BAD_BATCH):
         values = ", ".join(f"{name} {bad['metrics'][name]}" for name in ("loss", "grad_norm") if name in bad["metrics"])
         uids = bad["uids"]
         shown = ", ".join(uids[:3]) + ", ..." * (len(uids) > 3)
-        later = " It was continued and got past that step." if steps_taken(stage) > bad["step"] + 1 else ""
+        later = " It was continued and passed that step." if steps_taken(stage) > bad["step"] + 1 else ""
         found.append(f"stopped at step {bad['step']} because of {values}, in a batch of {len(uids)}: {shown}.{later}")
     for resumed in stage.read_lines("resumes.jsonl", RESUMED):
         found.append(f"was interrupted, and continued after {resumed['step']:,} steps ({resumed['time']})")

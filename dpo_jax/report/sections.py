@@ -39,7 +39,7 @@ def evaluation(runs: Sequence[RunRecord]) -> Section | None:
                         cells[label].append(with_interval(report[who], name, form))
         pairs = ", ".join(of(run, runs, f"{report['pairs']:,} held-out pairs") for run, report in found)
         note = (
-            f"{pairs}. Brackets: 95 % interval (Wilson). ±: one standard error. A policy that is its reference has accuracy "
+            f"{pairs}. Brackets: 95 % interval (Wilson). ±: one standard error. A policy equal to its reference has accuracy "
             f"0.5. {KL_OF_SAMPLES} is per completion, from samples of the policy."
         )
         blocks.append(Table(columns, [[label, *row] for label, row in cells.items()], note=note))

@@ -15,7 +15,7 @@ def scored_weights(run: RunRecord, lying: Mapping[str, str]) -> tuple[list[str],
 
     `lying` are the digests of the run's model folders, by name ("dpo/export"); empty if they were not read.
     """
-    alarms, rows = [], [[f"{folder}, as it lies here", digest[:SHOWN], "-"] for folder, digest in lying.items()]
+    alarms, rows = [], [[f"{folder}, as it is now", digest[:SHOWN], "-"] for folder, digest in lying.items()]
     trained = {folder: digest for folder, digest in lying.items() if folder != START}
     for folder, digest in trained.items():
         if digest == lying.get(START):
@@ -45,9 +45,9 @@ def _alarms(
     found = []
     if trained and policy not in trained.values():
         found.append(
-            f"{stage}: the policy that was scored ({digest}) is not {' or '.join(trained)} as it lies here: it was trained or "
-            "exported anew since, or another policy was named. Evaluate again, or look for the one that was scored"
+            f"{stage}: the policy that was scored ({digest}) is not {' or '.join(trained)} as it is now: it was trained or "
+            "exported again since, or another policy was named. Evaluate again, or look for the one that was scored"
         )
     if START in lying and reference is not None and reference not in lying.values():
-        found.append(f"{stage}: the reference ({reference[:SHOWN]}) is not {START} as it lies here")
+        found.append(f"{stage}: the reference ({reference[:SHOWN]}) is not {START} as it is now")
     return found

@@ -203,7 +203,7 @@ class Checkpoints:
         try:
             leaves = read_record(self.directory / str(step))["leaves"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LookupError(f"{self.directory} has no step {step} that is whole: {error}") from error
+            raise LookupError(f"{self.directory} has no intact step {step}: {error}") from error
         return digest({name: leaf for name, leaf in leaves.items() if name.startswith("params.")})
 
     def latest_step(self) -> int | None:

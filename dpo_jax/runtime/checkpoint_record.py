@@ -77,7 +77,7 @@ def _sha256(leaf: Any) -> str:
 def check_target(record: Mapping[str, Any], wanted: Leaves, where: str) -> None:
     if record["format"] not in READ:
         raise StateMismatch(
-            f"{where} is in format {record['format']}, and this version reads {WHOLE} and {FORMAT}: continue it with the "
+            f"{where} is in format {record['format']}, but this version reads {WHOLE} and {FORMAT}: continue it with the "
             "version that wrote it, or choose another directory"
         )
     have = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in record["leaves"].items()}
@@ -87,4 +87,4 @@ def check_target(record: Mapping[str, Any], wanted: Leaves, where: str) -> None:
         lines = [f"  {name}: {have.get(name, 'absent')} there, {want.get(name, 'absent')} here" for name in differing[:5]]
         more = [f"  and {len(differing) - 5} more"] if len(differing) > 5 else []
         remedy = "Continue it with the settings it was saved with, or choose another directory."
-        raise StateMismatch("\n".join([f"{where} is of another model or optimizer:", *lines, *more, remedy]))
+        raise StateMismatch("\n".join([f"{where} belongs to a different model or optimizer:", *lines, *more, remedy]))

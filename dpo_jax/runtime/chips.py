@@ -92,7 +92,7 @@ def slice_of(topology: str) -> tuple[Chip, int]:
     name, _, shape = topology.partition(":")
     chip = CHIPS.get(name)
     if chip is None or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise TopologyError(f"{topology!r} is no slice of TPUs and no set of GPUs; there are {known_slices()}")
+        raise TopologyError(f"{topology!r} is neither a TPU slice nor a set of GPUs; there are {known_slices()}")
     sizes = [int(size) for size in shape.split("x")]
     if chip.gpu and (len(sizes) > 2 or not 1 <= sizes[-1] <= 8 or not all(sizes)):
         raise TopologyError(f"{topology!r}: {name} is 1 to 8 GPUs of a host, or HOSTSxGPUS: {', '.join(chip.slices)}")

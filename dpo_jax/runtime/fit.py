@@ -183,7 +183,7 @@ def _is_due(done: int, every: int) -> bool:
 
 def _stopped(number: int, done: int, *, saved: bool) -> Preempted:
     kind = Interrupted if number == signal.SIGINT else Preempted
-    where = "the state is saved" if saved else "nothing is saved, as no place was given"
+    where = "the state is saved" if saved else "nothing is saved, as no checkpoints were given"
     return kind(f"stopped by {signal.Signals(number).name} after {done} steps; {where}", step=done)
 
 

@@ -52,7 +52,7 @@ def make_mesh(
             else np.array(devices)
         )
     elif shape[0] % slices:
-        raise MeshError(f"mesh data {shape[0]}: must be a multiple of the {slices} slices, which only data goes across")
+        raise MeshError(f"mesh data {shape[0]}: must be a multiple of the {slices} slices; only data can span slices")
     else:
         grid = mesh_utils.create_hybrid_device_mesh(
             (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:])), devices
@@ -84,7 +84,9 @@ def host_part(mesh: Mesh) -> tuple[int, int]:
     mine = [part for part, row in enumerate(grid) if any(device.process_index == process for device in row)]
     size = len(mine)
     if not mine or mine != list(range(mine[0], mine[0] + size)) or mine[0] % size or len(grid) % size:
-        raise MeshError(f"the devices of host {process} hold the parts {mine} of {len(grid)}: give hosts neighbouring devices")
+        raise MeshError(
+            f"the devices of host {process} hold parts {mine} of {len(grid)}: a host's devices must be neighbours in the mesh"
+        )
     return mine[0] // size, len(grid) // size
 
 
@@ -97,7 +99,7 @@ def variable_shardings(variables: Any, axes: Any, mesh: Mesh, *, units: Units | 
     specs = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, PartitionSpec))
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     if len(specs) != len(leaves):
-        raise MeshError(f"the model names the axes of {len(specs)} parameters and has {len(leaves)}")
+        raise MeshError(f"the model names the axes of {len(specs)} parameters but has {len(leaves)}")
     if problem := without_experts({axis for spec in specs for axis in spec}, mesh.shape):
         raise MeshError(problem)
     return {
@@ -108,18 +110,18 @@ def variable_shardings(variables: Any, axes: Any, mesh: Mesh, *, units: Units | 
 
 def _spec(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh, units: Units) -> PartitionSpec:
     if len(axes) != len(shape):
-        raise MeshError(f"{name}: {len(axes)} axes {axes} are named, its shape is {shape}")
+        raise MeshError(f"{name}: {len(axes)} axes {axes} are named, but its shape is {shape}")
     taken: dict[str, str] = {}
     spec: list[str | None] = []
     for axis, length in zip(axes, shape, strict=True):
         if axis is not None and axis not in RULES:
-            raise MeshError(f"{name}: no rule says where its axis {axis!r} (length {length}) lies; RULES has {list(RULES)}")
+            raise MeshError(f"{name}: no rule places its axis {axis!r} (length {length}); RULES has {list(RULES)}")
         over = RULES[axis] if axis is not None else None
         spec.append(over)
         if axis is None or over is None:
             continue
         if over in taken:
-            raise MeshError(f"{name} {shape}: its axes {taken[over]!r} and {axis!r} would both lie along {over}")
+            raise MeshError(f"{name} {shape}: its axes {taken[over]!r} and {axis!r} would both be sharded over {over}")
         taken[over] = axis
         unit = units.get(axis, 1)
         if problem := uneven(axis, length, over=over, size=mesh.shape[over], unit=unit, devices=mesh.size):
@@ -147,7 +149,7 @@ def tree_shardings(tree: Any, variables: Mapping[tuple[str, ...], Any] | None, m
             return NamedSharding(mesh, spec)
         if math.prod(leaf.shape) <= FEW:
             return NamedSharding(mesh, PartitionSpec())
-        raise MeshError(f"{'.'.join(path)} {leaf.shape}: belongs to no parameter, so nothing says how it lies on the mesh")
+        raise MeshError(f"{'.'.join(path)} {leaf.shape}: belongs to no parameter, so its sharding is unknown")
 
     return jax.tree_util.tree_map_with_path(of, tree)
 

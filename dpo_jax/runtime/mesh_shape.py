@@ -33,7 +33,7 @@ def mesh_shape(
     asked = mesh_words(sizes)
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise MeshError(f"mesh {asked}: sizes are at least 1, and one of them may be -1 (what is left)")
+        raise MeshError(f"mesh {asked}: sizes are at least 1, and one of them may be -1 (the rest)")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free and devices % fixed == 0:
         sizes[free[0]] = devices // fixed
@@ -66,7 +66,7 @@ def uneven(axis: str, length: int, *, over: str, size: int, unit: int, devices: 
         return None
     nearest = next(smaller for smaller in range(size, 0, -1) if count % smaller == 0 and devices % smaller == 0)
     what = f"axis {axis!r} of {count}" + (f" x {unit}" if unit > 1 else "")
-    return f"{what} does not divide among {over} {size}; the nearest size that does is {nearest}"
+    return f"{what} cannot be split over {over} {size}; the nearest size that can is {nearest}"
 
 
 def check_lengths(lengths: Mapping[str, int], sizes: Mapping[str, int], *, units: Units) -> None:
@@ -82,4 +82,6 @@ def without_experts(axes: Container[str], sizes: Mapping[str, int]) -> str | Non
     """Message on a mesh with an expert axis for a model without experts; None if all is well."""
     if sizes["expert"] == 1 or "experts" in axes:
         return None
-    return f"expert {sizes['expert']} cuts the experts of a mixture, and this model has none: leave it 1, and take data or fsdp"
+    return (
+        f"expert {sizes['expert']} shards the experts of a mixture, but this model has none: leave it 1, and use data or fsdp"
+    )

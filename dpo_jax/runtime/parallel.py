@@ -274,7 +274,7 @@ def _check_rows(rows: Any, parts: int) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(rows):
         if leaf.shape[0] % parts:
             field = jax.tree_util.keystr(path, simple=True)
-            raise ValueError(f"rows.{field} has length {leaf.shape[0]}, which {parts} devices cannot share equally")
+            raise ValueError(f"rows.{field} has length {leaf.shape[0]}, which cannot be split equally over {parts} devices")
 
 
 def _first_shard(leaf: jax.Array) -> Any:

@@ -190,7 +190,7 @@ def _with_experts(found: Summary, rows: Rows, where: _Where) -> Summary:
 def _problem(peak: float, memory: float) -> str:
     """Why a program does not fit; "" if it does. The compiler for GPUs never runs out of memory itself."""
     if peak > memory:
-        return f"needs {peak / 1e9:.1f} GB and the device has {memory / 1e9:.1f} GB"
+        return f"needs {peak / 1e9:.1f} GB, but the device has {memory / 1e9:.1f} GB"
     return "" if peak <= HEADROOM * memory else f"less than {1 - HEADROOM:.0%} of the memory is free"
 
 

@@ -99,7 +99,7 @@ def _refuse_foreign(path: Path, writes: Sequence[str]) -> None:
     if any(step.name.isdigit() for step in (path / "checkpoints").glob("*/")):  # a copied run, to be continued
         return
     if foreign := [path / name for name in writes if os.path.lexists(path / name)]:
-        words = "is there already, in a folder that no run has made; move it away, or choose another folder"
+        words = "already exists in a folder that is not a run; move it away, or choose another folder"
         raise FileExistsError(errno.EEXIST, words, str(foreign[0]))
 
 

@@ -113,7 +113,7 @@ class Delivery:
         if not self._failed:
             words = " ".join(str(error).split())[:300]
             logger.warning(
-                "%s: %s%s; training goes on. metrics.jsonl has every row, and what is lacking there is brought when it works "
+                "%s: %s%s; training continues. metrics.jsonl has every row, and missing rows are sent when it works "
                 "again, or when the run continues",
                 self._name,
                 type(error).__name__,

@@ -40,7 +40,7 @@ def table_rows(columns: Sequence[Column]) -> list[list[str]]:
         row("  with the majority %", of_judge(name, _percent, "with_majority", "agree"))
     row("H-H agree %", lambda c: _percent(c["people"]["with_people"]["agree"]))
     row("  Cohen's kappa", lambda c: _number(c["people"]["with_people"]["kappa"]))
-    row("preferred what stood first %", lambda c: _percent(c["people"]["first"]))
+    row("preferred the first text %", lambda c: _percent(c["people"]["first"]))
     return rows
 
 

@@ -156,7 +156,7 @@ def deal(items: int, raters: int, *, twice: float, rng: np.random.Generator) -> 
     """
     doubled = round(twice * items)
     if doubled and raters < 2:
-        raise ValueError(f"{doubled} items are to be rated by two, and there is one rater")
+        raise ValueError(f"{doubled} items are to be rated by two, but there is one rater")
     lists: list[list[int]] = [[] for _ in range(raters)]
     shared = np.zeros((raters, raters), int)
     for place, item in enumerate(rng.permutation(items)):

@@ -121,7 +121,7 @@ def _list_of(assigned: Any, methods: Mapping[str, Any], field: str) -> dict[str,
         if not isinstance(pair, list) or len(pair) != 2 or type(pair[1]) is not int or pair[1] not in (0, 1):
             raise BadRow(Cause.BAD_LAYOUT, "pairs of an item and 0 or 1 are needed", field=field)
         if not isinstance(pair[0], str) or pair[0] not in methods or pair[0] in found:
-            raise BadRow(Cause.BAD_LAYOUT, "an item that is none of the key's, or stands there twice", field=field)
+            raise BadRow(Cause.BAD_LAYOUT, "an item that is not in the key, or is there twice", field=field)
         found[pair[0]] = pair[1]
     return found
 
@@ -157,7 +157,7 @@ def _rater_file(path: str | Path, key: Key) -> RaterFile:
         if content.get("kind") != KIND:
             raise BadRow(Cause.BAD_LAYOUT, f"not {KIND!r}: a rater's file is needed", field="kind")
         if text(content, "study") != key.study:
-            detail = f"of the study {content['study']}, and the key is of {key.study}; give its own key with --agree.key"
+            detail = f"of the study {content['study']}, but the key is of {key.study}; give its own key with --agree.key"
             raise BadRow(Cause.BAD_LAYOUT, detail, field="study")
         rater, session, saved = (text(content, name) for name in ("rater", "session", "saved"))
         if not rater.strip():
@@ -166,7 +166,7 @@ def _rater_file(path: str | Path, key: Key) -> RaterFile:
             raise BadRow(Cause.OUT_OF_RANGE, f"a name of {len(rater):,} characters", field="rater")
         chosen = number(content, "number")
         if chosen not in range(1, len(key.lists) + 1):
-            raise BadRow(Cause.OUT_OF_RANGE, f"{chosen:g} is none of the {len(key.lists)} lists", field="number")
+            raise BadRow(Cause.OUT_OF_RANGE, f"{chosen:g} is not one of the {len(key.lists)} lists", field="number")
         assigned, judgments = key.lists[int(chosen) - 1], {}
         for place, rating in enumerate(_typed(content, "ratings", list)):
             field = f"ratings[{place}]."

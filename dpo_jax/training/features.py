@@ -126,7 +126,9 @@ class FeatureCache(Mapping[str, np.ndarray]):
             names = sorted(name for name in {*found, *self.identity} if found.get(name) != self.identity.get(name))
             lines = [f"  {name}: cached with {found.get(name)!r}, now {self.identity.get(name)!r}" for name in names]
             raise ForeignCache(
-                f"{self.directory} holds image features of something else:\n" + "\n".join(lines) + "\nChoose another folder."
+                f"{self.directory} holds image features with a different origin:\n"
+                + "\n".join(lines)
+                + "\nChoose another folder."
             )
         if found is None:
             write_whole(path, (json.dumps(self.identity, indent=2, sort_keys=True) + "\n").encode())
@@ -187,10 +189,10 @@ def image_features(
     with reported("reading the features of images"):
         todo = cache.missing(list(by_digest))
     if cache.damaged:
-        say(f"{cache.directory}: {cache.damaged} features are damaged and computed again")
+        say(f"{cache.directory}: {cache.damaged} features are damaged: they are computed again")
     each, count = 4 * math.prod(cache.shape), len(by_digest)
     say(
-        f"{cache.directory}: features of {count - len(todo):,} of {count:,} images are there already; all take "
+        f"{cache.directory}: features of {count - len(todo):,} of {count:,} images are already cached; all take "
         f"{_bytes(each * count)}, {_bytes(each)} each, of which up to {_bytes(max(RECENT_BYTES, each))} stay in memory"
     )
     if not todo:

@@ -74,7 +74,7 @@ def check_length(saved: SavedRun | None, *, steps: int) -> None:
     """Raises `RunMismatch` if the run would be shorter than it already is."""
     if saved is not None and steps < saved.step:
         raise RunMismatch(
-            f"{saved.place} has taken {saved.step} steps, and is to have {steps}: a run can become longer, not shorter"
+            f"{saved.place} has taken {saved.step} steps, but {steps} are asked for: a run can be made longer, not shorter"
         )
 
 
@@ -89,7 +89,7 @@ def check_data(saved: SavedRun | None, digest: str, data: Mapping[str, Any]) -> 
     """Raises `RunMismatch` saying how the training data changed. `data`: a record of the sources of the token ids."""
     if saved is not None and saved.fingerprint.get("data") != digest:
         lines = data_changes(saved.data, data) if saved.data else []
-        words = lines or ["  the token ids differ, and nothing else that is recorded"]
+        words = lines or ["  the token ids differ, but nothing else that is recorded"]
         raise RunMismatch(_message(saved.place, "data", words))
 
 

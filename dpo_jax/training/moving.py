@@ -104,7 +104,7 @@ class MovingReference:
         """
         distinct, store = self._to_compute(step), self._open(step, weights)
         for what in store.damage if store is not None else ():
-            self._say(f"{self.folder}: {what}; what is lacking is computed again")
+            self._say(f"{self.folder}: {what}; missing entries are computed again")
         lacking = self._lacking(store, distinct)
         # Always the same batches, because the last bits of a sum may depend on the rest of the batch.
         batches = [range(first, min(first + self._batch, len(distinct))) for first in range(0, len(distinct), self._batch)]

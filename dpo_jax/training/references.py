@@ -63,7 +63,7 @@ def cached_reference_logps(
     >>> score().shape
     (2, 2)
     >>> again = score()
-    refs: 2 of 2 pairs are there already
+    refs: 2 of 2 pairs are already cached
     """
     if identity is None:
         identity = {"weights": weights_digest(partitioner.to_host(variables)), "model": repr(model.config)}
@@ -72,7 +72,7 @@ def cached_reference_logps(
     with reported("reading the reference cache"):
         store = ReferenceCache(cache, identity) if is_first() else None
     for what in store.damage if store is not None else ():
-        say(f"{cache}: {what}; what is lacking is computed again")
+        say(f"{cache}: {what}; missing entries are computed again")
     absent = np.zeros(len(pairs), np.uint8)
     if store is not None:
         absent[store.missing(pairs)] = 1
@@ -84,9 +84,9 @@ def cached_reference_logps(
     compiled = partitioner.compile_map(functools.partial(reference_logps, model, ld_alpha=ld_alpha))
     distinct = len({pair_key(pair) for pair in pairs})
     if len(todo) < distinct:
-        say(f"{cache}: {distinct - len(todo):,} of {distinct:,} pairs are there already")
+        say(f"{cache}: {distinct - len(todo):,} of {distinct:,} pairs are already cached")
     elif store is not None and len(store):
-        say(f"{cache}: has {len(store):,} pairs and none of these: {other_data}")
+        say(f"{cache}: has {len(store):,} pairs, but none of these: {other_data}")
     with reported("reference pass", total=len(todo), unit="pairs") as task:
 
         def progress(batch: Batch) -> None:

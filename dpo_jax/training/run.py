@@ -132,7 +132,7 @@ def train(
     meta = {"fingerprint": dict(fingerprint), "data": dict(data or {}), "versions": versions}
     if stopping is not None:
         if evaluate is None:
-            raise ValueError("stopping needs evaluate, which measures what it stops on")
+            raise ValueError("stopping needs evaluate, which measures the metric to stop on")
         meta["early_stopping"] = stopping.record
     if moving is not None:
         meta["reference"] = moving.record
@@ -317,7 +317,7 @@ def _at_its_reference(state: Any, done: int, moving: Moving, store: Checkpoints,
         complete = made == done or not moving.lacks(made, weights)
         found = None if complete else _read(store, state, partitioner, only=made)
     except LookupError as error:
-        raise CheckpointDamaged(f"what step {made} made is incomplete, and its weights are gone: {error}") from error
+        raise CheckpointDamaged(f"the output of step {made} is incomplete, and its weights are gone: {error}") from error
     if found is not None:
         state = _in_place_of(state, found[0], partitioner)
     moving.move(made, state.variables, weights, steps=store.steps())
@@ -355,7 +355,7 @@ def _read(store: Checkpoints, state: Any, partitioner: Partitioner, *, only: int
 def _say_what_changed(saved: SavedRun, meta: Mapping[str, Any], say: Callable[[str], None]) -> None:
     before, now = run_length(saved.fingerprint), run_length(meta["fingerprint"])
     if before != now:
-        say(f"the run is of {now} now; it was of {before}")
+        say(f"the length of the run is now {now}; it was {before}")
     if other_held_out(saved, meta["data"]):
         lines = "\n".join(data_changes(saved.data, meta["data"]))
         say(f"note: the held-out pairs changed; evaluations before and after cannot be compared\n{lines}")

@@ -45,7 +45,7 @@ class EarlyStopping:
     def observe(self, done: int, metrics: Mapping[str, Any]) -> Verdict:
         """Takes the evaluation after `done` steps. Raises ValueError if it lacks the metric."""
         if self.metric not in metrics:
-            raise ValueError(f"the evaluation has no {self.metric!r} to stop on, but {', '.join(metrics)}")
+            raise ValueError(f"the evaluation has no {self.metric!r} to stop on; it has {', '.join(metrics)}")
         value = float(metrics[self.metric])
         before = self.record.get("value")
         better = before is None or (value > before if self.higher else value < before)

@@ -47,7 +47,7 @@ def _overlap(report: Mapping[str, Any], train: str, test: str) -> Iterator[Note]
         words = f"{prompts:,} of {report['kept']:,} {test} pairs have a prompt that is also in {train}"
         same, swapped = found["pairs"]["pairs"], found["swapped"]["pairs"]
         words += f", {same:,} with the same answers" if same else ""
-        words += f", {swapped:,} with these swapped" if swapped else ""
+        words += f", {swapped:,} with the answers swapped" if swapped else ""
         yield _note("overlap", words, "held-out accuracy is partly memory; split by prompt (limit: --data.max-overlap)")
 
 
@@ -57,12 +57,12 @@ def _repeats(report: Mapping[str, Any], split: str) -> Iterator[Note]:
         yield _note(
             "contradictions",
             f"{count:,} of {report['kept']:,} {split} pairs repeat an earlier one with chosen and rejected swapped",
-            "keep the right one of each two, or allow for noise with --dpo.label-smoothing (limit: --data.max-contradictions)",
+            "keep the right pair of the two, or allow for noise with --dpo.label-smoothing (limit: --data.max-contradictions)",
         )
     if duplicates["share"] >= MANY_DUPLICATES:
         yield _note(
             "duplicates",
-            f"{duplicates['pairs']:,} of {report['kept']:,} {split} pairs repeat an earlier one, and weigh more for it",
+            f"{duplicates['pairs']:,} of {report['kept']:,} {split} pairs repeat an earlier one and count more than once",
             "keep each pair once (limit: --data.max-duplicates)",
         )
 
@@ -101,14 +101,14 @@ def _labels(config: Config, report: Mapping[str, Any]) -> Iterator[Note]:
     good, bad = (weight * labels[name] for weight, name in zip(weights, ("desirable", "undesirable"), strict=True))
     if not bad <= good <= 4 / 3 * bad:
         found = f"desirable completions weigh {good:,.6g} (weight times number) and undesirable ones {bad:,.6g}"
-        advice = "the paper of KTO wants 1 to 4/3 times as much: set --dpo.desirable-weight or --dpo.undesirable-weight"
+        advice = "the KTO paper recommends a ratio of 1 to 4/3: set --dpo.desirable-weight or --dpo.undesirable-weight"
         yield _note("labels", found, advice)
 
 
 def _size(report: Mapping[str, Any], test: str) -> Iterator[Note]:
     if report["kept"] < FEW_HELD_OUT:
         found = f"{report['kept']:,} {test} pairs are too few to tell policies apart by their accuracy"
-        yield _note("held-out size", found, "hold out some hundreds")
+        yield _note("held-out size", found, "hold out a few hundred")
 
 
 def _bos(report: Mapping[str, Any]) -> Iterator[Note]:
@@ -118,8 +118,8 @@ def _bos(report: Mapping[str, Any]) -> Iterator[Note]:
         yield _note("bos", found, "set --data.bos to always or never")
     elif not report["conversations"] and bos["tokenizer_adds_it"] != (bos["pairs"] > 0):
         own, here = ("begins", "do not") if bos["tokenizer_adds_it"] else ("does not begin", "do")
-        found = f"the tokenizer {own} a text with BOS, and prompts {here} (--data.bos {bos['option']})"
-        yield _note("bos", found, "whoever serves the policy must encode prompts the same way")
+        found = f"the tokenizer {own} a text with BOS, but prompts {here} (--data.bos {bos['option']})"
+        yield _note("bos", found, "the server of the policy must encode prompts the same way")
 
 
 def _template(config: Config, report: Mapping[str, Any]) -> Iterator[Note]:
@@ -132,14 +132,12 @@ def _template(config: Config, report: Mapping[str, Any]) -> Iterator[Note]:
         return
     if template["date"] is not None:
         found = f"the template writes a date, {template['date']!r}, into every prompt"
-        yield _note("date", found, "this run keeps it (--data.date sets another); a server will write the date of its day")
+        yield _note("date", found, "this run keeps it (--data.date sets another); a server will write its current date")
     if template["generation_prompt"] == "":
         found = "the template has no generation prompt"
-        yield _note(
-            "generation prompt", found, "completions begin with the assistant's header, and sampling must write it, too"
-        )
+        yield _note("generation prompt", found, "completions begin with the assistant's header, and sampling must generate it")
     if template["reasoning"] == "dropped":
         found = "the template drops <think>...</think> from completions"
-        yield _note("reasoning", found, "reasoning is not trained on; take a template that keeps it, if it should be")
+        yield _note("reasoning", found, "reasoning is not trained on; to train on it, use a template that keeps it")
     if template["earlier_turns"] == "dropped":
-        yield _note("earlier turns", "the template drops earlier turns", "the policy never sees them; take another template")
+        yield _note("earlier turns", "the template drops earlier turns", "the policy never sees them; use another template")

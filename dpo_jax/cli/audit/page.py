@@ -163,7 +163,7 @@ def _template(report: Mapping[str, Any]) -> Iterator[str]:
 def _example(example: Mapping[str, Any]) -> Iterator[str]:
     """Prompt, chosen and rejected as tokens. Tokens that the loss counts are in brackets."""
     label = "" if "desirable" not in example else f", {'' if example['desirable'] else 'un'}desirable"
-    yield _cut(one_line(f"  {example['uid']}{label}, tokens parted by {SEPARATOR}, scored ones in [ ]"))
+    yield _cut(one_line(f"  {example['uid']}{label}, tokens separated by {SEPARATOR}, scored ones in [ ]"))
     for name in (name for name, part in example.items() if isinstance(part, Mapping)):
         strings = marked(example[name]["tokens"], example[name]["scored"], EXAMPLE.get(name, 120))
         for number, line in enumerate(rows_of(strings, WIDTH - 13)):

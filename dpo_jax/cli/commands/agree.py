@@ -107,6 +107,6 @@ def _notes(raters: list[RaterFile], judgments: list[Judgment], judges: Mapping[s
         undecided = sum(winner is None for item, winner in verdicts.winners.items() if item in items)
         unjudged = len(items - set(verdicts.winners))
         others = verdicts.foreign + verdicts.repeated + len(set(verdicts.winners) - items)
-        left = f"{others} of its verdicts are on other pairs, or the same again" if others else "all of its verdicts are used"
+        left = f"{others} of its verdicts are for other pairs or duplicates" if others else "all of its verdicts are used"
         notes.append(f"{name}: {undecided} of {len(items)} items undecided, {unjudged} not judged; {left}")
     return notes

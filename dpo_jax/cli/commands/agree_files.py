@@ -20,7 +20,7 @@ def rating_files(config: Config) -> tuple[list[Path], list[Path]]:
     if odd := [str(file) for file in files if file.exists() and not file.is_file()]:
         raise ConfigError(f"agree.ratings: {', '.join(odd)}: not a file")
     if not files:
-        raise ConfigError(f"agree.ratings: {given[0]} is empty; put there what raters saved, or name it with --agree.ratings")
+        raise ConfigError(f"agree.ratings: {given[0]} is empty; put the raters' files there, or name them with --agree.ratings")
     return kinds[0], kinds[1]
 
 
@@ -30,7 +30,7 @@ def key_file(config: Config, *, needed: bool) -> Path | None:
     if path.exists():
         return path
     if needed or config.agree.key:
-        raise ConfigError(f"agree.key: {path} does not exist; it is the file that dpo-jax study wrote beside the page")
+        raise ConfigError(f"agree.key: {path} does not exist; it is the file that dpo-jax study wrote next to the page")
     return None
 
 

@@ -47,8 +47,8 @@ from dpo_jax.types import Model
 from dpo_jax.writing import empty_folder
 
 HOW_TO_READ = """\
-How to read it. The first table adds up what the operations of the compiled step took, by part of the model: `forward`,
-`backward`, `recomputed` (what remat does again), `update` (optimizer). The second one has single operations and where they
+How to read it. The first table sums the time of the operations of the compiled step, by part of the model: `forward`,
+`backward`, `recomputed` (remat), `update` (optimizer). The second one has single operations and where they
 come from; a fusion is named after its last one. The whole picture: open perfetto_trace.json.gz (below plugins/profile/) at
 https://ui.perfetto.dev, or the folder in XProf or TensorBoard. There a gap on the device's line is time spent waiting for the
 host, and the first step in the trace may still fill caches."""
@@ -149,8 +149,8 @@ def _check_scored(pairs: list[Encoded]) -> None:
     partly = [pair.uid for pair in pairs if any(scored is not None and not scored.all() for _, scored in pair.sides)]
     if partly:
         raise ConfigError(
-            f"data.path: {partly[0]} and {len(partly) - 1} other pairs of the race have turns in their completions that are "
-            "not scored, and PyTorch contenders score whole completions: give rows whose completions are one turn each"
+            f"data.path: {partly[0]} and {len(partly) - 1} other pairs of the benchmark have unscored turns in their "
+            "completions, but PyTorch contenders score whole completions: use rows whose completions have one turn"
         )
 
 
@@ -176,7 +176,7 @@ def _model_for_random(config: Config, *, option: str, longest: int) -> Model:
     if longest > decoder.max_positions:
         asked = getattr(config.bench, option.removeprefix("bench."))
         raise ConfigError(
-            f"{option}: {asked} makes rows of {longest} tokens, and the model reads {decoder.max_positions}; raise "
+            f"{option}: {asked} makes rows of {longest} tokens, but the model has {decoder.max_positions} positions; raise "
             "model.max_positions"
         )
     return make_model(decoder, dtype=build.PRECISIONS[config.run.precision], remat=config.model.remat)

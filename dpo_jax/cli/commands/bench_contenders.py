@@ -28,7 +28,7 @@ def contenders(config: Config) -> list[str]:
         ("bench.torch_microbatches", config.bench.torch_microbatches),
     ):
         if config.dpo.batch % parts:
-            raise ConfigError(f"{option}: {parts} equal parts do not make up a batch of {config.dpo.batch} pairs (dpo.batch)")
+            raise ConfigError(f"{option}: dpo.batch, {config.dpo.batch} pairs, cannot be split into {parts} equal parts")
     return names
 
 
@@ -57,5 +57,5 @@ def torch_python(config: Config) -> str:
     """The Python interpreter of the PyTorch contenders."""
     python = config.bench.torch_python
     if python is not None and shutil.which(python) is None:
-        raise ConfigError(f"bench.torch_python: {python} is no program that can be run")
+        raise ConfigError(f"bench.torch_python: {python} cannot be run as a program")
     return python or sys.executable

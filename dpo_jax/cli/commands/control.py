@@ -118,7 +118,5 @@ def _partitioner(config: Config) -> Partitioner:
     partitioner = pmap_partitioner() if mesh is None else mesh_partitioner(mesh)
     for name in ("batch", "transitions"):
         if getattr(config.control, name) % partitioner.row_shards:
-            raise ConfigError(
-                f"control.{name}: does not divide among {partitioner.row_shards} devices; take a multiple of that"
-            )
+            raise ConfigError(f"control.{name}: cannot be split over {partitioner.row_shards} devices; use a multiple of that")
     return partitioner

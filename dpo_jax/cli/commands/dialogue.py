@@ -157,7 +157,7 @@ class _Experiment:
             groups = labelled.groups
             self._keep(labelled.pairs, seed)
         if not groups:
-            raise ConfigError("dialogue.starts: no two conversations of a start differ; raise it, or dialogue.completions")
+            raise ConfigError("dialogue.starts: no start has two different conversations; raise it, or dialogue.completions")
         sizes = {"batch": self.config.dpo.batch, "microbatches": self.config.dpo.microbatches}
         if seed != first:
             data = in_layout(self.world, self._pairs(kind, first), groups)

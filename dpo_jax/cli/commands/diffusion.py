@@ -224,7 +224,7 @@ def gaussian(config: Config, folder: Path) -> list[Grid]:
             {"reward": name, "what": what, "mean": n.mean, "variance": n.std**2, **_apart(n, aim, schedule)} for what, n in rows
         ]
     report.write(folder, found, tuple(found[0]))
-    note = f"the last column is of samples by DDPM in {schedule.steps} steps, whose distribution is known as well"
+    note = f"the last column: samples of DDPM in {schedule.steps} steps, whose distribution is known as well"
     tables = [
         Grid(
             f"reward of {name}",

@@ -51,7 +51,7 @@ def run(config: Config) -> int:
         tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
         rows = loss_table.rows_of(config.dpo.loss)
         if config.eval.rewards and rows != "pairs":
-            raise ConfigError(f"eval.rewards: judges pairs, and loss {config.dpo.loss} reads {rows}; leave out dpo.loss")
+            raise ConfigError(f"eval.rewards: judges pairs, but loss {config.dpo.loss} reads {rows}; leave out dpo.loss")
         preferences = splits.load_split(config, "test", tokenizer, rows=rows, images=True)
         vision = _vision(config, preferences, tokenizer)
         images = vision is not None
@@ -59,7 +59,7 @@ def run(config: Config) -> int:
         judged = build.policy_model(config, config.eval_policy(), tokenizer, name="eval.policy", images=images)
         if architecture(judged) != architecture(model):
             raise ConfigError(
-                f"eval.reference: {config.dpo_reference()} is another model than the policy, not only other weights"
+                f"eval.reference: {config.dpo_reference()} is a different model from the policy, not just other weights"
             )
         partitioner = build.make_partitioner(config, model)
         held_out = encode_shown(config, preferences, tokenizer, vision)
@@ -213,7 +213,7 @@ def _note_other_reference(config: Config, digest: str) -> None:
     trained = found[1]["fingerprint"].get("reference", digest) if found else digest
     if trained != digest:
         print(
-            f"note: the policy was trained against another reference ({trained[:12]}…) than this one ({digest[:12]}…): "
+            f"note: the policy was trained against a different reference ({trained[:12]}…) than this one ({digest[:12]}…): "
             "accuracy, margin and KL are not those of its training",
             flush=True,
         )

@@ -117,7 +117,7 @@ def _whole(part: Trained, state: TrainState, start: str | None, meta: Mapping[st
     assert start is not None  # a new model that is only partly trained is refused
     base = assemble(variable_shapes(part.base), read_weights(start, part.base, digest=digest), put=np.asarray)
     if digest.hexdigest() != (known := meta["fingerprint"]["start"]):
-        raise ConfigError(f"{start} holds other weights than training began with ({digest.hexdigest()[:12]}, not {known[:12]})")
+        raise ConfigError(f"{start} is not the model that training began with ({digest.hexdigest()[:12]}, not {known[:12]})")
     return part.whole({**split(base, part.chosen), **state.params})
 
 
@@ -250,8 +250,8 @@ def _write_beside(folder: Path, tokenizer: Any, card: str | None) -> None:
         if ends and token not in {None, *ends}:
             name = tokenizer.convert_ids_to_tokens(token)
             print(
-                f"note: generation_config.json stops at {ends}, and not at {name!r} ({token}), with which {why}: "
-                "whoever serves the model must add it",
+                f"note: generation_config.json stops at {ends}, but not at {name!r} ({token}), although {why} with it: "
+                "the server of the model must add it",
                 flush=True,
             )
     if card is not None:

@@ -283,8 +283,8 @@ def ppo_method(config: Config, world: World) -> PpoMethod:
     )
     if (options.batch // options.minibatches) % parts:
         raise ConfigError(
-            f"frontier.ppo_batch: {options.batch} completions in {options.minibatches} minibatches do not divide among "
-            f"{world.partitioner.row_shards} devices x {options.microbatches} microbatches; take a multiple of "
+            f"frontier.ppo_batch: {options.batch} completions in {options.minibatches} minibatches cannot be split over "
+            f"{world.partitioner.row_shards} devices x {options.microbatches} microbatches; use a multiple of "
             f"{options.minibatches * parts}"
         )
     steps = options.iterations * options.epochs * options.minibatches

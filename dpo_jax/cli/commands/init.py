@@ -11,14 +11,14 @@ USAGE = """\
 usage: dpo-jax init [FILE.yaml]
 
 Writes a configuration for preference data and a model of your own, with comments, to FILE.yaml (default: dpo.yaml), and says
-what comes next. A file that is there is not overwritten."""
+what comes next. An existing file is not overwritten."""
 
 TEMPLATE = """\
 # DPO on your own preference pairs. Change what is marked with <--. Every option is explained by: dpo-jax dpo --help
 
 run:
   dir: runs/mine # <-- a folder for each experiment; everything is written there, and continued from there
-  devices: single # one device. All of them: pmap (each holds the whole model) or mesh (parameters are cut; see section mesh)
+  devices: single # one device. All of them: pmap (each holds the whole model) or mesh (parameters sharded; see section mesh)
   precision: float32 # bfloat16 on an accelerator
   save_every_minutes: 15
 
@@ -34,7 +34,7 @@ data:
 
 model:
   path: Qwen/Qwen3-0.6B # <-- a Hugging Face folder, or a Hub id
-  remat: full # less memory, a third more time; none where it fits
+  remat: full # less memory, a third more time; none if the model fits
 
 sft: # first: learn to answer like the chosen completions
   batch: 64
@@ -42,10 +42,10 @@ sft: # first: learn to answer like the chosen completions
   lr: 1.0e-5
   optimizer: adamw
   warmup_steps: 10
-  microbatches: 16 # the batch in so many parts, to save memory; the result is the same
+  microbatches: 16 # parts the batch is processed in, to save memory; the result is the same
 
-dpo: # then: prefer them
-  # policy: model # starts from model.path: for a model that is tuned already, without sft
+dpo: # then: learn the preferences
+  # policy: model # starts from model.path, without sft: for a model that is already fine-tuned
   beta: 0.1 # KL penalty: smaller goes further from the start
   batch: 64
   epochs: 1
@@ -68,10 +68,10 @@ def main(args: list[str], *, prog: str) -> int:
         with writing(path, "x") as file:
             file.write(TEMPLATE)
     except FileExistsError:
-        raise ConfigError(f"{path} is there already, and is left as it is; give another name: {prog} FILE.yaml") from None
+        raise ConfigError(f"{path} already exists and is left as it is; give another name: {prog} FILE.yaml") from None
     print(f"{path} is written. Change what is marked with <--, then:\n")
     for command, what in (
-        (f"dpo-jax dpo {path} --check-after=sft", "could it run, once sft has?"),
+        (f"dpo-jax dpo {path} --check-after=sft", "could it run after sft?"),
         (f"dpo-jax audit {path}", "is the data fit for training?"),
         (f"dpo-jax sft {path}", "the starting policy"),
         (f"dpo-jax dpo {path}", ""),

@@ -98,7 +98,7 @@ def _probes(config: Config, pairs: list[Pair], outcomes: list[Outcome]) -> list[
     """The first pairs that the policy lost, with injections. One series is enough, because it is the judge that is tested."""
     lost = [pair for pair, outcome in zip(pairs, outcomes, strict=True) if outcome == "lost"]
     if config.judge.injections and not lost:
-        print("injections: the policy lost no pair, so there is no text to put them behind")
+        print("injections: the policy lost no pair, so there is no text to append them to")
     return probes(lost[: config.judge.injections], prompt=_prompt(config))
 
 
@@ -118,10 +118,10 @@ def api_key(config: Config) -> str | None:
     section = config.judge
     if key := os.environ.get(section.key_env, "").strip():
         if not re.fullmatch(r"[!-~]+", key):
-            raise ConfigError(f"judge.key_env: the variable {section.key_env} holds characters that no key can have")
+            raise ConfigError(f"judge.key_env: the variable {section.key_env} contains characters that no key can have")
         return key
     if section.base_url == type(section).base_url:
-        raise ConfigError(f"judge.key_env: {section.base_url} wants a key, and the variable {section.key_env} is empty")
+        raise ConfigError(f"judge.key_env: {section.base_url} needs a key, but the variable {section.key_env} is empty")
     return None
 
 
@@ -154,12 +154,12 @@ def outcome_in(questions: list[Question], log: VerdictLog) -> Outcome:
 def _announce(paired: Paired, questions: list[Question], log: VerdictLog) -> None:
     distinct = {question.key for question in questions}
     known = len(distinct & set(log.verdicts))
-    print(f"{len(paired.pairs):,} pairs, {len(distinct):,} questions; {known:,} have an answer already")
+    print(f"{len(paired.pairs):,} pairs, {len(distinct):,} questions; {known:,} already have an answer")
     if log.interrupted:
-        print(f"{log.interrupted} were on their way when the command last ended: they are asked again, and count as paid")
+        print(f"{log.interrupted} were in flight when the command last ended: they are asked again and counted as paid")
     if log.damaged:
         first = ", ".join(str(line.place) for line in log.damaged[:10]) + ", ..." * (len(log.damaged) > 10)
-        print(f"{log.path}: not used, and copied to {log.set_aside.name}: line {first}; what it answered is asked again")
+        print(f"{log.path}: not used, and copied to {log.set_aside.name}: line {first}; its questions are asked again")
     if log.lost:
         print(f"{log.path}: {log.lost:,} lines are damaged or missing; each counts as a request of the largest size")
     for name, books in (*paired.policies.items(), ("the baseline", paired.baseline)):
@@ -279,11 +279,11 @@ def _tell(points: list[WinRate], report: dict[str, Any], spent: str, folder: Pat
     if report["failures"]:
         print(f"answers without a verdict: {failures_of(report['failures'])}")
     if undecided := report["outcomes"]["unanswered"]:
-        print(f"{undecided:,} pairs have no verdict yet, and count in no rate")
+        print(f"{undecided:,} pairs have no verdict yet and count in no rate")
     if report["first_preferred"]:
         print(f"the judge preferred the text it was shown first in {report['first_preferred']['value']:.1%} of its answers")
     if report["injections"]:
-        print("words to the judge, put behind texts that had lost, and what became of these:")
+        print("instructions to the judge, appended to texts that had lost, and the results:")
         _print_table([tuple(report["injections"][0]), *(tuple(map(str, row.values())) for row in report["injections"])])
     if len(report["models"]) > 1:
         print(f"the endpoint answered as more than one model: {', '.join(report['models'])}")

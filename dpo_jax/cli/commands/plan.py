@@ -32,7 +32,7 @@ def run(config: Config) -> int:
         f"{topology}: {chips} {'chip' if chips == 1 else 'chips'} of {chip.hbm_bytes / 1e9:.0f} GB; model: {source}", flush=True
     )
     if config.run.devices != "mesh" and chips * chip.cores > 1:
-        print(f"run.devices is {config.run.devices}; planned is mesh, which cuts parameters among devices")
+        print(f"run.devices is {config.run.devices}; the plan is for mesh, which shards parameters over devices")
     plans = sweep(config, topology) if config.plan.sweep else [plan(config, topology, refs=True)]
     if config.plan.sweep:
         print_ranking(plans)
@@ -55,4 +55,4 @@ def _refuse_foreign(out: Path) -> None:
     with contextlib.suppress(Unreadable):
         if "plans" in read_object(out):
             return
-    raise ConfigError(f"plan.json: {out} is there already, and holds no plans of dpo-jax: move it away, or name another file")
+    raise ConfigError(f"plan.json: {out} already exists and holds no plans of dpo-jax: move it away, or name another file")

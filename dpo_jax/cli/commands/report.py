@@ -218,7 +218,7 @@ def _configuration(runs: Sequence[RunRecord]) -> Section | None:
             if value != stages[base][option] and option.partition(".")[0] not in OWN
         ]
         if rows:
-            title = of(run, runs, f"Stages with other options than {base}")
+            title = of(run, runs, f"Stages with different options from {base}")
             blocks.append(Table(["option", "stage", "its value", f"in {base}"], rows, caption=title))
     if not bases:
         return None

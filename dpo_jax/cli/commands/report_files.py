@@ -44,7 +44,7 @@ def earlier_images(out: Path) -> set[str]:
 
 def _foreign(out: Path, name: str) -> str:
     return (
-        f"report.out: {shown_path(out)} holds {name}, which no report has written there: choose another --report.out, or move "
+        f"report.out: {shown_path(out)} holds {name}, which was not written by a report: choose another --report.out, or move "
         "it away"
     )
 

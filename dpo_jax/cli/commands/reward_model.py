@@ -35,7 +35,7 @@ def run(config: Config) -> int:
         )
         check_repeats(config, pairs, test)
         start, digests = part.load(path, partitioner, name="dpo.policy")
-        print(f"{len(pairs):,} pairs to learn and choose from, {len(test):,} to judge the choice", flush=True)
+        print(f"{len(pairs):,} pairs for training and model selection, {len(test):,} for the final test", flush=True)
         judge = RewardModel(partitioner, part.model)
         with identity.refusing_mismatch():
             variables, validation = fit_reward_model(

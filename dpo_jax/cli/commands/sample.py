@@ -67,11 +67,11 @@ def run(config: Config) -> int:
     if cut := sum(len(x) > config.data.max_prompt_length for x in whole):
         kept = "first" if cue else "last"
         limit = f"their {kept} {config.data.max_prompt_length - len(cue_ids)} tokens (data.max_prompt_length)"
-        print(f"{cut:,} of {len(texts):,} prompts are longer than the policy was shown: {limit}", file=sys.stderr)
+        print(f"{cut:,} of {len(texts):,} prompts are too long, and the policy was shown only {limit}", file=sys.stderr)
     if unfinished:
         total = len(texts) * most * len(temperatures)
-        limits = "by sample.max_new_tokens, or where the model has no more positions"
-        print(f"{unfinished:,} of {total:,} completions were stopped before their end, {limits}", file=sys.stderr)
+        limits = "by sample.max_new_tokens or at the model's last position"
+        print(f"{unfinished:,} of {total:,} completions were cut off, {limits}", file=sys.stderr)
     if section.out:
         Path(section.out).parent.mkdir(parents=True, exist_ok=True)
         write_text(section.out, "".join(json_text(line) + "\n" for line in lines))

@@ -87,7 +87,7 @@ def _targets(config: Config, tokenizer: Any) -> TrainingData:
     limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "truncation", "bos")}
     kept = [splits.only_kept(split, encoded) for split, encoded in zip(sets, pairs, strict=True)]
     images = None if vision is None else vision.tokens
-    with reported("encoding the texts to learn"):
+    with reported("encoding the training texts"):
         (texts, uids), (held_out, _) = (
             encode_targets(split, tokenizer, **limits, score_prompt=config.sft.scored == "all", images=images) for split in kept
         )

@@ -50,7 +50,7 @@ def run(config: Config) -> int:
         many = f"{len(lists)} lists of {sizes}; give each person a number from 1 to {len(lists)}" if len(lists) > 1 else sizes
         print(f"\nstudy {study.key['study']}: {many}")
         print(f"give raters     {page}")
-        print(f"keep from them  {key}")
+        print(f"hide from them  {key}")
         print(f"put what they save into {run_dir.path / 'ratings'}, then: dpo-jax agree")
     return 0
 
@@ -62,7 +62,7 @@ def _comparisons(config: Config) -> tuple[list[Comparison], DataReport]:
     comparisons = join(a, b, report=report)
     if section.items is not None:
         if section.items > len(comparisons):
-            raise ConfigError(f"study.items: {section.items} comparisons are wanted, and there are {len(comparisons)}")
+            raise ConfigError(f"study.items: {section.items} comparisons are wanted, but there are {len(comparisons)}")
         comparisons = draw(comparisons, section.items, seed=config.run.seed, report=report)
     if section.raters > len(comparisons):
         raise ConfigError(f"study.raters: {section.raters} lists cannot be made of {len(comparisons)} comparisons")

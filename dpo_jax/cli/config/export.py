@@ -36,4 +36,4 @@ class ExportConfig:
         if self.push is not None and not re.fullmatch(r"\w[\w.-]{0,95}/[\w.-]{1,96}", self.push):
             yield "push", f"must be a repository of the Hub, organization/name, got {self.push!r}"
         if self.public and self.push is None:
-            yield "public", "says how a pushed repository is made, and nothing is pushed: set export.push, or leave it out"
+            yield "public", "is for a pushed repository, but nothing is pushed: set export.push, or leave it out"

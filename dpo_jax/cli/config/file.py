@@ -28,7 +28,7 @@ LARGEST = 2**18
 """Maximum size of a configuration, in bytes: PyYAML takes a second for each 100 kB."""
 BRACKETS = 1000
 SHOWN = 100  # characters of a wrong value
-_DEEP = "nested too deeply; a configuration has sections and options, and nothing below"
+_DEEP = "nested too deeply; a configuration has only sections and options"
 _SCALAR = "tag:yaml.org,2002:"
 _WORDS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
 
@@ -60,7 +60,7 @@ def read(
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
     if len(content) > LARGEST:
-        raise ConfigError(f"{path}: more than {LARGEST:,} bytes; a configuration has some hundred lines")
+        raise ConfigError(f"{path}: more than {LARGEST:,} bytes; a configuration has a few hundred lines")
     reader = _Reader(str(path), instead)
     node = _compose(content, str(path))
     return (reader.record(node, cls, "") if node else cls()), reader.lines

@@ -80,7 +80,7 @@ class JudgeConfig:
             if value is not None and value < 0:
                 yield field, f"must not be negative, got {value}"
         if self.max_cost is not None and not self.price_in + self.price_out:
-            yield "max_cost", "needs judge.price_in and judge.price_out: what a million tokens cost"
+            yield "max_cost", "needs judge.price_in and judge.price_out: the cost of a million tokens"
         # Neither message shows the value: it may be the key, by a slip of the hand.
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
             yield "key_env", "must be the NAME of an environment variable; the key itself belongs in that variable"

@@ -74,7 +74,7 @@ def _not_text(option: str, value: str) -> str | None:
     if bad is None:
         return None
     kind = "a NUL" if bad[0] == "\0" else "a byte that is not UTF-8" if _BYTES.match(bad[0]) else "half a surrogate pair"
-    return f"the text holds {kind}, which no {'path' if option in _FILES else 'name'} can; write it in whole characters"
+    return f"the text holds {kind}, which no {'path' if option in _FILES else 'name'} can; write it in valid UTF-8"
 
 
 def problems(config: Config) -> list[Problem]:
@@ -85,7 +85,7 @@ def problems(config: Config) -> list[Problem]:
             if isinstance(value, str) and (message := _not_text(f"{name}.{field}", value)):
                 found.append((f"{name}.{field}", message))
             if isinstance(value, str) and _HOME.match(value) and os.path.expanduser(value) == value:
-                found.append((f"{name}.{field}", f"{value}: no such home folder is known here; write the whole path"))
+                found.append((f"{name}.{field}", f"{value}: unknown home folder; write the whole path"))
         numbers = [field for field in types_of(type(section)) if isinstance(getattr(section, field), float)]
         for number, entry in enumerate(config.data.mix if name == "data" else (), 1):
             texts = [value for value in vars(entry).values() if isinstance(value, str)]
@@ -97,13 +97,13 @@ def problems(config: Config) -> list[Problem]:
         found.append(("run.devices", f"loss {config.dpo.loss} {why}: use single or mesh"))
     for name in ("sft", "dpo"):
         if config.lora.rank is not None and getattr(config, name).trainable is not None:
-            found.append((f"{name}.trainable", "an adapter is trained (lora.rank) and no other weights; leave one of them out"))
+            found.append((f"{name}.trainable", "with lora.rank only the adapter is trained; leave one of them out"))
         if getattr(config, name).param_dtype != "float32" and (config.lora.rank or getattr(config, name).trainable):
             what = "applies only if all weights are trained: leave it out (lora.base_dtype is the type of a frozen base)"
             found.append((f"{name}.param_dtype", what))
         if getattr(config, name).patience and not config.run.eval_every_examples:
             found.append(
-                (f"{name}.patience", "counts evaluations, and the only one is at the end: set run.eval_every_examples")
+                (f"{name}.patience", "counts evaluations, but the only one is at the end: set run.eval_every_examples")
             )
     positions, longest = config.model.max_positions, config.data.max_length
     if positions and longest > positions:

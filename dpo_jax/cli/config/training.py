@@ -94,7 +94,7 @@ class TrainingConfig(OptimizerConfig):
             nearest = min(divisors(self.batch), key=lambda size: abs(size - self.microbatches))
             yield (
                 "microbatches",
-                f"must divide batch: {self.batch} do not split into {self.microbatches} equal parts; the nearest is {nearest}",
+                f"must divide batch ({self.batch}), got {self.microbatches}; the nearest is {nearest}",
             )
 
     def _options(self) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def _lengths(config: Config) -> tuple[int, int]:
     completion = config.plan.completion or config.data.max_length - prompt
     if completion < 1 or prompt + completion > config.data.max_length:
         raise ConfigError(
-            f"plan.prompt: {prompt} and {completion} tokens of a completion do not fit data.max_length {config.data.max_length}"
+            f"plan.prompt: {prompt} tokens and a completion of {completion} do not fit data.max_length {config.data.max_length}"
         )
     sides, row = 1 if loss_table.rows_of(config.dpo.loss) == "unpaired" else 2, config.data.row_length
     if config.data.layout != "plain" and row is not None and (needed := prompt + sides * completion) > row:
@@ -131,9 +131,7 @@ def _work(config: Config, flops: PairFlops, *, batch: int, parts: int, microbatc
     prompt, completion = (np.zeros(length, np.int32) for length in _lengths(config))
     kind = loss_table.rows_of(config.dpo.loss)
     if kind == "rankings":
-        raise ConfigError(
-            f"dpo.loss: plan counts two completions an example, and those of {config.dpo.loss} have more; take dpo"
-        )
+        raise ConfigError(f"dpo.loss: plan counts two completions an example, but {config.dpo.loss} has more; use dpo")
     label = True if kind == "unpaired" else None
     pairs = [Encoded(prompt, completion, completion, uid=str(number), desirable=label) for number in range(batch)]
     layout = build.pair_layout(config, pairs, batch=batch, parts=parts)

@@ -40,10 +40,10 @@ def _program_lines(one: Plan, chip: Chip) -> dict[str, str]:
     lines = {"computed": f"{step.matmul_flops:.3e} a device and step in matrix products, padding and repetition included"}
     for kind, found in step.collectives.items():
         count, held, sent = found["count"], found["operand_bytes"] / 1e9, found["moved_bytes"] / 1e9
-        across = f", {found['crossing_bytes'] / 1e9:.2f} GB of it in groups across hosts" if found["crossing_bytes"] else ""
-        lines[kind] = f"{count:,.0f} a step of {held:.2f} GB in all, {sent:.2f} GB sent by a device{across}"
+        across = f", {found['crossing_bytes'] / 1e9:.2f} GB of it between hosts" if found["crossing_bytes"] else ""
+        lines[kind] = f"{count:,.0f} a step of {held:.2f} GB in all, {sent:.2f} GB sent per device{across}"
     if step.unknown_loops:
-        lines["loops"] = f"{step.unknown_loops} say nowhere how often they run; what is in them counts once"
+        lines["loops"] = f"{step.unknown_loops} of unknown length; their contents are counted once"
     whole = f": MORE THAN {step.head_chunk:,} AT ONCE" if step.logits_tokens > step.head_chunk else ""
     lines["logits"] = (
         f"largest buffer {step.logits_tokens:,} tokens x vocabulary; a device scores {step.scored_tokens:,} at a time{whole}"
@@ -54,7 +54,7 @@ def _program_lines(one: Plan, chip: Chip) -> dict[str, str]:
     )
     lines["seconds"] = f"compute {seconds['compute']:.3f}, memory {seconds['memory']:.3f}, links {seconds['links']:.3f} at peak"
     lines["predicted"] = (
-        f"{low:.3g} to {high:.3g} pairs/s, MFU {mfu_low:.0%} to {mfu_high:.0%}, if these three overlap not at all, or fully; "
+        f"{low:.3g} to {high:.3g} pairs/s, MFU {mfu_low:.0%} to {mfu_high:.0%}, without or with full overlap of these three; "
         "not measured"
     )
     lines["compiled in"] = f"{step.compile_seconds:.0f} s"

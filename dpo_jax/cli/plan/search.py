@@ -42,7 +42,7 @@ def _tried(config: Config, topology: str) -> Plan | None:
 
 def nearest(config: Config, topology: str) -> list[Plan]:
     """Plans tried, up to the first that fits: more remat, then smaller microbatches, then more shards of the parameters."""
-    print("it does not fit; trying what is near:", flush=True)
+    print("it does not fit; trying nearby settings:", flush=True)
     tried: list[Plan] = []
     for candidate in itertools.islice(_nearby(config, slice_of(topology)), TRIES):
         one = _tried(candidate, topology)
@@ -51,7 +51,7 @@ def nearest(config: Config, topology: str) -> list[Plan]:
             print("fits:", *(f"--mesh.{axis} {size}" for axis, size in one.mesh.items()), end=" ")
             print(f"--model.remat {one.remat} --dpo.microbatches {one.microbatches}")
             return tried
-    print(f"none of {len(tried)} fits: take more chips, or chips with more memory")
+    print(f"none of {len(tried)} fits: use more chips, or chips with more memory")
     return tried
 
 
@@ -97,7 +97,7 @@ def sweep(config: Config, topology: str) -> list[Plan]:
                 plans += [one] if one else []
     if not plans:
         raise ConfigError(
-            f"dpo.batch: {config.dpo.batch} divides among no mesh of {devices} devices; use a multiple of {devices}"
+            f"dpo.batch: {config.dpo.batch} cannot be split over any mesh of {devices} devices; use a multiple of {devices}"
         )
     return sorted(plans, key=lambda one: (not one.step.fits, one.step.slowest, one.step.peak_bytes))
 
@@ -128,7 +128,7 @@ def scale(config: Config, topology: str) -> list[Plan]:
             one = _tried(scaled, f"{chip.name}:{shape}")
             if one is not None:
                 moved = sum(kind["moved_bytes"] for kind in one.step.collectives.values())
-                print(f"    {count} chips, {batch} pairs a step: {moved / 1e9:.2f} GB sent by a device", flush=True)
+                print(f"    {count} chips, {batch} pairs a step: {moved / 1e9:.2f} GB sent per device", flush=True)
                 plans.append(one)
                 group = sizes["fsdp"] if one.step.fits else group
     return plans

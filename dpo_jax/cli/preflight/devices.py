@@ -22,8 +22,8 @@ def batch_parts(section: TrainingConfig, row_shards: int, *, layout: str) -> int
     name = "sft" if isinstance(section, SftConfig) else "dpo"
     if layout != "packed" and section.batch % parts:
         raise ConfigError(
-            f"{name}.batch: {section.batch} does not divide among {row_shards} devices x {section.microbatches} "
-            f"microbatches; the nearest batch that does is {max(1, round(section.batch / parts)) * parts}"
+            f"{name}.batch: {section.batch} cannot be split over {row_shards} devices x {section.microbatches} "
+            f"microbatches; the nearest batch that can is {max(1, round(section.batch / parts)) * parts}"
         )
     return parts
 
@@ -32,7 +32,7 @@ def devices(check: Check) -> None:
     config, count = check.config, check.scope.devices
     if config.run.devices == "single":
         if config.run.distributed == "auto" and count is not None and count > MOST_OF_A_HOST:
-            raise ConfigError(f"run.devices: single is one device, and {count} are on several hosts; use mesh or pmap")
+            raise ConfigError(f"run.devices: single uses one device, but {count} are on several hosts; use mesh or pmap")
         unused = f" of {count}: run.devices mesh or pmap takes all" if count is not None and count > 1 else ""
         check.tell("devices", f"one{unused}")
     elif config.run.devices == "pmap":
@@ -41,7 +41,7 @@ def devices(check: Check) -> None:
         sizes = dataclasses.asdict(config.mesh)
         if count is not None:
             sizes = _mesh(config, count)
-        check.tell("devices", mesh_words({axis: size if size > 0 else "what is left" for axis, size in sizes.items()}))
+        check.tell("devices", mesh_words({axis: size if size > 0 else "the rest" for axis, size in sizes.items()}))
         _refuse_uneven(check, sizes)
 
 
@@ -88,8 +88,8 @@ def training(task: str) -> Callable[[Check], None]:
             layout = "plain" if task == "sft" and config.data.layout == "shared" else config.data.layout
             batch_parts(section, shards, layout=layout)
             if section.batch < shards:
-                idle = f"at least {shards - section.batch} of the {shards} devices compute nothing"
-                check.warn(f"{task}.batch: of {section.batch} examples a step {idle}")
+                idle = f"at least {shards - section.batch} of the {shards} devices are idle"
+                check.warn(f"{task}.batch: with {section.batch} examples a step, {idle}")
         steps = ""
         if section.steps is not None:
             check.tell("training", f"batches of {section.batch}, {section.steps:,} steps")

@@ -56,7 +56,7 @@ class Check:
     def unseen(self, what: str, path: str, made_by: str | None = None) -> bool:
         """Whether a path need not exist now; if so, the reason is reported."""
         if self.scope.hides(path):
-            self.tell(what, f"{path}: on the hosts, not seen from here")
+            self.tell(what, f"{path}: on the hosts, not visible from here")
             return True
         if made_by in self.scope.after:  # even if something is there, such as an interrupted run
             self.tell(what, f"{path}: will be made by: dpo-jax {made_by}")
@@ -71,7 +71,7 @@ TEXT_SOURCES = ("snippets", "imdb")
 READ_IMAGES = ("audit", "sft", "refs", "dpo", "eval", "sample")
 """Commands that read prompts with images."""
 NO_IMAGES = (
-    f"the prompt shows an image, and this command reads texts only ({', '.join(READ_IMAGES)} read images): leave out the "
+    f"the prompt shows an image, but this command reads only texts ({', '.join(READ_IMAGES)} read images): leave out the "
     "rows with images, or their content parts of type image and the column images"
 )
 
@@ -79,13 +79,11 @@ NO_IMAGES = (
 def refuse_texts(config: Config) -> None:
     """Raises `ConfigError` for data that are not preferences."""
     if config.data.source == "cnn_dailymail":
-        raise ConfigError(
-            "data.source: cnn_dailymail are articles with a summary and no preferences; sample and judge use them"
-        )
+        raise ConfigError("data.source: cnn_dailymail holds articles and summaries, not preferences; sample and judge use them")
     if config.data.source in TEXT_SOURCES:
         raise ConfigError(
-            f"data.source: {config.data.source} are texts and no preferences; sft, ppo, optimum and frontier can use them, and "
-            "label makes preferences of them"
+            f"data.source: {config.data.source} holds texts, not preferences; sft, ppo, optimum and frontier can use them, and "
+            "label makes preferences from them"
         )
 
 
@@ -126,7 +124,7 @@ def _source(check: Check, part: MixConfig, splits: tuple[str, ...]) -> None:
         return
     if data.source == "files" and is_dataset_id(part.path):
         note_misspelt(check, part.path, "data.mix" if data.mix else "data.path")
-        check.tell("data", f"{name}: from the Hub or its local cache; not looked at")
+        check.tell("data", f"{name}: from the Hub or its local cache; not checked")
         return
     with reported("looking at the data"):
         cut = False
@@ -199,7 +197,9 @@ def most(rows: int, limit: int | None) -> int:
 def note_misspelt(check: Check, path: str, option: str) -> None:
     first = path.partition("/")[0]
     if Path(first).is_dir():
-        check.warn(f"{option}: there is no folder {path}, though there is {first}/: is it misspelt? It is taken for a Hub id")
+        check.warn(
+            f"{option}: there is no folder {path}, though there is {first}/: is it misspelt? It would be read as a Hub id"
+        )
 
 
 def _tfds_rows(path: str, split: str) -> int:

@@ -41,7 +41,7 @@ def _remember(check: Check, path: str | None) -> None:
 def _of_the_hub(check: Check, path: str, option: str) -> str:
     """A description of a path that is not a local folder but looks like a Hub model id."""
     note_misspelt(check, path, option)
-    return "from the Hub or its local cache; not looked at"
+    return "from the Hub or its local cache; not checked"
 
 
 def _sizes(model: Any) -> str:

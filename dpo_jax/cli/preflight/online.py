@@ -20,17 +20,17 @@ def _problems(config: Config) -> Iterator[tuple[str, str]]:
     section, dpo = config.online, config.dpo
     if loss_table.rows_of(dpo.loss) != "pairs":
         kind = loss_table.example_word(dpo.loss)
-        yield "dpo.loss", f"{dpo.loss} learns from {kind}, and rounds make pairs: use a loss of pairs, such as dpo"
+        yield "dpo.loss", f"{dpo.loss} learns from {kind}, but rounds make pairs: use a loss of pairs, such as dpo"
     if dpo.ld_alpha != 1:
         yield "dpo.ld_alpha", "depends on both completions of a pair; online reads each alone: leave it at 1"
     if dpo.param_dtype != "float32":
         yield "dpo.param_dtype", "online keeps parameters in float32; leave it out"
     if dpo.reference is not None:
-        yield "dpo.reference", "the reference of online is where the policy starts; leave it out"
+        yield "dpo.reference", "the reference of online is the initial policy; leave it out"
     if dpo.refresh_reference_steps is not None:
         yield "dpo.refresh_reference_steps", "is counted in rounds here: set online.refresh_reference_rounds instead"
     if dpo.patience:
-        yield "dpo.patience", "online has a length of its own (online.rounds); leave it out"
+        yield "dpo.patience", "online always runs online.rounds rounds; leave it out"
     if section.refresh_reference_rounds is not None and not loss_table.uses_reference(dpo.loss):
         yield "online.refresh_reference_rounds", f"loss {dpo.loss} has no reference to refresh: leave it out"
     yield from _columns(config)
@@ -50,11 +50,11 @@ def _columns(config: Config) -> Iterator[tuple[str, str]]:
     section, dpo = config.online, config.dpo
     options = loss_table.LOSSES[dpo.loss].options if dpo.loss in loss_table.LOSSES else ()
     if section.beta_last is not None and "beta" not in options:
-        yield "online.beta_last", f"loss {dpo.loss} takes no beta of each pair: use dpo or another loss with a beta"
+        yield "online.beta_last", f"loss {dpo.loss} takes no beta per pair: use dpo or another loss with a beta"
     if section.pairs == "soft" and dpo.loss not in ("dpo", "sigmoid"):
-        yield "online.pairs", f"soft labels are a label_smoothing of dpo for each pair, and dpo.loss is {dpo.loss}: use dpo"
+        yield "online.pairs", f"soft labels are dpo's label_smoothing per pair, but dpo.loss is {dpo.loss}: use dpo"
     if section.pairs == "soft" and dpo.label_smoothing:
-        yield "dpo.label_smoothing", "is the chance of the other label, which soft pairs bring: leave it out"
+        yield "dpo.label_smoothing", "is set per pair by soft labels (online.pairs): leave it out"
 
 
 def rounds(check: Check) -> None:

@@ -35,7 +35,7 @@ def judge_packages(check: Check) -> None:
     if importlib.util.find_spec("httpx2") is None:
         raise ConfigError(f"judge: needs the package httpx2: {install_command('judge')}")
     if section.base_url == type(section).base_url and not os.environ.get(section.key_env, "").strip():
-        raise ConfigError(f"judge.key_env: {section.base_url} wants a key, and the variable {section.key_env} is empty")
+        raise ConfigError(f"judge.key_env: {section.base_url} needs a key, but the variable {section.key_env} is empty")
 
 
 def reward_packages(check: Check) -> None:

@@ -65,9 +65,9 @@ def _run_dir(check: Check) -> None:
         return
     there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not there.is_dir():
-        raise OSError(f"{there}: is a file, and the run needs a folder {folder}")
+        raise OSError(f"{there}: is a file, but the run needs a folder {folder}")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise OSError(f"{there}: Permission denied: {folder} is to be written")
+        raise OSError(f"{there}: Permission denied: the run writes {folder}")
     from dpo_jax.runtime.rundir import check_unlocked
 
     check_unlocked(folder)
@@ -83,7 +83,7 @@ def _progress(check: Check, task: str, folder: Path) -> str:
     if not steps:
         return f", checkpoints in {directory}" if config.run.checkpoints else ""
     if not config.run.resume:
-        raise ConfigError(f"run.resume: is off, and {directory} holds checkpoints; turn it on, or choose another --run.dir")
+        raise ConfigError(f"run.resume: is off, but {directory} holds checkpoints; turn it on, or choose another --run.dir")
     _refuse_another_run(check, task, folder)
     # Several hosts keep no such record. The run's date is one of its settings.
     if config.run.distributed == "off" and finished.recorded(task, fixed.fix(config), COMMANDS[task].reads):
@@ -116,7 +116,7 @@ def _refuse_another_run(check: Check, task: str, folder: Path) -> None:
     if check.rows is None:
         del was[ROWS], now[ROWS]
     if lines := data_changes(was, now):
-        check.warn("; ".join(line.strip() for line in lines) + ": the run goes on only if no token of its data has changed")
+        check.warn("; ".join(line.strip() for line in lines) + ": the run continues only if no token of its data has changed")
 
 
 def _fixed(check: Check) -> None:
@@ -139,7 +139,7 @@ def _checkpoints(check: Check) -> None:
     if not steps:
         raise ConfigError(f"export.checkpoint: {directory}: no run wrote checkpoints here; train first")
     if config.export.step is not None and config.export.step not in steps:
-        raise ConfigError(f"export.step: {config.export.step} is not there; there are {', '.join(map(str, steps))}")
+        raise ConfigError(f"export.step: {config.export.step} does not exist; there are {', '.join(map(str, steps))}")
     check.tell("reads", f"{directory}, step {config.export.step or steps[-1]:,}")
 
 

@@ -77,7 +77,7 @@ def overoptimisation(config: Config) -> list[Run]:
     section = config.robust
     for width in section.counts("widths"):
         if config.model.heads and not config.model.head_size and width % config.model.heads:
-            raise ConfigError(f"robust.widths: {width} does not divide among model.heads ({config.model.heads})")
+            raise ConfigError(f"robust.widths: {width} is not divisible by model.heads ({config.model.heads})")
     if max(section.counts("train_prompts")) > config.frontier.prompts:
         raise ConfigError(
             f"robust.train_prompts: {max(section.counts('train_prompts'))} are more than frontier.prompts "

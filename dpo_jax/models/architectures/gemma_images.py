@@ -28,7 +28,7 @@ def _fields(read: Reader) -> dict[str, Any]:
     windows = [window for window in fields["windows"] if window is not None]
     if windows and min(windows) < vision.tokens:
         raise ValueError(
-            f"{read.where}: the tokens of an image see each other in all layers, and a sliding window of {min(windows)} "
+            f"{read.where}: the tokens of an image see each other in all layers, but a sliding window of {min(windows)} "
             f"positions is smaller than the {vision.tokens} tokens (mm_tokens_per_image) of one: not supported"
         )
     return {
