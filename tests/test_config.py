@@ -123,7 +123,7 @@ def error_of(tmp_path, text):
         ("data: {test_split: train}", "bad.yaml:1: data.test_split: must differ from train_split, got 'train' for both"),
         ("dpo:\n\n  beta: -3", "bad.yaml:3: dpo.beta: must be greater than 0, got -3"),
         ("dpo: {lr: nan}", "bad.yaml:1: dpo.lr: must be a finite number"),
-        ("dpo: {batch: 10, microbatches: 4}", "dpo.microbatches: must divide batch (10), got 4"),
+        ("dpo: {batch: 10, microbatches: 4}", r"dpo.microbatches: must divide batch \(10\), got 4"),
         ("data: {reviews_test: 1000000000}", "data.reviews_train: at most 10 million reviews"),
         ("dpo: {label_smoothing: 0.5}", "dpo.label_smoothing: must be at least 0 and below 0.5"),
         (
