@@ -249,7 +249,7 @@ def test_the_option_is_a_mapping_in_yaml_and_a_flag(tmp_path):
         ("{prompt: [a, b]}", "a.yaml:1: data.columns: expected a name and a text, got a list"),
         ("{prompt: 'a,b'}", "a name with ',' cannot be given: rename 'a,b'"),
         ("[a]", "expected a mapping of texts"),
-        ("{promt: a}", "a.yaml:1: data.columns: 'promt' is no column that any format reads; did you mean 'prompt'"),
+        ("{promt: a}", "a.yaml:1: data.columns: 'promt' is not a column that any format reads; did you mean 'prompt'"),
         ("{prompt: a}, source: reviews", "renames the columns of files, but source is reviews"),
     ):
         path.write_text(f"data: {{columns: {text}}}\n")

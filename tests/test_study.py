@@ -253,7 +253,7 @@ def test_the_command_writes_page_and_key_and_keeps_a_key_that_raters_need(tmp_pa
         (("--study.twice", "1.5", "--study.raters", "2"), "study.twice: must be a share between 0 and 1"),
         (("--study.raters", "0"), "study.raters: must be at least 1"),
         (("--study.raters", "11"), "study.raters: 11 lists cannot be made of 10 comparisons"),
-        (("--study.items", "11"), "study.items: 11 comparisons are wanted, and there are 10"),
+        (("--study.items", "11"), "study.items: 11 comparisons are wanted, but there are 10"),
         (("--study.name-b", "policy"), "study.name_b: must differ from name_a"),
         (("--study.title", " "), "study.title: must not be empty"),
         (("--study.b", "None"), "study.b: name a file of completions: dpo-jax sample"),

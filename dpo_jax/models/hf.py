@@ -210,7 +210,7 @@ def save_hf(
     for name in sorted(expected.keys() | flat.keys()):
         found, asked = (_shape(tree, name) for tree in (flat, expected))
         if found != asked:
-            raise ValueError(f"parameter {name} does not fit this {config.family}: {found}, but {asked} is expected")
+            raise ValueError(f"parameter {name} does not fit this {config.family}: expected {asked}, found {found}")
     dtype = np.dtype(dtype or flat["token_embedding"].dtype)
     if config.image_width and not others:
         raise ValueError("a model that reads images is written with its vision encoder: give others=encoder_in_hf_form(...)")
