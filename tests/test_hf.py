@@ -112,7 +112,7 @@ def test_saving_variables_of_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"final_norm/bias does not fit this gpt_neox: expected \(32,\), found nothing"):
         save_hf(tmp_path / "out", golden("gpt_neox")[0], variables)
     fewer = variables["params"] | {"token_embedding": np.zeros((60, 32), np.float32)}
-    with pytest.raises(ValueError, match=r"token_embedding does not fit this llama: \(60, 32\) where \(61, 32\)"):
+    with pytest.raises(ValueError, match=r"token_embedding does not fit this llama: expected \(61, 32\), found \(60, 32\)"):
         save_hf(tmp_path / "out", model, {"params": fewer})
 
 

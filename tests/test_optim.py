@@ -146,7 +146,7 @@ def test_maps_agree(name):
 def test_rows_that_devices_cannot_share_are_refused():
     with pytest.raises(ValueError, match="tokens has length 6, which cannot be split equally over 4 devices"):
         parallel.split_rows(small_rows(6), 4)
-    with pytest.raises(ValueError, match="weight has length 2, which 4"):
+    with pytest.raises(ValueError, match="weight has length 2, which cannot be split equally over 4 devices"):
         parallel.split_rows(small_rows(4), 4)
 
 
