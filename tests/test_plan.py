@@ -304,7 +304,7 @@ OUT_OF_MEMORY = {
 def test_out_of_memory_is_read_from_the_compilers_error(message):
     needed, sentence = out_of_memory(message)
     assert needed == OUT_OF_MEMORY[message] * 2**30
-    assert sentence == f"needs {needed / 1e9:.1f} GB and the device has 16.9 GB"
+    assert sentence == f"needs {needed / 1e9:.1f} GB, but the device has 16.9 GB"
 
 
 def test_another_error_of_the_compiler_is_none():

@@ -353,7 +353,7 @@ def test_what_does_not_fit_a_gpu_says_how_much_it_needs(tmp_path):
     config = load_config(plan_file(tmp_path, "h100:1", **wide))
     one = planning.plan(config, "h100:1")
     assert not one.step.fits
-    assert one.step.problem == f"needs {one.step.peak_bytes / 1e9:.1f} GB and the device has 84.9 GB"
+    assert one.step.problem == f"needs {one.step.peak_bytes / 1e9:.1f} GB, but the device has 84.9 GB"
     assert one.step.peak_bytes > 3 * 4 * one.parameters  # parameters, one moment, gradients
 
 

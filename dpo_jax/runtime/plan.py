@@ -200,7 +200,7 @@ def out_of_memory(message: str) -> tuple[float, str] | None:
         found = re.search(pattern, message)
         if found is not None:
             used, has = _size(found[1], found[2]), _size(found[3], found[4])
-            return used, f"needs {used / 1e9:.1f} GB and the device has {has / 1e9:.1f} GB"
+            return used, f"needs {used / 1e9:.1f} GB, but the device has {has / 1e9:.1f} GB"
     return None
 
 
