@@ -297,7 +297,10 @@ SEQUENCE = {"Sequence": {"id": "A", "type_id": 0}}
             {"post_processor": {"type": "TemplateProcessing", "single": [SEQUENCE] * 500, "pair": [], "special_tokens": {}}},
             "post_processor: makes a text up to 500 times",
         ),
-        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 1000}}, "normalizer: 1,000 steps, but the limit is 100"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 1000}},
+            "normalizer: 1,000 steps, but the limit is 100",
+        ),
         ({"pre_tokenizer": SLOW}, "regular expressions .*take too long; .*--limits.pattern-s"),
         ({"pre_tokenizer": SLOW | {"pattern": {"Regex": "(?:a|a){40}[bc]"}}}, "need too many steps for 10,000 characters"),
         ({"decoder": {"type": "Strip", "content": "l", "start": 0, "stop": 9}}, "out of"),
