@@ -48,13 +48,13 @@ def compare_of(config: Config, run: RunDir) -> Compare | None:
     if config.online.reward == "judge":
         if importlib.util.find_spec("httpx2") is None:
             raise ConfigError(f"online.reward: judge needs the package httpx2: {install_command('judge')}")
-        key = api_key(config) if is_first() else None  # the others ask nobody, and need none
+        key = api_key(config) if is_first() else None  # the other hosts send no requests
         return by_first(functools.partial(by_judge, config, run.path / "verdicts.jsonl", key))
     return by_first(functools.partial(by_people, config, run.path)) if config.online.reward == "people" else None
 
 
 def by_first(compare: Compare) -> Compare:
-    """`compare` on the first of several hosts, which tells the others its labels, or why there are none yet."""
+    """`compare`, called on the first host only, which sends its labels to the others, or the reason why some are missing."""
 
     def ask_first(number: int, comparisons: Sequence[Asked]) -> Sequence[Label]:
         def make() -> dict[str, Any]:

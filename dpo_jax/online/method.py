@@ -52,7 +52,7 @@ class OnlineMethod:
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             labels = float(log.total((done - 1) // options.steps))
             measured = world.measure(state.variables)
-            # On it depends what is kept, which all hosts save together.
+            # It decides which policy is kept, and all hosts must save the same one.
             points.append(hosts.of_first(lambda: {"step": float(done), **measured, "labels": labels}))
             keep(points[-1], state.variables)
             return points[-1]

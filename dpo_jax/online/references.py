@@ -19,8 +19,8 @@ class KeptReferences:
     """References in `folder`: one for each round at whose beginning the policy became the reference.
 
     `save(path, variables)` writes a model folder; `load(path) -> (variables, digest)` reads one onto the devices. A policy is
-    always used as read back from disk, so that a resumed run has the same numbers. Several hosts share
-    `folder` and all make the same calls: the first one writes in `save`, and all of them read.
+    always used as read back from disk, so that a resumed run has the same numbers. Several hosts share `folder` and all make the
+    same calls: the first one writes in `save`, and all of them read.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class KeptReferences:
                 self._file(number).unlink(missing_ok=True)
             self._current = None
             self._save(path, variables)
-            barrier("a kept reference")  # which the first host has written
+            barrier("a kept reference")  # until the first host has written it
             variables, digest = self._load(path)
             self._current = number, variables
             if is_first():

@@ -219,7 +219,7 @@ class Rounds:
         samples = self._samples(stage, number, variables)
         pause()
         estimates = self._estimates(samples, number)
-        # Where processors differ, so may the last bits of what the choice depends on.
+        # On different processors the estimates may differ in their last bits, and with them the choice.
         chosen = from_first(choose_prompts(estimates, samples.texts, options.prompts, how=options.elicitation))
         stage.put("prompts.jsonl", _prompt_rows(samples, estimates, {*chosen.tolist()}))
         asked = samples.of(chosen)

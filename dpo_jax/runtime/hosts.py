@@ -119,7 +119,7 @@ def of_first(make: Callable[[], Any]) -> Any:
     if jax.process_count() == 1:
         return make()
     text = json.dumps(make()).encode() if is_first() else b""
-    # Blanks make it a power of two long: each length is a program that is compiled.
+    # Padded with blanks to a power of two, because each length compiles a program of its own.
     length = int(from_first(np.array([1 << len(text).bit_length()]))[0])
     return json.loads(from_first(np.frombuffer(text.ljust(length), np.uint8)).tobytes())
 
