@@ -54,7 +54,7 @@ def compare_of(config: Config, run: RunDir) -> Compare | None:
 
 
 def by_first(compare: Compare) -> Compare:
-    """`compare`, called on the first host only, which sends its labels to the others, or the reason why some are missing."""
+    """`compare` on the first host only, which sends the others its labels, or why some are missing."""
 
     def ask_first(number: int, comparisons: Sequence[Asked]) -> Sequence[Label]:
         def make() -> dict[str, Any]:

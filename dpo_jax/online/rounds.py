@@ -10,7 +10,7 @@ Then training continues: it is one run, with one schedule and one optimizer stat
     pairs.jsonl     prompt, chosen, rejected: preferences that `dpo-jax dpo --data.path` reads
     stage.json      which of these are finished, what they depend on, and the row of the round in rounds.jsonl
 
-Several hosts all make the same calls: they sample and score on the devices of all, and the first one has the files.
+Several hosts all make the same calls. They sample and score on the devices of all; the first one reads and writes the files.
 """
 
 from __future__ import annotations
