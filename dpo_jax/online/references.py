@@ -19,8 +19,8 @@ class KeptReferences:
     """References in `folder`: one for each round at whose beginning the policy became the reference.
 
     `save(path, variables)` writes a model folder; `load(path) -> (variables, digest)` reads one onto the devices. A policy is
-    always used as read back from disk, so that a resumed run has the same numbers. Several hosts share `folder` and all make the
-    same calls: the first one writes in `save`, and all of them read.
+    always used as read back from disk, so that a resumed run has the same numbers. Several hosts share `folder` and all make
+    the same calls: the first one writes in `save`, and all of them read.
     """
 
     def __init__(
