@@ -162,6 +162,24 @@ def test_what_the_hub_converted_is_read_where_there_is_nothing_else(hub, tmp_pat
     assert chosen(config_of(tmp_path, config="b")) == ["b"]
 
 
+def test_what_the_hub_converted_is_read_by_its_commit_as_well(hub, tmp_path):
+    hub.add(NAME, {"pairs.py": b"..."})
+    both = {f"default/{split}/0000.parquet": parquet(split) for split in ("train", "test")}
+    commit = hub.add(NAME, both, revision="refs/convert/parquet")
+    config = fixed.fix(config_of(tmp_path))
+    (tmp_path / "run").mkdir()
+    fixed.keep(config)
+    assert chosen(config) == ["train"]
+    later = fixed.pin_revisions(config)  # what the next command opens, and so do other hosts
+    assert later.data.revision == commit
+    data_sources._listing.cache_clear()
+    assert [chosen(later, split) for split in ("train", "test")] == [["train"], ["test"]]
+    hub.add(NAME, {f"{name}/train/0000.parquet": parquet(name) for name in ("de", "en")})
+    with pytest.raises(HubError, match=r"^org/pairs: it has the configurations de, en: choose with --data.config$"):
+        open_dataset(NAME)
+    assert chosen(config_of(tmp_path, config="en")) == ["en"]
+
+
 REFUSALS = {
     (404, "RepoNotFound"): "no file or folder here, and no data set of the Hub; if it is private: `hf auth login`",
     (403, "GatedRepo"): "gated: accept its terms at https://huggingface.co/datasets/org/pairs",

@@ -100,7 +100,7 @@ def open_dataset(name: str, *, revision: str | None = None, config: str | None =
     ['test_gen', 'test_prefs', 'test_sft', 'train_gen', 'train_prefs', 'train_sft']
     """
     commit, sizes, note = _list_files(name, revision)
-    for folder in (config, f"data/{config}") if config else ("",):
+    for folder in (config, f"data/{config}") if config else (_only_config(name, sizes),):
         if found := _within(sizes, folder):
             return HubData(name, commit, folder, found, revision, note)
     lacks = f"{name}: no {', '.join(SUFFIXES)} file" + (f" in a folder {config}" if config else "")
@@ -110,13 +110,30 @@ def open_dataset(name: str, *, revision: str | None = None, config: str | None =
         commit, sizes, _ = _list_files(name, CONVERTED)
     except HubError as error:
         raise HubError(f"{lacks}, and no parquet files that the Hub converted ({CONVERTED}): {error}") from error
-    configs = sorted({path.partition("/")[0] for path in sizes if path.count("/") > 1})
-    if config is None and len(configs) == 1:
-        config = configs[0]
-    if config is None or not (found := _within(sizes, config)):
-        raise HubError(f"{lacks}; converted to parquet it has the configurations {listed(configs)}: choose with --data.config")
-    note = f"{lacks}, so parquet files that the Hub converted are read ({CONVERTED}, {config})"
-    return HubData(name, commit, config, found, CONVERTED, note)
+    folder = config or _only_config(name, sizes)
+    if not (found := _within(sizes, folder)):
+        raise HubError(
+            f"{lacks}; converted to parquet it has the configurations {listed(_configs(sizes))}: choose with --data.config"
+        )
+    note = f"{lacks}, so parquet files that the Hub converted are read ({CONVERTED}, {folder})"
+    return HubData(name, commit, folder, found, CONVERTED, note)
+
+
+def _configs(sizes: Mapping[str, int | None]) -> list[str]:
+    """The configurations of a repository of the form `{config}/{split}/*`; [] for any other form."""
+    found = _within(sizes, "")
+    return sorted({path.partition("/")[0] for path in found}) if all(path.count("/") > 1 for path in found) else []
+
+
+def _only_config(name: str, sizes: Mapping[str, int | None]) -> str:
+    """The folder of the only configuration; "", the whole repository, if it has none. Raises `HubError` for several.
+
+    The rule does not depend on the branch: later commands read the Hub's conversion by its commit.
+    """
+    configs = _configs(sizes)
+    if len(configs) > 1:
+        raise HubError(f"{name}: it has the configurations {listed(configs)}: choose with --data.config")
+    return configs[0] if configs else ""
 
 
 def _within(sizes: Mapping[str, int | None], folder: str) -> dict[str, int | None]:
