@@ -141,6 +141,18 @@ def test_supervised_fine_tuning_learns_the_good_completions(folder):
         assert {str(tokenizer.decode(ids)) for _, ids in found.train} == {" yes<|endoftext|>"}
 
 
+@pytest.mark.parametrize("empty", ["train", "test"])
+def test_supervised_fine_tuning_needs_a_desirable_completion_in_each_split(empty, folder):
+    data = folder / f"none_in_{empty}"
+    shutil.copytree(folder / "unpaired", data)
+    bad = [{"prompt": f"{i}:", "completion": " no", "label": False} for i in range(4)]
+    (data / f"{empty}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
+    config = configured(folder, data.name, "kto", f"sft_{data.name}")
+    message = refused(65, "sft", config, "--model.path", folder / "model", "--sft.steps", 1)
+    assert f"{data} [{empty}]: no text for supervised fine-tuning in 4 kept rows" in message
+    assert not list(folder.glob(f"sft_{data.name}/sft/metrics.jsonl"))
+
+
 def test_a_check_counts_no_steps_where_a_row_is_several_pairs(folder):
     for loss, steps in (("dpo", False), ("plackett_luce", True)):
         result = call("dpo", configured(folder, "ranked", loss, f"check_{loss}"), "--check")

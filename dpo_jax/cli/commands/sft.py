@@ -18,7 +18,7 @@ from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
 from dpo_jax.cli.trained import trained
 from dpo_jax.data.loader import in_order
-from dpo_jax.data.pairs import DataReport
+from dpo_jax.data.pairs import Cause, DataError, DataReport
 from dpo_jax.data.prepare import encode_targets
 from dpo_jax.logps import sequence_logps
 from dpo_jax.runtime.progress import reported
@@ -33,6 +33,7 @@ def run(config: Config) -> int:
         saved = earlier_run(config, "sft", section)
         tokenizer = build.tokenizer_of(config, model_path=config.model.path)
         data = (_plain_texts if config.data.source in splits.TEXT_SOURCES else _targets)(config, tokenizer)
+        _check_texts(data)
         model = build.start_model(config, tokenizer, images=data.vision is not None)
         part = trained(config, section, model, config.model.path)
         partitioner, balancing = part.partitioner(config), router_aux_loss(config, section, model)
@@ -73,6 +74,17 @@ def run(config: Config) -> int:
         card = functools.partial(sft_card, config, run_dir, step=steps_of(state, partitioner))
         write_outputs(run_dir, model, final, tokenizer, card=card, write=write)
     return 0
+
+
+def _check_texts(data: TrainingData) -> None:
+    """Raises `DataError` for a split without texts: single completions may all be undesirable."""
+    for texts, report in zip((data.train, data.held_out), data.reports, strict=True):
+        if not texts:
+            raise DataError(
+                f"{report.source} [{report.split}]: no text for supervised fine-tuning in {report.kept:,} kept rows; each "
+                "split needs at least one, and of single completions only the desirable ones count (label: true)",
+                causes=[Cause.NO_ROWS],
+            )
 
 
 def _targets(config: Config, tokenizer: Any) -> TrainingData:
