@@ -229,6 +229,25 @@ def test_a_bad_row_names_its_source(places):
     assert report.bad_share == 1 / report.read
 
 
+@pytest.mark.parametrize(("split", "options"), [("train", {"max_train": 20}), ("test", {"test_share": 0.05})])
+def test_rows_of_no_split_do_not_hide_that_most_pairs_are_bad(split, options, tokenizer, tmp_path):
+    """Ten of the split's pairs have EOS in the answer, 2.5% of all rows in the file: less than data.max_dropped_share."""
+    pairs = [Preference(f"Q {i}", f" a{i}", f" b{i}", uid=str(i)) for i in range(400)]
+    chosen = [is_held_out(pair, 0.05) for pair in pairs] if split == "test" else [True] * 400
+    bad = [i for i in range(400) if chosen[i]][:10]
+    rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
+    for i in bad:
+        rows[i]["chosen"] += tokenizer.eos_token
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = Config(data=DataConfig(path=str(tmp_path), on_bad="drop", **options))
+    loaded = splits.load_split(config, split, tokenizer)
+    assert len(bad) == 10 < len(loaded) < 30
+    with pytest.raises(DataError, match=f"{10 / len(loaded):.1%} of the rows were dropped as bad, more than .* 5.0% allows"):
+        splits.encode_split(config, loaded, tokenizer)
+    tolerant = splits.with_data(config, max_dropped_share=10 / len(loaded))
+    assert len(splits.encode_split(tolerant, loaded, tokenizer)) == len(loaded) - 10
+
+
 def test_another_weight_is_another_run_and_is_named(places, tokenizer):
     was, now = (config_of(places, weights=weights) for weights in ((2.0, 0.5), (1.0, 0.5)))
     records = []

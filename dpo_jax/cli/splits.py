@@ -94,7 +94,8 @@ def encode_texts(config: Config, snippets: Sequence[Snippet], tokenizer: Any) ->
 
 
 def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any, images: ImageTokens | None = None) -> EncodedSet:
-    """Token ids of a split. Raises `DataError` for unusable pairs, or if too large a share had to be dropped.
+    """Token ids of a split. Raises `DataError` for unusable pairs, or if too large a share had to be dropped, of all rows or of
+    those encoded here.
 
     `images`: how images in prompts become tokens, for a model that reads them.
     """
@@ -114,15 +115,22 @@ def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any, ima
     report, kept = encoded.report, only_kept(preferences, encoded)
     report.chat = sum(preference.chat for preference in kept)
     report.images = len({image.digest for preference in kept for image in preference.images})
-    if report.bad_share > data.max_dropped_share:
-        raise DataError(
-            f"{report.summary()}\n{report.reasons()}{report.bad_share:.1%} of the rows were dropped as bad, more than "
-            f"--data.max-dropped-share {data.max_dropped_share:.1%} allows: repair the data, or raise that limit",
-            causes=[Cause(cause) for cause in report.dropped],
-        )
+    # Rows beyond data.max_train, or of the other side of a hash split, are never encoded and must not dilute the share.
+    of_encoded = (report.bad - preferences.report.bad) / len(preferences) if len(preferences) else 0.0
+    check_dropped(config, report, max(report.bad_share, of_encoded))
     if not len(encoded):
         raise DataError(f"{report.summary()}\n{report.reasons()}no pair is left", causes=[Cause.NO_ROWS])
     return encoded
+
+
+def check_dropped(config: Config, report: DataReport, share: float) -> None:
+    """Raises `DataError` if more than `data.max_dropped_share` was dropped as bad."""
+    if share > config.data.max_dropped_share:
+        raise DataError(
+            f"{report.summary()}\n{report.reasons()}{share:.1%} of the rows were dropped as bad, more than "
+            f"--data.max-dropped-share {config.data.max_dropped_share:.1%} allows: repair the data, or raise that limit",
+            causes=[Cause(cause) for cause in report.dropped],
+        )
 
 
 def only_kept(preferences: PreferenceSet, encoded: EncodedSet) -> list[Preference]:

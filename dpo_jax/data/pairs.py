@@ -215,10 +215,14 @@ class DataReport:
             examples.append(f"{where}: {problem}")
 
     @property
+    def bad(self) -> int:
+        """Number of candidates dropped as bad, not left out by definition (`FILTERED`)."""
+        return sum(count for cause, count in self.dropped.items() if cause not in FILTERED)
+
+    @property
     def bad_share(self) -> float:
-        """Share of candidates dropped as bad, in [0, 1]; those left out by definition (`FILTERED`) do not count."""
-        bad = sum(count for cause, count in self.dropped.items() if cause not in FILTERED)
-        return bad / self.read if self.read else 0.0
+        """Share of all candidates read that were dropped as bad, in [0, 1]. Those left out by definition count as read."""
+        return self.bad / self.read if self.read else 0.0
 
     def check(self) -> None:
         """Raises `AssertionError` if kept + dropped is not read: a bug in this package, not in the data."""
