@@ -185,6 +185,14 @@ def test_a_system_text_in_some_rows_refuses_these_rows(tmp_path, tokenizer):
     assert [p.prompt for p in load(path, columns="prompt=system+prompt")] == [Q, Q, f"Be short.\n{Q}"]
 
 
+@pytest.mark.parametrize("answers", [SIDES, {"completion": "A.", "label": True}, {"completions": ["A.", "B."]}], ids=" ".join)
+def test_rows_without_a_system_text_are_conversations_where_others_have_one(answers, tmp_path, tokenizer):
+    rows = [{"setting": text, "prompt": Q, **answers} for text in ("Be short.", "", " ", None)]
+    loaded = load(write(tmp_path / "train.jsonl", *rows), columns="system=setting", rows="any", tokenizer=tokenizer)
+    assert [pair.chat for pair in loaded] == [True] * 4
+    assert [pair.prompt for pair in loaded] == [SYSTEM + CHAT, CHAT, CHAT, CHAT]
+
+
 def test_a_refusal_of_all_rows_names_what_any_of_them_has(tmp_path):
     rows = [{"system": text, "question": Q, **SIDES} for text in (None, "Be short.", "")]
     with pytest.raises(DataError, match=r"train.jsonl:2: unread_column") as refusal:

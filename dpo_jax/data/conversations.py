@@ -41,11 +41,11 @@ def conversation(row: Row) -> tuple[Any, Any, Any]:
 def same_kind(row: Row, completions: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A row's prompt and completions by name. If one is a list of messages, or the row has `system`, all become messages.
 
-    Otherwise they stay as they are.
+    Otherwise they stay as they are. A blank system text counts too, so that all rows of a data set are of one kind.
     """
     named = {name: _messages(value) for name, value in {"prompt": column(row, "prompt"), **completions}.items()}
     system = text(row, "system") if row.get("system") is not None else ""
-    if system.strip() or any(isinstance(value, list) for value in named.values()):
+    if "system" in row or any(isinstance(value, list) for value in named.values()):
         for name, value in named.items():
             if not isinstance(value, list):
                 named[name] = [_turn("user" if name == "prompt" else "assistant", text({name: value}, name))]
