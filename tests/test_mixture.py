@@ -219,6 +219,23 @@ def test_a_single_source_is_cut_too_or_refused_if_it_has_both_splits(places):
         splits.load_split(without, "test")
 
 
+def test_one_file_is_not_trained_and_tested_on_whatever_its_name_says(places, capsys):
+    path = places / "model_test_v2.jsonl"
+    (places / "own" / "train.jsonl").rename(path)
+    alone = Config(data=DataConfig(path=str(path)))
+    with pytest.raises(ConfigError, match=r"data.path: .*model_test_v2.jsonl is one file, .* --data.test-share 0.05, or give"):
+        splits.load_split(alone, "train")
+    assert len(splits.load_split(alone, "test")) == 60  # a command that does not train may read it
+    cut = Config(data=dataclasses.replace(alone.data, test_share=0.2))
+    train, test = (splits.load_split(cut, split) for split in ("train", "test"))
+    assert len(train) + len(test) == 60
+    assert not {p.prompt for p in train} & {p.prompt for p in test}
+    (places / "c.yaml").write_text(f"run: {{dir: {places}/run}}\ndata: {{path: {path}}}\ntokenizer: {{vocab_size: 300}}\n")
+    assert main(["audit", str(places / "c.yaml"), "--check"]) == 2
+    assert "model_test_v2.jsonl is one file" in capsys.readouterr().err
+    assert main(["audit", str(places / "c.yaml"), "--check", "--data.test-share", "0.2"]) == 0
+
+
 def test_a_bad_row_names_its_source(places):
     with (places / "own" / "train.jsonl").open("a") as file:
         file.write('{"prompt": "", "chosen": " a", "rejected": " b"}\n')

@@ -307,6 +307,10 @@ def test_one_file_does_not_serve_as_two_splits(tmp_path):
     with pytest.raises(DataError, match="does not say 'test'"):
         load(path, "test")
     assert len(load(write(tmp_path / "pairs-test.jsonl", GOOD), "test")) == 1
+    assert len(load(write(tmp_path / "train_prefs-v2.jsonl", GOOD), "train_prefs")) == 1
+    for name in ("latest.jsonl", "train_prefs2.jsonl", "test.prefs.jsonl"):
+        with pytest.raises(DataError, match="does not say 'test_prefs'"):
+            load(write(tmp_path / name, GOOD), "test_prefs")
     with pytest.raises(DataError, match="no such file"):
         load(tmp_path / "nowhere")
     path.rename(tmp_path / "pairs.txt")

@@ -69,19 +69,33 @@ def names_of(config: Config) -> list[str]:
 def sources_to_cut(config: Config) -> set[str]:
     """Names of the sources without a held-out split, from whose train split `data.test_share` takes held-out pairs.
 
-    Raises `ConfigError` if all sources have one.
+    A single file has none, whatever its name says. Raises `ConfigError` if all sources have one.
     """
     data = config.data
     if data.test_share is None:
         return set()
     named = zip(names_of(config), data.parts(), strict=True)
-    cut = {name for name, part in named if not _has_split(config, part, part.test_split)}
+    cut = {name for name, part in named if _one_file_for_both(part) or not _has_split(config, part, part.test_split)}
     if not cut:
         raise ConfigError(
             f"data.test_share: {data.name()} has a split {data.test_split!r}, so nothing is held out of the train "
             "split; leave it out, or name a split that does not exist yet, such as --data.test-split held_out"
         )
     return cut
+
+
+def check_held_out(config: Config, part: MixConfig) -> None:
+    """Raises `ConfigError` for a source that is not cut and would train and test on the same rows, those of a single file."""
+    if _one_file_for_both(part):
+        raise ConfigError(
+            f"{_option(config)}: {part.path} is one file, and its name says {part.test_split!r}, so training and held-out "
+            "pairs would be the same; hold out a part of it with --data.test-share 0.05, or give a folder with a file per split"
+        )
+
+
+def _one_file_for_both(part: MixConfig) -> bool:
+    path = Path(part.path)
+    return path.is_file() and all(split is not None and has_split(path, split) for split in (part.train_split, part.test_split))
 
 
 def folder_of(part: MixConfig) -> Path:
@@ -104,6 +118,8 @@ def _load(config: Config, part: MixConfig, side: Side, *, cut: bool, **options: 
     split = part.train_split if side == "train" or cut else part.test_split
     assert part.format is not None  # `DataConfig.parts` fills in what a source omits
     assert split is not None
+    if side == "train" and not cut:
+        check_held_out(config, part)
     folder, commit, note = folder_of(part), None, None
     if is_dataset_id(part.path):
         folder, commit, note = _fetch(config, part, split)

@@ -102,7 +102,8 @@ def has_split(source: str | Path, split: str) -> bool:
 
 
 def _says(name: str, split: str) -> bool:
-    return split in re.split(r"[^0-9A-Za-z]+", name)
+    """Whether a file name has the split's name as whole words: "test" in "own_test.jsonl", but not in "latest.jsonl"."""
+    return re.search(rf"(?<![0-9A-Za-z]){re.escape(split)}(?![0-9A-Za-z])", name) is not None
 
 
 def _names(folder: Path) -> list[PurePath]:

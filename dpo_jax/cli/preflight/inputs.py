@@ -115,7 +115,7 @@ def data(*splits: str, preferences: bool = False) -> Callable[[Check], None]:
 
 def _source(check: Check, part: MixConfig, splits: tuple[str, ...]) -> None:
     """Reports on one source of the data. Raises `DataError`, and `ConfigError` naming an option."""
-    from dpo_jax.cli.data_sources import folder_of, names_of, sources_to_cut
+    from dpo_jax.cli.data_sources import check_held_out, folder_of, names_of, sources_to_cut
     from dpo_jax.data.hub_files import is_dataset_id
 
     data, name = check.config.data, part.path if part.weight == 1 else f"{part.path} (weight {part.weight:g})"
@@ -130,6 +130,8 @@ def _source(check: Check, part: MixConfig, splits: tuple[str, ...]) -> None:
         cut = False
         if data.test_share is not None and not any(is_dataset_id(one.path) for one in data.parts()):
             cut = names_of(check.config)[data.parts().index(part)] in sources_to_cut(check.config)
+        if data.source == "files" and "train" in splits and not cut:
+            check_held_out(check.config, part)
         path = str(folder_of(part))
         told = [_split(check, part, path, split) for split in (("train",) if cut else splits)]
     if cut:
