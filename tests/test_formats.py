@@ -230,6 +230,10 @@ def test_stack_exchange_pairs_by_score(tmp_path):
     assert report.dropped == {"tie": 1, "no_pair": 1, "empty": 1}
     worse = {"question": "<p>Q</p>", "answers": [{"text": f"<p>{s}</p>", "pm_score": s} for s in (1, 3, 2)]}
     assert [p.sft_target for p in load(write(tmp_path / "train.jsonl", worse))] == [None, " 3", None]
+    worse["answers"].append({"text": "<ul><li>4</li></ul>", "pm_score": 4})  # nothing is left of it without its HTML
+    loaded = load(write(tmp_path / "train.jsonl", worse), on_bad="drop")
+    assert [p.sft_target for p in loaded] == [None, " 3", None]
+    assert loaded.report.dropped == {"empty": 3}
 
 
 @pytest.mark.parametrize(

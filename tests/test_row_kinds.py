@@ -106,6 +106,20 @@ def test_a_pair_loss_reads_every_pair_of_a_ranking_but_ties(tmp_path):
     assert load(tmp_path, FRUIT)[2].sft_target == " An apple."
 
 
+def test_equal_completions_of_a_ranking_cost_only_their_own_pair(tmp_path):
+    row = {"prompt": "P:", "completions": [" a", " a", " b", " c"]}
+    read = load(tmp_path, row | {"ranks": [1, 1, 2, 3]})
+    assert [(p.chosen, p.rejected) for p in read] == [(" a", " b"), (" a", " c")] * 2 + [(" b", " c")]
+    assert [p.sft_target for p in read] == [None] * 4 + [" a"]
+    assert read.report.dropped == {"tie": 1}
+    read = load(tmp_path, row, on_bad="drop")
+    assert (len(read), read.report.dropped) == (5, {"identical": 1})
+    with pytest.raises(DataError, match="train.jsonl:1#0-1: completions: identical: both completions are the same text"):
+        load(tmp_path, row)
+    with pytest.raises(DataError, match="train.jsonl:1: completions: identical: two completions are the same text"):
+        load(tmp_path, row, rows="rankings")
+
+
 def test_messages_in_rankings_and_single_completions(tmp_path, tokenizer):
     tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
     tokenizer.chat_template = TEMPLATE
@@ -133,7 +147,6 @@ def test_messages_in_rankings_and_single_completions(tmp_path, tokenizer):
             FRUIT | {"scores": [1, 2, 3]},
             "ranks, scores: out_of_range: ranks and scores put the completions in different orders",
         ),
-        (FRUIT | {"completions": [" a", " a", " b"]}, "completions: identical"),
         (FRUIT | {"completions": [" a", "", " b"]}, "completions.1: empty"),
         (FRUIT | {"completions": " a"}, "completions: wrong_type"),
     ],

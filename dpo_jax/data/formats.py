@@ -206,8 +206,8 @@ def shp(rows: Rows, *, tokenizer: Any = None) -> Candidates:
 def stack_exchange(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """StackExchange preferences as in the original implementation: every two answers of a question form a pair, by `pm_score`.
 
-    `sft_target` is the best-scored answer. HTML is stripped as in the original (`strip_html`). The original takes the later of
-    two answers of equal score as chosen; here they form no pair and are counted as `tie`.
+    `sft_target` is the best-scored usable answer. HTML is stripped as in the original (`strip_html`). The original takes the
+    later of two answers of equal score as chosen; here they form no pair and are counted as `tie`.
     """
     for where, row in rows:
         try:
@@ -221,7 +221,7 @@ def stack_exchange(rows: Rows, *, tokenizer: Any = None) -> Candidates:
             yield where, problem
             continue
         # Expensive work is done once per text: the texts may form half a million pairs.
-        best = max(answers, key=lambda answer: answer.score).text
+        best = max(answers, key=lambda answer: (answer.problem is None, answer.score)).text
         for (i, first), (j, second) in combinations(enumerate(answers), 2):
             uid = f"{where}#{i}-{j}"
             chosen, rejected = (first, second) if first.score > second.score else (second, first)
@@ -275,8 +275,6 @@ def ranked(rows: Rows, *, tokenizer: Any = None) -> Rankings:
                 detail = "a completion of several turns, but in a ranking each has one, the assistant's answer"
                 raise BadRow(Cause.TOO_LONG, detail, field=name)
         order = sorted(range(len(texts)), key=lambda i: ranks[i])
-        if len(set(texts)) < len(texts):
-            raise BadRow(Cause.IDENTICAL, "two completions are the same text", field="completions")
         return Ranking(prompt, tuple(texts[i] for i in order), tuple(ranks[i] for i in order), uid, **more)
 
     return one_each(rows, ranking)

@@ -66,8 +66,13 @@ def preferences_of(
 
 
 def whole_ranking(ranking: Ranking, *, best: int | None = None) -> Preference:
-    """A ranking as one preference with `between`, of its `best` completions. Raises `BadRow` for ties and shorter rankings."""
+    """A ranking as one preference with `between`, of its `best` completions.
+
+    Raises `BadRow` for ties, equal completions and shorter rankings.
+    """
     several, keep = ranking.completions, best or len(ranking.completions)
+    if len(set(several)) < len(several):
+        raise BadRow(Cause.IDENTICAL, "two completions are the same text", field="completions")
     if len(several) < keep:
         detail = f"{len(several)} completions, but the best {keep} are wanted (--data.ranking-length)"
         raise BadRow(Cause.OUT_OF_RANGE, detail, field="completions")
@@ -79,14 +84,17 @@ def whole_ranking(ranking: Ranking, *, best: int | None = None) -> Preference:
 
 
 def pairs_of_ranking(ranking: Ranking) -> Iterator[tuple[str, Preference | BadRow]]:
-    """Every two completions of different rank as a pair. SFT trains on the best one."""
+    """Every two completions of different rank as a pair, or the `BadRow` of equal ones. SFT trains on the best one."""
     several, ranks = ranking.completions, ranking.ranks
     for i, j in combinations(range(len(several)), 2):
         uid = f"{ranking.uid}#{i}-{j}"
         if ranks[i] == ranks[j]:
             yield uid, BadRow(Cause.TIE, f"both completions have rank {ranks[i]:g}")
             continue
-        target = None if i == 0 else several[0]
+        if several[i] == several[j]:
+            yield uid, BadRow(Cause.IDENTICAL, "both completions are the same text", field="completions")
+            continue
+        target = None if several[i] == several[0] else several[0]
         yield uid, Preference(ranking.prompt, several[i], several[j], uid, target, **_shared(ranking))
 
 
