@@ -79,6 +79,21 @@ def test_prepared_data_are_the_same_data(done, tmp_path):
     assert {split: ours[split]["lengths"] for split in ours} == {split: theirs[split]["lengths"] for split in theirs}
 
 
+def test_what_training_refuses_is_not_prepared(tmp_path):
+    data, config = files_with(tmp_path / "data", rejected=" "), tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(dir=tmp_path / "run"))
+    drop = (*data, "--data.on-bad", "drop", "--data.max-dropped-share")
+    assert "5.0% of the rows were dropped as bad, more than" in refused(65, "prepare", config, *drop, 0.04)
+    assert not (tmp_path / "run" / "tfds").exists()
+    assert call("prepare", config, *drop, 0.05).code == 0
+    single = [{"prompt": f"{i}:", "completion": f" {i}", "label": i > 2} for i in range(5)]
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in single))
+    for flags in ((), ("--check",)):
+        message = refused(65, "prepare", config, *data, *flags)
+        assert "but pairs are needed here: a TFDS folder holds pairs; train on these files directly" in message
+
+
 def test_a_reference_with_nan_weights_is_refused_before_anything_is_cached(done, tmp_path):
     def poison(name, x):
         return np.where(np.arange(x.size).reshape(x.shape) == 0, np.float32("nan"), x)

@@ -37,13 +37,17 @@ class Ranking:
 Candidates = Iterable[tuple[str, Preference | Ranking | BadRow]]
 
 
-def check_kind(stated: RowKind, wanted: Wanted, *, where: str) -> None:
-    """Raises `DataError`, naming the losses that read such rows, if rows of kind `stated` cannot be read as `wanted`."""
+def check_kind(stated: RowKind, wanted: Wanted, *, where: str, remedy: str | None = None) -> None:
+    """Raises `DataError` if rows of kind `stated` cannot be read as `wanted`.
+
+    The message names the losses that read such rows, or the `remedy` of a command without a loss.
+    """
     if wanted in (stated, "any") or (stated, wanted) in (("rankings", "pairs"), ("pairs", "unpaired")):
         return
-    remedy = f"set dpo.loss to one that reads them ({names_of(stated)})"
-    if stated == "pairs":
-        remedy = "use the loss dpo, which is the same for two completions"
+    if remedy is None:
+        remedy = f"set dpo.loss to one that reads them ({names_of(stated)})"
+        if stated == "pairs":
+            remedy = "use the loss dpo, which is the same for two completions"
     raise DataError(
         f"{where} holds {_STATES[stated]}, but {_STATES[wanted]} are needed here: {remedy}", causes=[Cause.MISSING_COLUMN]
     )

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from dpo_jax.cli import build, splits
 from dpo_jax.cli.config import Config
+from dpo_jax.cli.preflight.inputs import TFDS_OF_PAIRS
+from dpo_jax.data.pairs import PreferenceSet
+from dpo_jax.data.row_kinds import check_kind
 from dpo_jax.runtime.progress import reported
 
 
@@ -17,13 +20,23 @@ def run(config: Config) -> int:
         named = config.tokenizer.path or config.model.path
         tokenizer = build.tokenizer_of(config, model_path=config.model.path) if named else None
         found = {
-            config.data.train_split: splits.load_split(config, "train", tokenizer),
-            config.data.test_split: splits.load_split(config, "test", tokenizer),
+            config.data.train_split: splits.load_split(config, "train", tokenizer, rows="any"),
+            config.data.test_split: splits.load_split(config, "test", tokenizer, rows="any"),
         }
         build.describe(run_dir, config, *(preferences.report for preferences in found.values()))
+        for preferences in found.values():
+            _check(config, preferences)
         for preferences in found.values():
             print(preferences.report.summary())
         with reported("writing"):
             folder = write_tfds(found, Path(config.prepare.out or f"{config.run.dir}/tfds"))
         print(f"read it back with --data.source tfds --data.path {folder}")
     return 0
+
+
+def _check(config: Config, preferences: PreferenceSet) -> None:
+    """Raises `DataError` for single completions, or if too large a share of the rows was dropped."""
+    report = preferences.report
+    labelled = any(preference.desirable is not None for preference in preferences)
+    check_kind("unpaired" if labelled else "pairs", "pairs", where=f"{report.source} [{report.split}]", remedy=TFDS_OF_PAIRS)
+    splits.check_dropped(config, report, report.bad_share)

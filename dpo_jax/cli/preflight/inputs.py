@@ -75,6 +75,9 @@ NO_IMAGES = (
     "rows with images, or their content parts of type image and the column images"
 )
 
+TFDS_OF_PAIRS = "a TFDS folder holds pairs; train on these files directly"
+"""Remedy for single completions that `prepare` is to write."""
+
 
 def refuse_texts(config: Config) -> None:
     """Raises `ConfigError` for data that are not preferences."""
@@ -163,7 +166,8 @@ def _split(check: Check, part: MixConfig, path: str, split: str) -> str:
             raise ConfigError(f"{shown}: {NO_IMAGES}")
         check.images = check.images or shown
         stated = FORMATS[format].rows if format in FORMATS else "pairs"
-        check_kind(stated, wanted, where=f"{path} [{name}] (format {format})")
+        remedy = TFDS_OF_PAIRS if check.name == "prepare" else None
+        check_kind(stated, wanted, where=f"{path} [{name}] (format {format})", remedy=remedy)
         images = ", with images" if shown is not None else ""
         kind, rows = f"{format}{images}, {files} {'file' if files == 1 else 'files'}", _rows(path, name)
         if split == "train" and not data.mix:
