@@ -83,7 +83,7 @@ def test_the_hub_reads_the_header_of_a_card(run, tmp_path):
         "license_link": "LICENSE",
         "tags": ["dpo_jax", "sft"],
     }
-    assert "# Llama-3-8B fine-tuned on preferred completions" in card
+    assert "# Llama-3-8B after supervised fine-tuning" in card
     assert "[Anthropic/hh-rlhf](https://huggingface.co/datasets/Anthropic/hh-rlhf)" in card
     # The policy of DPO starts from that folder: where it comes from is in its card.
     start = folder_with(run.path.parent / "sft" / "export", README_md=card)

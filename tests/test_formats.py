@@ -58,7 +58,8 @@ def test_the_table_of_formats_is_true(format, tmp_path, tokenizer):
 
     assert detect_format(format.example) == (format.name if format.told_by else "hh")
     asked = "auto" if format.told_by else format.name
-    pairs = load(write(tmp_path / "train.jsonl", format.example), format=asked, tokenizer=tokenizer, rows=format.rows)
+    rows = "any" if format.rows == "demonstrations" else format.rows
+    pairs = load(write(tmp_path / "train.jsonl", format.example), format=asked, tokenizer=tokenizer, rows=rows)
     assert (pairs.report.format, len(pairs)) == (format.name, 1)
     for name, column in format.reads.items():
         rows = [("row", without(format.example, name))]

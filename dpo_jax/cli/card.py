@@ -41,8 +41,8 @@ def sft_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
     return _card(
         config,
         run,
-        title="fine-tuned on preferred completions",
-        how=f"Supervised fine-tuning on preferred texts ({scored} are scored).{_trained(config, config.sft)}",
+        title="after supervised fine-tuning",
+        how=f"Supervised fine-tuning ({scored} are scored).{_trained(config, config.sft)}",
         start=config.model.path,
         section=config.sft,
         results=_held_out(run, step),

@@ -46,6 +46,9 @@ def references(config: Config, tokenizer: Any, *, target: bool = False, images: 
         return [Reference(f"{article.text}{ARTICLE_CUE}", f" {article.summary}", article.uid) for article in articles]
     rows = splits.load_split(config, "test", tokenizer, rows="any", images=images)
     good = [p for p in rows if p.desirable is not False] or rows  # without a good completion their prompts remain
+    good = [p for p in good if p.prompt]
+    if not good:
+        raise ConfigError(f"data.path: {rows.report.source} [{rows.report.split}] holds plain texts, which have no prompts")
     return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid, p.chat, p.images) for p in good]
 
 

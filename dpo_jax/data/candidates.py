@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from dpo_jax.data.chat import chat_completions
 from dpo_jax.data.columns import Row, text
-from dpo_jax.data.pairs import BadRow, Preference, check_pair
+from dpo_jax.data.conversations import same_kind
+from dpo_jax.data.pairs import BadRow, Preference, Spans, check_completion, check_pair, check_prompt
 from dpo_jax.data.row_kinds import Ranking
 
 Rows = Iterable[tuple[str, Row]]
@@ -44,3 +46,20 @@ def checked(preference: Preference) -> Preference:
 def with_target(preference: Preference, target: str) -> Preference:
     """The preference with `target` as its SFT text, if that differs from the chosen completion."""
     return preference if target == preference.chosen else dataclasses.replace(preference, sft_target=target)
+
+
+def completions_of(
+    row: Row, completions: list[tuple[str, Any]], uid: str, tokenizer: Any
+) -> tuple[str, list[str], list[Spans | None], dict[str, Any]]:
+    """Prompt, completions, their spans and further fields of the preference, from named texts or messages."""
+    prompt, sides = same_kind(row, dict(completions))
+    if isinstance(prompt, list):
+        found = chat_completions(prompt, sides, uid=uid, tokenizer=tokenizer)
+        more = {"chat": True, "notes": found.notes, "prompt_digest": found.prompt_digest}
+        return found.prompt, found.completions, found.spans, more
+    prompt = text(row, "prompt")
+    check_prompt(prompt)
+    texts = [text(sides, name) for name in sides]
+    for name, completion in zip(sides, texts, strict=True):
+        check_completion(completion, field=name)
+    return prompt, texts, [None] * len(texts), {}

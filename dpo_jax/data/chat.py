@@ -78,6 +78,20 @@ class Conversation(NamedTuple):
     prompt_digest: str
 
 
+def chat_text(messages: Any, *, uid: str, tokenizer: Any, tools: Any = None, chat_template_kwargs: Any = None) -> Conversation:
+    """Render a whole conversation: prompt up to the first turn of the assistant, and one completion from there to its last.
+
+    Raises `BadRow`, also if no turn is the assistant's, or the first one is.
+    """
+    template = read_template(tokenizer, tools=tools, variables=chat_template_kwargs, where=uid)
+    turns = read_messages(messages, "messages", tokenizer)
+    first = next((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))
+    if first in (0, len(turns)):
+        detail = "the assistant speaks first: there is nothing that it answers" if not first else "no turn of the assistant"
+        raise BadRow(Cause.NO_PROMPT if not first else Cause.EMPTY, detail, field="messages")
+    return _conversation(template, turns[:first], {"messages": turns[first:]})
+
+
 def chat_completions(prompt: list[Any], completions: Mapping[str, Any], *, uid: str, tokenizer: Any) -> Conversation:
     """Render one prompt and any number of completions (lists of messages by name), as `chat_preference` does."""
     template = read_template(tokenizer, where=uid)

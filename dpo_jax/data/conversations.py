@@ -54,6 +54,14 @@ def same_kind(row: Row, completions: Mapping[str, Any]) -> tuple[Any, dict[str, 
     return named.pop("prompt"), named
 
 
+def whole_conversation(row: Row) -> Any:
+    """A row's column `messages` as a list of messages, after the text of `system`, if the row has one."""
+    turns, system = _messages(column(row, "messages")), row.get("system")
+    if isinstance(turns, list) and system is not None and text(row, "system").strip():
+        return _after_system(system, turns)
+    return turns
+
+
 def _messages(value: Any) -> Any:
     """The value as messages `{"role", "content"}` if it is a list of these or of ShareGPT's `{"from", "value"}`."""
     if isinstance(value, Mapping) and value.keys() & {"role", "from"}:

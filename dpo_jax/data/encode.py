@@ -140,7 +140,8 @@ def encode(
     Like `tokenize_batch_element` of the original: prompt and completions are tokenized separately, without special tokens, and
     EOS is appended to the completions. `bos` decides whether the prompt begins with BOS (`with_bos`). If the prompt and the
     longer completion exceed `max_length` tokens, the prompt is cut to `max_prompt_length` (keeping BOS and its end, or its
-    start). If that is not enough, both completions are cut to `max_length - max_prompt_length`. Raises `EosInText` if a text
+    start). If that is not enough, both completions are cut to `max_length - max_prompt_length`; of a demonstration, to what the
+    prompt leaves of `max_length`. Raises `EosInText` if a text
     contains EOS. Only in a record marked `chat` may EOS end the turns of the prompt. There a completion that the template
     already ended, with EOS or another special token, gets no further EOS (as in TRL).
 
@@ -195,7 +196,8 @@ def encode(
     if len(prompt) + longer > max_length:
         prompt = cut_prompt(prompt, max_prompt_length, tokenizer, truncation=truncation)
     if len(prompt) + longer > max_length:
-        chosen, *between, rejected = (ids[: max_length - max_prompt_length] for ids in (chosen, *between, rejected))
+        room = max_length - (len(prompt) if get("demonstration") else max_prompt_length)
+        chosen, *between, rejected = (ids[:room] for ids in (chosen, *between, rejected))
     return Encoded(
         prompt=prompt,
         chosen=chosen,

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dpo_jax.loss_table import RowKind
 
+Kind = RowKind | Literal["demonstrations"]
+"""The kind of example in a row: those that losses read, and texts that only supervised fine-tuning reads."""
+
 
 class Column(NamedTuple):
     """A column of a format: what it holds, and whether every row must have it."""
@@ -21,7 +24,7 @@ class Column(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A public format of preferences.
+    """A public format of preferences, or of texts for supervised fine-tuning.
 
     reads      the columns that its function reads; "info.title" is a field inside a column
     told_by    columns by which the format is detected (none: only data.format selects it) ...
@@ -37,7 +40,7 @@ class Format(NamedTuple):
     example: Mapping[str, Any]
     lacks: tuple[str, ...] = ()
     begins: Mapping[str, str] = {}
-    rows: RowKind = "pairs"
+    rows: Kind = "pairs"
 
     @property
     def needs(self) -> list[str]:
@@ -55,6 +58,10 @@ class Format(NamedTuple):
 _PROMPT = Column("the prompt, a text or messages")
 _SYSTEM = Column("a system message, if `data.columns` names its column", needed=False)
 _SUBSET = Column("subset of the data; evaluation also reports by subset", needed=False)
+_CHAT_OPTIONS = {
+    "tools": Column("schemas of tools, for the chat template", needed=False),
+    "chat_template_kwargs": Column("other variables of the chat template, such as `enable_thinking`", needed=False),
+}
 _BETTER, _WORSE = Column("the better completion"), Column("the worse one")
 
 # Detection takes the first that fits.
@@ -186,8 +193,7 @@ _FORMATS = (
             "system": _SYSTEM,
             "chosen": _BETTER,
             "rejected": _WORSE,
-            "tools": Column("schemas of tools, for the chat template", needed=False),
-            "chat_template_kwargs": Column("other variables of the chat template, such as `enable_thinking`", needed=False),
+            **_CHAT_OPTIONS,
             "images": Column("images of the prompt: paths, bytes, or {bytes, path} each", needed=False),
             "image": Column("a single image", needed=False),
             "subset": _SUBSET,
@@ -223,6 +229,41 @@ _FORMATS = (
         ("prompt", "completions"),
         {"prompt": "The sky is", "completions": [" blue.", " grey.", " green."], "ranks": [1, 2, 3]},
         rows="rankings",
+    ),
+    Format(
+        "sft_completion",
+        "prompts with a completion, for `sft`; TRL's prompt-completion form",
+        {
+            "prompt": _PROMPT,
+            "system": _SYSTEM,
+            "completion": Column("the completion to learn, a text or messages"),
+            "subset": _SUBSET,
+        },
+        ("prompt", "completion"),
+        {"prompt": "The sky is", "completion": " blue."},
+        lacks=("label",),
+        rows="demonstrations",
+    ),
+    Format(
+        "sft_messages",
+        "conversations, for `sft`: all turns of the assistant are learnt",
+        {
+            "messages": Column("messages, of which at least one is the assistant's"),
+            "system": _SYSTEM,
+            **_CHAT_OPTIONS,
+            "subset": _SUBSET,
+        },
+        ("messages",),
+        {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]},
+        rows="demonstrations",
+    ),
+    Format(
+        "sft_text",
+        "plain texts without prompts, for `sft`; TRL's language-modelling form",
+        {"text": Column("the text to learn"), "subset": _SUBSET},
+        ("text",),
+        {"text": "The sky is blue."},
+        rows="demonstrations",
     ),
 )
 FORMATS: Mapping[str, Format] = {format.name: format for format in _FORMATS}

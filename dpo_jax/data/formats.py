@@ -11,10 +11,22 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from dpo_jax.data.candidates import Candidates, Rankings, Rows, checked, one_each, with_subset, with_target
-from dpo_jax.data.chat import chat_completions, chat_preference
+from dpo_jax.data.candidates import (
+    Candidates,
+    Rankings,
+    Rows,
+    checked,
+    completions_of,
+    one_each,
+    with_subset,
+    with_target,
+)
+from dpo_jax.data.chat import chat_preference
 from dpo_jax.data.columns import Row, column, number, text
-from dpo_jax.data.conversations import conversation, same_kind
+from dpo_jax.data.conversations import conversation
+from dpo_jax.data.demonstrations import sft_completion as sft_completion
+from dpo_jax.data.demonstrations import sft_messages as sft_messages
+from dpo_jax.data.demonstrations import sft_text as sft_text
 from dpo_jax.data.html import strip_html
 from dpo_jax.data.image_rows import take_images, with_images
 from dpo_jax.data.pairs import (
@@ -22,11 +34,9 @@ from dpo_jax.data.pairs import (
     BadRow,
     Cause,
     Preference,
-    Spans,
     check_completion,
     check_different,
     check_length,
-    check_prompt,
 )
 from dpo_jax.data.row_kinds import Ranking
 from dpo_jax.data.transcripts import as_transcript
@@ -244,7 +254,7 @@ def unpaired(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         desirable = label if isinstance(label, bool) else number(row, "label")
         if desirable not in (0, 1):
             raise BadRow(Cause.OUT_OF_RANGE, f"true or false, or 1 or 0, is needed, this is {desirable:g}", field="label")
-        prompt, (completion,), (spans,), more = _completions(row, [("completion", column(row, "completion"))], uid, tokenizer)
+        prompt, (completion,), (spans,), more = completions_of(row, [("completion", column(row, "completion"))], uid, tokenizer)
         both = {"chosen_spans": spans, "rejected_spans": spans}
         return Preference(prompt, completion, completion, uid, desirable=bool(desirable), **both, **more)
 
@@ -269,7 +279,7 @@ def ranked(rows: Rows, *, tokenizer: Any = None) -> Rankings:
             )
         ranks = _ranks(row, len(several))
         named = [(f"completions.{i}", completion) for i, completion in enumerate(several)]
-        prompt, texts, spans, more = _completions(row, named, uid, tokenizer)
+        prompt, texts, spans, more = completions_of(row, named, uid, tokenizer)
         for (name, _), parts in zip(named, spans, strict=True):
             if parts is not None:
                 detail = "a completion of several turns, but in a ranking each has one, the assistant's answer"
@@ -297,23 +307,6 @@ def _ranks(row: Row, count: int) -> list[float]:
     ):
         raise BadRow(Cause.OUT_OF_RANGE, "ranks and scores put the completions in different orders", field="ranks, scores")
     return next(iter(found.values()), [float(i + 1) for i in range(count)])
-
-
-def _completions(
-    row: Row, completions: list[tuple[str, Any]], uid: str, tokenizer: Any
-) -> tuple[str, list[str], list[Spans | None], dict[str, Any]]:
-    """Prompt, completions, their spans and further fields of the preference, from named texts or messages."""
-    prompt, sides = same_kind(row, dict(completions))
-    if isinstance(prompt, list):
-        found = chat_completions(prompt, sides, uid=uid, tokenizer=tokenizer)
-        more = {"chat": True, "notes": found.notes, "prompt_digest": found.prompt_digest}
-        return found.prompt, found.completions, found.spans, more
-    prompt = text(row, "prompt")
-    check_prompt(prompt)
-    texts = [text(sides, name) for name in sides]
-    for name, completion in zip(sides, texts, strict=True):
-        check_completion(completion, field=name)
-    return prompt, texts, [None] * len(texts), {}
 
 
 def _without_html(row: Row, field: str, *, inside: str = "") -> str:

@@ -88,7 +88,7 @@ class Preference:
     """A prompt and two completions of it. `prompt + chosen` is the original text: nothing is stripped or added.
 
     A ranking of more than two has the others in `between`. A single completion has a label `desirable` and its text as both
-    `chosen` and `rejected`.
+    `chosen` and `rejected`. A text that only supervised fine-tuning reads is a desirable one marked `demonstration`.
     """
 
     prompt: str
@@ -104,6 +104,7 @@ class Preference:
     prompt_digest: str | None = None  # conversations: digest of the messages, independent of template and date
     between: tuple[str, ...] = ()  # rankings only: best first
     desirable: bool | None = None  # single completions only
+    demonstration: bool = False  # a completion to imitate, without a label; of a plain text the prompt is empty
     images: tuple[Any, ...] = ()  # images of the prompt: `ImageFile` each; before opening, what the row named
 
 

@@ -50,34 +50,39 @@ def encode_all(
     Raises `DataError` for unusable ones, or drops and counts them with `on_bad="drop"`.
 
     A pair with an unusable `sft_target` is unusable too, so that every task of a run has the same data. Each single completion
-    gets a mismatched one (`data.unpaired`). `row_length` is the longest row that a pair may need in the shared layout, in
-    tokens. Truncations are counted in the report. A pair that truncation makes identical states no preference: it is always
-    dropped and counted.
+    gets a mismatched one (`data.unpaired`), except a demonstration, which has no use for it. `row_length` is the longest row
+    that a pair may need in the shared layout, in tokens. Truncations are counted in the report. A pair that truncation makes
+    identical states no preference: it is always dropped and counted.
     """
     report = preferences.report.copy()
     triage = Triage(report, on_bad=on_bad)
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "truncation": truncation, "bos": bos}
     tokenizer = _Remembering(tokenizer)
     sound: list[Encoded] = []
+    alone: set[str] = set()  # uids of demonstrations
     for preference in preferences:
         try:
             pair = _encode_text(preference, tokenizer, images, **limits)
-            _check(pair, tokenizer)
+            _check(pair, tokenizer, preference)
             _check_target(preference, tokenizer)
         except BadRow as problem:
             triage.reject(preference.uid, problem)
             continue
         sound.append(pair)
-    if any(pair.desirable is not None for pair in sound):
-        if one_prompt(sound):
+        if preference.demonstration:
+            alone.add(pair.uid)
+    labelled = [pair for pair in sound if pair.desirable is not None and pair.uid not in alone]
+    if labelled:
+        if one_prompt(labelled):
             report.notes.append(
                 "all completions have one prompt: none can be mismatched, and KTO's z0 is that of the completions"
             )
-        sound = mismatched(sound, max_length=max_length)
+        found = {pair.uid: pair for pair in mismatched(labelled, max_length=max_length)}
+        sound = [found.get(pair.uid, pair) for pair in sound]
     kept = []
     for pair in sound:
         try:
-            _check_room(pair, row_length)
+            _check_room(pair, row_length, alone=pair.uid in alone)
         except BadRow as problem:
             triage.reject(pair.uid, problem)
             continue
@@ -243,7 +248,7 @@ def _check_target(preference: Preference, tokenizer: _Remembering) -> None:
         raise BadRow(Cause.EOS_IN_TEXT, str(error).removeprefix("chosen "), field="sft_target") from error
 
 
-def _check(pair: Encoded, tokenizer: Any) -> None:
+def _check(pair: Encoded, tokenizer: Any, preference: Preference) -> None:
     """Raises `BadRow` if the token ids form no usable pair although the texts did."""
     single = pair.desirable is not None
     if not single and len({ids.tobytes() for ids in pair.completions}) < len(pair.completions):
@@ -252,7 +257,7 @@ def _check(pair: Encoded, tokenizer: Any) -> None:
             raise BadRow(Cause.IDENTICAL_AFTER_TRUNCATION, same if not pair.between else "two completions begin with the same")
         same = "two completions" if pair.between else "chosen and rejected"
         raise BadRow(Cause.IDENTICAL, f"{same} are the same tokens")
-    if len(pair.prompt) == 0:
+    if len(pair.prompt) == 0 and not preference.demonstration:
         raise BadRow(Cause.NO_PROMPT, "the prompt has no tokens", field="prompt")
     for side in ("chosen",) if single else ("chosen", "rejected"):
         ids = getattr(pair, side)
@@ -262,12 +267,14 @@ def _check(pair: Encoded, tokenizer: Any) -> None:
             raise BadRow(Cause.COMPLETION_CUT, f"truncation to {len(ids)} tokens leaves {what}", field=side)
 
 
-def _check_room(pair: Encoded, row_length: int | None) -> None:
-    """Raises `BadRow` for a pair that needs a longer row than `row_length`."""
-    needed, _ = group_size(pair, shared=True)
+def _check_room(pair: Encoded, row_length: int | None, *, alone: bool) -> None:
+    """Raises `BadRow` for a pair, or the one text of a demonstration, that needs a longer row than `row_length`."""
+    needed = len(pair.prompt) + len(pair.chosen) if alone else group_size(pair, shared=True)[0]
     if row_length is not None and needed > row_length:
         sizes = " + ".join(str(len(ids)) for ids in (pair.prompt, *pair.completions))
         what = "prompt and all completions" if pair.between else "prompt, chosen and rejected"
         what = "prompt, completion and a mismatched one" if pair.desirable is not None else what
+        if alone:
+            sizes, what = f"{len(pair.prompt)} + {len(pair.chosen)}", "prompt and completion"
         detail = f"{what} need {sizes} tokens"
         raise BadRow(Cause.NO_ROOM, f"{detail}, rows hold {row_length} (--data.row-length)")

@@ -71,7 +71,8 @@ def find_overlap(held_out: Sequence[Encoded], train: Sequence[Encoded]) -> Overl
     found: list[list[str]] = [[], [], []]
     for pair in held_out:
         key = prompt, yes, no = _key(pair)
-        twins = seen.get((key, _digest(*pair.between))), sides.get((prompt, no, yes)), prompts.get(prompt)
+        same_prompt = prompts.get(prompt) if len(pair.prompt) > pair.bos_added else None  # plain texts have none
+        twins = seen.get((key, _digest(*pair.between))), sides.get((prompt, no, yes)), same_prompt
         _note(found, pair.uid, twins)
     return Overlap(*(_finding(of_kind, len(held_out)) for of_kind in found))
 

@@ -1,6 +1,7 @@
-"""Kinds of examples in rows (pair, ranking, single completion), and their conversion to the kind that the loss reads.
+"""Kinds of examples in rows (pair, ranking, single completion, demonstration), and their conversion to the kind that is read.
 
 A ranking of K completions converts to all of its pairs, and a pair to two single completions. There are no other conversions.
+Demonstrations state no preference: only supervised fine-tuning reads them.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ from itertools import combinations
 from typing import Any, Literal
 
 from dpo_jax.data.encode import Encoded
+from dpo_jax.data.format_table import Kind
 from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, PreferenceSet
 from dpo_jax.loss_table import RowKind, names_of
 
 Wanted = RowKind | Literal["any"]
 """The kind to read. "any": whatever the files contain, rankings as pairs."""
-_STATES = {"pairs": "pairs", "unpaired": "single completions with labels", "rankings": "rankings"}
+_STATES = {
+    "pairs": "pairs",
+    "unpaired": "single completions with labels",
+    "rankings": "rankings",
+    "demonstrations": "texts for supervised fine-tuning",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +44,19 @@ class Ranking:
 Candidates = Iterable[tuple[str, Preference | Ranking | BadRow]]
 
 
-def check_kind(stated: RowKind, wanted: Wanted, *, where: str, remedy: str | None = None) -> None:
+def check_kind(stated: Kind, wanted: Wanted, *, where: str, remedy: str | None = None) -> None:
     """Raises `DataError` if rows of kind `stated` cannot be read as `wanted`.
 
     The message names the losses that read such rows, or the `remedy` of a command without a loss.
     """
     if wanted in (stated, "any") or (stated, wanted) in (("rankings", "pairs"), ("pairs", "unpaired")):
         return
-    if remedy is None:
+    if stated == "demonstrations":
+        remedy = "`dpo-jax sft` trains on them; a preference has a better and a worse completion, such as chosen and rejected"
+    elif remedy is None and stated == "pairs":
+        remedy = "use the loss dpo, which is the same for two completions"
+    elif remedy is None:
         remedy = f"set dpo.loss to one that reads them ({names_of(stated)})"
-        if stated == "pairs":
-            remedy = "use the loss dpo, which is the same for two completions"
     raise DataError(
         f"{where} holds {_STATES[stated]}, but {_STATES[wanted]} are needed here: {remedy}", causes=[Cause.MISSING_COLUMN]
     )

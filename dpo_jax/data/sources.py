@@ -229,7 +229,9 @@ class _Reading:
         return self._checked(itertools.chain(sample, rows))
 
     def _detect(self, sample: list[tuple[str, Row]]) -> None:
-        votes = collections.Counter(name for _, row in sample if (name := detect_format(row)))
+        votes = collections.Counter(
+            name for _, row in sample if (name := detect_format(row)) and not self._mapped_pairs(name, row)
+        )
         if sample and not votes:
             where, row = sample[0]
             self._refuse_columns(where, row)
@@ -252,9 +254,15 @@ class _Reading:
         called = self.mapped.names(file, names)
         format = format_of(self.report.format, called)
         wanted = [*FORMATS[format].reads] if format else []
+        if self.report.format == "auto" and format and self._mapped_pairs(format, row := {name: "a text" for name in called}):
+            self._refuse_columns(file, row)
         if not any(column.partition(".")[0] in called for column in wanted):
             self._refuse_columns(file, {name: "a text" for name in called})
         return self.mapped.sources_of([*wanted, *(suspects(called, texts, format) if format else ())])
+
+    def _mapped_pairs(self, format: str, row: Row) -> bool:
+        """Whether a row that fits a format of texts holds preferences under other names: these must not be read as texts."""
+        return FORMATS[format].rows == "demonstrations" and suggestion(row, self.mapped) is not None
 
     def _checked(self, rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
         """The rows except those with a column that should have been read."""

@@ -37,6 +37,7 @@ AUDITED: dict[Any, Any] = SPLIT | {
     "verdict": [{"about": str, "found": str, "remedy": str}],
     "repeats?": _FINDINGS,
     "overlap?": _FINDINGS,
+    "demonstrations?": int,
     "longer_wins": ({"chosen_longer": float, "accuracy": float, "low": float, "high": float}, None),
     "labels?": COUNTS,
     "lengths": {"prompt": {str: float}, str: {str: float}},

@@ -92,6 +92,8 @@ def _cut_ends(report: Mapping[str, Any], split: str) -> Iterator[Note]:
 def _labels(config: Config, report: Mapping[str, Any]) -> Iterator[Note]:
     """Notes on single completions: whether the loss reads them, and whether both sides have about the same total weight."""
     labels = report.get("labels")
+    if "demonstrations" in report:
+        yield _note("task", "the rows are texts for supervised fine-tuning, without preferences", "train with dpo-jax sft")
     if labels is None:
         return
     if loss_table.rows_of(config.dpo.loss) != "unpaired":

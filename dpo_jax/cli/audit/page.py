@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -74,12 +75,20 @@ def _counts(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield row("pairs also in train", finding("overlap", "pairs"))
     yield row("pairs also in train, sides swapped", finding("overlap", "swapped"))
     yield row("prompts also in train", finding("overlap", "prompts"))
-    if all("labels" in report for report in reports.values()):
-        yield row("desirable", lambda report: f"{report['labels']['desirable']:,}")
-        yield row("undesirable", lambda report: f"{report['labels']['undesirable']:,}")
-        return
-    yield row("chosen is longer", lambda report: f"{report['longer_wins']['chosen_longer']:.1%}")
-    yield row('accuracy of "the longer one wins"', lambda report: f"{report['longer_wins']['accuracy']:.3f}")
+    # The splits may hold different kinds of rows.
+    for name, found, key, style in (
+        ("desirable", "labels", "desirable", ",d"),
+        ("undesirable", "labels", "undesirable", ",d"),
+        ("chosen is longer", "longer_wins", "chosen_longer", ".1%"),
+        ('accuracy of "the longer one wins"', "longer_wins", "accuracy", ".3f"),
+    ):
+        if any(report.get(found) for report in reports.values()):
+            yield row(name, functools.partial(_number, found=found, key=key, style=style))
+
+
+def _number(report: Mapping[str, Any], *, found: str, key: str, style: str) -> str:
+    values = report.get(found)
+    return "-" if values is None else format(values[key], style)
 
 
 def _sources(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -16,8 +16,9 @@ from dpo_jax.cli.config import Config
 from dpo_jax.cli.fixed import pin_revisions
 from dpo_jax.cli.images import encoder_for
 from dpo_jax.cli.repeats import look_for_repeats, refuse_repeats
-from dpo_jax.data.encode import adds_bos
+from dpo_jax.data.encode import Encoded, adds_bos
 from dpo_jax.data.image_prompts import ImageTokens
+from dpo_jax.data.layout import Text
 from dpo_jax.data.lengths import cut_table, length_differences, length_table, parts_of, source_table
 from dpo_jax.data.loader import plan_layout, stream
 from dpo_jax.data.pairs import PreferenceSet
@@ -86,21 +87,21 @@ def split_report(
     counted = encoded.report.to_json()
     for name, found in source_table(encoded).items() if "sources" in counted else ():
         counted["sources"][name] |= found
-    labels = label_counts(encoded)
+    labels, texts = label_counts(encoded), any(preference.demonstration for preference in preferences)
     return {
         **counted,
         "conversations": sum(preference.chat for preference in splits.only_kept(preferences, encoded)),
         "repeats": plain(repeats),
         "lengths": length_table(encoded),
         "cut": cut_table(encoded),
-        "longer_wins": None if labels else longer_wins(length_differences(encoded)),
-        **({"labels": labels} if labels else {}),
-        "packing": row_statistics(config, encoded),
+        "longer_wins": None if labels or texts else longer_wins(length_differences(encoded)),
+        **({"demonstrations": len(encoded)} if texts else {"labels": labels} if labels else {}),
+        "packing": row_statistics(config, [(pair.prompt, pair.chosen) for pair in encoded] if texts else encoded),
         "bos": {
             "option": config.data.bos,
             "token": tokenizer.bos_token,
             "tokenizer_adds_it": adds_bos(tokenizer),
-            "pairs": 0 if bos is None else sum(int(pair.prompt[0]) == bos for pair in encoded),
+            "pairs": 0 if bos is None else sum(pair.prompt[:1].tolist() == [bos] for pair in encoded),
         },
     }
 
@@ -146,8 +147,8 @@ def label_counts(encoded: Sequence[Any]) -> dict[str, int] | None:
     return {"desirable": desirable, "undesirable": len(encoded) - desirable}
 
 
-def row_statistics(config: Config, encoded: EncodedSet, *, batches: int = 8) -> dict[str, Any]:
-    """How full the rows of the configured layout are, over the first batches of `dpo`."""
+def row_statistics(config: Config, encoded: Sequence[Encoded] | Sequence[Text], *, batches: int = 8) -> dict[str, Any]:
+    """How full the rows of the configured layout are, over the first batches of `dpo`, or of its size with texts."""
     batch = config.dpo.batch
     layout = plan_layout(encoded, kind=config.data.layout, batch=batch, length=config.data.row_length)
     at = stream(encoded, layout=layout, batch=min(batch, len(encoded)), seed=config.run.seed)
