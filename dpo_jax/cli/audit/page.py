@@ -61,6 +61,9 @@ def _counts(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
         return cell
 
+    def value(group: str, name: str, form: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda report: "-" if (found := report.get(group)) is None else f"{found[name]:{form}}"
+
     yield f"  {'':<42}" + "".join(f"{one_line(split)[:17]:>18}" for split in reports)
     yield row("rows read", lambda report: f"{report['read']:,}")
     yield row("kept", lambda report: f"{report['kept']:,}")
@@ -74,12 +77,13 @@ def _counts(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield row("pairs also in train", finding("overlap", "pairs"))
     yield row("pairs also in train, sides swapped", finding("overlap", "swapped"))
     yield row("prompts also in train", finding("overlap", "prompts"))
-    if all("labels" in report for report in reports.values()):
-        yield row("desirable", lambda report: f"{report['labels']['desirable']:,}")
-        yield row("undesirable", lambda report: f"{report['labels']['undesirable']:,}")
-        return
-    yield row("chosen is longer", lambda report: f"{report['longer_wins']['chosen_longer']:.1%}")
-    yield row('accuracy of "the longer one wins"', lambda report: f"{report['longer_wins']['accuracy']:.3f}")
+    # One split may hold single completions and the other pairs.
+    if any("labels" in report for report in reports.values()):
+        yield row("desirable", value("labels", "desirable", ","))
+        yield row("undesirable", value("labels", "undesirable", ","))
+    if any(report["longer_wins"] for report in reports.values()):
+        yield row("chosen is longer", value("longer_wins", "chosen_longer", ".1%"))
+        yield row('accuracy of "the longer one wins"', value("longer_wins", "accuracy", ".3f"))
 
 
 def _sources(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
