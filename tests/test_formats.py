@@ -145,6 +145,12 @@ def test_helpsteer3(tmp_path, tokenizer):
     assert [(pair.chosen, pair.rejected, pair.subset) for pair in loaded] == [("4", "5", "stem"), ("5", "4", "stem")]
     assert loaded[0].prompt == tokenizer.apply_chat_template(row["context"], tokenize=False, add_generation_prompt=True)
     assert loaded.report.dropped == {"tie": 1, "out_of_range": 1}
+    other = {**row, "subset": "x"}  # a column that this format does not read
+    pq.write_table(pa.Table.from_pylist([other]), tmp_path / "train.parquet")
+    for path in (write(tmp_path / "train.jsonl", other), tmp_path / "train.parquet"):
+        assert [pair.subset for pair in load(path, tokenizer=tokenizer)] == ["stem"]
+    with pytest.raises(DataError, match="train.jsonl:1: domain: wrong_type"):
+        load(write(tmp_path / "train.jsonl", {**row, "domain": ["stem"]}), tokenizer=tokenizer)
 
 
 USER, SAID = turn("user", "q"), turn("assistant", "a")

@@ -149,6 +149,7 @@ def test_every_way_to_name_an_image(files, tokenizer):
     own = [{"image": "cat.png"}, {"path": "cat.png"}, {"base64": text}, {"url": f"data:image/png;base64,{text}"}]
     rows = [row({**PLACE, **one}) for one in own]
     rows += [row(PLACE, images=["cat.png"]), row(PLACE, image={"path": "cat.png", "bytes": None})]
+    rows += [row({**PLACE, **other}, images=["cat.png"]) for other in ({"index": 0}, {"text": ""}, {"path": None})]
     rows += [row(images=["cat.png"])]  # no place: before the text of the first user
     rows += [{"prompt": "What is this?", "chosen": "A cat.", "rejected": "A dog.", "image": "cat.png"}]
     found = load(files, rows, tokenizer)

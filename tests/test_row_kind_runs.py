@@ -132,6 +132,16 @@ def test_a_loss_of_other_rows_is_refused_before_anything_is_read(kind, loss, tol
         assert "the rows are single completions with a label, which loss dpo does not read" in " ".join(printed.split())
 
 
+def test_an_audit_shows_splits_of_different_kinds_side_by_side(folder):
+    data = folder / "both_kinds"
+    shutil.copytree(folder / "unpaired", data)
+    pair = {"prompt": "0:", "chosen": " yes", "rejected": " no, not at all"}
+    (data / "test.jsonl").write_text(json.dumps(pair) + "\n")
+    printed = call("audit", configured(folder, data.name, "dpo", "audit_kinds")).out
+    for row, cells in {"desirable": ["5", "-"], "undesirable": ["4", "-"], "chosen is longer": ["-", "0.0%"]}.items():
+        assert re.findall(rf"^  {row} +(\S+) +(\S+)$", printed, re.M) == [tuple(cells)]
+
+
 def test_supervised_fine_tuning_learns_the_good_completions(folder):
     """Desirable ones, and the best of each ranking, whatever the loss of dpo is."""
     tokenizer = load_tokenizer(folder / "model")

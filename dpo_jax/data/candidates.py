@@ -18,23 +18,25 @@ Stated = TypeVar("Stated", Preference, Ranking)
 Rankings = Iterator[tuple[str, Ranking | BadRow]]
 
 
-def one_each(rows: Rows, preference: Callable[[str, Row], Stated]) -> Iterator[tuple[str, Stated | BadRow]]:
-    """`(uid, preference(uid, row))` of each row, with the row's subset, or the `BadRow` that it raised."""
+def one_each(
+    rows: Rows, preference: Callable[[str, Row], Stated], *, subset: str = "subset"
+) -> Iterator[tuple[str, Stated | BadRow]]:
+    """`(uid, preference(uid, row))` of each row, with its subset from the column `subset`, or the `BadRow` that it raised."""
     for uid, row in rows:
         try:
-            yield uid, with_subset(preference(uid, row), row)
+            yield uid, _with_subset(preference(uid, row), row, subset)
         except BadRow as problem:
             yield uid, problem
 
 
-def with_subset(preference: Stated, row: Row) -> Stated:
-    """The preference with the subset named in the row's column `subset`; unchanged without that column."""
-    subset = row.get("subset")
+def _with_subset(preference: Stated, row: Row, column: str) -> Stated:
+    """The preference with the subset named in a column of its row; unchanged without that column."""
+    subset = row.get(column)
     if subset is None or subset == "":
         return preference
     if isinstance(subset, int) and not isinstance(subset, bool):
         return dataclasses.replace(preference, subset=str(subset))
-    return dataclasses.replace(preference, subset=text(row, "subset"))
+    return dataclasses.replace(preference, subset=text(row, column))
 
 
 def checked(preference: Preference) -> Preference:

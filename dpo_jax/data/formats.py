@@ -11,16 +11,7 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from dpo_jax.data.candidates import (
-    Candidates,
-    Rankings,
-    Rows,
-    checked,
-    completions_of,
-    one_each,
-    with_subset,
-    with_target,
-)
+from dpo_jax.data.candidates import Candidates, Rankings, Rows, checked, completions_of, one_each, with_target
 from dpo_jax.data.chat import chat_preference
 from dpo_jax.data.columns import Row, column, number, text
 from dpo_jax.data.conversations import conversation
@@ -157,10 +148,9 @@ def helpsteer3(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         if preferred == 0:
             raise BadRow(Cause.TIE, "neither response is preferred", field="overall_preference")
         chosen, rejected = answers if preferred < 0 else answers[::-1]
-        pair = chat_preference(context, chosen, rejected, uid=uid, tokenizer=tokenizer)
-        return with_subset(pair, {"subset": row.get("domain")})
+        return chat_preference(context, chosen, rejected, uid=uid, tokenizer=tokenizer)
 
-    return one_each(rows, preference)
+    return one_each(rows, preference, subset="domain")
 
 
 def tldr(rows: Rows, *, tokenizer: Any = None) -> Candidates:

@@ -23,6 +23,8 @@ from dpo_jax.data.images import Source, from_base64, open_image
 from dpo_jax.data.pairs import BadRow, Cause, Preference
 
 COLUMNS = ("images", "image")
+OWN = ("bytes", "path", "image", "url", "base64")
+"""Keys that hold an image, in a content part or in a value of the column."""
 MAX_IMAGES = 1000  # per row
 
 
@@ -149,7 +151,7 @@ def _source(value: Any, field: str) -> Source:
     if isinstance(value, bytes | str) and value:
         return value
     if isinstance(value, Mapping):
-        for name in ("bytes", "path", "image", "url", "base64"):
+        for name in OWN:
             if (inside := value.get(name)) is None:
                 continue
             if name == "base64" and isinstance(inside, str):
@@ -211,7 +213,7 @@ def _with_places(turn: Any, field: str, waiting: list[Source], sources: list[Sou
         if not _is_image(part):
             parts.append(part)
             continue
-        own = {name: value for name, value in part.items() if name != "type" and value is not None}
+        own = {name: part[name] for name in OWN if part.get(name) is not None}
         if own:
             sources.append(_source(own, f"{field}.content.{number}"))
         elif waiting:

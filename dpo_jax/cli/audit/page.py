@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -62,6 +61,9 @@ def _counts(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
         return cell
 
+    def value(group: str, name: str, form: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda report: "-" if (found := report.get(group)) is None else f"{found[name]:{form}}"
+
     yield f"  {'':<42}" + "".join(f"{one_line(split)[:17]:>18}" for split in reports)
     yield row("rows read", lambda report: f"{report['read']:,}")
     yield row("kept", lambda report: f"{report['kept']:,}")
@@ -75,20 +77,13 @@ def _counts(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield row("pairs also in train", finding("overlap", "pairs"))
     yield row("pairs also in train, sides swapped", finding("overlap", "swapped"))
     yield row("prompts also in train", finding("overlap", "prompts"))
-    # The splits may hold different kinds of rows.
-    for name, found, key, style in (
-        ("desirable", "labels", "desirable", ",d"),
-        ("undesirable", "labels", "undesirable", ",d"),
-        ("chosen is longer", "longer_wins", "chosen_longer", ".1%"),
-        ('accuracy of "the longer one wins"', "longer_wins", "accuracy", ".3f"),
-    ):
-        if any(report.get(found) for report in reports.values()):
-            yield row(name, functools.partial(_number, found=found, key=key, style=style))
-
-
-def _number(report: Mapping[str, Any], *, found: str, key: str, style: str) -> str:
-    values = report.get(found)
-    return "-" if values is None else format(values[key], style)
+    # One split may hold single completions and the other pairs.
+    if any("labels" in report for report in reports.values()):
+        yield row("desirable", value("labels", "desirable", ","))
+        yield row("undesirable", value("labels", "undesirable", ","))
+    if any(report["longer_wins"] for report in reports.values()):
+        yield row("chosen is longer", value("longer_wins", "chosen_longer", ".1%"))
+        yield row('accuracy of "the longer one wins"', value("longer_wins", "accuracy", ".3f"))
 
 
 def _sources(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
