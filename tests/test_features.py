@@ -1,6 +1,8 @@
 """Cached features of images: computed once, and never those of another encoder, processing or image."""
 
 import io
+import os
+import resource
 
 import numpy as np
 import pytest
@@ -98,3 +100,18 @@ def test_a_cache_without_its_identity_takes_only_its_own(tmp_path):
 def test_what_is_not_finite_is_not_kept(tmp_path):
     with pytest.raises(FloatingPointError, match="NaN or infinity"):
         cached(tmp_path, lambda pixels: np.full((len(pixels), 2, 3), np.nan))
+
+
+def test_a_cache_of_many_files_keeps_none_open(tmp_path):
+    identity, digests = {"encoder": "toy"}, [f"{number:064x}" for number in range(40)]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, before[1]))
+    try:
+        cache = FeatureCache(tmp_path, identity, shape=(2, 3))
+        for number, digest in enumerate(digests):
+            cache.add([digest], np.full((1, 2, 3), number))
+        again = FeatureCache(tmp_path, identity, shape=(2, 3))
+        for number, digest in enumerate(digests):
+            np.testing.assert_array_equal(again[digest], np.full((2, 3), number, np.float32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

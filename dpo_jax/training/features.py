@@ -57,7 +57,7 @@ class FeatureCache(Mapping[str, np.ndarray]):
         for leftover in leftovers(self.directory, IDENTITY, f"*{SUFFIX}"):
             leftover.unlink(missing_ok=True)
         self._claim()
-        self._places: dict[str, list[np.void]] = {}  # by digest; several if one was damaged
+        self._places: dict[str, list[tuple[Path, int]]] = {}  # (file, record) by digest; several if one was damaged
         self._taken: set[Path] = set()
         self.refresh()
 
@@ -99,17 +99,22 @@ class FeatureCache(Mapping[str, np.ndarray]):
         return [digest for digest in dict.fromkeys(digests) if digest not in self]
 
     def _take(self, path: Path) -> None:
-        """Adds the records of a file, which are read lazily."""
+        """Notes the places of a file's records. It keeps no file open: a process may open about a thousand."""
         self._taken.add(path)
         count = path.stat().st_size // self._record.itemsize
-        records = np.memmap(path, self._record, "r", shape=(count,)) if count else ()
-        for record in records:
-            self._places.setdefault(record["digest"].tobytes().hex(), []).append(record)
+        digests = np.array(np.memmap(path, self._record, "r", shape=(count,))["digest"]) if count else ()
+        for number, digest in enumerate(digests):
+            self._places.setdefault(digest.tobytes().hex(), []).append((path, number))
 
     def _from_file(self, digest: str) -> np.ndarray:
-        for record in self._places.get(digest, ()):
-            if record["crc"] == self._crc(record):
-                return np.array(record["values"])
+        for path, number in self._places.get(digest, ()):
+            with open(path, "rb") as file:
+                file.seek(number * self._record.itemsize)
+                content = file.read(self._record.itemsize)
+            if len(content) == self._record.itemsize:
+                record = np.frombuffer(content, self._record)[0]
+                if record["crc"] == self._crc(record):
+                    return np.array(record["values"])
             self.damaged += 1
         raise KeyError(digest)
 
