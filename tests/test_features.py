@@ -1,5 +1,6 @@
 """Cached features of images: computed once, and never those of another encoder, processing or image."""
 
+import gc
 import io
 import os
 import resource
@@ -115,3 +116,35 @@ def test_a_cache_of_many_files_keeps_none_open(tmp_path):
             np.testing.assert_array_equal(again[digest], np.full((2, 3), number, np.float32))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_another_process_that_opens_a_cache_leaves_what_is_being_written(tmp_path, monkeypatch):
+    """A file that a killed process left is removed, once nobody writes."""
+    identity, sync = {"encoder": "toy"}, os.fsync
+    cache = FeatureCache(tmp_path, identity, shape=(2, 3))
+
+    def sync_while_another_opens(descriptor):
+        sync(descriptor)
+        FeatureCache(tmp_path, identity, shape=(2, 3))
+
+    monkeypatch.setattr(os, "fsync", sync_while_another_opens)
+    cache.add(["00" * 32], np.ones((1, 2, 3)))
+    monkeypatch.undo()
+    left = tmp_path / ".01234567-killed.features"
+    left.touch()
+    assert len(FeatureCache(tmp_path, identity, shape=(2, 3))) == 1
+    assert left.exists()
+    del cache
+    gc.collect()
+    assert len(FeatureCache(tmp_path, identity, shape=(2, 3))) == 1
+    assert not left.exists()
+
+
+def test_a_cache_that_can_only_be_read_is_read(tmp_path):
+    FeatureCache(tmp_path, {"encoder": "toy"}, shape=(2, 3)).add(["00" * 32], np.ones((1, 2, 3)))
+    (tmp_path / "cache.lock").unlink()
+    tmp_path.chmod(0o555)
+    try:
+        assert FeatureCache(tmp_path, {"encoder": "toy"}, shape=(2, 3)).missing(["00" * 32]) == []
+    finally:
+        tmp_path.chmod(0o755)
