@@ -7,6 +7,7 @@ import signal
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -165,6 +166,26 @@ def test_a_cache_of_other_weights_is_refused(names, whole):
     other = jax.tree.map(lambda leaf: leaf + 1, weights)
     with pytest.raises(ForeignCache, match="weights: cached with"):
         score(partitioner.put_variables(other), cache=whole[0] / "run" / "refs")
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (lambda model: make_model(model.config, dtype=jnp.bfloat16), "dtype: cached with None, now 'bfloat16'"),
+        (
+            lambda model: model._replace(forward=lambda variables, rows: 10 * model.forward(variables, rows)),
+            "another model with the same weights and config: .* those of 2 pairs differ by .* name in `identity`",
+        ),
+    ],
+    ids=["number format", "factor"],
+)
+def test_a_cache_of_another_model_with_the_same_weights_is_refused(names, whole, other, told):
+    """A number format; a factor that is in neither weights nor configuration, such as an adapter's scale."""
+    model, weights = names["load_hf"](names["folder"])
+    with pytest.raises(ForeignCache, match=told):
+        dpo_jax.cached_reference_logps(
+            other(model), weights, names["encoded"], cache=whole[0] / "run/refs", partitioner=single_device(), batch=2
+        )
 
 
 def test_checkpoints_leave_out_what_is_frozen(tmp_path):
