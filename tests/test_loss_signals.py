@@ -14,7 +14,7 @@ from test_groups import PAIRS as OF_GROUPS
 from test_step import PAIRS, REF, layout, rows_of, toy_model
 
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.layout import plain_rows
+from dpo_jax.data.layout import plain_rows, ranking_rows
 from dpo_jax.dpo import dpo_step
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import named_loss
@@ -147,6 +147,13 @@ def test_a_step_of_ld_dpo_trains_on_these(state):
     assert metrics["loss"] == pytest.approx(np.log(2), rel=1e-5)
     assert abs(metrics["displacement/chosen"]) < 1e-4
     assert metrics["logps/chosen"] == pytest.approx(ref[:, 0].mean(), rel=1e-5)
+
+
+def test_it_compares_pairs_alone():
+    """The weight of a ranking's tokens would depend on all its completions, and the key of a cached value covers two."""
+    rankings = ranking_rows([(pair.prompt, [pair.chosen, pair.rejected, pair.chosen]) for pair in PAIRS], length=32)
+    with pytest.raises(ValueError, match="compares lengths within a pair: leave it at 1 for rankings"):
+        completion_logps(MODEL, MODEL.init(jax.random.key(0)), rankings, ld_alpha=0.5)
 
 
 # WPO

@@ -55,7 +55,7 @@ def cached_reference_logps(
         the values differ by more than rounding. Pairs are found by their token ids.
       layout: row layout from `plan_layout`; by default plain rows, which are correct for every causal model.
       batch: pairs per batch.
-      ld_alpha: as in `dpo_step`. Your own `identity` must include it.
+      ld_alpha: as in `dpo_step`; 1 for rankings. Your own `identity` must include it.
       say: called with a line about the contents of the cache, if relevant.
       other_data: the reason stated if the cache has pairs but none of these.
 
