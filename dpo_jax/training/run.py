@@ -292,7 +292,7 @@ def _resume(
     if is_now.get("behind", 0) != here.fingerprint.get("behind", 0) and (saved is None or saved.step != here.step):
         raise CheckpointDamaged(f"the newest checkpoint of {run.path} was damaged and set aside; run the same command again")
     if stopping is not None and not other_held_out(here, meta["data"]):
-        stopping.resume(meta_of_saved.get("early_stopping", {}))
+        stopping.resume(meta_of_saved.get("early_stopping", {}), place=here.place)
         if stopping.best is not None:
             checkpoints.pin(stopping.best)
     if moving is not None:
