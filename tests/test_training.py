@@ -136,6 +136,21 @@ def test_another_run_is_refused_by_what_differs(tmp_path):
         small(tmp_path / "data", fingerprint={"data": "b"}, data={"file a": "y"})
 
 
+def test_a_fingerprint_is_what_json_makes_of_it(tmp_path):
+    """A tuple comes back as a list. What cannot be saved is refused before the first step."""
+    said, fingerprint = [], {"betas": (0.9, 0.95), "nested": {"sizes": ({1: (2, 3)},)}}
+    for stop in (2, 4):
+        small(tmp_path / "run", stop, fingerprint=fingerprint, data={"limits": (1, 2)}, say=said.append)
+    assert said == [f"continuing {tmp_path / 'run'} after 2 steps"]
+    with pytest.raises(RunMismatch, match=r"betas: was \[0.9, 0.95\], is \[0.9, 0.99\]"):
+        small(tmp_path / "run", 4, fingerprint={"betas": (0.9, 0.99)})
+    with pytest.raises(TypeError, match=r"fingerprint\['lr'\] cannot be saved: .* float32 .*Use texts, numbers"):
+        small(tmp_path / "other", fingerprint={"lr": np.float32(0.1)})
+    with pytest.raises(TypeError, match=r"data\['files'\] cannot be saved"):
+        small(tmp_path / "other", data={"files": {"a"}})
+    assert not (tmp_path / "other").exists()
+
+
 def test_it_evaluates_at_the_end_and_only_once(tmp_path):
     seen = []
 
