@@ -23,7 +23,7 @@ from dpo_jax import loss_table, losses
 from dpo_jax.cli.commands.dpo import loss_at_reference
 from dpo_jax.cli.config import DpoConfig
 from dpo_jax.logps import pair_sums
-from dpo_jax.losses import asked, named_loss, sum_of_losses
+from dpo_jax.losses import asked, named_loss, sum_of_losses, weighted_by_policy
 from dpo_jax.types import Rows
 
 STORED = json.loads((GOLDEN / "losses.json").read_text())
@@ -269,6 +269,28 @@ def test_a_sum_asks_for_what_its_parts_ask_for():
         logps, ref, mean_lengths=signals["mean_lengths"]
     )[1]
     np.testing.assert_allclose(rewards, logps - ref, rtol=1e-4)
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_columns_of_the_data_reach_the_parts_of_a_loss(needed):
+    def with_default(logps, ref_logps, *, gap=0.0):
+        return (logps[:, 0] - logps[:, 1] - gap) ** 2, logps
+
+    def without(logps, ref_logps, *, gap):
+        return with_default(logps, ref_logps, gap=gap)
+
+    def of_all(logps, ref_logps, **signals):
+        return with_default(logps, ref_logps, gap=signals["gap"])
+
+    zeros, expected = np.zeros((1, 2), np.float32), 9 / 2 + 2 * math.log(2)
+    total = sum_of_losses([(0.5, without if needed else with_default), (2.0, named_loss("dpo"))])
+    assert total(zeros, zeros, gap=3.0)[0] == pytest.approx(expected)
+    nested = sum_of_losses([(4.0, weighted_by_policy(total)), (1.0, of_all)])
+    assert asked(nested) == {"aligned_logps"}
+    found = nested(zeros, zeros, gap=3.0, aligned_logps=np.log(np.float32([[0.5, 0.5]])))[0]
+    assert found == pytest.approx(expected + 9)
+    with pytest.raises(TypeError, match="none of these losses reads hap"):
+        total(zeros, zeros, gap=3.0, hap=3.0)
 
 
 def test_what_has_a_value_is_not_asked_for():

@@ -17,7 +17,7 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import plain_rows, ranking_rows
 from dpo_jax.dpo import dpo_step
 from dpo_jax.logps import completion_logps
-from dpo_jax.losses import named_loss
+from dpo_jax.losses import named_loss, sum_of_losses, weighted_by_policy
 from dpo_jax.step import init_state
 
 MODEL = toy_model()
@@ -100,6 +100,16 @@ def test_columns_of_the_data_come_before_what_a_step_would_supply(state):
     rows = rows_of("shared")
     rows = rows.replace(extras={"lengths": np.full((8, 2), 3.0, np.float32)})
     assert metrics_of(SHOWS["lengths"], state, rows)["rewards/chosen"] == pytest.approx(3)
+
+
+def test_a_loss_made_of_others_passes_columns_of_the_data_on(state):
+    def shows(logps, ref_logps, *, gap=0.0):
+        return ones(logps) * gap, logps
+
+    rows = rows_of("shared")
+    rows = rows.replace(extras={"gap": np.full(8, 3.0, np.float32)})
+    total = sum_of_losses([(0.5, shows), (1.0, weighted_by_policy(sum_of_losses([(0.0, shows), (0.0, named_loss("dpo"))])))])
+    assert metrics_of(total, state, rows)["loss"] == pytest.approx(1.5)
 
 
 # LD-DPO
