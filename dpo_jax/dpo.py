@@ -34,7 +34,7 @@ def dpo_step(
     scalars: means over the pairs of the global batch, for the policy *before* the update. Rankings (`ranking_rows`) work the
     same way, as [P, K] with `loss=partial(plackett_luce_loss, beta=0.1)`; so do single completions with a label
     (`Encoded.desirable`), with `loss=partial(kto_loss, beta=0.1)`. Under pmap, pass `axis_name`, or devices drift apart.
-    `ld_alpha` below 1 is LD-DPO (`logps.pair_sums`), also in `rows.ref_logps`. `router_aux_loss`: see `routing.with_router`.
+    `ld_alpha` below 1 is LD-DPO of pairs (`pair_sums`), also in `rows.ref_logps`. `router_aux_loss`: see `routing.with_router`.
 
     >>> step = jax.jit(partial(dpo_step, model=model, tx=tx, loss=partial(dpo_loss, beta=0.1)))
     >>> after, metrics = step(state, rows)

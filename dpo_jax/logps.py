@@ -29,16 +29,17 @@ def pair_sums(values: Array, rows: Rows, *, ld_alpha: float = 1.0) -> jax.Array:
     """Sums of per-token values, float32[R, S], over the completions of each pair: float32[P, 2] (rankings: [P, K]).
 
     `ld_alpha` is the weight of the tokens beyond the length of the pair's shorter completion (LD-DPO, Liu et al. 2024, arXiv
-    2409.06411); with 1 all tokens count alike.
+    2409.06411); with 1 all tokens count alike. ValueError: rankings or single completions with another one.
     """
     if ld_alpha == 1:
         return slots_to_pairs(_slot_sums(values, rows), rows)
+    if (lengths := completion_lengths(rows)).shape[1] != 2:  # the cache has keys of two completions
+        raise ValueError("ld_alpha compares lengths within a pair: leave it at 1 for rankings and single completions")
     in_slot, (count, _) = _in_slot(rows), rows.tokens.shape
     places = (
         np.broadcast_to(np.arange(rows.slots), (count, rows.slots)) if rows.pairs is None else rows.pairs.reshape(count, -1)
     )
     in_completion = jnp.take_along_axis(in_slot, jnp.asarray(places)[:, None, :], axis=2)  # [R, S, completions of its pairs]
-    lengths = completion_lengths(rows)
     shared = jnp.repeat(lengths.min(axis=1), lengths.shape[1]).reshape(count, 1, -1)
     # The scored tokens of a completion are in text order, even where shared rows store it backwards.
     weight = jnp.where(jnp.cumsum(in_completion, axis=1, dtype=shared.dtype) <= shared, 1.0, ld_alpha)

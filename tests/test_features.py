@@ -1,6 +1,9 @@
 """Cached features of images: computed once, and never those of another encoder, processing or image."""
 
+import gc
 import io
+import os
+import resource
 
 import numpy as np
 import pytest
@@ -98,3 +101,50 @@ def test_a_cache_without_its_identity_takes_only_its_own(tmp_path):
 def test_what_is_not_finite_is_not_kept(tmp_path):
     with pytest.raises(FloatingPointError, match="NaN or infinity"):
         cached(tmp_path, lambda pixels: np.full((len(pixels), 2, 3), np.nan))
+
+
+def test_a_cache_of_many_files_keeps_none_open(tmp_path):
+    identity, digests = {"encoder": "toy"}, [f"{number:064x}" for number in range(40)]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, before[1]))
+    try:
+        cache = FeatureCache(tmp_path, identity, shape=(2, 3))
+        for number, digest in enumerate(digests):
+            cache.add([digest], np.full((1, 2, 3), number))
+        again = FeatureCache(tmp_path, identity, shape=(2, 3))
+        for number, digest in enumerate(digests):
+            np.testing.assert_array_equal(again[digest], np.full((2, 3), number, np.float32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_another_process_that_opens_a_cache_leaves_what_is_being_written(tmp_path, monkeypatch):
+    """A file that a killed process left is removed, once nobody writes."""
+    identity, sync = {"encoder": "toy"}, os.fsync
+    cache = FeatureCache(tmp_path, identity, shape=(2, 3))
+
+    def sync_while_another_opens(descriptor):
+        sync(descriptor)
+        FeatureCache(tmp_path, identity, shape=(2, 3))
+
+    monkeypatch.setattr(os, "fsync", sync_while_another_opens)
+    cache.add(["00" * 32], np.ones((1, 2, 3)))
+    monkeypatch.undo()
+    left = tmp_path / ".01234567-killed.features"
+    left.touch()
+    assert len(FeatureCache(tmp_path, identity, shape=(2, 3))) == 1
+    assert left.exists()
+    del cache
+    gc.collect()
+    assert len(FeatureCache(tmp_path, identity, shape=(2, 3))) == 1
+    assert not left.exists()
+
+
+def test_a_cache_that_can_only_be_read_is_read(tmp_path):
+    FeatureCache(tmp_path, {"encoder": "toy"}, shape=(2, 3)).add(["00" * 32], np.ones((1, 2, 3)))
+    (tmp_path / "cache.lock").unlink()
+    tmp_path.chmod(0o555)
+    try:
+        assert FeatureCache(tmp_path, {"encoder": "toy"}, shape=(2, 3)).missing(["00" * 32]) == []
+    finally:
+        tmp_path.chmod(0o755)

@@ -23,7 +23,7 @@ from dpo_jax import loss_table, losses
 from dpo_jax.cli.commands.dpo import loss_at_reference
 from dpo_jax.cli.config import DpoConfig
 from dpo_jax.logps import pair_sums
-from dpo_jax.losses import asked, named_loss, sum_of_losses
+from dpo_jax.losses import asked, named_loss, sum_of_losses, weighted_by_policy
 from dpo_jax.types import Rows
 
 STORED = json.loads((GOLDEN / "losses.json").read_text())
@@ -226,6 +226,33 @@ def test_a_preference_that_length_explains_asks_less_of_the_policy():
     )
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
+@pytest.mark.parametrize("name", [name for name in NAMES if "f_divergence" in loss_table.LOSSES[name].options])
+def test_far_from_the_reference_losses_and_gradients_stay_finite(name, divergence):
+    """exp(89) is infinite in float32, and so is the square of exp(45): one such pair would make all parameters NaN."""
+    ratios = np.float32([1, -1, 50, -50, 100, -100, 1000, -1000])
+    reference = np.full((64, 2), -2000, np.float32)
+    logps = reference + np.stack(np.meshgrid(ratios, ratios), axis=-1).reshape(-1, 2)
+    signals = {signal: np.ones_like(logps) for signal in ("lengths", "mean_lengths")} | {"weight": np.ones(64, np.float32)}
+    for alpha in (0.0, 0.5, 3.0):
+        options = {"f_divergence": divergence} | ({"f_alpha": alpha} if divergence == "alpha_divergence" else {})
+        loss = bound(name, signals, beta=0.5, **options)
+        losses, back = jax.vjp(lambda logps, loss=loss: loss(logps, reference)[0], logps)
+        assert np.isfinite(losses).all(), options
+        assert np.isfinite(back(jnp.ones_like(losses))[0]).all(), options
+
+
+def test_forward_kl_is_the_divergence_of_alpha_0():
+    logps = np.float32([[-5.0, -1.0], [-60.0, 3.0], [-95.0, -2.0], [0.0, -95.0]])
+
+    def measured(**options):
+        loss = named_loss("hinge", beta=0.1, **options)
+        return jax.value_and_grad(lambda logps: loss(logps, 0 * logps)[0].sum())(logps)
+
+    forward, alpha = measured(f_divergence="forward_kl"), measured(f_divergence="alpha_divergence", f_alpha=0.0)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), forward, alpha)
+
+
 def test_a_sum_of_losses_is_checked_at_step_0_where_all_its_parts_are():
     assert loss_at_reference(DpoConfig(loss="0.5*dpo + 2*hinge")) == pytest.approx(math.log(2) / 2 + 2)
     assert loss_at_reference(DpoConfig(loss="dpo + 0.1*sft")) is None
@@ -242,6 +269,28 @@ def test_a_sum_asks_for_what_its_parts_ask_for():
         logps, ref, mean_lengths=signals["mean_lengths"]
     )[1]
     np.testing.assert_allclose(rewards, logps - ref, rtol=1e-4)
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_columns_of_the_data_reach_the_parts_of_a_loss(needed):
+    def with_default(logps, ref_logps, *, gap=0.0):
+        return (logps[:, 0] - logps[:, 1] - gap) ** 2, logps
+
+    def without(logps, ref_logps, *, gap):
+        return with_default(logps, ref_logps, gap=gap)
+
+    def of_all(logps, ref_logps, **signals):
+        return with_default(logps, ref_logps, gap=signals["gap"])
+
+    zeros, expected = np.zeros((1, 2), np.float32), 9 / 2 + 2 * math.log(2)
+    total = sum_of_losses([(0.5, without if needed else with_default), (2.0, named_loss("dpo"))])
+    assert total(zeros, zeros, gap=3.0)[0] == pytest.approx(expected)
+    nested = sum_of_losses([(4.0, weighted_by_policy(total)), (1.0, of_all)])
+    assert asked(nested) == {"aligned_logps"}
+    found = nested(zeros, zeros, gap=3.0, aligned_logps=np.log(np.float32([[0.5, 0.5]])))[0]
+    assert found == pytest.approx(expected + 9)
+    with pytest.raises(TypeError, match="none of these losses reads hap"):
+        total(zeros, zeros, gap=3.0, hap=3.0)
 
 
 def test_what_has_a_value_is_not_asked_for():

@@ -14,10 +14,10 @@ from test_groups import PAIRS as OF_GROUPS
 from test_step import PAIRS, REF, layout, rows_of, toy_model
 
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.layout import plain_rows
+from dpo_jax.data.layout import plain_rows, ranking_rows
 from dpo_jax.dpo import dpo_step
 from dpo_jax.logps import completion_logps
-from dpo_jax.losses import named_loss
+from dpo_jax.losses import named_loss, sum_of_losses, weighted_by_policy
 from dpo_jax.step import init_state
 
 MODEL = toy_model()
@@ -102,6 +102,16 @@ def test_columns_of_the_data_come_before_what_a_step_would_supply(state):
     assert metrics_of(SHOWS["lengths"], state, rows)["rewards/chosen"] == pytest.approx(3)
 
 
+def test_a_loss_made_of_others_passes_columns_of_the_data_on(state):
+    def shows(logps, ref_logps, *, gap=0.0):
+        return ones(logps) * gap, logps
+
+    rows = rows_of("shared")
+    rows = rows.replace(extras={"gap": np.full(8, 3.0, np.float32)})
+    total = sum_of_losses([(0.5, shows), (1.0, weighted_by_policy(sum_of_losses([(0.0, shows), (0.0, named_loss("dpo"))])))])
+    assert metrics_of(total, state, rows)["loss"] == pytest.approx(1.5)
+
+
 # LD-DPO
 
 
@@ -147,6 +157,13 @@ def test_a_step_of_ld_dpo_trains_on_these(state):
     assert metrics["loss"] == pytest.approx(np.log(2), rel=1e-5)
     assert abs(metrics["displacement/chosen"]) < 1e-4
     assert metrics["logps/chosen"] == pytest.approx(ref[:, 0].mean(), rel=1e-5)
+
+
+def test_it_compares_pairs_alone():
+    """The weight of a ranking's tokens would depend on all its completions, and the key of a cached value covers two."""
+    rankings = ranking_rows([(pair.prompt, [pair.chosen, pair.rejected, pair.chosen]) for pair in PAIRS], length=32)
+    with pytest.raises(ValueError, match="compares lengths within a pair: leave it at 1 for rankings"):
+        completion_logps(MODEL, MODEL.init(jax.random.key(0)), rankings, ld_alpha=0.5)
 
 
 # WPO

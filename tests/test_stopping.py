@@ -74,7 +74,7 @@ def whole(tmp_path_factory):
 def test_it_ends_without_a_better_evaluation_and_returns_the_best(whole):
     folder, (count, taken, record, said) = whole
     assert (count, taken) == (4.0, list(range(10)))
-    assert record == {"best": 4, "value": 3.0, "worse": 3, "last": 10}
+    assert record == {"metric": "loss", "higher": False, "best": 4, "value": 3.0, "worse": 3, "last": 10}
     why = "stopped after 10 steps: 3 evaluations without a better loss"
     assert said == [f"{why}; the weights are those of step 4, where it was 3.0000"]
     assert kept(folder) == [4, 9, 10], "the best, and the newest two"
@@ -106,6 +106,25 @@ def test_a_run_that_is_not_stopped_ends_with_its_best_too(tmp_path):
     assert said == ["the best loss; the weights are those of step 4, where it was 3.0000"]
     higher = EarlyStopping("loss", patience=3, higher=True)
     assert run(tmp_path / "higher", stopping=higher)[0] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (EarlyStopping("margin", patience=3), "early stopping, metric: was 'loss', is 'margin'"),
+        (EarlyStopping("loss", patience=3, higher=True), "early stopping, higher: was False, is True"),
+    ],
+    ids=["metric", "direction"],
+)
+def test_a_run_continues_with_its_own_metric(tmp_path, other, told):
+    """The best value so far is one of that metric."""
+    run(tmp_path, stop=4)
+    with pytest.raises(fingerprint.RunMismatch, match=f"other settings:\n  {told}"):
+        run(tmp_path, stopping=other)
+    assert run(tmp_path, stopping=EarlyStopping("loss", patience=1))[0] == 4.0
+    old = EarlyStopping("loss", patience=1)
+    old.resume({"best": 4, "value": 3.0, "worse": 0, "last": 4}, place="")  # as before records had names
+    assert old.observe(6, {"loss": 3.5}).stop
 
 
 def test_what_cannot_stop_a_run_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import signal
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -135,6 +136,21 @@ def test_another_run_is_refused_by_what_differs(tmp_path):
         small(tmp_path / "data", fingerprint={"data": "b"}, data={"file a": "y"})
 
 
+def test_a_fingerprint_is_what_json_makes_of_it(tmp_path):
+    """A tuple comes back as a list. What cannot be saved is refused before the first step."""
+    said, fingerprint = [], {"betas": (0.9, 0.95), "nested": {"sizes": ({1: (2, 3)},)}}
+    for stop in (2, 4):
+        small(tmp_path / "run", stop, fingerprint=fingerprint, data={"limits": (1, 2)}, say=said.append)
+    assert said == [f"continuing {tmp_path / 'run'} after 2 steps"]
+    with pytest.raises(RunMismatch, match=r"betas: was \[0.9, 0.95\], is \[0.9, 0.99\]"):
+        small(tmp_path / "run", 4, fingerprint={"betas": (0.9, 0.99)})
+    with pytest.raises(TypeError, match=r"fingerprint\['lr'\] cannot be saved: .* float32 .*Use texts, numbers"):
+        small(tmp_path / "other", fingerprint={"lr": np.float32(0.1)})
+    with pytest.raises(TypeError, match=r"data\['files'\] cannot be saved"):
+        small(tmp_path / "other", data={"files": {"a"}})
+    assert not (tmp_path / "other").exists()
+
+
 def test_it_evaluates_at_the_end_and_only_once(tmp_path):
     seen = []
 
@@ -165,6 +181,26 @@ def test_a_cache_of_other_weights_is_refused(names, whole):
     other = jax.tree.map(lambda leaf: leaf + 1, weights)
     with pytest.raises(ForeignCache, match="weights: cached with"):
         score(partitioner.put_variables(other), cache=whole[0] / "run" / "refs")
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (lambda model: make_model(model.config, dtype=jnp.bfloat16), "dtype: cached with None, now 'bfloat16'"),
+        (
+            lambda model: model._replace(forward=lambda variables, rows: 10 * model.forward(variables, rows)),
+            "another model with the same weights and config: .* those of 2 pairs differ by .* name in `identity`",
+        ),
+    ],
+    ids=["number format", "factor"],
+)
+def test_a_cache_of_another_model_with_the_same_weights_is_refused(names, whole, other, told):
+    """A number format; a factor that is in neither weights nor configuration, such as an adapter's scale."""
+    model, weights = names["load_hf"](names["folder"])
+    with pytest.raises(ForeignCache, match=told):
+        dpo_jax.cached_reference_logps(
+            other(model), weights, names["encoded"], cache=whole[0] / "run/refs", partitioner=single_device(), batch=2
+        )
 
 
 def test_checkpoints_leave_out_what_is_frozen(tmp_path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,50 +74,66 @@ def _function(name: str) -> PreferenceLoss:
 def sum_of_losses(parts: Sequence[tuple[float, PreferenceLoss]]) -> PreferenceLoss:
     """A weighted sum of losses, such as MPO's (Wang et al. 2024, arXiv 2411.10442). The rewards are those of the first.
 
-    `parts` are (weight, loss). The sum takes the signals that its parts take.
+    `parts` are (weight, loss). The sum takes the signals that its parts take, and each part those that it names, of the step
+    or of the batch (`Rows.extras`). TypeError for one that no part names.
 
     >>> loss = sum_of_losses([(0.5, partial(dpo_loss, beta=0.1)), (2.0, partial(ipo_loss, beta=0.5))])
     >>> print(loss(np.zeros((1, 2)), np.zeros((1, 2)))[0])  # log(2) / 2 + 2
     [2.3465736]
     """
-    wanted = [(weight, loss, asked(loss)) for weight, loss in parts]
 
     def total(logps: Array, ref_logps: Array, **signals: Array) -> tuple[jax.Array, jax.Array]:
-        if unread := sorted({*signals}.difference(*(names for _, _, names in wanted))):
+        read = [_read(loss, signals) for _, loss in parts]
+        if unread := sorted({*signals}.difference(*read)):
             raise TypeError(f"none of these losses reads {', '.join(unread)}")
-        found = [loss(logps, ref_logps, **{name: signals[name] for name in names}) for _, loss, names in wanted]
+        found = [loss(logps, ref_logps, **part) for (_, loss), part in zip(parts, read, strict=True)]
         combined = functools.reduce(
             lambda sum, part: sum + part, (weight * losses for (weight, _), (losses, _) in zip(parts, found, strict=True))
         )
         return combined, found[0][1]
 
-    return _asking(total, *(names for _, _, names in wanted))
+    return _asking(total, *(loss for _, loss in parts))
 
 
 def weighted_by_policy(loss: PreferenceLoss) -> PreferenceLoss:
     """WPO: a loss with each pair weighted by how likely the policy is to generate it (Zhou et al. 2024, 2406.11827, eq. 2).
 
-    The weight is the product of both completions' `exp(aligned_logps)`, without gradient.
+    The weight is the product of both completions' `exp(aligned_logps)`, without gradient. The loss gets all other signals.
 
     >>> loss = weighted_by_policy(partial(dpo_loss, beta=0.1))
     >>> print(loss(np.zeros((1, 2)), np.zeros((1, 2)), aligned_logps=np.log([[0.5, 0.5]]))[0])  # log(2) / 4
     [0.1732868]
     """
-    names = asked(loss)
+    also = "aligned_logps" in asked(loss)
 
-    def weighted(logps: Array, ref_logps: Array, **signals: Array) -> tuple[jax.Array, jax.Array]:
-        losses, rewards = loss(logps, ref_logps, **{name: signals[name] for name in names})
-        weights = jnp.exp(jnp.asarray(signals["aligned_logps"]).sum(axis=1))
+    def weighted(logps: Array, ref_logps: Array, *, aligned_logps: Array, **signals: Array) -> tuple[jax.Array, jax.Array]:
+        signals |= {"aligned_logps": aligned_logps} if also else {}
+        losses, rewards = loss(logps, ref_logps, **signals)
+        weights = jnp.exp(jnp.asarray(aligned_logps).sum(axis=1))
         return losses * jax.lax.stop_gradient(weights), rewards
 
-    return _asking(weighted, names, ("aligned_logps",))
+    return _asking(weighted, loss, lambda logps, ref_logps, *, aligned_logps: ...)
 
 
-def _asking(loss: PreferenceLoss, *names: Iterable[str]) -> PreferenceLoss:
-    """`loss` with a signature whose keyword arguments are `names`."""
-    keywords = sorted(frozenset().union(*names))
+def _keywords(loss: PreferenceLoss) -> list[inspect.Parameter]:
+    return list(inspect.signature(loss).parameters.values())[2:]
+
+
+def _read(loss: PreferenceLoss, signals: Mapping[str, Array]) -> dict[str, Array]:
+    """The `signals` that a loss has keywords for."""
+    keywords = _keywords(loss)
+    every = any(keyword.kind is inspect.Parameter.VAR_KEYWORD for keyword in keywords)
+    return {name: value for name, value in signals.items() if every or name in {keyword.name for keyword in keywords}}
+
+
+def _asking(loss: PreferenceLoss, *parts: PreferenceLoss) -> PreferenceLoss:
+    """`loss` with a signature that has the keywords of its `parts`; one has a default only if it has one in all."""
+    found: dict[str, inspect.Parameter] = {}
+    for keyword in itertools.chain.from_iterable(map(_keywords, parts)):
+        if keyword.name not in found or keyword.default is inspect.Parameter.empty:
+            found[keyword.name] = keyword.replace(kind=max(keyword.kind, inspect.Parameter.KEYWORD_ONLY))
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("logps", "ref_logps")]
-    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in keywords]
+    parameters += sorted(found.values(), key=lambda keyword: keyword.kind)  # **signals come last
     loss.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     return loss
 

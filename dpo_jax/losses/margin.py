@@ -71,7 +71,7 @@ def ipo_loss(
     logps, ref_logps = pairs_of(logps, ref_logps)
     beta = check_beta(beta, logps)
     margins = _margins(divergence_scores(logps, ref_logps, f_divergence=f_divergence, f_alpha=f_alpha))
-    return (margins - 1 / (2 * beta)) ** 2, implicit_rewards(logps, ref_logps, beta=beta)
+    return _squared_error(margins, beta), implicit_rewards(logps, ref_logps, beta=beta)
 
 
 def ipo_per_token_loss(
@@ -97,7 +97,7 @@ def ipo_per_token_loss(
     beta = check_beta(beta, logps)
     scores = divergence_scores(logps, ref_logps, f_divergence=f_divergence, f_alpha=f_alpha)
     margins = _margins(scores / lengths_of(lengths, logps))
-    return (margins - 1 / (2 * beta)) ** 2, implicit_rewards(logps, ref_logps, beta=beta)
+    return _squared_error(margins, beta), implicit_rewards(logps, ref_logps, beta=beta)
 
 
 def length_normalized_loss(
@@ -240,8 +240,9 @@ def discopop_loss(
     beta = check_beta(beta, logps)
     tau = check_option("discopop_tau", discopop_tau, logps, lambda x: x > 0, "a number above 0")
     margins = beta * _margins(divergence_scores(logps, ref_logps, f_divergence=f_divergence, f_alpha=f_alpha))
-    share = jax.nn.sigmoid(margins / tau)
-    losses = -(1 - share) * jax.nn.log_sigmoid(margins) + share * jnp.exp(-margins)
+    logistic = -jax.nn.sigmoid(-margins / tau) * jax.nn.log_sigmoid(margins)
+    exponential = jnp.exp(jax.nn.log_sigmoid(margins / tau) - margins)  # one exponent, as 0 times infinity is no number
+    losses = logistic + exponential
     return losses, implicit_rewards(logps, ref_logps, beta=beta)
 
 
@@ -252,13 +253,13 @@ def divergence_scores(
 
     With u = log(pi / pi_ref): `reverse_kl` gives u, which is DPO; `forward_kl` 1 - exp(-u); `js_divergence`
     log(2 e^u / (1 + e^u)); `alpha_divergence` (e^((a - 1) u) - 1) / (a - 1) with a = `f_alpha`, where a = 1 is reverse_kl and
-    the exponent is limited to 80, as in TRL.
+    a = 0 forward_kl. Exponents are limited to 80, as in TRL's alpha_divergence.
     """
     ratios = logps - ref_logps
     if f_divergence == "reverse_kl" or (f_divergence == "alpha_divergence" and abs(f_alpha - 1) < 1e-6):
         return ratios
     if f_divergence == "forward_kl":
-        return -jnp.expm1(-ratios)
+        return -jnp.expm1(jnp.minimum(-ratios, 80.0))
     if f_divergence == "js_divergence":
         return math.log(2) + jax.nn.log_sigmoid(ratios)
     if f_divergence == "alpha_divergence":
@@ -269,6 +270,11 @@ def divergence_scores(
 def log_loss(margins: Any, label_smoothing: Any) -> jax.Array:
     """`-log sigmoid(margins)` with label smoothing: a share `label_smoothing` of the labels counts as flipped."""
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(margins) - label_smoothing * jax.nn.log_sigmoid(-margins)
+
+
+def _squared_error(margins: jax.Array, beta: float | Array) -> jax.Array:
+    """IPO's `(margin - 1 / (2 beta))^2`, with margins limited to 1e18: their squares fit in float32."""
+    return (jnp.clip(margins, -1e18, 1e18) - 1 / (2 * beta)) ** 2
 
 
 def _margins(scores: jax.Array) -> jax.Array:

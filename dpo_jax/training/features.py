@@ -7,11 +7,14 @@ Damaged records are recomputed. A cache of another encoder or preprocessing is r
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
 import math
 import os
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +25,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.data.images import ImageFile, Processing, pixels
+from dpo_jax.locks import open_lock
 from dpo_jax.models.siglip import encode_images
 from dpo_jax.models.vision_config import VisionConfig
 from dpo_jax.reference import ForeignCache
@@ -41,8 +45,8 @@ class FeatureCache(Mapping[str, np.ndarray]):
 
     `identity` names everything that the features depend on, as JSON values (`feature_identity`). Raises `ForeignCache`, naming
     each differing field, if the folder has another identity. A damaged record counts as missing, and is counted in `damaged`.
-    Several processes may use the folder at once, because files appear atomically. `recent` is the number of features kept in
-    memory.
+    Several processes may use the folder at once: files appear atomically, and each process holds `cache.lock`, so that no other
+    takes its unfinished files for those of a killed one. `recent` is the number of features kept in memory.
     """
 
     def __init__(
@@ -54,10 +58,9 @@ class FeatureCache(Mapping[str, np.ndarray]):
         self._seed = zlib.crc32(json.dumps(self.identity, sort_keys=True).encode())
         self._record = np.dtype([("digest", "V32"), ("crc", "<u4"), ("values", "<f4", shape)])
         self._read = functools.lru_cache(maxsize=recent)(self._from_file)
-        for leftover in leftovers(self.directory, IDENTITY, f"*{SUFFIX}"):
-            leftover.unlink(missing_ok=True)
+        self._hold()
         self._claim()
-        self._places: dict[str, list[np.void]] = {}  # by digest; several if one was damaged
+        self._places: dict[str, list[tuple[Path, int]]] = {}  # (file, record) by digest; several if one was damaged
         self._taken: set[Path] = set()
         self.refresh()
 
@@ -99,22 +102,39 @@ class FeatureCache(Mapping[str, np.ndarray]):
         return [digest for digest in dict.fromkeys(digests) if digest not in self]
 
     def _take(self, path: Path) -> None:
-        """Adds the records of a file, which are read lazily."""
+        """Notes the places of a file's records. It keeps no file open: a process may open about a thousand."""
         self._taken.add(path)
         count = path.stat().st_size // self._record.itemsize
-        records = np.memmap(path, self._record, "r", shape=(count,)) if count else ()
-        for record in records:
-            self._places.setdefault(record["digest"].tobytes().hex(), []).append(record)
+        digests = np.array(np.memmap(path, self._record, "r", shape=(count,))["digest"]) if count else ()
+        for number, digest in enumerate(digests):
+            self._places.setdefault(digest.tobytes().hex(), []).append((path, number))
 
     def _from_file(self, digest: str) -> np.ndarray:
-        for record in self._places.get(digest, ()):
-            if record["crc"] == self._crc(record):
-                return np.array(record["values"])
+        for path, number in self._places.get(digest, ()):
+            with open(path, "rb") as file:
+                file.seek(number * self._record.itemsize)
+                content = file.read(self._record.itemsize)
+            if len(content) == self._record.itemsize:
+                record = np.frombuffer(content, self._record)[0]
+                if record["crc"] == self._crc(record):
+                    return np.array(record["values"])
             self.damaged += 1
         raise KeyError(digest)
 
     def _crc(self, record: np.void) -> int:
         return zlib.crc32(record["values"].tobytes(), zlib.crc32(record["digest"].tobytes(), self._seed))
+
+    def _hold(self) -> None:
+        """Shares the folder's lock for the life of this object. Removes unfinished files if no other process shares it."""
+        if not os.access(self.directory, os.W_OK):  # nothing can be written or removed
+            return
+        lock = open_lock(self.directory / "cache.lock")
+        weakref.finalize(self, os.close, lock)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for leftover in leftovers(self.directory, IDENTITY, f"*{SUFFIX}"):
+                leftover.unlink()
+        fcntl.flock(lock, fcntl.LOCK_SH)
 
     def _claim(self) -> None:
         path = self.directory / IDENTITY

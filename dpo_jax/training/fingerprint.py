@@ -40,6 +40,22 @@ class SavedRun(NamedTuple):
         return self.meta.get("data", {})
 
 
+def as_saved(values: Mapping[str, Any], *, name: str) -> dict[str, Any]:
+    """`values` as a resumed run will read them: JSON makes lists of tuples. `name`: that of the argument, for messages.
+
+    Raises TypeError, naming the entry, for a value that JSON does not have, such as a numpy number.
+    """
+    found = {}
+    for key, value in values.items():
+        try:
+            found |= json.loads(json.dumps({key: value}))
+        except TypeError as error:
+            raise TypeError(
+                f"{name}[{key!r}] cannot be saved: {error}. Use texts, numbers (int, float), True, False, None, lists and dicts"
+            ) from error
+    return found
+
+
 def architecture(model: Model) -> str:
     """A digest of everything that determines a decoder's output except the weights: rotary base, window, epsilon, ..."""
     config = model.config

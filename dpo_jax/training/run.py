@@ -25,6 +25,7 @@ from dpo_jax.runtime.seal import is_remote
 from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.training.fingerprint import (
     SavedRun,
+    as_saved,
     check_data,
     check_length,
     check_settings,
@@ -113,7 +114,8 @@ def train(
         its `frozen` part: pass it again to resume, and include its digest in `fingerprint`.
       stream: `stream(i)` is the batch of step `i`, a pure function of `i`; see `runtime.fit.fit`.
       fingerprint: JSON values that must not change when the run is resumed: settings, and as `data` a digest of the data. A
-        difference raises `RunMismatch`, which names it. See `dpo_jax.training.fingerprint`.
+        difference raises `RunMismatch`, which names it; a value that JSON does not have TypeError. See
+        `dpo_jax.training.fingerprint`.
       data: JSON values that describe the sources of the data (files, limits, ...), so that a message can name what changed.
       saved: the result of `saved_run`, if other arguments depend on it (`behind`).
       partitioner: one of `runtime.parallel`; by default `single_device()`.
@@ -127,9 +129,9 @@ def train(
     The other arguments are those of `fit`. `evaluate` also runs after the last step, for any `eval_every`; a value that is not
     finite raises `NonFinite`.
     """
+    meta: dict[str, Any] = {"fingerprint": as_saved(fingerprint, name="fingerprint"), "data": as_saved(data or {}, name="data")}
+    meta["versions"] = {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax")}
     partitioner = partitioner or single_device()
-    versions = {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax")}
-    meta = {"fingerprint": dict(fingerprint), "data": dict(data or {}), "versions": versions}
     if stopping is not None:
         if evaluate is None:
             raise ValueError("stopping needs evaluate, which measures the metric to stop on")
@@ -292,7 +294,7 @@ def _resume(
     if is_now.get("behind", 0) != here.fingerprint.get("behind", 0) and (saved is None or saved.step != here.step):
         raise CheckpointDamaged(f"the newest checkpoint of {run.path} was damaged and set aside; run the same command again")
     if stopping is not None and not other_held_out(here, meta["data"]):
-        stopping.resume(meta_of_saved.get("early_stopping", {}))
+        stopping.resume(meta_of_saved.get("early_stopping", {}), place=here.place)
         if stopping.best is not None:
             checkpoints.pin(stopping.best)
     if moving is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo_jax.runtime.checkpoint import Checkpoints
 from dpo_jax.runtime.fit import Verdict
+from dpo_jax.training.fingerprint import check_settings
 
 
 class EarlyStopping:
@@ -26,7 +27,7 @@ class EarlyStopping:
         if patience < 1:
             raise ValueError(f"patience must be at least 1, got {patience}")
         self.metric, self.patience, self.higher = metric, patience, higher
-        self.record: dict[str, Any] = {}
+        self.record: dict[str, Any] = {"metric": metric, "higher": higher}
 
     @property
     def best(self) -> int | None:
@@ -64,10 +65,13 @@ class EarlyStopping:
 
         return watch
 
-    def resume(self, record: Mapping[str, Any]) -> None:
-        """Continues from the `record` of a checkpoint."""
+    def resume(self, record: Mapping[str, Any], *, place: str) -> None:
+        """Continues from a `record` saved by the run in `place`. Raises `RunMismatch` if it is of another metric."""
+        mine = {"metric": self.metric, "higher": self.higher}
+        was, now = ({f"early stopping, {name}": value for name, value in part.items()} for part in (record, mine))
+        check_settings(place, was, now)
         self.record.clear()
-        self.record |= record
+        self.record |= mine | record
 
     def words(self, done: int) -> str:
         """Message on how the run ended, after `done` steps."""
