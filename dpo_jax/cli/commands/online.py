@@ -45,6 +45,8 @@ from dpo_jax.types import TrainState, Variables
 
 NOT_OF_A_ROUND = ("rounds", "label_budget", "steps", "replay", "reward_model")
 """Options of `online` that do not change the files of a round. The reward model is identified by its weights."""
+UNSAVED = {"online.replay": 1}
+"""Facts of runs whose version saved them only if they differed from these values."""
 
 
 def run(config: Config) -> int:
@@ -184,18 +186,32 @@ def _settings(config: Config, world: World) -> dict[str, Any]:
     }
 
 
+def _facts(config: Config, section: DpoConfig, world: World, *, start: str) -> dict[str, Any]:
+    """The fingerprint of the run. `section`: of `_training`; `start`: digest of the initial weights."""
+    return {
+        **identity.settings(config, section),
+        **_settings(config, world),
+        "start": start,
+        "data.layout": config.data.layout,
+        "online.replay": config.online.replay,
+    }
+
+
+def _refuse_changes(saved: SavedRun, facts: Mapping[str, Any]) -> None:
+    """Raises `RunMismatch`, naming each fact that differs from the saved run."""
+    check_settings(saved.place, {**UNSAVED, **saved.fingerprint}, facts)
+
+
 def _train(
     config: Config, section: DpoConfig, run: RunDir, world: World, rounds: Rounds, *, saved: SavedRun | None, start: str
 ) -> TrainState:
     """Runs the rounds and their steps, from the newest checkpoint if there is one. Returns the final state on the devices."""
     partitioner, total = world.partitioner, section.steps or 0
     tx = build.make_tx(section, steps=total, seed=config.run.seed)
-    of_data = {"start": start, "data.layout": config.data.layout}
-    replay = {} if config.online.replay == 1 else {"online.replay": config.online.replay}
-    facts = {**identity.settings(config, section), **_settings(config, world), **of_data, **replay}
+    facts = _facts(config, section, world, start=start)
     with identity.refusing_mismatch():
         if saved is not None:
-            check_settings(saved.place, saved.fingerprint, facts)
+            _refuse_changes(saved, facts)
         if saved is None or saved.step < rounds.every:
             rounds.begin(world.reference)
         # Training consumes its starting weights, so it gets a copy.

@@ -1,0 +1,51 @@
+"""What a resumed `dpo-jax online` may not change: its facts against those of the saved run."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpo_jax.cli.commands import online
+from dpo_jax.cli.config import Config
+from dpo_jax.lab.world import Prompts
+from dpo_jax.models.decoder import make_model
+from dpo_jax.models.families import decoder_config, hf_config
+from dpo_jax.training.fingerprint import RunMismatch, SavedRun
+
+SIZES: dict[str, Any] = {"vocab_size": 512, "width": 16, "layers": 1, "heads": 2, "max_positions": 64, "eos_token_id": 0}
+PROMPTS = Prompts(["The film", "The plot"], [np.arange(2, dtype=np.int32), np.arange(3, dtype=np.int32)])
+
+
+@pytest.fixture(scope="module")
+def world(tokenizer):
+    return SimpleNamespace(
+        model=make_model(decoder_config(hf_config("llama", **SIZES))), tokenizer=tokenizer, train=PROMPTS, test=PROMPTS
+    )
+
+
+def facts_of(world, **sections):
+    """The facts of a run with these changes of the sections of its configuration."""
+    changed = {name: dataclasses.replace(getattr(Config(), name), **options) for name, options in sections.items()}
+    config = dataclasses.replace(Config(), **changed)
+    return online._facts(config, online._training(config), world, start="w")
+
+
+def saved_with(facts, *, without=()):
+    return SavedRun("runs/online", 4, {"fingerprint": {name: value for name, value in facts.items() if name not in without}})
+
+
+@pytest.mark.parametrize(("was", "now"), [(1, 2), (2, 1), (2, 3)])
+def test_the_replay_buffer_may_not_change(world, was, now):
+    before, after = (facts_of(world, online={"replay": replay}) for replay in (was, now))
+    online._refuse_changes(saved_with(before), before)
+    with pytest.raises(RunMismatch, match=f"online.replay: was {was}, is {now}"):
+        online._refuse_changes(saved_with(before), after)
+
+
+def test_a_run_saved_without_a_replay_buffer_has_one_of_one_round(world):
+    saved = saved_with(facts_of(world), without=["online.replay"])
+    online._refuse_changes(saved, facts_of(world))
+    with pytest.raises(RunMismatch, match="online.replay: was 1, is 2"):
+        online._refuse_changes(saved, facts_of(world, online={"replay": 2}))
