@@ -98,7 +98,7 @@ users_of() {
 }
 
 take() {
-  local step=$1 later code=0
+  local step=$1 later code=0 mark
   command_of "$step"
   if [ "$dry_run" = yes ]; then
     run "${program[@]}"
@@ -116,10 +116,12 @@ take() {
     143) say "$step has saved and stopped; the same command continues" && exit 143 ;;
     *) die "$step ended with exit code $code" "$code" ;;
   esac
-  # Every host writes the same mark: a step ends on all of them together.
+  # Every host writes the same mark: a step ends on all of them together, and in containers with the same process id.
   mkdir -p "$run_dir/pipeline"
-  asked >"$run_dir/pipeline/$step.$$"
-  mv "$run_dir/pipeline/$step.$$" "$run_dir/pipeline/$step.done"
+  mark=$(mktemp "$run_dir/pipeline/.$step.XXXXXX")
+  asked >"$mark"
+  chmod 644 "$mark"
+  mv -f "$mark" "$run_dir/pipeline/$step.done"
 }
 
 . launch/common.bash
