@@ -85,7 +85,8 @@ check_steps() {
 
 # What a step was asked to do: its command, less what tells hosts apart, and the content of its configuration.
 asked() {
-  { quoted "${program[@]}" | sed -E 's/ --(coordinator|num-processes|process-id)[ =][^ ]*//g' && cat "${program[2]}"; } | cksum
+  local of_host='(run\.)?(coordinator|num[-_]processes|process[-_]id)'
+  { quoted "${program[@]}" | sed -E "s/ --${of_host}[ =][^ ]*//g" && cat "${program[2]}"; } | cksum
 }
 
 # The steps that use what a step makes.

@@ -192,6 +192,22 @@ def test_selected_steps_and_many_hosts(chain):
     assert chain.calls() == []
 
 
+HOST = (("coordinator", "h:1"), ("num-processes", "2"), ("process-id", "0"))
+
+
+@pytest.mark.parametrize("spelled", ["--{}", "--run.{}"])
+@pytest.mark.parametrize("letter", "-_")
+def test_what_tells_hosts_apart_asks_for_nothing_else(chain, spelled, letter):
+    names = [spelled.format(name.replace("-", letter)) for name, _ in HOST]
+    apart = [word for name, (_, value) in zip(names, HOST, strict=True) for word in (name, value)]
+    assert chain("--steps", "sft", *apart, "--data.path", "one").returncode == 0
+    assert len(chain.calls()) == 1
+    assert chain("--steps", "sft", *(f"{name}=7" for name in names), "--data.path", "one").returncode == 0
+    assert chain.calls() == []
+    assert chain("--steps", "sft", *apart, "--data.path", "two").returncode == 0
+    assert len(chain.calls()) == 1
+
+
 def test_hosts_that_finish_a_step_together_all_leave_its_mark(chain):
     """Two hosts, here subshells of one process, which therefore have the same process id, as containers do."""
     move = Path(chain.env["DPO_JAX_VENV"]) / "bin" / "mv"
