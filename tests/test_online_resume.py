@@ -29,7 +29,7 @@ def facts_of(world, **sections):
     """The facts of a run with these changes of the sections of its configuration."""
     changed = {name: dataclasses.replace(getattr(Config(), name), **options) for name, options in sections.items()}
     config = dataclasses.replace(Config(), **changed)
-    return online._facts(config, online._training(config), world, start="w")
+    return online._facts(config, config.online.training(config.dpo), world, start="w")
 
 
 def saved_with(facts, *, without=()):

@@ -51,7 +51,7 @@ UNSAVED = {"online.replay": 1}
 
 def run(config: Config) -> int:
     refuse_unfit(config)
-    section = _training(config)
+    section = config.online.training(config.dpo)
     with build.open_run(config, "online", continues=True) as run_dir:
         saved = earlier_run(config, "online", section)
         compare = compare_of(config, run_dir)
@@ -80,18 +80,11 @@ def run(config: Config) -> int:
             write_json(run_dir.path / "result.json", {"points": [{"step": 0, **before}, *named]})
         part = _part(config, world)
         write = writer(part, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
-        as_run = dataclasses.replace(config, dpo=section)
-        card = functools.partial(online_card, as_run, run_dir, step=steps_of(state, world.partitioner))
+        card = functools.partial(online_card, config, run_dir, step=steps_of(state, world.partitioner))
         final = part.written(world.partitioner, state)
         write_outputs(run_dir, part.base, final, world.tokenizer, card=card, write=write)
         print(f"{_words(before)} -> {_words(named[-1])}; {rounds.log.total(config.online.rounds):,} labels")
     return 0
-
-
-def _training(config: Config) -> DpoConfig:
-    """Section dpo, with the total length of all rounds."""
-    section = config.online
-    return dataclasses.replace(config.dpo, steps=section.rounds * section.steps_each(config.dpo.batch), epochs=1)
 
 
 def _learned(config: Config) -> Reward | None:
@@ -187,7 +180,7 @@ def _settings(config: Config, world: World) -> dict[str, Any]:
 
 
 def _facts(config: Config, section: DpoConfig, world: World, *, start: str) -> dict[str, Any]:
-    """The fingerprint of the run. `section`: of `_training`; `start`: digest of the initial weights."""
+    """The fingerprint of the run. `section`: `dpo`, with the length of all rounds; `start`: digest of the initial weights."""
     return {
         **identity.settings(config, section),
         **_settings(config, world),
