@@ -16,8 +16,9 @@ import numpy as np
 
 from dpo_jax.cli import build
 from dpo_jax.cli.card import dpo_card, online_card, sft_card, with_digest
-from dpo_jax.cli.config import Config, ConfigError, load_config
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, load_config
 from dpo_jax.cli.model_folders import refuse_foreign
+from dpo_jax.cli.train import early_stopping
 from dpo_jax.cli.trained import Trained, trained
 from dpo_jax.data.template import turn_end_token
 from dpo_jax.data.tokenizer import save_tokenizer
@@ -74,7 +75,8 @@ def run(config: Config) -> int:
         raise ConfigError(f"export.merge: {folder} trained no adapter, and its export is the whole model; leave it out")
     abstract = jax.eval_shape(lambda: part.state(model.init(jax.random.key(0)), tx=tx).replace(frozen={}))
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns that it will write nothing, which is intended
-    best = None if saved is None else saved[1].get("early_stopping", {}).get("best")
+    run_dir = RunDir(folder, lock=False)
+    best = None if saved is None else _best_step(section, run_dir, *saved)
     with Checkpoints(directory, read_only=True) as checkpoints, reported("reading the checkpoint"):
         found = _restored(checkpoints, abstract, best if config.export.step is None else config.export.step)
     if found is None:
@@ -82,7 +84,7 @@ def run(config: Config) -> int:
     (state, meta), step = found, int(found[0].step)
     name = "export" if config.export.step is None else f"export-{config.export.step}"
     options = {"source": start, "dtype": config.export.dtype}
-    card = _card_of(original, RunDir(folder, lock=False), task, step, best=best)
+    card = _card_of(original, run_dir, task, step, best=best)
     with reported("exporting"):
         if config.export.merge:
             name, variables, write = (
@@ -270,6 +272,16 @@ def _card_of(original: Config, run: RunDir, task: str, step: int, *, best: int |
     if run.card.is_file() and judged and (judged[-1] if best is None else best) == step:
         return run.card.read_text(encoding="utf-8")
     return CARDS.get(task, dpo_card)(original, run, step=step)
+
+
+def _best_step(section: SftConfig | DpoConfig, run: RunDir, newest: int, meta: Mapping[str, Any]) -> int | None:
+    """The step whose weights the run exported, if early stopping chose it. `newest`, `meta`: of the newest checkpoint."""
+    stopping = early_stopping(section)
+    if stopping is None or "early_stopping" not in meta:
+        return None
+    stopping.record |= meta["early_stopping"]
+    stopping.catch_up(read_metrics(run.metrics) if run.metrics.is_file() else [], until=newest)
+    return stopping.best
 
 
 def _restored(checkpoints: Checkpoints, abstract: TrainState, step: int | None) -> tuple[TrainState, Any] | None:
