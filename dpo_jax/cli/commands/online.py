@@ -21,8 +21,9 @@ from dpo_jax.cli.balancing import router_aux_loss
 from dpo_jax.cli.card import online_card
 from dpo_jax.cli.commands.export import write_model, writer
 from dpo_jax.cli.commands.ppo import learned_reward
-from dpo_jax.cli.config import Config, DpoConfig
+from dpo_jax.cli.config import Config, DpoConfig, OnlineConfig
 from dpo_jax.cli.experiment import has_true_reward, make_world
+from dpo_jax.cli.frontier_runs import classifier_name
 from dpo_jax.cli.online_labels import compare_of, label_settings
 from dpo_jax.cli.preflight.online import refuse_unfit
 from dpo_jax.cli.train import earlier_run, metrics_writers, write_outputs
@@ -31,7 +32,9 @@ from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.world import World
+from dpo_jax.models.digest import files_digest
 from dpo_jax.models.hf import save_hf
+from dpo_jax.models.hub import resolve
 from dpo_jax.online.labels import LabelLog
 from dpo_jax.online.references import KeptReferences
 from dpo_jax.online.rounds import RoundOptions, Rounds
@@ -176,7 +179,15 @@ def _settings(config: Config, world: World) -> dict[str, Any]:
         "tokenizer": tokenizer_digest(world.tokenizer),
         "architecture": architecture(world.model),
         "prompts": world.train.digest(),
+        "estimate": _estimate_digest(config.online),
     }
+
+
+def _estimate_digest(section: OnlineConfig) -> str | None:
+    """Digest of the reward model that estimates rewards for elicitation; None if there is none."""
+    if section.elicitation != "disagreement" or section.reward_model is None:
+        return None
+    return files_digest(resolve(section.reward_model))[0]
 
 
 def _facts(config: Config, section: DpoConfig, world: World, *, start: str) -> dict[str, Any]:
@@ -187,7 +198,17 @@ def _facts(config: Config, section: DpoConfig, world: World, *, start: str) -> d
         "start": start,
         "data.layout": config.data.layout,
         "online.replay": config.online.replay,
+        "test prompts": world.test.digest(),
+        "measured reward": _measured_reward(config),
     }
+
+
+def _measured_reward(config: Config) -> str | None:
+    """The reward that is measured on held-out prompts. Settings of labels identify a learned one by its weights."""
+    section = config.frontier
+    if not has_true_reward(config):
+        return "reward model" if config.online.reward == "reward-model" else None
+    return section.reward if section.classifier is None else f"{section.reward}, {classifier_name(section.classifier)}"
 
 
 def _refuse_changes(saved: SavedRun, facts: Mapping[str, Any]) -> None:
