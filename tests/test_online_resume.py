@@ -18,6 +18,8 @@ from dpo_jax.training.fingerprint import RunMismatch, SavedRun
 SIZES: dict[str, Any] = {"vocab_size": 512, "width": 16, "layers": 1, "heads": 2, "max_positions": 64, "eos_token_id": 0}
 PROMPTS = Prompts(["The film", "The plot"], [np.arange(2, dtype=np.int32), np.arange(3, dtype=np.int32)])
 
+DIGESTS = {"start": "w", "base": "b"}
+
 
 @pytest.fixture(scope="module")
 def world(tokenizer):
@@ -30,7 +32,7 @@ def facts_of(world, **sections):
     """The facts of a run with these changes of the sections of its configuration."""
     changed = {name: dataclasses.replace(getattr(Config(), name), **options) for name, options in sections.items()}
     config = dataclasses.replace(Config(), **changed)
-    return online._facts(config, config.online.training(config.dpo), world, start="w")
+    return online._facts(config, config.online.training(config.dpo), world, DIGESTS)
 
 
 def saved_with(facts, *, without=()):
@@ -72,6 +74,11 @@ def test_the_reward_model_that_estimates_may_not_change(world, reward_models):
     online._refuse_changes(saved_with(one, without=["estimate"]), one)
     (Path(reward_models["one"]).parent / "moved").symlink_to(reward_models["one"])
     online._refuse_changes(saved_with(one), facts_of(world, **estimated_by(reward_models["one"] + "/../moved")))
+
+
+def test_a_checkpoint_knows_the_base_of_its_adapter(world):
+    """`export` writes it into the adapter's files."""
+    assert facts_of(world).items() >= DIGESTS.items()
 
 
 def test_held_out_prompts_may_not_change(world):

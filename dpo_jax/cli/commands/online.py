@@ -76,7 +76,7 @@ def run(config: Config) -> int:
         )
         before = _measured(world, world.reference)
         print(f"the reference: {_words(before)}", flush=True)
-        state = _train(config, section, run_dir, world, rounds, saved=saved, start=digests["start"])
+        state = _train(config, section, run_dir, world, rounds, digests, saved=saved)
         points = hosts.of_first(lambda: list(filter(is_evaluation, read_metrics(run_dir.metrics))))
         named = [{name.removeprefix("eval/"): value for name, value in row.items()} for row in points]
         if hosts.is_first():
@@ -190,12 +190,12 @@ def _estimate_digest(section: OnlineConfig) -> str | None:
     return files_digest(resolve(section.reward_model))[0]
 
 
-def _facts(config: Config, section: DpoConfig, world: World, *, start: str) -> dict[str, Any]:
-    """The fingerprint of the run. `section`: `dpo`, with the length of all rounds; `start`: digest of the initial weights."""
+def _facts(config: Config, section: DpoConfig, world: World, digests: Mapping[str, str]) -> dict[str, Any]:
+    """The fingerprint of the run. `section`: `dpo`, with the length of all rounds; `digests`: of the initial weights."""
     return {
         **identity.settings(config, section),
         **_settings(config, world),
-        "start": start,
+        **digests,
         "data.layout": config.data.layout,
         "online.replay": config.online.replay,
         "test prompts": world.test.digest(),
@@ -217,12 +217,19 @@ def _refuse_changes(saved: SavedRun, facts: Mapping[str, Any]) -> None:
 
 
 def _train(
-    config: Config, section: DpoConfig, run: RunDir, world: World, rounds: Rounds, *, saved: SavedRun | None, start: str
+    config: Config,
+    section: DpoConfig,
+    run: RunDir,
+    world: World,
+    rounds: Rounds,
+    digests: Mapping[str, str],
+    *,
+    saved: SavedRun | None,
 ) -> TrainState:
     """Runs the rounds and their steps, from the newest checkpoint if there is one. Returns the final state on the devices."""
     partitioner, total = world.partitioner, section.steps or 0
     tx = build.make_tx(section, steps=total, seed=config.run.seed)
-    facts = _facts(config, section, world, start=start)
+    facts = _facts(config, section, world, digests)
     with identity.refusing_mismatch():
         if saved is not None:
             _refuse_changes(saved, facts)
