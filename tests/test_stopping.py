@@ -111,6 +111,15 @@ def test_a_run_that_is_not_stopped_ends_with_its_best_too(tmp_path):
     assert run(tmp_path / "higher", stopping=higher)[0] == 2.0
 
 
+def test_what_cannot_stop_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="patience must be at least 1"):
+        EarlyStopping(patience=0)
+    with pytest.raises(ValueError, match="has no 'margin' to stop on; it has loss"):
+        EarlyStopping("margin", patience=1).observe(1, {"loss": 1.0})
+    with pytest.raises(ValueError, match="stopping needs evaluate"):
+        train(COUNT, None, None, folder=tmp_path, total_steps=1, fingerprint={}, stopping=EarlyStopping(patience=1))
+
+
 @pytest.mark.parametrize(("stop", "best"), [(8, 4), (12, 12)])
 def test_an_export_is_of_the_best_step_also_after_a_signal_at_the_last_evaluation(stop, best, tmp_path):
     folder = tmp_path / "dpo"
@@ -136,15 +145,6 @@ def test_a_best_step_is_not_compared_on_other_held_out_data(tmp_path):
     with pytest.raises(fingerprint.RunMismatch, match=r"other held-out data, on which its best step .*\n.* was 20, is 24"):
         run(tmp_path, data=one)
     assert run(tmp_path, data=other)[0] == 4.0
-
-
-def test_what_cannot_stop_a_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="patience must be at least 1"):
-        EarlyStopping(patience=0)
-    with pytest.raises(ValueError, match="has no 'margin' to stop on; it has loss"):
-        EarlyStopping("margin", patience=1).observe(1, {"loss": 1.0})
-    with pytest.raises(ValueError, match="stopping needs evaluate"):
-        train(COUNT, None, None, folder=tmp_path, total_steps=1, fingerprint={}, stopping=EarlyStopping(patience=1))
 
 
 # A run in steps
