@@ -105,11 +105,12 @@ program_of() {
   esac
 }
 
-# The same for several hosts, which join each other.
+# The same for several hosts, which join each other. The commands are ON_MANY_HOSTS of dpo_jax/cli/command_table.py.
 program_on_many_hosts() {
+  local commands='sft, refs, dpo, eval, sample, label, reward-model, ppo, online, optimum, frontier, hh_pipeline.sh'
   case ${1:-} in
-    '' | -* | sft | refs | dpo | eval | hh_pipeline.sh) ;;
-    *) die "$1: not a command that runs on many hosts (sft, refs, dpo, eval, hh_pipeline.sh)" ;;
+    '' | -*) ;;
+    *) [[ ", $commands," == *", $1,"* ]] || die "$1: not a command that runs on many hosts ($commands)" ;;
   esac
   program_of "$@"
   case " ${*%%=*} " in *' --distributed '* | *' --run.distributed '*) ;; *) program+=(--distributed auto) ;; esac

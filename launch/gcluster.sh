@@ -14,6 +14,7 @@ Usage: ./launch/gcluster.sh [--dry-run] submit NAME OPTION ... -- COMMAND CONFIG
   ./launch/gcluster.sh submit hh --cluster C --location L --project P --compute-type v6e-16 --image IMAGE \
     --mount filestore://INSTANCE/SHARE:/mnt/dpo_jax:rw -- dpo configs/hh_pythia28_dpo.yaml --run.dir /mnt/dpo_jax/hh --run.devices mesh
 
+COMMAND is sft, refs, dpo, eval, sample, label, reward-model, ppo, online, optimum or frontier, or hh_pipeline.sh with its options.
 Before anything is submitted, the command is checked with the dpo-jax of this machine, if there is one (dpo-jax COMMAND ... --check),
 for the chips that --compute-type, --topology and --num-slices tell.
 OPTIONs go to `gcluster job` as they are (gcluster job submit --help). IMAGE is that of launch/kubernetes/Dockerfile. --run.dir

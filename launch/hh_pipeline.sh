@@ -85,7 +85,8 @@ check_steps() {
 
 # What a step was asked to do: its command, less what tells hosts apart, and the content of its configuration.
 asked() {
-  { quoted "${program[@]}" | sed -E 's/ --(coordinator|num-processes|process-id)[ =][^ ]*//g' && cat "${program[2]}"; } | cksum
+  local of_host='(run\.)?(coordinator|num[-_]processes|process[-_]id)'
+  { quoted "${program[@]}" | sed -E "s/ --${of_host}[ =][^ ]*//g" && cat "${program[2]}"; } | cksum
 }
 
 # The steps that use what a step makes.
@@ -98,7 +99,7 @@ users_of() {
 }
 
 take() {
-  local step=$1 later code=0
+  local step=$1 later code=0 mark
   command_of "$step"
   if [ "$dry_run" = yes ]; then
     run "${program[@]}"
@@ -116,10 +117,12 @@ take() {
     143) say "$step has saved and stopped; the same command continues" && exit 143 ;;
     *) die "$step ended with exit code $code" "$code" ;;
   esac
-  # Every host writes the same mark: a step ends on all of them together.
+  # Every host writes the same mark: a step ends on all of them together, and in containers with the same process id.
   mkdir -p "$run_dir/pipeline"
-  asked >"$run_dir/pipeline/$step.$$"
-  mv "$run_dir/pipeline/$step.$$" "$run_dir/pipeline/$step.done"
+  mark=$(mktemp "$run_dir/pipeline/.$step.XXXXXX")
+  asked >"$mark"
+  chmod 644 "$mark"
+  mv -f "$mark" "$run_dir/pipeline/$step.done"
 }
 
 . launch/common.bash

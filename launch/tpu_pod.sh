@@ -24,16 +24,17 @@ Usage: ./launch/tpu_pod.sh [--dry-run] VERB NAME --zone ZONE [OPTION ...] [-- CO
   ./launch/tpu_pod.sh run hh --zone us-west4-a --accelerator-type v5litepod-16 --runtime-version v2-alpha-tpuv5-lite --spot \
     --nfs 10.0.0.2:/vol1 -- dpo configs/hh_pythia28_dpo.yaml --run.dir /mnt/dpo_jax/hh --run.devices mesh --data.path /mnt/dpo_jax/data
 
-COMMAND is sft, refs, dpo or eval, or hh_pipeline.sh with its options. --run.dir must lie in /mnt/dpo_jax, where every worker
-mounts the NFS export (Filestore, for example): what is on a worker's own disk is gone with the worker, and a checkpoint is
-written by all of them. dpo-jax writes to folders, so gs:// is refused. The export must be writable for you.
+COMMAND is sft, refs, dpo, eval, sample, label, reward-model, ppo, online, optimum or frontier, or hh_pipeline.sh with its options.
+--run.dir must lie in /mnt/dpo_jax, where every worker mounts the NFS export (Filestore, for example): what is on a worker's own
+disk is gone with the worker, and a checkpoint is written by all of them. dpo-jax writes to folders, so gs:// is refused. The export
+must be writable for you.
 
 run checks the command (dpo-jax COMMAND ... --check) on this machine before the slice is asked for, --dry-run too: options, batch and
 mesh for the chips of the slice, and whether the configuration is committed as it is. Without dpo-jax here only the file is looked for. The
 first worker checks again, now with the data and models on the shared disk.
 
 WANDB_API_KEY and HF_TOKEN are taken from the environment and go to each worker through the connection, into a file that the
-start deletes; that takes some seconds a worker. ssh to several workers needs your key in the agent: ssh-add ~/.ssh/google_compute_engine
+start deletes; that takes some seconds a worker. Other keys are not sent, so a judge that needs one cannot label here. ssh to several workers needs your key in the agent: ssh-add ~/.ssh/google_compute_engine
 
 Environment:
   DPO_JAX_EXTRAS        extras to install on the workers         (default: tpu; for Weights & Biases: tpu,writers)

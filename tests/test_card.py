@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from dpo_jax.cli import data_sources
 from dpo_jax.cli.card import dpo_card, sft_card, with_digest
+from dpo_jax.cli.commands.export import _card_of
 from dpo_jax.cli.config import Config, DataConfig, DpoConfig, MixConfig, ModelConfig, RunConfig
 from dpo_jax.models import origin
 from dpo_jax.models.origin import License, Origin, hub_id_of_folder, model_origin
@@ -214,6 +215,28 @@ def test_a_card_names_each_source_with_its_revision_and_weight(run, tmp_path, mo
     link = "[{0}](https://huggingface.co/datasets/{0})"
     told = [f"{link.format('org/one')}, revision `{'0f' * 20}`, weight 2", f"{link.format('org/two')}, `en`, revision `v1`"]
     assert f"- data: {', '.join(told)}, `own` (files); 5.0% of the prompts of sources without a test split are held out" in card
+
+
+@pytest.mark.parametrize(("best", "own"), [(None, 16), (8, 8)])
+def test_an_export_takes_the_card_of_the_run_only_for_the_weights_that_the_run_exported(run, best, own):
+    run.metrics.write_text("".join(json.dumps({"step": step, **EVALUATED}) + "\n" for step in (8, 16)))
+    run.card.write_text("the card of the run")
+    cards = {step: _card_of(configured(run), run, "dpo", step, best=best) for step in (8, 16)}
+    assert [step for step, card in cards.items() if card == "the card of the run"] == [own]
+    other = 24 - own
+    assert f"Held out, after {other} steps:" in cards[other]
+
+
+def test_a_step_of_an_online_run_has_the_card_of_one(run):
+    run.metrics.write_text(json.dumps({"step": 2, "eval/kl": 0.25}) + "\n")
+    (run.path / "rounds.jsonl").write_text(json.dumps({"round": 0, "pairs": 8}) + "\n")
+    card = _card_of(configured(run), run, "online", 2, best=None)
+    assert "trained by online preference optimization" in card
+    assert "On held-out prompts, after 2 steps:" in card
+    assert "8 rounds, each with 4 completions" in card
+    run.metrics.unlink()
+    (run.path / "rounds.jsonl").unlink()
+    assert "after 2 steps:" not in _card_of(configured(run), run, "online", 2, best=None)
 
 
 def test_a_card_names_the_digest_of_the_weights_beside_it(run, tmp_path):

@@ -20,7 +20,7 @@ import pytest
 
 from dpo_jax.runtime import metrics as records
 from dpo_jax.runtime import parallel
-from dpo_jax.runtime.fit import EXIT_PREEMPTED, Interrupted, NonFinite, Preempted, _Compilations, fit
+from dpo_jax.runtime.fit import EXIT_PREEMPTED, Interrupted, NonFinite, Preempted, Verdict, _Compilations, fit
 from dpo_jax.runtime.progress import Board
 from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.types import TrainState
@@ -295,18 +295,46 @@ def test_signal_finishes_the_step_saves_and_says_so(number):
     assert signal.getsignal(number) is before
 
 
-def test_signal_during_the_last_evaluation_is_not_lost():
+def a_call_late():
+    """What `hosts.agreement` does on several hosts."""
+    pending = 0
+
+    def agree(number):
+        nonlocal pending
+        before, pending = pending, number
+        return before
+
+    return agree
+
+
+def terminated(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return {}
+
+
+AGREEMENTS = pytest.mark.parametrize("agreement", [lambda: lambda number: number, a_call_late], ids=["one host", "several"])
+
+
+@AGREEMENTS
+@pytest.mark.parametrize("during", ["evaluation", "save"])
+def test_signal_during_the_last_evaluation_or_save_is_not_lost(during, agreement):
     memory = Memory()
-    with pytest.raises(Preempted, match="after 2 steps"):
-        fit(
-            compiled,
-            start(),
-            stream,
-            total_steps=2,
-            checkpoints=memory,
-            evaluate=lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {},
-        )
+    if during == "save":
+        memory.wait = terminated
+    options = {"evaluate": terminated} if during == "evaluation" else {}
+    with pytest.raises(Preempted, match="after 2 steps; the state is saved"):
+        fit(compiled, start(), stream, total_steps=2, checkpoints=memory, agree=agreement(), **options)
     assert list(memory.saved) == [2]
+
+
+@AGREEMENTS
+@pytest.mark.parametrize(("total", "verdict"), [(2, Verdict()), (4, Verdict(stop=True))])
+def test_signal_during_an_evaluation_after_which_no_step_follows_is_not_lost(total, verdict, agreement):
+    options = {"evaluate_first": True, "watch": lambda *_: verdict, "agree": agreement()}
+    with pytest.raises(Preempted, match="after 2 steps"):
+        fit(pytest.fail, start(2, 3.0), stream, total_steps=total, evaluate=terminated, **options)
+    state = start(2, 3.0)
+    assert fit(pytest.fail, state, stream, total_steps=total, evaluate=lambda *_: {}, **options) is state
 
 
 def test_second_signal_ends_the_process_at_once():

@@ -136,6 +136,11 @@ def test_rounds_by_an_exact_reward(copy):  # noqa: F811
     again = call("online", copy.config, *flags)
     assert (again.code, "continuing" in again.out, bytes_of(folder / "export")) == (0, True, before), again
     assert "online.completions: was 4, is 3" in refused(2, "online", copy.config, *flags, "--online.completions", 3)
+    assert "online.replay: was 1, is 2" in refused(2, "online", copy.config, *flags, "--online.replay", 2)
+    assert "test prompts: was " in refused(2, "online", copy.config, *flags, "--frontier.test-prompts", 5)
+    told = call("export", copy.config, "--export.checkpoint", folder / "checkpoints", "--export.step", 2)
+    assert (told.code, "step 2 of" in told.out) == (0, True), told
+    assert "On held-out prompts, after 2 steps:" in (folder / "export-2" / "README.md").read_text()
     more = call("online", copy.config, *flags[:-2], "--online.rounds", 3)
     assert (more.code, "the length of the run is now 6 steps; it was 4 steps" in more.out) == (0, True), more
     assert len((folder / "rounds.jsonl").read_text().splitlines()) == 3

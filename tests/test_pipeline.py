@@ -47,6 +47,16 @@ time.sleep(0.3)
 sys.exit(143)
 """
 
+# A mv that waits until two hosts have come to it.
+TOGETHER = """#!/usr/bin/env bash
+echo "$*" >>"$CALLS.moves"
+for _ in {1..500}; do
+  [ "$(grep -c . "$CALLS.moves")" -lt 2 ] || exec /usr/bin/env PATH="${PATH#*:}" mv "$@"
+  sleep 0.02
+done
+exit 1
+"""
+
 
 class Chain:
     def __init__(self, folder):
@@ -179,6 +189,38 @@ def test_selected_steps_and_many_hosts(chain):
     refused = chain("--steps", "audit,train")
     assert refused.returncode == 2
     assert "train: no such step" in refused.stderr
+    assert chain.calls() == []
+
+
+HOST = (("coordinator", "h:1"), ("num-processes", "2"), ("process-id", "0"))
+
+
+@pytest.mark.parametrize("spelled", ["--{}", "--run.{}"])
+@pytest.mark.parametrize("letter", "-_")
+def test_what_tells_hosts_apart_asks_for_nothing_else(chain, spelled, letter):
+    names = [spelled.format(name.replace("-", letter)) for name, _ in HOST]
+    apart = [word for name, (_, value) in zip(names, HOST, strict=True) for word in (name, value)]
+    assert chain("--steps", "sft", *apart, "--data.path", "one").returncode == 0
+    assert len(chain.calls()) == 1
+    assert chain("--steps", "sft", *(f"{name}=7" for name in names), "--data.path", "one").returncode == 0
+    assert chain.calls() == []
+    assert chain("--steps", "sft", *apart, "--data.path", "two").returncode == 0
+    assert len(chain.calls()) == 1
+
+
+def test_hosts_that_finish_a_step_together_all_leave_its_mark(chain):
+    """Two hosts, here subshells of one process, which therefore have the same process id, as containers do."""
+    move = Path(chain.env["DPO_JAX_VENV"]) / "bin" / "mv"
+    move.write_text(TOGETHER)
+    move.chmod(0o755)
+    both = '(. "$0" "$@") & one=$!; (. "$0" "$@") & two=$!; code=0; wait "$one" || code=1; wait "$two" || code=1; exit "$code"'
+    words = ["bash", "-c", both, *chain.command("--steps", "sft")[1:]]
+    env = chain.env | {"PATH": f"{move.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert chain.calls()
+    assert [path.name for path in (chain.run_dir / "pipeline").iterdir()] == ["sft.done"]
+    assert chain("--steps", "sft").returncode == 0
     assert chain.calls() == []
 
 

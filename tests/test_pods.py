@@ -13,6 +13,8 @@ import yaml
 from conftest import GOLDEN
 from fake_cloud import RECORD, ROOT, Cloud, wait_for
 
+from dpo_jax.cli.command_table import COMMANDS, ON_MANY_HOSTS
+
 LAUNCH = ROOT / "launch"
 SHELL = [*sorted(LAUNCH.glob("*.s[hb]*")), LAUNCH / "common.bash", ROOT / ".ci" / "run"]
 KEYS = {"HF_TOKEN": "hf_no one may see this", "WANDB_API_KEY": "wandb'secret$HOME"}
@@ -218,6 +220,17 @@ def test_what_cannot_work_is_refused_before_anything_costs(cloud, words, message
     done = cloud.run("launch/gcluster.sh", "submit", "hh", *words)
     assert (done.returncode, (cloud.path / "calls").exists()) == (2, False)
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("name", ["tpu_pod.sh", "gcluster.sh", "slurm.sbatch"])
+def test_the_commands_for_many_hosts_are_those_of_the_program(name):
+    """Those that the scripts start, name in their message, and list in their help."""
+    ask = '. launch/common.bash; for one in "$@"; do (program_on_many_hosts "$one" c.yaml) && echo "$one"; done; :'
+    asked = subprocess.run(["bash", "-c", ask, "-", *COMMANDS], cwd=ROOT, capture_output=True, text=True)
+    assert asked.stdout.split() == [command for command in COMMANDS if command in ON_MANY_HOSTS]
+    assert f"({', '.join(ON_MANY_HOSTS)}, hh_pipeline.sh)" in asked.stderr
+    shown = subprocess.run(["bash", LAUNCH / name, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert f"COMMAND is {', '.join(ON_MANY_HOSTS[:-1])} or {ON_MANY_HOSTS[-1]}" in shown.stdout, shown.stderr
 
 
 @pytest.mark.parametrize("how", [[], ["--dry-run"]])

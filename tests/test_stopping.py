@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 import dpo_jax
+from dpo_jax.cli.commands.export import _best_step
+from dpo_jax.cli.config import DpoConfig
 from dpo_jax.data.loader import batch_indices
 from dpo_jax.runtime.checkpoint import newest_meta
 from dpo_jax.runtime.fit import Preempted, fit
 from dpo_jax.runtime.metrics import MetricsLog, is_evaluation, read_metrics
 from dpo_jax.runtime.parallel import single_device
+from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.spikes import Spikes
 from dpo_jax.step import init_state
 from dpo_jax.training import fingerprint
@@ -134,6 +137,33 @@ def test_what_cannot_stop_a_run_is_refused(tmp_path):
         EarlyStopping("margin", patience=1).observe(1, {"loss": 1.0})
     with pytest.raises(ValueError, match="stopping needs evaluate"):
         train(COUNT, None, None, folder=tmp_path, total_steps=1, fingerprint={}, stopping=EarlyStopping(patience=1))
+
+
+@pytest.mark.parametrize(("stop", "best"), [(8, 4), (12, 12)])
+def test_an_export_is_of_the_best_step_also_after_a_signal_at_the_last_evaluation(stop, best, tmp_path):
+    folder = tmp_path / "dpo"
+    with pytest.raises(Preempted):
+        run(folder, stop=stop, killed_at=stop, stopping=EarlyStopping("loss", patience=9))
+    count = run(folder, stop=stop, stopping=EarlyStopping("loss", patience=9))[0]
+    newest, meta = newest_meta(folder / "checkpoints")
+    assert (newest, meta["early_stopping"]["last"]) == (stop, stop - 2), "the record lacks the evaluation"
+    section, there = DpoConfig(patience=9), RunDir(folder, lock=False)
+    assert _best_step(section, there, newest, meta) == count == best
+    assert _best_step(section, there, stop - 1, meta) == 4, "what the log has of later steps does not count"
+    there.metrics.unlink()
+    assert _best_step(section, there, newest, meta) == meta["early_stopping"]["best"] == 4
+    assert _best_step(DpoConfig(), there, newest, meta) is None
+
+
+def test_a_best_step_is_not_compared_on_other_held_out_data(tmp_path):
+    one, other = ({"token ids held out": name, "test split, kept": kept} for name, kept in (("a" * 64, 24), ("b" * 64, 20)))
+    with pytest.raises(Preempted):
+        run(tmp_path, killed_at=1, data=one)
+    with pytest.raises(Preempted):
+        run(tmp_path, killed_at=5, data=other)  # nothing was evaluated before
+    with pytest.raises(fingerprint.RunMismatch, match=r"other held-out data, on which its best step .*\n.* was 20, is 24"):
+        run(tmp_path, data=one)
+    assert run(tmp_path, data=other)[0] == 4.0
 
 
 # A run in steps

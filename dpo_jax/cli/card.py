@@ -72,7 +72,7 @@ def online_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
     """The card of an online run, with one line per round."""
     section, columns = config.online, ("round", "labels_so_far", "pairs", "reward", "kl", "accuracy")
     heads = ["round", "labels so far", "pairs", "mean reward of samples", "KL (nats)", "agreement before training"]
-    rows = read_lines(run.path / "rounds.jsonl").rows
+    rows = read_lines(rounds).rows if (rounds := run.path / "rounds.jsonl").is_file() else []
     shown = [[f"{row[name]:.4g}" if row.get(name) is not None else "-" for name in columns] for row in rows]
     known = {"known": f"the reward {config.frontier.reward}", "reward-model": "a reward model", "judge": "a judge"}
     who = known.get(section.reward, section.reward)
@@ -86,7 +86,7 @@ def online_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
         title="trained by online preference optimization",
         how=f"{how}{_trained(config, config.dpo)}",
         start=config.dpo_policy(),
-        section=config.dpo,
+        section=section.training(config.dpo),
         results=f"{_table(heads, shown)}\n\n{_held_out_points(run, step)}",
         tag="online-dpo",
     )
@@ -94,10 +94,16 @@ def online_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
 
 def _held_out_points(run: RunDir, step: int | None) -> str:
     """Reward and KL at the last evaluation, or at the one after `step`."""
-    judged = [row for row in read_metrics(run.metrics) if is_evaluation(row) and step in (None, row["step"])]
+    judged = _evaluations(run, step)
     names = {"eval/reward": "reward", "eval/kl": "KL to the reference (nats)"}
     rows = [[label, f"{judged[-1][name]:.3f}"] for name, label in names.items() if judged and name in judged[-1]]
     return f"On held-out prompts, after {judged[-1]['step']:,} steps:\n\n{_table(['measure', 'value'], rows)}" if rows else ""
+
+
+def _evaluations(run: RunDir, step: int | None) -> list[dict[str, Any]]:
+    """The evaluations during training, or those after `step`."""
+    rows = read_metrics(run.metrics) if run.metrics.is_file() else []
+    return [row for row in rows if is_evaluation(row) and step in (None, row["step"])]
 
 
 def _objective(section: DpoConfig) -> str:
@@ -329,8 +335,7 @@ def _fenced(text: str) -> str:
 
 def _held_out(run: RunDir, step: int | None) -> str:
     """The last evaluation during training, or the one after `step`."""
-    rows = read_metrics(run.metrics) if run.metrics.is_file() else []
-    judged = [row for row in rows if is_evaluation(row) and step in (None, row["step"])]
+    judged = _evaluations(run, step)
     if not judged:
         return f"Held out, after {step} steps: not measured."
     final = judged[-1]

@@ -136,6 +136,7 @@ def plan_training(
     steps = section.steps or total_steps(len(data.train), batch=section.batch, epochs=section.epochs, behind=behind)
     with identity.refusing_mismatch():
         fingerprint.check_data(saved, digest, record)
+        fingerprint.check_held_out(saved, record)
     with identity.refusing_mismatch(identity.LONGER):
         fingerprint.check_length(saved, steps=steps)
     return TrainingPlan(data, saved, layout, held_out_layout, behind, steps, epochs, digest, record)
@@ -215,7 +216,7 @@ def train(
             save_every_minutes=config.run.save_every_minutes,
             evaluate=evaluate,
             eval_every=math.ceil(config.run.eval_every_examples / section.batch),
-            stopping=_stopping(section),
+            stopping=early_stopping(section),
             moving=moving,
             lr=lr,
             check=check,
@@ -227,7 +228,8 @@ def train(
         )
 
 
-def _stopping(section: SftConfig | DpoConfig) -> EarlyStopping | None:
+def early_stopping(section: SftConfig | DpoConfig) -> EarlyStopping | None:
+    """The early stopping of a new run; None without `patience`."""
     if not section.patience:
         return None
     return EarlyStopping(section.stop_on, patience=section.patience, higher=section.stop_on in HIGHER)

@@ -120,7 +120,12 @@ def fit(
             if number := _signal_of(agree(signals.received)):
                 raise _stopped(number, done, saved=checkpoints is not None)
 
-        if evaluate is not None and evaluate_first and judged(start).stop:
+        def end(done: int) -> None:
+            agree(signals.received)  # with several hosts, the next call returns what this one exchanges
+            pause(done)
+
+        if evaluate is not None and evaluate_first and (judged(start).stop or start == total_steps):
+            end(start)
             return state
         for index in range(start, total_steps):
             batch = _parts(prefetcher.get(index))
@@ -148,11 +153,10 @@ def fit(
                             checkpoints.wait()
                 timer.restart()
                 rows.restart_clock()
-            if last and not stop:
-                stop = _signal_of(agree(signals.received))  # during the last evaluation or save
             if stop:
                 raise _stopped(stop, done, saved=checkpoints is not None)
             if last:
+                end(done)  # a signal may have come during the last evaluation or save
                 break
             if renew is not None and renewing:
                 renew(state, done, functools.partial(pause, done))

@@ -114,6 +114,16 @@ def other_held_out(saved: SavedRun | None, data: Mapping[str, Any]) -> bool:
     return saved is not None and bool(saved.data) and saved.data.get(HELD_OUT) != data.get(HELD_OUT)
 
 
+def check_held_out(saved: SavedRun | None, data: Mapping[str, Any]) -> None:
+    """Raises `RunMismatch` saying how the held-out data changed, if early stopping has already chosen a best step on them.
+
+    No evaluation on other data can be compared with that of the best step. `data`: a data record.
+    """
+    if saved is not None and "best" in saved.meta.get("early_stopping", {}) and other_held_out(saved, data):
+        message = _message(saved.place, "held-out data, on which its best step was chosen", data_changes(saved.data, data))
+        raise RunMismatch(message)
+
+
 def check_settings(place: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises `RunMismatch`, naming each setting that differs from the run in `place`. `saved`, `now`: fingerprints.
 

@@ -27,6 +27,7 @@ from dpo_jax.training.fingerprint import (
     SavedRun,
     as_saved,
     check_data,
+    check_held_out,
     check_length,
     check_settings,
     data_changes,
@@ -290,6 +291,8 @@ def _resume(
     check_settings(here.place, here.fingerprint, is_now)
     if "data" in is_now:
         check_data(here, is_now["data"], meta["data"])
+    if stopping is not None:
+        check_held_out(here, meta["data"])
     check_length(here, steps=total_steps)
     if is_now.get("behind", 0) != here.fingerprint.get("behind", 0) and (saved is None or saved.step != here.step):
         raise CheckpointDamaged(f"the newest checkpoint of {run.path} was damaged and set aside; run the same command again")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dpo_jax.runtime.checkpoint import Checkpoints
@@ -72,6 +72,17 @@ class EarlyStopping:
         check_settings(place, was, now)
         self.record.clear()
         self.record |= mine | record
+
+    def catch_up(self, rows: Iterable[Mapping[str, Any]], *, until: int) -> None:
+        """Observes the evaluations among `rows` of `metrics.jsonl` since the last one, up to the one after `until` steps.
+
+        A signal may end a run between a checkpoint and its evaluation. The evaluation of the next process is then in the log,
+        but not in the record of that checkpoint.
+        """
+        name = f"eval/{self.metric}"
+        for row in rows:
+            if name in row and self.last < row["step"] <= until:
+                self.observe(row["step"], {self.metric: row[name]})
 
     def words(self, done: int) -> str:
         """Message on how the run ended, after `done` steps."""

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.cli import build
-from dpo_jax.cli.card import dpo_card, sft_card, with_digest
-from dpo_jax.cli.config import Config, ConfigError, load_config
+from dpo_jax.cli.card import dpo_card, online_card, sft_card, with_digest
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, load_config
 from dpo_jax.cli.model_folders import refuse_foreign
+from dpo_jax.cli.train import early_stopping
 from dpo_jax.cli.trained import Trained, trained
 from dpo_jax.data.template import turn_end_token
 from dpo_jax.data.tokenizer import save_tokenizer
@@ -46,6 +47,8 @@ from dpo_jax.writing import write_text
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """Image-processing files of a model folder that an export copies."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+CARDS = {"sft": sft_card, "dpo": dpo_card, "online": online_card}
+"""Runs whose checkpoints have the folder of the run to themselves, also under `run.checkpoints`, and their model cards."""
 
 
 def run(config: Config) -> int:
@@ -72,14 +75,16 @@ def run(config: Config) -> int:
         raise ConfigError(f"export.merge: {folder} trained no adapter, and its export is the whole model; leave it out")
     abstract = jax.eval_shape(lambda: part.state(model.init(jax.random.key(0)), tx=tx).replace(frozen={}))
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns that it will write nothing, which is intended
+    run_dir = RunDir(folder, lock=False)
+    best = None if saved is None else _best_step(section, run_dir, *saved)
     with Checkpoints(directory, read_only=True) as checkpoints, reported("reading the checkpoint"):
-        found = _restored(checkpoints, abstract, _step(config, directory))
+        found = _restored(checkpoints, abstract, best if config.export.step is None else config.export.step)
     if found is None:
         raise ConfigError(f"export.checkpoint: {directory} holds no checkpoint; train first")
     (state, meta), step = found, int(found[0].step)
     name = "export" if config.export.step is None else f"export-{config.export.step}"
     options = {"source": start, "dtype": config.export.dtype}
-    card = _card_of(original, RunDir(folder, lock=False), task, step)
+    card = _card_of(original, run_dir, task, step, best=best)
     with reported("exporting"):
         if config.export.merge:
             name, variables, write = (
@@ -258,12 +263,25 @@ def _write_beside(folder: Path, tokenizer: Any, card: str | None) -> None:
         write_text(folder / "README.md", with_digest(card, folder))
 
 
-def _card_of(original: Config, run: RunDir, task: str, step: int) -> str:
-    """The card of the run, which may include the table of `eval`, if these are its final weights; else one for this step."""
+def _card_of(original: Config, run: RunDir, task: str, step: int, *, best: int | None) -> str:
+    """The card of the run, which may include the table of `eval`, if the run exported these weights; else one for this step.
+
+    A run exports its last weights; with early stopping those after `best` steps.
+    """
     judged = [row["step"] for row in read_metrics(run.metrics) if is_evaluation(row)] if run.metrics.is_file() else []
-    if run.card.is_file() and judged and judged[-1] == step:
+    if run.card.is_file() and judged and (judged[-1] if best is None else best) == step:
         return run.card.read_text(encoding="utf-8")
-    return (sft_card if task == "sft" else dpo_card)(original, run, step=step)
+    return CARDS.get(task, dpo_card)(original, run, step=step)
+
+
+def _best_step(section: SftConfig | DpoConfig, run: RunDir, newest: int, meta: Mapping[str, Any]) -> int | None:
+    """The step whose weights the run exported, if early stopping chose it. `newest`, `meta`: of the newest checkpoint."""
+    stopping = early_stopping(section)
+    if stopping is None or "early_stopping" not in meta:
+        return None
+    stopping.record |= meta["early_stopping"]
+    stopping.catch_up(read_metrics(run.metrics) if run.metrics.is_file() else [], until=newest)
+    return stopping.best
 
 
 def _restored(checkpoints: Checkpoints, abstract: TrainState, step: int | None) -> tuple[TrainState, Any] | None:
@@ -273,17 +291,9 @@ def _restored(checkpoints: Checkpoints, abstract: TrainState, step: int | None) 
         raise ConfigError(f"export.step: {error}") from error
 
 
-def _step(config: Config, directory: str) -> int | None:
-    """The requested step, or the best of a run with early stopping; None for the newest."""
-    if config.export.step is not None:
-        return config.export.step
-    newest = newest_meta(directory)
-    return None if newest is None else newest[1].get("early_stopping", {}).get("best")
-
-
 def _run_of(config: Config, directory: str) -> Path:
     """The folder of the run that wrote these checkpoints: they are inside it, unless `run.checkpoints` put them elsewhere."""
-    for task in ("sft", "dpo"):
+    for task in CARDS:
         if config.run.checkpoints is not None and directory == config.checkpoints_of(task):
             return Path(config.run.dir) / task
     return Path(directory).resolve().parent

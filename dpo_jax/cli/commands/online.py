@@ -21,8 +21,9 @@ from dpo_jax.cli.balancing import router_aux_loss
 from dpo_jax.cli.card import online_card
 from dpo_jax.cli.commands.export import write_model, writer
 from dpo_jax.cli.commands.ppo import learned_reward
-from dpo_jax.cli.config import Config, DpoConfig
+from dpo_jax.cli.config import Config, DpoConfig, OnlineConfig
 from dpo_jax.cli.experiment import has_true_reward, make_world
+from dpo_jax.cli.frontier_runs import classifier_name
 from dpo_jax.cli.online_labels import compare_of, label_settings
 from dpo_jax.cli.preflight.online import refuse_unfit
 from dpo_jax.cli.train import earlier_run, metrics_writers, write_outputs
@@ -31,7 +32,9 @@ from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.world import World
+from dpo_jax.models.digest import files_digest
 from dpo_jax.models.hf import save_hf
+from dpo_jax.models.hub import resolve
 from dpo_jax.online.labels import LabelLog
 from dpo_jax.online.references import KeptReferences
 from dpo_jax.online.rounds import RoundOptions, Rounds
@@ -45,11 +48,13 @@ from dpo_jax.types import TrainState, Variables
 
 NOT_OF_A_ROUND = ("rounds", "label_budget", "steps", "replay", "reward_model")
 """Options of `online` that do not change the files of a round. The reward model is identified by its weights."""
+UNSAVED = {"online.replay": 1}
+"""Facts of runs whose version saved them only if they differed from these values."""
 
 
 def run(config: Config) -> int:
     refuse_unfit(config)
-    section = _training(config)
+    section = config.online.training(config.dpo)
     with build.open_run(config, "online", continues=True) as run_dir:
         saved = earlier_run(config, "online", section)
         compare = compare_of(config, run_dir)
@@ -71,25 +76,18 @@ def run(config: Config) -> int:
         )
         before = _measured(world, world.reference)
         print(f"the reference: {_words(before)}", flush=True)
-        state = _train(config, section, run_dir, world, rounds, saved=saved, start=digests["start"])
+        state = _train(config, section, run_dir, world, rounds, digests, saved=saved)
         points = hosts.of_first(lambda: list(filter(is_evaluation, read_metrics(run_dir.metrics))))
         named = [{name.removeprefix("eval/"): value for name, value in row.items()} for row in points]
         if hosts.is_first():
             write_json(run_dir.path / "result.json", {"points": [{"step": 0, **before}, *named]})
         part = _part(config, world)
         write = writer(part, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
-        as_run = dataclasses.replace(config, dpo=section)
-        card = functools.partial(online_card, as_run, run_dir, step=steps_of(state, world.partitioner))
+        card = functools.partial(online_card, config, run_dir, step=steps_of(state, world.partitioner))
         final = part.written(world.partitioner, state)
         write_outputs(run_dir, part.base, final, world.tokenizer, card=card, write=write)
         print(f"{_words(before)} -> {_words(named[-1])}; {rounds.log.total(config.online.rounds):,} labels")
     return 0
-
-
-def _training(config: Config) -> DpoConfig:
-    """Section dpo, with the total length of all rounds."""
-    section = config.online
-    return dataclasses.replace(config.dpo, steps=section.rounds * section.steps_each(config.dpo.batch), epochs=1)
 
 
 def _learned(config: Config) -> Reward | None:
@@ -181,21 +179,60 @@ def _settings(config: Config, world: World) -> dict[str, Any]:
         "tokenizer": tokenizer_digest(world.tokenizer),
         "architecture": architecture(world.model),
         "prompts": world.train.digest(),
+        "estimate": _estimate_digest(config.online),
     }
 
 
+def _estimate_digest(section: OnlineConfig) -> str | None:
+    """Digest of the reward model that estimates rewards for elicitation; None if there is none."""
+    if section.elicitation != "disagreement" or section.reward_model is None:
+        return None
+    return files_digest(resolve(section.reward_model))[0]
+
+
+def _facts(config: Config, section: DpoConfig, world: World, digests: Mapping[str, str]) -> dict[str, Any]:
+    """The fingerprint of the run. `section`: `dpo`, with the length of all rounds; `digests`: of the initial weights."""
+    return {
+        **identity.settings(config, section),
+        **_settings(config, world),
+        **digests,
+        "data.layout": config.data.layout,
+        "online.replay": config.online.replay,
+        "test prompts": world.test.digest(),
+        "measured reward": _measured_reward(config),
+    }
+
+
+def _measured_reward(config: Config) -> str | None:
+    """The reward that is measured on held-out prompts. Settings of labels identify a learned one by its weights."""
+    section = config.frontier
+    if not has_true_reward(config):
+        return "reward model" if config.online.reward == "reward-model" else None
+    return section.reward if section.classifier is None else f"{section.reward}, {classifier_name(section.classifier)}"
+
+
+def _refuse_changes(saved: SavedRun, facts: Mapping[str, Any]) -> None:
+    """Raises `RunMismatch`, naming each fact that differs from the saved run."""
+    check_settings(saved.place, {**UNSAVED, **saved.fingerprint}, facts)
+
+
 def _train(
-    config: Config, section: DpoConfig, run: RunDir, world: World, rounds: Rounds, *, saved: SavedRun | None, start: str
+    config: Config,
+    section: DpoConfig,
+    run: RunDir,
+    world: World,
+    rounds: Rounds,
+    digests: Mapping[str, str],
+    *,
+    saved: SavedRun | None,
 ) -> TrainState:
     """Runs the rounds and their steps, from the newest checkpoint if there is one. Returns the final state on the devices."""
     partitioner, total = world.partitioner, section.steps or 0
     tx = build.make_tx(section, steps=total, seed=config.run.seed)
-    of_data = {"start": start, "data.layout": config.data.layout}
-    replay = {} if config.online.replay == 1 else {"online.replay": config.online.replay}
-    facts = {**identity.settings(config, section), **_settings(config, world), **of_data, **replay}
+    facts = _facts(config, section, world, digests)
     with identity.refusing_mismatch():
         if saved is not None:
-            check_settings(saved.place, saved.fingerprint, facts)
+            _refuse_changes(saved, facts)
         if saved is None or saved.step < rounds.every:
             rounds.begin(world.reference)
         # Training consumes its starting weights, so it gets a copy.

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
+from dpo_jax.cli.config.dpo import DpoConfig
 from dpo_jax.cli.config.ranges import Problem, positive
 
 
@@ -111,3 +112,7 @@ class OnlineConfig:
     def steps_each(self, pairs: int) -> int:
         """Optimizer steps per round, with about `pairs` pairs per step."""
         return self.steps or math.ceil(self.prompts / self.batch(pairs))
+
+    def training(self, dpo: DpoConfig) -> DpoConfig:
+        """Section `dpo` with the length of all rounds together."""
+        return dataclasses.replace(dpo, steps=self.rounds * self.steps_each(dpo.batch), epochs=1)
