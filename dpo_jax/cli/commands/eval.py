@@ -26,6 +26,7 @@ from dpo_jax.data.encode import Encoded, prompt_key
 from dpo_jax.data.image_rows import image_marks
 from dpo_jax.data.loader import in_order
 from dpo_jax.data.pairs import PreferenceSet
+from dpo_jax.data.prepare import data_digest
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.completions import Completer, map_completions
 from dpo_jax.evals.preference import completion_tokens, held_out_logps, labels_of, mean_with_error, preference_summary
@@ -37,7 +38,7 @@ from dpo_jax.runtime.checkpoint import newest_meta
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.rundir import RunDir, RunLocked, write_json
-from dpo_jax.training.fingerprint import architecture
+from dpo_jax.training.fingerprint import HELD_OUT, architecture
 from dpo_jax.types import Model, Partitioner, Variables
 from dpo_jax.writing import write_text, writing
 
@@ -122,7 +123,7 @@ def run(config: Config) -> int:
         print(wrapped(health.summary, mark=""))
         print(f"\nfull report: {run_dir.path}/report.json")
         if of_run:
-            _update_card(config, report)
+            _update_card(config, report, held_out)
     return 0
 
 
@@ -219,19 +220,29 @@ def _note_other_reference(config: Config, digest: str) -> None:
         )
 
 
-def _update_card(config: Config, report: dict[str, Any]) -> None:
-    """Adds the table to the model card of the evaluated run, if it was measured with the run's own settings."""
+def _update_card(config: Config, report: dict[str, Any], held_out: Sequence[Encoded]) -> None:
+    """Adds the table to the model card of the evaluated run, if it was measured with the run's own settings and data."""
     try:
         with RunDir(Path(config.run.dir) / "dpo") as run_dir:
             trained = load_config(run_dir.config)
             if _settings(trained) != _settings(config):
                 print(f"{run_dir.card} is left as it is: the run was trained with {_settings(trained)}")
                 return
+            if _other_pairs(config, held_out):
+                print(f"{run_dir.card} is left as it is: these are not the held-out pairs of its training")
+                return
             card = with_digest(dpo_card(trained, run_dir, report=report), run_dir.export)
             write_text(run_dir.card, card)
             write_text(run_dir.export / "README.md", card)
     except (RunLocked, ConfigError) as error:  # a run that is training again, or a copied folder
         print(f"the model card is left as it is: {error}")
+
+
+def _other_pairs(config: Config, held_out: Sequence[Encoded]) -> bool:
+    """Whether the run's newest checkpoint names other held-out token ids than these; False if it names none."""
+    found = newest_meta(config.checkpoints_of("dpo"))
+    digest = found[1].get("data", {}).get(HELD_OUT) if found else None
+    return digest is not None and digest != data_digest(held_out)
 
 
 def _settings(config: Config) -> dict[str, Any]:
