@@ -1,13 +1,17 @@
 """`dpo-jax robust` from end to end in a toy world: each experiment, its table, and that nothing is done twice."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
 from tiny_run import TOY_WORLD, _compilation_cache, call  # noqa: F401  the second is a fixture
 
+from dpo_jax.cli.commands.frontier import make_reference
 from dpo_jax.cli.config import load_config
+from dpo_jax.cli.experiment import make_world
 from dpo_jax.cli.robust.runs import runs_of
+from dpo_jax.cli.robust.setup import shared_settings
 
 CONFIG = (
     TOY_WORLD
@@ -87,6 +91,21 @@ def test_shift(place):
     assert "lost by the shift" in out
     for family, topics in (("first", ("acting", "plot")), ("second", ("craft", "film"))):
         assert (place / "run" / "robust-shift" / "pairs" / f"{family}.jsonl").stat().st_size > 0, topics
+
+
+def test_other_topics_are_a_reason_to_repeat_all_runs(place):
+    """Also the rewards learned from a family's pairs: their folders are named by these settings."""
+    config = load_config(place / "toy.yaml")
+    make_reference(config)
+    world = make_world(config, train="prompts", test="test_prompts")[0]
+
+    def settings(experiment, topics):
+        section = dataclasses.replace(config.robust, experiment=experiment, topics=topics)
+        return shared_settings(dataclasses.replace(config, robust=section), "digest", world)
+
+    first, same, other = (settings("shift", topics) for topics in ("acting,plot", "plot,acting", "craft,film"))
+    assert first == same != other
+    assert settings("noise", "acting,plot") == settings("noise", "craft,film")
 
 
 def test_overoptimisation(place):
