@@ -225,7 +225,12 @@ def test_a_sweep_that_is_killed_ends_in_the_table_of_an_uninterrupted_one(study,
     [
         (("--dpo.param-dtype", "bfloat16"), "--dpo.param-dtype: frontier does not read this option"),
         (("--frontier.methods", "dpo,magic"), "frontier.methods: must be some of preferred-ft, "),
-        (("--frontier.dpo-betas", "0.1,x"), "frontier.dpo_betas: must be numbers above 0"),
+        (("--frontier.dpo-betas", "0.1,x"), "frontier.dpo_betas: must be different numbers above 0"),
+        (
+            ("--frontier.methods", "dpo,ipo,dpo"),
+            "online-disagreement, online-uncertainty, each once, got dpo",
+        ),
+        (("--frontier.ppo-kls", "3,3.0000001"), "frontier.ppo_kls: must be different numbers above 0"),
         (("--frontier.unlikelihood-alphas", "2"), "frontier.unlikelihood_alphas: alpha is at most 1"),
         (("--frontier.completions", "1"), "frontier.completions: must be at least 2"),
         (("--frontier.reward", "hf"), "frontier.classifier: is the model of frontier.reward hf: set both, or neither"),

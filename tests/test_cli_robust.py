@@ -127,11 +127,18 @@ def test_overoptimisation(place):
     assert "lines are missing; delete the folder" in err
 
 
+FITS = ("--robust.experiment", "overoptimisation")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (("--robust.flip-rates", "0,0.5"), "robust.flip_rates: must be different shares in [0, 0.5)"),
         (("--robust.losses", "dpo,hinge"), "robust.losses: must be some of dpo, cdpo, robust, ipo"),
+        (("--robust.losses", "dpo,dpo"), "robust.losses: must be some of dpo, cdpo, robust, ipo, each once"),
+        (("--frontier.dpo-betas", "1,1.0"), "frontier.dpo_betas: must be different numbers above 0"),
+        ((*FITS, "--frontier.evaluations", "1", "--frontier.seeds", "1"), "frontier.evaluations: 1, with one seed"),
+        ((*FITS, "--frontier.best-of", "1,2,16"), "frontier.best_of: the fit needs two values above 1 and up to"),
         (("--robust.widths", "16,16"), "robust.widths: must be different whole numbers above 0"),
         (("--frontier.labels", "argmax"), "frontier.labels: the theory of label noise is that of bradley_terry"),
         (
