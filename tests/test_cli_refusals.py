@@ -249,3 +249,18 @@ def test_figures_of_other_pairs_stay_out_of_the_model_card(done, copy, tmp_path)
     assert [card.read_bytes() for card in cards] == before
     assert "left as it is" not in call("eval", copy.config, *own).out
     assert [card.read_bytes() for card in cards] != before  # the table now lacks the samples
+    assert not (copy / "eval" / "samples.jsonl").exists()
+    assert json.loads((copy / "eval" / "report.json").read_text())["of_run"] is True
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("eval", "eval.reference"), ("eval", "eval.policy"), ("refs", "dpo.policy"), ("eval", "data.path")]
+)
+def test_a_refused_command_leaves_the_records_of_the_last_one(copy, tmp_path, command, option):
+    names = ("config.yaml", "env.json", "data_report.json")
+    before = [(copy / command / name).read_bytes() for name in names]
+    flags = ("--data.source", "files") if option == "data.path" else ()
+    result = call(command, copy.config, *flags, f"--{option}", tmp_path / "nowhere")
+    assert result.code
+    assert "nowhere" in result.err
+    assert [(copy / command / name).read_bytes() for name in names] == before

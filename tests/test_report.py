@@ -30,7 +30,8 @@ from dpo_jax.report.page import (
     render_html,
     render_markdown,
 )
-from dpo_jax.report.run_record import RunRecord
+from dpo_jax.report.run_record import RunRecord, read_run
+from dpo_jax.report.sections import samples
 from dpo_jax.report.weights import scored_weights
 from dpo_jax.study.agreement import table_2
 from dpo_jax.study.ratings import Judgment
@@ -86,7 +87,13 @@ def make_run(root, *, beta=0.1, steps=6):
         (root / stage / "plots" / "loss.png").write_bytes(PIXEL)
         (root / stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     measures = {"loss": 0.5, "rewards/accuracies": 0.75, "rewards/accuracies_low": 0.6, "rewards/accuracies_high": 0.86}
-    report = {"pairs": 40, "weights": {}, "reference": {"loss": 0.6931}, "policy": {**measures, "kl": 2.0, "kl_error": 0.25}}
+    report = {
+        "pairs": 40,
+        "weights": {},
+        "sampling": {"prompts": 9},
+        "reference": {"loss": 0.6931},
+        "policy": {**measures, "kl": 2.0, "kl_error": 0.25},
+    }
     for role, stage in (("reference", "sft"), ("policy", "dpo")):
         report["weights"][role] = weights_digest_of(root / stage / "export")
     json_to(root / "eval" / "report.json", report)
@@ -306,6 +313,34 @@ def test_what_failed_is_told(copy, tmp_path):
     assert "passed that step" not in out
     assert {path.name[3:] for path in (tmp_path / "out" / "images").iterdir()} >= {"rewards.svg", "accuracies.svg"}
     assert "Held-out evaluation" not in page
+
+
+@pytest.mark.parametrize(
+    ("stage", "result"),
+    [
+        *((stage, "summary.json") for stage in ("control", "scenes", "diffusion-digits", "robust-shift")),
+        ("bench", "results.json"),
+        ("bench", "sampling.json"),
+        ("dpo", "export/adapter_config.json"),
+    ],
+)
+def test_a_stage_is_done_when_its_result_is_there(tmp_path, stage, result):
+    (tmp_path / stage).mkdir()
+    (tmp_path / stage / "config.yaml").touch()
+    (before,) = read_run(tmp_path, name="r").stages.values()
+    assert before.state.startswith("not finished")
+    assert any("is missing; run the same command again" in problem for problem in before.problems)
+    json_to(tmp_path / stage / result, {})
+    (after,) = read_run(tmp_path, name="r").stages.values()
+    assert (after.state.partition(",")[0], after.problems) == ("done", [])
+
+
+def test_samples_of_an_earlier_evaluation_are_not_shown(copy):
+    assert samples([read_run(copy, name="r")], 3) is not None
+    values = json.loads((copy / "eval" / "report.json").read_text())
+    del values["sampling"]  # eval --eval.samples 0
+    json_to(copy / "eval" / "report.json", values)
+    assert samples([read_run(copy, name="r")], 3) is None
 
 
 def test_a_report_of_another_version_does_not_hide_the_rest(copy, tmp_path):

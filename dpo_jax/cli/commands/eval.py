@@ -48,7 +48,8 @@ def run(config: Config) -> int:
     # The table and the rewards use the same reference.
     config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, reference=eval_reference(config)))
     of_run = Path(config.eval_policy()).resolve() == Path(config.run.dir, "dpo", "export").resolve()
-    with build.open_run(given, "rewards" if config.eval.rewards else "eval", out=config.eval.rewards_out) as run_dir:
+    task = "rewards" if config.eval.rewards else "eval"
+    with build.open_run(given, task, continues=True, out=config.eval.rewards_out) as run_dir:
         tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
         rows = loss_table.rows_of(config.dpo.loss)
         if config.eval.rewards and rows != "pairs":
@@ -64,7 +65,6 @@ def run(config: Config) -> int:
             )
         partitioner = build.make_partitioner(config, model)
         held_out = encode_shown(config, preferences, tokenizer, vision)
-        build.describe(run_dir, given, held_out.report)
         if vision is not None:
             vision.compute(config)
         weights: dict[str, str] = {}
@@ -72,6 +72,7 @@ def run(config: Config) -> int:
             config.dpo_reference(), model, partitioner, name="eval.reference", dtype=config.kept_dtype()
         )
         policy, weights["policy"] = build.load_weights(config.eval_policy(), model, partitioner, name="eval.policy")
+        build.describe(run_dir, given, held_out.report)
         if of_run and is_first():
             _note_other_reference(given, weights["reference"])
         loss = build.make_loss(config.dpo)
@@ -96,6 +97,7 @@ def run(config: Config) -> int:
             "pairs": len(held_out),
             "examples": loss_table.example_word(config.dpo.loss),
             "settings": _settings(config),
+            "of_run": of_run,
             "weights": weights,
             "reference": summary(ref_logps, ref_logps),
             "policy": summary(logps, ref_logps),
@@ -113,6 +115,8 @@ def run(config: Config) -> int:
         if config.eval.samples:
             with writing(run_dir.path / "samples.jsonl") as file:
                 file.writelines(json_text(line) + "\n" for line in samples["texts"])
+        else:
+            (run_dir.path / "samples.jsonl").unlink(missing_ok=True)  # of an earlier evaluation
         metrics = Path(config.run.dir, "dpo", "metrics.jsonl")
         health = examine_run(report, read_metrics(metrics) if of_run and metrics.is_file() else ())
         report["notes"] = [note._asdict() for note in health.notes]
