@@ -17,6 +17,7 @@ from dpo_jax.cli.config import Config, DpoConfig, RunConfig, dump_config
 from dpo_jax.models.digest import weights_digest
 from dpo_jax.models.hf import load_hf
 from dpo_jax.plotting.training_curves import plot_runs
+from dpo_jax.report.first import health_of
 from dpo_jax.report.page import (
     Page,
     Sample,
@@ -341,6 +342,15 @@ def test_samples_of_an_earlier_evaluation_are_not_shown(copy):
     del values["sampling"]  # eval --eval.samples 0
     json_to(copy / "eval" / "report.json", values)
     assert samples([read_run(copy, name="r")], 3) is None
+
+
+def test_training_explains_no_figures_of_another_policy(copy):
+    rows = [{"step": step, "loss": 0.1, "rewards/accuracies": 0.99} for step in range(20)]
+    (copy / "dpo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gap = "train/held-out gap"  # 0.75 held out
+    for told, expected in (({}, True), ({"of_run": True}, True), ({"of_run": False}, False)):
+        change(copy / "eval" / "report.json", **told)
+        assert (gap in [note.name for note in health_of(read_run(copy, name="r")).notes]) == expected
 
 
 def test_a_report_of_another_version_does_not_hide_the_rest(copy, tmp_path):
