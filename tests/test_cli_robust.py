@@ -7,11 +7,13 @@ import json
 import pytest
 from tiny_run import TOY_WORLD, _compilation_cache, call  # noqa: F401  the second is a fixture
 
+from dpo_jax.cli import frontier_runs
 from dpo_jax.cli.commands.frontier import make_reference
 from dpo_jax.cli.config import load_config
 from dpo_jax.cli.experiment import make_world
 from dpo_jax.cli.robust.runs import runs_of
 from dpo_jax.cli.robust.setup import shared_settings
+from dpo_jax.evals.reward_functions import LinearReward
 
 CONFIG = (
     TOY_WORLD
@@ -93,11 +95,34 @@ def test_shift(place):
         assert (place / "run" / "robust-shift" / "pairs" / f"{family}.jsonl").stat().st_size > 0, topics
 
 
-def test_other_topics_are_a_reason_to_repeat_all_runs(place):
-    """Also the rewards learned from a family's pairs: their folders are named by these settings."""
+@pytest.fixture(scope="module")
+def world(place):
     config = load_config(place / "toy.yaml")
     make_reference(config)
-    world = make_world(config, train="prompts", test="test_prompts")[0]
+    return make_world(config, train="prompts", test="test_prompts")[0]
+
+
+def test_other_data_are_a_reason_to_repeat_all_runs(place, world):
+    config = load_config(place / "toy.yaml")
+    snippets = dataclasses.replace(config, data=dataclasses.replace(config.data, source="snippets"))
+
+    def world_of(*, train=world.train, test=world.test, good=1.0):
+        other = world.with_prompts(train=train, test=test)
+        other.reward = LinearReward(0.5, {"good": good, "bad": -1.0})
+        return other
+
+    first, again = world_of(), world_of()
+    others = [world_of(train=world.test), world_of(test=world.test.of([1, 0])), world_of(good=2.0)]
+    for settings in (shared_settings, frontier_runs.shared_settings):
+        same, *different = (json.dumps(settings(snippets, "digest", one)) for one in (first, again, *others))
+        assert different.pop(0) == same
+        assert len({same, *different}) == 1 + len(others)
+        assert settings(config, "digest", world) == settings(config, "digest", others[0])  # reviews: the seed determines them
+
+
+def test_other_topics_are_a_reason_to_repeat_all_runs(place, world):
+    """Also the rewards learned from a family's pairs: their folders are named by these settings."""
+    config = load_config(place / "toy.yaml")
 
     def settings(experiment, topics):
         section = dataclasses.replace(config.robust, experiment=experiment, topics=topics)

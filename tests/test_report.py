@@ -17,7 +17,6 @@ from dpo_jax.cli.config import Config, DpoConfig, RunConfig, dump_config
 from dpo_jax.models.digest import weights_digest
 from dpo_jax.models.hf import load_hf
 from dpo_jax.plotting.training_curves import plot_runs
-from dpo_jax.report.first import health_of
 from dpo_jax.report.page import (
     Page,
     Sample,
@@ -31,8 +30,7 @@ from dpo_jax.report.page import (
     render_html,
     render_markdown,
 )
-from dpo_jax.report.run_record import RunRecord, read_run
-from dpo_jax.report.sections import samples
+from dpo_jax.report.run_record import RunRecord
 from dpo_jax.report.weights import scored_weights
 from dpo_jax.study.agreement import table_2
 from dpo_jax.study.ratings import Judgment
@@ -314,43 +312,6 @@ def test_what_failed_is_told(copy, tmp_path):
     assert "passed that step" not in out
     assert {path.name[3:] for path in (tmp_path / "out" / "images").iterdir()} >= {"rewards.svg", "accuracies.svg"}
     assert "Held-out evaluation" not in page
-
-
-@pytest.mark.parametrize(
-    ("stage", "result"),
-    [
-        *((stage, "summary.json") for stage in ("control", "scenes", "diffusion-digits", "robust-shift")),
-        ("bench", "results.json"),
-        ("bench", "sampling.json"),
-        ("dpo", "export/adapter_config.json"),
-    ],
-)
-def test_a_stage_is_done_when_its_result_is_there(tmp_path, stage, result):
-    (tmp_path / stage).mkdir()
-    (tmp_path / stage / "config.yaml").touch()
-    (before,) = read_run(tmp_path, name="r").stages.values()
-    assert before.state.startswith("not finished")
-    assert any("is missing; run the same command again" in problem for problem in before.problems)
-    json_to(tmp_path / stage / result, {})
-    (after,) = read_run(tmp_path, name="r").stages.values()
-    assert (after.state.partition(",")[0], after.problems) == ("done", [])
-
-
-def test_samples_of_an_earlier_evaluation_are_not_shown(copy):
-    assert samples([read_run(copy, name="r")], 3) is not None
-    values = json.loads((copy / "eval" / "report.json").read_text())
-    del values["sampling"]  # eval --eval.samples 0
-    json_to(copy / "eval" / "report.json", values)
-    assert samples([read_run(copy, name="r")], 3) is None
-
-
-def test_training_explains_no_figures_of_another_policy(copy):
-    rows = [{"step": step, "loss": 0.1, "rewards/accuracies": 0.99} for step in range(20)]
-    (copy / "dpo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    gap = "train/held-out gap"  # 0.75 held out
-    for told, expected in (({}, True), ({"of_run": True}, True), ({"of_run": False}, False)):
-        change(copy / "eval" / "report.json", **told)
-        assert (gap in [note.name for note in health_of(read_run(copy, name="r")).notes]) == expected
 
 
 def test_a_report_of_another_version_does_not_hide_the_rest(copy, tmp_path):
