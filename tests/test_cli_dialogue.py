@@ -75,6 +75,10 @@ def test_dialogue(place):
         (("--data.source", "reviews"), "data.source: dialogue plays the question game; set it to question_game, not reviews"),
         (("--data.bos", "always"), "data.bos: conversations of the question game begin without BOS"),
         (("--dialogue.methods", "dpo,ppo"), "dialogue.methods: must be some of dpo, online, preferred-ft, myopic, dpo-limit"),
+        (
+            ("--dialogue.methods", "dpo,dpo"),
+            "dialogue.methods: must be some of dpo, online, preferred-ft, myopic, dpo-limit",
+        ),
         (("--dialogue.betas", "1,1"), "dialogue.betas: must be different numbers above 0"),
         (("--dialogue.completions", "1"), "dialogue.completions: must be at least 2"),
         (("--dialogue.rounds", "9"), "dialogue.rounds: cannot divide 2 starts"),

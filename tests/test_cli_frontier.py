@@ -189,7 +189,8 @@ def test_a_chat_model_learns_plain_snippets_and_its_policies_are_adapters(study,
     # A policy of the sweep on other preferences: here the reviews.
     code, _, err = call("eval", study[0] / "toy.yaml", "--run.dir", run, "--eval.policy", policy, "--eval.max-new-tokens", 4)
     assert code == 0, err
-    assert json.loads((run / "eval" / "report.json").read_text())["pairs"] == 24
+    evaluated = json.loads((run / "eval" / "report.json").read_text())
+    assert (evaluated["pairs"], evaluated["of_run"]) == (24, False)
     assert {row["seeds"] for row in json.loads((run / "frontier" / "summary.json").read_text())["at_equal_kl"]} <= {0, 1, 2}
     config = splits.with_data(load_config(study[0] / "toy.yaml"), source="snippets", path=str(data))
     tokenizer = load_tokenizer(model)
@@ -224,7 +225,9 @@ def test_a_sweep_that_is_killed_ends_in_the_table_of_an_uninterrupted_one(study,
     [
         (("--dpo.param-dtype", "bfloat16"), "--dpo.param-dtype: frontier does not read this option"),
         (("--frontier.methods", "dpo,magic"), "frontier.methods: must be some of preferred-ft, "),
-        (("--frontier.dpo-betas", "0.1,x"), "frontier.dpo_betas: must be numbers above 0"),
+        (("--frontier.dpo-betas", "0.1,x"), "frontier.dpo_betas: must be different numbers above 0"),
+        (("--frontier.methods", "dpo,ipo,dpo"), "online-disagreement, online-uncertainty, each once, got dpo"),
+        (("--frontier.ppo-kls", "3,3.0000001"), "frontier.ppo_kls: must be different numbers above 0"),
         (("--frontier.unlikelihood-alphas", "2"), "frontier.unlikelihood_alphas: alpha is at most 1"),
         (("--frontier.completions", "1"), "frontier.completions: must be at least 2"),
         (("--frontier.reward", "hf"), "frontier.classifier: is the model of frontier.reward hf: set both, or neither"),
@@ -238,9 +241,12 @@ def test_a_sweep_that_is_killed_ends_in_the_table_of_an_uninterrupted_one(study,
     ],
 )
 def test_what_cannot_be_is_refused(study, flags, message):
+    written = study[0] / "run" / "frontier" / "config.yaml"
+    before = written.read_bytes()
     code, _, err = call("frontier", study[0] / "toy.yaml", *flags)
     assert code == 2
     assert message in err
+    assert written.read_bytes() == before  # it belongs to the results beside it
 
 
 def test_a_file_that_asks_for_bfloat16_parameters_is_refused(tmp_path):

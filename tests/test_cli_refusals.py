@@ -248,3 +248,34 @@ def test_eval_does_not_wait_for_a_run_that_trains(copy):
     assert "the model card is left as it is: another run" in result.out
     assert "left as it is" in call("eval", copy.config, "--eval.samples", 0, "--dpo.beta", 0.3).out
     assert (copy / "dpo" / "README.md").read_text() == card
+
+
+def test_figures_of_other_pairs_stay_out_of_the_model_card(done, copy, tmp_path):
+    own = ("--eval.samples", 0, "--eval.reference", done / "sft" / "export")  # the path that the copy was trained with
+    cards = [copy / "dpo" / "README.md", copy / "dpo" / "export" / "README.md"]
+    before = [card.read_bytes() for card in cards]
+    rows = [{"prompt": f"Q {n}", "chosen": f" bad {n}", "rejected": f" good thing {n}"} for n in range(7)]
+    (tmp_path / "other").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "other" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = ("--data.source", "files", "--data.path", tmp_path / "other")
+    result = call("eval", copy.config, *own, *other)
+    assert "is left as it is: these are not the held-out pairs of its training" in result.out, result
+    assert [card.read_bytes() for card in cards] == before
+    assert "left as it is" not in call("eval", copy.config, *own).out
+    assert [card.read_bytes() for card in cards] != before  # the table now lacks the samples
+    assert not (copy / "eval" / "samples.jsonl").exists()
+    assert json.loads((copy / "eval" / "report.json").read_text())["of_run"] is True
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("eval", "eval.reference"), ("eval", "eval.policy"), ("refs", "dpo.policy"), ("eval", "data.path")]
+)
+def test_a_refused_command_leaves_the_records_of_the_last_one(copy, tmp_path, command, option):
+    names = ("config.yaml", "env.json", "data_report.json")
+    before = [(copy / command / name).read_bytes() for name in names]
+    flags = ("--data.source", "files") if option == "data.path" else ()
+    result = call(command, copy.config, *flags, f"--{option}", tmp_path / "nowhere")
+    assert result.code
+    assert "nowhere" in result.err
+    assert [(copy / command / name).read_bytes() for name in names] == before

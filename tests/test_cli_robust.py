@@ -1,13 +1,19 @@
 """`dpo-jax robust` from end to end in a toy world: each experiment, its table, and that nothing is done twice."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
 from tiny_run import TOY_WORLD, _compilation_cache, call  # noqa: F401  the second is a fixture
 
+from dpo_jax.cli import frontier_runs
+from dpo_jax.cli.commands.frontier import make_reference
 from dpo_jax.cli.config import load_config
+from dpo_jax.cli.experiment import make_world
 from dpo_jax.cli.robust.runs import runs_of
+from dpo_jax.cli.robust.setup import shared_settings
+from dpo_jax.evals.reward_functions import LinearReward
 
 CONFIG = (
     TOY_WORLD
@@ -89,6 +95,44 @@ def test_shift(place):
         assert (place / "run" / "robust-shift" / "pairs" / f"{family}.jsonl").stat().st_size > 0, topics
 
 
+@pytest.fixture(scope="module")
+def world(place):
+    config = load_config(place / "toy.yaml")
+    make_reference(config)
+    return make_world(config, train="prompts", test="test_prompts")[0]
+
+
+def test_other_data_are_a_reason_to_repeat_all_runs(place, world):
+    config = load_config(place / "toy.yaml")
+    snippets = dataclasses.replace(config, data=dataclasses.replace(config.data, source="snippets"))
+
+    def world_of(*, train=world.train, test=world.test, good=1.0):
+        other = world.with_prompts(train=train, test=test)
+        other.reward = LinearReward(0.5, {"good": good, "bad": -1.0})
+        return other
+
+    first, again = world_of(), world_of()
+    others = [world_of(train=world.test), world_of(test=world.test.of([1, 0])), world_of(good=2.0)]
+    for settings in (shared_settings, frontier_runs.shared_settings):
+        same, *different = (json.dumps(settings(snippets, "digest", one)) for one in (first, again, *others))
+        assert different.pop(0) == same
+        assert len({same, *different}) == 1 + len(others)
+        assert settings(config, "digest", world) == settings(config, "digest", others[0])  # reviews: the seed determines them
+
+
+def test_other_topics_are_a_reason_to_repeat_all_runs(place, world):
+    """Also the rewards learned from a family's pairs: their folders are named by these settings."""
+    config = load_config(place / "toy.yaml")
+
+    def settings(experiment, topics):
+        section = dataclasses.replace(config.robust, experiment=experiment, topics=topics)
+        return shared_settings(dataclasses.replace(config, robust=section), "digest", world)
+
+    first, same, other = (settings("shift", topics) for topics in ("acting,plot", "plot,acting", "craft,film"))
+    assert first == same != other
+    assert settings("noise", "acting,plot") == settings("noise", "craft,film")
+
+
 def test_overoptimisation(place):
     out, rows, summary = robust(place, "overoptimisation", "--frontier.seeds", "1")
     assert len(rows) == 2 * 2 * 3 * 2  # widths, sizes of data, methods, points: N of 2 and 4, or evaluations
@@ -108,11 +152,18 @@ def test_overoptimisation(place):
     assert "lines are missing; delete the folder" in err
 
 
+FITS = ("--robust.experiment", "overoptimisation")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (("--robust.flip-rates", "0,0.5"), "robust.flip_rates: must be different shares in [0, 0.5)"),
         (("--robust.losses", "dpo,hinge"), "robust.losses: must be some of dpo, cdpo, robust, ipo"),
+        (("--robust.losses", "dpo,dpo"), "robust.losses: must be some of dpo, cdpo, robust, ipo, each once"),
+        (("--frontier.dpo-betas", "1,1.0"), "frontier.dpo_betas: must be different numbers above 0"),
+        ((*FITS, "--frontier.evaluations", "1", "--frontier.seeds", "1"), "frontier.evaluations: 1, with one seed"),
+        ((*FITS, "--frontier.best-of", "1,2,16"), "frontier.best_of: the fit needs two values above 1 and up to"),
         (("--robust.widths", "16,16"), "robust.widths: must be different whole numbers above 0"),
         (("--frontier.labels", "argmax"), "frontier.labels: the theory of label noise is that of bradley_terry"),
         (

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -18,6 +19,10 @@ from fake_judge import Fail, Say, fake_judge
 from test_judge import KEY, ROOT, A, B, draw, scripted
 from test_pairing import completions
 
+from dpo_jax.cli.commands.agree_files import judge_files
+from dpo_jax.cli.config import Config
+from dpo_jax.cli.config.judge import JudgeConfig
+from dpo_jax.cli.config.study import AgreeConfig
 from dpo_jax.cli.main import main
 from dpo_jax.extras import install_command
 
@@ -264,3 +269,10 @@ def after_answers(lines):
         if last is not None:
             yield last, line
         last = line.get("answered", last)
+
+
+def test_files_in_folders_with_an_equals_sign_can_be_named():
+    given = "runs/lr=1e-6/s.jsonl,200=runs/lr=1e-6/t.jsonl"
+    assert JudgeConfig(a=given).series() == [("s", "runs/lr=1e-6/s.jsonl"), ("200", "runs/lr=1e-6/t.jsonl")]
+    found = judge_files(dataclasses.replace(Config(), agree=AgreeConfig(judge=given)))
+    assert {name: str(path) for name, path in found.items()} == dict(JudgeConfig(a=given).series())

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from dpo_jax.cli.config.lab import METHODS
 from dpo_jax.evals.calibration import Reliability
 from dpo_jax.evals.calibration_plot import plot_reliability
 from dpo_jax.evals.frontier import Point, measured, optimum
 from dpo_jax.evals.frontier_plot import _set_apart, plot_frontier, plot_trajectories
 from dpo_jax.plotting.curves import PANELS, guide_of, running_mean, window_of
 from dpo_jax.plotting.drawing import spread
-from dpo_jax.plotting.palette import CHOSEN, REJECTED, STYLES
+from dpo_jax.plotting.palette import CHOSEN, REJECTED, STYLES, style_of
 from dpo_jax.plotting.training_curves import plot_displacement, plot_runs, plot_training
 
 save = Figure.savefig
@@ -91,11 +92,20 @@ def test_the_frontier_names_every_method_once(tmp_path, monkeypatch, max_kl):
     assert len(markers) == 4  # one for each method
 
 
-def test_the_frontier_can_tell_so_many_methods_apart_and_no_more(tmp_path):
-    many = [Point(f"method {number}", "", 1.0, float(number)) for number in range(len(STYLES) + 1)]
+def test_the_frontier_tells_all_methods_apart(tmp_path, monkeypatch):
     assert len({style.marker for style in STYLES}) == len({style.line for style in STYLES}) == len(STYLES)
-    with pytest.raises(ValueError, match="distinct styles"):
-        plot_frontier(many, CURVE, tmp_path / "frontier.png")
+    styles = [style_of(number) for number in range(len(STYLES) ** 2)]
+    assert tuple(styles[: len(STYLES)]) == STYLES
+    assert len({(style.marker, style.line) for style in styles}) == len(styles)
+    drawn = captured(monkeypatch)
+    assert len(METHODS) > len(STYLES)
+    every = ["reference", *METHODS]
+    points = [Point(name, "", 0.1 * number, 0.1 * number) for number, name in enumerate(every)]
+    plot_frontier(points, CURVE, tmp_path / "frontier.png")
+    axes = drawn["frontier.png"].axes[0]
+    assert {*every} <= {text.get_text() for text in axes.texts}
+    finals = {(line.get_marker(), line.get_color()) for line in axes.lines} - {("None", "black")}
+    assert len([look for look in finals if look[0] != "None"]) == len(every)
 
 
 GAP = 0.045

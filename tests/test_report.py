@@ -86,7 +86,13 @@ def make_run(root, *, beta=0.1, steps=6):
         (root / stage / "plots" / "loss.png").write_bytes(PIXEL)
         (root / stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     measures = {"loss": 0.5, "rewards/accuracies": 0.75, "rewards/accuracies_low": 0.6, "rewards/accuracies_high": 0.86}
-    report = {"pairs": 40, "weights": {}, "reference": {"loss": 0.6931}, "policy": {**measures, "kl": 2.0, "kl_error": 0.25}}
+    report = {
+        "pairs": 40,
+        "weights": {},
+        "sampling": {"prompts": 9},
+        "reference": {"loss": 0.6931},
+        "policy": {**measures, "kl": 2.0, "kl_error": 0.25},
+    }
     for role, stage in (("reference", "sft"), ("policy", "dpo")):
         report["weights"][role] = weights_digest_of(root / stage / "export")
     json_to(root / "eval" / "report.json", report)

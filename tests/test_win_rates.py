@@ -10,6 +10,7 @@ from dpo_jax.evals.preference import score_interval, wilson_interval
 from dpo_jax.judge.questions import Pair
 from dpo_jax.judge.win_rates import EDGE, columns, length_controlled, rate, win_rate, win_rates
 from dpo_jax.judge.win_rates_plot import plot_win_rates
+from dpo_jax.plotting.palette import STYLES
 
 DRAWS = 1000
 COVERAGE = (0.93, 0.97)
@@ -196,7 +197,6 @@ def test_points_in_order_and_drawn(tmp_path):
         path = plot_win_rates(shown, tmp_path / f"{number}.png", x="temperature", baseline="chosen")
         images.append(path.read_bytes())
     assert len(set(images)) == 3
-    with pytest.raises(ValueError, match="distinct styles"):
-        plot_win_rates(
-            win_rates([pair(0, "a", "b", str(i)) for i in range(99)], ["won"] * 99), tmp_path / "x", x=None, baseline="b"
-        )
+    for count in (len(STYLES) + 1, 40):
+        many = win_rates([pair(0, "a", "b", str(i)) for i in range(count)], ["won"] * count)
+        assert plot_win_rates(many, tmp_path / f"{count}.png", x=None, baseline="b").stat().st_size > 0

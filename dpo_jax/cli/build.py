@@ -66,8 +66,8 @@ def join_hosts(config: Config) -> bool:
 def open_run(config: Config, task: str, *, continues: bool = False, out: str | None = None) -> Iterator[RunDir]:
     """The locked directory of a task, `out` or `<run.dir>/<task>`, with resolved configuration and environment written down.
 
-    A task that `continues` an earlier run may still be refused for different settings, so the earlier run's records stay until
-    `train` calls `describe`.
+    A task that `continues` in the directory of an earlier one may still be refused, so the earlier records stay until it calls
+    `describe`, once its settings and inputs have passed. Otherwise they are replaced at once.
     """
     check_writers(config)
     with RunDir(out or Path(config.run.dir) / task, lock=is_first()) as run:

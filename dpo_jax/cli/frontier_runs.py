@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from dpo_jax.cli.config import Config, DpoConfig, OnlineConfig
 from dpo_jax.cli.config.lab import ONLINE, FrontierConfig, numbers
 from dpo_jax.data.encode import with_bos
 from dpo_jax.data.tokenizer import tokenizer_digest
+from dpo_jax.evals.reward_functions import LinearReward
 from dpo_jax.lab.report import REFERENCE
 from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.lab.world import World
@@ -99,13 +101,30 @@ def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]
         "reference": digest,
         "architecture": architecture(world.model),
         "tokenizer": tokenizer_digest(world.tokenizer),
-        "data": {"source": config.data.source, "max_prompt_length": config.data.max_prompt_length, **bos},
+        "data": {
+            "source": config.data.source,
+            "max_prompt_length": config.data.max_prompt_length,
+            **bos,
+            **digests_of_data(config, world),
+        },
         "frontier": options,
         "training": training,
         **lora,
         "seed": config.run.seed,
         "precision": config.run.precision,
     }
+
+
+def digests_of_data(config: Config, world: World) -> dict[str, str]:
+    """Digests of the prompts of `world`, and of a reward that was fitted on the data. None for generated reviews, which their
+    source and the seed determine."""
+    if config.data.source == "reviews":
+        return {}
+    found = {"train prompts": world.train.digest(), "test prompts": world.test.digest()}
+    if isinstance(world.reward, LinearReward):
+        weights = json.dumps(world.reward, sort_keys=True)
+        found["linear reward"] = hashlib.sha256(weights.encode()).hexdigest()
+    return found
 
 
 def classifier_name(classifier: str) -> str:

@@ -1,7 +1,7 @@
 """Option names of TRL, transformers, PEFT and the original DPO code, and their equivalents here.
 
 An unknown flag or key of a file is looked up in `WORDS`, in any spelling: `--learning-rate`, `learning_rate:`,
-`--training.learning_rate`. An option of ours without its section (`--beta`) is found as well.
+`--training.learning_rate`. An option of ours without its section (`--beta`) or its dot (`--eval-policy`) is found as well.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def instead(word: str, options: Collection[str]) -> str | None:
     for key in (name.replace(".", "_"), name.partition(".")[0] if "." in name else name, last, last.removeprefix("no_")):
         if key in WORDS:
             return _told(WORDS[key], options, section=name.partition(".")[0])
-    own = [option for option in options if option.partition(".")[2] == last]
+    own = [option for option in options if last in (option.partition(".")[2], option.replace(".", "_"))]
     return " or ".join(own) if own else None
 
 

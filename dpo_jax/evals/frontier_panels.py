@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dpo_jax.evals.preference import Interval
 from dpo_jax.plotting.drawing import End, label_ends, save
-from dpo_jax.plotting.palette import STYLES, Style
+from dpo_jax.plotting.palette import style_of
 
 
 class Spot(NamedTuple):
@@ -75,7 +75,7 @@ def _draw(axes: Axes, spots: Mapping[str, Sequence[Spot]], names: Mapping[str, o
     """Draws a line for each method, ordered by x, with bars for the intervals. Styles are assigned by position in `names`."""
     ends = []
     for method, of in spots.items():
-        style: Style = STYLES[list(names).index(method) % len(STYLES)]
+        style = style_of(list(names).index(method))
         ordered = sorted(of)
         x, y = [spot.x for spot in ordered], [spot.y for spot in ordered]
         axes.plot(x, y, linestyle=style.line, marker=style.marker, color=style.color, markersize=5, linewidth=1.2, zorder=3)

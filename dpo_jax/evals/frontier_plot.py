@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 from dpo_jax.evals.frontier import Optimum, Point
 from dpo_jax.evals.overoptimisation import Measured, RunName
 from dpo_jax.plotting.drawing import End, figure_text, label_ends, save
-from dpo_jax.plotting.palette import STYLES, Style
+from dpo_jax.plotting.palette import STYLES, Style, style_of
 
 OPTIMUM = Style("", "-", "#000000")
 KL_TICKS = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 30.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
@@ -48,11 +48,9 @@ def plot_frontier(
     axes.set_xticks([kl for kl in KL_TICKS if kl <= max_kl])
     axes.xaxis.set_major_formatter("{x:g}")
     methods = list(dict.fromkeys(point.method for point in points))
-    if len(methods) > len(STYLES):
-        raise ValueError(f"{len(methods)} methods, but only {len(STYLES)} distinct styles")
     ends = [End(*_draw_optimum(axes, optimum, max_kl), curve, OPTIMUM, bold=True)]
     notes = len(axes.texts)
-    for method, style in zip(methods, STYLES, strict=False):
+    for method, style in zip(methods, map(style_of, itertools.count()), strict=False):
         ends.append(End(*_draw_method(axes, [p for p in points if p.method == method], style, max_kl), method, style))
     axes.set_xlabel("KL(policy || reference), nats per completion (root scale)")
     axes.set_ylabel(f"mean {reward}")

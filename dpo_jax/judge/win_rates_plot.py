@@ -13,22 +13,21 @@ from matplotlib.transforms import ScaledTranslation
 
 from dpo_jax.judge.win_rates import WinRate
 from dpo_jax.plotting.drawing import figure_text, save
-from dpo_jax.plotting.palette import STYLES, Style
+from dpo_jax.plotting.palette import STYLES, Style, style_of
 
 
 def plot_win_rates(points: Sequence[WinRate], path: str | os.PathLike[str], *, x: str | None, baseline: str) -> Path:
     """Plots win rates with 95 % intervals above (hollow: length-controlled) and mean lengths below. `x` names the x-axis.
 
-    Series without points are placed side by side. Extrapolated estimates at equal length are left out. Raises ValueError for
-    more series than styles.
+    Series without points are placed side by side. Extrapolated estimates at equal length are left out.
     """
     names = list(dict.fromkeys(point.series for point in points))
-    if len(names) > len(STYLES):
-        raise ValueError(f"{len(names)} series, but only {len(STYLES)} distinct styles")
-    figure = Figure(figsize=(7.2, 6.0), layout="constrained")
+    # The legend has a row for each series.
+    figure = Figure(figsize=(7.2, 6.0 + 0.2 * max(0, len(names) - len(STYLES))), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     single = all(point.at is None for point in points)
-    for number, (name, style) in enumerate(zip(names, STYLES, strict=False)):
+    for number, name in enumerate(names):
+        style = style_of(number)
         mine = [point for point in points if point.series == name]
         places = np.array([float(number) if point.at is None else point.at for point in mine])
         _draw(figure, above, mine, places, name, style)

@@ -33,3 +33,10 @@ STYLES = (
     Style(">", (0, (1, 3)), "#6b8e23"),
     Style("*", (0, (9, 3, 2, 3)), "#3b3b7a"),
 )
+
+
+def style_of(number: int) -> Style:
+    """The style of series `number`, from 0. Beyond `STYLES` their markers are combined with other lines: the first
+    `len(STYLES) ** 2` differ in marker or dashes."""
+    turn, marker = divmod(number, len(STYLES))
+    return STYLES[(marker + turn) % len(STYLES)]._replace(marker=STYLES[marker].marker)

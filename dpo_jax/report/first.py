@@ -65,7 +65,9 @@ def health_of(run: RunRecord) -> Health:
     stage, file = (dpo, "metrics.jsonl") if dpo and not (evaluated and evaluated.report) else (evaluated, "report.json")
     assert stage is not None
     with stage.showing(file):
-        found = examine_run(evaluated.report if evaluated else {}, dpo.metrics if dpo else ())
+        report = evaluated.report if evaluated else {}
+        # Training explains the figures of its own policy only.
+        found = examine_run(report, dpo.metrics if dpo and report.get("of_run", True) else ())
     return found
 
 

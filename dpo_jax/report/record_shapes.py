@@ -53,6 +53,7 @@ EVALUATION = {
     "reference?": _MEASURES,
     "weights?": {str: str},
     "sampling?": {"max_new_tokens?": int},
+    "of_run?": bool,
 }
 
 _SHARE = {"accuracy": float, "low": float, "high": float}

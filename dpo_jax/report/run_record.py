@@ -36,9 +36,13 @@ RESULT = {
     "frontier": "results.csv",
     "robust": "summary.json",
     "dialogue": "summary.json",
+    **dict.fromkeys(("control", "diffusion", "scenes"), "summary.json"),
+    "bench": "results.json",
     "study": "key.json",
     "agree": "agreement.json",
 }
+# Or when this one is: an adapter, the benchmark of samplers.
+INSTEAD = {**{name: f"export/{ADAPTER}" for name in TRAINING}, "bench": "sampling.json"}
 ORDER = (
     *("audit", "prepare", "sft", "refs", "dpo", "label", "reward-model", "ppo", "online", "optimum", "frontier"),
     *("robust", "dialogue", "bench", "eval"),
@@ -124,9 +128,9 @@ class RunRecord:
 
 
 def kind_of(stage: str) -> str:
-    """The kind of a stage, which may have several folders in a run: judge, judge-steps, judge-news, rewards-bench."""
+    """The kind of a stage, which may have several folders in a run: judge, judge-steps, rewards-bench, robust-shift."""
     kind, dash, _ = stage.partition("-")
-    return kind if dash and kind in ("judge", "rewards", "robust") else stage
+    return kind if dash and kind in ("judge", "rewards", "robust", "diffusion") else stage
 
 
 def one_or_more(runs: Sequence[RunRecord], kind: str) -> list[tuple[RunRecord, Stage]]:
@@ -169,9 +173,8 @@ def _read_stage(path: Path) -> Stage:
                 del stage.data[split]
     stage.report = stage.read_object("report.json", REPORTS.get(kind, {}))
     stage.metrics = stage.read_metrics()
-    result = RESULT.get(kind)
-    found = result is None or os.path.exists(path / result)
-    found = found or (kind in TRAINING and os.path.exists(path / "export" / ADAPTER))
+    results = [table[kind] for table in (RESULT, INSTEAD) if kind in table]
+    found = not results or any(os.path.exists(path / result) for result in results)
     stage.done = found and not _undecided(stage)
     stage.state = _state(stage)
     stage.problems += _failures(stage)

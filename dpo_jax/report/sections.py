@@ -148,6 +148,8 @@ def samples(runs: Sequence[RunRecord], count: int) -> Section | None:
     """Samples of reference and policy for the same prompts; prompts shared by several runs are shown together."""
     by_prompt: dict[str, dict[tuple[str, str, str], list[str]]] = {}  # the runs that gave each text
     for run, stage in one_or_more(runs, "eval"):
+        if stage.report and "sampling" not in stage.report:
+            continue  # the samples are those of an earlier evaluation
         limit = stage.report.get("sampling", {}).get("max_new_tokens")
         mark = f"cut by the limit of {limit} tokens" if limit else "cut by the token limit"
         for line in stage.read_lines("samples.jsonl", SAMPLE):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.config.judge import named_file
 
 
 def rating_files(config: Config) -> tuple[list[Path], list[Path]]:
@@ -41,8 +42,8 @@ def judge_files(config: Config) -> dict[str, Path]:
         return {"judge": found} if found.exists() else {}
     judges: dict[str, Path] = {}
     for part in config.agree.judge.split(","):
-        name, equals, path = part.strip().rpartition("=")
-        name = name if equals else Path(path).stem
+        name, path = named_file(part.strip())
+        name = name or Path(path).stem
         if name in judges:
             raise ConfigError(f"agree.judge: two judges are called {name!r}; write NAME={path}")
         judges[name] = Path(path)

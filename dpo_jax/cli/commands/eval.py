@@ -26,6 +26,7 @@ from dpo_jax.data.encode import Encoded, prompt_key
 from dpo_jax.data.image_rows import image_marks
 from dpo_jax.data.loader import in_order
 from dpo_jax.data.pairs import PreferenceSet
+from dpo_jax.data.prepare import data_digest
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.completions import Completer, map_completions
 from dpo_jax.evals.preference import completion_tokens, held_out_logps, labels_of, mean_with_error, preference_summary
@@ -37,7 +38,7 @@ from dpo_jax.runtime.checkpoint import newest_meta
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.rundir import RunDir, RunLocked, write_json
-from dpo_jax.training.fingerprint import architecture
+from dpo_jax.training.fingerprint import HELD_OUT, architecture
 from dpo_jax.types import Model, Partitioner, Variables
 from dpo_jax.writing import write_text, writing
 
@@ -47,7 +48,8 @@ def run(config: Config) -> int:
     # The table and the rewards use the same reference.
     config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, reference=eval_reference(config)))
     of_run = Path(config.eval_policy()).resolve() == Path(config.run.dir, "dpo", "export").resolve()
-    with build.open_run(given, "rewards" if config.eval.rewards else "eval", out=config.eval.rewards_out) as run_dir:
+    task = "rewards" if config.eval.rewards else "eval"
+    with build.open_run(given, task, continues=True, out=config.eval.rewards_out) as run_dir:
         tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
         rows = loss_table.rows_of(config.dpo.loss)
         if config.eval.rewards and rows != "pairs":
@@ -63,7 +65,6 @@ def run(config: Config) -> int:
             )
         partitioner = build.make_partitioner(config, model)
         held_out = encode_shown(config, preferences, tokenizer, vision)
-        build.describe(run_dir, given, held_out.report)
         if vision is not None:
             vision.compute(config)
         weights: dict[str, str] = {}
@@ -71,6 +72,7 @@ def run(config: Config) -> int:
             config.dpo_reference(), model, partitioner, name="eval.reference", dtype=config.kept_dtype()
         )
         policy, weights["policy"] = build.load_weights(config.eval_policy(), model, partitioner, name="eval.policy")
+        build.describe(run_dir, given, held_out.report)
         if of_run and is_first():
             _note_other_reference(given, weights["reference"])
         loss = build.make_loss(config.dpo)
@@ -95,6 +97,7 @@ def run(config: Config) -> int:
             "pairs": len(held_out),
             "examples": loss_table.example_word(config.dpo.loss),
             "settings": _settings(config),
+            "of_run": of_run,
             "weights": weights,
             "reference": summary(ref_logps, ref_logps),
             "policy": summary(logps, ref_logps),
@@ -112,6 +115,8 @@ def run(config: Config) -> int:
         if config.eval.samples:
             with writing(run_dir.path / "samples.jsonl") as file:
                 file.writelines(json_text(line) + "\n" for line in samples["texts"])
+        else:
+            (run_dir.path / "samples.jsonl").unlink(missing_ok=True)  # of an earlier evaluation
         metrics = Path(config.run.dir, "dpo", "metrics.jsonl")
         health = examine_run(report, read_metrics(metrics) if of_run and metrics.is_file() else ())
         report["notes"] = [note._asdict() for note in health.notes]
@@ -122,7 +127,7 @@ def run(config: Config) -> int:
         print(wrapped(health.summary, mark=""))
         print(f"\nfull report: {run_dir.path}/report.json")
         if of_run:
-            _update_card(config, report)
+            _update_card(config, report, held_out)
     return 0
 
 
@@ -219,19 +224,29 @@ def _note_other_reference(config: Config, digest: str) -> None:
         )
 
 
-def _update_card(config: Config, report: dict[str, Any]) -> None:
-    """Adds the table to the model card of the evaluated run, if it was measured with the run's own settings."""
+def _update_card(config: Config, report: dict[str, Any], held_out: Sequence[Encoded]) -> None:
+    """Adds the table to the model card of the evaluated run, if it was measured with the run's own settings and data."""
     try:
         with RunDir(Path(config.run.dir) / "dpo") as run_dir:
             trained = load_config(run_dir.config)
             if _settings(trained) != _settings(config):
                 print(f"{run_dir.card} is left as it is: the run was trained with {_settings(trained)}")
                 return
+            if _other_pairs(config, held_out):
+                print(f"{run_dir.card} is left as it is: these are not the held-out pairs of its training")
+                return
             card = with_digest(dpo_card(trained, run_dir, report=report), run_dir.export)
             write_text(run_dir.card, card)
             write_text(run_dir.export / "README.md", card)
     except (RunLocked, ConfigError) as error:  # a run that is training again, or a copied folder
         print(f"the model card is left as it is: {error}")
+
+
+def _other_pairs(config: Config, held_out: Sequence[Encoded]) -> bool:
+    """Whether the run's newest checkpoint names other held-out token ids than these; False if it names none."""
+    found = newest_meta(config.checkpoints_of("dpo"))
+    digest = found[1].get("data", {}).get(HELD_OUT) if found else None
+    return digest is not None and digest != data_digest(held_out)
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class DialogueConfig:
         yield from positive(self, "starts", "rounds", "test", "sample_batch", "evaluations", "seeds", "jobs")
         if self.completions < 2:
             yield "completions", f"must be at least 2, as a pair needs two, got {self.completions}"
-        if not self.chosen() or set(self.chosen()) - set(METHODS):
-            yield "methods", f"must be some of {', '.join(METHODS)}, separated by commas, got {self.methods!r}"
+        if not self.chosen() or set(self.chosen()) - set(METHODS) or len(set(self.chosen())) < len(self.chosen()):
+            yield "methods", f"must be some of {', '.join(METHODS)}, each once, separated by commas, got {self.methods!r}"
         if 0 < self.starts < self.rounds and "online" in self.chosen():
             yield "rounds", f"cannot divide {self.starts} starts; lower it, or raise dialogue.starts"
         try:

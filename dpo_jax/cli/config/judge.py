@@ -104,9 +104,19 @@ class JudgeConfig:
     def series(self) -> list[tuple[str, str]]:
         """(name, file) of each part of `a`; a file without a name is named after its file name."""
         parts = [part.strip() for part in (self.a or "").split(",") if part.strip()]
-        named = [part.partition("=") if "=" in part else ("", "", part) for part in parts]
-        return [(name or re.sub(r"\.jsonl(\.gz)?$", "", path.rpartition("/")[2]), path) for name, _, path in named]
+        named = map(named_file, parts)
+        return [(name or re.sub(r"\.jsonl(\.gz)?$", "", path.rpartition("/")[2]), path) for name, path in named]
 
     def baseline_file(self) -> str | None:
         """The baseline's file; None where it comes from the data."""
         return None if self.b in OF_DATA else self.b
+
+
+def named_file(part: str) -> tuple[str, str]:
+    """(name, path) of FILE or NAME=FILE; without a name it is empty. A name has no "/", so paths with "/" may contain "=".
+
+    >>> named_file("200=runs/lr=1e-6/s.jsonl"), named_file("./lr=1e-6/s.jsonl")
+    (('200', 'runs/lr=1e-6/s.jsonl'), ('', './lr=1e-6/s.jsonl'))
+    """
+    name, equals, path = part.partition("=")
+    return (name, path) if equals and "/" not in name else ("", part)

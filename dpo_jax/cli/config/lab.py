@@ -91,16 +91,18 @@ class FrontierConfig:
                 and value <= 0
             ):
                 yield field.name, f"must be greater than 0, got {value}"
-        unknown = [name for name in self.chosen() if name not in METHODS]
-        if unknown or not self.chosen():
-            yield "methods", f"must be some of {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}"
+        chosen = self.chosen()
+        wrong = [name for number, name in enumerate(chosen) if name not in METHODS or name in chosen[:number]]
+        if wrong or not chosen:
+            yield "methods", f"must be some of {', '.join(METHODS)}, each once, got {', '.join(wrong) or 'none'}"
         for field in ("dpo_betas", "online_betas", "unlikelihood_alphas", "ppo_kls", "best_of"):
             try:
                 values = numbers(getattr(self, field))
             except ValueError:
                 values = []
-            if not values or min(values) <= 0:
-                yield field, f"must be numbers above 0, separated by commas, got {getattr(self, field)!r}"
+            # Runs are named after them, with six digits.
+            if not values or min(values) <= 0 or len({f"{value:g}" for value in values}) < len(values):
+                yield field, f"must be different numbers above 0, separated by commas, got {getattr(self, field)!r}"
             elif field == "unlikelihood_alphas" and max(values) > 1:
                 yield field, f"alpha is at most 1, got {max(values)}"
         if self.best_of and any(not is_count(part.strip()) for part in self.best_of.split(",")):

@@ -36,8 +36,8 @@ class RobustConfig:
             rates = []
         if not rates or not all(0 <= rate < 0.5 for rate in rates) or len(set(rates)) < len(rates):
             yield "flip_rates", f"must be different shares in [0, 0.5), separated by commas, got {self.flip_rates!r}"
-        if not self.chosen() or set(self.chosen()) - set(LOSSES):
-            yield "losses", f"must be some of {', '.join(LOSSES)}, separated by commas, got {self.losses!r}"
+        if not self.chosen() or set(self.chosen()) - set(LOSSES) or len(set(self.chosen())) < len(self.chosen()):
+            yield "losses", f"must be some of {', '.join(LOSSES)}, each once, separated by commas, got {self.losses!r}"
         for field in ("widths", "train_prompts"):
             parts = [part.strip() for part in getattr(self, field).split(",")]
             if not all(is_count(part) for part in parts) or len(set(map(int, parts))) < len(parts):

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.config.lab import numbers
+from dpo_jax.cli.config.lab import FrontierConfig, numbers
 from dpo_jax.data.reviews import TOPICS
 from dpo_jax.lab.sweep import Run
 
@@ -83,6 +83,7 @@ def overoptimisation(config: Config) -> list[Run]:
             f"robust.train_prompts: {max(section.counts('train_prompts'))} are more than frontier.prompts "
             f"({config.frontier.prompts}); raise that, or lower this"
         )
+    _check_points(config.frontier)
     beta, kl = min(numbers(config.frontier.dpo_betas)), max(numbers(config.frontier.ppo_kls))
     widths, sizes = section.counts("widths"), section.counts("train_prompts")
     return [
@@ -104,6 +105,19 @@ def overoptimisation(config: Config) -> list[Run]:
             for seed in _seeds(config)
         ),
     ]
+
+
+def _check_points(section: FrontierConfig) -> None:
+    """Raises `ConfigError` if a curve would have fewer points than the two constants that are fitted to it."""
+    if section.evaluations * section.seeds < 2:
+        raise ConfigError(
+            "frontier.evaluations: 1, with one seed, gives a curve of one point; the fit needs two: raise it, or frontier.seeds"
+        )
+    if sum(1 < n <= section.optimum_samples for n in numbers(section.best_of)) < 2:
+        raise ConfigError(
+            "frontier.best_of: the fit needs two values above 1 and up to frontier.optimum_samples "
+            f"({section.optimum_samples}), got {section.best_of!r}"
+        )
 
 
 def at_width(config: Config, width: int) -> Config:

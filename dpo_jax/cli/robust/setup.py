@@ -19,7 +19,8 @@ from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.commands.frontier import first_kl_coef, ppo_method
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.experiment import encode_samples, labelled_samples, make_world, of_training, prompts_of
-from dpo_jax.cli.frontier_runs import classifier_name
+from dpo_jax.cli.frontier_runs import classifier_name, digests_of_data
+from dpo_jax.cli.robust.runs import families
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.evals.reward_functions import Reward
@@ -45,7 +46,7 @@ class Setup:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder, self.making = config, folder, threading.RLock()
         self.world, digests = make_world(config, train="prompts", test="test_prompts")
-        self.shared = _shared(config, digests["start"], self.world)
+        self.shared = shared_settings(config, digests["start"], self.world)
 
     def labelled(self, world: World, name: str) -> Sequence[Encoded]:
         """Labelled pairs of the reference's completions of the training prompts, also written to `pairs/<name>.jsonl`."""
@@ -103,22 +104,26 @@ class Setup:
         return prompts, world.sample(world.reference, prompts, jax.random.key(self.config.run.seed + 2))
 
 
-def _shared(config: Config, digest: str, world: World) -> dict[str, Any]:
+def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]:
     """Settings on which all results depend; a change repeats all runs. Settings of single runs are listed with the runs."""
     training = [option.removeprefix("dpo.") for option in COMMANDS["robust"].reads if option.startswith("dpo.")]
     options = {name: getattr(config.frontier, name) for name in _SHARED}
     if config.frontier.classifier is not None:
         options["classifier"] = classifier_name(config.frontier.classifier)
+    # Every run of `shift` is tested on both families. The order of the topics does not matter.
+    shift = config.robust.experiment == "shift"
+    families_tested = {"families": {name: sorted(set(of)) for name, of in families(config).items()}} if shift else {}
     return {
         "reference": digest,
         "architecture": architecture(world.model),
         "tokenizer": tokenizer_digest(world.tokenizer),
-        "data": {name: getattr(config.data, name) for name in _SHARED_DATA},
+        "data": {name: getattr(config.data, name) for name in _SHARED_DATA} | digests_of_data(config, world),
         "frontier": options,
         "training": {name: getattr(config.dpo, name) for name in training if name != "policy"},
         "lora": dataclasses.asdict(config.lora),
         "seed": config.run.seed,
         "precision": config.run.precision,
+        **families_tested,
     }
 
 
