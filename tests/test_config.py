@@ -338,6 +338,8 @@ def test_the_policy_may_be_the_model_itself(small, ran, capsys):
         (["eval", "SMALL", "--dpo_reference=x"], "--dpo_reference: unknown option; instead: --dpo.reference\n"),
         (["online", "SMALL", "--online.batch", "3"], "--online.batch: unknown option; instead: --dpo.batch\n"),
         (["dpo", "SMALL", "--beta", "1"], "--beta: unknown option; instead: --dpo.beta\n"),
+        (["frontier", "SMALL", "--frontier.methods", "dpo,ipo,dpo"], "online-uncertainty, each once, got dpo"),
+        (["frontier", "SMALL", "--frontier.best-of", "4,04"], "frontier.best_of: must be different numbers above 0"),
         (["dpo", "SMALL", "--max-grad-norm", "1"], "--max-grad-norm: unknown option; instead: --dpo.max-grad-norm\n"),
         (["dpo", "SMALL", "--lora-r", "8"], "--lora-r: unknown option; instead: --lora.rank"),
         (["dpo", "SMALL", "--bf16", "--use-peft"], "--bf16: unknown option; instead: --run.precision bfloat16\n--use-peft: "),
