@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -92,7 +91,7 @@ def sum_of_losses(parts: Sequence[tuple[float, PreferenceLoss]]) -> PreferenceLo
         )
         return combined, found[0][1]
 
-    return _asking(total, *(loss for _, loss in parts))
+    return _asking(total, [keyword for _, loss in parts for keyword in _keywords(loss)])
 
 
 def weighted_by_policy(loss: PreferenceLoss) -> PreferenceLoss:
@@ -112,7 +111,8 @@ def weighted_by_policy(loss: PreferenceLoss) -> PreferenceLoss:
         weights = jnp.exp(jnp.asarray(aligned_logps).sum(axis=1))
         return losses * jax.lax.stop_gradient(weights), rewards
 
-    return _asking(weighted, loss, lambda logps, ref_logps, *, aligned_logps: ...)
+    own = inspect.Parameter("aligned_logps", inspect.Parameter.KEYWORD_ONLY)
+    return _asking(weighted, [*_keywords(loss), own])
 
 
 def _keywords(loss: PreferenceLoss) -> list[inspect.Parameter]:
@@ -126,10 +126,10 @@ def _read(loss: PreferenceLoss, signals: Mapping[str, Array]) -> dict[str, Array
     return {name: value for name, value in signals.items() if every or name in {keyword.name for keyword in keywords}}
 
 
-def _asking(loss: PreferenceLoss, *parts: PreferenceLoss) -> PreferenceLoss:
-    """`loss` with a signature that has the keywords of its `parts`; one has a default only if it has one in all."""
+def _asking(loss: PreferenceLoss, keywords: Sequence[inspect.Parameter]) -> PreferenceLoss:
+    """`loss` with a signature that has these keywords; one that is there twice has a default only if both have one."""
     found: dict[str, inspect.Parameter] = {}
-    for keyword in itertools.chain.from_iterable(map(_keywords, parts)):
+    for keyword in keywords:
         if keyword.name not in found or keyword.default is inspect.Parameter.empty:
             found[keyword.name] = keyword.replace(kind=max(keyword.kind, inspect.Parameter.KEYWORD_ONLY))
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("logps", "ref_logps")]

@@ -71,7 +71,7 @@ class EarlyStopping:
         was, now = ({f"early stopping, {name}": value for name, value in part.items()} for part in (record, mine))
         check_settings(place, was, now)
         self.record.clear()
-        self.record |= mine | record
+        self.record |= {**mine, **record}
 
     def catch_up(self, rows: Iterable[Mapping[str, Any]], *, until: int) -> None:
         """Observes the evaluations among `rows` of `metrics.jsonl` since the last one, up to the one after `until` steps.
