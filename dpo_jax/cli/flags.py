@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +33,8 @@ def parse(name: str, args: list[str]) -> Config:
     else:
         if name == "report":
             raise ConfigError("report needs run directories first: dpo-jax report runs/quickstart (options: --help)")
-        raise ConfigError(f"{name} needs a configuration first: dpo-jax {name} configs/quickstart.yaml (options: --help)")
+        needs = f"{name} needs a configuration file as its first word; `dpo-jax init my.yaml` writes one (options: --help)"
+        raise ConfigError("\n".join([needs, *_foreign_words(args, _shown(command))]))
     changed = _override(name, command, config, path, flags)
     kept = {field: line for field, line in lines.items() if _get(changed, field) == _get(config, field)}
     needs = tuple(section for section in command.needs if section != "data" or not _brings_its_data(name, changed))
@@ -74,11 +77,7 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
     except ModuleNotFoundError as error:
         raise ConfigError(f"{flags[0]}: flags need the package tyro: pip install tyro, or set the option in {path}") from error
 
-    shown: dict[str, list[str]] = {}
-    for entry in command.reads:
-        section, _, field = entry.partition(".")
-        fields = [field] if field else list(types_of(type(getattr(config, section))))
-        shown.setdefault(section, []).extend(fields)
+    shown = _shown(command)
     for flag in (flag for flag in flags if flag.startswith("--")):
         section, _, field = flag[2:].partition("=")[0].replace("-", "_").partition(".")
         if hasattr(config, section) and _is_list(config, section, field):
@@ -86,7 +85,8 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
         if hasattr(config, section) and field not in shown.get(section, ()) and hasattr(getattr(config, section), field):
             readers = [other for other, spec in COMMANDS.items() if {section, f"{section}.{field}"} & set(spec.reads)]
             raise ConfigError(f"{flag}: {name} does not read this option ({', '.join(readers)} would)")
-    _refuse_foreign_words(flags, shown)
+    if answers := _foreign_words(flags, shown):
+        raise ConfigError("\n".join(answers))
     lists = {(section, field) for section, fields in shown.items() for field in fields if _is_list(config, section, field)}
     views = []
     for section, fields in shown.items():
@@ -131,12 +131,29 @@ def _is_list(config: Config, section: str, field: str) -> bool:
     return list_of(types_of(type(getattr(config, section))).get(field)) is not None
 
 
-def _refuse_foreign_words(flags: list[str], shown: dict[str, list[str]]) -> None:
-    """Raises `ConfigError` for other trainers' flags, naming ours instead. Other unknown flags are left to tyro."""
+def _shown(command: Command) -> dict[str, list[str]]:
+    """The options that a command reads, by section."""
+    shown: dict[str, list[str]] = {}
+    for entry in command.reads:
+        section, _, field = entry.partition(".")
+        shown.setdefault(section, []).extend([field] if field else types_of(types_of(Config)[section]))
+    return shown
+
+
+def _foreign_words(flags: list[str], shown: Mapping[str, list[str]]) -> list[str]:
+    """A message for each flag or value of other trainers, with ours instead. Other unknown flags are left to tyro."""
     known = [f"{section}.{field}" for section, fields in shown.items() for field in fields]
     answers = []
-    for flag in (flag.partition("=")[0] for flag in flags if flag.startswith("--")):
-        if flag[2:].replace("-", "_") not in known and (answer := words.instead(flag, known)):
-            answers.append(f"{flag}: unknown option; instead: {words.as_flags(answer, options.every_option())}")
-    if answers:
-        raise ConfigError("\n".join(answers))
+    for number, arg in enumerate(flags):
+        if not arg.startswith("--"):
+            continue
+        flag, equals, value = arg.partition("=")
+        if (option := flag[2:].replace("-", "_")) not in known:
+            what, answer = f"{flag}: unknown option", words.instead(flag, known)
+        else:
+            after = itertools.takewhile(lambda other: not other.startswith("--"), flags[number + 1 :])
+            value = value if equals else " ".join(after)
+            what, answer = f"{flag} {value}: unknown value", words.instead_of_value(option, value, known)
+        if answer:
+            answers.append(f"{what}; instead: {words.as_flags(answer, options.every_option())}")
+    return answers
