@@ -24,6 +24,7 @@ from dpo_jax.cli.exit_codes import EXIT_CODES, exit_code
 from dpo_jax.cli.fixed import fix
 from dpo_jax.cli.flags import parse
 from dpo_jax.cli.preflight.scope import scope_of
+from dpo_jax.loss_table import LOSSES
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -262,6 +263,11 @@ def test_every_option_is_explained_and_read(section, option):
     assert len(help_text(config_class, option)) > 10
     used = re.compile(rf"\.{option}\b|['\"]{option}['\"]")
     assert any(used.search(text) for text in readers()), f"nothing reads {section}.{option}"
+
+
+def test_the_help_of_microbatches_names_all_losses_that_refuse_them():
+    names = [name for name, loss in LOSSES.items() if loss.whole_batch]
+    assert f"Not for {', '.join(sorted(names, key=lambda name: name != 'kto'))}." in help_text(DpoConfig, "microbatches")
 
 
 def test_defaults_are_the_papers():
