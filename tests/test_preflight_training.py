@@ -80,6 +80,19 @@ def test_chats_need_a_template_wherever_the_tokenizer_comes_from(place, capsys):
     assert check("dpo", "--tokenizer.path", "org/name", "--check", capsys=capsys)[0] == 0  # of the Hub: not known
 
 
+def test_a_mesh_that_no_device_would_follow_is_refused(place, capsys):
+    """Like an option of LoRA without a rank. `plan` and `audit` use no devices of their own."""
+    flags = ["--mesh.fsdp", "2", "--check-devices=4"]
+    for devices in ([], ["--run.devices", "pmap"]):
+        code, told = check("dpo", *flags, *devices, capsys=capsys)
+        assert (code, "mesh.fsdp: is read only with run.devices mesh, which is" in told) == (2, True), told
+    assert check("dpo", *flags, "--mesh.data", "2", "--run.devices", "mesh", capsys=capsys)[0] == 0
+    assert check("audit", *flags[:2], "--check", capsys=capsys)[0] == 0
+    write_config(place, mesh={"tensor": 2})
+    assert re.search(r"c.yaml:\d+: mesh.tensor: is read only", check("dpo", "--check", capsys=capsys)[1])
+    assert check("dpo", "--run.devices", "mesh", "--check-devices=4", "--mesh.fsdp", "2", capsys=capsys)[0] == 0
+
+
 CASES = sorted(folder.name for folder in (GOLDEN / "models").iterdir())
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from dpo_jax.cli import config as options
 from dpo_jax.cli import words
-from dpo_jax.cli.command_table import COMMANDS, SHORT, Command
+from dpo_jax.cli.command_table import COMMANDS, NO_DEVICES, SHORT, Command
 from dpo_jax.cli.config import Config, ConfigError, load_config_with_lines
 from dpo_jax.cli.config.file import list_of, types_of
 from dpo_jax.cli.config.report import ReportConfig
@@ -43,7 +43,22 @@ def parse(name: str, args: list[str]) -> Config:
         place = f"{path}:{kept['dpo.policy']}: " if "dpo.policy" in kept else ""
         raise ConfigError(f"{place}dpo.policy: model stands for the model of model.path, which is not set: set model.path")
     options.check(changed, lines=kept, path=path, needs=needs)
+    _refuse_unread_mesh(name, changed, places={field: f"{path}:{line}: " for field, line in kept.items()})
     return changed
+
+
+def _refuse_unread_mesh(name: str, config: Config, *, places: Mapping[str, str]) -> None:
+    """Raises `ConfigError` for sizes of a mesh that a command would not build. (`main` has more to say about mesh.context.)"""
+    if config.run.devices == "mesh" or name in NO_DEVICES or "mesh" not in COMMANDS[name].reads:
+        return
+    default = dataclasses.asdict(options.MeshConfig())
+    given = [field for field, size in dataclasses.asdict(config.mesh).items() if size != default[field] and field != "context"]
+    if given:
+        field = f"mesh.{given[0]}"
+        raise ConfigError(
+            f"{places.get(field, '')}{field}: is read only with run.devices mesh, which is "
+            f"{config.run.devices}: set --run.devices mesh, or leave it out"
+        )
 
 
 def _of_runs(args: list[str]) -> tuple[list[str], Config]:
