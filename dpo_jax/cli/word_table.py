@@ -54,7 +54,7 @@ WORDS: Mapping[str, str] = {
     "per_device_train_batch_size": "*.batch: examples per optimizer step, TRL's per-device batch x accumulation x devices; "
     "*.microbatches splits it",
     **dict.fromkeys(("train_batch_size", "batch_size"), "*.batch"),
-    **dict.fromkeys(("per_device_eval_batch_size", "eval_batch_size"), "eval.batch"),
+    **dict.fromkeys(("per_device_eval_batch_size", "eval_batch_size"), "*.batch during training; eval.batch in dpo-jax eval"),
     "precompute_ref_batch_size": "refs.batch",
     "gradient_accumulation_steps": "*.microbatches: into how many parts a batch is split; *.batch = TRL's per-device batch x "
     "accumulation x devices",
