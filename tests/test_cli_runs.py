@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from fake_hub import FakeHub, online
-from tiny_run import STEPS, bytes_of, call, refused
+from tiny_run import ROOT, STEPS, bytes_of, call, refused
 from tiny_run import _compilation_cache as _compilation_cache
 from tiny_run import _plots_once as _plots_once
 from tiny_run import done as done
@@ -105,6 +105,9 @@ def test_metrics_hold_each_step_once_under_the_usual_names(done):
     names = {"loss", "rewards/accuracies", "rewards/margins", "kl_reference_policy", "grad_norm", "lr", "padding", *sides}
     rates = {"pairs_per_second", "scored_tokens_per_second"}
     assert all(set(row) == {"step", *names, *rates} for row in training)
+    table = (ROOT / "configs" / "README.md").read_text().partition("## The columns of metrics.jsonl")[2].partition("## ")[0]
+    written = read_metrics(done / "sft" / "metrics.jsonl") + rows
+    assert all(f"`{name}`" in table or f"{name.removeprefix('eval/')}`" in table for row in written for name in row)
     first = training[0]
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert max(abs(first[name]) for name in sides if not name.startswith("logps")) < 1e-3

@@ -15,15 +15,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_jax.cli import build, words
+from dpo_jax.cli import build
 from dpo_jax.cli import main as program
 from dpo_jax.cli.command_table import COMMANDS, module_of
-from dpo_jax.cli.config import Config, ConfigError, DpoConfig, dump_config, every_option, help_text, load_config, problems
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig, dump_config, help_text, load_config, problems
 from dpo_jax.cli.config.file import types_of
 from dpo_jax.cli.exit_codes import EXIT_CODES, exit_code
 from dpo_jax.cli.fixed import fix
 from dpo_jax.cli.flags import parse
 from dpo_jax.cli.preflight.scope import scope_of
+from dpo_jax.loss_table import LOSSES
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -85,7 +86,7 @@ def error_of(tmp_path, text):
         ),
         ("dop: {}", r'bad.yaml:1: dop: unknown section; did you mean "dpo"\?'),
         ("dpo:\n  learning_rate: 1", "bad.yaml:2: dpo.learning_rate: unknown key; instead: dpo.lr"),
-        ("beta: 0.1", "bad.yaml:1: beta: unknown section; instead: dpo.beta "),
+        ("beta: 0.1", "bad.yaml:1: beta: unknown option; instead: dpo.beta or control.beta$"),
         ("peft: {r: 8}", "bad.yaml:1: peft: unknown section; instead: an adapter is trained where lora.rank is given"),
         ("run: {bf16: true}", "run.bf16: unknown key; instead: run.precision bfloat16"),
         ("dpo: {1: 2}", "bad.yaml:1: dpo.1: unknown key"),
@@ -264,6 +265,11 @@ def test_every_option_is_explained_and_read(section, option):
     assert any(used.search(text) for text in readers()), f"nothing reads {section}.{option}"
 
 
+def test_the_help_of_microbatches_names_all_losses_that_refuse_them():
+    names = [name for name, loss in LOSSES.items() if loss.whole_batch]
+    assert f"Not for {', '.join(sorted(names, key=lambda name: name != 'kto'))}." in help_text(DpoConfig, "microbatches")
+
+
 def test_defaults_are_the_papers():
     assert problems(Config()) == []
     dpo, data = Config().dpo, Config().data
@@ -309,8 +315,8 @@ def test_the_policy_may_be_the_model_itself(small, ran, capsys):
     ("args", "expected"),
     [
         (["dop", "SMALL"], 'dop: unknown command; did you mean "dpo"?'),
-        (["dpo"], "dpo needs a configuration first: dpo-jax dpo configs/quickstart.yaml"),
-        (["dpo", "--dpo.beta", "1"], "dpo needs a configuration first"),
+        (["dpo"], "dpo needs a configuration file as its first word; `dpo-jax init my.yaml` writes one"),
+        (["dpo", "--dpo.beta", "1"], "dpo needs a configuration file as its first word"),
         (["dpo", "SMALL", "--dpo.beat", "0.3"], "--dpo.beta"),
         (["dpo", "SMALL", "--dpo.beta", "x"], "could not convert string to float"),
         (["dpo", "SMALL", "--dpo.beta", "-1"], "dpo.beta: must be greater than 0, got -1.0"),
@@ -384,44 +390,6 @@ def test_help_of_every_command(name, capsys):
             assert f"{section}.{field}".replace("_", "-") in shown
     hints = typing.get_type_hints(importlib.import_module(module_of(name)).run)
     assert hints == {"config": Config, "return": int}
-
-
-TYPED = re.findall(
-    r"\S+",
-    """
-    model_revision f_divergence_type ld_alpha chat_template_path eos_token adam_beta1 max_new_tokens reference_model
-    load_best_model_at_end metric_for_best_model shuffle_dataset num_epochs config rpo_alpha
-    learning_rate gradient_accumulation_steps per_device_train_batch_size bf16 fp16 loss_type lr_scheduler_type
-    num_train_epochs push_to_hub lora_r lora_alpha use_peft max_length max_prompt_length beta output_dir model_name_or_path
-    dataset_name logging_steps save_steps save_total_limit eval_steps eval_strategy report_to gradient_checkpointing
-    warmup_ratio warmup_steps optim weight_decay max_grad_norm max_steps seed precompute_ref_log_probs attn_implementation
-    torch_dtype label_smoothing dataset_train_split truncation_mode deepspeed fsdp load_in_4bit resume_from_checkpoint
-    ref_model trust_remote_code hub_model_id model.name_or_path loss.beta n_epochs exp_name eval_every
-    """,
-)
-
-
-@pytest.mark.parametrize("word", TYPED)
-def test_what_users_of_trl_type_has_an_answer(word):
-    """The same in any spelling."""
-    spellings = {word, f"--{word}", f"--{word.replace('_', '-')}", word.upper()}
-    (answer,) = {words.instead(spelling, every_option()) for spelling in spellings}
-    assert answer
-
-
-def test_answers_name_options_that_there_are():
-    for word, answer in words.WORDS.items():
-        assert word == word.lower()
-        named = re.findall(r"\b[a-z]+\.[a-z_]+\b", answer.replace("metrics.jsonl", ""))
-        assert not set(named) - set(every_option()), answer
-        flags = words.as_flags(answer, every_option())
-        assert all(f"--{option.replace('_', '-')}" in flags for option in named)
-
-
-def test_what_is_near_to_an_option_is_still_suggested(small, capsys):
-    assert program.main(["dpo", small, "--dpo.betta", "3"]) == 2
-    assert "--dpo.beta FLOAT" in capsys.readouterr().err
-    assert words.instead("--nothing-of-the-kind", every_option()) is None
 
 
 def test_help_with_a_command_is_that_commands_help(capsys):

@@ -296,7 +296,7 @@ LAUGHS = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n" for 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (LAUGHS, "a: unknown section"),
+        (LAUGHS, "a: unknown option"),
         ("run: &a {dir: *a}\n", "run.dir: expected text"),
         ("run: {<<: *a}\n", "not valid YAML"),
         ("run: {dir: " + "[" * 50_000, "nested too deeply"),

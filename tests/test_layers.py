@@ -64,7 +64,8 @@ NOWHERE = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tens
 # --help answers at once
 LIGHT = [
     *sorted(name_of(path) for path in (PACKAGE / "cli" / "config").glob("*.py")),
-    *(f"cli/{name}.py" for name in ("command_table", "exit_codes", "fixed", "flags", "main", "preflight/scope", "words")),
+    *(f"cli/{name}.py" for name in ("command_table", "exit_codes", "fixed", "flags", "main", "preflight/scope")),
+    *("cli/words.py", "cli/word_table.py"),
     *(
         "runtime/signals.py",
         "runtime/progress.py",

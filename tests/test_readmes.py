@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
+FROM_TRL = ROOT / "configs" / "FROM_TRL.md"
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted((ROOT / "dpo_jax").glob("*/README.md"))]
 
 
@@ -50,7 +51,7 @@ def test_the_commands_of_the_readmes_are_understood(words, tmp_path):
     raise AssertionError(problems)
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", [*READMES, FROM_TRL], ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_the_links_of_the_readmes_lead_somewhere(path):
     """Files are there, and so are headings, as GitHub names them; what the table of configurations names is there as well."""
     text = path.read_text(encoding="utf-8")

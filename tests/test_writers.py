@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -183,6 +184,22 @@ def test_a_continued_run_has_its_own_page_again(tmp_path, monkeypatch):
         first, second, third = (options[key] for options in opened)
         assert first == second != third
         assert {options["resume"] for options in opened} == {"allow"}
+
+
+def test_runs_elsewhere_are_named_after_their_directory(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.delenv("WANDB_NAME", raising=False)
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(init=lambda **options: opened.append(options)))
+    folder = tmp_path / "h h \udc80" / "dpo"
+    folder.mkdir(parents=True)
+    for make in (Wandb, Trackio):
+        make("p", directory=folder).open(0)
+    assert opened[0]["name"] == "h-h--dpo"  # readable, and of plain characters
+    assert re.fullmatch(r"h-h--dpo-[0-9a-f]{16}", opened[1]["name"])
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    Wandb("p", directory=folder).open(0)
+    assert opened[2]["name"] == "mine"
 
 
 # The real packages

@@ -210,6 +210,7 @@ WITHOUT_CONFIG = {
 TRAINING = ("sft", "dpo")  # commands whose finished runs are detected
 # They sample, or read rewards from whole rows; neither works with rows split over devices.
 WHOLE_ROWS = ("sample", "label", "reward-model", "ppo", "online", "optimum", "frontier", "robust", "control", "dialogue")
+NO_DEVICES = ("audit", "prepare", "plan")  # commands that read section mesh, and run on no mesh
 ON_MANY_HOSTS = ("sft", "refs", "dpo", "eval", "sample", "label", "reward-model", "ppo", "online", "optimum", "frontier")
 SHORT = {f"--{name}": f"--run.{name}" for name in ("distributed", "coordinator", "num-processes", "process-id")}
 SHORT |= {

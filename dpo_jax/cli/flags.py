@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from dpo_jax.cli import config as options
 from dpo_jax.cli import words
-from dpo_jax.cli.command_table import COMMANDS, SHORT, Command
+from dpo_jax.cli.command_table import COMMANDS, NO_DEVICES, SHORT, Command
 from dpo_jax.cli.config import Config, ConfigError, load_config_with_lines
 from dpo_jax.cli.config.file import list_of, types_of
 from dpo_jax.cli.config.report import ReportConfig
@@ -31,7 +33,8 @@ def parse(name: str, args: list[str]) -> Config:
     else:
         if name == "report":
             raise ConfigError("report needs run directories first: dpo-jax report runs/quickstart (options: --help)")
-        raise ConfigError(f"{name} needs a configuration first: dpo-jax {name} configs/quickstart.yaml (options: --help)")
+        needs = f"{name} needs a configuration file as its first word; `dpo-jax init my.yaml` writes one (options: --help)"
+        raise ConfigError("\n".join([needs, *_foreign_words(args, _shown(command))]))
     changed = _override(name, command, config, path, flags)
     kept = {field: line for field, line in lines.items() if _get(changed, field) == _get(config, field)}
     needs = tuple(section for section in command.needs if section != "data" or not _brings_its_data(name, changed))
@@ -40,7 +43,22 @@ def parse(name: str, args: list[str]) -> Config:
         place = f"{path}:{kept['dpo.policy']}: " if "dpo.policy" in kept else ""
         raise ConfigError(f"{place}dpo.policy: model stands for the model of model.path, which is not set: set model.path")
     options.check(changed, lines=kept, path=path, needs=needs)
+    _refuse_unread_mesh(name, changed, places={field: f"{path}:{line}: " for field, line in kept.items()})
     return changed
+
+
+def _refuse_unread_mesh(name: str, config: Config, *, places: Mapping[str, str]) -> None:
+    """Raises `ConfigError` for sizes of a mesh that a command would not build. (`main` has more to say about mesh.context.)"""
+    if config.run.devices == "mesh" or name in NO_DEVICES or "mesh" not in COMMANDS[name].reads:
+        return
+    default = dataclasses.asdict(options.MeshConfig())
+    given = [field for field, size in dataclasses.asdict(config.mesh).items() if size != default[field] and field != "context"]
+    if given:
+        field = f"mesh.{given[0]}"
+        raise ConfigError(
+            f"{places.get(field, '')}{field}: is read only with run.devices mesh, which is "
+            f"{config.run.devices}: set --run.devices mesh, or leave it out"
+        )
 
 
 def _of_runs(args: list[str]) -> tuple[list[str], Config]:
@@ -74,11 +92,7 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
     except ModuleNotFoundError as error:
         raise ConfigError(f"{flags[0]}: flags need the package tyro: pip install tyro, or set the option in {path}") from error
 
-    shown: dict[str, list[str]] = {}
-    for entry in command.reads:
-        section, _, field = entry.partition(".")
-        fields = [field] if field else list(types_of(type(getattr(config, section))))
-        shown.setdefault(section, []).extend(fields)
+    shown = _shown(command)
     known = options.every_option()
     for flag in (flag for flag in flags if flag.startswith("--")):
         option = flag[2:].partition("=")[0].replace("-", "_")
@@ -88,7 +102,8 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
         if option in known and field not in shown.get(section, ()):
             readers = [other for other, spec in COMMANDS.items() if {section, f"{section}.{field}"} & set(spec.reads)]
             raise ConfigError(f"{flag}: {name} does not read this option ({', '.join(readers)} would)")
-    _refuse_foreign_words(flags, shown)
+    if answers := _foreign_words(flags, shown):
+        raise ConfigError("\n".join(answers))
     lists = {(section, field) for section, fields in shown.items() for field in fields if _is_list(config, section, field)}
     views = []
     for section, fields in shown.items():
@@ -133,12 +148,29 @@ def _is_list(config: Config, section: str, field: str) -> bool:
     return list_of(types_of(type(getattr(config, section))).get(field)) is not None
 
 
-def _refuse_foreign_words(flags: list[str], shown: dict[str, list[str]]) -> None:
-    """Raises `ConfigError` for other trainers' flags, naming ours instead. Other unknown flags are left to tyro."""
+def _shown(command: Command) -> dict[str, list[str]]:
+    """The options that a command reads, by section."""
+    shown: dict[str, list[str]] = {}
+    for entry in command.reads:
+        section, _, field = entry.partition(".")
+        shown.setdefault(section, []).extend([field] if field else types_of(types_of(Config)[section]))
+    return shown
+
+
+def _foreign_words(flags: list[str], shown: Mapping[str, list[str]]) -> list[str]:
+    """A message for each flag or value of other trainers, with ours instead. Other unknown flags are left to tyro."""
     known = [f"{section}.{field}" for section, fields in shown.items() for field in fields]
     answers = []
-    for flag in (flag.partition("=")[0] for flag in flags if flag.startswith("--")):
-        if flag[2:].replace("-", "_") not in known and (answer := words.instead(flag, known)):
-            answers.append(f"{flag}: unknown option; instead: {words.as_flags(answer, options.every_option())}")
-    if answers:
-        raise ConfigError("\n".join(answers))
+    for number, arg in enumerate(flags):
+        if not arg.startswith("--"):
+            continue
+        flag, equals, value = arg.partition("=")
+        if (option := flag[2:].replace("-", "_")) not in known:
+            what, answer = f"{flag}: unknown option", words.instead(flag, known)
+        else:
+            after = itertools.takewhile(lambda other: not other.startswith("--"), flags[number + 1 :])
+            value = value if equals else " ".join(after)
+            what, answer = f"{flag} {value}: unknown value", words.instead_of_value(option, value, known)
+        if answer:
+            answers.append(f"{what}; instead: {words.as_flags(answer, options.every_option())}")
+    return answers

@@ -13,6 +13,7 @@ from dpo_jax.data.completion_files import holds_others
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.folder import config_folder, read_config
+from dpo_jax.models.targets import chosen_names, lora_targets, parameters
 from dpo_jax.untrusted import Unreadable, read_text, regular
 
 MAKERS = ("sft", "dpo", "ppo", "reward-model")
@@ -112,6 +113,18 @@ def check_fit(config: Config, decoder: DecoderConfig, path: str, *, expected: bo
             have = f"{have}_text"  # its name in section `model`, whose sizes are those of the text model
         if want is not None and want != have:
             raise ConfigError(f"model.{name}: {want} is expected, but {path} has {have}; correct one of them")
+
+
+def check_targets(config: Config, section: str, decoder: DecoderConfig) -> None:
+    """Raises `ConfigError` if a model lacks what `lora.targets`, or `trainable` of section `sft` or `dpo`, names."""
+    trainable = getattr(config, section).trainable
+    try:
+        if trainable is not None and not decoder.image_width:  # whose projector is not in this table
+            chosen_names(trainable, parameters(decoder), layers=decoder.layers)
+        elif config.lora.rank is not None:
+            lora_targets(config.lora.targets, decoder)
+    except ValueError as error:
+        raise ConfigError(f"{'lora.targets' if trainable is None else f'{section}.trainable'}: {error}") from error
 
 
 def sized_hf_config(config: Config, *, vocab_size: int, eos: int) -> dict[str, Any]:

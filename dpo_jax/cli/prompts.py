@@ -152,7 +152,9 @@ def _prompt(asked: Asked, tokenizer: Any, *, chat: bool, root: Path) -> Prompt:
         raise BadRow(Cause.WRONG_TYPE, "a non-empty text or a list of messages is needed", field=field)
     if tokenizer.chat_template is None:
         raise BadRow(
-            Cause.CHAT_TEMPLATE, "messages need a tokenizer with a chat template, and the policy's has none", field=field
+            Cause.CHAT_TEMPLATE,
+            "messages need a tokenizer with a chat template, and this one has none: --tokenizer.path FOLDER",
+            field=field,
         )
     text = chat_prompt(value, tokenizer=tokenizer, field=field, **more)
     turns = [{"role": turn["role"], "content": _shown(turn)} for turn in read_messages(value, field, tokenizer)]

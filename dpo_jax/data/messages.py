@@ -54,7 +54,8 @@ def read_template(tokenizer: Any, *, tools: Any = None, variables: Any = None, w
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
-            f"{where}: {Cause.CHAT_TEMPLATE}: conversational rows need a tokenizer with a chat template",
+            f"{where}: {Cause.CHAT_TEMPLATE}: conversational rows need a tokenizer with a chat template: pass a folder whose "
+            "tokenizer has one: --tokenizer.path FOLDER",
             causes=[Cause.CHAT_TEMPLATE],
         )
     return Template(tokenizer, _tools(tools, tokenizer), _variables(variables, tokenizer))

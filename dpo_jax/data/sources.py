@@ -147,6 +147,7 @@ class Peeked(NamedTuple):
     format: str
     files: int
     images: str | None  # "train.jsonl:3", the first of these rows with an image; None: none
+    chat: DataError | None  # the error of a tokenizer without a chat template; None: these rows need none
 
 
 def peek(
@@ -157,9 +158,31 @@ def peek(
     files = find_files(source, split, report=reading.report)
     for name, path in files:
         check_head(name, path)
-    first = itertools.islice(reading.rows(files), _FIRST)
-    images = next((where for where, row in first if reading.report.format == "trl" and names_images(row)), None)
-    return Peeked(reading.report.format, len(files), images)
+    first, images = itertools.islice(reading.rows(files), _FIRST), list[str]()
+
+    def texts() -> Iterator[tuple[str, Row]]:
+        for where, row in first:
+            if reading.report.format == "trl" and names_images(row):
+                images.append(where)
+            else:
+                yield where, row
+
+    chat = _template_error(texts(), reading.report)
+    collections.deque(texts(), maxlen=0)  # the rows that were not needed for that
+    return Peeked(reading.report.format, len(files), next(iter(images), None), chat)
+
+
+def _template_error(rows: Iterator[tuple[str, Row]], report: DataReport) -> DataError | None:
+    """The error of the first of `rows` that needs a chat template."""
+    try:
+        first = next(rows, None)  # tells the format
+        if first is not None and report.format in FORMATS:
+            collections.deque(FORMATS[report.format].candidates(itertools.chain([first], rows), tokenizer=None), maxlen=0)
+    except DataError as error:
+        if Cause.CHAT_TEMPLATE not in error.causes:
+            raise
+        return error
+    return None
 
 
 def _refuse_system(source: str, mapped: ColumnMap) -> NoReturn:

@@ -218,6 +218,12 @@ def check_files(folder: Path) -> dict[str, Any]:
     return settings.get("tokenizer_config.json", {})
 
 
+def has_template(folder: Path) -> bool:
+    """Whether the tokenizer in a folder has a chat template, by its files. Raises as `check_files`."""
+    files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    return check_files(folder).get("chat_template") is not None or any((folder / name).exists() for name in files)
+
+
 def vocabulary_of(folder: Path) -> Mapping[str, int]:
     """Token -> id, from a folder's `tokenizer.json`. Raises `Unreadable`."""
     file = folder / "tokenizer.json"

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec
 
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.logical_axes import axis_lengths
-from dpo_jax.models.tensors import tensors
+from dpo_jax.models.targets import lora_targets as lora_targets
+from dpo_jax.models.targets import modules as modules
 from dpo_jax.types import Model, Variables
 
 LORA = "lora"
@@ -48,41 +49,6 @@ class Lora:
     def scale(self) -> float:
         """The adapter's scale: alpha / rank, or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-
-def lora_targets(names: str, config: DecoderConfig) -> tuple[str, ...]:
-    """The kernels named in `names`, separated by commas: "all", "attention", "mlp", ours ("query"), or Hugging Face's
-    ("q_proj"; a fused "query_key_value" is three of ours). Raises ValueError for a name that this model does not have.
-
-    >>> lora_targets("attention", decoder.config)
-    ('attention/query', 'attention/key', 'attention/value', 'attention/out')
-    """
-    known: dict[str, list[str]] = {"all": [], "attention": [], "mlp": []}
-    for hf, ours in modules(config).items():
-        for kernel in ours:
-            room, name = kernel.split("/")
-            for key in ("all", room, name):
-                known.setdefault(key, []).append(kernel)
-            known.setdefault(hf.rpartition(".")[2], []).append(kernel)
-    asked = [name.strip() for name in names.split(",") if name.strip()]
-    wrong = [name for name in asked if not known.get(name)]
-    if wrong or not asked:
-        what = f"a {config.family} has no {', '.join(wrong)}" if wrong else "no target is named"
-        raise ValueError(f"{what}; it has {', '.join(name for name in known if known[name])}")
-    chosen = {kernel for name in asked for kernel in known[name]}
-    return tuple(kernel for kernel in known["all"] if kernel in chosen)
-
-
-def modules(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
-    """{name of a Hugging Face module, "{}" for the layer: our kernels in it}, for all linear layers but the head.
-
-    Routers and experts are not included: adapters do not change them.
-    """
-    kernels = (t for t in tensors(config) if t.stacked and t.name.endswith(".weight") and t.paths[0].endswith("/kernel"))
-    return {
-        t.name.removesuffix(".weight"): tuple(path.removeprefix("layers/").removesuffix("/kernel") for path in t.paths)
-        for t in kernels
-    }
 
 
 def outputs(config: DecoderConfig, kernel: str) -> int:

@@ -6,32 +6,24 @@ first (`step.init_state(..., frozen=...)`): gradients and optimizer state then e
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.models.checkpoint_stream import path_of
+from dpo_jax.models.targets import Chosen as Chosen
+from dpo_jax.models.targets import chosen_names
 from dpo_jax.types import Model, Variables
 
 TRAINED = "trained"
 Tree = dict[str, Any]
 
 
-class Chosen(NamedTuple):
-    """The trained parameters: whole ones by dotted name, and those of the last `layers` layers."""
-
-    names: frozenset[str]
-    layers: int
-
-
 def chosen_parameters(text: str, model: Model) -> Chosen:
-    """The parameters named in `text`, separated by commas: "last_layer", "last_layers:N", or patterns of dotted names such as
-    "final_norm.*" or "*.bias". Raises ValueError for a pattern that matches nothing, and for too many layers.
+    """The parameters of `model` named in `text`, as `targets.chosen_names` reads it. Raises ValueError as that does.
 
     >>> chosen_parameters("last_layer,final_norm.*", decoder)
     Chosen(names=frozenset({'final_norm.scale'}), layers=1)
@@ -39,22 +31,7 @@ def chosen_parameters(text: str, model: Model) -> Chosen:
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))["params"]
     every = {".".join(path_of(path)): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     depth = next(shape[0] for name, shape in every.items() if name.startswith("layers."))
-    names, layers = set(), 0
-    for term in (part.strip() for part in text.split(",")):
-        if found := re.fullmatch(r"last_layer|last_layers:(\d+)", term):
-            layers = int(found[1] or 1)
-            if not 0 < layers < depth:
-                raise ValueError(f"{term}: the model has {depth} layers; name 1 to {depth - 1}, or leave it out to train all")
-            continue
-        matching = fnmatch.filter(every, term)
-        if not matching:
-            raise ValueError(f"no parameter matches {term!r}; there are last_layer, last_layers:N, {', '.join(every)}")
-        names |= set(matching)
-    if layers and any(name.startswith("layers.") for name in names):
-        raise ValueError("last layers cannot be combined with a pattern that matches parameters of all layers")
-    if len(names) == len(every):
-        raise ValueError("all parameters are named: leave it out to train all")
-    return Chosen(frozenset(names), layers)
+    return chosen_names(text, list(every), layers=depth)
 
 
 def partial_model(model: Model, chosen: Chosen) -> Model:

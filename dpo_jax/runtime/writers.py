@@ -166,7 +166,9 @@ class _RunElsewhere:
 
 
 class Wandb(_RunElsewhere):
-    """Weights & Biases; a resumed run keeps its page. The key is read from the environment (`WANDB_API_KEY`).
+    """Weights & Biases; a resumed run keeps its page. It is named after its directory (`quickstart-dpo`), or by `WANDB_NAME`.
+
+    wandb reads the environment, such as `WANDB_API_KEY`, `WANDB_ENTITY` and `WANDB_TAGS`.
 
     Raises ModuleNotFoundError, naming the extra, without wandb.
     """
@@ -179,13 +181,14 @@ class Wandb(_RunElsewhere):
         super().__init__(wandb.init, project, directory, config)
 
     def open(self, step: int) -> None:
-        name = _run_name(self._directory / "wandb_run_id", step)
-        config = dict(self._config or {})
-        self._run = self._init(project=self._project, dir=str(self._directory), config=config, id=name, resume="allow")
+        identity = _identity(self._directory / "wandb_run_id", step)
+        config, name = dict(self._config or {}), os.environ.get("WANDB_NAME") or _name(self._directory)
+        options = {"project": self._project, "dir": str(self._directory), "config": config, "id": identity, "name": name}
+        self._run = self._init(**options, resume="allow")
 
 
 class Trackio(_RunElsewhere):
-    """Trackio, local or at `TRACKIO_SPACE_ID`; a resumed run keeps its identity there.
+    """Trackio, local or at `TRACKIO_SPACE_ID`; a resumed run keeps its name there, such as `quickstart-dpo-9f...`.
 
     Raises ModuleNotFoundError, naming the extra, without trackio.
     """
@@ -198,7 +201,7 @@ class Trackio(_RunElsewhere):
         super().__init__(trackio.init, project, directory, config)
 
     def open(self, step: int) -> None:
-        name = _run_name(self._directory / "trackio_run_name", step)
+        name = _identity(self._directory / "trackio_run_name", step, before=f"{_name(self._directory)}-")
         config = json.loads(json.dumps(dict(self._config or {}), default=str))
         self._run = self._init(project=self._project, name=name, config=config, resume="allow", embed=False)
 
@@ -207,16 +210,22 @@ def _values(row: Row) -> dict[str, float]:
     return {name: value for name, value in row.items() if name != "step" and value is not None}
 
 
-def _run_name(file: Path, step: int) -> str:
-    """The remote run name stored in a file; a new one at step 0."""
+def _name(directory: Path) -> str:
+    """The name of a run for readers: "runs/quickstart/dpo" becomes "quickstart-dpo"."""
+    *_, above, last = ("", "", *directory.absolute().parts)
+    return re.sub(r"[^\w.-]+", "-", f"{above}-{last}", flags=re.ASCII).strip("-")[:80] or "run"
+
+
+def _identity(file: Path, step: int, *, before: str = "") -> str:
+    """The identity of the run that is stored in a file; at step 0 a new one, which begins with `before`."""
     known = ""
     if step and file.exists():
         try:
             known = read_text(regular(file))
         except Unreadable:
             known = ""
-    if not re.fullmatch(r"[\w-]{1,128}", known):
-        known = secrets.token_hex(8)
+    if not re.fullmatch(r"[\w.-]{1,128}", known):
+        known = before + secrets.token_hex(8)
         write_text(file, known)
     return known
 

@@ -58,7 +58,8 @@ class DataConfig:
     """Hold out this fraction of the train split (0 to 1), by a hash of the prompt, if the data have no held-out split."""
     format: FormatName = "auto"  # its help is that of the table
     columns: TextMap | None = None
-    """Column names, if the files use others: prompt=question, or prompt=instruction+input (joined); system= reads no column."""
+    """Column names, if the files use others: prompt=question, or prompt=instruction+input (joined). `system=` (empty): ignore
+    the column system."""
     train_split: str = "train"
     """Name of the split to train on."""
     test_split: str = "test"
@@ -81,7 +82,8 @@ class DataConfig:
     max_length: int = 512
     """Maximum length of prompt plus completion, in tokens; longer ones are truncated and counted."""
     max_prompt_length: int = 256
-    """Prompts are truncated to this many tokens when prompt plus completion exceed max_length."""
+    """If prompt plus completion exceed max_length, the prompt is cut to this many tokens, then each completion to max_length
+    minus this. Raise it together with max_length."""
     truncation: Literal["keep_end", "keep_start"] = "keep_end"
     """Which end of an over-long prompt to keep."""
     date: str | None = None

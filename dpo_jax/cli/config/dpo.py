@@ -35,7 +35,8 @@ LossConfig: Any = dataclasses.make_dataclass(
 
 @dataclasses.dataclass(frozen=True)
 class DpoConfig(LossConfig, TrainingConfig):
-    """Direct Preference Optimization (Rafailov et al. 2023) and other preference losses. Defaults are the paper's."""
+    """Direct Preference Optimization (Rafailov et al. 2023) and other preference losses. Defaults are those of the original
+    DPO code (RMSprop, constant rate), not of TRL."""
 
     policy: str | None = None
     """Starting policy, a folder or Hub id; "model": the one at model.path; none: sft/export in the run directory."""

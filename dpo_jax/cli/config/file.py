@@ -28,6 +28,8 @@ LARGEST = 2**18
 """Maximum size of a configuration, in bytes: PyYAML takes a second for each 100 kB."""
 BRACKETS = 1000
 SHOWN = 100  # characters of a wrong value
+PROBLEMS = 20  # shown at once
+Instead = Callable[[str, str | None], str | None]  # (dotted key, its value if the key is known) -> what to write instead
 _DEEP = "nested too deeply; a configuration has only sections and options"
 _SCALAR = "tag:yaml.org,2002:"
 _WORDS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
@@ -44,13 +46,12 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver(_SCALAR + "null", re.compile("^None$"), ["N"])
 
 
-def read(
-    path: str | Path, cls: type[T], *, instead: Callable[[str], str | None] = lambda key: None
-) -> tuple[T, dict[str, int]]:
+def read(path: str | Path, cls: type[T], *, instead: Instead = lambda key, value: None) -> tuple[T, dict[str, int]]:
     """An instance of `cls` (a dataclass, possibly nested) read from YAML, and the line of every dotted field the file sets.
 
-    Fields that the file leaves out keep their defaults. `instead` may return the replacement for an unknown dotted key. Raises
-    `ConfigError` for an unreadable file, an unknown or repeated key, and a value of the wrong type.
+    Fields that the file leaves out keep their defaults. `instead` may return the replacement for an unknown dotted key, and for
+    a value of a known one. Raises `ConfigError` for an unreadable file, and for all unknown or repeated keys and values of the
+    wrong type at once.
     """
     try:
         with regular(path).open("rb") as file:
@@ -63,7 +64,12 @@ def read(
         raise ConfigError(f"{path}: more than {LARGEST:,} bytes; a configuration has a few hundred lines")
     reader = _Reader(str(path), instead)
     node = _compose(content, str(path))
-    return (reader.record(node, cls, "") if node else cls()), reader.lines
+    found = reader.record(node, cls, "") if node else cls()
+    if len(reader.problems) > PROBLEMS:
+        reader.problems[PROBLEMS:] = [f"{path}: and {len(reader.problems) - PROBLEMS:,} more"]
+    if reader.problems:
+        raise ConfigError("\n".join(reader.problems))
+    return found, reader.lines
 
 
 def _compose(content: bytes, path: str) -> yaml.Node | None:
@@ -118,10 +124,13 @@ def suggest(name: str, known: typing.Iterable[str]) -> str:
 
 
 class _Reader:
-    def __init__(self, path: str, instead: Callable[[str], str | None]):
+    """Converts nodes to records. Problems inside a record are collected, so that one message tells all of them."""
+
+    def __init__(self, path: str, instead: Instead):
         self.path = path
         self.instead = instead
         self.lines: dict[str, int] = {}
+        self.problems: list[str] = []
 
     def fail(self, node: yaml.Node, message: str) -> typing.NoReturn:
         raise ConfigError(f"{self.path}:{node.start_mark.line + 1}: {message}")
@@ -132,25 +141,39 @@ class _Reader:
         what = f"{'entry' if prefix.endswith('].') else 'section'} {prefix[:-1]}" if prefix else "the configuration"
         if not isinstance(node, yaml.MappingNode):
             self.fail(node, f"{what} must be `key: value` lines, not {_describe(node)}")
-        known, values = types_of(cls), {}
+        known, values, listed = types_of(cls), {}, f" ({what} has: {', '.join(types_of(cls))})"
         for key_node, value_node in node.value:
             key = shortened(key_node.value) if isinstance(key_node, yaml.ScalarNode) else _describe(key_node)
-            if key not in known:
-                answer = self.instead(prefix + key)
-                hint = f"; instead: {answer}" if answer else suggest(key, known)
-                kind = "key" if prefix else "section"
-                self.fail(key_node, f"{prefix}{key}: unknown {kind}{hint} ({what} has: {', '.join(known)})")
-            if key in values:
-                first = self.lines[prefix + key]
-                self.fail(key_node, f"{prefix}{key}: set twice, first on line {first}; keep one of them")
-            self.lines[prefix + key] = key_node.start_mark.line + 1
-            if (of := list_of(known[key])) is not None:
-                values[key] = self.records(value_node, of, prefix + key)
-            elif dataclasses.is_dataclass(known[key]):
-                values[key] = self.record(value_node, typing.cast(type, known[key]), f"{prefix}{key}.")
-            else:
-                values[key] = self.value(value_node, known[key], prefix + key)
-        return cls(**values)
+            try:
+                if key not in known:
+                    full, more = self.unknown(prefix + key, value_node, known), listed
+                    if "; instead: " not in full:  # the list is told once
+                        full, listed = full + more, ""
+                    self.fail(key_node, full)
+                if key in values:
+                    first = self.lines[prefix + key]
+                    self.fail(key_node, f"{prefix}{key}: set twice, first on line {first}; keep one of them")
+                self.lines[prefix + key] = key_node.start_mark.line + 1
+                values[key] = None  # it was here, whatever it holds
+                values[key] = self.field(value_node, known[key], prefix + key)
+            except ConfigError as problem:
+                self.problems.append(str(problem))
+        return cls() if self.problems else cls(**values)
+
+    def unknown(self, name: str, value: yaml.Node, known: typing.Iterable[str]) -> str:
+        """What is wrong with an unknown key. Beyond `PROBLEMS` nothing similar is looked for, which takes time."""
+        few = len(self.problems) < PROBLEMS
+        answer = self.instead(name, None) if few else None
+        hint = f"; instead: {answer}" if answer else suggest(name.rpartition(".")[2], known) if few else ""
+        section = "." not in name and (isinstance(value, yaml.MappingNode) or not answer)
+        return f"{name}: unknown {'section' if section else 'key' if '.' in name else 'option'}{hint}"
+
+    def field(self, node: yaml.Node, hint: Any, name: str) -> Any:
+        if (of := list_of(hint)) is not None:
+            return self.records(node, of, name)
+        if dataclasses.is_dataclass(hint):
+            return self.record(node, typing.cast(type, hint), f"{name}.")
+        return self.value(node, hint, name)
 
     def records(self, node: yaml.Node, cls: type[T], name: str) -> tuple[T, ...]:
         if isinstance(node, yaml.ScalarNode) and node.tag == _SCALAR + "null":
@@ -158,10 +181,13 @@ class _Reader:
         if not isinstance(node, yaml.SequenceNode):
             self.fail(node, f"{name} must be a list of `- {', '.join(types_of(cls))}` entries, not {_describe(node)}")
         inside = _Reader(self.path, self.instead)  # with lines of its own: messages point to the list
+        inside.problems = self.problems
         return tuple(inside.record(item, cls, f"{name}[{number}].") for number, item in enumerate(node.value, 1))
 
     def value(self, node: yaml.Node, hint: Any, name: str) -> Any:
         choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        if answer := self.instead(name, _written(node)):
+            self.fail(node, f"{name}: unknown value {shortened(_written(node))!r}; instead: {answer}")
         if isinstance(node, yaml.ScalarNode):
             if node.value == "None" and node.style is None:
                 self.fail(node, f'{name}: YAML writes none as null, and None is text; write null (or quote a real "None")')
@@ -222,6 +248,13 @@ def _name(hint: Any) -> str:
         type(None): "null",
     }
     return names[hint]
+
+
+def _written(node: yaml.Node) -> str:
+    """A value as text; that of a list, its texts separated by commas."""
+    if isinstance(node, yaml.SequenceNode):
+        return ", ".join(item.value for item in node.value[:BRACKETS] if isinstance(item, yaml.ScalarNode))
+    return node.value if isinstance(node, yaml.ScalarNode) else ""
 
 
 def shortened(value: str) -> str:

@@ -74,7 +74,7 @@ class FrontierConfig:
     ppo_lr: float = 5e-4
     """PPO: learning rate."""
     reward_model_epochs: int = 1
-    """Epochs of the learned reward for PPO, over the labelled pairs."""
+    """Epochs of reward-model training."""
     jobs: int = 1
     """Runs at a time. A small model keeps about one CPU core busy, so as many as cores; on an accelerator or several hosts
     one."""

@@ -34,9 +34,14 @@ def load_config(path: str | Path) -> Config:
 
 def load_config_with_lines(path: str | Path) -> tuple[Config, dict[str, int]]:
     """The config in a YAML file and the line of each dotted field that it sets. Raises `ConfigError`; ranges are checked."""
-    config, lines = file.read(path, Config, instead=lambda key: words.instead(key, every_option()))
+    config, lines = file.read(path, Config, instead=_instead)
     check(config, lines=lines, path=path)
     return config, lines
+
+
+def _instead(key: str, value: str | None) -> str | None:
+    known = every_option()
+    return words.instead(key, known) if value is None else words.instead_of_value(key, value, known)
 
 
 def check(

@@ -32,7 +32,8 @@ class RunConfig:
     heartbeat_seconds: int = 100
     """A process that is silent for this long counts as dead, and the others exit."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations. Optimizer state, log-softmax and sums stay float32; so do parameters, unless param_dtype is set."""
+    """Type of activations. bfloat16: TRL's bf16 (mixed precision). Parameters stay float32 unless dpo.param_dtype is set;
+    optimizer state, log-softmax and sums always do."""
     save_every_steps: int = 200
     """Save a checkpoint every N optimizer steps (ppo: rollouts), and at the end; 0: only at the end."""
     save_every_minutes: float = 0.0
@@ -47,9 +48,9 @@ class RunConfig:
     tensorboard: bool = False
     """Also write TensorBoard events (needs the `writers` extra)."""
     wandb: str | None = None
-    """Also log to this Weights & Biases project (needs the `writers` extra)."""
+    """Also log to this Weights & Biases project; the run is named after run.dir (needs the `writers` extra)."""
     trackio: str | None = None
-    """Also log to this Trackio project (needs the `writers` extra)."""
+    """Also log to this Trackio project; the run is named after run.dir (needs the `writers` extra)."""
     resume: bool = True
     """Continue from the newest good checkpoint in the run directory; otherwise refuse a directory that has one."""
 

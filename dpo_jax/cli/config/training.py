@@ -26,10 +26,11 @@ HIGHER = ("rewards/accuracies", "rewards/margins")
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(OptimizerConfig):
-    """Options shared by all training commands. Defaults are the paper's."""
+    """Options shared by all training commands. Defaults are those of the original DPO code (RMSprop, constant rate), not of
+    TRL."""
 
     batch: int = 64
-    """Texts (sft) or pairs (dpo) per optimizer step."""
+    """Examples per optimizer step, over all devices and microbatches: texts (sft), pairs (dpo), completions (kto)."""
     epochs: int = 1
     """Passes over the train split."""
     steps: int | None = None
@@ -43,8 +44,8 @@ class TrainingConfig(OptimizerConfig):
     max_grad_norm: float = 10.0
     """Clip gradients to this global L2 norm."""
     microbatches: int = 1
-    """Gradient accumulation: parts into which a batch is split to save memory. The result is the same. On one device, parts
-    that hold only padding are skipped."""
+    """Gradient accumulation: number of parts into which a batch is split to save memory. The result is the same. Not for kto,
+    aot, aot_unpaired."""
     trainable: str | None = None
     """Train only these parameters: last_layer, last_layers:N, or name patterns (final_norm.*, *.bias), separated by commas;
     none: all of them."""

@@ -17,6 +17,7 @@ from dpo_jax.runtime.progress import reported
 from dpo_jax.untrusted import Unreadable
 
 if TYPE_CHECKING:
+    from dpo_jax.data.pairs import DataError
     from dpo_jax.data.row_kinds import Wanted
 
 LINES_BYTES = 64 * 2**20  # larger files are not read just to count their rows
@@ -33,6 +34,7 @@ class Check:
         self.rows: int | None = None  # of the train split
         self.train_files: dict[str, int] | None = None  # "file NAME, bytes", as `data_report.json` names them
         self.images: str | None = None  # the first place with an image in the data that were read
+        self.chat: DataError | None = None  # what to say if the tokenizer has no chat template
         self.decoders: dict[str, DecoderConfig] = {}  # of the models that are known, by origin
 
     @contextmanager
@@ -161,10 +163,10 @@ def _split(check: Check, part: MixConfig, path: str, split: str) -> str:
         kind, rows = "TFDS", _tfds_rows(path, name)
         check_kind(stated, wanted, where=f"{path} [{name}]")
     else:
-        format, files, shown = peek(path, name, format=part.format or "auto", columns=part.columns)
+        format, files, shown, chat = peek(path, name, format=part.format or "auto", columns=part.columns)
         if shown is not None and check.name not in READ_IMAGES:
             raise ConfigError(f"{shown}: {NO_IMAGES}")
-        check.images = check.images or shown
+        check.images, check.chat = check.images or shown, check.chat or chat
         stated = FORMATS[format].rows if format in FORMATS else "pairs"
         remedy = TFDS_OF_PAIRS if check.name == "prepare" else None
         check_kind(stated, wanted, where=f"{path} [{name}] (format {format})", remedy=remedy)

@@ -32,6 +32,44 @@ def model(option: str, value: Callable[[Config], str | None], *, expected: bool 
     return look
 
 
+def targets(section: str, start: Callable[[Config], str | None]) -> Callable[[Check], None]:
+    """The parameters that a command trains, from its starting model on."""
+
+    def look(check: Check) -> None:
+        path = start(check.config)
+        if check.images is None and (decoder := model_folders.known_decoder(check.config, path)) is not None:
+            model_folders.check_targets(check.config, section, decoder)
+
+    return look
+
+
+def template(start: Callable[[Config], str | None]) -> Callable[[Check], None]:
+    """The chat template, if the data need one: of tokenizer.path, or of the starting model."""
+
+    def look(check: Check) -> None:
+        if check.chat is None:
+            return
+        path = check.config.tokenizer.path or start(check.config)
+        if path is None or _lacks_template(path):  # without a path, a tokenizer is trained, which has none
+            raise check.chat
+
+    return look
+
+
+def _lacks_template(path: str) -> bool:
+    """Whether the tokenizer of a local folder has no chat template; of an adapter's base, if the adapter has no tokenizer."""
+    from dpo_jax.data.tokenizer import has_template
+    from dpo_jax.models.folder import adapter_base, local_folder
+
+    try:
+        folder = local_folder(path)
+        if folder is not None and not (folder / "tokenizer.json").is_file() and (base := adapter_base(folder)) is not None:
+            folder = local_folder(base)
+        return folder is not None and not has_template(folder)
+    except (OSError, ValueError):  # reported where the folder itself is checked
+        return False
+
+
 def _remember(check: Check, path: str | None) -> None:
     """Records a model for `devices`, which may have to split it."""
     if decoder := model_folders.known_decoder(check.config, path):

@@ -19,7 +19,7 @@ from dpo_jax.cli.config import GENERATED, Config, ConfigError, load_config
 from dpo_jax.cli.preflight.devices import compiler, devices, plan, training
 from dpo_jax.cli.preflight.experiments import control, dialogue, diffusion, robust, scenes
 from dpo_jax.cli.preflight.inputs import Check, data, files, judged_files, most, prompts
-from dpo_jax.cli.preflight.models import model, tokenizer
+from dpo_jax.cli.preflight.models import model, targets, template, tokenizer
 from dpo_jax.cli.preflight.online import rounds
 from dpo_jax.cli.preflight.packages import bench_packages, check_bucket, judge_packages, reward_packages, writers
 from dpo_jax.cli.preflight.scope import Scope
@@ -174,9 +174,14 @@ def _raced(check: Check) -> None:
         data("train")(check)
 
 
+def _model_path(config: Config) -> str | None:
+    return config.model.path
+
+
 _POLICY = model("dpo.policy", Config.dpo_policy)
 _REFERENCE = model("dpo.reference", lambda c: c.dpo.reference)
-_START = model("model.path", lambda c: c.model.path, expected=True)
+_START = model("model.path", _model_path, expected=True)
+_CHATS, _TRAINED = template(Config.dpo_policy), targets("dpo", Config.dpo_policy)
 _RUNS = (writers, _run_dir)
 _SWEEP = (
     *(reward_packages, data("train", "test"), tokenizer, _START),
@@ -184,16 +189,23 @@ _SWEEP = (
 )
 # The checks of each command, in the order in which they are reported.
 LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
-    "audit": (data("train", "test", preferences=True), tokenizer, *_RUNS),
-    "prepare": (data("train", "test", preferences=True), tokenizer, *_RUNS),
-    "sft": (data("train", "test"), tokenizer, _START, devices, training("sft"), *_RUNS),
-    "refs": (data("train", "test", preferences=True), tokenizer, _POLICY, _REFERENCE, devices, *_RUNS),
-    "dpo": (data("train", "test", preferences=True), tokenizer, _POLICY, _REFERENCE, devices, training("dpo"), *_RUNS),
+    "audit": (data("train", "test", preferences=True), tokenizer, template(_model_path), *_RUNS),
+    "prepare": (data("train", "test", preferences=True), tokenizer, template(_model_path), *_RUNS),
+    "sft": (
+        *(data("train", "test"), tokenizer, _START, template(_model_path), targets("sft", _model_path), devices),
+        *(training("sft"), *_RUNS),
+    ),
+    "refs": (data("train", "test", preferences=True), tokenizer, _POLICY, _REFERENCE, _CHATS, devices, *_RUNS),
+    "dpo": (
+        *(data("train", "test", preferences=True), tokenizer, _POLICY, _REFERENCE, _CHATS, _TRAINED, devices),
+        *(training("dpo"), *_RUNS),
+    ),
     "eval": (
         data("test", preferences=True),
         tokenizer,
         model("eval.policy", Config.eval_policy),
         model("eval.reference", model_folders.eval_reference),
+        template(Config.eval_policy),
         devices,
         *_RUNS,
     ),
@@ -208,13 +220,14 @@ LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
     "plan": (plan, compiler),
     "export": (_checkpoints,),
     "label": (reward_packages, data("train", "test"), tokenizer, _POLICY, devices, *_RUNS),
-    "reward-model": (data("train", "test", preferences=True), tokenizer, _POLICY, devices, *_RUNS),
+    "reward-model": (data("train", "test", preferences=True), tokenizer, _POLICY, _CHATS, _TRAINED, devices, *_RUNS),
     "ppo": (
         reward_packages,
         data("train", "test"),
         tokenizer,
         _POLICY,
         model("ppo.reward_model", lambda c: c.ppo.reward_model),
+        _TRAINED,
         devices,
         *_RUNS,
     ),
@@ -224,6 +237,7 @@ LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
         tokenizer,
         _POLICY,
         model("online.reward_model", lambda c: c.online.reward_model),
+        _TRAINED,
         devices,
         *_RUNS,
     ),

@@ -1,0 +1,110 @@
+"""`--check` of what is trained and how it is rendered: adapters' layers, named parameters, chat templates, unread sections."""
+
+import re
+import shutil
+
+import jax
+import pytest
+from conftest import GOLDEN
+from test_preflight import ROWS, check, write_config, write_model, write_rows
+
+from dpo_jax.models.decoder import make_model
+from dpo_jax.models.families import decoder_config
+from dpo_jax.models.folder import read_config
+from dpo_jax.models.partial import chosen_parameters
+from dpo_jax.models.targets import chosen_names, parameters
+
+SPEAKERS = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+CHATS = [{name: [{"role": role, "content": name}] for name, role in SPEAKERS.items()}]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with data, a starting policy in a run directory, and a configuration of both."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        write_rows(tmp_path / "pairs" / f"{split}.jsonl")
+    write_model(tmp_path / "runs" / "one" / "sft" / "export")
+    write_config(tmp_path)
+    return tmp_path
+
+
+FAULTS = {
+    "adapter": (
+        ["--lora.rank", "2", "--lora.targets", "q_proj"],
+        2,
+        "lora.targets: a gpt_neox has no q_proj; it has all, attention, mlp, query, query_key_value,",
+    ),
+    "trainable": (
+        ["--dpo.trainable", "head"],
+        2,
+        "dpo.trainable: no parameter matches 'head'; there are last_layer, last_layers:N, final_norm.bias,",
+    ),
+    "layers": (["--dpo.trainable", "last_layers:2"], 2, "dpo.trainable: last_layers:2: the model has 2 layers"),
+    "all": (["--dpo.trainable", "*"], 2, "dpo.trainable: all parameters are named"),
+    "chats": (
+        ["--data.path", "chats"],
+        65,
+        "train.jsonl:11: chat_template: .*: pass a folder whose tokenizer has one: --tokenizer.path FOLDER",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_check_finds_what_training_refuses(name, place, capsys):
+    flags, code, words = FAULTS[name]
+    shutil.copytree(place / "pairs", place / "chats")
+    write_rows(place / "chats" / "train.jsonl", [*ROWS, *CHATS])
+    for told in (check("dpo", *flags, "--check", capsys=capsys), check("dpo", *flags, capsys=capsys)):
+        assert told[0] == code, told
+        assert re.search(words, told[1]), told
+
+
+def test_a_model_that_sft_will_make_is_checked_by_its_start(place, capsys):
+    shutil.move("runs/one/sft/export", "start")
+    flags = ["--model.path", "start", "--check-after=sft", "--dpo.trainable"]
+    assert check("dpo", *flags, "final_norm.*", capsys=capsys)[0] == 0
+    assert "no parameter matches 'norm.*'" in check("dpo", *flags, "norm.*", capsys=capsys)[1]
+    assert "sft.trainable: no parameter" in check("sft", *flags[:2], "--sft.trainable", "norm.*", "--check", capsys=capsys)[1]
+
+
+def test_chats_need_a_template_wherever_the_tokenizer_comes_from(place, capsys):
+    write_rows(place / "pairs" / "train.jsonl", CHATS)
+    needed = "conversational rows need a tokenizer with a chat template"
+    assert needed in check("dpo", "--check", capsys=capsys)[1]
+    assert needed in check("audit", "--check", capsys=capsys)[1]  # a tokenizer is trained
+    write_model(place / "chat")
+    (place / "chat" / "chat_template.jinja").write_text("{{ messages }}")
+    assert check("dpo", "--tokenizer.path", "chat", "--check", capsys=capsys)[0] == 0
+    assert check("dpo", "--dpo.policy", "chat", "--check", capsys=capsys)[0] == 0
+    assert check("dpo", "--tokenizer.path", "org/name", "--check", capsys=capsys)[0] == 0  # of the Hub: not known
+
+
+def test_a_mesh_that_no_device_would_follow_is_refused(place, capsys):
+    """Like an option of LoRA without a rank. `plan` and `audit` use no devices of their own."""
+    flags = ["--mesh.fsdp", "2", "--check-devices=4"]
+    for devices in ([], ["--run.devices", "pmap"]):
+        code, told = check("dpo", *flags, *devices, capsys=capsys)
+        assert (code, "mesh.fsdp: is read only with run.devices mesh, which is" in told) == (2, True), told
+    assert check("dpo", *flags, "--mesh.data", "2", "--run.devices", "mesh", capsys=capsys)[0] == 0
+    assert check("audit", *flags[:2], "--check", capsys=capsys)[0] == 0
+    write_config(place, mesh={"tensor": 2})
+    assert re.search(r"c.yaml:\d+: mesh.tensor: is read only", check("dpo", "--check", capsys=capsys)[1])
+    assert check("dpo", "--run.devices", "mesh", "--check-devices=4", "--mesh.fsdp", "2", capsys=capsys)[0] == 0
+
+
+CASES = sorted(folder.name for folder in (GOLDEN / "models").iterdir())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_have_the_names_of_the_models_variables(case):
+    """`trainable` is read alike with and without JAX."""
+    config = decoder_config(read_config(GOLDEN / "models" / case))
+    model = make_model(config)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    assert parameters(config) == [".".join(key.key for key in path) for path, _ in leaves]
+    if case == "gpt_neox":
+        assert chosen_names("last_layer,final_norm.*", parameters(config), layers=config.layers) == chosen_parameters(
+            "last_layer,final_norm.*", model
+        )
