@@ -92,12 +92,13 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
     except ModuleNotFoundError as error:
         raise ConfigError(f"{flags[0]}: flags need the package tyro: pip install tyro, or set the option in {path}") from error
 
-    shown = _shown(command)
+    shown, known = _shown(command), options.every_option()
     for flag in (flag for flag in flags if flag.startswith("--")):
-        section, _, field = flag[2:].partition("=")[0].replace("-", "_").partition(".")
-        if hasattr(config, section) and _is_list(config, section, field):
+        option = flag[2:].partition("=")[0].replace("-", "_")
+        section, _, field = option.partition(".")
+        if option in known and _is_list(config, section, field):
             raise ConfigError(f"{flag}: a list, which cannot be given as a flag; write it in {path}")
-        if hasattr(config, section) and field not in shown.get(section, ()) and hasattr(getattr(config, section), field):
+        if option in known and field not in shown.get(section, ()):
             readers = [other for other, spec in COMMANDS.items() if {section, f"{section}.{field}"} & set(spec.reads)]
             raise ConfigError(f"{flag}: {name} does not read this option ({', '.join(readers)} would)")
     if answers := _foreign_words(flags, shown):

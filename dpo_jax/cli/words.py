@@ -1,7 +1,7 @@
 """Looks up option names and values of TRL, transformers, PEFT and the original DPO code: what is their equivalent here?
 
 An unknown flag or key of a file is looked up in `word_table.WORDS`, in any spelling: `--learning-rate`, `learning_rate:`,
-`--training.learning_rate`. An option of ours without its section (`--beta`) is found as well.
+`--training.learning_rate`. An option of ours without its section (`--beta`) or its dot (`--eval-policy`) is found as well.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def instead(word: str, options: Collection[str]) -> str | None:
     for key in (name.replace(".", "_"), *above, last, last.removeprefix("no_")):
         if key in WORDS:
             return _told(WORDS[key], options, section=section)
-    own = [option for option in options if option.partition(".")[2] == last]
+    own = [option for option in options if last in (option.partition(".")[2], option.replace(".", "_"))]
     return " or ".join(own) if own else None
 
 
