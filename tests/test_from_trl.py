@@ -4,7 +4,9 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax.cli import words
 from dpo_jax.cli.config import Config, every_option, load_config
@@ -12,7 +14,6 @@ from dpo_jax.cli.flags import parse
 from dpo_jax.cli.word_table import VALUES, WORDS, markdown
 from dpo_jax.dpo import preference_metrics
 from dpo_jax.evals.preference import preference_summary
-from dpo_jax.losses import dpo_loss
 from dpo_jax.losses.unpaired import unpaired_metrics
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -54,8 +55,11 @@ def test_the_table_of_metrics_names_every_column():
     """Names of losses and evaluations; those of a whole run are tested by `test_cli_runs`."""
     text = (CONFIGS / "README.md").read_text()
     table = text.partition("## The columns of metrics.jsonl")[2].partition("## ")[0]
-    logps = jnp.zeros((2, 2))
-    loss = lambda policy, reference: dpo_loss(policy, reference, beta=0.1)  # noqa: E731
-    unpaired = unpaired_metrics(logps, logps, rewards=logps, desirable=jnp.array([1.0, 0.0]), share=jnp.array(0.5))
-    for name in {**preference_metrics(logps, logps, rewards=logps), **unpaired, **preference_summary(logps, logps, loss=loss)}:
+    logps, labels = np.zeros((2, 2)), {"desirable": np.array([1.0, 0.0]), "share": np.array(0.5)}
+    steps = [
+        jax.eval_shape(lambda: preference_metrics(jnp.asarray(logps), logps, rewards=jnp.asarray(logps))),
+        jax.eval_shape(lambda: unpaired_metrics(jnp.asarray(logps), logps, rewards=jnp.asarray(logps), **labels)),
+    ]
+    evaluation = preference_summary(logps, logps, loss=lambda policy, reference: (policy[:, 0], policy - reference))
+    for name in {name for metrics in (*steps, evaluation) for name in metrics}:
         assert f"{name}`" in table

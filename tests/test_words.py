@@ -101,6 +101,7 @@ def told(args, capsys):
         (["--dpo.loss", "[sigmoid,sft]"], "a sum, written as one text: sigmoid + sft"),
         (["--dpo.epochs", "0.5"], "--dpo.steps, the number of optimizer steps"),
         (["--run.precision", "bf16"], "instead: bfloat16\n"),
+        (["--dpo-reference", "x"], "--dpo-reference: unknown option; instead: --dpo.reference\n"),
     ],
 )
 def test_flags_are_answered(small, capsys, args, answer):

@@ -92,8 +92,7 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
     except ModuleNotFoundError as error:
         raise ConfigError(f"{flags[0]}: flags need the package tyro: pip install tyro, or set the option in {path}") from error
 
-    shown = _shown(command)
-    known = options.every_option()
+    shown, known = _shown(command), options.every_option()
     for flag in (flag for flag in flags if flag.startswith("--")):
         option = flag[2:].partition("=")[0].replace("-", "_")
         section, _, field = option.partition(".")
