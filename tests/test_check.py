@@ -202,6 +202,14 @@ assert not {"jax", "numpy", "flax"} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.parametrize(
+    ("flag", "code", "said"), [("--help", 0, "usage: "), ("--wrong", 2, "unrecognized arguments: --wrong")]
+)
+def test_as_a_module_its_help_and_a_wrong_flag_end_without_a_traceback(flag, code, said):
+    done = subprocess.run([sys.executable, "-m", "dpo_jax.check", flag], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, said in done.stdout + done.stderr, "Traceback" in done.stderr) == (code, True, False), done
+
+
 def without(packages, code, *args, cwd):
     """A process in which `packages` are not installed."""
     block = f"import sys; sys.modules.update(dict.fromkeys({packages!r}))\n"

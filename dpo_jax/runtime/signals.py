@@ -177,6 +177,8 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         code = main()
     except KeyboardInterrupt:
         pass
+    except SystemExit as error:  # of argparse: after --help, or a wrong flag that it has named
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         listener.drain()
         if not interruption.received:  # C code may turn a signal into its own error
