@@ -36,8 +36,7 @@ def write_model(folder):
         shutil.copy(file, folder)
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
+def make_place(tmp_path, monkeypatch):
     """A folder with data, a starting policy in a run directory, and a configuration of both."""
     monkeypatch.chdir(tmp_path)
     for split in ("train", "test"):
@@ -45,6 +44,11 @@ def place(tmp_path, monkeypatch):
     write_model(tmp_path / "runs" / "one" / "sft" / "export")
     write_config(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    return make_place(tmp_path, monkeypatch)
 
 
 def write_config(place, **sections):

@@ -6,7 +6,7 @@ import shutil
 import jax
 import pytest
 from conftest import GOLDEN
-from test_preflight import ROWS, check, write_config, write_model, write_rows
+from test_preflight import ROWS, check, make_place, write_config, write_model, write_rows
 
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config
@@ -20,13 +20,7 @@ CHATS = [{name: [{"role": role, "content": name}] for name, role in SPEAKERS.ite
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with data, a starting policy in a run directory, and a configuration of both."""
-    monkeypatch.chdir(tmp_path)
-    for split in ("train", "test"):
-        write_rows(tmp_path / "pairs" / f"{split}.jsonl")
-    write_model(tmp_path / "runs" / "one" / "sft" / "export")
-    write_config(tmp_path)
-    return tmp_path
+    return make_place(tmp_path, monkeypatch)
 
 
 FAULTS = {
