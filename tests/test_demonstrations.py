@@ -103,6 +103,19 @@ def test_prompts_with_completions(tmp_path, tokenizer):
     assert (pair.chat, pair.chosen) == (True, "4")
 
 
+def test_images_are_not_left_out_silently(tmp_path):
+    rows = {"messages": [USER, ANSWER]}, {"prompt": "a", "completion": " b"}
+    rows = (*rows, {"prompt": "a", "completion": " b", "label": True}, {"prompt": "a", "completions": [" b", " c"]})
+    for number, row in enumerate(rows):
+        tokenizer, folder = chat_tokenizer(CHATML), tmp_path / str(number)
+        folder.mkdir()
+        assert load(folder, row | {"images": []}, tokenizer=tokenizer)
+        pq.write_table(pa.Table.from_pylist([row | {"images": ["a.png"]}]), folder / "test.parquet")
+        for source, split in ((write(folder / "train.jsonl", row | {"images": ["a.png"]}), "train"), (folder, "test")):
+            with pytest.raises(DataError, match="images: unread_column: images are read in the format trl only"):
+                load_preferences(source, split, rows="any", tokenizer=tokenizer)
+
+
 def test_plain_texts(tmp_path, tokenizer):
     loaded = load(tmp_path, *({"text": f"The sky is {word}."} for word in ("blue", "grey", "red")))
     assert loaded.report.format == "sft_text"

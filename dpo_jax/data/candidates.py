@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from dpo_jax.data.chat import chat_completions
 from dpo_jax.data.columns import Row, text
 from dpo_jax.data.conversations import same_kind
-from dpo_jax.data.pairs import BadRow, Preference, Spans, check_completion, check_pair, check_prompt
+from dpo_jax.data.pairs import BadRow, Cause, Preference, Spans, check_completion, check_pair, check_prompt
 from dpo_jax.data.row_kinds import Ranking
 
 Rows = Iterable[tuple[str, Row]]
@@ -39,6 +39,13 @@ def _with_subset(preference: Stated, row: Row, column: str) -> Stated:
     return dataclasses.replace(preference, subset=text(row, column))
 
 
+def refuse_images(row: Row) -> None:
+    """Raises `BadRow` for a row with images, in a format that would leave them out."""
+    for name in ("images", "image"):
+        if row.get(name):
+            raise BadRow(Cause.UNREAD_COLUMN, "images are read in the format trl only", field=name)
+
+
 def checked(preference: Preference) -> Preference:
     """The preference itself. Raises `BadRow` as `check_pair` does."""
     check_pair(preference.prompt, preference.chosen, preference.rejected)
@@ -54,6 +61,7 @@ def completions_of(
     row: Row, completions: list[tuple[str, Any]], uid: str, tokenizer: Any
 ) -> tuple[str, list[str], list[Spans | None], dict[str, Any]]:
     """Prompt, completions, their spans and further fields of the preference, from named texts or messages."""
+    refuse_images(row)
     prompt, sides = same_kind(row, dict(completions))
     if isinstance(prompt, list):
         found = chat_completions(prompt, sides, uid=uid, tokenizer=tokenizer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from dpo_jax.data.candidates import Candidates, Rows, completions_of, one_each
+from dpo_jax.data.candidates import Candidates, Rows, completions_of, one_each, refuse_images
 from dpo_jax.data.chat import chat_text
 from dpo_jax.data.columns import Row, column, text
 from dpo_jax.data.conversations import whole_conversation
@@ -19,6 +19,7 @@ def sft_messages(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """Conversations in `messages`. All turns of the assistant are scored; those of users and tools between them are context."""
 
     def preference(uid: str, row: Row) -> Preference:
+        refuse_images(row)
         more = {name: column(row, name) for name in ("tools", "chat_template_kwargs") if name in row}
         found = chat_text(whole_conversation(row), uid=uid, tokenizer=tokenizer, **more)
         shown = {"chat": True, "notes": found.notes, "prompt_digest": found.prompt_digest}

@@ -62,6 +62,7 @@ _CHAT_OPTIONS = {
     "tools": Column("schemas of tools, for the chat template", needed=False),
     "chat_template_kwargs": Column("other variables of the chat template, such as `enable_thinking`", needed=False),
 }
+_NO_IMAGES = {name: Column("no image: only trl reads them", needed=False) for name in ("images", "image")}
 _BETTER, _WORSE = Column("the better completion"), Column("the worse one")
 
 # Detection takes the first that fits.
@@ -209,6 +210,7 @@ _FORMATS = (
             "system": _SYSTEM,
             "completion": Column("a completion, a text or messages"),
             "label": Column("true if it is desirable, false if not (or 1 and 0)"),
+            **_NO_IMAGES,
             "subset": _SUBSET,
         },
         ("prompt", "completion", "label"),
@@ -224,6 +226,7 @@ _FORMATS = (
             "completions": Column("two or more completions, texts or messages; best first unless ranks or scores are given"),
             "ranks": Column("their ranks, 1 is the best", needed=False),
             "scores": Column("their scores, more is better", needed=False),
+            **_NO_IMAGES,
             "subset": _SUBSET,
         },
         ("prompt", "completions"),
@@ -237,6 +240,7 @@ _FORMATS = (
             "prompt": _PROMPT,
             "system": _SYSTEM,
             "completion": Column("the completion to learn, a text or messages"),
+            **_NO_IMAGES,
             "subset": _SUBSET,
         },
         ("prompt", "completion"),
@@ -251,6 +255,7 @@ _FORMATS = (
             "messages": Column("messages, of which at least one is the assistant's"),
             "system": _SYSTEM,
             **_CHAT_OPTIONS,
+            **_NO_IMAGES,
             "subset": _SUBSET,
         },
         ("messages",),
