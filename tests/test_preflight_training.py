@@ -87,6 +87,13 @@ def test_a_mesh_that_no_device_would_follow_is_refused(place, capsys):
     assert check("dpo", "--run.devices", "mesh", "--check-devices=4", "--mesh.fsdp", "2", capsys=capsys)[0] == 0
 
 
+def test_the_file_of_a_mesh_can_be_tried_on_one_device_by_one_flag(place, capsys):
+    write_config(place, run={"devices": "mesh"}, mesh={"tensor": 2})
+    assert check("dpo", "--run.devices", "single", "--check", capsys=capsys)[0] == 0
+    code, told = check("dpo", "--run.devices", "single", "--mesh.fsdp", "2", "--check", capsys=capsys)
+    assert (code, "mesh.fsdp: is read only with run.devices mesh, which is single" in told) == (2, True), told
+
+
 CASES = sorted(folder.name for folder in (GOLDEN / "models").iterdir())
 
 

@@ -43,16 +43,22 @@ def parse(name: str, args: list[str]) -> Config:
         place = f"{path}:{kept['dpo.policy']}: " if "dpo.policy" in kept else ""
         raise ConfigError(f"{place}dpo.policy: model stands for the model of model.path, which is not set: set model.path")
     options.check(changed, lines=kept, path=path, needs=needs)
-    _refuse_unread_mesh(name, changed, places={field: f"{path}:{line}: " for field, line in kept.items()})
+    places = {field: f"{path}:{line}: " for field, line in kept.items()}
+    _refuse_unread_mesh(name, changed, places=places, overruled=changed.run.devices != config.run.devices)
     return changed
 
 
-def _refuse_unread_mesh(name: str, config: Config, *, places: Mapping[str, str]) -> None:
-    """Raises `ConfigError` for sizes of a mesh that a command would not build. (`main` has more to say about mesh.context.)"""
+def _refuse_unread_mesh(name: str, config: Config, *, places: Mapping[str, str], overruled: bool) -> None:
+    """Raises `ConfigError` for sizes of a mesh that a command would not build. (`main` has more to say about mesh.context.)
+
+    `places` has the options as the file sets them. Where a flag overruled the file's run.devices, as when the file of a pod is
+    tried on one device, the file's mesh is meant for another day.
+    """
     if config.run.devices == "mesh" or name in NO_DEVICES or "mesh" not in COMMANDS[name].reads:
         return
     default = dataclasses.asdict(options.MeshConfig())
     given = [field for field, size in dataclasses.asdict(config.mesh).items() if size != default[field] and field != "context"]
+    given = [field for field in given if not (overruled and f"mesh.{field}" in places)]
     if given:
         field = f"mesh.{given[0]}"
         raise ConfigError(
