@@ -349,6 +349,7 @@ def test_the_command_leaves_table_figures_and_plot(config, tmp_path, capsys):
     assert results["work"]["mean_tokens"] == {"prompt": 20, "chosen": 8, "rejected": 12}
     assert len(results["contenders"]["jax-attention"]["losses"]) == 2
     assert (tmp_path / "run" / "bench" / "race.png").read_bytes().startswith(b"\x89PNG")
+    assert "lengths: 20/8/12" in (tmp_path / "run" / "bench" / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import json
 import numpy as np
 from tiny_run import _compilation_cache, call  # noqa: F401  the second is a fixture
 
+from dpo_jax.cli.config import load_config
+
 CONFIG = """\
 run: {{dir: {dir}}}
 diffusion:
@@ -50,6 +52,7 @@ def test_digits(tmp_path):
     code, out, err = diffusion(tmp_path, "--diffusion.width", "20")
     assert code == 2
     assert "width" in err
+    assert load_config(folder / "config.yaml").diffusion.betas == "0.1,0.2"  # the record of what is there
 
 
 def test_what_is_refused(tmp_path):

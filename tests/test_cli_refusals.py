@@ -90,7 +90,9 @@ def test_what_training_refuses_is_not_prepared(tmp_path):
     for split in ("train", "test"):
         (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in single))
     for flags in ((), ("--check",)):
+        before = (tmp_path / "run" / "prepare" / "config.yaml").read_bytes()
         message = refused(65, "prepare", config, *data, *flags)
+        assert (tmp_path / "run" / "prepare" / "config.yaml").read_bytes() == before
         assert "but pairs are needed here: a TFDS folder holds pairs; train on these files directly" in message
 
 

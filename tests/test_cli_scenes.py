@@ -5,6 +5,8 @@ import json
 
 from tiny_run import _compilation_cache, call  # noqa: F401  the second is a fixture
 
+from dpo_jax.cli.config import load_config
+
 CONFIG = """\
 run: {{dir: {dir}}}
 scenes:
@@ -45,6 +47,7 @@ def test_scenes(tmp_path):
     code, out, err = scenes(tmp_path, "--scenes.width", "12")
     assert code == 2
     assert "width" in err
+    assert load_config(folder / "config.yaml").scenes.width == 8  # the record of what is there
 
 
 def test_what_is_refused(tmp_path):

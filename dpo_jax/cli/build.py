@@ -63,11 +63,11 @@ def join_hosts(config: Config) -> bool:
 
 
 @contextmanager
-def open_run(config: Config, task: str, *, continues: bool = False, out: str | None = None) -> Iterator[RunDir]:
+def open_run(config: Config, task: str, *, out: str | None = None) -> Iterator[RunDir]:
     """The locked directory of a task, `out` or `<run.dir>/<task>`, with resolved configuration and environment written down.
 
-    A task that `continues` in the directory of an earlier one may still be refused, so the earlier records stay until it calls
-    `describe`, once its settings and inputs have passed. Otherwise they are replaced at once.
+    The task may still be refused. So the records of an earlier one stay until it calls `describe`, once its settings and inputs
+    have passed.
     """
     check_writers(config)
     with RunDir(out or Path(config.run.dir) / task, lock=is_first()) as run:
@@ -75,7 +75,7 @@ def open_run(config: Config, task: str, *, continues: bool = False, out: str | N
             keep(config)
         # So that the next task and a resumed run need not compile the same program again.
         keep_programs(Path(config.run.dir) / "compiled")
-        if not (continues and run.config.is_file()):
+        if not run.config.is_file():
             describe(run, config)
         yield run
 

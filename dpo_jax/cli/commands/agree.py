@@ -46,6 +46,7 @@ def run(config: Config) -> int:
     column = {"study": key.study if key else None, "names": names, **plain(table)}
     beside = [_column(path.strip()) for path in section.beside.split(",")] if section.beside else []
     with build.open_run(config, "agree") as run_dir:
+        build.describe(run_dir, config)
         write_json(run_dir.path / "agreement.json", column)
         print(text_of([column, *beside]))
         print("\n".join(f"note: {note}" for note in [*_notes(raters, judgments, judges, key), *left_out]))

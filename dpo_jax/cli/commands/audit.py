@@ -55,6 +55,7 @@ def run(config: Config) -> int:
         reports[test.report.split]["overlap"] = plain(found.overlap)
         for name, notes in verdict(config, reports).items():
             reports[name]["verdict"] = notes
+        build.describe(run_dir, config)
         write_json(run_dir.data_report, reports)
         print(page(config, reports))
         print(f"full report: {run_dir.data_report}")

@@ -77,6 +77,7 @@ def run(config: Config) -> int:
         summary = report.summarize(work, decoder, read_pairs(work), results, differences)
         if config.bench.scaling:
             summary["scaling"] = report.scaling(race.run_one(work, "scaling", steps=0))
+        build.describe(run_dir, config)
         write_json(run_dir.path / "results.json", {"machine": machine(), **summary})
         _plot(summary, run_dir.path / "race.png")
         print(f"\n{report.table(summary)}\n\nall figures: {run_dir.path / 'results.json'}")
@@ -218,6 +219,7 @@ def _sampling(config: Config) -> int:
             work, rounds=bench.rounds, python=torch_python(config), say=functools.partial(print, flush=True)
         )
         summary = sampling_race.summarize(work, results, differences)
+        build.describe(run_dir, config)
         write_json(run_dir.path / "sampling.json", {"machine": machine(), **summary})
         print(f"\n{sampling_race.table(summary)}\n\nall figures: {run_dir.path / 'sampling.json'}")
     return 0

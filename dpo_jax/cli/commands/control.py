@@ -48,6 +48,7 @@ def run(config: Config) -> int:
         with reported("solving the world"):
             world = make_world(config)
         experiment = Experiment(config, world, partitioner)
+        build.describe(run_dir, config)
         print(
             f"{len(runs)} runs in the world {world.name}, whose optimum or expert has a return of {world.optimal:.2f}",
             flush=True,

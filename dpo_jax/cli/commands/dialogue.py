@@ -50,7 +50,7 @@ def run(config: Config) -> int:
     refuse_bfloat16(config, "dialogue")
     runs = runs_of(config)
     make_reference(config)
-    with build.open_run(config, "dialogue", continues=True) as run_dir:
+    with build.open_run(config, "dialogue") as run_dir:
         world, digests = _world(config)
         build.describe(run_dir, config)
         experiment = _Experiment(config, world, run_dir.path)

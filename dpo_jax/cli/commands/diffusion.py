@@ -28,7 +28,7 @@ from dpo_jax.lab.seeds import over_seeds
 from dpo_jax.lab.sweep import Result, Run, sweep
 from dpo_jax.losses import named_loss
 from dpo_jax.runtime.optim import make_optimizer, make_schedule
-from dpo_jax.runtime.rundir import write_json
+from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.writing import writing
 
 EQUAL_KL = (2.0, 5.0, 10.0, 20.0)  # path KL in nats per image
@@ -48,7 +48,7 @@ GAUSSIAN_STEPS, GAUSSIAN_ERRORS = 2000, 8192
 def run(config: Config) -> int:
     with build.open_run(config, "diffusion", out=config.diffusion_out()) as run_dir:
         work = gaussian if config.diffusion.experiment == "gaussian" else digits
-        tables = work(config, run_dir.path)
+        tables = work(config, run_dir)
         print("\n".join(["", *(f"{table.text()}\n" for table in tables)]))
     return 0
 
@@ -63,13 +63,14 @@ def runs_of(config: Config) -> list[Run]:
     ]
 
 
-def digits(config: Config, folder: Path) -> list[Grid]:
-    section = config.diffusion
+def digits(config: Config, run_dir: RunDir) -> list[Grid]:
+    section, folder = config.diffusion, run_dir.path
     loss = named_loss(section.loss)  # beta is traced, and passed by keyword
     world = make_world(config)
     shared = shared_settings(config)
     with identity.refusing_mismatch():
         world.pretrain(folder / "pretrained", {f"diffusion.{name}": shared[name] for name in PRETRAINED})
+    build.describe(run_dir, config)
 
     def perform(run: Run, here: Path) -> list[dict[str, float]]:
         if run.method == REFERENCE:
@@ -203,9 +204,10 @@ def tables_of(results: Sequence[Result], reference: float, *, judge: float) -> l
     return [equal, Grid("where runs ended", ["path KL", "reward", "accuracy"], ends, words)]
 
 
-def gaussian(config: Config, folder: Path) -> list[Grid]:
+def gaussian(config: Config, run_dir: RunDir) -> list[Grid]:
     """Compares the trained policy with the optimum of its bound, and with the tilted optimum that DPO aims at."""
-    section, found = config.diffusion, []
+    section, folder, found = config.diffusion, run_dir.path, []
+    build.describe(run_dir, config)
     schedule = SCHEDULES[section.schedule](section.gaussian_steps)
     options = {"beta": BETA, "schedule": schedule, "weighting": "elbo"}
     for name, reward in REWARDS.items():

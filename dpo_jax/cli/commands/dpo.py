@@ -36,7 +36,7 @@ class WrongStart(RuntimeError):
 
 def run(config: Config) -> int:
     section = config.dpo
-    with build.open_run(config, "dpo", continues=True) as run_dir:
+    with build.open_run(config, "dpo") as run_dir:
         saved = earlier_run(config, "dpo", section)
         tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
         (pairs, held_out), vision = load_pairs(config, tokenizer)

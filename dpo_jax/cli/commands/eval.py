@@ -49,7 +49,7 @@ def run(config: Config) -> int:
     config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, reference=eval_reference(config)))
     of_run = Path(config.eval_policy()).resolve() == Path(config.run.dir, "dpo", "export").resolve()
     task = "rewards" if config.eval.rewards else "eval"
-    with build.open_run(given, task, continues=True, out=config.eval.rewards_out) as run_dir:
+    with build.open_run(given, task, out=config.eval.rewards_out) as run_dir:
         tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
         rows = loss_table.rows_of(config.dpo.loss)
         if config.eval.rewards and rows != "pairs":

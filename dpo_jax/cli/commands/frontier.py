@@ -72,7 +72,7 @@ def run(config: Config) -> int:
     config = sized(config)
     refuse_bfloat16(config, "frontier")
     make_reference(config)
-    with build.open_run(config, "frontier", continues=True) as run_dir:
+    with build.open_run(config, "frontier") as run_dir:
         world, digests = make_world(config, train="prompts", test="test_prompts")
         shared = shared_settings(config, digests["start"], world)
         study = _Study(config, world, run_dir, shared, digests)

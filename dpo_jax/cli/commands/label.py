@@ -17,7 +17,7 @@ from dpo_jax.data.pairs import Cause, DataError, DataReport
 
 def run(config: Config) -> int:
     config = sized(config)
-    with build.open_run(config, "label", continues=True) as run_dir:
+    with build.open_run(config, "label") as run_dir:
         world, _ = make_world(config, train="prompts", test="test_prompts")
         build.describe(run_dir, config)
         key, reports = of_training(config), []

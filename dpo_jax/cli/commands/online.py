@@ -55,7 +55,7 @@ UNSAVED = {"online.replay": 1}
 def run(config: Config) -> int:
     refuse_unfit(config)
     section = config.online.training(config.dpo)
-    with build.open_run(config, "online", continues=True) as run_dir:
+    with build.open_run(config, "online") as run_dir:
         saved = earlier_run(config, "online", section)
         compare = compare_of(config, run_dir)
         learned = _learned(config)

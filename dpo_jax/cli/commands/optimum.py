@@ -28,7 +28,7 @@ KLS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)  # KLs of the printed
 def run(config: Config) -> int:
     config = sized(config)
     section = config.frontier
-    with build.open_run(config, "optimum", continues=True) as run_dir:
+    with build.open_run(config, "optimum") as run_dir:
         world, _ = make_world(config, train=None, test="optimum_prompts")
         build.describe(run_dir, config)
         print(f"{section.optimum_samples} completions of each of {len(world.test.ids)} prompts", flush=True)

@@ -38,7 +38,7 @@ from dpo_jax.untrusted import Unreadable
 def run(config: Config) -> int:
     config = sized(config)
     refuse_bfloat16(config, "ppo")
-    with build.open_run(config, "ppo", continues=True) as run_dir:
+    with build.open_run(config, "ppo") as run_dir:
         saved = earlier_run(config, "ppo", config.dpo)
         path = config.ppo.reward_model
         reward = learned_reward(config, path, name="ppo.reward_model", batch=config.frontier.sample_batch) if path else None

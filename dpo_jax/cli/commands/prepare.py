@@ -23,9 +23,9 @@ def run(config: Config) -> int:
             config.data.train_split: splits.load_split(config, "train", tokenizer, rows="any"),
             config.data.test_split: splits.load_split(config, "test", tokenizer, rows="any"),
         }
-        build.describe(run_dir, config, *(preferences.report for preferences in found.values()))
         for preferences in found.values():
             _check(config, preferences)
+        build.describe(run_dir, config, *(preferences.report for preferences in found.values()))
         for preferences in found.values():
             print(preferences.report.summary())
         with reported("writing"):

@@ -26,7 +26,7 @@ SIDES = {"pairs": ("chosen", "rejected"), "rankings": ("best", "worst"), "unpair
 
 
 def run(config: Config) -> int:
-    with build.open_run(config, "refs", continues=True) as run_dir:
+    with build.open_run(config, "refs") as run_dir:
         tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
         both, vision = load_pairs(config, tokenizer)
         check_repeats(config, *both)

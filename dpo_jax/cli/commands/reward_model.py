@@ -24,7 +24,7 @@ from dpo_jax.training.fingerprint import architecture
 
 def run(config: Config) -> int:
     path, training = config.dpo_policy(), config.dpo
-    with build.open_run(config, "reward-model", continues=True) as run_dir:
+    with build.open_run(config, "reward-model") as run_dir:
         earlier_run(config, "reward-model", training)
         tokenizer = build.tokenizer_of(config, model_path=path, name="dpo.policy")
         model = build.policy_model(config, path, tokenizer, name="dpo.policy")

@@ -33,7 +33,7 @@ def run(config: Config) -> int:
     refuse_bfloat16(config, "robust")
     runs, module = runs_of(config), EXPERIMENTS[config.robust.experiment]
     module.prepare(config)
-    with build.open_run(config, "robust", continues=True, out=config.robust_out()) as run_dir:
+    with build.open_run(config, "robust", out=config.robust_out()) as run_dir:
         experiment = module.Experiment(config, run_dir.path)
         build.describe(run_dir, config)
         print(f"{len(runs)} runs of experiment {config.robust.experiment}", flush=True)

@@ -21,7 +21,7 @@ from dpo_jax.lab import scenes_report as found
 from dpo_jax.lab.robust import Grid
 from dpo_jax.lab.scenes import ScenesWorld, Sizes
 from dpo_jax.lab.sweep import Run, sweep
-from dpo_jax.runtime.rundir import write_json
+from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.writing import write_text
 
 PREPARED = (
@@ -35,7 +35,7 @@ SHARED = (*PREPARED, "test", "pairs", "pair_omits", "batch", "epochs", "evaluati
 
 def run(config: Config) -> int:
     with build.open_run(config, "scenes") as run_dir:
-        tables = captioned(config, run_dir.path)
+        tables = captioned(config, run_dir)
         print("\n".join(["", *(f"{table.text()}\n" for table in tables)]))
     return 0
 
@@ -53,11 +53,12 @@ def runs_of(config: Config) -> list[Run]:
     return runs
 
 
-def captioned(config: Config, folder: Path) -> list[Grid]:
-    section = config.scenes
+def captioned(config: Config, run_dir: RunDir) -> list[Grid]:
+    section, folder = config.scenes, run_dir.path
     world = make_world(section, folder, seed=config.run.seed)
     with identity.refusing_mismatch():
         world.prepare()
+    build.describe(run_dir, config)
 
     def perform(run: Run, here: Path) -> list[dict[str, float]]:
         if run.method == found.REFERENCE:

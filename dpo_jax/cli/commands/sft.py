@@ -29,7 +29,7 @@ from dpo_jax.types import TrainState
 
 def run(config: Config) -> int:
     section = config.sft
-    with build.open_run(config, "sft", continues=True) as run_dir:
+    with build.open_run(config, "sft") as run_dir:
         saved = earlier_run(config, "sft", section)
         tokenizer = build.tokenizer_of(config, model_path=config.model.path)
         data = (_plain_texts if config.data.source in splits.TEXT_SOURCES else _targets)(config, tokenizer)

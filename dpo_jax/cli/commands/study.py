@@ -25,7 +25,7 @@ from dpo_jax.writing import write_text
 def run(config: Config) -> int:
     section = config.study
     jax.config.update("jax_platforms", "cpu")  # a training run may hold the accelerator
-    with build.open_run(config, "study", continues=True) as run_dir:
+    with build.open_run(config, "study") as run_dir:
         with reported("reading the completions"):
             comparisons, report = _comparisons(config)
         wording = WORDINGS[section.task]
