@@ -85,6 +85,16 @@ def test_it_ends_without_a_better_evaluation_and_returns_the_best(whole):
     assert [row["step"] for row in log_of(folder) if is_evaluation(row)] == [2, 4, 6, 8, 10]
 
 
+def test_the_weights_before_the_first_step_are_no_candidate(whole, tmp_path):
+    """Also where they are the best, and where a kill came before the first checkpoint."""
+    options = {"held_out": {0: 0.0, **HELD_OUT}, "eval_at_start": True}
+    with pytest.raises(Preempted):
+        run(tmp_path, killed_at=4, **options)
+    count, _, record, _ = run(tmp_path, **options)
+    assert (count, record) == (whole[1][0], whole[1][2])
+    assert [row["step"] for row in log_of(tmp_path) if is_evaluation(row)] == [0, 2, 4, 6, 8, 10]
+
+
 @pytest.mark.parametrize("killed_at", [1, 2, 4, 5, 8, 10])
 def test_a_killed_run_stops_where_it_would_have(whole, killed_at, tmp_path):
     """Also where the signal came in the place of an evaluation."""

@@ -165,6 +165,27 @@ def test_it_evaluates_at_the_end_and_only_once(tmp_path):
     assert rows == [{"step": 3, "eval/sum": 3.0}, {"step": 4, "eval/sum": 4.0}]
 
 
+def test_it_evaluates_before_the_first_step_if_asked_and_only_once(tmp_path):
+    seen = []
+
+    def evaluate(state, done):
+        seen.append(done)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)  # after step 2, before any checkpoint
+        return {"sum": state.params}
+
+    options = {"evaluate": evaluate, "eval_every": 2, "eval_at_start": True}
+    with pytest.raises(Preempted):
+        small(tmp_path, 4, **options)
+    small(tmp_path, 4, **options)
+    small(tmp_path, 4, **options)
+    assert seen == [0, 2, 4]
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[0] == {"step": 0, "eval/sum": 0.0}
+    assert [row["step"] for row in rows if is_evaluation(row)] == seen
+    assert [row["step"] for row in rows if not is_evaluation(row)] == [0, 1, 2, 3]
+
+
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     def evaluate(state, done):
         with pytest.raises(RunLocked):

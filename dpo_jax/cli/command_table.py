@@ -25,7 +25,7 @@ def module_of(name: str) -> str:
 
 # Every stage of a run takes the sections that describe it, so that one set of flags serves all stages.
 _RUN = ("run", "mesh", "data", "tokenizer", "model")
-_LOGGED = ("eval_every_examples", "tensorboard", "wandb", "trackio")
+_LOGGED = ("eval_every_examples", "eval_at_start", "tensorboard", "wandb", "trackio")
 
 
 def _run_without(*fields: str) -> tuple[str, ...]:
@@ -146,7 +146,7 @@ COMMANDS = {
     ),
     "online": Command(
         "online DPO: rounds of sampling, labels from a reward, a judge or people, and training",
-        (*_run_without("eval_every_examples"), "lora", *_ONLINE, "online", "export.dtype"),
+        (*_run_without("eval_every_examples", "eval_at_start"), "lora", *_ONLINE, "online", "export.dtype"),
         ("data",),
     ),
     "optimum": Command(

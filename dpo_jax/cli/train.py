@@ -216,6 +216,7 @@ def train(
             save_every_minutes=config.run.save_every_minutes,
             evaluate=evaluate,
             eval_every=math.ceil(config.run.eval_every_examples / section.batch),
+            eval_at_start=config.run.eval_at_start,
             stopping=early_stopping(section),
             moving=moving,
             lr=lr,

@@ -86,7 +86,7 @@ def fit(
       save_every_minutes: also save if the last save (or the start) was this long ago by `clock` (in seconds). With several
         hosts, the first one keeps the time; the others get 0 and learn of it through `agree`.
       evaluate: `evaluate(state, steps taken) -> metrics`, every `eval_every` steps and at the end, logged under `eval/`.
-      evaluate_first: also evaluate the given state, if a signal came before its evaluation.
+      evaluate_first: also evaluate the given state: before the first step, or if a signal came before its evaluation.
       watch: `watch(steps taken, metrics)`, called after each evaluation, decides whether to save and whether to end the run.
       renew: `renew(state, steps taken, pause)`, called after every `renew_every` steps once the state is saved, changes what
         `stream` reads; not called after the last step. It calls `pause()` regularly, which raises `Preempted` after a signal.

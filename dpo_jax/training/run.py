@@ -70,6 +70,7 @@ def train(
     save_every_minutes: float = 0.0,
     evaluate: Evaluate | None = None,
     eval_every: int = 0,
+    eval_at_start: bool = False,
     stopping: EarlyStopping | None = None,
     moving: Moving | None = None,
     lr: Callable[[int], Any] | None = None,
@@ -121,6 +122,7 @@ def train(
       saved: the result of `saved_run`, if other arguments depend on it (`behind`).
       partitioner: one of `runtime.parallel`; by default `single_device()`.
       checkpoints: another directory for them, possibly a bucket (`gs://...`).
+      eval_at_start: also evaluate before the first step. For `stopping` the initial weights are not a candidate.
       stopping: ends the run early, based on `evaluate`. The returned state is then the best one, not the last.
       moving: every N steps, makes the policy the reference of `stream` (`MovingReference`), or produces all its data
         (`online.Rounds`). The state of such a step is saved first, and kept until the next such step.
@@ -155,11 +157,14 @@ def train(
             state = _at_its_reference(state, start, moving, store, partitioner)
         judge = None if evaluate is None else functools.partial(_finite, evaluate)
         log = held.enter_context(MetricsLog(run.metrics, writers=writers())) if hosts.is_first() else None
-        lost = judge is not None and _is_due(start, eval_every, total_steps)  # a signal may have prevented it
-        if lost and stopping is not None:
-            lost = stopping.last < start
-        elif lost:
-            lost = start < total_steps and not _is_evaluated(log, start)
+        if start == 0:
+            first = judge is not None and eval_at_start and total_steps > 0 and not _is_evaluated(log, 0)
+        else:
+            first = judge is not None and _is_due(start, eval_every, total_steps)  # a signal may have prevented it
+            if first and stopping is not None:
+                first = stopping.last < start
+            elif first:
+                first = start < total_steps and not _is_evaluated(log, start)
         state = fit(
             step,
             state,
@@ -172,7 +177,7 @@ def train(
             progress=progress if hosts.is_first() else None,
             evaluate=judge,
             eval_every=eval_every,
-            evaluate_first=lost,
+            evaluate_first=first,
             watch=stopping.watching(store) if stopping is not None else None,
             save_every=save_every,
             save_every_minutes=save_every_minutes if hosts.is_first() else 0.0,

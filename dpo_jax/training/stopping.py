@@ -36,8 +36,8 @@ class EarlyStopping:
 
     @property
     def last(self) -> int:
-        """The step count of the last evaluation; -1 before the first."""
-        return self.record.get("last", -1)
+        """The step count of the last evaluation; 0 before the first."""
+        return self.record.get("last", 0)
 
     @property
     def stopped(self) -> bool:
@@ -55,10 +55,10 @@ class EarlyStopping:
         return Verdict(save=better, stop=self.stopped)
 
     def watching(self, store: Checkpoints) -> Callable[[int, Mapping[str, Any]], Verdict]:
-        """`observe`, which also pins the best step in `store`."""
+        """`observe`, which also pins the best step in `store`. The weights before the first step are no candidate."""
 
         def watch(done: int, metrics: Mapping[str, Any]) -> Verdict:
-            verdict = self.observe(done, metrics)
+            verdict = self.observe(done, metrics) if done else Verdict()
             if verdict.save:
                 store.pin(done)
             return verdict

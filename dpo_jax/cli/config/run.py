@@ -45,6 +45,8 @@ class RunConfig:
     run.dir."""
     eval_every_examples: int = 0
     """Evaluate on the test split every N training examples, and at the end; 0: only at the end."""
+    eval_at_start: bool = False
+    """Also evaluate before the first step: the starting point of the held-out curves."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the `writers` extra)."""
     wandb: str | None = None
