@@ -14,6 +14,7 @@ from dpo_jax.losses import PreferenceLoss, asked, desirable_share, right, unpair
 from dpo_jax.routing import with_router
 from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
+from dpo_jax.whole_batch import linear_loss, with_slopes
 
 
 def dpo_step(
@@ -42,8 +43,9 @@ def dpo_step(
     0.6931 0.0
 
     A custom loss is a function of arrays. Its keyword arguments name what it needs besides log-probabilities: `lengths`, the
-    scored tokens float32[P, K], or others of `losses.SIGNALS`. A loss with the keyword `weight` looks across pairs, so it is
-    refused with microbatches or a mapped axis. Columns of the data go into `rows.extras` by name, through `examples_to_rows`.
+    scored tokens float32[P, K], or others of `losses.SIGNALS`. A loss with the keyword `weight` looks across pairs; with
+    microbatches or mapped devices it costs one more forward pass (`whole_batch`). Columns of the data go into `rows.extras` by
+    name, through `examples_to_rows`.
     Fillers have length 0, so divide by at least 1: their weight of 0 does not undo a NaN. A loss with lengths and a gap:
 
     >>> def loss(logps, ref_logps, *, lengths, gap):
@@ -55,15 +57,14 @@ def dpo_step(
     2.125
     """
     signals = _signals(loss, rows)
-    if "weight" in signals and (microbatches > 1 or axis_name is not None):
-        raise ValueError(
-            "this loss looks at all pairs of a batch at once, but microbatches or a mapped axis split the batch into parts: "
-            "use one microbatch, and one device or a mesh"
-        )
     if rows.extras and "desirable" in rows.extras:
         rows = rows.replace(extras={**rows.extras, "desirable_share": desirable_share(rows, axis_name)})
     if "mean_lengths" in signals:
         rows = rows.replace(extras={**(rows.extras or {}), "mean_lengths": _mean_lengths(rows, axis_name)})
+    if "weight" in signals and (microbatches > 1 or axis_name is not None):
+        inputs = partial(_loss_inputs, state.variables, model=model, loss=loss, ld_alpha=ld_alpha)
+        rows = with_slopes(rows, inputs, loss=loss, microbatches=microbatches, axis_name=axis_name)
+        loss = linear_loss
     objective = partial(dpo_objective, loss=loss, ld_alpha=ld_alpha)
     objective = with_router(objective, model, coefficient=router_aux_loss, axis_name=axis_name)
     return train_step(state, rows, objective=objective, tx=tx, microbatches=microbatches, axis_name=axis_name)
@@ -78,10 +79,24 @@ def dpo_objective(
     >>> losses.shape, metrics["rewards/margins"].shape
     ((2,), (2,))
     """
+    logps, extras = _loss_inputs(variables, rows, model=model, loss=loss, ld_alpha=ld_alpha)
+    found = loss(logps, rows.ref_logps, **extras)
+    if not (isinstance(found, tuple) and len(found) == 2):
+        raise TypeError(f"a loss returns (losses [P], rewards [P, K]), but this one returns {type(found).__name__}")
+    losses, rewards = found
+    if (columns := rows.extras or {}) and "desirable" in columns:
+        share = columns["desirable_share"] if "desirable_share" in columns else desirable_share(rows, None)
+        return losses, unpaired_metrics(logps, rows.ref_logps, rewards=rewards, desirable=columns["desirable"], share=share)
+    return losses, preference_metrics(logps, rows.ref_logps, rewards=rewards)
+
+
+def _loss_inputs(
+    variables: Variables, rows: Rows, *, model: Model, loss: PreferenceLoss, ld_alpha: float
+) -> tuple[jax.Array, dict[str, Array]]:
+    """The log-probabilities float32[P, K] of the pairs, and what else the loss takes by keyword."""
     if rows.ref_logps is None:
         raise ValueError("the batch carries no reference log-probabilities: give the layout `ref_logps`")
     hidden = scored_hidden(model, variables, rows)
-    logps = pair_sums(hidden_logps(model, variables, hidden, rows), rows, ld_alpha=ld_alpha)
     supplied = {
         "lengths": lambda: completion_lengths(rows),
         "weight": lambda: rows.weight,
@@ -90,16 +105,9 @@ def dpo_objective(
     signals, columns = _signals(loss, rows), dict(rows.extras or {})
     if "desirable" in signals:
         raise ValueError("this loss reads single completions with labels, but the batch has none (Encoded.desirable)")
-    share = columns.pop("desirable_share", None)
-    extras = {name: make() for name, make in supplied.items() if name in signals} | columns
-    found = loss(logps, rows.ref_logps, **extras)
-    if not (isinstance(found, tuple) and len(found) == 2):
-        raise TypeError(f"a loss returns (losses [P], rewards [P, K]), but this one returns {type(found).__name__}")
-    losses, rewards = found
-    if "desirable" in columns:
-        share = desirable_share(rows, None) if share is None else share
-        return losses, unpaired_metrics(logps, rows.ref_logps, rewards=rewards, desirable=columns["desirable"], share=share)
-    return losses, preference_metrics(logps, rows.ref_logps, rewards=rewards)
+    columns.pop("desirable_share", None)  # of the metrics
+    extras = {name: make() for name, make in supplied.items() if name in signals}
+    return pair_sums(hidden_logps(model, variables, hidden, rows), rows, ld_alpha=ld_alpha), extras | columns
 
 
 def _signals(loss: PreferenceLoss, rows: Rows) -> frozenset[str]:

@@ -286,7 +286,7 @@ def whole_batch(text: str) -> bool:
         return False
 
 
-def problems(text: str, values: Mapping[str, Any], *, microbatches: int = 1) -> Iterator[tuple[str, str]]:
+def problems(text: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Problems with the option values of the losses of a text, as (option, what is wrong and what to do)."""
     try:
         read = reads(text)
@@ -307,9 +307,6 @@ def problems(text: str, values: Mapping[str, Any], *, microbatches: int = 1) -> 
         for name in term.loss.needs:
             if values[name] == OPTIONS[name].default:
                 yield name, f"loss {term.name} needs it: {OPTIONS[name].help[0].lower()}{OPTIONS[name].help[1:]}"
-    if microbatches > 1 and whole_batch(text):
-        why = "looks at all examples of a batch at once, but microbatches split it"
-        yield "microbatches", f"loss {text} {why}: leave it at 1"
     if values["f_alpha"] != OPTIONS["f_alpha"].default and values["f_divergence"] != "alpha_divergence":
         yield "f_alpha", "belongs to f_divergence alpha_divergence: set that, or leave it out"
 

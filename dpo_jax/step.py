@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from dpo_jax.head import at_least_float32
+from dpo_jax.microbatches import split
 from dpo_jax.models.axes import parts_of
 from dpo_jax.rounding import Optimizer, StochasticRounding
 from dpo_jax.types import ROW_AXES, Array, Metrics, TrainState, Variables
@@ -111,7 +112,7 @@ def mean_grads(
         return _psum((jax.tree.map(at_least_float32, grads), metrics), axis_name)
 
     wide = jax.tree.map(at_least_float32, params)
-    parts = _split(rows, microbatches)
+    parts = split(rows, microbatches)
     # The backward pass adds to these in place, layer by layer, so there is never a second copy of all gradients.
     sums = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), wide)
 
@@ -167,26 +168,6 @@ def _check_shapes(terms: Metrics, weight: Array) -> None:
         if jnp.shape(value) != jnp.shape(weight):
             each = f"and one value for each of the {jnp.size(weight)} examples is expected"
             raise ValueError(f"{name} has the shape {jnp.shape(value)}, {each}")
-
-
-def _split(rows: Batch, microbatches: int) -> Batch:
-    """The batch in microbatches: every leaf [n, ...] as [microbatches, n / microbatches, ...]. Examples stay with their rows.
-
-    If the rows are sharded over devices, microbatch `i` takes every `microbatches`-th row (of plain pairs: both rows), starting
-    from row `i`. Each device then takes part in every microbatch with rows that it already holds. On one device a microbatch
-    takes neighbouring rows, so that the empty rows, which come last, fill microbatches of their own.
-    """
-    groups = min(x.shape[0] for x in jax.tree.leaves(rows))
-    if groups % microbatches:
-        raise ValueError(f"a batch of {groups} rows cannot be split into {microbatches} microbatches of equal size")
-
-    def split(x: Array) -> Array:
-        if parts_of(ROW_AXES) == 1:
-            return x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
-        strided = x.reshape(groups // microbatches, microbatches, x.shape[0] // groups, *x.shape[1:])
-        return strided.swapaxes(0, 1).reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
-
-    return jax.tree.map(split, rows)
 
 
 def _first(parts: Batch) -> Batch:

@@ -19,7 +19,8 @@ def name_of(path):
 FLOORS = [
     (1, ["types.py", "extras.py", "untrusted.py", "shapes.py", "writing.py", "locks.py"]),
     (1, ["loss_table.py", "optimizer_table.py", "option.py"]),
-    (2, ["losses/", "head.py", "logps.py", "routing.py", "step.py", "rounding.py", "sampling.py", "models/", "data/"]),
+    (2, ["losses/", "head.py", "logps.py", "routing.py", "step.py", "microbatches.py", "whole_batch.py", "rounding.py"]),
+    (2, ["sampling.py", "models/", "data/"]),
     (2, ["sampling_loop.py", "lanes.py", "token_draw.py"]),
     (3, ["diffusion/", "dpo.py", "cpl.py", "sft.py", "reward_model.py", "ppo.py", "reference.py", "dataset_logps.py"]),
     (4, ["runtime/"]),

@@ -1,7 +1,7 @@
 """What a step supplies to a loss that asks for it: the same in every layout, however the batch is cut into parts."""
 
+import contextlib
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from test_groups import PAIRS as OF_GROUPS
 from test_step import PAIRS, REF, layout, rows_of, toy_model
 
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.layout import plain_rows, ranking_rows
+from dpo_jax.data.layout import examples_to_rows, plain_rows, ranking_rows
 from dpo_jax.dpo import dpo_step
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import named_loss, sum_of_losses, weighted_by_policy
@@ -77,12 +77,43 @@ def test_a_likelihood_term_per_token_does_not_depend_on_how_the_batch_is_cut(cut
     assert whole["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_loss_across_pairs_is_refused_where_the_batch_is_cut(state):
-    step = functools.partial(dpo_step, model=MODEL, tx=TX, loss=named_loss("aot + 0.1*sft"))
-    cuts: list[dict[str, Any]] = [{"microbatches": 2}, {"axis_name": "data"}]
-    for options in cuts:
-        with pytest.raises(ValueError, match="this loss looks at all pairs of a batch at once"):
-            step(state, rows_of("shared"), **options)
+def decorrelated(logps, ref_logps, *, weight, aligned_logps, gap):
+    """A loss across pairs of one's own. Each term depends on all pairs, and on every kind of input."""
+    margins = (logps - ref_logps)[:, 0] - (logps - ref_logps)[:, 1]
+    mean = (margins * weight).sum() / weight.sum()
+    return (margins - mean - gap) ** 2 * jnp.exp(aligned_logps[:, 0]) + 0.1 * jnp.tanh(mean), logps - ref_logps
+
+
+@pytest.mark.parametrize("kind", ["plain", "shared", "packed"])
+@pytest.mark.parametrize(
+    "cut",
+    [{"microbatches": 4}, {"devices": 4}, {"devices": 2, "microbatches": 2}, {"mesh": 2, "microbatches": 2}],
+    ids=lambda cut: " ".join(f"{count} {name}" for name, count in cut.items()),
+)
+@pytest.mark.parametrize("name", ["aot + 0.1*sft", "custom"])
+def test_a_loss_across_pairs_is_that_of_the_whole_batch_where_it_is_cut(name, cut, kind, state):
+    """Update and metrics. `test_a_loss_across_pairs_sorts_the_whole_of_a_sharded_batch` has the numbers."""
+    loss = decorrelated if name == "custom" else named_loss(name, beta=0.3)
+    rows = rows_of(kind)
+    if name == "custom":
+        rows = rows.replace(extras={"gap": examples_to_rows(np.linspace(-1, 1, 8, dtype=np.float32), rows)})
+    step = functools.partial(dpo_step, model=MODEL, tx=TX, loss=loss)
+    after, expected = jax.jit(step)(state, rows)
+    parts = functools.partial(step, microbatches=cut.get("microbatches", 1))
+    if devices := cut.get("devices"):
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        parts = functools.partial(parts, axis_name="data")
+        parts = jax.shard_map(parts, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    with contextlib.ExitStack() as held:
+        if devices := cut.get("mesh"):
+            mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+            held.enter_context(jax.set_mesh(mesh))
+            rows = jax.device_put(rows, jax.sharding.NamedSharding(mesh, P("data")))
+        found, metrics = jax.jit(parts)(state, rows)
+    assert {*metrics} == {*expected}
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found.params, after.params)
 
 
 def test_a_loss_across_pairs_sorts_the_whole_of_a_sharded_batch(state):

@@ -102,6 +102,12 @@ def test_kto_from_audit_to_evaluation_and_after_a_kill(folder):
     assert refs == {path: path.read_bytes() for path in (run / "refs").glob("logps-*")}
     assert call("report", run).code == 0
     assert "eval.rewards: judges pairs, but loss kto reads unpaired" in refused(2, "eval", config, "--rewards")
+    for number, parts in enumerate((("--run.devices", "pmap"), ("--dpo.microbatches", 2, "--run.devices", "single"))):
+        run = folder / f"parts{number}"
+        assert call("dpo", config, "--run.dir", run, *parts).code == 0
+        for row, whole_row in zip(read_metrics(run / "dpo" / "metrics.jsonl"), rows, strict=True):
+            for name in ("loss", "eval/loss", "kl", "grad_norm"):
+                assert row.get(name) == pytest.approx(whole_row.get(name), rel=1e-4, abs=1e-4), (parts, row)
 
 
 def test_plackett_luce_from_a_file_of_rankings(folder):
@@ -172,9 +178,7 @@ def test_a_check_counts_no_steps_where_a_row_is_several_pairs(folder):
 
 def test_options_that_do_not_fit_the_rows_are_refused(folder):
     config = configured(folder, "unpaired", "kto", "options")
-    message = refused(2, "dpo", config, "--dpo.ld-alpha", 0.5, "--dpo.microbatches", 2, "--data.ranking-length", 1)
+    message = refused(2, "dpo", config, "--dpo.ld-alpha", 0.5, "--data.ranking-length", 1)
     assert "dpo.ld_alpha: compares lengths within a pair, and loss kto does not read pairs" in message
-    assert "dpo.microbatches: loss kto looks at all examples of a batch at once" in message
     assert "data.ranking_length: a ranking has at least 2 completions, got 1" in message
-    assert "run.devices: loss kto looks at all examples" in refused(2, "dpo", config, "--run.devices", "pmap")
     assert not Path(folder / "options").exists()

@@ -1,7 +1,4 @@
-"""Alignment via optimal transport (AOT): losses that sort all pairs of a batch. They take `weight`, to leave fillers out.
-
-`dpo_step` refuses microbatches and mapped devices for them, because each would sort only its part of the pairs.
-"""
+"""Alignment via optimal transport (AOT): losses that sort all pairs of a batch. They take `weight`, to leave fillers out."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class DpoConfig(LossConfig, TrainingConfig):
             yield "ld_alpha", f"compares lengths within a pair, and loss {self.loss} does not read pairs: leave it at 1"
         yield from positive(self, "refresh_reference_steps")
         yield from self._check_moving()
-        yield from loss_table.problems(self.loss, self.loss_options(), microbatches=self.microbatches)
+        yield from loss_table.problems(self.loss, self.loss_options())
 
     def _check_moving(self) -> Iterator[Problem]:
         if self.refresh_reference_steps is None:

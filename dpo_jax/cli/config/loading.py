@@ -97,9 +97,6 @@ def problems(config: Config) -> list[Problem]:
             found += [("data.mix", f"entry {number}: {words}") for text in texts if (words := _not_text("data.path", text))]
         bad = [(field, "must be a finite number") for field in numbers if not math.isfinite(getattr(section, field))]
         found += [(f"{name}.{field}", message) for field, message in bad or section.check()]
-    if config.run.devices == "pmap" and loss_table.whole_batch(config.dpo.loss):
-        why = "looks at all examples of a batch at once"
-        found.append(("run.devices", f"loss {config.dpo.loss} {why}: use single or mesh"))
     for name in ("sft", "dpo"):
         if config.lora.rank is not None and getattr(config, name).trainable is not None:
             found.append((f"{name}.trainable", "with lora.rank only the adapter is trained; leave one of them out"))

@@ -44,8 +44,8 @@ class TrainingConfig(OptimizerConfig):
     max_grad_norm: float = 10.0
     """Clip gradients to this global L2 norm."""
     microbatches: int = 1
-    """Gradient accumulation: number of parts into which a batch is split to save memory. The result is the same. Not for kto,
-    aot, aot_unpaired."""
+    """Gradient accumulation: number of parts into which a batch is split to save memory. The result is the same. Losses of the
+    whole batch (kto, aot, aot_unpaired) then take one more forward pass."""
     trainable: str | None = None
     """Train only these parameters: last_layer, last_layers:N, or name patterns (final_norm.*, *.bias), separated by commas;
     none: all of them."""

@@ -1,0 +1,58 @@
+"""Losses that look across the examples of a batch, where the batch is in parts: microbatches, or devices under pmap.
+
+The gradient of such a loss is the sum over examples of dL/d(log-probability) times the gradient of that log-probability. A
+first pass, forward only, computes the log-probabilities of all parts. They give the loss of the whole batch, and its slopes
+dL/d(log-probability). The step then takes the gradient of a linear function with these slopes, part by part. This is gradient
+caching (Gao et al. 2021, arXiv 2101.06983): exact, for the price of one more forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.losses import PreferenceLoss
+from dpo_jax.microbatches import join, split
+from dpo_jax.types import Array, Rows
+
+Inputs = Callable[[Rows], tuple[jax.Array, Mapping[str, Array]]]
+"""Rows -> log-probabilities float32[P, K], and the other inputs of a loss by name, [P] or [P, K] each."""
+
+
+def with_slopes(rows: Rows, inputs: Inputs, *, loss: PreferenceLoss, microbatches: int, axis_name: str | None) -> Rows:
+    """`rows` with three more columns, for which `linear_loss` has the values and gradients of `loss` on the global batch."""
+    logps, extras = join(jax.lax.map(inputs, split(rows, microbatches)), rows)
+    here = logps, rows.ref_logps, rows.weight, extras
+    gathered = jax.tree.map(lambda x: _of_all(jnp.asarray(x), axis_name), here)
+    logps, ref_logps, weight, extras = gathered
+
+    def total(logps: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        losses, rewards = loss(logps, ref_logps, **extras)
+        return (losses * weight).sum(), (losses, rewards)
+
+    slopes, (losses, rewards) = jax.grad(total, has_aux=True)(logps)
+    # The step weighs the terms of examples once more. A filler, of weight 0, has no slope.
+    slopes = slopes / jnp.where(weight > 0, weight, 1)[:, None]
+    found = {"whole_losses": losses, "whole_rewards": rewards, "whole_slopes": slopes}
+    count = rows.weight.shape[0]
+    return rows.replace(extras={**(rows.extras or {}), **{k: _of_this(v, count, axis_name) for k, v in found.items()}})
+
+
+def linear_loss(
+    logps: Array, ref_logps: Array, *, whole_losses: Array, whole_rewards: Array, whole_slopes: Array, **others: Any
+) -> tuple[jax.Array, jax.Array]:
+    """A loss with given values float32[P], and with slopes float32[P, K] in `logps`. Other columns are not read."""
+    linear = (jnp.asarray(whole_slopes) * logps).sum(axis=1)
+    return whole_losses + linear - jax.lax.stop_gradient(linear), jnp.asarray(whole_rewards)
+
+
+def _of_all(x: jax.Array, axis_name: str | None) -> jax.Array:
+    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
+
+
+def _of_this(x: jax.Array, count: int, axis_name: str | None) -> jax.Array:
+    """This device's `count` entries."""
+    return x if axis_name is None else jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis_name) * count, count)
