@@ -79,21 +79,21 @@ def dpo_objective(
     >>> losses.shape, metrics["rewards/margins"].shape
     ((2,), (2,))
     """
-    logps, extras = _loss_inputs(variables, rows, model=model, loss=loss, ld_alpha=ld_alpha)
-    found = loss(logps, rows.ref_logps, **extras)
+    logps, ref_logps, extras = _loss_inputs(variables, rows, model=model, loss=loss, ld_alpha=ld_alpha)
+    found = loss(logps, ref_logps, **extras)
     if not (isinstance(found, tuple) and len(found) == 2):
         raise TypeError(f"a loss returns (losses [P], rewards [P, K]), but this one returns {type(found).__name__}")
     losses, rewards = found
     if (columns := rows.extras or {}) and "desirable" in columns:
         share = columns["desirable_share"] if "desirable_share" in columns else desirable_share(rows, None)
-        return losses, unpaired_metrics(logps, rows.ref_logps, rewards=rewards, desirable=columns["desirable"], share=share)
-    return losses, preference_metrics(logps, rows.ref_logps, rewards=rewards)
+        return losses, unpaired_metrics(logps, ref_logps, rewards=rewards, desirable=columns["desirable"], share=share)
+    return losses, preference_metrics(logps, ref_logps, rewards=rewards)
 
 
 def _loss_inputs(
     variables: Variables, rows: Rows, *, model: Model, loss: PreferenceLoss, ld_alpha: float
-) -> tuple[jax.Array, dict[str, Array]]:
-    """The log-probabilities float32[P, K] of the pairs, and what else the loss takes by keyword."""
+) -> tuple[jax.Array, Array, dict[str, Array]]:
+    """The log-probabilities of policy and reference, float32[P, K] each, and what else the loss takes, by keyword."""
     if rows.ref_logps is None:
         raise ValueError("the batch carries no reference log-probabilities: give the layout `ref_logps`")
     hidden = scored_hidden(model, variables, rows)
@@ -107,7 +107,8 @@ def _loss_inputs(
         raise ValueError("this loss reads single completions with labels, but the batch has none (Encoded.desirable)")
     columns.pop("desirable_share", None)  # of the metrics
     extras = {name: make() for name, make in supplied.items() if name in signals}
-    return pair_sums(hidden_logps(model, variables, hidden, rows), rows, ld_alpha=ld_alpha), extras | columns
+    logps = pair_sums(hidden_logps(model, variables, hidden, rows), rows, ld_alpha=ld_alpha)
+    return logps, rows.ref_logps, extras | columns
 
 
 def _signals(loss: PreferenceLoss, rows: Rows) -> frozenset[str]:

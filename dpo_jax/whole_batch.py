@@ -18,16 +18,14 @@ from dpo_jax.losses import PreferenceLoss
 from dpo_jax.microbatches import join, split
 from dpo_jax.types import Array, Rows
 
-Inputs = Callable[[Rows], tuple[jax.Array, Mapping[str, Array]]]
-"""Rows -> log-probabilities float32[P, K], and the other inputs of a loss by name, [P] or [P, K] each."""
+Inputs = Callable[[Rows], tuple[jax.Array, Array, Mapping[str, Array]]]
+"""Rows -> log-probabilities of policy and reference, float32[P, K] each, and other inputs of a loss by name, [P] or [P, K]."""
 
 
 def with_slopes(rows: Rows, inputs: Inputs, *, loss: PreferenceLoss, microbatches: int, axis_name: str | None) -> Rows:
     """`rows` with three more columns, for which `linear_loss` has the values and gradients of `loss` on the global batch."""
-    logps, extras = join(jax.lax.map(inputs, split(rows, microbatches)), rows)
-    here = logps, rows.ref_logps, rows.weight, extras
-    gathered = jax.tree.map(lambda x: _of_all(jnp.asarray(x), axis_name), here)
-    logps, ref_logps, weight, extras = gathered
+    here = *join(jax.lax.map(inputs, split(rows, microbatches)), rows), jnp.asarray(rows.weight)
+    logps, ref_logps, extras, weight = jax.tree.map(lambda x: _of_all(x, axis_name), here)
 
     def total(logps: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         losses, rewards = loss(logps, ref_logps, **extras)
@@ -46,7 +44,7 @@ def linear_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """A loss with given values float32[P], and with slopes float32[P, K] in `logps`. Other columns are not read."""
     linear = (jnp.asarray(whole_slopes) * logps).sum(axis=1)
-    return whole_losses + linear - jax.lax.stop_gradient(linear), jnp.asarray(whole_rewards)
+    return jnp.asarray(whole_losses) + linear - jax.lax.stop_gradient(linear), jnp.asarray(whole_rewards)
 
 
 def _of_all(x: jax.Array, axis_name: str | None) -> jax.Array:
