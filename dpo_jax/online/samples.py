@@ -86,16 +86,14 @@ def sample_completions(
 ) -> Samples:
     """Samples K = `completions` of each prompt from the policy `variables`, with log-probabilities of policy and reference.
 
-    `complete(variables, ids, key)` is a `Completer`, `logps(variables, prompt_ids, ids) -> [B]` as `World.logps`. Both
-    log-probabilities come from the same program, so they are equal to the last bit if the policy equals its reference.
-    `numbers` are the numbers of the prompts in the pool.
+    `complete(variables, ids, key)` is a `Completer`, `logps(variables, prompt_ids, ids) -> [B]` as `World.logps`. The policy's
+    are those of the sampler, or the reference's if the policy is the reference, so that KL is then exactly 0. `numbers` are the
+    numbers of the prompts in the pool.
     """
     repeated = prompts.repeated(completions)
     drawn = complete(variables, repeated.ids, key)
-    own = np.asarray(logps(variables, repeated.ids, drawn.ids), np.float32).reshape(-1, completions)
-    ref = own
-    if reference is not variables:
-        ref = np.asarray(logps(reference, repeated.ids, drawn.ids), np.float32).reshape(-1, completions)
+    ref = np.asarray(logps(reference, repeated.ids, drawn.ids), np.float32).reshape(-1, completions)
+    own = ref if reference is variables else np.asarray(drawn.logps, np.float32).reshape(-1, completions)
     places = range(0, len(drawn.ids), completions)
     ids, texts = ([all_of[i : i + completions] for i in places] for all_of in (drawn.ids, drawn.texts))
     numbers = np.arange(len(prompts.ids)) if numbers is None else numbers
