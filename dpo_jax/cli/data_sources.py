@@ -53,7 +53,7 @@ def load_files(config: Config, side: Side, tokenizer: Any = None, *, rows: Wante
     if not data.mix:
         return sets[names[0]]
     labelled = {name for name, loaded in sets.items() if any(one.desirable is not None for one in loaded)}
-    if labelled:  # with "any" the others may be pairs, which can also be read as single completions
+    if labelled and rows != "prompts":  # with "any" the others may be pairs, which can also be read as single completions
         sets = {name: loaded if name in labelled else split_pairs(loaded) for name, loaded in sets.items()}
     if rows == "rankings":
         check_ranking_lengths(itertools.chain(*sets.values()), where="data.mix")

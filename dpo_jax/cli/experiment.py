@@ -101,7 +101,7 @@ def prompts_of(config: Config, how_many: Count, tokenizer: Any, *, topics: Seque
         except ValueError as error:
             raise ConfigError(f"frontier.{how_many}: {error}") from error
     else:
-        every = {p.prompt: p.chat for p in splits.load_split(config, split, tokenizer, rows="any") if p.prompt}
+        every = {p.prompt: p.chat for p in splits.load_split(config, split, tokenizer, rows="prompts") if p.prompt}
         if not every:
             raise ConfigError(f"data.path: the {split} split holds plain texts, which have no prompts")
         prompts = dict(itertools.islice(every.items(), count))

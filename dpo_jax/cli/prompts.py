@@ -14,6 +14,7 @@ from dpo_jax.data.image_rows import COLUMNS, check_count, image_marks, take_imag
 from dpo_jax.data.images import ImageFile, open_image
 from dpo_jax.data.messages import read_messages
 from dpo_jax.data.pairs import BadRow, Cause
+from dpo_jax.data.row_kinds import Wanted
 from dpo_jax.data.special_tokens import special_tokens
 from dpo_jax.data.terminal import json_text
 from dpo_jax.runtime.progress import reported
@@ -31,8 +32,12 @@ class Reference(NamedTuple):
     images: tuple[ImageFile, ...] = ()
 
 
-def references(config: Config, tokenizer: Any, *, target: bool = False, images: bool = False) -> list[Reference]:
+def references(
+    config: Config, tokenizer: Any, *, target: bool = False, images: bool = False, rows: Wanted = "any"
+) -> list[Reference]:
     """Every pair's prompt with its chosen completion, or with `target`, with its SFT target. Prompts may repeat.
+
+    `rows`: "prompts" also reads prompts alone, whose completions are empty.
 
     For news articles (Table 1 of the paper): the article with `ARTICLE_CUE`, and the editors' summary.
     """
@@ -44,11 +49,11 @@ def references(config: Config, tokenizer: Any, *, target: bool = False, images: 
         with reported("reading the articles"):
             articles = read_articles(data.path, data.test_split)[: data.max_test]
         return [Reference(f"{article.text}{ARTICLE_CUE}", f" {article.summary}", article.uid) for article in articles]
-    rows = splits.load_split(config, "test", tokenizer, rows="any", images=images)
-    good = [p for p in rows if p.desirable is not False] or rows  # without a good completion their prompts remain
+    found = splits.load_split(config, "test", tokenizer, rows=rows, images=images)
+    good = [p for p in found if p.desirable is not False] or found  # without a good completion their prompts remain
     good = [p for p in good if p.prompt]
     if not good:
-        raise ConfigError(f"data.path: {rows.report.source} [{rows.report.split}] holds plain texts, which have no prompts")
+        raise ConfigError(f"data.path: {found.report.source} [{found.report.split}] holds plain texts, which have no prompts")
     return [Reference(p.prompt, (p.sft_target if target else None) or p.chosen, p.uid, p.chat, p.images) for p in good]
 
 
@@ -65,7 +70,7 @@ class Prompt(NamedTuple):
 def held_out_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
     """The first distinct prompts of the held-out split, as in training: conversations are rendered already."""
     first: dict[tuple[str, ...], Reference] = {}
-    for one in references(config, tokenizer, images=True):
+    for one in references(config, tokenizer, images=True, rows="prompts"):
         first.setdefault((one.prompt, *(image.digest for image in one.images)), one)
     chosen = list(first.values())[: config.sample.prompts]
     return [Prompt(one.prompt, one.chat, turns_of(one, tokenizer), one.images, one.where) for one in chosen]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dpo_jax.loss_table import RowKind
 
-Kind = RowKind | Literal["demonstrations"]
-"""The kind of example in a row: those that losses read, and texts that only supervised fine-tuning reads."""
+Kind = RowKind | Literal["demonstrations", "prompts"]
+"""The kind of example in a row: those that losses read, texts that only supervised fine-tuning reads, and prompts alone."""
 
 
 class Column(NamedTuple):
@@ -24,7 +24,7 @@ class Column(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A public format of preferences, or of texts for supervised fine-tuning.
+    """A public format of preferences, of texts for supervised fine-tuning, or of prompts.
 
     reads      the columns that its function reads; "info.title" is a field inside a column
     told_by    columns by which the format is detected (none: only data.format selects it) ...
@@ -269,6 +269,15 @@ _FORMATS = (
         ("text",),
         {"text": "The sky is blue."},
         rows="demonstrations",
+    ),
+    Format(
+        "prompts",
+        "prompts alone, for commands that sample completions: `online`, `ppo`, `label`, `frontier`, `optimum`, `sample`",
+        {"prompt": _PROMPT, "system": _SYSTEM, **_NO_IMAGES, "subset": _SUBSET},
+        ("prompt",),
+        {"prompt": "The sky is"},
+        lacks=("chosen", "rejected", "completion", "completions", "messages"),
+        rows="prompts",
     ),
 )
 FORMATS: Mapping[str, Format] = {format.name: format for format in _FORMATS}

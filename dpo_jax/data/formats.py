@@ -29,6 +29,7 @@ from dpo_jax.data.pairs import (
     check_different,
     check_length,
 )
+from dpo_jax.data.prompt_rows import prompts as prompts
 from dpo_jax.data.row_kinds import Ranking
 from dpo_jax.data.transcripts import as_transcript
 from dpo_jax.data.transcripts import hh as hh

@@ -1,7 +1,7 @@
-"""Kinds of examples in rows (pair, ranking, single completion, demonstration), and their conversion to the kind that is read.
+"""Kinds of examples in rows (pair, ranking, single completion, demonstration, prompt), and their conversion to what is read.
 
 A ranking of K completions converts to all of its pairs, and a pair to two single completions. There are no other conversions.
-Demonstrations state no preference: only supervised fine-tuning reads them.
+Demonstrations state no preference: only supervised fine-tuning reads them. Prompts can be read from rows of every kind.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from dpo_jax.data.format_table import Kind
 from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, PreferenceSet
 from dpo_jax.loss_table import RowKind, names_of
 
-Wanted = RowKind | Literal["any"]
-"""The kind to read. "any": whatever the files contain, rankings as pairs."""
+Wanted = RowKind | Literal["any", "prompts"]
+"""The kind to read. "any": whatever the files contain, rankings as pairs; "prompts": the same, or prompts alone."""
 _STATES = {
     "pairs": "pairs",
     "unpaired": "single completions with labels",
     "rankings": "rankings",
     "demonstrations": "texts for supervised fine-tuning",
+    "prompts": "prompts alone",
 }
 
 
@@ -49,17 +50,20 @@ def check_kind(stated: Kind, wanted: Wanted, *, where: str, remedy: str | None =
 
     The message names the losses that read such rows, or the `remedy` of a command without a loss.
     """
-    if wanted in (stated, "any") or (stated, wanted) in (("rankings", "pairs"), ("pairs", "unpaired")):
+    if wanted in (stated, "prompts") or (wanted == "any" and stated != "prompts"):
         return
-    if stated == "demonstrations":
+    if (stated, wanted) in (("rankings", "pairs"), ("pairs", "unpaired")):
+        return
+    if stated == "prompts":
+        remedy = "commands that sample read them, such as `dpo-jax online`; a preference also has chosen and rejected"
+    elif stated == "demonstrations":
         remedy = "`dpo-jax sft` trains on them; a preference has a better and a worse completion, such as chosen and rejected"
     elif remedy is None and stated == "pairs":
         remedy = "use the loss dpo, which is the same for two completions"
     elif remedy is None:
         remedy = f"set dpo.loss to one that reads them ({names_of(stated)})"
-    raise DataError(
-        f"{where} holds {_STATES[stated]}, but {_STATES[wanted]} are needed here: {remedy}", causes=[Cause.MISSING_COLUMN]
-    )
+    needed = "completions" if wanted == "any" else _STATES[wanted]
+    raise DataError(f"{where} holds {_STATES[stated]}, but {needed} are needed here: {remedy}", causes=[Cause.MISSING_COLUMN])
 
 
 def preferences_of(

@@ -71,7 +71,7 @@ def load_preferences(
         `{"prompt": "instruction+input"}`.
       on_bad: "refuse" raises `DataError` listing the bad rows; "drop" drops them and counts them by cause.
       tokenizer: for its chat template; needed for conversational rows only.
-      rows: the kind to read: "pairs" (also from rankings), "unpaired" (also from pairs), "rankings", or "any".
+      rows: the kind to read: "pairs" (also from rankings), "unpaired" (also from pairs), "rankings", "any", or "prompts".
       ranking_length: number of best completions kept of each ranking; None: all must have the same number.
 
     Raises `DataError` for bad rows, for a damaged, missing or mislabelled file, and if nothing is left; ValueError for an
@@ -284,8 +284,8 @@ class _Reading:
         return self.mapped.sources_of([*wanted, *(suspects(called, texts, format) if format else ())])
 
     def _mapped_pairs(self, format: str, row: Row) -> bool:
-        """Whether a row that fits a format of texts holds preferences under other names: these must not be read as texts."""
-        return FORMATS[format].rows == "demonstrations" and suggestion(row, self.mapped) is not None
+        """Whether a row that fits a format of texts or prompts holds preferences under other names, which must not be lost."""
+        return FORMATS[format].rows in ("demonstrations", "prompts") and suggestion(row, self.mapped) is not None
 
     def _checked(self, rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
         """The rows except those with a column that should have been read."""

@@ -70,6 +70,7 @@ class Check:
 
 
 TEXT_SOURCES = ("snippets", "imdb")
+OF_PROMPTS = ("online", "ppo", "label", "optimum", "frontier", "sample")  # commands that sample completions of their own
 READ_IMAGES = ("audit", "sft", "refs", "dpo", "eval", "sample")
 """Commands that read prompts with images."""
 NO_IMAGES = (
@@ -188,7 +189,9 @@ def rows_wanted(check: Check) -> Wanted:
     """The kind of rows that a command reads, see `row_kinds.Wanted`."""
     if check.name in ("refs", "dpo", "eval"):
         return loss_table.rows_of(check.config.dpo.loss)
-    return "pairs" if check.name in ("prepare", "reward-model", "bench") else "any"
+    if check.name in ("prepare", "reward-model", "bench"):
+        return "pairs"
+    return "prompts" if check.name in OF_PROMPTS else "any"
 
 
 def _need_tfds(check: Check, option: str) -> None:
