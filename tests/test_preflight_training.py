@@ -54,6 +54,21 @@ def test_a_check_finds_what_training_refuses(name, place, capsys):
         assert re.search(words, told[1]), told
 
 
+def test_sweeps_know_what_an_adapter_trains(place, capsys):
+    """`frontier` also finds it; `dialogue` and `robust` share its checks."""
+    write_config(place, data={"source": "reviews", "path": None}, model={"path": "runs/one/sft/export"})
+    flags = ["--dpo.policy", "runs/one/sft/export", "--lora.rank", "2", "--check"]
+    code, told = check("frontier", *flags, "--lora.targets", "q_proj", capsys=capsys)
+    assert (code, "lora.targets: a gpt_neox has no q_proj" in told) == (2, True), told
+    assert "lora.targets" not in check("frontier", *flags, capsys=capsys)[1]
+
+
+def test_an_adapter_needs_a_model(place, capsys):
+    sizes = ["--model.family", "gpt_neox", "--model.width", "16", "--model.layers", "1", "--model.heads", "2"]
+    told = check("sft", *sizes, "--model.max-positions", "64", "--lora.rank", "2", "--check", capsys=capsys)[1]
+    assert "lora.rank: an adapter needs a pretrained model, but this one is new; set model.path" in told
+
+
 def test_a_model_that_sft_will_make_is_checked_by_its_start(place, capsys):
     shutil.move("runs/one/sft/export", "start")
     flags = ["--model.path", "start", "--check-after=sft", "--dpo.trainable"]

@@ -124,8 +124,8 @@ def test_plackett_luce_from_a_file_of_rankings(folder):
 @pytest.mark.parametrize(
     ("kind", "loss", "told"),
     [
-        ("unpaired", "dpo", "holds single completions with labels, but pairs are needed here: set dpo.loss .*kto"),
-        ("ranked", "kto", r"holds rankings, but single completions .*\(plackett_luce\)"),
+        ("unpaired", "dpo", "holds single completions with labels, but pairs are needed here: `dpo-jax dpo` .* dpo.loss: kto"),
+        ("ranked", "kto", "holds rankings, but single completions .*: plackett_luce"),
     ],
 )
 def test_a_loss_of_other_rows_is_refused_before_anything_is_read(kind, loss, told, folder):

@@ -163,10 +163,10 @@ def test_bad_rows_name_line_field_and_cause(row, told, tmp_path):
         (
             GOOD,
             "pairs",
-            r"unpaired\) holds single completions with labels, but pairs are needed here: set dpo.loss to .*\(kto,",
+            r"unpaired\) holds single completions with labels, but pairs are needed here: .* as dpo.loss: kto,",
         ),
-        (GOOD, "rankings", "holds single completions with labels, but rankings are needed here: set dpo.loss"),
-        (FRUIT, "unpaired", r"ranked\) holds rankings, but single .* needed here: .*reads them \(plackett_luce\)"),
+        (GOOD, "rankings", "holds single completions with labels, but rankings are needed here: `dpo-jax dpo` reads them"),
+        (FRUIT, "unpaired", r"ranked\) holds rankings, but single .* needed here: .*reads them .*: plackett_luce"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "rankings", "holds pairs, but rankings .* use the loss dpo"),
     ],
 )

@@ -115,6 +115,12 @@ def check_fit(config: Config, decoder: DecoderConfig, path: str, *, expected: bo
             raise ConfigError(f"model.{name}: {want} is expected, but {path} has {have}; correct one of them")
 
 
+def check_adapter(config: Config, path: str | None) -> None:
+    """Raises `ConfigError` for an adapter beside a new model."""
+    if config.lora.rank is not None and path is None:
+        raise ConfigError("lora.rank: an adapter needs a pretrained model, but this one is new; set model.path")
+
+
 def check_targets(config: Config, section: str, decoder: DecoderConfig) -> None:
     """Raises `ConfigError` if a model lacks what `lora.targets`, or `trainable` of section `sft` or `dpo`, names."""
     trainable = getattr(config, section).trainable

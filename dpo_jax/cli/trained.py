@@ -11,6 +11,7 @@ import jax
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError, TrainingConfig
+from dpo_jax.cli.model_folders import check_adapter
 from dpo_jax.models.adapter import read_adapter, resumed
 from dpo_jax.models.folder import adapter_base
 from dpo_jax.models.hf import read_weights, variable_shapes
@@ -128,8 +129,8 @@ def trained(config: Config, section: TrainingConfig, model: Model, path: str | N
     part, options = planned(config, section, model), config.lora
     if part.lora is None:
         return part
-    if path is None:
-        raise ConfigError("lora.rank: an adapter needs a pretrained model, but this one is new; set model.path")
+    check_adapter(config, path)
+    assert path is not None
     folder = resolve(path)
     if adapter_base(folder) is None:
         return part

@@ -61,7 +61,7 @@ def check_kind(stated: Kind, wanted: Wanted, *, where: str, remedy: str | None =
     elif remedy is None and stated == "pairs":
         remedy = "use the loss dpo, which is the same for two completions"
     elif remedy is None:
-        remedy = f"set dpo.loss to one that reads them ({names_of(stated)})"
+        remedy = f"`dpo-jax dpo` reads them with one of these as dpo.loss: {names_of(stated)}"
     needed = "completions" if wanted == "any" else _STATES[wanted]
     raise DataError(f"{where} holds {_STATES[stated]}, but {needed} are needed here: {remedy}", causes=[Cause.MISSING_COLUMN])
 

@@ -37,6 +37,7 @@ def targets(section: str, start: Callable[[Config], str | None]) -> Callable[[Ch
 
     def look(check: Check) -> None:
         path = start(check.config)
+        model_folders.check_adapter(check.config, path)
         if check.images is None and (decoder := model_folders.known_decoder(check.config, path)) is not None:
             model_folders.check_targets(check.config, section, decoder)
 

@@ -185,7 +185,7 @@ _CHATS, _TRAINED = template(Config.dpo_policy), targets("dpo", Config.dpo_policy
 _RUNS = (writers, _run_dir)
 _SWEEP = (
     *(reward_packages, data("train", "test"), tokenizer, _START),
-    *(model("dpo.policy", lambda c: c.dpo.policy), devices, *_RUNS),
+    *(model("dpo.policy", lambda c: c.dpo.policy), _TRAINED, devices, *_RUNS),
 )
 # The checks of each command, in the order in which they are reported.
 LOOKS: Mapping[str, tuple[Callable[[Check], None], ...]] = {
