@@ -97,13 +97,13 @@ def test_steps_of_control_and_diffusion_repeat_their_stored_numbers(tmp_path):
 
 
 def test_a_microbatch_that_is_dropped_is_found(tmp_path, monkeypatch):
-    split = step._split
+    split = step.split
 
     def without_the_last(rows, count):
         parts = split(rows, count)
         return dataclasses.replace(parts, weight=parts.weight.at[-1].set(0.0))
 
-    monkeypatch.setattr(step, "_split", without_the_last)
+    monkeypatch.setattr(step, "split", without_the_last)
     assert checked(tmp_path, "microbatches")[1]["failed"] == ["microbatches"]
 
 

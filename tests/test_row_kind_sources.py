@@ -166,7 +166,7 @@ def test_pairs_beside_single_completions_are_single_completions(rows, tmp_path):
 
 def test_each_source_must_state_what_the_loss_reads(tmp_path):
     config = mixture(tmp_path, loss_rows={"pairs": [PAIR], "singles": [GOOD]})
-    with pytest.raises(DataError, match=r"data\.mix, .*singles: .*pairs are needed here: set dpo\.loss to .*kto"):
+    with pytest.raises(DataError, match=r"data\.mix, .*singles: .*pairs are needed here: .* as dpo\.loss: kto"):
         splits.load_split(config, "train")
     with pytest.raises(DataError, match=r"data\.mix, .*pairs: .*rankings are needed here"):
         splits.load_split(config, "train", rows="rankings")
