@@ -251,6 +251,7 @@ class Rounds:
             options.completions,
             jax.random.fold_in(jax.random.key(options.seed + 2), number),
             reference=reference,
+            at_reference=number == made,
             numbers=numbers,
         )
         stage.put("samples.jsonl", samples.rows())

@@ -82,18 +82,19 @@ def sample_completions(
     key: jax.Array,
     *,
     reference: Variables,
+    at_reference: bool = False,
     numbers: np.ndarray | None = None,
 ) -> Samples:
     """Samples K = `completions` of each prompt from the policy `variables`, with log-probabilities of policy and reference.
 
     `complete(variables, ids, key)` is a `Completer`, `logps(variables, prompt_ids, ids) -> [B]` as `World.logps`. The policy's
-    are those of the sampler, or the reference's if the policy is the reference, so that KL is then exactly 0. `numbers` are the
-    numbers of the prompts in the pool.
+    are those of the sampler, or with `at_reference`, if the policy has the weights of the reference, those of the reference, so
+    that implicit rewards and KL are exactly 0. `numbers` are the numbers of the prompts in the pool.
     """
     repeated = prompts.repeated(completions)
     drawn = complete(variables, repeated.ids, key)
     ref = np.asarray(logps(reference, repeated.ids, drawn.ids), np.float32).reshape(-1, completions)
-    own = ref if reference is variables else np.asarray(drawn.logps, np.float32).reshape(-1, completions)
+    own = ref if at_reference else np.asarray(drawn.logps, np.float32).reshape(-1, completions)
     places = range(0, len(drawn.ids), completions)
     ids, texts = ([all_of[i : i + completions] for i in places] for all_of in (drawn.ids, drawn.texts))
     numbers = np.arange(len(prompts.ids)) if numbers is None else numbers
