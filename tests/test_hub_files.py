@@ -148,6 +148,7 @@ def test_what_the_hub_converted_is_read_where_there_is_nothing_else(hub, tmp_pat
         chosen(config_of(tmp_path))
     data_sources._listing.cache_clear()
     hub.add(NAME, {"default/train/0000.parquet": parquet("x")}, revision="refs/convert/parquet")
+    assert open_dataset(NAME).splits() == ["train"]
     loaded = splits.load_split(config_of(tmp_path), "train")
     assert [pair.chosen for pair in loaded] == [" x"]
     assert any(

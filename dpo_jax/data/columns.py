@@ -25,6 +25,12 @@ UNREAD: Final = _Unread.UNREAD
 """The value of a column that was not decoded because the format does not read it."""
 
 
+class CsvText(str):
+    """A cell of a CSV file: a text, and also a number or a truth value where a format reads one."""
+
+    __slots__ = ()
+
+
 def shown_names(names: Iterable[str]) -> str:
     """Quoted column names for a message: the first few, each shortened."""
     names = list(names)
@@ -51,7 +57,18 @@ def text(row: Row, field: str, *, inside: str = "") -> str:
     if not isinstance(value, str):
         raise BadRow(Cause.WRONG_TYPE, f"a text is needed, this is {type(value).__name__}", field=inside + field)
     check_text(value, field=inside + field)
-    return value
+    return str(value)
+
+
+def truth(row: Row, field: str) -> bool:
+    """The truth value in a column: true or false, or 1 or 0. Raises `BadRow` for anything else."""
+    value = column(row, field)
+    if isinstance(value, CsvText):
+        value = {"true": True, "false": False}.get(value.strip().lower(), value)
+    found = value if isinstance(value, bool) else number(row, field)
+    if found not in (0, 1):
+        raise BadRow(Cause.OUT_OF_RANGE, f"true or false, or 1 or 0, is needed, this is {found:g}", field=field)
+    return bool(found)
 
 
 def check_text(value: str, *, field: str) -> None:
@@ -70,6 +87,11 @@ def number(row: Row, field: str, *, inside: str = "") -> float:
     value = column(row, field, inside=inside)
     if isinstance(value, Decimal):  # from parquet
         value = float(value)
+    if isinstance(value, CsvText):
+        try:
+            value = float(value)
+        except ValueError:
+            raise BadRow(Cause.WRONG_TYPE, f"a number is needed, this is {value[:40]!r}", field=inside + field) from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(Cause.WRONG_TYPE, f"a number is needed, this is {type(value).__name__}", field=inside + field)
     if isinstance(value, int) and abs(value) >= 2**1023:

@@ -1,4 +1,4 @@
-"""Readers of data files (JSON Lines, also gzipped, and parquet): each row with its place, `file:line`.
+"""Readers of data files (JSON Lines and CSV, also gzipped, and parquet): each row with its place, `file:line`.
 
 A bad row is passed on as a `BadRow` and may be dropped. A bad file (truncated, not fetched, mislabelled) is always a
 `DataError`, because its missing rows cannot be counted.
@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.data import csv_rows
 from dpo_jax.data.columns import Columns
 from dpo_jax.data.pairs import BadRow, Cause, DataReport, Place, refuse
 from dpo_jax.untrusted import BadNumber, DuplicateKey, LongLine, TooDeep, kind_of, lines_of, parse_json
 from dpo_jax.writing import naming
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", *csv_rows.SUFFIXES)
 Row = dict[str, Any]
 
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -49,6 +50,8 @@ def read_rows(
         from dpo_jax.data.parquet import parquet_rows  # imported here: pyarrow is slow to import, and JSON Lines do not need it
 
         reader = parquet_rows(name, path, columns=columns)
+    elif name.endswith(csv_rows.SUFFIXES):
+        reader = csv_rows.csv_rows(name, _without_bom(name, _lines(name, path), report=report), report=report)
     else:
         reader = _json_rows(name, path, report=report)
     for rows, row in enumerate(reader, 1):  # noqa: B007 (read after the loop)
@@ -89,10 +92,7 @@ def check_head(name: str, path: Path) -> None:
 
 def _json_rows(name: str, path: Path, *, report: DataReport) -> Iterator[tuple[str, Row | BadRow]]:
     blank = 0
-    for number, line in enumerate(_lines(name, path), 1):
-        if number == 1 and isinstance(line, bytes) and line.startswith(BOM):
-            report.notes.append(f"{name}: byte order mark skipped")
-            line = line[len(BOM) :]
+    for number, line in enumerate(_without_bom(name, _lines(name, path), report=report), 1):
         if isinstance(line, LongLine):
             yield f"{name}:{number}", BadRow(Cause.LINE_TOO_LONG, str(line))
         elif line.strip():
@@ -101,6 +101,14 @@ def _json_rows(name: str, path: Path, *, report: DataReport) -> Iterator[tuple[s
             blank += 1
     if blank:
         report.notes.append(f"{name}: {blank} blank lines skipped")
+
+
+def _without_bom(name: str, lines: Iterator[bytes | LongLine], *, report: DataReport) -> Iterator[bytes | LongLine]:
+    for number, line in enumerate(lines):
+        if number == 0 and isinstance(line, bytes) and line.startswith(BOM):
+            report.notes.append(f"{name}: byte order mark skipped")
+            line = line[len(BOM) :]
+        yield line
 
 
 def _lines(name: str, path: Path) -> Iterator[bytes | LongLine]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.data.candidates import Candidates, Rankings, Rows, checked, completions_of, one_each, with_target
 from dpo_jax.data.chat import chat_preference
-from dpo_jax.data.columns import Row, column, number, text
+from dpo_jax.data.columns import Row, column, number, text, truth
 from dpo_jax.data.conversations import conversation
 from dpo_jax.data.demonstrations import sft_completion as sft_completion
 from dpo_jax.data.demonstrations import sft_messages as sft_messages
@@ -241,13 +241,10 @@ def unpaired(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """Single completions with a label, as used by KTO: `prompt`, `completion`, and whether it is desirable."""
 
     def preference(uid: str, row: Row) -> Preference:
-        label = column(row, "label")
-        desirable = label if isinstance(label, bool) else number(row, "label")
-        if desirable not in (0, 1):
-            raise BadRow(Cause.OUT_OF_RANGE, f"true or false, or 1 or 0, is needed, this is {desirable:g}", field="label")
+        desirable = truth(row, "label")
         prompt, (completion,), (spans,), more = completions_of(row, [("completion", column(row, "completion"))], uid, tokenizer)
         both = {"chosen_spans": spans, "rejected_spans": spans}
-        return Preference(prompt, completion, completion, uid, desirable=bool(desirable), **both, **more)
+        return Preference(prompt, completion, completion, uid, desirable=desirable, **both, **more)
 
     return one_each(rows, preference)
 

@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dpo_jax.data.files import SUFFIXES
+from dpo_jax.data import csv_rows
+from dpo_jax.data import files as data_files
 from dpo_jax.data.splits import find_names, listed, splits_of
 from dpo_jax.models.folder import is_hub_id
 
 CONVERTED = "refs/convert/parquet"
+# CSV files are read converted to parquet, where columns have types; beside other data they often are statistics.
+SUFFIXES = tuple(suffix for suffix in data_files.SUFFIXES if suffix not in csv_rows.SUFFIXES)
 _DESCRIBES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "features.json"}
 _COMMIT = re.compile("[0-9a-f]{40}")
 _SECONDS = 20.0  # timeout for listing the files

@@ -65,6 +65,7 @@ class Cause(enum.StrEnum):
     GIT_LFS_POINTER = "git_lfs_pointer"
     BAD_GZIP = "bad_gzip"
     BAD_PARQUET = "bad_parquet"
+    BAD_CSV = "bad_csv"
     BAD_ARRAY_RECORD = "bad_array_record"
     BAD_LAYOUT = "bad_layout"
     NO_ROWS = "no_rows"

@@ -62,8 +62,8 @@ def load_preferences(
     """The preferences of `split` under `source`: a sequence of `Preference` with its `report`.
 
     Args:
-      source: a JSON Lines (`.jsonl`, `.jsonl.gz`, `.json`, `.json.gz`) or parquet file, a folder of them in one of the layouts
-        of `splits.find_files`, or a folder written by `tfds.write_tfds`.
+      source: a JSON Lines (`.jsonl`, `.json`), CSV (`.csv`, `.tsv`), any of these gzipped (`.gz`), or parquet file, a folder of
+        them in one of the layouts of `splits.find_files`, or a folder written by `tfds.write_tfds`.
       split: "train", "test", ...: part of the file names.
       format: one of `format_table.FORMATS`, or "tfds"; "auto" detects it from the columns of the first 100 rows and
         states it in the report.

@@ -61,9 +61,9 @@ def split_names(source: str | Path) -> list[str]:
 
 
 def splits_of(names: Iterable[PurePath]) -> list[str]:
-    """The splits found in file names."""
+    """The splits found in file names. A file that only has a number (0000.parquet) is a part of the split of its folder."""
     data = (path for path in names if path.name.endswith(SUFFIXES) and not path.name.startswith("."))
-    return sorted({_split_of(_stem(path)) for path in data})
+    return sorted({path.parent.name if (stem := _stem(path)).isdigit() else _split_of(stem) for path in data} - {""})
 
 
 def _what_is_there(source: Path, split: str) -> str:
@@ -72,7 +72,7 @@ def _what_is_there(source: Path, split: str) -> str:
     choose = f"; choose among the splits {listed(splits)} with --data.train-split and --data.test-split" if splits else ""
     choose += f", or {_CUT}" if splits and split != "train" else ""
     foreign = sorted(path.name for path in source.glob("*.*") if path.is_file() and path.name.partition(".")[0] == split)
-    convert = f"; {listed(foreign)} is not read: convert it to JSON Lines (.jsonl) or .parquet" if foreign else ""
+    convert = f"; {listed(foreign)} is not read: convert it to JSON Lines (.jsonl), .parquet or .csv" if foreign else ""
     below = sorted({path.parent for path in source.glob("*/*/*") if path.parent.name == split and path.name.endswith(SUFFIXES)})
     deeper = f"; the split is in {listed(map(str, below))}: give the folder {below[0].parent}" if below else ""
     return f"the folder holds {present}{convert}{deeper}{choose}"

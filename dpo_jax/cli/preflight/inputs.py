@@ -233,13 +233,16 @@ def _files(path: str, split: str) -> list[tuple[str, Path]]:
 
 
 def _rows(path: str, split: str) -> int | None:
-    """Number of rows in a split of plain files; None if counting would take long."""
+    """Number of rows in a split of plain files; None if counting would take long, or lines are not rows (CSV)."""
     files = [file for _, file in _files(path, split)]
     if all(file.suffix == ".parquet" for file in files):
         from dpo_jax.data.parquet import declared_rows
 
         return sum(declared_rows(file) for file in files)
-    if any(file.suffix in (".gz", ".parquet") for file in files) or sum(f.stat().st_size for f in files) > LINES_BYTES:
+    if (
+        any(file.suffix in (".gz", ".parquet", ".csv", ".tsv") for file in files)
+        or sum(f.stat().st_size for f in files) > LINES_BYTES
+    ):
         return None
     rows = 0
     for file in files:
