@@ -95,13 +95,13 @@ def test_other_data_in_the_same_directory_are_refused_for_what_changed(done):
 
 
 def test_a_longer_run_continues_and_is_as_if_it_had_always_been_longer(done, copy, tmp_path):
-    result = call("dpo", copy.config, "--dpo.epochs", 3)
+    result = call("dpo", copy.config, "--dpo.epochs", 2.5)
     assert (result.code, f"continuing {copy / 'dpo'} after {STEPS} steps" in result.out) == (0, True), result
-    assert "the length of the run is now 3 epochs; it was 2" in result.out
+    assert "the length of the run is now 2.5 epochs; it was 2" in result.out
     at_once = ("--run.dir", tmp_path / "at-once", "--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs")
-    assert call("dpo", done.config, *at_once, "--dpo.epochs", 3).code == 0
+    assert call("dpo", done.config, *at_once, "--dpo.epochs", 2.5).code == 0
     assert bytes_of(copy / "dpo" / "export") == bytes_of(tmp_path / "at-once" / "dpo" / "export")
-    assert load_config(copy / "dpo" / "config.yaml").dpo.epochs == 3
+    assert load_config(copy / "dpo" / "config.yaml").dpo.epochs == 2.5
 
 
 def test_a_warm_up_longer_than_the_run_is_said(done, tmp_path):

@@ -28,6 +28,15 @@ def test_an_epoch_holds_every_example_once_whatever_the_batch():
         assert list(seen[:11]) != list(seen[11:])
 
 
+def test_a_part_of_an_epoch_holds_a_random_part_of_the_examples():
+    assert [total_steps(11, batch=4, epochs=epochs) for epochs in (0.01, 0.5, 1, 1.5)] == [1, 2, 3, 4]
+    half = np.concatenate([batch_indices(11, batch=4, seed=3, step=step, epochs=0.5) for step in range(2)])
+    whole = np.concatenate([batch_indices(11, batch=4, seed=3, step=step, epochs=1) for step in range(3)])
+    assert half.tolist() == whole[:6].tolist()
+    assert sorted(half) != list(range(6))
+    assert len(batch_indices(11, batch=4, seed=3, step=0, epochs=0.01)) == 1
+
+
 def test_a_step_is_a_pure_function_of_its_number():
     steps = [batch_indices(100, batch=8, seed=1, step=step).tolist() for step in range(40)]
     assert batch_indices(100, batch=8, seed=1, step=33).tolist() == steps[33]

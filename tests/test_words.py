@@ -99,7 +99,6 @@ def told(args, capsys):
         (["--dpo.loss", "kto_pair"], "instead: kto, "),
         (["--dpo.loss", "sigmoid", "sft"], "a sum, written as one text: sigmoid + sft"),
         (["--dpo.loss", "[sigmoid,sft]"], "a sum, written as one text: sigmoid + sft"),
-        (["--dpo.epochs", "0.5"], "--dpo.steps, the number of optimizer steps"),
         (["--run.precision", "bf16"], "instead: bfloat16\n"),
         (["--dpo-reference", "x"], "--dpo-reference: unknown option; instead: --dpo.reference\n"),
     ],
@@ -133,7 +132,7 @@ def test_a_whole_command_of_trl_is_answered_at_once(small, capsys):
 def test_a_file_of_trl_is_answered_at_once(tmp_path):
     path = tmp_path / "trl.yaml"
     text = "learning_rate: 1e-6\nmodel_name_or_path: a/b\nrunn: {}\nbeat: 3\ndpo:\n  learning_rate: 1\n  lr: x\n  beat: 1\n"
-    path.write_text(text + "  epochs: 0.5\n  loss: [sigmoid, sft]\n  optimizer: adamw_torch\nlora: {targets: all-linear}\n")
+    path.write_text(text + "  loss: [sigmoid, sft]\n  optimizer: adamw_torch\nlora: {targets: all-linear}\n")
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     lines = str(caught.value).replace(str(path), "f").splitlines()
@@ -144,12 +143,11 @@ def test_a_file_of_trl_is_answered_at_once(tmp_path):
     assert lines[4] == "f:6: dpo.learning_rate: unknown key; instead: dpo.lr"
     assert lines[5] == "f:7: dpo.lr: expected a number, got the text 'x'"
     assert lines[6].startswith('f:8: dpo.beat: unknown key; did you mean "beta"? (section dpo has: ')
-    assert lines[7].startswith("f:9: dpo.epochs: unknown value '0.5'; instead: dpo.steps")
-    assert lines[8].startswith(
-        "f:10: dpo.loss: unknown value 'sigmoid, sft'; instead: a sum, written as one text: sigmoid + sft"
+    assert lines[7].startswith(
+        "f:9: dpo.loss: unknown value 'sigmoid, sft'; instead: a sum, written as one text: sigmoid + sft"
     )
-    assert lines[9] == "f:11: dpo.optimizer: unknown value 'adamw_torch'; instead: adamw"
-    assert lines[10:] == ["f:12: lora.targets: unknown value 'all-linear'; instead: all"]
+    assert lines[8] == "f:10: dpo.optimizer: unknown value 'adamw_torch'; instead: adamw"
+    assert lines[9:] == ["f:11: lora.targets: unknown value 'all-linear'; instead: all"]
 
 
 def test_many_problems_are_counted(tmp_path):
@@ -167,5 +165,3 @@ def test_no_value_of_ours_is_taken_for_a_foreign_one():
         assert not set(ours) & set(values)
     for loss in ("sigmoid", "dpo + 0.1*sft", "0.8*sigmoid + sft"):
         assert words.instead_of_value("dpo.loss", loss, every_option()) is None
-    for epochs in ("1", "2.0", "nan", "x"):
-        assert words.instead_of_value("dpo.epochs", epochs, every_option()) is None

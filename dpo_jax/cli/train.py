@@ -62,7 +62,7 @@ class TrainingPlan(NamedTuple):
     held_out_layout: Layout
     behind: int  # see `fingerprint.behind`
     steps: int
-    epochs: int | None  # after which the stream ends; None if the length is given in steps
+    epochs: float | None  # after which the stream ends; None if the length is given in steps
     digest: str  # of the training data
     record: Mapping[str, Any]  # everything that determines the data
 

@@ -33,11 +33,9 @@ def instead(word: str, options: Collection[str]) -> str | None:
 
 def instead_of_value(option: str, value: str, options: Collection[str]) -> str | None:
     """Our equivalent of another program's value of `option`, such as "adamw_torch" of "dpo.optimizer"; None if it has none."""
-    section, _, field = option.partition(".")
+    section = option.partition(".")[0]
     if answer := VALUES.get(option, {}).get(value.strip().lower()):
         return _told(answer, options, section=section)
-    if field == "epochs" and section in TRAINED and _is_fraction(value):
-        return f"{section}.steps, the number of optimizer steps; epochs are whole passes"
     if option == "dpo.loss" and "+" not in value and "*" not in value and len(names := re.findall(r"\w+", value)) > 1:
         return f"a sum, written as one text: {' + '.join(names)} (weights: 0.8*sigmoid + sft)"
     return None
@@ -76,10 +74,3 @@ def _chosen(every: list[str], options: Collection[str], section: str) -> str:
     known = set(options)
     chosen = [option for option in every if option in known] or every
     return " or ".join([option for option in chosen if option.startswith(f"{section}.")] or chosen)
-
-
-def _is_fraction(text: str) -> bool:
-    try:
-        return float(text) % 1 > 0
-    except ValueError:
-        return False

@@ -28,8 +28,13 @@ class Batch(NamedTuple):
 
 
 def total_steps(examples: int, *, batch: int, epochs: float, behind: int = 0) -> int:
-    """Optimizer steps until every example has been seen `epochs` times; the last step may be a partial batch."""
-    return math.ceil((round(examples * epochs) + behind) / batch)
+    """Optimizer steps of `epochs` passes over the examples; the last step may be a partial batch."""
+    return math.ceil((seen_in(epochs, examples) + behind) / batch)
+
+
+def seen_in(epochs: float, examples: int) -> int:
+    """Examples seen in `epochs` passes, at least one. A part of a pass sees a random part of the examples, each once."""
+    return max(1, round(examples * epochs))
 
 
 def batch_indices(
@@ -41,7 +46,7 @@ def batch_indices(
     `epochs` ends the stream, and the last batch may be smaller. `behind` is for a stream that once ended earlier with such a
     smaller batch: the number of examples by which it is behind `step * batch`.
     """
-    last = math.inf if epochs is None else round(examples * epochs)
+    last = math.inf if epochs is None else seen_in(epochs, examples)
     places = np.arange(step * batch - behind, min((step + 1) * batch - behind, last), dtype=np.int64)
     epoch, place = np.divmod(places, examples)
     indices = np.empty(len(places), np.int64)

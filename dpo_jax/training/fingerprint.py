@@ -13,6 +13,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpo_jax.data.loader import seen_in
+
 if TYPE_CHECKING:
     from dpo_jax.types import Model
 
@@ -76,14 +78,14 @@ def behind(saved: SavedRun | None, *, examples: int, batch: int) -> int:
     was = saved.fingerprint
     if was.get("steps"):  # all batches were full
         return was.get("behind", 0)
-    seen = min(saved.step * batch - was.get("behind", 0), round(examples * was["epochs"]))
+    seen = min(saved.step * batch - was.get("behind", 0), seen_in(was["epochs"], examples))
     return saved.step * batch - seen
 
 
 def run_length(fingerprint: Mapping[str, Any]) -> str:
     """The planned length of the run, in words."""
     steps = fingerprint.get("steps")
-    return f"{fingerprint.get('epochs')} epochs" if steps is None else f"{steps} steps"
+    return f"{fingerprint.get('epochs') or 0:g} epochs" if steps is None else f"{steps} steps"
 
 
 def check_length(saved: SavedRun | None, *, steps: int) -> None:

@@ -31,8 +31,8 @@ class TrainingConfig(OptimizerConfig):
 
     batch: int = 64
     """Examples per optimizer step, over all devices and microbatches: texts (sft), pairs (dpo), completions (kto)."""
-    epochs: int = 1
-    """Passes over the train split."""
+    epochs: float = 1.0
+    """Passes over the train split; 0.5 trains on a random half of it."""
     steps: int | None = None
     """Number of optimizer steps, instead of epochs; the train split is repeated as often as needed."""
     lr: float = 1e-6
@@ -103,7 +103,7 @@ class TrainingConfig(OptimizerConfig):
 
     def _check_length(self) -> Iterator[Problem]:
         if self.steps is not None and self.epochs != 1:
-            yield "steps", f"set steps or epochs, not both (epochs is {self.epochs}): the run is as long as one of them says"
+            yield "steps", f"set steps or epochs, not both (epochs is {self.epochs:g}): the run is as long as one of them says"
         if self.warmup_ratio is None:
             return
         if not 0 <= self.warmup_ratio <= 1:

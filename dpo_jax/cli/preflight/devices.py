@@ -96,7 +96,7 @@ def training(task: str) -> Callable[[Check], None]:
             return
         if check.rows is not None:
             steps = f", at most {math.ceil(check.rows * section.epochs / section.batch):,} steps"
-        check.tell("training", f"batches of {section.batch}, {section.epochs} epochs{steps}")
+        check.tell("training", f"batches of {section.batch}, {section.epochs:g} epochs{steps}")
 
     return look
 
