@@ -19,7 +19,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli import main as program
 from dpo_jax.cli.command_table import COMMANDS, module_of
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, dump_config, help_text, load_config, problems
-from dpo_jax.cli.config.file import types_of
+from dpo_jax.cli.config.file import TextList, types_of
 from dpo_jax.cli.exit_codes import EXIT_CODES, exit_code
 from dpo_jax.cli.fixed import fix
 from dpo_jax.cli.flags import parse
@@ -173,10 +173,8 @@ def test_no_text_holds_half_a_character_and_only_names_of_files_hold_bytes(tmp_p
     """From YAML or from a flag. A file name that is not UTF-8 is one nevertheless, and its YAML gives it back."""
     names = []
     for section, option in OPTIONS:
-        if str not in (
-            types_of(types_of(Config)[section])[option],
-            *typing.get_args(types_of(types_of(Config)[section])[option]),
-        ):
+        hint = types_of(types_of(Config)[section])[option]
+        if not {str, TextList} & {hint, *typing.get_args(hint)}:
             continue
         for value in ("\ud800", "a\0", "a\udc80"):
             changed = dataclasses.replace(getattr(Config(), section), **{option: value})
@@ -458,3 +456,22 @@ def test_a_number_in_a_text_has_nine_digits_at_most():
         assert [name for name, _ in problems(dataclasses.replace(Config(), **{section: wrong}))] == [option]
     with pytest.raises(ConfigError, match="must be a number of devices"):
         scope_of([f"--check-devices={long}"])
+
+
+def test_several_values_are_a_text_with_commas_or_a_list(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "frontier: {methods: [dpo, ipo], dpo_betas: [0.1, 1e-2], ppo_kls: 4}\nlora: {rank: 8, targets: [query, v_proj]}\n"
+    )
+    config = load_config(path)
+    assert (config.frontier.methods, config.frontier.dpo_betas, config.frontier.ppo_kls) == ("dpo,ipo", "0.1,1e-2", "4")
+    assert config.lora.targets == "query,v_proj"
+    for text, words in {
+        "[dpo, [x]]": "expected a text or a number in the list, got a list",
+        "[dpo, true]": "expected a text or a number in the list, got the truth value 'true'",
+        "['dpo,x']": "a comma separates values, so 'dpo,x' cannot be one of the list",
+        "{a: 1}": r"expected a text with commas \(or a list\), got a mapping",
+    }.items():
+        path.write_text(f"frontier:\n  methods: {text}\n")
+        with pytest.raises(ConfigError, match=f"c.yaml:2: frontier.methods: {words}"):
+            load_config(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from dpo_jax.cli.config.file import is_count
+from dpo_jax.cli.config.file import TextList, is_count
 from dpo_jax.cli.config.ranges import Problem, positive
 
 
@@ -13,7 +13,7 @@ from dpo_jax.cli.config.ranges import Problem, positive
 class BenchConfig:
     """Benchmark against PyTorch: same weights, same pairs in every step, contenders run in turn (needs the `bench` extra)."""
 
-    contenders: str | None = None
+    contenders: TextList | None = None
     """Run only these, separated by commas: torch-live, torch-cached, trl, trl-best, jax-live ... jax-attention; none: all."""
     lengths: str | None = None
     """Use random tokens of exactly PROMPT/CHOSEN/REJECTED length, such as 400/500/500, instead of data; none: the train

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
-from dpo_jax.cli.config.file import is_count
+from dpo_jax.cli.config.file import TextList, is_count
 from dpo_jax.cli.config.ranges import Problem, not_negative, positive
 
 METHODS = ("sft", "cpl", "p-iql", "percent-bc")
@@ -20,9 +20,9 @@ class ControlConfig:
     world: Literal["lqr", "pendulum"] = "lqr"
     """Environment: lqr, linear-quadratic control with an exact optimum; or pendulum, Gymnasium's Pendulum-v1 (extra
     `control`)."""
-    methods: str = ",".join(METHODS)
+    methods: TextList = ",".join(METHODS)
     """Methods to run, separated by commas: sft, cpl, p-iql, percent-bc."""
-    preferences: str = ",".join(PREFERENCES)
+    preferences: TextList = ",".join(PREFERENCES)
     """Preferences by regret, by the return of a segment, or by each in turn, separated by a comma."""
     temperature: float = 1.0
     """A segment is preferred with probability sigmoid(difference of scores / temperature); 0: the better one always is."""
@@ -34,7 +34,7 @@ class ControlConfig:
     """How many other segments each segment is compared with."""
     discount: float = 0.95
     """Discount factor gamma of the environment, of regret and of CPL's scores."""
-    hidden: str | None = None
+    hidden: TextList | None = None
     """Sizes of the policy's hidden layers, separated by commas; none: an affine policy, the only kind that lqr takes."""
     std: float | None = None
     """Standard deviation of the policy; none: a covariance is learned. Actions of pendulum lie within [-1, 1]."""

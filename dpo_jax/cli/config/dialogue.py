@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
+from dpo_jax.cli.config.file import TextList
 from dpo_jax.cli.config.lab import numbers
 from dpo_jax.cli.config.ranges import Problem, positive
 
@@ -16,10 +17,10 @@ METHODS = ("dpo", "online", "preferred-ft", "myopic", "dpo-limit")
 class DialogueConfig:
     """A question game of three turns: preferences between whole conversations, compared with the enumerated optimum."""
 
-    methods: str = ",".join(METHODS)
+    methods: TextList = ",".join(METHODS)
     """Methods to run, separated by commas: dpo (on conversations); online (the same, in rounds); preferred-ft; myopic (dpo
     on single turns, each by its own reward); dpo-limit (the limit of dpo with endless pairs, computed)."""
-    betas: str = "0.3,0.6"
+    betas: TextList = "0.3,0.6"
     """beta of the dpo, online, myopic and dpo-limit runs."""
     starts: int = 64
     """Starts from each of the twelve openings."""

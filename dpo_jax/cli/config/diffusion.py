@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
+from dpo_jax.cli.config.file import TextList
 from dpo_jax.cli.config.lab import numbers
 from dpo_jax.cli.config.ranges import Problem, not_negative, positive
 
@@ -45,7 +46,7 @@ class DiffusionConfig:
     """Bradley-Terry labels: logit in nats per standard deviation of ink that one sample has more than the other."""
     loss: str = "dpo"
     """Pair loss by name; it must need only log-probabilities and beta."""
-    betas: str = "0.005,0.02,0.05,0.1"
+    betas: TextList = "0.005,0.02,0.05,0.1"
     """beta of the Diffusion-DPO runs. Squared errors are summed over the pixels and multiplied by T."""
     weighting: Literal["constant", "elbo"] = "constant"
     """Weights of the errors over time: constant, 1 as in the paper; or elbo, those of the evidence lower bound."""
@@ -57,7 +58,7 @@ class DiffusionConfig:
     """Passes over the pairs."""
     lr: float = 1e-4
     """Learning rate of Diffusion-DPO."""
-    ft_lrs: str = "0.00002,0.0001"
+    ft_lrs: TextList = "0.00002,0.0001"
     """Learning rates of the Preferred-FT runs."""
     evaluations: int = 2
     """Number of evaluations per run."""
@@ -67,7 +68,7 @@ class DiffusionConfig:
     """Runs per setting, each with its own random labels, order, noise and samples."""
     gaussian_steps: int = 500
     """gaussian: diffusion steps T."""
-    gaussian_draws: str = "1,2,4,8"
+    gaussian_draws: TextList = "1,2,4,8"
     """gaussian: values of draws to run; each 1 or even, because the optimum of the bound is computed for these."""
 
     def check(self) -> Iterator[Problem]:

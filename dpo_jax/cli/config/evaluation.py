@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
-from dpo_jax.cli.config.file import is_count
+from dpo_jax.cli.config.file import TextList, is_count
 from dpo_jax.cli.config.ranges import Problem, not_negative, positive
 
 
@@ -55,9 +55,9 @@ class SampleConfig:
     """Maximum length of a completion, in tokens."""
     temperature: float = 1.0
     """Sampling temperature; 0: greedy."""
-    temperatures: str | None = None
+    temperatures: TextList | None = None
     """Several temperatures instead, separated by commas, such as 0,0.25,0.5,0.75,1; all samples go into one file."""
-    best_of: str | None = None
+    best_of: TextList | None = None
     """Best-of-N: keep the best of N completions by a reward. Several values, such as 1,4,16: draw the largest N, and keep
     one for each."""
     reward_model: str | None = None

@@ -24,6 +24,11 @@ from dpo_jax.untrusted import Unreadable, reading, regular
 T = TypeVar("T")
 TextMap = typing.NewType("TextMap", str)
 """A map from names to texts, written `a=b,c=d`; in YAML also as a mapping."""
+if typing.TYPE_CHECKING:
+    TextList: typing.TypeAlias = str
+else:
+    TextList = typing.NewType("TextList", str)
+    """Several values, written `a,b`; in YAML also as a list, or one number. For type checkers a plain text."""
 LARGEST = 2**18
 """Maximum size of a configuration, in bytes: PyYAML takes a second for each 100 kB."""
 BRACKETS = 1000
@@ -197,6 +202,8 @@ class _Reader:
                     return value
         if isinstance(node, yaml.MappingNode) and TextMap in choices:
             return ",".join(self.entry(key, value, name) for key, value in node.value)
+        if isinstance(node, yaml.SequenceNode) and TextList in choices:
+            return ",".join(self.item(item, name) for item in node.value)
         wanted = " or ".join(_name(choice) for choice in choices)
         advice = ""
         if isinstance(node, yaml.ScalarNode):
@@ -205,6 +212,14 @@ class _Reader:
             options = [option for choice in choices for option in typing.get_args(choice)]
             advice = suggest(node.value, options) or advice
         self.fail(node, f"{name}: expected {wanted}, got {_describe(node)}{advice}")
+
+    def item(self, node: Any, name: str) -> str:
+        """One value of a list."""
+        if not isinstance(node, yaml.ScalarNode) or node.tag.removeprefix(_SCALAR) not in ("str", "int", "float"):
+            self.fail(node, f"{name}: expected a text or a number in the list, got {_describe(node)}")
+        if "," in node.value:
+            self.fail(node, f"{name}: a comma separates values, so {shortened(node.value)!r} cannot be one of the list")
+        return node.value
 
     def entry(self, key: Any, value: Any, name: str) -> str:
         """One entry of a mapping of texts, as `key=text`; null is an empty text."""
@@ -226,6 +241,8 @@ def _convert(node: yaml.ScalarNode, hint: Any) -> tuple[bool, Any]:
         return tag in ("str", "bool") and node.value in typing.get_args(hint), node.value
     if hint is str or hint is TextMap:
         return tag in ("str", "timestamp"), node.value  # a day is written without quotes
+    if hint is TextList:
+        return tag in ("str", "int", "float"), node.value
     if hint is bool:
         return tag == "bool", _WORDS.get(node.value.lower())
     if plain and hint in (int, float) and tag in ("int", "float", "str"):
@@ -242,6 +259,7 @@ def _name(hint: Any) -> str:
     names = {
         str: "text",
         TextMap: "a mapping of texts (or a text, a=b,c=d)",
+        TextList: "a text with commas (or a list)",
         int: "a whole number",
         float: "a number",
         bool: "true or false",

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
-from dpo_jax.cli.config.file import is_count
+from dpo_jax.cli.config.file import TextList, is_count
 
 OFFLINE = ("preferred-ft", "unlikelihood", "dpo", "rdpo", "ipo", "cdpo", "ppo", "ppo-gt", "best-of-n")
 ONLINE = {"online": "uniform", "online-disagreement": "disagreement", "online-uncertainty": "uncertainty"}
@@ -18,7 +18,7 @@ METHODS = (*OFFLINE, *ONLINE)
 class FrontierConfig:
     """Reward-KL frontier (section 6.1): true reward by KL to the reference, for every method of the paper and the optimum."""
 
-    methods: str = ",".join(OFFLINE)
+    methods: TextList = ",".join(OFFLINE)
     """Methods to run, separated by commas; also online, online-disagreement and online-uncertainty, which read section
     online."""
     reward: Literal["exact", "linear", "hf"] = "exact"
@@ -47,15 +47,15 @@ class FrontierConfig:
     """Completions drawn at a time."""
     evaluations: int = 6
     """Number of evaluations per run."""
-    dpo_betas: str = "0.05,0.1,1,5"
+    dpo_betas: TextList = "0.05,0.1,1,5"
     """beta of the dpo, rdpo, ipo and cdpo runs."""
-    online_betas: str = "2,1,0.5"
+    online_betas: TextList = "2,1,0.5"
     """beta of the online runs, the same in all rounds."""
-    unlikelihood_alphas: str = "0.05,0.1,0.5,1"
+    unlikelihood_alphas: TextList = "0.05,0.1,0.5,1"
     """alpha of the unlikelihood runs."""
-    ppo_kls: str = "3,6,9,12"
+    ppo_kls: TextList = "3,6,9,12"
     """Target KL of the ppo and ppo-gt runs, in nats per completion."""
-    best_of: str = "1,4,16,64,128"
+    best_of: TextList = "1,4,16,64,128"
     """Values of N for best-of-n."""
     seeds: int = 1
     """Runs per setting; Preferred-FT always has three, except with --fast."""

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
+from dpo_jax.cli.config.file import TextList
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
@@ -15,7 +17,7 @@ class LoraConfig:
     """Rank of the adapter, for example 16; none: no adapter, train the weights themselves."""
     alpha: float = 16.0
     """LoRA scaling: the adapter is multiplied by alpha / rank."""
-    targets: str = "all"
+    targets: TextList = "all"
     """Linear layers that get an adapter, separated by commas: all, attention, mlp, or names such as query or q_proj."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
-from dpo_jax.cli.config.file import is_count
+from dpo_jax.cli.config.file import TextList, is_count
 from dpo_jax.cli.config.lab import numbers
 
 LOSSES = ("dpo", "cdpo", "robust", "ipo")
@@ -18,15 +18,15 @@ class RobustConfig:
 
     experiment: Literal["noise", "shift", "overoptimisation"] = "noise"
     """noise: flipped labels; shift: other prompts in testing; overoptimisation: true and learned reward as KL grows."""
-    flip_rates: str = "0,0.1,0.2,0.3"
+    flip_rates: TextList = "0,0.1,0.2,0.3"
     """noise: fractions of the training labels that are flipped."""
-    losses: str = ",".join(LOSSES)
+    losses: TextList = ",".join(LOSSES)
     """noise: losses to run at every beta: dpo, cdpo (conservative), robust, ipo. cdpo and robust are given the flip rate."""
     topics: str = "acting,plot"
     """shift: topics of the first family of prompts; the second family has the other topics."""
-    widths: str = "64,96"
+    widths: TextList = "64,96"
     """overoptimisation: hidden sizes of the models, each with its own SFT; the rest of section model applies to all of them."""
-    train_prompts: str = "1000,4000,16000"
+    train_prompts: TextList = "1000,4000,16000"
     """overoptimisation: numbers of prompts whose labelled pairs are trained on, the first ones of frontier.prompts."""
 
     def check(self) -> Iterator[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from dpo_jax.cli.config.file import TextList
 from dpo_jax.cli.config.lab import numbers
 from dpo_jax.cli.config.ranges import Problem, positive
 
@@ -21,7 +22,7 @@ class ScenesConfig:
     """Scenes that policies caption in each evaluation."""
     pairs: int = 1024
     """Scenes with one pair of captions each."""
-    chosen: str = "careless,true"
+    chosen: TextList = "careless,true"
     """Chosen captions of the pairs: careless, with the mistakes that SFT captions have; true, without any. The rejected one
     has one more."""
     adds: float = 0.5
@@ -50,11 +51,11 @@ class ScenesConfig:
     """Pairs per step."""
     epochs: float = 3.0
     """Passes over the pairs."""
-    betas: str = "0.1,0.3"
+    betas: TextList = "0.1,0.3"
     """beta of the DPO runs."""
     lr: float = 3e-4
     """Learning rate of DPO."""
-    ft_lrs: str = "0.0003,0.001"
+    ft_lrs: TextList = "0.0003,0.001"
     """Learning rates of the Preferred-FT runs."""
     evaluations: int = 3
     """Number of evaluations per run."""

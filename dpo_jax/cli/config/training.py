@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from dpo_jax import optimizer_table
+from dpo_jax.cli.config.file import TextList
 from dpo_jax.cli.config.ranges import Problem, not_negative, positive
 
 # Optimizer, schedule and their options, with the defaults and help texts of `optimizer_table`.
@@ -46,7 +47,7 @@ class TrainingConfig(OptimizerConfig):
     microbatches: int = 1
     """Gradient accumulation: number of parts into which a batch is split to save memory. The result is the same. Losses of the
     whole batch (kto, aot, aot_unpaired) then take one more forward pass."""
-    trainable: str | None = None
+    trainable: TextList | None = None
     """Train only these parameters: last_layer, last_layers:N, or name patterns (final_norm.*, *.bias), separated by commas;
     none: all of them."""
 
