@@ -43,6 +43,38 @@ def test_a_finished_run_takes_no_further_step(copy):
     assert bytes_of(copy / "dpo" / "export") == export
 
 
+def test_samples_at_each_evaluation_change_nothing_and_are_the_same_after_a_kill(done, tmp_path):
+    run = tmp_path / "run"
+    flags = ("--run.dir", run, "--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs")
+    flags = (*flags, "--dpo.eval-samples", 3, "--eval.max-new-tokens", 40, "--run.eval-at-start")
+    result = call("dpo", done.config, *flags)
+    assert (result.code, result.out.count("\nsample @")) == (0, 3), result
+    assert bytes_of(run / "dpo" / "export") == bytes_of(done / "dpo" / "export")
+    files = bytes_of(run / "dpo" / "samples")
+    assert list(files) == [f"step-{step:08}.jsonl" for step in (0, 4, 8)]
+    first, *_, last = ([json.loads(line) for line in content.splitlines()] for content in files.values())
+    assert [line["prompt"] for line in first] == [line["prompt"] for line in last]
+    assert len({line["prompt"] for line in first}) == 3
+    assert [line["completion"] for line in first] != [line["completion"] for line in last]
+    rows = {row["step"]: row for row in read_metrics(run / "dpo" / "metrics.jsonl") if is_evaluation(row)}
+    assert all(0 < row["eval/samples/tokens"] <= 40 for row in rows.values())
+    assert [row["eval/samples/cut"] for row in rows.values()] == [
+        pytest.approx(np.mean([not json.loads(line)["finished"] for line in content.splitlines()]))
+        for content in files.values()
+    ]
+    shutil.rmtree(run / "dpo" / "checkpoints" / "8")
+    shutil.rmtree(run / "dpo" / "export")
+    (run / "dpo" / "samples" / "step-00000008.jsonl").write_text("torn")
+    assert call("dpo", done.config, *flags).code == 0
+    assert bytes_of(run / "dpo" / "samples") == files
+    # More of them may be asked for when a run continues; other devices draw the same.
+    for devices in ("pmap", "mesh"):
+        apart = ("--run.dir", tmp_path / devices, *flags[2:], "--run.devices", devices, "--mesh.fsdp", 4)
+        apart = apart if devices == "mesh" else apart[:-2]
+        assert call("dpo", done.config, *apart).code == 0
+        assert (tmp_path / devices / "dpo" / "samples" / "step-00000000.jsonl").read_bytes() == files["step-00000000.jsonl"]
+
+
 # When one of several reads fails, the callbacks of the others find orbax's event loop closed, and Python prints that: noise.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["killed", "damaged"])

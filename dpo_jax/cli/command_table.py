@@ -55,7 +55,10 @@ _REWARD_MODEL = (
 
 
 # Its length is set by its rounds, and each round is evaluated.
-_UNREAD = ("reference", "epochs", "steps", "patience", "stop_on", "ld_alpha", "param_dtype", "refresh_reference_steps")
+_UNREAD = (
+    *("reference", "epochs", "steps", "patience", "stop_on", "ld_alpha", "param_dtype", "refresh_reference_steps"),
+    "eval_samples",
+)
 _ONLINE = (
     *(f"dpo.{name}" for name in types_of(types_of(options.Config)["dpo"]) if name not in _UNREAD),
     *(f"frontier.{name}" for name in ("reward", "classifier", "prompts", "test_prompts", "max_new_tokens", "sample_batch")),
@@ -99,7 +102,11 @@ COMMANDS = {
         (*_RUN, "lora", "dpo.policy", "dpo.reference", "dpo.loss", "dpo.ld_alpha", "dpo.param_dtype", "refs"),
         ("data",),
     ),
-    "dpo": Command("train the policy on preferences", (*_RUN, "lora", "refs", "dpo", "export.dtype"), ("data",)),
+    "dpo": Command(
+        "train the policy on preferences",
+        (*_RUN, "lora", "refs", "dpo", "eval.max_new_tokens", "export.dtype"),
+        ("data",),
+    ),
     "eval": Command("measure a policy on held-out pairs", (*_RUN, *_LOSS, "lora", "refs", "eval"), ("data",)),
     "sample": Command("complete prompts with a policy", (*_RUN, "sample"), ("data",)),
     "judge": Command(

@@ -16,7 +16,7 @@ from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.training.fingerprint import HELD_OUT, RunMismatch
 
-NEITHER = {"policy", "reference", "microbatches"}
+NEITHER = {"policy", "reference", "microbatches", "eval_samples"}
 """Options of a section that are not settings: paths, whose weights have digests, and options that do not change results."""
 LIMITS = (
     *("max_length", "max_prompt_length", "truncation", "bos", "format", "columns", "on_bad", "max_train", "config"),

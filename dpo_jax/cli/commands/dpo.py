@@ -19,6 +19,7 @@ from dpo_jax.cli.config import Config, DpoConfig
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
 from dpo_jax.cli.trained import trained
+from dpo_jax.cli.training_samples import sampler_of
 from dpo_jax.data.loader import in_order
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.preference import completion_tokens, held_out_logps, labels_of, preference_summary
@@ -71,6 +72,8 @@ def run(config: Config) -> int:
             variables, digests = part.load(config.dpo_policy(), partitioner, name="dpo.policy")
         loss = build.make_loss(section)
         policy_logps = partitioner.compile_map(functools.partial(reference_logps, part.model, ld_alpha=section.ld_alpha))
+        stop_ids = build.stop_ids(tokenizer, config.dpo_policy())
+        sample = sampler_of(config, run_dir, partitioner, part.model, tokenizer, held_out, stop_ids=stop_ids)
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             logps = held_out_logps(
@@ -79,7 +82,8 @@ def run(config: Config) -> int:
                 pairs=len(held_out),
             )
             lengths, labels = completion_tokens(held_out), labels_of(held_out)
-            return preference_summary(logps, held_out_ref, loss=loss, lengths=lengths, desirable=labels)
+            summary = preference_summary(logps, held_out_ref, loss=loss, lengths=lengths, desirable=labels)
+            return {**summary, **sample(state.variables, done)}
 
         moving = None
         if section.refresh_reference_steps is not None:

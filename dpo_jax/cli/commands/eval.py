@@ -19,11 +19,9 @@ from dpo_jax.cli.commands.refs import reference_values
 from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.cli.images import Vision, check_same_encoder, encode_shown, has_encoder, open_vision, vision_of
 from dpo_jax.cli.model_folders import eval_reference
-from dpo_jax.cli.prompts import IMAGE
+from dpo_jax.cli.training_samples import distinct_prompts, prompt_line
 from dpo_jax.data import reviews
-from dpo_jax.data.display import chat_turns
-from dpo_jax.data.encode import Encoded, prompt_key
-from dpo_jax.data.image_rows import image_marks
+from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import in_order
 from dpo_jax.data.pairs import PreferenceSet
 from dpo_jax.data.prepare import data_digest
@@ -166,9 +164,9 @@ def sampled(
     ones, `repetition` the mean share of 4-grams that occurred before in their sample. Both models stop at any of `stop_ids`.
     The line of a chat prompt has its `turns` beside the `prompt` as the model read it.
     """
-    shown = _distinct(held_out, config.eval.samples)
+    shown = distinct_prompts(held_out, config.eval.samples)
     prompts, images = [pair.prompt for pair in shown], [pair.images for pair in shown]
-    lines = [_line(pair, tokenizer) for pair in shown]
+    lines = [prompt_line(pair, tokenizer) for pair in shown]
     key = jax.random.key(config.run.seed)
     complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, max_new_tokens=config.eval.max_new_tokens)
     score = partitioner.compile_map(functools.partial(sequence_logps, model))
@@ -195,21 +193,6 @@ def sampled(
             values = [reviews.reward(line["prompt"] + text) for line, text in zip(lines, samples.texts, strict=True)]
             summary[who]["true_reward"], summary[who]["true_reward_error"] = mean_with_error(np.array(values))
     return {"summary": summary, "texts": lines}
-
-
-def _distinct(held_out: Sequence[Encoded], count: int) -> list[Encoded]:
-    """The first `count` pairs that differ in prompt or images."""
-    return list({prompt_key(pair): pair for pair in held_out}.values())[:count]
-
-
-def _line(pair: Encoded, tokenizer: Any) -> dict[str, Any]:
-    """A pair's prompt as text, without a BOS that the text does not contain; its turns, and digests of its images, if any."""
-    text = tokenizer.decode(pair.prompt[int(pair.bos_added) :])
-    images = {} if pair.images is None else {"images": list(pair.images.names)}
-    place = image_marks(tokenizer).place if images else ""
-    text = image_marks(tokenizer).collapsed(text) if images else text
-    turns = chat_turns(text.replace(place, IMAGE) if images else text, tokenizer)
-    return {"prompt": text} | ({"turns": turns} if turns else {}) | images
 
 
 def _note_other_reference(config: Config, digest: str) -> None:

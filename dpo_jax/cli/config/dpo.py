@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_jax import loss_table
-from dpo_jax.cli.config.ranges import Problem, positive
+from dpo_jax.cli.config.ranges import Problem, not_negative, positive
 from dpo_jax.cli.config.training import HIGHER, TrainingConfig
 
 
@@ -50,6 +50,10 @@ class DpoConfig(LossConfig, TrainingConfig):
     """TR-DPO, hard update: every N steps the current policy becomes the reference for training. Held-out pairs are still
     measured against the first reference."""
 
+    eval_samples: int = 0
+    """Also complete this many held-out prompts at each evaluation, with at most eval.max_new_tokens tokens. Written to the
+    folder samples, one file per evaluation; their length and repetition are metrics. 0: none."""
+
     def loss_options(self) -> dict[str, Any]:
         """The values of all loss options."""
         return {name: getattr(self, name) for name in loss_table.OPTIONS}
@@ -64,6 +68,7 @@ class DpoConfig(LossConfig, TrainingConfig):
         if self.ld_alpha != 1 and loss_table.rows_of(self.loss) != "pairs":
             yield "ld_alpha", f"compares lengths within a pair, and loss {self.loss} does not read pairs: leave it at 1"
         yield from positive(self, "refresh_reference_steps")
+        yield from not_negative(self, "eval_samples")
         yield from self._check_moving()
         yield from loss_table.problems(self.loss, self.loss_options())
 
