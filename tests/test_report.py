@@ -450,6 +450,23 @@ def test_a_long_sample_is_cut_with_a_mark_and_nothing_of_it_is_lost(copy, tmp_pa
     assert "cut by the limit of 64 tokens" in markdown
 
 
+def test_samples_of_training_are_shown_at_up_to_four_steps(copy, tmp_path):
+    folder = copy / "dpo" / "samples"
+    folder.mkdir()
+    for step in (0, 100, 200, 300, 400, 123456789):
+        line = {"prompt": HOSTILE, "completion": f"word{step} {HOSTILE}", "finished": step > 0}
+        (folder / f"step-{step:08}.jsonl").write_text(json.dumps(line) + "\n")
+    (folder / "step-00000200.jsonl").write_text("torn")
+    _, page, markdown = report(copy, out=tmp_path / "out")
+    seen = Seen(page)
+    for shown in (seen.text, markdown):
+        assert [step for step in (0, 100, 200, 300, 400, 123456789) if f"word{step}" in shown] == [0, 300, 123456789]
+        assert "1 of 1 prompts, at 4 of 6 steps." in shown
+    assert seen.text.count("cut by the token limit") == 1
+    assert "script" not in seen.tags
+    assert "samples/step-00000200.jsonl: " in seen.text
+
+
 @pytest.mark.parametrize("text", ["", "short", "x" * 659, "x" * 5000, "ab " * 900])
 def test_a_cut_text_is_whole_when_unfolded(text):
     assert "".join(beginning(text, 600)) == "".join(ending(text, 400)) == text

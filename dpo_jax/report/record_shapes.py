@@ -108,6 +108,7 @@ REPORTS: dict[str, Any] = {"eval": EVALUATION, "rewards": REWARDS, "judge": JUDG
 _TURN = {"role": str, "content": str}
 SAMPLE = {"prompt": str, "turns?": [_TURN], **{f"{who}?": str for who in ("reference", "policy")}}
 SAMPLE |= {f"{who}_finished?": bool for who in ("reference", "policy")}
+SAMPLE_OF_TRAINING = {"prompt": str, "turns?": [_TURN], "completion": str, "finished": bool}
 BAD_BATCH = {"step": int, "uids": [str], "metrics": {str: (float, str, None)}}
 RESUMED = {"step": int, "time": str}
 _GAIN = {name: float for gain in ("gain", "second_gain") for name in (gain, f"{gain}_low", f"{gain}_high")}

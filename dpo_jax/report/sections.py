@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from dpo_jax.data.display import shown_prompt
 from dpo_jax.data.pairs import FILTERED
 from dpo_jax.plotting.curves import KL_OF_SAMPLES, PANELS, series
 from dpo_jax.report.page import Block, Figures, Sample, Section, Side, Table, Text
-from dpo_jax.report.record_shapes import SAMPLE
+from dpo_jax.report.record_shapes import SAMPLE, SAMPLE_OF_TRAINING
 from dpo_jax.report.result_table import MEASURES, with_interval
 from dpo_jax.report.run_record import TRAINING, RunRecord, Stage, of, one_or_more
 
+_OF_STEP = re.compile(r"step-(\d{8,})\.jsonl")
 REWARDS = {
     "implicit": "implicit reward",
     "per_token": "per token",
@@ -164,6 +166,26 @@ def samples(runs: Sequence[RunRecord], count: int) -> Section | None:
         return None
     note = f"{len(chosen)} of {len(by_prompt):,} prompts, drawn at temperature 1; eval/samples.jsonl holds all."
     return Section("Samples", [Text(note), *(Sample(prompt, _sides(sides, runs)) for prompt, sides in chosen)])
+
+
+def samples_of_training(runs: Sequence[RunRecord], count: int) -> Section | None:
+    """Completions by the policy at evaluations during training (`dpo.eval_samples`): the same prompts at up to four steps."""
+    blocks: list[Block] = []
+    for run, stage in one_or_more(runs, "dpo"):
+        steps = sorted(int(name[1]) for file in stage.path.glob("samples/step-*.jsonl") if (name := _OF_STEP.match(file.name)))
+        chosen = [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, 4)})] if steps else []
+        by_prompt: dict[str, list[Side]] = {}
+        for step in chosen:
+            for line in stage.read_lines(f"samples/step-{step:08}.jsonl", SAMPLE_OF_TRAINING):
+                mark = "" if line["finished"] else "cut by the token limit"
+                by_prompt.setdefault(shown_prompt(line), []).append(Side(f"step {step:,}", line["completion"], mark))
+        shown = list(by_prompt.items())[:count]
+        if shown:
+            blocks.append(
+                Text(of(run, runs, f"{len(shown)} of {len(by_prompt):,} prompts, at {len(chosen)} of {len(steps):,} steps."))
+            )
+            blocks += [Sample(prompt, sides) for prompt, sides in shown]
+    return Section("Samples during training", blocks) if blocks else None
 
 
 def _sides(sides: Mapping[tuple[str, str, str], Sequence[str]], runs: Sequence[RunRecord]) -> list[Side]:

@@ -102,6 +102,7 @@ def _page(runs: Sequence[RunRecord], drawn: Path, *, samples: int, digests: bool
         _section("Robustness", lambda: robustness(runs)),
         _section("Several turns", lambda: dialogue(runs)),
         _section("Samples", lambda: sections.samples(runs, samples)),
+        _section("Samples during training", lambda: sections.samples_of_training(runs, samples)),
         _section("Training", lambda: sections.training(runs, images, together)),
         weights,
         _section("Data", lambda: sections.data(runs)),
